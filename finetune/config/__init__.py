@@ -1,0 +1,1 @@
+"""Typed, composed, validated settings: `load_config("lora.yaml", ["train.max_steps=10"])`."""

@@ -1,0 +1,182 @@
+"""The settings of one run: every key, its type, its legal range and one line about it.
+
+A key's name is its field's name is its path on the command line (`train.max_steps=10`). Models are frozen and refuse
+unknown keys and values of another type. What two settings may not say together stands in rules.py.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+
+
+def _number(value: Any) -> Any:
+    """`2e-4` is text to PyYAML and a number to OmegaConf: both ways of reading a file give the same run."""
+    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
+
+
+def _printable(text: str) -> str:
+    """A resolved config is saved as UTF-8 YAML and read back; `???` is how YAML says that a value is missing."""
+    if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError("text must not hold a NUL character or half of a surrogate pair")
+    if text == "???":
+        raise ValueError("a value is missing")
+    return text
+
+
+AnyText = Annotated[str, AfterValidator(_printable)]
+Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_printable)]
+Name = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00-\x1f]*$"), AfterValidator(_printable)]
+Number = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class Section(BaseModel):
+    """Frozen, strict about types, no unknown keys, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    name: Text = Field(description="Hub id or local folder of the base model.")
+    revision: Text | None = Field(None, description="Branch, tag or commit of a hub model; null is its main branch.")
+    dtype: Dtype = Field("bfloat16", description="Type of the weights that are not quantised.")
+    attention: Literal["auto", "segmented", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="Attention kernel; auto takes the fastest that the machine has."
+    )
+
+
+class QuantConfig(Section):
+    """How the frozen base is stored."""
+
+    type: Literal["nf4", "fp4", "int8", "none"] = Field("nf4", description="Storage of the frozen linear weights.")
+    double: bool = Field(True, description="Quantise the 4-bit scales as well (saves 0.4 bit a weight).")
+    compute_dtype: Dtype = Field("bfloat16", description="Type that 4-bit weights are multiplied in.")
+    keep: list[Text] = Field([], description="Modules kept in 16 bit: names, globs or regexes; lm_head always is.")
+
+
+class LoraConfig(Section):
+    """The adapter that is trained."""
+
+    rank: Count = Field(8, description="Rank of the update.")
+    alpha: Positive = Field(16.0, description="Scale of the update: it is multiplied by alpha / rank.")
+    dropout: Share = Field(0.0, description="Dropout on the adapter's input.")
+    target_modules: list[Text] | Text = Field(
+        ["q_proj", "v_proj"], description="Linear layers that get an adapter: a list of names, one regex, or all-linear."
+    )
+    layers_to_transform: list[Index] | None = Field(None, description="Layer numbers that get one; null is all layers.")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rank-stabilised LoRA).")
+    dora: bool = Field(False, description="Learn magnitude and direction apart (DoRA).")
+    init: Literal["default", "gaussian", "pissa", "pissa_niter_16", "olora", "orthogonal", "loftq"] = Field(
+        "default", description="How the adapter starts; pissa and olora need quant.type=none."
+    )
+    modules_to_save: list[Text] = Field([], description="Modules trained in full and saved with the adapter.")
+    rank_pattern: dict[Text, Count] = Field({}, description="Rank for modules whose name matches the key.")
+    alpha_pattern: dict[Text, Positive] = Field({}, description="Alpha for modules whose name matches the key.")
+    init_adapter: Text | None = Field(None, description="Folder or hub id of an adapter to go on training on new data.")
+    new_tokens: list[Text] = Field([], description="Tokens added to the vocabulary; only their rows are trained.")
+
+
+class SourceConfig(Section):
+    """One file, folder or data set of rows."""
+
+    path: Text = Field(description="File of rows (json, jsonl).")
+    name: Text | None = Field(None, description="Name of an evaluation set in the metrics; null is the file's stem.")
+    format: Literal["auto", "messages", "prompt_completion", "alpaca"] = Field(
+        "auto", description="Shape of a row; auto looks at the keys of the first."
+    )
+    split: Text | None = Field(None, description="Split to read where the source has several.")
+    weight: Positive = Field(1.0, description="Copies of these rows that one epoch holds (training only).")
+    limit: Count | None = Field(None, description="Read only the first so many rows.")
+
+
+class DataConfig(Section):
+    """What is trained and evaluated on."""
+
+    train: Annotated[list[SourceConfig], Field(min_length=1)] = Field(description="Sources of training rows.")
+    eval: list[SourceConfig] = Field([], description="Sources of held-out rows; each gets its own metrics.")
+    max_length: Annotated[int, Field(ge=2)] = Field(2048, description="Tokens of the longest sequence.")
+    packing: bool = Field(True, description="Put several rows into one sequence; none sees another.")
+    truncation: Literal["drop", "left", "right", "split", "error"] = Field(
+        "drop", description="What happens to a row longer than max_length."
+    )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="Targets: every assistant turn, the last one, or every token."
+    )
+    on_bad_row: Literal["error", "skip"] = Field("error", description="What happens to a row that cannot be used.")
+    system: Text | None = Field(None, description="System message for rows that have none.")
+    chat_template: Text | None = Field(None, description="Jinja file used in place of the tokenizer's template.")
+
+
+class TrainConfig(Section):
+    """The optimisation, its length, its checkpoints."""
+
+    max_steps: Count | None = Field(None, description="Optimizer steps; give this or epochs.")
+    epochs: Positive | None = Field(None, description="Passes over the training rows; 1 when max_steps is null too.")
+    learning_rate: Annotated[Positive, Field(le=1)] = Field(2e-4, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
+    warmup: NotNegative = Field(0.03, description="Warm-up: below 1 a share of the steps, from 1 on a number of steps.")
+    batch_size: Count = Field(16, description="Sequences an optimizer step, summed over all ranks.")
+    micro_batch_size: Count | None = Field(None, description="Sequences a forward pass on one rank; null derives it.")
+    max_grad_norm: NotNegative = Field(1.0, description="Gradients are clipped to this norm; 0 is off.")
+    weight_decay: Share = Field(0.0, description="AdamW's weight decay.")
+    beta1: Share = Field(0.9, description="AdamW's first-moment decay.")
+    beta2: Share = Field(0.999, description="AdamW's second-moment decay.")
+    eps: Positive = Field(1e-8, description="AdamW's epsilon.")
+    neftune_alpha: NotNegative = Field(0.0, description="NEFTune noise on the embeddings; 0 is off.")
+    recompute: Literal["none", "all"] = Field("none", description="Layers recomputed in backward to save memory.")
+    eval_every: Count | None = Field(None, description="Steps between evaluations; null is only at the end.")
+    save_every: Count | None = Field(None, description="Steps between checkpoints; null is only at the end.")
+    keep: Count = Field(2, description="Newest checkpoints kept; the best is kept besides.")
+    early_stopping: Count | None = Field(None, description="Stop after so many evaluations without improvement.")
+    resume: Text = Field("never", description="never, auto (newest whole checkpoint), or a checkpoint folder.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of everything random.")
+    log_every: Count = Field(1, description="Steps between lines of metrics.")
+    world_size: Count | None = Field(None, description="Refuse to run with another number of ranks.")
+
+
+class GenerationConfig(Section):
+    """Answers to held-out rows, before, during and after the training."""
+
+    rows: Index = Field(0, description="Held-out rows answered for exact match before and after; 0 is off.")
+    max_new_tokens: Count = Field(128, description="Longest answer in tokens.")
+    batch_size: Count = Field(32, description="Rows answered at a time.")
+    samples: Index = Field(2, description="Answers shown before and after.")
+    every: Count | None = Field(None, description="Steps between sampled answers during training; null is never.")
+
+
+class TrackConfig(Section):
+    """Where the metrics go besides metrics.jsonl."""
+
+    wandb: bool = Field(False, description="Log to Weights & Biases (offline without a key).")
+    tensorboard: bool = Field(False, description="Write TensorBoard event files.")
+    project: Text = Field("finetune", description="Project name for Weights & Biases.")
+    run_name: Text | None = Field(None, description="Run name for Weights & Biases; null takes the run's name.")
+
+
+class RunConfig(Section):
+    """One whole run."""
+
+    name: Name = Field("", description="Name of the run; the config file's stem when empty.")
+    output_dir: Text = Field(
+        default_factory=lambda fields: f"outputs/{fields.get('name') or 'run'}",
+        description="Folder of the adapter, the checkpoints and the metrics.",
+    )
+    model: ModelConfig = Field(description="The base model.")
+    quant: QuantConfig = Field(QuantConfig(), description="How the frozen base is stored.")
+    lora: LoraConfig = Field(LoraConfig(), description="The adapter that is trained.")
+    data: DataConfig = Field(description="What is trained and evaluated on.")
+    train: TrainConfig = Field(TrainConfig(), description="The optimisation, its length, its checkpoints.")
+    generation: GenerationConfig = Field(GenerationConfig(), description="Answers to held-out rows.")
+    track: TrackConfig = Field(TrackConfig(), description="Where the metrics go besides metrics.jsonl.")
