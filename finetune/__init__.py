@@ -1,5 +1,40 @@
-"""Fine-tune Qwen2.5 models in 4-bit: from a YAML to a trained QLoRA adapter."""
+"""Fine-tune Qwen2.5 models in 4-bit: from a YAML to a trained QLoRA adapter.
+
+The steps of a run for notebooks, each of which works on its own:
+
+    from finetune import attach_lora, load_base, load_config, load_tokenizer, train
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from finetune.config.compose import load_config as load_config
+    from finetune.models.adapter import attach_lora as attach_lora
+    from finetune.models.load import load_base as load_base
+    from finetune.models.load import load_tokenizer as load_tokenizer
+    from finetune.training.recipe import train as train
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "attach_lora", "load_base", "load_config", "load_tokenizer", "train"]
+
+# Loaded on first use: importing finetune imports no torch.
+_HOMES = {
+    "attach_lora": "finetune.models.adapter",
+    "load_base": "finetune.models.load",
+    "load_config": "finetune.config.compose",
+    "load_tokenizer": "finetune.models.load",
+    "train": "finetune.training.recipe",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

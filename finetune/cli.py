@@ -1,0 +1,166 @@
+"""`finetune <command> [config=X.yaml] [key=value …] [--flags]`: finds the command, runs it, ends with the exit code.
+
+Data goes to stdout, messages to stderr. Commands are imported when they run: help needs no torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from finetune import __version__
+from finetune.arguments import Arguments, nearest, parse_arguments
+from finetune.errors import FinetuneError, InputError
+from finetune.terminal import printable
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """summary: its line in the help; run: `module:function` of Arguments -> exit code; help: `module:name` of its text."""
+
+    summary: str
+    run: str
+    help: str
+    flags: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "train": Command(
+        "fine-tune a model as a config says", "finetune.cli:run_train", "finetune.cli:train_help", ("--dry-run",)
+    ),
+    "chat": Command("talk to a base model or to a trained adapter", "finetune.chat:run_chat", "finetune.chat:HELP"),
+    "doctor": Command(
+        "check this machine and say what to install", "finetune.doctor:run_doctor", "finetune.doctor:HELP", ("--json",)
+    ),
+}
+
+TRAIN_USAGE = """\
+usage: finetune train config=X.yaml [key=value …] [--dry-run]
+       accelerate launch finetune/train.py config=X.yaml [key=value …]
+
+Fine-tunes a model as the config says. X.yaml is looked up here, in ./configs, then among the packaged configs.
+  --dry-run   print the resolved config with the plan, and stop
+
+Examples
+  finetune train config=quickstart.yaml
+  finetune train config=lora.yaml model=qwen2.5-0.5b-instruct 'data.train=[{path: rows.jsonl}]'
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; never raises. Returns: the exit code, see finetune.errors."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(words)
+    except FinetuneError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("stopped by Ctrl+C", 130)
+    except BrokenPipeError:
+        # The reader of stdout has gone (`… | head`): nobody is left to tell, and Python must not flush into the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # noqa: BLE001 - the last frame: whatever it is must become a message and an exit code
+        if advice := _resource_advice(error):
+            return _fail(f"{advice} ({error})", 4)
+        traceback.print_exc()
+        return _fail(
+            f"this is a bug in finetune {__version__} ({type(error).__name__}); please report it with the lines above",
+            1,
+        )
+
+
+def run_train(arguments: Arguments) -> int:
+    """`finetune train`: the recipe on a config."""
+    from finetune.config.compose import load_config
+
+    if arguments.config is None:
+        raise InputError(f"finetune train needs config=X.yaml; packaged: {', '.join(_packaged_configs())}")
+    config = load_config(arguments.config, arguments.overrides)
+
+    from finetune.training.recipe import train
+
+    train(config, dry_run="--dry-run" in arguments.flags)
+    return 0
+
+
+def train_help() -> str:
+    """The usage of `finetune train` and every key of a config."""
+    from finetune.config.help import schema_help
+
+    return f"{TRAIN_USAGE}\nPackaged configs: {', '.join(_packaged_configs())}\n\n{schema_help()}"
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(_overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"finetune {__version__}")
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        raise InputError(f"unknown command {name!r}{nearest(name, COMMANDS)} Commands: {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    arguments = parse_arguments(rest, command.flags)
+    if "--help" in arguments.flags:
+        text = _load(command.help)
+        print(text if isinstance(text, str) else text())
+        return 0
+    return _load(command.run)(arguments)
+
+
+def _overview() -> str:
+    commands = "\n".join(f"  {name:<8} {command.summary}" for name, command in COMMANDS.items())
+    return f"""\
+finetune {__version__}: fine-tune Qwen2.5 models in 4-bit
+
+usage: finetune <command> [config=X.yaml] [key=value …] [--flags]
+
+{commands}
+
+Examples
+  finetune doctor
+  finetune train config=quickstart.yaml
+  finetune chat adapter=outputs/quickstart
+
+`finetune <command> --help` explains a command."""
+
+
+def _load(address: str) -> Callable:
+    module, name = address.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _packaged_configs() -> list[str]:
+    from finetune.resources import packaged
+
+    return sorted(file.name for file in packaged("configs").glob("*.yaml"))
+
+
+def _resource_advice(error: BaseException) -> str | None:
+    """What to do about an error that means memory or disk ran out; None for any other."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return "the GPU ran out of memory; lower train.micro_batch_size or data.max_length, or set train.recompute=all"
+    # torch's CPU allocator raises a plain RuntimeError.
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        return "memory ran out; lower train.micro_batch_size or data.max_length, or choose a smaller model"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; free space or set output_dir to another disk, then go on with train.resume=auto"
+    return None
+
+
+def _fail(message: str, exit_code: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    print(f"error{'' if rank == '0' else f' (rank {rank})'}: {printable(message)}", file=sys.stderr)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The script that a launcher runs: `accelerate launch finetune/train.py config=lora.yaml [key=value …]`.
+
+It is `finetune train` under an address that accelerate and torchrun can start. The function to call from Python is
+`from finetune import train`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+PACKAGE = os.path.dirname(os.path.abspath(__file__))
+
+
+def import_from_checkout() -> None:
+    """Put the folder that holds the package first on sys.path, in the place of the package's own.
+
+    Python puts a script's folder first, where our rooms (data, config …) would shadow other people's packages.
+    """
+    elsewhere = [entry for entry in sys.path if os.path.abspath(entry) != PACKAGE]
+    sys.path[:] = [os.path.dirname(PACKAGE), *elsewhere]
+
+
+def stop_with_launcher() -> None:
+    """Let Linux send this process SIGTERM when its launcher ends, so that the run saves a checkpoint and stops.
+
+    `accelerate launch` passes no signal on to a single process: without this, killing it leaves the training running.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
+    if launched and sys.platform == "linux":
+        import ctypes
+        import signal
+
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG in linux/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+if __name__ == "finetune.train":
+    # A module of this name would hide the function finetune.train.
+    raise ImportError("finetune/train.py is a script; the function is: from finetune import train")
+
+if __name__ == "__main__":
+    import_from_checkout()
+    stop_with_launcher()
+    from finetune.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
