@@ -1,0 +1,51 @@
+"""Every failure a user can meet, with the exit code it ends the process with.
+
+0 done · 1 failed while running · 2 the user's input was wrong · 3 a file failed its integrity check ·
+4 out of memory or disk · 130/143 stopped by SIGINT/SIGTERM with a checkpoint saved.
+"""
+
+from __future__ import annotations
+
+
+class FinetuneError(Exception):
+    """A run that could not go on; the message says where, what was found and what to do."""
+
+    exit_code = 1
+
+
+class InputError(FinetuneError):
+    """Something the user wrote is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A config, an override or a combination of settings is wrong."""
+
+
+class DataError(InputError):
+    """A row or a file of rows is wrong."""
+
+
+class MissingExtra(InputError):
+    """An optional dependency is needed; the message names the command that installs it."""
+
+
+class IntegrityError(FinetuneError):
+    """A file is torn or altered."""
+
+    exit_code = 3
+
+
+class ResourceError(FinetuneError):
+    """Memory or disk ran out."""
+
+    exit_code = 4
+
+
+class Interrupted(FinetuneError):
+    """A signal stopped the run after its checkpoint was saved."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,1 @@
+"""Measuring a model: on given answers (perplexity) and on its own (generation)."""

@@ -1,0 +1,111 @@
+"""Cross-entropy over target tokens, without logits for the tokens that carry no target.
+
+Shapes: T tokens of a packed batch, N of them with a target, D hidden width, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from finetune.data.batch import Batch
+from finetune.data.chat import UNTRAINED
+from finetune.ops.attention import SEGMENTED
+
+# Rows of logits alive at once: 2**26 fp32 values are 256 MB.
+_LOGITS_LIMIT = 2**26
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Sums over the target tokens of a batch, in fp32 on the model's device: nats, tokens predicted right, tokens."""
+
+    nll: Tensor
+    correct: Tensor
+    tokens: int
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model; a transformers model itself. Adapter layers stay where they are."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value]
+
+
+def hidden_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) -> Tensor:
+    """Final normed hidden states [T, D] of a packed batch, each document attending to itself alone.
+
+    neftune_alpha: uniform noise on the embeddings, scaled by alpha / sqrt(document length * D); only in training mode.
+    Source: Jain et al. 2023, arXiv:2310.05914.
+    """
+    base = base_of(model)
+    embeddings = base.get_input_embeddings()(batch.input_ids)
+    if neftune_alpha and model.training:
+        lengths = torch.tensor(batch.segment_lengths, device=embeddings.device)
+        bound_T = neftune_alpha / (lengths * embeddings.shape[-1]).float().sqrt().repeat_interleave(lengths)
+        noise = torch.rand_like(embeddings, dtype=torch.float32).mul_(2).sub_(1) * bound_T[None, :, None]
+        embeddings = embeddings + noise.to(embeddings.dtype)
+    if base.config._attn_implementation == SEGMENTED:
+        # A mapping is taken as masks already made, so transformers builds no dense block mask.
+        isolation = {"attention_mask": {"full_attention": None}, "segment_lengths": batch.segment_lengths}
+    else:
+        isolation = {}  # transformers finds the borders where positions restart
+    backbone = getattr(base, base.base_model_prefix)
+    outputs = backbone(inputs_embeds=embeddings, position_ids=batch.position_ids, use_cache=False, **isolation)
+    return outputs.last_hidden_state[0]
+
+
+def _chunk_nll(head: nn.Module, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden_ND).float(), labels_N, reduction="sum")
+
+
+def _target_chunks(hidden_TD: Tensor, labels_T: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
+    rows = (labels_T != UNTRAINED).nonzero().squeeze(1)
+    size = max(1, _LOGITS_LIMIT // vocabulary)
+    return list(zip(hidden_TD[rows].split(size), labels_T[rows].split(size), strict=True))
+
+
+class CrossEntropy(nn.Module):
+    """The training loss as a module, so that DDP can wrap model and loss in one.
+
+    forward(batch) returns the summed negative log-likelihood over the batch's targets, fp32, in nats; the caller divides
+    by the global count. It is differentiable also for a batch without a target (it is 0 then).
+    """
+
+    def __init__(self, model: nn.Module, neftune_alpha: float = 0.0):
+        super().__init__()
+        self.model = model
+        self.neftune_alpha = neftune_alpha
+
+    def forward(self, batch: Batch) -> Tensor:
+        hidden_TD = hidden_states(self.model, batch, self.neftune_alpha)
+        head = base_of(self.model).get_output_embeddings()
+        chunks = _target_chunks(hidden_TD, batch.labels[0], base_of(self.model).config.vocab_size)
+        # Keeps every adapter in the graph when no token carries a target: DDP waits for each of them.
+        total = hidden_TD[:1].float().sum() * 0.0
+        for hidden_ND, labels_N in chunks:
+            if len(chunks) == 1:
+                total = total + _chunk_nll(head, hidden_ND, labels_N)
+            else:
+                # Logits are made again in the backward pass, so that one chunk's are alive at a time.
+                total = total + checkpoint(_chunk_nll, head, hidden_ND, labels_N, use_reentrant=False)
+        return total
+
+
+@torch.no_grad()
+def score(model: nn.Module, batch: Batch) -> Score:
+    """Negative log-likelihood and correct predictions over a batch's targets, without gradients."""
+    hidden_TD = hidden_states(model, batch)
+    head = base_of(model).get_output_embeddings()
+    nll = hidden_TD.new_zeros((), dtype=torch.float32)
+    correct = hidden_TD.new_zeros((), dtype=torch.float32)
+    tokens = 0
+    for hidden_ND, labels_N in _target_chunks(hidden_TD, batch.labels[0], base_of(model).config.vocab_size):
+        logits_NV = head(hidden_ND).float()
+        nll += F.cross_entropy(logits_NV, labels_N, reduction="sum")
+        correct += (logits_NV.argmax(-1) == labels_N).sum()
+        tokens += len(labels_N)
+    return Score(nll, correct, tokens)

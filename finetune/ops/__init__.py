@@ -1,0 +1,1 @@
+"""Numerical kernels behind the model: what runs inside a forward pass."""

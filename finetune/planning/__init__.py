@@ -1,0 +1,1 @@
+"""What a run will need, by arithmetic alone: no model is built, nothing is downloaded."""

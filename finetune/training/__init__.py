@@ -1,0 +1,1 @@
+"""One run: recipe assembles it, loop runs it, checkpoint keeps it, track shows it."""

@@ -1,0 +1,237 @@
+"""Checkpoints that are whole or absent: safetensors and JSON under a SHA-256 manifest, no pickle.
+
+A checkpoint folder is a plain PEFT adapter folder with three files more: `training.safetensors` (value, first and second
+moment of every trained parameter, by name), `state.json` (counters) and `manifest.json` (size and SHA-256 of every other
+file). It is written under a temporary name, every file and the folder fsynced, then renamed: the rename is the commit.
+The adapter files are for people; a resumed run reads `training.safetensors`, which is exact for every kind of adapter.
+
+Random state is not stored because there is none to store: the loop seeds every generator from (seed, step, rank) at
+the start of each step, on every rank, so the next step's noise is known from the step's number alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetune.errors import IntegrityError, ResourceError
+
+TRAINING, STATE, MANIFEST = "training.safetensors", "state.json", "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_TEMPORARY = ".incomplete-"
+
+
+@dataclass
+class TrainState:
+    """Counters of a run; everything a resumed run needs beside the adapter and the optimizer.
+
+    step: optimizer steps done. tokens, target_tokens: seen so far over all ranks. seconds: training time so far.
+    best_step, best_loss: the evaluation with the lowest mean loss. evaluations_since_best: for early stopping.
+    trajectory: the settings that decide the run's path, by key; data_digest: SHA-256 of training tokens and labels.
+    evaluations: figures of the latest evaluation. before: what the untrained model answered, so that a resumed run need not ask again.
+    """
+
+    trajectory: dict[str, Any]
+    data_digest: str
+    step: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_loss: float | None = None
+    evaluations_since_best: int = 0
+    last_loss: float | None = None
+    evaluations: dict[str, float] = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder beside `folder`, then put it in place in one rename.
+
+    Raises: ResourceError when the disk is full; what was there before is untouched.
+    """
+    temporary = folder.with_name(_TEMPORARY + folder.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for file in temporary.iterdir():
+            _fsync(file)
+        _fsync(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        _fsync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        if isinstance(error, SafetensorError) and "space" not in str(error).lower():
+            raise
+        raise ResourceError(
+            f"the disk is full: {folder} could not be written; earlier checkpoints are whole"
+        ) from error
+
+
+def write_checkpoint(
+    folder: Path,
+    write_adapter: Callable[[Path], None],
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+) -> None:
+    """Write one checkpoint as a whole; a crash at any moment leaves it absent."""
+
+    def write(temporary: Path) -> None:
+        write_adapter(temporary)
+        save_file(training_tensors(optimizer), temporary / TRAINING)
+        (temporary / STATE).write_text(json.dumps(asdict(state), indent=2))
+        files = sorted(p.name for p in temporary.iterdir())
+        entries = {
+            name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in files
+        }
+        (temporary / MANIFEST).write_text(json.dumps(entries, indent=2))
+
+    write_folder(folder, write)
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises: IntegrityError naming each file that is missing, torn or altered.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        entries = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise IntegrityError(f"{folder}: {MANIFEST} is missing or torn") from error
+    problems = []
+    for name, size, digest in entries:
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != size:
+            problems.append(f"{name} has {file.stat().st_size} bytes, not {size}")
+        elif _sha256(file) != digest:
+            problems.append(f"{name} was altered")
+    if missing := {TRAINING, STATE} - set(manifest):
+        problems.append(f"{MANIFEST} lists no {', '.join(sorted(missing))}")
+    if problems:
+        raise IntegrityError(f"{folder}: {'; '.join(problems)}")
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first; unfinished ones are not among them."""
+    found = [(int(match[1]), p) for p in run.glob("checkpoint-*") if (match := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def newest_whole(run: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that passes its manifest; each torn one met on the way is named through `warn`."""
+    for folder in reversed(list_checkpoints(run)):
+        try:
+            verify_checkpoint(folder)
+            return folder
+        except IntegrityError as error:
+            warn(f"{error}; trying the checkpoint before it")
+    return None
+
+
+def read_state(folder: Path) -> TrainState:
+    """The counters of a verified checkpoint.
+
+    Raises: IntegrityError if they are not what this version writes.
+    """
+    try:
+        return TrainState(**json.loads((folder / STATE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise IntegrityError(f"{folder / STATE} cannot be read by this version: {error}") from error
+
+
+def training_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every trained parameter and its optimizer state, as `<parameter name>/value|step|exp_avg|exp_avg_sq`."""
+    tensors = {}
+    for name, parameter in _named(optimizer):
+        for key, value in {"value": parameter, **optimizer.state[parameter]}.items():
+            tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def load_training(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Put saved parameters and moments back, bit for bit, on each parameter's device.
+
+    Raises: IntegrityError naming parameters that are missing, of another shape, or not in this run.
+    """
+    saved = load_file(folder / TRAINING)
+    keys = ("value", "step", "exp_avg", "exp_avg_sq")
+    entries = [
+        (name, parameter, {k: saved.pop(f"{name}/{k}", None) for k in keys}) for name, parameter in _named(optimizer)
+    ]
+    unfit = [
+        name
+        for name, parameter, state in entries
+        if any(v is None for v in state.values()) or state["value"].shape != parameter.shape
+    ]
+    if unfit or saved:
+        raise IntegrityError(
+            f"{folder / TRAINING} does not fit this run's parameters: {', '.join([*unfit, *saved][:5])}"
+        )
+    for _, parameter, state in entries:
+        parameter.data.copy_(state.pop("value"))
+        optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
+
+
+def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    for group in optimizer.param_groups:
+        yield from zip(group["param_names"], group["params"], strict=True)
+
+
+def rotate(run: Path, keep: int, best_step: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one; leftovers of interrupted writes go too."""
+    folders = list_checkpoints(run)
+    protected = {f"checkpoint-{best_step}"}
+    for folder in folders[:-keep]:
+        if folder.name not in protected:
+            _remove(folder)
+    for leftover in run.glob(f"{_TEMPORARY}checkpoint-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Rename first: a deletion cut short must not leave half a checkpoint under its own name."""
+    doomed = folder.with_name(_TEMPORARY + folder.name)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def replace_files(source: Path, names: Iterable[str], target: Path) -> None:
+    """Move files into a folder, each in one rename, the old one of its name replaced; then fsync the folder."""
+    for name in names:
+        os.replace(source / name, target / name)
+    _fsync(target)

@@ -1,0 +1,270 @@
+"""Assembles one run and runs it, in this order: plan, tokenizer, data, base, adapter, loss, fit, save, report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from peft import PeftModel
+
+from finetune.config.schema import RunConfig
+from finetune.data.chat import ChatTemplate
+from finetune.data.loader import LoadedData, describe_source, load_chat_template, load_data
+from finetune.data.packing import SequenceOrder
+from finetune.errors import ConfigError, FinetuneError, Interrupted
+from finetune.evaluation.generation import Answer, answer_rows, exact_match
+from finetune.evaluation.perplexity import evaluate
+from finetune.losses.cross_entropy import CrossEntropy
+from finetune.models.adapter import attach_lora, check_adapter, save_adapter
+from finetune.models.families import shape_of
+from finetune.models.load import load_base, load_tokenizer
+from finetune.planning.plan import derive_micro_batch, describe_plan
+from finetune.training import run_folder
+from finetune.training.card import model_card
+from finetune.training.checkpoint import (
+    TrainState, load_training, read_state, replace_files, rotate, write_checkpoint, write_folder,
+)  # fmt: skip
+from finetune.training.loop import Job, fit, peak_bytes
+from finetune.training.optim import build_optimizer
+from finetune.training.run_folder import RunResult
+from finetune.training.track import SilentTracker, Tracker
+from finetune.training.report import describe_result
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the steps of a run are made of."""
+
+    cfg: RunConfig
+    accelerator: Accelerator
+    chat: ChatTemplate
+    data: LoadedData
+    model: PeftModel
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.output_dir)
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+
+def train(cfg: RunConfig) -> RunResult:
+    """Run one config from its files to a saved, verified adapter; continue an earlier run where `train.resume` says so.
+
+    Returns: the content of result.json.
+    Raises: InputError before any weight is loaded, where the input can be judged without it; Interrupted after a signal.
+    """
+    accelerator = Accelerator()
+    _check_world_size(cfg, accelerator)
+    _use_all_cores(accelerator)
+    set_seed(cfg.train.seed)
+    say = _speaker(accelerator)
+    lock = run_folder.claim_folder(cfg) if accelerator.is_main_process else None
+    try:
+        checkpoint = _on_main(accelerator, lambda: run_folder.find_checkpoint(cfg, say))
+        say(describe_plan(cfg, shape_of(cfg.model.name), accelerator.num_processes))
+        parts = _load(cfg, accelerator, checkpoint, say)
+        return _run(parts, checkpoint, say)
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say: Callable[[str], None]) -> Parts:
+    tokenizer = load_tokenizer(cfg.model)
+    chat = load_chat_template(cfg.data, tokenizer)
+    if cfg.lora.new_tokens:
+        tokenizer.add_tokens([token for token in cfg.lora.new_tokens if token not in tokenizer.get_vocab()])
+    data = load_data(cfg.data, chat)
+    for source in (*data.train, *data.eval):
+        say(describe_source(source))
+    if checkpoint is not None:
+        run_folder.check_continuation(cfg, data.digest, checkpoint)
+    elif accelerator.is_main_process:
+        run_folder.describe_run(cfg, Path(cfg.output_dir), data.digest, accelerator.num_processes)
+    model = attach_lora(load_base(cfg.model, cfg.quant, accelerator.device), cfg.lora, tokenizer)
+    model.train()
+    if cfg.train.recompute == "all":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Parts(cfg, accelerator, chat, data, model)
+
+
+def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> RunResult:
+    cfg, accelerator = parts.cfg, parts.accelerator
+    optimizer = build_optimizer(cfg.train, parts.model.named_parameters())
+    state = TrainState(run_folder.trajectory(cfg), parts.data.digest)
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        load_training(checkpoint, optimizer)
+        say(f"continuing from {checkpoint}")
+    elif cfg.generation.rows:
+        answers = _answer(parts, cfg.generation.rows)
+        state.before = {
+            "exact_match": exact_match(answers),
+            "answers": [[a.prompt, a.expected, a.given] for a in answers[: cfg.generation.samples]],
+        }
+        say(f"held-out exact match before training: {state.before['exact_match']:.1%} of {len(answers)}")
+    order = SequenceOrder(
+        [len(d) for d in parts.data.documents], parts.data.weights,
+        cfg.data.max_length if cfg.data.packing else None, cfg.train.batch_size, cfg.train.seed,
+    )  # fmt: skip
+    total_steps = cfg.train.max_steps or order.steps_for(cfg.train.epochs or 1)
+    tracker = Tracker(cfg, parts.folder, total_steps, state.step) if parts.is_main else SilentTracker()
+    job = Job(
+        cfg=cfg.train, accelerator=accelerator, optimizer=optimizer,
+        loss=accelerator.prepare_model(CrossEntropy(parts.model, cfg.train.neftune_alpha), device_placement=False),
+        documents=parts.data.documents, order=order, total_steps=total_steps,
+        micro_batch=derive_micro_batch(cfg, accelerator.num_processes), tracker=tracker,
+        save=lambda state: _save_checkpoint(parts, optimizer, state),
+        evaluate=(lambda: _evaluate(parts)) if parts.data.eval else None,
+        sample=lambda: _say_samples(parts, tracker.say), sample_every=cfg.generation.every,
+    )  # fmt: skip
+    result = RunResult("failed", world_size=accelerator.num_processes)
+    try:
+        with closing(tracker):
+            fit(job, state)
+        _finish(parts, optimizer, state, result, say)
+        result.status = "finished"
+    except Interrupted as error:
+        result.status, result.error = "stopped", str(error)
+        raise
+    except FinetuneError as error:
+        result.error = str(error)
+        raise
+    finally:
+        _fill(result, state)
+        if parts.is_main:
+            run_folder.write_result(parts.folder, result)
+    return result
+
+
+def _finish(
+    parts: Parts, optimizer: torch.optim.Optimizer, state: TrainState, result: RunResult, say: Callable[[str], None]
+) -> None:
+    """Evaluate and save what the run has learned, and say so."""
+    cfg = parts.cfg
+    if cfg.train.early_stopping is not None and state.best_step not in (None, state.step):
+        load_training(parts.folder / f"checkpoint-{state.best_step}", optimizer)
+        state.evaluations = _evaluate(parts)
+        say(f"the final adapter is the best one, of step {state.best_step}")
+    after: list[Answer] = []
+    if cfg.generation.rows:
+        after = _answer(parts, cfg.generation.rows)
+        result.exact_match_after = exact_match(after)
+    _fill(result, state)
+    if parts.is_main:
+        _save_final(parts, result)
+        result.adapter = str(parts.folder)
+        print(describe_result(result, state.before.get("answers", []), after[: cfg.generation.samples]))
+    parts.accelerator.wait_for_everyone()
+
+
+def _fill(result: RunResult, state: TrainState) -> None:
+    result.steps, result.target_tokens = state.step, state.target_tokens
+    result.final_loss, result.train_seconds = state.last_loss, state.seconds
+    result.tokens_per_second = state.tokens / state.seconds if state.seconds else None
+    result.evaluations, result.eval_loss = state.evaluations, state.evaluations.get("eval_loss")
+    result.exact_match_before = state.before.get("exact_match")
+    result.peak_bytes = peak_bytes()
+
+
+def _save_checkpoint(parts: Parts, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+    if parts.is_main:
+        folder = parts.folder / f"checkpoint-{state.step}"
+        write_checkpoint(folder, lambda temporary: _write_adapter(parts, temporary), optimizer, state)
+        rotate(parts.folder, parts.cfg.train.keep, state.best_step)
+    parts.accelerator.wait_for_everyone()
+
+
+def _write_adapter(parts: Parts, folder: Path) -> None:
+    save_adapter(
+        parts.model, folder, base_name=parts.cfg.model.name, revision=parts.cfg.model.revision,
+        tokenizer=parts.chat.tokenizer, chat_template=parts.chat.template,
+    )  # fmt: skip
+
+
+def _save_final(parts: Parts, result: RunResult) -> None:
+    """Write, read back and check the adapter beside its place, then put it there file by file."""
+
+    def write(folder: Path) -> None:
+        _write_adapter(parts, folder)
+        check_adapter(folder)
+        (folder / "README.md").write_text(model_card(parts.cfg, result), encoding="utf-8")
+
+    staged = parts.folder / ".adapter"
+    write_folder(staged, write)
+    replace_files(staged, sorted(p.name for p in staged.iterdir()), parts.folder)
+    shutil.rmtree(staged)
+
+
+def _evaluate(parts: Parts) -> dict[str, float]:
+    """loss, perplexity and accuracy of every evaluation set, and the mean loss over the sets."""
+    rank, ranks = parts.accelerator.process_index, parts.accelerator.num_processes
+    figures: dict[str, float] = {}
+    losses = []
+    for source in parts.data.eval:
+        measured = evaluate(
+            parts.model, source.documents[rank::ranks], limit_tokens=max(4096, parts.cfg.data.max_length),
+            sum_over_ranks=lambda sums: parts.accelerator.reduce(sums.to(parts.accelerator.device), "sum").cpu(),
+        )  # fmt: skip
+        losses.append(measured.loss)
+        figures |= {
+            f"eval/{source.name}/loss": measured.loss,
+            f"eval/{source.name}/perplexity": measured.perplexity,
+            f"eval/{source.name}/accuracy": measured.accuracy,
+        }
+    return {"eval_loss": sum(losses) / len(losses), **figures}
+
+
+def _answer(parts: Parts, rows: int) -> list[Answer]:
+    """Greedy answers to the first held-out rows, shared out among the ranks, in order."""
+    generation, ranks = parts.cfg.generation, parts.accelerator.num_processes
+    conversations = parts.data.eval[0].conversations[:rows]
+    mine = list(range(len(conversations)))[parts.accelerator.process_index :: ranks]
+    answers = answer_rows(
+        parts.model, parts.chat, [conversations[i] for i in mine],
+        max_new_tokens=generation.max_new_tokens, batch_size=generation.batch_size,
+    )  # fmt: skip
+    pairs = gather_object(list(zip(mine, answers, strict=True))) if ranks > 1 else list(zip(mine, answers, strict=True))
+    return [answer for _, answer in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def _say_samples(parts: Parts, say: Callable[[str], None]) -> None:
+    for answer in _answer(parts, parts.cfg.generation.samples):
+        say(f"  {answer.prompt!r} -> {answer.given!r}")
+
+
+def _check_world_size(cfg: RunConfig, accelerator: Accelerator) -> None:
+    if cfg.train.world_size not in (None, accelerator.num_processes):
+        raise ConfigError(
+            f"train.world_size asks for {cfg.train.world_size} ranks, but {accelerator.num_processes} started; "
+            "launch/accelerate/ has a launch command for each case"
+        )
+
+
+def _use_all_cores(accelerator: Accelerator) -> None:
+    """`accelerate launch` sets one thread a rank on CPU, which would leave the machine idle."""
+    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _speaker(accelerator: Accelerator) -> Callable[[str], None]:
+    return (
+        (lambda text: print(text, file=sys.stderr, flush=True)) if accelerator.is_main_process else (lambda text: None)
+    )
+
+
+def _on_main(accelerator: Accelerator, compute: Callable[[], Path | None]) -> Path | None:
+    """The main rank's answer, on every rank."""
+    answer = [compute() if accelerator.is_main_process else None]
+    return broadcast_object_list(answer)[0] if accelerator.num_processes > 1 else answer[0]

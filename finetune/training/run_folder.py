@@ -1,0 +1,172 @@
+"""A run's folder: who may write into it, what it says about itself, and which run in it may be continued."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from finetune.config.compose import to_yaml
+from finetune.config.schema import RunConfig
+from finetune.errors import ConfigError
+from finetune.training.checkpoint import list_checkpoints, newest_whole, read_state, verify_checkpoint
+
+RESULT, RUN, CONFIG, ADAPTER = "result.json", "run.json", "config.yaml", "adapter_model.safetensors"
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors")
+# Settings that may change between a run and its continuation: how long, how often, where to, in which pieces.
+_FREE = {
+    "train": {"max_steps", "epochs", "micro_batch_size", "recompute", "eval_every", "save_every", "keep", "early_stopping",
+              "resume", "world_size"},
+    "data": {"train", "eval"},  # the tokens themselves are compared
+    "model": {"attention"},
+}  # fmt: skip
+
+
+@dataclass
+class RunResult:
+    """How a run ended; result.json holds exactly this.
+
+    status: finished | stopped | failed. final_loss, eval_loss: nats a target token. exact_match_*: share of held-out
+    rows, None where not measured. tokens_per_second: all tokens over training time. peak_bytes: CUDA's max allocated, on
+    CPU the process's peak resident size. adapter: folder of the final adapter, None if there is none yet.
+    """
+
+    status: str
+    steps: int = 0
+    target_tokens: int = 0
+    final_loss: float | None = None
+    eval_loss: float | None = None
+    evaluations: dict[str, float] = field(default_factory=dict)
+    exact_match_before: float | None = None
+    exact_match_after: float | None = None
+    train_seconds: float = 0.0
+    tokens_per_second: float | None = None
+    peak_bytes: int = 0
+    world_size: int = 1
+    adapter: str | None = None
+    error: str | None = None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one rename, so that no reader ever sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def claim_folder(cfg: RunConfig) -> IO[str]:
+    """Make the run's folder and lock it until the returned file is closed (or the process dies).
+
+    Raises: ConfigError if another process is writing there, or an earlier run lies there and resume is `never`.
+    """
+    folder = Path(cfg.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"output_dir: cannot write to {folder}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise ConfigError(
+            f"output_dir: another process is training into {folder}; wait for it or choose another"
+        ) from error
+    if cfg.train.resume == "never" and ((folder / ADAPTER).exists() or list_checkpoints(folder)):
+        lock.close()
+        raise ConfigError(
+            f"output_dir: {folder} already holds a run; set train.resume=auto to continue it, or another output_dir"
+        )
+    return lock
+
+
+def find_checkpoint(cfg: RunConfig, warn: Callable[[str], None]) -> Path | None:
+    """The checkpoint to continue from, verified; None to start anew.
+
+    Raises: ConfigError if the folder named isn't a checkpoint; IntegrityError if it is torn.
+    """
+    if cfg.train.resume == "never":
+        return None
+    if cfg.train.resume == "auto":
+        return newest_whole(Path(cfg.output_dir), warn)
+    folder = Path(cfg.train.resume)
+    if not folder.is_dir():
+        known = ", ".join(str(p) for p in list_checkpoints(Path(cfg.output_dir))) or "none"
+        raise ConfigError(f"train.resume: {folder} is no folder; give auto, never or a checkpoint (found: {known})")
+    verify_checkpoint(folder)
+    return folder
+
+
+def trajectory(cfg: RunConfig) -> dict[str, Any]:
+    """Settings that must stay as they were for a continued run to equal an unbroken one, by dotted key."""
+    sections = cfg.model_dump(include={"model", "quant", "lora", "data", "train"})
+    return {
+        f"{section}.{key}": value
+        for section, values in sections.items()
+        for key, value in values.items()
+        if key not in _FREE.get(section, set())
+    }
+
+
+def check_continuation(cfg: RunConfig, data_digest: str, checkpoint: Path) -> None:
+    """Compare a run with the checkpoint it is to continue.
+
+    Raises: ConfigError naming every setting that differs, with both values.
+    """
+    state = read_state(checkpoint)
+    current = json.loads(json.dumps(trajectory(cfg)))
+    differing = [
+        f"{key}: {state.trajectory.get(key)!r} then, {current.get(key)!r} now"
+        for key in sorted(current.keys() | state.trajectory.keys())
+        if current.get(key) != state.trajectory.get(key)
+    ]
+    if state.data_digest != data_digest:
+        differing.append("data.train: the rows, their weights, the template or their tokens differ")
+    if differing:
+        raise ConfigError(
+            "\n".join([f"this run differs from {checkpoint}, so it cannot be continued (lora.init_adapter starts a new run "
+                       "on its adapter):", *differing])
+        )  # fmt: skip
+
+
+def base_fingerprint(model_name: str) -> str | None:
+    """SHA-256 over the names, sizes and safetensors headers of a local base's weight files; None for a hub model."""
+    files = sorted(Path(model_name).glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            header_bytes = min(int.from_bytes(stream.read(8), "little"), 2**27)
+            digest.update(f"{file.name}:{file.stat().st_size};".encode() + stream.read(header_bytes))
+            digest.update(stream.read(2**20))
+    return digest.hexdigest()
+
+
+def describe_run(cfg: RunConfig, folder: Path, data_digest: str, world_size: int) -> None:
+    """Write config.yaml (resolved) and run.json (versions, seed, digests)."""
+    write_text(folder / CONFIG, to_yaml(cfg))
+    facts = {
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
+        "platform": platform.platform(),
+        "seed": cfg.train.seed,
+        "base": {
+            "name": cfg.model.name,
+            "revision": cfg.model.revision,
+            "fingerprint": base_fingerprint(cfg.model.name),
+        },
+        "data_digest": data_digest,
+        "world_size": world_size,
+    }
+    write_text(folder / RUN, json.dumps(facts, indent=2) + "\n")
+
+
+def write_result(folder: Path, result: RunResult) -> None:
+    write_text(folder / RESULT, json.dumps(asdict(result), indent=2) + "\n")

@@ -1,0 +1,181 @@
+"""What a run tells: metrics.jsonl always, wandb and TensorBoard if asked, a progress bar or plain lines on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from finetune.config.schema import RunConfig, TrackConfig
+from finetune.errors import MissingExtra
+
+METRICS = "metrics.jsonl"
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Backend(Protocol):
+    """Somewhere the metrics of a step go."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class WandbBackend:
+    """Weights & Biases; offline when no key is known, and a run never waits for or dies of it."""
+
+    def __init__(self, cfg: RunConfig, folder: Path):
+        import wandb
+
+        if "WANDB_MODE" not in os.environ and not wandb.api.api_key:
+            os.environ["WANDB_MODE"] = "offline"
+        self._run = wandb.init(
+            project=cfg.track.project, name=cfg.track.run_name or cfg.name, dir=str(folder), config=cfg.model_dump(),
+            resume="allow", settings=wandb.Settings(init_timeout=30, silent=True, console="off"),
+        )  # fmt: skip
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorboardBackend:
+    """TensorBoard event files in `<run>/tensorboard`."""
+
+    def __init__(self, folder: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingExtra('track.tensorboard needs: pip install "finetune-qlora[tensorboard]"') from error
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class ConsoleView:
+    """Progress on stderr: a bar on a terminal, otherwise a plain line every few seconds."""
+
+    def __init__(self, total_steps: int):
+        self._console = Console(stderr=True, highlight=False)
+        self._total = total_steps
+        self._last_line = 0.0
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+                TimeRemainingColumn(), console=self._console,
+            )  # fmt: skip
+            self._task = self._bar.add_task("", total=total_steps)
+            self._bar.start()
+
+    def step(self, metrics: Mapping[str, float], seconds_left: float) -> None:
+        text = (
+            f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  grad {metrics['grad_norm']:.3f}  "
+            f"{metrics['tokens_per_second']:,.0f} tok/s  {metrics['peak_bytes'] / 2**30:.2f} GiB"
+        )
+        step = int(metrics["step"])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif step == self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self.say(f"step {step}/{self._total}  {text}  {_duration(seconds_left)} left")
+
+    def say(self, message: str) -> None:
+        self._console.print(message, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class MetricsFile:
+    """metrics.jsonl: one line a step, whole lines only, readable while the run goes on."""
+
+    def __init__(self, folder: Path, resumed_step: int):
+        path = folder / METRICS
+        kept = [line for line in path.read_bytes().splitlines(keepends=True)] if path.exists() else []
+        # Steps after the checkpoint are done again; a line cut short by a crash goes with them.
+        lines = [line for line in kept if line.endswith(b"\n") and json.loads(line)["step"] <= resumed_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(lines))
+        temporary.replace(path)
+        self._stream = path.open("a", encoding="utf-8")
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        self._stream.write(json.dumps(values) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class Tracker:
+    """Sends what happens on the main rank to every place; silent on the others."""
+
+    def __init__(self, cfg: RunConfig, folder: Path, total_steps: int, resumed_step: int):
+        self._file = MetricsFile(folder, resumed_step)
+        self._backends = build_backends(cfg, cfg.track, folder)
+        self._console = ConsoleView(total_steps)
+
+    def step(self, metrics: Mapping[str, float], seconds_left: float) -> None:
+        """One optimizer step's figures, evaluations of that step among them."""
+        self._file.log(metrics)
+        values = {name: value for name, value in metrics.items() if name != "step"}
+        for backend in self._backends:
+            backend.log(int(metrics["step"]), values)
+        self._console.step(metrics, seconds_left)
+
+    def say(self, message: str) -> None:
+        self._console.say(message)
+
+    def close(self) -> None:
+        self._console.close()
+        self._file.close()
+        for backend in self._backends:
+            backend.close()
+
+
+class SilentTracker:
+    """A tracker for the ranks that are not the main one."""
+
+    def step(self, metrics: Mapping[str, float], seconds_left: float) -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def build_backends(cfg: RunConfig, track: TrackConfig, folder: Path) -> list[Backend]:
+    """The trackers a run asks for; one that cannot start is named and left out, for training must not depend on it."""
+    backends: list[Backend] = []
+    if track.tensorboard:
+        backends.append(TensorboardBackend(folder))
+    if track.wandb:
+        try:
+            backends.append(WandbBackend(cfg, folder))
+        except Exception as error:
+            print(f"warning: wandb did not start ({error}); metrics.jsonl has everything", file=sys.stderr)
+    return backends

@@ -1,0 +1,98 @@
+"""The loss and its gradients against transformers in float64, document by document."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from finetune.data.batch import Document, build_batch, silent_batch
+from finetune.data.chat import UNTRAINED
+from finetune.losses import cross_entropy
+from finetune.losses.cross_entropy import CrossEntropy, score
+from tests.models import random_qwen2
+
+
+def documents(lengths: list[int], seed: int = 0) -> list[Document]:
+    rng = np.random.default_rng(seed)
+    result = []
+    for i, length in enumerate(lengths):
+        ids = rng.integers(0, 97, length).astype(np.int32)
+        labels = np.full(length, UNTRAINED, dtype=np.int32)
+        if length > 1:
+            trained = rng.random(length - 1) < 0.6
+            trained[-1] = True
+            labels[:-1] = np.where(trained, ids[1:], UNTRAINED)
+        result.append(Document(ids, labels, f"row {i}"))
+    return result
+
+
+def reference(docs: list[Document]) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    """Sum over documents, each in a forward pass of its own, plain attention, float64."""
+    model = random_qwen2("eager", torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
+    correct = 0
+    for doc in docs:
+        logits = model(input_ids=torch.tensor(doc.ids[None].astype(np.int64))).logits[0]
+        labels = torch.tensor(doc.labels.astype(np.int64))
+        total = total + F.cross_entropy(logits, labels, ignore_index=UNTRAINED, reduction="sum")
+        correct += int((logits.argmax(-1) == labels).sum())
+    total.backward()
+    return total.detach(), {name: p.grad for name, p in model.named_parameters()}, correct
+
+
+@pytest.mark.parametrize("attn", ["segmented", "sdpa", "eager"])
+@pytest.mark.parametrize("lengths", [[7], [5, 9, 2, 16], [1, 3, 1]])
+@pytest.mark.parametrize("chunk_rows", [3, 1000])
+def test_packed_loss_and_gradients_equal_float64_documents_alone(attn, lengths, chunk_rows, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_LOGITS_LIMIT", 97 * chunk_rows)
+    docs = documents(lengths)
+    expected, expected_gradients, correct = reference(docs)
+    model = random_qwen2(attn)
+    loss = CrossEntropy(model)(build_batch(docs))
+    loss.backward()
+    # fp32 arithmetic over two layers: 1e-5 relative is about a hundred roundings.
+    torch.testing.assert_close(loss.detach().double(), expected, rtol=1e-5, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad.double(), expected_gradients[name], rtol=1e-4, atol=2e-5, msg=name)
+    scored = score(model, build_batch(docs))
+    torch.testing.assert_close(scored.nll.double(), expected, rtol=1e-5, atol=1e-5)
+    assert (int(scored.correct), scored.tokens) == (correct, sum(d.target_tokens for d in docs))
+
+
+def test_a_batch_without_targets_gives_zero_and_reaches_every_parameter():
+    model = random_qwen2()
+    loss = CrossEntropy(model)(silent_batch(documents([9])[0]))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_segmented_attention_refuses_lengths_that_do_not_cover_the_batch():
+    model = random_qwen2()
+    batch = build_batch(documents([4, 4]))
+    with pytest.raises(ValueError, match="sum to the 8 tokens"):
+        model.model(
+            batch.input_ids, position_ids=batch.position_ids, attention_mask={"full_attention": None},
+            segment_lengths=(4, 3), use_cache=False,
+        )  # fmt: skip
+
+
+def test_neftune_noise_is_bounded_by_each_documents_own_length_and_off_in_evaluation():
+    docs = documents([4, 64])
+    batch = build_batch(docs)
+    model = random_qwen2()
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    clean = model.get_input_embeddings()(batch.input_ids)
+    for mode in (True, False):
+        model.train(mode)
+        CrossEntropy(model, neftune_alpha=5.0)(batch)
+    noise = (seen[0] - clean).abs()[0]
+    for rows, length in ((noise[:4], 4), (noise[4:], 64)):
+        bound = 5.0 / (length * 64) ** 0.5
+        assert 0.9 * bound < rows.max() <= bound
+    assert torch.equal(seen[1], clean)
