@@ -21,7 +21,7 @@ from finetune.terminal import printable
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """summary: its line in the help; run: `module:function` of Arguments -> exit code; help: `module:name` of its text."""
+    """run: address of a function, Arguments -> exit code; help: address of a text or of a function that gives one."""
 
     summary: str
     run: str
@@ -83,9 +83,15 @@ def run_train(arguments: Arguments) -> int:
         raise InputError(f"finetune train needs config=X.yaml; packaged: {', '.join(_packaged_configs())}")
     config = load_config(arguments.config, arguments.overrides)
 
+    if "--dry-run" in arguments.flags:
+        from finetune.planning.plan import dry_run
+
+        print(dry_run(config))
+        return 0
+
     from finetune.training.recipe import train
 
-    train(config, dry_run="--dry-run" in arguments.flags)
+    train(config)
     return 0
 
 
