@@ -56,13 +56,16 @@ class LoadedData:
 
 
 def load_chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """The template a run uses: the tokenizer's, or the jinja file that `data.chat_template` names."""
-    if cfg.chat_template is None:
-        return ChatTemplate(tokenizer)
-    try:
-        return ChatTemplate(tokenizer, Path(cfg.chat_template).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"data.chat_template: {cfg.chat_template}: {error.strerror}") from error
+    """The template a run uses: the tokenizer's, or the jinja file that `data.chat_template` names.
+
+    The tokenizer takes the file's template as its own, so that it is saved with the adapter.
+    """
+    if cfg.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(cfg.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"data.chat_template: {cfg.chat_template} cannot be read: {error}") from error
+    return ChatTemplate(tokenizer)
 
 
 def load_data(cfg: DataConfig, chat: ChatTemplate) -> LoadedData:

@@ -62,10 +62,40 @@ def _chunk_nll(head: nn.Module, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden_ND).float(), labels_N, reduction="sum")
 
 
-def _target_chunks(hidden_TD: Tensor, labels_T: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
+def _target_chunks(hidden_TD: Tensor, labels_T: Tensor, vocabulary: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The hidden states [N, D] that carry a target, and the same with their labels in chunks of bounded logits."""
     rows = (labels_T != UNTRAINED).nonzero().squeeze(1)
+    rows_ND, labels_N = hidden_TD[rows], labels_T[rows]
+    if not len(rows):
+        return rows_ND, []
     size = max(1, _LOGITS_LIMIT // vocabulary)
-    return list(zip(hidden_TD[rows].split(size), labels_T[rows].split(size), strict=True))
+    return rows_ND, list(zip(rows_ND.split(size), labels_N.split(size), strict=True))
+
+
+class _FrozenHeadNll(torch.autograd.Function):
+    """Sum of nats whose gradient with respect to the hidden states is made in the forward pass.
+
+    A chunk's logits die before the next chunk's are made, and none is made twice. Only for a head without trained
+    parameters: their gradients would be lost.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_ND: Tensor, head: nn.Module, chunks: list[tuple[Tensor, Tensor]]) -> Tensor:
+        total = hidden_ND.new_zeros((), dtype=torch.float32)
+        gradients = []
+        for chunk_ND, labels_N in chunks:
+            with torch.enable_grad():
+                leaf_ND = chunk_ND.detach().requires_grad_()
+                nll = _chunk_nll(head, leaf_ND, labels_N)
+            gradients += torch.autograd.grad(nll, leaf_ND)
+            total += nll.detach()
+        ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * grad_outputs[0].to(gradient_ND.dtype), None, None
 
 
 class CrossEntropy(nn.Module):
@@ -83,16 +113,14 @@ class CrossEntropy(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         hidden_TD = hidden_states(self.model, batch, self.neftune_alpha)
         head = base_of(self.model).get_output_embeddings()
-        chunks = _target_chunks(hidden_TD, batch.labels[0], base_of(self.model).config.vocab_size)
-        # Keeps every adapter in the graph when no token carries a target: DDP waits for each of them.
-        total = hidden_TD[:1].float().sum() * 0.0
-        for hidden_ND, labels_N in chunks:
-            if len(chunks) == 1:
-                total = total + _chunk_nll(head, hidden_ND, labels_N)
-            else:
-                # Logits are made again in the backward pass, so that one chunk's are alive at a time.
-                total = total + checkpoint(_chunk_nll, head, hidden_ND, labels_N, use_reentrant=False)
-        return total
+        rows_ND, chunks = _target_chunks(hidden_TD, batch.labels[0], base_of(self.model).config.vocab_size)
+        if not chunks:
+            # Keeps every adapter in the graph: DDP waits for each of them.
+            return hidden_TD.float().sum() * 0.0
+        if any(parameter.requires_grad for parameter in head.parameters()):
+            parts = [checkpoint(_chunk_nll, head, *chunk, use_reentrant=False) for chunk in chunks]
+            return torch.stack(parts).sum()
+        return _FrozenHeadNll.apply(rows_ND, head, chunks)
 
 
 @torch.no_grad()
@@ -103,7 +131,8 @@ def score(model: nn.Module, batch: Batch) -> Score:
     nll = hidden_TD.new_zeros((), dtype=torch.float32)
     correct = hidden_TD.new_zeros((), dtype=torch.float32)
     tokens = 0
-    for hidden_ND, labels_N in _target_chunks(hidden_TD, batch.labels[0], base_of(model).config.vocab_size):
+    _, chunks = _target_chunks(hidden_TD, batch.labels[0], base_of(model).config.vocab_size)
+    for hidden_ND, labels_N in chunks:
         logits_NV = head(hidden_ND).float()
         nll += F.cross_entropy(logits_NV, labels_N, reduction="sum")
         correct += (logits_NV.argmax(-1) == labels_N).sum()

@@ -23,7 +23,8 @@ from finetune.errors import ConfigError, FinetuneError, Interrupted
 from finetune.evaluation.generation import Answer, answer_rows, exact_match
 from finetune.evaluation.perplexity import evaluate
 from finetune.losses.cross_entropy import CrossEntropy
-from finetune.models.adapter import attach_lora, check_adapter, save_adapter
+from finetune.models.adapter import attach_lora
+from finetune.models.adapter_files import check_adapter, save_adapter
 from finetune.models.families import shape_of
 from finetune.models.load import load_base, load_tokenizer
 from finetune.planning.plan import derive_micro_batch, describe_plan
@@ -187,10 +188,7 @@ def _save_checkpoint(parts: Parts, optimizer: torch.optim.Optimizer, state: Trai
 
 
 def _write_adapter(parts: Parts, folder: Path) -> None:
-    save_adapter(
-        parts.model, folder, base_name=parts.cfg.model.name, revision=parts.cfg.model.revision,
-        tokenizer=parts.chat.tokenizer, chat_template=parts.chat.template,
-    )  # fmt: skip
+    save_adapter(parts.model, folder, parts.chat.tokenizer)
 
 
 def _save_final(parts: Parts, result: RunResult) -> None:
@@ -198,7 +196,7 @@ def _save_final(parts: Parts, result: RunResult) -> None:
 
     def write(folder: Path) -> None:
         _write_adapter(parts, folder)
-        check_adapter(folder)
+        check_adapter(folder, parts.model)
         (folder / "README.md").write_text(model_card(parts.cfg, result), encoding="utf-8")
 
     staged = parts.folder / ".adapter"
