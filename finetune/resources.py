@@ -7,12 +7,7 @@ from typing import Literal
 
 
 def packaged(kind: Literal["configs", "data"]) -> Path:
-    """Folder of the packaged files: `finetune/_packaged/<kind>` in a wheel, the checkout's `<kind>` otherwise.
-
-    Raises: FileNotFoundError if the installation has neither.
-    """
+    """Folder of the packaged files: `finetune/_packaged/<kind>` in a wheel, the checkout's `<kind>` otherwise."""
     package = Path(__file__).resolve().parent
-    for folder in (package / "_packaged" / kind, package.parent / kind):
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError(f"the installation lacks its {kind} folder: looked beside and inside {package}")
+    inside = package / "_packaged" / kind
+    return inside if inside.is_dir() else package.parent / kind

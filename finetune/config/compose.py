@@ -1,62 +1,131 @@
-"""A config file and its overrides -> one validated RunConfig."""
+"""A config file and its overrides -> one validated RunConfig.
+
+Order, the last wins: the schema's defaults, what Hydra composes from the file and its groups, `key=value` overrides.
+Interpolations are resolved after that. Nothing is imported or instantiated on behalf of a config.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from finetune.config.explain import problems_of, shown
+from finetune.config.keys import find, is_section, takes
+from finetune.config.origins import Origins, short
+from finetune.config.overrides import Overrides, parse_overrides
+from finetune.config.problems import COMMAND_LINE, Problem, config_error, printable
+from finetune.config.resolve import escaped, guarded_environment, resolved
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
 from finetune.resources import packaged
 
-OmegaConf.register_new_resolver("packaged", lambda path: str(packaged(*path.split("/")[:1]).parent / path), replace=True)
+_LONGEST_REASON = 300
 
 
 def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that a config file and `key=value` overrides describe.
 
-    Raises: ConfigError.
+    A name is looked up in the working directory, its `configs/` and the packaged configs, with or without `.yaml`.
+    Raises: ConfigError, naming everything that is wrong at once.
     """
     file = _find(path_or_name)
+    edits = parse_overrides(overrides)
+    origins = Origins([file.parent, packaged("configs")], edits.groups)
+    origins.read(file)
+    problems = [*edits.problems, *origins.refused.values(), *origins.problems]
+
+    def locate(key: str) -> str:
+        typed = any(f"{key}.".startswith(f"{edited}.") for edited, _ in edits.values)
+        return COMMAND_LINE if typed else origins.of(key)
+
+    if origins.problems:
+        raise config_error(short(file), problems, locate)
+    tree = _with_defaults(_composed(file, edits, origins), file)
+    for key, value in edits.values:
+        problems += _assign(tree, "", key, value)
+    values = resolved(tree, problems)
     try:
-        tree = _compose(file, overrides)
-        return RunConfig.model_validate(tree)
-    except (ValidationError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: {error}") from error
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        told = tuple(f"{problem.key}." for problem in problems)
+        problems += [problem for problem in problems_of(values, error) if not f"{problem.key}.".startswith(told)]
+    if problems:
+        raise config_error(short(file), problems, locate)
+    return config
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved YAML, which load_config reads back to an equal RunConfig."""
-    return OmegaConf.to_yaml(config.model_dump())
+    """The resolved YAML of a run, which load_config reads back to an equal RunConfig."""
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(config.model_dump())))
 
 
 def _find(name: str) -> Path:
-    for folder in (Path.cwd(), Path.cwd() / "configs", packaged("configs")):
+    places = list(dict.fromkeys((Path.cwd(), Path.cwd() / "configs", packaged("configs"))))
+    for folder in places:
         for file in (folder / name, folder / f"{name}.yaml"):
-            if file.is_file():
+            if file.suffix == ".yaml" and file.is_file():
                 return file.resolve()
-    raise ConfigError(f"no config {name!r}")
+    known = sorted(file.name for file in packaged("configs").glob("*.yaml"))
+    near = get_close_matches(f"{Path(name).stem}.yaml", known, n=3) or known
+    looked = ", ".join(short(folder) for folder in places)
+    raise ConfigError(printable(f"no config {name} (a .yaml file) in {looked}; packaged: {', '.join(near)}"))
 
 
-def _compose(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    parsed = OverridesParser.create().parse_overrides([*overrides])
-    groups = [o.input_line for o in parsed if o.key_or_group in RunConfig.model_fields and isinstance(o.value(), str)
-              and o.key_or_group not in ("name", "output_dir")]
-    with initialize_config_dir(str(file.parent), version_base="1.3"):
-        config = compose(file.stem, [f"hydra.searchpath=['file://{packaged('configs')}']", *groups])
-    OmegaConf.set_struct(config, False)
-    base = OmegaConf.create({"name": file.stem, "output_dir": "outputs/${name}"})
-    config = OmegaConf.merge(base, config)
-    for override in parsed:
-        if override.input_line not in groups:
-            OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
-    return OmegaConf.to_container(config, resolve=True)
+def _composed(file: Path, edits: Overrides, origins: Origins) -> dict[Any, Any]:
+    folder = escaped(f"file://{packaged('configs')}")
+    groups = [
+        f"{'' if group in origins.groups else '+'}{group}={_quoted(option)}"
+        for group, option in edits.groups.items()
+        if group not in origins.refused
+    ]
+    try:
+        with guarded_environment(), warnings.catch_warnings():
+            # Hydra asks for `_self_` in every defaults list; without it a file's own keys win, as they should.
+            warnings.filterwarnings("ignore", message=".*missing `_self_`", category=UserWarning)
+            with initialize_config_dir(str(file.parent), job_name="finetune", version_base="1.3"):
+                composed = compose(file.name, [f"hydra.searchpath=[{_quoted(folder)}]", *groups])
+        return OmegaConf.to_container(composed, resolve=False)
+    except Exception as error:  # Hydra raises errors of many kinds, all of them about the user's files.
+        reason = str(error).partition("\n")[0][:_LONGEST_REASON] or type(error).__name__
+        raise ConfigError(printable(f"{short(file)}: cannot be composed: {reason}")) from error
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def _with_defaults(composed: dict[Any, Any], file: Path) -> dict[Any, Any]:
+    tree: dict[Any, Any] = {"name": escaped(file.stem), "output_dir": "outputs/${name}"}
+    for name, field in RunConfig.model_fields.items():
+        if is_section(field.annotation):
+            inner = field.annotation.model_fields.items()
+            tree[name] = {key: part.get_default() for key, part in inner if not part.is_required()}
+    for name, value in composed.items():
+        both = isinstance(value, dict) and isinstance(tree.get(name), dict)
+        tree[name] = {**tree[name], **value} if both else value
+    return tree
+
+
+def _assign(node: Any, done: str, rest: str, value: Any) -> list[Problem]:
+    """Set the key `rest` of the node at `done`; a list must hold the item already."""
+    if done and takes(dict, find(done)):
+        step, rest = rest, ""  # Module names hold dots.
+    else:
+        step, _, rest = rest.partition(".")
+    here = f"{done}.{step}" if done else step
+    if not isinstance(node, dict if find(here) is None or not step.isdecimal() else dict | list):
+        return [Problem(here, f"cannot be set: {done} is {shown(node)}")]
+    slot: Any = int(step) if isinstance(node, list) else step
+    if isinstance(node, list) and slot >= len(node):
+        return [Problem(here, f"cannot be set: {done} has {len(node)} items, counted from 0")]
+    if not rest:
+        node[slot] = value
+        return []
+    return _assign(node.get(slot) if isinstance(node, dict) else node[slot], here, rest, value)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
+
+from finetune.config.rules import contradictions
 
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
@@ -73,7 +76,7 @@ class LoraConfig(Section):
     alpha: Positive = Field(16.0, description="Scale of the update: it is multiplied by alpha / rank.")
     dropout: Share = Field(0.0, description="Dropout on the adapter's input.")
     target_modules: list[Text] | Text = Field(
-        ["q_proj", "v_proj"], description="Linear layers that get an adapter: a list of names, one regex, or all-linear."
+        ["q_proj", "v_proj"], description="Layers that get an adapter: a list of names, one regex, or all-linear."
     )
     layers_to_transform: list[Index] | None = Field(None, description="Layer numbers that get one; null is all layers.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rank-stabilised LoRA).")
@@ -180,3 +183,10 @@ class RunConfig(Section):
     train: TrainConfig = Field(TrainConfig(), description="The optimisation, its length, its checkpoints.")
     generation: GenerationConfig = Field(GenerationConfig(), description="Answers to held-out rows.")
     track: TrackConfig = Field(TrackConfig(), description="Where the metrics go besides metrics.jsonl.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if problems := contradictions(dict(self)):
+            text = "; ".join(f"{problem.key}: {problem.text}" for problem in problems)
+            raise PydanticCustomError("contradiction", "{text}", {"text": text, "problems": problems})
+        return self

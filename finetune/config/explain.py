@@ -1,0 +1,123 @@
+"""What is wrong with a config, in words: the key, what was found, what is allowed, what was probably meant."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune.config.keys import allowed, find, is_section, options, schema_fields, takes
+from finetune.config.peers import PEERS, REFUSED
+from finetune.config.problems import Problem
+from finetune.config.rules import contradictions
+from finetune.config.schema import NUMBER, ModelConfig, RunConfig, SourceConfig
+
+_LONGEST = 60
+_SHORTHANDS: list[tuple[Any, str]] = [  # What a lone text was probably meant to be.
+    (ModelConfig, "{{name: {}}}"),
+    (SourceConfig, "{{path: {}}}"),
+    (list[SourceConfig], "[{{path: {}}}]"),
+]
+
+
+def problems_of(tree: dict[str, Any], error: ValidationError) -> list[Problem]:
+    """Every problem of a config that pydantic refused, contradictions between its sound values included.
+
+    A rule names the keys it looks at, in its key or its text; it is left out where one of them has a wrong value.
+    """
+    found = [problem for item in error.errors(include_url=False) for problem in _problems(item)]
+    wrong = {".".join(problem.key.split(".")[:2]) for problem in found}
+    sound = {}
+    for name, field in RunConfig.model_fields.items():
+        if is_section(field.annotation) and isinstance(section := tree.get(name, {}), dict):
+            values = {key: value for key, value in section.items() if f"{name}.{key}" not in wrong}
+            with suppress(ValidationError):
+                sound[name] = field.annotation.model_validate(values)
+    rules = [rule for rule in contradictions(sound) if not any(key in f"{rule.key} {rule.text}" for key in wrong)]
+    return list(dict.fromkeys([*found, *rules]))
+
+
+def _problems(item: Any) -> Iterator[Problem]:
+    path, kind = _place(item["loc"])
+    if item["type"] == "contradiction":
+        yield from item["ctx"]["problems"]
+    elif item["type"] == "extra_forbidden":
+        yield unknown_key(".".join(map(str, item["loc"])))
+    elif item["type"] == "missing":
+        yield Problem(path, f"is missing: {_description(path)}")
+    elif item["type"] == "value_error":
+        yield Problem(path, str(item["ctx"]["error"]))
+    elif item["type"] == "invalid_key":
+        yield Problem(".".join(str(part) for part in item["loc"] if part != "[key]"), "a key must be text")
+    else:
+        yield Problem(path, f"found {shown(item['input'])}; allowed: {allowed(kind)}{_hint(item['input'], kind)}")
+
+
+def _place(loc: Sequence[Any]) -> tuple[str, Any]:
+    """The deepest key of the schema on pydantic's way to an error, which also names the branches of a union."""
+    path = ""
+    for part in loc:
+        longer = f"{path}.{part}" if path else str(part)
+        if find(longer) is None:
+            break
+        path = longer
+    return path, find(path) if path else RunConfig
+
+
+def _description(path: str) -> str:
+    return schema_fields()[_general(path)].description or ""
+
+
+def _general(path: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
+
+
+def _hint(value: Any, kind: Any) -> str:
+    """What was probably meant by a value of the wrong type."""
+    if takes(str, kind) and isinstance(value, bool | int | float):
+        return "; in quotes it is text"
+    if not isinstance(value, str):
+        return ""
+    if NUMBER.fullmatch(value) and (takes(int, kind) or takes(float, kind)):
+        return "; without quotes it is a number"
+    if near := get_close_matches(value.lower(), options(kind), n=1):
+        return f"; did you mean {near[0]}?"
+    return next((f"; write {form.format(value)}" for section, form in _SHORTHANDS if takes(section, kind)), "")
+
+
+def unknown_key(path: str) -> Problem:
+    """An unknown key with what was probably meant: a peer's name, another section's key, the nearest one."""
+    name = path.split(".")[-1].lower().replace("-", "_")
+    if name in REFUSED:
+        return Problem(path, f"unknown key; {REFUSED[name]}")
+    if name in PEERS:
+        return Problem(path, f"unknown key; here it is {PEERS[name]}")
+    elsewhere = [field for field in schema_fields() if field.split(".")[-1] == name]
+    meant = " or ".join(elsewhere) or _nearest(path, name)
+    return Problem(path, f"unknown key; did you mean {meant}?" if meant else "unknown key; see finetune --help")
+
+
+def _nearest(path: str, name: str) -> str | None:
+    fields, folder = list(schema_fields()), path.rpartition(".")[0]
+    siblings = [field.split(".")[-1] for field in fields if field.rpartition(".")[0] == _general(folder)]
+    pools: list[tuple[str, dict[str, str]]] = [
+        (name, {sibling: f"{folder}.{sibling}".lstrip(".") for sibling in siblings}),
+        (path, {field: field for field in fields}),
+        (name, {field.split(".")[-1]: field for field in fields}),
+        (name, PEERS),
+    ]
+    for word, pool in pools:
+        if near := get_close_matches(word, pool, n=1, cutoff=0.7):
+            return pool[near[0]]
+    return None
+
+
+def shown(value: Any) -> str:
+    """A value as YAML would have it, cut to one line."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -1,0 +1,100 @@
+"""The schema as a table: every key's path, its type, and what its value may be, in words."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic.fields import FieldInfo
+
+from finetune.config.schema import RunConfig, Section
+
+_BOUNDS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
+_WORDS = {bool: "true | false", int: "whole number", float: "number", str: "text", type(None): "null"}
+
+
+@cache
+def schema_fields() -> dict[str, FieldInfo]:
+    """Every key of the schema; the items of a list of sections stand under `*`: `data.train.*.path`."""
+    return dict(_walk(RunConfig, ""))
+
+
+def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in section.model_fields.items():
+        yield prefix + name, field
+        inner = field.annotation
+        if is_section(inner):
+            yield from _walk(inner, f"{prefix}{name}.")
+        elif get_origin(inner) is list and is_section(get_args(inner)[0]):
+            yield from _walk(get_args(inner)[0], f"{prefix}{name}.*.")
+
+
+def find(path: str) -> Any | None:
+    """Type of the value at `train.max_steps`, `data.train.0.limit` or `lora.rank_pattern.NAME`; None: no such key."""
+    here: Any = RunConfig
+    for part in path.split("."):
+        origins = {get_origin(choice): choice for choice in _choices(here)}
+        if is_section(here):
+            field = here.model_fields.get(part)
+            if field is None:
+                return None
+            here = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        elif list in origins and part.isdecimal():
+            here = get_args(origins[list])[0]
+        elif dict in origins:
+            return get_args(origins[dict])[1]  # All that is left of the path is one name: module names hold dots.
+        else:
+            return None
+    return here
+
+
+def is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def takes(kind: Any, annotation: Any) -> bool:
+    """Whether a value of this type may be a `str`, a `list` …"""
+    return any(kind in (choice, get_origin(choice)) for choice in _choices(annotation))
+
+
+def options(annotation: Any) -> list[str]:
+    """The words that a key chooses from; empty if it takes anything else."""
+    return [word for choice in _choices(annotation) if get_origin(choice) is Literal for word in get_args(choice)]
+
+
+def _choices(annotation: Any) -> list[Any]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _choices(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [choice for part in get_args(annotation) for choice in _choices(part)]
+    return [annotation]
+
+
+def allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """What a value of this type may be, in words: `whole number >= 1 or null`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return allowed(arguments[0], [*arguments[1:], *metadata])
+    if origin in (Union, types.UnionType):
+        return " or ".join(allowed(part) for part in arguments)
+    if origin is Literal:
+        return " | ".join(arguments)
+    if origin is list:
+        count = "non-empty list" if any(isinstance(mark, MinLen) for mark in metadata) else "list"
+        items = "mappings" if is_section(arguments[0]) else allowed(arguments[0])
+        return f"{count} of {items}"
+    if origin is dict:
+        return f"mapping of name to {allowed(arguments[1])}"
+    if is_section(annotation):
+        return "mapping of keys to values"
+    return " ".join([_WORDS[annotation], _range(metadata)]).strip()
+
+
+def _range(metadata: Sequence[Any]) -> str:
+    marks = [mark for item in metadata for mark in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    bounds = [(_BOUNDS[type(mark)], mark) for mark in marks if type(mark) in _BOUNDS]
+    return " and ".join(f"{sign} {getattr(mark, name)}" for (sign, name), mark in bounds)

@@ -1,0 +1,188 @@
+"""What two settings may not say together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from finetune.config.problems import Problem
+
+if TYPE_CHECKING:
+    from finetune.config.schema import (
+        DataConfig,
+        GenerationConfig,
+        LoraConfig,
+        ModelConfig,
+        QuantConfig,
+        TrainConfig,
+    )
+
+
+Problems = Iterator[Problem]
+
+_GLOB = re.compile(r"[\w.*?!\[\]-]+")
+_BARE_NAMES = re.compile(r"\s*\w+\s*(,\s*\w+\s*)*")
+
+
+def contradictions(sections: Mapping[str, Any]) -> list[Problem]:
+    """Every rule that these sections break; a rule about a section that is not given is left out."""
+    return [
+        problem
+        for names, rule in RULES
+        if all(name in sections for name in names)
+        for problem in rule(*(sections[name] for name in names))
+    ]
+
+
+def _attention(model: ModelConfig) -> Problems:
+    if model.attention == "flash_attention_2" and model.dtype == "float32":
+        yield Problem("model.attention", "flash_attention_2 has no float32 kernel; set model.dtype=bfloat16")
+
+
+def _kept_modules(quant: QuantConfig) -> Problems:
+    yield from _twice("quant.keep", quant.keep)
+    for index, pattern in enumerate(quant.keep):
+        if not _GLOB.fullmatch(pattern):
+            yield from _bad_regex(f"quant.keep.{index}", pattern)
+
+
+def _targets(lora: LoraConfig) -> Problems:
+    key, targets = "lora.target_modules", lora.target_modules
+    if targets == "all-linear":
+        return
+    if isinstance(targets, list):
+        yield from _twice(key, targets)
+        if not targets:
+            yield Problem(key, "names no module; write [q_proj, v_proj] or all-linear")
+        return
+    if _BARE_NAMES.fullmatch(targets):
+        names = re.sub(r"\s*,\s*", ", ", targets.strip())
+        yield Problem(key, f"a text is a regex that must match a whole module name; for these names write [{names}]")
+    yield from _bad_regex(key, targets)
+    if lora.layers_to_transform is not None:
+        yield Problem("lora.layers_to_transform", f"PEFT takes it with a list of names only; put the layers into {key}")
+
+
+def _layers(lora: LoraConfig) -> Problems:
+    layers = lora.layers_to_transform
+    if layers is not None:
+        yield from _twice("lora.layers_to_transform", layers)
+        if not layers:
+            yield Problem("lora.layers_to_transform", "names no layer; null is all layers")
+
+
+def _saved_modules(lora: LoraConfig) -> Problems:
+    yield from _twice("lora.modules_to_save", lora.modules_to_save)
+    targets = lora.target_modules if isinstance(lora.target_modules, list) else []
+    for name in sorted(set(targets) & set(lora.modules_to_save)):
+        yield Problem("lora.modules_to_save", f"{name} is in lora.target_modules too; it can be in one of them")
+
+
+def _patterns(lora: LoraConfig) -> Problems:
+    for key, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for name in pattern:
+            yield from _bad_regex(f"lora.{key}.{name}", name)
+
+
+def _tokens(lora: LoraConfig) -> Problems:
+    yield from _twice("lora.new_tokens", lora.new_tokens)
+    for token in lora.new_tokens:
+        if not token.strip():
+            yield Problem("lora.new_tokens", "a token of white space only")
+    if lora.new_tokens and "embed_tokens" in lora.modules_to_save:
+        yield Problem("lora.new_tokens", "embed_tokens is in lora.modules_to_save, which trains their rows already")
+
+
+def _adapter_start(quant: QuantConfig, lora: LoraConfig) -> Problems:
+    if lora.init.startswith(("pissa", "olora")) and quant.type != "none":
+        yield Problem("lora.init", f"{lora.init} takes apart 16-bit weights; set quant.type=none, not {quant.type}")
+    if lora.init == "loftq" and quant.type not in ("nf4", "fp4"):
+        yield Problem("lora.init", f"loftq makes up for what 4 bits lost; set quant.type=nf4, not {quant.type}")
+    if lora.init == "orthogonal":
+        for key, rank in {
+            "rank": lora.rank,
+            **{f"rank_pattern.{name}": r for name, r in lora.rank_pattern.items()},
+        }.items():
+            if rank % 2:
+                yield Problem(f"lora.{key}", f"lora.init=orthogonal needs an even rank, found {rank}")
+    if lora.init_adapter is not None and lora.init != "default":
+        yield Problem("lora.init", f"{lora.init} starts a new adapter, but lora.init_adapter names an old one")
+
+
+def _evaluation_sets(data: DataConfig) -> Problems:
+    names = [source.name or PurePath(source.path).stem for source in data.eval]
+    for name in _repeated(names):
+        yield Problem("data.eval", f"two sets are called {name}; give each item its own name")
+    for index, source in enumerate(data.eval):
+        if source.weight != 1:
+            yield Problem(f"data.eval.{index}.weight", "held-out rows are read once; weight is for data.train")
+
+
+def _length(train: TrainConfig) -> Problems:
+    if train.max_steps is not None and train.epochs is not None:
+        yield Problem("train.epochs", "train.max_steps is given too; set one of them to null")
+    if train.warmup >= 1 and train.warmup != int(train.warmup):
+        yield Problem("train.warmup", f"from 1 on it is a number of steps, which must be whole, found {train.warmup}")
+    if train.max_steps is not None and train.warmup >= max(1, train.max_steps):
+        yield Problem("train.warmup", f"{train.warmup:g} steps leave none of train.max_steps={train.max_steps}")
+
+
+def _batch(train: TrainConfig) -> Problems:
+    if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
+        yield Problem("train.micro_batch_size", f"is larger than train.batch_size={train.batch_size}")
+    if train.world_size is not None and train.world_size > train.batch_size:
+        yield Problem("train.world_size", f"so many ranks cannot share train.batch_size={train.batch_size} sequences")
+
+
+def _held_out(data: DataConfig, train: TrainConfig) -> Problems:
+    if train.early_stopping is not None and train.eval_every is None:
+        yield Problem("train.early_stopping", "counts evaluations; set train.eval_every as well")
+    if data.eval:
+        return
+    for name in ("eval_every", "early_stopping"):
+        if getattr(train, name) is not None:
+            yield Problem(f"train.{name}", "there are no held-out rows; set data.eval=[{path: rows.jsonl}]")
+
+
+def _answers(data: DataConfig, generation: GenerationConfig) -> Problems:
+    if not data.eval:
+        for name in ("rows", "every"):
+            if getattr(generation, name):
+                yield Problem(f"generation.{name}", "there are no held-out rows; set data.eval=[{path: rows.jsonl}]")
+    if generation.every is not None and not generation.samples:
+        yield Problem("generation.every", "generation.samples=0 shows no answer")
+
+
+def _twice(key: str, values: Sequence[Any]) -> Problems:
+    for value in _repeated(values):
+        yield Problem(key, f"{value} stands in it twice")
+
+
+def _repeated(values: Sequence[Any]) -> list[Any]:
+    return sorted({value for value in values if values.count(value) > 1})
+
+
+def _bad_regex(key: str, pattern: str) -> Problems:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        yield Problem(key, f"{pattern} is not a regular expression: {error}")
+
+
+RULES: list[tuple[tuple[str, ...], Callable[..., Problems]]] = [
+    (("model",), _attention),
+    (("quant",), _kept_modules),
+    (("lora",), _targets),
+    (("lora",), _layers),
+    (("lora",), _saved_modules),
+    (("lora",), _patterns),
+    (("lora",), _tokens),
+    (("quant", "lora"), _adapter_start),
+    (("data",), _evaluation_sets),
+    (("train",), _length),
+    (("train",), _batch),
+    (("data", "train"), _held_out),
+    (("data", "generation"), _answers),
+]
