@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -260,7 +261,8 @@ def _base_of(adapter: Path) -> list[str]:
 
 def _quoted(text: str) -> str:
     """A text as Hydra's override grammar reads it back, whatever is in it."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # Only backslashes before a quote are escapes there.
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
 def _stop_ids(model: PreTrainedModel | PeftModel, tokenizer: Any) -> list[int]:

@@ -1,0 +1,213 @@
+"""One grammar, one exit code an error class, data on stdout, messages on stderr, and no torch before it is needed."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune import __version__, cli
+from finetune.arguments import parse_arguments
+from finetune.cli import COMMANDS, main
+from finetune.errors import (
+    ConfigError,
+    DataError,
+    FinetuneError,
+    InputError,
+    IntegrityError,
+    Interrupted,
+    MissingExtra,
+    ResourceError,
+)
+
+
+def failing_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
+    """The exit code of `finetune train` when the command raises this."""
+
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(cli, "run_train", fail)
+    return main(["train"])
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [
+        (FinetuneError("while running"), 1),
+        (InputError("wrong input"), 2),
+        (ConfigError("wrong config"), 2),
+        (DataError("wrong row"), 2),
+        (MissingExtra("missing"), 2),
+        (IntegrityError("torn"), 3),
+        (ResourceError("full"), 4),
+        (Interrupted(2, "stopped"), 130),
+        (Interrupted(15, "stopped"), 143),
+    ],
+)
+def test_an_expected_error_is_one_line_and_its_exit_code(monkeypatch, capsys, error: FinetuneError, exit_code: int):
+    assert failing_with(monkeypatch, error) == exit_code
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == f"error: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (MemoryError(), "memory ran out"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), "memory ran out"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "train.recompute=all"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
+    ],
+)
+def test_what_ran_out_is_named_with_what_to_do(monkeypatch, capsys, error: Exception, named: str):
+    assert failing_with(monkeypatch, error) == 4
+    err = capsys.readouterr().err
+    assert named in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), RuntimeError("odd"), OSError(errno.EIO, "odd"), KeyError("odd")])
+def test_anything_else_is_a_bug_with_its_traceback(monkeypatch, capsys, error: Exception):
+    assert failing_with(monkeypatch, error) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and f"bug in finetune {__version__} ({type(error).__name__})" in err
+
+
+def test_ctrl_c_is_130(monkeypatch, capsys):
+    assert failing_with(monkeypatch, KeyboardInterrupt()) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_rank_says_which_it_is_and_text_of_others_cannot_control_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    failing_with(monkeypatch, DataError("row \x1b[31mred"))
+    assert capsys.readouterr().err == "error (rank 3): row ␛[31mred\n"
+
+
+@pytest.mark.parametrize("typo", ["trian", "trin", "Train"])
+def test_an_unknown_command_gets_the_nearest(capsys, typo: str):
+    assert main([typo]) == 2
+    assert "did you mean train?" in capsys.readouterr().err
+
+
+def test_no_command_shows_the_overview_and_is_an_error(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(out.count(f"  {name} ") == 2 for name in COMMANDS)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"finetune {__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys):
+    assert main([command, "--help"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("usage: finetune ") and captured.err == ""
+
+
+def test_train_without_a_config_lists_the_packaged_ones(capsys):
+    assert main(["train", "train.max_steps=1"]) == 2
+    err = capsys.readouterr().err
+    assert "config=X.yaml" in err and "lora.yaml" in err and "quickstart.yaml" in err
+
+
+def test_train_hands_the_config_to_the_recipe_and_dry_run_does_not(monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr("finetune.training.recipe.train", trained.append)
+    assert main(["train", "config=quickstart.yaml", "train.seed=7"]) == 0
+    assert trained[0].train.seed == 7
+    assert main(["train", "config=quickstart.yaml", "train.seed=8", "--dry-run"]) == 0
+    assert len(trained) == 1 and "seed: 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["lora.yaml"], "write config=lora.yaml"),
+        (["--train.max_steps=3"], "write train.max_steps=3"),
+        (["--config", "lora.yaml"], "write config=FILE"),
+        (["--dryrun"], "did you mean --dry-run?"),
+        (["--verbose"], "this command has"),
+        (["lora"], "expected key=value"),
+        (["=3"], "expected key=value"),
+        (["config=a.yaml", "config=b.yaml"], "config= is given 2 times: a.yaml, b.yaml"),
+    ],
+)
+def test_a_word_that_does_not_fit_gets_what_to_write(words: list[str], advice: str):
+    with pytest.raises(InputError) as raised:
+        parse_arguments(words, ("--dry-run",))
+    assert advice in str(raised.value)
+
+
+def test_all_words_that_do_not_fit_are_named_at_once():
+    with pytest.raises(InputError, match=r"(?s)one.*two\.yaml.*--three"):
+        parse_arguments(["one", "two.yaml", "a=1", "--three"], ())
+
+
+SETTING = st.tuples(st.from_regex(r"[a-z_.]+", fullmatch=True).filter(lambda key: key != "config"), st.text()).map(
+    "=".join
+)
+
+
+@given(st.lists(SETTING), st.booleans())
+def test_settings_pass_through_unchanged_and_in_order(overrides: list[str], dry: bool):
+    words = [*overrides, "config=x.yaml", *(["--dry-run"] if dry else [])]
+    parsed = parse_arguments(words, ("--dry-run",))
+    assert parsed.overrides == tuple(overrides) and parsed.config == "x.yaml"
+    assert parsed.flags == ({"--dry-run"} if dry else set())
+
+
+@given(st.lists(st.text(max_size=12), max_size=4))
+def test_any_words_are_parsed_or_refused(words: list[str]):
+    try:
+        parsed = parse_arguments(words, ("--json",))
+    except InputError:
+        return
+    assert len(parsed.overrides) + len(parsed.flags) <= len(words)
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after the code."""
+    script = f"{code}\nimport sys; print(*sorted({{name.split('.')[0] for name in sys.modules}}), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "wandb", "numpy", "hydra", "pydantic", "rich"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import finetune",
+        "from finetune.cli import main; main(['--help'])",
+        "from finetune.cli import main; main(['--version'])",
+        "from finetune.cli import main; main(['chat', '--help'])",
+        "from finetune.cli import main; main(['doctor', '--help'])",
+    ],
+)
+def test_help_and_import_load_nothing_heavy(code: str):
+    assert not loaded_by(code) & HEAVY
+
+
+@pytest.mark.parametrize("arguments", ["'--help'", "'config=quickstart.yaml', '--dry-run'", "'config=quickstart.yml'"])
+def test_the_schema_a_plan_and_a_wrong_config_need_no_torch(arguments: str):
+    loaded = loaded_by(f"from finetune.cli import main; main(['train', {arguments}])")
+    assert not loaded & (HEAVY - {"hydra", "pydantic", "rich"})
+
+
+def test_closed_output_is_no_bug():
+    script = f"{sys.executable} -m finetune.cli train --help | head -n 1"
+    done = subprocess.run(["bash", "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "bug" not in done.stderr
