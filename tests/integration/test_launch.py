@@ -1,4 +1,4 @@
-"""The launchers start what they say: one environment, made once; as many ranks as asked for; runs that stop with them."""
+"""The launchers start what they say: one environment, made once; the ranks asked for; runs that stop with them."""
 
 from __future__ import annotations
 
