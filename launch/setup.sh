@@ -27,7 +27,7 @@ import importlib.metadata as metadata, importlib.util, pathlib, sys, tomllib
 try:
     from packaging.requirements import Requirement
 except ImportError:
-    sys.exit(print("packaging"))
+    sys.exit(print("everything in constraints.txt"))
 root, pinned = pathlib.Path(sys.argv[1]), sys.argv[2] == "pinned"
 project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
 wanted = [Requirement(line) for line in project["dependencies"] + project["optional-dependencies"]["dev"]]
@@ -62,8 +62,7 @@ else
 fi
 
 if [[ -n $lacking ]]; then
-  say "Installing into $("$python" -c 'import sys; print(sys.prefix)'):"
-  say "${lacking//$'\n'/, }"
+  say "Installing into $("$python" -c 'import sys; print(sys.prefix)'), which can take some minutes: ${lacking//$'\n'/, }"
   "$python" -m pip install --disable-pip-version-check --quiet --editable "$root[dev]" --constraint "$root/constraints.txt" >&2
 fi
 printf '%s\n' "$python"
