@@ -2,100 +2,110 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import random
-import shutil
-import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import torch
 
 from finetune import train
+from finetune.cli import main
 from finetune.errors import ConfigError
 from finetune.training.checkpoint import list_checkpoints
-from tests.equivalence.conftest import SMALL_RUN, adapter, metrics
-from tests.equivalence.test_steps import assert_identical
+from tests.runs import SMALL_RUN, adapter, differing, metrics, result, small_run
 
 KILLS, STEPS = 10, 40
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable, "-m", "finetune.cli", "train", "config=quickstart.yaml", *SMALL_RUN, f"train.max_steps={STEPS}",
-        "train.save_every=1", "train.eval_every=10", "train.resume=auto", f"output_dir={folder}", *overrides,
-    ]  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+# Every life is a process of its own, forked from one that has only imported the package: a death costs no import.
+LIVES = multiprocessing.get_context("forkserver")
+LIVES.set_forkserver_preload(["finetune.training.recipe"])
 
 
-def wait_for(process: subprocess.Popen[str], ready) -> bool:
-    """Poll until `ready()`; False if the process ended first."""
-    while process.poll() is None:
-        if ready():
-            return True
+def start(folder: Path) -> BaseProcess:
+    settings = (
+        *SMALL_RUN, f"train.max_steps={STEPS}", "train.save_every=1", "train.eval_every=10", "train.resume=auto",
+        f"output_dir={folder}",
+    )  # fmt: skip
+    process = LIVES.Process(target=main, args=(["train", "config=quickstart.yaml", *settings],))
+    process.start()
+    return process
+
+
+def wait_until(process: BaseProcess, ready: Callable[[], bool]) -> None:
+    """Poll until `ready()`; fails if the process ends first."""
+    while not ready():
+        assert process.is_alive(), "the run ended before it could be killed"
         time.sleep(0.0005)
-    return False
+
+
+def saved_steps(folder: Path) -> int:
+    return max((int(path.name.removeprefix("checkpoint-")) for path in list_checkpoints(folder)), default=0)
 
 
 def test_ten_kills_at_random_moments_leave_the_same_adapter_and_metrics(tmp_path):
-    unbroken = start(tmp_path / "unbroken")
-    assert unbroken.wait() == 0, unbroken.stderr.read()
+    start(tmp_path / "unbroken").join()
     broken, rng, mid_save = tmp_path / "broken", random.Random(0), 0
     for kill in range(KILLS):
         process = start(broken)
-        done = len(metrics(broken)) if (broken / "metrics.jsonl").exists() else 0
-        steps = rng.randint(1, 3)
-        assert wait_for(process, lambda: (broken / "metrics.jsonl").exists() and len(list_checkpoints(broken)) > 0)
-        target = min(done + steps, STEPS - 1)
-        assert wait_for(process, lambda: (broken / f"checkpoint-{target}").exists()), process.stderr.read()
+        goal = saved_steps(broken) + rng.randint(1, 3)
+        wait_until(process, lambda goal=goal: saved_steps(broken) >= goal)
         if kill % 2:
-            assert wait_for(process, lambda: any(broken.glob(".incomplete-checkpoint-*"))), "no save was met"
+            wait_until(process, lambda: any(broken.glob(".incomplete-checkpoint-*")))
         else:
-            time.sleep(rng.random() * 0.1)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+            time.sleep(rng.random() * 0.2)
+        process.kill()
+        process.join()
         mid_save += any(broken.glob(".incomplete-checkpoint-*"))
-    last = start(broken)
-    assert last.wait() == 0, last.stderr.read()
+    start(broken).join()
     assert mid_save > 0, "at least one kill must have hit a save"
-    assert_identical(str(tmp_path / "unbroken"), str(broken))
+    assert differing(tmp_path / "unbroken", broken) == []
     assert metrics(broken) == metrics(tmp_path / "unbroken")
-    assert json.loads((broken / "result.json").read_text())["steps"] == STEPS
+    assert [result(tmp_path / name)["steps"] for name in ("unbroken", "broken")] == [STEPS, STEPS]
 
 
-def test_a_torn_checkpoint_is_passed_over_and_the_end_is_the_same(small_run, capsys):
-    whole, torn = small_run("whole", "train.save_every=1"), small_run("torn", "train.save_every=1")
-    train(whole)
-    train(torn)
-    newest = Path(torn.output_dir) / "checkpoint-4"
-    (newest / "training.safetensors").write_bytes(b"torn")
-    again = small_run("torn", "train.save_every=1", "train.resume=auto")
-    train(again)
+def test_a_torn_checkpoint_is_passed_over_and_the_end_is_the_same(tmp_path, capsys):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    train(small_run(whole, "train.save_every=1"))
+    train(small_run(torn, "train.save_every=1"))
+    (torn / "checkpoint-4" / "training.safetensors").write_bytes(b"torn")
+    train(small_run(torn, "train.save_every=1", "train.resume=auto"))
     assert "checkpoint-4: training.safetensors has 4 bytes" in capsys.readouterr().err
-    assert_identical(whole.output_dir, again.output_dir)
-    assert metrics(whole.output_dir) == metrics(again.output_dir)
+    assert differing(whole, torn) == []
+    assert metrics(whole) == metrics(torn)
 
 
-def test_a_run_may_be_lengthened_but_not_changed(small_run):
-    cfg = small_run("run", "train.save_every=2")
-    train(cfg)
+def test_a_run_may_be_lengthened_but_not_changed(tmp_path):
+    train(small_run(tmp_path, "train.save_every=2"))
+    changes = ("train.learning_rate=0.001", "lora.rank=4", "data.train.0.limit=50")
     with pytest.raises(ConfigError) as refused:
-        train(small_run("run", "train.resume=auto", "train.learning_rate=0.001", "lora.rank=4", "data.train.0.limit=50"))
-    message = str(refused.value)
-    assert all(part in message for part in ("train.learning_rate", "lora.rank: 8 then, 4 now", "data.train"))
-    result = train(small_run("run", "train.resume=auto", "train.max_steps=6"))
-    assert result.steps == 6
-    assert [line["step"] for line in metrics(cfg.output_dir)] == [1, 2, 3, 4, 5, 6]
+        train(small_run(tmp_path, "train.resume=auto", *changes))
+    assert all(part in str(refused.value) for part in ("train.learning_rate", "lora.rank: 8 then, 4 now", "data.train"))
+    assert train(small_run(tmp_path, "train.resume=auto", "train.max_steps=6")).steps == 6
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_an_existing_run_is_never_overwritten(small_run):
-    cfg = small_run("run", "train.max_steps=1")
-    train(cfg)
-    before = adapter(cfg.output_dir)
+def test_an_existing_run_is_never_overwritten(tmp_path):
+    train(small_run(tmp_path, "train.max_steps=1"))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(ConfigError, match="already holds a run"):
-        train(cfg)
-    assert before.keys() == adapter(cfg.output_dir).keys()
-    shutil.rmtree(cfg.output_dir)
-    train(cfg)
+        train(small_run(tmp_path, "train.max_steps=2"))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_early_stopping_ends_the_run_and_hands_out_the_best_adapter(tmp_path):
+    """A rate this high gets worse after a while; the final adapter must be the best checkpoint's, kept past rotation."""
+    settings = ("train.max_steps=60", "train.eval_every=2", "train.early_stopping=2", "train.keep=1", "train.schedule=constant")
+    outcome = train(small_run(tmp_path, *settings, "train.learning_rate=0.3", "train.max_grad_norm=0"))
+    evaluations = {line["step"]: line["eval_loss"] for line in metrics(tmp_path) if "eval_loss" in line}
+    best = min(evaluations, key=evaluations.__getitem__)
+    assert outcome.steps == max(evaluations) == best + 4 < 60
+    assert outcome.eval_loss == evaluations[best]
+    kept = {folder.name for folder in list_checkpoints(tmp_path)}
+    assert kept == {f"checkpoint-{best}", f"checkpoint-{outcome.steps}"}
+    best_tensors = adapter(tmp_path / f"checkpoint-{best}")
+    assert all(torch.equal(tensor, best_tensors[name]) for name, tensor in adapter(tmp_path).items())

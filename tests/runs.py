@@ -1,0 +1,47 @@
+"""Small real runs for tests: the embedded base in NF4, the sample rows, a few steps; and how to compare their results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finetune import load_config
+from finetune.config.schema import RunConfig
+
+# With dropout and noise on, so that equality of two runs says something about random state.
+SMALL_RUN = (
+    "data.train.0.limit=96", "data.eval.0.limit=24", "data.max_length=128", "train.batch_size=4", "train.max_steps=4",
+    "generation.rows=0", "lora.dropout=0.1", "train.neftune_alpha=5",
+)  # fmt: skip
+# What a clock or the machine decides is no part of the mathematics.
+_MEASURED = {"tokens_per_second", "peak_bytes", "seconds"}
+
+
+def small_run(folder: Path, *overrides: str) -> RunConfig:
+    """A few steps of the quickstart into `folder`."""
+    return load_config("quickstart.yaml", [*SMALL_RUN, f"output_dir={folder}", *overrides])
+
+
+def adapter(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """Lines of metrics.jsonl, without measured times and memory."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in _MEASURED} for line in lines]
+
+
+def differing(left: Path, right: Path) -> list[str]:
+    """Names of the adapter tensors that are not the same bits in both runs."""
+    a, b = adapter(left), adapter(right)
+    return sorted(a.keys() ^ b.keys()) + [name for name in a.keys() & b.keys() if not torch.equal(a[name], b[name])]

@@ -1,0 +1,84 @@
+"""The loop refuses what is not finite before it reaches the weights, and normalises once."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from finetune.config.schema import TrainConfig
+from finetune.data.batch import Document
+from finetune.data.packing import SequenceOrder
+from finetune.errors import FinetuneError
+from finetune.training.checkpoint import TrainState
+from finetune.training.loop import Job, fit, train_step
+from finetune.training.optim import build_optimizer
+from finetune.training.track import SilentTracker
+
+
+class Linear(nn.Module):
+    """loss = weight * sum of targets; its gradient is the sum of targets. Poisoned from a step on."""
+
+    def __init__(self, poison: str = "", from_call: int = 0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+        self.poison, self.from_call, self.calls = poison, from_call, 0
+
+    def forward(self, batch):
+        self.calls += 1
+        value = batch.labels[batch.labels >= 0].sum()
+        loss = self.weight * value
+        if self.calls <= self.from_call or not self.poison:
+            return loss
+        return loss * math.nan if self.poison == "loss" else loss + torch.sqrt(self.weight - self.weight.detach())
+
+
+def job(loss: nn.Module, saved: list[int], **train) -> Job:
+    cfg = TrainConfig(**({"batch_size": 2, "learning_rate": 0.5, "max_grad_norm": 0.0} | train))
+    documents = [
+        Document(np.array([1, 2]), np.array([n, -100], dtype=np.int32), f"rows.jsonl:{n}") for n in range(1, 9)
+    ]
+    return Job(
+        cfg=cfg, accelerator=Accelerator(), loss=loss, optimizer=build_optimizer(cfg, loss.named_parameters()),
+        documents=documents, order=SequenceOrder([2] * 8, [1.0] * 8, None, cfg.batch_size, 0), total_steps=4, micro_batch=1,
+        tracker=SilentTracker(), save=lambda state: saved.append(state.step),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("poison", "named"), [("loss", "the loss is nan"), ("gradient", "the gradient norm is")])
+def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(poison, named):
+    saved: list[int] = []
+    loss = Linear(poison, from_call=4)  # two micro-batches a step: the third step is poisoned
+    work, state = job(loss, saved, save_every=1), TrainState({}, "")
+    weights = []
+    work = Job(**{**work.__dict__, "save": lambda state: (saved.append(state.step), weights.append(loss.weight.item()))})
+    with pytest.raises(FinetuneError, match=named) as stopped:
+        fit(work, state)
+    rows = [work.documents[i].place for sequence in work.order.batch(2) for i in sequence]
+    assert "step 3" in str(stopped.value) and all(row in str(stopped.value) for row in rows)
+    assert saved == [1, 2] and state.step == 2
+    assert loss.weight.item() == weights[-1]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_loss_and_gradient_are_per_target_token_whatever_the_micro_batch(micro_batch):
+    loss = Linear()
+    work = job(loss, [], batch_size=8)
+    work = Job(**{**work.__dict__, "micro_batch": micro_batch})
+    result = train_step(work, 1)
+    assert result.loss == pytest.approx(2.0 * sum(range(1, 9)) / 8)
+    assert result.grad_norm == pytest.approx(sum(range(1, 9)) / 8)
+    assert (result.tokens, result.target_tokens) == (16, 8)
+
+
+def test_gradients_are_clipped_to_the_norm_given_and_reported_unclipped():
+    loss = Linear()
+    work = job(loss, [], batch_size=8, max_grad_norm=0.25, eps=1.0, beta1=0.0, beta2=0.0, warmup=0.0)
+    result = train_step(work, 1)
+    assert result.grad_norm == pytest.approx(4.5)
+    # AdamW without memory moves by lr * g / (|g| + eps).
+    assert loss.weight.item() == pytest.approx(2.0 - 0.5 * 0.25 / 1.25, rel=1e-5)
