@@ -1,0 +1,70 @@
+"""What the package knows about each model family, and the shapes of the seven Qwen2.5 sizes."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """One architecture that the package trains; a newcomer adds a record here and a tiny random model to the tests."""
+
+    model_type: str  # as config.json says it
+    block_class: str  # class of one decoder layer
+    linear_modules: tuple[str, ...]  # linear layers of a block: what `lora.target_modules=all-linear` means
+    head: str = "lm_head"  # full name of the output layer, never quantised
+    end_of_turn: str = "<|im_end|>"
+
+
+FAMILIES = {
+    "qwen2": ModelFamily(
+        model_type="qwen2",
+        block_class="Qwen2DecoderLayer",
+        linear_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    )
+}
+
+# Keys are those of a model's config.json. Numbers: the config.json of Qwen/Qwen2.5-<size>; Instruct, Coder and Math
+# variants of a size have the same.
+SHAPE_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+_ROWS = {
+    "0.5B": (896, 4864, 24, 14, 2, 151936, True),
+    "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
+    "3B": (2048, 11008, 36, 16, 2, 151936, True),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False),
+    "14B": (5120, 13824, 48, 40, 8, 152064, False),
+    "32B": (5120, 27648, 64, 40, 8, 152064, False),
+    "72B": (8192, 29568, 80, 64, 8, 152064, False),
+}
+QWEN25_SHAPES: dict[str, dict[str, Any]] = {
+    size: {"model_type": "qwen2", **dict(zip(SHAPE_KEYS, row, strict=True))} for size, row in _ROWS.items()
+}
+
+_HUB_NAME = re.compile(r"(?:.*/)?Qwen2\.5(?:-Coder|-Math)?-(?P<size>[\d.]+B)(?:-.*)?", re.IGNORECASE)
+
+
+def shape_of(model_name: str) -> dict[str, Any] | None:
+    """The shape of a model without loading it: the keys of SHAPE_KEYS and model_type.
+
+    Takes: a local folder (its config.json is read) or a hub id of a Qwen2.5 model (the name tells the size).
+    Returns: None where neither tells.
+    """
+    config_file = Path(model_name).expanduser() / "config.json"
+    if config_file.is_file():
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        known = {key: config[key] for key in ("model_type", *SHAPE_KEYS) if key in config}
+        return known if len(known) == len(SHAPE_KEYS) + 1 else None
+    match = _HUB_NAME.fullmatch(model_name)
+    return QWEN25_SHAPES.get(match["size"].upper()) if match else None

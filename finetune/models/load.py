@@ -1,0 +1,152 @@
+"""The tokenizer and the frozen base model, from a local folder or the hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from finetune.config.schema import ModelConfig, QuantConfig
+from finetune.errors import ConfigError, IntegrityError, MissingExtra, ResourceError
+from finetune.models.families import FAMILIES
+from finetune.models.quantize import (
+    check_quantized,
+    keep_weights_trainable_after_eval,
+    kept_modules,
+    linear_names,
+    quantization_config,
+)
+from finetune.models.source import TEXT_FILES, WEIGHT_FILES, fetch, read_config, read_json, weight_files
+from finetune.ops import attention
+
+
+def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model.name`, with its chat template.
+
+    Raises: ConfigError if it can't be fetched, its files are missing or broken, or it names code to run.
+    """
+    source = fetch(cfg.name, cfg.revision, TEXT_FILES, "model.name")
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        if "auto_map" in read_json(source.folder / name, f"model.name={cfg.name}"):
+            raise ConfigError(f"model.name={cfg.name}: its {name} names code to run (auto_map), which is never done")
+    with quiet():
+        found = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+    tokenizer = cast(PreTrainedTokenizerBase, found)
+    tokenizer.name_or_path = cfg.name
+    return tokenizer
+
+
+def load_base(model: ModelConfig, quant: QuantConfig, device: torch.device | str | None = None) -> PreTrainedModel:
+    """The frozen base model in eval mode, quantised while it loads; nothing is cast to fp32.
+
+    device: default is this rank's GPU (`cuda:LOCAL_RANK`), the CPU where there is none.
+    Returns: an ordinary transformers model; `model.base_revision` is the hub commit it came from, or None.
+    Raises: ConfigError (not found, not supported, missing files), IntegrityError (torn files, tensors that are missing,
+    superfluous or of another shape), ResourceError (out of memory), MissingExtra (bitsandbytes, flash-attn).
+    """
+    source = fetch(model.name, model.revision, TEXT_FILES + WEIGHT_FILES, "model.name")
+    read_config(source.folder, model.name)
+    weight_files(source.folder, model.name)
+    attention.register()
+    with quiet(), _readable_errors(model, quant):
+        base, found = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=getattr(torch, model.dtype),
+            quantization_config=_bitsandbytes(source.folder, quant),
+            device_map={"": default_device() if device is None else device},
+            attn_implementation=attention.SEGMENTED if model.attention == "auto" else model.attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            # Reported below with names, not by transformers without.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    _check_complete(found, model.name)
+    base.requires_grad_(False)
+    if quant.type != "none":
+        keep_weights_trainable_after_eval(base)
+    check_quantized(base, quant)
+    # What adapter_config.json will name as its base: not this machine's cache folder.
+    base.name_or_path = base.config.name_or_path = model.name
+    base.base_revision = source.revision
+    return base
+
+
+def default_device() -> torch.device:
+    """This rank's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and warnings: what matters in them is raised here as an error."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _bitsandbytes(folder: Path, quant: QuantConfig) -> Any:
+    """The quantisation settings with `quant.keep` resolved on a model without weights."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        skeleton: nn.Module = AutoModelForCausalLM.from_config(config)
+    head = FAMILIES[config.model_type].head
+    return quantization_config(quant, kept_modules(quant, linear_names(skeleton), head))
+
+
+@contextmanager
+def _readable_errors(model: ModelConfig, quant: QuantConfig) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"model.name={model.name} does not fit into the GPU's memory with quant.type={quant.type}: choose nf4 or a "
+            f"smaller model, or free the GPU ({error})"
+        ) from error
+    except ImportError as error:
+        if model.attention != "flash_attention_2":
+            raise
+        raise MissingExtra(
+            "model.attention=flash_attention_2 needs: pip install flash-attn --no-build-isolation (or set "
+            "model.attention=auto)"
+        ) from error
+    except RuntimeError as error:
+        if "allocate memory" in str(error):
+            raise ResourceError(f"model.name={model.name} does not fit into this machine's memory: {error}") from error
+        if "bitsandbytes" not in str(error):
+            raise
+        raise MissingExtra(
+            f'quant.type={quant.type}: bitsandbytes does not work here: pip install --upgrade "bitsandbytes>=0.49" '
+            f"(or set quant.type=none); it says: {error}"
+        ) from error
+
+
+def _check_complete(found: dict[str, Any], name: str) -> None:
+    """transformers fills tensors that it does not find with random numbers and drops those it does not know."""
+    problems = [
+        f"{len(names)} {what}: {', '.join(sorted(map(str, names))[:5])}{' …' if len(names) > 5 else ''}"
+        for what, key in (
+            ("tensors are missing", "missing_keys"),
+            ("tensors are not part of the model", "unexpected_keys"),
+            ("tensors have another shape than config.json says", "mismatched_keys"),
+        )
+        if (names := found[key])
+    ]
+    if problems:
+        raise IntegrityError(f"the weights of model.name={name} differ from its config.json: {'; '.join(problems)}")

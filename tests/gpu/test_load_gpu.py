@@ -1,0 +1,95 @@
+"""Loading, quantising and adapting on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
+from finetune.errors import ResourceError
+from finetune.models.adapter import attach_lora, check_adapter, save_adapter
+from finetune.models.inits import lora_layers
+from finetune.models.load import load_base, quiet
+
+pytestmark = pytest.mark.gpu
+
+IDS = torch.arange(40).reshape(2, 20) * 7 % 300
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """A random two-layer Qwen2 in bf16."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=320,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    folder = tmp_path_factory.mktemp("base")
+    Qwen2ForCausalLM(config).bfloat16().save_pretrained(folder)
+    return ModelConfig(name=str(folder))
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS.cuda()).logits
+
+
+def test_the_default_device_is_this_ranks_gpu(base: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert {parameter.device for parameter in load_base(base, QuantConfig()).parameters()} == {torch.device("cuda", 0)}
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8", "none"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_trained_saved_and_reloaded_by_peft(base: ModelConfig, tmp_path: Path, quant_type: Any, dora: bool) -> None:
+    quant = QuantConfig(type=quant_type)
+    model = attach_lora(load_base(base, quant), LoraConfig(target_modules="all-linear", dora=dora))
+    before = logits(model)
+    model.train()
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=IDS.cuda(), labels=IDS.cuda()).loss.backward()
+        optimizer.step()
+    save_adapter(model, tmp_path)
+    check_adapter(tmp_path, model)
+    after = logits(model)
+    with quiet():
+        reloaded = logits(peft.PeftModel.from_pretrained(load_base(base, quant), str(tmp_path)))
+    torch.testing.assert_close(reloaded, after, rtol=0, atol=1e-2)
+    assert (after - before).abs().max() > 5e-2
+
+
+def test_loftq_is_that_of_peft_where_alpha_is_the_rank(base: ModelConfig) -> None:
+    """PEFT's takes no account of alpha / rank."""
+    cfg = LoraConfig(rank=8, alpha=8.0)
+    ours = attach_lora(load_base(base, QuantConfig()), cfg.model_copy(update={"init": "loftq"}))
+    peers = attach_lora(load_base(base, QuantConfig()), cfg)
+    peft.replace_lora_weights_loftq(peers, model_path=base.name)
+    layers: dict[str, Any] = dict(lora_layers(ours))
+    expected: dict[str, Any] = dict(lora_layers(peers))
+    for name, layer in layers.items():
+        found = layer.get_delta_weight("default")
+        torch.testing.assert_close(found, expected[name].get_delta_weight("default"), rtol=1e-2, atol=1e-5)
+
+
+def test_a_model_that_does_not_fit_is_a_resource_error(tmp_path: Path) -> None:
+    config = Qwen2Config(vocab_size=65536, hidden_size=2048, intermediate_size=64, num_hidden_layers=1)
+    Qwen2ForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.0005)
+    try:
+        with pytest.raises(ResourceError, match="does not fit into the GPU's memory"):
+            load_base(ModelConfig(name=str(tmp_path)), QuantConfig(type="none"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,0 +1,55 @@
+"""The package's own copy of the Qwen2.5 shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from finetune.models.families import FAMILIES, QWEN25_SHAPES, SHAPE_KEYS, shape_of
+
+
+def test_shapes_are_those_of_the_reference_configs(shared: Path) -> None:
+    files = sorted((shared / "qwen2.5" / "configs").glob("*.json"))
+    assert {file.stem.removeprefix("qwen2.5-") for file in files} == set(QWEN25_SHAPES)
+    for file in files:
+        config = json.loads(file.read_text())
+        expected = {key: config[key] for key in ("model_type", *SHAPE_KEYS)}
+        assert QWEN25_SHAPES[file.stem.removeprefix("qwen2.5-")] == expected
+
+
+def test_the_family_names_what_a_model_really_has() -> None:
+    family = FAMILIES["qwen2"]
+    config = Qwen2Config(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    assert linear == {*family.linear_modules, family.head}
+    assert type(model.model.layers[0]).__name__ == family.block_class
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "7B"),
+        ("Qwen/Qwen2.5-Coder-1.5B", "1.5B"),
+        ("someone/qwen2.5-math-72b-instruct", "72B"),
+        ("Qwen/Qwen2.5-0.5B", "0.5B"),
+    ],
+)
+def test_a_hub_name_tells_the_size(name: str, size: str) -> None:
+    assert shape_of(name) == QWEN25_SHAPES[size]
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2-7B", "Qwen/Qwen2.5-8B", "no/such"])
+def test_other_names_tell_nothing(name: str) -> None:
+    assert shape_of(name) is None
+
+
+def test_a_folder_is_read(make_base) -> None:
+    shape = shape_of(str(make_base(tied=False)))
+    assert shape is not None
+    assert (shape["hidden_size"], shape["num_hidden_layers"], shape["tie_word_embeddings"]) == (64, 2, False)
