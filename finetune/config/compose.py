@@ -6,18 +6,21 @@ Interpolations are resolved after that. Nothing is imported or instantiated on b
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from finetune.config.explain import problems_of, shown
-from finetune.config.keys import find, is_section, takes
+from finetune.config.keys import find, sections, takes
 from finetune.config.origins import Origins, short
 from finetune.config.overrides import Overrides, parse_overrides
 from finetune.config.problems import COMMAND_LINE, Problem, config_error, printable
@@ -27,6 +30,8 @@ from finetune.errors import ConfigError
 from finetune.resources import packaged
 
 _LONGEST_REASON = 300
+_WORD = re.compile(r"[A-Za-z/][A-Za-z0-9_/.-]*")
+_NOT_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "nan", "inf"}
 
 
 def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -50,12 +55,15 @@ def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> RunConfig:
     tree = _with_defaults(_composed(file, edits, origins), file)
     for key, value in edits.values:
         problems += _assign(tree, "", key, value)
-    values = resolved(tree, problems)
+    unresolved: list[Problem] = []
+    values = resolved(tree, unresolved)
+    problems += unresolved
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        told = tuple(f"{problem.key}." for problem in problems)
+        told = tuple(f"{problem.key}." for problem in unresolved)
         problems += [problem for problem in problems_of(values, error) if not f"{problem.key}.".startswith(told)]
+        raise config_error(short(file), problems, locate) from None
     if problems:
         raise config_error(short(file), problems, locate)
     return config
@@ -63,14 +71,26 @@ def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved YAML of a run, which load_config reads back to an equal RunConfig."""
-    return OmegaConf.to_yaml(OmegaConf.create(escaped(config.model_dump())))
+    return yaml.dump(escaped(config.model_dump()), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes all text that any reader of YAML could take for something else, `2e-4` and `no` for example."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    plain = _WORD.fullmatch(text) and text.lower() not in _NOT_TEXT
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_Dumper.add_representer(str, _text)
 
 
 def _find(name: str) -> Path:
     places = list(dict.fromkeys((Path.cwd(), Path.cwd() / "configs", packaged("configs"))))
     for folder in places:
         for file in (folder / name, folder / f"{name}.yaml"):
-            if file.suffix == ".yaml" and file.is_file():
+            if file.suffix == ".yaml" and os.path.isfile(file):
                 return file.resolve()
     known = sorted(file.name for file in packaged("configs").glob("*.yaml"))
     near = get_close_matches(f"{Path(name).stem}.yaml", known, n=3) or known
@@ -78,10 +98,10 @@ def _find(name: str) -> Path:
     raise ConfigError(printable(f"no config {name} (a .yaml file) in {looked}; packaged: {', '.join(near)}"))
 
 
-def _composed(file: Path, edits: Overrides, origins: Origins) -> dict[Any, Any]:
+def _composed(file: Path, edits: Overrides, origins: Origins) -> Any:
     folder = escaped(f"file://{packaged('configs')}")
     groups = [
-        f"{'' if group in origins.groups else '+'}{group}={_quoted(option)}"
+        f"{'' if group in origins.listed else '+'}{group}={_quoted(option)}"
         for group, option in edits.groups.items()
         if group not in origins.refused
     ]
@@ -101,12 +121,11 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "\\'") + "'"
 
 
-def _with_defaults(composed: dict[Any, Any], file: Path) -> dict[Any, Any]:
+def _with_defaults(composed: Mapping[Any, Any], file: Path) -> dict[Any, Any]:
     tree: dict[Any, Any] = {"name": escaped(file.stem), "output_dir": "outputs/${name}"}
-    for name, field in RunConfig.model_fields.items():
-        if is_section(field.annotation):
-            inner = field.annotation.model_fields.items()
-            tree[name] = {key: part.get_default() for key, part in inner if not part.is_required()}
+    for name, section in sections().items():
+        fields = section.model_fields.items()
+        tree[name] = {key: field.get_default() for key, field in fields if not field.is_required()}
     for name, value in composed.items():
         both = isinstance(value, dict) and isinstance(tree.get(name), dict)
         tree[name] = {**tree[name], **value} if both else value

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune.config.keys import allowed, find, is_section, options, schema_fields, takes
+from finetune.config.keys import allowed, find, options, schema_fields, sections, takes
 from finetune.config.peers import PEERS, REFUSED
 from finetune.config.problems import Problem
 from finetune.config.rules import contradictions
@@ -31,13 +31,13 @@ def problems_of(tree: dict[str, Any], error: ValidationError) -> list[Problem]:
     A rule names the keys it looks at, in its key or its text; it is left out where one of them has a wrong value.
     """
     found = [problem for item in error.errors(include_url=False) for problem in _problems(item)]
-    wrong = {".".join(problem.key.split(".")[:2]) for problem in found}
+    wrong = {".".join(problem.key.split(".")[:2]) for problem in found if "." in problem.key}
     sound = {}
-    for name, field in RunConfig.model_fields.items():
-        if is_section(field.annotation) and isinstance(section := tree.get(name, {}), dict):
-            values = {key: value for key, value in section.items() if f"{name}.{key}" not in wrong}
+    for name, section in sections().items():
+        if isinstance(given := tree.get(name, {}), dict):
+            values = {key: value for key, value in given.items() if f"{name}.{key}" not in wrong}
             with suppress(ValidationError):
-                sound[name] = field.annotation.model_validate(values)
+                sound[name] = section.model_validate(values)
     rules = [rule for rule in contradictions(sound) if not any(key in f"{rule.key} {rule.text}" for key in wrong)]
     return list(dict.fromkeys([*found, *rules]))
 

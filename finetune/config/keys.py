@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
@@ -51,7 +51,15 @@ def find(path: str) -> Any | None:
     return here
 
 
-def is_section(annotation: Any) -> bool:
+@cache
+def sections() -> dict[str, type[Section]]:
+    """The sections of a run by name: model, quant, …"""
+    annotations = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    return {name: annotation for name, annotation in annotations.items() if is_section(annotation)}
+
+
+def is_section(annotation: Any) -> TypeGuard[type[Section]]:
+    """Whether a type is a mapping of keys of its own."""
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 

@@ -5,6 +5,7 @@ Hydra composes them, but stops at its first error and keeps no line numbers, so 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,15 +37,16 @@ class _Entry(NamedTuple):
 
 @dataclass
 class Origins:
-    """`chosen` are the group options of the command line, `refused` those that do not exist; `problems` are the files'.
+    """Where every key of a composition was written.
 
-    `folders` are searched in their order.
+    folders: searched for files in this order. chosen: group options of the command line; refused: those of them that do
+    not exist. listed: groups that a defaults list names. problems: what is wrong with the files.
     """
 
     folders: Sequence[Path]
     chosen: Mapping[str, str]
     lines: dict[str, str] = field(default_factory=dict)
-    groups: set[str] = field(default_factory=set)
+    listed: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
     refused: dict[str, Problem] = field(default_factory=dict)
     seen: set[Path] = field(default_factory=set)
@@ -58,7 +60,7 @@ class Origins:
     def read(self, file: Path) -> None:
         """A config and all that its defaults lists and the command line name."""
         self._visit(file, "", "")
-        for group in self.chosen.keys() - self.groups:
+        for group in sorted(self.chosen.keys() - self.listed):
             self._choose(_Entry(group, self.chosen[group], False, 0), COMMAND_LINE)
 
     def _visit(self, file: Path, group: str, package: str) -> None:
@@ -82,6 +84,7 @@ class Origins:
             return
         if isinstance(node, yaml.MappingNode) and self._sound(node, file):
             for entry in _defaults(node, group):
+                self.listed.add(entry.group)
                 self._choose(entry, f"{short(file)}:{entry.line}")
             if header := _PACKAGE.match(text):
                 package = {"_global_": "", "_group_": package}.get(header[1], header[1])
@@ -90,7 +93,6 @@ class Origins:
             self.problems.append(Problem("", "a config is a mapping of keys to values", short(file)))
 
     def _choose(self, entry: _Entry, origin: str) -> None:
-        self.groups.add(entry.group)
         option = self.chosen.get(entry.group, entry.option).removesuffix(".yaml")
         file = self._file(entry.group, option)
         if file is not None:
@@ -102,7 +104,7 @@ class Origins:
 
     def _file(self, group: str, option: str) -> Path | None:
         files = (folder / group / f"{option}.yaml" for folder in self.folders)
-        return next((file for file in files if file.is_file()), None)
+        return next((file for file in files if os.path.isfile(file)), None)
 
     def _no_option(self, group: str, option: str) -> str:
         options = sorted({file.stem for folder in self.folders for file in (folder / group).glob("*.yaml")})

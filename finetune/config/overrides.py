@@ -51,7 +51,8 @@ def _read(key: str, text: str, found: Overrides) -> None:
         try:
             value = _as_text(text, kind) if takes(str, kind) else _by_grammar(text)
         except HydraException as error:
-            _refuse(found, key, f"cannot read {shown(text)}: {error}; in the shell, put all of it in single quotes")
+            hint = f"""text of more than letters and digits goes in quotes, in the shell '{key}=["a b"]'"""
+            _refuse(found, key, f"cannot read {shown(text)}: {error}; {hint}")
             return
         for leaf, part in _leaves(key, value):
             if find(leaf) is None:

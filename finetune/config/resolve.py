@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ def resolved(tree: dict[str, Any], problems: list[Problem]) -> Any:
         with guarded_environment():
             return _plain(OmegaConf.create(tree), "", problems)
     except OmegaConfBaseException as error:
-        problems.append(Problem(str(error.full_key or "config"), _first_line(error)))
+        problems.append(Problem(error.full_key or "config", _first_line(error)))
     except (RecursionError, ValueError, TypeError) as error:
         problems.append(Problem("config", f"an interpolation refers to itself, or to nothing plain: {error}"))
     return {}
@@ -66,7 +66,7 @@ def escaped(value: Any) -> Any:
 
 
 @contextmanager
-def guarded_environment() -> Iterator[None]:
+def guarded_environment() -> Generator[None]:
     """`${oc.env:NAME}` works, but not for secrets: the resolved config is saved with the run."""
     OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
     try:

@@ -136,9 +136,12 @@ def _batch(train: TrainConfig) -> Problems:
         yield Problem("train.world_size", f"so many ranks cannot share train.batch_size={train.batch_size} sequences")
 
 
-def _held_out(data: DataConfig, train: TrainConfig) -> Problems:
+def _stopping(train: TrainConfig) -> Problems:
     if train.early_stopping is not None and train.eval_every is None:
         yield Problem("train.early_stopping", "counts evaluations; set train.eval_every as well")
+
+
+def _held_out(data: DataConfig, train: TrainConfig) -> Problems:
     if data.eval:
         return
     for name in ("eval_every", "early_stopping"):
@@ -183,6 +186,7 @@ RULES: list[tuple[tuple[str, ...], Callable[..., Problems]]] = [
     (("data",), _evaluation_sets),
     (("train",), _length),
     (("train",), _batch),
+    (("train",), _stopping),
     (("data", "train"), _held_out),
     (("data", "generation"), _answers),
 ]

@@ -1,0 +1,41 @@
+"""A run in one line: `load("train: {max_steps: 3}", "lora.rank=4")`, and the text of what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune.config.compose import load_config
+from finetune.config.schema import RunConfig
+from finetune.errors import ConfigError
+
+ROWS = "data: {train: [{path: rows.jsonl}]}\n"
+MODEL = "model: {name: base}\n"
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+    """Loads a YAML text as run.yaml in the working directory; model and data are added where the text has none."""
+    monkeypatch.chdir(tmp_path)
+
+    def loaded(text: str = "", *overrides: str) -> RunConfig:
+        parts = [text.rstrip("\n") + "\n"]
+        parts += [part for part in (MODEL, ROWS) if part.partition(":")[0] + ":" not in text]
+        Path("run.yaml").write_text("".join(parts), encoding="utf-8")
+        return load_config("run.yaml", overrides)
+
+    return loaded
+
+
+@pytest.fixture
+def complaint(load: Callable[..., RunConfig]) -> Callable[..., str]:
+    """The text of the ConfigError that a YAML text and overrides give."""
+
+    def complained(text: str = "", *overrides: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load(text, *overrides)
+        return str(caught.value)
+
+    return complained

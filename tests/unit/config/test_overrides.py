@@ -1,0 +1,160 @@
+"""`key=value`: every key of the schema without `+`, Hydra's grammar for values, text as it was typed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from finetune.config.keys import schema_fields, sections
+from finetune.config.overrides import parse_overrides
+
+
+def value_of(override: str) -> Any:
+    parsed = parse_overrides([override])
+    assert not parsed.problems, parsed.problems
+    [(_, value)] = parsed.values
+    return value
+
+
+def problem_of(override: str) -> str:
+    parsed = parse_overrides([override])
+    assert (parsed.values, parsed.groups) == ([], {})
+    [problem] = parsed.problems
+    return f"{problem.key}: {problem.text}"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.max_steps=10", 10),
+        ("train.learning_rate=2e-4", 2e-4),
+        ("train.max_steps=null", None),
+        ("track.wandb=true", True),
+        ("+train.seed=3", 3),
+        ("++train.seed=3", 3),
+        (" train.seed = 3 ", 3),
+        ("data.train=[{path: rows.jsonl}]", [{"path": "rows.jsonl"}]),
+        (
+            "data.train=[{path: 'é (1).jsonl', limit: 5},{path: b}]",
+            [{"path": "é (1).jsonl", "limit": 5}, {"path": "b"}],
+        ),
+        ("lora.rank_pattern={q_proj: 4}", {"q_proj": 4}),
+        ("lora.target_modules=[q_proj,v_proj]", ["q_proj", "v_proj"]),
+        ("lora.target_modules=all-linear", "all-linear"),
+        ("train.max_steps=${train.seed}", "${train.seed}"),
+    ],
+)
+def test_values_are_read_by_hydras_grammar(override: str, value: Any):
+    assert value_of(override) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/données/漢 (2)/x=1",
+        "1234567",
+        "1e5",
+        "true",
+        "no",
+        "a,b",
+        "You are kind: be brief.",
+        "#1",
+        "a'b",
+        "[INST] x",
+        "~",
+        "{a}",
+        "x ${name}",
+    ],
+)
+def test_a_key_that_takes_text_takes_it_as_typed(text: str):
+    assert value_of(f"data.system={text}") == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("null", None),
+        ("'null'", "null"),
+        ('"a b"', "a b"),
+        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+        ("[qv]_proj", "[qv]_proj"),
+        ("", ""),
+    ],
+)
+def test_quotes_and_null_keep_their_meaning_in_text(text: str, value: Any):
+    assert value_of(f"lora.target_modules={text}") == value
+
+
+def test_every_key_of_the_schema_can_be_overridden(load: Callable):
+    for key in schema_fields().keys() - sections().keys():
+        if not key.startswith("data.eval.*"):
+            assert parse_overrides([f"{key.replace('*', '0')}=1"]).problems == []
+
+
+def test_the_last_of_two_overrides_wins(load: Callable):
+    assert load("", "train.seed=1", "train.seed=2").train.seed == 2
+
+
+def test_items_of_lists_and_names_with_dots_can_be_set(load: Callable):
+    config = load("", "data.train.0.limit=5", "lora.rank_pattern.model.layers.0.self_attn.q_proj=4")
+    assert config.data.train[0].limit == 5
+    assert config.lora.rank_pattern == {"model.layers.0.self_attn.q_proj": 4}
+
+
+def test_a_mapping_given_to_a_section_sets_the_keys_it_names(load: Callable):
+    config = load("train: {seed: 3}", "train={max_steps: 5, keep: 1}")
+    assert (config.train.seed, config.train.max_steps, config.train.keep) == (3, 5, 1)
+
+
+def test_lists_and_mappings_of_values_are_replaced_not_merged(load: Callable):
+    config = load(
+        "lora: {rank_pattern: {a: 1}, modules_to_save: [x, y]}", "lora.rank_pattern={b: 2}", "lora.modules_to_save=[z]"
+    )
+    assert (config.lora.rank_pattern, config.lora.modules_to_save) == ({"b": 2}, ["z"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.max_step=3", "train.max_steps"),
+        ("train={max_step: 3}", "train.max_steps"),
+        ("trian.max_steps=3", "train.max_steps"),
+        ("data.train.0.pth=x", "data.train.0.path"),
+        ("lora_r=3", "lora.rank"),
+        ("model@teacher=x", "unknown key"),
+        ("model/x=y", "unknown key"),
+        ("hydra.run.dir=x", "unknown key"),
+        ("_target_=os.system", "names no code"),
+        ("train.seed=1,2", "a list is written [a, b]"),
+        ("train.seed=choice(1,2)", "a list is written [a, b]"),
+        ("data.train=[{path: x}", "cannot read"),
+        ("lora.new_tokens=extend_list(a)", "cannot read"),
+        ("~train.seed", "nothing can be taken out"),
+        ("train.seed", "key=value"),
+        ("=3", "key=value"),
+        ("", "key=value"),
+        ("train .seed=3", "key=value"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_a_way_out(override: str, words: str):
+    assert words in problem_of(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.train.1.limit=5", "has 1 items"),
+        ("data.eval.0.limit=5", "has 0 items"),
+        ("model=qwen2.5-7b-instuct", "qwen2.5-7b-instruct"),
+        ("model=Qwen/Qwen2.5-7B-Instruct", "model.name"),
+        ("quant=8bit", "no option 8bit"),
+        ("track=wandb", "no option wandb"),
+        ("train=[1]", "mapping"),
+        ("train.seed=ten", "train.seed (command line)"),
+        ("output_dir=", 'found ""'),
+    ],
+)
+def test_what_does_not_fit_the_config_says_so(complaint: Callable, override: str, words: str):
+    assert words in complaint("", override)

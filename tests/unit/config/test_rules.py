@@ -1,0 +1,113 @@
+"""Settings that contradict each other are named before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from finetune.config.explain import problems_of
+from finetune.config.problems import Problem
+from finetune.config.schema import RunConfig
+
+EVAL = "data.eval=[{path: held.jsonl}]"
+
+# Settings that do not go together -> the key that is to blame, and a word of what is said.
+BROKEN: list[tuple[list[str], str, str]] = [
+    (["model.attention=flash_attention_2", "model.dtype=float32"], "model.attention", "float32"),
+    (["quant.keep=[a,a]"], "quant.keep", "twice"),
+    (["quant.keep=['(a']"], "quant.keep.0", "regular expression"),
+    (["lora.target_modules=[q_proj,q_proj]"], "lora.target_modules", "twice"),
+    (["lora.target_modules=[]"], "lora.target_modules", "no module"),
+    (["lora.target_modules=q_proj"], "lora.target_modules", "[q_proj]"),
+    (["lora.target_modules=q_proj,v_proj"], "lora.target_modules", "[q_proj, v_proj]"),
+    (["lora.target_modules=(q|v_proj"], "lora.target_modules", "regular expression"),
+    (["lora.target_modules=.*q_proj", "lora.layers_to_transform=[0]"], "lora.layers_to_transform", "list of names"),
+    (["lora.layers_to_transform=[]"], "lora.layers_to_transform", "null"),
+    (["lora.layers_to_transform=[1,1]"], "lora.layers_to_transform", "twice"),
+    (["lora.modules_to_save=[q_proj]"], "lora.modules_to_save", "q_proj"),
+    (["lora.modules_to_save=[a,a]"], "lora.modules_to_save", "twice"),
+    (["lora.rank_pattern={'(': 2}"], "lora.rank_pattern.(", "regular expression"),
+    (["lora.alpha_pattern={'[': 2}"], "lora.alpha_pattern.[", "regular expression"),
+    (["lora.new_tokens=[<a>,<a>]"], "lora.new_tokens", "twice"),
+    (["lora.new_tokens=[' ']"], "lora.new_tokens", "white space"),
+    (["lora.new_tokens=[<a>]", "lora.modules_to_save=[embed_tokens]"], "lora.new_tokens", "embed_tokens"),
+    (["lora.init=pissa"], "lora.init", "quant.type=none"),
+    (["lora.init=pissa_niter_16", "quant.type=int8"], "lora.init", "quant.type=none"),
+    (["lora.init=olora", "quant.type=fp4"], "lora.init", "quant.type=none"),
+    (["lora.init=loftq", "quant.type=none"], "lora.init", "quant.type=nf4"),
+    (["lora.init=loftq", "quant.type=int8"], "lora.init", "quant.type=nf4"),
+    (["lora.init=orthogonal", "lora.rank=3"], "lora.rank", "even"),
+    (["lora.init=orthogonal", "lora.rank_pattern={q_proj: 5}"], "lora.rank_pattern.q_proj", "even"),
+    (["lora.init=gaussian", "lora.init_adapter=old"], "lora.init", "lora.init_adapter"),
+    (["data.eval=[{path: a/x.jsonl},{path: b/x.jsonl}]"], "data.eval", "called x"),
+    (["data.eval=[{path: a, weight: 2}]"], "data.eval.0.weight", "data.train"),
+    (["train.max_steps=3", "train.epochs=2"], "train.epochs", "train.max_steps"),
+    (["train.warmup=1.5"], "train.warmup", "whole"),
+    (["train.max_steps=3", "train.warmup=3"], "train.warmup", "train.max_steps=3"),
+    (["train.batch_size=4", "train.micro_batch_size=5"], "train.micro_batch_size", "train.batch_size=4"),
+    (["train.batch_size=4", "train.world_size=8"], "train.world_size", "train.batch_size=4"),
+    (["train.eval_every=5"], "train.eval_every", "data.eval"),
+    (["train.early_stopping=2", EVAL], "train.early_stopping", "train.eval_every"),
+    (["train.early_stopping=2", "train.eval_every=2"], "train.early_stopping", "data.eval"),
+    (["generation.rows=5"], "generation.rows", "data.eval"),
+    (["generation.every=5"], "generation.every", "data.eval"),
+    (["generation.every=5", "generation.samples=0", EVAL], "generation.every", "generation.samples"),
+]
+
+SOUND: list[list[str]] = [
+    ["model.attention=flash_attention_2"],
+    ["quant.keep=['*.mlp.*', 'model\\.layers\\.(0|1)\\..*', lm_head]"],
+    ["lora.target_modules=all-linear", "lora.layers_to_transform=[0,1]"],
+    ["lora.target_modules=.*\\.(q|v)_proj"],
+    ["lora.init=pissa", "quant.type=none"],
+    ["lora.init=loftq", "quant.type=fp4"],
+    ["lora.init=orthogonal", "lora.rank=6"],
+    ["lora.dora=true", "quant.type=int8"],
+    ["lora.init_adapter=old"],
+    ["lora.new_tokens=[<a>,<b>]", "lora.modules_to_save=[norm]"],
+    ["data.eval=[{path: a/x.jsonl},{path: b/x.jsonl, name: y}]"],
+    ["train.max_steps=1", "train.warmup=0.5"],
+    ["train.max_steps=4", "train.warmup=3"],
+    ["train.batch_size=4", "train.micro_batch_size=4", "train.world_size=4"],
+    ["train.early_stopping=2", "train.eval_every=2", EVAL],
+    ["generation.rows=5", "generation.every=5", EVAL],
+]
+
+
+def problems(settings: list[str]) -> list[Problem]:
+    tree: dict[str, Any] = {"model": {"name": "base"}, "data": {"train": [{"path": "rows.jsonl"}]}}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = yaml.safe_load(value)
+    try:
+        RunConfig.model_validate(tree)
+    except ValidationError as error:
+        return problems_of(tree, error)
+    return []
+
+
+@pytest.mark.parametrize(("settings", "key", "word"), BROKEN, ids=str)
+def test_a_contradiction_names_the_key_and_the_way_out(settings: list[str], key: str, word: str):
+    found = problems(settings)
+    assert any(problem.key == key and word in problem.text for problem in found), found
+
+
+@pytest.mark.parametrize("settings", SOUND, ids=str)
+def test_what_goes_together_is_taken(settings: list[str]):
+    assert problems(settings) == []
+
+
+def test_a_config_made_in_python_keeps_the_same_rules():
+    both = {"max_steps": 1, "epochs": 1}
+    with pytest.raises(ValidationError, match="max_steps is given too"):
+        RunConfig.model_validate({"model": {"name": "base"}, "data": {"train": [{"path": "x"}]}, "train": both})
+
+
+def test_rules_are_checked_around_values_that_are_wrong():
+    """A wrong seed does not hide that the warm-up is wrong too, and a wrong eval_every is not said to be missing."""
+    found = problems(["train.seed=-1", "train.warmup=1.5", "train.early_stopping=2", "train.eval_every=often", EVAL])
+    assert {problem.key for problem in found} == {"train.seed", "train.eval_every", "train.warmup"}

@@ -1,0 +1,184 @@
+"""The schema: each key documented, typed and within its range; no value is turned into one of another type."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from finetune.config.help import schema_help
+from finetune.config.keys import find, schema_fields, sections, takes
+from finetune.config.schema import RunConfig
+
+MINIMAL: dict[str, Any] = {"model": {"name": "base"}, "data": {"train": [{"path": "rows.jsonl"}]}}
+
+# Key -> values at the border that are legal, values just outside.
+RANGES: dict[str, tuple[list[Any], list[Any]]] = {
+    "lora.rank": ([1], [0, -1]),
+    "lora.alpha": ([1e-9, 16], [0, -1.0]),
+    "lora.dropout": ([0, 0.99], [1, -0.1]),
+    "lora.layers_to_transform": ([[0]], [[-1]]),
+    "lora.rank_pattern": ([{"q_proj": 1}], [{"q_proj": 0}]),
+    "lora.alpha_pattern": ([{"q_proj": 0.5}], [{"q_proj": 0}]),
+    "data.train": ([[{"path": "x", "weight": 0.1, "limit": 1}]], [[], [{"path": ""}]]),
+    "data.train.0.weight": ([0.5, 3], [0, -1]),
+    "data.train.0.limit": ([1, None], [0]),
+    "data.max_length": ([2], [1]),
+    "train.max_steps": ([1, None], [0]),
+    "train.epochs": ([0.5, None], [0]),
+    "train.learning_rate": ([1e-9, 1], [0, 1.1]),
+    "train.warmup": ([0, 0.5, 10], [-0.1]),
+    "train.batch_size": ([1], [0]),
+    "train.micro_batch_size": ([1, 16, None], [0]),
+    "train.max_grad_norm": ([0, 1], [-1]),
+    "train.weight_decay": ([0, 0.1], [1, -0.1]),
+    "train.beta1": ([0, 0.9], [1, -0.1]),
+    "train.beta2": ([0, 0.999], [1, -0.1]),
+    "train.eps": ([1e-12], [0]),
+    "train.neftune_alpha": ([0, 5], [-1]),
+    "train.save_every": ([1, None], [0]),
+    "train.keep": ([1], [0]),
+    "train.seed": ([0, 2**32 - 1], [-1, 2**32]),
+    "train.log_every": ([1], [0]),
+    "train.world_size": ([1, None], [0]),
+    "generation.max_new_tokens": ([1], [0]),
+    "generation.batch_size": ([1], [0]),
+    "generation.rows": ([0], [-1]),
+    "generation.samples": ([0], [-1]),
+}
+
+
+def with_value(key: str, value: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = {name: dict(part) for name, part in MINIMAL.items()}
+    tree["data"]["train"] = [dict(MINIMAL["data"]["train"][0])]
+    node: Any = tree
+    *way, last = [int(step) if step.isdecimal() else step for step in key.split(".")]
+    for step in way:
+        node = node.setdefault(step, {}) if isinstance(node, dict) else node[step]
+    node[last] = value
+    return tree
+
+
+def accepted(key: str, value: Any) -> bool:
+    try:
+        RunConfig.model_validate(with_value(key, value))
+    except ValidationError:
+        return False
+    return True
+
+
+def numbers_of_the_schema() -> set[str]:
+    bounded = ("Ge(", "Gt(", "Le(", "Lt(", "MinLen(")
+    fields = {key: f"{field.annotation} {field.metadata}" for key, field in schema_fields().items()}
+    return {key for key, text in fields.items() if any(mark in text for mark in bounded)}
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_a_number_is_taken_up_to_its_border_and_not_beyond(key: str):
+    inside, outside = RANGES[key]
+    assert [value for value in inside if not accepted(key, value)] == []
+    assert [value for value in outside if accepted(key, value)] == []
+
+
+def test_every_bounded_key_is_tested_at_its_borders():
+    # These need another key beside them; test_rules.py has them at work.
+    elsewhere = {"train.eval_every", "train.early_stopping", "generation.every"}
+    tested = {key.replace(".0", ".*") for key in RANGES}
+    missing = {key for key in numbers_of_the_schema() - tested - elsewhere if not key.startswith("data.eval.*")}
+    assert missing == set()
+
+
+NEARLY: dict[type, tuple[Any, ...]] = {
+    bool: ("true", "yes", 1, 0, None),
+    int: ("10", "ten", 1.0, 1.5, True, math.inf, [1]),
+    float: ("ten", " 1", "1_0", "nan", "inf", "", True, math.nan, math.inf, [1.0]),
+    str: (False, 1, 1.5, ["a", 1], b"a"),
+    list: (3, {"a": {}}, [{}], [None]),
+    dict: (3, ["a"], {"a": {}}, {1: 1}),
+}
+
+
+def kinds() -> list[tuple[str, Any]]:
+    """Values of a type that is nearly the right one."""
+    wrong: list[tuple[str, Any]] = []
+    for key in schema_fields().keys() - sections().keys():
+        path = key.replace("*", "0")
+        annotation = find(path)
+        kind = next((kind for kind in NEARLY if takes(kind, annotation)), None)
+        values = NEARLY[kind] if kind else ("nonsense", True, 4, None, "")
+        wrong += [(path, value) for value in values if not key.startswith("data.eval.*")]
+    return wrong
+
+
+def test_a_value_of_another_type_is_an_error_and_never_converted():
+    assert [(key, value) for key, value in kinds() if accepted(key, value)] == []
+
+
+@pytest.mark.parametrize("text", ["2e-4", "0.0002", "2E-4", "+.0002", "2.e-4"])
+def test_text_that_is_exactly_a_number_is_that_number(text: str):
+    config = RunConfig.model_validate(with_value("train.learning_rate", text))
+    assert config.train.learning_rate == 2e-4
+
+
+def test_an_unknown_key_is_refused_at_every_level():
+    levels = ["extra", *(f"{key.replace('*', '0')}.extra" for key in sections()), "data.train.0.extra"]
+    assert [level for level in levels if accepted(level, 1)] == []
+
+
+def test_a_config_never_changes():
+    config = RunConfig.model_validate(MINIMAL)
+    with pytest.raises(ValidationError):
+        config.train.max_steps = 3  # pyrefly: ignore
+
+
+def test_two_configs_share_no_list():
+    first, second = RunConfig.model_validate(MINIMAL), RunConfig.model_validate(MINIMAL)
+    first.lora.modules_to_save.append("x")
+    assert second.lora.modules_to_save == RunConfig.model_validate(MINIMAL).lora.modules_to_save == []
+
+
+def test_help_describes_every_key_in_one_line():
+    lines = schema_help().splitlines()
+    for key, field in schema_fields().items():
+        assert field.description, key
+        if key not in sections() and not key.startswith("data.eval.*"):
+            found = [line for line in lines if line.split(maxsplit=1)[0:1] == [key.replace("*", "0")]]
+            assert len(found) == 1, key
+            assert found[0].endswith(field.description)
+
+
+def test_help_names_types_ranges_and_defaults():
+    text = schema_help()
+    for part in (
+        'quant.type = "nf4"',
+        "nf4 | fp4 | int8 | none",
+        "train.max_steps = null",
+        "whole number >= 1 or null",
+    ):
+        assert part in text
+    assert "outputs/${name}" in text
+
+
+@pytest.mark.parametrize(
+    "path", ["train.max_step", "data.train.x.path", "train.max_steps.more", "lora.rank.0", "data.train.0."]
+)
+def test_only_keys_of_the_schema_are_found(path: str):
+    assert find(path) is None
+
+
+@pytest.mark.parametrize(
+    "path", ["train", "data.train.12.limit", "lora.rank_pattern.model.layers.0.q_proj", "lora.new_tokens.0"]
+)
+def test_keys_inside_lists_and_mappings_are_found(path: str):
+    assert find(path) is not None
+
+
+def test_importing_the_config_imports_no_torch():
+    code = (
+        "import sys, finetune.config.compose, finetune.config.help; print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
