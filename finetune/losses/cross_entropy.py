@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from finetune.data.batch import Batch
 from finetune.data.chat import UNTRAINED
-from finetune.ops.attention import SEGMENTED
+from finetune.ops.attention import SEGMENTED, plan_segments
 
 # Rows of logits alive at once: 2**26 fp32 values are 256 MB.
 _LOGITS_LIMIT = 2**26
@@ -50,7 +50,8 @@ def hidden_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
         embeddings = embeddings + noise.to(embeddings.dtype)
     if base.config._attn_implementation == SEGMENTED:
         # A mapping is taken as masks already made, so transformers builds no dense block mask.
-        isolation = {"attention_mask": {"full_attention": None}, "segment_lengths": batch.segment_lengths}
+        segments = plan_segments(batch.segment_lengths, embeddings.device)
+        isolation = {"attention_mask": {"full_attention": None}, "segments": segments}
     else:
         isolation = {}  # transformers finds the borders where positions restart
     backbone = getattr(base, base.base_model_prefix)

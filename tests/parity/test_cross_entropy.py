@@ -11,6 +11,7 @@ from finetune.data.batch import Document, build_batch, silent_batch
 from finetune.data.chat import UNTRAINED
 from finetune.losses import cross_entropy
 from finetune.losses.cross_entropy import CrossEntropy, score
+from finetune.ops.attention import plan_segments
 from tests.models import random_qwen2
 
 
@@ -43,7 +44,7 @@ def reference(docs: list[Document]) -> tuple[torch.Tensor, dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("attn", ["segmented", "sdpa", "eager"])
-@pytest.mark.parametrize("lengths", [[7], [5, 9, 2, 16], [1, 3, 1]])
+@pytest.mark.parametrize("lengths", [[7], [5, 70, 2, 64, 9, 130], [1, 3, 1]])
 @pytest.mark.parametrize("chunk_rows", [3, 1000])
 @pytest.mark.parametrize("frozen_head", [True, False])
 def test_packed_loss_and_gradients_equal_float64_documents_alone(attn, lengths, chunk_rows, frozen_head, monkeypatch):
@@ -79,10 +80,10 @@ def test_a_batch_without_targets_gives_zero_and_reaches_every_parameter():
 def test_segmented_attention_refuses_lengths_that_do_not_cover_the_batch():
     model = random_qwen2()
     batch = build_batch(documents([4, 4]))
-    with pytest.raises(ValueError, match="sum to the 8 tokens"):
+    with pytest.raises(ValueError, match="cover the 8 tokens given"):
         model.model(
             batch.input_ids, position_ids=batch.position_ids, attention_mask={"full_attention": None},
-            segment_lengths=(4, 3), use_cache=False,
+            segments=plan_segments([4, 3]), use_cache=False,
         )  # fmt: skip
 
 
