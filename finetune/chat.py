@@ -66,7 +66,7 @@ class Conversation:
         self.turns.clear()
 
     def answer(self, text: str) -> None:
-        """Write the model's answer to stdout while it is made, and remember both turns. Ctrl+C keeps what is written.
+        """Write the model's answer to stdout while it is made, and remember both turns; Ctrl+C keeps what is written.
 
         Raises: DataError if the text cannot be encoded or the conversation has outgrown the model's context.
         """
@@ -79,7 +79,8 @@ class Conversation:
         if room_tokens < 1:
             raise DataError(f"the conversation has {len(ids)} tokens, more than the model can read; /reset starts anew")
         given = self._stream(ids, min(self.settings.max_new_tokens, room_tokens))
-        self.turns = [*asked, Message("assistant", given)]
+        if given:
+            self.turns = [*asked, Message("assistant", given)]
 
     def _stream(self, ids: list[int], max_new_tokens: int) -> str:
         import torch

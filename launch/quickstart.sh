@@ -10,7 +10,5 @@ output=("output_dir=outputs/quickstart-$(date +%Y%m%d-%H%M%S)")
 for setting in "$@"; do
   [[ $setting == output_dir=* ]] && output=()
 done
-# accelerate gives a lone process one thread unless it is told a number.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
 exec "$python" -m accelerate.commands.launch --quiet --config_file "$root/launch/accelerate/one.yaml" \
   "$root/finetune/train.py" config=quickstart.yaml "${output[@]}" "$@"

@@ -124,6 +124,13 @@ def test_ctrl_c_keeps_what_was_written_at_a_terminal_and_ends_a_pipe(monkeypatch
         talking.answer("hi")
 
 
+def test_an_answer_stopped_before_its_first_word_leaves_no_turns(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    talking = conversation(KeyboardInterrupt())
+    talking.answer("hi")
+    assert talking.turns == []
+
+
 def test_a_conversation_longer_than_the_context_is_refused_and_kept_as_it_was(capsys):
     talking = conversation("fine")
     talking.answer("hi")

@@ -70,15 +70,16 @@ def test_a_missing_and_an_old_package_are_both_named(monkeypatch):
     assert "rich" not in finding.found
 
 
-def test_installed_and_uninstalled_checkout_declare_the_same_floors(monkeypatch):
-    installed = sorted(doctor._declared_requirements())
+def test_the_floors_are_known_installed_or_not_and_without_the_extras(monkeypatch):
+    assert any(line.startswith("torch>=") for line in doctor._declared_requirements())
+    assert not any(line.startswith("pytest") for line in doctor._declared_requirements())
 
     def absent(_: str) -> None:
         raise doctor.importlib.metadata.PackageNotFoundError
 
     monkeypatch.setattr(doctor.importlib.metadata, "requires", absent)
-    names = sorted(line.split(">")[0].split("<")[0] for line in doctor._declared_requirements())
-    assert names == [line.split(">")[0].split("<")[0] for line in installed]
+    assert any(line.startswith("torch>=") for line in doctor._declared_requirements())
+    assert not any(line.startswith("pytest") for line in doctor._declared_requirements())
 
 
 def test_four_bit_without_a_gradient_fails(monkeypatch):
