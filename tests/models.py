@@ -11,7 +11,7 @@ from finetune.ops import attention
 def random_qwen2(
     attn: str = attention.SEGMENTED, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Qwen2ForCausalLM:
-    """Two layers, grouped heads, biases, tied embeddings, 97 tokens; biases and norms random too, so that they matter."""
+    """Two layers, grouped heads, biases, tied embeddings, 97 tokens; biases and norms are random too: they matter."""
     attention.register()
     config = Qwen2Config(
         vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

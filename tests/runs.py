@@ -1,4 +1,4 @@
-"""Small real runs for tests: the embedded base in NF4, the sample rows, a few steps; and how to compare their results."""
+"""Small real runs for tests: the embedded base in NF4, the sample rows, a few steps; and how to compare them."""
 
 from __future__ import annotations
 

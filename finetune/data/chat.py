@@ -53,14 +53,15 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None):
         self.tokenizer = tokenizer
-        self.template = template or tokenizer.chat_template
-        if not self.template:
+        try:
+            self.template: str = tokenizer.get_chat_template(template)
+        except ValueError as error:
             raise DataError(
                 "the tokenizer has no chat template; set data.chat_template to a jinja file, or use an Instruct model"
-            )
-        controls = sorted((str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, controls)))
-        self._control_id = {token: tokenizer.convert_tokens_to_ids(token) for token in controls}
+            ) from error
+        self._control_id: dict[str, int] = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        longest_first = sorted(self._control_id, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)))
         self._skeletons: dict[tuple, str] = {}
 
     def control_tokens_in(self, text: str) -> int:
@@ -97,7 +98,7 @@ class ChatTemplate:
             return error
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """The template's text with a marker for every content, proven equal to what the template makes of the contents."""
+        """The template's text with a marker for every content, proven equal to what it makes of the contents."""
         if any(_OPEN in m.content or _CLOSE in m.content for m in messages):
             raise DataError("a content holds the private-use character U+E0F0 or U+E0F1; remove it")
         key = (add_generation_prompt, tuple((m.role, bool(m.content)) for m in messages))
@@ -110,18 +111,19 @@ class ChatTemplate:
         filled = _MARKER.sub(lambda found: messages[int(found[1])].content, skeleton)
         if filled != self._apply([m.as_dict() for m in messages], add_generation_prompt):
             raise DataError(
-                "the chat template changes a message's text (it trims it or takes it apart), so its mask would be a guess; "
+                "the chat template changes a message's text (it trims or splits it), so its mask would be a guess; "
                 "set data.chat_template to a template that writes contents as they are"
             )
         return skeleton
 
     def _apply(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, chat_template=self.template, add_generation_prompt=add_generation_prompt
             )
         except TemplateError as error:
             raise DataError(f"the chat template refuses the row: {error}") from error
+        return str(text)
 
     def _runs(self, skeleton: str, messages: Sequence[Message], trained: frozenset[int]) -> list[_Run]:
         """Cut at the control tokens the template wrote; put the contents in."""
@@ -135,8 +137,8 @@ class ChatTemplate:
         runs.append(_fill(skeleton[start:], messages, trained, None))
         if runs[-1].trained:
             raise DataError(
-                "the chat template ends an assistant turn without a control token, so the model would never learn to stop; "
-                "set data.chat_template"
+                "the chat template ends an assistant turn without a control token, so the model would never learn to "
+                "stop; set data.chat_template"
             )
         return runs
 

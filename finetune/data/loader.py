@@ -175,7 +175,8 @@ def describe_source(source: Source) -> str:
     """One line for the console: rows, tokens, targets and what was left out."""
     tokens = sum(map(len, source.documents))
     targets = sum(d.target_tokens for d in source.documents)
-    line = f"{source.name}: {len(source.conversations):,} rows ({source.format}), {tokens:,} tokens, {targets:,} of them targets"
+    rows = f"{len(source.conversations):,} rows ({source.format})"
+    line = f"{source.name}: {rows}, {tokens:,} tokens, {targets:,} of them targets"
     return f"{line}; {notes}" if (notes := _describe(source.counts)) else line
 
 

@@ -41,9 +41,9 @@ def pack_best_fit(lengths: Sequence[int], capacity: int, order: Sequence[int]) -
 class SequenceOrder:
     """The sequences of every step of a run.
 
-    lengths [N]: tokens a document. weights [N]: copies of a document an epoch holds; 2.5 means two, and a third for half
-    of the documents, drawn anew each epoch. capacity: tokens a packed sequence holds, None to keep documents apart.
-    batch_size: sequences a step; the last step of an epoch may hold fewer.
+    lengths [N]: tokens a document. weights [N]: copies of a document an epoch holds; 2.5 means two, and a third
+    for half of the documents, drawn anew each epoch. capacity: tokens a packed sequence holds, None to keep documents
+    apart. batch_size: sequences a step; the last step of an epoch may hold fewer.
     """
 
     def __init__(

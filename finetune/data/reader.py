@@ -15,7 +15,7 @@ SUFFIXES = (".jsonl", ".json")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One decoded JSON value, or the DataError that reading it met. place: `file:line`, or `file:row N` in a json list."""
+    """A decoded JSON value, or the DataError that reading it met. place: `file:line`, or `file:row N` in a list."""
 
     place: str
     value: Any

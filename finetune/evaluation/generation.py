@@ -51,7 +51,7 @@ def answer_rows(
 ) -> list[Answer]:
     """Greedy answers to each conversation's last assistant turn, in the order given.
 
-    Rows are answered in batches of like length, padded on the left; the model's mode and its random state are as before.
+    Rows are answered in batches of like length, padded on the left; the model's mode and random state stay as they are.
     """
     tokenizer = chat.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

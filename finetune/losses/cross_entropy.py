@@ -35,6 +35,14 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value]
 
 
+def head_of(model: nn.Module) -> nn.Module:
+    """The module that turns hidden states into logits, with whatever adapter it carries."""
+    head = base_of(model).get_output_embeddings()
+    if head is None:
+        raise TypeError(f"{type(base_of(model)).__name__} has no output head, so it has no language-model loss")
+    return head
+
+
 def hidden_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) -> Tensor:
     """Final normed hidden states [T, D] of a packed batch, each document attending to itself alone.
 
@@ -102,8 +110,8 @@ class _FrozenHeadNll(torch.autograd.Function):
 class CrossEntropy(nn.Module):
     """The training loss as a module, so that DDP can wrap model and loss in one.
 
-    forward(batch) returns the summed negative log-likelihood over the batch's targets, fp32, in nats; the caller divides
-    by the global count. It is differentiable also for a batch without a target (it is 0 then).
+    forward(batch) returns the summed negative log-likelihood over the batch's targets, fp32, in nats; the caller
+    divides by the global count. It is differentiable also for a batch without a target (it is 0 then).
     """
 
     def __init__(self, model: nn.Module, neftune_alpha: float = 0.0):
@@ -113,7 +121,7 @@ class CrossEntropy(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         hidden_TD = hidden_states(self.model, batch, self.neftune_alpha)
-        head = base_of(self.model).get_output_embeddings()
+        head = head_of(self.model)
         rows_ND, chunks = _target_chunks(hidden_TD, batch.labels[0], base_of(self.model).config.vocab_size)
         if not chunks:
             # Keeps every adapter in the graph: DDP waits for each of them.
@@ -128,7 +136,7 @@ class CrossEntropy(nn.Module):
 def score(model: nn.Module, batch: Batch) -> Score:
     """Negative log-likelihood and correct predictions over a batch's targets, without gradients."""
     hidden_TD = hidden_states(model, batch)
-    head = base_of(model).get_output_embeddings()
+    head = head_of(model)
     nll = hidden_TD.new_zeros((), dtype=torch.float32)
     correct = hidden_TD.new_zeros((), dtype=torch.float32)
     tokens = 0

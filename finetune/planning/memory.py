@@ -40,7 +40,8 @@ def linear_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     kv = shape["num_key_value_heads"] * head
     inner = shape["intermediate_size"]
     return {
-        "q_proj": (heads * head, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, heads * head),
+        "q_proj": (heads * head, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden),
+        "o_proj": (hidden, heads * head),
         "gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner),
     }  # fmt: skip
 

@@ -28,6 +28,7 @@ def model_card(cfg: RunConfig, result: RunResult) -> str:
         ("held-out exact match before", _share(result.exact_match_before)),
         ("held-out exact match after", _share(result.exact_match_after)),
     ]
+    revision = f" at revision `{cfg.model.revision}`" if cfg.model.revision else ""
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures if value)
     return f"""---
 {chr(10).join(metadata)}
@@ -35,8 +36,7 @@ def model_card(cfg: RunConfig, result: RunResult) -> str:
 
 # {cfg.name}
 
-A LoRA adapter for `{cfg.model.name}`{f" at revision `{cfg.model.revision}`" if cfg.model.revision else ""}, trained with finetune {__version__}
-over the base in {cfg.quant.type}.
+A LoRA adapter for `{cfg.model.name}`{revision}, trained with finetune {__version__} over the base in {cfg.quant.type}.
 
 ```python
 from peft import PeftModel

@@ -1,9 +1,10 @@
 """Checkpoints that are whole or absent: safetensors and JSON under a SHA-256 manifest, no pickle.
 
-A checkpoint folder is a plain PEFT adapter folder with three files more: `training.safetensors` (value, first and second
-moment of every trained parameter, by name), `state.json` (counters) and `manifest.json` (size and SHA-256 of every other
-file). It is written under a temporary name, every file and the folder fsynced, then renamed: the rename is the commit.
-The adapter files are for people; a resumed run reads `training.safetensors`, which is exact for every kind of adapter.
+A checkpoint folder is a plain PEFT adapter folder with three files more: `training.safetensors` (value, first and
+second moment of every trained parameter, by name), `state.json` (counters) and `manifest.json` (size and SHA-256 of
+every other file). It is written under a temporary name, every file and the folder fsynced, then renamed: the rename is
+the commit. The adapter files are for people; a resumed run reads `training.safetensors`, which is exact for every kind
+of adapter.
 
 Random state is not stored because there is none to store: the loop seeds every generator from (seed, step, rank) at
 the start of each step, on every rank, so the next step's noise is known from the step's number alone.
@@ -32,6 +33,7 @@ from finetune.errors import IntegrityError, ResourceError
 TRAINING, STATE, MANIFEST = "training.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TEMPORARY = ".incomplete-"
+_STATE_KEYS = ("value", "step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -41,7 +43,8 @@ class TrainState:
     step: optimizer steps done. tokens, target_tokens: seen so far over all ranks. seconds: training time so far.
     best_step, best_loss: the evaluation with the lowest mean loss. evaluations_since_best: for early stopping.
     trajectory: the settings that decide the run's path, by key; data_digest: SHA-256 of training tokens and labels.
-    evaluations: figures of the latest evaluation. before: what the untrained model answered, so that a resumed run need not ask again.
+    evaluations: figures of the latest evaluation. before: what the untrained model answered, so that a resumed run
+    need not ask again.
     """
 
     trajectory: dict[str, Any]
@@ -188,22 +191,19 @@ def load_training(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     Raises: IntegrityError naming parameters that are missing, of another shape, or not in this run.
     """
     saved = load_file(folder / TRAINING)
-    keys = ("value", "step", "exp_avg", "exp_avg_sq")
-    entries = [
-        (name, parameter, {k: saved.pop(f"{name}/{k}", None) for k in keys}) for name, parameter in _named(optimizer)
-    ]
+    wanted = {f"{name}/{key}": parameter for name, parameter in _named(optimizer) for key in _STATE_KEYS}
     unfit = [
-        name
-        for name, parameter, state in entries
-        if any(v is None for v in state.values()) or state["value"].shape != parameter.shape
+        key
+        for key, parameter in wanted.items()
+        if key not in saved or saved[key].shape not in (parameter.shape, torch.Size())
     ]
-    if unfit or saved:
-        raise IntegrityError(
-            f"{folder / TRAINING} does not fit this run's parameters: {', '.join([*unfit, *saved][:5])}"
-        )
-    for _, parameter, state in entries:
-        parameter.data.copy_(state.pop("value"))
-        optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
+    if problems := [*unfit, *sorted(saved.keys() - wanted.keys())]:
+        raise IntegrityError(f"{folder / TRAINING} does not fit this run's parameters: {', '.join(problems[:5])}")
+    for name, parameter in _named(optimizer):
+        value, step, *moments = (saved[f"{name}/{key}"] for key in _STATE_KEYS)
+        parameter.data.copy_(value)
+        first, second = (moment.to(parameter.device) for moment in moments)
+        optimizer.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
 
 
 def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -8,8 +8,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -32,7 +33,7 @@ class Job:
 
     loss: module from Batch to the summed loss, wrapped for DDP. micro_batch: sequences a forward pass.
     evaluate: the evaluations' figures by name, `loss` among them; None without held-out rows. sample: shows answers.
-    save: writes the checkpoint of a state, on the main rank.
+    save: writes the checkpoint of a state, on the main rank. last_checkpoint: the newest one, None before the first.
     """
 
     cfg: TrainConfig
@@ -45,6 +46,7 @@ class Job:
     micro_batch: int
     tracker: Tracker | SilentTracker
     save: Callable[[TrainState], None]
+    last_checkpoint: Callable[[], Path | None]
     evaluate: Callable[[], dict[str, float]] | None = None
     sample: Callable[[], None] | None = None
     sample_every: int | None = None
@@ -71,10 +73,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         for number in (signal.SIGTERM, signal.SIGINT):
-            try:
+            with suppress(ValueError):  # not in the main thread: signals stay with whoever started this one
                 self._previous[number] = signal.signal(number, self._remember)
-            except ValueError:  # not in the main thread: signals stay with whoever started this one
-                pass
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -146,9 +146,9 @@ def train_step(job: Job, step: int, signal_number: int = 0) -> StepResult:
         torch.tensor([[loss_sum, signal_number]], dtype=torch.float64, device=accelerator.device)
     )
     loss_mean = shared[:, 0].sum().item() / target_tokens
-    _check_finite("loss", loss_mean, step, documents)
+    _check_finite(job, "loss", loss_mean, step, documents)
     grad_norm = _clip(job)
-    _check_finite("gradient norm", grad_norm, step, documents)
+    _check_finite(job, "gradient norm", grad_norm, step, documents)
     learning_rate = learning_rate_at(job.cfg, step, job.total_steps)
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -173,14 +173,14 @@ def _clip(job: Job) -> float:
     return norm.item()
 
 
-def _check_finite(what: str, value: float, step: int, documents: Sequence[Document]) -> None:
+def _check_finite(job: Job, what: str, value: float, step: int, documents: Sequence[Document]) -> None:
     if math.isfinite(value):
         return
     places = sorted({document.place for document in documents})
     shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
     raise FinetuneError(
-        f"step {step}: the {what} is {value}, so the update was not made. Rows in the batch: {shown}. Lower "
-        "train.learning_rate or look at these rows; train.resume=auto continues from the last checkpoint"
+        f"step {step}: the {what} is {value}, so the update was not made. Rows in the batch: {shown}. Look at them or "
+        f"lower train.learning_rate. The last good checkpoint is {job.last_checkpoint() or 'none yet'}."
     )
 
 

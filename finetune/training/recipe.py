@@ -31,13 +31,20 @@ from finetune.planning.plan import derive_micro_batch, describe_plan
 from finetune.training import run_folder
 from finetune.training.card import model_card
 from finetune.training.checkpoint import (
-    TrainState, load_training, read_state, replace_files, rotate, write_checkpoint, write_folder,
+    TrainState,
+    list_checkpoints,
+    load_training,
+    read_state,
+    replace_files,
+    rotate,
+    write_checkpoint,
+    write_folder,
 )  # fmt: skip
 from finetune.training.loop import Job, fit, peak_bytes
 from finetune.training.optim import build_optimizer
+from finetune.training.report import describe_result
 from finetune.training.run_folder import RunResult
 from finetune.training.track import SilentTracker, Tracker
-from finetune.training.report import describe_result
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ def train(cfg: RunConfig) -> RunResult:
     """Run one config from its files to a saved, verified adapter; continue an earlier run where `train.resume` says so.
 
     Returns: the content of result.json.
-    Raises: InputError before any weight is loaded, where the input can be judged without it; Interrupted after a signal.
+    Raises: InputError before any weight is loaded, where the input can be judged so early; Interrupted after a signal.
     """
     accelerator = Accelerator()
     _check_world_size(cfg, accelerator)
@@ -127,6 +134,7 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
         documents=parts.data.documents, order=order, total_steps=total_steps,
         micro_batch=derive_micro_batch(cfg, accelerator.num_processes), tracker=tracker,
         save=lambda state: _save_checkpoint(parts, optimizer, state),
+        last_checkpoint=lambda: next(reversed(list_checkpoints(parts.folder)), None),
         evaluate=(lambda: _evaluate(parts)) if parts.data.eval else None,
         sample=lambda: _say_samples(parts, tracker.say), sample_every=cfg.generation.every,
     )  # fmt: skip

@@ -22,8 +22,10 @@ RESULT, RUN, CONFIG, ADAPTER = "result.json", "run.json", "config.yaml", "adapte
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors")
 # Settings that may change between a run and its continuation: how long, how often, where to, in which pieces.
 _FREE = {
-    "train": {"max_steps", "epochs", "micro_batch_size", "recompute", "eval_every", "save_every", "keep", "early_stopping",
-              "resume", "world_size"},
+    "train": {
+        "max_steps", "epochs", "micro_batch_size", "recompute", "eval_every", "save_every", "keep", "early_stopping",
+        "resume", "world_size",
+    },
     "data": {"train", "eval"},  # the tokens themselves are compared
     "model": {"attention"},
 }  # fmt: skip
@@ -34,8 +36,8 @@ class RunResult:
     """How a run ended; result.json holds exactly this.
 
     status: finished | stopped | failed. final_loss, eval_loss: nats a target token. exact_match_*: share of held-out
-    rows, None where not measured. tokens_per_second: all tokens over training time. peak_bytes: CUDA's max allocated, on
-    CPU the process's peak resident size. adapter: folder of the final adapter, None if there is none yet.
+    rows, None where not measured. tokens_per_second: all tokens over training time. peak_bytes: CUDA's max allocated,
+    on CPU the process's peak resident size. adapter: folder of the final adapter, None if there is none yet.
     """
 
     status: str
@@ -130,10 +132,8 @@ def check_continuation(cfg: RunConfig, data_digest: str, checkpoint: Path) -> No
     if state.data_digest != data_digest:
         differing.append("data.train: the rows, their weights, the template or their tokens differ")
     if differing:
-        raise ConfigError(
-            "\n".join([f"this run differs from {checkpoint}, so it cannot be continued (lora.init_adapter starts a new run "
-                       "on its adapter):", *differing])
-        )  # fmt: skip
+        advice = "it cannot be continued (lora.init_adapter starts a new run on its adapter)"
+        raise ConfigError("\n".join([f"this run differs from {checkpoint}, so {advice}:", *differing]))
 
 
 def base_fingerprint(model_name: str) -> str | None:

@@ -34,11 +34,11 @@ class WandbBackend:
     def __init__(self, cfg: RunConfig, folder: Path):
         import wandb
 
-        if "WANDB_MODE" not in os.environ and not wandb.api.api_key:
-            os.environ["WANDB_MODE"] = "offline"
+        told = "WANDB_MODE" in os.environ or wandb.api.api_key
         self._run = wandb.init(
             project=cfg.track.project, name=cfg.track.run_name or cfg.name, dir=str(folder), config=cfg.model_dump(),
-            resume="allow", settings=wandb.Settings(init_timeout=30, silent=True, console="off"),
+            resume="allow", mode=None if told else "offline",
+            settings=wandb.Settings(init_timeout=30, silent=True, console="off"),
         )  # fmt: skip
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -176,6 +176,6 @@ def build_backends(cfg: RunConfig, track: TrackConfig, folder: Path) -> list[Bac
     if track.wandb:
         try:
             backends.append(WandbBackend(cfg, folder))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, a run must not die of its tracker
             print(f"warning: wandb did not start ({error}); metrics.jsonl has everything", file=sys.stderr)
     return backends

@@ -12,11 +12,11 @@ import torch
 from tests.runs import SMALL_RUN, adapter, metrics, result
 
 # Dropout and noise are drawn on each rank; equality is for the deterministic part. fp32 products differ only in the
-# order of sums. A batch of 5 gives the ranks unequal shares, the last step of the short epoch leaves one rank without any.
+# order of sums. A batch of 5 gives the ranks unequal shares; the last step of an epoch leaves one rank without any.
 DETERMINISTIC = (
     "lora.dropout=0", "train.neftune_alpha=0", "train.batch_size=5", "data.train.0.limit=16", "data.packing=false",
-    "model.dtype=float32", "quant.compute_dtype=float32", "train.max_steps=8", "train.eval_every=4", "generation.rows=6",
-    "train.micro_batch_size=2",
+    "model.dtype=float32", "quant.compute_dtype=float32", "train.max_steps=8", "train.eval_every=4",
+    "generation.rows=6", "train.micro_batch_size=2",
 )  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def test_two_ranks_equal_one(tmp_path):
     run(2, two)
     expected = adapter(one)
     for name, tensor in adapter(two).items():
-        # Adam turns a sum's last bits into an error relative to the weight's own size: 1e-4 of the largest after 8 steps.
+        # Adam turns a sum's last bits into an error of the weight's own size: 1e-4 of the largest after 8 steps.
         scale = expected[name].abs().max().item()
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4 * scale, msg=name)
     for a, b in zip(metrics(one), metrics(two), strict=True):

@@ -98,8 +98,14 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
 
 
 def test_early_stopping_ends_the_run_and_hands_out_the_best_adapter(tmp_path):
-    """A rate this high gets worse after a while; the final adapter must be the best checkpoint's, kept past rotation."""
-    settings = ("train.max_steps=60", "train.eval_every=2", "train.early_stopping=2", "train.keep=1", "train.schedule=constant")
+    """A rate this high gets worse after a while; the final adapter is the best checkpoint's, kept past rotation."""
+    settings = (
+        "train.max_steps=60",
+        "train.eval_every=2",
+        "train.early_stopping=2",
+        "train.keep=1",
+        "train.schedule=constant",
+    )
     outcome = train(small_run(tmp_path, *settings, "train.learning_rate=0.3", "train.max_grad_norm=0"))
     evaluations = {line["step"]: line["eval_loss"] for line in metrics(tmp_path) if "eval_loss" in line}
     best = min(evaluations, key=evaluations.__getitem__)

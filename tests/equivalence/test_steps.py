@@ -9,7 +9,7 @@ from tests.runs import differing, metrics, small_run
 
 
 def test_evaluating_sampling_and_saving_at_every_step_change_not_one_bit(tmp_path):
-    """bitsandbytes re-packs weights after an evaluation on some CPUs, and generation could draw from the same stream."""
+    """bitsandbytes re-packs weights after an evaluation on some CPUs, and sampling could draw from the same stream."""
     plain, watched = tmp_path / "plain", tmp_path / "watched"
     train(small_run(plain))
     every = ("train.eval_every=1", "generation.every=1", "generation.rows=4", "train.save_every=1")

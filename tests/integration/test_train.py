@@ -28,7 +28,12 @@ print(evaluate(model, data.eval[0].documents, limit_tokens=4096).loss)
 
 
 def train(folder: Path, *overrides: str, launch: bool = False) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(SCRIPT.parents[1] / "launch/accelerate/one.yaml")]
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(SCRIPT.parents[1] / "launch/accelerate/one.yaml"),
+    ]
     command = [sys.executable, *(launcher if launch else []), str(SCRIPT), "config=quickstart.yaml", *SMALL_RUN]
     command += [f"output_dir={folder}", *overrides]
     return subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=folder.parent)
@@ -40,22 +45,31 @@ def test_accelerate_launch_leaves_a_whole_run_whose_adapter_reloads_to_the_same_
     assert done.returncode == 0, done.stderr[-3000:]
     files = {path.name for path in run.iterdir()}
     assert files >= {
-        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-        "README.md", "checkpoint-4", "config.yaml", "run.json", "metrics.jsonl", "result.json",
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "README.md", "checkpoint-4", "config.yaml", "run.json", "metrics.jsonl", "result.json",
     }  # fmt: skip
     assert not [name for name in files if name.startswith(".") and name != ".lock"], "no temporary file may stay"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     needed = {
-        "step", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "tokens_per_second", "peak_bytes", "seconds",
+        "step", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "tokens_per_second", "peak_bytes",
+        "seconds",
     }  # fmt: skip
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(needed <= line.keys() for line in lines)
     outcome = result(run)
-    assert (outcome["status"], outcome["steps"], outcome["world_size"], outcome["adapter"]) == ("finished", 4, 1, str(run))
+    assert (outcome["status"], outcome["steps"], outcome["world_size"], outcome["adapter"]) == (
+        "finished",
+        4,
+        1,
+        str(run),
+    )
     assert outcome["target_tokens"] == sum(line["target_tokens"] for line in lines)
     assert outcome["final_loss"] == lines[-1]["loss"] and outcome["eval_loss"] == lines[-1]["eval_loss"]
     assert "exact match" in done.stdout and str(run) in done.stdout
     config = json.loads((run / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"].endswith("tiny-qwen2.5") and sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    assert config["base_model_name_or_path"].endswith("tiny-qwen2.5") and sorted(config["target_modules"]) == [
+        "q_proj",
+        "v_proj",
+    ]
     assert (run / "README.md").read_text().startswith("---\nlibrary_name: peft\n")
     again = subprocess.run([sys.executable, "-c", RELOAD, str(run)], capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -65,7 +79,14 @@ def test_accelerate_launch_leaves_a_whole_run_whose_adapter_reloads_to_the_same_
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number, code):
     run = tmp_path / "run"
-    command = [sys.executable, str(SCRIPT), "config=quickstart.yaml", *SMALL_RUN, f"output_dir={run}", "train.max_steps=5000"]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "config=quickstart.yaml",
+        *SMALL_RUN,
+        f"output_dir={run}",
+        "train.max_steps=5000",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 2:
         assert process.poll() is None, process.stderr.read()
@@ -85,7 +106,11 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number
         (["train.max_step=3"], 2, ["did you mean train.max_steps?"]),
         (["model.name=nowhere/at-all"], 2, ["nowhere/at-all"]),
         (["data.train=[{path: missing.jsonl}]"], 2, ["missing.jsonl", "data.train[0]"]),
-        (["data.train=[{path: bad.jsonl}]"], 2, ["bad.jsonl:2", "is not JSON", "bad.jsonl:3", "'bot'", "on_bad_row=skip"]),
+        (
+            ["data.train=[{path: bad.jsonl}]"],
+            2,
+            ["bad.jsonl:2", "is not JSON", "bad.jsonl:3", "'bot'", "on_bad_row=skip"],
+        ),
         (["data.max_length=8"], 2, ["data.max_length"]),
         (["lora.target_modules=[q_prj]"], 2, ["q_prj", "q_proj"]),
         (["train.world_size=2"], 2, ["train.world_size asks for 2 ranks, but 1 started"]),

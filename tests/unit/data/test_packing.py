@@ -1,4 +1,4 @@
-"""Laws of packing and order: nothing lost, nothing twice, nothing too long, everything a function of (seed, epoch, step)."""
+"""Laws of packing and order: nothing lost, twice or too long, and all of it a function of (seed, epoch, step)."""
 
 from __future__ import annotations
 

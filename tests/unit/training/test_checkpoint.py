@@ -90,7 +90,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
 
 @pytest.mark.parametrize("failure", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_leaves_what_was_there_and_says_so(tmp_path, failure, monkeypatch):
-    model, optimizer = trained()
+    optimizer = trained()[1]
     older = write(tmp_path, 1, optimizer)
 
     def full(path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_crash_at_any_write_leaves_the_new_checkpoint_whole_or_absent(tmp_path
     for crash_at in range(100):
         calls = 0
 
-        def maybe_crash(path: Path) -> None:
+        def maybe_crash(path: Path, crash_at: int = crash_at) -> None:
             nonlocal calls
             calls += 1
             if calls > crash_at:
@@ -149,6 +149,6 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
 def test_another_models_training_state_is_refused_by_name(tmp_path):
     folder = write(tmp_path, 1, trained()[1])
     other = torch.optim.AdamW([("weight", nn.Parameter(torch.zeros(5, 5))), ("extra", nn.Parameter(torch.zeros(1)))])
-    with pytest.raises(IntegrityError, match=r"weight, extra, bias/"):
+    with pytest.raises(IntegrityError, match=r"weight/value.*, "):
         ck.load_training(folder, other)
     assert not other.state, "nothing may be half loaded"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,8 +45,9 @@ def job(loss: nn.Module, saved: list[int], **train) -> Job:
     ]
     return Job(
         cfg=cfg, accelerator=Accelerator(), loss=loss, optimizer=build_optimizer(cfg, loss.named_parameters()),
-        documents=documents, order=SequenceOrder([2] * 8, [1.0] * 8, None, cfg.batch_size, 0), total_steps=4, micro_batch=1,
-        tracker=SilentTracker(), save=lambda state: saved.append(state.step),
+        documents=documents, order=SequenceOrder([2] * 8, [1.0] * 8, None, cfg.batch_size, 0), total_steps=4,
+        micro_batch=1,        tracker=SilentTracker(), save=lambda state: saved.append(state.step),
+        last_checkpoint=lambda: saved[-1] if saved else None,
     )  # fmt: skip
 
 
@@ -55,11 +57,12 @@ def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(pois
     loss = Linear(poison, from_call=4)  # two micro-batches a step: the third step is poisoned
     work, state = job(loss, saved, save_every=1), TrainState({}, "")
     weights = []
-    work = Job(**{**work.__dict__, "save": lambda state: (saved.append(state.step), weights.append(loss.weight.item()))})
+    work = replace(work, save=lambda state: (saved.append(state.step), weights.append(loss.weight.item())))
     with pytest.raises(FinetuneError, match=named) as stopped:
         fit(work, state)
     rows = [work.documents[i].place for sequence in work.order.batch(2) for i in sequence]
     assert "step 3" in str(stopped.value) and all(row in str(stopped.value) for row in rows)
+    assert "last good checkpoint is 2" in str(stopped.value)
     assert saved == [1, 2] and state.step == 2
     assert loss.weight.item() == weights[-1]
 
@@ -68,7 +71,7 @@ def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(pois
 def test_loss_and_gradient_are_per_target_token_whatever_the_micro_batch(micro_batch):
     loss = Linear()
     work = job(loss, [], batch_size=8)
-    work = Job(**{**work.__dict__, "micro_batch": micro_batch})
+    work = replace(work, micro_batch=micro_batch)
     result = train_step(work, 1)
     assert result.loss == pytest.approx(2.0 * sum(range(1, 9)) / 8)
     assert result.grad_norm == pytest.approx(sum(range(1, 9)) / 8)

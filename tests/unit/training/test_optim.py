@@ -1,4 +1,4 @@
-"""The learning rate is a pure function of the step, and the update is torch's AdamW over the trained parameters alone."""
+"""The learning rate is a pure function of the step; the update is AdamW over the trained parameters alone."""
 
 from __future__ import annotations
 
