@@ -41,3 +41,12 @@ def test_eight_by_one_equals_one_by_eight(tmp_path, packing):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
         assert (a["tokens"], a["target_tokens"]) == (b["tokens"], b["target_tokens"])
+
+
+def test_recomputing_layers_changes_not_one_bit(tmp_path):
+    """Dropout is on: the second forward pass of a layer must draw what the first one drew."""
+    kept, recomputed = tmp_path / "kept", tmp_path / "recomputed"
+    train(small_run(kept))
+    train(small_run(recomputed, "train.recompute=all"))
+    assert differing(kept, recomputed) == []
+    assert metrics(kept) == metrics(recomputed)
