@@ -78,7 +78,10 @@ def _as_text(text: str, kind: Any) -> Any:
 
 
 def _by_grammar(text: str) -> Any:
-    override: Override = OverridesParser.create().parse_override(f"key={text}")
+    try:
+        override: Override = OverridesParser.create().parse_override(f"key={text}")
+    except RecursionError as error:
+        raise HydraException("nested too deeply") from error
     if override.type is not OverrideType.CHANGE or override.is_sweep_override():
         raise HydraException("one value is expected; a list is written [a, b]")
     return override.value()

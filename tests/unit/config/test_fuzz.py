@@ -81,7 +81,7 @@ def test_any_tree_is_a_run_or_has_problems(tree: dict[Any, Any]):
 
 @settings(max_examples=150)
 @given(lines=st.lists(overrides, max_size=3))
-@example(lines=["train.seed=" + "[" * 500])
+@example(lines=["data.train=" + "[" * 1500 + "]" * 1500])
 @example(lines=["train.seed=\ud800"])
 def test_any_override_is_refused_or_names_a_key_of_the_schema(lines: list[str]):
     parsed = parse_overrides(lines)
