@@ -19,7 +19,7 @@ from finetune.config.schema import RunConfig
 from finetune.data.chat import ChatTemplate
 from finetune.data.loader import LoadedData, describe_source, load_chat_template, load_data
 from finetune.data.packing import SequenceOrder
-from finetune.errors import ConfigError, FinetuneError, Interrupted
+from finetune.errors import ConfigError, Interrupted
 from finetune.evaluation.generation import Answer, answer_rows, exact_match
 from finetune.evaluation.perplexity import evaluate
 from finetune.losses.cross_entropy import CrossEntropy
@@ -98,7 +98,7 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say
         say(describe_source(source))
     if checkpoint is not None:
         run_folder.check_continuation(cfg, data.digest, checkpoint)
-    elif accelerator.is_main_process:
+    if accelerator.is_main_process:
         run_folder.describe_run(cfg, Path(cfg.output_dir), data.digest, accelerator.num_processes)
     model = attach_lora(load_base(cfg.model, cfg.quant, accelerator.device), cfg.lora, tokenizer)
     model.train()
@@ -147,8 +147,8 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
     except Interrupted as error:
         result.status, result.error = "stopped", str(error)
         raise
-    except FinetuneError as error:
-        result.error = str(error)
+    except BaseException as error:
+        result.error = str(error) or type(error).__name__
         raise
     finally:
         _fill(result, state)

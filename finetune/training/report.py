@@ -7,32 +7,38 @@ from collections.abc import Sequence
 from finetune.evaluation.generation import Answer
 from finetune.training.run_folder import RunResult
 
+_LONGEST_TEXT = 300
+
 
 def describe_result(result: RunResult, before: Sequence[Sequence[str]], after: Sequence[Answer]) -> str:
     """Figures, samples before and after, and where the adapter lies; plain text for stdout.
 
     before: [prompt, expected, given] of the untrained model, in the order of `after`.
     """
-    lines = [
-        "",
-        f"finished: {result.steps} steps, {result.target_tokens:,} target tokens in {result.train_seconds:.0f} s",
-    ]
-    if result.final_loss is not None:
-        lines.append(f"  training loss   {result.final_loss:.4f}")
-    if result.eval_loss is not None:
-        lines.append(f"  held-out loss   {result.eval_loss:.4f}")
-    if result.exact_match_before is not None and result.exact_match_after is not None:
-        lines.append(f"  exact match     {result.exact_match_before:.1%} before, {result.exact_match_after:.1%} after")
-    if result.tokens_per_second is not None:
-        lines.append(
-            f"  speed           {result.tokens_per_second:,.0f} tokens/s, peak {result.peak_bytes / 2**30:.2f} GiB"
-        )
+    minutes, seconds = divmod(round(result.train_seconds), 60)
+    lines = ["", f"Trained {result.steps} steps on {result.target_tokens:,} target tokens in {minutes}:{seconds:02d}"]
+    figures = {
+        "training loss": _number(result.final_loss),
+        "held-out loss": _number(result.eval_loss),
+        "held-out exact match": _from_to(result.exact_match_before, result.exact_match_after),
+        "speed": f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else None,
+        "peak memory": f"{result.peak_bytes / 2**30:.2f} GiB",
+    }
+    lines += [f"  {name:<22}{value}" for name, value in figures.items() if value is not None]
     for (prompt, expected, given), answer in zip(before, after, strict=False):
-        lines += [
-            "",
-            f"  asked     {prompt!r}",
-            f"  expected  {expected!r}",
-            f"  before    {given!r}",
-            f"  after     {answer.given!r}",
-        ]
-    return "\n".join([*lines, "", f"adapter: {result.adapter}", f"next: finetune chat adapter={result.adapter}"])
+        texts = {"asked": prompt, "expected": expected, "before": given, "after": answer.given}
+        lines += ["", *(f"  {name:<10}{_shown(text)}" for name, text in texts.items())]
+    return "\n".join([*lines, "", f"adapter: {result.adapter}", f"next:    finetune chat adapter={result.adapter}"])
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
+
+
+def _from_to(before: float | None, after: float | None) -> str | None:
+    return None if before is None or after is None else f"{before:.1%} before, {after:.1%} after"
+
+
+def _shown(text: str) -> str:
+    """On one line, control characters escaped, cut where it is long."""
+    return repr(text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} … ({len(text):,} characters)")
