@@ -64,6 +64,16 @@ class ChatTemplate:
         self._control = re.compile("|".join(map(re.escape, longest_first)))
         self._skeletons: dict[tuple, str] = {}
 
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: what the template ends an assistant's turn with, and the tokenizer's own end.
+
+        Base models' tokenizers name only the latter, but what is trained on chats writes the former.
+        """
+        turns = [Message("user", "a"), Message("assistant", "b")]
+        runs = self._runs(self._render(turns, add_generation_prompt=False), turns, frozenset({1}))
+        ends = {self._control_id[run.control] for run in runs if run.control_trained and run.control is not None}
+        return sorted(ends | {self.tokenizer.eos_token_id} - {None})
+
     def control_tokens_in(self, text: str) -> int:
         """How many control tokens the text spells out; they are encoded as ordinary text."""
         return len(self._control.findall(text))

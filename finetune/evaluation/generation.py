@@ -57,7 +57,7 @@ def answer_rows(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, use_cache=True,
+        eos_token_id=chat.stop_ids(), pad_token_id=pad, use_cache=True,
     )  # fmt: skip
     device = next(model.parameters()).device
     turns = [_split_at_last_answer(conversation) for conversation in conversations]

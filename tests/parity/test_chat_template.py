@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,6 +58,13 @@ CONVERSATION = [
 def test_targets_are_answers_and_their_end_tokens(tokenizer, train_on, expected):
     [encoded] = ChatTemplate(tokenizer).encode([CONVERSATION], train_on)
     assert tokenizer.decode(encoded.ids[encoded.trained]) == expected
+
+
+def test_answers_stop_at_the_end_of_a_turn_also_where_the_tokenizer_names_another_end(tokenizer):
+    assert ChatTemplate(tokenizer).stop_ids() == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    base = copy.deepcopy(tokenizer)
+    base.eos_token = "<|endoftext|>"  # as in Qwen2.5's base models
+    assert ChatTemplate(base).stop_ids() == sorted(base.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
 
 
 def test_train_on_all_makes_every_token_a_target(tokenizer):
