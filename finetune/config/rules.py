@@ -112,7 +112,7 @@ def _adapter_start(quant: QuantConfig, lora: LoraConfig) -> Problems:
 
 
 def _evaluation_sets(data: DataConfig) -> Problems:
-    names = [source.name or PurePath(source.path).stem for source in data.eval]
+    names = [source.name or source.split or PurePath(source.path).stem for source in data.eval]
     for name in _repeated(names):
         yield Problem("data.eval", f"two sets are called {name}; give each item its own name")
     for index, source in enumerate(data.eval):

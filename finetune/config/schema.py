@@ -92,14 +92,16 @@ class LoraConfig(Section):
 
 
 class SourceConfig(Section):
-    """One file, folder or data set of rows."""
+    """One file of rows."""
 
-    path: Text = Field(description="File of rows (json, jsonl).")
+    path: Text = Field(description="File of rows (jsonl, json), or a folder that has a file for each split.")
     name: Text | None = Field(None, description="Name of an evaluation set in the metrics; null is the file's stem.")
     format: Literal["auto", "messages", "prompt_completion", "alpaca"] = Field(
         "auto", description="Shape of a row; auto looks at the keys of the first."
     )
-    split: Text | None = Field(None, description="Split to read where the source has several.")
+    split: Text | None = Field(
+        None, description="File of the folder to read, without its suffix; null where path is a file."
+    )
     weight: Positive = Field(1.0, description="Copies of these rows that one epoch holds (training only).")
     limit: Count | None = Field(None, description="Read only the first so many rows.")
 

@@ -96,6 +96,11 @@ def test_a_group_file_can_build_on_another_of_its_group(here: Path):
     assert (load_config("run").train.keep, load_config("run").train.seed) == (7, 2)
 
 
+def test_a_file_with_a_byte_order_mark_and_windows_line_ends_is_read(here: Path):
+    (here / "run.yaml").write_bytes(b"\xef\xbb\xbf" + RUN.replace("\n", "\r\n").encode())
+    assert load_config("run").model.name == "base"
+
+
 def test_interpolations_see_the_values_after_every_override(load: Callable):
     text = "train: {seed: 3, max_steps: '${train.seed}', resume: 'runs/${name}'}\noutput_dir: out/${train.seed}\n"
     config = load(text, "train.seed=5")

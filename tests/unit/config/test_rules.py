@@ -69,6 +69,7 @@ SOUND: list[list[str]] = [
     ["lora.init_adapter=old"],
     ["lora.new_tokens=[<a>,<b>]", "lora.modules_to_save=[norm]"],
     ["data.eval=[{path: a/x.jsonl},{path: b/x.jsonl, name: y}]"],
+    ["data.eval=[{path: rows, split: a},{path: rows, split: b}]"],
     ["train.max_steps=1", "train.warmup=0.5"],
     ["train.max_steps=4", "train.warmup=3"],
     ["train.batch_size=4", "train.micro_batch_size=4", "train.world_size=4"],
