@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class ModelFamily:
@@ -27,6 +29,14 @@ FAMILIES = {
         linear_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     )
 }
+
+
+def family_of(model_type: object, where: str) -> ModelFamily:
+    """The record of a model type; ConfigError, opening with `where`, for one that the package does not train."""
+    if model_type not in FAMILIES:
+        raise ConfigError(f"{where} is of the family {model_type!r}; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[str(model_type)]
+
 
 # Keys are those of a model's config.json. Numbers: the config.json of Qwen/Qwen2.5-<size>; Instruct, Coder and Math
 # variants of a size have the same.
@@ -63,7 +73,10 @@ def shape_of(model_name: str) -> dict[str, Any] | None:
     """
     config_file = Path(model_name).expanduser() / "config.json"
     if config_file.is_file():
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except ValueError:
+            return None  # load_base says what is wrong with it
         known = {key: config[key] for key in ("model_type", *SHAPE_KEYS) if key in config}
         return known if len(known) == len(SHAPE_KEYS) + 1 else None
     match = _HUB_NAME.fullmatch(model_name)

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.errors import ConfigError, IntegrityError, MissingExtra, ResourceError
-from finetune.models.families import FAMILIES
 from finetune.models.quantize import (
     check_quantized,
+    head_name,
     keep_weights_trainable_after_eval,
     kept_modules,
     linear_names,
@@ -105,9 +104,8 @@ def _bitsandbytes(folder: Path, quant: QuantConfig) -> Any:
     """The quantisation settings with `quant.keep` resolved on a model without weights."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        skeleton: nn.Module = AutoModelForCausalLM.from_config(config)
-    head = FAMILIES[config.model_type].head
-    return quantization_config(quant, kept_modules(quant, linear_names(skeleton), head))
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return quantization_config(quant, kept_modules(quant, linear_names(skeleton), head_name(skeleton)))
 
 
 @contextmanager

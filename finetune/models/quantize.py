@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from finetune.config.schema import QuantConfig
 from finetune.errors import ConfigError, FinetuneError, MissingExtra
-from finetune.models.families import FAMILIES
+from finetune.models.families import family_of
 from finetune.models.names import close_names, matches
 
 FOUR_BIT = ("nf4", "fp4")
@@ -101,7 +101,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 def head_name(model: PreTrainedModel) -> str:
     """Full name of the output layer."""
-    return FAMILIES[model.config.model_type].head
+    return family_of(model.config.model_type, "the model").head
 
 
 def stored_as(module: nn.Module) -> str:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finetune.errors import ConfigError, FinetuneError, IntegrityError, ResourceError
-from finetune.models.families import FAMILIES
+from finetune.models.families import family_of
 
 TEXT_FILES = ("*.json", "*.jinja", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
@@ -86,8 +86,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     config = read_json(folder / "config.json", f"model.name={name}")
     if "auto_map" in config:
         raise ConfigError(f"model.name={name}: its config.json names code to run (auto_map), which is never done")
-    if (family := config.get("model_type")) not in FAMILIES:
-        raise ConfigError(f"model.name={name} is of the family {family!r}; supported: {', '.join(FAMILIES)}")
+    family_of(config.get("model_type"), f"model.name={name}")
     if "quantization_config" in config:
         raise ConfigError(f"model.name={name} is quantised already; name its 16-bit original and choose quant.type")
     return config

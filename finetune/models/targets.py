@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from finetune.config.schema import LoraConfig
 from finetune.errors import ConfigError
-from finetune.models.families import FAMILIES
+from finetune.models.families import family_of
 from finetune.models.names import close_names, ends_with, matches_key
 from finetune.models.quantize import FOUR_BIT, head_name, linear_names, stored_as
 
@@ -35,9 +35,10 @@ def plan_targets(model: PreTrainedModel, cfg: LoraConfig) -> Targets:
     Raises: ConfigError with every problem: names that match nothing (and the nearest that exist), layers that the
     model lacks, targets that are no linear layer, an init that the base or the rank does not allow.
     """
+    family = family_of(model.config.model_type, "the model")
     spec: list[str] | str = cfg.target_modules
     if spec == ALL_LINEAR:
-        spec = list(FAMILIES[model.config.model_type].linear_modules)
+        spec = list(family.linear_modules)
     names = list(_targeted(model, spec, cfg.layers_to_transform))
     targets = Targets(spec, {name: _rank(cfg, name) for name in names}, _expand(model, cfg.modules_to_save))
     problems = [

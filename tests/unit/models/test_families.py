@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from finetune.config.schema import LoraConfig
+from finetune.errors import ConfigError
+from finetune.models.adapter import attach_lora
 from finetune.models.families import FAMILIES, QWEN25_SHAPES, SHAPE_KEYS, shape_of
 
 
@@ -47,6 +50,17 @@ def test_a_hub_name_tells_the_size(name: str, size: str) -> None:
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2-7B", "Qwen/Qwen2.5-8B", "no/such"])
 def test_other_names_tell_nothing(name: str) -> None:
     assert shape_of(name) is None
+
+
+def test_a_broken_config_tells_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    assert shape_of(str(tmp_path)) is None
+
+
+def test_other_families_are_refused() -> None:
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ConfigError, match="family 'llama'; supported: qwen2"):
+        attach_lora(AutoModelForCausalLM.from_config(config), LoraConfig())
 
 
 def test_a_folder_is_read(make_base) -> None:
