@@ -22,12 +22,8 @@ def plan_token_ids(
         return {}
     if tokenizer is None:
         raise ConfigError("lora.new_tokens needs the tokenizer: attach_lora(model, cfg, tokenizer)")
-    vocabulary = tokenizer.get_vocab()
-    known = [token for token in tokens if token in vocabulary]
-    doubled = sorted({token for token in tokens if tokens.count(token) > 1})
-    if known or doubled:
-        raise ConfigError(f"lora.new_tokens: {known + doubled} are in the vocabulary already or named twice; drop them")
-    first = max(vocabulary.values()) + 1
+    _check_new(tokenizer, tokens)
+    first = max(tokenizer.get_vocab().values()) + 1
     return {name: list(range(first, first + len(tokens))) for name in _token_rows(model)}
 
 
@@ -39,13 +35,31 @@ def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token
     it has no spare rows (Qwen2.5's has hundreds). The tokens are ordinary ones, not control tokens.
     """
     used_rows = len(tokenizer)
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+    extend_tokenizer(tokenizer, tokens)
     ids = [tokenizer.get_vocab()[token] for token in tokens]
     if max(ids) >= embedding_rows(model):
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
         model.requires_grad_(False)
     for weight_VD in _token_rows(model).values():
         weight_VD[ids] = weight_VD[:used_rows].float().mean(dim=0).to(weight_VD.dtype)
+
+
+def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
+    """Adds the tokens to a tokenizer alone, as `attach_lora` adds them to its own: text can be encoded before the model
+    is there.
+
+    Raises: ConfigError for tokens that the vocabulary has already, or that are named twice.
+    """
+    _check_new(tokenizer, tokens)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+
+
+def _check_new(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
+    vocabulary = tokenizer.get_vocab()
+    known = [token for token in tokens if token in vocabulary]
+    doubled = sorted({token for token in tokens if tokens.count(token) > 1})
+    if known or doubled:
+        raise ConfigError(f"lora.new_tokens: {known + doubled} are in the vocabulary already or named twice; drop them")
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

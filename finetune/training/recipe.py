@@ -27,6 +27,7 @@ from finetune.models.adapter import attach_lora
 from finetune.models.adapter_files import check_adapter, save_adapter
 from finetune.models.families import shape_of
 from finetune.models.load import load_base, load_tokenizer
+from finetune.models.tokens import extend_tokenizer
 from finetune.planning.plan import derive_micro_batch, describe_plan
 from finetune.training import run_folder
 from finetune.training.card import model_card
@@ -91,8 +92,7 @@ def train(cfg: RunConfig) -> RunResult:
 def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say: Callable[[str], None]) -> Parts:
     tokenizer = load_tokenizer(cfg.model)
     chat = load_chat_template(cfg.data, tokenizer)
-    if cfg.lora.new_tokens:
-        tokenizer.add_tokens([token for token in cfg.lora.new_tokens if token not in tokenizer.get_vocab()])
+    extend_tokenizer(tokenizer, cfg.lora.new_tokens)
     data = load_data(cfg.data, chat)
     for source in (*data.train, *data.eval):
         say(describe_source(source))
@@ -100,7 +100,8 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say
         run_folder.check_continuation(cfg, data.digest, checkpoint)
     if accelerator.is_main_process:
         run_folder.describe_run(cfg, Path(cfg.output_dir), data.digest, accelerator.num_processes)
-    model = attach_lora(load_base(cfg.model, cfg.quant, accelerator.device), cfg.lora, tokenizer)
+    base = load_base(cfg.model, cfg.quant, accelerator.device)
+    model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model))
     model.train()
     if cfg.train.recompute == "all":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

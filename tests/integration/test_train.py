@@ -136,3 +136,26 @@ def copy_of_the_base_with_half_its_weights(folder: Path) -> None:
     for file in (packaged("data") / "tiny-qwen2.5").iterdir():
         content = file.read_bytes()
         (folder / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["lora.new_tokens=[<tool>,<note>]"],
+        ["quant.type=none", "lora.init=pissa"],
+        ["lora.target_modules=all-linear", "lora.dora=true", "lora.rslora=true"],
+        ["quant.keep=[model.layers.0.*]", "lora.modules_to_save=[lm_head]"],
+    ],
+)
+def test_every_kind_of_adapter_trains_saves_resumes_and_reloads_to_the_same_loss(tmp_path, overrides):
+    from finetune import train
+    from finetune.config.compose import load_config
+
+    run = tmp_path / "run"
+    settings = [*SMALL_RUN, f"output_dir={run}", "train.save_every=2", *overrides]
+    outcome = train(load_config("quickstart.yaml", [*settings, "train.max_steps=2", "train.schedule=constant"]))
+    longer = train(load_config("quickstart.yaml", [*settings, "train.schedule=constant", "train.resume=auto"]))
+    assert (outcome.steps, longer.steps) == (2, 4)
+    again = subprocess.run([sys.executable, "-c", RELOAD, str(run)], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert float(again.stdout.split()[-1]) == pytest.approx(longer.eval_loss, rel=1e-4)
