@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; never raises. Returns: the exit code, see finetune.errors."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _dispatch(words)
+        exit_code = _dispatch(words)
+        sys.stdout.flush()  # here, where a reader that has gone is still our business
+        return exit_code
     except FinetuneError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
