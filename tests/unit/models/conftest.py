@@ -63,6 +63,21 @@ def load(make_base: MakeBase) -> Callable[..., Any]:
     return load_tiny
 
 
+@pytest.fixture(scope="session")
+def untouched(make_base: MakeBase) -> Callable[[str], Any]:
+    """`untouched(quant_type)`: a tiny tied model that all tests share, so none may change it."""
+    loaded: dict[str, Any] = {}
+
+    def load_once(quant_type: Any) -> Any:
+        if quant_type not in loaded:
+            loaded[quant_type] = load_base(
+                ModelConfig(name=str(make_base())), QuantConfig(type=quant_type), device="cpu"
+            )
+        return loaded[quant_type]
+
+    return load_once
+
+
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     """Knows the words t0 to t299."""

@@ -11,6 +11,7 @@ import torch
 from finetune.config.schema import LoraConfig
 from finetune.errors import ConfigError, IntegrityError
 from finetune.models.adapter import adapter_state, attach_lora, load_adapter_state
+from finetune.models.inits import lora_layers
 
 IDS = torch.arange(20)[None] * 7 % 300
 KINDS: dict[str, dict[str, Any]] = {
@@ -39,6 +40,26 @@ def test_trained_weights_are_fp32_and_the_base_is_frozen(load, quant_type: Any, 
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
     assert all("lora_" in name or "modules_to_save" in name for name in trained)
     assert len(trained) == 2 * 14 + 1
+
+
+def test_the_settings_reach_the_layers(load) -> None:
+    cfg = LoraConfig(
+        rank=4,
+        alpha=6.0,
+        dropout=0.25,
+        rslora=True,
+        target_modules="all-linear",
+        layers_to_transform=[1],
+        rank_pattern={"q_proj": 9},
+        alpha_pattern={"v_proj": 2.5},
+    )
+    adapted: dict[str, Any] = dict(lora_layers(attach_lora(load("nf4"), cfg)))
+    assert len(adapted) == 7 and all(name.startswith("model.layers.1.") for name in adapted)
+    for name, layer in adapted.items():
+        rank = 9 if name.endswith("q_proj") else 4
+        alpha = 2.5 if name.endswith("v_proj") else 6.0
+        assert (layer.r["default"], layer.scaling["default"]) == (rank, alpha / rank**0.5)
+        assert layer.lora_dropout["default"].p == 0.25
 
 
 def test_a_saved_embedding_stays_tied_to_its_head(load) -> None:

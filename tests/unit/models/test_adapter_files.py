@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,18 @@ def rewrite(folder: Path, change) -> None:
     save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
 
 
-@pytest.fixture
-def saved(load, tmp_path: Path) -> Path:
-    """A trained adapter, q and v, rank 4."""
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    save_adapter(trained(attach_lora(load("nf4"), LoraConfig(rank=4))), folder)
+@pytest.fixture(scope="module")
+def saved_once(make_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    model = load_base(ModelConfig(name=str(make_base())), QuantConfig(), "cpu")
+    save_adapter(trained(attach_lora(model, LoraConfig(rank=4))), folder)
     return folder
+
+
+@pytest.fixture
+def saved(saved_once: Path, tmp_path: Path) -> Path:
+    """A trained adapter, q and v, rank 4, that a test may spoil."""
+    return Path(shutil.copytree(saved_once, tmp_path / "adapter"))
 
 
 def test_the_folder_is_plain_peft(saved: Path, make_base) -> None:
@@ -186,9 +192,9 @@ def test_init_adapter_takes_the_old_weights(load, saved: Path) -> None:
     ],
 )
 def test_init_adapter_of_another_kind_is_refused(
-    load, saved: Path, tokenizer, settings: dict[str, Any], says: str
+    untouched, saved: Path, tokenizer, settings: dict[str, Any], says: str
 ) -> None:
-    model = load("nf4")
+    model = untouched("nf4")
     before = [name for name, _ in model.named_modules()]
     with pytest.raises(ConfigError) as error:
         attach_lora(model, LoraConfig(init_adapter=str(saved), **settings), tokenizer)
@@ -207,18 +213,18 @@ def test_init_adapter_of_another_base_is_refused(load, saved: Path, make_base) -
 
 
 @pytest.mark.parametrize("change", [SPOILED["NaN"][0], SPOILED["a partner is missing"][0]], ids=["NaN", "incomplete"])
-def test_init_adapter_that_is_broken_is_refused(load, saved: Path, change) -> None:
+def test_init_adapter_that_is_broken_is_refused(untouched, saved: Path, change) -> None:
     rewrite(saved, change)
     with pytest.raises(IntegrityError):
-        attach_lora(load("nf4"), LoraConfig(rank=4, init_adapter=str(saved)))
+        attach_lora(untouched("nf4"), LoraConfig(rank=4, init_adapter=str(saved)))
 
 
-def test_init_adapter_without_an_adapter(load, tmp_path: Path) -> None:
+def test_init_adapter_without_an_adapter(untouched, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no adapter_config\.json"):
-        attach_lora(load("nf4"), LoraConfig(init_adapter=str(tmp_path)))
+        attach_lora(untouched("nf4"), LoraConfig(init_adapter=str(tmp_path)))
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(ConfigError, match="IA3 adapter, not LoRA"):
-        attach_lora(load("nf4"), LoraConfig(init_adapter=str(tmp_path)))
+        attach_lora(untouched("nf4"), LoraConfig(init_adapter=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -27,19 +27,19 @@ def leaves(names) -> set[str]:
         ({"target_modules": ["layers.1.mlp.up_proj"]}, {"up_proj"}, 1),
     ],
 )
-def test_targets(load, settings: dict[str, Any], modules: set[str], count: int) -> None:
-    targets = plan_targets(load("none"), LoraConfig(**settings))
+def test_targets(untouched, settings: dict[str, Any], modules: set[str], count: int) -> None:
+    targets = plan_targets(untouched("none"), LoraConfig(**settings))
     assert (leaves(targets.ranks), len(targets.ranks)) == (modules, count)
 
 
-def test_patterns_give_ranks(load) -> None:
-    targets = plan_targets(load("none"), LoraConfig(rank=2, rank_pattern={"q_proj": 6, r"layers\.1\..*": 4}))
+def test_patterns_give_ranks(untouched) -> None:
+    targets = plan_targets(untouched("none"), LoraConfig(rank=2, rank_pattern={"q_proj": 6, r"layers\.1\..*": 4}))
     given = {name.removeprefix("model.layers."): rank for name, rank in targets.ranks.items()}
     assert given == {"0.self_attn.q_proj": 6, "0.self_attn.v_proj": 2, "1.self_attn.q_proj": 6, "1.self_attn.v_proj": 4}
 
 
-def test_a_name_to_save_means_that_module_alone(load) -> None:
-    assert plan_targets(load("none"), LoraConfig(modules_to_save=["norm"])).modules_to_save == ["model.norm"]
+def test_a_name_to_save_means_that_module_alone(untouched) -> None:
+    assert plan_targets(untouched("none"), LoraConfig(modules_to_save=["norm"])).modules_to_save == ["model.norm"]
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_a_name_to_save_means_that_module_alone(load) -> None:
         ("nf4", {"init": "gaussian", "init_adapter": "somewhere"}, "drop one"),
     ],
 )
-def test_what_is_refused(load, quant_type: Any, settings: dict[str, Any], says: str) -> None:
-    model = load(quant_type)
+def test_what_is_refused(untouched, quant_type: Any, settings: dict[str, Any], says: str) -> None:
+    model = untouched(quant_type)
     before = [name for name, _ in model.named_modules()]
     with pytest.raises(ConfigError) as error:
         plan_targets(model, LoraConfig(**settings))
@@ -79,8 +79,10 @@ def test_what_is_refused(load, quant_type: Any, settings: dict[str, Any], says: 
     assert [name for name, _ in model.named_modules()] == before
 
 
-def test_problems_are_told_together(load) -> None:
+def test_problems_are_told_together(untouched) -> None:
     with pytest.raises(ConfigError) as error:
-        plan_targets(load("nf4"), LoraConfig(target_modules=["qproj"], layers_to_transform=[9], init="pissa_niter_16"))
+        plan_targets(
+            untouched("nf4"), LoraConfig(target_modules=["qproj"], layers_to_transform=[9], init="pissa_niter_16")
+        )
     assert len(str(error.value).splitlines()) >= 2
     assert "'qproj'" in str(error.value) and "[9]" in str(error.value)

@@ -49,12 +49,12 @@ def test_new_tokens_are_ordinary_and_split_text_like_words(load, tokenizer) -> N
     ("tokens", "says"),
     [(["t7", "<x>"], r"\['t7'\] are in the vocabulary"), (["<x>", "<x>"], r"\['<x>'\].* named twice")],
 )
-def test_known_and_doubled_tokens_are_refused(load, tokenizer, tokens: list[str], says: str) -> None:
+def test_known_and_doubled_tokens_are_refused(untouched, tokenizer, tokens: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        attach_lora(load("nf4"), LoraConfig(new_tokens=tokens), tokenizer)
+        attach_lora(untouched("nf4"), LoraConfig(new_tokens=tokens), tokenizer)
     assert len(tokenizer) == 300
 
 
-def test_new_tokens_need_the_tokenizer(load) -> None:
+def test_new_tokens_need_the_tokenizer(untouched) -> None:
     with pytest.raises(ConfigError, match="needs the tokenizer"):
-        attach_lora(load("nf4"), LoraConfig(new_tokens=NEW))
+        attach_lora(untouched("nf4"), LoraConfig(new_tokens=NEW))
