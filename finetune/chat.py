@@ -112,7 +112,7 @@ class Conversation:
         greedy: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
-            eos_token_id=_stop_ids(self.model, self.chat.tokenizer),
+            eos_token_id=self.chat.stop_ids(),
             pad_token_id=self.chat.tokenizer.pad_token_id,
             **(drawn if self.settings.temperature > 0 else greedy),
         )
@@ -264,17 +264,6 @@ def _quoted(text: str) -> str:
     """A text as Hydra's override grammar reads it back, whatever is in it."""
     # Only backslashes before a quote are escapes there.
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
-
-
-def _stop_ids(model: PreTrainedModel | PeftModel, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the tokenizer's end of text, and the end of a turn that the family's template writes.
-
-    Base models' tokenizers name only the former, but an adapter trained on chats writes the latter.
-    """
-    from finetune.models.families import FAMILIES
-
-    end_of_turn = tokenizer.convert_tokens_to_ids(FAMILIES[model.config.model_type].end_of_turn)
-    return sorted({token for token in (tokenizer.eos_token_id, end_of_turn) if token is not None})
 
 
 def _terminal_streamer(tokenizer: Any) -> Any:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from peft import PeftModel
 
 from finetune.config.schema import RunConfig
 from finetune.data.chat import ChatTemplate
@@ -40,12 +40,15 @@ from finetune.training.checkpoint import (
     rotate,
     write_checkpoint,
     write_folder,
-)  # fmt: skip
+)
 from finetune.training.loop import Job, fit, peak_bytes
 from finetune.training.optim import build_optimizer
 from finetune.training.report import describe_result
 from finetune.training.run_folder import RunResult
 from finetune.training.track import SilentTracker, Tracker
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def train(cfg: RunConfig) -> RunResult:
         return _run(parts, checkpoint, say)
     finally:
         if lock is not None:
-            lock.close()
+            run_folder.release_folder(lock)
 
 
 def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say: Callable[[str], None]) -> Parts:
@@ -260,8 +263,9 @@ def _check_world_size(cfg: RunConfig, accelerator: Accelerator) -> None:
 
 
 def _use_all_cores(accelerator: Accelerator) -> None:
-    """`accelerate launch` sets one thread a rank on CPU, which would leave the machine idle."""
-    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+    """`accelerate launch` and torchrun give each rank one thread, which would leave a CPU idle."""
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    if launched and accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 

@@ -89,6 +89,15 @@ def claim_folder(cfg: RunConfig) -> IO[str]:
     return lock
 
 
+def release_folder(lock: IO[str]) -> None:
+    """Unlock a run's folder; one that nothing was written into is removed again."""
+    path = Path(lock.name)
+    if [file.name for file in path.parent.iterdir()] == [path.name]:
+        path.unlink()
+        path.parent.rmdir()
+    lock.close()
+
+
 def find_checkpoint(cfg: RunConfig, warn: Callable[[str], None]) -> Path | None:
     """The checkpoint to continue from, verified; None to start anew.
 

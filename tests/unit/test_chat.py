@@ -32,13 +32,15 @@ class LetterTemplate:
         self.tokenizer = SimpleNamespace(
             eos_token_id=0,
             pad_token_id=0,
-            convert_tokens_to_ids=lambda token: {"<|im_end|>": 1}.get(token),
             decode=lambda ids, **_: "".join(map(chr, ids)),
         )
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         self.seen.append(list(messages))
         return [ord(c) for m in messages for c in m.content]
+
+    def stop_ids(self) -> list[int]:
+        return [0, 1]
 
 
 class Scripted:
