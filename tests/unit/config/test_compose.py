@@ -54,9 +54,9 @@ def test_a_name_that_cannot_be_a_file_is_a_missing_config(here: Path, name: str)
 
 @pytest.mark.parametrize("folder", ["a b", "it's", "é漢", "${x}", "a=b,c", "[x]{y}", "#1", "%20"])
 def test_a_config_of_ones_own_in_any_folder_composes_the_packaged_groups(here: Path, folder: str):
-    file = write(here / folder / "my run@1=.yaml", "defaults: [{quant: int8}]\n" + RUN)
+    file = write(here / folder / "my ${run}@1=.yaml", "defaults: [{quant: int8}]\n" + RUN)
     config = load_config(str(file))
-    assert (config.name, config.quant.type, config.output_dir) == ("my run@1=", "int8", "outputs/my run@1=")
+    assert (config.name, config.quant.type, config.output_dir) == ("my ${run}@1=", "int8", "outputs/my ${run}@1=")
 
 
 def test_ones_own_group_option_stands_beside_the_packaged_and_before_one_of_the_same_name(here: Path):

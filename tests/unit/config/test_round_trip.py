@@ -105,12 +105,15 @@ def runs(draw: st.DrawFn) -> RunConfig:
     return RunConfig.model_validate(tree)
 
 
+FIND = (Phase.explicit, Phase.generate)  # Shrinking an example would take minutes: each is parsed, or composed.
+
+
 def read(saved: str) -> Any:
     """A YAML text as Hydra reads it, interpolations left alone."""
     return OmegaConf.to_container(OmegaConf.create(saved), resolve=False)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, phases=FIND)
 @given(config=runs())
 def test_the_resolved_yaml_of_any_run_reads_back_to_that_run(config: RunConfig):
     problems: list[Any] = []
@@ -121,7 +124,7 @@ def test_the_resolved_yaml_of_any_run_reads_back_to_that_run(config: RunConfig):
 
 @settings(
     max_examples=5,
-    phases=(Phase.explicit, Phase.generate),  # Hydra composes each example; shrinking one would take minutes.
+    phases=FIND,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(config=runs())
