@@ -186,7 +186,6 @@ _TRAIN = {
     "saves_per_epoch": "train.save_every (steps)",
     "save_total_limit": "train.keep",
     "load_best_model_at_end": "train.keep (the best checkpoint is kept besides)",
-    "logging_steps": "train.log_every",
     "early_stopping_patience": "train.early_stopping",
     "resume_from_checkpoint": "train.resume",
     "auto_resume_from_checkpoints": "train.resume=auto",
@@ -230,6 +229,7 @@ REFUSED: dict[str, str] = {
         ("deepspeed", "fsdp", "fsdp_config", "ddp_backend", "ddp_timeout", "local_rank", "device_map"),
         "devices and ranks are the launcher's, see launch/accelerate",
     ),
+    **dict.fromkeys(("logging_steps", "logging_strategy"), "every step is a line of metrics.jsonl"),
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_strategy"), "nothing is uploaded; output_dir holds the adapter"
     ),

@@ -147,7 +147,6 @@ class TrainConfig(Section):
     early_stopping: Count | None = Field(None, description="Stop after so many evaluations without improvement.")
     resume: Text = Field("never", description="never, auto (newest whole checkpoint), or a checkpoint folder.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of everything random.")
-    log_every: Count = Field(1, description="Steps between lines of metrics.")
     world_size: Count | None = Field(None, description="Refuse to run with another number of ranks.")
 
 

@@ -172,7 +172,7 @@ per_device_train_batch_size micro_batch_size gradient_accumulation_steps gradien
 load_in_4bit load_in_8bit bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_compute_dtype bf16 fp16
 model_name_or_path base_model cutoff_len sequence_len max_seq_length sample_packing packing pad_to_sequence_len
 num_epochs num_train_epochs learning_rate lr_scheduler_type warmup_ratio warmup_steps optim seed train_on_inputs
-val_set_size datasets dataset dataset_dir save_steps eval_steps logging_steps resume_from_checkpoint
+val_set_size datasets dataset dataset_dir save_steps eval_steps resume_from_checkpoint
 wandb_project report_to resize_token_embeddings_to_32x""".split()
 
 

@@ -43,7 +43,6 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "train.save_every": ([1, None], [0]),
     "train.keep": ([1], [0]),
     "train.seed": ([0, 2**32 - 1], [-1, 2**32]),
-    "train.log_every": ([1], [0]),
     "train.world_size": ([1, None], [0]),
     "generation.max_new_tokens": ([1], [0]),
     "generation.batch_size": ([1], [0]),
