@@ -1,0 +1,356 @@
+"""Writes the sample data, and the instruction text that the embedded base is pretrained on.
+
+Everything is a pure function of a seed and no text comes from outside this file. A subject (a list of words, an order
+that somebody wrote, …) is drawn first; each of its tasks then gives an instruction and the one right answer.
+
+    python data/generate.py     # writes data/sample/train.jsonl and data/sample/heldout.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+SAMPLE = Path(__file__).parent / "sample"
+SAMPLE_SEED, TRAIN_ROWS, HELDOUT_ROWS = 2025, 2400, 240
+
+NAMES = "Ana Ben Carla Dan Eva Finn Gina Hugo Iris Jack Kate Liam Mia Noah Olga Paul".split()
+ITEMS = (
+    "lamp chair table desk cup plate bowl spoon fork pillow mirror clock candle bottle kettle towel sofa bed tent boot"
+).split()
+COLOURS = "red blue green black white yellow orange brown grey pink".split()
+CITIES = "Oslo Lima Rome Paris Cairo Delhi Tokyo Berlin".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+ANIMALS = "cat dog cow fox owl bear wolf goat duck horse".split()
+FRUITS = "apple pear plum fig lemon cherry mango peach grape melon".split()
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+KINDS = {"animal": ANIMALS, "fruit": FRUITS, "colour": COLOURS, "thing": ITEMS}
+WORDS = ITEMS + COLOURS + ANIMALS + FRUITS
+# Each fact of an order goes by two key names, so that a key is read from the prompt and not known by heart.
+KEYS = {
+    "name": ("name", "customer"),
+    "count": ("count", "quantity"),
+    "colour": ("colour", "shade"),
+    "item": ("item", "product"),
+    "day": ("day", "due"),
+    "city": ("city", "place"),
+}
+ORDER_LINES = (
+    "{name} wants {count} {colour} {item} by {day}.",
+    "{name} in {city} wants {count} {colour} {item} by {day}.",
+    "Please send {count} {colour} {item} to {name} by {day}.",
+    "Please send {count} {colour} {item} to {name} in {city}.",
+    "Hi, {name} here. I need {count} {item} in {colour} before {day}.",
+    "Hi, {name} from {city} here. Can I get {count} {colour} {item}?",
+    "On {day} {name} needs {count} {colour} {item} in {city}.",
+    "{count} {item} in {colour} for {name}, due {day}, thanks!",
+    "{city}: {name} ordered {count} {item}, all {colour}, for {day}.",
+    "Could you get {name} {count} {colour} {item} before {day}?",
+)
+DATED_LINES = tuple(line for line in ORDER_LINES if "{day}" in line)
+DATED_FACTS = ("name", "count", "colour", "item", "day")
+QUESTIONS = {
+    "name": ("Who is it for?", "What is the name?"),
+    "count": ("How many?", "What is the count?"),
+    "colour": ("Which colour?", "What is the colour?"),
+    "item": ("Which item?", "What is the item?"),
+    "day": ("Which day?", "When is it due?"),
+    "city": ("Which city?", "What is the place?"),
+}
+Record = dict[str, str | int]
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A text to ask about, and what it says: words, numbers or facts."""
+
+    text: str
+    value: Any
+
+
+Task = Callable[[Random, Subject], tuple[str, str]]
+"""Gives an instruction and its answer; the text itself is put beside the instruction of a first turn only."""
+
+
+def listed(items: list) -> str:
+    return ", ".join(str(item) for item in items)
+
+
+# --- subjects
+
+
+def some_words(rng: Random) -> Subject:
+    words = rng.sample(WORDS, rng.randint(2, 4))
+    return Subject(listed(words), words)
+
+
+def some_numbers(rng: Random) -> Subject:
+    numbers = rng.sample(range(100), 2)
+    return Subject(listed(numbers), numbers)
+
+
+def one_word(rng: Random) -> Subject:
+    kind = rng.choice(list(KINDS))
+    word = rng.choice(KINDS[kind])
+    return Subject(word, {"word": word, "kind": kind})
+
+
+def mixed_kinds(rng: Random) -> Subject:
+    """Words of different kinds, one of each."""
+    words = {kind: rng.choice(KINDS[kind]) for kind in rng.sample(list(KINDS), rng.randint(2, 4))}
+    return Subject(listed(list(words.values())), words)
+
+
+def small_sum(rng: Random) -> Subject:
+    a, b = rng.randint(0, 9), rng.randint(0, 9)
+    return Subject(f"{a} + {b}", (a, b))
+
+
+def order(rng: Random, lines: tuple[str, ...] = ORDER_LINES) -> Subject:
+    """A line that somebody wrote; its facts stand in the order in which the line gives them."""
+    count = rng.randint(2, 12)
+    facts: Record = {"name": rng.choice(NAMES), "count": count, "colour": rng.choice(COLOURS)}
+    facts |= {"item": rng.choice(ITEMS), "day": rng.choice(DAYS), "city": rng.choice(CITIES)}
+    template = rng.choice(lines)
+    line = template.format_map(facts | {"item": f"{facts['item']}s", "count": rng.choice((count, NUMBERS[count]))})
+    places = {fact: template.find(f"{{{fact}}}") for fact in facts}
+    given = sorted((fact for fact in facts if places[fact] >= 0), key=places.__getitem__)
+    return Subject(line[0].upper() + line[1:], {fact: facts[fact] for fact in given})
+
+
+def as_lines(record: Record) -> str:
+    return "\n".join(f"{key}: {value}" for key, value in record.items())
+
+
+def as_pairs(record: Record) -> str:
+    return "; ".join(f"{key} = {value}" for key, value in record.items())
+
+
+FORMATS: dict[str, Callable[[Record], str]] = {"JSON": json.dumps, "lines": as_lines, "pairs": as_pairs}
+
+
+def some_keys(rng: Random, facts: Record, most: int = 6) -> Record:
+    """Draws some of the facts in any order, each under one of its key names."""
+    fields = rng.sample(list(facts), rng.randint(1, min(most, len(facts))))
+    return {rng.choice(KEYS[field]): facts[field] for field in fields}
+
+
+def record(rng: Random) -> Subject:
+    drawn = some_keys(rng, order(rng).value)
+    return Subject(rng.choice(list(FORMATS.values()))(drawn), drawn)
+
+
+# --- tasks on any text and on lists
+
+
+def repeat(rng: Random, subject: Subject) -> tuple[str, str]:
+    return rng.choice(("Repeat.", "Say this again.", "Copy the text.")), subject.text
+
+
+def pick(rng: Random, subject: Subject) -> tuple[str, str]:
+    where = rng.choice(("first", "last"))
+    instruction = rng.choice(("Which is the {}?", "Give me the {} one.", "The {}?")).format(where)
+    return instruction, subject.value[0 if where == "first" else -1]
+
+
+def size(rng: Random, subject: Subject) -> tuple[str, str]:
+    return rng.choice(("How many are there?", "Count them.", "How long is the list?")), str(len(subject.value))
+
+
+def largest(rng: Random, subject: Subject) -> tuple[str, str]:
+    return rng.choice(("Which is the largest?", "The largest number?")), str(max(subject.value))
+
+
+def smallest(rng: Random, subject: Subject) -> tuple[str, str]:
+    return rng.choice(("Which is the smallest?", "The smallest number?")), str(min(subject.value))
+
+
+def find_kind(rng: Random, subject: Subject) -> tuple[str, str]:
+    kind = rng.choice(list(subject.value))
+    return rng.choice(("Which one is a {}?", "Find the {}.")).format(kind), subject.value[kind]
+
+
+# --- tasks on a word, a number, a day
+
+
+def capitals(rng: Random, subject: Subject) -> tuple[str, str]:
+    return rng.choice(("Write it in capitals.", "Upper case, please.")), subject.value["word"].upper()
+
+
+def spell(rng: Random, subject: Subject) -> tuple[str, str]:
+    return rng.choice(("Spell it.", "Letter by letter, please.")), " ".join(subject.value["word"])
+
+
+def kind_of(rng: Random, subject: Subject) -> tuple[str, str]:
+    return rng.choice(("What is it?", "Which kind of word?")), subject.value["kind"]
+
+
+def is_kind(rng: Random, subject: Subject) -> tuple[str, str]:
+    kind = subject.value["kind"] if rng.random() < 0.5 else rng.choice(list(KINDS))
+    return rng.choice(("Is it a {}?", "Would you call it a {}?")).format(kind), "yes" if kind == subject.value[
+        "kind"
+    ] else "no"
+
+
+def add(rng: Random, subject: Subject) -> tuple[str, str]:
+    return rng.choice(("Add.", "What is the sum?")), str(sum(subject.value))
+
+
+def other_day(rng: Random, subject: Subject) -> tuple[str, str]:
+    step = rng.choice((1, -1))
+    instruction = f"Which day comes {'after' if step == 1 else 'before'}?"
+    return instruction, DAYS[(DAYS.index(subject.text) + step) % 7]
+
+
+def other_form(rng: Random, subject: Subject) -> tuple[str, str]:
+    word, number = NUMBERS[subject.value], str(subject.value)
+    return ("In digits, please.", number) if subject.text == word else ("As a word, please.", word)
+
+
+# --- tasks on orders and records
+
+
+def question(rng: Random, subject: Subject) -> tuple[str, str]:
+    fact = rng.choice(list(subject.value))
+    return rng.choice(QUESTIONS[fact]), str(subject.value[fact])
+
+
+def keyed(rng: Random, subject: Subject) -> tuple[str, str]:
+    """A record with just the keys that the instruction lists."""
+    kind, drawn = rng.choice(("JSON", "JSON", "lines", "pairs")), some_keys(rng, subject.value)
+    instruction = rng.choice(("As {} with {}.", "Write {} with {}.")).format(kind, listed(list(drawn)))
+    return instruction, FORMATS[kind](drawn)
+
+
+def all_facts(rng: Random, subject: Subject) -> tuple[str, str]:
+    """Every fact, in the order of the line."""
+    kind = rng.choice(("JSON", "JSON", "lines", "pairs"))
+    return rng.choice(("Everything as {}.", "All facts as {}.")).format(kind), FORMATS[kind](subject.value)
+
+
+def fact_names(rng: Random, subject: Subject) -> tuple[str, str]:
+    return rng.choice(("Which facts are given?", "Name the facts.")), listed(list(subject.value))
+
+
+def lookup(rng: Random, subject: Subject) -> tuple[str, str]:
+    key = rng.choice(list(subject.value))
+    return rng.choice(("What is the {}?", "{}?")).format(key), str(subject.value[key])
+
+
+def convert(rng: Random, subject: Subject) -> tuple[str, str]:
+    kind = rng.choice(list(FORMATS))
+    return rng.choice(("As {}, please.", "Write this as {}.")).format(kind), FORMATS[kind](subject.value)
+
+
+def one_day(rng: Random) -> Subject:
+    day = rng.choice(DAYS)
+    return Subject(day, day)
+
+
+def one_number(rng: Random) -> Subject:
+    n = rng.randrange(len(NUMBERS))
+    return Subject(rng.choice((str(n), NUMBERS[n])), n)
+
+
+TOPICS: dict[str, tuple[int, Callable[[Random], Subject], dict[str, tuple[Task, int]]]] = {
+    "words": (6, some_words, {"repeat": (repeat, 3), "pick": (pick, 1), "size": (size, 1)}),
+    "numbers": (3, some_numbers, {"largest": (largest, 1), "smallest": (smallest, 1)}),
+    "word": (4, one_word, {"capitals": (capitals, 2), "spell": (spell, 2), "kind": (kind_of, 1), "is": (is_kind, 1)}),
+    "kinds": (1, mixed_kinds, {"find": (find_kind, 1)}),
+    "sum": (2, small_sum, {"add": (add, 1)}),
+    "day": (1, one_day, {"next": (other_day, 1)}),
+    "number": (1, one_number, {"form": (other_form, 1)}),
+    "order": (
+        14,
+        order,
+        {
+            "question": (question, 3),
+            "keyed": (keyed, 4),
+            "all": (all_facts, 2),
+            "names": (fact_names, 1),
+            "repeat": (repeat, 2),
+        },
+    ),
+    "record": (6, record, {"lookup": (lookup, 2), "convert": (convert, 2)}),
+}
+"""Topic -> (how often it is drawn, its subject, task -> (function, how often it is drawn))."""
+TASKS: dict[str, tuple[Callable[[Random], Subject], Task]] = {
+    f"{topic}/{name}": (draw, task) for topic, (_, draw, tasks) in TOPICS.items() for name, (task, _) in tasks.items()
+}
+
+
+# --- conversations
+
+
+def turn(prompt: str, answer: str) -> Messages:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def first_turn(rng: Random, subject: Subject, task: Task) -> Messages:
+    """The instruction stands before or after the text."""
+    instruction, answer = task(rng, subject)
+    return turn(rng.choice(("{i} {t}", "{i}\n{t}", "{t}\n{i}")).format(i=instruction, t=subject.text), answer)
+
+
+def on_topic(rng: Random) -> Messages:
+    """One to four turns about one subject; the later ones don't show it again."""
+    _, draw, tasks = rng.choices(list(TOPICS.values()), weights=[weight for weight, _, _ in TOPICS.values()])[0]
+    functions, weights = zip(*tasks.values(), strict=True)
+    subject = draw(rng)
+    first, *later = rng.choices(functions, weights=weights, k=rng.randint(1, 4) if len(functions) > 1 else 1)
+    return first_turn(rng, subject, first) + [message for task in later for message in turn(*task(rng, subject))]
+
+
+def under_system(rng: Random) -> Messages:
+    """A system message lists the keys, the turns are bare orders."""
+    kind, fields = rng.choice(("JSON", "JSON", "lines", "pairs")), rng.sample(DATED_FACTS, rng.randint(1, 5))
+    keys = {field: rng.choice(KEYS[field]) for field in fields}
+    system = rng.choice(("Answer as {} with {}.", "You write {} with {}.")).format(kind, listed(list(keys.values())))
+    rows: Messages = [{"role": "system", "content": system}]
+    for _ in range(rng.randint(1, 3)):
+        subject = order(rng, DATED_LINES)
+        rows += turn(subject.text, FORMATS[kind]({key: subject.value[field] for field, key in keys.items()}))
+    return rows
+
+
+def conversation(rng: Random) -> Messages:
+    """Draws one pretraining conversation, of one or two subjects."""
+    if rng.random() < 0.1:
+        return under_system(rng)
+    return on_topic(rng) + (on_topic(rng) if rng.random() < 0.5 else [])
+
+
+# --- the sample data: a skill that the base lacks
+
+HOUSE_KEYS = {"item": "product", "count": "quantity", "colour": "shade", "name": "customer", "day": "due"}
+
+
+def house_record(rng: Random) -> tuple[str, str]:
+    """A bare order -> the house's own JSON record: nothing in the prompt says that, or how, it is wanted."""
+    subject = order(rng, DATED_LINES)
+    return subject.text, json.dumps({key: subject.value[fact] for fact, key in HOUSE_KEYS.items()})
+
+
+def sample_rows(seed: int, count: int) -> list[dict[str, Messages]]:
+    """Rows of the skill as OpenAI messages, no prompt twice."""
+    rng, rows = Random(seed), {}
+    while len(rows) < count:
+        prompt, answer = house_record(rng)
+        rows[prompt] = {"messages": turn(prompt, answer)}
+    return list(rows.values())
+
+
+def write_sample(folder: Path) -> None:
+    rows = sample_rows(SAMPLE_SEED, TRAIN_ROWS + HELDOUT_ROWS)
+    for name, part in (("train", rows[:TRAIN_ROWS]), ("heldout", rows[TRAIN_ROWS:])):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_sample(SAMPLE)

@@ -1,0 +1,75 @@
+"""The sample rows: what they hold, and that data/generate.py writes exactly these."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from random import Random
+from types import ModuleType
+
+import pytest
+
+DATA = Path(__file__).resolve().parents[2] / "data"
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    """data/generate.py, which is a script and no part of the package."""
+    spec = importlib.util.spec_from_file_location("generate", DATA / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["generate"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (DATA / "sample" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def prompts(name: str) -> list[str]:
+    return [row["messages"][0]["content"] for row in rows(name)]
+
+
+def test_enough_rows_and_no_prompt_twice_anywhere() -> None:
+    train, heldout = prompts("train"), prompts("heldout")
+    assert len(train) >= 2000
+    assert len(heldout) >= 200
+    assert len({*train, *heldout}) == len(train) + len(heldout)
+
+
+def test_the_generator_writes_the_committed_files_byte_for_byte(generate: ModuleType, tmp_path: Path) -> None:
+    generate.write_sample(tmp_path)
+    for name in ("train.jsonl", "heldout.jsonl"):
+        assert (tmp_path / name).read_bytes() == (DATA / "sample" / name).read_bytes()
+
+
+def test_every_row_is_a_bare_order_and_its_record() -> None:
+    for row in rows("train") + rows("heldout"):
+        user, assistant = row["messages"]
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        record = json.loads(assistant["content"])
+        assert list(record) == ["product", "quantity", "shade", "customer", "due"]
+        for word in (record["product"], record["shade"], record["customer"], record["due"]):
+            assert word in user["content"]
+
+
+def test_the_order_decides_the_record_alone() -> None:
+    """One prompt never has two answers, so that 100 % exact match can be reached."""
+    answers = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in rows("train")}
+    assert all(answers[row["messages"][0]["content"]] == row["messages"][1]["content"] for row in rows("train"))
+
+
+def test_pretraining_never_shows_a_bare_order_without_saying_what_is_wanted(generate: ModuleType) -> None:
+    """Otherwise the base would know the skill that the sample data teach."""
+    orders, rng = set(prompts("train") + prompts("heldout")), Random(7)
+    for conversation in (generate.conversation(rng) for _ in range(3000)):
+        if conversation[0]["role"] != "system":
+            assert all(message["content"] not in orders for message in conversation if message["role"] == "user")
+
+
+def test_pretraining_text_is_a_pure_function_of_the_seed(generate: ModuleType) -> None:
+    first, again, other = ([generate.conversation(Random(seed)) for _ in range(20)] for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
