@@ -22,7 +22,7 @@ DETERMINISTIC = (
 
 def run(ranks: int, folder: Path) -> None:
     script = Path(__file__).resolve().parents[2] / "finetune" / "train.py"
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     settings = (*SMALL_RUN, *DETERMINISTIC, f"train.world_size={ranks}", f"output_dir={folder}")
     command = [sys.executable, *launcher, str(script), "config=quickstart.yaml", *settings]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
