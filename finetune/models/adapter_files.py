@@ -165,7 +165,7 @@ class SavedAdapter:
             alpha_pattern=config.get("alpha_pattern") or {},
             rslora=bool(config.get("use_rslora")),
             dora=bool(config.get("use_dora")),
-            new_tokens=config.get("trainable_token_indices") or {},
+            new_tokens=_token_ids(config),
         )
 
 
@@ -180,6 +180,12 @@ class AdapterKind:
     rslora: bool
     dora: bool
     new_tokens: dict[str, list[int]]  # token ids by name of the embedding module
+
+
+def _token_ids(config: dict[str, Any]) -> dict[str, list[int]]:
+    """An adapter's new tokens by module; PEFT also takes a list, which means the embedding."""
+    ids = config.get("trainable_token_indices") or {}
+    return {"embed_tokens": ids} if isinstance(ids, list) else ids
 
 
 def _show(value: Any) -> str:
@@ -228,7 +234,7 @@ def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
     folder = Path(folder)
     config = read_json(folder / CONFIG_FILE, f"adapter {folder}")
     check_adapter(folder, trained=False)
-    ids = [id for rows in (config.get("trainable_token_indices") or {}).values() for id in rows]
+    ids = [id for rows in _token_ids(config).values() for id in rows]
     if ids and max(ids) >= embedding_rows(model):
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     with warnings.catch_warnings():

@@ -251,6 +251,16 @@ def test_an_adapter_whose_tokens_had_no_room_is_loaded(make_base, tokenizer, tmp
     assert load_adapter(load_base(name, QuantConfig(), "cpu"), tmp_path)(ids).logits.equal(model.eval()(ids).logits)
 
 
+def test_token_ids_may_be_a_list_of_peft(load, tokenizer, tmp_path: Path) -> None:
+    cfg = LoraConfig(new_tokens=["<call>"])
+    old = trained(attach_lora(load("nf4"), cfg, copy.deepcopy(tokenizer)))
+    save_adapter(old, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trainable_token_indices": [300]}))
+    assert load_adapter(load("nf4"), tmp_path)(IDS).logits.equal(old.eval()(IDS).logits)
+    attach_lora(load("nf4"), cfg.model_copy(update={"init_adapter": str(tmp_path)}), tokenizer)
+
+
 def test_a_loaded_adapter_is_frozen(load, saved: Path) -> None:
     model = load_adapter(load("nf4"), saved)
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
