@@ -76,7 +76,8 @@ def train(cfg: RunConfig) -> RunResult:
     Returns: the content of result.json.
     Raises: InputError before any weight is loaded, where the input can be judged so early; Interrupted after a signal.
     """
-    accelerator = Accelerator()
+    # Told so, accelerate starts ranks over gloo; left to guess, it gives a torchrun on CPU one rank each.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     _check_world_size(cfg, accelerator)
     _use_all_cores(accelerator)
     set_seed(cfg.train.seed)
