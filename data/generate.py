@@ -30,6 +30,7 @@ FRUITS = "apple pear plum fig lemon cherry mango peach grape melon".split()
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 KINDS = {"animal": ANIMALS, "fruit": FRUITS, "colour": COLOURS, "thing": ITEMS}
 WORDS = ITEMS + COLOURS + ANIMALS + FRUITS
+ORDINALS = "first second third fourth fifth".split()
 # Each fact of an order goes by two key names, so that a key is read from the prompt and not known by heart.
 KEYS = {
     "name": ("name", "customer"),
@@ -85,12 +86,12 @@ def listed(items: list) -> str:
 
 
 def some_words(rng: Random) -> Subject:
-    words = rng.sample(WORDS, rng.randint(2, 4))
+    words = rng.sample(WORDS, rng.randint(2, 5))
     return Subject(listed(words), words)
 
 
 def some_numbers(rng: Random) -> Subject:
-    numbers = rng.sample(range(100), 2)
+    numbers = rng.sample(range(100), rng.randint(2, 3))
     return Subject(listed(numbers), numbers)
 
 
@@ -107,7 +108,7 @@ def mixed_kinds(rng: Random) -> Subject:
 
 
 def small_sum(rng: Random) -> Subject:
-    a, b = rng.randint(0, 9), rng.randint(0, 9)
+    a, b = rng.randint(0, 12), rng.randint(0, 12)
     return Subject(f"{a} + {b}", (a, b))
 
 
@@ -152,14 +153,40 @@ def repeat(rng: Random, subject: Subject) -> tuple[str, str]:
     return rng.choice(("Repeat.", "Say this again.", "Copy the text.")), subject.text
 
 
+def reverse(rng: Random, subject: Subject) -> tuple[str, str]:
+    return rng.choice(("Reverse.", "Turn the list around.", "List them backwards.")), listed(subject.value[::-1])
+
+
+def in_order(rng: Random, subject: Subject) -> tuple[str, str]:
+    return rng.choice(("Sort.", "Put them in order.", "Sort the list.")), listed(sorted(subject.value))
+
+
 def pick(rng: Random, subject: Subject) -> tuple[str, str]:
-    where = rng.choice(("first", "last"))
-    instruction = rng.choice(("Which is the {}?", "Give me the {} one.", "The {}?")).format(where)
-    return instruction, subject.value[0 if where == "first" else -1]
+    at = rng.randrange(len(subject.value))
+    where = "last" if at == len(subject.value) - 1 and rng.random() < 0.5 else ORDINALS[at]
+    return rng.choice(("Which is the {}?", "Give me the {} one.", "The {}?")).format(where), str(subject.value[at])
+
+
+def remove(rng: Random, subject: Subject) -> tuple[str, str]:
+    gone = rng.choice(subject.value)
+    instruction = rng.choice(("Remove {}.", "List them without {}.", "Leave out {}.")).format(gone)
+    return instruction, listed([word for word in subject.value if word != gone])
+
+
+def replace(rng: Random, subject: Subject) -> tuple[str, str]:
+    old, new = rng.choice(subject.value), rng.choice(WORDS)
+    instruction = rng.choice(("Replace {0} with {1}.", "Write {1} instead of {0}.")).format(old, new)
+    return instruction, listed([new if word == old else word for word in subject.value])
 
 
 def size(rng: Random, subject: Subject) -> tuple[str, str]:
     return rng.choice(("How many are there?", "Count them.", "How long is the list?")), str(len(subject.value))
+
+
+def member(rng: Random, subject: Subject) -> tuple[str, str]:
+    word = rng.choice(subject.value) if rng.random() < 0.5 else rng.choice(WORDS)
+    instruction = rng.choice(("Is {} in the list?", "Do you see {}?")).format(word)
+    return instruction, "yes" if word in subject.value else "no"
 
 
 def largest(rng: Random, subject: Subject) -> tuple[str, str]:
@@ -190,13 +217,6 @@ def kind_of(rng: Random, subject: Subject) -> tuple[str, str]:
     return rng.choice(("What is it?", "Which kind of word?")), subject.value["kind"]
 
 
-def is_kind(rng: Random, subject: Subject) -> tuple[str, str]:
-    kind = subject.value["kind"] if rng.random() < 0.5 else rng.choice(list(KINDS))
-    return rng.choice(("Is it a {}?", "Would you call it a {}?")).format(kind), "yes" if kind == subject.value[
-        "kind"
-    ] else "no"
-
-
 def add(rng: Random, subject: Subject) -> tuple[str, str]:
     return rng.choice(("Add.", "What is the sum?")), str(sum(subject.value))
 
@@ -218,6 +238,13 @@ def other_form(rng: Random, subject: Subject) -> tuple[str, str]:
 def question(rng: Random, subject: Subject) -> tuple[str, str]:
     fact = rng.choice(list(subject.value))
     return rng.choice(QUESTIONS[fact]), str(subject.value[fact])
+
+
+def check(rng: Random, subject: Subject) -> tuple[str, str]:
+    fact = rng.choice(list(subject.value))
+    value = order(rng).value.get(fact) if rng.random() < 0.55 else None
+    shown = subject.value[fact] if value is None else value
+    return f"Is the {rng.choice(KEYS[fact])} {shown}?", "yes" if shown == subject.value[fact] else "no"
 
 
 def keyed(rng: Random, subject: Subject) -> tuple[str, str]:
@@ -258,9 +285,26 @@ def one_number(rng: Random) -> Subject:
 
 
 TOPICS: dict[str, tuple[int, Callable[[Random], Subject], dict[str, tuple[Task, int]]]] = {
-    "words": (6, some_words, {"repeat": (repeat, 3), "pick": (pick, 1), "size": (size, 1)}),
-    "numbers": (3, some_numbers, {"largest": (largest, 1), "smallest": (smallest, 1)}),
-    "word": (4, one_word, {"capitals": (capitals, 2), "spell": (spell, 2), "kind": (kind_of, 1), "is": (is_kind, 1)}),
+    "words": (
+        8,
+        some_words,
+        {
+            "repeat": (repeat, 2),
+            "reverse": (reverse, 2),
+            "sort": (in_order, 3),
+            "pick": (pick, 2),
+            "remove": (remove, 2),
+            "replace": (replace, 2),
+            "size": (size, 1),
+            "member": (member, 1),
+        },
+    ),
+    "numbers": (
+        5,
+        some_numbers,
+        {"sort": (in_order, 2), "largest": (largest, 1), "smallest": (smallest, 1)},
+    ),
+    "word": (3, one_word, {"capitals": (capitals, 2), "spell": (spell, 2), "kind": (kind_of, 1)}),
     "kinds": (1, mixed_kinds, {"find": (find_kind, 1)}),
     "sum": (2, small_sum, {"add": (add, 1)}),
     "day": (1, one_day, {"next": (other_day, 1)}),
@@ -270,10 +314,11 @@ TOPICS: dict[str, tuple[int, Callable[[Random], Subject], dict[str, tuple[Task, 
         order,
         {
             "question": (question, 3),
+            "check": (check, 2),
             "keyed": (keyed, 4),
             "all": (all_facts, 2),
             "names": (fact_names, 1),
-            "repeat": (repeat, 2),
+            "repeat": (repeat, 1),
         },
     ),
     "record": (6, record, {"lookup": (lookup, 2), "convert": (convert, 2)}),
@@ -298,11 +343,11 @@ def first_turn(rng: Random, subject: Subject, task: Task) -> Messages:
 
 
 def on_topic(rng: Random) -> Messages:
-    """One to four turns about one subject; the later ones don't show it again."""
+    """One to six turns about one subject; the later ones don't show it again."""
     _, draw, tasks = rng.choices(list(TOPICS.values()), weights=[weight for weight, _, _ in TOPICS.values()])[0]
     functions, weights = zip(*tasks.values(), strict=True)
     subject = draw(rng)
-    first, *later = rng.choices(functions, weights=weights, k=rng.randint(1, 4) if len(functions) > 1 else 1)
+    first, *later = rng.choices(functions, weights=weights, k=rng.randint(1, 6) if len(functions) > 1 else 1)
     return first_turn(rng, subject, first) + [message for task in later for message in turn(*task(rng, subject))]
 
 
