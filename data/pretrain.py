@@ -1,6 +1,6 @@
 """Pretrains the embedded base model on the text of data/generate.py and writes its folder, card and loss curve.
 
-    python data/pretrain.py --steps 1600 --seed 0 --out data/tiny-qwen2.5
+    python data/pretrain.py --steps 2000 --seed 0 --out data/tiny-qwen2.5
 
 About 35 minutes on two CPU cores with AMX. Seeded: the same versions on the same machine give the same weights.
 Matrices are trained with Muon, everything else with AdamW; both keep fp32 masters of a bf16 model.
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from card import Training, loss_svg, model_card
 from generate import TASKS, conversation, first_turn
+from safetensors.torch import load_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
@@ -71,7 +72,7 @@ MERGED_TOKENS, ROW_MULTIPLE = 880, 64
 CARD_ROWS = 200  # prompts a task behind the card's accuracies
 CONTEXT_SHARE = 0.1  # of the tokens that are no answer are targets too: it makes every token a trained output
 MICRO_TOKENS, MICRO_BATCHES, POOL, WIDTH = 2048, 2, 512, 16
-MATRIX_RATE, OTHER_RATE, WARMUP_STEPS, DECAY_SHARE = 3e-3, 2e-3, 50, 0.5
+MATRIX_RATE, OTHER_RATE, WARMUP_STEPS, DECAY_SHARE = 3e-3, 2e-3, 50, 0.4
 
 
 # --- tokenizer
@@ -218,9 +219,9 @@ class Masters:
                 p.copy_(master)
 
 
-def rate(step: int, steps: int) -> float:
+def rate(step: int, steps: int, decay_share: float) -> float:
     """Linear warm-up, flat, then linear to zero over the last share of the run."""
-    return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_SHARE * steps))
+    return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (decay_share * steps))
 
 
 def targets(answer: Tensor, real: Tensor) -> Tensor:
@@ -313,16 +314,26 @@ def write_card(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=0, help="steps between copies of the weights beside --out")
+    parser.add_argument(
+        "--start", type=Path, help="such a copy: go on from it, with a rate that falls from the first step"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny-qwen2.5")
     args = parser.parse_args()
     tokenizer = build_tokenizer(args.seed)
     model = build_model(tokenizer, args.seed)
-    masters, stream = Masters(model), batches(tokenizer, Random(args.seed))
+    if args.start:
+        load_model(model, str(args.start / "model.safetensors"))
+    # Rows that the first phase has not seen.
+    masters, stream = Masters(model), batches(tokenizer, Random(f"{args.seed} on" if args.start else args.seed))
     curve, started = [], time.perf_counter()
     for step in range(args.steps):
-        curve.append(train_step(model, masters, stream, rate(step, args.steps)))
+        scale = rate(step, args.steps, 1.0 if args.start else DECAY_SHARE)
+        curve.append(train_step(model, masters, stream, scale))
+        if args.save_every and (step + 1) % args.save_every == 0:
+            save(model, tokenizer, args.out.with_name(f"{args.out.name}-{step + 1}"))
         if (step + 1) % 20 == 0:
             print(f"step {step + 1} loss {sum(curve[-20:]) / 20:.4f} {time.perf_counter() - started:.0f} s", flush=True)
     save(model, tokenizer, args.out)
