@@ -101,7 +101,8 @@ def _load_source(source: SourceConfig, cfg: DataConfig, chat: ChatTemplate) -> S
     _report_errors(errors, cfg.on_bad_row, counts)
     counts["control tokens kept as text"] = sum(chat.control_tokens_in(m.content) for c in conversations for m in c)
     if not documents:
-        raise DataError(f"{file} holds no row to train on ({_describe(counts) or 'it is empty'})")
+        why = _describe(counts) or "it is empty"
+        raise DataError(f"{file} holds no row to train on ({why}); see data.max_length and data.truncation")
     kept = [c for c, result in zip(conversations, encoded, strict=True) if isinstance(result, Encoded)]
     return Source(source.name or file.stem, file, format_name, source.weight, kept, documents, counts)
 
