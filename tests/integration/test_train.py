@@ -142,7 +142,7 @@ def copy_of_the_base_with_half_its_weights(folder: Path) -> None:
     "overrides",
     [
         ['lora.new_tokens=["<tool>","<note>"]'],
-        # In fp32: in bf16 the part of the base that PiSSA leaves is rounded, so the original base is not what it ran on.
+        # In fp32: in bf16 the part of the base that PiSSA leaves is rounded, so the original base is another.
         ["quant.type=none", "model.dtype=float32", "lora.init=pissa"],
         ["lora.target_modules=all-linear", "lora.dora=true", "lora.rslora=true"],
         ["quant.keep=[model.layers.0.*]", "lora.modules_to_save=[lm_head]"],
