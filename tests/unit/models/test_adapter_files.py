@@ -82,6 +82,9 @@ def test_the_same_adapter_gives_the_same_bytes(load, tmp_path: Path) -> None:
         save_adapter(attach_lora(load("nf4"), LoraConfig(target_modules="all-linear")), folder)
         files.append([file.read_bytes() for file in sorted(folder.iterdir())])
     assert files[0] == files[1]
+    # A set of seven names would come in another order in the next process.
+    names = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) == 7 and names == sorted(names)
 
 
 def test_saving_asks_no_hub_even_for_a_hub_base(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def test_new_rows_start_at_the_mean_and_only_they_are_trained(
 def test_new_tokens_are_ordinary_and_split_text_like_words(load, tokenizer) -> None:
     attach_lora(load("nf4"), LoraConfig(new_tokens=NEW), tokenizer)
     assert tokenizer("t7 <call> t8").input_ids == [7, 300, 8]
-    assert not set(NEW) & set(tokenizer.all_special_tokens)
+    assert tokenizer.decode([7, 300, 8], skip_special_tokens=True).split() == ["t7", "<call>", "t8"]
 
 
 @pytest.mark.parametrize(
