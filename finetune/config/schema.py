@@ -92,16 +92,24 @@ class LoraConfig(Section):
 
 
 class SourceConfig(Section):
-    """One file of rows."""
+    """Rows of one shape: a file, a glob of files, a folder or a data set of the hub."""
 
-    path: Text = Field(description="File of rows (jsonl, json), or a folder that has a file for each split.")
-    name: Text | None = Field(None, description="Name of an evaluation set in the metrics; null is the file's stem.")
-    format: Literal["auto", "messages", "prompt_completion", "alpaca"] = Field(
-        "auto", description="Shape of a row; auto looks at the keys of the first."
+    path: Text = Field(
+        description="File of rows (jsonl, json, csv, parquet, arrow; also compressed), a glob, a folder, or a hub id."
     )
-    split: Text | None = Field(
-        None, description="File of the folder to read, without its suffix; null where path is a file."
+    name: Text | None = Field(None, description="Name in messages and metrics; null is the split's or the file's name.")
+    format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "tokens"] = Field(
+        "auto", description="Shape of a row; auto looks at the columns of the first."
     )
+    columns: dict[Text, Text] = Field(
+        {}, description="Columns called otherwise, ours: theirs, as {prompt: question, completion: answer}."
+    )
+    roles: dict[Literal["system", "user", "assistant", "tool"], list[Text] | Text] = Field(
+        {}, description="Roles called otherwise, ours: theirs, as {user: customer, assistant: [agent, bot]}."
+    )
+    split: Text | None = Field(None, description="Part of a folder or hub id to read; null where path is a file.")
+    subset: Text | None = Field(None, description="Configuration of a hub data set, as main of openai/gsm8k.")
+    revision: Text | None = Field(None, description="Branch, tag or commit of a hub data set; null is its main branch.")
     weight: Positive = Field(1.0, description="Copies of these rows that one epoch holds (training only).")
     limit: Count | None = Field(None, description="Read only the first so many rows.")
 
@@ -111,6 +119,9 @@ class DataConfig(Section):
 
     train: Annotated[list[SourceConfig], Field(min_length=1)] = Field(description="Sources of training rows.")
     eval: list[SourceConfig] = Field([], description="Sources of held-out rows; each gets its own metrics.")
+    held_out: Share = Field(
+        0.0, description="Share of the training rows kept for evaluation, chosen by a hash of each row's content."
+    )
     max_length: Annotated[int, Field(ge=2)] = Field(2048, description="Tokens of the longest sequence.")
     packing: bool = Field(True, description="Put several rows into one sequence; none sees another.")
     truncation: Literal["drop", "left", "right", "split", "error"] = Field(
@@ -120,8 +131,13 @@ class DataConfig(Section):
         "assistant", description="Targets: every assistant turn, the last one, or every token."
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="What happens to a row that cannot be used.")
+    max_bad_share: Share = Field(0.05, description="Share of skipped rows above which a source is refused.")
     system: Text | None = Field(None, description="System message for rows that have none.")
     chat_template: Text | None = Field(None, description="Jinja file used in place of the tokenizer's template.")
+    workers: Count | None = Field(None, description="Processes that tokenise; null is one for each core.")
+    cache: Text | None = Field(
+        None, description="Folder of tokenised rows; null is $FINETUNE_CACHE, else ~/.cache/finetune/tokens."
+    )
 
 
 class TrainConfig(Section):

@@ -1,0 +1,65 @@
+"""What a row says, whatever file and format it came from: a conversation, a raw text, or tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that an assistant turn calls. arguments: the decoded JSON object, never its text."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn: a role out of ROLES and its text.
+
+    tool_calls: of an assistant turn, after its text. weight: what its loss is multiplied by where `data.train_on`
+    selects the turn; 0 leaves it untrained.
+    """
+
+    role: str
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    weight: float = 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The turn as chat templates take it (OpenAI's keys); the weight is not part of it."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        return turn | {"tool_calls": [call.as_dict() for call in self.tool_calls]} if self.tool_calls else turn
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A row of a chat format. tools: JSON schemas of the functions on offer, as the row gives them."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RawText:
+    """A document for continued pretraining: every token of it is a target, and the end of the document."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A row that was tokenised elsewhere. labels: unshifted, -100 where untrained; None trains every token."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...] | None = None
+
+
+Example = Conversation | RawText | TokenRow
