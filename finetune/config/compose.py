@@ -147,4 +147,6 @@ def _assign(node: Any, done: str, rest: str, value: Any) -> list[Problem]:
     if not rest:
         node[slot] = value
         return []
+    if isinstance(node, dict) and takes(dict, find(here)):
+        node.setdefault(slot, {})  # The items of data.train are sections without their defaults.
     return _assign(node.get(slot) if isinstance(node, dict) else node[slot], here, rest, value)

@@ -54,6 +54,8 @@ def _problems(item: Any) -> Iterator[Problem]:
         yield Problem(path, str(item["ctx"]["error"]))
     elif item["type"] == "invalid_key":
         yield Problem(".".join(str(part) for part in item["loc"] if part != "[key]"), "a key must be text")
+    elif item["loc"][-1] == "[key]":
+        yield unknown_key(".".join(map(str, item["loc"][:-1])))
     else:
         yield Problem(path, f"found {shown(item['input'])}; allowed: {allowed(kind)}{_hint(item['input'], kind)}")
 
@@ -92,11 +94,14 @@ def _hint(value: Any, kind: Any) -> str:
 
 def unknown_key(path: str) -> Problem:
     """An unknown key with what was probably meant: a peer's name, another section's key, the nearest one."""
-    name = path.split(".")[-1].lower().replace("-", "_")
+    folder, _, last = path.rpartition(".")
+    if find(folder) is not None and takes(dict, find(folder)):  # A mapping that takes certain names only.
+        return Problem(path, f"unknown key; allowed: {allowed(find(folder))}. {_description(folder)}")
+    name = last.lower().replace("-", "_")
     if name in REFUSED:
         return Problem(path, f"unknown key; {REFUSED[name]}")
-    if name in PEERS:
-        return Problem(path, f"unknown key; here it is {PEERS[name]}")
+    if peers := PEERS.get(_general(path)) or PEERS.get(name):
+        return Problem(path, f"unknown key; here it is {peers}")
     elsewhere = [field for field in schema_fields() if field.split(".")[-1] == name]
     meant = " or ".join(elsewhere) or _nearest(path, name)
     return Problem(path, f"unknown key; did you mean {meant}?" if meant else "unknown key; see finetune --help")

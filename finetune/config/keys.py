@@ -45,7 +45,11 @@ def find(path: str) -> Any | None:
         elif list in origins and part.isdecimal():
             here = get_args(origins[list])[0]
         elif dict in origins:
-            return get_args(origins[dict])[1]  # All that is left of the path is one name: module names hold dots.
+            names, here = get_args(origins[dict])
+            if not options(names):
+                return here  # All that is left of the path is one name: module names hold dots.
+            if part not in options(names):
+                return None
         else:
             return None
     return here
@@ -96,7 +100,7 @@ def allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         items = "mappings" if is_section(arguments[0]) else allowed(arguments[0])
         return f"{count} of {items}"
     if origin is dict:
-        return f"mapping of name to {allowed(arguments[1])}"
+        return f"mapping of {' | '.join(options(arguments[0])) or 'name'} to {allowed(arguments[1])}"
     if is_section(annotation):
         return "mapping of keys to values"
     return " ".join([_WORDS[annotation], _range(metadata)]).strip()

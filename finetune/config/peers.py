@@ -1,7 +1,8 @@
 """What TRL, PEFT, Axolotl, LLaMA-Factory, ms-swift and Unsloth call a setting, and what it is called here.
 
 A value of PEERS ends the sentence "unknown key; here it is …": our key, with the value or the difference where the two
-are not the same thing. Names that we share with a peer are not listed: the schema says which section they belong to.
+are not the same thing. Names that we share with a peer are not listed: the schema says which section they belong to. A
+name that means one thing in an item of data.train alone is listed with its whole path.
 REFUSED are names for what a run does not do, with the reason.
 """
 
@@ -101,20 +102,53 @@ _DATA = {
     "train_file": "data.train=[{path: rows.jsonl}]",
     "data_path": "data.train=[{path: rows.jsonl}]",
     "data_files": "path, in an item of data.train",
-    "dataset_config": "path, in an item of data.train",
+    "dataset_config": "subset, in an item of data.train",
+    "dataset_config_name": "subset, in an item of data.train",
+    "subset_name": "subset, in an item of data.train",
+    "hf_hub_url": "path, in an item of data.train",
+    "file_name": "path, in an item of data.train",
+    "dataset_revision": "revision, in an item of data.train",
     "dataset_train_split": "split, in an item of data.train",
     "dataset_test_split": "split, in an item of data.eval",
     "formatting": "format, in an item of data.train",
     "ds_type": "format, in an item of data.train",
+    "data.train.*.type": "format, in an item of data.train",
+    "dataset_type": "format, in an item of data.train",
+    "dataset_text_field": "columns={text: THEIRS}, in an item of data.train",
+    "text_column": "columns={text: THEIRS}, in an item of data.train",
+    "field": "columns={text: THEIRS}, in an item of data.train",
+    "field_instruction": "columns={instruction: THEIRS}, in an item of data.train",
+    "field_input": "columns={input: THEIRS}, in an item of data.train",
+    "field_output": "columns={output: THEIRS}, in an item of data.train",
+    "field_system": "columns={system: THEIRS}, in an item of data.train",
+    "field_tools": "columns={tools: THEIRS}, in an item of data.train",
+    "field_messages": "columns={messages: THEIRS}, in an item of data.train",
+    "message_property_mappings": "columns and roles, in an item of data.train",
+    "tags": "columns and roles, in an item of data.train",
+    "user_tag": "roles={user: THEIRS}, in an item of data.train",
+    "assistant_tag": "roles={assistant: THEIRS}, in an item of data.train",
+    "system_tag": "roles={system: THEIRS}, in an item of data.train",
+    "observation_tag": "roles={tool: THEIRS}, in an item of data.train",
+    "function_tag": "roles={assistant: THEIRS}, in an item of data.train",
     "eval_dataset": "data.eval=[{path: rows.jsonl}]",
     "val_dataset": "data.eval=[{path: rows.jsonl}]",
     "test_datasets": "data.eval=[{path: rows.jsonl}]",
     "validation_file": "data.eval=[{path: rows.jsonl}]",
-    "val_set_size": "data.eval=[{path: rows.jsonl}] (rows are never taken from data.train)",
-    "val_size": "data.eval=[{path: rows.jsonl}] (rows are never taken from data.train)",
-    "split_dataset_ratio": "data.eval=[{path: rows.jsonl}] (rows are never taken from data.train)",
+    "val_set_size": "data.held_out (a share, from 0 to 1)",
+    "val_size": "data.held_out (a share, from 0 to 1)",
+    "split_dataset_ratio": "data.held_out (a share, from 0 to 1)",
+    "test_size": "data.held_out (a share, from 0 to 1)",
     "max_samples": "limit, in an item of data.train",
+    "num_samples": "limit, in an item of data.train",
     "interleave_probs": "weight, in an item of data.train",
+    "mix_strategy": "weight, in an item of data.train",
+    "dataset_num_proc": "data.workers",
+    "dataset_processes": "data.workers",
+    "preprocessing_num_workers": "data.workers",
+    "num_proc": "data.workers",
+    "dataset_prepared_path": "data.cache",
+    "tokenized_path": "data.cache",
+    "skip_bad_rows": "data.on_bad_row=skip",
     "cutoff_len": "data.max_length",
     "sequence_len": "data.max_length",
     "max_seq_length": "data.max_length",
@@ -230,6 +264,14 @@ REFUSED: dict[str, str] = {
         "devices and ranks are the launcher's, see launch/accelerate",
     ),
     **dict.fromkeys(("logging_steps", "logging_strategy"), "every step is a line of metrics.jsonl"),
+    **dict.fromkeys(
+        ("streaming", "buffer_size", "streaming_multipack_buffer_size", "preprocessing_batch_size"),
+        "rows are always read as a stream and kept tokenised on disk, so a source may be larger than memory",
+    ),
+    **dict.fromkeys(
+        ("overwrite_cache", "load_from_cache_file", "skip_prepare_dataset"),
+        "tokenised rows are found again by what they were made of, and made anew when any of it changes",
+    ),
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_strategy"), "nothing is uploaded; output_dir holds the adapter"
     ),

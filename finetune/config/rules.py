@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         LoraConfig,
         ModelConfig,
         QuantConfig,
+        SourceConfig,
         TrainConfig,
     )
 
@@ -24,6 +25,8 @@ Problems = Iterator[Problem]
 
 _GLOB = re.compile(r"[\w.*?!\[\]-]+")
 _BARE_NAMES = re.compile(r"\s*\w+\s*(,\s*\w+\s*)*")
+_FILE = re.compile(r"\.(jsonl?|csv|parquet|arrow)(\.\w+)?$")
+_NO_HELD_OUT = "there are no held-out rows; set data.held_out=0.05 or data.eval=[{path: rows.jsonl}]"
 
 
 def contradictions(sections: Mapping[str, Any]) -> list[Problem]:
@@ -111,10 +114,44 @@ def _adapter_start(quant: QuantConfig, lora: LoraConfig) -> Problems:
         yield Problem("lora.init", f"{lora.init} starts a new adapter, but lora.init_adapter names an old one")
 
 
+def _sources(data: DataConfig) -> Problems:
+    for section, sources in (("train", data.train), ("eval", data.eval)):
+        for index, source in enumerate(sources):
+            yield from _source(f"data.{section}.{index}", source)
+
+
+def _source(key: str, source: SourceConfig) -> Problems:
+    if _FILE.search(source.path):
+        for name, owner in (("split", "folder or hub id"), ("subset", "hub data set"), ("revision", "hub data set")):
+            if getattr(source, name) is not None:
+                yield Problem(f"{key}.{name}", f"is part of a {owner}, and {source.path} is a file; set it to null")
+    for name, ours in _given_twice(source.columns.items()):
+        yield Problem(f"{key}.columns", f"column {name} cannot be {' and '.join(ours)} at once")
+    roles = [(role, name) for role, names in source.roles.items() for name in _listed(names)]
+    for name, ours in _given_twice(roles):
+        yield Problem(f"{key}.roles", f"role {name} cannot be {' and '.join(ours)} at once")
+    if source.roles and source.format in ("alpaca", "text", "tokens"):
+        yield Problem(f"{key}.roles", f"{source.format} rows name no roles")
+
+
+def _given_twice(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
+    """Their names that stand beside more than one of ours, with ours."""
+    ours: dict[str, list[str]] = {}
+    for our_name, their_name in pairs:
+        ours.setdefault(their_name, []).append(our_name)
+    return ((name, names) for name, names in ours.items() if len(names) > 1)
+
+
+def _listed(value: list[str] | str) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
 def _evaluation_sets(data: DataConfig) -> Problems:
     names = [source.name or source.split or PurePath(source.path).stem for source in data.eval]
     for name in _repeated(names):
         yield Problem("data.eval", f"two sets are called {name}; give each item its own name")
+    if data.held_out and "held_out" in names:
+        yield Problem("data.eval", "a set is called held_out, as the rows that data.held_out keeps are; rename it")
     for index, source in enumerate(data.eval):
         if source.weight != 1:
             yield Problem(f"data.eval.{index}.weight", "held-out rows are read once; weight is for data.train")
@@ -142,18 +179,18 @@ def _stopping(train: TrainConfig) -> Problems:
 
 
 def _held_out(data: DataConfig, train: TrainConfig) -> Problems:
-    if data.eval:
+    if data.eval or data.held_out:
         return
     for name in ("eval_every", "early_stopping"):
         if getattr(train, name) is not None:
-            yield Problem(f"train.{name}", "there are no held-out rows; set data.eval=[{path: rows.jsonl}]")
+            yield Problem(f"train.{name}", _NO_HELD_OUT)
 
 
 def _answers(data: DataConfig, generation: GenerationConfig) -> Problems:
-    if not data.eval:
+    if not data.eval and not data.held_out:
         for name in ("rows", "every"):
             if getattr(generation, name):
-                yield Problem(f"generation.{name}", "there are no held-out rows; set data.eval=[{path: rows.jsonl}]")
+                yield Problem(f"generation.{name}", _NO_HELD_OUT)
     if generation.every is not None and not generation.samples:
         yield Problem("generation.every", "generation.samples=0 shows no answer")
 
@@ -183,6 +220,7 @@ RULES: list[tuple[tuple[str, ...], Callable[..., Problems]]] = [
     (("lora",), _patterns),
     (("lora",), _tokens),
     (("quant", "lora"), _adapter_start),
+    (("data",), _sources),
     (("data",), _evaluation_sets),
     (("train",), _length),
     (("train",), _batch),

@@ -157,10 +157,22 @@ def test_hostile_files_end_in_one_clean_error(tmp_path: Path, load: Callable, co
         ("track.wandb_project", "track.project"),
         ("a.b.micro_batch_size", "train.micro_batch_size"),
         ("outputdir", "output_dir"),
+        ("data.train.0.type", "format"),
+        ("data.train.0.field_messages", "columns={messages: THEIRS}"),
+        ("val_set_size", "data.held_out"),
+        ("dataset_num_proc", "data.workers"),
+        ("data.streaming", "larger than memory"),
     ],
 )
 def test_an_unknown_key_names_the_one_that_was_meant(key: str, meant: str):
     assert meant in unknown_key(key).text
+
+
+def test_a_role_that_is_not_ours_is_one_problem_with_the_four_that_are(complaint: Callable):
+    text = complaint("data: {train: [{path: x, roles: {bot: assistant, user: 5}}]}\n")
+    assert text.startswith("2 problems")
+    assert "data.train.0.roles.bot (run.yaml:1): unknown key; allowed: mapping of system | user | assistant" in text
+    assert "data.train.0.roles.user (run.yaml:1): found 5; allowed: list of text or text" in text
 
 
 def test_a_key_that_resembles_nothing_is_not_guessed():

@@ -103,6 +103,19 @@ def test_items_of_lists_and_names_with_dots_can_be_set(load: Callable):
     assert config.lora.rank_pattern == {"model.layers.0.self_attn.q_proj": 4}
 
 
+def test_columns_and_roles_of_a_source_are_set_name_by_name_or_together(load: Callable):
+    words = ["data.train.0.columns.prompt=question", "data.train.0.columns.completion=the answer"]
+    roles = ["data.train.0.roles.user=customer", "data.train.0.roles.assistant=[agent, bot]"]
+    source = load("", *words, *roles).data.train[0]
+    assert source.columns == {"prompt": "question", "completion": "the answer"}
+    assert source.roles == {"user": "customer", "assistant": ["agent", "bot"]}
+    both = ["data.train.0.columns={prompt: question}", "data.train.0.roles={user: customer, assistant: [agent, bot]}"]
+    source = load("data: {train: [{path: rows.jsonl, columns: {text: body}}]}", *both).data.train[0]
+    assert (source.columns, source.roles["assistant"]) == ({"prompt": "question"}, ["agent", "bot"])
+    added = load("data: {train: [{path: rows.jsonl, columns: {prompt: q}}]}", "data.train.0.columns.completion=a")
+    assert added.data.train[0].columns == {"prompt": "q", "completion": "a"}
+
+
 def test_a_mapping_given_to_a_section_sets_the_keys_it_names(load: Callable):
     config = load("train: {seed: 3}", "train={max_steps: 5, keep: 1}")
     assert (config.train.seed, config.train.max_steps, config.train.keep) == (3, 5, 1)
@@ -123,6 +136,7 @@ def test_lists_and_mappings_of_values_are_replaced_not_merged(load: Callable):
         ("trian.max_steps=3", "train.max_steps"),
         ("data.train.0.pth=x", "data.train.0.path"),
         ("lora_r=3", "lora.rank"),
+        ("data.train.0.roles.bot=x", "system | user | assistant | tool"),
         ("model@teacher=x", "unknown key"),
         ("model/x=y", "unknown key"),
         ("hydra.run.dir=x", "unknown key"),
@@ -154,6 +168,10 @@ def test_what_cannot_be_meant_is_refused_with_a_way_out(override: str, words: st
         ("train=[1]", "mapping"),
         ("train.seed=ten", "train.seed (command line)"),
         ("output_dir=", 'found ""'),
+        ("data.train.0.roles={bot: assistant}", "system | user | assistant | tool"),
+        ("data.train.0.columns=question", "mapping of name to text"),
+        ("data.train.0.columns={prompt: 5}", "in quotes it is text"),
+        ("data.train.0.roles.user=[5]", "list of text or text"),
     ],
 )
 def test_what_does_not_fit_the_config_says_so(complaint: Callable, override: str, words: str):

@@ -44,6 +44,16 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["lora.init=gaussian", "lora.init_adapter=old"], "lora.init", "lora.init_adapter"),
     (["data.eval=[{path: a/x.jsonl},{path: b/x.jsonl}]"], "data.eval", "called x"),
     (["data.eval=[{path: a, weight: 2}]"], "data.eval.0.weight", "data.train"),
+    (["data.eval=[{path: a, name: held_out}]", "data.held_out=0.1"], "data.eval", "held_out"),
+    (["data.eval=[{path: a, split: held_out}]", "data.held_out=0.1"], "data.eval", "held_out"),
+    (["data.train=[{path: a.jsonl, split: train}]"], "data.train.0.split", "a.jsonl is a file"),
+    (["data.train=[{path: a.jsonl.gz, split: train}]"], "data.train.0.split", "folder or hub id"),
+    (["data.train=[{path: 'x/*.parquet', subset: main}]"], "data.train.0.subset", "hub data set"),
+    (["data.eval=[{path: x},{path: a.csv, revision: v1}]"], "data.eval.1.revision", "hub data set"),
+    (["data.train=[{path: a, columns: {prompt: q, completion: q}}]"], "data.train.0.columns", "prompt and completion"),
+    (["data.train=[{path: a, roles: {user: x, assistant: [y, x]}}]"], "data.train.0.roles", "user and assistant"),
+    (["data.train=[{path: a, roles: {user: [x, x]}}]"], "data.train.0.roles", "role x"),
+    (["data.train=[{path: a, format: alpaca, roles: {user: x}}]"], "data.train.0.roles", "alpaca rows"),
     (["train.max_steps=3", "train.epochs=2"], "train.epochs", "train.max_steps"),
     (["train.warmup=1.5"], "train.warmup", "whole"),
     (["train.max_steps=3", "train.warmup=3"], "train.warmup", "train.max_steps=3"),
@@ -75,6 +85,10 @@ SOUND: list[list[str]] = [
     ["train.batch_size=4", "train.micro_batch_size=4", "train.world_size=4"],
     ["train.early_stopping=2", "train.eval_every=2", EVAL],
     ["generation.rows=5", "generation.every=5", EVAL],
+    ["generation.rows=5", "train.eval_every=2", "train.early_stopping=2", "data.held_out=0.1"],
+    ["data.train=[{path: folder, split: train},{path: a/b, split: test, subset: main, revision: v1}]"],
+    ["data.train=[{path: a, columns: {prompt: q, completion: a}, roles: {user: x, assistant: [y, z]}}]"],
+    ["data.eval=[{path: a, name: held_out}]"],
 ]
 
 

@@ -40,6 +40,9 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "train.beta2": ([0, 0.999], [1, -0.1]),
     "train.eps": ([1e-12], [0]),
     "train.neftune_alpha": ([0, 5], [-1]),
+    "data.held_out": ([0, 0.5, 0.999], [-0.1, 1]),
+    "data.max_bad_share": ([0, 0.999], [-0.1, 1]),
+    "data.workers": ([1, None], [0]),
     "train.save_every": ([1, None], [0]),
     "train.keep": ([1], [0]),
     "train.seed": ([0, 2**32 - 1], [-1, 2**32]),
@@ -163,14 +166,30 @@ def test_help_names_types_ranges_and_defaults():
 
 
 @pytest.mark.parametrize(
-    "path", ["train.max_step", "data.train.x.path", "train.max_steps.more", "lora.rank.0", "data.train.0."]
+    "path",
+    [
+        "train.max_step",
+        "data.train.x.path",
+        "train.max_steps.more",
+        "lora.rank.0",
+        "data.train.0.",
+        "data.train.0.roles.bot",
+    ],
 )
 def test_only_keys_of_the_schema_are_found(path: str):
     assert find(path) is None
 
 
 @pytest.mark.parametrize(
-    "path", ["train", "data.train.12.limit", "lora.rank_pattern.model.layers.0.q_proj", "lora.new_tokens.0"]
+    "path",
+    [
+        "train",
+        "data.train.12.limit",
+        "lora.rank_pattern.model.layers.0.q_proj",
+        "lora.new_tokens.0",
+        "data.train.0.columns.any",
+        "data.train.0.roles.user",
+    ],
 )
 def test_keys_inside_lists_and_mappings_are_found(path: str):
     assert find(path) is not None
