@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# Nor does it read or fill the cache of whoever runs it.
+_CACHE = tempfile.TemporaryDirectory(prefix="finetune-cache-")
+os.environ["FINETUNE_CACHE"] = _CACHE.name
 
 import pytest
 from hypothesis import settings

@@ -2,7 +2,7 @@
 
 Nothing here holds state, so a resumed run skips nothing and a run on other ranks sees the same batches.
 Packing is our own: TRL's `pack_dataset` copies the data itself and cannot be repeated per epoch from a seed; here only
-lengths are looked at.
+lengths are looked at. Both are best-fit decreasing and fill the same number of packs.
 """
 
 from __future__ import annotations
@@ -14,27 +14,35 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def pack_best_fit(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> list[list[int]]:
+def pack_best_fit(lengths: np.ndarray, capacity: int, order: np.ndarray) -> list[list[int]]:
     """Best-fit decreasing: each document goes, longest first, where it leaves the least room.
 
     lengths: tokens a document, each at most `capacity`. order: the documents to pack, by index, repeats allowed; among
     documents of one length the given order decides.
-    Returns: bins of document indices. O(n log n) in the number of documents.
+    Returns: bins of document indices. O(n log n + n · capacity / 1000) for n documents: rooms are looked up among those
+    that occur, at most `capacity` of them.
     Source: Johnson 1974, the 11/9 bound of best-fit decreasing.
     """
+    longest_first = order[np.argsort(-lengths[order], kind="stable")]
     bins: list[list[int]] = []
-    open_bins: list[tuple[int, int]] = []  # (room left, bin), sorted
-    for document in sorted(order, key=lambda i: -lengths[i]):
-        need = lengths[document]
-        fit = bisect.bisect_left(open_bins, (need, -1))
-        if fit < len(open_bins):
-            room, index = open_bins.pop(fit)
+    rooms: list[int] = []  # room left in some bin, ascending, each once
+    with_room: dict[int, list[int]] = {}  # the bins that have it
+    for document, need in zip(longest_first.tolist(), lengths[longest_first].tolist(), strict=True):
+        fit = bisect.bisect_left(rooms, need)
+        if fit < len(rooms):
+            room = rooms[fit]
+            index = with_room[room].pop()
             bins[index].append(document)
+            if not with_room[room]:
+                del with_room[room], rooms[fit]
         else:
             room, index = capacity, len(bins)
             bins.append([document])
-        if room > need:
-            bisect.insort(open_bins, (room - need, index))
+        if left := room - need:
+            if left not in with_room:
+                bisect.insort(rooms, left)
+                with_room[left] = []
+            with_room[left].append(index)
     return bins
 
 
@@ -47,9 +55,14 @@ class SequenceOrder:
     """
 
     def __init__(
-        self, lengths: Sequence[int], weights: Sequence[float], capacity: int | None, batch_size: int, seed: int
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        weights: Sequence[float] | np.ndarray,
+        capacity: int | None,
+        batch_size: int,
+        seed: int,
     ):
-        self.lengths = lengths
+        self.lengths = np.asarray(lengths, dtype=np.int64)
         self.weights = np.asarray(weights, dtype=np.float64)
         self.capacity = capacity
         self.batch_size = batch_size
@@ -71,7 +84,7 @@ class SequenceOrder:
         rng.shuffle(order)
         if self.capacity is None:
             return [[i] for i in order.tolist()]
-        bins = pack_best_fit(self.lengths, self.capacity, order.tolist())
+        bins = pack_best_fit(self.lengths, self.capacity, order)
         return [bins[i] for i in rng.permutation(len(bins))]
 
     def steps_in(self, epoch: int) -> int:
@@ -100,6 +113,17 @@ class SequenceOrder:
         return self.epoch(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
 
 
-def split_among_ranks(sequences: Sequence[list[int]], rank: int, ranks: int) -> list[list[int]]:
-    """The part of a step's sequences that one rank computes; parts differ by at most one sequence."""
-    return list(sequences[rank::ranks])
+def split_among_ranks(tokens: Sequence[int], ranks: int) -> list[list[int]]:
+    """Which of a step's sequences each rank computes, with token counts as equal as whole sequences allow.
+
+    tokens: length of each sequence. The longest sequence left goes to the rank with the fewest tokens.
+    Returns: indices for each rank, ascending.
+    Source: Graham 1969, the 4/3 bound of longest processing time first.
+    """
+    load = [0] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for i in sorted(range(len(tokens)), key=lambda i: -tokens[i]):
+        rank = load.index(min(load))
+        load[rank] += tokens[i]
+        shares[rank].append(i)
+    return [sorted(share) for share in shares]

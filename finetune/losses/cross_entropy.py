@@ -67,18 +67,28 @@ def hidden_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
     return outputs.last_hidden_state[0]
 
 
-def _chunk_nll(head: nn.Module, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden_ND).float(), labels_N, reduction="sum")
+def _chunk_nll(head: nn.Module, hidden_ND: Tensor, labels_N: Tensor, weights_N: Tensor | None) -> Tensor:
+    logits_NV = head(hidden_ND).float()
+    if weights_N is None:
+        return F.cross_entropy(logits_NV, labels_N, reduction="sum")
+    return (F.cross_entropy(logits_NV, labels_N, reduction="none") * weights_N).sum()
 
 
-def _target_chunks(hidden_TD: Tensor, labels_T: Tensor, vocabulary: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """The hidden states [N, D] that carry a target, and the same with their labels in chunks of bounded logits."""
+# Hidden states [N, D], labels [N] and loss weights [N] (None: 1 everywhere) of some rows that carry a target.
+_Chunk = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _target_chunks(hidden_TD: Tensor, batch: Batch, vocabulary: int) -> tuple[Tensor, list[_Chunk]]:
+    """The hidden states [N, D] that carry a target, and the same in chunks of bounded logits."""
+    labels_T = batch.labels[0]
     rows = (labels_T != UNTRAINED).nonzero().squeeze(1)
     rows_ND, labels_N = hidden_TD[rows], labels_T[rows]
     if not len(rows):
         return rows_ND, []
     size = max(1, _LOGITS_LIMIT // vocabulary)
-    return rows_ND, list(zip(rows_ND.split(size), labels_N.split(size), strict=True))
+    states, labels = rows_ND.split(size), labels_N.split(size)
+    weights = [None] * len(states) if batch.weights is None else batch.weights[0][rows].split(size)
+    return rows_ND, list(zip(states, labels, weights, strict=True))
 
 
 class _FrozenHeadNll(torch.autograd.Function):
@@ -89,13 +99,13 @@ class _FrozenHeadNll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_ND: Tensor, head: nn.Module, chunks: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(ctx, hidden_ND: Tensor, head: nn.Module, chunks: list[_Chunk]) -> Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         gradients = []
-        for chunk_ND, labels_N in chunks:
+        for chunk_ND, labels_N, weights_N in chunks:
             with torch.enable_grad():
                 leaf_ND = chunk_ND.detach().requires_grad_()
-                nll = _chunk_nll(head, leaf_ND, labels_N)
+                nll = _chunk_nll(head, leaf_ND, labels_N, weights_N)
             gradients += torch.autograd.grad(nll, leaf_ND)
             total += nll.detach()
         ctx.save_for_backward(torch.cat(gradients))
@@ -110,8 +120,8 @@ class _FrozenHeadNll(torch.autograd.Function):
 class CrossEntropy(nn.Module):
     """The training loss as a module, so that DDP can wrap model and loss in one.
 
-    forward(batch) returns the summed negative log-likelihood over the batch's targets, fp32, in nats; the caller
-    divides by the global count. It is differentiable also for a batch without a target (it is 0 then).
+    forward(batch) returns the summed negative log-likelihood over the batch's targets, each times its weight, fp32, in
+    nats; the caller divides by the global count of targets. It is differentiable also for a batch without a target (it is 0 then).
     """
 
     def __init__(self, model: nn.Module, neftune_alpha: float = 0.0):
@@ -122,7 +132,7 @@ class CrossEntropy(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         hidden_TD = hidden_states(self.model, batch, self.neftune_alpha)
         head = head_of(self.model)
-        rows_ND, chunks = _target_chunks(hidden_TD, batch.labels[0], base_of(self.model).config.vocab_size)
+        rows_ND, chunks = _target_chunks(hidden_TD, batch, base_of(self.model).config.vocab_size)
         if not chunks:
             # Keeps every adapter in the graph: DDP waits for each of them.
             return hidden_TD.float().sum() * 0.0
@@ -134,14 +144,14 @@ class CrossEntropy(nn.Module):
 
 @torch.no_grad()
 def score(model: nn.Module, batch: Batch) -> Score:
-    """Negative log-likelihood and correct predictions over a batch's targets, without gradients."""
+    """Negative log-likelihood and correct predictions over a batch's targets, unweighted, without gradients."""
     hidden_TD = hidden_states(model, batch)
     head = head_of(model)
     nll = hidden_TD.new_zeros((), dtype=torch.float32)
     correct = hidden_TD.new_zeros((), dtype=torch.float32)
     tokens = 0
-    _, chunks = _target_chunks(hidden_TD, batch.labels[0], base_of(model).config.vocab_size)
-    for hidden_ND, labels_N in chunks:
+    _, chunks = _target_chunks(hidden_TD, batch, base_of(model).config.vocab_size)
+    for hidden_ND, labels_N, _ in chunks:
         logits_NV = head(hidden_ND).float()
         nll += F.cross_entropy(logits_NV, labels_N, reduction="sum")
         correct += (logits_NV.argmax(-1) == labels_N).sum()

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from finetune.config.schema import TrainConfig
 from finetune.data.batch import Batch, Document, build_batch, silent_batch
-from finetune.data.packing import SequenceOrder, split_among_ranks
+from finetune.data.feed import Feed
+from finetune.data.packing import split_among_ranks
 from finetune.errors import FinetuneError, Interrupted
 from finetune.training.checkpoint import TrainState
 from finetune.training.optim import learning_rate_at
@@ -40,8 +41,7 @@ class Job:
     accelerator: Accelerator
     loss: nn.Module
     optimizer: torch.optim.Optimizer
-    documents: Sequence[Document]
-    order: SequenceOrder
+    feed: Feed
     total_steps: int
     micro_batch: int
     tracker: Tracker | SilentTracker
@@ -132,11 +132,12 @@ def train_step(job: Job, step: int, signal_number: int = 0) -> StepResult:
     accelerator = job.accelerator
     ranks, rank = accelerator.num_processes, accelerator.process_index
     set_seed((job.cfg.seed * 1_000_003 + step * 1_009 + rank) % 2**32)
-    sequences = job.order.batch(step - 1)
-    documents = [job.documents[i] for sequence in sequences for i in sequence]
+    sequences = job.feed.sequences(step - 1)
+    documents = [document for sequence in sequences for document in sequence]
+    mine = split_among_ranks([sum(map(len, sequence)) for sequence in sequences], ranks)[rank]
     target_tokens = sum(document.target_tokens for document in documents)
     loss_sum = 0.0
-    batches = _micro_batches(job, split_among_ranks(sequences, rank, ranks), documents[0])
+    batches = _micro_batches([sequences[i] for i in mine], job.micro_batch, filler=documents[0])
     for i, batch in enumerate(batches):
         with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(job.loss):
             loss = job.loss(batch.to(accelerator.device))
@@ -159,11 +160,11 @@ def train_step(job: Job, step: int, signal_number: int = 0) -> StepResult:
     )
 
 
-def _micro_batches(job: Job, sequences: list[list[int]], filler: Document) -> list[Batch]:
+def _micro_batches(sequences: list[list[Document]], size: int, filler: Document) -> list[Batch]:
     if not sequences:
         return [silent_batch(filler)]
-    groups = [sequences[i : i + job.micro_batch] for i in range(0, len(sequences), job.micro_batch)]
-    return [build_batch([job.documents[i] for sequence in group for i in sequence]) for group in groups]
+    groups = [sequences[i : i + size] for i in range(0, len(sequences), size)]
+    return [build_batch([document for sequence in group for document in sequence]) for group in groups]
 
 
 def _clip(job: Job) -> float:

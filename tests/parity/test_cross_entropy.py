@@ -15,7 +15,7 @@ from finetune.ops.attention import plan_segments
 from tests.models import random_qwen2
 
 
-def documents(lengths: list[int], seed: int = 0) -> list[Document]:
+def documents(lengths: list[int], seed: int = 0, weighted: bool = False) -> list[Document]:
     rng = np.random.default_rng(seed)
     result = []
     for i, length in enumerate(lengths):
@@ -25,7 +25,9 @@ def documents(lengths: list[int], seed: int = 0) -> list[Document]:
             trained = rng.random(length - 1) < 0.6
             trained[-1] = True
             labels[:-1] = np.where(trained, ids[1:], UNTRAINED)
-        result.append(Document(ids, labels, f"row {i}"))
+        # Every other document: weights and none must mix in a batch.
+        weights = rng.choice([0.25, 1.0, 3.0], length).astype(np.float32) if weighted and i % 2 == 0 else None
+        result.append(Document(ids, labels, f"row {i}", weights))
     return result
 
 
@@ -37,7 +39,8 @@ def reference(docs: list[Document]) -> tuple[torch.Tensor, dict[str, torch.Tenso
     for doc in docs:
         logits = model(input_ids=torch.tensor(doc.ids[None].astype(np.int64))).logits[0]
         labels = torch.tensor(doc.labels.astype(np.int64))
-        total = total + F.cross_entropy(logits, labels, ignore_index=UNTRAINED, reduction="sum")
+        weights = torch.tensor(np.ones(len(doc)) if doc.weights is None else doc.weights.astype(np.float64))
+        total = total + (F.cross_entropy(logits, labels, ignore_index=UNTRAINED, reduction="none") * weights).sum()
         correct += int((logits.argmax(-1) == labels).sum())
     total.backward()
     return total.detach(), {name: p.grad for name, p in model.named_parameters()}, correct
@@ -47,9 +50,12 @@ def reference(docs: list[Document]) -> tuple[torch.Tensor, dict[str, torch.Tenso
 @pytest.mark.parametrize("lengths", [[7], [5, 70, 2, 64, 9, 130], [1, 3, 1]])
 @pytest.mark.parametrize("chunk_rows", [3, 1000])
 @pytest.mark.parametrize("frozen_head", [True, False])
-def test_packed_loss_and_gradients_equal_float64_documents_alone(attn, lengths, chunk_rows, frozen_head, monkeypatch):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_packed_loss_and_gradients_equal_float64_documents_alone(
+    attn, lengths, chunk_rows, frozen_head, weighted, monkeypatch
+):
     monkeypatch.setattr(cross_entropy, "_LOGITS_LIMIT", 97 * chunk_rows)
-    docs = documents(lengths)
+    docs = documents(lengths, weighted=weighted)
     expected, expected_gradients, correct = reference(docs)
     model = random_qwen2(attn)
     if frozen_head:
@@ -65,7 +71,8 @@ def test_packed_loss_and_gradients_equal_float64_documents_alone(attn, lengths, 
             parameter.grad.double() / 3, expected_gradients[name], rtol=1e-4, atol=2e-5, msg=name
         )
     scored = score(model, build_batch(docs))
-    torch.testing.assert_close(scored.nll.double(), expected, rtol=1e-5, atol=1e-5)
+    if not weighted:  # an evaluation does not weigh
+        torch.testing.assert_close(scored.nll.double(), expected, rtol=1e-5, atol=1e-5)
     assert (int(scored.correct), scored.tokens) == (correct, sum(d.target_tokens for d in docs))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from finetune.config.schema import TrainConfig
 from finetune.data.batch import Document
+from finetune.data.feed import StoredFeed
 from finetune.data.packing import SequenceOrder
 from finetune.errors import FinetuneError
 from finetune.training.checkpoint import TrainState
@@ -45,7 +46,7 @@ def job(loss: nn.Module, saved: list[int], **train) -> Job:
     ]
     return Job(
         cfg=cfg, accelerator=Accelerator(), loss=loss, optimizer=build_optimizer(cfg, loss.named_parameters()),
-        documents=documents, order=SequenceOrder([2] * 8, [1.0] * 8, None, cfg.batch_size, 0), total_steps=4,
+        feed=StoredFeed(documents, SequenceOrder([2] * 8, [1.0] * 8, None, cfg.batch_size, 0)), total_steps=4,
         micro_batch=1,        tracker=SilentTracker(), save=lambda state: saved.append(state.step),
         last_checkpoint=lambda: saved[-1] if saved else None,
     )  # fmt: skip
@@ -60,7 +61,7 @@ def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(pois
     work = replace(work, save=lambda state: (saved.append(state.step), weights.append(loss.weight.item())))
     with pytest.raises(FinetuneError, match=named) as stopped:
         fit(work, state)
-    rows = [work.documents[i].place for sequence in work.order.batch(2) for i in sequence]
+    rows = [document.place for sequence in work.feed.sequences(2) for document in sequence]
     assert "step 3" in str(stopped.value) and all(row in str(stopped.value) for row in rows)
     assert "last good checkpoint is 2" in str(stopped.value)
     assert saved == [1, 2] and state.step == 2
