@@ -1,141 +1,261 @@
-"""Row formats: one function each, from a decoded JSON object to a conversation.
+"""Row formats: what the columns of a row mean.
 
-To add a format: write `(row) -> list[Message]`, name its columns, add it to FORMATS.
+To add a format: write `(row: Fields, spelling: Spelling) -> Example` and enter it into FORMATS with its columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+from finetune.config.schema import SourceConfig
+from finetune.data.conversations import (
+    MESSAGE_KEYS,
+    METADATA_KEYS,
+    OPENAI,
+    SHAREGPT,
+    Spelling,
+    Turn,
+    conversation,
+    read_tools,
+    read_turns,
+)
+from finetune.data.messages import Conversation, Example, Message, RawText
+from finetune.data.token_rows import COLUMNS as TOKEN_COLUMNS
+from finetune.data.token_rows import parse_tokens
+from finetune.data.values import Fields, is_empty, kind, listed
 from finetune.errors import DataError
 
-ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn: a role out of ROLES and its text."""
-
-    role: str
-    content: str
-
-    def as_dict(self) -> dict[str, str]:
-        return {"role": self.role, "content": self.content}
+_PREFERENCE = (
+    "chosen and rejected answers are no format here; to train on the chosen ones set columns: {completion: chosen}, "
+    "or {messages: chosen} where they hold the whole conversation"
+)
+_TOOLS = {"tools": "functions"}
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A format is recognised by the columns it needs; `parse` raises DataError with what is wrong in the row."""
+    """What a format's rows look like.
 
-    required: frozenset[str]
-    parse: Callable[[Mapping[str, Any]], list[Message]]
+    required: columns that every row has; a format is recognised by them. aliases: another name by which a column is
+    known. spelling: of the messages in the row; None where a row has none.
+    """
 
+    parse: Callable[[Fields, Spelling], Example]
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ("system", "tools")
+    aliases: Mapping[str, str] = field(default_factory=lambda: _TOOLS)
+    spelling: Spelling | None = None
 
-def _text(row: Mapping[str, Any], column: str, default: str | None = None) -> str:
-    value = row.get(column, default)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, str):
-        raise DataError(f"{column} must be text, found {_kind(value)}")
-    return value
+    @property
+    def columns(self) -> frozenset[str]:
+        """Our names of its columns."""
+        return frozenset({*self.required, *self.optional})
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """Our names of the keys of its messages."""
+        if self.spelling is None:
+            return frozenset()
+        return MESSAGE_KEYS | METADATA_KEYS | frozenset(self.spelling.aliases.values())
 
-def _kind(value: Any) -> str:
-    names = {
-        type(None): "null",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), type(value).__name__)
-
-
-def _message(item: Any, place: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise DataError(f"{place} must be an object with role and content, found {_kind(item)}")
-    unknown = sorted(set(item) - {"role", "content", "name"})
-    role, content = item.get("role"), item.get("content")
-    if role not in ROLES:
-        raise DataError(f"{place}.role is {role!r}; it must be one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise DataError(f"{place}.content must be text, found {_kind(content)}")
-    if unknown:
-        raise DataError(f"{place} has {', '.join(unknown)}, which this version cannot train on; remove it")
-    return Message(role, content)
+    def is_in(self, columns: frozenset[str]) -> bool:
+        """Whether a row with these columns can be of this format."""
+        return all(column in columns or self.aliases.get(column) in columns for column in self.required)
 
 
-def _conversation(items: Any, column: str) -> list[Message]:
-    if not isinstance(items, list) or not items:
-        raise DataError(
-            f"{column} must be a list with at least one message, found {_kind(items) if items else 'nothing'}"
-        )
-    return [_message(item, f"{column}[{i}]") for i, item in enumerate(items)]
+def parse_messages(row: Fields, spelling: Spelling) -> Conversation:
+    """OpenAI's chat rows: `{"messages": [{"role": …, "content": …}, …]}`."""
+    return _chat(row, read_turns(row.get("messages"), row.named("messages"), spelling))
 
 
-def parse_messages(row: Mapping[str, Any]) -> list[Message]:
-    """OpenAI chat rows: `{"messages": [{"role": …, "content": …}, …]}`."""
-    return _conversation(row["messages"], "messages")
+def parse_sharegpt(row: Fields, spelling: Spelling) -> Conversation:
+    """ShareGPT's rows: `{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}`."""
+    return _chat(row, read_turns(row.get("conversations"), row.named("conversations"), spelling))
 
 
-def parse_prompt_completion(row: Mapping[str, Any]) -> list[Message]:
-    """TRL's prompt/completion rows; text becomes one user and one assistant turn, message lists are joined."""
+def parse_prompt_completion(row: Fields, spelling: Spelling) -> Conversation:
+    """A prompt and its completion, each a text or a list of messages.
 
-    def side(column: str, role: str) -> list[Message]:
-        value = row[column]
-        return _conversation(value, column) if isinstance(value, list) else [Message(role, _text(row, column))]
+    The completion is what is trained: assistant turns in a prompt get the weight 0 unless they give one.
+    """
+    if isinstance(row.get("label"), bool):
+        raise DataError(f"label is true or false, so some completions are bad ones; {_PREFERENCE}")
 
-    return side("prompt", "user") + side("completion", "assistant")
+    def side(column: str, role: str, assistant_weight: float) -> list[Turn]:
+        if isinstance(row.get(column), list):
+            return read_turns(row.get(column), row.named(column), spelling, assistant_weight)
+        return [Turn(row.named(column), Message(role, row.text(column)))]
+
+    prompt, completion = side("prompt", "user", 0.0), side("completion", "assistant", 1.0)
+    if prompt[-1].message.role == completion[0].message.role == "assistant":
+        raise DataError(f"{prompt[-1].place} is of the assistant, and so is {completion[0].place}; make them one turn")
+    return _chat(row, [*prompt, *completion])
 
 
-def parse_alpaca(row: Mapping[str, Any]) -> list[Message]:
-    """Alpaca rows: instruction, optional input (on its own line after it), output, system and history pairs."""
+def parse_alpaca(row: Fields, _: Spelling) -> Conversation:
+    """Alpaca's rows: instruction, optional input (on its own line after it), output, system and history pairs."""
     turns = []
-    if system := _text(row, "system", default=""):
-        turns.append(Message("system", system))
-    for i, pair in enumerate(row.get("history") or []):
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise DataError(f"history[{i}] must be a pair of texts, found {_kind(pair)}")
-        turns += [Message("user", pair[0]), Message("assistant", pair[1])]
-    extra = _text(row, "input", default="")
-    instruction = _text(row, "instruction")
-    turns.append(Message("user", f"{instruction}\n{extra}" if extra else instruction))
-    return [*turns, Message("assistant", _text(row, "output"))]
+    history, place = row.get("history") or [], row.named("history")
+    if not isinstance(history, list):
+        raise DataError(f"{place} must be a list of pairs of texts, found {kind(history)}")
+    for i, pair in enumerate(history):
+        if not (isinstance(pair, list) and len(pair) == 2):
+            raise DataError(f"{place}[{i}] must be a pair of texts, found {kind(pair)}")
+        asked = Fields({"0": pair[0], "1": pair[1]}, {}, f"{place}[{i}]")
+        turns.append(Turn(f"{place}[{i}]", Message("user", asked.text("0"))))
+        turns.append(Turn(f"{place}[{i}]", Message("assistant", asked.text("1"))))
+    instruction, extra = row.text("instruction"), row.text("input", default="")
+    turns.append(Turn(row.named("instruction"), Message("user", f"{instruction}\n{extra}" if extra else instruction)))
+    turns.append(Turn(row.named("output"), Message("assistant", row.text("output"))))
+    return _chat(row, turns)
 
 
-FORMATS = {
-    "messages": RowFormat(frozenset({"messages"}), parse_messages),
-    "prompt_completion": RowFormat(frozenset({"prompt", "completion"}), parse_prompt_completion),
-    "alpaca": RowFormat(frozenset({"instruction", "output"}), parse_alpaca),
+def parse_text(row: Fields, _: Spelling) -> RawText:
+    """Raw documents, for continued pretraining: `{"text": …}`."""
+    if not (text := row.text("text")):
+        raise DataError(f"{row.named('text')} is empty")
+    return RawText(text)
+
+
+def _chat(row: Fields, turns: list[Turn]) -> Conversation:
+    for column in ("images", "audios", "videos"):
+        if not is_empty(row.get(column)):
+            raise DataError(f"{column} would be lost, for the model reads text only; remove the column or the row")
+    if system := row.text("system", default=""):
+        turns = [Turn(row.named("system"), Message("system", system)), *turns]
+    return conversation(turns, read_tools(row))
+
+
+FORMATS: dict[str, RowFormat] = {
+    "messages": RowFormat(parse_messages, ("messages",), spelling=OPENAI),
+    "sharegpt": RowFormat(
+        parse_sharegpt, ("conversations",), aliases={"conversations": "conversation"} | _TOOLS, spelling=SHAREGPT
+    ),
+    "prompt_completion": RowFormat(parse_prompt_completion, ("prompt", "completion"), spelling=OPENAI),
+    "alpaca": RowFormat(parse_alpaca, ("instruction", "output"), ("input", "system", "history", "tools")),
+    "text": RowFormat(parse_text, ("text",), (), {}),
+    "tokens": RowFormat(lambda row, _: parse_tokens(row), ("input_ids",), TOKEN_COLUMNS, {}),
 }
+# Many sets of other formats carry the same rows as rendered text besides.
+_LEAST = "text"
 
 
-def detect_format(columns: frozenset[str], source: str) -> str:
-    """The one format whose columns are all there.
+def detect_format(columns: frozenset[str], source: str, mapped: Mapping[str, str] | None = None) -> str:
+    """The one format whose columns are all there; text only where no other fits.
 
+    mapped: our names of columns (and of message keys) to theirs; it leaves the formats that know all of our names.
     Raises: DataError naming the columns found when none or several fit.
     """
-    fitting = [name for name, fmt in FORMATS.items() if fmt.required <= columns]
+    mapped = mapped or {}
+    renamed = (columns - set(mapped.values())) | {ours for ours, theirs in mapped.items() if theirs in columns}
+    fitting = [name for name, fmt in FORMATS.items() if fmt.is_in(renamed) and set(mapped) <= fmt.columns | fmt.keys]
+    if len(fitting) > 1:
+        fitting = [name for name in fitting if name != _LEAST]
     if len(fitting) == 1:
         return fitting[0]
-    known = "; ".join(f"{name}: {', '.join(sorted(fmt.required))}" for name, fmt in FORMATS.items())
-    found = ", ".join(sorted(columns)) or "none"
-    problem = f"fits several formats ({', '.join(fitting)}); set format" if fitting else f"fits no format ({known})"
-    raise DataError(f"{source}: a row with the columns {found} {problem}")
+    found = f"{source}: rows with the columns {listed(columns)}"
+    if fitting:
+        raise DataError(f"{found} fit several formats; set format to {' or '.join(fitting)}")
+    if "chosen" in renamed:
+        raise DataError(f"{found}: {_PREFERENCE}")
+    known = "; ".join(f"{name}: {', '.join(fmt.required)}" for name, fmt in FORMATS.items())
+    raise DataError(
+        f"{found} fit no format ({known}); say what its columns are called here, as "
+        "columns: {prompt: question, completion: answer}"
+    )
 
 
-def parse_row(row: Any, format_name: str) -> list[Message]:
-    """One row as a conversation.
+def resolve_format(cfg: SourceConfig, first_value: Any, source: str) -> str:
+    """The format of a source: the one it names, else the one that its first row's columns fit.
 
-    Raises: DataError saying what is wrong, without the row's place (the reader adds it).
+    Raises: DataError naming the source if no format or several fit, or `columns` or `roles` name what the format lacks.
     """
-    if not isinstance(row, Mapping):
-        raise DataError(f"a row must be an object, found {_kind(row)}")
-    fmt = FORMATS[format_name]
-    if missing := sorted(fmt.required - set(row)):
-        found = ", ".join(sorted(map(str, row))) or "none"
-        raise DataError(f"lacks {', '.join(missing)}, which {format_name} rows need; its columns: {found}")
-    return fmt.parse(row)
+    if cfg.format == "auto" and not isinstance(first_value, Mapping):
+        raise DataError(f"{source}: its first row must be an object, found {kind(first_value)}")
+    candidates = FORMATS if cfg.format == "auto" else {cfg.format: FORMATS[cfg.format]}
+    known = frozenset().union(*(fmt.columns | fmt.keys - METADATA_KEYS for fmt in candidates.values()))
+    if unknown := cfg.columns.keys() - known - METADATA_KEYS:
+        raise DataError(
+            f"{source}: columns maps {listed(unknown)}, which {' or '.join(candidates)} rows do not have; write ours: "
+            f"theirs, ours one of {listed(known)}"
+        )
+    if cfg.format != "auto":
+        return cfg.format
+    of_rows = frozenset().union(*(fmt.columns for fmt in FORMATS.values()))
+    _require_mapped({ours: theirs for ours, theirs in cfg.columns.items() if ours in of_rows}, first_value, source)
+    name = detect_format(frozenset(map(str, first_value)), source, cfg.columns)
+    if cfg.roles and FORMATS[name].spelling is None:
+        raise DataError(f"{source}: its rows are of the format {name} and name no roles; remove roles")
+    return name
+
+
+def _require_mapped(mapped: Mapping[str, str], row: Mapping[str, Any], source: str = "") -> None:
+    where = f"{source}: " if source else ""
+    for ours, theirs in mapped.items():
+        if theirs not in row:
+            raise DataError(f"{where}a row lacks {theirs}, which columns maps to {ours}; its columns: {listed(row)}")
+
+
+@dataclass(frozen=True)
+class RowParser:
+    """Reads the rows of one source; picklable.
+
+    format: a name out of FORMATS, by `resolve_format`. system: text of the system turn that conversations without one
+    get.
+    """
+
+    source: SourceConfig
+    format: str
+    system: str | None = None
+
+    def parse(self, value: Any) -> Example:
+        """What a decoded row says.
+
+        Raises: DataError that names the column and the message, without the row's place.
+        """
+        if not isinstance(value, Mapping):
+            raise DataError(f"a row must be an object, found {kind(value)}")
+        _require_mapped(self._columns, value)
+        row = Fields.of(value, self._columns, self._format.aliases, "")
+        if missing := [column for column in self._format.required if column not in row.values]:
+            raise DataError(
+                f"the row lacks {listed(missing)}, which {self.format} rows need; its columns: {listed(value)}"
+            )
+        if not is_empty(row.get("chosen")):
+            raise DataError(_PREFERENCE)
+        example = self._format.parse(row, self._spelling)
+        if self.system is not None and isinstance(example, Conversation) and example.messages[0].role != "system":
+            return replace(example, messages=(Message("system", self.system), *example.messages))
+        return example
+
+    @property
+    def _format(self) -> RowFormat:
+        return FORMATS[self.format]
+
+    @cached_property
+    def _columns(self) -> dict[str, str]:
+        return {ours: theirs for ours, theirs in self.source.columns.items() if ours in self._format.columns}
+
+    @cached_property
+    def _spelling(self) -> Spelling:
+        base = self._format.spelling or OPENAI
+        ours_of = {theirs: ours for ours, theirs in base.aliases.items()}
+        mapped = {
+            ours_of.get(ours, ours): theirs for ours, theirs in self.source.columns.items() if ours not in self._columns
+        }
+        roles = {
+            theirs: role
+            for role, names in self.source.roles.items()
+            for theirs in ([names] if isinstance(names, str) else names)
+        }
+        return replace(base, roles={**base.roles, **roles}, mapped=mapped)
+
+
+def messages_row(conversation: Conversation) -> dict[str, Any]:
+    """The row that says a conversation in OpenAI's format; parsed as `messages`, it gives the same conversation."""
+    turns = [m.as_dict() | ({} if m.weight == 1 else {"weight": m.weight}) for m in conversation.messages]
+    tools = {"tools": [dict(tool) for tool in conversation.tools]} if conversation.tools else {}
+    return {"messages": turns, **tools}

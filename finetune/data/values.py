@@ -1,0 +1,156 @@
+"""The values of a decoded row, checked where they are taken and named as the file names them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.errors import DataError
+
+_KINDS = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+_SHOWN_CHARACTERS = 60
+_SHOWN_NAMES = 32
+# Of tools and arguments; deeper ones would run every function that walks them into Python's recursion limit.
+_DEEPEST = 100
+
+
+def kind(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+def shown(value: Any) -> str:
+    """A short value as it stands, a long text cut, of anything else its kind."""
+    if isinstance(value, str):
+        return repr(value[:_SHOWN_CHARACTERS]) + ("…" if len(value) > _SHOWN_CHARACTERS else "")
+    return repr(value) if isinstance(value, bool | float) else kind(value)
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names for a message: sorted, cut when there are very many."""
+    ordered = sorted(str(name)[:_SHOWN_CHARACTERS] for name in names)
+    more = f" and {len(ordered) - _SHOWN_NAMES} more" if len(ordered) > _SHOWN_NAMES else ""
+    return (", ".join(ordered[:_SHOWN_NAMES]) or "none") + more
+
+
+def as_text(value: Any, place: str) -> str:
+    """The value, which must be text that every file and tokenizer can hold.
+
+    Raises: DataError naming the place for another type, a NUL character or half of a surrogate pair.
+    """
+    if not isinstance(value, str):
+        raise DataError(f"{place} must be text, found {kind(value)}")
+    if "\0" in value:
+        raise DataError(f"{place} holds a NUL character (character {value.index(chr(0)) + 1}); remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place} holds half of a surrogate pair (character {error.start + 1}), which is no text; remove it"
+        ) from error
+    return value
+
+
+def as_json(value: Any, place: str) -> Any:
+    """A value that files hold decoded or as JSON text, decoded.
+
+    Raises: DataError naming the place for text that is no JSON and for values that JSON cannot hold.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value, object_pairs_hook=_object, parse_constant=_no_number)
+        except RecursionError as error:
+            raise DataError(f"{place} is nested deeper than {_DEEPEST} levels") from error
+        except ValueError as error:
+            raise DataError(f"{place} must be JSON, found text that is not: {error}") from error
+    _check(value, place, _DEEPEST)
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(decoded := dict(pairs)) < len(pairs):
+        raise ValueError("an object has the same key twice")
+    return decoded
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON's")
+
+
+def _check(value: Any, place: str, levels: int) -> None:
+    if levels == 0:
+        raise DataError(f"{place} is nested deeper than {_DEEPEST} levels")
+    if isinstance(value, str):
+        as_text(value, place)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            as_text(key, f"a key in {place}")
+            _check(item, place, levels - 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check(item, place, levels - 1)
+    elif (isinstance(value, float) and not math.isfinite(value)) or not isinstance(value, int | float | None):
+        raise DataError(f"{place} holds {value if isinstance(value, float) else kind(value)}, which JSON cannot hold")
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """A row, or an object in it, under our names for its keys.
+
+    names: what the file calls them, where otherwise. place: where the object stands; empty for the row itself.
+    """
+
+    values: Mapping[str, Any]
+    names: Mapping[str, str]
+    place: str = ""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], mapped: Mapping[str, str], aliases: Mapping[str, str], place: str) -> Fields:
+        """Rename the keys of `values`.
+
+        mapped: ours to theirs by the user's word; a key that has our name by chance gives way. aliases: ours to the
+        other name under which it is known; an object that holds both says one thing twice.
+        """
+        names = {ours: theirs for ours, theirs in mapped.items() if theirs in values}
+        for ours, theirs in aliases.items():
+            if theirs not in values or ours in mapped:
+                continue
+            if values.get(ours) is None:
+                names[ours] = theirs
+            elif values[theirs] is not None:
+                raise DataError(f"{place or 'the row'} has both {theirs} and {ours}; keep one of them")
+        if not names:
+            return cls(values, names, place)
+        taken = {*names, *names.values()}
+        kept = {key: value for key, value in values.items() if key not in taken}
+        return cls(kept | {ours: values[theirs] for ours, theirs in names.items()}, names, place)
+
+    def get(self, key: str) -> Any:
+        """The value; None where the key is missing or null."""
+        return self.values.get(key)
+
+    def named(self, key: str) -> str:
+        """The key as the file calls it, with its place."""
+        name = self.names.get(key, key)
+        return f"{self.place}.{name}" if self.place else name
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """The key's text; `default` where the key is missing or null."""
+        value = self.values.get(key)
+        return default if value is None and default is not None else as_text(value, self.named(key))
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a key with this value says nothing: null, empty text, an empty list or object."""
+    return value is None or (isinstance(value, str | list | Mapping) and not value)
