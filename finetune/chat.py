@@ -15,11 +15,11 @@ from finetune.terminal import printable
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from finetune.config.schema import RunConfig
     from finetune.data.chat import ChatTemplate
-    from finetune.data.formats import Message
+    from finetune.data.messages import Message
 
 HELP = """\
 usage: finetune chat adapter=FOLDER [key=value …]     a trained adapter on its base
@@ -55,9 +55,10 @@ class ChatSettings:
 
 @dataclass
 class Conversation:
-    """A model, its template, and the turns so far."""
+    """A model, its tokenizer and template, and the turns so far."""
 
     model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
     chat: ChatTemplate
     settings: ChatSettings
     turns: list[Message] = field(default_factory=list)
@@ -70,7 +71,7 @@ class Conversation:
 
         Raises: DataError if the text cannot be encoded or the conversation has outgrown the model's context.
         """
-        from finetune.data.formats import Message
+        from finetune.data.messages import Message
 
         asked = [*self.turns, Message("user", text)]
         system = [] if self.settings.system is None else [Message("system", self.settings.system)]
@@ -87,7 +88,7 @@ class Conversation:
 
         from finetune.models.load import quiet
 
-        streamer = _terminal_streamer(self.chat.tokenizer)
+        streamer = _terminal_streamer(self.tokenizer)
         prompt = torch.tensor([ids], device=self.model.device)
         try:
             with torch.no_grad(), quiet():
@@ -113,7 +114,7 @@ class Conversation:
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
             eos_token_id=self.chat.stop_ids(),
-            pad_token_id=self.chat.tokenizer.pad_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
             **(drawn if self.settings.temperature > 0 else greedy),
         )
 
@@ -147,13 +148,14 @@ def load_conversation(config: RunConfig, adapter: Path | None, settings: ChatSet
     from finetune.models.load import load_base, load_tokenizer
 
     if adapter is None:
-        chat = load_chat_template(config.data, load_tokenizer(config.model))
-        return Conversation(load_base(config.model, config.quant), chat, settings)
+        tokenizer = load_tokenizer(config.model)
+        chat = load_chat_template(config.data, tokenizer)
+        return Conversation(load_base(config.model, config.quant), tokenizer, chat, settings)
     # The tokenizer saved with the adapter knows its template and the tokens it added.
     saved = config.model.model_copy(update={"name": str(adapter), "revision": None})
     tokenizer = load_tokenizer(saved if (adapter / "tokenizer_config.json").is_file() else config.model)
     model = load_adapter(load_base(config.model, config.quant), adapter)
-    return Conversation(model, ChatTemplate(tokenizer), settings)
+    return Conversation(model, tokenizer, ChatTemplate(tokenizer), settings)
 
 
 def talk(conversation: Conversation, lines: Iterable[str]) -> None:

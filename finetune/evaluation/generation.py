@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.data.chat import ChatTemplate
-from finetune.data.formats import Message
+from finetune.data.messages import Conversation
 from finetune.evaluation.perplexity import evaluating
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One held-out row answered: the last user turn, the answer of the row, the answer of the model."""
+    """One held-out row answered: the turn before the answer, the answer of the row, the answer of the model."""
 
     prompt: str
     expected: str
@@ -43,8 +43,9 @@ def _pad_left(prompts: Sequence[list[int]], pad: int, device: torch.device) -> d
 @torch.no_grad()
 def answer_rows(
     model: PreTrainedModel | nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     chat: ChatTemplate,
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Conversation],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -52,16 +53,16 @@ def answer_rows(
     """Greedy answers to each conversation's last assistant turn, in the order given.
 
     Rows are answered in batches of like length, padded on the left; the model's mode and random state stay as they are.
+    Raises: DataError if the template refuses a conversation.
     """
-    tokenizer = chat.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
         eos_token_id=chat.stop_ids(), pad_token_id=pad, use_cache=True,
     )  # fmt: skip
     device = next(model.parameters()).device
-    turns = [_split_at_last_answer(conversation) for conversation in conversations]
-    prompts = [chat.prompt_ids(context) for context, _ in turns]
+    asked = [_up_to_last_answer(conversation) for conversation in conversations]
+    prompts = [chat.prompt_ids(row.messages[:-1], row.tools) for row in asked]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
     with evaluating(model):
@@ -71,11 +72,20 @@ def answer_rows(
             outputs = model.generate(**inputs, generation_config=greedy)  # type: ignore[operator]
             new_tokens = outputs[:, inputs["input_ids"].shape[1] :]
             for i, text in zip(rows, tokenizer.batch_decode(new_tokens, skip_special_tokens=True), strict=True):
-                context, expected = turns[i]
-                answers[i] = Answer(context[-1].content if context else "", expected, text)
+                answers[i] = Answer(_prompt_of(asked[i]), _expected(chat, asked[i]), text)
     return [answers[i] for i in range(len(prompts))]
 
 
-def _split_at_last_answer(conversation: Sequence[Message]) -> tuple[list[Message], str]:
-    last = max(i for i, message in enumerate(conversation) if message.role == "assistant")
-    return list(conversation[:last]), conversation[last].content
+def _up_to_last_answer(conversation: Conversation) -> Conversation:
+    last = max(i for i, message in enumerate(conversation.messages) if message.role == "assistant")
+    return Conversation(conversation.messages[: last + 1], conversation.tools)
+
+
+def _prompt_of(conversation: Conversation) -> str:
+    return conversation.messages[-2].content if len(conversation.messages) > 1 else ""
+
+
+def _expected(chat: ChatTemplate, conversation: Conversation) -> str:
+    """The row's answer as the model would write it: tool calls in the template's words."""
+    answer = conversation.messages[-1]
+    return chat.answer_text(conversation) if answer.tool_calls else answer.content

@@ -19,9 +19,11 @@ from finetune import chat
 from finetune.arguments import Arguments
 from finetune.chat import ChatSettings, Conversation, respond, talk
 from finetune.config.compose import load_config, to_yaml
-from finetune.data.formats import Message
+from finetune.data.messages import Message
 from finetune.errors import ConfigError, DataError, InputError
 from finetune.resources import packaged
+
+LETTERS = SimpleNamespace(eos_token_id=0, pad_token_id=0, decode=lambda ids, **_: "".join(map(chr, ids)))
 
 
 class LetterTemplate:
@@ -29,11 +31,6 @@ class LetterTemplate:
 
     def __init__(self):
         self.seen: list[list[Message]] = []
-        self.tokenizer = SimpleNamespace(
-            eos_token_id=0,
-            pad_token_id=0,
-            decode=lambda ids, **_: "".join(map(chr, ids)),
-        )
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         self.seen.append(list(messages))
@@ -64,7 +61,7 @@ class Scripted:
 
 
 def conversation(*script, **options) -> Conversation:
-    return Conversation(Scripted(*script), LetterTemplate(), ChatSettings(**options))  # type: ignore[arg-type]
+    return Conversation(Scripted(*script), LETTERS, LetterTemplate(), ChatSettings(**options))  # type: ignore[arg-type]
 
 
 def arguments(*overrides: str, config: str | None = None) -> Arguments:
