@@ -134,6 +134,9 @@ class DataConfig(Section):
     max_bad_share: Share = Field(0.05, description="Share of skipped rows above which a source is refused.")
     system: Text | None = Field(None, description="System message for rows that have none.")
     chat_template: Text | None = Field(None, description="Jinja file used in place of the tokenizer's template.")
+    stream_rows: Count | None = Field(
+        None, description="Read and tokenise so many rows at a time while training; null is all of them before."
+    )
     workers: Count | None = Field(None, description="Processes that tokenise; null is one for each core.")
     cache: Text | None = Field(
         None, description="Folder of tokenised rows; null is $FINETUNE_CACHE, else ~/.cache/finetune/tokens."

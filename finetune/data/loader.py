@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -13,46 +15,56 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.data.batch import Document
-from finetune.data.chat import UNTRAINED, ChatTemplate, Encoded
-from finetune.data.formats import Message, detect_format, parse_row
-from finetune.data.reader import read_rows, resolve_source
+from finetune.data.chat import ChatTemplate
+from finetune.data.documents import Cut, Documents, cut_to_length
+from finetune.data.messages import Conversation, Example
+from finetune.data.prepare import Preparation
+from finetune.data.sources import resolve_source
+from finetune.data.store import BAD_ROWS, TokenStore
 from finetune.errors import DataError
 
 _SHOWN_ERRORS = 10
+HELD_OUT = "held_out"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
-    """One file, read and encoded.
+    """One item of data.train or data.eval, tokenised, or the rows of one that are held out.
 
-    conversations: the readable rows, before any is cut or dropped for length. counts: what happened to rows, by reason.
+    store: every usable row, before any cut. documents: what is trained on or measured by. counts: what happened to
+    rows, by reason.
     """
 
     name: str
-    path: Path
-    format: str
+    path: str
+    config: SourceConfig
     weight: float
-    conversations: list[list[Message]]
-    documents: list[Document]
+    store: TokenStore
+    documents: Documents
     counts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of the store that gave a document [R], ascending."""
+        return np.unique(self.documents.rows)
 
 
 @dataclass(frozen=True)
 class LoadedData:
-    """Everything a run reads. digest: SHA-256 over all training documents' tokens and labels."""
+    """Everything a run reads. digest: SHA-256 over all training documents' tokens, labels and copies."""
 
     train: list[Source]
     eval: list[Source]
     digest: str
 
-    @property
-    def documents(self) -> list[Document]:
-        return [document for source in self.train for document in source.documents]
+    @cached_property
+    def documents(self) -> Documents:
+        return Documents.join(source.documents for source in self.train)
 
-    @property
-    def weights(self) -> list[float]:
-        return [source.weight for source in self.train for _ in source.documents]
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """Copies [M] of each training document that an epoch holds."""
+        return np.concatenate([np.full(len(source.documents), source.weight) for source in self.train])
 
 
 def load_chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
@@ -68,123 +80,160 @@ def load_chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> C
     return ChatTemplate(tokenizer)
 
 
-def load_data(cfg: DataConfig, chat: ChatTemplate) -> LoadedData:
-    """Read, encode and cut every source.
+def load_data(preparation: Preparation) -> LoadedData:
+    """Tokenise (or find tokenised), cut and split every source.
 
     Raises: DataError with the first bad rows of every source by place, unless `data.on_bad_row=skip`.
     """
+    cfg = preparation.cfg
     problems: list[str] = []
-    loaded: dict[str, list[Source]] = {"train": [], "eval": []}
-    for section, sources in (("train", cfg.train), ("eval", cfg.eval)):
+    train: list[Source] = []
+    held_out: list[Source] = []
+    evaluation: list[Source] = []
+    # Streamed rows are tokenised while training, see stream.py.
+    for section, sources in (("train", [] if cfg.stream_rows else cfg.train), ("eval", cfg.eval)):
         for i, source in enumerate(sources):
             try:
-                loaded[section].append(_load_source(source, cfg, chat))
+                store = preparation.store(source)
+                check_bad_rows(store, cfg)
+                if section == "eval":
+                    evaluation.append(_source(source, store, np.arange(len(store)), cfg))
+                    continue
+                out = is_held_out(store.hashes, cfg.held_out)
+                train.append(_source(source, store, np.flatnonzero(~out), cfg))
+                if cfg.held_out:
+                    name = HELD_OUT if len(sources) == 1 else f"{HELD_OUT}-{resolve_source(source).name}"
+                    held_out.append(_source(source, store, np.flatnonzero(out), cfg, name))
             except DataError as error:
                 problems.append(f"data.{section}[{i}]: {error}")
     if problems:
         raise DataError("\n".join(problems))
-    return LoadedData(loaded["train"], loaded["eval"], _digest(loaded["train"]))
+    return LoadedData(train, evaluation + held_out, _digest(train))
 
 
-def _load_source(source: SourceConfig, cfg: DataConfig, chat: ChatTemplate) -> Source:
-    file = resolve_source(source.path, source.split)
-    counts: Counter[str] = Counter()
-    errors: list[str] = []
-    format_name, places, conversations = _read_conversations(source, file, cfg.system, errors)
-    encoded = chat.encode(conversations, cfg.train_on)
-    documents: list[Document] = []
-    for place, result in zip(places, encoded, strict=True):
-        if isinstance(result, DataError):
-            errors.append(f"{place}: {result}")
-            continue
-        documents += _fit(result, place, cfg, counts, errors)
-    _report_errors(errors, cfg.on_bad_row, counts)
-    counts["control tokens kept as text"] = sum(chat.control_tokens_in(m.content) for c in conversations for m in c)
-    if not documents:
-        why = _describe(counts) or "it is empty"
-        raise DataError(f"{file} holds no row to train on ({why}); see data.max_length and data.truncation")
-    kept = [c for c, result in zip(conversations, encoded, strict=True) if isinstance(result, Encoded)]
-    return Source(source.name or file.stem, file, format_name, source.weight, kept, documents, counts)
+def is_held_out(hashes: np.ndarray, share: float) -> np.ndarray:
+    """Which rows are held out [N] bool: those whose hash falls into the lowest `share` of all hashes.
+
+    It looks at a row alone, so no row changes sides when others come or go, and equal rows are on one side.
+    """
+    return hashes < np.uint64(min(int(share * 2**64), 2**64 - 1))
 
 
-def _read_conversations(
-    source: SourceConfig, file: Path, system: str | None, errors: list[str]
-) -> tuple[str, list[str], list[list[Message]]]:
-    format_name = source.format
-    places: list[str] = []
-    conversations: list[list[Message]] = []
-    for row in islice(read_rows(file), source.limit):
-        try:
-            if isinstance(row.value, DataError):
-                raise row.value
-            if format_name == "auto" and isinstance(row.value, dict):
-                format_name = detect_format(frozenset(row.value), str(file))
-            messages = parse_row(row.value, format_name) if format_name != "auto" else parse_row(row.value, "messages")
-        except DataError as error:
-            errors.append(f"{row.place}: {error}")
-            continue
-        if system and messages[0].role != "system":
-            messages.insert(0, Message("system", system))
-        places.append(row.place)
-        conversations.append(messages)
-    return format_name, places, conversations
+def check_bad_rows(store: TokenStore, cfg: DataConfig) -> None:
+    """Raises: DataError with the first bad rows, or because they are too many to skip."""
+    bad, rows = store.meta.bad_rows, len(store) + store.meta.bad_rows
+    if bad and cfg.on_bad_row == "error":
+        raise DataError("\n".join(["bad rows (data.on_bad_row=skip leaves them out):", *_first_bad(store)]))
+    if bad > cfg.max_bad_share * rows:
+        found = f"{bad:,} of {rows:,} rows are bad ({bad / rows:.1%})"
+        allowed = f"data.max_bad_share allows {cfg.max_bad_share:.1%}"
+        raise DataError("\n".join([f"{found}, {allowed}:", *_first_bad(store)]))
 
 
-def _fit(encoded: Encoded, place: str, cfg: DataConfig, counts: Counter[str], errors: list[str]) -> list[Document]:
-    """The document, or what `data.truncation` makes of one that is too long."""
-    length, limit = len(encoded.ids), cfg.max_length
-    if length <= limit:
-        pieces = [slice(0, length)]
-    elif cfg.truncation == "error":
-        errors.append(f"{place}: has {length} tokens, data.max_length is {limit}; raise it or set data.truncation")
-        return []
-    else:
-        counts[f"longer than {limit} tokens ({cfg.truncation})"] += 1
-        pieces = {
-            "drop": [],
-            "left": [slice(length - limit, length)],
-            "right": [slice(0, limit)],
-            "split": [slice(start, min(start + limit, length)) for start in range(0, length, limit)],
-        }[cfg.truncation]
-    documents = [_document(encoded.ids[piece], encoded.trained[piece], place) for piece in pieces]
-    trainable = [document for document in documents if document.target_tokens]
-    if len(trainable) < len(documents) and not trainable:
-        errors.append(f"{place}: no target is left within {limit} tokens; raise data.max_length or set data.truncation")
-    return trainable
+def _first_bad(store: TokenStore) -> list[str]:
+    with store.bad_rows.open(encoding="utf-8") as lines:
+        shown = [json.loads(line) for line in islice(lines, _SHOWN_ERRORS)]
+    more = store.meta.bad_rows - len(shown)
+    listed = [f"  {row['place']}: {row['reason']}" for row in shown]
+    return [*listed, f"  … and {more:,} more, all listed in {store.bad_rows}"] if more else listed
 
 
-def _document(ids: np.ndarray, trained: np.ndarray, place: str) -> Document:
-    """Shift the targets: position t predicts token t + 1, and nothing is predicted from the last position."""
-    labels = np.full(len(ids), UNTRAINED, dtype=np.int32)
-    labels[:-1] = np.where(trained[1:], ids[1:], UNTRAINED)
-    return Document(ids, labels, place)
+def _source(
+    source: SourceConfig, store: TokenStore, rows: np.ndarray, cfg: DataConfig, name: str | None = None
+) -> Source:
+    cut = cut_to_length(store, rows, cfg)
+    _check_cut(cut, store, cfg)
+    counts = Counter({"bad rows skipped": store.meta.bad_rows}) + cut.counts
+    counts += Counter({"control tokens kept as text": int(store.control_tokens[rows].sum())})
+    if not len(cut.documents):
+        what = f"of its {len(store):,} rows data.held_out={cfg.held_out} keeps none" if name else _describe(counts)
+        raise DataError(
+            f"{source.path} holds no row to {'measure by' if name else 'train on'} ({what or 'it is empty'}); "
+            f"see {'data.held_out' if name else 'data.max_length and data.truncation'}"
+        )
+    return Source(name or resolve_source(source).name, source.path, source, source.weight, store, cut.documents, counts)
 
 
-def _report_errors(errors: list[str], policy: str, counts: Counter[str]) -> None:
-    if errors and policy == "error":
-        more = f"\n… and {len(errors) - _SHOWN_ERRORS} more" if len(errors) > _SHOWN_ERRORS else ""
-        raise DataError("\n".join(["bad rows (data.on_bad_row=skip leaves them out):", *errors[:_SHOWN_ERRORS]]) + more)
-    if errors:
-        counts["bad rows skipped"] = len(errors)
+def _check_cut(cut: Cut, store: TokenStore, cfg: DataConfig) -> None:
+    """Raises: DataError for rows that are too long where that is an error, or that lost all their targets."""
+    reasons = []
+    if cfg.truncation == "error":
+        reasons = [
+            f"{store.place(row)}: has {store.lengths[row]} tokens, data.max_length is {cfg.max_length}; raise it or set "
+            "data.truncation"
+            for row in cut.too_long[:_SHOWN_ERRORS]
+        ]
+        more = len(cut.too_long) - len(reasons)
+    elif cfg.on_bad_row == "error":
+        reasons = [
+            f"{store.place(row)}: no target is left within {cfg.max_length} tokens; raise data.max_length or set "
+            "data.truncation"
+            for row in cut.without_target[:_SHOWN_ERRORS]
+        ]
+        more = len(cut.without_target) - len(reasons)
+    if reasons:
+        raise DataError("\n".join(["rows that cannot be cut:", *reasons, *([f"… and {more:,} more"] if more else [])]))
+
+
+def read_examples(source: Source, preparation: Preparation) -> Iterator[tuple[int, Example]]:
+    """(row of the store, what it says) of the source's rows, read from its files again."""
+    encoder = preparation.encoder(source.config, source.store.format)
+    wanted = {int(source.store.indices[row]): int(row) for row in source.rows}
+    for batch in resolve_source(source.config).batches(source.config.limit):
+        for row, example in encoder.examples(batch):
+            if row.index in wanted and not isinstance(example, DataError):
+                yield wanted[row.index], example
+
+
+def first_conversations(source: Source, preparation: Preparation, rows: int) -> list[Conversation]:
+    """The source's first rows as conversations, for a model to answer.
+
+    Raises: DataError if they are raw text or tokens, which ask for no answer.
+    """
+    examples = [example for _, example in islice(read_examples(source, preparation), rows)]
+    chats = [example for example in examples if isinstance(example, Conversation)]
+    if len(chats) < len(examples):
+        raise DataError(f"{source.path}: {source.store.format} rows ask for no answer; set generation.rows=0")
+    return chats
+
+
+def copy_bad_rows(data: LoadedData, folder: Path) -> Path | None:
+    """List every skipped row in `bad_rows.jsonl` of a run's folder; None where no row was bad."""
+    stores = {source.store.folder: source.store for source in (*data.train, *data.eval)}
+    listed = [store.bad_rows.read_text(encoding="utf-8") for store in stores.values() if store.meta.bad_rows]
+    if not listed:
+        return None
+    file = folder / BAD_ROWS
+    file.write_text("".join(listed), encoding="utf-8")
+    return file
 
 
 def _describe(counts: Counter[str]) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in counts.items() if count)
+    return ", ".join(f"{reason}: {count:,}" for reason, count in counts.items() if count)
 
 
 def describe_source(source: Source) -> str:
     """One line for the console: rows, tokens, targets and what was left out."""
-    tokens = sum(map(len, source.documents))
-    targets = sum(d.target_tokens for d in source.documents)
-    rows = f"{len(source.conversations):,} rows ({source.format})"
+    documents = source.documents
+    rows = f"{len(source.rows):,} rows ({source.store.format})"
+    tokens, targets = int(documents.lengths.sum()), int(documents.targets.sum())
     line = f"{source.name}: {rows}, {tokens:,} tokens, {targets:,} of them targets"
     return f"{line}; {notes}" if (notes := _describe(source.counts)) else line
+
+
+def describe_leaks(data: LoadedData) -> list[str]:
+    """A warning for every evaluation set that shares rows with the training rows."""
+    trained = np.concatenate([np.empty(0, np.uint64), *(source.store.hashes[source.rows] for source in data.train)])
+    shared = [(source, int(np.isin(source.store.hashes[source.rows], trained).sum())) for source in data.eval]
+    return [
+        f"{source.name}: {count:,} of its {len(source.rows):,} rows are training rows too, so its figures flatter"
+        for source, count in shared
+        if count
+    ]
 
 
 def _digest(sources: Sequence[Source]) -> str:
     digest = hashlib.sha256()
     for source in sources:
-        digest.update(f"{source.weight}:{len(source.documents)};".encode())
-        for document in source.documents:
-            digest.update(len(document).to_bytes(4, "little") + document.ids.tobytes() + document.labels.tobytes())
+        digest.update(f"{source.weight}:{source.documents.digest()};".encode())
     return digest.hexdigest()

@@ -16,9 +16,19 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
 from finetune.config.schema import RunConfig
-from finetune.data.chat import ChatTemplate
-from finetune.data.loader import LoadedData, describe_source, load_chat_template, load_data
+from finetune.data.feed import Feed, StoredFeed
+from finetune.data.loader import (
+    LoadedData,
+    copy_bad_rows,
+    describe_leaks,
+    describe_source,
+    first_conversations,
+    load_chat_template,
+    load_data,
+)
 from finetune.data.packing import SequenceOrder
+from finetune.data.prepare import Preparation, console_progress
+from finetune.data.stream import StreamingFeed
 from finetune.errors import ConfigError, Interrupted
 from finetune.evaluation.generation import Answer, answer_rows, exact_match
 from finetune.evaluation.perplexity import evaluate
@@ -49,6 +59,7 @@ from finetune.training.track import SilentTracker, Tracker
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -57,8 +68,10 @@ class Parts:
 
     cfg: RunConfig
     accelerator: Accelerator
-    chat: ChatTemplate
+    tokenizer: PreTrainedTokenizerBase
+    preparation: Preparation
     data: LoadedData
+    feed: Feed
     model: PeftModel
 
     @property
@@ -95,27 +108,42 @@ def train(cfg: RunConfig) -> RunResult:
 
 def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say: Callable[[str], None]) -> Parts:
     tokenizer = load_tokenizer(cfg.model)
-    chat = load_chat_template(cfg.data, tokenizer)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
-    data = load_data(cfg.data, chat)
-    for source in (*data.train, *data.eval):
-        say(describe_source(source))
+    chat = load_chat_template(cfg.data, tokenizer)
+    # Ranks of one machine share its disk: one of them tokenises, the others wait for its files.
+    preparation = Preparation(cfg.data, chat, accelerator.is_local_main_process, console_progress(say))
+    data = load_data(preparation)
+    for line in (*map(describe_source, (*data.train, *data.eval)), *describe_leaks(data)):
+        say(line)
+    feed = _build_feed(cfg, preparation, data)
     if checkpoint is not None:
-        run_folder.check_continuation(cfg, data.digest, checkpoint)
+        run_folder.check_continuation(cfg, feed.digest, checkpoint)
     if accelerator.is_main_process:
-        run_folder.describe_run(cfg, Path(cfg.output_dir), data.digest, accelerator.num_processes)
+        run_folder.describe_run(cfg, Path(cfg.output_dir), feed.digest, accelerator.num_processes)
+        if listed := copy_bad_rows(data, Path(cfg.output_dir)):
+            say(f"skipped rows are listed in {listed}")
     base = load_base(cfg.model, cfg.quant, accelerator.device)
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model))
     model.train()
     if cfg.train.recompute == "all":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Parts(cfg, accelerator, chat, data, model)
+    return Parts(cfg, accelerator, tokenizer, preparation, data, feed, model)
+
+
+def _build_feed(cfg: RunConfig, preparation: Preparation, data: LoadedData) -> Feed:
+    if cfg.data.stream_rows:
+        return StreamingFeed(preparation, cfg.train.batch_size, cfg.train.seed, Path(cfg.output_dir) / "stream")
+    order = SequenceOrder(
+        data.documents.lengths, data.weights,
+        cfg.data.max_length if cfg.data.packing else None, cfg.train.batch_size, cfg.train.seed,
+    )  # fmt: skip
+    return StoredFeed(data.documents, order, data.digest)
 
 
 def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> RunResult:
     cfg, accelerator = parts.cfg, parts.accelerator
     optimizer = build_optimizer(cfg.train, parts.model.named_parameters())
-    state = TrainState(run_folder.trajectory(cfg), parts.data.digest)
+    state = TrainState(run_folder.trajectory(cfg), parts.feed.digest)
     if checkpoint is not None:
         state = read_state(checkpoint)
         load_training(checkpoint, optimizer)
@@ -127,16 +155,12 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
             "answers": [[a.prompt, a.expected, a.given] for a in answers[: cfg.generation.samples]],
         }
         say(f"held-out exact match before training: {state.before['exact_match']:.1%} of {len(answers)}")
-    order = SequenceOrder(
-        [len(d) for d in parts.data.documents], parts.data.weights,
-        cfg.data.max_length if cfg.data.packing else None, cfg.train.batch_size, cfg.train.seed,
-    )  # fmt: skip
-    total_steps = cfg.train.max_steps or order.steps_for(cfg.train.epochs or 1)
+    total_steps = cfg.train.max_steps or parts.feed.steps_for(cfg.train.epochs or 1)
     tracker = Tracker(cfg, parts.folder, total_steps, state.step) if parts.is_main else SilentTracker()
     job = Job(
         cfg=cfg.train, accelerator=accelerator, optimizer=optimizer,
         loss=accelerator.prepare_model(CrossEntropy(parts.model, cfg.train.neftune_alpha), device_placement=False),
-        documents=parts.data.documents, order=order, total_steps=total_steps,
+        feed=parts.feed, total_steps=total_steps,
         micro_batch=derive_micro_batch(cfg, accelerator.num_processes), tracker=tracker,
         save=lambda state: _save_checkpoint(parts, optimizer, state),
         last_checkpoint=lambda: next(reversed(list_checkpoints(parts.folder)), None),
@@ -145,7 +169,7 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
     )  # fmt: skip
     result = RunResult("failed", world_size=accelerator.num_processes)
     try:
-        with closing(tracker):
+        with closing(tracker), closing(parts.feed):
             fit(job, state)
         _finish(parts, optimizer, state, result, say)
         result.status = "finished"
@@ -201,7 +225,7 @@ def _save_checkpoint(parts: Parts, optimizer: torch.optim.Optimizer, state: Trai
 
 
 def _write_adapter(parts: Parts, folder: Path) -> None:
-    save_adapter(parts.model, folder, parts.chat.tokenizer)
+    save_adapter(parts.model, folder, parts.tokenizer)
 
 
 def _save_final(parts: Parts, result: RunResult) -> None:
@@ -240,10 +264,10 @@ def _evaluate(parts: Parts) -> dict[str, float]:
 def _answer(parts: Parts, rows: int) -> list[Answer]:
     """Greedy answers to the first held-out rows, shared out among the ranks, in order."""
     generation, ranks = parts.cfg.generation, parts.accelerator.num_processes
-    conversations = parts.data.eval[0].conversations[:rows]
+    conversations = first_conversations(parts.data.eval[0], parts.preparation, rows)
     mine = list(range(len(conversations)))[parts.accelerator.process_index :: ranks]
     answers = answer_rows(
-        parts.model, parts.chat, [conversations[i] for i in mine],
+        parts.model, parts.tokenizer, parts.preparation.chat, [conversations[i] for i in mine],
         max_new_tokens=generation.max_new_tokens, batch_size=generation.batch_size,
     )  # fmt: skip
     pairs = gather_object(list(zip(mine, answers, strict=True))) if ranks > 1 else list(zip(mine, answers, strict=True))

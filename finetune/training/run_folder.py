@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from typing import IO, Any
 from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
+from finetune.files import write_text
 from finetune.training.checkpoint import list_checkpoints, newest_whole, read_state, verify_checkpoint
 
 RESULT, RUN, CONFIG, ADAPTER = "result.json", "run.json", "config.yaml", "adapter_model.safetensors"
@@ -54,13 +54,6 @@ class RunResult:
     world_size: int = 1
     adapter: str | None = None
     error: str | None = None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one rename, so that no reader ever sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def claim_folder(cfg: RunConfig) -> IO[str]:

@@ -19,10 +19,11 @@ import sys
 from peft import PeftModel
 from finetune import load_base, load_config, load_tokenizer
 from finetune.data.loader import load_chat_template, load_data
+from finetune.data.prepare import Preparation
 from finetune.evaluation.perplexity import evaluate
 cfg = load_config(sys.argv[1] + "/config.yaml")
 model = PeftModel.from_pretrained(load_base(cfg.model, cfg.quant), sys.argv[1])
-data = load_data(cfg.data, load_chat_template(cfg.data, load_tokenizer(cfg.model)))
+data = load_data(Preparation(cfg.data, load_chat_template(cfg.data, load_tokenizer(cfg.model))))
 print(evaluate(model, data.eval[0].documents, limit_tokens=4096).loss)
 """
 

@@ -10,9 +10,18 @@ import pytest
 from transformers import AutoTokenizer
 
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.data.chat import UNTRAINED, ChatTemplate
-from finetune.data.loader import describe_source, load_chat_template, load_data
-from finetune.data.reader import read_rows, resolve_source
+from finetune.data.chat import ChatTemplate
+from finetune.data.loader import (
+    LoadedData,
+    copy_bad_rows,
+    describe_leaks,
+    describe_source,
+    first_conversations,
+    load_chat_template,
+    load_data,
+)
+from finetune.data.messages import Conversation, Message
+from finetune.data.prepare import Preparation
 from finetune.errors import DataError
 from finetune.resources import packaged
 
@@ -36,31 +45,21 @@ def config(file: Path, **settings) -> DataConfig:
     return DataConfig(train=[SourceConfig(path=str(file))], **settings)
 
 
-def test_labels_are_shifted_and_the_last_position_predicts_nothing(tmp_path, chat):
-    [document] = load_data(config(write(tmp_path, row())), chat).documents
-    [encoded] = chat.encode([[*map(_message, row()["messages"])]])
-    trained = np.flatnonzero(encoded.trained)
-    assert np.array_equal(np.flatnonzero(document.labels != UNTRAINED), trained - 1)
-    assert np.array_equal(document.labels[trained - 1], encoded.ids[trained])
-
-
-def _message(turn: dict):
-    from finetune.data.formats import Message
-
-    return Message(turn["role"], turn["content"])
+def load(cfg: DataConfig, chat: ChatTemplate) -> LoadedData:
+    return load_data(Preparation(cfg, chat))
 
 
 def test_every_bad_row_is_named_at_once_by_file_and_line(tmp_path, chat):
     file = write(tmp_path, row(), "{broken", "", {"messages": []}, "[1]", row(answer=""), row())
     with pytest.raises(DataError) as error:
-        load_data(config(file), chat)
+        load(config(file), chat)
     message = str(error.value)
     assert all(f"rows.jsonl:{line}: " in message for line in (2, 4, 5, 6))
     assert "rows.jsonl:1:" not in message and "rows.jsonl:3:" not in message
 
 
 def test_skipping_bad_rows_is_asked_for_and_counted(tmp_path, chat):
-    data = load_data(config(write(tmp_path, row(), "{broken", row()), on_bad_row="skip"), chat)
+    data = load(config(write(tmp_path, row(), "{broken", row()), on_bad_row="skip", max_bad_share=0.5), chat)
     assert len(data.documents) == 2
     assert "bad rows skipped: 1" in describe_source(data.train[0])
 
@@ -68,9 +67,9 @@ def test_skipping_bad_rows_is_asked_for_and_counted(tmp_path, chat):
 @pytest.mark.parametrize(("policy", "documents"), [("drop", 0), ("left", 1), ("right", 1), ("split", 3)])
 def test_long_rows_are_cut_as_asked_and_counted(tmp_path, chat, policy, documents):
     long = row("q", "a " * 100)
-    [encoded] = chat.encode([[*map(_message, long["messages"])]])
+    [encoded] = chat.encode([Conversation(tuple(Message(**m) for m in long["messages"]))])
     limit = -(-len(encoded.ids) // 3)
-    data = load_data(config(write(tmp_path, row(), long), max_length=limit, truncation=policy), chat)
+    data = load(config(write(tmp_path, row(), long), max_length=limit, truncation=policy), chat)
     cut = data.documents[1:]
     assert len(cut) == documents
     assert f"longer than {limit} tokens ({policy}): 1" in describe_source(data.train[0])
@@ -83,33 +82,34 @@ def test_long_rows_are_cut_as_asked_and_counted(tmp_path, chat, policy, document
 
 def test_long_rows_are_an_error_where_that_is_asked(tmp_path, chat):
     with pytest.raises(DataError, match=r"rows.jsonl:1: has \d+ tokens, data.max_length is 4"):
-        load_data(config(write(tmp_path, row()), max_length=4, truncation="error"), chat)
+        load(config(write(tmp_path, row()), max_length=4, truncation="error"), chat)
 
 
 def test_a_row_that_loses_all_its_targets_is_an_error(tmp_path, chat):
     with pytest.raises(DataError, match="no target is left within 4 tokens"):
-        load_data(config(write(tmp_path, row()), max_length=4, truncation="right"), chat)
+        load(config(write(tmp_path, row()), max_length=4, truncation="right"), chat)
 
 
 def test_limit_reads_the_first_rows_and_system_goes_to_rows_without(tmp_path, chat):
     own = {"messages": [{"role": "system", "content": "mine"}, *row()["messages"]]}
-    file = write(tmp_path, row(), own, row())
-    cfg = DataConfig(train=[SourceConfig(path=str(file), limit=2)], system="yours")
-    [source] = load_data(cfg, chat).train
-    assert [c[0].content for c in source.conversations] == ["yours", "mine"]
+    cfg = DataConfig(train=[SourceConfig(path=str(write(tmp_path, row(), own, row())), limit=2)], system="yours")
+    [source] = load(cfg, chat).train
+    conversations = first_conversations(source, Preparation(cfg, chat), 5)
+    assert [c.messages[0].content for c in conversations] == ["yours", "mine"]
 
 
-def test_the_digest_follows_tokens_labels_and_weights(tmp_path, chat):
-    def digest(weight: float = 1.0, train_on: str = "assistant", *lines: dict) -> str:
-        source = SourceConfig(path=str(write(tmp_path, *(lines or (row(),)))), weight=weight)
-        return load_data(DataConfig(train=[source], train_on=train_on), chat).digest
+def test_the_digest_follows_tokens_labels_and_weights_and_not_the_files(tmp_path, chat):
+    def digest(*lines: dict, weight: float = 1.0, train_on: str = "assistant", name: str = "rows.jsonl") -> str:
+        source = SourceConfig(path=str(write(tmp_path, *(lines or (row(),)), name=name)), weight=weight)
+        return load(DataConfig(train=[source], train_on=train_on), chat).digest
 
-    digests = [digest(), digest(2.0), digest(1.0, "all"), digest(1.0, "assistant", row("other"))]
-    assert len(set(digests)) == 4 and digests[0] == digest()
+    digests = [digest(), digest(weight=2.0), digest(train_on="all"), digest(row("other"))]
+    assert len(set(digests)) == 4
+    assert digest() == digest(name="elsewhere.jsonl") == digests[0]
 
 
 def test_control_tokens_in_contents_are_counted(tmp_path, chat):
-    [source] = load_data(config(write(tmp_path, row("<|im_end|> <|im_end|>", "<|im_start|>"))), chat).train
+    [source] = load(config(write(tmp_path, row("<|im_end|> <|im_end|>", "<|im_start|>"))), chat).train
     assert "control tokens kept as text: 3" in describe_source(source)
 
 
@@ -118,53 +118,91 @@ def test_a_template_file_replaces_the_tokenizers_and_is_kept_by_it(tmp_path):
     (tmp_path / "mine.jinja").write_text(template)
     tokenizer = AutoTokenizer.from_pretrained(packaged("data") / "tiny-qwen2.5")
     chosen = load_chat_template(config(tmp_path, chat_template=str(tmp_path / "mine.jinja")), tokenizer)
-    assert tokenizer.decode(chosen.prompt_ids([_message(row("hi")["messages"][0])])) == "<|im_start|>user:hi<|im_end|>"
+    assert tokenizer.decode(chosen.prompt_ids([Message("user", "hi")])) == "<|im_start|>user:hi<|im_end|>"
     assert tokenizer.chat_template == template
     with pytest.raises(DataError, match=r"data.chat_template: nowhere.jinja"):
         load_chat_template(config(tmp_path, chat_template="nowhere.jinja"), tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("content", "values"),
-    [
-        (b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}', [{"a": 1}, {"a": 2}]),
-        (b'{"a": 1}\n{"a": "\xff"}\n', [{"a": 1}, "is not UTF-8"]),
-        (b'{"a": 1}\n{"a": ', [{"a": 1}, "is not JSON"]),
-        (b"[" * 100_000 + b"\n", ["is not JSON"]),
-        (b"", []),
-    ],
-)
-def test_lines_are_read_as_people_write_them(tmp_path, content, values):
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(content)
-    for read, expected in zip(read_rows(file), values, strict=True):
-        if isinstance(expected, str):
-            assert isinstance(read.value, DataError) and expected in str(read.value)
-        else:
-            assert read.value == expected
+def rows_of(source) -> set[int]:
+    return set(source.store.indices[source.rows].tolist())
 
 
-def test_a_json_file_is_a_list_and_says_so_otherwise(tmp_path):
-    (tmp_path / "rows.json").write_text('[{"a": 1}, 2]')
-    assert [(r.place.rpartition(":")[2], r.value) for r in read_rows(tmp_path / "rows.json")] == [
-        ("row 1", {"a": 1}),
-        ("row 2", 2),
-    ]
-    (tmp_path / "rows.json").write_text('{"a": 1}\n{"a": 2}')
-    with pytest.raises(DataError, match="jsonl"):
-        list(read_rows(tmp_path / "rows.json"))
+def test_a_row_never_changes_sides_and_equal_rows_are_on_one_side(tmp_path, chat):
+    few = [row(f"question {i}") for i in range(60)]
+    more = [row(f"other {i}") for i in range(40)]
+
+    def sides(*lines: dict) -> tuple[dict[str, str], LoadedData]:
+        data = load(config(write(tmp_path, *lines), held_out=0.3), chat)
+        [train], [held] = data.train, data.eval
+        assert rows_of(train) | rows_of(held) == set(range(len(lines)))
+        assert not rows_of(train) & rows_of(held)
+        return {
+            lines[i]["messages"][0]["content"]: side
+            for side, source in (("train", train), ("held out", held))
+            for i in rows_of(source)
+        }, data
+
+    before, data = sides(*few)
+    after, _ = sides(*more[:20], *few[::-1], *more[20:])
+    assert {text: after[text] for text in before} == before
+    # 60 draws at 0.3: outside of this is a chance of one in a million.
+    assert 4 <= sum(side == "held out" for side in before.values()) <= 36
+    assert data.eval[0].name == "held_out" and describe_leaks(data) == []
+    doubled, _ = sides(*few, *few)
+    assert doubled == before
 
 
-def test_what_a_path_may_name(tmp_path):
-    file = write(tmp_path, row(), name="train.jsonl")
-    write(tmp_path, row(), name="notes.txt")
-    assert resolve_source(str(file), None) == resolve_source(str(tmp_path), "train") == file
-    for path, split, complaint in [
-        (tmp_path, None, "is a folder; name a file or set split .*train.jsonl"),
-        (tmp_path, "test", "has no test.jsonl"),
-        (tmp_path / "trian.jsonl", None, "does not exist; .* holds train.jsonl"),
-        (file, "train", "has no split 'train'"),
-        (tmp_path / "notes.txt", None, "must be a .jsonl or .json"),
-    ]:
-        with pytest.raises(DataError, match=complaint):
-            resolve_source(str(path), split)
+def test_a_held_out_share_that_keeps_nothing_says_so(tmp_path, chat):
+    with pytest.raises(DataError, match=r"holds no row to measure by .*data.held_out"):
+        load(config(write(tmp_path, row()), held_out=0.001), chat)
+
+
+def test_rows_that_are_trained_and_measured_on_are_reported(tmp_path, chat):
+    train, held = write(tmp_path, row("a"), row("b")), write(tmp_path, row("b"), row("c"), name="held.jsonl")
+    cfg = DataConfig(train=[SourceConfig(path=str(train))], eval=[SourceConfig(path=str(held))])
+    [leak] = describe_leaks(load(cfg, chat))
+    assert "held: 1 of its 2 rows" in leak
+
+
+def test_too_many_bad_rows_are_an_error_even_where_they_are_skipped(tmp_path, chat):
+    file = write(tmp_path, *["{broken"] * 2, *[row()] * 18)
+    with pytest.raises(DataError, match=r"2 of 20 rows are bad \(10.0%\), data.max_bad_share allows 5.0%"):
+        load(config(file, on_bad_row="skip"), chat)
+    data = load(config(file, on_bad_row="skip", max_bad_share=0.1), chat)
+    listed = copy_bad_rows(data, tmp_path)
+    assert [json.loads(line)["place"] for line in listed.read_text().splitlines()] == [f"{file}:1", f"{file}:2"]
+    assert copy_bad_rows(load(config(write(tmp_path, row(), name="good.jsonl")), chat), tmp_path) is None
+
+
+def test_every_format_reaches_the_tokens(tmp_path, chat):
+    sources = {
+        "messages": row(), "alpaca": {"instruction": "question", "output": "answer"},
+        "sharegpt": {"conversations": [{"from": "human", "value": "question"}, {"from": "gpt", "value": "answer"}]},
+        "prompt_completion": {"prompt": "question", "completion": "answer"},
+    }  # fmt: skip
+    loaded = {name: load(config(write(tmp_path, line, name=f"{name}.jsonl")), chat) for name, line in sources.items()}
+    assert {name: data.train[0].store.format for name, data in loaded.items()} == {name: name for name in sources}
+    assert len({data.digest for data in loaded.values()}) == 1
+    [text] = load(config(write(tmp_path, {"text": "once upon"}, name="text.jsonl")), chat).documents
+    assert text.ids.tolist() == [*chat.encode_texts(["once upon"])[0], chat.end_of_text_id]
+    assert text.labels.tolist() == [*text.ids[1:], -100]
+    tokens = {"input_ids": text.ids.tolist(), "labels": [-100, *text.ids[1:].tolist()]}
+    [again] = load(config(write(tmp_path, tokens, name="tokens.jsonl")), chat).documents
+    assert np.array_equal(again.ids, text.ids) and np.array_equal(again.labels, text.labels)
+    with pytest.raises(DataError, match=r"tokens.jsonl:1: input_ids holds 999999, the tokenizer ends at"):
+        load(config(write(tmp_path, {"input_ids": [1, 999999]}, name="tokens.jsonl")), chat)
+
+
+def test_a_messages_weight_reaches_the_tokens(tmp_path, chat):
+    turns = [*row()["messages"], *row("more", "other")["messages"]]
+    turns[1] |= {"weight": 0.5}
+    turns[3] |= {"train": False}
+    [document] = load(config(write(tmp_path, {"messages": turns})), chat).documents
+    assert set(document.weights.tolist()) == {0.0, 0.5}
+    assert "answer" in chat_text(document) and "other" not in chat_text(document)
+
+
+def chat_text(document) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(packaged("data") / "tiny-qwen2.5")
+    return tokenizer.decode(document.labels[document.labels >= 0])

@@ -1,0 +1,181 @@
+"""Sources that are read while training: a window of rows at a time, each tokenised, packed and shuffled by itself.
+
+A step is still a pure function of (seed, step): windows follow each other in the order of the files (shuffled by the
+seed), a window's sequences are those of its rows alone. What a resumed run needs to find its window again, the steps each
+window took, lies beside the windows; without it they are made again from the start.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from finetune.config.schema import DataConfig
+from finetune.data.batch import Document
+from finetune.data.documents import Documents, cut_to_length
+from finetune.data.feed import StoredFeed
+from finetune.data.loader import check_bad_rows
+from finetune.data.packing import SequenceOrder
+from finetune.data.prepare import Preparation, fingerprint, no_progress
+from finetune.data.readers import RawBatch
+from finetune.data.sources import SourceFiles, resolve_source
+from finetune.data.store import TokenStore
+from finetune.errors import ConfigError, DataError
+from finetune.files import write_text
+
+
+def rows_of_window(cfg: DataConfig) -> list[int]:
+    """Rows that each source gives to a window, by weight, at least one."""
+    total = sum(source.weight for source in cfg.train)
+    return [max(1, round((cfg.stream_rows or 0) * source.weight / total)) for source in cfg.train]
+
+
+@dataclass
+class _Tape:
+    """A source's rows without an end: pass after pass over its files, each pass in an order of its own."""
+
+    files: SourceFiles
+    limit: int | None
+    seed: int
+    position: int = 0  # rows given out so far
+    _batches: Iterator[RawBatch] | None = None
+    _rest: RawBatch | None = None
+
+    def take(self, start: int, rows: int) -> Iterator[RawBatch]:
+        """Rows [start, start + rows) of the tape."""
+        if start < self.position or self._batches is None:
+            self.position, self._batches, self._rest = 0, self._all(), None
+        for _ in self._take(start - self.position):
+            pass
+        yield from self._take(rows)
+
+    def identity(self) -> list[list]:
+        """Names and sizes of the files: reading all of a large source to know it would take what streaming saves."""
+        return [[label, file.stat().st_size] for label, file in zip(self.files.labels, self.files.files, strict=True)]
+
+    def _take(self, rows: int) -> Iterator[RawBatch]:
+        while rows:
+            batch = self._rest or next(self._batches)  # type: ignore[arg-type]
+            piece, self._rest = _split(batch, rows)
+            self.position += len(piece.items)
+            rows -= len(piece.items)
+            yield piece
+
+    def _all(self) -> Iterator[RawBatch]:
+        turn = 0
+        while True:
+            order = np.random.default_rng([self.seed, turn]).permutation(len(self.files.files))
+            files, labels = (tuple(names[i] for i in order) for names in (self.files.files, self.files.labels))
+            yield from replace(self.files, files=files, labels=labels).batches(self.limit)
+            turn += 1
+
+
+def _split(batch: RawBatch, rows: int) -> tuple[RawBatch, RawBatch | None]:
+    """The first rows of a batch, and the others."""
+    if rows >= len(batch.items):
+        return batch, None
+    head = replace(batch, numbers=batch.numbers[:rows], items=batch.items[:rows])
+    first = batch.first_index + rows
+    return head, replace(batch, first_index=first, numbers=batch.numbers[rows:], items=batch.items[rows:])
+
+
+class StreamingFeed:
+    """The training sources, `data.stream_rows` rows at a time.
+
+    folder: where the windows' tokens lie, the last two at a time; it belongs to one run. The next window is tokenised
+    while the steps of this one are taken.
+    """
+
+    def __init__(self, preparation: Preparation, batch_size: int, seed: int, folder: Path):
+        self.preparation = replace(preparation, progress=no_progress)
+        self.cfg, self.batch_size, self.seed = preparation.cfg, batch_size, seed
+        self._tapes = [_Tape(resolve_source(source), source.limit, seed) for source in self.cfg.train]
+        self._made_from = [
+            {**preparation.made_from(source), "rows": tape.identity()}
+            for source, tape in zip(self.cfg.train, self._tapes, strict=True)
+        ]
+        self.digest = fingerprint({
+            "sources": self._made_from, "seed": seed, "batch_size": batch_size,
+            "weights": [source.weight for source in self.cfg.train],
+            **self.cfg.model_dump(include={"stream_rows", "max_length", "truncation", "packing"}),
+        })  # fmt: skip
+        self.folder = folder / self.digest
+        self._formats: dict[int, str] = {}
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="stream")
+        self._coming: tuple[int, Future[None]] | None = None
+        self._open: tuple[int, StoredFeed] | None = None
+
+    def sequences(self, step: int) -> list[list[Document]]:
+        """Packed sequences of a step (from 0), over all ranks."""
+        window = 0
+        while step >= (steps := self._steps(window)):
+            step -= steps
+            window += 1
+        feed = self._feed(window)
+        sequences = feed.order.epoch(window)[step * self.batch_size : (step + 1) * self.batch_size]
+        return [[feed.documents[i] for i in sequence] for sequence in sequences]
+
+    def steps_for(self, epochs: float) -> int:
+        """Raises: ConfigError: nobody knows how many rows a stream has."""
+        raise ConfigError("data.stream_rows needs train.max_steps: a stream is not counted before it is read")
+
+    def close(self) -> None:
+        """Stop tokenising ahead."""
+        self._ahead.shutdown(cancel_futures=True)
+
+    def _steps(self, window: int) -> int:
+        """Steps that a window takes; noted for every window that was ever made for this run."""
+        note = self.folder / f"window-{window}.json"
+        if note.is_file():
+            return json.loads(note.read_text())["steps"]
+        sequences = self._feed(window).order.epoch(window)
+        steps = math.ceil(len(sequences) / self.batch_size)
+        if self.preparation.main:
+            write_text(note, json.dumps({"steps": steps}))
+        return steps
+
+    def _feed(self, window: int) -> StoredFeed:
+        if self._open is None or self._open[0] != window:
+            self._open = (window, self._open_window(window))
+            if self.preparation.main:
+                for passed in self.folder.glob("window-*/"):
+                    if int(passed.name.split("-")[1]) < window - 1:
+                        shutil.rmtree(passed)
+                self._coming = (window + 1, self._ahead.submit(self._make, window + 1))
+        return self._open[1]
+
+    def _open_window(self, window: int) -> StoredFeed:
+        if self._coming is not None and self._coming[0] == window:
+            self._coming[1].result()
+        self._make(window)
+        stores = [TokenStore(folder) for folder in self._folders(window)]
+        for store in stores:
+            check_bad_rows(store, self.cfg)
+        documents = Documents.join(cut_to_length(s, np.arange(len(s)), self.cfg).documents for s in stores)
+        if not len(documents):
+            raise DataError(f"window {window} of the stream holds no row to train on; see data.max_length")
+        capacity = self.cfg.max_length if self.cfg.packing else None
+        weights = np.ones(len(documents))
+        return StoredFeed(documents, SequenceOrder(documents.lengths, weights, capacity, self.batch_size, self.seed))
+
+    def _make(self, window: int) -> None:
+        """The stores of a window, if they are not there yet; the main process makes them."""
+        for i, (folder, rows) in enumerate(zip(self._folders(window), rows_of_window(self.cfg), strict=True)):
+            self.preparation.provide(folder, lambda temporary, i=i, rows=rows: self._write(temporary, i, window, rows))
+
+    def _write(self, folder: Path, i: int, window: int, rows: int) -> None:
+        source, tape = self.cfg.train[i], self._tapes[i]
+        if i not in self._formats:  # of the tape's start, whatever window comes first after a resume
+            self._formats[i], _ = self.preparation.with_format(source, resolve_source(source).batches(1000))
+        batches = tape.take(window * rows, rows)
+        self.preparation.write(folder, source, self._formats[i], batches, {**self._made_from[i], "window": window})
+
+    def _folders(self, window: int) -> list[Path]:
+        return [self.folder / f"window-{window}" / f"source-{i}" for i in range(len(self._tapes))]

@@ -1,0 +1,47 @@
+"""Files that are never seen half-written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from finetune.errors import InputError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one rename, so that no reader ever sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@contextmanager
+def whole_file(word: str, path: str, replace: bool = True) -> Iterator[IO[str]]:
+    """A UTF-8 text stream that becomes the file at the end of the block, and nothing if the block fails.
+
+    word: what the user called the file on the command line, for messages. replace: whether a file may be there already.
+    It is opened before the block's work is done, so a place that cannot be written to is known at once.
+    Raises: InputError if it cannot be written there, or is there and may not be replaced.
+    """
+    target = Path(path).expanduser()
+    if not path or target.is_dir():
+        raise InputError(f"{word}={path}: {'is a folder; name a file in it' if path else 'name a file'}")
+    if not replace and target.exists():
+        raise InputError(f"{word}={path}: the file exists already; remove it or name another")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        stream = temporary.open("x", encoding="utf-8", errors="backslashreplace", newline="\n")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{word}={path}: cannot be written: {getattr(error, 'strerror', error)}") from error
+    try:
+        with stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
