@@ -1,7 +1,7 @@
 """Lists of messages, as OpenAI and ShareGPT write them, and what makes a conversation of them.
 
-The two differ in names only: ShareGPT calls a role `from`, a content `value`, an assistant `gpt`, and gives the calls
-of functions a turn of their own.
+The two differ in names only, so one reader takes both: ShareGPT calls a role `from`, a content `value`, an assistant
+`gpt`, and gives the calls of functions a turn of their own.
 """
 
 from __future__ import annotations
@@ -9,53 +9,60 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from finetune.config.schema import SourceConfig
 from finetune.data.messages import Conversation, Message, ToolCall
 from finetune.data.values import Fields, as_json, as_text, is_empty, kind, listed, shown
 from finetune.errors import DataError
 
 # What messages of a list may be trained by; a source can call each otherwise.
-MESSAGE_KEYS = frozenset({"role", "content", "tool_calls", "function_call", "train", "weight"})
+MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "tool_calls", "function_call", "train", "weight"})
 # Keys that describe a message and say nothing a model should learn.
 METADATA_KEYS = frozenset(
     "name id tool_call_id message_id parent_id turn_id turn_identifier index idx timestamp created created_at date "
     "time author user_id model source url language lang country state hashed_ip header toxic redacted type".split()
 )
+KNOWN_KEYS = MESSAGE_KEYS | METADATA_KEYS
 # Keys whose content the chat template would leave out.
 _LOST_KEYS = frozenset(
     "reasoning reasoning_content thinking thoughts refusal image images audio audios video videos file files".split()
 )
+_EXAMPLES = {"role": "speaker", "content": "text"}
 # ShareGPT's turn that calls functions: no role of a message, its text becomes the assistant's tool calls.
 _CALL = "function_call"
 
 
+# ShareGPT's names of what OpenAI calls role and content.
+ALIASES = {"role": "from", "content": "value"}
+ROLE_NAMES = (
+    dict.fromkeys(("system", "developer"), "system")
+    | dict.fromkeys(("user", "human"), "user")
+    | dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+    | dict.fromkeys(("tool", "function", "observation", "tool_response", "function_response"), "tool")
+    | dict.fromkeys(("function_call", "tool_call"), _CALL)
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """What a source calls the keys and roles of its messages.
+    """What a source calls the keys of its messages (ours to theirs) and their roles (theirs to ours)."""
 
-    mapped: keys, ours to theirs, by the user's word. aliases: keys, ours to the name they have in this format besides.
-    roles: theirs to ours.
-    """
-
+    keys: Mapping[str, str]
     roles: Mapping[str, str]
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    mapped: Mapping[str, str] = field(default_factory=dict)
 
-
-OPENAI = Spelling(
-    {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-    | {"function": "tool"}
-)
-SHAREGPT = Spelling(
-    dict.fromkeys(("system", "developer"), "system")
-    | dict.fromkeys(("human", "user"), "user")
-    | dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant")
-    | dict.fromkeys(("observation", "tool", "tool_response", "function_response"), "tool")
-    | dict.fromkeys(("function_call", "tool_call"), _CALL),
-    aliases={"role": "from", "content": "value"},
-)
+    @classmethod
+    def of(cls, source: SourceConfig) -> Spelling:
+        """What the source's `columns` and `roles` say; common names stay known."""
+        ours_of = {theirs: ours for ours, theirs in ALIASES.items()}
+        keys = {ours_of.get(ours, ours): theirs for ours, theirs in source.columns.items() if ours in KNOWN_KEYS}
+        named = {
+            theirs: role
+            for role, names in source.roles.items()
+            for theirs in ([names] if isinstance(names, str) else names)
+        }
+        return cls(keys, ROLE_NAMES | named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +88,7 @@ def read_turns(items: Any, column: str, spelling: Spelling, assistant_weight: fl
         place = f"{column}[{i}]"
         if not isinstance(item, Mapping):
             raise DataError(f"{place} must be an object with a role and a content, found {kind(item)}")
-        fields = Fields.of(item, spelling.mapped, spelling.aliases, place)
+        fields = Fields.of(item, spelling.keys, ALIASES, place)
         _refuse_what_would_be_lost(fields)
         role = _role(fields, spelling.roles)
         weight = _weight(fields, assistant_weight if role in ("assistant", _CALL) else 1.0)
@@ -136,8 +143,9 @@ def read_tools(row: Fields) -> tuple[Mapping[str, Any], ...]:
 
 
 def _refuse_what_would_be_lost(fields: Fields) -> None:
-    unknown = fields.values.keys() - MESSAGE_KEYS - METADATA_KEYS
-    for key in sorted(key for key in unknown if not is_empty(fields.values[key])):
+    if KNOWN_KEYS.issuperset(fields.values):
+        return
+    for key in sorted(key for key, value in fields.values.items() if key not in KNOWN_KEYS and not is_empty(value)):
         place, found = fields.named(key), kind(fields.values[key])
         if key in _LOST_KEYS:
             raise DataError(
@@ -153,7 +161,7 @@ def _refuse_what_would_be_lost(fields: Fields) -> None:
 def _role(fields: Fields, roles: Mapping[str, str]) -> str:
     role, place = fields.get("role"), fields.named("role")
     if role is None:
-        raise DataError(f"{place} is missing; the message has the keys {listed(fields.values)}")
+        raise DataError(_missing(fields, "role"))
     if not isinstance(role, str) or role not in roles:
         raise DataError(
             f"{place} is {shown(role)}; it must be one of {listed(roles)}, or mapped to one, as roles: "
@@ -172,8 +180,15 @@ def _message(fields: Fields, role: str, weight: float) -> Message:
     elif content is None and calls:
         content = ""
     elif content is None and "content" not in fields.values:
-        raise DataError(f"{place} is missing; the message has the keys {listed(fields.values)}")
+        raise DataError(_missing(fields, "content"))
     return Message(role, as_text(content, place), calls, weight)
+
+
+def _missing(fields: Fields, key: str) -> str:
+    return (
+        f"{fields.named(key)} is missing; the message has the keys {listed(fields.keys())}; if one of them is meant, "
+        f"map it, as columns: {{{key}: {_EXAMPLES[key]}}}"
+    )
 
 
 def _part(part: Any, place: str) -> str:
@@ -226,8 +241,9 @@ def _weight(fields: Fields, default: float) -> float:
         return default if train is None else float(train)
     number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not number or not math.isfinite(weight) or weight < 0:
-        found = weight if number else kind(weight)
-        raise DataError(f"{fields.named('weight')} must be a number that is not negative, found {found}")
+        raise DataError(f"{fields.named('weight')} must be a number that is not negative, found {shown(weight)}")
     if train is not None and train != (weight > 0):
-        raise DataError(f"{fields.place} says train: {str(train).lower()} and weight: {weight}; keep one of them")
+        raise DataError(
+            f"{fields.place} says train: {str(train).lower()} and weight: {shown(weight)}; keep one of them"
+        )
     return float(weight)

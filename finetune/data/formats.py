@@ -12,10 +12,8 @@ from typing import Any
 
 from finetune.config.schema import SourceConfig
 from finetune.data.conversations import (
-    MESSAGE_KEYS,
+    KNOWN_KEYS,
     METADATA_KEYS,
-    OPENAI,
-    SHAREGPT,
     Spelling,
     Turn,
     conversation,
@@ -25,7 +23,7 @@ from finetune.data.conversations import (
 from finetune.data.messages import Conversation, Example, Message, RawText
 from finetune.data.token_rows import COLUMNS as TOKEN_COLUMNS
 from finetune.data.token_rows import parse_tokens
-from finetune.data.values import Fields, is_empty, kind, listed
+from finetune.data.values import Fields, as_text, is_empty, kind, listed
 from finetune.errors import DataError
 
 _PREFERENCE = (
@@ -40,14 +38,14 @@ class RowFormat:
     """What a format's rows look like.
 
     required: columns that every row has; a format is recognised by them. aliases: another name by which a column is
-    known. spelling: of the messages in the row; None where a row has none.
+    known. messages: whether its rows hold lists of messages.
     """
 
     parse: Callable[[Fields, Spelling], Example]
     required: tuple[str, ...]
     optional: tuple[str, ...] = ("system", "tools")
     aliases: Mapping[str, str] = field(default_factory=lambda: _TOOLS)
-    spelling: Spelling | None = None
+    messages: bool = False
 
     @property
     def columns(self) -> frozenset[str]:
@@ -57,9 +55,7 @@ class RowFormat:
     @property
     def keys(self) -> frozenset[str]:
         """Our names of the keys of its messages."""
-        if self.spelling is None:
-            return frozenset()
-        return MESSAGE_KEYS | METADATA_KEYS | frozenset(self.spelling.aliases.values())
+        return KNOWN_KEYS if self.messages else frozenset()
 
     def is_in(self, columns: frozenset[str]) -> bool:
         """Whether a row with these columns can be of this format."""
@@ -67,7 +63,7 @@ class RowFormat:
 
 
 def parse_messages(row: Fields, spelling: Spelling) -> Conversation:
-    """OpenAI's chat rows: `{"messages": [{"role": …, "content": …}, …]}`."""
+    """OpenAI's chat rows: `{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}`."""
     return _chat(row, read_turns(row.get("messages"), row.named("messages"), spelling))
 
 
@@ -104,9 +100,8 @@ def parse_alpaca(row: Fields, _: Spelling) -> Conversation:
     for i, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2):
             raise DataError(f"{place}[{i}] must be a pair of texts, found {kind(pair)}")
-        asked = Fields({"0": pair[0], "1": pair[1]}, {}, f"{place}[{i}]")
-        turns.append(Turn(f"{place}[{i}]", Message("user", asked.text("0"))))
-        turns.append(Turn(f"{place}[{i}]", Message("assistant", asked.text("1"))))
+        for j, role in enumerate(("user", "assistant")):
+            turns.append(Turn(f"{place}[{i}][{j}]", Message(role, as_text(pair[j], f"{place}[{i}][{j}]"))))
     instruction, extra = row.text("instruction"), row.text("input", default="")
     turns.append(Turn(row.named("instruction"), Message("user", f"{instruction}\n{extra}" if extra else instruction)))
     turns.append(Turn(row.named("output"), Message("assistant", row.text("output"))))
@@ -130,11 +125,11 @@ def _chat(row: Fields, turns: list[Turn]) -> Conversation:
 
 
 FORMATS: dict[str, RowFormat] = {
-    "messages": RowFormat(parse_messages, ("messages",), spelling=OPENAI),
+    "messages": RowFormat(parse_messages, ("messages",), messages=True),
     "sharegpt": RowFormat(
-        parse_sharegpt, ("conversations",), aliases={"conversations": "conversation"} | _TOOLS, spelling=SHAREGPT
+        parse_sharegpt, ("conversations",), aliases={"conversations": "conversation"} | _TOOLS, messages=True
     ),
-    "prompt_completion": RowFormat(parse_prompt_completion, ("prompt", "completion"), spelling=OPENAI),
+    "prompt_completion": RowFormat(parse_prompt_completion, ("prompt", "completion"), messages=True),
     "alpaca": RowFormat(parse_alpaca, ("instruction", "output"), ("input", "system", "history", "tools")),
     "text": RowFormat(parse_text, ("text",), (), {}),
     "tokens": RowFormat(lambda row, _: parse_tokens(row), ("input_ids",), TOKEN_COLUMNS, {}),
@@ -187,7 +182,7 @@ def resolve_format(cfg: SourceConfig, first_value: Any, source: str) -> str:
     of_rows = frozenset().union(*(fmt.columns for fmt in FORMATS.values()))
     _require_mapped({ours: theirs for ours, theirs in cfg.columns.items() if ours in of_rows}, first_value, source)
     name = detect_format(frozenset(map(str, first_value)), source, cfg.columns)
-    if cfg.roles and FORMATS[name].spelling is None:
+    if cfg.roles and not FORMATS[name].messages:
         raise DataError(f"{source}: its rows are of the format {name} and name no roles; remove roles")
     return name
 
@@ -241,17 +236,7 @@ class RowParser:
 
     @cached_property
     def _spelling(self) -> Spelling:
-        base = self._format.spelling or OPENAI
-        ours_of = {theirs: ours for ours, theirs in base.aliases.items()}
-        mapped = {
-            ours_of.get(ours, ours): theirs for ours, theirs in self.source.columns.items() if ours not in self._columns
-        }
-        roles = {
-            theirs: role
-            for role, names in self.source.roles.items()
-            for theirs in ([names] if isinstance(names, str) else names)
-        }
-        return replace(base, roles={**base.roles, **roles}, mapped=mapped)
+        return Spelling.of(self.source)
 
 
 def messages_row(conversation: Conversation) -> dict[str, Any]:

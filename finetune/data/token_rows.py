@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.data.messages import TokenRow
-from finetune.data.values import Fields, kind
+from finetune.data.values import Fields, kind, shown
 from finetune.errors import DataError
 
 UNTRAINED = -100
@@ -21,7 +21,7 @@ def parse_tokens(row: Fields) -> TokenRow:
     ends. Rows that hold several documents are refused: nothing here would keep them apart.
     Raises: DataError naming the column and the token.
     """
-    ids = _ids(row)
+    ids = _whole_numbers(row, "input_ids")
     _refuse_packed(row, len(ids))
     trained = [True] * len(ids)
     labels = row.get("labels")
@@ -29,10 +29,9 @@ def parse_tokens(row: Fields) -> TokenRow:
         _check_length(row, "labels", len(ids))
         for i, (label, token) in enumerate(zip(labels, ids, strict=True)):
             if type(label) is not int or label not in (token, UNTRAINED):
-                found = label if type(label) is int else kind(label)
                 raise DataError(
-                    f"{row.named('labels')}[{i}] is {found}, but its token is {token}; labels are not shifted: each is "
-                    f"its own token or {UNTRAINED}"
+                    f"{row.named('labels')}[{i}] is {shown(label)}, but its token is {token}; labels are not "
+                    f"shifted: each is its own token or {UNTRAINED}"
                 )
         trained = [label != UNTRAINED for label in labels]
     given = [name for name in _TARGET_MASKS if row.get(name) is not None]
@@ -45,16 +44,15 @@ def parse_tokens(row: Fields) -> TokenRow:
     return TokenRow(tuple(ids[kept]), tuple(token if target else UNTRAINED for token, target in selected))
 
 
-def _ids(row: Fields) -> list[int]:
-    ids, place = row.get("input_ids"), row.named("input_ids")
-    if not isinstance(ids, list) or not ids:
-        raise DataError(f"{place} must be a list of token ids, found {kind(ids) if ids != [] else 'an empty list'}")
+def _whole_numbers(row: Fields, name: str) -> list[int]:
+    values, place = row.get(name), row.named(name)
+    if not isinstance(values, list) or not values:
+        raise DataError(f"{place} must be a list of whole numbers, found {kind(values) if values != [] else 'none'}")
     # bool is a subclass of int, and no token id.
-    if set(map(type, ids)) != {int} or min(ids) < 0:
-        wrong = next(i for i, token in enumerate(ids) if type(token) is not int or token < 0)
-        found = ids[wrong] if type(ids[wrong]) is int else kind(ids[wrong])
-        raise DataError(f"{place}[{wrong}] must be a whole number from 0 on, found {found}")
-    return ids
+    if set(map(type, values)) != {int} or min(values) < 0:
+        wrong = next(i for i, value in enumerate(values) if type(value) is not int or value < 0)
+        raise DataError(f"{place}[{wrong}] must be a whole number from 0 on, found {shown(values[wrong])}")
+    return values
 
 
 def _check_length(row: Fields, name: str, length: int) -> None:
@@ -70,8 +68,7 @@ def _mask(row: Fields, name: str, length: int) -> list[Any]:
     values = row.get(name)
     for i, value in enumerate(values):
         if not isinstance(value, int) or value not in (0, 1):
-            found = value if isinstance(value, int) else kind(value)
-            raise DataError(f"{row.named(name)}[{i}] must be 0 or 1, found {found}")
+            raise DataError(f"{row.named(name)}[{i}] must be 0 or 1, found {shown(value)}")
     return values
 
 
@@ -90,15 +87,15 @@ def _unpadded(row: Fields, length: int) -> slice:
 
 
 def _refuse_packed(row: Fields, length: int) -> None:
-    positions, lengths = row.get("position_ids"), row.get("seq_lengths")
-    if positions is not None:
+    if row.get("position_ids") is not None:
         _check_length(row, "position_ids", length)
-        # Left padding repeats the first position; a packed row starts again at 0 after another document.
-        falls = [i for i in range(1, length) if positions[i] < positions[i - 1]]
-        if falls:
+        positions = _whole_numbers(row, "position_ids")
+        # Left padding repeats a position; a packed row goes back to 0 at its next document.
+        if falls := [i for i in range(1, length) if positions[i] < positions[i - 1]]:
             raise DataError(
                 f"{row.named('position_ids')}[{falls[0]}] starts again, so the row packs several documents; give one "
                 "document a row"
             )
+    lengths = row.get("seq_lengths")
     if isinstance(lengths, list) and len(lengths) > 1:
         raise DataError(f"{row.named('seq_lengths')} names {len(lengths)} documents; give one document a row")

@@ -31,10 +31,12 @@ def kind(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A short value as it stands, a long text cut, of anything else its kind."""
+    """A number or a short text as it stands, a long text cut, of anything else its kind."""
     if isinstance(value, str):
         return repr(value[:_SHOWN_CHARACTERS]) + ("…" if len(value) > _SHOWN_CHARACTERS else "")
-    return repr(value) if isinstance(value, bool | float) else kind(value)
+    # Python refuses to write out whole numbers of more than 4,300 digits.
+    short = isinstance(value, float) or (type(value) is int and value.bit_length() <= 64)
+    return repr(value) if short else kind(value)
 
 
 def listed(names: Iterable[Any]) -> str:
@@ -101,7 +103,7 @@ def _check(value: Any, place: str, levels: int) -> None:
         for item in value:
             _check(item, place, levels - 1)
     elif (isinstance(value, float) and not math.isfinite(value)) or not isinstance(value, int | float | None):
-        raise DataError(f"{place} holds {value if isinstance(value, float) else kind(value)}, which JSON cannot hold")
+        raise DataError(f"{place} holds {shown(value)}, which JSON cannot hold")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,10 @@ class Fields:
     def get(self, key: str) -> Any:
         """The value; None where the key is missing or null."""
         return self.values.get(key)
+
+    def keys(self) -> list[str]:
+        """The object's keys as the file calls them."""
+        return [self.names.get(key, key) for key in self.values]
 
     def named(self, key: str) -> str:
         """The key as the file calls it, with its place."""
