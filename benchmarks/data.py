@@ -2,9 +2,10 @@
 
     python -m benchmarks.data rows=train.jsonl tokenizer=FOLDER [processes=2] [repeats=3] [megabytes=64]
 
-Rows are prompt/completion pairs or messages, repeated (with a number in front of the prompt, so that none is a duplicate)
-until the file has `megabytes`. Every run is a fresh process with an empty cache. Counted: from opening the file to the
-finished tokens on disk, imports aside; memory is the sum over parent and workers of what each holds for itself (PSS).
+Rows are prompt/completion pairs or messages, repeated (with a number in front of the prompt, so that none is a
+duplicate) until the file has `megabytes`. Every run is a fresh process with an empty cache. Counted: from opening the
+file to the finished tokens on disk, imports aside; memory is the sum over parent and workers of what each holds for
+itself (PSS).
 """
 
 from __future__ import annotations

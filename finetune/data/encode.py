@@ -62,20 +62,20 @@ class RowEncoder:
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | DataError]:
         """Tokens and loss weights of every example, in order."""
-        results: list[Encoded | DataError | None] = [None] * len(examples)
-        for kind, encode in (
-            (Conversation, lambda chats: self.chat.encode(chats, self.train_on)),
-            (RawText, self._encode_texts),
-            (TokenRow, lambda rows: [self._encode_tokens(row) for row in rows]),
-        ):
-            places = [i for i, example in enumerate(examples) if isinstance(example, kind)]
-            if places:
-                for i, result in zip(places, encode([examples[i] for i in places]), strict=True):
-                    results[i] = result
-        return results  # type: ignore[return-value]
+        chats = [example for example in examples if isinstance(example, Conversation)]
+        texts = [example for example in examples if isinstance(example, RawText)]
+        tokens = [example for example in examples if isinstance(example, TokenRow)]
+        encoded: dict[type, Iterator[Encoded | DataError]] = {
+            Conversation: iter(self.chat.encode(chats, self.train_on)),
+            RawText: iter(self._encode_texts(texts)),
+            TokenRow: map(self._encode_tokens, tokens),
+        }
+        return [next(encoded[type(example)]) for example in examples]
 
     def _encode_texts(self, texts: Sequence[RawText]) -> list[Encoded | DataError]:
         """Every token a target, and the end of the document after them."""
+        if not texts:
+            return []
         end = np.array([self.chat.end_of_text_id], dtype=np.int32)
         encoded = [np.concatenate([ids, end]) for ids in self.chat.encode_texts([text.text for text in texts])]
         return [

@@ -156,23 +156,17 @@ def _source(
 
 def _check_cut(cut: Cut, store: TokenStore, cfg: DataConfig) -> None:
     """Raises: DataError for rows that are too long where that is an error, or that lost all their targets."""
-    reasons = []
     if cfg.truncation == "error":
-        reasons = [
-            f"{store.place(row)}: has {store.lengths[row]} tokens, data.max_length is {cfg.max_length}; raise it or set "
-            "data.truncation"
-            for row in cut.too_long[:_SHOWN_ERRORS]
-        ]
-        more = len(cut.too_long) - len(reasons)
+        rows, problem = cut.too_long, f"longer than data.max_length={cfg.max_length}; raise it or set data.truncation"
     elif cfg.on_bad_row == "error":
-        reasons = [
-            f"{store.place(row)}: no target is left within {cfg.max_length} tokens; raise data.max_length or set "
-            "data.truncation"
-            for row in cut.without_target[:_SHOWN_ERRORS]
-        ]
-        more = len(cut.without_target) - len(reasons)
-    if reasons:
-        raise DataError("\n".join(["rows that cannot be cut:", *reasons, *([f"… and {more:,} more"] if more else [])]))
+        rows = cut.without_target
+        problem = f"without a target within {cfg.max_length} tokens; raise data.max_length or set data.truncation"
+    else:
+        return
+    if len(rows):
+        shown = [f"  {store.place(row)}: {store.lengths[row]:,} tokens" for row in rows[:_SHOWN_ERRORS]]
+        more = [f"  … and {len(rows) - len(shown):,} more"] if len(rows) > len(shown) else []
+        raise DataError("\n".join([f"{len(rows):,} rows are {problem}:", *shown, *more]))
 
 
 def read_examples(source: Source, preparation: Preparation) -> Iterator[tuple[int, Example]]:

@@ -1,7 +1,8 @@
 """Tokenised rows on disk, memory-mapped: written once, read by every rank.
 
-A store is a folder: ids.bin (int32), codes.bin (uint8, which of the store's loss weights a token has), rows.npz (an entry
-a row), meta.json, bad_rows.jsonl. It is written under another name and renamed, so a folder that carries its name is whole.
+A store is a folder: ids.bin (int32), codes.bin (uint8, which of the store's loss weights a token has), rows.npz (an
+entry a row), meta.json, bad_rows.jsonl. It is written under another name and renamed, so a folder that carries its name
+is whole.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ class StoreWriter:
         """Close the files and see them on the disk; the folder may be renamed then."""
         columns = {name: np.concatenate(parts) for name, parts in self._columns.items()} or _no_rows()
         with (self.folder / _ROWS).open("wb") as rows:
-            np.savez(rows, **columns)
+            np.savez(rows, allow_pickle=False, **columns)
             _settle(rows)
         for stream in (self._ids, self._codes, self._bad):
             _settle(stream)

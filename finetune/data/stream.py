@@ -1,8 +1,8 @@
 """Sources that are read while training: a window of rows at a time, each tokenised, packed and shuffled by itself.
 
 A step is still a pure function of (seed, step): windows follow each other in the order of the files (shuffled by the
-seed), a window's sequences are those of its rows alone. What a resumed run needs to find its window again, the steps each
-window took, lies beside the windows; without it they are made again from the start.
+seed), a window's sequences are those of its rows alone. What a resumed run needs to find its window again, the steps
+each window took, lies beside the windows; without it they are made again from the start.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Processes that encode rows beside this one.
 
-Plain child processes that speak pickle over their pipes, not `multiprocessing`: neither a fork of a process that holds a
-GPU and threads, nor a second import of the user's script or notebook. A child whose parent is gone reads the end of its
-pipe and ends.
+Plain child processes that speak pickle over their pipes, not `multiprocessing`: neither a fork of a process that holds
+a GPU and threads, nor a second import of the user's script or notebook. A child whose parent is gone reads the end of
+its pipe and ends.
 """
 
 from __future__ import annotations

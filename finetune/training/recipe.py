@@ -116,6 +116,8 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say
     for line in (*map(describe_source, (*data.train, *data.eval)), *describe_leaks(data)):
         say(line)
     feed = _build_feed(cfg, preparation, data)
+    if cfg.data.stream_rows:
+        say(f"training rows are read while training, {cfg.data.stream_rows:,} at a time")
     if checkpoint is not None:
         run_folder.check_continuation(cfg, feed.digest, checkpoint)
     if accelerator.is_main_process:

@@ -81,12 +81,12 @@ def test_long_rows_are_cut_as_asked_and_counted(tmp_path, chat, policy, document
 
 
 def test_long_rows_are_an_error_where_that_is_asked(tmp_path, chat):
-    with pytest.raises(DataError, match=r"rows.jsonl:1: has \d+ tokens, data.max_length is 4"):
+    with pytest.raises(DataError, match=r"longer than data.max_length=4; raise it .*\n  .*rows.jsonl:1: \d+ tokens"):
         load(config(write(tmp_path, row()), max_length=4, truncation="error"), chat)
 
 
 def test_a_row_that_loses_all_its_targets_is_an_error(tmp_path, chat):
-    with pytest.raises(DataError, match="no target is left within 4 tokens"):
+    with pytest.raises(DataError, match="without a target within 4 tokens"):
         load(config(write(tmp_path, row()), max_length=4, truncation="right"), chat)
 
 

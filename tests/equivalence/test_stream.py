@@ -1,0 +1,127 @@
+"""Rows that are read while training: every step is the same whenever, wherever and after whatever it is asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from finetune import train
+from finetune.config.schema import DataConfig, SourceConfig
+from finetune.data.batch import Document
+from finetune.data.chat import ChatTemplate
+from finetune.data.prepare import Preparation
+from finetune.data.stream import StreamingFeed
+from finetune.errors import ConfigError, DataError
+from finetune.resources import packaged
+from tests.runs import differing, metrics, small_run
+
+ROWS = 50
+
+
+@pytest.fixture(scope="module")
+def chat() -> ChatTemplate:
+    return ChatTemplate(AutoTokenizer.from_pretrained(packaged("data") / "tiny-qwen2.5"))
+
+
+def sources(folder: Path, files: int = 2) -> list[SourceConfig]:
+    """One source of several files and one of a single file; every row is another one."""
+    (folder / "parts").mkdir()
+    for part in range(files):
+        lines = [json.dumps({"text": f"part {part} row {i}"}) for i in range(ROWS // files)]
+        (folder / "parts" / f"{part}.jsonl").write_text("\n".join(lines))
+    (folder / "single.jsonl").write_text("\n".join(json.dumps({"text": f"single {i}"}) for i in range(ROWS)))
+    return [SourceConfig(path=str(folder / "parts/*.jsonl")), SourceConfig(path=str(folder / "single.jsonl"), weight=3)]
+
+
+def feed(folder: Path, train: list[SourceConfig], chat: ChatTemplate, main: bool = True, **settings) -> StreamingFeed:
+    cfg = DataConfig(train=train, stream_rows=20, max_length=64, **settings)
+    return StreamingFeed(Preparation(cfg, chat, main), batch_size=2, seed=3, folder=folder / "stream")
+
+
+def shown(sequences: list[list[Document]]) -> list[list[tuple[str, bytes]]]:
+    return [[(document.place, document.ids.tobytes()) for document in sequence] for sequence in sequences]
+
+
+def test_a_step_is_the_same_whatever_was_asked_for_before(tmp_path, chat):
+    train = sources(tmp_path)
+    walked = feed(tmp_path, train, chat)
+    steps = [shown(walked.sequences(step)) for step in range(30)]
+    walked.close()
+    for last in (29, 0, 17):  # a resumed run: the windows are there, or their steps alone, or nothing
+        resumed = feed(tmp_path, train, chat)
+        assert [shown(resumed.sequences(step)) for step in (last, last, 4)] == [steps[last], steps[last], steps[4]]
+        resumed.close()
+        if last:
+            for window in (tmp_path / "stream" / resumed.digest).glob("window-*/"):
+                shutil.rmtree(window)
+        else:
+            shutil.rmtree(tmp_path / "stream")
+
+
+def test_windows_mix_the_sources_by_weight_and_a_pass_visits_every_row_once(tmp_path, chat):
+    stream = feed(tmp_path, sources(tmp_path), chat, packing=False)
+    # 5 rows of the parts and 15 of the single file a window: ten windows of ten steps are one pass and three.
+    steps = [stream.sequences(step) for step in range(100)]
+    stream.close()
+    seen = Counter(document.place for sequences in steps for sequence in sequences for document in sequence)
+    parts = {place: count for place, count in seen.items() if "parts" in place}
+    assert set(parts.values()) == {1} and len(parts) == ROWS
+    assert {count for place, count in seen.items() if "single" in place} == {3}
+
+
+def test_a_seed_is_an_order(tmp_path, chat):
+    train = sources(tmp_path)
+    orders = []
+    for seed in (0, 0, 1):
+        preparation = Preparation(DataConfig(train=train, stream_rows=20, max_length=64), chat)
+        stream = StreamingFeed(preparation, batch_size=2, seed=seed, folder=tmp_path / f"s{len(orders)}")
+        orders.append([shown(stream.sequences(step)) for step in range(6)])
+        stream.close()
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_old_windows_leave_the_disk(tmp_path, chat):
+    stream = feed(tmp_path, sources(tmp_path), chat)
+    for step in range(30):
+        stream.sequences(step)
+    stream.close()
+    assert len(list((tmp_path / "stream" / stream.digest).glob("window-*/"))) <= 3
+
+
+def test_other_ranks_wait_for_the_main_one_and_see_the_same(tmp_path, chat):
+    train = sources(tmp_path)
+    ranks = [feed(tmp_path, train, chat, main=main) for main in (True, False)]
+    with ThreadPoolExecutor(2) as threads:
+        steps = list(threads.map(lambda rank: [shown(rank.sequences(step)) for step in range(6)], ranks))
+    assert steps[0] == steps[1]
+    for rank in ranks:
+        rank.close()
+
+
+def test_bad_rows_stop_the_stream_where_they_stand(tmp_path, chat):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([*(json.dumps({"text": f"row {i}"}) for i in range(25)), "{broken", ""]))
+    stream = feed(tmp_path, [SourceConfig(path=str(file))], chat)
+    stream.sequences(0)
+    with pytest.raises(DataError, match=r"rows.jsonl:26: is not JSON"):
+        for step in range(1, 20):
+            stream.sequences(step)
+    stream.close()
+
+
+def test_a_resumed_run_equals_one_that_was_left_alone(tmp_path):
+    settings = ("data.stream_rows=12", "train.save_every=4", "train.max_steps=8", "train.keep=9")
+    train(small_run(tmp_path / "whole", *settings))
+    # What a kill after step 4 leaves, less the stream's windows: a checkpoint is all that a run needs.
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "parted" / "checkpoint-4")
+    train(small_run(tmp_path / "parted", *settings, "train.resume=auto"))
+    assert differing(tmp_path / "whole", tmp_path / "parted") == []
+    assert metrics(tmp_path / "whole")[4:] == metrics(tmp_path / "parted")
+    with pytest.raises(ConfigError, match=r"data.stream_rows"):
+        train(small_run(tmp_path / "parted", *settings, "data.stream_rows=13", "train.resume=auto"))
