@@ -20,6 +20,17 @@ class Arguments:
     overrides: tuple[str, ...]
     flags: frozenset[str]
 
+    def split(self, names: Collection[str]) -> tuple[dict[str, str], list[str]]:
+        """The command's own words by name, the last of each; and the other overrides in their order."""
+        own, others = {}, []
+        for word in self.overrides:
+            key, _, value = word.partition("=")
+            if key in names:
+                own[key] = value
+            else:
+                others.append(word)
+        return own, others
+
 
 def parse_arguments(words: Sequence[str], flags: Collection[str]) -> Arguments:
     """The words after a command; flags are those that the command knows, `--help` besides.

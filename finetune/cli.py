@@ -33,6 +33,12 @@ COMMANDS = {
     "train": Command(
         "fine-tune a model as a config says", "finetune.cli:run_train", "finetune.cli:train_help", ("--dry-run",)
     ),
+    "data": Command(
+        "show what a config's rows are and become", "finetune.data_command:run_data", "finetune.data_command:HELP"
+    ),
+    "data convert": Command(
+        "write rows of any format as messages", "finetune.data_convert:run_convert", "finetune.data_convert:HELP"
+    ),
     "chat": Command("talk to a base model or to a trained adapter", "finetune.chat:run_chat", "finetune.chat:HELP"),
     "doctor": Command(
         "check this machine and say what to install", "finetune.doctor:run_doctor", "finetune.doctor:HELP", ("--json",)
@@ -112,6 +118,8 @@ def _dispatch(words: list[str]) -> int:
         print(f"finetune {__version__}")
         return 0
     name, *rest = words
+    if " ".join(words[:2]) in COMMANDS:
+        name, rest = " ".join(words[:2]), words[2:]
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}{nearest(name, COMMANDS)} Commands: {', '.join(COMMANDS)}")
     command = COMMANDS[name]
@@ -124,7 +132,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:<8} {command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<12} {command.summary}" for name, command in COMMANDS.items())
     return f"""\
 finetune {__version__}: fine-tune Qwen2.5 models in 4-bit
 
@@ -134,6 +142,7 @@ usage: finetune <command> [config=X.yaml] [key=value …] [--flags]
 
 Examples
   finetune doctor
+  finetune data config=quickstart.yaml show=3
   finetune train config=quickstart.yaml
   finetune chat adapter=outputs/quickstart
 

@@ -101,7 +101,8 @@ def test_no_command_shows_the_overview_and_is_an_error(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(out.count(f"  {name} ") == 2 for name in COMMANDS)
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert all(lines.count(f"{name} {command.summary}") == 2 for name, command in COMMANDS.items())
 
 
 def test_version(capsys):
@@ -111,9 +112,9 @@ def test_version(capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str, capsys):
-    assert main([command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith("usage: finetune ") and captured.err == ""
+    assert captured.out.startswith(f"usage: finetune {command} ") and captured.err == ""
 
 
 def test_train_without_a_config_lists_the_packaged_ones(capsys):
@@ -193,6 +194,8 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "wandb",
         "import finetune",
         "from finetune.cli import main; main(['--help'])",
         "from finetune.cli import main; main(['--version'])",
+        "from finetune.cli import main; main(['data', '--help'])",
+        "from finetune.cli import main; main(['data', 'convert', '--help'])",
         "from finetune.cli import main; main(['chat', '--help'])",
         "from finetune.cli import main; main(['doctor', '--help'])",
     ],

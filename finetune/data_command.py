@@ -1,0 +1,137 @@
+"""`finetune data`: what a config's rows are and what they become, before anything is trained."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING
+
+from finetune.arguments import Arguments, nearest
+from finetune.errors import InputError
+from finetune.files import whole_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.config.schema import RunConfig
+    from finetune.data.show import Decoder
+
+HELP = """\
+usage: finetune data config=X.yaml [key=value …] [show=N] [html=FILE] [dump=FILE.jsonl]
+       finetune data convert path=FILE out=messages.jsonl      (finetune data convert --help)
+
+Reads the rows of a config as training would and reports on them: formats, lengths, targets, duplicates, rows that are
+in training and evaluation alike, what is cut or left out, and how an epoch is packed. No model is loaded.
+  show=N            print N training rows, evenly spaced, with their targets coloured
+  html=FILE         write the report with the rows (10, or show=N) as one page
+  dump=FILE.jsonl   write every row of data.train, then of data.eval, cut to data.max_length and not yet packed, as
+                    {"source", "row", "input_ids", "labels"}; labels are not shifted, and -100 where untrained
+
+Examples
+  finetune data config=quickstart.yaml
+  finetune data config=your-data.yaml 'data.train=[{path: rows.jsonl}]' show=3
+  finetune data config=lora.yaml data.max_length=4096 html=report.html"""
+
+OWN = ("show", "html", "dump")
+_PAGE_ROWS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class DataSettings:
+    """show: rows to print, 0 for none; html, dump: files to write."""
+
+    show: int = 0
+    html: str | None = None
+    dump: str | None = None
+
+
+def run_data(arguments: Arguments) -> int:
+    """`finetune data`. Raises: InputError for words that cannot be meant, DataError for rows that cannot be used."""
+    from finetune.config.compose import load_config
+
+    own, overrides = arguments.split(OWN)
+    settings = _settings(own)
+    _refuse_near_misses(overrides)
+    if arguments.config is None:
+        raise InputError("finetune data needs config=X.yaml, as in: finetune data config=quickstart.yaml show=3")
+    cfg = load_config(arguments.config, overrides)
+    with ExitStack() as stack:
+        files = {
+            word: stack.enter_context(whole_file(word, path))
+            for word, path in (("html", settings.html), ("dump", settings.dump))
+            if path is not None
+        }
+        _inspect(cfg, settings, files)
+    for word in files:
+        print(f"{word}: {own[word]}", file=sys.stderr)
+    return 0
+
+
+def _inspect(cfg: RunConfig, settings: DataSettings, files: dict[str, IO[str]]) -> None:
+    from finetune.data.advice import advise
+    from finetune.data.dump import write_dump
+    from finetune.data.loader import load_chat_template, load_data
+    from finetune.data.prepare import Preparation, console_progress
+    from finetune.data.report import build_report, parts_of
+    from finetune.data.report_page import write_page
+    from finetune.data.report_text import console_for, print_report, print_rows
+    from finetune.data.scripts import sample_scripts
+    from finetune.data.show import shown_rows
+    from finetune.models.load import load_tokenizer
+    from finetune.models.tokens import extend_tokenizer
+
+    tokenizer = load_tokenizer(cfg.model)
+    extend_tokenizer(tokenizer, cfg.lora.new_tokens)
+    chat = load_chat_template(cfg.data, tokenizer)
+    preparation = Preparation(cfg.data, chat, progress=console_progress(_say))
+    data = load_data(preparation)
+    decoder = decoder_of(tokenizer)
+    scripts = [sample_scripts(part, preparation, decoder.decode) for part in parts_of(data, cfg.data.held_out)]
+    template = f"file {cfg.data.chat_template}" if cfg.data.chat_template else "the tokenizer's own"
+    report = build_report(data, cfg, template, [decoder.decode([token]) for token in chat.stop_ids()], scripts)
+    advice = advise(report, cfg)
+
+    console = console_for(sys.stdout)
+    print_report(console, report, advice)
+    names = [source.name for source in data.train]
+    rows = shown_rows(names, data.documents, decoder, settings.show or _PAGE_ROWS)
+    if settings.show:
+        console.print()
+        print_rows(console, rows)
+    if "html" in files:
+        write_page(files["html"], report, advice, rows)
+    if "dump" in files:
+        write_dump(files["dump"], data)
+
+
+def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Decoder:
+    """How this tokenizer's tokens are shown."""
+    from finetune.data.show import Decoder
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    return Decoder(decode, {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special})
+
+
+def _settings(own: dict[str, str]) -> DataSettings:
+    show = own.get("show", "0")
+    if not (show.isascii() and show.isdecimal()):
+        raise InputError(f"show must be a whole number of rows, got {show!r}; write show=3")
+    return DataSettings(int(show), own.get("html"), own.get("dump"))
+
+
+def _refuse_near_misses(overrides: Iterable[str]) -> None:
+    """A misspelt word of the command would otherwise be looked up among the settings of a run."""
+    from finetune.config.keys import find
+
+    for word in overrides:
+        key = word.partition("=")[0]
+        if "." not in key and find(key) is None and (close := nearest(key, OWN)):
+            raise InputError(f"unknown word {key}{close}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
