@@ -9,6 +9,8 @@ import sys
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finetune.config.schema import SourceConfig
 from finetune.data.formats import FORMATS, RowParser, detect_format, resolve_format
@@ -249,3 +251,36 @@ def test_parsing_rows_takes_no_heavy_import():
     code = f"import sys, finetune.data.formats; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+hostile_text = st.text(st.sampled_from('aé"\\\n\0\ud800{}[]'), max_size=5)
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | hostile_text
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(hostile_text, inner, max_size=3), max_leaves=8
+)
+call = st.fixed_dictionaries({"name": hostile_text | anything, "arguments": st.just("{}") | anything})
+turn = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "function_call", "tool", "system", "bot"]) | anything},
+    optional={
+        "content": hostile_text
+        | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": anything}))
+        | anything,
+        "tool_calls": st.lists(call | st.fixed_dictionaries({"function": call}) | anything, max_size=2) | anything,
+        **dict.fromkeys(["value", "function_call", "train", "weight", "thinking", "extra", "name"], call | anything),
+    },
+)
+cells = st.lists(turn, max_size=4) | st.lists(st.integers(-100, 9), max_size=4) | hostile_text | anything
+beside = ("chosen", "label", "images", "functions", "conversation")
+
+
+@given(st.sampled_from(sorted(FORMATS)), st.data())
+@settings(max_examples=400)
+def test_no_row_whatever_it_holds_is_more_than_a_bad_row(name, data):
+    required, optional = dict.fromkeys(FORMATS[name].required, cells), (*FORMATS[name].optional, *beside)
+    row = data.draw(st.fixed_dictionaries(required, optional=dict.fromkeys(optional, cells)) | anything)
+    try:
+        example = resolved(row, format=name).parse(row)
+    except DataError as error:
+        assert len(str(error)) < 600
+    else:
+        assert isinstance(example, Conversation | RawText | TokenRow)
