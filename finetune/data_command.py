@@ -85,7 +85,9 @@ def _inspect(cfg: RunConfig, settings: DataSettings, files: dict[str, IO[str]]) 
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
     chat = load_chat_template(cfg.data, tokenizer)
-    preparation = Preparation(cfg.data, chat, progress=console_progress(_say))
+    # All rows are looked at, also those that training would read a window at a time.
+    whole = cfg.data.model_copy(update={"stream_rows": None})
+    preparation = Preparation(whole, chat, progress=console_progress(_say))
     data = load_data(preparation)
     decoder = decoder_of(tokenizer)
     scripts = [sample_scripts(part, preparation, decoder.decode) for part in parts_of(data, cfg.data.held_out)]

@@ -142,6 +142,10 @@ _DATA = {
     "num_samples": "limit, in an item of data.train",
     "interleave_probs": "weight, in an item of data.train",
     "mix_strategy": "weight, in an item of data.train",
+    "streaming": "data.stream_rows (rows read at a time)",
+    "buffer_size": "data.stream_rows (rows read at a time)",
+    "shuffle_buffer_size": "data.stream_rows (rows read at a time)",
+    "streaming_multipack_buffer_size": "data.stream_rows (rows read at a time)",
     "dataset_num_proc": "data.workers",
     "dataset_processes": "data.workers",
     "preprocessing_num_workers": "data.workers",
@@ -264,10 +268,6 @@ REFUSED: dict[str, str] = {
         "devices and ranks are the launcher's, see launch/accelerate",
     ),
     **dict.fromkeys(("logging_steps", "logging_strategy"), "every step is a line of metrics.jsonl"),
-    **dict.fromkeys(
-        ("streaming", "buffer_size", "streaming_multipack_buffer_size", "preprocessing_batch_size"),
-        "rows are always read as a stream and kept tokenised on disk, so a source may be larger than memory",
-    ),
     **dict.fromkeys(
         ("overwrite_cache", "load_from_cache_file", "skip_prepare_dataset"),
         "tokenised rows are found again by what they were made of, and made anew when any of it changes",

@@ -147,7 +147,7 @@ def _listed(value: list[str] | str) -> list[str]:
 
 
 def _evaluation_sets(data: DataConfig) -> Problems:
-    names = [source.name or source.split or PurePath(source.path).stem for source in data.eval]
+    names = [source.name or source.split or PurePath(source.path).name.split(".")[0] for source in data.eval]
     for name in _repeated(names):
         yield Problem("data.eval", f"two sets are called {name}; give each item its own name")
     if data.held_out and "held_out" in names:
@@ -176,6 +176,15 @@ def _batch(train: TrainConfig) -> Problems:
 def _stopping(train: TrainConfig) -> Problems:
     if train.early_stopping is not None and train.eval_every is None:
         yield Problem("train.early_stopping", "counts evaluations; set train.eval_every as well")
+
+
+def _stream(data: DataConfig, train: TrainConfig) -> Problems:
+    if data.stream_rows is None:
+        return
+    if train.max_steps is None:
+        yield Problem("data.stream_rows", "a stream is not counted before it is read; set train.max_steps")
+    if data.held_out:
+        yield Problem("data.held_out", "rows of a stream cannot be held out; name others in data.eval")
 
 
 def _held_out(data: DataConfig, train: TrainConfig) -> Problems:
@@ -225,6 +234,7 @@ RULES: list[tuple[tuple[str, ...], Callable[..., Problems]]] = [
     (("train",), _length),
     (("train",), _batch),
     (("train",), _stopping),
+    (("data", "train"), _stream),
     (("data", "train"), _held_out),
     (("data", "generation"), _answers),
 ]

@@ -84,6 +84,11 @@ def _about_duplicates(report: Report) -> Iterator[str]:
 
 def _about_order(report: Report, cfg: RunConfig) -> Iterator[str]:
     order = report.order
+    if cfg.data.stream_rows is not None:
+        yield (
+            f"training packs data.stream_rows={cfg.data.stream_rows} rows at a time, so its epoch differs a little from "
+            "the one told here"
+        )
     if order.sequences < cfg.train.batch_size:
         way_out = " or set data.packing=false" if cfg.data.packing else ""
         yield (

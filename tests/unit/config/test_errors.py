@@ -161,7 +161,7 @@ def test_hostile_files_end_in_one_clean_error(tmp_path: Path, load: Callable, co
         ("data.train.0.field_messages", "columns={messages: THEIRS}"),
         ("val_set_size", "data.held_out"),
         ("dataset_num_proc", "data.workers"),
-        ("data.streaming", "larger than memory"),
+        ("data.streaming", "data.stream_rows"),
     ],
 )
 def test_an_unknown_key_names_the_one_that_was_meant(key: str, meant: str):

@@ -43,6 +43,7 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["lora.init=orthogonal", "lora.rank_pattern={q_proj: 5}"], "lora.rank_pattern.q_proj", "even"),
     (["lora.init=gaussian", "lora.init_adapter=old"], "lora.init", "lora.init_adapter"),
     (["data.eval=[{path: a/x.jsonl},{path: b/x.jsonl}]"], "data.eval", "called x"),
+    (["data.eval=[{path: a/x.jsonl.gz},{path: b/x.csv}]"], "data.eval", "called x"),
     (["data.eval=[{path: a, weight: 2}]"], "data.eval.0.weight", "data.train"),
     (["data.eval=[{path: a, name: held_out}]", "data.held_out=0.1"], "data.eval", "held_out"),
     (["data.eval=[{path: a, split: held_out}]", "data.held_out=0.1"], "data.eval", "held_out"),
@@ -54,6 +55,8 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["data.train=[{path: a, roles: {user: x, assistant: [y, x]}}]"], "data.train.0.roles", "user and assistant"),
     (["data.train=[{path: a, roles: {user: [x, x]}}]"], "data.train.0.roles", "role x"),
     (["data.train=[{path: a, format: alpaca, roles: {user: x}}]"], "data.train.0.roles", "alpaca rows"),
+    (["data.stream_rows=10"], "data.stream_rows", "train.max_steps"),
+    (["data.stream_rows=10", "train.max_steps=5", "data.held_out=0.1"], "data.held_out", "data.eval"),
     (["train.max_steps=3", "train.epochs=2"], "train.epochs", "train.max_steps"),
     (["train.warmup=1.5"], "train.warmup", "whole"),
     (["train.max_steps=3", "train.warmup=3"], "train.warmup", "train.max_steps=3"),
@@ -89,6 +92,7 @@ SOUND: list[list[str]] = [
     ["data.train=[{path: folder, split: train},{path: a/b, split: test, subset: main, revision: v1}]"],
     ["data.train=[{path: a, columns: {prompt: q, completion: a}, roles: {user: x, assistant: [y, z]}}]"],
     ["data.eval=[{path: a, name: held_out}]"],
+    ["data.stream_rows=10", "train.max_steps=5", "train.eval_every=5", EVAL],
 ]
 
 

@@ -88,7 +88,7 @@ def test_a_number_is_taken_up_to_its_border_and_not_beyond(key: str):
 
 def test_every_bounded_key_is_tested_at_its_borders():
     # These need another key beside them; test_rules.py has them at work.
-    elsewhere = {"train.eval_every", "train.early_stopping", "generation.every"}
+    elsewhere = {"train.eval_every", "train.early_stopping", "generation.every", "data.stream_rows"}
     tested = {key.replace(".0", ".*") for key in RANGES}
     missing = {key for key in numbers_of_the_schema() - tested - elsewhere if not key.startswith("data.eval.*")}
     assert missing == set()
