@@ -11,6 +11,14 @@ from finetune.errors import DataError
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPLIT = re.compile(r"\w+(\.\w+)*")
 
+# What the library says about what the user can mend.
+_ADVICE = {
+    "Unknown split": "has no split {source.split!r}",
+    "Config name is missing": "has several subsets; set subset",
+    "BuilderConfig": "has no subset {source.subset!r}",
+    "gated": "is gated; accept its terms on the hub and log in with hf auth login",
+}
+
 
 def hub_files(source: SourceConfig) -> list[Path]:
     """The arrow files of a split, in the order of its rows.
@@ -27,24 +35,18 @@ def hub_files(source: SourceConfig) -> list[Path]:
             source.path, source.subset, split=source.split, revision=source.revision, keep_in_memory=False
         )
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{source.path}: {_advice(source, error)} ({_first_line(error)})") from error
+        raise DataError(f"{source.path}: {_advice(source, error)}") from error
     if isinstance(loaded, dict):
         raise DataError(f"{source.path}: set split to one of {', '.join(map(str, loaded))}")
     return [Path(file["filename"]) for file in loaded.cache_files]
 
 
 def _advice(source: SourceConfig, error: Exception) -> str:
-    text = str(error).lower()
-    if "gated" in text or "401" in text or "403" in text:
-        return "access is restricted; accept its terms on the hub, then log in with `hf auth login`"
-    if "split" in text:
-        return f"has no split {source.split!r}"
-    if "config" in text:
-        return f"has no subset {source.subset!r}" if source.subset else "has several subsets; set subset"
-    if isinstance(error, ConnectionError) or "offline" in text or "connect" in text:
-        return "no file of that name here, and the hub is out of reach; check the path or the network"
-    return "no file of that name here, and the hub could not give it; check the path, subset and revision"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    cause = error.__cause__ or error
+    said = " ".join(str(cause).split())[:300]
+    if isinstance(error, ConnectionError):
+        return f"is no file here, and the hub is out of reach; check the path or the network ({said})"
+    for mark, advice in _ADVICE.items():
+        if mark in str(error):
+            return f"{advice.format(source=source)} ({said})"
+    return f"is no file here, and the hub could not give it; check its name, subset and revision ({said})"

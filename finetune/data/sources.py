@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import re
 import stat
 from collections.abc import Iterator
@@ -18,8 +19,8 @@ from finetune.data.readers import RawBatch, Row, kind_of, read_batches
 from finetune.data.texts import COMPRESSIONS
 from finetune.errors import DataError
 
-# train, train-00000-of-00003, train_1: all are train.
-_SHARD = re.compile(r"(?P<split>.+?)(?:[-_.]\d+(?:-of-\d+)?)?")
+_MAGIC = re.compile(r"[*?[]")
+_SHARD = re.compile(r"(?P<split>.+)-\d+-of-(?P<count>\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,34 +81,40 @@ def resolve_source(source: SourceConfig) -> SourceFiles:
 
     Raises: DataError that says what is there instead.
     """
-    path = Path(source.path).expanduser()
+    path = Path(os.path.expanduser(source.path))  # Path.expanduser raises where a user is unknown
     try:
         if path.is_dir():
-            return _local(source, _folder_files(source, path), source.split)
+            return _local(source, source.split or path.name, _folder_files(source, path))
         if path.exists():
             _refuse(source, "file", "split", "subset", "revision")
-            return _local(source, [path], None)
-        if glob.has_magic(source.path):
+            return _local(source, _stem(path), [path])
+        if _MAGIC.search(source.path):
             _refuse(source, "glob", "split", "subset", "revision")
-            return _local(source, _glob_files(path), None)
-        if HUB_ID.fullmatch(source.path) and not _has_known_suffix(path):
-            files = hub_files(source)
-            labels = [f"{source.path}/{file.name}" for file in files]
-            return SourceFiles(source.path, source.name or source.split or path.name, tuple(files), tuple(labels))
+            fixed = [part for part in path.parts if not _MAGIC.search(part)]
+            return _local(source, fixed[-1] if fixed else "rows", _glob_files(path))
+        if HUB_ID.fullmatch(source.path) and not _is_rows(path):
+            return _from_hub(source)
         raise DataError(f"{source.path} does not exist{_near(path)}")
     except OSError as error:
         raise DataError(f"{source.path} cannot be read: {error.strerror}") from error
 
 
-def _local(source: SourceConfig, files: list[Path], split: str | None) -> SourceFiles:
+def _local(source: SourceConfig, name: str, files: list[Path]) -> SourceFiles:
     for file in files:
         if not stat.S_ISREG(file.stat().st_mode):
-            raise DataError(f"{file} is no regular file; rows are read twice, so write them to one")
+            raise DataError(f"{file} is no regular file; rows are read more than once, so save them to one")
         kind_of(file)
-    stem = Path(source.path).name if len(files) == 1 else Path(source.path).parent.name
-    return SourceFiles(
-        source.path, source.name or split or _stem(Path(stem)), tuple(files), tuple(str(file) for file in files)
-    )
+    return SourceFiles(source.path, source.name or name, tuple(files), tuple(str(file) for file in files))
+
+
+def _from_hub(source: SourceConfig) -> SourceFiles:
+    try:
+        files = hub_files(source)
+    except DataError as error:
+        owner = Path(source.path).parent
+        raise DataError(f"{error}{_near(Path(source.path)) if owner.is_dir() else ''}") from error
+    labels = tuple(f"{source.path}/{file.name}" for file in files)
+    return SourceFiles(source.path, source.name or source.split or source.path, tuple(files), labels)
 
 
 def _refuse(source: SourceConfig, what: str, *settings: str) -> None:
@@ -116,7 +123,8 @@ def _refuse(source: SourceConfig, what: str, *settings: str) -> None:
             raise DataError(f"{source.path} is a {what} and has no {setting} {getattr(source, setting)!r}; remove it")
 
 
-def _has_known_suffix(path: Path) -> bool:
+def _is_rows(path: Path) -> bool:
+    """Whether rows can be read from a file of this name."""
     try:
         kind_of(path)
     except DataError:
@@ -170,17 +178,22 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def _split_files(folder: Path, split: str | None) -> list[Path]:
-    files: dict[str, dict[tuple[str, str], list[Path]]] = {}
+    """train.jsonl, or train-00000-of-00003.jsonl and its like, for the split train."""
+    found: dict[str, dict[tuple[str, ...], list[Path]]] = {}
     for file in sorted(folder.iterdir()):
-        if _has_known_suffix(file) and file.is_file():
-            match = _SHARD.fullmatch(_stem(file))
-            files.setdefault(match["split"] if match else file.stem, {}).setdefault(kind_of(file), []).append(file)
-    _choose(folder, split, list(files))
-    kinds = files[str(split)]
-    if len(kinds) > 1:
-        names = ", ".join(file.name for same_kind in kinds.values() for file in same_kind)
-        raise DataError(f"{folder} has {split} in several kinds ({names}); name one file, or a glob")
-    return next(iter(kinds.values()))
+        if _is_rows(file) and file.is_file():
+            shard = _SHARD.fullmatch(_stem(file))
+            name, count = (shard["split"], shard["count"]) if shard else (_stem(file), "1")
+            found.setdefault(name, {}).setdefault((count, *kind_of(file)), []).append(file)
+    _choose(folder, split, list(found))
+    (shards, *others) = found[str(split)].items()
+    if others:
+        names = ", ".join(files[0].name for files in found[str(split)].values())
+        raise DataError(f"{folder} has {split} more than once ({names}); name one file, or a glob")
+    (count, *_), files = shards
+    if len(files) != int(count):
+        raise DataError(f"{folder} has {len(files)} of {int(count)} files of {split}; fetch the others, or name a glob")
+    return files
 
 
 def _choose(folder: Path, split: str | None, splits: list[str]) -> None:
@@ -192,8 +205,8 @@ def _choose(folder: Path, split: str | None, splits: list[str]) -> None:
 
 
 def _glob_files(pattern: Path) -> list[Path]:
-    files = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True))
-    files = [file for file in files if not file.is_dir()]
+    found = {Path(name) for name in glob.glob(str(pattern), recursive=True)}
+    files = sorted(file for file in found if not file.is_dir())
     if not files:
         raise DataError(f"{pattern} matches no file{_near(pattern)}")
     return files

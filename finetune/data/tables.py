@@ -18,8 +18,9 @@ _MOST_ROWS = 10_000
 
 
 def read_table(raw: BinaryIO, kind: str) -> Iterator[Item]:
-    """The rows of a table that is open for reading bytes, about a megabyte of them in memory at a time.
+    """The rows of a table that is open for reading bytes.
 
+    Memory: about a megabyte of a parquet file's rows and of each column; one record batch of an arrow file, as written.
     Raises: DataError if the file is damaged or is no table.
     """
     import pyarrow
@@ -41,7 +42,7 @@ def read_table(raw: BinaryIO, kind: str) -> Iterator[Item]:
 def _parquet(raw: BinaryIO) -> Iterator[tuple[pyarrow.RecordBatch, float]]:
     from pyarrow import parquet
 
-    file = parquet.ParquetFile(raw)
+    file = parquet.ParquetFile(raw, buffer_size=_SLICE_BYTES, pre_buffer=False)
     _refuse_twins(file.schema_arrow.names)
     metadata = file.metadata
     size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
@@ -66,8 +67,8 @@ def _arrow(raw: BinaryIO) -> Iterator[tuple[pyarrow.RecordBatch, float]]:
 
 
 def _refuse_twins(columns: list[str]) -> None:
-    if twice := [name for i, name in enumerate(columns) if name in columns[:i]]:
-        raise DataError(f"has two columns called {twice[0]!r}")
+    if len(set(columns)) < len(columns):
+        raise DataError(f"has two columns of one name ({', '.join(columns)})")
 
 
 def _rows(batch: pyarrow.RecordBatch, at_once: int) -> Iterator[Content]:

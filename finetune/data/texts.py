@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from finetune.data.json_rows import decode_row
+from finetune.data.json_rows import checked, decode_row
 from finetune.errors import DataError
 
 Unit = Literal["line", "row"]
 Content = bytes | dict[str, Any] | DataError
 
 LONGEST_ROW_BYTES = 64_000_000
-_PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -103,13 +103,13 @@ def looks_like(head: bytes) -> str | None:
 def _zstd(raw: BinaryIO) -> io.BufferedReader:
     import pyarrow
 
-    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd"), _PIECE_BYTES)
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd"), PIECE_BYTES)
 
 
 COMPRESSIONS: dict[str, Callable[[Any], io.BufferedReader]] = {
-    ".gz": lambda raw: io.BufferedReader(gzip.GzipFile(fileobj=raw), _PIECE_BYTES),
-    ".bz2": lambda raw: io.BufferedReader(bz2.BZ2File(raw), _PIECE_BYTES),
-    ".xz": lambda raw: io.BufferedReader(lzma.LZMAFile(raw), _PIECE_BYTES),  # noqa: SIM115 - its caller closes raw
+    ".gz": lambda raw: io.BufferedReader(gzip.GzipFile(fileobj=raw), PIECE_BYTES),
+    ".bz2": lambda raw: io.BufferedReader(bz2.BZ2File(raw), PIECE_BYTES),
+    ".xz": lambda raw: io.BufferedReader(lzma.LZMAFile(raw), PIECE_BYTES),  # noqa: SIM115 - its caller closes raw
     ".zst": _zstd,
 }
 
@@ -121,14 +121,14 @@ def _too_long(length_bytes: int) -> DataError:
 def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataError]]:
     """All lines with their ends, from 1; one that is too long is measured and not kept."""
     number = 0
-    while line := stream.readline(_PIECE_BYTES):
+    while line := stream.readline(PIECE_BYTES):
         number += 1
-        yield number, line if line.endswith(b"\n") or len(line) < _PIECE_BYTES else _long_line(stream, line)
+        yield number, line if line.endswith(b"\n") or len(line) < PIECE_BYTES else _long_line(stream, line)
 
 
 def _long_line(stream: io.BufferedReader, start: bytes) -> bytes | DataError:
     pieces, length = [start], len(start)
-    while not pieces[-1].endswith(b"\n") and (piece := stream.readline(_PIECE_BYTES)):
+    while not pieces[-1].endswith(b"\n") and (piece := stream.readline(PIECE_BYTES)):
         length += len(piece)
         if length > LONGEST_ROW_BYTES:
             pieces.clear()
@@ -144,7 +144,7 @@ def _json_lines(stream: io.BufferedReader) -> Found:
 
 def _json(stream: io.BufferedReader) -> Found:
     """A list of rows; or one object a line, which many give this name."""
-    if stream.peek(_PIECE_BYTES).lstrip().startswith(b"["):
+    if stream.peek(PIECE_BYTES).lstrip().startswith(b"["):
         yield from _json_list(stream)
         return
     for i, (unit, number, line) in enumerate(_json_lines(stream)):
@@ -165,7 +165,7 @@ def _marks(stream: io.BufferedReader) -> Iterator[tuple[bytes, bytes, int]]:
     The mark is empty where only a piece of the file ends.
     """
     in_text, depth, buffer = False, 0, b""
-    while piece := stream.read(_PIECE_BYTES):
+    while piece := stream.read(PIECE_BYTES):
         buffer += piece
         start = position = 0
         while True:
@@ -219,8 +219,10 @@ def _cells(stream: io.BufferedReader, delimiter: str) -> Found:
     _, columns = next(records, (1, []))
     if isinstance(columns, DataError):
         raise DataError(f"has no readable line of column names: it {columns}")
-    if twice := [name for i, name in enumerate(columns) if name in columns[:i]]:
-        raise DataError(f"has two columns called {twice[0]!r}")
+    if isinstance(names := checked(dict.fromkeys(columns)), DataError):
+        raise DataError(f"has no readable line of column names: {names}")
+    if len(names) < len(columns):
+        raise DataError(f"has two columns of one name ({', '.join(columns)})")
     for number, cells in records:
         if isinstance(cells, DataError):
             yield "line", number, cells

@@ -144,7 +144,7 @@ def test_neither_batches_nor_pieces_can_be_seen(tmp_path, monkeypatch, batch_byt
     files = [save(tmp_path / "a.jsonl", as_lines(rows)), save(tmp_path / "b.json", as_list(rows))]
     expected = [(row.index, row.place, row.value) for file in files for row in read(file)]
     monkeypatch.setattr(readers, "BATCH_BYTES", batch_bytes)
-    monkeypatch.setattr(texts, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(texts, "PIECE_BYTES", piece_bytes)
     assert [(row.index, row.place, row.value) for file in files for row in read(file)] == expected
     assert [value for *_, value in expected] == rows * 2
     batches = list(resolve_source(SourceConfig(path=str(files[0]))).batches())
@@ -242,7 +242,7 @@ def test_a_bad_row_in_a_list_is_named_and_costs_no_other(tmp_path):
 @pytest.mark.parametrize("length", [29, 30, 31, 500])
 def test_a_row_that_is_too_long_is_measured_and_passed_over(tmp_path, monkeypatch, kind, length):
     monkeypatch.setattr(texts, "LONGEST_ROW_BYTES", 30)
-    monkeypatch.setattr(texts, "_PIECE_BYTES", 8)
+    monkeypatch.setattr(texts, "PIECE_BYTES", 8)
     ending = b"" if kind == "rows.json" else b"\n"
     long = json.dumps({"text": "x" * (length - len(ending) - 12)}).encode() + ending
     assert len(long) == length
@@ -353,5 +353,5 @@ def test_two_columns_of_one_name_are_refused(tmp_path, name):
     with pyarrow.ipc.new_file(tmp_path / "rows.arrow", table.schema) as writer:
         writer.write_table(table)
     parquet.write_table(table, tmp_path / "rows.parquet")
-    with pytest.raises(DataError, match="two columns called 'a'"):
+    with pytest.raises(DataError, match="two columns of one name"):
         read(tmp_path / name)
