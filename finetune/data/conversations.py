@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune.config.schema import SourceConfig
 from finetune.data.messages import Conversation, Message, ToolCall
-from finetune.data.values import Fields, as_json, as_text, is_empty, kind, listed, shown
+from finetune.data.values import Fields, as_json, as_text, is_empty, kind, listed, printable_name, shown
 from finetune.errors import DataError
 
 # What messages of a list may be trained by; a source can call each otherwise.
@@ -95,6 +95,8 @@ def read_turns(items: Any, column: str, spelling: Spelling, assistant_weight: fl
         if role != _CALL:
             turns.append(Turn(place, _message(fields, role, weight)))
             continue
+        if _tool_calls(fields):
+            raise DataError(f"{place} is a function call and has tool calls besides; keep one of them")
         calls = _calls(fields.get("content"), fields.named("content"))
         before = turns[-1].message if turns else None
         if before and before.role == "assistant" and before.weight == weight:
@@ -146,7 +148,8 @@ def _refuse_what_would_be_lost(fields: Fields) -> None:
     if KNOWN_KEYS.issuperset(fields.values):
         return
     for key in sorted(key for key, value in fields.values.items() if key not in KNOWN_KEYS and not is_empty(value)):
-        place, found = fields.named(key), kind(fields.values[key])
+        name, found = printable_name(key), kind(fields.values[key])
+        place = fields.named(name)
         if key in _LOST_KEYS:
             raise DataError(
                 f"{place} ({found}) would be lost, for chat templates write contents only; move or remove it"
@@ -154,7 +157,7 @@ def _refuse_what_would_be_lost(fields: Fields) -> None:
         # A flag that some other trainer masks by would be lost as silently as a text.
         raise DataError(
             f"{place} ({found}) is no key that means something here ({listed(MESSAGE_KEYS)}); map it or remove it, or, "
-            f"if it only describes the message, read it as one that is ignored: columns: {{id: {key}}}"
+            f"if it only describes the message, read it as one that is ignored: columns: {{id: {name}}}"
         )
 
 
@@ -165,7 +168,7 @@ def _role(fields: Fields, roles: Mapping[str, str]) -> str:
     if not isinstance(role, str) or role not in roles:
         raise DataError(
             f"{place} is {shown(role)}; it must be one of {listed(roles)}, or mapped to one, as roles: "
-            f"{{assistant: {role if isinstance(role, str) and len(role) < 20 else 'bot'}}}"
+            f"{{assistant: {printable_name(role) if isinstance(role, str) else 'bot'}}}"
         )
     return roles[role]
 

@@ -39,9 +39,15 @@ def shown(value: Any) -> str:
     return repr(value) if short else kind(value)
 
 
+def printable_name(name: Any) -> str:
+    """A name out of a file, cut and escaped where it would break a line, colour a terminal or be no text at all."""
+    short = str(name)[:_SHOWN_CHARACTERS]
+    return short if short.isprintable() else repr(short)[1:-1]
+
+
 def listed(names: Iterable[Any]) -> str:
     """Names for a message: sorted, cut when there are very many."""
-    ordered = sorted(str(name)[:_SHOWN_CHARACTERS] for name in names)
+    ordered = sorted(map(printable_name, names))
     more = f" and {len(ordered) - _SHOWN_NAMES} more" if len(ordered) > _SHOWN_NAMES else ""
     return (", ".join(ordered[:_SHOWN_NAMES]) or "none") + more
 

@@ -227,6 +227,10 @@ def test_a_bad_message_is_named_with_what_is_wrong(turns, words):
         ([HUMAN, {"from": "function_call", "value": "add(1)"}], ["conversations[1].value must be JSON"]),
         ([HUMAN, {"from": "function_call", "value": []}], ["conversations[1].value", "at least one call"]),
         ([HUMAN, {"from": "function_call", "value": None}], ["conversations[1].value", "found null"]),
+        (
+            [HUMAN, {"from": "function_call", "value": CALL, "tool_calls": [CALL]}],
+            ["conversations[1] is a function call and has tool calls besides"],
+        ),
         ([{"from": "function_call", "value": CALL}], ["conversations[0] is of the assistant", "no user turn"]),
         ([GPT, HUMAN], ["conversations[0] is of the assistant", "no user turn"]),
     ],
