@@ -29,6 +29,8 @@ from finetune.errors import DataError, ResourceError
 
 # Smaller sources are encoded sooner by this process than others can start.
 _WORTH_WORKERS_BYTES = 8_000_000
+# How long the other ranks wait for a store that no process is at work on.
+_PATIENCE_SECONDS = 60.0
 
 
 class Progress(Protocol):
@@ -160,11 +162,11 @@ def _lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
-def _wait_for(folder: Path, patience_seconds: float = 60.0) -> None:
+def _wait_for(folder: Path) -> None:
     """Until another process has made the store, however long it works; not if nobody works on it."""
     idle_since = time.monotonic()
     while not is_whole(folder):
-        if time.monotonic() - idle_since > patience_seconds:
+        if time.monotonic() - idle_since > _PATIENCE_SECONDS:
             raise ResourceError(f"the main rank left {folder} unfinished; its own message says why")
         time.sleep(0.2)
         try:

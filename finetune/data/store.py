@@ -20,6 +20,11 @@ import numpy as np
 from finetune.data.chat import Encoded
 from finetune.errors import DataError
 
+# An entry a row; 32 bits hold two thousand million rows, and rows of as many tokens.
+_COLUMNS = {
+    "lengths": np.int32, "targets": np.int32, "indices": np.int32, "numbers": np.int32, "files": np.int32,
+    "control_tokens": np.int32, "hashes": np.uint64,
+}  # fmt: skip
 _IDS, _CODES, _ROWS, _META, BAD_ROWS = "ids.bin", "codes.bin", "rows.npz", "meta.json", "bad_rows.jsonl"
 _MOST_WEIGHTS = 256  # a code is one byte
 
@@ -77,8 +82,8 @@ class StoreMeta:
 class TokenStore(Sequence[Encoded]):
     """Rows of one source as encoded, before any is cut.
 
-    lengths [N] int64: tokens. targets [N] int64: tokens that are predicted, the first token never being one.
-    indices [N] int64: the row in its source, from 0, bad rows counted. hashes [N] uint64: of the row's content.
+    lengths [N] int32: tokens. targets [N] int32: tokens that are predicted, the first token never being one.
+    indices [N] int32: the row in its source, from 0, bad rows counted. hashes [N] uint64: of the row's content.
     control_tokens [N] int32: spelt out in contents.
     """
 
@@ -90,7 +95,7 @@ class TokenStore(Sequence[Encoded]):
             self.indices, self.hashes = rows["indices"], rows["hashes"]
             self.control_tokens = rows["control_tokens"]
             self._files, self._numbers = rows["files"], rows["numbers"]
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         self._ids = _mapped(folder / _IDS, np.int32, self.meta.tokens)
         self._codes = _mapped(folder / _CODES, np.uint8, self.meta.tokens)
         self._weights = np.asarray(self.meta.weights, dtype=np.float32)
@@ -144,7 +149,7 @@ def is_whole(folder: Path) -> bool:
 
 
 class StoreWriter:
-    """Writes a store batch by batch into a folder of its own; memory holds 50 bytes a row, and no tokens.
+    """Writes a store batch by batch into a folder of its own; memory holds 32 bytes a row, and no tokens.
 
     Raises: DataError for rows with more different loss weights than a store can tell apart.
     """
@@ -158,7 +163,7 @@ class StoreWriter:
         self._content = {name: hashlib.sha256() for name in ("ids", "codes", "lengths")}
         self._weights: dict[float, int] = {0.0: 0, 1.0: 1}
         self._files: dict[tuple[str, str], int] = {}
-        self._columns: dict[str, list[np.ndarray]] = {}
+        self._columns: dict[str, list[np.ndarray]] = {name: [np.empty(0, dtype)] for name, dtype in _COLUMNS.items()}
         self._bad_rows = 0
 
     def append(self, batch: EncodedBatch) -> None:
@@ -169,20 +174,19 @@ class StoreWriter:
         for name, values in (("ids", batch.ids), ("codes", codes), ("lengths", batch.lengths)):
             self._content[name].update(values.data)
         file = self._files.setdefault((batch.file, batch.unit), len(self._files))
-        columns = {
+        rows = {
             "lengths": batch.lengths, "targets": _targets(batch), "indices": batch.indices, "numbers": batch.numbers,
-            "hashes": batch.hashes, "control_tokens": batch.control_tokens,
-            "files": np.full(len(batch.lengths), file, dtype=np.int32),
+            "hashes": batch.hashes, "control_tokens": batch.control_tokens, "files": np.full(len(batch.lengths), file),
         }  # fmt: skip
-        for name, values in columns.items():
-            self._columns.setdefault(name, []).append(values)
+        for name, dtype in _COLUMNS.items():
+            self._columns[name].append(rows[name].astype(dtype))
         for bad in batch.bad:
             self._bad.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
         self._bad_rows += len(batch.bad)
 
     def finish(self, format_name: str, made_from: dict[str, Any]) -> None:
         """Close the files and see them on the disk; the folder may be renamed then."""
-        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()} or _no_rows()
+        columns = {name: np.concatenate(self._columns.pop(name)) for name in _COLUMNS}
         with (self.folder / _ROWS).open("wb") as rows:
             np.savez(rows, allow_pickle=False, **columns)
             _settle(rows)
@@ -192,7 +196,7 @@ class StoreWriter:
         files = [file for file, _ in self._files]
         units = [unit for _, unit in self._files]
         meta = StoreMeta(
-            rows=len(columns["lengths"]), tokens=int(columns["lengths"].sum()), bad_rows=self._bad_rows,
+            rows=len(columns["lengths"]), tokens=int(columns["lengths"].sum(dtype=np.int64)), bad_rows=self._bad_rows,
             content=self._digest(), format=format_name, files=files, units=units, weights=list(self._weights),
             sizes={name: (self.folder / name).stat().st_size for name in (_IDS, _CODES, _ROWS, BAD_ROWS)},
             made_from=made_from,
@@ -225,12 +229,6 @@ def _targets(batch: EncodedBatch) -> np.ndarray:
     trained = (batch.weights > 0).astype(np.int64)
     trained[ends - batch.lengths] = 0
     return np.add.reduceat(trained, ends - batch.lengths)
-
-
-def _no_rows() -> dict[str, np.ndarray]:
-    types = {"lengths": np.int64, "targets": np.int64, "indices": np.int64, "numbers": np.int64, "hashes": np.uint64}
-    empty = {name: np.empty(0, dtype=dtype) for name, dtype in types.items()}
-    return empty | {name: np.empty(0, dtype=np.int32) for name in ("control_tokens", "files")}
 
 
 def _settle(stream: Any) -> None:
