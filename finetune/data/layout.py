@@ -38,7 +38,9 @@ class Run:
         """The run's text, and the character at which each of its spans begins."""
         if self.fixed is not None:
             return self.fixed, [0] * len(self.spans)
-        parts = [p if isinstance(p, str) else escaped(texts[p.number], p.escapes) for p in self.pieces]
+        parts = [
+            piece if isinstance(piece, str) else escaped(texts[piece.number], piece.escapes) for piece in self.pieces
+        ]
         return "".join(parts), [sum(map(len, parts[:piece])) for piece, _ in self.spans]
 
 

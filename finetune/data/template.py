@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from jinja2 import nodes
+from jinja2 import Template, nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, LoopControlExtension
@@ -27,17 +27,19 @@ from finetune.errors import DataError
 
 _RENDER_SECONDS = 2.0  # of the thread's own CPU time: a machine that stalls is no fault of the template
 _RENDER_SIZE = 100_000_000  # characters, and _ITEM for each item of a list, over the whole render
-_ITEM = 64
+_ITEM = 256
+_SIZE_OF_INPUT = 16  # more for each character of the conversation: templates put texts together piece by piece
 _LARGEST_NUMBER = 100_000  # in the arguments of a filter or a call
 _WIDE_PERCENT = re.compile(r"%[^A-Za-z%]*(\*|\d{4})")
 _WIDE_BRACES = re.compile(r"\{[^{}]*(\d{4}|\{)")
+_TOO_MUCH = f"it makes more than {_RENDER_SIZE:,} characters of one row"
 # They lay out web pages, or multiply their text by rules of their own.
 _NOT_OFFERED = ("wordwrap", "urlize", "xmlattr", "pprint", "random", "filesizeformat")
 _WRITABLE = (str, int, float, type(None), list, tuple, dict, Undefined)
 
 
 class Renderer:
-    """A compiled chat template; picklable.
+    """A compiled chat template; picklable, and usable in any thread.
 
     source: jinja. variables: what it sees besides the conversation, as `bos_token`.
     Raises: DataError if the source is no template.
@@ -45,69 +47,79 @@ class Renderer:
 
     def __init__(self, source: str, variables: Mapping[str, Any]):
         self.source, self.variables = source, dict(variables)
-        environment = _Environment()
-        try:
-            self._template = environment.from_string(source)
-        except TemplateSyntaxError as error:
-            raise DataError(f"data.chat_template: line {error.lineno}: {error.message}") from error
-        except (TemplateError, RecursionError, ValueError, TypeError) as error:
-            raise DataError(f"data.chat_template is no template: {error}") from error
-        self._environment = environment
+        self._of_thread = threading.local()
+        self._compiled()
 
     def __reduce__(self) -> tuple:
         return Renderer, (self.source, self.variables)
 
-    def render(self, messages: Sequence[Any], tools: Sequence[Any] | None, add_generation_prompt: bool) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, add_generation_prompt: bool
+    ) -> str:
         """What the template writes for a conversation.
 
         Raises: DataError if the template refuses it, fails, or goes over a limit.
         """
-        budget = self._environment.start()
-        context = self._template.new_context(
-            self.variables
-            | {
-                "messages": messages,
-                "tools": tools,
-                "documents": None,
-                "add_generation_prompt": add_generation_prompt,
-            }
-        )
+        environment, template, known = self._compiled()
+        budget = environment.budget
+        budget.refill(_SIZE_OF_INPUT * sum(len(message["content"]) for message in messages))
+        values = {**known, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         parts: list[str] = []
         try:
-            for part in self._template.root_render_func(context):
+            # Shared: the values are complete, with the environment's own among them.
+            for part in template.root_render_func(template.new_context(values, shared=True)):
                 budget.spend(len(part))
                 parts.append(part)
         except (SecurityError, OverflowError, RecursionError, MemoryError) as error:
-            raise DataError(f"data.chat_template does what no chat template needs: {error}") from error
+            raise DataError(f"data.chat_template: the template does what none needs: {error}") from error
         except TemplateError as error:
             raise DataError(f"the chat template refuses the row: {error}") from error
         except Exception as error:
             raise DataError(f"the chat template fails on the row: {type(error).__name__}: {error}") from error
         return "".join(parts)
 
+    def _compiled(self) -> tuple[_Environment, Template, dict[str, Any]]:
+        """The environment of this thread, the template in it, and what it sees besides the conversation."""
+        if not hasattr(self._of_thread, "compiled"):
+            environment = _Environment()
+            try:
+                template = environment.from_string(self.source)
+            except TemplateSyntaxError as error:
+                raise DataError(f"data.chat_template: line {error.lineno} of the template: {error.message}") from error
+            except (TemplateError, RecursionError, ValueError, TypeError) as error:
+                raise DataError(f"data.chat_template: the template cannot be compiled: {error}") from error
+            self._of_thread.compiled = (
+                environment,
+                template,
+                {**environment.globals, **self.variables, "documents": None},
+            )
+        return self._of_thread.compiled
 
-class _Budget(threading.local):
-    """What one render may still spend; a thread has one of its own."""
+
+class _Budget:
+    """What one render may still spend."""
+
+    __slots__ = ("end", "left", "steps")
 
     def __init__(self) -> None:
-        self.refill()
+        self.refill(0)
 
-    def refill(self) -> None:
-        self.left, self.steps = _RENDER_SIZE, 0
+    def refill(self, more: int) -> None:
+        self.left, self.steps = _RENDER_SIZE + more, 0
         self.end = time.thread_time() + _RENDER_SECONDS
 
     def spend(self, size: int) -> None:
         self.left -= size
         self.steps += 1
         if self.left < 0:
-            raise SecurityError(f"it makes more than {_RENDER_SIZE:,} characters of one row")
+            raise SecurityError(_TOO_MUCH)
         if not self.steps & 63 and time.thread_time() > self.end:
             raise SecurityError(f"it runs for more than {_RENDER_SECONDS:g} s on one row")
 
     def check(self, size: int) -> None:
         """Refuse an operation whose result would not be payable."""
         if size > self.left:
-            raise SecurityError(f"it makes more than {_RENDER_SIZE:,} characters of one row")
+            raise SecurityError(_TOO_MUCH)
 
     def pay(self, value: Any) -> Any:
         self.spend(len(value) if isinstance(value, str) else _size(value, self.left))
@@ -199,10 +211,6 @@ class _Environment(ImmutableSandboxedEnvironment):
         }
         self.globals = self.globals | offered
 
-    def start(self) -> _Budget:
-        self.budget.refill()
-        return self.budget
-
     def concat(self, parts: Iterable[str]) -> str:
         parts = list(parts)
         self.budget.spend(sum(map(len, parts)))
@@ -212,8 +220,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         return self.concat([str(part) for part in parts])
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator != "+" and not (isinstance(left, float) or isinstance(right, float)):
-            self.budget.check(_binop_size(operator, left, right))
+        if operator == "+" and type(left) is type(right) is str:
+            self.budget.spend(len(left) + len(right))
+            return left + right
+        self.budget.check(_binop_size(operator, left, right))
         return self.budget.pay(self.binop_table[operator](left, right))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -262,11 +272,15 @@ def _check_numbers(arguments: Sequence[Any]) -> int:
 
 def _binop_size(operator: str, left: Any, right: Any) -> int:
     """An upper bound for the size of a product, a power or a formatted text, before it is made."""
+    if operator == "+" or isinstance(left, float) or isinstance(right, float):
+        return 0
     if operator == "%":
         return _formatted_size(left, [right]) if isinstance(left, str) else 0
     if isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length() * max(right, 0) if operator == "**" else left.bit_length() + right.bit_length()
-        return bits if bits < _LARGEST_NUMBER else _RENDER_SIZE + 1
+        if bits > _LARGEST_NUMBER:
+            raise SecurityError(f"it makes a number of more than {_LARGEST_NUMBER:,} bits")
+        return bits
     if isinstance(left, int):
         left, right = right, left
     return _size(left, _RENDER_SIZE) * max(right, 0) if isinstance(right, int) else 0
@@ -352,6 +366,9 @@ class _Namespace(Namespace):
     def __setitem__(self, name: str, value: Any) -> None:
         _check_field(name)
         super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        return "<namespace>"  # its fields may be namespaces that hold each other
 
 
 def _check_field(name: str) -> None:
