@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from finetune.arguments import Arguments, nearest
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finetune.config.schema import RunConfig
+    from finetune.data.loader import LoadedData
     from finetune.data.show import Decoder
 
 HELP = """\
@@ -71,6 +73,7 @@ def run_data(arguments: Arguments) -> int:
 
 def _inspect(cfg: RunConfig, settings: DataSettings, files: dict[str, IO[str]]) -> None:
     from finetune.data.advice import advise
+    from finetune.data.chat import advice_on_end_token
     from finetune.data.dump import write_dump
     from finetune.data.loader import load_chat_template, load_data
     from finetune.data.prepare import Preparation, console_progress
@@ -89,11 +92,11 @@ def _inspect(cfg: RunConfig, settings: DataSettings, files: dict[str, IO[str]]) 
     whole = cfg.data.model_copy(update={"stream_rows": None})
     preparation = Preparation(whole, chat, progress=console_progress(_say))
     data = load_data(preparation)
+    _keep_rows(data, settings)
     decoder = decoder_of(tokenizer)
     scripts = [sample_scripts(part, preparation, decoder.decode) for part in parts_of(data, cfg.data.held_out)]
-    template = f"file {cfg.data.chat_template}" if cfg.data.chat_template else "the tokenizer's own"
-    report = build_report(data, cfg, template, [decoder.decode([token]) for token in chat.stop_ids()], scripts)
-    advice = advise(report, cfg)
+    report = build_report(data, cfg, chat, scripts)
+    advice = advise(report, cfg, advice_on_end_token(chat))
 
     console = console_for(sys.stdout)
     print_report(console, report, advice)
@@ -106,6 +109,16 @@ def _inspect(cfg: RunConfig, settings: DataSettings, files: dict[str, IO[str]]) 
         write_page(files["html"], report, advice, rows)
     if "dump" in files:
         write_dump(files["dump"], data)
+
+
+def _keep_rows(data: LoadedData, settings: DataSettings) -> None:
+    """Raises: InputError if a file to write is one that rows are read from."""
+    from finetune.data.sources import resolve_source
+
+    read = {file.resolve() for s in (*data.train, *data.eval) for file in resolve_source(s.config).files}
+    for word, path in (("html", settings.html), ("dump", settings.dump)):
+        if path is not None and Path(path).expanduser().resolve() in read:
+            raise InputError(f"{word}={path}: rows are read from there; name another file")
 
 
 def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Decoder:

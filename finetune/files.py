@@ -27,10 +27,11 @@ def whole_file(word: str, path: str, replace: bool = True) -> Iterator[IO[str]]:
     Raises: InputError if it cannot be written there, or is there and may not be replaced.
     """
     target = Path(path).expanduser()
-    if not path or target.is_dir():
+    if not path or os.path.isdir(target):
         raise InputError(f"{word}={path}: {'is a folder; name a file in it' if path else 'name a file'}")
-    if not replace and target.exists():
-        raise InputError(f"{word}={path}: the file exists already; remove it or name another")
+    if os.path.lexists(target) and not (replace and os.path.isfile(target)):
+        advice = "is no ordinary file; name one" if replace else "the file exists already; remove it or name another"
+        raise InputError(f"{word}={path}: {advice}")
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         stream = temporary.open("x", encoding="utf-8", errors="backslashreplace", newline="\n")

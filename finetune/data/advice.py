@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finetune.config.schema import RunConfig
-from finetune.data.report import PartReport, Report
+from finetune.data.report import UNTEMPLATED, PartReport, Report
 
 _FEW_TARGETS = 0.01  # of the tokens
 _MANY_DUPLICATES = 0.01  # of the rows
@@ -23,9 +23,14 @@ class Advice:
     text: str
 
 
-def advise(report: Report, cfg: RunConfig) -> list[Advice]:
-    """Everything about the data that a user should know before training; leaks first."""
+def advise(report: Report, cfg: RunConfig, end_token: str | None) -> list[Advice]:
+    """Everything about the data that a user should know before training; leaks first.
+
+    end_token: what there is to say about the token that ends a turn.
+    """
+    chats = {part.format for part in report.parts if part.section == "train"} - UNTEMPLATED
     looks = [text for part in report.parts for text in _about_part(part, report)]
+    looks += [end_token] if end_token and chats else []
     looks += [*_about_length(report), *_about_duplicates(report), *_about_order(report, cfg)]
     return [Advice("leak", text) for text in _leaks(report)] + [Advice("look", text) for text in looks]
 
@@ -86,14 +91,14 @@ def _about_order(report: Report, cfg: RunConfig) -> Iterator[str]:
     order = report.order
     if cfg.data.stream_rows is not None:
         yield (
-            f"training packs data.stream_rows={cfg.data.stream_rows} rows at a time, so its epoch differs a little from "
-            "the one told here"
+            f"training packs data.stream_rows={cfg.data.stream_rows} rows at a time, so its epoch differs a little "
+            "from the one told here"
         )
     if order.sequences < cfg.train.batch_size:
         way_out = " or set data.packing=false" if cfg.data.packing else ""
         yield (
-            f"an epoch is one step of {order.sequences} sequences, fewer than train.batch_size={cfg.train.batch_size}; "
-            f"lower it{way_out}"
+            f"all rows fill {order.sequences} of the train.batch_size={cfg.train.batch_size} sequences that a step may "
+            f"have, so an epoch is a single step; lower it{way_out}"
         )
     if order.fill is not None and order.fill < _POOR_FILL and order.sequences >= _ENOUGH_SEQUENCES:
         yield (

@@ -10,9 +10,11 @@ from typing import Literal
 import numpy as np
 
 from finetune.config.schema import RunConfig
+from finetune.data.chat import ChatTemplate
 from finetune.data.loader import LoadedData, Source, is_held_out
 from finetune.data.packing import SequenceOrder
 
+UNTEMPLATED = frozenset({"text", "tokens"})  # formats whose rows no chat template touches
 Section = Literal["train", "eval", "held out"]
 
 
@@ -112,14 +114,14 @@ class Order:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that `finetune data` tells of a run. ends: the tokens that end an answer."""
+    """Everything that `finetune data` tells of a run. ends: what ends with which token: a turn, a document."""
 
     name: str
     model: str
     max_length: int
     truncation: str
     template: str
-    ends: tuple[str, ...]
+    ends: tuple[tuple[str, str], ...]
     parts: tuple[PartReport, ...]
     training: Figures
     order: Order
@@ -138,12 +140,11 @@ def parts_of(data: LoadedData, held_out: float) -> list[Part]:
 
 
 def build_report(
-    data: LoadedData, cfg: RunConfig, template: str, ends: Sequence[str], scripts: Sequence[tuple[Counter[str], int]]
+    data: LoadedData, cfg: RunConfig, chat: ChatTemplate, scripts: Sequence[tuple[Counter[str], int]]
 ) -> Report:
     """All figures of a run's data.
 
-    template: where the chat template is from. ends: the tokens that end an answer. scripts: letters by script and rows
-    sampled, of each part in the order of `parts_of`.
+    scripts: letters by script and rows sampled, of each part in the order of `parts_of`.
     """
     parts = parts_of(data, cfg.data.held_out)
     reports = [
@@ -156,10 +157,17 @@ def build_report(
     trained = [report.figures for report in reports if report.section == "train"]
     return Report(
         name=cfg.name, model=cfg.model.name, max_length=cfg.data.max_length, truncation=cfg.data.truncation,
-        template=template, ends=tuple(ends), parts=tuple(reports),
+        template=cfg.data.chat_template or "the tokenizer's own", ends=_ends(reports, chat), parts=tuple(reports),
         training=_total([part for part in parts if part.section == "train"], trained, cfg.data.max_length),
         order=_order(data, cfg),
     )  # fmt: skip
+
+
+def _ends(parts: Sequence[PartReport], chat: ChatTemplate) -> tuple[tuple[str, str], ...]:
+    formats = {part.format for part in parts}
+    ends = [("a turn", chat.turn_end_id)] if formats - UNTEMPLATED else []
+    ends += [("a document", chat.end_of_text_id)] if "text" in formats else []
+    return tuple((what, chat.token_of(token) or "nothing") for what, token in ends)
 
 
 def _figures(part: Part, parts: Sequence[Part], cfg: RunConfig, scripts: Counter[str], sampled: int) -> Figures:

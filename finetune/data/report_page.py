@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from finetune.data.advice import Advice
 from finetune.data.report import Bin, Report
-from finetune.data.report_text import describe_order, describe_part
+from finetune.data.report_text import describe_order, describe_part, describe_template
 from finetune.data.show import ShownRow, factor_of, weighted_runs
 from finetune.terminal import printable
 
@@ -48,7 +48,8 @@ def write_page(stream: IO[str], report: Report, advice: Sequence[Advice], rows: 
         lstrip_blocks=True, finalize=lambda value: printable(value) if type(value) is str else value,
     )  # fmt: skip
     page = environment.get_template("report_page.html").stream(
-        report=report, advice=advice, rows=rows, order=describe_order(report.order), describe=describe_part,
+        report=report, advice=advice, rows=rows,
+        template=describe_template(report), order=describe_order(report.order), describe=describe_part,
         chart=lambda bins: chart_of(bins, report.max_length), factor=factor_of, runs=weighted_runs,
     )  # fmt: skip
     stream.writelines(page)

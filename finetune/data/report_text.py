@@ -72,9 +72,13 @@ def _coloured(spans: Sequence[Span]) -> Text:
 
 def _head(report: Report) -> Iterator[Text]:
     yield Text.assemble((printable(report.name), "bold"), (f"  for {printable(report.model)}", "dim"))
-    ends = " or ".join(report.ends) or "nothing"
-    yield Text(f"template: {printable(report.template)}; an answer ends with {printable(ends)}")
+    yield Text(printable(describe_template(report)))
     yield Text()
+
+
+def describe_template(report: Report) -> str:
+    """Where the template is from, and what ends with which token."""
+    return "; ".join([f"template: {report.template}", *(f"{what} ends with {token}" for what, token in report.ends)])
 
 
 def _table(report: Report) -> Iterator[Text]:
