@@ -92,17 +92,13 @@ def read_turns(items: Any, column: str, spelling: Spelling, assistant_weight: fl
         _refuse_what_would_be_lost(fields)
         role = _role(fields, spelling.roles)
         weight = _weight(fields, assistant_weight if role in ("assistant", _CALL) else 1.0)
-        if role != _CALL:
-            turns.append(Turn(place, _message(fields, role, weight)))
-            continue
-        if _tool_calls(fields):
-            raise DataError(f"{place} is a function call and has tool calls besides; keep one of them")
-        calls = _calls(fields.get("content"), fields.named("content"))
+        message = _message(fields, role, weight)
         before = turns[-1].message if turns else None
-        if before and before.role == "assistant" and before.weight == weight:
-            turns[-1] = replace(turns[-1], message=replace(before, tool_calls=before.tool_calls + calls))
+        if role == _CALL and before and before.role == "assistant" and before.weight == weight:
+            joined = replace(before, tool_calls=before.tool_calls + message.tool_calls)
+            turns[-1] = replace(turns[-1], message=joined)
         else:
-            turns.append(Turn(place, Message("assistant", "", calls, weight)))
+            turns.append(Turn(place, message))
     return turns
 
 
@@ -175,6 +171,10 @@ def _role(fields: Fields, roles: Mapping[str, str]) -> str:
 
 def _message(fields: Fields, role: str, weight: float) -> Message:
     calls = _tool_calls(fields)
+    if role == _CALL:
+        if calls:
+            raise DataError(f"{fields.place} is a function call and has tool calls besides; keep one of them")
+        return Message("assistant", "", _calls(fields.get("content"), fields.named("content")), weight)
     if calls and role != "assistant":
         raise DataError(f"{fields.place} is of the {role} and calls a tool; only the assistant can")
     content, place = fields.get("content"), fields.named("content")

@@ -103,6 +103,7 @@ def test_columns_that_fit_no_format_or_several_are_named(columns, words):
     assert [word for word in ["rows.jsonl", *words] if word not in str(error.value)] == []
 
 
+ASKED = Conversation((Message("user", "q!"),))
 QA = {"prompt": "question", "completion": "answer"}
 # (row, columns, roles, format, example)
 MAPPED = [
@@ -137,6 +138,7 @@ MAPPED = [
         "sharegpt",
         CHAT,
     ),
+    ({"messages": [TURNS[0] | {"text": "q!", "value": "no"}]}, {"content": "text"}, {}, "messages", ASKED),
     ({"messages": [TURNS[0] | {"score": 3}, TURNS[1]]}, {"id": "score"}, {}, "messages", CHAT),
     (
         {"messages": [{"role": "assistant", "content": "q"}, {"role": "user", "content": "a"}]},
