@@ -6,17 +6,15 @@ be read (any further) raises one, and nothing grows with the file's size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.data.json_rows import checked, decode_row
 from finetune.data.tables import TABLES, read_table
-from finetune.data.texts import COMPRESSIONS, TEXTS, Content, Item, Unit, named_errors, open_text
+from finetune.data.texts import COMPRESSIONS, TEXTS, Content, Unit, named_errors, read_text
 from finetune.errors import DataError
-
-BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,20 +101,7 @@ def read_batches(path: Path, label: str, first_index: int, bytes_before: int) ->
     """
     kind, compression = kind_of(path)
     with named_errors(label), path.open("rb") as raw:
-        for group in _groups(read_table(raw, kind) if kind in TABLES else open_text(raw, kind, compression)):
-            numbers, items = tuple(item.number for item in group), tuple(item.content for item in group)
-            yield RawBatch(label, group[0].unit, first_index, numbers, items, bytes_before + group[-1].bytes_read)
-            first_index += len(group)
-
-
-def _groups(items: Iterable[Item]) -> Iterator[list[Item]]:
-    group: list[Item] = []
-    size_bytes = 0
-    for item in items:
-        group.append(item)
-        size_bytes += item.size_bytes
-        if size_bytes >= BATCH_BYTES:
-            yield group
-            group, size_bytes = [], 0
-    if group:
-        yield group
+        for group in read_table(raw, kind) if kind in TABLES else read_text(raw, kind, compression):
+            bytes_read = bytes_before + group.bytes_read
+            yield RawBatch(label, group.unit, first_index, group.numbers, group.contents, bytes_read)
+            first_index += len(group.contents)

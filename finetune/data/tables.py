@@ -6,18 +6,17 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
-from finetune.data.texts import Content, Item
+from finetune.data.texts import BATCH_BYTES, Content, Group
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow
 
 TABLES = (".parquet", ".arrow")
-_SLICE_BYTES = 1 << 20
 _MOST_ROWS = 10_000
 
 
-def read_table(raw: BinaryIO, kind: str) -> Iterator[Item]:
+def read_table(raw: BinaryIO, kind: str) -> Iterator[Group]:
     """The rows of a table that is open for reading bytes.
 
     Memory: about a megabyte of a parquet file's rows and of each column; one record batch of an arrow file, as written.
@@ -28,25 +27,27 @@ def read_table(raw: BinaryIO, kind: str) -> Iterator[Item]:
     size = os.fstat(raw.fileno()).st_size
     if size == 0:
         raise DataError("is empty")
+    number = 1
     try:
-        number = 0
         for batch, share in (_parquet if kind == ".parquet" else _arrow)(raw):
-            row_bytes = batch.nbytes // max(batch.num_rows, 1) + 1
-            for content in _rows(batch, max(1, _SLICE_BYTES // row_bytes)):
-                number += 1
-                yield Item("row", number, content, row_bytes, int(share * size))
-    except (pyarrow.ArrowException, OSError) as error:
+            at_once = max(1, BATCH_BYTES * batch.num_rows // max(batch.nbytes, 1))
+            for start in range(0, batch.num_rows, at_once):
+                rows = tuple(_rows(batch.slice(start, at_once)))
+                yield Group("row", tuple(range(number, number + len(rows))), rows, int(share * size))
+                number += len(rows)
+    # ValueError: a name that is no text. MemoryError: a damaged length.
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
         raise DataError(f"is damaged or no {kind} file: {_first_line(error)}") from error
 
 
 def _parquet(raw: BinaryIO) -> Iterator[tuple[pyarrow.RecordBatch, float]]:
     from pyarrow import parquet
 
-    file = parquet.ParquetFile(raw, buffer_size=_SLICE_BYTES, pre_buffer=False)
+    file = parquet.ParquetFile(raw, buffer_size=BATCH_BYTES, pre_buffer=False)
     _refuse_twins(file.schema_arrow.names)
     metadata = file.metadata
     size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-    rows = max(1, min(_MOST_ROWS, _SLICE_BYTES * metadata.num_rows // max(size, 1)))
+    rows = max(1, min(_MOST_ROWS, BATCH_BYTES * metadata.num_rows // max(size, 1)))
     done = 0
     for batch in file.iter_batches(rows, use_threads=False):
         done += batch.num_rows
@@ -71,13 +72,11 @@ def _refuse_twins(columns: list[str]) -> None:
         raise DataError(f"has two columns of one name ({', '.join(columns)})")
 
 
-def _rows(batch: pyarrow.RecordBatch, at_once: int) -> Iterator[Content]:
-    for start in range(0, batch.num_rows, at_once):
-        part = batch.slice(start, at_once)
-        try:
-            yield from part.to_pylist(maps_as_pydicts="strict")
-        except (ValueError, KeyError):  # one value that Python cannot hold: which row has it?
-            yield from (_row(part.slice(i, 1)) for i in range(part.num_rows))
+def _rows(batch: pyarrow.RecordBatch) -> Iterator[Content]:
+    try:
+        yield from batch.to_pylist(maps_as_pydicts="strict")
+    except (ValueError, KeyError):  # one value that Python cannot hold: which row has it?
+        yield from (_row(batch.slice(i, 1)) for i in range(batch.num_rows))
 
 
 def _row(row: pyarrow.RecordBatch) -> Content:

@@ -20,17 +20,17 @@ Unit = Literal["line", "row"]
 Content = bytes | dict[str, Any] | DataError
 
 LONGEST_ROW_BYTES = 64_000_000
+BATCH_BYTES = 1 << 20
 PIECE_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 
 
-class Item(NamedTuple):
-    """A row before it is decoded, about its size in memory, and the bytes of its file that were read up to it."""
+class Group(NamedTuple):
+    """About BATCH_BYTES of rows before they are decoded, their numbers in the file, and the bytes of it read so far."""
 
     unit: Unit
-    number: int
-    content: Content
-    size_bytes: int
+    numbers: tuple[int, ...]
+    contents: tuple[Content, ...]
     bytes_read: int
 
 
@@ -50,8 +50,8 @@ def named_errors(label: str) -> Iterator[None]:
         raise DataError(f"{label} is broken or cut off: {error}") from error
 
 
-def open_text(raw: io.BufferedReader, kind: str, compression: str) -> Iterator[Item]:
-    """The rows of a file that is open for reading bytes.
+def read_text(raw: io.BufferedReader, kind: str, compression: str) -> Iterator[Group]:
+    """The rows of a text file that is open for reading bytes.
 
     Raises: DataError if it is no text in UTF-8 at all; OSError and its like as the libraries do.
     """
@@ -61,8 +61,19 @@ def open_text(raw: io.BufferedReader, kind: str, compression: str) -> Iterator[I
         raise DataError(f"is called {kind}{compression} and looks like {found}")
     if head.startswith(_BOM):
         stream.read(len(_BOM))
+    unit: Unit = "row"
+    numbers: list[int] = []
+    contents: list[Content] = []
+    size = 0
     for unit, number, content in TEXTS[kind](stream):
-        yield Item(unit, number, content, _size(content), raw.tell())
+        numbers.append(number)
+        contents.append(content)
+        size += _size(content)
+        if size >= BATCH_BYTES:
+            yield Group(unit, tuple(numbers), tuple(contents), raw.tell())
+            numbers, contents, size = [], [], 0
+    if contents:
+        yield Group(unit, tuple(numbers), tuple(contents), raw.tell())
 
 
 def _size(content: Content) -> int:
@@ -138,7 +149,7 @@ def _long_line(stream: io.BufferedReader, start: bytes) -> bytes | DataError:
 
 def _json_lines(stream: io.BufferedReader) -> Found:
     for number, line in _lines(stream):
-        if isinstance(line, DataError) or line.strip():
+        if isinstance(line, DataError) or not line.isspace():
             yield "line", number, line
 
 

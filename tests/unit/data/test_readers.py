@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from finetune.config.schema import SourceConfig
-from finetune.data import readers, texts
+from finetune.data import tables, texts
 from finetune.data.readers import Row
 from finetune.data.sources import read_rows, resolve_source
 from finetune.errors import DataError
@@ -63,6 +63,11 @@ def write_arrow_stream(path: Path, rows: list[dict]) -> None:
     table = pyarrow.Table.from_pylist(rows)
     with pyarrow.ipc.new_stream(path, table.schema) as writer:
         writer.write_table(table, max_chunksize=3)
+
+
+def in_batches_of(monkeypatch: pytest.MonkeyPatch, size_bytes: int) -> None:
+    monkeypatch.setattr(texts, "BATCH_BYTES", size_bytes)
+    monkeypatch.setattr(tables, "BATCH_BYTES", size_bytes)
 
 
 def zstd(content: bytes) -> bytes:
@@ -143,7 +148,7 @@ def test_neither_batches_nor_pieces_can_be_seen(tmp_path, monkeypatch, batch_byt
     ]
     files = [save(tmp_path / "a.jsonl", as_lines(rows)), save(tmp_path / "b.json", as_list(rows))]
     expected = [(row.index, row.place, row.value) for file in files for row in read(file)]
-    monkeypatch.setattr(readers, "BATCH_BYTES", batch_bytes)
+    in_batches_of(monkeypatch, batch_bytes)
     monkeypatch.setattr(texts, "PIECE_BYTES", piece_bytes)
     assert [(row.index, row.place, row.value) for file in files for row in read(file)] == expected
     assert [value for *_, value in expected] == rows * 2
@@ -152,7 +157,7 @@ def test_neither_batches_nor_pieces_can_be_seen(tmp_path, monkeypatch, batch_byt
 
 
 def test_a_batch_says_how_far_it_is_and_travels_between_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "BATCH_BYTES", 100)
+    in_batches_of(monkeypatch, 100)
     save(tmp_path / "a.jsonl", as_lines([GOOD] * 50) + b"{broken\n")
     save(tmp_path / "b.csv", "text\n" + "cell\n" * 50)
     write_table(tmp_path / "c.parquet", [GOOD] * 50)
@@ -355,3 +360,27 @@ def test_two_columns_of_one_name_are_refused(tmp_path, name):
     parquet.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="two columns of one name"):
         read(tmp_path / name)
+
+
+WHOLE_FILES = {name: write([GOOD, {"text": 'a "quote"', "n": [1, {}]}] * 5) for name, write in JSON_WRITERS.items()}
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.jsonl.xz", "rows.jsonl.zst", *TABLE_WRITERS]
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80)
+@given(data=st.data())
+def test_a_damaged_file_gives_rows_or_an_error_and_nothing_else(tmp_path, name, data):
+    path = tmp_path / name
+    if name in TABLE_WRITERS:
+        TABLE_WRITERS[name](path, [GOOD, {"text": "b"}] * 5)
+    whole = bytearray(WHOLE_FILES.get(name) or path.read_bytes())
+    for place in data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=4)):
+        whole[place] = data.draw(st.sampled_from(b'\x00\xff"{}[],\\\n\x80'))
+    save(path, bytes(whole[: data.draw(st.integers(0, len(whole)))]))
+    try:
+        rows = read(path)
+    except DataError as error:
+        assert str(error).startswith(str(path))
+    else:
+        assert rows and all(isinstance(row.value, dict | DataError) for row in rows)

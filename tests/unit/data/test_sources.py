@@ -261,16 +261,16 @@ def test_a_file_that_vanishes_is_refused(tmp_path):
 TABLE = pyarrow.table({"text": ["x" * 1000] * 1000})
 
 
-def parquet_bytes() -> bytes:
+def parquet_bytes(table: pyarrow.Table = TABLE) -> bytes:
     sink = pyarrow.BufferOutputStream()
-    parquet.write_table(TABLE, sink, compression="none", use_dictionary=False)
+    parquet.write_table(table, sink, compression="none", use_dictionary=False)
     return sink.getvalue().to_pybytes()
 
 
-def arrow_bytes(new=pyarrow.ipc.new_file) -> bytes:
+def arrow_bytes(new=pyarrow.ipc.new_file, table: pyarrow.Table = TABLE) -> bytes:
     sink = pyarrow.BufferOutputStream()
-    with new(sink, TABLE.schema) as writer:
-        writer.write_table(TABLE)
+    with new(sink, table.schema) as writer:
+        writer.write_table(table)
     return sink.getvalue().to_pybytes()
 
 
@@ -292,6 +292,8 @@ NO_ROWS = {
     "blank.jsonl": (b"\n \r\n\t\n", "has no rows"),
     "blank.json": (b"\n \r\n\t\n", "has no rows"),
     "mark.jsonl": (b"\xef\xbb\xbf", "has no rows"),
+    "no_rows.parquet": (parquet_bytes(TABLE[:0]), "has no rows"),
+    "no_rows.arrow": (arrow_bytes(table=TABLE[:0]), "has no rows"),
     "header.csv": (b"text,more\n", "has no rows"),
     "list.json": (b"[ ]", "has no rows"),
     "utf16.jsonl": (lines("x").decode().encode("utf-16"), "looks like UTF-16 text"),
