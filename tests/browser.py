@@ -1,0 +1,97 @@
+"""A real browser for tests, spoken to over its own pipe: no driver, no port, no network."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def find_browser() -> str | None:
+    """Path of an installed browser of the Chromium family."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+class Page:
+    """One open page. evaluate runs JavaScript in it, whatever the page itself may run."""
+
+    def __init__(self, to_browser: int, from_browser: int):
+        self._to, self._from = to_browser, from_browser
+        self._rest, self._calls, self._session = b"", 0, ""
+        self.events: list[dict[str, Any]] = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """A command of the DevTools protocol and its answer."""
+        self._calls += 1
+        session = {"sessionId": self._session} if self._session else {}
+        message = {"id": self._calls, "method": method, "params": parameters, **session}
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while (answer := self._next()).get("id") != self._calls:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def open(self, file: Path) -> None:
+        """Load a file and wait until it stands."""
+        self.events.clear()
+        self.call("Page.navigate", url=file.as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._next())
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def look(self, width: int = 1000, scheme: str = "light", height: int = 1000) -> None:
+        """Set the width of the window in pixels, and the light or dark that its user prefers."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def screenshot(self) -> bytes:
+        """The whole page as PNG."""
+        return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            part = os.read(self._from, 1 << 16)
+            assert part, "the browser has gone"
+            self._rest += part
+        message, _, self._rest = self._rest.partition(b"\0")
+        return json.loads(message)
+
+
+@contextmanager
+def open_browser(executable: str, profile: Path) -> Iterator[Page]:
+    """A page of a fresh browser, which ends with the block."""
+    theirs_in, ours_out = os.pipe()
+    ours_in, theirs_out = os.pipe()
+    # The protocol asks for file descriptors 3 and 4; a shell puts them there.
+    flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe --no-first-run"
+    shell = f'exec "$0" {flags} --user-data-dir="$1" 3<&{theirs_in} 4>&{theirs_out}'
+    process = subprocess.Popen(
+        ["bash", "-c", shell, executable, str(profile)],
+        pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    os.close(theirs_in)
+    os.close(theirs_out)
+    try:
+        yield Page(ours_out, ours_in)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours_out)
+        os.close(ours_in)
