@@ -21,8 +21,8 @@ from finetune.errors import DataError
 MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "tool_calls", "function_call", "train", "weight"})
 # Keys that describe a message and say nothing a model should learn.
 METADATA_KEYS = frozenset(
-    "name id tool_call_id message_id parent_id turn_id turn_identifier index idx timestamp created created_at date "
-    "time author user_id model source url language lang country state hashed_ip header toxic redacted type".split()
+    "name id tool_call_id call_id message_id parent_id turn_id turn_identifier index idx timestamp created created_at "
+    "date time author user_id model source url language lang country state hashed_ip header toxic redacted type".split()
 )
 KNOWN_KEYS = MESSAGE_KEYS | METADATA_KEYS
 # Keys whose content the chat template would leave out.

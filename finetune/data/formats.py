@@ -77,8 +77,6 @@ def parse_prompt_completion(row: Fields, spelling: Spelling) -> Conversation:
 
     The completion is what is trained: assistant turns in a prompt get the weight 0 unless they give one.
     """
-    if isinstance(row.get("label"), bool):
-        raise DataError(f"label is true or false, so some completions are bad ones; {_PREFERENCE}")
 
     def side(column: str, role: str, assistant_weight: float) -> list[Turn]:
         if isinstance(row.get(column), list):
@@ -102,8 +100,8 @@ def parse_alpaca(row: Fields, _: Spelling) -> Conversation:
             raise DataError(f"{place}[{i}] must be a pair of texts, found {kind(pair)}")
         for j, role in enumerate(("user", "assistant")):
             turns.append(Turn(f"{place}[{i}][{j}]", Message(role, as_text(pair[j], f"{place}[{i}][{j}]"))))
-    instruction, extra = row.text("instruction"), row.text("input", default="")
-    turns.append(Turn(row.named("instruction"), Message("user", f"{instruction}\n{extra}" if extra else instruction)))
+    asked = "\n".join(filter(None, (row.text("instruction"), row.text("input", default=""))))
+    turns.append(Turn(row.named("instruction"), Message("user", asked)))
     turns.append(Turn(row.named("output"), Message("assistant", row.text("output"))))
     return _chat(row, turns)
 
@@ -116,6 +114,9 @@ def parse_text(row: Fields, _: Spelling) -> RawText:
 
 
 def _chat(row: Fields, turns: list[Turn]) -> Conversation:
+    for column in ("label", "kto_tag"):
+        if row.get(column) is False:
+            raise DataError(f"{column} is false, which marks the answer as a bad one; remove the row")
     for column in ("images", "audios", "videos"):
         if not is_empty(row.get(column)):
             raise DataError(f"{column} would be lost, for the model reads text only; remove the column or the row")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetune.data.chat import UNTRAINED
 from finetune.data.messages import TokenRow
 from finetune.data.values import Fields, kind, shown
 from finetune.errors import DataError
 
-UNTRAINED = -100
 # 1 where a token is a target.
 _TARGET_MASKS = ("assistant_masks", "completion_mask")
 COLUMNS = ("labels", "attention_mask", *_TARGET_MASKS, "position_ids", "seq_lengths")

@@ -55,6 +55,8 @@ EXAMPLES = [
     ({"instruction": "q", "output": "a"}, "alpaca", CHAT),
     ({"instruction": "q", "input": None, "history": None, "output": "a"}, "alpaca", CHAT),
     ({"instruction": "q", "input": "", "system": "", "history": [], "output": "a"}, "alpaca", CHAT),
+    ({"instruction": "", "input": "q", "output": "a"}, "alpaca", CHAT),
+    ({"messages": TURNS, "label": True}, "messages", CHAT),
     ({"instruction": "q", "input": "x", "output": "a"}, "alpaca", Conversation((Message("user", "q\nx"), ASSISTANT))),
     (
         {"instruction": "q", "output": "a", "system": "s", "history": [["u", "v"]]},
@@ -197,7 +199,8 @@ HOSTILE = [
     ({"prompt": [{"role": "user"}], "completion": "a"}, "prompt_completion", "prompt[0].content is missing"),
     ({"prompt": TURNS, "completion": TURNS[1:]}, "prompt_completion", "prompt[1] is of the assistant", "completion[0]"),
     ({"prompt": TURNS[1:], "completion": TURNS}, "prompt_completion", "prompt[0] is of the assistant", "no user turn"),
-    ({"prompt": "q", "completion": "a", "label": False}, "prompt_completion", "label is true or false"),
+    ({"prompt": "q", "completion": "a", "label": False}, "prompt_completion", "label is false", "bad"),
+    ({"messages": TURNS, "kto_tag": False}, "messages", "kto_tag is false", "bad"),
     ({"prompt": "q", "completion": "a", "chosen": "b"}, "prompt_completion", "chosen and rejected"),
     ({"instruction": "q", "output": None}, "alpaca", "output must be text, found null"),
     ({"instruction": None, "output": "a"}, "alpaca", "instruction must be text, found null"),
