@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
 from finetune.config.schema import RunConfig
+from finetune.data.chat import ChatTemplate, advice_on_end_token
 from finetune.data.feed import Feed, StoredFeed
 from finetune.data.loader import (
     LoadedData,
@@ -113,7 +114,8 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say
     # Ranks of one machine share its disk: one of them tokenises, the others wait for its files.
     preparation = Preparation(cfg.data, chat, accelerator.is_local_main_process, console_progress(say))
     data = load_data(preparation)
-    for line in (*map(describe_source, (*data.train, *data.eval)), *describe_leaks(data)):
+    warnings = [*describe_leaks(data), *_end_token_advice(cfg, chat)]
+    for line in (*map(describe_source, (*data.train, *data.eval)), *(f"WARNING: {warning}" for warning in warnings)):
         say(line)
     feed = _build_feed(cfg, preparation, data)
     if cfg.data.stream_rows:
@@ -130,6 +132,12 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say
     if cfg.train.recompute == "all":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Parts(cfg, accelerator, tokenizer, preparation, data, feed, model)
+
+
+def _end_token_advice(cfg: RunConfig, chat: ChatTemplate) -> list[str]:
+    advice = advice_on_end_token(chat)
+    trains_head = {"lm_head", "embed_tokens"} & set(cfg.lora.modules_to_save)
+    return [advice] if advice and not trains_head else []
 
 
 def _build_feed(cfg: RunConfig, preparation: Preparation, data: LoadedData) -> Feed:
