@@ -7,7 +7,6 @@ The two differ in names only, so one reader takes both: ShareGPT calls a role `f
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +31,8 @@ _LOST_KEYS = frozenset(
 _EXAMPLES = {"role": "speaker", "content": "text"}
 # ShareGPT's turn that calls functions: no role of a message, its text becomes the assistant's tool calls.
 _CALL = "function_call"
+# Loss weights are summed in 32 bits.
+_HEAVIEST = 1_000_000
 
 
 # ShareGPT's names of what OpenAI calls role and content.
@@ -243,8 +244,8 @@ def _weight(fields: Fields, default: float) -> float:
     if weight is None:
         return default if train is None else float(train)
     number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not math.isfinite(weight) or weight < 0:
-        raise DataError(f"{fields.named('weight')} must be a number that is not negative, found {shown(weight)}")
+    if not number or not 0 <= weight <= _HEAVIEST:
+        raise DataError(f"{fields.named('weight')} must be a number from 0 to {_HEAVIEST:,}, found {shown(weight)}")
     if train is not None and train != (weight > 0):
         raise DataError(
             f"{fields.place} says train: {str(train).lower()} and weight: {shown(weight)}; keep one of them"

@@ -172,11 +172,11 @@ def resolve_format(cfg: SourceConfig, first_value: Any, source: str) -> str:
     if cfg.format == "auto" and not isinstance(first_value, Mapping):
         raise DataError(f"{source}: its first row must be an object, found {kind(first_value)}")
     candidates = FORMATS if cfg.format == "auto" else {cfg.format: FORMATS[cfg.format]}
-    known = frozenset().union(*(fmt.columns | fmt.keys - METADATA_KEYS for fmt in candidates.values()))
-    if unknown := cfg.columns.keys() - known - METADATA_KEYS:
+    known = frozenset().union(*(fmt.columns | fmt.keys for fmt in candidates.values()))
+    if unknown := cfg.columns.keys() - known:
         raise DataError(
             f"{source}: columns maps {listed(unknown)}, which {' or '.join(candidates)} rows do not have; write ours: "
-            f"theirs, ours one of {listed(known)}"
+            f"theirs, ours one of {listed(known - METADATA_KEYS)}"
         )
     if cfg.format != "auto":
         return cfg.format

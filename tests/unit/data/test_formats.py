@@ -167,6 +167,7 @@ MISMAPPED = [
     ({"text": "q"}, {"columns": {"prompt": "text"}, "format": "text"}, "maps prompt, which text rows", "one of text"),
     ({"text": "q"}, {"columns": {"role": "who"}, "format": "alpaca"}, "maps role, which alpaca rows", "input"),
     ({"text": "q"}, {"columns": {"role": "who"}}, "fit no format"),
+    ({"text": "q"}, {"columns": {"id": "x"}, "format": "text"}, "maps id, which text rows"),
     ({"instruction": "q", "output": "a"}, {"roles": {"user": "human"}}, "format alpaca and name no roles"),
     ([1], {}, "must be an object, found a list"),
     (None, {}, "must be an object, found null"),
