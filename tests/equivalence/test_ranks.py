@@ -23,7 +23,9 @@ DETERMINISTIC = (
 def run(ranks: int, folder: Path) -> None:
     script = Path(__file__).resolve().parents[2] / "finetune" / "train.py"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    settings = (*SMALL_RUN, *DETERMINISTIC, f"train.world_size={ranks}", f"output_dir={folder}")
+    # An empty cache: one of the ranks tokenises, the other waits for it.
+    folders = (f"output_dir={folder}", f"data.cache={folder}-tokens")
+    settings = (*SMALL_RUN, *DETERMINISTIC, f"train.world_size={ranks}", *folders)
     command = [sys.executable, *launcher, str(script), "config=quickstart.yaml", *settings]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -43,5 +45,7 @@ def test_two_ranks_equal_one(tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a.keys() == b.keys()
         assert a.get("eval_loss", 0.0) == pytest.approx(b.get("eval_loss", 0.0), rel=1e-5)
+    stores = [{path.name for path in Path(f"{folder}-tokens").iterdir() if path.is_dir()} for folder in (one, two)]
+    assert stores[0] == stores[1] and len(stores[0]) == 2
     assert (result(one)["world_size"], result(two)["world_size"]) == (1, 2)
     assert result(one)["exact_match_before"] == result(two)["exact_match_before"]
