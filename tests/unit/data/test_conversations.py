@@ -171,6 +171,7 @@ HOSTILE_TURNS = [
     ([Q | {"images": ["x.png"]}], "messages[0].images", "lost"),
     ([Q | {"audio": {"id": 1}}], "messages[0].audio", "lost"),
     ([Q, A | {"mask": True}], "messages[1].mask", "train, value, weight", "columns: {id: mask}"),
+    ([Q | {"\x1b[31m\n": 3}], "messages[0].\\x1b[31m\\n (a number)"),
     ([Q, A | {"train": 1}], "messages[1].train must be true or false, found a number"),
     ([Q, A | {"weight": -1}], "messages[1].weight", "from 0 to 1,000,000, found -1"),
     ([Q, A | {"weight": "1"}], "messages[1].weight", "found '1'"),

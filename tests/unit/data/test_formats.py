@@ -105,6 +105,7 @@ def test_columns_that_fit_no_format_or_several_are_named(columns, words):
     assert [word for word in ["rows.jsonl", *words] if word not in str(error.value)] == []
 
 
+WITH_SYSTEM = Conversation((SYSTEM, USER, ASSISTANT))
 ASKED = Conversation((Message("user", "q!"),))
 QA = {"prompt": "question", "completion": "answer"}
 # (row, columns, roles, format, example)
@@ -115,6 +116,8 @@ MAPPED = [
     ({"prompt": "a", "answer": "q"}, {"prompt": "answer", "completion": "prompt"}, {}, "prompt_completion", CHAT),
     # The names that are mapped say which of several formats is meant.
     ({"messages": [], "question": "q", "answer": "a"}, QA, {}, "prompt_completion", CHAT),
+    # A column that is mapped counts under our name alone.
+    ({"prompt": "s", "completion": "", "messages": TURNS}, {"system": "prompt"}, {}, "messages", WITH_SYSTEM),
     ({"instruction": "q", "response": "a"}, {"output": "response"}, {}, "alpaca", CHAT),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"completion": "chosen"}, {}, "prompt_completion", CHAT),
     ({"chosen": TURNS, "rejected": []}, {"messages": "chosen"}, {}, "messages", CHAT),
