@@ -190,7 +190,7 @@ BAD_LINES = {
     '{"text": -Infinity}': "holds -Infinity",
     '{"text": 1e999}': "holds 1e999",
     '{"text": ' + "9" * 5000 + "}": "integer of more than 4,300 digits",
-    '{"text": ' + "[" * 101 + "]" * 101 + "}": "nested more than 100 deep",
+    '{"text": ' + "[" * 100 + "]" * 100 + "}": "nested more than 100 deep",
     "[" * 200_000: "nested more than 100 deep",
     '{"a":' * 200_000: "nested more than 100 deep",
     "[1]": "must be an object, found a list",
@@ -220,7 +220,7 @@ def test_a_bad_line_is_named_and_costs_no_other(tmp_path, line):
         r'{"text": "\\u0000 \\ud800"}',
         r'{"text": "\ud83d\ude00"}',
         '{"n": 1e300}',
-        '{"text": ' + "[" * 98 + "]" * 98 + "}",
+        '{"n": [], "text": ' + "[" * 99 + "]" * 99 + "}",
     ],
 )
 def test_what_only_looks_bad_is_read(tmp_path, row):
@@ -290,6 +290,22 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         return peak_bytes
 
     assert peak(24) < peak(6) + 1_000_000
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "stream.arrow"])
+def test_memory_does_not_grow_with_a_table(tmp_path, name):
+    rows = pyarrow.table({"text": [f"{i:01000}" for i in range(20_000)]})
+    with pyarrow.ipc.new_stream(tmp_path / "stream.arrow", rows.schema) as writer:
+        writer.write_table(rows, max_chunksize=1000)
+    parquet.write_table(rows, tmp_path / "rows.parquet", compression="none", use_dictionary=False)
+    size_bytes = rows.nbytes
+    del rows
+    before = pyarrow.total_allocated_bytes()
+    tracemalloc.start()
+    batches = resolve_source(SourceConfig(path=str(tmp_path / name))).batches()
+    peak_bytes = max(pyarrow.total_allocated_bytes() - before for _ in batches) + tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < size_bytes / 2
 
 
 BAD_CELLS = {

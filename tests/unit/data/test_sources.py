@@ -75,6 +75,19 @@ def test_a_glob_reads_its_files_in_the_order_of_their_names(tmp_path):
     assert texts_of(f"{tmp_path}/[ce]*/*.csv") == ["e1"]
 
 
+def test_the_order_of_files_is_that_of_their_names(tmp_path):
+    names = [f"{i:02}" for i in range(40)]
+    for name in sorted(names, key=hash):
+        save(tmp_path / f"{name}.jsonl", lines(name))
+    assert texts_of(f"{tmp_path}/*.jsonl") == names
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path / "rows.jsonl", lines("x"))
+    assert texts_of("~/rows.jsonl") == texts_of("~/*.jsonl") == ["x"]
+
+
 def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path):
     save(tmp_path / "rows[1].jsonl", lines("literal"))
     save(tmp_path / "rows1.jsonl", lines("matched"))
