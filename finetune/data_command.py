@@ -59,6 +59,7 @@ def run_data(arguments: Arguments) -> int:
     if arguments.config is None:
         raise InputError("finetune data needs config=X.yaml, as in: finetune data config=quickstart.yaml show=3")
     cfg = load_config(arguments.config, overrides)
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] - rows hold what no terminal may be able to show
     with ExitStack() as stack:
         files = {
             word: stack.enter_context(whole_file(word, path))
