@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from finetune.data.layout import Run, check_complete, control_pattern, lay_out
-from finetune.data.markers import MarkedRow, mark_row
+from finetune.data.markers import CLOSE, OPEN, MarkedRow
 from finetune.data.messages import Conversation, Message
 from finetune.data.template import Renderer
 from finetune.errors import DataError
@@ -74,11 +74,14 @@ class ChatTemplate:
                 "the tokenizer has no chat template; set data.chat_template to a jinja file, or use an Instruct model"
             ) from error
         self.special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        self._build(_plain_definition(tokenizer))
+        self._build(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
 
     def _build(self, definition: str) -> None:
         self._backend = Tokenizer.from_str(definition)
-        self._backend.encode_special_tokens = True  # off by the definition, whatever it was where it was written
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.post_processor = None  # it would trim blanks from the tokens' places
+        self._backend.encode_special_tokens = True  # text is text; no part of the definition
         self._renderer = Renderer(self.template, self.special_tokens)
         added = self._backend.get_added_tokens_decoder()
         self._control_id = {token.content: i for i, token in added.items() if token.special}
@@ -195,26 +198,41 @@ class ChatTemplate:
         self, conversation: Conversation, turns: frozenset[int], *, complete: bool = False, prompt: bool = False
     ) -> _Row:
         """The conversation as the template lays out its shape, proven equal to what the template writes for it."""
-        marked = mark_row(conversation.messages, conversation.tools)
+        marked = MarkedRow(conversation.messages, conversation.tools)
         messages = [message.as_dict() for message in conversation.messages]
         real = self._renderer.render(messages, list(conversation.tools) or None, prompt)
         _check_unicode(real)
+        if OPEN in real or CLOSE in real:
+            raise DataError("a text holds the private-use character U+E0F0 or U+E0F1; remove it")
+        outer = len(marked.values)
         key = (marked.shape, turns, complete, prompt)
-        runs = self._layouts.get(key)
-        row = None if runs is None else _filled(runs, marked, real)
-        if row is None:
-            # Also where a row of an equal shape took another way through the template, which may look at texts.
-            runs = self._lay_out(marked, turns, complete, prompt)
-            if len(self._layouts) >= _MOST_LAYOUTS:
-                self._layouts.clear()
-            self._layouts[key] = runs
-            row = _filled(runs, marked, real)
-        if row is None:
+        if (row := self._filled(key, marked, real)) is not None:
+            return row
+        # A new shape; or a template that looks into tools and arguments, or at texts, and took another way here.
+        inner_key = (*key, marked.mark_inner())
+        if (row := self._filled(inner_key, marked, real)) is not None:
+            return row
+        runs = self._lay_out(marked, turns, complete, prompt)
+        if len(self._layouts) >= _MOST_LAYOUTS:
+            self._layouts.clear()
+            self._fixed.clear()
+        numbers = (number for run in runs for number in run.numbers())
+        used = key if max(numbers, default=0) < outer else inner_key
+        self._layouts[used] = runs
+        if (row := self._filled(used, marked, real)) is None:
             raise DataError(
                 "the chat template changes a message's text (it trims or splits it), so its mask would be a guess; "
                 "set data.chat_template to a template that writes texts as they are"
             )
         return row
+
+    def _filled(self, key: tuple, marked: MarkedRow, real: str) -> _Row | None:
+        """The row in the layout that is known for the key; None if there is none, or the template writes otherwise."""
+        if (runs := self._layouts.get(key)) is None:
+            return None
+        filled = [run.fill(marked.values) for run in runs]
+        whole = "".join(text + (run.control or "") for run, (text, _) in zip(runs, filled, strict=True))
+        return _Row(runs, [text for text, _ in filled], [starts for _, starts in filled]) if whole == real else None
 
     def _lay_out(self, marked: MarkedRow, turns: frozenset[int], complete: bool, prompt: bool) -> list[Run]:
         def render(end: int, add_generation_prompt: bool) -> str:
@@ -272,22 +290,6 @@ def advice_on_end_token(chat: ChatTemplate) -> str | None:
         "from an Instruct model, or train the head as well: lora.modules_to_save=[lm_head] (where the embedding is "
         "tied to it, both learn)"
     )
-
-
-def _plain_definition(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's definition without what adds, cuts or pads."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
-    backend.no_padding()
-    backend.no_truncation()
-    backend.post_processor = None  # it would trim blanks from the tokens' places
-    return backend.to_str()
-
-
-def _filled(runs: list[Run], marked: MarkedRow, real: str) -> _Row | None:
-    """The runs with the row's texts in them; None if that is not what the template writes for the row."""
-    filled = [run.fill(marked.texts) for run in runs]
-    whole = "".join(text + (run.control or "") for run, (text, _) in zip(runs, filled, strict=True))
-    return _Row(runs, [text for text, _ in filled], [starts for _, starts in filled]) if whole == real else None
 
 
 def _first_token(encoding: Encoding, start: int, length: int) -> int:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
-from finetune.data.markers import MARKER, MarkedRow, escaped
+from finetune.data.markers import MARKER, MarkedRow, written
 from finetune.errors import DataError
 
 Render = Callable[[int, bool], str]  # (first messages, with the header of the next answer) -> marked text
@@ -15,10 +16,10 @@ Render = Callable[[int, bool], str]  # (first messages, with the header of the n
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place for one of a row's texts. escapes: as in markers.MARKER."""
+    """A place for one of a row's values. letters: as in markers.MARKER."""
 
     number: int
-    escapes: str
+    letters: str
 
 
 @dataclass(slots=True)
@@ -34,14 +35,18 @@ class Run:
     control: str | None = None
     fixed: str | None = None
 
-    def fill(self, texts: Sequence[str]) -> tuple[str, list[int]]:
+    def fill(self, values: Sequence[Any]) -> tuple[str, list[int]]:
         """The run's text, and the character at which each of its spans begins."""
         if self.fixed is not None:
             return self.fixed, [0] * len(self.spans)
         parts = [
-            piece if isinstance(piece, str) else escaped(texts[piece.number], piece.escapes) for piece in self.pieces
+            piece if isinstance(piece, str) else written(values[piece.number], piece.letters) for piece in self.pieces
         ]
         return "".join(parts), [sum(map(len, parts[:piece])) for piece, _ in self.spans]
+
+    def numbers(self) -> list[int]:
+        """The values that the run writes."""
+        return [piece.number for piece in self.pieces if isinstance(piece, Slot)]
 
 
 def control_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
@@ -58,24 +63,24 @@ def lay_out(
     Raises: DataError if the targets would not be what the model generates, or a text is not written.
     """
     whole = render(len(marked.messages), prompt)
-    written = {marked.owners[int(found[2])] for found in MARKER.finditer(whole)}
-    if marked.tools and -1 not in written:
+    spoken = {marked.owners[int(found[2])] for found in MARKER.finditer(whole)}
+    if marked.tools and -1 not in spoken:
         raise DataError("the chat template leaves out the row's tools; set data.chat_template to one that writes them")
     regions = []
     for turn in sorted(turns):
-        if turn not in written:
+        if turn not in spoken:
             raise DataError(f"the chat template leaves out message {turn} ({marked.messages[turn]['role']})")
         if marked.messages[turn]["role"] == "assistant":
             regions.append((*_generated(render, marked, turn, control, whole), turn))
         else:
-            regions.append((*_written(marked, turn, control, whole), turn))
+            regions.append((*_spoken(marked, turn, control, whole), turn))
     return _cut(whole, regions, control)
 
 
 def check_complete(marked: MarkedRow, runs: Sequence[Run]) -> None:
     """Raises: DataError if a message's text or tool call is nowhere in the runs."""
-    written = {marked.owners[p.number] for run in runs for p in run.pieces if isinstance(p, Slot)}
-    if left_out := sorted(set(marked.owners) - written):
+    spoken = {marked.owners[number] for run in runs for number in run.numbers()}
+    if left_out := sorted(set(marked.owners) - spoken):
         i = left_out[0]
         raise DataError(
             f"the chat template leaves out message {i} ({marked.messages[i]['role']}); set data.chat_template to one "
@@ -85,7 +90,8 @@ def check_complete(marked: MarkedRow, runs: Sequence[Run]) -> None:
 
 def _generated(render: Render, marked: MarkedRow, turn: int, control: re.Pattern[str], whole: str) -> tuple[int, int]:
     """Where the model would begin to write an assistant turn, and where it would stop."""
-    header, until = render(turn, True), render(turn + 1, False)
+    header = render(turn, True)
+    until = render(turn + 1, False)
     common = _common_length(until, whole)
     start = len(header)
     own = [found for found in MARKER.finditer(until) if marked.owners[int(found[2])] == turn]
@@ -96,9 +102,8 @@ def _generated(render: Render, marked: MarkedRow, turn: int, control: re.Pattern
             "another header than it prompts with, so the model would be trained on what it never sees; "
             "set data.train_on=last, or data.chat_template to one that leaves earlier turns as they were"
         )
-    inside = {int(found[2]) for found in own if found.start() >= start}
-    if lost := [n for n, owner in enumerate(marked.owners) if owner == turn and n not in inside]:
-        raise DataError(f"the chat template leaves out a part of message {turn} (assistant): {marked.texts[lost[0]]!r}")
+    if lost := _left_out(marked, turn, {int(found[2]) for found in own if found.start() >= start}):
+        raise DataError(f"the chat template leaves out a part of message {turn} (assistant): {lost[0]!r}")
     ends = [found.end() for found in control.finditer(whole, last_text) if found.end() <= common]
     if not ends:
         raise DataError(
@@ -108,11 +113,28 @@ def _generated(render: Render, marked: MarkedRow, turn: int, control: re.Pattern
     return start, ends[-1]
 
 
+def _left_out(marked: MarkedRow, turn: int, inside: set[int]) -> list[str]:
+    """Texts of the turn that are neither written themselves nor as a part of what is."""
+    lost = []
+    for number, (value, owner) in enumerate(zip(marked.values, marked.owners, strict=True)):
+        at = number
+        while at >= 0 and at not in inside:
+            at = marked.parents[at]
+        if owner == turn and isinstance(value, str) and at < 0:
+            lost.append(value)
+    return lost
+
+
 def _common_length(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    """Characters that both begin with."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
 
 
-def _written(marked: MarkedRow, turn: int, control: re.Pattern[str], whole: str) -> tuple[int, int]:
+def _spoken(marked: MarkedRow, turn: int, control: re.Pattern[str], whole: str) -> tuple[int, int]:
     """From the text of a message to the control token after it."""
     own = [found for found in MARKER.finditer(whole) if marked.owners[int(found[2])] == turn]
     end = control.search(whole, own[-1].end())

@@ -407,7 +407,6 @@ def test_tools_and_calls_that_a_template_has_no_words_for_are_refused():
         ([Message("user", "u"), Message("assistant", "a", weight=0)], "weight 0"),
         ([Message("user", "\ue0f00\ue0f1"), Message("assistant", "a")], "private-use"),
         ([Message("user", "\ud800"), Message("assistant", "a")], "surrogate"),
-        ([Message("user", "u"), Message("assistant", "a", (ToolCall("f", {"x": {1, 2}}),))], "JSON"),
     ],
 )
 def test_a_conversation_without_a_target_is_refused_and_the_others_stand(chat, messages, complaint):
@@ -415,6 +414,50 @@ def test_a_conversation_without_a_target_is_refused_and_the_others_stand(chat, m
     assert isinstance(bad, DataError)
     assert complaint in str(bad)
     assert good.trained.any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [({"x": {1, 2}}, "JSON"), ({"x": ["\ud800"]}, "surrogate"), ({"\ue0f0": 1}, "private-use")],
+)
+def test_arguments_that_cannot_be_written_are_refused_whatever_rows_came_before(qwen_chat, arguments, complaint):
+    def row(arguments):
+        return Conversation((Message("user", "u"), Message("assistant", "a", (ToolCall("f", arguments),))))
+
+    for first in (arguments, {"x": "y"}):
+        *_, error = qwen_chat.encode([row(first), row(arguments)])
+        assert isinstance(error, DataError) and complaint in str(error)
+
+
+@pytest.mark.parametrize("template", ["qwen", "headed"])
+def test_rows_of_one_shape_do_not_borrow_from_each_other(request, template):
+    def row(i: int, arguments) -> Conversation:
+        call = Message("assistant", "", (ToolCall(f"f{i}", arguments),))
+        parameters = {"properties": {f"p{i}": {"type": "string" if i % 2 else "object"}}, "required": [f"p{i % 3}"]}
+        tool = {"type": "function", "function": {"name": f"f{i}", "parameters": parameters}}
+        return Conversation(
+            (Message("user", f"u{i}"), call, Message("tool", f"r{i}"), Message("assistant", f"a{i}")), (tool,)
+        )
+
+    tokenizer = request.getfixturevalue(template)
+    arguments = [
+        {},
+        {"a": 1},
+        {"a": True},
+        {"a": 1.0},
+        {"a": "1"},
+        {"a": {"b": []}},
+        {"b": 1, "a": None},
+        {"a": ["x", "y"]},
+    ]
+    rows = [row(i, values) for i, values in enumerate(arguments)]
+    chat = ChatTemplate(tokenizer)
+    for order in (rows, rows[::-1], rows):
+        for conversation, encoded in zip(order, chat.encode(order), strict=True):
+            assert encoded.ids.tolist() == stock_ids(tokenizer, conversation)
+            targets = tokenizer.decode(encoded.ids[encoded.trained])
+            assert conversation.messages[1].tool_calls[0].name in targets
+            assert f"{conversation.messages[-1].content}<|" in targets and "r" not in targets.split("}")[-1]
 
 
 def test_an_answer_is_what_the_template_writes_for_it(qwen_chat):
