@@ -23,7 +23,7 @@ from finetune.data.conversations import (
 from finetune.data.messages import Conversation, Example, Message, RawText
 from finetune.data.token_rows import COLUMNS as TOKEN_COLUMNS
 from finetune.data.token_rows import parse_tokens
-from finetune.data.values import Fields, as_text, is_empty, kind, listed
+from finetune.data.values import Fields, as_json, as_text, is_empty, kind, listed
 from finetune.errors import DataError
 
 _PREFERENCE = (
@@ -64,12 +64,18 @@ class RowFormat:
 
 def parse_messages(row: Fields, spelling: Spelling) -> Conversation:
     """OpenAI's chat rows: `{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}`."""
-    return _chat(row, read_turns(row.get("messages"), row.named("messages"), spelling))
+    return _chat(row, read_turns(_decoded(row, "messages"), row.named("messages"), spelling))
 
 
 def parse_sharegpt(row: Fields, spelling: Spelling) -> Conversation:
     """ShareGPT's rows: `{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}`."""
-    return _chat(row, read_turns(row.get("conversations"), row.named("conversations"), spelling))
+    return _chat(row, read_turns(_decoded(row, "conversations"), row.named("conversations"), spelling))
+
+
+def _decoded(row: Fields, column: str) -> Any:
+    """A column of messages; in a CSV it is the JSON text of one."""
+    value = row.get(column)
+    return as_json(value, row.named(column)) if isinstance(value, str) else value
 
 
 def parse_prompt_completion(row: Fields, spelling: Spelling) -> Conversation:

@@ -144,7 +144,8 @@ def test_conversations_without_a_system_turn_get_the_default_one():
 
 HOSTILE_TURNS = [
     ([], "messages must be a list of at least one message", "nothing"),
-    ("hi", "messages must be a list", "found text"),
+    ("hi", "messages must be JSON", "found text that is not"),
+    ('{"role": "user"}', "messages must be a list", "found an object"),
     (None, "messages must be a list", "found nothing"),
     (["hi"], "messages[0] must be an object", "found text"),
     ([Q, None], "messages[1] must be an object", "found null"),
