@@ -73,9 +73,9 @@ def _not_json(line: bytes, error: json.JSONDecodeError) -> str:
         return f"holds a NUL character (byte {line.index(0) + 1})"
     if line.strip() == b"[":
         return "opens a list; a list of rows belongs in a file called .json"
-    if error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip()):
-        return f"is cut off: {error.msg} at column {error.colno}"
-    return f"is not JSON: {error.msg} at column {error.colno}"
+    reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    ends_early = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip())
+    return f"is cut off: {reason}" if ends_early else f"is not JSON: {reason}"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
