@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from finetune.errors import DataError
@@ -12,6 +11,8 @@ from finetune.errors import DataError
 DEEPEST = 100
 # A row without one of these in its bytes, and with few brackets, has nothing that `checked` could find.
 _SUSPICIOUS = (b"\\u0000", b"\\ud", b"\\uD")
+
+_WALKED = (str, dict, list)
 
 
 def decode_row(line: bytes) -> dict[str, Any] | DataError:
@@ -39,18 +40,19 @@ def checked(row: dict[str, Any]) -> dict[str, Any] | DataError:
     pending: list[tuple[str, Any, int]] = [("", row, 1)]
     while pending:
         path, value, depth = pending.pop()
-        if depth > DEEPEST:
-            return DataError(f"is nested more than {DEEPEST} deep")
         if isinstance(value, str):
             if flaw := _flaw(value):
                 return DataError(f"{path} {flaw}")
-        elif isinstance(value, Mapping):
+        elif depth > DEEPEST:
+            return DataError(f"is nested more than {DEEPEST} deep")
+        elif isinstance(value, dict):
             for key, item in value.items():
                 if flaw := _flaw(str(key)):
                     return DataError(f"the name {key!r} {flaw}")
-                pending.append((f"{path}.{key}" if path else str(key), item, depth + 1))
-        elif isinstance(value, list):
-            pending.extend((f"{path}[{i}]", item, depth + 1) for i, item in enumerate(value))
+                if isinstance(item, _WALKED):
+                    pending.append((f"{path}.{key}" if path else str(key), item, depth + 1))
+        else:  # a list, of a million numbers perhaps
+            pending += [(f"{path}[{i}]", item, depth + 1) for i, item in enumerate(value) if isinstance(item, _WALKED)]
     return row
 
 

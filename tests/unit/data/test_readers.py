@@ -220,7 +220,7 @@ def test_a_bad_line_is_named_and_costs_no_other(tmp_path, line):
         r'{"text": "\\u0000 \\ud800"}',
         r'{"text": "\ud83d\ude00"}',
         '{"n": 1e300}',
-        '{"n": [], "text": ' + "[" * 99 + "]" * 99 + "}",
+        '{"n": [], "text": ' + "[" * 99 + '"x"' + "]" * 99 + "}",
     ],
 )
 def test_what_only_looks_bad_is_read(tmp_path, row):
