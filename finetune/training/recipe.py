@@ -136,8 +136,7 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say
 
 def _end_token_advice(cfg: RunConfig, chat: ChatTemplate) -> list[str]:
     advice = advice_on_end_token(chat)
-    trains_head = {"lm_head", "embed_tokens"} & set(cfg.lora.modules_to_save)
-    return [advice] if advice and not trains_head else []
+    return [advice] if advice and "lm_head" not in cfg.lora.modules_to_save else []
 
 
 def _build_feed(cfg: RunConfig, preparation: Preparation, data: LoadedData) -> Feed:
