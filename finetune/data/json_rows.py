@@ -73,6 +73,8 @@ def _flaw(text: str) -> str | None:
 def _not_json(line: bytes, error: json.JSONDecodeError) -> str:
     if b"\0" in line:
         return f"holds a NUL character (byte {line.index(0) + 1})"
+    if not line.strip():
+        return "is empty; there is a comma too many"
     if line.strip() == b"[":
         return "opens a list; a list of rows belongs in a file called .json"
     reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"

@@ -20,6 +20,8 @@ Unit = Literal["line", "row"]
 Content = bytes | dict[str, Any] | DataError
 
 LONGEST_ROW_BYTES = 64_000_000
+# A quote that nothing closes takes the rest of the file into its cell, at four bytes a character.
+LONGEST_RECORD_BYTES = 16_000_000
 BATCH_BYTES = 1 << 20
 PIECE_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
@@ -125,8 +127,8 @@ COMPRESSIONS: dict[str, Callable[[Any], io.BufferedReader]] = {
 }
 
 
-def _too_long(length_bytes: int) -> DataError:
-    return DataError(f"is {length_bytes:,} bytes long; a row may have {LONGEST_ROW_BYTES:,}")
+def _too_long(length_bytes: int, longest_bytes: int | None = None) -> DataError:
+    return DataError(f"is {length_bytes:,} bytes long; a row may have {longest_bytes or LONGEST_ROW_BYTES:,}")
 
 
 def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataError]]:
@@ -201,7 +203,7 @@ def _json_list(stream: io.BufferedReader) -> Found:
 
     Raises: DataError if the list does not end where the file does.
     """
-    number, parts, length, closed = 1, [], 0, False
+    number, row, length, closed = 1, bytearray(), 0, False
     for run, mark, depth in _marks(stream):
         if closed and (run + mark).strip():
             raise DataError(f"goes on after the end of its list, which came after row {number - 1}")
@@ -210,16 +212,15 @@ def _json_list(stream: io.BufferedReader) -> Found:
         closed = depth == 0 and mark != b""
         ended = closed or (mark == b"," and depth == 1)
         part = run if ended else run + mark
+        row += part
         length += len(part)
         if length > LONGEST_ROW_BYTES:
-            parts.clear()
-        parts.append(part)
+            row.clear()
         if ended:
-            row = b"".join(parts)
             if not closed or row.strip() or number > 1:
-                yield "row", number, row if length <= LONGEST_ROW_BYTES else _too_long(length)
+                yield "row", number, bytes(row) if length <= LONGEST_ROW_BYTES else _too_long(length)
                 number += 1
-            parts, length = [], 0
+            row, length = bytearray(), 0
     if not closed:
         raise DataError(f"is cut off: its list does not end; row {number} is the last that begins")
 
@@ -245,20 +246,23 @@ def _cells(stream: io.BufferedReader, delimiter: str) -> Found:
 
 def _records(stream: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, list[str] | DataError]]:
     """Records by the line that each begins in; blank lines are none."""
-    number = 0
+    number, length = 0, 0
 
     def text(line: tuple[int, bytes | DataError]) -> str:
-        nonlocal number
+        nonlocal number, length
         number, content = line
         if isinstance(content, DataError):
             raise content
+        length += len(content)
+        if length > LONGEST_RECORD_BYTES:
+            raise _too_long(length, LONGEST_RECORD_BYTES)
         return content.decode("utf-8", "surrogateescape")  # the row's check names the column that is no UTF-8
 
     # The library's cap on a cell is 128 KiB, which documents exceed; it can only be set for the whole process.
-    csv.field_size_limit(LONGEST_ROW_BYTES)
+    csv.field_size_limit(LONGEST_RECORD_BYTES)
     reader = csv.reader(map(text, _lines(stream)), delimiter=delimiter, strict=True)
     while True:
-        first = number + 1
+        first, length = number + 1, 0
         try:
             cells = next(reader)
         except StopIteration:

@@ -243,10 +243,18 @@ def test_a_bad_row_in_a_list_is_named_and_costs_no_other(tmp_path):
     assert "is not JSON" in str(rows[1].value) and "must be an object" in str(rows[3].value)
 
 
+@pytest.mark.parametrize("content", ["[{},]", "[{},,{}]", "[,{}]"])
+def test_a_comma_too_many_is_one_bad_row(tmp_path, content):
+    got = values(save(tmp_path / "rows.json", content))
+    assert len(got) == content.count(",") + 1
+    assert [str(value) for value in got if value != {}] == ["is empty; there is a comma too many"]
+
+
 @pytest.mark.parametrize("kind", ["rows.jsonl", "rows.json", "rows.csv", "rows.jsonl.gz"])
 @pytest.mark.parametrize("length", [29, 30, 31, 500])
 def test_a_row_that_is_too_long_is_measured_and_passed_over(tmp_path, monkeypatch, kind, length):
     monkeypatch.setattr(texts, "LONGEST_ROW_BYTES", 30)
+    monkeypatch.setattr(texts, "LONGEST_RECORD_BYTES", 30)
     monkeypatch.setattr(texts, "PIECE_BYTES", 8)
     ending = b"" if kind == "rows.json" else b"\n"
     long = json.dumps({"text": "x" * (length - len(ending) - 12)}).encode() + ending
@@ -326,6 +334,14 @@ def test_a_bad_record_is_named_by_its_first_line(tmp_path, content):
     with pytest.raises(DataError, match=reason):
         raise rows[index].value
     assert all(isinstance(row.value, dict) for i, row in enumerate(rows) if i != index)
+
+
+def test_a_quote_that_nothing_closes_does_not_take_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "LONGEST_RECORD_BYTES", 100)
+    rows = read(save(tmp_path / "rows.csv", 'text,more\nwhole,1\n"open,1\n' + "whole,1\n" * 40))
+    bad = [row for row in rows if isinstance(row.value, DataError)]
+    assert [row.place.number for row in bad] == [3] and "100" in str(bad[0].value)
+    assert len(rows) > 25 and rows[-1].place.number == 43
 
 
 def test_a_cell_may_be_as_long_as_a_document(tmp_path):
