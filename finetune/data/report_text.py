@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import IO
 
@@ -14,7 +15,7 @@ from finetune.data.report import Figures, Order, PartReport, Report
 from finetune.data.show import CLOSE, OPEN, ShownRow, Span, factor_of, marked, visible, weighted_runs
 from finetune.terminal import printable
 
-_BAR_WIDTH = 40
+_BAR_WIDTH, _INDENT = 40, 6
 _COLUMNS = (9, 13, 13, 8, 12, 12)
 _EIGHTHS = "▏▎▍▌▋▊▉█"
 _SCRIPTS_SHOWN = 5
@@ -37,9 +38,15 @@ def print_report(console: Console, report: Report, advice: Sequence[Advice]) -> 
         console.print(text)
     for item in advice:
         word, style = ("LEAK", "bold red") if item.level == "leak" else ("look", "bold yellow")
-        console.print(Text.assemble((word, style), f"  {printable(item.text)}"))
+        console.print(Text.assemble((word, style), f"  {_hanging(printable(item.text), console)}"))
     if not advice:
         console.print(Text("nothing looks wrong", "green"))
+
+
+def _hanging(text: str, console: Console) -> str:
+    """Wrapped where a terminal would wrap it, but indented; whole lines for programs."""
+    width = console.width - _INDENT
+    return f"\n{'':{_INDENT}}".join(textwrap.wrap(text, width)) if console.file.isatty() else text
 
 
 def print_rows(console: Console, rows: Sequence[ShownRow]) -> None:
@@ -116,7 +123,7 @@ def _histogram(report: Report) -> Iterator[Text]:
             marked_limit = True
         style = "yellow" if item.first > limit else "cyan"
         yield Text.assemble(
-            f"  {item.first:>9,} – {item.last:>9,}  ",
+            f"  {item.first:>9,} – {item.last:<9,}  ",
             (f"{_bar(item.rows, most):<{_BAR_WIDTH}}", style),
             f"{item.rows:>9,}",
         )
@@ -161,7 +168,8 @@ def describe_scripts(figures: Figures) -> str:
     shares = [f"{name} {count / letters:.1%}" for name, count in figures.scripts.most_common(_SCRIPTS_SHOWN)]
     rest = len(figures.scripts) - len(shares)
     told = ", ".join(shares) + (f" and {rest} more" if rest > 0 else "") or "no letters"
-    return f"{told} (in {'all' if figures.sampled == figures.rows else f'{figures.sampled:,} of the'} rows)"
+    sampled = "all rows" if figures.sampled == figures.rows else f"{figures.sampled:,} evenly spaced rows"
+    return f"{told} (in {sampled})"
 
 
 def _epoch(order: Order) -> Iterator[Text]:

@@ -103,6 +103,16 @@ def test_a_leak_is_loud(folder, capsys):
     assert "LEAK  e: 1 of its 1 rows are training rows of a too" in capsys.readouterr().out
 
 
+def test_a_target_of_any_weight_is_a_label_in_the_dump(folder):
+    row = chat("q", "half")
+    row["messages"][1]["weight"] = 0.5
+    write(folder / "a.jsonl", row, chat("q", "half"))
+    settings = ["data.train=[{path: a.jsonl}]", "data.eval=[]"]
+    assert main(["data", "config=run.yaml", "dump=rows.jsonl", *settings]) == 0
+    weighted, whole = lines(folder / "rows.jsonl")
+    assert weighted["labels"] == whole["labels"]
+
+
 def test_the_cut_rows_are_dumped_as_cut(folder):
     settings = ["data.max_length=30", "data.truncation=right", "data.train=[{path: b.jsonl}]", "data.eval=[]"]
     write(folder / "b.jsonl", {"text": "word " * 200})

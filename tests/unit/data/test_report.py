@@ -96,6 +96,23 @@ def test_an_epoch_is_counted_as_it_will_be_packed(tmp_path, chat):
     assert (unpacked.sequences, unpacked.steps, unpacked.fill) == (8, 4, None)
 
 
+def test_half_and_most_of_the_rows_are_no_longer_than_told(tmp_path, chat):
+    rows = [(list(range(n)), 1) for n in range(2, 102)]
+    cfg = config(tmp_path, train=[{"path": write(tmp_path / "many.jsonl", rows)}], eval=[], max_length=101)
+    lengths = report_of(cfg, chat)[0].training.lengths
+    assert (lengths.median, lengths.most, lengths.longest.tokens) == (51, 96, 101)
+
+
+def test_a_row_of_max_length_is_not_too_long_and_rows_left_out_are_no_duplicates(tmp_path, chat):
+    rows = [(list(range(10)), 1), (list(range(11)), 1), (list(range(11)), 1)]
+    cfg = config(tmp_path, eval=[{"path": write(tmp_path / "long.jsonl", rows)}])
+    write(tmp_path / "a.jsonl", rows)
+    report, _ = report_of(cfg, chat)
+    figures = report.parts[0].figures
+    assert (figures.too_long, figures.duplicates, report.training.duplicates) == (2, 0, 0)
+    assert report.parts[2].figures.shared == (("a", 1),)
+
+
 @pytest.mark.parametrize(("policy", "kept", "documents"), [("left", 36, 5), ("right", 36, 5), ("split", 46, 6)])
 def test_what_truncation_makes_of_long_rows_is_told(tmp_path, chat, policy, kept, documents):
     figures = report_of(config(tmp_path, truncation=policy), chat)[0].parts[0].figures
@@ -114,11 +131,13 @@ def test_rows_that_lost_their_targets_and_bad_rows_are_left_out_by_reason(tmp_pa
 
 def test_held_out_rows_are_a_part_of_their_own_and_every_row_is_on_one_side(tmp_path, chat):
     rows = [([i, i + 1, i + 2], 2) for i in range(200)]
-    cfg = config(tmp_path, held_out=0.25, eval=[])
-    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": cfg.data.train[:1]})})
-    write(tmp_path / "a.jsonl", rows)
+    source = {"path": write(tmp_path / "rows.jsonl", rows)}
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write("{broken\n")
+    cfg = config(tmp_path, held_out=0.25, train=[source], eval=[], on_bad_row="skip")
     report, data = report_of(cfg, chat)
     train, held = report.parts
+    assert (train.figures.left_out, held.figures.left_out) == ({"bad rows": 1}, {})
     assert (train.section, held.section, held.name) == ("train", "held out", "held_out")
     assert train.figures.rows + held.figures.rows == 200 and 20 < held.figures.rows < 80
     one, other = (set(part.rows.tolist()) for part in parts_of(data, 0.25))
@@ -169,6 +188,15 @@ def test_scripts_are_those_of_the_contents_and_of_spread_rows(tmp_path, chat, mo
     assert sample_scripts(part, preparation, str) == ({"Han": 29, "Cyrillic": 2}, 10)
     monkeypatch.setattr(scripts_module, "SAMPLED_ROWS", 2)
     assert sample_scripts(part, preparation, str) == ({"Han": 5, "Cyrillic": 2}, 2)
+
+
+def test_scripts_of_tokenised_rows_are_those_of_their_text(tmp_path, chat):
+    tokenizer = AutoTokenizer.from_pretrained(packaged("data") / "tiny-qwen2.5")
+    source = {"path": write(tmp_path / "t.jsonl", [(tokenizer.encode("你好 да"), 2)])}
+    cfg = config(tmp_path, train=[source], max_length=100)
+    preparation = Preparation(cfg.data, chat)
+    part = parts_of(load_data(preparation), 0)[0]
+    assert sample_scripts(part, preparation, tokenizer.decode) == ({"Han": 2, "Cyrillic": 2}, 1)
 
 
 def test_sources_of_different_sizes_count_by_their_rows_in_the_scripts_of_all(tmp_path, chat):
