@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.text import Text
 
 from finetune.data.advice import Advice
-from finetune.data.report import Figures, Order, PartReport, Report
+from finetune.data.report import Bin, Figures, Order, PartReport, Report
 from finetune.data.show import CLOSE, OPEN, ShownRow, Span, factor_of, marked, visible, weighted_runs
 from finetune.terminal import printable
 
 _BAR_WIDTH, _INDENT = 40, 6
 _COLUMNS = (9, 13, 13, 8, 12, 12)
 _EIGHTHS = "▏▎▍▌▋▊▉█"
+_HEIGHTS = "▁▂▃▄▅▆▇█"
 _SCRIPTS_SHOWN = 5
 _STYLES = {"control": "dim", "spelt": "bold red", "text": ""}
 _TARGET, _WEIGHTED = "green", "yellow"
@@ -143,9 +144,21 @@ def _sources(report: Report) -> Iterator[Text]:
             (printable(part.name), "bold"), f"  {part.section}, {part.format} rows of ", (printable(part.path), "dim"),
             f", weight {part.weight:g}" if part.section == "train" and part.weight != 1 else "",
         )  # fmt: skip
-        for label, text in describe_part(part).items():
+        told = describe_part(part)
+        if len(report.parts) > 1:
+            told = {"histogram": sparkline(part.figures.lengths.bins, report.max_length)} | told
+        for label, text in told.items():
             yield Text.assemble((f"  {label:<11}", "dim"), printable(text))
     yield Text()
+
+
+def sparkline(bins: Sequence[Bin], limit: int) -> str:
+    """A histogram in a line: a character a bin, │ where data.max_length lies between two."""
+    most = max(item.rows for item in bins)
+    heights = [" " if not item.rows else _HEIGHTS[-(-item.rows * len(_HEIGHTS) // most) - 1] for item in bins]
+    within = sum(item.last <= limit for item in bins)
+    line = "".join(heights[:within]) + "│" * (0 < within < len(bins)) + "".join(heights[within:])
+    return f"{bins[0].first:,} {line} {bins[-1].last:,} tokens"
 
 
 def describe_part(part: PartReport) -> dict[str, str]:

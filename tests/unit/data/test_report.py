@@ -21,6 +21,7 @@ from finetune.data.chat import ChatTemplate
 from finetune.data.loader import LoadedData, load_data
 from finetune.data.prepare import Preparation
 from finetune.data.report import Bin, Extreme, Report, build_report, evenly_spaced, length_bins, parts_of
+from finetune.data.report_text import sparkline
 from finetune.data.scripts import count_scripts, sample_scripts
 from finetune.resources import packaged
 
@@ -216,6 +217,12 @@ def test_control_tokens_in_texts_are_counted_with_their_first_place(tmp_path, ch
     assert (figures.control_tokens, figures.control_rows) == (3, 2)
     assert figures.control_place == f"{tmp_path}/c.jsonl:2"
     assert report.ends == (("a turn", "<|im_end|>"),)
+
+
+def test_a_line_draws_a_histogram_with_the_limit_in_it():
+    bins = [Bin(3, 4, 8), Bin(5, 6, 0), Bin(7, 10, 1), Bin(11, 16, 4)]
+    assert sparkline(bins, 10) == "3 █ ▁│▄ 16 tokens"
+    assert sparkline(bins, 16) == "3 █ ▁▄ 16 tokens" == sparkline(bins, 2)
 
 
 def advice(report: Report, cfg: RunConfig, end_token: str | None = None) -> str:
