@@ -32,8 +32,8 @@ def ours(file: Path, tokenizer_folder: str, processes: int, cache: str) -> dict[
     from transformers import AutoTokenizer
 
     from finetune.config.schema import DataConfig, SourceConfig
-    from finetune.data.chat import ChatTemplate
-    from finetune.data.prepare import Preparation
+    from finetune.data.template.chat import ChatTemplate
+    from finetune.data.tokens.prepare import Preparation
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     start = time.perf_counter()
@@ -164,6 +164,7 @@ def main(words: list[str]) -> None:
         "peak_bytes": {name: max(run["peak_bytes"] for run in done) for name, done in runs.items()},
     }  # fmt: skip
     results = Path(__file__).parent / "results" / f"data-cpu-{summary['date']}.json"
+    results.parent.mkdir(exist_ok=True)
     results.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(summary))
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from finetune.config.schema import RunConfig
-    from finetune.data.chat import ChatTemplate
-    from finetune.data.messages import Message
+    from finetune.data.formats.messages import Message
+    from finetune.data.template.chat import ChatTemplate
 
 HELP = """\
 usage: finetune chat adapter=FOLDER [key=value …]     a trained adapter on its base
@@ -71,7 +71,7 @@ class Conversation:
 
         Raises: DataError if the text cannot be encoded or the conversation has outgrown the model's context.
         """
-        from finetune.data.messages import Message
+        from finetune.data.formats.messages import Message
 
         asked = [*self.turns, Message("user", text)]
         system = [] if self.settings.system is None else [Message("system", self.settings.system)]
@@ -119,9 +119,13 @@ class Conversation:
         )
 
 
+_OWN = ("adapter", "max_new_tokens", "temperature", "system")
+
+
 def run_chat(arguments: Arguments) -> int:
     """`finetune chat`. Raises: InputError for settings that do not go together."""
-    own, overrides = _split_settings(arguments)
+    # Beside config=, model= chooses a model group.
+    own, overrides = arguments.split(_OWN if arguments.config else (*_OWN, "model"))
     settings = _chat_settings(own)
     adapter = Path(own["adapter"]).expanduser() if "adapter" in own else None
     config = _find_config(arguments.config, own.get("model"), adapter, overrides)
@@ -142,8 +146,8 @@ def load_conversation(config: RunConfig, adapter: Path | None, settings: ChatSet
 
     Raises: what loading them raises: ConfigError, IntegrityError, ResourceError, MissingExtra.
     """
-    from finetune.data.chat import ChatTemplate
     from finetune.data.loader import load_chat_template
+    from finetune.data.template.chat import ChatTemplate
     from finetune.models.adapter import load_adapter
     from finetune.models.load import load_base, load_tokenizer
 
@@ -199,19 +203,6 @@ def _typed_lines() -> Iterator[str]:
             continue
         if text.strip():
             yield text
-
-
-def _split_settings(arguments: Arguments) -> tuple[dict[str, str], list[str]]:
-    """Chat's own settings by name, and the overrides of the config. Beside config=, model= chooses a model group."""
-    names = {"adapter", "max_new_tokens", "temperature", "system"} | ({"model"} if arguments.config is None else set())
-    own, overrides = {}, []
-    for word in arguments.overrides:
-        key, _, value = word.partition("=")
-        if key in names:
-            own[key] = value
-        else:
-            overrides.append(word)
-    return own, overrides
 
 
 def _chat_settings(own: dict[str, str]) -> ChatSettings:

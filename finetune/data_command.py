@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from finetune.config.schema import RunConfig
     from finetune.data.loader import LoadedData
-    from finetune.data.show import Decoder
+    from finetune.data.report.rows import Decoder
 
 HELP = """\
 usage: finetune data config=X.yaml [key=value …] [show=N] [html=FILE] [dump=FILE.jsonl]
@@ -73,16 +73,16 @@ def run_data(arguments: Arguments) -> int:
 
 
 def _inspect(cfg: RunConfig, settings: DataSettings, files: dict[str, IO[str]]) -> None:
-    from finetune.data.advice import advise
-    from finetune.data.chat import advice_on_end_token
-    from finetune.data.dump import write_dump
     from finetune.data.loader import load_chat_template, load_data
-    from finetune.data.prepare import Preparation, console_progress
-    from finetune.data.report import build_report, parts_of
-    from finetune.data.report_page import write_page
-    from finetune.data.report_text import console_for, print_report, print_rows
-    from finetune.data.scripts import sample_scripts
-    from finetune.data.show import shown_rows
+    from finetune.data.report.advice import advise
+    from finetune.data.report.dump import write_dump
+    from finetune.data.report.figures import build_report, parts_of
+    from finetune.data.report.page import write_page
+    from finetune.data.report.rows import shown_rows
+    from finetune.data.report.scripts import sample_scripts
+    from finetune.data.report.text import console_for, print_report, print_rows
+    from finetune.data.template.chat import advice_on_end_token
+    from finetune.data.tokens.prepare import Preparation, console_progress
     from finetune.models.load import load_tokenizer
     from finetune.models.tokens import extend_tokenizer
 
@@ -114,7 +114,7 @@ def _inspect(cfg: RunConfig, settings: DataSettings, files: dict[str, IO[str]]) 
 
 def _keep_rows(data: LoadedData, settings: DataSettings) -> None:
     """Raises: InputError if a file to write is one that rows are read from."""
-    from finetune.data.sources import resolve_source
+    from finetune.data.reading.sources import resolve_source
 
     read = {file.resolve() for s in (*data.train, *data.eval) for file in resolve_source(s.config).files}
     for word, path in (("html", settings.html), ("dump", settings.dump)):
@@ -124,7 +124,7 @@ def _keep_rows(data: LoadedData, settings: DataSettings) -> None:
 
 def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Decoder:
     """How this tokenizer's tokens are shown."""
-    from finetune.data.show import Decoder
+    from finetune.data.report.rows import Decoder
 
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -14,8 +14,8 @@ from finetune.files import whole_file
 
 if TYPE_CHECKING:
     from finetune.config.schema import DataConfig, SourceConfig
-    from finetune.data.formats import RowParser
-    from finetune.data.messages import Conversation
+    from finetune.data.formats.messages import Conversation
+    from finetune.data.formats.parser import RowParser
 
 HELP = """\
 usage: finetune data convert path=ROWS out=messages.jsonl [key=value …]
@@ -75,8 +75,8 @@ def run_convert(arguments: Arguments) -> int:
 
 def _converted(source: SourceConfig, rows: _Rows) -> Iterator[dict[str, Any]]:
     """A row of messages for every conversation; what cannot be used is noted in `rows`."""
-    from finetune.data.formats import messages_row
-    from finetune.data.sources import read_rows
+    from finetune.data.formats.parser import messages_row
+    from finetune.data.reading.sources import read_rows
 
     parser = None
     for row in read_rows(source):
@@ -95,7 +95,7 @@ def _converted(source: SourceConfig, rows: _Rows) -> Iterator[dict[str, Any]]:
 
 
 def _parser(source: SourceConfig, first: Any) -> RowParser:
-    from finetune.data.formats import RowParser, resolve_format
+    from finetune.data.formats.parser import RowParser, resolve_format
 
     name = resolve_format(source, first, source.path)
     if name in ("text", "tokens"):
@@ -105,7 +105,7 @@ def _parser(source: SourceConfig, first: Any) -> RowParser:
 
 
 def _conversation(parser: RowParser, value: Any) -> Conversation:
-    from finetune.data.messages import Conversation
+    from finetune.data.formats.messages import Conversation
 
     example = parser.parse(value)
     if not isinstance(example, Conversation):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +12,6 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-# Nor does it read or fill the cache of whoever runs it.
-_CACHE = tempfile.TemporaryDirectory(prefix="finetune-cache-")
-os.environ["FINETUNE_CACHE"] = _CACHE.name
 
 import pytest
 from hypothesis import settings
@@ -41,6 +36,12 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the reference material in ../shared, which this machine lacks")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads or fills the token cache of whoever runs it."""
+    os.environ["FINETUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.data.chat import UNTRAINED
+from finetune.data.template.chat import UNTRAINED
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ import numpy as np
 
 from finetune.config.schema import DataConfig
 from finetune.data.batch import Document
-from finetune.data.chat import UNTRAINED, Encoded
-from finetune.data.store import TokenStore
+from finetune.data.template.chat import UNTRAINED, Encoded
+from finetune.data.tokens.store import TokenStore
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.data.chat import ChatTemplate
 from finetune.data.documents import Cut, Documents, cut_to_length
-from finetune.data.messages import Conversation, Example
-from finetune.data.prepare import Preparation
-from finetune.data.sources import resolve_source
-from finetune.data.store import BAD_ROWS, TokenStore
+from finetune.data.formats.messages import Conversation, Example
+from finetune.data.reading.sources import resolve_source
+from finetune.data.template.chat import ChatTemplate
+from finetune.data.tokens.prepare import Preparation
+from finetune.data.tokens.store import BAD_ROWS, TokenStore
 from finetune.errors import DataError
 
 _SHOWN_ERRORS = 10

@@ -23,10 +23,10 @@ from finetune.data.documents import Documents, cut_to_length
 from finetune.data.feed import StoredFeed
 from finetune.data.loader import check_bad_rows
 from finetune.data.packing import SequenceOrder
-from finetune.data.prepare import Preparation, fingerprint, no_progress
-from finetune.data.readers import RawBatch
-from finetune.data.sources import SourceFiles, resolve_source
-from finetune.data.store import TokenStore
+from finetune.data.reading.readers import RawBatch
+from finetune.data.reading.sources import SourceFiles, resolve_source
+from finetune.data.tokens.prepare import Preparation, fingerprint, no_progress
+from finetune.data.tokens.store import TokenStore
 from finetune.errors import ConfigError, DataError
 from finetune.files import write_text
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.data.chat import ChatTemplate
-from finetune.data.messages import Conversation
+from finetune.data.formats.messages import Conversation
+from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation.perplexity import evaluating
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from finetune.data.batch import Batch
-from finetune.data.chat import UNTRAINED
+from finetune.data.template.chat import UNTRAINED
 from finetune.ops.attention import SEGMENTED, plan_segments
 
 # Rows of logits alive at once: 2**26 fp32 values are 256 MB.
@@ -121,7 +121,8 @@ class CrossEntropy(nn.Module):
     """The training loss as a module, so that DDP can wrap model and loss in one.
 
     forward(batch) returns the summed negative log-likelihood over the batch's targets, each times its weight, fp32, in
-    nats; the caller divides by the global count of targets. It is differentiable also for a batch without a target (it is 0 then).
+    nats; the caller divides by the global count of targets. It is differentiable also for a batch without a target (it
+    is 0 then).
     """
 
     def __init__(self, model: nn.Module, neftune_alpha: float = 0.0):

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
 from finetune.config.schema import RunConfig
-from finetune.data.chat import ChatTemplate, advice_on_end_token
 from finetune.data.feed import Feed, StoredFeed
 from finetune.data.loader import (
     LoadedData,
@@ -28,8 +27,9 @@ from finetune.data.loader import (
     load_data,
 )
 from finetune.data.packing import SequenceOrder
-from finetune.data.prepare import Preparation, console_progress
 from finetune.data.stream import StreamingFeed
+from finetune.data.template.chat import ChatTemplate, advice_on_end_token
+from finetune.data.tokens.prepare import Preparation, console_progress
 from finetune.errors import ConfigError, Interrupted
 from finetune.evaluation.generation import Answer, answer_rows, exact_match
 from finetune.evaluation.perplexity import evaluate

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 from finetune import train
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.batch import Document
-from finetune.data.chat import ChatTemplate
-from finetune.data.prepare import Preparation
 from finetune.data.stream import StreamingFeed
+from finetune.data.template.chat import ChatTemplate
+from finetune.data.tokens.prepare import Preparation
 from finetune.errors import ConfigError, DataError
 from finetune.resources import packaged
 from tests.runs import differing, metrics, small_run

@@ -22,11 +22,11 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.data.chat import ChatTemplate
-from finetune.data.formats import FORMATS
+from finetune.data.formats.parser import FORMATS
 from finetune.data.loader import load_data
-from finetune.data.prepare import Preparation
-from finetune.data.readers import RawBatch
+from finetune.data.reading.readers import RawBatch
+from finetune.data.template.chat import ChatTemplate
+from finetune.data.tokens.prepare import Preparation
 from finetune.errors import DataError
 from finetune.resources import packaged
 

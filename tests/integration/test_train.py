@@ -19,7 +19,7 @@ import sys
 from peft import PeftModel
 from finetune import load_base, load_config, load_tokenizer
 from finetune.data.loader import load_chat_template, load_data
-from finetune.data.prepare import Preparation
+from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.perplexity import evaluate
 cfg = load_config(sys.argv[1] + "/config.yaml")
 model = PeftModel.from_pretrained(load_base(cfg.model, cfg.quant), sys.argv[1])

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune.data.chat import ChatTemplate, advice_on_end_token
-from finetune.data.messages import Conversation, Message, ToolCall
+from finetune.data.formats.messages import Conversation, Message, ToolCall
+from finetune.data.template.chat import ChatTemplate, advice_on_end_token
 from finetune.errors import DataError
 from finetune.resources import packaged
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from finetune.data.batch import Document, build_batch, silent_batch
-from finetune.data.chat import UNTRAINED
+from finetune.data.template.chat import UNTRAINED
 from finetune.losses import cross_entropy
 from finetune.losses.cross_entropy import CrossEntropy, score
 from finetune.ops.attention import plan_segments

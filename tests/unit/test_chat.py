@@ -19,7 +19,7 @@ from finetune import chat
 from finetune.arguments import Arguments
 from finetune.chat import ChatSettings, Conversation, respond, talk
 from finetune.config.compose import load_config, to_yaml
-from finetune.data.messages import Message
+from finetune.data.formats.messages import Message
 from finetune.errors import ConfigError, DataError, InputError
 from finetune.resources import packaged
 

@@ -10,9 +10,9 @@ import pytest
 from finetune.arguments import parse_arguments
 from finetune.cli import main
 from finetune.config.schema import SourceConfig
-from finetune.data.formats import RowParser
-from finetune.data.messages import Conversation
-from finetune.data.sources import read_rows
+from finetune.data.formats.messages import Conversation
+from finetune.data.formats.parser import RowParser
+from finetune.data.reading.sources import read_rows
 
 CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.data.chat import ChatTemplate
+from finetune.data.formats.messages import Conversation, Message
 from finetune.data.loader import (
     LoadedData,
     copy_bad_rows,
@@ -20,8 +20,8 @@ from finetune.data.loader import (
     load_chat_template,
     load_data,
 )
-from finetune.data.messages import Conversation, Message
-from finetune.data.prepare import Preparation
+from finetune.data.template.chat import ChatTemplate
+from finetune.data.tokens.prepare import Preparation
 from finetune.errors import DataError
 from finetune.resources import packaged
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from finetune.data.chat import ChatTemplate
-from finetune.data.messages import Conversation, Message, ToolCall
+from finetune.data.formats.messages import Conversation, Message, ToolCall
+from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation.generation import answer_rows, exact_match
 from finetune.resources import packaged
 

@@ -1,0 +1,253 @@
+"""Row formats: what the columns of a row mean.
+
+To add a format: write `(row: Fields, spelling: Spelling) -> Example` and enter it into FORMATS with its columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from finetune.config.schema import SourceConfig
+from finetune.data.formats.conversations import (
+    KNOWN_KEYS,
+    METADATA_KEYS,
+    Spelling,
+    Turn,
+    conversation,
+    read_tools,
+    read_turns,
+)
+from finetune.data.formats.messages import Conversation, Example, Message, RawText
+from finetune.data.formats.token_rows import COLUMNS as TOKEN_COLUMNS
+from finetune.data.formats.token_rows import parse_tokens
+from finetune.data.formats.values import Fields, as_json, as_text, is_empty, kind, listed
+from finetune.errors import DataError
+
+_PREFERENCE = (
+    "chosen and rejected answers are no format here; to train on the chosen ones set columns: {completion: chosen}, "
+    "or {messages: chosen} where they hold the whole conversation"
+)
+_TOOLS = {"tools": "functions"}
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What a format's rows look like.
+
+    required: columns that every row has; a format is recognised by them. aliases: another name by which a column is
+    known. messages: whether its rows hold lists of messages.
+    """
+
+    parse: Callable[[Fields, Spelling], Example]
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ("system", "tools")
+    aliases: Mapping[str, str] = field(default_factory=lambda: _TOOLS)
+    messages: bool = False
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Our names of its columns."""
+        return frozenset({*self.required, *self.optional})
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Our names of the keys of its messages."""
+        return KNOWN_KEYS if self.messages else frozenset()
+
+    def is_in(self, columns: frozenset[str]) -> bool:
+        """Whether a row with these columns can be of this format."""
+        return all(column in columns or self.aliases.get(column) in columns for column in self.required)
+
+
+def parse_messages(row: Fields, spelling: Spelling) -> Conversation:
+    """OpenAI's chat rows: `{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}`."""
+    return _chat(row, read_turns(_decoded(row, "messages"), row.named("messages"), spelling))
+
+
+def parse_sharegpt(row: Fields, spelling: Spelling) -> Conversation:
+    """ShareGPT's rows: `{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}`."""
+    return _chat(row, read_turns(_decoded(row, "conversations"), row.named("conversations"), spelling))
+
+
+def _decoded(row: Fields, column: str) -> Any:
+    """A column of messages; in a CSV it is the JSON text of one."""
+    value = row.get(column)
+    return as_json(value, row.named(column)) if isinstance(value, str) else value
+
+
+def parse_prompt_completion(row: Fields, spelling: Spelling) -> Conversation:
+    """A prompt and its completion, each a text or a list of messages.
+
+    The completion is what is trained: assistant turns in a prompt get the weight 0 unless they give one.
+    """
+
+    def side(column: str, role: str, assistant_weight: float) -> list[Turn]:
+        if isinstance(row.get(column), list):
+            return read_turns(row.get(column), row.named(column), spelling, assistant_weight)
+        return [Turn(row.named(column), Message(role, row.text(column)))]
+
+    prompt, completion = side("prompt", "user", 0.0), side("completion", "assistant", 1.0)
+    if prompt[-1].message.role == completion[0].message.role == "assistant":
+        raise DataError(f"{prompt[-1].place} is of the assistant, and so is {completion[0].place}; make them one turn")
+    return _chat(row, [*prompt, *completion])
+
+
+def parse_alpaca(row: Fields, _: Spelling) -> Conversation:
+    """Alpaca's rows: instruction, optional input (on its own line after it), output, system and history pairs."""
+    turns = []
+    history, place = row.get("history") or [], row.named("history")
+    if not isinstance(history, list):
+        raise DataError(f"{place} must be a list of pairs of texts, found {kind(history)}")
+    for i, pair in enumerate(history):
+        if not (isinstance(pair, list) and len(pair) == 2):
+            raise DataError(f"{place}[{i}] must be a pair of texts, found {kind(pair)}")
+        for j, role in enumerate(("user", "assistant")):
+            turns.append(Turn(f"{place}[{i}][{j}]", Message(role, as_text(pair[j], f"{place}[{i}][{j}]"))))
+    asked = "\n".join(filter(None, (row.text("instruction"), row.text("input", default=""))))
+    turns.append(Turn(row.named("instruction"), Message("user", asked)))
+    turns.append(Turn(row.named("output"), Message("assistant", row.text("output"))))
+    return _chat(row, turns)
+
+
+def parse_text(row: Fields, _: Spelling) -> RawText:
+    """Raw documents, for continued pretraining: `{"text": …}`."""
+    if not (text := row.text("text")):
+        raise DataError(f"{row.named('text')} is empty")
+    return RawText(text)
+
+
+def _chat(row: Fields, turns: list[Turn]) -> Conversation:
+    for column in ("label", "kto_tag"):
+        if row.get(column) is False:
+            raise DataError(f"{column} is false, which marks the answer as a bad one; remove the row")
+    for column in ("images", "audios", "videos"):
+        if not is_empty(row.get(column)):
+            raise DataError(f"{column} would be lost, for the model reads text only; remove the column or the row")
+    if system := row.text("system", default=""):
+        turns = [Turn(row.named("system"), Message("system", system)), *turns]
+    return conversation(turns, read_tools(row))
+
+
+FORMATS: dict[str, RowFormat] = {
+    "messages": RowFormat(parse_messages, ("messages",), messages=True),
+    "sharegpt": RowFormat(
+        parse_sharegpt, ("conversations",), aliases={"conversations": "conversation"} | _TOOLS, messages=True
+    ),
+    "prompt_completion": RowFormat(parse_prompt_completion, ("prompt", "completion"), messages=True),
+    "alpaca": RowFormat(parse_alpaca, ("instruction", "output"), ("input", "system", "history", "tools")),
+    "text": RowFormat(parse_text, ("text",), (), {}),
+    "tokens": RowFormat(lambda row, _: parse_tokens(row), ("input_ids",), TOKEN_COLUMNS, {}),
+}
+# Many sets of other formats carry the same rows as rendered text besides.
+_LEAST = "text"
+
+
+def detect_format(columns: frozenset[str], source: str, mapped: Mapping[str, str] | None = None) -> str:
+    """The one format whose columns are all there; text only where no other fits.
+
+    mapped: our names of columns (and of message keys) to theirs; it leaves the formats that know all of our names.
+    Raises: DataError naming the columns found when none or several fit.
+    """
+    mapped = mapped or {}
+    renamed = (columns - set(mapped.values())) | {ours for ours, theirs in mapped.items() if theirs in columns}
+    fitting = [name for name, fmt in FORMATS.items() if fmt.is_in(renamed) and set(mapped) <= fmt.columns | fmt.keys]
+    if len(fitting) > 1:
+        fitting = [name for name in fitting if name != _LEAST]
+    if len(fitting) == 1:
+        return fitting[0]
+    found = f"{source}: rows with the columns {listed(columns)}"
+    if fitting:
+        raise DataError(f"{found} fit several formats; set format to {' or '.join(fitting)}")
+    if "chosen" in renamed:
+        raise DataError(f"{found}: {_PREFERENCE}")
+    known = "; ".join(f"{name}: {', '.join(fmt.required)}" for name, fmt in FORMATS.items())
+    raise DataError(
+        f"{found} fit no format ({known}); say what its columns are called here, as "
+        "columns: {prompt: question, completion: answer}"
+    )
+
+
+def resolve_format(cfg: SourceConfig, first_value: Any, source: str) -> str:
+    """The format of a source: the one it names, else the one that its first row's columns fit.
+
+    Raises: DataError naming the source if no format or several fit, or `columns` or `roles` name what the format lacks.
+    """
+    if cfg.format == "auto" and not isinstance(first_value, Mapping):
+        raise DataError(f"{source}: its first row must be an object, found {kind(first_value)}")
+    candidates = FORMATS if cfg.format == "auto" else {cfg.format: FORMATS[cfg.format]}
+    known = frozenset().union(*(fmt.columns | fmt.keys for fmt in candidates.values()))
+    if unknown := cfg.columns.keys() - known:
+        raise DataError(
+            f"{source}: columns maps {listed(unknown)}, which {' or '.join(candidates)} rows do not have; write ours: "
+            f"theirs, ours one of {listed(known - METADATA_KEYS)}"
+        )
+    if cfg.format != "auto":
+        return cfg.format
+    of_rows = frozenset().union(*(fmt.columns for fmt in FORMATS.values()))
+    _require_mapped({ours: theirs for ours, theirs in cfg.columns.items() if ours in of_rows}, first_value, source)
+    name = detect_format(frozenset(map(str, first_value)), source, cfg.columns)
+    if cfg.roles and not FORMATS[name].messages:
+        raise DataError(f"{source}: its rows are of the format {name} and name no roles; remove roles")
+    return name
+
+
+def _require_mapped(mapped: Mapping[str, str], row: Mapping[str, Any], source: str = "") -> None:
+    where = f"{source}: " if source else ""
+    for ours, theirs in mapped.items():
+        if theirs not in row:
+            raise DataError(f"{where}a row lacks {theirs}, which columns maps to {ours}; its columns: {listed(row)}")
+
+
+@dataclass(frozen=True)
+class RowParser:
+    """Reads the rows of one source; picklable.
+
+    format: a name out of FORMATS, by `resolve_format`. system: text of the system turn that conversations without one
+    get.
+    """
+
+    source: SourceConfig
+    format: str
+    system: str | None = None
+
+    def parse(self, value: Any) -> Example:
+        """What a decoded row says.
+
+        Raises: DataError that names the column and the message, without the row's place.
+        """
+        if not isinstance(value, Mapping):
+            raise DataError(f"a row must be an object, found {kind(value)}")
+        _require_mapped(self._columns, value)
+        row = Fields.of(value, self._columns, self._format.aliases, "")
+        if missing := [column for column in self._format.required if column not in row.values]:
+            raise DataError(
+                f"the row lacks {listed(missing)}, which {self.format} rows need; its columns: {listed(value)}"
+            )
+        if not is_empty(row.get("chosen")):
+            raise DataError(_PREFERENCE)
+        example = self._format.parse(row, self._spelling)
+        if self.system is not None and isinstance(example, Conversation) and example.messages[0].role != "system":
+            return replace(example, messages=(Message("system", self.system), *example.messages))
+        return example
+
+    @property
+    def _format(self) -> RowFormat:
+        return FORMATS[self.format]
+
+    @cached_property
+    def _columns(self) -> dict[str, str]:
+        return {ours: theirs for ours, theirs in self.source.columns.items() if ours in self._format.columns}
+
+    @cached_property
+    def _spelling(self) -> Spelling:
+        return Spelling.of(self.source)
+
+
+def messages_row(conversation: Conversation) -> dict[str, Any]:
+    """The row that says a conversation in OpenAI's format; parsed as `messages`, it gives the same conversation."""
+    turns = [m.as_dict() | ({} if m.weight == 1 else {"weight": m.weight}) for m in conversation.messages]
+    tools = {"tools": [dict(tool) for tool in conversation.tools]} if conversation.tools else {}
+    return {"messages": turns, **tools}

@@ -1,0 +1,1 @@
+"""Files, folders and the hub to undecoded rows, each with its place."""

@@ -1,0 +1,1 @@
+"""What `finetune data` says about rows."""

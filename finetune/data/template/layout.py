@@ -1,0 +1,172 @@
+"""Where a chat template puts a row's texts, which control tokens it writes, and what of it the model would generate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from finetune.data.template.markers import MARKER, MarkedRow, written
+from finetune.errors import DataError
+
+Render = Callable[[int, bool], str]  # (first messages, with the header of the next answer) -> marked text
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place for one of a row's values. letters: as in markers.MARKER."""
+
+    number: int
+    letters: str
+
+
+@dataclass(slots=True)
+class Run:
+    """Text up to the next control token.
+
+    spans: (piece, message): from that piece on, everything is a target of the message, the control token included.
+    fixed: the text, where it is the same for every row of the shape.
+    """
+
+    pieces: list[str | Slot] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    control: str | None = None
+    fixed: str | None = None
+
+    def fill(self, values: Sequence[Any]) -> tuple[str, list[int]]:
+        """The run's text, and the character at which each of its spans begins."""
+        if self.fixed is not None:
+            return self.fixed, [0] * len(self.spans)
+        parts = [
+            piece if isinstance(piece, str) else written(values[piece.number], piece.letters) for piece in self.pieces
+        ]
+        return "".join(parts), [sum(map(len, parts[:piece])) for piece, _ in self.spans]
+
+    def numbers(self) -> list[int]:
+        """The values that the run writes."""
+        return [piece.number for piece in self.pieces if isinstance(piece, Slot)]
+
+
+def control_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
+    """Finds any of the tokens, the longest that fits."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def lay_out(
+    render: Render, marked: MarkedRow, turns: frozenset[int], control: re.Pattern[str], prompt: bool
+) -> list[Run]:
+    """Cuts a marked rendering at its control tokens and finds the targets of the given turns.
+
+    render: the template on the first so many marked messages. prompt: end with the header of the next answer.
+    Raises: DataError if the targets would not be what the model generates, or a text is not written.
+    """
+    whole = render(len(marked.messages), prompt)
+    spoken = {marked.owners[int(found[2])] for found in MARKER.finditer(whole)}
+    if marked.tools and -1 not in spoken:
+        raise DataError("the chat template leaves out the row's tools; set data.chat_template to one that writes them")
+    regions = []
+    for turn in sorted(turns):
+        if turn not in spoken:
+            raise DataError(f"the chat template leaves out message {turn} ({marked.messages[turn]['role']})")
+        if marked.messages[turn]["role"] == "assistant":
+            regions.append((*_generated(render, marked, turn, control, whole), turn))
+        else:
+            regions.append((*_spoken(marked, turn, control, whole), turn))
+    return _cut(whole, regions, control)
+
+
+def check_complete(marked: MarkedRow, runs: Sequence[Run]) -> None:
+    """Raises: DataError if a message's text or tool call is nowhere in the runs."""
+    spoken = {marked.owners[number] for run in runs for number in run.numbers()}
+    if left_out := sorted(set(marked.owners) - spoken):
+        i = left_out[0]
+        raise DataError(
+            f"the chat template leaves out message {i} ({marked.messages[i]['role']}); set data.chat_template to one "
+            "that writes every message, or data.train_on=last to train on what it does write"
+        )
+
+
+def _generated(render: Render, marked: MarkedRow, turn: int, control: re.Pattern[str], whole: str) -> tuple[int, int]:
+    """Where the model would begin to write an assistant turn, and where it would stop."""
+    header = render(turn, True)
+    until = render(turn + 1, False)
+    common = _common_length(until, whole)
+    start = len(header)
+    own = [found for found in MARKER.finditer(until) if marked.owners[int(found[2])] == turn]
+    last_text = max(found.end() for found in own) if own else start
+    if common < max(start, last_text) or not until.startswith(header):
+        raise DataError(
+            f"the chat template writes message {turn} (assistant) otherwise once the conversation goes on, or after "
+            "another header than it prompts with, so the model would be trained on what it never sees; "
+            "set data.train_on=last, or data.chat_template to one that leaves earlier turns as they were"
+        )
+    if lost := _left_out(marked, turn, {int(found[2]) for found in own if found.start() >= start}):
+        raise DataError(f"the chat template leaves out a part of message {turn} (assistant): {lost[0]!r}")
+    ends = [found.end() for found in control.finditer(whole, last_text) if found.end() <= common]
+    if not ends:
+        raise DataError(
+            "the chat template ends an assistant turn without a control token, so the model would never learn to "
+            "stop; set data.chat_template"
+        )
+    return start, ends[-1]
+
+
+def _left_out(marked: MarkedRow, turn: int, inside: set[int]) -> list[str]:
+    """Texts of the turn that are neither written themselves nor as a part of what is."""
+    lost = []
+    for number, (value, owner) in enumerate(zip(marked.values, marked.owners, strict=True)):
+        at = number
+        while at >= 0 and at not in inside:
+            at = marked.parents[at]
+        if owner == turn and isinstance(value, str) and at < 0:
+            lost.append(value)
+    return lost
+
+
+def _common_length(a: str, b: str) -> int:
+    """Characters that both begin with."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+def _spoken(marked: MarkedRow, turn: int, control: re.Pattern[str], whole: str) -> tuple[int, int]:
+    """From the text of a message to the control token after it."""
+    own = [found for found in MARKER.finditer(whole) if marked.owners[int(found[2])] == turn]
+    end = control.search(whole, own[-1].end())
+    return own[0].start(), end.end() if end else len(whole)
+
+
+def _cut(whole: str, regions: list[tuple[int, int, int]], control: re.Pattern[str]) -> list[Run]:
+    waiting = sorted(regions, reverse=True)
+    runs, run, at = [], Run(), 0
+    end, turn = 0, -1
+    stops = re.finditer(f"(?P<marker>{MARKER.pattern})|(?P<control>{control.pattern})", whole)
+    for found in chain(stops, [None]):
+        stop = len(whole) if found is None else found.start()
+        while waiting and waiting[-1][0] <= stop:
+            start, end, turn = waiting.pop()
+            run.pieces += [whole[at:start]] if start > at else []
+            run.spans.append((len(run.pieces), turn))
+            at = max(at, start)
+        run.pieces += [whole[at:stop]] if stop > at else []
+        if found is None:
+            break
+        at = found.end()
+        if found["marker"]:
+            run.pieces.append(Slot(int(found[3]), found[2]))
+            continue
+        run.control = found["control"]
+        runs.append(_fixed(run))
+        run = Run(spans=[(0, turn)] if at < end else [])
+    return [*runs, _fixed(run)]
+
+
+def _fixed(run: Run) -> Run:
+    if not any(isinstance(piece, Slot) for piece in run.pieces) and not any(piece for piece, _ in run.spans):
+        run.fixed = "".join(p for p in run.pieces if isinstance(p, str))
+    return run

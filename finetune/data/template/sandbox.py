@@ -1,0 +1,376 @@
+"""Chat templates are programs from strangers: they run in a sandbox, with limits on their time and on what they make.
+
+Every value that a template makes is paid for from a budget, and every operation that multiplies is estimated before it
+runs, so a template that asks for 10^9 characters fails before it has one.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import Template, nodes
+from jinja2.compiler import CodeGenerator
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.runtime import Undefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from finetune.data.template.markers import to_json
+from finetune.errors import DataError
+
+_RENDER_SECONDS = 2.0  # of the thread's own CPU time: a machine that stalls is no fault of the template
+_RENDER_SIZE = 100_000_000  # characters, and _ITEM for each item of a list, over the whole render
+_ITEM = 256
+_SIZE_OF_INPUT = 16  # more for each character of the conversation: templates put texts together piece by piece
+_LARGEST_NUMBER = 100_000  # in the arguments of a filter or a call
+_WIDE_PERCENT = re.compile(r"%[^A-Za-z%]*(\*|\d{4})")
+_WIDE_BRACES = re.compile(r"\{[^{}]*(\d{4}|\{)")
+_TOO_MUCH = f"it makes more than {_RENDER_SIZE:,} characters of one row"
+# They lay out web pages, or multiply their text by rules of their own.
+_NOT_OFFERED = ("wordwrap", "urlize", "xmlattr", "pprint", "random", "filesizeformat")
+_WRITABLE = (str, int, float, type(None), list, tuple, dict, Undefined)
+
+
+class Renderer:
+    """A compiled chat template; picklable, and usable in any thread.
+
+    source: jinja. variables: what it sees besides the conversation, as `bos_token`.
+    Raises: DataError if the source is no template.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, Any]):
+        self.source, self.variables = source, dict(variables)
+        self._of_thread = threading.local()
+        self._compiled()
+
+    def __reduce__(self) -> tuple:
+        return Renderer, (self.source, self.variables)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, add_generation_prompt: bool
+    ) -> str:
+        """What the template writes for a conversation.
+
+        Raises: DataError if the template refuses it, fails, or goes over a limit.
+        """
+        environment, template, known = self._compiled()
+        budget = environment.budget
+        budget.refill(_SIZE_OF_INPUT * sum(len(message["content"]) for message in messages))
+        values = {**known, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        parts: list[str] = []
+        try:
+            # Shared: the values are complete, with the environment's own among them.
+            for part in template.root_render_func(template.new_context(values, shared=True)):
+                budget.spend(len(part))
+                parts.append(part)
+        except (SecurityError, OverflowError, RecursionError, MemoryError) as error:
+            raise DataError(f"data.chat_template: the template does what none needs: {error}") from error
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses the row: {error}") from error
+        except Exception as error:
+            raise DataError(f"the chat template fails on the row: {type(error).__name__}: {error}") from error
+        return "".join(parts)
+
+    def _compiled(self) -> tuple[_Environment, Template, dict[str, Any]]:
+        """The environment of this thread, the template in it, and what it sees besides the conversation."""
+        if not hasattr(self._of_thread, "compiled"):
+            environment = _Environment()
+            try:
+                template = environment.from_string(self.source)
+            except TemplateSyntaxError as error:
+                raise DataError(f"data.chat_template: line {error.lineno} of the template: {error.message}") from error
+            except (TemplateError, RecursionError, ValueError, TypeError) as error:
+                raise DataError(f"data.chat_template: the template cannot be compiled: {error}") from error
+            self._of_thread.compiled = (
+                environment,
+                template,
+                {**environment.globals, **self.variables, "documents": None},
+            )
+        return self._of_thread.compiled
+
+
+class _Budget:
+    """What one render may still spend."""
+
+    __slots__ = ("end", "left", "steps")
+
+    def __init__(self) -> None:
+        self.refill(0)
+
+    def refill(self, more: int) -> None:
+        self.left, self.steps = _RENDER_SIZE + more, 0
+        self.end = time.thread_time() + _RENDER_SECONDS
+
+    def spend(self, size: int) -> None:
+        self.left -= size
+        self.steps += 1
+        if self.left < 0:
+            raise SecurityError(_TOO_MUCH)
+        if not self.steps & 63 and time.thread_time() > self.end:
+            raise SecurityError(f"it runs for more than {_RENDER_SECONDS:g} s on one row")
+
+    def check(self, size: int) -> None:
+        """Refuse an operation whose result would not be payable."""
+        if size > self.left:
+            raise SecurityError(_TOO_MUCH)
+
+    def pay(self, value: Any) -> Any:
+        self.spend(len(value) if isinstance(value, str) else _size(value, self.left))
+        return value
+
+
+def _size(value: Any, most: int) -> int:
+    """Characters and items in a value, counted as often as they would be written; stops above `most`."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        value = [part for pair in value.items() for part in pair]
+    elif not isinstance(value, list | tuple | set | frozenset):
+        return 1
+    size = _ITEM
+    for part in value:
+        if size > most:
+            break
+        size += _ITEM + _size(part, most - size)
+    return size
+
+
+class _Generator(CodeGenerator):
+    """Compiles loops, concatenations and literals so that they pay."""
+
+    def visit_Template(self, node: nodes.Template, frame: Any = None) -> None:
+        for loop in node.find_all(nodes.For):
+            loop.iter = nodes.Filter(loop.iter, "each", [], [], None, None).set_lineno(loop.lineno)
+        super().visit_Template(node, frame)
+
+    def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
+        self.write("environment.join_all((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+    def _paid(self, visit: Callable[..., None], node: nodes.Node, frame: Any) -> None:
+        self.write("environment.budget.pay(")
+        visit(node, frame)
+        self.write(")")
+
+    def visit_List(self, node: nodes.List, frame: Any) -> None:
+        self._paid(super().visit_List, node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Any) -> None:
+        self._paid(super().visit_Dict, node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Any) -> None:
+        if node.ctx == "store":
+            super().visit_Tuple(node, frame)
+        else:
+            self._paid(super().visit_Tuple, node, frame)
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks an assistant's text for other trainers; targets are found without it."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja's own declaration
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """What transformers offers chat templates, with every value paid for."""
+
+    code_generator_class = _Generator
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self) -> None:
+        self.budget = _Budget()
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationTag, LoopControlExtension],
+            finalize=_writable,
+            cache_size=0,
+        )
+        self.filters = {n: self._limited(n, f) for n, f in self.filters.items() if n not in _NOT_OFFERED}
+        self.filters |= {"tojson": self._limited("tojson", to_json), "each": self._each}
+        self.globals.pop("lipsum")
+        offered: dict[str, Any] = {
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
+            "dict": lambda *pairs, **named: dict(*pairs, **named),
+            "namespace": _Namespace,
+        }
+        self.globals = self.globals | offered
+
+    def concat(self, parts: Iterable[str]) -> str:
+        parts = list(parts)
+        self.budget.spend(sum(map(len, parts)))
+        return "".join(parts)
+
+    def join_all(self, parts: Sequence[Any]) -> str:
+        return self.concat([str(part) for part in parts])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and type(left) is type(right) is str:
+            self.budget.spend(len(left) + len(right))
+            return left + right
+        self.budget.check(_binop_size(operator, left, right))
+        return self.budget.pay(self.binop_table[operator](left, right))
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, str) and attr in ("translate", "format_map"):
+            return False
+        return super().is_safe_attribute(obj, attr, value)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, str):
+            __self._check(f".{__obj.__name__}", owner, [*args, *kwargs.values()])
+        else:
+            _check_numbers([*args, *kwargs.values()])
+        return __self.budget.pay(super().call(__context, __obj, *args, **kwargs))
+
+    def _each(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self.budget.spend(1)
+            yield value
+
+    def _limited(self, name: str, function: Callable) -> Callable:
+        extra = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+        @functools.wraps(function)
+        def limited(*args: Any, **kwargs: Any) -> Any:
+            self._check(name, args[extra], [*args[extra + 1 :], *kwargs.values()])
+            return self.budget.pay(function(*args, **kwargs))
+
+        return limited
+
+    def _check(self, name: str, value: Any, arguments: Sequence[Any]) -> None:
+        """Refuse a filter, or a method of a text (`.name`), whose result would be too large to make."""
+        largest = _check_numbers(arguments)
+        if largest > 1:
+            self.budget.check(largest * _size(value, self.budget.left))
+        if name in _RESULT_SIZE:
+            self.budget.check(_RESULT_SIZE[name](value, arguments))
+
+
+def _check_numbers(arguments: Sequence[Any]) -> int:
+    largest = max((abs(n) for n in arguments if isinstance(n, int)), default=0)
+    if largest > _LARGEST_NUMBER:
+        raise SecurityError(f"it counts to more than {_LARGEST_NUMBER:,}")
+    return largest
+
+
+def _binop_size(operator: str, left: Any, right: Any) -> int:
+    """An upper bound for the size of a product, a power or a formatted text, before it is made."""
+    if operator == "+" or isinstance(left, float) or isinstance(right, float):
+        return 0
+    if operator == "%":
+        return _formatted_size(left, [right]) if isinstance(left, str) else 0
+    if isinstance(left, int) and isinstance(right, int):
+        bits = left.bit_length() * max(right, 0) if operator == "**" else left.bit_length() + right.bit_length()
+        if bits > _LARGEST_NUMBER:
+            raise SecurityError(f"it makes a number of more than {_LARGEST_NUMBER:,} bits")
+        return bits
+    if isinstance(left, int):
+        left, right = right, left
+    return _size(left, _RENDER_SIZE) * max(right, 0) if isinstance(right, int) else 0
+
+
+def _formatted_size(pattern: str, arguments: Sequence[Any]) -> int:
+    """An upper bound for `pattern % arguments` and `pattern.format(*arguments)`."""
+    if _WIDE_PERCENT.search(pattern) or _WIDE_BRACES.search(pattern):
+        raise SecurityError("it pads a text to a great width")
+    places = pattern.count("%") + pattern.count("{")
+    return len(pattern) + places * (_size(list(arguments), _RENDER_SIZE) + 1000)
+
+
+def _replaced_size(text: Any, arguments: Sequence[Any]) -> int:
+    old, new = (str(argument) for argument in arguments[:2])
+    return len(str(text)) + str(text).count(old) * len(new)
+
+
+def _joined_size(parts: Any, separator: Any) -> int:
+    items = len(parts) if isinstance(parts, list | tuple | str) else 0
+    return _size(parts, _RENDER_SIZE) + items * _size(separator, _RENDER_SIZE)
+
+
+def _indented_size(text: Any, arguments: Sequence[Any]) -> int:
+    return str(text).count("\n") * _size(list(arguments), _RENDER_SIZE)
+
+
+def _json_size(value: Any, arguments: Sequence[Any]) -> int:
+    if _check_numbers(arguments) > 100 or sum(len(a) for part in arguments for a in _texts(part)) > 100:
+        raise SecurityError("it lays out JSON with a great indent")
+    return 0
+
+
+def _summed_size(value: Any, arguments: Sequence[Any]) -> int:
+    if any(isinstance(argument, list | tuple) for argument in arguments):
+        raise SecurityError("it sums lists")
+    return 0
+
+
+# Upper bounds for what filters and methods of texts make, where a number among their arguments does not bound it.
+_RESULT_SIZE: dict[str, Callable[[Any, Sequence[Any]], int]] = {
+    "replace": _replaced_size,
+    ".replace": _replaced_size,
+    "join": lambda parts, arguments: _joined_size(parts, arguments[0] if arguments else ""),
+    ".join": lambda separator, arguments: _joined_size(arguments[0], separator),
+    "format": _formatted_size,
+    ".format": _formatted_size,
+    "indent": _indented_size,
+    "tojson": _json_size,
+    "sum": _summed_size,
+}
+
+
+def _texts(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
+
+
+def _writable(value: Any) -> Any:
+    if isinstance(value, _WRITABLE):
+        return value
+    raise SecurityError(f"it writes a {type(value).__name__} as text")
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    if _WIDE_PERCENT.search(pattern):
+        raise SecurityError("it pads a date to a great width")
+    return datetime.now().strftime(pattern)
+
+
+class _Namespace(Namespace):
+    """Jinja's namespace without names that open with an underscore: those reach into Python."""
+
+    def __init__(*arguments: Any, **named: Any) -> None:  # a field may be called self
+        self, *pairs = arguments
+        for name in (fields := dict(*pairs, **named)):
+            _check_field(name)
+        Namespace.__init__(self, fields)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_field(name)
+        super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        return "<namespace>"  # its fields may be namespaces that hold each other
+
+
+def _check_field(name: str) -> None:
+    if name.startswith("_"):
+        raise SecurityError(f"it keeps a field called {name}")

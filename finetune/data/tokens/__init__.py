@@ -1,0 +1,1 @@
+"""Rows to tokens on disk: encoded in parallel, once, and mapped into memory."""

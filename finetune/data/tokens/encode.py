@@ -1,0 +1,152 @@
+"""From undecoded rows to tokens and loss weights: the work of one process, free of torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from finetune.data.formats.messages import Conversation, Example, RawText, TokenRow
+from finetune.data.formats.parser import RowParser
+from finetune.data.reading.readers import RawBatch, Row
+from finetune.data.template.chat import UNTRAINED, ChatTemplate, Encoded
+from finetune.data.tokens.store import BadRow, EncodedBatch
+from finetune.errors import DataError
+
+# Part of every cache's fingerprint: raise it when the same rows would give other tokens, weights or hashes.
+ENCODING_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Decodes, parses and encodes rows; picklable, so that other processes can have one."""
+
+    parser: RowParser
+    chat: ChatTemplate
+    train_on: str
+
+    def examples(self, batch: RawBatch) -> Iterator[tuple[Row, Example | DataError]]:
+        """Every row of the batch as what it says, or as what is wrong with it."""
+        for row in batch.rows():
+            yield row, self.parse(row.value)
+
+    def parse(self, value: Any) -> Example | DataError:
+        """A decoded row as what it says; an error stays one."""
+        if isinstance(value, DataError):
+            return value
+        try:
+            return self.parser.parse(value)
+        except DataError as error:
+            return error
+
+    def __call__(self, batch: RawBatch) -> EncodedBatch:
+        """Encode a batch; rows that cannot be used are listed, none raises."""
+        rows, examples, bad = [], [], []
+        for row, example in self.examples(batch):
+            if isinstance(example, DataError):
+                bad.append(BadRow(row.index, str(row.place), str(example)))
+            else:
+                rows.append(row)
+                examples.append(example)
+        good: list[tuple[Row, Example, Encoded]] = []
+        for row, example, result in zip(rows, examples, self.encode(examples), strict=True):
+            if isinstance(result, DataError):
+                bad.append(BadRow(row.index, str(row.place), str(result)))
+            else:
+                good.append((row, example, result))
+        return self._collect(batch, good, sorted(bad, key=lambda row: row.index))
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded | DataError]:
+        """Tokens and loss weights of every example, in order."""
+        chats = [example for example in examples if isinstance(example, Conversation)]
+        texts = [example for example in examples if isinstance(example, RawText)]
+        tokens = [example for example in examples if isinstance(example, TokenRow)]
+        encoded: dict[type, Iterator[Encoded | DataError]] = {
+            Conversation: iter(self.chat.encode(chats, self.train_on)),
+            RawText: iter(self._encode_texts(texts)),
+            TokenRow: map(self._encode_tokens, tokens),
+        }
+        return [next(encoded[type(example)]) for example in examples]
+
+    def _encode_texts(self, texts: Sequence[RawText]) -> list[Encoded | DataError]:
+        """Every token a target, and the end of the document after them."""
+        if not texts:
+            return []
+        end = np.array([self.chat.end_of_text_id], dtype=np.int32)
+        encoded = [np.concatenate([ids, end]) for ids in self.chat.encode_texts([text.text for text in texts])]
+        return [
+            Encoded(ids, np.ones(len(ids), dtype=np.float32)) if len(ids) > 1 else DataError("the text is empty")
+            for ids in encoded
+        ]
+
+    def _encode_tokens(self, row: TokenRow) -> Encoded | DataError:
+        if row.input_ids and max(row.input_ids) >= self.chat.vocabulary_size:
+            return DataError(
+                f"input_ids holds {max(row.input_ids)}, the tokenizer ends at {self.chat.vocabulary_size - 1}; was the "
+                "row tokenised for another model?"
+            )
+        ids = np.asarray(row.input_ids, dtype=np.int32)
+        trained = np.ones(len(ids), bool) if row.labels is None else np.asarray(row.labels) != UNTRAINED
+        if not trained[1:].any():
+            return DataError("no token is a target, so there is nothing to train on")
+        return Encoded(ids, trained.astype(np.float32))
+
+    def _collect(
+        self, batch: RawBatch, good: list[tuple[Row, Example, Encoded]], bad: Sequence[BadRow]
+    ) -> EncodedBatch:
+        def column(values: list[int], dtype: type = np.int64) -> np.ndarray:
+            return np.array(values, dtype=dtype)
+
+        none = [np.empty(0)]
+        return EncodedBatch(
+            file=batch.file, unit=batch.unit,
+            lengths=column([len(encoded.ids) for _, _, encoded in good]),
+            indices=column([row.index for row, _, _ in good]),
+            numbers=column([row.place.number for row, _, _ in good]),
+            hashes=column([content_hash(example) for _, example, _ in good], np.uint64),
+            control_tokens=column([self._control_tokens(example) for _, example, _ in good], np.int32),
+            ids=np.concatenate([encoded.ids for _, _, encoded in good] or none).astype(np.int32, copy=False),
+            weights=np.concatenate([encoded.weights for _, _, encoded in good] or none).astype(np.float32, copy=False),
+            bad=tuple(bad), bytes_read=batch.bytes_read,
+        )  # fmt: skip
+
+    def _control_tokens(self, example: Example) -> int:
+        return sum(map(self.chat.control_tokens_in, texts_of(example)))
+
+
+def texts_of(example: Example) -> Iterator[str]:
+    """Every text that a row's author wrote."""
+    if isinstance(example, RawText):
+        yield example.text
+    if isinstance(example, Conversation):
+        for message in example.messages:
+            yield message.content
+            for call in message.tool_calls:
+                yield from _strings({call.name: call.arguments})
+        yield from _strings(example.tools)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _strings(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _strings(item)
+
+
+def content_hash(example: Example) -> int:
+    """64 bits of a row's content: what it says, not how its file spelt it. Loss weights do not count."""
+    if isinstance(example, Conversation):
+        content: Any = [[message.as_dict() for message in example.messages], example.tools]
+    else:
+        content = example.text if isinstance(example, RawText) else example.input_ids
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=dict)
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

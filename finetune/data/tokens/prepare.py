@@ -1,0 +1,194 @@
+"""Tokenise a source once: found in the cache by a fingerprint of everything that decides its tokens, or made there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+from filelock import FileLock, Timeout
+
+from finetune.config.schema import DataConfig, SourceConfig
+from finetune.data.formats.parser import RowParser, resolve_format
+from finetune.data.reading.readers import RawBatch
+from finetune.data.reading.sources import SourceFiles, resolve_source
+from finetune.data.template.chat import ChatTemplate
+from finetune.data.tokens.encode import ENCODING_VERSION, RowEncoder
+from finetune.data.tokens.store import StoreWriter, TokenStore, is_whole
+from finetune.data.tokens.workers import encode_all
+from finetune.errors import DataError, ResourceError
+
+# Smaller sources are encoded sooner by this process than others can start.
+_WORTH_WORKERS_BYTES = 8_000_000
+# How long the other ranks wait for a store that no process is at work on.
+_PATIENCE_SECONDS = 60.0
+
+
+class Progress(Protocol):
+    """Told how far the tokenisation is: bytes read and in all, rows done."""
+
+    def __call__(self, name: str, done_bytes: int, total_bytes: int, rows: int) -> None: ...
+
+
+def no_progress(name: str, done_bytes: int, total_bytes: int, rows: int) -> None:
+    """Says nothing."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How the rows of a config become tokens.
+
+    main: this process makes what the cache lacks; the others wait for it.
+    """
+
+    cfg: DataConfig
+    chat: ChatTemplate
+    main: bool = True
+    progress: Progress = no_progress
+
+    @property
+    def cache(self) -> Path:
+        """The folder that holds a store for every source ever tokenised."""
+        home = (
+            os.environ.get("FINETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "finetune/tokens"
+        )
+        return Path(self.cfg.cache or home).expanduser()
+
+    def encoder(self, source: SourceConfig, format_name: str) -> RowEncoder:
+        """What turns this source's rows into tokens."""
+        return RowEncoder(RowParser(source, format_name, self.cfg.system), self.chat, self.cfg.train_on)
+
+    def store(self, source: SourceConfig) -> TokenStore:
+        """The source's tokens, from the cache where it has them.
+
+        Raises: DataError if the source cannot be read at all; bad rows are listed in the store, whatever the policy.
+        """
+        files = resolve_source(source)
+        made_from = {**self.made_from(source), "rows": files.digest()}
+        folder = self.cache / fingerprint(made_from)
+
+        def write(temporary: Path) -> None:
+            format_name, batches = self.with_format(source, files.batches(source.limit))
+            self.write(temporary, source, format_name, batches, made_from)
+
+        self.provide(folder, write)
+        os.utime(folder)  # when it was last used, for whoever cleans the cache
+        return TokenStore(folder)
+
+    def made_from(self, source: SourceConfig) -> dict[str, Any]:
+        """Everything but the rows that decides the tokens, by name."""
+        return {
+            "version": ENCODING_VERSION, "tokenizers": tokenizers.__version__,
+            "tokenizer": self.chat.digest(), "template": self.chat.template, "train_on": self.cfg.train_on,
+            "system": self.cfg.system, **source.model_dump(include={"format", "columns", "roles", "limit"}),
+        }  # fmt: skip
+
+    def provide(self, folder: Path, write: Callable[[Path], None]) -> None:
+        """See to it that a whole store lies in `folder`: written by the main process, awaited by the others.
+
+        write: writes the store into the folder it is given, which becomes `folder` once it is done.
+        """
+        if is_whole(folder):
+            return
+        if not self.main:
+            _wait_for(folder)
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(_lock_of(folder)):
+            if is_whole(folder):
+                return
+            # Under the lock nobody else writes here: what lies here was left by a process that was killed.
+            for leftover in (folder, *folder.parent.glob(f".{folder.name}.*")):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+            temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+            try:
+                write(temporary)
+                os.rename(temporary, folder)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+
+    def write(
+        self,
+        folder: Path,
+        source: SourceConfig,
+        format_name: str,
+        batches: Iterable[RawBatch],
+        made_from: dict[str, Any],
+    ) -> None:
+        """Encode batches of a source into a store."""
+        files = resolve_source(source)
+        writer = StoreWriter(folder)
+        rows = 0
+        encoder = self.encoder(source, format_name)
+        for batch in encode_all(encoder, batches, self._workers(files)):
+            writer.append(batch)
+            rows += len(batch.lengths) + len(batch.bad)
+            self.progress(files.name, batch.bytes_read, files.size_bytes, rows)
+        writer.finish(format_name, made_from)
+
+    def with_format(self, source: SourceConfig, batches: Iterator[RawBatch]) -> tuple[str, Iterator[RawBatch]]:
+        """The rows' format, by the first row that can be read, and all batches, those looked at included."""
+        seen: list[RawBatch] = []
+        for batch in batches:
+            seen.append(batch)
+            first = next((row.value for row in batch.rows() if not isinstance(row.value, DataError)), None)
+            if first is not None:
+                return resolve_format(source, first, source.path), chain(seen, batches)
+        return source.format, iter(seen)
+
+    def _workers(self, files: SourceFiles) -> int:
+        if self.cfg.workers is None and files.size_bytes < _WORTH_WORKERS_BYTES:
+            return 0
+        return self.cfg.workers or len(os.sched_getaffinity(0))
+
+
+def fingerprint(made_from: Mapping[str, Any]) -> str:
+    """A folder's name for what a store is made from."""
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _wait_for(folder: Path) -> None:
+    """Until another process has made the store, however long it works; not if nobody works on it."""
+    idle_since = time.monotonic()
+    while not is_whole(folder):
+        if time.monotonic() - idle_since > _PATIENCE_SECONDS:
+            raise ResourceError(f"the main rank left {folder} unfinished; its own message says why")
+        time.sleep(0.2)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            FileLock(_lock_of(folder)).acquire(blocking=False).lock.release()
+        except Timeout:
+            idle_since = time.monotonic()
+
+
+def console_progress(say: Callable[[str], None], every_seconds: float = 10.0) -> Progress:
+    """A line that grows on a terminal; elsewhere a line now and then, and none for what is done at once."""
+    started = last = time.monotonic()
+
+    def progress(name: str, done_bytes: int, total_bytes: int, rows: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        share = done_bytes / total_bytes if total_bytes else 1.0
+        text = f"tokenising {name}: {share:4.0%}, {rows:,} rows, {rows / max(now - started, 1e-9):,.0f} a second"
+        if sys.stderr.isatty():
+            print(f"\r{text}", end="\n" if share >= 1 else "", file=sys.stderr, flush=True)
+        elif now - last > every_seconds:
+            last = now
+            say(text)
+
+    return progress

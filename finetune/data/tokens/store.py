@@ -1,0 +1,236 @@
+"""Tokenised rows on disk, memory-mapped: written once, read by every rank.
+
+A store is a folder: ids.bin (int32), codes.bin (uint8, which of the store's loss weights a token has), rows.npz (an
+entry a row), meta.json, bad_rows.jsonl. It is written under another name and renamed, so a folder that carries its name
+is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from finetune.data.template.chat import Encoded
+from finetune.errors import DataError
+
+# An entry a row; 32 bits hold two thousand million rows, and rows of as many tokens.
+_COLUMNS = {
+    "lengths": np.int32, "targets": np.int32, "indices": np.int32, "numbers": np.int32, "files": np.int32,
+    "control_tokens": np.int32, "hashes": np.uint64,
+}  # fmt: skip
+_IDS, _CODES, _ROWS, _META, BAD_ROWS = "ids.bin", "codes.bin", "rows.npz", "meta.json", "bad_rows.jsonl"
+_MOST_WEIGHTS = 256  # a code is one byte
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used, where it stands and why."""
+
+    index: int
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBatch:
+    """Rows of one file, encoded, in order; rows that could not be used stand in `bad`.
+
+    lengths, indices, numbers [N] int64 (tokens, row in the source from 0, line or row in the file from 1);
+    hashes [N] uint64 of the rows' content; control_tokens [N] int32 spelt out in contents;
+    ids [sum of lengths] int32; weights [sum of lengths] float32. bytes_read: of the source's files, up to
+    and with these rows.
+    """
+
+    file: str
+    unit: str
+    lengths: np.ndarray
+    indices: np.ndarray
+    numbers: np.ndarray
+    hashes: np.ndarray
+    control_tokens: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray
+    bad: tuple[BadRow, ...]
+    bytes_read: int
+
+
+@dataclass(frozen=True)
+class StoreMeta:
+    """What meta.json holds. content: SHA-256 over tokens and weights, however the rows lay in files; weights: what a
+    code stands for; sizes: bytes of every other file.
+    """
+
+    rows: int
+    tokens: int
+    bad_rows: int
+    content: str
+    format: str
+    files: list[str]
+    units: list[str]
+    weights: list[float]
+    sizes: dict[str, int]
+    made_from: dict[str, Any] = field(default_factory=dict)
+
+
+class TokenStore(Sequence[Encoded]):
+    """Rows of one source as encoded, before any is cut.
+
+    lengths [N] int32: tokens. targets [N] int32: tokens that are predicted, the first token never being one.
+    indices [N] int32: the row in its source, from 0, bad rows counted. hashes [N] uint64: of the row's content.
+    control_tokens [N] int32: spelt out in contents.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.meta = StoreMeta(**json.loads((folder / _META).read_text(encoding="utf-8")))
+        with np.load(folder / _ROWS, allow_pickle=False) as rows:
+            self.lengths, self.targets = rows["lengths"], rows["targets"]
+            self.indices, self.hashes = rows["indices"], rows["hashes"]
+            self.control_tokens = rows["control_tokens"]
+            self._files, self._numbers = rows["files"], rows["numbers"]
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        self._ids = _mapped(folder / _IDS, np.int32, self.meta.tokens)
+        self._codes = _mapped(folder / _CODES, np.uint8, self.meta.tokens)
+        self._weights = np.asarray(self.meta.weights, dtype=np.float32)
+
+    def __len__(self) -> int:
+        return self.meta.rows
+
+    @overload
+    def __getitem__(self, row: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Encoded]: ...
+    def __getitem__(self, row: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        return self.piece(row % len(self), 0, int(self.lengths[row]))
+
+    def piece(self, row: int, start: int, length: int) -> Encoded:
+        """Tokens [start, start + length) of a row."""
+        where = slice(first := int(self.starts[row]) + start, first + length)
+        return Encoded(np.asarray(self._ids[where]), self._weights[self._codes[where]])
+
+    def place(self, row: int) -> str:
+        """Where the row stands: `file:line`, or `file:row N` in files without lines."""
+        file, number = int(self._files[row]), int(self._numbers[row])
+        return f"{self.meta.files[file]}:{'' if self.meta.units[file] == 'line' else 'row '}{number}"
+
+    @property
+    def format(self) -> str:
+        """What the rows were recognised as."""
+        return self.meta.format
+
+    @property
+    def bad_rows(self) -> Path:
+        """JSON lines of the rows that could not be used: place, row, reason."""
+        return self.folder / BAD_ROWS
+
+
+def _mapped(file: Path, dtype: type, length: int) -> np.ndarray:
+    return np.memmap(file, dtype=dtype, mode="r", shape=(length,)) if length else np.empty(0, dtype=dtype)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a store lies there whole: every file is as long as meta.json says, which is written last."""
+    try:
+        sizes = json.loads((folder / _META).read_text(encoding="utf-8"))["sizes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+class StoreWriter:
+    """Writes a store batch by batch into a folder of its own; memory holds 32 bytes a row, and no tokens.
+
+    Raises: DataError for rows with more different loss weights than a store can tell apart.
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self._ids = (folder / _IDS).open("wb")
+        self._codes = (folder / _CODES).open("wb")
+        self._bad = (folder / BAD_ROWS).open("w", encoding="utf-8")
+        self._content = {name: hashlib.sha256() for name in ("ids", "codes", "lengths")}
+        self._weights: dict[float, int] = {0.0: 0, 1.0: 1}
+        self._files: dict[tuple[str, str], int] = {}
+        self._columns: dict[str, list[np.ndarray]] = {name: [np.empty(0, dtype)] for name, dtype in _COLUMNS.items()}
+        self._bad_rows = 0
+
+    def append(self, batch: EncodedBatch) -> None:
+        """Add rows; batches come in the order of the source."""
+        codes = self._code(batch.weights)
+        self._ids.write(batch.ids.data)
+        self._codes.write(codes.data)
+        for name, values in (("ids", batch.ids), ("codes", codes), ("lengths", batch.lengths)):
+            self._content[name].update(values.data)
+        file = self._files.setdefault((batch.file, batch.unit), len(self._files))
+        rows = {
+            "lengths": batch.lengths, "targets": _targets(batch), "indices": batch.indices, "numbers": batch.numbers,
+            "hashes": batch.hashes, "control_tokens": batch.control_tokens, "files": np.full(len(batch.lengths), file),
+        }  # fmt: skip
+        for name, dtype in _COLUMNS.items():
+            self._columns[name].append(rows[name].astype(dtype))
+        for bad in batch.bad:
+            self._bad.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
+        self._bad_rows += len(batch.bad)
+
+    def finish(self, format_name: str, made_from: dict[str, Any]) -> None:
+        """Close the files and see them on the disk; the folder may be renamed then."""
+        columns = {name: np.concatenate(self._columns.pop(name)) for name in _COLUMNS}
+        with (self.folder / _ROWS).open("wb") as rows:
+            np.savez(rows, allow_pickle=False, **columns)
+            _settle(rows)
+        for stream in (self._ids, self._codes, self._bad):
+            _settle(stream)
+            stream.close()
+        files = [file for file, _ in self._files]
+        units = [unit for _, unit in self._files]
+        meta = StoreMeta(
+            rows=len(columns["lengths"]), tokens=int(columns["lengths"].sum(dtype=np.int64)), bad_rows=self._bad_rows,
+            content=self._digest(), format=format_name, files=files, units=units, weights=list(self._weights),
+            sizes={name: (self.folder / name).stat().st_size for name in (_IDS, _CODES, _ROWS, BAD_ROWS)},
+            made_from=made_from,
+        )  # fmt: skip
+        with (self.folder / _META).open("w", encoding="utf-8") as stream:
+            json.dump(asdict(meta), stream, ensure_ascii=False, indent=1)
+            _settle(stream)
+
+    def _digest(self) -> str:
+        parts = [*(part.hexdigest() for part in self._content.values()), list(self._weights)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _code(self, weights: np.ndarray) -> np.ndarray:
+        found, inverse = np.unique(weights, return_inverse=True)
+        for weight in found.tolist():
+            self._weights.setdefault(weight, len(self._weights))
+        if len(self._weights) > _MOST_WEIGHTS:
+            raise DataError(
+                f"the rows carry more than {_MOST_WEIGHTS - 2} different weights; round them to fewer, as 0.25, 0.5, 1"
+            )
+        table = np.array([self._weights[weight] for weight in found.tolist()], dtype=np.uint8)
+        return table[inverse] if len(table) else np.empty(0, dtype=np.uint8)
+
+
+def _targets(batch: EncodedBatch) -> np.ndarray:
+    """Targets a row [N]: the first token of a row is predicted from nothing, so it is none."""
+    if not len(batch.lengths):
+        return np.empty(0, dtype=np.int64)
+    ends = np.cumsum(batch.lengths)
+    trained = (batch.weights > 0).astype(np.int64)
+    trained[ends - batch.lengths] = 0
+    return np.add.reduceat(trained, ends - batch.lengths)
+
+
+def _settle(stream: Any) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())

@@ -1,0 +1,114 @@
+"""Processes that encode rows beside this one.
+
+Plain child processes that speak pickle over their pipes, not `multiprocessing`: neither a fork of a process that holds
+a GPU and threads, nor a second import of the user's script or notebook. A child whose parent is gone reads the end of
+its pipe and ends.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from threading import local
+from typing import IO, cast
+
+from finetune.data.reading.readers import RawBatch
+from finetune.data.tokens.encode import RowEncoder
+from finetune.data.tokens.store import EncodedBatch
+from finetune.errors import ResourceError
+
+_PARENT = Path(__file__).resolve().parents[3]
+_CHILD = f"import sys; sys.path.insert(0, {str(_PARENT)!r}); from finetune.data.tokens.workers import serve; serve()"
+# Batches under way for each worker: one at work, one waiting in its pipe.
+_AHEAD = 2
+
+
+def encode_all(encoder: RowEncoder, batches: Iterable[RawBatch], workers: int) -> Iterator[EncodedBatch]:
+    """Every batch encoded, in the order given, by so many child processes; 0 encodes in this process.
+
+    Memory: two batches a worker. Raises: ResourceError if a worker dies.
+    """
+    if workers == 0:
+        yield from map(encoder, batches)
+        return
+    children: list[_Child] = []
+    mine = local()
+
+    def encode(batch: RawBatch) -> EncodedBatch:
+        if not hasattr(mine, "child"):
+            mine.child = _Child(encoder)
+            children.append(mine.child)
+        return mine.child(batch)
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="encode") as threads:
+        try:
+            yield from _in_order(lambda batch: threads.submit(encode, batch), batches, _AHEAD * workers)
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                child.stop()
+
+
+def _in_order(
+    submit: Callable[[RawBatch], Future[EncodedBatch]], batches: Iterable[RawBatch], ahead: int
+) -> Iterator[EncodedBatch]:
+    pending: deque[Future[EncodedBatch]] = deque()
+    for batch in batches:
+        pending.append(submit(batch))
+        if len(pending) >= ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+class _Child:
+    def __init__(self, encoder: RowEncoder):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+        self._requests = cast(IO[bytes], self._process.stdin)
+        self._answers = cast(IO[bytes], self._process.stdout)
+        self._send(encoder)
+
+    def __call__(self, batch: RawBatch) -> EncodedBatch:
+        try:
+            self._send(batch)
+            return pickle.load(self._answers)  # noqa: S301 - our own child's answer
+        except (EOFError, BrokenPipeError) as error:
+            code = self._process.wait()
+            raise ResourceError(
+                f"a tokenising process died (exit code {code}); if memory is short, set data.workers=1"
+            ) from error
+
+    def _send(self, message: RowEncoder | RawBatch) -> None:
+        pickle.dump(message, self._requests, protocol=pickle.HIGHEST_PROTOCOL)
+        self._requests.flush()
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        with suppress(BrokenPipeError):
+            self._requests.close()
+        self._answers.close()
+
+
+def serve(requests: IO[bytes] | None = None, answers: IO[bytes] | None = None) -> None:
+    """A child's life: an encoder first, then a batch for every answer, until the parent closes the pipe."""
+    requests = requests or sys.stdin.buffer
+    answers = answers or os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), 1)  # what anything prints must not end up among the answers
+    try:
+        encoder: RowEncoder = pickle.load(requests)  # noqa: S301 - from the parent that started this process
+        while True:
+            pickle.dump(encoder(pickle.load(requests)), answers, protocol=pickle.HIGHEST_PROTOCOL)  # noqa: S301
+            answers.flush()
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return

@@ -1,0 +1,96 @@
+"""What is written into a store is what is read from it; a store that is not whole is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.data.tokens.store import BadRow, EncodedBatch, StoreWriter, TokenStore, is_whole
+from finetune.errors import DataError
+
+WEIGHTS = st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.5, 2.25])
+ROWS = st.lists(st.lists(st.tuples(st.integers(0, 2**31 - 1), WEIGHTS), min_size=1, max_size=9), max_size=20)
+
+
+def batch(rows: list[list[tuple[int, float]]], first: int = 0, file: str = "a.jsonl", bad: tuple = ()) -> EncodedBatch:
+    flat = [pair for row in rows for pair in row]
+    count = len(rows)
+    return EncodedBatch(
+        file=file, unit="line" if file.endswith("jsonl") else "row",
+        lengths=np.array([len(row) for row in rows], dtype=np.int64), indices=np.arange(first, first + count),
+        numbers=np.arange(1, count + 1), hashes=np.arange(count, dtype=np.uint64),
+        control_tokens=np.zeros(count, dtype=np.int32), ids=np.array([i for i, _ in flat], dtype=np.int32),
+        weights=np.array([w for _, w in flat], dtype=np.float32), bad=bad, bytes_read=0,
+    )  # fmt: skip
+
+
+def write(folder: Path, *batches: EncodedBatch) -> TokenStore:
+    writer = StoreWriter(folder)
+    for part in batches:
+        writer.append(part)
+    writer.finish("messages", {"made": "here"})
+    return TokenStore(folder)
+
+
+@given(st.lists(ROWS, max_size=3))
+def test_rows_come_back_as_they_were_written(tmp_path_factory, batches):
+    store = write(tmp_path_factory.mktemp("store") / "s", *map(batch, batches))
+    rows = [row for part in batches for row in part]
+    assert len(store) == len(rows)
+    for read, row in zip(store, rows, strict=True):
+        assert read.ids.tolist() == [i for i, _ in row]
+        assert read.weights.tolist() == [w for _, w in row]
+    # The first token of a row is predicted from nothing.
+    assert store.targets.tolist() == [sum(w > 0 for _, w in row[1:]) for row in rows]
+
+
+def test_places_name_file_and_line_or_row(tmp_path):
+    one = [[(1, 1.0), (2, 1.0)]]
+    store = write(tmp_path / "s", batch(one * 2), batch(one, 2, "b.parquet"))
+    assert [store.place(i) for i in range(3)] == ["a.jsonl:1", "a.jsonl:2", "b.parquet:row 1"]
+
+
+def test_bad_rows_are_listed(tmp_path):
+    store = write(tmp_path / "s", batch([], bad=(BadRow(3, "a.jsonl:4", "is not JSON"),)))
+    assert store.meta.bad_rows == 1
+    assert json.loads(store.bad_rows.read_text()) == {"index": 3, "place": "a.jsonl:4", "reason": "is not JSON"}
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "codes.bin", "rows.npz", "meta.json", "bad_rows.jsonl"])
+@pytest.mark.parametrize("harm", ["missing", "cut"])
+def test_a_store_that_lacks_something_is_not_whole(tmp_path, name, harm):
+    write(tmp_path / "s", batch([[(1, 1.0), (2, 1.0)]], bad=(BadRow(3, "a.jsonl:4", "is not JSON"),)))
+    assert is_whole(tmp_path / "s")
+    file = tmp_path / "s" / name
+    if harm == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    assert not is_whole(tmp_path / "s")
+
+
+def test_the_content_digest_follows_tokens_weights_and_borders(tmp_path):
+    def content(name: str, rows: list[list[tuple[int, float]]], file: str = "a.jsonl") -> str:
+        return write(tmp_path / name, batch(rows, file=file)).meta.content
+
+    rows = [[(1, 0.0), (2, 1.0)], [(3, 0.0), (4, 1.0)]]
+    others = [
+        [[(1, 0.0), (2, 1.0)], [(3, 0.0), (5, 1.0)]],
+        [[(1, 0.0), (2, 0.5)], [(3, 0.0), (4, 1.0)]],
+        [[(1, 0.0), (2, 0.25)], [(3, 0.0), (4, 1.0)]],
+        [[(1, 0.0), (2, 1.0), (3, 0.0)], [(4, 1.0)]],
+    ]
+    digests = [content(str(i), other) for i, other in enumerate([rows, *others])]
+    assert len(set(digests)) == len(digests)
+    apart = write(tmp_path / "apart", batch(rows[:1], file="b.jsonl"), batch(rows[1:], file="c.parquet"))
+    assert apart.meta.content == digests[0]
+
+
+def test_more_weights_than_a_byte_can_name_are_refused(tmp_path):
+    with pytest.raises(DataError, match="more than 254 different weights"):
+        write(tmp_path / "s", batch([[(1, 0.0), *((2, i / 1000) for i in range(1, 300))]]))
