@@ -143,8 +143,11 @@ def _source(
 ) -> Source:
     cut = cut_to_length(store, rows, cfg)
     _check_cut(cut, store, cfg)
-    counts = Counter({"bad rows skipped": store.meta.bad_rows}) + cut.counts
-    counts += Counter({"control tokens kept as text": int(store.control_tokens[rows].sum())})
+    counts = cut.counts + Counter({
+        "bad rows skipped": store.meta.bad_rows,
+        "left without a target": len(cut.without_target),
+        "control tokens kept as text": int(store.control_tokens[rows].sum()),
+    })  # fmt: skip
     if not len(cut.documents):
         what = f"of its {len(store):,} rows data.held_out={cfg.held_out} keeps none" if name else _describe(counts)
         raise DataError(

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.data.test_store import batch, write
 
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.documents import Documents, cut_to_length
 from finetune.data.template.chat import UNTRAINED
 from finetune.data.tokens.store import TokenStore
+from tests.unit.data.tokens.test_store import batch, write
 
 ROWS = st.lists(
     st.lists(st.tuples(st.integers(0, 99), st.sampled_from([0.0, 1.0, 0.5])), min_size=2, max_size=12),

@@ -86,8 +86,13 @@ def test_long_rows_are_an_error_where_that_is_asked(tmp_path, chat):
 
 
 def test_a_row_that_loses_all_its_targets_is_an_error(tmp_path, chat):
-    with pytest.raises(DataError, match="without a target within 4 tokens"):
-        load(config(write(tmp_path, row()), max_length=4, truncation="right"), chat)
+    file = write(tmp_path, row("word " * 100), row())
+    settings = {"max_length": len(load(config(file), chat).documents[1]), "truncation": "right"}
+    with pytest.raises(DataError, match=r"1 rows are without a target within .*\n  .*rows.jsonl:1: "):
+        load(config(file, **settings), chat)
+    data = load(config(file, on_bad_row="skip", **settings), chat)
+    assert [document.row for document in data.documents] == [1]
+    assert "left without a target: 1" in describe_source(data.train[0])
 
 
 def test_limit_reads_the_first_rows_and_system_goes_to_rows_without(tmp_path, chat):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from finetune.config.schema import RunConfig
-from finetune.data import scripts as scripts_module
 from finetune.data.loader import LoadedData, load_data
+from finetune.data.report import scripts as scripts_module
 from finetune.data.report.advice import advise
 from finetune.data.report.figures import Bin, Extreme, Report, build_report, evenly_spaced, length_bins, parts_of
 from finetune.data.report.scripts import count_scripts, sample_scripts

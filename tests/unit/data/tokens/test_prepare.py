@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.data.reading import readers
+from finetune.data.reading import texts
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens import prepare
 from finetune.data.tokens.prepare import Preparation
@@ -53,7 +53,7 @@ def store_of(prepared: Preparation) -> TokenStore:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_processes_changes_nothing(tmp_path, chat, workers, monkeypatch):
-    monkeypatch.setattr(readers, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(texts, "BATCH_BYTES", 10_000)
     file = rows(tmp_path, 2_000, bad=True)
     alone = store_of(preparation(tmp_path / "alone", chat, file))
     shared = store_of(preparation(tmp_path / "shared", chat, file, workers=workers))
