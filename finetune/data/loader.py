@@ -101,11 +101,14 @@ def load_data(preparation: Preparation) -> LoadedData:
                     continue
                 out = is_held_out(store.hashes, cfg.held_out)
                 train.append(_source(source, store, np.flatnonzero(~out), cfg))
-                if cfg.held_out:
+                if out.any():
                     name = HELD_OUT if len(sources) == 1 else f"{HELD_OUT}-{resolve_source(source).name}"
                     held_out.append(_source(source, store, np.flatnonzero(out), cfg, name))
             except DataError as error:
                 problems.append(f"data.{section}[{i}]: {error}")
+    if cfg.held_out and not held_out and not problems:
+        rows = sum(len(source.store) for source in train)
+        problems.append(f"data.held_out={cfg.held_out} keeps none of the {rows:,} training rows; raise it")
     if problems:
         raise DataError("\n".join(problems))
     return LoadedData(train, evaluation + held_out, _digest(train))
@@ -149,10 +152,10 @@ def _source(
         "control tokens kept as text": int(store.control_tokens[rows].sum()),
     })  # fmt: skip
     if not len(cut.documents):
-        what = f"of its {len(store):,} rows data.held_out={cfg.held_out} keeps none" if name else _describe(counts)
+        what = "held-out row" if name else "row"
         raise DataError(
-            f"{source.path} holds no row to {'measure by' if name else 'train on'} ({what or 'it is empty'}); "
-            f"see {'data.held_out' if name else 'data.max_length and data.truncation'}"
+            f"{source.path} has no {what} that can be used ({_describe(counts) or 'it is empty'}); see data.max_length "
+            "and data.truncation"
         )
     return Source(name or resolve_source(source).name, source.path, source, source.weight, store, cut.documents, counts)
 

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from transformers import AutoTokenizer
@@ -97,8 +98,17 @@ def test_old_windows_leave_the_disk(tmp_path, chat):
 def test_other_ranks_wait_for_the_main_one_and_see_the_same(tmp_path, chat):
     train = sources(tmp_path)
     ranks = [feed(tmp_path, train, chat, main=main) for main in (True, False)]
+    together = Barrier(2)  # as the gradients of a step are
+
+    def walk(rank: StreamingFeed) -> list:
+        steps = []
+        for step in range(30):
+            steps.append(shown(rank.sequences(step)))
+            together.wait()
+        return steps
+
     with ThreadPoolExecutor(2) as threads:
-        steps = list(threads.map(lambda rank: [shown(rank.sequences(step)) for step in range(6)], ranks))
+        steps = list(threads.map(walk, ranks))
     assert steps[0] == steps[1]
     for rank in ranks:
         rank.close()

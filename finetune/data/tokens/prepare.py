@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -81,7 +82,8 @@ class Preparation:
             self.write(temporary, source, format_name, batches, made_from)
 
         self.provide(folder, write)
-        os.utime(folder)  # when it was last used, for whoever cleans the cache
+        with suppress(PermissionError):  # another user's cache: it can be read
+            os.utime(folder)  # when it was last used, for whoever cleans it
         return TokenStore(folder)
 
     def made_from(self, source: SourceConfig) -> dict[str, Any]:

@@ -159,8 +159,16 @@ def test_a_row_never_changes_sides_and_equal_rows_are_on_one_side(tmp_path, chat
 
 
 def test_a_held_out_share_that_keeps_nothing_says_so(tmp_path, chat):
-    with pytest.raises(DataError, match=r"holds no row to measure by .*data.held_out"):
+    with pytest.raises(DataError, match=r"data.held_out=0.001 keeps none of the 1 training rows"):
         load(config(write(tmp_path, row()), held_out=0.001), chat)
+
+
+def test_a_source_too_small_to_hold_rows_out_leaves_that_to_the_others(tmp_path, chat):
+    one, many = write(tmp_path, row("alone"), name="one.jsonl"), write(tmp_path, *(row(f"{i}") for i in range(60)))
+    cfg = DataConfig(train=[SourceConfig(path=str(one)), SourceConfig(path=str(many))], held_out=0.1)
+    data = load(cfg, chat)
+    assert [source.name for source in data.eval] == ["held_out-rows"]
+    assert len(rows_of(data.train[0])) == 1
 
 
 def test_rows_that_are_trained_and_measured_on_are_reported(tmp_path, chat):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from finetune.data import template as limits
+from finetune.data.template import sandbox as limits
 from finetune.data.template.sandbox import Renderer
 from finetune.errors import DataError
 
@@ -63,14 +63,16 @@ def test_templates_write_what_they_write_under_transformers(source: str):
         assert render(source, prompt=prompt, bos_token="<s>") == expected
 
 
+# Rows that hold the markers' own characters are refused before they are rendered.
+TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\ue0f0\ue0f1"))
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
 )
 
 
 @settings(max_examples=50)
-@given(value=st.dictionaries(st.text(), JSON), ascii_only=st.booleans(), indent=st.sampled_from([None, 0, 3]))
+@given(value=st.dictionaries(TEXT, JSON), ascii_only=st.booleans(), indent=st.sampled_from([None, 0, 3]))
 def test_json_is_written_as_transformers_writes_it(value, ascii_only, indent):
     source = f"{{{{ tools[0] | tojson(ensure_ascii={str(ascii_only).lower()}, indent={str(indent).lower()}) }}}}"
     [expected], _ = render_jinja_template([MESSAGES], tools=[value], chat_template=source)
