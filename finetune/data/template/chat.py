@@ -74,27 +74,32 @@ class ChatTemplate:
                 "the tokenizer has no chat template; set data.chat_template to a jinja file, or use an Instruct model"
             ) from error
         self.special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        self._build(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        self._control_id = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._definition: str = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+        self._prepare()
 
-    def _build(self, definition: str) -> None:
-        self._backend = Tokenizer.from_str(definition)
-        self._backend.no_padding()
-        self._backend.no_truncation()
-        self._backend.post_processor = None  # it would trim blanks from the tokens' places
-        self._backend.encode_special_tokens = True  # text is text; no part of the definition
+    def _prepare(self) -> None:
         self._renderer = Renderer(self.template, self.special_tokens)
-        added = self._backend.get_added_tokens_decoder()
-        self._control_id = {token.content: i for i, token in added.items() if token.special}
         self._control = control_pattern(list(self._control_id))
         self._layouts: dict[tuple, list[Run]] = {}
         self._fixed: dict[str, list[int]] = {}
 
-    def __getstate__(self) -> tuple[str, dict[str, Any], str]:
-        return self.template, self.special_tokens, self._backend.to_str()
+    @cached_property
+    def _backend(self) -> Tokenizer:
+        """Made when it is first needed: a process whose children encode does without its 100 MB."""
+        backend = Tokenizer.from_str(self._definition)
+        backend.no_padding()
+        backend.no_truncation()
+        backend.post_processor = None  # it would trim blanks from the tokens' places
+        backend.encode_special_tokens = True  # text is text; no part of the definition
+        return backend
 
-    def __setstate__(self, state: tuple[str, dict[str, Any], str]) -> None:
-        self.template, self.special_tokens, definition = state
-        self._build(definition)
+    def __getstate__(self) -> tuple[str, dict[str, Any], dict[str, int], str]:
+        return self.template, self.special_tokens, self._control_id, self._definition
+
+    def __setstate__(self, state: tuple[str, dict[str, Any], dict[str, int], str]) -> None:
+        self.template, self.special_tokens, self._control_id, self._definition = state
+        self._prepare()
 
     @cached_property
     def vocabulary_size(self) -> int:
@@ -140,7 +145,7 @@ class ChatTemplate:
 
     def digest(self) -> str:
         """SHA-256 over everything that decides the tokens of a conversation."""
-        parts = [self._backend.to_str(), self.template, json.dumps(self.special_tokens, sort_keys=True, default=str)]
+        parts = [self._definition, self.template, json.dumps(self.special_tokens, sort_keys=True, default=str)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def encode(self, conversations: Sequence[Conversation], train_on: str = "assistant") -> list[Encoded | DataError]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.formats.messages import Conversation, Example, RawText, TokenRow
+from finetune.data.formats.messages import Conversation, Example, RawText, TokenRow, ToolCall
 from finetune.data.formats.parser import RowParser
 from finetune.data.reading.readers import RawBatch, Row
 from finetune.data.template.chat import UNTRAINED, ChatTemplate, Encoded
@@ -145,7 +145,8 @@ def _strings(value: Any) -> Iterator[str]:
 def content_hash(example: Example) -> int:
     """64 bits of a row's content: what it says, not how its file spelt it. Loss weights do not count."""
     if isinstance(example, Conversation):
-        content: Any = [[message.as_dict() for message in example.messages], example.tools]
+        turns = [(m.role, m.content, *map(ToolCall.as_dict, m.tool_calls)) for m in example.messages]
+        content: Any = [turns, example.tools]
     else:
         content = example.text if isinstance(example, RawText) else example.input_ids
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=dict)
