@@ -11,9 +11,11 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 
@@ -109,6 +111,7 @@ class StreamingFeed:
         self.folder = folder / self.digest
         self._formats: dict[int, str] = {}
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="stream")
+        self._closed = Event()
         self._coming: tuple[int, Future[None]] | None = None
         self._open: tuple[int, StoredFeed] | None = None
 
@@ -127,7 +130,8 @@ class StreamingFeed:
         raise ConfigError("data.stream_rows needs train.max_steps: a stream is not counted before it is read")
 
     def close(self) -> None:
-        """Stop tokenising ahead."""
+        """Stop tokenising ahead, also in the middle of a window."""
+        self._closed.set()
         self._ahead.shutdown(cancel_futures=True)
 
     def _steps(self, window: int) -> int:
@@ -152,8 +156,11 @@ class StreamingFeed:
         return self._open[1]
 
     def _open_window(self, window: int) -> StoredFeed:
-        if self._coming is not None and self._coming[0] == window:
-            self._coming[1].result()
+        if self._coming is not None:
+            coming, made = self._coming
+            wait([made])  # one window at a time is taken from the tapes
+            if coming == window:
+                made.result()
         self._make(window)
         stores = [TokenStore(folder) for folder in self._folders(window)]
         for store in stores:
@@ -174,8 +181,10 @@ class StreamingFeed:
         source, tape = self.cfg.train[i], self._tapes[i]
         if i not in self._formats:  # of the tape's start, whatever window comes first after a resume
             self._formats[i], _ = self.preparation.with_format(source, resolve_source(source).batches(1000))
-        batches = tape.take(window * rows, rows)
+        batches = takewhile(lambda batch: not self._closed.is_set(), tape.take(window * rows, rows))
         self.preparation.write(folder, source, self._formats[i], batches, {**self._made_from[i], "window": window})
+        if self._closed.is_set():
+            raise CancelledError(f"window {window} is not needed any more")
 
     def _folders(self, window: int) -> list[Path]:
         return [self.folder / f"window-{window}" / f"source-{i}" for i in range(len(self._tapes))]

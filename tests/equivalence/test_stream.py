@@ -18,6 +18,7 @@ from finetune.data.batch import Document
 from finetune.data.stream import StreamingFeed
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
+from finetune.data.tokens.store import is_whole
 from finetune.errors import ConfigError, DataError
 from finetune.resources import packaged
 from tests.runs import differing, metrics, small_run
@@ -112,6 +113,14 @@ def test_other_ranks_wait_for_the_main_one_and_see_the_same(tmp_path, chat):
     assert steps[0] == steps[1]
     for rank in ranks:
         rank.close()
+
+
+def test_closing_leaves_no_half_window(tmp_path, chat):
+    stream = feed(tmp_path, sources(tmp_path), chat)
+    stream.sequences(0)  # the next window is being made from now on
+    stream.close()
+    stores = list((tmp_path / "stream" / stream.digest).glob("window-*/*/"))
+    assert all(is_whole(store) for store in stores) and len(stores) in (2, 3, 4)
 
 
 def test_bad_rows_stop_the_stream_where_they_stand(tmp_path, chat):
