@@ -22,6 +22,7 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.data.tokens.store import BAD_ROWS, TokenStore
 from finetune.errors import DataError
+from finetune.files import write_text
 
 _SHOWN_ERRORS = 10
 HELD_OUT = "held_out"
@@ -204,7 +205,7 @@ def copy_bad_rows(data: LoadedData, folder: Path) -> Path | None:
     if not listed:
         return None
     file = folder / BAD_ROWS
-    file.write_text("".join(listed), encoding="utf-8")
+    write_text(file, "".join(listed))
     return file
 
 

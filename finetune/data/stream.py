@@ -28,7 +28,7 @@ from finetune.data.packing import SequenceOrder
 from finetune.data.reading.readers import RawBatch
 from finetune.data.reading.sources import SourceFiles, resolve_source
 from finetune.data.tokens.prepare import Preparation, fingerprint, no_progress
-from finetune.data.tokens.store import TokenStore
+from finetune.data.tokens.store import BAD_ROWS, TokenStore
 from finetune.errors import ConfigError, DataError
 from finetune.files import write_text
 
@@ -163,8 +163,10 @@ class StreamingFeed:
                 made.result()
         self._make(window)
         stores = [TokenStore(folder) for folder in self._folders(window)]
-        for store in stores:
+        for i, store in enumerate(stores):
             check_bad_rows(store, self.cfg)
+            if store.meta.bad_rows and self.preparation.main:  # the window itself will leave the disk
+                shutil.copyfile(store.bad_rows, self.folder / f"window-{window}-source-{i}-{BAD_ROWS}")
         documents = Documents.join(cut_to_length(s, np.arange(len(s)), self.cfg).documents for s in stores)
         if not len(documents):
             raise DataError(f"window {window} of the stream holds no row to train on; see data.max_length")

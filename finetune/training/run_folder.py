@@ -26,7 +26,8 @@ _FREE = {
         "max_steps", "epochs", "micro_batch_size", "recompute", "eval_every", "save_every", "keep", "early_stopping",
         "resume", "world_size",
     },
-    "data": {"train", "eval"},  # the tokens themselves are compared
+    # The tokens themselves are compared; who makes them, where they lie and what was left out is in them.
+    "data": {"train", "eval", "workers", "cache", "on_bad_row", "max_bad_share"},
     "model": {"attention"},
 }  # fmt: skip
 

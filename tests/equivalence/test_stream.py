@@ -134,6 +134,18 @@ def test_bad_rows_stop_the_stream_where_they_stand(tmp_path, chat):
     stream.close()
 
 
+def test_skipped_rows_stay_listed_when_their_window_is_gone(tmp_path, chat):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(["{broken", *(json.dumps({"text": f"row {i}"}) for i in range(99))]))
+    stream = feed(tmp_path, [SourceConfig(path=str(file))], chat, packing=False, on_bad_row="skip", max_bad_share=0.1)
+    for step in range(40):
+        stream.sequences(step)
+    stream.close()
+    assert not (stream.folder / "window-0").exists()
+    [listed] = stream.folder.glob("window-0-*bad_rows.jsonl")
+    assert json.loads(listed.read_text())["place"] == f"{file}:1"
+
+
 def test_a_resumed_run_equals_one_that_was_left_alone(tmp_path):
     settings = ("data.stream_rows=12", "train.save_every=4", "train.max_steps=8", "train.keep=9")
     train(small_run(tmp_path / "whole", *settings))
@@ -142,5 +154,7 @@ def test_a_resumed_run_equals_one_that_was_left_alone(tmp_path):
     train(small_run(tmp_path / "parted", *settings, "train.resume=auto"))
     assert differing(tmp_path / "whole", tmp_path / "parted") == []
     assert metrics(tmp_path / "whole")[4:] == metrics(tmp_path / "parted")
+    # Who tokenises, and where the tokens lie, is no part of a run.
+    train(small_run(tmp_path / "parted", *settings, "data.workers=1", "train.resume=auto", "data.max_bad_share=0.2"))
     with pytest.raises(ConfigError, match=r"data.stream_rows"):
         train(small_run(tmp_path / "parted", *settings, "data.stream_rows=13", "train.resume=auto"))

@@ -136,7 +136,9 @@ class Preparation:
         for batch in encode_all(encoder, batches, self._workers(files)):
             writer.append(batch)
             rows += len(batch.lengths) + len(batch.bad)
-            self.progress(files.name, batch.bytes_read, files.size_bytes, rows)
+            # Not done before it is: the end of a compressed file is read before its last rows are.
+            self.progress(files.name, min(batch.bytes_read, files.size_bytes - 1), files.size_bytes, rows)
+        self.progress(files.name, files.size_bytes, files.size_bytes, rows)  # also where a limit stops earlier
         writer.finish(format_name, made_from)
 
     def with_format(self, source: SourceConfig, batches: Iterator[RawBatch]) -> tuple[str, Iterator[RawBatch]]:
