@@ -67,6 +67,12 @@ class QuantConfig(Section):
     double: bool = Field(True, description="Quantise the 4-bit scales as well (saves 0.4 bit a weight).")
     compute_dtype: Dtype = Field("bfloat16", description="Type that 4-bit weights are multiplied in.")
     keep: list[Text] = Field([], description="Modules kept in 16 bit: names, globs or regexes; lm_head always is.")
+    cache: bool = Field(
+        True, description="Keep the quantised model in $FINETUNE_CACHE, else ~/.cache/finetune, for the next start."
+    )
+    resident: bool = Field(
+        False, description="Keep a 16-bit copy of 4-bit weights too: same numbers, more memory, none dequantised twice."
+    )
 
 
 class LoraConfig(Section):
@@ -159,7 +165,15 @@ class TrainConfig(Section):
     beta2: Share = Field(0.999, description="AdamW's second-moment decay.")
     eps: Positive = Field(1e-8, description="AdamW's epsilon.")
     neftune_alpha: NotNegative = Field(0.0, description="NEFTune noise on the embeddings; 0 is off.")
-    recompute: Literal["none", "all"] = Field("none", description="Layers recomputed in backward to save memory.")
+    recompute: Literal["auto", "none", "all", "offload"] | Count = Field(
+        "auto",
+        description="Layers recomputed in backward to save memory: as many as needed, none, all, all with their inputs "
+        "kept in main memory, or a number.",
+    )
+    fast: bool = Field(True, description="Use the package's own kernels; false runs the plain PEFT model.")
+    compile: bool | None = Field(
+        None, description="Compile elementwise kernels; null does where the run is long enough to repay it."
+    )
     eval_every: Count | None = Field(None, description="Steps between evaluations; null is only at the end.")
     save_every: Count | None = Field(None, description="Steps between checkpoints; null is only at the end.")
     keep: Count = Field(2, description="Newest checkpoints kept; the best is kept besides.")

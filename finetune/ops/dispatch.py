@@ -1,0 +1,73 @@
+"""One switch for all elementwise kernels: compiled for this machine, or the plain torch they are written in.
+
+A kernel is a plain torch function, which is its own reference; `@fused` lets `torch.compile` make one pass over memory
+of it. Nothing is compiled until `pick` says so, and a compiler that fails costs speed, never the run.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_log = logging.getLogger(__name__)
+# Work from which the half minute that a first compilation takes is repaid: 0.5 billion parameters and 100,000 tokens.
+_REPAID_FROM_FLOPS = 2e14
+_compiled = False
+
+
+def pick(device: torch.device, flops: float, wanted: bool | None = None) -> str:
+    """Chooses for this process, once and before its first step, and says what was chosen and why.
+
+    flops: the floating-point operations of the whole run. wanted: True or False overrules the choice.
+    """
+    global _compiled
+    reason = _reason_against(device, flops, wanted)
+    _compiled = reason is None
+    return "kernels: compiled for this machine" if _compiled else f"kernels: plain torch ({reason})"
+
+
+def _reason_against(device: torch.device, flops: float, wanted: bool | None) -> str | None:
+    if wanted is False:
+        return "train.compile=false"
+    if wanted is None and flops < _REPAID_FROM_FLOPS:
+        return "the run is too short to repay compiling"
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        return "no C++ compiler on PATH"
+    return None
+
+
+def fused(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, compiled at its first call if `pick` chose so; with `.plain`, the function as it is written.
+
+    It must be pure tensor arithmetic that needs no autograd.
+    """
+    compiled: Callable[P, R] | None = None
+    failed = False
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal compiled, failed
+        if not _compiled or failed:
+            return function(*args, **kwargs)
+        if compiled is None:
+            compiled = torch.compile(function, dynamic=True, fullgraph=True)
+        try:
+            return compiled(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what every failure of the compiler derives from; a fault of ours comes again
+            failed = True
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            _log.warning("%s could not be compiled and runs as plain torch: %s", function.__name__, first_line)
+            return function(*args, **kwargs)
+
+    call.plain = function  # type: ignore[attr-defined]
+    return call
