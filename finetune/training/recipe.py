@@ -38,6 +38,7 @@ from finetune.models.adapter import attach_lora
 from finetune.models.adapter_files import check_adapter, save_adapter
 from finetune.models.families import shape_of
 from finetune.models.load import load_base, load_tokenizer
+from finetune.models.recompute import apply_recompute
 from finetune.models.tokens import extend_tokenizer
 from finetune.planning.plan import derive_micro_batch, describe_plan
 from finetune.training import run_folder
@@ -129,8 +130,7 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say
     base = load_base(cfg.model, cfg.quant, accelerator.device)
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model))
     model.train()
-    if cfg.train.recompute == "all":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    apply_recompute(model, "none" if cfg.train.recompute == "auto" else cfg.train.recompute)
     return Parts(cfg, accelerator, tokenizer, preparation, data, feed, model)
 
 
