@@ -8,17 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from finetune.data.batch import Batch
 from finetune.data.template.chat import UNTRAINED
+from finetune.losses.chunked import ChunkLoss, chunked_logits, chunked_loss
 from finetune.ops.attention import SEGMENTED, plan_segments
-
-# Rows of logits alive at once: 2**26 fp32 values are 256 MB.
-_LOGITS_LIMIT = 2**26
+from finetune.ops.cross_entropy import cross_entropy_
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,54 +64,20 @@ def hidden_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
     return outputs.last_hidden_state[0]
 
 
-def _chunk_nll(head: nn.Module, hidden_ND: Tensor, labels_N: Tensor, weights_N: Tensor | None) -> Tensor:
-    logits_NV = head(hidden_ND).float()
-    if weights_N is None:
-        return F.cross_entropy(logits_NV, labels_N, reduction="sum")
-    return (F.cross_entropy(logits_NV, labels_N, reduction="none") * weights_N).sum()
-
-
-# Hidden states [N, D], labels [N] and loss weights [N] (None: 1 everywhere) of some rows that carry a target.
-_Chunk = tuple[Tensor, Tensor, Tensor | None]
-
-
-def _target_chunks(hidden_TD: Tensor, batch: Batch, vocabulary: int) -> tuple[Tensor, list[_Chunk]]:
-    """The hidden states [N, D] that carry a target, and the same in chunks of bounded logits."""
+def _targets(hidden_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states [N, D], labels [N] and loss weights [N] (None: 1 everywhere) of the rows that carry a target."""
     labels_T = batch.labels[0]
     rows = (labels_T != UNTRAINED).nonzero().squeeze(1)
-    rows_ND, labels_N = hidden_TD[rows], labels_T[rows]
-    if not len(rows):
-        return rows_ND, []
-    size = max(1, _LOGITS_LIMIT // vocabulary)
-    states, labels = rows_ND.split(size), labels_N.split(size)
-    weights = [None] * len(states) if batch.weights is None else batch.weights[0][rows].split(size)
-    return rows_ND, list(zip(states, labels, weights, strict=True))
+    return hidden_TD[rows], labels_T[rows], None if batch.weights is None else batch.weights[0][rows]
 
 
-class _FrozenHeadNll(torch.autograd.Function):
-    """Sum of nats whose gradient with respect to the hidden states is made in the forward pass.
+def _nats_of(labels_N: Tensor, weights_N: Tensor | None) -> ChunkLoss:
+    def loss(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        chunk_weights_N = None if weights_N is None else weights_N[rows]
+        nll_N = cross_entropy_(logits_NV, labels_N[rows], chunk_weights_N)
+        return (nll_N if chunk_weights_N is None else nll_N * chunk_weights_N).sum(), logits_NV
 
-    A chunk's logits die before the next chunk's are made, and none is made twice. Only for a head without trained
-    parameters: their gradients would be lost.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden_ND: Tensor, head: nn.Module, chunks: list[_Chunk]) -> Tensor:
-        total = hidden_ND.new_zeros((), dtype=torch.float32)
-        gradients = []
-        for chunk_ND, labels_N, weights_N in chunks:
-            with torch.enable_grad():
-                leaf_ND = chunk_ND.detach().requires_grad_()
-                nll = _chunk_nll(head, leaf_ND, labels_N, weights_N)
-            gradients += torch.autograd.grad(nll, leaf_ND)
-            total += nll.detach()
-        ctx.save_for_backward(torch.cat(gradients))
-        return total
-
-    @staticmethod
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (gradient_ND,) = ctx.saved_tensors
-        return gradient_ND * grad_outputs[0].to(gradient_ND.dtype), None, None
+    return loss
 
 
 class CrossEntropy(nn.Module):
@@ -132,29 +95,18 @@ class CrossEntropy(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         hidden_TD = hidden_states(self.model, batch, self.neftune_alpha)
-        head = head_of(self.model)
-        rows_ND, chunks = _target_chunks(hidden_TD, batch, base_of(self.model).config.vocab_size)
-        if not chunks:
-            # Keeps every adapter in the graph: DDP waits for each of them.
-            return hidden_TD.float().sum() * 0.0
-        if any(parameter.requires_grad for parameter in head.parameters()):
-            parts = [checkpoint(_chunk_nll, head, *chunk, use_reentrant=False) for chunk in chunks]
-            return torch.stack(parts).sum()
-        return _FrozenHeadNll.apply(rows_ND, head, chunks)
+        hidden_ND, labels_N, weights_N = _targets(hidden_TD, batch)
+        vocabulary = base_of(self.model).config.vocab_size
+        return chunked_loss(hidden_ND, head_of(self.model), vocabulary, _nats_of(labels_N, weights_N))
 
 
 @torch.no_grad()
 def score(model: nn.Module, batch: Batch) -> Score:
     """Negative log-likelihood and correct predictions over a batch's targets, unweighted, without gradients."""
-    hidden_TD = hidden_states(model, batch)
-    head = head_of(model)
-    nll = hidden_TD.new_zeros((), dtype=torch.float32)
-    correct = hidden_TD.new_zeros((), dtype=torch.float32)
-    tokens = 0
-    _, chunks = _target_chunks(hidden_TD, batch, base_of(model).config.vocab_size)
-    for hidden_ND, labels_N, _ in chunks:
-        logits_NV = head(hidden_ND).float()
-        nll += F.cross_entropy(logits_NV, labels_N, reduction="sum")
-        correct += (logits_NV.argmax(-1) == labels_N).sum()
-        tokens += len(labels_N)
-    return Score(nll, correct, tokens)
+    hidden_ND, labels_N, _ = _targets(hidden_states(model, batch), batch)
+    nll = hidden_ND.new_zeros((), dtype=torch.float32)
+    correct = hidden_ND.new_zeros((), dtype=torch.float32)
+    for logits_NV, rows in chunked_logits(hidden_ND, head_of(model), base_of(model).config.vocab_size):
+        correct += (logits_NV.argmax(-1) == labels_N[rows]).sum()
+        nll += cross_entropy_(logits_NV, labels_N[rows]).sum()
+    return Score(nll, correct, len(labels_N))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from finetune.data.batch import Document, build_batch, silent_batch
 from finetune.data.template.chat import UNTRAINED
-from finetune.losses import cross_entropy
+from finetune.losses import chunked
 from finetune.losses.cross_entropy import CrossEntropy, score
 from finetune.ops.attention import plan_segments
 from tests.models import random_qwen2
@@ -54,7 +54,7 @@ def reference(docs: list[Document]) -> tuple[torch.Tensor, dict[str, torch.Tenso
 def test_packed_loss_and_gradients_equal_float64_documents_alone(
     attn, lengths, chunk_rows, frozen_head, weighted, monkeypatch
 ):
-    monkeypatch.setattr(cross_entropy, "_LOGITS_LIMIT", 97 * chunk_rows)
+    monkeypatch.setattr(chunked, "_LOGITS_LIMIT", 97 * chunk_rows)
     docs = documents(lengths, weighted=weighted)
     expected, expected_gradients, correct = reference(docs)
     model = random_qwen2(attn)

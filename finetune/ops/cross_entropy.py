@@ -1,0 +1,54 @@
+"""Cross-entropy in closed form: the logits' gradient is their softmax less one at the label, written in their place.
+
+Shapes: N rows, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from finetune.ops.dispatch import fused
+
+# Values a thread works on between two looks at memory: 2 MB in fp32, about a core's cache. A [128, 151936] chunk in
+# bf16 took 115 ms at once on one thread, most of it for pages touched for the first time, and 30 ms in such blocks.
+_BLOCK_VALUES = 2**19
+# A GPU has no such cache; there a block only bounds the temporary.
+_GPU_BLOCK_VALUES = 2**24
+
+
+def cross_entropy_(logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """Overwrites the logits with d(sum of weight * nats) / d(logits), in their dtype; all arithmetic is fp32.
+
+    labels_N: int64, each in [0, V). weights_N: fp32, what each row's gradient is multiplied by; None is 1 everywhere.
+    Returns: negative log-likelihoods [N] in nats, fp32, without the weights.
+    """
+    weights_N = torch.ones(len(labels_N), device=logits_NV.device) if weights_N is None else weights_N
+    index_N1 = labels_N[:, None]
+    label_logits_N = logits_NV.gather(1, index_N1).squeeze(1).float()
+    highest_N, log_sum_N = softmax_(logits_NV, weights_N)
+    log_probs_N = (label_logits_N - highest_N) - log_sum_N
+    # Its own formula: a softmax of nearly 1 that was rounded to bf16 would leave nothing but noise after taking 1 off.
+    logits_NV.scatter_(1, index_N1, (torch.expm1(log_probs_N) * weights_N).to(logits_NV.dtype)[:, None])
+    return -log_probs_N
+
+
+def softmax_(logits_NV: Tensor, factors_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrites the logits with their softmax times a factor a row, in their dtype; all arithmetic is fp32.
+
+    Returns: the rows' highest logit [N] and the logarithm of the sum of exp(logit - highest) [N], fp32.
+    """
+    values = _GPU_BLOCK_VALUES if logits_NV.is_cuda else _BLOCK_VALUES * torch.get_num_threads()
+    rows = max(1, values // logits_NV.shape[1])
+    blocks = zip(logits_NV.split(rows), factors_N.split(rows), strict=True)
+    highest, log_sum = zip(*(_softmax_rows_(*block) for block in blocks), strict=True)
+    return torch.cat(highest), torch.cat(log_sum)
+
+
+@fused
+def _softmax_rows_(logits_NV: Tensor, factors_N: Tensor) -> tuple[Tensor, Tensor]:
+    highest_N1 = logits_NV.amax(-1, keepdim=True).float()
+    exponentials_NV = (logits_NV - highest_N1).exp_()
+    sum_N1 = exponentials_NV.sum(-1, keepdim=True)
+    logits_NV.copy_(exponentials_NV.mul_(factors_N[:, None] / sum_N1))
+    return highest_N1.squeeze(1), sum_N1.log().squeeze(1)
