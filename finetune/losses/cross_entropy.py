@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from finetune.data.batch import Batch
 from finetune.data.template.chat import UNTRAINED
 from finetune.losses.chunked import ChunkLoss, chunked_logits, chunked_loss
-from finetune.ops.attention import SEGMENTED, plan_segments
+from finetune.losses.hidden import base_of, hidden_states
 from finetune.ops.cross_entropy import cross_entropy_
 
 
@@ -27,41 +26,12 @@ class Score:
     tokens: int
 
 
-def base_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model; a transformers model itself. Adapter layers stay where they are."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value]
-
-
 def head_of(model: nn.Module) -> nn.Module:
     """The module that turns hidden states into logits, with whatever adapter it carries."""
     head = base_of(model).get_output_embeddings()
     if head is None:
         raise TypeError(f"{type(base_of(model)).__name__} has no output head, so it has no language-model loss")
     return head
-
-
-def hidden_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) -> Tensor:
-    """Final normed hidden states [T, D] of a packed batch, each document attending to itself alone.
-
-    neftune_alpha: uniform noise on the embeddings, scaled by alpha / sqrt(document length * D); only in training mode.
-    Source: Jain et al. 2023, arXiv:2310.05914.
-    """
-    base = base_of(model)
-    embeddings = base.get_input_embeddings()(batch.input_ids)
-    if neftune_alpha and model.training:
-        lengths = torch.tensor(batch.segment_lengths, device=embeddings.device)
-        bound_T = neftune_alpha / (lengths * embeddings.shape[-1]).float().sqrt().repeat_interleave(lengths)
-        noise = torch.rand_like(embeddings, dtype=torch.float32).mul_(2).sub_(1) * bound_T[None, :, None]
-        embeddings = embeddings + noise.to(embeddings.dtype)
-    if base.config._attn_implementation == SEGMENTED:
-        # A mapping is taken as masks already made, so transformers builds no dense block mask.
-        segments = plan_segments(batch.segment_lengths, embeddings.device)
-        isolation = {"attention_mask": {"full_attention": None}, "segments": segments}
-    else:
-        isolation = {}  # transformers finds the borders where positions restart
-    backbone = getattr(base, base.base_model_prefix)
-    outputs = backbone(inputs_embeds=embeddings, position_ids=batch.position_ids, use_cache=False, **isolation)
-    return outputs.last_hidden_state[0]
 
 
 def _targets(hidden_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -32,7 +32,8 @@ from finetune.training.track import SilentTracker, Tracker
 class Job:
     """Everything the loop works with.
 
-    loss: module from Batch to the summed loss, wrapped for DDP. micro_batch: sequences a forward pass.
+    loss: module from Batch to the summed loss, wrapped for DDP. micro_batch: sequences a forward pass. share_prefixes:
+    documents of one forward pass that open alike compute their common part once.
     evaluate: the evaluations' figures by name, `loss` among them; None without held-out rows. sample: shows answers.
     save: writes the checkpoint of a state, on the main rank. last_checkpoint: the newest one, None before the first.
     """
@@ -44,6 +45,7 @@ class Job:
     feed: Feed
     total_steps: int
     micro_batch: int
+    share_prefixes: bool
     tracker: Tracker | SilentTracker
     save: Callable[[TrainState], None]
     last_checkpoint: Callable[[], Path | None]
@@ -137,7 +139,7 @@ def train_step(job: Job, step: int, signal_number: int = 0) -> StepResult:
     mine = split_among_ranks([sum(map(len, sequence)) for sequence in sequences], ranks)[rank]
     target_tokens = sum(document.target_tokens for document in documents)
     loss_sum = 0.0
-    batches = _micro_batches([sequences[i] for i in mine], job.micro_batch, filler=documents[0])
+    batches = _micro_batches([sequences[i] for i in mine], job, filler=documents[0])
     for i, batch in enumerate(batches):
         with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(job.loss):
             loss = job.loss(batch.to(accelerator.device))
@@ -160,11 +162,13 @@ def train_step(job: Job, step: int, signal_number: int = 0) -> StepResult:
     )
 
 
-def _micro_batches(sequences: list[list[Document]], size: int, filler: Document) -> list[Batch]:
+def _micro_batches(sequences: list[list[Document]], job: Job, filler: Document) -> list[Batch]:
     if not sequences:
         return [silent_batch(filler)]
-    groups = [sequences[i : i + size] for i in range(0, len(sequences), size)]
-    return [build_batch([document for sequence in group for document in sequence]) for group in groups]
+    groups = [sequences[i : i + job.micro_batch] for i in range(0, len(sequences), job.micro_batch)]
+    return [
+        build_batch([document for sequence in group for document in sequence], job.share_prefixes) for group in groups
+    ]
 
 
 def _clip(job: Job) -> float:

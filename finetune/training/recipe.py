@@ -34,12 +34,15 @@ from finetune.errors import ConfigError, Interrupted
 from finetune.evaluation.generation import Answer, answer_rows, exact_match
 from finetune.evaluation.perplexity import evaluate
 from finetune.losses.cross_entropy import CrossEntropy
+from finetune.losses.hidden import base_of
 from finetune.models.adapter import attach_lora
 from finetune.models.adapter_files import check_adapter, save_adapter
 from finetune.models.families import shape_of
+from finetune.models.fast import attach_fast_path
 from finetune.models.load import load_base, load_tokenizer
 from finetune.models.recompute import apply_recompute
 from finetune.models.tokens import extend_tokenizer
+from finetune.ops import dispatch
 from finetune.planning.plan import derive_micro_batch, describe_plan
 from finetune.training import run_folder
 from finetune.training.card import model_card
@@ -129,6 +132,8 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say
             say(f"skipped rows are listed in {listed}")
     base = load_base(cfg.model, cfg.quant, accelerator.device)
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model))
+    if cfg.train.fast:
+        attach_fast_path(model)
     model.train()
     apply_recompute(model, "none" if cfg.train.recompute == "auto" else cfg.train.recompute)
     return Parts(cfg, accelerator, tokenizer, preparation, data, feed, model)
@@ -165,12 +170,16 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
         }
         say(f"held-out exact match before training: {state.before['exact_match']:.1%} of {len(answers)}")
     total_steps = cfg.train.max_steps or parts.feed.steps_for(cfg.train.epochs or 1)
+    if cfg.train.fast:
+        most_tokens = (total_steps - state.step) * cfg.train.batch_size * cfg.data.max_length
+        flops = 4.0 * base_of(parts.model).num_parameters() * most_tokens
+        say(dispatch.pick(accelerator.device, flops, cfg.train.compile))
     tracker = Tracker(cfg, parts.folder, total_steps, state.step) if parts.is_main else SilentTracker()
     job = Job(
         cfg=cfg.train, accelerator=accelerator, optimizer=optimizer,
         loss=accelerator.prepare_model(CrossEntropy(parts.model, cfg.train.neftune_alpha), device_placement=False),
         feed=parts.feed, total_steps=total_steps,
-        micro_batch=derive_micro_batch(cfg, accelerator.num_processes), tracker=tracker,
+        share_prefixes=_may_share(cfg), micro_batch=derive_micro_batch(cfg, accelerator.num_processes), tracker=tracker,
         save=lambda state: _save_checkpoint(parts, optimizer, state),
         last_checkpoint=lambda: next(reversed(list_checkpoints(parts.folder)), None),
         evaluate=(lambda: _evaluate(parts)) if parts.data.eval else None,
@@ -286,6 +295,11 @@ def _answer(parts: Parts, rows: int) -> list[Answer]:
 def _say_samples(parts: Parts, say: Callable[[str], None]) -> None:
     for answer in _answer(parts, parts.cfg.generation.samples):
         say(f"  {answer.prompt!r} -> {answer.given!r}")
+
+
+def _may_share(cfg: RunConfig) -> bool:
+    """Whether documents may share what they have in common: not where noise is drawn for each token of each."""
+    return cfg.train.fast and not cfg.lora.dropout and not cfg.train.neftune_alpha
 
 
 def _check_world_size(cfg: RunConfig, accelerator: Accelerator) -> None:

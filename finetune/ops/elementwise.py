@@ -1,0 +1,103 @@
+"""The elementwise steps of a decoder layer, each with a backward pass written out.
+
+Every kernel is plain torch that computes in fp32 and rounds where the model's own code rounds; compiled, it reads and
+writes its tensors once. Shapes: T tokens, D hidden width, I intermediate width, H heads, W head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from finetune.ops.dispatch import fused
+
+
+@fused
+def rms_norm_forward(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight, normalised in fp32, rounded to x's dtype before the weight as Qwen2 does."""
+    wide = x_TD.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight_D * normed.to(x_TD.dtype)
+
+
+@fused
+def rms_norm_backward(grad_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Gradient with respect to x. Source: Zhang & Sennrich 2019, arXiv:1910.07467."""
+    wide = x_TD.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    inner = grad_TD.float() * weight_D.float()
+    normed = wide * scale
+    return ((inner - normed * (inner * normed).mean(-1, keepdim=True)) * scale).to(x_TD.dtype)
+
+
+@fused
+def swiglu_forward(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+    """silu(gate) * up. Source: Shazeer 2020, arXiv:2002.05202."""
+    wide = gate_TI.float()
+    return (wide * torch.sigmoid(wide)).to(gate_TI.dtype) * up_TI
+
+
+@fused
+def swiglu_backward_(grad_TI: Tensor, gate_TI: Tensor, up_TI: Tensor) -> None:
+    """In place: gate and up become their gradients, the gradient of the product becomes the product itself."""
+    gate, up, grad = gate_TI.float(), up_TI.float(), grad_TI.float()
+    sigmoid = torch.sigmoid(gate)
+    activated = gate * sigmoid
+    product = activated.to(gate_TI.dtype) * up_TI
+    grad_gate = grad * up * (sigmoid + activated * (1 - sigmoid))
+    up_TI.copy_(grad * activated)
+    gate_TI.copy_(grad_gate)
+    grad_TI.copy_(product)
+
+
+@fused
+def rotate_forward(x_THW: Tensor, cos_TW: Tensor, sin_TW: Tensor) -> Tensor:
+    """Rotary position embedding, in x's dtype as Qwen2 does it. Source: Su et al. 2021, arXiv:2104.09864."""
+    half = x_THW.shape[-1] // 2
+    turned = torch.cat((-x_THW[..., half:], x_THW[..., :half]), dim=-1)
+    return x_THW * cos_TW[:, None] + turned * sin_TW[:, None]
+
+
+@fused
+def rotate_backward(grad_THW: Tensor, cos_TW: Tensor, sin_TW: Tensor) -> Tensor:
+    """The transpose of `rotate_forward`: the turn by the same angle the other way."""
+    half = grad_THW.shape[-1] // 2
+    weighted = grad_THW * sin_TW[:, None]
+    return grad_THW * cos_TW[:, None] + torch.cat((weighted[..., half:], -weighted[..., :half]), dim=-1)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return rms_norm_forward(x, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        return rms_norm_backward(grad_outputs[0].contiguous(), x, weight, ctx.eps), None, None
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return rotate_forward(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return rotate_backward(grad_outputs[0], *ctx.saved_tensors), None, None
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm with a frozen weight; keeps x alone for the backward pass."""
+    return _RmsNorm.apply(x_TD, weight_D, eps)
+
+
+def rotate(x_THW: Tensor, cos_TW: Tensor, sin_TW: Tensor) -> Tensor:
+    """Rotary position embedding; keeps the angles alone, which all layers share."""
+    return _Rotate.apply(x_THW, cos_TW, sin_TW)

@@ -1,0 +1,179 @@
+"""Frozen linear layers with or without a LoRA adapter, several on one input, keeping as little as the gradient needs.
+
+    y = x W^T + b + scale * dropout(x) A^T B^T
+
+W is frozen: it may be 4-bit, is dequantised just before each product and dropped after it, and gets no gradient. A and
+B are fp32 masters, rounded to x's dtype inside. Kept for the backward pass: x, once for all projections that read it,
+and only if one of them is adapted; of the MLP besides it the two factors of the product. Everything else is made again.
+
+Shapes: T tokens, D inputs, O outputs, I intermediate width, R rank.
+Source: Hu et al. 2021, arXiv:2106.09685; Dettmers et al. 2023, arXiv:2305.14314.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from finetune.ops.elementwise import swiglu_backward_, swiglu_forward
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter. a: [R, D], b: [O, R], trained; dropout: probability on the adapter's input, 0 in eval mode."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A frozen linear layer.
+
+    weight: [O, D], or packed 4-bit with bitsandbytes' `quant_state`; then its dtype is that of the state.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    quant_state: Any = None
+    adapter: Adapter | None = None
+
+    def dequantised(self) -> Tensor:
+        """The weight [O, D] to multiply with. On a GPU it lies in a buffer that the next call overwrites."""
+        return self.weight if self.quant_state is None else _dequantise(self.weight, self.quant_state)
+
+
+_buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def _dequantise(packed: Tensor, state: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    if packed.device.type != "cuda":
+        return dequantize_4bit(packed, state)  # has no `out` elsewhere
+    size, key = state.shape.numel(), (packed.device, state.dtype)
+    if key not in _buffers or _buffers[key].numel() < size:
+        _buffers[key] = torch.empty(size, dtype=state.dtype, device=packed.device)
+    return dequantize_4bit(packed, state, out=_buffers[key][:size].view(state.shape))
+
+
+def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """What several linear layers make of one input.
+
+    x: [..., D] in the dtype of the weights. Returns: one [..., O] for each.
+    """
+    factors = [factor for p in projections if p.adapter for factor in (p.adapter.a, p.adapter.b)]
+    outputs = _Project.apply(x.reshape(-1, x.shape[-1]), tuple(projections), *factors)
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+
+def swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
+    """down(silu(gate(x)) * up(x)); x: [..., D]."""
+    factors = [factor for p in (gate, up, down) if p.adapter for factor in (p.adapter.a, p.adapter.b)]
+    return _SwigluMlp.apply(x.reshape(-1, x.shape[-1]), gate, up, down, *factors).view(x.shape)
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, projections: tuple[Projection, ...], *factors: Tensor) -> tuple[Tensor, ...]:
+        masks = [_draw_mask(x_TD, p) for p in projections]
+        outputs = tuple(_forward(x_TD, p, mask) for p, mask in zip(projections, masks, strict=True))
+        ctx.projections = projections
+        ctx.save_for_backward(x_TD if factors else None, *masks)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, *masks = ctx.saved_tensors
+        grad_x, factors = None, []
+        for p, grad_TO, mask in zip(ctx.projections, grad_outputs, masks, strict=True):
+            grad_x, grad_factors = _backward(grad_TO, x_TD, p, mask, grad_x, ctx.needs_input_grad[0])
+            factors += grad_factors
+        return grad_x, None, *factors
+
+
+class _SwigluMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, gate: Projection, up: Projection, down: Projection, *factors: Tensor) -> Tensor:
+        masks = [_draw_mask(x_TD, gate), _draw_mask(x_TD, up)]
+        gate_TI, up_TI = _forward(x_TD, gate, masks[0]), _forward(x_TD, up, masks[1])
+        product_TI = swiglu_forward(gate_TI, up_TI)
+        masks.append(_draw_mask(product_TI, down))
+        ctx.projections = (gate, up, down)
+        ctx.save_for_backward(x_TD if gate.adapter or up.adapter else None, gate_TI, up_TI, *masks)
+        return _forward(product_TI, down, masks[2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, down = ctx.projections
+        x_TD, gate_TI, up_TI, *masks = ctx.saved_tensors
+        (grad_TD,) = grad_outputs
+        grad_TI = _grad_input(grad_TD, down, masks[2], None)
+        # The saved factors are overwritten; autograd's version check refuses a second backward pass over them.
+        swiglu_backward_(grad_TI, gate_TI, up_TI)
+        product_TI = grad_TI
+        down_factors = _grad_factors(grad_TD, product_TI, down, masks[2])
+        grad_x, gate_factors = _backward(gate_TI, x_TD, gate, masks[0], None, ctx.needs_input_grad[0])
+        grad_x, up_factors = _backward(up_TI, x_TD, up, masks[1], grad_x, ctx.needs_input_grad[0])
+        return grad_x, None, None, None, *gate_factors, *up_factors, *down_factors
+
+
+def _draw_mask(x_TD: Tensor, p: Projection) -> Tensor | None:
+    """Which inputs the adapter sees; drawn as nn.Dropout draws it, so that a seed gives the same ones."""
+    if not p.adapter or not p.adapter.dropout:
+        return None
+    return torch.empty_like(x_TD, dtype=torch.bool).bernoulli_(1 - p.adapter.dropout)
+
+
+def _dropped(x_TD: Tensor, p: Projection, mask: Tensor | None) -> Tensor:
+    return x_TD if mask is None or not p.adapter else x_TD * mask / (1 - p.adapter.dropout)
+
+
+def _forward(x_TD: Tensor, p: Projection, mask: Tensor | None) -> Tensor:
+    weight_OD = p.dequantised()
+    y_TO = x_TD @ weight_OD.T if p.bias is None else torch.addmm(p.bias, x_TD, weight_OD.T)
+    if p.adapter:
+        a_RD, b_OR = p.adapter.a.to(x_TD.dtype), p.adapter.b.to(x_TD.dtype)
+        y_TO.addmm_(_dropped(x_TD, p, mask) @ a_RD.T, b_OR.T, alpha=p.adapter.scale)
+    return y_TO
+
+
+def _backward(
+    grad_TO: Tensor, x_TD: Tensor | None, p: Projection, mask: Tensor | None, grad_x: Tensor | None, wants_x: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradient of x with this projection's part added to `grad_x`, and those of its factors."""
+    factors = [] if x_TD is None else _grad_factors(grad_TO, x_TD, p, mask)
+    return _grad_input(grad_TO, p, mask, grad_x) if wants_x else None, factors
+
+
+def _grad_input(grad_TO: Tensor, p: Projection, mask: Tensor | None, grad_x: Tensor | None) -> Tensor:
+    weight_OD = p.dequantised()
+    grad_x = grad_TO @ weight_OD if grad_x is None else grad_x.addmm_(grad_TO, weight_OD)
+    if p.adapter:
+        grad_TR = grad_TO @ p.adapter.b.to(grad_TO.dtype)
+        a_RD = p.adapter.a.to(grad_TO.dtype)
+        if mask is None:
+            grad_x.addmm_(grad_TR, a_RD, alpha=p.adapter.scale)
+        else:
+            grad_x += (grad_TR @ a_RD) * mask * (p.adapter.scale / (1 - p.adapter.dropout))
+    return grad_x
+
+
+def _grad_factors(grad_TO: Tensor, x_TD: Tensor, p: Projection, mask: Tensor | None) -> list[Tensor]:
+    """Gradients of A and B in fp32; none without an adapter."""
+    if not p.adapter:
+        return []
+    a, b, scale = p.adapter.a, p.adapter.b, p.adapter.scale
+    seen_TD = _dropped(x_TD, p, mask)
+    grad_a = (grad_TO @ b.to(grad_TO.dtype)).T @ seen_TD
+    grad_b = grad_TO.T @ (seen_TD @ a.to(x_TD.dtype).T)
+    return [grad_a.to(a.dtype).mul_(scale), grad_b.to(b.dtype).mul_(scale)]
