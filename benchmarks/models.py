@@ -1,0 +1,109 @@
+"""Random-weight Qwen2.5 of any size, on disk: speed and memory do not depend on what the weights are.
+
+    python -m benchmarks.models size=7B tokenizer=FOLDER folder=TARGET
+
+One layer is drawn and written under every layer's name, so a 7B takes as long as its bytes take to the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.processes import parse
+from finetune.models.families import QWEN25_SHAPES
+
+# Two layers and grouped heads: proves a benchmark from end to end within seconds, and measures nothing.
+TINY = {
+    "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024, "tie_word_embeddings": True,
+}  # fmt: skip
+DEFAULTS = {"size": "0.5B", "tokenizer": "data/tiny-qwen2.5", "folder": ""}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
+
+
+def shape_of_size(size: str, tokenizer: Path) -> dict[str, Any]:
+    """The config of a size; `tiny` gets the vocabulary that its tokenizer needs."""
+    if size == "tiny":
+        from tokenizers import Tokenizer
+
+        words = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).get_vocab_size()
+        return {**TINY, "vocab_size": max(TINY["vocab_size"], words)}
+    if size not in QWEN25_SHAPES:
+        raise SystemExit(f"size={size}: there are {', '.join(QWEN25_SHAPES)} and tiny")
+    return QWEN25_SHAPES[size]
+
+
+def write_random_model(size: str, tokenizer: Path, folder: Path, seed: int = 0) -> Path:
+    """A bf16 checkpoint of that size with that tokenizer in `folder`, made once; one file for each layer.
+
+    Biases are drawn too, since a zero bias could be left out by mistake and nobody would see.
+    """
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from safetensors.torch import save_file
+
+    shape = shape_of_size(size, tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*sizes: int) -> torch.Tensor:
+        return (0.02 * torch.randn(*sizes, generator=generator)).to(torch.bfloat16)
+
+    layer = {name: torch.ones(sizes, dtype=torch.bfloat16) if "norm" in name else normal(*sizes)
+             for name, sizes in layer_tensors(shape)}  # fmt: skip
+    files = {
+        f"layer-{i:02d}.safetensors": {f"model.layers.{i}.{name}": tensor for name, tensor in layer.items()}
+        for i in range(shape["num_hidden_layers"])
+    }
+    table = (shape["vocab_size"], shape["hidden_size"])
+    files["embeddings.safetensors"] = {
+        "model.embed_tokens.weight": normal(*table),
+        "model.norm.weight": torch.ones(shape["hidden_size"], dtype=torch.bfloat16),
+        **({} if shape["tie_word_embeddings"] else {"lm_head.weight": normal(*table)}),
+    }
+    places: dict[str, str] = {}
+    for file, tensors in files.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for name in _TOKENIZER_FILES:
+        if (tokenizer / name).exists():
+            shutil.copy(tokenizer / name, folder / name)
+    config = {
+        **shape, "architectures": ["Qwen2ForCausalLM"], "dtype": "bfloat16", "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 1 << 20, "hidden_act": "silu", "initializer_range": 0.02,
+    }  # fmt: skip
+    # Last, so that a folder that was cut short is made again.
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    return folder
+
+
+def layer_tensors(shape: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and sizes of one Qwen2 layer's tensors."""
+    from finetune.planning.memory import linear_shapes
+
+    hidden = shape["hidden_size"]
+    for name, (out, inputs) in linear_shapes(shape).items():
+        room = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+        yield f"{room}.{name}.weight", (out, inputs)
+        if name in ("q_proj", "k_proj", "v_proj"):
+            yield f"{room}.{name}.bias", (out,)
+    yield "input_layernorm.weight", (hidden,)
+    yield "post_attention_layernorm.weight", (hidden,)
+
+
+def main(words: list[str]) -> None:
+    options = parse(words, DEFAULTS)
+    folder = write_random_model(options["size"], Path(options["tokenizer"]), Path(options["folder"]))
+    size_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    print(json.dumps({"folder": str(folder), "bytes": size_bytes}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,56 @@
+"""Pictures of curves; matplotlib is an extra that only this needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import MissingExtra
+
+Series = Mapping[str, Mapping[str, Mapping[str, Any]]]  # line -> point -> figures
+_GB = 1e9
+
+
+def check_installed() -> None:
+    if find_spec("matplotlib") is None:
+        raise MissingExtra('a curve\'s picture needs: pip install "finetune-qlora[bench]"')
+
+
+def draw(
+    file: Path, title: str, label: str, points: Sequence[str], series: Series, ceiling: float | None = None
+) -> None:
+    """Tokens a second and peak memory over the points, one line for each series; points are evenly spaced.
+
+    ceiling: operations a second, for the share of it that the title of the left panel names.
+    """
+    check_installed()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    for name, line in series.items():
+        at = [i for i, point in enumerate(points) if point in line and "failed" not in line[point]]
+        style = {"marker": "o", "linestyle": "-" if name.startswith("ours") else "--", "label": name}
+        speed.plot(at, [line[points[i]]["tokens_per_second"] for i in at], **style)
+        memory.plot(at, [line[points[i]]["peak_bytes"] / _GB for i in at], **style)
+    for axes, what in ((speed, "real tokens / s"), (memory, "peak memory, GB")):
+        axes.set_xticks(range(len(points)), [_tick(point) for point in points])
+        axes.set_xlabel(label)
+        axes.set_ylabel(what)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    speed.legend()
+    under = "" if ceiling is None else f"; bf16 matmul ceiling {ceiling / 1e12:,.3g} TFLOP/s"
+    figure.suptitle(title + under)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _tick(point: str) -> str:
+    if point.isdecimal():
+        return f"{int(point):,}"
+    return point.replace("_proj", "").replace(",", ", ")

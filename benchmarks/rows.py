@@ -1,0 +1,59 @@
+"""The rows that both sides train on: one file of messages, from rows of any of the usual shapes.
+
+`rows` are taken as they are; `long` rows are conversations of many turns, joined until they have enough tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Message = dict[str, str]
+
+
+def read_messages(file: Path) -> list[list[Message]]:
+    """Conversations of a JSONL of `messages`, or of rows whose first two columns are a question and its answer."""
+    rows = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    return [row["messages"] if "messages" in row else list(_turn(row)) for row in rows]
+
+
+def _turn(row: Mapping[str, Any]) -> Iterator[Message]:
+    question, answer = list(row.values())[:2]
+    yield {"role": "user", "content": question}
+    yield {"role": "assistant", "content": answer}
+
+
+def write_rows(source: Path, target: Path, count: int) -> Path:
+    """The first `count` rows as messages; when there are fewer, all of them again until there are enough."""
+    conversations = read_messages(source)
+    return _write(target, itertools.islice(itertools.cycle(conversations), count))
+
+
+def write_long_rows(source: Path, target: Path, tokenizer: Path, tokens: int, count: int) -> Path:
+    """`count` conversations of at least `tokens` tokens each, made of consecutive rows; trained cut off at `tokens`."""
+    from tokenizers import Tokenizer
+
+    encode = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode
+    turns = itertools.cycle(read_messages(source))
+
+    def joined() -> Iterator[list[Message]]:
+        for _ in range(count):
+            messages: list[Message] = []
+            length = 0
+            while length < tokens:
+                turn = next(turns)
+                messages += turn
+                length += sum(len(encode(message["content"]).ids) for message in turn)
+            yield messages
+
+    return _write(target, joined())
+
+
+def _write(target: Path, conversations: Iterator[list[Message]]) -> Path:
+    with target.open("w", encoding="utf-8") as file:
+        for messages in conversations:
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return target

@@ -1,0 +1,130 @@
+"""One model, one file of rows, and how each side is run on them: shared by every benchmark of training."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import rows
+from benchmarks.processes import ROOT, measure, work_folder
+from benchmarks.stock import PEERS, STOCK, VARIANTS, installed
+
+# What every benchmark of training takes on its command line.
+DEFAULTS = {
+    "size": "0.5B", "rows": "data/sample/train.jsonl", "tokenizer": "data/tiny-qwen2.5", "limit": "400",
+    "rank": "8", "targets": "q_proj,v_proj", "seed": "0", "ours": "fast", "stock": "all", "warmup": "2",
+    "steps": "4", "minutes": "30", "work": "", "results": "benchmarks/results",
+}  # fmt: skip
+# Settings of ours beside the schema's defaults, by name; `ours.NAME=key=value;key=value` on the command line adds one.
+# A benchmark runs too few steps to repay a compilation, which a training would: so it is asked for.
+OURS = {
+    "fast": "train.compile=true",
+    "uncompiled": "train.compile=false",
+    "plain": "train.fast=false",
+    # Noise that is drawn for each token forbids to compute what rows have in common once; so little of it does no more.
+    "unshared": "train.compile=true;train.neftune_alpha=1e-9",
+    "resident": "train.compile=true;quant.resident=true",
+}
+_SHORTEST_ROW_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Workload:
+    """shape: the model's config. folder: of this benchmark's own files. cache: FINETUNE_CACHE of our runs."""
+
+    options: Mapping[str, str]
+    model: Path
+    shape: dict[str, Any]
+    folder: Path
+    cache: Path
+
+    @property
+    def limit_seconds(self) -> float:
+        return 60 * float(self.options["minutes"])
+
+    def ours(self, variant: str, length: int, batch: int, **changes: Any) -> dict[str, Any]:
+        """Steps of our trainer: packs of `length` tokens, `batch` of them a step. changes: of benchmarks.ours."""
+        steps = int(self.options["warmup"]) + int(self.options["steps"])
+        options = {
+            "model": self.model, "rows": self.rows(steps * length * batch), "steps": steps, "length": length,
+            "batch": batch, "micro": batch, "set": self.variant(variant),
+            **{key: self.options[key] for key in ("rank", "targets", "seed")}, **changes,
+        }  # fmt: skip
+        return measure("benchmarks.ours", options, self.limit_seconds, self.cache)
+
+    def stock(self, variant: str, length: int, batch: int, **changes: Any) -> dict[str, Any]:
+        """Steps of the stock trainer: `batch` rows (or packs) of up to `length` tokens. One step warms it up."""
+        if variant in PEERS and not installed(PEERS[variant]):
+            return {"failed": "not installed"}
+        steps = 1 + int(self.options["steps"])
+        options = {
+            "model": self.model, "rows": self.rows(steps * length * batch), "steps": steps, "length": length,
+            "batch": batch, "variant": variant, **{key: self.options[key] for key in ("rank", "targets", "seed")},
+            **changes,
+        }  # fmt: skip
+        return measure("benchmarks.stock", options, self.limit_seconds, self.cache)
+
+    def ceiling(self, tokens: int, seconds: float = 0.4) -> dict[str, float]:
+        """Operations a second of each product, or nothing where they could not be measured."""
+        done = measure("benchmarks.ceiling", {"model": self.model, "tokens": tokens, "seconds": seconds}, 120)
+        return done.get("flops_per_second", {})
+
+    def rows(self, tokens: int) -> Path:
+        """The rows of a run that takes `tokens`: `limit` of them, or more where those would not do."""
+        count = max(int(self.options["limit"]), math.ceil(tokens / _SHORTEST_ROW_TOKENS))
+        file = self.folder / f"rows-{count}.jsonl"
+        return file if file.exists() else rows.write_rows(Path(self.options["rows"]), file, count)
+
+    def long_rows(self, tokens: int) -> Path:
+        """Rows of at least `tokens` tokens each, two for every step."""
+        file = self.folder / f"long-{tokens}.jsonl"
+        count = 2 * (int(self.options["warmup"]) + int(self.options["steps"]))
+        if not file.exists():
+            rows.write_long_rows(Path(self.options["rows"]), file, Path(self.options["tokenizer"]), tokens, count)
+        return file
+
+    def variant(self, name: str) -> str:
+        return self.options.get(f"ours.{name}", OURS.get(name, ""))
+
+    def ours_variants(self) -> list[str]:
+        names = [name for name in self.options["ours"].split(",") if name]
+        for name in names:
+            if name not in OURS and f"ours.{name}" not in self.options:
+                raise SystemExit(f"ours={name}: there are {', '.join(OURS)}; give others as ours.{name}=key=value;…")
+        return names
+
+    def stock_variants(self) -> list[str]:
+        given = self.options["stock"]
+        names = {"all": [*STOCK], "none": [], "": []}.get(given, given.split(","))
+        if unknown := [name for name in names if name not in VARIANTS]:
+            raise SystemExit(f"stock={','.join(unknown)}: there are all, none, {', '.join(VARIANTS)}")
+        return names
+
+
+@contextmanager
+def prepared(options: Mapping[str, str]) -> Iterator[Workload]:
+    """The workload of these options: its random model is made if it is not there yet, and kept."""
+    options = {**options, "rows": _found(options["rows"]), "tokenizer": _found(options["tokenizer"])}
+    work = work_folder(options["work"])
+    size = options["size"]
+    model = work / f"qwen2.5-{size}-{Path(options['tokenizer']).parent.name}-{Path(options['tokenizer']).name}"
+    made = measure("benchmarks.models", {"size": size, "tokenizer": options["tokenizer"], "folder": model}, 900)
+    if "failed" in made:
+        raise SystemExit(f"the model could not be made: {made['failed']}")
+    shape = json.loads((model / "config.json").read_text())
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        yield Workload(options, model, shape, Path(folder), work / "cache")
+
+
+def _found(path: str) -> str:
+    """An absolute path; relative ones are looked up here, then at the top of the checkout."""
+    for folder in (Path.cwd(), ROOT):
+        if (folder / path).exists():
+            return str((folder / path).resolve())
+    raise SystemExit(f"there is no {path} here or in {ROOT}")
