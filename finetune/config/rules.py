@@ -51,6 +51,13 @@ def _kept_modules(quant: QuantConfig) -> Problems:
             yield from _bad_regex(f"quant.keep.{index}", pattern)
 
 
+def _resident(quant: QuantConfig) -> Problems:
+    if quant.resident and quant.type not in ("nf4", "fp4"):
+        yield Problem(
+            "quant.resident", f"is the 16-bit copy of 4-bit weights; drop it, or set quant.type=nf4, not {quant.type}"
+        )
+
+
 def _targets(lora: LoraConfig) -> Problems:
     key, targets = "lora.target_modules", lora.target_modules
     if targets == "all-linear":
@@ -223,6 +230,7 @@ def _bad_regex(key: str, pattern: str) -> Problems:
 RULES: list[tuple[tuple[str, ...], Callable[..., Problems]]] = [
     (("model",), _attention),
     (("quant",), _kept_modules),
+    (("quant",), _resident),
     (("lora",), _targets),
     (("lora",), _layers),
     (("lora",), _saved_modules),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +10,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.errors import ConfigError, IntegrityError, MissingExtra, ResourceError
+from finetune.models.four_bit import build_skeleton, keep_resident, load_four_bit
+from finetune.models.quantised_cache import Say
 from finetune.models.quantize import (
+    FOUR_BIT,
     check_quantized,
     head_name,
     keep_weights_trainable_after_eval,
@@ -24,6 +34,8 @@ from finetune.models.quantize import (
 )
 from finetune.models.source import TEXT_FILES, WEIGHT_FILES, fetch, read_config, read_json, weight_files
 from finetune.ops import attention
+
+_log = logging.getLogger(__name__)
 
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
@@ -42,40 +54,61 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(model: ModelConfig, quant: QuantConfig, device: torch.device | str | None = None) -> PreTrainedModel:
+def load_base(
+    model: ModelConfig, quant: QuantConfig, device: torch.device | str | None = None, say: Say = _log.warning
+) -> PreTrainedModel:
     """The frozen base model in eval mode, quantised while it loads; nothing is cast to fp32.
 
     device: default is this rank's GPU (`cuda:LOCAL_RANK`), the CPU where there is none.
-    Returns: an ordinary transformers model; `model.base_revision` is the hub commit it came from, or None.
+    say: told, in a line, what goes wrong with the cache of quantised weights; the model is loaded all the same.
+    Returns: an ordinary transformers model; `model.base_revision` is the hub commit it came from, or None. With
+    `quant.resident`, each 4-bit layer has its 16-bit copy as `resident_weight`.
     Raises: ConfigError (not found, not supported, missing files), IntegrityError (torn files, tensors that are missing,
     superfluous or of another shape), ResourceError (out of memory), MissingExtra (bitsandbytes, flash-attn).
     """
     source = fetch(model.name, model.revision, TEXT_FILES + WEIGHT_FILES, "model.name")
     read_config(source.folder, model.name)
-    weight_files(source.folder, model.name)
+    files = weight_files(source.folder, model.name)
     attention.register()
+    kernel = attention.SEGMENTED if model.attention == "auto" else model.attention
+    place = default_device() if device is None else torch.device(device)
     with quiet(), _readable_errors(model, quant):
-        base, found = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            dtype=getattr(torch, model.dtype),
-            quantization_config=_bitsandbytes(source.folder, quant),
-            device_map={"": default_device() if device is None else device},
-            attn_implementation=attention.SEGMENTED if model.attention == "auto" else model.attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            # Reported below with names, not by transformers without.
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    _check_complete(found, model.name)
-    base.requires_grad_(False)
-    if quant.type != "none":
-        keep_weights_trainable_after_eval(base)
-    check_quantized(base, quant)
+        settings = _bitsandbytes(source.folder, model, quant)
+        base: Any = None
+        if settings is not None and quant.type in FOUR_BIT:
+            base = load_four_bit(source.folder, files, model, kernel, quant, settings, place, say)
+        if base is None:
+            base = _load_by_transformers(source.folder, model, kernel, settings, place)
+        base.requires_grad_(False)
+        if quant.type != "none":
+            keep_weights_trainable_after_eval(base)
+        check_quantized(base, quant)
+        if quant.resident:
+            keep_resident(base)
     # What adapter_config.json will name as its base: not this machine's cache folder.
     base.name_or_path = base.config.name_or_path = model.name
     base.base_revision = source.revision
+    return base
+
+
+def _load_by_transformers(
+    folder: Path, model: ModelConfig, kernel: str, settings: BitsAndBytesConfig | None, device: torch.device
+) -> PreTrainedModel:
+    """Plain and 8-bit weights, and those whose tensors are not called as the model's are."""
+    base, found = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, model.dtype),
+        quantization_config=settings,
+        device_map={"": device},
+        attn_implementation=kernel,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        # Reported below with names, not by transformers without.
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    _check_complete(found, model.name)
     return base
 
 
@@ -100,11 +133,10 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _bitsandbytes(folder: Path, quant: QuantConfig) -> Any:
+def _bitsandbytes(folder: Path, model: ModelConfig, quant: QuantConfig) -> BitsAndBytesConfig | None:
     """The quantisation settings with `quant.keep` resolved on a model without weights."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    # Names need no attention kernel, which may not be installed: that is for the loading to say.
+    skeleton = build_skeleton(folder, getattr(torch, model.dtype), "eager")
     return quantization_config(quant, kept_modules(quant, linear_names(skeleton), head_name(skeleton)))
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.errors import ConfigError, IntegrityError, MissingExtra, ResourceError
+from finetune.models import four_bit
 from finetune.models import load as load_module
 from finetune.models.load import load_base, load_tokenizer
 
@@ -125,9 +126,11 @@ def test_failures_while_loading(make_base, monkeypatch, raised: Exception, expec
     def fail(*args: object, **kwargs: object) -> None:
         raise raised
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
-    with pytest.raises(expected, match=says):
-        load_base(ModelConfig(name=str(make_base())), QuantConfig(), device="cpu")
+    for place, name in ((four_bit, "quantise"), (AutoModelForCausalLM, "from_pretrained")):
+        monkeypatch.setattr(place, name, fail)
+    for quant_type in ("nf4", "none"):
+        with pytest.raises(expected, match=says.replace("nf4", quant_type)):
+            load_base(ModelConfig(name=str(make_base())), QuantConfig(type=quant_type, cache=False), device="cpu")
 
 
 def test_without_bitsandbytes_the_command_is_named(make_base, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,78 @@
+"""The SHA-256 of weight files, computed once and remembered for as long as a file is seen to be untouched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from finetune.files import write_text
+
+_BLOCK_BYTES = 1 << 22
+# hashlib lets go of the interpreter's lock; more readers only disturb a disk.
+_THREADS = 4
+# A file that changed this shortly before may change again within one tick of its file system's clock.
+_SETTLED_NANOSECONDS = 2_000_000_000
+
+
+def weights_digest(files: Iterable[Path], memory: Path) -> dict[str, str]:
+    """SHA-256 of each file's content, by file name.
+
+    memory: a folder of what is known; a file whose size, inode, time of writing and time of change are those of then is
+    not read again. The time of change cannot be set back as the time of writing can, so a content is taken for another
+    only where the machine's clock was set back, or the file system (some network ones) keeps no time of change.
+    Raises: OSError if a file cannot be read, or the memory not be written to.
+    """
+    files = list(files)
+    memory.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        digests = list(threads.map(lambda file: _remembered(file, memory), files))
+    return {file.name: digest for file, digest in zip(files, digests, strict=True)}
+
+
+def sha256_of(file: Path) -> str:
+    """Hex SHA-256 of a file's content, read a block at a time."""
+    digest, block = hashlib.sha256(), bytearray(_BLOCK_BYTES)
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(block):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
+
+
+def identity(file: Path) -> dict[str, Any]:
+    """What changes when a file is written to or replaced."""
+    real = file.resolve()
+    stat = real.stat()
+    return {"path": str(real), "size_bytes": stat.st_size, "inode": stat.st_ino,
+            "written_ns": stat.st_mtime_ns, "changed_ns": stat.st_ctime_ns}  # fmt: skip
+
+
+def _remembered(file: Path, memory: Path) -> str:
+    known = memory / f"{hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:32]}.json"
+    if digest := _recall(known, identity(file)):
+        return digest
+    # Ranks that start together: one reads the file, the others what it found.
+    with FileLock(known.with_suffix(".lock")):
+        before = identity(file)
+        if digest := _recall(known, before):
+            return digest
+        digest = sha256_of(file)
+        if before == identity(file) and time.time_ns() - before["changed_ns"] > _SETTLED_NANOSECONDS:
+            write_text(known, json.dumps({**before, "sha256": digest}))
+    return digest
+
+
+def _recall(known: Path, found: dict[str, Any]) -> str | None:
+    try:
+        then = json.loads(known.read_text(encoding="utf-8"))
+        digest = then.pop("sha256")
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return None
+    return digest if then == found and isinstance(digest, str) and len(digest) == 64 else None
