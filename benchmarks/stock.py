@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 STOCK = ("padded", "packing", "packing+checkpointing")
 # Variants of other projects, each with the package it needs.
-PEERS = {"liger": "liger_kernel", "unsloth": "unsloth"}
+PEERS = {"liger": "liger_kernel", "unsloth": "unsloth", "llama-factory": "llamafactory"}
 
 
 def installed(package: str) -> bool:

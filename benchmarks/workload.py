@@ -62,6 +62,8 @@ class Workload:
         """Steps of the stock trainer: `batch` rows (or packs) of up to `length` tokens. One step warms it up."""
         if variant in PEERS and not installed(PEERS[variant]):
             return {"failed": "not installed"}
+        if variant not in VARIANTS:
+            return {"failed": "installed, but has a command of its own: see docs/benchmarks.md"}
         steps = 1 + int(self.options["steps"])
         options = {
             "model": self.model, "rows": self.rows(steps * length * batch), "steps": steps, "length": length,

@@ -1,0 +1,166 @@
+"""The longest context that a memory budget trains: one step over one document, ever longer, until memory is out.
+
+    python -m benchmarks.context model=FOLDER [budget_gb=16] [recompute=offload] [seconds=60] [most=400000]
+
+The budget bounds what torch's allocator may reserve, less what CUDA keeps for itself. Peaks grow by a straight line, so
+the next length is where the line through the last two meets the budget. A length whose step would outlast `seconds` is
+not tried: then `predicted_tokens` says what the line promises, and `tokens` what was really trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.processes import parse
+
+DEFAULTS = {"model": "", "budget_gb": "16", "recompute": "offload", "seconds": "60", "most": "400000", "rank": "8",
+            "targets": "q_proj,v_proj", "first": "2048", "fast": "true"}  # fmt: skip
+_CUDA_CONTEXT_BYTES = 5e8
+_CLOSE_ENOUGH = 1.03
+_GROWTH = 8
+
+
+@dataclass
+class Search:
+    """What was tried. fits: peak bytes by length; fails: lengths that did not fit; seconds: of the longest step."""
+
+    fits: dict[int, int] = field(default_factory=dict)
+    fails: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def longest(self) -> int:
+        return max(self.fits, default=0)
+
+    def predicted(self, budget_bytes: float) -> int | None:
+        """Where the line through the two longest peaks meets the budget; None before there are two."""
+        if len(self.fits) < 2:
+            return None
+        (x1, y1), (x2, y2) = sorted(self.fits.items())[-2:]
+        slope = (y2 - y1) / (x2 - x1)
+        return min([int(x2 + (budget_bytes - y2) / slope), *self.fails]) if slope > 0 else None
+
+    def next_length(self, budget_bytes: float, first: int, most: int) -> int | None:
+        """The length to try now; None when the longest is known well enough."""
+        if not self.fits:
+            shorter = min(self.fails, default=2 * first) // 2
+            return shorter if shorter >= 64 else None
+        ceiling = min([*self.fails, most + 1])
+        length = self.predicted(budget_bytes)
+        length = 2 * self.longest if length is None else min(int(0.985 * length), _GROWTH * self.longest)
+        if length >= ceiling or (self.fails and length <= _CLOSE_ENOUGH * self.longest):
+            length = (self.longest + ceiling) // 2
+        length = min(length, most)
+        return length if length > _CLOSE_ENOUGH * self.longest else None
+
+
+def search(
+    attempt: Callable[[int], tuple[int, float] | None], budget_bytes: float, first: int, most: int, limit_seconds: float
+) -> dict[str, Any]:
+    """attempt(length): (peak bytes, seconds) of a step, None if it did not fit. Returns: the figures of this budget."""
+    began = time.perf_counter()
+    found = Search()
+    while (length := found.next_length(budget_bytes, first, most)) is not None:
+        left = limit_seconds - (time.perf_counter() - began)
+        # Attention grows with the square of the length; nothing grows faster.
+        expected = found.seconds * (length / found.longest) ** 2 if found.fits else 0.0
+        if expected > left or left < 0:
+            break
+        outcome = attempt(length)
+        if outcome is None:
+            found.fails.append(length)
+        else:
+            found.fits[length], found.seconds = outcome
+    return {
+        "tokens": found.longest, "predicted_tokens": found.predicted(budget_bytes), "tried": found.fits,
+        "failed_at": sorted(found.fails), "step_seconds": found.seconds, "budget_bytes": int(budget_bytes),
+        "peak_bytes": found.fits.get(found.longest),
+    }  # fmt: skip
+
+
+def build_step(options: dict[str, str], device: Any) -> Callable[[int], None]:
+    """A function of a length: a whole training step over one random document, every token of it a target."""
+    import numpy as np
+    import torch
+
+    from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
+    from finetune.data.batch import Document, build_batch
+    from finetune.losses.cross_entropy import CrossEntropy
+    from finetune.models.adapter import attach_lora
+    from finetune.models.fast import attach_fast_path
+    from finetune.models.load import load_base, load_tokenizer
+    from finetune.models.recompute import apply_recompute
+
+    targets = options["targets"]
+    cfg = ModelConfig(name=options["model"])
+    lora = LoraConfig(
+        rank=int(options["rank"]), target_modules=targets if targets == "all-linear" else targets.split(",")
+    )
+    model = attach_lora(load_base(cfg, QuantConfig(), device), lora, load_tokenizer(cfg))
+    if options["fast"] == "true":
+        attach_fast_path(model)
+    model.train()
+    policy = options["recompute"]
+    apply_recompute(model, int(policy) if policy.isdecimal() else policy)
+    loss = CrossEntropy(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    words = json.loads((Path(options["model"]) / "config.json").read_text())["vocab_size"]
+    random = np.random.default_rng(0)
+
+    def step(length: int) -> None:
+        ids = random.integers(words, size=length + 1, dtype=np.int32)
+        batch = build_batch([Document(ids[:-1], ids[1:], "random")])
+        (loss(batch.to(device)) / length).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def main(words: list[str]) -> None:
+    # Lengths differ from try to try: without it the allocator's leftovers of one stand in the way of the next.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    options = parse(words, DEFAULTS)
+    import gc
+
+    import torch
+
+    from benchmarks.peaks import peak_bytes
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    budget_bytes = 1e9 * float(options["budget_gb"])
+    if cuda:
+        budget_bytes -= _CUDA_CONTEXT_BYTES
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, budget_bytes / torch.cuda.get_device_properties(0).total_memory)
+        )
+    step = build_step(options, device)
+
+    def attempt(length: int) -> tuple[int, float] | None:
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        try:
+            step(length)
+            peak = torch.cuda.max_memory_reserved() if cuda else peak_bytes()
+        except torch.OutOfMemoryError:
+            return None
+        # No allocator bounds a CPU: there the resident size is held against the budget, which it may pass.
+        return (peak, time.perf_counter() - start) if peak <= budget_bytes else None
+
+    found = search(attempt, budget_bytes, int(options["first"]), int(options["most"]), float(options["seconds"]))
+    print(json.dumps({**found, "recompute": options["recompute"], "device": device.type}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
