@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,10 @@ def keep_resident(base: nn.Module) -> None:
     from bitsandbytes.functional import dequantize_4bit
 
     for _, module in quantised_modules(base):
-        weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
-        module.resident_weight = weight.to(module.compute_dtype)
+        # Straight into the type of the product, as bitsandbytes' own forward does.
+        state = copy(module.weight.quant_state)
+        state.dtype = module.compute_dtype
+        module.resident_weight = dequantize_4bit(module.weight.data, state)
 
 
 def quantise(weight: Tensor, like: Any) -> tuple[Tensor, Any]:
@@ -230,7 +233,7 @@ def _cache_of(
     folder = cache_folder()
     try:
         digest = weights_digest(sorted(set(files.values())), folder / "digests")
-    except (OSError, NotImplementedError) as error:
+    except (OSError, RuntimeError) as error:
         say(f"quant.cache: {folder} cannot be used ({error}); quantising without it")
         return None
     made_from = {

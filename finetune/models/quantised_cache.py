@@ -112,7 +112,7 @@ class QuantisedCache:
                 lock.release()
         except Timeout:
             self.say(f"quant.cache: another process has held {lock.lock_file} for long; quantising without it")
-        except (OSError, NotImplementedError) as error:
+        except (OSError, RuntimeError) as error:
             mine = False
             self.say(f"quant.cache: {self.folder} cannot be locked ({error}); quantising without it")
         try:

@@ -19,6 +19,8 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["model.attention=flash_attention_2", "model.dtype=float32"], "model.attention", "float32"),
     (["quant.keep=[a,a]"], "quant.keep", "twice"),
     (["quant.keep=['(a']"], "quant.keep.0", "regular expression"),
+    (["quant.resident=true", "quant.type=int8"], "quant.resident", "quant.type=nf4"),
+    (["quant.resident=true", "quant.type=none"], "quant.resident", "quant.type=nf4"),
     (["lora.target_modules=[q_proj,q_proj]"], "lora.target_modules", "twice"),
     (["lora.target_modules=[]"], "lora.target_modules", "no module"),
     (["lora.target_modules=q_proj"], "lora.target_modules", "[q_proj]"),
