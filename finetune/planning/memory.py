@@ -14,6 +14,7 @@ from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _BLOCK, _OUTER_BLOCK = 64, 256
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # fp32 value, gradient and AdamW's two moments.
 _BYTES_PER_TRAINED = 16
 
@@ -76,13 +77,18 @@ def bytes_per_weight(quant: QuantConfig, model: ModelConfig) -> float:
 
 
 def _trained(linears: Mapping[str, tuple[int, int]], layers: int, lora: LoraConfig) -> int:
-    adapted_layers = range(layers) if lora.layers_to_transform is None else lora.layers_to_transform
     return sum(
-        lora.rank * (out + inputs) + (out if lora.dora else 0)
-        for layer in adapted_layers
-        for name, (out, inputs) in linears.items()
-        if _is_target(layer, name, lora.target_modules)
+        lora.rank * sum(linears[name]) + (linears[name][0] if lora.dora else 0)
+        for layer in range(layers)
+        for name in adapted_linears(layer, lora)
     )
+
+
+def adapted_linears(layer: int, lora: LoraConfig) -> frozenset[str]:
+    """Names of the linears of one Qwen2 block that get an adapter."""
+    if lora.layers_to_transform is not None and layer not in lora.layers_to_transform:
+        return frozenset()
+    return frozenset(name for name in LINEARS if _is_target(layer, name, lora.target_modules))
 
 
 def _is_target(layer: int, name: str, targets: list[str] | str) -> bool:

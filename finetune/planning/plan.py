@@ -4,25 +4,113 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
 from finetune.models.families import shape_of
+from finetune.planning.activations import ActivationPlan, plan_activations
+from finetune.planning.machine import device_type_here
 from finetune.planning.memory import plan_memory
 
+# Tokens of a forward pass from which more of them are no faster: on a CPU the products are as fast by then, and every
+# token more only raises the peak.
+_ENOUGH_TOKENS = {"cpu": 2048}
+_ENOUGH_ON_A_GPU = 8192
 
-def derive_micro_batch(cfg: RunConfig, ranks: int) -> int:
-    """Sequences a forward pass on one rank: as given, or as many as fit 8,192 tokens, at least one."""
+
+@dataclass(frozen=True, slots=True)
+class MemoryChoice:
+    """What a run does to fit: sequences a forward pass, `train.recompute` with auto decided, and both in words."""
+
+    micro_batch: int
+    recompute: str | int
+    text: str
+
+
+def derive_micro_batch(cfg: RunConfig, ranks: int, device_type: str) -> int:
+    """Sequences a forward pass on one rank: as given, or as many as make it fast, at least one.
+
+    device_type: of torch's devices. Memory may make it fewer: see `choose_memory`.
+    """
     per_rank = max(1, cfg.train.batch_size // ranks)
     if cfg.train.micro_batch_size is not None:
         return min(cfg.train.micro_batch_size, per_rank)
-    return max(1, min(per_rank, 8192 // cfg.data.max_length))
+    return max(1, min(per_rank, _ENOUGH_TOKENS.get(device_type, _ENOUGH_ON_A_GPU) // cfg.data.max_length))
 
 
-def describe_plan(cfg: RunConfig, shape: Mapping[str, Any] | None, ranks: int) -> str:
+def choose_memory(
+    cfg: RunConfig, shape: Mapping[str, Any], ranks: int, device_type: str, free_bytes: float | None
+) -> MemoryChoice:
+    """The fewest recomputed layers, then the largest micro-batch, that fit into so many bytes beside the model.
+
+    free_bytes: what activations may take; None where it is not known. `train.micro_batch_size` and a `train.recompute`
+    that is not auto stay as they are given; what nothing makes fit is tried all the same, and said.
+    """
+    micro = derive_micro_batch(cfg, ranks, device_type)
+    if free_bytes is None:
+        recompute = "all" if cfg.train.recompute == "auto" else cfg.train.recompute
+        return MemoryChoice(micro, recompute, f"recompute: {recompute} (the free memory is not known here)")
+    wanted = micro
+    plan = plan_activations(shape, cfg, micro, device_type)
+    while _least_peak(cfg, plan, device_type) > free_bytes and micro > 1 and cfg.train.micro_batch_size is None:
+        micro //= 2
+        plan = plan_activations(shape, cfg, micro, device_type)
+    count = _recomputed(cfg, plan, free_bytes)
+    recompute = count if cfg.train.recompute == "auto" and count else "none"
+    if cfg.train.recompute != "auto":
+        recompute = cfg.train.recompute
+    return MemoryChoice(micro, recompute, _words(cfg, plan, count, wanted, micro, device_type, free_bytes))
+
+
+def _recomputed(cfg: RunConfig, plan: ActivationPlan, free_bytes: float) -> int:
+    """Layers that a setting recomputes; for auto, as many as it takes."""
+    setting, reached = cfg.train.recompute, len(plan.kept)
+    if setting == "auto":
+        return plan.fewest(free_bytes)
+    if isinstance(setting, int):
+        return min(setting, reached)
+    return 0 if setting == "none" else max(0, reached - 1)
+
+
+def _offloads(cfg: RunConfig, device_type: str) -> bool:
+    return cfg.train.recompute == "offload" and device_type != "cpu"
+
+
+def _least_peak(cfg: RunConfig, plan: ActivationPlan, device_type: str) -> float:
+    return plan.peak_bytes(_recomputed(cfg, plan, free_bytes=0.0), _offloads(cfg, device_type))
+
+
+def _words(
+    cfg: RunConfig, plan: ActivationPlan, count: int, wanted: int, micro: int, device_type: str, free_bytes: float
+) -> str:
+    peak = plan.peak_bytes(count, _offloads(cfg, device_type))
+    text = f"recompute: {count or 'none'} of {plan.layers} layers"
+    if _offloads(cfg, device_type):
+        text += ", their inputs in main memory"
+    elif cfg.train.recompute == "offload":
+        text += " (on a CPU offload is the same as all)"
+    text += f"; activations take up to {_gib(peak)} of {_gib(free_bytes)} free"
+    if cfg.train.recompute == "auto" and count:
+        text += f", and {_gib(plan.peak_bytes(0))} if all were kept"
+    if micro < wanted:
+        text += f"; {micro} sequence(s) a forward pass instead of {wanted}, to fit"
+    if peak <= free_bytes:
+        return text
+    advice = ["data.max_length"] if cfg.train.micro_batch_size in (None, 1) else ["train.micro_batch_size"]
+    if cfg.train.recompute == "none" or isinstance(cfg.train.recompute, int):
+        advice.append("recompute more layers (train.recompute=auto)")
+    return f"{text}\nWARNING: this may not fit; lower {' or '.join(advice)}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def describe_plan(cfg: RunConfig, shape: Mapping[str, Any] | None, ranks: int, device_type: str) -> str:
     """The plan as lines of text; shape None when the model's numbers are not known without a download."""
-    micro = derive_micro_batch(cfg, ranks)
+    micro = derive_micro_batch(cfg, ranks, device_type)
     lines = [
         f"batch: {cfg.train.batch_size} sequences of up to {cfg.data.max_length} tokens a step, "
         f"{ranks} rank(s), {micro} a forward pass",
@@ -33,16 +121,21 @@ def describe_plan(cfg: RunConfig, shape: Mapping[str, Any] | None, ranks: int) -
             [*lines, f"model: the shapes of {cfg.model.name} are not known here, so memory is not planned"]
         )
     plan = plan_memory(shape, cfg.model, cfg.quant, cfg.lora)
+    activations = plan_activations(shape, cfg, micro, device_type)
+    kept, recomputed = (activations.peak_bytes(n) for n in (0, max(0, len(activations.kept) - 1)))
     return "\n".join([
         *lines,
         f"model: {plan.parameters:,} parameters, {plan.trained:,} trained ({plan.trained / plan.parameters:.3%})",
         f"memory before activations: {plan.total_bytes / 2**30:.2f} GiB a rank (linears in {cfg.quant.type} "
         f"{plan.quantised_bytes / 2**30:.2f}, embeddings, head and norms {plan.unquantised_bytes / 2**30:.2f}, "
         f"adapter with gradients and optimizer {plan.adapter_bytes / 2**30:.2f})",
+        f"memory of activations: {_gib(kept)} a rank when no layer is recomputed, {_gib(recomputed)} when all are "
+        f"(train.recompute={cfg.train.recompute})",
     ])  # fmt: skip
 
 
 def dry_run(cfg: RunConfig) -> str:
     """The resolved YAML and, as comments, the plan; nothing is loaded, nothing is written."""
-    plan = describe_plan(cfg, shape_of(cfg.model.name), ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    plan = describe_plan(cfg, shape_of(cfg.model.name), ranks, device_type_here())
     return "\n".join([to_yaml(cfg).rstrip(), "", *(f"# {line}" for line in plan.splitlines())])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -40,11 +39,11 @@ from finetune.models.adapter_files import check_adapter, save_adapter
 from finetune.models.families import shape_of
 from finetune.models.fast import attach_fast_path
 from finetune.models.load import load_base, load_tokenizer
-from finetune.models.recompute import apply_recompute
 from finetune.models.tokens import extend_tokenizer
 from finetune.ops import dispatch
-from finetune.planning.plan import derive_micro_batch, describe_plan
+from finetune.planning.plan import describe_plan
 from finetune.training import run_folder
+from finetune.training.capacity import fit_to_memory, use_all_cores
 from finetune.training.card import model_card
 from finetune.training.checkpoint import (
     TrainState,
@@ -78,6 +77,7 @@ class Parts:
     data: LoadedData
     feed: Feed
     model: PeftModel
+    micro_batch: int
 
     @property
     def folder(self) -> Path:
@@ -97,13 +97,14 @@ def train(cfg: RunConfig) -> RunResult:
     # Told so, accelerate starts ranks over gloo; left to guess, it gives a torchrun on CPU one rank each.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     _check_world_size(cfg, accelerator)
-    _use_all_cores(accelerator)
     set_seed(cfg.train.seed)
     say = _speaker(accelerator)
+    if threads := use_all_cores(accelerator.device.type):
+        say(threads)
     lock = run_folder.claim_folder(cfg) if accelerator.is_main_process else None
     try:
         checkpoint = _on_main(accelerator, lambda: run_folder.find_checkpoint(cfg, say))
-        say(describe_plan(cfg, shape_of(cfg.model.name), accelerator.num_processes))
+        say(describe_plan(cfg, shape_of(cfg.model.name), accelerator.num_processes, accelerator.device.type))
         parts = _load(cfg, accelerator, checkpoint, say)
         return _run(parts, checkpoint, say)
     finally:
@@ -135,8 +136,8 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say
     if cfg.train.fast:
         attach_fast_path(model)
     model.train()
-    apply_recompute(model, "none" if cfg.train.recompute == "auto" else cfg.train.recompute)
-    return Parts(cfg, accelerator, tokenizer, preparation, data, feed, model)
+    micro_batch = fit_to_memory(cfg, model, accelerator, say)
+    return Parts(cfg, accelerator, tokenizer, preparation, data, feed, model, micro_batch)
 
 
 def _end_token_advice(cfg: RunConfig, chat: ChatTemplate) -> list[str]:
@@ -179,7 +180,7 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
         cfg=cfg.train, accelerator=accelerator, optimizer=optimizer,
         loss=accelerator.prepare_model(CrossEntropy(parts.model, cfg.train.neftune_alpha), device_placement=False),
         feed=parts.feed, total_steps=total_steps,
-        share_prefixes=_may_share(cfg), micro_batch=derive_micro_batch(cfg, accelerator.num_processes), tracker=tracker,
+        share_prefixes=_may_share(cfg), micro_batch=parts.micro_batch, tracker=tracker,
         save=lambda state: _save_checkpoint(parts, optimizer, state),
         last_checkpoint=lambda: next(reversed(list_checkpoints(parts.folder)), None),
         evaluate=(lambda: _evaluate(parts)) if parts.data.eval else None,
@@ -308,13 +309,6 @@ def _check_world_size(cfg: RunConfig, accelerator: Accelerator) -> None:
             f"train.world_size asks for {cfg.train.world_size} ranks, but {accelerator.num_processes} started; "
             "launch/accelerate/ has a launch command for each case"
         )
-
-
-def _use_all_cores(accelerator: Accelerator) -> None:
-    """`accelerate launch` and torchrun give each rank one thread, which would leave a CPU idle."""
-    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-    if launched and accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _speaker(accelerator: Accelerator) -> Callable[[str], None]:

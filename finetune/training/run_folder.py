@@ -20,12 +20,14 @@ from finetune.training.checkpoint import list_checkpoints, newest_whole, read_st
 
 RESULT, RUN, CONFIG, ADAPTER = "result.json", "run.json", "config.yaml", "adapter_model.safetensors"
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors")
-# Settings that may change between a run and its continuation: how long, how often, where to, in which pieces.
+# Settings that may change between a run and its continuation: how long, how often, where to, in which pieces, by which
+# kernels.
 _FREE = {
     "train": {
-        "max_steps", "epochs", "micro_batch_size", "recompute", "eval_every", "save_every", "keep", "early_stopping",
-        "resume", "world_size",
+        "max_steps", "epochs", "micro_batch_size", "recompute", "fast", "compile", "eval_every", "save_every",
+        "keep", "early_stopping", "resume", "world_size",
     },
+    "quant": {"cache", "resident"},
     # The tokens themselves are compared; who makes them, where they lie and what was left out is in them.
     "data": {"train", "eval", "workers", "cache", "on_bad_row", "max_bad_share"},
     "model": {"attention"},

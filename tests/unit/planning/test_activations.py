@@ -1,0 +1,145 @@
+"""The arithmetic of activations is what autograd really saves; no more is recomputed than memory asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from finetune import load_config
+from finetune.config.schema import RunConfig
+from finetune.data.batch import build_batch
+from finetune.losses.hidden import hidden_states
+from finetune.models.families import QWEN25_SHAPES
+from finetune.models.fast import attach_fast_path
+from finetune.models.recompute import apply_recompute
+from finetune.ops import attention
+from finetune.planning.activations import ActivationPlan, kept_bytes, plan_activations
+from finetune.planning.memory import adapted_linears
+from tests.parity.test_cross_entropy import documents
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def run(*overrides: str) -> RunConfig:
+    return load_config("quickstart.yaml", ["quant.type=none", "data.max_length=640", *overrides])
+
+
+def model_of(cfg: RunConfig) -> nn.Module:
+    attention.register()
+    torch.manual_seed(0)
+    found = attention.SEGMENTED if cfg.model.attention == "auto" else cfg.model.attention
+    base = Qwen2ForCausalLM(Qwen2Config(**SHAPE, attn_implementation=found)).to(getattr(torch, cfg.model.dtype))
+    targets = cfg.lora.target_modules
+    model = get_peft_model(
+        base.requires_grad_(False),
+        LoraConfig(
+            r=cfg.lora.rank, target_modules=targets, lora_dropout=cfg.lora.dropout, use_dora=cfg.lora.dora,
+        ),
+    )  # fmt: skip
+    if cfg.train.fast:
+        attach_fast_path(model)
+        for layer in base.model.layers:  # the activation that the MLP's kernel knows
+            layer.mlp.act_fn = nn.SiLU()
+    return model.train()
+
+
+def saved_bytes(model: nn.Module, lengths: list[int]) -> list[int]:
+    """Bytes of memory that autograd keeps for each layer, weights not counted, nothing counted twice."""
+    seen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    alive, layers = [], model.get_base_model().model.layers  # type: ignore[operator]
+    sums, current = [0] * len(layers), -1
+
+    def enter(number: int) -> None:
+        nonlocal current
+        current = number
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if current >= 0 and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            alive.append(tensor)  # so that no other tensor comes to lie where it lies
+            sums[current] += storage.nbytes()
+        return tensor
+
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: enter(number))
+        layer.register_forward_hook(lambda *_: enter(-1))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden_states(model, build_batch(documents(lengths)))
+    return sums
+
+
+ALL = "lora.target_modules=all-linear"
+
+
+@pytest.mark.parametrize("lengths", [[320, 320], [64] * 10])
+@pytest.mark.parametrize("fast", ["true", "false"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (), (ALL,), ("lora.dropout=0.1",), (ALL, "lora.dropout=0.1", "lora.rank=16"), ("model.dtype=float32",),
+        ("lora.target_modules=[q_proj,up_proj]",), ("lora.target_modules=[o_proj,down_proj]",), ("lora.dora=true",),
+        (ALL, "lora.dora=true"),
+    ],
+    ids=lambda overrides: " ".join(overrides) or "q,v",
+)  # fmt: skip
+def test_what_a_layer_keeps_is_within_a_tenth_of_what_autograd_saves(overrides, fast, lengths):
+    cfg = run(f"train.fast={fast}", *overrides)
+    targets = cfg.lora.target_modules
+    model = model_of(cfg)
+    measured = saved_bytes(model, lengths)[1] / sum(lengths)  # the first layer's input needs no gradient
+    terms = kept_bytes(SHAPE, cfg, adapted_linears(1, cfg.lora), "cpu", lengths[0])
+    assert sum(terms.values()) == pytest.approx(measured, rel=0.1), (terms, targets)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_transformers_own_attention_is_counted_too(kind):
+    cfg = run("train.fast=false", f"model.attention={kind}")
+    measured = saved_bytes(model_of(cfg), [320, 320])[1] / 640
+    planned = sum(kept_bytes(SHAPE, cfg, adapted_linears(1, cfg.lora), "cpu", 320).values())
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("fast", ["true", "false"])
+def test_a_recomputed_layer_keeps_its_input_alone(fast):
+    model = model_of(cfg := run(f"train.fast={fast}"))
+    apply_recompute(model, "all")
+    plan = plan_activations(SHAPE, cfg, 1, "cpu")
+    measured = saved_bytes(model, [320, 320])
+    assert measured[0] <= plan.input and measured[1] == plan.input
+    assert measured[2] > 5 * plan.input
+
+
+def test_the_peak_falls_with_every_layer_recomputed_but_the_last():
+    plan = ActivationPlan(kept=(10.0,) * 4, input=1.0, first=0, head=3.0, work=5.0, layers=4)
+    assert [plan.peak_bytes(count) for count in range(5)] == [45, 36, 27, 18, 19]
+    assert plan.peak_bytes(3, offload=True) == 17
+
+
+@pytest.mark.parametrize(("budget", "layers"), [(45, 0), (44.9, 1), (27, 2), (18, 3), (17, 4), (0, 4)])
+def test_as_many_layers_keep_their_activations_as_the_budget_allows(budget, layers):
+    plan = ActivationPlan(kept=(10.0,) * 4, input=1.0, first=0, head=3.0, work=5.0, layers=4)
+    assert plan.fewest(budget) == layers
+
+
+def test_layers_that_build_no_graph_keep_nothing():
+    cfg = run("lora.layers_to_transform=[2]")
+    plan = plan_activations(SHAPE, cfg, 1, "cpu")
+    assert plan.first == 2 and len(plan.kept) == 1
+    assert plan_activations(SHAPE, run("lora.layers_to_transform=[2]", "lora.new_tokens=['<a>']"), 1, "cpu").first == 0
+
+
+def test_bytes_grow_with_the_tokens_and_the_fast_path_keeps_less():
+    shape = QWEN25_SHAPES["7B"]
+    small, large = (plan_activations(shape, run("data.max_length=2048"), n, "cuda") for n in (1, 4))
+    assert large.kept[0] == 4 * small.kept[0] and large.head < 4 * small.head
+    plain = plan_activations(shape, run("data.max_length=2048", "train.fast=false"), 1, "cuda")
+    assert plain.kept[0] > 1.4 * small.kept[0]

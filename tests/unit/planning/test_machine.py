@@ -1,0 +1,119 @@
+"""Threads and memory are those of the container, not of the host; launchers' defaults don't leave cores idle."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.planning import machine
+
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "threads"),
+    [
+        ({}, 8),
+        ({"OMP_NUM_THREADS": "1"}, None),
+        ({"OMP_NUM_THREADS": "3,2"}, None),
+        ({**LAUNCHED, "OMP_NUM_THREADS": "1"}, 8),
+        ({**LAUNCHED, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 4),
+        ({**LAUNCHED, "OMP_NUM_THREADS": "64", "LOCAL_WORLD_SIZE": "2"}, 4),
+        ({**LAUNCHED, "OMP_NUM_THREADS": "3"}, 3),
+        ({"TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 4),
+        ({"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "1"}, 8),
+        ({"LOCAL_WORLD_SIZE": "16"}, 1),
+    ],
+)
+def test_ranks_share_the_cores_and_a_user_who_says_how_many_is_obeyed(environ, threads):
+    assert machine.pick_threads(environ, cores=8) == threads
+
+
+class Host:
+    """A made-up /proc and /sys."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder = folder
+        for name, place in (
+            ("_CGROUPS", "cgroup"), ("_MEMBERSHIP", "membership"), ("_MEMINFO", "meminfo"), ("_TOPOLOGY", "cpu")
+        ):  # fmt: skip
+            monkeypatch.setattr(machine, name, folder / place)
+        self.write("meminfo", "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+
+    def write(self, file: str, text: object) -> None:
+        (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / file).write_text(f"{text}\n")
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    return Host(tmp_path, monkeypatch)
+
+
+def test_without_limits_all_of_the_host_is_there(host: Host):
+    assert (machine.usable_cores(), machine.available_memory()) == (8, 8000 * 1024)
+
+
+def test_two_hyperthreads_are_one_core(host: Host):
+    for cpu in range(8):
+        host.write(f"cpu/cpu{cpu}/topology/thread_siblings_list", f"{cpu % 4},{cpu % 4 + 4}")
+    assert machine.usable_cores() == 4
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("max 100000", 8), ("150000 100000", 2), ("400000 100000", 4), ("5000 100000", 1)]
+)
+def test_a_quota_of_version_2_in_any_group_around_the_process_counts(host: Host, quota: str, cores: int):
+    host.write("membership", "0::/pod/box")
+    host.write("cgroup/pod/box/cpu.max", "max 100000")
+    host.write("cgroup/pod/cpu.max", quota)
+    assert machine.usable_cores() == cores
+
+
+def test_a_quota_of_version_1_is_found_also_where_the_path_is_the_hosts(host: Host):
+    host.write("membership", "5:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n0::/")
+    host.write("cgroup/cpu,cpuacct/cpu.cfs_quota_us", 300000)
+    host.write("cgroup/cpu,cpuacct/cpu.cfs_period_us", 100000)
+    host.write("cgroup/memory/memory.limit_in_bytes", 5_000_000)
+    host.write("cgroup/memory/memory.usage_in_bytes", 3_000_000)
+    host.write("cgroup/memory/memory.stat", "inactive_file 7\ntotal_inactive_file 1000000")
+    assert (machine.usable_cores(), machine.available_memory()) == (3, 3_000_000)
+
+
+def test_no_quota_of_version_1_is_minus_one(host: Host):
+    host.write("membership", "3:cpu:/")
+    host.write("cgroup/cpu/cpu.cfs_quota_us", -1)
+    host.write("cgroup/cpu/cpu.cfs_period_us", 100000)
+    assert machine.usable_cores() == 8
+
+
+def test_a_memory_limit_of_version_2_counts_unless_the_host_has_less(host: Host):
+    host.write("membership", "0::/box")
+    host.write("cgroup/box/memory.max", "max")
+    host.write("cgroup/box/memory.current", 100)
+    assert machine.available_memory() == 8000 * 1024
+    host.write("cgroup/box/memory.max", 2**20)
+    assert machine.available_memory() == 2**20 - 100
+    host.write("cgroup/box/memory.max", 2**40)
+    assert machine.available_memory() == 8000 * 1024
+
+
+FRESH = """
+import torch
+from finetune.training.capacity import use_all_cores
+print(use_all_cores("cpu"), "|", torch.get_num_threads(), use_all_cores("cuda"))
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_fresh_process_under_a_launcher_takes_its_share(ranks: int):
+    environ = {**os.environ, **LAUNCHED, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(ranks)}
+    done = subprocess.run([sys.executable, "-c", FRESH], env=environ, capture_output=True, text=True, check=True)
+    share = max(1, machine.usable_cores() // ranks)
+    said, counted = done.stdout.split("|")
+    assert said.startswith(f"threads: {share} a rank") and counted.split() == [str(share), "None"]
