@@ -101,8 +101,8 @@ def _through_module(
 
 def _as_plain(head: nn.Module) -> nn.Linear | None:
     """The head where it is nothing but a matrix (and a bias), whose products the engine may make itself."""
-    hooked = head._forward_hooks or head._forward_pre_hooks
-    return head if type(head) is nn.Linear and not hooked else None
+    wrapped = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+    return head if type(head) is nn.Linear and not wrapped else None
 
 
 def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:

@@ -24,12 +24,13 @@ def cross_entropy_(logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None
     Returns: negative log-likelihoods [N] in nats, fp32, without the weights.
     """
     weights_N = torch.ones(len(labels_N), device=logits_NV.device) if weights_N is None else weights_N
-    index_N1 = labels_N[:, None]
-    label_logits_N = logits_NV.gather(1, index_N1).squeeze(1).float()
+    at_label = torch.arange(len(labels_N), device=logits_NV.device), labels_N
+    label_logits_N = logits_NV[at_label].float()
     highest_N, log_sum_N = softmax_(logits_NV, weights_N)
     log_probs_N = (label_logits_N - highest_N) - log_sum_N
     # Its own formula: a softmax of nearly 1 that was rounded to bf16 would leave nothing but noise after taking 1 off.
-    logits_NV.scatter_(1, index_N1, (torch.expm1(log_probs_N) * weights_N).to(logits_NV.dtype)[:, None])
+    # Not scatter_, which works on copies of the whole matrix on a CPU.
+    logits_NV[at_label] = (torch.expm1(log_probs_N) * weights_N).to(logits_NV.dtype)
     return -log_probs_N
 
 

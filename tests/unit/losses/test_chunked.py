@@ -1,0 +1,135 @@
+"""The engine: the same sum and gradients whatever the chunks, for a divergence too, in the memory of one chunk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from finetune.losses import chunked
+from finetune.losses.chunked import chunked_logits, chunked_loss
+from finetune.losses.cross_entropy import _nats_of
+
+D, V = 16, 211
+
+
+class HeadWithLora(nn.Module):
+    """A frozen matrix and a trained low-rank part, as PEFT adds them."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.a = nn.Parameter(torch.randn(3, D))
+        self.b = nn.Parameter(torch.randn(base.out_features, 3))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.base(hidden) + (hidden.to(self.a.dtype) @ self.a.T @ self.b.T).to(hidden.dtype)
+
+
+def head_of_kind(kind: str) -> nn.Module:
+    torch.manual_seed(1)
+    head = nn.Linear(D, V, bias=kind == "bias").requires_grad_(kind == "trained")
+    if kind == "hooked":
+        head.register_forward_hook(lambda module, arguments, logits: logits * 2)
+    return HeadWithLora(head) if kind == "lora" else head
+
+
+def forward_kl(teacher_NV: Tensor):
+    """KL(teacher || student) as the engine takes it: one function from logits to nats and their gradient."""
+
+    def loss(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        log_student = torch.log_softmax(logits_NV.float(), -1)
+        log_teacher = torch.log_softmax(teacher_NV[rows], -1)
+        nats = (log_teacher.exp() * (log_teacher - log_student)).sum()
+        return nats, log_student.exp() - log_teacher.exp()
+
+    return loss
+
+
+def reference_kl(hidden: Tensor, head: nn.Module, teacher: Tensor) -> tuple[Tensor, list[Tensor]]:
+    leaf = hidden.double().requires_grad_()
+    head = head.double()
+    log_student = torch.log_softmax(head(leaf), -1)
+    log_teacher = torch.log_softmax(teacher.double(), -1)
+    nats = (log_teacher.exp() * (log_teacher - log_student)).sum()
+    leaves = [leaf, *(p for p in head.parameters() if p.requires_grad)]
+    return nats.detach(), list(torch.autograd.grad(nats, leaves))
+
+
+@pytest.mark.parametrize("kind", ["frozen", "bias", "hooked", "trained", "lora"])
+@pytest.mark.parametrize(("rows", "limit"), [(1, 1), (7, 3 * V), (12, 3 * V), (12, 12 * V), (13, 2**20)])
+def test_a_divergence_and_its_gradients_equal_float64_over_the_full_vocabulary(kind, rows, limit, monkeypatch):
+    monkeypatch.setattr(chunked, "_LOGITS_LIMIT", limit)
+    torch.manual_seed(0)
+    hidden, teacher = torch.randn(rows, D), 2 * torch.randn(rows, V)
+    expected, gradients = reference_kl(hidden, head_of_kind(kind), teacher)
+    head = head_of_kind(kind)
+    leaf = hidden.clone().requires_grad_()
+    nats = chunked_loss(leaf, head, V, forward_kl(teacher))
+    (nats * 0.25).backward()
+    torch.testing.assert_close(nats.detach().double(), expected, rtol=1e-6, atol=1e-6)
+    found = [leaf.grad, *(p.grad for p in head.parameters() if p.requires_grad)]
+    for gradient, exact in zip(found, gradients, strict=True):
+        torch.testing.assert_close(gradient.double() * 4, exact, rtol=1e-5, atol=2e-5)  # sums of V fp32 terms
+
+
+@pytest.mark.parametrize("kind", ["frozen", "bias", "trained", "lora"])
+def test_no_rows_give_zero_and_a_gradient_of_zero_to_everything(kind):
+    head = head_of_kind(kind)
+    hidden = torch.randn(5, D, requires_grad=True)
+    nats = chunked_loss(hidden[:0], head, V, _nats_of(torch.empty(0, dtype=torch.int64), None))
+    nats.backward()
+    assert nats.item() == 0.0
+    trained = [p for p in head.parameters() if p.requires_grad]
+    assert all(p.grad is not None and not p.grad.any() for p in (hidden, *trained))
+    assert not list(chunked_logits(hidden[:0], head, V))
+
+
+@pytest.mark.parametrize("kind", ["frozen", "bias"])
+def test_in_bf16_the_only_roundings_are_those_of_the_two_products(kind):
+    torch.manual_seed(0)
+    head = head_of_kind(kind).bfloat16()
+    hidden, labels = torch.randn(30, D).bfloat16(), torch.randint(V, (30,))
+    leaf = hidden.clone().requires_grad_()
+    nats = chunked_loss(leaf, head, V, _nats_of(labels, None))
+    nats.backward()
+    exact = hidden.double().requires_grad_()
+    logits = nn.functional.linear(exact, head.weight.double(), None if head.bias is None else head.bias.double())
+    expected = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    expected.backward()
+    # A logit is off by at most 2**-9 of itself, at random: far less in the sum of 30.
+    assert nats.item() == pytest.approx(expected.item(), rel=2**-9)
+    error = (leaf.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert error < 2**-8
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many values the largest tensor that any operation returned has room for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.values = max(self.values, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return result
+
+
+@pytest.mark.parametrize("kind", ["frozen", "bias", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_is_larger_than_a_chunk_of_logits(kind, dtype, monkeypatch):
+    rows = 20 * D  # so that neither hidden states nor the head outweigh the chunk
+    monkeypatch.setattr(chunked, "_LOGITS_LIMIT", 2 * D * V)
+    head = head_of_kind(kind).to(dtype)
+    hidden = torch.randn(rows, D, dtype=dtype, requires_grad=True)
+    labels = torch.randint(V, (rows,))
+    with LargestTensor() as largest:
+        chunked_loss(hidden, head, V, _nats_of(labels, torch.rand(rows))).backward()
+        for logits, chunk in chunked_logits(hidden, head, V):
+            assert len(logits) == chunk.stop - chunk.start
+    assert largest.values == 2 * D * V < rows * V
