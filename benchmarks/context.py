@@ -52,7 +52,7 @@ class Search:
         if not self.fits:
             shorter = min(self.fails, default=2 * first) // 2
             return shorter if shorter >= 64 else None
-        ceiling = min([*self.fails, most + 1])
+        ceiling = min(self.fails, default=sys.maxsize)
         length = self.predicted(budget_bytes)
         length = 2 * self.longest if length is None else min(int(0.985 * length), _GROWTH * self.longest)
         if length >= ceiling or (self.fails and length <= _CLOSE_ENOUGH * self.longest):

@@ -21,7 +21,9 @@ def check_installed() -> None:
 def draw(
     file: Path, title: str, label: str, points: Sequence[str], series: Series, ceiling: float | None = None
 ) -> None:
-    """Tokens a second and peak memory over the points, one line for each series; points are evenly spaced.
+    """Tokens a second and peak memory over the points, one line for each series.
+
+    Numbers double along the axis of speed; that of memory is linear, so that linear growth looks it.
 
     ceiling: operations a second, for the share of it that the title of the left panel names.
     """
@@ -32,13 +34,20 @@ def draw(
     import matplotlib.pyplot as plt
 
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    numbers = all(point.isdecimal() for point in points)
     for name, line in series.items():
-        at = [i for i, point in enumerate(points) if point in line and "failed" not in line[point]]
+        done = [(i, point) for i, point in enumerate(points) if "failed" not in line.get(point, {"failed": ""})]
+        at = [int(point) if numbers else i for i, point in done]
         style = {"marker": "o", "linestyle": "-" if name.startswith("ours") else "--", "label": name}
-        speed.plot(at, [line[points[i]]["tokens_per_second"] for i in at], **style)
-        memory.plot(at, [line[points[i]]["peak_bytes"] / _GB for i in at], **style)
+        speed.plot(at, [line[point]["tokens_per_second"] for _, point in done], **style)
+        memory.plot(at, [line[point]["peak_bytes"] / _GB for _, point in done], **style)
+    if numbers:
+        speed.set_xscale("log", base=2)
+        speed.set_xticks([int(point) for point in points], [f"{int(point):,}" for point in points])
+        memory.xaxis.set_major_formatter("{x:,.0f}")
     for axes, what in ((speed, "real tokens / s"), (memory, "peak memory, GB")):
-        axes.set_xticks(range(len(points)), [_tick(point) for point in points])
+        if not numbers:
+            axes.set_xticks(range(len(points)), [p.replace("_proj", "").replace(",", ", ") for p in points])
         axes.set_xlabel(label)
         axes.set_ylabel(what)
         axes.set_ylim(bottom=0)
@@ -48,9 +57,3 @@ def draw(
     figure.suptitle(title + under)
     figure.savefig(file, dpi=110)
     plt.close(figure)
-
-
-def _tick(point: str) -> str:
-    if point.isdecimal():
-        return f"{int(point):,}"
-    return point.replace("_proj", "").replace(",", ", ")

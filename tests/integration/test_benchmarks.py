@@ -1,0 +1,81 @@
+"""The benchmarks from end to end on a model of two layers: what they measure there means nothing, that they do does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.processes import measure
+
+SMALL = ("size=tiny", "limit=40", "steps=2", "warmup=1", "ceiling_seconds=0.01")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the random model and its quantised copy, shared by the tests of this file."""
+    return tmp_path_factory.mktemp("work")
+
+
+def benchmark(repo_root: Path, name: str, *words: str) -> tuple[dict[str, Any], str]:
+    """The JSON of the last line, and what was said beside it."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *words]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_throughput_tells_the_ratios_of_its_own_figures(repo_root: Path, work: Path, tmp_path: Path):
+    words = (
+        *SMALL,
+        f"work={work}",
+        f"results={tmp_path}",
+        "repeats=1",
+        "length=64",
+        "batch=2",
+        "ours=uncompiled,plain",
+    )
+    told, text = benchmark(repo_root, "throughput", *words, "stock=padded,packing")
+    ours, stock = told["ours"], told["stock"]
+    assert set(stock) == {"padded", "packing"} and set(told["variants"]) == {"uncompiled"}
+    assert all("failed" not in figures for figures in (*stock.values(), *told["variants"].values())), text
+    assert told["ratio"] == ours["tokens_per_second"] / max(s["tokens_per_second"] for s in stock.values())
+    assert told["peak_ratio"] == ours["peak_bytes"] / min(s["peak_bytes"] for s in stock.values())
+    assert told["ceiling_share"] == ours["flops_per_second"] / told["ceiling"]["flops_per_second"]
+    assert 0 < ours["target_tokens_per_second"] < ours["tokens_per_second"]
+    assert {"liger", "unsloth", "llama-factory"} == set(told["peers"]) and "of ceiling" in text
+    (file,) = tmp_path.glob("throughput-*.json")
+    written = json.loads(file.read_text())
+    assert written["ratio"] == told["ratio"] and len(written["runs"]["ours uncompiled"][0]["steps"]) == 3
+
+
+def test_a_run_that_fails_is_recorded_and_the_rest_goes_on(repo_root: Path, work: Path, tmp_path: Path):
+    words = (*SMALL, f"work={work}", f"results={tmp_path}", "lengths=64", "stock=none")
+    words += ("parts=throughput,context", "ours=broken,uncompiled", "ours.broken=train.nonsense=1")
+    told, _ = benchmark(repo_root, "gpu", *words, "budgets=4", "context_seconds=30", "context_most=256")
+    assert "nonsense" in told["ours"]["failed"] and told["ratio"] is None
+    assert told["table"]["ours uncompiled 64"]["tokens_per_second"] > 0
+    assert told["contexts"]["4"]["tokens"] == 256
+    (file,) = tmp_path.glob("gpu-*.json")
+    assert json.loads(file.read_text())["table"] == told["table"]
+
+
+def test_a_gpu_benchmark_without_time_says_so_and_ends(repo_root: Path, work: Path, tmp_path: Path):
+    words = ("size=tiny", f"work={work}", f"results={tmp_path}", "lengths=64", "minutes=0.001")
+    told, _ = benchmark(repo_root, "gpu", *words)
+    assert {figures["failed"] for figures in told["table"].values()} == {"no time left"}
+
+
+def test_a_process_that_hangs_is_ended_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "hanging.py").write_text("import time; time.sleep(60)")
+    (tmp_path / "failing.py").write_text("raise SystemExit('the reason')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    start = time.monotonic()
+    assert measure("hanging", {}, limit_seconds=0.5) == {"failed": "not done after 0 s"}
+    assert time.monotonic() - start < 30
+    assert measure("failing", {}, limit_seconds=30)["failed"] == "the reason"

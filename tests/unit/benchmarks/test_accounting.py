@@ -1,0 +1,98 @@
+"""What the benchmarks divide by: operations counted by torch itself, lines through points, ratios of figures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.context import search
+from benchmarks.figures import ceiling_of, compare, medians, run_figures
+from benchmarks.flops import attention_flops, step_flops
+from benchmarks.memory import fit
+from tests.models import random_qwen2
+
+TOKENS, TARGETS = 24, 5
+
+
+@pytest.fixture(scope="module")
+def counted() -> tuple[dict, dict]:
+    """(config, operations by kind) of one document's forward and backward over a frozen model, head on targets only."""
+    model = random_qwen2("eager").requires_grad_(False)
+    embeddings = torch.randn(1, TOKENS, model.config.hidden_size, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[0, -TARGETS:]
+        model.lm_head(hidden).sum().backward()
+    counts = {str(kind): count for kind, count in counter.get_flop_counts()["Global"].items()}
+    return model.config.to_dict(), counts
+
+
+def test_4n_is_what_a_frozen_models_linears_take(counted):
+    config, counts = counted
+    assert step_flops(config, TOKENS, TARGETS) == counts["aten.mm"] + counts.get("aten.addmm", 0)
+
+
+def test_attention_is_half_of_what_the_dense_products_take(counted):
+    config, counts = counted
+    assert attention_flops(config, TOKENS, TOKENS) == counts["aten.bmm"] / 2
+
+
+def test_tokens_computed_once_count_once_but_every_target_counts(counted):
+    config, _ = counted
+    shared = step_flops(config, TOKENS, TARGETS, computed_tokens=TOKENS / 2)
+    head = step_flops(config, 0, TARGETS)
+    assert shared - head == (step_flops(config, TOKENS, TARGETS) - head) / 2
+
+
+def test_a_line_is_found_again():
+    found = fit({512: 1e9 + 512 * 3e5, 1024: 1e9 + 1024 * 3e5, 4096: 1e9 + 4096 * 3e5})
+    assert found["static_bytes"] == pytest.approx(1e9)
+    assert found["bytes_per_token"] == pytest.approx(3e5)
+    assert found["curvature"] == pytest.approx(1)
+    assert fit({512: 1e9})["bytes_per_token"] is None
+
+
+@pytest.mark.parametrize("first", [64, 2048, 65536])
+@pytest.mark.parametrize("granule", [1, 4096])
+def test_the_search_comes_within_five_percent_of_the_longest_and_never_beyond(first: int, granule: int):
+    static, slope, budget = 4e9, 2.5e5, 1.6e10
+    most = int((budget - static) / slope)
+
+    def attempt(length: int) -> tuple[int, float] | None:
+        peak = static + slope * -(-length // granule) * granule
+        return (int(peak), 0.0) if peak <= budget else None
+
+    found = search(attempt, budget, first, 400_000, limit_seconds=60)
+    assert 0.95 * (most - granule) <= found["tokens"] <= most
+    assert len(found["tried"]) + len(found["failed_at"]) < 20
+
+
+def test_the_search_tries_no_step_that_would_outlast_its_time_but_tells_what_to_expect():
+    found = search(lambda length: (length, length**2 / 4096**2), 1e5, 1024, 400_000, limit_seconds=10)
+    assert max(found["tried"]) < 4096 * 10**0.5 * 1.01
+    assert found["tokens"] == max(found["tried"]) < found["predicted_tokens"] == 100_000
+
+
+def test_ratios_compare_with_the_best_of_each_and_ignore_what_failed():
+    stock = {
+        "fast": {"tokens_per_second": 40.0, "peak_bytes": 8},
+        "small": {"tokens_per_second": 30.0, "peak_bytes": 4},
+        "broken": {"failed": "out of memory"},
+    }
+    assert compare({"tokens_per_second": 200.0, "peak_bytes": 2}, stock) == {"ratio": 5.0, "peak_ratio": 0.5}
+    assert compare({"failed": "x"}, stock) == {"ratio": None, "peak_ratio": None}
+
+
+def test_warm_up_is_left_out_and_a_run_without_a_step_left_has_failed():
+    step = {"seconds": 1.0, "tokens": 100, "target_tokens": 10}
+    run = {"steps": [{**step, "seconds": 60.0}, step, step], "peak_bytes": 1, "start_seconds": 0.0}
+    run |= {"load_peak_bytes": None, "train_peak_bytes": None}
+    shape = random_qwen2().config.to_dict()
+    assert run_figures(run, 1, shape)["tokens_per_second"] == 100
+    assert "failed" in run_figures(run, 3, shape)
+    assert medians([{"failed": "a"}, {"x": 1.0}, {"x": 3.0}]) == {"x": 2.0, "runs": 2}
+
+
+def test_the_ceiling_is_the_best_product_by_its_median_not_by_its_luckiest_moment():
+    ceiling = ceiling_of([{"a": 1.0, "b": 2.0}, {"a": 9.0, "b": 2.1}, {"a": 1.1, "b": 2.2}])
+    assert (ceiling["product"], ceiling["flops_per_second"], ceiling["measurements"]) == ("b", 2.1, 3)
