@@ -164,10 +164,16 @@ def _resource_advice(error: BaseException) -> str | None:
     """What to do about an error that means memory or disk ran out; None for any other."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return "the GPU ran out of memory; lower train.micro_batch_size or data.max_length, or set train.recompute=all"
+        return (
+            "the GPU ran out of memory; lower train.micro_batch_size or data.max_length, or set train.recompute=all "
+            "(or offload, which takes less still)"
+        )
     # torch's CPU allocator raises a plain RuntimeError.
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
-        return "memory ran out; lower train.micro_batch_size or data.max_length, or choose a smaller model"
+        return (
+            "memory ran out; lower train.micro_batch_size or data.max_length, set train.recompute=all, or choose a "
+            "smaller model"
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free space or set output_dir to another disk, then go on with train.resume=auto"
     return None

@@ -214,6 +214,7 @@ _TRAIN = {
     "gradient_checkpointing": "train.recompute=all",
     "activation_checkpointing": "train.recompute=all",
     "use_gradient_checkpointing": "train.recompute=all",
+    "activation_offloading": "train.recompute=offload",
     "disable_gradient_checkpointing": "train.recompute=none",
     "eval_steps": "train.eval_every",
     "eval_strategy": "train.eval_every",

@@ -27,7 +27,7 @@ def test_loss_and_gradients_on_the_gpu_equal_the_cpus():
         torch.testing.assert_close(gradients["cuda"][name], expected, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("recompute", ["none", "all", "offload", "auto"])
 def test_a_run_ends_learns_resumes_and_reports_the_gpus_memory(tmp_path, recompute):
     settings = ("train.max_steps=12", "train.save_every=4", f"train.recompute={recompute}", "train.eval_every=12")
     result = train(small_run(tmp_path, *settings, "data.train.0.limit=8"))

@@ -12,6 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from finetune.data.batch import Batch, build_batch
 from finetune.errors import ConfigError
 from finetune.losses.cross_entropy import CrossEntropy
+from finetune.models.fast import attach_fast_path
 from finetune.models.recompute import apply_recompute, recomputed_layers
 from finetune.ops import attention
 from finetune.ops.offload import HostOffload
@@ -121,6 +122,28 @@ def test_a_frozen_down_proj_is_not_computed_again(storage, load, batch):
     assert products.count == 2, "backward multiplies with it once, for the gradient of its input, and not once more"
 
 
+@pytest.mark.xfail(strict=True, reason="the MLP's kernel saves its tensors after down_proj, so that is computed again")
+def test_a_frozen_down_proj_is_not_computed_again_on_the_fast_path(batch):
+    model = adapted()
+    attach_fast_path(model)
+    apply_recompute(model, LAYERS)
+    products = CountProducts(model.get_base_model().model.layers[1].mlp.down_proj.weight)
+    with products:
+        CrossEntropy(model)(batch).backward()
+    assert products.count == 2
+
+
+@pytest.mark.parametrize("setting", [2, "all", "offload"])
+def test_the_fast_paths_gradients_are_the_same_bits_with_dropout(setting, batch):
+    kept, recomputed = adapted(dropout=0.3), adapted(dropout=0.3)
+    for model, how in ((kept, "none"), (recomputed, setting)):
+        attach_fast_path(model)
+        apply_recompute(model, how)
+    expected = gradients(kept, batch)
+    for name, gradient in gradients(recomputed, batch).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
 class CountProducts(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts the matrix products that read a tensor's memory."""
 
@@ -162,7 +185,7 @@ def test_offloading_stores_each_recomputed_layers_input_and_nothing_else(batch, 
     model, kept = adapted(dropout=0.3), adapted(dropout=0.3)
     apply_recompute(model, "offload")
     found = gradients(model, batch)
-    assert stored == [(1, batch.tokens, 64)] * (LAYERS - 1)
+    assert stored == [(1, attention.round_up(batch.rows), 64)] * (LAYERS - 1)
     for name, expected in gradients(kept, batch).items():
         assert torch.equal(found[name], expected), name
 

@@ -46,8 +46,6 @@ def model_of(cfg: RunConfig) -> nn.Module:
     )  # fmt: skip
     if cfg.train.fast:
         attach_fast_path(model)
-        for layer in base.model.layers:  # the activation that the MLP's kernel knows
-            layer.mlp.act_fn = nn.SiLU()
     return model.train()
 
 
