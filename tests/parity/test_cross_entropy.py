@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,47 @@ def test_segmented_attention_refuses_lengths_that_do_not_cover_the_batch():
             batch.input_ids, position_ids=batch.position_ids, attention_mask={"full_attention": None},
             segments=plan_segments([4, 3]), use_cache=False,
         )  # fmt: skip
+
+
+ADAPTERS = {
+    "lora on the head": {"target_modules": ["q_proj", "lm_head"], "lora_dropout": 0.0},
+    "head saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "both saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "new tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 90]}},
+}
+
+
+def adapted(settings: dict, seed: int = 3) -> peft.PeftModel:
+    model = peft.get_peft_model(random_qwen2(), peft.LoraConfig(task_type="CAUSAL_LM", r=2, **settings))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*tie:UserWarning", "ignore:.*tied:UserWarning")
+@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
+def test_a_trained_head_gets_the_gradients_of_the_plain_model(settings, monkeypatch):
+    monkeypatch.setattr(chunked, "_LOGITS_LIMIT", 97 * 4)
+    [document] = documents([40])
+    plain = adapted(settings).double()
+    logits = plain(input_ids=torch.tensor(document.ids[None].astype(np.int64))).logits[0]
+    expected = F.cross_entropy(logits, torch.tensor(document.labels.astype(np.int64)), reduction="sum")
+    expected.backward()
+    model = adapted(settings)
+    loss = CrossEntropy(model)(build_batch([document]))
+    loss.backward()
+    torch.testing.assert_close(loss.detach().double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    for (name, found), exact in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (found.grad is None) == (exact.grad is None), name
+        if found.grad is not None:
+            torch.testing.assert_close(found.grad.double(), exact.grad, rtol=1e-4, atol=5e-5, msg=name)
+    model.zero_grad(set_to_none=True)
+    CrossEntropy(model)(silent_batch(document)).backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or p.grad.any())]
+    assert not missing  # DDP waits for each of them
 
 
 def test_neftune_noise_is_bounded_by_each_documents_own_length_and_off_in_evaluation():

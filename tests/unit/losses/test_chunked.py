@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -133,3 +134,30 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(kind, dtype, monkeypatch):
         for logits, chunk in chunked_logits(hidden, head, V):
             assert len(logits) == chunk.stop - chunk.start
     assert largest.values == 2 * D * V < rows * V
+
+
+class CountingRound(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, master: Tensor) -> Tensor:
+        self.calls += 1
+        return master.bfloat16()
+
+
+def test_a_trained_copy_with_fp32_masters_is_rounded_once_however_many_chunks(monkeypatch):
+    monkeypatch.setattr(chunked, "_LOGITS_LIMIT", 3 * V)
+    head = head_of_kind("trained")
+    rounding = CountingRound()
+    parametrize.register_parametrization(head, "weight", rounding, unsafe=True)
+    head.bias = None
+    hidden, labels = torch.randn(12, D).bfloat16(), torch.randint(V, (12,))
+    rounding.calls = 0
+    chunked_loss(hidden, head, V, _nats_of(labels, None)).backward()
+    assert rounding.calls == 1
+    master = head.parametrizations.weight.original
+    exact = master.detach().bfloat16().double().requires_grad_()
+    nn.functional.cross_entropy(hidden.double() @ exact.T, labels, reduction="sum").backward()
+    assert master.grad.dtype == torch.float32
+    assert (master.grad - exact.grad).norm() < 2**-7 * exact.grad.norm()
