@@ -50,7 +50,7 @@ def draw(
             axes.set_xticks(range(len(points)), [p.replace("_proj", "").replace(",", ", ") for p in points])
         axes.set_xlabel(label)
         axes.set_ylabel(what)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.grid(alpha=0.3)
     speed.legend()
     under = "" if ceiling is None else f"; bf16 matmul ceiling {ceiling / 1e12:,.3g} TFLOP/s"
