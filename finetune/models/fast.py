@@ -71,7 +71,7 @@ def _attention(module: Qwen2Attention, x_TD: Tensor, angles: tuple[Tensor, Tenso
 def _mlp(module: Qwen2MLP, x_TD: Tensor) -> Tensor:
     layers = (module.gate_proj, module.up_proj, module.down_proj)
     projections = [read_projection(layer, x_TD.dtype) for layer in layers]
-    if all(projections) and isinstance(module.act_fn, nn.SiLU):
+    if all(projections) and module.config.hidden_act == "silu":
         gate, up, down = projections
         return swiglu_mlp(x_TD, gate, up, down)  # type: ignore[arg-type]
     return module(x_TD)

@@ -7,9 +7,11 @@ its quantised form is taken from the cache. Values and attributes are those of `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from finetune.models.source import read_tensor
 
 # Elements quantised at once on CPU, where it is done in fp32 with several copies: they stay in the processor's cache.
 # A multiple of every block size, so that blocks are those of the whole matrix.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 # Smaller tensors are copied: one that stays mapped holds pages of its neighbours.
 _WORTH_MAPPING_BYTES = 1 << 20
 
@@ -95,32 +97,44 @@ def keep_resident(base: nn.Module) -> None:
         module.resident_weight = dequantize_4bit(module.weight.data, state)
 
 
-def quantise(weight: Tensor, like: Any) -> tuple[Tensor, Any]:
+def quantise(weight: Tensor, like: Any, each: Callable[..., Iterable[Any]] = map) -> tuple[Tensor, Any]:
     """A matrix [out, in] in 4 bit, packed as uint8 [n, 1], and bitsandbytes' state of it.
 
-    like: the Params4bit whose options are meant.
+    like: the Params4bit whose options are meant. each: applies a function to pieces, as `map` does.
     On CPU a piece at a time: blocks are independent of each other, so the bits are those of the whole, at a fraction of
     its memory. A GPU's kernel needs no copies and takes the matrix as it is.
     """
     from bitsandbytes.functional import quantize_4bit, quantize_blockwise
 
     options = {"blocksize": like.blocksize, "quant_type": like.quant_type, "quant_storage": like.quant_storage}
-    if weight.device.type != "cpu" or weight.numel() <= _CHUNK:
+    if weight.device.type != "cpu":
         return quantize_4bit(weight.contiguous(), compress_statistics=like.compress_statistics, **options)
-    packed: list[Tensor] = []
-    absmax: list[Tensor] = []
-    state: Any = None
-    for piece in weight.reshape(-1).split(_CHUNK):
-        bits, state = quantize_4bit(piece, compress_statistics=False, **options)
-        packed.append(bits)
-        absmax.append(state.absmax)
-    state.shape, state.absmax = weight.shape, torch.cat(absmax)
+    in_one_pass = partial(quantize_4bit, compress_statistics=False, **options)
+    packed, states = zip(*each(in_one_pass, weight.reshape(-1).split(_CHUNK)), strict=True)
+    state: Any = states[0]
+    state.shape, state.absmax = weight.shape, torch.cat([piece.absmax for piece in states])
     if like.compress_statistics:
         # As bitsandbytes.functional.quantize_4bit does it.
         state.offset = state.absmax.mean()
         state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=256)
         state.nested = True
     return torch.cat(packed), state
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """As many as torch uses threads, each with one thread for itself.
+
+    Pieces are short: where other programs want the cores too, torch's threads wait for each other at the end of every
+    operation on one, and quantising takes several times as long (benchmarks/NOTES.md).
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+            yield workers
+    finally:
+        # What a worker sets holds for itself and for all threads that begin later.
+        torch.set_num_threads(threads)
 
 
 def _holds_all(files: Mapping[str, Path], base: PreTrainedModel) -> bool:
@@ -186,13 +200,14 @@ def _fill_quantised(
 def _quantise_all(base: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
     import bitsandbytes as bnb
 
-    for name, module in quantised_modules(base):
-        # Each tensor is read through a mapping of its own, which ends with it: what was read leaves memory.
-        weight = read_tensor(files[f"{name}.weight"], f"{name}.weight").to(device=device, dtype=base.dtype)
-        packed, state = quantise(weight, module.weight)
-        options: dict[str, Any] = {**module.weight.__dict__, "quant_state": state, "bnb_quantized": True}
-        module.weight = bnb.nn.Params4bit(packed, requires_grad=False, **options)
-        module.quant_state = state
+    with _workers() as workers:
+        for name, module in quantised_modules(base):
+            # Each tensor is read through a mapping of its own, which ends with it: what was read leaves memory.
+            weight = read_tensor(files[f"{name}.weight"], f"{name}.weight").to(device=device, dtype=base.dtype)
+            packed, state = quantise(weight, module.weight, workers.map)
+            options: dict[str, Any] = {**module.weight.__dict__, "quant_state": state, "bnb_quantized": True}
+            module.weight = bnb.nn.Params4bit(packed, requires_grad=False, **options)
+            module.quant_state = state
 
 
 def _states(base: PreTrainedModel) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -41,15 +41,16 @@ class Segments:
     """Where the rows of a packed forward pass lie in a layout of whole documents.
 
     rows: R, of which the first U hold tokens and the rest is padding. source [P]: the row that fills each of P places
-    (any, for the layout's padding); place [U]: the first place of each row. Both None where the rows are the layout
-    already. shared: some row fills several places. groups: (documents, rounded length) of each group of the padded
+    (any, for the layout's padding); place [U]: the first place of each row. identical: the rows are the layout already.
+    shared: some row fills several places. groups: (documents, rounded length) of each group of the padded
     layout. On a GPU with a kernel for documents of any length the layout has no padding: cumulative [S + 1] int32
     borders of S documents, longest: tokens of the longest.
     """
 
     rows: int
-    source: Tensor | None
-    place: Tensor | None
+    source: Tensor
+    place: Tensor
+    identical: bool = False
     shared: bool = False
     groups: tuple[tuple[int, int], ...] = ()
     cumulative: Tensor | None = None
@@ -68,10 +69,9 @@ def plan_segments(
     shared = len(row_of_token) > used
     if varlen_kernel(device, dtype) is not None:
         borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
-        identical = not shared and rows == len(row_of_token)
-        source = None if identical else row_of_token.to(device)
-        place = None if identical else _first_places(row_of_token, used).to(device)
-        return Segments(rows, source, place, shared, (), borders, max(lengths))
+        place = _first_places(row_of_token, used).to(device)
+        identical = rows == used == len(row_of_token)
+        return Segments(rows, row_of_token.to(device), place, identical, shared, (), borders, max(lengths))
     grouped: dict[int, list[Tensor]] = {}
     for document in row_of_token.split(list(lengths)):
         rounded = round_up(len(document))
@@ -79,7 +79,7 @@ def plan_segments(
         grouped.setdefault(rounded, []).append(document[torch.arange(rounded).clamp_(max=len(document) - 1)])
     source = torch.cat([document for group in grouped.values() for document in group])
     groups = tuple((len(group), rounded) for rounded, group in grouped.items())
-    return Segments(rows, source.to(device), _first_places(source, used).to(device), shared, groups)
+    return Segments(rows, source.to(device), _first_places(source, used).to(device), False, shared, groups)
 
 
 def round_up(length: int) -> int:
@@ -115,7 +115,7 @@ class _LayOut(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (grad,), segments = grad_outputs, ctx.segments
         if ctx.summed:
             # Accumulated in a fixed order on a GPU too, unlike index_add_.
@@ -134,7 +134,7 @@ class _PickUp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         place = ctx.segments.place
         grad = grad_outputs[0][: len(place)]
         return grad.new_zeros(ctx.places, *grad.shape[1:]).index_copy_(0, place, grad), None
@@ -152,7 +152,7 @@ def attend(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, segments: Segm
     if segments.rows != len(query_RHD):
         raise ValueError(f"the segments cover {segments.rows} rows, not the {len(query_RHD)} given")
     q, k, v = query_RHD, key_RHD, value_RHD
-    if segments.source is not None:
+    if not segments.identical:
         q = _LayOut.apply(q, segments, False)
         k, v = _LayOut.apply(k, segments, segments.shared), _LayOut.apply(v, segments, segments.shared)
     if segments.cumulative is not None:
@@ -162,11 +162,12 @@ def attend(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, segments: Segm
     else:
         sizes = [documents * length for documents, length in segments.groups]
         parts = zip(segments.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-        output = torch.cat([
-            _causal_attention(*(part.unflatten(0, group).transpose(1, 2) for part in qkv), scale).flatten(0, 1)
-            for group, *qkv in parts
-        ])  # fmt: skip
-    return output if segments.place is None else _PickUp.apply(output, segments)
+        outputs = []
+        for group, *qkv in parts:
+            q, k, v = (part.unflatten(0, group).transpose(1, 2) for part in qkv)
+            outputs.append(_causal_attention(q, k, v, scale).flatten(0, 1))
+        output = torch.cat(outputs)
+    return output if segments.identical else _PickUp.apply(output, segments)
 
 
 def _causal_attention(query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, scale: float) -> Tensor:
@@ -200,8 +201,8 @@ def segmented_attention(
         return sdpa_attention_forward(module, query_BHTD, key_BHTD, value_BHTD, attention_mask, **kwargs)
     if attention_mask is not None or kwargs.get("dropout"):
         raise ValueError("segmented attention over packed documents takes no mask and no attention dropout")
-    rows = (x[0].transpose(0, 1) for x in (query_BHTD, key_BHTD, value_BHTD))
-    return attend(*rows, segments, kwargs["scaling"])[None], None
+    query, key, value = (x[0].transpose(0, 1) for x in (query_BHTD, key_BHTD, value_BHTD))
+    return attend(query, key, value, segments, kwargs["scaling"])[None], None
 
 
 def register() -> None:

@@ -76,8 +76,12 @@ def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
 
 def swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
     """down(silu(gate(x)) * up(x)); x: [..., D]."""
-    factors = [factor for p in (gate, up, down) if p.adapter for factor in (p.adapter.a, p.adapter.b)]
-    return _SwigluMlp.apply(x.reshape(-1, x.shape[-1]), gate, up, down, *factors).view(x.shape)
+    projections = (gate, up, down)
+    factors = [factor for p in projections if p.adapter for factor in (p.adapter.a, p.adapter.b)]
+    # A frozen down keeps nothing: apart, it is not computed again when the layer is recomputed for its backward pass.
+    inside = projections if down.adapter else projections[:2]
+    y = _SwigluMlp.apply(x.reshape(-1, x.shape[-1]), inside, *factors)
+    return (y if down.adapter else project(y, (down,))[0]).view(x.shape)
 
 
 class _Project(torch.autograd.Function):
@@ -91,7 +95,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_TD, *masks = ctx.saved_tensors
         grad_x, factors = None, []
         for p, grad_TO, mask in zip(ctx.projections, grad_outputs, masks, strict=True):
@@ -101,30 +105,35 @@ class _Project(torch.autograd.Function):
 
 
 class _SwigluMlp(torch.autograd.Function):
+    """The gated product, and what an adapted down makes of it: it reads a product made again, which is not kept."""
+
     @staticmethod
-    def forward(ctx, x_TD: Tensor, gate: Projection, up: Projection, down: Projection, *factors: Tensor) -> Tensor:
+    def forward(ctx, x_TD: Tensor, projections: tuple[Projection, ...], *factors: Tensor) -> Tensor:
+        gate, up, *downs = projections
         masks = [_draw_mask(x_TD, gate), _draw_mask(x_TD, up)]
         gate_TI, up_TI = _forward(x_TD, gate, masks[0]), _forward(x_TD, up, masks[1])
-        product_TI = swiglu_forward(gate_TI, up_TI)
-        masks.append(_draw_mask(product_TI, down))
-        ctx.projections = (gate, up, down)
+        y = swiglu_forward(gate_TI, up_TI)
+        for down in downs:
+            masks.append(_draw_mask(y, down))
+            y = _forward(y, down, masks[-1])
+        ctx.projections = projections
         ctx.save_for_backward(x_TD if gate.adapter or up.adapter else None, gate_TI, up_TI, *masks)
-        return _forward(product_TI, down, masks[2])
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, down = ctx.projections
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gate, up, *downs = ctx.projections
         x_TD, gate_TI, up_TI, *masks = ctx.saved_tensors
-        (grad_TD,) = grad_outputs
-        grad_TI = _grad_input(grad_TD, down, masks[2], None)
+        grad, down_factors = grad_outputs[0], []
+        for down in downs:
+            down_factors = _grad_factors(grad, swiglu_forward(gate_TI, up_TI), down, masks[2])
+            grad = _grad_input(grad, down, masks[2], None)
         # The saved factors are overwritten; autograd's version check refuses a second backward pass over them.
-        swiglu_backward_(grad_TI, gate_TI, up_TI)
-        product_TI = grad_TI
-        down_factors = _grad_factors(grad_TD, product_TI, down, masks[2])
+        swiglu_backward_(grad, gate_TI, up_TI)
         grad_x, gate_factors = _backward(gate_TI, x_TD, gate, masks[0], None, ctx.needs_input_grad[0])
         grad_x, up_factors = _backward(up_TI, x_TD, up, masks[1], grad_x, ctx.needs_input_grad[0])
-        return grad_x, None, None, None, *gate_factors, *up_factors, *down_factors
+        return grad_x, None, *gate_factors, *up_factors, *down_factors
 
 
 def _draw_mask(x_TD: Tensor, p: Projection) -> Tensor | None:

@@ -122,7 +122,6 @@ def test_a_frozen_down_proj_is_not_computed_again(storage, load, batch):
     assert products.count == 2, "backward multiplies with it once, for the gradient of its input, and not once more"
 
 
-@pytest.mark.xfail(strict=True, reason="the MLP's kernel saves its tensors after down_proj, so that is computed again")
 def test_a_frozen_down_proj_is_not_computed_again_on_the_fast_path(batch):
     model = adapted()
     attach_fast_path(model)
