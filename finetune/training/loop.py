@@ -56,12 +56,16 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Figures of one step over all ranks. loss: nats a target token. signal_number: 0, or the signal to stop for."""
+    """Figures of one step over all ranks. loss: nats a target token. signal_number: 0, or the signal to stop for.
+
+    computed_tokens: those left of `tokens` when what rows share is computed once.
+    """
 
     loss: float
     learning_rate: float
     grad_norm: float
     tokens: int
+    computed_tokens: int
     target_tokens: int
     signal_number: int
 
@@ -146,8 +150,11 @@ def train_step(job: Job, step: int, signal_number: int = 0) -> StepResult:
             accelerator.backward(loss * (ranks / target_tokens))
         loss_sum += loss.item()
     shared = accelerator.gather(
-        torch.tensor([[loss_sum, signal_number]], dtype=torch.float64, device=accelerator.device)
-    )
+        torch.tensor(
+            [[loss_sum, signal_number, sum(batch.rows for batch in batches)]],
+            dtype=torch.float64, device=accelerator.device,
+        )
+    )  # fmt: skip
     loss_mean = shared[:, 0].sum().item() / target_tokens
     _check_finite(job, "loss", loss_mean, step, documents)
     grad_norm = _clip(job)
@@ -158,8 +165,9 @@ def train_step(job: Job, step: int, signal_number: int = 0) -> StepResult:
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     return StepResult(
-        loss_mean, learning_rate, grad_norm, sum(map(len, documents)), target_tokens, int(shared[:, 1].max().item())
-    )
+        loss_mean, learning_rate, grad_norm, sum(map(len, documents)), int(shared[:, 2].sum().item()), target_tokens,
+        int(shared[:, 1].max().item()),
+    )  # fmt: skip
 
 
 def _micro_batches(sequences: list[list[Document]], job: Job, filler: Document) -> list[Batch]:
@@ -223,6 +231,7 @@ def _metrics(step: int, result: StepResult, seconds: float) -> dict[str, float]:
         "learning_rate": result.learning_rate,
         "grad_norm": result.grad_norm,
         "tokens": result.tokens,
+        "computed_tokens": result.computed_tokens,
         "target_tokens": result.target_tokens,
         "tokens_per_second": result.tokens / seconds,
         "peak_bytes": peak_bytes(),

@@ -300,7 +300,8 @@ def _say_samples(parts: Parts, say: Callable[[str], None]) -> None:
 
 def _may_share(cfg: RunConfig) -> bool:
     """Whether documents may share what they have in common: not where noise is drawn for each token of each."""
-    return cfg.train.fast and not cfg.lora.dropout and not cfg.train.neftune_alpha
+    train = cfg.train
+    return train.fast and train.share_prefixes and not cfg.lora.dropout and not train.neftune_alpha
 
 
 def _check_world_size(cfg: RunConfig, accelerator: Accelerator) -> None:

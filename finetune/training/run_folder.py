@@ -24,8 +24,8 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tok
 # kernels.
 _FREE = {
     "train": {
-        "max_steps", "epochs", "micro_batch_size", "recompute", "fast", "compile", "eval_every", "save_every",
-        "keep", "early_stopping", "resume", "world_size",
+        "max_steps", "epochs", "micro_batch_size", "recompute", "fast", "share_prefixes", "compile", "eval_every",
+        "save_every", "keep", "early_stopping", "resume", "world_size",
     },
     "quant": {"cache", "resident"},
     # The tokens themselves are compared; who makes them, where they lie and what was left out is in them.

@@ -88,10 +88,10 @@ def test_a_batch_without_targets_gives_zero_and_reaches_every_parameter():
 def test_segmented_attention_refuses_lengths_that_do_not_cover_the_batch():
     model = random_qwen2()
     batch = build_batch(documents([4, 4]))
-    with pytest.raises(ValueError, match="cover the 8 tokens given"):
+    with pytest.raises(ValueError, match="cover 64 rows, not the 8 given"):
         model.model(
             batch.input_ids, position_ids=batch.position_ids, attention_mask={"full_attention": None},
-            segments=plan_segments([4, 3]), use_cache=False,
+            segments=plan_segments([4, 3], torch.arange(7), 64, torch.device("cpu"), torch.float32), use_cache=False,
         )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def test_neftune_noise_is_bounded_by_each_documents_own_length_and_off_in_evalua
     model = random_qwen2()
     seen = []
     model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"][:, : batch.rows]), with_kwargs=True
     )
     clean = model.get_input_embeddings()(batch.input_ids)
     for mode in (True, False):
