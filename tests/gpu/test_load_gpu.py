@@ -8,10 +8,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from bitsandbytes.functional import dequantize_4bit
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.errors import ResourceError
+from finetune.models import four_bit
 from finetune.models.adapter import attach_lora, check_adapter, save_adapter
 from finetune.models.inits import lora_layers
 from finetune.models.load import load_base, quiet
@@ -68,6 +70,35 @@ def test_trained_saved_and_reloaded_by_peft(base: ModelConfig, tmp_path: Path, q
         reloaded = logits(peft.PeftModel.from_pretrained(load_base(base, quant), str(tmp_path)))
     torch.testing.assert_close(reloaded, after, rtol=0, atol=1e-2)
     assert (after - before).abs().max() > 5e-2
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [False, True])
+def test_every_bit_is_that_of_transformers_now_and_from_the_cache(
+    base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant_type: Any, double: bool
+) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, llm_int8_skip_modules=["lm_head"], bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    with quiet():
+        theirs = AutoModelForCausalLM.from_pretrained(
+            base.name, quantization_config=settings, dtype=torch.bfloat16, device_map={"": 0}
+        )
+    quant = QuantConfig(type=quant_type, double=double, resident=True)
+    expected = {**theirs.state_dict(), **dict(theirs.named_buffers())}
+    for start in ("first", "next"):
+        if start == "next":
+            monkeypatch.setattr(four_bit, "quantise", None)
+        ours = load_base(base, quant)
+        found = {**ours.state_dict(), **dict(ours.named_buffers())}
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].device == tensor.device and found[name].equal(tensor), (start, name)
+        layer = ours.model.layers[0].mlp.up_proj
+        assert layer.resident_weight.is_cuda and layer.weight.quant_state.absmax.is_cuda
+        assert layer.resident_weight.equal(dequantize_4bit(layer.weight.data, layer.weight.quant_state))
 
 
 def test_loftq_is_that_of_peft_where_alpha_is_the_rank(base: ModelConfig) -> None:
