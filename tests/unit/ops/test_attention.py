@@ -1,0 +1,77 @@
+"""Attention over documents against float64, document by document: values and gradients, shared rows included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from finetune.ops.attention import attend, plan_segments, round_up
+
+CPU = torch.device("cpu")
+
+
+def reference(rows: list[torch.Tensor], documents: list[torch.Tensor], scale: float) -> list[torch.Tensor]:
+    """Plain causal softmax attention of each document over its rows, [L, H, D] each."""
+    outputs = []
+    for document in documents:
+        q, k, v = (x[document].transpose(0, 1) for x in rows)
+        k, v = (x.repeat_interleave(len(q) // len(x), dim=0) for x in (k, v))
+        scores = (q @ k.mT * scale).masked_fill(torch.ones(len(document), len(document)).triu(1).bool(), -torch.inf)
+        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return outputs
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("lengths", [[1], [5, 70, 2, 64, 9, 130, 1], [129, 200, 129]])
+@pytest.mark.parametrize("common", [0, 1, 60])
+def test_values_and_gradients_equal_float64(dtype, relative, lengths, common):
+    """The first `common` tokens of every document are the same rows."""
+    torch.manual_seed(len(lengths))
+    rows, documents, used = [], [], 0
+    for length in lengths:
+        shared = min(common, length) if documents else 0
+        shared = min(shared, len(documents[0])) if documents else 0
+        own = torch.arange(used, used + length - shared)
+        documents.append(torch.cat([documents[0][:shared], own]) if documents else own)
+        used += length - shared
+    padded = round_up(used)
+    rows = [torch.randn(padded, heads, 16).to(dtype).requires_grad_() for heads in (4, 2, 2)]
+    segments = plan_segments(lengths, torch.cat(documents), padded, CPU, dtype)
+    output = attend(*rows, segments, 0.3)
+    expected = torch.zeros(padded, 4, 16, dtype=torch.float64)
+    for document, part in zip(documents, reference([x.detach().double() for x in rows], documents, 0.3), strict=True):
+        expected[document] = part
+    assert not output[used:].any()
+    assert (output - expected).abs().max() <= relative * expected.abs().max()
+
+    direction = torch.randn(padded, 4, 16)
+    direction[used:] = 0
+    found = torch.autograd.grad(output, rows, direction.to(dtype))
+    wide = [x.detach().double().requires_grad_() for x in rows]
+    parts = reference(wide, documents, 0.3)
+    # A shared row's output is read once: from the first document that has it.
+    seen, total = torch.zeros(padded, dtype=torch.bool), torch.zeros((), dtype=torch.float64)
+    for document, part in zip(documents, parts, strict=True):
+        total = total + (part * direction[document] * ~seen[document][:, None, None]).sum()
+        seen[document] = True
+    for a, b in zip(found, torch.autograd.grad(total, wide), strict=True):
+        assert (a - b).abs().max() <= relative * b.abs().max().clamp_min(1e-3)
+
+
+def test_no_document_sees_another_and_padding_rows_reach_nothing():
+    lengths, rows = [40, 90], 192
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(rows, 2, 8) for _ in range(3))
+    segments = plan_segments(lengths, torch.arange(130), rows, CPU, torch.float32)
+    before = attend(q, k, v, segments, 1.0)
+    for x in (q, k, v):
+        x[130:] = torch.nan
+        x[:40] += 7
+    after = attend(q, k, v, segments, 1.0)
+    assert torch.equal(after[40:], before[40:]) and not torch.equal(after[:40], before[:40])
+
+
+def test_segments_of_other_rows_are_refused():
+    segments = plan_segments([3], torch.arange(3), 64, CPU, torch.float32)
+    with pytest.raises(ValueError, match="cover 64 rows, not the 3 given"):
+        attend(*(torch.zeros(3, 1, 4) for _ in range(3)), segments, 1.0)

@@ -1,0 +1,121 @@
+"""Frozen linear layers with adapters against autograd in float64: values and all gradients, over every mix of parts."""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+import torch.nn.functional as F
+
+from finetune.ops.linear import Adapter, Projection, project, swiglu_mlp
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+def projection(
+    outputs: int, inputs: int, rank: int | None, dtype: torch.dtype, bias: bool = False, quant_type: str | None = None
+) -> Projection:
+    weight = torch.randn(outputs, inputs).to(dtype) / inputs**0.5
+    state = None
+    if quant_type is not None:
+        weight, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=quant_type, compress_statistics=True)
+    masters = torch.float64 if dtype == torch.float64 else torch.float32
+    adapter = rank and Adapter(
+        torch.randn(rank, inputs, dtype=masters).div_(inputs**0.5).requires_grad_(),
+        torch.randn(outputs, rank, dtype=masters).requires_grad_(),
+        1.5,
+    )
+    return Projection(weight, torch.randn(outputs).to(dtype) if bias else None, state, adapter or None)
+
+
+def reference(x: torch.Tensor, p: Projection) -> torch.Tensor:
+    """The formula in float64, over the 4-bit weights as bitsandbytes reads them."""
+    weight = p.weight if p.quant_state is None else bnb.dequantize_4bit(p.weight, p.quant_state)
+    y = F.linear(x, weight.double(), None if p.bias is None else p.bias.double())
+    if p.adapter:
+        y = y + p.adapter.scale * (x @ p.adapter.a.double().T @ p.adapter.b.double().T)
+    return y
+
+
+def check(outputs, expected, leaves: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """Values, and the gradients of every leaf for one random direction, by the largest value of each tensor."""
+    directions = [torch.randn_like(y).to(dtype) for y in expected]
+    found = torch.autograd.grad(outputs, leaves, [d.to(y.dtype) for d, y in zip(directions, outputs, strict=True)])
+    wanted = torch.autograd.grad(expected, leaves, [d.double() for d in directions])
+    for a, b in zip((*outputs, *found), (*expected, *wanted), strict=True):
+        assert a.shape == b.shape
+        assert (a.double() - b).abs().max() <= TOLERANCE[dtype] * b.abs().max().clamp_min(1e-3)
+
+
+def leaves_of(x: torch.Tensor, *projections: Projection) -> list[torch.Tensor]:
+    return [x, *(factor for p in projections if p.adapter for factor in (p.adapter.a, p.adapter.b))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (7,), (2, 33)])
+@pytest.mark.parametrize("ranks", [(4, None, 1), (None, None, None), (1, 2, 3), (None, 8, None)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_projections_of_one_input_equal_float64(dtype, shape, ranks, bias):
+    torch.manual_seed(sum(shape))
+    x = torch.randn(*shape, 48).to(dtype).requires_grad_()
+    layers = [projection(outputs, 48, rank, dtype, bias) for outputs, rank in zip((40, 8, 24), ranks, strict=True)]
+    check(project(x, layers), [reference(x.double(), p) for p in layers], leaves_of(x, *layers), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [(None, None, None), (2, None, None), (None, 3, None), (None, None, 4), (1, 1, 1)])
+def test_the_gated_mlp_equals_float64(dtype, ranks):
+    torch.manual_seed(0)
+    x = torch.randn(5, 9, 32).to(dtype).requires_grad_()
+    gate, up, down = (
+        projection(o, i, r, dtype) for (o, i), r in zip(((80, 32), (80, 32), (32, 80)), ranks, strict=True)
+    )
+    wide = x.double()
+    expected = reference(F.silu(reference(wide, gate)) * reference(wide, up), down)
+    check([swiglu_mlp(x, gate, up, down)], [expected], leaves_of(x, gate, up, down), dtype)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_four_bit_weights_are_those_that_bitsandbytes_reads(quant_type, dtype):
+    torch.manual_seed(3)
+    x = torch.randn(17, 64).to(dtype).requires_grad_()
+    layers = [projection(96, 64, 2, dtype, True, quant_type), projection(32, 64, None, dtype, False, quant_type)]
+    check(project(x, layers), [reference(x.double(), p) for p in layers], leaves_of(x, *layers), dtype)
+
+
+def test_without_an_adapter_nothing_is_kept_and_with_one_its_input_once():
+    kept: list[torch.Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    x = torch.randn(6, 48, requires_grad=True)
+    for ranks, expected in (((None, None, None), 0), ((4, None, 2), 1)):
+        kept.clear()
+        layers = [projection(16, 48, rank, torch.float32) for rank in ranks]
+        with hooks:
+            project(x, layers)
+        assert [t.shape for t in kept] == [x.shape] * expected
+
+
+def test_an_input_that_needs_no_gradient_costs_no_product_with_the_frozen_weight():
+    layer = projection(16, 48, 2, torch.float32)
+    x = torch.randn(6, 48)
+    (y,) = project(x, [layer])
+    grads = torch.autograd.grad(y.sum(), leaves_of(x, layer)[1:])
+    expected = torch.autograd.grad(reference(x.double(), layer).sum(), leaves_of(x, layer)[1:])
+    for found, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert y.grad_fn is not None and not x.requires_grad
+
+
+def test_dropout_draws_as_pytorchs_module_does_and_scales_what_it_leaves():
+    p = 0.4
+    layer = projection(16, 48, 2, torch.float64)
+    assert layer.adapter is not None
+    dropped = Projection(layer.weight, None, None, Adapter(layer.adapter.a, layer.adapter.b, 1.5, p))
+    x = torch.randn(30, 48, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(5)
+    outputs = project(x, [dropped])
+    torch.manual_seed(5)
+    seen = F.dropout(x, p)
+    expected = F.linear(x, layer.weight) + 1.5 * (seen @ layer.adapter.a.T @ layer.adapter.b.T)
+    check(outputs, [expected], leaves_of(x, dropped), torch.float64)
