@@ -28,7 +28,7 @@ OURS = {
     "uncompiled": "train.compile=false",
     "plain": "train.fast=false",
     # Noise that is drawn for each token forbids to compute what rows have in common once; so little of it does no more.
-    "unshared": "train.compile=true;train.share_prefixes=false",
+    "whole": "train.compile=true;train.lean=false",
     "resident": "train.compile=true;quant.resident=true",
 }
 # Fewer than any row has on average, so that no run comes to the half-empty packs at the end of its rows.

@@ -171,8 +171,9 @@ class TrainConfig(Section):
         "kept in main memory, or a number.",
     )
     fast: bool = Field(True, description="Use the package's own kernels; false runs the plain PEFT model.")
-    share_prefixes: bool = Field(
-        True, description="On the fast path, compute tokens that several rows of a forward pass open with only once."
+    lean: bool = Field(
+        True,
+        description="On the fast path, compute only tokens that some target needs, and what rows open with alike once.",
     )
     compile: bool | None = Field(
         None, description="Compile elementwise kernels; null does where the run is long enough to repay it."

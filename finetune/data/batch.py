@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -73,8 +73,14 @@ class Batch:
         return Batch(ids, positions, labels, self.segment_lengths, self.places, self.row_of_token, weights)
 
 
-def build_batch(documents: Sequence[Document], share: bool = False) -> Batch:
-    """Lay documents end to end; the order is kept. share: let those that open alike share rows, where it saves work."""
+def build_batch(documents: Sequence[Document], lean: bool = False) -> Batch:
+    """Lay documents end to end; the order is kept.
+
+    lean: leave out what no target needs. Documents that open alike share rows, where it saves work, and what follows a
+    document's last target goes, since nothing before it sees it. Loss and gradients stay what they are.
+    """
+    if lean:
+        documents = [_up_to_last_target(document) for document in documents]
 
     def row(parts: list[np.ndarray], dtype: type = np.int64) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(dtype))[None]
@@ -87,9 +93,16 @@ def build_batch(documents: Sequence[Document], share: bool = False) -> Batch:
         labels=row([d.labels for d in documents]),
         segment_lengths=tuple(len(d) for d in documents),
         places=tuple(d.place for d in documents),
-        row_of_token=torch.from_numpy(share_prefixes([d.ids for d in documents], share)),
+        row_of_token=torch.from_numpy(share_prefixes([d.ids for d in documents], lean)),
         weights=row(weights, np.float32) if weighted else None,
     )
+
+
+def _up_to_last_target(document: Document) -> Document:
+    targets = np.flatnonzero(document.labels != UNTRAINED)
+    end = int(targets[-1]) + 1 if len(targets) else 1
+    weights = None if document.weights is None else document.weights[:end]
+    return replace(document, ids=document.ids[:end], labels=document.labels[:end], weights=weights)
 
 
 def share_prefixes(ids: Sequence[np.ndarray], share: bool = True) -> np.ndarray:

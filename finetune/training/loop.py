@@ -32,8 +32,8 @@ from finetune.training.track import SilentTracker, Tracker
 class Job:
     """Everything the loop works with.
 
-    loss: module from Batch to the summed loss, wrapped for DDP. micro_batch: sequences a forward pass. share_prefixes:
-    documents of one forward pass that open alike compute their common part once.
+    loss: module from Batch to the summed loss, wrapped for DDP. micro_batch: sequences a forward pass. lean: of a
+    forward pass's documents, compute only what some target needs, and that once.
     evaluate: the evaluations' figures by name, `loss` among them; None without held-out rows. sample: shows answers.
     save: writes the checkpoint of a state, on the main rank. last_checkpoint: the newest one, None before the first.
     """
@@ -45,7 +45,7 @@ class Job:
     feed: Feed
     total_steps: int
     micro_batch: int
-    share_prefixes: bool
+    lean: bool
     tracker: Tracker | SilentTracker
     save: Callable[[TrainState], None]
     last_checkpoint: Callable[[], Path | None]
@@ -58,7 +58,7 @@ class Job:
 class StepResult:
     """Figures of one step over all ranks. loss: nats a target token. signal_number: 0, or the signal to stop for.
 
-    computed_tokens: those left of `tokens` when what rows share is computed once.
+    computed_tokens: those of `tokens` that some target needs, with what rows share counted once.
     """
 
     loss: float
@@ -174,9 +174,7 @@ def _micro_batches(sequences: list[list[Document]], job: Job, filler: Document) 
     if not sequences:
         return [silent_batch(filler)]
     groups = [sequences[i : i + job.micro_batch] for i in range(0, len(sequences), job.micro_batch)]
-    return [
-        build_batch([document for sequence in group for document in sequence], job.share_prefixes) for group in groups
-    ]
+    return [build_batch([document for sequence in group for document in sequence], job.lean) for group in groups]
 
 
 def _clip(job: Job) -> float:

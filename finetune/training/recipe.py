@@ -131,7 +131,7 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say
         run_folder.describe_run(cfg, Path(cfg.output_dir), feed.digest, accelerator.num_processes)
         if listed := copy_bad_rows(data, Path(cfg.output_dir)):
             say(f"skipped rows are listed in {listed}")
-    base = load_base(cfg.model, cfg.quant, accelerator.device)
+    base = load_base(cfg.model, cfg.quant, accelerator.device, say)
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model))
     if cfg.train.fast:
         attach_fast_path(model)
@@ -180,7 +180,7 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
         cfg=cfg.train, accelerator=accelerator, optimizer=optimizer,
         loss=accelerator.prepare_model(CrossEntropy(parts.model, cfg.train.neftune_alpha), device_placement=False),
         feed=parts.feed, total_steps=total_steps,
-        share_prefixes=_may_share(cfg), micro_batch=parts.micro_batch, tracker=tracker,
+        lean=_may_be_lean(cfg), micro_batch=parts.micro_batch, tracker=tracker,
         save=lambda state: _save_checkpoint(parts, optimizer, state),
         last_checkpoint=lambda: next(reversed(list_checkpoints(parts.folder)), None),
         evaluate=(lambda: _evaluate(parts)) if parts.data.eval else None,
@@ -298,10 +298,10 @@ def _say_samples(parts: Parts, say: Callable[[str], None]) -> None:
         say(f"  {answer.prompt!r} -> {answer.given!r}")
 
 
-def _may_share(cfg: RunConfig) -> bool:
+def _may_be_lean(cfg: RunConfig) -> bool:
     """Whether documents may share what they have in common: not where noise is drawn for each token of each."""
     train = cfg.train
-    return train.fast and train.share_prefixes and not cfg.lora.dropout and not train.neftune_alpha
+    return train.fast and train.lean and not cfg.lora.dropout and not train.neftune_alpha
 
 
 def _check_world_size(cfg: RunConfig, accelerator: Accelerator) -> None:

@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tok
 # kernels.
 _FREE = {
     "train": {
-        "max_steps", "epochs", "micro_batch_size", "recompute", "fast", "share_prefixes", "compile", "eval_every",
+        "max_steps", "epochs", "micro_batch_size", "recompute", "fast", "lean", "compile", "eval_every",
         "save_every", "keep", "early_stopping", "resume", "world_size",
     },
     "quant": {"cache", "resident"},

@@ -47,7 +47,7 @@ def job(loss: nn.Module, saved: list[int], **train) -> Job:
     return Job(
         cfg=cfg, accelerator=Accelerator(), loss=loss, optimizer=build_optimizer(cfg, loss.named_parameters()),
         feed=StoredFeed(documents, SequenceOrder([2] * 8, [1.0] * 8, None, cfg.batch_size, 0)), total_steps=4,
-        share_prefixes=False, micro_batch=1,       tracker=SilentTracker(), save=lambda state: saved.append(state.step),
+        lean=False, micro_batch=1,       tracker=SilentTracker(), save=lambda state: saved.append(state.step),
         last_checkpoint=lambda: saved[-1] if saved else None,
     )  # fmt: skip
 
