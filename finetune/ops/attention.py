@@ -29,11 +29,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from finetune.ops import cpu_attention
+
 SEGMENTED = "segmented"
-_ROUNDING = 64
-# Below this the backward pass of the CPU's fused kernel takes three times as long as plain matrix products (bf16, 64
-# tokens: 124 against 43 ms); above it the fused kernel wins.
-_FUSED_FROM_ON_CPU = 129
+# Rows of a forward pass and tokens of a document are rounded up to a multiple: few shapes, little padding.
+_ROWS, _TOKENS = 64, 32
+# From so many tokens on torch's backward pass is as fast as the one of cpu_attention.
+_FUSED_BACKWARD_FROM = 513
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ def plan_segments(
         return Segments(rows, row_of_token.to(device), place, identical, shared, (), borders, max(lengths))
     grouped: dict[int, list[Tensor]] = {}
     for document in row_of_token.split(list(lengths)):
-        rounded = round_up(len(document))
+        rounded = round_up(len(document), _TOKENS)
         # Padding repeats a document's last row, so a row's first place is a real one.
         grouped.setdefault(rounded, []).append(document[torch.arange(rounded).clamp_(max=len(document) - 1)])
     source = torch.cat([document for group in grouped.values() for document in group])
@@ -82,9 +84,9 @@ def plan_segments(
     return Segments(rows, source.to(device), _first_places(source, used).to(device), False, shared, groups)
 
 
-def round_up(length: int) -> int:
+def round_up(length: int, multiple: int = _ROWS) -> int:
     """The length that so many rows are padded to: few distinct ones, since CPU kernels are compiled for each."""
-    return -(-length // _ROUNDING) * _ROUNDING
+    return -(-length // multiple) * multiple
 
 
 def _first_places(source: Tensor, rows: int) -> Tensor:
@@ -172,14 +174,10 @@ def attend(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, segments: Segm
 
 def _causal_attention(query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, scale: float) -> Tensor:
     """[B, L, H, D] of a batch of documents of one length, by the kernel that is fast at that length."""
-    length, groups = query_BHLD.shape[2], query_BHLD.shape[1] // key_BHLD.shape[1]
-    if query_BHLD.device.type == "cpu" and length < _FUSED_FROM_ON_CPU:
-        key_BHLD, value_BHLD = (x.repeat_interleave(groups, dim=1) for x in (key_BHLD, value_BHLD))
-        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
-        scores = (query_BHLD @ key_BHLD.mT * scale).masked_fill(hidden, float("-inf"))
-        return (scores.softmax(-1, dtype=torch.float32).to(value_BHLD.dtype) @ value_BHLD).transpose(1, 2)
-    fused = F.scaled_dot_product_attention
-    return fused(query_BHLD, key_BHLD, value_BHLD, is_causal=True, scale=scale, enable_gqa=groups > 1).transpose(1, 2)
+    if query_BHLD.device.type == "cpu" and query_BHLD.shape[2] < _FUSED_BACKWARD_FROM:
+        return cpu_attention.causal_attention(query_BHLD, key_BHLD, value_BHLD, scale).transpose(1, 2)
+    grouped, fused = query_BHLD.shape[1] != key_BHLD.shape[1], F.scaled_dot_product_attention
+    return fused(query_BHLD, key_BHLD, value_BHLD, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
 def segmented_attention(

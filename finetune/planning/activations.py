@@ -22,8 +22,8 @@ _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 _ROOMS = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"o_proj"}), _MLP)
 # Values of logits alive at once (losses/chunked.py), and bytes of each: as multiplied, in fp32, their gradient.
 _LOGITS = {"cuda": (2**26, 10), "cpu": (2**25, 8)}
-# ops/attention.py: lengths are rounded up to a multiple, and short documents on a CPU go through plain products.
-_ROUNDING, _FUSED_FROM_ON_CPU = 64, 129
+# ops/attention.py: a CPU's lengths are rounded up to a multiple, and shorter documents keep no output.
+_ROUNDING, _FUSED_BACKWARD_FROM = 32, 513
 # Bytes alive a value of [T, I] while the MLP's backward pass runs: fp32 copies, unless one compiled pass makes it all.
 _MLP_WORK = {"compiled": 4, "plain torch": 36}
 
@@ -137,17 +137,14 @@ def kept_bytes(
 
 
 def _attention_bytes(shape: Mapping[str, Any], cfg: RunConfig, device_type: str, document: int) -> float:
-    """Queries, keys, values, output and the fp32 log-sum of each head; probabilities where a kernel keeps them."""
+    """Queries, keys and values; where a kernel keeps them, its output and the fp32 log-sum of each head."""
     width, linears = DTYPE_BYTES[cfg.model.dtype], linear_shapes(shape)
     heads, queries, keys = shape["num_attention_heads"], linears["q_proj"][0], linears["k_proj"][0]
     own = cfg.model.attention == "auto"
     if own and device_type == "cpu":
         rounded = math.ceil(document / _ROUNDING) * _ROUNDING
-        padding = rounded / document
-        if rounded < _FUSED_FROM_ON_CPU:
-            probabilities = heads * rounded * (4 + (width if width < 4 else 0))
-            return padding * (3 * queries * width + probabilities)
-        return padding * ((2 * queries + 2 * keys) * width + 4 * heads)
+        output = queries * width + 4 * heads if rounded >= _FUSED_BACKWARD_FROM else 0
+        return rounded / document * ((queries + 2 * keys) * width + output)
     if own or cfg.model.attention == "flash_attention_2":
         return (2 * queries + 2 * keys) * width + 4 * heads
     # transformers repeats keys and values for every head, and gives each token of the row a mask.

@@ -1,0 +1,72 @@
+"""Causal attention on a CPU: torch's fused kernel forward, plain matrix products backward.
+
+The fused kernel's own backward pass takes most of its time and, with grouped heads in bf16, is the less exact of the
+two. Here scores and their gradients are fp32 (Qwen2.5's key biases make scores so large that bf16 ones would be wrong),
+a block of queries meets all its keys at once, and keys after the block are skipped. Kept: queries, keys and values.
+
+Shapes: N documents of one padded length L, H heads, K key heads, G = H / K, Q queries of a block, W head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from finetune.ops.dispatch import fused
+
+_BLOCK = 128
+
+
+@fused
+def softmax_backward(
+    scores: Tensor, grad_probs: Tensor, first: int, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Probabilities made again and the gradient of the unscaled scores, both in `dtype`; query 0 is key `first`.
+
+    scores, grad_probs: fp32 [.., Q, L].
+    """
+    queries, keys = scores.shape[-2:]
+    hidden = torch.arange(keys)[None] > torch.arange(queries)[:, None] + first
+    probs = (scores * scale).masked_fill(hidden, float("-inf")).softmax(-1)
+    delta = (probs * grad_probs).sum(-1, keepdim=True)
+    return probs.to(dtype), (probs * (grad_probs - delta) * scale).to(dtype)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        query, key, value = ctx.saved_tensors
+        q, grad = (x.unflatten(1, (key.shape[1], -1)) for x in (query, grad_outputs[0]))
+        k, v = (x.flatten(0, 1) for x in (key, value))
+        k_wide, v_wide = k.float(), v.float()
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k_wide), torch.zeros_like(v_wide)
+        for first in range(0, q.shape[3], _BLOCK):
+            rows = slice(first, min(first + _BLOCK, q.shape[3]))
+            seen = slice(0, rows.stop)
+            q_block, grad_block = (x[..., rows, :].reshape(len(k), -1, x.shape[-1]) for x in (q, grad))
+            scores, grad_probs = (
+                x.float().bmm(y[:, seen].mT).unflatten(1, (-1, rows.stop - first))
+                for x, y in ((q_block, k_wide), (grad_block, v_wide))
+            )
+            probs, grad_scores = (
+                x.flatten(1, 2) for x in softmax_backward(scores, grad_probs, first, ctx.scale, query.dtype)
+            )
+            grad_v[:, seen] += probs.mT.bmm(grad_block)
+            grad_k[:, seen] += grad_scores.mT.bmm(q_block)
+            grad_q[..., rows, :] = grad_scores.bmm(k[:, seen]).view_as(grad_q[..., rows, :])
+        return grad_q.view_as(query), grad_k.view_as(key).to(key.dtype), grad_v.view_as(value).to(value.dtype), None
+
+
+def causal_attention(query_NHLW: Tensor, key_NKLW: Tensor, value_NKLW: Tensor, scale: float) -> Tensor:
+    """Causal softmax(q k^T * scale) v within each document; [N, H, L, W]."""
+    return _CausalAttention.apply(query_NHLW, key_NKLW, value_NKLW, scale)
