@@ -1,12 +1,12 @@
 """Training speed and peak memory: ours against stock TRL + PEFT + bitsandbytes, by turns, in fresh processes.
 
     python -m benchmarks.throughput [size=0.5B] [rows=FILE] [tokenizer=FOLDER] [repeats=3] [steps=4] [length=512]
-                                    [batch=4] [pack=length*batch] [ours=fast,plain] [ours.NAME=key=value;…]
+                                    [batch=4] [pack=1024] [ours=fast,plain] [ours.NAME=key=value;…]
                                     [stock=all] [peers=auto]
     python -m benchmarks.throughput curve=length|batch|rank|targets [points=512,2048,…] [stock=packing]
 
-Stock trains `batch` rows (or packs) of up to `length` tokens a step; ours one pack of `pack` tokens, as many as a step
-of stock with packing. The first steps are left out. The ceiling is measured between the runs.
+Stock trains `batch` rows (or packs) of up to `length` tokens a step; ours as many tokens as a step of packed stock,
+in packs of `pack` tokens, one a forward pass. The first steps are left out. The ceiling is measured between the runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.processes import device, parse
 from benchmarks.stock import PEERS
 from benchmarks.workload import DEFAULTS, Workload, prepared
 
-OPTIONS = {**DEFAULTS, "repeats": "3", "length": "512", "batch": "4", "pack": "", "peers": "auto", "curve": "",
+OPTIONS = {**DEFAULTS, "repeats": "3", "length": "512", "batch": "4", "pack": "1024", "peers": "auto", "curve": "",
            "points": "", "ceiling_seconds": "0.4"}  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def alternate(work: Workload) -> tuple[dict[str, list[dict[str, Any]]], list[dic
     """All runs by name (`ours NAME`, `stock NAME`), and the ceilings measured before each of them."""
     options = work.options
     length, batch = int(options["length"]), int(options["batch"])
-    pack = int(options["pack"] or length * batch)
+    pack = min(int(options["pack"]), length * batch)
     peers = [*PEERS] if options["peers"] == "auto" else [name for name in options["peers"].split(",") if name in PEERS]
     turns = [("ours", name) for name in work.ours_variants()]
     turns += [("stock", name) for name in dict.fromkeys([*work.stock_variants(), *peers])]
@@ -38,7 +38,11 @@ def alternate(work: Workload) -> tuple[dict[str, list[dict[str, Any]]], list[dic
     for _ in range(int(options["repeats"])):
         for side, name in turns:
             ceilings.append(work.ceiling(pack, float(options["ceiling_seconds"])))
-            run = work.ours(name, pack, 1) if side == "ours" else work.stock(name, length, batch)
+            run = (
+                work.ours(name, pack, length * batch // pack, micro=1)
+                if side == "ours"
+                else work.stock(name, length, batch)
+            )
             runs[f"{side} {name}"].append(run)
             figures = run_figures(run, warmup_of(side, options), work.shape)
             report.say(report.table({f"{side} {name}": figures}))

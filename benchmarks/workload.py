@@ -27,7 +27,6 @@ OURS = {
     "fast": "train.compile=true",
     "uncompiled": "train.compile=false",
     "plain": "train.fast=false",
-    # Noise that is drawn for each token forbids to compute what rows have in common once; so little of it does no more.
     "whole": "train.compile=true;train.lean=false",
     "resident": "train.compile=true;quant.resident=true",
 }

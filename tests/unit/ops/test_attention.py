@@ -16,7 +16,8 @@ def reference(rows: list[torch.Tensor], documents: list[torch.Tensor], scale: fl
     for document in documents:
         q, k, v = (x[document].transpose(0, 1) for x in rows)
         k, v = (x.repeat_interleave(len(q) // len(x), dim=0) for x in (k, v))
-        scores = (q @ k.mT * scale).masked_fill(torch.ones(len(document), len(document)).triu(1).bool(), -torch.inf)
+        hidden = torch.ones(len(document), len(document), dtype=torch.bool, device=q.device).triu(1)
+        scores = (q @ k.mT * scale).masked_fill(hidden, -torch.inf)
         outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
     return outputs
 
