@@ -21,8 +21,10 @@ from finetune import load_base, load_config, load_tokenizer
 from finetune.data.loader import load_chat_template, load_data
 from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.perplexity import evaluate
+from finetune.models.fast import attach_fast_path
 cfg = load_config(sys.argv[1] + "/config.yaml")
 model = PeftModel.from_pretrained(load_base(cfg.model, cfg.quant), sys.argv[1])
+attach_fast_path(model)  # the run's own arithmetic, so that nothing but the weights can differ
 data = load_data(Preparation(cfg.data, load_chat_template(cfg.data, load_tokenizer(cfg.model))))
 print(evaluate(model, data.eval[0].documents, limit_tokens=4096).loss)
 """
