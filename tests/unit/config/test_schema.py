@@ -40,6 +40,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "train.beta2": ([0, 0.999], [1, -0.1]),
     "train.eps": ([1e-12], [0]),
     "train.neftune_alpha": ([0, 5], [-1]),
+    "train.recompute": (["auto", "none", "all", "offload", 1], [0, -1]),
     "data.held_out": ([0, 0.5, 0.999], [-0.1, 1]),
     "data.max_bad_share": ([0, 0.999], [-0.1, 1]),
     "data.workers": ([1, None], [0]),
@@ -95,7 +96,7 @@ def test_every_bounded_key_is_tested_at_its_borders():
 
 
 NEARLY: dict[type, tuple[Any, ...]] = {
-    bool: ("true", "yes", 1, 0, None),
+    bool: ("true", "yes", 1, 0),
     int: ("10", "ten", 1.0, 1.5, True, math.inf, [1]),
     float: ("ten", " 1", "1_0", "nan", "inf", "", True, math.nan, math.inf, [1.0]),
     str: (False, 1, 1.5, ["a", 1], b"a"),
@@ -112,6 +113,8 @@ def kinds() -> list[tuple[str, Any]]:
         annotation = find(path)
         kind = next((kind for kind in NEARLY if takes(kind, annotation)), None)
         values = NEARLY[kind] if kind else ("nonsense", True, 4, None, "")
+        if kind is bool and not takes(type(None), annotation):
+            values += (None,)
         wrong += [(path, value) for value in values if not key.startswith("data.eval.*")]
     return wrong
 
