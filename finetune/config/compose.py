@@ -20,12 +20,12 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from finetune.config.explain import problems_of, shown
-from finetune.config.keys import find, sections, takes
+from finetune.config.keys import find, is_section, sections, takes
 from finetune.config.origins import Origins, short
 from finetune.config.overrides import Overrides, parse_overrides
 from finetune.config.problems import COMMAND_LINE, Problem, config_error, printable
 from finetune.config.resolve import escaped, guarded_environment, resolved
-from finetune.config.schema import RunConfig
+from finetune.config.schema import RunConfig, Section
 from finetune.errors import ConfigError
 from finetune.resources import packaged
 
@@ -124,12 +124,28 @@ def _quoted(text: str) -> str:
 def _with_defaults(composed: Mapping[Any, Any], file: Path) -> dict[Any, Any]:
     tree: dict[Any, Any] = {"name": escaped(file.stem), "output_dir": "outputs/${name}"}
     for name, section in sections().items():
-        fields = section.model_fields.items()
-        tree[name] = {key: field.get_default() for key, field in fields if not field.is_required()}
-    for name, value in composed.items():
-        both = isinstance(value, dict) and isinstance(tree.get(name), dict)
-        tree[name] = {**tree[name], **value} if both else value
+        tree[name] = _defaults_of(section)
+    _merge(tree, composed, RunConfig)
     return tree
+
+
+def _defaults_of(section: type[Section]) -> dict[str, Any]:
+    """Every key of a section that has a default, those of the sections in it as well."""
+    return {
+        key: _defaults_of(field.annotation) if is_section(field.annotation) else field.get_default()
+        for key, field in section.model_fields.items()
+        if not field.is_required()
+    }
+
+
+def _merge(tree: dict[Any, Any], values: Mapping[Any, Any], section: type[Section]) -> None:
+    """Set a section's given keys; a section in it keeps the defaults of what it is not given."""
+    for key, value in values.items():
+        inner = section.model_fields[key].annotation if key in section.model_fields else None
+        if is_section(inner) and isinstance(value, dict):
+            _merge(tree[key], value, inner)
+        else:
+            tree[key] = value
 
 
 def _assign(node: Any, done: str, rest: str, value: Any) -> list[Problem]:

@@ -51,6 +51,25 @@ _QUANT = {
     "llm_int8_skip_modules": "quant.keep",
 }
 
+_DISTILL = {
+    "teacher_model": "distill.teacher.name",
+    "teacher_model_name_or_path": "distill.teacher.name",
+    "teacher_model_revision": "distill.teacher.revision",
+    "teacher_model_server_url": "distill.teacher.url",
+    "teacher_model_init_kwargs": "distill.teacher.dtype",
+    "lmbda": "distill.on_policy",
+    "kd_alpha": "distill.weight",
+    "kd_ce_alpha": "distill.weight (the loss on the rows weighs 1)",
+    "kd_temperature": "distill.temperature",
+    "kd_trainer": "distill.objective=distill",
+    "kd_ratio": "distill.weight",
+    "rlhf_type": "distill.objective=distill",
+    "seq_kd": "distill.on_policy",
+    "gkd_logits_topk": "distill.head",
+    "logprobs_chunk": "distill.head",
+    "loss_top_k": "distill.head",
+}
+
 _LORA = {
     "r": "lora.rank",
     "lora_r": "lora.rank",
@@ -255,7 +274,7 @@ _REST = {
     "overwrite_output_dir": "output_dir (of a new folder) or train.resume",
 }
 
-PEERS: dict[str, str] = _MODEL | _QUANT | _LORA | _DATA | _TRAIN | _REST
+PEERS: dict[str, str] = _MODEL | _QUANT | _LORA | _DISTILL | _DATA | _TRAIN | _REST
 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("_target_", "_recursive_", "_partial_", "_convert_", "_args_"), "a config names no code to run"),

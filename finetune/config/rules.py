@@ -12,6 +12,7 @@ from finetune.config.problems import Problem
 if TYPE_CHECKING:
     from finetune.config.schema import (
         DataConfig,
+        DistillConfig,
         GenerationConfig,
         LoraConfig,
         ModelConfig,
@@ -202,6 +203,68 @@ def _held_out(data: DataConfig, train: TrainConfig) -> Problems:
             yield Problem(f"train.{name}", _NO_HELD_OUT)
 
 
+def _distillation(distill: DistillConfig) -> Problems:
+    teacher = distill.teacher
+    other = teacher.name is not None or teacher.lora is not None
+    changed = [key for key, field in type(distill).model_fields.items() if getattr(distill, key) != field.get_default()]
+    if distill.objective == "none":
+        if changed:
+            yield Problem("distill.objective", f"is none, so distill.{changed[0]} does nothing; set recover or distill")
+        return
+    if distill.objective == "recover":
+        if other:
+            key = "name" if teacher.name is not None else "lora"
+            yield Problem(f"distill.teacher.{key}", "recover learns from the student's own base; set objective=distill")
+        if distill.weight is not None:
+            yield Problem("distill.weight", "recover minimises the divergence alone; set it to null")
+    if distill.objective == "distill" and not other and teacher.placement != "server":
+        yield Problem(
+            "distill.teacher.name",
+            "is missing: the student's own base can teach it nothing new; name a teacher (or distill.teacher.lora), "
+            "or set distill.objective=recover or sft+anchor",
+        )
+    for name, owner in (("beta", "jsd"), ("alpha", "skew_kl")):
+        if name in changed and distill.divergence != owner:
+            yield Problem(f"distill.{name}", f"belongs to distill.divergence={owner}, not {distill.divergence}")
+
+
+def _placement(distill: DistillConfig) -> Problems:
+    placement = distill.teacher.placement
+    if distill.objective == "none":
+        return
+    if placement in ("cached", "server") and distill.cache is None:
+        yield Problem("distill.cache", f"placement={placement} keeps the teacher's signal in a folder; name it")
+    if placement == "server" and distill.teacher.url is None:
+        yield Problem("distill.teacher.url", "is missing: where is the server? as http://host:8000/v1")
+    if placement != "server" and distill.teacher.url is not None:
+        yield Problem("distill.teacher.url", f"is for placement=server, not {placement}")
+    if placement != "streamed" and distill.teacher.steps_ahead != 1:
+        yield Problem("distill.teacher.steps_ahead", f"is for placement=streamed, not {placement}")
+    if placement == "server" or (placement == "cached" and distill.tier == "sampled"):
+        yield from _exactness(distill, "a server's" if placement == "server" else "a sampled cache's")
+    if distill.on_policy and placement in ("cached", "server"):
+        yield Problem("distill.on_policy", f"asks the teacher about new answers, which placement={placement} cannot")
+
+
+def _exactness(distill: DistillConfig, whose: str) -> Problems:
+    """What part of the probabilities gives without bias: expectations that are linear in them."""
+    exact = "set tier=hidden, or placement=resident or streamed"
+    if distill.divergence != "forward_kl":
+        yield Problem("distill.divergence", f"{whose} signal gives forward_kl only, not {distill.divergence}; {exact}")
+    if distill.temperature != 1:
+        yield Problem("distill.temperature", f"{whose} signal is of temperature 1; {exact}")
+    if distill.hidden_weight:
+        yield Problem("distill.hidden_weight", f"{whose} signal has no hidden states; {exact}")
+
+
+def _cached_rows(data: DataConfig, distill: DistillConfig) -> Problems:
+    if data.stream_rows is not None and distill.objective != "none":
+        if distill.teacher.placement in ("cached", "server"):
+            yield Problem("data.stream_rows", "rows of a stream are not known when the teacher's signal is cached")
+        if distill.on_policy:
+            yield Problem("data.stream_rows", "cannot be combined with distill.on_policy")
+
+
 def _answers(data: DataConfig, generation: GenerationConfig) -> Problems:
     if not data.eval and not data.held_out:
         for name in ("rows", "every"):
@@ -244,5 +307,8 @@ RULES: list[tuple[tuple[str, ...], Callable[..., Problems]]] = [
     (("train",), _stopping),
     (("data", "train"), _stream),
     (("data", "train"), _held_out),
+    (("distill",), _distillation),
+    (("distill",), _placement),
+    (("data", "distill"), _cached_rows),
     (("data", "generation"), _answers),
 ]

@@ -54,6 +54,9 @@ class ModelConfig(Section):
 
     name: Text = Field(description="Hub id or local folder of the base model.")
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub model; null is its main branch.")
+    tokenizer: Text | None = Field(
+        None, description="Folder or hub id of a tokenizer of the same vocabulary, used in place of the model's own."
+    )
     dtype: Dtype = Field("bfloat16", description="Type of the weights that are not quantised.")
     attention: Literal["auto", "segmented", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="Attention kernel; auto takes the fastest that the machine has."
@@ -133,8 +136,10 @@ class DataConfig(Section):
     truncation: Literal["drop", "left", "right", "split", "error"] = Field(
         "drop", description="What happens to a row longer than max_length."
     )
-    train_on: Literal["assistant", "last", "all"] = Field(
-        "assistant", description="Targets: every assistant turn, the last one, or every token."
+    train_on: Literal["assistant", "answer", "last", "all"] = Field(
+        "assistant",
+        description="Targets: every assistant turn, the same without what it thinks in <think>, the last one, or every "
+        "token.",
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="What happens to a row that cannot be used.")
     max_bad_share: Share = Field(0.05, description="Share of skipped rows above which a source is refused.")
@@ -187,6 +192,62 @@ class TrainConfig(Section):
     world_size: Count | None = Field(None, description="Refuse to run with another number of ranks.")
 
 
+class TeacherConfig(Section):
+    """The teacher and where it is."""
+
+    name: Text | None = Field(
+        None, description="Hub id or local folder of the teacher; null is the student's own base."
+    )
+    revision: Text | None = Field(None, description="Branch, tag or commit of a hub teacher; null is its main branch.")
+    dtype: Dtype = Field("bfloat16", description="Type that the teacher computes in; its weights are not quantised.")
+    lora: Text | None = Field(None, description="Folder or hub id of an adapter that belongs on the teacher.")
+    placement: Literal["resident", "streamed", "cached", "server"] = Field(
+        "resident",
+        description="In memory; read layer by layer; not at all, but distill.cache; or at distill.teacher.url.",
+    )
+    steps_ahead: Count = Field(1, description="Steps whose rows a streamed teacher answers each time it is read.")
+    url: Text | None = Field(None, description="OpenAI-compatible endpoint, as http://host:8000/v1 (server only).")
+    requests: Count = Field(8, description="Requests in flight at a server.")
+
+
+class DistillConfig(Section):
+    """Learning from a teacher's probabilities."""
+
+    objective: Literal["none", "recover", "sft+anchor", "distill"] = Field(
+        "none",
+        description="none; recover what quantisation lost (divergence alone); learn the rows and stay close to the own "
+        "base; learn the rows and from a larger or tuned teacher.",
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = Field(
+        "forward_kl", description="Distance of the student's probabilities from the teacher's."
+    )
+    beta: Annotated[Positive, Field(lt=1)] = Field(0.5, description="The teacher's share in the mixture of jsd.")
+    alpha: Annotated[Positive, Field(lt=1)] = Field(0.1, description="The teacher's share in the mixture of skew_kl.")
+    temperature: Positive = Field(1.0, description="Both sides' logits are divided by it before the divergence.")
+    weight: NotNegative | None = Field(
+        None, description="Of the divergence beside the loss on the rows; null is 0.2 for sft+anchor, 1 for distill."
+    )
+    hidden_weight: NotNegative = Field(
+        0.0, description="Of the mean squared difference of the final hidden states; 0 is off."
+    )
+    on_policy: Annotated[Number, Field(ge=0, le=1)] = Field(
+        0.0, description="Share of the rows whose answers the student writes itself, for the teacher to judge."
+    )
+    on_policy_tokens: Count = Field(128, description="Longest answer that the student writes, in tokens.")
+    on_policy_temperature: Positive = Field(1.0, description="Temperature at which the student writes.")
+    cache: Text | None = Field(None, description="Folder of the teacher's signal, written by `finetune cache`.")
+    tier: Literal["sampled", "hidden"] = Field(
+        "sampled", description="What is cached: probabilities (180 bytes a target), or exact hidden states."
+    )
+    head: Annotated[int, Field(ge=1, le=256)] = Field(32, description="Most probable tokens kept of each target.")
+    samples: Annotated[int, Field(ge=1, le=256)] = Field(16, description="Tokens drawn from the rest, without bias.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of what is drawn for a cache.")
+    spot_check: Index = Field(
+        2, description="Cached documents compared with the teacher at the start, where it is here."
+    )
+    teacher: TeacherConfig = Field(TeacherConfig(), description="The teacher and where it is.")
+
+
 class GenerationConfig(Section):
     """Answers to held-out rows, before, during and after the training."""
 
@@ -219,6 +280,7 @@ class RunConfig(Section):
     lora: LoraConfig = Field(LoraConfig(), description="The adapter that is trained.")
     data: DataConfig = Field(description="What is trained and evaluated on.")
     train: TrainConfig = Field(TrainConfig(), description="The optimisation, its length, its checkpoints.")
+    distill: DistillConfig = Field(DistillConfig(), description="Learning from a teacher's probabilities.")
     generation: GenerationConfig = Field(GenerationConfig(), description="Answers to held-out rows.")
     track: TrackConfig = Field(TrackConfig(), description="Where the metrics go besides metrics.jsonl.")
 

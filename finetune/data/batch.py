@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ class Document:
 
     ids [T] int32; labels [T] int32: labels[t] is the token to predict from position t (already shifted), or UNTRAINED.
     place: `file:row`, for messages to the user. weights [T] float32: what the loss at a position is multiplied by;
-    None is 1 everywhere. row: the row in its source, from 0.
+    None is 1 everywhere. row: the row in its source, from 0. own: the model in training wrote the targets itself, so
+    only a teacher can say how good they are.
     """
 
     ids: np.ndarray
@@ -30,6 +32,7 @@ class Document:
     place: str
     weights: np.ndarray | None = None
     row: int = 0
+    own: bool = False
 
     @property
     def target_tokens(self) -> int:
@@ -45,6 +48,7 @@ class Batch:
 
     input_ids, position_ids, labels: [1, T] int64; positions restart at 0 in every document; labels are shifted.
     segment_lengths: documents' lengths, summing to T. weights [1, T] float32 of the targets; None is 1 everywhere.
+    own [T] bool: tokens of documents that the model in training wrote itself; None where there are none.
     row_of_token [T] int64, always on the CPU: which row of a forward pass holds the token, of `rows` in all. Documents
     that open with the same tokens may share the rows of their common part: its hidden states are the same.
     """
@@ -56,6 +60,7 @@ class Batch:
     places: tuple[str, ...]
     row_of_token: Tensor
     weights: Tensor | None = None
+    own: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -66,11 +71,13 @@ class Batch:
         return int(self.row_of_token.max()) + 1
 
     def to(self, device: torch.device) -> Batch:
-        ids, positions, labels = (
-            x.to(device, non_blocking=True) for x in (self.input_ids, self.position_ids, self.labels)
-        )
-        weights = None if self.weights is None else self.weights.to(device, non_blocking=True)
-        return Batch(ids, positions, labels, self.segment_lengths, self.places, self.row_of_token, weights)
+        def move(x: Tensor | None) -> Any:
+            return None if x is None else x.to(device, non_blocking=True)
+
+        return replace(
+            self, input_ids=move(self.input_ids), position_ids=move(self.position_ids), labels=move(self.labels),
+            weights=move(self.weights), own=move(self.own),
+        )  # fmt: skip
 
 
 def build_batch(documents: Sequence[Document], lean: bool = False) -> Batch:
@@ -95,6 +102,7 @@ def build_batch(documents: Sequence[Document], lean: bool = False) -> Batch:
         places=tuple(d.place for d in documents),
         row_of_token=torch.from_numpy(share_prefixes([d.ids for d in documents], lean)),
         weights=row(weights, np.float32) if weighted else None,
+        own=row([np.full(len(d), d.own) for d in documents], np.bool_)[0] if any(d.own for d in documents) else None,
     )
 
 
@@ -130,6 +138,20 @@ def share_prefixes(ids: Sequence[np.ndarray], share: bool = True) -> np.ndarray:
     seen = np.full(len(first), tokens)
     np.minimum.at(seen, row_of_token, np.arange(tokens))
     return np.argsort(np.argsort(seen))[row_of_token]
+
+
+def groups_of(documents: Iterable[Document], limit_tokens: int) -> Iterator[list[Document]]:
+    """Documents in their order, as many at a time as have no more than so many tokens; a longer one alone."""
+    group: list[Document] = []
+    tokens = 0
+    for document in documents:
+        if group and tokens + len(document) > limit_tokens:
+            yield group
+            group, tokens = [], 0
+        group.append(document)
+        tokens += len(document)
+    if group:
+        yield group
 
 
 def silent_batch(document: Document) -> Batch:

@@ -198,6 +198,12 @@ def first_conversations(source: Source, preparation: Preparation, rows: int) -> 
     return chats
 
 
+def used_ids(data: LoadedData) -> np.ndarray:
+    """Token ids that the rows hold, those that are cut off included [U] int32, each once."""
+    stores = {source.store.folder: source.store for source in (*data.train, *data.eval)}
+    return np.unique(np.concatenate([np.empty(0, np.int32), *(store.used_ids() for store in stores.values())]))
+
+
 def copy_bad_rows(data: LoadedData, folder: Path) -> Path | None:
     """List every skipped row in `bad_rows.jsonl` of a run's folder; None where no row was bad."""
     stores = {source.store.folder: source.store for source in (*data.train, *data.eval)}

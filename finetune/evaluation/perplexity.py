@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from finetune.data.batch import Document, build_batch
+from finetune.data.batch import Document, build_batch, groups_of
 from finetune.losses.cross_entropy import score
 
 
@@ -40,19 +40,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _batches(documents: Sequence[Document], limit_tokens: int) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    tokens = 0
-    for document in documents:
-        if batch and tokens + len(document) > limit_tokens:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(document)
-        tokens += len(document)
-    if batch:
-        yield batch
-
-
 def evaluate(
     model: nn.Module,
     documents: Sequence[Document],
@@ -67,7 +54,7 @@ def evaluate(
     device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64)
     with evaluating(model):
-        for batch in _batches(documents, limit_tokens):
+        for batch in groups_of(documents, limit_tokens):
             result = score(model, build_batch(batch).to(device))
             sums += torch.tensor([float(result.nll), float(result.correct), result.tokens], dtype=torch.float64)
     nll, correct, tokens = sum_over_ranks(sums).tolist()

@@ -31,7 +31,8 @@ def chunked_loss(hidden_ND: Tensor, head: nn.Module, vocabulary: int, loss: Chun
     """Sum of a loss over N rows' logits, fp32, in nats; differentiable in the hidden states and in what is trained of
     the head, once.
 
-    vocabulary: V of the head. N = 0 gives 0, and a gradient of 0 to everything, so that DDP misses nothing.
+    vocabulary: V, rows of the head that take part, from the first on.
+    N = 0 gives 0, and a gradient of 0 to everything, so that DDP misses nothing.
     A frozen head costs two products of N * V * D; one that is trained in part (LoRA, new tokens, a saved copy) runs as
     the module it is and costs its own weights' gradients besides.
     """
@@ -45,8 +46,18 @@ def chunked_logits(hidden_ND: Tensor, head: nn.Module, vocabulary: int) -> Itera
     plain = _as_plain(head)
     logits_NV = None
     for rows in _chunks(len(hidden_ND), vocabulary, hidden_ND.device):
-        logits_NV = head(hidden_ND[rows]) if plain is None else _product(hidden_ND[rows], plain, logits_NV)
+        if plain is None:
+            logits_NV = head(hidden_ND[rows])[:, :vocabulary]
+        else:
+            logits_NV = _product(hidden_ND[rows], plain, vocabulary, logits_NV)
         yield logits_NV, rows
+
+
+@torch.no_grad()
+def logits_of(hidden_ND: Tensor, head: nn.Module, vocabulary: int) -> Tensor:
+    """Logits [n, V] of few rows, which the caller may overwrite."""
+    plain = _as_plain(head)
+    return head(hidden_ND)[:, :vocabulary] if plain is None else _product(hidden_ND, plain, vocabulary, None)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -56,7 +67,7 @@ class _ChunkedLoss(torch.autograd.Function):
         if plain is None:
             total, gradients = _through_module(hidden_ND, head, vocabulary, loss, trained)
         else:
-            total, gradients = _through_frozen(hidden_ND, plain, loss)
+            total, gradients = _through_frozen(hidden_ND, plain, vocabulary, loss)
         ctx.save_for_backward(*gradients)
         return total
 
@@ -66,13 +77,15 @@ class _ChunkedLoss(torch.autograd.Function):
         return hidden, None, None, None, *trained
 
 
-def _through_frozen(hidden_ND: Tensor, head: nn.Linear, loss: ChunkLoss) -> tuple[Tensor, list[Tensor]]:
+def _through_frozen(
+    hidden_ND: Tensor, head: nn.Linear, vocabulary: int, loss: ChunkLoss
+) -> tuple[Tensor, list[Tensor]]:
     total = hidden_ND.new_zeros((), dtype=torch.float32)
     gradient_ND = torch.empty_like(hidden_ND)
-    for logits_NV, rows in chunked_logits(hidden_ND, head, head.out_features):
+    for logits_NV, rows in chunked_logits(hidden_ND, head, vocabulary):
         nats, dlogits_NV = loss(logits_NV, rows)
         total += nats
-        torch.mm(dlogits_NV.to(hidden_ND.dtype), head.weight, out=gradient_ND[rows])
+        torch.mm(dlogits_NV.to(hidden_ND.dtype), head.weight[:vocabulary], out=gradient_ND[rows])
     return total, [gradient_ND]
 
 
@@ -87,7 +100,7 @@ def _through_module(
         for rows in _chunks(len(hidden_ND), vocabulary, hidden_ND.device):
             with torch.enable_grad():
                 leaf_ND = hidden_ND[rows].detach().requires_grad_()
-                logits_NV = head(leaf_ND)
+                logits_NV = head(leaf_ND)[:, :vocabulary]
             nats, dlogits_NV = loss(logits_NV.detach(), rows)
             total += nats
             gradient_ND[rows], *parts = torch.autograd.grad(
@@ -113,19 +126,20 @@ def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]
         yield slice(rows * i // count, rows * (i + 1) // count)
 
 
-def _product(hidden_ND: Tensor, head: nn.Linear, place_NV: Tensor | None) -> Tensor:
-    """hidden @ weight.T + bias; in the place of earlier logits of that shape, where there are any.
+def _product(hidden_ND: Tensor, head: nn.Linear, vocabulary: int, place_NV: Tensor | None) -> Tensor:
+    """hidden @ weight.T + bias of the first rows; in the place of earlier logits of that shape, where there are any.
 
     Sums are fp32. On a GPU the result is fp32 too. A CPU's 16-bit product rounds it once to 16 bit, as every PyTorch
     model does: public torch has no product from 16 bit to fp32 there, and one in fp32 takes three times as long. It
     leaves the loss within 2e-5 and the gradient within 0.4 % of float64, as it leaves stock's.
     """
+    weight_VD, bias = head.weight[:vocabulary], None if head.bias is None else head.bias[:vocabulary]
     wide = hidden_ND.is_cuda and torch.version.hip is None and hidden_ND.dtype != torch.float32
     if wide:
-        logits_NV = torch.mm(hidden_ND, head.weight.t(), out_dtype=torch.float32)
-        return logits_NV if head.bias is None else logits_NV.add_(head.bias)
+        logits_NV = torch.mm(hidden_ND, weight_VD.t(), out_dtype=torch.float32)
+        return logits_NV if bias is None else logits_NV.add_(bias)
     if place_NV is not None and len(place_NV) != len(hidden_ND):
         place_NV = None
-    if head.bias is None:
-        return torch.mm(hidden_ND, head.weight.t(), out=place_NV)
-    return torch.addmm(head.bias, hidden_ND, head.weight.t(), out=place_NV)
+    if bias is None:
+        return torch.mm(hidden_ND, weight_VD.t(), out=place_NV)
+    return torch.addmm(bias, hidden_ND, weight_VD.t(), out=place_NV)

@@ -34,7 +34,7 @@ def head_of(model: nn.Module) -> nn.Module:
     return head
 
 
-def _targets(hidden_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+def target_rows(hidden_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states [N, D], labels [N] and loss weights [N] (None: 1 everywhere) of the rows that carry a target."""
     labels_T = batch.labels[0]
     rows = (labels_T != UNTRAINED).nonzero().squeeze(1)
@@ -65,7 +65,7 @@ class CrossEntropy(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         hidden_TD = hidden_states(self.model, batch, self.neftune_alpha)
-        hidden_ND, labels_N, weights_N = _targets(hidden_TD, batch)
+        hidden_ND, labels_N, weights_N = target_rows(hidden_TD, batch)
         vocabulary = base_of(self.model).config.vocab_size
         return chunked_loss(hidden_ND, head_of(self.model), vocabulary, _nats_of(labels_N, weights_N))
 
@@ -73,7 +73,7 @@ class CrossEntropy(nn.Module):
 @torch.no_grad()
 def score(model: nn.Module, batch: Batch) -> Score:
     """Negative log-likelihood and correct predictions over a batch's targets, unweighted, without gradients."""
-    hidden_ND, labels_N, _ = _targets(hidden_states(model, batch), batch)
+    hidden_ND, labels_N, _ = target_rows(hidden_states(model, batch), batch)
     nll = hidden_ND.new_zeros((), dtype=torch.float32)
     correct = hidden_ND.new_zeros((), dtype=torch.float32)
     for logits_NV, rows in chunked_logits(hidden_ND, head_of(model), base_of(model).config.vocab_size):

@@ -51,14 +51,14 @@ def load_four_bit(
     they were called in other days, and otherwise says what is wrong with them.
     """
     base = build_skeleton(folder, getattr(torch, model.dtype), attention)
-    if not _holds_all(files, base):
+    if not holds_all(files, base):
         return None
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     placement = {"": device}
     quantizer.validate_environment(device_map=placement)
     base.config.quantization_config = settings
     quantizer.preprocess_model(model=base, dtype=base.dtype, device_map=placement, checkpoint_files=[])
-    _fill_plain(base, files, device)
+    fill_plain(base, files, device)
     _fill_quantised(base, files, _cache_of(files, model, quant, settings, device, say), device)
     base.hf_quantizer = quantizer
     quantizer.postprocess_model(base)
@@ -141,7 +141,7 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
             trim(0)
 
 
-def _holds_all(files: Mapping[str, Path], base: PreTrainedModel) -> bool:
+def holds_all(files: Mapping[str, Path], base: PreTrainedModel) -> bool:
     """Whether these are the model's tensors and no others, each of the right shape."""
     # A tied weight counts once, under the name that files have it by.
     wanted = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
@@ -156,10 +156,10 @@ def _holds_all(files: Mapping[str, Path], base: PreTrainedModel) -> bool:
     return found == wanted
 
 
-def _fill_plain(base: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
-    """Everything that is not quantised, from the original files.
+def fill_plain(base: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
+    """Everything that is not quantised, from the original files; on CPU large tensors stay mapped.
 
-    The cache holds no second copy of it: an embedding alone would double its size at 0.5B, and reading it here costs
+    The cache of quantised weights holds no second copy of it: an embedding alone would double its size at 0.5B, and reading it here costs
     the same.
     """
     quantised = {f"{name}.weight" for name, _ in quantised_modules(base)}

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.errors import ConfigError, IntegrityError, MissingExtra, ResourceError
+from finetune.models.families import shape_of
 from finetune.models.four_bit import build_skeleton, keep_resident, load_four_bit
 from finetune.models.quantised_cache import Say
 from finetune.models.quantize import (
@@ -35,23 +36,53 @@ from finetune.models.quantize import (
 from finetune.models.source import TEXT_FILES, WEIGHT_FILES, fetch, read_config, read_json, weight_files
 from finetune.ops import attention
 
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 _log = logging.getLogger(__name__)
 
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of `model.name`, with its chat template.
+    """The tokenizer of `model.name`, or the one that `model.tokenizer` names, with its chat template.
 
-    Raises: ConfigError if it can't be fetched, its files are missing or broken, or it names code to run.
+    Raises: ConfigError if it can't be fetched, its files are missing or broken, it names code to run, or it is one for
+    other weights.
     """
-    source = fetch(cfg.name, cfg.revision, TEXT_FILES, "model.name")
-    for name in ("tokenizer_config.json", "tokenizer.json"):
-        if "auto_map" in read_json(source.folder / name, f"model.name={cfg.name}"):
-            raise ConfigError(f"model.name={cfg.name}: its {name} names code to run (auto_map), which is never done")
+    own = fetch(cfg.name, cfg.revision, TEXT_FILES, "model.name")
+    if cfg.tokenizer is None:
+        return _read_tokenizer(own.folder, cfg.name, "model.name")
+    given = _read_tokenizer(
+        fetch(cfg.tokenizer, None, TEXT_FILES, "model.tokenizer").folder, cfg.tokenizer, "model.tokenizer"
+    )
+    _check_rows(cfg, given, own.folder)
+    return given
+
+
+def _read_tokenizer(folder: Path, name: str, key: str) -> PreTrainedTokenizerBase:
+    for file in TOKENIZER_FILES:
+        if "auto_map" in read_json(folder / file, f"{key}={name}"):
+            raise ConfigError(f"{key}={name}: its {file} names code to run (auto_map), which is never done")
     with quiet():
-        found = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     tokenizer = cast(PreTrainedTokenizerBase, found)
-    tokenizer.name_or_path = cfg.name
+    tokenizer.name_or_path = name
     return tokenizer
+
+
+def _check_rows(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The embedding must have a row for each id, and a token that the model's own tokenizer has too, the same id."""
+    given = tokenizer.get_vocab()
+    shape, last = shape_of(str(folder)), max(given.values())
+    if shape is not None and last >= shape["vocab_size"]:
+        raise ConfigError(
+            f"model.tokenizer={cfg.tokenizer} has ids up to {last:,}, but the embedding of model.name={cfg.name} ends "
+            f"at {shape['vocab_size'] - 1:,}; name a tokenizer of the same vocabulary"
+        )
+    if all((folder / file).is_file() for file in TOKENIZER_FILES):
+        own = _read_tokenizer(folder, cfg.name, "model.name").get_vocab()
+        if moved := [token for token, i in given.items() if own.get(token, i) != i]:
+            raise ConfigError(
+                f"model.tokenizer={cfg.tokenizer} is for other weights than model.name={cfg.name}: {len(moved):,} "
+                f"tokens have another id there, as {moved[0]!r}; name a tokenizer of the same vocabulary"
+            )
 
 
 def load_base(

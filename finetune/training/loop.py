@@ -34,6 +34,7 @@ class Job:
 
     loss: module from Batch to the summed loss, wrapped for DDP. micro_batch: sequences a forward pass. lean: of a
     forward pass's documents, compute only what some target needs, and that once.
+    before_step: told a step, and what gives this rank's batches of it or of a later one, before any of them runs.
     evaluate: the evaluations' figures by name, `loss` among them; None without held-out rows. sample: shows answers.
     save: writes the checkpoint of a state, on the main rank. last_checkpoint: the newest one, None before the first.
     """
@@ -49,6 +50,7 @@ class Job:
     tracker: Tracker | SilentTracker
     save: Callable[[TrainState], None]
     last_checkpoint: Callable[[], Path | None]
+    before_step: Callable[[int, Callable[[int], list[Batch]]], None] | None = None
     evaluate: Callable[[], dict[str, float]] | None = None
     sample: Callable[[], None] | None = None
     sample_every: int | None = None
@@ -135,15 +137,15 @@ def train_step(job: Job, step: int, signal_number: int = 0) -> StepResult:
     Gradient: d(sum of nats)/d(weights) divided by the global count of target tokens, so neither micro-batches nor ranks
     change it. Every generator is seeded from (seed, step, rank): what happened before a step cannot change it.
     """
-    accelerator = job.accelerator
-    ranks, rank = accelerator.num_processes, accelerator.process_index
-    set_seed((job.cfg.seed * 1_000_003 + step * 1_009 + rank) % 2**32)
+    accelerator, ranks = job.accelerator, job.accelerator.num_processes
+    set_seed((job.cfg.seed * 1_000_003 + step * 1_009 + accelerator.process_index) % 2**32)
     sequences = job.feed.sequences(step - 1)
     documents = [document for sequence in sequences for document in sequence]
-    mine = split_among_ranks([sum(map(len, sequence)) for sequence in sequences], ranks)[rank]
     target_tokens = sum(document.target_tokens for document in documents)
     loss_sum = 0.0
-    batches = _micro_batches([sequences[i] for i in mine], job, filler=documents[0])
+    batches = _rank_batches(job, sequences)
+    if job.before_step is not None:
+        job.before_step(step, lambda s: batches if s == step else _rank_batches(job, job.feed.sequences(s - 1)))
     for i, batch in enumerate(batches):
         with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(job.loss):
             loss = job.loss(batch.to(accelerator.device))
@@ -170,10 +172,13 @@ def train_step(job: Job, step: int, signal_number: int = 0) -> StepResult:
     )  # fmt: skip
 
 
-def _micro_batches(sequences: list[list[Document]], job: Job, filler: Document) -> list[Batch]:
-    if not sequences:
-        return [silent_batch(filler)]
-    groups = [sequences[i : i + job.micro_batch] for i in range(0, len(sequences), job.micro_batch)]
+def _rank_batches(job: Job, sequences: list[list[Document]]) -> list[Batch]:
+    """What this rank computes of a step's sequences, a forward pass each."""
+    ranks, rank = job.accelerator.num_processes, job.accelerator.process_index
+    mine = split_among_ranks([sum(map(len, sequence)) for sequence in sequences], ranks)[rank]
+    if not mine:
+        return [silent_batch(sequences[0][0])]
+    groups = [[sequences[i] for i in mine[j : j + job.micro_batch]] for j in range(0, len(mine), job.micro_batch)]
     return [build_batch([document for sequence in group for document in sequence], job.lean) for group in groups]
 
 

@@ -33,6 +33,7 @@ from finetune.errors import ConfigError, Interrupted
 from finetune.evaluation.generation import Answer, answer_rows, exact_match
 from finetune.evaluation.perplexity import evaluate
 from finetune.losses.cross_entropy import CrossEntropy
+from finetune.losses.distillation import Distillation
 from finetune.losses.hidden import base_of
 from finetune.models.adapter import attach_lora
 from finetune.models.adapter_files import check_adapter, save_adapter
@@ -55,6 +56,7 @@ from finetune.training.checkpoint import (
     write_checkpoint,
     write_folder,
 )
+from finetune.training.lesson import Lesson, build_lesson, plan_lesson
 from finetune.training.loop import Job, fit, peak_bytes
 from finetune.training.optim import build_optimizer
 from finetune.training.report import describe_result
@@ -78,6 +80,7 @@ class Parts:
     feed: Feed
     model: PeftModel
     micro_batch: int
+    lesson: Lesson | None
 
     @property
     def folder(self) -> Path:
@@ -131,13 +134,16 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say
         run_folder.describe_run(cfg, Path(cfg.output_dir), feed.digest, accelerator.num_processes)
         if listed := copy_bad_rows(data, Path(cfg.output_dir)):
             say(f"skipped rows are listed in {listed}")
+    vocabulary = plan_lesson(cfg, tokenizer, data, say)
     base = load_base(cfg.model, cfg.quant, accelerator.device, say)
+    # Before the adapter is attached: what student and teacher have in common is one copy.
+    lesson = build_lesson(cfg, base, chat, data, vocabulary, accelerator.device, say)
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model))
     if cfg.train.fast:
         attach_fast_path(model)
     model.train()
     micro_batch = fit_to_memory(cfg, model, accelerator, say)
-    return Parts(cfg, accelerator, tokenizer, preparation, data, feed, model, micro_batch)
+    return Parts(cfg, accelerator, tokenizer, preparation, data, feed, model, micro_batch, lesson)
 
 
 def _end_token_advice(cfg: RunConfig, chat: ChatTemplate) -> list[str]:
@@ -163,22 +169,20 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
         state = read_state(checkpoint)
         load_training(checkpoint, optimizer)
         say(f"continuing from {checkpoint}")
-    elif cfg.generation.rows:
-        answers = _answer(parts, cfg.generation.rows)
-        state.before = {
-            "exact_match": exact_match(answers),
-            "answers": [[a.prompt, a.expected, a.given] for a in answers[: cfg.generation.samples]],
-        }
-        say(f"held-out exact match before training: {state.before['exact_match']:.1%} of {len(answers)}")
+    else:
+        _look_before(parts, state, say)
     total_steps = cfg.train.max_steps or parts.feed.steps_for(cfg.train.epochs or 1)
     if cfg.train.fast:
         most_tokens = (total_steps - state.step) * cfg.train.batch_size * cfg.data.max_length
         flops = 4.0 * base_of(parts.model).num_parameters() * most_tokens
         say(dispatch.pick(accelerator.device, flops, cfg.train.compile))
+    lesson = parts.lesson
+    loss = lesson.loss(parts.model) if lesson else CrossEntropy(parts.model, cfg.train.neftune_alpha)
     tracker = Tracker(cfg, parts.folder, total_steps, state.step) if parts.is_main else SilentTracker()
     job = Job(
         cfg=cfg.train, accelerator=accelerator, optimizer=optimizer,
-        loss=accelerator.prepare_model(CrossEntropy(parts.model, cfg.train.neftune_alpha), device_placement=False),
+        loss=accelerator.prepare_model(loss, device_placement=False),
+        before_step=lesson.before_step(loss, total_steps) if lesson and isinstance(loss, Distillation) else None,
         feed=parts.feed, total_steps=total_steps,
         lean=_may_be_lean(cfg), micro_batch=parts.micro_batch, tracker=tracker,
         save=lambda state: _save_checkpoint(parts, optimizer, state),
@@ -203,6 +207,23 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
         if parts.is_main:
             run_folder.write_result(parts.folder, result)
     return result
+
+
+def _look_before(parts: Parts, state: TrainState, say: Callable[[str], None]) -> None:
+    """Answer held-out rows and measure the distance from the teacher before the first step."""
+    generation = parts.cfg.generation
+    if generation.rows:
+        answers = _answer(parts, generation.rows)
+        state.before |= {
+            "exact_match": exact_match(answers),
+            "answers": [[a.prompt, a.expected, a.given] for a in answers[: generation.samples]],
+        }
+        say(f"held-out exact match before training: {state.before['exact_match']:.1%} of {len(answers)}")
+    if parts.lesson is not None and parts.data.eval:
+        state.before["evaluations"] = figures = _evaluate(parts)
+        for source in parts.data.eval:
+            kl, top1 = (figures[f"eval/{source.name}/{name}"] for name in ("teacher_kl", "teacher_agreement"))
+            say(f"{source.name} before training: {kl:.5f} nats a target from the teacher, same first choice {top1:.1%}")
 
 
 def _finish(
@@ -262,14 +283,20 @@ def _save_final(parts: Parts, result: RunResult) -> None:
 
 
 def _evaluate(parts: Parts) -> dict[str, float]:
-    """loss, perplexity and accuracy of every evaluation set, and the mean loss over the sets."""
+    """loss, perplexity and accuracy of every evaluation set, how far it is from the teacher where there is one, and
+    `eval_loss`, the mean over the sets of what the run minimises.
+    """
     rank, ranks = parts.accelerator.process_index, parts.accelerator.num_processes
     figures: dict[str, float] = {}
     losses = []
+
+    def sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:
+        return parts.accelerator.reduce(sums.to(parts.accelerator.device), "sum").cpu()
+
     for source in parts.data.eval:
         measured = evaluate(
             parts.model, source.documents[rank::ranks], limit_tokens=max(4096, parts.cfg.data.max_length),
-            sum_over_ranks=lambda sums: parts.accelerator.reduce(sums.to(parts.accelerator.device), "sum").cpu(),
+            sum_over_ranks=sum_over_ranks,
         )  # fmt: skip
         losses.append(measured.loss)
         figures |= {
@@ -277,6 +304,10 @@ def _evaluate(parts: Parts) -> dict[str, float]:
             f"eval/{source.name}/perplexity": measured.perplexity,
             f"eval/{source.name}/accuracy": measured.accuracy,
         }
+    if parts.lesson is not None:
+        figures |= parts.lesson.figures(parts.model, parts.data, slice(rank, None, ranks), sum_over_ranks)
+        if parts.cfg.distill.objective == "recover":  # what it minimises
+            losses = [value for name, value in figures.items() if name.endswith("/teacher_kl")]
     return {"eval_loss": sum(losses) / len(losses), **figures}
 
 

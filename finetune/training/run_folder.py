@@ -31,6 +31,7 @@ _FREE = {
     # The tokens themselves are compared; who makes them, where they lie and what was left out is in them.
     "data": {"train", "eval", "workers", "cache", "on_bad_row", "max_bad_share"},
     "model": {"attention"},
+    "distill": {"cache", "spot_check"},
 }  # fmt: skip
 
 
@@ -113,7 +114,8 @@ def find_checkpoint(cfg: RunConfig, warn: Callable[[str], None]) -> Path | None:
 
 def trajectory(cfg: RunConfig) -> dict[str, Any]:
     """Settings that must stay as they were for a continued run to equal an unbroken one, by dotted key."""
-    sections = cfg.model_dump(include={"model", "quant", "lora", "data", "train"})
+    names = {"model", "quant", "lora", "data", "train"} | ({"distill"} if cfg.distill.objective != "none" else set())
+    sections = cfg.model_dump(include=names)
     return {
         f"{section}.{key}": value
         for section, values in sections.items()

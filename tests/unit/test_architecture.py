@@ -20,10 +20,11 @@ LAYERS = [
     {"arguments", "files", "resources", "terminal"},
     {"config", "ops"},
     {"models", "data"},
-    {"losses", "distill", "planning"},
+    {"losses", "planning"},
+    {"distill"},
     {"evaluation", "export"},
     {"training"},
-    {"chat", "data_command", "data_convert", "doctor", "__init__"},
+    {"chat", "cache_command", "data_command", "data_convert", "doctor", "__init__"},
     {"cli"},
     {"train"},
 ]

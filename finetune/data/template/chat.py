@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from tokenizers import Encoding, Tokenizer
 from finetune.data.formats.messages import Conversation, Message
 from finetune.data.template.layout import Run, check_complete, control_pattern, lay_out
 from finetune.data.template.markers import CLOSE, OPEN, MarkedRow
+from finetune.data.template.reasoning import TAGS, Stretch, reasoning_in
 from finetune.data.template.sandbox import Renderer
 from finetune.errors import DataError
 
@@ -51,9 +52,11 @@ class _Row:
 
     runs: list[Run]
     texts: list[str]  # of each run
-    starts: list[list[int]]  # of each run: the character at which each of its spans begins
+    places: list[list[int]]  # of each run: the character at which each of its pieces begins
+    contents: dict[int, int]  # as MarkedRow's
     loss: dict[int, float] = field(default_factory=dict)
     rest: float = 0.0
+    reasoning: dict[int, list[Stretch]] = field(default_factory=dict)  # of each run: what weighs nothing
 
     def to_tokenise(self) -> list[str]:
         return [text for run, text in zip(self.runs, self.texts, strict=True) if run.fixed is None]
@@ -74,15 +77,33 @@ class ChatTemplate:
                 "the tokenizer has no chat template; set data.chat_template to a jinja file, or use an Instruct model"
             ) from error
         self.special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        self._control_id = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        added = tokenizer.added_tokens_decoder.items()
+        self._control_id = {str(token): i for i, token in added if token.special}
         self._definition: str = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
         self._prepare()
+        if borders := self._borders({str(token): i for i, token in added if not token.special}):
+            self._control_id |= borders
+            self._definition = _with_special(self._definition, borders)
+            self._prepare()
 
     def _prepare(self) -> None:
         self._renderer = Renderer(self.template, self.special_tokens)
         self._control = control_pattern(list(self._control_id))
         self._layouts: dict[tuple, list[Run]] = {}
         self._fixed: dict[str, list[int]] = {}
+
+    def _borders(self, ordinary: dict[str, int]) -> dict[str, int]:
+        """Those of a tokenizer's ordinary added tokens that the template writes around plain turns.
+
+        They are control tokens, whatever the tokenizer says: R1-Distill-Qwen's does not call its roles special. The
+        tags of reasoning are what a model says.
+        """
+        turns = [Message("user", "a").as_dict(), Message("assistant", "b").as_dict()]
+        try:
+            plain = self._renderer.render(turns, None, False)
+        except DataError:
+            return {}
+        return {token: ordinary[token] for token in control_pattern(list(ordinary)).findall(plain) if token not in TAGS}
 
     @cached_property
     def _backend(self) -> Tokenizer:
@@ -151,9 +172,10 @@ class ChatTemplate:
     def encode(self, conversations: Sequence[Conversation], train_on: str = "assistant") -> list[Encoded | DataError]:
         """Tokens and weights of every conversation, in order; a DataError stands where one could not be encoded.
 
-        train_on: `assistant` trains every assistant turn, `last` the last of them, `all` every token. A turn's targets
-        are what the model would write: its text, its tool calls and the control token that ends it, not the header
-        before nor the newline after. They weigh what the message weighs; everything else weighs 0, or 1 under `all`.
+        train_on: `assistant` trains every assistant turn, `answer` the same without their reasoning, `last` the last of
+        them, `all` every token. A turn's targets are what the model would write: its text, its tool calls and the
+        control token that ends it, not the header before nor the newline after. They weigh what the message weighs;
+        everything else weighs 0, or 1 under `all`.
         """
         rows = [self._compose_or_error(conversation, train_on) for conversation in conversations]
         good = [row for row in rows if isinstance(row, _Row)]
@@ -184,8 +206,8 @@ class ChatTemplate:
         Raises: DataError as for a row that cannot be encoded.
         """
         row = self._compose(conversation, "last")
-        spans = zip(row.runs, row.texts, row.starts, strict=True)
-        return "".join(text[starts[0] :] for run, text, starts in spans if run.spans)
+        filled = zip(row.runs, row.texts, row.places, strict=True)
+        return "".join(text[places[run.spans[0][0]] :] for run, text, places in filled if run.spans)
 
     def _compose_or_error(self, conversation: Conversation, train_on: str) -> _Row | DataError:
         try:
@@ -197,6 +219,9 @@ class ChatTemplate:
         loss = _loss_weights(conversation.messages, train_on)
         row = self._fill(conversation, frozenset(loss), complete=train_on != "last")
         row.loss, row.rest = loss, float(train_on == "all")
+        if train_on == "answer":
+            for number, (run, text, places) in enumerate(zip(row.runs, row.texts, row.places, strict=True)):
+                row.reasoning[number] = reasoning_in(run, text, places, row.contents, conversation.messages)
         return row
 
     def _fill(
@@ -237,7 +262,8 @@ class ChatTemplate:
             return None
         filled = [run.fill(marked.values) for run in runs]
         whole = "".join(text + (run.control or "") for run, (text, _) in zip(runs, filled, strict=True))
-        return _Row(runs, [text for text, _ in filled], [starts for _, starts in filled]) if whole == real else None
+        texts, places = [text for text, _ in filled], [places for _, places in filled]
+        return _Row(runs, texts, places, marked.contents) if whole == real else None
 
     def _lay_out(self, marked: MarkedRow, turns: frozenset[int], complete: bool, prompt: bool) -> list[Run]:
         def render(end: int, add_generation_prompt: bool) -> str:
@@ -254,15 +280,19 @@ class ChatTemplate:
     def _assemble(self, row: _Row, encodings: Iterator[Encoding]) -> Encoded:
         ids: list[int] = []
         marks: list[tuple[int, float]] = []  # (token, weight from there on)
-        for run, text, starts in zip(row.runs, row.texts, row.starts, strict=True):
+        thought: list[slice] = []
+        for number, (run, text, places) in enumerate(zip(row.runs, row.texts, row.places, strict=True)):
             before = len(ids)
             if run.fixed is None:
                 encoding = next(encodings)
                 ids += encoding.ids
                 marks += [
-                    (before + _first_token(encoding, start, len(text)), row.loss[turn])
-                    for start, (_, turn) in zip(starts, run.spans, strict=True)
+                    (before + _first_token(encoding, places[piece], len(text)), row.loss[turn])
+                    for piece, turn in run.spans
                 ]
+                for stretch in row.reasoning.get(number, ()):
+                    first, last = _tokens_of(encoding, stretch, len(text))
+                    thought.append(slice(before + first, before + last))
             else:
                 ids += self._fixed_ids(run.fixed)
                 marks += [(before, row.loss[turn]) for _, turn in run.spans]
@@ -273,6 +303,8 @@ class ChatTemplate:
         weights = np.full(len(ids), row.rest, dtype=np.float32)
         for token, weight in marks:
             weights[token:] = weight
+        for tokens in thought:
+            weights[tokens] = 0
         return Encoded(np.array(ids, dtype=np.int32), weights)
 
     def _fixed_ids(self, text: str) -> list[int]:
@@ -297,22 +329,40 @@ def advice_on_end_token(chat: ChatTemplate) -> str | None:
     )
 
 
+def _with_special(definition: str, tokens: Collection[str]) -> str:
+    """A tokenizer's definition in which these added tokens are special, so that texts that spell them stay texts."""
+    content = json.loads(definition)
+    for token in content["added_tokens"]:
+        token["special"] |= token["content"] in tokens
+    return json.dumps(content)
+
+
 def _first_token(encoding: Encoding, start: int, length: int) -> int:
     """The first token that begins at the character `start` or after it.
 
     A token that straddles the header and the text belongs to the header: serving never predicts it.
     """
-    if start == 0:
-        return 0
-    token = None
-    for character in range(start, length):
-        if (token := encoding.char_to_token(character)) is not None:
-            break
-    if token is None:
-        return len(encoding)
+    token = _token_at(encoding, start, length)
     while token < len(encoding) and (place := encoding.token_to_chars(token)) is not None and place[0] < start:
         token += 1
     return token
+
+
+def _token_at(encoding: Encoding, start: int, length: int) -> int:
+    """The token that holds the character `start`, or the first one after it."""
+    if start == 0:
+        return 0
+    tokens = (encoding.char_to_token(character) for character in range(start, length))
+    return next((token for token in tokens if token is not None), len(encoding))
+
+
+def _tokens_of(encoding: Encoding, stretch: Stretch, length: int) -> tuple[int, int]:
+    """The tokens [first, last) that hold anything of the reasoning, or nothing but blanks beside it.
+
+    One that holds a blank and then the answer (` Four`) is the answer's.
+    """
+    first = min(_first_token(encoding, stretch.before, length), _token_at(encoding, stretch.first, length))
+    return first, max(_first_token(encoding, stretch.last, length), _token_at(encoding, stretch.after, length))
 
 
 def _check_unicode(text: str) -> None:
@@ -331,7 +381,7 @@ def _loss_weights(messages: Sequence[Message], train_on: str) -> dict[int, float
         raise DataError(f"assistant message {empty[0]} is empty, so there is nothing to train on")
     if train_on == "all":
         return {i: m.weight for i, m in enumerate(messages) if m.weight != 1 and (m.content or m.tool_calls)}
-    selected = {"assistant": turns, "last": turns[-1:]}[train_on]
+    selected = {"assistant": turns, "answer": turns, "last": turns[-1:]}[train_on]
     weights = {i: messages[i].weight for i in selected if messages[i].weight > 0}
     if not weights:
         raise DataError(f"every assistant message that data.train_on={train_on} selects has weight 0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 from finetune.data.template.markers import MARKER, MarkedRow, written
@@ -36,13 +36,13 @@ class Run:
     fixed: str | None = None
 
     def fill(self, values: Sequence[Any]) -> tuple[str, list[int]]:
-        """The run's text, and the character at which each of its spans begins."""
+        """The run's text, and the character at which each of its pieces begins; its length last."""
         if self.fixed is not None:
-            return self.fixed, [0] * len(self.spans)
+            return self.fixed, [0]  # its spans begin with its first piece
         parts = [
             piece if isinstance(piece, str) else written(values[piece.number], piece.letters) for piece in self.pieces
         ]
-        return "".join(parts), [sum(map(len, parts[:piece])) for piece, _ in self.spans]
+        return "".join(parts), [*accumulate(map(len, parts), initial=0)]
 
     def numbers(self) -> list[int]:
         """The values that the run writes."""

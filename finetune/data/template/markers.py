@@ -58,18 +58,22 @@ class MarkedRow:
     """A conversation with markers for what it says.
 
     values: what the markers stand for, by number: texts, objects, lists. owners: the message each is of; -1 for tools.
-    parents: the number of the value that each is a part of; -1 for none. shape: rows of equal shape number their outer
-    values alike: contents, names, arguments and tools as wholes. What these consist of is marked by `mark_inner`.
+    parents: the number of the value that each is a part of; -1 for none. contents: by message, the number of its text,
+    unless that is empty. shape: rows of equal shape number their outer values alike: contents, names, arguments and
+    tools as wholes. What these consist of is marked by `mark_inner`.
     """
 
     def __init__(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()):
         self.values: list[Any] = []
         self.owners: list[int] = []
         self.parents: list[int] = []
+        self.contents: dict[int, int] = {}
         self.messages: list[dict[str, Any]] = []
         self.tools: MarkedList | None = None
         self._unmarked: list[tuple[Any, Any, int]] = []  # (container, key, number of the value to put there)
         for i, message in enumerate(messages):
+            if message.content:
+                self.contents[i] = len(self.values)
             turn: dict[str, Any] = {"role": message.role, "content": self._text(message.content, i, -1)}
             if message.tool_calls:
                 turn["tool_calls"] = self._calls(message.as_dict()["tool_calls"], i)

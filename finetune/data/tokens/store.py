@@ -124,6 +124,10 @@ class TokenStore(Sequence[Encoded]):
         file, number = int(self._files[row]), int(self._numbers[row])
         return f"{self.meta.files[file]}:{'' if self.meta.units[file] == 'line' else 'row '}{number}"
 
+    def used_ids(self) -> np.ndarray:
+        """Token ids that occur [U] int32, each once."""
+        return np.unique(self._ids)
+
     @property
     def format(self) -> str:
         """What the rows were recognised as."""

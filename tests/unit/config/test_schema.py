@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from finetune.config.help import schema_help
-from finetune.config.keys import find, schema_fields, sections, takes
+from finetune.config.keys import find, is_section, schema_fields, sections, takes
 from finetune.config.schema import RunConfig
 
 MINIMAL: dict[str, Any] = {"model": {"name": "base"}, "data": {"train": [{"path": "rows.jsonl"}]}}
@@ -44,6 +44,20 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "data.held_out": ([0, 0.5, 0.999], [-0.1, 1]),
     "data.max_bad_share": ([0, 0.999], [-0.1, 1]),
     "data.workers": ([1, None], [0]),
+    "distill.beta": ([1e-9, 0.999], [0, 1]),
+    "distill.alpha": ([1e-9, 0.999], [0, 1]),
+    "distill.temperature": ([1e-9], [0]),
+    "distill.weight": ([0, 2, None], [-1]),
+    "distill.hidden_weight": ([0, 1], [-1]),
+    "distill.on_policy": ([0, 0.5, 1], [-0.1, 1.1]),
+    "distill.on_policy_tokens": ([1], [0]),
+    "distill.on_policy_temperature": ([1e-9], [0]),
+    "distill.head": ([1, 256], [0, 257]),
+    "distill.samples": ([1, 256], [0, 257]),
+    "distill.seed": ([0, 2**32 - 1], [-1, 2**32]),
+    "distill.spot_check": ([0, 3], [-1]),
+    "distill.teacher.steps_ahead": ([1], [0]),
+    "distill.teacher.requests": ([1], [0]),
     "train.save_every": ([1, None], [0]),
     "train.keep": ([1], [0]),
     "train.seed": ([0, 2**32 - 1], [-1, 2**32]),
@@ -55,8 +69,19 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
 }
 
 
+# What else a key of distill needs, where learning from the own base is not enough.
+DISTILLING: dict[str, dict[str, Any]] = {
+    "distill.beta": {"objective": "recover", "divergence": "jsd"},
+    "distill.alpha": {"objective": "recover", "divergence": "skew_kl"},
+    "distill.weight": {"objective": "sft+anchor"},
+    "distill.teacher.steps_ahead": {"objective": "recover", "teacher": {"placement": "streamed"}},
+}
+
+
 def with_value(key: str, value: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {name: dict(part) for name, part in MINIMAL.items()}
+    if key.startswith("distill."):
+        tree["distill"] = dict(DISTILLING.get(key, {"objective": "recover"}))
     tree["data"]["train"] = [dict(MINIMAL["data"]["train"][0])]
     node: Any = tree
     *way, last = [int(step) if step.isdecimal() else step for step in key.split(".")]
@@ -150,7 +175,7 @@ def test_help_describes_every_key_in_one_line():
     lines = schema_help().splitlines()
     for key, field in schema_fields().items():
         assert field.description, key
-        if key not in sections() and not key.startswith("data.eval.*"):
+        if not is_section(field.annotation) and not key.startswith("data.eval.*"):
             found = [line for line in lines if line.split(maxsplit=1)[0:1] == [key.replace("*", "0")]]
             assert len(found) == 1, key
             assert found[0].endswith(field.description)

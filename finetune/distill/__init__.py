@@ -1,0 +1,1 @@
+"""The teacher: what it says about a batch's target tokens, and where that is kept."""

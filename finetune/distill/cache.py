@@ -1,0 +1,201 @@
+"""The teacher's signal on disk: written once for every document, then trained from without the teacher."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from finetune.config.schema import DistillConfig
+from finetune.data.batch import Batch, Document, build_batch, groups_of
+from finetune.distill.codec import MOST_IDS, Columns, draw, sampled_signal, top_signal
+from finetune.distill.keys import key_of, keys_of
+from finetune.distill.shards import COMPLETE, ShardReader, ShardWriter, check_fingerprint, open_folder
+from finetune.errors import ConfigError, DataError, IntegrityError
+from finetune.losses.chunked import chunked_logits
+from finetune.losses.signal import HiddenSignal, SampledSignal, Signal, Teacher, TopSignal
+
+# Tokens of a forward pass, in which nothing is kept for a backward pass.
+BATCH_TOKENS = 2048
+# What a killed writer loses at most.
+_FLUSH_SECONDS = 30.0
+_SHOWN = 5
+# Mean difference of log-probabilities between a cache and its teacher up to which it is taken for rounding, in nats:
+# bf16 logits of about 16 are rounded by up to 0.03, and other kernels round elsewhere.
+_SAME_NATS = 0.1
+
+Encode = Callable[[Sequence[Document]], Iterable[Columns]]
+
+
+def fill_cache(
+    folder: Path,
+    fingerprint: Mapping[str, Any],
+    documents: Iterable[Document],
+    encode: Encode,
+    group_tokens: int,
+    say: Callable[[int, int], None],
+) -> int:
+    """Write the signals of all documents that the folder lacks; one that was killed goes on where it stopped.
+
+    encode: the columns of each of some documents, which all have targets; it gets as many as have `group_tokens`.
+    say: told how many documents are done, and of how many.
+    Returns: documents written now.
+    Raises: ConfigError if the folder holds something else; IntegrityError for a damaged shard; ResourceError.
+    """
+    open_folder(folder, fingerprint)
+    writer = ShardWriter(folder)
+    wanted = {key: document for document in documents if (key := key_of(document)) is not None}
+    lacking = {key: document for key, document in wanted.items() if key not in writer.stored}
+    if lacking:
+        (folder / COMPLETE).unlink(missing_ok=True)
+    done, flushed = len(wanted) - len(lacking), time.monotonic()
+    keys = iter(lacking)
+    for group in groups_of(list(lacking.values()), group_tokens):
+        for key, columns in zip(islice(keys, len(group)), encode(group), strict=True):
+            writer.add(key, columns)
+        if time.monotonic() - flushed > _FLUSH_SECONDS:
+            writer.flush()
+            flushed = time.monotonic()
+        say(done := done + len(group), len(wanted))
+    if lacking or not (folder / COMPLETE).exists():
+        writer.finish()
+    return len(lacking)
+
+
+def encoder_of(teacher: Teacher, cfg: DistillConfig, vocabulary: int) -> Encode:
+    """What `fill_cache` keeps of a teacher that knows everything, as `distill.tier` says.
+
+    Raises: ConfigError if the vocabulary has more ids than a cache can tell apart.
+    """
+    if vocabulary > MOST_IDS:
+        raise ConfigError(f"distill.tier=sampled tells {MOST_IDS:,} ids apart, not {vocabulary:,}; set tier=hidden")
+
+    def encode(documents: Sequence[Document]) -> Iterator[Columns]:
+        batches = [build_batch(group, lean=True) for group in groups_of(documents, BATCH_TOKENS)]
+        for batch, signal in zip(batches, teacher.signals(batches), strict=True):
+            assert isinstance(signal, HiddenSignal)
+            keys = list(keys_of(batch))
+            columns = (
+                {"hidden": _as_numpy(signal.hidden_ND)}
+                if cfg.tier == "hidden"
+                else draw(signal, vocabulary, cfg.head, _uniforms(keys, cfg.samples, cfg.seed))
+            )
+            start = 0
+            for _, count in keys:
+                yield {name: column[start : start + count] for name, column in columns.items()}
+                start += count
+
+    return encode
+
+
+def _uniforms(keys: Sequence[tuple[bytes, int]], samples: int, seed: int) -> np.ndarray:
+    """Numbers in [0, 1) that follow from a document and the seed alone, whatever batch it is in: [N, S]."""
+    rngs = (np.random.default_rng([seed, int.from_bytes(key)]).random((count, samples)) for key, count in keys)
+    return np.concatenate([np.empty((0, samples)), *rngs])
+
+
+def _as_numpy(hidden_ND: Tensor) -> np.ndarray:
+    """Bits of 16-bit values as numpy has no bfloat16; fp32 as it is."""
+    bits = hidden_ND.contiguous().view(torch.uint16) if hidden_ND.dtype.itemsize == 2 else hidden_ND
+    return bits.cpu().numpy()
+
+
+class CachedTeacher:
+    """A finished folder of signals.
+
+    head: makes logits of hidden states, needed for that tier. dtype: of the hidden states.
+    Raises: ConfigError if it is another signal than the config asks for, naming what differs, or is not finished;
+    IntegrityError naming a damaged shard.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: Mapping[str, Any],
+        device: torch.device,
+        head: nn.Module | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        check_fingerprint(folder, fingerprint)
+        self.folder = folder
+        self.tier: str = fingerprint["kept"]["tier"]
+        self.device = device
+        self._head, self._dtype = head, dtype
+        self._reader = ShardReader(folder)
+
+    def signals(self, batches: Sequence[Batch]) -> Iterator[Signal]:
+        """Raises: DataError naming a document that the folder lacks."""
+        for batch in batches:
+            keys = [key for key, _ in keys_of(batch)]
+            if len(missing := self._reader.missing(keys)):
+                raise DataError(f"distill.cache: {self.folder} lacks {len(missing)} documents of {batch.places[0]} …")
+            yield self._signal(self._reader.read(keys))
+
+    def check_holds(self, documents: Iterable[Document]) -> None:
+        """Raises: DataError with how many documents the folder lacks, and where the first of them stand."""
+        keyed = [(key, document.place) for document in documents if (key := key_of(document)) is not None]
+        missing = self._reader.missing([key for key, _ in keyed])
+        if len(missing):
+            shown = ", ".join(keyed[i][1] for i in missing[:_SHOWN])
+            raise DataError(
+                f"distill.cache: {self.folder} lacks {len(missing):,} of {len(keyed):,} documents (other rows, "
+                f"template, data.max_length or data.train_on), first {shown}; run finetune cache with this config: it "
+                "adds them"
+            )
+
+    def check_against(self, teacher: Teacher, documents: Sequence[Document], vocabulary: int) -> float:
+        """Ask the teacher about some documents again.
+
+        Returns: the mean difference of log-probabilities over the tokens kept (or of logits over all), in nats.
+        Raises: IntegrityError if it is more than rounding.
+        """
+        batch = build_batch(documents)
+        [mine], [theirs] = self.signals([batch]), teacher.signals([batch])
+        assert isinstance(theirs, HiddenSignal)
+        difference = _difference(mine, theirs, vocabulary)
+        if not difference <= _SAME_NATS:
+            raise IntegrityError(
+                f"distill.cache: {self.folder} differs from the teacher by {difference:.3g} nats on average over "
+                f"{', '.join(batch.places)}, which is no rounding; write it again into a new folder"
+            )
+        return difference
+
+    def _signal(self, columns: Columns) -> Signal:
+        if self.tier == "sampled":
+            return sampled_signal(columns, self.device)
+        if self.tier == "top":
+            return top_signal(columns, self.device)
+        assert self._head is not None
+        hidden_ND = torch.from_numpy(columns["hidden"]).view(self._dtype).to(self.device)
+        return HiddenSignal(hidden_ND, self._head)
+
+
+def _difference(mine: Signal, theirs: HiddenSignal, vocabulary: int) -> float:
+    total, count = 0.0, 0
+    logits = chunked_logits(theirs.hidden_ND, theirs.head, vocabulary)
+    own = chunked_logits(mine.hidden_ND, mine.head, vocabulary) if isinstance(mine, HiddenSignal) else None
+    for logits_NV, rows in logits:
+        log_probs_NV = torch.log_softmax(logits_NV.float(), -1)
+        if own is not None:
+            probs_NV, (own_NV, _) = log_probs_NV.exp(), next(own)
+            gaps = (torch.log_softmax(own_NV.float(), -1) - log_probs_NV).abs() * probs_NV
+            total, count = total + gaps.sum().item(), count + len(gaps)
+        else:
+            ids, mine_log_probs = _kept(mine, rows)
+            gaps = (mine_log_probs - log_probs_NV.gather(1, ids)).abs() * mine_log_probs.exp()
+            total, count = total + gaps.sum().item(), count + len(gaps)
+    return total / max(1, count)
+
+
+def _kept(signal: Signal, rows: slice) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities of the tokens of which a signal says the probability itself."""
+    if isinstance(signal, SampledSignal):
+        return signal.ids_NK[rows, : signal.head], signal.probs_NK[rows, : signal.head].log()
+    assert isinstance(signal, TopSignal)
+    return signal.ids_NK[rows], signal.log_probs_NK[rows]

@@ -1,0 +1,58 @@
+"""Where a cached signal comes from: everything that decides it, so that a stale or foreign one is told by a field."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from finetune.config.schema import DistillConfig, ModelConfig
+from finetune.data.template.chat import ChatTemplate
+from finetune.models.adapter_files import CONFIG_FILE, TENSOR_FILE
+from finetune.models.digest import sha256_of, weights_digest
+from finetune.models.quantised_cache import cache_folder
+from finetune.models.source import WEIGHT_FILES, fetch, weight_files
+
+# Raised when what is kept of a distribution, or how a document's key is made, changes.
+SIGNAL_VERSION = 1
+
+
+def fingerprint(
+    cfg: DistillConfig, teacher: ModelConfig, chat: ChatTemplate, vocabulary: int, weights: dict[str, str] | None
+) -> dict[str, Any]:
+    """What a folder of signals must have been made from; None where it cannot be known here.
+
+    weights: of `teacher_weights`. vocabulary: ids that take part.
+    """
+    server = cfg.teacher.placement == "server"
+    kept: dict[str, Any] = {"tier": "top" if server else cfg.tier}
+    if server:
+        kept |= {"head": cfg.head, "model": cfg.teacher.name or teacher.name}
+    elif cfg.tier == "sampled":
+        kept |= {"head": cfg.head, "samples": cfg.samples, "seed": cfg.seed}
+    return {
+        "version": SIGNAL_VERSION, "kept": kept, "vocabulary": vocabulary,
+        "weights": {} if server else weights,
+        "dtype": None if server else teacher.dtype,
+        "adapter": None if server else _adapter_digest(cfg),
+        "tokenizer": chat.digest(),
+        "template": hashlib.sha256(chat.template.encode()).hexdigest(),
+    }  # fmt: skip
+
+
+def teacher_weights(teacher: ModelConfig) -> dict[str, str]:
+    """SHA-256 of each of the teacher's weight files. Raises: as `fetch`, where they are not here."""
+    source = fetch(teacher.name, teacher.revision, WEIGHT_FILES, "distill.teacher.name")
+    files = sorted(set(weight_files(source.folder, teacher.name).values()))
+    return weights_digest(files, cache_folder() / "digests")
+
+
+def adapter_folder(name: str) -> Path:
+    """The folder of the teacher's own adapter, a local one or the hub's. Raises: as `fetch`."""
+    return fetch(name, None, (CONFIG_FILE, TENSOR_FILE), "distill.teacher.lora").folder
+
+
+def _adapter_digest(cfg: DistillConfig) -> str:
+    if cfg.teacher.lora is None:
+        return "none"
+    return sha256_of(adapter_folder(cfg.teacher.lora) / TENSOR_FILE)

@@ -1,0 +1,245 @@
+"""Weights read from safetensors files by explicit reads, the next layer's while this one computes.
+
+Files are not mapped: a mapping's pages come one fault at a time, and how many of them stay is the system's choice. What
+is read here lies in two buffers of one layer each, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from finetune.errors import ConfigError, IntegrityError
+from finetune.models.digest import identity
+
+# Reads in flight: a disk is only busy with several, and a page cache is copied from no faster by more (NOTES.md).
+_THREADS = 4
+_PIECE_BYTES = 4 << 20
+# Rows of a table that one task reads, one read each.
+_ROWS = 256
+# What torch's own allocations are aligned to: a product's rounding may depend on it.
+_ALIGNMENT = 64
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor lies: from byte `offset` of `file` on, row after row."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class WeightFiles:
+    """The tensors of a model's safetensors files, whose headers alone are in memory."""
+
+    def __init__(self, files: Mapping[str, Path]):
+        """files: which file holds each tensor, from `source.weight_files`, which has proved that they are whole.
+
+        Raises: ConfigError for a type of number that is none of a 16- to 64-bit float.
+        """
+        self._identities = {file: identity(file) for file in sorted(set(files.values()))}
+        self.tensors = {name: stored for file in self._identities for name, stored in _read_header(file)}
+
+    def check_unchanged(self) -> None:
+        """Raises: IntegrityError if a file was written to or replaced since its header was read."""
+        for file, before in self._identities.items():
+            if not file.exists() or identity(file) != before:
+                raise IntegrityError(
+                    f"{file} changed while its weights were being read: what they say is not one model's; start again, "
+                    "and let nothing write to the teacher's folder meanwhile"
+                )
+
+
+def _read_header(file: Path) -> list[tuple[str, Stored]]:
+    """Source: the safetensors format, a length in 8 bytes and a JSON object before the tensors' bytes."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header: dict[str, Any] = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    if strange := sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys()):
+        raise ConfigError(f"{file} holds numbers of type {', '.join(strange)}; a teacher is read from 16-bit or wider")
+    return [
+        (name, Stored(file, 8 + length + entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"])))
+        for name, entry in header.items()
+    ]
+
+
+class Reads:
+    """Threads that fill tensors from files. Leaving the block drops what has not begun and waits for the rest.
+
+    bytes: read so far.
+    """
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="teacher-reader")
+        self._lock = threading.Lock()
+        self._spans: list[tuple[float, float]] = []
+        self.bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def tensor(self, stored: Stored, out: Tensor) -> list[Future[None]]:
+        """Begins to fill `out`, contiguous on the CPU; numbers of another type than its are converted on arrival.
+
+        Raises, from each future: IntegrityError if the file ends too early; OSError.
+        """
+        flat, size = out.view(-1), stored.dtype.itemsize
+        step = _PIECE_BYTES // size
+        return [
+            self._threads.submit(self._fill, stored, [(stored.offset + start * size, flat[start : start + step])])
+            for start in range(0, flat.numel(), step)
+        ]
+
+    def rows(self, stored: Stored, rows_N: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows [N, D] of a stored table [V, D], read now."""
+        out_ND = torch.empty(len(rows_N), stored.shape[1], dtype=dtype)
+        row_bytes = stored.shape[1] * stored.dtype.itemsize
+        places = [(stored.offset + row * row_bytes, out_D) for row, out_D in zip(rows_N.tolist(), out_ND, strict=True)]
+        pending = [
+            self._threads.submit(self._fill, stored, places[start : start + _ROWS])
+            for start in range(0, len(places), _ROWS)
+        ]
+        for future in pending:
+            future.result()
+        return out_ND
+
+    def seconds(self) -> float:
+        """Time during which at least one read was going on."""
+        total, until = 0.0, -math.inf
+        for start, end in sorted(self._spans):
+            total += max(0.0, end - max(start, until))
+            until = max(until, end)
+        return total
+
+    def _fill(self, stored: Stored, places: list[tuple[int, Tensor]]) -> None:
+        began, count = time.perf_counter(), 0
+        with stored.file.open("rb", buffering=0) as stream:
+            for offset, out in places:
+                raw = out if out.dtype == stored.dtype else torch.empty(out.shape, dtype=stored.dtype)
+                _read_exactly(stream, offset, raw.view(torch.uint8).numpy().data, stored.file)
+                if raw is not out:
+                    out.copy_(raw)
+                count += raw.nbytes
+        with self._lock:
+            self._spans.append((began, time.perf_counter()))
+            self.bytes += count
+
+
+def _read_exactly(stream: Any, offset: int, view: memoryview, file: Path) -> None:
+    stream.seek(offset)
+    done = 0
+    while done < len(view):
+        count = stream.readinto(view[done:])
+        if not count:
+            raise IntegrityError(
+                f"{file} ends at byte {offset + done:,}, before the weights that its header promises; fetch or copy it "
+                "again, and let nothing write to it meanwhile"
+            )
+        done += count
+
+
+class LayerBuffers:
+    """Memory of two layers that all layers of a model are read into by turns: layer i into the half i % 2."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device):
+        """shapes: of one layer's tensors by name within it, the same for every layer."""
+        kind = _GpuHalf if device.type == "cuda" else _Half
+        self._halves = [kind(shapes, dtype, device) for _ in range(2)]
+
+    def begin(self, layer: int, tensors: Mapping[str, Stored], reads: Reads) -> None:
+        """Starts reading a layer; the one that had this half must have been released."""
+        self._halves[layer % 2].begin(tensors, reads)
+
+    def take(self, layer: int) -> dict[str, Tensor]:
+        """A layer's tensors on the device once they are there; valid until `release`.
+
+        Raises: what went wrong in reading it.
+        """
+        return self._halves[layer % 2].take()
+
+    def release(self, layer: int) -> None:
+        """Everything that computes with the layer has been called."""
+        self._halves[layer % 2].release()
+
+
+class _Half:
+    """A layer's tensors, side by side in one allocation."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device):
+        room = {name: _aligned(shape.numel() * dtype.itemsize) for name, shape in shapes.items()}
+        self._memory = torch.empty(sum(room.values()), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._layout = (shapes, room, dtype)
+        self._tensors = self._tensors_in(self._memory)
+        self._pending: list[Future[None]] = []
+
+    def _tensors_in(self, memory: Tensor) -> dict[str, Tensor]:
+        shapes, room, dtype = self._layout
+        parts = memory.split(list(room.values()))
+        return {
+            name: part[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+            for part, (name, shape) in zip(parts, shapes.items(), strict=True)
+        }
+
+    def begin(self, tensors: Mapping[str, Stored], reads: Reads) -> None:
+        self._pending = [
+            piece for name, stored in tensors.items() for piece in reads.tensor(stored, self._tensors[name])
+        ]
+
+    def take(self) -> dict[str, Tensor]:
+        for piece in self._pending:
+            piece.result()
+        return self._tensors
+
+    def release(self) -> None:
+        self._pending = []
+
+
+class _GpuHalf(_Half):
+    """Pinned memory that a layer is read into, and its copy on the GPU, made on a stream of its own."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device):
+        super().__init__(shapes, dtype, device)
+        self._on_gpu = torch.empty_like(self._memory, device=device)
+        self._gpu_tensors = self._tensors_in(self._on_gpu)
+        self._stream = torch.cuda.Stream(device)
+        self._copied, self._computed = torch.cuda.Event(), torch.cuda.Event()
+        self._computed.record(torch.cuda.current_stream(device))
+
+    def begin(self, tensors: Mapping[str, Stored], reads: Reads) -> None:
+        # The pinned half still feeds the copy of the layer before.
+        self._copied.synchronize()
+        super().begin(tensors, reads)
+
+    def take(self) -> dict[str, Tensor]:
+        super().take()
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._computed)
+            self._on_gpu.copy_(self._memory, non_blocking=True)
+            self._copied.record(self._stream)
+        torch.cuda.current_stream(self._on_gpu.device).wait_event(self._copied)
+        return self._gpu_tensors
+
+    def release(self) -> None:
+        super().release()
+        self._computed.record(torch.cuda.current_stream(self._on_gpu.device))
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,82 @@
+"""A teacher that is in memory: mapped from its files on a CPU, and one copy with the student of what both have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from finetune.config.schema import ModelConfig, QuantConfig
+from finetune.data.batch import Batch
+from finetune.losses.cross_entropy import head_of, target_rows
+from finetune.losses.hidden import hidden_states
+from finetune.losses.signal import HiddenSignal
+from finetune.models.adapter import load_adapter
+from finetune.models.fast import attach_fast_path
+from finetune.models.four_bit import build_skeleton, fill_plain, holds_all
+from finetune.models.load import load_base, quiet
+from finetune.models.source import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
+from finetune.ops import attention
+
+_PLAIN = QuantConfig(type="none", double=False)
+
+
+class ResidentTeacher:
+    """A whole model in evaluation mode. signals: computed one batch at a time, as they are taken."""
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self.model = model
+        self.device = device
+
+    def signals(self, batches: Sequence[Batch]) -> Iterator[HiddenSignal]:
+        """The hidden states of each batch's targets, with the teacher's head."""
+        for batch in batches:
+            with torch.no_grad():
+                hidden_TD = hidden_states(self.model, batch.to(self.device))
+                hidden_ND, _, _ = target_rows(hidden_TD, batch.to(self.device))
+            yield HiddenSignal(hidden_ND, head_of(self.model))
+
+
+def load_resident(
+    cfg: ModelConfig, adapter: Path | None, device: torch.device, student: PreTrainedModel | None = None
+) -> ResidentTeacher:
+    """The teacher `cfg.name` in 16 bit (or what `cfg.dtype` says), frozen.
+
+    student: a base of the same weights, as loaded and before an adapter is on it; embedding and head become the same
+    tensors as its, so that there is one copy of them.
+    Raises: as `load_base`; as `load_adapter`.
+    """
+    model = _mapped(cfg, device, student) or load_base(cfg, _PLAIN, device)
+    model.requires_grad_(False)
+    taught = model if adapter is None else load_adapter(model, adapter)
+    attach_fast_path(taught)
+    return ResidentTeacher(taught.eval(), device)
+
+
+def _mapped(cfg: ModelConfig, device: torch.device, student: PreTrainedModel | None) -> PreTrainedModel | None:
+    """The model from its own files, large tensors mapped; None if the files call their tensors otherwise."""
+    source = fetch(cfg.name, cfg.revision, TEXT_FILES + WEIGHT_FILES, "distill.teacher.name")
+    read_config(source.folder, cfg.name)
+    files = weight_files(source.folder, cfg.name)
+    attention.register()
+    with quiet():
+        model = build_skeleton(source.folder, getattr(torch, cfg.dtype), attention.SEGMENTED)
+        if not holds_all(files, model):
+            return None
+        shared = {} if student is None else _shared_tables(student, getattr(torch, cfg.dtype))
+        fill_plain(model, {name: file for name, file in files.items() if name not in shared}, device)
+        for name, table in shared.items():
+            module, _, key = name.rpartition(".")
+            setattr(model.get_submodule(module), key, table)
+        model.tie_weights()
+    return model
+
+
+def _shared_tables(student: PreTrainedModel, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """The student's embedding and head by name, where they are of the teacher's type."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    tables = dict(student.named_parameters())
+    return {name: tables[name] for name in names if name in tables and tables[name].dtype == dtype}  # type: ignore[misc]

@@ -1,0 +1,235 @@
+"""A teacher of any size in the memory of two of its layers, its head and the states of the tokens it is asked about.
+
+Layer-major: the states of all batches of a macro-batch pass through one layer before the next, which is read meanwhile.
+A pass reads the model once, so the more tokens it answers, the less of it is reading: the break-even is the ratio of
+the machine's operations a second to its bytes a second, whatever the model's size.
+Source: Sheng et al. 2023, arXiv:2303.06865 (one read of a layer for many batches).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from finetune.config.schema import ModelConfig
+from finetune.data.batch import Batch
+from finetune.distill.layer_reader import LayerBuffers, Reads, WeightFiles
+from finetune.distill.meta_adapter import attach_adapter
+from finetune.errors import ConfigError, IntegrityError
+from finetune.losses.cross_entropy import target_rows
+from finetune.losses.hidden import DecoderRows, decoder_rows, token_of_row, token_states
+from finetune.models.fast import attach_fast_path
+from finetune.models.four_bit import build_skeleton, holds_all
+from finetune.models.load import quiet
+from finetune.models.source import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
+from finetune.ops import attention
+
+_EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class PassFigures:
+    """What a pass over the model took.
+
+    read_seconds: with at least one read going on; compute_seconds: with the device at work; they overlap in the wall.
+    """
+
+    read_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    read_bytes: int = 0
+
+    @property
+    def achieved_share(self) -> float:
+        """Of the speed at which the slower of the two would go alone; 1 before the first pass."""
+        return max(self.read_seconds, self.compute_seconds) / self.wall_seconds if self.wall_seconds else 1.0
+
+
+class StreamedModel:
+    """A frozen Qwen2 in evaluation mode whose decoder layers are read from its files each time they are needed.
+
+    last_pass: figures of the latest `hidden_states`.
+    """
+
+    def __init__(self, cfg: ModelConfig, device: torch.device, adapter: Path | None = None):
+        """adapter: a PEFT folder; its tensors stay in memory.
+
+        Raises: ConfigError (not found, not supported, an adapter on more than decoder layers), IntegrityError (torn
+        files, tensors that are not the model's).
+        """
+        if cfg.attention not in ("auto", attention.SEGMENTED):
+            raise ConfigError(
+                f"attention={cfg.attention}: a streamed teacher has segmented attention alone; set it to auto, or set "
+                "distill.teacher.placement=resident"
+            )
+        self.device, self.dtype = device, getattr(torch, cfg.dtype)
+        self.last_pass = PassFigures()
+        self._files, self._base = _open(cfg, self.dtype)
+        self._tied = bool(self._base.config.tie_word_embeddings)
+        backbone: Any = self._base.base_model
+        # By module, not by name: an adapter moves modules to other names.
+        self._slots = [_slots_of(layer) for layer in backbone.layers]
+        if adapter is not None:
+            attach_adapter(self._base, adapter, device)
+        attach_fast_path(self._base)
+        self._base.eval().requires_grad_(False)
+        self._layers, self._norm = list(backbone.layers), backbone.norm
+        self._rotary = type(backbone.rotary_emb)(self._base.config).to(device)
+        _put(self._norm, "weight", self._read(_NORM))
+        shapes = {name: getattr(module, key).shape for name, (module, key) in self._slots[0].items()}
+        self._buffers = LayerBuffers(shapes, self.dtype, device)
+
+    @cached_property
+    def head(self) -> nn.Module:
+        """The output head on the device, read at its first use; with tied embeddings it is the embedding too."""
+        head: Any = self._base.get_output_embeddings()
+        _put(head, "weight", self._read(_EMBEDDING if self._tied else _HEAD))
+        return head
+
+    @torch.no_grad()
+    def hidden_states(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Final normed hidden states [N, D] of each batch's rows that carry a target, as a resident model gives them.
+
+        Raises: IntegrityError if a file is torn or changes meanwhile; OSError if one cannot be read.
+        """
+        began, watch = time.perf_counter(), _Stopwatch(self.device)
+        self._files.check_unchanged()
+        batches = [batch.to(self.device) for batch in batches]
+        with Reads() as reads:
+            self._begin(0, reads)
+            rows = self._enter(batches, reads)
+            self._begin(1, reads)
+            for i, layer in enumerate(self._layers):
+                with self._filled(i), watch:
+                    for batch_rows in rows:
+                        self._advance(layer, batch_rows)
+                self._begin(i + 2, reads)
+        with watch:
+            hidden = [self._leave(rows.pop(0), batch) for batch in batches]
+        self._files.check_unchanged()
+        compute_seconds = watch.seconds()
+        self.last_pass = PassFigures(reads.seconds(), compute_seconds, time.perf_counter() - began, reads.bytes)
+        return hidden
+
+    def _begin(self, index: int, reads: Reads) -> None:
+        """Starts reading a layer, if there is one of that number."""
+        if index < len(self._layers):
+            stored = {name: self._files.tensors[f"model.layers.{index}.{name}"] for name in self._slots[index]}
+            self._buffers.begin(index, stored, reads)
+
+    @contextmanager
+    def _filled(self, index: int) -> Iterator[None]:
+        """A layer with its weights, once they are read; without storage again afterwards."""
+        slots, empty = self._slots[index], {}
+        try:
+            for name, tensor in self._buffers.take(index).items():
+                module, key = slots[name]
+                empty[name] = getattr(module, key)
+                _put(module, key, tensor)
+            yield
+        finally:
+            for name, placeholder in empty.items():
+                module, key = slots[name]
+                setattr(module, key, placeholder)
+            self._buffers.release(index)
+
+    def _enter(self, batches: Sequence[Batch], reads: Reads) -> list[DecoderRows]:
+        """The rows of each batch, with their embeddings as states."""
+        chosen = [token_of_row(batch).to(self.device) for batch in batches]
+        ids = [batch.input_ids[:, tokens] for batch, tokens in zip(batches, chosen, strict=True)]
+        if self._tied:
+            table: Any = self.head.weight
+        else:
+            used = torch.unique(torch.cat(ids, dim=1))
+            ids = [torch.searchsorted(used, ids_1U) for ids_1U in ids]
+            table = reads.rows(self._files.tensors[_EMBEDDING], used.cpu(), self.dtype).to(self.device)
+        embeddings = (F.embedding(ids_1U, table) for ids_1U in ids)
+        return [decoder_rows(*each) for each in zip(embeddings, batches, chosen, strict=True)]
+
+    def _advance(self, layer: nn.Module, rows: DecoderRows) -> None:
+        """Overwrites a batch's states with what the layer makes of them."""
+        angles = self._rotary(rows.states, rows.position_ids)  # cheaper to make again than to keep
+        after = layer(
+            rows.states,
+            attention_mask=None,
+            position_ids=rows.position_ids,
+            position_embeddings=angles,
+            segments=rows.segments,
+        )
+        rows.states.copy_(after)
+
+    def _leave(self, rows: DecoderRows, batch: Batch) -> Tensor:
+        hidden_ND, _, _ = target_rows(token_states(self._norm(rows.states)[0], batch), batch)
+        return hidden_ND
+
+    def _read(self, name: str) -> Tensor:
+        """One tensor on the device, to stay."""
+        stored = self._files.tensors[name]
+        tensor = torch.empty(stored.shape, dtype=self.dtype)
+        with Reads() as reads:
+            for piece in reads.tensor(stored, tensor):
+                piece.result()
+        return tensor.to(self.device)
+
+
+class _Stopwatch:
+    """Seconds that a device is busy with what is called inside `with`; a GPU is not waited for until `seconds`."""
+
+    def __init__(self, device: torch.device):
+        self._gpu = device.type == "cuda"
+        self._spans: list[tuple[Any, Any]] = []
+
+    def _now(self) -> Any:
+        if not self._gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self) -> None:
+        self._began = self._now()
+
+    def __exit__(self, *failure: object) -> None:
+        self._spans.append((self._began, self._now()))
+
+    def seconds(self) -> float:
+        if not self._gpu:
+            return sum(end - start for start, end in self._spans)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self._spans) / 1000
+
+
+def _open(cfg: ModelConfig, dtype: torch.dtype) -> tuple[WeightFiles, PreTrainedModel]:
+    """The model's files, and the model without storage."""
+    source = fetch(cfg.name, cfg.revision, TEXT_FILES + WEIGHT_FILES, "distill.teacher.name")
+    read_config(source.folder, cfg.name)
+    files = weight_files(source.folder, cfg.name)
+    attention.register()
+    with quiet():
+        base = build_skeleton(source.folder, dtype, attention.SEGMENTED)
+    if not holds_all(files, base):
+        raise IntegrityError(
+            f"distill.teacher.name={cfg.name}: its files hold other tensors than its config.json promises; "
+            "distill.teacher.placement=resident loads files that call them otherwise, or says what is wrong with them"
+        )
+    return WeightFiles(files), base
+
+
+def _slots_of(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where a layer's tensors go: module and attribute by the name that files have them by."""
+    places = ((name, *name.rpartition(".")[::2]) for name, _ in layer.named_parameters())
+    return {name: (layer.get_submodule(owner), key) for name, owner, key in places}
+
+
+def _put(module: nn.Module, key: str, tensor: Tensor) -> None:
+    setattr(module, key, nn.Parameter(tensor, requires_grad=False))

@@ -1,0 +1,181 @@
+"""The teacher that a config names, where it says it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune.config.schema import ModelConfig, RunConfig
+from finetune.data.batch import Batch, Document
+from finetune.data.template.chat import ChatTemplate
+from finetune.distill.cache import CachedTeacher
+from finetune.distill.fingerprint import adapter_folder, fingerprint, teacher_weights
+from finetune.distill.resident import load_resident
+from finetune.distill.stream import StreamedModel
+from finetune.distill.vocabulary import check_same_tokens, shared_vocabulary
+from finetune.errors import ConfigError
+from finetune.losses.signal import HiddenSignal, Teacher
+from finetune.models.load import load_tokenizer
+from finetune.models.source import TEXT_FILES, fetch, read_config
+
+Say = Callable[[str], None]
+
+
+class StreamedTeacher:
+    """A model that is read layer by layer, once for all batches it is asked about. say: told how fast the first was."""
+
+    def __init__(self, model: StreamedModel, device: torch.device, say: Say):
+        self.model, self.device = model, device
+        self._say: Say | None = say
+
+    def signals(self, batches: Sequence[Batch]) -> Iterator[HiddenSignal]:
+        states = self.model.hidden_states(batches)
+        if self._say is not None:
+            figures = self.model.last_pass
+            self._say(
+                f"teacher: read {figures.read_bytes / 2**30:.2f} GiB in {figures.read_seconds:.1f} s beside "
+                f"{figures.compute_seconds:.1f} s of computing, {figures.wall_seconds:.1f} s in all: "
+                f"{figures.achieved_share:.0%} of what the slower of both allows"
+            )
+            self._say = None
+        return (HiddenSignal(hidden_ND, self.model.head) for hidden_ND in states)
+
+
+def teacher_model(cfg: RunConfig) -> ModelConfig:
+    """The teacher as a model to load: the student's own base where no other is named."""
+    teacher = cfg.distill.teacher
+    own = teacher.name is None
+    return ModelConfig(
+        name=teacher.name or cfg.model.name,
+        revision=teacher.revision or (cfg.model.revision if own else None),
+        dtype=teacher.dtype,
+    )
+
+
+def is_own_base(cfg: RunConfig) -> bool:
+    """Whether the teacher is made of the student's own weights, with an adapter or without."""
+    model = teacher_model(cfg)
+    return (model.name, model.revision) == (cfg.model.name, cfg.model.revision)
+
+
+def check_vocabulary(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, used: np.ndarray) -> int:
+    """How many ids, from 0 on, both sides know, before any weight is loaded.
+
+    used: ids that the rows hold, each once.
+    Raises: ConfigError if the teacher means something else by one of them, or has no row for it.
+    """
+    model, server = teacher_model(cfg), cfg.distill.teacher.placement == "server"
+    student_rows = max(_rows(cfg.model), len(tokenizer))
+    if is_own_base(cfg):
+        return _enough(shared_vocabulary(tokenizer, student_rows, _rows(cfg.model)), used, model.name)
+    if server and cfg.distill.teacher.name is None:
+        return shared_vocabulary(tokenizer, student_rows, student_rows)
+    check_same_tokens(tokenizer, load_tokenizer(model), used, model.name)
+    return _enough(shared_vocabulary(tokenizer, student_rows, _rows(model)), used, model.name)
+
+
+def _rows(model: ModelConfig) -> int:
+    """Rows of a model's embedding."""
+    return int(
+        read_config(fetch(model.name, model.revision, TEXT_FILES, "model.name").folder, model.name)["vocab_size"]
+    )
+
+
+def _enough(vocabulary: int, used: np.ndarray, teacher: str) -> int:
+    if unknown := [int(i) for i in used if i >= vocabulary]:
+        raise ConfigError(
+            f"distill.teacher: {teacher} has no row for {len(unknown):,} of the tokens that the rows hold, first "
+            f"{unknown[0]}; it cannot teach lora.new_tokens"
+        )
+    return vocabulary
+
+
+def build_teacher(
+    cfg: RunConfig,
+    base: PreTrainedModel,
+    chat: ChatTemplate,
+    vocabulary: int,
+    documents: Sequence[Document],
+    device: torch.device,
+    say: Say,
+) -> Teacher:
+    """The teacher of a run, ready to be asked.
+
+    base: the student's, as loaded and before an adapter is on it: a teacher of the same weights shares its tables.
+    documents: all that it will be asked about, where it answers from a folder.
+    Raises: ConfigError, DataError, IntegrityError: see the parts.
+    """
+    model, teacher = teacher_model(cfg), cfg.distill.teacher
+    if teacher.placement == "resident":
+        adapter = None if teacher.lora is None else adapter_folder(teacher.lora)
+        return load_resident(model, adapter, device, base if is_own_base(cfg) else None)
+    if teacher.placement == "streamed":
+        return streamed_teacher(cfg, device, say)
+    cached = CachedTeacher(
+        cache_of(cfg), signal_fingerprint(cfg, chat, vocabulary, say), device, _head(cfg, base, device),
+        getattr(torch, model.dtype),
+    )  # fmt: skip
+    cached.check_holds(documents)
+    if cfg.distill.spot_check and teacher.placement == "cached":
+        _spot_check(cfg, cached, documents, vocabulary, device, say)
+    return cached
+
+
+def streamed_teacher(cfg: RunConfig, device: torch.device, say: Say) -> StreamedTeacher:
+    """The teacher, read layer by layer."""
+    name = cfg.distill.teacher.lora
+    adapter = None if name is None else adapter_folder(name)
+    return StreamedTeacher(StreamedModel(teacher_model(cfg), device, adapter), device, say)
+
+
+def cache_of(cfg: RunConfig) -> Path:
+    """The folder of `distill.cache`."""
+    if cfg.distill.cache is None:
+        raise ConfigError("distill.cache is missing: name the folder of the teacher's signal")
+    return Path(cfg.distill.cache).expanduser()
+
+
+def signal_fingerprint(cfg: RunConfig, chat: ChatTemplate, vocabulary: int, say: Say) -> dict[str, Any]:
+    """What a folder of signals must come from for this config."""
+    model = teacher_model(cfg)
+    weights = None
+    if cfg.distill.teacher.placement != "server":
+        try:
+            weights = teacher_weights(model)
+        except ConfigError as error:
+            say(f"teacher: {model.name} is not here, so its weights are not compared with the cache's ({error})")
+    return fingerprint(cfg.distill, model, chat, vocabulary, weights)
+
+
+def _head(cfg: RunConfig, base: PreTrainedModel, device: torch.device) -> nn.Module | None:
+    """What makes logits of cached hidden states: the student's own head where the teacher has the same."""
+    if cfg.distill.tier != "hidden":
+        return None
+    own = base.get_output_embeddings()
+    if is_own_base(cfg) and own is not None and own.weight.dtype == getattr(torch, cfg.distill.teacher.dtype):
+        return own
+    return StreamedModel(teacher_model(cfg), device).head
+
+
+def _spot_check(
+    cfg: RunConfig,
+    cached: CachedTeacher,
+    documents: Sequence[Document],
+    vocabulary: int,
+    device: torch.device,
+    say: Say,
+) -> None:
+    """Ask the teacher itself about some documents, where it is at hand."""
+    some = np.random.default_rng(cfg.train.seed).permutation(len(documents))[: cfg.distill.spot_check]
+    try:
+        teacher = streamed_teacher(cfg, device, lambda text: None)
+    except ConfigError:
+        return
+    difference = cached.check_against(teacher, [documents[i] for i in some], vocabulary)
+    say(f"teacher: {len(some)} cached document(s) agree with it within {difference:.2g} nats")

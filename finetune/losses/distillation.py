@@ -1,0 +1,52 @@
+"""Learning from a teacher over target tokens, without logits for the tokens that carry no target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from finetune.data.batch import Batch
+from finetune.data.template.chat import UNTRAINED
+from finetune.losses.chunked import chunked_loss
+from finetune.losses.cross_entropy import head_of, target_rows
+from finetune.losses.divergence import Terms, distillation_loss
+from finetune.losses.hidden import hidden_states
+from finetune.losses.signal import HiddenSignal, Signal
+
+
+class Distillation(nn.Module):
+    """The training loss as a module, so that DDP can wrap model and loss in one. The teacher is no part of it.
+
+    vocabulary: ids that both sides know, from 0 on; rows beyond (models are padded to a round number) take no part.
+    forward(batch) returns the sum over the batch's targets, each times its weight, fp32; the caller divides by the
+    global count of targets. It takes the next of the signals that `expect` announced.
+    """
+
+    def __init__(self, model: nn.Module, terms: Terms, vocabulary: int, neftune_alpha: float = 0.0):
+        super().__init__()
+        self.model = model
+        self.terms = terms
+        self.vocabulary = vocabulary
+        self.neftune_alpha = neftune_alpha
+        self._signals: Iterator[Signal] = iter(())
+
+    def expect(self, signals: Iterable[Signal]) -> None:
+        """The teacher's signals for the batches that come, in their order; taken as they are needed."""
+        self._signals = iter(signals)
+
+    def forward(self, batch: Batch) -> Tensor:
+        signal = next(self._signals)
+        hidden_TD = hidden_states(self.model, batch, self.neftune_alpha)
+        hidden_ND, labels_N, weights_N = target_rows(hidden_TD, batch)
+        factors_N = torch.ones(len(labels_N), device=hidden_ND.device) if weights_N is None else weights_N
+        rows_N = torch.ones_like(factors_N)
+        if batch.own is not None:  # what the student wrote itself is no example to follow
+            rows_N -= batch.own[batch.labels[0] != UNTRAINED].float()
+        loss = distillation_loss(signal, self.terms, labels_N, factors_N, rows_N, self.vocabulary)
+        total = chunked_loss(hidden_ND, head_of(self.model), self.vocabulary, loss)
+        if self.terms.hidden and isinstance(signal, HiddenSignal):
+            squares_N = (hidden_ND.float() - signal.hidden_ND.float()).square().mean(-1)
+            total = total + self.terms.hidden * (squares_N * factors_N).sum()
+        return total

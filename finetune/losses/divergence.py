@@ -1,0 +1,127 @@
+"""What a student's logits cost beside a teacher's signal, as a loss for the chunked engine.
+
+Shapes: N rows that carry a target, V vocabulary, K tokens kept of a teacher's distribution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finetune.config.schema import DistillConfig
+from finetune.losses.chunked import ChunkLoss, logits_of
+from finetune.losses.signal import HiddenSignal, SampledSignal, Signal, TopSignal
+from finetune.ops.bucketed_kl import bucketed_kl_
+from finetune.ops.cross_entropy import cross_entropy_
+from finetune.ops.divergence import divergence_, sampled_kl_
+
+_DEFAULT_WEIGHTS = {"sft+anchor": 0.2, "distill": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The parts of a distillation loss.
+
+    rows: weight of the cross-entropy with the rows' own tokens. teacher: of the divergence from the teacher.
+    hidden: of the mean squared difference of hidden states. mix, temperature: of the divergence.
+    """
+
+    rows: float = 0.0
+    teacher: float = 1.0
+    hidden: float = 0.0
+    divergence: str = "forward_kl"
+    mix: float = 0.0
+    temperature: float = 1.0
+
+    @staticmethod
+    def of(cfg: DistillConfig) -> Terms:
+        """The terms that a config's objective adds up."""
+        recover = cfg.objective == "recover"
+        return Terms(
+            rows=0.0 if recover else 1.0,
+            teacher=_DEFAULT_WEIGHTS.get(cfg.objective, 1.0) if cfg.weight is None else cfg.weight,
+            hidden=cfg.hidden_weight,
+            divergence=cfg.divergence,
+            mix={"jsd": cfg.beta, "skew_kl": cfg.alpha}.get(cfg.divergence, 0.0),
+            temperature=cfg.temperature,
+        )
+
+
+def distillation_loss(
+    signal: Signal, terms: Terms, labels_N: Tensor, factors_N: Tensor, rows_N: Tensor, vocabulary: int
+) -> ChunkLoss:
+    """Nats of the rows' own tokens and of the divergence, each times its weight in `terms`.
+
+    factors_N: what each row counts. rows_N: what the cross-entropy of each row counts besides. vocabulary: V of both
+    sides. The divergence of a sampled signal is right on average over its draws, value and gradient.
+    """
+    if isinstance(signal, HiddenSignal):
+        return _dense(signal, terms, labels_N, factors_N, rows_N * terms.rows, vocabulary)
+    if isinstance(signal, SampledSignal):
+        return _sampled(signal, terms, labels_N, factors_N, rows_N * terms.rows)
+    return _bucketed(signal, terms, labels_N, factors_N, rows_N * terms.rows)
+
+
+def _dense(
+    signal: HiddenSignal, terms: Terms, labels_N: Tensor, factors_N: Tensor, rows_N: Tensor, vocabulary: int
+) -> ChunkLoss:
+    def loss(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        teacher_NV = logits_of(signal.hidden_ND[rows], signal.head, vocabulary)
+        factors = factors_N[rows] * terms.teacher
+        nats_N = divergence_(logits_NV, teacher_NV, factors, terms.divergence, terms.mix, terms.temperature)
+        total = (nats_N * factors).sum()
+        if not terms.rows:
+            return total, teacher_NV
+        factors = factors_N[rows] * rows_N[rows]
+        nll_N = cross_entropy_(logits_NV, labels_N[rows], factors)
+        return total + (nll_N * factors).sum(), logits_NV.add_(teacher_NV)
+
+    return loss
+
+
+def _sampled(signal: SampledSignal, terms: Terms, labels_N: Tensor, factors_N: Tensor, rows_N: Tensor) -> ChunkLoss:
+    """The rows' own tokens are one token more of each draw: both losses are cross-entropies with one softmax."""
+
+    def loss(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        ids_NK = torch.cat([labels_N[rows, None], signal.ids_NK[rows]], 1)
+        probs_NK = torch.cat([rows_N[rows, None], signal.probs_NK[rows] * terms.teacher], 1)
+        cross_N = sampled_kl_(logits_NV, ids_NK, probs_NK, factors_N[rows])
+        return ((cross_N - terms.teacher * signal.entropy_N[rows]) * factors_N[rows]).sum(), logits_NV
+
+    return loss
+
+
+def _bucketed(signal: TopSignal, terms: Terms, labels_N: Tensor, factors_N: Tensor, rows_N: Tensor) -> ChunkLoss:
+    def loss(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        factors = factors_N[rows] * terms.teacher
+        own_NV = logits_NV.clone() if terms.rows else logits_NV
+        nats_N = bucketed_kl_(own_NV, signal.ids_NK[rows], signal.log_probs_NK[rows], factors)
+        total = (nats_N * factors).sum()
+        if not terms.rows:
+            return total, own_NV
+        factors = factors_N[rows] * rows_N[rows]
+        nll_N = cross_entropy_(logits_NV, labels_N[rows], factors)
+        return total + (nll_N * factors).sum(), logits_NV.add_(own_NV)
+
+    return loss
+
+
+def compare(signal: Signal, logits_NV: Tensor, rows: slice, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student) in nats [n] fp32 of some of the signal's rows, and whether both think the same token most
+    probable [n]; overwrites the logits.
+
+    Of a sampled signal the KL is right on average; of a server's it is that of its tokens and of all others as one.
+    """
+    best_N = logits_NV.argmax(-1)
+    factors_N = torch.ones(len(best_N), device=logits_NV.device)
+    if isinstance(signal, HiddenSignal):
+        teacher_NV = logits_of(signal.hidden_ND[rows], signal.head, vocabulary)
+        agree_N = teacher_NV.argmax(-1) == best_N
+        return divergence_(logits_NV, teacher_NV, factors_N, "forward_kl", 0.0, 1.0), agree_N
+    agree_N = signal.ids_NK[rows, 0] == best_N
+    if isinstance(signal, SampledSignal):
+        cross_N = sampled_kl_(logits_NV, signal.ids_NK[rows], signal.probs_NK[rows], factors_N)
+        return cross_N - signal.entropy_N[rows], agree_N
+    return bucketed_kl_(logits_NV, signal.ids_NK[rows], signal.log_probs_NK[rows], factors_N), agree_N

@@ -1,0 +1,148 @@
+"""Divergences between a teacher's and a student's distribution in closed form, and their gradient in the student's logits.
+
+The nats are those of the distributions at the temperature, without Hinton's factor of its square: TRL's convention.
+Shapes: N rows, V vocabulary rows, K ids that a sparse teacher names.
+Sources: Agarwal et al. 2024, arXiv:2306.13649 (generalised JSD); Ko et al. 2024, arXiv:2402.03898 (skew KL);
+Anshumann et al. 2025, arXiv:2503.16870 (a sampled teacher leaves forward KL's gradient unbiased).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from finetune.ops.cross_entropy import softmax_
+from finetune.ops.dispatch import fused
+
+_BLOCK_VALUES = 2**18
+_GPU_BLOCK_VALUES = 2**24
+
+
+def divergence_(
+    student_NV: Tensor, teacher_NV: Tensor, factors_N: Tensor, kind: str, mix: float, temperature: float
+) -> Tensor:
+    """Overwrites the teacher's logits with factor * d(nats) / d(student's logits), in their dtype; arithmetic is fp32.
+
+    Logits are finite; the student's are left as they are. factors_N: fp32. kind: of DIVERGENCES. mix: the teacher's
+    share of the mixture that jsd (beta) and skew_kl (alpha) compare with, in (0, 1); other kinds have none.
+    Returns: nats [N], fp32, without the factors.
+    """
+    values = _GPU_BLOCK_VALUES if teacher_NV.is_cuda else _BLOCK_VALUES * torch.get_num_threads()
+    rows = max(1, values // teacher_NV.shape[1])
+    blocks = zip(student_NV.split(rows), teacher_NV.split(rows), factors_N.split(rows), strict=True)
+    return torch.cat([DIVERGENCES[kind](*block, mix, temperature) for block in blocks])
+
+
+def sampled_kl_(logits_NV: Tensor, ids_NK: Tensor, probs_NK: Tensor, factors_N: Tensor) -> Tensor:
+    """Cross-entropy against a teacher that names K ids a row; overwrites the logits with factor * its gradient, in their
+    dtype; all arithmetic is fp32.
+
+    The gradient is M * softmax - probs, M being the row's sum of probs: linear in them, so that unbiased probs give an
+    unbiased gradient of forward KL. ids_NK: int64, each in [0, V); one that comes again adds up. probs_NK: fp32, not
+    negative. factors_N: fp32.
+    Returns: -sum of prob * log softmax at the ids [N] in nats, fp32, without the factors.
+    """
+    at_ids = torch.arange(len(ids_NK), device=ids_NK.device)[:, None], ids_NK
+    logits_NK = logits_NV[at_ids].float()
+    mass_N1 = probs_NK.sum(-1, keepdim=True)
+    highest_N, log_sum_N = softmax_(logits_NV, factors_N * mass_N1.squeeze(1))
+    log_probs_NK = (logits_NK - highest_N[:, None]) - log_sum_N[:, None]
+    # A good student's softmax is nearly the teacher's: the difference of two that bf16 has rounded would be noise.
+    difference_NK = mass_N1 * log_probs_NK.exp() - _totals(ids_NK, probs_NK)
+    logits_NV[at_ids] = (difference_NK * factors_N[:, None]).to(logits_NV.dtype)
+    return -(probs_NK * log_probs_NK).sum(-1)
+
+
+def _totals(ids_NK: Tensor, probs_NK: Tensor) -> Tensor:
+    """What a row's probs say in all of each id that it names [N, K]: the same wherever an id comes again."""
+    rows = max(1, _BLOCK_VALUES // ids_NK.shape[1] ** 2)
+    blocks = zip(ids_NK.split(rows), probs_NK.split(rows), strict=True)
+    return torch.cat([((ids[:, :, None] == ids[:, None, :]) * probs[:, None, :]).sum(-1) for ids, probs in blocks])
+
+
+@fused
+def _forward_kl_rows_(student_NV: Tensor, teacher_NV: Tensor, factors_N: Tensor, mix: float, temperature: float) -> Tensor:
+    """KL(p || q)."""
+    q_NV, p_NV, log_ratio_NV = _compare(student_NV, teacher_NV, temperature)
+    difference_NV = q_NV.sub_(p_NV)
+    nats_N = p_NV.mul_(log_ratio_NV).add_(difference_NV).sum(-1)
+    teacher_NV.copy_(difference_NV.mul_(factors_N[:, None] / temperature))
+    return nats_N
+
+
+@fused
+def _reverse_kl_rows_(student_NV: Tensor, teacher_NV: Tensor, factors_N: Tensor, mix: float, temperature: float) -> Tensor:
+    """KL(q || p)."""
+    q_NV, p_NV, log_ratio_NV = _compare(student_NV, teacher_NV, temperature)
+    rounding_N = p_NV.sub_(q_NV).sum(-1)
+    return _through_softmax_(teacher_NV, q_NV, log_ratio_NV.neg_(), factors_N / temperature) + rounding_N
+
+
+@fused
+def _jsd_rows_(student_NV: Tensor, teacher_NV: Tensor, factors_N: Tensor, mix: float, temperature: float) -> Tensor:
+    """mix * KL(p || m) + (1 - mix) * KL(q || m) with m = mix * p + (1 - mix) * q."""
+    q_NV, p_NV, log_ratio_NV = _compare(student_NV, teacher_NV, temperature)
+    smaller_NV = _log_mixture(log_ratio_NV, mix)
+    log_mq_NV = log_ratio_NV.clamp(min=0).add_(smaller_NV)
+    log_mp_NV = log_ratio_NV.neg_().clamp_(min=0).add_(smaller_NV)
+    kl_teacher_N = -p_NV.mul_(log_mp_NV).sum(-1)
+    slopes_N = _through_softmax_(teacher_NV, q_NV, log_mq_NV.mul_(mix - 1), factors_N / temperature)
+    return mix * kl_teacher_N + slopes_N
+
+
+@fused
+def _skew_kl_rows_(student_NV: Tensor, teacher_NV: Tensor, factors_N: Tensor, mix: float, temperature: float) -> Tensor:
+    """KL(p || m) with m = mix * p + (1 - mix) * q."""
+    q_NV, p_NV, log_ratio_NV = _compare(student_NV, teacher_NV, temperature)
+    # m / p less 1. From exp(80) on, p adds nothing to either sum, and exp(89) would overflow.
+    excess_NV = log_ratio_NV.neg_().clamp_(max=80).expm1_().mul_(1 - mix)
+    rounding_N = (q_NV - p_NV).sum(-1) * (1 - mix)
+    nats_N = rounding_N - p_NV.mul_(excess_NV.log1p()).sum(-1)
+    # The slope, -(1 - mix) * p / m, but for a constant, which drops out: what is left is 0 where the two agree.
+    slopes_NV = excess_NV.div_(excess_NV + 1).mul_(1 - mix)
+    _through_softmax_(teacher_NV, q_NV, slopes_NV, factors_N / temperature)
+    return nats_N
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor, float, float], Tensor]] = {
+    "forward_kl": _forward_kl_rows_,
+    "reverse_kl": _reverse_kl_rows_,
+    "jsd": _jsd_rows_,
+    "skew_kl": _skew_kl_rows_,
+}
+
+
+def _compare(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q, p and log(p / q), fp32. The last from differences of logits: two logarithms would each be rounded first.
+
+    The differences q - p sum to nothing but how both normalisations were rounded: added to a KL, they take it out again.
+    """
+    below_q_NV, q_NV, sum_q_N1 = _softmax(student_NV, temperature)
+    below_p_NV, p_NV, sum_p_N1 = _softmax(teacher_NV, temperature)
+    return q_NV, p_NV, below_p_NV.sub_(below_q_NV).div_(temperature).sub_((sum_p_N1 / sum_q_N1).log())
+
+
+def _softmax(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits less their row's highest, their softmax, and the sum that it was divided by [N, 1]; fp32."""
+    below_NV = logits_NV - logits_NV.amax(-1, keepdim=True).float()
+    exponentials_NV = (below_NV / temperature).exp_()
+    sum_N1 = exponentials_NV.sum(-1, keepdim=True)
+    return below_NV, exponentials_NV.div_(sum_N1), sum_N1
+
+
+def _log_mixture(log_ratio_NV: Tensor, mix: float) -> Tensor:
+    """log(m / p) where p is the larger, log(m / q) where q is: of these two the one that is not above 0.
+
+    Neither overflows and both are exact near p = q; they round by 6e-8 / (distance of mix from 0 or 1).
+    """
+    shares_NV = log_ratio_NV.sign().mul_(0.5 - mix).add_(0.5)  # torch.where takes ten times as long
+    return log_ratio_NV.abs().neg_().expm1_().mul_(shares_NV).log1p_()
+
+
+def _through_softmax_(place_NV: Tensor, q_NV: Tensor, slopes_NV: Tensor, factors_N: Tensor) -> Tensor:
+    """Writes factor * d / d(logits) of what changes by these slopes with q; returns the slopes' means under q [N]."""
+    means_N = (q_NV * slopes_NV).sum(-1)
+    place_NV.copy_(slopes_NV.sub_(means_N[:, None]).mul_(q_NV).mul_(factors_N[:, None]))
+    return means_N
