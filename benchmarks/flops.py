@@ -29,6 +29,13 @@ def step_flops(
     return 4.0 * (decoder * (tokens if computed_tokens is None else computed_tokens) + head * target_tokens)
 
 
+def teacher_flops(shape: Mapping[str, Any], computed_tokens: float, target_tokens: float) -> float:
+    """A teacher's forward pass of the same shape: 2 operations a decoder weight and computed token, 2 a head weight and
+    target. `computed_tokens=0` is what the cached hidden states of a teacher cost.
+    """
+    return step_flops(shape, computed_tokens, target_tokens) / 2
+
+
 def attention_flops(shape: Mapping[str, Any], tokens: float, square_mean_length: float) -> float:
     """Operations of causal attention itself: it grows with the square of a document's length.
 

@@ -3,6 +3,10 @@
     python -m benchmarks.stock model=FOLDER rows=MESSAGES.jsonl variant=padded [steps=4] [length=512] [batch=4]
 
 Seconds are those of `training_step` (forward and backward), so the optimizer and the data loader cost it nothing here.
+
+`gkd` is TRL's experimental GKDTrainer, off-policy with the forward KL at temperature 1 from the same weights in bf16.
+It takes whole `messages`, pads them (it has no packing) and trains on all that follows the prompt: the last answer, its
+<|im_end|> and the newline after that, which is one target a row more than ours.
 """
 
 from __future__ import annotations
@@ -21,15 +25,18 @@ DEFAULTS = {
     "model": "", "rows": "", "variant": "padded", "steps": "4", "length": "512", "batch": "4", "rank": "8",
     "targets": "q_proj,v_proj", "lora_dropout": "0.0", "seed": "0",
 }  # fmt: skip
-# Keys of SFTConfig that make each variant.
+# Keys of SFTConfig (of GKDConfig for those in GKD) that make each variant.
 VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {"packing": False, "gradient_checkpointing": False},
     "packing": {"packing": True, "gradient_checkpointing": False},
     "packing+checkpointing": {"packing": True, "gradient_checkpointing": True},
     "liger": {"packing": True, "gradient_checkpointing": True, "use_liger_kernel": True},
     "unsloth": {"packing": True, "gradient_checkpointing": False},  # it brings its own checkpointing
+    "gkd": {"gradient_checkpointing": False, "lmbda": 0.0, "beta": 0.0, "temperature": 1.0},
+    "gkd+checkpointing": {"gradient_checkpointing": True, "lmbda": 0.0, "beta": 0.0, "temperature": 1.0},
 }
 STOCK = ("padded", "packing", "packing+checkpointing")
+GKD = ("gkd", "gkd+checkpointing")
 # Variants of other projects, each with the package it needs.
 PEERS = {"liger": "liger_kernel", "unsloth": "unsloth", "llama-factory": "llamafactory"}
 
@@ -59,28 +66,46 @@ def load_model(path: str, device: str) -> Any:
 
 
 def build_trainer(options: dict[str, str], device: str, output: str) -> Any:
-    """An SFTTrainer over the rows; the loss is on the last turn's answer."""
-    variant = options["variant"]
-    rank, targets = int(options["rank"]), options["targets"]
-    target_modules = targets if targets == "all-linear" else targets.split(",")
+    """A trainer over the rows, by variant; the loss is on the last turn's answer."""
+    settings = {
+        "output_dir": output, "max_steps": int(options["steps"]),
+        "per_device_train_batch_size": int(options["batch"]), "max_length": int(options["length"]),
+        "learning_rate": 2e-4, "bf16": True, "use_cpu": device == "cpu", "logging_steps": 1, "report_to": [],
+        "save_strategy": "no", "disable_tqdm": True, "seed": int(options["seed"]), **VARIANTS[options["variant"]],
+    }  # fmt: skip
+    return (distilling_trainer if options["variant"] in GKD else tuning_trainer)(options, device, settings)
+
+
+def target_modules(options: dict[str, str]) -> Any:
+    """What the adapter is on, as PEFT takes it."""
+    return options["targets"] if options["targets"] == "all-linear" else options["targets"].split(",")
+
+
+def lora_config(options: dict[str, str]) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=int(options["rank"]), lora_alpha=16, target_modules=target_modules(options), task_type="CAUSAL_LM",
+        lora_dropout=float(options["lora_dropout"]),
+    )  # fmt: skip
+
+
+def tuning_trainer(options: dict[str, str], device: str, settings: dict[str, Any]) -> Any:
+    """An SFTTrainer."""
     extra: dict[str, Any] = {}
-    if variant == "unsloth":
+    if options["variant"] == "unsloth":
         from unsloth import FastLanguageModel  # before trl: it patches what is imported after it
 
         model, _ = FastLanguageModel.from_pretrained(
             options["model"], max_seq_length=int(options["length"]), load_in_4bit=True, dtype=None
         )
         model = FastLanguageModel.get_peft_model(
-            model, r=rank, lora_alpha=16, target_modules=target_modules, use_gradient_checkpointing="unsloth"
-        )
-    else:
-        from peft import LoraConfig
-
-        model = load_model(options["model"], device)
-        extra["peft_config"] = LoraConfig(
-            r=rank, lora_alpha=16, target_modules=target_modules, task_type="CAUSAL_LM",
-            lora_dropout=float(options["lora_dropout"]),
+            model, r=int(options["rank"]), lora_alpha=16, target_modules=target_modules(options),
+            use_gradient_checkpointing="unsloth",
         )  # fmt: skip
+    else:
+        model = load_model(options["model"], device)
+        extra["peft_config"] = lora_config(options)
     from datasets import load_dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -89,13 +114,26 @@ def build_trainer(options: dict[str, str], device: str, output: str) -> Any:
         return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
 
     rows = load_dataset("json", data_files=options["rows"], split="train").map(split_last, remove_columns=["messages"])
-    arguments = SFTConfig(
-        output_dir=output, max_steps=int(options["steps"]), per_device_train_batch_size=int(options["batch"]),
-        max_length=int(options["length"]), learning_rate=2e-4, bf16=True, use_cpu=device == "cpu", logging_steps=1,
-        report_to=[], save_strategy="no", disable_tqdm=True, seed=int(options["seed"]), **VARIANTS[variant],
-    )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(options["model"])
-    return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, **extra)
+    return SFTTrainer(model=model, args=SFTConfig(**settings), train_dataset=rows, processing_class=tokenizer, **extra)
+
+
+def distilling_trainer(options: dict[str, str], device: str, settings: dict[str, Any]) -> Any:
+    """A GKDTrainer, whose teacher is the same model in bf16."""
+    import torch
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    model = load_model(options["model"], device)
+    teacher = AutoModelForCausalLM.from_pretrained(
+        options["model"], dtype=torch.bfloat16, device_map={"": 0} if device == "cuda" else None
+    )
+    return GKDTrainer(
+        model=model, teacher_model=teacher, args=GKDConfig(**settings), peft_config=lora_config(options),
+        train_dataset=load_dataset("json", data_files=options["rows"], split="train"),
+        processing_class=AutoTokenizer.from_pretrained(options["model"]),
+    )  # fmt: skip
 
 
 def watch_steps(trainer: Any, device: str) -> list[dict[str, float]]:

@@ -48,15 +48,20 @@ class Workload:
     def limit_seconds(self) -> float:
         return 60 * float(self.options["minutes"])
 
-    def ours(self, variant: str, length: int, batch: int, **changes: Any) -> dict[str, Any]:
-        """Steps of our trainer: packs of `length` tokens, `batch` of them a step. changes: of benchmarks.ours."""
+    def ours(
+        self, variant: str, length: int, batch: int, settings: str = "", module: str = "benchmarks.ours", **changes: Any
+    ) -> dict[str, Any]:
+        """Steps of our trainer: packs of `length` tokens, `batch` of them a step.
+
+        settings: beside the variant's. module: what else to measure on the same config. changes: of its options.
+        """
         steps = int(self.options["warmup"]) + int(self.options["steps"])
         options = {
             "model": self.model, "rows": self.rows(steps * length * batch), "steps": steps, "length": length,
-            "batch": batch, "micro": batch, "set": self.variant(variant),
+            "batch": batch, "micro": batch, "set": ";".join(filter(None, (self.variant(variant), settings))),
             **{key: self.options[key] for key in ("rank", "targets", "seed")}, **changes,
         }  # fmt: skip
-        return measure("benchmarks.ours", options, self.limit_seconds, self.cache)
+        return measure(module, options, self.limit_seconds, self.cache)
 
     def stock(self, variant: str, length: int, batch: int, **changes: Any) -> dict[str, Any]:
         """Steps of the stock trainer: `batch` rows (or packs) of up to `length` tokens. One step warms it up."""

@@ -39,6 +39,11 @@ COMMANDS = {
     "data convert": Command(
         "write rows of any format as messages", "finetune.data_convert:run_convert", "finetune.data_convert:HELP"
     ),
+    "cache": Command(
+        "write down what a config's teacher says of its rows",
+        "finetune.cache_command:run_cache",
+        "finetune.cache_command:HELP",
+    ),
     "chat": Command("talk to a base model or to a trained adapter", "finetune.chat:run_chat", "finetune.chat:HELP"),
     "doctor": Command(
         "check this machine and say what to install", "finetune.doctor:run_doctor", "finetune.doctor:HELP", ("--json",)

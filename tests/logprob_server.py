@@ -128,6 +128,11 @@ def drop(handler: _Handler, answer: dict[str, Any]) -> None:
     handler.close_connection = True
 
 
+def other_protocol(handler: _Handler, answer: dict[str, Any]) -> None:
+    handler.connection.sendall(b"SSH-2.0-server\r\n")
+    handler.close_connection = True
+
+
 def status(code: int, words: str = "no", **headers: str) -> Fault:
     return lambda handler, answer: handler.refuse(code, words, **headers)
 

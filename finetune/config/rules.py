@@ -244,6 +244,8 @@ def _placement(distill: DistillConfig) -> Problems:
         yield from _exactness(distill, "a server's" if placement == "server" else "a sampled cache's")
     if distill.on_policy and placement in ("cached", "server"):
         yield Problem("distill.on_policy", f"asks the teacher about new answers, which placement={placement} cannot")
+    if distill.on_policy and distill.teacher.steps_ahead != 1:
+        yield Problem("distill.teacher.steps_ahead", "what the student will write later is not known; set it to 1")
 
 
 def _exactness(distill: DistillConfig, whose: str) -> Problems:

@@ -16,15 +16,13 @@ from finetune.config.schema import DistillConfig
 from finetune.data.batch import Batch, Document, build_batch, groups_of
 from finetune.distill.codec import MOST_IDS, Columns, draw, sampled_signal, top_signal
 from finetune.distill.keys import key_of, keys_of
-from finetune.distill.shards import COMPLETE, ShardReader, ShardWriter, check_fingerprint, open_folder
+from finetune.distill.shards import ShardReader, check_fingerprint, open_folder
 from finetune.errors import ConfigError, DataError, IntegrityError
 from finetune.losses.chunked import chunked_logits
 from finetune.losses.signal import HiddenSignal, SampledSignal, Signal, Teacher, TopSignal
 
 # Tokens of a forward pass, in which nothing is kept for a backward pass.
 BATCH_TOKENS = 2048
-# What a killed writer loses at most.
-_FLUSH_SECONDS = 30.0
 _SHOWN = 5
 # Mean difference of log-probabilities between a cache and its teacher up to which it is taken for rounding, in nats:
 # bf16 logits of about 16 are rounded by up to 0.03, and other kernels round elsewhere.
@@ -36,34 +34,33 @@ Encode = Callable[[Sequence[Document]], Iterable[Columns]]
 def fill_cache(
     folder: Path,
     fingerprint: Mapping[str, Any],
-    documents: Iterable[Document],
+    documents: Sequence[Document],
     encode: Encode,
     group_tokens: int,
     say: Callable[[int, int], None],
+    flush_seconds: float = 30.0,
 ) -> int:
     """Write the signals of all documents that the folder lacks; one that was killed goes on where it stopped.
 
     encode: the columns of each of some documents, which all have targets; it gets as many as have `group_tokens`.
-    say: told how many documents are done, and of how many.
+    say: told how many documents are done, and of how many, at the start and after each.
+    flush_seconds: what a killed writer loses at most.
     Returns: documents written now.
-    Raises: ConfigError if the folder holds something else; IntegrityError for a damaged shard; ResourceError.
+    Raises: as `open_folder`, and as `encode`; what was answered until then is kept.
     """
-    open_folder(folder, fingerprint)
-    writer = ShardWriter(folder)
-    wanted = {key: document for document in documents if (key := key_of(document)) is not None}
-    lacking = {key: document for key, document in wanted.items() if key not in writer.stored}
-    if lacking:
-        (folder / COMPLETE).unlink(missing_ok=True)
-    done, flushed = len(wanted) - len(lacking), time.monotonic()
-    keys = iter(lacking)
-    for group in groups_of(list(lacking.values()), group_tokens):
-        for key, columns in zip(islice(keys, len(group)), encode(group), strict=True):
-            writer.add(key, columns)
-        if time.monotonic() - flushed > _FLUSH_SECONDS:
-            writer.flush()
-            flushed = time.monotonic()
-        say(done := done + len(group), len(wanted))
-    if lacking or not (folder / COMPLETE).exists():
+    with open_folder(folder, fingerprint) as writer:
+        wanted = {key: i for i, document in enumerate(documents) if (key := key_of(document)) is not None}
+        lacking = {key: i for key, i in wanted.items() if key not in writer.stored}
+        done, flushed = len(wanted) - len(lacking), time.monotonic()
+        say(done, len(wanted))
+        keys = iter(lacking)
+        for group in groups_of((documents[i] for i in lacking.values()), group_tokens):
+            for key, columns in zip(islice(keys, len(group)), encode(group), strict=True):
+                writer.add(key, columns)
+                if time.monotonic() - flushed > flush_seconds:
+                    writer.flush()
+                    flushed = time.monotonic()
+                say(done := done + 1, len(wanted))
         writer.finish()
     return len(lacking)
 
@@ -71,9 +68,9 @@ def fill_cache(
 def encoder_of(teacher: Teacher, cfg: DistillConfig, vocabulary: int) -> Encode:
     """What `fill_cache` keeps of a teacher that knows everything, as `distill.tier` says.
 
-    Raises: ConfigError if the vocabulary has more ids than a cache can tell apart.
+    Raises: ConfigError if the vocabulary has more ids than a sampled cache can tell apart.
     """
-    if vocabulary > MOST_IDS:
+    if cfg.tier == "sampled" and vocabulary > MOST_IDS:
         raise ConfigError(f"distill.tier=sampled tells {MOST_IDS:,} ids apart, not {vocabulary:,}; set tier=hidden")
 
     def encode(documents: Sequence[Document]) -> Iterator[Columns]:
@@ -134,7 +131,10 @@ class CachedTeacher:
         for batch in batches:
             keys = [key for key, _ in keys_of(batch)]
             if len(missing := self._reader.missing(keys)):
-                raise DataError(f"distill.cache: {self.folder} lacks {len(missing)} documents of {batch.places[0]} …")
+                raise DataError(
+                    f"distill.cache: {self.folder} lacks {len(missing)} of the {len(keys)} documents from "
+                    f"{batch.places[0]} to {batch.places[-1]}; run finetune cache with this config: it adds them"
+                )
             yield self._signal(self._reader.read(keys))
 
     def check_holds(self, documents: Iterable[Document]) -> None:
@@ -152,7 +152,7 @@ class CachedTeacher:
     def check_against(self, teacher: Teacher, documents: Sequence[Document], vocabulary: int) -> float:
         """Ask the teacher about some documents again.
 
-        Returns: the mean difference of log-probabilities over the tokens kept (or of logits over all), in nats.
+        Returns: the mean difference of log-probabilities over the tokens kept, in nats.
         Raises: IntegrityError if it is more than rounding.
         """
         batch = build_batch(documents)
@@ -177,20 +177,18 @@ class CachedTeacher:
 
 
 def _difference(mine: Signal, theirs: HiddenSignal, vocabulary: int) -> float:
-    total, count = 0.0, 0
-    logits = chunked_logits(theirs.hidden_ND, theirs.head, vocabulary)
+    """Mean over targets of the difference of log-probabilities, weighed by the cached probabilities, in nats."""
+    total = 0.0
     own = chunked_logits(mine.hidden_ND, mine.head, vocabulary) if isinstance(mine, HiddenSignal) else None
-    for logits_NV, rows in logits:
-        log_probs_NV = torch.log_softmax(logits_NV.float(), -1)
+    for logits_NV, rows in chunked_logits(theirs.hidden_ND, theirs.head, vocabulary):
+        log_probs = torch.log_softmax(logits_NV.float(), -1)
         if own is not None:
-            probs_NV, (own_NV, _) = log_probs_NV.exp(), next(own)
-            gaps = (torch.log_softmax(own_NV.float(), -1) - log_probs_NV).abs() * probs_NV
-            total, count = total + gaps.sum().item(), count + len(gaps)
+            mine_log_probs = torch.log_softmax(next(own)[0].float(), -1)
         else:
             ids, mine_log_probs = _kept(mine, rows)
-            gaps = (mine_log_probs - log_probs_NV.gather(1, ids)).abs() * mine_log_probs.exp()
-            total, count = total + gaps.sum().item(), count + len(gaps)
-    return total / max(1, count)
+            log_probs = log_probs.gather(1, ids)
+        total += ((mine_log_probs - log_probs).abs() * mine_log_probs.exp()).sum().item()
+    return total / max(1, len(theirs.hidden_ND))
 
 
 def _kept(signal: Signal, rows: slice) -> tuple[Tensor, Tensor]:

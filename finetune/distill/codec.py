@@ -35,25 +35,23 @@ _ROWS = 8
 def draw(signal: HiddenSignal, vocabulary: int, head: int, uniforms_NS: np.ndarray) -> Columns:
     """The columns of a cache for each target. uniforms_NS: a number in [0, 1) for each token to draw."""
     head = min(head, vocabulary)
-    parts: list[Columns] = []
+    none = _draw_rows(signal.hidden_ND.new_empty(0, vocabulary), head, torch.from_numpy(uniforms_NS[:0]))
+    parts = [none]  # so that there are columns where there is no target
     for logits_NV, rows in chunked_logits(signal.hidden_ND, signal.head, vocabulary):
         uniforms = torch.from_numpy(uniforms_NS[rows]).to(logits_NV.device)
         parts += [
             _draw_rows(logits_NV[some], head, uniforms[some])
             for some in (slice(i, i + _ROWS) for i in range(0, len(logits_NV), _ROWS))
         ]
-    if not parts:
-        return {}
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _draw_rows(logits_NV: Tensor, head: int, uniforms_NS: Tensor) -> Columns:
     log_probs_NV = torch.log_softmax(logits_NV.float(), -1)
     top = log_probs_NV.topk(head, dim=-1)
-    tail_NV = log_probs_NV.exp().double()
-    entropy_N = -(tail_NV * log_probs_NV).sum(-1)
-    tail_NV.scatter_(1, top.indices, 0.0)
-    sums_NV = tail_NV.cumsum_(-1)
+    probs_NV = log_probs_NV.exp().double()
+    entropy_N = -(probs_NV * log_probs_NV).sum(-1)
+    sums_NV = probs_NV.scatter_(1, top.indices, 0.0).cumsum_(-1)
     mass_N = sums_NV[:, -1].clone()
     # One draw in each of S equal strata: as unbiased as independent draws, and less spread.
     count = uniforms_NS.shape[1]
@@ -70,13 +68,12 @@ def _draw_rows(logits_NV: Tensor, head: int, uniforms_NS: Tensor) -> Columns:
 
 
 def sampled_signal(columns: Mapping[str, np.ndarray], device: torch.device) -> SampledSignal:
-    """What a cache's columns say. Probabilities add up to 1: the head's share is what the tail leaves."""
+    """What a cache's columns say. Head and tail were rounded each by itself; together they are made to add up to 1."""
     ids_NK = _decode_ids(columns)
     head_NH, tail_N = np.exp(_decode(columns["log_probs"])), np.exp(_decode(columns["tail"]))
-    head_NH *= ((1 - tail_N) / head_NH.sum(1))[:, None]
     samples = ids_NK.shape[1] - head_NH.shape[1]
-    tail_NS = np.repeat(tail_N[:, None] / samples, samples, 1)
-    probs_NK = np.concatenate([head_NH, tail_NS], 1).astype(np.float32)
+    probs_NK = np.concatenate([head_NH, np.repeat(tail_N[:, None] / samples, samples, 1)], 1)
+    probs_NK = (probs_NK / probs_NK.sum(1, keepdims=True)).astype(np.float32)
     tensors = (torch.from_numpy(x).to(device) for x in (ids_NK, probs_NK, columns["entropy"]))
     return SampledSignal(*tensors, head=head_NH.shape[1])
 
@@ -109,5 +106,5 @@ def _encode_ids(ids_NK: np.ndarray) -> Columns:
 
 def _decode_ids(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     low_NK, packed = columns["low"], columns["high"]
-    high_NK = np.stack([packed >> 2 * i & 3 for i in range(4)], 2).reshape(len(packed), -1)
+    high_NK = np.stack([packed >> 2 * i & 3 for i in range(4)], 2).reshape(len(packed), 4 * packed.shape[1])
     return low_NK.astype(np.int64) | high_NK[:, : low_NK.shape[1]].astype(np.int64) << 16

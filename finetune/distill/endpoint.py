@@ -72,6 +72,7 @@ class Halt:
 
     @contextmanager
     def shuts(self, connected: socket.socket) -> Iterator[None]:
+        """Raises: Halted if it is called off already, before anything is sent."""
         with self._lock:
             self._open.add(connected)
         try:

@@ -18,11 +18,16 @@ SIGNAL_VERSION = 1
 
 
 def fingerprint(
-    cfg: DistillConfig, teacher: ModelConfig, chat: ChatTemplate, vocabulary: int, weights: dict[str, str] | None
+    cfg: DistillConfig,
+    teacher: ModelConfig,
+    chat: ChatTemplate,
+    vocabulary: int,
+    weights: dict[str, str] | None,
+    adapter: dict[str, str] | None,
 ) -> dict[str, Any]:
     """What a folder of signals must have been made from; None where it cannot be known here.
 
-    weights: of `teacher_weights`. vocabulary: ids that take part.
+    weights, adapter: of `teacher_weights` and `teacher_adapter`. vocabulary: ids that take part.
     """
     server = cfg.teacher.placement == "server"
     kept: dict[str, Any] = {"tier": "top" if server else cfg.tier}
@@ -32,9 +37,9 @@ def fingerprint(
         kept |= {"head": cfg.head, "samples": cfg.samples, "seed": cfg.seed}
     return {
         "version": SIGNAL_VERSION, "kept": kept, "vocabulary": vocabulary,
-        "weights": {} if server else weights,
+        "weights": None if server else weights,
+        "adapter": None if server else adapter,
         "dtype": None if server else teacher.dtype,
-        "adapter": None if server else _adapter_digest(cfg),
         "tokenizer": chat.digest(),
         "template": hashlib.sha256(chat.template.encode()).hexdigest(),
     }  # fmt: skip
@@ -52,7 +57,9 @@ def adapter_folder(name: str) -> Path:
     return fetch(name, None, (CONFIG_FILE, TENSOR_FILE), "distill.teacher.lora").folder
 
 
-def _adapter_digest(cfg: DistillConfig) -> str:
-    if cfg.teacher.lora is None:
-        return "none"
-    return sha256_of(adapter_folder(cfg.teacher.lora) / TENSOR_FILE)
+def teacher_adapter(name: str | None) -> dict[str, str]:
+    """SHA-256 of each file of the teacher's own adapter; none for a teacher without one. Raises: as `fetch`."""
+    if name is None:
+        return {}
+    folder = adapter_folder(name)
+    return {file: sha256_of(folder / file) for file in (CONFIG_FILE, TENSOR_FILE)}

@@ -3,25 +3,29 @@
     fingerprint.json               what the signals come from; written first
     shard-00000.safetensors        columns of signals, an entry a target; keys and counts, an entry a document
     shard-00000.json               its SHA-256 and size; a shard without it is not there
-    complete.json                  the shards in all; a folder without it is not finished
+    complete.json                  the same of all shards; what it does not name is not read
+    .lock                          held by the one process that writes
 
 Everything appears by a rename. A killed writer's folder is gone on with, a damaged shard is named.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from finetune.distill.codec import Columns
 from finetune.distill.keys import KEY_BYTES
@@ -31,27 +35,85 @@ from finetune.models.digest import sha256_of
 
 FINGERPRINT, COMPLETE = "fingerprint.json", "complete.json"
 _KEYS, _COUNTS = "keys", "counts"
-# What a killed writer loses at most, in work; small enough to be written while nobody notices.
+# Small enough to be written while nobody notices, and held in memory until then.
 _SHARD_BYTES = 16 << 20
+_NEW_FOLDER = "write a new folder with finetune cache"
+_REMOVE_SHARD = "remove both files of its number and run finetune cache again, which adds what is missing"
+
+
+@contextmanager
+def open_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[ShardWriter]:
+    """Begin a folder of signals, or go on with one of the same origin.
+
+    What was added is written, however the block ends.
+    Raises: ConfigError if it holds signals of another origin (naming what differs) or other files, if another process
+    is writing to it, or if it cannot be written to; IntegrityError naming a damaged file; ResourceError.
+    """
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = _claim(folder)
+    try:
+        with _writing(folder):
+            _clean(folder)
+            if not (folder / FINGERPRINT).exists():
+                if any(not file.name.startswith(".") for file in folder.iterdir()):
+                    raise ConfigError(f"distill.cache: {folder} holds other files; name an empty or a new folder")
+                write_text(folder / FINGERPRINT, json.dumps(fingerprint, indent=1, sort_keys=True))
+        check_fingerprint(folder, fingerprint)
+        notes = {file.with_suffix(".safetensors"): _read(file) for file in sorted(folder.glob("shard-*.json"))}
+        _verify(notes)
+        writer = ShardWriter(folder, {key for shard in notes for key in _keys_of(shard)})
+        try:
+            yield writer
+        finally:
+            writer.flush()
+    finally:
+        lock.release()
+
+
+def _claim(folder: Path) -> FileLock:
+    """The system lets go of it when its holder is killed."""
+    lock = FileLock(folder / ".lock")
+    try:
+        with _writing(folder):
+            lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(
+            f"distill.cache: another process is writing to {folder}; wait until it is done, or name another folder"
+        ) from error
+    return lock
+
+
+def _clean(folder: Path) -> None:
+    """Remove what a killed writer left half done."""
+    half = [shard for shard in folder.glob("shard-*.safetensors") if not shard.with_suffix(".json").exists()]
+    for left in (*folder.glob(".*.tmp"), *half):
+        left.unlink()
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Raises: ResourceError instead of the system's error if the disk is full, ConfigError instead of another."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"distill.cache: the disk of {folder} is full; free some space and start again: it goes on where it "
+                "stopped"
+            ) from error
+        raise ConfigError(f"distill.cache: {folder} cannot be written to: {error}") from error
 
 
 @dataclass
 class ShardWriter:
-    """Adds documents to a folder. stored: keys of those that are there already."""
+    """Adds documents to a folder that `open_folder` has opened. stored: keys of those that are there already."""
 
     folder: Path
-    stored: set[bytes] = field(default_factory=set)
+    stored: set[bytes]
     _keys: list[bytes] = field(default_factory=list)
     _columns: list[Columns] = field(default_factory=list)
     _size_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises: IntegrityError if a shard that is there is damaged."""
-        for left in self.folder.glob(".shard-*"):
-            left.unlink()
-        for shard in _shards(self.folder):
-            _verify(shard)
-            self.stored |= set(_keys_of(shard))
 
     def add(self, key: bytes, columns: Columns) -> None:
         """Keep the signal of one document; on disk once enough has come together."""
@@ -69,35 +131,40 @@ class ShardWriter:
         """
         if not self._keys:
             return
-        counts = [len(next(iter(columns.values()))) for columns in self._columns]
-        tensors = {name: np.concatenate([columns[name] for columns in self._columns]) for name in self._columns[0]} | {
+        content = save({name: np.concatenate([part[name] for part in self._columns]) for name in self._columns[0]} | {
             _KEYS: np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, KEY_BYTES),
-            _COUNTS: np.asarray(counts, dtype=np.int64),
-        }
-        written = _shards(self.folder)
+            _COUNTS: np.array([len(next(iter(part.values()))) for part in self._columns], dtype=np.int32),
+        })  # fmt: skip
+        written = sorted(self.folder.glob("shard-*.json"))
         number = int(written[-1].stem.removeprefix("shard-")) + 1 if written else 0
-        file = self.folder / f"shard-{number:05d}.safetensors"
-        temporary = file.with_name(f".{file.name}")
-        try:
-            save_file(tensors, temporary)
-            _settle(temporary)
-            digest = sha256_of(temporary)
-            os.replace(temporary, file)
-            write_text(file.with_suffix(".json"), json.dumps({"sha256": digest, "bytes": file.stat().st_size}))
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink()
-            raise ResourceError(
-                f"distill.cache: {self.folder} took {len(written)} shards and then no more ({error}); free some space and "
-                "start again: it goes on where it stopped"
-            ) from error
+        shard = self.folder / f"shard-{number:05d}.safetensors"
+        with _writing(self.folder):
+            _write_settled(shard, content)
+            note = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+            write_text(shard.with_suffix(".json"), json.dumps(note))
         self._keys, self._columns, self._size_bytes = [], [], 0
 
     def finish(self) -> None:
         """Write the rest and declare the folder whole."""
         self.flush()
-        shards = {shard.name: _record(shard) for shard in _shards(self.folder)}
-        write_text(self.folder / COMPLETE, json.dumps({"documents": len(self.stored), "shards": shards}, indent=1))
+        notes = {file.stem: _read(file) for file in sorted(self.folder.glob("shard-*.json"))}
+        with _writing(self.folder):
+            text = json.dumps({"shards": {f"{name}.safetensors": note for name, note in notes.items()}}, indent=1)
+            write_text(self.folder / COMPLETE, text)
+
+
+def _write_settled(file: Path, content: bytes) -> None:
+    """Replace a file in one rename, after its bytes have reached the disk."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class ShardReader:
@@ -107,33 +174,26 @@ class ShardReader:
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
         try:
-            shards = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["shards"]
+            shards = dict(_read(folder / COMPLETE)["shards"])
         except FileNotFoundError as error:
             raise ConfigError(
                 f"distill.cache: {folder} is not finished; run finetune cache with this config again: it goes on where "
                 "it stopped"
             ) from error
-        except (ValueError, LookupError, TypeError) as error:
-            raise IntegrityError(f"distill.cache: {folder / COMPLETE} is damaged: {error}") from error
+        except (LookupError, TypeError, ValueError) as error:
+            raise _damaged(folder / COMPLETE, f"lacks {error}") from error
         files = [folder / name for name in shards]
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-            list(threads.map(_verify, files))
+        _verify(dict(zip(files, shards.values(), strict=True)))
         self._shards = [safe_open(file, framework="np") for file in files]
-        counts = [shard.get_tensor(_COUNTS) for shard in self._shards]
-        self._keys = np.concatenate([shard.get_tensor(_KEYS) for shard in self._shards])
-        self._counts = np.concatenate(counts)
-        self._shard = np.repeat(np.arange(len(files)), [len(c) for c in counts])
-        self._starts = np.concatenate([np.cumsum(c) - c for c in counts])
-        # Found by their first 8 bytes; the others are compared.
-        prefixes = self._prefixes(self._keys)
-        self._order = np.argsort(prefixes, kind="stable")
-        self._sorted = prefixes[self._order]
-
-    @staticmethod
-    def _prefixes(keys: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(keys[:, :8]).view(">u8")[:, 0].astype(np.uint64)
+        counts = [shard.get_tensor(_COUNTS).astype(np.int64) for shard in self._shards]
+        none = np.empty(0, np.int64)
+        self._shard = np.repeat(np.arange(len(files)), np.array([len(part) for part in counts], np.int64))
+        self._starts = np.concatenate([none, *(np.cumsum(part) - part for part in counts)])
+        self._counts = np.concatenate([none, *counts])
+        keys = _as_words(b"".join(shard.get_tensor(_KEYS).tobytes() for shard in self._shards))
+        self._order = np.argsort(keys, kind="stable")
+        self._sorted = keys[self._order]
 
     def missing(self, keys: Sequence[bytes]) -> np.ndarray:
         """Which of these documents are not there, by index."""
@@ -141,19 +201,20 @@ class ShardReader:
 
     def read(self, keys: Sequence[bytes]) -> Columns:
         """The columns of these documents, which must be there, one after another; empty columns for none."""
-        parts = [self._columns_at(place) for place in self._find(keys)]
-        if not parts:
-            return {name: column[:0] for name, column in self._columns_at(0).items()}
+        places = self._find(keys)
+        assert (places >= 0).all(), "ask `missing` first"
+        if not len(places):
+            return {name: column[:0] for name, column in self._columns_at(0).items()} if len(self._order) else {}
+        parts = [self._columns_at(place) for place in places]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _find(self, keys: Sequence[bytes]) -> np.ndarray:
         """The place of each key among all, -1 for one that is not there."""
-        wanted = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
-        if not len(self._order) or not len(wanted):
+        wanted = _as_words(b"".join(keys))
+        if not len(self._order):
             return np.full(len(wanted), -1)
-        nearest = np.minimum(np.searchsorted(self._sorted, self._prefixes(wanted)), len(self._order) - 1)
-        places = self._order[nearest]
-        return np.where((self._keys[places] == wanted).all(1), places, -1)
+        nearest = np.minimum(np.searchsorted(self._sorted, wanted), len(self._order) - 1)
+        return np.where(self._sorted[nearest] == wanted, self._order[nearest], -1)
 
     def _columns_at(self, place: int) -> Columns:
         shard, start = self._shards[self._shard[place]], int(self._starts[place])
@@ -162,20 +223,9 @@ class ShardReader:
         return {name: shard.get_slice(name)[start:end] for name in names}
 
 
-def open_folder(folder: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Begin a folder of signals, or go on with one of the same origin.
-
-    Raises: ConfigError naming what differs, if it holds signals of another origin; if it cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / FINGERPRINT).exists():
-            if any(folder.iterdir()):
-                raise ConfigError(f"distill.cache: {folder} holds other files; name an empty or a new folder")
-            write_text(folder / FINGERPRINT, json.dumps(fingerprint, indent=1, sort_keys=True))
-    except OSError as error:
-        raise ConfigError(f"distill.cache: {folder} cannot be written to: {error.strerror}") from error
-    check_fingerprint(folder, fingerprint)
+def _as_words(keys: bytes) -> np.ndarray:
+    """Keys laid end to end as numpy's byte strings, which it sorts and finds; all are of one length."""
+    return np.frombuffer(keys, dtype=f"S{KEY_BYTES}")
 
 
 def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
@@ -185,11 +235,9 @@ def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     """
     file = folder / FINGERPRINT
     try:
-        there = _flat(json.loads(file.read_text(encoding="utf-8")))
+        there = _flat(_read(file))
     except FileNotFoundError as error:
         raise ConfigError(f"distill.cache: {folder} holds no signals; write them with finetune cache") from error
-    except (ValueError, AttributeError) as error:
-        raise IntegrityError(f"distill.cache: {file} is damaged: {error}") from error
     here = _flat(json.loads(json.dumps(fingerprint)))
     open_fields = tuple(f"{name}." for name, value in fingerprint.items() if value is None)
     differing = [
@@ -200,7 +248,7 @@ def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     if differing:
         raise ConfigError("\n".join([
             f"distill.cache: {folder} holds another signal than this config asks for:", *differing,
-            "change the config, or write a new folder with finetune cache",
+            f"change the config, or {_NEW_FOLDER}",
         ]))  # fmt: skip
 
 
@@ -211,31 +259,45 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _shards(folder: Path) -> list[Path]:
-    """Shards that were written to their end, in order."""
-    return sorted(note.with_suffix(".safetensors") for note in folder.glob("shard-*.json"))
-
-
-def _record(shard: Path) -> dict[str, Any]:
-    return json.loads(shard.with_suffix(".json").read_text(encoding="utf-8"))
-
-
-def _verify(shard: Path) -> None:
-    advice = "remove it and its .json and run finetune cache again, which makes what is missing"
+def _read(file: Path) -> dict[str, Any]:
+    """Raises: FileNotFoundError; ConfigError if it cannot be read; IntegrityError if it holds something else."""
     try:
-        record = _record(shard)
-        if shard.stat().st_size != record["bytes"] or sha256_of(shard) != record["sha256"]:
-            raise IntegrityError(f"distill.cache: {shard} is not what was written; {advice}")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise IntegrityError(f"distill.cache: {shard} cannot be checked ({error}); {advice}") from error
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"distill.cache: {file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise _damaged(file, str(error)) from error
+    if not isinstance(found, dict):
+        raise _damaged(file, f"holds {type(found).__name__}")
+    return found
+
+
+def _verify(notes: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Raises: IntegrityError naming the first shard that is not what its note says."""
+
+    def check(shard: Path) -> None:
+        try:
+            right = shard.stat().st_size == notes[shard]["bytes"] and sha256_of(shard) == notes[shard]["sha256"]
+        except (OSError, LookupError, TypeError) as error:
+            raise _damaged(shard, f"cannot be checked ({error})") from error
+        if not right:
+            raise _damaged(shard, "is not what was written")
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        list(threads.map(check, notes))
+
+
+def _damaged(file: Path, what: str) -> IntegrityError:
+    advice = {
+        FINGERPRINT: f"what its folder holds is not known any more: {_NEW_FOLDER}",
+        COMPLETE: "remove it and run finetune cache again",
+    }.get(file.name, _REMOVE_SHARD)
+    return IntegrityError(f"distill.cache: {file} is damaged: {what}; {advice}")
 
 
 def _keys_of(shard: Path) -> Iterator[bytes]:
     with safe_open(shard, framework="np") as tensors:
         for key in tensors.get_tensor(_KEYS):
             yield key.tobytes()
-
-
-def _settle(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())

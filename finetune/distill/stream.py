@@ -86,8 +86,6 @@ class StreamedModel:
         self._layers, self._norm = list(backbone.layers), backbone.norm
         self._rotary = type(backbone.rotary_emb)(self._base.config).to(device)
         _put(self._norm, "weight", self._read(_NORM))
-        shapes = {name: getattr(module, key).shape for name, (module, key) in self._slots[0].items()}
-        self._buffers = LayerBuffers(shapes, self.dtype, device)
 
     @cached_property
     def head(self) -> nn.Module:
@@ -95,6 +93,11 @@ class StreamedModel:
         head: Any = self._base.get_output_embeddings()
         _put(head, "weight", self._read(_EMBEDDING if self._tied else _HEAD))
         return head
+
+    @cached_property
+    def _buffers(self) -> LayerBuffers:
+        shapes = {name: getattr(module, key).shape for name, (module, key) in self._slots[0].items()}
+        return LayerBuffers(shapes, self.dtype, self.device)
 
     @torch.no_grad()
     def hidden_states(self, batches: Sequence[Batch]) -> list[Tensor]:
@@ -186,14 +189,14 @@ class _Stopwatch:
     """Seconds that a device is busy with what is called inside `with`; a GPU is not waited for until `seconds`."""
 
     def __init__(self, device: torch.device):
-        self._gpu = device.type == "cuda"
+        self._device = device
         self._spans: list[tuple[Any, Any]] = []
 
     def _now(self) -> Any:
-        if not self._gpu:
+        if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def __enter__(self) -> None:
@@ -203,9 +206,9 @@ class _Stopwatch:
         self._spans.append((self._began, self._now()))
 
     def seconds(self) -> float:
-        if not self._gpu:
+        if self._device.type != "cuda":
             return sum(end - start for start, end in self._spans)
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._device)
         return sum(start.elapsed_time(end) for start, end in self._spans) / 1000
 
 

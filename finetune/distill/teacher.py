@@ -15,7 +15,7 @@ from finetune.config.schema import ModelConfig, RunConfig
 from finetune.data.batch import Batch, Document
 from finetune.data.template.chat import ChatTemplate
 from finetune.distill.cache import CachedTeacher
-from finetune.distill.fingerprint import adapter_folder, fingerprint, teacher_weights
+from finetune.distill.fingerprint import adapter_folder, fingerprint, teacher_adapter, teacher_weights
 from finetune.distill.resident import load_resident
 from finetune.distill.stream import StreamedModel
 from finetune.distill.vocabulary import check_same_tokens, shared_vocabulary
@@ -144,13 +144,13 @@ def cache_of(cfg: RunConfig) -> Path:
 def signal_fingerprint(cfg: RunConfig, chat: ChatTemplate, vocabulary: int, say: Say) -> dict[str, Any]:
     """What a folder of signals must come from for this config."""
     model = teacher_model(cfg)
-    weights = None
+    weights, adapter = None, None
     if cfg.distill.teacher.placement != "server":
         try:
-            weights = teacher_weights(model)
+            weights, adapter = teacher_weights(model), teacher_adapter(cfg.distill.teacher.lora)
         except ConfigError as error:
-            say(f"teacher: {model.name} is not here, so its weights are not compared with the cache's ({error})")
-    return fingerprint(cfg.distill, model, chat, vocabulary, weights)
+            say(f"teacher: not all of it is here, so its weights are not compared with the cache's ({error})")
+    return fingerprint(cfg.distill, model, chat, vocabulary, weights, adapter)
 
 
 def _head(cfg: RunConfig, base: PreTrainedModel, device: torch.device) -> nn.Module | None:

@@ -159,8 +159,8 @@ def holds_all(files: Mapping[str, Path], base: PreTrainedModel) -> bool:
 def fill_plain(base: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
     """Everything that is not quantised, from the original files; on CPU large tensors stay mapped.
 
-    The cache of quantised weights holds no second copy of it: an embedding alone would double its size at 0.5B, and reading it here costs
-    the same.
+    The cache of quantised weights holds no second copy of it: an embedding alone would double its size at 0.5B, and
+    reading it here costs the same.
     """
     quantised = {f"{name}.weight" for name, _ in quantised_modules(base)}
     for name in files.keys() - quantised:

@@ -68,21 +68,25 @@ def _read_tokenizer(folder: Path, name: str, key: str) -> PreTrainedTokenizerBas
 
 
 def _check_rows(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The embedding must have a row for each id, and a token that the model's own tokenizer has too, the same id."""
-    given = tokenizer.get_vocab()
-    shape, last = shape_of(str(folder)), max(given.values())
+    """The embedding must have a row for each id, and words that the model's own tokenizer has too, the same ids."""
+    shape, last = shape_of(str(folder)), max(tokenizer.get_vocab().values())
     if shape is not None and last >= shape["vocab_size"]:
         raise ConfigError(
             f"model.tokenizer={cfg.tokenizer} has ids up to {last:,}, but the embedding of model.name={cfg.name} ends "
             f"at {shape['vocab_size'] - 1:,}; name a tokenizer of the same vocabulary"
         )
     if all((folder / file).is_file() for file in TOKENIZER_FILES):
-        own = _read_tokenizer(folder, cfg.name, "model.name").get_vocab()
-        if moved := [token for token, i in given.items() if own.get(token, i) != i]:
+        own = _words(_read_tokenizer(folder, cfg.name, "model.name"))
+        if moved := [token for token, i in _words(tokenizer).items() if own.get(token, i) != i]:
             raise ConfigError(
                 f"model.tokenizer={cfg.tokenizer} is for other weights than model.name={cfg.name}: {len(moved):,} "
                 f"tokens have another id there, as {moved[0]!r}; name a tokenizer of the same vocabulary"
             )
+
+
+def _words(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The vocabulary without added tokens, which transformers may add to."""
+    return tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)  # type: ignore[attr-defined]
 
 
 def load_base(

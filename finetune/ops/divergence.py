@@ -1,4 +1,4 @@
-"""Divergences between a teacher's and a student's distribution in closed form, and their gradient in the student's logits.
+"""Divergences of a student from its teacher in closed form, and their gradient with respect to the student's logits.
 
 The nats are those of the distributions at the temperature, without Hinton's factor of its square: TRL's convention.
 Shapes: N rows, V vocabulary rows, K ids that a sparse teacher names.
@@ -16,7 +16,9 @@ from torch import Tensor
 from finetune.ops.cross_entropy import softmax_
 from finetune.ops.dispatch import fused
 
-_BLOCK_VALUES = 2**18
+# Values of each of the two that a thread works on at once, as in cross_entropy.py. [220, 151665] in bf16 on one thread,
+# forward KL: 140 ms plain and 79 ms compiled; in blocks of half that size 147 and 86, of twice that size 190 and 79.
+_BLOCK_VALUES = 2**19
 _GPU_BLOCK_VALUES = 2**24
 
 
@@ -36,8 +38,8 @@ def divergence_(
 
 
 def sampled_kl_(logits_NV: Tensor, ids_NK: Tensor, probs_NK: Tensor, factors_N: Tensor) -> Tensor:
-    """Cross-entropy against a teacher that names K ids a row; overwrites the logits with factor * its gradient, in their
-    dtype; all arithmetic is fp32.
+    """Cross-entropy against a teacher that names K ids a row; overwrites the student's logits with factor * gradient,
+    in their dtype; all arithmetic is fp32.
 
     The gradient is M * softmax - probs, M being the row's sum of probs: linear in them, so that unbiased probs give an
     unbiased gradient of forward KL. ids_NK: int64, each in [0, V); one that comes again adds up. probs_NK: fp32, not
@@ -63,7 +65,9 @@ def _totals(ids_NK: Tensor, probs_NK: Tensor) -> Tensor:
 
 
 @fused
-def _forward_kl_rows_(student_NV: Tensor, teacher_NV: Tensor, factors_N: Tensor, mix: float, temperature: float) -> Tensor:
+def _forward_kl_rows_(
+    student_NV: Tensor, teacher_NV: Tensor, factors_N: Tensor, mix: float, temperature: float
+) -> Tensor:
     """KL(p || q)."""
     q_NV, p_NV, log_ratio_NV = _compare(student_NV, teacher_NV, temperature)
     difference_NV = q_NV.sub_(p_NV)
@@ -73,7 +77,9 @@ def _forward_kl_rows_(student_NV: Tensor, teacher_NV: Tensor, factors_N: Tensor,
 
 
 @fused
-def _reverse_kl_rows_(student_NV: Tensor, teacher_NV: Tensor, factors_N: Tensor, mix: float, temperature: float) -> Tensor:
+def _reverse_kl_rows_(
+    student_NV: Tensor, teacher_NV: Tensor, factors_N: Tensor, mix: float, temperature: float
+) -> Tensor:
     """KL(q || p)."""
     q_NV, p_NV, log_ratio_NV = _compare(student_NV, teacher_NV, temperature)
     rounding_N = p_NV.sub_(q_NV).sum(-1)
@@ -117,7 +123,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor, float, float], Tensor]]
 def _compare(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """q, p and log(p / q), fp32. The last from differences of logits: two logarithms would each be rounded first.
 
-    The differences q - p sum to nothing but how both normalisations were rounded: added to a KL, they take it out again.
+    The differences q - p sum to nothing but how both normalisations were rounded; added to a KL, they take that out.
     """
     below_q_NV, q_NV, sum_q_N1 = _softmax(student_NV, temperature)
     below_p_NV, p_NV, sum_p_N1 = _softmax(teacher_NV, temperature)

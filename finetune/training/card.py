@@ -28,6 +28,12 @@ def model_card(cfg: RunConfig, result: RunResult) -> str:
         ("held-out exact match before", _share(result.exact_match_before)),
         ("held-out exact match after", _share(result.exact_match_after)),
     ]
+    if result.teacher_kl_after is not None:
+        figures += [
+            ("nats a target from the teacher before", _figure(result.teacher_kl_before)),
+            ("nats a target from the teacher after", _figure(result.teacher_kl_after)),
+            ("of that regained", _share(result.recovered)),
+        ]
     revision = f" at revision `{cfg.model.revision}`" if cfg.model.revision else ""
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures if value)
     return f"""---
@@ -58,7 +64,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{cfg.mod
 
 
 def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{value:.4g}"
 
 
 def _share(value: float | None) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,11 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.config.schema import RunConfig
 from finetune.data.batch import Batch
 from finetune.data.documents import Documents
+from finetune.data.feed import Feed
 from finetune.data.loader import LoadedData, used_ids
 from finetune.data.template.chat import ChatTemplate
+from finetune.distill.filling import write_signals
+from finetune.distill.on_policy import OnPolicyFeed
 from finetune.distill.schedule import Schedule
 from finetune.distill.teacher import build_teacher, check_vocabulary
 from finetune.evaluation.agreement import agreement
+from finetune.evaluation.sampling import sample_answers
 from finetune.losses.distillation import Distillation
 from finetune.losses.divergence import Terms
 from finetune.losses.signal import Teacher
@@ -47,6 +53,25 @@ class Lesson:
         schedule = Schedule(self.teacher, self.cfg.distill.teacher.steps_ahead, total_steps)
         return lambda step, batches_of: loss.expect(schedule.signals(step, batches_of))
 
+    def feed(self, feed: Feed, model: PeftModel, chat: ChatTemplate, accelerator: Accelerator, say: Say) -> Feed:
+        """The run's documents, with answers of the model's own in a share of them (`distill.on_policy`)."""
+        distill = self.cfg.distill
+        if not distill.on_policy:
+            return feed
+        say(
+            f"the student itself writes the answers of {distill.on_policy:.0%} of the rows, up to "
+            f"{distill.on_policy_tokens} tokens at temperature {distill.on_policy_temperature:g}; the teacher alone "
+            "judges those"
+        )
+        write = partial(
+            sample_answers, model, stop_ids=chat.stop_ids(), vocabulary=self.vocabulary,
+            temperature=distill.on_policy_temperature,
+        )  # fmt: skip
+        return OnPolicyFeed(
+            feed, write, distill.on_policy, distill.on_policy_tokens, self.cfg.data.max_length, self.cfg.train.seed,
+            accelerator.process_index, accelerator.num_processes, gather_object,
+        )  # fmt: skip
+
     def figures(
         self, model: PeftModel, data: LoadedData, part: slice, sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> dict[str, float]:
@@ -74,7 +99,9 @@ def plan_lesson(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Loaded
         return 0
     if cfg.distill.objective == "recover":
         say(_CANNOT_TEACH)
-    used = np.arange(len(tokenizer)) if cfg.data.stream_rows else used_ids(data)
+    # A stream's rows are not known yet, and the student may write any token.
+    unknown = cfg.data.stream_rows or cfg.distill.on_policy
+    used = np.arange(len(tokenizer)) if unknown else used_ids(data)
     return check_vocabulary(cfg, tokenizer, used)
 
 
@@ -84,12 +111,43 @@ def build_lesson(
     chat: ChatTemplate,
     data: LoadedData,
     vocabulary: int,
-    device: torch.device,
+    accelerator: Accelerator,
     say: Say,
 ) -> Lesson | None:
-    """The teacher of a run; None for a run that learns from rows alone. base: before an adapter is on it."""
+    """The teacher of a run; None for a run that learns from rows alone. base: before an adapter is on it.
+
+    What a server says is written to `distill.cache` first, by one rank, and then trained from.
+    """
     if cfg.distill.objective == "none":
         return None
     sources = [*data.train, *data.eval]
     documents = Documents.join(source.documents for source in sources) if sources else ()
-    return Lesson(cfg, build_teacher(cfg, base, chat, vocabulary, documents, device, say), vocabulary)
+    if cfg.distill.teacher.placement == "server":
+        if accelerator.is_main_process:
+            write_signals(cfg, chat, vocabulary, documents, accelerator.device, say)
+        accelerator.wait_for_everyone()
+    return Lesson(cfg, build_teacher(cfg, base, chat, vocabulary, documents, accelerator.device, say), vocabulary)
+
+
+def mean_teacher_kl(figures: Mapping[str, float]) -> float | None:
+    """KL(teacher || model) in nats a target, mean over the evaluation sets; None if it was not measured."""
+    found = [value for name, value in figures.items() if name.endswith("/teacher_kl")]
+    return sum(found) / len(found) if found else None
+
+
+def recovery_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """What quantisation took and training brought back, a line for each evaluation set, as markdown."""
+    found = [name for name in after if name.endswith("/teacher_kl") and name in before]
+    sets = [name.removeprefix("eval/").removesuffix("/teacher_kl") for name in found]
+    lines = [
+        "| held-out rows | nats from the teacher before | after | regained | same first choice before | after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in sets:
+        (kl, kl_after), (top1, top1_after) = (
+            [figures[f"eval/{name}/{figure}"] for figures in (before, after)]
+            for figure in ("teacher_kl", "teacher_agreement")
+        )
+        regained = f"{1 - kl_after / kl:.1%}" if kl > 0 else "nothing was lost"
+        lines.append(f"| {name} | {kl:.5f} | {kl_after:.5f} | {regained} | {top1:.2%} | {top1_after:.2%} |")
+    return "\n".join(lines)

@@ -32,6 +32,7 @@ from finetune.data.tokens.prepare import Preparation, console_progress
 from finetune.errors import ConfigError, Interrupted
 from finetune.evaluation.generation import Answer, answer_rows, exact_match
 from finetune.evaluation.perplexity import evaluate
+from finetune.files import write_text
 from finetune.losses.cross_entropy import CrossEntropy
 from finetune.losses.distillation import Distillation
 from finetune.losses.hidden import base_of
@@ -56,7 +57,7 @@ from finetune.training.checkpoint import (
     write_checkpoint,
     write_folder,
 )
-from finetune.training.lesson import Lesson, build_lesson, plan_lesson
+from finetune.training.lesson import Lesson, build_lesson, mean_teacher_kl, plan_lesson, recovery_table
 from finetune.training.loop import Job, fit, peak_bytes
 from finetune.training.optim import build_optimizer
 from finetune.training.report import describe_result
@@ -137,7 +138,7 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say
     vocabulary = plan_lesson(cfg, tokenizer, data, say)
     base = load_base(cfg.model, cfg.quant, accelerator.device, say)
     # Before the adapter is attached: what student and teacher have in common is one copy.
-    lesson = build_lesson(cfg, base, chat, data, vocabulary, accelerator.device, say)
+    lesson = build_lesson(cfg, base, chat, data, vocabulary, accelerator, say)
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model))
     if cfg.train.fast:
         attach_fast_path(model)
@@ -178,12 +179,13 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
         say(dispatch.pick(accelerator.device, flops, cfg.train.compile))
     lesson = parts.lesson
     loss = lesson.loss(parts.model) if lesson else CrossEntropy(parts.model, cfg.train.neftune_alpha)
+    feed = lesson.feed(parts.feed, parts.model, parts.preparation.chat, accelerator, say) if lesson else parts.feed
     tracker = Tracker(cfg, parts.folder, total_steps, state.step) if parts.is_main else SilentTracker()
     job = Job(
         cfg=cfg.train, accelerator=accelerator, optimizer=optimizer,
         loss=accelerator.prepare_model(loss, device_placement=False),
         before_step=lesson.before_step(loss, total_steps) if lesson and isinstance(loss, Distillation) else None,
-        feed=parts.feed, total_steps=total_steps,
+        feed=feed, total_steps=total_steps,
         lean=_may_be_lean(cfg), micro_batch=parts.micro_batch, tracker=tracker,
         save=lambda state: _save_checkpoint(parts, optimizer, state),
         last_checkpoint=lambda: next(reversed(list_checkpoints(parts.folder)), None),
@@ -243,6 +245,8 @@ def _finish(
     if parts.is_main:
         _save_final(parts, result)
         result.adapter = str(parts.folder)
+        if (before := state.before.get("evaluations")) and parts.lesson is not None:
+            write_text(parts.folder / "recovery.md", recovery_table(before, state.evaluations) + "\n")
         print(describe_result(result, state.before.get("answers", []), after[: cfg.generation.samples]))
     parts.accelerator.wait_for_everyone()
 
@@ -253,6 +257,10 @@ def _fill(result: RunResult, state: TrainState) -> None:
     result.tokens_per_second = state.tokens / state.seconds if state.seconds else None
     result.evaluations, result.eval_loss = state.evaluations, state.evaluations.get("eval_loss")
     result.exact_match_before = state.before.get("exact_match")
+    result.teacher_kl_before = mean_teacher_kl(state.before.get("evaluations", {}))
+    result.teacher_kl_after = mean_teacher_kl(state.evaluations)
+    if result.teacher_kl_before and result.teacher_kl_after is not None:
+        result.recovered = 1 - result.teacher_kl_after / result.teacher_kl_before
     result.peak_bytes = peak_bytes()
 
 

@@ -21,6 +21,7 @@ def describe_result(result: RunResult, before: Sequence[Sequence[str]], after: S
         "training loss": _number(result.final_loss),
         "held-out loss": _number(result.eval_loss),
         "held-out exact match": _from_to(result.exact_match_before, result.exact_match_after),
+        "nats from the teacher": _recovery(result),
         "speed": f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else None,
         "peak memory": f"{result.peak_bytes / 2**30:.2f} GiB",
     }
@@ -33,6 +34,14 @@ def describe_result(result: RunResult, before: Sequence[Sequence[str]], after: S
 
 def _number(value: float | None) -> str | None:
     return None if value is None else f"{value:.4f}"
+
+
+def _recovery(result: RunResult) -> str | None:
+    before, after = result.teacher_kl_before, result.teacher_kl_after
+    if before is None or after is None:
+        return None
+    regained = "" if result.recovered is None else f": {result.recovered:.1%} regained"
+    return f"{before:.5f} before, {after:.5f} after{regained}"
 
 
 def _from_to(before: float | None, after: float | None) -> str | None:

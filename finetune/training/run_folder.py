@@ -41,7 +41,9 @@ class RunResult:
 
     status: finished | stopped | failed. final_loss, eval_loss: nats a target token. exact_match_*: share of held-out
     rows, None where not measured. tokens_per_second: all tokens over training time. peak_bytes: CUDA's max allocated,
-    on CPU the process's peak resident size. adapter: folder of the final adapter, None if there is none yet.
+    on CPU the process's peak resident size. teacher_kl_*: KL(teacher || model) in nats a target, mean over the
+    held-out sets, and recovered, the share of it that is gone; None without a teacher. adapter: folder of the final
+    adapter, None if there is none yet.
     """
 
     status: str
@@ -52,6 +54,9 @@ class RunResult:
     evaluations: dict[str, float] = field(default_factory=dict)
     exact_match_before: float | None = None
     exact_match_after: float | None = None
+    teacher_kl_before: float | None = None
+    teacher_kl_after: float | None = None
+    recovered: float | None = None
     train_seconds: float = 0.0
     tokens_per_second: float | None = None
     peak_bytes: int = 0

@@ -54,6 +54,37 @@ def test_throughput_tells_the_ratios_of_its_own_figures(repo_root: Path, work: P
     assert written["ratio"] == told["ratio"] and len(written["runs"]["ours uncompiled"][0]["steps"]) == 3
 
 
+def test_distilling_is_priced_on_the_rows_of_plain_fine_tuning(repo_root: Path, work: Path, tmp_path: Path):
+    words = (
+        *SMALL[:-1],
+        f"work={work}",
+        f"results={tmp_path}",
+        "repeats=1",
+        "length=128",
+        "batch=2",
+        "ours=uncompiled",
+    )
+    told, text = benchmark(repo_root, "distill", *words, "variants=cached,resident", "stock=gkd")
+    ours, gkd = told["variants"], told["stock"]["gkd"]
+    assert set(ours) == {"plain", "cached", "resident"}
+    assert all("failed" not in figures for figures in (*ours.values(), gkd)), text
+    assert ours["cached"]["price"] == ours["cached"]["step_seconds"] / ours["plain"]["step_seconds"]
+    assert ours["cached"]["peak_price"] == ours["cached"]["peak_bytes"] / ours["plain"]["peak_bytes"]
+    assert told["ratio"] == ours["resident"]["tokens_per_second"] / gkd["tokens_per_second"]
+    assert told["peak_ratio"] == ours["resident"]["peak_bytes"] / gkd["peak_bytes"]
+    assert {(bar["variant"], bar["figure"]) for bar in told["bars"]} == {
+        ("cached", "price"), ("cached", "peak_price"), ("resident", "ratio"), ("resident", "peak_ratio"),
+    }  # fmt: skip
+    assert told["signals"]["sampled"]["documents"] == 40 and told["signals"]["sampled"]["bytes_per_target"] <= 180
+    (file,) = tmp_path.glob("distill-*.json")
+    steps = {name: runs[0]["steps"] for name, runs in json.loads(file.read_text())["runs"].items()}
+    counted = [[(step["tokens"], step["target_tokens"]) for step in steps[f"ours {name}"]] for name in ours]
+    assert counted[0] == counted[1] == counted[2] and len(counted[0]) == 3
+    # A random model's loss on rows is a thousand times what four bits took from it.
+    losses = {name: steps[f"ours {name}"][0]["loss"] for name in ours}
+    assert max(losses["cached"], losses["resident"]) < losses["plain"] / 10
+
+
 def test_a_run_that_fails_is_recorded_and_the_rest_goes_on(repo_root: Path, work: Path, tmp_path: Path):
     words = (*SMALL, f"work={work}", f"results={tmp_path}", "lengths=64", "stock=none")
     words += ("parts=throughput,context", "ours=broken,uncompiled", "ours.broken=train.nonsense=1")

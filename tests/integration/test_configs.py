@@ -18,7 +18,8 @@ RUNS = sorted(CONFIGS.glob("*.yaml"))
 GROUPS = sorted(file for folder in CONFIGS.iterdir() if folder.is_dir() for file in folder.glob("*.yaml"))
 MODELS = [file for file in GROUPS if file.parent.name == "model"]
 # A group option that only goes together with another choice.
-COMPANIONS = {"lora/pissa": ["quant=none"], "train/early-stopping": ["data=files"]}
+COMPANIONS = {"lora/pissa": ["quant=none"], "train/early-stopping": ["data=files"],
+              "distill/teacher": ["distill.teacher.name=t"], "distill/cached": ["distill.cache=c"]}  # fmt: skip
 
 
 def label(file: Path) -> str:

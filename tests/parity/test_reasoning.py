@@ -233,6 +233,16 @@ def test_roles_that_r1_does_not_call_special_are_control_tokens_all_the_same(r1,
     assert f"x{token}y" in tokenizer.decode(dirty.ids) and chat.control_tokens_in(token) == 1
 
 
+def test_tags_that_a_template_writes_are_still_what_a_row_says(r1):
+    opens = TEMPLATE.read_text().replace(f"'{ASSISTANT}'", f"'{ASSISTANT}<think>\\n'")
+    chat = ChatTemplate(r1[1], opens)
+    row = conversation("what is <think>?", "hm</think>\n\nfour")
+    [encoded] = chat.encode([row], "answer")
+    tags = r1[1].convert_tokens_to_ids(["<think>", "</think>"])
+    assert [(encoded.ids == tag).sum() for tag in tags] == [2, 1]
+    assert r1[1].decode(encoded.ids[encoded.trained]) == f"four{END}"
+
+
 def test_tools_and_another_tokenizer_are_refused_by_the_r1_template(r1):
     chat, _ = r1
     asked, called = Message("user", "u"), Message("assistant", "a", (ToolCall("f", {}),))

@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.context import search
+from benchmarks.distill import judged, needed_price, prices
 from benchmarks.figures import ceiling_of, compare, medians, run_figures
-from benchmarks.flops import attention_flops, step_flops
+from benchmarks.flops import attention_flops, step_flops, teacher_flops
 from benchmarks.memory import fit
 from tests.models import random_qwen2
 
@@ -42,6 +43,35 @@ def test_tokens_computed_once_count_once_but_every_target_counts(counted):
     shared = step_flops(config, TOKENS, TARGETS, computed_tokens=TOKENS / 2)
     head = step_flops(config, 0, TARGETS)
     assert shared - head == (step_flops(config, TOKENS, TARGETS) - head) / 2
+
+
+def test_a_teachers_pass_is_what_torch_counts_of_a_forward_pass():
+    model = random_qwen2("eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        embeddings = torch.randn(1, TOKENS, model.config.hidden_size)
+        model.lm_head(model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[0, -TARGETS:])
+    counts = {str(kind): count for kind, count in counter.get_flop_counts()["Global"].items()}
+    assert teacher_flops(model.config.to_dict(), TOKENS, TARGETS) == counts["aten.mm"] + counts.get("aten.addmm", 0)
+
+
+def test_a_whole_teacher_needs_half_a_step_more_and_cached_states_half_a_head_more():
+    shape = random_qwen2().config.to_dict()
+    run = {"steps": [{"tokens": 30, "computed_tokens": 20, "target_tokens": 5}] * 2}
+    head = step_flops(shape, 0, 5) / step_flops(shape, 30, 5, 20)
+    assert needed_price(shape, run, "none") == 1
+    assert needed_price(shape, run, "whole") == 1.5
+    assert needed_price(shape, run, "head") == pytest.approx(1 + head / 2)
+
+
+def test_a_price_is_over_plain_and_a_bar_is_met_on_its_own_side():
+    plain, slow = {"step_seconds": 2.0, "peak_bytes": 100}, {"step_seconds": 2.2, "peak_bytes": 106}
+    assert prices(slow, plain) == {"price": 1.1, "peak_price": 1.06}
+    assert prices({"failed": "x"}, plain) == {"price": None, "peak_price": None}
+    found = {"cached": prices(slow, plain), "resident": {"ratio": 2.4, "peak_ratio": None}, "streamed": {"price": 9.0}}
+    assert [(bar["variant"], bar["figure"], bar["met"]) for bar in judged(found)] == [
+        ("cached", "price", True), ("cached", "peak_price", False),
+        ("resident", "ratio", False), ("resident", "peak_ratio", None),
+    ]  # fmt: skip
 
 
 def test_a_line_is_found_again():

@@ -42,7 +42,7 @@ def test_another_models_tokenizer_takes_the_place_of_the_models_own(write: Write
     other = write("other", {"a": 0, "b": 1, "new": 2, "more": 3})
     tokenizer = load_tokenizer(ModelConfig(name=own, tokenizer=other))
     assert (tokenizer.get_vocab(), tokenizer.name_or_path) == ({"a": 0, "b": 1, "new": 2, "more": 3}, other)
-    assert load_tokenizer(ModelConfig(name=own)).get_vocab() == {"a": 0, "b": 1, "old": 2}
+    assert load_tokenizer(ModelConfig(name=own)).convert_tokens_to_ids("old") == 2
 
 
 def test_ids_beyond_the_embedding_are_refused_with_both_numbers(write: Write):

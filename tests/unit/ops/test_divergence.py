@@ -55,8 +55,6 @@ def check(student, teacher, factors, kind, mix, temperature):
     allowed = (1e-6 * sizes.amax(-1) + ROUNDING * factors / temperature)[:, None]
     subnormal = torch.finfo(teacher.dtype).tiny * torch.finfo(teacher.dtype).eps / 2
     allowed = allowed + LAST_PLACE[teacher.dtype] * gradient.abs() + subnormal
-    import os
-    if len(found) and "X" in os.environ: print(((found - nats).abs() / (1e-6 * terms + ROUNDING)).max().item(), ((teacher-gradient).abs()/allowed.clamp(min=1e-30)).max().item(), kind,mix,temperature,teacher.dtype)
     assert ((teacher - gradient).abs() <= allowed).all()
 
 

@@ -1,0 +1,232 @@
+"""A teacher read layer by layer: how near a pass comes to what reading or computing alone would take, in which memory.
+
+    python -m benchmarks.streaming [model=FOLDER|size=0.5B] [tokens=256,1024,4096] [batch=1024] [repeats=3]
+
+Every macro-batch size is a fresh process, in which passes with the files forgotten by the system (cold) and passes with
+them in its cache (warm) take turns with reading all layers and computing nothing, and with the same batches through a
+resident model. `share` is the longer of these two over the pass. Peak: the highest anonymous memory above that of a
+process that has streamed a tiny model, before the resident one is loaded; `bar` is two layers, head and states.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.load import forget
+from benchmarks.processes import device, measure, parse, work_folder
+
+DEFAULTS = {"model": "", "size": "0.5B", "tokenizer": "data/tiny-qwen2.5", "tokens": "256,1024,4096", "batch": "1024",
+            "document": "256", "repeats": "3", "work": "", "results": "", "run": ""}  # fmt: skip
+_LIMIT_SECONDS = 3600.0
+_SAMPLED_EVERY_SECONDS = 0.002
+_WORDS = 1024  # every model has so many, the tiny one too
+
+
+class AnonymousPeak:
+    """Highest anonymous memory inside `with`, in bytes, sampled; `bytes` afterwards."""
+
+    def __enter__(self) -> AnonymousPeak:
+        self.bytes, self._stop = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_SAMPLED_EVERY_SECONDS):
+            self.bytes = max(self.bytes, anonymous_bytes())
+
+
+def anonymous_bytes() -> int:
+    _, resident, shared = map(int, Path("/proc/self/statm").read_text().split()[:3])
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def macro_batch(tokens: int, batch: int, document: int) -> list[Any]:
+    """Batches of random documents whose second half carries targets."""
+    import numpy as np
+
+    from finetune.data.batch import Document, build_batch
+    from finetune.data.template.chat import UNTRAINED
+
+    random = np.random.default_rng(0)
+
+    def row(length: int) -> Document:
+        ids = random.integers(_WORDS, size=length, dtype=np.int32)
+        return Document(ids, np.where(np.arange(length) < length // 2, UNTRAINED, ids).astype(np.int32), "random")
+
+    sizes = [min(batch, tokens - start) for start in range(0, tokens, batch)]
+    return [build_batch([row(min(document, size - at)) for at in range(0, size, document)]) for size in sizes]
+
+
+def layers_of(folder: Path) -> list[dict[str, Any]]:
+    """Where the tensors of each decoder layer lie, by their names within it."""
+    from finetune.distill.layer_reader import WeightFiles
+    from finetune.models.source import weight_files
+
+    layers: dict[int, dict[str, Any]] = {}
+    for name, stored in WeightFiles(weight_files(folder, str(folder))).tensors.items():
+        if name.startswith("model.layers."):
+            number, _, rest = name.removeprefix("model.layers.").partition(".")
+            layers.setdefault(int(number), {})[rest] = stored
+    return [layers[number] for number in range(len(layers))]
+
+
+def read_alone(layers: list[dict[str, Any]], buffers: Any) -> None:
+    """Read every layer as a pass does, and compute nothing."""
+    from finetune.distill.layer_reader import Reads
+
+    with Reads() as reads:
+        for i, layer in enumerate(layers[:2]):
+            buffers.begin(i, layer, reads)
+        for i in range(len(layers)):
+            buffers.take(i)
+            buffers.release(i)
+            if i + 2 < len(layers):
+                buffers.begin(i + 2, layers[i + 2], reads)
+
+
+def resident(folder: str, batches: list[Any], place: Any) -> Callable[[], None]:
+    """A function that computes the same states with the whole model in memory, once run already."""
+    import torch
+
+    from finetune.config.schema import ModelConfig, QuantConfig
+    from finetune.losses.hidden import hidden_states
+    from finetune.models.fast import attach_fast_path
+    from finetune.models.load import load_base
+
+    model = load_base(ModelConfig(name=folder), QuantConfig(type="none", double=False), place)
+    attach_fast_path(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # the system forgets no page of a file that is mapped
+
+    @torch.no_grad()
+    def compute() -> None:
+        for batch in batches:
+            hidden_states(model, batch.to(place))
+
+    compute()
+    return compute
+
+
+def timed(function: Callable[[], Any], place: Any) -> float:
+    import torch
+
+    start = time.perf_counter()
+    function()
+    if place.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def one_size(options: dict[str, str]) -> dict[str, Any]:
+    """A macro-batch in this process: the memory of a pass, then its time and what bounds it, by turns."""
+    import torch
+
+    from finetune.config.schema import ModelConfig
+    from finetune.distill.layer_reader import LayerBuffers
+    from finetune.distill.stream import StreamedModel
+
+    place = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    folder, sizes = Path(options["model"]), (int(options[key]) for key in ("run", "batch", "document"))
+    shape = json.loads((folder / "config.json").read_text())
+    batches = macro_batch(*sizes)
+    StreamedModel(ModelConfig(name=options["tiny"]), place).hidden_states(batches)
+    before = anonymous_bytes()
+    with AnonymousPeak() as peak:
+        model = StreamedModel(ModelConfig(name=options["model"]), place)
+        head_bytes = sum(parameter.nbytes for parameter in model.head.parameters())
+        model.hidden_states(batches)
+    gpu_peak_bytes = torch.cuda.max_memory_allocated() if place.type == "cuda" else None
+    layers = layers_of(folder)
+    buffers = LayerBuffers({name: torch.Size(stored.shape) for name, stored in layers[0].items()}, model.dtype, place)
+    compute = resident(options["model"], batches, place)
+    turns: list[dict[str, Any]] = []
+    for disk in ("cold", "warm") * int(options["repeats"]):
+        seconds = {}
+        for kind, function in (("wall", lambda: model.hidden_states(batches)),
+                               ("read", lambda: read_alone(layers, buffers)), ("compute", compute)):  # fmt: skip
+            if disk == "cold":
+                forget(folder)
+            seconds[f"{kind}_seconds"] = timed(function, place)
+        turns.append({"disk": disk, **seconds, "share_told": model.last_pass.achieved_share})
+    return {
+        "tokens": sum(batch.tokens for batch in batches), "turns": turns, "peak_bytes": peak.bytes - before,
+        "gpu_peak_bytes": gpu_peak_bytes, "layer_bytes": sum(stored_bytes(stored) for stored in layers[0].values()),
+        "layers_bytes": sum(stored_bytes(stored) for layer in layers for stored in layer.values()),
+        "head_bytes": head_bytes,
+        "states_bytes": sum(batch.rows for batch in batches) * shape["hidden_size"] * model.dtype.itemsize,
+    }  # fmt: skip
+
+
+def stored_bytes(stored: Any) -> int:
+    return math.prod(stored.shape) * stored.dtype.itemsize
+
+
+def summary_of(size: dict[str, Any]) -> dict[str, Any]:
+    """Medians by state of the disk, and the bar for the peak."""
+    disks: dict[str, Any] = {}
+    for disk in ("cold", "warm"):
+        turns = [turn for turn in size["turns"] if turn["disk"] == disk]
+        figures = {key: median(turn[key] for turn in turns) for key in turns[0] if key != "disk"}
+        bound = max(figures["read_seconds"], figures["compute_seconds"])
+        disks[disk] = {
+            **figures, "share": bound / figures["wall_seconds"],
+            "read_bytes_per_second": size["layers_bytes"] / figures["read_seconds"],
+            "tokens_per_second": size["tokens"] / figures["wall_seconds"],
+        }  # fmt: skip
+    bar = 2 * size["layer_bytes"] + size["head_bytes"] + size["states_bytes"]
+    return {**size, "disks": disks, "bar_bytes": bar, "peak_over_bar_bytes": size["peak_bytes"] - bar}
+
+
+def main(words: list[str]) -> None:
+    options = parse(words, {**DEFAULTS, "tiny": ""})
+    if options["run"]:
+        print(json.dumps(one_size(options)))
+        return
+    from benchmarks.models import write_random_model
+
+    work, tokenizer = work_folder(options["work"]), Path(options["tokenizer"])
+    options["tiny"] = str(write_random_model("tiny", tokenizer, work / "qwen2.5-tiny"))
+    if not options["model"]:
+        options["model"] = str(write_random_model(options["size"], tokenizer, work / f"qwen2.5-{options['size']}"))
+    print(f"{'tokens':>8} {'disk':<5}{'pass':>9}{'reading':>10}{'computing':>11}{'share':>8}{'peak':>10}{'bar':>10}",
+          file=sys.stderr)  # fmt: skip
+    sizes = []
+    for tokens in options["tokens"].split(","):
+        found = measure("benchmarks.streaming", {**options, "run": tokens}, _LIMIT_SECONDS)
+        if "failed" in found:
+            raise SystemExit(f"{tokens} tokens: {found['failed']}")
+        sizes.append(summary_of(found))
+        for disk, figures in sizes[-1]["disks"].items():
+            print(f"{tokens:>8} {disk:<5}{figures['wall_seconds']:>7.2f} s{figures['read_seconds']:>8.2f} s"
+                  f"{figures['compute_seconds']:>9.2f} s{figures['share']:>8.0%}{found['peak_bytes'] / 1e6:>7,.0f} MB"
+                  f"{sizes[-1]['bar_bytes'] / 1e6:>7,.0f} MB", file=sys.stderr)  # fmt: skip
+    here = device()
+    result = {
+        "benchmark": "streaming", "date": date.today().isoformat(), "device": here,
+        **{key: options[key] for key in ("size", "batch", "document", "repeats")}, "sizes": sizes,
+    }  # fmt: skip
+    kind = here["kind"] if here["kind"] == "cpu" else here["name"].replace(" ", "-").lower()
+    results = Path(options["results"] or Path(__file__).parent / "results")
+    results.mkdir(exist_ok=True)
+    file = results / f"streaming-{kind}-{result['date']}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

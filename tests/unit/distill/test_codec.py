@@ -1,0 +1,208 @@
+"""A target's distribution in 180 bytes: what comes back is what went in, and right on average where it was drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune.distill.codec import MOST_IDS, draw, encode_top, sampled_signal, top_signal
+from finetune.distill.keys import KEY_BYTES
+from finetune.distill.shards import open_folder
+from finetune.losses.chunked import chunked_loss
+from finetune.losses.divergence import Terms, distillation_loss
+from finetune.losses.signal import HiddenSignal, SampledSignal, Signal
+
+CPU = torch.device("cpu")
+# Half a step of a log-probability in 16 bit, and half a step of fp32 there.
+ROUNDING = 24 / 65535 / 2 + 1e-6
+# A probability is off by that in its own code, and by as much in the sum that it is divided by.
+RELATIVE = 2.01 * ROUNDING
+QWEN = 151_665
+
+
+def drawn(logits_NV: Tensor, head: int = 32, samples: int = 16, seed: int = 0) -> SampledSignal:
+    """What is kept of a teacher with these logits, there and back."""
+    uniforms_NS = np.random.default_rng(seed).random((len(logits_NV), samples))
+    columns = draw(HiddenSignal(logits_NV, nn.Identity()), logits_NV.shape[1], head, uniforms_NS)
+    return sampled_signal(columns, CPU)
+
+
+def random_logits(n: int, vocabulary: int, scale: float = 2.0, seed: int = 0) -> Tensor:
+    return scale * torch.randn(n, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(signal: SampledSignal, vocabulary: int) -> Tensor:
+    """The distributions that a draw stands for, [N, V] in float64."""
+    probs_NV = torch.zeros(len(signal.ids_NK), vocabulary, dtype=torch.float64)
+    return probs_NV.scatter_add_(1, signal.ids_NK, signal.probs_NK.double())
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 4, 5, 48, 255])
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_ids_and_log_probabilities_come_back(n, kept):
+    rng = np.random.default_rng(kept)
+    ids_NK = rng.integers(0, MOST_IDS, (n, kept))
+    ids_NK[:, 0] = MOST_IDS - 1
+    log_probs_NK = rng.uniform(-24, 0, (n, kept)).astype(np.float32)
+    signal = top_signal(encode_top(ids_NK, log_probs_NK), CPU)
+    assert signal.ids_NK.dtype == torch.int64 and (signal.ids_NK.numpy() == ids_NK).all()
+    assert signal.log_probs_NK.dtype == torch.float32 and signal.log_probs_NK.shape == (n, kept)
+    assert np.abs(signal.log_probs_NK.double().numpy() - log_probs_NK).max(initial=0) <= ROUNDING
+
+
+def test_what_is_less_probable_than_the_lowest_code_is_kept_as_that():
+    log_probs_NK = np.array([[0.0, -24.0, -24.1, -100.0, -np.inf, 1e-7]], dtype=np.float32)
+    back = top_signal(encode_top(np.arange(6)[None], log_probs_NK), CPU).log_probs_NK
+    assert back.tolist() == [[0.0, -24.0, -24.0, -24.0, -24.0, 0.0]]
+
+
+def test_a_target_takes_at_most_180_bytes_of_disk(tmp_path):
+    signal = HiddenSignal(random_logits(32, QWEN), nn.Identity())
+    columns = draw(signal, QWEN, 32, np.random.default_rng(0).random((32, 16)))
+    with open_folder(tmp_path / "cache", {"kept": "sampled"}) as writer:
+        for i in range(64):
+            writer.add(i.to_bytes(KEY_BYTES), columns)
+        writer.finish()
+    size_bytes = sum(file.stat().st_size for file in (tmp_path / "cache").iterdir())
+    assert size_bytes / (64 * 32) <= 180
+
+
+@pytest.mark.parametrize(("n", "vocabulary", "scale"), [(20, 997, 2.0), (5, QWEN, 3.0), (5, QWEN, 0.01), (3, 997, 12.0)])
+def test_the_head_is_the_most_probable_tokens_and_all_adds_up_to_one(n, vocabulary, scale):
+    logits_NV = random_logits(n, vocabulary, scale)
+    signal = drawn(logits_NV)
+    probs_NV = logits_NV.double().softmax(-1)
+    top = probs_NV.topk(32)
+    torch.testing.assert_close(signal.probs_NK.double().sum(1), torch.ones(n).double(), rtol=0, atol=1e-6)
+    assert (signal.probs_NK > 0).all()
+    assert (signal.ids_NK[:, :32].sort().values == top.indices.sort().values).all()
+    head_NH = probs_NV.gather(1, signal.ids_NK[:, :32])
+    assert (head_NH.diff(dim=1) <= 1e-6 * head_NH[:, 1:]).all(), "most probable first"
+    # A token below the lowest code is kept as it: exp(-24), and not more than that is added to each sum.
+    error = (signal.probs_NK[:, :32].double() - head_NH).abs()
+    assert (error <= RELATIVE * head_NH + 1e-6 * head_NH + np.exp(-24)).all()
+    tail = 1 - top.values.sum(1)
+    kept = signal.probs_NK[:, 32:].double().sum(1)
+    assert ((kept - tail).abs() <= RELATIVE * tail + 1e-6 * tail + 40 * np.exp(-24)).all()
+    assert not (signal.ids_NK[:, 32:, None] == signal.ids_NK[:, None, :32]).any(), "the others are drawn from the rest"
+    entropy = -(probs_NV * probs_NV.log()).sum(1)
+    torch.testing.assert_close(signal.entropy_N.double(), entropy, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 5, 31, 32, 33])
+def test_a_vocabulary_no_larger_than_the_head_is_kept_whole(vocabulary):
+    logits_NV = random_logits(6, vocabulary)
+    signal = drawn(logits_NV)
+    assert signal.head == min(32, vocabulary) and signal.ids_NK.shape == (6, signal.head + 16)
+    assert (signal.ids_NK < vocabulary).all()
+    torch.testing.assert_close(
+        dense(signal, vocabulary), logits_NV.double().softmax(-1), rtol=RELATIVE + 1e-6, atol=np.exp(-24)
+    )
+
+
+def test_a_teacher_that_is_all_but_certain():
+    vocabulary, rest = 997, 1e-9
+    logits_NV = torch.zeros(1, vocabulary)
+    logits_NV[0, 500] = np.log((1 - rest) / (rest / (vocabulary - 1)))
+    signal = drawn(logits_NV)
+    assert signal.ids_NK[0, 0] == 500 and signal.probs_NK[0, 0] == 1.0 and signal.probs_NK.isfinite().all()
+    # 31 tokens of 1e-12 are kept as exp(-24); the mass of all others is told within its code.
+    assert (signal.probs_NK[0, 1:32] <= np.exp(-24) * 1.001).all()
+    tail = signal.probs_NK[0, 32:].double().sum().item()
+    assert tail == pytest.approx(rest * (vocabulary - 32) / (vocabulary - 1), rel=1e-3)
+    assert 0 < signal.entropy_N[0] < 1e-7
+
+
+def test_a_token_that_is_drawn_each_time_counts_each_time():
+    probs = torch.tensor([[0.5, 0.25, 0.25 - 1e-12, 1e-12]], dtype=torch.float64)
+    signal = drawn(probs.log().float(), head=2)
+    assert signal.ids_NK[0, 2:].tolist() == [2] * 16
+    torch.testing.assert_close(dense(signal, 4), probs, rtol=RELATIVE, atol=1e-6)
+
+
+def test_no_target_gives_columns_without_entries_that_are_read_as_a_signal_without_entries():
+    one, none = (
+        draw(HiddenSignal(random_logits(n, 99), nn.Identity()), 99, 32, np.zeros((n, 16))) for n in (1, 0)
+    )
+    assert {name: (column.dtype, column.shape[1:]) for name, column in none.items()} == {
+        name: (column.dtype, column.shape[1:]) for name, column in one.items()
+    }
+    signal = sampled_signal(none, CPU)
+    assert signal.ids_NK.shape == signal.probs_NK.shape == (0, 48) and signal.entropy_N.shape == (0,)
+
+
+# The estimator's law, on a small vocabulary of which the head is a small part.
+
+VOCABULARY, WIDTH, HEAD, SAMPLES, TARGETS, DRAWS = 199, 24, 8, 4, 5, 4000
+
+
+@pytest.fixture(scope="module")
+def teacher_NV() -> Tensor:
+    return random_logits(TARGETS, VOCABULARY, scale=1.0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def draws(teacher_NV) -> SampledSignal:
+    """DRAWS of each target; the draws of a target lie side by side."""
+    return drawn(teacher_NV.repeat_interleave(DRAWS, 0), HEAD, SAMPLES, seed=4)
+
+
+def test_the_mean_of_the_draws_is_the_teachers_distribution(teacher_NV, draws):
+    probs_NV = teacher_NV.double().softmax(-1)
+    mean_NV = dense(draws, VOCABULARY).unflatten(0, (TARGETS, DRAWS)).mean(1)
+    tail_NV = probs_NV.scatter(1, probs_NV.topk(HEAD).indices, 0.0)
+    mass_N1 = tail_NV.sum(1, keepdim=True)
+    share_NV = tail_NV / mass_N1
+    # Of one draw of a share q of the tail's mass: independent draws vary most, drawing by strata varies less.
+    deviation_NV = mass_N1 * (share_NV * (1 - share_NV) / (SAMPLES * DRAWS)).sqrt()
+    error_NV = (mean_NV - probs_NV).abs()
+    assert (error_NV <= RELATIVE * probs_NV + 1e-6 + 5 * deviation_NV).all()
+    assert (mean_NV > 0).all(), "every token of the tail is drawn now and then"
+
+
+class Student:
+    """A head and hidden states, and what a signal costs them: mean nats, and gradients [targets, draws, D]."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(5)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False).requires_grad_(False)
+        self.head.weight.normal_()
+        self.hidden_ND = 0.3 * torch.randn(TARGETS, WIDTH)
+
+    def losses(self, signal: Signal, draws: int) -> tuple[Tensor, Tensor]:
+        hidden_ND = self.hidden_ND.repeat_interleave(draws, 0).requires_grad_()
+        rows = len(hidden_ND)
+        loss = distillation_loss(
+            signal, Terms(), torch.zeros(rows, dtype=torch.int64), torch.ones(rows), torch.zeros(rows), VOCABULARY
+        )
+        total = chunked_loss(hidden_ND, self.head, VOCABULARY, loss)
+        (gradient_ND,) = torch.autograd.grad(total, hidden_ND)
+        return total.detach() / draws, gradient_ND.unflatten(0, (TARGETS, draws))
+
+
+def test_forward_kl_and_its_gradient_are_right_on_average_and_the_rescaled_head_is_not(teacher_NV, draws):
+    student = Student()
+    # What rounding the probabilities can do to a gradient W^T (q - p), and to a divergence of log q.
+    log_q = (student.hidden_ND @ student.head.weight.T).log_softmax(-1)
+    gradient_slack = RELATIVE * student.head.weight.abs().max()
+    kl_slack = TARGETS * RELATIVE * log_q.abs().max()
+
+    exact_kl, exact_ND = student.losses(HiddenSignal(teacher_NV, nn.Identity()), 1)
+    mean_kl, gradients_NRD = student.losses(draws, DRAWS)
+    deviation_ND = gradients_NRD.std(1) / DRAWS**0.5
+    error_ND = (gradients_NRD.mean(1) - exact_ND[:, 0]).abs()
+    assert (error_ND <= 5 * deviation_ND + gradient_slack).all()
+    # Of log q over the tail, weighed with its mass: what a draw's cross-entropy varies by, at most.
+    kl_deviation = (log_q.var(1) / (SAMPLES * DRAWS)).sum().sqrt()
+    assert abs(mean_kl - exact_kl) <= 5 * kl_deviation + kl_slack
+
+    head_NK = draws.probs_NK[::DRAWS, :HEAD]
+    rescaled = SampledSignal(
+        draws.ids_NK[::DRAWS, :HEAD], head_NK / head_NK.sum(1, keepdim=True), draws.entropy_N[::DRAWS], HEAD
+    )
+    biased_kl, biased_ND = student.losses(rescaled, 1)
+    allowed_ND = 5 * deviation_ND + gradient_slack
+    assert ((biased_ND[:, 0] - exact_ND[:, 0]).abs() > 10 * allowed_ND).float().mean() > 0.5
+    assert abs(biased_kl - exact_kl) > 5 * (5 * kl_deviation + kl_slack)

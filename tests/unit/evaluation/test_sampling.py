@@ -1,0 +1,151 @@
+"""Answers follow the model's own probabilities, token by token, whatever is answered beside them."""
+
+from __future__ import annotations
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+from finetune.evaluation import sampling
+from finetune.evaluation.sampling import draw_tokens, sample_answers
+from finetune.models.fast import attach_fast_path
+from tests.models import random_qwen2
+
+WORDS, STOP = 97, 5
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model in training mode with an adapter that does something, dropout, and the fast path."""
+    adapted = peft.get_peft_model(
+        random_qwen2(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.3)
+    )
+    attach_fast_path(adapted)
+    return adapted.train()
+
+
+def prompts_and_draws(count: int, seed: int = 0, tokens: int = 7) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(WORDS, size=rng.integers(1, 12), dtype=np.int32) for _ in range(count)]
+    return prompts, [rng.random(rng.integers(1, tokens + 1)) for _ in range(count)]
+
+
+def answer(model, prompts, draws, stop_ids=(STOP,), vocabulary=WORDS, temperature=1.0) -> list[list[int]]:
+    answers = sample_answers(
+        model, prompts, draws, stop_ids=stop_ids, vocabulary=vocabulary, temperature=temperature
+    )  # fmt: skip
+    assert all(a.dtype == np.int32 for a in answers)
+    return [a.tolist() for a in answers]
+
+
+@torch.no_grad()
+def probabilities(model, ids: list[int], vocabulary: int = WORDS, temperature: float = 1.0) -> np.ndarray:
+    """The next token's, of the whole sequence alone, by transformers' own forward pass."""
+    modes = [(module, module.training) for module in model.modules()]
+    logits = model.eval()(input_ids=torch.tensor([ids])).logits[0, -1, :vocabulary].double()
+    for module, training in modes:
+        module.training = training
+    return (logits / temperature).softmax(-1).numpy()
+
+
+def reference(model, prompt: np.ndarray, draws: np.ndarray, vocabulary: int, temperature: float) -> list[int]:
+    """One prompt by itself, without a cache."""
+    ids, written = prompt.tolist(), []
+    for draw in draws:
+        cumulated = probabilities(model, ids + written, vocabulary, temperature).cumsum()
+        written.append(int(np.searchsorted(cumulated, draw * cumulated[-1], side="right")))
+        if written[-1] == STOP:
+            break
+    return written
+
+
+@pytest.mark.parametrize(("vocabulary", "temperature"), [(WORDS, 1.0), (WORDS, 3.0), (40, 0.7)])
+def test_an_answer_is_that_of_its_prompt_alone_without_a_cache(model, vocabulary, temperature):
+    prompts, draws = prompts_and_draws(24)
+    answers = answer(model, prompts, draws, vocabulary=vocabulary, temperature=temperature)
+    expected = [reference(model, p, d, vocabulary, temperature) for p, d in zip(prompts, draws, strict=True)]
+    assert answers == expected
+    assert max(token for a in answers for token in a) < vocabulary
+    assert len({len(a) for a in answers}) > 2
+
+
+@pytest.mark.parametrize("limits", [(1, 10**6), (3, 10**6), (64, 1), (64, 60)])
+def test_batches_change_no_answer(model, monkeypatch, limits):
+    prompts, draws = prompts_and_draws(20)
+    together = answer(model, prompts, draws)
+    monkeypatch.setattr(sampling, "_PROMPTS", limits[0])
+    monkeypatch.setattr(sampling, "_TOKENS", limits[1])
+    assert answer(model, prompts, draws) == together
+    assert answer(model, prompts[::-1], draws[::-1]) == together[::-1]
+    assert answer(model, prompts[4:9], draws[4:9]) == together[4:9]
+
+
+def test_batches_hold_what_the_limits_allow(monkeypatch):
+    monkeypatch.setattr(sampling, "_PROMPTS", 3)
+    monkeypatch.setattr(sampling, "_TOKENS", 40)
+    batches = list(sampling._batches([9, 3, 50, 3, 4, 3, 11], [2, 2, 2, 2, 7, 2, 2]))
+    assert batches == [[1, 3, 5], [4, 0], [6], [2]]
+
+
+def test_it_ends_with_a_stop_token_or_when_its_draws_are_used_up(model):
+    prompts, draws = prompts_and_draws(60, tokens=12)
+    stops = tuple(range(0, WORDS, 6))
+    answers = answer(model, prompts, draws, stop_ids=stops)
+    stopped = [a[-1] in stops for a in answers]
+    assert 10 < sum(stopped) < 60
+    for tokens, given, ended in zip(answers, draws, stopped, strict=True):
+        assert len(tokens) == len(given) or (ended and len(tokens) < len(given))
+        assert not set(tokens[:-1]) & set(stops)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_tokens_follow_the_softmax(model, temperature):
+    """Chi-square of the first token of 4,000 answers to one prompt, and of the second after the commonest first."""
+    prompt = np.array([3, 14, 15, 92], dtype=np.int32)
+    draws = list(np.random.default_rng(1).random((4000, 2)))
+    answers = answer(model, [prompt] * 4000, draws, stop_ids=(), temperature=temperature)
+    firsts = [first for first, _ in answers]
+    common = max(set(firsts), key=firsts.count)
+    seconds = [second for first, second in answers if first == common]
+    assert len(seconds) > 200
+    for tokens, context in ((firsts, prompt.tolist()), (seconds, [*prompt.tolist(), common])):
+        expected = probabilities(model, context, temperature=temperature) * len(tokens)
+        counts = np.bincount(tokens, minlength=WORDS)
+        frequent = expected >= 5
+        cells = np.append(expected[frequent], expected[~frequent].sum())
+        found = np.append(counts[frequent], counts[~frequent].sum())
+        square = ((found - cells) ** 2 / cells).sum()
+        freedom = len(cells) - 1
+        assert freedom > 5
+        # Four standard deviations of a chi-square.
+        assert square < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_a_draw_takes_the_stretch_it_lies_in():
+    logits = torch.tensor([0.0, float("-inf"), 0.0, 0.0]).log_softmax(-1).expand(5, 4)
+    draws = torch.tensor([0.0, 1 / 3 - 1e-9, 1 / 3 + 1e-9, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert draw_tokens(logits, draws, 1.0).tolist() == [0, 0, 2, 2, 3]
+
+
+def test_rows_that_are_drawn_block_by_block_are_the_same(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits, draws = torch.randn(50, WORDS, generator=generator), torch.rand(50, dtype=torch.float64, generator=generator)
+    whole = draw_tokens(logits, draws, 1.0)
+    monkeypatch.setattr(sampling, "_DRAWN_AT_ONCE", 7)
+    assert torch.equal(draw_tokens(logits, draws, 1.0), whole)
+
+
+def test_nothing_of_the_model_or_of_chance_is_touched(model):
+    prompts, draws = prompts_and_draws(6)
+    modes = [module.training for module in model.modules()]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    torch.manual_seed(7)
+    np.random.seed(7)
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    answer(model, prompts, draws)
+    assert torch.equal(torch.get_rng_state(), state) and (np.random.get_state()[1] == numpy_state).all()
+    assert [module.training for module in model.modules()] == modes and model.training
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert answer(model, [], []) == []
