@@ -88,7 +88,7 @@ def chosen(options: Mapping[str, str]) -> list[str]:
     return [*dict.fromkeys([PLAIN, *given])]
 
 
-def run_ours(work: Workload, variant: Variant, module: str = "benchmarks.ours") -> dict[str, Any]:
+def run_ours(work: Workload, variant: Variant, module: str = "benchmarks.ours", **changes: Any) -> dict[str, Any]:
     """A run of ours, or what else `module` measures on its config: packs of one forward pass each."""
     options, settings = work.options, variant.settings
     if variant.tier is not None:
@@ -96,7 +96,7 @@ def run_ours(work: Workload, variant: Variant, module: str = "benchmarks.ours") 
         settings += f";distill.teacher.placement=cached;distill.tier={variant.tier};distill.cache={folder}"
     tokens = int(options["length"]) * int(options["batch"])
     pack = min(int(options["pack"]), tokens)
-    return work.ours(options["ours"], pack, tokens // pack, settings, module, micro=1)
+    return work.ours(options["ours"], pack, tokens // pack, settings, module, micro=1, **changes)
 
 
 def write_signals(work: Workload, names: list[str]) -> dict[str, Figures]:
@@ -110,8 +110,11 @@ def write_signals(work: Workload, names: list[str]) -> dict[str, Figures]:
 
 
 def alternate(work: Workload, names: list[str]) -> Runs:
-    """All runs by name (`ours NAME`, `stock NAME`), by turns."""
+    """All runs by name (`ours NAME`, `stock NAME`), by turns, after a run that counts for nothing: it quantises the
+    base, which the others find done, and so do their peaks.
+    """
     options = work.options
+    run_ours(work, VARIANTS[PLAIN], steps=1)
     turns = [*(("ours", name) for name in names), *(("stock", name) for name in work.stock_variants())]
     runs: Runs = {f"{side} {name}": [] for side, name in turns}
     for _ in range(int(options["repeats"])):

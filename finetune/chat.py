@@ -156,7 +156,7 @@ def load_conversation(config: RunConfig, adapter: Path | None, settings: ChatSet
         chat = load_chat_template(config.data, tokenizer)
         return Conversation(load_base(config.model, config.quant), tokenizer, chat, settings)
     # The tokenizer saved with the adapter knows its template and the tokens it added.
-    saved = config.model.model_copy(update={"name": str(adapter), "revision": None})
+    saved = config.model.model_copy(update={"name": str(adapter), "revision": None, "tokenizer": None})
     tokenizer = load_tokenizer(saved if (adapter / "tokenizer_config.json").is_file() else config.model)
     model = load_adapter(load_base(config.model, config.quant), adapter)
     return Conversation(model, tokenizer, ChatTemplate(tokenizer), settings)

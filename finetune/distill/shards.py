@@ -74,13 +74,13 @@ def open_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[ShardW
 def _claim(folder: Path) -> FileLock:
     """The system lets go of it when its holder is killed."""
     lock = FileLock(folder / ".lock")
-    try:
-        with _writing(folder):
+    with _writing(folder):
+        try:
             lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ConfigError(
-            f"distill.cache: another process is writing to {folder}; wait until it is done, or name another folder"
-        ) from error
+        except Timeout as error:
+            raise ConfigError(
+                f"distill.cache: another process is writing to {folder}; wait until it is done, or name another folder"
+            ) from error
     return lock
 
 

@@ -43,21 +43,17 @@ def chunked_loss(hidden_ND: Tensor, head: nn.Module, vocabulary: int, loss: Chun
 @torch.no_grad()
 def chunked_logits(hidden_ND: Tensor, head: nn.Module, vocabulary: int) -> Iterator[tuple[Tensor, slice]]:
     """Chunk after chunk, the logits [n, V] and which of the N rows they are; the next chunk overwrites them."""
-    plain = _as_plain(head)
     logits_NV = None
     for rows in _chunks(len(hidden_ND), vocabulary, hidden_ND.device):
-        if plain is None:
-            logits_NV = head(hidden_ND[rows])[:, :vocabulary]
-        else:
-            logits_NV = _product(hidden_ND[rows], plain, vocabulary, logits_NV)
+        logits_NV = logits_of(hidden_ND[rows], head, vocabulary, logits_NV)
         yield logits_NV, rows
 
 
 @torch.no_grad()
-def logits_of(hidden_ND: Tensor, head: nn.Module, vocabulary: int) -> Tensor:
-    """Logits [n, V] of few rows, which the caller may overwrite."""
+def logits_of(hidden_ND: Tensor, head: nn.Module, vocabulary: int, place_NV: Tensor | None = None) -> Tensor:
+    """Logits [n, V] of few rows, which the caller may overwrite; in the place of earlier ones, where they fit."""
     plain = _as_plain(head)
-    return head(hidden_ND)[:, :vocabulary] if plain is None else _product(hidden_ND, plain, vocabulary, None)
+    return head(hidden_ND)[:, :vocabulary] if plain is None else _product(hidden_ND, plain, vocabulary, place_NV)
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -5,6 +5,7 @@ Shapes: N rows that carry a target, V vocabulary, K tokens kept of a teacher's d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,28 +58,47 @@ def distillation_loss(
     factors_N: what each row counts. rows_N: what the cross-entropy of each row counts besides. vocabulary: V of both
     sides. The divergence of a sampled signal is right on average over its draws, value and gradient.
     """
-    if isinstance(signal, HiddenSignal):
-        return _dense(signal, terms, labels_N, factors_N, rows_N * terms.rows, vocabulary)
+    rows_N = rows_N * terms.rows
     if isinstance(signal, SampledSignal):
-        return _sampled(signal, terms, labels_N, factors_N, rows_N * terms.rows)
-    return _bucketed(signal, terms, labels_N, factors_N, rows_N * terms.rows)
+        return _sampled(signal, terms, labels_N, factors_N, rows_N)
+    against = _dense(signal, terms, vocabulary) if isinstance(signal, HiddenSignal) else _bucketed(signal)
 
-
-def _dense(
-    signal: HiddenSignal, terms: Terms, labels_N: Tensor, factors_N: Tensor, rows_N: Tensor, vocabulary: int
-) -> ChunkLoss:
     def loss(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        teacher_NV = logits_of(signal.hidden_ND[rows], signal.head, vocabulary)
         factors = factors_N[rows] * terms.teacher
-        nats_N = divergence_(logits_NV, teacher_NV, factors, terms.divergence, terms.mix, terms.temperature)
+        nats_N, gradient_NV = against(logits_NV, rows, factors)
         total = (nats_N * factors).sum()
         if not terms.rows:
-            return total, teacher_NV
+            return total, gradient_NV
         factors = factors_N[rows] * rows_N[rows]
         nll_N = cross_entropy_(logits_NV, labels_N[rows], factors)
-        return total + (nll_N * factors).sum(), logits_NV.add_(teacher_NV)
+        return total + (nll_N * factors).sum(), logits_NV.add_(gradient_NV)
 
     return loss
+
+
+# (logits [n, V], which rows, factors [n]) -> nats [n] without the factors, and the gradient times them, in a place of
+# its own that the next call overwrites.
+_Against = Callable[[Tensor, slice, Tensor], tuple[Tensor, Tensor]]
+
+
+def _dense(signal: HiddenSignal, terms: Terms, vocabulary: int) -> _Against:
+    teacher_NV: Tensor | None = None
+
+    def against(logits_NV: Tensor, rows: slice, factors: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal teacher_NV
+        teacher_NV = logits_of(signal.hidden_ND[rows], signal.head, vocabulary, teacher_NV)
+        nats_N = divergence_(logits_NV, teacher_NV, factors, terms.divergence, terms.mix, terms.temperature)
+        return nats_N, teacher_NV
+
+    return against
+
+
+def _bucketed(signal: TopSignal) -> _Against:
+    def against(logits_NV: Tensor, rows: slice, factors: Tensor) -> tuple[Tensor, Tensor]:
+        own_NV = logits_NV.clone()
+        return bucketed_kl_(own_NV, signal.ids_NK[rows], signal.log_probs_NK[rows], factors), own_NV
+
+    return against
 
 
 def _sampled(signal: SampledSignal, terms: Terms, labels_N: Tensor, factors_N: Tensor, rows_N: Tensor) -> ChunkLoss:
@@ -89,21 +109,6 @@ def _sampled(signal: SampledSignal, terms: Terms, labels_N: Tensor, factors_N: T
         probs_NK = torch.cat([rows_N[rows, None], signal.probs_NK[rows] * terms.teacher], 1)
         cross_N = sampled_kl_(logits_NV, ids_NK, probs_NK, factors_N[rows])
         return ((cross_N - terms.teacher * signal.entropy_N[rows]) * factors_N[rows]).sum(), logits_NV
-
-    return loss
-
-
-def _bucketed(signal: TopSignal, terms: Terms, labels_N: Tensor, factors_N: Tensor, rows_N: Tensor) -> ChunkLoss:
-    def loss(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        factors = factors_N[rows] * terms.teacher
-        own_NV = logits_NV.clone() if terms.rows else logits_NV
-        nats_N = bucketed_kl_(own_NV, signal.ids_NK[rows], signal.log_probs_NK[rows], factors)
-        total = (nats_N * factors).sum()
-        if not terms.rows:
-            return total, own_NV
-        factors = factors_N[rows] * rows_N[rows]
-        nll_N = cross_entropy_(logits_NV, labels_N[rows], factors)
-        return total + (nll_N * factors).sum(), logits_NV.add_(own_NV)
 
     return loss
 

@@ -81,6 +81,8 @@ def plan_activations(
     mlp_work = _MLP_WORK["compiled" if cfg.train.compile or not cfg.train.fast else "plain torch"]
     values, bytes_each = _LOGITS["cuda" if device_type == "cuda" else "cpu"]
     logits = min(values, tokens * shape["vocab_size"]) * bytes_each
+    if cfg.distill.objective != "none":
+        logits *= 2  # the teacher's beside the student's
     hidden = tokens * shape["hidden_size"] * width
     return ActivationPlan(
         kept=kept,

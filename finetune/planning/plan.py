@@ -13,6 +13,7 @@ from finetune.models.families import shape_of
 from finetune.planning.activations import ActivationPlan, plan_activations
 from finetune.planning.machine import device_type_here
 from finetune.planning.memory import plan_memory
+from finetune.planning.teacher import describe_teacher
 
 # Tokens of a forward pass from which more of them are no faster: on a CPU the products are as fast by then, and every
 # token more only raises the peak.
@@ -122,6 +123,7 @@ def describe_plan(cfg: RunConfig, shape: Mapping[str, Any] | None, ranks: int, d
         )
     plan = plan_memory(shape, cfg.model, cfg.quant, cfg.lora)
     activations = plan_activations(shape, cfg, micro, device_type)
+    teacher = describe_teacher(cfg, shape)
     kept, recomputed = (activations.peak_bytes(n) for n in (0, max(0, len(activations.kept) - 1)))
     return "\n".join([
         *lines,
@@ -129,6 +131,7 @@ def describe_plan(cfg: RunConfig, shape: Mapping[str, Any] | None, ranks: int, d
         f"memory before activations: {plan.total_bytes / 2**30:.2f} GiB a rank (linears in {cfg.quant.type} "
         f"{plan.quantised_bytes / 2**30:.2f}, embeddings, head and norms {plan.unquantised_bytes / 2**30:.2f}, "
         f"adapter with gradients and optimizer {plan.adapter_bytes / 2**30:.2f})",
+        *([teacher] if teacher else []),
         f"memory of activations: {_gib(kept)} a rank when no layer is recomputed, {_gib(recomputed)} when all are "
         f"(train.recompute={cfg.train.recompute})",
     ])  # fmt: skip

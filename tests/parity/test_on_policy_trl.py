@@ -80,7 +80,7 @@ def test_the_divergence_of_written_answers_is_trls(kind, beta, rows):
     student.zero_grad()
     batches = [build_batch(sequence, lean=True) for sequence in sequences]
     loss.expect(ResidentTeacher(teacher, torch.device("cpu")).signals(batches))
-    total = sum(loss(batch) for batch in batches) / targets
+    total = torch.stack([loss(batch) for batch in batches]).sum() / targets
     total.backward()
     assert total.item() == pytest.approx(their_loss, rel=1e-5)
     ours = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}

@@ -14,6 +14,14 @@ from finetune.config.schema import RunConfig
 
 EVAL = "data.eval=[{path: held.jsonl}]"
 
+CACHED = ["distill.objective=recover", "distill.teacher.placement=cached", "distill.cache=c"]
+SERVER = [
+    "distill.objective=distill",
+    "distill.teacher.placement=server",
+    "distill.cache=c",
+    "distill.teacher.url=http://a",
+]
+
 # Settings that do not go together -> the key that is to blame, and a word of what is said.
 BROKEN: list[tuple[list[str], str, str]] = [
     (["model.attention=flash_attention_2", "model.dtype=float32"], "model.attention", "float32"),
@@ -44,6 +52,27 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["lora.init=orthogonal", "lora.rank=3"], "lora.rank", "even"),
     (["lora.init=orthogonal", "lora.rank_pattern={q_proj: 5}"], "lora.rank_pattern.q_proj", "even"),
     (["lora.init=gaussian", "lora.init_adapter=old"], "lora.init", "lora.init_adapter"),
+    (["distill.divergence=jsd"], "distill.objective", "distill.divergence does nothing"),
+    (["distill.objective=recover", "distill.teacher.name=t"], "distill.teacher.name", "objective=distill"),
+    (["distill.objective=recover", "distill.teacher.lora=t"], "distill.teacher.lora", "objective=distill"),
+    (["distill.objective=recover", "distill.weight=2"], "distill.weight", "null"),
+    (["distill.objective=distill"], "distill.teacher.name", "nothing new"),
+    (["distill.objective=recover", "distill.beta=0.1"], "distill.beta", "divergence=jsd"),
+    (["distill.objective=recover", "distill.divergence=jsd", "distill.alpha=0.2"], "distill.alpha", "skew_kl"),
+    (["distill.objective=recover", "distill.teacher.placement=cached"], "distill.cache", "folder"),
+    ([*CACHED, "distill.divergence=reverse_kl"], "distill.divergence", "tier=hidden"),
+    ([*CACHED, "distill.temperature=2"], "distill.temperature", "temperature 1"),
+    ([*CACHED, "distill.hidden_weight=1"], "distill.hidden_weight", "no hidden states"),
+    ([*CACHED, "distill.on_policy=0.5"], "distill.on_policy", "new answers"),
+    ([*CACHED, "data.stream_rows=10", "train.max_steps=9"], "data.stream_rows", "not known"),
+    ([*SERVER, "distill.tier=hidden", "distill.divergence=jsd"], "distill.divergence", "server"),
+    (
+        ["distill.objective=recover", "distill.cache=c", "distill.teacher.placement=server"],
+        "distill.teacher.url",
+        "http",
+    ),
+    (["distill.objective=recover", "distill.teacher.url=http://a"], "distill.teacher.url", "placement=server"),
+    (["distill.objective=recover", "distill.teacher.steps_ahead=2"], "distill.teacher.steps_ahead", "streamed"),
     (["data.eval=[{path: a/x.jsonl},{path: b/x.jsonl}]"], "data.eval", "called x"),
     (["data.eval=[{path: a/x.jsonl.gz},{path: b/x.csv}]"], "data.eval", "called x"),
     (["data.eval=[{path: a, weight: 2}]"], "data.eval.0.weight", "data.train"),
@@ -95,6 +124,11 @@ SOUND: list[list[str]] = [
     ["data.train=[{path: a, columns: {prompt: q, completion: a}, roles: {user: x, assistant: [y, z]}}]"],
     ["data.eval=[{path: a, name: held_out}]"],
     ["data.stream_rows=10", "train.max_steps=5", "train.eval_every=5", EVAL],
+    ["distill.objective=recover", "distill.teacher.placement=streamed", "distill.teacher.steps_ahead=4"],
+    ["distill.objective=sft+anchor", "distill.divergence=jsd", "distill.beta=0.9", "distill.weight=0.1"],
+    ["distill.objective=distill", "distill.teacher.lora=tuned", "distill.on_policy=1"],
+    [*CACHED, "distill.tier=hidden", "distill.divergence=skew_kl", "distill.alpha=0.2", "distill.hidden_weight=1"],
+    SERVER,
 ]
 
 
@@ -102,8 +136,11 @@ def problems(settings: list[str]) -> list[Problem]:
     tree: dict[str, Any] = {"model": {"name": "base"}, "data": {"train": [{"path": "rows.jsonl"}]}}
     for setting in settings:
         key, _, value = setting.partition("=")
-        section, _, name = key.partition(".")
-        tree.setdefault(section, {})[name] = yaml.safe_load(value)
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = yaml.safe_load(value)
     try:
         RunConfig.model_validate(tree)
     except ValidationError as error:

@@ -1,9 +1,10 @@
-"""Which documents get another answer, and that every rank sees the same: without a model, by a writer made of chance."""
+"""Which documents get another answer, and that every rank sees the same; the writer here is chance, no model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -34,7 +35,9 @@ class Rows:
     digest = "rows"
 
     def sequences(self, step: int) -> list[list[Document]]:
-        return [[document(100 * step + 2 * i, 5 + i, [slice(2, 4)]), document(100 * step + 2 * i + 1)] for i in range(3)]
+        return [
+            [document(100 * step + 2 * i, 5 + i, [slice(2, 4)]), document(100 * step + 2 * i + 1)] for i in range(3)
+        ]
 
     def steps_for(self, epochs: float) -> int:
         return round(7 * epochs)
@@ -52,7 +55,9 @@ def write(prompts: Sequence[np.ndarray], draws: Sequence[np.ndarray]) -> list[np
 
 
 def feed(share: float = 1.0, rows=None, **more) -> OnPolicyFeed:
-    return OnPolicyFeed(rows or Rows(), more.pop("write", write), share, TOKENS, MAX_LENGTH, more.pop("seed", 0), **more)
+    return OnPolicyFeed(
+        rows or Rows(), more.pop("write", write), share, TOKENS, MAX_LENGTH, more.pop("seed", 0), **more
+    )
 
 
 def flat(sequences: list[list[Document]]) -> list[Document]:
@@ -115,7 +120,7 @@ def test_any_number_of_ranks_sees_the_same_documents_each_written_once(ranks):
     assert len(numbers) == len(set(numbers)) == sum(d.own for d in flat(feed(0.8).sequences(2))) > 0
     assert max(map(len, given)) - min(map(len, given)) <= 1
     for rank in range(ranks):
-        seen = feed(0.8, rank=rank, ranks=ranks, gather=lambda mine: sum(given, [])).sequences(2)
+        seen = feed(0.8, rank=rank, ranks=ranks, gather=lambda mine: list(chain(*given))).sequences(2)
         assert contents(seen) == contents(feed(0.8).sequences(2))
 
 
@@ -132,7 +137,9 @@ def test_no_document_is_longer_than_the_limit_and_one_without_room_stays():
     room = [document(i, MAX_LENGTH, [slice(MAX_LENGTH - 1 - i, MAX_LENGTH - 1)]) for i in (1, 3)]
     full = document(0, MAX_LENGTH + 1, [slice(MAX_LENGTH - 1, MAX_LENGTH)])
     silent = document(5, 6, [])
-    greedy = feed(rows=one_step([*room, full, silent]), write=lambda prompts, draws: [np.full(len(d), 7) for d in draws])
+    greedy = feed(
+        rows=one_step([*room, full, silent]), write=lambda prompts, draws: [np.full(len(d), 7) for d in draws]
+    )
     after = flat(greedy.sequences(0))
     assert [(len(d), d.own) for d in after] == [(24, True), (24, True), (25, False), (6, False)]
     assert [d.target_tokens for d in after[:2]] == [1, 3]
@@ -145,7 +152,9 @@ def test_each_of_a_conversations_turns_is_answered_as_often_as_another():
     counts = {prompt: prompts.count(prompt) for prompt in sorted(set(prompts))}
     assert list(counts) == [4, 8, 10]
     assert all(abs(count - 500) < 4 * (1500 * 2 / 9) ** 0.5 for count in counts.values())
-    assert all((d.labels[: int((d.ids < 500).sum()) - 1] == UNTRAINED).all() for d in flat(feed(rows=rows).sequences(0)))
+    assert all(
+        (d.labels[: int((d.ids < 500).sum()) - 1] == UNTRAINED).all() for d in flat(feed(rows=rows).sequences(0))
+    )
 
 
 def test_an_answer_weighs_what_the_answer_in_its_place_did():

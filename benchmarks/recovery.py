@@ -1,0 +1,212 @@
+"""What quantisation takes from the embedded base, and how much of it `recover` brings back: real training, real text.
+
+    python -m benchmarks.recovery [steps=200] [rows=4000] [held_out=400] [seeds=0,1,2] [head=4] [samples=4] [only=NAME,…]
+
+Text is drawn as the base's own pretraining text was (data/generate.py), training and held-out rows from other seeds.
+Every variant trains the same NF4 base on the same rows, and is measured on the same held-out targets against the same
+bf16 teacher in memory, whatever it learnt from. A seed is that of training and of what is drawn for a cache.
+
+The sampled tier keeps `head` tokens and draws `samples` others of each target. `top-k` is what others cache: as many
+tokens, the most probable alone, rescaled to add up to 1. Both are few, for the base knows 883 tokens and is sure of
+most: 48 of them, as are kept by default, would leave neither anything to lose.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks import report
+from benchmarks.processes import ROOT, device, parse
+
+DEFAULTS = {
+    "steps": "200", "rows": "4000", "held_out": "400", "seeds": "0,1,2", "head": "4", "samples": "4", "only": "",
+    "learning_rate": "2e-3", "rank": "8", "results": "benchmarks/results",
+}  # fmt: skip
+_TEXT_SEED = 20_26
+_ALL = ("lora.target_modules=all-linear",)
+# Adapters, and where the signal comes from.
+VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "q,v, resident": ((), "resident"),
+    "q,v, sampled": ((), "sampled"),
+    "q,v, top-k rescaled": ((), "top-k"),
+    "all linears, resident": (_ALL, "resident"),
+    "all linears, sampled": (_ALL, "sampled"),
+    "all linears, top-k rescaled": (_ALL, "top-k"),
+}
+_NOTHING_LEFT = 2**16 - 1  # the code of the smallest mass that a cache can say: nothing but the head counts
+
+
+def write_text(folder: Path, rows: int, held_out: int) -> None:
+    """train.jsonl and heldout.jsonl in the manner of the base's pretraining text, no conversation in both."""
+    generate = _generator()
+    rng = Random(_TEXT_SEED)
+    drawn: dict[str, None] = {}
+    while len(drawn) < rows + held_out:
+        drawn[json.dumps({"messages": generate.conversation(rng)})] = None
+    lines = list(drawn)
+    for name, part in (("train", lines[:rows]), ("heldout", lines[rows:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
+
+
+def _generator() -> Any:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "data" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["generate"] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+class Experiment:
+    """One base, one text, one teacher; variants are trained into folders of their own."""
+
+    def __init__(self, options: dict[str, str], folder: Path):
+        self.options, self.folder = options, folder
+        write_text(folder, int(options["rows"]), int(options["held_out"]))
+
+    def config(self, name: str, seed: int, *changes: str) -> Any:
+        from finetune import load_config
+
+        options = self.options
+        return load_config("quickstart.yaml", [
+            "distill.objective=recover", f"data.train=[{{path: {self.folder}/train.jsonl}}]",
+            f"data.eval=[{{path: {self.folder}/heldout.jsonl}}]", "data.max_length=512", "generation.rows=0",
+            f"train.max_steps={options['steps']}", f"train.learning_rate={options['learning_rate']}",
+            f"lora.rank={options['rank']}", f"lora.alpha={2 * int(options['rank'])}", f"train.seed={seed}",
+            f"output_dir={self.folder}/{name}-{seed}", *changes,
+        ])  # fmt: skip
+
+    def run(self, name: str, seed: int) -> dict[str, float]:
+        """Train a variant with a seed; how far it is from the teacher then, and its loss on the rows."""
+        from finetune import train
+
+        adapters, source = VARIANTS[name]
+        changes = [*adapters]
+        if source != "resident":
+            changes += ["distill.teacher.placement=cached", "distill.spot_check=0", *self._cache(source, seed)]
+        cfg = self.config(name.replace(" ", "-").replace(",", ""), seed, *changes)
+        train(cfg)
+        return self.measure(Path(cfg.output_dir))
+
+    def _cache(self, source: str, seed: int) -> list[str]:
+        """The settings of a cache of that kind, which is written if it is not there."""
+        from finetune.arguments import Arguments
+        from finetune.cache_command import run_cache
+
+        head, samples = int(self.options["head"]), int(self.options["samples"])
+        if source == "top-k":
+            head, samples, seed = head + samples, 1, 0
+        folder = self.folder / f"cache-{source}-{seed}"
+        settings = [
+            f"distill.cache={folder}",
+            f"distill.head={head}",
+            f"distill.samples={samples}",
+            f"distill.seed={seed}",
+        ]
+        if not folder.exists():
+            (self.folder / "cache.yaml").write_text(_yaml(self.config("cache", 0)))
+            run_cache(Arguments(str(self.folder / "cache.yaml"), tuple(settings), frozenset()))
+            if source == "top-k":
+                forget_the_tail(folder)
+        return settings
+
+    def measure(self, adapter: Path | None) -> dict[str, float]:
+        """KL from the bf16 base, share of equal first choices, and loss, over the held-out targets."""
+        import torch
+
+        from finetune.data.loader import load_chat_template, load_data
+        from finetune.data.tokens.prepare import Preparation
+        from finetune.distill.resident import load_resident
+        from finetune.distill.teacher import teacher_model
+        from finetune.evaluation.agreement import agreement
+        from finetune.evaluation.perplexity import evaluate
+        from finetune.models.adapter import load_adapter
+        from finetune.models.load import load_base, load_tokenizer
+
+        cfg = self.config("measure", 0)
+        tokenizer = load_tokenizer(cfg.model)
+        documents = load_data(Preparation(cfg.data, load_chat_template(cfg.data, tokenizer))).eval[0].documents
+        place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        base = load_base(cfg.model, cfg.quant, place)
+        teacher = load_resident(teacher_model(cfg), None, place, base)
+        model = base if adapter is None else load_adapter(base, adapter)
+        found = agreement(model, teacher, documents, len(tokenizer), limit_tokens=4096)
+        return {"kl": found.kl, "top1": found.top1, "loss": evaluate(model, documents, limit_tokens=4096).loss}
+
+
+def _yaml(cfg: Any) -> str:
+    from finetune.config.compose import to_yaml
+
+    return to_yaml(cfg)
+
+
+def forget_the_tail(folder: Path) -> None:
+    """Make of a folder of signals what a top-k cache is: the tail's mass is taken for nothing, the head is rescaled."""
+    from safetensors.numpy import load_file, save_file
+
+    from finetune.models.digest import sha256_of
+
+    records = {}
+    for shard in sorted(folder.glob("shard-*.safetensors")):
+        columns = load_file(shard)
+        columns["tail"] = columns["tail"] * 0 + _NOTHING_LEFT
+        save_file(columns, shard)
+        records[shard.name] = {"sha256": sha256_of(shard), "bytes": shard.stat().st_size}
+        shard.with_suffix(".json").write_text(json.dumps(records[shard.name]))
+    complete = json.loads((folder / "complete.json").read_text())
+    (folder / "complete.json").write_text(json.dumps({**complete, "shards": records}))
+
+
+def chosen(options: dict[str, str]) -> Iterator[str]:
+    """The variants to run."""
+    wanted = [name.strip() for name in options["only"].split(";") if name.strip()]
+    if unknown := [name for name in wanted if name not in VARIANTS]:
+        raise SystemExit(f"only={';'.join(unknown)}: there are {'; '.join(VARIANTS)}")
+    return iter(wanted or VARIANTS)
+
+
+def describe(before: dict[str, float], runs: dict[str, list[dict[str, float]]]) -> str:
+    """The table, as markdown; spread is the standard deviation over the seeds."""
+    lines = [
+        "| | nats a target from bf16 | regained | same first choice | loss on the rows |", "|---|---|---|---|---|",
+        f"| NF4 | {before['kl']:.5f} | | {before['top1']:.2%} | {before['loss']:.4f} |",
+    ]  # fmt: skip
+    for name, done in runs.items():
+        regained = [1 - run["kl"] / before["kl"] for run in done]
+        lines.append(
+            f"| {name} | {_spread([run['kl'] for run in done], '.5f')} | {_spread([100 * r for r in regained], '.1f')} % "
+            f"| {mean(run['top1'] for run in done):.2%} | {mean(run['loss'] for run in done):.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    return f"{mean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
+
+
+def main(words: list[str]) -> None:
+    options = parse(words, DEFAULTS)
+    machine = device()
+    with tempfile.TemporaryDirectory() as name:
+        experiment = Experiment(options, Path(name))
+        before = experiment.measure(None)
+        runs: dict[str, list[dict[str, float]]] = {}
+        for variant in chosen(options):
+            runs[variant] = [experiment.run(variant, int(seed)) for seed in options["seeds"].split(",")]
+            report.say("\n" + describe(before, runs))
+    summary = {**report.heading("recovery", options, machine), "before": before, "runs": runs,
+               "table": describe(before, runs)}  # fmt: skip
+    report.write(report.results_file("recovery", options, machine), summary)
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,90 @@
+"""Where the teacher is, in which pieces a step comes, and how often it is measured must not change what is learnt."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import train
+from finetune.arguments import Arguments
+from finetune.cache_command import run_cache
+from tests.runs import SMALL_RUN, adapter, differing, metrics, result, small_run
+
+ANCHOR = ("distill.objective=sft+anchor", "data.train.0.limit=48", "data.eval.0.limit=8", "train.max_steps=3")
+PLAIN = ("lora.dropout=0", "train.neftune_alpha=0", "train.warmup=0", "train.schedule=constant")
+FP32 = ("model.dtype=float32", "quant.compute_dtype=float32", "distill.teacher.dtype=float32")
+
+
+def test_a_streamed_teacher_and_one_in_memory_teach_the_same_bits_however_far_it_looks_ahead(tmp_path):
+    train(small_run(tmp_path / "resident", *ANCHOR))
+    for ahead in (1, 2):
+        settings = ("distill.teacher.placement=streamed", f"distill.teacher.steps_ahead={ahead}")
+        train(small_run(tmp_path / f"ahead{ahead}", *ANCHOR, *settings))
+        assert differing(tmp_path / "resident", tmp_path / f"ahead{ahead}") == []
+        assert metrics(tmp_path / "resident") == metrics(tmp_path / f"ahead{ahead}")
+
+
+def test_cached_hidden_states_teach_what_the_teacher_teaches(tmp_path):
+    """Another batch shape may round a hidden state otherwise, in fp32 by 2**-24 of it."""
+    settings = (*ANCHOR, *FP32, *PLAIN, "distill.tier=hidden", f"distill.cache={tmp_path / 'signal'}")
+    words = [*SMALL_RUN, *settings, f"output_dir={tmp_path / 'none'}"]
+    assert run_cache(Arguments("quickstart.yaml", tuple(words), frozenset())) == 0
+    train(small_run(tmp_path / "resident", *ANCHOR, *FP32, *PLAIN))
+    train(small_run(tmp_path / "cached", *settings, "distill.teacher.placement=cached"))
+    for a, b in zip(metrics(tmp_path / "resident"), metrics(tmp_path / "cached"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_measuring_at_every_step_changes_not_one_bit(tmp_path):
+    train(small_run(tmp_path / "plain", *ANCHOR))
+    train(small_run(tmp_path / "watched", *ANCHOR, "train.eval_every=1", "train.save_every=1"))
+    assert differing(tmp_path / "plain", tmp_path / "watched") == []
+
+
+def test_eight_by_one_equals_one_by_eight(tmp_path):
+    settings = (*ANCHOR, *FP32, *PLAIN, "train.batch_size=8", "data.packing=false")
+    train(small_run(tmp_path / "together", *settings, "train.micro_batch_size=8"))
+    train(small_run(tmp_path / "apart", *settings, "train.micro_batch_size=1"))
+    for a, b in zip(metrics(tmp_path / "together"), metrics(tmp_path / "apart"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_a_continued_run_equals_an_unbroken_one_and_remembers_where_it_began(tmp_path):
+    settings = (*ANCHOR, "train.schedule=constant", "train.warmup=0", "distill.objective=recover")
+    train(small_run(tmp_path / "whole", *settings))
+    train(small_run(tmp_path / "broken", *settings, "train.max_steps=1"))
+    train(small_run(tmp_path / "broken", *settings, "train.resume=auto"))
+    assert differing(tmp_path / "whole", tmp_path / "broken") == []
+    keys = ("teacher_kl_before", "teacher_kl_after", "recovered")
+    whole, broken = result(tmp_path / "whole"), result(tmp_path / "broken")
+    assert [whole[key] for key in keys] == [broken[key] for key in keys]
+    assert whole["teacher_kl_before"] > 0
+
+
+def test_two_ranks_equal_one(tmp_path):
+    """Five documents a step: the ranks' shares are unequal, and each asks the teacher about its own."""
+    script = Path(__file__).resolve().parents[2] / "finetune" / "train.py"
+    # Adam divides by the gradient's size: where that is next to nothing, so is what the order of a sum leaves, and the
+    # quotient is anything. A large eps keeps the update proportional to the gradient there.
+    steady = ("train.batch_size=5", "data.packing=false", "train.eps=1e-3")
+    settings = (*SMALL_RUN, *ANCHOR, *FP32, *PLAIN, *steady)
+    for ranks in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        words = [*settings, f"output_dir={tmp_path / str(ranks)}", f"train.world_size={ranks}"]
+        command = [sys.executable, *launcher, str(script), "config=quickstart.yaml", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for a, b in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a.get("eval_loss", 0.0) == pytest.approx(b.get("eval_loss", 0.0), rel=1e-5)
+    expected = adapter(tmp_path / "1")
+    for name, tensor in adapter(tmp_path / "2").items():
+        # fp32 sums of another order, after three steps: 1e-4 of the largest.
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4 * scale, msg=name)

@@ -1,0 +1,86 @@
+"""`finetune cache` and training from what it wrote, as real commands in fresh processes."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from tests.runs import metrics, result
+
+GIVEN = (
+    "config=quickstart.yaml", "distill.objective=recover", "distill.tier=hidden", "distill.divergence=jsd",
+    "data.train.0.limit=48", "data.eval.0.limit=8", "data.max_length=128", "train.batch_size=8", "train.max_steps=2",
+    "generation.rows=0",
+)  # fmt: skip
+
+
+def finetune(command: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "finetune.cli", command, *words], cwd=folder, capture_output=True, text=True, timeout=500
+    )
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A working directory in which `finetune cache` wrote to `its signal`, and what it said."""
+    folder = tmp_path_factory.mktemp("work")
+    done = finetune("cache", folder, *GIVEN, "distill.cache=its signal", "output_dir=an adapter")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done
+
+
+def test_the_next_command_can_be_pasted_and_trains_as_with_the_teacher_itself(written):
+    folder, done = written
+    said, following = done.stdout.splitlines()
+    assert said.startswith("its signal: 56 documents written now, ") and following.startswith("next: finetune train ")
+    assert "asking the teacher about 56 of 56 documents" in done.stderr
+    words = shlex.split(following.removeprefix("next: finetune train "))
+    trained = finetune("train", folder, *words)
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    assert result(folder / "an adapter")["status"] == "finished"
+    online = finetune("train", folder, *GIVEN, "output_dir=online")
+    assert online.returncode == 0, online.stderr[-3000:]
+    for a, b in zip(metrics(folder / "an adapter"), metrics(folder / "online"), strict=True):
+        # Equal bits on the machines that were tried. Elsewhere a batch of another shape may round a state of bf16
+        # to its neighbour, which is 2^-8 of it away.
+        assert (a["step"], a["target_tokens"]) == (b["step"], b["target_tokens"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=2**-8)
+
+
+def test_a_second_run_writes_nothing_and_more_rows_add_only_themselves(written, tmp_path):
+    shutil.copytree(written[0] / "its signal", tmp_path / "copy")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "copy").glob("shard-*")}
+    again = finetune("cache", tmp_path, *GIVEN, "distill.cache=copy")
+    assert again.returncode == 0 and again.stdout.startswith("copy: 0 documents written now, ")
+    assert "asking" not in again.stderr
+    more = finetune("cache", tmp_path, *GIVEN, "distill.cache=copy", "data.train.0.limit=60")
+    assert more.returncode == 0 and more.stdout.startswith("copy: 12 documents written now, ")
+    assert "asking the teacher about 12 of 68 documents" in more.stderr
+    assert {name: (tmp_path / "copy" / name).read_bytes() for name in before} == before
+
+
+def test_a_folder_that_does_not_fit_the_run_ends_it_with_a_reason(written, tmp_path):
+    shutil.copytree(written[0] / "its signal", tmp_path / "copy")
+    cached = ("distill.cache=copy", "distill.teacher.placement=cached", f"output_dir={tmp_path / 'run'}")
+
+    lacking = finetune("train", tmp_path, *GIVEN, *cached, "data.train.0.limit=60")
+    assert lacking.returncode == 2 and "copy lacks 12 of 68 documents" in lacking.stderr
+
+    with FileLock(tmp_path / "copy" / ".lock"):
+        locked = finetune("cache", tmp_path, *GIVEN, "distill.cache=copy")
+    assert locked.returncode == 2 and "another process is writing to copy" in locked.stderr
+
+    [shard] = (tmp_path / "copy").glob("shard-*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    damaged = finetune("train", tmp_path, *GIVEN, *cached)
+    assert (
+        damaged.returncode == 3 and f"error: distill.cache: {shard.relative_to(tmp_path)} is damaged" in damaged.stderr
+    )

@@ -1,0 +1,279 @@
+"""Cached = online: what a folder says in training is what the teacher would have said, and a wrong folder is told."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune.config.schema import DistillConfig
+from finetune.data.batch import Batch, Document, build_batch, groups_of, silent_batch
+from finetune.data.template.chat import UNTRAINED
+from finetune.distill import cache as cache_module
+from finetune.distill import filling
+from finetune.distill.cache import CachedTeacher, encoder_of, fill_cache
+from finetune.distill.codec import MOST_IDS, top_signal
+from finetune.distill.keys import key_of
+from finetune.distill.resident import ResidentTeacher
+from finetune.distill.server import TopTokens
+from finetune.errors import ConfigError, DataError, IntegrityError
+from finetune.losses.chunked import chunked_loss
+from finetune.losses.cross_entropy import target_rows
+from finetune.losses.divergence import Terms, distillation_loss
+from finetune.losses.signal import HiddenSignal, Signal, Teacher
+from finetune.models.fast import attach_fast_path
+from tests.models import random_qwen2
+
+VOCABULARY, WIDTH, CPU = 97, 64, torch.device("cpu")
+# Of hidden states in fp32, which a product of another shape sums in another order; they are about 1 in size.
+LAST_BITS = 1e-5
+
+
+def document(i: int, rng: np.random.Generator) -> Document:
+    """Of 3 to 20 tokens; about half of what can be a target is one. Every third opens as the one before it."""
+    length = int(rng.integers(3, 21))
+    ids = np.random.default_rng(i - (i % 3 == 2)).integers(0, VOCABULARY, 21)[:length].astype(np.int32)
+    labels = np.where(rng.random(length) < 0.5, np.append(ids[1:], 0), UNTRAINED).astype(np.int32)
+    labels[0], labels[-1] = ids[1], UNTRAINED
+    return Document(ids, labels, f"rows:{i + 1}")
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[Document]:
+    rng = np.random.default_rng(0)
+    made = {key_of(each): each for each in (document(i, rng) for i in range(40))}
+    assert len(made) > 35
+    return list(made.values())
+
+
+def resident(dtype: torch.dtype = torch.float32, seed: int = 0) -> ResidentTeacher:
+    model = random_qwen2(dtype=dtype, seed=seed).requires_grad_(False)
+    attach_fast_path(model)
+    return ResidentTeacher(model.eval(), CPU)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> ResidentTeacher:
+    return resident()
+
+
+class TableTeacher:
+    """What it says of a token depends on that token alone, so it has the same bits in every batch."""
+
+    def __init__(self) -> None:
+        self.table_VV = 2 * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1))
+
+    def signals(self, batches: Sequence[Batch]) -> Iterator[HiddenSignal]:
+        for batch in batches:
+            states_TV = self.table_VV[batch.input_ids[0]]
+            yield HiddenSignal(target_rows(states_TV, batch)[0], nn.Identity())
+
+
+def write(folder: Path, teacher: Teacher, documents: Sequence[Document], group_tokens: int = 500, **keys) -> dict:
+    cfg = DistillConfig(objective="recover", **keys)
+    origin = {"kept": {"tier": cfg.tier}}
+    fill_cache(folder, origin, documents, encoder_of(teacher, cfg, VOCABULARY), group_tokens, lambda done, total: None)
+    return origin
+
+
+def cached(folder: Path, teacher: Teacher, documents: Sequence[Document], **keys) -> CachedTeacher:
+    head = teacher.model.lm_head if isinstance(teacher, ResidentTeacher) else nn.Identity()
+    dtype = next(teacher.model.parameters()).dtype if isinstance(teacher, ResidentTeacher) else torch.float32
+    return CachedTeacher(folder, write(folder, teacher, documents, **keys), CPU, head, dtype)
+
+
+def packings(documents: list[Document]) -> Iterator[list[Batch]]:
+    """The documents in other orders, other batches, and with and without shared openings."""
+    for seed, limit, lean in itertools.product((0, 1), (1, 60, 10_000), (False, True)):
+        some = random.Random(seed).sample(documents, len(documents)) if seed else documents
+        yield [build_batch(group, lean=lean) for group in groups_of(some, limit)]
+
+
+def losses(signal: Signal, targets: int) -> tuple[Tensor, Tensor]:
+    """A student's divergence from the signal, and its gradient with respect to the student's states."""
+    torch.manual_seed(7)
+    head = nn.Linear(WIDTH, VOCABULARY, bias=False).requires_grad_(False)
+    hidden_ND = torch.randn(targets, WIDTH, requires_grad=True)
+    labels_N, ones_N = torch.zeros(targets, dtype=torch.int64), torch.ones(targets)
+    loss = distillation_loss(signal, Terms(divergence="jsd", mix=0.5), labels_N, ones_N, ones_N, VOCABULARY)
+    total = chunked_loss(hidden_ND, head, VOCABULARY, loss)
+    return total.detach(), torch.autograd.grad(total, hidden_ND)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_hidden_states_from_disk_give_the_bits_of_loss_and_gradient(tmp_path, documents, dtype):
+    teacher = resident(dtype)
+    some = documents[:9]
+    online_signals = list(teacher.signals([build_batch(some, lean=True)]))
+    cached_signals = list(cached(tmp_path, teacher, some, tier="hidden").signals([build_batch(some, lean=True)]))
+    for online, offline in zip(online_signals, cached_signals, strict=True):
+        assert isinstance(offline, HiddenSignal) and offline.hidden_ND.dtype == dtype
+        assert torch.equal(online.hidden_ND, offline.hidden_ND) and offline.head is teacher.model.lm_head
+        for a, b in zip(losses(online, len(online.hidden_ND)), losses(offline, len(online.hidden_ND)), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("tier", ["hidden", "sampled"])
+def test_order_packing_and_batch_size_leave_a_documents_signal(tmp_path, documents, tier):
+    folder = cached(tmp_path, TableTeacher(), documents, tier=tier)
+    whole = {
+        key_of(each): next(iter(folder.signals([build_batch([each])])))
+        for each in documents
+    }  # fmt: skip
+    for batches in packings(documents):
+        for batch, signal in zip(batches, folder.signals(batches), strict=True):
+            parts = [whole[key] for key, _ in cache_module.keys_of(batch)]
+            for name in ("hidden_ND",) if tier == "hidden" else ("ids_NK", "probs_NK", "entropy_N"):
+                assert torch.equal(getattr(signal, name), torch.cat([getattr(part, name) for part in parts]))
+
+
+def test_cached_states_are_the_online_ones_of_any_batch_but_for_their_last_bits(tmp_path, documents, teacher):
+    folder = cached(tmp_path, teacher, documents, tier="hidden")
+    for batches in packings(documents):
+        for online, offline in zip(teacher.signals(batches), folder.signals(batches), strict=True):
+            torch.testing.assert_close(offline.hidden_ND, online.hidden_ND, rtol=LAST_BITS, atol=LAST_BITS)
+
+
+def test_what_is_drawn_follows_from_document_and_seed_alone(tmp_path, documents):
+    def drawn(name: str, some: list[Document], **keys) -> dict[bytes | None, Tensor]:
+        folder = cached(tmp_path / name, TableTeacher(), some, **keys)
+        return {key_of(each): next(iter(folder.signals([build_batch([each])]))).ids_NK for each in some}
+
+    usual = drawn("usual", documents)
+    again = drawn("again", random.Random(0).sample(documents, len(documents)), group_tokens=1)
+    other = drawn("other", documents, seed=1)
+    assert all(torch.equal(ids_NK, again[key]) for key, ids_NK in usual.items())
+    head = slice(0, 32)
+    assert all(torch.equal(ids_NK[:, head], other[key][:, head]) for key, ids_NK in usual.items())
+    assert not any(torch.equal(ids_NK, other[key]) for key, ids_NK in usual.items())
+    rows = torch.cat(list(usual.values()))[:, 32:]
+    assert len(rows.unique(dim=0)) > 0.95 * len(rows), "targets draw each for themselves"
+
+
+@pytest.mark.parametrize("tier", ["hidden", "sampled"])
+def test_a_batch_without_a_target_has_an_empty_signal(tmp_path, documents, teacher, tier):
+    batch = silent_batch(documents[0])
+    [signal] = cached(tmp_path, teacher, documents[:3], tier=tier).signals([batch])
+    [online] = teacher.signals([batch])
+    if tier == "hidden":
+        assert signal.hidden_ND.shape == online.hidden_ND.shape == (0, WIDTH)
+    else:
+        assert signal.ids_NK.shape == signal.probs_NK.shape == (0, 48)
+
+
+# Refusing
+
+
+def test_missing_documents_are_counted_and_the_first_are_named(tmp_path, documents, teacher):
+    folder = cached(tmp_path, teacher, documents[:30])
+    folder.check_holds(documents[:30])
+    silent = Document(np.arange(3, dtype=np.int32), np.full(3, UNTRAINED, dtype=np.int32), "silent:1")
+    lacking = documents[30:37]
+    with pytest.raises(DataError) as failure:
+        folder.check_holds([*documents[:30], silent, *lacking])
+    assert "lacks 7 of 37 documents" in str(failure.value) and "run finetune cache" in str(failure.value)
+    named = ", ".join(each.place for each in lacking[:5])
+    assert f"first {named};" in str(failure.value) and lacking[5].place not in str(failure.value)
+    with pytest.raises(
+        DataError, match=rf"lacks 7 of the 37 documents from {documents[0].place} to {documents[36].place}"
+    ):
+        list(folder.signals([build_batch(documents[:37])]))
+
+
+@pytest.mark.parametrize("tier", ["hidden", "sampled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_right_teacher_passes_and_another_ones_signal_does_not(tmp_path, documents, tier, dtype):
+    right, other = resident(dtype), resident(dtype, seed=1)
+    folder = cached(tmp_path / "right", right, documents, tier=tier)
+    # bf16 has 8 bits: states of about 1 are off by up to 1/256 in another batch, and log-probabilities by little more.
+    assert folder.check_against(right, documents[:5], VOCABULARY) <= (0.02 if dtype == torch.bfloat16 else 1e-3)
+    # Some documents of a folder hold what another teacher said, under the right fingerprint and checksums.
+    write(tmp_path / "mixed", other, documents[:4], tier=tier)
+    mixed = cached(tmp_path / "mixed", right, documents, tier=tier)
+    mixed.check_against(right, documents[4:8], VOCABULARY)
+    with pytest.raises(
+        IntegrityError, match=rf"differs from the teacher by .* over {documents[3].place}, .*no rounding"
+    ):
+        mixed.check_against(right, documents[3:5], VOCABULARY)
+
+
+def test_states_that_are_no_numbers_do_not_pass(tmp_path, documents, teacher):
+    folder = cached(tmp_path, teacher, documents[:2], tier="hidden")
+    broken = replace_states(teacher, lambda hidden_ND: hidden_ND * float("nan"))
+    with pytest.raises(IntegrityError, match="by nan nats"):
+        folder.check_against(broken, documents[:2], VOCABULARY)
+
+
+class Changed:
+    def __init__(self, teacher: Teacher, change: Callable[[Tensor], Tensor]):
+        self.teacher, self.change = teacher, change
+
+    def signals(self, batches: Sequence[Batch]) -> Iterator[Signal]:
+        for signal in self.teacher.signals(batches):
+            assert isinstance(signal, HiddenSignal)
+            yield replace(signal, hidden_ND=self.change(signal.hidden_ND))
+
+
+def replace_states(teacher: Teacher, change: Callable[[Tensor], Tensor]) -> Teacher:
+    return Changed(teacher, change)
+
+
+def test_a_vocabulary_that_ids_cannot_tell_apart_is_refused_for_the_sampled_tier_alone(teacher):
+    with pytest.raises(ConfigError, match=r"tells 262,144 ids apart, not 262,145; set tier=hidden"):
+        encoder_of(teacher, DistillConfig(objective="recover"), MOST_IDS + 1)
+    encoder_of(teacher, DistillConfig(objective="recover", tier="hidden"), MOST_IDS + 1)
+    encoder_of(teacher, DistillConfig(objective="recover"), MOST_IDS)
+
+
+# What a server says
+
+
+class TableServer:
+    """In the place of a server: the most probable rows of a table that has some to spare beyond the vocabulary."""
+
+    rows, asked = VOCABULARY + 7, 0
+
+    def __init__(self, url: str, model: str, top: int, say: Callable[[str], None]):
+        self.top = top
+        self.table = np.log(np.random.default_rng(3).dirichlet(np.ones(self.rows), self.rows)).astype(np.float32)
+
+    def check(self) -> None:
+        pass
+
+    def score_many(self, documents: Sequence[tuple[np.ndarray, np.ndarray]], workers: int) -> Iterator[TopTokens]:
+        for ids, positions in documents:
+            assert positions.max() + 1 == len(ids) - 1, "the last predicted token is the prompt's last"
+            log_probs = self.table[ids[positions]]
+            best = np.argsort(-log_probs, axis=1)[:, : self.top]
+            yield TopTokens(best, np.take_along_axis(log_probs, best, 1))
+
+
+def test_a_servers_answers_are_kept_without_rows_beyond_the_vocabulary(documents, monkeypatch):
+    from finetune import load_config
+
+    cfg = load_config("quickstart.yaml", [
+        "distill.objective=recover", "distill.cache=unused", "distill.teacher.placement=server",
+        "distill.teacher.url=http://nowhere/v1", "distill.head=64",
+    ])  # fmt: skip
+    monkeypatch.setattr(filling, "LogprobServer", TableServer)
+    table = TableServer("", "", 64, print).table
+    spared = 0
+    encode = filling._ask_server(cfg, VOCABULARY, print)
+    for each, columns in zip(documents, encode(documents), strict=True):
+        signal = top_signal(columns, CPU)
+        asked = each.ids[each.labels != UNTRAINED]
+        for ids, log_probs, true in zip(signal.ids_NK.numpy(), signal.log_probs_NK.numpy(), table[asked], strict=True):
+            assert len(set(ids.tolist())) == 64 and ids.max() < VOCABULARY
+            best = np.argsort(-true)[:64]
+            kept = log_probs > -24
+            assert set(ids[kept]) == set(best[best < VOCABULARY])
+            assert np.abs(log_probs[kept] - true[ids[kept]]).max() <= 24 / 65535
+            spared += int((best >= VOCABULARY).sum())
+    assert spared > 100, "the law had something to say"
