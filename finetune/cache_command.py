@@ -39,7 +39,9 @@ def run_cache(arguments: Arguments) -> int:
         )
     cfg = load_config(arguments.config, arguments.overrides)
     if cfg.distill.objective == "none":
-        raise ConfigError(f"distill.objective is none in {arguments.config}: there is no teacher to ask; set it to recover")
+        raise ConfigError(
+            f"distill.objective is none in {arguments.config}: there is no teacher to ask; set it to recover"
+        )
     training = _training(cfg, arguments.overrides)
     load_config(arguments.config, training)  # what the folder cannot serve is refused before it is written
 

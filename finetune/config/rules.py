@@ -236,8 +236,9 @@ def _placement(distill: DistillConfig) -> Problems:
         yield Problem("distill.cache", f"placement={placement} keeps the teacher's signal in a folder; name it")
     if placement == "server" and distill.teacher.url is None:
         yield Problem("distill.teacher.url", "is missing: where is the server? as http://host:8000/v1")
-    if placement != "server" and distill.teacher.url is not None:
-        yield Problem("distill.teacher.url", f"is for placement=server, not {placement}")
+    for key in ("url", "served_as"):
+        if placement != "server" and getattr(distill.teacher, key) is not None:
+            yield Problem(f"distill.teacher.{key}", f"is for placement=server, not {placement}")
     if placement != "streamed" and distill.teacher.steps_ahead != 1:
         yield Problem("distill.teacher.steps_ahead", f"is for placement=streamed, not {placement}")
     if placement == "server" or (placement == "cached" and distill.tier == "sampled"):

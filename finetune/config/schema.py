@@ -207,6 +207,9 @@ class TeacherConfig(Section):
     )
     steps_ahead: Count = Field(1, description="Steps whose rows a streamed teacher answers each time it is read.")
     url: Text | None = Field(None, description="OpenAI-compatible endpoint, as http://host:8000/v1 (server only).")
+    served_as: Text | None = Field(
+        None, description="What the server calls the teacher; null is its name, or the one model that is served."
+    )
     requests: Count = Field(8, description="Requests in flight at a server.")
 
 

@@ -78,7 +78,7 @@ def _fits(cfg: RunConfig, device: torch.device) -> bool:
 def _ask_server(cfg: RunConfig, vocabulary: int, say: Say) -> Encode:
     teacher = cfg.distill.teacher
     assert teacher.url is not None
-    server = LogprobServer(teacher.url, teacher.name or cfg.model.name, cfg.distill.head, say=say)
+    server = LogprobServer(teacher.url, teacher.served_as or teacher.name, cfg.distill.head, say=say)
     server.check()
 
     def encode(documents: Sequence[Document]) -> Iterator[Columns]:

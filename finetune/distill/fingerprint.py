@@ -32,7 +32,7 @@ def fingerprint(
     server = cfg.teacher.placement == "server"
     kept: dict[str, Any] = {"tier": "top" if server else cfg.tier}
     if server:
-        kept |= {"head": cfg.head, "model": cfg.teacher.name or teacher.name}
+        kept |= {"head": cfg.head}
     elif cfg.tier == "sampled":
         kept |= {"head": cfg.head, "samples": cfg.samples, "seed": cfg.seed}
     return {

@@ -61,7 +61,7 @@ class LogprobServer:
     def __init__(
         self,
         url: str,
-        model: str,
+        model: str | None,
         top: int,
         *,
         timeout_seconds: float = 60.0,
@@ -69,7 +69,10 @@ class LogprobServer:
         backoff_seconds: float = 1.0,
         say: Callable[[str], None] = lambda line: None,
     ):
-        """url: with or without its last part, /v1. Raises: ConfigError if it can be no address."""
+        """url: with or without its last part, /v1. model: None is the only one that is served, which `check` finds.
+
+        Raises: ConfigError if the url can be no address.
+        """
         self._endpoint = Endpoint(
             url, timeout_seconds=timeout_seconds, attempts=attempts, backoff_seconds=backoff_seconds, say=say
         )
@@ -90,9 +93,12 @@ class LogprobServer:
                 served = [str(model["id"]) for model in models if isinstance(model, dict) and "id" in model]
             case _:
                 raise ConfigError(f"{url}/models lists no models; is distill.teacher.url the root of an OpenAI API?")
+        if self._model is None and len(served) == 1:
+            self._model = served[0]
         if self._model not in served:
+            wanted = f"not {self._model}" if self._model else "and which of them is not said"
             listed = self._endpoint.quote(", ".join(served)) or "nothing"
-            raise ConfigError(f"{url} serves {listed}, not {self._model}; set distill.teacher.name to what it serves")
+            raise ConfigError(f"{url} serves {listed}, {wanted}; set distill.teacher.served_as to what it serves")
 
     def score(self, ids: np.ndarray, positions: np.ndarray) -> TopTokens:
         """The most probable tokens after positions [n] of one document.

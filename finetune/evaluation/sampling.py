@@ -120,6 +120,7 @@ def draw_tokens(logits_NV: Tensor, draws_N: Tensor, temperature: float) -> Tenso
 
 def _draw(logits_NV: Tensor, draws_N: Tensor) -> Tensor:
     cumulated_NV = logits_NV.softmax(-1).cumsum(-1)
-    # The sum is 1 but for rounding; below it there is always a token of some probability.
-    places_N1 = draws_N[:, None] * cumulated_NV[:, -1:]
-    return torch.searchsorted(cumulated_NV, places_N1, right=True).squeeze(1).clamp_(max=logits_NV.shape[1] - 1)
+    places_N1 = draws_N[:, None] * cumulated_NV[:, -1:]  # the sum is 1 but for rounding
+    ids_N = torch.searchsorted(cumulated_NV, places_N1, right=True).squeeze(1)
+    # Logits that are no numbers give an id beyond the last; whoever trains on the answer sees them in its loss.
+    return ids_N.clamp_(max=logits_NV.shape[1] - 1)

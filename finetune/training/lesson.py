@@ -135,19 +135,17 @@ def mean_teacher_kl(figures: Mapping[str, float]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def recovery_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """What quantisation took and training brought back, a line for each evaluation set, as markdown."""
+def teacher_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """How far the model was from its teacher and is now, a line for each evaluation set, as markdown."""
     found = [name for name in after if name.endswith("/teacher_kl") and name in before]
-    sets = [name.removeprefix("eval/").removesuffix("/teacher_kl") for name in found]
     lines = [
-        "| held-out rows | nats from the teacher before | after | regained | same first choice before | after |",
+        "| held-out rows | nats from the teacher before | after | of that gone | same first choice before | after |",
         "|---|---|---|---|---|---|",
     ]
-    for name in sets:
-        (kl, kl_after), (top1, top1_after) = (
-            [figures[f"eval/{name}/{figure}"] for figures in (before, after)]
-            for figure in ("teacher_kl", "teacher_agreement")
-        )
-        regained = f"{1 - kl_after / kl:.1%}" if kl > 0 else "nothing was lost"
-        lines.append(f"| {name} | {kl:.5f} | {kl_after:.5f} | {regained} | {top1:.2%} | {top1_after:.2%} |")
-    return "\n".join(lines)
+    for name in found:
+        kl, kl_after = before[name], after[name]
+        top1, top1_after = (figures[name.replace("/teacher_kl", "/teacher_agreement")] for figures in (before, after))
+        gone = f"{1 - kl_after / kl:.1%}" if kl > 0 else ""
+        label = name.removeprefix("eval/").removesuffix("/teacher_kl")
+        lines.append(f"| {label} | {kl:.5f} | {kl_after:.5f} | {gone} | {top1:.2%} | {top1_after:.2%} |")
+    return "\n".join(lines) + "\n"

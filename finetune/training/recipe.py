@@ -57,7 +57,7 @@ from finetune.training.checkpoint import (
     write_checkpoint,
     write_folder,
 )
-from finetune.training.lesson import Lesson, build_lesson, mean_teacher_kl, plan_lesson, recovery_table
+from finetune.training.lesson import Lesson, build_lesson, mean_teacher_kl, plan_lesson, teacher_table
 from finetune.training.loop import Job, fit, peak_bytes
 from finetune.training.optim import build_optimizer
 from finetune.training.report import describe_result
@@ -246,7 +246,7 @@ def _finish(
         _save_final(parts, result)
         result.adapter = str(parts.folder)
         if (before := state.before.get("evaluations")) and parts.lesson is not None:
-            write_text(parts.folder / "recovery.md", recovery_table(before, state.evaluations) + "\n")
+            write_text(parts.folder / run_folder.TEACHER_TABLE, teacher_table(before, state.evaluations))
         print(describe_result(result, state.before.get("answers", []), after[: cfg.generation.samples]))
     parts.accelerator.wait_for_everyone()
 
@@ -259,7 +259,8 @@ def _fill(result: RunResult, state: TrainState) -> None:
     result.exact_match_before = state.before.get("exact_match")
     result.teacher_kl_before = mean_teacher_kl(state.before.get("evaluations", {}))
     result.teacher_kl_after = mean_teacher_kl(state.evaluations)
-    if result.teacher_kl_before and result.teacher_kl_after is not None:
+    recovers = state.trajectory.get("distill.objective") == "recover"
+    if recovers and result.teacher_kl_before and result.teacher_kl_after is not None:
         result.recovered = 1 - result.teacher_kl_after / result.teacher_kl_before
     result.peak_bytes = peak_bytes()
 

@@ -19,6 +19,7 @@ from finetune.files import write_text
 from finetune.training.checkpoint import list_checkpoints, newest_whole, read_state, verify_checkpoint
 
 RESULT, RUN, CONFIG, ADAPTER = "result.json", "run.json", "config.yaml", "adapter_model.safetensors"
+TEACHER_TABLE = "teacher.md"
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors")
 # Settings that may change between a run and its continuation: how long, how often, where to, in which pieces, by which
 # kernels.
@@ -41,9 +42,9 @@ class RunResult:
 
     status: finished | stopped | failed. final_loss, eval_loss: nats a target token. exact_match_*: share of held-out
     rows, None where not measured. tokens_per_second: all tokens over training time. peak_bytes: CUDA's max allocated,
-    on CPU the process's peak resident size. teacher_kl_*: KL(teacher || model) in nats a target, mean over the
-    held-out sets, and recovered, the share of it that is gone; None without a teacher. adapter: folder of the final
-    adapter, None if there is none yet.
+    on CPU the process's peak resident size. teacher_kl_*: KL(teacher || model) in nats a target, mean over the held-out
+    sets, None without a teacher. recovered: the share of it that is gone, for the objective of that name. adapter:
+    folder of the final adapter, None if there is none yet.
     """
 
     status: str

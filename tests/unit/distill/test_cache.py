@@ -7,28 +7,32 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from finetune import load_config
 from finetune.config.schema import DistillConfig
 from finetune.data.batch import Batch, Document, build_batch, groups_of, silent_batch
 from finetune.data.template.chat import UNTRAINED
 from finetune.distill import cache as cache_module
 from finetune.distill import filling
 from finetune.distill.cache import CachedTeacher, encoder_of, fill_cache
-from finetune.distill.codec import MOST_IDS, top_signal
+from finetune.distill.codec import MOST_IDS
 from finetune.distill.keys import key_of
 from finetune.distill.resident import ResidentTeacher
 from finetune.distill.server import TopTokens
+from finetune.distill.shards import COMPLETE
 from finetune.errors import ConfigError, DataError, IntegrityError
 from finetune.losses.chunked import chunked_loss
 from finetune.losses.cross_entropy import target_rows
 from finetune.losses.divergence import Terms, distillation_loss
-from finetune.losses.signal import HiddenSignal, Signal, Teacher
+from finetune.losses.signal import HiddenSignal, Signal, Teacher, TopSignal
 from finetune.models.fast import attach_fast_path
+from finetune.resources import packaged
 from tests.models import random_qwen2
 
 VOCABULARY, WIDTH, CPU = 97, 64, torch.device("cpu")
@@ -232,7 +236,39 @@ def test_a_vocabulary_that_ids_cannot_tell_apart_is_refused_for_the_sampled_tier
     encoder_of(teacher, DistillConfig(objective="recover"), MOST_IDS)
 
 
-# What a server says
+# Who is asked
+
+
+def test_each_placement_writes_the_same_and_no_teacher_is_loaded_where_nothing_is_lacking(
+    tmp_path, documents, monkeypatch
+):
+    chat = SimpleNamespace(digest=lambda: "tokens", template="turns")
+    said: list[str] = []
+
+    def write_through(placement: str, some: Sequence[Document], folder: str) -> int:
+        words = ["distill.objective=recover", f"distill.cache={tmp_path / folder}", "distill.tier=hidden"]
+        cfg = load_config("quickstart.yaml", [*words, f"distill.teacher.placement={placement}"])
+        return filling.write_signals(cfg, chat, 883, some, CPU, said.append)
+
+    for placement in ("resident", "streamed", "cached"):
+        assert write_through(placement, documents[:6], placement) == 6
+        assert "asking the teacher" in " ".join(said) and "6 of 6 documents" in " ".join(said)
+        said.clear()
+    contents = {placement: (tmp_path / placement / COMPLETE).read_text() for placement in ("streamed", "cached")}
+    assert set(contents.values()) == {(tmp_path / "resident" / COMPLETE).read_text()}
+
+    monkeypatch.delattr(filling, "load_resident")
+    assert write_through("resident", documents[:6], "resident") == 0 and not said
+    with pytest.raises(NameError):
+        write_through("resident", documents[:7], "resident")
+
+
+def test_a_teacher_that_does_not_fit_into_memory_is_read_layer_by_layer(monkeypatch):
+    cfg = load_config("quickstart.yaml", ["distill.objective=recover", "distill.teacher.dtype=float32"])
+    size_bytes = 2 * (packaged("data") / "tiny-qwen2.5" / "model.safetensors").stat().st_size
+    for free, fits in ((size_bytes / 0.61, False), (size_bytes / 0.59, True), (None, True)):
+        monkeypatch.setattr(filling, "available_memory", lambda free=free: free)
+        assert filling._fits(cfg, CPU) == fits
 
 
 class TableServer:
@@ -255,9 +291,7 @@ class TableServer:
             yield TopTokens(best, np.take_along_axis(log_probs, best, 1))
 
 
-def test_a_servers_answers_are_kept_without_rows_beyond_the_vocabulary(documents, monkeypatch):
-    from finetune import load_config
-
+def test_a_servers_answers_are_kept_without_rows_beyond_the_vocabulary(tmp_path, documents, monkeypatch):
     cfg = load_config("quickstart.yaml", [
         "distill.objective=recover", "distill.cache=unused", "distill.teacher.placement=server",
         "distill.teacher.url=http://nowhere/v1", "distill.head=64",
@@ -265,9 +299,11 @@ def test_a_servers_answers_are_kept_without_rows_beyond_the_vocabulary(documents
     monkeypatch.setattr(filling, "LogprobServer", TableServer)
     table = TableServer("", "", 64, print).table
     spared = 0
-    encode = filling._ask_server(cfg, VOCABULARY, print)
-    for each, columns in zip(documents, encode(documents), strict=True):
-        signal = top_signal(columns, CPU)
+    origin = {"kept": {"tier": "top"}}
+    fill_cache(tmp_path, origin, documents, filling._ask_server(cfg, VOCABULARY, print), 50, lambda done, total: None)
+    batches = [build_batch([each]) for each in documents]
+    for each, signal in zip(documents, CachedTeacher(tmp_path, origin, CPU).signals(batches), strict=True):
+        assert isinstance(signal, TopSignal)
         asked = each.ids[each.labels != UNTRAINED]
         for ids, log_probs, true in zip(signal.ids_NK.numpy(), signal.log_probs_NK.numpy(), table[asked], strict=True):
             assert len(set(ids.tolist())) == 64 and ids.max() < VOCABULARY

@@ -324,7 +324,7 @@ def test_a_document_longer_than_the_context_names_both_ways_out(teacher):
 
 def test_a_model_that_is_not_served_is_refused_with_what_is(teacher):
     client(teacher).check()
-    with pytest.raises(ConfigError, match=rf"serves {MODEL}, not other/model; set distill.teacher.name"):
+    with pytest.raises(ConfigError, match=rf"serves {MODEL}, not other/model; set distill.teacher.served_as"):
         client(teacher, model="other/model").check()
     with pytest.raises(ConfigError, match="HTTP 404: The model `other/model` does not exist"):
         client(teacher, model="other/model").score(*document())

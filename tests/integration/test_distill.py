@@ -1,0 +1,127 @@
+"""Distilling runs as a user starts them: what they say and leave, a teacher over HTTP, a teacher that does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from finetune import train
+from finetune.distill.codec import top_signal
+from finetune.errors import ConfigError
+from finetune.resources import packaged
+from tests.logprob_server import MODEL, LogprobTeacher
+from tests.runs import SMALL_RUN, metrics, result, small_run
+
+FEW = ("data.train.0.limit=24", "data.eval.0.limit=8", "train.max_steps=2")
+TINY = str(packaged("data") / "tiny-qwen2.5")
+
+
+def test_recover_says_what_it_is_for_and_leaves_figures_of_what_it_regained(tmp_path, finetune_command):
+    settings = (*SMALL_RUN, "distill.objective=recover", "train.max_steps=12", "train.learning_rate=1e-3")
+    done = finetune_command("train", "config=quickstart.yaml", *settings, f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "cannot teach a new task" in done.stderr and "itself, in bfloat16, resident" in done.stderr
+    figures = result(tmp_path / "run")
+    assert 0 < figures["teacher_kl_after"] < figures["teacher_kl_before"]
+    assert figures["recovered"] == pytest.approx(1 - figures["teacher_kl_after"] / figures["teacher_kl_before"])
+    assert figures["eval_loss"] == figures["teacher_kl_after"]
+    table = (tmp_path / "run" / "teacher.md").read_text()
+    assert f"{figures['teacher_kl_before']:.5f}" in table and f"{figures['recovered']:.1%}" in table
+    assert f"{figures['recovered']:.1%} regained" in done.stdout
+    assert "of that regained" in (tmp_path / "run" / "README.md").read_text()
+    assert {"eval/heldout/teacher_kl", "eval/heldout/teacher_agreement"} <= metrics(tmp_path / "run")[-1].keys()
+
+
+def test_a_teacher_behind_http_is_asked_once_for_each_document(tmp_path):
+    with LogprobTeacher(vocabulary=883, max_logprobs=8, max_model_len=256) as server:
+        settings = (
+            *FEW, "distill.objective=distill", "distill.teacher.placement=server", f"distill.teacher.url={server.url}",
+            f"distill.cache={tmp_path / 'signal'}", "distill.head=8",
+        )  # fmt: skip
+        train(small_run(tmp_path / "first", *settings))
+        asked = sum(path.endswith("/completions") for path, _, _ in server.seen)
+        train(small_run(tmp_path / "again", *settings))
+        assert sum(path.endswith("/completions") for path, _, _ in server.seen) == asked == 32
+        assert all(question.get("model", MODEL) == MODEL for _, _, question in server.seen)
+        _assert_holds_table(tmp_path / "signal", server.table_VV)
+    assert [a["loss"] for a in metrics(tmp_path / "first")] == [b["loss"] for b in metrics(tmp_path / "again")]
+    assert result(tmp_path / "first")["teacher_kl_before"] > 0
+    assert result(tmp_path / "first")["recovered"] is None  # a word for the own base alone
+
+
+def _assert_holds_table(folder: Path, table_VV: np.ndarray) -> None:
+    """Every kept distribution is a row of the server's table, cut to its eight largest entries."""
+    [shard] = folder.glob("*.safetensors")
+    signal = top_signal(load_file(shard), torch.device("cpu"))
+    largest = np.sort(table_VV, axis=1)[:, ::-1][:, :8]
+    kept = signal.log_probs_NK.numpy()
+    nearest = np.abs(kept[:, None, :] - largest[None]).max(-1).min(1)
+    assert nearest.max() <= 24 / 65535  # a 16-bit step
+
+
+def test_a_server_of_another_model_is_refused_with_what_it_serves(tmp_path):
+    with LogprobTeacher(vocabulary=896) as server:
+        settings = (
+            *FEW, "distill.objective=distill", "distill.teacher.placement=server", f"distill.teacher.url={server.url}",
+            f"distill.cache={tmp_path / 'signal'}", f"distill.teacher.name={TINY}",
+        )  # fmt: skip
+        with pytest.raises(ConfigError, match="serves tests/table, not"):
+            train(small_run(tmp_path / "run", *settings))
+
+
+def other_base(folder: Path, redefine: dict[str, str]) -> Path:
+    """The embedded base, with another meaning for some of its tokens."""
+    shutil.copytree(TINY, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        text = (folder / name).read_text()
+        for here, there in redefine.items():
+            text = text.replace(here, there)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_a_teacher_that_means_something_else_by_a_token_in_use_is_refused_before_anything_is_loaded(tmp_path):
+    teacher = other_base(tmp_path / "other", {"<|im_start|>": "<|user|>"})
+    with pytest.raises(ConfigError) as error:
+        train(small_run(tmp_path / "run", *FEW, "distill.objective=distill", f"distill.teacher.name={teacher}"))
+    assert "'<|im_start|>' here, '<|user|>' to the teacher" in str(error.value)
+    assert "model.tokenizer=" in str(error.value)
+
+
+def test_a_tuned_teacher_teaches_through_its_own_adapter(tmp_path):
+    """From the base with an adapter on it, by every placement: a student of it has something to learn."""
+    train(small_run(tmp_path / "tuned", "train.max_steps=12", "train.learning_rate=5e-3", "data.eval=[]"))
+    gaps = {}
+    for placement in ("resident", "streamed"):
+        settings = (
+            "distill.objective=distill",
+            f"distill.teacher.lora={tmp_path / 'tuned'}",
+            "distill.hidden_weight=0.1",
+        )
+        train(small_run(tmp_path / placement, *FEW, *settings, f"distill.teacher.placement={placement}"))
+        gaps[placement] = result(tmp_path / placement)["teacher_kl_before"]
+    assert gaps["resident"] == gaps["streamed"]
+    train(small_run(tmp_path / "recover", *FEW, "distill.objective=recover"))
+    assert gaps["resident"] > 10 * result(tmp_path / "recover")["teacher_kl_before"]
+
+
+def test_a_larger_table_of_the_teacher_is_cut_to_the_tokens_that_both_know(tmp_path):
+    """As Qwen2.5's 152,064 rows beside 151,936: the rows beyond the tokenizer hold nothing that could be learnt."""
+    from safetensors import torch as safetensors
+
+    wide = other_base(tmp_path / "wide", {})
+    tensors = safetensors.load_file(wide / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = torch.cat([table, 9 * torch.ones(64, table.shape[1], dtype=table.dtype)])
+    safetensors.save_file(tensors, wide / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 64}))
+    train(small_run(tmp_path / "wide-run", *FEW, "distill.objective=distill", f"distill.teacher.name={wide}"))
+    train(small_run(tmp_path / "own-run", *FEW, "distill.objective=sft+anchor", "distill.weight=1"))
+    assert metrics(tmp_path / "wide-run") == metrics(tmp_path / "own-run")
