@@ -197,10 +197,10 @@ def summarise(work: Workload, runs: Runs, signals: Mapping[str, Figures]) -> dic
 def describe(summary: Mapping[str, Any]) -> str:
     lines = {f"ours {name}": figures for name, figures in summary["variants"].items()}
     lines |= {f"stock {name}": figures for name, figures in summary["stock"].items()}
-    text = [report.table(lines, COLUMNS), "distill.spot_check is 0 in cached and cached-hidden (needs no teacher here)"]
+    text = [report.table(lines, COLUMNS)]
     if summary["signals"]:
         caches = {f"cache {tier}": figures for tier, figures in summary["signals"].items()}
-        text += ["", report.table(caches, SIGNAL_COLUMNS)]
+        text += ["distill.spot_check is 0 in cached and cached-hidden", "", report.table(caches, SIGNAL_COLUMNS), ""]
     for bar in summary["bars"]:
         bound = f"at most {bar['at_most']:g}" if "at_most" in bar else f"at least {bar['at_least']:g}"
         found = "not measured" if bar["found"] is None else f"{bar['found']:.3f}: {'met' if bar['met'] else 'MISSED'}"

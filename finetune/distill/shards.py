@@ -96,7 +96,7 @@ def _writing(folder: Path) -> Iterator[None]:
     """Raises: ResourceError instead of the system's error if the disk is full, ConfigError instead of another."""
     try:
         yield
-    except (OSError, NotImplementedError) as error:
+    except (OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
                 f"distill.cache: the disk of {folder} is full; free some space and start again: it goes on where it "
