@@ -1,6 +1,7 @@
 """What quantisation takes from the embedded base, and how much of it `recover` brings back: real training, real text.
 
-    python -m benchmarks.recovery [steps=200] [rows=4000] [held_out=400] [seeds=0,1,2] [head=4] [samples=4] [only=NAME,…]
+    python -m benchmarks.recovery [steps=200] [rows=4000] [held_out=400] [seeds=0,1,2] [head=4] [samples=4]
+                                  [only=NAME;NAME] [learning_rate=3e-3] [rank=8]
 
 Text is drawn as the base's own pretraining text was (data/generate.py), training and held-out rows from other seeds.
 Every variant trains the same NF4 base on the same rows, and is measured on the same held-out targets against the same
@@ -28,7 +29,7 @@ from benchmarks.processes import ROOT, device, parse
 
 DEFAULTS = {
     "steps": "200", "rows": "4000", "held_out": "400", "seeds": "0,1,2", "head": "4", "samples": "4", "only": "",
-    "learning_rate": "2e-3", "rank": "8", "results": "benchmarks/results",
+    "learning_rate": "3e-3", "rank": "8", "results": "benchmarks/results",
 }  # fmt: skip
 _TEXT_SEED = 20_26
 _ALL = ("lora.target_modules=all-linear",)
@@ -180,11 +181,9 @@ def describe(before: dict[str, float], runs: dict[str, list[dict[str, float]]]) 
         f"| NF4 | {before['kl']:.5f} | | {before['top1']:.2%} | {before['loss']:.4f} |",
     ]  # fmt: skip
     for name, done in runs.items():
-        regained = [1 - run["kl"] / before["kl"] for run in done]
-        lines.append(
-            f"| {name} | {_spread([run['kl'] for run in done], '.5f')} | {_spread([100 * r for r in regained], '.1f')} % "
-            f"| {mean(run['top1'] for run in done):.2%} | {mean(run['loss'] for run in done):.4f} |"
-        )
+        kl, regained = [run["kl"] for run in done], [100 - 100 * run["kl"] / before["kl"] for run in done]
+        top1, loss = (mean(run[figure] for run in done) for figure in ("top1", "loss"))
+        lines.append(f"| {name} | {_spread(kl, '.5f')} | {_spread(regained, '.1f')} % | {top1:.2%} | {loss:.4f} |")
     return "\n".join(lines)
 
 

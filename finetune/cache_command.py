@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ def run_cache(arguments: Arguments) -> int:
     training = _training(cfg, arguments.overrides)
     load_config(arguments.config, training)  # what the folder cannot serve is refused before it is written
 
+    import torch
+
     from finetune.data.documents import Documents
     from finetune.data.loader import load_chat_template, load_data, used_ids
     from finetune.data.tokens.prepare import Preparation, console_progress
@@ -52,14 +55,18 @@ def run_cache(arguments: Arguments) -> int:
     from finetune.distill.teacher import cache_of, check_vocabulary
     from finetune.models.load import default_device, load_tokenizer
     from finetune.models.tokens import extend_tokenizer
+    from finetune.planning.machine import pick_threads, usable_cores
 
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
     chat = load_chat_template(cfg.data, tokenizer)
     data = load_data(Preparation(cfg.data, chat, progress=console_progress(_say)))
     vocabulary = check_vocabulary(cfg, tokenizer, used_ids(data))
+    device = default_device()
+    if device.type == "cpu" and (threads := pick_threads(os.environ, usable_cores())):
+        torch.set_num_threads(threads)
     documents = Documents.join(source.documents for source in (*data.train, *data.eval))
-    written = write_signals(cfg, chat, vocabulary, documents, default_device(), _say)
+    written = write_signals(cfg, chat, vocabulary, documents, device, _say)
     folder = cache_of(cfg)
     print(f"{folder}: {written:,} documents written now, {size_of(folder) / 1e6:,.1f} MB in all")
     print(f"next: {shlex.join(['finetune', 'train', f'config={arguments.config}', *training])}")

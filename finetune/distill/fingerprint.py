@@ -37,6 +37,7 @@ def fingerprint(
         kept |= {"head": cfg.head, "samples": cfg.samples, "seed": cfg.seed}
     return {
         "version": SIGNAL_VERSION, "kept": kept, "vocabulary": vocabulary,
+        "served": (cfg.teacher.served_as or cfg.teacher.name) if server else "nowhere",
         "weights": None if server else weights,
         "adapter": None if server else adapter,
         "dtype": None if server else teacher.dtype,
@@ -45,21 +46,21 @@ def fingerprint(
     }  # fmt: skip
 
 
-def teacher_weights(teacher: ModelConfig) -> dict[str, str]:
-    """SHA-256 of each of the teacher's weight files. Raises: as `fetch`, where they are not here."""
-    source = fetch(teacher.name, teacher.revision, WEIGHT_FILES, "distill.teacher.name")
+def teacher_weights(teacher: ModelConfig, download: bool = True) -> dict[str, str]:
+    """SHA-256 of each of the teacher's weight files. Raises: as `fetch`, where they are not to be had."""
+    source = fetch(teacher.name, teacher.revision, WEIGHT_FILES, "distill.teacher.name", download)
     files = sorted(set(weight_files(source.folder, teacher.name).values()))
     return weights_digest(files, cache_folder() / "digests")
 
 
-def adapter_folder(name: str) -> Path:
+def adapter_folder(name: str, download: bool = True) -> Path:
     """The folder of the teacher's own adapter, a local one or the hub's. Raises: as `fetch`."""
-    return fetch(name, None, (CONFIG_FILE, TENSOR_FILE), "distill.teacher.lora").folder
+    return fetch(name, None, (CONFIG_FILE, TENSOR_FILE), "distill.teacher.lora", download).folder
 
 
-def teacher_adapter(name: str | None) -> dict[str, str]:
+def teacher_adapter(name: str | None, download: bool = True) -> dict[str, str]:
     """SHA-256 of each file of the teacher's own adapter; none for a teacher without one. Raises: as `fetch`."""
     if name is None:
         return {}
-    folder = adapter_folder(name)
+    folder = adapter_folder(name, download)
     return {file: sha256_of(folder / file) for file in (CONFIG_FILE, TENSOR_FILE)}

@@ -237,7 +237,7 @@ def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     try:
         there = _flat(_read(file))
     except FileNotFoundError as error:
-        raise ConfigError(f"distill.cache: {folder} holds no signals; write them with finetune cache") from error
+        raise _no_signals(folder) from error
     here = _flat(json.loads(json.dumps(fingerprint)))
     open_fields = tuple(f"{name}." for name, value in fingerprint.items() if value is None)
     differing = [
@@ -250,6 +250,20 @@ def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
             f"distill.cache: {folder} holds another signal than this config asks for:", *differing,
             f"change the config, or {_NEW_FOLDER}",
         ]))  # fmt: skip
+
+
+def vocabulary_of(folder: Path) -> int:
+    """Ids that take part in a folder's signals. Raises: as `check_fingerprint`."""
+    try:
+        return int(_read(folder / FINGERPRINT)["vocabulary"])
+    except FileNotFoundError as error:
+        raise _no_signals(folder) from error
+    except (LookupError, TypeError, ValueError) as error:
+        raise _damaged(folder / FINGERPRINT, f"lacks {error}") from error
+
+
+def _no_signals(folder: Path) -> ConfigError:
+    return ConfigError(f"distill.cache: {folder} holds no signals; write them with finetune cache")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.distill.cache import CachedTeacher
 from finetune.distill.fingerprint import adapter_folder, fingerprint, teacher_adapter, teacher_weights
 from finetune.distill.resident import load_resident
+from finetune.distill.shards import vocabulary_of
 from finetune.distill.stream import StreamedModel
 from finetune.distill.vocabulary import check_same_tokens, shared_vocabulary
 from finetune.errors import ConfigError
@@ -76,8 +77,15 @@ def check_vocabulary(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, used: n
         return _enough(shared_vocabulary(tokenizer, student_rows, _rows(cfg.model)), used, model.name)
     if server and cfg.distill.teacher.name is None:
         return shared_vocabulary(tokenizer, student_rows, student_rows)
-    check_same_tokens(tokenizer, load_tokenizer(model), used, model.name)
-    return _enough(shared_vocabulary(tokenizer, student_rows, _rows(model)), used, model.name)
+    try:
+        teachers, teacher_rows = load_tokenizer(model), _rows(model)
+    except ConfigError:
+        if cfg.distill.teacher.placement != "cached":
+            raise
+        # Whoever wrote the folder had the teacher and compared; the fingerprint ties it to this tokenizer.
+        return vocabulary_of(cache_of(cfg))
+    check_same_tokens(tokenizer, teachers, used, model.name)
+    return _enough(shared_vocabulary(tokenizer, student_rows, teacher_rows), used, model.name)
 
 
 def _rows(model: ModelConfig) -> int:
@@ -117,12 +125,10 @@ def build_teacher(
         return load_resident(model, adapter, device, base if is_own_base(cfg) else None)
     if teacher.placement == "streamed":
         return streamed_teacher(cfg, device, say)
-    cached = CachedTeacher(
-        cache_of(cfg), signal_fingerprint(cfg, chat, vocabulary, say), device, _head(cfg, base, device),
-        getattr(torch, model.dtype),
-    )  # fmt: skip
+    origin = signal_fingerprint(cfg, chat, vocabulary, say, download=False)
+    cached = CachedTeacher(cache_of(cfg), origin, device, _head(cfg, base, device), getattr(torch, model.dtype))
     cached.check_holds(documents)
-    if cfg.distill.spot_check and teacher.placement == "cached":
+    if cfg.distill.spot_check and origin["weights"] is not None:
         _spot_check(cfg, cached, documents, vocabulary, device, say)
     return cached
 
@@ -141,13 +147,18 @@ def cache_of(cfg: RunConfig) -> Path:
     return Path(cfg.distill.cache).expanduser()
 
 
-def signal_fingerprint(cfg: RunConfig, chat: ChatTemplate, vocabulary: int, say: Say) -> dict[str, Any]:
-    """What a folder of signals must come from for this config."""
+def signal_fingerprint(
+    cfg: RunConfig, chat: ChatTemplate, vocabulary: int, say: Say, download: bool = True
+) -> dict[str, Any]:
+    """What a folder of signals must come from for this config. download: False compares no weights that are not here:
+    whoever trains from a folder needs no teacher.
+    """
     model = teacher_model(cfg)
     weights, adapter = None, None
     if cfg.distill.teacher.placement != "server":
         try:
-            weights, adapter = teacher_weights(model), teacher_adapter(cfg.distill.teacher.lora)
+            weights = teacher_weights(model, download)
+            adapter = teacher_adapter(cfg.distill.teacher.lora, download)
         except ConfigError as error:
             say(f"teacher: not all of it is here, so its weights are not compared with the cache's ({error})")
     return fingerprint(cfg.distill, model, chat, vocabulary, weights, adapter)
@@ -171,11 +182,8 @@ def _spot_check(
     device: torch.device,
     say: Say,
 ) -> None:
-    """Ask the teacher itself about some documents, where it is at hand."""
+    """Ask the teacher itself about some documents."""
     some = np.random.default_rng(cfg.train.seed).permutation(len(documents))[: cfg.distill.spot_check]
-    try:
-        teacher = streamed_teacher(cfg, device, lambda text: None)
-    except ConfigError:
-        return
+    teacher = streamed_teacher(cfg, device, lambda text: None)
     difference = cached.check_against(teacher, [documents[i] for i in some], vocabulary)
     say(f"teacher: {len(some)} cached document(s) agree with it within {difference:.2g} nats")

@@ -36,11 +36,11 @@ class Source:
     revision: str | None
 
 
-def fetch(name: str, revision: str | None, patterns: tuple[str, ...], key: str) -> Source:
+def fetch(name: str, revision: str | None, patterns: tuple[str, ...], key: str, download: bool = True) -> Source:
     """The folder that `name` means: itself, or the hub's files of that id at `revision`.
 
     patterns: globs of the files that are wanted from a hub repository's top folder.
-    key: what the user calls the setting (`model.name`), for the messages.
+    key: what the user calls the setting (`model.name`), for the messages. download: False takes what is here already.
     Raises: ConfigError naming what to do, ResourceError when the disk is full.
     """
     folder = Path(name).expanduser()
@@ -51,7 +51,10 @@ def fetch(name: str, revision: str | None, patterns: tuple[str, ...], key: str) 
     if not _HUB_ID.fullmatch(name):
         raise ConfigError(f"{key}={name}: there is no such folder (looked in {Path.cwd()}), and this is no hub id")
     try:
-        snapshot = snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
+        snapshot = snapshot_download(
+            name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"],
+            local_files_only=not download,
+        )  # fmt: skip
     except (hub.HTTPError, hub.HFValidationError, hub.RevisionResolutionError, OSError) as error:
         raise _hub_error(error, name, revision, key) from error
     commit = Path(snapshot).name

@@ -116,16 +116,15 @@ def build_lesson(
 ) -> Lesson | None:
     """The teacher of a run; None for a run that learns from rows alone. base: before an adapter is on it.
 
-    What a server says is written to `distill.cache` first, by one rank, and then trained from.
+    What a server says is written to `distill.cache` first, and then trained from.
     """
     if cfg.distill.objective == "none":
         return None
     sources = [*data.train, *data.eval]
     documents = Documents.join(source.documents for source in sources) if sources else ()
-    if cfg.distill.teacher.placement == "server":
-        if accelerator.is_main_process:
-            write_signals(cfg, chat, vocabulary, documents, accelerator.device, say)
-        accelerator.wait_for_everyone()
+    # Ranks do not wait for hours: several of them need a folder that `finetune cache` has finished.
+    if cfg.distill.teacher.placement == "server" and accelerator.num_processes == 1:
+        write_signals(cfg, chat, vocabulary, documents, accelerator.device, say)
     return Lesson(cfg, build_teacher(cfg, base, chat, vocabulary, documents, accelerator.device, say), vocabulary)
 
 

@@ -12,6 +12,8 @@ import torch
 from safetensors.numpy import load_file
 
 from finetune import train
+from finetune.arguments import Arguments
+from finetune.cache_command import run_cache
 from finetune.distill.codec import top_signal
 from finetune.errors import ConfigError
 from finetune.resources import packaged
@@ -125,3 +127,18 @@ def test_a_larger_table_of_the_teacher_is_cut_to_the_tokens_that_both_know(tmp_p
     train(small_run(tmp_path / "wide-run", *FEW, "distill.objective=distill", f"distill.teacher.name={wide}"))
     train(small_run(tmp_path / "own-run", *FEW, "distill.objective=sft+anchor", "distill.weight=1"))
     assert metrics(tmp_path / "wide-run") == metrics(tmp_path / "own-run")
+
+
+def test_a_teacher_that_is_not_here_any_more_is_not_needed_to_train_from_its_folder(tmp_path, capsys):
+    """Written on one machine, trained from on another: neither weights nor tokenizer of the teacher are asked for."""
+    teacher = other_base(tmp_path / "teacher", {})
+    signal = ("distill.objective=distill", f"distill.teacher.name={teacher}", f"distill.cache={tmp_path / 'signal'}")
+    words = [*SMALL_RUN, *FEW, *signal, f"output_dir={tmp_path / 'none'}"]
+    assert run_cache(Arguments("quickstart.yaml", tuple(words), frozenset())) == 0
+    cached = small_run(tmp_path / "with", *FEW, *signal, "distill.teacher.placement=cached")
+    train(cached)
+    assert "2 cached document(s) agree with it" in capsys.readouterr().err
+    shutil.rmtree(teacher)
+    train(small_run(tmp_path / "without", *FEW, *signal, "distill.teacher.placement=cached"))
+    assert "not all of it is here" in capsys.readouterr().err
+    assert metrics(tmp_path / "with") == metrics(tmp_path / "without")
