@@ -53,7 +53,8 @@ def begin(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     ({"tier": "hidden"}, ["  kept.head: 32 there, None here", "  kept.samples: 16 there, None here",
                           "  kept.seed: 0 there, None here", "  kept.tier: 'sampled' there, 'hidden' here"]),
     ({"placement": "server"}, ["  kept.samples: 16 there, None here", "  kept.seed: 0 there, None here",
-                               "  kept.tier: 'sampled' there, 'top' here", "  served: 'nowhere' there, 'teacher' here"]),
+                               "  kept.tier: 'sampled' there, 'top' here",
+                               "  served: 'nowhere' there, 'teacher' here"]),
 ])  # fmt: skip
 def test_what_differs_from_a_folders_origin_is_named_with_both_values(tmp_path, changed, named):
     begin(tmp_path / "cache", origin())
