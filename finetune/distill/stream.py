@@ -61,8 +61,10 @@ class StreamedModel:
     last_pass: figures of the latest `hidden_states`.
     """
 
-    def __init__(self, cfg: ModelConfig, device: torch.device, adapter: Path | None = None):
-        """adapter: a PEFT folder; its tensors stay in memory.
+    def __init__(
+        self, cfg: ModelConfig, device: torch.device, adapter: Path | None = None, head: nn.Module | None = None
+    ):
+        """adapter: a PEFT folder; its tensors stay in memory. head: the model's own, where it is in memory already.
 
         Raises: ConfigError (not found, not supported, an adapter on more than decoder layers), IntegrityError (torn
         files, tensors that are not the model's).
@@ -75,6 +77,7 @@ class StreamedModel:
         self.device, self.dtype = device, getattr(torch, cfg.dtype)
         self.last_pass = PassFigures()
         self._files, self._base = _open(cfg, self.dtype)
+        self._head = head
         self._tied = bool(self._base.config.tie_word_embeddings)
         backbone: Any = self._base.base_model
         # By module, not by name: an adapter moves modules to other names.
@@ -90,6 +93,8 @@ class StreamedModel:
     @cached_property
     def head(self) -> nn.Module:
         """The output head on the device, read at its first use; with tied embeddings it is the embedding too."""
+        if self._head is not None:
+            return self._head
         head: Any = self._base.get_output_embeddings()
         _put(head, "weight", self._read(_EMBEDDING if self._tied else _HEAD))
         return head

@@ -124,7 +124,7 @@ def build_teacher(
         adapter = None if teacher.lora is None else adapter_folder(teacher.lora)
         return load_resident(model, adapter, device, base if is_own_base(cfg) else None)
     if teacher.placement == "streamed":
-        return streamed_teacher(cfg, device, say)
+        return streamed_teacher(cfg, device, say, _own_head(cfg, base))
     origin = signal_fingerprint(cfg, chat, vocabulary, say, download=False)
     cached = CachedTeacher(cache_of(cfg), origin, device, _head(cfg, base, device), getattr(torch, model.dtype))
     cached.check_holds(documents)
@@ -133,11 +133,18 @@ def build_teacher(
     return cached
 
 
-def streamed_teacher(cfg: RunConfig, device: torch.device, say: Say) -> StreamedTeacher:
-    """The teacher, read layer by layer."""
+def streamed_teacher(cfg: RunConfig, device: torch.device, say: Say, head: nn.Module | None = None) -> StreamedTeacher:
+    """The teacher, read layer by layer. head: its own, where it is in memory already."""
     name = cfg.distill.teacher.lora
     adapter = None if name is None else adapter_folder(name)
-    return StreamedTeacher(StreamedModel(teacher_model(cfg), device, adapter), device, say)
+    return StreamedTeacher(StreamedModel(teacher_model(cfg), device, adapter, head), device, say)
+
+
+def _own_head(cfg: RunConfig, base: PreTrainedModel) -> nn.Module | None:
+    """The student's head, where the teacher has the same; before an adapter is on it, and frozen ever after."""
+    own = base.get_output_embeddings()
+    same = is_own_base(cfg) and own is not None and own.weight.dtype == getattr(torch, cfg.distill.teacher.dtype)
+    return own if same else None
 
 
 def cache_of(cfg: RunConfig) -> Path:
@@ -165,13 +172,10 @@ def signal_fingerprint(
 
 
 def _head(cfg: RunConfig, base: PreTrainedModel, device: torch.device) -> nn.Module | None:
-    """What makes logits of cached hidden states: the student's own head where the teacher has the same."""
+    """What makes logits of cached hidden states."""
     if cfg.distill.tier != "hidden":
         return None
-    own = base.get_output_embeddings()
-    if is_own_base(cfg) and own is not None and own.weight.dtype == getattr(torch, cfg.distill.teacher.dtype):
-        return own
-    return StreamedModel(teacher_model(cfg), device).head
+    return _own_head(cfg, base) or StreamedModel(teacher_model(cfg), device).head
 
 
 def _spot_check(

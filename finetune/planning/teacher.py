@@ -27,9 +27,10 @@ def teacher_bytes(cfg: RunConfig, student: Mapping[str, Any]) -> float | None:
     width = DTYPE_BYTES[teacher.dtype]
     table = shape["vocab_size"] * shape["hidden_size"]
     layer = sum(out * inputs for out, inputs in linear_shapes(shape).values())
-    if teacher.placement == "streamed":
-        return (2 * layer + table) * width  # embedding rows are read as they are needed, a tied table is the head
     shared = own and teacher.dtype == cfg.model.dtype
+    if teacher.placement == "streamed":
+        # Embedding rows are read as they are needed; a tied table is the head.
+        return (2 * layer + (0 if shared else table)) * width
     tables = 0 if shared else table * (1 if shape.get("tie_word_embeddings") else 2)
     return (shape["num_hidden_layers"] * layer + tables) * width
 
