@@ -1,0 +1,61 @@
+"""The plan's bytes of a teacher, against the tensors that it really has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from finetune import load_config
+from finetune.models.families import QWEN25_SHAPES
+from finetune.planning.teacher import describe_teacher, teacher_bytes
+
+SHAPE = QWEN25_SHAPES["7B"]
+
+
+def plan(*overrides: str):
+    return load_config("distill.yaml", [*overrides])
+
+
+def bytes_of_tensors(size: str, *, tables: bool, layers: int | None = None) -> int:
+    """bf16 bytes of the matrices of a model of that size, built without storage."""
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(Qwen2Config(**QWEN25_SHAPES[size]))
+    wanted = [p for name, p in model.named_parameters() if p.dim() == 2 and (".layers." in name or tables)]
+    if layers is not None:
+        wanted = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith(LAYERS[:layers])]
+    return 2 * sum(p.numel() for p in wanted)
+
+
+LAYERS = tuple(f"model.layers.{i}." for i in range(80))
+
+
+def test_a_teacher_of_the_same_base_takes_its_layers_alone():
+    assert teacher_bytes(plan(), SHAPE) == bytes_of_tensors("7B", tables=False)
+    assert teacher_bytes(plan("distill.teacher.dtype=float32"), SHAPE) == 2 * bytes_of_tensors("7B", tables=True)
+
+
+def test_another_teacher_takes_all_of_it_and_a_streamed_one_two_layers_and_a_head():
+    other = ("distill=teacher", "distill.teacher.name=Qwen/Qwen2.5-14B-Instruct")
+    assert teacher_bytes(plan(*other), SHAPE) == bytes_of_tensors("14B", tables=True)
+    streamed = teacher_bytes(plan(*other, "distill.teacher.placement=streamed"), SHAPE)
+    head = 2 * QWEN25_SHAPES["14B"]["vocab_size"] * QWEN25_SHAPES["14B"]["hidden_size"]
+    assert streamed == bytes_of_tensors("14B", tables=False, layers=2) + head
+    assert teacher_bytes(plan("distill.teacher.placement=streamed"), SHAPE) == bytes_of_tensors(
+        "7B", tables=False, layers=2
+    )
+
+
+@pytest.mark.parametrize("settings", [
+    ("distill.objective=none",),
+    ("distill.teacher.placement=cached", "distill.cache=folder"),
+    ("distill.teacher.placement=server", "distill.cache=folder", "distill.teacher.url=http://host"),
+])  # fmt: skip
+def test_what_is_not_loaded_takes_nothing(settings):
+    assert teacher_bytes(plan(*settings), SHAPE) == 0
+
+
+def test_a_teacher_of_unknown_shape_is_said_to_be_so():
+    cfg = plan("distill=teacher", "distill.teacher.name=somebody/model")
+    assert teacher_bytes(cfg, SHAPE) is None
+    assert "somebody/model" in str(describe_teacher(cfg, SHAPE)) and "not planned" in str(describe_teacher(cfg, SHAPE))
