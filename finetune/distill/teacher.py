@@ -88,11 +88,25 @@ def check_vocabulary(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, used: n
     return _enough(shared_vocabulary(tokenizer, student_rows, teacher_rows), used, model.name)
 
 
+def check_width(cfg: RunConfig) -> None:
+    """Raises: ConfigError if hidden states of different widths are to be compared."""
+    if not cfg.distill.hidden_weight or is_own_base(cfg):
+        return
+    ours, theirs = (_config(model)["hidden_size"] for model in (cfg.model, teacher_model(cfg)))
+    if ours != theirs:
+        raise ConfigError(
+            f"distill.hidden_weight compares hidden states, which are {ours} wide here and {theirs} in the teacher; "
+            "set it to 0"
+        )
+
+
 def _rows(model: ModelConfig) -> int:
     """Rows of a model's embedding."""
-    return int(
-        read_config(fetch(model.name, model.revision, TEXT_FILES, "model.name").folder, model.name)["vocab_size"]
-    )
+    return int(_config(model)["vocab_size"])
+
+
+def _config(model: ModelConfig) -> dict[str, Any]:
+    return read_config(fetch(model.name, model.revision, TEXT_FILES, "model.name").folder, model.name)
 
 
 def _enough(vocabulary: int, used: np.ndarray, teacher: str) -> int:

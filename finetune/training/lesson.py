@@ -22,7 +22,7 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.distill.filling import write_signals
 from finetune.distill.on_policy import OnPolicyFeed
 from finetune.distill.schedule import Schedule
-from finetune.distill.teacher import build_teacher, check_vocabulary
+from finetune.distill.teacher import build_teacher, check_vocabulary, check_width
 from finetune.evaluation.agreement import agreement
 from finetune.evaluation.sampling import sample_answers
 from finetune.losses.distillation import Distillation
@@ -93,12 +93,14 @@ class Lesson:
 def plan_lesson(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, data: LoadedData, say: Say) -> int:
     """Ids that student and teacher share; 0 for a run that learns from rows alone. Nothing is loaded yet.
 
-    Raises: ConfigError if the teacher means something else by a token that is in use.
+    Raises: ConfigError if the teacher means something else by a token that is in use, or has another width where that
+    matters.
     """
     if cfg.distill.objective == "none":
         return 0
     if cfg.distill.objective == "recover":
         say(_CANNOT_TEACH)
+    check_width(cfg)
     # A stream's rows are not known yet, and the student may write any token.
     unknown = cfg.data.stream_rows or cfg.distill.on_policy
     used = np.arange(len(tokenizer)) if unknown else used_ids(data)

@@ -96,6 +96,15 @@ def test_a_teacher_that_means_something_else_by_a_token_in_use_is_refused_before
     assert "model.tokenizer=" in str(error.value)
 
 
+def test_hidden_states_of_different_widths_are_not_compared(tmp_path):
+    teacher = other_base(tmp_path / "wider", {})
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "hidden_size": 320}))
+    settings = ("distill.objective=distill", f"distill.teacher.name={teacher}", "distill.hidden_weight=1")
+    with pytest.raises(ConfigError, match="256 wide here and 320 in the teacher"):
+        train(small_run(tmp_path / "run", *FEW, *settings))
+
+
 def test_a_tuned_teacher_teaches_through_its_own_adapter(tmp_path):
     """From the base with an adapter on it, by every placement: a student of it has something to learn."""
     train(small_run(tmp_path / "tuned", "train.max_steps=12", "train.learning_rate=5e-3", "data.eval=[]"))
