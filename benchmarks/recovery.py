@@ -32,7 +32,8 @@ DEFAULTS = {
     "learning_rate": "3e-3", "rank": "8", "results": "benchmarks/results",
 }  # fmt: skip
 _TEXT_SEED = 20_26
-_ALL = ("lora.target_modules=all-linear",)
+# More is trained, so it takes smaller steps.
+_ALL = ("lora.target_modules=all-linear", "train.learning_rate=2e-3")
 # Adapters, and where the signal comes from.
 VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
     "q,v, resident": ((), "resident"),
@@ -81,7 +82,7 @@ class Experiment:
             "distill.objective=recover", f"data.train=[{{path: {self.folder}/train.jsonl}}]",
             f"data.eval=[{{path: {self.folder}/heldout.jsonl}}]", "data.max_length=512", "generation.rows=0",
             f"train.max_steps={options['steps']}", f"train.learning_rate={options['learning_rate']}",
-            f"lora.rank={options['rank']}", f"lora.alpha={2 * int(options['rank'])}", f"train.seed={seed}",
+            f"lora.rank={options['rank']}", f"lora.alpha={2 * int(options['rank'])}", f"train.seed={seed}", "train.batch_size=8",
             f"output_dir={self.folder}/{name}-{seed}", *changes,
         ])  # fmt: skip
 
