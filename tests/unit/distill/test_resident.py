@@ -1,0 +1,106 @@
+"""A teacher in memory: transformers' own numbers, and one copy with the student of what both have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from finetune.config.schema import ModelConfig, QuantConfig
+from finetune.data.batch import build_batch
+from finetune.data.template.chat import UNTRAINED
+from finetune.distill.resident import ResidentTeacher, load_resident
+from finetune.losses.hidden import base_of
+from finetune.models.fast import FastDecoderLayer
+from finetune.models.load import load_base
+from tests.models import random_qwen2
+from tests.unit.losses.test_distillation import documents
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def folder(request, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    # Large enough a table to stay mapped where it is not shared.
+    config = Qwen2Config(
+        vocab_size=9000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=request.param,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def cfg(folder: Path, dtype: str = "bfloat16") -> ModelConfig:
+    return ModelConfig(name=str(folder), dtype=dtype)
+
+
+def tables(model) -> list[int]:
+    base = base_of(model)
+    return [base.get_input_embeddings().weight.data_ptr(), base.get_output_embeddings().weight.data_ptr()]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_it_says_what_transformers_own_model_says(folder, dtype):
+    teacher = load_resident(cfg(folder, dtype), None, CPU)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    docs = documents([12, 30, 5])
+    for doc, signal in zip(docs, teacher.signals([build_batch([doc]) for doc in docs]), strict=True):
+        with torch.no_grad():
+            states = plain.model(torch.tensor(doc.ids[None].astype("int64"))).last_hidden_state[0]
+        expected = states[torch.tensor(doc.labels != UNTRAINED)]
+        # bf16 sums of other kernels: 2**-8 of values up to 4. fp32: 2**-24 times a hundred roundings.
+        tolerance = 0.03 if dtype == "bfloat16" else 1e-5
+        torch.testing.assert_close(signal.hidden_ND, expected, rtol=tolerance, atol=tolerance)
+        assert torch.equal(signal.head.weight, plain.lm_head.weight)
+
+
+def test_a_student_of_the_same_base_and_type_shares_its_tables(folder):
+    student = load_base(cfg(folder), QuantConfig(cache=False), CPU)
+    teacher = load_resident(cfg(folder), None, CPU, student)
+    assert tables(teacher.model) == tables(student)
+    other_type = load_resident(cfg(folder, "float32"), None, CPU, student)
+    assert not set(tables(other_type.model)) & set(tables(student))
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    assert {p.dtype for p in teacher.model.parameters()} == {torch.bfloat16}
+    assert all(type(layer) is FastDecoderLayer for layer in base_of(teacher.model).model.layers)
+
+
+def test_what_is_not_shared_is_mapped_from_the_files(folder):
+    """A large tensor that lies at its place in the file is no copy: its pages come and go with the page cache."""
+    before = _anonymous_bytes()
+    teacher = load_resident(cfg(folder), None, CPU)
+    assert _anonymous_bytes() - before < tables_bytes(teacher) / 2
+
+
+def tables_bytes(teacher: ResidentTeacher) -> int:
+    base = base_of(teacher.model)
+    weights = {
+        w.data_ptr(): w.nbytes for w in (base.get_input_embeddings().weight, base.get_output_embeddings().weight)
+    }
+    return sum(weights.values())
+
+
+def _anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
+
+
+def test_files_that_call_their_tensors_otherwise_are_left_to_transformers(folder):
+    file = folder / "model.safetensors"
+    save_file({name.removeprefix("model."): t for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    teacher = load_resident(cfg(folder), None, CPU)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(
+        base_of(teacher.model).model.layers[1].mlp.up_proj.weight, plain.model.layers[1].mlp.up_proj.weight
+    )
+
+
+def test_asking_leaves_no_graph_and_no_mode_behind():
+    model = random_qwen2().eval()
+    [signal] = ResidentTeacher(model, CPU).signals([build_batch(documents([9]))])
+    assert not signal.hidden_ND.requires_grad and not model.training

@@ -1,0 +1,53 @@
+"""When a teacher is asked: once for so many steps, in the order in which they are taken, and not before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from finetune.distill.schedule import Schedule
+
+BATCHES = {1: ["1a", "1b"], 2: ["2a"], 3: ["3a", "3b", "3c"], 4: ["4a"], 5: ["5a"]}
+
+
+class Echo:
+    """Says each batch's name back; remembers what it was asked at once, and what was taken."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+        self.taken: list[str] = []
+
+    def signals(self, batches: list) -> Iterator:
+        self.asked.append(list(batches))
+        for batch in batches:
+            self.taken.append(batch)
+            yield batch
+
+
+@pytest.mark.parametrize(("ahead", "asked"), [
+    (1, [["1a", "1b"], ["2a"], ["3a", "3b", "3c"], ["4a"], ["5a"]]),
+    (2, [["1a", "1b", "2a"], ["3a", "3b", "3c", "4a"], ["5a"]]),
+    (9, [["1a", "1b", "2a", "3a", "3b", "3c", "4a", "5a"]]),
+])  # fmt: skip
+def test_each_step_gets_its_own_signals_and_nothing_beyond_the_last_is_asked(ahead, asked):
+    teacher = Echo()
+    schedule = Schedule(teacher, ahead, total_steps=5)
+    for step, batches in BATCHES.items():
+        assert list(schedule.signals(step, BATCHES.__getitem__)) == batches
+    assert teacher.asked == asked
+
+
+def test_a_run_that_continues_begins_at_its_step():
+    teacher = Echo()
+    schedule = Schedule(teacher, 2, total_steps=5)
+    assert [list(schedule.signals(step, BATCHES.__getitem__)) for step in (4, 5)] == [["4a"], ["5a"]]
+    assert teacher.asked == [["4a", "5a"]]
+
+
+def test_a_teacher_that_computes_when_it_is_asked_does_so_batch_by_batch():
+    teacher = Echo()
+    signals = iter(Schedule(teacher, 1, total_steps=5).signals(3, BATCHES.__getitem__))
+    assert teacher.taken == []
+    next(signals)
+    assert teacher.taken == ["3a"]
