@@ -82,8 +82,8 @@ class Experiment:
             "distill.objective=recover", f"data.train=[{{path: {self.folder}/train.jsonl}}]",
             f"data.eval=[{{path: {self.folder}/heldout.jsonl}}]", "data.max_length=512", "generation.rows=0",
             f"train.max_steps={options['steps']}", f"train.learning_rate={options['learning_rate']}",
-            f"lora.rank={options['rank']}", f"lora.alpha={2 * int(options['rank'])}", f"train.seed={seed}", "train.batch_size=8",
-            f"output_dir={self.folder}/{name}-{seed}", *changes,
+            f"lora.rank={options['rank']}", f"lora.alpha={2 * int(options['rank'])}", f"train.seed={seed}",
+            "train.batch_size=8", f"output_dir={self.folder}/{name}-{seed}", *changes,
         ])  # fmt: skip
 
     def run(self, name: str, seed: int) -> dict[str, float]:
