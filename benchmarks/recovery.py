@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
     "q,v, sampled": ((), "sampled"),
     "q,v, top-k rescaled": ((), "top-k"),
     "all linears, resident": (_ALL, "resident"),
+    "all linears from loftq, resident": ((*_ALL, "lora.init=loftq"), "resident"),
     "all linears, sampled": (_ALL, "sampled"),
     "all linears, top-k rescaled": (_ALL, "top-k"),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -222,7 +222,10 @@ def _look_before(parts: Parts, state: TrainState, say: Callable[[str], None]) ->
         }
         say(f"held-out exact match before training: {state.before['exact_match']:.1%} of {len(answers)}")
     if parts.lesson is not None and parts.data.eval:
-        state.before["evaluations"] = figures = _evaluate(parts)
+        # What quantisation took is a matter of the base: an adapter may start as a part of the answer (loftq).
+        recovers = parts.cfg.distill.objective == "recover"
+        with parts.model.disable_adapter() if recovers else nullcontext():
+            state.before["evaluations"] = figures = _evaluate(parts)
         for source in parts.data.eval:
             kl, top1 = (figures[f"eval/{source.name}/{name}"] for name in ("teacher_kl", "teacher_agreement"))
             say(f"{source.name} before training: {kl:.5f} nats a target from the teacher, same first choice {top1:.1%}")

@@ -18,7 +18,7 @@ from finetune.distill.codec import top_signal
 from finetune.errors import ConfigError
 from finetune.resources import packaged
 from tests.logprob_server import MODEL, LogprobTeacher
-from tests.runs import SMALL_RUN, metrics, result, small_run
+from tests.runs import SMALL_RUN, adapter, metrics, result, small_run
 
 FEW = ("data.train.0.limit=24", "data.eval.0.limit=8", "train.max_steps=2")
 TINY = str(packaged("data") / "tiny-qwen2.5")
@@ -38,6 +38,25 @@ def test_recover_says_what_it_is_for_and_leaves_figures_of_what_it_regained(tmp_
     assert f"{figures['recovered']:.1%} regained" in done.stdout
     assert "of that regained" in (tmp_path / "run" / "README.md").read_text()
     assert {"eval/heldout/teacher_kl", "eval/heldout/teacher_agreement"} <= metrics(tmp_path / "run")[-1].keys()
+
+
+def test_what_quantisation_took_is_measured_without_the_adapter_and_trains_it_all_the_same(tmp_path):
+    """LoftQ starts nearer to the teacher; what it starts from is the base that every run starts from."""
+    settings = (
+        *FEW,
+        "distill.objective=recover",
+        "lora.target_modules=all-linear",
+        "lora.rank=32",
+        "lora.modules_to_save=[norm]",
+    )
+    for init in ("default", "loftq"):
+        train(small_run(tmp_path / init, *settings, f"lora.init={init}", "train.learning_rate=1e-5"))
+    default, loftq = (result(tmp_path / init) for init in ("default", "loftq"))
+    assert default["teacher_kl_before"] == loftq["teacher_kl_before"]
+    assert loftq["teacher_kl_after"] < 0.9 * default["teacher_kl_after"]
+    assert metrics(tmp_path / "default")[0]["grad_norm"] > 0
+    saved, started = adapter(tmp_path / "default"), adapter(tmp_path / "loftq")
+    assert saved.keys() == started.keys() and any("model.norm.weight" in name for name in saved)
 
 
 def test_a_teacher_behind_http_is_asked_once_for_each_document(tmp_path):
