@@ -45,7 +45,8 @@ def describe_teacher(cfg: RunConfig, student: Mapping[str, Any]) -> str | None:
         case "cached":
             return f"teacher: {name}, not loaded; its signal is read from {cfg.distill.cache}"
         case "server":
-            return f"teacher: {teacher.name or cfg.model.name} at {teacher.url}; its signal goes to {cfg.distill.cache}"
+            served = teacher.served_as or teacher.name or "what is served"
+            return f"teacher: {served} at {teacher.url}; its signal goes to {cfg.distill.cache}"
     size = teacher_bytes(cfg, student)
     if size is None:
         return f"teacher: {name}, {teacher.placement}; its shapes are not known here, so its memory is not planned"
