@@ -1,7 +1,7 @@
 """What quantisation takes from the embedded base, and how much of it `recover` brings back: real training, real text.
 
     python -m benchmarks.recovery [steps=200] [rows=6000] [held_out=400] [seeds=0,1,2] [head=4] [samples=4]
-                                  [only=NAME;NAME] [learning_rate=3e-3] [rank=8]
+                                  [only=NAME;NAME] [learning_rate=3e-3] [rank=8] [batch_size=8]
 
 Text is drawn as the base's own pretraining text was (data/generate.py), training and held-out rows from other seeds.
 Every variant trains the same NF4 base on the same rows, and is measured on the same held-out targets against the same
@@ -29,7 +29,7 @@ from benchmarks.processes import ROOT, device, parse
 
 DEFAULTS = {
     "steps": "200", "rows": "6000", "held_out": "400", "seeds": "0,1,2", "head": "4", "samples": "4", "only": "",
-    "learning_rate": "3e-3", "rank": "8", "results": "benchmarks/results",
+    "learning_rate": "3e-3", "rank": "8", "batch_size": "8", "results": "benchmarks/results",
 }  # fmt: skip
 _TEXT_SEED = 20_26
 # More is trained, so it takes smaller steps, and more text before it knows that by heart.
@@ -84,7 +84,7 @@ class Experiment:
             f"data.eval=[{{path: {self.folder}/heldout.jsonl}}]", "data.max_length=512", "generation.rows=0",
             f"train.max_steps={options['steps']}", f"train.learning_rate={options['learning_rate']}",
             f"lora.rank={options['rank']}", f"lora.alpha={2 * int(options['rank'])}", f"train.seed={seed}",
-            "train.batch_size=8", f"output_dir={self.folder}/{name}-{seed}", *changes,
+            f"train.batch_size={options['batch_size']}", f"output_dir={self.folder}/{name}-{seed}", *changes,
         ])  # fmt: skip
 
     def run(self, name: str, seed: int) -> dict[str, float]:

@@ -74,8 +74,8 @@ def macro_batch(tokens: int, batch: int, document: int) -> list[Any]:
 
 def layers_of(folder: Path) -> list[dict[str, Any]]:
     """Where the tensors of each decoder layer lie, by their names within it."""
-    from finetune.distill.layer_reader import WeightFiles
     from finetune.models.source import weight_files
+    from finetune.models.stored import WeightFiles
 
     layers: dict[int, dict[str, Any]] = {}
     for name, stored in WeightFiles(weight_files(folder, str(folder))).tensors.items():

@@ -149,15 +149,13 @@ def load_conversation(config: RunConfig, adapter: Path | None, settings: ChatSet
     from finetune.data.loader import load_chat_template
     from finetune.data.template.chat import ChatTemplate
     from finetune.models.adapter import load_adapter
-    from finetune.models.load import load_base, load_tokenizer
+    from finetune.models.load import load_adapter_tokenizer, load_base, load_tokenizer
 
     if adapter is None:
         tokenizer = load_tokenizer(config.model)
         chat = load_chat_template(config.data, tokenizer)
         return Conversation(load_base(config.model, config.quant), tokenizer, chat, settings)
-    # The tokenizer saved with the adapter knows its template and the tokens it added.
-    saved = config.model.model_copy(update={"name": str(adapter), "revision": None, "tokenizer": None})
-    tokenizer = load_tokenizer(saved if (adapter / "tokenizer_config.json").is_file() else config.model)
+    tokenizer = load_adapter_tokenizer(config.model, adapter)
     model = load_adapter(load_base(config.model, config.quant), adapter)
     return Conversation(model, tokenizer, ChatTemplate(tokenizer), settings)
 
@@ -226,7 +224,7 @@ def _chat_settings(own: dict[str, str]) -> ChatSettings:
 
 def _find_config(file: str | None, model: str | None, adapter: Path | None, overrides: list[str]) -> RunConfig:
     """The settings to load the base with: a config's, those an adapter was trained with, or lora.yaml's."""
-    from finetune.config.compose import load_config
+    from finetune.config.compose import load_config, saved_config
     from finetune.resources import packaged
 
     if file is not None:
@@ -235,9 +233,8 @@ def _find_config(file: str | None, model: str | None, adapter: Path | None, over
         raise InputError("finetune chat needs adapter=FOLDER, model=NAME or config=X.yaml")
     chosen = [] if model is None else [f"model.name={_quoted(model)}", "model.revision=null"]
     if adapter is not None:
-        for run_folder in (adapter, adapter.parent):
-            if (run_folder / "config.yaml").is_file():
-                return load_config(str(run_folder / "config.yaml"), [*chosen, *overrides])
+        if (saved := saved_config(adapter, [*chosen, *overrides])) is not None:
+            return saved
         chosen = chosen or _base_of(adapter)
     return load_config(str(packaged("configs") / "lora.yaml"), [*chosen, *overrides])
 

@@ -44,6 +44,11 @@ COMMANDS = {
         "finetune.cache_command:run_cache",
         "finetune.cache_command:HELP",
     ),
+    "merge": Command(
+        "put an adapter into its base's weights, proven",
+        "finetune.merge_command:run_merge",
+        "finetune.merge_command:merge_help",
+    ),
     "chat": Command("talk to a base model or to a trained adapter", "finetune.chat:run_chat", "finetune.chat:HELP"),
     "doctor": Command(
         "check this machine and say what to install", "finetune.doctor:run_doctor", "finetune.doctor:HELP", ("--json",)

@@ -69,6 +69,17 @@ def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
+def saved_config(adapter: Path, overrides: Sequence[str] = ()) -> RunConfig | None:
+    """The config of the run that an adapter's folder, or the checkpoint that it is, belongs to; None if it tells none.
+
+    Raises: ConfigError if it cannot be read.
+    """
+    for folder in (adapter, *([adapter.parent] if adapter.name.startswith("checkpoint-") else [])):
+        if (folder / "config.yaml").is_file():
+            return load_config(str(folder / "config.yaml"), overrides)
+    return None
+
+
 def to_yaml(config: RunConfig) -> str:
     """The resolved YAML of a run, which load_config reads back to an equal RunConfig."""
     return yaml.dump(escaped(config.model_dump()), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

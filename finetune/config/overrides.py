@@ -49,8 +49,8 @@ def _read(key: str, text: str, found: Overrides) -> None:
         found.groups[key] = text
     else:
         try:
-            value = _as_text(text, kind) if takes(str, kind) else _by_grammar(text)
-        except HydraException as error:
+            value = read_value(text, kind)
+        except ValueError as error:
             hint = f"""text of more than letters and digits goes in quotes, in the shell '{key}=["a b"]'"""
             _refuse(found, key, f"cannot read {shown(text)}: {error}; {hint}")
             return
@@ -59,6 +59,14 @@ def _read(key: str, text: str, found: Overrides) -> None:
                 found.problems.append(unknown_key(leaf)._replace(origin=COMMAND_LINE))
             else:
                 found.values.append((leaf, part))
+
+
+def read_value(text: str, kind: Any) -> Any:
+    """One value as typed, for a key of that type. Raises: ValueError saying why it cannot be read."""
+    try:
+        return _as_text(text, kind) if takes(str, kind) else _by_grammar(text)
+    except HydraException as error:
+        raise ValueError(str(error)) from error
 
 
 def _refuse(found: Overrides, key: str, text: str) -> None:

@@ -6,21 +6,17 @@ is read here lies in two buffers of one layer each, and nowhere else.
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from finetune.errors import ConfigError, IntegrityError
-from finetune.models.digest import identity
+from finetune.models.stored import Stored, read_exactly
 
 # Reads in flight. One thread takes 2 to 5 GB/s out of the system's cache and two fill a disk of 1.5 GB/s (measured); a
 # faster disk is busy only with several, and more than it needs cost nothing.
@@ -30,52 +26,6 @@ _PIECE_BYTES = 4 << 20
 _ROWS = 256
 # What torch's own allocations are aligned to: a product's rounding may depend on it.
 _ALIGNMENT = 64
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """Where a tensor lies: from byte `offset` of `file` on, row after row."""
-
-    file: Path
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-class WeightFiles:
-    """The tensors of a model's safetensors files, whose headers alone are in memory."""
-
-    def __init__(self, files: Mapping[str, Path]):
-        """files: which file holds each tensor, from `source.weight_files`, which has proved that they are whole.
-
-        Raises: ConfigError for a type of number that is none of a 16- to 64-bit float.
-        """
-        self._identities = {file: identity(file) for file in sorted(set(files.values()))}
-        self.tensors = {name: stored for file in self._identities for name, stored in _read_header(file)}
-
-    def check_unchanged(self) -> None:
-        """Raises: IntegrityError if a file was written to or replaced since its header was read."""
-        for file, before in self._identities.items():
-            if not file.exists() or identity(file) != before:
-                raise IntegrityError(
-                    f"{file} changed while its weights were being read: what they say is not one model's; start again, "
-                    "and let nothing write to the teacher's folder meanwhile"
-                )
-
-
-def _read_header(file: Path) -> list[tuple[str, Stored]]:
-    """Source: the safetensors format, a length in 8 bytes and a JSON object before the tensors' bytes."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header: dict[str, Any] = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    if strange := sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys()):
-        raise ConfigError(f"{file} holds numbers of type {', '.join(strange)}; a teacher is read from 16-bit or wider")
-    return [
-        (name, Stored(file, 8 + length + entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"])))
-        for name, entry in header.items()
-    ]
 
 
 class Reads:
@@ -134,26 +84,13 @@ class Reads:
         with stored.file.open("rb", buffering=0) as stream:
             for offset, out in places:
                 raw = out if out.dtype == stored.dtype else torch.empty(out.shape, dtype=stored.dtype)
-                _read_exactly(stream, offset, raw.view(torch.uint8).numpy().data, stored.file)
+                read_exactly(stream, offset, raw.view(torch.uint8).numpy().data, stored.file)
                 if raw is not out:
                     out.copy_(raw)
                 count += raw.nbytes
         with self._lock:
             self._spans.append((began, time.perf_counter()))
             self.bytes += count
-
-
-def _read_exactly(stream: Any, offset: int, view: memoryview, file: Path) -> None:
-    stream.seek(offset)
-    done = 0
-    while done < len(view):
-        count = stream.readinto(view[done:])
-        if not count:
-            raise IntegrityError(
-                f"{file} ends at byte {offset + done:,}, before the weights that its header promises; fetch or copy it "
-                "again, and let nothing write to it meanwhile"
-            )
-        done += count
 
 
 class LayerBuffers:

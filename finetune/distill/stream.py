@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from finetune.config.schema import ModelConfig
 from finetune.data.batch import Batch
-from finetune.distill.layer_reader import LayerBuffers, Reads, WeightFiles
+from finetune.distill.layer_reader import LayerBuffers, Reads
 from finetune.distill.meta_adapter import attach_adapter
 from finetune.errors import ConfigError, IntegrityError
 from finetune.losses.cross_entropy import target_rows
@@ -32,6 +32,7 @@ from finetune.models.fast import attach_fast_path
 from finetune.models.four_bit import build_skeleton, holds_all
 from finetune.models.load import quiet
 from finetune.models.source import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
+from finetune.models.stored import WeightFiles
 from finetune.ops import attention
 
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"

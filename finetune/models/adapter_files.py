@@ -18,13 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.errors import ConfigError, IntegrityError
 from finetune.models.inits import ADAPTER, initial_factors
-from finetune.models.source import fetch, read_json, tensor_names
+from finetune.models.source import TEXT_FILES, fetch, read_json, tensor_names
 from finetune.models.tokens import embedding_rows
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MASTER = ".parametrizations.weight.original"  # what torch calls a parametrised weight
 _MASTER_BIAS = ".parametrizations.bias.original"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # of every tensor in an adapter's file
 
 
 def save_adapter(
@@ -137,6 +137,7 @@ class SavedAdapter:
     """An adapter on disk that a new run starts from."""
 
     name: str  # as the user wrote it
+    folder: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
 
@@ -154,7 +155,7 @@ class SavedAdapter:
     def _kind(self) -> AdapterKind:
         config = self.config
         ranks = {
-            name.removeprefix(_PREFIX).partition(".lora_A.")[0]: len(tensor)
+            name.removeprefix(PREFIX).partition(".lora_A.")[0]: len(tensor)
             for name, tensor in self.tensors.items()
             if ".lora_A." in name
         }
@@ -165,7 +166,7 @@ class SavedAdapter:
             alpha_pattern=config.get("alpha_pattern") or {},
             rslora=bool(config.get("use_rslora")),
             dora=bool(config.get("use_dora")),
-            new_tokens=_token_ids(config),
+            new_tokens=token_ids(config),
         )
 
 
@@ -182,7 +183,7 @@ class AdapterKind:
     new_tokens: dict[str, list[int]]  # token ids by name of the embedding module
 
 
-def _token_ids(config: dict[str, Any]) -> dict[str, list[int]]:
+def token_ids(config: dict[str, Any]) -> dict[str, list[int]]:
     """An adapter's new tokens by module; PEFT also takes a list, which means the embedding."""
     ids = config.get("trainable_token_indices") or {}
     return {"embed_tokens": ids} if isinstance(ids, list) else ids
@@ -196,19 +197,19 @@ def _show(value: Any) -> str:
     return str(value)
 
 
-def fetch_adapter(name: str) -> SavedAdapter:
-    """An adapter from a local folder or the hub.
+def fetch_adapter(name: str, key: str = "lora.init_adapter") -> SavedAdapter:
+    """An adapter from a local folder or the hub. key: what the user calls the setting, for messages.
 
     Raises: ConfigError if there is none, IntegrityError if it is torn, not finite or incomplete.
     """
-    folder = fetch(name, None, (CONFIG_FILE, TENSOR_FILE), "lora.init_adapter").folder
-    config = read_json(folder / CONFIG_FILE, f"lora.init_adapter={name}")
+    folder = fetch(name, None, (CONFIG_FILE, TENSOR_FILE, *TEXT_FILES), key).folder
+    config = read_json(folder / CONFIG_FILE, f"{key}={name}")
     if config.get("peft_type") != "LORA":
-        raise ConfigError(f"lora.init_adapter={name} is a {config.get('peft_type')} adapter, not LoRA")
+        raise ConfigError(f"{key}={name} is a {config.get('peft_type')} adapter, not LoRA")
     tensors = _read_tensors(folder)
     if problems := list(_incomplete(tensors)):
-        raise IntegrityError(f"lora.init_adapter={name} is broken: {'; '.join(problems[:10])}")
-    return SavedAdapter(name, config, tensors)
+        raise IntegrityError(f"{key}={name} is broken: {'; '.join(problems[:10])}")
+    return SavedAdapter(name, folder, config, tensors)
 
 
 def load_weights(model: PeftModel, adapter: SavedAdapter) -> None:
@@ -234,7 +235,7 @@ def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
     folder = Path(folder)
     config = read_json(folder / CONFIG_FILE, f"adapter {folder}")
     check_adapter(folder, trained=False)
-    ids = [id for rows in _token_ids(config).values() for id in rows]
+    ids = [id for rows in token_ids(config).values() for id in rows]
     if ids and max(ids) >= embedding_rows(model):
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     with warnings.catch_warnings():

@@ -46,6 +46,20 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
+def base_fingerprint(model_name: str) -> str | None:
+    """SHA-256 over the names, sizes and safetensors headers of a local base's weight files; None for a hub model."""
+    files = sorted(Path(model_name).glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            header_bytes = min(int.from_bytes(stream.read(8), "little"), 2**27)
+            digest.update(f"{file.name}:{file.stat().st_size};".encode() + stream.read(header_bytes))
+            digest.update(stream.read(2**20))
+    return digest.hexdigest()
+
+
 def identity(file: Path) -> dict[str, Any]:
     """What changes when a file is written to or replaced."""
     real = file.resolve()

@@ -53,16 +53,29 @@ def load_four_bit(
     base = build_skeleton(folder, getattr(torch, model.dtype), attention)
     if not holds_all(files, base):
         return None
-    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-    placement = {"": device}
-    quantizer.validate_environment(device_map=placement)
-    base.config.quantization_config = settings
-    quantizer.preprocess_model(model=base, dtype=base.dtype, device_map=placement, checkpoint_files=[])
+    quantizer = _give_four_bit_layers(base, settings, device)
     fill_plain(base, files, device)
     _fill_quantised(base, files, _cache_of(files, model, quant, settings, device, say), device)
     base.hf_quantizer = quantizer
     quantizer.postprocess_model(base)
     return base.eval()
+
+
+def _give_four_bit_layers(base: PreTrainedModel, settings: BitsAndBytesConfig, device: torch.device) -> Any:
+    """Put bitsandbytes' layers into a skeleton, as transformers does, whose quantizer is returned."""
+    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    placement = {"": device}
+    quantizer.validate_environment(device_map=placement)
+    base.config.quantization_config = settings
+    quantizer.preprocess_model(model=base, dtype=base.dtype, device_map=placement, checkpoint_files=[])
+    return quantizer
+
+
+def four_bit_weights(folder: Path, dtype: torch.dtype, settings: BitsAndBytesConfig) -> dict[str, Any]:
+    """The weights that a model has in 4 bit, by name: empty Params4bit that hold the options of each."""
+    base = build_skeleton(folder, dtype, "eager")
+    _give_four_bit_layers(base, settings, torch.device("cpu"))
+    return {f"{name}.weight": module.weight for name, module in quantised_modules(base)}
 
 
 def build_skeleton(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -123,7 +136,7 @@ def quantise(weight: Tensor, like: Any, each: Callable[..., Iterable[Any]] = map
 
 
 @contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
+def quantising_workers() -> Iterator[ThreadPoolExecutor]:
     """As many as torch uses threads, each with one thread for itself.
 
     Pieces are short: where other programs want the cores too, torch's threads wait for each other at the end of every
@@ -204,7 +217,7 @@ def _fill_quantised(
 def _quantise_all(base: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
     import bitsandbytes as bnb
 
-    with _workers() as workers:
+    with quantising_workers() as workers:
         for name, module in quantised_modules(base):
             # Each tensor is read through a mapping of its own, which ends with it: what was read leaves memory.
             weight = read_tensor(files[f"{name}.weight"], f"{name}.weight").to(device=device, dtype=base.dtype)

@@ -56,6 +56,13 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     return given
 
 
+def load_adapter_tokenizer(cfg: ModelConfig, adapter: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with an adapter, which knows its template and the tokens it added; else the base's."""
+    if not (adapter / TOKENIZER_FILES[0]).is_file():
+        return load_tokenizer(cfg)
+    return load_tokenizer(cfg.model_copy(update={"name": str(adapter), "revision": None, "tokenizer": None}))
+
+
 def _read_tokenizer(folder: Path, name: str, key: str) -> PreTrainedTokenizerBase:
     for file in TOKENIZER_FILES:
         if "auto_map" in read_json(folder / file, f"{key}={name}"):
@@ -108,7 +115,7 @@ def load_base(
     kernel = attention.SEGMENTED if model.attention == "auto" else model.attention
     place = default_device() if device is None else torch.device(device)
     with quiet(), _readable_errors(model, quant):
-        settings = _bitsandbytes(source.folder, model, quant)
+        settings = quantisation_of(source.folder, model, quant)
         base: Any = None
         if settings is not None and quant.type in FOUR_BIT:
             base = load_four_bit(source.folder, files, model, kernel, quant, settings, place, say)
@@ -168,7 +175,7 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _bitsandbytes(folder: Path, model: ModelConfig, quant: QuantConfig) -> BitsAndBytesConfig | None:
+def quantisation_of(folder: Path, model: ModelConfig, quant: QuantConfig) -> BitsAndBytesConfig | None:
     """The quantisation settings with `quant.keep` resolved on a model without weights."""
     # Names need no attention kernel, which may not be installed: that is for the loading to say.
     skeleton = build_skeleton(folder, getattr(torch, model.dtype), "eager")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import platform
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
 from finetune.files import write_text
+from finetune.models.digest import base_fingerprint
 from finetune.training.checkpoint import list_checkpoints, newest_whole, read_state, verify_checkpoint
 
 RESULT, RUN, CONFIG, ADAPTER = "result.json", "run.json", "config.yaml", "adapter_model.safetensors"
@@ -147,20 +147,6 @@ def check_continuation(cfg: RunConfig, data_digest: str, checkpoint: Path) -> No
     if differing:
         advice = "it cannot be continued (lora.init_adapter starts a new run on its adapter)"
         raise ConfigError("\n".join([f"this run differs from {checkpoint}, so {advice}:", *differing]))
-
-
-def base_fingerprint(model_name: str) -> str | None:
-    """SHA-256 over the names, sizes and safetensors headers of a local base's weight files; None for a hub model."""
-    files = sorted(Path(model_name).glob("*.safetensors"))
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            header_bytes = min(int.from_bytes(stream.read(8), "little"), 2**27)
-            digest.update(f"{file.name}:{file.stat().st_size};".encode() + stream.read(header_bytes))
-            digest.update(stream.read(2**20))
-    return digest.hexdigest()
 
 
 def describe_run(cfg: RunConfig, folder: Path, data_digest: str, world_size: int) -> None:

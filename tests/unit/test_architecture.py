@@ -22,9 +22,12 @@ LAYERS = [
     {"models", "data"},
     {"losses", "planning"},
     {"distill"},
-    {"evaluation", "export"},
+    {"evaluation"},
+    {"export"},
     {"training"},
-    {"chat", "cache_command", "data_command", "data_convert", "doctor", "__init__"},
+    {
+        "chat", "cache_command", "data_command", "data_convert", "doctor", "export_command", "merge_command", "__init__",
+    },
     {"cli"},
     {"train"},
 ]

@@ -20,13 +20,13 @@ from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.data.batch import Batch, Document, build_batch, silent_batch
 from finetune.data.template.chat import UNTRAINED
 from finetune.distill import layer_reader
-from finetune.distill.layer_reader import Stored
 from finetune.distill.stream import StreamedModel
 from finetune.errors import ConfigError, IntegrityError
 from finetune.losses.hidden import hidden_states
 from finetune.models.adapter_files import load_adapter
 from finetune.models.fast import attach_fast_path
 from finetune.models.load import load_base
+from finetune.models.stored import Stored
 from finetune.ops import attention
 
 WORDS, WIDTH = 97, 64
@@ -129,14 +129,14 @@ def test_the_next_layer_is_read_while_this_one_computes(tmp_path, monkeypatch):
     model = streamed(ModelConfig(name=str(write_model(tmp_path))))
     last = list(model._slots[1])[-1]
     place = model._files.tensors[f"model.layers.1.{last}"]
-    read, read_exactly = threading.Event(), layer_reader._read_exactly
+    read, read_exactly = threading.Event(), layer_reader.read_exactly
 
     def tell(stream, offset, view, file):
         read_exactly(stream, offset, view, file)
         if (file, offset) == (place.file, place.offset):
             read.set()
 
-    monkeypatch.setattr(layer_reader, "_read_exactly", tell)
+    monkeypatch.setattr(layer_reader, "read_exactly", tell)
     waited = []
     model._layers[0].register_forward_pre_hook(lambda *_: waited.append(read.wait(60)))
     model.hidden_states(macro_batch()[:1])
@@ -264,6 +264,7 @@ from finetune.config.schema import ModelConfig
 from finetune.distill.stream import StreamedModel
 from finetune.errors import ResourceError
 from finetune.models.load import load_base
+from finetune.models.stored import Stored
 from tests.unit.distill.test_stream import CPU, LENGTHS, PLAIN, build_batch, document
 
 small, large, out, allowed_bytes = *sys.argv[1:4], int(sys.argv[4])

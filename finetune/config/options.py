@@ -1,0 +1,172 @@
+"""The settings of `finetune merge` and `finetune export`, read from the command line.
+
+Like a run's config: typed, with ranges, no unknown words, and everything that is wrong told at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, TypeVar
+
+from annotated_types import Ge
+from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from finetune.config.explain import shown
+from finetune.config.keys import allowed, is_section
+from finetune.config.overrides import read_value
+from finetune.config.problems import Problem, config_error
+from finetune.config.schema import Count, Index, NotNegative, Number, Section, Share, SourceConfig, Text
+from finetune.errors import ConfigError
+
+Base = Literal["auto", "original", "dequantized"]
+Combination = Literal["linear", "ties", "dare_linear", "dare_ties"]
+
+
+class GateOptions(Section):
+    """How far the merged model may be from the trained one."""
+
+    data: list[SourceConfig] | None = Field(None, description="Rows to measure on; null is the run's data.eval.")
+    rows: Index = Field(64, description="Held-out rows to compare on, the first so many; 0 measures nothing.")
+    max_kl: NotNegative | None = Field(
+        None, description="Fail above this KL(trained || merged) in nats a target token; null only reports it."
+    )
+
+
+class MergeOptions(Section):
+    """`finetune merge`."""
+
+    adapter: list[Text] | Text = Field(description="Run folder, checkpoint, adapter folder or hub id; or a list.")
+    out: Text = Field(description="Folder to write; it must not exist.")
+    base: Base = Field(
+        "auto",
+        description="Weights to add the update to: original 16-bit ones, or those that 4-bit training saw (dequantized)"
+        "; auto is dequantized for adapters that learned to make up for quantisation, original for all others.",
+    )
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="Type to round to; auto is the base's.")
+    shard_size: Text = Field("4GB", description="Most that one safetensors file holds, as 4GB or 500MB.")
+    model: Text | None = Field(None, description="Base model, where the adapter's own entry is not to be used.")
+    weights: list[Number] | None = Field(None, description="Factor of each adapter; null is 1 for each.")
+    combination: Combination = Field("linear", description="How several adapters are added up.")
+    density: Annotated[Share, Ge(0.01)] | None = Field(None, description="Share of each update that ties or dare keep.")
+    seed: Index = Field(0, description="Seed of what dare drops.")
+    compare: bool = Field(False, description="Measure the other base as well, without keeping it.")
+    gate: GateOptions = Field(GateOptions(), description="The comparison of what was trained with what is written.")
+
+
+class ExportOptions(Section):
+    """`finetune export`."""
+
+    adapter: Text | None = Field(None, description="Run folder, checkpoint, adapter folder or hub id to merge first.")
+    model: Text | None = Field(None, description="Base of the adapter; without one, the model folder to export.")
+    format: Literal["safetensors", "adapter", "gguf", "onnx", "ollama"] = Field(description="What to write.")
+    out: Text = Field(description="Folder to write; it must not exist.")
+    type: Text | None = Field(None, description="Number format within the format; --help lists them.")
+    merge: bool = Field(True, description="false writes the adapter itself, not the merged model (gguf).")
+    base: Base = Field("auto", description="As for merge.")
+    shard_size: Text = Field("4GB", description="Most that one safetensors file holds.")
+    verify: bool = Field(True, description="Read what was written with its own reader and compare.")
+    prompts: Count = Field(4, description="Prompts to compare on.")
+    tokens: Count = Field(64, description="Tokens that the source model answers each of them with.")
+
+
+Options = TypeVar("Options", bound=Section)
+
+
+def read_options(kind: type[Options], words: Sequence[str], command: str) -> Options:
+    """`key=value` words as settings of that kind. command: what opens the messages, as `finetune merge`.
+
+    Raises: ConfigError with everything that is wrong.
+    """
+    tree: dict[str, Any] = {}
+    problems = []
+    for word in words:
+        key, _, text = word.partition("=")
+        annotation = _find(kind, key)
+        if annotation is None:
+            problems.append(Problem(key, _unknown(kind, key)))
+            continue
+        try:
+            value = read_value(text, annotation)
+        except ValueError as error:
+            problems.append(Problem(key, f"cannot read {shown(text)}: {error}"))
+            continue
+        *sections, last = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    try:
+        options = kind.model_validate(tree)
+    except ValidationError as error:
+        known = {problem.key for problem in problems}
+        refused = [_problem(kind, item) for item in error.errors(include_url=False)]
+        problems += [problem for problem in refused if problem.key not in known]
+    if problems:
+        raise config_error(command, problems, lambda key: "")
+    return options
+
+
+def options_help(kind: type[Section], prefix: str = "") -> str:
+    """Every key of a command with its default, what it may be, and its meaning."""
+    lines = []
+    for name, field in kind.model_fields.items():
+        if is_section(field.annotation):
+            lines.append(options_help(field.annotation, f"{name}."))
+        else:
+            default = "" if field.is_required() else f" = {_default(field)}"
+            may_be = allowed(field.annotation, field.metadata)
+            lines.append(f"  {prefix + name + default:<24} {may_be}. {field.description}")
+    return "\n".join(lines)
+
+
+def _default(field: FieldInfo) -> str:
+    return json.dumps(field.default).strip('"')
+
+
+def _find(kind: type[Section], key: str) -> Any | None:
+    first, _, rest = key.partition(".")
+    field = kind.model_fields.get(first)
+    if field is None:
+        return None
+    annotation: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    if not rest:
+        return annotation
+    return _find(field.annotation, rest) if is_section(field.annotation) else None
+
+
+def _unknown(kind: type[Section], key: str) -> str:
+    known = [f"{name}.{inner}" if inner else name for name, field in kind.model_fields.items()
+             for inner in (field.annotation.model_fields if is_section(field.annotation) else ("",))]  # fmt: skip
+    near = get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"unknown key; did you mean {near[0]}?" if near else f"unknown key; there are {', '.join(known)}"
+
+
+def _problem(kind: type[Section], item: Any) -> Problem:
+    path: list[str] = []
+    for part in item["loc"]:
+        if _find(kind, ".".join([*path, str(part)])) is None:
+            break
+        path.append(str(part))
+    key = ".".join(path)
+    if item["type"] == "missing":
+        return Problem(".".join(map(str, item["loc"])), "is missing")
+    if item["type"] == "extra_forbidden":
+        return Problem(".".join(map(str, item["loc"])), "unknown key")
+    return Problem(key, f"found {shown(item['input'])}; allowed: {allowed(_find(kind, key))}")
+
+
+def parse_size(key: str, text: str) -> int:
+    """`4GB`, `500MB`, `1GiB` in bytes. Raises: ConfigError."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.strip().upper().rstrip("KMGIB")
+    unit = text.strip().upper()[len(number) :]
+    try:
+        size = int(float(number) * units[unit])
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise ConfigError(f"{key}={text}: write a size as 4GB or 500MB")
+    return size

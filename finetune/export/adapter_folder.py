@@ -1,0 +1,199 @@
+"""An adapter's folder as servers take it: plain LoRA, one rank and one scale for all layers, and nothing else in it.
+
+vLLM, TGI and SGLang read factors, `r` and `lora_alpha` for the whole adapter; patterns they pass over in silence, and
+SGLang rsLoRA's scale, too. Both are folded into the factors: zero rows of A and columns of B raise a rank, and B takes the
+scale, after which `lora_alpha = r` means 1. What cannot be folded is refused, with every reason at once.
+Source: vLLM's lora/peft_helper.py and lora/lora_model.py, TGI's adapters/lora.py, SGLang's lora/lora.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import AutoModelForCausalLM
+
+from finetune.errors import ConfigError, IntegrityError
+from finetune.export.formats import Exported, Job
+from finetune.export.safetensors_folder import COMPANIONS, copy_companions
+from finetune.export.verify import Verification, compare, require_same, source_answers
+from finetune.files import write_text
+from finetune.models.adapter_files import CONFIG_FILE, PREFIX, TENSOR_FILE, check_adapter
+from finetune.models.families import FAMILIES
+from finetune.models.load import quiet
+from finetune.models.names import matches_key
+from finetune.models.source import read_json
+
+# What vLLM's --max-lora-rank may be.
+MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_FACTOR = re.compile(rf"{re.escape(PREFIX)}(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
+# Entries of adapter_config.json that change what an adapter computes, and that no server reads or every one refuses.
+_REFUSED = {
+    "use_dora": "DoRA scales rows of the whole weight, not only the update",
+    "modules_to_save": "modules trained in full replace the base's, which all adapters of a server share",
+    "trainable_token_indices": "rows of new tokens belong to the embedding, which all adapters of a server share",
+    "lora_bias": "its factors have biases",
+    **dict.fromkeys(
+        (
+            "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+            "arrow_config", "kasa_config", "monteclora_config", "velora_config", "fan_in_fan_out",
+        ),
+        "servers know nothing of it",
+    ),
+}  # fmt: skip
+# Inits that leave the base as it is; after others an adapter belongs to another base than the one it names.
+_KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+def to_adapter(job: Job) -> Exported:
+    """The adapter in a folder of its own, ready for `--lora-modules`, with the command that serves it.
+
+    Compared with the source by PEFT on the base, where that is a local folder: bit for bit if nothing was folded.
+    Raises: ConfigError for what servers do not take; IntegrityError if it is broken or reads back as another one.
+    """
+    if job.options.type is not None:
+        raise ConfigError(f"type={job.options.type}: format=adapter keeps an adapter's own numbers; drop it")
+    config = read_json(job.source / CONFIG_FILE, f"adapter {job.source}")
+    if config.get("peft_type") != "LORA":
+        raise ConfigError(f"adapter {job.source} is {config.get('peft_type')}, not LORA")
+    check_adapter(job.source)
+    tensors = load_file(job.source / TENSOR_FILE)
+    if reasons := list(_obstacles(config, tensors)):
+        raise ConfigError(
+            f"adapter {job.source} cannot be served as an adapter: {'; '.join(reasons)}. Merge it into its base: "
+            "finetune export format=safetensors, or finetune merge"
+        )
+    base = job.options.model or str(config["base_model_name_or_path"])
+    revision = None if job.options.model else config.get("revision")
+    folded = not _uniform(config, tensors)
+    if folded:
+        tensors = _fold(config, tensors)
+        save_file(tensors, job.out / TENSOR_FILE, metadata={"format": "pt"})
+    else:
+        shutil.copyfile(job.source / TENSOR_FILE, job.out / TENSOR_FILE)
+    rank = max(_ranks(tensors).values())
+    written = {**config, "base_model_name_or_path": base, "revision": revision, "rank_pattern": {}, "alpha_pattern": {}}
+    if folded:
+        written |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
+    write_text(job.out / CONFIG_FILE, json.dumps(written, indent=2, sort_keys=True) + "\n")
+    copy_companions(job.source, job.out)
+    check_adapter(job.out)
+    checks = []
+    if job.options.verify:
+        if Path(base).is_dir():
+            checks = [_verify(job, Path(base), folded)]
+        else:
+            job.say(f"not compared with its source: the base {base} is no local folder; model=FOLDER names one")
+    notes = {"rank": rank, "folded": folded, "base": base}
+    return Exported(checks, [_serve(job, base, revision, rank)], notes)
+
+
+def _obstacles(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
+    """Why servers do not take it as it is."""
+    for key, reason in _REFUSED.items():
+        if value := config.get(key):
+            yield f"{key}={json.dumps(value)}: {reason}"
+    if (bias := config.get("bias", "none")) != "none":
+        yield f"bias={bias}: it holds biases of the base's layers"
+    if (init := config.get("init_lora_weights")) not in _KEEPS_BASE:
+        yield f"init_lora_weights={init}: it belongs to a base with other weights than the one it names"
+    known = {module for family in FAMILIES.values() for module in family.linear_modules}
+    layers = {name: match["layer"] for name in tensors if (match := _FACTOR.fullmatch(name))}
+    strange = [name for name in tensors if name not in layers or layers[name].rpartition(".")[2] not in known]
+    if strange:
+        yield f"tensors other than factors of the blocks' linear layers, as {', '.join(sorted(strange)[:3])}"
+    if layers and (rank := max(_ranks(tensors).values())) > MAX_RANKS[-1]:
+        yield f"rank {rank}: vLLM ends at {MAX_RANKS[-1]}"
+
+
+def _ranks(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """By layer."""
+    matches = ((_FACTOR.fullmatch(name), tensor) for name, tensor in tensors.items())
+    return {match["layer"]: len(tensor) for match, tensor in matches if match and match["side"] == "A"}
+
+
+def _scale(config: dict[str, Any], layer: str, rank: int) -> float:
+    """What PEFT multiplies B A by."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((alpha for key, alpha in patterns.items() if matches_key(key, layer)), config["lora_alpha"])
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _uniform(config: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+    """Whether `r` and `lora_alpha` alone say what each layer's rank and scale are."""
+    wanted = (config["r"], config["lora_alpha"] / config["r"])
+    return all((rank, _scale(config, layer, rank)) == wanted for layer, rank in _ranks(tensors).items()) and not (
+        config.get("use_rslora") and config["r"] > 1
+    )
+
+
+def _fold(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same update from factors of one rank and scale 1, in fp32; B is rounded once where its scale is no power of 2.
+
+    Shapes: lora_A [R, in], lora_B [out, R], with R the largest rank of all layers.
+    """
+    ranks = _ranks(tensors)
+    most = max(ranks.values())
+    folded = {}
+    for layer, rank in ranks.items():
+        name_A, name_B = (f"{PREFIX}{layer}.lora_{side}.weight" for side in "AB")
+        folded[name_A] = pad(tensors[name_A].float(), (0, 0, 0, most - rank))
+        folded[name_B] = pad(tensors[name_B].float() * _scale(config, layer, rank), (0, most - rank))
+    return folded
+
+
+def _verify(job: Job, base: Path, folded: bool) -> Verification:
+    with tempfile.TemporaryDirectory() as name:
+        answers = source_answers(_beside_base(job.source, base, Path(name)), job.options.prompts, job.options.tokens)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+        served = PeftModel.from_pretrained(model, str(job.out)).eval()
+    found = compare(answers, lambda ids: served(input_ids=torch.tensor([ids])).logits[0].float(), "PEFT")
+    require_same(found, exact=True)
+    # Sums in another order: some units in the last place of the largest logit.
+    allowed = 1e-4 * max(float(logits.abs().max()) for logits in answers.logits) if folded else 0.0
+    if found.largest > allowed:
+        raise IntegrityError(f"the adapter does not compute what its source does: {found.describe()}; nothing was kept")
+    return found
+
+
+def _beside_base(adapter: Path, base: Path, folder: Path) -> Path:
+    """A view of an adapter that transformers opens as a model: it names that base, and has a tokenizer."""
+    config = read_json(adapter / CONFIG_FILE, f"adapter {adapter}")
+    written = {**config, "base_model_name_or_path": str(base.resolve()), "revision": None}
+    write_text(folder / CONFIG_FILE, json.dumps(written))
+    (folder / TENSOR_FILE).symlink_to((adapter / TENSOR_FILE).resolve())
+    owner = adapter if (adapter / "tokenizer.json").is_file() else base
+    for name in COMPANIONS:
+        if (owner / name).is_file():
+            (folder / name).symlink_to((owner / name).resolve())
+    return folder
+
+
+def _serve(job: Job, base: str, revision: str | None, rank: int) -> str:
+    out = Path(job.options.out)
+    name = re.sub(r"[^\w.-]+", "-", out.resolve().name)
+    words = ["vllm", "serve", base, *(["--revision", revision] if revision else []), "--enable-lora"]
+    words += [
+        "--lora-modules",
+        f"{name}={out}",
+        "--max-lora-rank",
+        str(next(most for most in MAX_RANKS if most >= rank)),
+    ]
+    if (job.out / "chat_template.jinja").is_file():
+        # The base's own tokenizer, which vLLM takes, may have another.
+        words += ["--chat-template", str(out / "chat_template.jinja")]
+    return shlex.join(words)

@@ -1,0 +1,127 @@
+"""From an adapter's files to the changes of its base's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.errors import ConfigError
+from finetune.export.changes import Change, LowRank, NewRows, Replaced
+from finetune.models.adapter_files import PREFIX, SavedAdapter, token_ids
+from finetune.models.names import matches_key
+from finetune.models.stored import Stored
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS = ".token_adapter.trainable_tokens_delta"
+# Inits that leave a part of the base's weight in the adapter. Adapters of this package are saved as the difference.
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
+# Settings of PEFT under which the update is more than W + scaling B A.
+_NOT_MERGED = (
+    "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens",
+    "target_parameters", "velora_config", "monteclora_config", "arrow_config", "kasa_config", "megatron_config",
+)  # fmt: skip
+
+
+def read_changes(adapter: SavedAdapter, base: Mapping[str, Stored]) -> dict[str, Change]:
+    """What the adapter does to each tensor of its base, by the tensor's name.
+
+    base: every tensor of the model, a tied head among them under its own name.
+    Raises: ConfigError with everything that does not fit the base, or that cannot be merged.
+    """
+    problems = list(_refused(adapter.config))
+    changes: dict[str, Change] = {}
+    left = {name.removeprefix(PREFIX): tensor for name, tensor in adapter.tensors.items()}
+    for name in [name for name in left if name.endswith(".lora_A.weight")]:
+        module = name.removesuffix(".lora_A.weight")
+        lora_A, lora_B = left.pop(name).float(), left.pop(f"{module}.lora_B.weight").float()
+        magnitudes = (f"{module}.lora_magnitude_vector", f"{module}.lora_magnitude_vector.weight")
+        magnitude = next((left.pop(key) for key in magnitudes if key in left), None)
+        changes[f"{module}.weight"] = LowRank(
+            lora_A, lora_B, _scaling(adapter.config, module, len(lora_A)),
+            None if magnitude is None else magnitude.float().flatten(),
+        )  # fmt: skip
+    ids = token_ids(adapter.config)
+    for name in [name for name in left if name.endswith(_ROWS)]:
+        module = name.removesuffix(_ROWS)
+        rows = next((rows for key, rows in ids.items() if f".{module}".endswith(f".{key}")), [])
+        changes[f"{module}.weight"] = NewRows(torch.tensor(rows, dtype=torch.int64), left.pop(name))
+    for name in [name for name in left if name in base]:
+        changes[name] = Replaced(left.pop(name))
+    problems += [f"{name} belongs to no tensor of the base, or is of a kind that cannot be merged" for name in left]
+    problems += _misfits(changes, base)
+    if problems:
+        listed = "\n  ".join([*problems[:10], *([f"… {len(problems)} in all"] if len(problems) > 10 else [])])
+        raise ConfigError(f"adapter={adapter.name} cannot be merged into this base:\n  {listed}")
+    return changes
+
+
+def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((alpha for key, alpha in patterns.items() if matches_key(key, module)), config.get("lora_alpha", 8))
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _refused(config: Mapping[str, Any]) -> Iterator[str]:
+    init = str(config.get("init_lora_weights")).lower()
+    if init.startswith(_CHANGES_BASE):
+        yield (
+            f"init_lora_weights={init}: the base that it was trained on is not the original; let PEFT convert it "
+            "(save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    for key in _NOT_MERGED:
+        if config.get(key):
+            yield f"{key} is set, which no plain weight can say"
+
+
+def _misfits(changes: Mapping[str, Change], base: Mapping[str, Stored]) -> Iterator[str]:
+    for name, change in changes.items():
+        if name not in base:
+            yield f"{name} is not there"
+        elif (wanted := _shape(change)) and (wanted[1:] != base[name].shape[1:] or _shorter(change, base[name])):
+            yield f"{name} is {list(base[name].shape)} there, the adapter is for {list(wanted)}"
+
+
+def _shape(change: Change) -> tuple[int, ...] | None:
+    if isinstance(change, LowRank):
+        return (len(change.lora_B), change.lora_A.shape[1])
+    if isinstance(change, Replaced):
+        return tuple(change.tensor.shape)
+    if isinstance(change, NewRows):
+        return (change.rows, change.values.shape[1])
+    return None
+
+
+def _shorter(change: Change, stored: Stored) -> bool:
+    """Whether the change is for a matrix of other rows; tables of tokens may grow."""
+    if isinstance(change, LowRank):
+        return len(change.lora_B) != stored.shape[0]
+    return isinstance(change, Replaced) and len(change.tensor) < stored.shape[0]
+
+
+def untie(changes: dict[str, Change], tied: bool) -> bool:
+    """Whether the head has to become a tensor of its own: it was tied, and the adapter changed it alone.
+
+    Where both were changed alike, which is how PEFT saves tied modules, the head's change is dropped.
+    """
+    if not tied or HEAD not in changes:
+        return False
+    head, embedding = changes[HEAD], changes.get(EMBEDDING)
+    if embedding is not None and _equal(head, embedding):
+        del changes[HEAD]
+        return False
+    return True
+
+
+def _equal(one: Change, other: Change) -> bool:
+    if isinstance(one, Replaced) and isinstance(other, Replaced):
+        return _same(one.tensor, other.tensor)
+    if isinstance(one, NewRows) and isinstance(other, NewRows):
+        return _same(one.ids, other.ids) and _same(one.values, other.values)
+    return False
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)

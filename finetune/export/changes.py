@@ -1,0 +1,159 @@
+"""What an adapter does to each tensor of its base, as functions of a block of rows.
+
+Every kind works on rows alone, so a matrix is merged a block at a time and is never in memory in fp32 as a whole.
+Shapes: weight_OI [rows of the block, in]; lora_A [R, in], lora_B [out, R], both fp32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Change(Protocol):
+    """rows: of the whole tensor afterwards; None where it keeps its own. whole: it must see all rows at once."""
+
+    rows: int | None
+    whole: bool
+
+    def apply(self, block: Tensor, start: int) -> Tensor:
+        """Rows of the changed tensor, fp32, from the base's rows (fp32) that begin at row `start`."""
+        ...
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """W + scaling B A; with magnitudes (DoRA) each row of that is scaled to the length that was learned.
+
+    Source: LoRA, Hu et al. 2021, arXiv:2106.09685; DoRA, Liu et al. 2024, arXiv:2402.09353.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+    rows: int | None = None
+    whole: bool = False
+
+    def apply(self, block: Tensor, start: int) -> Tensor:
+        factors_OR = self.lora_B[start : start + len(block)]
+        changed_OI = torch.addmm(block, factors_OR, self.lora_A, alpha=self.scaling)
+        if self.magnitude is None:
+            return changed_OI
+        wanted_O = self.magnitude[start : start + len(block)]
+        return changed_OI * (wanted_O / torch.linalg.vector_norm(changed_OI, dim=1))[:, None]
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A tensor that was trained in full."""
+
+    tensor: Tensor
+    whole: bool = False
+
+    @property
+    def rows(self) -> int:
+        return len(self.tensor)
+
+    def apply(self, block: Tensor, start: int) -> Tensor:
+        return self.tensor[start : start + len(block)].float()
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """Rows of a table that were trained; it grows where they lie beyond its end."""
+
+    ids: Tensor  # int64 [N]
+    values: Tensor  # [N, D]
+    whole: bool = False
+
+    @property
+    def rows(self) -> int:
+        return int(self.ids.max()) + 1
+
+    def apply(self, block: Tensor, start: int) -> Tensor:
+        inside = (self.ids >= start) & (self.ids < start + len(block))
+        changed = block.clone()
+        changed[self.ids[inside] - start] = self.values[inside].float()
+        return changed
+
+
+# PEFT's functions of this shape: task tensors, their weights, the share that is kept.
+Combine = Callable[[list[Tensor], Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Several changes of one tensor, added up with a weight each: W + sum of w (changed - W).
+
+    combine: None adds the updates as they are. PEFT's TIES and DARE are given the whole update of the tensor; given the
+    factors A and B instead, as its own adapter merging does, they would prune something else.
+    Source: task arithmetic, Ilharco et al. 2022, arXiv:2212.04089; TIES, Yadav et al. 2023, arXiv:2306.01708; DARE,
+    Yu et al. 2023, arXiv:2311.03099.
+    """
+
+    changes: Sequence[Change]
+    weights: Sequence[float]
+    combine: Combine | None
+    density: float
+    seed: int
+
+    @property
+    def whole(self) -> bool:
+        return self.combine is not None
+
+    @property
+    def rows(self) -> int | None:
+        return max((change.rows for change in self.changes if change.rows is not None), default=None)
+
+    def apply(self, block: Tensor, start: int) -> Tensor:
+        if self.combine is None:
+            changed = block.clone()
+            for change, weight in zip(self.changes, self.weights, strict=True):
+                changed += weight * _update(change, block, start)
+            return changed
+        updates = [_update(change, block, start) for change in self.changes]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return block + self.combine(updates, torch.tensor(list(self.weights)), self.density)
+
+
+def _update(change: Change, block: Tensor, start: int) -> Tensor:
+    """What a change adds to a block; without the rounding of a sum that is then taken apart, where there need be none."""
+    if isinstance(change, LowRank) and change.magnitude is None:
+        return change.scaling * (change.lora_B[start : start + len(block)] @ change.lora_A)
+    return change.apply(block, start) - block
+
+
+def combine_changes(
+    parts: Sequence[dict[str, Change]], weights: Sequence[float], combination: str, density: float, seed: int
+) -> dict[str, Change]:
+    """The changes of several adapters as one, by tensor. A tensor that some do not change counts as unchanged there."""
+    if len(parts) == 1 and weights[0] == 1.0:
+        return parts[0]
+    combined: dict[str, Change] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        own = [(part[name], weight) for part, weight in zip(parts, weights, strict=True) if name in part]
+        # Each tensor drops others, and the same ones whatever else is merged.
+        drawn = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "little")
+        combined[name] = Combined(
+            [change for change, _ in own], [weight for _, weight in own], _combine(combination), density, drawn
+        )
+    return combined
+
+
+def _combine(combination: str) -> Combine | None:
+    from peft.utils import merge_utils
+
+    functions: dict[str, Combine | None] = {
+        "linear": None,
+        "ties": merge_utils.ties,
+        "dare_linear": merge_utils.dare_linear,
+        "dare_ties": merge_utils.dare_ties,
+    }
+    return functions[combination]

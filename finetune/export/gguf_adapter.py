@@ -1,0 +1,4 @@
+from __future__ import annotations
+
+
+def adapter_to_gguf(job): ...

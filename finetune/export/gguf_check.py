@@ -1,0 +1,117 @@
+"""What readers make of a GGUF file: transformers, and llama.cpp where its Python package is installed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from finetune.errors import IntegrityError
+from finetune.export.formats import Job
+from finetune.export.gguf_tokenizer import load_tokenizer
+from finetune.export.gguf_types import NumberType
+from finetune.export.verify import Answers, Verification, compare, require_same, source_answers
+from finetune.models.load import quiet
+
+# Composed (NFC), as nearly all text is: llama.cpp does not compose what it reads, Qwen2's tokenizer does.
+TEXTS = (
+    "Hello, world! I've 1234 reasons, don't I? It'S WE'LL.",
+    "Grüße aus Köln — naïve café, “quoted” … 100 % 3.14€",
+    "你好，世界！今天天气不错。こんにちは、カタカナ한국어",
+    "Привет, мир! Καλημέρα κόσμε. שלום עולם مرحبا بالعالم नमस्ते दुनिया สวัสดี",
+    "👋🏽 👩‍👩‍👧 🇩🇪 ∑∫√ ½ ²³ ①",
+    "def f(x):\n\treturn x  +  1\r\n\n\n    # end   \n ",
+    "   leading and trailing   ",
+)
+_TURNS = [
+    {"role": "system", "content": "Be brief.\n  Really."},
+    {"role": "user", "content": "Größe von 東京?\n"},
+    {"role": "assistant", "content": "37 000 000 👍"},
+    {"role": "user", "content": "Thanks!"},
+]
+
+
+def check_model(job: Job, path: Path, kind: NumberType) -> list[Verification]:
+    """Ids and logits by every reader there is, against the source's.
+
+    Raises: IntegrityError where ids differ, or answers more than the type explains (for f32: at all).
+    """
+    texts = sample_texts(job.source)
+    answers = source_answers(job.source, job.options.prompts, job.options.tokens)
+    found = [_transformers(job, path, answers, texts)]
+    if (llama := open_llama(path, answers)) is None:
+        job.say("llama.cpp's Python package (llama-cpp-python) is not installed: not read with it")
+    else:
+        require_same_ids("llama.cpp", texts, lambda text: llama.tokenize(text.encode(), add_bos=False, special=True))
+        found.append(compare(answers, lambda ids: llama_logits(llama, ids), "llama.cpp"))
+    for verification in found:
+        require_same(verification, exact=kind.name == "f32")
+    return found
+
+
+def sample_texts(folder: Path) -> dict[str, list[int]]:
+    """Texts in many scripts, a conversation and every added token, with the ids that the tokenizer gives them."""
+    tokenizer = load_tokenizer(folder)
+    texts = list(TEXTS)
+    texts += [f"a{token}b {token}\n" for token in tokenizer.get_added_vocab()]
+    if tokenizer.chat_template is not None:
+        texts.append(tokenizer.apply_chat_template(_TURNS, tokenize=False, add_generation_prompt=True))
+    return {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts}
+
+
+def require_same_ids(reader: str, texts: dict[str, list[int]], encode: Callable[[str], list[int]]) -> None:
+    """Raises: IntegrityError with the first text that a reader splits otherwise."""
+    for text, ids in texts.items():
+        if (found := list(encode(text))) != ids:
+            raise IntegrityError(
+                f"the export's tokenizer is not its source's: {reader} reads {text!r} as {found}, the source as {ids}; "
+                "nothing was kept"
+            )
+
+
+def _transformers(job: Job, path: Path, answers: Answers, texts: dict[str, list[int]]) -> Verification:
+    where: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar asks nobody
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+        config = AutoConfig.from_pretrained(path.parent, **where)
+        # transformers does not read rope scaling from a GGUF file; check_file has compared the entries.
+        config.rope_parameters = AutoConfig.from_pretrained(
+            job.source, trust_remote_code=False, local_files_only=True
+        ).rope_parameters
+        model = AutoModelForCausalLM.from_pretrained(path.parent, config=config, dtype=torch.float32, **where).eval()
+    # It cannot find an added token whose letters are none of those that stand for bytes; llama.cpp can.
+    letters = set(bytes_to_unicode().values())
+    strange = [token for token in load_tokenizer(job.source).get_added_vocab() if not set(token) <= letters]
+    readable = {text: ids for text, ids in texts.items() if not any(token in text for token in strange)}
+    require_same_ids("transformers", readable, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+    return compare(answers, lambda ids: model(torch.tensor([ids])).logits[0], "transformers")
+
+
+def open_llama(path: Path, answers: Answers, adapter: Path | None = None) -> Any | None:
+    """llama.cpp with a model file, and an adapter over it; None where its Python package is missing or does not load.
+
+    Its cache keeps fp32 here, as the source's does.
+    """
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError):
+        return None
+    length = max(map(len, answers.ids))
+    return llama_cpp.Llama(
+        str(path), n_ctx=length, n_batch=length, logits_all=True, verbose=False, lora_path=adapter and str(adapter),
+        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
+    )  # fmt: skip
+
+
+def llama_logits(llama: Any, ids: list[int]) -> Tensor:
+    """Shapes: ids [T] -> logits [T, V]."""
+    llama.reset()
+    llama.eval(ids)
+    return torch.from_numpy(llama.scores[: len(ids)].copy())

@@ -1,0 +1,102 @@
+"""What Qwen2's tensors and settings are called in a GGUF file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from finetune.errors import ConfigError, IntegrityError
+
+ARCHITECTURE = "qwen2"
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+_EMBEDDING_SOURCE, _HEAD_SOURCE = "model.embed_tokens.weight", "lm_head.weight"
+LINEAR = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+_WITH_BIAS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def tensor_names(layers: int, tied: bool) -> dict[str, str]:
+    """Every tensor of a model: its name in transformers -> its name in GGUF, in the file's order."""
+    names = {_EMBEDDING_SOURCE: EMBEDDING}
+    for layer in range(layers):
+        for ours, theirs in (_NORMS | LINEAR).items():
+            names[f"model.layers.{layer}.{ours}.weight"] = f"blk.{layer}.{theirs}.weight"
+        for ours in _WITH_BIAS:
+            names[f"model.layers.{layer}.{ours}.bias"] = f"blk.{layer}.{LINEAR[ours]}.bias"
+    names["model.norm.weight"] = "output_norm.weight"
+    if not tied:
+        names[_HEAD_SOURCE] = HEAD
+    return names
+
+
+def linear_name(module: str) -> str | None:
+    """`model.layers.0.mlp.up_proj` -> `blk.0.ffn_up.weight`; None for anything but a linear layer of a block."""
+    match = _LAYER.fullmatch(module)
+    theirs = LINEAR.get(match[2]) if match else None
+    return f"blk.{match[1]}.{theirs}.weight" if match and theirs else None
+
+
+def check_tensors(found: Iterable[str], names: dict[str, str], where: str) -> None:
+    """Raises: IntegrityError unless a folder holds exactly these tensors; a tied head may be written out besides."""
+    there = set(found) - ({_HEAD_SOURCE} - names.keys())
+    problems = [f"lacks {name}" for name in names if name not in there]
+    problems += [f"has {name}, which Qwen2 does not know" for name in sorted(there - names.keys())]
+    if problems:
+        raise IntegrityError(f"{where} {'; '.join(problems[:10])}")
+
+
+def settings(config: Any) -> dict[str, int | float | str]:
+    """The file's `qwen2.*` entries. config: transformers' Qwen2Config.
+
+    Raises: ConfigError naming everything of which a GGUF reader would compute something else.
+    """
+    rope = dict(config.rope_parameters)
+    found: dict[str, int | float | str] = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": config.hidden_size // config.num_attention_heads,
+        "rope.freq_base": float(rope["rope_theta"]),
+    }
+    problems = _unsayable(config)
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "yarn"):
+        found["rope.scaling.type"] = kind
+        found["rope.scaling.factor"] = float(rope["factor"])
+    if kind == "yarn":
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        found["rope.scaling.original_context_length"] = int(original)
+        strange = sorted(
+            rope.keys() - {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "type"}
+        )
+        problems += [f"rope_parameters.{key}" for key in strange if rope[key] is not None]
+    elif kind not in ("default", "linear"):
+        problems.append(f"rope_type {kind!r}")
+    if problems:
+        raise ConfigError(f"the model has {', '.join(problems)}, which GGUF's qwen2 cannot say; export safetensors")
+    return found
+
+
+def _unsayable(config: Any) -> list[str]:
+    problems = []
+    if getattr(config, "use_sliding_window", False):
+        problems.append("use_sliding_window")
+    if config.hidden_act != "silu":
+        problems.append(f"hidden_act {config.hidden_act!r}")
+    if (getattr(config, "head_dim", None) or 0) not in (0, config.hidden_size // config.num_attention_heads):
+        problems.append(f"head_dim {config.head_dim}")
+    return problems

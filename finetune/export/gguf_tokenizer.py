@@ -1,0 +1,113 @@
+"""A Qwen2 tokenizer as a GGUF file keeps it: tokens with their kinds, merges, special ids, chat template."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from finetune.errors import ConfigError
+from finetune.models.families import FAMILIES
+from finetune.models.load import quiet
+
+# GGUF's numbers for kinds of tokens.
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+# llama.cpp names a pre-tokeniser instead of keeping its regex; `qwen2` means this one.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# No special tokens to Qwen's tokenizer, but llama.cpp treats them as such whatever the file says.
+_FILL_IN = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """tokens, kinds: one for each row of the embedding. added: tokens that are matched whole in a text."""
+
+    tokens: list[str]
+    kinds: list[int]
+    merges: list[str]
+    special_ids: dict[str, int]  # bos, eos, pad, eot
+    chat_template: str | None
+    added: list[str]
+
+    def write(self, writer: Any) -> None:
+        """Adds the `tokenizer.*` entries to a `gguf.GGUFWriter`."""
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("qwen2")
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.kinds)
+        writer.add_token_merges(self.merges)
+        for name, id in self.special_ids.items():
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", id)
+        writer.add_add_bos_token(False)
+        if self.chat_template is not None:
+            writer.add_chat_template(self.chat_template)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, from its files alone."""
+    with quiet():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
+    """The vocabulary of a model folder. rows: of the embedding; those without a token become unused ones.
+
+    Raises: ConfigError if the tokenizer is not a Qwen2 one, or has more tokens than the model has rows.
+    """
+    tokenizer = load_tokenizer(folder)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    _check_qwen2(content, folder)
+    ids = {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
+    if max(ids.values()) >= rows:
+        raise ConfigError(f"{folder}: the tokenizer has token {max(ids.values())}, the embedding only {rows} rows")
+    tokens = [f"[PAD{id}]" for id in range(rows)]
+    kinds = [UNUSED] * rows
+    for token, id in ids.items():
+        tokens[id], kinds[id] = token, NORMAL
+    for token in content["added_tokens"]:
+        control = token["special"] or token["content"] in _FILL_IN
+        kinds[token["id"]] = CONTROL if control else USER_DEFINED
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    added = [token["content"] for token in content["added_tokens"]]
+    return Vocabulary(tokens, kinds, merges, _special_ids(tokenizer, ids), template, added)
+
+
+def _special_ids(tokenizer: Any, ids: dict[str, int]) -> dict[str, int]:
+    """eot: what ends a turn, where it is another token than what ends a text.
+
+    Qwen2.5 has no bos and none is ever added; readers that are not told one invent it, so it is the pad token, which
+    is what Qwen's own files say.
+    """
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    found = {"bos": tokenizer.bos_token_id, "eos": eos, "padding": pad, "eot": ids.get(FAMILIES["qwen2"].end_of_turn)}
+    if found["bos"] is None:
+        found["bos"] = pad if pad is not None else eos
+    return {name: id for name, id in found.items() if id is not None}
+
+
+def _check_qwen2(content: dict[str, Any], folder: Path) -> None:
+    split, model = content["pre_tokenizer"], content["model"]
+    parts = split.get("pretokenizers", [split]) if split else []
+    patterns = [part["pattern"].get("Regex") for part in parts if part["type"] == "Split"]
+    levels = [part for part in parts if part["type"] == "ByteLevel"]
+    problems = []
+    if model["type"] != "BPE" or model.get("ignore_merges") or model.get("byte_fallback"):
+        problems.append(f"its model is {model['type']}, not plain BPE")
+    if patterns != [_SPLIT] or len(levels) != 1 or levels[0]["add_prefix_space"] or levels[0]["use_regex"]:
+        problems.append("it splits text by other rules")
+    if (content["normalizer"] or {"type": "NFC"})["type"] != "NFC":
+        problems.append(f"it normalises by {content['normalizer']['type']}")
+    if bent := [token["content"] for token in content["added_tokens"]
+                if token["lstrip"] or token["rstrip"] or token["single_word"]]:  # fmt: skip
+        problems.append(f"its tokens {', '.join(map(repr, bent[:5]))} swallow spaces or want to stand alone")
+    if problems:
+        raise ConfigError(f"{folder}: no GGUF can say what the tokenizer does: {'; '.join(problems)}")

@@ -1,0 +1,192 @@
+"""The merged weights: each tensor of the base with what the adapters do to it, read, changed and written in blocks.
+
+Sums are made in fp32 and rounded once. Nothing but the adapters and a block is in memory, and of a 4-bit base its
+packed form of one matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.config.options import MergeOptions
+from finetune.errors import ConfigError, ResourceError
+from finetune.export.adapters import EMBEDDING, HEAD, read_changes, untie
+from finetune.export.changes import Change, combine_changes
+from finetune.export.shards import Content, Planned
+from finetune.export.trained import Trained
+from finetune.models.four_bit import four_bit_weights, quantise, quantising_workers
+from finetune.models.load import quantisation_of, quiet
+from finetune.models.source import read_config
+from finetune.models.stored import Stored, read_rows
+
+# Numbers in a block: 16 MB in fp32, of which there are three at most.
+_BLOCK = 1 << 22
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What is written, and from what.
+
+    tensors: in the order of the base's files. stored: where the base holds each of them. changes: what becomes of some.
+    four_bit: the options of each weight to be taken as 4-bit training saw it; empty for the original base.
+    computed_in: what a dequantised weight is rounded to in training. unties: the head becomes a tensor of its own.
+    """
+
+    tensors: list[Planned]
+    stored: dict[str, Stored]
+    changes: dict[str, Change]
+    four_bit: dict[str, Any]
+    loaded_as: torch.dtype
+    computed_in: torch.dtype
+    unties: bool
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding that is written."""
+        return next(tensor.shape[0] for tensor in self.tensors if tensor.name == EMBEDDING)
+
+
+def plan_merge(trained: Trained, base: str, options: MergeOptions) -> MergePlan:
+    """Resolve the adapters against the base's files, before anything is written.
+
+    base: original or dequantized.
+    Raises: ConfigError for adapters that do not fit, weights and densities that do not go together.
+    """
+    stored = dict(trained.weights.tensors)
+    tied = bool(read_config(trained.folder, trained.model.name).get("tie_word_embeddings")) and HEAD not in stored
+    seen = {**stored, HEAD: stored[EMBEDDING]} if tied else stored
+    weights = _weights(trained, options)
+    parts = [read_changes(adapter, seen) for adapter in trained.adapters]
+    changes = combine_changes(parts, weights, options.combination, options.density or 1.0, options.seed)
+    unties = untie(changes, tied)
+    if unties:
+        stored[HEAD] = stored[EMBEDDING]
+    four_bit: dict[str, Any] = {}
+    if base == "dequantized":
+        settings = quantisation_of(trained.folder, trained.model, trained.quant)
+        assert settings is not None
+        with quiet():
+            four_bit = four_bit_weights(trained.folder, getattr(torch, trained.model.dtype), settings)
+    return MergePlan(
+        _planned(stored, changes, options.dtype), stored, changes, four_bit,
+        getattr(torch, trained.model.dtype), getattr(torch, trained.quant.compute_dtype), unties,
+    )  # fmt: skip
+
+
+def _weights(trained: Trained, options: MergeOptions) -> Sequence[float]:
+    count = len(trained.adapters)
+    given = options.weights or [1.0] * count
+    problems = []
+    if len(given) != count:
+        problems.append(f"weights: {len(given)} given for {count} adapter(s); give one for each")
+    if options.combination != "linear" and options.density is None:
+        problems.append(f"combination={options.combination} needs density=, the share of each update that is kept")
+    if options.combination == "linear" and options.density is not None:
+        problems.append("density is for ties and dare; linear keeps all of each update")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return given
+
+
+def _planned(stored: dict[str, Stored], changes: dict[str, Change], dtype: str) -> list[Planned]:
+    tensors = []
+    for name, place in stored.items():
+        change = changes.get(name)
+        rows = place.shape[0] if change is None or change.rows is None else max(change.rows, place.shape[0])
+        tensors.append(Planned(name, _DTYPES.get(dtype, place.dtype), (rows, *place.shape[1:])))
+    # A head and the embedding that it was tied to have as many rows.
+    rows_of_table = {tensor.name: tensor.shape[0] for tensor in tensors if tensor.name in (EMBEDDING, HEAD)}
+    most = max(rows_of_table.values())
+    return [Planned(t.name, t.dtype, (most, *t.shape[1:])) if t.name in rows_of_table else t for t in tensors]
+
+
+@torch.no_grad()
+def content_of(plan: MergePlan, tensor: Planned) -> Content:
+    """What a tensor of the merged model is made of: the base's own bytes where nothing changes.
+
+    Raises, while it is read: ResourceError where a value is beyond what the type holds; IntegrityError for torn files.
+    """
+    stored, change = plan.stored[tensor.name], plan.changes.get(tensor.name)
+    same = change is None and tensor.name not in plan.four_bit and tensor.shape == stored.shape
+    if same and tensor.dtype == stored.dtype:
+        return stored
+    return _blocks(plan, tensor, stored, change)
+
+
+def _blocks(plan: MergePlan, tensor: Planned, stored: Stored, change: Change | None) -> Iterator[Tensor]:
+    source = _dequantised(plan, tensor.name, stored) if tensor.name in plan.four_bit else _as_stored(stored)
+    step = tensor.shape[0] if change is not None and change.whole else _rows_at_once(plan, tensor)
+    for start in range(0, tensor.shape[0], step):
+        stop = min(start + step, tensor.shape[0])
+        with torch.no_grad():
+            block = _rows(source, stored.shape, start, stop)
+            if change is not None:
+                block = change.apply(block, start)
+            rounded = block.to(tensor.dtype)
+        if tensor.dtype == torch.float16 and rounded.isinf().any():
+            raise ResourceError(f"{tensor.name} has values that fp16 cannot hold; write dtype=bf16 or fp32")
+        yield rounded
+
+
+def _rows_at_once(plan: MergePlan, tensor: Planned) -> int:
+    width = math.prod(tensor.shape[1:])
+    step = max(_BLOCK // width, 1)
+    if tensor.name not in plan.four_bit:
+        return step
+    # Blocks of rows must end where a block of the quantisation ends.
+    unit = plan.four_bit[tensor.name].blocksize // math.gcd(plan.four_bit[tensor.name].blocksize, width)
+    return -(-step // unit) * unit
+
+
+# Rows `start` to `stop` of a base's tensor, fp32.
+Rows = Callable[[int, int], Tensor]
+
+
+def _as_stored(stored: Stored) -> Rows:
+    return lambda start, stop: read_rows(stored, start, stop).float()
+
+
+def _rows(source: Rows, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+    """Those of the base; beyond its end, where new tokens are, zeros."""
+    there = source(min(start, shape[0]), min(stop, shape[0]))
+    if stop <= shape[0]:
+        return there
+    return torch.cat([there, torch.zeros(stop - max(start, shape[0]), *shape[1:])])
+
+
+def _dequantised(plan: MergePlan, name: str, stored: Stored) -> Rows:
+    """The weight as 4-bit training computes with it: quantised with the same options, and rounded as there."""
+    from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
+
+    like = plan.four_bit[name]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with quantising_workers() as workers:
+        weight = read_rows(stored, 0, stored.shape[0]).to(device=device, dtype=plan.loaded_as)
+        packed, state = quantise(weight, like, workers.map)
+    del weight
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    width = stored.shape[1]
+
+    def rows(start: int, stop: int) -> Tensor:
+        first, last = start * width, stop * width
+        part = copy(state)
+        part.nested, part.dtype, part.shape = False, plan.computed_in, torch.Size((stop - start, width))
+        part.absmax = absmax[first // like.blocksize : -(-last // like.blocksize)]
+        two_a_byte = packed[first // 2 : -(-last // 2)]
+        return dequantize_4bit(two_a_byte, part).float().cpu()
+
+    return rows

@@ -1,0 +1,179 @@
+"""One merge from its options to a whole folder: resolve, write, compare, describe, put in place."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.config.options import MergeOptions, parse_size
+from finetune.export.card import merged_card
+from finetune.export.gate import Gate, Remembered, ask_trained, compare_with, held_out_rows
+from finetune.export.merge import MergePlan, content_of, plan_merge
+from finetune.export.model_folder import write_texts
+from finetune.export.shards import Advance, plan_shards, write_index, write_shard
+from finetune.export.staging import KeepPartial, staged
+from finetune.export.trained import Say, Trained, choose_base, find_trained
+from finetune.models.digest import identity
+
+REPORT = "merge_report.json"
+Progress = Callable[[str, int], AbstractContextManager[Advance]]  # what is done, bytes in all
+
+
+class GateFailed(KeepPartial):
+    """The merged model is farther from the trained one than `gate.max_kl` allows."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merge_report.json holds. base: original or dequantized. changed: tensors that differ from the base's.
+
+    gates: one for each adapter with rows to compare on. other: the same for the base that was not chosen.
+    """
+
+    adapters: list[str]
+    model: str
+    base: str
+    reason: str
+    dtype: str
+    tensors: int
+    changed: int
+    bytes: int
+    combination: str
+    weights: list[float]
+    gates: list[Gate] = field(default_factory=list)
+    other_base: str | None = None
+    other: list[Gate] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def merge(options: MergeOptions, say: Say, progress: Progress) -> MergeReport:
+    """Merge adapters into their base and write a whole model folder.
+
+    Raises: ConfigError, IntegrityError, ResourceError; GateFailed, after which a start with a higher `gate.max_kl` goes
+    on from the weights that are written.
+    """
+    out = Path(options.out).expanduser()
+    names = [options.adapter] if isinstance(options.adapter, str) else options.adapter
+    limit_bytes = parse_size("shard_size", options.shard_size)
+    trained = find_trained(names, options.model, say)
+    base, reason = choose_base(trained, options.base)
+    plan = plan_merge(trained, base, options)
+    rows = [held for adapter in trained.adapters if (held := held_out_rows(trained, adapter, options.gate))]
+    _say_plan(trained, plan, base, reason, options, bool(rows), say)
+    with staged(out, plan.nbytes, _made_from(trained, base, options)) as folder:
+        said = [ask_trained(trained, held) for held in rows]
+        write_merged(trained, plan, folder, limit_bytes, progress)
+        gates = compare_with(folder, _dtype(plan), said) if said else []
+        for gate in gates:
+            say(gate.describe())
+        other_base, other = _compare_other(trained, base, options, said, out, say) if options.compare else (None, [])
+        report = MergeReport(
+            names, trained.model.name, base, reason, _dtype(plan), len(plan.tensors), _changed(plan), plan.nbytes,
+            options.combination, options.weights or [1.0] * len(names), gates, other_base, other,
+        )  # fmt: skip
+        (folder / REPORT).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(merged_card(trained, report.as_dict()), encoding="utf-8")
+        _judge(gates, options)
+    return report
+
+
+def write_merged(trained: Trained, plan: MergePlan, folder: Path, limit_bytes: int, progress: Progress) -> None:
+    """All files of the merged model but its card; shards that are there already are kept."""
+    shards = plan_shards(plan.tensors, limit_bytes)
+    with progress("merging", plan.nbytes) as advance:
+        for name, tensors in shards.items():
+            _write_one(plan, folder / name, tensors, advance)
+    trained.weights.check_unchanged()
+    write_index(folder, shards)
+    write_texts(trained, plan, _dtype(plan), folder)
+
+
+def _write_one(plan: MergePlan, file: Path, tensors: Sequence[Any], advance: Advance) -> None:
+    if file.is_file():
+        advance(sum(tensor.nbytes for tensor in tensors))
+    else:
+        write_shard(file, tensors, lambda tensor: content_of(plan, tensor), advance)
+
+
+def _compare_other(
+    trained: Trained, base: str, options: MergeOptions, said: Sequence[Remembered], out: Path, say: Say
+) -> tuple[str, list[Gate]]:
+    """The same comparison for the base that was not chosen, in a folder that is removed again."""
+    other = "original" if base == "dequantized" else "dequantized"
+    choose_base(trained, other)  # refuses what was never in 4 bit
+    plan = plan_merge(trained, other, options)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
+        write_merged(trained, plan, Path(name), plan.nbytes, _silent)
+        gates = compare_with(Path(name), _dtype(plan), said)
+    for gate in gates:
+        say(f"with base={other}: {gate.describe()}")
+    return other, gates
+
+
+def _say_plan(
+    trained: Trained, plan: MergePlan, base: str, reason: str, options: MergeOptions, measured: bool, say: Say
+) -> None:
+    say(f"base={base}: {reason}")
+    if base == "dequantized" and trained.cfg is None:
+        say("no run tells how the base was quantised: taken for nf4 with double quantisation, the default")
+    size = f"{plan.nbytes / 1e9:,.2f} GB" if plan.nbytes >= 1e9 else f"{plan.nbytes / 1e6:,.1f} MB"
+    say(f"{_changed(plan):,} of {len(plan.tensors):,} tensors change; {size} in {_dtype(plan)}")
+    if not measured and options.gate.rows:
+        say(
+            "no held-out rows: how far the merged model is from the trained one is not measured; name some with "
+            "'gate.data=[{path: rows.jsonl}]'"
+        )
+
+
+def _changed(plan: MergePlan) -> int:
+    return len(plan.changes.keys() | plan.four_bit.keys())
+
+
+def _dtype(plan: MergePlan) -> str:
+    """The type that most of the weights have."""
+    sizes: Counter[str] = Counter()
+    for tensor in plan.tensors:
+        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+def _judge(gates: Sequence[Gate], options: MergeOptions) -> None:
+    limit = options.gate.max_kl
+    if limit is None:
+        return
+    if not gates:
+        raise GateFailed(
+            f"gate.max_kl={limit:g}: nothing was measured, so nothing is proven; name rows with gate.data="
+        )
+    if far := [gate for gate in gates if not gate.kl <= limit]:
+        listed = "; ".join(f"{gate.adapter}: {gate.kl:.6f} nats" for gate in far)
+        raise GateFailed(
+            f"gate.max_kl={limit:g} is exceeded ({listed}), so {options.out} was not written; try the other base= or "
+            "dtype=fp32, or raise the limit (the next start goes on from the weights that are there)"
+        )
+
+
+def _made_from(trained: Trained, base: str, options: MergeOptions) -> dict[str, Any]:
+    """Everything that decides the weights' bytes and their files."""
+    adapters = [adapter.folder / "adapter_model.safetensors" for adapter in trained.adapters]
+    chosen = {"adapter", "out", "gate", "compare", "base", "model"}
+    return {
+        "files": [identity(file) for file in (*sorted(set(trained.files.values())), *adapters)],
+        "base": base,
+        "quant": trained.quant.model_dump(),
+        "loaded": trained.model.dtype,
+        **options.model_dump(exclude=chosen),
+    }
+
+
+@contextmanager
+def _silent(what: str, size_bytes: int) -> Iterator[Advance]:
+    yield lambda count: None

@@ -1,0 +1,254 @@
+"""A model folder for transformers and vLLM, rounded once or quantised, written and read back one tensor at a time.
+
+Quantised are the blocks' linear layers; embedding, head, norms and biases stay bf16. Both ways of storing them are their
+libraries' own: bitsandbytes' NF4, with the bits that quantising while loading gives, and compressed-tensors' 8 bits with a
+scale for each row of a weight (W8A8, FP8_DYNAMIC), where a server finds each token's scale of the activations itself.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from finetune.config.options import parse_size
+from finetune.config.schema import QuantConfig
+from finetune.errors import ConfigError, IntegrityError, MissingExtra
+from finetune.export.formats import Exported, Job
+from finetune.export.shards import Content, Planned, plan_shards, write_index, write_shard
+from finetune.export.verify import Reader, Verification, compare, require_same, source_answers
+from finetune.files import write_text
+from finetune.models.four_bit import build_skeleton, quantise, quantising_workers
+from finetune.models.load import quiet
+from finetune.models.quantize import head_name, linear_names, quantization_config
+from finetune.models.source import read_config, read_tensor, weight_files
+from finetune.models.stored import Stored, WeightFiles, read_rows
+
+PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What belongs to a model besides its weights and its config.
+COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "README.md",
+)  # fmt: skip
+_BLOCK_ELEMENTS = 1 << 22  # rounded at once
+_ALIGNMENT = 16
+
+# A weight [out, in] -> what is stored of it, by what stands after the layer's name and its dot.
+Quantise = Callable[[Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """dtype: of all that is not quantised. settings: config.json's quantization_config. advice: where it can serve."""
+
+    dtype: torch.dtype
+    quantise: Quantise | None = None
+    settings: dict[str, Any] | None = None
+    advice: str | None = None
+
+
+def to_safetensors(job: Job) -> Exported:
+    """A complete transformers folder in the number format that `type` names (bf16 without one).
+
+    Raises: ConfigError for an unknown type, a source that is quantised already or numbers that fp16 cannot hold;
+    MissingExtra; IntegrityError if transformers does not read back what was written.
+    """
+    kind = job.options.type or "bf16"
+    if kind not in TYPES:
+        raise ConfigError(f"type={kind}: format=safetensors writes {', '.join(TYPES)}")
+    limit_bytes = parse_size("shard_size", job.options.shard_size)
+    config = read_config(job.source, str(job.source))
+    skeleton = build_skeleton(job.source, torch.bfloat16, "eager")
+    head = head_name(skeleton)
+    storage = TYPES[kind](head)
+    quantised = [f"{name}.weight" for name in linear_names(skeleton) if name != head] if storage.quantise else []
+    lossless = _write_weights(job, storage, quantised, limit_bytes)
+    _write_config(job.out, config, storage)
+    copy_companions(job.source, job.out)
+    checks = [_verify(job, lossless)] if job.options.verify else []
+    notes = {
+        "type": kind,
+        "quantised_tensors": len(quantised),
+        "bytes": sum(file.stat().st_size for file in job.out.glob("*.safetensors")),
+    }
+    if storage.advice:
+        notes["hardware"] = storage.advice
+    out = Path(job.options.out)
+    serve = f"vllm serve {shlex.quote(str(out))} --served-model-name {shlex.quote(out.resolve().name)}"
+    return Exported(checks, [serve], notes)
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Tokenizer, chat template, generation config and card, as far as there are any."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def _plain(dtype: torch.dtype, head: str) -> Storage:
+    return Storage(dtype)
+
+
+def _nf4(head: str) -> Storage:
+    settings: Any = quantization_config(QuantConfig(type="nf4"), [head])
+    import bitsandbytes as bnb
+
+    # A layer as transformers makes it while it loads: its options decide the bits.
+    like = bnb.nn.Linear4bit(
+        1, 1, compress_statistics=settings.bnb_4bit_use_double_quant, quant_type=settings.bnb_4bit_quant_type,
+        quant_storage=settings.bnb_4bit_quant_storage, device="meta",
+    ).weight  # fmt: skip
+
+    def store(weight: Tensor) -> dict[str, Tensor]:
+        with quantising_workers() as workers:
+            packed, state = quantise(weight.to(torch.bfloat16), like, workers.map)
+        return {"weight": packed, **{f"weight.{key}": part for key, part in state.as_dict(packed=True).items()}}
+
+    return Storage(torch.bfloat16, store, settings.to_dict())
+
+
+def _compressed(preset: str, form: str, advice: str, head: str) -> Storage:
+    """compressed-tensors' scheme of that name, stored in that of its formats."""
+    try:
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+        from compressed_tensors.quantization.utils import calculate_qparams
+    except ImportError as error:
+        raise MissingExtra('types int8 and fp8 need: pip install "finetune-qlora[serve]"') from error
+    scheme: Any = preset_name_to_scheme(preset, ["Linear"])
+    scheme.format = form
+    compressor: Any = BaseCompressor.get_value_from_registry(form)
+
+    def store(weight: Tensor) -> dict[str, Tensor]:
+        weight_OI = weight.float()
+        low_O1, high_O1 = weight_OI.aminmax(dim=1, keepdim=True)
+        # Rounded before it is used: readers keep scales in the model's type, and must multiply by the one divided by.
+        scale_O1 = calculate_qparams(low_O1, high_O1, scheme.weights)[0].to(torch.bfloat16)
+        stored = compressor.compress({"weight": weight_OI, "weight_scale": scale_O1.float()}, scheme)
+        return {"weight": stored["weight"], "weight_scale": scale_O1}
+
+    settings = QuantizationConfig(
+        config_groups={"group_0": scheme}, format=form, quantization_status="compressed", ignore=[head]
+    )
+    # Without entries that say nothing: those of a newer version are errors to an older one.
+    return Storage(torch.bfloat16, store, settings.model_dump(mode="json", exclude_none=True), advice)
+
+
+TYPES: dict[str, Callable[[str], Storage]] = {
+    **{kind: partial(_plain, dtype) for kind, dtype in PLAIN.items()},
+    "nf4": _nf4,
+    "int8": partial(_compressed, "W8A8", "int-quantized", "8-bit products on NVIDIA GPUs from Turing to Hopper"),
+    "fp8": partial(
+        _compressed,
+        "FP8_DYNAMIC",
+        "float-quantized",
+        "8-bit products from Ada and Hopper on; older GPUs unpack weights",
+    ),
+}
+
+
+def _write_weights(job: Job, storage: Storage, quantised: list[str], limit_bytes: int) -> bool:
+    """All tensors, in shards. Returns: whether each kept its value."""
+    files = weight_files(job.source, str(job.source))
+    weights = WeightFiles(files)
+    if lost := sorted(set(quantised) - files.keys()):
+        raise IntegrityError(f"{job.source} lacks {', '.join(lost[:5])}, which its config.json promises")
+    parts = {name: stored for name, stored in weights.tensors.items() if name not in set(quantised)}
+    plan = [Planned(name, storage.dtype, stored.shape) for name, stored in parts.items()]
+    scratch = job.out / ".quantised"
+    if storage.quantise is not None:
+        # How long the parts are shows when they are made, and a file's header comes first: they wait on the disk.
+        with scratch.open("wb") as stream:
+            for name in quantised:
+                layer = name.removesuffix("weight")
+                for key, tensor in storage.quantise(read_tensor(files[name], name)).items():
+                    parts[layer + key] = stored = _append(stream, scratch, tensor)
+                    plan.append(Planned(layer + key, stored.dtype, stored.shape))
+    shards = plan_shards(sorted(plan, key=lambda planned: planned.name), limit_bytes)
+    for file, members in shards.items():
+        write_shard(job.out / file, members, lambda planned: _content(planned, parts[planned.name]), lambda _: None)
+    write_index(job.out, shards)
+    scratch.unlink(missing_ok=True)
+    weights.check_unchanged()
+    wider = {stored.dtype for stored in parts.values()} - {storage.dtype}
+    return not quantised and (storage.dtype == torch.float32 or not wider) and torch.float64 not in wider
+
+
+def _append(stream: IO[bytes], file: Path, tensor: Tensor) -> Stored:
+    stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
+    stored = Stored(file, stream.tell(), tensor.dtype, tuple(tensor.shape))
+    stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return stored
+
+
+def _content(planned: Planned, stored: Stored) -> Content:
+    return stored if stored.dtype == planned.dtype else _rounded(planned, stored)
+
+
+def _rounded(planned: Planned, stored: Stored) -> Iterator[Tensor]:
+    """A tensor in another type, some rows at a time."""
+    rows = stored.shape[0]
+    step = max(1, _BLOCK_ELEMENTS * rows // max(1, stored.nbytes // stored.dtype.itemsize))
+    for start in range(0, rows, step):
+        block = read_rows(stored, start, min(start + step, rows))
+        rounded = block.to(planned.dtype)
+        if rounded.isinf().any():
+            raise ConfigError(
+                f"{stored.file}: {planned.name} holds {block.abs().max():.3g}, and {planned.dtype} ends at "
+                f"{torch.finfo(planned.dtype).max:.3g}: choose type=bf16 or type=fp32"
+            )
+        yield rounded
+
+
+def _write_config(out: Path, source: Mapping[str, Any], storage: Storage) -> None:
+    config = {key: value for key, value in source.items() if key != "torch_dtype"}
+    config["dtype"] = str(storage.dtype).removeprefix("torch.")
+    if storage.settings is not None:
+        config["quantization_config"] = storage.settings
+    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _verify(job: Job, lossless: bool) -> Verification:
+    answers = source_answers(job.source, job.options.prompts, job.options.tokens)
+    found = compare(answers, transformers_reader(job.out), "transformers")
+    require_same(found, exact=lossless)
+    return found
+
+
+def transformers_reader(folder: Path) -> Reader:
+    """What plain transformers makes of a folder, computed in fp32 as far as its layers allow.
+
+    Raises: IntegrityError if it misses tensors or finds others than its config.json promises.
+    """
+    with _silent():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    if wrong := {what: sorted(map(str, names))[:5] for what, names in report.items() if names}:
+        raise IntegrityError(f"{folder} is not what transformers expects of it: {wrong}; nothing was kept")
+    model.eval()
+
+    def read(ids: list[int]) -> Tensor:
+        with _silent():
+            return model(torch.tensor([ids])).logits[0].float()
+
+    return read
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """compressed-tensors draws progress bars while it loads and in the first pass, and has no switch for them."""
+    with quiet(), redirect_stderr(io.StringIO()):
+        yield

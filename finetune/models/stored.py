@@ -1,0 +1,95 @@
+"""Where the tensors of safetensors files lie, so that they can be read a piece at a time without mapping a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.errors import ConfigError, IntegrityError
+from finetune.models.digest import identity
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in _DTYPES.items()}  # what the format calls a type
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor lies: from byte `offset` of `file` on, row after row."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class WeightFiles:
+    """The tensors of a model's safetensors files, whose headers alone are in memory."""
+
+    def __init__(self, files: Mapping[str, Path]):
+        """files: which file holds each tensor, from `source.weight_files`, which has proved that they are whole.
+
+        Raises: ConfigError for a type of number that is none of a 16- to 64-bit float.
+        """
+        self._identities = {file: identity(file) for file in sorted(set(files.values()))}
+        self.tensors = {name: stored for file in self._identities for name, stored in _read_header(file)}
+
+    def check_unchanged(self) -> None:
+        """Raises: IntegrityError if a file was written to or replaced since its header was read."""
+        for file, before in self._identities.items():
+            if not file.exists() or identity(file) != before:
+                raise IntegrityError(
+                    f"{file} changed while its weights were being read: what they say is not one model's; start again, "
+                    "and let nothing write to the model's folder meanwhile"
+                )
+
+
+def _read_header(file: Path) -> list[tuple[str, Stored]]:
+    """Source: the safetensors format, a length in 8 bytes and a JSON object before the tensors' bytes."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header: dict[str, Any] = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    if strange := sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys()):
+        raise ConfigError(f"{file} holds numbers of type {', '.join(strange)}; weights are read from 16-bit or wider")
+    return [
+        (name, Stored(file, 8 + length + entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"])))
+        for name, entry in header.items()
+    ]
+
+
+def read_rows(stored: Stored, start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop` of a stored tensor, in its own type; of a vector, its elements.
+
+    Raises: IntegrityError if the file ends before them.
+    """
+    out = torch.empty(stop - start, *stored.shape[1:], dtype=stored.dtype)
+    row_bytes = stored.nbytes // max(stored.shape[0], 1)
+    with stored.file.open("rb", buffering=0) as stream:
+        offset = stored.offset + start * row_bytes
+        read_exactly(stream, offset, out.view(-1).view(torch.uint8).numpy().data, stored.file)
+    return out
+
+
+def read_exactly(stream: Any, offset: int, view: memoryview, file: Path) -> None:
+    """Fills `view` from byte `offset` of a stream on. Raises: IntegrityError if the file ends too early."""
+    stream.seek(offset)
+    done = 0
+    while done < len(view):
+        count = stream.readinto(view[done:])
+        if not count:
+            raise IntegrityError(
+                f"{file} ends at byte {offset + done:,}, before the weights that its header promises; fetch or copy it "
+                "again, and let nothing write to it meanwhile"
+            )
+        done += count
