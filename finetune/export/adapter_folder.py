@@ -1,8 +1,8 @@
 """An adapter's folder as servers take it: plain LoRA, one rank and one scale for all layers, and nothing else in it.
 
-vLLM, TGI and SGLang read factors, `r` and `lora_alpha` for the whole adapter; patterns they pass over in silence, and
-SGLang rsLoRA's scale, too. Both are folded into the factors: zero rows of A and columns of B raise a rank, and B takes the
-scale, after which `lora_alpha = r` means 1. What cannot be folded is refused, with every reason at once.
+vLLM, TGI and SGLang read the factors, and `r` and `lora_alpha` for the whole adapter; patterns they pass over in
+silence, SGLang rsLoRA's scale, too. Both are folded into the factors: zero rows of A and columns of B raise a rank, and
+B takes the scale, after which `lora_alpha = r` means 1. What cannot be folded is refused, with every reason at once.
 Source: vLLM's lora/peft_helper.py and lora/lora_model.py, TGI's adapters/lora.py, SGLang's lora/lora.py.
 """
 
@@ -18,21 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
+from finetune.config.compose import saved_config
+from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError, IntegrityError
 from finetune.export.formats import Exported, Job
 from finetune.export.safetensors_folder import COMPANIONS, copy_companions
 from finetune.export.verify import Verification, compare, require_same, source_answers
 from finetune.files import write_text
-from finetune.models.adapter_files import CONFIG_FILE, PREFIX, TENSOR_FILE, check_adapter
+from finetune.models.adapter_files import CONFIG_FILE, PREFIX, TENSOR_FILE, check_adapter, load_adapter
 from finetune.models.families import FAMILIES
 from finetune.models.load import quiet
 from finetune.models.names import matches_key
+from finetune.models.quantize import FOUR_BIT
 from finetune.models.source import read_json
 
 # What vLLM's --max-lora-rank may be.
@@ -62,18 +64,7 @@ def to_adapter(job: Job) -> Exported:
     Compared with the source by PEFT on the base, where that is a local folder: bit for bit if nothing was folded.
     Raises: ConfigError for what servers do not take; IntegrityError if it is broken or reads back as another one.
     """
-    if job.options.type is not None:
-        raise ConfigError(f"type={job.options.type}: format=adapter keeps an adapter's own numbers; drop it")
-    config = read_json(job.source / CONFIG_FILE, f"adapter {job.source}")
-    if config.get("peft_type") != "LORA":
-        raise ConfigError(f"adapter {job.source} is {config.get('peft_type')}, not LORA")
-    check_adapter(job.source)
-    tensors = load_file(job.source / TENSOR_FILE)
-    if reasons := list(_obstacles(config, tensors)):
-        raise ConfigError(
-            f"adapter {job.source} cannot be served as an adapter: {'; '.join(reasons)}. Merge it into its base: "
-            "finetune export format=safetensors, or finetune merge"
-        )
+    config, tensors = _read(job)
     base = job.options.model or str(config["base_model_name_or_path"])
     revision = None if job.options.model else config.get("revision")
     folded = not _uniform(config, tensors)
@@ -91,12 +82,39 @@ def to_adapter(job: Job) -> Exported:
     check_adapter(job.out)
     checks = []
     if job.options.verify:
-        if Path(base).is_dir():
-            checks = [_verify(job, Path(base), folded)]
+        if (folder := Path(base).expanduser()).is_dir():
+            checks = [_verify(job, folder, folded)]
         else:
             job.say(f"not compared with its source: the base {base} is no local folder; model=FOLDER names one")
-    notes = {"rank": rank, "folded": folded, "base": base}
-    return Exported(checks, [_serve(job, base, revision, rank)], notes)
+    four_bit = _makes_up(saved_config(job.source))
+    if four_bit:
+        job.say("the adapter makes up for what quantising took: the command serves it over the base in 4 bit")
+    notes = {"rank": rank, "folded": folded, "base": base, "four_bit_base": four_bit}
+    return Exported(checks, [_serve(job, base, revision, rank, four_bit)], notes)
+
+
+def _read(job: Job) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The source's config and factors, if servers can take them."""
+    if job.options.type is not None:
+        raise ConfigError(f"type={job.options.type}: format=adapter keeps an adapter's own numbers; drop it")
+    config = read_json(job.source / CONFIG_FILE, f"adapter {job.source}")
+    if config.get("peft_type") != "LORA":
+        raise ConfigError(f"adapter {job.source} is {config.get('peft_type')}, not LORA")
+    check_adapter(job.source)
+    tensors = load_file(job.source / TENSOR_FILE)
+    if reasons := list(_obstacles(config, tensors)):
+        raise ConfigError(
+            f"adapter {job.source} cannot be served as an adapter: {'; '.join(reasons)}. Merge it into its base: "
+            "finetune export format=safetensors, or finetune merge"
+        )
+    return config, tensors
+
+
+def _makes_up(cfg: RunConfig | None) -> bool:
+    """Whether it learned to make up for what quantising took, and so belongs on a 4-bit base alone."""
+    if cfg is None or cfg.quant.type not in FOUR_BIT:
+        return False
+    return cfg.distill.objective == "recover" or cfg.lora.init == "loftq"
 
 
 def _obstacles(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
@@ -111,7 +129,7 @@ def _obstacles(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[s
     known = {module for family in FAMILIES.values() for module in family.linear_modules}
     layers = {name: match["layer"] for name in tensors if (match := _FACTOR.fullmatch(name))}
     strange = [name for name in tensors if name not in layers or layers[name].rpartition(".")[2] not in known]
-    if strange:
+    if strange and not any(config.get(key) for key in _REFUSED):
         yield f"tensors other than factors of the blocks' linear layers, as {', '.join(sorted(strange)[:3])}"
     if layers and (rank := max(_ranks(tensors).values())) > MAX_RANKS[-1]:
         yield f"rank {rank}: vLLM ends at {MAX_RANKS[-1]}"
@@ -139,7 +157,7 @@ def _uniform(config: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
 
 
 def _fold(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same update from factors of one rank and scale 1, in fp32; B is rounded once where its scale is no power of 2.
+    """The same update from factors of one rank and scale 1, in fp32; B is rounded once if its scale is no power of 2.
 
     Shapes: lora_A [R, in], lora_B [out, R], with R the largest rank of all layers.
     """
@@ -160,7 +178,7 @@ def _verify(job: Job, base: Path, folded: bool) -> Verification:
         model = AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
-        served = PeftModel.from_pretrained(model, str(job.out)).eval()
+        served = load_adapter(model, job.out)
     found = compare(answers, lambda ids: served(input_ids=torch.tensor([ids])).logits[0].float(), "PEFT")
     require_same(found, exact=True)
     # Sums in another order: some units in the last place of the largest logit.
@@ -183,10 +201,12 @@ def _beside_base(adapter: Path, base: Path, folder: Path) -> Path:
     return folder
 
 
-def _serve(job: Job, base: str, revision: str | None, rank: int) -> str:
+def _serve(job: Job, base: str, revision: str | None, rank: int, four_bit: bool) -> str:
     out = Path(job.options.out)
     name = re.sub(r"[^\w.-]+", "-", out.resolve().name)
-    words = ["vllm", "serve", base, *(["--revision", revision] if revision else []), "--enable-lora"]
+    words = ["vllm", "serve", base, *(["--revision", revision] if revision else [])]
+    words += ["--quantization", "bitsandbytes"] if four_bit else []
+    words += ["--enable-lora"]
     words += [
         "--lora-modules",
         f"{name}={out}",

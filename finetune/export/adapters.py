@@ -16,6 +16,7 @@ from finetune.models.stored import Stored
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _ROWS = ".token_adapter.trainable_tokens_delta"
+_FROZEN = ".base_layer."
 # Inits that leave a part of the base's weight in the adapter. Adapters of this package are saved as the difference.
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 # Settings of PEFT under which the update is more than W + scaling B A.
@@ -48,6 +49,11 @@ def read_changes(adapter: SavedAdapter, base: Mapping[str, Stored]) -> dict[str,
         module = name.removesuffix(_ROWS)
         rows = next((rows for key, rows in ids.items() if f".{module}".endswith(f".{key}")), [])
         changes[f"{module}.weight"] = NewRows(torch.tensor(rows, dtype=torch.int64), left.pop(name))
+    for name in [name for name in left if _FROZEN in name]:
+        # PEFT saves a copy of an adapted head's or embedding's own weight beside the factors; a bias it may have trained.
+        tensor, plain = left.pop(name), name.replace(_FROZEN, ".")
+        if plain not in changes:
+            left[plain] = tensor
     for name in [name for name in left if name in base]:
         changes[name] = Replaced(left.pop(name))
     problems += [f"{name} belongs to no tensor of the base, or is of a kind that cannot be merged" for name in left]

@@ -26,14 +26,14 @@ _FILL_IN = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """tokens, kinds: one for each row of the embedding. added: tokens that are matched whole in a text."""
+    """tokens, kinds: one for each row of the embedding. adds_bos: whether every text opens with the bos token."""
 
     tokens: list[str]
     kinds: list[int]
     merges: list[str]
-    special_ids: dict[str, int]  # bos, eos, pad, eot
+    special_ids: dict[str, int]  # bos, eos, padding, eot
+    adds_bos: bool
     chat_template: str | None
-    added: list[str]
 
     def write(self, writer: Any) -> None:
         """Adds the `tokenizer.*` entries to a `gguf.GGUFWriter`."""
@@ -44,7 +44,7 @@ class Vocabulary:
         writer.add_token_merges(self.merges)
         for name, id in self.special_ids.items():
             writer.add_uint32(f"tokenizer.ggml.{name}_token_id", id)
-        writer.add_add_bos_token(False)
+        writer.add_add_bos_token(self.adds_bos)
         if self.chat_template is not None:
             writer.add_chat_template(self.chat_template)
 
@@ -77,21 +77,26 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    added = [token["content"] for token in content["added_tokens"]]
-    return Vocabulary(tokens, kinds, merges, _special_ids(tokenizer, ids), template, added)
+    return Vocabulary(tokens, kinds, merges, _special_ids(tokenizer, ids), _adds_bos(tokenizer, folder), template)
 
 
 def _special_ids(tokenizer: Any, ids: dict[str, int]) -> dict[str, int]:
     """eot: what ends a turn, where it is another token than what ends a text.
 
-    Qwen2.5 has no bos and none is ever added; readers that are not told one invent it, so it is the pad token, which
-    is what Qwen's own files say.
+    Qwen2.5 has no bos, but readers that are told none invent one; so it is the pad token, as in Qwen's own files.
     """
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     found = {"bos": tokenizer.bos_token_id, "eos": eos, "padding": pad, "eot": ids.get(FAMILIES["qwen2"].end_of_turn)}
     if found["bos"] is None:
         found["bos"] = pad if pad is not None else eos
     return {name: id for name, id in found.items() if id is not None}
+
+
+def _adds_bos(tokenizer: Any, folder: Path) -> bool:
+    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    if whole not in (plain, [tokenizer.bos_token_id, *plain]):
+        raise ConfigError(f"{folder}: the tokenizer adds more to a text than a bos token: {whole}; no GGUF can say so")
+    return whole != plain
 
 
 def _check_qwen2(content: dict[str, Any], folder: Path) -> None:

@@ -1,8 +1,8 @@
 """A model folder for transformers and vLLM, rounded once or quantised, written and read back one tensor at a time.
 
-Quantised are the blocks' linear layers; embedding, head, norms and biases stay bf16. Both ways of storing them are their
-libraries' own: bitsandbytes' NF4, with the bits that quantising while loading gives, and compressed-tensors' 8 bits with a
-scale for each row of a weight (W8A8, FP8_DYNAMIC), where a server finds each token's scale of the activations itself.
+Quantised are the blocks' linear layers; embedding, head, norms and biases stay bf16. The ways of storing them are their
+libraries' own: bitsandbytes' NF4, with the bits that quantising while loading gives, and compressed-tensors' 8 bits
+with a scale for each row of a weight (W8A8, FP8_DYNAMIC); there a server finds the scale of each token's activations.
 """
 
 from __future__ import annotations

@@ -1,0 +1,120 @@
+"""Random tiny bases on disk and every kind of adapter that the trainer makes, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
+from finetune.models.adapter import attach_lora, save_adapter
+from finetune.models.load import load_base
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small only lose to threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An adapter as the trainer makes it: its settings, and the quantisation of the base that it is trained on."""
+
+    lora: dict[str, Any] = field(default_factory=dict)
+    quant: str = "nf4"
+    new_tokens: tuple[str, ...] = ()
+
+
+KINDS = {
+    "q,v": Kind(),
+    "all linears": Kind({"target_modules": "all-linear"}),
+    "one regex": Kind({"target_modules": r".*\.1\..*\.(k_proj|down_proj)"}),
+    "rslora": Kind({"rslora": True, "rank": 4}),
+    "dora": Kind({"dora": True}),
+    "dora on all, rslora": Kind({"dora": True, "rslora": True, "target_modules": "all-linear"}),
+    "patterns": Kind({"rank_pattern": {"q_proj": 3}, "alpha_pattern": {r"layers\.1\.self_attn\.v_proj": 40.0}}),
+    "some layers": Kind({"layers_to_transform": [1]}),
+    "gaussian": Kind({"init": "gaussian"}),
+    "orthogonal": Kind({"init": "orthogonal"}),
+    "loftq": Kind({"init": "loftq"}),
+    "pissa": Kind({"init": "pissa"}, "none"),
+    "olora, rslora": Kind({"init": "olora", "rslora": True}, "none"),
+    "fp4": Kind(quant="fp4"),
+    "norms in full": Kind({"modules_to_save": ["input_layernorm", "model.norm"]}),
+    "embedding in full": Kind({"modules_to_save": ["embed_tokens"]}),
+    "head in full": Kind({"modules_to_save": ["lm_head"]}),
+    "embedding and head in full": Kind({"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "new tokens": Kind({"new_tokens": ["<a>", "<b>"]}),
+    "new tokens beyond the table": Kind({"new_tokens": [f"<{i}>" for i in range(30)]}),
+}
+
+MakeBase = Callable[..., Path]
+MakeAdapter = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
+    """A random two-layer Qwen2 with its tokenizer (t0 to t299), in a folder; biases and norms are random too."""
+    made: dict[tuple, Path] = {}
+
+    def make(tied: bool = True, max_shard_size: str = "5GB", seed: int = 0) -> Path:
+        key = (tied, max_shard_size, seed)
+        if key not in made:
+            torch.manual_seed(seed)
+            config = Qwen2Config(
+                vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied, eos_token_id=1,
+            )  # fmt: skip
+            model = Qwen2ForCausalLM(config)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+            made[key] = tmp_path_factory.mktemp("base")
+            model.bfloat16().save_pretrained(made[key], max_shard_size=max_shard_size)
+            tokenizer().save_pretrained(made[key])
+        return made[key]
+
+    return make
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Knows the words t0 to t299 and a template."""
+    words = Tokenizer(models.WordLevel({f"t{number}": number for number in range(300)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    found = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", eos_token="t1", pad_token="t2")
+    found.chat_template = "{% for m in messages %}t3 {{ m.content }} t1 {% endfor %}"
+    return found
+
+
+@pytest.fixture
+def make_adapter(make_base: MakeBase, tmp_path: Path) -> MakeAdapter:
+    """An adapter of a kind with random weights, saved as a run saves it; bias: of the base's linear layers."""
+
+    def make(kind: str, tied: bool = True, name: str = "adapter", seed: int = 1, base: Path | None = None) -> Path:
+        chosen = KINDS[kind]
+        base = base or make_base(tied)
+        torch.manual_seed(seed)
+        model = load_base(ModelConfig(name=str(base)), QuantConfig(type=chosen.quant), device="cpu")
+        words = tokenizer()
+        settings = {"rank": 4, "alpha": 8.0, **chosen.lora}
+        adapted = attach_lora(model, LoraConfig(**settings), words)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        folder = tmp_path / name
+        folder.mkdir()
+        save_adapter(adapted, folder, words)
+        return folder
+
+    return make

@@ -1,0 +1,40 @@
+"""Small model folders that GGUF exports are made of."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from finetune.config.options import ExportOptions
+from finetune.export.formats import Job
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def save_model(folder: Path, tokenizer: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **config: Any) -> Path:
+    """A random model with a tokenizer of that folder; config: of Qwen2Config, over what is small."""
+    small = {
+        "vocab_size": 896, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "eos_token_id": 882,
+        "max_position_embeddings": 512,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**(small | config)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    for name in TOKENIZER_FILES:
+        shutil.copy(tokenizer / name, folder)
+    return folder
+
+
+def job(source: Path, folder: Path, said: list[str] | None = None, **options: Any) -> Job:
+    """An export of `source` into a new folder, compared on few tokens; options: as typed."""
+    folder.mkdir(exist_ok=True)
+    chosen = {"format": "gguf", "out": str(folder), "prompts": 2, "tokens": 8} | options
+    return Job(source, folder, ExportOptions(**chosen), (said if said is not None else []).append)

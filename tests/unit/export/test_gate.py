@@ -1,0 +1,119 @@
+"""The gate: the distance between the trained and the merged model is measured, kept, and can fail the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from finetune.config.options import MergeOptions, read_options
+from finetune.config.schema import ModelConfig, QuantConfig
+from finetune.errors import ConfigError
+from finetune.export import merging
+from finetune.export.merging import GateFailed, MergeReport, merge
+from finetune.models.adapter_files import load_adapter
+from finetune.models.load import load_base
+
+ROWS = [list(range(3 + i, 33 + 7 * i % 40)) for i in range(6)]
+
+
+@pytest.fixture
+def trained(make_base, make_adapter, tmp_path) -> Path:
+    """An adapter in the folder of a run, whose held-out rows are tokens."""
+    adapter = make_adapter("all linears")
+    rows = tmp_path / "heldout.jsonl"
+    rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ROWS))
+    (adapter / "config.yaml").write_text(
+        f"model: {{name: {make_base()}}}\ndata:\n  train: [{{path: gone.jsonl}}]\n"
+        f"  eval: [{{path: {rows}, format: tokens}}]\n  train_on: all\n"
+    )
+    return adapter
+
+
+def run(adapter: Path, out: Path, *words: str) -> MergeReport:
+    options = read_options(MergeOptions, [f"adapter={adapter}", f"out={out}", *words], "finetune merge")
+    return merge(options, lambda text: None, merging._silent)
+
+
+def log_probs(model, vocabulary: int = 300) -> list[Tensor]:
+    """Of each row's tokens but the first, fp64, over the ids that the tokenizer knows."""
+    with torch.no_grad():
+        return [model(torch.tensor([row])).logits[0, :-1, :vocabulary].double().log_softmax(-1) for row in ROWS]
+
+
+def test_it_measures_what_a_plain_comparison_of_both_models_does(trained, make_base, tmp_path):
+    report = run(trained, tmp_path / "out")
+    base = load_base(ModelConfig(name=str(make_base()), attention="sdpa"), QuantConfig(), device="cpu")
+    before = log_probs(load_adapter(base, trained))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    after = log_probs(merged)
+    tokens = sum(len(row) - 1 for row in ROWS)
+    kl = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(before, after, strict=True)) / tokens
+    (gate,) = report.gates
+    assert gate.tokens == tokens
+    # bf16 products differ between attention kernels.
+    assert gate.kl == pytest.approx(kl, rel=0.05)
+    nll = (
+        -sum(float(p[range(len(row) - 1), row[1:]].sum()) for p, row in zip(log_probs(merged, 320), ROWS, strict=True))
+        / tokens
+    )
+    assert gate.perplexity_merged == pytest.approx(float(torch.tensor(nll).exp()), rel=0.02)
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["gates"][0]["kl"] == gate.kl
+
+
+def test_a_merge_into_what_was_trained_is_nearer_and_both_are_told(trained, tmp_path):
+    report = run(trained, tmp_path / "out", "base=dequantized", "compare=true", "dtype=fp32")
+    assert report.other_base == "original"
+    assert report.gates[0].kl < 0.01 * report.other[0].kl
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_too_far_fails_the_command_and_a_higher_limit_goes_on_from_the_weights(trained, tmp_path, monkeypatch):
+    with pytest.raises(GateFailed, match=r"gate\.max_kl=1e-09 is exceeded") as caught:
+        run(trained, tmp_path / "out", "gate.max_kl=1e-9")
+    assert caught.value.exit_code == 1
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(merging, "write_shard", lambda *_: pytest.fail("weights were written again"))
+    run(trained, tmp_path / "out", "gate.max_kl=100")
+    assert load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_a_limit_without_rows_is_no_proof(make_adapter, tmp_path):
+    with pytest.raises(GateFailed, match="nothing was measured"):
+        run(make_adapter("q,v"), tmp_path / "out", "gate.max_kl=1")
+
+
+def test_rows_that_cannot_be_read_are_named_before_anything_is_written(trained, tmp_path):
+    (tmp_path / "heldout.jsonl").unlink()
+    with pytest.raises(ConfigError, match="held-out rows of adapter"):
+        run(trained, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_the_number_of_rows_and_the_rows_can_be_chosen(trained, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"input_ids": [5, 6, 7]}) + "\n")
+    assert run(trained, tmp_path / "a", "gate.rows=2").gates[0].rows == 2
+    gate = run(trained, tmp_path / "b", f"gate.data=[{{path: '{other}', format: tokens}}]").gates[0]
+    assert (gate.rows, gate.tokens, gate.source) == (1, 2, "other")
+    assert run(trained, tmp_path / "c", "gate.rows=0").gates == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "base"),
+    [
+        ("distill: {objective: recover}", "dequantized"),
+        ("lora: {init: loftq}", "dequantized"),
+        ("lora: {rank: 4}", "original"),
+        ("distill: {objective: recover}\nquant: {type: none}", "original"),
+    ],
+)
+def test_the_base_follows_from_what_the_adapter_learned(settings, base, trained, tmp_path):
+    with (trained / "config.yaml").open("a") as config:
+        config.write(settings + "\n")
+    assert run(trained, tmp_path / "out", "gate.rows=0").base == base
