@@ -61,14 +61,14 @@ def one_load(options: dict[str, str]) -> dict[str, Any]:
     place = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     torch.zeros(1, device=place)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    before = _memory()
+    before = memory()
     start = time.perf_counter()
     load = RUNS[options["run"]]
     model = load(options["model"], options["type"], options["double"] == "true", place)
     if place.type == "cuda":
         torch.cuda.synchronize()
     loaded = time.perf_counter()
-    after = _memory()
+    after = memory()
     with torch.no_grad():
         model.train()(torch.arange(16, device=place)[None] + 100).logits.sum().item()
     return {
@@ -78,7 +78,7 @@ def one_load(options: dict[str, str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _memory() -> dict[str, int]:
+def memory() -> dict[str, int]:
     rows = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if row[-1] == "kB"}
 

@@ -1,6 +1,6 @@
 """Random-weight Qwen2.5 of any size, on disk: speed and memory do not depend on what the weights are.
 
-    python -m benchmarks.models size=7B tokenizer=FOLDER folder=TARGET
+    python -m benchmarks.models size=7B tokenizer=FOLDER folder=TARGET [layers=4]
 
 One layer is drawn and written under every layer's name, so a 7B takes as long as its bytes take to the disk.
 """
@@ -22,7 +22,7 @@ TINY = {
     "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024, "tie_word_embeddings": True,
 }  # fmt: skip
-DEFAULTS = {"size": "0.5B", "tokenizer": "data/tiny-qwen2.5", "folder": ""}
+DEFAULTS = {"size": "0.5B", "tokenizer": "data/tiny-qwen2.5", "folder": "", "layers": ""}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
 
@@ -38,8 +38,10 @@ def shape_of_size(size: str, tokenizer: Path) -> dict[str, Any]:
     return QWEN25_SHAPES[size]
 
 
-def write_random_model(size: str, tokenizer: Path, folder: Path, seed: int = 0) -> Path:
+def write_random_model(size: str, tokenizer: Path, folder: Path, seed: int = 0, layers: int | None = None) -> Path:
     """A bf16 checkpoint of that size with that tokenizer in `folder`, made once; one file for each layer.
+
+    layers: fewer than the size has, at its real widths.
 
     Biases are drawn too, since a zero bias could be left out by mistake and nobody would see.
     """
@@ -49,6 +51,7 @@ def write_random_model(size: str, tokenizer: Path, folder: Path, seed: int = 0) 
     from safetensors.torch import save_file
 
     shape = shape_of_size(size, tokenizer)
+    shape = {**shape, "num_hidden_layers": layers or shape["num_hidden_layers"]}
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
 
@@ -100,7 +103,8 @@ def layer_tensors(shape: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]
 
 def main(words: list[str]) -> None:
     options = parse(words, DEFAULTS)
-    folder = write_random_model(options["size"], Path(options["tokenizer"]), Path(options["folder"]))
+    layers = int(options["layers"]) if options["layers"] else None
+    folder = write_random_model(options["size"], Path(options["tokenizer"]), Path(options["folder"]), layers=layers)
     size_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     print(json.dumps({"folder": str(folder), "bytes": size_bytes}))
 

@@ -84,7 +84,9 @@ def _plan(adapter: SavedAdapter, alpha: float, kind: NumberType) -> Iterator[Pla
         factor = _scaling(adapter.config, module, len(lora_A)) * len(lora_A) / alpha
         lora_B = adapter.tensors[name_B]
         yield _planned(f"{linear_name(module)}.lora_a", name, lora_A, kind)
-        yield _planned(f"{linear_name(module)}.lora_b", name_B, lora_B if factor == 1 else lora_B.float() * factor, kind)
+        yield _planned(
+            f"{linear_name(module)}.lora_b", name_B, lora_B if factor == 1 else lora_B.float() * factor, kind
+        )
 
 
 def _planned(name: str, source: str, tensor: Tensor, kind: NumberType) -> PlannedTensor:
@@ -113,10 +115,13 @@ def _unsayable(adapter: SavedAdapter) -> Iterator[str]:
     init = str(config.get("init_lora_weights")).lower()
     if init.startswith(_CHANGES_BASE):
         yield f"init_lora_weights={init}: it belongs on another base than the original"
-    if bias := config.get("bias", "none") != "none" and config["bias"]:
+    if (bias := config.get("bias", "none")) != "none":
         yield f"bias={bias}: trained biases"
-    strange = {_module(name) for name in adapter.tensors
-               if ".lora_A.weight" not in name and ".lora_B.weight" not in name or linear_name(_module(name)) is None}  # fmt: skip
+    strange = {
+        _module(name)
+        for name in adapter.tensors
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")) or linear_name(_module(name)) is None
+    }
     if strange:
         shown = ", ".join(sorted(strange)[:5]) + (", …" if len(strange) > 5 else "")
         yield f"tensors that are no LoRA of a linear layer in a block: {shown}"

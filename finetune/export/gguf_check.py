@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from finetune.errors import IntegrityError
@@ -44,12 +45,13 @@ def check_model(job: Job, path: Path, kind: NumberType) -> list[Verification]:
     Raises: IntegrityError where ids differ, or answers more than the type explains (for f32: at all).
     """
     texts = sample_texts(job.source)
+    require_transformers_ids(path, job.source, texts)
     answers = source_answers(job.source, job.options.prompts, job.options.tokens)
-    found = [_transformers(job, path, answers, texts)]
-    if (llama := open_llama(path, answers)) is None:
+    found = [_in_transformers(path, job.source, answers)]
+    if (llama := open_llama(path, max(map(len, answers.ids)))) is None:
         job.say("llama.cpp's Python package (llama-cpp-python) is not installed: not read with it")
     else:
-        require_same_ids("llama.cpp", texts, lambda text: llama.tokenize(text.encode(), add_bos=False, special=True))
+        require_llama_ids(llama, texts)
         found.append(compare(answers, lambda ids: llama_logits(llama, ids), "llama.cpp"))
     for verification in found:
         require_same(verification, exact=kind.name == "f32")
@@ -76,36 +78,52 @@ def require_same_ids(reader: str, texts: dict[str, list[int]], encode: Callable[
             )
 
 
-def _transformers(job: Job, path: Path, answers: Answers, texts: dict[str, list[int]]) -> Verification:
-    where: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar asks nobody
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-        config = AutoConfig.from_pretrained(path.parent, **where)
-        # transformers does not read rope scaling from a GGUF file; check_file has compared the entries.
-        config.rope_parameters = AutoConfig.from_pretrained(
-            job.source, trust_remote_code=False, local_files_only=True
-        ).rope_parameters
-        model = AutoModelForCausalLM.from_pretrained(path.parent, config=config, dtype=torch.float32, **where).eval()
+def require_transformers_ids(path: Path, source: Path, texts: dict[str, list[int]]) -> None:
+    """transformers' tokenizer from a GGUF file against the texts of `sample_texts`. Raises: IntegrityError."""
+    with quiet():
+        # Not AutoTokenizer, which would read the whole vocabulary a second time, only to find the class.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, **_reading(path))
     # It cannot find an added token whose letters are none of those that stand for bytes; llama.cpp can.
     letters = set(bytes_to_unicode().values())
-    strange = [token for token in load_tokenizer(job.source).get_added_vocab() if not set(token) <= letters]
+    strange = [token for token in load_tokenizer(source).get_added_vocab() if not set(token) <= letters]
     readable = {text: ids for text, ids in texts.items() if not any(token in text for token in strange)}
     require_same_ids("transformers", readable, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def require_llama_ids(llama: Any, texts: dict[str, list[int]]) -> None:
+    """llama.cpp's tokenizer against the texts of `sample_texts`. Raises: IntegrityError."""
+    require_same_ids("llama.cpp", texts, lambda text: llama.tokenize(text.encode(), add_bos=False, special=True))
+
+
+def _in_transformers(path: Path, source: Path, answers: Answers) -> Verification:
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar asks nobody
+        config = AutoConfig.from_pretrained(path.parent, **_reading(path))
+        # transformers does not read rope scaling from a GGUF file; check_file has compared the entries.
+        config.rope_parameters = AutoConfig.from_pretrained(
+            source, trust_remote_code=False, local_files_only=True
+        ).rope_parameters
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, config=config, dtype=torch.float32, **_reading(path)
+        ).eval()
     return compare(answers, lambda ids: model(torch.tensor([ids])).logits[0], "transformers")
 
 
-def open_llama(path: Path, answers: Answers, adapter: Path | None = None) -> Any | None:
+def _reading(path: Path) -> dict[str, Any]:
+    return {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
+
+
+def open_llama(path: Path, length: int, adapter: Path | None = None) -> Any | None:
     """llama.cpp with a model file, and an adapter over it; None where its Python package is missing or does not load.
 
-    Its cache keeps fp32 here, as the source's does.
+    length: of the longest text, in tokens. Its cache keeps fp32 here, as the source's does.
     """
     try:
-        import llama_cpp
+        llama_cpp = import_module("llama_cpp")
     except (ImportError, OSError, RuntimeError):
         return None
-    length = max(map(len, answers.ids))
+    over = {} if adapter is None else {"lora_path": str(adapter)}
     return llama_cpp.Llama(
-        str(path), n_ctx=length, n_batch=length, logits_all=True, verbose=False, lora_path=adapter and str(adapter),
+        str(path), n_ctx=length, n_batch=length, logits_all=True, verbose=False, **over,
         type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
     )  # fmt: skip
 

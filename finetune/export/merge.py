@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +19,9 @@ from finetune.errors import ConfigError, ResourceError
 from finetune.export.adapters import EMBEDDING, HEAD, read_changes, untie
 from finetune.export.changes import Change, combine_changes
 from finetune.export.shards import Content, Planned
-from finetune.export.trained import Trained
-from finetune.models.four_bit import four_bit_weights, quantise, quantising_workers
-from finetune.models.load import quantisation_of, quiet
+from finetune.export.trained import Say, Trained
+from finetune.models.four_bit_weights import FourBitWeights
+from finetune.models.load import default_device, quantisation_of, quiet
 from finetune.models.source import read_config
 from finetune.models.stored import Stored, read_rows
 
@@ -36,15 +35,14 @@ class MergePlan:
     """What is written, and from what.
 
     tensors: in the order of the base's files. stored: where the base holds each of them. changes: what becomes of some.
-    four_bit: the options of each weight to be taken as 4-bit training saw it; empty for the original base.
-    computed_in: what a dequantised weight is rounded to in training. unties: the head becomes a tensor of its own.
+    four_bit: the weights to be taken as 4-bit training saw them; None for the original base. computed_in: what those
+    are rounded to in training. unties: the head becomes a tensor of its own.
     """
 
     tensors: list[Planned]
     stored: dict[str, Stored]
     changes: dict[str, Change]
-    four_bit: dict[str, Any]
-    loaded_as: torch.dtype
+    four_bit: FourBitWeights | None
     computed_in: torch.dtype
     unties: bool
 
@@ -53,12 +51,20 @@ class MergePlan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
+    def changed(self) -> int:
+        """Tensors that differ from the base's."""
+        return len(self.changes.keys() | (self.four_bit.names if self.four_bit is not None else set()))
+
+    def is_four_bit(self, name: str) -> bool:
+        return self.four_bit is not None and name in self.four_bit
+
+    @property
     def vocabulary(self) -> int:
         """Rows of the embedding that is written."""
         return next(tensor.shape[0] for tensor in self.tensors if tensor.name == EMBEDDING)
 
 
-def plan_merge(trained: Trained, base: str, options: MergeOptions) -> MergePlan:
+def plan_merge(trained: Trained, base: str, options: MergeOptions, say: Say) -> MergePlan:
     """Resolve the adapters against the base's files, before anything is written.
 
     base: original or dequantized.
@@ -73,16 +79,20 @@ def plan_merge(trained: Trained, base: str, options: MergeOptions) -> MergePlan:
     unties = untie(changes, tied)
     if unties:
         stored[HEAD] = stored[EMBEDDING]
-    four_bit: dict[str, Any] = {}
-    if base == "dequantized":
-        settings = quantisation_of(trained.folder, trained.model, trained.quant)
-        assert settings is not None
-        with quiet():
-            four_bit = four_bit_weights(trained.folder, getattr(torch, trained.model.dtype), settings)
     return MergePlan(
-        _planned(stored, changes, options.dtype), stored, changes, four_bit,
-        getattr(torch, trained.model.dtype), getattr(torch, trained.quant.compute_dtype), unties,
+        _planned(stored, changes, options.dtype), stored, changes,
+        _four_bit(trained, say) if base == "dequantized" else None,
+        getattr(torch, trained.quant.compute_dtype), unties,
     )  # fmt: skip
+
+
+def _four_bit(trained: Trained, say: Say) -> FourBitWeights:
+    settings = quantisation_of(trained.folder, trained.model, trained.quant)
+    assert settings is not None, "choose_base refuses a base that was not in 4 bit"
+    with quiet():
+        return FourBitWeights(
+            trained.folder, trained.files, trained.model, trained.quant, settings, default_device(), say
+        )
 
 
 def _weights(trained: Trained, options: MergeOptions) -> Sequence[float]:
@@ -119,14 +129,14 @@ def content_of(plan: MergePlan, tensor: Planned) -> Content:
     Raises, while it is read: ResourceError where a value is beyond what the type holds; IntegrityError for torn files.
     """
     stored, change = plan.stored[tensor.name], plan.changes.get(tensor.name)
-    same = change is None and tensor.name not in plan.four_bit and tensor.shape == stored.shape
+    same = change is None and not plan.is_four_bit(tensor.name) and tensor.shape == stored.shape
     if same and tensor.dtype == stored.dtype:
         return stored
     return _blocks(plan, tensor, stored, change)
 
 
 def _blocks(plan: MergePlan, tensor: Planned, stored: Stored, change: Change | None) -> Iterator[Tensor]:
-    source = _dequantised(plan, tensor.name, stored) if tensor.name in plan.four_bit else _as_stored(stored)
+    source = _dequantised(plan, tensor.name, stored) if plan.is_four_bit(tensor.name) else _as_stored(stored)
     step = tensor.shape[0] if change is not None and change.whole else _rows_at_once(plan, tensor)
     for start in range(0, tensor.shape[0], step):
         stop = min(start + step, tensor.shape[0])
@@ -143,10 +153,10 @@ def _blocks(plan: MergePlan, tensor: Planned, stored: Stored, change: Change | N
 def _rows_at_once(plan: MergePlan, tensor: Planned) -> int:
     width = math.prod(tensor.shape[1:])
     step = max(_BLOCK // width, 1)
-    if tensor.name not in plan.four_bit:
+    if plan.four_bit is None or tensor.name not in plan.four_bit:
         return step
     # Blocks of rows must end where a block of the quantisation ends.
-    unit = plan.four_bit[tensor.name].blocksize // math.gcd(plan.four_bit[tensor.name].blocksize, width)
+    unit = plan.four_bit.block_size(tensor.name) // math.gcd(plan.four_bit.block_size(tensor.name), width)
     return -(-step // unit) * unit
 
 
@@ -170,12 +180,8 @@ def _dequantised(plan: MergePlan, name: str, stored: Stored) -> Rows:
     """The weight as 4-bit training computes with it: quantised with the same options, and rounded as there."""
     from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
 
-    like = plan.four_bit[name]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with quantising_workers() as workers:
-        weight = read_rows(stored, 0, stored.shape[0]).to(device=device, dtype=plan.loaded_as)
-        packed, state = quantise(weight, like, workers.map)
-    del weight
+    assert plan.four_bit is not None
+    packed, state = plan.four_bit.take(name, lambda: read_rows(stored, 0, stored.shape[0]))
     absmax = state.absmax
     if state.nested:
         absmax = dequantize_blockwise(absmax, state.state2) + state.offset
@@ -185,7 +191,7 @@ def _dequantised(plan: MergePlan, name: str, stored: Stored) -> Rows:
         first, last = start * width, stop * width
         part = copy(state)
         part.nested, part.dtype, part.shape = False, plan.computed_in, torch.Size((stop - start, width))
-        part.absmax = absmax[first // like.blocksize : -(-last // like.blocksize)]
+        part.absmax = absmax[first // state.blocksize : -(-last // state.blocksize)]
         two_a_byte = packed[first // 2 : -(-last // 2)]
         return dequantize_4bit(two_a_byte, part).float().cpu()
 

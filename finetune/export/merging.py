@@ -65,7 +65,7 @@ def merge(options: MergeOptions, say: Say, progress: Progress) -> MergeReport:
     limit_bytes = parse_size("shard_size", options.shard_size)
     trained = find_trained(names, options.model, say)
     base, reason = choose_base(trained, options.base)
-    plan = plan_merge(trained, base, options)
+    plan = plan_merge(trained, base, options, say)
     rows = [held for adapter in trained.adapters if (held := held_out_rows(trained, adapter, options.gate))]
     _say_plan(trained, plan, base, reason, options, bool(rows), say)
     with staged(out, plan.nbytes, _made_from(trained, base, options)) as folder:
@@ -76,7 +76,7 @@ def merge(options: MergeOptions, say: Say, progress: Progress) -> MergeReport:
             say(gate.describe())
         other_base, other = _compare_other(trained, base, options, said, out, say) if options.compare else (None, [])
         report = MergeReport(
-            names, trained.model.name, base, reason, _dtype(plan), len(plan.tensors), _changed(plan), plan.nbytes,
+            names, trained.model.name, base, reason, _dtype(plan), len(plan.tensors), plan.changed, plan.nbytes,
             options.combination, options.weights or [1.0] * len(names), gates, other_base, other,
         )  # fmt: skip
         (folder / REPORT).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
@@ -109,7 +109,7 @@ def _compare_other(
     """The same comparison for the base that was not chosen, in a folder that is removed again."""
     other = "original" if base == "dequantized" else "dequantized"
     choose_base(trained, other)  # refuses what was never in 4 bit
-    plan = plan_merge(trained, other, options)
+    plan = plan_merge(trained, other, options, say)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
         write_merged(trained, plan, Path(name), plan.nbytes, _silent)
         gates = compare_with(Path(name), _dtype(plan), said)
@@ -125,16 +125,12 @@ def _say_plan(
     if base == "dequantized" and trained.cfg is None:
         say("no run tells how the base was quantised: taken for nf4 with double quantisation, the default")
     size = f"{plan.nbytes / 1e9:,.2f} GB" if plan.nbytes >= 1e9 else f"{plan.nbytes / 1e6:,.1f} MB"
-    say(f"{_changed(plan):,} of {len(plan.tensors):,} tensors change; {size} in {_dtype(plan)}")
+    say(f"{plan.changed:,} of {len(plan.tensors):,} tensors change; {size} in {_dtype(plan)}")
     if not measured and options.gate.rows:
         say(
             "no held-out rows: how far the merged model is from the trained one is not measured; name some with "
             "'gate.data=[{path: rows.jsonl}]'"
         )
-
-
-def _changed(plan: MergePlan) -> int:
-    return len(plan.changes.keys() | plan.four_bit.keys())
 
 
 def _dtype(plan: MergePlan) -> str:

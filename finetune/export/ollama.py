@@ -49,8 +49,10 @@ def to_ollama(job: Job) -> Exported:
     Raises: ConfigError if the model's template is not ChatML, or for merge=false; else as `to_gguf`.
     """
     if not job.options.merge:
-        raise ConfigError("format=ollama merge=false: an adapter alone is no model; use format=gguf merge=false, and ADAPTER "
-                          "in a Modelfile of the base")  # fmt: skip
+        raise ConfigError(
+            "format=ollama merge=false: an adapter alone is no model; use format=gguf merge=false, and ADAPTER in a "
+            "Modelfile of the base"
+        )
     tokenizer = load_tokenizer(job.source)
     template = go_template(tokenizer)
     settings = _generation_config(job.source)
@@ -81,7 +83,9 @@ def go_template(tokenizer: Any) -> str:
     if default is None:
         return _TEMPLATE % ""
     if '"""' in default:
-        raise ConfigError(f'format=ollama: the template\'s system prompt holds """, which a Modelfile cannot: {default!r}')
+        raise ConfigError(
+            f'format=ollama: the template\'s system prompt holds """, which a Modelfile cannot: {default!r}'
+        )
     return _TEMPLATE % (_DEFAULT_SYSTEM % default.replace("{{", '{{ "{{" }}'))
 
 
@@ -132,7 +136,7 @@ def _default_system(source: str, tokenizer: Any) -> str | None:
             found, wanted = template.render(turns, None, prompt), chatml(turns, default, prompt)
             if found != wanted:
                 raise ConfigError(
-                    f"format=ollama: the chat template writes {found[:300]!r} where ChatML is {wanted[:300]!r}; {_ADVICE}"
+                    f"format=ollama: the chat template writes {found[:300]!r}, ChatML is {wanted[:300]!r}; {_ADVICE}"
                 )
     return default
 

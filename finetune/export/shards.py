@@ -21,7 +21,8 @@ from torch import Tensor
 from finetune.models.source import INDEX_FILE, SINGLE_FILE
 from finetune.models.stored import NAMES, Stored
 
-_COPY_BYTES = 8 << 20
+# Bytes of one write: with 8 MB a 2 GB file took 7 s on ext4 where it took 1.6 s with 1 MB (benchmarks/NOTES.md).
+_WRITE_BYTES = 1 << 20
 _ALIGNMENT = 8
 
 # What a tensor is made of: the bytes of a stored one as they are, or blocks of its rows in order.
@@ -115,7 +116,7 @@ def _write(stream: IO[bytes], content: Content, advance: Advance) -> int:
 
 def _copy(stream: IO[bytes], stored: Stored, advance: Advance) -> int:
     """The bytes of a stored tensor, as they are."""
-    buffer, left = bytearray(min(_COPY_BYTES, stored.nbytes)), stored.nbytes
+    buffer, left = bytearray(min(_WRITE_BYTES, stored.nbytes)), stored.nbytes
     with stored.file.open("rb", buffering=0) as source:
         source.seek(stored.offset)
         while left and (count := source.readinto(memoryview(buffer)[:left])):
@@ -128,4 +129,4 @@ def _copy(stream: IO[bytes], stored: Stored, advance: Advance) -> int:
 def _write_all(stream: IO[bytes], view: memoryview) -> None:
     done = 0
     while done < len(view):
-        done += stream.write(view[done:])
+        done += stream.write(view[done : done + _WRITE_BYTES])

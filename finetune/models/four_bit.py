@@ -53,15 +53,15 @@ def load_four_bit(
     base = build_skeleton(folder, getattr(torch, model.dtype), attention)
     if not holds_all(files, base):
         return None
-    quantizer = _give_four_bit_layers(base, settings, device)
+    quantizer = give_four_bit_layers(base, settings, device)
     fill_plain(base, files, device)
-    _fill_quantised(base, files, _cache_of(files, model, quant, settings, device, say), device)
+    _fill_quantised(base, files, cache_of(files, model, quant, settings, device, say), device)
     base.hf_quantizer = quantizer
     quantizer.postprocess_model(base)
     return base.eval()
 
 
-def _give_four_bit_layers(base: PreTrainedModel, settings: BitsAndBytesConfig, device: torch.device) -> Any:
+def give_four_bit_layers(base: PreTrainedModel, settings: BitsAndBytesConfig, device: torch.device) -> Any:
     """Put bitsandbytes' layers into a skeleton, as transformers does, whose quantizer is returned."""
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     placement = {"": device}
@@ -69,13 +69,6 @@ def _give_four_bit_layers(base: PreTrainedModel, settings: BitsAndBytesConfig, d
     base.config.quantization_config = settings
     quantizer.preprocess_model(model=base, dtype=base.dtype, device_map=placement, checkpoint_files=[])
     return quantizer
-
-
-def four_bit_weights(folder: Path, dtype: torch.dtype, settings: BitsAndBytesConfig) -> dict[str, Any]:
-    """The weights that a model has in 4 bit, by name: empty Params4bit that hold the options of each."""
-    base = build_skeleton(folder, dtype, "eager")
-    _give_four_bit_layers(base, settings, torch.device("cpu"))
-    return {f"{name}.weight": module.weight for name, module in quantised_modules(base)}
 
 
 def build_skeleton(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -249,7 +242,7 @@ def _use(base: PreTrainedModel, stored: dict[str, Tensor], device: torch.device)
         )
 
 
-def _cache_of(
+def cache_of(
     files: Mapping[str, Path],
     model: ModelConfig,
     quant: QuantConfig,

@@ -15,11 +15,12 @@ from typing import Any
 
 from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from finetune.errors import ConfigError, FinetuneError, IntegrityError, ResourceError
+from finetune.errors import ConfigError, FinetuneError, ResourceError
 from finetune.models.families import family_of
+from finetune.models.stored import read_header
 
 TEXT_FILES = ("*.json", "*.jinja", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
@@ -128,11 +129,7 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
 
 def tensor_names(file: Path) -> list[str]:
     """Names of the tensors in a safetensors file; IntegrityError if it is torn or something else."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
-    except SafetensorError as error:
-        raise IntegrityError(f"{file} is not a whole safetensors file ({error}); fetch or copy it again") from error
+    return list(read_header(file)[1])
 
 
 def read_tensor(file: Path, name: str) -> Tensor:

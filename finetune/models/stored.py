@@ -16,6 +16,7 @@ from finetune.errors import ConfigError, IntegrityError
 from finetune.models.digest import identity
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LONGEST_HEADER = 100_000_000  # as the safetensors package has it
 NAMES = {dtype: name for name, dtype in _DTYPES.items()}  # what the format calls a type
 
 
@@ -42,7 +43,7 @@ class WeightFiles:
         Raises: ConfigError for a type of number that is none of a 16- to 64-bit float.
         """
         self._identities = {file: identity(file) for file in sorted(set(files.values()))}
-        self.tensors = {name: stored for file in self._identities for name, stored in _read_header(file)}
+        self.tensors = {name: stored for file in self._identities for name, stored in _stored(file)}
 
     def check_unchanged(self) -> None:
         """Raises: IntegrityError if a file was written to or replaced since its header was read."""
@@ -54,17 +55,35 @@ class WeightFiles:
                 )
 
 
-def _read_header(file: Path) -> list[tuple[str, Stored]]:
-    """Source: the safetensors format, a length in 8 bytes and a JSON object before the tensors' bytes."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header: dict[str, Any] = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    if strange := sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys()):
+def read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors of a safetensors file begin, and its entry of each by name. The file is not mapped.
+
+    Raises: IntegrityError if it is torn or something else.
+    Source: the safetensors format, a length in 8 bytes and a JSON object before the tensors' bytes.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > min(size, _LONGEST_HEADER):
+                raise ValueError(f"its first 8 bytes promise a header of {length:,} bytes")
+            entries: dict[str, Any] = json.loads(stream.read(length))
+        entries.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if end != size:
+            raise ValueError(f"it has {size:,} bytes, its header promises {end:,}")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{file} is not a whole safetensors file ({error}); fetch or copy it again") from error
+    return 8 + length, entries
+
+
+def _stored(file: Path) -> list[tuple[str, Stored]]:
+    begin, entries = read_header(file)
+    if strange := sorted({entry["dtype"] for entry in entries.values()} - _DTYPES.keys()):
         raise ConfigError(f"{file} holds numbers of type {', '.join(strange)}; weights are read from 16-bit or wider")
     return [
-        (name, Stored(file, 8 + length + entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"])))
-        for name, entry in header.items()
+        (name, Stored(file, begin + entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"])))
+        for name, entry in entries.items()
     ]
 
 

@@ -15,7 +15,9 @@ from finetune.export.formats import Job
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def save_model(folder: Path, tokenizer: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **config: Any) -> Path:
+def save_model(
+    folder: Path, tokenizer: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **config: Any
+) -> Path:
     """A random model with a tokenizer of that folder; config: of Qwen2Config, over what is small."""
     small = {
         "vocab_size": 896, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

@@ -1,4 +1,4 @@
-"""Adapters for servers. `served` below is all that a server does with one: it knows `r`, `lora_alpha` and the factors."""
+"""Adapters for servers. `served` below is all that a server does with one: `r`, `lora_alpha` and the factors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from finetune.export import adapter_folder
 from finetune.export.adapter_folder import to_adapter
 from finetune.export.formats import Exported, Job
 from finetune.models.adapter_files import CONFIG_FILE, PREFIX, TENSOR_FILE, load_adapter
-
 from tests.unit.export.conftest import KINDS
 
 IDS = torch.arange(24)[None] * 7 % 300
@@ -33,8 +32,8 @@ REFUSED = sorted(KINDS.keys() - {*UNTOUCHED, *FOLDED})
 def export(source: Path, out: Path, said: list[str] | None = None, **options: Any) -> Exported:
     out.mkdir()
     settings = {"prompts": 2, "tokens": 6, **options}
-    job = Job(source, out, ExportOptions(format="adapter", out="served/my adapter", **settings), (said or []).append)
-    return to_adapter(job)
+    chosen = ExportOptions(format="adapter", out="served/my adapter", **settings)
+    return to_adapter(Job(source, out, chosen, print if said is None else said.append))
 
 
 def served(base: Path, adapter: Path) -> Tensor:
@@ -203,9 +202,9 @@ def test_another_base_is_named_and_measured_on(make_adapter, make_base, tmp_path
 def test_without_the_base_it_says_that_nothing_was_compared(make_adapter, tmp_path: Path) -> None:
     source = make_adapter("q,v")
     change_config(source, base_model_name_or_path="someone/base", revision="abc")
-    said: list[str] = ["first"]
+    said: list[str] = []
     found = export(source, tmp_path / "out", said)
-    assert found.checks == [] and "someone/base is no local folder" in said[1]
+    assert found.checks == [] and "someone/base is no local folder" in said[0]
     assert "vllm serve someone/base --revision abc --enable-lora" in found.serve[0]
 
 
@@ -223,9 +222,9 @@ def test_an_adapter_that_makes_up_for_quantising_is_served_in_four_bit(make_adap
         model=ModelConfig(name="x"), data=DataConfig(train=[SourceConfig(path="x")]), lora=LoraConfig(init="loftq")
     )
     (source / "config.yaml").write_text(to_yaml(cfg))
-    said: list[str] = ["first"]
+    said: list[str] = []
     assert "--quantization bitsandbytes --enable-lora" in export(source, tmp_path / "out", said).serve[0]
-    assert "over the base in 4 bit" in said[1]
+    assert "over the base in 4 bit" in said[0]
 
 
 @pytest.mark.parametrize(("kind", "wrong"), [("patterns", 1.01), ("rslora", 0.99)])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-gguf = pytest.importorskip("gguf", reason="needs the gguf extra")
-
-from finetune.errors import ConfigError, IntegrityError
+from finetune.errors import ConfigError, IntegrityError, MissingExtra
 from finetune.export import gguf_file, gguf_names
 from finetune.export.gguf_check import llama_logits, open_llama
 from finetune.export.gguf_model import to_gguf
 from finetune.export.gguf_types import TYPES
-from finetune.export.verify import Answers
 from tests.unit.export.gguf_models import job, save_model
+
+gguf = pytest.importorskip("gguf", reason="needs the gguf extra")
 
 ENDS = [880, 882]
 PROMPT = [{"role": "user", "content": "Write the numbers 3, 1 and 2 in rising order."}]
@@ -71,8 +71,7 @@ def test_llama_cpp_prefers_the_same_64_tokens(tiny: Path, tmp_path: Path):
     pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
     to_gguf(job(tiny, tmp_path / "out", type="f32", verify=False))
     ids, wanted = answers_of_64(tiny)
-    everything = Answers([ids + wanted], [len(ids)], [])
-    logits = llama_logits(open_llama(tmp_path / "out" / "out-f32.gguf", everything), ids + wanted)
+    logits = llama_logits(open_llama(tmp_path / "out" / "out-f32.gguf", 256), ids + wanted)
     logits[:, ENDS] = -torch.inf
     assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == wanted
 
@@ -103,6 +102,13 @@ def test_the_default_is_q8_0_and_the_commands_name_the_final_folder(tiny: Path, 
     exported = to_gguf(one)
     assert [path.name for path in one.out.iterdir()] == ["my-model-q8_0.gguf"]
     assert exported.serve[0] == f"llama-server -m '{tmp_path}/my model/my-model-q8_0.gguf'"
+
+
+@pytest.mark.parametrize("options", [{}, {"merge": False}])
+def test_the_missing_package_is_named_first(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingExtra, match=r'pip install "finetune-qlora\[gguf\]"'):
+        to_gguf(job(tmp_path / "nothing there", tmp_path / "out", **options))
 
 
 def test_entries_say_what_the_model_is(tiny: Path, tmp_path: Path):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("gguf", reason="needs the gguf extra")
-
 from finetune.errors import ConfigError, IntegrityError
 from finetune.export.gguf_types import TYPES, decode, encode, fitting_type, gguf_package, number_type
+
+pytest.importorskip("gguf", reason="needs the gguf extra")
 
 
 def numbers(dtype: torch.dtype = torch.float32) -> torch.Tensor:

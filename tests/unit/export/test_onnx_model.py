@@ -1,0 +1,217 @@
+"""An exported ONNX folder answers as its source does, stops where it stops, and leaves nothing else behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from finetune.config.options import ExportOptions
+from finetune.errors import ConfigError, FinetuneError, IntegrityError
+from finetune.export import onnx_model
+from finetune.export.formats import Exported, Job
+from finetune.export.onnx_model import TYPES, settle, to_onnx
+from finetune.export.onnx_reader import OnnxModel
+
+EXTRA = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
+NEVER = 895  # a row of the embedded base's vocabulary that no token has
+FILES = {"chat_template.jinja", "genai_config.json", "model.onnx", "model.onnx.data", "tokenizer.json",
+         "tokenizer_config.json"}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _extra() -> None:
+    for module in EXTRA:
+        pytest.importorskip(module, reason='needs pip install "finetune-qlora[onnx]"')
+
+
+@pytest.fixture(scope="module")
+def tireless(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded base with a stop token that it never says: every answer has all its tokens."""
+    folder = tmp_path_factory.mktemp("source") / "model"
+    shutil.copytree(repo_root / "data" / "tiny-qwen2.5", folder)
+    stops = {"eos_token_id": [NEVER], "pad_token_id": 880, "repetition_penalty": 1.1, "top_k": 7}
+    (folder / "generation_config.json").write_text(json.dumps(stops))
+    return folder
+
+
+def job(source: Path, out: Path, kind: str | None, **options) -> Job:
+    out.mkdir(parents=True, exist_ok=True)
+    return Job(source, out, ExportOptions(format="onnx", out=str(out), type=kind, **options), lambda line: None)
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def exports(tireless: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Exported]]:
+    before = digest(tireless)
+    made = {}
+    for kind in TYPES:
+        out = tmp_path_factory.mktemp(kind) / "out"
+        made[kind] = (out, to_onnx(job(tireless, out, kind)))
+    assert digest(tireless) == before, "the source was written to"
+    return made
+
+
+def test_fp32_writes_the_very_tokens_of_its_source_from_its_cache(exports) -> None:
+    _, exported = exports["fp32"]
+    assert exported.notes["generated"] == {"answers": 4, "same_answers": 4, "tokens": 256, "same_tokens": 256}
+    assert exported.checks[0].same == 1.0
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_each_type_is_near_its_source_and_leaves_its_own_files_alone(exports, kind: str) -> None:
+    out, exported = exports[kind]
+    (check,) = exported.checks
+    assert check.tokens == 256
+    # A graph that was wired wrongly is nats away, not hundredths.
+    assert check.kl < 0.2
+    assert {path.name for path in out.iterdir()} == FILES
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {(out / "model.onnx").stat().st_mode & 0o777}
+
+
+def test_fewer_bits_are_smaller_and_further_away(exports) -> None:
+    size = {kind: exported.notes["bytes"] for kind, (_, exported) in exports.items()}
+    assert size["int4"] < size["int8"] < size["fp16"] < size["fp32"] and size["int8-dynamic"] < size["fp16"]
+    kl = {kind: exported.checks[0].kl for kind, (_, exported) in exports.items()}
+    assert kl["fp32"] < kl["fp16"] < kl["int8"] < kl["int4"] and kl["int8-dynamic"] < kl["int4"]
+
+
+def test_int4_keeps_what_hurts_most_in_int8(exports) -> None:
+    import onnx
+
+    nodes = onnx.load(exports["int4"][0] / "model.onnx", load_external_data=False).graph.node
+    bits = {node.name: attribute.i for node in nodes if node.op_type == "MatMulNBits"
+            for attribute in node.attribute if attribute.name == "bits"}  # fmt: skip
+    assert set(bits.values()) == {4, 8}
+    assert {width for name, width in bits.items() if "lm_head" in name or "layers.0/mlp/down_proj" in name} == {8}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_it_stops_and_samples_as_the_source_does(exports, kind: str) -> None:
+    settings = json.loads((exports[kind][0] / "genai_config.json").read_text())
+    assert settings["model"]["eos_token_id"] == [NEVER]
+    assert settings["model"]["bos_token_id"] == 880, "the base has none; 1 would be an ordinary token"
+    assert settings["model"]["context_length"] == settings["search"]["max_length"] == 4096
+    assert (settings["search"]["repetition_penalty"], settings["search"]["top_k"]) == (1.1, 7)
+    assert settings["model"]["decoder"]["session_options"]["provider_options"] == []
+
+
+def test_all_stop_ids_of_the_source_stop_it(tmp_path: Path, exports, repo_root: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(exports["fp32"][0], folder)
+    assert settle(repo_root / "data" / "tiny-qwen2.5", folder) == {"context_tokens": 4096, "stop_ids": [882, 880]}
+    prompt = [881, 282, 198, 389, 882, 198, 881, 273, 198]
+    answer = OnnxModel(folder).generate(prompt, 64)
+    assert answer[-1] in (880, 882) and len(answer) < 64
+
+
+def test_a_source_without_a_generation_config_keeps_what_the_builder_found(tmp_path: Path, tireless: Path) -> None:
+    source, folder = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tireless, source, ignore=shutil.ignore_patterns("generation_config.json", "model.safetensors"))
+    (source / "config.json").write_text(json.dumps({"bos_token_id": 5}))
+    folder.mkdir()
+    built = {"model": {"bos_token_id": 5, "eos_token_id": 3, "pad_token_id": 3, "context_length": 9, "decoder": {
+        "session_options": {"provider_options": [{"cuda": {}}]}}}, "search": {"top_k": 50}}  # fmt: skip
+    (folder / "genai_config.json").write_text(json.dumps(built))
+    assert settle(source, folder) == {"context_tokens": 9, "stop_ids": [3]}
+    built["model"]["decoder"]["session_options"]["provider_options"] = []
+    assert json.loads((folder / "genai_config.json").read_text()) == built
+
+
+def test_untied_weights_in_shards_are_all_found(tmp_path: Path, repo_root: Path) -> None:
+    base, source = repo_root / "data" / "tiny-qwen2.5", tmp_path / "source"
+    config = Qwen2Config(
+        vocab_size=896, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=512, eos_token_id=NEVER,
+        sliding_window=128, use_sliding_window=False, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(source, max_shard_size="200KB")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(base / name, source)
+    assert len(list(source.glob("*.safetensors"))) > 2
+    exported = to_onnx(job(source, tmp_path / "out", None, prompts=2))
+    assert exported.notes["generated"] == {"answers": 2, "same_answers": 2, "tokens": 128, "same_tokens": 128}
+
+
+def test_the_command_it_names_runs(exports, tmp_path: Path) -> None:
+    (command,) = exports["fp32"][1].serve
+    # A script, since a symbolic link would lose the environment that this python lives in.
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(["bash", "-c", f"PATH={tmp_path}:$PATH; {command}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "user\nHello\nassistant\n" in done.stdout
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch, exports) -> None:
+    """What the builder writes is there already, as fp32."""
+    monkeypatch.setattr(onnx_model, "_write", lambda job, kind: shutil.copytree(
+        exports["fp32"][0], job.out, dirs_exist_ok=True))  # fmt: skip
+
+
+def test_a_cache_that_answers_otherwise_is_refused_for_fp32_alone(built, monkeypatch, tireless, tmp_path) -> None:
+    right = OnnxModel.generate
+    monkeypatch.setattr(OnnxModel, "generate", lambda self, ids, more: [*right(self, ids, more)[:-1], 0])
+    counts = to_onnx(job(tireless, tmp_path / "int8", "int8", prompts=1)).notes["generated"]
+    assert counts == {"answers": 1, "same_answers": 0, "tokens": 64, "same_tokens": 63}
+    with pytest.raises(IntegrityError, match="from its cache"):
+        to_onnx(job(tireless, tmp_path / "fp32", "fp32", prompts=1))
+
+
+def test_a_tokenizer_that_reads_otherwise_is_refused(built, monkeypatch, tireless, tmp_path) -> None:
+    right = OnnxModel.encode
+    monkeypatch.setattr(OnnxModel, "encode", lambda self, text: [*right(self, text), 198])
+    with pytest.raises(IntegrityError, match=r"reads '.*Write the numbers"):
+        to_onnx(job(tireless, tmp_path / "out", "fp32", prompts=1))
+
+
+def test_another_model_is_refused(built, tireless, tmp_path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tireless, source)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight.neg_()
+    model.save_pretrained(source)
+    with pytest.raises(IntegrityError, match="does not answer as its source does"):
+        to_onnx(job(source, tmp_path / "out", "fp32", prompts=1))
+
+
+def test_without_verify_nothing_is_compared(built, tireless, tmp_path) -> None:
+    exported = to_onnx(job(tireless, tmp_path / "out", None, verify=False))
+    assert exported.checks == [] and "generated" not in exported.notes and exported.notes["type"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"kind": "bf16"}, "int8-dynamic"), ({"kind": None, "merge": False}, "format=adapter")]
+)
+def test_what_it_cannot_write_is_said_before_any_work(tmp_path: Path, options: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        to_onnx(job(tmp_path, tmp_path / "out", options.pop("kind"), **options))
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_an_unknown_model_fails_with_the_builders_words_and_no_others(tireless, tmp_path, capfd) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tireless, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "architectures": ["OtherForCausalLM"]}))
+    with pytest.raises(FinetuneError, match="is not currently supported"):
+        to_onnx(job(source, tmp_path / "out", "fp32"))
+    assert capfd.readouterr() == ("", "")
+    assert not any((tmp_path / "out").iterdir()), "scratch files were left"
