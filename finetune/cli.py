@@ -49,6 +49,11 @@ COMMANDS = {
         "finetune.merge_command:run_merge",
         "finetune.merge_command:merge_help",
     ),
+    "export": Command(
+        "write a model for llama.cpp, Ollama, ONNX Runtime or a server",
+        "finetune.export_command:run_export",
+        "finetune.export_command:export_help",
+    ),
     "chat": Command("talk to a base model or to a trained adapter", "finetune.chat:run_chat", "finetune.chat:HELP"),
     "doctor": Command(
         "check this machine and say what to install", "finetune.doctor:run_doctor", "finetune.doctor:HELP", ("--json",)

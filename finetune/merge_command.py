@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from finetune.arguments import Arguments
 from finetune.errors import InputError
@@ -35,6 +32,7 @@ def run_merge(arguments: Arguments) -> int:
     """`finetune merge`. Raises: InputError for what cannot be meant; what reading and writing raise."""
     from finetune.config.options import MergeOptions, read_options
     from finetune.export.merging import merge
+    from finetune.terminal import progress_bar, say
 
     if arguments.config is not None:
         raise InputError("finetune merge takes no config; the adapter's run has its own: adapter=outputs/NAME out=DIR")
@@ -43,27 +41,3 @@ def run_merge(arguments: Arguments) -> int:
     print(options.out)
     say(f"next: finetune export model={shlex.quote(options.out)} format=gguf out=DIR, or serve it as it is")
     return 0
-
-
-def say(text: str) -> None:
-    """A message, on stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def progress_bar(what: str, size_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar on the terminal, told of bytes; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=size_bytes)
-        yield lambda count: progress.advance(task, count)

@@ -50,7 +50,7 @@ def read_changes(adapter: SavedAdapter, base: Mapping[str, Stored]) -> dict[str,
         rows = next((rows for key, rows in ids.items() if f".{module}".endswith(f".{key}")), [])
         changes[f"{module}.weight"] = NewRows(torch.tensor(rows, dtype=torch.int64), left.pop(name))
     for name in [name for name in left if _FROZEN in name]:
-        # PEFT saves a copy of an adapted head's or embedding's own weight beside the factors; a bias it may have trained.
+        # PEFT saves an adapted head's own weight beside the factors; a bias it may have trained.
         tensor, plain = left.pop(name), name.replace(_FROZEN, ".")
         if plain not in changes:
             left[plain] = tensor

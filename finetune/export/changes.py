@@ -124,7 +124,7 @@ class Combined:
 
 
 def _update(change: Change, block: Tensor, start: int) -> Tensor:
-    """What a change adds to a block; without the rounding of a sum that is then taken apart, where there need be none."""
+    """What a change adds to a block, without the rounding of a sum taken apart where there need be none."""
     if isinstance(change, LowRank) and change.magnitude is None:
         return change.scaling * (change.lora_B[start : start + len(block)] @ change.lora_A)
     return change.apply(block, start) - block

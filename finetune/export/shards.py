@@ -1,7 +1,7 @@
 """Safetensors files written one block of rows at a time: a shard is never in memory.
 
-The safetensors package writes from tensors that are all there at once. Its format is a length in 8 bytes, a JSON header,
-and the tensors' bytes one after the other; all of the header follows from names, types and shapes.
+The safetensors package writes from tensors that are all there at once. Its format is a length in 8 bytes, a JSON
+header, and the tensors' bytes one after the other; all of the header follows from names, types and shapes.
 Source: the format's description in the safetensors package's README.
 """
 

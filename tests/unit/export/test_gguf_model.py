@@ -157,6 +157,19 @@ def test_shards_and_small_pieces_make_the_same_file(tiny: Path, tmp_path: Path, 
         assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.mark.parametrize("shape", [(1000, 896), (3, 2**23), (5,), (2**23 + 1,)])
+def test_no_piece_is_large_unless_a_row_is(shape: tuple[int, ...]):
+    planned = gguf_file.PlannedTensor("w", "w", shape, TYPES["f32"], lambda start, stop: torch.empty(0))
+    pieces = list(planned.chunks())
+    assert [row for start, stop in pieces for row in (start, stop)] == [
+        0,
+        *(x for _, x in pieces[:-1] for _ in "ab"),
+        shape[0],
+    ]
+    numbers_in_row = torch.Size(shape[1:]).numel()
+    assert all((stop - start) * numbers_in_row <= max(2**22, numbers_in_row) for start, stop in pieces)
+
+
 def test_rows_that_no_blocks_fill_fall_back_and_are_named(tiny: Path, tmp_path: Path):
     source = save_model(tmp_path / "source", tiny, hidden_size=48)
     said: list[str] = []

@@ -174,6 +174,20 @@ def test_a_cache_that_answers_otherwise_is_refused_for_fp32_alone(built, monkeyp
         to_onnx(job(tireless, tmp_path / "fp32", "fp32", prompts=1))
 
 
+def test_one_other_token_in_one_pass_is_refused_for_fp32_alone(built, monkeypatch, tireless, tmp_path) -> None:
+    right = OnnxModel.logits
+
+    def nearly(self: OnnxModel, ids: list[int]) -> torch.Tensor:
+        logits_TV = right(self, ids).clone()
+        logits_TV[-9] *= -1
+        return logits_TV
+
+    monkeypatch.setattr(OnnxModel, "logits", nearly)
+    assert to_onnx(job(tireless, tmp_path / "int8", "int8", prompts=1)).checks[0].same == 63 / 64
+    with pytest.raises(IntegrityError, match="does not answer as its source does"):
+        to_onnx(job(tireless, tmp_path / "fp32", "fp32", prompts=1))
+
+
 def test_a_tokenizer_that_reads_otherwise_is_refused(built, monkeypatch, tireless, tmp_path) -> None:
     right = OnnxModel.encode
     monkeypatch.setattr(OnnxModel, "encode", lambda self, text: [*right(self, text), 198])

@@ -1,0 +1,120 @@
+"""One export from its options to a folder that was read back: find the source, write, verify, put in place."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.config.options import ExportOptions, GateOptions, MergeOptions
+from finetune.errors import ConfigError
+from finetune.export.formats import Exported, Job, Say
+from finetune.export.merging import Progress, merge
+from finetune.export.staging import staged
+from finetune.models.adapter_files import CONFIG_FILE, TENSOR_FILE, fetch_adapter
+from finetune.models.load import TOKENIZER_FILES
+from finetune.models.source import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
+
+REPORT = "export_report.json"
+
+
+@dataclass(frozen=True)
+class Format:
+    """run: address of its exporter. adapter_only: it takes an adapter's folder, never a merged model."""
+
+    run: str
+    adapter_only: bool = False
+
+
+# Imported when they run: each needs libraries that others do not have.
+FORMATS = {
+    "safetensors": Format("finetune.export.safetensors_folder:to_safetensors"),
+    "adapter": Format("finetune.export.adapter_folder:to_adapter", adapter_only=True),
+    "gguf": Format("finetune.export.gguf_model:to_gguf"),
+    "ollama": Format("finetune.export.ollama:to_ollama"),
+    "onnx": Format("finetune.export.onnx_model:to_onnx"),
+}
+_NARROW = {"bf16": "bf16", "fp16": "fp16", "f16": "fp16", "nf4": "bf16", None: "auto"}
+
+
+def export(options: ExportOptions, say: Say, progress: Progress) -> Exported:
+    """Write an adapter or a model in another format.
+
+    Raises: ConfigError, MissingExtra; IntegrityError if what was written does not read back as its source.
+    """
+    _check(options)
+    out = Path(options.out).expanduser()
+    with _source(options, out, say, progress) as (source, gates), staged(out, _size_of(source)) as folder:
+        module, _, name = FORMATS[options.format].run.partition(":")
+        run: Callable[[Job], Exported] = getattr(importlib.import_module(module), name)
+        exported = run(Job(source, folder, options, say))
+        for check in exported.checks:
+            say(check.describe())
+        report = {
+            "source": options.adapter or options.model, "format": options.format, "type": options.type,
+            "checks": [check.as_dict() for check in exported.checks], "gates": gates, **exported.notes,
+        }  # fmt: skip
+        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return exported
+
+
+def _check(options: ExportOptions) -> None:
+    problems = []
+    takes_adapter = FORMATS[options.format].adapter_only or not options.merge
+    if options.adapter is None and options.model is None:
+        problems.append("give adapter=RUN_OR_ADAPTER, or model=FOLDER for a model that is merged already")
+    elif options.adapter is None and takes_adapter:
+        problems.append(f"format={options.format} needs adapter=: what it writes is the adapter itself")
+    if not options.merge and options.format not in ("gguf", "adapter"):
+        problems.append(f"merge=false is for format=gguf: an adapter cannot stand alone as {options.format}")
+    if takes_adapter and options.base != "auto":
+        problems.append("base= is for merging, and nothing is merged here")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+@contextmanager
+def _source(
+    options: ExportOptions, out: Path, say: Say, progress: Progress
+) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+    """The folder to export, and how far it is from what was trained where it was merged for this."""
+    if options.adapter is None:
+        assert options.model is not None
+        yield _plain_model(options.model), []
+    elif FORMATS[options.format].adapter_only or not options.merge:
+        yield fetch_adapter(options.adapter, "adapter").folder, []
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
+            merged = Path(name) / "merged"
+            found = merge(_merging(options, merged), say, progress)
+            yield merged, [gate.as_dict() for gate in found.gates]
+
+
+def _merging(options: ExportOptions, merged: Path) -> MergeOptions:
+    """Rounded once: to what the format holds, or not at all where the format rounds."""
+    assert options.adapter is not None
+    return MergeOptions(
+        adapter=options.adapter, out=str(merged), model=options.model, base=options.base,
+        dtype=_NARROW.get(options.type, "fp32"), gate=GateOptions() if options.verify else GateOptions(rows=0),
+    )  # fmt: skip
+
+
+def _plain_model(name: str) -> Path:
+    folder = fetch(name, None, TEXT_FILES + WEIGHT_FILES, "model").folder
+    if (folder / CONFIG_FILE).is_file() and (folder / TENSOR_FILE).is_file():
+        raise ConfigError(f"model={name} is an adapter; write adapter={name}")
+    read_config(folder, name)
+    weight_files(folder, name)
+    if missing := [file for file in TOKENIZER_FILES if not (folder / file).is_file()]:
+        raise ConfigError(f"model={name} lacks {', '.join(missing)}: what is exported must know its tokens")
+    return folder
+
+
+def _size_of(source: Path) -> int:
+    return sum(file.stat().st_size for file in source.glob("*.safetensors"))

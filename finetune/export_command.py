@@ -1,0 +1,49 @@
+"""`finetune export`: an adapter or a merged model in the format of another program, read back before it is kept."""
+
+from __future__ import annotations
+
+from finetune.arguments import Arguments
+from finetune.errors import InputError
+
+USAGE = """\
+usage: finetune export adapter=RUN_OR_ADAPTER format=FORMAT out=DIR [key=value …]
+       finetune export model=MERGED_FOLDER    format=FORMAT out=DIR [key=value …]
+
+Merges the adapter, writes the format, reads it back with that format's own reader, and compares: greedy answers to
+fixed prompts and the distance of the probabilities. A folder that does not answer as its source does is not kept.
+
+Formats (type= chooses among the number formats of each)
+  safetensors   a transformers folder: bf16, fp16, fp32, or quantised for servers
+  adapter       the adapter itself, for servers that load adapters beside a base (vLLM, TGI)
+  gguf          llama.cpp; merge=false writes the adapter as a GGUF LoRA
+  ollama        GGUF with a Modelfile
+  onnx          onnxruntime-genai, with its key-value cache
+
+Examples
+  finetune export adapter=outputs/quickstart format=gguf type=q8_0 out=gguf
+  finetune export adapter=outputs/lora format=adapter out=served
+  finetune export model=merged format=onnx type=int4 out=onnx
+"""
+
+
+def export_help() -> str:
+    """The usage and every setting."""
+    from finetune.config.options import ExportOptions, options_help
+
+    return f"{USAGE}\n{options_help(ExportOptions)}"
+
+
+def run_export(arguments: Arguments) -> int:
+    """`finetune export`. Raises: InputError for what cannot be meant; what reading and writing raise."""
+    from finetune.config.options import ExportOptions, read_options
+    from finetune.export.exporting import export
+    from finetune.terminal import progress_bar, say
+
+    if arguments.config is not None:
+        raise InputError("finetune export takes no config; name what to export: adapter=outputs/NAME or model=FOLDER")
+    options = read_options(ExportOptions, arguments.overrides, "finetune export")
+    exported = export(options, say, progress_bar)
+    print(options.out)
+    for line in exported.serve:
+        say(f"serve: {line}")
+    return 0
