@@ -17,7 +17,9 @@ from finetune.models.digest import identity
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LONGEST_HEADER = 100_000_000  # as the safetensors package has it
-NAMES = {dtype: name for name, dtype in _DTYPES.items()}  # what the format calls a type
+# What the format calls a type; those that are only written come first.
+NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}
+NAMES |= {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
