@@ -61,7 +61,7 @@ def write_adapter(model: Path, folder: Path, targets: list[str], rank: int) -> P
 
 def ours(options: dict[str, str], base: str = "original") -> None:
     from finetune.config.options import MergeOptions, read_options
-    from finetune.export.merging import merge
+    from finetune.export.merge.merge import merge
     from finetune.terminal import progress_bar
 
     words = [f"adapter={options['adapter']}", f"out={options['out']}", f"base={base}", "gate.rows=0"]
@@ -105,7 +105,7 @@ def one_run(options: dict[str, str]) -> dict[str, float]:
     import torch
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-    import finetune.export.merging  # noqa: F401
+    import finetune.export.merge.merge  # noqa: F401
 
     (torch.ones(64, 64) @ torch.ones(64, 64)).sum().item()
     if options["limit"]:

@@ -31,7 +31,7 @@ def merge_help() -> str:
 def run_merge(arguments: Arguments) -> int:
     """`finetune merge`. Raises: InputError for what cannot be meant; what reading and writing raise."""
     from finetune.config.options import MergeOptions, read_options
-    from finetune.export.merging import merge
+    from finetune.export.merge.merge import merge
     from finetune.terminal import progress_bar, say
 
     if arguments.config is not None:

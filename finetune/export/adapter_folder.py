@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM
 from finetune.config.compose import saved_config
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError, IntegrityError
+from finetune.export.companions import MODEL, copy_files
 from finetune.export.formats import Exported, Job
-from finetune.export.safetensors_folder import COMPANIONS, copy_companions
 from finetune.export.verify import Verification, compare, require_same, source_answers
 from finetune.files import write_text
 from finetune.models.adapter_files import CONFIG_FILE, PREFIX, TENSOR_FILE, check_adapter, load_adapter
@@ -78,7 +78,7 @@ def to_adapter(job: Job) -> Exported:
     if folded:
         written |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
     write_text(job.out / CONFIG_FILE, json.dumps(written, indent=2, sort_keys=True) + "\n")
-    copy_companions(job.source, job.out)
+    copy_files(job.source, job.out, MODEL)
     check_adapter(job.out)
     checks = []
     if job.options.verify:
@@ -195,7 +195,7 @@ def _beside_base(adapter: Path, base: Path, folder: Path) -> Path:
     write_text(folder / CONFIG_FILE, json.dumps(written))
     (folder / TENSOR_FILE).symlink_to((adapter / TENSOR_FILE).resolve())
     owner = adapter if (adapter / "tokenizer.json").is_file() else base
-    for name in COMPANIONS:
+    for name in MODEL:
         if (owner / name).is_file():
             (folder / name).symlink_to((owner / name).resolve())
     return folder

@@ -14,7 +14,7 @@ from typing import Any
 from finetune.config.options import ExportOptions, GateOptions, MergeOptions
 from finetune.errors import ConfigError
 from finetune.export.formats import Exported, Job, Say
-from finetune.export.merging import Progress, merge
+from finetune.export.merge.merge import Progress, merge
 from finetune.export.staging import staged
 from finetune.models.adapter_files import CONFIG_FILE, TENSOR_FILE, fetch_adapter
 from finetune.models.load import TOKENIZER_FILES
@@ -37,7 +37,7 @@ FORMATS = {
     "adapter": Format("finetune.export.adapter_folder:to_adapter", adapter_only=True),
     "gguf": Format("finetune.export.gguf_model:to_gguf"),
     "ollama": Format("finetune.export.ollama:to_ollama"),
-    "onnx": Format("finetune.export.onnx_model:to_onnx"),
+    "onnx": Format("finetune.export.onnx.model:to_onnx"),
 }
 _NARROW = {"bf16": "bf16", "fp16": "fp16", "f16": "fp16", "nf4": "bf16", None: "auto"}
 

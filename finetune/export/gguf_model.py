@@ -32,10 +32,11 @@ from finetune.models.stored import Stored, WeightFiles, read_rows
 def to_gguf(job: Job) -> Exported:
     """Writes `<name>-<type>.gguf` into job.out: the model, or with `merge=false` the adapter.
 
-    `options.type`: one of gguf_types.TYPES, q8_0 if none is given: half of bf16's size, and hardly another answer. tq1_0
-    and tq2_0 keep three values a number, which only models survive that were trained so.
-    Raises: MissingExtra without the gguf package; ConfigError for a type, tokenizer or model that GGUF cannot say; IntegrityError for NaN, for weights that
-    are not Qwen2's, and where what was written does not compute what its source does.
+    `options.type`: one of gguf_types.TYPES, q8_0 if none is given: half of bf16's size, and hardly another answer.
+    tq1_0 and tq2_0 keep three values a number, which only models survive that were trained so.
+    Raises: MissingExtra without the gguf package; ConfigError for a type, tokenizer or model that GGUF cannot say;
+    IntegrityError for NaN, for weights that are not Qwen2's, and where what was written does not compute what its
+    source does.
     """
     gguf_package()  # before an hour's work, if it is missing
     if not job.options.merge:

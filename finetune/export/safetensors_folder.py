@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import shlex
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from finetune.config.options import parse_size
 from finetune.config.schema import QuantConfig
 from finetune.errors import ConfigError, IntegrityError, MissingExtra
+from finetune.export.companions import MODEL, copy_files
 from finetune.export.formats import Exported, Job
 from finetune.export.shards import Content, Planned, plan_shards, write_index, write_shard
 from finetune.export.verify import Reader, Verification, compare, require_same, source_answers
@@ -36,11 +36,6 @@ from finetune.models.source import read_config, read_tensor, weight_files
 from finetune.models.stored import Stored, WeightFiles, read_rows
 
 PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# What belongs to a model besides its weights and its config.
-COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "README.md",
-)  # fmt: skip
 _BLOCK_ELEMENTS = 1 << 22  # rounded at once
 _ALIGNMENT = 16
 
@@ -75,7 +70,7 @@ def to_safetensors(job: Job) -> Exported:
     quantised = [f"{name}.weight" for name in linear_names(skeleton) if name != head] if storage.quantise else []
     lossless = _write_weights(job, storage, quantised, limit_bytes)
     _write_config(job.out, config, storage)
-    copy_companions(job.source, job.out)
+    copy_files(job.source, job.out, MODEL)
     checks = [_verify(job, lossless)] if job.options.verify else []
     notes = {
         "type": kind,
@@ -87,13 +82,6 @@ def to_safetensors(job: Job) -> Exported:
     out = Path(job.options.out)
     serve = f"vllm serve {shlex.quote(str(out))} --served-model-name {shlex.quote(out.resolve().name)}"
     return Exported(checks, [serve], notes)
-
-
-def copy_companions(source: Path, out: Path) -> None:
-    """Tokenizer, chat template, generation config and card, as far as there are any."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
 
 
 def _plain(dtype: torch.dtype, head: str) -> Storage:

@@ -62,7 +62,7 @@ def test_all_types_of_the_gguf_package_are_here():
     for kind in gguf.GGMLQuantizationType:
         try:
             gguf.quants.quantize(np.ones((1, 256), np.float32), kind)
-        except NotImplementedError:
+        except RuntimeError:
             continue
         writable.add(kind.name.lower())
     assert writable == set(TYPES)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from finetune.config.options import MergeOptions
 from finetune.errors import ConfigError, ResourceError
-from finetune.export.adapters import EMBEDDING, HEAD, read_changes, untie
-from finetune.export.changes import Change, combine_changes
+from finetune.export.merge.adapters import EMBEDDING, HEAD, read_changes, untie
+from finetune.export.merge.changes import Change, combine_changes
+from finetune.export.merge.trained import Say, Trained
 from finetune.export.shards import Content, Planned
-from finetune.export.trained import Say, Trained
 from finetune.models.four_bit_weights import FourBitWeights
 from finetune.models.load import default_device, quantisation_of, quiet
 from finetune.models.source import read_config

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from finetune.config.options import MergeOptions, read_options
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.errors import ConfigError
-from finetune.export import merging
-from finetune.export.merging import GateFailed, MergeReport, merge
+from finetune.export.merge import merge as merging
+from finetune.export.merge.merge import GateFailed, MergeReport, merge
 from finetune.models.adapter_files import load_adapter
 from finetune.models.load import load_base
 

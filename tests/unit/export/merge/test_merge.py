@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.config.options import MergeOptions, read_options
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.errors import ConfigError, IntegrityError
-from finetune.export import merging
-from finetune.export.merging import merge
+from finetune.export.merge import merge as merging
+from finetune.export.merge import weights
+from finetune.export.merge.merge import merge
 from finetune.models.adapter_files import load_adapter
 from finetune.models.load import load_base
 from tests.unit.export.conftest import KINDS
@@ -77,7 +78,7 @@ def test_merged_in_fp32_it_computes_what_the_adapter_does_on_the_same_base(
 def test_into_dequantised_weights_it_computes_what_was_trained(kind, make_base, make_adapter, tmp_path):
     adapter = make_adapter(kind)
     (adapter / "config.yaml").write_text(
-        f"model: {{name: {make_base()}, dtype: float32}}\n"
+        f"model: {{name: {make_base()}}}\n"
         f"quant: {{type: {KINDS[kind].quant}, compute_dtype: float32}}\ndata: {{train: [{{path: x.jsonl}}]}}\n"
     )
     merged = run(adapter, tmp_path / "out", "dtype=fp32", "base=dequantized")
@@ -128,6 +129,24 @@ def test_what_does_not_change_is_copied_as_bytes_from_shards_and_into_shards(mak
     same = [name for name in source if torch.equal(found[name], source[name])]
     assert len(source) - len(same) == 4
     assert torch.equal(logits_of(merged, torch.bfloat16), logits_of(tmp_path / "whole", torch.bfloat16))
+
+
+@pytest.mark.parametrize(("kind", "base"), [
+    ("dora on all, rslora", "original"), ("new tokens beyond the table", "original"), ("all linears", "dequantized"),
+])  # fmt: skip
+def test_the_size_of_a_block_is_no_matter(kind, base, make_adapter, tmp_path, monkeypatch):
+    adapter = make_adapter(kind)
+    whole = tensors_of(run(adapter, tmp_path / "whole", "dtype=fp32", f"base={base}"))
+    monkeypatch.setattr(weights, "_BLOCK", 500)  # 7 rows of 64, and in 4 bit as many as end with a scale
+    parts = tensors_of(run(adapter, tmp_path / "parts", "dtype=fp32", f"base={base}"))
+    assert all(torch.allclose(parts[name], whole[name], rtol=0, atol=1e-6) for name in whole)
+
+
+@pytest.mark.parametrize("kind", ["embedding in full", "new tokens"])
+def test_a_tied_head_stays_tied(kind, make_adapter, tmp_path):
+    merged = run(make_adapter(kind), tmp_path / "out")
+    assert json.loads((merged / "config.json").read_text())["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in tensors_of(merged)
 
 
 def test_the_folder_is_complete_and_offline(make_base, make_adapter, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import IntegrityError
-from finetune.export.onnx_builder import runtime
+from finetune.export.onnx.builder import runtime
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import ConfigError
-from finetune.export.changes import Change, LowRank, NewRows, Replaced
+from finetune.export.merge.changes import Change, LowRank, NewRows, Replaced
 from finetune.models.adapter_files import PREFIX, SavedAdapter, token_ids
 from finetune.models.names import matches_key
 from finetune.models.stored import Stored

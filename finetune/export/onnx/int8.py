@@ -1,6 +1,6 @@
 """type=int8-dynamic: an fp32 graph whose matrix products run in int8, activations too, scaled as they come.
 
-`python -m finetune.export.onnx_int8 FP32.onnx INT8.onnx`: in a process of its own, since onnxruntime's quantiser holds
+`python -m finetune.export.onnx.int8 FP32.onnx INT8.onnx`: in a process of its own, since onnxruntime's quantiser holds
 the whole model (12 bytes a weight, measured) and logs as it likes.
 """
 
@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from finetune.export.onnx_builder import run_module
+from finetune.export.onnx.builder import run_module
 
 # What enters the MLP's last matrix has outliers of hundreds of times the rest, and the quantiser has one scale for all
 # of it. On 12k tokens of the embedded base, KL is 0.018 nats a token with these matrices quantised that way. They get

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune import __version__
 from finetune.config.compose import to_yaml
-from finetune.export.trained import Trained
+from finetune.export.merge.trained import Trained
 
 
 def merged_card(trained: Trained, report: dict[str, Any]) -> str:

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config.options import ExportOptions
 from finetune.errors import ConfigError, FinetuneError, IntegrityError
-from finetune.export import onnx_model
 from finetune.export.formats import Exported, Job
-from finetune.export.onnx_model import TYPES, settle, to_onnx
-from finetune.export.onnx_reader import OnnxModel
+from finetune.export.onnx import model as onnx_model
+from finetune.export.onnx.model import TYPES, settle, to_onnx
+from finetune.export.onnx.reader import OnnxModel
 
 EXTRA = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
 NEVER = 895  # a row of the embedded base's vocabulary that no token has

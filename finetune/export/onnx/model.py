@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from finetune.errors import ConfigError, IntegrityError
 from finetune.export.formats import Exported, Job
-from finetune.export.onnx_builder import build, runtime
-from finetune.export.onnx_int8 import quantize
-from finetune.export.onnx_reader import OnnxModel
+from finetune.export.onnx.builder import build, runtime
+from finetune.export.onnx.int8 import quantize
+from finetune.export.onnx.reader import OnnxModel
 from finetune.export.verify import PROMPTS, Answers, Verification, compare, require_same, source_answers
 from finetune.files import write_text
 from finetune.models.load import quiet

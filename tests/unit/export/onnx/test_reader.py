@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.errors import IntegrityError
-from finetune.export.onnx_builder import build
-from finetune.export.onnx_reader import OnnxModel, generate
+from finetune.export.onnx.builder import build
+from finetune.export.onnx.reader import OnnxModel, generate
 
 PROMPT = [881, 282, 198, 389, 323, 296, 289, 882, 198, 881, 273, 198]
 TEXTS = [
@@ -86,7 +86,7 @@ def test_nothing_is_noted_about_who_exports(folder: Path, tmp_path: Path) -> Non
     """onnxruntime keeps a device id in the home folder for its telemetry, unless it is told not to."""
     # It keeps still by itself where it finds the environment of a test or of CI.
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    code = f"from finetune.export.onnx_reader import generate; print(generate({str(folder)!r}, [881, 282, 198], 3))"
+    code = f"from finetune.export.onnx.reader import generate; print(generate({str(folder)!r}, [881, 282, 198], 3))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name]

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.options import MergeOptions, parse_size
-from finetune.export.card import merged_card
-from finetune.export.gate import Gate, Remembered, ask_trained, compare_with, held_out_rows
-from finetune.export.merge import MergePlan, content_of, plan_merge
-from finetune.export.model_folder import write_texts
+from finetune.export.merge.card import merged_card
+from finetune.export.merge.gate import Gate, Remembered, ask_trained, compare_with, held_out_rows
+from finetune.export.merge.texts import write_texts
+from finetune.export.merge.trained import Say, Trained, choose_base, find_trained
+from finetune.export.merge.weights import MergePlan, content_of, plan_merge
 from finetune.export.shards import Advance, plan_shards, write_index, write_shard
 from finetune.export.staging import KeepPartial, staged
-from finetune.export.trained import Say, Trained, choose_base, find_trained
 from finetune.models.digest import identity
 
 REPORT = "merge_report.json"

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from finetune.export.merge import MergePlan
-from finetune.export.trained import Trained
+from finetune.export.companions import GENERATION, TOKENIZER, copy_files
+from finetune.export.merge.trained import Trained
+from finetune.export.merge.weights import MergePlan
 from finetune.models.load import TOKENIZER_FILES
-
-# What a tokenizer may consist of; vocab.json and merges.txt are those of the slow ones.
-_TOKENIZER = (
-    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json",
-)  # fmt: skip
-_GENERATION = "generation_config.json"
 
 
 def write_texts(trained: Trained, plan: MergePlan, dtype: str, folder: Path) -> None:
@@ -30,13 +23,9 @@ def write_texts(trained: Trained, plan: MergePlan, dtype: str, folder: Path) -> 
     if plan.unties:
         config["tie_word_embeddings"] = False
     _write_json(folder / "config.json", config)
-    if (trained.folder / _GENERATION).is_file():
-        shutil.copyfile(trained.folder / _GENERATION, folder / _GENERATION)
+    copy_files(trained.folder, folder, (GENERATION,))
     adapter = trained.adapters[0].folder
-    source = adapter if (adapter / TOKENIZER_FILES[0]).is_file() else trained.folder
-    for name in _TOKENIZER:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    copy_files(adapter if (adapter / TOKENIZER_FILES[0]).is_file() else trained.folder, folder, TOKENIZER)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

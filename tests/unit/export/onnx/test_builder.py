@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import FinetuneError, MissingExtra, ResourceError
-from finetune.export.onnx_builder import run_module, runtime
+from finetune.export.onnx.builder import run_module, runtime
 
 
 def tool(folder: Path, code: str) -> None:

@@ -26,7 +26,7 @@ from finetune.distill.resident import ResidentTeacher, load_resident
 from finetune.errors import ConfigError, DataError
 from finetune.evaluation.agreement import agreement
 from finetune.evaluation.perplexity import Perplexity, evaluate
-from finetune.export.trained import Trained
+from finetune.export.merge.trained import Trained
 from finetune.losses.signal import HiddenSignal
 from finetune.models.adapter_files import SavedAdapter, load_adapter
 from finetune.models.fast import attach_fast_path

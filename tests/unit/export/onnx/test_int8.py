@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.export.onnx_builder import build
-from finetune.export.onnx_int8 import quantize
+from finetune.export.onnx.builder import build
+from finetune.export.onnx.int8 import quantize
 
 
 @pytest.fixture(scope="module")

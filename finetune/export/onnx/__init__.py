@@ -1,0 +1,3 @@
+"""ONNX through onnxruntime-genai: built, quantised, read and run."""
+
+from __future__ import annotations
