@@ -22,6 +22,7 @@ from finetune.config.schema import Count, Index, NotNegative, Number, Section, S
 from finetune.errors import ConfigError
 
 Base = Literal["auto", "original", "dequantized"]
+MergedType = Literal["auto", "bf16", "fp16", "fp32"]
 Combination = Literal["linear", "ties", "dare_linear", "dare_ties"]
 
 
@@ -45,7 +46,7 @@ class MergeOptions(Section):
         description="Weights to add the update to: original 16-bit ones, or those that 4-bit training saw (dequantized)"
         "; auto is dequantized for adapters that learned to make up for quantisation, original for all others.",
     )
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="Type to round to; auto is the base's.")
+    dtype: MergedType = Field("auto", description="Type to round to; auto is the base's.")
     shard_size: Text = Field("4GB", description="Most that one safetensors file holds, as 4GB or 500MB.")
     model: Text | None = Field(None, description="Base model, where the adapter's own entry is not to be used.")
     weights: list[Number] | None = Field(None, description="Factor of each adapter; null is 1 for each.")
@@ -98,13 +99,14 @@ def read_options(kind: type[Options], words: Sequence[str], command: str) -> Opt
         for section in sections:
             place = place.setdefault(section, {})
         place[last] = value
+    options = None
     try:
         options = kind.model_validate(tree)
     except ValidationError as error:
         known = {problem.key for problem in problems}
         refused = [_problem(kind, item) for item in error.errors(include_url=False)]
         problems += [problem for problem in refused if problem.key not in known]
-    if problems:
+    if options is None or problems:
         raise config_error(command, problems, lambda key: "")
     return options
 

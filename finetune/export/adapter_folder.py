@@ -24,38 +24,27 @@ from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
 from finetune.config.compose import saved_config
-from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError, IntegrityError
 from finetune.export.companions import MODEL, copy_files
 from finetune.export.formats import Exported, Job
+from finetune.export.merge.trained import makes_up_for_quantising
 from finetune.export.verify import Verification, compare, require_same, source_answers
 from finetune.files import write_text
+from finetune.models.adapter_config import other_base, other_updates, scaling_of
 from finetune.models.adapter_files import CONFIG_FILE, PREFIX, TENSOR_FILE, check_adapter, load_adapter
 from finetune.models.families import FAMILIES
 from finetune.models.load import quiet
-from finetune.models.names import matches_key
-from finetune.models.quantize import FOUR_BIT
 from finetune.models.source import read_json
 
 # What vLLM's --max-lora-rank may be.
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
-# Entries of adapter_config.json that change what an adapter computes, and that no server reads or every one refuses.
+# What only a merged model can say.
 _REFUSED = {
     "use_dora": "DoRA scales rows of the whole weight, not only the update",
     "modules_to_save": "modules trained in full replace the base's, which all adapters of a server share",
     "trainable_token_indices": "rows of new tokens belong to the embedding, which all adapters of a server share",
-    "lora_bias": "its factors have biases",
-    **dict.fromkeys(
-        (
-            "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
-            "arrow_config", "kasa_config", "monteclora_config", "velora_config", "fan_in_fan_out",
-        ),
-        "servers know nothing of it",
-    ),
-}  # fmt: skip
-# Inits that leave the base as it is; after others an adapter belongs to another base than the one it names.
-_KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+}
 
 
 def to_adapter(job: Job) -> Exported:
@@ -86,7 +75,7 @@ def to_adapter(job: Job) -> Exported:
             checks = [_verify(job, folder, folded)]
         else:
             job.say(f"not compared with its source: the base {base} is no local folder; model=FOLDER names one")
-    four_bit = _makes_up(saved_config(job.source))
+    four_bit = makes_up_for_quantising(saved_config(job.source))
     if four_bit:
         job.say("the adapter makes up for what quantising took: the command serves it over the base in 4 bit")
     notes = {"rank": rank, "folded": folded, "base": base, "four_bit_base": four_bit}
@@ -110,13 +99,6 @@ def _read(job: Job) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def _makes_up(cfg: RunConfig | None) -> bool:
-    """Whether it learned to make up for what quantising took, and so belongs on a 4-bit base alone."""
-    if cfg is None or cfg.quant.type not in FOUR_BIT:
-        return False
-    return cfg.distill.objective == "recover" or cfg.lora.init == "loftq"
-
-
 def _obstacles(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
     """Why servers do not take it as it is."""
     for key, reason in _REFUSED.items():
@@ -124,8 +106,9 @@ def _obstacles(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[s
             yield f"{key}={json.dumps(value)}: {reason}"
     if (bias := config.get("bias", "none")) != "none":
         yield f"bias={bias}: it holds biases of the base's layers"
-    if (init := config.get("init_lora_weights")) not in _KEEPS_BASE:
-        yield f"init_lora_weights={init}: it belongs to a base with other weights than the one it names"
+    yield from other_updates(config)
+    if init := other_base(config):
+        yield f"init_lora_weights={init}: it belongs on other weights than those of the base it names"
     known = {module for family in FAMILIES.values() for module in family.linear_modules}
     layers = {name: match["layer"] for name in tensors if (match := _FACTOR.fullmatch(name))}
     strange = [name for name in tensors if name not in layers or layers[name].rpartition(".")[2] not in known]
@@ -141,17 +124,10 @@ def _ranks(tensors: dict[str, Tensor]) -> dict[str, int]:
     return {match["layer"]: len(tensor) for match, tensor in matches if match and match["side"] == "A"}
 
 
-def _scale(config: dict[str, Any], layer: str, rank: int) -> float:
-    """What PEFT multiplies B A by."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = next((alpha for key, alpha in patterns.items() if matches_key(key, layer)), config["lora_alpha"])
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
 def _uniform(config: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
     """Whether `r` and `lora_alpha` alone say what each layer's rank and scale are."""
     wanted = (config["r"], config["lora_alpha"] / config["r"])
-    return all((rank, _scale(config, layer, rank)) == wanted for layer, rank in _ranks(tensors).items()) and not (
+    return all((rank, scaling_of(config, layer, rank)) == wanted for layer, rank in _ranks(tensors).items()) and not (
         config.get("use_rslora") and config["r"] > 1
     )
 
@@ -167,7 +143,7 @@ def _fold(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tenso
     for layer, rank in ranks.items():
         name_A, name_B = (f"{PREFIX}{layer}.lora_{side}.weight" for side in "AB")
         folded[name_A] = pad(tensors[name_A].float(), (0, 0, 0, most - rank))
-        folded[name_B] = pad(tensors[name_B].float() * _scale(config, layer, rank), (0, most - rank))
+        folded[name_B] = pad(tensors[name_B].float() * scaling_of(config, layer, rank), (0, most - rank))
     return folded
 
 

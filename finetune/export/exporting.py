@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.config.options import ExportOptions, GateOptions, MergeOptions
+from finetune.config.options import ExportOptions, GateOptions, MergedType, MergeOptions
 from finetune.errors import ConfigError
 from finetune.export.formats import Exported, Job, Say
 from finetune.export.merge.merge import Progress, merge
@@ -35,11 +35,11 @@ class Format:
 FORMATS = {
     "safetensors": Format("finetune.export.safetensors_folder:to_safetensors"),
     "adapter": Format("finetune.export.adapter_folder:to_adapter", adapter_only=True),
-    "gguf": Format("finetune.export.gguf_model:to_gguf"),
-    "ollama": Format("finetune.export.ollama:to_ollama"),
+    "gguf": Format("finetune.export.gguf.model:to_gguf"),
+    "ollama": Format("finetune.export.gguf.ollama:to_ollama"),
     "onnx": Format("finetune.export.onnx.model:to_onnx"),
 }
-_NARROW = {"bf16": "bf16", "fp16": "fp16", "f16": "fp16", "nf4": "bf16", None: "auto"}
+_NARROW: dict[str | None, MergedType] = {"bf16": "bf16", "fp16": "fp16", "f16": "fp16", "nf4": "bf16", None: "auto"}
 
 
 def export(options: ExportOptions, say: Say, progress: Progress) -> Exported:

@@ -68,7 +68,7 @@ class Verification:
 def source_answers(source: Path, prompts: int, tokens: int) -> Answers:
     """Greedy answers of a model folder, computed by transformers in fp32, with the logits of one pass over each."""
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, trust_remote_code=False, local_files_only=True
         ).eval()

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from finetune.errors import ConfigError
 from finetune.export.merge.changes import Change, LowRank, NewRows, Replaced
+from finetune.models.adapter_config import other_base, other_updates, scaling_of
 from finetune.models.adapter_files import PREFIX, SavedAdapter, token_ids
-from finetune.models.names import matches_key
 from finetune.models.stored import Stored
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _ROWS = ".token_adapter.trainable_tokens_delta"
 _FROZEN = ".base_layer."
-# Inits that leave a part of the base's weight in the adapter. Adapters of this package are saved as the difference.
-_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
-# Settings of PEFT under which the update is more than W + scaling B A.
-_NOT_MERGED = (
-    "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens",
-    "target_parameters", "velora_config", "monteclora_config", "arrow_config", "kasa_config", "megatron_config",
-)  # fmt: skip
 
 
 def read_changes(adapter: SavedAdapter, base: Mapping[str, Stored]) -> dict[str, Change]:
@@ -32,7 +24,12 @@ def read_changes(adapter: SavedAdapter, base: Mapping[str, Stored]) -> dict[str,
     base: every tensor of the model, a tied head among them under its own name.
     Raises: ConfigError with everything that does not fit the base, or that cannot be merged.
     """
-    problems = list(_refused(adapter.config))
+    problems = list(other_updates(adapter.config))
+    if (init := other_base(adapter.config)) and init != "loftq":  # that one's is the dequantised base
+        problems.append(
+            f"init_lora_weights={init}: it belongs on other weights than the base's; let PEFT convert it "
+            "(save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     changes: dict[str, Change] = {}
     left = {name.removeprefix(PREFIX): tensor for name, tensor in adapter.tensors.items()}
     for name in [name for name in left if name.endswith(".lora_A.weight")]:
@@ -41,7 +38,7 @@ def read_changes(adapter: SavedAdapter, base: Mapping[str, Stored]) -> dict[str,
         magnitudes = (f"{module}.lora_magnitude_vector", f"{module}.lora_magnitude_vector.weight")
         magnitude = next((left.pop(key) for key in magnitudes if key in left), None)
         changes[f"{module}.weight"] = LowRank(
-            lora_A, lora_B, _scaling(adapter.config, module, len(lora_A)),
+            lora_A, lora_B, scaling_of(adapter.config, module, len(lora_A)),
             None if magnitude is None else magnitude.float().flatten(),
         )  # fmt: skip
     ids = token_ids(adapter.config)
@@ -62,24 +59,6 @@ def read_changes(adapter: SavedAdapter, base: Mapping[str, Stored]) -> dict[str,
         listed = "\n  ".join([*problems[:10], *([f"… {len(problems)} in all"] if len(problems) > 10 else [])])
         raise ConfigError(f"adapter={adapter.name} cannot be merged into this base:\n  {listed}")
     return changes
-
-
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    patterns = config.get("alpha_pattern") or {}
-    alpha = next((alpha for key, alpha in patterns.items() if matches_key(key, module)), config.get("lora_alpha", 8))
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _refused(config: Mapping[str, Any]) -> Iterator[str]:
-    init = str(config.get("init_lora_weights")).lower()
-    if init.startswith(_CHANGES_BASE):
-        yield (
-            f"init_lora_weights={init}: the base that it was trained on is not the original; let PEFT convert it "
-            "(save_pretrained with path_initial_model_for_weight_conversion)"
-        )
-    for key in _NOT_MERGED:
-        if config.get(key):
-            yield f"{key} is set, which no plain weight can say"
 
 
 def _misfits(changes: Mapping[str, Change], base: Mapping[str, Stored]) -> Iterator[str]:

@@ -18,8 +18,11 @@ from torch import Tensor
 class Change(Protocol):
     """rows: of the whole tensor afterwards; None where it keeps its own. whole: it must see all rows at once."""
 
-    rows: int | None
-    whole: bool
+    @property
+    def rows(self) -> int | None: ...
+
+    @property
+    def whole(self) -> bool: ...
 
     def apply(self, block: Tensor, start: int) -> Tensor:
         """Rows of the changed tensor, fp32, from the base's rows (fp32) that begin at row `start`."""

@@ -17,7 +17,7 @@ import torch
 
 from finetune.config.compose import saved_config
 from finetune.config.options import GateOptions
-from finetune.config.schema import DataConfig, ModelConfig, RunConfig
+from finetune.config.schema import DataConfig, Dtype, ModelConfig, RunConfig
 from finetune.data.batch import Batch, Document, build_batch, groups_of
 from finetune.data.loader import load_data
 from finetune.data.template.chat import ChatTemplate
@@ -142,7 +142,7 @@ def ask_trained(trained: Trained, rows: HeldOut) -> Remembered:
 
 
 @torch.no_grad()
-def compare_with(folder: Path, dtype: str, said: Sequence[Remembered]) -> list[Gate]:
+def compare_with(folder: Path, dtype: Dtype, said: Sequence[Remembered]) -> list[Gate]:
     """A merged model, loaded from its folder, against what trained ones have said."""
     model = load_resident(ModelConfig(name=str(folder), dtype=dtype), None, default_device()).model
     gates = []

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from finetune.config.options import MergeOptions, parse_size
+from finetune.config.schema import Dtype
 from finetune.export.merge.card import merged_card
 from finetune.export.merge.gate import Gate, Remembered, ask_trained, compare_with, held_out_rows
 from finetune.export.merge.texts import write_texts
@@ -133,12 +134,12 @@ def _say_plan(
         )
 
 
-def _dtype(plan: MergePlan) -> str:
+def _dtype(plan: MergePlan) -> Dtype:
     """The type that most of the weights have."""
     sizes: Counter[str] = Counter()
     for tensor in plan.tensors:
         sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
-    return sizes.most_common(1)[0][0]
+    return cast(Dtype, sizes.most_common(1)[0][0])
 
 
 def _judge(gates: Sequence[Gate], options: MergeOptions) -> None:

@@ -91,20 +91,29 @@ def _check_base(adapter: SavedAdapter, folder: Path, name: str, chosen: bool, sa
     say(f"WARNING: {found}; the comparison below says what that does")
 
 
+def makes_up_for_quantising(cfg: RunConfig | None) -> bool:
+    """Whether a run's adapter learned to make up for what 4 bits took, and so belongs on such a base alone."""
+    if cfg is None or cfg.quant.type not in FOUR_BIT:
+        return False
+    return cfg.distill.objective == "recover" or cfg.lora.init == "loftq"
+
+
 def choose_base(trained: Trained, wanted: Base) -> tuple[str, str]:
     """`original` or `dequantized`, and why.
 
     Raises: ConfigError for dequantized weights of a base that was not in 4 bit.
     """
-    cfg, four_bit = trained.cfg, trained.quant.type in FOUR_BIT
+    four_bit = trained.quant.type in FOUR_BIT
     if wanted == "dequantized" and not four_bit:
         raise ConfigError(
             f"base=dequantized is for adapters trained on a 4-bit base; this one's was quant.type={trained.quant.type}"
         )
-    makes_up = cfg is not None and (cfg.distill.objective == "recover" or cfg.lora.init == "loftq")
-    makes_up = makes_up or str(trained.adapters[0].config.get("init_lora_weights")) == "loftq"
+    makes_up = four_bit and (
+        makes_up_for_quantising(trained.cfg)
+        or str(trained.adapters[0].config.get("init_lora_weights")).lower() == "loftq"
+    )
     if wanted == "auto":
-        if makes_up and four_bit:
+        if makes_up:
             return "dequantized", "the adapter learned to make up for what quantising took"
         return "original", "the adapter learned a task"
     if wanted == "original" and makes_up:

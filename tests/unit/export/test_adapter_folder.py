@@ -129,7 +129,7 @@ def test_every_reason_is_told_at_once(make_adapter, tmp_path: Path) -> None:
     change_config(source, use_dora=True, bias="all", lora_bias=True, init_lora_weights="pissa", target_parameters=["x"])
     with pytest.raises(ConfigError) as error:
         export(source, tmp_path / "out")
-    for said in ("use_dora=true", "bias=all", "lora_bias=true", "init_lora_weights=pissa", 'target_parameters=["x"]'):
+    for said in ("use_dora=true", "bias=all", "lora_bias=True", "init_lora_weights=pissa", "target_parameters=['x']"):
         assert said in str(error.value)
 
 
@@ -231,8 +231,8 @@ def test_an_adapter_that_makes_up_for_quantising_is_served_in_four_bit(make_adap
 def test_a_fold_that_went_wrong_is_noticed(
     make_adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, wrong: float
 ) -> None:
-    right = adapter_folder._scale
-    monkeypatch.setattr(adapter_folder, "_scale", lambda *args: wrong * right(*args))
+    right = adapter_folder.scaling_of
+    monkeypatch.setattr(adapter_folder, "scaling_of", lambda *args: wrong * right(*args))
     with pytest.raises(IntegrityError, match=r"PEFT: .*nothing was kept"):
         export(make_adapter(kind), tmp_path / "out")
 

@@ -11,16 +11,16 @@ from transformers import AddedToken, AutoTokenizer
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from finetune.errors import ConfigError, IntegrityError
-from finetune.export.gguf_check import (
+from finetune.export.gguf.check import (
     open_llama,
     require_llama_ids,
     require_same_ids,
     require_transformers_ids,
     sample_texts,
 )
-from finetune.export.gguf_model import to_gguf
-from finetune.export.gguf_tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
-from tests.unit.export.gguf_models import TOKENIZER_FILES, job, save_model
+from finetune.export.gguf.model import to_gguf
+from finetune.export.gguf.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
+from tests.unit.export.gguf.models import TOKENIZER_FILES, job, save_model
 
 pytest.importorskip("gguf", reason="needs the gguf extra")
 

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.errors import ConfigError, IntegrityError, MissingExtra
-from finetune.export import gguf_file, gguf_names
-from finetune.export.gguf_check import llama_logits, open_llama
-from finetune.export.gguf_model import to_gguf
-from finetune.export.gguf_types import TYPES
-from tests.unit.export.gguf_models import job, save_model
+from finetune.export.gguf import file as gguf_file
+from finetune.export.gguf import names as gguf_names
+from finetune.export.gguf.check import llama_logits, open_llama
+from finetune.export.gguf.model import to_gguf
+from finetune.export.gguf.types import TYPES
+from tests.unit.export.gguf.models import job, save_model
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf extra")
 

@@ -11,9 +11,9 @@ from typing import Any
 from finetune.data.template.sandbox import Renderer
 from finetune.errors import ConfigError, DataError
 from finetune.export.formats import Exported, Job
-from finetune.export.gguf_file import final_folder, model_name
-from finetune.export.gguf_model import to_gguf
-from finetune.export.gguf_tokenizer import load_tokenizer
+from finetune.export.gguf.file import final_folder, model_name
+from finetune.export.gguf.model import to_gguf
+from finetune.export.gguf.tokenizer import load_tokenizer
 from finetune.models.source import read_json
 
 Turn = dict[str, str]

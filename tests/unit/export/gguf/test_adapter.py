@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ConfigError, IntegrityError
-from finetune.export.gguf_check import llama_logits, open_llama
-from finetune.export.gguf_model import to_gguf
-from finetune.export.gguf_names import linear_name
-from tests.unit.export.gguf_models import job
+from finetune.export.gguf.check import llama_logits, open_llama
+from finetune.export.gguf.model import to_gguf
+from finetune.export.gguf.names import linear_name
+from tests.unit.export.gguf.models import job
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf extra")
 
@@ -130,7 +130,7 @@ def test_an_adapter_of_a_base_of_its_own_is_refused(tiny: Path, tmp_path: Path):
     save_adapter(tiny, tmp_path / "adapter", **KINDS["plain"])
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": "pissa_niter_4"}))
-    with pytest.raises(ConfigError, match="init_lora_weights=pissa_niter_4: it belongs on another base"):
+    with pytest.raises(ConfigError, match="init_lora_weights=pissa_niter_4: it belongs on other weights"):
         to_gguf(job(tmp_path / "adapter", tmp_path / "out", merge=False))
 
 

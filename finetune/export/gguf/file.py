@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finetune.errors import IntegrityError
 from finetune.export.formats import Job
-from finetune.export.gguf_types import NumberType, decode, encode, gguf_package
+from finetune.export.gguf.types import NumberType, decode, encode, gguf_package
 
 _CHUNK_NUMBERS = 1 << 22
 # What a scale loses when it becomes an f16: a share of the largest number, and something where it is subnormal.

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from finetune.errors import ConfigError, IntegrityError
-from finetune.export.gguf_types import TYPES, decode, encode, fitting_type, gguf_package, number_type
+from finetune.export.gguf.types import TYPES, decode, encode, fitting_type, gguf_package, number_type
 
 pytest.importorskip("gguf", reason="needs the gguf extra")
 

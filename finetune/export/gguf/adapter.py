@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finetune.errors import ConfigError
 from finetune.export.formats import Exported, Job
-from finetune.export.gguf_file import (
+from finetune.export.gguf.file import (
     PlannedTensor,
     check_file,
     file_name,
@@ -19,19 +19,14 @@ from finetune.export.gguf_file import (
     types_used,
     write_file,
 )
-from finetune.export.gguf_names import ARCHITECTURE, linear_name
-from finetune.export.gguf_types import NumberType, fitting_type, gguf_package, number_type
+from finetune.export.gguf.names import ARCHITECTURE, linear_name
+from finetune.export.gguf.types import NumberType, fitting_type, gguf_package, number_type
+from finetune.models.adapter_config import other_base, other_updates, scaling_of
 from finetune.models.adapter_files import PREFIX, SavedAdapter, fetch_adapter, token_ids
-from finetune.models.names import matches_key
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
-# Settings of PEFT that make the update something else than scaling * B A on linear layers.
-_UNSAYABLE = (
-    "use_dora", "modules_to_save", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "fan_in_fan_out",
-    "alora_invocation_tokens", "target_parameters", "velora_config", "monteclora_config", "arrow_config",
-    "kasa_config", "megatron_config",
-)  # fmt: skip
-_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")  # inits whose base is not the original
+# What only a merged model can say.
+_MERGED_ONLY = ("use_dora", "modules_to_save")
 
 
 def adapter_to_gguf(job: Job) -> Exported:
@@ -81,7 +76,7 @@ def _plan(adapter: SavedAdapter, alpha: float, kind: NumberType) -> Iterator[Pla
         if ".lora_A." not in name:
             continue
         module, name_B = _module(name), name.replace(".lora_A.", ".lora_B.")
-        factor = _scaling(adapter.config, module, len(lora_A)) * len(lora_A) / alpha
+        factor = scaling_of(adapter.config, module, len(lora_A)) * len(lora_A) / alpha
         lora_B = adapter.tensors[name_B]
         yield _planned(f"{linear_name(module)}.lora_a", name, lora_A, kind)
         yield _planned(
@@ -98,23 +93,16 @@ def _module(name: str) -> str:
     return name.removeprefix(PREFIX).partition(".lora_")[0]
 
 
-def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
-    """What PEFT multiplies B A with."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = next((alpha for key, alpha in patterns.items() if matches_key(key, module)), config.get("lora_alpha", 8))
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
 def _unsayable(adapter: SavedAdapter) -> Iterator[str]:
     config = adapter.config
-    for key in _UNSAYABLE:
+    for key in _MERGED_ONLY:
         if config.get(key):
             yield f"{key}={config[key]}"
+    yield from other_updates(config)
+    if init := other_base(config):
+        yield f"init_lora_weights={init}: it belongs on other weights than those of the base it names"
     if ids := token_ids(config):
         yield f"new tokens: {sum(map(len, ids.values()))} trained rows of {', '.join(sorted(ids))}"
-    init = str(config.get("init_lora_weights")).lower()
-    if init.startswith(_CHANGES_BASE):
-        yield f"init_lora_weights={init}: it belongs on another base than the original"
     if (bias := config.get("bias", "none")) != "none":
         yield f"bias={bias}: trained biases"
     strange = {

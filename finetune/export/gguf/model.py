@@ -11,9 +11,9 @@ from transformers import AutoConfig
 
 from finetune.errors import IntegrityError
 from finetune.export.formats import Exported, Job, Say
-from finetune.export.gguf_adapter import adapter_to_gguf
-from finetune.export.gguf_check import check_model
-from finetune.export.gguf_file import (
+from finetune.export.gguf.adapter import adapter_to_gguf
+from finetune.export.gguf.check import check_model
+from finetune.export.gguf.file import (
     PlannedTensor,
     check_file,
     file_name,
@@ -22,9 +22,9 @@ from finetune.export.gguf_file import (
     types_used,
     write_file,
 )
-from finetune.export.gguf_names import ARCHITECTURE, EMBEDDING, HEAD, check_tensors, settings, tensor_names
-from finetune.export.gguf_tokenizer import Vocabulary, read_vocabulary
-from finetune.export.gguf_types import DEFAULT, NumberType, fitting_type, gguf_package, number_type
+from finetune.export.gguf.names import ARCHITECTURE, EMBEDDING, HEAD, check_tensors, settings, tensor_names
+from finetune.export.gguf.tokenizer import Vocabulary, read_vocabulary
+from finetune.export.gguf.types import DEFAULT, NumberType, fitting_type, gguf_package, number_type
 from finetune.models.source import weight_files
 from finetune.models.stored import Stored, WeightFiles, read_rows
 
@@ -32,7 +32,7 @@ from finetune.models.stored import Stored, WeightFiles, read_rows
 def to_gguf(job: Job) -> Exported:
     """Writes `<name>-<type>.gguf` into job.out: the model, or with `merge=false` the adapter.
 
-    `options.type`: one of gguf_types.TYPES, q8_0 if none is given: half of bf16's size, and hardly another answer.
+    `options.type`: one of types.TYPES, q8_0 if none is given: half of bf16's size, and hardly another answer.
     tq1_0 and tq2_0 keep three values a number, which only models survive that were trained so.
     Raises: MissingExtra without the gguf package; ConfigError for a type, tokenizer or model that GGUF cannot say;
     IntegrityError for NaN, for weights that are not Qwen2's, and where what was written does not compute what its

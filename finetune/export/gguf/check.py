@@ -16,8 +16,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from finetune.errors import IntegrityError
 from finetune.export.formats import Job
-from finetune.export.gguf_tokenizer import load_tokenizer
-from finetune.export.gguf_types import NumberType
+from finetune.export.gguf.tokenizer import load_tokenizer
+from finetune.export.gguf.types import NumberType
 from finetune.export.verify import Answers, Verification, compare, require_same, source_answers
 from finetune.models.load import quiet
 

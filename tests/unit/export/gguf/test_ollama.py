@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from finetune.errors import ConfigError
-from finetune.export.ollama import go_template, to_ollama
-from tests.unit.export.gguf_models import TOKENIZER_FILES, job, save_model
-from tests.unit.export.go_template import render
+from finetune.export.gguf.ollama import go_template, to_ollama
+from tests.unit.export.gguf.go_template import render
+from tests.unit.export.gguf.models import TOKENIZER_FILES, job, save_model
 
 pytest.importorskip("gguf", reason="needs the gguf extra")
 

@@ -1,0 +1,215 @@
+"""`finetune merge` and `finetune export` as a user runs them: fresh processes, kills, a full disk, little memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from benchmarks.merge import write_adapter
+from finetune import load_config, train
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short training of the embedded base on its sample rows."""
+    folder = tmp_path_factory.mktemp("runs") / "quick"
+    train(load_config("quickstart.yaml", ["train.max_steps=4", "generation.rows=0", f"output_dir={folder}"]))
+    return folder
+
+
+def test_a_run_is_merged_measured_and_answers(finetune_command, run_folder, tmp_path):
+    done = finetune_command("merge", f"adapter={run_folder}", "out=merged", "gate.max_kl=0.05", "gate.rows=8")
+    assert (done.returncode, done.stdout) == (0, "merged\n"), done.stderr
+    assert "base=original: the adapter learned a task" in done.stderr
+    assert "KL(trained || merged)" in done.stderr
+    report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
+    assert report["changed"] == 8 and report["gates"][0]["rows"] == 8
+    talked = finetune_command("chat", "model=merged", "max_new_tokens=4", input="Say the word.\n")
+    assert talked.returncode == 0, talked.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["adapter={run}", "out=x", "bass=original"], "bass: unknown key; did you mean base?"),
+        (["out=x"], "adapter: is missing"),
+        (["adapter={run}/nowhere", "out=x"], "there is no such folder"),
+        (["adapter={run}", "out={run}"], "there is something already"),
+        (["config=lora.yaml", "adapter={run}", "out=x"], "takes no config"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_and_nothing_is_written(words, said, finetune_command, run_folder, tmp_path):
+    done = finetune_command("merge", *(word.format(run=run_folder) for word in words))
+    assert done.returncode == 2 and said in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["format=gguf", "out=x"], "give adapter=RUN_OR_ADAPTER, or model=FOLDER"),
+        (
+            ["adapter={run}", "format=exe", "out=x"],
+            'found "exe"; allowed: safetensors | adapter | gguf | onnx | ollama',
+        ),
+        (["adapter={run}", "format=gguf", "type=q3_k", "out=x"], "q3_k"),
+        (["adapter={run}", "format=onnx", "merge=false", "out=x"], "merge=false is for format=gguf"),
+        (["model={run}", "format=gguf", "out=x"], "is an adapter; write adapter="),
+    ],
+)
+def test_an_export_that_cannot_be_meant_is_refused(words, said, finetune_command, run_folder, tmp_path):
+    done = finetune_command("export", *(word.format(run=run_folder) for word in words), "verify=false")
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_merged_model_is_exported_and_read_back(finetune_command, run_folder, tmp_path):
+    pytest.importorskip("gguf", reason="needs the gguf extra")
+    assert finetune_command("merge", f"adapter={run_folder}", "out=merged", "gate.rows=0").returncode == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()}
+    done = finetune_command("export", "model=merged", "format=gguf", "type=bf16", "out=gguf", "prompts=2")
+    assert done.returncode == 0, done.stderr
+    (check, *_) = json.loads((tmp_path / "gguf" / "export_report.json").read_text())["checks"]
+    assert check["same"] == 1.0 and check["largest"] == 0.0
+    assert "llama-server -m" in done.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()} == before
+
+
+def test_the_missing_extra_is_named_with_its_command(run_folder, tmp_path):
+    block = "import sys; sys.modules['gguf'] = None; from finetune.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["export", f"adapter={run_folder}", "format=gguf", "out=x", "verify=false"]
+    done = subprocess.run([sys.executable, "-c", block, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and 'pip install "finetune-qlora[gguf]"' in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+KILLED_AFTER_TWO = """
+import os, signal, sys
+from finetune.export.merge import merge as merging
+write, done = merging.write_shard, []
+def write_shard(*arguments):
+    if len(done) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(write(*arguments))
+merging.write_shard = write_shard
+from finetune.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_killed_it_goes_on_after_the_last_whole_file(finetune_command, run_folder, tmp_path):
+    words = ["merge", f"adapter={run_folder}", "out=merged", "shard_size=1MB", "gate.rows=0"]
+    done = subprocess.run([sys.executable, "-c", KILLED_AFTER_TWO, *words], cwd=tmp_path)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "merged").exists()
+    left = {path.name: path.stat().st_ino for path in (tmp_path / ".merged.partial").glob("*.safetensors")}
+    assert len(left) == 2
+    assert finetune_command(*words).returncode == 0
+    found = {path.name: path.stat().st_ino for path in (tmp_path / "merged").glob("*.safetensors")}
+    assert left.items() <= found.items()
+    assert finetune_command(*[word.replace("out=merged", "out=other") for word in words]).returncode == 0
+    for name in found:
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "other"]
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_a_full_disk_leaves_nothing(command, finetune_command, run_folder, tmp_path):
+    """The system refuses the bytes in the middle of a file."""
+    words = ["gate.rows=0"] if command == "merge" else ["format=safetensors", "verify=false"]
+    before = run_folder_state(run_folder)
+    done = finetune_command(
+        command, f"adapter={run_folder}", "out=merged", *words,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000)),
+    )  # fmt: skip
+    assert done.returncode == 4 and "the disk is full" in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+    assert run_folder_state(run_folder) == before
+
+
+def run_folder_state(folder: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
+
+
+def test_too_little_room_is_known_before_anything_is_written(run_folder, tmp_path):
+    small = "import shutil, sys; shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(9, 9, 1000)\n"
+    script = small + "from finetune.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["merge", f"adapter={run_folder}", "out=merged", "gate.rows=0"]
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 4 and "are needed and 0.00 GB are free there" in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+WIDE = {
+    "vocab_size": 883, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 1,
+    "max_position_embeddings": 64, "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
+}  # fmt: skip
+IN_LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+from benchmarks.load import memory
+from benchmarks.merge import one_run
+import finetune.export.merge.merge
+options = dict(zip(("adapter", "out", "run", "limit"), sys.argv[1:]))
+print(one_run(options)["peak_bytes"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts memory on Linux alone")
+# Of which the interpreter with its libraries takes 330 MB; the layer's weights are 480 MB.
+@pytest.mark.parametrize(("kind", "limit"), [("ours", "500MB"), ("ours, dequantized", "900MB")])
+def test_a_layer_of_a_7b_is_merged_in_a_block_of_memory(kind, limit, repo_root, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    model = Qwen2ForCausalLM._from_config(Qwen2Config(**WIDE), dtype=torch.bfloat16)
+    model.save_pretrained(base, max_shard_size="150MB")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(repo_root / "data" / "tiny-qwen2.5" / file, base / file)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    adapter = write_adapter(base, tmp_path / "adapter", targets, 8)
+    largest_bytes = WIDE["hidden_size"] * WIDE["intermediate_size"] * 4
+    adapter_bytes = (adapter / "adapter_model.safetensors").stat().st_size
+    command = [sys.executable, "-c", IN_LITTLE_MEMORY, str(adapter), str(out), kind, limit]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo_root), "FINETUNE_CACHE": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) <= largest_bytes + adapter_bytes + 300e6
+    found = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert found.keys() == set(model.state_dict())
+    factors = load_file(adapter / "adapter_model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    lora_A, lora_B = (factors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    if kind == "ours":
+        expected = model.state_dict()[f"{name}.weight"].float() + 2 * lora_B @ lora_A
+        # One rounding to bf16.
+        assert ((found[f"{name}.weight"].float() - expected).abs() <= expected.abs() * 2**-8 + 1e-7).all()
+
+
+def test_the_embedded_base_answers_alike_merged_and_adapted(finetune_command, run_folder, tmp_path):
+    """What a user would check by hand: plain transformers, offline, no package of ours."""
+    assert finetune_command("merge", f"adapter={run_folder}", "out=merged", "dtype=fp32", "gate.rows=0").returncode == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(load_config("quickstart.yaml").model.name, dtype=torch.float32)
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(base, str(run_folder))
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Write the numbers 3, 1 and 2."}], add_generation_prompt=True, return_tensors="pt",
+        return_dict=True,
+    )  # fmt: skip
+    answers = [
+        model.generate(**asked, max_new_tokens=64, do_sample=False, eos_token_id=None)[0].tolist()
+        for model in (merged, adapted)
+    ]
+    assert answers[0] == answers[1]
