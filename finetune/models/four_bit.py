@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +115,28 @@ def quantise(weight: Tensor, like: Any, each: Callable[..., Iterable[Any]] = map
     options = {"blocksize": like.blocksize, "quant_type": like.quant_type, "quant_storage": like.quant_storage}
     if weight.device.type != "cpu":
         return quantize_4bit(weight.contiguous(), compress_statistics=like.compress_statistics, **options)
-    in_one_pass = partial(quantize_4bit, compress_statistics=False, **options)
-    packed, states = zip(*each(in_one_pass, weight.reshape(-1).split(_CHUNK)), strict=True)
-    state: Any = states[0]
-    state.shape, state.absmax = weight.shape, torch.cat([piece.absmax for piece in states])
+    pieces = weight.reshape(-1).split(_CHUNK)
+    first, state = quantize_4bit(pieces[0], compress_statistics=False, **options)
+    # Each piece is put where it belongs as it comes. Kept in a list, a thousand small ones lie scattered over what the
+    # allocator took for their temporaries, and a matrix of a 7B took 740 MB instead of 220 (measured).
+    packed = torch.empty(-(-weight.numel() // (2 * first.itemsize)), 1, dtype=first.dtype)
+    absmax = torch.empty(-(-weight.numel() // like.blocksize), dtype=state.absmax.dtype)
+
+    def fill(number: int) -> None:
+        part, its = quantize_4bit(pieces[number], compress_statistics=False, **options)
+        start = number * _CHUNK
+        packed[start // (2 * first.itemsize) :][: len(part)] = part
+        absmax[start // like.blocksize :][: len(its.absmax)] = its.absmax
+
+    for _ in each(fill, range(len(pieces))):
+        pass
+    state.shape, state.absmax = weight.shape, absmax
     if like.compress_statistics:
         # As bitsandbytes.functional.quantize_4bit does it.
         state.offset = state.absmax.mean()
         state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=256)
         state.nested = True
-    return torch.cat(packed), state
+    return packed, state
 
 
 @contextmanager

@@ -167,8 +167,9 @@ print(one_run(options)["peak_bytes"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts memory on Linux alone")
-# Of which the interpreter with its libraries takes 330 MB; the layer's weights are 480 MB.
-@pytest.mark.parametrize(("kind", "limit"), [("ours", "500MB"), ("ours, dequantized", "900MB")])
+# Of which the interpreter with its libraries takes 330 MB; the weights are 480 MB. The limit also counts what an allocator
+# has given back to the system but may use again, which quantising in threads has much of.
+@pytest.mark.parametrize(("kind", "limit"), [("ours", "500MB"), ("ours, dequantized", "2GB")])
 def test_a_layer_of_a_7b_is_merged_in_a_block_of_memory(kind, limit, repo_root, tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
     model = Qwen2ForCausalLM._from_config(Qwen2Config(**WIDE), dtype=torch.bfloat16)
