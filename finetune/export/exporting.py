@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,27 +20,34 @@ from finetune.export.staging import staged
 from finetune.models.adapter_files import CONFIG_FILE, TENSOR_FILE, fetch_adapter
 from finetune.models.load import TOKENIZER_FILES
 from finetune.models.source import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
+from finetune.models.stored import read_header
 
 REPORT = "export_report.json"
 
 
 @dataclass(frozen=True)
 class Format:
-    """run: address of its exporter. adapter_only: it takes an adapter's folder, never a merged model."""
+    """run: address of its exporter. default: its type where none is given. adapter_only: it never merges."""
 
     run: str
+    default: str
     adapter_only: bool = False
 
 
 # Imported when they run: each needs libraries that others do not have.
 FORMATS = {
-    "safetensors": Format("finetune.export.safetensors_folder:to_safetensors"),
-    "adapter": Format("finetune.export.adapter_folder:to_adapter", adapter_only=True),
-    "gguf": Format("finetune.export.gguf.model:to_gguf"),
-    "ollama": Format("finetune.export.gguf.ollama:to_ollama"),
-    "onnx": Format("finetune.export.onnx.model:to_onnx"),
+    "safetensors": Format("finetune.export.safetensors_folder:to_safetensors", "bf16"),
+    "adapter": Format("finetune.export.adapter_folder:to_adapter", "fp32", adapter_only=True),
+    "gguf": Format("finetune.export.gguf.model:to_gguf", "q8_0"),
+    "ollama": Format("finetune.export.gguf.ollama:to_ollama", "q8_0"),
+    "onnx": Format("finetune.export.onnx.model:to_onnx", "fp32"),
 }
-_NARROW: dict[str | None, MergedType] = {"bf16": "bf16", "fp16": "fp16", "f16": "fp16", "nf4": "bf16", None: "auto"}
+_NARROW: dict[str, MergedType] = {"bf16": "bf16", "fp16": "fp16", "f16": "fp16", "nf4": "bf16"}
+# Scratch files included; GGUF's types of less than 8 bits keep the embedding in 8.
+_BYTES_A_NUMBER = {
+    "f32": 4, "fp32": 4.1, "f16": 2, "fp16": 2.1, "bf16": 2, "int8": 2.2, "fp8": 2.2, "nf4": 1.3, "int4": 1.7,
+    "int8-dynamic": 7.6,
+}  # fmt: skip
 
 
 def export(options: ExportOptions, say: Say, progress: Progress) -> Exported:
@@ -49,7 +57,7 @@ def export(options: ExportOptions, say: Say, progress: Progress) -> Exported:
     """
     _check(options)
     out = Path(options.out).expanduser()
-    with _source(options, out, say, progress) as (source, gates), staged(out, _size_of(source)) as folder:
+    with _source(options, out, say, progress) as (source, gates), staged(out, _room(source, options)) as folder:
         module, _, name = FORMATS[options.format].run.partition(":")
         run: Callable[[Job], Exported] = getattr(importlib.import_module(module), name)
         exported = run(Job(source, folder, options, say))
@@ -99,9 +107,10 @@ def _source(
 def _merging(options: ExportOptions, merged: Path) -> MergeOptions:
     """Rounded once: to what the format holds, or not at all where the format rounds."""
     assert options.adapter is not None
+    kind = options.type or FORMATS[options.format].default
     return MergeOptions(
         adapter=options.adapter, out=str(merged), model=options.model, base=options.base,
-        dtype=_NARROW.get(options.type, "fp32"), gate=GateOptions() if options.verify else GateOptions(rows=0),
+        dtype=_NARROW.get(kind, "fp32"), gate=GateOptions() if options.verify else GateOptions(rows=0),
     )  # fmt: skip
 
 
@@ -116,5 +125,9 @@ def _plain_model(name: str) -> Path:
     return folder
 
 
-def _size_of(source: Path) -> int:
-    return sum(file.stat().st_size for file in source.glob("*.safetensors"))
+def _room(source: Path, options: ExportOptions) -> int:
+    """Bytes that the export may take while it is written."""
+    entries = [entry for file in source.glob("*.safetensors") for entry in read_header(file)[1].values()]
+    numbers = sum(math.prod(entry["shape"]) for entry in entries)
+    kind = options.type or FORMATS[options.format].default
+    return round(numbers * _BYTES_A_NUMBER.get(kind, 1.1))

@@ -115,11 +115,11 @@ def compare(answers: Answers, read: Reader, reader: str) -> Verification:
 def require_same(found: Verification, exact: bool) -> None:
     """Refuse an export that does not compute what its source does.
 
-    exact: for formats that keep every bit: each token must be the same. Otherwise rounding may change some, but a model
-    that agrees with its source on less than half of the tokens was written wrongly.
+    exact: for formats that keep every bit: each token must be the same. Otherwise rounding may change some; but a model
+    that agrees with its source on less than half of the tokens, or is a nat from it, was written wrongly or is ruined.
     Raises: IntegrityError with the figures.
     """
-    if found.same < (1.0 if exact else 0.5) or not found.kl < float("inf"):
+    if found.same < (1.0 if exact else 0.5) or not found.kl < 1.0:
         raise IntegrityError(f"the export does not answer as its source does: {found.describe()}; nothing was kept")
 
 

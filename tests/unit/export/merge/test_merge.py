@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.config.options import MergeOptions, read_options
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.errors import ConfigError, IntegrityError
+from finetune.export import shards
 from finetune.export.merge import merge as merging
 from finetune.export.merge import weights
 from finetune.export.merge.merge import merge
@@ -113,7 +114,12 @@ def exact_merge(base: Path, adapter: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in adapted.merge_and_unload().state_dict().items()}
 
 
-def test_what_does_not_change_is_copied_as_bytes_from_shards_and_into_shards(make_base, make_adapter, tmp_path):
+@pytest.mark.parametrize("by_system", [True, False])
+def test_what_does_not_change_is_copied_as_bytes_from_shards_and_into_shards(
+    by_system, make_base, make_adapter, tmp_path, monkeypatch
+):
+    if not by_system:  # as between file systems
+        monkeypatch.setattr(shards, "_by_system", lambda *_: 0)
     base = make_base(False, "60KB")
     assert len(list(base.glob("*.safetensors"))) > 2
     adapter = make_adapter("q,v", False, base=base)
