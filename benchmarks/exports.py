@@ -104,7 +104,7 @@ def one_export(name: str, adapter: Path, out: Path, exam: Exam) -> dict[str, Any
     """Write one format, and let it answer."""
     from finetune.config.options import ExportOptions, read_options
     from finetune.errors import FinetuneError
-    from finetune.export.exporting import export
+    from finetune.export.exporting import export_model
     from finetune.terminal import progress_bar
 
     shutil.rmtree(out, ignore_errors=True)
@@ -112,7 +112,7 @@ def one_export(name: str, adapter: Path, out: Path, exam: Exam) -> dict[str, Any
     words = [f"adapter={adapter}", f"out={out}", f"format={form}", f"type={kind}"]
     start = time.perf_counter()
     try:
-        exported = export(read_options(ExportOptions, words, "benchmark"), lambda text: None, progress_bar)
+        exported = export_model(read_options(ExportOptions, words, "benchmark"), lambda text: None, progress_bar)
     except FinetuneError as error:
         return {"failed": str(error).splitlines()[0]}
     seconds = time.perf_counter() - start

@@ -3,6 +3,7 @@
 The steps of a run for notebooks, each of which works on its own:
 
     from finetune import attach_lora, load_base, load_config, load_tokenizer, train
+    from finetune import ExportOptions, MergeOptions, export_model, merge
 """
 
 from __future__ import annotations
@@ -12,20 +13,31 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from finetune.config.compose import load_config as load_config
+    from finetune.config.options import ExportOptions as ExportOptions
+    from finetune.config.options import MergeOptions as MergeOptions
+    from finetune.export.exporting import export_model as export_model
+    from finetune.export.merge.merge import merge as merge
     from finetune.models.adapter import attach_lora as attach_lora
     from finetune.models.load import load_base as load_base
     from finetune.models.load import load_tokenizer as load_tokenizer
     from finetune.training.recipe import train as train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "attach_lora", "load_base", "load_config", "load_tokenizer", "train"]
+__all__ = [
+    "ExportOptions", "MergeOptions", "__version__", "attach_lora", "export_model", "load_base", "load_config",
+    "load_tokenizer", "merge", "train",
+]  # fmt: skip
 
 # Loaded on first use: importing finetune imports no torch.
 _HOMES = {
+    "ExportOptions": "finetune.config.options",
+    "MergeOptions": "finetune.config.options",
     "attach_lora": "finetune.models.adapter",
+    "export_model": "finetune.export.exporting",
     "load_base": "finetune.models.load",
     "load_config": "finetune.config.compose",
     "load_tokenizer": "finetune.models.load",
+    "merge": "finetune.export.merge.merge",
     "train": "finetune.training.recipe",
 }
 

@@ -21,6 +21,7 @@ from finetune.models.adapter_files import CONFIG_FILE, TENSOR_FILE, fetch_adapte
 from finetune.models.load import TOKENIZER_FILES
 from finetune.models.source import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
 from finetune.models.stored import read_header
+from finetune.terminal import progress_bar, say
 
 REPORT = "export_report.json"
 
@@ -50,7 +51,7 @@ _BYTES_A_NUMBER = {
 }  # fmt: skip
 
 
-def export(options: ExportOptions, say: Say, progress: Progress) -> Exported:
+def export_model(options: ExportOptions, say: Say = say, progress: Progress = progress_bar) -> Exported:
     """Write an adapter or a model in another format.
 
     Raises: ConfigError, MissingExtra; IntegrityError if what was written does not read back as its source.

@@ -167,8 +167,8 @@ print(one_run(options)["peak_bytes"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts memory on Linux alone")
-# Of which the interpreter with its libraries takes 330 MB; the weights are 480 MB. The limit also counts what an allocator
-# has given back to the system but may use again, which quantising in threads has much of.
+# Of which the interpreter with its libraries takes 330 MB; the weights are 480 MB. The limit also counts what was given
+# back to the system but may be used again, which quantising in threads has much of.
 @pytest.mark.parametrize(("kind", "limit"), [("ours", "500MB"), ("ours, dequantized", "2GB")])
 def test_a_layer_of_a_7b_is_merged_in_a_block_of_memory(kind, limit, repo_root, tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
@@ -214,3 +214,18 @@ def test_the_embedded_base_answers_alike_merged_and_adapted(finetune_command, ru
         for model in (merged, adapted)
     ]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("kind", ["gguf f32", "onnx fp32"])
+def test_64_greedy_tokens_of_the_trained_model_are_the_same(kind, finetune_command, run_folder, tmp_path):
+    """Both formats keep every bit, so no token may differ; the stop token is taken away to have all of them."""
+    form, number = kind.split()
+    pytest.importorskip({"gguf": "gguf", "onnx": "onnxruntime_genai"}[form], reason=f"needs the {form} extra")
+    assert finetune_command("merge", f"adapter={run_folder}", "out=merged", "dtype=fp32", "gate.rows=0").returncode == 0
+    settings = tmp_path / "merged" / "generation_config.json"
+    unused = json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] - 1
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token_id": unused}))
+    done = finetune_command("export", "model=merged", f"format={form}", f"type={number}", "out=out", "prompts=3")
+    assert done.returncode == 0, done.stderr
+    for check in json.loads((tmp_path / "out" / "export_report.json").read_text())["checks"]:
+        assert check["same"] == 1.0 and check["tokens"] == 3 * 64

@@ -21,6 +21,7 @@ from finetune.export.merge.weights import MergePlan, content_of, plan_merge
 from finetune.export.shards import Advance, plan_shards, write_index, write_shard
 from finetune.export.staging import KeepPartial, staged
 from finetune.models.digest import identity
+from finetune.terminal import progress_bar, say
 
 REPORT = "merge_report.json"
 Progress = Callable[[str, int], AbstractContextManager[Advance]]  # what is done, bytes in all
@@ -55,7 +56,7 @@ class MergeReport:
         return asdict(self)
 
 
-def merge(options: MergeOptions, say: Say, progress: Progress) -> MergeReport:
+def merge(options: MergeOptions, say: Say = say, progress: Progress = progress_bar) -> MergeReport:
     """Merge adapters into their base and write a whole model folder.
 
     Raises: ConfigError, IntegrityError, ResourceError; GateFailed, after which a start with a higher `gate.max_kl` goes
