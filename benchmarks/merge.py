@@ -2,9 +2,10 @@
 
     python -m benchmarks.merge [size=7B] [layers=4] [targets=q_proj,v_proj] [rank=16] [repeats=3] [limit=2GB] [work=DIR]
 
-Every run is a fresh process. Counted is the time from imported libraries to a whole folder on the disk. Peak: the
-highest resident size above that of the interpreter with its libraries. `bound` is what ours may take: the largest
-adapted matrix in fp32, the adapter, and 300 MB. limit: besides, ours is run once with so much memory and no more.
+Every run is a fresh process. Dequantized merges quantise the base first, unless it was trained on this machine: then
+its cache holds it. Counted is the time from imported libraries to a whole folder on the disk. Peak: the highest
+resident size above that of the interpreter with its libraries. `bound` is what ours may take: the largest adapted
+matrix in fp32, the adapter, and 300 MB. limit: besides, ours is run once with so much memory and no more.
 """
 
 from __future__ import annotations
@@ -72,6 +73,14 @@ def dequantised(options: dict[str, str]) -> None:
     ours(options, "dequantized")
 
 
+def loaded(options: dict[str, str]) -> None:
+    """What training does first: the base in 4 bit, which leaves its cache."""
+    from finetune.config.schema import ModelConfig, QuantConfig
+    from finetune.models.load import load_base
+
+    load_base(ModelConfig(name=options["model"]), QuantConfig(), "cpu")
+
+
 def by_peft(options: dict[str, str]) -> None:
     import torch
     from peft import PeftModel
@@ -95,7 +104,10 @@ def _to_disk(folder: Path) -> None:
             os.fsync(stream.fileno())
 
 
-RUNS = {"ours": ours, "ours, dequantized": dequantised, "peft": by_peft, "copy": copied}
+RUNS = {
+    "ours": ours, "ours, dequantized": dequantised, "ours, dequantized, where it was trained": dequantised,
+    "peft": by_peft, "copy": copied, "load": loaded,
+}  # fmt: skip
 
 
 def one_run(options: dict[str, str]) -> dict[str, float]:
@@ -122,7 +134,9 @@ def one_run(options: dict[str, str]) -> dict[str, float]:
 def run(options: dict[str, str], name: str, limit: str = "") -> dict[str, Any]:
     """One merge in a fresh process; what it wrote is removed again."""
     shutil.rmtree(options["out"], ignore_errors=True)
-    found = measure("benchmarks.merge", {**options, "run": name, "limit": limit}, _LIMIT_SECONDS)
+    # Where the base was loaded before, its 4-bit form is in the cache.
+    cache = Path(options["work"]) / ("merge-cache" if "trained" in name or name == "load" else "no-cache")
+    found = measure("benchmarks.merge", {**options, "run": name, "limit": limit}, _LIMIT_SECONDS, cache)
     shutil.rmtree(options["out"], ignore_errors=True)
     report.say(f"{name}{' in ' + limit if limit else ''}: {found}")
     return found
@@ -161,10 +175,12 @@ def main(words: list[str]) -> None:
     model = write_random_model(options["size"], Path(options["tokenizer"]), folder, layers=layers)
     targets = options["targets"].split(",")
     adapter = write_adapter(model, work / "merge-adapter", targets, int(options["rank"]))
-    own = {**options, "model": str(model), "adapter": str(adapter), "out": str(work / "merged")}
-    done: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS}
+    own = {**options, "model": str(model), "adapter": str(adapter), "out": str(work / "merged"), "work": str(work)}
+    run(own, "load")
+    kinds = [name for name in RUNS if name != "load"]
+    done: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
     for _ in range(int(options["repeats"])):
-        for name in RUNS:
+        for name in kinds:
             done[name].append(run(own, name))
     runs = {
         name: {key: median(one[key] for one in found) for key in ("seconds", "peak_bytes")}
