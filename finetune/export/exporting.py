@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from finetune.config.options import ExportOptions, GateOptions, MergedType, Merg
 from finetune.errors import ConfigError
 from finetune.export.formats import Exported, Job, Say
 from finetune.export.merge.merge import Progress, merge
-from finetune.export.staging import staged
+from finetune.export.staging import check_room, scratch, staged
 from finetune.models.adapter_files import CONFIG_FILE, TENSOR_FILE, fetch_adapter
 from finetune.models.load import TOKENIZER_FILES
 from finetune.models.source import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
@@ -58,7 +57,9 @@ def export_model(options: ExportOptions, say: Say = say, progress: Progress = pr
     """
     _check(options)
     out = Path(options.out).expanduser()
-    with _source(options, out, say, progress) as (source, gates), staged(out, _room(source, options)) as folder:
+    # What is in the way, or has no place, is said before an hour's merging.
+    with staged(out, 0) as folder, _source(options, out, say, progress) as (source, gates):
+        check_room(folder, out, _room(source, options))
         module, _, name = FORMATS[options.format].run.partition(":")
         run: Callable[[Job], Exported] = getattr(importlib.import_module(module), name)
         exported = run(Job(source, folder, options, say))
@@ -98,9 +99,8 @@ def _source(
     elif FORMATS[options.format].adapter_only or not options.merge:
         yield fetch_adapter(options.adapter, "adapter").folder, []
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
-            merged = Path(name) / "merged"
+        with scratch(out, "merged") as folder:
+            merged = folder / "model"
             found = merge(_merging(options, merged), say, progress)
             yield merged, [gate.as_dict() for gate in found.gates]
 

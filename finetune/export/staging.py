@@ -40,7 +40,7 @@ def staged(out: Path, needed_bytes: int, made_from: dict[str, Any] | None = None
     lock = _claim(temporary, out)
     try:
         _prepare(temporary, made_from)
-        _check_room(temporary, out, needed_bytes)
+        check_room(temporary, out, needed_bytes)
         yield temporary
         _put_in_place(temporary, out)
     except BaseException as error:
@@ -53,6 +53,31 @@ def staged(out: Path, needed_bytes: int, made_from: dict[str, Any] | None = None
         raise
     finally:
         os.close(lock)
+
+
+@contextmanager
+def scratch(out: Path, what: str) -> Iterator[Path]:
+    """A folder beside `out`, gone after the block; one that a killed process left behind is taken over. Use it inside
+    `staged`, whose lock is for it as well.
+    """
+    folder = out.with_name(f".{out.name}.{what}")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_room(folder: Path, out: Path, needed_bytes: int) -> None:
+    """Raises: ResourceError if a disk has no room for what will be written to `folder`, less what is there already."""
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if free < (missing := needed_bytes - there + _SPARE_BYTES):
+        raise ResourceError(
+            f"out={out}: {missing / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free there; free space or "
+            "name a folder on another disk"
+        )
 
 
 def _claim(folder: Path, out: Path) -> int:
@@ -82,16 +107,6 @@ def _prepare(folder: Path, made_from: dict[str, Any] | None) -> None:
                 path.unlink()
     if made_from is not None:
         record.write_text(text, encoding="utf-8")
-
-
-def _check_room(folder: Path, out: Path, needed_bytes: int) -> None:
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
-    if free < (missing := needed_bytes - there + _SPARE_BYTES):
-        raise ResourceError(
-            f"out={out}: {missing / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free there; free space or "
-            "name a folder on another disk"
-        )
 
 
 def _put_in_place(temporary: Path, out: Path) -> None:

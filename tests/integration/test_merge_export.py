@@ -138,6 +138,33 @@ def test_a_full_disk_leaves_nothing(command, finetune_command, run_folder, tmp_p
     assert run_folder_state(run_folder) == before
 
 
+KILLED_WHILE_EXPORTING = """
+import os, signal, sys
+import finetune.export.safetensors_folder as module
+module.write_shard = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+from finetune.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_export_leaves_nothing_that_the_next_does_not_remove(finetune_command, run_folder, tmp_path):
+    words = ["export", f"adapter={run_folder}", "format=safetensors", "out=out", "verify=false"]
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_EXPORTING, *words], cwd=tmp_path)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists() and list(tmp_path.iterdir())
+    assert finetune_command(*words).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_in_the_way_is_said_before_anything_is_merged(finetune_command, run_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    done = finetune_command("export", f"adapter={run_folder}", "format=safetensors", "out=out")
+    assert done.returncode == 2 and "there is something already" in done.stderr
+    assert "tensors change" not in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
 def run_folder_state(folder: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
 

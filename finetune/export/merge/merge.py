@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +18,7 @@ from finetune.export.merge.texts import write_texts
 from finetune.export.merge.trained import Say, Trained, choose_base, find_trained
 from finetune.export.merge.weights import MergePlan, content_of, plan_merge
 from finetune.export.shards import Advance, plan_shards, write_index, write_shard
-from finetune.export.staging import KeepPartial, staged
+from finetune.export.staging import KeepPartial, check_room, scratch, staged
 from finetune.models.digest import identity
 from finetune.terminal import progress_bar, say
 
@@ -112,9 +111,10 @@ def _compare_other(
     other = "original" if base == "dequantized" else "dequantized"
     choose_base(trained, other)  # refuses what was never in 4 bit
     plan = plan_merge(trained, other, options, say)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
-        write_merged(trained, plan, Path(name), plan.nbytes, _silent)
-        gates = compare_with(Path(name), _dtype(plan), said)
+    with scratch(out, "other") as folder:
+        check_room(folder, out, plan.nbytes)
+        write_merged(trained, plan, folder, plan.nbytes, _silent)
+        gates = compare_with(folder, _dtype(plan), said)
     for gate in gates:
         say(f"with base={other}: {gate.describe()}")
     return other, gates
