@@ -12,12 +12,13 @@ usage: finetune export adapter=RUN_OR_ADAPTER format=FORMAT out=DIR [key=value â
 Merges the adapter, writes the format, reads it back with that format's own reader, and compares: greedy answers to
 fixed prompts and the distance of the probabilities. A folder that does not answer as its source does is not kept.
 
-Formats (type= chooses among the number formats of each)
-  safetensors   a transformers folder: bf16, fp16, fp32, or quantised for servers
-  adapter       the adapter itself, for servers that load adapters beside a base (vLLM, TGI)
-  gguf          llama.cpp; merge=false writes the adapter as a GGUF LoRA
-  ollama        GGUF with a Modelfile
-  onnx          onnxruntime-genai, with its key-value cache
+Formats, and what type= may be (the first is the default)
+  safetensors   a transformers folder: bf16 fp16 fp32, or for servers nf4 int8 fp8
+  adapter       the adapter itself, for servers that load adapters beside a base
+  gguf          for llama.cpp: q8_0 f32 f16 bf16 q5_1 q5_0 q4_1 q4_0 mxfp4 tq2_0 tq1_0; with merge=false
+                the adapter as a GGUF LoRA: f32 f16 bf16 q8_0
+  ollama        GGUF, types as there, with a Modelfile
+  onnx          for onnxruntime-genai, with its key-value cache: fp32 fp16 int8 int4 int8-dynamic
 
 Examples
   finetune export adapter=outputs/quickstart format=gguf type=q8_0 out=gguf

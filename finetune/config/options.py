@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
-from annotated_types import Ge
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -18,7 +17,7 @@ from finetune.config.explain import shown
 from finetune.config.keys import allowed, is_section
 from finetune.config.overrides import read_value
 from finetune.config.problems import Problem, config_error
-from finetune.config.schema import Count, Index, NotNegative, Number, Section, Share, SourceConfig, Text
+from finetune.config.schema import Count, Index, NotNegative, Number, Section, SourceConfig, Text
 from finetune.errors import ConfigError
 
 Base = Literal["auto", "original", "dequantized"]
@@ -51,7 +50,9 @@ class MergeOptions(Section):
     model: Text | None = Field(None, description="Base model, where the adapter's own entry is not to be used.")
     weights: list[Number] | None = Field(None, description="Factor of each adapter; null is 1 for each.")
     combination: Combination = Field("linear", description="How several adapters are added up.")
-    density: Annotated[Share, Ge(0.01)] | None = Field(None, description="Share of each update that ties or dare keep.")
+    density: Annotated[Number, Field(gt=0, le=1)] | None = Field(
+        None, description="Share of each update that ties or dare keep."
+    )
     seed: Index = Field(0, description="Seed of what dare drops.")
     compare: bool = Field(False, description="Measure the other base as well, without keeping it.")
     gate: GateOptions = Field(GateOptions(), description="The comparison of what was trained with what is written.")
@@ -154,7 +155,8 @@ def _problem(kind: type[Section], item: Any) -> Problem:
         path.append(str(part))
     key = ".".join(path)
     if item["type"] == "missing":
-        return Problem(".".join(map(str, item["loc"])), "is missing")
+        field = kind.model_fields[item["loc"][0]] if len(item["loc"]) == 1 else None
+        return Problem(".".join(map(str, item["loc"])), f"is missing: {field.description}" if field else "is missing")
     if item["type"] == "extra_forbidden":
         return Problem(".".join(map(str, item["loc"])), "unknown key")
     return Problem(key, f"found {shown(item['input'])}; allowed: {allowed(_find(kind, key))}")

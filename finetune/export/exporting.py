@@ -27,20 +27,25 @@ REPORT = "export_report.json"
 
 @dataclass(frozen=True)
 class Format:
-    """run: address of its exporter. default: its type where none is given. adapter_only: it never merges."""
+    """run: address of its exporter. ready: of the check of a type and of the libraries for it. default: its type where
+    none is given. adapter_only: it never merges.
+    """
 
     run: str
+    ready: str
     default: str
     adapter_only: bool = False
 
 
 # Imported when they run: each needs libraries that others do not have.
 FORMATS = {
-    "safetensors": Format("finetune.export.safetensors_folder:to_safetensors", "bf16"),
-    "adapter": Format("finetune.export.adapter_folder:to_adapter", "fp32", adapter_only=True),
-    "gguf": Format("finetune.export.gguf.model:to_gguf", "q8_0"),
-    "ollama": Format("finetune.export.gguf.ollama:to_ollama", "q8_0"),
-    "onnx": Format("finetune.export.onnx.model:to_onnx", "fp32"),
+    "safetensors": Format(
+        "finetune.export.safetensors_folder:to_safetensors", "finetune.export.safetensors_folder:check_ready", "bf16"
+    ),
+    "adapter": Format("finetune.export.adapter_folder:to_adapter", "", "fp32", adapter_only=True),
+    "gguf": Format("finetune.export.gguf.model:to_gguf", "finetune.export.gguf.types:check_ready", "q8_0"),
+    "ollama": Format("finetune.export.gguf.ollama:to_ollama", "finetune.export.gguf.types:check_ready", "q8_0"),
+    "onnx": Format("finetune.export.onnx.model:to_onnx", "finetune.export.onnx.model:check_ready", "fp32"),
 }
 _NARROW: dict[str, MergedType] = {"bf16": "bf16", "fp16": "fp16", "f16": "fp16", "nf4": "bf16"}
 # Scratch files included; GGUF's types of less than 8 bits keep the embedding in 8.
@@ -60,9 +65,7 @@ def export_model(options: ExportOptions, say: Say = say, progress: Progress = pr
     # What is in the way, or has no place, is said before an hour's merging.
     with staged(out, 0) as folder, _source(options, out, say, progress) as (source, gates):
         check_room(folder, out, _room(source, options))
-        module, _, name = FORMATS[options.format].run.partition(":")
-        run: Callable[[Job], Exported] = getattr(importlib.import_module(module), name)
-        exported = run(Job(source, folder, options, say))
+        exported: Exported = _load(FORMATS[options.format].run)(Job(source, folder, options, say))
         for check in exported.checks:
             say(check.describe())
         report = {
@@ -86,6 +89,13 @@ def _check(options: ExportOptions) -> None:
         problems.append("base= is for merging, and nothing is merged here")
     if problems:
         raise ConfigError("\n".join(problems))
+    if not takes_adapter:
+        _load(FORMATS[options.format].ready)(options.type or FORMATS[options.format].default)
+
+
+def _load(address: str) -> Callable[..., Any]:
+    module, _, name = address.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 @contextmanager

@@ -60,8 +60,7 @@ def to_safetensors(job: Job) -> Exported:
     MissingExtra; IntegrityError if transformers does not read back what was written.
     """
     kind = job.options.type or "bf16"
-    if kind not in TYPES:
-        raise ConfigError(f"type={kind}: format=safetensors writes {', '.join(TYPES)}")
+    check_ready(kind)
     limit_bytes = parse_size("shard_size", job.options.shard_size)
     config = read_config(job.source, str(job.source))
     skeleton = build_skeleton(job.source, torch.bfloat16, "eager")
@@ -144,6 +143,13 @@ TYPES: dict[str, Callable[[str], Storage]] = {
         "8-bit products from Ada and Hopper on; older GPUs unpack weights",
     ),
 }
+
+
+def check_ready(kind: str) -> None:
+    """Raises: ConfigError for an unknown type; MissingExtra for one whose library is not here."""
+    if kind not in TYPES:
+        raise ConfigError(f"type={kind}: format=safetensors writes {', '.join(TYPES)}")
+    TYPES[kind]("lm_head")
 
 
 def _write_weights(job: Job, storage: Storage, quantised: list[str], limit_bytes: int) -> bool:

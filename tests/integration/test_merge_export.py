@@ -71,7 +71,19 @@ def test_what_cannot_be_meant_is_said_and_nothing_is_written(words, said, finetu
 def test_an_export_that_cannot_be_meant_is_refused(words, said, finetune_command, run_folder, tmp_path):
     done = finetune_command("export", *(word.format(run=run_folder) for word in words), "verify=false")
     assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert "tensors change" not in done.stderr, "merged before it was refused"
     assert not list(tmp_path.iterdir())
+
+
+def test_the_help_names_every_type_that_can_be_written(finetune_command):
+    from finetune.export.gguf.types import TYPES as gguf_types
+    from finetune.export.onnx.model import TYPES as onnx_types
+    from finetune.export.safetensors_folder import TYPES as safetensors_types
+
+    lines = finetune_command("export", "--help").stdout.splitlines()
+    for form, types in (("safetensors", safetensors_types), ("gguf", gguf_types), ("onnx", onnx_types)):
+        line = next(line for line in lines if line.startswith(f"  {form} "))
+        assert set(types) <= set(line.replace(",", " ").replace(";", " ").replace(":", " ").split())
 
 
 def test_a_merged_model_is_exported_and_read_back(finetune_command, run_folder, tmp_path):
@@ -91,6 +103,7 @@ def test_the_missing_extra_is_named_with_its_command(run_folder, tmp_path):
     words = ["export", f"adapter={run_folder}", "format=gguf", "out=x", "verify=false"]
     done = subprocess.run([sys.executable, "-c", block, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and 'pip install "finetune-qlora[gguf]"' in done.stderr, done.stderr
+    assert "tensors change" not in done.stderr, "merged before it was refused"
     assert not list(tmp_path.iterdir())
 
 

@@ -67,6 +67,12 @@ def gguf_package() -> Any:
     return gguf
 
 
+def check_ready(kind: str) -> None:
+    """Raises: MissingExtra without the package; ConfigError for a type that cannot be written."""
+    number_type(kind)
+    gguf_package()
+
+
 def number_type(name: str, allowed: tuple[str, ...] = tuple(TYPES)) -> NumberType:
     """The type of that name. Raises: ConfigError with all that can be written."""
     if name not in allowed:

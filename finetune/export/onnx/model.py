@@ -62,12 +62,9 @@ def to_onnx(job: Job) -> Exported:
     source does, or its tokenizer reads text otherwise; FinetuneError and ResourceError as `build`.
     """
     kind = job.options.type or DEFAULT
-    if kind not in TYPES:
-        listed = "; ".join(f"{name}: {each.meaning}" for name, each in TYPES.items())
-        raise ConfigError(f"type={kind}: not a number format of ONNX; there are {listed}")
+    check_ready(kind)
     if not job.options.merge:
         raise ConfigError("merge=false: ONNX has no adapters of this kind; leave it out, or choose format=adapter")
-    runtime()
     job.say(f"building the ONNX graph ({kind}: {TYPES[kind].meaning})")
     _write(job, TYPES[kind])
     settings = settle(job.source, job.out)
@@ -75,6 +72,14 @@ def to_onnx(job: Job) -> Exported:
     size = sum(path.stat().st_size for path in job.out.glob(f"{GRAPH}*"))
     serve = serving_command(Path(job.options.out), chat=_has_template(job.out))
     return Exported(checks, [serve], {"type": kind, "bytes": size, **settings, **notes})
+
+
+def check_ready(kind: str) -> None:
+    """Raises: ConfigError for an unknown type; MissingExtra."""
+    if kind not in TYPES:
+        listed = "; ".join(f"{name}: {each.meaning}" for name, each in TYPES.items())
+        raise ConfigError(f"type={kind}: not a number format of ONNX; there are {listed}")
+    runtime()
 
 
 def _write(job: Job, kind: NumberFormat) -> None:
