@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from finetune.config.options import MergeOptions, parse_size
 from finetune.config.schema import Dtype
+from finetune.errors import ConfigError
 from finetune.export.merge.card import merged_card
 from finetune.export.merge.gate import Gate, Remembered, ask_trained, compare_with, held_out_rows
 from finetune.export.merge.texts import write_texts
@@ -68,6 +69,9 @@ def merge(options: MergeOptions, say: Say = say, progress: Progress = progress_b
     base, reason = choose_base(trained, options.base)
     plan = plan_merge(trained, base, options, say)
     rows = [held for adapter in trained.adapters if (held := held_out_rows(trained, adapter, options.gate))]
+    _check_measuring(options, bool(rows))
+    if options.compare:
+        choose_base(trained, _other(base))  # refuses what was never in 4 bit
     _say_plan(trained, plan, base, reason, options, bool(rows), say)
     with staged(out, plan.nbytes, _made_from(trained, base, options)) as folder:
         said = [ask_trained(trained, held) for held in rows]
@@ -84,6 +88,19 @@ def merge(options: MergeOptions, say: Say = say, progress: Progress = progress_b
         (folder / "README.md").write_text(merged_card(trained, report.as_dict()), encoding="utf-8")
         _judge(gates, options)
     return report
+
+
+def _check_measuring(options: MergeOptions, measured: bool) -> None:
+    """Raises: ConfigError for a proof or a comparison that has nothing to measure on."""
+    asked = [
+        *([f"gate.max_kl={options.gate.max_kl:g}"] if options.gate.max_kl is not None else []),
+        *(["compare=true"] if options.compare else []),
+    ]
+    if asked and not measured:
+        raise ConfigError(
+            f"{' and '.join(asked)}: there are no held-out rows to measure on; name some with "
+            "'gate.data=[{path: rows.jsonl}]' (and gate.rows above 0)"
+        )
 
 
 def write_merged(trained: Trained, plan: MergePlan, folder: Path, limit_bytes: int, progress: Progress) -> None:
@@ -108,8 +125,7 @@ def _compare_other(
     trained: Trained, base: str, options: MergeOptions, said: Sequence[Remembered], out: Path, say: Say
 ) -> tuple[str, list[Gate]]:
     """The same comparison for the base that was not chosen, in a folder that is removed again."""
-    other = "original" if base == "dequantized" else "dequantized"
-    choose_base(trained, other)  # refuses what was never in 4 bit
+    other = _other(base)
     plan = plan_merge(trained, other, options, say)
     with scratch(out, "other") as folder:
         check_room(folder, out, plan.nbytes)
@@ -118,6 +134,10 @@ def _compare_other(
     for gate in gates:
         say(f"with base={other}: {gate.describe()}")
     return other, gates
+
+
+def _other(base: str) -> Literal["original", "dequantized"]:
+    return "original" if base == "dequantized" else "dequantized"
 
 
 def _say_plan(
@@ -147,10 +167,6 @@ def _judge(gates: Sequence[Gate], options: MergeOptions) -> None:
     limit = options.gate.max_kl
     if limit is None:
         return
-    if not gates:
-        raise GateFailed(
-            f"gate.max_kl={limit:g}: nothing was measured, so nothing is proven; name rows with gate.data="
-        )
     if far := [gate for gate in gates if not gate.kl <= limit]:
         listed = "; ".join(f"{gate.adapter}: {gate.kl:.6f} nats" for gate in far)
         raise GateFailed(
@@ -165,6 +181,7 @@ def _made_from(trained: Trained, base: str, options: MergeOptions) -> dict[str, 
     chosen = {"adapter", "out", "gate", "compare", "base", "model"}
     return {
         "files": [identity(file) for file in (*sorted(set(trained.files.values())), *adapters)],
+        "settings": [adapter.config for adapter in trained.adapters],
         "base": base,
         "quant": trained.quant.model_dump(),
         "loaded": trained.model.dtype,

@@ -83,9 +83,20 @@ def test_too_far_fails_the_command_and_a_higher_limit_goes_on_from_the_weights(t
     assert load_file(tmp_path / "out" / "model.safetensors")
 
 
-def test_a_limit_without_rows_is_no_proof(make_adapter, tmp_path):
-    with pytest.raises(GateFailed, match="nothing was measured"):
-        run(make_adapter("q,v"), tmp_path / "out", "gate.max_kl=1")
+@pytest.mark.parametrize("words", [["gate.max_kl=1"], ["compare=true"], ["gate.max_kl=1", "gate.rows=0"]])
+def test_without_rows_nothing_can_be_proven_or_compared(words, make_adapter, tmp_path):
+    adapter = make_adapter("q,v")
+    with pytest.raises(ConfigError, match="no held-out rows to measure on"):
+        run(adapter, tmp_path / "out", *words)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_base_that_was_never_in_4_bit_is_not_compared(trained, tmp_path):
+    with (trained / "config.yaml").open("a") as config:
+        config.write("quant: {type: none}\n")
+    with pytest.raises(ConfigError, match="trained on a 4-bit base"):
+        run(trained, tmp_path / "out", "compare=true")
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_rows_that_cannot_be_read_are_named_before_anything_is_written(trained, tmp_path):

@@ -342,16 +342,19 @@ def test_an_interrupted_merge_goes_on_after_its_last_whole_shard(make_base, make
     assert not list(tmp_path.glob(".out*"))
 
 
-@pytest.mark.parametrize("other", ["adapter", "base=dequantized", "dtype=fp32"])
+@pytest.mark.parametrize("other", ["adapter", "its alpha", "base=dequantized", "dtype=fp32"])
 def test_what_another_merge_left_behind_is_not_continued(other, make_adapter, tmp_path, monkeypatch):
     one = make_adapter("q,v", name="one")
     two = make_adapter("q,v", name="two", seed=2) if other == "adapter" else one
-    words = [] if other == "adapter" else [other]
+    words = [other] if "=" in other else []
     write = merging.write_texts
     monkeypatch.setattr(merging, "write_texts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(one, tmp_path / "out")
     monkeypatch.setattr(merging, "write_texts", write)
+    if other == "its alpha":
+        settings = json.loads((two / "adapter_config.json").read_text())
+        (two / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 99}))
     found = tensors_of(run(two, tmp_path / "out", *words))
     expected = tensors_of(run(two, tmp_path / "fresh", *words))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
