@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from finetune.arguments import Arguments
 from finetune.errors import ConfigError, InputError
+from finetune.terminal import say
 
 if TYPE_CHECKING:
     from finetune.config.schema import RunConfig
@@ -60,13 +60,13 @@ def run_cache(arguments: Arguments) -> int:
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
     chat = load_chat_template(cfg.data, tokenizer)
-    data = load_data(Preparation(cfg.data, chat, progress=console_progress(_say)))
+    data = load_data(Preparation(cfg.data, chat, progress=console_progress(say)))
     vocabulary = check_vocabulary(cfg, tokenizer, used_ids(data))
     device = default_device()
     if device.type == "cpu" and (threads := pick_threads(os.environ, usable_cores())):
         torch.set_num_threads(threads)
     documents = Documents.join(source.documents for source in (*data.train, *data.eval))
-    written = write_signals(cfg, chat, vocabulary, documents, device, _say)
+    written = write_signals(cfg, chat, vocabulary, documents, device, say)
     folder = cache_of(cfg)
     print(f"{folder}: {written:,} documents written now, {size_of(folder) / 1e6:,.1f} MB in all")
     print(f"next: {shlex.join(['finetune', 'train', f'config={arguments.config}', *training])}")
@@ -81,7 +81,3 @@ def _training(cfg: RunConfig, overrides: Sequence[str]) -> list[str]:
     kept = [word for word in overrides if word.lstrip("+").partition("=")[0] not in how]
     one_step = ["distill.teacher.steps_ahead=1"] if cfg.distill.teacher.steps_ahead != 1 else []
     return [*kept, "distill.teacher.placement=cached", *one_step]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

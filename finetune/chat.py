@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.arguments import Arguments, nearest
 from finetune.errors import ConfigError, DataError, InputError
-from finetune.terminal import printable
+from finetune.terminal import printable, say
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -131,7 +131,7 @@ def run_chat(arguments: Arguments) -> int:
     config = _find_config(arguments.config, own.get("model"), adapter, overrides)
     conversation = load_conversation(config, adapter, settings)
     if sys.stdin.isatty():
-        _say(f"{printable(config.model.name)}{f' with {adapter}' if adapter else ''}. /help lists the commands.")
+        say(f"{printable(config.model.name)}{f' with {adapter}' if adapter else ''}. /help lists the commands.")
         talk(conversation, _typed_lines())
     else:
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -167,7 +167,7 @@ def talk(conversation: Conversation, lines: Iterable[str]) -> None:
             if not respond(conversation, text):
                 return
         except DataError as error:
-            _say(f"error: {printable(str(error))}")
+            say(f"error: {printable(str(error))}")
 
 
 def respond(conversation: Conversation, text: str) -> bool:
@@ -178,9 +178,9 @@ def respond(conversation: Conversation, text: str) -> bool:
         case "/reset":
             conversation.reset()
         case "/help":
-            _say("\n".join(f"  {name:<7} {summary}" for name, summary in SLASH_COMMANDS.items()))
+            say("\n".join(f"  {name:<7} {summary}" for name, summary in SLASH_COMMANDS.items()))
         case word if word.startswith("/") and (close := nearest(word, SLASH_COMMANDS)):
-            _say(f"unknown command {printable(word)}{close}")
+            say(f"unknown command {printable(word)}{close}")
         case _:
             conversation.answer(text)
     return True
@@ -194,10 +194,10 @@ def _typed_lines() -> Iterator[str]:
         try:
             text = input("> ")
         except EOFError:
-            _say("")
+            say("")
             return
         except KeyboardInterrupt:
-            _say("\n(Ctrl+D or /exit leaves)")
+            say("\n(Ctrl+D or /exit leaves)")
             continue
         if text.strip():
             yield text
@@ -268,7 +268,3 @@ def _terminal_streamer(tokenizer: Any) -> Any:
             print(printable(text), end="", flush=True)
 
     return TerminalStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

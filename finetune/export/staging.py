@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -12,9 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from finetune.errors import ConfigError, FinetuneError, ResourceError
+from finetune.files import is_disk_full, sync
 
 _MADE_FROM = ".made_from.json"
 # Text files, and what a file system needs for itself.
@@ -46,7 +44,7 @@ def staged(out: Path, needed_bytes: int, made_from: dict[str, Any] | None = None
     except BaseException as error:
         if not (made_from is not None and isinstance(error, KeyboardInterrupt | KeepPartial)):
             shutil.rmtree(temporary, ignore_errors=True)
-        if _is_full(error):
+        if is_disk_full(error):
             raise ResourceError(
                 f"out={out}: the disk is full; free space or name another disk; nothing was kept"
             ) from error
@@ -112,23 +110,9 @@ def _prepare(folder: Path, made_from: dict[str, Any] | None) -> None:
 def _put_in_place(temporary: Path, out: Path) -> None:
     (temporary / _MADE_FROM).unlink(missing_ok=True)
     for path in temporary.rglob("*"):
-        _fsync(path)
-    _fsync(temporary)
+        sync(path)
+    sync(temporary)
     if out.exists():
         out.rmdir()  # it was empty
     temporary.rename(out)
-    _fsync(out.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return isinstance(error, SafetensorError) and "space" in str(error).lower()
+    sync(out.parent)

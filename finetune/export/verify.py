@@ -6,7 +6,7 @@ its first choice is the source's token at every place of an answer, it would hav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,8 +121,3 @@ def require_same(found: Verification, exact: bool) -> None:
     """
     if found.same < (1.0 if exact else 0.5) or not found.kl < 1.0:
         raise IntegrityError(f"the export does not answer as its source does: {found.describe()}; nothing was kept")
-
-
-def greedy_texts(answers: Answers, tokenizer: Any) -> Sequence[str]:
-    """The answers as text, for a reader of the report."""
-    return [tokenizer.decode(ids[begin:]) for ids, begin in zip(answers.ids, answers.begins, strict=True)]

@@ -53,9 +53,6 @@ class FourBitWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._like
 
-    def __len__(self) -> int:
-        return len(self._like)
-
     @property
     def names(self) -> set[str]:
         """Of the weights that are in 4 bit."""

@@ -12,7 +12,6 @@ the start of each step, on every rank, so the next step's noise is known from th
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.errors import IntegrityError, ResourceError
+from finetune.files import is_disk_full, sync
 
 TRAINING, STATE, MANIFEST = "training.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -61,14 +61,6 @@ class TrainState:
     before: dict[str, Any] = field(default_factory=dict)
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -85,17 +77,15 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         temporary.mkdir(parents=True)
         write(temporary)
         for file in temporary.iterdir():
-            _fsync(file)
-        _fsync(temporary)
+            sync(file)
+        sync(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-        _fsync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        if isinstance(error, SafetensorError) and "space" not in str(error).lower():
+        if not is_disk_full(error):
             raise
         raise ResourceError(
             f"the disk is full: {folder} could not be written; earlier checkpoints are whole"
@@ -234,4 +224,4 @@ def replace_files(source: Path, names: Iterable[str], target: Path) -> None:
     """Move files into a folder, each in one rename, the old one of its name replaced; then fsync the folder."""
     for name in names:
         os.replace(source / name, target / name)
-    _fsync(target)
+    sync(target)

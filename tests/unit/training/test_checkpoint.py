@@ -96,7 +96,7 @@ def test_a_full_disk_leaves_what_was_there_and_says_so(tmp_path, failure, monkey
     def full(path: Path) -> None:
         raise OSError(failure, "no room")
 
-    monkeypatch.setattr(ck, "_fsync", full)
+    monkeypatch.setattr(ck, "sync", full)
     with pytest.raises(ResourceError, match="disk is full"):
         write(tmp_path, 2, optimizer)
     monkeypatch.undo()
@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_what_was_there_and_says_so(tmp_path, failure, monkey
 def test_a_crash_at_any_write_leaves_the_new_checkpoint_whole_or_absent(tmp_path, monkeypatch):
     """Stop the process, in effect, before the n-th durable operation, for every n."""
     optimizer = trained()[1]
-    real = ck._fsync
+    real = ck.sync
     for crash_at in range(100):
         calls = 0
 
@@ -120,7 +120,7 @@ def test_a_crash_at_any_write_leaves_the_new_checkpoint_whole_or_absent(tmp_path
 
         run = tmp_path / str(crash_at)
         write(run, 1, optimizer)
-        monkeypatch.setattr(ck, "_fsync", maybe_crash)
+        monkeypatch.setattr(ck, "sync", maybe_crash)
         try:
             write(run, 2, optimizer)
         except KeyboardInterrupt:
