@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.config.options import MergeOptions
-from finetune.errors import ConfigError, ResourceError
+from finetune.errors import ConfigError
 from finetune.export.merge.adapters import EMBEDDING, HEAD, read_changes, untie
 from finetune.export.merge.changes import Change, combine_changes
 from finetune.export.merge.trained import Say, Trained
@@ -126,7 +126,7 @@ def _planned(stored: dict[str, Stored], changes: dict[str, Change], dtype: str) 
 def content_of(plan: MergePlan, tensor: Planned) -> Content:
     """What a tensor of the merged model is made of: the base's own bytes where nothing changes.
 
-    Raises, while it is read: ResourceError where a value is beyond what the type holds; IntegrityError for torn files.
+    Raises, while it is read: ConfigError where a value is beyond what the type holds; IntegrityError for torn files.
     """
     stored, change = plan.stored[tensor.name], plan.changes.get(tensor.name)
     same = change is None and not plan.is_four_bit(tensor.name) and tensor.shape == stored.shape
@@ -146,7 +146,7 @@ def _blocks(plan: MergePlan, tensor: Planned, stored: Stored, change: Change | N
                 block = change.apply(block, start)
             rounded = block.to(tensor.dtype)
         if tensor.dtype == torch.float16 and rounded.isinf().any():
-            raise ResourceError(f"{tensor.name} has values that fp16 cannot hold; write dtype=bf16 or fp32")
+            raise ConfigError(f"{tensor.name} has values that fp16 cannot hold; write dtype=bf16 or fp32")
         yield rounded
 
 

@@ -54,13 +54,21 @@ def real(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 def test_the_real_tokenizer_reads_back_with_the_same_ids(real: tuple[Path, Path]):
     tokenizer, path = real
-    require_transformers_ids(path, tokenizer, sample_texts(tokenizer))
+    texts = sample_texts(tokenizer)
+    assert len(texts) > 20
+    require_transformers_ids(path, tokenizer, texts)
+    with pytest.raises(IntegrityError):
+        require_transformers_ids(path, tokenizer, {text: [*ids, 0] for text, ids in texts.items()})
 
 
 def test_the_real_tokenizer_has_the_same_ids_in_llama_cpp(real: tuple[Path, Path]):
     pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
     tokenizer, path = real
-    require_llama_ids(open_llama(path, 16), sample_texts(tokenizer))
+    llama, texts = open_llama(path, 16), sample_texts(tokenizer)
+    assert llama is not None and len(texts) > 20
+    require_llama_ids(llama, texts)
+    with pytest.raises(IntegrityError):
+        require_llama_ids(llama, {text: [*ids, 0] for text, ids in texts.items()})
 
 
 def test_the_real_vocabulary_is_padded_and_sorted_into_kinds(real: tuple[Path, Path]):

@@ -296,9 +296,7 @@ def test_values_beyond_fp16_are_refused(make_adapter, tmp_path):
     tensors = load_file(adapter / "adapter_model.safetensors")
     tensors["base_model.model.model.norm.weight"][0] = 1e5
     save_file(tensors, adapter / "adapter_model.safetensors")
-    from finetune.errors import ResourceError
-
-    assert "fp16 cannot hold" in refusal(adapter, tmp_path / "out", "dtype=fp16", error=ResourceError)
+    assert "fp16 cannot hold" in refusal(adapter, tmp_path / "out", "dtype=fp16")
 
 
 @pytest.mark.parametrize(
