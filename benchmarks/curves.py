@@ -81,7 +81,6 @@ def measure_curve(work: Workload, machine: Mapping[str, Any]) -> dict[str, Any]:
     name = work.options["curve"]
     if name not in CURVES:
         raise SystemExit(f"curve={name}: there are {', '.join(CURVES)}")
-    plots.check_installed()
     if work.options["stock"] == "all":
         work = Workload({**work.options, "stock": "none"}, work.model, work.shape, work.folder, work.cache)
     curve = CURVES[name]

@@ -102,7 +102,8 @@ def in_onnxruntime(folder: Path, exam: Exam) -> float:
 
 def one_export(name: str, adapter: Path, out: Path, exam: Exam) -> dict[str, Any]:
     """Write one format, and let it answer."""
-    from finetune.config.options import ExportOptions, read_options
+    from finetune.config.commands import ExportOptions
+    from finetune.config.options import read_options
     from finetune.errors import FinetuneError
     from finetune.export.exporting import export_model
     from finetune.terminal import progress_bar

@@ -90,7 +90,6 @@ def summarise(series: Mapping[str, Mapping[str, Figures]]) -> dict[str, Any]:
 
 def main(words: list[str]) -> None:
     options = parse(words, OPTIONS, prefixes=("ours.",))
-    plots.check_installed()
     machine = device()
     series: dict[str, dict[str, Figures]] = {}
     points = options["points"].split(",")

@@ -61,7 +61,8 @@ def write_adapter(model: Path, folder: Path, targets: list[str], rank: int) -> P
 
 
 def ours(options: dict[str, str], base: str = "original") -> None:
-    from finetune.config.options import MergeOptions, read_options
+    from finetune.config.commands import MergeOptions
+    from finetune.config.options import read_options
     from finetune.export.merge.merge import merge
     from finetune.terminal import progress_bar
 

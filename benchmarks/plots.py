@@ -1,21 +1,13 @@
-"""Pictures of curves; matplotlib is an extra that only this needs."""
+"""Pictures of curves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import MissingExtra
-
 Series = Mapping[str, Mapping[str, Mapping[str, Any]]]  # line -> point -> figures
 _GB = 1e9
-
-
-def check_installed() -> None:
-    if find_spec("matplotlib") is None:
-        raise MissingExtra('a curve\'s picture needs: pip install "finetune-qlora[bench]"')
 
 
 def draw(
@@ -27,7 +19,6 @@ def draw(
 
     ceiling: operations a second, for the share of it that the title of the left panel names.
     """
-    check_installed()
     import matplotlib
 
     matplotlib.use("Agg")

@@ -12,9 +12,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from finetune.config.commands import ExportOptions as ExportOptions
+    from finetune.config.commands import MergeOptions as MergeOptions
     from finetune.config.compose import load_config as load_config
-    from finetune.config.options import ExportOptions as ExportOptions
-    from finetune.config.options import MergeOptions as MergeOptions
     from finetune.export.exporting import export_model as export_model
     from finetune.export.merge.merge import merge as merge
     from finetune.models.adapter import attach_lora as attach_lora
@@ -30,8 +30,8 @@ __all__ = [
 
 # Loaded on first use: importing finetune imports no torch.
 _HOMES = {
-    "ExportOptions": "finetune.config.options",
-    "MergeOptions": "finetune.config.options",
+    "ExportOptions": "finetune.config.commands",
+    "MergeOptions": "finetune.config.commands",
     "attach_lora": "finetune.models.adapter",
     "export_model": "finetune.export.exporting",
     "load_base": "finetune.models.load",

@@ -29,14 +29,16 @@ Examples
 
 def export_help() -> str:
     """The usage and every setting."""
-    from finetune.config.options import ExportOptions, options_help
+    from finetune.config.commands import ExportOptions
+    from finetune.config.options import options_help
 
     return f"{USAGE}\n{options_help(ExportOptions)}"
 
 
 def run_export(arguments: Arguments) -> int:
     """`finetune export`. Raises: InputError for what cannot be meant; what reading and writing raise."""
-    from finetune.config.options import ExportOptions, read_options
+    from finetune.config.commands import ExportOptions
+    from finetune.config.options import read_options
     from finetune.export.exporting import export_model
     from finetune.terminal import say
 

@@ -30,8 +30,13 @@ def is_disk_full(error: BaseException) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one rename, so that no reader ever sees half of it."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_text`."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 

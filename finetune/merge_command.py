@@ -23,14 +23,16 @@ Examples
 
 def merge_help() -> str:
     """The usage and every setting."""
-    from finetune.config.options import MergeOptions, options_help
+    from finetune.config.commands import MergeOptions
+    from finetune.config.options import options_help
 
     return f"{USAGE}\n{options_help(MergeOptions)}"
 
 
 def run_merge(arguments: Arguments) -> int:
     """`finetune merge`. Raises: InputError for what cannot be meant; what reading and writing raise."""
-    from finetune.config.options import MergeOptions, read_options
+    from finetune.config.commands import MergeOptions
+    from finetune.config.options import read_options
     from finetune.export.merge.merge import merge
     from finetune.terminal import say
 

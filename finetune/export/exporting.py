@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.config.options import ExportOptions, GateOptions, MergedType, MergeOptions
+from finetune.config.commands import ExportOptions, GateOptions, MergedType, MergeOptions
 from finetune.errors import ConfigError
 from finetune.export.formats import Exported, Job, Say
 from finetune.export.merge.merge import Progress, merge

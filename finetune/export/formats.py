@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.config.options import ExportOptions
+from finetune.config.commands import ExportOptions
 from finetune.export.verify import Verification
 
 Say = Callable[[str], None]

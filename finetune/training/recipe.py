@@ -6,13 +6,11 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
 from finetune.config.schema import RunConfig
 from finetune.data.feed import Feed, StoredFeed
@@ -21,7 +19,6 @@ from finetune.data.loader import (
     copy_bad_rows,
     describe_leaks,
     describe_source,
-    first_conversations,
     load_chat_template,
     load_data,
 )
@@ -30,8 +27,7 @@ from finetune.data.stream import StreamingFeed
 from finetune.data.template.chat import ChatTemplate, advice_on_end_token
 from finetune.data.tokens.prepare import Preparation, console_progress
 from finetune.errors import ConfigError, Interrupted
-from finetune.evaluation.generation import Answer, answer_rows, exact_match
-from finetune.evaluation.perplexity import evaluate
+from finetune.evaluation.generation import Answer, exact_match
 from finetune.files import write_text
 from finetune.losses.cross_entropy import CrossEntropy
 from finetune.losses.distillation import Distillation
@@ -57,39 +53,14 @@ from finetune.training.checkpoint import (
     write_checkpoint,
     write_folder,
 )
-from finetune.training.lesson import Lesson, build_lesson, mean_teacher_kl, plan_lesson, teacher_table
+from finetune.training.lesson import build_lesson, mean_teacher_kl, plan_lesson, teacher_table
 from finetune.training.loop import Job, fit, peak_bytes
+from finetune.training.measuring import answer_held_out, evaluate_run, say_samples
 from finetune.training.optim import build_optimizer
+from finetune.training.parts import Parts
 from finetune.training.report import describe_result
 from finetune.training.run_folder import RunResult
 from finetune.training.track import SilentTracker, Tracker
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the steps of a run are made of."""
-
-    cfg: RunConfig
-    accelerator: Accelerator
-    tokenizer: PreTrainedTokenizerBase
-    preparation: Preparation
-    data: LoadedData
-    feed: Feed
-    model: PeftModel
-    micro_batch: int
-    lesson: Lesson | None
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.cfg.output_dir)
-
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
 
 
 def train(cfg: RunConfig) -> RunResult:
@@ -189,8 +160,8 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
         lean=_may_be_lean(cfg), micro_batch=parts.micro_batch, tracker=tracker,
         save=lambda state: _save_checkpoint(parts, optimizer, state),
         last_checkpoint=lambda: next(reversed(list_checkpoints(parts.folder)), None),
-        evaluate=(lambda: _evaluate(parts)) if parts.data.eval else None,
-        sample=lambda: _say_samples(parts, tracker.say), sample_every=cfg.generation.every,
+        evaluate=(lambda: evaluate_run(parts)) if parts.data.eval else None,
+        sample=lambda: say_samples(parts, tracker.say), sample_every=cfg.generation.every,
     )  # fmt: skip
     result = RunResult("failed", world_size=accelerator.num_processes)
     try:
@@ -215,7 +186,7 @@ def _look_before(parts: Parts, state: TrainState, say: Callable[[str], None]) ->
     """Answer held-out rows and measure the distance from the teacher before the first step."""
     generation = parts.cfg.generation
     if generation.rows:
-        answers = _answer(parts, generation.rows)
+        answers = answer_held_out(parts, generation.rows)
         state.before |= {
             "exact_match": exact_match(answers),
             "answers": [[a.prompt, a.expected, a.given] for a in answers[: generation.samples]],
@@ -225,7 +196,7 @@ def _look_before(parts: Parts, state: TrainState, say: Callable[[str], None]) ->
         # What quantisation took is a matter of the base: an adapter may start as a part of the answer (loftq).
         recovers = parts.cfg.distill.objective == "recover"
         with parts.model.disable_adapter() if recovers else nullcontext():
-            state.before["evaluations"] = figures = _evaluate(parts)
+            state.before["evaluations"] = figures = evaluate_run(parts)
         for source in parts.data.eval:
             kl, top1 = (figures[f"eval/{source.name}/{name}"] for name in ("teacher_kl", "teacher_agreement"))
             say(f"{source.name} before training: {kl:.5f} nats a target from the teacher, same first choice {top1:.1%}")
@@ -238,11 +209,11 @@ def _finish(
     cfg = parts.cfg
     if cfg.train.early_stopping is not None and state.best_step not in (None, state.step):
         load_training(parts.folder / f"checkpoint-{state.best_step}", optimizer)
-        state.evaluations = _evaluate(parts)
+        state.evaluations = evaluate_run(parts)
         say(f"the final adapter is the best one, of step {state.best_step}")
     after: list[Answer] = []
     if cfg.generation.rows:
-        after = _answer(parts, cfg.generation.rows)
+        after = answer_held_out(parts, cfg.generation.rows)
         result.exact_match_after = exact_match(after)
     _fill(result, state)
     if parts.is_main:
@@ -292,53 +263,6 @@ def _save_final(parts: Parts, result: RunResult) -> None:
     write_folder(staged, write)
     replace_files(staged, sorted(p.name for p in staged.iterdir()), parts.folder)
     shutil.rmtree(staged)
-
-
-def _evaluate(parts: Parts) -> dict[str, float]:
-    """loss, perplexity and accuracy of every evaluation set, how far it is from the teacher where there is one, and
-    `eval_loss`, the mean over the sets of what the run minimises.
-    """
-    rank, ranks = parts.accelerator.process_index, parts.accelerator.num_processes
-    figures: dict[str, float] = {}
-    losses = []
-
-    def sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:
-        return parts.accelerator.reduce(sums.to(parts.accelerator.device), "sum").cpu()
-
-    for source in parts.data.eval:
-        measured = evaluate(
-            parts.model, source.documents[rank::ranks], limit_tokens=max(4096, parts.cfg.data.max_length),
-            sum_over_ranks=sum_over_ranks,
-        )  # fmt: skip
-        losses.append(measured.loss)
-        figures |= {
-            f"eval/{source.name}/loss": measured.loss,
-            f"eval/{source.name}/perplexity": measured.perplexity,
-            f"eval/{source.name}/accuracy": measured.accuracy,
-        }
-    if parts.lesson is not None:
-        figures |= parts.lesson.figures(parts.model, parts.data, slice(rank, None, ranks), sum_over_ranks)
-        if parts.cfg.distill.objective == "recover":  # what it minimises
-            losses = [value for name, value in figures.items() if name.endswith("/teacher_kl")]
-    return {"eval_loss": sum(losses) / len(losses), **figures}
-
-
-def _answer(parts: Parts, rows: int) -> list[Answer]:
-    """Greedy answers to the first held-out rows, shared out among the ranks, in order."""
-    generation, ranks = parts.cfg.generation, parts.accelerator.num_processes
-    conversations = first_conversations(parts.data.eval[0], parts.preparation, rows)
-    mine = list(range(len(conversations)))[parts.accelerator.process_index :: ranks]
-    answers = answer_rows(
-        parts.model, parts.tokenizer, parts.preparation.chat, [conversations[i] for i in mine],
-        max_new_tokens=generation.max_new_tokens, batch_size=generation.batch_size,
-    )  # fmt: skip
-    pairs = gather_object(list(zip(mine, answers, strict=True))) if ranks > 1 else list(zip(mine, answers, strict=True))
-    return [answer for _, answer in sorted(pairs, key=lambda pair: pair[0])]
-
-
-def _say_samples(parts: Parts, say: Callable[[str], None]) -> None:
-    for answer in _answer(parts, parts.cfg.generation.samples):
-        say(f"  {answer.prompt!r} -> {answer.given!r}")
 
 
 def _may_be_lean(cfg: RunConfig) -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from finetune.config.commands import GateOptions
 from finetune.config.compose import saved_config
-from finetune.config.options import GateOptions
 from finetune.config.schema import DataConfig, Dtype, ModelConfig, RunConfig
 from finetune.data.batch import Batch, Document, build_batch, groups_of
 from finetune.data.loader import load_data

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from finetune.config.options import MergeOptions, parse_size
+from finetune.config.commands import MergeOptions
+from finetune.config.options import parse_size
 from finetune.config.schema import Dtype
 from finetune.errors import ConfigError
 from finetune.export.merge.card import merged_card

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.config.commands import Base
 from finetune.config.compose import saved_config
-from finetune.config.options import Base
 from finetune.config.schema import ModelConfig, QuantConfig, RunConfig
 from finetune.errors import ConfigError
 from finetune.models.adapter_files import SavedAdapter, fetch_adapter

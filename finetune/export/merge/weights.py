@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.config.options import MergeOptions
+from finetune.config.commands import MergeOptions
 from finetune.errors import ConfigError
 from finetune.export.merge.adapters import EMBEDDING, HEAD, read_changes, untie
 from finetune.export.merge.changes import Change, combine_changes

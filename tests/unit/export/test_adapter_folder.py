@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from finetune.config.commands import ExportOptions
 from finetune.config.compose import to_yaml
-from finetune.config.options import ExportOptions
 from finetune.config.schema import DataConfig, LoraConfig, ModelConfig, RunConfig, SourceConfig
 from finetune.errors import ConfigError, IntegrityError
 from finetune.export import adapter_folder

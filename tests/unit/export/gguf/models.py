@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from finetune.config.options import ExportOptions
+from finetune.config.commands import ExportOptions
 from finetune.export.formats import Job
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from finetune.config.options import MergeOptions, read_options
+from finetune.config.commands import MergeOptions
+from finetune.config.options import read_options
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.errors import ConfigError
 from finetune.export.merge import merge as merging

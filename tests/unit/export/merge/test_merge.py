@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.config.options import MergeOptions, read_options
+from finetune.config.commands import MergeOptions
+from finetune.config.options import read_options
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.errors import ConfigError, IntegrityError
 from finetune.export import shards

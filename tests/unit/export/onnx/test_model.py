@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from finetune.config.options import ExportOptions
+from finetune.config.commands import ExportOptions
 from finetune.errors import ConfigError, FinetuneError, IntegrityError
 from finetune.export.formats import Exported, Job
 from finetune.export.onnx import model as onnx_model
