@@ -27,9 +27,10 @@ _STYLE = {
 def figure(width_inches: float = 6.4, height_inches: float = 2.8, panels: int = 1) -> tuple[Figure, list[Axes]]:
     """An empty figure with panels side by side. It is drawn without a display and needs no closing."""
     import matplotlib
+    from cycler import cycler
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_STYLE, "axes.prop_cycle": matplotlib.cycler(color=COLOURS)}):
+    with matplotlib.rc_context({**_STYLE, "axes.prop_cycle": cycler(color=COLOURS)}):
         drawn = Figure(figsize=(width_inches, height_inches), layout="constrained")
         return drawn, list(drawn.subplots(1, panels, squeeze=False)[0])
 
@@ -56,10 +57,10 @@ def svg(drawn: Figure) -> str:
 
     file = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        drawn.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        drawn.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = file.getvalue()
-    element = text[text.index("<svg") :]
-    return re.sub(r'(<svg[^>]*?) width="[^"]*"|(<svg[^>]*?) height="[^"]*"', r"\1\2", element)
+    head, body = text[text.index("<svg") :].split(">", 1)
+    return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + body
 
 
 def save_png(drawn: Figure, file: Path) -> None:
