@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ _OVERRIDE = re.compile(r"(\+{0,2}[\w./@:-]+=.*|~[\w./@:-]+(=.*)?)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """What follows a command. overrides: the `key=value` words in their order, without config=."""
+    """What follows a command. overrides: the `key=value` words in their order, without config=. paths: the other words,
+    of a command that takes some.
+    """
 
     config: str | None
     overrides: tuple[str, ...]
     flags: frozenset[str]
+    paths: tuple[str, ...] = ()
 
     def split(self, names: Collection[str]) -> tuple[dict[str, str], list[str]]:
         """The command's own words by name, the last of each; and the other overrides in their order."""
@@ -32,19 +36,22 @@ class Arguments:
         return own, others
 
 
-def parse_arguments(words: Sequence[str], flags: Collection[str]) -> Arguments:
-    """The words after a command; flags are those that the command knows, `--help` besides.
+def parse_arguments(words: Sequence[str], flags: Collection[str], takes_paths: bool = False) -> Arguments:
+    """The words after a command; flags are those that the command knows, `--help` besides. takes_paths: whether words
+    without a `=`, and those that name a folder, are paths.
 
     Raises: InputError naming every word that does not fit.
     """
     known = {*flags, "--help"}
-    wrong, overrides, configs, found = [], [], [], set()
+    wrong, overrides, configs, paths, found = [], [], [], [], set()
     for word in words:
         word = "--help" if word == "-h" else word
         if word in known:
             found.add(word)
         elif word.startswith("-"):
             wrong.append(_flag_advice(word, known))
+        elif takes_paths and ("=" not in word or os.path.isdir(word)):
+            paths.append(word)
         elif word.startswith("config="):
             configs.append(word.removeprefix("config="))
         elif _OVERRIDE.fullmatch(word):
@@ -57,7 +64,7 @@ def parse_arguments(words: Sequence[str], flags: Collection[str]) -> Arguments:
         wrong.append(f"config= is given {len(configs)} times: {', '.join(configs)}; keep one")
     if wrong:
         raise InputError(wrong[0] if len(wrong) == 1 else "\n  ".join(["the command line has errors:", *wrong]))
-    return Arguments(configs[0] if configs else None, tuple(overrides), frozenset(found))
+    return Arguments(configs[0] if configs else None, tuple(overrides), frozenset(found), tuple(paths))
 
 
 def nearest(word: str, known: Collection[str]) -> str:

@@ -39,9 +39,10 @@ def run_cache(arguments: Arguments) -> int:
             "finetune cache needs config=X.yaml, as in finetune cache config=distill.yaml distill.cache=DIR"
         )
     cfg = load_config(arguments.config, arguments.overrides)
-    if cfg.distill.objective == "none":
+    if not cfg.asks_teacher:
         raise ConfigError(
-            f"distill.objective is none in {arguments.config}: there is no teacher to ask; set it to recover"
+            f"distill.objective is none in {arguments.config}: there is no teacher to ask; set it to recover, or "
+            "guard.max to a limit"
         )
     training = _training(cfg, arguments.overrides)
     load_config(arguments.config, training)  # what the folder cannot serve is refused before it is written

@@ -21,12 +21,21 @@ from finetune.terminal import printable
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """run: address of a function, Arguments -> exit code; help: address of a text or of a function that gives one."""
+    """run: address of a function, Arguments -> exit code; help: address of a text or of a function that gives one.
+
+    takes_paths: whether words that are no key=value may follow it.
+    """
 
     summary: str
     run: str
     help: str
     flags: tuple[str, ...] = ()
+    takes_paths: bool = False
+
+    def explain(self) -> str:
+        """What `--help` prints."""
+        found = _load(self.help)
+        return found if isinstance(found, str) else found()
 
 
 COMMANDS = {
@@ -44,6 +53,17 @@ COMMANDS = {
         "finetune.cache_command:run_cache",
         "finetune.cache_command:HELP",
     ),
+    "eval": Command(
+        "measure an adapter or a model, and what quantising took from it",
+        "finetune.eval_command:run_eval",
+        "finetune.eval_command:eval_help",
+        ("--json",),
+    ),
+    "sensitivity": Command(
+        "measure what each layer loses in 4 or 8 bit",
+        "finetune.sensitivity_command:run_sensitivity",
+        "finetune.sensitivity_command:sensitivity_help",
+    ),
     "merge": Command(
         "put an adapter into its base's weights, proven",
         "finetune.merge_command:run_merge",
@@ -53,6 +73,24 @@ COMMANDS = {
         "write a model for llama.cpp, Ollama, ONNX Runtime or a server",
         "finetune.export_command:run_export",
         "finetune.export_command:export_help",
+    ),
+    "report": Command(
+        "draw a run's report again",
+        "finetune.compare_command:run_report",
+        "finetune.compare_command:REPORT_HELP",
+        takes_paths=True,
+    ),
+    "compare": Command(
+        "put runs beside one another: settings, figures, curves",
+        "finetune.compare_command:run_compare",
+        "finetune.compare_command:compare_help",
+        takes_paths=True,
+    ),
+    "sweep": Command(
+        "train with every combination of settings, or search for the best",
+        "finetune.sweep_command:run_sweep",
+        "finetune.sweep_command:sweep_help",
+        ("--dry-run",),
     ),
     "chat": Command("talk to a base model or to a trained adapter", "finetune.chat:run_chat", "finetune.chat:HELP"),
     "doctor": Command(
@@ -138,10 +176,9 @@ def _dispatch(words: list[str]) -> int:
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}{nearest(name, COMMANDS)} Commands: {', '.join(COMMANDS)}")
     command = COMMANDS[name]
-    arguments = parse_arguments(rest, command.flags)
+    arguments = parse_arguments(rest, command.flags, command.takes_paths)
     if "--help" in arguments.flags:
-        text = _load(command.help)
-        print(text if isinstance(text, str) else text())
+        print(command.explain())
         return 0
     return _load(command.run)(arguments)
 

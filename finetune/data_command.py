@@ -14,11 +14,8 @@ from finetune.errors import InputError
 from finetune.files import whole_file
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from finetune.config.schema import RunConfig
     from finetune.data.loader import LoadedData
-    from finetune.data.report.rows import Decoder
 
 HELP = """\
 usage: finetune data config=X.yaml [key=value …] [show=N] [html=FILE] [dump=FILE.jsonl]
@@ -78,7 +75,7 @@ def _inspect(cfg: RunConfig, settings: DataSettings, files: dict[str, IO[str]]) 
     from finetune.data.report.dump import write_dump
     from finetune.data.report.figures import build_report, parts_of
     from finetune.data.report.page import write_page
-    from finetune.data.report.rows import shown_rows
+    from finetune.data.report.rows import Decoder, shown_rows
     from finetune.data.report.scripts import sample_scripts
     from finetune.data.report.text import console_for, print_report, print_rows
     from finetune.data.template.chat import advice_on_end_token
@@ -94,7 +91,7 @@ def _inspect(cfg: RunConfig, settings: DataSettings, files: dict[str, IO[str]]) 
     preparation = Preparation(whole, chat, progress=console_progress(_say))
     data = load_data(preparation)
     _keep_rows(data, settings)
-    decoder = decoder_of(tokenizer)
+    decoder = Decoder.of(tokenizer)
     scripts = [sample_scripts(part, preparation, decoder.decode) for part in parts_of(data, cfg.data.held_out)]
     report = build_report(data, cfg, chat, scripts)
     advice = advise(report, cfg, advice_on_end_token(chat))
@@ -120,16 +117,6 @@ def _keep_rows(data: LoadedData, settings: DataSettings) -> None:
     for word, path in (("html", settings.html), ("dump", settings.dump)):
         if path is not None and Path(path).expanduser().resolve() in read:
             raise InputError(f"{word}={path}: rows are read from there; name another file")
-
-
-def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Decoder:
-    """How this tokenizer's tokens are shown."""
-    from finetune.data.report.rows import Decoder
-
-    def decode(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    return Decoder(decode, {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special})
 
 
 def _settings(own: dict[str, str]) -> DataSettings:

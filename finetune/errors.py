@@ -12,6 +12,10 @@ class FinetuneError(Exception):
 
     exit_code = 1
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it (IPython's hook): the message alone, as on the command line."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class InputError(FinetuneError):
     """Something the user wrote is wrong."""

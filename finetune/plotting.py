@@ -47,20 +47,31 @@ def curve(
     if logarithmic:
         axes.set_yscale("log")
     if len(lines) > 1:
-        axes.legend()
+        axes.legend(frameon=False, fontsize=8)
     return drawn
 
 
 def svg(drawn: Figure) -> str:
-    """The figure as an <svg> element that scales with its page and asks for nothing from outside of it."""
+    """The figure as an <svg> element that scales with its page and asks for nothing from outside of it.
+
+    Black is the page's own text colour and the ground is the page's, so that it can be read on a dark one too; COLOURS
+    are the page's --line-1 … --line-7 where it has them.
+    """
     import matplotlib
 
     file = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        drawn.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        drawn.savefig(file, format="svg", transparent=True, metadata=metadata)
     text = file.getvalue()
     head, body = text[text.index("<svg") :].split(">", 1)
-    return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + body
+    for number, colour in enumerate(COLOURS[:-1], 1):
+        body = body.replace(colour.lower(), f"var(--line-{number}, {colour})")
+    body = body.replace("#000000", "currentColor")
+    # Several figures share a page: an id that nothing refers to would only stand there twice.
+    used = set(re.findall(r"#([\w-]+)", body))
+    body = re.sub(r' id="([\w-]+)"', lambda found: found[0] if found[1] in used else "", body)
+    return re.sub(r' (width|height)="[^"]*"', "", head) + ' fill="currentColor">' + body
 
 
 def save_png(drawn: Figure, file: Path) -> None:

@@ -20,8 +20,15 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """A message, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """A message, on stderr; in a notebook, which colours that as an error, on stdout."""
+    print(text, file=sys.stdout if in_notebook() else sys.stderr, flush=True)
+
+
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this code."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.config.schema import Count, Index, NotNegative, Number, Section, SourceConfig, Text
+from finetune.config.schema import Count, Index, NotNegative, Number, Positive, Section, SourceConfig, Text
 
 Base = Literal["auto", "original", "dequantized"]
 MergedType = Literal["auto", "bf16", "fp16", "fp32"]
@@ -60,3 +60,63 @@ class ExportOptions(Section):
     verify: bool = Field(True, description="Read what was written with its own reader and compare.")
     prompts: Count = Field(4, description="Prompts to compare on.")
     tokens: Count = Field(64, description="Tokens that the source model answers each of them with.")
+
+
+class EvalOptions(Section):
+    """`finetune eval`."""
+
+    adapter: Text | None = Field(None, description="Run folder, checkpoint, adapter folder or hub id to measure.")
+    model: Text | None = Field(None, description="Or a model alone: a folder, as a merged one, or a hub id.")
+    data: list[SourceConfig] | None = Field(
+        None, description="Held-out rows; null is the data.eval, or the held-out part, of the adapter's run."
+    )
+    forgetting: list[SourceConfig] = Field([], description="Other held-out rows, which the adapter should not harm.")
+    variants: list[Literal["base", "quantised", "trained", "merged"]] | None = Field(
+        None, description="Models to compare; null is all that there are."
+    )
+    quant: Literal["nf4", "fp4", "int8", "none"] | None = Field(
+        None, description="Storage of the quantised base; null is the run's, for a model alone none."
+    )
+    merged: Text | None = Field(None, description="Folder of the merged model; null merges into one that goes again.")
+    limit: Count | None = Field(None, description="Rows of each set, the first so many; null is all.")
+    answers: Index = Field(200, description="Rows of each set of data that are answered; 0 is none.")
+    metric: Text = Field(
+        "exact", description="What makes an answer right: exact, number, regex, or FILE.py:FUNCTION, which is run."
+    )
+    pattern: Text | None = Field(None, description="Of metric=regex: its first group, or all of it, is compared.")
+    max_new_tokens: Count | None = Field(None, description="Longest answer; null is the run's, or 256.")
+    batch_size: Count = Field(32, description="Rows answered at a time.")
+    tasks: list[Text] = Field([], description="Tasks of lm-evaluation-harness: their YAML files or names.")
+    tasks_as_chat: bool = Field(True, description="Ask the tasks' questions through the chat template.")
+    resamples: Annotated[int, Field(ge=100, le=100_000)] = Field(1000, description="Resamples behind the intervals.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Of the resamples.")
+    out: Text | None = Field(None, description="Folder for gap.json, gap.md and gap.png; null is the adapter's run.")
+
+
+class CompareOptions(Section):
+    """`finetune compare`."""
+
+    out: Text | None = Field(None, description="Page to write, as compare.html; null prints the table alone.")
+
+
+class SensitivityOptions(Section):
+    """`finetune sensitivity`, beside its config."""
+
+    out: Text = Field("sensitivity", description="Folder of the measurements; given again, it goes on.")
+    rows: Count = Field(128, description="Rows of data.train to measure on, evenly spaced.")
+    type: Literal["both", "nf4", "fp4", "int8"] = Field(
+        "both", description="Storage to measure; both is int8 and the config's 4-bit type."
+    )
+    mode: Literal["only", "keep"] = Field(
+        "only", description="only: each layer alone is stored so; keep: each alone is in 16 bit, all others are so."
+    )
+
+
+class AllocateOptions(Section):
+    """`finetune allocate`, beside its config."""
+
+    sensitivity: Text = Field("sensitivity", description="Folder that finetune sensitivity wrote.")
+    budget_gb: Positive = Field(description="Most that the base's weights may take, in 10^9 bytes, embedding included.")
+    out: Text = Field("configs/quant/allocated.yaml", description="File to write, for quant=allocated.")
+    measure: bool = Field(True, description="Measure the choice, and simple ones of its size, on held-out rows.")
+    rows: Count = Field(256, description="Held-out rows to measure on; where there are none, rows of data.train.")

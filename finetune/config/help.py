@@ -16,12 +16,14 @@ def schema_help() -> str:
         if is_section(field.annotation):
             lines += ["", f"{path}: {field.description}"]
         elif not path.startswith("data.eval.*"):  # The items of data.eval are those of data.train.
-            key = path.replace("*", "0") + _default(path, field)
+            default = default_of(path, field)
+            key = path.replace("*", "0") + (f" = {default}" if default else "")
             lines.append(f"  {key:<38} {allowed(field.annotation, field.metadata)}. {field.description}")
     return "\n".join(lines).strip("\n")
 
 
-def _default(path: str, field: FieldInfo) -> str:
+def default_of(path: str, field: FieldInfo) -> str:
+    """As it would be written in YAML; empty for a key that must be given."""
     if path == "output_dir":
-        return " = outputs/${name}"
-    return "" if field.is_required() else f" = {json.dumps(field.default)}"
+        return "outputs/${name}"
+    return "" if field.is_required() else json.dumps(field.default)

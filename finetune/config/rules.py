@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         DataConfig,
         DistillConfig,
         GenerationConfig,
+        GuardConfig,
         LoraConfig,
         ModelConfig,
         QuantConfig,
@@ -27,6 +28,8 @@ Problems = Iterator[Problem]
 _GLOB = re.compile(r"[\w.*?!\[\]-]+")
 _BARE_NAMES = re.compile(r"\s*\w+\s*(,\s*\w+\s*)*")
 _FILE = re.compile(r"\.(jsonl?|csv|parquet|arrow)(\.\w+)?$")
+# Settings of `distill` that mean something where a teacher only measures.
+_OF_THE_TEACHER = ("cache", "tier", "head", "samples", "seed", "spot_check", "teacher")
 _NO_HELD_OUT = "there are no held-out rows; set data.held_out=0.05 or data.eval=[{path: rows.jsonl}]"
 
 
@@ -45,11 +48,16 @@ def _attention(model: ModelConfig) -> Problems:
         yield Problem("model.attention", "flash_attention_2 has no float32 kernel; set model.dtype=bfloat16")
 
 
-def _kept_modules(quant: QuantConfig) -> Problems:
-    yield from _twice("quant.keep", quant.keep)
-    for index, pattern in enumerate(quant.keep):
-        if not _GLOB.fullmatch(pattern):
-            yield from _bad_regex(f"quant.keep.{index}", pattern)
+def _named_modules(quant: QuantConfig) -> Problems:
+    for key, patterns in (("quant.keep", quant.keep), ("quant.int8", quant.int8)):
+        yield from _twice(key, patterns)
+        for index, pattern in enumerate(patterns):
+            if not _GLOB.fullmatch(pattern):
+                yield from _bad_regex(f"{key}.{index}", pattern)
+    for pattern in sorted(set(quant.keep) & set(quant.int8)):
+        yield Problem("quant.int8", f"{pattern} is in quant.keep too; it can be in one of them")
+    if quant.int8 and quant.type not in ("nf4", "fp4"):
+        yield Problem("quant.int8", f"names layers beside 4-bit ones; drop it, or set quant.type=nf4, not {quant.type}")
 
 
 def _resident(quant: QuantConfig) -> Problems:
@@ -203,13 +211,14 @@ def _held_out(data: DataConfig, train: TrainConfig) -> Problems:
             yield Problem(f"train.{name}", _NO_HELD_OUT)
 
 
-def _distillation(distill: DistillConfig) -> Problems:
+def _distillation(distill: DistillConfig, guard: GuardConfig) -> Problems:
     teacher = distill.teacher
     other = teacher.name is not None or teacher.lora is not None
-    changed = [key for key, field in type(distill).model_fields.items() if getattr(distill, key) != field.get_default()]
+    changed = _changed(distill)
     if distill.objective == "none":
-        if changed:
-            yield Problem("distill.objective", f"is none, so distill.{changed[0]} does nothing; set recover or distill")
+        idle = [key for key in changed if guard.max is None or key not in _OF_THE_TEACHER]
+        if idle:
+            yield Problem("distill.objective", f"is none, so distill.{idle[0]} does nothing; set recover or distill")
         return
     if distill.objective == "recover":
         if other:
@@ -228,9 +237,29 @@ def _distillation(distill: DistillConfig) -> Problems:
             yield Problem(f"distill.{name}", f"belongs to distill.divergence={owner}, not {distill.divergence}")
 
 
-def _placement(distill: DistillConfig) -> Problems:
+def _guard(data: DataConfig, train: TrainConfig, guard: GuardConfig) -> Problems:
+    if guard.max is None:
+        if changed := _changed(guard):
+            yield Problem("guard.max", f"is null, so guard.{changed[0]} does nothing; name a limit, as guard.max=0.1")
+        return
+    if not data.eval and not data.held_out:
+        yield Problem("guard.max", _NO_HELD_OUT)
+    if train.eval_every is None:
+        yield Problem("guard.max", "is looked at when held-out rows are; set train.eval_every as well")
+    if guard.action == "recover" and data.stream_rows is not None:
+        yield Problem("guard.action", "recover goes back to rows of earlier steps, which a stream has left behind")
+    if guard.action != "recover" and guard.steps != type(guard).model_fields["steps"].default:
+        yield Problem("guard.steps", f"belongs to guard.action=recover, not {guard.action}")
+
+
+def _changed(section: DistillConfig | GuardConfig) -> list[str]:
+    """Keys that are not at their default."""
+    return [key for key, field in type(section).model_fields.items() if getattr(section, key) != field.get_default()]
+
+
+def _placement(distill: DistillConfig, guard: GuardConfig) -> Problems:
     placement = distill.teacher.placement
-    if distill.objective == "none":
+    if distill.objective == "none" and guard.max is None:
         return
     if placement in ("cached", "server") and distill.cache is None:
         yield Problem("distill.cache", f"placement={placement} keeps the teacher's signal in a folder; name it")
@@ -260,8 +289,8 @@ def _exactness(distill: DistillConfig, whose: str) -> Problems:
         yield Problem("distill.hidden_weight", f"{whose} signal has no hidden states; {exact}")
 
 
-def _cached_rows(data: DataConfig, distill: DistillConfig) -> Problems:
-    if data.stream_rows is not None and distill.objective != "none":
+def _cached_rows(data: DataConfig, distill: DistillConfig, guard: GuardConfig) -> Problems:
+    if data.stream_rows is not None and (distill.objective != "none" or guard.max is not None):
         if distill.teacher.placement in ("cached", "server"):
             yield Problem("data.stream_rows", "rows of a stream are not known when the teacher's signal is cached")
         if distill.on_policy:
@@ -295,7 +324,7 @@ def _bad_regex(key: str, pattern: str) -> Problems:
 
 RULES: list[tuple[tuple[str, ...], Callable[..., Problems]]] = [
     (("model",), _attention),
-    (("quant",), _kept_modules),
+    (("quant",), _named_modules),
     (("quant",), _resident),
     (("lora",), _targets),
     (("lora",), _layers),
@@ -310,8 +339,9 @@ RULES: list[tuple[tuple[str, ...], Callable[..., Problems]]] = [
     (("train",), _stopping),
     (("data", "train"), _stream),
     (("data", "train"), _held_out),
-    (("distill",), _distillation),
-    (("distill",), _placement),
-    (("data", "distill"), _cached_rows),
+    (("distill", "guard"), _distillation),
+    (("distill", "guard"), _placement),
+    (("data", "distill", "guard"), _cached_rows),
+    (("data", "train", "guard"), _guard),
     (("data", "generation"), _answers),
 ]

@@ -70,6 +70,7 @@ class QuantConfig(Section):
     double: bool = Field(True, description="Quantise the 4-bit scales as well (saves 0.4 bit a weight).")
     compute_dtype: Dtype = Field("bfloat16", description="Type that 4-bit weights are multiplied in.")
     keep: list[Text] = Field([], description="Modules kept in 16 bit: names, globs or regexes; lm_head always is.")
+    int8: list[Text] = Field([], description="Modules kept in 8 bit beside 4-bit ones: names, globs or regexes.")
     cache: bool = Field(
         True, description="Keep the quantised model in $FINETUNE_CACHE, else ~/.cache/finetune, for the next start."
     )
@@ -251,6 +252,21 @@ class DistillConfig(Section):
     teacher: TeacherConfig = Field(TeacherConfig(), description="The teacher and where it is.")
 
 
+class GuardConfig(Section):
+    """A limit to how far a run may take the model from its teacher: by default from the base as it was in 16 bit."""
+
+    metric: Literal["teacher_kl"] = Field(
+        "teacher_kl", description="What is watched at each evaluation: KL(teacher || model), mean over held-out sets."
+    )
+    max: Positive | None = Field(None, description="Limit in nats a target token; null watches nothing.")
+    action: Literal["warn", "recover", "stop"] = Field(
+        "warn",
+        description="Beyond the limit: say so; learn from the teacher alone for guard.steps and measure again; or save "
+        "and end.",
+    )
+    steps: Count = Field(20, description="Steps of a recovery, over the rows of the run's latest steps.")
+
+
 class GenerationConfig(Section):
     """Answers to held-out rows, before, during and after the training."""
 
@@ -284,8 +300,14 @@ class RunConfig(Section):
     data: DataConfig = Field(description="What is trained and evaluated on.")
     train: TrainConfig = Field(TrainConfig(), description="The optimisation, its length, its checkpoints.")
     distill: DistillConfig = Field(DistillConfig(), description="Learning from a teacher's probabilities.")
+    guard: GuardConfig = Field(GuardConfig(), description="A limit to how far the model may drift from its teacher.")
     generation: GenerationConfig = Field(GenerationConfig(), description="Answers to held-out rows.")
     track: TrackConfig = Field(TrackConfig(), description="Where the metrics go besides metrics.jsonl.")
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the run has a teacher: to learn from, or to be measured against."""
+        return self.distill.objective != "none" or self.guard.max is not None
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

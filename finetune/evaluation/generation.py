@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.data.formats.messages import Conversation
 from finetune.data.template.chat import ChatTemplate
+from finetune.evaluation.decoding import Decoding, greedy
 from finetune.evaluation.perplexity import evaluating
+from finetune.losses.hidden import base_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +34,6 @@ def exact_match(answers: Sequence[Answer]) -> float:
     return sum(answer.exact for answer in answers) / len(answers)
 
 
-def _pad_left(prompts: Sequence[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    longest = max(map(len, prompts))
-    return {
-        "input_ids": torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device),
-        "attention_mask": torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device),
-    }
-
-
 @torch.no_grad()
 def answer_rows(
     model: PreTrainedModel | nn.Module,
@@ -55,23 +49,17 @@ def answer_rows(
     Rows are answered in batches of like length, padded on the left; the model's mode and random state stay as they are.
     Raises: DataError if the template refuses a conversation.
     """
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
-        eos_token_id=chat.stop_ids(), pad_token_id=pad, use_cache=True,
-    )  # fmt: skip
-    device = next(model.parameters()).device
     asked = [_up_to_last_answer(conversation) for conversation in conversations]
     prompts = [chat.prompt_ids(row.messages[:-1], row.tools) for row in asked]
+    stop_ids, vocabulary = frozenset(chat.stop_ids()), base_of(model).config.vocab_size
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
     with evaluating(model):
         for start in range(0, len(by_length), batch_size):
             rows = by_length[start : start + batch_size]
-            inputs = _pad_left([prompts[i] for i in rows], pad, device)
-            outputs = model.generate(**inputs, generation_config=greedy)  # type: ignore[operator]
-            new_tokens = outputs[:, inputs["input_ids"].shape[1] :]
-            for i, text in zip(rows, tokenizer.batch_decode(new_tokens, skip_special_tokens=True), strict=True):
+            batch = Decoding(model, [prompts[i] for i in rows], [max_new_tokens] * len(rows))
+            written = batch.write(greedy, stop_ids, vocabulary)
+            for i, text in zip(rows, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
                 answers[i] = Answer(_prompt_of(asked[i]), _expected(chat, asked[i]), text)
     return [answers[i] for i in range(len(prompts))]
 

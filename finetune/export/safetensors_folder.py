@@ -88,7 +88,7 @@ def _plain(dtype: torch.dtype, head: str) -> Storage:
 
 
 def _nf4(head: str) -> Storage:
-    settings: Any = quantization_config(QuantConfig(type="nf4"), [head])
+    settings: Any = quantization_config(QuantConfig(type="nf4"), {head: "none"})
     import bitsandbytes as bnb
 
     # A layer as transformers makes it while it loads: its options decide the bits.

@@ -2,7 +2,8 @@
 
 transformers' own loading keeps every file mapped until the end, and quantises each matrix with several fp32 copies of
 it. Here a model without storage is built, and each tensor is read, quantised and put in its place before the next; or
-its quantised form is taken from the cache. Values and attributes are those of `from_pretrained`, bit for bit.
+its quantised form is taken from the cache. Values and attributes are those of `from_pretrained`, bit for bit. Some
+layers may be in 8 or 16 bit beside the 4-bit ones (`quant.int8`, `quant.keep`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models.digest import identity, weights_digest
+from finetune.models.eight_bit import eight_bit_modules, give_eight_bit_layers, put_rows, quantise_rows, rows_of
 from finetune.models.quantised_cache import QuantisedCache, Say, cache_folder
+from finetune.models.quantize import storage_in
 from finetune.models.source import read_tensor
 
 # Elements quantised at once on CPU, where it is done in fp32 with several copies: they stay in the processor's cache.
@@ -52,21 +55,29 @@ def load_four_bit(
     base = build_skeleton(folder, getattr(torch, model.dtype), attention)
     if not holds_all(files, base):
         return None
-    quantizer = give_four_bit_layers(base, settings, device)
+    storage = storage_in(base, quant)
+    quantizer = give_quantised_layers(base, settings, storage, device)
     fill_plain(base, files, device)
-    _fill_quantised(base, files, cache_of(files, model, quant, settings, device, say), device)
+    _fill_quantised(base, files, cache_of(files, model, quant, storage, device, say), device)
     base.hf_quantizer = quantizer
     quantizer.postprocess_model(base)
     return base.eval()
 
 
-def give_four_bit_layers(base: PreTrainedModel, settings: BitsAndBytesConfig, device: torch.device) -> Any:
-    """Put bitsandbytes' layers into a skeleton, as transformers does, whose quantizer is returned."""
+def give_quantised_layers(
+    base: PreTrainedModel, settings: BitsAndBytesConfig, storage: Mapping[str, str], device: torch.device
+) -> Any:
+    """Put bitsandbytes' layers into a skeleton, as transformers does, whose quantizer is returned.
+
+    storage: from `storage_of`; transformers itself knows one type in a model, so the 8-bit layers come after it.
+    """
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     placement = {"": device}
     quantizer.validate_environment(device_map=placement)
     base.config.quantization_config = settings
     quantizer.preprocess_model(model=base, dtype=base.dtype, device_map=placement, checkpoint_files=[])
+    eight = [name for name, kind in storage.items() if kind == "int8"]
+    give_eight_bit_layers(base, eight, settings.llm_int8_threshold)
     return quantizer
 
 
@@ -179,7 +190,7 @@ def fill_plain(base: PreTrainedModel, files: Mapping[str, Path], device: torch.d
     The cache of quantised weights holds no second copy of it: an embedding alone would double its size at 0.5B, and
     reading it here costs the same.
     """
-    quantised = {f"{name}.weight" for name, _ in quantised_modules(base)}
+    quantised = {f"{name}.weight" for name, _ in (*quantised_modules(base), *eight_bit_modules(base))}
     for name in files.keys() - quantised:
         stored = read_tensor(files[name], name)
         tensor = stored.to(device=device, dtype=base.dtype)
@@ -229,13 +240,19 @@ def _quantise_all(base: PreTrainedModel, files: Mapping[str, Path], device: torc
             options: dict[str, Any] = {**module.weight.__dict__, "quant_state": state, "bnb_quantized": True}
             module.weight = bnb.nn.Params4bit(packed, requires_grad=False, **options)
             module.quant_state = state
+        for name, module in eight_bit_modules(base):
+            weight = read_tensor(files[f"{name}.weight"], f"{name}.weight").to(device=device, dtype=base.dtype)
+            put_rows(module, *quantise_rows(weight, workers.map))
 
 
 def _states(base: PreTrainedModel) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """What each 4-bit layer consists of, under the names that a state dict has for it."""
+    """What each quantised layer consists of, under the names that a state dict has for it; `SCB` goes by its weight."""
     for name, module in quantised_modules(base):
         parts = module.weight.quant_state.as_dict(packed=True)
         yield name, {f"{name}.weight": module.weight.data, **{f"{name}.weight.{key}": v for key, v in parts.items()}}
+    for name, module in eight_bit_modules(base):
+        codes, largest = rows_of(module)
+        yield name, {f"{name}.weight": codes, f"{name}.weight.SCB": largest}
 
 
 def _use(base: PreTrainedModel, stored: dict[str, Tensor], device: torch.device) -> None:
@@ -251,17 +268,22 @@ def _use(base: PreTrainedModel, stored: dict[str, Tensor], device: torch.device)
         module.weight = bnb.nn.Params4bit.from_prequantized(
             state.pop(""), state, requires_grad=False, device=device, module=module
         )
+    for name, module in eight_bit_modules(base):
+        put_rows(module, parts[name][""].to(device), parts[name]["SCB"].to(device))
 
 
 def cache_of(
     files: Mapping[str, Path],
     model: ModelConfig,
     quant: QuantConfig,
-    settings: BitsAndBytesConfig,
+    storage: Mapping[str, str],
     device: torch.device,
     say: Say,
 ) -> QuantisedCache | None:
-    """The cache entry of this model under these options; None where there is to be none, or can be none."""
+    """The cache entry of this model under these options; None where there is to be none, or can be none.
+
+    storage: from `storage_of`.
+    """
     if not quant.cache:
         return None
     import bitsandbytes as bnb
@@ -274,10 +296,12 @@ def cache_of(
         return None
     made_from = {
         "weights": digest, "dtype": model.dtype, "type": quant.type, "double": quant.double,
-        "keep": sorted(settings.llm_int8_skip_modules or []),
+        "keep": sorted(name for name, kind in storage.items() if kind == "none"),
         # Kernels of another kind or version may round otherwise.
         "device": device.type, "bitsandbytes": bnb.__version__,
     }  # fmt: skip
+    if eight := sorted(name for name, kind in storage.items() if kind == "int8"):
+        made_from["int8"] = eight
     return QuantisedCache(folder, made_from, say)
 
 

@@ -1,8 +1,10 @@
-"""The 4-bit form of one weight at a time, without a model around it."""
+"""The quantised form of one weight at a time, without a model around it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,24 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 from finetune.config.schema import ModelConfig, QuantConfig
+from finetune.models.eight_bit import dequantise_rows, eight_bit_modules, quantise_rows
 from finetune.models.four_bit import (
     build_skeleton,
     cache_of,
-    give_four_bit_layers,
+    give_quantised_layers,
     quantise,
     quantised_modules,
     quantising_workers,
 )
 from finetune.models.quantised_cache import Say
+from finetune.models.quantize import storage_in
+
+# Rows `start` to `stop` of a weight, fp32 on the CPU.
+Rows = Callable[[int, int], Tensor]
 
 
-class FourBitWeights:
-    """What a model's weights are in 4 bit: as training left them in its cache, else quantised when they are asked for.
+class QuantisedWeights:
+    """What a model's weights are in 4 or 8 bit: as training left them in its cache, else quantised when asked for.
 
     Both are the same bits: the cache is found by all that decides them.
     """
@@ -40,33 +47,55 @@ class FourBitWeights:
     ):
         """folder, files: of the 16-bit model. settings: from `load.quantisation_of`. say: as for `load_base`."""
         skeleton = build_skeleton(folder, getattr(torch, model.dtype), "eager")
-        give_four_bit_layers(skeleton, settings, device)
+        storage = storage_in(skeleton, quant)
+        give_quantised_layers(skeleton, settings, storage, device)
         self._like = {f"{name}.weight": module.weight for name, module in quantised_modules(skeleton)}
+        self._eight_bit = {f"{name}.weight" for name, _ in eight_bit_modules(skeleton)}
         self._device = device
         self._dtype: torch.dtype = getattr(torch, model.dtype)
+        self._computed_in: torch.dtype = getattr(torch, quant.compute_dtype)
         self._cached: dict[str, dict[str, Tensor]] = {}
-        cache = cache_of(files, model, quant, settings, device, say)
+        cache = cache_of(files, model, quant, storage, device, say)
         for name, tensor in ((cache.find() if cache is not None else None) or {}).items():
             owner, _, key = name.partition(".weight")
             self._cached.setdefault(f"{owner}.weight", {})[key.removeprefix(".")] = tensor
 
     def __contains__(self, name: str) -> bool:
-        return name in self._like
+        return name in self._like or name in self._eight_bit
 
     @property
     def names(self) -> set[str]:
-        """Of the weights that are in 4 bit."""
-        return set(self._like)
+        """Of the weights that are quantised."""
+        return self._eight_bit | set(self._like)
 
-    def block_size(self, name: str) -> int:
-        """Numbers that share a scale."""
-        return self._like[name].blocksize
+    def row_unit(self, name: str, width: int) -> int:
+        """Rows [out] of so many numbers after which a block of the quantisation ends, always."""
+        if name in self._eight_bit:
+            return 1
+        block = self._like[name].blocksize
+        return block // math.gcd(block, width)
 
-    def take(self, name: str, original: Callable[[], Tensor]) -> tuple[Tensor, Any]:
-        """A weight packed as uint8 [n, 1], and bitsandbytes' state of it.
+    def dequantised(self, name: str, original: Callable[[], Tensor]) -> Rows:
+        """The weight as training computes with it: quantised with the same options, and rounded as there.
 
         original: reads it in 16 bit [out, in], if it has to be. A weight is cheap once: its pages are let go of then.
+        Rows are to be asked for from a multiple of `row_unit` on.
         """
+        if name in self._eight_bit:
+            codes, largest = self._eight_bit_form(name, original)
+            return lambda start, stop: (
+                dequantise_rows(codes[start:stop], largest[start:stop], self._dtype).float().cpu()
+            )
+        return _four_bit_rows(*self._four_bit_form(name, original), self._computed_in)
+
+    def _eight_bit_form(self, name: str, original: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        if parts := self._cached.pop(name, None):
+            return parts[""].to(self._device), parts["SCB"].to(self._device)
+        with quantising_workers() as workers:
+            return quantise_rows(original().to(device=self._device, dtype=self._dtype), workers.map)
+
+    def _four_bit_form(self, name: str, original: Callable[[], Tensor]) -> tuple[Tensor, Any]:
+        """A weight packed as uint8 [n, 1], and bitsandbytes' state of it."""
         from bitsandbytes.functional import QuantState
 
         if parts := self._cached.pop(name, None):
@@ -75,3 +104,22 @@ class FourBitWeights:
         weight = original().to(device=self._device, dtype=self._dtype)
         with quantising_workers() as workers:
             return quantise(weight, self._like[name], workers.map)
+
+
+def _four_bit_rows(packed: Tensor, state: Any, computed_in: torch.dtype) -> Rows:
+    from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
+
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    width = state.shape[1]
+
+    def rows(start: int, stop: int) -> Tensor:
+        first, last = start * width, stop * width
+        part = copy(state)
+        part.nested, part.dtype, part.shape = False, computed_in, torch.Size((stop - start, width))
+        part.absmax = absmax[first // state.blocksize : -(-last // state.blocksize)]
+        two_a_byte = packed[first // 2 : -(-last // 2)]
+        return dequantize_4bit(two_a_byte, part).float().cpu()
+
+    return rows

@@ -21,17 +21,16 @@ from transformers.utils import logging as transformers_logging
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.errors import ConfigError, IntegrityError, MissingExtra, ResourceError
+from finetune.models.eight_bit import quantise_loaded
 from finetune.models.families import shape_of
 from finetune.models.four_bit import build_skeleton, keep_resident, load_four_bit
 from finetune.models.quantised_cache import Say
 from finetune.models.quantize import (
     FOUR_BIT,
     check_quantized,
-    head_name,
     keep_weights_trainable_after_eval,
-    kept_modules,
-    linear_names,
     quantization_config,
+    storage_in,
 )
 from finetune.models.source import TEXT_FILES, WEIGHT_FILES, fetch, read_config, read_json, weight_files
 from finetune.ops import attention
@@ -121,6 +120,9 @@ def load_base(
             base = load_four_bit(source.folder, files, model, kernel, quant, settings, place, say)
         if base is None:
             base = _load_by_transformers(source.folder, model, kernel, settings, place)
+            if settings is not None and quant.type in FOUR_BIT and quant.int8:
+                eight = [name for name, kind in storage_in(base, quant).items() if kind == "int8"]
+                quantise_loaded(base, eight, settings.llm_int8_threshold)
         base.requires_grad_(False)
         if quant.type != "none":
             keep_weights_trainable_after_eval(base)
@@ -176,10 +178,10 @@ def quiet() -> Iterator[None]:
 
 
 def quantisation_of(folder: Path, model: ModelConfig, quant: QuantConfig) -> BitsAndBytesConfig | None:
-    """The quantisation settings with `quant.keep` resolved on a model without weights."""
+    """The quantisation settings with the names in `quant` resolved on a model without weights."""
     # Names need no attention kernel, which may not be installed: that is for the loading to say.
     skeleton = build_skeleton(folder, getattr(torch, model.dtype), "eager")
-    return quantization_config(quant, kept_modules(quant, linear_names(skeleton), head_name(skeleton)))
+    return quantization_config(quant, storage_in(skeleton, quant))
 
 
 @contextmanager

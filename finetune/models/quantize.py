@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,35 +10,22 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from finetune.config.schema import QuantConfig
-from finetune.errors import ConfigError, FinetuneError, MissingExtra
+from finetune.errors import FinetuneError, MissingExtra
 from finetune.models.families import family_of
-from finetune.models.names import close_names, matches
-
-FOUR_BIT = ("nf4", "fp4")
+from finetune.models.storage import FOUR_BIT, storage_of
 
 
-def kept_modules(cfg: QuantConfig, module_names: list[str], head: str) -> list[str]:
-    """Full names of the linear layers that stay in 16 bit: the head, and what `quant.keep` names.
-
-    module_names: full names of all linear layers.
-    Raises: ConfigError naming every entry of `quant.keep` that matches no layer.
-    """
-    found = {pattern: [name for name in module_names if matches(pattern, name)] for pattern in cfg.keep}
-    lost = [
-        f"quant.keep: {pattern!r} matches no linear layer; {close_names(pattern, module_names)}"
-        for pattern, names in found.items()
-        if not names
-    ]
-    if lost:
-        raise ConfigError("\n".join(lost))
-    return sorted({head}.union(*found.values()))
+def storage_in(model: PreTrainedModel, cfg: QuantConfig) -> dict[str, str]:
+    """What each of a model's linear layers is to be stored as, by full name. Raises: as `storage_of`."""
+    return storage_of(cfg, linear_names(model), head_name(model))
 
 
-def quantization_config(cfg: QuantConfig, kept: list[str]) -> BitsAndBytesConfig | None:
+def quantization_config(cfg: QuantConfig, storage: Mapping[str, str]) -> BitsAndBytesConfig | None:
     """What transformers needs to quantise a model while it loads; None for plain 16 or 32 bit.
 
-    kept: from `kept_modules`. Full names, because transformers matches a shorter one from the start of a name or as a
-    suffix, silently nothing otherwise, and replaces its own list (the head) by this one.
+    storage: from `storage_of`. What is stored otherwise than `quant.type` says goes by its full name, because
+    transformers matches a shorter one from the start of a name or as a suffix, silently nothing otherwise, and replaces
+    its own list (the head) by this one.
     Raises: MissingExtra if bitsandbytes can't be imported.
     """
     if cfg.type == "none":
@@ -51,7 +39,7 @@ def quantization_config(cfg: QuantConfig, kept: list[str]) -> BitsAndBytesConfig
     return BitsAndBytesConfig(
         load_in_4bit=cfg.type in FOUR_BIT,
         load_in_8bit=cfg.type == "int8",
-        llm_int8_skip_modules=kept,
+        llm_int8_skip_modules=sorted(name for name, kind in storage.items() if kind != cfg.type),
         bnb_4bit_quant_type=cfg.type if cfg.type in FOUR_BIT else "nf4",
         bnb_4bit_use_double_quant=cfg.double,
         # Its own default computes in fp32.
@@ -79,15 +67,14 @@ def check_quantized(model: PreTrainedModel, cfg: QuantConfig) -> None:
 
     Raises: FinetuneError naming the modules that are not as they should be.
     """
-    linear = linear_names(model)
-    quantised = set() if cfg.type == "none" else set(linear) - set(kept_modules(cfg, linear, head_name(model)))
+    storage = storage_in(model, cfg)
     wrong = []
     for name, module in model.named_modules():
-        found = stored_as(module)
-        if (wanted := cfg.type if name in quantised else "none") != found:
+        found, wanted = stored_as(module), storage.get(name, "none")
+        if wanted != found:
             wrong.append(f"{name} is stored as {found}, not {wanted}")
         for parameter_name, parameter in module.named_parameters(name, recurse=False):
-            plain = not (name in quantised and parameter_name.endswith(".weight"))
+            plain = wanted == "none" or not parameter_name.endswith(".weight")
             if plain and parameter.dtype != model.dtype:
                 wrong.append(f"{parameter_name} is {parameter.dtype}, not {model.dtype}")
     if wrong:

@@ -14,18 +14,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.schema import RunConfig
-from finetune.planning.memory import adapted_linears, linear_shapes
+from finetune.planning.memory import DTYPE_BYTES, adapted_linears, layer_precisions, linear_shapes
 
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Linears that a kernel computes together; if it does not know one of them, none.
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 _ROOMS = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"o_proj"}), _MLP)
-# Values of logits alive at once (losses/chunked.py), and bytes of each: as multiplied, in fp32, their gradient.
-_LOGITS = {"cuda": (2**26, 10), "cpu": (2**25, 8)}
+# losses/chunked.py: values of logits alive at once. ops/cross_entropy.py: values that a block of the softmax works on,
+# a block for each thread of a CPU; three fp32 values of each are alive.
+_LOGITS, _BLOCK = {"cuda": 2**26, "cpu": 2**25}, {"cuda": 2**24, "cpu": 2**20}
+_BLOCK_BYTES = 12
+# A teacher's logits beside the student's, and of each block's values the four more that ops/divergence.py compares.
+_TEACHER_BLOCK_BYTES = 28
 # ops/attention.py: a CPU's lengths are rounded up to a multiple, and shorter documents keep no output.
 _ROUNDING, _FUSED_BACKWARD_FROM = 32, 513
-# Bytes alive a value of [T, I] while the MLP's backward pass runs: fp32 copies, unless one compiled pass makes it all.
-_MLP_WORK = {"compiled": 4, "plain torch": 36}
+# ops/cpu_attention.py: queries of a block; fp32 values alive for each pair of a query and a key.
+_QUERIES, _SCORE_BYTES = 128, 20
+# Bytes alive a value of [T, I] in the MLP's backward pass, by how ops/elementwise.py runs. Plain: eight fp32 values in
+# swiglu_backward_ (gate, up, gradient, sigmoid, their product, two factors of a product, the product) and the 16-bit
+# gradient. Compiled, one pass makes it all. PEFT's own modules keep the gradients of product, gate and up.
+_MLP_WORK = {"plain torch": 34, "compiled": 4, "peft": 8}
+# Of a forward pass without gradients: gate, up and their product in 16 bit, and two fp32 values in swiglu_forward.
+_MLP_FORWARD = {"plain torch": 12, "compiled": 6, "peft": 8}
+# glibc: the most that its threshold for mapping a block of its own rises to (DEFAULT_MMAP_THRESHOLD_MAX, 64-bit).
+_MAPPED_FROM = 32 * 2**20
+# DoRA (peft 0.21) makes W + BA in fp32 to measure its norm: the weight, the product and the sum.
+_DORA_BYTES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +47,8 @@ class ActivationPlan:
 
     kept: what each layer that backward reaches holds when it is not recomputed, from the lowest of them on. input: what
     a recomputed one holds. first: number of the lowest one. head: the loss's work, when all of that is alive.
-    work: temporaries of a layer's backward pass, the dequantised weight among them. layers: all of the model's.
+    work: temporaries of a layer's backward pass. layers: all of the model's. hole: what the allocator cannot use again
+    beside each layer that keeps its activations.
     """
 
     kept: tuple[float, ...]
@@ -43,17 +57,34 @@ class ActivationPlan:
     head: float
     work: float
     layers: int
+    hole: float = 0.0
 
     def peak_bytes(self, recomputed: int, offload: bool = False) -> float:
-        """The most that is alive at once when the first `recomputed` of the layers in `kept` are recomputed.
+        """The most that is alive at once when the first `recomputed` of the layers in `kept` are recomputed."""
+        return max(sum(parts.values()) for parts in self.moments(recomputed, offload).values())
 
-        Either at the loss, or while the first layer of backward or the topmost recomputed one is at work. offload: of
-        the inputs in main memory two are on the device, one in use and one on its way.
+    def moments(self, recomputed: int, offload: bool = False) -> dict[str, dict[str, float]]:
+        """What is alive by part, at the moments that can be the peak: at the loss, and while the first layer of
+        backward or the topmost recomputed one is at work.
+
+        offload: of the inputs in main memory two are on the device, one in use and one on its way.
         """
         inputs = min(recomputed, 2 if offload else recomputed) * self.input
-        whole = inputs + sum(self.kept[recomputed:]) + max(self.head, self.work)
-        again = inputs + self.kept[recomputed - 1] + self.work if recomputed else 0.0
-        return max(whole, again)
+        kept = self.kept[recomputed:]
+        held = {
+            "inputs of recomputed layers": inputs,
+            "activations kept": sum(kept),
+            "holes between activations": len(kept) * self.hole,
+        }
+        moments = {
+            "loss": {**held, "loss workspace": self.head},
+            "backward": {**held, "layer workspace": self.work},
+        }
+        if recomputed:
+            again = {"activations kept": self.kept[recomputed - 1], "holes between activations": self.hole}
+            again["layer workspace"] = self.work
+            moments["recomputing"] = {"inputs of recomputed layers": inputs, **again}
+        return moments
 
     def fewest(self, budget_bytes: float) -> int:
         """The smallest number of recomputed layers whose peak fits; all that backward reaches, if none does."""
@@ -72,27 +103,96 @@ def plan_activations(
     width = DTYPE_BYTES[cfg.model.dtype]
     adapted = [adapted_linears(layer, cfg.lora) for layer in range(layers)]
     first = first_reached(adapted, cfg)
-    linears = linear_shapes(shape)
-    kept = tuple(
-        tokens * sum(kept_bytes(shape, cfg, names, device_type, document_tokens).values()) for names in adapted[first:]
-    )
-    packed = cfg.quant.type in ("nf4", "fp4") and not cfg.quant.resident
-    dequantised = max(out * inputs for out, inputs in linears.values()) * DTYPE_BYTES[cfg.quant.compute_dtype]
-    mlp_work = _MLP_WORK["compiled" if cfg.train.compile or not cfg.train.fast else "plain torch"]
-    values, bytes_each = _LOGITS["cuda" if device_type == "cuda" else "cpu"]
-    logits = min(values, tokens * shape["vocab_size"]) * bytes_each
-    if cfg.distill.objective != "none":
-        logits *= 2  # the teacher's beside the student's
+    eight_bit = [_in_eight_bit(layer, cfg) for layer in range(layers)]
+    bytes_of: dict[tuple[frozenset[str], frozenset[str]], float] = {}
+    for kinds in zip(adapted[first:], eight_bit[first:], strict=True):
+        if kinds not in bytes_of:
+            bytes_of[kinds] = sum(kept_bytes(shape, cfg, kinds[0], device_type, document_tokens, kinds[1]).values())
+    kept = tuple(tokens * bytes_of[kinds] for kinds in zip(adapted[first:], eight_bit[first:], strict=True))
     hidden = tokens * shape["hidden_size"] * width
     return ActivationPlan(
         kept=kept,
         input=hidden,
         first=first,
         # Beside the logits: the last hidden states, their normed copy, the rows with a target, and their gradient.
-        head=logits + 4 * hidden,
-        work=tokens * shape["intermediate_size"] * mlp_work + 4 * hidden + (dequantised if packed else 0),
+        head=loss_bytes(cfg, tokens, shape["vocab_size"], device_type) + 4 * hidden,
+        work=_layer_work(shape, cfg, tokens, device_type, document_tokens) + 2 * hidden,
         layers=layers,
+        hole=_hole(tokens * shape["intermediate_size"] * width, device_type),
     )
+
+
+def evaluation_bytes(shape: Mapping[str, Any], cfg: RunConfig, tokens: int, device_type: str) -> dict[str, float]:
+    """What a forward pass without gradients holds, at its widest: in a layer's MLP, or at the loss."""
+    hidden = tokens * shape["hidden_size"] * DTYPE_BYTES[cfg.model.dtype]
+    mlp = tokens * shape["intermediate_size"] * _MLP_FORWARD[kernels_of(cfg)] * DTYPE_BYTES[cfg.model.dtype] / 2
+    loss = loss_bytes(cfg, tokens, shape["vocab_size"], device_type)
+    return {"layer workspace": mlp + 3 * hidden} if mlp > loss else {"loss workspace": loss + 3 * hidden}
+
+
+def loss_bytes(cfg: RunConfig, tokens: int, vocabulary: int, device_type: str) -> float:
+    """A chunk of logits, as multiplied (fp32 on a GPU, rounded once on a CPU), its gradient, and a block's temporaries.
+
+    A CPU writes the gradient in the logits' place; on a GPU it is a copy in the model's type.
+    """
+    cuda, width = device_type == "cuda", DTYPE_BYTES[cfg.model.dtype]
+    kind = "cuda" if cuda else "cpu"
+    values = min(_LOGITS[kind], tokens * vocabulary)
+    each = 4 + width if cuda and width < 4 else width
+    logits, block = values * each, min(values, _BLOCK[kind]) * _BLOCK_BYTES
+    if cfg.distill.objective == "none":
+        return logits + block
+    if cfg.distill.teacher.placement == "cached" and cfg.distill.tier == "sampled":
+        return logits + block
+    return 2 * logits + min(values, _BLOCK[kind]) * _TEACHER_BLOCK_BYTES
+
+
+def kernels_of(cfg: RunConfig) -> str:
+    """How the elementwise steps run: compiled, plain torch, or PEFT's and transformers' own modules.
+
+    `train.compile=null` compiles long runs, on a GPU too; the larger of both is planned for.
+    """
+    if not cfg.train.fast:
+        return "peft"
+    return "compiled" if cfg.train.compile else "plain torch"
+
+
+def _layer_work(
+    shape: Mapping[str, Any], cfg: RunConfig, tokens: int, device_type: str, document_tokens: int | None
+) -> float:
+    """The most that one layer's backward pass holds beside what was kept: in its MLP, in its attention, or while a
+    weight is in 16 bit.
+    """
+    linears = linear_shapes(shape)
+    largest = max(out * inputs for out, inputs in linears.values())
+    mlp = tokens * shape["intermediate_size"] * _MLP_WORK[kernels_of(cfg)] * DTYPE_BYTES[cfg.model.dtype] / 2
+    attention = 0.0
+    document = document_tokens or cfg.data.max_length
+    if device_type == "cpu" and cfg.model.attention == "auto" and document < _FUSED_BACKWARD_FROM:
+        attention = tokens * shape["num_attention_heads"] * min(_QUERIES, document) * _SCORE_BYTES
+    four_bit = cfg.quant.type in ("nf4", "fp4") and not cfg.quant.resident
+    weight = largest * DTYPE_BYTES[cfg.quant.compute_dtype] if four_bit else 0
+    if device_type == "cuda":
+        held = weight  # ops/linear.py keeps one buffer of the largest matrix
+    else:
+        held, mlp = 0.0, max(mlp, weight + 4 * tokens * shape["intermediate_size"])
+    adapted = frozenset.union(*(adapted_linears(layer, cfg.lora) for layer in range(shape["num_hidden_layers"])))
+    dora = max((_DORA_BYTES * linears[name][0] * linears[name][1] for name in adapted), default=0) * cfg.lora.dora
+    return held + max(mlp, attention, dora)
+
+
+def _hole(block_bytes: float, device_type: str) -> float:
+    """What glibc's heap loses beside each kept layer: the place of one block [T, I], the product of gate and up, which
+    smaller kept tensors come to lie in. Measured on 0.5B and 1.5B with 512 to 2048 tokens (0.8 to 1.2 such blocks).
+    Blocks from 32 MB on are mapped one by one and leave none.
+    """
+    return block_bytes if device_type == "cpu" and block_bytes < _MAPPED_FROM else 0.0
+
+
+def _in_eight_bit(layer: int, cfg: RunConfig) -> frozenset[str]:
+    if cfg.quant.type != "int8" and not cfg.quant.int8:
+        return frozenset()
+    return frozenset(name for name, kind in layer_precisions(layer, cfg.model, cfg.quant).items() if kind == "int8")
 
 
 def first_reached(adapted: list[frozenset[str]], cfg: RunConfig) -> int:
@@ -107,8 +207,12 @@ def kept_bytes(
     adapted: frozenset[str],
     device_type: str,
     document_tokens: int | None = None,
+    eight_bit: frozenset[str] = frozenset(),
 ) -> dict[str, float]:
-    """Bytes a token that a layer with adapters on these linears keeps for its backward pass, by what they are."""
+    """Bytes a token that a layer with adapters on these linears keeps for its backward pass, by what they are.
+
+    eight_bit: its linears that are stored in int8, which the kernels do not know.
+    """
     width, linears = DTYPE_BYTES[cfg.model.dtype], linear_shapes(shape)
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     terms = {
@@ -124,7 +228,7 @@ def kept_bytes(
         mine = adapted & room
         inputs = [linears[name][1] for name in mine]
         # What the kernels do not know is computed by PEFT's own modules.
-        if not cfg.train.fast or cfg.quant.type == "int8" or (cfg.lora.dora and mine):
+        if not cfg.train.fast or eight_bit & room or (cfg.lora.dora and mine):
             # gate, silu(gate) and up; an fp32 copy of its input and the product with A for each adapter by itself; on a
             # CPU dropout keeps what it multiplied with, in fp32.
             terms["mlp"] += 3 * inner * width if room is _MLP else 0

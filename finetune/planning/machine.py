@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 _CGROUPS, _MEMBERSHIP, _MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
@@ -48,6 +50,28 @@ def device_type_here() -> str:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
     found = any(True for pattern in ("nvidia[0-9]*", "dxg", "kfd") for _ in Path("/dev").glob(pattern))
     return "cuda" if found and not hidden else "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """A GPU as its driver knows it."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+def device_memory() -> DeviceMemory | None:
+    """The first GPU that this process may see, asked of nvidia-smi: no library is loaded, no context made."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    if chosen := os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]:
+        command.append(f"--id={chosen}")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        name, total, free = (word.strip() for word in done.stdout.splitlines()[0].rsplit(",", 2))
+        return DeviceMemory(name, int(total) * 2**20, int(free) * 2**20)
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
+        return None
 
 
 def cpu_quota() -> float | None:

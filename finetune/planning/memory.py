@@ -1,4 +1,4 @@
-"""Bytes that a run holds before the first step, from the model's shapes and the config.
+"""Bytes that a run holds whatever its rows are: the base by precision, what is trained, gradients, the optimizer.
 
 Source: Dettmers et al. 2023, arXiv:2305.14314 (4-bit blocks of 64 weights, 8-bit double quantisation in blocks of 256).
 """
@@ -6,32 +6,38 @@ Source: Dettmers et al. 2023, arXiv:2305.14314 (4-bit blocks of 64 weights, 8-bi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
+from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig, RunConfig
+from finetune.models.names import ends_with, matches, matches_key
 
-_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-_BLOCK, _OUTER_BLOCK = 64, 256
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+FOUR_BIT = ("nf4", "fp4")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# fp32 value, gradient and AdamW's two moments.
-_BYTES_PER_TRAINED = 16
+_BIASED = ("q_proj", "k_proj", "v_proj")
+_BLOCK, _OUTER_BLOCK = 64, 256
+# fp32: a trained value; its gradient; AdamW's two moments.
+_VALUE, _GRADIENT, _MOMENTS = 4, 4, 8
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Static memory of one rank. parameters, trained: counts; the rest in bytes, activations not included."""
+    """Static memory of one rank. parameters, trained: counts. parts: bytes by what they are for, none of them 0."""
 
     parameters: int
     trained: int
-    quantised_bytes: float
-    unquantised_bytes: float
-    adapter_bytes: int
+    parts: Mapping[str, float]
 
     @property
     def total_bytes(self) -> float:
-        return self.quantised_bytes + self.unquantised_bytes + self.adapter_bytes
+        return sum(self.parts.values())
+
+    @property
+    def trained_bytes(self) -> float:
+        """What training adds to the base: the trained values, their gradients and moments."""
+        return sum(self.parts.get(name, 0.0) for name in ("adapter", "gradients", "optimizer"))
 
 
 def linear_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -48,52 +54,120 @@ def linear_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def plan_memory(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig, lora: LoraConfig) -> MemoryPlan:
-    """Static bytes of a Qwen2 model of this shape (keys as in config.json), quantised and adapted as configured.
-
-    `quant.keep`, patterns and `modules_to_save` are not counted.
-    """
+    """Static bytes of a Qwen2 model of this shape (keys as in config.json), quantised and adapted as configured."""
     linears, layers, hidden = linear_shapes(shape), shape["num_hidden_layers"], shape["hidden_size"]
+    width, table = DTYPE_BYTES[model.dtype], shape["vocab_size"] * hidden
     in_linears = layers * sum(out * inputs for out, inputs in linears.values())
-    biases = layers * sum(linears[name][0] for name in ("q_proj", "k_proj", "v_proj"))
-    norms = (2 * layers + 1) * hidden
-    tables = shape["vocab_size"] * hidden * (1 if shape.get("tie_word_embeddings") else 2)
-    trained = _trained(linears, layers, lora)
+    vectors = layers * sum(linears[name][0] for name in _BIASED) + (2 * layers + 1) * hidden
+    tied = bool(shape.get("tie_word_embeddings"))
+    trained = trained_parameters(shape, lora)
+    parts = _base_parts(shape, model, quant)
+    parts |= {
+        "embedding" if not tied else "embedding and head (tied)": table * width,
+        "head": 0 if tied else table * width,
+        "norms and biases": vectors * width,
+        "adapter": trained * _VALUE,
+        "gradients": trained * _GRADIENT,
+        "optimizer": trained * _MOMENTS,
+    }
     return MemoryPlan(
-        parameters=in_linears + biases + norms + tables,
+        parameters=in_linears + vectors + table * (1 if tied else 2),
         trained=trained,
-        quantised_bytes=in_linears * bytes_per_weight(quant, model),
-        unquantised_bytes=(biases + norms + tables) * _DTYPE_BYTES[model.dtype],
-        adapter_bytes=trained * _BYTES_PER_TRAINED,
+        parts={name: float(size) for name, size in parts.items() if size},
     )
 
 
-def bytes_per_weight(quant: QuantConfig, model: ModelConfig) -> float:
-    """Storage of one weight of a linear, scales included."""
-    if quant.type == "none":
-        return _DTYPE_BYTES[model.dtype]
-    if quant.type == "int8":
+def _base_parts(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig) -> dict[str, float]:
+    """The blocks' linears by precision, and the 16-bit copies that `quant.resident` keeps of 4-bit ones."""
+    parts: dict[str, float] = {}
+    linears = linear_shapes(shape)
+    for layer in range(shape["num_hidden_layers"]):
+        for name, precision in layer_precisions(layer, model, quant).items():
+            weights = linears[name][0] * linears[name][1]
+            key = f"linears in {precision}"
+            parts[key] = parts.get(key, 0.0) + weights * bytes_per_weight(precision, quant)
+            if precision == "int8":
+                parts[key] += 4 * linears[name][0]  # a scale for each row
+            if quant.resident and precision in FOUR_BIT:
+                copies = "16-bit copies of 4-bit linears"
+                parts[copies] = parts.get(copies, 0.0) + weights * DTYPE_BYTES[quant.compute_dtype]
+    return parts
+
+
+def layer_precisions(layer: int, model: ModelConfig, quant: QuantConfig) -> dict[str, str]:
+    """How each linear of a block is stored: nf4, fp4, int8, or the model's own type."""
+    return {name: precision_of(module_path(layer, name), model, quant) for name in LINEARS}
+
+
+def precision_of(path: str, model: ModelConfig, quant: QuantConfig) -> str:
+    """How one linear of a block is stored. path: its full name."""
+    if quant.type == "none" or any(matches(pattern, path) for pattern in quant.keep):
+        return model.dtype
+    return "int8" if any(matches(pattern, path) for pattern in quant.int8) else quant.type
+
+
+def bytes_per_weight(precision: str, quant: QuantConfig) -> float:
+    """Storage of one weight of a linear, the scales of 4-bit blocks included."""
+    if precision in DTYPE_BYTES:
+        return DTYPE_BYTES[precision]
+    if precision == "int8":
         return 1.0
     return 0.5 + (1 / _BLOCK + 4 / (_BLOCK * _OUTER_BLOCK) if quant.double else 4 / _BLOCK)
 
 
-def _trained(linears: Mapping[str, tuple[int, int]], layers: int, lora: LoraConfig) -> int:
-    return sum(
-        lora.rank * sum(linears[name]) + (linears[name][0] if lora.dora else 0)
-        for layer in range(layers)
-        for name in adapted_linears(layer, lora)
-    )
+def module_path(layer: int, name: str) -> str:
+    """Full name of a linear of a Qwen2 block."""
+    room = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+    return f"model.layers.{layer}.{room}.{name}"
+
+
+def trained_parameters(shape: Mapping[str, Any], lora: LoraConfig) -> int:
+    """Values that training moves: factors, DoRA's magnitudes, modules trained in full, rows of new tokens."""
+    linears, total = linear_shapes(shape), 0
+    for layer in range(shape["num_hidden_layers"]):
+        for name in adapted_linears(layer, lora):
+            out, inputs = linears[name]
+            total += rank_of(module_path(layer, name), lora) * (out + inputs) + (out if lora.dora else 0)
+    tables = 1 if shape.get("tie_word_embeddings") else 2
+    total += len(lora.new_tokens) * shape["hidden_size"] * tables
+    return total + sum(size for path, size in _modules(shape) if is_saved(path, lora))
+
+
+def is_saved(path: str, lora: LoraConfig) -> bool:
+    """Whether a module is trained in full (`lora.modules_to_save`)."""
+    return any(ends_with(path, wanted) for wanted in lora.modules_to_save)
+
+
+def _modules(shape: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Full name and values of every module that holds any."""
+    linears, hidden = linear_shapes(shape), shape["hidden_size"]
+    table = shape["vocab_size"] * hidden
+    yield from (("model.embed_tokens", table), ("lm_head", table), ("model.norm", hidden))
+    for layer in range(shape["num_hidden_layers"]):
+        yield f"model.layers.{layer}.input_layernorm", hidden
+        yield f"model.layers.{layer}.post_attention_layernorm", hidden
+        for name, (out, inputs) in linears.items():
+            yield module_path(layer, name), out * inputs + (out if name in _BIASED else 0)
+
+
+def rank_of(path: str, lora: LoraConfig) -> int:
+    """Rank of the adapter on a module: `lora.rank`, or the first of `lora.rank_pattern` that means it."""
+    return next((rank for key, rank in lora.rank_pattern.items() if matches_key(key, path)), lora.rank)
 
 
 def adapted_linears(layer: int, lora: LoraConfig) -> frozenset[str]:
     """Names of the linears of one Qwen2 block that get an adapter."""
     if lora.layers_to_transform is not None and layer not in lora.layers_to_transform:
         return frozenset()
-    return frozenset(name for name in LINEARS if _is_target(layer, name, lora.target_modules))
+    return frozenset(name for name in LINEARS if _is_target(module_path(layer, name), lora.target_modules))
 
 
-def _is_target(layer: int, name: str, targets: list[str] | str) -> bool:
-    room = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-    path = f"model.layers.{layer}.{room}.{name}"
+def _is_target(path: str, targets: list[str] | str) -> bool:
     if isinstance(targets, list):
-        return any(path == target or path.endswith(f".{target}") for target in targets)
+        return any(ends_with(path, target) for target in targets)
     return targets == "all-linear" or re.fullmatch(targets, path) is not None
+
+
+def static_of(cfg: RunConfig, shape: Mapping[str, Any]) -> MemoryPlan:
+    """`plan_memory` of a whole config."""
+    return plan_memory(shape, cfg.model, cfg.quant, cfg.lora)

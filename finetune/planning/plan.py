@@ -1,7 +1,8 @@
-"""What a run will do and hold, in words: for `--dry-run` and for the first lines of a run."""
+"""What a run will do and hold, in words: for `--dry-run` and for the first lines of a run; and what it does to fit."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
 from finetune.models.families import shape_of
 from finetune.planning.activations import ActivationPlan, plan_activations
-from finetune.planning.machine import device_type_here
-from finetune.planning.memory import plan_memory
+from finetune.planning.footprint import Footprint, predict, usable_bytes
+from finetune.planning.machine import available_memory, device_memory, device_type_here
 from finetune.planning.teacher import describe_teacher
 
 # Tokens of a forward pass from which more of them are no faster: on a CPU the products are as fast by then, and every
@@ -23,11 +24,15 @@ _ENOUGH_ON_A_GPU = 8192
 
 @dataclass(frozen=True, slots=True)
 class MemoryChoice:
-    """What a run does to fit: sequences a forward pass, `train.recompute` with auto decided, and both in words."""
+    """What a run does to fit: sequences a forward pass, `train.recompute` with auto decided, and both in words.
+
+    recomputed: how many layers that is.
+    """
 
     micro_batch: int
     recompute: str | int
     text: str
+    recomputed: int = 0
 
 
 def derive_micro_batch(cfg: RunConfig, ranks: int, device_type: str) -> int:
@@ -52,20 +57,22 @@ def choose_memory(
     micro = derive_micro_batch(cfg, ranks, device_type)
     if free_bytes is None:
         recompute = "all" if cfg.train.recompute == "auto" else cfg.train.recompute
-        return MemoryChoice(micro, recompute, f"recompute: {recompute} (the free memory is not known here)")
+        plan = plan_activations(shape, cfg, micro, device_type)
+        words = f"recompute: {recompute} (the free memory is not known here)"
+        return MemoryChoice(micro, recompute, words, recomputed_layers_of(cfg, plan, 0.0))
     wanted = micro
     plan = plan_activations(shape, cfg, micro, device_type)
     while _least_peak(cfg, plan, device_type) > free_bytes and micro > 1 and cfg.train.micro_batch_size is None:
         micro //= 2
         plan = plan_activations(shape, cfg, micro, device_type)
-    count = _recomputed(cfg, plan, free_bytes)
+    count = recomputed_layers_of(cfg, plan, free_bytes)
     recompute = count if cfg.train.recompute == "auto" and count else "none"
     if cfg.train.recompute != "auto":
         recompute = cfg.train.recompute
-    return MemoryChoice(micro, recompute, _words(cfg, plan, count, wanted, micro, device_type, free_bytes))
+    return MemoryChoice(micro, recompute, _words(cfg, plan, count, wanted, micro, device_type, free_bytes), count)
 
 
-def _recomputed(cfg: RunConfig, plan: ActivationPlan, free_bytes: float) -> int:
+def recomputed_layers_of(cfg: RunConfig, plan: ActivationPlan, free_bytes: float = math.inf) -> int:
     """Layers that a setting recomputes; for auto, as many as it takes."""
     setting, reached = cfg.train.recompute, len(plan.kept)
     if setting == "auto":
@@ -75,12 +82,34 @@ def _recomputed(cfg: RunConfig, plan: ActivationPlan, free_bytes: float) -> int:
     return 0 if setting == "none" else max(0, reached - 1)
 
 
+def foresee(
+    cfg: RunConfig, shape: Mapping[str, Any], ranks: int, device_type: str, free_bytes: float | None
+) -> tuple[Footprint, MemoryChoice]:
+    """The footprint of a run that finds so many bytes of its device free before it loads, and what it does to fit.
+
+    free_bytes: on a CPU beside what this process holds already, which the prediction counts as its own.
+    """
+    micro = derive_micro_batch(cfg, ranks, device_type)
+    beside = predict(cfg, shape, device_type, micro, 0, ranks=ranks)
+    choice = choose_memory(cfg, shape, ranks, device_type, None if free_bytes is None else usable_bytes(beside, free_bytes))
+    found = predict(cfg, shape, device_type, choice.micro_batch, choice.recomputed, ranks=ranks)
+    return found, choice
+
+
+def free_memory(device_type: str) -> float | None:
+    """Bytes that are free on this rank's device; None where nobody can tell without starting it."""
+    if device_type == "cuda":
+        found = device_memory()
+        return None if found is None else float(found.free_bytes)
+    return None if (free := available_memory()) is None else float(free)
+
+
 def _offloads(cfg: RunConfig, device_type: str) -> bool:
     return cfg.train.recompute == "offload" and device_type != "cpu"
 
 
 def _least_peak(cfg: RunConfig, plan: ActivationPlan, device_type: str) -> float:
-    return plan.peak_bytes(_recomputed(cfg, plan, free_bytes=0.0), _offloads(cfg, device_type))
+    return plan.peak_bytes(recomputed_layers_of(cfg, plan, free_bytes=0.0), _offloads(cfg, device_type))
 
 
 def _words(
@@ -109,8 +138,13 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def describe_plan(cfg: RunConfig, shape: Mapping[str, Any] | None, ranks: int, device_type: str) -> str:
-    """The plan as lines of text; shape None when the model's numbers are not known without a download."""
+def describe_plan(
+    cfg: RunConfig, shape: Mapping[str, Any] | None, ranks: int, device_type: str, free_bytes: float | None = None
+) -> str:
+    """The plan as lines of text, with a WARNING and what to change where it does not fit.
+
+    shape: None when the model's numbers are not known without a download. free_bytes: as for `foresee`.
+    """
     micro = derive_micro_batch(cfg, ranks, device_type)
     lines = [
         f"batch: {cfg.train.batch_size} sequences of up to {cfg.data.max_length} tokens a step, "
@@ -121,24 +155,31 @@ def describe_plan(cfg: RunConfig, shape: Mapping[str, Any] | None, ranks: int, d
         return "\n".join(
             [*lines, f"model: the shapes of {cfg.model.name} are not known here, so memory is not planned"]
         )
-    plan = plan_memory(shape, cfg.model, cfg.quant, cfg.lora)
-    activations = plan_activations(shape, cfg, micro, device_type)
-    teacher = describe_teacher(cfg, shape)
+    found, choice = foresee(cfg, shape, ranks, device_type, free_bytes)
+    static, teacher = found.static, describe_teacher(cfg, shape)
+    activations = found.activations
     kept, recomputed = (activations.peak_bytes(n) for n in (0, max(0, len(activations.kept) - 1)))
-    return "\n".join([
-        *lines,
-        f"model: {plan.parameters:,} parameters, {plan.trained:,} trained ({plan.trained / plan.parameters:.3%})",
-        f"memory before activations: {plan.total_bytes / 2**30:.2f} GiB a rank (linears in {cfg.quant.type} "
-        f"{plan.quantised_bytes / 2**30:.2f}, embeddings, head and norms {plan.unquantised_bytes / 2**30:.2f}, "
-        f"adapter with gradients and optimizer {plan.adapter_bytes / 2**30:.2f})",
+    lines += [
+        f"model: {static.parameters:,} parameters, {static.trained:,} trained ({static.trained / static.parameters:.3%})",
+        f"memory before activations: {_gib(static.total_bytes)} a rank "
+        f"({', '.join(f'{name} {size / 2**30:.2f}' for name, size in static.parts.items())})",
         *([teacher] if teacher else []),
         f"memory of activations: {_gib(kept)} a rank when no layer is recomputed, {_gib(recomputed)} when all are "
         f"(train.recompute={cfg.train.recompute})",
-    ])  # fmt: skip
+        f"predicted peak: {_gib(found.peak_bytes)} a rank, {found.moment}, with {found.recomputed or 'no'} layer(s) "
+        f"recomputed and {found.micro_batch} sequence(s) a forward pass",
+    ]
+    if free_bytes is not None and found.needed_bytes > free_bytes:
+        from finetune.planning.advice import changes_that_fit
+
+        lines.append(f"WARNING: {_gib(found.needed_bytes)} are needed with a margin, {_gib(free_bytes)} are free")
+        changes = changes_that_fit(cfg, shape, ranks, device_type, free_bytes)
+        lines += [f"  {change.words} saves {_gib(change.saved_bytes)}{'' if change.fits else ', not enough alone'}" for change in changes]
+    return "\n".join(lines)
 
 
 def dry_run(cfg: RunConfig) -> str:
     """The resolved YAML and, as comments, the plan; nothing is loaded, nothing is written."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    plan = describe_plan(cfg, shape_of(cfg.model.name), ranks, device_type_here())
+    ranks, device_type = int(os.environ.get("WORLD_SIZE", "1")), device_type_here()
+    plan = describe_plan(cfg, shape_of(cfg.model.name), ranks, device_type, free_memory(device_type))
     return "\n".join([to_yaml(cfg).rstrip(), "", *(f"# {line}" for line in plan.splitlines())])

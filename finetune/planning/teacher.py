@@ -7,8 +7,7 @@ from typing import Any
 
 from finetune.config.schema import RunConfig
 from finetune.models.families import shape_of
-from finetune.planning.activations import DTYPE_BYTES
-from finetune.planning.memory import linear_shapes
+from finetune.planning.memory import DTYPE_BYTES, linear_shapes
 
 
 def teacher_bytes(cfg: RunConfig, student: Mapping[str, Any]) -> float | None:

@@ -44,7 +44,7 @@ class TrainState:
     best_step, best_loss: the evaluation with the lowest mean loss. evaluations_since_best: for early stopping.
     trajectory: the settings that decide the run's path, by key; data_digest: SHA-256 of training tokens and labels.
     evaluations: figures of the latest evaluation. before: what the untrained model answered, so that a resumed run
-    need not ask again.
+    need not ask again. breaches: each time that the guard's limit was passed, see guard.py.
     """
 
     trajectory: dict[str, Any]
@@ -59,6 +59,7 @@ class TrainState:
     last_loss: float | None = None
     evaluations: dict[str, float] = field(default_factory=dict)
     before: dict[str, Any] = field(default_factory=dict)
+    breaches: list[dict[str, Any]] = field(default_factory=list)
 
 
 def _sha256(file: Path) -> str:

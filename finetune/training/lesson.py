@@ -1,4 +1,4 @@
-"""What a distilling run has besides a plain one: a teacher, its loss, and how far the model is from it."""
+"""What a run with a teacher has besides a plain one: the teacher, its loss, and how far the model is from it."""
 
 from __future__ import annotations
 
@@ -44,9 +44,18 @@ class Lesson:
     teacher: Teacher
     vocabulary: int
 
+    @property
+    def teaches(self) -> bool:
+        """Whether the run learns from the teacher, or is only measured against it."""
+        return self.cfg.distill.objective != "none"
+
     def loss(self, model: PeftModel) -> Distillation:
         """The training loss as a module."""
         return Distillation(model, Terms.of(self.cfg.distill), self.vocabulary, self.cfg.train.neftune_alpha)
+
+    def recovery_loss(self, model: PeftModel) -> Distillation:
+        """Forward KL from the teacher alone."""
+        return Distillation(model, Terms(), self.vocabulary)
 
     def before_step(self, loss: Distillation, total_steps: int) -> Callable[[int, Callable[[int], list[Batch]]], None]:
         """What the loop calls before a step's batches run: asks the teacher about them."""
@@ -96,7 +105,7 @@ def plan_lesson(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Loaded
     Raises: ConfigError if the teacher means something else by a token that is in use, or has another width where that
     matters.
     """
-    if cfg.distill.objective == "none":
+    if not cfg.asks_teacher:
         return 0
     if cfg.distill.objective == "recover":
         say(_CANNOT_TEACH)
@@ -120,7 +129,7 @@ def build_lesson(
 
     What a server says is written to `distill.cache` first, and then trained from.
     """
-    if cfg.distill.objective == "none":
+    if not cfg.asks_teacher:
         return None
     sources = [*data.train, *data.eval]
     documents = Documents.join(source.documents for source in sources) if sources else ()

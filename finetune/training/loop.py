@@ -23,6 +23,7 @@ from finetune.data.batch import Batch, Document, build_batch, silent_batch
 from finetune.data.feed import Feed
 from finetune.data.packing import split_among_ranks
 from finetune.errors import FinetuneError, Interrupted
+from finetune.terminal import say
 from finetune.training.checkpoint import TrainState
 from finetune.training.optim import learning_rate_at
 from finetune.training.track import SilentTracker, Tracker
@@ -35,7 +36,8 @@ class Job:
     loss: module from Batch to the summed loss, wrapped for DDP. micro_batch: sequences a forward pass. lean: of a
     forward pass's documents, compute only what some target needs, and that once.
     before_step: told a step, and what gives this rank's batches of it or of a later one, before any of them runs.
-    evaluate: the evaluations' figures by name, `loss` among them; None without held-out rows. sample: shows answers.
+    evaluate: the evaluations' figures by name, `loss` among them; None without held-out rows. guard: takes them, gives
+    them as they are after what it did, and whether the run ends. sample: shows answers.
     save: writes the checkpoint of a state, on the main rank. last_checkpoint: the newest one, None before the first.
     """
 
@@ -52,6 +54,7 @@ class Job:
     last_checkpoint: Callable[[], Path | None]
     before_step: Callable[[int, Callable[[int], list[Batch]]], None] | None = None
     evaluate: Callable[[], dict[str, float]] | None = None
+    guard: Callable[[TrainState, dict[str, float]], tuple[dict[str, float], bool]] | None = None
     sample: Callable[[], None] | None = None
     sample_every: int | None = None
 
@@ -93,7 +96,7 @@ class StopSignals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        print("\nstopping after this step; its checkpoint will be saved", file=sys.stderr)
+        say("\nstopping after this step; its checkpoint will be saved")
 
 
 def peak_bytes() -> int:
@@ -104,23 +107,24 @@ def peak_bytes() -> int:
 
 
 def fit(job: Job, state: TrainState) -> None:
-    """Train from `state.step` to the end, or to early stopping; `state` is kept up to date.
+    """Train from `state.step` to the end, to early stopping or until the guard ends it; `state` is kept up to date.
 
     Raises: Interrupted after a signal, once the step's checkpoint is saved; FinetuneError on a loss or gradient that is
     not finite, before it reaches the weights.
     """
+    halted = False
     with StopSignals() as stop:
-        while state.step < job.total_steps and not _stopped_early(job, state):
+        while state.step < job.total_steps and not halted and not _stopped_early(job, state):
             start = time.perf_counter()
             step = state.step + 1
             result = train_step(job, step, stop.received)
             seconds = time.perf_counter() - start
             _advance(state, result, seconds)
-            figures, improved = _evaluate_if_due(job, state, step)
+            figures, improved, halted = _evaluate_if_due(job, state, step)
             job.tracker.step({**_metrics(step, result, seconds), **figures}, _seconds_left(job, state))
             if job.sample is not None and job.sample_every and step % job.sample_every == 0:
                 job.sample()
-            last = step == job.total_steps or _stopped_early(job, state)
+            last = step == job.total_steps or halted or _stopped_early(job, state)
             if last or improved or result.signal_number or (job.cfg.save_every and step % job.cfg.save_every == 0):
                 job.save(state)
             if result.signal_number and not last:
@@ -212,18 +216,23 @@ def _advance(state: TrainState, result: StepResult, seconds: float) -> None:
     state.last_loss = result.loss
 
 
-def _evaluate_if_due(job: Job, state: TrainState, step: int) -> tuple[dict[str, float], bool]:
-    """The evaluations' figures, and whether they are the best so far; nothing between two evaluations."""
+def _evaluate_if_due(job: Job, state: TrainState, step: int) -> tuple[dict[str, float], bool, bool]:
+    """The evaluations' figures, whether they are the best so far, and whether the guard ends the run; nothing between
+    two evaluations.
+    """
     due = step == job.total_steps or (job.cfg.eval_every and step % job.cfg.eval_every == 0)
     if job.evaluate is None or not due:
-        return {}, False
-    figures = state.evaluations = job.evaluate()
+        return {}, False, False
+    figures, halted = job.evaluate(), False
+    if job.guard is not None:
+        figures, halted = job.guard(state, figures)
+    state.evaluations = figures
     improved = state.best_loss is None or figures["eval_loss"] < state.best_loss
     if improved:
         state.best_loss, state.best_step, state.evaluations_since_best = figures["eval_loss"], step, 0
     else:
         state.evaluations_since_best += 1
-    return figures, improved
+    return figures, improved, halted
 
 
 def _metrics(step: int, result: StepResult, seconds: float) -> dict[str, float]:

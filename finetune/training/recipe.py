@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
+from finetune import terminal
 from finetune.config.schema import RunConfig
 from finetune.data.feed import Feed, StoredFeed
 from finetune.data.loader import (
@@ -23,6 +23,7 @@ from finetune.data.loader import (
     load_data,
 )
 from finetune.data.packing import SequenceOrder
+from finetune.data.report.stored import store_report
 from finetune.data.stream import StreamingFeed
 from finetune.data.template.chat import ChatTemplate, advice_on_end_token
 from finetune.data.tokens.prepare import Preparation, console_progress
@@ -40,6 +41,7 @@ from finetune.models.load import load_base, load_tokenizer
 from finetune.models.tokens import extend_tokenizer
 from finetune.ops import dispatch
 from finetune.planning.plan import describe_plan
+from finetune.report.page import try_report
 from finetune.training import run_folder
 from finetune.training.capacity import fit_to_memory, use_all_cores
 from finetune.training.card import model_card
@@ -53,6 +55,7 @@ from finetune.training.checkpoint import (
     write_checkpoint,
     write_folder,
 )
+from finetune.training.guard import with_guard
 from finetune.training.lesson import build_lesson, mean_teacher_kl, plan_lesson, teacher_table
 from finetune.training.loop import Job, fit, peak_bytes
 from finetune.training.measuring import answer_held_out, evaluate_run, say_samples
@@ -104,6 +107,7 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say
         run_folder.check_continuation(cfg, feed.digest, checkpoint)
     if accelerator.is_main_process:
         run_folder.describe_run(cfg, Path(cfg.output_dir), feed.digest, accelerator.num_processes)
+        store_report(Path(cfg.output_dir), data, cfg, chat, tokenizer)
         if listed := copy_bad_rows(data, Path(cfg.output_dir)):
             say(f"skipped rows are listed in {listed}")
     vocabulary = plan_lesson(cfg, tokenizer, data, say)
@@ -143,13 +147,16 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
         say(f"continuing from {checkpoint}")
     else:
         _look_before(parts, state, say)
+    if parts.is_main:
+        run_folder.write_samples(parts.folder, state.before.get("answers", []))
     total_steps = cfg.train.max_steps or parts.feed.steps_for(cfg.train.epochs or 1)
     if cfg.train.fast:
         most_tokens = (total_steps - state.step) * cfg.train.batch_size * cfg.data.max_length
         flops = 4.0 * base_of(parts.model).num_parameters() * most_tokens
         say(dispatch.pick(accelerator.device, flops, cfg.train.compile))
     lesson = parts.lesson
-    loss = lesson.loss(parts.model) if lesson else CrossEntropy(parts.model, cfg.train.neftune_alpha)
+    teaches = lesson is not None and lesson.teaches
+    loss = lesson.loss(parts.model) if teaches else CrossEntropy(parts.model, cfg.train.neftune_alpha)
     feed = lesson.feed(parts.feed, parts.model, parts.preparation.chat, accelerator, say) if lesson else parts.feed
     tracker = Tracker(cfg, parts.folder, total_steps, state.step) if parts.is_main else SilentTracker()
     job = Job(
@@ -163,6 +170,8 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
         evaluate=(lambda: evaluate_run(parts)) if parts.data.eval else None,
         sample=lambda: say_samples(parts, tracker.say), sample_every=cfg.generation.every,
     )  # fmt: skip
+    if lesson is not None and cfg.guard.max is not None:
+        job = with_guard(job, parts, lesson, lambda: evaluate_run(parts))
     result = RunResult("failed", world_size=accelerator.num_processes)
     try:
         with closing(tracker), closing(parts.feed):
@@ -179,6 +188,7 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
         _fill(result, state)
         if parts.is_main:
             run_folder.write_result(parts.folder, result)
+            try_report(parts.folder, say)
     return result
 
 
@@ -212,6 +222,7 @@ def _finish(
         state.evaluations = evaluate_run(parts)
         say(f"the final adapter is the best one, of step {state.best_step}")
     after: list[Answer] = []
+    asked_before = state.before.get("answers", [])
     if cfg.generation.rows:
         after = answer_held_out(parts, cfg.generation.rows)
         result.exact_match_after = exact_match(after)
@@ -221,7 +232,8 @@ def _finish(
         result.adapter = str(parts.folder)
         if (before := state.before.get("evaluations")) and parts.lesson is not None:
             write_text(parts.folder / run_folder.TEACHER_TABLE, teacher_table(before, state.evaluations))
-        print(describe_result(result, state.before.get("answers", []), after[: cfg.generation.samples]))
+        run_folder.write_samples(parts.folder, asked_before, after[: cfg.generation.samples])
+        print(describe_result(result, asked_before, after[: cfg.generation.samples]))
     parts.accelerator.wait_for_everyone()
 
 
@@ -236,6 +248,7 @@ def _fill(result: RunResult, state: TrainState) -> None:
     recovers = state.trajectory.get("distill.objective") == "recover"
     if recovers and result.teacher_kl_before and result.teacher_kl_after is not None:
         result.recovered = 1 - result.teacher_kl_after / result.teacher_kl_before
+    result.breaches = state.breaches
     result.peak_bytes = peak_bytes()
 
 
@@ -280,9 +293,7 @@ def _check_world_size(cfg: RunConfig, accelerator: Accelerator) -> None:
 
 
 def _speaker(accelerator: Accelerator) -> Callable[[str], None]:
-    return (
-        (lambda text: print(text, file=sys.stderr, flush=True)) if accelerator.is_main_process else (lambda text: None)
-    )
+    return terminal.say if accelerator.is_main_process else (lambda text: None)
 
 
 def _on_main(accelerator: Accelerator, compute: Callable[[], Path | None]) -> Path | None:

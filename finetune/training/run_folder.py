@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import IO, Any
 from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
+from finetune.evaluation.generation import Answer
 from finetune.files import write_text
 from finetune.models.digest import base_fingerprint
 from finetune.training.checkpoint import list_checkpoints, newest_whole, read_state, verify_checkpoint
 
 RESULT, RUN, CONFIG, ADAPTER = "result.json", "run.json", "config.yaml", "adapter_model.safetensors"
-TEACHER_TABLE = "teacher.md"
+TEACHER_TABLE, SAMPLES = "teacher.md", "samples.json"
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors")
 # Settings that may change between a run and its continuation: how long, how often, where to, in which pieces, by which
 # kernels.
@@ -43,8 +44,9 @@ class RunResult:
     status: finished | stopped | failed. final_loss, eval_loss: nats a target token. exact_match_*: share of held-out
     rows, None where not measured. tokens_per_second: all tokens over training time. peak_bytes: CUDA's max allocated,
     on CPU the process's peak resident size. teacher_kl_*: KL(teacher || model) in nats a target, mean over the held-out
-    sets, None without a teacher. recovered: the share of it that is gone, for the objective of that name. adapter:
-    folder of the final adapter, None if there is none yet.
+    sets, None without a teacher. recovered: the share of it that is gone, for the objective of that name. breaches:
+    each time that `guard.max` was passed, with its step, teacher_kl, action, and teacher_kl `after` a recovery.
+    adapter: folder of the final adapter, None if there is none yet.
     """
 
     status: str
@@ -58,6 +60,7 @@ class RunResult:
     teacher_kl_before: float | None = None
     teacher_kl_after: float | None = None
     recovered: float | None = None
+    breaches: list[dict[str, Any]] = field(default_factory=list)
     train_seconds: float = 0.0
     tokens_per_second: float | None = None
     peak_bytes: int = 0
@@ -120,7 +123,9 @@ def find_checkpoint(cfg: RunConfig, warn: Callable[[str], None]) -> Path | None:
 
 def trajectory(cfg: RunConfig) -> dict[str, Any]:
     """Settings that must stay as they were for a continued run to equal an unbroken one, by dotted key."""
-    names = {"model", "quant", "lora", "data", "train"} | ({"distill"} if cfg.distill.objective != "none" else set())
+    recovers = cfg.guard.max is not None and cfg.guard.action == "recover"
+    names = {"model", "quant", "lora", "data", "train"} | ({"guard"} if recovers else set())
+    names |= {"distill"} if cfg.distill.objective != "none" or recovers else set()
     sections = cfg.model_dump(include=names)
     return {
         f"{section}.{key}": value
@@ -165,6 +170,24 @@ def describe_run(cfg: RunConfig, folder: Path, data_digest: str, world_size: int
         "world_size": world_size,
     }
     write_text(folder / RUN, json.dumps(facts, indent=2) + "\n")
+
+
+def write_samples(folder: Path, before: Sequence[Sequence[str]], after: Sequence[Answer] = ()) -> None:
+    """Write samples.json: `{prompt, expected, before, after}` of the answers that are shown, null where not asked.
+
+    before: [prompt, expected, given] of the untrained model.
+    """
+    samples = {
+        (prompt, expected): {"prompt": prompt, "expected": expected, "before": given}
+        for prompt, expected, given in before
+    }
+    for answer in after:
+        unasked = {"prompt": answer.prompt, "expected": answer.expected}
+        sample = samples.setdefault((answer.prompt, answer.expected), unasked)
+        sample["after"] = answer.given
+    if samples:
+        rows = [{"before": None, "after": None, **sample} for sample in samples.values()]
+        write_text(folder / SAMPLES, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_result(folder: Path, result: RunResult) -> None:

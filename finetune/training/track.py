@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl always, wandb and TensorBoard if asked, a progress bar or plain lines on stderr."""
+"""What a run tells: metrics.jsonl always, wandb and TensorBoard if asked; and what the user sees of it meanwhile."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from finetune.config.schema import RunConfig, TrackConfig
 from finetune.errors import MissingExtra
+from finetune.files import write_bytes
+from finetune.terminal import in_notebook
+from finetune.training.notebook import NotebookView
 
 METRICS = "metrics.jsonl"
 _SECONDS_BETWEEN_LINES = 10.0
@@ -66,6 +69,16 @@ class TensorboardBackend:
         self._writer.close()
 
 
+class View(Protocol):
+    """What the user sees of a run while it goes on. text: a step's figures; seconds_left: in words."""
+
+    def step(self, metrics: Mapping[str, float], text: str, seconds_left: str) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class ConsoleView:
     """Progress on stderr: a bar on a terminal, otherwise a plain line every few seconds."""
 
@@ -82,17 +95,13 @@ class ConsoleView:
             self._task = self._bar.add_task("", total=total_steps)
             self._bar.start()
 
-    def step(self, metrics: Mapping[str, float], seconds_left: float) -> None:
-        text = (
-            f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  grad {metrics['grad_norm']:.3f}  "
-            f"{metrics['tokens_per_second']:,.0f} tok/s  {metrics['peak_bytes'] / 2**30:.2f} GiB"
-        )
+    def step(self, metrics: Mapping[str, float], text: str, seconds_left: str) -> None:
         step = int(metrics["step"])
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif step == self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self.say(f"step {step}/{self._total}  {text}  {_duration(seconds_left)} left")
+            self.say(f"step {step}/{self._total}  {text}  {seconds_left} left")
 
     def say(self, message: str) -> None:
         self._console.print(message, markup=False, soft_wrap=True)
@@ -100,6 +109,13 @@ class ConsoleView:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _in_words(metrics: Mapping[str, float]) -> str:
+    return (
+        f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  grad {metrics['grad_norm']:.3f}  "
+        f"{metrics['tokens_per_second']:,.0f} tok/s  {metrics['peak_bytes'] / 2**30:.2f} GiB"
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -116,9 +132,8 @@ class MetricsFile:
         kept = [line for line in path.read_bytes().splitlines(keepends=True)] if path.exists() else []
         # Steps after the checkpoint are done again; a line cut short by a crash goes with them.
         lines = [line for line in kept if line.endswith(b"\n") and json.loads(line)["step"] <= resumed_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(lines))
-        temporary.replace(path)
+        write_bytes(path, b"".join(lines))
+        self.past: list[dict[str, Any]] = [json.loads(line) for line in lines]
         self._stream = path.open("a", encoding="utf-8")
 
     def log(self, values: Mapping[str, Any]) -> None:
@@ -135,7 +150,7 @@ class Tracker:
     def __init__(self, cfg: RunConfig, folder: Path, total_steps: int, resumed_step: int):
         self._file = MetricsFile(folder, resumed_step)
         self._backends = build_backends(cfg, cfg.track, folder)
-        self._console = ConsoleView(total_steps)
+        self._view: View = NotebookView(total_steps, self._file.past) if in_notebook() else ConsoleView(total_steps)
 
     def step(self, metrics: Mapping[str, float], seconds_left: float) -> None:
         """One optimizer step's figures, evaluations of that step among them."""
@@ -143,13 +158,13 @@ class Tracker:
         values = {name: value for name, value in metrics.items() if name != "step"}
         for backend in self._backends:
             backend.log(int(metrics["step"]), values)
-        self._console.step(metrics, seconds_left)
+        self._view.step(metrics, _in_words(metrics), _duration(seconds_left))
 
     def say(self, message: str) -> None:
-        self._console.say(message)
+        self._view.say(message)
 
     def close(self) -> None:
-        self._console.close()
+        self._view.close()
         self._file.close()
         for backend in self._backends:
             backend.close()

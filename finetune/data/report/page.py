@@ -42,17 +42,26 @@ class Chart:
 
 def write_page(stream: IO[str], report: Report, advice: Sequence[Advice], rows: Sequence[ShownRow]) -> None:
     """The whole page; it names no other file and no address."""
-    # Control characters are made visible before HTML's own escaping, which leaves them as they are.
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=lambda value: printable(value) if type(value) is str else value,
-    )  # fmt: skip
-    page = environment.get_template("page.html").stream(
+    page = page_environment().get_template("page.html").stream(
         report=report, advice=advice, rows=rows,
         template=describe_template(report), order=describe_order(report.order), describe=describe_part,
-        chart=lambda bins: chart_of(bins, report.max_length), factor=factor_of, runs=weighted_runs,
     )  # fmt: skip
     stream.writelines(page)
+
+
+def page_environment(*folders: Path) -> Environment:
+    """Templates of these folders and of this one: escaped, strict about names, control characters made visible.
+
+    look.css is how the package's pages look; parts.html draws rows and their lengths.
+    """
+    environment = Environment(
+        loader=FileSystemLoader([*folders, Path(__file__).parent]), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+        # HTML's own escaping leaves control characters as they are.
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )  # fmt: skip
+    environment.globals.update(chart_of=chart_of, factor=factor_of, runs=weighted_runs)
+    return environment
 
 
 def chart_of(bins: Sequence[Bin], limit: int) -> Chart:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from finetune.data.documents import Documents
 from finetune.data.report.figures import evenly_spaced
 from finetune.data.template.chat import Encoded
 from finetune.terminal import printable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 OPEN, CLOSE = "⟦", "⟧"
 _MARKS = re.compile(f"[{OPEN}{CLOSE}]")
@@ -49,6 +52,15 @@ class Decoder:
 
     decode: Callable[[Sequence[int]], str]
     control: Mapping[int, str]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Decoder:
+        """How this tokenizer's tokens are shown."""
+
+        def decode(ids: Sequence[int]) -> str:
+            return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+        return cls(decode, {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special})
 
     def spans(self, encoded: Encoded) -> tuple[Span, ...]:
         """A row as text, cut where the loss weight or the kind changes."""

@@ -1,14 +1,13 @@
 """The merged weights: each tensor of the base with what the adapters do to it, read, changed and written in blocks.
 
 Sums are made in fp32 and rounded once. Nothing but the adapters and a block is in memory, and of a 4-bit base its
-packed form of one matrix.
+quantised form of one matrix.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from copy import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from finetune.export.merge.adapters import EMBEDDING, HEAD, read_changes, untie
 from finetune.export.merge.changes import Change, combine_changes
 from finetune.export.merge.trained import Say, Trained
 from finetune.export.shards import Content, Planned
-from finetune.models.four_bit_weights import FourBitWeights
+from finetune.models.four_bit_weights import QuantisedWeights, Rows
 from finetune.models.load import default_device, quantisation_of, quiet
 from finetune.models.source import read_config
 from finetune.models.stored import Stored, read_rows
@@ -35,15 +34,14 @@ class MergePlan:
     """What is written, and from what.
 
     tensors: in the order of the base's files. stored: where the base holds each of them. changes: what becomes of some.
-    four_bit: the weights to be taken as 4-bit training saw them; None for the original base. computed_in: what those
-    are rounded to in training. unties: the head becomes a tensor of its own.
+    quantised: the weights to be taken as training on a 4-bit base saw them; None for the original base. unties: the
+    head becomes a tensor of its own.
     """
 
     tensors: list[Planned]
     stored: dict[str, Stored]
     changes: dict[str, Change]
-    four_bit: FourBitWeights | None
-    computed_in: torch.dtype
+    quantised: QuantisedWeights | None
     unties: bool
 
     @property
@@ -53,10 +51,10 @@ class MergePlan:
     @property
     def changed(self) -> int:
         """Tensors that differ from the base's."""
-        return len(self.changes.keys() | (self.four_bit.names if self.four_bit is not None else set()))
+        return len(self.changes.keys() | (self.quantised.names if self.quantised is not None else set()))
 
-    def is_four_bit(self, name: str) -> bool:
-        return self.four_bit is not None and name in self.four_bit
+    def is_quantised(self, name: str) -> bool:
+        return self.quantised is not None and name in self.quantised
 
     @property
     def vocabulary(self) -> int:
@@ -81,16 +79,15 @@ def plan_merge(trained: Trained, base: str, options: MergeOptions, say: Say) -> 
         stored[HEAD] = stored[EMBEDDING]
     return MergePlan(
         _planned(stored, changes, options.dtype), stored, changes,
-        _four_bit(trained, say) if base == "dequantized" else None,
-        getattr(torch, trained.quant.compute_dtype), unties,
+        _quantised(trained, say) if base == "dequantized" else None, unties,
     )  # fmt: skip
 
 
-def _four_bit(trained: Trained, say: Say) -> FourBitWeights:
+def _quantised(trained: Trained, say: Say) -> QuantisedWeights:
     settings = quantisation_of(trained.folder, trained.model, trained.quant)
     assert settings is not None, "choose_base refuses a base that was not in 4 bit"
     with quiet():
-        return FourBitWeights(
+        return QuantisedWeights(
             trained.folder, trained.files, trained.model, trained.quant, settings, default_device(), say
         )
 
@@ -129,14 +126,16 @@ def content_of(plan: MergePlan, tensor: Planned) -> Content:
     Raises, while it is read: ConfigError where a value is beyond what the type holds; IntegrityError for torn files.
     """
     stored, change = plan.stored[tensor.name], plan.changes.get(tensor.name)
-    same = change is None and not plan.is_four_bit(tensor.name) and tensor.shape == stored.shape
+    same = change is None and not plan.is_quantised(tensor.name) and tensor.shape == stored.shape
     if same and tensor.dtype == stored.dtype:
         return stored
     return _blocks(plan, tensor, stored, change)
 
 
 def _blocks(plan: MergePlan, tensor: Planned, stored: Stored, change: Change | None) -> Iterator[Tensor]:
-    source = _dequantised(plan, tensor.name, stored) if plan.is_four_bit(tensor.name) else _as_stored(stored)
+    source = _as_stored(stored)
+    if plan.quantised is not None and tensor.name in plan.quantised:
+        source = plan.quantised.dequantised(tensor.name, lambda: read_rows(stored, 0, stored.shape[0]))
     step = tensor.shape[0] if change is not None and change.whole else _rows_at_once(plan, tensor)
     for start in range(0, tensor.shape[0], step):
         stop = min(start + step, tensor.shape[0])
@@ -153,15 +152,11 @@ def _blocks(plan: MergePlan, tensor: Planned, stored: Stored, change: Change | N
 def _rows_at_once(plan: MergePlan, tensor: Planned) -> int:
     width = math.prod(tensor.shape[1:])
     step = max(_BLOCK // width, 1)
-    if plan.four_bit is None or tensor.name not in plan.four_bit:
+    if plan.quantised is None or tensor.name not in plan.quantised:
         return step
     # Blocks of rows must end where a block of the quantisation ends.
-    unit = plan.four_bit.block_size(tensor.name) // math.gcd(plan.four_bit.block_size(tensor.name), width)
+    unit = plan.quantised.row_unit(tensor.name, width)
     return -(-step // unit) * unit
-
-
-# Rows `start` to `stop` of a base's tensor, fp32.
-Rows = Callable[[int, int], Tensor]
 
 
 def _as_stored(stored: Stored) -> Rows:
@@ -174,25 +169,3 @@ def _rows(source: Rows, shape: tuple[int, ...], start: int, stop: int) -> Tensor
     if stop <= shape[0]:
         return there
     return torch.cat([there, torch.zeros(stop - max(start, shape[0]), *shape[1:])])
-
-
-def _dequantised(plan: MergePlan, name: str, stored: Stored) -> Rows:
-    """The weight as 4-bit training computes with it: quantised with the same options, and rounded as there."""
-    from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
-
-    assert plan.four_bit is not None
-    packed, state = plan.four_bit.take(name, lambda: read_rows(stored, 0, stored.shape[0]))
-    absmax = state.absmax
-    if state.nested:
-        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
-    width = stored.shape[1]
-
-    def rows(start: int, stop: int) -> Tensor:
-        first, last = start * width, stop * width
-        part = copy(state)
-        part.nested, part.dtype, part.shape = False, plan.computed_in, torch.Size((stop - start, width))
-        part.absmax = absmax[first // state.blocksize : -(-last // state.blocksize)]
-        two_a_byte = packed[first // 2 : -(-last // 2)]
-        return dequantize_4bit(two_a_byte, part).float().cpu()
-
-    return rows

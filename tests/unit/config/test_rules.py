@@ -15,6 +15,7 @@ from finetune.config.schema import RunConfig
 EVAL = "data.eval=[{path: held.jsonl}]"
 
 CACHED = ["distill.objective=recover", "distill.teacher.placement=cached", "distill.cache=c"]
+GUARDED = ["guard.max=0.1", "train.eval_every=5", "data.eval=[{path: rows.jsonl}]"]
 SERVER = [
     "distill.objective=distill",
     "distill.teacher.placement=server",
@@ -53,6 +54,17 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["lora.init=orthogonal", "lora.rank_pattern={q_proj: 5}"], "lora.rank_pattern.q_proj", "even"),
     (["lora.init=gaussian", "lora.init_adapter=old"], "lora.init", "lora.init_adapter"),
     (["distill.divergence=jsd"], "distill.objective", "distill.divergence does nothing"),
+    (["distill.divergence=jsd", *GUARDED], "distill.objective", "distill.divergence does nothing"),
+    (["distill.teacher.placement=cached", *GUARDED], "distill.cache", "folder"),
+    (["guard.max=0.1", EVAL], "guard.max", "train.eval_every"),
+    (["guard.max=0.1"], "guard.max", "data.eval"),
+    (["guard.action=stop"], "guard.max", "guard.action does nothing"),
+    (["guard.steps=5", *GUARDED], "guard.steps", "guard.action=recover"),
+    (
+        ["guard.action=recover", "data.stream_rows=10", "train.max_steps=9", *GUARDED],
+        "guard.action",
+        "a stream has left behind",
+    ),
     (["distill.objective=recover", "distill.teacher.name=t"], "distill.teacher.name", "objective=distill"),
     (["distill.objective=recover", "distill.teacher.lora=t"], "distill.teacher.lora", "objective=distill"),
     (["distill.objective=recover", "distill.weight=2"], "distill.weight", "null"),
@@ -129,6 +141,8 @@ SOUND: list[list[str]] = [
     ["distill.objective=distill", "distill.teacher.lora=tuned", "distill.on_policy=1"],
     [*CACHED, "distill.tier=hidden", "distill.divergence=skew_kl", "distill.alpha=0.2", "distill.hidden_weight=1"],
     SERVER,
+    [*GUARDED, "guard.action=recover", "guard.steps=5", "distill.cache=c", "distill.teacher.placement=cached"],
+    [*GUARDED, "distill.objective=sft+anchor", "guard.action=stop"],
 ]
 
 

@@ -62,6 +62,8 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "train.keep": ([1], [0]),
     "train.seed": ([0, 2**32 - 1], [-1, 2**32]),
     "train.world_size": ([1, None], [0]),
+    "guard.max": ([1e-9], [0.0]),
+    "guard.steps": ([1], [0]),
     "generation.max_new_tokens": ([1], [0]),
     "generation.batch_size": ([1], [0]),
     "generation.rows": ([0], [-1]),
@@ -82,6 +84,9 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {name: dict(part) for name, part in MINIMAL.items()}
     if key.startswith("distill."):
         tree["distill"] = dict(DISTILLING.get(key, {"objective": "recover"}))
+    if key.startswith("guard."):
+        tree |= {"guard": {"max": 0.1, "action": "recover"}, "train": {"eval_every": 5}}
+        tree["data"]["eval"] = [{"path": "heldout.jsonl"}]
     tree["data"]["train"] = [dict(MINIMAL["data"]["train"][0])]
     node: Any = tree
     *way, last = [int(step) if step.isdecimal() else step for step in key.split(".")]

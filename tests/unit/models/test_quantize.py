@@ -10,7 +10,8 @@ import torch
 
 from finetune.config.schema import QuantConfig
 from finetune.errors import ConfigError, FinetuneError
-from finetune.models.quantize import check_quantized, kept_modules, linear_names, quantization_config
+from finetune.models.quantize import check_quantized, linear_names, quantization_config
+from finetune.models.storage import storage_of
 
 LINEAR = {"nf4": bnb.nn.Linear4bit, "fp4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt}
 IDS = torch.arange(12).reshape(1, 12) * 5 % 300
@@ -57,15 +58,16 @@ def test_modules_to_keep_are_kept_and_no_others(load, quant_type: Any, keep: lis
 
 def test_the_head_is_kept_whatever_else_is_named() -> None:
     names = ["a.q_proj", "a.v_proj", "lm_head"]
-    assert kept_modules(QuantConfig(keep=["q_proj"]), names, "lm_head") == ["a.q_proj", "lm_head"]
+    stored = storage_of(QuantConfig(keep=["q_proj"]), names, "lm_head")
+    assert stored == {"a.q_proj": "none", "a.v_proj": "nf4", "lm_head": "none"}
     with pytest.raises(ConfigError, match="'k_proj' matches no linear layer"):
-        kept_modules(QuantConfig(keep=["k_proj"]), names, "lm_head")
+        storage_of(QuantConfig(keep=["k_proj"]), names, "lm_head")
 
 
 def test_computing_in_fp32_is_never_a_default() -> None:
-    config = quantization_config(QuantConfig(), ["lm_head"])
+    config = quantization_config(QuantConfig(), {"lm_head": "none"})
     assert config is not None and config.bnb_4bit_compute_dtype == torch.bfloat16
-    assert quantization_config(QuantConfig(type="none"), []) is None
+    assert quantization_config(QuantConfig(type="none"), {}) is None
 
 
 def test_a_model_that_was_quantised_otherwise_is_refused(load) -> None:

@@ -20,7 +20,6 @@ from finetune.data.report.rows import Decoder, ShownRow, Span, marked, shown_row
 from finetune.data.report.text import print_rows
 from finetune.data.template.chat import ChatTemplate, Encoded
 from finetune.data.tokens.prepare import Preparation
-from finetune.data_command import decoder_of
 from finetune.resources import packaged
 
 
@@ -36,7 +35,7 @@ def chat(tokenizer) -> ChatTemplate:
 
 @pytest.fixture(scope="module")
 def decoder(tokenizer) -> Decoder:
-    return decoder_of(tokenizer)
+    return Decoder.of(tokenizer)
 
 
 def encode(chat: ChatTemplate, *turns: str, weight: float = 1.0) -> Encoded:

@@ -1,0 +1,74 @@
+"""The site's reference pages, written from the schema and the table of commands while the site is built."""
+
+from __future__ import annotations
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from finetune.cli import COMMANDS
+from finetune.config.help import default_of
+from finetune.config.keys import allowed, is_section, schema_fields
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """mkdocs' hook: adds the generated pages to those in docs/."""
+    for path, write in {"reference/settings.md": settings_page, "reference/commands.md": commands_page}.items():
+        files.append(File.generated(config, path, content=write()))
+    return files
+
+
+def settings_page() -> str:
+    """Every key of a run's config: default, what it may be, meaning."""
+    lines = [
+        "# Settings of a run",
+        "",
+        "A key's name is its path on the command line: `train.max_steps=10`. A key that does not exist is refused with",
+        "the nearest that does. `data.eval` takes the same sources as `data.train`.",
+        *_table("General", {key: field for key, field in schema_fields().items() if "." not in key}),
+    ]
+    for name, section in schema_fields().items():
+        if is_section(section.annotation):
+            inside = {
+                key: field
+                for key, field in schema_fields().items()
+                if key.startswith(f"{name}.") and not key.startswith("data.eval.*")
+                and not any(key.startswith(f"{deeper}.") for deeper in _sections_in(name))
+            }  # fmt: skip
+            lines += [*_table(name, inside, str(section.description))]
+    return "\n".join(lines) + "\n"
+
+
+def _sections_in(name: str) -> list[str]:
+    found = [key for key, field in schema_fields().items() if is_section(field.annotation)]
+    return [key for key in found if key.startswith(f"{name}.")]
+
+
+def _table(title: str, fields: dict, text: str = "") -> list[str]:
+    rows = [
+        f"| `{key.replace('*', '0')}` | {_code(default_of(key, field))} | "
+        f"{_cell(allowed(field.annotation, field.metadata))} | {_cell(str(field.description))} |"
+        for key, field in fields.items()
+        if not is_section(field.annotation)
+    ]
+    head = ["| key | default | may be | meaning |", "|---|---|---|---|"]
+    return ["", f"## {title}", "", *([text, ""] if text else []), *([*head, *rows] if rows else [])]
+
+
+def _code(text: str) -> str:
+    return f"`{_cell(text)}`" if text else "must be given"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def commands_page() -> str:
+    """What `finetune <command> --help` prints, for every command."""
+    lines = ["# Commands", "", "What `finetune COMMAND --help` prints. Data goes to stdout, messages to stderr."]
+    for name, command in COMMANDS.items():
+        text = command.explain()
+        if name == "train":  # the settings have a page of their own
+            text = text.split("\n\nPackaged configs:")[0]
+        lines += ["", f"## finetune {name}", "", f"{command.summary[0].upper()}{command.summary[1:]}.", "", "```text"]
+        lines += [text.rstrip(), "```"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,45 @@
+"""A run's data in figures, and some of its rows, as a file in the run's folder that a report is drawn from later."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+from transformers import PreTrainedTokenizerBase
+
+from finetune.config.schema import RunConfig
+from finetune.data.loader import LoadedData
+from finetune.data.report.figures import Report, build_report, parts_of
+from finetune.data.report.rows import Decoder, ShownRow, shown_rows
+from finetune.data.template.chat import ChatTemplate
+from finetune.files import write_bytes
+
+DATA = "data.json"
+
+
+@dataclass(frozen=True)
+class StoredReport:
+    """What `finetune data` tells of the rows, without their scripts; rows: some training rows as the model sees them."""
+
+    report: Report
+    rows: tuple[ShownRow, ...]
+
+
+def store_report(
+    folder: Path, data: LoadedData, cfg: RunConfig, chat: ChatTemplate, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write data.json into a run's folder, with one training row. Rows that are streamed are not known yet: no file."""
+    if not data.train:
+        return
+    unsampled: Sequence[tuple[Counter[str], int]] = [(Counter(), 0) for _ in parts_of(data, cfg.data.held_out)]
+    rows = shown_rows([source.name for source in data.train], data.documents, Decoder.of(tokenizer), 1)
+    stored = StoredReport(build_report(data, cfg, chat, unsampled), tuple(rows))
+    write_bytes(folder / DATA, TypeAdapter(StoredReport).dump_json(stored, indent=1) + b"\n")
+
+
+def read_stored(file: Path) -> StoredReport:
+    """Raises: OSError, ValueError if it cannot be read or is not what this version writes."""
+    return TypeAdapter(StoredReport).validate_json(file.read_bytes())

@@ -1,0 +1,83 @@
+"""`finetune eval`: an adapter or a model on held-out rows, beside what it is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.arguments import Arguments
+from finetune.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from finetune.config.commands import EvalOptions
+
+USAGE = """\
+usage: finetune eval adapter=RUN_OR_ADAPTER [data=[{path: rows.jsonl}]] [key=value …] [--json]
+       finetune eval model=FOLDER data=[{path: rows.jsonl}] [key=value …] [--json]
+
+Measures the base in 16 bit, the quantised base, that with the adapter, and the merged model on the same held-out rows,
+one in memory at a time: loss, token accuracy, right answers, and how far each is from the 16-bit base, all with 95 %
+intervals. The table goes to stdout; gap.json, gap.md and gap.png into the adapter's run, or into out=DIR.
+  --json   print the table as JSON
+
+Examples
+  finetune eval adapter=outputs/quickstart
+  finetune eval adapter=outputs/lora 'forgetting=[{path: general.jsonl}]' metric=number limit=500
+  finetune eval model=merged 'data=[{path: heldout.jsonl}]' quant=nf4
+  finetune eval adapter=outputs/lora 'variants=[trained]' 'tasks=[gsm8k_local.yaml]' answers=0
+"""
+
+
+def eval_help() -> str:
+    """The usage and every setting."""
+    from finetune.config.commands import EvalOptions
+    from finetune.config.options import options_help
+
+    return f"{USAGE}\n{options_help(EvalOptions)}"
+
+
+def run_eval(arguments: Arguments) -> int:
+    """`finetune eval`. Raises: InputError for what cannot be meant; what reading, loading and merging raise."""
+    from finetune.config.commands import EvalOptions
+    from finetune.config.options import read_options
+
+    if arguments.config is not None:
+        raise InputError("finetune eval takes no config; the adapter's run has its own: adapter=outputs/NAME")
+    options = read_options(EvalOptions, arguments.overrides, "finetune eval")
+    place = _place(options)
+
+    from finetune.evaluation.gap_table import to_json
+    from finetune.evaluation.gap_text import gap_markdown
+    from finetune.gap.gap import evaluate_gap
+    from finetune.terminal import printable, say
+
+    table = evaluate_gap(options, say, place)
+    if place is not None:
+        from finetune.gap.files import write_gap
+
+        write_gap(table, place)
+        say(f"written: {', '.join(str(place / name) for name in ('gap.json', 'gap.md', 'gap.png'))}")
+    print(to_json(table) if "--json" in arguments.flags else printable(gap_markdown(table)), end="")
+    return 0
+
+
+def _place(options: EvalOptions) -> Path | None:
+    """The folder that the files go to: `out`, else the adapter's run; None where there is neither.
+
+    Raises: ConfigError for a place that cannot be written to, or that holds another program's gap.json.
+    """
+    from finetune.evaluation.gap_table import JSON, load_gap
+
+    if options.out is not None:
+        folder = Path(options.out).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out={options.out}: cannot be written: {error.strerror}") from error
+    else:
+        folder = Path(options.adapter or "").expanduser()
+        if options.adapter is None or not (folder / "config.yaml").is_file():
+            return None
+    if (folder / JSON).exists():
+        load_gap(folder)
+    return folder

@@ -1,0 +1,76 @@
+"""Answers written one token at a time with cached keys and values; a row that has ended leaves the batch.
+
+Shapes: B prompts of a batch, N of them still being answered; L tokens so far, with padding; V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from finetune.losses.chunked import logits_of
+from finetune.losses.cross_entropy import head_of
+from finetune.losses.hidden import base_of
+
+# (logits [N, V], which prompts they are of [N], how many tokens each of those has been answered with) -> ids [N] int64.
+Choose = Callable[[Tensor, list[int], list[int]], Tensor]
+
+
+def greedy(logits_NV: Tensor, prompts: list[int], written: list[int]) -> Tensor:
+    """The most probable token of each row."""
+    return logits_NV.argmax(-1)
+
+
+class Decoding:
+    """Prompts padded on the left, and the keys and values of what was read and written so far.
+
+    prompts: ids, at least one each. limits: the most tokens that each is answered with. The model is in evaluation
+    mode, and its caller holds `torch.no_grad`.
+    """
+
+    def __init__(self, model: nn.Module, prompts: Sequence[np.ndarray | list[int]], limits: Sequence[int]):
+        base = base_of(model)
+        self.head, self.backbone = head_of(model), getattr(base, base.base_model_prefix)
+        self.device = next(model.parameters()).device
+        self.cache = DynamicCache(config=base.config)
+        self.limits = limits
+        self.answers: list[list[int]] = [[] for _ in prompts]
+        self.open = list(range(len(prompts)))  # answers that have not ended: the rows of all tensors
+        longest = max(map(len, prompts))
+        self.ids_NL = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
+        self.mask_NL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        self.positions_NL = (self.mask_NL.cumsum(1) - 1).clamp_(min=0)
+
+    def write(self, choose: Choose, stop_ids: Collection[int], vocabulary: int) -> list[list[int]]:
+        """The answers, each up to one of `stop_ids` or its limit. vocabulary: V, ids from 0 on that can be chosen."""
+        while self.open:
+            logits_NV = logits_of(self._read(), self.head, vocabulary)
+            ids_N = choose(logits_NV, self.open, [len(self.answers[i]) for i in self.open])
+            stays = []
+            for i, token in zip(self.open, ids_N.tolist(), strict=True):
+                self.answers[i].append(token)
+                stays.append(token not in stop_ids and len(self.answers[i]) < self.limits[i])
+            self._append(ids_N, stays)
+        return self.answers
+
+    def _read(self) -> Tensor:
+        """The final hidden states [N, D] at the end of each row, after what has not been read yet."""
+        outputs = self.backbone(
+            input_ids=self.ids_NL, attention_mask=self.mask_NL, position_ids=self.positions_NL,
+            past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
+        return outputs.last_hidden_state[:, -1]
+
+    def _append(self, ids_N: Tensor, stays: list[bool]) -> None:
+        mask_NL, positions_N1 = self.mask_NL, self.positions_NL[:, -1:] + 1
+        if not all(stays):
+            kept = torch.tensor([k for k, stay in enumerate(stays) if stay], dtype=torch.long, device=self.device)
+            self.open = [i for i, stay in zip(self.open, stays, strict=True) if stay]
+            self.cache.batch_select_indices(kept)
+            ids_N, mask_NL, positions_N1 = ids_N[kept], mask_NL[kept], positions_N1[kept]
+        self.ids_NL, self.positions_NL = ids_N[:, None], positions_N1
+        self.mask_NL = torch.cat([mask_NL, mask_NL.new_ones(len(ids_N), 1)], 1)

@@ -1,0 +1,166 @@
+"""A gap table as markdown, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from finetune.evaluation.gap_table import GapTable, ModelFigures, SetFigures
+from finetune.evaluation.intervals import Estimate
+from finetune.plotting import COLOURS, figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Format = Callable[[float], str]
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.3f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+# Figures in the order of the table: by name, what they are called, and how they are written.
+FIGURES: dict[str, tuple[str, Format]] = {
+    "loss": ("loss, nats", _nats),
+    "perplexity": ("perplexity", _short),
+    "accuracy": ("token accuracy, %", _share),
+    "score": ("{metric}, %", _share),
+    "kl": ("KL from {reference}, nats", _nats),
+    "kl_p99": ("99th percentile of it", _short),
+    "top1": ("same first choice, %", _share),
+}
+
+
+def readable_bytes(count: int) -> str:
+    """`2.24 MB`, `15.2 GB`."""
+    unit, size = ("GB", 10**9) if count >= 10**9 else ("MB", 10**6)
+    return f"{count / size:.3g} {unit}"
+
+
+def gap_markdown(table: GapTable) -> str:
+    """The table with its intervals, a part for each set of rows, one for the tasks."""
+    subject = table.model if table.adapter is None else f"{table.adapter} on {table.model}"
+    parts = [f"# {subject}", f"In brackets are 95 % intervals ({table.resamples:,} resamples of the rows, paired)."]
+    for i, rows in enumerate(table.models[0].sets if table.models else []):
+        parts.append(_title(rows))
+        parts.append(_table_of(table, [model.sets[i] for model in table.models]))
+        if any(model.sets[i].differences for model in table.models):
+            parts.append(f"Less those of {_reference(table)}, on the same rows:")
+            parts.append(_differences(table, i))
+    if any(model.tasks for model in table.models):
+        parts += ["## Tasks of lm-evaluation-harness", _tasks(table.models)]
+    return "\n\n".join(parts) + "\n"
+
+
+def gap_figure(table: GapTable) -> Figure:
+    """A panel for each of loss, accuracy, score and KL; a line for each model, a colour for each set of rows."""
+    sets = [rows.name for rows in table.models[0].sets]
+    names = [
+        name
+        for name in ("loss", "accuracy", "score", "kl")
+        if any(name in rows.figures for model in table.models for rows in model.sets)
+    ]
+    drawn, panels = figure(2.6 * len(names) + 1.4, 1.4 + 0.45 * len(table.models), panels=max(1, len(names)))
+    for panel, name in zip(panels, names, strict=False):
+        for i in range(len(sets)):
+            _draw(panel, table, name, i)
+        panel.set_title(_label(table, name))
+        panel.set_ylim(len(table.models) - 0.5, -0.5)
+        panel.set_yticks(range(len(table.models)), [""] * len(table.models))
+    panels[0].set_yticks(
+        range(len(table.models)), [f"{model.name}\n{readable_bytes(model.stored_bytes)}" for model in table.models]
+    )
+    if len(sets) > 1:
+        drawn.legend(
+            handles=[panels[0].plot([], [], "o", color=COLOURS[i % len(COLOURS)], label=name)[0]
+                     for i, name in enumerate(sets)],
+            loc="outside lower center", ncols=len(sets),
+        )  # fmt: skip
+    return drawn
+
+
+def _draw(panel: Axes, table: GapTable, name: str, i: int) -> None:
+    scale = 100 if name in ("accuracy", "score", "top1") else 1
+    sets = len(table.models[0].sets)
+    for line, model in enumerate(table.models):
+        found = model.sets[i].figures.get(name)
+        if found is None:
+            continue
+        y = line + 0.18 * (i - (sets - 1) / 2)
+        colour = COLOURS[i % len(COLOURS)]
+        ends = [[scale * max(0.0, found.value - found.low)], [scale * max(0.0, found.high - found.value)]]
+        panel.errorbar(
+            [scale * found.value], [y], xerr=ends, fmt="o", color=colour, markersize=4, capsize=2, linewidth=1.2
+        )
+        far = model.sets[i].figures.get("kl_p99") if name == "kl" else None
+        if far is not None:
+            panel.plot([far.value], [y], "D", markerfacecolor="none", markersize=4, color=colour)
+    if name == "kl":
+        panel.set_xscale("symlog", linthresh=1e-4)
+        panel.set_xlabel("dot: mean; diamond: 99th percentile")
+    elif scale == 100:
+        panel.set_xlim(-4, 104)
+
+
+def _title(rows: SetFigures) -> str:
+    answered = f", {rows.answered:,} answered" if rows.answered else ""
+    kind = " (not the task's own: what training may have harmed)" if rows.forgetting else ""
+    return f"## {rows.name}{kind}\n\n{rows.rows:,} rows, {rows.tokens:,} target tokens{answered}."
+
+
+def _label(table: GapTable, name: str) -> str:
+    return FIGURES[name][0].format(metric=table.metric, reference=_reference(table))
+
+
+def _reference(table: GapTable) -> str:
+    return next((model.name for model in table.models if model.variant == table.reference), "nothing")
+
+
+def _table_of(table: GapTable, sets: Sequence[SetFigures]) -> str:
+    names = [name for name in FIGURES if any(name in rows.figures for rows in sets)]
+    lines = [["", "bytes", *(_label(table, name) for name in names)]]
+    for model, rows in zip(table.models, sets, strict=True):
+        cells = [_cell(rows.figures.get(name), FIGURES[name][1]) for name in names]
+        lines.append([model.name, readable_bytes(model.stored_bytes), *cells])
+    return _grid(lines)
+
+
+def _differences(table: GapTable, i: int) -> str:
+    names = [name for name in FIGURES if any(name in model.sets[i].differences for model in table.models)]
+    lines = [["", *(_label(table, name) for name in names)]]
+    for model in table.models:
+        if found := model.sets[i].differences:
+            lines.append([model.name, *(_cell(found.get(name), FIGURES[name][1], sign=True) for name in names)])
+    return _grid(lines)
+
+
+def _tasks(models: Sequence[ModelFigures]) -> str:
+    lines = [["task", "metric", "rows", *(model.name for model in models)]]
+    for k, task in enumerate(models[0].tasks):
+        cells = [_cell(model.tasks[k].estimate, _nats) for model in models]
+        lines.append([task.task, task.metric, f"{task.rows:,}", *cells])
+    return _grid(lines)
+
+
+def _cell(estimate: Estimate | None, form: Format, sign: bool = False) -> str:
+    if estimate is None:
+        return ""
+    value, low, high = (
+        ("+" if sign and number > 0 else "") + form(number) for number in (estimate.value, estimate.low, estimate.high)
+    )
+    return f"{value} [{low}, {high}]"
+
+
+def _grid(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = lines
+    rule = ["---"] * len(head)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *body))

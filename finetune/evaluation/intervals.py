@@ -1,0 +1,106 @@
+"""How sure a figure is: 95 % intervals by resampling rows, and those of differences between models on the same rows.
+
+Shapes: R rows, N tokens, B resamples.
+Source: the percentile bootstrap of Efron 1979, over rows, since the tokens of a row are no independent draws; Wilson's
+interval (1927) for shares of rows, which also says something where all or none of them are right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+_CONFIDENCE = 0.95
+# Values of a block of resamples: 64 MB in float64.
+_BLOCK_VALUES = 1 << 23
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure and what it is in each resample [B]. Figures of one `Bootstrap` are paired: all see the same draws."""
+
+    value: float
+    resampled_B: np.ndarray
+
+    def __sub__(self, other: Figure) -> Figure:
+        return Figure(self.value - other.value, self.resampled_B - other.resampled_B)
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> Figure:
+        """The figure through a function of arrays."""
+        return Figure(float(function(np.array(self.value))), function(self.resampled_B))
+
+    def estimate(self) -> Estimate:
+        """With the 2.5th and the 97.5th percentile of the resamples."""
+        tail = (1 - _CONFIDENCE) / 2
+        low, high = np.quantile(self.resampled_B, [tail, 1 - tail])
+        return Estimate(self.value, float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Resamples of R rows, drawn with replacement; one seed gives the same ones for every model."""
+
+    rows: int
+    resamples: int
+    seed: int
+
+    @cached_property
+    def _counts_BR(self) -> np.ndarray:
+        draw = np.random.default_rng(self.seed)
+        counts = np.empty((self.resamples, self.rows), np.uint16)
+        for resample in counts:
+            resample[:] = np.bincount(draw.integers(self.rows, size=self.rows), minlength=self.rows)
+        return counts
+
+    def ratio(self, sums_R: np.ndarray, weights_R: np.ndarray) -> Figure:
+        """The rows' sums by their weights: nats a token from each row's nats and tokens, a mean with weights of 1."""
+        both_R2 = np.stack([sums_R, weights_R], 1).astype(np.float64)
+        totals_B2 = np.concatenate([counts.astype(np.float64) @ both_R2 for counts in self._blocks(self.rows)])
+        return Figure(float(sums_R.sum() / weights_R.sum()), totals_B2[:, 0] / totals_B2[:, 1])
+
+    def quantile(self, values_N: np.ndarray, row_N: np.ndarray, share: float) -> Figure:
+        """The smallest value with at least this share of all tokens at or below it. row_N: the row of each token."""
+        tokens_R = np.bincount(row_N, minlength=self.rows)
+        # From the highest on, and no further than any resample is likely to go: a sum over all tokens takes long.
+        order = np.argsort(-values_N, kind="stable")
+        highest = order[: int(4 * (1 - share) * len(order)) + 1000]
+
+        def smallest(counts_R: np.ndarray) -> float:
+            total = int(counts_R @ tokens_R)
+            above = total - math.ceil(share * total - 1e-9)
+            for part in (highest, order):
+                reached = np.cumsum(counts_R[row_N[part]], dtype=np.int64)
+                if reached[-1] > above:
+                    return float(values_N[part[np.searchsorted(reached, above, side="right")]])
+            raise AssertionError("all tokens are more than some of them")
+
+        resampled = [smallest(counts_R.astype(np.int64)) for counts_R in self._counts_BR]
+        return Figure(smallest(np.ones(self.rows, np.int64)), np.array(resampled))
+
+    def _blocks(self, width: int) -> Iterator[np.ndarray]:
+        step = max(1, _BLOCK_VALUES // width)
+        for start in range(0, self.resamples, step):
+            yield self._counts_BR[start : start + step]
+
+
+def share_of(values_R: np.ndarray, figure: Figure) -> Estimate:
+    """The mean of a score with its interval: Wilson's where every row is right or wrong, else the bootstrap's."""
+    if not np.isin(values_R, (0, 1)).all():
+        return figure.estimate()
+    from scipy.stats import binomtest
+
+    found = binomtest(int(values_R.sum()), len(values_R)).proportion_ci(_CONFIDENCE, method="wilson")
+    return Estimate(figure.value, float(found.low), float(found.high))

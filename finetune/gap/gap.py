@@ -1,0 +1,164 @@
+"""`finetune eval` from its options to a table: one model after the other is loaded, measured and let go."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from finetune import __version__
+from finetune.config.commands import EvalOptions, GateOptions, MergeOptions
+from finetune.data.template.chat import ChatTemplate
+from finetune.errors import ConfigError
+from finetune.evaluation.gap_table import GapTable, ModelFigures, Variant
+from finetune.evaluation.intervals import Bootstrap
+from finetune.evaluation.metrics import Metric, find_metric
+from finetune.export.merge.merge import merge
+from finetune.gap.harness import load_tasks, run_tasks
+from finetune.gap.measuring import Measuring, stored_bytes
+from finetune.gap.rows import RowSet, load_sets
+from finetune.gap.subjects import Say, Subjects, find_subjects
+from finetune.models.load import default_device, load_adapter_tokenizer, load_tokenizer
+from finetune.models.source import TEXT_FILES, fetch, read_config
+
+_MAX_NEW_TOKENS = 256
+
+
+def evaluate_gap(options: EvalOptions, say: Say, place: Path | None = None) -> GapTable:
+    """Measure every model that the options name.
+
+    place: a folder with room for a merged model; None is the system's for temporary files.
+    Raises: ConfigError and DataError before a model is loaded; what loading and merging raise.
+    """
+    started = time.monotonic()
+    subjects = find_subjects(options, say)
+    metric = find_metric(options.metric, options.pattern)
+    tasks = load_tasks(options.tasks) if options.tasks else []
+    tokenizer = _tokenizer(subjects)
+    chat = ChatTemplate(tokenizer)
+    sets = load_sets(options, subjects.cfg, chat)
+    subjects = _with_rows_for(subjects, tokenizer, say)
+    for rows in sets:
+        say(_describe(rows))
+    with _scratch(place) as scratch:
+        merged = _merged_folder(options, subjects, scratch, say)
+        measuring = _measuring(options, subjects, sets, (tokenizer, chat, metric), scratch)
+        models = [_measure(options, subjects, variant, merged, measuring, tasks, say) for variant in subjects.variants]
+    return GapTable(
+        options.adapter, subjects.model.name, "base" if "base" in subjects.variants else None,
+        metric.name if any(rows.conversations for rows in sets) else None, options.resamples, options.seed,
+        round(time.monotonic() - started, 1), _made_with(), models,
+    )  # fmt: skip
+
+
+def _measure(
+    options: EvalOptions,
+    subjects: Subjects,
+    variant: Variant,
+    merged: Path | None,
+    measuring: Measuring,
+    tasks: list[Any],
+    say: Say,
+) -> ModelFigures:
+    name = subjects.name(variant)
+    started = time.monotonic()
+    model = subjects.load(variant, merged, say)
+    sets = measuring.measure(model, reference=variant == "base")
+    found = []
+    if tasks:
+        found = run_tasks(
+            model, measuring.tokenizer, tasks, limit=options.limit, batch_size=options.batch_size,
+            as_chat=options.tasks_as_chat,
+        )  # fmt: skip
+    figures = ModelFigures(variant, name, stored_bytes(model), sets, found)
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    say(f"{name}: measured in {time.monotonic() - started:.1f} s")
+    return figures
+
+
+def _tokenizer(subjects: Subjects) -> PreTrainedTokenizerBase:
+    if subjects.adapter is None:
+        return load_tokenizer(subjects.model)
+    return load_adapter_tokenizer(subjects.model, subjects.adapter)
+
+
+def _with_rows_for(subjects: Subjects, tokenizer: PreTrainedTokenizerBase, say: Say) -> Subjects:
+    """Without the models that have no row for tokens that the adapter added."""
+    if max(tokenizer.get_vocab().values()) < _base_rows(subjects):
+        return subjects
+    kept = tuple(variant for variant in subjects.variants if variant in ("trained", "merged"))
+    if not kept:
+        raise ConfigError("variants: the adapter added tokens, which only trained and merged have rows for")
+    if kept != subjects.variants:
+        say("the adapter added tokens that its base has no rows for: only trained and merged models are measured")
+    return Subjects(subjects.adapter, subjects.cfg, subjects.model, subjects.quant, kept)
+
+
+def _base_rows(subjects: Subjects) -> int:
+    model = subjects.model
+    return int(read_config(fetch(model.name, model.revision, TEXT_FILES, "model").folder, model.name)["vocab_size"])
+
+
+def _measuring(
+    options: EvalOptions,
+    subjects: Subjects,
+    sets: list[RowSet],
+    words: tuple[PreTrainedTokenizerBase, ChatTemplate, Metric],
+    scratch: Path,
+) -> Measuring:
+    tokenizer, chat, metric = words
+    own = subjects.cfg.generation.max_new_tokens if subjects.cfg is not None else _MAX_NEW_TOKENS
+    return Measuring(
+        sets, tokenizer, chat, metric, min(len(tokenizer), _base_rows(subjects)), options.max_new_tokens or own,
+        options.batch_size, [Bootstrap(rows.rows, options.resamples, options.seed) for rows in sets],
+        [Bootstrap(max(1, len(rows.conversations)), options.resamples, options.seed) for rows in sets], scratch,
+    )  # fmt: skip
+
+
+def _merged_folder(options: EvalOptions, subjects: Subjects, scratch: Path, say: Say) -> Path | None:
+    """The folder that holds the merged model; where the user has none, one that goes with `scratch`."""
+    if "merged" not in subjects.variants:
+        return None
+    if options.merged is not None:
+        folder = Path(options.merged).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"merged={options.merged}: there is no such folder; finetune merge writes one")
+        return folder
+    assert options.adapter is not None, "only an adapter has a merged model"
+    out = scratch / "merged"
+    merge(MergeOptions(adapter=options.adapter, out=str(out), gate=GateOptions(rows=0)), say=lambda text: None)
+    return out
+
+
+@contextmanager
+def _scratch(place: Path | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix=".eval-", dir=place) as folder:
+        yield Path(folder)
+
+
+def _describe(rows: RowSet) -> str:
+    answered = f", {len(rows.conversations):,} of them answered" if rows.conversations else ""
+    targets = int(rows.documents.targets.sum())
+    return f"{rows.name}{' (forgetting)' if rows.forgetting else ''}: {rows.rows:,} rows{answered}, {targets:,} targets"
+
+
+def _made_with() -> dict[str, str]:
+    device = default_device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    return {
+        "finetune": __version__,
+        "torch": torch.__version__,
+        "device": name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,169 @@
+"""Measures what this machine does in a second, with the package's own kernels, in the shapes of Qwen2.5's layers.
+
+Each figure is the median of repeated calls, taken in turn, so that what else the machine does meanwhile falls on all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from finetune.planning.timing import Rates
+
+if TYPE_CHECKING:
+    import torch
+
+# (inputs, outputs) of the linears of 0.5B, 1.5B and 7B, from the smallest to the largest.
+_MATRICES = ((896, 128), (896, 896), (896, 4864), (1536, 8960), (3584, 18944))
+_ROWS = (128, 512, 2048)
+_DOCUMENTS = (128, 512, 1024, 2048)
+# A layer of 0.5B: hidden, intermediate, query heads, key heads, head width; rows of a chunk of logits.
+_HIDDEN, _INNER, _HEADS, _KEY_HEADS, _WIDTH, _VOCABULARY, _CHUNK = 896, 4864, 14, 2, 64, 151936, 220
+_TOKENS = 1024
+# A CPU needs seconds for a 7B's matrix times 2,048 rows; a GPU has done it before the clock ticks.
+_REPEATS, _LONG_SECONDS = 5, 0.4
+
+
+def measure_rates(device: torch.device, name: str, say: Callable[[str], None]) -> Rates:
+    """The rates of this device, with the threads that torch uses now; takes about half a minute on two CPU cores."""
+    import torch
+
+    watch = _Watch(device)
+    say("calibrating: products")
+    products = [
+        [float(inputs * outputs), float(rows), _product(watch, rows, inputs, outputs)]
+        for inputs, outputs in _MATRICES
+        for rows in _ROWS
+    ]
+    say("calibrating: attention, elementwise steps, loss, 4-bit weights, optimizer")
+    attention = [[float(length), _attention(watch, length)] for length in _DOCUMENTS]
+    with torch.no_grad():
+        elementwise, logits, dequantised = _elementwise(watch), _logits(watch), _dequantise(watch)
+    return Rates(
+        name, products, attention, elementwise, dequantised, logits, trained=_optimizer(watch),
+        layer_seconds=_calls(watch),
+    )  # fmt: skip
+
+
+class _Watch:
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def seconds(self, work: Callable[[], Any]) -> float:
+        """The median of repeated calls after one that warms up; of one call where that takes long."""
+        import torch
+
+        def once() -> float:
+            start = time.perf_counter()
+            work()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+        warm = once()
+        return median(once() for _ in range(2 if warm > _LONG_SECONDS else _REPEATS))
+
+    def normal(self, *sizes: int) -> torch.Tensor:
+        import torch
+
+        return torch.randn(*sizes, device=self.device).to(torch.bfloat16)
+
+
+def _product(watch: _Watch, rows: int, inputs: int, outputs: int) -> float:
+    """Forward and backward of a frozen linear: operations a second of both together."""
+    x, weight, grad = watch.normal(rows, inputs), watch.normal(outputs, inputs), watch.normal(rows, outputs)
+    seconds = watch.seconds(lambda: x @ weight.T) + watch.seconds(lambda: grad @ weight)
+    return 4.0 * rows * inputs * outputs / seconds
+
+
+def _attention(watch: _Watch, length: int) -> float:
+    """A document of that length, forward and backward, in the layout that training uses."""
+    import torch
+
+    from finetune.ops.attention import attend, plan_segments
+
+    documents = max(1, _TOKENS // length)
+    tokens = documents * length
+    segments = plan_segments([length] * documents, torch.arange(tokens), tokens, watch.device, torch.bfloat16)
+    heads = (_HEADS, _KEY_HEADS, _KEY_HEADS)
+    q, k, v = (watch.normal(tokens, count, _WIDTH).requires_grad_() for count in heads)
+    grad = watch.normal(tokens, _HEADS, _WIDTH)
+    seconds = watch.seconds(lambda: attend(q, k, v, segments, _WIDTH**-0.5).backward(grad))
+    return 6.0 * _HEADS * _WIDTH * length * tokens / seconds
+
+
+def _elementwise(watch: _Watch) -> float:
+    """One layer's norms, rotations, residuals and gated product, forward and backward: two passes of T * I values."""
+    import torch
+
+    from finetune.ops import elementwise as ops
+
+    x, weight = watch.normal(_TOKENS, _HIDDEN), watch.normal(_HIDDEN)
+    gate, up, grad = (watch.normal(_TOKENS, _INNER) for _ in range(3))
+    query, angle = watch.normal(_TOKENS, _HEADS + _KEY_HEADS, _WIDTH), watch.normal(_TOKENS, _WIDTH)
+
+    def layer() -> None:
+        for _ in range(2):
+            ops.rms_norm_forward(x, weight, 1e-6)
+            ops.rms_norm_backward(x, x, weight, 1e-6)
+            torch.add(x, x)
+            torch.add(x, x)
+        ops.rotate_forward(query, angle, angle)
+        ops.rotate_backward(query, angle, angle)
+        ops.swiglu_forward(gate, up)
+        ops.swiglu_backward_(grad, gate, up)
+
+    return 2.0 * _TOKENS * _INNER / watch.seconds(layer)
+
+
+def _logits(watch: _Watch) -> float:
+    import torch
+
+    from finetune.ops.cross_entropy import cross_entropy_
+
+    logits = watch.normal(_CHUNK, _VOCABULARY)
+    labels = torch.arange(_CHUNK, device=watch.device)
+    return logits.numel() / watch.seconds(lambda: cross_entropy_(logits, labels))
+
+
+def _dequantise(watch: _Watch) -> float:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(watch.normal(_INNER, _HIDDEN), compress_statistics=True, quant_type="nf4")
+    return _INNER * _HIDDEN / watch.seconds(lambda: dequantize_4bit(packed, state))
+
+
+def _optimizer(watch: _Watch) -> float:
+    import torch
+
+    weights = [torch.zeros(64, _HIDDEN, device=watch.device, requires_grad=True) for _ in range(16)]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.AdamW(weights)
+    return sum(weight.numel() for weight in weights) / watch.seconds(optimizer.step)
+
+
+def _calls(watch: _Watch) -> float:
+    """One pass of a layer over next to nothing: what Python and the calls of kernels cost."""
+    import torch
+
+    from finetune.ops.elementwise import rms_norm, rotate
+    from finetune.ops.linear import Adapter, Projection, project, swiglu_mlp
+
+    width, rows = 64, 32
+    x = watch.normal(rows, width).requires_grad_()
+    weight, norm, angle = watch.normal(width, width), watch.normal(width), watch.normal(rows, width)
+    factors = torch.zeros(8, width, device=watch.device, requires_grad=True), torch.zeros(
+        width, 8, device=watch.device, requires_grad=True
+    )
+    frozen, adapted = Projection(weight), Projection(weight, adapter=Adapter(*factors, scale=1.0))
+
+    def layer() -> None:
+        q, k, v = project(rms_norm(x, norm, 1e-6), (adapted, frozen, adapted))
+        q, k = (rotate(y[:, None], angle, angle) for y in (q, k))
+        y = x + project(torch.nn.functional.scaled_dot_product_attention(q, k, v[:, None])[:, 0], (frozen,))[0]
+        (y + swiglu_mlp(rms_norm(y, norm, 1e-6), frozen, frozen, frozen)).sum().backward()
+
+    return watch.seconds(layer) / 2

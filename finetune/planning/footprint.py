@@ -1,0 +1,172 @@
+"""The highest memory that a run will reach on one rank, by part and by the moment at which it is reached.
+
+On CUDA what the allocator hands out (`torch.cuda.max_memory_allocated`); on a CPU what is resident of the process, its
+libraries and the pages of mapped weight files included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.config.schema import RunConfig
+from finetune.planning.activations import ActivationPlan, evaluation_bytes, plan_activations
+from finetune.planning.memory import DTYPE_BYTES, FOUR_BIT, MemoryPlan, linear_shapes, static_of
+from finetune.planning.teacher import teacher_bytes
+
+MIB = 2**20
+# Resident with every library imported, before a model is there: 356 MiB of the process's own and 133 MiB of pages of
+# shared libraries, measured with CPython 3.11, torch 2.13 (CPU build), transformers 5.23, peft 0.21 on Linux.
+_PROCESS_BYTES = 489 * MIB
+# What the heap of glibc holds beside live tensors, whatever the run: holes left by loading, thread caches, buffers of
+# oneDNN. Measured: 80 to 150 MiB over sizes from 4 layers of 256 to 28 of 1536.
+_HEAP_BYTES = 110 * MIB
+# Two tokenizers (the run's, the adapter's) in memory over the bytes of tokenizer.json; 172 MiB for Qwen2.5's 11.4 MB.
+_TOKENIZER_SHARE = 15.8
+_QWEN_TOKENIZER_BYTES = 11_421_789
+# A CUDA context with the libraries' kernels, outside the allocator; not measured by this package, 0.4 to 0.6 GB are
+# usual. Taken from a device's memory, never part of a predicted peak.
+CONTEXT_BYTES = 512 * MIB
+# Added to what is not weights before a run is said to fit: how far predictions are off, and on a GPU, where no figures
+# are there yet, blocks that the allocator cannot reuse.
+MARGIN = {"cuda": 0.18, "cpu": 0.10}
+# training/recipe.py evaluates so many tokens at a time, or a sequence.
+EVALUATED_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of one rank. moments: by name, what is held then, by part. activations: of the micro-batch planned for.
+
+    teacher_unknown: a teacher is loaded whose shapes are not known, so it is not counted.
+    """
+
+    device_type: str
+    static: MemoryPlan
+    activations: ActivationPlan
+    micro_batch: int
+    recomputed: int
+    moments: Mapping[str, Mapping[str, float]]
+    teacher_unknown: bool = False
+
+    @property
+    def moment(self) -> str:
+        """When the peak is reached."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def parts(self) -> Mapping[str, float]:
+        """What is held at the peak."""
+        return self.moments[self.moment]
+
+    @property
+    def peak_bytes(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def needed_bytes(self) -> float:
+        """What must be free for the run to be safe: the peak, its margin, and on a GPU the context."""
+        fixed = sum(size for name, size in self.parts.items() if name in self.static.parts or name in _FIXED)
+        margin = MARGIN[_kind(self.device_type)] * (self.peak_bytes - fixed)
+        return self.peak_bytes + margin + (CONTEXT_BYTES if self.device_type == "cuda" else 0)
+
+
+_FIXED = {"process and libraries", "tokenizers", "teacher"}
+_ACTIVATIONS = {
+    "inputs of recomputed layers", "activations kept", "holes between activations", "layer workspace", "loss workspace",
+}  # fmt: skip
+
+
+def predict(
+    cfg: RunConfig,
+    shape: Mapping[str, Any],
+    device_type: str,
+    micro_batch: int,
+    recomputed: int,
+    *,
+    ranks: int = 1,
+    document_tokens: int | None = None,
+) -> Footprint:
+    """The footprint with so many sequences a forward pass and so many recomputed layers.
+
+    shape: keys as in config.json. document_tokens: as for `plan_activations`.
+    """
+    static = static_of(cfg, shape)
+    activations = plan_activations(shape, cfg, micro_batch, device_type, document_tokens)
+    offload = cfg.train.recompute == "offload" and device_type == "cuda"
+    teacher = teacher_bytes(cfg, shape)
+    held = _held(cfg, static, teacher or 0.0, device_type, ranks)
+    moments = {"loading": _loading(cfg, shape, held)}
+    for name, parts in activations.moments(recomputed, offload).items():
+        moments[_MOMENTS[name]] = {**held, **_signal(cfg, shape, micro_batch), **parts}
+    if cfg.distill.objective != "none" and cfg.distill.teacher.placement in ("resident", "streamed"):
+        tokens = micro_batch * cfg.data.max_length
+        moments["asking the teacher"] = {**held, **evaluation_bytes(shape, cfg, tokens, device_type)}
+    if cfg.data.eval or cfg.data.held_out:
+        tokens = max(EVALUATED_TOKENS, cfg.data.max_length)
+        moments["evaluation"] = {**held, **evaluation_bytes(shape, cfg, tokens, device_type)}
+    gradients = {"gradients": static.parts.get("gradients", 0.0)}
+    # torch updates all parameters at once on CUDA, one after the other on a CPU.
+    update = gradients["gradients"] * (2 if device_type == "cuda" else 0)
+    moments["optimizer step"] = {**held, **gradients, "update of the weights": update}
+    moments = {name: {part: size for part, size in parts.items() if size} for name, parts in moments.items()}
+    return Footprint(device_type, static, activations, micro_batch, recomputed, moments, teacher is None)
+
+
+_MOMENTS = {
+    "loss": "training step, at the loss",
+    "backward": "training step, as backward begins",
+    "recomputing": "training step, while a layer is recomputed",
+}
+
+
+def _held(cfg: RunConfig, static: MemoryPlan, teacher: float, device_type: str, ranks: int) -> dict[str, float]:
+    """What is there all the time once training runs."""
+    held = {name: size for name, size in static.parts.items() if name != "gradients"}
+    held["teacher"] = teacher
+    if ranks > 1:
+        held["gradients exchanged between ranks"] = static.parts.get("gradients", 0.0)
+    if device_type != "cuda":
+        held["process and libraries"] = _PROCESS_BYTES
+        held["tokenizers"] = _TOKENIZER_SHARE * _tokenizer_bytes(cfg)
+        held["allocator slack"] = _HEAP_BYTES
+    return held
+
+
+def _loading(cfg: RunConfig, shape: Mapping[str, Any], held: Mapping[str, float]) -> dict[str, float]:
+    """The base with one matrix in 16 bit; the optimizer and the slack of training are not there yet."""
+    largest = max(out * inputs for out, inputs in linear_shapes(shape).values())
+    parts = {name: size for name, size in held.items() if name != "optimizer"}
+    if cfg.quant.type in FOUR_BIT:
+        parts["a matrix before it is quantised"] = largest * DTYPE_BYTES[cfg.model.dtype]
+    return parts
+
+
+def _signal(cfg: RunConfig, shape: Mapping[str, Any], micro_batch: int) -> dict[str, float]:
+    """What the teacher said of a micro-batch: hidden states of its targets, or a sample of its probabilities."""
+    distill = cfg.distill
+    if distill.objective == "none":
+        return {}
+    tokens = micro_batch * cfg.data.max_length
+    sampled = distill.teacher.placement in ("cached", "server") and distill.tier == "sampled"
+    each = (distill.head + distill.samples) * 12 if sampled else shape["hidden_size"] * DTYPE_BYTES[cfg.model.dtype]
+    ahead = distill.teacher.steps_ahead if distill.teacher.placement == "streamed" else 1
+    return {"teacher's signal": float(tokens * each * ahead)}
+
+
+def _tokenizer_bytes(cfg: RunConfig) -> int:
+    file = Path(cfg.model.tokenizer or cfg.model.name).expanduser() / "tokenizer.json"
+    return file.stat().st_size if file.is_file() else _QWEN_TOKENIZER_BYTES
+
+
+def _kind(device_type: str) -> str:
+    return "cuda" if device_type == "cuda" else "cpu"
+
+
+def usable_bytes(found: Footprint, free_bytes: float) -> float:
+    """What activations may take of so many free bytes, beside all that is there anyway, with the margin left."""
+    beside = sum(size for name, size in found.parts.items() if name not in _ACTIVATIONS)
+    reserved = CONTEXT_BYTES if found.device_type == "cuda" else 0
+    return max(0.0, (free_bytes - beside - reserved) / (1 + MARGIN[_kind(found.device_type)]))

@@ -1,0 +1,42 @@
+"""The rows that precision is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from finetune.config.schema import RunConfig
+from finetune.data.batch import Batch, build_batch, groups_of
+from finetune.data.documents import Documents
+from finetune.data.loader import load_chat_template, load_data
+from finetune.data.tokens.prepare import Preparation, console_progress
+from finetune.models.load import load_tokenizer
+from finetune.models.tokens import extend_tokenizer
+
+# Tokens of a batch, at least: with fewer, reading a layer's weights takes longer than multiplying with them.
+_BATCH_TOKENS = 2048
+
+
+def load_rows(cfg: RunConfig, say: Callable[[str], None]) -> tuple[Documents, Documents]:
+    """The documents that a run of this config would train on, and those that it would be measured by (maybe none)."""
+    tokenizer = load_tokenizer(cfg.model)
+    extend_tokenizer(tokenizer, cfg.lora.new_tokens)
+    chat = load_chat_template(cfg.data, tokenizer)
+    # A stream's rows are read to their end as well: a sample of its beginning would be none of its rows.
+    whole = cfg.data.model_copy(update={"stream_rows": None})
+    data = load_data(Preparation(whole, chat, progress=console_progress(say)))
+    held_out = [source.documents for source in data.eval]
+    return data.documents, Documents.join(held_out) if held_out else data.documents[:0]
+
+
+def sample(documents: Documents, rows: int) -> Documents:
+    """So many documents, evenly spaced; all, if there are fewer."""
+    return documents.select(
+        np.unique(np.linspace(0, len(documents) - 1, min(rows, len(documents))).round().astype(int))
+    )
+
+
+def batches_of(documents: Documents, max_length: int) -> Sequence[Batch]:
+    """Batches of what the documents' targets need."""
+    return [build_batch(group, lean=True) for group in groups_of(documents, max(_BATCH_TOKENS, max_length))]

@@ -1,0 +1,54 @@
+"""What 4 bits cost and training gained, where `finetune eval` has measured it: its picture and its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.evaluation.gap_table import load_gap
+from finetune.evaluation.gap_text import gap_figure, gap_markdown
+from finetune.plotting import svg
+from finetune.report.run import table_rows
+
+
+@dataclass(frozen=True)
+class Block:
+    """A table under the words that stand above it. rows: of cells, the head first; empty for words alone."""
+
+    title: str
+    text: str
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """svg: empty where nothing can be drawn."""
+
+    svg: str
+    blocks: list[Block]
+
+
+def read_gap(folder: Path) -> Gap | None:
+    """The gap of a run's folder; None where none was measured. Raises: IntegrityError if gap.json is torn."""
+    table = load_gap(folder)
+    if table is None:
+        return None
+    drawn = svg(gap_figure(table)) if any(model.sets for model in table.models) else ""
+    return Gap(drawn, list(_blocks(gap_markdown(table))))
+
+
+def _blocks(markdown: str) -> Iterator[Block]:
+    title, text = "", ""
+    for part in markdown.split("\n\n"):
+        if part.startswith("# "):
+            continue
+        if part.startswith("#"):
+            title, text = part.lstrip("# ").strip(), ""
+        elif part.lstrip().startswith("|"):
+            yield Block(title, text, table_rows(part))
+            title, text = "", ""
+        else:
+            text = f"{text} {part.strip()}".strip()
+    if title or text:
+        yield Block(title, text, [])

@@ -1,0 +1,68 @@
+"""report.html: a run on one page, for a browser without network or script, light and dark, on a phone as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from finetune.data.report.page import page_environment
+from finetune.data.report.stored import DATA, StoredReport, read_stored
+from finetune.errors import IntegrityError
+from finetune.files import write_text
+from finetune.report.curves import run_pictures
+from finetune.report.facts import cards, environment, next_commands, predictions
+from finetune.report.gap import read_gap
+from finetune.report.run import Run, read_run
+from finetune.report.settings import changes
+
+REPORT = "report.html"
+_STATUS_WORDS = {
+    "finished": "finished",
+    "stopped": "stopped by a signal; its checkpoint is saved",
+    "failed": "failed",
+    "unfinished": "unfinished: it goes on, or was killed",
+}
+
+
+def write_report(folder: Path) -> Path:
+    """Draw the report of a run from what lies in its folder. Returns: the file, written whole or not at all.
+
+    Raises: InputError if the folder is none of a run; OSError if the page cannot be written.
+    """
+    page = render(read_run(folder))
+    write_text(folder / REPORT, page)
+    return folder / REPORT
+
+
+def try_report(folder: Path, say: Callable[[str], None]) -> None:
+    """The report at the end of a run, which must not fail because of it."""
+    try:
+        say(f"report: {write_report(folder)}")
+    except Exception as error:  # noqa: BLE001 - whatever it is, what was trained is saved and the run's end stays its end
+        say(f"warning: {folder / REPORT} could not be written ({error}); finetune report {folder} tries again")
+
+
+def render(run: Run) -> str:
+    """The whole page; it names no other file and no address."""
+    problems = list(run.problems)
+    gap = None
+    try:
+        gap = read_gap(run.folder)
+    except (IntegrityError, OSError) as error:
+        problems.append(str(error))
+    template = page_environment(Path(__file__).parent).get_template("run.html")
+    return template.render(
+        run=run, status=_STATUS_WORDS.get(run.status, run.status), cards=cards(run), pictures=run_pictures(run),
+        stored=_stored(run, problems), gap=gap, changes=changes(run.config), environment=environment(run),
+        predictions=predictions(run), commands=next_commands(run), problems=problems,
+    )  # fmt: skip
+
+
+def _stored(run: Run, problems: list[str]) -> StoredReport | None:
+    if not (run.folder / DATA).exists():
+        return None
+    try:
+        return read_stored(run.folder / DATA)
+    except (OSError, ValueError) as error:
+        problems.append(f"{DATA} cannot be read: {str(error).splitlines()[0]}")
+        return None

@@ -1,0 +1,74 @@
+"""A run's settings beside the defaults, and beside other runs' settings."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from finetune.config.keys import schema_fields
+
+
+class Change(NamedTuple):
+    """A key that is not as it is by default; default: empty where it has none."""
+
+    key: str
+    default: str
+    value: str
+
+
+_NAMES = {"name", "output_dir"}  # Every run has its own.
+
+
+def changes(config: Mapping[str, Any]) -> list[Change]:
+    """Every setting of a resolved config that differs from its default, in the schema's order; keys without a default
+    are among them.
+    """
+    fields = schema_fields()
+    found = []
+    for key, value in flat(config):
+        field = fields.get(_starred(key))
+        if key in _NAMES:
+            continue
+        if field is None or field.is_required():
+            found.append(Change(key, "", shown(value)))
+        elif field.get_default() != value:
+            found.append(Change(key, shown(field.get_default()), shown(value)))
+    return found
+
+
+def differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Settings that are not the same in all configs: key -> each one's value, empty where it has no such key."""
+    flats = [dict(flat(config)) for config in configs]
+    keys = dict.fromkeys(key for one in flats for key in one)
+    table = {key: [shown(one[key]) if key in one else "" for one in flats] for key in keys if key not in _NAMES}
+    return {key: values for key, values in table.items() if len(set(values)) > 1}
+
+
+def flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting. Lists of sections (data.train) count on; other lists and mappings are
+    values.
+    """
+    fields = schema_fields()
+
+    def walk(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(node, Mapping) and (not key or any(name.startswith(f"{_starred(key)}.") for name in fields)):
+            for name, inner in node.items():
+                yield from walk(inner, f"{key}.{name}" if key else str(name))
+        elif isinstance(node, list) and node and all(isinstance(item, Mapping) for item in node):
+            for index, inner in enumerate(node):
+                yield from walk(inner, f"{key}.{index}")
+        else:
+            yield key, node
+
+    return walk(config, "")
+
+
+def _starred(key: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", key)
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed on the command line, more or less; null where there is none."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
