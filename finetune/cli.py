@@ -48,6 +48,12 @@ COMMANDS = {
     "data convert": Command(
         "write rows of any format as messages", "finetune.data_convert:run_convert", "finetune.data_convert:HELP"
     ),
+    "plan": Command(
+        "say whether a run fits and how long it takes",
+        "finetune.plan_command:run_plan",
+        "finetune.plan_command:plan_help",
+        ("--json",),
+    ),
     "cache": Command(
         "write down what a config's teacher says of its rows",
         "finetune.cache_command:run_cache",
@@ -63,6 +69,11 @@ COMMANDS = {
         "measure what each layer loses in 4 or 8 bit",
         "finetune.sensitivity_command:run_sensitivity",
         "finetune.sensitivity_command:sensitivity_help",
+    ),
+    "allocate": Command(
+        "choose 4, 8 or 16 bits for each layer, within a budget",
+        "finetune.allocate_command:run_allocate",
+        "finetune.allocate_command:allocate_help",
     ),
     "merge": Command(
         "put an adapter into its base's weights, proven",

@@ -12,8 +12,9 @@ from finetune.errors import InputError
 REPORT_HELP = """\
 usage: finetune report RUN…
 
-Draws report.html in a run's folder again, from what lies there: figures, curves, answers before and after, the gap table
-of `finetune eval`, data, settings. Training does so at its end; a run that was killed, or measured since, is drawn anew.
+Draws report.html in a run's folder again, from what lies there: figures, curves, answers before and after, the gap
+table of `finetune eval`, data, settings. Training does so at its end; a run that was killed, or measured since, is
+drawn anew.
 
 Example
   finetune report outputs/quickstart"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,12 +52,13 @@ def run_eval(arguments: Arguments) -> int:
     from finetune.gap.gap import evaluate_gap
     from finetune.terminal import printable, say
 
-    table = evaluate_gap(options, say, place)
-    if place is not None:
+    table = evaluate_gap(options, say, None if place is None else _existing(place))
+    if place is None:
+        say("nothing is written: this is no run's folder; out=DIR writes gap.json, gap.md and gap.png")
+    else:
         from finetune.gap.files import write_gap
 
-        write_gap(table, place)
-        say(f"written: {', '.join(str(place / name) for name in ('gap.json', 'gap.md', 'gap.png'))}")
+        say(f"written: {', '.join(map(str, write_gap(table, place)))}")
     print(to_json(table) if "--json" in arguments.flags else printable(gap_markdown(table)), end="")
     return 0
 
@@ -64,20 +66,23 @@ def run_eval(arguments: Arguments) -> int:
 def _place(options: EvalOptions) -> Path | None:
     """The folder that the files go to: `out`, else the adapter's run; None where there is neither.
 
-    Raises: ConfigError for a place that cannot be written to, or that holds another program's gap.json.
+    Raises: ConfigError for a place that cannot be written to; IntegrityError if it holds another program's gap.json.
     """
-    from finetune.evaluation.gap_table import JSON, load_gap
+    from finetune.evaluation.gap_table import load_gap
 
     if options.out is not None:
-        folder = Path(options.out).expanduser()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"out={options.out}: cannot be written: {error.strerror}") from error
+        folder, word = Path(options.out).expanduser(), f"out={options.out}"
     else:
-        folder = Path(options.adapter or "").expanduser()
+        folder, word = Path(options.adapter or "").expanduser(), f"adapter={options.adapter}"
         if options.adapter is None or not (folder / "config.yaml").is_file():
             return None
-    if (folder / JSON).exists():
-        load_gap(folder)
+    there = _existing(folder)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{word}: {there} cannot be written to; name another folder with out=DIR")
+    load_gap(folder)
     return folder
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that there is."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())

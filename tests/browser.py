@@ -12,6 +12,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Elements whose text has too little contrast with what is behind it (WCAG 2 asks for 4.5), with the ratio.
+CONTRAST = """(() => {
+  const rgb = text => text.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map(c => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = node => { for (; node; node = node.parentElement) {
+    const colour = rgb(getComputedStyle(node).backgroundColor);
+    if (colour.length === 3 || colour[3] === 1) return colour; } return [255, 255, 255]; };
+  const read = 'h1,h2,h3,p,dt,dd,th,td,li,li strong,pre,mark,mark span,pre span,figcaption,sup';
+  return [...document.querySelectorAll(read)]
+    .map(node => { const [a, b] = [light(rgb(getComputedStyle(node).color)), light(ground(node))];
+      return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.tagName + '.' + node.className]; })
+    .filter(([ratio]) => ratio < 4.5);
+})()"""
+
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 
 

@@ -120,3 +120,51 @@ class AllocateOptions(Section):
     out: Text = Field("configs/quant/allocated.yaml", description="File to write, for quant=allocated.")
     measure: bool = Field(True, description="Measure the choice, and simple ones of its size, on held-out rows.")
     rows: Count = Field(256, description="Held-out rows to measure on; where there are none, rows of data.train.")
+
+
+class SweepSettings(Section):
+    """How runs are chosen, judged and kept."""
+
+    out: Text | None = Field(None, description="Folder of the runs and the table; null is outputs/NAME-sweep.")
+    metric: Text = Field(
+        "eval_loss",
+        description="What is judged: eval_loss, final_loss, exact_match_after, teacher_kl_after, recovered, peak_bytes, "
+        "train_seconds, tokens_per_second, or a figure of one set, as eval/heldout/accuracy.",
+    )
+    direction: Literal["auto", "minimize", "maximize"] = Field(
+        "auto", description="Which way is better; auto knows it of each metric."
+    )
+    trials: Count | None = Field(
+        None, description="Runs that a search (Optuna's TPE) makes; null is the grid, every combination."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Of the search.")
+    launch: Text | None = Field(
+        None, description="What starts a run, as 'accelerate launch finetune/train.py'; null is finetune train."
+    )
+
+
+class SweepOptions(Section):
+    """`finetune sweep`."""
+
+    sweep: SweepSettings = Field(SweepSettings(), description="How runs are chosen, judged and kept.")
+
+
+class PlanOptions(Section):
+    """`finetune plan`, beside the keys of a run's config."""
+
+    gpu_gb: Positive | None = Field(
+        None, description="Plan for a GPU of so many GB (10^9 bytes), all of them free; null is this machine's device."
+    )
+    tflops: Positive | None = Field(
+        None, description="Products the device reaches, in 10^12 operations a second; null is measured or assumed."
+    )
+    tokens: Count | None = Field(
+        None, description="Training tokens of an epoch; null is estimated from the size of local files."
+    )
+    document_tokens: Count | None = Field(None, description="Length of a row; null takes each sequence for one row.")
+    target_share: Annotated[Number, Field(gt=0, le=1)] = Field(
+        1.0, description="Share of the tokens that are trained on; `finetune data` tells it."
+    )
+    calibrate: bool = Field(False, description="Measure this machine first (half a minute) and keep its rates.")
+    auto: bool = Field(False, description="Find the fastest settings that fit, as overrides to paste.")
+    table: bool = Field(False, description="Longest packed sequence for every Qwen2.5 size and common GPU sizes.")

@@ -42,7 +42,7 @@ def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     file = _find(path_or_name)
     edits = parse_overrides(overrides)
-    origins = Origins([file.parent, packaged("configs")], edits.groups)
+    origins = Origins([file.parent, *_group_folders(file)], edits.groups)
     origins.read(file)
     problems = [*edits.problems, *origins.refused.values(), *origins.problems]
 
@@ -110,7 +110,7 @@ def _find(name: str) -> Path:
 
 
 def _composed(file: Path, edits: Overrides, origins: Origins) -> Any:
-    folder = escaped(f"file://{packaged('configs')}")
+    folders = ",".join(_quoted(escaped(f"file://{folder}")) for folder in _group_folders(file))
     groups = [
         f"{'' if group in origins.listed else '+'}{group}={_quoted(option)}"
         for group, option in edits.groups.items()
@@ -121,11 +121,18 @@ def _composed(file: Path, edits: Overrides, origins: Origins) -> Any:
             # Hydra asks for `_self_` in every defaults list; without it a file's own keys win, as they should.
             warnings.filterwarnings("ignore", message=".*missing `_self_`", category=UserWarning)
             with initialize_config_dir(str(file.parent), job_name="finetune", version_base="1.3"):
-                composed = compose(file.name, [f"hydra.searchpath=[{_quoted(folder)}]", *groups])
+                composed = compose(file.name, [f"hydra.searchpath=[{folders}]", *groups])
         return OmegaConf.to_container(composed, resolve=False)
     except Exception as error:  # Hydra raises errors of many kinds, all of them about the user's files.
         reason = str(error).partition("\n")[0][:_LONGEST_REASON] or type(error).__name__
         raise ConfigError(printable(f"{short(file)}: cannot be composed: {reason}")) from error
+
+
+def _group_folders(file: Path) -> list[Path]:
+    """Where a group's options are looked up, after the config's own folder: `configs/` here, and the packaged ones."""
+    here = Path.cwd() / "configs"
+    folders = [here] if here.is_dir() else []
+    return [folder for folder in dict.fromkeys([*folders, packaged("configs")]) if folder != file.parent]
 
 
 def _quoted(text: str) -> str:

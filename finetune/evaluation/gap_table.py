@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from pydantic import TypeAdapter
 
 from finetune.errors import IntegrityError
 from finetune.evaluation.intervals import Estimate
@@ -41,7 +43,9 @@ class SetFigures:
 
 @dataclass(frozen=True)
 class TaskFigures:
-    """A metric of a task of lm-evaluation-harness, with the harness's own standard error behind the interval."""
+    """A metric of a task of lm-evaluation-harness, averaged over rows; where it is no average, its interval is the
+    harness's own standard error, 0 where it gives none.
+    """
 
     task: str
     metric: str
@@ -98,22 +102,11 @@ def load_gap(folder: Path | str) -> GapTable | None:
     """
     file = Path(folder) / JSON
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["schema_version"] != SCHEMA_VERSION:
+        text = file.read_text(encoding="utf-8")
+        if json.loads(text)["schema_version"] != SCHEMA_VERSION:
             return None
-        return GapTable(**{**content, "models": [_model(model) for model in content["models"]]})
+        return TypeAdapter(GapTable).validate_json(text)
     except FileNotFoundError:
         return None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise IntegrityError(f"{file} is no table of finetune eval ({error}); remove it and measure again") from error
-
-
-def _model(content: dict[str, Any]) -> ModelFigures:
-    sets = [SetFigures(**{**part, **{key: _estimates(part[key]) for key in ("figures", "differences")}})
-            for part in content["sets"]]  # fmt: skip
-    tasks = [TaskFigures(**{**part, "estimate": Estimate(**part["estimate"])}) for part in content["tasks"]]
-    return ModelFigures(**{**content, "sets": sets, "tasks": tasks})
-
-
-def _estimates(content: dict[str, Any]) -> dict[str, Estimate]:
-    return {name: Estimate(**estimate) for name, estimate in content.items()}

@@ -63,7 +63,7 @@ def gap_markdown(table: GapTable) -> str:
 
 def gap_figure(table: GapTable) -> Figure:
     """A panel for each of loss, accuracy, score and KL; a line for each model, a colour for each set of rows."""
-    sets = [rows.name for rows in table.models[0].sets]
+    sets = [f"{rows.name} (forgetting)" if rows.forgetting else rows.name for rows in table.models[0].sets]
     names = [
         name
         for name in ("loss", "accuracy", "score", "kl")
@@ -83,7 +83,7 @@ def gap_figure(table: GapTable) -> Figure:
         drawn.legend(
             handles=[panels[0].plot([], [], "o", color=COLOURS[i % len(COLOURS)], label=name)[0]
                      for i, name in enumerate(sets)],
-            loc="outside lower center", ncols=len(sets),
+            loc="outside lower center", ncols=len(sets), frameon=False,
         )  # fmt: skip
     return drawn
 

@@ -1,4 +1,4 @@
-"""How good an answer is, as a number: the same words, the same part of them, the same number, or a user's own function."""
+"""How good an answer is, as a number: same words, same part of them, same number, or what a user's function says."""
 
 from __future__ import annotations
 
@@ -54,11 +54,8 @@ def find_metric(word: str, pattern: str | None) -> Metric:
     Raises: ConfigError.
     """
     if (word == "regex") != (pattern is not None):
-        raise ConfigError(
-            "metric=regex needs pattern=, as 'pattern=answer: (.*)'"
-            if word == "regex"
-            else "pattern= is for metric=regex"
-        )
+        advice = "metric=regex needs one, as 'pattern=answer: (.*)'" if word == "regex" else "is for metric=regex"
+        raise ConfigError(f"pattern: {advice}")
     if word == "exact":
         return Metric("exact match", lambda answer: float(answer.exact))
     if word == "number":

@@ -45,10 +45,9 @@ def sample_answers(
             def choose(
                 logits_NV: Tensor, prompts: list[int], written: list[int], drawn: list[np.ndarray] = drawn
             ) -> Tensor:
-                draws_N = torch.tensor(
-                    [drawn[i][t] for i, t in zip(prompts, written, strict=True)], dtype=torch.float64
-                )
-                return draw_tokens(logits_NV, draws_N.to(logits_NV.device), temperature)
+                next_draws = [drawn[i][t] for i, t in zip(prompts, written, strict=True)]
+                draws_N = torch.tensor(next_draws, dtype=torch.float64, device=logits_NV.device)
+                return draw_tokens(logits_NV, draws_N, temperature)
 
             batch = Decoding(model, [prompts[i] for i in rows], [len(d) for d in drawn])
             written = batch.write(choose, frozenset(stop_ids), vocabulary)

@@ -68,8 +68,8 @@ def score_tokens(
             hidden_ND, labels_N, _ = target_rows(hidden_states(model, here), here)
             keep(hidden_ND)
             signal = None if teacher is None else next(iter(teacher.signals([batch])))
-            columns = [torch.cat(column).cpu().numpy()
-                       for column in zip(*_chunks(model, hidden_ND, labels_N, signal, vocabulary), strict=True)]  # fmt: skip
+            chunks = _chunks(model, hidden_ND, labels_N, signal, vocabulary)
+            columns = [torch.cat(column).cpu().numpy() for column in zip(*chunks, strict=True)]
             parts.append([row_N, *columns])
     row_N, nll_N, correct_N, *rest = (np.concatenate(column) for column in zip(*parts, strict=True))
     if not all(np.isfinite(column).all() for column in (nll_N, *rest)):

@@ -3,6 +3,7 @@
 Quantised are the blocks' linear layers; embedding, head, norms and biases stay bf16. The ways of storing them are their
 libraries' own: bitsandbytes' NF4, with the bits that quantising while loading gives, and compressed-tensors' 8 bits
 with a scale for each row of a weight (W8A8, FP8_DYNAMIC); there a server finds the scale of each token's activations.
+A folder has one kind of quantised layers. What mixed precision kept in more bits than that stays bf16.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from finetune.config.options import parse_size
@@ -26,6 +27,7 @@ from finetune.config.schema import QuantConfig
 from finetune.errors import ConfigError, IntegrityError, MissingExtra
 from finetune.export.companions import MODEL, copy_files
 from finetune.export.formats import Exported, Job
+from finetune.export.merge.merge import REPORT
 from finetune.export.shards import Content, Planned, plan_shards, write_index, write_shard
 from finetune.export.verify import Reader, Verification, compare, require_same, source_answers
 from finetune.files import write_text
@@ -65,30 +67,47 @@ def to_safetensors(job: Job) -> Exported:
     config = read_config(job.source, str(job.source))
     skeleton = build_skeleton(job.source, torch.bfloat16, "eager")
     head = head_name(skeleton)
-    storage = TYPES[kind](head)
-    quantised = [f"{name}.weight" for name in linear_names(skeleton) if name != head] if storage.quantise else []
+    kept = _kept_in_training(job.source, kind)
+    storage = TYPES[kind]([head, *kept])
+    blocks = [name for name in linear_names(skeleton) if name != head and name not in set(kept)]
+    quantised = [f"{name}.weight" for name in blocks] if storage.quantise else []
     lossless = _write_weights(job, storage, quantised, limit_bytes)
     _write_config(job.out, config, storage)
     copy_files(job.source, job.out, MODEL)
     checks = [_verify(job, lossless)] if job.options.verify else []
-    notes = {
+    notes: dict[str, Any] = {
         "type": kind,
         "quantised_tensors": len(quantised),
         "bytes": sum(file.stat().st_size for file in job.out.glob("*.safetensors")),
     }
     if storage.advice:
         notes["hardware"] = storage.advice
+    if kept:
+        notes["kept_in_bf16"] = kept
+        job.say(
+            f"{len(kept)} layers stay bf16, as training kept them in more bits; vLLM takes q, k and v of a layer, and "
+            "gate and up, as one and wants them stored alike"
+        )
     out = Path(job.options.out)
     serve = f"vllm serve {shlex.quote(str(out))} --served-model-name {shlex.quote(out.resolve().name)}"
     return Exported(checks, [serve], notes)
 
 
-def _plain(dtype: torch.dtype, head: str) -> Storage:
+def _kept_in_training(source: Path, kind: str) -> list[str]:
+    """Linear layers that a merged adapter's run had in more bits than this kind of export has."""
+    file = source / REPORT
+    if kind in PLAIN or not file.is_file():
+        return []
+    kept = json.loads(file.read_text(encoding="utf-8")).get("kept", {})
+    return sorted([*kept.get("none", []), *(kept.get("int8", []) if kind == "nf4" else [])])
+
+
+def _plain(dtype: torch.dtype, kept: Sequence[str]) -> Storage:
     return Storage(dtype)
 
 
-def _nf4(head: str) -> Storage:
-    settings: Any = quantization_config(QuantConfig(type="nf4"), {head: "none"})
+def _nf4(kept: Sequence[str]) -> Storage:
+    settings: Any = quantization_config(QuantConfig(type="nf4"), dict.fromkeys(kept, "none"))
     import bitsandbytes as bnb
 
     # A layer as transformers makes it while it loads: its options decide the bits.
@@ -105,7 +124,7 @@ def _nf4(head: str) -> Storage:
     return Storage(torch.bfloat16, store, settings.to_dict())
 
 
-def _compressed(preset: str, form: str, advice: str, head: str) -> Storage:
+def _compressed(preset: str, form: str, advice: str, kept: Sequence[str]) -> Storage:
     """compressed-tensors' scheme of that name, stored in that of its formats."""
     try:
         from compressed_tensors.compressors import BaseCompressor
@@ -126,13 +145,14 @@ def _compressed(preset: str, form: str, advice: str, head: str) -> Storage:
         return {"weight": stored["weight"], "weight_scale": scale_O1}
 
     settings = QuantizationConfig(
-        config_groups={"group_0": scheme}, format=form, quantization_status="compressed", ignore=[head]
+        config_groups={"group_0": scheme}, format=form, quantization_status="compressed", ignore=list(kept)
     )
     # Without entries that say nothing: those of a newer version are errors to an older one.
     return Storage(torch.bfloat16, store, settings.model_dump(mode="json", exclude_none=True), advice)
 
 
-TYPES: dict[str, Callable[[str], Storage]] = {
+# From full names of the linear layers that stay bf16.
+TYPES: dict[str, Callable[[Sequence[str]], Storage]] = {
     **{kind: partial(_plain, dtype) for kind, dtype in PLAIN.items()},
     "nf4": _nf4,
     "int8": partial(_compressed, "W8A8", "int-quantized", "8-bit products on NVIDIA GPUs from Turing to Hopper"),
@@ -149,7 +169,7 @@ def check_ready(kind: str) -> None:
     """Raises: ConfigError for an unknown type; MissingExtra for one whose library is not here."""
     if kind not in TYPES:
         raise ConfigError(f"type={kind}: format=safetensors writes {', '.join(TYPES)}")
-    TYPES[kind]("lm_head")
+    TYPES[kind](["lm_head"])
 
 
 def _write_weights(job: Job, storage: Storage, quantised: list[str], limit_bytes: int) -> bool:
@@ -232,6 +252,10 @@ def transformers_reader(folder: Path) -> Reader:
         )  # fmt: skip
     if wrong := {what: sorted(map(str, names))[:5] for what, names in report.items() if names}:
         raise IntegrityError(f"{folder} is not what transformers expects of it: {wrong}; nothing was kept")
+    # Beside 4-bit layers, transformers leaves other weights as they are stored, but for a tied embedding.
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
+            module.to(model.get_input_embeddings().weight.dtype)
     model.eval()
 
     def read(ids: list[int]) -> Tensor:

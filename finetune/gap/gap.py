@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,10 @@ from finetune.export.merge.merge import merge
 from finetune.gap.harness import load_tasks, run_tasks
 from finetune.gap.measuring import Measuring, stored_bytes
 from finetune.gap.rows import RowSet, load_sets
-from finetune.gap.subjects import Say, Subjects, find_subjects
+from finetune.gap.subjects import Say, Subjects, contradictions, find_subjects
 from finetune.models.load import default_device, load_adapter_tokenizer, load_tokenizer
 from finetune.models.source import TEXT_FILES, fetch, read_config
+from finetune.planning.machine import pick_threads, usable_cores
 
 _MAX_NEW_TOKENS = 256
 
@@ -39,9 +42,11 @@ def evaluate_gap(options: EvalOptions, say: Say, place: Path | None = None) -> G
     Raises: ConfigError and DataError before a model is loaded; what loading and merging raise.
     """
     started = time.monotonic()
+    if default_device().type == "cpu" and (threads := pick_threads(os.environ, usable_cores())):
+        torch.set_num_threads(threads)
+    metric = _check(options)
     subjects = find_subjects(options, say)
-    metric = find_metric(options.metric, options.pattern)
-    tasks = load_tasks(options.tasks) if options.tasks else []
+    tasks = load_tasks(options.tasks) if options.tasks else None
     tokenizer = _tokenizer(subjects)
     chat = ChatTemplate(tokenizer)
     sets = load_sets(options, subjects.cfg, chat)
@@ -65,7 +70,7 @@ def _measure(
     variant: Variant,
     merged: Path | None,
     measuring: Measuring,
-    tasks: list[Any],
+    tasks: Any,
     say: Say,
 ) -> ModelFigures:
     name = subjects.name(variant)
@@ -73,7 +78,7 @@ def _measure(
     model = subjects.load(variant, merged, say)
     sets = measuring.measure(model, reference=variant == "base")
     found = []
-    if tasks:
+    if tasks is not None:
         found = run_tasks(
             model, measuring.tokenizer, tasks, limit=options.limit, batch_size=options.batch_size,
             as_chat=options.tasks_as_chat,
@@ -87,6 +92,18 @@ def _measure(
     return figures
 
 
+def _check(options: EvalOptions) -> Metric:
+    """The metric. Raises: ConfigError with everything that shows before anything is read."""
+    problems, metric = contradictions(options), None
+    try:
+        metric = find_metric(options.metric, options.pattern)
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems or metric is None:
+        raise ConfigError("\n".join(problems))
+    return metric
+
+
 def _tokenizer(subjects: Subjects) -> PreTrainedTokenizerBase:
     if subjects.adapter is None:
         return load_tokenizer(subjects.model)
@@ -97,12 +114,12 @@ def _with_rows_for(subjects: Subjects, tokenizer: PreTrainedTokenizerBase, say: 
     """Without the models that have no row for tokens that the adapter added."""
     if max(tokenizer.get_vocab().values()) < _base_rows(subjects):
         return subjects
-    kept = tuple(variant for variant in subjects.variants if variant in ("trained", "merged"))
+    kept: tuple[Variant, ...] = tuple(v for v in subjects.variants if v in ("trained", "merged"))
     if not kept:
         raise ConfigError("variants: the adapter added tokens, which only trained and merged have rows for")
     if kept != subjects.variants:
         say("the adapter added tokens that its base has no rows for: only trained and merged models are measured")
-    return Subjects(subjects.adapter, subjects.cfg, subjects.model, subjects.quant, kept)
+    return replace(subjects, variants=kept)
 
 
 def _base_rows(subjects: Subjects) -> int:

@@ -2,30 +2,35 @@
 
 A task's YAML file may name Python functions (`!function`), which the harness runs: it is as trusted as a program, and
 only the command line can name one.
-Source: lm-evaluation-harness 0.4, HFLM around a loaded model and simple_evaluate.
+Source: lm-evaluation-harness 0.4, HFLM around a loaded model.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import math
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import ConfigError, MissingExtra
 from finetune.evaluation.gap_table import TaskFigures
-from finetune.evaluation.intervals import Estimate
+from finetune.evaluation.intervals import Bootstrap, Estimate, share_of
 
 # Of a normal distribution, which the harness's standard errors are for.
 _TWO_SIDED_95 = 1.959964
+_RESAMPLES = 1000
+_FEWSHOT_SEED = 1234  # as the harness's command line has it
 
 
-def load_tasks(words: Sequence[str]) -> list[Any]:
+def load_tasks(words: Sequence[str]) -> Any:
     """The tasks with their rows. words: YAML files, or names that the harness knows.
 
     Raises: MissingExtra without the harness; ConfigError for tasks that are none, or whose rows cannot be read.
@@ -46,62 +51,75 @@ def load_tasks(words: Sequence[str]) -> list[Any]:
                 f"tasks: {', '.join(unknown)}: the harness has no such task; `lm-eval ls tasks` lists them, and a task "
                 "of your own is its YAML file"
             )
-        tasks = []
-        for word in words:
-            try:
-                loaded = manager.load([str(Path(word).expanduser()) if word in files else word])
-            except Exception as error:
-                raise ConfigError(f"tasks: {word} cannot be loaded: {type(error).__name__}: {error}") from error
-            tasks += loaded["tasks"].values()
-    return tasks
+        try:
+            loaded = manager.load([str(Path(word).expanduser()) if word in files else word for word in words])
+        except Exception as error:
+            raise ConfigError(f"tasks: they cannot be loaded: {type(error).__name__}: {error}") from error
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    return loaded
 
 
 def run_tasks(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Any],
+    tasks: Any,
     *,
     limit: int | None,
     batch_size: int,
     as_chat: bool,
 ) -> list[TaskFigures]:
-    """Every metric of every task. limit: rows of each. as_chat: ask through the tokenizer's template."""
-    from lm_eval.evaluator import simple_evaluate
+    """Every metric of every task.
+
+    tasks: from `load_tasks`. limit: rows of each. as_chat: ask through the tokenizer's template.
+    """
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     with _silent():
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
-        found = simple_evaluate(
-            model=wrapped, tasks=list(tasks), limit=limit, bootstrap_iters=0, log_samples=False,
-            apply_chat_template=as_chat,
-        )  # fmt: skip
+        # Not simple_evaluate: it also looks for a git repository in the working directory and reseeds everything.
+        found = evaluate(
+            lm=wrapped, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=True, apply_chat_template=as_chat
+        )
     assert found is not None, "one process is rank 0"
     return [
-        _figure(task, metric, float(value), figures, found["n-samples"][task]["effective"])
+        _figure(task, metric, float(value), found["samples"][task], figures)
         for task, figures in found["results"].items()
-        if task in found["n-samples"]
+        if task in found["samples"]
         for metric, value in figures.items()
         if "," in metric and "_stderr," not in metric and isinstance(value, int | float)
     ]
 
 
-def _figure(task: str, metric: str, value: float, figures: dict[str, Any], rows: int) -> TaskFigures:
+def _figure(
+    task: str, metric: str, value: float, samples: Sequence[dict[str, Any]], figures: dict[str, Any]
+) -> TaskFigures:
     name, _, filtered = metric.partition(",")
+    label = name if filtered == "none" else f"{name} ({filtered})"
+    of_rows = [sample.get(name) for sample in samples if sample.get("filter") == filtered]
+    if of_rows and all(isinstance(one, int | float) for one in of_rows):
+        values_R = np.array(of_rows, dtype=np.float64)
+        if math.isclose(values_R.mean(), value):  # the metric is the mean of its rows
+            figure = Bootstrap(len(values_R), _RESAMPLES, 0).ratio(values_R, np.ones(len(values_R)))
+            return TaskFigures(task, label, len(values_R), share_of(values_R, figure))
     error = figures.get(f"{name}_stderr,{filtered}")
     half = _TWO_SIDED_95 * error if isinstance(error, int | float) and math.isfinite(error) else 0.0
-    label = name if filtered == "none" else f"{name} ({filtered})"
-    return TaskFigures(task, label, int(rows), Estimate(value, value - half, value + half))
+    return TaskFigures(task, label, len(of_rows), Estimate(value, value - half, value + half))
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the harness's log lines: what goes wrong is raised."""
+    """Without the harness's log lines: what goes wrong is raised. Progress bars are for terminals."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

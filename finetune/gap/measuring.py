@@ -32,7 +32,7 @@ _MOST_NATS = 700.0
 
 
 class Remembered:
-    """What the reference said of a set: the final hidden states of its targets, on the disk until they are asked for."""
+    """What the reference said of a set: the final hidden states of its targets, on the disk until asked for."""
 
     def __init__(self, folder: Path, device: torch.device):
         self._folder, self._device = folder, device

@@ -40,21 +40,26 @@ def load_sets(options: EvalOptions, cfg: RunConfig | None, chat: ChatTemplate) -
 
     Raises: ConfigError without any rows; DataError for rows that cannot be used.
     """
-    wanted = [] if options.data is None else [_limited(source, options.limit) for source in options.data]
-    others = [_limited(source, options.limit) for source in options.forgetting]
-    if not wanted and cfg is None and not options.tasks:
-        raise ConfigError("data: is missing: no run comes with this adapter; 'data=[{path: rows.jsonl}]'")
-    own = _own_sources(cfg) if options.data is None and cfg is not None else None
-    if own is None and not wanted and cfg is not None and not options.tasks:
-        raise ConfigError("data: is missing: the adapter's run holds no rows back; 'data=[{path: rows.jsonl}]'")
-    sets: list[RowSet] = []
-    if own is not None:
-        sets += _sets(own, cfg, chat, options, forgetting=False)
-    elif wanted:
-        sets += _sets({"train": wanted, "eval": wanted, "held_out": 0.0}, cfg, chat, options, forgetting=False)
-    if others:
-        sets += _sets({"train": others, "eval": others, "held_out": 0.0}, cfg, chat, options, forgetting=True)
+    chosen = options.data
+    own = _own_sources(cfg) if chosen is None and cfg is not None else None
+    parts = [
+        (own, False),
+        (_alone(_limited(chosen or [], options.limit)), False),
+        (_alone(_limited(options.forgetting, options.limit)), True),
+    ]
+    sets = [one for changes, forgetting in parts if changes is not None
+            for one in _sets(changes, cfg, chat, options, forgetting)]  # fmt: skip
+    if not options.tasks and all(rows.forgetting for rows in sets):
+        why = "is empty" if chosen is not None else "is missing: no run comes with this adapter"
+        if chosen is None and cfg is not None:
+            why = "is missing: the adapter's run holds no rows back"
+        raise ConfigError(f"data: {why}; name held-out rows with 'data=[{{path: rows.jsonl}}]'")
     return _named_apart(sets)
+
+
+def _alone(sources: list[SourceConfig]) -> dict[str, Any] | None:
+    """These sources and no others, as changes of a run's data section."""
+    return {"train": sources, "eval": sources, "held_out": 0.0} if sources else None
 
 
 def _own_sources(cfg: RunConfig) -> dict[str, Any] | None:
@@ -64,8 +69,10 @@ def _own_sources(cfg: RunConfig) -> dict[str, Any] | None:
     return {} if cfg.data.held_out else None
 
 
-def _limited(source: SourceConfig, limit: int | None) -> SourceConfig:
-    return source if limit is None else source.model_copy(update={"limit": min(limit, source.limit or limit)})
+def _limited(sources: Sequence[SourceConfig], limit: int | None) -> list[SourceConfig]:
+    if limit is None:
+        return list(sources)
+    return [source.model_copy(update={"limit": min(limit, source.limit or limit)}) for source in sources]
 
 
 def _sets(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
@@ -78,10 +79,8 @@ class Subjects:
 def find_subjects(options: EvalOptions, say: Say) -> Subjects:
     """The models that the options name. Nothing but text files and an adapter is read.
 
-    Raises: ConfigError with everything that is wrong; what fetching and reading raise.
+    Raises: ConfigError for variants that there are not; what fetching and reading raise.
     """
-    if problems := _contradictions(options):
-        raise ConfigError("\n".join(problems))
     if options.adapter is not None:
         trained = find_trained([options.adapter], None, say)
         found = Subjects(trained.adapters[0].folder, trained.cfg, trained.model, trained.quant, ())
@@ -89,7 +88,9 @@ def find_subjects(options: EvalOptions, say: Say) -> Subjects:
         assert options.model is not None
         _check_no_adapter(options.model)
         found = Subjects(None, None, _own_model(options.model), QuantConfig(type="none"), ())
-    quant = found.quant if options.quant is None else found.quant.model_copy(update={"type": options.quant})
+    quant = found.quant
+    if options.quant is not None:
+        quant = quant.model_copy(update={"type": options.quant, "int8": []})
     there = [variant for variant in VARIANTS if _exists(variant, found.adapter is not None, quant)]
     wanted = options.variants or there
     if lost := [variant for variant in wanted if variant not in there]:
@@ -102,10 +103,11 @@ def own_dtype(name: str, revision: str | None = None) -> Dtype:
     """The type that a model's config.json names; bfloat16 where it names none, or one that cannot be computed in."""
     config = read_config(fetch(name, revision, TEXT_FILES, "model").folder, name)
     named = config.get("dtype") or config.get("torch_dtype")
-    return named if named in _SHORT else "bfloat16"
+    return cast(Dtype, named) if named in _SHORT else "bfloat16"
 
 
-def _contradictions(options: EvalOptions) -> list[str]:
+def contradictions(options: EvalOptions) -> list[str]:
+    """What the options cannot mean together."""
     problems = []
     if (options.adapter is None) == (options.model is None):
         both = "both are given" if options.adapter is not None else "neither is given"

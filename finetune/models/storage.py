@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from finetune.errors import ConfigError
@@ -58,8 +58,3 @@ def stored_bytes(kind: str, shape: tuple[int, int], double: bool, dtype: str) ->
         return weights + 4 * shape[0]
     blocks = -(-weights // _BLOCK)
     return -(-weights // 2) + (blocks + 4 * -(-blocks // _OUTER_BLOCK) if double else 4 * blocks)
-
-
-def bytes_of_all(storage: Mapping[str, str], shapes: Mapping[str, tuple[int, int]], double: bool, dtype: str) -> int:
-    """Bytes of all layers that `shapes` names, each stored as `storage` says."""
-    return sum(stored_bytes(storage[name], shape, double, dtype) for name, shape in shapes.items())

@@ -161,6 +161,6 @@ def _init(model: PreTrainedModel, cfg: LoraConfig, targets: Targets) -> Iterator
                 yield f"lora.init={cfg.init}: rank {rank} is above {most}, the most that {name} has"
     if cfg.dora and "int8" in stored and model.device.type == "cpu":
         # PEFT 0.21 copies the weight in each pass and loses its scales: the second pass dies on a missing tensor.
-        yield "lora.dora does not work on an int8 base on the CPU; set quant.type=nf4"
+        yield "lora.dora does not work on int8 layers on the CPU; set quant.type=nf4, and quant.int8=[] if it is given"
     if cfg.init_adapter is not None and cfg.init != "default":
         yield f"lora.init_adapter gives the adapter its weights, so lora.init={cfg.init} cannot: drop one"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.schema import RunConfig
-from finetune.planning.memory import DTYPE_BYTES, adapted_linears, layer_precisions, linear_shapes
+from finetune.planning.memory import DTYPE_BYTES, adapted_linears, layer_precisions, linear_shapes, parameters_of
 
 # Linears that a kernel computes together; if it does not know one of them, none.
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
@@ -35,8 +35,14 @@ _QUERIES, _SCORE_BYTES = 128, 20
 _MLP_WORK = {"plain torch": 34, "compiled": 4, "peft": 8}
 # Of a forward pass without gradients: gate, up and their product in 16 bit, and two fp32 values in swiglu_forward.
 _MLP_FORWARD = {"plain torch": 12, "compiled": 6, "peft": 8}
-# glibc: the most that its threshold for mapping a block of its own rises to (DEFAULT_MMAP_THRESHOLD_MAX, 64-bit).
+# glibc's heap, measured on 0.5B and 1.5B with 512 to 4,096 tokens. Beside each kept layer one block [T, I], the product
+# of gate and up, is lost: smaller kept tensors come to lie in its place. Where layers run again in backward, what they
+# freed lies around the inputs that are kept: 1.6 to 5 times what such a layer keeps in the heap.
+_GARBAGE_LAYERS = 3.5
+# glibc maps blocks from here on one by one and leaves no holes of them (DEFAULT_MMAP_THRESHOLD_MAX, 64-bit).
 _MAPPED_FROM = 32 * 2**20
+# ops/dispatch.py: operations of a run from which compiling repays itself; that module imports torch.
+REPAID_FROM_FLOPS = 2e14
 # DoRA (peft 0.21) makes W + BA in fp32 to measure its norm: the weight, the product and the sum.
 _DORA_BYTES = 12
 
@@ -47,8 +53,9 @@ class ActivationPlan:
 
     kept: what each layer that backward reaches holds when it is not recomputed, from the lowest of them on. input: what
     a recomputed one holds. first: number of the lowest one. head: the loss's work, when all of that is alive.
-    work: temporaries of a layer's backward pass. layers: all of the model's. hole: what the allocator cannot use again
-    beside each layer that keeps its activations.
+    work: temporaries of a layer's backward pass. layers: all of the model's.
+    Of a CPU's allocator: hole, what it cannot use again beside each kept layer until the forward pass is done (then
+    training/capacity.py gives it back); garbage, what it holds free while recomputed layers run forward and backward.
     """
 
     kept: tuple[float, ...]
@@ -58,6 +65,7 @@ class ActivationPlan:
     work: float
     layers: int
     hole: float = 0.0
+    garbage: float = 0.0
 
     def peak_bytes(self, recomputed: int, offload: bool = False) -> float:
         """The most that is alive at once when the first `recomputed` of the layers in `kept` are recomputed."""
@@ -70,20 +78,16 @@ class ActivationPlan:
         offload: of the inputs in main memory two are on the device, one in use and one on its way.
         """
         inputs = min(recomputed, 2 if offload else recomputed) * self.input
-        kept = self.kept[recomputed:]
-        held = {
-            "inputs of recomputed layers": inputs,
-            "activations kept": sum(kept),
-            "holes between activations": len(kept) * self.hole,
-        }
+        held = {"inputs of recomputed layers": inputs, "activations kept": sum(self.kept[recomputed:])}
         moments = {
             "loss": {**held, "loss workspace": self.head},
             "backward": {**held, "layer workspace": self.work},
         }
+        if holes := (len(self.kept) - recomputed) * self.hole:
+            moments["forward"] = {**held, "holes in the heap": holes}
         if recomputed:
-            again = {"activations kept": self.kept[recomputed - 1], "holes between activations": self.hole}
-            again["layer workspace"] = self.work
-            moments["recomputing"] = {"inputs of recomputed layers": inputs, **again}
+            again = {"activations kept": self.kept[recomputed - 1], "layer workspace": self.work}
+            moments["recomputing"] = {"inputs of recomputed layers": inputs, **again, "holes in the heap": self.garbage}
         return moments
 
     def fewest(self, budget_bytes: float) -> int:
@@ -110,6 +114,9 @@ def plan_activations(
             bytes_of[kinds] = sum(kept_bytes(shape, cfg, kinds[0], device_type, document_tokens, kinds[1]).values())
     kept = tuple(tokens * bytes_of[kinds] for kinds in zip(adapted[first:], eight_bit[first:], strict=True))
     hidden = tokens * shape["hidden_size"] * width
+    block = tokens * shape["intermediate_size"] * width
+    in_heap = device_type == "cpu" and block < _MAPPED_FROM
+    layer = max(kept, default=0.0) - (0 if in_heap else 2 * block)  # gate and up are such blocks
     return ActivationPlan(
         kept=kept,
         input=hidden,
@@ -118,14 +125,15 @@ def plan_activations(
         head=loss_bytes(cfg, tokens, shape["vocab_size"], device_type) + 4 * hidden,
         work=_layer_work(shape, cfg, tokens, device_type, document_tokens) + 2 * hidden,
         layers=layers,
-        hole=_hole(tokens * shape["intermediate_size"] * width, device_type),
+        hole=block if in_heap else 0.0,
+        garbage=_GARBAGE_LAYERS * max(0.0, layer) if device_type == "cpu" else 0.0,
     )
 
 
 def evaluation_bytes(shape: Mapping[str, Any], cfg: RunConfig, tokens: int, device_type: str) -> dict[str, float]:
     """What a forward pass without gradients holds, at its widest: in a layer's MLP, or at the loss."""
     hidden = tokens * shape["hidden_size"] * DTYPE_BYTES[cfg.model.dtype]
-    mlp = tokens * shape["intermediate_size"] * _MLP_FORWARD[kernels_of(cfg)] * DTYPE_BYTES[cfg.model.dtype] / 2
+    mlp = tokens * shape["intermediate_size"] * _MLP_FORWARD[kernels_of(cfg, shape)] * DTYPE_BYTES[cfg.model.dtype] / 2
     loss = loss_bytes(cfg, tokens, shape["vocab_size"], device_type)
     return {"layer workspace": mlp + 3 * hidden} if mlp > loss else {"loss workspace": loss + 3 * hidden}
 
@@ -137,7 +145,9 @@ def loss_bytes(cfg: RunConfig, tokens: int, vocabulary: int, device_type: str) -
     """
     cuda, width = device_type == "cuda", DTYPE_BYTES[cfg.model.dtype]
     kind = "cuda" if cuda else "cpu"
-    values = min(_LOGITS[kind], tokens * vocabulary)
+    # losses/chunked.py makes chunks of nearly one length, here of a sequence whose every token is a target.
+    chunks = math.ceil(tokens / max(1, _LOGITS[kind] // vocabulary))
+    values = math.ceil(tokens / chunks) * vocabulary
     each = 4 + width if cuda and width < 4 else width
     logits, block = values * each, min(values, _BLOCK[kind]) * _BLOCK_BYTES
     if cfg.distill.objective == "none":
@@ -147,14 +157,17 @@ def loss_bytes(cfg: RunConfig, tokens: int, vocabulary: int, device_type: str) -
     return 2 * logits + min(values, _BLOCK[kind]) * _TEACHER_BLOCK_BYTES
 
 
-def kernels_of(cfg: RunConfig) -> str:
+def kernels_of(cfg: RunConfig, shape: Mapping[str, Any]) -> str:
     """How the elementwise steps run: compiled, plain torch, or PEFT's and transformers' own modules.
 
-    `train.compile=null` compiles long runs, on a GPU too; the larger of both is planned for.
+    `train.compile=null` compiles runs that repay it; one whose steps are not known yet is taken for such a run.
     """
     if not cfg.train.fast:
         return "peft"
-    return "compiled" if cfg.train.compile else "plain torch"
+    if cfg.train.compile is not None or cfg.train.max_steps is None:
+        return "plain torch" if cfg.train.compile is False else "compiled"
+    tokens = cfg.train.max_steps * cfg.train.batch_size * cfg.data.max_length
+    return "compiled" if 4.0 * parameters_of(shape) * tokens >= REPAID_FROM_FLOPS else "plain torch"
 
 
 def _layer_work(
@@ -165,7 +178,7 @@ def _layer_work(
     """
     linears = linear_shapes(shape)
     largest = max(out * inputs for out, inputs in linears.values())
-    mlp = tokens * shape["intermediate_size"] * _MLP_WORK[kernels_of(cfg)] * DTYPE_BYTES[cfg.model.dtype] / 2
+    mlp = tokens * shape["intermediate_size"] * _MLP_WORK[kernels_of(cfg, shape)] * DTYPE_BYTES[cfg.model.dtype] / 2
     attention = 0.0
     document = document_tokens or cfg.data.max_length
     if device_type == "cpu" and cfg.model.attention == "auto" and document < _FUSED_BACKWARD_FROM:
@@ -179,14 +192,6 @@ def _layer_work(
     adapted = frozenset.union(*(adapted_linears(layer, cfg.lora) for layer in range(shape["num_hidden_layers"])))
     dora = max((_DORA_BYTES * linears[name][0] * linears[name][1] for name in adapted), default=0) * cfg.lora.dora
     return held + max(mlp, attention, dora)
-
-
-def _hole(block_bytes: float, device_type: str) -> float:
-    """What glibc's heap loses beside each kept layer: the place of one block [T, I], the product of gate and up, which
-    smaller kept tensors come to lie in. Measured on 0.5B and 1.5B with 512 to 2048 tokens (0.8 to 1.2 such blocks).
-    Blocks from 32 MB on are mapped one by one and leave none.
-    """
-    return block_bytes if device_type == "cpu" and block_bytes < _MAPPED_FROM else 0.0
 
 
 def _in_eight_bit(layer: int, cfg: RunConfig) -> frozenset[str]:

@@ -26,11 +26,13 @@ _TOKENS = 1024
 _REPEATS, _LONG_SECONDS = 5, 0.4
 
 
-def measure_rates(device: torch.device, name: str, say: Callable[[str], None]) -> Rates:
+def measure_rates(
+    device: torch.device, name: str, say: Callable[[str], None], clock: Callable[[], float] = time.perf_counter
+) -> Rates:
     """The rates of this device, with the threads that torch uses now; takes about half a minute on two CPU cores."""
     import torch
 
-    watch = _Watch(device)
+    watch = _Watch(device, clock)
     say("calibrating: products")
     products = [
         [float(inputs * outputs), float(rows), _product(watch, rows, inputs, outputs)]
@@ -48,19 +50,19 @@ def measure_rates(device: torch.device, name: str, say: Callable[[str], None]) -
 
 
 class _Watch:
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, clock: Callable[[], float]):
+        self.device, self.clock = device, clock
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """The median of repeated calls after one that warms up; of one call where that takes long."""
         import torch
 
         def once() -> float:
-            start = time.perf_counter()
+            start = self.clock()
             work()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            return time.perf_counter() - start
+            return self.clock() - start
 
         warm = once()
         return median(once() for _ in range(2 if warm > _LONG_SECONDS else _REPEATS))
@@ -155,8 +157,9 @@ def _calls(watch: _Watch) -> float:
     width, rows = 64, 32
     x = watch.normal(rows, width).requires_grad_()
     weight, norm, angle = watch.normal(width, width), watch.normal(width), watch.normal(rows, width)
-    factors = torch.zeros(8, width, device=watch.device, requires_grad=True), torch.zeros(
-        width, 8, device=watch.device, requires_grad=True
+    factors = (
+        torch.zeros(8, width, device=watch.device, requires_grad=True),
+        torch.zeros(width, 8, device=watch.device, requires_grad=True),
     )
     frozen, adapted = Projection(weight), Projection(weight, adapter=Adapter(*factors, scale=1.0))
 

@@ -17,14 +17,17 @@ from finetune.planning.memory import DTYPE_BYTES, FOUR_BIT, MemoryPlan, linear_s
 from finetune.planning.teacher import teacher_bytes
 
 MIB = 2**20
-# Resident with every library imported, before a model is there: 356 MiB of the process's own and 133 MiB of pages of
+# Resident with every library imported, before a model is there: 341 MiB of the process's own and 104 MiB of pages of
 # shared libraries, measured with CPython 3.11, torch 2.13 (CPU build), transformers 5.23, peft 0.21 on Linux.
-_PROCESS_BYTES = 489 * MIB
-# What the heap of glibc holds beside live tensors, whatever the run: holes left by loading, thread caches, buffers of
-# oneDNN. Measured: 80 to 150 MiB over sizes from 4 layers of 256 to 28 of 1536.
-_HEAP_BYTES = 110 * MIB
-# Two tokenizers (the run's, the adapter's) in memory over the bytes of tokenizer.json; 172 MiB for Qwen2.5's 11.4 MB.
-_TOKENIZER_SHARE = 15.8
+_PROCESS_BYTES = 445 * MIB
+# What comes besides once a run goes on, whatever it is: 44 MiB for modules and library pages of first use, and 45 that
+# the heap of glibc holds free, thread caches and buffers of oneDNN (measured with a tokenizer of 46 kB).
+_HEAP_BYTES = (44 + 45) * MIB
+# A read of a mapped file brings in so many bytes around it (Linux, fault_around_bytes).
+_FAULT_AROUND = 65536
+# Two tokenizers (the run's, the adapter's) in memory, over the bytes of tokenizer.json: 172 MiB for Qwen2.5's 11.4 MB,
+# and 65 that reading it leaves free in the heap (measured: 129 MiB are free there after loading, 10 with a small one).
+_TOKENIZER_SHARE = 21.8
 _QWEN_TOKENIZER_BYTES = 11_421_789
 # A CUDA context with the libraries' kernels, outside the allocator; not measured by this package, 0.4 to 0.6 GB are
 # usual. Taken from a device's memory, never part of a predicted peak.
@@ -75,7 +78,7 @@ class Footprint:
 
 _FIXED = {"process and libraries", "tokenizers", "teacher"}
 _ACTIVATIONS = {
-    "inputs of recomputed layers", "activations kept", "holes between activations", "layer workspace", "loss workspace",
+    "inputs of recomputed layers", "activations kept", "layer workspace", "loss workspace", "holes in the heap",
 }  # fmt: skip
 
 
@@ -98,6 +101,8 @@ def predict(
     offload = cfg.train.recompute == "offload" and device_type == "cuda"
     teacher = teacher_bytes(cfg, shape)
     held = _held(cfg, static, teacher or 0.0, device_type, ranks)
+    if device_type != "cuda" and "embedding" in held:
+        held["embedding"] = _touched(cfg, held["embedding"])
     moments = {"loading": _loading(cfg, shape, held)}
     for name, parts in activations.moments(recomputed, offload).items():
         moments[_MOMENTS[name]] = {**held, **_signal(cfg, shape, micro_batch), **parts}
@@ -118,6 +123,7 @@ def predict(
 _MOMENTS = {
     "loss": "training step, at the loss",
     "backward": "training step, as backward begins",
+    "forward": "training step, as the forward pass ends",
     "recomputing": "training step, while a layer is recomputed",
 }
 
@@ -133,6 +139,14 @@ def _held(cfg: RunConfig, static: MemoryPlan, teacher: float, device_type: str, 
         held["tokenizers"] = _TOKENIZER_SHARE * _tokenizer_bytes(cfg)
         held["allocator slack"] = _HEAP_BYTES
     return held
+
+
+def _touched(cfg: RunConfig, table_bytes: float) -> float:
+    """Of an untied embedding that is mapped from its file, the pages that the run's tokens can touch."""
+    if cfg.train.max_steps is None or cfg.lora.new_tokens or "embed_tokens" in cfg.lora.modules_to_save:
+        return table_bytes
+    tokens = cfg.train.max_steps * cfg.train.batch_size * cfg.data.max_length
+    return min(table_bytes, float(tokens * _FAULT_AROUND))
 
 
 def _loading(cfg: RunConfig, shape: Mapping[str, Any], held: Mapping[str, float]) -> dict[str, float]:

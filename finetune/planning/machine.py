@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _CGROUPS, _MEMBERSHIP, _MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
+_STATM = Path("/proc/self/statm")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
@@ -91,6 +92,12 @@ def available_memory() -> int | None:
     """Bytes of main memory that could be allocated now without swapping or breaking a limit; None if unknown."""
     free = [_memory_of_the_host(), *map(_free_in, _groups("memory"))]
     return min((number for number in free if number is not None), default=None)
+
+
+def resident_memory() -> int:
+    """Bytes of main memory that this process holds now; 0 where that is not known."""
+    words = _read(_STATM).split()
+    return int(words[1]) * os.sysconf("SC_PAGE_SIZE") if len(words) > 1 else 0
 
 
 def _memory_of_the_host() -> int | None:

@@ -5,6 +5,7 @@ Source: Dettmers et al. 2023, arXiv:2305.14314 (4-bit blocks of 64 weights, 8-bi
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -57,7 +58,6 @@ def plan_memory(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig
     """Static bytes of a Qwen2 model of this shape (keys as in config.json), quantised and adapted as configured."""
     linears, layers, hidden = linear_shapes(shape), shape["num_hidden_layers"], shape["hidden_size"]
     width, table = DTYPE_BYTES[model.dtype], shape["vocab_size"] * hidden
-    in_linears = layers * sum(out * inputs for out, inputs in linears.values())
     vectors = layers * sum(linears[name][0] for name in _BIASED) + (2 * layers + 1) * hidden
     tied = bool(shape.get("tie_word_embeddings"))
     trained = trained_parameters(shape, lora)
@@ -71,10 +71,18 @@ def plan_memory(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig
         "optimizer": trained * _MOMENTS,
     }
     return MemoryPlan(
-        parameters=in_linears + vectors + table * (1 if tied else 2),
+        parameters=parameters_of(shape),
         trained=trained,
         parts={name: float(size) for name, size in parts.items() if size},
     )
+
+
+def parameters_of(shape: Mapping[str, Any]) -> int:
+    """Parameters of a Qwen2 model, a tied table counted once."""
+    linears, layers, hidden = linear_shapes(shape), shape["num_hidden_layers"], shape["hidden_size"]
+    block = sum(out * inputs for out, inputs in linears.values()) + sum(linears[name][0] for name in _BIASED)
+    tables = 1 if shape.get("tie_word_embeddings") else 2
+    return layers * (block + 2 * hidden) + hidden + tables * shape["vocab_size"] * hidden
 
 
 def _base_parts(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig) -> dict[str, float]:
@@ -159,13 +167,16 @@ def adapted_linears(layer: int, lora: LoraConfig) -> frozenset[str]:
     """Names of the linears of one Qwen2 block that get an adapter."""
     if lora.layers_to_transform is not None and layer not in lora.layers_to_transform:
         return frozenset()
-    return frozenset(name for name in LINEARS if _is_target(module_path(layer, name), lora.target_modules))
+    targets = lora.target_modules
+    return _targets_in(layer, targets if isinstance(targets, str) else tuple(targets))
 
 
-def _is_target(path: str, targets: list[str] | str) -> bool:
-    if isinstance(targets, list):
-        return any(ends_with(path, target) for target in targets)
-    return targets == "all-linear" or re.fullmatch(targets, path) is not None
+@functools.cache
+def _targets_in(layer: int, targets: tuple[str, ...] | str) -> frozenset[str]:
+    paths = {name: module_path(layer, name) for name in LINEARS}
+    if isinstance(targets, tuple):
+        return frozenset(n for n, path in paths.items() if any(ends_with(path, target) for target in targets))
+    return frozenset(n for n, path in paths.items() if targets == "all-linear" or re.fullmatch(targets, path))
 
 
 def static_of(cfg: RunConfig, shape: Mapping[str, Any]) -> MemoryPlan:

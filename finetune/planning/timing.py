@@ -87,8 +87,10 @@ def assumed_ceiling(device_type: str, gpu_name: str | None) -> tuple[float, str]
         return cores * _ASSUMED_CORE, f"assumed: {_ASSUMED_CORE / 1e9:.0f} GFLOP/s a core, {cores} core(s)"
     peak = next((value for name, value in GPU_PEAKS.items() if gpu_name and name in gpu_name), None)
     if peak is None:
-        return _ASSUMED_GPU_PEAK * _ASSUMED_SHARE, f"assumed: {_ASSUMED_SHARE:.0%} of {_ASSUMED_GPU_PEAK / 1e12:g} TFLOP/s"
-    return peak * _ASSUMED_SHARE, f"assumed: {_ASSUMED_SHARE:.0%} of the {peak / 1e12:g} TFLOP/s of {gpu_name}'s data sheet"
+        words = f"assumed: {_ASSUMED_SHARE:.0%} of {_ASSUMED_GPU_PEAK / 1e12:g} TFLOP/s"
+        return _ASSUMED_GPU_PEAK * _ASSUMED_SHARE, words
+    words = f"assumed: {_ASSUMED_SHARE:.0%} of the {peak / 1e12:g} TFLOP/s of {gpu_name}'s data sheet"
+    return peak * _ASSUMED_SHARE, words
 
 
 def _rate_of_product(grid: Sequence[Sequence[float]], weights: float, rows: float) -> float:
@@ -103,7 +105,7 @@ def _rate_of_product(grid: Sequence[Sequence[float]], weights: float, rows: floa
 
 def _along(points: Sequence[Sequence[float]], x: float) -> float:
     """The value at x between points [x, value]; linear in the logarithm of x, constant outside."""
-    points = sorted(points)
+    points = sorted(points, key=lambda point: point[0])
     xs = [point[0] for point in points]
     i = bisect_left(xs, x)
     if i == 0 or i == len(xs):

@@ -87,8 +87,9 @@ def step_work(
     table = shape["vocab_size"] * shape["hidden_size"]
     products["head"] = 4.0 * table * targets
     run_twice = layers - first + recomputed
+    document = document_tokens or cfg.data.max_length
     work = StepWork(
-        products, adapters, _attention(shape, tokens, document_tokens or cfg.data.max_length, layers, first, recomputed),
+        products, adapters, _attention(shape, tokens, document, layers, first, recomputed),
         float(tokens * shape["intermediate_size"] * (layers + run_twice)), dequantised, targets * shape["vocab_size"],
         static_of(cfg, shape).trained, micro_batch * cfg.data.max_length,
     )  # fmt: skip

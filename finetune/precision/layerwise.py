@@ -47,12 +47,11 @@ class LayerwiseModel:
                 f"model.attention={cfg.attention}: precision is measured with segmented attention; set auto"
             )
         self.device = device
-        self.model: Any = load_resident(cfg, None, device).model
-        head = head_name(self.model)
-        self.linears = {
-            name: tuple(self.model.get_submodule(name).weight.shape)
-            for name in linear_names(self.model)
-            if name != head
+        model: Any = load_resident(cfg, None, device).model
+        self.model = model
+        head = head_name(model)
+        self.linears: dict[str, tuple[int, int]] = {
+            name: tuple(model.get_submodule(name).weight.shape) for name in linear_names(model) if name != head
         }
         plain = quant.model_copy(update={"keep": [], "int8": [], "type": four_bit_of(quant)})
         source = fetch(cfg.name, cfg.revision, TEXT_FILES + WEIGHT_FILES, "model.name")
@@ -63,9 +62,9 @@ class LayerwiseModel:
         self._threshold: float = settings.llm_int8_threshold
         self._layer: Any = None
         self._index = -1
-        backbone = self.model.base_model
+        backbone = model.base_model
         self._rotary, self._norm = backbone.rotary_emb, copy.deepcopy(backbone.norm).float()
-        weight: Tensor = self.model.get_output_embeddings().weight
+        weight: Tensor = model.get_output_embeddings().weight
         self.head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         self.head.weight = nn.Parameter(weight.float(), requires_grad=False)
 
@@ -78,7 +77,7 @@ class LayerwiseModel:
         return [name for name in self.linears if name.startswith(f"model.layers.{index}.")]
 
     def load(self, index: int, storage: Mapping[str, str]) -> None:
-        """Make a layer the one that `advance` computes, each linear stored as `storage` says; 16 bit, if it is silent."""
+        """Make a layer the one that `advance` computes, its linears stored as `storage` says, others in 16 bit."""
         self._layer = None  # the last one's memory first
         layer = self.model.base_model.layers[index]
         # The config is shared by all layers, and is no part of one.
@@ -146,7 +145,7 @@ class LayerwiseModel:
         if kind in FOUR_BIT:
             rows = self._quantised.dequantised(f"{name}.weight", lambda: original.weight.data)
             weight = rows(0, weight.shape[0]).to(self.device)
-        layer = nn.Linear(original.in_features, original.out_features, bias=False, device="meta")
+        layer: Any = nn.Linear(original.in_features, original.out_features, bias=False, device="meta")
         layer.weight = nn.Parameter(weight.float(), requires_grad=False)
         layer.bias = None if original.bias is None else nn.Parameter(original.bias.float(), requires_grad=False)
         self._layer.set_submodule(short, layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
@@ -37,8 +37,10 @@ class Quantity:
     share: bool = False
 
 
+_BY_SET = Quantity("Held-out rows, nats a target token", r"eval/.*/loss", wide=True)
 QUANTITIES = (
-    Quantity("Loss, nats a target token", r"loss|eval/.*/loss", noisy=True, wide=True),
+    Quantity("Loss, nats a target token", r"loss|eval_loss", noisy=True, wide=True),
+    _BY_SET,
     Quantity("Distance from the teacher, nats a target token", r"eval/.*/teacher_kl", wide=True),
     Quantity("Held-out token accuracy", r"eval/.*/accuracy", share=True),
     Quantity("Learning rate", r"learning_rate"),
@@ -73,10 +75,8 @@ def run_pictures(run: Run) -> list[Picture]:
     """Every quantity that the run measured."""
     pictures = []
     for quantity in QUANTITIES:
-        found = _matching(run.metrics, quantity)
-        if quantity.title.startswith("Loss") and "eval_loss" in run.metrics and set(found) == {"loss"}:
-            found["eval_loss"] = run.metrics["eval_loss"]
-        if not found:
+        found = {name: run.metrics[name] for name in _names(run, quantity)}
+        if not found or (quantity is _BY_SET and _one_set(found, run)):
             continue
         lines = [
             Line(_label(name), series.scaled(quantity.factor), COLOURS[i % len(COLOURS)],
@@ -95,6 +95,7 @@ def overlaid(runs: Sequence[tuple[str, Run]]) -> list[Picture]:
         for quantity in QUANTITIES
         for name in names
         if re.fullmatch(quantity.names, name)
+        and not (quantity is _BY_SET and all(_one_set(_names(run, quantity), run) for _, run in runs))
     ]
     pictures = []
     for title, name, quantity in wanted:
@@ -109,11 +110,11 @@ def overlaid(runs: Sequence[tuple[str, Run]]) -> list[Picture]:
 
 
 def draw(title: str, lines: Sequence[Line], quantity: Quantity, alone: bool = True) -> Picture:
-    """One figure of curves over steps. alone: of one run, so it names its curves and shows what the means go through."""
+    """One figure of curves over steps. alone: of one run; it names its curves and shows what the means go through."""
     drawn, (axes,) = figure(_WIDTH_INCHES, _HEIGHT_INCHES)
     means = [_draw_line(axes, line, alone) for line in lines]
     values = [value for line in lines for value in line.series.values]
-    note = "The strong line is the mean of its neighbourhood." if any(means) else ""
+    note = "The strong line is the mean of its neighbourhood." if alone and any(means) else ""
     if quantity.wide and min(values) > 0 and spread(values) > _LOGARITHMIC:
         axes.set_yscale("log")
     else:
@@ -121,7 +122,7 @@ def draw(title: str, lines: Sequence[Line], quantity: Quantity, alone: bool = Tr
         axes.yaxis.set_major_formatter(_numbers(max(map(abs, values))))
     if quantity.share:
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("step")
     if alone and len(lines) > 1:
         axes.legend(frameon=False, fontsize=8)
@@ -157,18 +158,27 @@ def _numbers(largest: float) -> Callable[[float, object], str]:
     return lambda value, place: text(round(value, 12), place)
 
 
-def _matching(metrics: Mapping[str, Series], quantity: Quantity) -> dict[str, Series]:
-    return {name: series for name, series in metrics.items() if re.fullmatch(quantity.names, name)}
+def _names(run: Run, quantity: Quantity) -> list[str]:
+    return [name for name in run.metrics if re.fullmatch(quantity.names, name)]
+
+
+def _one_set(names: Collection[str], run: Run) -> bool:
+    """Whether the loss by evaluation set is the `eval_loss` that stands beside the training loss already."""
+    return len(names) == 1 and all(run.metrics[name] == run.metrics.get("eval_loss") for name in names)
 
 
 def _label(name: str) -> str:
-    return {"loss": "training", "eval_loss": "held out"}.get(name, name.removeprefix("eval/").rpartition("/")[0] or name)
+    return {"loss": "training", "eval_loss": "held out"}.get(
+        name, name.removeprefix("eval/").rpartition("/")[0] or name
+    )
 
 
 def _of_set(name: str) -> str:
     """The evaluation set that a metric is about."""
     if name == "loss":
         return ", training"
+    if name == "eval_loss":
+        return ", held out"
     return f", {name.removeprefix('eval/').rpartition('/')[0]}" if name.startswith("eval/") else ""
 
 

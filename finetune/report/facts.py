@@ -1,4 +1,4 @@
-"""A run's figures in words: the cards at the top, what was predicted beside what was measured, where it ran, what next."""
+"""A run's figures in words: cards for the top, what was predicted beside what was measured, where it ran, what next."""
 
 from __future__ import annotations
 

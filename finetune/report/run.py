@@ -53,7 +53,7 @@ class Run:
         value = self.result.get(name)
         if value is None and isinstance(evaluations, Mapping):
             value = evaluations.get(name)
-        return float(value) if type(value) in (int, float) else None
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def read_run(folder: Path) -> Run:

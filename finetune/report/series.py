@@ -80,5 +80,5 @@ def smoothed(series: Series, share: float = 0.05) -> Series:
 
 
 def spread(values: Sequence[float]) -> float:
-    """The largest value by the smallest, infinite where one is not positive: whether an axis had better be a logarithm."""
+    """The largest value by the smallest; infinite where one is not positive."""
     return max(values) / min(values) if min(values) > 0 else math.inf

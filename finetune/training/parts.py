@@ -12,6 +12,7 @@ from finetune.config.schema import RunConfig
 from finetune.data.feed import Feed
 from finetune.data.loader import LoadedData
 from finetune.data.tokens.prepare import Preparation
+from finetune.training.capacity import Fit
 from finetune.training.lesson import Lesson
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parts:
-    """One run, loaded. micro_batch: sequences a forward pass. lesson: None for a run without a teacher."""
+    """One run, loaded. fit: to this machine's memory. lesson: None for a run without a teacher."""
 
     cfg: RunConfig
     accelerator: Accelerator
@@ -30,7 +31,7 @@ class Parts:
     data: LoadedData
     feed: Feed
     model: PeftModel
-    micro_batch: int
+    fit: Fit
     lesson: Lesson | None
 
     @property

@@ -40,6 +40,7 @@ from finetune.models.fast import attach_fast_path
 from finetune.models.load import load_base, load_tokenizer
 from finetune.models.tokens import extend_tokenizer
 from finetune.ops import dispatch
+from finetune.planning.fitting import free_memory
 from finetune.planning.plan import describe_plan
 from finetune.report.page import try_report
 from finetune.training import run_folder
@@ -82,7 +83,8 @@ def train(cfg: RunConfig) -> RunResult:
     lock = run_folder.claim_folder(cfg) if accelerator.is_main_process else None
     try:
         checkpoint = _on_main(accelerator, lambda: run_folder.find_checkpoint(cfg, say))
-        say(describe_plan(cfg, shape_of(cfg.model.name), accelerator.num_processes, accelerator.device.type))
+        kind = accelerator.device.type
+        say(describe_plan(cfg, shape_of(cfg.model.name), accelerator.num_processes, kind, free_memory(kind)))
         parts = _load(cfg, accelerator, checkpoint, say)
         return _run(parts, checkpoint, say)
     finally:
@@ -118,8 +120,8 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say
     if cfg.train.fast:
         attach_fast_path(model)
     model.train()
-    micro_batch = fit_to_memory(cfg, model, accelerator, say)
-    return Parts(cfg, accelerator, tokenizer, preparation, data, feed, model, micro_batch, lesson)
+    found = fit_to_memory(cfg, model, accelerator, say)
+    return Parts(cfg, accelerator, tokenizer, preparation, data, feed, model, found, lesson)
 
 
 def _end_token_advice(cfg: RunConfig, chat: ChatTemplate) -> list[str]:
@@ -164,7 +166,7 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
         loss=accelerator.prepare_model(loss, device_placement=False),
         before_step=lesson.before_step(loss, total_steps) if lesson and isinstance(loss, Distillation) else None,
         feed=feed, total_steps=total_steps,
-        lean=_may_be_lean(cfg), micro_batch=parts.micro_batch, tracker=tracker,
+        lean=_may_be_lean(cfg), micro_batch=parts.fit.micro_batch, tracker=tracker,
         save=lambda state: _save_checkpoint(parts, optimizer, state),
         last_checkpoint=lambda: next(reversed(list_checkpoints(parts.folder)), None),
         evaluate=(lambda: evaluate_run(parts)) if parts.data.eval else None,
@@ -172,7 +174,9 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
     )  # fmt: skip
     if lesson is not None and cfg.guard.max is not None:
         job = with_guard(job, parts, lesson, lambda: evaluate_run(parts))
-    result = RunResult("failed", world_size=accelerator.num_processes)
+    result = RunResult(
+        "failed", world_size=accelerator.num_processes, predicted_peak_bytes=parts.fit.predicted_peak_bytes
+    )
     try:
         with closing(tracker), closing(parts.feed):
             fit(job, state)

@@ -23,13 +23,21 @@ def describe_result(result: RunResult, before: Sequence[Sequence[str]], after: S
         "held-out exact match": _from_to(result.exact_match_before, result.exact_match_after),
         "nats from the teacher": _recovery(result),
         "speed": f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else None,
-        "peak memory": f"{result.peak_bytes / 2**30:.2f} GiB",
+        "peak memory": _peak(result),
     }
     lines += [f"  {name:<22}{value}" for name, value in figures.items() if value is not None]
     for (prompt, expected, given), answer in zip(before, after, strict=False):
         texts = {"asked": prompt, "expected": expected, "before": given, "after": answer.given}
         lines += ["", *(f"  {name:<10}{_shown(text)}" for name, text in texts.items())]
     return "\n".join([*lines, "", f"adapter: {result.adapter}", f"next:    finetune chat adapter={result.adapter}"])
+
+
+def _peak(result: RunResult) -> str:
+    """Of the rank that says it."""
+    measured = f"{result.peak_bytes / 2**30:.2f} GiB"
+    if result.predicted_peak_bytes is None:
+        return measured
+    return f"{measured} measured, {result.predicted_peak_bytes / 2**30:.2f} GiB predicted"
 
 
 def _number(value: float | None) -> str | None:

@@ -43,10 +43,11 @@ class RunResult:
 
     status: finished | stopped | failed. final_loss, eval_loss: nats a target token. exact_match_*: share of held-out
     rows, None where not measured. tokens_per_second: all tokens over training time. peak_bytes: CUDA's max allocated,
-    on CPU the process's peak resident size. teacher_kl_*: KL(teacher || model) in nats a target, mean over the held-out
-    sets, None without a teacher. recovered: the share of it that is gone, for the objective of that name. breaches:
-    each time that `guard.max` was passed, with its step, teacher_kl, action, and teacher_kl `after` a recovery.
-    adapter: folder of the final adapter, None if there is none yet.
+    on CPU the process's peak resident size; predicted_peak_bytes: what the plan expected it to be. teacher_kl_*:
+    KL(teacher || model) in nats a target, mean over the held-out sets, None without a teacher. recovered: the share of
+    it that is gone, for the objective of that name. breaches: each time that `guard.max` was passed, with its step,
+    teacher_kl, action, and teacher_kl `after` a recovery. adapter: folder of the final adapter, None if there is none
+    yet.
     """
 
     status: str
@@ -64,6 +65,7 @@ class RunResult:
     train_seconds: float = 0.0
     tokens_per_second: float | None = None
     peak_bytes: int = 0
+    predicted_peak_bytes: int | None = None
     world_size: int = 1
     adapter: str | None = None
     error: str | None = None

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from finetune.cli import main
-from tests.browser import Page, find_browser, open_browser
+from tests.browser import CONTRAST, Page, find_browser, open_browser
+from tests.html_reader import Reader
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> </pre> &amp; \x1b[31m"
 QUESTION = f"{HOSTILE} <|im_end|> ⟦x⟧\n  two  spaces, 你好, שלום"
-VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
 @pytest.fixture(scope="module")
@@ -41,39 +40,6 @@ def answer(text: str) -> dict[str, str]:
 
 def write(file: Path, rows: list[dict]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-class Reader(HTMLParser):
-    """Elements with their attributes and text; complains about what is not closed in order."""
-
-    def __init__(self, text: str):
-        super().__init__(convert_charrefs=True)
-        self.open: list[tuple[str, dict[str, str | None], list[str]]] = []
-        self.elements: list[tuple[str, dict[str, str | None], str]] = []
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in VOID:
-            self.elements.append((tag, dict(attrs), ""))
-        else:
-            self.open.append((tag, dict(attrs), []))
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs), ""))
-
-    def handle_endtag(self, tag: str) -> None:
-        opened, attrs, parts = self.open.pop()
-        assert opened == tag, f"</{tag}> closes <{opened}>"
-        self.elements.append((tag, attrs, "".join(parts)))
-
-    def handle_data(self, data: str) -> None:
-        for _, _, parts in self.open:
-            parts.append(data)
-
-    def texts(self, tag: str) -> list[str]:
-        return [text for name, _, text in self.elements if name == tag]
 
 
 @pytest.fixture(scope="module")
@@ -116,21 +82,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         pytest.skip("needs a browser of the Chromium family, as chromium-headless-shell")
     with open_browser(executable, tmp_path_factory.mktemp("profile")) as page:
         yield page
-
-
-CONTRAST = """(() => {
-  const rgb = text => text.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(c => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  const ground = node => { for (; node; node = node.parentElement) {
-    const colour = rgb(getComputedStyle(node).backgroundColor);
-    if (colour.length === 3 || colour[3] === 1) return colour; } return [255, 255, 255]; };
-  const read = 'h1,h2,h3,p,dt,dd,th,td,li,li strong,pre,mark,mark span,pre span,figcaption,sup';
-  return [...document.querySelectorAll(read)]
-    .map(node => { const [a, b] = [light(rgb(getComputedStyle(node).color)), light(ground(node))];
-      return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.tagName + '.' + node.className]; })
-    .filter(([ratio]) => ratio < 4.5);
-})()"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -25,7 +25,8 @@ LAYERS = [
     {"distill"},
     {"evaluation"},
     {"export"},
-    {"gap", "precision", "report", "sweeping"},
+    {"gap", "precision", "report"},
+    {"sweeping"},
     {"training"},
     {
         "allocate_command",

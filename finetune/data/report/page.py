@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -60,7 +60,8 @@ def page_environment(*folders: Path) -> Environment:
         # HTML's own escaping leaves control characters as they are.
         finalize=lambda value: printable(value) if type(value) is str else value,
     )  # fmt: skip
-    environment.globals.update(chart_of=chart_of, factor=factor_of, runs=weighted_runs)
+    functions: dict[str, Any] = {"chart_of": chart_of, "factor": factor_of, "runs": weighted_runs}
+    environment.globals.update(functions)
     return environment
 
 

@@ -22,7 +22,7 @@ DATA = "data.json"
 
 @dataclass(frozen=True)
 class StoredReport:
-    """What `finetune data` tells of the rows, without their scripts; rows: some training rows as the model sees them."""
+    """What `finetune data` tells, without the rows' scripts; rows: some training rows as the model sees them."""
 
     report: Report
     rows: tuple[ShownRow, ...]

@@ -17,7 +17,7 @@ from finetune.errors import ConfigError
 from finetune.export.merge.card import merged_card
 from finetune.export.merge.gate import Gate, Remembered, ask_trained, compare_with, held_out_rows
 from finetune.export.merge.texts import write_texts
-from finetune.export.merge.trained import Say, Trained, choose_base, find_trained
+from finetune.export.merge.trained import Say, Trained, choose_base, find_trained, kept_in_training
 from finetune.export.merge.weights import MergePlan, content_of, plan_merge
 from finetune.export.shards import Advance, plan_shards, write_index, write_shard
 from finetune.export.staging import KeepPartial, check_room, scratch, staged
@@ -36,7 +36,8 @@ class GateFailed(KeepPartial):
 class MergeReport:
     """What merge_report.json holds. base: original or dequantized. changed: tensors that differ from the base's.
 
-    gates: one for each adapter with rows to compare on. other: the same for the base that was not chosen.
+    gates: one for each adapter with rows to compare on. other: the same for the base that was not chosen. kept: layers
+    that were in more bits than the others in training, by their storage; an export that quantises leaves them so.
     """
 
     adapters: list[str]
@@ -52,6 +53,7 @@ class MergeReport:
     gates: list[Gate] = field(default_factory=list)
     other_base: str | None = None
     other: list[Gate] = field(default_factory=list)
+    kept: dict[str, list[str]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,6 +86,7 @@ def merge(options: MergeOptions, say: Say = say, progress: Progress = progress_b
         report = MergeReport(
             names, trained.model.name, base, reason, _dtype(plan), len(plan.tensors), plan.changed, plan.nbytes,
             options.combination, options.weights or [1.0] * len(names), gates, other_base, other,
+            kept_in_training(trained),
         )  # fmt: skip
         (folder / REPORT).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(merged_card(trained, report.as_dict()), encoding="utf-8")

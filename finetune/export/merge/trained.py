@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from finetune.config.commands import Base
 from finetune.config.compose import saved_config
 from finetune.config.schema import ModelConfig, QuantConfig, RunConfig
 from finetune.errors import ConfigError
 from finetune.models.adapter_files import SavedAdapter, fetch_adapter
 from finetune.models.digest import base_fingerprint
-from finetune.models.quantize import FOUR_BIT
+from finetune.models.four_bit import build_skeleton
+from finetune.models.quantize import FOUR_BIT, head_name, storage_in
 from finetune.models.source import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
 from finetune.models.stored import WeightFiles
 
@@ -89,6 +92,19 @@ def _check_base(adapter: SavedAdapter, folder: Path, name: str, chosen: bool, sa
     if not chosen:
         raise ConfigError(f"{found}; restore them, or name the base to merge into with model=")
     say(f"WARNING: {found}; the comparison below says what that does")
+
+
+def kept_in_training(trained: Trained) -> dict[str, list[str]]:
+    """Full names of the blocks' linear layers that training kept in 16 bit (`none`) or 8 beside others; by storage."""
+    if trained.quant.type == "none" or not (trained.quant.keep or trained.quant.int8):
+        return {}
+    skeleton = build_skeleton(trained.folder, torch.bfloat16, "eager")
+    head = head_name(skeleton)
+    kept: dict[str, list[str]] = {}
+    for name, kind in storage_in(skeleton, trained.quant).items():
+        if kind != trained.quant.type and name != head:
+            kept.setdefault(kind, []).append(name)
+    return kept
 
 
 def makes_up_for_quantising(cfg: RunConfig | None) -> bool:

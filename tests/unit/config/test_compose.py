@@ -67,6 +67,19 @@ def test_ones_own_group_option_stands_beside_the_packaged_and_before_one_of_the_
     assert (config.lora.rank, config.quant.type) == (256, "fp4")
 
 
+def test_a_packaged_config_takes_options_from_the_configs_of_the_working_directory(here: Path):
+    """A config of one's own does too, after those that stand beside it and before packaged ones of the same name."""
+    write(here / "configs/quant/allocated.yaml", "int8: [down_proj]\n")
+    write(here / "configs/quant/fp4.yaml", "int8: [k_proj]\n")
+    quant = load_config("quickstart", ["quant=allocated"]).quant
+    assert (quant.type, quant.int8) == ("nf4", ["down_proj"])
+    own = write(here / "elsewhere/run.yaml", "defaults: [{quant: allocated}]\n" + RUN)
+    assert load_config(str(own)).quant.int8 == ["down_proj"]
+    assert load_config(str(own), ["quant=fp4"]).quant.int8 == ["k_proj"]
+    write(here / "elsewhere/quant/allocated.yaml", "int8: [up_proj]\n")
+    assert load_config(str(own)).quant.int8 == ["up_proj"]
+
+
 def test_defaults_then_groups_then_the_file_then_the_command_line(here: Path):
     write(here / "train/slow.yaml", "max_steps: 10\nkeep: 3\nseed: 1\n")
     write(here / "train/slower.yaml", "max_steps: 20\nkeep: 4\nseed: 2\n")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
-from torch import nn
 from transformers import AutoTokenizer
 
 from finetune.data.formats.messages import Conversation, Message, ToolCall
 from finetune.data.template.chat import ChatTemplate
+from finetune.evaluation import generation
+from finetune.evaluation.decoding import Decoding, greedy
 from finetune.evaluation.generation import answer_rows, exact_match
 from finetune.resources import packaged
+from tests.models import random_qwen2
 
 TOOLS_TEMPLATE = """{%- for tool in tools or [] %}
     {{- '<|im_start|>system\\n' + tool | tojson + '<|im_end|>' }}
@@ -25,21 +29,29 @@ TOOLS_TEMPLATE = """{%- for tool in tools or [] %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 
-class Echo(nn.Module):
+class Echo:
     """Answers a prompt with the prompt itself."""
 
-    def __init__(self, end: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.end, self.batches = end, []
+    batches: ClassVar[list[list[int]]] = []
 
-    def generate(self, input_ids, attention_mask, generation_config):
-        assert not self.training and self.end in generation_config.eos_token_id
-        self.batches.append(input_ids.shape)
-        lengths = attention_mask.sum(1)
-        prompts = [row[-n:].tolist() for row, n in zip(input_ids, lengths, strict=True)]
-        echo = [prompt + [self.end] * (input_ids.shape[1] + 1 - len(prompt)) for prompt in prompts]
-        return torch.cat([input_ids, torch.tensor(echo)], dim=1)
+    def __init__(self, model, prompts, limits):
+        assert not model.training and limits == [4] * len(prompts)
+        self.batches.append([len(prompt) for prompt in prompts])
+        self.prompts = prompts
+
+    def write(self, choose, stop_ids, vocabulary):
+        return self.prompts
+
+
+class Counting:
+    """A decoder that counts the rows it computes."""
+
+    def __init__(self, backbone):
+        self.backbone, self.rows = backbone, []
+
+    def __call__(self, **inputs):
+        self.rows.append(len(inputs["input_ids"]))
+        return self.backbone(**inputs)
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +59,22 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(packaged("data") / "tiny-qwen2.5")
 
 
-def ask(tokenizer, rows: list[Conversation], batch_size: int = 2):
-    chat = ChatTemplate(tokenizer, TOOLS_TEMPLATE)
-    model = Echo(tokenizer.eos_token_id).train()
-    answers = answer_rows(model, tokenizer, chat, rows, max_new_tokens=4, batch_size=batch_size)
-    assert model.training
-    return answers, model
+@pytest.fixture
+def ask(tokenizer, monkeypatch):
+    monkeypatch.setattr(generation, "Decoding", Echo)
+    monkeypatch.setattr(Echo, "batches", [])
+
+    def ask(rows: list[Conversation], batch_size: int = 2):
+        model = random_qwen2().train()
+        chat = ChatTemplate(tokenizer, TOOLS_TEMPLATE)
+        answers = answer_rows(model, tokenizer, chat, rows, max_new_tokens=4, batch_size=batch_size)
+        assert model.training
+        return answers
+
+    return ask
 
 
-def test_each_row_is_asked_up_to_its_last_answer_in_batches_of_like_length(tokenizer):
+def test_each_row_is_asked_up_to_its_last_answer_in_batches_of_like_length(ask):
     rows = [
         Conversation(
             (Message("user", text), Message("assistant", "a"), Message("user", f"{text}?"), Message("assistant", "b"))
@@ -63,23 +82,48 @@ def test_each_row_is_asked_up_to_its_last_answer_in_batches_of_like_length(token
         for text in ("x" * 40, "y", "z" * 41, "w w")
     ]
     rows[1] = Conversation((*rows[1].messages, Message("user", "never asked")))
-    answers, model = ask(tokenizer, rows)
+    answers = ask(rows)
     for row, answer in zip(rows, answers, strict=True):
         asked = "".join(f"{m.role}\n{m.content}\n" for m in row.messages[:3]) + "assistant\n"
         assert answer.given == asked
         assert (answer.prompt, answer.expected) == (row.messages[2].content, "b")
-    assert len(model.batches) == 2 and model.batches[0][1] < model.batches[1][1]
+    assert [len(batch) for batch in Echo.batches] == [2, 2] and max(Echo.batches[0]) < min(Echo.batches[1])
 
 
-def test_the_answer_of_a_turn_with_tool_calls_is_what_the_template_writes_for_it(tokenizer):
+def test_the_answer_of_a_turn_with_tool_calls_is_what_the_template_writes_for_it(ask):
     call = Message("assistant", "look", (ToolCall("f", {"q": "<|im_end|>"}), ToolCall("g", {})))
-    [answer], _ = ask(tokenizer, [Conversation((Message("user", "u"), call), ({"name": "f"},))])
+    [answer] = ask([Conversation((Message("user", "u"), call), ({"name": "f"},))])
     assert answer.expected == 'look\n[f{"q": "<|im_end|>"}]\n[g{}]'
     assert answer.given.startswith('system\n{"name": "f"}user\nu')
 
 
-def test_the_share_of_exact_answers_ignores_outer_blanks(tokenizer):
+def test_the_share_of_exact_answers_ignores_outer_blanks(ask):
     prompt = "user\nu\nassistant"
     rows = [Conversation((Message("user", "u"), Message("assistant", text))) for text in (f" {prompt}\n", "else")]
-    answers, _ = ask(tokenizer, rows)
+    answers = ask(rows)
     assert exact_match(answers) == 0.5
+
+
+PROMPTS = [[7, 8, 9], [11] * 9, [3, 60, 2, 41, 5], [90, 1]]
+
+
+@torch.no_grad()
+def test_greedy_answers_are_those_of_transformers_own_generate_row_by_row():
+    model = random_qwen2().eval()
+    ends = [13, 60]
+    written = Decoding(model, PROMPTS, [12] * 4).write(greedy, frozenset(ends), 97)
+    for prompt, answer in zip(PROMPTS, written, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+            max_new_tokens=12, eos_token_id=ends, pad_token_id=0,
+        )  # fmt: skip
+        assert answer == expected[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def test_a_row_that_has_ended_is_computed_no_further():
+    batch = Decoding(random_qwen2().eval(), PROMPTS, [1, 5, 3, 5])
+    batch.backbone = counting = Counting(batch.backbone)
+    answers = batch.write(greedy, frozenset(), 97)
+    assert [len(answer) for answer in answers] == [1, 5, 3, 5]
+    assert counting.rows == [4, 3, 3, 2, 2]

@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,20 @@ def test_nf4_has_the_bits_that_quantising_while_loading_gives(
         assert stored(input_ids=IDS).logits.equal(while_loading(input_ids=IDS).logits)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", *EIGHT_BIT, "bf16"])
+def test_what_training_kept_in_more_bits_stays_bf16(make_base, tmp_path: Path, kind: str, tied: bool) -> None:
+    source = Path(shutil.copytree(make_base(tied), tmp_path / "source"))
+    plain, eight = "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"
+    (source / "merge_report.json").write_text(json.dumps({"kept": {"none": [plain], "int8": [eight]}}))
+    notes = export(source, tmp_path / "out", kind).notes
+    stays = {"nf4": [plain, eight], "bf16": []}.get(kind, [plain])
+    assert notes.get("kept_in_bf16", []) == stays
+    found, before = tensors_of(tmp_path / "out"), tensors_of(source)
+    assert all(found[f"{name}.weight"].equal(before[f"{name}.weight"]) for name in stays)
+    assert notes["quantised_tensors"] == (0 if kind == "bf16" else 14 - len(stays))
+
+
 @pytest.mark.parametrize("kind", EIGHT_BIT)
 @pytest.mark.parametrize("source_type", ["bf16", "fp32"])
 def test_eight_bit_weights_are_as_near_as_eight_bits_can_be(
@@ -247,8 +262,8 @@ def test_weights_that_were_stored_wrongly_are_noticed(
 ) -> None:
     right = TYPES[kind]
 
-    def spoilt(head: str) -> Storage:
-        storage = right(head)
+    def spoilt(kept: Sequence[str]) -> Storage:
+        storage = right(kept)
         turn = lambda weight: storage.quantise(weight.flip(0))  # noqa: E731
         return Storage(storage.dtype, turn, storage.settings)
 

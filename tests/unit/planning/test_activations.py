@@ -18,7 +18,15 @@ from finetune.models.families import QWEN25_SHAPES
 from finetune.models.fast import attach_fast_path
 from finetune.models.recompute import apply_recompute
 from finetune.ops import attention
-from finetune.planning.activations import ActivationPlan, kept_bytes, plan_activations
+from finetune.ops.dispatch import _REPAID_FROM_FLOPS
+from finetune.planning.activations import (
+    REPAID_FROM_FLOPS,
+    ActivationPlan,
+    kept_bytes,
+    kernels_of,
+    loss_bytes,
+    plan_activations,
+)
 from finetune.planning.memory import adapted_linears
 from tests.parity.test_cross_entropy import documents
 
@@ -141,3 +149,33 @@ def test_bytes_grow_with_the_tokens_and_the_fast_path_keeps_less():
     assert large.kept[0] == 4 * small.kept[0] and large.head < 4 * small.head
     plain = plan_activations(shape, run("data.max_length=2048", "train.fast=false"), 1, "cuda")
     assert plain.kept[0] > 1.4 * small.kept[0]
+
+
+def test_holes_last_until_the_forward_pass_is_done_and_garbage_while_layers_run_again():
+    plan = ActivationPlan(kept=(10.0,) * 4, input=1.0, first=0, head=0.0, work=5.0, layers=4, hole=2.0, garbage=7.0)
+    assert plan.peak_bytes(0) == 40 + 4 * 2  # as the forward pass ends: more than backward's 45
+    assert plan.peak_bytes(3) == 3 + 10 + 5 + 7
+
+
+def test_a_gpu_has_no_holes_and_large_blocks_leave_none():
+    shape = QWEN25_SHAPES["0.5B"]
+    plans = [plan_activations(shape, run(f"data.max_length={n}"), 1, kind) for n, kind in ((512, "cpu"), (512, "cuda"))]
+    assert plans[0].hole == 512 * shape["intermediate_size"] * 2 and plans[1].hole == plans[1].garbage == 0
+    assert plan_activations(shape, run("data.max_length=4096"), 1, "cpu").hole == 0  # 40 MB a block
+
+
+def test_kernels_are_compiled_where_training_compiles_them():
+    shape = QWEN25_SHAPES["0.5B"]
+    assert REPAID_FROM_FLOPS == _REPAID_FROM_FLOPS
+    assert kernels_of(run("train.max_steps=1"), shape) == "plain torch"
+    assert kernels_of(run("train.max_steps=100000"), shape) == "compiled"
+    assert kernels_of(run("train.max_steps=1", "train.compile=true"), shape) == "compiled"
+    assert kernels_of(run("train.fast=false"), shape) == "peft"
+
+
+def test_a_teacher_in_memory_doubles_the_logits_and_a_sample_of_it_does_not():
+    plain = run()
+    asked = run("distill=recover")
+    cached = run("distill=recover", "distill.teacher.placement=cached", "distill.cache=folder")
+    sizes = [loss_bytes(cfg, 4096, 151936, "cpu") for cfg in (plain, asked, cached)]
+    assert sizes[1] > 2 * 2**26 > sizes[0] == sizes[2]

@@ -103,6 +103,23 @@ def test_a_memory_limit_of_version_2_counts_unless_the_host_has_less(host: Host)
     assert machine.available_memory() == 8000 * 1024
 
 
+def test_what_a_process_holds_is_its_resident_pages(host: Host, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "_STATM", host.folder / "statm")
+    assert machine.resident_memory() == 0
+    host.write("statm", "900 7 3 1 0 5 0")
+    assert machine.resident_memory() == 7 * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_gpu_is_asked_of_its_driver_and_its_absence_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.device_memory() is None
+    command = tmp_path / "nvidia-smi"
+    command.write_text("#!/bin/sh\necho 'NVIDIA A100, 80GB, 81920, 80000'\n")
+    command.chmod(0o755)
+    found = machine.device_memory()
+    assert found == machine.DeviceMemory("NVIDIA A100, 80GB", 81920 * 2**20, 80000 * 2**20)
+
+
 FRESH = """
 import torch
 from finetune.training.capacity import use_all_cores

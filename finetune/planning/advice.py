@@ -1,0 +1,220 @@
+"""Which settings make a run fit, which of those are fastest, and how long a sequence may be on which device."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.config.schema import RunConfig
+from finetune.models.families import QWEN25_SHAPES
+from finetune.planning.activations import plan_activations
+from finetune.planning.fitting import foresee, gib, recomputed_layers_of
+from finetune.planning.footprint import Footprint, predict
+from finetune.planning.timing import Rates, step_seconds
+from finetune.planning.work import step_work
+
+BUDGETS_GB = (8, 12, 16, 24, 48, 80)
+_STEP_TOKENS = 64
+# Beyond it no Qwen2.5 reads (YaRN); a plan says that so many fit, not how many more would.
+LONGEST = 131_072
+_SHOWN_CHANGES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Settings that lower what a run needs. overrides: as on the command line. saved_bytes: of what is needed."""
+
+    overrides: tuple[str, ...]
+    saved_bytes: float
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """overrides: as on the command line, ready to paste. tokens_per_second: predicted, None where nothing is known."""
+
+    overrides: tuple[str, ...]
+    footprint: Footprint
+    seconds_per_token: float | None
+
+
+def describe_change(change: Change) -> str:
+    """One line."""
+    alone = "" if change.fits else " (not enough by itself)"
+    return f"  {' '.join(change.overrides)} saves {gib(change.saved_bytes)}{alone}"
+
+
+def changes_that_fit(
+    cfg: RunConfig, shape: Mapping[str, Any], ranks: int, device_type: str, free_bytes: float
+) -> list[Change]:
+    """The smallest changes that make a run fit, the one that alters least first; where none does alone, what each saves
+    and all that it takes together.
+    """
+    needed = foresee(cfg, shape, ranks, device_type, free_bytes).needed_bytes
+    singles, together = [], cfg
+    combined: list[str] = []
+    joint: Change | None = None
+    for overrides, changed in _candidates(cfg, shape, ranks, device_type, free_bytes):
+        left = foresee(changed, shape, ranks, device_type, free_bytes).needed_bytes
+        if left < needed:
+            singles.append(Change(overrides, needed - left, left <= free_bytes))
+            if joint is None:
+                together, combined = _merged(together, changed, overrides), [*combined, *overrides]
+                left = foresee(together, shape, ranks, device_type, free_bytes).needed_bytes
+                if left <= free_bytes and len(singles) > 1:
+                    joint = Change(tuple(combined), needed - left, True)
+    found = [change for change in singles if change.fits][:_SHOWN_CHANGES]
+    if found:
+        return found
+    if joint is None:
+        smaller = _smaller_model(cfg, ranks, device_type, free_bytes)
+        joint = None if smaller is None else Change(smaller[0], needed - smaller[1], True)
+    return [*([joint] if joint else []), *sorted(singles, key=lambda change: -change.saved_bytes)[:_SHOWN_CHANGES]]
+
+
+def _smaller_model(
+    cfg: RunConfig, ranks: int, device_type: str, free_bytes: float
+) -> tuple[tuple[str, ...], float] | None:
+    """The largest Qwen2.5 that fits with these settings, as an override, and what it needs."""
+    instruct = "-instruct" if "instruct" in cfg.model.name.lower() else ""
+    for size, shape in reversed(QWEN25_SHAPES.items()):
+        needed = foresee(cfg, shape, ranks, device_type, free_bytes).needed_bytes
+        if needed <= free_bytes:
+            return (f"model=qwen2.5-{size.lower()}{instruct}",), needed
+    return None
+
+
+def _candidates(
+    cfg: RunConfig, shape: Mapping[str, Any], ranks: int, device_type: str, free_bytes: float
+) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
+    """Changes from what costs nothing in the result to what does."""
+    if cfg.quant.resident:
+        yield ("quant.resident=false",), _with(cfg, quant={"resident": False})
+    if cfg.train.micro_batch_size not in (None, 1):
+        yield ("train.micro_batch_size=1",), _with(cfg, train={"micro_batch_size": 1})
+    if cfg.train.recompute not in ("auto", "all", "offload"):
+        yield ("train.recompute=all",), _with(cfg, train={"recompute": "all"})
+    if not cfg.train.fast:
+        yield ("train.fast=true",), _with(cfg, train={"fast": True})
+    if cfg.train.recompute != "offload" and device_type == "cuda":
+        yield ("train.recompute=offload",), _with(cfg, train={"recompute": "offload"})
+    teacher = cfg.distill.teacher
+    if cfg.distill.objective != "none" and teacher.placement == "resident":
+        streamed = cfg.distill.model_copy(update={"teacher": teacher.model_copy(update={"placement": "streamed"})})
+        yield ("distill.teacher.placement=streamed",), cfg.model_copy(update={"distill": streamed})
+    if not cfg.quant.double and cfg.quant.type in ("nf4", "fp4"):
+        yield ("quant.double=true",), _with(cfg, quant={"double": True})
+    if cfg.quant.type in ("none", "int8"):
+        yield ("quant.type=nf4",), _with(cfg, quant={"type": "nf4"})
+    shorter = longest_that_fits(cfg, shape, device_type, free_bytes, ranks)
+    if shorter and shorter < cfg.data.max_length:
+        yield (f"data.max_length={shorter}",), _with(cfg, data={"max_length": shorter})
+    elif cfg.data.max_length > 2 * _STEP_TOKENS:
+        half = cfg.data.max_length // 2
+        yield (f"data.max_length={half}",), _with(cfg, data={"max_length": half})
+    if cfg.lora.modules_to_save:
+        yield ("lora.modules_to_save=[]",), _with(cfg, lora={"modules_to_save": []})
+    if cfg.lora.rank > 8:
+        yield ("lora.rank=8",), _with(cfg, lora={"rank": 8, "rank_pattern": {}})
+    if cfg.lora.target_modules != ["q_proj", "v_proj"]:
+        narrow = {"target_modules": ["q_proj", "v_proj"]}
+        yield ("'lora.target_modules=[q_proj,v_proj]'",), _with(cfg, lora=narrow)
+
+
+def _with(cfg: RunConfig, **sections: Mapping[str, Any]) -> RunConfig:
+    """The config with some settings changed; they are legal, so nothing is validated again."""
+    changed = {name: getattr(cfg, name).model_copy(update=values) for name, values in sections.items()}
+    return cfg.model_copy(update=changed)
+
+
+def _merged(before: RunConfig, change: RunConfig, overrides: tuple[str, ...]) -> RunConfig:
+    """`before` with the sections' settings that a change touches."""
+    for override in overrides:
+        section, key = override.strip("'").partition("=")[0].split(".")[:2]
+        value = getattr(getattr(change, section), key)
+        before = _with(before, **{section: {key: value}})
+    return before
+
+
+def longest_that_fits(
+    cfg: RunConfig, shape: Mapping[str, Any], device_type: str, free_bytes: float, ranks: int = 1
+) -> int:
+    """Tokens of the longest sequence, a multiple of 64, when as much is recomputed as the config allows; 0 if none."""
+
+    def needed(steps: int) -> float:
+        tokens = steps * _STEP_TOKENS
+        changed = _with(cfg, data={"max_length": tokens}, train={"micro_batch_size": 1})
+        return _leanest(changed, shape, device_type, ranks).needed_bytes
+
+    return _STEP_TOKENS * bisect_right(range(1, LONGEST // _STEP_TOKENS + 1), free_bytes, key=needed)
+
+
+def _leanest(cfg: RunConfig, shape: Mapping[str, Any], device_type: str, ranks: int) -> Footprint:
+    """One sequence a forward pass, with the number of recomputed layers that takes least."""
+    plan = plan_activations(shape, cfg, 1, device_type)
+    reached = len(plan.kept)
+    # The peak falls with every layer recomputed but the last, which backward begins with.
+    least = min((max(0, reached - 1), reached), key=plan.peak_bytes)
+    count = least if cfg.train.recompute == "auto" else recomputed_layers_of(cfg, plan, 0.0)
+    return predict(cfg, shape, device_type, 1, count, ranks=ranks)
+
+
+def length_table(cfg: RunConfig, device_type: str = "cuda") -> dict[str, dict[int, int]]:
+    """Longest packed sequence for each Qwen2.5 size and budget in GB, with the config's adapter and quantisation."""
+    return {
+        size: {budget: longest_that_fits(cfg, shape, device_type, budget * 1e9) for budget in BUDGETS_GB}
+        for size, shape in QWEN25_SHAPES.items()
+    }
+
+
+def fastest_that_fits(
+    cfg: RunConfig, shape: Mapping[str, Any], ranks: int, device_type: str, free_bytes: float, rates: Rates | None
+) -> Settings | None:
+    """The settings that take the least time a token of those that fit: recomputed layers, sequences a forward pass, a
+    resident base; and a shorter sequence where the one asked for does not fit. None if nothing does.
+    """
+    longest = longest_that_fits(_with(cfg, train={"recompute": "auto"}), shape, device_type, free_bytes, ranks)
+    if longest == 0:
+        return None
+    length = min(cfg.data.max_length, longest)
+    best: tuple[float, Settings] | None = None
+    for resident in (False, True) if cfg.quant.type in ("nf4", "fp4") else (False,):
+        for micro in _micro_batches(cfg, ranks):
+            tried = _with(
+                cfg, data={"max_length": length}, quant={"resident": resident},
+                train={"micro_batch_size": micro, "recompute": "auto"},
+            )  # fmt: skip
+            found = foresee(tried, shape, ranks, device_type, free_bytes)
+            if found.needed_bytes > free_bytes:
+                continue
+            cost, known = _seconds_per_token(tried, shape, found, ranks, rates)
+            overrides = (
+                *((f"data.max_length={length}",) if length != cfg.data.max_length else ()),
+                f"train.micro_batch_size={micro}", f"train.recompute={found.recomputed or 'none'}",
+                f"quant.resident={str(resident).lower()}",
+            )  # fmt: skip
+            if best is None or cost < best[0]:
+                best = cost, Settings(overrides, found, known)
+    return None if best is None else best[1]
+
+
+def _micro_batches(cfg: RunConfig, ranks: int) -> list[int]:
+    most = max(1, cfg.train.batch_size // ranks)
+    return [count for count in (1, 2, 4, 8, 16, 32, 64, 128, 256) if count <= most]
+
+
+def _seconds_per_token(
+    cfg: RunConfig, shape: Mapping[str, Any], found: Footprint, ranks: int, rates: Rates | None
+) -> tuple[float, float | None]:
+    """What is compared, and the seconds if they are known. Without rates: operations, and as many again for each weight
+    that is dequantised as 100 tokens take of it, so that recomputing and small passes count.
+    """
+    work = step_work(cfg, shape, found.micro_batch, found.recomputed, ranks=ranks)
+    tokens = math.ceil(cfg.train.batch_size / ranks) * cfg.data.max_length
+    if rates is not None:
+        seconds = sum(step_seconds(work, shape, rates, cfg.data.max_length).values()) / tokens
+        return seconds, seconds
+    return (work.flops + 200.0 * work.dequantised) / tokens, None

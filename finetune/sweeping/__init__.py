@@ -1,0 +1,1 @@
+"""Many runs of one config: which ones, one after another, and what came of them."""

@@ -1,0 +1,93 @@
+"""What makes an answer right."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+
+from finetune.errors import ConfigError, DataError
+from finetune.evaluation.generation import Answer
+from finetune.evaluation.metrics import find_metric, number_in
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 12 + 30 = 42\n#### 42", 42),
+        ("#### 1,234.50 dollars, not 7", "1234.5"),
+        ("first 3, then -8.5.", "-8.5"),
+        ("it costs $1,000", 1000),
+        ("#### -3", -3),
+        ("0.50", "0.5"),
+        (".5 of it", "0.5"),
+        ("#### none", None),
+        ("none", None),
+    ],
+)
+def test_the_number_of_a_text(text, number):
+    assert number_in(text) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize(
+    ("metric", "pattern", "expected", "given", "score"),
+    [
+        ("exact", None, "yes", " yes\n", 1),
+        ("exact", None, "yes", "Yes", 0),
+        ("number", None, "#### 42", "that makes 42.0", 1),
+        ("number", None, "#### 42", "no idea", 0),
+        ("regex", r"answer: (\w+)", "answer: red.", "so the answer: red", 1),
+        ("regex", r"answer: (\w+)", "answer: red.", "red", 0),
+        ("regex", r"[A-D]", "(B)", "B is right", 1),
+        ("regex", r"<a>(.*)</a>", "<a>x\ny</a>", "it is <a>x\ny</a>.", 1),
+    ],
+)
+def test_built_in_metrics(metric, pattern, expected, given, score):
+    assert find_metric(metric, pattern).scores([Answer("q", expected, given)]).tolist() == [score]
+
+
+def test_a_function_of_the_users_own_file_scores(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def overlap(prompt, expected, given):\n    return len({*given} & {*expected}) / len({*expected})\n"
+    )
+    metric = find_metric(f"{file}:overlap", None)
+    assert metric.name == "overlap"
+    assert metric.scores([Answer("", "abcd", "abx"), Answer("", "a", "a")]).tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("def other(): pass", "has no function score"),
+        ("import nowhere_to_be_found", "cannot be run: ModuleNotFoundError"),
+        ("def score(a): return 1", "fails on the answer 'x': TypeError"),
+        ("def score(*a): return 'good'", "fails on the answer 'x': ValueError"),
+        ("def score(*a): return float('nan')", "gives nan"),
+    ],
+)
+def test_a_function_that_gives_no_number_is_named_with_what_is_wrong(source, said, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(source)
+    with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
+        find_metric(f"{file}:score", None).scores([Answer("q", "y", "x")])
+
+
+@pytest.mark.parametrize(
+    ("word", "pattern", "said"),
+    [
+        ("regex", None, "metric=regex needs one"),
+        ("exact", "x", "is for metric=regex"),
+        ("regex", "(", "is no regular expression"),
+        ("f1", None, "there are exact, number, regex"),
+        ("nowhere.py:f", None, "there is no file"),
+    ],
+)
+def test_words_that_are_no_metric(word, pattern, said):
+    with pytest.raises(ConfigError, match=said):
+        find_metric(word, pattern)
+
+
+def test_rows_without_anything_to_compare_with_are_refused():
+    with pytest.raises(DataError, match="finds nothing in 1 of 2 rows' own answers, first in 'blue'"):
+        find_metric("number", None).check([Answer("", "3", ""), Answer("", "blue", "")])

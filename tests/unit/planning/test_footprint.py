@@ -1,0 +1,105 @@
+"""The peak is the largest of the moments, each the sum of its parts; what settings change, changes where it should."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune import load_config
+from finetune.config.schema import RunConfig
+from finetune.models.families import QWEN25_SHAPES
+from finetune.planning.fitting import choose_memory, foresee
+from finetune.planning.footprint import CONTEXT_BYTES, MARGIN, Footprint, predict, usable_bytes
+from finetune.planning.memory import static_of
+
+SHAPE = QWEN25_SHAPES["0.5B"]
+
+
+def run(*overrides: str) -> RunConfig:
+    return load_config("lora.yaml", ["data.max_length=1024", "train.max_steps=2", *overrides])
+
+
+def found(*overrides: str, kind: str = "cuda", micro: int = 1, recomputed: int = 0, ranks: int = 1) -> Footprint:
+    return predict(run(*overrides), SHAPE, kind, micro, recomputed, ranks=ranks)
+
+
+def test_the_peak_is_the_largest_moment_and_its_parts_add_up():
+    plan = found()
+    assert plan.peak_bytes == sum(plan.parts.values()) == max(sum(m.values()) for m in plan.moments.values())
+    assert plan.moment in plan.moments and all(size > 0 for moment in plan.moments.values() for size in moment.values())
+
+
+def test_on_a_gpu_the_peak_is_what_the_allocator_counts_and_the_need_has_the_context():
+    plan, static = found(), static_of(run(), SHAPE)
+    before = static.total_bytes - static.parts["gradients"]
+    activations = plan.peak_bytes - before
+    assert plan.peak_bytes == pytest.approx(before + plan.activations.peak_bytes(0))
+    assert plan.needed_bytes == pytest.approx(plan.peak_bytes + MARGIN["cuda"] * activations + CONTEXT_BYTES)
+
+
+def test_a_process_on_a_cpu_holds_its_libraries_and_tokenizers():
+    parts = found(kind="cpu").parts
+    assert parts["process and libraries"] > 400e6 and parts["tokenizers"] > 100e6
+    assert not {"process and libraries", "tokenizers", "allocator slack"} & found().parts.keys()
+
+
+def test_tokenizers_are_as_large_as_their_file(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(b" " * 1000)
+    parts = found(f"model.tokenizer={tmp_path}", kind="cpu").parts
+    assert 1000 < parts["tokenizers"] < 50_000
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_recomputing_offloading_and_fewer_sequences_lower_the_peak(kind):
+    peaks = [found(kind=kind, micro=4, recomputed=count).peak_bytes for count in (0, 12, 23)]
+    assert peaks == sorted(peaks, reverse=True) and peaks[0] > peaks[-1]
+    assert found(kind=kind).peak_bytes < peaks[0]
+    if kind == "cuda":
+        assert found("train.recompute=offload", micro=4, recomputed=23).peak_bytes < peaks[-1]
+
+
+def test_ranks_exchange_gradients_in_buckets():
+    assert found(ranks=2).parts["gradients exchanged between ranks"] == static_of(run(), SHAPE).parts["gradients"]
+
+
+def test_an_evaluation_can_be_the_peak():
+    held_out = "data.eval=[{path: rows.jsonl}]"
+    short = ("data.max_length=64", held_out)
+    assert found(*short, recomputed=23).moment == "evaluation"
+    assert "evaluation" not in found("data.max_length=64").moments
+    assert found("data.max_length=8192", held_out).moment != "evaluation"
+
+
+def test_what_is_trained_in_full_makes_the_optimizers_step_the_peak():
+    plan = found("data.max_length=64", "lora.modules_to_save=[embed_tokens]", recomputed=23)
+    assert plan.moment == "optimizer step" and plan.parts["gradients"] == 4 * plan.static.trained
+
+
+def test_a_teacher_costs_by_where_it_is():
+    sizes = {
+        place: found("distill=recover", f"distill.teacher.placement={place}", "distill.cache=folder").peak_bytes
+        for place in ("resident", "streamed", "cached")
+    }
+    assert sizes["resident"] > sizes["streamed"] > sizes["cached"] > found().peak_bytes
+    unknown = predict(run("distill=teacher", "distill.teacher.name=somebody/model"), SHAPE, "cuda", 1, 0)
+    assert unknown.teacher_unknown and "teacher" not in unknown.parts
+
+
+def test_of_a_mapped_embedding_only_what_a_short_run_touches_is_resident():
+    shape, cfg = QWEN25_SHAPES["7B"], run("data.max_length=64", "train.batch_size=1")
+    table = 2 * shape["vocab_size"] * shape["hidden_size"]
+    assert predict(cfg, shape, "cpu", 1, 0).parts["embedding"] == 2 * 64 * 65536 < table
+    assert predict(cfg, shape, "cuda", 1, 0).parts["embedding"] == table
+    long = run("data.max_length=4096", "train.max_steps=1000")
+    assert predict(long, shape, "cpu", 1, 0).parts["embedding"] == table
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("share", [1.2, 0.9, 0.6])
+def test_what_is_chosen_to_fit_is_predicted_to_fit(kind, share):
+    """The choice before loading and the footprint are one arithmetic."""
+    cfg = run("train.batch_size=8", "data.max_length=512")
+    most = predict(cfg, SHAPE, kind, 4, 0).needed_bytes
+    plan = foresee(cfg, SHAPE, 1, kind, share * most)
+    assert plan.needed_bytes <= share * most * 1.02  # the loss's workspace may be the peak with other margins
+    usable = usable_bytes(predict(cfg, SHAPE, kind, 4, 0), share * most)
+    assert choose_memory(cfg, SHAPE, 1, kind, usable).recomputed == plan.recomputed

@@ -1,0 +1,124 @@
+"""A step's operations are those of the mathematics; its seconds follow the rates that were measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.flops import attention_flops, step_flops
+from finetune import load_config
+from finetune.config.commands import PlanOptions
+from finetune.config.schema import RunConfig
+from finetune.models.families import QWEN25_SHAPES
+from finetune.planning import calibrate, timing
+from finetune.planning.outlook import steps_of
+from finetune.planning.timing import Rates, assumed_ceiling, read_rates, step_seconds, write_rates
+from finetune.planning.work import StepWork, step_work
+
+SHAPE = QWEN25_SHAPES["0.5B"]
+RATES = Rates(
+    "a machine", [[1e5, 100.0, 1e9], [1e5, 1000.0, 2e9], [1e7, 100.0, 3e9], [1e7, 1000.0, 4e9]], [[128.0, 1e9]],
+    elementwise=1e9, dequantised=1e9, logits=1e9, trained=1e9, layer_seconds=1e-3,
+)  # fmt: skip
+
+
+def run(*overrides: str) -> RunConfig:
+    return load_config("lora.yaml", ["data.max_length=1024", "train.batch_size=4", *overrides])
+
+
+def work(*overrides: str, recomputed: int = 0, micro: int = 1) -> StepWork:
+    return step_work(run(*overrides), SHAPE, micro, recomputed)
+
+
+def test_operations_are_those_of_the_mathematics():
+    """4 a weight and token, but for the first layer's q, k and v, whose input needs no gradient."""
+    found, tokens = work(), 4 * 1024
+    first = 2.0 * tokens * sum(o * i for o, i in ((896, 896), (128, 896), (128, 896)))
+    assert sum(found.products.values()) == step_flops(SHAPE, tokens, tokens) - first
+    assert found.attention == attention_flops(SHAPE, tokens, 1024)
+    assert found.flops == pytest.approx(sum(found.products.values()), rel=0.2)
+
+
+def test_recomputing_adds_a_forward_pass_but_the_frozen_down_projections():
+    plain, twice = work(), work(recomputed=23)
+    linears = sum(o * i for o, i in ((896, 896), (128, 896), (128, 896), (896, 896), (4864, 896), (4864, 896)))
+    assert sum(twice.products.values()) - sum(plain.products.values()) == 2.0 * 4096 * 23 * linears
+    assert twice.attention > plain.attention and twice.elementwise > plain.elementwise
+
+
+def test_weights_are_dequantised_once_a_forward_pass_and_never_where_they_are_resident():
+    assert work(micro=1).dequantised == 4 * work(micro=4).dequantised > 0
+    assert work("quant.resident=true").dequantised == work("quant.type=none").dequantised == 0
+
+
+def test_layers_below_the_first_adapter_have_no_backward_pass():
+    assert work("lora.layers_to_transform=[23]").flops < 0.7 * work().flops
+
+
+def test_a_teacher_runs_forward_and_a_cached_one_does_not():
+    cached = work("distill=recover", "distill.teacher.placement=cached", "distill.cache=folder")
+    assert work("distill=recover").flops > 1.4 * work().flops and cached.flops == work().flops
+
+
+def test_rates_between_measured_points_lie_between_them():
+    rate = timing._rate_of_product
+    assert [rate(RATES.products, *point) for point in ((1e5, 100), (1e7, 1000), (1e3, 1), (1e9, 1e6))] == [
+        1e9, 4e9, 1e9, 4e9,
+    ]  # fmt: skip
+    assert rate(RATES.products, 1e6, 100) == pytest.approx(2e9) and 1e9 < rate(RATES.products, 1e5, 300) < 2e9
+
+
+def test_twice_the_rate_is_half_the_time_of_what_it_is_the_rate_of():
+    before = step_seconds(work(), SHAPE, RATES, 1024)
+    after = step_seconds(work(), SHAPE, replace(RATES, logits=2e9), 1024)
+    assert after["loss"] == before["loss"] / 2
+    assert {**after, "loss": 0} == {**before, "loss": 0}
+
+
+def test_what_was_measured_is_kept_by_kind_of_device(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "new"))
+    assert read_rates("cpu") is None
+    file = write_rates("cpu", RATES)
+    write_rates("cuda", replace(RATES, device="a GPU"))
+    assert read_rates("cpu") == RATES and read_rates("cuda") == replace(RATES, device="a GPU")
+    stored = json.loads(file.read_text())
+    stored["cpu"]["layout"] = 0
+    file.write_text(json.dumps(stored))
+    assert read_rates("cpu") is None
+    file.write_text("{")
+    assert read_rates("cuda") is None
+    assert read_rates("cpu") is None and write_rates("cpu", RATES) == file and read_rates("cpu") == RATES
+
+
+def test_a_calibration_measures_every_rate(monkeypatch):
+    for name, small in (("_MATRICES", ((32, 16), (64, 64))), ("_ROWS", (8, 16)), ("_DOCUMENTS", (8, 32)),
+                        ("_TOKENS", 64), ("_VOCABULARY", 512), ("_CHUNK", 4), ("_INNER", 128), ("_HIDDEN", 64),
+                        ("_HEADS", 2), ("_KEY_HEADS", 1), ("_WIDTH", 32), ("_REPEATS", 1)):  # fmt: skip
+        monkeypatch.setattr(calibrate, name, small)
+    rates = calibrate.measure_rates(torch.device("cpu"), "here", lambda text: None)
+    assert len(rates.products) == 4 and len(rates.attention) == 2
+    numbers = [rate for *_, rate in (*rates.products, *rates.attention)]
+    numbers += [rates.elementwise, rates.dequantised, rates.logits, rates.trained, rates.layer_seconds]
+    assert all(number > 0 for number in numbers)
+
+
+def test_assumed_rates_say_so():
+    for device, gpu in (("cpu", None), ("cuda", "NVIDIA A100-SXM4-80GB"), ("cuda", "unheard of")):
+        rate, words = assumed_ceiling(device, gpu)
+        assert rate > 0 and words.startswith("assumed")
+    assert assumed_ceiling("cuda", "NVIDIA H100 80GB HBM3")[0] > assumed_ceiling("cuda", "NVIDIA A100-SXM4-80GB")[0]
+
+
+def test_steps_come_from_the_setting_the_user_or_the_files(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("x" * 43_000)
+    source = f"data.train=[{{path: '{rows}'}}]"
+    assert steps_of(run("train.max_steps=7"), None) == (7, "")
+    assert steps_of(run("train.epochs=2"), 40_960) == (20, "")
+    steps, words = steps_of(run(source, "train.epochs=3"), None)
+    assert steps == 8 and "estimated" in words  # 10,000 tokens an epoch, 4,096 a step
+    assert steps_of(run("data.train=[{path: somebody/rows}]"), None) == (None, "")
+    assert PlanOptions().tokens is None

@@ -1,0 +1,109 @@
+"""Runs beside one another: what differs, which is best, and names that tell them apart."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from finetune.cli import main
+from finetune.report.compare import as_text, best_places, compare, labels_of, text_table, write_comparison
+from finetune.report.facts import figure_named
+from finetune.report.run import read_run
+from tests.html_reader import Reader
+from tests.run_folders import write_run
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A long run and a short one that failed, with other settings."""
+    place = tmp_path_factory.mktemp("runs")
+    return [
+        write_run(place / "a", steps=200),
+        write_run(place / "b", "lora.rank=4", steps=7, status="failed", eval_loss=None, tokens_per_second=2000.0),
+    ]
+
+
+def test_the_table_has_what_differs_and_stars_at_the_best(folders: list[Path]):
+    comparison = compare([read_run(folder) for folder in folders])
+    assert {row.label: row.cells for row in comparison.settings} == {"lora.rank": ("8", "4")}
+    figures = {row.label: row for row in comparison.figures}
+    assert figures["status"].cells == ("finished", "failed")
+    assert figures["held-out loss"].cells[1] == "" and not figures["held-out loss"].best
+    assert figures["training loss"].best == {0} and figures["tokens a second"].best == {1}
+    assert not figures["steps"].best and not figures["peak memory"].best
+    lines = as_text(comparison).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert re.search(r"\| tokens a second +\| 1,000 +\| 2,000 \* +\|", as_text(comparison))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "best"),
+    [
+        ("eval_loss", [2.0, 1.0, None], {1}),
+        ("exact_match_after", [0.2, 0.9, 0.9], {1, 2}),
+        ("eval/x/accuracy", [0.2, 0.9], {1}),
+        ("eval/x/perplexity", [0.2, 0.9], {0}),
+        ("eval_loss", [1.0, 1.0], set()),
+        ("eval_loss", [None, None], set()),
+        ("steps", [1.0, 2.0], set()),
+    ],
+)
+def test_best_is_lowest_or_highest_as_the_figure_says(name: str, values: list[float | None], best: set[int]):
+    assert best_places(figure_named(name), values) == best
+
+
+def test_labels_are_the_shortest_ends_that_differ():
+    assert labels_of([Path("/r/a"), Path("/r/b")]) == ("a", "b")
+    assert labels_of([Path("/r/a/x"), Path("/r/b/x")]) == ("a/x", "b/x")
+
+
+def test_a_cell_breaks_no_table():
+    lines = text_table([["a", "b"], ["x|y", "line\nbreak \x1b[31m"], ["n" * 99, ""]]).splitlines()
+    assert len(lines) == 4 and "x\\|y" in lines[2] and "line break ␛[31m" in lines[2] and "…" in lines[3]
+
+
+def test_many_runs_are_lines(tmp_path: Path):
+    runs = [read_run(write_run(tmp_path / f"r{i}", f"lora.rank={i}")) for i in range(1, 8)]
+    lines = as_text(compare(runs)).splitlines()
+    assert len(lines) == 9 and lines[2].startswith("| r1")
+
+
+def test_the_page_draws_every_quantity_of_every_run(folders: list[Path], tmp_path: Path):
+    write_comparison(tmp_path / "c.html", "<b>t</b>", compare([read_run(folder) for folder in folders]))
+    text = (tmp_path / "c.html").read_text()
+    read = Reader(text)
+    assert read.texts("h1") == ["<b>t</b>"]
+    titles = [attrs["aria-label"] for tag, attrs, _ in read.elements if tag == "figure"]
+    assert titles == [
+        "Loss, nats a target token, training", "Loss, nats a target token, held out", "Held-out token accuracy, heldout",
+        "Learning rate", "Gradient norm before clipping", "Speed, tokens a second", "Peak memory, GiB",
+    ]  # fmt: skip
+    assert "://" not in text.replace("http://www.w3.org/", "") and "<script" not in text
+
+
+def test_the_command_prints_the_table_and_writes_the_page(folders: list[Path], tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(folders[0].parent)
+    assert main(["compare", "a", "b", f"out={tmp_path}/c.html"]) == 0
+    shown = capsys.readouterr()
+    assert "| lora.rank" in shown.out and f"page: {tmp_path}/c.html" in shown.err
+    assert (tmp_path / "c.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["a"], "two folders of runs or more; finetune report a draws one"),
+        (["a", "a"], "two folders of runs or more"),
+        (["a", "nope", "neither"], "2 runs cannot be read"),
+        (["a", "b", "out=."], "is a folder"),
+        (["a", "b", "outt=c.html"], "did you mean out?"),
+        (["a", "b", "--fast"], "unknown flag"),
+        (["a", "b", "out=missing/c.html"], "cannot be written"),
+    ],
+)
+def test_what_cannot_be_compared_is_told(folders: list[Path], words: list[str], found: str, capsys, monkeypatch):
+    monkeypatch.chdir(folders[0].parent)
+    assert main(["compare", *words]) == 2
+    assert found in capsys.readouterr().err

@@ -1,0 +1,38 @@
+"""Which settings a run changed, and in which runs differ."""
+
+from __future__ import annotations
+
+import yaml
+
+from finetune.config.compose import load_config, to_yaml
+from finetune.report.settings import changes, differing
+
+
+def config(*overrides: str) -> dict:
+    return yaml.safe_load(to_yaml(load_config("quickstart.yaml", overrides)))
+
+
+def test_every_changed_key_has_its_default_and_its_value():
+    found = {change.key: change[1:] for change in changes(config("lora.rank=4", "train.learning_rate=1e-3"))}
+    assert found["lora.rank"] == ("8", "4")
+    assert found["train.learning_rate"] == ("0.0002", "0.001")
+    assert found["data.max_length"] == ("2048", "256")
+    assert found["data.train.0.path"][0] == ""
+    assert not {"lora.alpha", "quant.type", "data.train.0.limit", "name", "output_dir"} & found.keys()
+
+
+def test_a_key_of_another_version_is_shown_and_breaks_nothing():
+    found = {change.key: change[1:] for change in changes({"lora": {"magic": [1, 2]}, "old": 3, "train": None})}
+    assert found["lora.magic"] == ("", "[1, 2]") and found["old"] == ("", "3")
+
+
+def test_a_mapping_of_module_names_is_one_setting():
+    found = {change.key: change.value for change in changes(config("lora.rank_pattern={'a.b': 4}"))}
+    assert found["lora.rank_pattern"] == '{"a.b": 4}'
+
+
+def test_runs_differ_in_what_is_not_the_same_everywhere():
+    table = differing([config("lora.rank=4"), config("lora.rank=8", "name=other"), config("lora.rank=4", "data.eval=[]")])
+    assert table["lora.rank"] == ["4", "8", "4"]
+    assert table["data.eval.0.path"][2] == "" and table["data.eval.0.path"][0]
+    assert all(key.startswith(("lora.rank", "data.eval")) for key in table)
