@@ -66,6 +66,8 @@ class Case:
 
 
 _ALL, _RECOVER = "lora.target_modules=all-linear", "distill.objective=recover"
+# Beyond its limit at once: each evaluation is followed by a step that learns from the teacher.
+_GUARD = ("train.eval_every=1", "guard.max=1e-9", "guard.action=recover", "guard.steps=1")
 # Fewer layers where many would only repeat what few show; widths and vocabulary are always those of the size.
 CASES = (
     Case("0.5B", 512),
@@ -80,6 +82,7 @@ CASES = (
     Case("0.5B", 512, (_RECOVER,), layers=8),
     Case("0.5B", 512, (_RECOVER, "distill.teacher.placement=streamed"), layers=8),
     Case("0.5B", 512, (_RECOVER, "distill.teacher.placement=cached"), layers=8),
+    Case("0.5B", 1024, _GUARD, layers=8),
     Case("0.5B", 512, ("train.fast=false",), layers=8),
     Case("0.5B", 1024, layers=8, document=160),
     Case("1.5B", 512),
@@ -146,7 +149,7 @@ class Bench:
             "model": {"name": str(self.model(case))},
             "data": {
                 "train": [{"path": str(self.rows(case))}], "max_length": case.length, "truncation": "right",
-                "workers": 1,
+                "workers": 1, "eval": [{"path": str(self.rows(case))}] if case.settings == _GUARD else [],
             },
             "train": {
                 "max_steps": int(self.options["steps"]), "batch_size": case.batch, "micro_batch_size": case.batch,

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.arguments import Arguments
@@ -63,9 +64,21 @@ def run_plan(arguments: Arguments) -> int:
         raise InputError("finetune plan needs config=X.yaml, as in finetune plan config=lora.yaml gpu_gb=16")
     cfg = load_config(arguments.config or _DEFAULT_CONFIG, overrides)
     as_json = "--json" in arguments.flags
+    _check_options(options, own, cfg)
     if options.table:
         return _print_lengths(cfg, as_json)
     return _print_plan(cfg, options, as_json)
+
+
+def _check_options(options: PlanOptions, given: Mapping[str, str], cfg: RunConfig) -> None:
+    """Raises: InputError for an option that would change nothing or contradicts the config."""
+    if options.table and (idle := sorted(set(given) - {"table", "calibrate"})):
+        raise InputError(f"table=true is about every size and usual GPU; drop {', '.join(idle)}, or drop table=true")
+    if (options.document_tokens or 0) > cfg.data.max_length:
+        raise InputError(
+            f"document_tokens={options.document_tokens}: no row is longer than data.max_length={cfg.data.max_length}; "
+            "lower it, or raise data.max_length"
+        )
 
 
 def calibrate(clock: Callable[[], float] = time.perf_counter) -> str:
@@ -98,14 +111,20 @@ def _print_lengths(cfg: RunConfig, as_json: bool) -> int:
         table.add_row(size, *(_tokens(row[budget], LONGEST) for budget in BUDGETS_GB))
     print(
         f"Longest packed sequence in tokens, one a forward pass, on one GPU: {_base_words(cfg)}, "
-        f"LoRA rank {cfg.lora.rank} on {_targets(cfg)}, as much recomputed as it takes"
+        f"LoRA rank {cfg.lora.rank} on {_targets(cfg)}, {_recomputed_words(cfg)}"
     )
     _show(table)
     return 0
 
 
 def _base_words(cfg: RunConfig) -> str:
-    return f"base in {cfg.model.dtype if cfg.quant.type == 'none' else cfg.quant.type}"
+    teacher = f", its teacher {cfg.distill.teacher.placement}" if cfg.asks_teacher else ""
+    return f"base in {cfg.model.dtype if cfg.quant.type == 'none' else cfg.quant.type}{teacher}"
+
+
+def _recomputed_words(cfg: RunConfig) -> str:
+    setting = cfg.train.recompute
+    return "as much recomputed as it takes" if setting == "auto" else f"train.recompute={setting}"
 
 
 def _targets(cfg: RunConfig) -> str:
@@ -118,30 +137,27 @@ def _tokens(count: int, most: int) -> str:
 
 
 def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
-    from finetune.models.families import shape_of
     from finetune.planning.advice import Change, Settings, changes_that_fit, fastest_that_fits
     from finetune.planning.fitting import foresee
+    from finetune.planning.machine import ranks_of_run
     from finetune.planning.outlook import look_ahead
     from finetune.planning.timing import read_rates
 
-    shape = shape_of(cfg.model.name)
-    if shape is None:
-        raise ConfigError(
-            f"model.name={cfg.model.name}: its shapes are not known here and a plan downloads nothing; name a local "
-            "folder with its config.json, or a Qwen2.5 size"
-        )
+    shape = _shape_of(cfg.model.name)
     device_type, free, what = _device(options)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = ranks_of_run(os.environ)
     found = foresee(cfg, shape, ranks, device_type, free)
-    fits = free is None or found.needed_bytes <= free
+    fits = None if free is None else found.needed_bytes <= free
     rates = None if options.gpu_gb or options.tflops else read_rates(device_type)
     outlook = look_ahead(cfg, shape, found, ranks, rates=rates, options=options, gpu_name=_gpu_name(options))
-    changes: list[Change] = [] if fits or free is None else changes_that_fit(cfg, shape, ranks, device_type, free)
+    changes: list[Change] = []
+    if free is not None and not fits:
+        changes = changes_that_fit(cfg, shape, ranks, device_type, free)
     fastest: Settings | None = None
     if options.auto and free is not None:
         fastest = fastest_that_fits(cfg, shape, ranks, device_type, free, rates)
     content = {
-        "fits": fits, "device": what, "free_bytes": free, "peak_bytes": found.peak_bytes,
+        "fits": fits, "ranks": ranks, "device": what, "free_bytes": free, "peak_bytes": found.peak_bytes,
         "needed_bytes": found.needed_bytes, "moment": found.moment, "parts": dict(found.parts),
         "moments": {name: sum(parts.values()) for name, parts in found.moments.items()},
         "parameters": found.static.parameters, "trained": found.static.trained, "micro_batch": found.micro_batch,
@@ -157,7 +173,25 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
         print(json.dumps(content, indent=1))
     else:
         _describe(cfg, content, options.auto)
-    return 0 if fits else DOES_NOT_FIT
+    return DOES_NOT_FIT if fits is False else 0
+
+
+def _shape_of(model_name: str) -> Mapping[str, Any]:
+    """Raises: ConfigError for a model that is not here, not whole, or of another family."""
+    from finetune.models.families import SHAPE_KEYS, family_of, shape_of
+
+    where, shape = f"model.name={model_name}", shape_of(model_name)
+    if shape is None and (Path(model_name).expanduser() / "config.json").is_file():
+        raise ConfigError(f"{where}: its config.json is torn or lacks one of {', '.join(SHAPE_KEYS)}")
+    if shape is None:
+        raise ConfigError(
+            f"{where}: its shapes are not known here and a plan downloads nothing; name a local folder with its "
+            "config.json, or a Qwen2.5 size"
+        )
+    family_of(shape["model_type"], where)
+    if wrong := [key for key in SHAPE_KEYS if not isinstance(shape[key], int) or shape[key] < (key != "tie_word_embeddings")]:
+        raise ConfigError(f"{where}: config.json has {wrong[0]}={shape[wrong[0]]!r}, which is no size of a model")
+    return shape
 
 
 def _device(options: PlanOptions) -> tuple[str, float | None, str]:
@@ -188,6 +222,7 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
     print(
         f"{cfg.model.name}: {content['parameters']:,} parameters, {content['trained']:,} trained; "
         f"{content['micro_batch']} x {cfg.data.max_length} tokens a forward pass, {recomputed}"
+        + (f", on each of {content['ranks']} ranks" if content["ranks"] > 1 else "")
     )
     table = _table(f"held at the peak ({content['moment']})", "GB")
     for name, size in sorted(content["parts"].items(), key=lambda item: -item[1]):
@@ -198,9 +233,11 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
     print(f"peaks: {moments}")
     if content["teacher_unknown"]:
         print("the teacher's shapes are not known here: its memory is not counted")
-    verdict = "fits" if content["fits"] else "DOES NOT FIT"
-    free = "unknown" if content["free_bytes"] is None else _gb(content["free_bytes"])
-    print(f"{verdict}: {content['device']} has {free} free")
+    if content["fits"] is None:
+        print(f"may fit: how much {content['device']} has free is not known here; gpu_gb=24 says it")
+    else:
+        verdict = "fits" if content["fits"] else "DOES NOT FIT"
+        print(f"{verdict}: {content['device']} has {_gb(content['free_bytes'])} free")
     _describe_time(content)
     for change in content["changes"]:
         alone = "" if change["fits"] else " (not enough by itself)"

@@ -55,9 +55,12 @@ def run_sweep(arguments: Arguments) -> int:
     say(f"{plan.runs} runs into {plan.folder}")
     record = sweep.run_sweep(plan, say)
     print(text_table(table(plan.folder, record)))
-    failed = sum(trial.status == "failed" for trial in record.trials)
+    failed = [trial for trial in record.trials if trial.status == "failed"]
+    for error in dict.fromkeys(trial.error for trial in failed):
+        names = [trial.folder_name for trial in failed if trial.error == error]
+        say(f"{', '.join(dict.fromkeys(names))} failed: {error}")
     if failed:
-        say(f"{failed} of {len(record.trials)} runs failed; the same command tries them again")
+        say(f"{len(failed)} of {len(record.trials)} runs failed; the same command tries them again")
     best = record.ranked()[0]
     if best.metric is not None:
         say(f"best: {best.described}; its adapter is in {plan.folder / best.folder_name}")

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.schema import RunConfig
-from finetune.planning.memory import DTYPE_BYTES, adapted_linears, layer_precisions, linear_shapes, parameters_of
+from finetune.planning.memory import (
+    DTYPE_BYTES,
+    FOUR_BIT,
+    adapted_linears,
+    layer_precisions,
+    linear_shapes,
+    parameters_of,
+)
+from finetune.planning.teacher import gives_sample, teaches_steps
 
 # Linears that a kernel computes together; if it does not know one of them, none.
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
@@ -122,7 +130,7 @@ def plan_activations(
         input=hidden,
         first=first,
         # Beside the logits: the last hidden states, their normed copy, the rows with a target, and their gradient.
-        head=loss_bytes(cfg, tokens, shape["vocab_size"], device_type) + 4 * hidden,
+        head=loss_bytes(cfg, tokens, shape["vocab_size"], device_type, teaches_steps(cfg)) + 4 * hidden,
         work=_layer_work(shape, cfg, tokens, device_type, document_tokens) + 2 * hidden,
         layers=layers,
         hole=block if in_heap else 0.0,
@@ -131,17 +139,27 @@ def plan_activations(
 
 
 def evaluation_bytes(shape: Mapping[str, Any], cfg: RunConfig, tokens: int, device_type: str) -> dict[str, float]:
-    """What a forward pass without gradients holds, at its widest: in a layer's MLP, or at the loss."""
+    """What scoring held-out rows holds, at its widest: in a layer's MLP, or where logits are compared with targets and,
+    if the run has a teacher, with its.
+    """
     hidden = tokens * shape["hidden_size"] * DTYPE_BYTES[cfg.model.dtype]
-    mlp = tokens * shape["intermediate_size"] * _MLP_FORWARD[kernels_of(cfg, shape)] * DTYPE_BYTES[cfg.model.dtype] / 2
-    loss = loss_bytes(cfg, tokens, shape["vocab_size"], device_type)
-    return {"layer workspace": mlp + 3 * hidden} if mlp > loss else {"loss workspace": loss + 3 * hidden}
+    layer = forward_bytes(shape, cfg, tokens)
+    loss = loss_bytes(cfg, tokens, shape["vocab_size"], device_type, cfg.asks_teacher) + 3 * hidden
+    return {"layer workspace": layer} if layer > loss else {"loss workspace": loss}
 
 
-def loss_bytes(cfg: RunConfig, tokens: int, vocabulary: int, device_type: str) -> float:
+def forward_bytes(shape: Mapping[str, Any], cfg: RunConfig, tokens: int) -> float:
+    """What a forward pass without gradients holds in a layer, at its widest: in the MLP."""
+    width = DTYPE_BYTES[cfg.model.dtype]
+    mlp = shape["intermediate_size"] * _MLP_FORWARD[kernels_of(cfg, shape)] * width / 2
+    return tokens * (mlp + 3 * shape["hidden_size"] * width)
+
+
+def loss_bytes(cfg: RunConfig, tokens: int, vocabulary: int, device_type: str, teacher: bool) -> float:
     """A chunk of logits, as multiplied (fp32 on a GPU, rounded once on a CPU), its gradient, and a block's temporaries.
 
-    A CPU writes the gradient in the logits' place; on a GPU it is a copy in the model's type.
+    A CPU writes the gradient in the logits' place; on a GPU it is a copy in the model's type. teacher: whether its
+    probabilities are compared.
     """
     cuda, width = device_type == "cuda", DTYPE_BYTES[cfg.model.dtype]
     kind = "cuda" if cuda else "cpu"
@@ -150,9 +168,7 @@ def loss_bytes(cfg: RunConfig, tokens: int, vocabulary: int, device_type: str) -
     values = math.ceil(tokens / chunks) * vocabulary
     each = 4 + width if cuda and width < 4 else width
     logits, block = values * each, min(values, _BLOCK[kind]) * _BLOCK_BYTES
-    if cfg.distill.objective == "none":
-        return logits + block
-    if cfg.distill.teacher.placement == "cached" and cfg.distill.tier == "sampled":
+    if not teacher or gives_sample(cfg):
         return logits + block
     return 2 * logits + min(values, _BLOCK[kind]) * _TEACHER_BLOCK_BYTES
 
@@ -183,7 +199,7 @@ def _layer_work(
     document = document_tokens or cfg.data.max_length
     if device_type == "cpu" and cfg.model.attention == "auto" and document < _FUSED_BACKWARD_FROM:
         attention = tokens * shape["num_attention_heads"] * min(_QUERIES, document) * _SCORE_BYTES
-    four_bit = cfg.quant.type in ("nf4", "fp4") and not cfg.quant.resident
+    four_bit = cfg.quant.type in FOUR_BIT and not cfg.quant.resident
     weight = largest * DTYPE_BYTES[cfg.quant.compute_dtype] if four_bit else 0
     if device_type == "cuda":
         held = weight  # ops/linear.py keeps one buffer of the largest matrix

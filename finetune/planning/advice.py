@@ -11,9 +11,10 @@ from typing import Any
 from finetune.config.schema import RunConfig
 from finetune.models.families import QWEN25_SHAPES
 from finetune.planning.activations import plan_activations
-from finetune.planning.fitting import foresee, gib, recomputed_layers_of
+from finetune.planning.fitting import derive_micro_batch, foresee, gib, recomputed_layers_of
 from finetune.planning.footprint import Footprint, predict
-from finetune.planning.timing import Rates, step_seconds
+from finetune.planning.memory import FOUR_BIT
+from finetune.planning.timing import Rates, assumed_effort, step_seconds
 from finetune.planning.work import step_work
 
 BUDGETS_GB = (8, 12, 16, 24, 48, 80)
@@ -34,7 +35,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """overrides: as on the command line, ready to paste. tokens_per_second: predicted, None where nothing is known."""
+    """overrides: as on the command line, ready to paste. seconds_per_token: predicted; None where nothing is known."""
 
     overrides: tuple[str, ...]
     footprint: Footprint
@@ -102,10 +103,10 @@ def _candidates(
     if cfg.train.recompute != "offload" and device_type == "cuda":
         yield ("train.recompute=offload",), _with(cfg, train={"recompute": "offload"})
     teacher = cfg.distill.teacher
-    if cfg.distill.objective != "none" and teacher.placement == "resident":
+    if cfg.asks_teacher and teacher.placement == "resident":
         streamed = cfg.distill.model_copy(update={"teacher": teacher.model_copy(update={"placement": "streamed"})})
         yield ("distill.teacher.placement=streamed",), cfg.model_copy(update={"distill": streamed})
-    if not cfg.quant.double and cfg.quant.type in ("nf4", "fp4"):
+    if not cfg.quant.double and cfg.quant.type in FOUR_BIT:
         yield ("quant.double=true",), _with(cfg, quant={"double": True})
     if cfg.quant.type in ("none", "int8"):
         yield ("quant.type=nf4",), _with(cfg, quant={"type": "nf4"})
@@ -173,48 +174,51 @@ def length_table(cfg: RunConfig, device_type: str = "cuda") -> dict[str, dict[in
 def fastest_that_fits(
     cfg: RunConfig, shape: Mapping[str, Any], ranks: int, device_type: str, free_bytes: float, rates: Rates | None
 ) -> Settings | None:
-    """The settings that take the least time a token of those that fit: recomputed layers, sequences a forward pass, a
-    resident base; and a shorter sequence where the one asked for does not fit. None if nothing does.
+    """The settings that take the least time a token of those that fit, the config's own among them: recomputed layers,
+    sequences a forward pass, a resident base; and a shorter sequence where the one asked for does not fit. None if
+    nothing does.
     """
-    longest = longest_that_fits(_with(cfg, train={"recompute": "auto"}), shape, device_type, free_bytes, ranks)
-    if longest == 0:
+    fitting = []
+    for tried in _ways(cfg, shape, ranks, device_type, free_bytes):
+        found = foresee(tried, shape, ranks, device_type, free_bytes)
+        if found.needed_bytes <= free_bytes:
+            fitting.append((cost_of_token(tried, shape, found, ranks, rates), tried, found))
+    if not fitting:
         return None
-    length = min(cfg.data.max_length, longest)
-    best: tuple[float, Settings] | None = None
-    for resident in (False, True) if cfg.quant.type in ("nf4", "fp4") else (False,):
-        for micro in _micro_batches(cfg, ranks):
-            tried = _with(
-                cfg, data={"max_length": length}, quant={"resident": resident},
-                train={"micro_batch_size": micro, "recompute": "auto"},
-            )  # fmt: skip
-            found = foresee(tried, shape, ranks, device_type, free_bytes)
-            if found.needed_bytes > free_bytes:
-                continue
-            cost, known = _seconds_per_token(tried, shape, found, ranks, rates)
-            overrides = (
-                *((f"data.max_length={length}",) if length != cfg.data.max_length else ()),
-                f"train.micro_batch_size={micro}", f"train.recompute={found.recomputed or 'none'}",
-                f"quant.resident={str(resident).lower()}",
-            )  # fmt: skip
-            if best is None or cost < best[0]:
-                best = cost, Settings(overrides, found, known)
-    return None if best is None else best[1]
+    cost, chosen, found = min(fitting, key=lambda way: way[0])
+    length, recompute = chosen.data.max_length, chosen.train.recompute
+    overrides = (
+        *((f"data.max_length={length}",) if length != cfg.data.max_length else ()),
+        f"train.micro_batch_size={found.micro_batch}",
+        f"train.recompute={(found.recomputed or 'none') if recompute == 'auto' else recompute}",
+        *((f"quant.resident={str(chosen.quant.resident).lower()}",) if cfg.quant.type in FOUR_BIT else ()),
+    )  # fmt: skip
+    return Settings(overrides, found, None if rates is None else cost)
 
 
-def _micro_batches(cfg: RunConfig, ranks: int) -> list[int]:
-    most = max(1, cfg.train.batch_size // ranks)
-    return [count for count in (1, 2, 4, 8, 16, 32, 64, 128, 256) if count <= most]
-
-
-def _seconds_per_token(
-    cfg: RunConfig, shape: Mapping[str, Any], found: Footprint, ranks: int, rates: Rates | None
-) -> tuple[float, float | None]:
-    """What is compared, and the seconds if they are known. Without rates: operations, and as many again for each weight
-    that is dequantised as 100 tokens take of it, so that recomputing and small passes count.
+def _ways(
+    cfg: RunConfig, shape: Mapping[str, Any], ranks: int, device_type: str, free_bytes: float
+) -> Iterator[RunConfig]:
+    """What could be fastest: the config as it is, and what changes how it computes but not what it learns, at its
+    length or, where nothing of that fits, the longest that does.
     """
+    yield cfg
+    freely = _with(cfg, train={"recompute": "auto"})
+    longest = longest_that_fits(freely, shape, device_type, free_bytes, ranks)
+    freely = _with(freely, data={"max_length": min(cfg.data.max_length, max(longest, 1))})
+    # Without a micro-batch of its own; derive_micro_batch gives the most that is of use.
+    most = derive_micro_batch(_with(freely, train={"micro_batch_size": None}), ranks, device_type)
+    for resident in (False, True) if cfg.quant.type in FOUR_BIT else (False,):
+        for micro in sorted({most, *(2**power for power in range(most.bit_length()))}):
+            yield _with(freely, quant={"resident": resident}, train={"micro_batch_size": micro})
+
+
+def cost_of_token(
+    cfg: RunConfig, shape: Mapping[str, Any], found: Footprint, ranks: int, rates: Rates | None
+) -> float:
+    """What a training token costs with the settings of a footprint: seconds by measured rates, or else operations."""
     work = step_work(cfg, shape, found.micro_batch, found.recomputed, ranks=ranks)
     tokens = math.ceil(cfg.train.batch_size / ranks) * cfg.data.max_length
-    if rates is not None:
-        seconds = sum(step_seconds(work, shape, rates, cfg.data.max_length).values()) / tokens
-        return seconds, seconds
-    return (work.flops + 200.0 * work.dequantised) / tokens, None
+    if rates is None:
+        return assumed_effort(work, shape, found.device_type) / tokens
+    return sum(step_seconds(work, shape, rates, cfg.data.max_length).values()) / tokens

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # (inputs, outputs) of the linears of 0.5B, 1.5B and 7B, from the smallest to the largest.
 _MATRICES = ((896, 128), (896, 896), (896, 4864), (1536, 8960), (3584, 18944))
 _ROWS = (128, 512, 2048)
+# From 32 MB on a CPU's allocator maps a block anew each time, and the kernel fills it with zeros first: a matrix of 1.5B
+# is dequantised in the heap, those of 3B and 7B are not, at a sixth of the speed.
+_DEQUANTISED = ((896, 896), (1536, 8960), (2048, 11008), (3584, 18944))
 _DOCUMENTS = (128, 512, 1024, 2048)
 # A layer of 0.5B: hidden, intermediate, query heads, key heads, head width; rows of a chunk of logits.
 _HIDDEN, _INNER, _HEADS, _KEY_HEADS, _WIDTH, _VOCABULARY, _CHUNK = 896, 4864, 14, 2, 64, 151936, 220
@@ -42,7 +45,8 @@ def measure_rates(
     say("calibrating: attention, elementwise steps, loss, 4-bit weights, optimizer")
     attention = [[float(length), _attention(watch, length)] for length in _DOCUMENTS]
     with torch.no_grad():
-        elementwise, logits, dequantised = _elementwise(watch), _logits(watch), _dequantise(watch)
+        elementwise, logits = _elementwise(watch), _logits(watch)
+        dequantised = [[float(i * o), _dequantise(watch, i, o)] for i, o in _DEQUANTISED]
     return Rates(
         name, products, attention, elementwise, dequantised, logits, trained=_optimizer(watch),
         layer_seconds=_calls(watch),
@@ -130,11 +134,11 @@ def _logits(watch: _Watch) -> float:
     return logits.numel() / watch.seconds(lambda: cross_entropy_(logits, labels))
 
 
-def _dequantise(watch: _Watch) -> float:
+def _dequantise(watch: _Watch, inputs: int, outputs: int) -> float:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    packed, state = quantize_4bit(watch.normal(_INNER, _HIDDEN), compress_statistics=True, quant_type="nf4")
-    return _INNER * _HIDDEN / watch.seconds(lambda: dequantize_4bit(packed, state))
+    packed, state = quantize_4bit(watch.normal(outputs, inputs), compress_statistics=True, quant_type="nf4")
+    return inputs * outputs / watch.seconds(lambda: dequantize_4bit(packed, state))
 
 
 def _optimizer(watch: _Watch) -> float:

@@ -6,15 +6,23 @@ libraries and the pages of mapped weight files included.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import RunConfig
-from finetune.planning.activations import ActivationPlan, evaluation_bytes, plan_activations
+from finetune.planning.activations import ActivationPlan, evaluation_bytes, forward_bytes, plan_activations
 from finetune.planning.memory import DTYPE_BYTES, FOUR_BIT, MemoryPlan, linear_shapes, static_of
-from finetune.planning.teacher import teacher_bytes
+from finetune.planning.teacher import (
+    computes_here,
+    recovers,
+    signal_bytes,
+    teacher_bytes,
+    teacher_shape,
+    teaches_steps,
+)
 
 MIB = 2**20
 # Resident with every library imported, before a model is there: 341 MiB of the process's own and 104 MiB of pages of
@@ -35,8 +43,9 @@ CONTEXT_BYTES = 512 * MIB
 # Added to what is not weights before a run is said to fit: how far predictions are off, and on a GPU, where no figures
 # are there yet, blocks that the allocator cannot reuse.
 MARGIN = {"cuda": 0.18, "cpu": 0.10}
-# training/recipe.py evaluates so many tokens at a time, or a sequence.
-EVALUATED_TOKENS = 4096
+# training/measuring.py evaluates so many tokens at a time, or a sequence; evaluation/agreement.py asks a teacher that is
+# read layer by layer about so many of these batches at once.
+EVALUATED_TOKENS, EVALUATED_BATCHES = 4096, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +112,15 @@ def predict(
     held = _held(cfg, static, teacher or 0.0, device_type, ranks)
     if device_type != "cuda" and "embedding" in held:
         held["embedding"] = _touched(cfg, held["embedding"])
-    moments = {"loading": _loading(cfg, shape, held)}
+    moments, lesson = {"loading": _loading(cfg, shape, held)}, _lesson(cfg, shape, static, micro_batch, ranks)
     for name, parts in activations.moments(recomputed, offload).items():
-        moments[_MOMENTS[name]] = {**held, **_signal(cfg, shape, micro_batch), **parts}
-    if cfg.distill.objective != "none" and cfg.distill.teacher.placement in ("resident", "streamed"):
-        tokens = micro_batch * cfg.data.max_length
-        moments["asking the teacher"] = {**held, **evaluation_bytes(shape, cfg, tokens, device_type)}
+        moments[_MOMENTS[name]] = {**held, **lesson, **parts}
+    taught = teacher_shape(cfg, shape) or shape
+    if lesson and computes_here(cfg):
+        layer = forward_bytes(taught, cfg, micro_batch * cfg.data.max_length)
+        moments["asking the teacher"] = {**held, **lesson, "layer workspace": layer}
     if cfg.data.eval or cfg.data.held_out:
-        tokens = max(EVALUATED_TOKENS, cfg.data.max_length)
-        moments["evaluation"] = {**held, **evaluation_bytes(shape, cfg, tokens, device_type)}
+        moments["evaluation"] = {**held, **_evaluation(cfg, shape, taught, device_type)}
     gradients = {"gradients": static.parts.get("gradients", 0.0)}
     # torch updates all parameters at once on CUDA, one after the other on a CPU.
     update = gradients["gradients"] * (2 if device_type == "cuda" else 0)
@@ -158,16 +167,33 @@ def _loading(cfg: RunConfig, shape: Mapping[str, Any], held: Mapping[str, float]
     return parts
 
 
-def _signal(cfg: RunConfig, shape: Mapping[str, Any], micro_batch: int) -> dict[str, float]:
-    """What the teacher said of a micro-batch: hidden states of its targets, or a sample of its probabilities."""
-    distill = cfg.distill
-    if distill.objective == "none":
+def _lesson(
+    cfg: RunConfig, shape: Mapping[str, Any], static: MemoryPlan, micro_batch: int, ranks: int
+) -> dict[str, float]:
+    """What training steps that ask a teacher hold besides: its signal, and a recovery's own moments."""
+    if not teaches_steps(cfg):
         return {}
-    tokens = micro_batch * cfg.data.max_length
-    sampled = distill.teacher.placement in ("cached", "server") and distill.tier == "sampled"
-    each = (distill.head + distill.samples) * 12 if sampled else shape["hidden_size"] * DTYPE_BYTES[cfg.model.dtype]
-    ahead = distill.teacher.steps_ahead if distill.teacher.placement == "streamed" else 1
-    return {"teacher's signal": float(tokens * each * ahead)}
+    streamed = cfg.distill.teacher.placement == "streamed"
+    # One that is read layer by layer answers all of a rank's sequences in one pass, of several steps if it is told to.
+    passes = math.ceil(cfg.train.batch_size / ranks) * cfg.distill.teacher.steps_ahead if streamed else micro_batch
+    parts = {"teacher's signal": signal_bytes(cfg, shape, passes * cfg.data.max_length)}
+    if recovers(cfg):
+        parts["optimizer of a recovery"] = static.parts.get("optimizer", 0.0)
+    return parts
+
+
+def _evaluation(
+    cfg: RunConfig, shape: Mapping[str, Any], taught: Mapping[str, Any], device_type: str
+) -> dict[str, float]:
+    """What scoring held-out rows holds, the comparison with a teacher included. taught: the teacher's shape."""
+    tokens = max(EVALUATED_TOKENS, cfg.data.max_length)
+    parts = evaluation_bytes(shape, cfg, tokens, device_type)
+    if not cfg.asks_teacher:
+        return parts
+    batches = EVALUATED_BATCHES if cfg.distill.teacher.placement == "streamed" else 1
+    teachers = forward_bytes(taught, cfg, tokens) if computes_here(cfg) else 0.0
+    widest = parts if sum(parts.values()) > teachers else {"layer workspace": teachers}
+    return {**widest, "teacher's signal": signal_bytes(cfg, shape, batches * tokens)}
 
 
 def _tokenizer_bytes(cfg: RunConfig) -> int:

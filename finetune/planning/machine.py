@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.errors import InputError
+
 _CGROUPS, _MEMBERSHIP, _MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
 _STATM = Path("/proc/self/statm")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
@@ -42,8 +44,20 @@ def pick_threads(environ: Mapping[str, str], cores: int) -> int | None:
 
 
 def ranks_here(environ: Mapping[str, str]) -> int:
-    """Ranks of the run on this machine."""
-    return max(1, int(environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Ranks of the run on this machine. Raises: InputError if what a launcher says is no number."""
+    return _count(environ, "LOCAL_WORLD_SIZE")
+
+
+def ranks_of_run(environ: Mapping[str, str]) -> int:
+    """Ranks of the run on all machines. Raises: InputError if what a launcher says is no number."""
+    return _count(environ, "WORLD_SIZE")
+
+
+def _count(environ: Mapping[str, str], name: str) -> int:
+    value = environ.get(name, "1").strip()
+    if not value.isdecimal() or int(value) == 0:
+        raise InputError(f"{name}={value} in the environment is no number of ranks; unset it, or write {name}=2")
+    return int(value)
 
 
 def device_type_here() -> str:

@@ -11,7 +11,7 @@ from finetune.config.schema import RunConfig
 from finetune.models.families import shape_of
 from finetune.planning.advice import changes_that_fit, describe_change
 from finetune.planning.fitting import derive_micro_batch, foresee, free_memory, gib
-from finetune.planning.machine import device_type_here
+from finetune.planning.machine import device_type_here, ranks_of_run
 from finetune.planning.teacher import describe_teacher
 
 
@@ -55,6 +55,6 @@ def describe_plan(
 
 def dry_run(cfg: RunConfig) -> str:
     """The resolved YAML and, as comments, the plan; nothing is loaded, nothing is written."""
-    ranks, device_type = int(os.environ.get("WORLD_SIZE", "1")), device_type_here()
+    ranks, device_type = ranks_of_run(os.environ), device_type_here()
     plan = describe_plan(cfg, shape_of(cfg.model.name), ranks, device_type, free_memory(device_type))
     return "\n".join([to_yaml(cfg).rstrip(), "", *(f"# {line}" for line in plan.splitlines())])

@@ -1,4 +1,4 @@
-"""Bytes that a teacher takes beside the student, by where it is."""
+"""What a teacher takes beside the student, by where it is and by what it is asked for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,43 @@ from finetune.config.schema import RunConfig
 from finetune.models.families import shape_of
 from finetune.planning.memory import DTYPE_BYTES, linear_shapes
 
+_SAMPLED_BYTES = 8 + 4  # losses/signal.py: a token's number and its probability
+
+
+def teaches_steps(cfg: RunConfig) -> bool:
+    """Whether training steps ask the teacher: those of a distilling run, or a guard's recovery."""
+    return cfg.distill.objective != "none" or recovers(cfg)
+
+
+def recovers(cfg: RunConfig) -> bool:
+    """Whether a guard may train from the teacher alone for some steps."""
+    return cfg.guard.max is not None and cfg.guard.action == "recover"
+
+
+def computes_here(cfg: RunConfig) -> bool:
+    """Whether the teacher's layers run beside the student's, or its signal comes from elsewhere."""
+    return cfg.asks_teacher and cfg.distill.teacher.placement in ("resident", "streamed")
+
+
+def gives_sample(cfg: RunConfig) -> bool:
+    """Whether the signal is some probabilities of each target, or the hidden states that make all of them."""
+    placement = cfg.distill.teacher.placement
+    return placement == "server" or (placement == "cached" and cfg.distill.tier == "sampled")
+
+
+def teacher_shape(cfg: RunConfig, student: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Keys as in config.json, the student's for a teacher of its base; None if not known without a download."""
+    name = cfg.distill.teacher.name
+    return student if name in (None, cfg.model.name) else shape_of(str(name))
+
+
+def signal_bytes(cfg: RunConfig, student: Mapping[str, Any], tokens: int) -> float:
+    """What the teacher says of so many targets: their final hidden states, or a sample of their probabilities."""
+    if gives_sample(cfg):
+        return float(tokens * (cfg.distill.head + cfg.distill.samples) * _SAMPLED_BYTES)
+    width = (teacher_shape(cfg, student) or student)["hidden_size"]
+    return float(tokens * width * DTYPE_BYTES[cfg.distill.teacher.dtype])
+
 
 def teacher_bytes(cfg: RunConfig, student: Mapping[str, Any]) -> float | None:
     """Weights of the teacher on one rank; without those that it shares with a student of the same base and type.
@@ -17,16 +54,17 @@ def teacher_bytes(cfg: RunConfig, student: Mapping[str, Any]) -> float | None:
     teacher's shape is not known without a download.
     """
     teacher = cfg.distill.teacher
-    if cfg.distill.objective == "none" or teacher.placement in ("cached", "server"):
+    if not cfg.asks_teacher or gives_sample(cfg):
         return 0.0
-    own = teacher.name in (None, cfg.model.name)
-    shape = student if own else shape_of(str(teacher.name))
+    shape = teacher_shape(cfg, student)
     if shape is None:
         return None
     width = DTYPE_BYTES[teacher.dtype]
     table = shape["vocab_size"] * shape["hidden_size"]
     layer = sum(out * inputs for out, inputs in linear_shapes(shape).values())
-    shared = own and teacher.dtype == cfg.model.dtype
+    shared = shape is student and teacher.dtype == cfg.model.dtype
+    if teacher.placement == "cached":  # hidden states, which a head makes logits of
+        return 0.0 if shared else table * width
     if teacher.placement == "streamed":
         # Embedding rows are read as they are needed; a tied table is the head.
         return (2 * layer + (0 if shared else table)) * width
@@ -36,7 +74,7 @@ def teacher_bytes(cfg: RunConfig, student: Mapping[str, Any]) -> float | None:
 
 def describe_teacher(cfg: RunConfig, student: Mapping[str, Any]) -> str | None:
     """A line for the plan; None for a run without a teacher."""
-    if cfg.distill.objective == "none":
+    if not cfg.asks_teacher:
         return None
     teacher = cfg.distill.teacher
     name = teacher.name or f"{cfg.model.name} itself, in {teacher.dtype}"

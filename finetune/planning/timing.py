@@ -14,7 +14,7 @@ from typing import Any
 from finetune.files import write_text
 from finetune.planning.machine import usable_cores
 from finetune.planning.memory import linear_shapes
-from finetune.planning.work import StepWork
+from finetune.planning.work import StepWork, layer_passes
 
 # Dense bf16 operations a second with fp32 sums, from the makers' data sheets; fp16 where a card has no bf16.
 GPU_PEAKS = {
@@ -29,7 +29,10 @@ _ASSUMED_CORE = 1e11
 # What everything but products adds to their time where nothing was measured: half as much again on a CPU, a fifth of
 # it on a GPU (benchmarks/NOTES.md: products are two thirds of a step on two cores).
 _ASSUMED_REST = {"cpu": 0.5, "cuda": 0.2}
-_LAYOUT = 1
+# What a weight that is dequantised and a pass of a layer cost where nothing was measured, in operations of products: as
+# many as 100 tokens take of that weight; 0.2 ms of launches at 45 TFLOP/s, 1 ms of Python at 100 GFLOP/s. Assumptions.
+_ASSUMED_DEQUANTISED, _ASSUMED_PASS = 200.0, {"cuda": 1e10, "cpu": 1e8}
+_LAYOUT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +40,16 @@ class Rates:
     """What a machine does in a second.
 
     products: [weights of the matrix, rows, operations a second], on a grid of both. attention: [document tokens,
-    operations a second]. elementwise: values [T, I] of a layer, forward and backward. dequantised: weights. logits:
-    values. trained: values of the optimizer. layer_seconds: what one pass of a layer takes whatever its size.
-    device: what was measured, in words.
+    operations a second]. elementwise: values [T, I] of a layer, forward and backward. dequantised: [weights of the
+    matrix, weights a second]. logits: values. trained: values of the optimizer. layer_seconds: what one pass of a layer
+    takes whatever its size. device: what was measured, in words.
     """
 
     device: str
     products: list[list[float]]
     attention: list[list[float]]
     elementwise: float
-    dequantised: float
+    dequantised: list[list[float]]
     logits: float
     trained: float
     layer_seconds: float
@@ -60,17 +63,16 @@ def step_seconds(work: StepWork, shape: Mapping[str, Any], rates: Rates, documen
     products = sum(
         flops / _rate_of_product(rates.products, sizes[name], work.rows) for name, flops in work.products.items()
     )
-    passes = work.elementwise / (work.rows * shape["intermediate_size"])
     return {
         "products": products,
         # Two thin products a pass, which move as much as they compute: at the rate of the smallest matrix.
         "adapters": work.adapters / _rate_of_product(rates.products, 0, work.rows),
         "attention": work.attention / _along(rates.attention, document_tokens),
         "elementwise steps": work.elementwise / rates.elementwise,
-        "dequantising": work.dequantised / rates.dequantised,
+        "dequantising": sum(n / _along(rates.dequantised, sizes[name]) for name, n in work.dequantised.items()),
         "loss": work.logits / rates.logits,
         "optimizer": work.trained / rates.trained,
-        "calls": passes * rates.layer_seconds,
+        "calls": layer_passes(work, shape) * rates.layer_seconds,
     }
 
 
@@ -78,6 +80,12 @@ def assumed_seconds(work: StepWork, flops_per_second: float, device_type: str) -
     """Seconds of one step where only a ceiling of products is known, given or assumed."""
     products = work.flops / flops_per_second
     return {"products": products, "all else": products * _ASSUMED_REST["cuda" if device_type == "cuda" else "cpu"]}
+
+
+def assumed_effort(work: StepWork, shape: Mapping[str, Any], device_type: str) -> float:
+    """A step's work in operations of products, to compare settings where nothing was measured."""
+    passes = layer_passes(work, shape) * _ASSUMED_PASS["cuda" if device_type == "cuda" else "cpu"]
+    return work.flops + _ASSUMED_DEQUANTISED * sum(work.dequantised.values()) + passes
 
 
 def assumed_ceiling(device_type: str, gpu_name: str | None) -> tuple[float, str]:

@@ -23,6 +23,7 @@ from finetune.planning.memory import (
     rank_of,
     static_of,
 )
+from finetune.planning.teacher import teacher_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +32,15 @@ class StepWork:
 
     products: floating-point operations by the linear they belong to, the head's among them; recomputing included.
     adapters: of LoRA's own products. attention: of causal attention. elementwise: values [T, I] that a layer's
-    elementwise steps pass over, forward and backward. dequantised: 4-bit weights turned into 16 bit. logits: values
-    whose softmax is taken. trained: values that the optimizer moves. rows: tokens of one forward pass.
+    elementwise steps pass over, forward and backward. dequantised: 4-bit weights turned into 16 bit, by their linear.
+    logits: values whose softmax is taken. trained: values that the optimizer moves. rows: tokens of one forward pass.
     """
 
     products: Mapping[str, float]
     adapters: float
     attention: float
     elementwise: float
-    dequantised: float
+    dequantised: Mapping[str, float]
     logits: float
     trained: int
     rows: int
@@ -47,6 +48,11 @@ class StepWork:
     @property
     def flops(self) -> float:
         return sum(self.products.values()) + self.adapters + self.attention
+
+
+def layer_passes(work: StepWork, shape: Mapping[str, Any]) -> float:
+    """How often a step runs a layer forward or backward."""
+    return work.elementwise / (work.rows * shape["intermediate_size"])
 
 
 def step_work(
@@ -65,8 +71,7 @@ def step_work(
     layers, linears = shape["num_hidden_layers"], linear_shapes(shape)
     adapted = [adapted_linears(layer, cfg.lora) for layer in range(layers)]
     first = first_reached(adapted, cfg)
-    products = dict.fromkeys(linears, 0.0)
-    adapters = dequantised = 0.0
+    products, dequantised, adapters = dict.fromkeys(linears, 0.0), dict.fromkeys(linears, 0.0), 0.0
     for layer in range(layers):
         # Forward, forward again, and the gradient of the input, which nothing below the first trained weight needs.
         forward = 2 if first <= layer < first + recomputed else 1
@@ -79,7 +84,7 @@ def step_work(
             runs = again + (1 if reached else 0)
             products[name] += 2.0 * weights * tokens * runs
             if precision in FOUR_BIT and not cfg.quant.resident:
-                dequantised += weights * passes * runs
+                dequantised[name] += weights * passes * runs
             if name in adapted[layer]:
                 rank = rank_of(module_path(layer, name), cfg.lora)
                 adapters += 2.0 * rank * sum(linears[name]) * tokens * (forward + 2)
@@ -108,9 +113,7 @@ def _with_teacher(
     """A teacher of the student's shape runs forward once; another's work is scaled by its weights."""
     if cfg.distill.objective == "none" or cfg.distill.teacher.placement in ("cached", "server"):
         return work
-    from finetune.models.families import shape_of
-
-    taught = shape if cfg.distill.teacher.name in (None, cfg.model.name) else shape_of(str(cfg.distill.teacher.name))
+    taught = teacher_shape(cfg, shape)
     if taught is None:
         return work
     products = dict(work.products)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.data.report.page import page_environment
+from finetune.data.report.environment import page_environment
 from finetune.files import write_text
 from finetune.report.curves import STYLES, overlaid
 from finetune.report.facts import FIGURES, Figure
@@ -81,6 +81,8 @@ def _notes(settings: dict[str, list[str]]) -> tuple[str, ...]:
         notes.append(
             "the objectives differ: the held-out loss of recover is nats from the teacher, that of others nats a target"
         )
+    if "generation.rows" in settings:
+        notes.append("exact match is of different numbers of rows (generation.rows)")
     if any(key in settings for key in ("model.tokenizer", "model.name")):
         notes.append("the base or its tokenizer differs: nats a token compare only where the tokens are the same")
     return tuple(notes)

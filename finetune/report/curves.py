@@ -14,7 +14,6 @@ from finetune.report.series import Series, smoothed, spread, thinned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _WIDTH_INCHES, _HEIGHT_INCHES = 4.4, 2.5  # Letters of 9 points can be read where a phone shows it in its whole width.
 _NOISY = 40  # from so many points on, a mean is drawn over them
@@ -83,7 +82,7 @@ def run_pictures(run: Run) -> list[Picture]:
                  noisy=quantity.noisy and not name.startswith("eval"), dots=name.startswith("eval"))
             for i, (name, series) in enumerate(found.items())
         ]  # fmt: skip
-        pictures.append(draw(quantity.title, lines, quantity))
+        pictures.append(draw(quantity.title, lines, quantity, _last_step([run])))
     return pictures
 
 
@@ -105,12 +104,15 @@ def overlaid(runs: Sequence[tuple[str, Run]]) -> list[Picture]:
             for i, (label, run) in enumerate(runs)
             if name in run.metrics
         ]  # fmt: skip
-        pictures.append(draw(title, lines, quantity, alone=False))
+        pictures.append(draw(title, lines, quantity, _last_step([run for _, run in runs]), alone=False))
     return pictures
 
 
-def draw(title: str, lines: Sequence[Line], quantity: Quantity, alone: bool = True) -> Picture:
-    """One figure of curves over steps. alone: of one run; it names its curves and shows what the means go through."""
+def draw(title: str, lines: Sequence[Line], quantity: Quantity, last_step: int, alone: bool = True) -> Picture:
+    """One figure of curves over steps, from 0 to `last_step` like those beside it.
+
+    alone: of one run; it names its curves and shows what the means go through.
+    """
     drawn, (axes,) = figure(_WIDTH_INCHES, _HEIGHT_INCHES)
     means = [_draw_line(axes, line, alone) for line in lines]
     values = [value for line in lines for value in line.series.values]
@@ -122,6 +124,7 @@ def draw(title: str, lines: Sequence[Line], quantity: Quantity, alone: bool = Tr
         axes.yaxis.set_major_formatter(_numbers(max(map(abs, values))))
     if quantity.share:
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))
+    axes.set_xlim(-0.02 * last_step, 1.02 * last_step)
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("step")
     if alone and len(lines) > 1:
@@ -158,13 +161,17 @@ def _numbers(largest: float) -> Callable[[float, object], str]:
     return lambda value, place: text(round(value, 12), place)
 
 
+def _last_step(runs: Sequence[Run]) -> int:
+    return max((series.steps[-1] for run in runs for series in run.metrics.values()), default=0) or 1
+
+
 def _names(run: Run, quantity: Quantity) -> list[str]:
     return [name for name in run.metrics if re.fullmatch(quantity.names, name)]
 
 
 def _one_set(names: Collection[str], run: Run) -> bool:
-    """Whether the loss by evaluation set is the `eval_loss` that stands beside the training loss already."""
-    return len(names) == 1 and all(run.metrics[name] == run.metrics.get("eval_loss") for name in names)
+    """Whether the loss by evaluation set, if any, is the `eval_loss` that stands beside the training loss already."""
+    return len(names) < 2 and all(run.metrics[name] == run.metrics.get("eval_loss") for name in names)
 
 
 def _label(name: str) -> str:
@@ -180,15 +187,3 @@ def _of_set(name: str) -> str:
     if name == "eval_loss":
         return ", held out"
     return f", {name.removeprefix('eval/').rpartition('/')[0]}" if name.startswith("eval/") else ""
-
-
-def overlay_figure(title: str, metric: str, runs: Sequence[tuple[str, Run]]) -> Figure:
-    """One metric of several runs as a figure to save."""
-    drawn, (axes,) = figure()
-    for i, (label, run) in enumerate(runs):
-        if metric in run.metrics:
-            colour, dashes = STYLES[i % len(STYLES)]
-            _draw_line(axes, Line(label, run.metrics[metric], colour, dashes, True), False)
-    axes.set_title(title)
-    axes.set_xlabel("step")
-    return drawn

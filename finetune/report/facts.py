@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from finetune.report.run import Run
+from finetune.report.series import is_figure
 
 
 class Card(NamedTuple):
@@ -78,6 +79,7 @@ FIGURES = (
     Figure("tokens_per_second", "tokens a second", whole, False),
     Figure("peak_bytes", "peak memory", size, True),
 )
+_ACTIONS = {"warn": "a warning", "recover": "it learned from the teacher alone", "stop": "the run was ended"}
 _BEFORE = {"exact_match_after": "exact_match_before", "teacher_kl_after": "teacher_kl_before"}
 
 
@@ -123,6 +125,32 @@ def predictions(run: Run) -> list[Prediction]:
     return found
 
 
+class Breach(NamedTuple):
+    """A time that the guard's limit was passed. distance, after: nats a target from the teacher."""
+
+    step: str
+    distance: str
+    action: str
+    after: str
+
+
+def breaches(run: Run) -> list[Breach]:
+    """What the guard saw beyond its limit, in order."""
+    found = run.result.get("breaches")
+    entries = [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
+    return [
+        Breach(
+            str(entry.get("step", "")), _distance(entry.get("teacher_kl")), _ACTIONS.get(str(entry.get("action")), ""),
+            _distance(entry.get("after")),
+        )
+        for entry in entries
+    ]  # fmt: skip
+
+
+def _distance(value: Any) -> str:
+    return number(value) if is_figure(value) else ""
+
+
 def environment(run: Run) -> list[tuple[str, str]]:
     """run.json as a list of facts, nested ones by dotted name."""
 
@@ -144,7 +172,7 @@ def next_commands(run: Run) -> list[Command]:
         return [go_on]
     found = [
         Command("talk to it", f"finetune chat adapter={folder}"),
-        Command("measure it beside its base", f"finetune eval adapter={folder} gap=true"),
+        Command("measure it beside its base", f"finetune eval adapter={folder}"),
         Command("put it into the base's weights", f"finetune merge adapter={folder} out=merged"),
         Command("write it for llama.cpp", f"finetune export adapter={folder} format=gguf out=gguf"),
         Command("see it beside another run", f"finetune compare {folder} OTHER_RUN out=compare.html"),

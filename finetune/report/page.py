@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune.data.report.page import page_environment
+from finetune.data.report.environment import page_environment
+from finetune.data.report.page import row_functions
 from finetune.data.report.stored import DATA, StoredReport, read_stored
 from finetune.errors import IntegrityError
 from finetune.files import write_text
 from finetune.report.curves import run_pictures
-from finetune.report.facts import cards, environment, next_commands, predictions
+from finetune.report.facts import breaches, cards, environment, next_commands, predictions
 from finetune.report.gap import read_gap
 from finetune.report.run import Run, read_run
 from finetune.report.settings import changes
@@ -50,11 +51,11 @@ def render(run: Run) -> str:
         gap = read_gap(run.folder)
     except (IntegrityError, OSError) as error:
         problems.append(str(error))
-    template = page_environment(Path(__file__).parent).get_template("run.html")
+    template = page_environment(Path(__file__).parent, **row_functions()).get_template("run.html")
     return template.render(
         run=run, status=_STATUS_WORDS.get(run.status, run.status), cards=cards(run), pictures=run_pictures(run),
         stored=_stored(run, problems), gap=gap, changes=changes(run.config), environment=environment(run),
-        predictions=predictions(run), commands=next_commands(run), problems=problems,
+        predictions=predictions(run), breaches=breaches(run), commands=next_commands(run), problems=problems,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 
 from finetune.errors import InputError
-from finetune.report.series import Series, read_metrics
+from finetune.report.series import Series, is_figure, read_metrics
 
 CONFIG, METRICS, RESULT, FACTS = "config.yaml", "metrics.jsonl", "result.json", "run.json"
 SAMPLES, TEACHER, ADAPTER = "samples.json", "teacher.md", "adapter_model.safetensors"
@@ -47,13 +47,16 @@ class Run:
         """finished | stopped | failed, as the run said; `unfinished` if it goes on, or was killed."""
         return str(self.result.get("status") or "unfinished")
 
-    def figure(self, name: str) -> float | None:
-        """A number of result.json, the evaluations among them (`eval/NAME/loss`); None where there is none."""
+    def value(self, name: str) -> Any:
+        """What result.json, or an evaluation in it (`eval/NAME/loss`), holds by that name; None where nothing."""
         evaluations = self.result.get("evaluations")
         value = self.result.get(name)
-        if value is None and isinstance(evaluations, Mapping):
-            value = evaluations.get(name)
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        return evaluations.get(name) if value is None and isinstance(evaluations, Mapping) else value
+
+    def figure(self, name: str) -> float | None:
+        """The same as a finite number; None where it is none."""
+        value = self.value(name)
+        return float(value) if is_figure(value) else None
 
 
 def read_run(folder: Path) -> Run:

@@ -30,7 +30,7 @@ def read_metrics(file: Path) -> dict[str, Series]:
     for line in _lines(file):
         step = line["step"]
         for name, value in line.items():
-            if name != "step" and _is_figure(value):
+            if name != "step" and is_figure(value):
                 found[name][step] = float(value)
     return {name: Series(*map(list, zip(*sorted(values.items()), strict=True))) for name, values in found.items()}
 
@@ -46,7 +46,8 @@ def _lines(file: Path) -> Iterator[Mapping[str, Any]]:
                 yield line
 
 
-def _is_figure(value: Any) -> bool:
+def is_figure(value: Any) -> bool:
+    """Whether it is a number that can be drawn."""
     # A whole number may be larger than any float.
     return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.data.report.page import page_environment
+from finetune.data.report.environment import page_environment
 from finetune.errors import InputError
 from finetune.files import write_text
 from finetune.plotting import COLOURS, figure, save_png, svg
@@ -26,6 +26,7 @@ TABLE, PICTURE, PAGE = "sweep.md", "sweep.png", "sweep.html"
 _MOST_PANELS = 6
 _MOST_CURVES = 14  # so many lines can be told apart
 _LONGEST_NUMBER = 10
+_MOST_TICKS = 5
 _BESIDE = ("eval_loss", "exact_match_after", "final_loss", "train_seconds", "peak_bytes")
 
 
@@ -124,27 +125,37 @@ def _keys(record: Record) -> list[str]:
 def _draw_effect(axes: Axes, key: str, record: Record) -> None:
     judged = [trial for trial in record.trials if trial.metric is not None and trial.same_as is None]
     texts = [trial.values[key] for trial in judged]
-    numbers = _numbers(texts)
-    places = numbers
-    if numbers is None:
-        order = list(dict.fromkeys(texts))
-        places = [float(order.index(text)) for text in texts]
-        axes.set_xticks(range(len(order)), [text if len(text) <= 16 else f"{text[:15]}…" for text in order])
-        axes.margins(x=0.2)
-    elif min(numbers) > 0 and max(numbers) >= 5 * min(numbers):
-        axes.set_xscale("log")
-    assert places is not None
+    places = _place_on_axis(axes, texts)
     metrics = [trial.metric or 0.0 for trial in judged]
     by_place: dict[float, list[float]] = defaultdict(list)
     for place, metric in zip(places, metrics, strict=True):
         by_place[place].append(metric)
     pick = min if record.minimize else max
-    if len(by_place) < len(places) or numbers is None:
+    if len(by_place) < len(places):
         bests = [(place, pick(values)) for place, values in sorted(by_place.items())]
         axes.plot(*zip(*bests, strict=True), linewidth=1.2, alpha=0.6, color=COLOURS[0])
     axes.plot(places, metrics, "o", markersize=4, color=COLOURS[0])
     best = pick(range(len(metrics)), key=metrics.__getitem__)
     axes.plot(places[best], metrics[best], "o", markersize=7, color=COLOURS[1])
+
+
+def _place_on_axis(axes: Axes, texts: Sequence[str]) -> Sequence[float]:
+    """Where each value lies on the axis: numbers by size, words in their order; few values are ticks themselves."""
+    numbers = _numbers(texts)
+    if numbers is None:
+        order = list(dict.fromkeys(texts))
+        axes.set_xticks(range(len(order)), [text if len(text) <= 16 else f"{text[:15]}…" for text in order])
+        axes.margins(x=0.2)
+        return [float(order.index(text)) for text in texts]
+    if min(numbers) > 0 and max(numbers) >= 5 * min(numbers):
+        axes.set_xscale("log")
+    else:
+        axes.locator_params(axis="x", nbins=4)
+    few = sorted(set(numbers))
+    if len(few) <= _MOST_TICKS:
+        axes.set_xticks(few, [f"{value:.4g}" for value in few])
+        axes.minorticks_off()
+    return numbers
 
 
 def _numbers(texts: Sequence[str]) -> list[float] | None:

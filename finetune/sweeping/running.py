@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import codecs
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
 import sys
-import threading
-from collections import deque
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
-_KEPT_LINES = 40
+_KEPT_CHARACTERS = 20_000
+_SECONDS_BETWEEN_LOOKS = 0.1
 _LONGEST_ERROR = 2000
+_LONGEST_WAIT_SECONDS = 60
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Stop:
     """
 
     received: int = 0
-    _process: subprocess.Popen[str] | None = None
+    _process: subprocess.Popen[bytes] | None = None
     _previous: dict[int, object] = field(default_factory=dict)
 
     def __enter__(self) -> Stop:
@@ -41,7 +43,7 @@ class Stop:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def watch(self, process: subprocess.Popen[str] | None) -> None:
+    def watch(self, process: subprocess.Popen[bytes] | None) -> None:
         """The run that signals go to from now on. One that came while it was being started is passed on here."""
         self._process = process
         if process is not None and self.received:
@@ -57,41 +59,61 @@ class Stop:
                 os.killpg(self._process.pid, number)
 
 
-def run_process(command: Sequence[str], log: Path, stop: Stop) -> tuple[int, str]:
-    """Run a command to its end; what it prints goes to stderr and to `log`.
+def wait_until_free(folder: Path, stop: Stop) -> None:
+    """Give a run that a killed sweep has left the time to save its checkpoint and to unlock its folder; where it does
+    not end, the next run into that folder says so itself.
+    """
+    lock = folder / ".lock"
+    end = time.monotonic() + _LONGEST_WAIT_SECONDS
+    while lock.exists() and not stop.received and time.monotonic() < end:
+        with lock.open("w") as file, suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
+
+def run_process(command: Sequence[str], log: Path, stop: Stop) -> tuple[int, str]:
+    """Run a command to its end; what it prints goes to `log`, and from there to stderr.
+
+    So it never writes to this process, and can save its checkpoint when this one has been killed.
     Returns: its exit code (128 + the signal that ended it), and its last error message, empty if it told none.
     Raises: OSError if it cannot be started.
     """
-    last: deque[str] = deque(maxlen=_KEPT_LINES)
-    with log.open("a", encoding="utf-8", errors="replace") as file:
+    with log.open("ab") as file:
+        begin = file.tell()
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            encoding="utf-8", errors="replace", start_new_session=True, preexec_fn=_end_with_parent(),
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=_end_with_parent(),
         )  # fmt: skip
-        stop.watch(process)
-        assert process.stdout is not None
-        reader = threading.Thread(target=_copy, args=(process.stdout, file, last), daemon=True)
-        reader.start()
-        code = process.wait()
-        stop.watch(None)
-        reader.join()
-    return (code if code >= 0 else 128 - code), _error_in(last)
+    stop.watch(process)
+    told = _follow(log, begin, process)
+    stop.watch(None)
+    code = process.wait()
+    return (code if code >= 0 else 128 - code), _error_in(told.splitlines())
 
 
-def _copy(stream: IO[str], file: IO[str], last: deque[str]) -> None:
-    for line in stream:
-        file.write(line)
-        file.flush()
-        last.append(line.rstrip("\n"))
-        sys.stderr.write(line)
-        sys.stderr.flush()
+def _follow(log: Path, begin: int, process: subprocess.Popen[bytes]) -> str:
+    """Print what is written into the log until the process ends; returns the end of it."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    told = ""
+    with log.open("rb") as file:
+        file.seek(begin)
+        ended = False
+        while not ended:
+            ended = process.poll() is not None  # looked at first, so that what is read next is all there is
+            text = decoder.decode(file.read(), final=ended)
+            sys.stderr.write(text)
+            sys.stderr.flush()
+            told = (told + text)[-_KEPT_CHARACTERS:]
+            if not ended:
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return told
 
 
 def _error_in(lines: Sequence[str]) -> str:
     """The last message that starts with `error:`, to its end; else the last line."""
     starts = [i for i, line in enumerate(lines) if line.startswith("error")]
-    found = list(lines)[starts[-1] :] if starts else list(lines)[-1:]
+    found = lines[starts[-1] :] if starts else lines[-1:]
     return "\n".join(found).removeprefix("error: ").strip()[:_LONGEST_ERROR]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import (
@@ -20,6 +20,7 @@ from hydra.core.override_parser.types import (
 )  # fmt: skip
 from hydra.errors import HydraException
 
+from finetune.config.keys import find
 from finetune.config.problems import COMMAND_LINE, Problem, config_error
 from finetune.resources import packaged
 
@@ -93,7 +94,7 @@ def read_space(words: Sequence[str], config: str, searching: bool) -> Space:
         problems.append(Problem("", text, COMMAND_LINE))
     space = Space(tuple(fixed), tuple(parameters))
     if not searching and not problems and space.combinations > MOST_RUNS:
-        text = f"the grid has {space.combinations:,} runs, more than {MOST_RUNS:,}; sweep.trials=50 searches instead"
+        text = f"the grid has more than {MOST_RUNS:,} runs; sweep.trials=50 searches instead"
         problems.append(Problem("", text, COMMAND_LINE))
     if problems:
         raise config_error("the sweep", problems, lambda key: "")
@@ -133,8 +134,18 @@ def _interval(key: str, word: str, value: IntervalSweep) -> Parameter:
     logarithmic = "log" in value.tags
     if logarithmic and low <= 0:
         raise ValueError("a logarithmic interval starts above 0")
-    whole = _is_whole(low) and _is_whole(high)
+    kinds = set(_kinds(find(key)))
+    whole = _is_whole(low) and _is_whole(high) or (int in kinds and float not in kinds)
+    if whole and not (float(low).is_integer() and float(high).is_integer()):
+        raise ValueError(f"takes whole numbers; the interval is from {low} to {high}")
     return Parameter(key, word, (), float(low), float(high), whole, logarithmic)
+
+
+def _kinds(kind: Any) -> Iterator[Any]:
+    """A type and all that it is made of."""
+    yield kind
+    for inner in get_args(kind):
+        yield from _kinds(inner)
 
 
 def _is_whole(value: Any) -> bool:

@@ -20,7 +20,7 @@ from finetune.report.run import RESULT, read_run
 from finetune.report.settings import flat
 from finetune.sweeping.outcome import write_outcome, write_table
 from finetune.sweeping.record import Record, Trial, check_same, load_record
-from finetune.sweeping.running import Stop, run_process
+from finetune.sweeping.running import Stop, run_process, wait_until_free
 from finetune.sweeping.search import check_optuna, suggest
 from finetune.sweeping.space import Space, read_space
 
@@ -29,6 +29,7 @@ _METRICS = {
     "eval_loss", "final_loss", "exact_match_after", "teacher_kl_after", "recovered", "peak_bytes", "train_seconds",
     "tokens_per_second",
 }  # fmt: skip
+_JUDGING = ("sweep.metric", "sweep.minimize")
 Say = Callable[[str], None]
 
 
@@ -154,7 +155,10 @@ def _open(plan: Plan) -> Record:
     if found is None:
         trials = [] if plan.settings.trials else [Trial(i, values) for i, values in enumerate(plan.space.grid(), 1)]
         return Record(spec, plan.settings.metric, plan.minimize, trials)
-    check_same(plan.folder, found.spec, spec)
+    # Where nothing has been judged yet, how to judge may still change.
+    judged = any(trial.metric is not None for trial in found.trials)
+    old, new = ({k: v for k, v in one.items() if judged or k not in _JUDGING} for one in (found.spec, spec))
+    check_same(plan.folder, old, new)
     return Record(spec, plan.settings.metric, plan.minimize, found.trials)
 
 
@@ -168,7 +172,7 @@ def _spec(plan: Plan) -> dict[str, Any]:
     swept = {parameter.key: parameter.word.partition("=")[2] for parameter in plan.space.parameters}
     spec = {**fixed, **swept, "sweep": "grid"}
     if plan.settings.trials:
-        judged = {"sweep.metric": plan.settings.metric, "sweep.minimize": plan.minimize}
+        judged = dict(zip(_JUDGING, (plan.settings.metric, plan.minimize), strict=True))
         spec |= {"sweep": "search", "sweep.seed": plan.settings.seed, **judged}
     return spec
 
@@ -190,9 +194,11 @@ def _run_all(plan: Plan, record: Record, stop: Stop, say: Say) -> None:
         else:
             say(f"\n{heading}")
             _run(trial, plan, record, stop)
-            say(f"{heading}: {trial.status}{f', {trial.error}' if trial.error else ''}")
+            say(f"{heading}: {_ending(trial, record)}")
         record.save(plan.folder)
         write_table(plan.folder, record)
+        if trial.status == "finished" and trial.metric is None:
+            _check_measured(plan.folder / trial.folder_name, record.metric)
         if stop.received:
             write_outcome(plan.folder, plan.first.name, record)
             raise Interrupted(
@@ -200,8 +206,24 @@ def _run_all(plan: Plan, record: Record, stop: Stop, say: Say) -> None:
             )
 
 
+def _ending(trial: Trial, record: Record) -> str:
+    judged = figure_named(record.metric)
+    figure = "" if trial.metric is None else f", {judged.label} {judged.form(trial.metric)}"
+    return f"{trial.status}{figure}{f', {trial.error}' if trial.error else ''}"
+
+
+def _check_measured(folder: Path, metric: str) -> None:
+    """Raises: ConfigError if a finished run did not measure what the sweep is about; no other run would."""
+    run = read_run(folder)
+    if run.value(metric) is None:
+        there = [*sorted(_METRICS), *(run.result.get("evaluations") or {})]
+        known = ", ".join(dict.fromkeys(name for name in there if run.figure(name) is not None))
+        raise ConfigError(f"sweep.metric={metric}: {folder} has none; it has {known}")
+
+
 def _run(trial: Trial, plan: Plan, record: Record, stop: Stop) -> None:
     folder = plan.folder / trial.folder_name
+    wait_until_free(folder, stop)
     before = _changed(folder / RESULT)
     trial.status, trial.error = "running", None
     record.save(plan.folder)
@@ -231,5 +253,5 @@ def _settle(trial: Trial, plan: Plan, record: Record) -> bool:
     if run.status != "finished":
         return False
     trial.status, trial.metric = "finished", run.figure(record.metric)
-    trial.error = None if trial.metric is not None else f"has no {record.metric}"
+    trial.error = None if trial.metric is not None else f"its {record.metric} is {run.value(record.metric)}"
     return True

@@ -47,9 +47,11 @@ class Guard:
             self._say(f"{where}; learning from the teacher alone for {self._cfg.steps} steps")
             self._recover(state.step)
             figures = {**self._measure(), "guard/teacher_kl_before": found}
-            breach["after"] = mean_teacher_kl(figures)
-            again = f"step {state.step}: {breach['after']:.5f} nats a target from the teacher"
-            self._say(again if breach["after"] <= limit else f"WARNING: {again}, still above the limit")
+            after = mean_teacher_kl(figures)
+            assert after is not None, "what was measured before is measured again"
+            breach["after"] = after
+            again = f"step {state.step}: {after:.5f} nats a target from the teacher"
+            self._say(again if after <= limit else f"WARNING: {again}, still above the limit")
         elif self._cfg.action == "stop":
             self._say(f"{where}; the run ends here (guard.action=stop)")
             return figures, True

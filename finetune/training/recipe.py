@@ -157,8 +157,10 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
         flops = 4.0 * base_of(parts.model).num_parameters() * most_tokens
         say(dispatch.pick(accelerator.device, flops, cfg.train.compile))
     lesson = parts.lesson
-    teaches = lesson is not None and lesson.teaches
-    loss = lesson.loss(parts.model) if teaches else CrossEntropy(parts.model, cfg.train.neftune_alpha)
+    if lesson is not None and lesson.teaches:
+        loss = lesson.loss(parts.model)
+    else:
+        loss = CrossEntropy(parts.model, cfg.train.neftune_alpha)
     feed = lesson.feed(parts.feed, parts.model, parts.preparation.chat, accelerator, say) if lesson else parts.feed
     tracker = Tracker(cfg, parts.folder, total_steps, state.step) if parts.is_main else SilentTracker()
     job = Job(

@@ -8,6 +8,7 @@ from finetune.evaluation.generation import Answer
 from finetune.training.run_folder import RunResult
 
 _LONGEST_TEXT = 300
+_MOST_BREACHES = 5
 
 
 def describe_result(result: RunResult, before: Sequence[Sequence[str]], after: Sequence[Answer]) -> str:
@@ -22,6 +23,7 @@ def describe_result(result: RunResult, before: Sequence[Sequence[str]], after: S
         "held-out loss": _number(result.eval_loss),
         "held-out exact match": _from_to(result.exact_match_before, result.exact_match_after),
         "nats from the teacher": _recovery(result),
+        "beyond guard.max": _breaches(result),
         "speed": f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else None,
         "peak memory": _peak(result),
     }
@@ -50,6 +52,11 @@ def _recovery(result: RunResult) -> str | None:
         return None
     regained = "" if result.recovered is None else f": {result.recovered:.1%} regained"
     return f"{before:.5f} before, {after:.5f} after{regained}"
+
+
+def _breaches(result: RunResult) -> str | None:
+    found = [f"step {breach['step']} ({breach['teacher_kl']:.4f}, {breach['action']})" for breach in result.breaches]
+    return ", ".join(found[:_MOST_BREACHES]) + (" …" if len(found) > _MOST_BREACHES else "") if found else None
 
 
 def _from_to(before: float | None, after: float | None) -> str | None:

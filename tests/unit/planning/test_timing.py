@@ -21,7 +21,7 @@ from finetune.planning.work import StepWork, step_work
 SHAPE = QWEN25_SHAPES["0.5B"]
 RATES = Rates(
     "a machine", [[1e5, 100.0, 1e9], [1e5, 1000.0, 2e9], [1e7, 100.0, 3e9], [1e7, 1000.0, 4e9]], [[128.0, 1e9]],
-    elementwise=1e9, dequantised=1e9, logits=1e9, trained=1e9, layer_seconds=1e-3,
+    elementwise=1e9, dequantised=[[1e6, 1e9], [1e8, 1e8]], logits=1e9, trained=1e9, layer_seconds=1e-3,
 )  # fmt: skip
 
 
@@ -50,8 +50,10 @@ def test_recomputing_adds_a_forward_pass_but_the_frozen_down_projections():
 
 
 def test_weights_are_dequantised_once_a_forward_pass_and_never_where_they_are_resident():
-    assert work(micro=1).dequantised == 4 * work(micro=4).dequantised > 0
-    assert work("quant.resident=true").dequantised == work("quant.type=none").dequantised == 0
+    once, four = (sum(work(micro=micro).dequantised.values()) for micro in (4, 1))
+    assert four == 4 * once > 0
+    for setting in ("quant.resident=true", "quant.type=none"):
+        assert not any(work(setting).dequantised.values())
 
 
 def test_layers_below_the_first_adapter_have_no_backward_pass():
@@ -96,12 +98,13 @@ def test_what_was_measured_is_kept_by_kind_of_device(tmp_path, monkeypatch):
 def test_a_calibration_measures_every_rate(monkeypatch):
     for name, small in (("_MATRICES", ((32, 16), (64, 64))), ("_ROWS", (8, 16)), ("_DOCUMENTS", (8, 32)),
                         ("_TOKENS", 64), ("_VOCABULARY", 512), ("_CHUNK", 4), ("_INNER", 128), ("_HIDDEN", 64),
-                        ("_HEADS", 2), ("_KEY_HEADS", 1), ("_WIDTH", 32), ("_REPEATS", 1)):  # fmt: skip
+                        ("_HEADS", 2), ("_KEY_HEADS", 1), ("_WIDTH", 32), ("_REPEATS", 1),
+                        ("_DEQUANTISED", ((64, 64), (64, 128)))):  # fmt: skip
         monkeypatch.setattr(calibrate, name, small)
     rates = calibrate.measure_rates(torch.device("cpu"), "here", lambda text: None)
-    assert len(rates.products) == 4 and len(rates.attention) == 2
-    numbers = [rate for *_, rate in (*rates.products, *rates.attention)]
-    numbers += [rates.elementwise, rates.dequantised, rates.logits, rates.trained, rates.layer_seconds]
+    assert [len(rates.products), len(rates.attention), len(rates.dequantised)] == [4, 2, 2]
+    numbers = [rate for *_, rate in (*rates.products, *rates.attention, *rates.dequantised)]
+    numbers += [rates.elementwise, rates.logits, rates.trained, rates.layer_seconds]
     assert all(number > 0 for number in numbers)
 
 

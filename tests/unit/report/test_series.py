@@ -20,7 +20,8 @@ def write(file: Path, *lines: object) -> Path:
 def test_a_step_that_was_done_again_counts_as_it_was_the_last_time(tmp_path: Path):
     first = [{"step": step, "loss": float(step)} for step in (1, 2, 3, 4)]
     again = [{"step": step, "loss": 10.0 * step} for step in (3, 4, 5)]
-    assert read_metrics(write(tmp_path / "m", *first, *again))["loss"] == ([1, 2, 3, 4, 5], [1.0, 2.0, 30.0, 40.0, 50.0])
+    found = read_metrics(write(tmp_path / "m", *first, *again))["loss"]
+    assert found == ([1, 2, 3, 4, 5], [1.0, 2.0, 30.0, 40.0, 50.0])
 
 
 def test_what_is_no_figure_is_left_out(tmp_path: Path):

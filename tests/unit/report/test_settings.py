@@ -27,12 +27,13 @@ def test_a_key_of_another_version_is_shown_and_breaks_nothing():
 
 
 def test_a_mapping_of_module_names_is_one_setting():
-    found = {change.key: change.value for change in changes(config("lora.rank_pattern={'a.b': 4}"))}
-    assert found["lora.rank_pattern"] == '{"a.b": 4}'
+    found = {change.key: change.value for change in changes(config("lora.rank_pattern={q_proj: 4}"))}
+    assert found["lora.rank_pattern"] == '{"q_proj": 4}'
 
 
 def test_runs_differ_in_what_is_not_the_same_everywhere():
-    table = differing([config("lora.rank=4"), config("lora.rank=8", "name=other"), config("lora.rank=4", "data.eval=[]")])
+    alone = config("lora.rank=4", "data.eval=[]", "generation.rows=0")
+    table = differing([config("lora.rank=4"), config("lora.rank=8", "name=other"), alone])
     assert table["lora.rank"] == ["4", "8", "4"]
     assert table["data.eval.0.path"][2] == "" and table["data.eval.0.path"][0]
-    assert all(key.startswith(("lora.rank", "data.eval")) for key in table)
+    assert all(key.startswith(("lora.rank", "data.eval", "generation.rows")) for key in table)
