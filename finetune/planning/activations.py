@@ -99,9 +99,9 @@ class ActivationPlan:
         return moments
 
     def fewest(self, budget_bytes: float) -> int:
-        """The smallest number of recomputed layers whose peak fits; all that backward reaches, if none does."""
-        counts = range(len(self.kept) + 1)
-        return next((count for count in counts if self.peak_bytes(count) <= budget_bytes), len(self.kept))
+        """The smallest number of recomputed layers whose peak fits; the one with the lowest peak, if none does."""
+        peaks = [self.peak_bytes(count) for count in range(len(self.kept) + 1)]
+        return next((count for count, peak in enumerate(peaks) if peak <= budget_bytes), peaks.index(min(peaks)))
 
 
 def plan_activations(

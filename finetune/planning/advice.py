@@ -119,7 +119,7 @@ def _candidates(
     if cfg.lora.modules_to_save:
         yield ("lora.modules_to_save=[]",), _with(cfg, lora={"modules_to_save": []})
     if cfg.lora.rank > 8:
-        yield ("lora.rank=8",), _with(cfg, lora={"rank": 8, "rank_pattern": {}})
+        yield ("lora.rank=8",), _with(cfg, lora={"rank": 8})
     if cfg.lora.target_modules != ["q_proj", "v_proj"]:
         narrow = {"target_modules": ["q_proj", "v_proj"]}
         yield ("'lora.target_modules=[q_proj,v_proj]'",), _with(cfg, lora=narrow)
@@ -155,11 +155,7 @@ def longest_that_fits(
 
 def _leanest(cfg: RunConfig, shape: Mapping[str, Any], device_type: str, ranks: int) -> Footprint:
     """One sequence a forward pass, with the number of recomputed layers that takes least."""
-    plan = plan_activations(shape, cfg, 1, device_type)
-    reached = len(plan.kept)
-    # The peak falls with every layer recomputed but the last, which backward begins with.
-    least = min((max(0, reached - 1), reached), key=plan.peak_bytes)
-    count = least if cfg.train.recompute == "auto" else recomputed_layers_of(cfg, plan, 0.0)
+    count = recomputed_layers_of(cfg, plan_activations(shape, cfg, 1, device_type), free_bytes=0.0)
     return predict(cfg, shape, device_type, 1, count, ranks=ranks)
 
 
@@ -205,7 +201,7 @@ def _ways(
     yield cfg
     freely = _with(cfg, train={"recompute": "auto"})
     longest = longest_that_fits(freely, shape, device_type, free_bytes, ranks)
-    freely = _with(freely, data={"max_length": min(cfg.data.max_length, max(longest, 1))})
+    freely = _with(freely, data={"max_length": min(cfg.data.max_length, longest or _STEP_TOKENS)})
     # Without a micro-batch of its own; derive_micro_batch gives the most that is of use.
     most = derive_micro_batch(_with(freely, train={"micro_batch_size": None}), ranks, device_type)
     for resident in (False, True) if cfg.quant.type in FOUR_BIT else (False,):

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.config.schema import RunConfig
 from finetune.planning.activations import ActivationPlan, plan_activations
-from finetune.planning.footprint import Footprint, predict, usable_bytes
+from finetune.planning.footprint import Footprint, predict
 from finetune.planning.machine import available_memory, device_memory, ranks_here, resident_memory
 
 # Tokens of a forward pass from which more of them are no faster: on a CPU the products are as fast by then, and every
@@ -56,7 +56,7 @@ def choose_memory(
         recompute = "all" if cfg.train.recompute == "auto" else cfg.train.recompute
         plan = plan_activations(shape, cfg, micro, device_type)
         words = f"recompute: {recompute} (the free memory is not known here)"
-        return MemoryChoice(micro, recompute, words, recomputed_layers_of(cfg, plan, 0.0))
+        return MemoryChoice(micro, recompute, words, _count(recompute, len(plan.kept)))
     wanted = micro
     plan = plan_activations(shape, cfg, micro, device_type)
     while _least_peak(cfg, plan, device_type) > free_bytes and micro > 1 and cfg.train.micro_batch_size is None:
@@ -71,9 +71,12 @@ def choose_memory(
 
 def recomputed_layers_of(cfg: RunConfig, plan: ActivationPlan, free_bytes: float = math.inf) -> int:
     """Layers that a setting recomputes; for auto, as many as it takes."""
-    setting, reached = cfg.train.recompute, len(plan.kept)
-    if setting == "auto":
-        return plan.fewest(free_bytes)
+    setting = cfg.train.recompute
+    return plan.fewest(free_bytes) if setting == "auto" else _count(setting, len(plan.kept))
+
+
+def _count(setting: str | int, reached: int) -> int:
+    """Layers that a `train.recompute` other than auto recomputes, of those that backward reaches."""
     if isinstance(setting, int):
         return min(setting, reached)
     return 0 if setting == "none" else max(0, reached - 1)
@@ -88,7 +91,7 @@ def foresee(
     """
     micro = derive_micro_batch(cfg, ranks, device_type)
     beside = predict(cfg, shape, device_type, micro, 0, ranks=ranks)
-    usable = None if free_bytes is None else usable_bytes(beside, free_bytes)
+    usable = None if free_bytes is None else beside.usable_bytes(free_bytes)
     choice = choose_memory(cfg, shape, ranks, device_type, usable)
     return predict(cfg, shape, device_type, choice.micro_batch, choice.recomputed, ranks=ranks)
 

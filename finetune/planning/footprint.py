@@ -79,10 +79,24 @@ class Footprint:
 
     @property
     def needed_bytes(self) -> float:
-        """What must be free for the run to be safe: the peak, its margin, and on a GPU the context."""
-        fixed = sum(size for name, size in self.parts.items() if name in self.static.parts or name in _FIXED)
-        margin = MARGIN[_kind(self.device_type)] * (self.peak_bytes - fixed)
-        return self.peak_bytes + margin + (CONTEXT_BYTES if self.device_type == "cuda" else 0)
+        """What must be free for the run to be safe: at each moment what is held, a margin on what is not weights, and
+        on a GPU the context.
+        """
+        return max(self._needed(parts) for parts in self.moments.values())
+
+    def _needed(self, parts: Mapping[str, float]) -> float:
+        fixed = sum(size for name, size in parts.items() if name in self.static.parts or name in _FIXED)
+        margin = 1 + MARGIN[_kind(self.device_type)]
+        return fixed + margin * (sum(parts.values()) - fixed) + (CONTEXT_BYTES if self.device_type == "cuda" else 0)
+
+    def usable_bytes(self, free_bytes: float) -> float:
+        """What the activations of a training step may take of so many free bytes: those with which they need no more.
+
+        Of any footprint of a config: it does not depend on what is recomputed.
+        """
+        step = self.moments[_MOMENTS["backward"]]
+        beside = {name: size for name, size in step.items() if name not in _ACTIVATIONS}
+        return max(0.0, (free_bytes - self._needed(beside)) / (1 + MARGIN[_kind(self.device_type)]))
 
 
 _FIXED = {"process and libraries", "tokenizers", "teacher"}
@@ -204,9 +218,3 @@ def _tokenizer_bytes(cfg: RunConfig) -> int:
 def _kind(device_type: str) -> str:
     return "cuda" if device_type == "cuda" else "cpu"
 
-
-def usable_bytes(found: Footprint, free_bytes: float) -> float:
-    """What activations may take of so many free bytes, beside all that is there anyway, with the margin left."""
-    beside = sum(size for name, size in found.parts.items() if name not in _ACTIVATIONS)
-    reserved = CONTEXT_BYTES if found.device_type == "cuda" else 0
-    return max(0.0, (free_bytes - beside - reserved) / (1 + MARGIN[_kind(found.device_type)]))

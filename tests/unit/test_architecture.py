@@ -85,6 +85,13 @@ def test_imports_point_left(module: Path):
     assert not wrong
 
 
+def test_contributors_are_told_these_layers():
+    told = (ROOT / "CONTRIBUTING.md").read_text().partition("Imports point left only")[2].partition("\n\n")[0]
+    listed = [set(group.split(", ")) for group in re.findall(r"`([\w, ]+)`", told)]
+    commands = next(rooms for rooms in LAYERS if "doctor" in rooms)
+    assert listed == [rooms for rooms in LAYERS if rooms is not commands]
+
+
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_only_front_doors_import_training(module: Path):
     if room_of(module) in FRONT_DOORS | {"training"}:

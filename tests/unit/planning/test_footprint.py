@@ -8,7 +8,7 @@ from finetune import load_config
 from finetune.config.schema import RunConfig
 from finetune.models.families import QWEN25_SHAPES
 from finetune.planning.fitting import choose_memory, foresee
-from finetune.planning.footprint import CONTEXT_BYTES, MARGIN, Footprint, predict, usable_bytes
+from finetune.planning.footprint import CONTEXT_BYTES, MARGIN, Footprint, predict
 from finetune.planning.memory import static_of
 
 SHAPE = QWEN25_SHAPES["0.5B"]
@@ -101,5 +101,5 @@ def test_what_is_chosen_to_fit_is_predicted_to_fit(kind, share):
     most = predict(cfg, SHAPE, kind, 4, 0).needed_bytes
     plan = foresee(cfg, SHAPE, 1, kind, share * most)
     assert plan.needed_bytes <= share * most * 1.02  # the loss's workspace may be the peak with other margins
-    usable = usable_bytes(predict(cfg, SHAPE, kind, 4, 0), share * most)
+    usable = predict(cfg, SHAPE, kind, 4, 0).usable_bytes(share * most)
     assert choose_memory(cfg, SHAPE, 1, kind, usable).recomputed == plan.recomputed
