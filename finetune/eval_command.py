@@ -18,7 +18,8 @@ usage: finetune eval adapter=RUN_OR_ADAPTER [data=[{path: rows.jsonl}]] [key=val
 
 Measures the base in 16 bit, the quantised base, that with the adapter, and the merged model on the same held-out rows,
 one in memory at a time: loss, token accuracy, right answers, and how far each is from the 16-bit base, all with 95 %
-intervals. The table goes to stdout; gap.json, gap.md and gap.png into the adapter's run, or into out=DIR.
+intervals. The table goes to stdout; gap.json, gap.md and gap.png into the adapter's run, whose report then shows them
+too, or into out=DIR.
   --json   print the table as JSON
 
 Examples
@@ -57,8 +58,11 @@ def run_eval(arguments: Arguments) -> int:
         say("nothing is written: this is no run's folder; out=DIR writes gap.json, gap.md and gap.png")
     else:
         from finetune.gap.files import write_gap
+        from finetune.report.page import REPORT, try_report
 
         say(f"written: {', '.join(map(str, write_gap(table, place)))}")
+        if (place / REPORT).is_file():
+            try_report(place, say)
     print(to_json(table) if "--json" in arguments.flags else printable(gap_markdown(table)), end="")
     return 0
 

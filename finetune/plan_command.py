@@ -189,7 +189,8 @@ def _shape_of(model_name: str) -> Mapping[str, Any]:
             "config.json, or a Qwen2.5 size"
         )
     family_of(shape["model_type"], where)
-    if wrong := [key for key in SHAPE_KEYS if not isinstance(shape[key], int) or shape[key] < (key != "tie_word_embeddings")]:
+    sizes = [key for key in SHAPE_KEYS if key != "tie_word_embeddings"]
+    if wrong := [key for key in sizes if not isinstance(shape[key], int) or shape[key] < 1]:
         raise ConfigError(f"{where}: config.json has {wrong[0]}={shape[wrong[0]]!r}, which is no size of a model")
     return shape
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -68,9 +69,10 @@ def svg(drawn: Figure) -> str:
     for number, colour in enumerate(COLOURS[:-1], 1):
         body = body.replace(colour.lower(), f"var(--line-{number}, {colour})")
     body = body.replace("#000000", "currentColor")
-    # Several figures share a page: an id that nothing refers to would only stand there twice.
-    used = set(re.findall(r"#([\w-]+)", body))
-    body = re.sub(r' id="([\w-]+)"', lambda found: found[0] if found[1] in used else "", body)
+    # Several figures share a page, on which an id may stand once; one that nothing refers to is not needed.
+    used, name = set(re.findall(r"#([\w.-]+)", body)), hashlib.sha256(body.encode()).hexdigest()[:8]
+    body = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", body)
+    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", body)
     return re.sub(r' (width|height)="[^"]*"', "", head) + ' fill="currentColor">' + body
 
 

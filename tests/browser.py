@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Elements whose text has too little contrast with what is behind it (WCAG 2 asks for 4.5), with the ratio.
+# Elements whose text, and curves, that have too little contrast with what is behind them, with the ratio: WCAG 2 asks
+# for 4.5 and 3.
 CONTRAST = """(() => {
   const rgb = text => text.match(/[\\d.]+/g).map(Number);
   const light = ([r, g, b]) => [r, g, b].map(c => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
@@ -20,12 +21,26 @@ CONTRAST = """(() => {
   const ground = node => { for (; node; node = node.parentElement) {
     const colour = rgb(getComputedStyle(node).backgroundColor);
     if (colour.length === 3 || colour[3] === 1) return colour; } return [255, 255, 255]; };
-  const read = 'h1,h2,h3,p,dt,dd,th,td,li,li strong,pre,mark,mark span,pre span,figcaption,sup';
-  return [...document.querySelectorAll(read)]
-    .map(node => { const [a, b] = [light(rgb(getComputedStyle(node).color)), light(ground(node))];
-      return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.tagName + '.' + node.className]; })
-    .filter(([ratio]) => ratio < 4.5);
+  const read = 'h1,h2,h3,p,dt,dd,th,td,li,li strong,pre,code,mark,mark span,pre span,figcaption,sup,small,summary';
+  const ink = (style, properties) => properties.map(name => style[name]).find(colour => colour !== 'none');
+  const weak = (selector, properties, least) => [...document.querySelectorAll(selector)]
+    .map(node => { const [a, b] = [light(rgb(ink(getComputedStyle(node), properties))), light(ground(node))];
+      return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.tagName + '.' + node.getAttribute('class')]; })
+    .filter(([ratio]) => ratio < least);
+  return [...weak(read, ['color'], 4.5), ...weak('svg text', ['fill'], 4.5),
+    ...weak('[style*="--line-"]', ['stroke', 'fill'], 3)];
 })()"""
+
+# Of every <figure>: its label, and of each shape that has a size whether it lies within its picture.
+DRAWN = """[...document.querySelectorAll('figure')].map(figure => {
+  const frame = figure.querySelector('svg').getBoundingClientRect();
+  const shapes = [...figure.querySelectorAll('svg path, svg rect, svg use')]
+    .filter(shape => !shape.closest('defs, clipPath'))
+    .map(shape => shape.getBoundingClientRect()).filter(box => box.width + box.height > 0);
+  const within = box => box.left >= frame.left - 1 && box.right <= frame.right + 1 && box.top >= frame.top - 1
+    && box.bottom <= frame.bottom + 1;
+  return [figure.getAttribute('aria-label'), frame.width > 100 && frame.height > 50 ? shapes.map(within) : []];
+})"""
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -64,6 +79,11 @@ class Page:
         self.call("Page.navigate", url=file.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
+
+    def troubles(self) -> list[dict[str, Any]]:
+        """Of the page that stands: errors, messages on the console, and requests but for the page itself."""
+        kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded", "Network.requestWillBeSent")
+        return [event for event in self.events if event.get("method") in kinds][1:]
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression."""

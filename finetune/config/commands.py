@@ -79,6 +79,9 @@ class EvalOptions(Section):
     )
     merged: Text | None = Field(None, description="Folder of the merged model; null merges into one that goes again.")
     limit: Count | None = Field(None, description="Rows of each set, the first so many; null is all.")
+    on_bad_row: Literal["error", "skip"] | None = Field(
+        None, description="What happens at a row that cannot be used; null is what the run does, or error."
+    )
     answers: Index = Field(200, description="Rows of each set of data that are answered; 0 is none.")
     metric: Text = Field(
         "exact", description="What makes an answer right: exact, number, regex, or FILE.py:FUNCTION, which is run."
@@ -128,8 +131,8 @@ class SweepSettings(Section):
     out: Text | None = Field(None, description="Folder of the runs and the table; null is outputs/NAME-sweep.")
     metric: Text = Field(
         "eval_loss",
-        description="What is judged: eval_loss, final_loss, exact_match_after, teacher_kl_after, recovered, peak_bytes, "
-        "train_seconds, tokens_per_second, or a figure of one set, as eval/heldout/accuracy.",
+        description="What is judged: eval_loss, final_loss, exact_match_after, teacher_kl_after, recovered, "
+        "peak_bytes, train_seconds, tokens_per_second, or a figure of one set, as eval/heldout/accuracy.",
     )
     direction: Literal["auto", "minimize", "maximize"] = Field(
         "auto", description="Which way is better; auto knows it of each metric."

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from finetune.errors import IntegrityError
 from finetune.evaluation.intervals import Estimate
 from finetune.files import write_text
+from finetune.models.digest import sha256_of
 
 JSON, MARKDOWN, PICTURE = "gap.json", "gap.md", "gap.png"
 SCHEMA_VERSION = 1
@@ -70,7 +71,7 @@ class GapTable:
 
     adapter: None where a model alone was. model: the base, or that model. reference: variant that kl, top1 and the
     differences are to; None where it was not among the models. metric: what `score` is; None without answers.
-    made_with: versions, device, date.
+    made_with: versions, device, date. adapter_files: SHA-256 of what the adapter's weights were read from, by name.
     """
 
     adapter: str | None
@@ -82,6 +83,7 @@ class GapTable:
     seconds: float
     made_with: dict[str, str]
     models: list[ModelFigures]
+    adapter_files: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
 
@@ -96,7 +98,8 @@ def to_json(table: GapTable) -> str:
 
 
 def load_gap(folder: Path | str) -> GapTable | None:
-    """The table of a run's folder; None where none was measured, or by a release that wrote it otherwise.
+    """The table of a run's folder; None where none was measured, by a release that wrote it otherwise, or of another
+    adapter than the folder now holds.
 
     Raises: IntegrityError if gap.json is no whole table.
     """
@@ -105,8 +108,10 @@ def load_gap(folder: Path | str) -> GapTable | None:
         text = file.read_text(encoding="utf-8")
         if json.loads(text)["schema_version"] != SCHEMA_VERSION:
             return None
-        return TypeAdapter(GapTable).validate_json(text)
+        table = TypeAdapter(GapTable).validate_json(text)
     except FileNotFoundError:
         return None
     except (ValueError, LookupError, TypeError) as error:
         raise IntegrityError(f"{file} is no table of finetune eval ({error}); remove it and measure again") from error
+    then = {file.with_name(name): digest for name, digest in table.adapter_files.items()}
+    return None if any(part.is_file() and sha256_of(part) != digest for part, digest in then.items()) else table

@@ -47,17 +47,20 @@ def readable_bytes(count: int) -> str:
 
 
 def gap_markdown(table: GapTable) -> str:
-    """The table with its intervals, a part for each set of rows, one for the tasks."""
+    """The table with its intervals: a column for each model, a part for each set of rows, one for the tasks."""
     subject = table.model if table.adapter is None else f"{table.adapter} on {table.model}"
     parts = [f"# {subject}", f"In brackets are 95 % intervals ({table.resamples:,} resamples of the rows, paired)."]
     for i, rows in enumerate(table.models[0].sets if table.models else []):
         parts.append(_title(rows))
-        parts.append(_table_of(table, [model.sets[i] for model in table.models]))
+        parts.append(_figures(table, i))
         if any(model.sets[i].differences for model in table.models):
-            parts.append(f"Less those of {_reference(table)}, on the same rows:")
+            parts.append(f"Difference from {_reference(table)} on the same rows:")
             parts.append(_differences(table, i))
     if any(model.tasks for model in table.models):
         parts += ["## Tasks of lm-evaluation-harness", _tasks(table.models)]
+    date, device = table.made_with.get("date", "")[:10], table.made_with.get("device", "")
+    versions = ", ".join(f"{name} {table.made_with[name]}" for name in ("finetune", "torch") if name in table.made_with)
+    parts.append(f"Measured {date} in {table.seconds:,.0f} s on {device} with {versions}, seed {table.seed}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -69,13 +72,18 @@ def gap_figure(table: GapTable) -> Figure:
         for name in ("loss", "accuracy", "score", "kl")
         if any(name in rows.figures for model in table.models for rows in model.sets)
     ]
-    drawn, panels = figure(2.6 * len(names) + 1.4, 1.4 + 0.45 * len(table.models), panels=max(1, len(names)))
+    lines = len(table.models) * max(1.6, len(sets))
+    height = 1.2 + 0.26 * lines + (0.3 if len(sets) > 1 else 0)
+    drawn, panels = figure(2.6 * len(names) + 1.4, height, panels=max(1, len(names)))
     for panel, name in zip(panels, names, strict=False):
         for i in range(len(sets)):
             _draw(panel, table, name, i)
         panel.set_title(_label(table, name))
         panel.set_ylim(len(table.models) - 0.5, -0.5)
         panel.set_yticks(range(len(table.models)), [""] * len(table.models))
+        panel.grid(False, axis="y")
+        for border in range(1, len(table.models)):
+            panel.axhline(border - 0.5, color="black", alpha=0.2, linewidth=0.8)
     panels[0].set_yticks(
         range(len(table.models)), [f"{model.name}\n{readable_bytes(model.stored_bytes)}" for model in table.models]
     )
@@ -89,14 +97,15 @@ def gap_figure(table: GapTable) -> Figure:
 
 
 def _draw(panel: Axes, table: GapTable, name: str, i: int) -> None:
-    scale = 100 if name in ("accuracy", "score", "top1") else 1
+    scale = 100 if name in ("accuracy", "score") else 1
     sets = len(table.models[0].sets)
+    spread = min(0.4, 0.8 / sets)
+    colour = COLOURS[i % len(COLOURS)]
     for line, model in enumerate(table.models):
         found = model.sets[i].figures.get(name)
         if found is None:
             continue
-        y = line + 0.18 * (i - (sets - 1) / 2)
-        colour = COLOURS[i % len(COLOURS)]
+        y = line + spread * (i - (sets - 1) / 2)
         ends = [[scale * max(0.0, found.value - found.low)], [scale * max(0.0, found.high - found.value)]]
         panel.errorbar(
             [scale * found.value], [y], xerr=ends, fmt="o", color=colour, markersize=4, capsize=2, linewidth=1.2
@@ -104,11 +113,19 @@ def _draw(panel: Axes, table: GapTable, name: str, i: int) -> None:
         far = model.sets[i].figures.get("kl_p99") if name == "kl" else None
         if far is not None:
             panel.plot([far.value], [y], "D", markerfacecolor="none", markersize=4, color=colour)
+        panel.annotate(
+            FIGURES[name][1](found.value), (scale * found.value, y), xytext=(0, 4), textcoords="offset points",
+            ha="center", va="bottom", fontsize=7, color="black",
+        )  # fmt: skip
     if name == "kl":
         panel.set_xscale("symlog", linthresh=1e-4)
+        panel.margins(x=0.15)
         panel.set_xlabel("dot: mean; diamond: 99th percentile")
     elif scale == 100:
-        panel.set_xlim(-4, 104)
+        panel.set_xlim(-12, 112)
+        panel.set_xticks(range(0, 101, 25))
+    else:
+        panel.margins(x=0.18)
 
 
 def _title(rows: SetFigures) -> str:
@@ -125,21 +142,23 @@ def _reference(table: GapTable) -> str:
     return next((model.name for model in table.models if model.variant == table.reference), "nothing")
 
 
-def _table_of(table: GapTable, sets: Sequence[SetFigures]) -> str:
-    names = [name for name in FIGURES if any(name in rows.figures for rows in sets)]
-    lines = [["", "bytes", *(_label(table, name) for name in names)]]
-    for model, rows in zip(table.models, sets, strict=True):
-        cells = [_cell(rows.figures.get(name), FIGURES[name][1]) for name in names]
-        lines.append([model.name, readable_bytes(model.stored_bytes), *cells])
+def _figures(table: GapTable, i: int) -> str:
+    sets = [model.sets[i] for model in table.models]
+    lines = [
+        ["", *(model.name for model in table.models)],
+        ["bytes", *(readable_bytes(model.stored_bytes) for model in table.models)],
+    ]
+    for name in [name for name in FIGURES if any(name in rows.figures for rows in sets)]:
+        lines.append([_label(table, name), *(_cell(rows.figures.get(name), FIGURES[name][1]) for rows in sets)])
     return _grid(lines)
 
 
 def _differences(table: GapTable, i: int) -> str:
-    names = [name for name in FIGURES if any(name in model.sets[i].differences for model in table.models)]
-    lines = [["", *(_label(table, name) for name in names)]]
-    for model in table.models:
-        if found := model.sets[i].differences:
-            lines.append([model.name, *(_cell(found.get(name), FIGURES[name][1], sign=True) for name in names)])
+    others = [model for model in table.models if model.sets[i].differences]
+    lines = [["", *(model.name for model in others)]]
+    for name in [name for name in FIGURES if any(name in model.sets[i].differences for model in others)]:
+        cells = (_cell(model.sets[i].differences.get(name), FIGURES[name][1], sign=True) for model in others)
+        lines.append([_label(table, name), *cells])
     return _grid(lines)
 
 
@@ -161,6 +180,7 @@ def _cell(estimate: Estimate | None, form: Format, sign: bool = False) -> str:
 
 
 def _grid(lines: Sequence[Sequence[str]]) -> str:
-    head, *body = lines
-    rule = ["---"] * len(head)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *body))
+    """A markdown table whose columns stand below each other as text too."""
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    head, *body = [[cell.ljust(width) for cell, width in zip(cells, widths, strict=True)] for cells in lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["-" * width for width in widths], *body))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +43,12 @@ def answer_rows(
     *,
     max_new_tokens: int,
     batch_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
     """Greedy answers to each conversation's last assistant turn, in the order given.
 
     Rows are answered in batches of like length, padded on the left; the model's mode and random state stay as they are.
+    progress: told after each batch how many are done, and of how many.
     Raises: DataError if the template refuses a conversation.
     """
     asked = [_up_to_last_answer(conversation) for conversation in conversations]
@@ -61,6 +63,7 @@ def answer_rows(
             written = batch.write(greedy, stop_ids, vocabulary)
             for i, text in zip(rows, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
                 answers[i] = Answer(_prompt_of(asked[i]), _expected(chat, asked[i]), text)
+            progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
 
 

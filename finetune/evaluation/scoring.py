@@ -48,11 +48,12 @@ def score_tokens(
     teacher: Teacher | None = None,
     vocabulary: int = 0,
     keep: Callable[[Tensor], None] = lambda hidden_ND: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TokenScores:
     """Score documents in batches of at most `limit_tokens` tokens (a longer document goes alone).
 
     vocabulary: ids that teacher and model both know. keep: given the final hidden states [N, D] of each batch's
-    targets, in order.
+    targets, in order. progress: told after each how many documents are done, and of how many.
     Raises: FinetuneError if the model gives numbers that are none.
     """
     device = next(model.parameters()).device
@@ -71,6 +72,7 @@ def score_tokens(
             chunks = _chunks(model, hidden_ND, labels_N, signal, vocabulary)
             columns = [torch.cat(column).cpu().numpy() for column in zip(*chunks, strict=True)]
             parts.append([row_N, *columns])
+            progress(done, len(documents))
     row_N, nll_N, correct_N, *rest = (np.concatenate(column) for column in zip(*parts, strict=True))
     if not all(np.isfinite(column).all() for column in (nll_N, *rest)):
         raise FinetuneError("the model gives a loss that is no number; its weights, or the adapter's, are broken")

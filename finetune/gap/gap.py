@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,20 +21,24 @@ from transformers import PreTrainedTokenizerBase
 from finetune import __version__
 from finetune.config.commands import EvalOptions, GateOptions, MergeOptions
 from finetune.data.template.chat import ChatTemplate
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, ResourceError
 from finetune.evaluation.gap_table import GapTable, ModelFigures, Variant
 from finetune.evaluation.intervals import Bootstrap
 from finetune.evaluation.metrics import Metric, find_metric
 from finetune.export.merge.merge import merge
+from finetune.files import is_disk_full
 from finetune.gap.harness import load_tasks, run_tasks
-from finetune.gap.measuring import Measuring, stored_bytes
-from finetune.gap.rows import RowSet, load_sets
+from finetune.gap.measuring import HowFar, Measuring, stored_bytes
+from finetune.gap.rows import RowSet, doubts, load_sets
 from finetune.gap.subjects import Say, Subjects, contradictions, find_subjects
+from finetune.models.adapter_files import TENSOR_FILE
+from finetune.models.digest import sha256_of
 from finetune.models.load import default_device, load_adapter_tokenizer, load_tokenizer
 from finetune.models.source import TEXT_FILES, fetch, read_config
 from finetune.planning.machine import pick_threads, usable_cores
 
 _MAX_NEW_TOKENS = 256
+_SCRATCH = ".eval-"
 
 
 def evaluate_gap(options: EvalOptions, say: Say, place: Path | None = None) -> GapTable:
@@ -51,8 +57,12 @@ def evaluate_gap(options: EvalOptions, say: Say, place: Path | None = None) -> G
     chat = ChatTemplate(tokenizer)
     sets = load_sets(options, subjects.cfg, chat)
     subjects = _with_rows_for(subjects, tokenizer, say)
+    if options.merged is not None and "merged" in subjects.variants:
+        _check_merged(options.merged, _vocabulary(subjects, tokenizer))
     for rows in sets:
         say(_describe(rows))
+    for doubt in doubts(options, subjects.cfg, sets):
+        say(f"warning: {doubt}")
     with _scratch(place) as scratch:
         merged = _merged_folder(options, subjects, scratch, say)
         measuring = _measuring(options, subjects, sets, (tokenizer, chat, metric), scratch)
@@ -61,6 +71,7 @@ def evaluate_gap(options: EvalOptions, say: Say, place: Path | None = None) -> G
         options.adapter, subjects.model.name, "base" if "base" in subjects.variants else None,
         metric.name if any(rows.conversations for rows in sets) else None, options.resamples, options.seed,
         round(time.monotonic() - started, 1), _made_with(), models,
+        {} if subjects.adapter is None else {TENSOR_FILE: sha256_of(subjects.adapter / TENSOR_FILE)},
     )  # fmt: skip
 
 
@@ -75,21 +86,39 @@ def _measure(
 ) -> ModelFigures:
     name = subjects.name(variant)
     started = time.monotonic()
-    model = subjects.load(variant, merged, say)
-    sets = measuring.measure(model, reference=variant == "base")
-    found = []
-    if tasks is not None:
-        found = run_tasks(
-            model, measuring.tokenizer, tasks, limit=options.limit, batch_size=options.batch_size,
-            as_chat=options.tasks_as_chat,
-        )  # fmt: skip
-    figures = ModelFigures(variant, name, stored_bytes(model), sets, found)
+    with _room_for(name, variant, subjects.variants):
+        model = subjects.load(variant, merged, say)
+        sets = measuring.measure(model, reference=variant == "base", far=HowFar(name, say))
+        found = []
+        if tasks is not None:
+            found = run_tasks(
+                model, measuring.tokenizer, tasks, limit=options.limit, batch_size=options.batch_size,
+                as_chat=options.tasks_as_chat,
+            )  # fmt: skip
+        figures = ModelFigures(variant, name, stored_bytes(model), sets, found)
     del model
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     say(f"{name}: measured in {time.monotonic() - started:.1f} s")
     return figures
+
+
+@contextmanager
+def _room_for(name: str, variant: Variant, variants: tuple[Variant, ...]) -> Iterator[None]:
+    """Says what to do where memory or disk runs out. Raises: ResourceError."""
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise ResourceError(
+                f"{name}: the disk is full; free space, or name a folder on another one with out=DIR ({error})"
+            ) from error
+        if isinstance(error, torch.OutOfMemoryError | MemoryError | ResourceError) or "allocate memory" in str(error):
+            others = ",".join(other for other in variants if other != variant)
+            without = f", or leave it out with 'variants=[{others}]'" if others else ""
+            raise ResourceError(f"{name}: not enough memory; lower batch_size{without} ({error})") from error
+        raise
 
 
 def _check(options: EvalOptions) -> Metric:
@@ -127,6 +156,11 @@ def _base_rows(subjects: Subjects) -> int:
     return int(read_config(fetch(model.name, model.revision, TEXT_FILES, "model").folder, model.name)["vocab_size"])
 
 
+def _vocabulary(subjects: Subjects, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Ids that all models know."""
+    return min(len(tokenizer), _base_rows(subjects))
+
+
 def _measuring(
     options: EvalOptions,
     subjects: Subjects,
@@ -137,7 +171,7 @@ def _measuring(
     tokenizer, chat, metric = words
     own = subjects.cfg.generation.max_new_tokens if subjects.cfg is not None else _MAX_NEW_TOKENS
     return Measuring(
-        sets, tokenizer, chat, metric, min(len(tokenizer), _base_rows(subjects)), options.max_new_tokens or own,
+        sets, tokenizer, chat, metric, _vocabulary(subjects, tokenizer), options.max_new_tokens or own,
         options.batch_size, [Bootstrap(rows.rows, options.resamples, options.seed) for rows in sets],
         [Bootstrap(max(1, len(rows.conversations)), options.resamples, options.seed) for rows in sets], scratch,
     )  # fmt: skip
@@ -148,20 +182,52 @@ def _merged_folder(options: EvalOptions, subjects: Subjects, scratch: Path, say:
     if "merged" not in subjects.variants:
         return None
     if options.merged is not None:
-        folder = Path(options.merged).expanduser()
-        if not folder.is_dir():
-            raise ConfigError(f"merged={options.merged}: there is no such folder; finetune merge writes one")
-        return folder
+        return Path(options.merged).expanduser()
     assert options.adapter is not None, "only an adapter has a merged model"
     out = scratch / "merged"
     merge(MergeOptions(adapter=options.adapter, out=str(out), gate=GateOptions(rows=0)), say=lambda text: None)
     return out
 
 
+def _check_merged(word: str, vocabulary: int) -> None:
+    """Raises: ConfigError if the folder is no model, or one that does not know the base's tokens."""
+    folder = Path(word).expanduser()
+    if not (folder / "config.json").is_file():
+        found = "is no model's folder: it has no config.json" if folder.is_dir() else "there is no such folder"
+        raise ConfigError(f"merged={word}: {found}; finetune merge writes one")
+    rows = int(read_config(folder, word).get("vocab_size", 0))
+    if rows < vocabulary:
+        raise ConfigError(f"merged={word}: knows {rows:,} tokens, the base {vocabulary:,}; it is not merged from it")
+
+
 @contextmanager
 def _scratch(place: Path | None) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix=".eval-", dir=place) as folder:
-        yield Path(folder)
+    """A folder in `place`, gone after the block. Those that killed processes left there go as well."""
+    try:
+        for left in place.glob(f"{_SCRATCH}*") if place is not None else ():
+            with suppress(OSError):
+                os.close(_locked(left))
+                shutil.rmtree(left)
+        made = tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=place)
+    except OSError as error:
+        raise ConfigError(f"{place or 'temporary files'}: cannot be written to: {error.strerror}") from error
+    with made as folder:
+        lock = _locked(Path(folder))
+        try:
+            yield Path(folder)
+        finally:
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """A lock that ends with the process. Raises: BlockingIOError if another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _describe(rows: RowSet) -> str:

@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
@@ -20,12 +21,10 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from finetune.errors import ConfigError, MissingExtra
+from finetune.errors import ConfigError, FinetuneError, MissingExtra
 from finetune.evaluation.gap_table import TaskFigures
-from finetune.evaluation.intervals import Bootstrap, Estimate, share_of
+from finetune.evaluation.intervals import NORMAL_95, Bootstrap, Estimate, share_of
 
-# Of a normal distribution, which the harness's standard errors are for.
-_TWO_SIDED_95 = 1.959964
 _RESAMPLES = 1000
 _FEWSHOT_SEED = 1234  # as the harness's command line has it
 
@@ -74,16 +73,25 @@ def run_tasks(
     """Every metric of every task.
 
     tasks: from `load_tasks`. limit: rows of each. as_chat: ask through the tokenizer's template.
+    Raises: FinetuneError if the harness fails, as at a metric that it does not know.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     with _silent():
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
-        # Not simple_evaluate: it also looks for a git repository in the working directory and reseeds everything.
-        found = evaluate(
-            lm=wrapped, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=True, apply_chat_template=as_chat
-        )
+        try:
+            # Not simple_evaluate: it also looks for a git repository in the working directory and reseeds everything.
+            found = evaluate(
+                lm=wrapped, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=True,
+                apply_chat_template=as_chat,
+            )  # fmt: skip
+        except (TypeError, LookupError, ValueError, AttributeError, AssertionError, ArithmeticError) as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise FinetuneError(
+                f"tasks: lm-evaluation-harness fails on {', '.join(sorted(tasks['tasks']))}: {type(error).__name__}: "
+                f"{error} ({Path(where.filename).name}:{where.lineno}); look at the task's metrics, filters and fields"
+            ) from error
     assert found is not None, "one process is rank 0"
     return [
         _figure(task, metric, float(value), found["samples"][task], figures)
@@ -106,7 +114,7 @@ def _figure(
             figure = Bootstrap(len(values_R), _RESAMPLES, 0).ratio(values_R, np.ones(len(values_R)))
             return TaskFigures(task, label, len(values_R), share_of(values_R, figure))
     error = figures.get(f"{name}_stderr,{filtered}")
-    half = _TWO_SIDED_95 * error if isinstance(error, int | float) and math.isfinite(error) else 0.0
+    half = NORMAL_95 * error if isinstance(error, int | float) and math.isfinite(error) else 0.0
     return TaskFigures(task, label, len(of_rows), Estimate(value, value - half, value + half))
 
 

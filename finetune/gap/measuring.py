@@ -5,7 +5,8 @@ Shapes: N target tokens of a batch, D hidden width, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from finetune.data.batch import Batch
 from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation.gap_table import SetFigures
 from finetune.evaluation.generation import answer_rows
-from finetune.evaluation.intervals import Bootstrap, Figure, share_of
+from finetune.evaluation.intervals import Bootstrap, Figure, difference_of_shares, share_of
 from finetune.evaluation.metrics import Metric
 from finetune.evaluation.scoring import TokenScores, score_tokens
 from finetune.gap.rows import RowSet
@@ -27,6 +28,7 @@ from finetune.losses.cross_entropy import head_of
 from finetune.losses.signal import HiddenSignal
 
 LIMIT_TOKENS = 4096
+PACE_SECONDS = 10.0
 # Beyond it exp() is more than JSON holds.
 _MOST_NATS = 700.0
 
@@ -65,11 +67,30 @@ class _Replay:
             yield self._said.batch(self._next - 1)
 
 
+class HowFar:
+    """Says how far a model has come, where that takes longer than a few seconds."""
+
+    def __init__(self, name: str, say: Callable[[str], None]):
+        self._name, self._say = name, say
+        self._next = time.monotonic() + PACE_SECONDS
+
+    def of(self, rows: str, what: str) -> Callable[[int, int], None]:
+        """What to tell how many of a set are scored or answered, and of how many."""
+
+        def progress(done: int, total: int) -> None:
+            if done < total and (now := time.monotonic()) >= self._next:
+                self._next = now + PACE_SECONDS
+                self._say(f"{self._name}: {rows}, {what} {done:,} of {total:,}")
+
+        return progress
+
+
 @dataclass
 class Measuring:
     """What measuring needs besides a model. vocabulary: ids that reference and models know. scratch: a folder.
 
-    said, baseline: of each set, what the reference said and its figures; empty until it was measured.
+    said, baseline, right: of each set, what the reference said, its figures, and its score of each row answered; empty
+    until it was measured.
     """
 
     sets: list[RowSet]
@@ -84,43 +105,51 @@ class Measuring:
     scratch: Path
     said: list[Remembered] = field(default_factory=list)
     baseline: list[dict[str, Figure]] = field(default_factory=list)
+    right: list[np.ndarray] = field(default_factory=list)
 
-    def measure(self, model: nn.Module, reference: bool) -> list[SetFigures]:
+    def measure(self, model: nn.Module, reference: bool, far: HowFar) -> list[SetFigures]:
         """A model's figures on every set. reference: whether it is what the models after it are compared with."""
-        return [self._on_set(model, i, reference) for i in range(len(self.sets))]
+        return [self._on_set(model, i, reference, far) for i in range(len(self.sets))]
 
-    def _on_set(self, model: nn.Module, i: int, reference: bool) -> SetFigures:
+    def _on_set(self, model: nn.Module, i: int, reference: bool, far: HowFar) -> SetFigures:
         rows = self.sets[i]
         said = self.said[i] if i < len(self.said) else None
         if reference:
             said = Remembered(self.scratch / str(i), next(model.parameters()).device)
-            scores = score_tokens(model, rows.documents, limit_tokens=LIMIT_TOKENS, keep=said.keep)
+            scores = score_tokens(
+                model, rows.documents, limit_tokens=LIMIT_TOKENS, keep=said.keep, progress=far.of(rows.name, "scored")
+            )
             said.head = head_of(model)
             self.said.append(said)
         else:
             teacher = None if said is None else said.replay()
             scores = score_tokens(
-                model, rows.documents, limit_tokens=LIMIT_TOKENS, teacher=teacher, vocabulary=self.vocabulary
-            )
+                model, rows.documents, limit_tokens=LIMIT_TOKENS, teacher=teacher, vocabulary=self.vocabulary,
+                progress=far.of(rows.name, "scored"),
+            )  # fmt: skip
         figures = token_figures(scores, self.bootstraps[i])
         estimates = {name: figure.estimate() for name, figure in figures.items()}
-        if rows.conversations:
-            values_R = self._score_answers(model, rows)
+        values_R = self._score_answers(model, rows, far) if rows.conversations else np.empty(0)
+        if len(values_R):
             figures["score"] = self.answered[i].ratio(values_R, np.ones(len(values_R)))
             estimates["score"] = share_of(values_R, figures["score"])
         baseline = self.baseline[i] if i < len(self.baseline) else {}
-        if reference:
-            self.baseline.append(figures)
         compared = [name for name in ("loss", "accuracy", "score") if name in baseline]
         differences = {name: (figures[name] - baseline[name]).estimate() for name in compared}
+        if "score" in differences:
+            less = figures["score"] - baseline["score"]
+            differences["score"] = difference_of_shares(values_R, self.right[i], less)
+        if reference:
+            self.baseline.append(figures)
+            self.right.append(values_R)
         return SetFigures(
             rows.name, rows.rows, len(scores.row_N), rows.forgetting, len(rows.conversations), estimates, differences
         )
 
-    def _score_answers(self, model: nn.Module, rows: RowSet) -> np.ndarray:
+    def _score_answers(self, model: nn.Module, rows: RowSet, far: HowFar) -> np.ndarray:
         answers = answer_rows(
             model, self.tokenizer, self.chat, rows.conversations, max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size, progress=far.of(rows.name, "answered"),
         )  # fmt: skip
         self.metric.check(answers)
         return self.metric.scores(answers)

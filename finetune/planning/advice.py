@@ -209,9 +209,7 @@ def _ways(
             yield _with(freely, quant={"resident": resident}, train={"micro_batch_size": micro})
 
 
-def cost_of_token(
-    cfg: RunConfig, shape: Mapping[str, Any], found: Footprint, ranks: int, rates: Rates | None
-) -> float:
+def cost_of_token(cfg: RunConfig, shape: Mapping[str, Any], found: Footprint, ranks: int, rates: Rates | None) -> float:
     """What a training token costs with the settings of a footprint: seconds by measured rates, or else operations."""
     work = step_work(cfg, shape, found.micro_batch, found.recomputed, ranks=ranks)
     tokens = math.ceil(cfg.train.batch_size / ranks) * cfg.data.max_length

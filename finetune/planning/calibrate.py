@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 # (inputs, outputs) of the linears of 0.5B, 1.5B and 7B, from the smallest to the largest.
 _MATRICES = ((896, 128), (896, 896), (896, 4864), (1536, 8960), (3584, 18944))
 _ROWS = (128, 512, 2048)
-# From 32 MB on a CPU's allocator maps a block anew each time, and the kernel fills it with zeros first: a matrix of 1.5B
-# is dequantised in the heap, those of 3B and 7B are not, at a sixth of the speed.
+# From 32 MB on a CPU's allocator maps a block anew each time, and the system fills it with zeros first: a matrix of
+# 1.5B is dequantised in the heap, those of 3B and 7B are not, at a sixth of the speed.
 _DEQUANTISED = ((896, 896), (1536, 8960), (2048, 11008), (3584, 18944))
 _DOCUMENTS = (128, 512, 1024, 2048)
 # A layer of 0.5B: hidden, intermediate, query heads, key heads, head width; rows of a chunk of logits.

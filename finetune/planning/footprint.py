@@ -43,8 +43,8 @@ CONTEXT_BYTES = 512 * MIB
 # Added to what is not weights before a run is said to fit: how far predictions are off, and on a GPU, where no figures
 # are there yet, blocks that the allocator cannot reuse.
 MARGIN = {"cuda": 0.18, "cpu": 0.10}
-# training/measuring.py evaluates so many tokens at a time, or a sequence; evaluation/agreement.py asks a teacher that is
-# read layer by layer about so many of these batches at once.
+# training/measuring.py evaluates so many tokens at a time, or a sequence; evaluation/agreement.py asks a teacher that
+# is read layer by layer about so many of these batches at once.
 EVALUATED_TOKENS, EVALUATED_BATCHES = 4096, 16
 
 
@@ -217,4 +217,3 @@ def _tokenizer_bytes(cfg: RunConfig) -> int:
 
 def _kind(device_type: str) -> str:
     return "cuda" if device_type == "cuda" else "cpu"
-

@@ -125,7 +125,8 @@ def draw(title: str, lines: Sequence[Line], quantity: Quantity, last_step: int, 
     if quantity.share:
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))
     axes.set_xlim(-0.02 * last_step, 1.02 * last_step)
-    axes.locator_params(axis="x", integer=True)
+    axes.locator_params(axis="x", integer=True, nbins=6)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("step")
     if alone and len(lines) > 1:
         axes.legend(frameon=False, fontsize=8)
@@ -155,7 +156,7 @@ def _lift_flat(axes: Axes, low: float, high: float) -> None:
 def _numbers(largest: float) -> Callable[[float, object], str]:
     def text(value: float, place: object) -> str:
         if largest and (largest < 1e-2 or largest >= 1e6):
-            return f"{value:.2g}" if value else "0"
+            return f"{value:.3g}" if value else "0"
         return f"{value:,.0f}" if largest >= 1000 else f"{value:g}"
 
     return lambda value, place: text(round(value, 12), place)

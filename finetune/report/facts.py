@@ -91,6 +91,18 @@ def figure_named(name: str) -> Figure:
     return known.get(name) or Figure(name, name, share if more else number, not more)
 
 
+def headline(run: Run) -> str:
+    """The base, how it is stored, the adapter and the objective, as far as they are known."""
+    base, storage, rank = run.setting("model.name"), run.setting("quant.type"), run.setting("lora.rank")
+    objective = run.setting("distill.objective")
+    parts = [
+        f"{base} in {storage}" if base and storage else str(base or ""),
+        f"adapters of rank {rank}" if rank else "",
+        str(objective) if objective not in (None, "none") else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
 def cards(run: Run) -> list[Card]:
     """What a user looks for first; only what was measured."""
     found = []

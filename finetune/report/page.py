@@ -11,7 +11,7 @@ from finetune.data.report.stored import DATA, StoredReport, read_stored
 from finetune.errors import IntegrityError
 from finetune.files import write_text
 from finetune.report.curves import run_pictures
-from finetune.report.facts import breaches, cards, environment, next_commands, predictions
+from finetune.report.facts import breaches, cards, environment, headline, next_commands, predictions
 from finetune.report.gap import read_gap
 from finetune.report.run import Run, read_run
 from finetune.report.settings import changes
@@ -53,9 +53,11 @@ def render(run: Run) -> str:
         problems.append(str(error))
     template = page_environment(Path(__file__).parent, **row_functions()).get_template("run.html")
     return template.render(
-        run=run, status=_STATUS_WORDS.get(run.status, run.status), cards=cards(run), pictures=run_pictures(run),
-        stored=_stored(run, problems), gap=gap, changes=changes(run.config), environment=environment(run),
-        predictions=predictions(run), breaches=breaches(run), commands=next_commands(run), problems=problems,
+        run=run, status=_STATUS_WORDS.get(run.status, run.status), headline=headline(run), error=run.value("error"),
+        cards=cards(run), pictures=run_pictures(run), stored=_stored(run, problems), gap=gap,
+        streamed=bool(run.setting("data.stream_rows")), changes=changes(run.config), environment=environment(run),
+        predictions=predictions(run), breaches=breaches(run), limit=run.setting("guard.max"),
+        commands=next_commands(run), problems=problems,
     )  # fmt: skip
 
 

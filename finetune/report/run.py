@@ -47,6 +47,13 @@ class Run:
         """finished | stopped | failed, as the run said; `unfinished` if it goes on, or was killed."""
         return str(self.result.get("status") or "unfinished")
 
+    def setting(self, key: str) -> Any:
+        """A setting by its dotted key; None where there is none."""
+        here: Any = self.config
+        for part in key.split("."):
+            here = here.get(part) if isinstance(here, Mapping) else None
+        return here
+
     def value(self, name: str) -> Any:
         """What result.json, or an evaluation in it (`eval/NAME/loss`), holds by that name; None where nothing."""
         evaluations = self.result.get("evaluations")

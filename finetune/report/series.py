@@ -48,8 +48,8 @@ def _lines(file: Path) -> Iterator[Mapping[str, Any]]:
 
 def is_figure(value: Any) -> bool:
     """Whether it is a number that can be drawn."""
-    # A whole number may be larger than any float.
-    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+    # nan is below nothing, and a whole number may be larger than any float.
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def thinned(series: Series, most: int = 800) -> Series:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +27,7 @@ if TYPE_CHECKING:
 TABLE, PICTURE, PAGE = "sweep.md", "sweep.png", "sweep.html"
 _MOST_PANELS = 6
 _MOST_CURVES = 14  # so many lines can be told apart
-_LONGEST_NUMBER = 10
-_MOST_TICKS = 5
+_LEAST_GAP = 0.15  # between ticks, as a share of the axis
 _BESIDE = ("eval_loss", "exact_match_after", "final_loss", "train_seconds", "peak_bytes")
 
 
@@ -47,14 +48,8 @@ def table(folder: Path, record: Record) -> list[list[str]]:
         cells = ["" if value is None else figure.form(value) for figure, value in zip(beside, values, strict=True)]
         metric = "" if trial.metric is None else judged.form(trial.metric)
         name = f"trial-{trial.number:03d}"
-        rows.append([name, *(_short(trial.values.get(key, "")) for key in keys), metric, *cells, _ending(trial)])
+        rows.append([name, *(trial.values.get(key, "") for key in keys), metric, *cells, _ending(trial)])
     return rows
-
-
-def _short(text: str) -> str:
-    """A number that a search drew, with the digits that matter to a reader."""
-    numbers = _numbers([text]) if len(text) > _LONGEST_NUMBER else None
-    return f"{numbers[0]:.4g}" if numbers else text
 
 
 def _ending(trial: Trial) -> str:
@@ -140,21 +135,31 @@ def _draw_effect(axes: Axes, key: str, record: Record) -> None:
 
 
 def _place_on_axis(axes: Axes, texts: Sequence[str]) -> Sequence[float]:
-    """Where each value lies on the axis: numbers by size, words in their order; few values are ticks themselves."""
+    """Where each value lies on the axis: numbers by size, words in their order.
+
+    Values that leave each other room are the ticks.
+    """
+    from matplotlib.ticker import LogLocator
+
     numbers = _numbers(texts)
     if numbers is None:
         order = list(dict.fromkeys(texts))
         axes.set_xticks(range(len(order)), [text if len(text) <= 16 else f"{text[:15]}…" for text in order])
         axes.margins(x=0.2)
         return [float(order.index(text)) for text in texts]
-    if min(numbers) > 0 and max(numbers) >= 5 * min(numbers):
+    few = sorted(set(numbers))
+    logarithmic = few[0] > 0 and few[-1] >= 5 * few[0]
+    if logarithmic:
         axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.xaxis.set_major_locator(LogLocator(subs=[1.0] if few[-1] > 20 * few[0] else [1.0, 2.0, 5.0]))
     else:
         axes.locator_params(axis="x", nbins=4)
-    few = sorted(set(numbers))
-    if len(few) <= _MOST_TICKS:
-        axes.set_xticks(few, [f"{value:.4g}" for value in few])
-        axes.minorticks_off()
+    axes.xaxis.set_major_formatter("{x:.4g}")
+    places = [math.log(value) for value in few] if logarithmic else few
+    gaps = [right - left for left, right in pairwise(places)]
+    if len(few) == 1 or min(gaps) >= _LEAST_GAP * (places[-1] - places[0]):
+        axes.set_xticks(few)
     return numbers
 
 

@@ -40,7 +40,14 @@ def suggest(space: Space, past: Sequence[Trial], minimize: bool, seed: int) -> d
             values = {parameter.key: _value(parameter, trial.values[parameter.key]) for parameter in space.parameters}
             study.add_trial(optuna.trial.create_trial(params=values, distributions=distributions, value=trial.metric))
     asked = study.ask(distributions)
-    return {key: value if isinstance(value, str) else repr(value) for key, value in asked.params.items()}
+    return {parameter.key: _typed(parameter, asked.params[parameter.key]) for parameter in space.parameters}
+
+
+def _typed(parameter: Parameter, value: Any) -> str:
+    """As an override; a drawn number has four digits, which can be read and typed again."""
+    if isinstance(value, float):
+        value = min(max(float(f"{value:.4g}"), parameter.low), parameter.high)
+    return value if isinstance(value, str) else repr(value)
 
 
 def _distribution(parameter: Parameter) -> BaseDistribution:

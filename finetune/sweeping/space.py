@@ -135,7 +135,7 @@ def _interval(key: str, word: str, value: IntervalSweep) -> Parameter:
     if logarithmic and low <= 0:
         raise ValueError("a logarithmic interval starts above 0")
     kinds = set(_kinds(find(key)))
-    whole = _is_whole(low) and _is_whole(high) or (int in kinds and float not in kinds)
+    whole = (_is_whole(low) and _is_whole(high)) or (int in kinds and float not in kinds)
     if whole and not (float(low).is_integer() and float(high).is_integer()):
         raise ValueError(f"takes whole numbers; the interval is from {low} to {high}")
     return Parameter(key, word, (), float(low), float(high), whole, logarithmic)

@@ -18,8 +18,10 @@ from finetune.models.recompute import apply_recompute
 from finetune.planning.fitting import choose_memory
 from finetune.planning.footprint import MARGIN, predict
 from finetune.planning.machine import available_memory, pick_threads, ranks_here, usable_cores
+from finetune.planning.teacher import recovers
 
-_BYTES_PER_TRAINED_LATER = 12  # gradient and AdamW's moments; the weights are there already
+# Gradient and AdamW's moments; the weights are there already. Moments once more in a guard's recovery.
+_BYTES_PER_TRAINED_LATER, _BYTES_IN_A_RECOVERY = 12, 8
 
 
 def use_all_cores(device_type: str) -> str | None:
@@ -55,7 +57,7 @@ def fit_to_memory(cfg: RunConfig, model: nn.Module, accelerator: Accelerator, sa
     if accelerator.device.type == "cpu":
         give_back_holes(model)
     accelerator.wait_for_everyone()
-    free = torch.tensor([_free_bytes(model, accelerator.device)], dtype=torch.float64, device=accelerator.device)
+    free = torch.tensor([_free_bytes(cfg, model, accelerator.device)], dtype=torch.float64, device=accelerator.device)
     least = accelerator.gather(free).min().item() if accelerator.num_processes > 1 else free.item()
     shape, kind, ranks = base_of(model).config.to_dict(), accelerator.device.type, accelerator.num_processes
     choice = choose_memory(cfg, shape, ranks, kind, None if least < 0 else least)
@@ -66,27 +68,39 @@ def fit_to_memory(cfg: RunConfig, model: nn.Module, accelerator: Accelerator, sa
 
 
 def give_back_holes(model: nn.Module) -> None:
-    """Give the system what the heap holds free: now, after loading, and after each training forward pass.
+    """Give the system what the heap holds free: now, after loading, after each training forward pass, and before one
+    that follows an evaluation.
 
     A layer's temporaries lie between what it keeps. glibc takes them from the heap, and once freed they are holes that
     backward's larger blocks do not fit into, so they would be held beside all that backward allocates: a quarter of a
-    gigabyte for 0.5B and 1,024 tokens. Giving them back costs 0.1 s a step of 8 (docs/planning.md). Nothing happens
-    where the C library is another one.
+    gigabyte for 0.5B and 1,024 tokens. Giving them back once a step costs nothing that can be seen (docs/planning.md).
+    Nothing happens where the C library is another one.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:
         return
     trim(0)
 
+    evaluated = False
+
+    def before_forward(*_: Any) -> None:
+        # What an evaluation leaves: not after each of its passes, for a generated token is one of them.
+        nonlocal evaluated
+        if torch.is_grad_enabled() and evaluated:
+            trim(0)
+        evaluated = not torch.is_grad_enabled()
+
     def after_forward(*_: Any) -> None:
         if torch.is_grad_enabled():
             trim(0)
 
     base = base_of(model)
-    getattr(base, base.base_model_prefix).register_forward_hook(after_forward)
+    decoder = getattr(base, base.base_model_prefix)
+    decoder.register_forward_pre_hook(before_forward)
+    decoder.register_forward_hook(after_forward)
 
 
-def _free_bytes(model: nn.Module, device: torch.device) -> float:
+def _free_bytes(cfg: RunConfig, model: nn.Module, device: torch.device) -> float:
     """What is left for activations once gradients and optimizer are there; below 0 if it is not known."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -98,4 +112,5 @@ def _free_bytes(model: nn.Module, device: torch.device) -> float:
         free = known // ranks_here(os.environ)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     margin = MARGIN["cuda" if device.type == "cuda" else "cpu"]
-    return max(0.0, (free - trained * _BYTES_PER_TRAINED_LATER) / (1 + margin))
+    each = _BYTES_PER_TRAINED_LATER + (_BYTES_IN_A_RECOVERY if recovers(cfg) else 0)
+    return max(0.0, (free - trained * each) / (1 + margin))

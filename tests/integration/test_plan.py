@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.runs import SMALL_RUN
+from finetune import train
+from finetune.training import recipe
+from tests.runs import SMALL_RUN, small_run
 
+WIDE = ("data.max_length=512", "train.batch_size=8", "train.micro_batch_size=8")
 FINETUNE = [sys.executable, "-m", "finetune.cli"]
 
 
@@ -24,6 +27,15 @@ def test_a_run_tells_what_it_expected_and_what_it_took(tmp_path: Path):
     assert result["peak_bytes"] > 0 and result["predicted_peak_bytes"] > 0
     assert "GiB measured" in done.stdout and "GiB predicted" in done.stdout
     assert "predicted peak:" in done.stderr and "are needed with a margin" not in done.stderr
+
+
+def test_a_run_that_will_not_fit_says_so_before_it_loads_and_what_would(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "free_memory", lambda kind: 680e6)
+    train(small_run(tmp_path / "run", "train.max_steps=1", *WIDE))
+    said = capsys.readouterr().err
+    warning = said.index("WARNING: ")
+    assert "are needed with a margin, 0.63 GiB are free" in said
+    assert warning < said.index(" saves ") < said.index("recompute: ")  # which is said once the model is there
 
 
 def test_a_plan_is_printed_and_its_exit_code_says_whether_it_fits():

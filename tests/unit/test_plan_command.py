@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from finetune.cli import main
-from finetune.planning import timing
+from finetune.planning import fitting, timing
+from finetune.resources import packaged
 from tests.unit.planning.test_timing import RATES
 
 
@@ -31,6 +32,12 @@ def test_a_run_that_fits_ends_with_0_and_one_that_does_not_with_3(capsys):
     code, content = plan(capsys, "config=lora.yaml", "gpu_gb=12", "train.recompute=none", "data.max_length=8192")
     assert code == 3 and not content["fits"]
     assert any(change["fits"] for change in content["changes"])
+
+
+def test_every_packaged_config_can_be_planned(capsys):
+    for file in sorted(packaged("configs").glob("*.yaml")):
+        code, content = plan(capsys, f"config={file.name}", "gpu_gb=80")
+        assert code == 0 and sum(content["parts"].values()) == pytest.approx(content["peak_bytes"]), file
 
 
 def test_what_auto_finds_fits_when_it_is_pasted(capsys):
@@ -77,12 +84,68 @@ def test_time_is_measured_given_or_assumed_and_says_which(capsys):
         ((), "needs config=X.yaml"),
         (("config=lora.yaml", "gpu_gb=0"), "gpu_gb"),
         (("config=lora.yaml", "gpu_bg=16"), "gpu_bg"),
+        (("config=lora.yaml", "tokens=-1"), "tokens"),
+        (("config=lora.yaml", "document_tokens=4096"), "no row is longer than data.max_length=2048"),
+        (("table=true", "gpu_gb=16"), "drop gpu_gb"),
         (("config=lora.yaml", "model.name=somebody/model"), "its shapes are not known here"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(words, message, capsys):
     assert main(["plan", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+SHAPE = {
+    "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 777, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_a_local_model_of_one_layer_is_planned_by_its_own_shapes(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    code, content = plan(capsys, "config=lora.yaml", f"model.name={tmp_path}", "gpu_gb=1", "auto=true")
+    assert code == 0 and content["layers"] == 1 and content["auto"]["overrides"]
+    assert content["parts"]["embedding"] == 2 * 777 * 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"), ({"vocab_size": "many"}, "vocab_size='many'"),
+        ({"model_type": "llama"}, "supported: qwen2"), (None, "its config.json is torn"),
+    ],
+)  # fmt: skip
+def test_a_local_model_that_is_none_is_refused(change, message, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{" if change is None else json.dumps({**SHAPE, **change}))
+    assert main(["plan", "config=lora.yaml", f"model.name={tmp_path}", "gpu_gb=1"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_ranks_share_a_step_and_each_holds_all_of_the_model(capsys, monkeypatch):
+    words = ("config=lora.yaml", "gpu_gb=80")
+    alone = plan(capsys, *words)[1]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    shared = plan(capsys, *words)[1]
+    assert shared["step_seconds"] == pytest.approx(alone["step_seconds"] / 4)
+    assert shared["peak_bytes"] >= alone["peak_bytes"]
+    main(["plan", *words])
+    assert "on each of 4 ranks" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert main(["plan", *words]) == 2 and "WORLD_SIZE=many" in capsys.readouterr().err
+
+
+def test_where_free_memory_is_not_known_nothing_is_promised(capsys, monkeypatch):
+    monkeypatch.setattr(fitting, "free_memory", lambda kind: None)
+    code, content = plan(capsys, "config=lora.yaml")
+    assert code == 0 and content["fits"] is None and content["changes"] == []
+    main(["plan", "config=lora.yaml"])
+    assert "may fit: how much" in capsys.readouterr().out
+
+
+def test_the_table_says_what_it_is_of(capsys):
+    main(["plan", "table=true", "train.recompute=none", "distill=recover"])
+    heading = capsys.readouterr().out.splitlines()[0]
+    assert "train.recompute=none" in heading and "its teacher resident" in heading
 
 
 def test_no_torch_is_needed():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import math
+import os
+import shutil
 import tempfile
 import weakref
 from pathlib import Path
@@ -16,12 +19,14 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.config.commands import GateOptions, MergeOptions
+from finetune.config.commands import EvalOptions, GateOptions, MergeOptions
+from finetune.config.options import read_options
 from finetune.config.schema import ModelConfig, QuantConfig
-from finetune.errors import ConfigError
+from finetune.errors import InputError, ResourceError
 from finetune.evaluation.gap_table import GapTable, load_gap
 from finetune.export.merge.merge import merge
 from finetune.gap.files import write_gap
+from finetune.gap.gap import evaluate_gap
 from finetune.gap.subjects import Subjects
 from finetune.losses.hidden import base_of
 from finetune.models.adapter_files import load_adapter
@@ -172,6 +177,9 @@ def test_a_table_comes_back_from_its_folder_as_it_was(table: GapTable, tmp_path)
         (["adapter={run}", "data=[]"], ["data: is empty"]),
         (["adapter={run}", "merged={run}/nowhere", "limit=1"], ["there is no such folder"]),
         (["model={run}", "data=[{{path: {rows}}}]"], ["is an adapter; write adapter="]),
+        (["adapter={run}", "merged={run}", "limit=1"], ["is no model's folder: it has no config.json"]),
+        (["adapter={run}", "data=[{{path: a.jsonl}}]", "forgetting=[{{path: b.jsonl}}]"],
+         ["\nforgetting[0]: b.jsonl does not exist"]),
         (["adapter={run}", "tasks=[nowhere.yaml]"], ["tasks: there is no file nowhere.yaml"]),
         (["adapter={run}", "quant=none", "variants=[quantised]"], ["variants: quantised: not among"]),
     ],
@@ -180,7 +188,7 @@ def test_what_cannot_be_meant_is_refused_before_a_model_is_loaded(
     words, said, run_folder, rows_file, measure, monkeypatch
 ):
     monkeypatch.setattr("finetune.gap.subjects.Subjects.load", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(InputError) as caught:
         measure(*(word.format(base=BASE, run=run_folder, rows=rows_file) for word in words))
     assert all(text in str(caught.value) for text in said), caught.value
 
@@ -210,3 +218,85 @@ def test_one_model_is_in_memory_at_a_time(run_folder, measure, monkeypatch):
     monkeypatch.setattr(Subjects, "load", watched)
     measure(f"adapter={run_folder}", "limit=2", "answers=1")
     assert len(loaded) == 4
+
+
+def test_a_score_is_compared_row_by_row(table):
+    base, merged = table.models[0].sets[0], table.models[3].sets[0]
+    difference = merged.differences["score"]
+    # Agresti and Min's interval, which is wider than nothing even where both are right on the same rows.
+    assert difference.low < merged.figures["score"].value - base.figures["score"].value < difference.high
+    assert difference.high - difference.low < 2 * (base.figures["score"].high - base.figures["score"].low)
+
+
+def test_bad_rows_are_left_out_where_that_is_asked_for(run_folder, rows_file, measure, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(rows_file.read_text() + '{"messages": [{"role": "user", "content": "and?"}]}\n')
+    words = (f"adapter={run_folder}", f"data=[{{path: {rows}}}]", "answers=0", "variants=[trained]")
+    with pytest.raises(InputError, match=r"^data\[0\]: bad rows \(on_bad_row=skip leaves them out\)"):
+        measure(*words)
+    assert measure(*words, "on_bad_row=skip").models[0].sets[0].rows == 12
+
+
+def test_rows_that_would_mislead_are_named(run_folder, rows_file, tmp_path):
+    trained, other = tmp_path / "gone.jsonl", tmp_path / "other.jsonl"
+    lines = rows_file.read_text().splitlines()
+    trained.write_text("\n".join(lines[:4]) + '\n{"messages": []}\n')
+    other.write_text("\n".join([*lines[2:4], lines[7]]) + "\n")
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run)
+    config = (run / "config.yaml").read_text().replace("gone.jsonl", str(trained))
+    (run / "config.yaml").write_text(config)
+    heard: list[str] = []
+    words = [f"adapter={run}", f"data=[{{path: {trained}}}]", f"forgetting=[{{path: {other}}}]", "variants=[trained]"]
+    evaluate_gap(
+        read_options(EvalOptions, [*words, "answers=0", "resamples=100", "on_bad_row=skip"], "finetune eval"),
+        heard.append,
+    )
+    warnings = [text for text in heard if text.startswith("warning: ")]
+    assert warnings[0].startswith("warning: data[0]: ") and "is what the run was trained on" in warnings[0]
+    assert warnings[1].startswith("warning: forgetting: 2 texts of other")
+    assert [text.split(": ")[1] for text in warnings[2:]] == ["gone", "gone", "other"]
+    assert "1 row(s) cannot be used" in warnings[2] and "too few" in warnings[3] and "too few" in warnings[4]
+
+
+def test_what_a_killed_process_left_goes_and_what_a_live_one_has_stays(run_folder, measure, tmp_path):
+    dead, live = tmp_path / ".eval-dead", tmp_path / ".eval-live"
+    for folder in (dead, live):
+        (folder / "merged").mkdir(parents=True)
+    lock = os.open(live, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    measure(f"adapter={run_folder}", "limit=1", "answers=0", "variants=[base]", place=tmp_path)
+    os.close(lock)
+    assert list(tmp_path.iterdir()) == [live]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("40 GB"), r"bf16 base: not enough memory; .*'variants=\[trained\]' \(40 GB\)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "bf16 base: not enough memory; lower batch_size"),
+        (OSError(28, "No space left on device"), "bf16 base: the disk is full; .*out=DIR"),
+    ],
+)
+def test_where_room_runs_out_it_says_what_to_do(error, said, run_folder, measure, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("finetune.gap.measuring.score_tokens", fail)
+    with pytest.raises(ResourceError, match=said):
+        measure(f"adapter={run_folder}", "variants=[base,trained]")
+
+
+def test_long_measuring_says_how_far_it_is(run_folder, monkeypatch):
+    words = [f"adapter={run_folder}", "variants=[base]", "answers=4", "batch_size=2", "resamples=100"]
+    monkeypatch.setattr("finetune.gap.measuring.LIMIT_TOKENS", 1)
+
+    def heard(pace: float) -> list[str]:
+        monkeypatch.setattr("finetune.gap.measuring.PACE_SECONDS", pace)
+        lines: list[str] = []
+        evaluate_gap(read_options(EvalOptions, words, "finetune eval"), lines.append)
+        return [line for line in lines if " of 12" in line or " of 4" in line]
+
+    scored = [f"bf16 base: asked, scored {done} of 12" for done in range(1, 12)]
+    assert heard(0.0) == [*scored, "bf16 base: asked, answered 2 of 4"]
+    assert heard(3600.0) == []

@@ -11,6 +11,7 @@ from finetune.planning.advice import (
     BUDGETS_GB,
     LONGEST,
     changes_that_fit,
+    cost_of_token,
     describe_change,
     fastest_that_fits,
     length_table,
@@ -54,6 +55,43 @@ def test_a_change_that_is_said_to_fit_fits(overrides, gigabytes):
         assert describe_change(change).endswith("GiB" if change.fits else "by itself)")
 
 
+HARD = (
+    ("train.recompute=offload", "quant.double=false"), ("lora.rank=256", "lora.rank_pattern={q_proj: 128}"),
+    ("quant.type=none", "lora.modules_to_save=[lm_head,embed_tokens]", "train.recompute=5"),
+    ("distill=teacher", "distill.teacher.name=Qwen/Qwen2.5-14B", "data.max_length=8192", "train.fast=false"),
+    ("guard.max=0.1", "data.held_out=0.1", "train.eval_every=5", "guard.action=recover", "data.max_length=32"),
+    ("train.batch_size=6", "train.micro_batch_size=3", "lora.dora=true", "lora.target_modules=all-linear"),
+    ("quant.type=none", "data.max_length=256", "train.batch_size=64", "train.micro_batch_size=64"),
+)  # fmt: skip
+DEVICES = [("cuda", 80), ("cuda", 10), ("cuda", 20), ("cuda", 6), ("cpu", 8), ("cpu", 24)]
+
+
+@pytest.mark.parametrize("overrides", HARD, ids=lambda words: " ".join(words))
+def test_changes_and_fastest_settings_do_what_they_say_whatever_the_config(overrides):
+    """Pasted back: a change needs what was said; the fastest fit, and are never slower than the config if that fits."""
+    cfg = run(*overrides)
+    for ranks, (kind, gigabytes) in enumerate(DEVICES, start=1):
+        free = gigabytes * 1e9
+        before = foresee(cfg, SHAPE, ranks, kind, free)
+        fits = before.needed_bytes <= free
+        for change in [] if fits else changes_that_fit(cfg, SHAPE, ranks, kind, free):
+            words, shape = [word.strip("'") for word in change.overrides], SHAPE
+            if words[0].startswith("model="):
+                shape = QWEN25_SHAPES[words[0].split("-")[1].upper()]
+            after = foresee(run(*overrides, *words), shape, ranks, kind, free).needed_bytes
+            assert (after <= free) == change.fits, (change, kind, gigabytes)
+            assert after == pytest.approx(before.needed_bytes - change.saved_bytes)
+        if (fastest := fastest_that_fits(cfg, SHAPE, ranks, kind, free, None)) is None:
+            assert not fits
+            continue
+        pasted = run(*overrides, *fastest.overrides)
+        after = foresee(pasted, SHAPE, ranks, kind, free)
+        assert after.needed_bytes == pytest.approx(fastest.footprint.needed_bytes) and after.needed_bytes <= free
+        if fits:
+            costs = [cost_of_token(c, SHAPE, f, ranks, None) for c, f in ((pasted, after), (cfg, before))]
+            assert costs[0] <= costs[1] * (1 + 1e-9), (fastest, kind, gigabytes)
+
+
 def test_where_no_setting_helps_a_smaller_model_is_named():
     changes = changes_that_fit(run("data.max_length=256"), QWEN25_SHAPES["72B"], 1, "cuda", 12e9)
     assert changes[0].fits and changes[0].overrides == ("model=qwen2.5-14b-instruct",)
@@ -62,11 +100,19 @@ def test_where_no_setting_helps_a_smaller_model_is_named():
 
 
 def test_the_longest_sequence_fits_and_the_next_one_does_not():
-    for gigabytes in (8, 16, 24):
-        tokens = longest_that_fits(run(), SHAPE, "cuda", gigabytes * 1e9)
-        short, long = (run(f"data.max_length={n}", "train.micro_batch_size=1") for n in (tokens, tokens + 128))
-        assert tokens % 64 == 0 and needed(short, gigabytes * 1e9) <= gigabytes * 1e9 < needed(long, gigabytes * 1e9)
+    for kind, gigabytes in (("cuda", 8), ("cuda", 24), ("cpu", 16)):
+        free = gigabytes * 1e9
+        tokens = longest_that_fits(run(), SHAPE, kind, free)
+        configs = (run(f"data.max_length={n}", "train.micro_batch_size=1") for n in (tokens, tokens + 64))
+        short, long = (foresee(cfg, SHAPE, 1, kind, free).needed_bytes for cfg in configs)
+        assert tokens % 64 == 0 and short <= free < long
     assert longest_that_fits(run(), SHAPE, "cuda", 4e9) == 0
+
+
+def test_the_tables_lengths_are_the_longest_of_each_size():
+    table = length_table(run())
+    for size, budget in (("0.5B", 8), ("7B", 16), ("72B", 48)):
+        assert table[size][budget] == longest_that_fits(run(), QWEN25_SHAPES[size], "cuda", budget * 1e9) > 0
 
 
 def test_the_table_grows_with_memory_and_shrinks_with_the_model():
@@ -83,6 +129,7 @@ def test_the_fastest_settings_fit_and_use_what_memory_there_is():
     rich, poor = (fastest_that_fits(run(), SHAPE, 1, "cuda", size * 1e9, None) for size in (80, 10))
     assert rich is not None and poor is not None
     assert "train.recompute=none" in rich.overrides and "quant.resident=true" in rich.overrides
+    assert "train.micro_batch_size=4" in rich.overrides  # 8,192 tokens, from which more are no faster
     assert "quant.resident=false" in poor.overrides and poor.footprint.needed_bytes <= 10e9
     cfg = run(*poor.overrides)
     assert needed(cfg, 10e9) == pytest.approx(poor.footprint.needed_bytes)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.errors import InputError
 from finetune.planning import machine
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
@@ -31,6 +32,15 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
 )
 def test_ranks_share_the_cores_and_a_user_who_says_how_many_is_obeyed(environ, threads):
     assert machine.pick_threads(environ, cores=8) == threads
+
+
+@pytest.mark.parametrize("count", [machine.ranks_here, machine.ranks_of_run])
+def test_ranks_are_those_that_a_launcher_tells(count):
+    name = "WORLD_SIZE" if count is machine.ranks_of_run else "LOCAL_WORLD_SIZE"
+    assert count({}) == 1 and count({name: "3"}) == 3
+    for nonsense in ("0", "-1", "two", ""):
+        with pytest.raises(InputError, match=f"{name}="):
+            count({name: nonsense})
 
 
 class Host:

@@ -8,7 +8,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from finetune import load_config
 from finetune.models.families import QWEN25_SHAPES
-from finetune.planning.teacher import describe_teacher, teacher_bytes
+from finetune.planning.teacher import describe_teacher, signal_bytes, teacher_bytes
 
 SHAPE = QWEN25_SHAPES["7B"]
 
@@ -53,6 +53,26 @@ def test_another_teacher_takes_all_of_it_and_a_streamed_one_two_layers_and_a_hea
 ])  # fmt: skip
 def test_what_is_not_loaded_takes_nothing(settings):
     assert teacher_bytes(plan(*settings), SHAPE) == 0
+
+
+def test_a_guard_needs_a_teacher_too():
+    guarded = ("distill.objective=none", "guard.max=0.1", "data.held_out=0.1", "train.eval_every=10")
+    assert teacher_bytes(plan(*guarded), SHAPE) == teacher_bytes(plan(), SHAPE)
+    assert "itself, in bfloat16, resident" in str(describe_teacher(plan(*guarded), SHAPE))
+
+
+def test_cached_hidden_states_need_a_head_where_the_student_has_another():
+    cached = ("distill.teacher.placement=cached", "distill.cache=folder", "distill.tier=hidden")
+    assert teacher_bytes(plan(*cached), SHAPE) == 0
+    other = teacher_bytes(plan("distill=teacher", "distill.teacher.name=Qwen/Qwen2.5-14B", *cached), SHAPE)
+    assert other == 2 * QWEN25_SHAPES["14B"]["vocab_size"] * QWEN25_SHAPES["14B"]["hidden_size"]
+
+
+def test_a_signal_is_as_wide_as_the_teacher():
+    wide = plan("distill=teacher", "distill.teacher.name=Qwen/Qwen2.5-14B")
+    assert signal_bytes(plan(), SHAPE, 100) == 100 * 3584 * 2 and signal_bytes(wide, SHAPE, 100) == 100 * 5120 * 2
+    sampled = plan("distill.teacher.placement=cached", "distill.cache=folder")
+    assert signal_bytes(sampled, SHAPE, 100) == 100 * (32 + 16) * 12
 
 
 def test_a_teacher_of_unknown_shape_is_said_to_be_so():

@@ -80,6 +80,15 @@ def test_twice_the_rate_is_half_the_time_of_what_it_is_the_rate_of():
     assert {**after, "loss": 0} == {**before, "loss": 0}
 
 
+def test_weights_of_large_matrices_take_longer_to_dequantise():
+    """RATES: a billion a second in matrices of a million, a tenth of that from a hundred million on."""
+    for size, least, most in (("0.5B", 1e9, 4e8), ("7B", 8e8, 1e8)):
+        shape = QWEN25_SHAPES[size]
+        found = step_work(run(), shape, 1, 0)
+        seconds = step_seconds(found, shape, RATES, 1024)["dequantising"]
+        assert sum(found.dequantised.values()) / least < seconds < sum(found.dequantised.values()) / most
+
+
 def test_what_was_measured_is_kept_by_kind_of_device(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "new"))
     assert read_rates("cpu") is None

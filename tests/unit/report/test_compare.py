@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +39,31 @@ def test_the_table_has_what_differs_and_stars_at_the_best(folders: list[Path]):
     lines = as_text(comparison).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert re.search(r"\| tokens a second +\| 1,000 +\| 2,000 \* +\|", as_text(comparison))
+
+
+def test_every_cell_is_the_runs_own_figure(tmp_path: Path):
+    results: list[dict[str, Any]] = [
+        {"eval_loss": 0.123456, "exact_match_after": 0.25, "train_seconds": 3725.0, "peak_bytes": 5 * 2**29},
+        {"eval_loss": 123.456, "exact_match_after": 1.0, "train_seconds": 59.6, "peak_bytes": 2**29},
+    ]
+    runs = [read_run(write_run(tmp_path / str(i), **result)) for i, result in enumerate(results)]
+    cells = {row.label: row.cells for row in compare(runs).figures}
+    assert cells["held-out loss"] == ("0.1235", "123.5") and cells["held-out exact match"] == ("25.0%", "100.0%")
+    assert cells["training time"] == ("1 h 02 min", "1 min 00 s") and cells["peak memory"] == ("2.50 GiB", "0.50 GiB")
+
+
+def test_what_makes_figures_not_comparable_is_said(tmp_path: Path):
+    base = write_run(tmp_path / "a")
+    others = {
+        "data.eval.0.limit=9": "held-out rows or their targets differ (data.eval.0.limit)",
+        "generation.rows=7": "exact match is of different numbers of rows",
+        "distill=recover": "the objectives differ",
+        "model.name=other": "the base or its tokenizer differs",
+    }
+    for i, (word, note) in enumerate(others.items()):
+        notes = compare([read_run(base), read_run(write_run(tmp_path / str(i), word))]).notes
+        assert len([text for text in notes if note in text]) == 1
+    assert compare([read_run(base), read_run(write_run(tmp_path / "same", "lora.rank=3"))]).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -90,6 +118,16 @@ def test_the_command_prints_the_table_and_writes_the_page(folders: list[Path], t
     shown = capsys.readouterr()
     assert "| lora.rank" in shown.out and f"page: {tmp_path}/c.html" in shown.err
     assert (tmp_path / "c.html").stat().st_size > 10_000
+
+
+def test_neither_comparing_nor_planning_a_sweep_waits_for_torch(folders: list[Path], tmp_path: Path):
+    sweep = ["sweep", "config=quickstart.yaml", "lora.rank=4,8", f"sweep.out={tmp_path}/s", "--dry-run"]
+    code = (
+        "import sys; from finetune.cli import main\n"
+        f"codes = [main({['compare', *map(str, folders)]}), main({sweep})]\n"
+        "sys.exit(codes != [0, 0] or any(name in sys.modules for name in ('torch', 'transformers', 'optuna')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize(

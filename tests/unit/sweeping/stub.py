@@ -1,4 +1,4 @@
-"""Stands for `finetune train` where a test is about the sweep: a run of a moment whose figures follow from its settings.
+"""Stands for `finetune train` in tests of the sweep: a run of a moment whose figures follow from its settings.
 
 It takes what FOLDER/faults.json says of a run: fail (a message), nan, or seconds to sleep after its first step.
 """

@@ -41,7 +41,7 @@ def test_an_empty_folder_holds_no_sweep(tmp_path: Path):
 
 def test_a_torn_record_and_runs_without_one_are_told(tmp_path: Path):
     (tmp_path / "trial-001").mkdir()
-    with pytest.raises(ConfigError, match="holds runs but no sweep.json"):
+    with pytest.raises(ConfigError, match="holds runs but no sweep"):
         load_record(tmp_path)
     (tmp_path / RECORD).write_text('{"spec": {')
     with pytest.raises(IntegrityError, match=r"sweep\.json cannot be read"):

@@ -45,7 +45,8 @@ def test_neighbouring_seeds_share_no_runs():
 
 def test_every_value_lies_in_its_space():
     for trial in go_on([], 25):
-        assert 1e-4 <= float(trial.values["train.learning_rate"]) <= 1e-2
+        rate = float(trial.values["train.learning_rate"])
+        assert 1e-4 <= rate <= 1e-2 and rate == float(f"{rate:.4g}")
         assert trial.values["lora.rank"] in ("4", "8", "12", "16")
         assert int(trial.values["train.max_steps"]) in range(2, 10)
         assert trial.values["lora.target_modules"] in ("[q_proj,v_proj]", "all-linear")

@@ -63,7 +63,11 @@ def test_a_value_that_stands_twice_is_one_run():
 
 
 def test_every_value_is_read_by_a_run_as_it_was_meant():
-    words = ["lora.target_modules=[q_proj,v_proj],all-linear", "data.train.0.name='a b','c,d'", "train.eval_every=1,null"]
+    words = [
+        "lora.target_modules=[q_proj,v_proj],all-linear",
+        "data.train.0.name='a b','c,d'",
+        "train.eval_every=1,null",
+    ]
     loaded = [
         load_config("quickstart.yaml", [f"{key}={value}" for key, value in run.items()]) for run in our_runs(words)
     ]

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from finetune.cli import main
 from finetune.sweeping.record import RECORD
@@ -40,6 +45,19 @@ def faults(folder: Path, **of_trials: dict) -> None:
     (folder / "faults.json").write_text(json.dumps(named))
 
 
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("swept") / "s"
+    assert sweep(folder, *GRID) == 0
+    return folder
+
+
+@pytest.fixture
+def finished(swept: Path, tmp_path: Path) -> Path:
+    """A sweep that has ended, to do with as one likes."""
+    return shutil.copytree(swept, tmp_path / "s")
+
+
 def test_a_grid_runs_in_order_and_ends_in_a_table_with_the_best_first(tmp_path: Path, capsys):
     assert sweep(tmp_path / "s", *GRID) == 0
     assert started(tmp_path / "s") == ["trial-001", "trial-002", "trial-003", "trial-004"]
@@ -56,27 +74,24 @@ def test_a_grid_runs_in_order_and_ends_in_a_table_with_the_best_first(tmp_path: 
     assert (tmp_path / "s" / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_shows_what_each_setting_did_and_every_run(tmp_path: Path):
-    sweep(tmp_path / "s", *GRID)
-    read = Reader((tmp_path / "s" / "sweep.html").read_text())
+def test_the_page_shows_what_each_setting_did_and_every_run(finished: Path):
+    read = Reader((finished / "sweep.html").read_text())
     figures = [attrs["aria-label"] for tag, attrs, _ in read.elements if tag == "figure"]
     assert figures == ["train.learning_rate", "lora.rank", "Loss, nats a target token, training"]
     cells = read.texts("td")
     assert [cells[i] for i in range(0, len(cells), 7)] == ["trial-003", "trial-004", "trial-001", "trial-002"]
 
 
-def test_the_same_command_again_runs_nothing(tmp_path: Path):
-    sweep(tmp_path / "s", *GRID)
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "s").rglob("trial-*/*")}
-    assert sweep(tmp_path / "s", *GRID) == 0
-    assert len(started(tmp_path / "s")) == 4
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "s").rglob("trial-*/*")} == before
+def test_the_same_command_again_runs_nothing(finished: Path):
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("trial-*/*")}
+    assert sweep(finished, *GRID) == 0
+    assert len(started(finished)) == 4
+    assert {file: file.stat().st_mtime_ns for file in finished.rglob("trial-*/*")} == before
 
 
-def test_another_metric_sorts_the_same_runs_anew(tmp_path: Path, capsys):
-    sweep(tmp_path / "s", *GRID)
-    assert sweep(tmp_path / "s", *GRID, "sweep.metric=eval/heldout/accuracy", "sweep.direction=minimize") == 0
-    assert len(started(tmp_path / "s")) == 4 and record(tmp_path / "s")["best"] == 2
+def test_another_metric_sorts_the_same_runs_anew(finished: Path):
+    assert sweep(finished, *GRID, "sweep.metric=eval/heldout/accuracy", "sweep.direction=minimize") == 0
+    assert len(started(finished)) == 4 and record(finished)["best"] == 2
 
 
 def test_a_run_that_fails_is_told_and_tried_again(tmp_path: Path, capsys):
@@ -142,6 +157,34 @@ def test_a_search_repeats_no_run_that_it_draws_twice(tmp_path: Path, capsys):
     assert {metric for *_, metric in trials(tmp_path / "s")} == {1.04, 1.08}
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_and_the_sweep_and_the_same_command_goes_on(tmp_path: Path, number: int):
+    folder = tmp_path / "s"
+    faults(folder, trial_002={"seconds": 60})
+    words = ["sweep", "config=quickstart.yaml", f"sweep.out={folder}", STUB, *GRID]
+    command = [sys.executable, "-m", "finetune.cli", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while "step 1" not in (folder / "trial-002.log").read_text() if (folder / "trial-002.log").exists() else True:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 128 + number and "the same command goes on from there" in error
+    assert [status for _, _, status, _ in trials(folder)] == ["finished", "stopped", "waiting", "waiting"]
+    assert (folder / "sweep.html").exists()
+    faults(folder)
+    assert sweep(folder, *GRID) == 0
+    assert started(folder) == ["trial-001", "trial-002", "trial-002", "trial-003", "trial-004"]
+    assert [metric for *_, metric in trials(folder)] == [1.04, 1.08, 0.04, 0.08]
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, capsys):
+    (tmp_path / "s").mkdir()
+    with FileLock(tmp_path / "s" / ".lock"):
+        assert sweep(tmp_path / "s", *GRID) == 2
+    assert "another sweep is running" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [
@@ -150,7 +193,7 @@ def test_a_search_repeats_no_run_that_it_draws_twice(tmp_path: Path, capsys):
         (("lora.rank=4,8", "sweep.metric=recovered"), "needs distill.objective=recover"),
         (("lora.rank=4,8", "data.eval=[]", "generation.rows=0"), "needs held-out rows"),
         (("lora.rank=4,8", "sweep.metrc=a"), "did you mean sweep.metric?"),
-        (("lora.rank=4,8", "data.packing=false", "data.stream_rows=9", "data.held_out=0.5"), "sweep holds runs that cannot be"),
+        (("quant.type=nf4,none", "lora.init=default,loftq"), "with quant.type=none lora.init=loftq: 1 problem"),
     ],
 )
 def test_nothing_runs_where_something_cannot_be_meant(tmp_path: Path, words: tuple[str, ...], found: str, capsys):
@@ -158,13 +201,12 @@ def test_nothing_runs_where_something_cannot_be_meant(tmp_path: Path, words: tup
     assert found in capsys.readouterr().err and not (tmp_path / "s").exists()
 
 
-def test_a_folder_of_another_sweep_is_left_alone(tmp_path: Path, capsys):
-    sweep(tmp_path / "s", *GRID)
-    before = (tmp_path / "s" / RECORD).read_bytes()
-    assert sweep(tmp_path / "s", "train.learning_rate=1e-3,3e-3", "lora.rank=4,8", "train.max_steps=9") == 2
+def test_a_folder_of_another_sweep_is_left_alone(finished: Path, capsys):
+    before = (finished / RECORD).read_bytes()
+    assert sweep(finished, "train.learning_rate=1e-3,3e-3", "lora.rank=4,8", "train.max_steps=9") == 2
     error = capsys.readouterr().err
-    assert "train.learning_rate: 1e-3,2e-3 there, 1e-3,3e-3 now" in error and "train.max_steps: 60 there, 9 now" in error
-    assert (tmp_path / "s" / RECORD).read_bytes() == before
+    assert "train.learning_rate: 1e-3,2e-3 there, 1e-3,3e-3 now" in error
+    assert "train.max_steps: 60 there, 9 now" in error and (finished / RECORD).read_bytes() == before
 
 
 def test_a_dry_run_lists_every_run_and_makes_no_folder(tmp_path: Path, capsys):

@@ -47,8 +47,10 @@ def test_holes_are_given_back_after_training_passes_alone(model, monkeypatch):
     calls = []
     library = type("Library", (), {"malloc_trim": staticmethod(calls.append)})
     monkeypatch.setattr(capacity.ctypes, "CDLL", lambda name: library)
-    handles = dict(model.get_base_model().model._forward_hooks)
-    model.get_base_model().model._forward_hooks.clear()
+    decoder = model.get_base_model().model
+    handles, pre_handles = dict(decoder._forward_hooks), dict(decoder._forward_pre_hooks)
+    decoder._forward_hooks.clear()
+    decoder._forward_pre_hooks.clear()
     give_back_holes(model)
     assert calls == [0]
     ids = torch.arange(8)[None]
@@ -57,8 +59,13 @@ def test_holes_are_given_back_after_training_passes_alone(model, monkeypatch):
     with torch.no_grad():
         model(input_ids=ids)
     assert calls == [0, 0]
-    model.get_base_model().model._forward_hooks.clear()
-    model.get_base_model().model._forward_hooks.update(handles)
+    model(input_ids=ids)  # what the evaluation left is given back before
+    assert calls == [0] * 4
+    model(input_ids=ids)
+    assert calls == [0] * 5
+    for hooks, before in ((decoder._forward_hooks, handles), (decoder._forward_pre_hooks, pre_handles)):
+        hooks.clear()
+        hooks.update(before)
 
 
 def test_another_c_library_is_left_alone(model, monkeypatch):

@@ -1,0 +1,120 @@
+"""Real sweeps: a run of one is the run that `finetune train` makes, and kill -9 changes nothing but the time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune import load_config, train
+from tests.browser import CONTRAST, DRAWN, Page, find_browser, open_browser
+from tests.runs import SMALL_RUN, adapter, differing, metrics, result
+
+RATES = ("0.001", "0.004")
+STEPS = 6
+SETTINGS = (*SMALL_RUN, f"train.max_steps={STEPS}", "data.eval.0.limit=8", "lora.rank=4")
+
+
+def command(folder: Path) -> list[str]:
+    words = [
+        "sweep",
+        "config=quickstart.yaml",
+        *SETTINGS,
+        f"train.learning_rate={','.join(RATES)}",
+        f"sweep.out={folder}",
+    ]
+    return [sys.executable, "-m", "finetune.cli", *words]
+
+
+def wait_for(what: str, file: Path, process: subprocess.Popen) -> None:
+    while what not in (file.read_text() if file.exists() else ""):
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What `finetune train` makes of each combination."""
+    folders = [tmp_path_factory.mktemp("plain") / rate for rate in RATES]
+    for folder, rate in zip(folders, RATES, strict=True):
+        train(load_config("quickstart.yaml", [*SETTINGS, f"train.learning_rate={rate}", f"output_dir={folder}"]))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict], dict[Path, int], str]:
+    """A sweep that was killed in its second run, and went on.
+
+    Returns: its folder, the record's trials when it was killed, when the first run's files were written, and what the
+    second command printed.
+    """
+    folder = tmp_path_factory.mktemp("sweep") / "s"
+    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for('"step": 2', folder / "trial-002" / "metrics.jsonl", process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    record = json.loads((folder / "sweep.json").read_text())
+    files = {file: file.stat().st_mtime_ns for file in (folder / "trial-001").rglob("*") if file.is_file()}
+    done = subprocess.run(command(folder), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return folder, record["trials"], files, done.stdout
+
+
+def test_a_killed_sweep_knows_what_it_did_and_leaves_finished_runs_alone(swept):
+    folder, trials, files, _ = swept
+    assert [trial["status"] for trial in trials] == ["finished", "running"]
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    log = (folder / "trial-002.log").read_text()
+    assert "stopping after this step" in log and "continuing from" in log
+    assert "error" not in (folder / "trial-001.log").read_text()
+
+
+def test_every_run_is_the_one_that_train_makes_of_its_words(swept, plain: list[Path]):
+    folder, *_ = swept
+    for number, alone in enumerate(plain, 1):
+        trial = folder / f"trial-{number:03d}"
+        assert differing(trial, alone) == [] and len(adapter(trial)) > 0
+        assert metrics(trial) == metrics(alone) and len(metrics(trial)) == STEPS
+        assert result(trial)["eval_loss"] == result(alone)["eval_loss"]
+    assert differing(*plain)
+
+
+def test_the_record_and_the_table_are_complete_with_the_best_first(swept, plain: list[Path]):
+    folder, _, _, printed = swept
+    record = json.loads((folder / "sweep.json").read_text())
+    losses = [result(alone)["eval_loss"] for alone in plain]
+    assert [trial["status"] for trial in record["trials"]] == ["finished", "finished"]
+    assert [trial["metric"] for trial in record["trials"]] == losses
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:]]
+    order = sorted(range(len(RATES)), key=losses.__getitem__)
+    assert [line[:3] for line in lines] == [[f"trial-{i + 1:03d}", RATES[i], f"{losses[i]:.4f}"] for i in order]
+    assert record["best"] == order[0] + 1
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    executable = find_browser()
+    if executable is None:
+        pytest.skip("needs a browser of the Chromium family, as chromium-headless-shell")
+    with open_browser(executable, tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+def test_the_page_draws_the_effects_and_the_curves(browser: Page, swept):
+    folder, *_ = swept
+    browser.look()
+    browser.open(folder / "sweep.html")
+    drawn = browser.evaluate(DRAWN)
+    assert drawn[0][0] == "train.learning_rate" and len(drawn) == 8
+    assert all(len(shapes) > 2 and all(shapes) for _, shapes in drawn)
+    assert browser.troubles() == [] and browser.evaluate(CONTRAST) == []
+    browser.look(360)
+    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")

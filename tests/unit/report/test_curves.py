@@ -1,0 +1,88 @@
+"""Pictures of a run: which there are, what is on them, and that their axes fit one another."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from finetune.report.curves import overlaid, run_pictures
+from finetune.report.run import Run
+from finetune.report.series import Series
+
+
+def run_of(tmp_path, steps: int = 20, **metrics: float) -> Run:
+    series = {
+        name.replace("__", "/"): Series(list(range(1, steps + 1)), [value] * steps) for name, value in metrics.items()
+    }
+    return Run(tmp_path, metrics=series)
+
+
+def numbers_below(svg: str) -> list[str]:
+    return re.findall(r">([\d,.]+)</text>", svg)
+
+
+def test_only_what_was_measured_is_drawn(tmp_path):
+    titles = [picture.title for picture in run_pictures(run_of(tmp_path, loss=1.0, peak_bytes=2.0**30))]
+    assert titles == ["Loss, nats a target token", "Peak memory, GiB"]
+    assert run_pictures(Run(tmp_path)) == []
+
+
+def test_all_pictures_of_a_run_share_their_steps(tmp_path):
+    run = run_of(tmp_path, 40, loss=1.0)
+    once = Run(tmp_path, metrics={**run.metrics, "learning_rate": Series([40], [1e-4])})
+    for picture in run_pictures(once):
+        assert numbers_below(picture.svg)[:3] == ["0", "10", "20"]
+
+
+def test_several_held_out_sets_have_a_picture_of_their_own_and_one_has_not(tmp_path):
+    one = run_of(tmp_path, loss=1.0, eval_loss=2.0, eval__a__loss=2.0)
+    two = run_of(tmp_path, loss=1.0, eval_loss=2.0, eval__a__loss=1.0, eval__b__loss=3.0)
+    by_set = "Held-out rows, nats a target token"
+    assert by_set not in [picture.title for picture in run_pictures(one)]
+    (picture,) = [picture for picture in run_pictures(two) if picture.title == by_set]
+    assert ">a</text>" in picture.svg and ">b</text>" in picture.svg
+    titles = [picture.title for picture in overlaid([("x", one), ("y", two)])]
+    assert f"{by_set}, a" in titles and f"{by_set}, b" in titles
+    assert not any(title.startswith(by_set) for title in [p.title for p in overlaid([("x", one), ("y", one)])])
+
+
+def heights(svg: str) -> list[float]:
+    """Of the corners of the first curve."""
+    path = re.findall(r'<path d="([^"]+)"[^>]*stroke: var\(--line-1', svg)[0]
+    return [float(corner.split()[1]) for corner in re.split("[ML]", path)[1:]]
+
+
+@pytest.mark.parametrize(("values", "logarithmic"), [([1.0, 0.01, 1e-4], True), ([1.0, 0.5, 0.25], False)])
+def test_a_spread_over_powers_of_ten_is_drawn_on_a_logarithmic_axis(tmp_path, values: list[float], logarithmic: bool):
+    run = Run(tmp_path, metrics={"loss": Series([1, 2, 3], values), "learning_rate": Series([1, 2, 3], values)})
+    high, middle, low = heights(run_pictures(run)[0].svg)
+    assert (abs((middle - high) - (low - middle)) < 0.01) == logarithmic
+    high, middle, low = heights(run_pictures(run)[1].svg)  # a learning rate never is
+    assert middle - high > low - middle
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 1e-30, 1e200])
+def test_a_curve_that_does_not_change_is_drawn(tmp_path, value: float):
+    (picture,) = run_pictures(run_of(tmp_path, loss=value))
+    assert re.search(r'<path d="M [^"]+L [^"]+"[^>]*--line-1', picture.svg)
+
+
+def test_a_noisy_curve_has_its_mean_over_it_and_says_so(tmp_path):
+    values = [float(i % 2) for i in range(200)]
+    run = Run(tmp_path, metrics={"loss": Series(list(range(200)), values)})
+    (picture,) = run_pictures(run)
+    assert picture.note and picture.svg.count("var(--line-1") >= 2
+    assert not run_pictures(run_of(tmp_path, loss=1.0))[0].note
+    assert not overlaid([("a", run)])[0].note
+
+
+def test_runs_are_told_apart_by_colour_and_then_by_dashes(tmp_path):
+    (picture,) = overlaid([(str(i), run_of(tmp_path, loss=float(i + 1))) for i in range(9)])
+    curves = re.findall(r'<path d="M [^"]+"[^>]*style="([^"]*)"', picture.svg)
+    styles = [
+        (colour[0], dashes[0] if (dashes := re.findall("stroke-dasharray: ([^;]+)", style)) else "")
+        for style in curves
+        if (colour := re.findall(r"stroke: (var\(--line-\d|currentColor)", style)) and "stroke-width: 1.5" in style
+    ]
+    assert len(styles) == len(set(styles)) == 9
