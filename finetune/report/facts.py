@@ -124,17 +124,11 @@ def _from_metrics(run: Run) -> list[Card]:
 
 
 def predictions(run: Run) -> list[Prediction]:
-    """What the planner foretold beside what came of it; only where both are known."""
-    pairs = (
-        ("peak memory", "predicted_peak_bytes", "peak_bytes", size),
-        ("training time", "predicted_seconds", "train_seconds", duration),
-    )
-    found = []
-    for what, predicted_name, measured_name, form in pairs:
-        predicted, measured = run.figure(predicted_name), run.figure(measured_name)
-        if predicted and measured:
-            found.append(Prediction(what, form(predicted), form(measured), f"{predicted / measured - 1:+.1%}"))
-    return found
+    """What the planner foretold beside what came of it, where both are known."""
+    predicted, measured = run.figure("predicted_peak_bytes"), run.figure("peak_bytes")
+    if not predicted or not measured:
+        return []
+    return [Prediction("peak memory", size(predicted), size(measured), f"{predicted / measured - 1:+.1%}")]
 
 
 class Breach(NamedTuple):

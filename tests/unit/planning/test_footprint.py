@@ -46,6 +46,19 @@ def test_a_process_on_a_cpu_holds_its_libraries_and_tokenizers():
     assert not {"process and libraries", "tokenizers", "allocator slack"} & found().parts.keys()
 
 
+def test_a_cpu_keeps_code_for_the_shapes_that_a_run_meets():
+    sizes = [
+        found(*settings, kind="cpu").parts.get("code for shapes", 0.0)
+        for settings in (
+            (), ("train.max_steps=60",), ("train.max_steps=null",), ("train.max_steps=null", "data.held_out=0.1"),
+            ("train.max_steps=null", "data.held_out=0.1", "generation.rows=20"),
+        )
+    ]  # fmt: skip
+    assert sizes == sorted(set(sizes)) and sizes[0] == 0
+    assert "code for shapes" not in found("train.max_steps=60").parts
+    assert "code for shapes" not in found("train.max_steps=60", "model.dtype=float32", kind="cpu").parts
+
+
 def test_tokenizers_are_as_large_as_their_file(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(b" " * 1000)
     parts = found(f"model.tokenizer={tmp_path}", kind="cpu").parts
