@@ -28,8 +28,8 @@ _STYLE = {
 def figure(width_inches: float = 6.4, height_inches: float = 2.8, panels: int = 1) -> tuple[Figure, list[Axes]]:
     """An empty figure with panels side by side. It is drawn without a display and needs no closing."""
     import matplotlib
-    from cycler import cycler
     from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
 
     with matplotlib.rc_context({**_STYLE, "axes.prop_cycle": cycler(color=COLOURS)}):
         drawn = Figure(figsize=(width_inches, height_inches), layout="constrained")

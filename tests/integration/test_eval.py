@@ -92,7 +92,10 @@ def test_everything_that_is_wrong_is_said_at_once_and_nothing_is_written(finetun
 def test_a_stop_leaves_the_run_as_it_was(here):
     before = sorted(path.name for path in (here / "run").iterdir())
     words = [sys.executable, "-m", "finetune.cli", "eval", "adapter=run", "resamples=100000", "limit=24"]
-    process = subprocess.Popen(words, cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words, cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores Ctrl+C
+    )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
         if "measured in" in line:
