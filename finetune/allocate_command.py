@@ -34,12 +34,11 @@ def run_allocate(arguments: Arguments) -> int:
     """`finetune allocate`. Raises: InputError for what cannot be meant; what loading and measuring raise."""
     from finetune.config.commands import AllocateOptions
     from finetune.config.compose import load_config
-    from finetune.config.options import read_options
+    from finetune.config.options import read_beside_config
 
     if arguments.config is None:
         raise InputError("finetune allocate needs config=X.yaml, the one that finetune sensitivity was given")
-    own, overrides = arguments.split(tuple(AllocateOptions.model_fields))
-    options = read_options(AllocateOptions, [f"{key}={value}" for key, value in own.items()], "finetune allocate")
+    options, overrides = read_beside_config(AllocateOptions, arguments, "finetune allocate")
     cfg = load_config(arguments.config, overrides)
 
     from finetune.precision.choosing import check_place, choose, write_allocation

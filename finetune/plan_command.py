@@ -52,10 +52,9 @@ def run_plan(arguments: Arguments) -> int:
     """`finetune plan`. Raises: InputError and ConfigError for what cannot be meant or is not known here."""
     from finetune.config.commands import PlanOptions
     from finetune.config.compose import load_config
-    from finetune.config.options import read_options
+    from finetune.config.options import read_beside_config
 
-    own, overrides = arguments.split(PlanOptions.model_fields)
-    options = read_options(PlanOptions, [f"{key}={value}" for key, value in own.items()], "finetune plan")
+    options, overrides = read_beside_config(PlanOptions, arguments, "finetune plan")
     if options.calibrate:
         say(f"kept in {calibrate()}")
         if arguments.config is None and not options.table:
@@ -64,15 +63,15 @@ def run_plan(arguments: Arguments) -> int:
         raise InputError("finetune plan needs config=X.yaml, as in finetune plan config=lora.yaml gpu_gb=16")
     cfg = load_config(arguments.config or _DEFAULT_CONFIG, overrides)
     as_json = "--json" in arguments.flags
-    _check_options(options, own, cfg)
+    _check_options(options, cfg)
     if options.table:
         return _print_lengths(cfg, as_json)
     return _print_plan(cfg, options, as_json)
 
 
-def _check_options(options: PlanOptions, given: Mapping[str, str], cfg: RunConfig) -> None:
+def _check_options(options: PlanOptions, cfg: RunConfig) -> None:
     """Raises: InputError for an option that would change nothing or contradicts the config."""
-    if options.table and (idle := sorted(set(given) - {"table", "calibrate"})):
+    if options.table and (idle := sorted(options.model_fields_set - {"table", "calibrate"})):
         raise InputError(f"table=true is about every size and usual GPU; drop {', '.join(idle)}, or drop table=true")
     if (options.document_tokens or 0) > cfg.data.max_length:
         raise InputError(

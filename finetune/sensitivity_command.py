@@ -34,12 +34,11 @@ def run_sensitivity(arguments: Arguments) -> int:
     """`finetune sensitivity`. Raises: InputError for what cannot be meant; what loading and measuring raise."""
     from finetune.config.commands import SensitivityOptions
     from finetune.config.compose import load_config
-    from finetune.config.options import read_options
+    from finetune.config.options import read_beside_config
 
     if arguments.config is None:
         raise InputError("finetune sensitivity needs config=X.yaml, as in: finetune sensitivity config=quickstart.yaml")
-    own, overrides = arguments.split(tuple(SensitivityOptions.model_fields))
-    options = read_options(SensitivityOptions, [f"{key}={value}" for key, value in own.items()], "finetune sensitivity")
+    options, overrides = read_beside_config(SensitivityOptions, arguments, "finetune sensitivity")
     cfg = load_config(arguments.config, overrides)
 
     from finetune.precision.measuring import measure_sensitivity

@@ -13,11 +13,12 @@ from typing import Annotated, Any, TypeVar
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from finetune.arguments import Arguments
 from finetune.config.explain import shown
-from finetune.config.keys import allowed, is_section
+from finetune.config.keys import allowed, find, is_section
 from finetune.config.overrides import read_value
 from finetune.config.problems import Problem, config_error
-from finetune.config.schema import Section
+from finetune.config.schema import RunConfig, Section
 from finetune.errors import ConfigError
 
 Options = TypeVar("Options", bound=Section)
@@ -56,6 +57,23 @@ def read_options(kind: type[Options], words: Sequence[str], command: str) -> Opt
     if options is None or problems:
         raise config_error(command, problems, lambda key: "")
     return options
+
+
+def read_beside_config(kind: type[Options], arguments: Arguments, command: str) -> tuple[Options, list[str]]:
+    """A command's own settings among those of a run, and the words that are the run's.
+
+    A word that is neither's, and most like one of the command's, is told here. Raises: as `read_options`.
+    """
+    own, others = arguments.split(kind.model_fields)
+    meant = [word for word in others if _is_meant(kind, word.partition("=")[0])]
+    return read_options(kind, [*(f"{key}={value}" for key, value in own.items()), *meant], command), others
+
+
+def _is_meant(kind: type[Section], key: str) -> bool:
+    if find(key) is not None:
+        return False
+    near = get_close_matches(key, [*kind.model_fields, *RunConfig.model_fields], n=1, cutoff=0.6)
+    return bool(near) and near[0] in kind.model_fields
 
 
 def options_help(kind: type[Section], prefix: str = "") -> str:
