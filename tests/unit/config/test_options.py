@@ -1,4 +1,4 @@
-"""A command's own settings beside those of a run: each word goes where it belongs, a slip is told where it was meant."""
+"""A command's own settings beside those of a run: each word goes where it belongs, a slip is told where it was."""
 
 from __future__ import annotations
 
