@@ -11,9 +11,9 @@ from typing import Any
 from finetune.config.schema import RunConfig
 from finetune.models.families import QWEN25_SHAPES
 from finetune.planning.activations import plan_activations
-from finetune.planning.fitting import derive_micro_batch, foresee, gib, recomputed_layers_of
+from finetune.planning.fitting import derive_micro_batch, foresee, recomputed_layers_of
 from finetune.planning.footprint import Footprint, predict
-from finetune.planning.memory import FOUR_BIT
+from finetune.planning.memory import FOUR_BIT, in_words
 from finetune.planning.timing import Rates, assumed_effort, step_seconds
 from finetune.planning.work import step_work
 
@@ -45,7 +45,7 @@ class Settings:
 def describe_change(change: Change) -> str:
     """One line."""
     alone = "" if change.fits else " (not enough by itself)"
-    return f"  {' '.join(change.overrides)} saves {gib(change.saved_bytes)}{alone}"
+    return f"  {' '.join(change.overrides)} saves {in_words(change.saved_bytes)}{alone}"
 
 
 def changes_that_fit(

@@ -12,6 +12,7 @@ from finetune.config.schema import RunConfig
 from finetune.planning.activations import ActivationPlan, plan_activations
 from finetune.planning.footprint import Footprint, predict
 from finetune.planning.machine import available_memory, device_memory, ranks_here, resident_memory
+from finetune.planning.memory import in_words
 
 # Tokens of a forward pass from which more of them are no faster: on a CPU the products are as fast by then, and every
 # token more only raises the peak.
@@ -124,9 +125,9 @@ def _words(
         text += ", their inputs in main memory"
     elif cfg.train.recompute == "offload":
         text += " (on a CPU offload is the same as all)"
-    text += f"; activations take up to {gib(peak)} of {gib(free_bytes)} free"
+    text += f"; activations take up to {in_words(peak)} of {in_words(free_bytes)} free"
     if cfg.train.recompute == "auto" and count:
-        text += f", and {gib(plan.peak_bytes(0))} if all were kept"
+        text += f", and {in_words(plan.peak_bytes(0))} if all were kept"
     if micro < wanted:
         text += f"; {micro} sequence(s) a forward pass instead of {wanted}, to fit"
     if peak <= free_bytes:
@@ -135,7 +136,3 @@ def _words(
     if cfg.train.recompute == "none" or isinstance(cfg.train.recompute, int):
         advice.append("recompute more layers (train.recompute=auto)")
     return f"{text}\nWARNING: this may not fit; lower {' or '.join(advice)}"
-
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

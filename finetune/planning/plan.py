@@ -10,8 +10,9 @@ from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
 from finetune.models.families import shape_of
 from finetune.planning.advice import changes_that_fit, describe_change
-from finetune.planning.fitting import derive_micro_batch, foresee, free_memory, gib
+from finetune.planning.fitting import derive_micro_batch, foresee, free_memory
 from finetune.planning.machine import device_type_here, ranks_of_run
+from finetune.planning.memory import in_words
 from finetune.planning.teacher import describe_teacher
 
 
@@ -39,16 +40,18 @@ def describe_plan(
     lines += [
         f"model: {static.parameters:,} parameters, {static.trained:,} trained "
         f"({static.trained / static.parameters:.3%})",
-        f"memory before activations: {gib(static.total_bytes)} a rank "
-        f"({', '.join(f'{name} {size / 2**30:.2f}' for name, size in static.parts.items())})",
+        f"memory before activations: {in_words(static.total_bytes)} a rank "
+        f"({', '.join(f'{name} {in_words(size)}' for name, size in static.parts.items())})",
         *([teacher] if teacher else []),
-        f"memory of activations: {gib(kept)} a rank when no layer is recomputed, {gib(recomputed)} when all are "
-        f"(train.recompute={cfg.train.recompute})",
-        f"predicted peak: {gib(found.peak_bytes)} a rank, {found.moment}, with {found.recomputed or 'no'} layer(s) "
-        f"recomputed and {found.micro_batch} sequence(s) a forward pass",
+        f"memory of activations: {in_words(kept)} a rank when no layer is recomputed, "
+        f"{in_words(recomputed)} when all are (train.recompute={cfg.train.recompute})",
+        f"predicted peak: {in_words(found.peak_bytes)} a rank, {found.moment}, "
+        f"with {found.recomputed or 'no'} layer(s) recomputed and {found.micro_batch} sequence(s) a forward pass",
     ]
     if free_bytes is not None and found.needed_bytes > free_bytes:
-        lines.append(f"WARNING: {gib(found.needed_bytes)} are needed with a margin, {gib(free_bytes)} are free")
+        lines.append(
+            f"WARNING: {in_words(found.needed_bytes)} are needed with a margin, {in_words(free_bytes)} are free"
+        )
         lines += map(describe_change, changes_that_fit(cfg, shape, ranks, device_type, free_bytes))
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.config.schema import RunConfig
 from finetune.models.families import shape_of
-from finetune.planning.memory import DTYPE_BYTES, linear_shapes
+from finetune.planning.memory import DTYPE_BYTES, in_words, linear_shapes
 
 _SAMPLED_BYTES = 8 + 4  # losses/signal.py: a token's number and its probability
 
@@ -88,4 +88,4 @@ def describe_teacher(cfg: RunConfig, student: Mapping[str, Any]) -> str | None:
     if size is None:
         return f"teacher: {name}, {teacher.placement}; its shapes are not known here, so its memory is not planned"
     how = "two layers and the head of it" if teacher.placement == "streamed" else "weights beside the student's"
-    return f"teacher: {name}, {teacher.placement}: {size / 2**30:.2f} GiB a rank for {how}"
+    return f"teacher: {name}, {teacher.placement}: {in_words(size)} a rank for {how}"
