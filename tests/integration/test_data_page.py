@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from finetune.cli import main
-from tests.browser import CONTRAST, Page, find_browser, open_browser
+from tests.browser import CONTRAST, Page
 from tests.html_reader import Reader
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> </pre> &amp; \x1b[31m"
@@ -73,15 +72,6 @@ def test_the_page_holds_the_reports_figures(read: Reader):
     assert advice[0].startswith("Leak. <b>held: 2 of its 2 rows") and any("data.max_length=250" in t for t in advice)
     bars = [attrs for name, attrs, _ in read.elements if name == "rect"]
     assert any(attrs.get("class") == "over" for attrs in bars) and any("class" not in attrs for attrs in bars)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    executable = find_browser()
-    if executable is None:
-        pytest.skip("needs a browser of the Chromium family, as chromium-headless-shell")
-    with open_browser(executable, tmp_path_factory.mktemp("profile")) as page:
-        yield page
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from finetune import train
 from finetune.cli import main
-from tests.browser import CONTRAST, DRAWN, Page, find_browser, open_browser
+from tests.browser import CONTRAST, DRAWN, Page
 from tests.html_reader import Reader
 from tests.runs import small_run
 
@@ -101,15 +100,6 @@ def test_a_curve_has_a_corner_for_every_step(read: Reader, page_file: Path, fold
     figure = page_file.read_text().split('aria-label="Learning rate"')[1].split("</figure>")[0]
     curves = [path for path in re.findall(r'<path d="([^"]+)"[^>]*--line-1', figure) if path.count("L") > 1]
     assert [len(re.findall("[ML]", curve)) for curve in curves] == [len(lines)] == [4]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    executable = find_browser()
-    if executable is None:
-        pytest.skip("needs a browser of the Chromium family, as chromium-headless-shell")
-    with open_browser(executable, tmp_path_factory.mktemp("profile")) as page:
-        yield page
 
 
 def test_every_figure_is_drawn_and_nothing_is_asked_of_a_network(browser: Page, page_file: Path):

@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from finetune import load_config, train
-from tests.browser import CONTRAST, DRAWN, Page, find_browser, open_browser
+from tests.browser import CONTRAST, DRAWN, Page
 from tests.runs import SMALL_RUN, adapter, differing, metrics, result
 
 RATES = ("0.001", "0.004")
@@ -96,15 +95,6 @@ def test_the_record_and_the_table_are_complete_with_the_best_first(swept, plain:
     order = sorted(range(len(RATES)), key=losses.__getitem__)
     assert [line[:3] for line in lines] == [[f"trial-{i + 1:03d}", RATES[i], f"{losses[i]:.4f}"] for i in order]
     assert record["best"] == order[0] + 1
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    executable = find_browser()
-    if executable is None:
-        pytest.skip("needs a browser of the Chromium family, as chromium-headless-shell")
-    with open_browser(executable, tmp_path_factory.mktemp("profile")) as page:
-        yield page
 
 
 def test_the_page_draws_the_effects_and_the_curves(browser: Page, swept):
