@@ -88,6 +88,7 @@ def test_a_run_is_told_to_end_when_its_sweep_is_killed_and_may_still_speak(tmp_p
     process.kill()
     process.wait()
     _wait_for("saved", log)
+    assert log.read_text().split() == ["ready", "saving", "saved"]
 
 
 def _wait_for(word: str, log: Path) -> None:
