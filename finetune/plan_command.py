@@ -55,15 +55,16 @@ def run_plan(arguments: Arguments) -> int:
     from finetune.config.options import read_beside_config
 
     options, overrides = read_beside_config(PlanOptions, arguments, "finetune plan")
-    if options.calibrate:
-        say(f"kept in {calibrate()}")
-        if arguments.config is None and not options.table:
-            return 0
     if arguments.config is None and not options.table:
-        raise InputError("finetune plan needs config=X.yaml, as in finetune plan config=lora.yaml gpu_gb=16")
+        if not options.calibrate:
+            raise InputError("finetune plan needs config=X.yaml, as in finetune plan config=lora.yaml gpu_gb=16")
+        say(f"kept in {calibrate()}")
+        return 0
     cfg = load_config(arguments.config or _DEFAULT_CONFIG, overrides)
     as_json = "--json" in arguments.flags
     _check_options(options, cfg)
+    if options.calibrate:  # after everything that may be refused: it takes half a minute
+        say(f"kept in {calibrate()}")
     if options.table:
         return _print_lengths(cfg, as_json)
     return _print_plan(cfg, options, as_json)
