@@ -31,7 +31,6 @@ def _printable(text: str) -> str:
     return text
 
 
-AnyText = Annotated[str, AfterValidator(_printable)]
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_printable)]
 Name = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00-\x1f]*$"), AfterValidator(_printable)]
 Number = Annotated[float, BeforeValidator(_number)]

@@ -40,11 +40,6 @@ class Subjects:
     quant: QuantConfig
     variants: tuple[Variant, ...]
 
-    @property
-    def tokenizer_folder(self) -> Path | None:
-        """Where an adapter keeps its own tokenizer."""
-        return self.adapter
-
     def name(self, variant: Variant) -> str:
         """What tables call a variant: bf16 base, NF4 base, NF4 + adapter, merged."""
         plain = _SHORT[self.model.dtype]

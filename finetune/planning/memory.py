@@ -35,11 +35,6 @@ class MemoryPlan:
     def total_bytes(self) -> float:
         return sum(self.parts.values())
 
-    @property
-    def trained_bytes(self) -> float:
-        """What training adds to the base: the trained values, their gradients and moments."""
-        return sum(self.parts.get(name, 0.0) for name in ("adapter", "gradients", "optimizer"))
-
 
 def linear_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """(out, in) features of each linear of one Qwen2 block."""

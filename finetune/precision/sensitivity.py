@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from finetune.data.batch import Batch
@@ -131,18 +130,3 @@ class Sensitivity:
             for number, reference_ND in enumerate(reference)
         ]
         return [mean_kl([nats_CN[row] for nats_CN in nats], self.batches) for row in range(len(changed))]
-
-
-def measure_storage(
-    model: LayerwiseModel, batches: Sequence[Batch], storages: Sequence[dict[str, str]]
-) -> list[MeanKl]:
-    """KL to the 16-bit model of whole choices of storage, by the same arithmetic."""
-    reference = model.run(batches, {})
-    found = []
-    with torch.no_grad():
-        for storage in storages:
-            changed = model.run(batches, storage)
-            nats = [divergences(*each, model.head, model.head.out_features)[0]
-                    for each in zip(reference, ([hidden] for hidden in changed), strict=True)]  # fmt: skip
-            found.append(mean_kl(nats, batches))
-    return found

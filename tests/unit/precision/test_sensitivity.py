@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Sequence
 
-from finetune.precision.sensitivity import ALL, Measured, Sensitivity, measure_storage
+import pytest
+import torch
+
+from finetune.data.batch import Batch
+from finetune.precision.divergences import MeanKl, divergences, mean_kl
+from finetune.precision.layerwise import LayerwiseModel
+from finetune.precision.sensitivity import ALL, Measured, Sensitivity
 
 CHANGED = ("model.layers.0.self_attn.v_proj", "model.layers.2.mlp.down_proj", "model.layers.3.mlp.up_proj")
+
+
+def measure_storage(
+    model: LayerwiseModel, batches: Sequence[Batch], storages: Sequence[dict[str, str]]
+) -> list[MeanKl]:
+    """KL to the 16-bit model of whole choices of storage, each in a pass of its own."""
+    reference = model.run(batches, {})
+    found = []
+    with torch.no_grad():
+        for storage in storages:
+            changed = model.run(batches, storage)
+            nats = [divergences(*each, model.head, model.head.out_features)[0]
+                    for each in zip(reference, ([hidden] for hidden in changed), strict=True)]  # fmt: skip
+            found.append(mean_kl(nats, batches))
+    return found
 
 
 @pytest.fixture(scope="module")
