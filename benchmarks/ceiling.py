@@ -1,4 +1,6 @@
-"""What this machine's bf16 matrix product reaches, in operations a second: the ceiling of every training step.
+"""What this machine's matrix product reaches, in operations a second: the ceiling of every training step.
+
+In bf16; in fp32 on a processor that has no bf16 products worth the name, where fp32 is the faster.
 
     python -m benchmarks.ceiling model=FOLDER [tokens=2048] [seconds=0.4]
 
@@ -36,14 +38,17 @@ def products(config: dict, tokens: int, squares: tuple[int, ...]) -> Iterator[tu
 
 
 def time_product(sizes: tuple[int, int, int], transposed: bool, seconds: float) -> float:
-    """Operations a second of the median of repeated products in bf16."""
+    """Operations a second of the median of repeated products."""
     import torch
+
+    from finetune.ops.products import widens
 
     rows, inner, columns = sizes
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    left = torch.randn(rows, inner, dtype=torch.bfloat16, device=device)
-    right = torch.randn(*((columns, inner) if transposed else (inner, columns)), dtype=torch.bfloat16, device=device)
-    out = torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
+    dtype = torch.float32 if widens(torch.device(device), torch.bfloat16) else torch.bfloat16
+    left = torch.randn(rows, inner, dtype=dtype, device=device)
+    right = torch.randn(*((columns, inner) if transposed else (inner, columns)), dtype=dtype, device=device)
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
     weight = right.T if transposed else right
 
     def once() -> float:

@@ -30,6 +30,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {"packing": False, "gradient_checkpointing": False},
     "packing": {"packing": True, "gradient_checkpointing": False},
     "packing+checkpointing": {"packing": True, "gradient_checkpointing": True},
+    "packing+fp32": {"packing": True, "gradient_checkpointing": False, "bf16": False},
+    "packing+fp32+checkpointing": {"packing": True, "gradient_checkpointing": True, "bf16": False},
     "liger": {"packing": True, "gradient_checkpointing": True, "use_liger_kernel": True},
     "unsloth": {"packing": True, "gradient_checkpointing": False},  # it brings its own checkpointing
     "gkd": {"gradient_checkpointing": False, "lmbda": 0.0, "beta": 0.0, "temperature": 1.0},
@@ -46,21 +48,20 @@ def installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-def load_model(path: str, device: str) -> Any:
-    """NF4 with double quantisation and bf16 compute, through transformers."""
-    import torch
+def load_model(path: str, device: str, dtype: Any) -> Any:
+    """NF4 with double quantisation that computes in `dtype`, through transformers."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
     # Packed rows need an attention that keeps documents apart; TRL's documentation names this one.
     attention = {"attn_implementation": "flash_attention_2"} if device == "cuda" and installed("flash_attn") else {}
     return AutoModelForCausalLM.from_pretrained(
-        path, quantization_config=quantisation, dtype=torch.bfloat16,
+        path, quantization_config=quantisation, dtype=dtype,
         device_map={"": 0} if device == "cuda" else None, **attention,
     )  # fmt: skip
 
@@ -92,6 +93,8 @@ def lora_config(options: dict[str, str]) -> Any:
 
 def tuning_trainer(options: dict[str, str], device: str, settings: dict[str, Any]) -> Any:
     """An SFTTrainer."""
+    import torch
+
     extra: dict[str, Any] = {}
     if options["variant"] == "unsloth":
         from unsloth import FastLanguageModel  # before trl: it patches what is imported after it
@@ -104,7 +107,7 @@ def tuning_trainer(options: dict[str, str], device: str, settings: dict[str, Any
             use_gradient_checkpointing="unsloth",
         )  # fmt: skip
     else:
-        model = load_model(options["model"], device)
+        model = load_model(options["model"], device, torch.bfloat16 if settings["bf16"] else torch.float32)
         extra["peft_config"] = lora_config(options)
     from datasets import load_dataset
     from transformers import AutoTokenizer
@@ -125,7 +128,7 @@ def distilling_trainer(options: dict[str, str], device: str, settings: dict[str,
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    model = load_model(options["model"], device)
+    model = load_model(options["model"], device, torch.bfloat16)
     teacher = AutoModelForCausalLM.from_pretrained(
         options["model"], dtype=torch.bfloat16, device_map={"": 0} if device == "cuda" else None
     )

@@ -107,6 +107,8 @@ def check_device() -> Finding:
     """What torch can train on."""
     import torch
 
+    from finetune.ops.products import widens
+
     if torch.cuda.is_available():
         platform_name = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -117,6 +119,8 @@ def check_device() -> Finding:
     if torch.backends.mps.is_available():
         return Finding("warn", "Apple GPU (MPS)", "untested here; the processor is the safe choice")
     found = f"processor only, {torch.get_num_threads()} threads"
+    if widens(torch.device("cpu"), torch.bfloat16):
+        found += ", no bfloat16 products (training makes them in float32)"
     if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
         advice = (
             f"this machine has an NVIDIA driver, but torch {torch.__version__} sees no GPU: install torch's CUDA build"

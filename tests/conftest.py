@@ -55,6 +55,15 @@ def finetune_command(tmp_path: Path) -> Callable[..., subprocess.CompletedProces
     return run
 
 
+@pytest.fixture(params=["own", "fp32"])
+def sixteen_bit_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test with this processor's products, and as a processor without 16-bit ones makes them."""
+    if request.param == "fp32":
+        from finetune.ops import products
+
+        monkeypatch.setattr(products, "_has_products", lambda dtype: False)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if any(item.get_closest_marker("gpu") for item in items):
         import torch

@@ -30,6 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from finetune.ops import cpu_attention
+from finetune.ops.products import widens
 
 SEGMENTED = "segmented"
 # Rows of a forward pass and tokens of a document are rounded up to a multiple: few shapes, little padding.
@@ -174,7 +175,8 @@ def attend(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, segments: Segm
 
 def _causal_attention(query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, scale: float) -> Tensor:
     """[B, L, H, D] of a batch of documents of one length, by the kernel that is fast at that length."""
-    if query_BHLD.device.type == "cpu" and query_BHLD.shape[2] < _FUSED_BACKWARD_FROM:
+    short = query_BHLD.device.type == "cpu" and query_BHLD.shape[2] < _FUSED_BACKWARD_FROM
+    if short or widens(query_BHLD.device, query_BHLD.dtype):
         return cpu_attention.causal_attention(query_BHLD, key_BHLD, value_BHLD, scale).transpose(1, 2)
     grouped, fused = query_BHLD.shape[1] != key_BHLD.shape[1], F.scaled_dot_product_attention
     return fused(query_BHLD, key_BHLD, value_BHLD, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finetune.ops.elementwise import swiglu_backward_, swiglu_forward
+from finetune.ops.products import add_product_, product
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +150,10 @@ def _dropped(x_TD: Tensor, p: Projection, mask: Tensor | None) -> Tensor:
 
 def _forward(x_TD: Tensor, p: Projection, mask: Tensor | None) -> Tensor:
     weight_OD = p.dequantised()
-    y_TO = x_TD @ weight_OD.T if p.bias is None else torch.addmm(p.bias, x_TD, weight_OD.T)
+    y_TO = product(x_TD, weight_OD.T, p.bias)
     if p.adapter:
         a_RD, b_OR = p.adapter.a.to(x_TD.dtype), p.adapter.b.to(x_TD.dtype)
-        y_TO.addmm_(_dropped(x_TD, p, mask) @ a_RD.T, b_OR.T, alpha=p.adapter.scale)
+        add_product_(y_TO, product(_dropped(x_TD, p, mask), a_RD.T), b_OR.T, p.adapter.scale)
     return y_TO
 
 
@@ -166,14 +167,14 @@ def _backward(
 
 def _grad_input(grad_TO: Tensor, p: Projection, mask: Tensor | None, grad_x: Tensor | None) -> Tensor:
     weight_OD = p.dequantised()
-    grad_x = grad_TO @ weight_OD if grad_x is None else grad_x.addmm_(grad_TO, weight_OD)
+    grad_x = product(grad_TO, weight_OD) if grad_x is None else add_product_(grad_x, grad_TO, weight_OD)
     if p.adapter:
-        grad_TR = grad_TO @ p.adapter.b.to(grad_TO.dtype)
+        grad_TR = product(grad_TO, p.adapter.b.to(grad_TO.dtype))
         a_RD = p.adapter.a.to(grad_TO.dtype)
         if mask is None:
-            grad_x.addmm_(grad_TR, a_RD, alpha=p.adapter.scale)
+            add_product_(grad_x, grad_TR, a_RD, p.adapter.scale)
         else:
-            grad_x += (grad_TR @ a_RD) * mask * (p.adapter.scale / (1 - p.adapter.dropout))
+            grad_x += product(grad_TR, a_RD) * mask * (p.adapter.scale / (1 - p.adapter.dropout))
     return grad_x
 
 
@@ -183,6 +184,6 @@ def _grad_factors(grad_TO: Tensor, x_TD: Tensor, p: Projection, mask: Tensor | N
         return []
     a, b, scale = p.adapter.a, p.adapter.b, p.adapter.scale
     seen_TD = _dropped(x_TD, p, mask)
-    grad_a = (grad_TO @ b.to(grad_TO.dtype)).T @ seen_TD
-    grad_b = grad_TO.T @ (seen_TD @ a.to(x_TD.dtype).T)
+    grad_a = product(product(grad_TO, b.to(grad_TO.dtype)).T, seen_TD)
+    grad_b = product(grad_TO.T, product(seen_TD, a.to(x_TD.dtype).T))
     return [grad_a.to(a.dtype).mul_(scale), grad_b.to(b.dtype).mul_(scale)]

@@ -39,7 +39,7 @@ from finetune.models.families import shape_of
 from finetune.models.fast import attach_fast_path
 from finetune.models.load import load_base, load_tokenizer
 from finetune.models.tokens import extend_tokenizer
-from finetune.ops import dispatch
+from finetune.ops import dispatch, products
 from finetune.planning.fitting import free_memory
 from finetune.planning.plan import describe_plan
 from finetune.report.page import try_report
@@ -152,6 +152,8 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
     if parts.is_main:
         run_folder.write_samples(parts.folder, state.before.get("answers", []))
     total_steps = cfg.train.max_steps or parts.feed.steps_for(cfg.train.epochs or 1)
+    if told := products.describe(accelerator.device, getattr(torch, cfg.model.dtype), cfg.train.fast):
+        say(told)
     if cfg.train.fast:
         most_tokens = (total_steps - state.step) * cfg.train.batch_size * cfg.data.max_length
         flops = 4.0 * base_of(parts.model).num_parameters() * most_tokens

@@ -110,6 +110,7 @@ def checkpointed(function, *inputs):
     return torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False)
 
 
+@pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
 @pytest.mark.parametrize("storage", ["nf4", "fp4", "resident", "int8", "none"])
 def test_a_quantised_base_in_bf16_is_as_close_to_fp32_as_pefts(tmp_path: Path, storage: str, targets: Any):

@@ -88,6 +88,7 @@ def test_no_rows_give_zero_and_a_gradient_of_zero_to_everything(kind):
     assert not list(chunked_logits(hidden[:0], head, V))
 
 
+@pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("kind", ["frozen", "bias"])
 def test_in_bf16_the_only_roundings_are_those_of_the_two_products(kind):
     torch.manual_seed(0)
@@ -121,6 +122,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("kind", ["frozen", "bias", "lora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_is_larger_than_a_chunk_of_logits(kind, dtype, monkeypatch):

@@ -22,6 +22,7 @@ def reference(rows: list[torch.Tensor], documents: list[torch.Tensor], scale: fl
     return outputs
 
 
+@pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("lengths", [[1], [5, 70, 2, 64, 9, 130, 1], [129, 200, 129]])
 @pytest.mark.parametrize("common", [0, 1, 60])

@@ -51,6 +51,7 @@ def leaves_of(x: torch.Tensor, *projections: Projection) -> list[torch.Tensor]:
     return [x, *(factor for p in projections if p.adapter for factor in (p.adapter.a, p.adapter.b))]
 
 
+@pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1,), (7,), (2, 33)])
 @pytest.mark.parametrize("ranks", [(4, None, 1), (None, None, None), (1, 2, 3), (None, 8, None)])
@@ -62,6 +63,7 @@ def test_projections_of_one_input_equal_float64(dtype, shape, ranks, bias):
     check(project(x, layers), [reference(x.double(), p) for p in layers], leaves_of(x, *layers), dtype)
 
 
+@pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [(None, None, None), (2, None, None), (None, 3, None), (None, None, 4), (1, 1, 1)])
 def test_the_gated_mlp_equals_float64(dtype, ranks):
@@ -75,6 +77,7 @@ def test_the_gated_mlp_equals_float64(dtype, ranks):
     check([swiglu_mlp(x, gate, up, down)], [expected], leaves_of(x, gate, up, down), dtype)
 
 
+@pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_four_bit_weights_are_those_that_bitsandbytes_reads(quant_type, dtype):

@@ -1,0 +1,94 @@
+"""Matrix products of 16-bit operands, by way of fp32 where the processor has none of its own.
+
+Without 16-bit instructions (x86 up to AVX2) torch multiplies bf16 and fp16 at a sixth of fp32's speed, and at a
+hundredth where the right operand is not a transposed one, as in every backward pass. A 16-bit product is exact in fp32
+and is summed there anyway, so widened operands and a result rounded once say the same. The right operand, a weight as a
+rule, is widened a block at a time, which stays in the processor's cache.
+
+Shapes: left [M, K], right [K, N].
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Values of the right operand widened at once: 4 MB. Four times fewer and more are slower (measured on Zen 3).
+_BLOCK = 2**20
+# Rows or columns of a block are a multiple: results that end inside a cache line take a fifth longer.
+_MULTIPLE = 64
+
+
+def widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of this type go by way of fp32 on this device."""
+    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not _has_products(dtype)
+
+
+def describe(device: torch.device, dtype: torch.dtype, fast: bool) -> str | None:
+    """What to tell about the products of a run; None where the device makes them as they are.
+
+    fast: whether the run's products are made here; others are left to torch.
+    """
+    if not widens(device, dtype):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if fast:
+        return f"products: in float32, since this processor has none in {name}"
+    return (
+        f"products: in {name}, which this processor has no instructions for, so a step takes up to a hundred times as "
+        "long; set train.fast=true, or model.dtype=float32 and quant.compute_dtype=float32"
+    )
+
+
+@functools.cache
+def _has_products(dtype: torch.dtype) -> bool:
+    # The question that torch itself asks before it hands a product to oneDNN; its own loops are the slow ones.
+    ask = torch.ops.mkldnn
+    return bool(ask._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else ask._is_mkldnn_fp16_supported())
+
+
+def product(left_MK: Tensor, right_KN: Tensor, bias_N: Tensor | None = None, out_MN: Tensor | None = None) -> Tensor:
+    """left @ right + bias, summed in fp32 and rounded to the operands' type; in `out_MN`, where it is given."""
+    if not widens(left_MK.device, left_MK.dtype):
+        if bias_N is None:
+            return torch.mm(left_MK, right_KN, out=out_MN)
+        return torch.addmm(bias_N, left_MK, right_KN, out=out_MN)
+    out_MN = left_MK.new_empty(len(left_MK), right_KN.shape[1]) if out_MN is None else out_MN
+    for columns, part in _wide_parts(left_MK, right_KN):
+        out_MN[:, columns] = part if bias_N is None else part.add_(bias_N[columns])
+    return out_MN
+
+
+def add_product_(sum_MN: Tensor, left_MK: Tensor, right_KN: Tensor, alpha: float = 1.0) -> Tensor:
+    """sum += alpha * left @ right, in place."""
+    if not widens(left_MK.device, left_MK.dtype):
+        return sum_MN.addmm_(left_MK, right_KN, alpha=alpha)
+    for columns, part in _wide_parts(left_MK, right_KN):
+        sum_MN[:, columns].add_(part, alpha=alpha)
+    return sum_MN
+
+
+def _wide_parts(left_MK: Tensor, right_KN: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The product in fp32, some columns at a time: blocks of `right` follow its memory."""
+    inner, columns = right_KN.shape
+    if right_KN.stride(0) == 1:
+        wide_MK = left_MK.float()
+        step = _step(inner)
+        for start in range(0, columns, step):
+            block = slice(start, min(start + step, columns))
+            yield block, wide_MK @ right_KN[:, block].float()
+        return
+    sum_MN = left_MK.new_zeros(len(left_MK), columns, dtype=torch.float32)
+    step = _step(columns)
+    for start in range(0, inner, step):
+        block = slice(start, start + step)
+        sum_MN.addmm_(left_MK[:, block].float(), right_KN[block].float())
+    yield slice(columns), sum_MN
+
+
+def _step(width: int) -> int:
+    """How many rows (or columns) of so many values make a block."""
+    return max(1, _BLOCK // max(1, width) // _MULTIPLE) * _MULTIPLE

@@ -1,0 +1,95 @@
+"""Products by way of fp32: what a 16-bit product of fp32 sums says, whatever the blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from finetune.ops import products
+from finetune.ops.products import add_product_, product, widens
+
+CPU = torch.device("cpu")
+# Half a unit in the last place of bf16's 8 bits and fp16's 11.
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+@pytest.fixture(autouse=True)
+def _no_products(monkeypatch):
+    """A processor without 16-bit products, and blocks so small that every operand has several."""
+    monkeypatch.setattr(products, "_has_products", lambda dtype: False)
+    monkeypatch.setattr(products, "_BLOCK", 600)
+    monkeypatch.setattr(products, "_MULTIPLE", 4)
+
+
+def operands(sizes: tuple[int, int, int], dtype: torch.dtype, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, inner, columns = sizes
+    torch.manual_seed(rows + columns)
+    right = torch.randn(columns, inner).to(dtype).T if transposed else torch.randn(inner, columns).to(dtype)
+    return torch.randn(rows, inner).to(dtype), right
+
+
+def assert_rounded_once(found: torch.Tensor, exact: torch.Tensor, terms: int) -> None:
+    """terms: of a sum, whose fp32 rounding may move a result that lies between two values to the other one."""
+    slack = exact.abs() * ROUNDING[found.dtype] * 1.01 + terms * 2.0**-22
+    assert ((found.double() - exact).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (5, 30, 70), (3, 301, 2), (2, 7, 1009), (64, 130, 1), (0, 5, 3), (4, 0, 3)]
+)
+def test_a_product_is_that_of_float64_rounded_once(sizes, transposed, dtype):
+    left, right = operands(sizes, dtype, transposed)
+    bias = torch.randn(sizes[2]).to(dtype)
+    exact = left.double() @ right.double()
+    assert_rounded_once(product(left, right), exact, sizes[1])
+    assert_rounded_once(product(left, right, bias), exact + bias.double(), sizes[1])
+    place = torch.full((sizes[0], sizes[2]), torch.nan, dtype=dtype)
+    assert product(left, right, out_MN=place) is place
+    assert_rounded_once(place, exact, sizes[1])
+    total = bias.expand(sizes[0], -1).clone()
+    assert add_product_(total, left, right, alpha=0.3) is total
+    assert_rounded_once(total, bias.double() + 0.3 * exact, sizes[1])
+
+
+def test_the_operands_of_a_gradient_may_be_transposed_views():
+    left, right = operands((90, 40, 70), torch.bfloat16, False)
+    exact = left.double().T @ (left.double() @ right.double()).bfloat16().double()
+    assert_rounded_once(product(left.T, product(left, right)), exact, 90)
+
+
+def test_no_more_than_a_block_of_the_right_operand_is_widened_at_once(monkeypatch):
+    monkeypatch.setattr(products, "_BLOCK", 2**12)
+    sizes, widened = [], torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: sizes.append(x.numel()) or widened(x))
+    for transposed in (False, True):
+        left, right = operands((2, 64, 4096), torch.bfloat16, transposed)
+        sizes.clear()
+        product(left, right)
+        assert max(sizes) <= 2**12 and sum(sizes) <= right.numel() + 2 * left.numel()
+
+
+def test_only_sixteen_bits_on_a_cpu_go_by_way_of_fp32():
+    assert widens(CPU, torch.bfloat16) and widens(CPU, torch.float16)
+    assert not widens(CPU, torch.float32) and not widens(CPU, torch.float64)
+    assert not widens(torch.device("cuda"), torch.bfloat16)
+
+
+def test_torch_is_asked_what_it_asks_itself(monkeypatch):
+    monkeypatch.undo()
+    products._has_products.cache_clear()
+    for dtype, ask in ((torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported),
+                       (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported)):  # fmt: skip
+        assert widens(CPU, dtype) is not ask()
+
+
+def test_a_run_is_told_where_its_products_are_made(monkeypatch):
+    assert products.describe(CPU, torch.bfloat16, fast=True) == (
+        "products: in float32, since this processor has none in bfloat16"
+    )
+    slow = products.describe(CPU, torch.float16, fast=False)
+    assert slow is not None and "float16" in slow and "train.fast=true" in slow and "model.dtype=float32" in slow
+    assert products.describe(CPU, torch.float32, fast=False) is None
+    monkeypatch.setattr(products, "_has_products", lambda dtype: True)
+    assert products.describe(CPU, torch.bfloat16, fast=True) is None
