@@ -10,8 +10,6 @@ Shapes: N documents of one padded length L, H heads, K key heads, G = H / K, Q q
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,7 +50,7 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         query, key, value = ctx.saved_tensors
         if widens(query.device, query.dtype):
-            return *_wide_backward(grad_outputs[0], (query, key, value), ctx.scale), None
+            return (*_wide_backward(grad_outputs[0], query, key, value, ctx.scale), None)
         q, grad = (x.unflatten(1, (key.shape[1], -1)) for x in (query, grad_outputs[0]))
         k, v = (x.flatten(0, 1) for x in (key, value))
         k_wide, v_wide = k.float(), v.float()
@@ -79,12 +77,14 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
 
 
-def _wide_backward(grad: Tensor, inputs: tuple[Tensor, Tensor, Tensor], scale: float) -> Iterator[Tensor]:
+def _wide_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by the fused kernel in fp32, over a forward pass made again."""
     with torch.enable_grad():
-        wide = [x.detach().float().requires_grad_() for x in inputs]
-        gradients = torch.autograd.grad(_fused(*wide, scale), wide, grad.float())
-    return (gradient.to(grad.dtype) for gradient in gradients)
+        q, k, v = (x.detach().float().requires_grad_() for x in (query, key, value))
+        grad_q, grad_k, grad_v = torch.autograd.grad(_fused(q, k, v, scale), (q, k, v), grad.float())
+    return grad_q.to(query.dtype), grad_k.to(key.dtype), grad_v.to(value.dtype)
 
 
 def causal_attention(query_NHLW: Tensor, key_NKLW: Tensor, value_NKLW: Tensor, scale: float) -> Tensor:

@@ -51,6 +51,10 @@ class Projection:
         return self.weight if self.quant_state is None else _dequantise(self.weight, self.quant_state)
 
 
+# Rows that pass through an MLP at once on a CPU where no gradient is wanted: its inner matrices are a layer's largest,
+# five of this height are alive, and a row needs no other. Not with 4-bit weights, dequantised for each block anew.
+_FORWARD_ROWS = 256
+
 _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
@@ -77,6 +81,20 @@ def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
 
 def swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
     """down(silu(gate(x)) * up(x)); x: [..., D]."""
+    if _passes_in_blocks(x, gate, up, down):
+        y = torch.empty_like(x)
+        for x_BD, y_BD in zip(*(t.view(-1, x.shape[-1]).split(_FORWARD_ROWS) for t in (x, y)), strict=True):
+            y_BD.copy_(_swiglu_mlp(x_BD, gate, up, down))
+        return y
+    return _swiglu_mlp(x, gate, up, down)
+
+
+def _passes_in_blocks(x: Tensor, *projections: Projection) -> bool:
+    plain = all(p.quant_state is None and not (p.adapter and p.adapter.dropout) for p in projections)
+    return plain and x.device.type == "cpu" and x.is_contiguous() and not torch.is_grad_enabled()
+
+
+def _swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
     projections = (gate, up, down)
     factors = [factor for p in projections if p.adapter for factor in (p.adapter.a, p.adapter.b)]
     # A frozen down keeps nothing: apart, it is not computed again when the layer is recomputed for its backward pass.

@@ -43,6 +43,9 @@ _QUERIES, _SCORE_BYTES = 128, 20
 _MLP_WORK = {"plain torch": 34, "compiled": 4, "peft": 8}
 # Of a forward pass without gradients: gate, up and their product in 16 bit, and two fp32 values in swiglu_forward.
 _MLP_FORWARD = {"plain torch": 12, "compiled": 6, "peft": 8}
+# ops/linear.py: rows that pass through an MLP of plain weights at once on a CPU without gradients. Then attention is as
+# wide: values of [T, D] alive in it, the rotated, laid out and answered copies of queries above all.
+_FORWARD_ROWS, _ATTENTION_FORWARD = 256, 8
 # glibc's heap, measured on 0.5B and 1.5B with 512 to 4,096 tokens. Beside each kept layer one block [T, I], the product
 # of gate and up, is lost: smaller kept tensors come to lie in its place. Where layers run again in backward, what they
 # freed lies around the inputs that are kept: 1.6 to 5 times what such a layer keeps in the heap.
@@ -143,16 +146,22 @@ def evaluation_bytes(shape: Mapping[str, Any], cfg: RunConfig, tokens: int, devi
     if the run has a teacher, with its.
     """
     hidden = tokens * shape["hidden_size"] * DTYPE_BYTES[cfg.model.dtype]
-    layer = forward_bytes(shape, cfg, tokens)
+    plain = device_type == "cpu" and cfg.train.fast and (cfg.quant.type == "none" or cfg.quant.resident)
+    layer = forward_bytes(shape, cfg, tokens, in_blocks=plain)
     loss = loss_bytes(cfg, tokens, shape["vocab_size"], device_type, cfg.asks_teacher) + 3 * hidden
     return {"layer workspace": layer} if layer > loss else {"loss workspace": loss}
 
 
-def forward_bytes(shape: Mapping[str, Any], cfg: RunConfig, tokens: int) -> float:
-    """What a forward pass without gradients holds in a layer, at its widest: in the MLP."""
+def forward_bytes(shape: Mapping[str, Any], cfg: RunConfig, tokens: int, in_blocks: bool) -> float:
+    """What a forward pass without gradients holds in a layer, at its widest: in the MLP, or in attention.
+
+    in_blocks: whether the MLP takes some rows at a time, as one of 16-bit weights does on a CPU.
+    """
     width = DTYPE_BYTES[cfg.model.dtype]
-    mlp = shape["intermediate_size"] * _MLP_FORWARD[kernels_of(cfg, shape)] * width / 2
-    return tokens * (mlp + 3 * shape["hidden_size"] * width)
+    rows = min(tokens, _FORWARD_ROWS) if in_blocks else tokens
+    mlp = rows * shape["intermediate_size"] * _MLP_FORWARD[kernels_of(cfg, shape)] * width / 2
+    hidden = tokens * shape["hidden_size"] * width
+    return max(mlp + 3 * hidden, _ATTENTION_FORWARD * hidden)
 
 
 def loss_bytes(cfg: RunConfig, tokens: int, vocabulary: int, device_type: str, teacher: bool) -> float:

@@ -138,7 +138,7 @@ def predict(
         moments[_MOMENTS[name]] = {**held, **lesson, **parts}
     taught = teacher_shape(cfg, shape) or shape
     if lesson and computes_here(cfg):
-        layer = forward_bytes(taught, cfg, micro_batch * cfg.data.max_length)
+        layer = forward_bytes(taught, cfg, micro_batch * cfg.data.max_length, in_blocks=device_type == "cpu")
         moments["asking the teacher"] = {**held, **lesson, "layer workspace": layer}
     if cfg.data.eval or cfg.data.held_out:
         moments["evaluation"] = {**held, **_evaluation(cfg, shape, taught, device_type)}
@@ -226,7 +226,7 @@ def _evaluation(
     if not cfg.asks_teacher:
         return parts
     batches = EVALUATED_BATCHES if cfg.distill.teacher.placement == "streamed" else 1
-    teachers = forward_bytes(taught, cfg, tokens) if computes_here(cfg) else 0.0
+    teachers = forward_bytes(taught, cfg, tokens, in_blocks=device_type == "cpu") if computes_here(cfg) else 0.0
     widest = parts if sum(parts.values()) > teachers else {"layer workspace": teachers}
     return {**widest, "teacher's signal": signal_bytes(cfg, shape, batches * tokens)}
 

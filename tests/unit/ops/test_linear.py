@@ -6,7 +6,9 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from finetune.ops import linear
 from finetune.ops.linear import Adapter, Projection, project, swiglu_mlp
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -122,3 +124,33 @@ def test_dropout_draws_as_pytorchs_module_does_and_scales_what_it_leaves():
     seen = F.dropout(x, p)
     expected = F.linear(x, layer.weight) + 1.5 * (seen @ layer.adapter.a.T @ layer.adapter.b.T)
     check(outputs, [expected], leaves_of(x, dropped), torch.float64)
+
+
+class WidestResult(TorchDispatchMode):
+    """Remembers the most rows that any result of so many columns had."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns, self.rows = columns, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape[-1:] == (self.columns,):
+            self.rows = max(self.rows, result.numel() // self.columns)
+        return result
+
+
+@pytest.mark.usefixtures("sixteen_bit_products")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_gradient_an_mlp_of_plain_weights_is_as_tall_as_a_block_and_says_the_same(dtype, monkeypatch):
+    monkeypatch.setattr(linear, "_FORWARD_ROWS", 8)
+    torch.manual_seed(2)
+    layers = [projection(*shape, 2, dtype) for shape in ((80, 6), (80, 6), (6, 80))]
+    x = torch.randn(3, 9, 6).to(dtype)
+    with WidestResult(80) as widest:
+        expected = swiglu_mlp(x, *layers).detach()
+    assert widest.rows == 27
+    with torch.no_grad(), WidestResult(80) as widest:
+        found = swiglu_mlp(x, *layers)
+    assert widest.rows == 8
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
