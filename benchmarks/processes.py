@@ -89,11 +89,16 @@ def _reason(said: list[str], code: int) -> str:
 
 
 def device() -> dict[str, Any]:
-    """What measures here, without starting CUDA in this process."""
+    """What measures here, without starting CUDA in this process.
+
+    multiplies_in: float32 where the processor has no bf16 products worth the name.
+    """
     code = (
-        "import json, torch; cuda = torch.cuda.is_available(); print(json.dumps({'kind': 'cuda' if cuda else 'cpu', "
-        "'name': torch.cuda.get_device_name() if cuda else 'cpu', 'torch': torch.__version__, "
+        "import json, torch; from finetune.ops.products import widens; cuda = torch.cuda.is_available(); "
+        "wide = widens(torch.device('cuda' if cuda else 'cpu'), torch.bfloat16); "
+        "print(json.dumps({'kind': 'cuda' if cuda else 'cpu', 'name': torch.cuda.get_device_name() if cuda else 'cpu', "
+        "'torch': torch.__version__, 'multiplies_in': 'float32' if wide else 'bfloat16', "
         "'bytes': torch.cuda.get_device_properties(0).total_memory if cuda else None}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
     return {**json.loads(done.stdout.splitlines()[-1]), "cores": len(os.sched_getaffinity(0))}

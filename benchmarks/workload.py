@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows
-from benchmarks.processes import ROOT, measure, work_folder
+from benchmarks.processes import ROOT, device, measure, work_folder
 from benchmarks.stock import PEERS, STOCK, VARIANTS, installed
 
 # What every benchmark of training takes on its command line.
@@ -108,7 +108,9 @@ class Workload:
 
     def stock_variants(self) -> list[str]:
         given = self.options["stock"]
-        names = {"all": [*STOCK], "none": [], "": []}.get(given, given.split(","))
+        if given == "all":
+            return [*STOCK[device()["multiplies_in"]]]
+        names = [] if given in ("none", "") else given.split(",")
         if unknown := [name for name in names if name not in VARIANTS]:
             raise SystemExit(f"stock={','.join(unknown)}: there are all, none, {', '.join(VARIANTS)}")
         return names
