@@ -27,19 +27,20 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not _has_products(dtype)
 
 
-def describe(device: torch.device, dtype: torch.dtype, fast: bool) -> str | None:
+def describe(device: torch.device, dtype: torch.dtype, all_here: bool) -> str | None:
     """What to tell about the products of a run; None where the device makes them as they are.
 
-    fast: whether the run's products are made here; others are left to torch.
+    all_here: whether all of a step's products are made here, or some are left to torch.
     """
     if not widens(device, dtype):
         return None
     name = str(dtype).removeprefix("torch.")
-    if fast:
+    if all_here:
         return f"products: in float32, since this processor has none in {name}"
     return (
-        f"products: in {name}, which this processor has no instructions for, so a step takes up to a hundred times as "
-        "long; set train.fast=true, or model.dtype=float32 and quant.compute_dtype=float32"
+        f"products: this processor has none in {name}; the fast path makes its own in float32, the others "
+        f"(train.fast=false, DoRA, int8) are left to torch and take up to a hundred times as long: set "
+        "model.dtype=float32 and quant.compute_dtype=float32"
     )
 
 

@@ -152,7 +152,8 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
     if parts.is_main:
         run_folder.write_samples(parts.folder, state.before.get("answers", []))
     total_steps = cfg.train.max_steps or parts.feed.steps_for(cfg.train.epochs or 1)
-    if told := products.describe(accelerator.device, getattr(torch, cfg.model.dtype), cfg.train.fast):
+    all_fast = cfg.train.fast and not cfg.lora.dora and not cfg.quant.int8 and cfg.quant.type != "int8"
+    if told := products.describe(accelerator.device, getattr(torch, cfg.model.dtype), all_fast):
         say(told)
     if cfg.train.fast:
         most_tokens = (total_steps - state.step) * cfg.train.batch_size * cfg.data.max_length

@@ -85,11 +85,11 @@ def test_torch_is_asked_what_it_asks_itself(monkeypatch):
 
 
 def test_a_run_is_told_where_its_products_are_made(monkeypatch):
-    assert products.describe(CPU, torch.bfloat16, fast=True) == (
+    assert products.describe(CPU, torch.bfloat16, all_here=True) == (
         "products: in float32, since this processor has none in bfloat16"
     )
-    slow = products.describe(CPU, torch.float16, fast=False)
-    assert slow is not None and "float16" in slow and "train.fast=true" in slow and "model.dtype=float32" in slow
-    assert products.describe(CPU, torch.float32, fast=False) is None
+    slow = products.describe(CPU, torch.float16, all_here=False)
+    assert slow is not None and "float16" in slow and "train.fast=false" in slow and "model.dtype=float32" in slow
+    assert products.describe(CPU, torch.float32, all_here=False) is None
     monkeypatch.setattr(products, "_has_products", lambda dtype: True)
-    assert products.describe(CPU, torch.bfloat16, fast=True) is None
+    assert products.describe(CPU, torch.bfloat16, all_here=True) is None
