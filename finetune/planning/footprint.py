@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import RunConfig
+from finetune.planning import machine
 from finetune.planning.activations import ActivationPlan, evaluation_bytes, forward_bytes, plan_activations
 from finetune.planning.memory import DTYPE_BYTES, FOUR_BIT, MemoryPlan, linear_shapes, static_of
 from finetune.planning.teacher import (
@@ -174,7 +175,7 @@ def _held(cfg: RunConfig, static: MemoryPlan, teacher: float, device_type: str, 
 
 def _code_for_shapes(cfg: RunConfig) -> float:
     """What a CPU's products keep of the shapes that they have met, beyond those of two steps, which the slack has."""
-    if cfg.model.dtype != "bfloat16":
+    if cfg.model.dtype != "bfloat16" or not machine.has_bf16_products():
         return 0.0
     steps = min(cfg.train.max_steps or _CODE_STEPS, _CODE_STEPS)
     size = _CODE_BY_STEP * math.log(max(1.0, steps / 2))

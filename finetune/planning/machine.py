@@ -13,6 +13,7 @@ from finetune.errors import InputError
 
 _CGROUPS, _MEMBERSHIP, _MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
 _STATM = Path("/proc/self/statm")
+_PROCESSOR = Path("/proc/cpuinfo")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
@@ -58,6 +59,12 @@ def _count(environ: Mapping[str, str], name: str) -> int:
     if not value.isdecimal() or int(value) == 0:
         raise InputError(f"{name}={value} in the environment is no number of ranks; unset it, or write {name}=2")
     return int(value)
+
+
+def has_bf16_products() -> bool:
+    """Whether torch has a library for this processor's bf16 products, as ops/products.py asks it; without torch."""
+    flags = next((line for line in _read(_PROCESSOR).splitlines() if line.startswith("flags")), "").split()
+    return not flags or {"avx512bw", "avx512vl", "avx512dq"} <= set(flags) or "avx_ne_convert" in flags
 
 
 def device_type_here() -> str:

@@ -10,6 +10,7 @@ from finetune import load_config
 from finetune.config.schema import RunConfig
 from finetune.evaluation import agreement
 from finetune.models.families import QWEN25_SHAPES
+from finetune.planning import machine
 from finetune.planning.fitting import choose_memory, foresee
 from finetune.planning.footprint import CONTEXT_BYTES, EVALUATED_BATCHES, MARGIN, Footprint, predict
 from finetune.planning.memory import static_of
@@ -46,7 +47,8 @@ def test_a_process_on_a_cpu_holds_its_libraries_and_tokenizers():
     assert not {"process and libraries", "tokenizers", "allocator slack"} & found().parts.keys()
 
 
-def test_a_cpu_keeps_code_for_the_shapes_that_a_run_meets():
+def test_a_cpu_keeps_code_for_the_shapes_that_a_run_meets(monkeypatch):
+    monkeypatch.setattr(machine, "has_bf16_products", lambda: True)
     sizes = [
         found(*settings, kind="cpu").parts.get("code for shapes", 0.0)
         for settings in (
@@ -57,6 +59,8 @@ def test_a_cpu_keeps_code_for_the_shapes_that_a_run_meets():
     assert sizes == sorted(set(sizes)) and sizes[0] == 0
     assert "code for shapes" not in found("train.max_steps=60").parts
     assert "code for shapes" not in found("train.max_steps=60", "model.dtype=float32", kind="cpu").parts
+    monkeypatch.setattr(machine, "has_bf16_products", lambda: False)  # then its products are fp32's
+    assert "code for shapes" not in found("train.max_steps=60", kind="cpu").parts
 
 
 def test_tokenizers_are_as_large_as_their_file(tmp_path):

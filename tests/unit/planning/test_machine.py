@@ -144,3 +144,11 @@ def test_a_fresh_process_under_a_launcher_takes_its_share(ranks: int):
     share = max(1, machine.usable_cores() // ranks)
     said, counted = done.stdout.split("|")
     assert said.startswith(f"threads: {share} a rank") and counted.split() == [str(share), "None"]
+
+
+def test_what_the_processor_multiplies_is_told_as_torch_tells_it():
+    import torch
+
+    from finetune.ops.products import widens
+
+    assert machine.has_bf16_products() is not widens(torch.device("cpu"), torch.bfloat16)
