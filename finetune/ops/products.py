@@ -47,8 +47,10 @@ def describe(device: torch.device, dtype: torch.dtype, all_here: bool) -> str | 
 @functools.cache
 def _has_products(dtype: torch.dtype) -> bool:
     # The question that torch itself asks before it hands a product to oneDNN; its own loops are the slow ones.
-    ask = torch.ops.mkldnn
-    return bool(ask._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else ask._is_mkldnn_fp16_supported())
+    # Where torch was built without oneDNN nobody can be asked, and its own loops are all there is.
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    ask = getattr(torch.ops.mkldnn, name, None)
+    return ask is not None and bool(ask())
 
 
 def product(left_MK: Tensor, right_KN: Tensor, bias_N: Tensor | None = None, out_MN: Tensor | None = None) -> Tensor:

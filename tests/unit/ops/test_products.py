@@ -84,6 +84,13 @@ def test_torch_is_asked_what_it_asks_itself(monkeypatch):
         assert widens(CPU, dtype) is not ask()
 
 
+def test_a_torch_without_onednn_goes_by_way_of_fp32(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    # Asked beside the cache, which keeps the answer of the torch that is there.
+    assert not products._has_products.__wrapped__(torch.bfloat16)
+
+
 def test_a_run_is_told_where_its_products_are_made(monkeypatch):
     assert products.describe(CPU, torch.bfloat16, all_here=True) == (
         "products: in float32, since this processor has none in bfloat16"
