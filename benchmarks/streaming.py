@@ -4,17 +4,16 @@
 
 Every macro-batch size is a fresh process, in which passes with the files forgotten by the system (cold) and passes with
 them in its cache (warm) take turns with reading all layers and computing nothing, and with the same batches through a
-resident model. `share` is the longer of these two over the pass. Peak: the highest anonymous memory above that of a
-process that has streamed a tiny model, before the resident one is loaded; `bar` is two layers, head and states.
+resident model. `share` is the longer of these two over the pass. Peak: the highest resident memory, mapped pages
+included, of a pass and the use of the head, above that of a process that has streamed a tiny model, before the resident
+one is loaded; `bar` is two layers, head and states.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from datetime import date
@@ -22,37 +21,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.load import forget
+from benchmarks.load import forget, memory
 from benchmarks.processes import device, measure, parse, work_folder
 
 DEFAULTS = {"model": "", "size": "0.5B", "tokenizer": "data/tiny-qwen2.5", "tokens": "256,1024,4096", "batch": "1024",
             "document": "256", "repeats": "3", "work": "", "results": "", "run": ""}  # fmt: skip
 _LIMIT_SECONDS = 3600.0
-_SAMPLED_EVERY_SECONDS = 0.002
 _WORDS = 1024  # every model has so many, the tiny one too
-
-
-class AnonymousPeak:
-    """Highest anonymous memory inside `with`, in bytes, sampled; `bytes` afterwards."""
-
-    def __enter__(self) -> AnonymousPeak:
-        self.bytes, self._stop = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(_SAMPLED_EVERY_SECONDS):
-            self.bytes = max(self.bytes, anonymous_bytes())
-
-
-def anonymous_bytes() -> int:
-    _, resident, shared = map(int, Path("/proc/self/statm").read_text().split()[:3])
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def macro_batch(tokens: int, batch: int, document: int) -> list[Any]:
@@ -85,18 +60,18 @@ def layers_of(folder: Path) -> list[dict[str, Any]]:
     return [layers[number] for number in range(len(layers))]
 
 
-def read_alone(layers: list[dict[str, Any]], buffers: Any) -> None:
+def read_alone(layers: list[dict[str, Any]], pair: Any) -> None:
     """Read every layer as a pass does, and compute nothing."""
     from finetune.distill.layer_reader import Reads
 
     with Reads() as reads:
         for i, layer in enumerate(layers[:2]):
-            buffers.begin(i, layer, reads)
+            pair.begin(i, layer, reads)
         for i in range(len(layers)):
-            buffers.take(i)
-            buffers.release(i)
+            pair.take(i)
+            pair.release(i)
             if i + 2 < len(layers):
-                buffers.begin(i + 2, layers[i + 2], reads)
+                pair.begin(i + 2, layers[i + 2], reads)
 
 
 def resident(folder: str, batches: list[Any], place: Any) -> Callable[[], None]:
@@ -122,6 +97,14 @@ def resident(folder: str, batches: list[Any], place: Any) -> Callable[[], None]:
     return compute
 
 
+def answer(model: Any, batches: list[Any]) -> None:
+    """A pass, and logits of one target, for which all of the head is read."""
+    import torch
+
+    with torch.no_grad():
+        model.head(model.hidden_states(batches)[0][:1])
+
+
 def timed(function: Callable[[], Any], place: Any) -> float:
     import torch
 
@@ -137,34 +120,37 @@ def one_size(options: dict[str, str]) -> dict[str, Any]:
     import torch
 
     from finetune.config.schema import ModelConfig
-    from finetune.distill.layer_reader import LayerBuffers
+    from finetune.distill.layer_reader import LayerPair
     from finetune.distill.stream import StreamedModel
 
     place = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     folder, sizes = Path(options["model"]), (int(options[key]) for key in ("run", "batch", "document"))
     shape = json.loads((folder / "config.json").read_text())
     batches = macro_batch(*sizes)
-    StreamedModel(ModelConfig(name=options["tiny"]), place).hidden_states(batches)
-    before = anonymous_bytes()
-    with AnonymousPeak() as peak:
-        model = StreamedModel(ModelConfig(name=options["model"]), place)
-        head_bytes = sum(parameter.nbytes for parameter in model.head.parameters())
-        model.hidden_states(batches)
+    answer(StreamedModel(ModelConfig(name=options["tiny"]), place), batches)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = memory()["VmRSS"]
+    model = StreamedModel(ModelConfig(name=options["model"]), place)
+    for _ in range(2):  # the second with a head that was used
+        answer(model, batches)
+    peak_bytes = memory()["VmHWM"] - before
+    head_bytes = sum(parameter.nbytes for parameter in model.head.parameters())
     gpu_peak_bytes = torch.cuda.max_memory_allocated() if place.type == "cuda" else None
     layers = layers_of(folder)
-    buffers = LayerBuffers({name: torch.Size(stored.shape) for name, stored in layers[0].items()}, model.dtype, place)
+    pair = LayerPair({name: torch.Size(stored.shape) for name, stored in layers[0].items()}, model.dtype, place)
     compute = resident(options["model"], batches, place)
     turns: list[dict[str, Any]] = []
     for disk in ("cold", "warm") * int(options["repeats"]):
-        seconds = {}
+        seconds: dict[str, float] = {}
+        read_alone(layers, pair)  # into the system's cache
         for kind, function in (("wall", lambda: model.hidden_states(batches)),
-                               ("read", lambda: read_alone(layers, buffers)), ("compute", compute)):  # fmt: skip
+                               ("read", lambda: read_alone(layers, pair)), ("compute", compute)):  # fmt: skip
             if disk == "cold":
                 forget(folder)
             seconds[f"{kind}_seconds"] = timed(function, place)
         turns.append({"disk": disk, **seconds, "share_told": model.last_pass.achieved_share})
     return {
-        "tokens": sum(batch.tokens for batch in batches), "turns": turns, "peak_bytes": peak.bytes - before,
+        "tokens": sum(batch.tokens for batch in batches), "turns": turns, "peak_bytes": peak_bytes,
         "gpu_peak_bytes": gpu_peak_bytes, "layer_bytes": sum(stored_bytes(stored) for stored in layers[0].values()),
         "layers_bytes": sum(stored_bytes(stored) for layer in layers for stored in layer.values()),
         "head_bytes": head_bytes,

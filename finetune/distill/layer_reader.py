@@ -1,7 +1,7 @@
-"""Weights read from safetensors files by explicit reads, the next layer's while this one computes.
+"""Weights out of safetensors files, the next layer's while this one computes.
 
-Files are not mapped: a mapping's pages come one fault at a time, and how many of them stay is the system's choice. What
-is read here lies in two buffers of one layer each, and nowhere else.
+On a CPU a layer's tensors are mapped, and threads touch their pages before they are needed: a page that the system has
+cached costs next to nothing, where a copy of it takes a core from the products. A GPU's are read into pinned memory.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from finetune.models.stored import Stored, read_exactly
+from finetune.models.stored import Stored, check_reaches, map_tensor, read_exactly
 
-# Reads in flight. One thread takes 2 to 5 GB/s out of the system's cache and two fill a disk of 1.5 GB/s (measured); a
-# faster disk is busy only with several, and more than it needs cost nothing.
+# Reads in flight: a fast disk is busy only with several, and more than it needs cost nothing.
 _THREADS = 4
 _PIECE_BYTES = 4 << 20
 # Rows of a table that one task reads, one read each.
 _ROWS = 256
+# At most as large as any system's pages.
+_PAGE_BYTES = 4 << 10
 # What torch's own allocations are aligned to: a product's rounding may depend on it.
 _ALIGNMENT = 64
 
@@ -45,6 +46,20 @@ class Reads:
 
     def __exit__(self, *failure: object) -> None:
         self._threads.shutdown(cancel_futures=True)
+
+    def weight(self, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, list[Future[None]]]:
+        """A stored tensor as `dtype` on the CPU, not to be written to, which is there once the futures are done.
+
+        Mapped where the file has it in this type. Raises, at once or from each future: IntegrityError if the file ends
+        too early; OSError.
+        """
+        if stored.dtype != dtype:
+            out = torch.empty(stored.shape, dtype=dtype)
+            return out, self.tensor(stored, out)
+        mapped = map_tensor(stored)
+        raw = mapped.view(-1).view(torch.uint8)
+        starts = range(0, len(raw), _PIECE_BYTES)
+        return mapped, [self._threads.submit(self._touch, stored, raw, start) for start in starts]
 
     def tensor(self, stored: Stored, out: Tensor) -> list[Future[None]]:
         """Begins to fill `out`, contiguous on the CPU; numbers of another type than its are converted on arrival.
@@ -88,18 +103,31 @@ class Reads:
                 if raw is not out:
                     out.copy_(raw)
                 count += raw.nbytes
+        self._note(began, count)
+
+    def _touch(self, stored: Stored, raw: Tensor, start: int) -> None:
+        """One piece of a mapped tensor's bytes, so that its pages are there."""
+        began, piece = time.perf_counter(), raw[start : start + _PIECE_BYTES]
+        # What a file lacks would end the process, not raise.
+        check_reaches(stored.file, stored.offset + start + len(piece))
+        piece[::_PAGE_BYTES].sum()
+        self._note(began, len(piece))
+
+    def _note(self, began: float, count: int) -> None:
         with self._lock:
             self._spans.append((began, time.perf_counter()))
             self.bytes += count
 
 
-class LayerBuffers:
-    """Memory of two layers that all layers of a model are read into by turns: layer i into the half i % 2."""
+class LayerPair:
+    """Two layers of a model: the one that computes and the next, which is read meanwhile. Layer i has half i % 2."""
 
     def __init__(self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device):
         """shapes: of one layer's tensors by name within it, the same for every layer."""
-        kind = _GpuHalf if device.type == "cuda" else _Half
-        self._halves = [kind(shapes, dtype, device) for _ in range(2)]
+        if device.type == "cuda":
+            self._halves = [_PinnedHalf(shapes, dtype, device) for _ in range(2)]
+        else:
+            self._halves = [_MappedHalf(dtype) for _ in range(2)]
 
     def begin(self, layer: int, tensors: Mapping[str, Stored], reads: Reads) -> None:
         """Starts reading a layer; the one that had this half must have been released."""
@@ -113,32 +141,22 @@ class LayerBuffers:
         return self._halves[layer % 2].take()
 
     def release(self, layer: int) -> None:
-        """Everything that computes with the layer has been called."""
+        """Everything that computes with the layer has been called, and nothing refers to its tensors any more."""
         self._halves[layer % 2].release()
 
 
-class _Half:
-    """A layer's tensors, side by side in one allocation."""
+class _MappedHalf:
+    """A layer on the CPU, where it lies in the system's cache: no copy of it is made."""
 
-    def __init__(self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device):
-        room = {name: _aligned(shape.numel() * dtype.itemsize) for name, shape in shapes.items()}
-        self._memory = torch.empty(sum(room.values()), dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self._layout = (shapes, room, dtype)
-        self._tensors = self._tensors_in(self._memory)
+    def __init__(self, dtype: torch.dtype):
+        self._dtype = dtype
+        self._tensors: dict[str, Tensor] = {}
         self._pending: list[Future[None]] = []
 
-    def _tensors_in(self, memory: Tensor) -> dict[str, Tensor]:
-        shapes, room, dtype = self._layout
-        parts = memory.split(list(room.values()))
-        return {
-            name: part[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
-            for part, (name, shape) in zip(parts, shapes.items(), strict=True)
-        }
-
     def begin(self, tensors: Mapping[str, Stored], reads: Reads) -> None:
-        self._pending = [
-            piece for name, stored in tensors.items() for piece in reads.tensor(stored, self._tensors[name])
-        ]
+        weights = {name: reads.weight(stored, self._dtype) for name, stored in tensors.items()}
+        self._tensors = {name: tensor for name, (tensor, _) in weights.items()}
+        self._pending = [piece for _, pieces in weights.values() for piece in pieces]
 
     def take(self) -> dict[str, Tensor]:
         for piece in self._pending:
@@ -146,16 +164,24 @@ class _Half:
         return self._tensors
 
     def release(self) -> None:
-        self._pending = []
+        self._tensors, self._pending = {}, []
 
 
-class _GpuHalf(_Half):
+class _PinnedHalf:
     """Pinned memory that a layer is read into, and its copy on the GPU, made on a stream of its own."""
 
     def __init__(self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device):
-        super().__init__(shapes, dtype, device)
+        room = {name: _aligned(shape.numel() * dtype.itemsize) for name, shape in shapes.items()}
+        self._memory = torch.empty(sum(room.values()), dtype=torch.uint8, pin_memory=True)
         self._on_gpu = torch.empty_like(self._memory, device=device)
-        self._gpu_tensors = self._tensors_in(self._on_gpu)
+        self._tensors, self._gpu_tensors = (
+            {
+                name: part[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+                for part, (name, shape) in zip(memory.split(list(room.values())), shapes.items(), strict=True)
+            }
+            for memory in (self._memory, self._on_gpu)
+        )
+        self._pending: list[Future[None]] = []
         self._stream = torch.cuda.Stream(device)
         self._copied, self._computed = torch.cuda.Event(), torch.cuda.Event()
         self._computed.record(torch.cuda.current_stream(device))
@@ -163,10 +189,13 @@ class _GpuHalf(_Half):
     def begin(self, tensors: Mapping[str, Stored], reads: Reads) -> None:
         # The pinned half still feeds the copy of the layer before.
         self._copied.synchronize()
-        super().begin(tensors, reads)
+        self._pending = [
+            piece for name, stored in tensors.items() for piece in reads.tensor(stored, self._tensors[name])
+        ]
 
     def take(self) -> dict[str, Tensor]:
-        super().take()
+        for piece in self._pending:
+            piece.result()
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._computed)
             self._on_gpu.copy_(self._memory, non_blocking=True)
@@ -175,7 +204,7 @@ class _GpuHalf(_Half):
         return self._gpu_tensors
 
     def release(self) -> None:
-        super().release()
+        self._pending = []
         self._computed.record(torch.cuda.current_stream(self._on_gpu.device))
 
 

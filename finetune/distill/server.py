@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
@@ -20,6 +20,8 @@ from finetune.errors import ConfigError, FinetuneError
 _ENTRY_BYTES = 1024
 _SLACK_BYTES = 2**22
 _LARGEST_ID = 2**31 - 1
+# A signal that arrives just before a wait begins, or in another thread, does not end it: Python looks between waits.
+_LOOK_SECONDS = 1.0
 # Rounding of log-probabilities may take their sum this far beyond 1.
 _MASS_SLACK = 1e-3
 
@@ -134,9 +136,9 @@ class LogprobServer:
                 tasks.put((awaited[-1], ids, positions))
                 # Twice the workers: an answer that is slow to come leaves the others something to do.
                 if len(awaited) == 2 * workers:
-                    yield awaited.popleft().result()
+                    yield _answer(awaited.popleft())
             while awaited:
-                yield awaited.popleft().result()
+                yield _answer(awaited.popleft())
         finally:
             halt.now()
             for _ in threads:
@@ -226,6 +228,13 @@ class LogprobServer:
             if status in (None, refusal.status) and re.search(pattern, words, re.IGNORECASE)
         ).format(top=self._top, needed=prompt_tokens + 1)
         return ConfigError(f"{where} refuses: HTTP {refusal.status}: {words}; {advice}")
+
+
+def _answer(awaited: Future[TopTokens]) -> TopTokens:
+    """The result once it is there, however long that takes; Ctrl+C is seen meanwhile."""
+    while not awaited.done():
+        wait([awaited], timeout=_LOOK_SECONDS)
+    return awaited.result()
 
 
 def _log_prob(said: dict[str, Any]) -> Any:

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from finetune import heap
 from finetune.config.schema import ModelConfig
 from finetune.data.batch import Batch
-from finetune.distill.layer_reader import LayerBuffers, Reads
+from finetune.distill.layer_reader import LayerPair, Reads
 from finetune.distill.meta_adapter import attach_adapter
 from finetune.errors import ConfigError, IntegrityError
 from finetune.losses.cross_entropy import target_rows
@@ -32,7 +33,7 @@ from finetune.models.fast import attach_fast_path
 from finetune.models.four_bit import build_skeleton, holds_all
 from finetune.models.load import quiet
 from finetune.models.source import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
-from finetune.models.stored import WeightFiles
+from finetune.models.stored import WeightFiles, map_tensor
 from finetune.ops import attention
 
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -79,7 +80,9 @@ class StreamedModel:
         self.last_pass = PassFigures()
         self._files, self._base = _open(cfg, self.dtype)
         self._head = head
-        self._tied = bool(self._base.config.tie_word_embeddings)
+        self._head_name = _EMBEDDING if self._base.config.tie_word_embeddings else _HEAD
+        on_cpu, in_its_type = device.type == "cpu", self._files.tensors[self._head_name].dtype == self.dtype
+        self._maps_head = head is None and on_cpu and in_its_type
         backbone: Any = self._base.base_model
         # By module, not by name: an adapter moves modules to other names.
         self._slots = [_slots_of(layer) for layer in backbone.layers]
@@ -89,21 +92,26 @@ class StreamedModel:
         self._base.eval().requires_grad_(False)
         self._layers, self._norm = list(backbone.layers), backbone.norm
         self._rotary = type(backbone.rotary_emb)(self._base.config).to(device)
-        _put(self._norm, "weight", self._read(_NORM))
+        _put(self._norm, "weight", self._weight(_NORM))
 
     @cached_property
     def head(self) -> nn.Module:
-        """The output head on the device, read at its first use; with tied embeddings it is the embedding too."""
+        """The output head on the device, from its first use on."""
         if self._head is not None:
             return self._head
         head: Any = self._base.get_output_embeddings()
-        _put(head, "weight", self._read(_EMBEDDING if self._tied else _HEAD))
+        _put(head, "weight", self._weight(self._head_name))
         return head
 
+    def _unload_head(self) -> None:
+        """Maps a mapped head anew: what was in memory of it leaves the room to the layers, until it is used again."""
+        if "head" in vars(self) and self._maps_head:
+            _put(self.head, "weight", self._weight(self._head_name))
+
     @cached_property
-    def _buffers(self) -> LayerBuffers:
+    def _pair(self) -> LayerPair:
         shapes = {name: getattr(module, key).shape for name, (module, key) in self._slots[0].items()}
-        return LayerBuffers(shapes, self.dtype, self.device)
+        return LayerPair(shapes, self.dtype, self.device)
 
     @torch.no_grad()
     def hidden_states(self, batches: Sequence[Batch]) -> list[Tensor]:
@@ -113,6 +121,7 @@ class StreamedModel:
         """
         began, watch = time.perf_counter(), _Stopwatch(self.device)
         self._files.check_unchanged()
+        self._unload_head()
         batches = [batch.to(self.device) for batch in batches]
         with Reads() as reads:
             self._begin(0, reads)
@@ -126,6 +135,7 @@ class StreamedModel:
         with watch:
             hidden = [self._leave(rows.pop(0), batch) for batch in batches]
         self._files.check_unchanged()
+        heap.give_back()  # what layers left there, before the head is used
         compute_seconds = watch.seconds()
         self.last_pass = PassFigures(reads.seconds(), compute_seconds, time.perf_counter() - began, reads.bytes)
         return hidden
@@ -134,14 +144,14 @@ class StreamedModel:
         """Starts reading a layer, if there is one of that number."""
         if index < len(self._layers):
             stored = {name: self._files.tensors[f"model.layers.{index}.{name}"] for name in self._slots[index]}
-            self._buffers.begin(index, stored, reads)
+            self._pair.begin(index, stored, reads)
 
     @contextmanager
     def _filled(self, index: int) -> Iterator[None]:
         """A layer with its weights, once they are read; without storage again afterwards."""
         slots, empty = self._slots[index], {}
         try:
-            for name, tensor in self._buffers.take(index).items():
+            for name, tensor in self._pair.take(index).items():
                 module, key = slots[name]
                 empty[name] = getattr(module, key)
                 _put(module, key, tensor)
@@ -150,19 +160,16 @@ class StreamedModel:
             for name, placeholder in empty.items():
                 module, key = slots[name]
                 setattr(module, key, placeholder)
-            self._buffers.release(index)
+            self._pair.release(index)
 
     def _enter(self, batches: Sequence[Batch], reads: Reads) -> list[DecoderRows]:
         """The rows of each batch, with their embeddings as states."""
         chosen = [token_of_row(batch).to(self.device) for batch in batches]
         ids = [batch.input_ids[:, tokens] for batch, tokens in zip(batches, chosen, strict=True)]
-        if self._tied:
-            table: Any = self.head.weight
-        else:
-            used = torch.unique(torch.cat(ids, dim=1))
-            ids = [torch.searchsorted(used, ids_1U) for ids_1U in ids]
-            table = reads.rows(self._files.tensors[_EMBEDDING], used.cpu(), self.dtype).to(self.device)
-        embeddings = (F.embedding(ids_1U, table) for ids_1U in ids)
+        # Rows of the file: using the head of a tied model would bring more of it into memory.
+        used = torch.unique(torch.cat(ids, dim=1))
+        table = reads.rows(self._files.tensors[_EMBEDDING], used.cpu(), self.dtype).to(self.device)
+        embeddings = (F.embedding(torch.searchsorted(used, ids_1U), table) for ids_1U in ids)
         return [decoder_rows(*each) for each in zip(embeddings, batches, chosen, strict=True)]
 
     def _advance(self, layer: nn.Module, rows: DecoderRows) -> None:
@@ -181,14 +188,9 @@ class StreamedModel:
         hidden_ND, _, _ = target_rows(token_states(self._norm(rows.states)[0], batch), batch)
         return hidden_ND
 
-    def _read(self, name: str) -> Tensor:
-        """One tensor on the device, to stay."""
-        stored = self._files.tensors[name]
-        tensor = torch.empty(stored.shape, dtype=self.dtype)
-        with Reads() as reads:
-            for piece in reads.tensor(stored, tensor):
-                piece.result()
-        return tensor.to(self.device)
+    def _weight(self, name: str) -> Tensor:
+        """One tensor on the device; on a CPU it is its file's pages where the file has it in the model's type."""
+        return map_tensor(self._files.tensors[name]).to(self.device, self.dtype)
 
 
 class _Stopwatch:

@@ -8,7 +8,6 @@ layers may be in 8 or 16 bit beside the 4-bit ones (`quant.int8`, `quant.keep`).
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from finetune import heap
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models.digest import identity, weights_digest
 from finetune.models.eight_bit import eight_bit_modules, give_eight_bit_layers, put_rows, quantise_rows, rows_of
@@ -165,8 +165,7 @@ def quantising_workers() -> Iterator[ThreadPoolExecutor]:
         # What a worker sets holds for itself and for all threads that begin later.
         torch.set_num_threads(threads)
         # glibc keeps what each thread freed for that thread, of which there is none any more (40 to 170 MB measured).
-        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-            trim(0)
+        heap.give_back()
 
 
 def holds_all(files: Mapping[str, Path], base: PreTrainedModel) -> bool:

@@ -1,9 +1,11 @@
-"""Where the tensors of safetensors files lie, so that they can be read a piece at a time without mapping a file."""
+"""Where the tensors of safetensors files lie, so that each can be read or mapped without the rest of its file."""
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +104,27 @@ def read_rows(stored: Stored, start: int, stop: int) -> Tensor:
     return out
 
 
+def map_tensor(stored: Stored) -> Tensor:
+    """A stored tensor, in its own type, whose storage is pages of the file: read when they are touched.
+
+    Not to be written to. The pages leave the process with the last reference to the tensor. As with every mapping, a
+    file that is cut short in place meanwhile ends the process where it touches what is no longer there. A tensor that
+    begins between two numbers of its type, as few writers have it, is read.
+    Raises: IntegrityError if the file ends before the tensor does.
+    """
+    if stored.offset % stored.dtype.itemsize or not stored.nbytes:
+        return read_rows(stored, 0, stored.shape[0])
+    skipped = stored.offset % mmap.ALLOCATIONGRANULARITY
+    check_reaches(stored.file, stored.offset + stored.nbytes)
+    with stored.file.open("rb") as stream:
+        length, start = skipped + stored.nbytes, stored.offset - skipped
+        pages = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=start)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        flat = torch.frombuffer(pages, dtype=stored.dtype, count=math.prod(stored.shape), offset=skipped)
+    return flat.view(stored.shape)
+
+
 def read_exactly(stream: Any, offset: int, view: memoryview, file: Path) -> None:
     """Fills `view` from byte `offset` of a stream on. Raises: IntegrityError if the file ends too early."""
     stream.seek(offset)
@@ -109,8 +132,18 @@ def read_exactly(stream: Any, offset: int, view: memoryview, file: Path) -> None
     while done < len(view):
         count = stream.readinto(view[done:])
         if not count:
-            raise IntegrityError(
-                f"{file} ends at byte {offset + done:,}, before the weights that its header promises; fetch or copy it "
-                "again, and let nothing write to it meanwhile"
-            )
+            raise _ended(file, offset + done)
         done += count
+
+
+def check_reaches(file: Path, end: int) -> None:
+    """Raises: IntegrityError if a file has fewer than `end` bytes."""
+    if (size := file.stat().st_size) < end:
+        raise _ended(file, size)
+
+
+def _ended(file: Path, size: int) -> IntegrityError:
+    return IntegrityError(
+        f"{file} ends at byte {size:,}, before the weights that its header promises; fetch or copy it again, and let "
+        "nothing write to it meanwhile"
+    )

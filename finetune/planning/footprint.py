@@ -18,6 +18,7 @@ from finetune.planning.activations import ActivationPlan, evaluation_bytes, forw
 from finetune.planning.memory import DTYPE_BYTES, FOUR_BIT, MemoryPlan, linear_shapes, static_of
 from finetune.planning.teacher import (
     computes_here,
+    passing_bytes,
     recovers,
     signal_bytes,
     teacher_bytes,
@@ -131,18 +132,19 @@ def predict(
     activations = plan_activations(shape, cfg, micro_batch, device_type, document_tokens)
     offload = cfg.train.recompute == "offload" and device_type == "cuda"
     teacher = teacher_bytes(cfg, shape)
-    held = _held(cfg, static, teacher or 0.0, device_type, ranks)
+    # A GPU keeps buffers for a streamed teacher's layers; a CPU maps them from their files while it is asked.
+    buffers = passing_bytes(cfg, shape) if device_type == "cuda" else 0.0
+    held = _held(cfg, static, (teacher or 0.0) + buffers, device_type, ranks)
     if device_type != "cuda" and "embedding" in held:
         held["embedding"] = _touched(cfg, held["embedding"])
     moments, lesson = {"loading": _loading(cfg, shape, held)}, _lesson(cfg, shape, static, micro_batch, ranks)
     for name, parts in activations.moments(recomputed, offload).items():
         moments[_MOMENTS[name]] = {**held, **lesson, **parts}
-    taught = teacher_shape(cfg, shape) or shape
     if lesson and computes_here(cfg):
-        layer = forward_bytes(taught, cfg, micro_batch * cfg.data.max_length, in_blocks=device_type == "cpu")
-        moments["asking the teacher"] = {**held, **lesson, "layer workspace": layer}
+        asking = _asking(cfg, shape, micro_batch * cfg.data.max_length, device_type)
+        moments["asking the teacher"] = {**held, **lesson, **asking}
     if cfg.data.eval or cfg.data.held_out:
-        moments["evaluation"] = {**held, **_evaluation(cfg, shape, taught, device_type)}
+        moments["evaluation"] = {**held, **_evaluation(cfg, shape, held["teacher"], device_type)}
     gradients = {"gradients": static.parts.get("gradients", 0.0)}
     # torch updates all parameters at once on CUDA, one after the other on a CPU.
     update = gradients["gradients"] * (2 if device_type == "cuda" else 0)
@@ -218,17 +220,25 @@ def _lesson(
     return parts
 
 
-def _evaluation(
-    cfg: RunConfig, shape: Mapping[str, Any], taught: Mapping[str, Any], device_type: str
-) -> dict[str, float]:
-    """What scoring held-out rows holds, the comparison with a teacher included. taught: the teacher's shape."""
+def _asking(cfg: RunConfig, shape: Mapping[str, Any], tokens: int, device_type: str) -> dict[str, float]:
+    """What a teacher that computes here takes over so many tokens, where it is not what it always takes."""
+    taught = teacher_shape(cfg, shape) or shape
+    parts = {"layer workspace": forward_bytes(taught, cfg, tokens, in_blocks=device_type == "cpu")}
+    if device_type == "cpu" and (passing := passing_bytes(cfg, shape)):
+        # Its head, which is mapped as they are, leaves the memory to its layers.
+        parts["teacher"] = passing
+    return parts
+
+
+def _evaluation(cfg: RunConfig, shape: Mapping[str, Any], teacher: float, device_type: str) -> dict[str, float]:
+    """What scoring held-out rows holds, the comparison with a teacher included. teacher: what it always takes."""
     tokens = max(EVALUATED_TOKENS, cfg.data.max_length)
     parts = evaluation_bytes(shape, cfg, tokens, device_type)
     if not cfg.asks_teacher:
         return parts
     batches = EVALUATED_BATCHES if cfg.distill.teacher.placement == "streamed" else 1
-    teachers = forward_bytes(taught, cfg, tokens, in_blocks=device_type == "cpu") if computes_here(cfg) else 0.0
-    widest = parts if sum(parts.values()) > teachers else {"layer workspace": teachers}
+    phases = [parts, _asking(cfg, shape, tokens, device_type)] if computes_here(cfg) else [parts]
+    widest = max(phases, key=lambda phase: sum({"teacher": teacher, **phase}.values()))
     return {**widest, "teacher's signal": signal_bytes(cfg, shape, batches * tokens)}
 
 

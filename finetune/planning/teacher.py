@@ -48,7 +48,7 @@ def signal_bytes(cfg: RunConfig, student: Mapping[str, Any], tokens: int) -> flo
 
 
 def teacher_bytes(cfg: RunConfig, student: Mapping[str, Any]) -> float | None:
-    """Weights of the teacher on one rank; without those that it shares with a student of the same base and type.
+    """Weights of a teacher that one rank keeps, without those that a student of the same base and type has too.
 
     student: shape of the student, keys as in config.json. Returns: 0 where no teacher is loaded, None where the
     teacher's shape is not known without a download.
@@ -60,16 +60,24 @@ def teacher_bytes(cfg: RunConfig, student: Mapping[str, Any]) -> float | None:
     if shape is None:
         return None
     width = DTYPE_BYTES[teacher.dtype]
-    table = shape["vocab_size"] * shape["hidden_size"]
-    layer = sum(out * inputs for out, inputs in linear_shapes(shape).values())
+    table = shape["vocab_size"] * shape["hidden_size"] * width
     shared = shape is student and teacher.dtype == cfg.model.dtype
-    if teacher.placement == "cached":  # hidden states, which a head makes logits of
-        return 0.0 if shared else table * width
-    if teacher.placement == "streamed":
-        # Embedding rows are read as they are needed; a tied table is the head.
-        return (2 * layer + (0 if shared else table)) * width
+    if teacher.placement in ("cached", "streamed"):  # hidden states, which a head makes logits of
+        return 0.0 if shared else table
     tables = 0 if shared else table * (1 if shape.get("tie_word_embeddings") else 2)
-    return (shape["num_hidden_layers"] * layer + tables) * width
+    return shape["num_hidden_layers"] * _layer_bytes(cfg, shape) + tables
+
+
+def passing_bytes(cfg: RunConfig, student: Mapping[str, Any]) -> float:
+    """The two layers that a streamed teacher has in memory while it is asked; 0 for any other, or an unknown one."""
+    shape = teacher_shape(cfg, student)
+    if shape is None or not computes_here(cfg) or cfg.distill.teacher.placement != "streamed":
+        return 0.0
+    return 2 * _layer_bytes(cfg, shape)
+
+
+def _layer_bytes(cfg: RunConfig, shape: Mapping[str, Any]) -> float:
+    return sum(out * inputs for out, inputs in linear_shapes(shape).values()) * DTYPE_BYTES[cfg.distill.teacher.dtype]
 
 
 def describe_teacher(cfg: RunConfig, student: Mapping[str, Any]) -> str | None:
@@ -87,5 +95,7 @@ def describe_teacher(cfg: RunConfig, student: Mapping[str, Any]) -> str | None:
     size = teacher_bytes(cfg, student)
     if size is None:
         return f"teacher: {name}, {teacher.placement}; its shapes are not known here, so its memory is not planned"
-    how = "two layers and the head of it" if teacher.placement == "streamed" else "weights beside the student's"
+    how = "weights beside the student's"
+    if teacher.placement == "streamed":
+        size, how = size + passing_bytes(cfg, student), "two layers and, where the student has none to share, the head"
     return f"teacher: {name}, {teacher.placement}: {in_words(size)} a rank for {how}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from finetune import heap
 from finetune.config.schema import RunConfig
 from finetune.losses.hidden import base_of
 from finetune.models.recompute import apply_recompute
@@ -74,25 +74,20 @@ def give_back_holes(model: nn.Module) -> None:
     A layer's temporaries lie between what it keeps. glibc takes them from the heap, and once freed they are holes that
     backward's larger blocks do not fit into, so they would be held beside all that backward allocates: a quarter of a
     gigabyte for 0.5B and 1,024 tokens. Giving them back once a step costs nothing that can be seen (docs/planning.md).
-    Nothing happens where the C library is another one.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is None:
-        return
-    trim(0)
-
+    heap.give_back()
     evaluated = False
 
     def before_forward(*_: Any) -> None:
         # What an evaluation leaves: not after each of its passes, for a generated token is one of them.
         nonlocal evaluated
         if torch.is_grad_enabled() and evaluated:
-            trim(0)
+            heap.give_back()
         evaluated = not torch.is_grad_enabled()
 
     def after_forward(*_: Any) -> None:
         if torch.is_grad_enabled():
-            trim(0)
+            heap.give_back()
 
     base = base_of(model)
     decoder = getattr(base, base.base_model_prefix)

@@ -438,6 +438,9 @@ from finetune.distill.server import LogprobServer
 def documents():
     for _ in range(16):
         yield np.arange(12), np.arange(11)
+    if sys.argv[3] == "elsewhere":
+        # Another thread receives it, as when it comes just before the wait: nothing wakes the thread that waits.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     print("all are in flight", flush=True)
 
 server = LogprobServer(sys.argv[1], sys.argv[2], 8, timeout_seconds=600)
@@ -463,8 +466,9 @@ def silent_url(request, teacher) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def test_ctrl_c_ends_the_process_while_requests_are_held(silent_url, repo_root):
-    command = [sys.executable, "-c", INTERRUPTED, silent_url, MODEL]
+@pytest.mark.parametrize("received", ["where it waits", "elsewhere"])
+def test_ctrl_c_ends_the_process_while_requests_are_held(received, silent_url, repo_root):
+    command = [sys.executable, "-c", INTERRUPTED, silent_url, MODEL, received]
     process = subprocess.Popen(command, cwd=repo_root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "all are in flight\n"

@@ -14,7 +14,7 @@ from finetune.planning import machine
 from finetune.planning.fitting import choose_memory, foresee
 from finetune.planning.footprint import CONTEXT_BYTES, EVALUATED_BATCHES, MARGIN, Footprint, predict
 from finetune.planning.memory import static_of
-from finetune.planning.teacher import teacher_bytes
+from finetune.planning.teacher import passing_bytes, teacher_bytes
 
 SHAPE = QWEN25_SHAPES["0.5B"]
 
@@ -179,3 +179,15 @@ def test_what_is_chosen_to_fit_is_predicted_to_fit(kind, share):
     assert plan.needed_bytes <= share * most
     usable = predict(cfg, SHAPE, kind, 4, 0).usable_bytes(share * most)
     assert choose_memory(cfg, SHAPE, 1, kind, usable).recomputed == plan.recomputed
+
+
+@pytest.mark.parametrize("name", [None, "Qwen/Qwen2.5-14B"])
+def test_a_streamed_teachers_layers_are_on_a_cpu_only_while_it_is_asked_and_its_head_only_at_other_times(name):
+    words = ["distill=teacher", f"distill.teacher.name={name}"] if name else ["distill=recover"]
+    words += ["distill.teacher.placement=streamed", *HELD_OUT]
+    cfg = run(*words)
+    layers, head = passing_bytes(cfg, SHAPE), teacher_bytes(cfg, SHAPE)
+    assert layers and bool(head) == bool(name)
+    on_cpu, on_gpu = (found(*words, kind=kind).moments for kind in ("cpu", "cuda"))
+    assert on_cpu["asking the teacher"]["teacher"] == layers and on_cpu[LOSS].get("teacher", 0) == head
+    assert {moments["teacher"] for moments in on_gpu.values()} == {layers + head}

@@ -8,9 +8,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from finetune import load_config
 from finetune.models.families import QWEN25_SHAPES
-from finetune.planning.teacher import describe_teacher, signal_bytes, teacher_bytes
+from finetune.planning.teacher import describe_teacher, passing_bytes, signal_bytes, teacher_bytes
 
 SHAPE = QWEN25_SHAPES["7B"]
+STREAMED = "distill.teacher.placement=streamed"
 
 
 def plan(*overrides: str):
@@ -36,14 +37,15 @@ def test_a_teacher_of_the_same_base_takes_its_layers_alone():
 
 
 def test_another_teacher_takes_all_of_it_and_a_streamed_one_two_layers_and_a_head():
-    other = ("distill=teacher", "distill.teacher.name=Qwen/Qwen2.5-14B-Instruct")
-    assert teacher_bytes(plan(*other), SHAPE) == bytes_of_tensors("14B", tables=True)
-    streamed = teacher_bytes(plan(*other, "distill.teacher.placement=streamed"), SHAPE)
+    other = plan("distill=teacher", "distill.teacher.name=Qwen/Qwen2.5-14B-Instruct")
+    assert teacher_bytes(other, SHAPE) == bytes_of_tensors("14B", tables=True) and passing_bytes(other, SHAPE) == 0
+    streamed = plan("distill=teacher", "distill.teacher.name=Qwen/Qwen2.5-14B-Instruct", STREAMED)
     head = 2 * QWEN25_SHAPES["14B"]["vocab_size"] * QWEN25_SHAPES["14B"]["hidden_size"]
-    assert streamed == bytes_of_tensors("14B", tables=False, layers=2) + head
-    assert teacher_bytes(plan("distill.teacher.placement=streamed"), SHAPE) == bytes_of_tensors(
-        "7B", tables=False, layers=2
-    )
+    assert teacher_bytes(streamed, SHAPE) == head
+    assert passing_bytes(streamed, SHAPE) == bytes_of_tensors("14B", tables=False, layers=2)
+    own = plan(STREAMED)
+    assert teacher_bytes(own, SHAPE) == 0
+    assert passing_bytes(own, SHAPE) == bytes_of_tensors("7B", tables=False, layers=2)
 
 
 @pytest.mark.parametrize("settings", [
