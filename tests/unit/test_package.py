@@ -123,6 +123,20 @@ def test_the_public_names_are_the_functions_they_say():
         finetune.trian  # noqa: B018 - the access is the test
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has GNU OpenMP on Linux alone")
+@pytest.mark.parametrize(("own", "found"), [
+    ({}, "GOMP_SPINCOUNT = '10000'"),
+    ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'"),
+    ({"OMP_WAIT_POLICY": "passive"}, "GOMP_SPINCOUNT = '0'"),
+])  # fmt: skip
+def test_threads_that_wait_give_their_core_up_unless_the_user_says_how_they_wait(own, found, repo_root):
+    unset = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", "import finetune, torch; torch.ones(3).sum()"]
+    environment = {**unset, **own, "OMP_DISPLAY_ENV": "verbose"}
+    done = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and found in done.stderr
+
+
 def test_the_launch_script_never_hides_the_function_of_its_name():
     with pytest.raises(ImportError, match="from finetune import train"):
         importlib.import_module("finetune.train")
