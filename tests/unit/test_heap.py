@@ -34,6 +34,17 @@ def test_what_lies_below_a_living_block_is_given_back(repo_root):
     assert by_freeing < 12_000_000 and by_giving_back > 100_000_000
 
 
-def test_another_c_library_is_left_alone(monkeypatch):
-    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())
+def test_of_another_c_library_nothing_else_is_asked(monkeypatch):
+    class Library:
+        def __init__(self, name: str | None):
+            self.asked: list[str] = []
+            libraries.append(self)
+
+        def __getattr__(self, name: str) -> object:
+            self.asked.append(name)
+            raise AttributeError(name)
+
+    libraries: list[Library] = []
+    monkeypatch.setattr(heap.ctypes, "CDLL", Library)
     heap.give_back()
+    assert [library.asked for library in libraries] == [["malloc_trim"]]
