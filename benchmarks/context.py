@@ -91,7 +91,8 @@ def build_step(options: dict[str, str], device: Any) -> Callable[[int], None]:
     import torch
 
     from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
-    from finetune.data.batch import Document, build_batch
+    from finetune.data.batch import build_batch
+    from finetune.data.documents import Document
     from finetune.losses.cross_entropy import CrossEntropy
     from finetune.models.adapter import attach_lora
     from finetune.models.fast import attach_fast_path

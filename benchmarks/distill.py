@@ -1,7 +1,7 @@
 """The price of distilling: what a teacher adds to plain fine-tuning on the same rows; ours against stock GKDTrainer.
 
     python -m benchmarks.distill [size=0.5B] [rows=FILE] [tokenizer=FOLDER] [repeats=3] [steps=4] [length=512] [batch=4]
-                                 [pack=1024] [variants=cached,resident,…] [ours=fast] [stock=gkd,gkd+checkpointing]
+                                 [pack=1024] [variants=cached,resident,…] [ours=fast] [stock=gkd,…]
 
 All run by turns in fresh processes, steps of equal numbers of tokens; the teacher is the same model in bf16. Step k of
 every variant of ours holds the same rows in the same packs, so `plain` and `cached` differ by the teacher alone, and
@@ -22,12 +22,10 @@ from benchmarks import report
 from benchmarks.figures import Figures, compare, medians, run_figures
 from benchmarks.flops import step_flops, teacher_flops
 from benchmarks.processes import device, parse
-from benchmarks.stock import GKD
 from benchmarks.throughput import warmup_of
 from benchmarks.workload import DEFAULTS, Workload, prepared
 
-OPTIONS = {**DEFAULTS, "repeats": "3", "length": "512", "batch": "4", "pack": "1024", "variants": "all",
-           "stock": ",".join(GKD)}  # fmt: skip
+OPTIONS = {**DEFAULTS, "repeats": "3", "length": "512", "batch": "4", "pack": "1024", "variants": "all"}
 PLAIN = "plain"
 
 
@@ -115,7 +113,7 @@ def alternate(work: Workload, names: list[str]) -> Runs:
     """
     options = work.options
     run_ours(work, VARIANTS[PLAIN], steps=1)
-    turns = [*(("ours", name) for name in names), *(("stock", name) for name in work.stock_variants())]
+    turns = [*(("ours", name) for name in names), *(("stock", name) for name in work.stock_variants("gkd"))]
     runs: Runs = {f"{side} {name}": [] for side, name in turns}
     for _ in range(int(options["repeats"])):
         for side, name in turns:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,17 @@ def write_rows(source: Path, target: Path, count: int) -> Path:
     return _write(target, itertools.islice(itertools.cycle(conversations), count))
 
 
+def rows_holding(source: Path, tokenizer: Path, tokens: int) -> int:
+    """How many rows it takes, from the first on and beginning again after the last, until contents hold `tokens`."""
+    encode = _encoder(tokenizer)
+    turns = itertools.cycle(read_messages(source))
+    lengths = (sum(len(encode(message["content"]).ids) for message in messages) for messages in turns)
+    return next(count for count, held in enumerate(itertools.accumulate(lengths), start=1) if held >= tokens)
+
+
 def write_long_rows(source: Path, target: Path, tokenizer: Path, tokens: int, count: int) -> Path:
     """`count` conversations of at least `tokens` tokens each, made of consecutive rows; trained cut off at `tokens`."""
-    from tokenizers import Tokenizer
-
-    encode = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode
+    encode = _encoder(tokenizer)
     turns = itertools.cycle(read_messages(source))
 
     def joined() -> Iterator[list[Message]]:
@@ -50,6 +56,12 @@ def write_long_rows(source: Path, target: Path, tokenizer: Path, tokens: int, co
             yield messages
 
     return _write(target, joined())
+
+
+def _encoder(tokenizer: Path) -> Callable[[str], Any]:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode
 
 
 def _write(target: Path, conversations: Iterator[list[Message]]) -> Path:

@@ -4,7 +4,7 @@
 
 Seconds are those of `training_step` (forward and backward), so the optimizer and the data loader cost it nothing here.
 
-`gkd` is TRL's experimental GKDTrainer, off-policy with the forward KL at temperature 1 from the same weights in bf16.
+`gkd` is TRL's experimental GKDTrainer, off-policy with the forward KL at temperature 1 from the same weights.
 It takes whole `messages`, pads them (it has no packing) and trains on all that follows the prompt: the last answer, its
 <|im_end|> and the newline after that, which is one target a row more than ours.
 """
@@ -25,7 +25,7 @@ DEFAULTS = {
     "model": "", "rows": "", "variant": "padded", "steps": "4", "length": "512", "batch": "4", "rank": "8",
     "targets": "q_proj,v_proj", "lora_dropout": "0.0", "seed": "0",
 }  # fmt: skip
-# Keys of SFTConfig (of GKDConfig for those in GKD) that make each variant.
+# Keys of SFTConfig (of GKDConfig for those named gkd) that make each variant.
 VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {"packing": False, "gradient_checkpointing": False},
     "packing": {"packing": True, "gradient_checkpointing": False},
@@ -38,12 +38,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gkd": {"gradient_checkpointing": False, "lmbda": 0.0, "beta": 0.0, "temperature": 1.0},
     "gkd+checkpointing": {"gradient_checkpointing": True, "lmbda": 0.0, "beta": 0.0, "temperature": 1.0},
 }
-# By what the device multiplies in: a stock step in bf16 takes half an hour where the processor has no such products.
+VARIANTS |= {f"{name}+fp32": {**VARIANTS[name], "bf16": False} for name in ("gkd", "gkd+checkpointing")}
+# By trainer, then by what the device multiplies in: a stock step in bf16 takes half an hour where the processor has no
+# such products.
 STOCK = {
-    "bfloat16": ("padded", "packing", "packing+checkpointing"),
-    "float32": ("padded+fp32", "packing+fp32", "packing+checkpointing+fp32"),
+    "sft": {
+        "bfloat16": ("padded", "packing", "packing+checkpointing"),
+        "float32": ("padded+fp32", "packing+fp32", "packing+checkpointing+fp32"),
+    },
+    "gkd": {"bfloat16": ("gkd", "gkd+checkpointing"), "float32": ("gkd+fp32", "gkd+checkpointing+fp32")},
 }
-GKD = ("gkd", "gkd+checkpointing")
 # Variants of other projects, each with the package it needs.
 PEERS = {"liger": "liger_kernel", "unsloth": "unsloth", "llama-factory": "llamafactory"}
 
@@ -79,7 +83,8 @@ def build_trainer(options: dict[str, str], device: str, output: str) -> Any:
         "learning_rate": 2e-4, "bf16": True, "use_cpu": device == "cpu", "logging_steps": 1, "report_to": [],
         "save_strategy": "no", "disable_tqdm": True, "seed": int(options["seed"]), **VARIANTS[options["variant"]],
     }  # fmt: skip
-    return (distilling_trainer if options["variant"] in GKD else tuning_trainer)(options, device, settings)
+    distilled = options["variant"].startswith("gkd")
+    return (distilling_trainer if distilled else tuning_trainer)(options, device, settings)
 
 
 def target_modules(options: dict[str, str]) -> Any:
@@ -127,15 +132,16 @@ def tuning_trainer(options: dict[str, str], device: str, settings: dict[str, Any
 
 
 def distilling_trainer(options: dict[str, str], device: str, settings: dict[str, Any]) -> Any:
-    """A GKDTrainer, whose teacher is the same model in bf16."""
+    """A GKDTrainer, whose teacher is the same model, in what the student computes in."""
     import torch
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    model = load_model(options["model"], device, torch.bfloat16)
+    dtype = torch.bfloat16 if settings["bf16"] else torch.float32
+    model = load_model(options["model"], device, dtype)
     teacher = AutoModelForCausalLM.from_pretrained(
-        options["model"], dtype=torch.bfloat16, device_map={"": 0} if device == "cuda" else None
+        options["model"], dtype=dtype, device_map={"": 0} if device == "cuda" else None
     )
     return GKDTrainer(
         model=model, teacher_model=teacher, args=GKDConfig(**settings), peft_config=lora_config(options),

@@ -34,7 +34,8 @@ def macro_batch(tokens: int, batch: int, document: int) -> list[Any]:
     """Batches of random documents whose second half carries targets."""
     import numpy as np
 
-    from finetune.data.batch import Document, build_batch
+    from finetune.data.batch import build_batch
+    from finetune.data.documents import Document
     from finetune.data.template.chat import UNTRAINED
 
     random = np.random.default_rng(0)

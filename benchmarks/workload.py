@@ -30,8 +30,8 @@ OURS = {
     "whole": "train.compile=true;train.lean=false",
     "resident": "train.compile=true;quant.resident=true",
 }
-# Fewer than any row has on average, so that no run comes to the half-empty packs at the end of its rows.
-_FEWEST_ROW_TOKENS = 20
+# Rows hold more tokens than a run takes, so that none comes to the half-empty packs at their end.
+_SPARE = 1.25
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,10 @@ class Workload:
 
     def rows(self, tokens: int) -> Path:
         """The rows of a run that takes `tokens`: `limit` of them, or more where those would not do."""
-        count = max(int(self.options["limit"]), math.ceil(tokens / _FEWEST_ROW_TOKENS))
+        source, tokenizer = Path(self.options["rows"]), Path(self.options["tokenizer"])
+        count = max(int(self.options["limit"]), rows.rows_holding(source, tokenizer, math.ceil(_SPARE * tokens)))
         file = self.folder / f"rows-{count}.jsonl"
-        return file if file.exists() else rows.write_rows(Path(self.options["rows"]), file, count)
+        return file if file.exists() else rows.write_rows(source, file, count)
 
     def long_rows(self, tokens: int) -> Path:
         """Rows of at least `tokens` tokens each, two for every step."""
@@ -106,10 +107,11 @@ class Workload:
                 raise SystemExit(f"ours={name}: there are {', '.join(OURS)}; give others as ours.{name}=key=value;…")
         return names
 
-    def stock_variants(self) -> list[str]:
+    def stock_variants(self, trainer: str = "sft") -> list[str]:
+        """Those asked for; all are those of `trainer` that suit the device."""
         given = self.options["stock"]
         if given == "all":
-            return [*STOCK[device()["multiplies_in"]]]
+            return [*STOCK[trainer][device()["multiplies_in"]]]
         names = [] if given in ("none", "") else given.split(",")
         if unknown := [name for name in names if name not in VARIANTS]:
             raise SystemExit(f"stock={','.join(unknown)}: there are all, none, {', '.join(VARIANTS)}")
