@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from finetune import load_config
 from finetune.config.schema import DistillConfig
-from finetune.data.batch import Batch, Document, build_batch, groups_of, silent_batch
+from finetune.data.batch import Batch, build_batch, groups_of, silent_batch
+from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED
 from finetune.distill import cache as cache_module
 from finetune.distill import filling

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.batch import Document, build_batch, silent_batch
+from finetune.data.batch import build_batch, silent_batch
+from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED
 from finetune.distill.keys import KEY_BYTES, key_of, keys_of
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from finetune.config.compose import load_config
-from finetune.data.batch import Document
+from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED
 from finetune.distill.on_policy import OnPolicyFeed
 from finetune.errors import ConfigError

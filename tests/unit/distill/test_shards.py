@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.data.batch import Document
+from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED
 from finetune.distill.cache import fill_cache
 from finetune.distill.codec import Columns

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config.schema import ModelConfig, QuantConfig
-from finetune.data.batch import Batch, Document, build_batch, silent_batch
+from finetune.data.batch import Batch, build_batch, silent_batch
+from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED
 from finetune.distill import layer_reader
 from finetune.distill.stream import StreamedModel
