@@ -39,12 +39,14 @@ def run_export(arguments: Arguments) -> int:
     """`finetune export`. Raises: InputError for what cannot be meant; what reading and writing raise."""
     from finetune.config.commands import ExportOptions
     from finetune.config.options import read_options
-    from finetune.export.exporting import export_model
-    from finetune.terminal import say
 
     if arguments.config is not None:
         raise InputError("finetune export takes no config; name what to export: adapter=outputs/NAME or model=FOLDER")
     options = read_options(ExportOptions, arguments.overrides, "finetune export")
+
+    from finetune.export.exporting import export_model
+    from finetune.terminal import say
+
     exported = export_model(options)
     print(options.out)
     for line in exported.serve:

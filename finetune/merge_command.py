@@ -33,12 +33,14 @@ def run_merge(arguments: Arguments) -> int:
     """`finetune merge`. Raises: InputError for what cannot be meant; what reading and writing raise."""
     from finetune.config.commands import MergeOptions
     from finetune.config.options import read_options
-    from finetune.export.merge.merge import merge
-    from finetune.terminal import say
 
     if arguments.config is not None:
         raise InputError("finetune merge takes no config; the adapter's run has its own: adapter=outputs/NAME out=DIR")
     options = read_options(MergeOptions, arguments.overrides, "finetune merge")
+
+    from finetune.export.merge.merge import merge
+    from finetune.terminal import say
+
     merge(options)
     print(options.out)
     say(f"next: finetune export model={shlex.quote(options.out)} format=gguf out=DIR, or serve it as it is")

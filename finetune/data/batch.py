@@ -11,35 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED
 
 # Rows left, as a share of the tokens, up to which sharing repays what it costs.
 _SHARED_FROM = 0.97
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One row, or a piece of one, as tokens.
-
-    ids [T] int32; labels [T] int32: labels[t] is the token to predict from position t (already shifted), or UNTRAINED.
-    place: `file:row`, for messages to the user. weights [T] float32: what the loss at a position is multiplied by;
-    None is 1 everywhere. row: the row in its source, from 0. own: the model in training wrote the targets itself, so
-    only a teacher can say how good they are.
-    """
-
-    ids: np.ndarray
-    labels: np.ndarray
-    place: str
-    weights: np.ndarray | None = None
-    row: int = 0
-    own: bool = False
-
-    @property
-    def target_tokens(self) -> int:
-        return int((self.labels != UNTRAINED).sum())
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 @dataclass(frozen=True, slots=True)

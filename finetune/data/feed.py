@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from finetune.data.batch import Document
+from finetune.data.documents import Document
 from finetune.data.packing import SequenceOrder
 
 

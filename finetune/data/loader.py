@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.documents import Cut, Documents, cut_to_length
@@ -23,6 +23,9 @@ from finetune.data.tokens.prepare import Preparation
 from finetune.data.tokens.store import BAD_ROWS, TokenStore
 from finetune.errors import DataError
 from finetune.files import write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SHOWN_ERRORS = 10
 HELD_OUT = "held_out"

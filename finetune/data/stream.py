@@ -20,8 +20,7 @@ from threading import Event
 import numpy as np
 
 from finetune.config.schema import DataConfig
-from finetune.data.batch import Document
-from finetune.data.documents import Documents, cut_to_length
+from finetune.data.documents import Document, Documents, cut_to_length
 from finetune.data.feed import StoredFeed
 from finetune.data.loader import check_bad_rows
 from finetune.data.packing import SequenceOrder

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config.schema import DistillConfig
-from finetune.data.batch import Batch, Document, build_batch, groups_of
+from finetune.data.batch import Batch, build_batch, groups_of
+from finetune.data.documents import Document
 from finetune.distill.codec import MOST_IDS, Columns, draw, sampled_signal, top_signal
 from finetune.distill.keys import key_of, keys_of
 from finetune.distill.shards import ShardReader, check_fingerprint, open_folder

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from finetune.config.schema import RunConfig
-from finetune.data.batch import Document
+from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED, ChatTemplate
 from finetune.distill.cache import BATCH_TOKENS, Encode, encoder_of, fill_cache
 from finetune.distill.codec import Columns, encode_top

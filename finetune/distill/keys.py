@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from finetune.data.batch import Batch, Document
+from finetune.data.batch import Batch
+from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED
 
 KEY_BYTES = 16

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.batch import Document, groups_of
+from finetune.data.batch import groups_of
+from finetune.data.documents import Document
 from finetune.data.feed import Feed
 from finetune.data.template.chat import UNTRAINED
 

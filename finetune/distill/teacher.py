@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.config.schema import ModelConfig, RunConfig
-from finetune.data.batch import Batch, Document
+from finetune.data.batch import Batch
+from finetune.data.documents import Document
 from finetune.data.template.chat import ChatTemplate
 from finetune.distill.cache import CachedTeacher
 from finetune.distill.fingerprint import adapter_folder, fingerprint, teacher_adapter, teacher_weights

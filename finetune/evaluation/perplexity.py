@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from finetune.data.batch import Document, build_batch, groups_of
+from finetune.data.batch import build_batch, groups_of
+from finetune.data.documents import Document
 from finetune.losses.cross_entropy import score
 
 

@@ -19,7 +19,8 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from finetune.config.schema import TrainConfig
-from finetune.data.batch import Batch, Document, build_batch, silent_batch
+from finetune.data.batch import Batch, build_batch, silent_batch
+from finetune.data.documents import Document
 from finetune.data.feed import Feed
 from finetune.data.packing import split_among_ranks
 from finetune.errors import FinetuneError, Interrupted

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from finetune import train
-from finetune.data.batch import Document
+from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED
 from finetune.distill.on_policy import OnPolicyFeed
 from finetune.models.load import load_tokenizer

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from finetune import train
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.data.batch import Document
+from finetune.data.documents import Document
 from finetune.data.stream import StreamingFeed
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.data.batch import Document, build_batch, silent_batch
+from finetune.data.batch import build_batch, silent_batch
+from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED
 from finetune.losses import chunked
 from finetune.losses.cross_entropy import CrossEntropy, score

@@ -7,7 +7,8 @@ import pytest
 import torch
 from trl.experimental.gkd import GKDTrainer
 
-from finetune.data.batch import Document, build_batch
+from finetune.data.batch import build_batch
+from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED
 from finetune.distill.on_policy import OnPolicyFeed
 from finetune.distill.resident import ResidentTeacher

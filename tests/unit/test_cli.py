@@ -213,6 +213,13 @@ def test_the_schema_a_plan_and_a_wrong_config_need_no_torch(words: list[str], ex
     assert not loaded & (HEAVY - {"hydra", "pydantic", "rich"})
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_setting_that_no_command_has_is_refused_before_torch_is_loaded(name: str):
+    words = [*name.split(), "config=quickstart.yaml", "trian.seed=1"]
+    loaded = loaded_by(f"from finetune.cli import main; assert main({words}) == 2")
+    assert not loaded & {"torch", "transformers", "peft", "accelerate", "bitsandbytes"}
+
+
 def test_a_reader_that_has_gone_is_no_bug():
     reading, writing = os.pipe()
     os.close(reading)

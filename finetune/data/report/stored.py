@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
-from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import RunConfig
 from finetune.data.loader import LoadedData
@@ -16,6 +16,9 @@ from finetune.data.report.figures import Report, build_report, parts_of
 from finetune.data.report.rows import Decoder, ShownRow, shown_rows
 from finetune.data.template.chat import ChatTemplate
 from finetune.files import write_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DATA = "data.json"
 

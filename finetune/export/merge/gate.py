@@ -18,7 +18,8 @@ import torch
 from finetune.config.commands import GateOptions
 from finetune.config.compose import saved_config
 from finetune.config.schema import DataConfig, Dtype, ModelConfig, RunConfig
-from finetune.data.batch import Batch, Document, build_batch, groups_of
+from finetune.data.batch import Batch, build_batch, groups_of
+from finetune.data.documents import Document
 from finetune.data.loader import load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.data.batch import Batch, Document, build_batch, silent_batch
+from finetune.data.batch import Batch, build_batch, silent_batch
+from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED
 from finetune.distill.resident import ResidentTeacher
 from finetune.losses.cross_entropy import CrossEntropy

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.data.batch import Document, build_batch
+from finetune.data.batch import build_batch
+from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED
 from finetune.losses import chunked
 from finetune.precision.divergences import divergences, documents_of_targets, mean_kl

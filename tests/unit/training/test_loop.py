@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.config.schema import TrainConfig
-from finetune.data.batch import Document
+from finetune.data.documents import Document
 from finetune.data.feed import StoredFeed
 from finetune.data.packing import SequenceOrder
 from finetune.errors import FinetuneError
