@@ -91,6 +91,7 @@ CASES = (
     Case("3B", 1024, layers=2),
     Case("7B", 512, (_ALL,), layers=2),
     Case("embedded", 1024, batch=2),
+    Case("0.5B", 8192, layers=4, document=512),
 )
 
 
@@ -130,7 +131,7 @@ class Bench:
     def rows(self, case: Case) -> Path:
         """Rows that fill every pack: long ones, or short ones of about `document` tokens."""
         steps = int(self.options["steps"])
-        file = self.folder / f"rows-{case.document or case.length}.jsonl"
+        file = self.folder / f"rows-{case.length}x{case.batch}-{case.document}.jsonl"
         source, tokenizer = Path(self.options["rows"]), Path(self.options["tokenizer"])
         if file.exists():
             return file

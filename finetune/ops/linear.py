@@ -54,6 +54,9 @@ class Projection:
 # Rows that pass through an MLP at once on a CPU where no gradient is wanted: its inner matrices are a layer's largest,
 # five of this height are alive, and a row needs no other. Not with 4-bit weights, dequantised for each block anew.
 _FORWARD_ROWS = 256
+# Rows that pass through it at once on a CPU in any case: of more, the inner matrices are mapped and faulted in anew
+# each time (a tenth of a layer's time at 16,384), and a backward pass holds up to seventeen of them.
+_MOST_ROWS = 2048
 
 _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -97,10 +100,20 @@ def _passes_in_blocks(x: Tensor, *projections: Projection) -> bool:
 def _swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
     projections = (gate, up, down)
     factors = [factor for p in projections if p.adapter for factor in (p.adapter.a, p.adapter.b)]
-    # A frozen down keeps nothing: apart, it is not computed again when the layer is recomputed for its backward pass.
+    # A frozen down keeps nothing: after all else, it is not computed again when the layer is recomputed for its
+    # backward pass.
     inside = projections if down.adapter else projections[:2]
-    y = _SwigluMlp.apply(x.reshape(-1, x.shape[-1]), inside, *factors)
-    return (y if down.adapter else project(y, (down,))[0]).view(x.shape)
+    x_TD = x.reshape(-1, x.shape[-1])
+    outputs = [_SwigluMlp.apply(x_BD, inside, *factors) for x_BD in x_TD.split(_rows_at_once(x_TD, projections))]
+    if not down.adapter:
+        outputs = [project(y_BI, (down,))[0] for y_BI in outputs]
+    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).view(x.shape)
+
+
+def _rows_at_once(x_TD: Tensor, projections: Sequence[Projection]) -> int:
+    """All, where blocks would gain nothing or draw other dropout masks from the same seed."""
+    drops = any(p.adapter and p.adapter.dropout for p in projections)
+    return len(x_TD) if drops or x_TD.device.type != "cpu" else _MOST_ROWS
 
 
 class _Project(torch.autograd.Function):

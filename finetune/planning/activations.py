@@ -43,9 +43,9 @@ _QUERIES, _SCORE_BYTES = 128, 20
 _MLP_WORK = {"plain torch": 34, "compiled": 4, "peft": 8}
 # Of a forward pass without gradients: gate, up and their product in 16 bit, and two fp32 values in swiglu_forward.
 _MLP_FORWARD = {"plain torch": 12, "compiled": 6, "peft": 8}
-# ops/linear.py: rows that pass through an MLP of plain weights at once on a CPU without gradients. Then attention is as
-# wide: values of [T, D] alive in it, the rotated, laid out and answered copies of queries above all.
-_FORWARD_ROWS, _ATTENTION_FORWARD = 256, 8
+# ops/linear.py: rows that pass through an MLP at once on a CPU, and of plain weights without gradients. Then attention
+# is as wide: values of [T, D] alive in it, the rotated, laid out and answered copies of queries above all.
+_MOST_ROWS, _FORWARD_ROWS, _ATTENTION_FORWARD = 2048, 256, 8
 # glibc's heap, measured on 0.5B and 1.5B with 512 to 4,096 tokens. Beside each kept layer one block [T, I], the product
 # of gate and up, is lost: smaller kept tensors come to lie in its place. Where layers run again in backward, what they
 # freed lies around the inputs that are kept: 1.6 to 5 times what such a layer keeps in the heap.
@@ -125,9 +125,10 @@ def plan_activations(
             bytes_of[kinds] = sum(kept_bytes(shape, cfg, kinds[0], device_type, document_tokens, kinds[1]).values())
     kept = tuple(tokens * bytes_of[kinds] for kinds in zip(adapted[first:], eight_bit[first:], strict=True))
     hidden = tokens * shape["hidden_size"] * width
-    block = tokens * shape["intermediate_size"] * width
+    block = _mlp_rows(cfg, layers, tokens, device_type) * shape["intermediate_size"] * width
     in_heap = device_type == "cpu" and block < _MAPPED_FROM
-    layer = max(kept, default=0.0) - (0 if in_heap else 2 * block)  # gate and up are such blocks
+    # Gate and up are such blocks.
+    layer = max(kept, default=0.0) - (0 if in_heap else 2 * tokens * shape["intermediate_size"] * width)
     return ActivationPlan(
         kept=kept,
         input=hidden,
@@ -203,7 +204,11 @@ def _layer_work(
     """
     linears = linear_shapes(shape)
     largest = max(out * inputs for out, inputs in linears.values())
-    mlp = tokens * shape["intermediate_size"] * _MLP_WORK[kernels_of(cfg, shape)] * DTYPE_BYTES[cfg.model.dtype] / 2
+    rows = _mlp_rows(cfg, shape["num_hidden_layers"], tokens, device_type)
+    width = shape["intermediate_size"] * DTYPE_BYTES[cfg.model.dtype]
+    # Gradients of what down_proj reads are made of all blocks of rows before the first goes on.
+    waiting = (tokens - rows) * width
+    mlp = waiting + rows * width * _MLP_WORK[kernels_of(cfg, shape)] / 2
     attention = 0.0
     document = document_tokens or cfg.data.max_length
     if device_type == "cpu" and cfg.model.attention == "auto" and document < _FUSED_BACKWARD_FROM:
@@ -213,10 +218,18 @@ def _layer_work(
     if device_type == "cuda":
         held = weight  # ops/linear.py keeps one buffer of the largest matrix
     else:
-        held, mlp = 0.0, max(mlp, weight + 4 * tokens * shape["intermediate_size"])
+        held, mlp = 0.0, max(mlp, weight + waiting + 4 * rows * shape["intermediate_size"])
     adapted = frozenset.union(*(adapted_linears(layer, cfg.lora) for layer in range(shape["num_hidden_layers"])))
     dora = max((_DORA_BYTES * linears[name][0] * linears[name][1] for name in adapted), default=0) * cfg.lora.dora
     return held + max(mlp, attention, dora)
+
+
+def _mlp_rows(cfg: RunConfig, layers: int, tokens: int, device_type: str) -> int:
+    """Rows that pass through an MLP at once where a gradient is wanted; all of them, if the kernels do not know it."""
+    adapted = any(_MLP & adapted_linears(layer, cfg.lora) for layer in range(layers))
+    unknown = not cfg.train.fast or cfg.quant.type == "int8" or cfg.quant.int8 or (adapted and cfg.lora.dora)
+    drops = adapted and cfg.lora.dropout
+    return tokens if device_type != "cpu" or unknown or drops else min(tokens, _MOST_ROWS)
 
 
 def _in_eight_bit(layer: int, cfg: RunConfig) -> frozenset[str]:

@@ -68,7 +68,10 @@ def test_projections_of_one_input_equal_float64(dtype, shape, ranks, bias):
 @pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [(None, None, None), (2, None, None), (None, 3, None), (None, None, 4), (1, 1, 1)])
-def test_the_gated_mlp_equals_float64(dtype, ranks):
+@pytest.mark.parametrize("most_rows", [64, 16])
+def test_the_gated_mlp_equals_float64(dtype, ranks, most_rows, monkeypatch):
+    """Of 45 rows, all at once and in blocks of which the last is shorter."""
+    monkeypatch.setattr(linear, "_MOST_ROWS", most_rows)
     torch.manual_seed(0)
     x = torch.randn(5, 9, 32).to(dtype).requires_grad_()
     gate, up, down = (
@@ -138,6 +141,16 @@ class WidestResult(TorchDispatchMode):
         if isinstance(result, torch.Tensor) and result.shape[-1:] == (self.columns,):
             self.rows = max(self.rows, result.numel() // self.columns)
         return result
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_with_a_gradient_no_matrix_of_an_mlp_is_taller_than_a_block_in_either_pass(rank, monkeypatch):
+    monkeypatch.setattr(linear, "_MOST_ROWS", 8)
+    gate, up, down = (projection(*shape, rank, torch.float32) for shape in ((80, 6), (80, 6), (6, 80)))
+    x = torch.randn(27, 6, requires_grad=True)
+    with WidestResult(80) as widest:
+        swiglu_mlp(x, gate, up, down).sum().backward()
+    assert widest.rows == 8
 
 
 @pytest.mark.usefixtures("sixteen_bit_products")
