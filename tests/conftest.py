@@ -12,6 +12,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# And its threads wait without spinning: several processes share the cores.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import pytest
 from hypothesis import settings
