@@ -85,8 +85,8 @@ def describe(summary: dict[str, Any]) -> str:
     text = [report.table(lines)]
     if ceiling["flops_per_second"]:
         text.append(
-            f"ceiling: {ceiling['flops_per_second'] / 1e12:.3f} TFLOP/s bf16 ({ceiling['product']}, median of "
-            f"{ceiling['measurements']} measurements between the runs)"
+            f"ceiling: {ceiling['flops_per_second'] / 1e12:.3f} TFLOP/s in {summary['device']['multiplies_in']} "
+            f"({ceiling['product']}, median of {ceiling['measurements']} measurements between the runs)"
         )
     if summary["ratio"]:
         text.append(
