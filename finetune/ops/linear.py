@@ -111,7 +111,7 @@ def _swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -
 
 
 def _rows_at_once(x_TD: Tensor, projections: Sequence[Projection]) -> int:
-    """All, where blocks would gain nothing or draw other dropout masks from the same seed."""
+    """All on a GPU, and where blocks would draw other dropout masks from the same seed."""
     drops = any(p.adapter and p.adapter.dropout for p in projections)
     return len(x_TD) if drops or x_TD.device.type != "cpu" else _MOST_ROWS
 

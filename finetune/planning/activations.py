@@ -125,7 +125,7 @@ def plan_activations(
             bytes_of[kinds] = sum(kept_bytes(shape, cfg, kinds[0], device_type, document_tokens, kinds[1]).values())
     kept = tuple(tokens * bytes_of[kinds] for kinds in zip(adapted[first:], eight_bit[first:], strict=True))
     hidden = tokens * shape["hidden_size"] * width
-    block = _mlp_rows(cfg, layers, tokens, device_type) * shape["intermediate_size"] * width
+    block = _mlp_rows(cfg, frozenset().union(*adapted), tokens, device_type) * shape["intermediate_size"] * width
     in_heap = device_type == "cpu" and block < _MAPPED_FROM
     # Gate and up are such blocks.
     layer = max(kept, default=0.0) - (0 if in_heap else 2 * tokens * shape["intermediate_size"] * width)
@@ -204,7 +204,8 @@ def _layer_work(
     """
     linears = linear_shapes(shape)
     largest = max(out * inputs for out, inputs in linears.values())
-    rows = _mlp_rows(cfg, shape["num_hidden_layers"], tokens, device_type)
+    adapted = frozenset().union(*(adapted_linears(layer, cfg.lora) for layer in range(shape["num_hidden_layers"])))
+    rows = _mlp_rows(cfg, adapted, tokens, device_type)
     width = shape["intermediate_size"] * DTYPE_BYTES[cfg.model.dtype]
     # Gradients of what down_proj reads are made of all blocks of rows before the first goes on.
     waiting = (tokens - rows) * width
@@ -219,17 +220,18 @@ def _layer_work(
         held = weight  # ops/linear.py keeps one buffer of the largest matrix
     else:
         held, mlp = 0.0, max(mlp, weight + waiting + 4 * rows * shape["intermediate_size"])
-    adapted = frozenset.union(*(adapted_linears(layer, cfg.lora) for layer in range(shape["num_hidden_layers"])))
     dora = max((_DORA_BYTES * linears[name][0] * linears[name][1] for name in adapted), default=0) * cfg.lora.dora
     return held + max(mlp, attention, dora)
 
 
-def _mlp_rows(cfg: RunConfig, layers: int, tokens: int, device_type: str) -> int:
-    """Rows that pass through an MLP at once where a gradient is wanted; all of them, if the kernels do not know it."""
-    adapted = any(_MLP & adapted_linears(layer, cfg.lora) for layer in range(layers))
-    unknown = not cfg.train.fast or cfg.quant.type == "int8" or cfg.quant.int8 or (adapted and cfg.lora.dora)
-    drops = adapted and cfg.lora.dropout
-    return tokens if device_type != "cpu" or unknown or drops else min(tokens, _MOST_ROWS)
+def _mlp_rows(cfg: RunConfig, adapted: frozenset[str], tokens: int, device_type: str) -> int:
+    """Rows that pass through an MLP at once where a gradient is wanted; all of them, if the kernels do not know it.
+
+    adapted: the linears that have an adapter in any layer.
+    """
+    unknown = not cfg.train.fast or cfg.quant.type == "int8" or cfg.quant.int8
+    whole = unknown or (_MLP & adapted and (cfg.lora.dora or cfg.lora.dropout))
+    return tokens if device_type != "cpu" or whole else min(tokens, _MOST_ROWS)
 
 
 def _in_eight_bit(layer: int, cfg: RunConfig) -> frozenset[str]:
