@@ -34,15 +34,13 @@ def write_rows(source: Path, target: Path, count: int) -> Path:
 
 def rows_holding(source: Path, tokenizer: Path, tokens: int) -> int:
     """How many rows it takes, from the first on and beginning again after the last, until contents hold `tokens`."""
-    encode = _encoder(tokenizer)
-    turns = itertools.cycle(read_messages(source))
-    lengths = (sum(len(encode(message["content"]).ids) for message in messages) for messages in turns)
+    lengths = map(_token_counter(tokenizer), itertools.cycle(read_messages(source)))
     return next(count for count, held in enumerate(itertools.accumulate(lengths), start=1) if held >= tokens)
 
 
 def write_long_rows(source: Path, target: Path, tokenizer: Path, tokens: int, count: int) -> Path:
     """`count` conversations of at least `tokens` tokens each, made of consecutive rows; trained cut off at `tokens`."""
-    encode = _encoder(tokenizer)
+    count_tokens = _token_counter(tokenizer)
     turns = itertools.cycle(read_messages(source))
 
     def joined() -> Iterator[list[Message]]:
@@ -52,16 +50,18 @@ def write_long_rows(source: Path, target: Path, tokenizer: Path, tokens: int, co
             while length < tokens:
                 turn = next(turns)
                 messages += turn
-                length += sum(len(encode(message["content"]).ids) for message in turn)
+                length += count_tokens(turn)
             yield messages
 
     return _write(target, joined())
 
 
-def _encoder(tokenizer: Path) -> Callable[[str], Any]:
+def _token_counter(tokenizer: Path) -> Callable[[list[Message]], int]:
+    """Tokens of the contents of a conversation."""
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode
+    encode = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode
+    return lambda messages: sum(len(encode(message["content"]).ids) for message in messages)
 
 
 def _write(target: Path, conversations: Iterator[list[Message]]) -> Path:
