@@ -2,8 +2,11 @@
 
 A layer is swapped for one of a subclass that has the same children under the same names, so the model stays an
 ordinary PeftModel: saving, loading, merging, disabling the adapter and generating go on as before. The kernels run when
-a packed batch comes with its segments; any other call takes the inherited way. A projection that the kernels don't
-know (DoRA, int8, several active adapters, modules trained in full) is called as it is, the rest stays fast.
+a packed batch comes with its segments, and on a CPU when tokens are read without gradients, as in generating; any other
+call takes the inherited way. A projection that the kernels don't know (DoRA, int8, several active adapters, modules
+trained in full) is called as it is, the rest stays fast.
+
+Shapes: B rows of L tokens each, 1 row when packed; T = B * L; D hidden width, H heads, W head width.
 """
 
 from __future__ import annotations
@@ -13,15 +16,25 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
+from transformers import AttentionInterface, Cache
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2Attention,
+    Qwen2DecoderLayer,
+    Qwen2MLP,
+    Qwen2RMSNorm,
+    eager_attention_forward,
+)
 
 from finetune.ops.attention import Segments, attend
 from finetune.ops.elementwise import rms_norm, rotate
 from finetune.ops.linear import Adapter, Projection, project, swiglu_mlp
 
+# Of queries, keys and values: [T, H, W] each, with fewer heads in the latter two.
+Heads = tuple[Tensor, Tensor, Tensor]
+
 
 class FastDecoderLayer(Qwen2DecoderLayer):
-    """A Qwen2 decoder layer over one packed row of documents."""
+    """A Qwen2 decoder layer by the kernels of the package, where they know the call."""
 
     @classmethod
     def from_module(cls, layer: Qwen2DecoderLayer) -> FastDecoderLayer:
@@ -33,20 +46,28 @@ class FastDecoderLayer(Qwen2DecoderLayer):
     def forward(
         self,
         hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
         *args: Any,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
         segments: Segments | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if segments is None or position_embeddings is None or self.self_attn.config.attention_dropout:
-            kwargs |= {"position_embeddings": position_embeddings} | (
-                {} if segments is None else {"segments": segments}
-            )
-            return super().forward(hidden_states, *args, **kwargs)
-        x_TD = hidden_states[0]
-        x_TD = x_TD + _attention(self.self_attn, _norm(self.input_layernorm, x_TD), position_embeddings, segments)
+        attention = self.self_attn
+        known = segments is not None or _reads(hidden_states)
+        if not known or position_embeddings is None or attention.config.attention_dropout:
+            kwargs |= {"position_embeddings": position_embeddings, "past_key_values": past_key_values}
+            kwargs |= {} if segments is None else {"segments": segments}
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        x_TD, rows = hidden_states.flatten(0, 1), len(hidden_states)
+        heads = _heads(attention, _norm(self.input_layernorm, x_TD), position_embeddings, rows)
+        if segments is None:
+            mixed_THW = _attend_cached(attention, heads, rows, attention_mask, past_key_values, kwargs)
+        else:
+            mixed_THW = attend(*heads, segments, attention.scaling)
+        x_TD = x_TD + _apply(mixed_THW.flatten(1), attention.o_proj)[0]
         x_TD = x_TD + _mlp(self.mlp, _norm(self.post_attention_layernorm, x_TD))
-        return x_TD[None]
+        return x_TD.view_as(hidden_states)
 
 
 def attach_fast_path(model: nn.Module) -> None:
@@ -58,14 +79,33 @@ def attach_fast_path(model: nn.Module) -> None:
                     module[i] = FastDecoderLayer.from_module(layer)
 
 
-def _attention(module: Qwen2Attention, x_TD: Tensor, angles: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+def _reads(hidden_states: Tensor) -> bool:
+    """Whether tokens are read without gradients on a CPU; a GPU has bitsandbytes' own kernels for a few of them."""
+    return hidden_states.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def _heads(module: Qwen2Attention, x_TD: Tensor, angles: tuple[Tensor, Tensor], rows: int) -> Heads:
+    """Queries and keys, rotated, and values."""
     query, key, value = (
         y.unflatten(-1, (-1, module.head_dim)) for y in _apply(x_TD, module.q_proj, module.k_proj, module.v_proj)
     )
-    cos_TW, sin_TW = (angle[0] for angle in angles)
-    query, key = rotate(query, cos_TW, sin_TW), rotate(key, cos_TW, sin_TW)
-    output = attend(query, key, value, segments, module.scaling)
-    return _apply(output.flatten(1), module.o_proj)[0]
+    cos_TW, sin_TW = (angle.expand(rows, -1, -1).flatten(0, 1) for angle in angles)
+    return rotate(query, cos_TW, sin_TW), rotate(key, cos_TW, sin_TW), value
+
+
+def _attend_cached(
+    module: Qwen2Attention, heads: Heads, rows: int, mask: Tensor | None, cache: Cache | None, kwargs: dict[str, Any]
+) -> Tensor:
+    """What transformers' own attention makes of these and of the keys and values before them, [T, H, W]."""
+    query, key, value = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in heads)
+    if cache is not None:
+        key, value = cache.update(key, value, module.layer_idx)
+    name = module.config._attn_implementation or "eager"
+    kernel = AttentionInterface().get_interface(name, eager_attention_forward)
+    mixed_BLHW, _ = kernel(
+        module, query, key, value, mask, scaling=module.scaling, sliding_window=module.sliding_window, **kwargs
+    )
+    return mixed_BLHW.flatten(0, 1)
 
 
 def _mlp(module: Qwen2MLP, x_TD: Tensor) -> Tensor:

@@ -100,6 +100,13 @@ def quantised_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def resident_bytes(base: nn.Module) -> int:
+    """What `keep_resident` would take."""
+    return sum(
+        module.weight.quant_state.shape.numel() * module.compute_dtype.itemsize for _, module in quantised_modules(base)
+    )
+
+
 def keep_resident(base: nn.Module) -> None:
     """Give each 4-bit layer its dequantised weight as well, `resident_weight` [out, in], in the type it computes in.
 

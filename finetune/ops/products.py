@@ -20,6 +20,10 @@ from torch import Tensor
 _BLOCK = 2**20
 # Rows or columns of a block are a multiple: results that end inside a cache line take a fifth longer.
 _MULTIPLE = 64
+# Up to so many rows on the left torch's own product with a transposed right operand reads 16 bit, and is the fastest.
+_NATIVE_ROWS = 2
+# Up to so many the weight goes on the left: twice as fast for a few, a fifth for two hundred (measured on Zen 3).
+_FEW_ROWS = 255
 
 
 def widens(device: torch.device, dtype: torch.dtype) -> bool:
@@ -55,7 +59,8 @@ def _has_products(dtype: torch.dtype) -> bool:
 
 def product(left_MK: Tensor, right_KN: Tensor, bias_N: Tensor | None = None, out_MN: Tensor | None = None) -> Tensor:
     """left @ right + bias, summed in fp32 and rounded to the operands' type; in `out_MN`, where it is given."""
-    if not widens(left_MK.device, left_MK.dtype):
+    few = len(left_MK) <= _NATIVE_ROWS and right_KN.stride(0) == 1
+    if few or not widens(left_MK.device, left_MK.dtype):
         if bias_N is None:
             return torch.mm(left_MK, right_KN, out=out_MN)
         return torch.addmm(bias_N, left_MK, right_KN, out=out_MN)
@@ -82,7 +87,8 @@ def _wide_parts(left_MK: Tensor, right_KN: Tensor) -> Iterator[tuple[slice, Tens
         step = _step(inner)
         for start in range(0, columns, step):
             block = slice(start, min(start + step, columns))
-            yield block, wide_MK @ right_KN[:, block].float()
+            part_KN = right_KN[:, block].float()
+            yield block, wide_MK @ part_KN if len(left_MK) > _FEW_ROWS else (part_KN.T @ wide_MK.T).T
         return
     sum_MN = left_MK.new_zeros(len(left_MK), columns, dtype=torch.float32)
     step = _step(columns)

@@ -85,6 +85,17 @@ def test_distilling_is_priced_on_the_rows_of_plain_fine_tuning(repo_root: Path, 
     assert max(losses["cached"], losses["resident"]) < losses["plain"] / 10
 
 
+def test_writing_answers_is_timed_side_by_side(repo_root: Path, work: Path, tmp_path: Path):
+    words = ("size=tiny", "batches=1,3", "prompt=9", "tokens=16", "repeats=1", f"work={work}", f"results={tmp_path}")
+    told, text = benchmark(repo_root, "decoding", *words)
+    assert {"ours", "resident", "transformers"} <= set(told["sides"]) and "transformers 3" in text
+    for side in told["sides"].values():
+        assert set(side) == {"1", "3"} and side["3"]["tokens_per_second"] == 3 / side["3"]["token_seconds"]
+        assert all(figure > 0 for figures in side.values() for figure in figures.values())
+    (file,) = tmp_path.glob("decoding-*.json")
+    assert json.loads(file.read_text())["sides"] == told["sides"]
+
+
 def test_a_run_that_fails_is_recorded_and_the_rest_goes_on(repo_root: Path, work: Path, tmp_path: Path):
     words = (*SMALL, f"work={work}", f"results={tmp_path}", "lengths=64", "stock=none")
     words += ("parts=throughput,context", "ours=broken,uncompiled", "ours.broken=train.nonsense=1")

@@ -13,6 +13,7 @@ import torch
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.data.batch import Batch, build_batch
 from finetune.data.template.chat import UNTRAINED
+from finetune.evaluation.decoding import Decoding
 from finetune.losses.cross_entropy import CrossEntropy, score
 from finetune.models import fast as fast_path
 from finetune.models.adapter import attach_lora, check_adapter, save_adapter
@@ -177,16 +178,41 @@ def test_the_model_stays_an_ordinary_peft_model(tmp_path: Path, kernel_calls: Co
     for mode in ("eval", "train"):
         getattr(plain, mode)(), getattr(fast, mode)()
         assert torch.equal(fast(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert not kernel_calls  # none of these gives segments, and autograd is on
     plain.eval(), fast.eval()
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(fast.generate(input_ids=ids, **options), plain.generate(input_ids=ids, **options))
-    assert not kernel_calls  # none of these gives segments
+    assert kernel_calls["swiglu_mlp"] == 2 * 5
     save_adapter(fast, tmp_path)
     check_adapter(tmp_path, fast)
     reloaded = peft.PeftModel.from_pretrained(random_qwen2(), str(tmp_path))
     assert torch.equal(reloaded(input_ids=ids).logits, fast(input_ids=ids).logits)
     merged, expected = fast.merge_and_unload(), plain.merge_and_unload()
     assert torch.equal(merged(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "segmented"])
+def test_padded_rows_are_read_as_peft_reads_them_token_after_token(kind: str, attention: str, kernel_calls):
+    prompts, logits = [[7, 8, 9], [11] * 40, [3, 60, 2]], {False: [], True: []}
+    for is_fast, seen in logits.items():
+        model = adapted(kind).eval()
+        model.config._attn_implementation = attention
+        if is_fast:
+            assert not kernel_calls
+            attach_fast_path(model)
+
+        def choose(logits_NV: torch.Tensor, *_: Any, seen: list[torch.Tensor] = seen) -> torch.Tensor:
+            seen.append(logits_NV.clone())
+            return torch.arange(len(logits_NV)) + len(seen)  # whatever the model says, so that both read the same
+
+        Decoding(model, prompts, [4, 4, 2]).write(choose, frozenset(), 97)
+    projects, mlps = BY_KERNEL.get(kind, (4, 2))
+    assert kernel_calls == Counter({"project": 4 * projects, "swiglu_mlp": 4 * mlps, "rms_norm": 4 * 4}) - Counter()
+    assert [len(step) for step in logits[True]] == [3, 3, 2, 2]
+    for found, expected in zip(logits[True], logits[False], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_disabled_adapter_a_merged_one_and_two_at_once_are_what_peft_makes_of_them():

@@ -21,6 +21,10 @@ from finetune.chat import ChatSettings, Conversation, respond, talk
 from finetune.config.compose import load_config, to_yaml
 from finetune.data.formats.messages import Message
 from finetune.errors import ConfigError, DataError, InputError
+from finetune.models.fast import FastDecoderLayer
+from finetune.models.four_bit import quantised_modules
+from finetune.models.load import load_base
+from finetune.planning import machine
 from finetune.resources import packaged
 
 LETTERS = SimpleNamespace(eos_token_id=0, pad_token_id=0, decode=lambda ids, **_: "".join(map(chr, ids)))
@@ -209,3 +213,24 @@ def test_a_pipe_gives_one_answer_a_line_and_nothing_else(monkeypatch, capsys):
     )
     assert chat.run_chat(arguments(config=str(packaged("configs") / "lora.yaml"))) == 0
     assert capsys.readouterr().out == "fine\nfine\n"
+
+
+@pytest.mark.parametrize(("free", "settings", "kept"), [
+    (2**34, [], True), (2**20, [], False), (None, [], False), (2**34, ["train.fast=false"], False),
+])  # fmt: skip
+def test_weights_are_dequantised_once_where_memory_has_room_for_them(monkeypatch, free, settings, kept):
+    """And the answers are those of weights dequantised for each token."""
+    monkeypatch.setattr(machine, "available_memory", lambda: free)
+    config = load_config(str(packaged("configs") / "quickstart.yaml"), settings)
+    talking = chat.load_conversation(config, None, ChatSettings(max_new_tokens=8))
+    layers = [module for _, module in quantised_modules(talking.model)]
+    assert layers and {hasattr(layer, "resident_weight") for layer in layers} == {kept}
+    assert {isinstance(module, FastDecoderLayer) for module in talking.model.model.layers} == {
+        "train.fast=false" not in settings
+    }
+    talking.answer("hi")
+    expected = load_base(config.model, config.quant).generate(
+        torch.tensor([talking.chat.prompt_ids([Message("user", "hi")])]), max_new_tokens=8, do_sample=False,
+        eos_token_id=talking.chat.stop_ids(), pad_token_id=0,
+    )  # fmt: skip
+    assert talking.turns[-1].content in talking.tokenizer.decode(expected[0], skip_special_tokens=True)

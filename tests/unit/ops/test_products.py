@@ -15,10 +15,11 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 @pytest.fixture(autouse=True)
 def _no_products(monkeypatch):
-    """A processor without 16-bit products, and blocks so small that every operand has several."""
+    """A processor without 16-bit products; blocks so small that every operand has several, and few rows so few."""
     monkeypatch.setattr(products, "_has_products", lambda dtype: False)
     monkeypatch.setattr(products, "_BLOCK", 600)
     monkeypatch.setattr(products, "_MULTIPLE", 4)
+    monkeypatch.setattr(products, "_FEW_ROWS", 4)
 
 
 def operands(sizes: tuple[int, int, int], dtype: torch.dtype, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +38,7 @@ def assert_rounded_once(found: torch.Tensor, exact: torch.Tensor, terms: int) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1), (5, 30, 70), (3, 301, 2), (2, 7, 1009), (64, 130, 1), (0, 5, 3), (4, 0, 3)]
+    "sizes", [(1, 1, 1), (5, 30, 70), (3, 301, 2), (2, 7, 1009), (1, 4864, 70), (64, 130, 1), (0, 5, 3), (4, 0, 3)]
 )
 def test_a_product_is_that_of_float64_rounded_once(sizes, transposed, dtype):
     left, right = operands(sizes, dtype, transposed)
@@ -64,10 +65,17 @@ def test_no_more_than_a_block_of_the_right_operand_is_widened_at_once(monkeypatc
     sizes, widened = [], torch.Tensor.float
     monkeypatch.setattr(torch.Tensor, "float", lambda x: sizes.append(x.numel()) or widened(x))
     for transposed in (False, True):
-        left, right = operands((2, 64, 4096), torch.bfloat16, transposed)
+        left, right = operands((3, 64, 4096), torch.bfloat16, transposed)
         sizes.clear()
         product(left, right)
         assert max(sizes) <= 2**14 and sum(sizes) <= right.numel() + 2 * left.numel()
+
+
+def test_a_transposed_operand_is_not_widened_for_a_row_or_two(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: pytest.fail(f"{tuple(x.shape)} was widened"))
+    for rows in (1, 2):
+        left, right = operands((rows, 64, 100), torch.bfloat16, True)
+        product(left, right)
 
 
 def test_only_sixteen_bits_on_a_cpu_go_by_way_of_fp32():

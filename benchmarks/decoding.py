@@ -1,0 +1,143 @@
+"""Answers of an NF4 model with an adapter: what reading prompts and writing a token costs, ours against transformers'.
+
+    python -m benchmarks.decoding [size=0.5B] [tokenizer=FOLDER] [batches=1,8,32] [prompt=128] [tokens=8] [repeats=3]
+
+`ours` is what evaluation and on-policy distillation write with, `resident` the same over weights that are dequantised
+once (`quant.resident=true`; `finetune chat` has it so on a CPU), `transformers` PEFT and `generate` over bitsandbytes'
+layers; with `+fp32` loaded and computed in fp32, where the processor has no bf16 products. All by turns in fresh
+processes, greedy, over the same random prompts of one length; nothing ends before `tokens`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks import report
+from benchmarks.models import write_random_model
+from benchmarks.peaks import peak_bytes
+from benchmarks.processes import device, measure, parse, work_folder
+from benchmarks.stock import load_model
+
+DEFAULTS = {
+    "size": "0.5B", "tokenizer": "data/tiny-qwen2.5", "batches": "1,8,32", "prompt": "128", "tokens": "8",
+    "repeats": "3", "minutes": "10", "work": "", "results": "benchmarks/results", "model": "", "side": "",
+}  # fmt: skip
+COLUMNS = (
+    ("prompts s", "prompt_seconds", 1.0, ",.2f"),
+    ("a token s", "token_seconds", 1.0, ",.3f"),
+    ("tokens/s", "tokens_per_second", 1.0, ",.1f"),
+    ("peak GB", "peak_bytes", 1e-9, ".2f"),
+)
+_ADAPTER: dict[str, Any] = {"r": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+# Prompts [B, L] and how many tokens each is answered with.
+Write = Callable[[Any, int], None]
+
+
+def by_us(folder: str, resident: bool) -> Write:
+    """The writer of our evaluations."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from finetune.config.schema import ModelConfig, QuantConfig
+    from finetune.evaluation.decoding import Decoding, greedy
+    from finetune.models.fast import attach_fast_path
+    from finetune.models.load import load_base
+
+    base = load_base(ModelConfig(name=folder), QuantConfig(resident=resident))
+    model = get_peft_model(base, LoraConfig(**_ADAPTER)).eval()
+    attach_fast_path(model)
+    vocabulary = base.config.vocab_size
+
+    def write(prompts_BL: Any, tokens: int) -> None:
+        with torch.no_grad():
+            rows = prompts_BL.tolist()
+            Decoding(model, rows, [tokens] * len(rows)).write(greedy, frozenset(), vocabulary)
+
+    return write
+
+
+def by_transformers(folder: str, dtype: Any) -> Write:
+    """`generate` of a PeftModel."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = get_peft_model(load_model(folder, kind, dtype), LoraConfig(**_ADAPTER)).eval()
+
+    def write(prompts_BL: Any, tokens: int) -> None:
+        prompts_BL = prompts_BL.to(model.device)
+        model.generate(
+            input_ids=prompts_BL, attention_mask=torch.ones_like(prompts_BL), do_sample=False, max_new_tokens=tokens,
+            min_new_tokens=tokens, pad_token_id=0,
+        )  # fmt: skip
+
+    return write
+
+
+def one_side(options: dict[str, str]) -> dict[str, dict[str, float]]:
+    """By number of prompts, what writing takes in this process."""
+    import torch
+
+    side, folder, tokens = options["side"], options["model"], int(options["tokens"])
+    if side in ("ours", "resident"):
+        write = by_us(folder, side == "resident")
+    else:
+        write = by_transformers(folder, torch.float32 if side.endswith("+fp32") else torch.bfloat16)
+    found = {}
+    for count in map(int, options["batches"].split(",")):
+        torch.manual_seed(count)
+        prompts_BL = torch.randint(0, 1000, (count, int(options["prompt"])))
+        write(prompts_BL, 1)  # kernels of these shapes are made
+        began = time.perf_counter()
+        write(prompts_BL, 1)
+        read = time.perf_counter()
+        write(prompts_BL, 1 + tokens)
+        prompt_seconds = read - began
+        token_seconds = (time.perf_counter() - read - prompt_seconds) / tokens
+        found[str(count)] = {
+            "prompt_seconds": prompt_seconds, "token_seconds": token_seconds,
+            "tokens_per_second": count / token_seconds, "peak_bytes": peak_bytes(),
+        }  # fmt: skip
+    return found
+
+
+def main(words: list[str]) -> None:
+    options = parse(words, DEFAULTS)
+    if options["side"]:
+        print(json.dumps(one_side(options)))
+        return
+    here = device()
+    sides = ["ours", "resident", "transformers", *(["transformers+fp32"] if here["multiplies_in"] == "float32" else [])]
+    folder = work_folder(options["work"]) / f"qwen2.5-{options['size']}"
+    options["model"] = str(write_random_model(options["size"], Path(options["tokenizer"]), folder))
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for _ in range(int(options["repeats"])):
+        for side in sides:
+            run = measure("benchmarks.decoding", {**options, "side": side}, 60 * float(options["minutes"]))
+            runs[side].append(run)
+            lines = {side: run} if "failed" in run else {f"{side} {count}": run[count] for count in run}
+            report.say(report.table(lines, COLUMNS))
+    summary = report.heading("decoding", {k: v for k, v in options.items() if k not in ("model", "side")}, here)
+    summary["sides"] = {side: medians(done) for side, done in runs.items()}
+    report.write(report.results_file("decoding", options, here), summary)
+    print(json.dumps(summary))
+
+
+def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each figure, over the runs of one side that ended."""
+    ended = [run for run in runs if "failed" not in run]
+    if not ended:
+        return runs[0]
+    return {
+        count: {key: median(run[count][key] for run in ended) for key in figures} for count, figures in ended[0].items()
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
