@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from finetune.models.four_bit import (
 )
 from finetune.models.quantised_cache import Say
 from finetune.models.quantize import storage_in
+from finetune.ops.dequantise import dequantised_values
 
 # Rows `start` to `stop` of a weight, fp32 on the CPU.
 Rows = Callable[[int, int], Tensor]
@@ -107,19 +107,5 @@ class QuantisedWeights:
 
 
 def _four_bit_rows(packed: Tensor, state: Any, computed_in: torch.dtype) -> Rows:
-    from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
-
-    absmax = state.absmax
-    if state.nested:
-        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
-    width = state.shape[1]
-
-    def rows(start: int, stop: int) -> Tensor:
-        first, last = start * width, stop * width
-        part = copy(state)
-        part.nested, part.dtype, part.shape = False, computed_in, torch.Size((stop - start, width))
-        part.absmax = absmax[first // state.blocksize : -(-last // state.blocksize)]
-        two_a_byte = packed[first // 2 : -(-last // 2)]
-        return dequantize_4bit(two_a_byte, part).float().cpu()
-
-    return rows
+    width, values = state.shape[1], dequantised_values(packed, state, computed_in)
+    return lambda start, stop: values(start * width, stop * width).view(-1, width).float().cpu()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from finetune.ops.dequantise import dequantise
 from finetune.ops.elementwise import swiglu_backward_, swiglu_forward
 from finetune.ops.products import add_product_, product
 
@@ -48,7 +49,7 @@ class Projection:
 
     def dequantised(self) -> Tensor:
         """The weight [O, D] to multiply with. On a GPU it lies in a buffer that the next call overwrites."""
-        return self.weight if self.quant_state is None else _dequantise(self.weight, self.quant_state)
+        return self.weight if self.quant_state is None else dequantise(self.weight, self.quant_state)
 
 
 # Rows that pass through an MLP at once on a CPU where no gradient is wanted: its inner matrices are a layer's largest,
@@ -57,19 +58,6 @@ _FORWARD_ROWS = 256
 # Rows that pass through it at once on a CPU in any case: of more, the inner matrices are mapped and faulted in anew
 # each time (a tenth of a layer's time at 16,384), and a backward pass holds up to seventeen of them.
 _MOST_ROWS = 2048
-
-_buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-
-def _dequantise(packed: Tensor, state: Any) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit
-
-    if packed.device.type != "cuda":
-        return dequantize_4bit(packed, state)  # has no `out` elsewhere
-    size, key = state.shape.numel(), (packed.device, state.dtype)
-    if key not in _buffers or _buffers[key].numel() < size:
-        _buffers[key] = torch.empty(size, dtype=state.dtype, device=packed.device)
-    return dequantize_4bit(packed, state, out=_buffers[key][:size].view(state.shape))
 
 
 def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:

@@ -137,10 +137,12 @@ def _logits(watch: _Watch) -> float:
 
 
 def _dequantise(watch: _Watch, inputs: int, outputs: int) -> float:
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import quantize_4bit
+
+    from finetune.ops.dequantise import dequantise
 
     packed, state = quantize_4bit(watch.normal(outputs, inputs), compress_statistics=True, quant_type="nf4")
-    return inputs * outputs / watch.seconds(lambda: dequantize_4bit(packed, state))
+    return inputs * outputs / watch.seconds(lambda: dequantise(packed, state))
 
 
 def _optimizer(watch: _Watch) -> float:
