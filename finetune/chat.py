@@ -148,10 +148,10 @@ def load_conversation(config: RunConfig, adapter: Path | None, settings: ChatSet
     """
     from finetune.data.loader import load_chat_template
     from finetune.data.template.chat import ChatTemplate
+    from finetune.evaluation.decoding import dequantise_once
     from finetune.models.adapter import load_adapter
     from finetune.models.fast import attach_fast_path
     from finetune.models.load import load_adapter_tokenizer, load_base, load_tokenizer
-    from finetune.models.storage import FOUR_BIT
 
     if adapter is None:
         tokenizer = load_tokenizer(config.model)
@@ -163,21 +163,8 @@ def load_conversation(config: RunConfig, adapter: Path | None, settings: ChatSet
         model = load_adapter(load_base(config.model, config.quant), adapter)
     if config.train.fast:
         attach_fast_path(model)
-        if config.quant.type in FOUR_BIT and not config.quant.resident:
-            _dequantise_once(model)
+        dequantise_once(model, config.quant)
     return Conversation(model, tokenizer, chat, settings)
-
-
-def _dequantise_once(model: PreTrainedModel | PeftModel) -> None:
-    """On a CPU with room for them, keep 4-bit weights in 16 bit as well: else each token dequantises them all anew,
-    which takes most of its time. A GPU's kernels read them as they are.
-    """
-    from finetune.models.four_bit import keep_resident, resident_bytes
-    from finetune.planning.machine import available_memory
-
-    # Half of what is free stays so: a conversation is not all that a machine does.
-    if model.device.type == "cpu" and 2 * resident_bytes(model) <= (available_memory() or 0):
-        keep_resident(model)
 
 
 def talk(conversation: Conversation, lines: Iterable[str]) -> None:

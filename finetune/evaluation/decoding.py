@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from finetune.config.schema import QuantConfig
 from finetune.losses.chunked import logits_of
 from finetune.losses.cross_entropy import head_of
 from finetune.losses.hidden import base_of
+from finetune.models.four_bit import keep_resident, resident_bytes
+from finetune.models.storage import FOUR_BIT
+from finetune.planning.machine import available_memory
 
 # (logits [N, V], which prompts they are of [N], how many tokens each of those has been answered with) -> ids [N] int64.
 Choose = Callable[[Tensor, list[int], list[int]], Tensor]
@@ -23,6 +27,18 @@ Choose = Callable[[Tensor, list[int], list[int]], Tensor]
 def greedy(logits_NV: Tensor, prompts: list[int], written: list[int]) -> Tensor:
     """The most probable token of each row."""
     return logits_NV.argmax(-1)
+
+
+def dequantise_once(model: nn.Module, quant: QuantConfig) -> None:
+    """Keep 4-bit weights in 16 bit as well, as `quant.resident` does, on a CPU that has room for them.
+
+    Else each token dequantises them all anew, which takes most of its time. A GPU's kernels read them as they are.
+    """
+    if quant.type not in FOUR_BIT or quant.resident or next(model.parameters()).device.type != "cpu":
+        return
+    # Half of what is free stays so: answering is not all that a machine does.
+    if 2 * resident_bytes(model) <= (available_memory() or 0):
+        keep_resident(model)
 
 
 class Decoding:

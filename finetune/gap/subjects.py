@@ -13,6 +13,7 @@ from finetune.config.commands import EvalOptions
 from finetune.config.schema import Dtype, ModelConfig, QuantConfig, RunConfig
 from finetune.distill.resident import load_resident
 from finetune.errors import ConfigError
+from finetune.evaluation.decoding import dequantise_once
 from finetune.evaluation.gap_table import Variant
 from finetune.export.merge.trained import find_trained
 from finetune.models.adapter_files import CONFIG_FILE, load_adapter
@@ -68,6 +69,7 @@ class Subjects:
             assert self.adapter is not None, "without an adapter nothing is trained"
             model = load_adapter(model, self.adapter)  # type: ignore[arg-type]
         attach_fast_path(model)
+        dequantise_once(model, self.quant)
         return model.eval()
 
 

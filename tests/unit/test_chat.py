@@ -21,10 +21,10 @@ from finetune.chat import ChatSettings, Conversation, respond, talk
 from finetune.config.compose import load_config, to_yaml
 from finetune.data.formats.messages import Message
 from finetune.errors import ConfigError, DataError, InputError
+from finetune.evaluation import decoding
 from finetune.models.fast import FastDecoderLayer
 from finetune.models.four_bit import quantised_modules
 from finetune.models.load import load_base
-from finetune.planning import machine
 from finetune.resources import packaged
 
 LETTERS = SimpleNamespace(eos_token_id=0, pad_token_id=0, decode=lambda ids, **_: "".join(map(chr, ids)))
@@ -220,7 +220,7 @@ def test_a_pipe_gives_one_answer_a_line_and_nothing_else(monkeypatch, capsys):
 ])  # fmt: skip
 def test_weights_are_dequantised_once_where_memory_has_room_for_them(monkeypatch, free, settings, kept):
     """And the answers are those of weights dequantised for each token."""
-    monkeypatch.setattr(machine, "available_memory", lambda: free)
+    monkeypatch.setattr(decoding, "available_memory", lambda: free)
     config = load_config(str(packaged("configs") / "quickstart.yaml"), settings)
     talking = chat.load_conversation(config, None, ChatSettings(max_new_tokens=8))
     layers = [module for _, module in quantised_modules(talking.model)]
