@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,8 +36,8 @@ COLUMNS = (
     ("peak GB", "peak_bytes", 1e-9, ".2f"),
 )
 _ADAPTER: dict[str, Any] = {"r": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-# Prompts [B, L] and how many tokens each is answered with.
-Write = Callable[[Any, int], None]
+# (prompts [B, L], how many tokens each is answered with) -> the moment at which the logits of each token were there.
+Write = Callable[[Any, int], list[float]]
 
 
 def by_us(folder: str, resident: bool) -> Write:
@@ -54,10 +55,19 @@ def by_us(folder: str, resident: bool) -> Write:
     attach_fast_path(model)
     vocabulary = base.config.vocab_size
 
-    def write(prompts_BL: Any, tokens: int) -> None:
+    def write(prompts_BL: Any, tokens: int) -> list[float]:
+        moments: list[float] = []
+
+        def choose(logits_NV: Any, *which: Any) -> Any:
+            chosen = greedy(logits_NV, *which)
+            chosen.tolist()  # a GPU is waited for
+            moments.append(time.perf_counter())
+            return chosen
+
         with torch.no_grad():
             rows = prompts_BL.tolist()
-            Decoding(model, rows, [tokens] * len(rows)).write(greedy, frozenset(), vocabulary)
+            Decoding(model, rows, [tokens] * len(rows)).write(choose, frozenset(), vocabulary)
+        return moments
 
     return write
 
@@ -70,12 +80,20 @@ def by_transformers(folder: str, dtype: Any) -> Write:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = get_peft_model(load_model(folder, kind, dtype), LoraConfig(**_ADAPTER)).eval()
 
-    def write(prompts_BL: Any, tokens: int) -> None:
+    def write(prompts_BL: Any, tokens: int) -> list[float]:
+        moments: list[float] = []
+
+        def note(ids: Any, scores: Any) -> Any:
+            scores.argmax(-1).tolist()  # a GPU is waited for
+            moments.append(time.perf_counter())
+            return scores
+
         prompts_BL = prompts_BL.to(model.device)
         model.generate(
             input_ids=prompts_BL, attention_mask=torch.ones_like(prompts_BL), do_sample=False, max_new_tokens=tokens,
-            min_new_tokens=tokens, pad_token_id=0,
+            min_new_tokens=tokens, pad_token_id=0, logits_processor=[note],
         )  # fmt: skip
+        return moments
 
     return write
 
@@ -95,13 +113,10 @@ def one_side(options: dict[str, str]) -> dict[str, dict[str, float]]:
         prompts_BL = torch.randint(0, 1000, (count, int(options["prompt"])))
         write(prompts_BL, 1)  # kernels of these shapes are made
         began = time.perf_counter()
-        write(prompts_BL, 1)
-        read = time.perf_counter()
-        write(prompts_BL, 1 + tokens)
-        prompt_seconds = read - began
-        token_seconds = (time.perf_counter() - read - prompt_seconds) / tokens
+        moments = write(prompts_BL, 1 + tokens)
+        token_seconds = median(later - earlier for earlier, later in pairwise(moments))
         found[str(count)] = {
-            "prompt_seconds": prompt_seconds, "token_seconds": token_seconds,
+            "prompt_seconds": moments[0] - began, "token_seconds": token_seconds,
             "tokens_per_second": count / token_seconds, "peak_bytes": peak_bytes(),
         }  # fmt: skip
     return found
