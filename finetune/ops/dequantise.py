@@ -48,11 +48,10 @@ def dequantised_values(packed: Tensor, state: Any, dtype: torch.dtype) -> Callab
     from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
 
     absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    part = copy(state)
-    part.nested, part.dtype = False, dtype
 
     def values(first: int, last: int) -> Tensor:
-        part.shape = torch.Size((last - first,))
+        part = copy(state)
+        part.nested, part.dtype, part.shape = False, dtype, torch.Size((last - first,))
         part.absmax = absmax[first // state.blocksize : -(-last // state.blocksize)]
         return dequantize_4bit(packed.view(-1, 1)[first // 2 : -(-last // 2)], part).flatten()
 

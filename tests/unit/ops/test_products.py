@@ -71,11 +71,13 @@ def test_no_more_than_a_block_of_the_right_operand_is_widened_at_once(monkeypatc
         assert max(sizes) <= 2**14 and sum(sizes) <= right.numel() + 2 * left.numel()
 
 
-def test_a_transposed_operand_is_not_widened_for_a_row_or_two(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: pytest.fail(f"{tuple(x.shape)} was widened"))
-    for rows in (1, 2):
-        left, right = operands((rows, 64, 100), torch.bfloat16, True)
-        product(left, right)
+@pytest.mark.parametrize(("rows", "ways"), [(1, 0), (2, 0), (3, 1)])
+def test_a_transposed_operand_is_not_widened_for_a_row_or_two(monkeypatch, rows, ways):
+    widened, real = [], torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: widened.append(x.numel()) or real(x))
+    left, right = operands((rows, 64, 100), torch.bfloat16, True)
+    product(left, right)
+    assert sum(widened) == ways * (left.numel() + right.numel())
 
 
 def test_only_sixteen_bits_on_a_cpu_go_by_way_of_fp32():
