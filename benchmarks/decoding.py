@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import report
+from benchmarks.figures import medians
 from benchmarks.models import write_random_model
 from benchmarks.peaks import peak_bytes
 from benchmarks.processes import device, measure, parse, work_folder
@@ -131,27 +133,19 @@ def main(words: list[str]) -> None:
     sides = ["ours", "resident", "transformers", *(["transformers+fp32"] if here["multiplies_in"] == "float32" else [])]
     folder = work_folder(options["work"]) / f"qwen2.5-{options['size']}"
     options["model"] = str(write_random_model(options["size"], Path(options["tokenizer"]), folder))
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for _ in range(int(options["repeats"])):
         for side in sides:
             run = measure("benchmarks.decoding", {**options, "side": side}, 60 * float(options["minutes"]))
-            runs[side].append(run)
-            lines = {side: run} if "failed" in run else {f"{side} {count}": run[count] for count in run}
+            counts = options["batches"].split(",")
+            lines = {f"{side} {count}": run if "failed" in run else run[count] for count in counts}
             report.say(report.table(lines, COLUMNS))
+            for name, figures in lines.items():
+                runs[name].append(figures)
     summary = report.heading("decoding", {k: v for k, v in options.items() if k not in ("model", "side")}, here)
-    summary["sides"] = {side: medians(done) for side, done in runs.items()}
+    summary["sides"] = {name: medians(done) for name, done in runs.items()}
     report.write(report.results_file("decoding", options, here), summary)
     print(json.dumps(summary))
-
-
-def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of each figure, over the runs of one side that ended."""
-    ended = [run for run in runs if "failed" not in run]
-    if not ended:
-        return runs[0]
-    return {
-        count: {key: median(run[count][key] for run in ended) for key in figures} for count, figures in ended[0].items()
-    }
 
 
 if __name__ == "__main__":
