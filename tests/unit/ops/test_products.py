@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -60,24 +63,50 @@ def test_the_operands_of_a_gradient_may_be_transposed_views():
     assert_rounded_once(product(left.T, product(left, right)), exact, 90)
 
 
-def test_no_more_than_a_block_of_the_right_operand_is_widened_at_once(monkeypatch):
+@pytest.fixture
+def widened(monkeypatch):
+    """How many values of the right operand were widened, a block at a time."""
+    sizes, real = [], products._widened
+    monkeypatch.setattr(products, "_widened", lambda block: sizes.append(block.numel()) or real(block))
+    return sizes
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_more_than_a_block_of_the_right_operand_is_widened_at_once(monkeypatch, widened, transposed):
     monkeypatch.setattr(products, "_BLOCK", 2**14)  # four rows of the wider operand, the fewest that make a block
-    sizes, widened = [], torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: sizes.append(x.numel()) or widened(x))
-    for transposed in (False, True):
-        left, right = operands((3, 64, 4096), torch.bfloat16, transposed)
-        sizes.clear()
+    left, right = operands((3, 64, 4096), torch.bfloat16, transposed)
+    product(left, right)
+    assert max(widened) <= 2**14 and sum(widened) == right.numel()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_blocks_take_turns_in_memory_that_each_thread_has_once(transposed):
+    operands_of = [operands((3, 128, 256), torch.bfloat16, transposed) for _ in range(2)]
+    for left, right in operands_of:
         product(left, right)
-        assert max(sizes) <= 2**14 and sum(sizes) <= right.numel() + 2 * left.numel()
+    memory = products._memory.block
+    memory.fill_(torch.nan)
+    expected = [product(*pair) for pair in operands_of]
+    assert products._memory.block is memory
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(20):
+            found = threads.map(lambda pair: product(*pair), operands_of)
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_memory_of_an_inference_serves_a_training(monkeypatch):
+    monkeypatch.setattr(products, "_memory", threading.local())
+    left, right = operands((3, 64, 100), torch.bfloat16, False)
+    with torch.inference_mode():
+        expected = product(left, right)
+    assert torch.equal(product(left, right), expected)
 
 
 @pytest.mark.parametrize(("rows", "ways"), [(1, 0), (2, 0), (3, 1)])
-def test_a_transposed_operand_is_not_widened_for_a_row_or_two(monkeypatch, rows, ways):
-    widened, real = [], torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: widened.append(x.numel()) or real(x))
+def test_a_transposed_operand_is_not_widened_for_a_row_or_two(widened, rows, ways):
     left, right = operands((rows, 64, 100), torch.bfloat16, True)
     product(left, right)
-    assert sum(widened) == ways * (left.numel() + right.numel())
+    assert sum(widened) == ways * right.numel()
 
 
 def test_only_sixteen_bits_on_a_cpu_go_by_way_of_fp32():
