@@ -116,7 +116,8 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say
     base = load_base(cfg.model, cfg.quant, accelerator.device, say)
     # Before the adapter is attached: what student and teacher have in common is one copy.
     lesson = build_lesson(cfg, base, chat, data, vocabulary, accelerator, say)
-    model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model))
+    # It adds the new tokens to a tokenizer of its own.
+    model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model) if cfg.lora.new_tokens else None)
     if cfg.train.fast:
         attach_fast_path(model)
     model.train()

@@ -105,6 +105,17 @@ def test_no_command_shows_the_overview_and_is_an_error(capsys):
     assert all(lines.count(f"{name} {command.summary}") == 2 for name, command in COMMANDS.items())
 
 
+def test_a_process_of_a_command_looks_through_its_objects_seldom():
+    """Those of the libraries stay as long as it does; going through them is seconds of every start and of every end."""
+    code = (
+        "import atexit, gc; from finetune.cli import main\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 1_000))\n"
+        "main(['--version']); print(gc.isenabled(), gc.get_threshold()[0] >= 10_000, gc.get_freeze_count())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1:] == ["True True 0", "True"]
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"finetune {__version__}\n"
