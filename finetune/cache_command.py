@@ -47,6 +47,10 @@ def run_cache(arguments: Arguments) -> int:
     training = _training(cfg, arguments.overrides)
     load_config(arguments.config, training)  # what the folder cannot serve is refused before it is written
 
+    from finetune.data.loader import check_sources
+
+    check_sources(cfg.data)
+
     import torch
 
     from finetune.data.documents import Documents

@@ -70,7 +70,10 @@ def run_data(arguments: Arguments) -> int:
 
 
 def _inspect(cfg: RunConfig, settings: DataSettings, files: dict[str, IO[str]]) -> None:
-    from finetune.data.loader import load_chat_template, load_data
+    from finetune.data.loader import check_sources, load_chat_template, load_data
+
+    check_sources(cfg.data)
+
     from finetune.data.report.advice import advise
     from finetune.data.report.dump import write_dump
     from finetune.data.report.figures import build_report, parts_of

@@ -19,7 +19,7 @@ from finetune.data.documents import Cut, Documents, cut_to_length
 from finetune.data.formats.messages import Conversation, Example
 from finetune.data.reading.sources import resolve_source
 from finetune.data.template.chat import ChatTemplate
-from finetune.data.tokens.prepare import Preparation
+from finetune.data.tokens.prepare import Preparation, with_format
 from finetune.data.tokens.store import BAD_ROWS, TokenStore
 from finetune.errors import DataError
 from finetune.files import write_text
@@ -82,6 +82,23 @@ def load_chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> C
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"data.chat_template: {cfg.chat_template} cannot be read: {error}") from error
     return ChatTemplate(tokenizer)
+
+
+def check_sources(cfg: DataConfig) -> None:
+    """Look at the first rows of every source. It takes neither a tokenizer nor torch, so a wrong path or format is told
+    before they are loaded.
+
+    Raises: DataError with what is wrong with each source.
+    """
+    problems = []
+    for section, sources in (("train", cfg.train), ("eval", cfg.eval)):
+        for i, source in enumerate(sources):
+            try:
+                with_format(source, resolve_source(source).batches(source.limit))
+            except DataError as error:
+                problems.append(f"data.{section}[{i}]: {error}")
+    if problems:
+        raise DataError("\n".join(problems))
 
 
 def load_data(preparation: Preparation) -> LoadedData:

@@ -26,7 +26,7 @@ from finetune.data.loader import check_bad_rows
 from finetune.data.packing import SequenceOrder
 from finetune.data.reading.readers import RawBatch
 from finetune.data.reading.sources import SourceFiles, resolve_source
-from finetune.data.tokens.prepare import Preparation, fingerprint, no_progress
+from finetune.data.tokens.prepare import Preparation, fingerprint, no_progress, with_format
 from finetune.data.tokens.store import BAD_ROWS, TokenStore
 from finetune.errors import ConfigError, DataError
 from finetune.files import write_text
@@ -181,7 +181,7 @@ class StreamingFeed:
     def _write(self, folder: Path, i: int, window: int, rows: int) -> None:
         source, tape = self.cfg.train[i], self._tapes[i]
         if i not in self._formats:  # of the tape's start, whatever window comes first after a resume
-            self._formats[i], _ = self.preparation.with_format(source, resolve_source(source).batches(1000))
+            self._formats[i], _ = with_format(source, resolve_source(source).batches(1000))
         batches = takewhile(lambda batch: not self._closed.is_set(), tape.take(window * rows, rows))
         self.preparation.write(folder, source, self._formats[i], batches, {**self._made_from[i], "window": window})
         if self._closed.is_set():

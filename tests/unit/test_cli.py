@@ -189,9 +189,12 @@ def test_any_words_are_parsed_or_refused(words: list[str]):
     assert len(parsed.overrides) + len(parsed.flags) <= len(words)
 
 
+SHOW_LOADED = "import sys; print('loaded:', *sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+
+
 def loaded_by(code: str) -> set[str]:
     """Top-level modules that a fresh interpreter holds after the code."""
-    script = f"{code}\nimport sys; print(*sorted({{name.split('.')[0] for name in sys.modules}}), file=sys.stderr)"
+    script = f"{code}\n{SHOW_LOADED}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return set(done.stderr.splitlines()[-1].split())
 
@@ -222,6 +225,19 @@ def test_help_and_import_load_nothing_heavy(code: str):
 def test_the_schema_a_plan_and_a_wrong_config_need_no_torch(words: list[str], exit_code: int):
     loaded = loaded_by(f"from finetune.cli import main; assert main(['train', *{words}]) == {exit_code}")
     assert not loaded & (HEAVY - {"hydra", "pydantic", "rich"})
+
+
+@pytest.mark.parametrize("command", [["train"], ["cache", "distill.cache=teacher"], ["data"]])
+def test_rows_that_cannot_be_meant_are_all_told_before_torch_is_loaded(command: list[str], tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    sources = "[{path: rows.jsonl}, {path: missing.jsonl}]"
+    words = [*command, "config=distill.yaml", f"data.train={sources}"]
+    code = f"import os; os.chdir({str(tmp_path)!r}); from finetune.cli import main; assert main({words}) == 2"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{SHOW_LOADED}"], capture_output=True, text=True)
+    found, _, loaded = done.stderr.rpartition("\nloaded: ")
+    assert "data.train[0]: " in found and "columns: {prompt: question, completion: answer}" in found, done.stderr
+    assert "data.train[1]: missing.jsonl does not exist" in found
+    assert not set(loaded.split()) & {"torch", "transformers", "peft", "accelerate", "bitsandbytes"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -78,7 +78,7 @@ class Preparation:
         folder = self.cache / fingerprint(made_from)
 
         def write(temporary: Path) -> None:
-            format_name, batches = self.with_format(source, files.batches(source.limit))
+            format_name, batches = with_format(source, files.batches(source.limit))
             self.write(temporary, source, format_name, batches, made_from)
 
         self.provide(folder, write)
@@ -141,20 +141,21 @@ class Preparation:
         self.progress(files.name, files.size_bytes, files.size_bytes, rows)  # also where a limit stops earlier
         writer.finish(format_name, made_from)
 
-    def with_format(self, source: SourceConfig, batches: Iterator[RawBatch]) -> tuple[str, Iterator[RawBatch]]:
-        """The rows' format, by the first row that can be read, and all batches, those looked at included."""
-        seen: list[RawBatch] = []
-        for batch in batches:
-            seen.append(batch)
-            first = next((row.value for row in batch.rows() if not isinstance(row.value, DataError)), None)
-            if first is not None:
-                return resolve_format(source, first, source.path), chain(seen, batches)
-        return source.format, iter(seen)
-
     def _workers(self, files: SourceFiles) -> int:
         if self.cfg.workers is None and files.size_bytes < _WORTH_WORKERS_BYTES:
             return 0
         return self.cfg.workers or len(os.sched_getaffinity(0))
+
+
+def with_format(source: SourceConfig, batches: Iterator[RawBatch]) -> tuple[str, Iterator[RawBatch]]:
+    """The rows' format, by the first row that can be read, and all batches, those looked at included."""
+    seen: list[RawBatch] = []
+    for batch in batches:
+        seen.append(batch)
+        first = next((row.value for row in batch.rows() if not isinstance(row.value, DataError)), None)
+        if first is not None:
+            return resolve_format(source, first, source.path), chain(seen, batches)
+    return source.format, iter(seen)
 
 
 def fingerprint(made_from: Mapping[str, Any]) -> str:
