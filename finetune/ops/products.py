@@ -105,7 +105,7 @@ def _widened(block: Tensor) -> Tensor:
     buffer = getattr(_memory, "block", None)
     if buffer is None or len(buffer) < block.numel():
         with torch.inference_mode(False):  # what is made within could not be written to outside
-            buffer = _memory.block = torch.empty(max(_BLOCK, block.numel()), dtype=torch.float32, device="cpu")
+            buffer = _memory.block = torch.empty(block.numel(), dtype=torch.float32, device="cpu")
     return buffer[: block.numel()].view(block.shape).copy_(block)
 
 
