@@ -19,7 +19,6 @@ from benchmarks.figures import Figures, ceiling_of, run_figures, share_of_ceilin
 from benchmarks.workload import Workload
 
 Series = dict[str, dict[str, Figures]]  # line -> point -> figures
-_PACK = 2048
 _TARGETS = ("q_proj,v_proj", "q_proj,k_proj,v_proj,o_proj", "all-linear")
 
 
@@ -33,7 +32,7 @@ class Curve:
 
 
 def _pack(work: Workload) -> int:
-    return int(work.options["pack"] or _PACK)
+    return int(work.options["pack"])
 
 
 def _by_length(work: Workload, point: str) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:

@@ -1,7 +1,7 @@
 """Training speed and peak memory: ours against stock TRL + PEFT + bitsandbytes, by turns, in fresh processes.
 
     python -m benchmarks.throughput [size=0.5B] [rows=FILE] [tokenizer=FOLDER] [repeats=3] [steps=4] [length=512]
-                                    [batch=4] [pack=1024] [ours=fast,plain] [ours.NAME=key=value;…]
+                                    [batch=4] [pack=2048] [ours=fast,plain] [ours.NAME=key=value;…]
                                     [stock=all] [peers=auto]
     python -m benchmarks.throughput curve=length|batch|rank|targets [points=512,2048,…] [stock=packing]
 
@@ -21,7 +21,7 @@ from benchmarks.processes import device, parse
 from benchmarks.stock import PEERS
 from benchmarks.workload import DEFAULTS, Workload, prepared
 
-OPTIONS = {**DEFAULTS, "repeats": "3", "length": "512", "batch": "4", "pack": "1024", "peers": "auto", "curve": "",
+OPTIONS = {**DEFAULTS, "repeats": "3", "length": "512", "batch": "4", "pack": "2048", "peers": "auto", "curve": "",
            "points": "", "ceiling_seconds": "0.4"}  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from finetune.config.schema import RunConfig
 from finetune.models.families import shape_of
 from finetune.planning.advice import changes_that_fit, describe_change
 from finetune.planning.fitting import derive_micro_batch, foresee, free_memory
+from finetune.planning.footprint import Footprint
 from finetune.planning.machine import device_type_here, ranks_of_run
 from finetune.planning.memory import in_words
 from finetune.planning.teacher import describe_teacher
@@ -46,7 +47,8 @@ def describe_plan(
         f"memory of activations: {in_words(kept)} a rank when no layer is recomputed, "
         f"{in_words(recomputed)} when all are (train.recompute={cfg.train.recompute})",
         f"predicted peak: {in_words(found.peak_bytes)} a rank, {found.moment}, "
-        f"with {found.recomputed or 'no'} layer(s) recomputed and {found.micro_batch} sequence(s) a forward pass",
+        f"with {found.recomputed or 'no'} layer(s) recomputed and {found.micro_batch} sequence(s) a forward pass "
+        f"(most of it: {_largest_parts(found)})",
     ]
     if free_bytes is not None and found.needed_bytes > free_bytes:
         lines.append(
@@ -54,6 +56,12 @@ def describe_plan(
         )
         lines += map(describe_change, changes_that_fit(cfg, shape, ranks, device_type, free_bytes))
     return "\n".join(lines)
+
+
+def _largest_parts(found: Footprint) -> str:
+    """The three largest parts of the peak: for a small model, those are not the model's."""
+    largest = sorted(found.parts.items(), key=lambda part: -part[1])[:3]
+    return ", ".join(f"{name} {in_words(size)}" for name, size in largest)
 
 
 def dry_run(cfg: RunConfig) -> str:
