@@ -61,3 +61,13 @@ def test_the_plan_tells_what_recomputing_saves(device):
     text = describe_plan(run(), SHAPE, 1, device)
     assert "when no layer is recomputed" in text and "train.recompute=auto" in text
     assert "not known here" in describe_plan(run(), None, 1, device)
+
+
+def test_the_peak_is_told_with_what_it_is_made_of():
+    """A tiny model's weights are no answer to where its memory goes: the process is the largest part of it."""
+    small, large = (
+        describe_plan(run(*overrides), QWEN25_SHAPES[size], 1, "cpu").partition("most of it: ")[2]
+        for size, overrides in (("0.5B", ("data.max_length=64", "train.micro_batch_size=1")), ("72B", ()))
+    )
+    assert small.startswith("process and libraries 0.43 GiB, ")
+    assert large.startswith("linears in nf4 ") and large.count("iB") == 3
