@@ -23,9 +23,12 @@ from benchmarks.processes import device, parse
 from benchmarks.recovery import write_text
 
 DEFAULTS = {
-    "rows": "256", "held_out": "240", "budgets": "16", "picture": "docs/mixed-precision.png",
+    "rows": "256",
+    "held_out": "240",
+    "budgets": "16",
+    "picture": "docs/mixed-precision.png",
     "results": "benchmarks/results",
-}  # fmt: skip
+}
 _COLUMNS = (
     ("MB", "bytes", 1e-6, ".3f"),
     ("by layers", "predicted", 1.0, ".2e"),
@@ -42,20 +45,23 @@ class Bench:
 
     def __init__(self, rows: int, held_out: int, folder: Path):
         from finetune import load_config
-        from finetune.precision.allocation import Choices
-        from finetune.precision.choosing import rest_bytes
-        from finetune.precision.journal import Sensitivities
-        from finetune.precision.layerwise import LayerwiseModel
-        from finetune.precision.measuring import working_device
-        from finetune.precision.rows import batches_of, load_rows, sample
-        from finetune.precision.sensitivity import Sensitivity
+        from finetune.mixed_precision.allocation import Choices
+        from finetune.mixed_precision.choose import rest_bytes
+        from finetune.mixed_precision.examples import batches_of, load_rows, sample
+        from finetune.mixed_precision.journal import Sensitivities
+        from finetune.mixed_precision.layerwise import LayerwiseModel
+        from finetune.mixed_precision.measure import working_device
+        from finetune.mixed_precision.sensitivity import Sensitivity
 
         write_text(folder, rows, held_out)
         self.cfg = cfg = load_config(
             "quickstart.yaml",
-            [f"data.train=[{{path: {folder}/train.jsonl}}]", f"data.eval=[{{path: {folder}/heldout.jsonl}}]",
-             "data.max_length=512"],
-        )  # fmt: skip
+            [
+                f"data.train=[{{path: {folder}/train.jsonl}}]",
+                f"data.eval=[{{path: {folder}/heldout.jsonl}}]",
+                "data.max_length=512",
+            ],
+        )
         own, others = load_rows(cfg, report.say)
         self.batches = {"own_kl": batches_of(sample(own, rows), 512), "kl": batches_of(sample(others, held_out), 512)}
         model = LayerwiseModel(cfg.model, cfg.quant, working_device())
@@ -68,7 +74,7 @@ class Bench:
 
     def figures(self, storage: Mapping[str, str]) -> dict[str, Any]:
         """Bytes of a choice, what single layers say of it, and its KL on both sets of rows."""
-        from finetune.precision.choosing import measure_quants, quant_of
+        from finetune.mixed_precision.choose import measure_quants, quant_of
 
         key = tuple(storage.values())
         if key not in self._known:
@@ -77,10 +83,13 @@ class Bench:
                 for name, batches in self.batches.items()
             }
             self._known[key] = {
-                "bytes": self.choices.bytes_of(storage), "predicted": self.choices.nats_of(storage),
-                "own_kl": found["own_kl"].kl, "kl": found["kl"].kl, "kl_error": found["kl"].error,
+                "bytes": self.choices.bytes_of(storage),
+                "predicted": self.choices.nats_of(storage),
+                "own_kl": found["own_kl"].kl,
+                "kl": found["kl"].kl,
+                "kl_error": found["kl"].error,
                 "layers": {kind: list(storage.values()).count(kind) for kind in self.choices.kinds},
-            }  # fmt: skip
+            }
         return self._known[key]
 
     def simple(self) -> dict[str, dict[str, str]]:
@@ -116,7 +125,7 @@ def measure(options: Mapping[str, str]) -> dict[str, Any]:
 
 def _line(bench: Bench, simple: Mapping[str, dict[str, Any]], budget: int) -> dict[str, Any]:
     """What is chosen within a budget of bytes, beside the best of the simple choices on the held-out rows."""
-    from finetune.precision.allocation import allocate
+    from finetune.mixed_precision.allocation import allocate
 
     fitting = {name: figures for name, figures in simple.items() if figures["bytes"] <= budget}
     knapsack = bench.figures(allocate(bench.choices, budget))
@@ -125,19 +134,32 @@ def _line(bench: Bench, simple: Mapping[str, dict[str, Any]], budget: int) -> di
     best = min(fitting, key=lambda name: fitting[name]["kl"])
     chosen, simple_kl = options[choice], fitting[best]["kl"]
     return {
-        **chosen, "budget": budget, "choice": choice, "knapsack_kl": knapsack["kl"], "simple": best,
-        "simple_kl": simple_kl, "share": chosen["kl"] / simple_kl, "held": chosen["kl"] <= simple_kl,
-    }  # fmt: skip
+        **chosen,
+        "budget": budget,
+        "choice": choice,
+        "knapsack_kl": knapsack["kl"],
+        "simple": best,
+        "simple_kl": simple_kl,
+        "share": chosen["kl"] / simple_kl,
+        "held": chosen["kl"] <= simple_kl,
+    }
 
 
 def draw(file: Path, figures: Mapping[str, Any]) -> None:
     """KL against bytes: what was chosen by measurement, and the simple choices."""
-    from finetune.plotting import figure, save_png
+    from finetune.system.plotting import figure, save_png
 
     drawn, (axes,) = figure(7.2, 4.2)
     lines = [line for line in figures["budgets"].values() if line["kl"] > 0]
-    axes.step([line["budget"] / 1e6 for line in lines], [line["kl"] for line in lines], where="post", linewidth=1.6,
-              marker="o", markersize=3, label="chosen by measurement, within each budget")  # fmt: skip
+    axes.step(
+        [line["budget"] / 1e6 for line in lines],
+        [line["kl"] for line in lines],
+        where="post",
+        linewidth=1.6,
+        marker="o",
+        markersize=3,
+        label="chosen by measurement, within each budget",
+    )
     groups = {
         "all layers alike": [n for n in figures["simple"] if n.startswith("all")],
         "outer layers int8, others nf4": [n for n in figures["simple"] if n.endswith("int8, others nf4")],

@@ -26,7 +26,7 @@ _MOST_REPEATS, _LEAST_REPEATS = 200, 5
 
 def products(config: dict, tokens: int, squares: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, int, int], bool]]:
     """(name, (rows, inner, columns), transposed weight) of each product to time, no shape twice."""
-    from finetune.planning.memory import linear_shapes
+    from finetune.planning.static_memory import linear_shapes
 
     linears = linear_shapes(config)
     for name in ("q_proj", "gate_proj", "down_proj"):
@@ -41,7 +41,7 @@ def time_product(sizes: tuple[int, int, int], transposed: bool, seconds: float) 
     """Operations a second of the median of repeated products."""
     import torch
 
-    from finetune.ops.products import widens
+    from finetune.ops.matmul import widens
 
     rows, inner, columns = sizes
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,8 +20,17 @@ from typing import Any
 
 from benchmarks.processes import parse
 
-DEFAULTS = {"model": "", "budget_gb": "16", "recompute": "offload", "seconds": "60", "most": "400000", "rank": "8",
-            "targets": "q_proj,v_proj", "first": "2048", "fast": "true"}  # fmt: skip
+DEFAULTS = {
+    "model": "",
+    "budget_gb": "16",
+    "recompute": "offload",
+    "seconds": "60",
+    "most": "400000",
+    "rank": "8",
+    "targets": "q_proj,v_proj",
+    "first": "2048",
+    "fast": "true",
+}
 _CUDA_CONTEXT_BYTES = 5e8
 _CLOSE_ENOUGH = 1.03
 _GROWTH = 8
@@ -79,10 +88,14 @@ def search(
         else:
             found.fits[length], found.seconds = outcome
     return {
-        "tokens": found.longest, "predicted_tokens": found.predicted(budget_bytes), "tried": found.fits,
-        "failed_at": sorted(found.fails), "step_seconds": found.seconds, "budget_bytes": int(budget_bytes),
+        "tokens": found.longest,
+        "predicted_tokens": found.predicted(budget_bytes),
+        "tried": found.fits,
+        "failed_at": sorted(found.fails),
+        "step_seconds": found.seconds,
+        "budget_bytes": int(budget_bytes),
         "peak_bytes": found.fits.get(found.longest),
-    }  # fmt: skip
+    }
 
 
 def build_step(options: dict[str, str], device: Any) -> Callable[[int], None]:
@@ -94,10 +107,10 @@ def build_step(options: dict[str, str], device: Any) -> Callable[[int], None]:
     from finetune.data.batch import build_batch
     from finetune.data.documents import Document
     from finetune.losses.cross_entropy import CrossEntropy
-    from finetune.models.adapter import attach_lora
-    from finetune.models.fast import attach_fast_path
+    from finetune.models.adapters.attach import attach_lora
+    from finetune.models.fused import attach_fast_path
+    from finetune.models.gradient_checkpointing import apply_recompute
     from finetune.models.load import load_base, load_tokenizer
-    from finetune.models.recompute import apply_recompute
 
     targets = options["targets"]
     cfg = ModelConfig(name=options["model"])

@@ -40,9 +40,10 @@ def _by_length(work: Workload, point: str) -> Iterator[tuple[str, str, Callable[
     for name in work.ours_variants():
         yield f"ours {name}, rows in packs", "ours", lambda name=name: work.ours(name, length, 1)
         yield (
-            f"ours {name}, one long row", "ours",
+            f"ours {name}, one long row",
+            "ours",
             lambda name=name: work.ours(name, length, 1, rows=work.long_rows(length), train_on="assistant"),
-        )  # fmt: skip
+        )
     for name in work.stock_variants():
         yield f"stock {name}", "stock", lambda name=name: work.stock(name, length, 1)
 
@@ -103,9 +104,13 @@ def measure_curve(work: Workload, machine: Mapping[str, Any]) -> dict[str, Any]:
     heading = f"Qwen2.5-{work.options['size']} QLoRA on {machine['name']}, {machine['cores']} cores"
     plots.draw(picture, heading, curve.label, points, series, ceiling["flops_per_second"])
     summary = {
-        **report.heading(title, work.options, machine), "points": points, "series": series, "ceiling": ceiling,
-        "growth": {line: growth(done) for line, done in series.items()}, "picture": picture.name,
-    }  # fmt: skip
+        **report.heading(title, work.options, machine),
+        "points": points,
+        "series": series,
+        "ceiling": ceiling,
+        "growth": {line: growth(done) for line, done in series.items()},
+        "picture": picture.name,
+    }
     report.write(report.results_file(title, work.options, machine), summary)
     return summary
 
@@ -114,7 +119,7 @@ def growth(line: Mapping[str, Figures]) -> dict[str, float | None]:
     """How a line's last point compares with 2,048 (or else its first): cost a token, and bytes an extra token.
 
     cost_ratio: seconds a token, last over base. bytes_per_token: extra peak over extra tokens of a step, for each
-    neighbouring pair.
+    neighboring pair.
     """
     done = {point: figures for point, figures in line.items() if "failed" not in figures}
     if len(done) < 2:
@@ -129,4 +134,4 @@ def growth(line: Mapping[str, Figures]) -> dict[str, float | None]:
             for before, after in itertools.pairwise(figures)
             if after.get("train_peak_bytes") and after["tokens_per_step"] > 1.2 * before["tokens_per_step"]
         ],
-    }  # fmt: skip
+    }

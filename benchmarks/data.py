@@ -1,4 +1,4 @@
-"""Tokenising chats with a loss mask: ours against `datasets.map` with TRL's training template, by turns.
+"""Tokenizing chats with a loss mask: ours against `datasets.map` with TRL's training template, by turns.
 
     python -m benchmarks.data rows=train.jsonl tokenizer=FOLDER [processes=2] [repeats=3] [megabytes=64]
 
@@ -24,8 +24,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-DEFAULTS = {"rows": "data/sample/train.jsonl", "tokenizer": "data/tiny-qwen2.5", "processes": "2", "repeats": "3",
-            "megabytes": "64", "run": ""}  # fmt: skip
+DEFAULTS = {
+    "rows": "data/sample/train.jsonl",
+    "tokenizer": "data/tiny-qwen2.5",
+    "processes": "2",
+    "repeats": "3",
+    "megabytes": "64",
+    "run": "",
+}
 
 
 def ours(file: Path, tokenizer_folder: str, processes: int, cache: str) -> dict[str, Any]:
@@ -51,7 +57,7 @@ def datasets_map(file: Path, tokenizer_folder: str, processes: int, cache: str) 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     template = get_training_chat_template(tokenizer)
 
-    def tokenise(batch: Mapping[str, list]) -> Mapping[str, list]:
+    def tokenize(batch: Mapping[str, list]) -> Mapping[str, list]:
         encoded = tokenizer.apply_chat_template(
             batch["messages"], chat_template=template, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -59,7 +65,7 @@ def datasets_map(file: Path, tokenizer_folder: str, processes: int, cache: str) 
 
     start = time.perf_counter()
     rows = load_dataset("json", data_files=str(file), split="train", cache_dir=cache)
-    done = rows.map(tokenise, batched=True, num_proc=processes if processes > 1 else None, remove_columns=["messages"])
+    done = rows.map(tokenize, batched=True, num_proc=processes if processes > 1 else None, remove_columns=["messages"])
     seconds = time.perf_counter() - start
     tokens = sum(map(len, done["input_ids"]))
     return {"seconds": seconds, "tokens": tokens, "targets": sum(map(sum, done["assistant_masks"]))}
@@ -122,9 +128,11 @@ def measure(name: str, file: Path, options: Mapping[str, str]) -> dict[str, Any]
         words = [f"{key}={options[key]}" for key in ("tokenizer", "processes")]
         command = [sys.executable, "-m", "benchmarks.data", f"run={name}", f"rows={file}", *words]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True,
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": cache, "BENCHMARK_CACHE": cache},
-        )  # fmt: skip
+        )
         watcher = PeakMemory(process.pid)
         watcher.start()
         output, _ = process.communicate()
@@ -152,17 +160,24 @@ def main(words: list[str]) -> None:
             for name in RUNS:
                 runs[name].append(measure(name, file, options))
                 last = runs[name][-1]
-                print(f"{name:<14}{last['tokens'] / last['seconds']:>12,.0f} tokens/s"
-                      f"{last['peak_bytes'] / 1e6:>10,.0f} MB", file=sys.stderr)  # fmt: skip
+                print(
+                    f"{name:<14}{last['tokens'] / last['seconds']:>12,.0f} tokens/s"
+                    f"{last['peak_bytes'] / 1e6:>10,.0f} MB",
+                    file=sys.stderr,
+                )
     speed = {name: median(run["tokens"] / run["seconds"] for run in done) for name, done in runs.items()}
     summary = {
-        "benchmark": "data", "date": date.today().isoformat(), "processes": int(options["processes"]),
-        "cores": len(os.sched_getaffinity(0)), "file_bytes": size_bytes,
+        "benchmark": "data",
+        "date": date.today().isoformat(),
+        "processes": int(options["processes"]),
+        "cores": len(os.sched_getaffinity(0)),
+        "file_bytes": size_bytes,
         "tokens": {name: done[-1]["tokens"] for name, done in runs.items()},
         "targets": {name: done[-1]["targets"] for name, done in runs.items()},
-        "tokens_per_second": speed, "ratio": speed["ours"] / speed["datasets.map"],
+        "tokens_per_second": speed,
+        "ratio": speed["ours"] / speed["datasets.map"],
         "peak_bytes": {name: max(run["peak_bytes"] for run in done) for name, done in runs.items()},
-    }  # fmt: skip
+    }
     results = Path(__file__).parent / "results" / f"data-cpu-{summary['date']}.json"
     results.parent.mkdir(exist_ok=True)
     results.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.decoding [size=0.5B] [tokenizer=FOLDER] [batches=1,8,32] [prompt=128] [tokens=8] [repeats=3]
 
-`ours` is what evaluation and on-policy distillation write with, `resident` the same over weights that are dequantised
+`ours` is what evaluation and on-policy distillation write with, `resident` the same over weights that are dequantized
 once (`quant.resident=true`; `finetune chat` has it so on a CPU), `transformers` PEFT and `generate` over bitsandbytes'
 layers; with `+fp32` loaded and computed in fp32, where the processor has no bf16 products. All by turns in fresh
 processes, greedy, over the same random prompts of one length; nothing ends before `tokens`.
@@ -28,9 +28,18 @@ from benchmarks.processes import device, measure, parse, work_folder
 from benchmarks.stock import load_model
 
 DEFAULTS = {
-    "size": "0.5B", "tokenizer": "data/tiny-qwen2.5", "batches": "1,8,32", "prompt": "128", "tokens": "8",
-    "repeats": "3", "minutes": "10", "work": "", "results": "benchmarks/results", "model": "", "side": "",
-}  # fmt: skip
+    "size": "0.5B",
+    "tokenizer": "data/tiny-qwen2.5",
+    "batches": "1,8,32",
+    "prompt": "128",
+    "tokens": "8",
+    "repeats": "3",
+    "minutes": "10",
+    "work": "",
+    "results": "benchmarks/results",
+    "model": "",
+    "side": "",
+}
 COLUMNS = (
     ("prompts s", "prompt_seconds", 1.0, ",.2f"),
     ("a token s", "token_seconds", 1.0, ",.3f"),
@@ -49,7 +58,7 @@ def by_us(folder: str, resident: bool) -> Write:
 
     from finetune.config.schema import ModelConfig, QuantConfig
     from finetune.evaluation.decoding import Decoding, greedy
-    from finetune.models.fast import attach_fast_path
+    from finetune.models.fused import attach_fast_path
     from finetune.models.load import load_base
 
     base = load_base(ModelConfig(name=folder), QuantConfig(resident=resident))
@@ -92,9 +101,14 @@ def by_transformers(folder: str, dtype: Any) -> Write:
 
         prompts_BL = prompts_BL.to(model.device)
         model.generate(
-            input_ids=prompts_BL, attention_mask=torch.ones_like(prompts_BL), do_sample=False, max_new_tokens=tokens,
-            min_new_tokens=tokens, pad_token_id=0, logits_processor=[note],
-        )  # fmt: skip
+            input_ids=prompts_BL,
+            attention_mask=torch.ones_like(prompts_BL),
+            do_sample=False,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            pad_token_id=0,
+            logits_processor=[note],
+        )
         return moments
 
     return write
@@ -118,9 +132,11 @@ def one_side(options: dict[str, str]) -> dict[str, dict[str, float]]:
         moments = write(prompts_BL, 1 + tokens)
         token_seconds = median(later - earlier for earlier, later in pairwise(moments))
         found[str(count)] = {
-            "prompt_seconds": moments[0] - began, "token_seconds": token_seconds,
-            "tokens_per_second": count / token_seconds, "peak_bytes": peak_bytes(),
-        }  # fmt: skip
+            "prompt_seconds": moments[0] - began,
+            "token_seconds": token_seconds,
+            "tokens_per_second": count / token_seconds,
+            "peak_bytes": peak_bytes(),
+        }
     return found
 
 

@@ -108,7 +108,7 @@ def write_signals(work: Workload, names: list[str]) -> dict[str, Figures]:
 
 
 def alternate(work: Workload, names: list[str]) -> Runs:
-    """All runs by name (`ours NAME`, `stock NAME`), by turns, after a run that counts for nothing: it quantises the
+    """All runs by name (`ours NAME`, `stock NAME`), by turns, after a run that counts for nothing: it quantizes the
     base, which the others find done, and so do their peaks.
     """
     options = work.options
@@ -142,8 +142,10 @@ def needed_price(shape: Mapping[str, Any], run: Mapping[str, Any], passes: str) 
         sum(step[key] for step in run["steps"]) for key in ("tokens", "target_tokens", "computed_tokens")
     )
     teacher = {
-        "none": 0.0, "head": teacher_flops(shape, 0, targets), "whole": teacher_flops(shape, computed, targets),
-    }  # fmt: skip
+        "none": 0.0,
+        "head": teacher_flops(shape, 0, targets),
+        "whole": teacher_flops(shape, computed, targets),
+    }
     return 1 + teacher[passes] / step_flops(shape, tokens, targets, computed)
 
 
@@ -168,7 +170,7 @@ def judged(found: Mapping[str, Figures]) -> list[dict[str, Any]]:
     return verdicts
 
 
-def summarise(work: Workload, runs: Runs, signals: Mapping[str, Figures]) -> dict[str, Any]:
+def summarize(work: Workload, runs: Runs, signals: Mapping[str, Figures]) -> dict[str, Any]:
     """The figures that the table and the JSON hold; ratios are of medians, `by_turn` shows how far turns differ."""
     each = {name: [figures_of(work, name.partition(" ")[0], run) for run in done] for name, done in runs.items()}
     lines = {name: medians(turns) for name, turns in each.items()}
@@ -184,12 +186,15 @@ def summarise(work: Workload, runs: Runs, signals: Mapping[str, Figures]) -> dic
     against = compare(resident, stock)
     check, unchecked = (ours.get(name, {}).get("start_seconds") for name in ("cached+check", "cached"))
     return {
-        "variants": ours, "stock": stock, "signals": dict(signals), **against,
+        "variants": ours,
+        "stock": stock,
+        "signals": dict(signals),
+        **against,
         "against": {name: compare(resident, {name: figures}) for name, figures in stock.items()},
         "spot_check_seconds": None if check is None or unchecked is None else check - unchecked,
         "bars": judged({**ours, "resident": {**resident, **against}} if "resident" in ours else ours),
         "runs": runs,
-    }  # fmt: skip
+    }
 
 
 def describe(summary: Mapping[str, Any]) -> str:
@@ -215,7 +220,7 @@ def main(words: list[str]) -> None:
             raise SystemExit(f"ours={options['ours']}: name one, whose settings all variants share")
         signals = write_signals(work, names)
         runs = alternate(work, names)
-        summary = {**report.heading("distill", work.options, machine), **summarise(work, runs, signals)}
+        summary = {**report.heading("distill", work.options, machine), **summarize(work, runs, signals)}
     report.say("\n" + describe(summary))
     report.write(report.results_file("distill", options, machine), summary)
     print(json.dumps({key: value for key, value in summary.items() if key != "runs"}))

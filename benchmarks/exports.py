@@ -22,14 +22,33 @@ from benchmarks import report
 from benchmarks.processes import device, parse, work_folder
 
 DEFAULTS = {
-    "adapter": "outputs/quickstart", "rows": "200", "max_new_tokens": "64", "only": "", "work": "",
+    "adapter": "outputs/quickstart",
+    "rows": "200",
+    "max_new_tokens": "64",
+    "only": "",
+    "work": "",
     "results": "benchmarks/results",
-}  # fmt: skip
+}
 EXPORTS = (
-    "safetensors:bf16", "safetensors:fp32", "safetensors:nf4", "safetensors:int8", "safetensors:fp8",
-    "gguf:f32", "gguf:bf16", "gguf:f16", "gguf:q8_0", "gguf:q5_1", "gguf:q5_0", "gguf:q4_1", "gguf:q4_0",
-    "onnx:fp32", "onnx:fp16", "onnx:int8", "onnx:int4", "onnx:int8-dynamic",
-)  # fmt: skip
+    "safetensors:bf16",
+    "safetensors:fp32",
+    "safetensors:nf4",
+    "safetensors:int8",
+    "safetensors:fp8",
+    "gguf:f32",
+    "gguf:bf16",
+    "gguf:f16",
+    "gguf:q8_0",
+    "gguf:q5_1",
+    "gguf:q5_0",
+    "gguf:q4_1",
+    "gguf:q4_0",
+    "onnx:fp32",
+    "onnx:fp16",
+    "onnx:int8",
+    "onnx:int4",
+    "onnx:int8-dynamic",
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +63,11 @@ class Exam:
     def of_model(self, model: Any) -> float:
         from finetune.evaluation.generation import answer_rows, exact_match
 
-        return exact_match(answer_rows(
-            model, self.tokenizer, self.chat, self.conversations, max_new_tokens=self.max_new_tokens, batch_size=16
-        ))  # fmt: skip
+        return exact_match(
+            answer_rows(
+                model, self.tokenizer, self.chat, self.conversations, max_new_tokens=self.max_new_tokens, batch_size=16
+            )
+        )
 
     def of_answers(self, answer: Callable[[list[int]], list[int]]) -> float:
         """answer: new ids for the ids of a prompt."""
@@ -76,7 +97,7 @@ def exam_of(adapter: Path, rows: int, max_new_tokens: int) -> Exam:
 
 def trained(adapter: Path) -> Any:
     from finetune.config.compose import saved_config
-    from finetune.models.adapter import load_adapter
+    from finetune.models.adapters.attach import load_adapter
     from finetune.models.load import load_base
 
     cfg = saved_config(adapter)
@@ -102,11 +123,11 @@ def in_onnxruntime(folder: Path, exam: Exam) -> float:
 
 def one_export(name: str, adapter: Path, out: Path, exam: Exam) -> dict[str, Any]:
     """Write one format, and let it answer."""
-    from finetune.config.commands import ExportOptions
+    from finetune.config.command_options import ExportOptions
     from finetune.config.options import read_options
-    from finetune.errors import FinetuneError
-    from finetune.export.exporting import export_model
-    from finetune.terminal import progress_bar
+    from finetune.export.export import export_model
+    from finetune.system.console import progress_bar
+    from finetune.system.errors import FinetuneError
 
     shutil.rmtree(out, ignore_errors=True)
     form, _, kind = name.partition(":")
@@ -120,9 +141,11 @@ def one_export(name: str, adapter: Path, out: Path, exam: Exam) -> dict[str, Any
     answers = in_onnxruntime if form == "onnx" else in_transformers
     weights = sum(file.stat().st_size for file in out.iterdir() if file.suffix not in (".json", ".md", ".jinja"))
     return {
-        "bytes": weights, "seconds": seconds, "exact_match": answers(out, exam),
+        "bytes": weights,
+        "seconds": seconds,
+        "exact_match": answers(out, exam),
         "checks": [check.as_dict() for check in exported.checks],
-    }  # fmt: skip
+    }
 
 
 def describe(base: float, found: dict[str, dict[str, Any]]) -> str:
@@ -156,9 +179,11 @@ def main(words: list[str]) -> None:
         report.say("\n" + describe(base, found))
     shutil.rmtree(work / "export", ignore_errors=True)
     summary = {
-        **report.heading("exports", options, machine), "trained": base, "exports": found,
+        **report.heading("exports", options, machine),
+        "trained": base,
+        "exports": found,
         "table": describe(base, found),
-    }  # fmt: skip
+    }
     report.write(report.results_file("exports", options, machine), summary)
     print(json.dumps(summary))
 

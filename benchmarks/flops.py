@@ -3,7 +3,7 @@
 A weight of a frozen linear costs each token that goes through it 2 operations forward and 2 for the gradient with
 respect to its input; there is no gradient with respect to the weight. Hence "4N". What is left out: the adapter's own
 products (rank r costs 6 r (in + out) a token, 0.1 % of a layer at rank 8 on q and v), the elementwise parts,
-quantisation, recomputing. So whoever recomputes or dequantises gets no credit for it.
+quantization, recomputing. So whoever recomputes or dequantizes gets no credit for it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.planning.memory import linear_shapes
+from finetune.planning.static_memory import linear_shapes
 
 
 def step_flops(

@@ -22,11 +22,22 @@ from benchmarks.stock import PEERS
 from benchmarks.workload import DEFAULTS, Workload, prepared
 
 OPTIONS = {
-    **DEFAULTS, "size": "7B", "minutes": "9.5", "stock": "packing+checkpointing,packing", "steps": "3", "warmup": "3",
-    "lengths": "2048,8192", "parts": "throughput,recompute,peers,context", "budgets": "16,24,80", "repeats": "1",
-    "recompute": "auto,all,offload", "context_seconds": "60", "context_most": "400000", "run_seconds": "150",
+    **DEFAULTS,
+    "size": "7B",
+    "minutes": "9.5",
+    "stock": "packing+checkpointing,packing",
+    "steps": "3",
+    "warmup": "3",
+    "lengths": "2048,8192",
+    "parts": "throughput,recompute,peers,context",
+    "budgets": "16,24,80",
+    "repeats": "1",
+    "recompute": "auto,all,offload",
+    "context_seconds": "60",
+    "context_most": "400000",
+    "run_seconds": "150",
     "ceiling_seconds": "0.3",
-}  # fmt: skip
+}
 # Unsloth's documentation: longest context of Llama-3.1-8B QLoRA, rank 32 on all linears, one row a batch.
 PUBLISHED_TOKENS = {"16": 40_724, "24": 78_475, "80": 342_733}
 Run = tuple[str, Callable[[Workload], dict[str, Any]]]
@@ -67,10 +78,14 @@ def _context(budget: str) -> Callable[[Workload], dict[str, Any]]:
     def run(work: Workload) -> dict[str, Any]:
         seconds = float(work.options["context_seconds"])
         options = {
-            "model": work.model, "budget_gb": budget, "seconds": seconds, "most": work.options["context_most"],
-            "first": work.options["lengths"].split(",")[0], "rank": work.options["rank"],
+            "model": work.model,
+            "budget_gb": budget,
+            "seconds": seconds,
+            "most": work.options["context_most"],
+            "first": work.options["lengths"].split(",")[0],
+            "rank": work.options["rank"],
             "targets": work.options["targets"],
-        }  # fmt: skip
+        }
         # Loading comes before the search, and the last step of one may take as long as all before it.
         return measure("benchmarks.context", options, min(work.limit_seconds, 2 * seconds + 60), work.cache)
 
@@ -82,7 +97,7 @@ def limited(work: Workload, seconds: float) -> Workload:
     return Workload({**work.options, "minutes": str(seconds / 60)}, work.model, work.shape, work.folder, work.cache)
 
 
-def summarise(runs: Mapping[str, list[dict[str, Any]]], ceiling: Figures, work: Workload) -> dict[str, Any]:
+def summarize(runs: Mapping[str, list[dict[str, Any]]], ceiling: Figures, work: Workload) -> dict[str, Any]:
     """Figures by length: ours, stock and peers, their ratios; recompute's peaks; contexts; start-up."""
     lines: dict[str, Figures] = {}
     for name, done in runs.items():
@@ -105,15 +120,24 @@ def summarise(runs: Mapping[str, list[dict[str, Any]]], ceiling: Figures, work: 
         if name.startswith("context"):
             budget = name.removeprefix("context ")
             contexts[budget] = {**done[-1], "published_tokens": PUBLISHED_TOKENS.get(budget)}
-    starts = [run["start_seconds"] for name, done in runs.items() if name.startswith("ours")
-              for run in done if "failed" not in run]  # fmt: skip
+    starts = [
+        run["start_seconds"]
+        for name, done in runs.items()
+        if name.startswith("ours")
+        for run in done
+        if "failed" not in run
+    ]
     first = next(iter(at.values()))
     return {
-        "ours": first["ours"], "stock": first["stock"],
+        "ours": first["ours"],
+        "stock": first["stock"],
         **{key: first[key] for key in ("ratio", "peak_ratio", "ceiling_share")},
-        "lengths": at, "table": lines, "contexts": contexts, "ceiling": ceiling,
+        "lengths": at,
+        "table": lines,
+        "contexts": contexts,
+        "ceiling": ceiling,
         "start_seconds": {"first": starts[0], "later": min(starts[1:], default=None)} if starts else None,
-    }  # fmt: skip
+    }
 
 
 def measure_all(work: Workload, machine: Mapping[str, Any], deadline: float) -> dict[str, Any]:
@@ -131,7 +155,7 @@ def measure_all(work: Workload, machine: Mapping[str, Any], deadline: float) -> 
         outcome = run(limited(work, seconds)) if left > 5 else {"failed": "no time left"}
         runs.setdefault(name, []).append(outcome)
         report.say(f"{max(0.0, deadline - time.monotonic()):>5.0f} s left  {name}: {_told(name, outcome)}")
-        figures = summarise(runs, ceiling_of(ceilings), work)
+        figures = summarize(runs, ceiling_of(ceilings), work)
         summary = {**report.heading("gpu", work.options, machine), **figures, "runs": runs}
         report.write(file, summary)
     return summary

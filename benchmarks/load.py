@@ -2,7 +2,7 @@
 
     python -m benchmarks.load model=FOLDER|size=0.5B [type=nf4] [double=true] [repeats=3] [disk=warm|cold] [work=FOLDER]
 
-Every load is a fresh process. `first` quantises and fills an empty cache, `next` finds it there. Counted: from imported
+Every load is a fresh process. `first` quantizes and fills an empty cache, `next` finds it there. Counted: from imported
 libraries to a model that can run; beside it the first forward pass of 16 tokens, which touches the mapped files.
 Peak: the highest resident size above that of the interpreter with its libraries, mapped files included (and, on a GPU,
 what its allocator gave out). disk=cold asks the system to forget the files before each load.
@@ -22,8 +22,17 @@ from typing import Any
 
 from benchmarks.processes import device, measure, parse, work_folder
 
-DEFAULTS = {"model": "", "size": "0.5B", "tokenizer": "data/tiny-qwen2.5", "type": "nf4", "double": "true",
-            "repeats": "3", "disk": "warm", "work": "", "run": ""}  # fmt: skip
+DEFAULTS = {
+    "model": "",
+    "size": "0.5B",
+    "tokenizer": "data/tiny-qwen2.5",
+    "type": "nf4",
+    "double": "true",
+    "repeats": "3",
+    "disk": "warm",
+    "work": "",
+    "run": "",
+}
 _LIMIT_SECONDS = 3600.0
 
 
@@ -39,9 +48,11 @@ def by_transformers(folder: str, quant_type: Any, double: bool, place: Any) -> A
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double,
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=torch.bfloat16,
-    )  # fmt: skip
+    )
     return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=settings, dtype=torch.bfloat16, device_map={"": place}
     )
@@ -72,10 +83,12 @@ def one_load(options: dict[str, str]) -> dict[str, Any]:
     with torch.no_grad():
         model.train()(torch.arange(16, device=place)[None] + 100).logits.sum().item()
     return {
-        "seconds": loaded - start, "forward_seconds": time.perf_counter() - loaded,
-        "peak_bytes": after["VmHWM"] - before["VmRSS"], "anonymous_bytes": after["RssAnon"] - before["RssAnon"],
+        "seconds": loaded - start,
+        "forward_seconds": time.perf_counter() - loaded,
+        "peak_bytes": after["VmHWM"] - before["VmRSS"],
+        "anonymous_bytes": after["RssAnon"] - before["RssAnon"],
         "gpu_peak_bytes": torch.cuda.max_memory_allocated() if place.type == "cuda" else None,
-    }  # fmt: skip
+    }
 
 
 def memory() -> dict[str, int]:
@@ -105,8 +118,11 @@ def all_loads(options: dict[str, str], cache: Path) -> dict[str, list[dict[str, 
             if "failed" in found:
                 raise SystemExit(f"{name}: {found['failed']}")
             done[name].append(found)
-            print(f"{name:<14}{found['seconds']:>8.2f} s{found['forward_seconds']:>8.2f} s forward"
-                  f"{found['peak_bytes'] / 1e6:>8,.0f} MB peak", file=sys.stderr)  # fmt: skip
+            print(
+                f"{name:<14}{found['seconds']:>8.2f} s{found['forward_seconds']:>8.2f} s forward"
+                f"{found['peak_bytes'] / 1e6:>8,.0f} MB peak",
+                file=sys.stderr,
+            )
     return done
 
 
@@ -145,16 +161,21 @@ def main(words: list[str]) -> None:
     cache = work / "load-cache"
     here = device()
     result = {
-        "benchmark": "load", "date": date.today().isoformat(), "device": here, "weights_bytes": weights_bytes,
+        "benchmark": "load",
+        "date": date.today().isoformat(),
+        "device": here,
+        "weights_bytes": weights_bytes,
         **{key: options[key] for key in ("type", "double", "repeats", "disk")},
         **summary_of(all_loads(options, cache)),
-    }  # fmt: skip
+    }
     result["cache_bytes"] = sum(file.stat().st_size for file in cache.rglob("*.safetensors"))
     shutil.rmtree(cache, ignore_errors=True)
     print(f"\n{'':<14}{'load':>10}{'+ forward':>12}{'peak':>12}{'of it anonymous':>18}")
     for name, load in result["loads"].items():
-        print(f"{name:<14}{load['seconds']:>8.2f} s{load['seconds'] + load['forward_seconds']:>10.2f} s"
-              f"{load['peak_bytes'] / 1e6:>9,.0f} MB{load['anonymous_bytes'] / 1e6:>15,.0f} MB")  # fmt: skip
+        print(
+            f"{name:<14}{load['seconds']:>8.2f} s{load['seconds'] + load['forward_seconds']:>10.2f} s"
+            f"{load['peak_bytes'] / 1e6:>9,.0f} MB{load['anonymous_bytes'] / 1e6:>15,.0f} MB"
+        )
     kind = here["kind"] if here["kind"] == "cpu" else here["name"].replace(" ", "-").lower()
     file = Path(__file__).parent / "results" / f"load-{kind}-{result['date']}.json"
     file.parent.mkdir(exist_ok=True)

@@ -62,7 +62,7 @@ def runs_at(work: Workload, tokens: int) -> Iterator[Run]:
         yield f"stock {name}", "stock", lambda name=name: work.stock(name, tokens, 1)
 
 
-def summarise(series: Mapping[str, Mapping[str, Figures]]) -> dict[str, Any]:
+def summarize(series: Mapping[str, Mapping[str, Figures]]) -> dict[str, Any]:
     """The fit of each line; peak_ratio of our lowest over the lowest stock peak at the longest point that both reached.
 
     `ours` and `stock` hold each line's fit and its peak by point.
@@ -99,7 +99,7 @@ def main(words: list[str]) -> None:
                 figures = run_figures(run(), int(options["warmup"]) if side == "ours" else 1, work.shape)
                 series.setdefault(line, {})[point] = figures
                 report.say(report.table({f"{line}, {point}": figures}, _COLUMNS))
-        summary = {**report.heading("memory", work.options, machine), **summarise(series), "series": series}
+        summary = {**report.heading("memory", work.options, machine), **summarize(series), "series": series}
     report.say("\n" + report.table({**summary["ours"], **summary["stock"]}, _FIT_COLUMNS))
     picture = report.results_file("memory", options, machine, "png")
     title = f"Qwen2.5-{options['size']} QLoRA on {machine['name']}, {machine['cores']} cores"

@@ -2,7 +2,7 @@
 
     python -m benchmarks.merge [size=7B] [layers=4] [targets=q_proj,v_proj] [rank=16] [repeats=3] [limit=2GB] [work=DIR]
 
-Every run is a fresh process. Dequantized merges quantise the base first, unless it was trained on this machine: then
+Every run is a fresh process. Dequantized merges quantize the base first, unless it was trained on this machine: then
 its cache holds it. Counted is the time from imported libraries to a whole folder on the disk. Peak: the highest
 resident size above that of the interpreter with its libraries. `bound` is what ours may take: the largest adapted
 matrix in fp32, the adapter, and 300 MB. limit: besides, ours is run once with so much memory and no more.
@@ -25,10 +25,20 @@ from benchmarks.load import memory
 from benchmarks.processes import device, measure, parse, work_folder
 
 DEFAULTS = {
-    "size": "7B", "layers": "4", "tokenizer": "data/tiny-qwen2.5", "targets": "q_proj,v_proj", "rank": "16",
-    "repeats": "3", "limit": "2GB", "work": "", "run": "", "model": "", "adapter": "", "out": "",
+    "size": "7B",
+    "layers": "4",
+    "tokenizer": "data/tiny-qwen2.5",
+    "targets": "q_proj,v_proj",
+    "rank": "16",
+    "repeats": "3",
+    "limit": "2GB",
+    "work": "",
+    "run": "",
+    "model": "",
+    "adapter": "",
+    "out": "",
     "results": "benchmarks/results",
-}  # fmt: skip
+}
 _LIMIT_SECONDS = 1800.0
 _ALLOWED_BYTES = 300e6
 
@@ -38,7 +48,7 @@ def write_adapter(model: Path, folder: Path, targets: list[str], rank: int) -> P
     import torch
     from safetensors.torch import save_file
 
-    from finetune.planning.memory import linear_shapes
+    from finetune.planning.static_memory import linear_shapes
 
     config = json.loads((model / "config.json").read_text())
     generator = torch.Generator().manual_seed(1)
@@ -53,24 +63,28 @@ def write_adapter(model: Path, folder: Path, targets: list[str], rank: int) -> P
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": targets,
         "base_model_name_or_path": str(model),
-    }  # fmt: skip
+    }
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
 
 
 def ours(options: dict[str, str], base: str = "original") -> None:
-    from finetune.config.commands import MergeOptions
+    from finetune.config.command_options import MergeOptions
     from finetune.config.options import read_options
     from finetune.export.merge.merge import merge
-    from finetune.terminal import progress_bar
+    from finetune.system.console import progress_bar
 
     words = [f"adapter={options['adapter']}", f"out={options['out']}", f"base={base}", "gate.rows=0"]
     merge(read_options(MergeOptions, words, "benchmark"), lambda text: None, progress_bar)
 
 
-def dequantised(options: dict[str, str]) -> None:
+def dequantized(options: dict[str, str]) -> None:
     ours(options, "dequantized")
 
 
@@ -106,9 +120,13 @@ def _to_disk(folder: Path) -> None:
 
 
 RUNS = {
-    "ours": ours, "ours, dequantized": dequantised, "ours, dequantized, where it was trained": dequantised,
-    "peft": by_peft, "copy": copied, "load": loaded,
-}  # fmt: skip
+    "ours": ours,
+    "ours, dequantized": dequantized,
+    "ours, dequantized, where it was trained": dequantized,
+    "peft": by_peft,
+    "copy": copied,
+    "load": loaded,
+}
 
 
 def one_run(options: dict[str, str]) -> dict[str, float]:
@@ -145,7 +163,7 @@ def run(options: dict[str, str], name: str, limit: str = "") -> dict[str, Any]:
 
 
 def bound_bytes(model: Path, adapter: Path, targets: list[str]) -> float:
-    from finetune.planning.memory import linear_shapes
+    from finetune.planning.static_memory import linear_shapes
 
     shapes = linear_shapes(json.loads((model / "config.json").read_text()))
     largest = max(out * inputs * 4 for name, (out, inputs) in shapes.items() if name in targets)
@@ -190,10 +208,13 @@ def main(words: list[str]) -> None:
     }
     limited = {name: run(own, name, options["limit"]) for name in ("ours", "ours, dequantized", "peft")}
     summary = {
-        **report.heading("merge", options, machine), "all": done, "runs": runs,
+        **report.heading("merge", options, machine),
+        "all": done,
+        "runs": runs,
         "bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
-        "bound_bytes": bound_bytes(model, adapter, targets), "limited": limited,
-    }  # fmt: skip
+        "bound_bytes": bound_bytes(model, adapter, targets),
+        "limited": limited,
+    }
     report.say("\n" + describe(summary))
     report.write(report.results_file("merge", options, machine), summary)
     print(json.dumps(summary))

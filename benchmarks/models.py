@@ -19,9 +19,15 @@ from finetune.models.families import QWEN25_SHAPES
 
 # Two layers and grouped heads: proves a benchmark from end to end within seconds, and measures nothing.
 TINY = {
-    "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1024,
+    "tie_word_embeddings": True,
+}
 DEFAULTS = {"size": "0.5B", "tokenizer": "data/tiny-qwen2.5", "folder": "", "layers": ""}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
@@ -58,8 +64,10 @@ def write_random_model(size: str, tokenizer: Path, folder: Path, seed: int = 0, 
     def normal(*sizes: int) -> torch.Tensor:
         return (0.02 * torch.randn(*sizes, generator=generator)).to(torch.bfloat16)
 
-    layer = {name: torch.ones(sizes, dtype=torch.bfloat16) if "norm" in name else normal(*sizes)
-             for name, sizes in layer_tensors(shape)}  # fmt: skip
+    layer = {
+        name: torch.ones(sizes, dtype=torch.bfloat16) if "norm" in name else normal(*sizes)
+        for name, sizes in layer_tensors(shape)
+    }
     files = {
         f"layer-{i:02d}.safetensors": {f"model.layers.{i}.{name}": tensor for name, tensor in layer.items()}
         for i in range(shape["num_hidden_layers"])
@@ -79,9 +87,15 @@ def write_random_model(size: str, tokenizer: Path, folder: Path, seed: int = 0, 
         if (tokenizer / name).exists():
             shutil.copy(tokenizer / name, folder / name)
     config = {
-        **shape, "architectures": ["Qwen2ForCausalLM"], "dtype": "bfloat16", "rope_theta": 1e6, "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 1 << 20, "hidden_act": "silu", "initializer_range": 0.02,
-    }  # fmt: skip
+        **shape,
+        "architectures": ["Qwen2ForCausalLM"],
+        "dtype": "bfloat16",
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 1 << 20,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+    }
     # Last, so that a folder that was cut short is made again.
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     return folder
@@ -89,7 +103,7 @@ def write_random_model(size: str, tokenizer: Path, folder: Path, seed: int = 0, 
 
 def layer_tensors(shape: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and sizes of one Qwen2 layer's tensors."""
-    from finetune.planning.memory import linear_shapes
+    from finetune.planning.static_memory import linear_shapes
 
     hidden = shape["hidden_size"]
     for name, (out, inputs) in linear_shapes(shape).items():

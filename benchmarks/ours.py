@@ -22,9 +22,18 @@ from benchmarks.peaks import Peaks
 from benchmarks.processes import parse
 
 DEFAULTS = {
-    "model": "", "rows": "", "steps": "4", "length": "2048", "batch": "1", "micro": "1", "rank": "8",
-    "targets": "q_proj,v_proj", "train_on": "last", "seed": "0", "set": "",
-}  # fmt: skip
+    "model": "",
+    "rows": "",
+    "steps": "4",
+    "length": "2048",
+    "batch": "1",
+    "micro": "1",
+    "rank": "8",
+    "targets": "q_proj,v_proj",
+    "train_on": "last",
+    "seed": "0",
+    "set": "",
+}
 
 
 def write_config(options: Mapping[str, str], folder: Path) -> Path:
@@ -37,17 +46,23 @@ def write_config(options: Mapping[str, str], folder: Path) -> Path:
             "rank": int(options["rank"]),
             "target_modules": targets if targets == "all-linear" else targets.split(","),
         },
-        # Long rows are cut off, as TRL does; one process tokenises, for a few hundred rows repay no more.
+        # Long rows are cut off, as TRL does; one process tokenizes, for a few hundred rows repay no more.
         "data": {
-            "train": [{"path": options["rows"]}], "max_length": int(options["length"]), "truncation": "right",
-            "train_on": options["train_on"], "workers": 1,
+            "train": [{"path": options["rows"]}],
+            "max_length": int(options["length"]),
+            "truncation": "right",
+            "train_on": options["train_on"],
+            "workers": 1,
         },
         "train": {
-            "max_steps": int(options["steps"]), "batch_size": int(options["batch"]), "warmup": 0,
+            "max_steps": int(options["steps"]),
+            "batch_size": int(options["batch"]),
+            "warmup": 0,
             "micro_batch_size": min(int(options["micro"]), int(options["batch"])),
-            "schedule": "constant", "seed": int(options["seed"]),
+            "schedule": "constant",
+            "seed": int(options["seed"]),
         },
-    }  # fmt: skip
+    }
     file = folder / "benchmark.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     return file
@@ -96,7 +111,7 @@ def main(words: list[str]) -> None:
         kept = ("seconds", "tokens", "target_tokens", "computed_tokens", "loss")
         steps = [{key: step[key] for key in kept if key in step} for step in map(json.loads, lines)]
         spread = square_mean_length(cfg)
-    # What a run takes besides its steps: imports, loading, quantising, tokenising, saving the adapter.
+    # What a run takes besides its steps: imports, loading, quantizing, tokenizing, saving the adapter.
     start_seconds = seconds - sum(step["seconds"] for step in steps)
     print(json.dumps({"steps": steps, "start_seconds": start_seconds, "square_mean_length": spread, **figures}))
 

@@ -30,9 +30,15 @@ from benchmarks.processes import ROOT, device, measure, parse, work_folder
 from benchmarks.rows import write_long_rows, write_rows
 
 OPTIONS = {
-    "cases": "all", "steps": "2", "rows": "data/sample/train.jsonl", "tokenizer": "data/tiny-qwen2.5", "minutes": "15",
-    "calibrate": "true", "work": "", "results": "benchmarks/results",
-}  # fmt: skip
+    "cases": "all",
+    "steps": "2",
+    "rows": "data/sample/train.jsonl",
+    "tokenizer": "data/tiny-qwen2.5",
+    "minutes": "15",
+    "calibrate": "true",
+    "work": "",
+    "results": "benchmarks/results",
+}
 MEMORY_BAR, TIME_BAR = 0.10, 0.25
 _COLUMNS = (
     ("predicted GB", "predicted_bytes", 1e-9, ".3f"),
@@ -149,14 +155,20 @@ class Bench:
             "output_dir": str(folder / "run"),
             "model": {"name": str(self.model(case))},
             "data": {
-                "train": [{"path": str(self.rows(case))}], "max_length": case.length, "truncation": "right",
-                "workers": 1, "eval": [{"path": str(self.rows(case))}] if case.settings == _GUARD else [],
+                "train": [{"path": str(self.rows(case))}],
+                "max_length": case.length,
+                "truncation": "right",
+                "workers": 1,
+                "eval": [{"path": str(self.rows(case))}] if case.settings == _GUARD else [],
             },
             "train": {
-                "max_steps": int(self.options["steps"]), "batch_size": case.batch, "micro_batch_size": case.batch,
-                "recompute": "none", "warmup": 0,
+                "max_steps": int(self.options["steps"]),
+                "batch_size": case.batch,
+                "micro_batch_size": case.batch,
+                "recompute": "none",
+                "warmup": 0,
             },
-        }  # fmt: skip
+        }
         file = folder / "case.yaml"
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
         return file
@@ -166,10 +178,10 @@ def predict_case(case: Case, config: Path, settings: list[str], kind: str, targe
     """Bytes above the process's own, and seconds a step if the machine was calibrated."""
     from finetune.config.compose import load_config
     from finetune.models.families import shape_of
-    from finetune.planning.fitting import recomputed_layers_of
-    from finetune.planning.footprint import predict
+    from finetune.planning.auto_batch import recomputed_layers_of
+    from finetune.planning.flops import step_work
+    from finetune.planning.peak_memory import predict
     from finetune.planning.timing import read_rates, step_seconds
-    from finetune.planning.work import step_work
 
     cfg = load_config(str(config), settings)
     shape = shape_of(cfg.model.name)
@@ -209,10 +221,14 @@ def run_case(bench: Bench, case: Case) -> dict[str, Any]:
         figures: dict[str, Any] = predict_case(case, config, settings, bench.machine["kind"], target_share)
     measured = run["peak_bytes"] - run["baseline_bytes"]
     figures |= {
-        "measured_bytes": measured, "memory_error": figures["predicted_bytes"] / measured - 1,
-        "loading_bytes": (run["load_peak_bytes"] or 0) - run["baseline_bytes"], "baseline_bytes": run["baseline_bytes"],
-        "measured_seconds": step["seconds"], "tokens": step["tokens"], "target_share": target_share,
-    }  # fmt: skip
+        "measured_bytes": measured,
+        "memory_error": figures["predicted_bytes"] / measured - 1,
+        "loading_bytes": (run["load_peak_bytes"] or 0) - run["baseline_bytes"],
+        "baseline_bytes": run["baseline_bytes"],
+        "measured_seconds": step["seconds"],
+        "tokens": step["tokens"],
+        "target_share": target_share,
+    }
     if "predicted_seconds" in figures:
         figures["predicted_seconds"] *= step["tokens"] / (case.length * case.batch)
         figures["time_error"] = figures["predicted_seconds"] / figures["measured_seconds"] - 1

@@ -74,7 +74,7 @@ def main(words: list[str]) -> None:
     if options["do"] == "train":
         result = run_training(options["config"], overrides)
     elif options["do"] == "calibrate":
-        from finetune.plan_command import calibrate
+        from finetune.commands.plan import calibrate
 
         calibrate(clock)
     else:

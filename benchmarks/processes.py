@@ -39,7 +39,7 @@ def parse(words: Sequence[str], defaults: Mapping[str, str], prefixes: tuple[str
 
 
 def work_folder(given: str = "") -> Path:
-    """Where random models and quantised copies of them are kept between benchmarks."""
+    """Where random models and quantized copies of them are kept between benchmarks."""
     cache = os.environ.get("FINETUNE_CACHE") or "~/.cache/finetune"
     folder = Path(given or f"{cache}/benchmarks").expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,9 +58,13 @@ def measure(module: str, options: Mapping[str, Any], limit_seconds: float, cache
         environment["FINETUNE_CACHE"] = str(cache)
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, *words], stdout=subprocess.PIPE, stderr=errors, text=True,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-m", module, *words],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
         try:
             output, _ = process.communicate(timeout=limit_seconds)
         except subprocess.TimeoutExpired:
@@ -94,7 +98,7 @@ def device() -> dict[str, Any]:
     multiplies_in: float32 where the processor has no bf16 products worth the name.
     """
     code = (
-        "import json, torch; from finetune.ops.products import widens; cuda = torch.cuda.is_available(); "
+        "import json, torch; from finetune.ops.matmul import widens; cuda = torch.cuda.is_available(); "
         "wide = widens(torch.device('cuda' if cuda else 'cpu'), torch.bfloat16); "
         "print(json.dumps({'kind': 'cuda' if cuda else 'cpu', 'name': torch.cuda.get_device_name() if cuda else 'cpu', "
         "'torch': torch.__version__, 'multiplies_in': 'float32' if wide else 'bfloat16', "

@@ -1,11 +1,11 @@
-"""What quantisation takes from the embedded base, and how much of it `recover` brings back: real training, real text.
+"""What quantization takes from the embedded base, and how much of it `recover` brings back: real training, real text.
 
     python -m benchmarks.recovery [steps=400] [rows=14000] [held_out=400] [seeds=0,1,2] [head=4] [samples=4]
                                   [only=NAME;NAME] [learning_rate=2e-3] [rank=8] [batch_size=16]
 
 Text is drawn as the base's own pretraining text was (data/generate.py), training and held-out rows from other seeds.
 Every variant trains the same NF4 base on the same rows, and is measured on the same held-out targets against the same
-bf16 teacher in memory, whatever it learnt from. A seed is that of training and of what is drawn for a cache.
+bf16 teacher in memory, whatever it learned from. A seed is that of training and of what is drawn for a cache.
 
 The sampled tier keeps `head` tokens and draws `samples` others of each target. `top-k` is what others cache: as many
 tokens, the most probable alone, rescaled to add up to 1. Both are few, for the base knows 883 tokens and is sure of
@@ -28,9 +28,18 @@ from benchmarks import report
 from benchmarks.processes import ROOT, device, parse
 
 DEFAULTS = {
-    "steps": "400", "rows": "14000", "held_out": "400", "seeds": "0,1,2", "head": "4", "samples": "4", "only": "",
-    "learning_rate": "2e-3", "rank": "8", "batch_size": "16", "results": "benchmarks/results",
-}  # fmt: skip
+    "steps": "400",
+    "rows": "14000",
+    "held_out": "400",
+    "seeds": "0,1,2",
+    "head": "4",
+    "samples": "4",
+    "only": "",
+    "learning_rate": "2e-3",
+    "rank": "8",
+    "batch_size": "16",
+    "results": "benchmarks/results",
+}
 _TEXT_SEED = 20_26
 # More is trained, so it takes smaller steps: 67 % regained at 4e-4, 85 % at 1.5e-4 (benchmarks/NOTES.md).
 _ALL = ("lora.target_modules=all-linear", "lora.rank=64", "lora.alpha=128", "train.learning_rate=1.5e-4")
@@ -79,13 +88,24 @@ class Experiment:
         from finetune import load_config
 
         options = self.options
-        return load_config("quickstart.yaml", [
-            "distill.objective=recover", f"data.train=[{{path: {self.folder}/train.jsonl}}]",
-            f"data.eval=[{{path: {self.folder}/heldout.jsonl}}]", "data.max_length=512", "generation.rows=0",
-            f"train.max_steps={options['steps']}", f"train.learning_rate={options['learning_rate']}",
-            f"lora.rank={options['rank']}", f"lora.alpha={2 * int(options['rank'])}", f"train.seed={seed}",
-            f"train.batch_size={options['batch_size']}", f"output_dir={self.folder}/{name}-{seed}", *changes,
-        ])  # fmt: skip
+        return load_config(
+            "quickstart.yaml",
+            [
+                "distill.objective=recover",
+                f"data.train=[{{path: {self.folder}/train.jsonl}}]",
+                f"data.eval=[{{path: {self.folder}/heldout.jsonl}}]",
+                "data.max_length=512",
+                "generation.rows=0",
+                f"train.max_steps={options['steps']}",
+                f"train.learning_rate={options['learning_rate']}",
+                f"lora.rank={options['rank']}",
+                f"lora.alpha={2 * int(options['rank'])}",
+                f"train.seed={seed}",
+                f"train.batch_size={options['batch_size']}",
+                f"output_dir={self.folder}/{name}-{seed}",
+                *changes,
+            ],
+        )
 
     def run(self, name: str, seed: int) -> dict[str, float]:
         """Train a variant with a seed; how far it is from the teacher then, and its loss on the rows."""
@@ -101,8 +121,8 @@ class Experiment:
 
     def _cache(self, source: str, seed: int) -> list[str]:
         """The settings of a cache of that kind, which is written if it is not there."""
-        from finetune.arguments import Arguments
-        from finetune.cache_command import run_cache
+        from finetune.commands.cache import run_cache
+        from finetune.system.arguments import Arguments
 
         head, samples = int(self.options["head"]), int(self.options["samples"])
         if source == "top-k":
@@ -131,7 +151,7 @@ class Experiment:
         from finetune.distill.teacher import teacher_model
         from finetune.evaluation.agreement import agreement
         from finetune.evaluation.perplexity import evaluate
-        from finetune.models.adapter import load_adapter
+        from finetune.models.adapters.attach import load_adapter
         from finetune.models.load import load_base, load_tokenizer
 
         cfg = self.config("measure", 0)
@@ -179,9 +199,10 @@ def chosen(options: dict[str, str]) -> Iterator[str]:
 def describe(before: dict[str, float], runs: dict[str, list[dict[str, float]]]) -> str:
     """The table, as markdown; spread is the standard deviation over the seeds."""
     lines = [
-        "| | nats a target from bf16 | regained | same first choice | loss on the rows |", "|---|---|---|---|---|",
+        "| | nats a target from bf16 | regained | same first choice | loss on the rows |",
+        "|---|---|---|---|---|",
         f"| NF4 | {before['kl']:.5f} | | {before['top1']:.2%} | {before['loss']:.4f} |",
-    ]  # fmt: skip
+    ]
     for name, done in runs.items():
         kl, regained = [run["kl"] for run in done], [100 - 100 * run["kl"] / before["kl"] for run in done]
         top1, loss = (mean(run[figure] for run in done) for figure in ("top1", "loss"))
@@ -203,8 +224,12 @@ def main(words: list[str]) -> None:
         for variant in chosen(options):
             runs[variant] = [experiment.run(variant, int(seed)) for seed in options["seeds"].split(",")]
             report.say("\n" + describe(before, runs))
-    summary = {**report.heading("recovery", options, machine), "before": before, "runs": runs,
-               "table": describe(before, runs)}  # fmt: skip
+    summary = {
+        **report.heading("recovery", options, machine),
+        "before": before,
+        "runs": runs,
+        "table": describe(before, runs),
+    }
     report.write(report.results_file("recovery", options, machine), summary)
     print(json.dumps(summary))
 

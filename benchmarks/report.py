@@ -63,9 +63,12 @@ def heading(name: str, options: Mapping[str, str], machine: Mapping[str, Any]) -
     for key in ("rows", "tokenizer"):
         settings[key] = "/".join(Path(settings[key]).parts[-2:]) if key in settings else ""
     return {
-        "benchmark": name, "date": date.today().isoformat(), "device": dict(machine), "versions": versions(),
+        "benchmark": name,
+        "date": date.today().isoformat(),
+        "device": dict(machine),
+        "versions": versions(),
         "settings": settings,
-    }  # fmt: skip
+    }
 
 
 def results_file(name: str, options: Mapping[str, str], machine: Mapping[str, Any], ending: str = "json") -> Path:

@@ -29,8 +29,11 @@ def asked(cfg: Any) -> dict[str, int]:
     from finetune.models.load import load_tokenizer
 
     chat = load_chat_template(cfg.data, load_tokenizer(cfg.model))
-    documents = {key: document for document in load_data(Preparation(cfg.data, chat)).documents
-                 if (key := key_of(document)) is not None}.values()  # fmt: skip
+    documents = {
+        key: document
+        for document in load_data(Preparation(cfg.data, chat)).documents
+        if (key := key_of(document)) is not None
+    }.values()
     return {
         "documents": len(documents),
         "tokens": sum(map(len, documents)),
@@ -54,10 +57,18 @@ def main(words: list[str]) -> None:
         cfg = load_config(file, overrides)
         counts = asked(cfg)
     size_bytes = sum(shard.stat().st_size for shard in Path(str(cfg.distill.cache)).glob("*.safetensors"))
-    print(json.dumps({
-        **counts, "seconds": seconds, "bytes": size_bytes, "bytes_per_target": size_bytes / counts["target_tokens"],
-        "tokens_per_second": counts["tokens"] / seconds, "peak_bytes": peak_bytes,
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                **counts,
+                "seconds": seconds,
+                "bytes": size_bytes,
+                "bytes_per_target": size_bytes / counts["target_tokens"],
+                "tokens_per_second": counts["tokens"] / seconds,
+                "peak_bytes": peak_bytes,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

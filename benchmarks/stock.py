@@ -22,9 +22,17 @@ from benchmarks.peaks import Peaks
 from benchmarks.processes import parse
 
 DEFAULTS = {
-    "model": "", "rows": "", "variant": "padded", "steps": "4", "length": "512", "batch": "4", "rank": "8",
-    "targets": "q_proj,v_proj", "lora_dropout": "0.0", "seed": "0",
-}  # fmt: skip
+    "model": "",
+    "rows": "",
+    "variant": "padded",
+    "steps": "4",
+    "length": "512",
+    "batch": "4",
+    "rank": "8",
+    "targets": "q_proj,v_proj",
+    "lora_dropout": "0.0",
+    "seed": "0",
+}
 # Keys of SFTConfig (of GKDConfig for those named gkd) that make each variant.
 VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {"packing": False, "gradient_checkpointing": False},
@@ -58,10 +66,10 @@ def installed(package: str) -> bool:
 
 
 def load_model(path: str, device: str, dtype: Any) -> Any:
-    """NF4 with double quantisation that computes in `dtype`, through transformers."""
+    """NF4 with double quantization that computes in `dtype`, through transformers."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    quantisation = BitsAndBytesConfig(
+    quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -70,19 +78,31 @@ def load_model(path: str, device: str, dtype: Any) -> Any:
     # Packed rows need an attention that keeps documents apart; TRL's documentation names this one.
     attention = {"attn_implementation": "flash_attention_2"} if device == "cuda" and installed("flash_attn") else {}
     return AutoModelForCausalLM.from_pretrained(
-        path, quantization_config=quantisation, dtype=dtype,
-        device_map={"": 0} if device == "cuda" else None, **attention,
-    )  # fmt: skip
+        path,
+        quantization_config=quantization,
+        dtype=dtype,
+        device_map={"": 0} if device == "cuda" else None,
+        **attention,
+    )
 
 
 def build_trainer(options: dict[str, str], device: str, output: str) -> Any:
     """A trainer over the rows, by variant; the loss is on the last turn's answer."""
     settings = {
-        "output_dir": output, "max_steps": int(options["steps"]),
-        "per_device_train_batch_size": int(options["batch"]), "max_length": int(options["length"]),
-        "learning_rate": 2e-4, "bf16": True, "use_cpu": device == "cpu", "logging_steps": 1, "report_to": [],
-        "save_strategy": "no", "disable_tqdm": True, "seed": int(options["seed"]), **VARIANTS[options["variant"]],
-    }  # fmt: skip
+        "output_dir": output,
+        "max_steps": int(options["steps"]),
+        "per_device_train_batch_size": int(options["batch"]),
+        "max_length": int(options["length"]),
+        "learning_rate": 2e-4,
+        "bf16": True,
+        "use_cpu": device == "cpu",
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": int(options["seed"]),
+        **VARIANTS[options["variant"]],
+    }
     distilled = options["variant"].startswith("gkd")
     return (distilling_trainer if distilled else tuning_trainer)(options, device, settings)
 
@@ -96,9 +116,12 @@ def lora_config(options: dict[str, str]) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
-        r=int(options["rank"]), lora_alpha=16, target_modules=target_modules(options), task_type="CAUSAL_LM",
+        r=int(options["rank"]),
+        lora_alpha=16,
+        target_modules=target_modules(options),
+        task_type="CAUSAL_LM",
         lora_dropout=float(options["lora_dropout"]),
-    )  # fmt: skip
+    )
 
 
 def tuning_trainer(options: dict[str, str], device: str, settings: dict[str, Any]) -> Any:
@@ -113,9 +136,12 @@ def tuning_trainer(options: dict[str, str], device: str, settings: dict[str, Any
             options["model"], max_seq_length=int(options["length"]), load_in_4bit=True, dtype=None
         )
         model = FastLanguageModel.get_peft_model(
-            model, r=int(options["rank"]), lora_alpha=16, target_modules=target_modules(options),
+            model,
+            r=int(options["rank"]),
+            lora_alpha=16,
+            target_modules=target_modules(options),
             use_gradient_checkpointing="unsloth",
-        )  # fmt: skip
+        )
     else:
         model = load_model(options["model"], device, torch.bfloat16 if settings["bf16"] else torch.float32)
         extra["peft_config"] = lora_config(options)
@@ -144,10 +170,13 @@ def distilling_trainer(options: dict[str, str], device: str, settings: dict[str,
         options["model"], dtype=dtype, device_map={"": 0} if device == "cuda" else None
     )
     return GKDTrainer(
-        model=model, teacher_model=teacher, args=GKDConfig(**settings), peft_config=lora_config(options),
+        model=model,
+        teacher_model=teacher,
+        args=GKDConfig(**settings),
+        peft_config=lora_config(options),
         train_dataset=load_dataset("json", data_files=options["rows"], split="train"),
         processing_class=AutoTokenizer.from_pretrained(options["model"]),
-    )  # fmt: skip
+    )
 
 
 def watch_steps(trainer: Any, device: str) -> list[dict[str, float]]:

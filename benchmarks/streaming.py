@@ -24,8 +24,18 @@ from typing import Any
 from benchmarks.load import forget, memory
 from benchmarks.processes import device, measure, parse, work_folder
 
-DEFAULTS = {"model": "", "size": "0.5B", "tokenizer": "data/tiny-qwen2.5", "tokens": "256,1024,4096", "batch": "1024",
-            "document": "256", "repeats": "3", "work": "", "results": "", "run": ""}  # fmt: skip
+DEFAULTS = {
+    "model": "",
+    "size": "0.5B",
+    "tokenizer": "data/tiny-qwen2.5",
+    "tokens": "256,1024,4096",
+    "batch": "1024",
+    "document": "256",
+    "repeats": "3",
+    "work": "",
+    "results": "",
+    "run": "",
+}
 _LIMIT_SECONDS = 3600.0
 _WORDS = 1024  # every model has so many, the tiny one too
 
@@ -50,8 +60,8 @@ def macro_batch(tokens: int, batch: int, document: int) -> list[Any]:
 
 def layers_of(folder: Path) -> list[dict[str, Any]]:
     """Where the tensors of each decoder layer lie, by their names within it."""
-    from finetune.models.source import weight_files
-    from finetune.models.stored import WeightFiles
+    from finetune.models.hub import weight_files
+    from finetune.models.safetensors_index import WeightFiles
 
     layers: dict[int, dict[str, Any]] = {}
     for name, stored in WeightFiles(weight_files(folder, str(folder))).tensors.items():
@@ -80,8 +90,8 @@ def resident(folder: str, batches: list[Any], place: Any) -> Callable[[], None]:
     import torch
 
     from finetune.config.schema import ModelConfig, QuantConfig
-    from finetune.losses.hidden import hidden_states
-    from finetune.models.fast import attach_fast_path
+    from finetune.losses.hidden_states import hidden_states
+    from finetune.models.fused import attach_fast_path
     from finetune.models.load import load_base
 
     model = load_base(ModelConfig(name=folder), QuantConfig(type="none", double=False), place)
@@ -144,19 +154,25 @@ def one_size(options: dict[str, str]) -> dict[str, Any]:
     for disk in ("cold", "warm") * int(options["repeats"]):
         seconds: dict[str, float] = {}
         read_alone(layers, pair)  # into the system's cache
-        for kind, function in (("wall", lambda: model.hidden_states(batches)),
-                               ("read", lambda: read_alone(layers, pair)), ("compute", compute)):  # fmt: skip
+        for kind, function in (
+            ("wall", lambda: model.hidden_states(batches)),
+            ("read", lambda: read_alone(layers, pair)),
+            ("compute", compute),
+        ):
             if disk == "cold":
                 forget(folder)
             seconds[f"{kind}_seconds"] = timed(function, place)
         turns.append({"disk": disk, **seconds, "share_told": model.last_pass.achieved_share})
     return {
-        "tokens": sum(batch.tokens for batch in batches), "turns": turns, "peak_bytes": peak_bytes,
-        "gpu_peak_bytes": gpu_peak_bytes, "layer_bytes": sum(stored_bytes(stored) for stored in layers[0].values()),
+        "tokens": sum(batch.tokens for batch in batches),
+        "turns": turns,
+        "peak_bytes": peak_bytes,
+        "gpu_peak_bytes": gpu_peak_bytes,
+        "layer_bytes": sum(stored_bytes(stored) for stored in layers[0].values()),
         "layers_bytes": sum(stored_bytes(stored) for layer in layers for stored in layer.values()),
         "head_bytes": head_bytes,
         "states_bytes": sum(batch.rows for batch in batches) * shape["hidden_size"] * model.dtype.itemsize,
-    }  # fmt: skip
+    }
 
 
 def stored_bytes(stored: Any) -> int:
@@ -171,10 +187,11 @@ def summary_of(size: dict[str, Any]) -> dict[str, Any]:
         figures = {key: median(turn[key] for turn in turns) for key in turns[0] if key != "disk"}
         bound = max(figures["read_seconds"], figures["compute_seconds"])
         disks[disk] = {
-            **figures, "share": bound / figures["wall_seconds"],
+            **figures,
+            "share": bound / figures["wall_seconds"],
             "read_bytes_per_second": size["layers_bytes"] / figures["read_seconds"],
             "tokens_per_second": size["tokens"] / figures["wall_seconds"],
-        }  # fmt: skip
+        }
     bar = 2 * size["layer_bytes"] + size["head_bytes"] + size["states_bytes"]
     return {**size, "disks": disks, "bar_bytes": bar, "peak_over_bar_bytes": size["peak_bytes"] - bar}
 
@@ -190,8 +207,10 @@ def main(words: list[str]) -> None:
     options["tiny"] = str(write_random_model("tiny", tokenizer, work / "qwen2.5-tiny"))
     if not options["model"]:
         options["model"] = str(write_random_model(options["size"], tokenizer, work / f"qwen2.5-{options['size']}"))
-    print(f"{'tokens':>8} {'disk':<5}{'pass':>9}{'reading':>10}{'computing':>11}{'share':>8}{'peak':>10}{'bar':>10}",
-          file=sys.stderr)  # fmt: skip
+    print(
+        f"{'tokens':>8} {'disk':<5}{'pass':>9}{'reading':>10}{'computing':>11}{'share':>8}{'peak':>10}{'bar':>10}",
+        file=sys.stderr,
+    )
     sizes = []
     for tokens in options["tokens"].split(","):
         found = measure("benchmarks.streaming", {**options, "run": tokens}, _LIMIT_SECONDS)
@@ -199,14 +218,20 @@ def main(words: list[str]) -> None:
             raise SystemExit(f"{tokens} tokens: {found['failed']}")
         sizes.append(summary_of(found))
         for disk, figures in sizes[-1]["disks"].items():
-            print(f"{tokens:>8} {disk:<5}{figures['wall_seconds']:>7.2f} s{figures['read_seconds']:>8.2f} s"
-                  f"{figures['compute_seconds']:>9.2f} s{figures['share']:>8.0%}{found['peak_bytes'] / 1e6:>7,.0f} MB"
-                  f"{sizes[-1]['bar_bytes'] / 1e6:>7,.0f} MB", file=sys.stderr)  # fmt: skip
+            print(
+                f"{tokens:>8} {disk:<5}{figures['wall_seconds']:>7.2f} s{figures['read_seconds']:>8.2f} s"
+                f"{figures['compute_seconds']:>9.2f} s{figures['share']:>8.0%}{found['peak_bytes'] / 1e6:>7,.0f} MB"
+                f"{sizes[-1]['bar_bytes'] / 1e6:>7,.0f} MB",
+                file=sys.stderr,
+            )
     here = device()
     result = {
-        "benchmark": "streaming", "date": date.today().isoformat(), "device": here,
-        **{key: options[key] for key in ("size", "batch", "document", "repeats")}, "sizes": sizes,
-    }  # fmt: skip
+        "benchmark": "streaming",
+        "date": date.today().isoformat(),
+        "device": here,
+        **{key: options[key] for key in ("size", "batch", "document", "repeats")},
+        "sizes": sizes,
+    }
     kind = here["kind"] if here["kind"] == "cpu" else here["name"].replace(" ", "-").lower()
     results = Path(options["results"] or Path(__file__).parent / "results")
     results.mkdir(exist_ok=True)

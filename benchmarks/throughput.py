@@ -21,8 +21,17 @@ from benchmarks.processes import device, parse
 from benchmarks.stock import PEERS
 from benchmarks.workload import DEFAULTS, Workload, prepared
 
-OPTIONS = {**DEFAULTS, "repeats": "3", "length": "512", "batch": "4", "pack": "2048", "peers": "auto", "curve": "",
-           "points": "", "ceiling_seconds": "0.4"}  # fmt: skip
+OPTIONS = {
+    **DEFAULTS,
+    "repeats": "3",
+    "length": "512",
+    "batch": "4",
+    "pack": "2048",
+    "peers": "auto",
+    "curve": "",
+    "points": "",
+    "ceiling_seconds": "0.4",
+}
 
 
 def alternate(work: Workload) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, float]]]:
@@ -55,7 +64,7 @@ def warmup_of(side: str, options: Any) -> int:
     return int(options["warmup"]) if side == "ours" else 1
 
 
-def summarise(
+def summarize(
     work: Workload, runs: dict[str, list[dict[str, Any]]], ceilings: list[dict[str, float]]
 ) -> dict[str, Any]:
     """The figures that the table and the JSON hold; `ours` is the first of our variants, the others are `variants`."""
@@ -71,11 +80,15 @@ def summarise(
     stock = {name.removeprefix("stock "): figures for name, figures in lines.items() if name.startswith("stock ")}
     first = next(iter(ours.values()), {"failed": "not run"})
     return {
-        "ours": first, "variants": ours, "stock": {name: s for name, s in stock.items() if name not in PEERS},
+        "ours": first,
+        "variants": ours,
+        "stock": {name: s for name, s in stock.items() if name not in PEERS},
         "peers": {name: s for name, s in stock.items() if name in PEERS},
         **compare(first, {name: s for name, s in stock.items() if name not in PEERS}),
-        "ceiling_share": first.get("ceiling_share"), "ceiling": ceiling, "runs": runs,
-    }  # fmt: skip
+        "ceiling_share": first.get("ceiling_share"),
+        "ceiling": ceiling,
+        "runs": runs,
+    }
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -105,7 +118,7 @@ def main(words: list[str]) -> None:
             print(json.dumps(summary))
             return
         runs, ceilings = alternate(work)
-        summary = {**report.heading("throughput", work.options, machine), **summarise(work, runs, ceilings)}
+        summary = {**report.heading("throughput", work.options, machine), **summarize(work, runs, ceilings)}
     report.say("\n" + describe(summary))
     report.write(report.results_file("throughput", options, machine), summary)
     print(json.dumps({key: value for key, value in summary.items() if key != "runs"}))

@@ -17,10 +17,21 @@ from benchmarks.stock import PEERS, STOCK, VARIANTS, installed
 
 # What every benchmark of training takes on its command line.
 DEFAULTS = {
-    "size": "0.5B", "rows": "data/sample/train.jsonl", "tokenizer": "data/tiny-qwen2.5", "limit": "400",
-    "rank": "8", "targets": "q_proj,v_proj", "seed": "0", "ours": "fast", "stock": "all", "warmup": "2",
-    "steps": "4", "minutes": "30", "work": "", "results": "benchmarks/results",
-}  # fmt: skip
+    "size": "0.5B",
+    "rows": "data/sample/train.jsonl",
+    "tokenizer": "data/tiny-qwen2.5",
+    "limit": "400",
+    "rank": "8",
+    "targets": "q_proj,v_proj",
+    "seed": "0",
+    "ours": "fast",
+    "stock": "all",
+    "warmup": "2",
+    "steps": "4",
+    "minutes": "30",
+    "work": "",
+    "results": "benchmarks/results",
+}
 # Settings of ours beside the schema's defaults, by name; `ours.NAME=key=value;key=value` on the command line adds one.
 # A benchmark runs too few steps to repay a compilation, which a training would: so it is asked for.
 OURS = {
@@ -57,10 +68,16 @@ class Workload:
         """
         steps = int(self.options["warmup"]) + int(self.options["steps"])
         options = {
-            "model": self.model, "rows": self.rows(steps * length * batch), "steps": steps, "length": length,
-            "batch": batch, "micro": batch, "set": ";".join(filter(None, (self.variant(variant), settings))),
-            **{key: self.options[key] for key in ("rank", "targets", "seed")}, **changes,
-        }  # fmt: skip
+            "model": self.model,
+            "rows": self.rows(steps * length * batch),
+            "steps": steps,
+            "length": length,
+            "batch": batch,
+            "micro": batch,
+            "set": ";".join(filter(None, (self.variant(variant), settings))),
+            **{key: self.options[key] for key in ("rank", "targets", "seed")},
+            **changes,
+        }
         return measure(module, options, self.limit_seconds, self.cache)
 
     def stock(self, variant: str, length: int, batch: int, **changes: Any) -> dict[str, Any]:
@@ -71,10 +88,15 @@ class Workload:
             return {"failed": "installed, but has a command of its own: see docs/benchmarks.md"}
         steps = 1 + int(self.options["steps"])
         options = {
-            "model": self.model, "rows": self.rows(steps * length * batch), "steps": steps, "length": length,
-            "batch": batch, "variant": variant, **{key: self.options[key] for key in ("rank", "targets", "seed")},
+            "model": self.model,
+            "rows": self.rows(steps * length * batch),
+            "steps": steps,
+            "length": length,
+            "batch": batch,
+            "variant": variant,
+            **{key: self.options[key] for key in ("rank", "targets", "seed")},
             **changes,
-        }  # fmt: skip
+        }
         return measure("benchmarks.stock", options, self.limit_seconds, self.cache)
 
     def ceiling(self, tokens: int, seconds: float = 0.4) -> dict[str, float]:

@@ -31,9 +31,10 @@ def settings_page() -> str:
             inside = {
                 key: field
                 for key, field in schema_fields().items()
-                if key.startswith(f"{name}.") and not key.startswith("data.eval.*")
+                if key.startswith(f"{name}.")
+                and not key.startswith("data.eval.*")
                 and not any(key.startswith(f"{deeper}.") for deeper in _sections_in(name))
-            }  # fmt: skip
+            }
             lines += [*_table(name, inside, str(section.description))]
     return "\n".join(lines) + "\n"
 

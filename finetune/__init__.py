@@ -19,28 +19,36 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "10000"
 
 if TYPE_CHECKING:
-    from finetune.config.commands import ExportOptions as ExportOptions
-    from finetune.config.commands import MergeOptions as MergeOptions
+    from finetune.config.command_options import ExportOptions as ExportOptions
+    from finetune.config.command_options import MergeOptions as MergeOptions
     from finetune.config.compose import load_config as load_config
-    from finetune.export.exporting import export_model as export_model
+    from finetune.export.export import export_model as export_model
     from finetune.export.merge.merge import merge as merge
-    from finetune.models.adapter import attach_lora as attach_lora
+    from finetune.models.adapters.attach import attach_lora as attach_lora
     from finetune.models.load import load_base as load_base
     from finetune.models.load import load_tokenizer as load_tokenizer
     from finetune.training.recipe import train as train
 
 __version__ = "0.1.0"
 __all__ = [
-    "ExportOptions", "MergeOptions", "__version__", "attach_lora", "export_model", "load_base", "load_config",
-    "load_tokenizer", "merge", "train",
-]  # fmt: skip
+    "ExportOptions",
+    "MergeOptions",
+    "__version__",
+    "attach_lora",
+    "export_model",
+    "load_base",
+    "load_config",
+    "load_tokenizer",
+    "merge",
+    "train",
+]
 
 # Loaded on first use: importing finetune imports no torch.
 _HOMES = {
-    "ExportOptions": "finetune.config.commands",
-    "MergeOptions": "finetune.config.commands",
-    "attach_lora": "finetune.models.adapter",
-    "export_model": "finetune.export.exporting",
+    "ExportOptions": "finetune.config.command_options",
+    "MergeOptions": "finetune.config.command_options",
+    "attach_lora": "finetune.models.adapters.attach",
+    "export_model": "finetune.export.export",
     "load_base": "finetune.models.load",
     "load_config": "finetune.config.compose",
     "load_tokenizer": "finetune.models.load",

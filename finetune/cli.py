@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from finetune import __version__
-from finetune.arguments import Arguments, nearest, parse_arguments
-from finetune.errors import FinetuneError, InputError
-from finetune.terminal import printable
+from finetune.system.arguments import Arguments, nearest, parse_arguments
+from finetune.system.console import printable
+from finetune.system.errors import FinetuneError, InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,69 +46,76 @@ COMMANDS = {
         "fine-tune a model as a config says", "finetune.cli:run_train", "finetune.cli:train_help", ("--dry-run",)
     ),
     "data": Command(
-        "show what a config's rows are and become", "finetune.data_command:run_data", "finetune.data_command:HELP"
+        "show what a config's rows are and become", "finetune.commands.data:run_data", "finetune.commands.data:HELP"
     ),
     "data convert": Command(
-        "write rows of any format as messages", "finetune.data_convert:run_convert", "finetune.data_convert:HELP"
+        "write rows of any format as messages",
+        "finetune.commands.data_convert:run_convert",
+        "finetune.commands.data_convert:HELP",
     ),
     "plan": Command(
         "say whether a run fits and how long it takes",
-        "finetune.plan_command:run_plan",
-        "finetune.plan_command:plan_help",
+        "finetune.commands.plan:run_plan",
+        "finetune.commands.plan:plan_help",
         ("--json",),
     ),
     "cache": Command(
         "write down what a config's teacher says of its rows",
-        "finetune.cache_command:run_cache",
-        "finetune.cache_command:HELP",
+        "finetune.commands.cache:run_cache",
+        "finetune.commands.cache:HELP",
     ),
     "eval": Command(
-        "measure an adapter or a model, and what quantising took from it",
-        "finetune.eval_command:run_eval",
-        "finetune.eval_command:eval_help",
+        "measure an adapter or a model, and what quantizing took from it",
+        "finetune.commands.eval:run_eval",
+        "finetune.commands.eval:eval_help",
         ("--json",),
     ),
     "sensitivity": Command(
         "measure what each layer loses in 4 or 8 bit",
-        "finetune.sensitivity_command:run_sensitivity",
-        "finetune.sensitivity_command:sensitivity_help",
+        "finetune.commands.sensitivity:run_sensitivity",
+        "finetune.commands.sensitivity:sensitivity_help",
     ),
     "allocate": Command(
         "choose 4, 8 or 16 bits for each layer, within a budget",
-        "finetune.allocate_command:run_allocate",
-        "finetune.allocate_command:allocate_help",
+        "finetune.commands.allocate:run_allocate",
+        "finetune.commands.allocate:allocate_help",
     ),
     "merge": Command(
         "put an adapter into its base's weights, proven",
-        "finetune.merge_command:run_merge",
-        "finetune.merge_command:merge_help",
+        "finetune.commands.merge:run_merge",
+        "finetune.commands.merge:merge_help",
     ),
     "export": Command(
         "write a model for llama.cpp, Ollama, ONNX Runtime or a server",
-        "finetune.export_command:run_export",
-        "finetune.export_command:export_help",
+        "finetune.commands.export:run_export",
+        "finetune.commands.export:export_help",
     ),
     "report": Command(
         "draw a run's report again",
-        "finetune.compare_command:run_report",
-        "finetune.compare_command:REPORT_HELP",
+        "finetune.commands.compare:run_report",
+        "finetune.commands.compare:REPORT_HELP",
         takes_paths=True,
     ),
     "compare": Command(
         "put runs beside one another: settings, figures, curves",
-        "finetune.compare_command:run_compare",
-        "finetune.compare_command:compare_help",
+        "finetune.commands.compare:run_compare",
+        "finetune.commands.compare:compare_help",
         takes_paths=True,
     ),
     "sweep": Command(
         "train with every combination of settings, or search for the best",
-        "finetune.sweep_command:run_sweep",
-        "finetune.sweep_command:sweep_help",
+        "finetune.commands.sweep:run_sweep",
+        "finetune.commands.sweep:sweep_help",
         ("--dry-run",),
     ),
-    "chat": Command("talk to a base model or to a trained adapter", "finetune.chat:run_chat", "finetune.chat:HELP"),
+    "chat": Command(
+        "talk to a base model or to a trained adapter", "finetune.commands.chat:run_chat", "finetune.commands.chat:HELP"
+    ),
     "doctor": Command(
-        "check this machine and say what to install", "finetune.doctor:run_doctor", "finetune.doctor:HELP", ("--json",)
+        "check this machine and say what to install",
+        "finetune.commands.doctor:run_doctor",
+        "finetune.commands.doctor:HELP",
+        ("--json",),
     ),
 }
 
@@ -126,7 +133,7 @@ Examples
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; never raises. Returns: the exit code, see finetune.errors."""
+    """Run one command line; never raises. Returns: the exit code, see finetune.system.errors."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _collect_seldom()
     try:
@@ -160,7 +167,7 @@ def run_train(arguments: Arguments) -> int:
     config = load_config(arguments.config, arguments.overrides)
 
     if "--dry-run" in arguments.flags:
-        from finetune.planning.plan import dry_run
+        from finetune.planning.describe import dry_run
 
         print(dry_run(config))
         return 0
@@ -235,7 +242,7 @@ def _load(address: str) -> Callable:
 
 
 def _packaged_configs() -> list[str]:
-    from finetune.resources import packaged
+    from finetune.system.resources import packaged
 
     return sorted(file.name for file in packaged("configs").glob("*.yaml"))
 

@@ -19,10 +19,10 @@ CONTRAST = """(() => {
   const light = ([r, g, b]) => [r, g, b].map(c => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
     .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
   const ground = node => { for (; node; node = node.parentElement) {
-    const colour = rgb(getComputedStyle(node).backgroundColor);
-    if (colour.length === 3 || colour[3] === 1) return colour; } return [255, 255, 255]; };
+    const color = rgb(getComputedStyle(node).backgroundColor);
+    if (color.length === 3 || color[3] === 1) return color; } return [255, 255, 255]; };
   const read = 'h1,h2,h3,p,dt,dd,th,td,li,li strong,pre,code,mark,mark span,pre span,figcaption,sup,small,summary';
-  const ink = (style, properties) => properties.map(name => style[name]).find(colour => colour !== 'none');
+  const ink = (style, properties) => properties.map(name => style[name]).find(color => color !== 'none');
   const weak = (selector, properties, least) => [...document.querySelectorAll(selector)]
     .map(node => { const [a, b] = [light(rgb(ink(getComputedStyle(node), properties))), light(ground(node))];
       return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.tagName + '.' + node.getAttribute('class')]; })
@@ -119,8 +119,10 @@ def open_browser(executable: str, profile: Path) -> Iterator[Page]:
     shell = f'exec "$0" {flags} --user-data-dir="$1" 3<&{theirs_in} 4>&{theirs_out}'
     process = subprocess.Popen(
         ["bash", "-c", shell, executable, str(profile)],
-        pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        pass_fds=(theirs_in, theirs_out),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     os.close(theirs_in)
     os.close(theirs_out)
     try:

@@ -61,12 +61,12 @@ def finetune_command(tmp_path: Path) -> Callable[..., subprocess.CompletedProces
 @pytest.fixture(params=["own", "fp32"])
 def sixteen_bit_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs a test with this processor's products, and as a processor without 16-bit ones makes them."""
-    from finetune.ops import products
+    from finetune.ops import matmul
 
     # A block of the test's own: an earlier test leaves a larger one, which would count as memory of this test.
-    monkeypatch.setattr(products, "_memory", threading.local())
+    monkeypatch.setattr(matmul, "_memory", threading.local())
     if request.param == "fp32":
-        monkeypatch.setattr(products, "_has_products", lambda dtype: False)
+        monkeypatch.setattr(matmul, "_has_products", lambda dtype: False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,9 +15,15 @@ from finetune.config.schema import RunConfig
 
 # With dropout and noise on, so that equality of two runs says something about random state.
 SMALL_RUN = (
-    "data.train.0.limit=96", "data.eval.0.limit=24", "data.max_length=128", "train.batch_size=4", "train.max_steps=4",
-    "generation.rows=0", "lora.dropout=0.1", "train.neftune_alpha=5",
-)  # fmt: skip
+    "data.train.0.limit=96",
+    "data.eval.0.limit=24",
+    "data.max_length=128",
+    "train.batch_size=4",
+    "train.max_steps=4",
+    "generation.rows=0",
+    "lora.dropout=0.1",
+    "train.neftune_alpha=5",
+)
 # What a clock or the machine decides is no part of the mathematics.
 _MEASURED = {"tokens_per_second", "peak_bytes", "seconds"}
 

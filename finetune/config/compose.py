@@ -26,8 +26,8 @@ from finetune.config.overrides import Overrides, parse_overrides
 from finetune.config.problems import COMMAND_LINE, Problem, config_error, printable
 from finetune.config.resolve import escaped, guarded_environment, resolved
 from finetune.config.schema import RunConfig, Section
-from finetune.errors import ConfigError
-from finetune.resources import packaged
+from finetune.system.errors import ConfigError
+from finetune.system.resources import packaged
 
 _LONGEST_REASON = 300
 _WORD = re.compile(r"[A-Za-z/][A-Za-z0-9_/.-]*")

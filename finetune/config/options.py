@@ -13,13 +13,13 @@ from typing import Annotated, Any, TypeVar
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from finetune.arguments import Arguments
 from finetune.config.explain import shown
 from finetune.config.keys import allowed, find, is_section
 from finetune.config.overrides import read_value
 from finetune.config.problems import Problem, config_error
 from finetune.config.schema import RunConfig, Section
-from finetune.errors import ConfigError
+from finetune.system.arguments import Arguments
+from finetune.system.errors import ConfigError
 
 Options = TypeVar("Options", bound=Section)
 
@@ -105,8 +105,11 @@ def _find(kind: type[Section], key: str) -> Any | None:
 
 
 def _unknown(kind: type[Section], key: str) -> str:
-    known = [f"{name}.{inner}" if inner else name for name, field in kind.model_fields.items()
-             for inner in (field.annotation.model_fields if is_section(field.annotation) else ("",))]  # fmt: skip
+    known = [
+        f"{name}.{inner}" if inner else name
+        for name, field in kind.model_fields.items()
+        for inner in (field.annotation.model_fields if is_section(field.annotation) else ("",))
+    ]
     near = get_close_matches(key, known, n=1, cutoff=0.6)
     return f"unknown key; did you mean {near[0]}?" if near else f"unknown key; there are {', '.join(known)}"
 

@@ -290,7 +290,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("logging_steps", "logging_strategy"), "every step is a line of metrics.jsonl"),
     **dict.fromkeys(
         ("overwrite_cache", "load_from_cache_file", "skip_prepare_dataset"),
-        "tokenised rows are found again by what they were made of, and made anew when any of it changes",
+        "tokenized rows are found again by what they were made of, and made anew when any of it changes",
     ),
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_strategy"), "nothing is uploaded; output_dir holds the adapter"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from finetune.errors import ConfigError
+from finetune.system.errors import ConfigError
 
 COMMAND_LINE = "command line"
 

@@ -12,8 +12,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from finetune.config.problems import Problem
-from finetune.errors import ConfigError
-from finetune.resources import packaged
+from finetune.system.errors import ConfigError
+from finetune.system.resources import packaged
 
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 _INTERPOLATION = re.compile(r"(\\*)(\$\{)")

@@ -225,7 +225,7 @@ def _distillation(distill: DistillConfig, guard: GuardConfig) -> Problems:
             key = "name" if teacher.name is not None else "lora"
             yield Problem(f"distill.teacher.{key}", "recover learns from the student's own base; set objective=distill")
         if distill.weight is not None:
-            yield Problem("distill.weight", "recover minimises the divergence alone; set it to null")
+            yield Problem("distill.weight", "recover minimizes the divergence alone; set it to null")
     if distill.objective == "distill" and not other and teacher.placement != "server":
         yield Problem(
             "distill.teacher.name",

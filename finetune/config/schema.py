@@ -56,7 +56,7 @@ class ModelConfig(Section):
     tokenizer: Text | None = Field(
         None, description="Folder or hub id of a tokenizer of the same vocabulary, used in place of the model's own."
     )
-    dtype: Dtype = Field("bfloat16", description="Type of the weights that are not quantised.")
+    dtype: Dtype = Field("bfloat16", description="Type of the weights that are not quantized.")
     attention: Literal["auto", "segmented", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="Attention kernel; auto takes the fastest that the machine has."
     )
@@ -66,15 +66,15 @@ class QuantConfig(Section):
     """How the frozen base is stored."""
 
     type: Literal["nf4", "fp4", "int8", "none"] = Field("nf4", description="Storage of the frozen linear weights.")
-    double: bool = Field(True, description="Quantise the 4-bit scales as well (saves 0.4 bit a weight).")
+    double: bool = Field(True, description="Quantize the 4-bit scales as well (saves 0.4 bit a weight).")
     compute_dtype: Dtype = Field("bfloat16", description="Type that 4-bit weights are multiplied in.")
     keep: list[Text] = Field([], description="Modules kept in 16 bit: names, globs or regexes; lm_head always is.")
     int8: list[Text] = Field([], description="Modules kept in 8 bit beside 4-bit ones: names, globs or regexes.")
     cache: bool = Field(
-        True, description="Keep the quantised model in $FINETUNE_CACHE, else ~/.cache/finetune, for the next start."
+        True, description="Keep the quantized model in $FINETUNE_CACHE, else ~/.cache/finetune, for the next start."
     )
     resident: bool = Field(
-        False, description="Keep a 16-bit copy of 4-bit weights too: same numbers, more memory, none dequantised twice."
+        False, description="Keep a 16-bit copy of 4-bit weights too: same numbers, more memory, none dequantized twice."
     )
 
 
@@ -88,7 +88,7 @@ class LoraConfig(Section):
         ["q_proj", "v_proj"], description="Layers that get an adapter: a list of names, one regex, or all-linear."
     )
     layers_to_transform: list[Index] | None = Field(None, description="Layer numbers that get one; null is all layers.")
-    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rank-stabilised LoRA).")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rank-stabilized LoRA).")
     dora: bool = Field(False, description="Learn magnitude and direction apart (DoRA).")
     init: Literal["default", "gaussian", "pissa", "pissa_niter_16", "olora", "orthogonal", "loftq"] = Field(
         "default", description="How the adapter starts; pissa and olora need quant.type=none."
@@ -146,16 +146,16 @@ class DataConfig(Section):
     system: Text | None = Field(None, description="System message for rows that have none.")
     chat_template: Text | None = Field(None, description="Jinja file used in place of the tokenizer's template.")
     stream_rows: Count | None = Field(
-        None, description="Read and tokenise so many rows at a time while training; null is all of them before."
+        None, description="Read and tokenize so many rows at a time while training; null is all of them before."
     )
-    workers: Count | None = Field(None, description="Processes that tokenise; null is one for each core.")
+    workers: Count | None = Field(None, description="Processes that tokenize; null is one for each core.")
     cache: Text | None = Field(
-        None, description="Folder of tokenised rows; null is $FINETUNE_CACHE, else ~/.cache/finetune/tokens."
+        None, description="Folder of tokenized rows; null is $FINETUNE_CACHE, else ~/.cache/finetune/tokens."
     )
 
 
 class TrainConfig(Section):
-    """The optimisation, its length, its checkpoints."""
+    """The optimization, its length, its checkpoints."""
 
     max_steps: Count | None = Field(None, description="Optimizer steps; give this or epochs.")
     epochs: Positive | None = Field(None, description="Passes over the training rows; 1 when max_steps is null too.")
@@ -199,7 +199,7 @@ class TeacherConfig(Section):
         None, description="Hub id or local folder of the teacher; null is the student's own base."
     )
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub teacher; null is its main branch.")
-    dtype: Dtype = Field("bfloat16", description="Type that the teacher computes in; its weights are not quantised.")
+    dtype: Dtype = Field("bfloat16", description="Type that the teacher computes in; its weights are not quantized.")
     lora: Text | None = Field(None, description="Folder or hub id of an adapter that belongs on the teacher.")
     placement: Literal["resident", "streamed", "cached", "server"] = Field(
         "resident",
@@ -218,7 +218,7 @@ class DistillConfig(Section):
 
     objective: Literal["none", "recover", "sft+anchor", "distill"] = Field(
         "none",
-        description="none; recover what quantisation lost (divergence alone); learn the rows and stay close to the own "
+        description="none; recover what quantization lost (divergence alone); learn the rows and stay close to the own "
         "base; learn the rows and from a larger or tuned teacher.",
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = Field(
@@ -297,7 +297,7 @@ class RunConfig(Section):
     quant: QuantConfig = Field(QuantConfig(), description="How the frozen base is stored.")
     lora: LoraConfig = Field(LoraConfig(), description="The adapter that is trained.")
     data: DataConfig = Field(description="What is trained and evaluated on.")
-    train: TrainConfig = Field(TrainConfig(), description="The optimisation, its length, its checkpoints.")
+    train: TrainConfig = Field(TrainConfig(), description="The optimization, its length, its checkpoints.")
     distill: DistillConfig = Field(DistillConfig(), description="Learning from a teacher's probabilities.")
     guard: GuardConfig = Field(GuardConfig(), description="A limit to how far the model may drift from its teacher.")
     generation: GenerationConfig = Field(GenerationConfig(), description="Answers to held-out rows.")

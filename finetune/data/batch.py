@@ -51,9 +51,13 @@ class Batch:
             return None if x is None else x.to(device, non_blocking=True)
 
         return replace(
-            self, input_ids=move(self.input_ids), position_ids=move(self.position_ids), labels=move(self.labels),
-            weights=move(self.weights), own=move(self.own),
-        )  # fmt: skip
+            self,
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            labels=move(self.labels),
+            weights=move(self.weights),
+            own=move(self.own),
+        )
 
 
 def build_batch(documents: Sequence[Document], lean: bool = False) -> Batch:
@@ -100,7 +104,7 @@ def share_prefixes(ids: Sequence[np.ndarray], share: bool = True) -> np.ndarray:
     rows = np.arange(tokens)
     if not share or len(ids) < 2:
         return rows
-    # In sorted order, what a document shares with any before it, it shares with its neighbour.
+    # In sorted order, what a document shares with any before it, it shares with its neighbor.
     order = sorted(range(len(ids)), key=lambda i: ids[i].astype(">i4").tobytes())
     for before, after in itertools.pairwise(order):
         shorter = min(lengths[before], lengths[after])

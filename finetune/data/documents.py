@@ -80,8 +80,13 @@ class Documents(Sequence[Document]):
         """The documents of all parts, one part after another."""
         parts = list(parts)
         first_store = np.cumsum([0, *(len(part.stores) for part in parts)])
-        columns = zip(*((p.source + first, p.rows, p.starts, p.lengths, p.targets)
-                        for p, first in zip(parts, first_store[:-1], strict=True)), strict=True)  # fmt: skip
+        columns = zip(
+            *(
+                (p.source + first, p.rows, p.starts, p.lengths, p.targets)
+                for p, first in zip(parts, first_store[:-1], strict=True)
+            ),
+            strict=True,
+        )
         return Documents(tuple(store for part in parts for store in part.stores), *map(np.concatenate, columns))
 
     def digest(self) -> str:
@@ -125,11 +130,13 @@ def cut_to_length(store: TokenStore, rows: np.ndarray, cfg: DataConfig) -> Cut:
     rows_all = np.concatenate([whole, kept[:, 0]])
     in_order = np.argsort(rows_all, kind="stable")
     documents = Documents(
-        (store,), np.zeros(len(rows_all), dtype=np.int64), rows_all,
+        (store,),
+        np.zeros(len(rows_all), dtype=np.int64),
+        rows_all,
         np.concatenate([np.zeros_like(whole), kept[:, 1]]),
         np.concatenate([store.lengths[whole], kept[:, 2]]),
         np.concatenate([store.targets[whole], targets[targets > 0]]),
-    ).select(in_order)  # fmt: skip
+    ).select(in_order)
     counts = Counter({f"longer than {limit} tokens ({cfg.truncation})": len(too_long)} if len(too_long) else {})
     lost = np.setdiff1d(np.unique(cut[:, 0]), kept[:, 0])
     if silent := len(cut) - len(kept) - len(lost):

@@ -17,12 +17,12 @@ import numpy as np
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.documents import Cut, Documents, cut_to_length
 from finetune.data.formats.messages import Conversation, Example
-from finetune.data.reading.sources import resolve_source
+from finetune.data.sources.paths import resolve_source
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation, with_format
 from finetune.data.tokens.store import BAD_ROWS, TokenStore
-from finetune.errors import DataError
-from finetune.files import write_text
+from finetune.system.atomic import write_text
+from finetune.system.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ HELD_OUT = "held_out"
 
 @dataclass(frozen=True)
 class Source:
-    """One item of data.train or data.eval, tokenised, or the rows of one that are held out.
+    """One item of data.train or data.eval, tokenized, or the rows of one that are held out.
 
     store: every usable row, before any cut. documents: what is trained on or measured by. counts: what happened to
     rows, by reason.
@@ -102,7 +102,7 @@ def check_sources(cfg: DataConfig) -> None:
 
 
 def load_data(preparation: Preparation) -> LoadedData:
-    """Tokenise (or find tokenised), cut and split every source.
+    """Tokenize (or find tokenized), cut and split every source.
 
     Raises: DataError with the first bad rows of every source by place, unless `data.on_bad_row=skip`.
     """
@@ -111,7 +111,7 @@ def load_data(preparation: Preparation) -> LoadedData:
     train: list[Source] = []
     held_out: list[Source] = []
     evaluation: list[Source] = []
-    # Streamed rows are tokenised while training, see stream.py.
+    # Streamed rows are tokenized while training, see stream.py.
     for section, sources in (("train", [] if cfg.stream_rows else cfg.train), ("eval", cfg.eval)):
         for i, source in enumerate(sources):
             try:
@@ -167,11 +167,13 @@ def _source(
 ) -> Source:
     cut = cut_to_length(store, rows, cfg)
     _check_cut(cut, store, cfg)
-    counts = cut.counts + Counter({
-        "bad rows skipped": store.meta.bad_rows,
-        "left without a target": len(cut.without_target),
-        "control tokens kept as text": int(store.control_tokens[rows].sum()),
-    })  # fmt: skip
+    counts = cut.counts + Counter(
+        {
+            "bad rows skipped": store.meta.bad_rows,
+            "left without a target": len(cut.without_target),
+            "control tokens kept as text": int(store.control_tokens[rows].sum()),
+        }
+    )
     if not len(cut.documents):
         what = "held-out row" if name else "row"
         raise DataError(

@@ -1,4 +1,4 @@
-"""Sources that are read while training: a window of rows at a time, each tokenised, packed and shuffled by itself.
+"""Sources that are read while training: a window of rows at a time, each tokenized, packed and shuffled by itself.
 
 A step is still a pure function of (seed, step): windows follow each other in the order of the files (shuffled by the
 seed), a window's sequences are those of its rows alone. What a resumed run needs to find its window again, the steps
@@ -21,15 +21,15 @@ import numpy as np
 
 from finetune.config.schema import DataConfig
 from finetune.data.documents import Document, Documents, cut_to_length
-from finetune.data.feed import StoredFeed
 from finetune.data.loader import check_bad_rows
 from finetune.data.packing import SequenceOrder
-from finetune.data.reading.readers import RawBatch
-from finetune.data.reading.sources import SourceFiles, resolve_source
+from finetune.data.sampler import StoredFeed
+from finetune.data.sources.paths import SourceFiles, resolve_source
+from finetune.data.sources.readers import RawBatch
 from finetune.data.tokens.prepare import Preparation, fingerprint, no_progress, with_format
 from finetune.data.tokens.store import BAD_ROWS, TokenStore
-from finetune.errors import ConfigError, DataError
-from finetune.files import write_text
+from finetune.system.atomic import write_text
+from finetune.system.errors import ConfigError, DataError
 
 
 def rows_of_window(cfg: DataConfig) -> list[int]:
@@ -90,7 +90,7 @@ def _split(batch: RawBatch, rows: int) -> tuple[RawBatch, RawBatch | None]:
 class StreamingFeed:
     """The training sources, `data.stream_rows` rows at a time.
 
-    folder: where the windows' tokens lie, the last two at a time; it belongs to one run. The next window is tokenised
+    folder: where the windows' tokens lie, the last two at a time; it belongs to one run. The next window is tokenized
     while the steps of this one are taken.
     """
 
@@ -102,11 +102,15 @@ class StreamingFeed:
             {**preparation.made_from(source), "rows": tape.identity()}
             for source, tape in zip(self.cfg.train, self._tapes, strict=True)
         ]
-        self.digest = fingerprint({
-            "sources": self._made_from, "seed": seed, "batch_size": batch_size,
-            "weights": [source.weight for source in self.cfg.train],
-            **self.cfg.model_dump(include={"stream_rows", "max_length", "truncation", "packing"}),
-        })  # fmt: skip
+        self.digest = fingerprint(
+            {
+                "sources": self._made_from,
+                "seed": seed,
+                "batch_size": batch_size,
+                "weights": [source.weight for source in self.cfg.train],
+                **self.cfg.model_dump(include={"stream_rows", "max_length", "truncation", "packing"}),
+            }
+        )
         self.folder = folder / self.digest
         self._formats: dict[int, str] = {}
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="stream")
@@ -129,7 +133,7 @@ class StreamingFeed:
         raise ConfigError("data.stream_rows needs train.max_steps: a stream is not counted before it is read")
 
     def close(self) -> None:
-        """Stop tokenising ahead, also in the middle of a window."""
+        """Stop tokenizing ahead, also in the middle of a window."""
         self._closed.set()
         self._ahead.shutdown(cancel_futures=True)
 

@@ -18,9 +18,9 @@ from finetune.data.documents import Document
 from finetune.distill.codec import MOST_IDS, Columns, draw, sampled_signal, top_signal
 from finetune.distill.keys import key_of, keys_of
 from finetune.distill.shards import ShardReader, check_fingerprint, open_folder
-from finetune.errors import ConfigError, DataError, IntegrityError
 from finetune.losses.chunked import chunked_logits
-from finetune.losses.signal import HiddenSignal, SampledSignal, Signal, Teacher, TopSignal
+from finetune.losses.teacher_targets import HiddenSignal, SampledSignal, Signal, Teacher, TopSignal
+from finetune.system.errors import ConfigError, DataError, IntegrityError
 
 # Tokens of a forward pass, in which nothing is kept for a backward pass.
 BATCH_TOKENS = 2048

@@ -1,4 +1,4 @@
-"""A target's distribution in 178 bytes, drawn so that what is learnt from it is right on average.
+"""A target's distribution in 178 bytes, drawn so that what is learned from it is right on average.
 
 Kept are the `head` most probable tokens with their log-probabilities (16 bit, within 1.9e-4 nats), `samples` tokens
 drawn from the others in proportion to their probability, each standing for an equal part of the others' mass, that
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.losses.chunked import chunked_logits
-from finetune.losses.signal import HiddenSignal, SampledSignal, TopSignal
+from finetune.losses.teacher_targets import HiddenSignal, SampledSignal, TopSignal
 
 Columns = dict[str, np.ndarray]
 

@@ -16,8 +16,8 @@ from threading import Event, Lock
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from finetune.errors import ConfigError, FinetuneError
-from finetune.terminal import printable
+from finetune.system.console import printable
+from finetune.system.errors import ConfigError, FinetuneError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 

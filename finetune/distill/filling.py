@@ -19,8 +19,8 @@ from finetune.distill.fingerprint import adapter_folder
 from finetune.distill.resident import load_resident
 from finetune.distill.server import LogprobServer
 from finetune.distill.teacher import cache_of, signal_fingerprint, streamed_teacher, teacher_model
-from finetune.models.source import WEIGHT_FILES, fetch, weight_files
-from finetune.planning.machine import available_memory
+from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
+from finetune.system.machine import available_memory
 
 Say = Callable[[str], None]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from finetune.config.schema import DistillConfig, ModelConfig
 from finetune.data.template.chat import ChatTemplate
-from finetune.models.adapter_files import CONFIG_FILE, TENSOR_FILE
+from finetune.models.adapters.files import CONFIG_FILE, TENSOR_FILE
 from finetune.models.digest import sha256_of, weights_digest
-from finetune.models.quantised_cache import cache_folder
-from finetune.models.source import WEIGHT_FILES, fetch, weight_files
+from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
+from finetune.models.quant.cache import cache_folder
 
 # Raised when what is kept of a distribution, or how a document's key is made, changes.
 SIGNAL_VERSION = 1
@@ -36,14 +36,16 @@ def fingerprint(
     elif cfg.tier == "sampled":
         kept |= {"head": cfg.head, "samples": cfg.samples, "seed": cfg.seed}
     return {
-        "version": SIGNAL_VERSION, "kept": kept, "vocabulary": vocabulary,
+        "version": SIGNAL_VERSION,
+        "kept": kept,
+        "vocabulary": vocabulary,
         "served": (cfg.teacher.served_as or cfg.teacher.name) if server else "nowhere",
         "weights": None if server else weights,
         "adapter": None if server else adapter,
         "dtype": None if server else teacher.dtype,
         "tokenizer": chat.digest(),
         "template": hashlib.sha256(chat.template.encode()).hexdigest(),
-    }  # fmt: skip
+    }
 
 
 def teacher_weights(teacher: ModelConfig, download: bool = True) -> dict[str, str]:

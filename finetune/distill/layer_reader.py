@@ -16,7 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from finetune.models.stored import Stored, check_reaches, map_tensor, read_exactly
+from finetune.models.safetensors_index import Stored, check_reaches, map_tensor, read_exactly
 
 # Reads in flight: a fast disk is busy only with several, and more than it needs cost nothing.
 _THREADS = 4

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from finetune.errors import ConfigError, IntegrityError
-from finetune.models.adapter_files import CONFIG_FILE, TENSOR_FILE, check_adapter
-from finetune.models.source import read_json
+from finetune.models.adapters.files import CONFIG_FILE, TENSOR_FILE, check_adapter
+from finetune.models.hub import read_json
+from finetune.system.errors import ConfigError, IntegrityError
 
 _RESIDENT = "set distill.teacher.placement=resident"
 # Inits that leave the base as it is; the others (PiSSA, OLoRA, …) take a part of it away when PEFT attaches them.

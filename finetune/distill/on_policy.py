@@ -2,7 +2,7 @@
 
 Which documents, and what chance decides in each, is a pure function of (seed, step, the document's number in the step);
 the words depend on the weights besides. So nothing has to be saved for a resumed run, and every rank may write a part.
-Source: Agarwal et al. 2024, arXiv:2306.13649 (generalised knowledge distillation, on-policy).
+Source: Agarwal et al. 2024, arXiv:2306.13649 (generalized knowledge distillation, on-policy).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from finetune.data.batch import groups_of
 from finetune.data.documents import Document
-from finetune.data.feed import Feed
+from finetune.data.sampler import Feed
 from finetune.data.template.chat import UNTRAINED
 
 # Prompts, each with the draws of its answer -> the answers' ids, in order. A draw, from [0, 1), decides one token, so

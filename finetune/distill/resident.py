@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.data.batch import Batch
 from finetune.losses.cross_entropy import head_of, target_rows
-from finetune.losses.hidden import hidden_states
-from finetune.losses.signal import HiddenSignal
-from finetune.models.adapter import load_adapter
-from finetune.models.fast import attach_fast_path
-from finetune.models.four_bit import build_skeleton, fill_plain, holds_all
+from finetune.losses.hidden_states import hidden_states
+from finetune.losses.teacher_targets import HiddenSignal
+from finetune.models.adapters.attach import load_adapter
+from finetune.models.fused import attach_fast_path
+from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
 from finetune.models.load import load_base, quiet
-from finetune.models.source import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
+from finetune.models.quant.four_bit import build_skeleton, fill_plain, holds_all
 from finetune.ops import attention
 
 _PLAIN = QuantConfig(type="none", double=False)

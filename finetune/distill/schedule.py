@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from finetune.data.batch import Batch
-from finetune.losses.signal import Signal, Teacher
+from finetune.losses.teacher_targets import Signal, Teacher
 
 
 class Schedule:

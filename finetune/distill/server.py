@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from finetune.distill.endpoint import KEY_VARIABLE, Endpoint, Halt, Refusal
-from finetune.errors import ConfigError, FinetuneError
+from finetune.system.errors import ConfigError, FinetuneError
 
 # What a token's entry takes at most: its id, log-probability and rank, and its text, escaped.
 _ENTRY_BYTES = 1024

@@ -29,9 +29,9 @@ from safetensors.numpy import save
 
 from finetune.distill.codec import Columns
 from finetune.distill.keys import KEY_BYTES
-from finetune.errors import ConfigError, IntegrityError, ResourceError
-from finetune.files import write_text
 from finetune.models.digest import sha256_of
+from finetune.system.atomic import write_text
+from finetune.system.errors import ConfigError, IntegrityError, ResourceError
 
 FINGERPRINT, COMPLETE = "fingerprint.json", "complete.json"
 _KEYS, _COUNTS = "keys", "counts"
@@ -131,10 +131,13 @@ class ShardWriter:
         """
         if not self._keys:
             return
-        content = save({name: np.concatenate([part[name] for part in self._columns]) for name in self._columns[0]} | {
-            _KEYS: np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, KEY_BYTES),
-            _COUNTS: np.array([len(next(iter(part.values()))) for part in self._columns], dtype=np.int32),
-        })  # fmt: skip
+        content = save(
+            {name: np.concatenate([part[name] for part in self._columns]) for name in self._columns[0]}
+            | {
+                _KEYS: np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, KEY_BYTES),
+                _COUNTS: np.array([len(next(iter(part.values()))) for part in self._columns], dtype=np.int32),
+            }
+        )
         written = sorted(self.folder.glob("shard-*.json"))
         number = int(written[-1].stem.removeprefix("shard-")) + 1 if written else 0
         shard = self.folder / f"shard-{number:05d}.safetensors"
@@ -246,10 +249,15 @@ def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
         if there.get(name) != here.get(name) and not f"{name}.".startswith(open_fields)
     ]
     if differing:
-        raise ConfigError("\n".join([
-            f"distill.cache: {folder} holds another signal than this config asks for:", *differing,
-            f"change the config, or {_NEW_FOLDER}",
-        ]))  # fmt: skip
+        raise ConfigError(
+            "\n".join(
+                [
+                    f"distill.cache: {folder} holds another signal than this config asks for:",
+                    *differing,
+                    f"change the config, or {_NEW_FOLDER}",
+                ]
+            )
+        )
 
 
 def vocabulary_of(folder: Path) -> int:

@@ -21,20 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finetune import heap
 from finetune.config.schema import ModelConfig
 from finetune.data.batch import Batch
 from finetune.distill.layer_reader import LayerPair, Reads
 from finetune.distill.meta_adapter import attach_adapter
-from finetune.errors import ConfigError, IntegrityError
 from finetune.losses.cross_entropy import target_rows
-from finetune.losses.hidden import DecoderRows, decoder_rows, token_of_row, token_states
-from finetune.models.fast import attach_fast_path
-from finetune.models.four_bit import build_skeleton, holds_all
+from finetune.losses.hidden_states import DecoderRows, decoder_rows, token_of_row, token_states
+from finetune.models.fused import attach_fast_path
+from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
 from finetune.models.load import quiet
-from finetune.models.source import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
-from finetune.models.stored import WeightFiles, map_tensor
+from finetune.models.quant.four_bit import build_skeleton, holds_all
+from finetune.models.safetensors_index import WeightFiles, map_tensor
 from finetune.ops import attention
+from finetune.system import heap
+from finetune.system.errors import ConfigError, IntegrityError
 
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 

@@ -21,10 +21,10 @@ from finetune.distill.resident import load_resident
 from finetune.distill.shards import vocabulary_of
 from finetune.distill.stream import StreamedModel
 from finetune.distill.vocabulary import check_same_tokens, shared_vocabulary
-from finetune.errors import ConfigError
-from finetune.losses.signal import HiddenSignal, Teacher
+from finetune.losses.teacher_targets import HiddenSignal, Teacher
+from finetune.models.hub import TEXT_FILES, fetch, read_config
 from finetune.models.load import load_tokenizer
-from finetune.models.source import TEXT_FILES, fetch, read_config
+from finetune.system.errors import ConfigError
 
 Say = Callable[[str], None]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from finetune.errors import ConfigError
+from finetune.system.errors import ConfigError
 
 _SHOWN = 8
 
@@ -34,12 +34,18 @@ def check_same_tokens(
         return
     shown = [f"  {i}: {a!r} here, {b!r} to the teacher" for i, a, b in different[:_SHOWN]]
     more = [f"  … and {len(different) - _SHOWN:,} more"] if len(different) > _SHOWN else []
-    raise ConfigError("\n".join([
-        f"distill.teacher.name={teacher} means something else by {len(different):,} of the {len(ids):,} tokens that "
-        "the rows hold:", *shown, *more,
-        f"train with its tokenizer (model.tokenizer={teacher}, and a data.chat_template that suits it), or choose a "
-        "teacher with the student's own",
-    ]))  # fmt: skip
+    raise ConfigError(
+        "\n".join(
+            [
+                f"distill.teacher.name={teacher} means something else by {len(different):,} of the {len(ids):,} tokens that "
+                "the rows hold:",
+                *shown,
+                *more,
+                f"train with its tokenizer (model.tokenizer={teacher}, and a data.chat_template that suits it), or choose a "
+                "teacher with the student's own",
+            ]
+        )
+    )
 
 
 def _meanings(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str | None]:

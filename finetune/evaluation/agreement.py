@@ -15,8 +15,8 @@ from finetune.evaluation.perplexity import evaluating
 from finetune.losses.chunked import chunked_logits
 from finetune.losses.cross_entropy import head_of, target_rows
 from finetune.losses.divergence import compare
-from finetune.losses.hidden import hidden_states
-from finetune.losses.signal import Teacher
+from finetune.losses.hidden_states import hidden_states
+from finetune.losses.teacher_targets import Teacher
 
 # Batches that a teacher is asked about at once: one that is read layer by layer is read once for them.
 _BATCHES = 16

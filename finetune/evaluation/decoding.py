@@ -15,10 +15,10 @@ from transformers import DynamicCache
 from finetune.config.schema import QuantConfig
 from finetune.losses.chunked import logits_of
 from finetune.losses.cross_entropy import head_of
-from finetune.losses.hidden import base_of
-from finetune.models.four_bit import keep_resident, resident_bytes
-from finetune.models.storage import FOUR_BIT
-from finetune.planning.machine import available_memory
+from finetune.losses.hidden_states import base_of
+from finetune.models.quant.bit_widths import FOUR_BIT
+from finetune.models.quant.four_bit import keep_resident, resident_bytes
+from finetune.system.machine import available_memory
 
 # (logits [N, V], which prompts they are of [N], how many tokens each of those has been answered with) -> ids [N] int64.
 Choose = Callable[[Tensor, list[int], list[int]], Tensor]
@@ -29,10 +29,10 @@ def greedy(logits_NV: Tensor, prompts: list[int], written: list[int]) -> Tensor:
     return logits_NV.argmax(-1)
 
 
-def dequantise_once(model: nn.Module, quant: QuantConfig) -> None:
+def dequantize_once(model: nn.Module, quant: QuantConfig) -> None:
     """Keep 4-bit weights in 16 bit as well, as `quant.resident` does, on a CPU that has room for them.
 
-    Else each token dequantises them all anew, which takes most of its time. A GPU's kernels read them as they are.
+    Else each token dequantizes them all anew, which takes most of its time. A GPU's kernels read them as they are.
     """
     if quant.type not in FOUR_BIT or quant.resident or next(model.parameters()).device.type != "cpu":
         return
@@ -76,9 +76,12 @@ class Decoding:
     def _read(self) -> Tensor:
         """The final hidden states [N, D] at the end of each row, after what has not been read yet."""
         outputs = self.backbone(
-            input_ids=self.ids_NL, attention_mask=self.mask_NL, position_ids=self.positions_NL,
-            past_key_values=self.cache, use_cache=True,
-        )  # fmt: skip
+            input_ids=self.ids_NL,
+            attention_mask=self.mask_NL,
+            position_ids=self.positions_NL,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
         return outputs.last_hidden_state[:, -1]
 
     def _append(self, ids_N: Tensor, stays: list[bool]) -> None:

@@ -9,16 +9,16 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from finetune.errors import IntegrityError
 from finetune.evaluation.intervals import Estimate
-from finetune.files import write_text
 from finetune.models.digest import sha256_of
+from finetune.system.atomic import write_text
+from finetune.system.errors import IntegrityError
 
 JSON, MARKDOWN, PICTURE = "gap.json", "gap.md", "gap.png"
 SCHEMA_VERSION = 1
 
 # What the models are, in the order of the table; see `ModelFigures.variant`.
-Variant = Literal["base", "quantised", "trained", "merged"]
+Variant = Literal["base", "quantized", "trained", "merged"]
 
 
 @dataclass(frozen=True)

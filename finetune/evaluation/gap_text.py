@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from finetune.evaluation.gap_table import GapTable, ModelFigures, SetFigures
 from finetune.evaluation.intervals import Estimate
-from finetune.plotting import COLOURS, figure
+from finetune.system.plotting import COLORS, figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,7 @@ def gap_markdown(table: GapTable) -> str:
 
 
 def gap_figure(table: GapTable) -> Figure:
-    """A panel for each of loss, accuracy, score and KL; a line for each model, a colour for each set of rows."""
+    """A panel for each of loss, accuracy, score and KL; a line for each model, a color for each set of rows."""
     sets = [f"{rows.name} (forgetting)" if rows.forgetting else rows.name for rows in table.models[0].sets]
     names = [
         name
@@ -89,10 +89,13 @@ def gap_figure(table: GapTable) -> Figure:
     )
     if len(sets) > 1:
         drawn.legend(
-            handles=[panels[0].plot([], [], "o", color=COLOURS[i % len(COLOURS)], label=name)[0]
-                     for i, name in enumerate(sets)],
-            loc="outside lower center", ncols=len(sets), frameon=False,
-        )  # fmt: skip
+            handles=[
+                panels[0].plot([], [], "o", color=COLORS[i % len(COLORS)], label=name)[0] for i, name in enumerate(sets)
+            ],
+            loc="outside lower center",
+            ncols=len(sets),
+            frameon=False,
+        )
     return drawn
 
 
@@ -100,7 +103,7 @@ def _draw(panel: Axes, table: GapTable, name: str, i: int) -> None:
     scale = 100 if name in ("accuracy", "score") else 1
     sets = len(table.models[0].sets)
     spread = min(0.4, 0.8 / sets)
-    colour = COLOURS[i % len(COLOURS)]
+    color = COLORS[i % len(COLORS)]
     for line, model in enumerate(table.models):
         found = model.sets[i].figures.get(name)
         if found is None:
@@ -108,15 +111,21 @@ def _draw(panel: Axes, table: GapTable, name: str, i: int) -> None:
         y = line + spread * (i - (sets - 1) / 2)
         ends = [[scale * max(0.0, found.value - found.low)], [scale * max(0.0, found.high - found.value)]]
         panel.errorbar(
-            [scale * found.value], [y], xerr=ends, fmt="o", color=colour, markersize=4, capsize=2, linewidth=1.2
+            [scale * found.value], [y], xerr=ends, fmt="o", color=color, markersize=4, capsize=2, linewidth=1.2
         )
         far = model.sets[i].figures.get("kl_p99") if name == "kl" else None
         if far is not None:
-            panel.plot([far.value], [y], "D", markerfacecolor="none", markersize=4, color=colour)
+            panel.plot([far.value], [y], "D", markerfacecolor="none", markersize=4, color=color)
         panel.annotate(
-            FIGURES[name][1](found.value), (scale * found.value, y), xytext=(0, 4), textcoords="offset points",
-            ha="center", va="bottom", fontsize=7, color="black",
-        )  # fmt: skip
+            FIGURES[name][1](found.value),
+            (scale * found.value, y),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=7,
+            color="black",
+        )
     if name == "kl":
         panel.set_xscale("symlog", linthresh=1e-4)
         panel.margins(x=0.15)

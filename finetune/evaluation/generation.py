@@ -13,7 +13,7 @@ from finetune.data.formats.messages import Conversation
 from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation.decoding import Decoding, greedy
 from finetune.evaluation.perplexity import evaluating
-from finetune.losses.hidden import base_of
+from finetune.losses.hidden_states import base_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune.errors import ConfigError, DataError
 from finetune.evaluation.generation import Answer
+from finetune.system.errors import ConfigError, DataError
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 _GSM8K_MARK = "####"

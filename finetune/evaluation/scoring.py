@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from finetune.data.batch import Batch, build_batch, groups_of
 from finetune.data.documents import Documents
 from finetune.data.template.chat import UNTRAINED
-from finetune.errors import FinetuneError
 from finetune.evaluation.perplexity import evaluating
 from finetune.losses.chunked import chunked_logits
 from finetune.losses.cross_entropy import head_of, target_rows
 from finetune.losses.divergence import compare
-from finetune.losses.hidden import base_of, hidden_states
-from finetune.losses.signal import Signal, Teacher
+from finetune.losses.hidden_states import base_of, hidden_states
+from finetune.losses.teacher_targets import Signal, Teacher
 from finetune.ops.cross_entropy import cross_entropy_
+from finetune.system.errors import FinetuneError
 
 
 @dataclass(frozen=True)

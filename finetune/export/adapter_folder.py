@@ -24,17 +24,17 @@ from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
 from finetune.config.compose import saved_config
-from finetune.errors import ConfigError, IntegrityError
-from finetune.export.companions import MODEL, copy_files
-from finetune.export.formats import Exported, Job
-from finetune.export.merge.trained import makes_up_for_quantising
+from finetune.export.copied_files import MODEL, copy_files
+from finetune.export.exporter import Exported, Job
 from finetune.export.verify import Verification, compare, require_same, source_answers
-from finetune.files import write_text
-from finetune.models.adapter_config import other_base, other_updates, scaling_of
-from finetune.models.adapter_files import CONFIG_FILE, PREFIX, TENSOR_FILE, check_adapter, load_adapter
+from finetune.models.adapters.config import other_base, other_updates, scaling_of
+from finetune.models.adapters.files import CONFIG_FILE, PREFIX, TENSOR_FILE, check_adapter, load_adapter
+from finetune.models.adapters.trained import makes_up_for_quantizing
 from finetune.models.families import FAMILIES
+from finetune.models.hub import read_json
 from finetune.models.load import quiet
-from finetune.models.source import read_json
+from finetune.system.atomic import write_text
+from finetune.system.errors import ConfigError, IntegrityError
 
 # What vLLM's --max-lora-rank may be.
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -75,9 +75,9 @@ def to_adapter(job: Job) -> Exported:
             checks = [_verify(job, folder, folded)]
         else:
             job.say(f"not compared with its source: the base {base} is no local folder; model=FOLDER names one")
-    four_bit = makes_up_for_quantising(saved_config(job.source))
+    four_bit = makes_up_for_quantizing(saved_config(job.source))
     if four_bit:
-        job.say("the adapter makes up for what quantising took: the command serves it over the base in 4 bit")
+        job.say("the adapter makes up for what quantizing took: the command serves it over the base in 4 bit")
     notes = {"rank": rank, "folded": folded, "base": base, "four_bit_base": four_bit}
     return Exported(checks, [_serve(job, base, revision, rank, four_bit)], notes)
 

@@ -1,9 +1,9 @@
-"""A model folder for transformers and vLLM, rounded once or quantised, written and read back one tensor at a time.
+"""A model folder for transformers and vLLM, rounded once or quantized, written and read back one tensor at a time.
 
-Quantised are the blocks' linear layers; embedding, head, norms and biases stay bf16. The ways of storing them are their
-libraries' own: bitsandbytes' NF4, with the bits that quantising while loading gives, and compressed-tensors' 8 bits
+Quantized are the blocks' linear layers; embedding, head, norms and biases stay bf16. The ways of storing them are their
+libraries' own: bitsandbytes' NF4, with the bits that quantizing while loading gives, and compressed-tensors' 8 bits
 with a scale for each row of a weight (W8A8, FP8_DYNAMIC); there a server finds the scale of each token's activations.
-A folder has one kind of quantised layers. What mixed precision kept in more bits than that stays bf16.
+A folder has one kind of quantized layers. What mixed precision kept in more bits than that stays bf16.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from transformers import AutoModelForCausalLM
 
 from finetune.config.options import parse_size
 from finetune.config.schema import QuantConfig
-from finetune.errors import ConfigError, IntegrityError, MissingExtra
-from finetune.export.companions import MODEL, copy_files
-from finetune.export.formats import Exported, Job
+from finetune.export.copied_files import MODEL, copy_files
+from finetune.export.exporter import Exported, Job
 from finetune.export.merge.merge import REPORT
 from finetune.export.shards import Content, Planned, plan_shards, write_index, write_shard
 from finetune.export.verify import Reader, Verification, compare, require_same, source_answers
-from finetune.files import write_text
-from finetune.models.four_bit import build_skeleton, quantise, quantising_workers
+from finetune.models.hub import read_config, read_tensor, weight_files
 from finetune.models.load import quiet
-from finetune.models.quantize import head_name, linear_names, quantization_config
-from finetune.models.source import read_config, read_tensor, weight_files
-from finetune.models.stored import Stored, WeightFiles, read_rows
+from finetune.models.quant.four_bit import build_skeleton, quantize, quantizing_workers
+from finetune.models.quant.quantize import head_name, linear_names, quantization_config
+from finetune.models.safetensors_index import Stored, WeightFiles, read_rows
+from finetune.system.atomic import write_text
+from finetune.system.errors import ConfigError, IntegrityError, MissingExtra
 
 PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _BLOCK_ELEMENTS = 1 << 22  # rounded at once
 _ALIGNMENT = 16
 
 # A weight [out, in] -> what is stored of it, by what stands after the layer's name and its dot.
-Quantise = Callable[[Tensor], dict[str, Tensor]]
+Quantize = Callable[[Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Storage:
-    """dtype: of all that is not quantised. settings: config.json's quantization_config. advice: where it can serve."""
+    """dtype: of all that is not quantized. settings: config.json's quantization_config. advice: where it can serve."""
 
     dtype: torch.dtype
-    quantise: Quantise | None = None
+    quantize: Quantize | None = None
     settings: dict[str, Any] | None = None
     advice: str | None = None
 
@@ -58,7 +58,7 @@ class Storage:
 def to_safetensors(job: Job) -> Exported:
     """A complete transformers folder in the number format that `type` names (bf16 without one).
 
-    Raises: ConfigError for an unknown type, a source that is quantised already or numbers that fp16 cannot hold;
+    Raises: ConfigError for an unknown type, a source that is quantized already or numbers that fp16 cannot hold;
     MissingExtra; IntegrityError if transformers does not read back what was written.
     """
     kind = job.options.type or "bf16"
@@ -70,14 +70,14 @@ def to_safetensors(job: Job) -> Exported:
     kept = _kept_in_training(job.source, kind)
     storage = TYPES[kind]([head, *kept])
     blocks = [name for name in linear_names(skeleton) if name != head and name not in set(kept)]
-    quantised = [f"{name}.weight" for name in blocks] if storage.quantise else []
-    lossless = _write_weights(job, storage, quantised, limit_bytes)
+    quantized = [f"{name}.weight" for name in blocks] if storage.quantize else []
+    lossless = _write_weights(job, storage, quantized, limit_bytes)
     _write_config(job.out, config, storage)
     copy_files(job.source, job.out, MODEL)
     checks = [_verify(job, lossless)] if job.options.verify else []
     notes: dict[str, Any] = {
         "type": kind,
-        "quantised_tensors": len(quantised),
+        "quantized_tensors": len(quantized),
         "bytes": sum(file.stat().st_size for file in job.out.glob("*.safetensors")),
     }
     if storage.advice:
@@ -112,13 +112,17 @@ def _nf4(kept: Sequence[str]) -> Storage:
 
     # A layer as transformers makes it while it loads: its options decide the bits.
     like = bnb.nn.Linear4bit(
-        1, 1, compress_statistics=settings.bnb_4bit_use_double_quant, quant_type=settings.bnb_4bit_quant_type,
-        quant_storage=settings.bnb_4bit_quant_storage, device="meta",
-    ).weight  # fmt: skip
+        1,
+        1,
+        compress_statistics=settings.bnb_4bit_use_double_quant,
+        quant_type=settings.bnb_4bit_quant_type,
+        quant_storage=settings.bnb_4bit_quant_storage,
+        device="meta",
+    ).weight
 
     def store(weight: Tensor) -> dict[str, Tensor]:
-        with quantising_workers() as workers:
-            packed, state = quantise(weight.to(torch.bfloat16), like, workers.map)
+        with quantizing_workers() as workers:
+            packed, state = quantize(weight.to(torch.bfloat16), like, workers.map)
         return {"weight": packed, **{f"weight.{key}": part for key, part in state.as_dict(packed=True).items()}}
 
     return Storage(torch.bfloat16, store, settings.to_dict())
@@ -172,21 +176,21 @@ def check_ready(kind: str) -> None:
     TYPES[kind](["lm_head"])
 
 
-def _write_weights(job: Job, storage: Storage, quantised: list[str], limit_bytes: int) -> bool:
+def _write_weights(job: Job, storage: Storage, quantized: list[str], limit_bytes: int) -> bool:
     """All tensors, in shards. Returns: whether each kept its value."""
     files = weight_files(job.source, str(job.source))
     weights = WeightFiles(files)
-    if lost := sorted(set(quantised) - files.keys()):
+    if lost := sorted(set(quantized) - files.keys()):
         raise IntegrityError(f"{job.source} lacks {', '.join(lost[:5])}, which its config.json promises")
-    parts = {name: stored for name, stored in weights.tensors.items() if name not in set(quantised)}
+    parts = {name: stored for name, stored in weights.tensors.items() if name not in set(quantized)}
     plan = [Planned(name, storage.dtype, stored.shape) for name, stored in parts.items()]
-    scratch = job.out / ".quantised"
-    if storage.quantise is not None:
+    scratch = job.out / ".quantized"
+    if storage.quantize is not None:
         # How long the parts are shows when they are made, and a file's header comes first: they wait on the disk.
         with scratch.open("wb") as stream:
-            for name in quantised:
+            for name in quantized:
                 layer = name.removesuffix("weight")
-                for key, tensor in storage.quantise(read_tensor(files[name], name)).items():
+                for key, tensor in storage.quantize(read_tensor(files[name], name)).items():
                     parts[layer + key] = stored = _append(stream, scratch, tensor)
                     plan.append(Planned(layer + key, stored.dtype, stored.shape))
     shards = plan_shards(sorted(plan, key=lambda planned: planned.name), limit_bytes)
@@ -196,7 +200,7 @@ def _write_weights(job: Job, storage: Storage, quantised: list[str], limit_bytes
     scratch.unlink(missing_ok=True)
     weights.check_unchanged()
     wider = {stored.dtype for stored in parts.values()} - {storage.dtype}
-    return not quantised and (storage.dtype == torch.float32 or not wider) and torch.float64 not in wider
+    return not quantized and (storage.dtype == torch.float32 or not wider) and torch.float64 not in wider
 
 
 def _append(stream: IO[bytes], file: Path, tensor: Tensor) -> Stored:
@@ -247,9 +251,13 @@ def transformers_reader(folder: Path) -> Reader:
     """
     with _silent():
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
             output_loading_info=True,
-        )  # fmt: skip
+        )
     if wrong := {what: sorted(map(str, names))[:5] for what, names in report.items() if names}:
         raise IntegrityError(f"{folder} is not what transformers expects of it: {wrong}; nothing was kept")
     # Beside 4-bit layers, transformers leaves other weights as they are stored, but for a tied embedding.

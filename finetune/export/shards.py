@@ -19,8 +19,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from finetune.models.source import INDEX_FILE, SINGLE_FILE
-from finetune.models.stored import NAMES, Stored
+from finetune.models.hub import INDEX_FILE, SINGLE_FILE
+from finetune.models.safetensors_index import NAMES, Stored
 
 # Bytes of one write: with 8 MB a 2 GB file took 7 s on ext4 where it took 1.6 s with 1 MB (benchmarks/NOTES.md).
 _WRITE_BYTES = 1 << 20
@@ -97,8 +97,10 @@ def _header(tensors: Sequence[Planned]) -> bytes:
     for tensor in tensors:
         end = offset + tensor.nbytes
         header[tensor.name] = {
-            "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end],
-        }  # fmt: skip
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import ConfigError, FinetuneError, ResourceError
-from finetune.files import is_disk_full, sync
+from finetune.system.atomic import is_disk_full, sync
+from finetune.system.errors import ConfigError, FinetuneError, ResourceError
 
 _MADE_FROM = ".made_from.json"
 # Text files, and what a file system needs for itself.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from finetune.errors import IntegrityError
 from finetune.models.load import quiet
+from finetune.system.errors import IntegrityError
 
 # Ids [T] -> logits [T, V] in fp32, V at least the tokenizer's.
 Reader = Callable[[list[int]], Tensor]
@@ -29,7 +29,7 @@ PROMPTS = (
     "Count from one to ten.",
     "def fibonacci(n):",
     "Repeat this twice: the quick brown fox.",
-    "List three colours.",
+    "List three colors.",
 )
 
 
@@ -73,9 +73,12 @@ def source_answers(source: Path, prompts: int, tokens: int) -> Answers:
             source, dtype=torch.float32, trust_remote_code=False, local_files_only=True
         ).eval()
     greedy = GenerationConfig(
-        max_new_tokens=tokens, do_sample=False, repetition_penalty=1.0, pad_token_id=tokenizer.pad_token_id or 0,
+        max_new_tokens=tokens,
+        do_sample=False,
+        repetition_penalty=1.0,
+        pad_token_id=tokenizer.pad_token_id or 0,
         eos_token_id=model.generation_config.eos_token_id,
-    )  # fmt: skip
+    )
     answers = Answers([], [], [])
     for number in range(prompts):
         text = PROMPTS[number % len(PROMPTS)]

@@ -1,1 +1,1 @@
-"""What a step minimises: hidden states in, a sum and a count out; the loop normalises once, by the global count."""
+"""What a step minimizes: hidden states in, a sum and a count out; the loop normalizes once, by the global count."""

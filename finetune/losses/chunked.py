@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from finetune.ops.products import product
+from finetune.ops.matmul import product
 
 # Values of logits alive at once. 2**25 are 64 MB in bf16: for 0.5B, 220 rows; half of it costs 5 %, twice of it gains
 # next to nothing. A GPU needs more rows before reading the head no longer sets the pace.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from finetune.data.batch import Batch
 from finetune.data.template.chat import UNTRAINED
 from finetune.losses.chunked import ChunkLoss, chunked_logits, chunked_loss
-from finetune.losses.hidden import base_of, hidden_states
+from finetune.losses.hidden_states import base_of, hidden_states
 from finetune.ops.cross_entropy import cross_entropy_
 
 

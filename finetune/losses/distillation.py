@@ -12,8 +12,8 @@ from finetune.data.template.chat import UNTRAINED
 from finetune.losses.chunked import chunked_loss
 from finetune.losses.cross_entropy import head_of, target_rows
 from finetune.losses.divergence import Terms, distillation_loss
-from finetune.losses.hidden import hidden_states
-from finetune.losses.signal import HiddenSignal, Signal
+from finetune.losses.hidden_states import hidden_states
+from finetune.losses.teacher_targets import HiddenSignal, Signal
 
 
 class Distillation(nn.Module):

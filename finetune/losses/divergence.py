@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finetune.config.schema import DistillConfig
 from finetune.losses.chunked import ChunkLoss, logits_of
-from finetune.losses.signal import HiddenSignal, SampledSignal, Signal, TopSignal
+from finetune.losses.teacher_targets import HiddenSignal, SampledSignal, Signal, TopSignal
 from finetune.ops.bucketed_kl import bucketed_kl_
 from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.divergence import divergence_, sampled_kl_

@@ -1,4 +1,4 @@
-"""The base model, its quantisation and its adapter, as ordinary transformers, bitsandbytes and PEFT objects."""
+"""The base model, its quantization and its adapter, as ordinary transformers, bitsandbytes and PEFT objects."""
 
 from __future__ import annotations
 

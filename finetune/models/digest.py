@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from finetune.files import write_text
+from finetune.system.atomic import write_text
 
 _BLOCK_BYTES = 1 << 22
 # hashlib lets go of the interpreter's lock; more readers only disturb a disk.
@@ -64,8 +64,13 @@ def identity(file: Path) -> dict[str, Any]:
     """What changes when a file is written to or replaced."""
     real = file.resolve()
     stat = real.stat()
-    return {"path": str(real), "size_bytes": stat.st_size, "inode": stat.st_ino,
-            "written_ns": stat.st_mtime_ns, "changed_ns": stat.st_ctime_ns}  # fmt: skip
+    return {
+        "path": str(real),
+        "size_bytes": stat.st_size,
+        "inode": stat.st_ino,
+        "written_ns": stat.st_mtime_ns,
+        "changed_ns": stat.st_ctime_ns,
+    }
 
 
 def _remembered(file: Path, memory: Path) -> str:

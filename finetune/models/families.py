@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import ConfigError
+from finetune.system.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ModelFamily:
     model_type: str  # as config.json says it
     block_class: str  # class of one decoder layer
     linear_modules: tuple[str, ...]  # linear layers of a block: what `lora.target_modules=all-linear` means
-    head: str = "lm_head"  # full name of the output layer, never quantised
+    head: str = "lm_head"  # full name of the output layer, never quantized
     end_of_turn: str = "<|im_end|>"
 
 

@@ -20,20 +20,20 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from finetune.config.schema import ModelConfig, QuantConfig
-from finetune.errors import ConfigError, IntegrityError, MissingExtra, ResourceError
-from finetune.models.eight_bit import quantise_loaded
 from finetune.models.families import shape_of
-from finetune.models.four_bit import build_skeleton, keep_resident, load_four_bit
-from finetune.models.quantised_cache import Say
-from finetune.models.quantize import (
+from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, read_json, weight_files
+from finetune.models.quant.cache import Say
+from finetune.models.quant.eight_bit import quantize_loaded
+from finetune.models.quant.four_bit import build_skeleton, keep_resident, load_four_bit
+from finetune.models.quant.quantize import (
     FOUR_BIT,
     check_quantized,
     keep_weights_trainable_after_eval,
     quantization_config,
     storage_in,
 )
-from finetune.models.source import TEXT_FILES, WEIGHT_FILES, fetch, read_config, read_json, weight_files
 from finetune.ops import attention
+from finetune.system.errors import ConfigError, IntegrityError, MissingExtra, ResourceError
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 _log = logging.getLogger(__name__)
@@ -98,10 +98,10 @@ def _words(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def load_base(
     model: ModelConfig, quant: QuantConfig, device: torch.device | str | None = None, say: Say = _log.warning
 ) -> PreTrainedModel:
-    """The frozen base model in eval mode, quantised while it loads; nothing is cast to fp32.
+    """The frozen base model in eval mode, quantized while it loads; nothing is cast to fp32.
 
     device: default is this rank's GPU (`cuda:LOCAL_RANK`), the CPU where there is none.
-    say: told, in a line, what goes wrong with the cache of quantised weights; the model is loaded all the same.
+    say: told, in a line, what goes wrong with the cache of quantized weights; the model is loaded all the same.
     Returns: an ordinary transformers model; `model.base_revision` is the hub commit it came from, or None. With
     `quant.resident`, each 4-bit layer has its 16-bit copy as `resident_weight`.
     Raises: ConfigError (not found, not supported, missing files), IntegrityError (torn files, tensors that are missing,
@@ -114,7 +114,7 @@ def load_base(
     kernel = attention.SEGMENTED if model.attention == "auto" else model.attention
     place = default_device() if device is None else torch.device(device)
     with quiet(), _readable_errors(model, quant):
-        settings = quantisation_of(source.folder, model, quant)
+        settings = quantization_of(source.folder, model, quant)
         base: Any = None
         if settings is not None and quant.type in FOUR_BIT:
             base = load_four_bit(source.folder, files, model, kernel, quant, settings, place, say)
@@ -122,7 +122,7 @@ def load_base(
             base = _load_by_transformers(source.folder, model, kernel, settings, place)
             if settings is not None and quant.type in FOUR_BIT and quant.int8:
                 eight = [name for name, kind in storage_in(base, quant).items() if kind == "int8"]
-                quantise_loaded(base, eight, settings.llm_int8_threshold)
+                quantize_loaded(base, eight, settings.llm_int8_threshold)
         base.requires_grad_(False)
         if quant.type != "none":
             keep_weights_trainable_after_eval(base)
@@ -177,8 +177,8 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def quantisation_of(folder: Path, model: ModelConfig, quant: QuantConfig) -> BitsAndBytesConfig | None:
-    """The quantisation settings with the names in `quant` resolved on a model without weights."""
+def quantization_of(folder: Path, model: ModelConfig, quant: QuantConfig) -> BitsAndBytesConfig | None:
+    """The quantization settings with the names in `quant` resolved on a model without weights."""
     # Names need no attention kernel, which may not be installed: that is for the loading to say.
     skeleton = build_skeleton(folder, getattr(torch, model.dtype), "eager")
     return quantization_config(quant, storage_in(skeleton, quant))

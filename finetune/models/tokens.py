@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.errors import ConfigError
+from finetune.system.errors import ConfigError
 
 
 def plan_token_ids(

@@ -30,7 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from finetune.ops import cpu_attention
-from finetune.ops.products import widens
+from finetune.ops.matmul import widens
 
 SEGMENTED = "segmented"
 # Rows of a forward pass and tokens of a document are rounded up to a multiple: few shapes, little padding.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finetune.ops.dispatch import fused
-from finetune.ops.products import widens
+from finetune.ops.matmul import widens
 
 _BLOCK = 128
 

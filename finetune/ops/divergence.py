@@ -2,7 +2,7 @@
 
 The nats are those of the distributions at the temperature, without Hinton's factor of its square: TRL's convention.
 Shapes: N rows, V vocabulary rows, K ids that a sparse teacher names.
-Sources: Agarwal et al. 2024, arXiv:2306.13649 (generalised JSD); Ko et al. 2024, arXiv:2402.03898 (skew KL);
+Sources: Agarwal et al. 2024, arXiv:2306.13649 (generalized JSD); Ko et al. 2024, arXiv:2402.03898 (skew KL);
 Anshumann et al. 2025, arXiv:2503.16870 (a sampled teacher leaves forward KL's gradient unbiased).
 """
 
@@ -123,7 +123,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor, float, float], Tensor]]
 def _compare(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """q, p and log(p / q), fp32. The last from differences of logits: two logarithms would each be rounded first.
 
-    The differences q - p sum to nothing but how both normalisations were rounded; added to a KL, they take that out.
+    The differences q - p sum to nothing but how both normalizations were rounded; added to a KL, they take that out.
     """
     below_q_NV, q_NV, sum_q_N1 = _softmax(student_NV, temperature)
     below_p_NV, p_NV, sum_p_N1 = _softmax(teacher_NV, temperature)

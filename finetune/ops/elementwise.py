@@ -15,7 +15,7 @@ from finetune.ops.dispatch import fused
 
 @fused
 def rms_norm_forward(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight, normalised in fp32, rounded to x's dtype before the weight as Qwen2 does."""
+    """x / rms(x) * weight, normalized in fp32, rounded to x's dtype before the weight as Qwen2 does."""
     wide = x_TD.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight_D * normed.to(x_TD.dtype)

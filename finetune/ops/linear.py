@@ -2,7 +2,7 @@
 
     y = x W^T + b + scale * dropout(x) A^T B^T
 
-W is frozen: it may be 4-bit, is dequantised just before each product and dropped after it, and gets no gradient. A and
+W is frozen: it may be 4-bit, is dequantized just before each product and dropped after it, and gets no gradient. A and
 B are fp32 masters, rounded to x's dtype inside. Kept for the backward pass: x, once for all projections that read it,
 and only if one of them is adapted; of the MLP besides it the two factors of the product. Everything else is made again.
 
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finetune.ops.dequantise import dequantise
+from finetune.ops.dequantize import dequantize
 from finetune.ops.elementwise import swiglu_backward_, swiglu_forward
-from finetune.ops.products import add_product_, product
+from finetune.ops.matmul import add_product_, product
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,13 @@ class Projection:
     quant_state: Any = None
     adapter: Adapter | None = None
 
-    def dequantised(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """The weight [O, D] to multiply with. On a GPU it lies in a buffer that the next call overwrites."""
-        return self.weight if self.quant_state is None else dequantise(self.weight, self.quant_state)
+        return self.weight if self.quant_state is None else dequantize(self.weight, self.quant_state)
 
 
 # Rows that pass through an MLP at once on a CPU where no gradient is wanted: its inner matrices are a layer's largest,
-# five of this height are alive, and a row needs no other. Not with 4-bit weights, dequantised for each block anew.
+# five of this height are alive, and a row needs no other. Not with 4-bit weights, dequantized for each block anew.
 _FORWARD_ROWS = 256
 # Rows that pass through it at once on a CPU in any case: of more, the inner matrices are mapped and faulted in anew
 # each time (a tenth of a layer's time at 16,384), and a backward pass holds up to seventeen of them.
@@ -168,7 +168,7 @@ def _dropped(x_TD: Tensor, p: Projection, mask: Tensor | None) -> Tensor:
 
 
 def _forward(x_TD: Tensor, p: Projection, mask: Tensor | None) -> Tensor:
-    weight_OD = p.dequantised()
+    weight_OD = p.dequantized()
     y_TO = product(x_TD, weight_OD.T, p.bias)
     if p.adapter:
         a_RD, b_OR = p.adapter.a.to(x_TD.dtype), p.adapter.b.to(x_TD.dtype)
@@ -185,7 +185,7 @@ def _backward(
 
 
 def _grad_input(grad_TO: Tensor, p: Projection, mask: Tensor | None, grad_x: Tensor | None) -> Tensor:
-    weight_OD = p.dequantised()
+    weight_OD = p.dequantized()
     grad_x = product(grad_TO, weight_OD) if grad_x is None else add_product_(grad_x, grad_TO, weight_OD)
     if p.adapter:
         grad_TR = product(grad_TO, p.adapter.b.to(grad_TO.dtype))

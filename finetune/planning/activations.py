@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.schema import RunConfig
-from finetune.planning.memory import (
+from finetune.planning.static_memory import (
     DTYPE_BYTES,
     FOUR_BIT,
     adapted_linears,

@@ -11,11 +11,11 @@ from typing import Any
 from finetune.config.schema import RunConfig
 from finetune.models.families import QWEN25_SHAPES
 from finetune.planning.activations import plan_activations
-from finetune.planning.fitting import derive_micro_batch, foresee, recomputed_layers_of
-from finetune.planning.footprint import Footprint, predict
-from finetune.planning.memory import FOUR_BIT, in_words
+from finetune.planning.auto_batch import derive_micro_batch, foresee, recomputed_layers_of
+from finetune.planning.flops import step_work
+from finetune.planning.peak_memory import Footprint, predict
+from finetune.planning.static_memory import FOUR_BIT, in_words
 from finetune.planning.timing import Rates, assumed_effort, step_seconds
-from finetune.planning.work import step_work
 
 BUDGETS_GB = (8, 12, 16, 24, 48, 80)
 _STEP_TOKENS = 64
@@ -160,7 +160,7 @@ def _leanest(cfg: RunConfig, shape: Mapping[str, Any], device_type: str, ranks: 
 
 
 def length_table(cfg: RunConfig, device_type: str = "cuda") -> dict[str, dict[int, int]]:
-    """Longest packed sequence for each Qwen2.5 size and budget in GB, with the config's adapter and quantisation."""
+    """Longest packed sequence for each Qwen2.5 size and budget in GB, with the config's adapter and quantization."""
     return {
         size: {budget: longest_that_fits(cfg, shape, device_type, budget * 1e9) for budget in BUDGETS_GB}
         for size, shape in QWEN25_SHAPES.items()
@@ -188,7 +188,7 @@ def fastest_that_fits(
         f"train.micro_batch_size={found.micro_batch}",
         f"train.recompute={(found.recomputed or 'none') if recompute == 'auto' else recompute}",
         *((f"quant.resident={str(chosen.quant.resident).lower()}",) if cfg.quant.type in FOUR_BIT else ()),
-    )  # fmt: skip
+    )
     return Settings(overrides, found, None if rates is None else cost)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _MATRICES = ((896, 128), (896, 896), (896, 4864), (1536, 8960), (3584, 18944))
 _ROWS = (128, 512, 2048)
 # From 32 MB on a CPU's allocator maps a block anew each time, and the system fills it with zeros first: a matrix of
-# 1.5B is dequantised in the heap, those of 3B and 7B are not, at a sixth of the speed.
+# 1.5B is dequantized in the heap, those of 3B and 7B are not, at a sixth of the speed.
 _DEQUANTISED = ((896, 896), (1536, 8960), (2048, 11008), (3584, 18944))
 _DOCUMENTS = (128, 512, 1024, 2048)
 # A layer of 0.5B: hidden, intermediate, query heads, key heads, head width; rows of a chunk of logits.
@@ -46,11 +46,17 @@ def measure_rates(
     attention = [[float(length), _attention(watch, length)] for length in _DOCUMENTS]
     with torch.no_grad():
         elementwise, logits = _elementwise(watch), _logits(watch)
-        dequantised = [[float(i * o), _dequantise(watch, i, o)] for i, o in _DEQUANTISED]
+        dequantized = [[float(i * o), _dequantize(watch, i, o)] for i, o in _DEQUANTISED]
     return Rates(
-        name, products, attention, elementwise, dequantised, logits, trained=_optimizer(watch),
+        name,
+        products,
+        attention,
+        elementwise,
+        dequantized,
+        logits,
+        trained=_optimizer(watch),
         layer_seconds=_calls(watch),
-    )  # fmt: skip
+    )
 
 
 class _Watch:
@@ -79,7 +85,7 @@ class _Watch:
 
 def _product(watch: _Watch, rows: int, inputs: int, outputs: int) -> float:
     """Forward and backward of a frozen linear: operations a second of both together."""
-    from finetune.ops.products import product
+    from finetune.ops.matmul import product
 
     x, weight, grad = watch.normal(rows, inputs), watch.normal(outputs, inputs), watch.normal(rows, outputs)
     seconds = watch.seconds(lambda: product(x, weight.T)) + watch.seconds(lambda: product(grad, weight))
@@ -136,13 +142,13 @@ def _logits(watch: _Watch) -> float:
     return logits.numel() / watch.seconds(lambda: cross_entropy_(logits, labels))
 
 
-def _dequantise(watch: _Watch, inputs: int, outputs: int) -> float:
+def _dequantize(watch: _Watch, inputs: int, outputs: int) -> float:
     from bitsandbytes.functional import quantize_4bit
 
-    from finetune.ops.dequantise import dequantise
+    from finetune.ops.dequantize import dequantize
 
     packed, state = quantize_4bit(watch.normal(outputs, inputs), compress_statistics=True, quant_type="nf4")
-    return inputs * outputs / watch.seconds(lambda: dequantise(packed, state))
+    return inputs * outputs / watch.seconds(lambda: dequantize(packed, state))
 
 
 def _optimizer(watch: _Watch) -> float:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.config.commands import PlanOptions
+from finetune.config.command_options import PlanOptions
 from finetune.config.schema import RunConfig
-from finetune.planning.footprint import Footprint
+from finetune.planning.flops import step_work
+from finetune.planning.peak_memory import Footprint
 from finetune.planning.timing import Rates, assumed_ceiling, assumed_seconds, step_seconds
-from finetune.planning.work import step_work
 
 # Bytes of a row's file for each token: English chat rows in JSON with Qwen2.5's vocabulary (GSM8K: 4.3).
 _BYTES_A_TOKEN = 4.3
@@ -30,9 +30,14 @@ def look_ahead(
 ) -> dict[str, Any]:
     """Figures of a plan's time. rates: measured ones, None where there are none or others are to be taken."""
     work = step_work(
-        cfg, shape, found.micro_batch, found.recomputed, ranks=ranks, document_tokens=options.document_tokens,
+        cfg,
+        shape,
+        found.micro_batch,
+        found.recomputed,
+        ranks=ranks,
+        document_tokens=options.document_tokens,
         target_share=options.target_share,
-    )  # fmt: skip
+    )
     if options.tflops:
         seconds = assumed_seconds(work, options.tflops * 1e12, found.device_type)
         words = f"given: {options.tflops:g} TFLOP/s"

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.config.schema import RunConfig
 from finetune.models.families import shape_of
-from finetune.planning.memory import DTYPE_BYTES, in_words, linear_shapes
+from finetune.planning.static_memory import DTYPE_BYTES, in_words, linear_shapes
 
 _SAMPLED_BYTES = 8 + 4  # losses/signal.py: a token's number and its probability
 

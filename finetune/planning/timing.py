@@ -11,16 +11,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.files import write_text
-from finetune.planning.machine import usable_cores
-from finetune.planning.memory import linear_shapes
-from finetune.planning.work import StepWork, layer_passes
+from finetune.planning.flops import StepWork, layer_passes
+from finetune.planning.static_memory import linear_shapes
+from finetune.system.atomic import write_text
+from finetune.system.machine import usable_cores
 
 # Dense bf16 operations a second with fp32 sums, from the makers' data sheets; fp16 where a card has no bf16.
 GPU_PEAKS = {
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "A10": 125e12, "L4": 121e12,
-    "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
-}  # fmt: skip
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A6000": 155e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "4090": 165e12,
+    "3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
 # Of such a peak, what the products of a step reach when nothing was measured: an assumption, said wherever it is used.
 _ASSUMED_SHARE = 0.45
 _ASSUMED_GPU_PEAK = 100e12
@@ -30,7 +39,7 @@ _ASSUMED_CORE = 1e11
 # What everything but products adds to their time where nothing was measured: half as much again on a CPU, a fifth of
 # it on a GPU (benchmarks/NOTES.md: products are two thirds of a step on two cores).
 _ASSUMED_REST = {"cpu": 0.5, "cuda": 0.2}
-# What a weight that is dequantised and a pass of a layer cost where nothing was measured, in operations of products: as
+# What a weight that is dequantized and a pass of a layer cost where nothing was measured, in operations of products: as
 # many as 100 tokens take of that weight; 0.2 ms of launches at 45 TFLOP/s, 1 ms of Python at 100 GFLOP/s. Assumptions.
 _ASSUMED_DEQUANTISED, _ASSUMED_PASS = 200.0, {"cuda": 1e10, "cpu": 1e8}
 _LAYOUT = 2
@@ -41,7 +50,7 @@ class Rates:
     """What a machine does in a second.
 
     products: [weights of the matrix, rows, operations a second], on a grid of both. attention: [document tokens,
-    operations a second]. elementwise: values [T, I] of a layer, forward and backward. dequantised: [weights of the
+    operations a second]. elementwise: values [T, I] of a layer, forward and backward. dequantized: [weights of the
     matrix, weights a second]. logits: values. trained: values of the optimizer. layer_seconds: what one pass of a layer
     takes whatever its size. device: what was measured, in words.
     """
@@ -50,7 +59,7 @@ class Rates:
     products: list[list[float]]
     attention: list[list[float]]
     elementwise: float
-    dequantised: list[list[float]]
+    dequantized: list[list[float]]
     logits: float
     trained: float
     layer_seconds: float
@@ -70,7 +79,7 @@ def step_seconds(work: StepWork, shape: Mapping[str, Any], rates: Rates, documen
         "adapters": work.adapters / _rate_of_product(rates.products, 0, work.rows),
         "attention": work.attention / _along(rates.attention, document_tokens),
         "elementwise steps": work.elementwise / rates.elementwise,
-        "dequantising": sum(n / _along(rates.dequantised, sizes[name]) for name, n in work.dequantised.items()),
+        "dequantizing": sum(n / _along(rates.dequantized, sizes[name]) for name, n in work.dequantized.items()),
         "loss": work.logits / rates.logits,
         "optimizer": work.trained / rates.trained,
         "calls": layer_passes(work, shape) * rates.layer_seconds,
@@ -86,7 +95,7 @@ def assumed_seconds(work: StepWork, flops_per_second: float, device_type: str) -
 def assumed_effort(work: StepWork, shape: Mapping[str, Any], device_type: str) -> float:
     """A step's work in operations of products, to compare settings where nothing was measured."""
     passes = layer_passes(work, shape) * _ASSUMED_PASS["cuda" if device_type == "cuda" else "cpu"]
-    return work.flops + _ASSUMED_DEQUANTISED * sum(work.dequantised.values()) + passes
+    return work.flops + _ASSUMED_DEQUANTISED * sum(work.dequantized.values()) + passes
 
 
 def assumed_ceiling(device_type: str, gpu_name: str | None) -> tuple[float, str]:
@@ -103,7 +112,7 @@ def assumed_ceiling(device_type: str, gpu_name: str | None) -> tuple[float, str]
 
 
 def _rate_of_product(grid: Sequence[Sequence[float]], weights: float, rows: float) -> float:
-    """Operations a second of a product of so many rows with a matrix of so many weights; linear between neighbours in
+    """Operations a second of a product of so many rows with a matrix of so many weights; linear between neighbors in
     the logarithms of both, constant outside.
     """
     by_size: dict[float, list[list[float]]] = {}

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.data.report.environment import page_environment
-from finetune.files import write_text
 from finetune.report.curves import STYLES, overlaid
+from finetune.report.environment import page_environment
 from finetune.report.facts import FIGURES, Figure
 from finetune.report.run import Run
 from finetune.report.settings import differing
-from finetune.terminal import printable
+from finetune.system.atomic import write_text
+from finetune.system.console import printable
 
 _LONGEST_CELL = 40
 _SIDE_BY_SIDE = 5  # so many runs are columns; more are lines
@@ -48,9 +48,12 @@ def compare(runs: Sequence[Run]) -> Comparison:
             cells = tuple("" if value is None else figure.form(value) for value in values)
             figures.append(Row(figure.label, cells, best_places(figure, values)))
     return Comparison(
-        labels_of([run.folder for run in runs]), tuple(runs),
-        tuple(Row(key, tuple(values)) for key, values in settings.items()), tuple(figures), _notes(settings),
-    )  # fmt: skip
+        labels_of([run.folder for run in runs]),
+        tuple(runs),
+        tuple(Row(key, tuple(values)) for key, values in settings.items()),
+        tuple(figures),
+        _notes(settings),
+    )
 
 
 def best_places(figure: Figure, values: Sequence[float | None]) -> frozenset[int]:
@@ -116,18 +119,20 @@ def _cell(text: str) -> str:
 
 def write_comparison(file: Path, title: str, comparison: Comparison) -> None:
     """The page with table and curves, written whole or not at all. Raises: OSError."""
-    labelled = list(zip(comparison.labels, comparison.runs, strict=True))
+    labeled = list(zip(comparison.labels, comparison.runs, strict=True))
     template = page_environment(Path(__file__).parent).get_template("compare.html")
     page = template.render(
-        title=title, comparison=comparison, styles=[swatch(i) for i in range(len(labelled))],
-        pictures=overlaid(labelled),
-    )  # fmt: skip
+        title=title,
+        comparison=comparison,
+        styles=[swatch(i) for i in range(len(labeled))],
+        pictures=overlaid(labeled),
+    )
     write_text(file, page)
 
 
 def swatch(place: int) -> tuple[str, str]:
     """Stroke and dash pattern of the run at this place, as SVG writes them."""
-    colour, dashes = STYLES[place % len(STYLES)]
+    color, dashes = STYLES[place % len(STYLES)]
     number = place % 7 + 1
-    stroke = "currentColor" if number == 7 else f"var(--line-{number}, {colour})"
+    stroke = "currentColor" if number == 7 else f"var(--line-{number}, {color})"
     return stroke, {"-": "none", "--": "5 3", ":": "1 2"}[dashes]

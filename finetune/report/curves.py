@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
-from finetune.plotting import COLOURS, figure, svg
 from finetune.report.run import Run
 from finetune.report.series import Series, smoothed, spread, thinned
+from finetune.system.plotting import COLORS, figure, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _WIDTH_INCHES, _HEIGHT_INCHES = 4.4, 2.5  # Letters of 9 points can be read where a phone shows it in its whole width.
 _NOISY = 40  # from so many points on, a mean is drawn over them
 _LOGARITHMIC = 100.0
-STYLES = tuple((colour, dashes) for dashes, colour in product(("-", "--", ":"), COLOURS))
+STYLES = tuple((color, dashes) for dashes, color in product(("-", "--", ":"), COLORS))
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Line:
 
     name: str
     series: Series
-    colour: str
+    color: str
     dashes: str = "-"
     noisy: bool = False
     dots: bool = False
@@ -78,10 +78,15 @@ def run_pictures(run: Run) -> list[Picture]:
         if not found or (quantity is _BY_SET and _one_set(found, run)):
             continue
         lines = [
-            Line(_label(name), series.scaled(quantity.factor), COLOURS[i % len(COLOURS)],
-                 noisy=quantity.noisy and not name.startswith("eval"), dots=name.startswith("eval"))
+            Line(
+                _label(name),
+                series.scaled(quantity.factor),
+                COLORS[i % len(COLORS)],
+                noisy=quantity.noisy and not name.startswith("eval"),
+                dots=name.startswith("eval"),
+            )
             for i, (name, series) in enumerate(found.items())
-        ]  # fmt: skip
+        ]
         pictures.append(draw(quantity.title, lines, quantity, _last_step([run])))
     return pictures
 
@@ -99,11 +104,16 @@ def overlaid(runs: Sequence[tuple[str, Run]]) -> list[Picture]:
     pictures = []
     for title, name, quantity in wanted:
         lines = [
-            Line(label, run.metrics[name].scaled(quantity.factor), *STYLES[i % len(STYLES)],
-                 noisy=quantity.noisy and not name.startswith("eval"), dots=name.startswith("eval"))
+            Line(
+                label,
+                run.metrics[name].scaled(quantity.factor),
+                *STYLES[i % len(STYLES)],
+                noisy=quantity.noisy and not name.startswith("eval"),
+                dots=name.startswith("eval"),
+            )
             for i, (label, run) in enumerate(runs)
             if name in run.metrics
-        ]  # fmt: skip
+        ]
         pictures.append(draw(title, lines, quantity, _last_step([run for _, run in runs]), alone=False))
     return pictures
 
@@ -116,7 +126,7 @@ def draw(title: str, lines: Sequence[Line], quantity: Quantity, last_step: int, 
     drawn, (axes,) = figure(_WIDTH_INCHES, _HEIGHT_INCHES)
     means = [_draw_line(axes, line, alone) for line in lines]
     values = [value for line in lines for value in line.series.values]
-    note = "The strong line is the mean of its neighbourhood." if alone and any(means) else ""
+    note = "The strong line is the mean of its neighborhood." if alone and any(means) else ""
     if quantity.wide and min(values) > 0 and spread(values) > _LOGARITHMIC:
         axes.set_yscale("log")
     else:
@@ -137,7 +147,7 @@ def _draw_line(axes: Axes, line: Line, faint: bool) -> bool:
     """Returns: whether a mean was drawn."""
     noisy = line.noisy and len(line.series.steps) > _NOISY
     shown = thinned(line.series)
-    style = {"color": line.colour, "linestyle": line.dashes}
+    style = {"color": line.color, "linestyle": line.dashes}
     if noisy and faint:
         axes.plot(*shown, linewidth=0.7, alpha=0.4, **style)
     marker = "o" if line.dots or len(shown.steps) == 1 else None

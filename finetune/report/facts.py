@@ -146,11 +146,13 @@ def breaches(run: Run) -> list[Breach]:
     entries = [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
     return [
         Breach(
-            str(entry.get("step", "")), _distance(entry.get("teacher_kl")), _ACTIONS.get(str(entry.get("action")), ""),
+            str(entry.get("step", "")),
+            _distance(entry.get("teacher_kl")),
+            _ACTIONS.get(str(entry.get("action")), ""),
             _distance(entry.get("after")),
         )
         for entry in entries
-    ]  # fmt: skip
+    ]
 
 
 def _distance(value: Any) -> str:

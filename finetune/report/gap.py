@@ -8,8 +8,8 @@ from pathlib import Path
 
 from finetune.evaluation.gap_table import load_gap
 from finetune.evaluation.gap_text import gap_figure, gap_markdown
-from finetune.plotting import svg
 from finetune.report.run import table_rows
+from finetune.system.plotting import svg
 
 
 @dataclass(frozen=True)

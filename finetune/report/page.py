@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune.data.report.environment import page_environment
-from finetune.data.report.page import row_functions
-from finetune.data.report.stored import DATA, StoredReport, read_stored
-from finetune.errors import IntegrityError
-from finetune.files import write_text
 from finetune.report.curves import run_pictures
+from finetune.report.dataset.page import row_functions
+from finetune.report.dataset.stored import DATA, StoredReport, read_stored
+from finetune.report.environment import page_environment
 from finetune.report.facts import breaches, cards, environment, headline, next_commands, predictions
 from finetune.report.gap import read_gap
 from finetune.report.run import Run, read_run
 from finetune.report.settings import changes
+from finetune.system.atomic import write_text
+from finetune.system.errors import IntegrityError
 
 REPORT = "report.html"
 _STATUS_WORDS = {
@@ -53,12 +53,23 @@ def render(run: Run) -> str:
         problems.append(str(error))
     template = page_environment(Path(__file__).parent, **row_functions()).get_template("run.html")
     return template.render(
-        run=run, status=_STATUS_WORDS.get(run.status, run.status), headline=headline(run), error=run.value("error"),
-        cards=cards(run), pictures=run_pictures(run), stored=_stored(run, problems), gap=gap,
-        streamed=bool(run.setting("data.stream_rows")), changes=changes(run.config), environment=environment(run),
-        predictions=predictions(run), breaches=breaches(run), limit=run.setting("guard.max"),
-        commands=next_commands(run), problems=problems,
-    )  # fmt: skip
+        run=run,
+        status=_STATUS_WORDS.get(run.status, run.status),
+        headline=headline(run),
+        error=run.value("error"),
+        cards=cards(run),
+        pictures=run_pictures(run),
+        stored=_stored(run, problems),
+        gap=gap,
+        streamed=bool(run.setting("data.stream_rows")),
+        changes=changes(run.config),
+        environment=environment(run),
+        predictions=predictions(run),
+        breaches=breaches(run),
+        limit=run.setting("guard.max"),
+        commands=next_commands(run),
+        problems=problems,
+    )
 
 
 def _stored(run: Run, problems: list[str]) -> StoredReport | None:

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from finetune.errors import InputError
 from finetune.report.series import Series, is_figure, read_metrics
+from finetune.system.errors import InputError
 
 CONFIG, METRICS, RESULT, FACTS = "config.yaml", "metrics.jsonl", "result.json", "run.json"
 SAMPLES, TEACHER, ADAPTER = "samples.json", "teacher.md", "adapter_model.safetensors"
@@ -90,11 +90,16 @@ def read_run(folder: Path) -> Run:
     samples = [sample for sample in read(SAMPLES, _json, []) if isinstance(sample, Mapping)]
     return Run(
         folder,
-        config=read(CONFIG, _yaml, {}), config_text=read(CONFIG, _text, ""), result=read(RESULT, _json, {}),
-        facts=read(FACTS, _json, {}), metrics=read(METRICS, read_metrics, {}), samples=samples,
-        teacher=read(TEACHER, _table, []), has_adapter=(folder / ADAPTER).is_file(),
+        config=read(CONFIG, _yaml, {}),
+        config_text=read(CONFIG, _text, ""),
+        result=read(RESULT, _json, {}),
+        facts=read(FACTS, _json, {}),
+        metrics=read(METRICS, read_metrics, {}),
+        samples=samples,
+        teacher=read(TEACHER, _table, []),
+        has_adapter=(folder / ADAPTER).is_file(),
         problems=tuple(problems),
-    )  # fmt: skip
+    )
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

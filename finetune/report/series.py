@@ -70,7 +70,7 @@ def thinned(series: Series, most: int = 800) -> Series:
 
 
 def smoothed(series: Series, share: float = 0.05) -> Series:
-    """The mean of the neighbourhood of every step, `share` of the run wide: what a noisy curve does on the whole."""
+    """The mean of the neighborhood of every step, `share` of the run wide: what a noisy curve does on the whole."""
     count = len(series.values)
     half = max(1, round(count * share / 2))
     sums = [0.0]

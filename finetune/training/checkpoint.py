@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune.errors import IntegrityError, ResourceError
-from finetune.files import is_disk_full, sync
+from finetune.system.atomic import is_disk_full, sync
+from finetune.system.errors import IntegrityError, ResourceError
 
 TRAINING, STATE, MANIFEST = "training.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")

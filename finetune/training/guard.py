@@ -8,10 +8,10 @@ from typing import Any
 
 from finetune.config.schema import GuardConfig
 from finetune.training.checkpoint import TrainState
-from finetune.training.lesson import Lesson, mean_teacher_kl
+from finetune.training.distillation import Lesson, mean_teacher_kl
 from finetune.training.loop import Job, train_step
 from finetune.training.optim import build_optimizer
-from finetune.training.parts import Parts
+from finetune.training.run_context import Parts
 
 Figures = dict[str, float]
 
@@ -72,9 +72,12 @@ def with_guard(job: Job, parts: Parts, lesson: Lesson, measure: Callable[[], Fig
 
     def recover(step: int) -> None:
         recovering = replace(
-            job, feed=parts.feed, loss=wrapped, before_step=lesson.before_step(loss, step),
+            job,
+            feed=parts.feed,
+            loss=wrapped,
+            before_step=lesson.before_step(loss, step),
             optimizer=build_optimizer(job.cfg, parts.model.named_parameters()),
-        )  # fmt: skip
+        )
         for earlier in range(max(1, step - parts.cfg.guard.steps + 1), step + 1):
             train_step(recovering, earlier)
 

@@ -1,4 +1,4 @@
-"""The loop: one optimizer step after another, normalised once by the global count of target tokens."""
+"""The loop: one optimizer step after another, normalized once by the global count of target tokens."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from finetune.config.schema import TrainConfig
 from finetune.data.batch import Batch, build_batch, silent_batch
 from finetune.data.documents import Document
-from finetune.data.feed import Feed
 from finetune.data.packing import split_among_ranks
-from finetune.errors import FinetuneError, Interrupted
-from finetune.terminal import say
+from finetune.data.sampler import Feed
+from finetune.system.console import say
+from finetune.system.errors import FinetuneError, Interrupted
 from finetune.training.checkpoint import TrainState
 from finetune.training.optim import learning_rate_at
 from finetune.training.track import SilentTracker, Tracker
@@ -159,9 +159,10 @@ def train_step(job: Job, step: int, signal_number: int = 0) -> StepResult:
     shared = accelerator.gather(
         torch.tensor(
             [[loss_sum, signal_number, sum(batch.rows for batch in batches)]],
-            dtype=torch.float64, device=accelerator.device,
+            dtype=torch.float64,
+            device=accelerator.device,
         )
-    )  # fmt: skip
+    )
     loss_mean = shared[:, 0].sum().item() / target_tokens
     _check_finite(job, "loss", loss_mean, step, documents)
     grad_norm = _clip(job)
@@ -172,9 +173,14 @@ def train_step(job: Job, step: int, signal_number: int = 0) -> StepResult:
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     return StepResult(
-        loss_mean, learning_rate, grad_norm, sum(map(len, documents)), int(shared[:, 2].sum().item()), target_tokens,
+        loss_mean,
+        learning_rate,
+        grad_norm,
+        sum(map(len, documents)),
+        int(shared[:, 2].sum().item()),
+        target_tokens,
         int(shared[:, 1].max().item()),
-    )  # fmt: skip
+    )
 
 
 def _rank_batches(job: Job, sequences: list[list[Document]]) -> list[Batch]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from finetune.plotting import curve, svg
+from finetune.system.plotting import curve, svg
 
 # Drawing takes no more than this share of the time.
 _DRAWING_SHARE = 0.05

@@ -11,9 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
-from finetune import terminal
 from finetune.config.schema import RunConfig
-from finetune.data.feed import Feed, StoredFeed
 from finetune.data.loader import (
     LoadedData,
     copy_bad_rows,
@@ -23,28 +21,30 @@ from finetune.data.loader import (
     load_data,
 )
 from finetune.data.packing import SequenceOrder
-from finetune.data.report.stored import store_report
+from finetune.data.sampler import Feed, StoredFeed
 from finetune.data.stream import StreamingFeed
 from finetune.data.template.chat import ChatTemplate, advice_on_end_token
 from finetune.data.tokens.prepare import Preparation, console_progress
-from finetune.errors import ConfigError, Interrupted
 from finetune.evaluation.generation import Answer, exact_match
-from finetune.files import write_text
 from finetune.losses.cross_entropy import CrossEntropy
 from finetune.losses.distillation import Distillation
-from finetune.losses.hidden import base_of
-from finetune.models.adapter import attach_lora
-from finetune.models.adapter_files import check_adapter, save_adapter
+from finetune.losses.hidden_states import base_of
+from finetune.models.adapters.attach import attach_lora
+from finetune.models.adapters.files import check_adapter, save_adapter
 from finetune.models.families import shape_of
-from finetune.models.fast import attach_fast_path
+from finetune.models.fused import attach_fast_path
 from finetune.models.load import load_base, load_tokenizer
 from finetune.models.tokens import extend_tokenizer
-from finetune.ops import dispatch, products
-from finetune.planning.fitting import free_memory
-from finetune.planning.plan import describe_plan
+from finetune.ops import dispatch, matmul
+from finetune.planning.auto_batch import free_memory
+from finetune.planning.describe import describe_plan
+from finetune.report.dataset.stored import store_report
 from finetune.report.page import try_report
+from finetune.system import console
+from finetune.system.atomic import write_text
+from finetune.system.errors import ConfigError, Interrupted
 from finetune.training import run_folder
-from finetune.training.capacity import fit_to_memory, use_all_cores
+from finetune.training.autotune import fit_to_memory, use_all_cores
 from finetune.training.card import model_card
 from finetune.training.checkpoint import (
     TrainState,
@@ -56,14 +56,14 @@ from finetune.training.checkpoint import (
     write_checkpoint,
     write_folder,
 )
+from finetune.training.distillation import build_lesson, mean_teacher_kl, plan_lesson, teacher_table
 from finetune.training.guard import with_guard
-from finetune.training.lesson import build_lesson, mean_teacher_kl, plan_lesson, teacher_table
+from finetune.training.held_out import answer_held_out, evaluate_run, say_samples
 from finetune.training.loop import Job, fit, peak_bytes
-from finetune.training.measuring import answer_held_out, evaluate_run, say_samples
 from finetune.training.optim import build_optimizer
-from finetune.training.parts import Parts
-from finetune.training.report import describe_result
+from finetune.training.run_context import Parts
 from finetune.training.run_folder import RunResult
+from finetune.training.summary import describe_result
 from finetune.training.track import SilentTracker, Tracker
 
 
@@ -96,7 +96,7 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
     chat = load_chat_template(cfg.data, tokenizer)
-    # Ranks of one machine share its disk: one of them tokenises, the others wait for its files.
+    # Ranks of one machine share its disk: one of them tokenizes, the others wait for its files.
     preparation = Preparation(cfg.data, chat, accelerator.is_local_main_process, console_progress(say))
     data = load_data(preparation)
     warnings = [*describe_leaks(data), *_end_token_advice(cfg, chat)]
@@ -134,9 +134,12 @@ def _build_feed(cfg: RunConfig, preparation: Preparation, data: LoadedData) -> F
     if cfg.data.stream_rows:
         return StreamingFeed(preparation, cfg.train.batch_size, cfg.train.seed, Path(cfg.output_dir) / "stream")
     order = SequenceOrder(
-        data.documents.lengths, data.weights,
-        cfg.data.max_length if cfg.data.packing else None, cfg.train.batch_size, cfg.train.seed,
-    )  # fmt: skip
+        data.documents.lengths,
+        data.weights,
+        cfg.data.max_length if cfg.data.packing else None,
+        cfg.train.batch_size,
+        cfg.train.seed,
+    )
     return StoredFeed(data.documents, order, data.digest)
 
 
@@ -154,7 +157,7 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
         run_folder.write_samples(parts.folder, state.before.get("answers", []))
     total_steps = cfg.train.max_steps or parts.feed.steps_for(cfg.train.epochs or 1)
     all_fast = cfg.train.fast and not cfg.lora.dora and not cfg.quant.int8 and cfg.quant.type != "int8"
-    if told := products.describe(accelerator.device, getattr(torch, cfg.model.dtype), all_fast):
+    if told := matmul.describe(accelerator.device, getattr(torch, cfg.model.dtype), all_fast):
         say(told)
     if cfg.train.fast:
         most_tokens = (total_steps - state.step) * cfg.train.batch_size * cfg.data.max_length
@@ -168,16 +171,22 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
     feed = lesson.feed(parts.feed, parts.model, parts.preparation.chat, accelerator, say) if lesson else parts.feed
     tracker = Tracker(cfg, parts.folder, total_steps, state.step) if parts.is_main else SilentTracker()
     job = Job(
-        cfg=cfg.train, accelerator=accelerator, optimizer=optimizer,
+        cfg=cfg.train,
+        accelerator=accelerator,
+        optimizer=optimizer,
         loss=accelerator.prepare_model(loss, device_placement=False),
         before_step=lesson.before_step(loss, total_steps) if lesson and isinstance(loss, Distillation) else None,
-        feed=feed, total_steps=total_steps,
-        lean=_may_be_lean(cfg), micro_batch=parts.fit.micro_batch, tracker=tracker,
+        feed=feed,
+        total_steps=total_steps,
+        lean=_may_be_lean(cfg),
+        micro_batch=parts.fit.micro_batch,
+        tracker=tracker,
         save=lambda state: _save_checkpoint(parts, optimizer, state),
         last_checkpoint=lambda: next(reversed(list_checkpoints(parts.folder)), None),
         evaluate=(lambda: evaluate_run(parts)) if parts.data.eval else None,
-        sample=lambda: say_samples(parts, tracker.say), sample_every=cfg.generation.every,
-    )  # fmt: skip
+        sample=lambda: say_samples(parts, tracker.say),
+        sample_every=cfg.generation.every,
+    )
     if lesson is not None and cfg.guard.max is not None:
         job = with_guard(job, parts, lesson, lambda: evaluate_run(parts))
     result = RunResult(
@@ -213,7 +222,7 @@ def _look_before(parts: Parts, state: TrainState, say: Callable[[str], None]) ->
         }
         say(f"held-out exact match before training: {state.before['exact_match']:.1%} of {len(answers)}")
     if parts.lesson is not None and parts.data.eval:
-        # What quantisation took is a matter of the base: an adapter may start as a part of the answer (loftq).
+        # What quantization took is a matter of the base: an adapter may start as a part of the answer (loftq).
         recovers = parts.cfg.distill.objective == "recover"
         with parts.model.disable_adapter() if recovers else nullcontext():
             state.before["evaluations"] = figures = evaluate_run(parts)
@@ -303,7 +312,7 @@ def _check_world_size(cfg: RunConfig, accelerator: Accelerator) -> None:
 
 
 def _speaker(accelerator: Accelerator) -> Callable[[str], None]:
-    return terminal.say if accelerator.is_main_process else (lambda text: None)
+    return console.say if accelerator.is_main_process else (lambda text: None)
 
 
 def _on_main(accelerator: Accelerator, compute: Callable[[], Path | None]) -> Path | None:

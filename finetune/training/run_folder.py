@@ -13,10 +13,10 @@ from typing import IO, Any
 
 from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
-from finetune.errors import ConfigError
 from finetune.evaluation.generation import Answer
-from finetune.files import write_text
 from finetune.models.digest import base_fingerprint
+from finetune.system.atomic import write_text
+from finetune.system.errors import ConfigError
 from finetune.training.checkpoint import list_checkpoints, newest_whole, read_state, verify_checkpoint
 
 RESULT, RUN, CONFIG, ADAPTER = "result.json", "run.json", "config.yaml", "adapter_model.safetensors"
@@ -26,15 +26,26 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tok
 # kernels.
 _FREE = {
     "train": {
-        "max_steps", "epochs", "micro_batch_size", "recompute", "fast", "lean", "compile", "eval_every",
-        "save_every", "keep", "early_stopping", "resume", "world_size",
+        "max_steps",
+        "epochs",
+        "micro_batch_size",
+        "recompute",
+        "fast",
+        "lean",
+        "compile",
+        "eval_every",
+        "save_every",
+        "keep",
+        "early_stopping",
+        "resume",
+        "world_size",
     },
     "quant": {"cache", "resident"},
     # The tokens themselves are compared; who makes them, where they lie and what was left out is in them.
     "data": {"train", "eval", "workers", "cache", "on_bad_row", "max_bad_share"},
     "model": {"attention"},
     "distill": {"cache", "spot_check"},
-}  # fmt: skip
+}
 
 
 @dataclass

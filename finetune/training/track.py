@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from finetune.config.schema import RunConfig, TrackConfig
-from finetune.errors import MissingExtra
-from finetune.files import write_bytes
-from finetune.terminal import in_notebook
+from finetune.system.atomic import write_bytes
+from finetune.system.console import in_notebook
+from finetune.system.errors import MissingExtra
 from finetune.training.notebook import NotebookView
 
 METRICS = "metrics.jsonl"
@@ -39,10 +39,14 @@ class WandbBackend:
 
         told = "WANDB_MODE" in os.environ or wandb.api.api_key
         self._run = wandb.init(
-            project=cfg.track.project, name=cfg.track.run_name or cfg.name, dir=str(folder), config=cfg.model_dump(),
-            resume="allow", mode=None if told else "offline",
+            project=cfg.track.project,
+            name=cfg.track.run_name or cfg.name,
+            dir=str(folder),
+            config=cfg.model_dump(),
+            resume="allow",
+            mode=None if told else "offline",
             settings=wandb.Settings(init_timeout=30, silent=True, console="off"),
-        )  # fmt: skip
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -89,9 +93,13 @@ class ConsoleView:
         self._bar: Progress | None = None
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-                TimeRemainingColumn(), console=self._console,
-            )  # fmt: skip
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
             self._task = self._bar.add_task("", total=total_steps)
             self._bar.start()
 

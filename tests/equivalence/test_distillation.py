@@ -1,4 +1,4 @@
-"""Where the teacher is, in which pieces a step comes, and how often it is measured must not change what is learnt."""
+"""Where the teacher is, in which pieces a step comes, and how often it is measured must not change what is learned."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from finetune import train
-from finetune.arguments import Arguments
-from finetune.cache_command import run_cache
+from finetune.commands.cache import run_cache
+from finetune.system.arguments import Arguments
 from tests.runs import SMALL_RUN, adapter, differing, metrics, result, small_run
 
 ANCHOR = ("distill.objective=sft+anchor", "data.train.0.limit=48", "data.eval.0.limit=8", "train.max_steps=3")

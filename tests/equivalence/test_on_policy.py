@@ -103,12 +103,21 @@ def test_answers_end_with_the_end_of_a_turn_which_is_a_target(whole):
 # fp32, so that a batch's make-up moves no draw across a border; what is drawn for dropout differs between ranks. Beside
 # cross-entropy, since the gradient of a small divergence alone is mostly rounding, which Adam would make large.
 DETERMINISTIC = (
-    "lora.dropout=0", "train.neftune_alpha=0", "train.batch_size=5", "data.train.0.limit=16", "data.packing=false",
-    "model.dtype=float32", "quant.compute_dtype=float32", "distill.teacher.dtype=float32", "train.micro_batch_size=2",
-    "distill.on_policy=0.5", "distill.objective=sft+anchor", "distill.weight=1",
+    "lora.dropout=0",
+    "train.neftune_alpha=0",
+    "train.batch_size=5",
+    "data.train.0.limit=16",
+    "data.packing=false",
+    "model.dtype=float32",
+    "quant.compute_dtype=float32",
+    "distill.teacher.dtype=float32",
+    "train.micro_batch_size=2",
+    "distill.on_policy=0.5",
+    "distill.objective=sft+anchor",
+    "distill.weight=1",
     # Adam divides by the gradient's size: with a small eps, entries next to nothing become what rounding made of them.
     "train.eps=1e-3",
-)  # fmt: skip
+)
 
 
 def run_two_ranks(folder: Path) -> None:

@@ -14,16 +14,24 @@ from tests.runs import SMALL_RUN, adapter, metrics, result
 # Dropout and noise are drawn on each rank; equality is for the deterministic part. fp32 products differ only in the
 # order of sums. A batch of 5 gives the ranks unequal shares; the last step of an epoch leaves one rank without any.
 DETERMINISTIC = (
-    "lora.dropout=0", "train.neftune_alpha=0", "train.batch_size=5", "data.train.0.limit=16", "data.packing=false",
-    "model.dtype=float32", "quant.compute_dtype=float32", "train.max_steps=8", "train.eval_every=4",
-    "generation.rows=6", "train.micro_batch_size=2",
-)  # fmt: skip
+    "lora.dropout=0",
+    "train.neftune_alpha=0",
+    "train.batch_size=5",
+    "data.train.0.limit=16",
+    "data.packing=false",
+    "model.dtype=float32",
+    "quant.compute_dtype=float32",
+    "train.max_steps=8",
+    "train.eval_every=4",
+    "generation.rows=6",
+    "train.micro_batch_size=2",
+)
 
 
 def run(ranks: int, folder: Path) -> None:
     script = Path(__file__).resolve().parents[2] / "finetune" / "train.py"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    # An empty cache: one of the ranks tokenises, the other waits for it.
+    # An empty cache: one of the ranks tokenizes, the other waits for it.
     folders = (f"output_dir={folder}", f"data.cache={folder}-tokens")
     settings = (*SMALL_RUN, *DETERMINISTIC, f"train.world_size={ranks}", *folders)
     command = [sys.executable, *launcher, str(script), "config=quickstart.yaml", *settings]

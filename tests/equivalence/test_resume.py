@@ -14,7 +14,7 @@ import torch
 
 from finetune import train
 from finetune.cli import main
-from finetune.errors import ConfigError
+from finetune.system.errors import ConfigError
 from finetune.training.checkpoint import list_checkpoints
 from tests.runs import SMALL_RUN, adapter, differing, metrics, result, small_run
 
@@ -28,9 +28,13 @@ LIVES.set_forkserver_preload(["finetune.training.recipe"])
 
 def start(folder: Path) -> BaseProcess:
     settings = (
-        *SMALL_RUN, f"train.max_steps={STEPS}", "train.save_every=1", "train.eval_every=10", "train.resume=auto",
+        *SMALL_RUN,
+        f"train.max_steps={STEPS}",
+        "train.save_every=1",
+        "train.eval_every=10",
+        "train.resume=auto",
         f"output_dir={folder}",
-    )  # fmt: skip
+    )
     process = LIVES.Process(target=main, args=(["train", "config=quickstart.yaml", *settings],))
     process.start()
     return process

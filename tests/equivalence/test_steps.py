@@ -32,9 +32,13 @@ def test_the_same_config_gives_the_same_bits_and_another_seed_does_not(tmp_path)
 def test_eight_by_one_equals_one_by_eight(tmp_path, packing):
     """In fp32: sums of another order differ by roundings of 2**-24. No noise: a micro-batch draws its own dropout."""
     settings = (
-        "lora.dropout=0", "train.neftune_alpha=0", "train.batch_size=8", f"data.packing={packing}",
-        "model.dtype=float32", "quant.compute_dtype=float32",
-    )  # fmt: skip
+        "lora.dropout=0",
+        "train.neftune_alpha=0",
+        "train.batch_size=8",
+        f"data.packing={packing}",
+        "model.dtype=float32",
+        "quant.compute_dtype=float32",
+    )
     train(small_run(tmp_path / "together", *settings, "train.micro_batch_size=8"))
     train(small_run(tmp_path / "apart", *settings, "train.micro_batch_size=1"))
     for a, b in zip(metrics(tmp_path / "together"), metrics(tmp_path / "apart"), strict=True):

@@ -19,8 +19,8 @@ from finetune.data.stream import StreamingFeed
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.data.tokens.store import is_whole
-from finetune.errors import ConfigError, DataError
-from finetune.resources import packaged
+from finetune.system.errors import ConfigError, DataError
+from finetune.system.resources import packaged
 from tests.runs import differing, metrics, small_run
 
 ROWS = 50
@@ -154,7 +154,7 @@ def test_a_resumed_run_equals_one_that_was_left_alone(tmp_path):
     train(small_run(tmp_path / "parted", *settings, "train.resume=auto"))
     assert differing(tmp_path / "whole", tmp_path / "parted") == []
     assert metrics(tmp_path / "whole")[4:] == metrics(tmp_path / "parted")
-    # Who tokenises, and where the tokens lie, is no part of a run.
+    # Who tokenizes, and where the tokens lie, is no part of a run.
     train(small_run(tmp_path / "parted", *settings, "data.workers=1", "train.resume=auto", "data.max_bad_share=0.2"))
     with pytest.raises(ConfigError, match=r"data.stream_rows"):
         train(small_run(tmp_path / "parted", *settings, "data.stream_rows=13", "train.resume=auto"))

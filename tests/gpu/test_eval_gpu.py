@@ -9,22 +9,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.config.commands import EvalOptions
+from finetune.commands.eval import write_merged
+from finetune.config.command_options import EvalOptions
 from finetune.config.options import read_options
-from finetune.gap.gap import evaluate_gap
+from finetune.evaluation.compare import evaluate_gap
 from finetune.models.load import default_device
-from finetune.resources import packaged
+from finetune.system.resources import packaged
 
 pytestmark = pytest.mark.gpu
 BASE = packaged("data") / "tiny-qwen2.5"
 
 
-def test_a_model_and_its_quantised_self_are_measured(tmp_path: Path) -> None:
+def test_a_model_and_its_quantized_self_are_measured(tmp_path: Path) -> None:
     lines = (packaged("data") / "sample" / "heldout.jsonl").read_text().splitlines()[:24]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
     words = [f"model={BASE}", f"data=[{{path: {tmp_path / 'rows.jsonl'}}}]", "quant=nf4", "answers=8", "resamples=100"]
-    table = evaluate_gap(read_options(EvalOptions, words, "finetune eval"), lambda text: None, tmp_path)
-    base, quantised = (model.sets[0].figures for model in table.models)
+    table = evaluate_gap(read_options(EvalOptions, words, "finetune eval"), lambda text: None, write_merged, tmp_path)
+    base, quantized = (model.sets[0].figures for model in table.models)
 
     device = default_device()
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16).to(device).eval()
@@ -40,5 +41,5 @@ def test_a_model_and_its_quantised_self_are_measured(tmp_path: Path) -> None:
         tokens += len(whole) - asked
     # bf16 products differ between kernels: a logit's last bit is 0.0625 at 16.
     assert base["loss"].value == pytest.approx(nats / tokens, rel=0.02)
-    assert 0 < quantised["kl"].value < 0.05 < quantised["kl_p99"].value < 1
-    assert quantised["top1"].value > 0.9 and table.models[1].stored_bytes < 0.4 * table.models[0].stored_bytes
+    assert 0 < quantized["kl"].value < 0.05 < quantized["kl_p99"].value < 1
+    assert quantized["top1"].value > 0.9 and table.models[1].stored_bytes < 0.4 * table.models[0].stored_bytes

@@ -1,4 +1,4 @@
-"""Loading, quantising and adapting on a GPU."""
+"""Loading, quantizing and adapting on a GPU."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from bitsandbytes.functional import dequantize_4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
-from finetune.errors import ResourceError
-from finetune.models import four_bit
-from finetune.models.adapter import attach_lora, check_adapter, save_adapter
-from finetune.models.inits import lora_layers
+from finetune.models.adapters.attach import attach_lora, check_adapter, save_adapter
+from finetune.models.adapters.inits import lora_layers
 from finetune.models.load import load_base, quiet
+from finetune.models.quant import four_bit
+from finetune.system.errors import ResourceError
 
 pytestmark = pytest.mark.gpu
 
@@ -79,9 +79,12 @@ def test_every_bit_is_that_of_transformers_now_and_from_the_cache(
 ) -> None:
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, llm_int8_skip_modules=["lm_head"], bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=torch.bfloat16,
-    )  # fmt: skip
+        load_in_4bit=True,
+        llm_int8_skip_modules=["lm_head"],
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
     with quiet():
         theirs = AutoModelForCausalLM.from_pretrained(
             base.name, quantization_config=settings, dtype=torch.bfloat16, device_map={"": 0}
@@ -90,7 +93,7 @@ def test_every_bit_is_that_of_transformers_now_and_from_the_cache(
     expected = {**theirs.state_dict(), **dict(theirs.named_buffers())}
     for start in ("first", "next"):
         if start == "next":
-            monkeypatch.setattr(four_bit, "quantise", None)
+            monkeypatch.setattr(four_bit, "quantize", None)
         ours = load_base(base, quant)
         found = {**ours.state_dict(), **dict(ours.named_buffers())}
         assert found.keys() == expected.keys()

@@ -18,7 +18,7 @@ SMALL = ("size=tiny", "limit=40", "steps=2", "warmup=1", "ceiling_seconds=0.01")
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for the random model and its quantised copy, shared by the tests of this file."""
+    """A folder for the random model and its quantized copy, shared by the tests of this file."""
     return tmp_path_factory.mktemp("work")
 
 
@@ -73,8 +73,11 @@ def test_distilling_is_priced_on_the_rows_of_plain_fine_tuning(repo_root: Path, 
     assert told["ratio"] == ours["resident"]["tokens_per_second"] / gkd["tokens_per_second"]
     assert told["peak_ratio"] == ours["resident"]["peak_bytes"] / gkd["peak_bytes"]
     assert {(bar["variant"], bar["figure"]) for bar in told["bars"]} == {
-        ("cached", "price"), ("cached", "peak_price"), ("resident", "ratio"), ("resident", "peak_ratio"),
-    }  # fmt: skip
+        ("cached", "price"),
+        ("cached", "peak_price"),
+        ("resident", "ratio"),
+        ("resident", "peak_ratio"),
+    }
     assert told["signals"]["sampled"]["documents"] == 40 and told["signals"]["sampled"]["bytes_per_target"] <= 180
     (file,) = tmp_path.glob("distill-*.json")
     steps = {name: runs[0]["steps"] for name, runs in json.loads(file.read_text())["runs"].items()}

@@ -14,10 +14,17 @@ from filelock import FileLock
 from tests.runs import metrics, result
 
 GIVEN = (
-    "config=quickstart.yaml", "distill.objective=recover", "distill.tier=hidden", "distill.divergence=jsd",
-    "data.train.0.limit=48", "data.eval.0.limit=8", "data.max_length=128", "train.batch_size=8", "train.max_steps=2",
+    "config=quickstart.yaml",
+    "distill.objective=recover",
+    "distill.tier=hidden",
+    "distill.divergence=jsd",
+    "data.train.0.limit=48",
+    "data.eval.0.limit=8",
+    "data.max_length=128",
+    "train.batch_size=8",
+    "train.max_steps=2",
     "generation.rows=0",
-)  # fmt: skip
+)
 
 
 def finetune(command: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -48,7 +55,7 @@ def test_the_next_command_can_be_pasted_and_trains_as_with_the_teacher_itself(wr
     assert online.returncode == 0, online.stderr[-3000:]
     for a, b in zip(metrics(folder / "an adapter"), metrics(folder / "online"), strict=True):
         # Equal bits on the machines that were tried. Elsewhere a batch of another shape may round a state of bf16
-        # to its neighbour, which is 2^-8 of it away.
+        # to its neighbor, which is 2^-8 of it away.
         assert (a["step"], a["target_tokens"]) == (b["step"], b["target_tokens"])
         assert a["loss"] == pytest.approx(b["loss"], rel=2**-8)
 

@@ -11,15 +11,19 @@ from omegaconf import OmegaConf
 
 from finetune.config.compose import load_config, to_yaml
 from finetune.config.keys import schema_fields, sections
-from finetune.resources import packaged
+from finetune.system.resources import packaged
 
 CONFIGS = packaged("configs")
 RUNS = sorted(CONFIGS.glob("*.yaml"))
 GROUPS = sorted(file for folder in CONFIGS.iterdir() if folder.is_dir() for file in folder.glob("*.yaml"))
 MODELS = [file for file in GROUPS if file.parent.name == "model"]
 # A group option that only goes together with another choice.
-COMPANIONS = {"lora/pissa": ["quant=none"], "train/early-stopping": ["data=files"],
-              "distill/teacher": ["distill.teacher.name=t"], "distill/cached": ["distill.cache=c"]}  # fmt: skip
+COMPANIONS = {
+    "lora/pissa": ["quant=none"],
+    "train/early-stopping": ["data=files"],
+    "distill/teacher": ["distill.teacher.name=t"],
+    "distill/cached": ["distill.cache=c"],
+}
 
 
 def label(file: Path) -> str:

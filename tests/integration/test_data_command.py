@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from finetune.resources import packaged
+from finetune.system.resources import packaged
 
 COMMAND = (sys.executable, "-m", "finetune.cli", "data", "config=quickstart.yaml")
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
@@ -23,9 +23,13 @@ def in_a_terminal(folder: Path, *words: str, **environment: str) -> str:
     """What the command writes to a terminal."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [*COMMAND, *words], cwd=folder, stdout=theirs, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
+        [*COMMAND, *words],
+        cwd=folder,
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
         env=os.environ | {"TERM": "xterm-256color"} | environment,
-    )  # fmt: skip
+    )
     os.close(theirs)
     parts = []
     try:
@@ -38,23 +42,23 @@ def in_a_terminal(folder: Path, *words: str, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def coloured(tmp_path_factory: pytest.TempPathFactory) -> str:
+def colored(tmp_path_factory: pytest.TempPathFactory) -> str:
     return in_a_terminal(tmp_path_factory.mktemp("terminal"), "show=2")
 
 
-def test_a_terminal_gets_colours(coloured: str):
-    assert "\x1b[32m" in coloured and "⟦" not in coloured
-    assert "nothing looks wrong" in ESCAPE.sub("", coloured)
-    target = re.search(r"\x1b\[32m(\{.*?\})\x1b\[0m", coloured)
+def test_a_terminal_gets_colors(colored: str):
+    assert "\x1b[32m" in colored and "⟦" not in colored
+    assert "nothing looks wrong" in ESCAPE.sub("", colored)
+    target = re.search(r"\x1b\[32m(\{.*?\})\x1b\[0m", colored)
     assert target is not None and json.loads(target[1])["quantity"]
 
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
-def test_without_colours_it_says_the_same(tmp_path: Path, coloured: str, environment: dict[str, str]):
+def test_without_colors_it_says_the_same(tmp_path: Path, colored: str, environment: dict[str, str]):
     plain = in_a_terminal(tmp_path, "show=2", **environment)
     assert "\x1b" not in plain and plain.count("⟦") == 1 + 2 and "<|im_end|>⟧" in plain
     report, _, _ = plain.partition("\ntargets ")
-    assert report == ESCAPE.sub("", coloured).partition("\ntargets ")[0]
+    assert report == ESCAPE.sub("", colored).partition("\ntargets ")[0]
 
 
 def test_the_dump_is_what_the_tokenizers_own_template_makes_of_the_rows(finetune_command, tmp_path: Path):

@@ -60,8 +60,8 @@ def test_rows_are_shown_as_they_are_with_their_targets_marked(read: Reader):
     rows = [text for text in read.texts("pre") if "half" in text]
     assert len(rows) == 1 and QUESTION.replace("\x1b", "␛") in rows[0]
     assert "×0.5half<|im_end|>" in read.texts("mark") and "whole<|im_end|>" in read.texts("mark")
-    spelt = [text for _, attrs, text in read.elements if attrs.get("class") == "spelt"]
-    assert spelt.count("<|im_end|>") == 1
+    spelled = [text for _, attrs, text in read.elements if attrs.get("class") == "spelled"]
+    assert spelled.count("<|im_end|>") == 1
 
 
 def test_the_page_holds_the_reports_figures(read: Reader):
@@ -83,10 +83,10 @@ def test_everything_can_be_read_in_light_and_dark(browser: Page, page_file: Path
     paper = "getComputedStyle(document.body).backgroundColor"
     bright = sum(map(int, browser.evaluate(paper).removeprefix("rgb(").removesuffix(")").split(","))) > 384
     assert bright == (scheme == "light")
-    colours = (
+    colors = (
         "[...new Set([...document.querySelectorAll('pre, pre mark')].map(n => getComputedStyle(n).backgroundColor))]"
     )
-    assert len(browser.evaluate(colours)) == 3  # a row, a target, a target of another weight
+    assert len(browser.evaluate(colors)) == 3  # a row, a target, a target of another weight
     assert browser.screenshot().startswith(b"\x89PNG")
 
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.numpy import load_file
 
 from finetune import train
-from finetune.arguments import Arguments
-from finetune.cache_command import run_cache
+from finetune.commands.cache import run_cache
 from finetune.distill.codec import top_signal
-from finetune.errors import ConfigError
-from finetune.resources import packaged
+from finetune.system.arguments import Arguments
+from finetune.system.errors import ConfigError
+from finetune.system.resources import packaged
 from tests.logprob_server import MODEL, LogprobTeacher
 from tests.runs import SMALL_RUN, adapter, metrics, result, small_run
 
@@ -40,7 +40,7 @@ def test_recover_says_what_it_is_for_and_leaves_figures_of_what_it_regained(tmp_
     assert {"eval/heldout/teacher_kl", "eval/heldout/teacher_agreement"} <= metrics(tmp_path / "run")[-1].keys()
 
 
-def test_what_quantisation_took_is_measured_without_the_adapter_and_trains_it_all_the_same(tmp_path):
+def test_what_quantization_took_is_measured_without_the_adapter_and_trains_it_all_the_same(tmp_path):
     """LoftQ starts nearer to the teacher; what it starts from is the base that every run starts from."""
     settings = (
         *FEW,
@@ -62,9 +62,13 @@ def test_what_quantisation_took_is_measured_without_the_adapter_and_trains_it_al
 def test_a_teacher_behind_http_is_asked_once_for_each_document(tmp_path):
     with LogprobTeacher(vocabulary=883, max_logprobs=8, max_model_len=256) as server:
         settings = (
-            *FEW, "distill.objective=distill", "distill.teacher.placement=server", f"distill.teacher.url={server.url}",
-            f"distill.cache={tmp_path / 'signal'}", "distill.head=8",
-        )  # fmt: skip
+            *FEW,
+            "distill.objective=distill",
+            "distill.teacher.placement=server",
+            f"distill.teacher.url={server.url}",
+            f"distill.cache={tmp_path / 'signal'}",
+            "distill.head=8",
+        )
         train(small_run(tmp_path / "first", *settings))
         asked = sum(path.endswith("/completions") for path, _, _ in server.seen)
         train(small_run(tmp_path / "again", *settings))
@@ -89,9 +93,13 @@ def _assert_holds_table(folder: Path, table_VV: np.ndarray) -> None:
 def test_a_server_of_another_model_is_refused_with_what_it_serves(tmp_path):
     with LogprobTeacher(vocabulary=896) as server:
         settings = (
-            *FEW, "distill.objective=distill", "distill.teacher.placement=server", f"distill.teacher.url={server.url}",
-            f"distill.cache={tmp_path / 'signal'}", f"distill.teacher.name={TINY}",
-        )  # fmt: skip
+            *FEW,
+            "distill.objective=distill",
+            "distill.teacher.placement=server",
+            f"distill.teacher.url={server.url}",
+            f"distill.cache={tmp_path / 'signal'}",
+            f"distill.teacher.name={TINY}",
+        )
         with pytest.raises(ConfigError, match="serves tests/table, not"):
             train(small_run(tmp_path / "run", *settings))
 
@@ -142,7 +150,7 @@ def test_a_tuned_teacher_teaches_through_its_own_adapter(tmp_path):
 
 
 def test_a_larger_table_of_the_teacher_is_cut_to_the_tokens_that_both_know(tmp_path):
-    """As Qwen2.5's 152,064 rows beside 151,936: the rows beyond the tokenizer hold nothing that could be learnt."""
+    """As Qwen2.5's 152,064 rows beside 151,936: the rows beyond the tokenizer hold nothing that could be learned."""
     from safetensors import torch as safetensors
 
     wide = other_base(tmp_path / "wide", {})

@@ -14,7 +14,7 @@ import pytest
 
 from finetune import train
 from finetune.evaluation.gap_table import load_gap
-from finetune.resources import packaged
+from finetune.system.resources import packaged
 from tests.runs import small_run
 
 FIGURES = {"loss", "perplexity", "accuracy", "score", "kl", "kl_p99", "top1"}
@@ -39,9 +39,14 @@ def test_a_run_is_measured_beside_its_base_and_merged(finetune_command, here):
     (here / "mine.py").write_text("def length(prompt, expected, given):\n    return len(given) / len(expected)\n")
     others = packaged("data") / "sample" / "train.jsonl"
     done = finetune_command(
-        "eval", "adapter=run", "limit=6", "answers=3", f"forgetting=[{{path: {others}}}]", "metric=mine.py:length",
+        "eval",
+        "adapter=run",
+        "limit=6",
+        "answers=3",
+        f"forgetting=[{{path: {others}}}]",
+        "metric=mine.py:length",
         "resamples=100",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     table = load_gap(here / "run")
     assert [model.name for model in table.models] == ["bf16 base", "NF4 base", "NF4 + adapter", "merged"]
@@ -93,9 +98,13 @@ def test_a_stop_leaves_the_run_as_it_was(here):
     before = sorted(path.name for path in (here / "run").iterdir())
     words = [sys.executable, "-m", "finetune.cli", "eval", "adapter=run", "resamples=100000", "limit=24"]
     process = subprocess.Popen(
-        words, cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        words,
+        cwd=here,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores Ctrl+C
-    )  # fmt: skip
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if "measured in" in line:

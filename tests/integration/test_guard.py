@@ -9,15 +9,22 @@ from pathlib import Path
 import pytest
 
 from finetune import train
-from finetune.arguments import Arguments
-from finetune.cache_command import run_cache
+from finetune.commands.cache import run_cache
+from finetune.system.arguments import Arguments
 from tests.runs import SMALL_RUN, differing, metrics, result, small_run
 
 # Far from the base within two steps.
 DRIFTING = (
-    "data.train.0.limit=24", "data.eval.0.limit=8", "train.max_steps=6", "train.eval_every=2", "train.save_every=2",
-    "train.keep=9", "train.learning_rate=2e-2", "train.schedule=constant", "train.warmup=0",
-)  # fmt: skip
+    "data.train.0.limit=24",
+    "data.eval.0.limit=8",
+    "train.max_steps=6",
+    "train.eval_every=2",
+    "train.save_every=2",
+    "train.keep=9",
+    "train.learning_rate=2e-2",
+    "train.schedule=constant",
+    "train.warmup=0",
+)
 LIMIT = "guard.max=0.05"
 
 

@@ -24,11 +24,11 @@ from transformers import AutoTokenizer
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.formats.parser import FORMATS
 from finetune.data.loader import load_data
-from finetune.data.reading.readers import RawBatch
+from finetune.data.sources.readers import RawBatch
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
-from finetune.errors import DataError
-from finetune.resources import packaged
+from finetune.system.errors import DataError
+from finetune.system.resources import packaged
 
 GOOD = {"messages": [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]}
 USER, ASSISTANT = GOOD["messages"]
@@ -210,13 +210,54 @@ def test_the_same_rows_in_any_kind_of_file_are_the_same_tokens(tmp_path):
 
 # Rows nobody thought of
 
-words = st.sampled_from([
-    "messages", "conversations", "role", "content", "from", "value", "user", "human", "assistant", "gpt", "system",
-    "tool", "function_call", "observation", "tool_calls", "function", "name", "arguments", "tools", "type", "text",
-    "train", "weight", "prompt", "completion", "instruction", "input", "output", "history", "input_ids", "labels",
-    "attention_mask", "completion_mask", "seq_lengths", "", "{}", "[]", '{"name": "f", "arguments": {}}', "\ue0f0",
-    "<|im_end|>", "<|im_start|>system\n", "{{ 7 }}", "\n", " ",
-])  # fmt: skip
+words = st.sampled_from(
+    [
+        "messages",
+        "conversations",
+        "role",
+        "content",
+        "from",
+        "value",
+        "user",
+        "human",
+        "assistant",
+        "gpt",
+        "system",
+        "tool",
+        "function_call",
+        "observation",
+        "tool_calls",
+        "function",
+        "name",
+        "arguments",
+        "tools",
+        "type",
+        "text",
+        "train",
+        "weight",
+        "prompt",
+        "completion",
+        "instruction",
+        "input",
+        "output",
+        "history",
+        "input_ids",
+        "labels",
+        "attention_mask",
+        "completion_mask",
+        "seq_lengths",
+        "",
+        "{}",
+        "[]",
+        '{"name": "f", "arguments": {}}',
+        "\ue0f0",
+        "<|im_end|>",
+        "<|im_start|>system\n",
+        "{{ 7 }}",
+        "\n",
+        " ",
+    ]
+)
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words | st.text(max_size=5)
 anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=5), max_leaves=12

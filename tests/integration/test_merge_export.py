@@ -143,9 +143,12 @@ def test_a_full_disk_leaves_nothing(command, finetune_command, run_folder, tmp_p
     words = ["gate.rows=0"] if command == "merge" else ["format=safetensors", "verify=false"]
     before = run_folder_state(run_folder)
     done = finetune_command(
-        command, f"adapter={run_folder}", "out=merged", *words,
+        command,
+        f"adapter={run_folder}",
+        "out=merged",
+        *words,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000)),
-    )  # fmt: skip
+    )
     assert done.returncode == 4 and "the disk is full" in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
     assert run_folder_state(run_folder) == before
@@ -192,9 +195,15 @@ def test_too_little_room_is_known_before_anything_is_written(run_folder, tmp_pat
 
 
 WIDE = {
-    "vocab_size": 883, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 1,
-    "max_position_embeddings": 64, "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": 883,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 1,
+    "max_position_embeddings": 64,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
 IN_LITTLE_MEMORY = """
 import resource, sys
 from pathlib import Path
@@ -208,7 +217,7 @@ print(one_run(options)["peak_bytes"])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts memory on Linux alone")
 # Of which the interpreter with its libraries takes 330 MB; the weights are 480 MB. The limit also counts what was given
-# back to the system but may be used again, which quantising in threads has much of.
+# back to the system but may be used again, which quantizing in threads has much of.
 @pytest.mark.parametrize(("kind", "limit"), [("ours", "500MB"), ("ours, dequantized", "2GB")])
 def test_a_layer_of_a_7b_is_merged_in_a_block_of_memory(kind, limit, repo_root, tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
@@ -246,9 +255,11 @@ def test_the_embedded_base_answers_alike_merged_and_adapted(finetune_command, ru
 
     adapted = PeftModel.from_pretrained(base, str(run_folder))
     asked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Write the numbers 3, 1 and 2."}], add_generation_prompt=True, return_tensors="pt",
+        [{"role": "user", "content": "Write the numbers 3, 1 and 2."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
         return_dict=True,
-    )  # fmt: skip
+    )
     answers = [
         model.generate(**asked, max_new_tokens=64, do_sample=False, eos_token_id=None)[0].tolist()
         for model in (merged, adapted)

@@ -154,6 +154,6 @@ def test_the_curve_of_a_long_run_keeps_its_ends():
 def test_outside_of_a_kernel_nothing_is_a_notebook():
     import IPython  # noqa: F401 - imported is not enough
 
-    from finetune.terminal import in_notebook
+    from finetune.system.console import in_notebook
 
     assert not in_notebook()

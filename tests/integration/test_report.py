@@ -15,9 +15,13 @@ from tests.html_reader import Reader
 from tests.runs import small_run
 
 CURVES = [
-    "Loss, nats a target token", "Held-out token accuracy", "Learning rate", "Gradient norm before clipping",
-    "Speed, tokens a second", "Peak memory, GiB",
-]  # fmt: skip
+    "Loss, nats a target token",
+    "Held-out token accuracy",
+    "Learning rate",
+    "Gradient norm before clipping",
+    "Speed, tokens a second",
+    "Peak memory, GiB",
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that trained, answered rows before and after, and was measured beside its base."""
     folder = tmp_path_factory.mktemp("runs") / "a"
     train(small_run(folder, "generation.rows=3", "generation.max_new_tokens=8", "train.eval_every=2"))
-    words = ("limit=6", "answers=3", "variants=[base,quantised,trained]", "resamples=100", "max_new_tokens=8")
+    words = ("limit=6", "answers=3", "variants=[base,quantized,trained]", "resamples=100", "max_new_tokens=8")
     assert main(["eval", f"adapter={folder}", *words]) == 0
     assert main(["report", str(folder)]) == 0
     return folder
@@ -59,9 +63,16 @@ def test_the_page_is_well_formed_and_stands_alone(read: Reader, page_file: Path)
 
 def test_all_of_the_run_is_on_the_page(read: Reader):
     assert read.texts("h2") == [
-        "Curves", "Answers before and after", "What 4 bits cost and training gained", "Predicted and measured", "Data",
-        "A training row", "Settings that are not the defaults", "Where it ran", "What next",
-    ]  # fmt: skip
+        "Curves",
+        "Answers before and after",
+        "What 4 bits cost and training gained",
+        "Predicted and measured",
+        "Data",
+        "A training row",
+        "Settings that are not the defaults",
+        "Where it ran",
+        "What next",
+    ]
 
 
 def test_its_figures_are_those_of_the_result(read: Reader, folder: Path):

@@ -70,7 +70,7 @@ def test_spare_rows_are_left_for_new_tokens(bf16: PreTrainedModel, tokenizer: Pr
     assert len(tokenizer) + 8 <= bf16.config.vocab_size
 
 
-def test_it_tokenises_by_the_rules_of_qwen2(shared: Path) -> None:
+def test_it_tokenizes_by_the_rules_of_qwen2(shared: Path) -> None:
     theirs = json.loads((shared / "qwen2.5" / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
     ours = json.loads((BASE / "tokenizer.json").read_text(encoding="utf-8"))
     for part in ("normalizer", "pre_tokenizer"):

@@ -21,7 +21,7 @@ from finetune import load_base, load_config, load_tokenizer
 from finetune.data.loader import load_chat_template, load_data
 from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.perplexity import evaluate
-from finetune.models.fast import attach_fast_path
+from finetune.models.fused import attach_fast_path
 cfg = load_config(sys.argv[1] + "/config.yaml")
 model = PeftModel.from_pretrained(load_base(cfg.model, cfg.quant), sys.argv[1])
 attach_fast_path(model)  # the run's own arithmetic, so that nothing but the weights can differ
@@ -48,15 +48,31 @@ def test_accelerate_launch_leaves_a_whole_run_whose_adapter_reloads_to_the_same_
     assert done.returncode == 0, done.stderr[-3000:]
     files = {path.name for path in run.iterdir()}
     assert files >= {
-        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "README.md", "checkpoint-4", "config.yaml", "run.json", "metrics.jsonl", "result.json",
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "README.md",
+        "checkpoint-4",
+        "config.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "result.json",
+    }
     assert not [name for name in files if name.startswith(".") and name != ".lock"], "no temporary file may stay"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     needed = {
-        "step", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "tokens_per_second", "peak_bytes",
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "target_tokens",
+        "tokens_per_second",
+        "peak_bytes",
         "seconds",
-    }  # fmt: skip
+    }
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(needed <= line.keys() for line in lines)
     outcome = result(run)
     assert (outcome["status"], outcome["steps"], outcome["world_size"], outcome["adapter"]) == (
@@ -133,7 +149,7 @@ def test_what_a_user_does_wrong_ends_in_one_message_and_its_exit_code(tmp_path, 
 
 
 def copy_of_the_base_with_half_its_weights(folder: Path) -> None:
-    from finetune.resources import packaged
+    from finetune.system.resources import packaged
 
     folder.mkdir()
     for file in (packaged("data") / "tiny-qwen2.5").iterdir():

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
-from finetune.models.adapter import attach_lora, check_adapter, save_adapter
-from finetune.models.inits import lora_layers
+from finetune.models.adapters.attach import attach_lora, check_adapter, save_adapter
+from finetune.models.adapters.inits import lora_layers
 from finetune.models.load import load_base, quiet
 
 Load = Callable[..., PreTrainedModel]
@@ -46,7 +46,7 @@ FOUR_BIT_KINDS: dict[str, dict[str, Any]] = {
 }
 BASE_CHANGING_KINDS: dict[str, dict[str, Any]] = {
     "pissa": {"init": "pissa"},
-    "randomised pissa": {"init": "pissa_niter_16", "target_modules": "all-linear"},
+    "randomized pissa": {"init": "pissa_niter_16", "target_modules": "all-linear"},
     "olora with rslora and patterns": {"init": "olora", "rslora": True, "rank_pattern": {"q_proj": 4}},
     "pissa with dora": {"init": "pissa", "dora": True, "alpha_pattern": {"q_proj": 3.0}},
 }
@@ -165,7 +165,7 @@ class TestReloaded:
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "none"])
 def test_a_layer_computes_and_differentiates_as_in_float64(load: Load, quant_type: Any, rslora: bool) -> None:
-    """y = W x + b + s B A x and its gradients, W dequantised. An fp32 model leaves only rounding."""
+    """y = W x + b + s B A x and its gradients, W dequantized. An fp32 model leaves only rounding."""
     torch.manual_seed(2)
     cfg = LoraConfig(rank=4, alpha=6.0, rslora=rslora)
     adapted: dict[str, Any] = dict(lora_layers(attach_lora(load(quant_type, dtype="float32"), cfg)))

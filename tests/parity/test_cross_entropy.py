@@ -91,9 +91,12 @@ def test_segmented_attention_refuses_lengths_that_do_not_cover_the_batch():
     batch = build_batch(documents([4, 4]))
     with pytest.raises(ValueError, match="cover 64 rows, not the 8 given"):
         model.model(
-            batch.input_ids, position_ids=batch.position_ids, attention_mask={"full_attention": None},
-            segments=plan_segments([4, 3], torch.arange(7), 64, torch.device("cpu"), torch.float32), use_cache=False,
-        )  # fmt: skip
+            batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask={"full_attention": None},
+            segments=plan_segments([4, 3], torch.arange(7), 64, torch.device("cpu"), torch.float32),
+            use_cache=False,
+        )
 
 
 ADAPTERS = {

@@ -1,4 +1,4 @@
-"""Our divergences against TRL's generalised Jensen-Shannon divergence, values and autograd gradients."""
+"""Our divergences against TRL's generalized Jensen-Shannon divergence, values and autograd gradients."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
-from finetune.models import four_bit
-from finetune.models.adapter import attach_lora
+from finetune.models.adapters.attach import attach_lora
 from finetune.models.load import load_base, quiet
-from finetune.models.quantize import keep_weights_trainable_after_eval
+from finetune.models.quant import four_bit
+from finetune.models.quant.quantize import keep_weights_trainable_after_eval
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 90
 Load = Callable[[Path], Any]
@@ -30,9 +30,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
         if tied not in made:
             torch.manual_seed(0)
             config = Qwen2Config(
-                vocab_size=97, hidden_size=56, intermediate_size=99, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, tie_word_embeddings=tied, eos_token_id=5,
-            )  # fmt: skip
+                vocab_size=97,
+                hidden_size=56,
+                intermediate_size=99,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                tie_word_embeddings=tied,
+                eos_token_id=5,
+            )
             model = Qwen2ForCausalLM(config)
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -48,14 +54,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
 
 def by_transformers(folder: Path, quant: QuantConfig, dtype: str = "bfloat16") -> Any:
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, llm_int8_skip_modules=["lm_head"], bnb_4bit_quant_type=quant.type,
-        bnb_4bit_use_double_quant=quant.double, bnb_4bit_compute_dtype=getattr(torch, quant.compute_dtype),
-    )  # fmt: skip
+        load_in_4bit=True,
+        llm_int8_skip_modules=["lm_head"],
+        bnb_4bit_quant_type=quant.type,
+        bnb_4bit_use_double_quant=quant.double,
+        bnb_4bit_compute_dtype=getattr(torch, quant.compute_dtype),
+    )
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=settings, dtype=getattr(torch, dtype), device_map={"": "cpu"},
+            folder,
+            quantization_config=settings,
+            dtype=getattr(torch, dtype),
+            device_map={"": "cpu"},
             attn_implementation="sdpa",
-        )  # fmt: skip
+        )
     model.requires_grad_(False)
     keep_weights_trainable_after_eval(model)
     return model
@@ -85,12 +97,12 @@ def assert_same(ours: Any, theirs: Any) -> None:
 def test_every_bit_is_that_of_transformers(
     folders, monkeypatch: pytest.MonkeyPatch, quant_type: Any, double: bool, tied: bool, dtype: Any
 ) -> None:
-    """Quantised now, a piece at a time, and read from the cache at the second start."""
+    """Quantized now, a piece at a time, and read from the cache at the second start."""
     monkeypatch.setattr(four_bit, "_CHUNK", 1024)
     quant = QuantConfig(type=quant_type, double=double)
     theirs = by_transformers(folders(tied), quant, dtype)
     assert_same(by_us(folders(tied), quant, dtype), theirs)
-    monkeypatch.setattr(four_bit, "quantise", None)
+    monkeypatch.setattr(four_bit, "quantize", None)
     assert_same(by_us(folders(tied), quant, dtype), theirs)
 
 
@@ -100,7 +112,7 @@ def test_a_matrix_in_pieces_is_the_matrix(monkeypatch: pytest.MonkeyPatch, rows:
     monkeypatch.setattr(four_bit, "_CHUNK", 4096)
     weight = torch.randn(rows, 96, generator=torch.Generator().manual_seed(rows), dtype=torch.bfloat16)
     like = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=double)
-    packed, state = four_bit.quantise(weight, like)
+    packed, state = four_bit.quantize(weight, like)
     expected, expected_state = bnb.functional.quantize_4bit(weight, compress_statistics=double, quant_type="nf4")
     assert packed.equal(expected)
     found, wanted = state.as_dict(packed=True), expected_state.as_dict(packed=True)

@@ -16,16 +16,23 @@ from finetune.config.schema import DataConfig, ModelConfig
 from finetune.data.formats.messages import Conversation, Message, ToolCall
 from finetune.data.loader import load_chat_template
 from finetune.data.template.chat import ChatTemplate, advice_on_end_token
-from finetune.errors import DataError
 from finetune.models.load import load_tokenizer
-from finetune.resources import packaged
+from finetune.system.errors import DataError
+from finetune.system.resources import packaged
 
 TEMPLATE = packaged("configs") / "templates" / "deepseek-r1.jinja"
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 # As R1-Distill-Qwen's tokenizer redefines Qwen2.5's first control tokens, in their order: special or not.
-R1_TOKENS = {END: True, USER: False, ASSISTANT: False, BEGIN: True, "<|EOT|>": False, "<think>": False,
-             "</think>": False}  # fmt: skip
+R1_TOKENS = {
+    END: True,
+    USER: False,
+    ASSISTANT: False,
+    BEGIN: True,
+    "<|EOT|>": False,
+    "<think>": False,
+    "</think>": False,
+}
 
 
 def write_r1(source: Path, folder: Path) -> Path:
@@ -40,13 +47,21 @@ def write_r1(source: Path, folder: Path) -> Path:
     begin = {"SpecialToken": {"id": BEGIN, "type_id": 0}}
     text = {"Sequence": {"id": "A", "type_id": 0}}
     definition["post_processor"] = {
-        "type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text, text],
+        "type": "TemplateProcessing",
+        "single": [begin, text],
+        "pair": [begin, text, text],
         "special_tokens": {BEGIN: {"id": BEGIN, "ids": [first["id"] + 3], "tokens": [BEGIN]}},
-    }  # fmt: skip
+    }
     settings = {
-        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True, "unk_token": None,
-        "bos_token": BEGIN, "eos_token": END, "pad_token": END, "clean_up_tokenization_spaces": False,
-    }  # fmt: skip
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "legacy": True,
+        "unk_token": None,
+        "bos_token": BEGIN,
+        "eos_token": END,
+        "pad_token": END,
+        "clean_up_tokenization_spaces": False,
+    }
     for name, content in {
         "tokenizer.json": definition,
         "tokenizer_config.json": settings,
@@ -211,7 +226,7 @@ def test_the_r1_template_writes_what_the_row_says(r1):
     assert tokenizer.decode(encoded.ids[encoded.trained]) == f"{thinking}{END}{thinking}{END}"
     ids = tokenizer.convert_tokens_to_ids(list(R1_TOKENS))
     assert [(encoded.ids == i).sum() for i in ids] == [expected.count(token) for token in R1_TOKENS]
-    # R1-Distill's own prompt opens the tag: what the model learnt to write there.
+    # R1-Distill's own prompt opens the tag: what the model learned to write there.
     prompt = chat.prompt_ids(row.messages[:-1])
     own = [*prompt, *tokenizer("<think>\n", add_special_tokens=False).input_ids]
     assert tokenizer.decode(prompt).endswith(f"sure?{ASSISTANT}") and encoded.ids[: len(own)].tolist() == own

@@ -18,7 +18,7 @@ from finetune.data.loader import load_chat_template, load_data
 from finetune.data.packing import SequenceOrder
 from finetune.data.template.chat import UNTRAINED
 from finetune.data.tokens.prepare import Preparation
-from finetune.models.adapter import attach_lora, save_adapter
+from finetune.models.adapters.attach import attach_lora, save_adapter
 from finetune.models.load import load_base, load_tokenizer
 from tests.runs import metrics, small_run
 
@@ -61,13 +61,26 @@ def trl_losses(cfg: RunConfig, start: Path, rows: Dataset, folder: Path) -> list
         warnings.simplefilter("ignore", FutureWarning)
         model = peft.PeftModel.from_pretrained(base, str(start), is_trainable=True)
         arguments = SFTConfig(
-            output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=ROWS,
+            output_dir=str(folder),
+            max_steps=STEPS,
+            per_device_train_batch_size=ROWS,
             train_sampling_strategy="sequential",
-            learning_rate=cfg.train.learning_rate, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
-            max_grad_norm=cfg.train.max_grad_norm, optim="adamw_torch", bf16=False, use_cpu=True, packing=False,
-            max_length=None, gradient_checkpointing=False, save_strategy="no", report_to="none", disable_tqdm=True,
+            learning_rate=cfg.train.learning_rate,
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            weight_decay=0.0,
+            max_grad_norm=cfg.train.max_grad_norm,
+            optim="adamw_torch",
+            bf16=False,
+            use_cpu=True,
+            packing=False,
+            max_length=None,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
             logging_strategy="no",
-        )  # fmt: skip
+        )
         trainer = RecordingTrainer(
             model=model, args=arguments, train_dataset=rows, processing_class=load_tokenizer(cfg.model)
         )
@@ -89,10 +102,18 @@ def trl_losses(cfg: RunConfig, start: Path, rows: Dataset, folder: Path) -> list
 )
 def test_the_losses_follow_trls(tmp_path, precision, mean_drift, largest_drift):
     settings = (
-        *precision, "data.packing=false", "data.train.0.limit=200", f"train.batch_size={ROWS}",
-        f"train.max_steps={STEPS}", "train.schedule=constant", "train.warmup=0", "train.learning_rate=1e-3",
-        "train.neftune_alpha=0", "lora.dropout=0", "lora.rank=8",
-    )  # fmt: skip
+        *precision,
+        "data.packing=false",
+        "data.train.0.limit=200",
+        f"train.batch_size={ROWS}",
+        f"train.max_steps={STEPS}",
+        "train.schedule=constant",
+        "train.warmup=0",
+        "train.learning_rate=1e-3",
+        "train.neftune_alpha=0",
+        "lora.dropout=0",
+        "lora.rank=8",
+    )
     start_adapter(small_run(tmp_path / "none", *settings), tmp_path / "start")
     cfg = small_run(tmp_path / "ours", *settings, f"lora.init_adapter={tmp_path / 'start'}")
     train(cfg)
@@ -100,5 +121,5 @@ def test_the_losses_follow_trls(tmp_path, precision, mean_drift, largest_drift):
     theirs = np.array(trl_losses(cfg, tmp_path / "start", rows_in_order(cfg), tmp_path / "theirs"))
     drift = np.abs(ours - theirs)
     print(f"drift in nats a token: mean {drift.mean():.2g}, largest {drift.max():.2g}; loss {ours[0]:.3f}, {ours[-5:]}")
-    assert ours[-5:].mean() < 0.9 * ours[:5].mean()  # something was learnt
+    assert ours[-5:].mean() < 0.9 * ours[:5].mean()  # something was learned
     assert drift[0] < mean_drift and drift.mean() < mean_drift and drift.max() < largest_drift

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune import __version__, cli
-from finetune.arguments import parse_arguments
 from finetune.cli import COMMANDS, main
-from finetune.errors import (
+from finetune.system.arguments import parse_arguments
+from finetune.system.errors import (
     ConfigError,
     DataError,
     FinetuneError,

@@ -124,11 +124,14 @@ def test_the_public_names_are_the_functions_they_say():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has GNU OpenMP on Linux alone")
-@pytest.mark.parametrize(("own", "found"), [
-    ({}, "GOMP_SPINCOUNT = '10000'"),
-    ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'"),
-    ({"OMP_WAIT_POLICY": "passive"}, "GOMP_SPINCOUNT = '0'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [
+        ({}, "GOMP_SPINCOUNT = '10000'"),
+        ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'"),
+        ({"OMP_WAIT_POLICY": "passive"}, "GOMP_SPINCOUNT = '0'"),
+    ],
+)
 def test_threads_that_wait_give_their_core_up_unless_the_user_says_how_they_wait(own, found, repo_root):
     unset = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     command = [sys.executable, "-c", "import finetune, torch; torch.ones(3).sum()"]

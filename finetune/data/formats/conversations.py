@@ -14,7 +14,7 @@ from typing import Any
 from finetune.config.schema import SourceConfig
 from finetune.data.formats.messages import Conversation, Message, ToolCall
 from finetune.data.formats.values import Fields, as_json, as_text, is_empty, kind, listed, printable_name, shown
-from finetune.errors import DataError
+from finetune.system.errors import DataError
 
 # What messages of a list may be trained by; a source can call each otherwise.
 MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "tool_calls", "function_call", "train", "weight"})

@@ -56,7 +56,7 @@ class RawText:
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """A row that was tokenised elsewhere. labels: unshifted, -100 where untrained; None trains every token."""
+    """A row that was tokenized elsewhere. labels: unshifted, -100 where untrained; None trains every token."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...] | None = None

@@ -24,7 +24,7 @@ from finetune.data.formats.messages import Conversation, Example, Message, RawTe
 from finetune.data.formats.token_rows import COLUMNS as TOKEN_COLUMNS
 from finetune.data.formats.token_rows import parse_tokens
 from finetune.data.formats.values import Fields, as_json, as_text, is_empty, kind, listed
-from finetune.errors import DataError
+from finetune.system.errors import DataError
 
 _PREFERENCE = (
     "chosen and rejected answers are no format here; to train on the chosen ones set columns: {completion: chosen}, "
@@ -37,7 +37,7 @@ _TOOLS = {"tools": "functions"}
 class RowFormat:
     """What a format's rows look like.
 
-    required: columns that every row has; a format is recognised by them. aliases: another name by which a column is
+    required: columns that every row has; a format is recognized by them. aliases: another name by which a column is
     known. messages: whether its rows hold lists of messages.
     """
 

@@ -1,4 +1,4 @@
-"""Rows that were tokenised elsewhere, under Hugging Face's names."""
+"""Rows that were tokenized elsewhere, under Hugging Face's names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from finetune.data.formats.messages import TokenRow
 from finetune.data.formats.values import Fields, kind, shown
 from finetune.data.template.chat import UNTRAINED
-from finetune.errors import DataError
+from finetune.system.errors import DataError
 
 # 1 where a token is a target.
 _TARGET_MASKS = ("assistant_masks", "completion_mask")

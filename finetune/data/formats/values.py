@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.errors import DataError
+from finetune.system.errors import DataError
 
 _KINDS = {
     type(None): "null",
@@ -40,7 +40,7 @@ def shown(value: Any) -> str:
 
 
 def printable_name(name: Any) -> str:
-    """A name out of a file, cut and escaped where it would break a line, colour a terminal or be no text at all."""
+    """A name out of a file, cut and escaped where it would break a line, color a terminal or be no text at all."""
     short = str(name)[:_SHOWN_CHARACTERS]
     return short if short.isprintable() else repr(short)[1:-1]
 

@@ -24,7 +24,7 @@ from finetune.data.template.layout import Run, check_complete, control_pattern, 
 from finetune.data.template.markers import CLOSE, OPEN, MarkedRow
 from finetune.data.template.reasoning import TAGS, Stretch, reasoning_in
 from finetune.data.template.sandbox import Renderer
-from finetune.errors import DataError
+from finetune.system.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ class _Row:
     rest: float = 0.0
     reasoning: dict[int, list[Stretch]] = field(default_factory=dict)  # of each run: what weighs nothing
 
-    def to_tokenise(self) -> list[str]:
+    def to_tokenize(self) -> list[str]:
         return [text for run, text in zip(self.runs, self.texts, strict=True) if run.fixed is None]
 
 
@@ -179,7 +179,7 @@ class ChatTemplate:
         """
         rows = [self._compose_or_error(conversation, train_on) for conversation in conversations]
         good = [row for row in rows if isinstance(row, _Row)]
-        encodings = iter(self._tokenise([text for row in good for text in row.to_tokenise()]))
+        encodings = iter(self._tokenize([text for row in good for text in row.to_tokenize()]))
         return [row if isinstance(row, DataError) else self._assemble(row, encodings) for row in rows]
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -198,7 +198,7 @@ class ChatTemplate:
         Raises: DataError if the template refuses the conversation or changes its texts.
         """
         row = self._fill(Conversation(tuple(messages), tuple(tools)), frozenset(), prompt=True)
-        return self._assemble(row, iter(self._tokenise(row.to_tokenise()))).ids.tolist()
+        return self._assemble(row, iter(self._tokenize(row.to_tokenize()))).ids.tolist()
 
     def answer_text(self, conversation: Conversation) -> str:
         """What the template writes for the last assistant turn, text and tool calls, without control tokens.
@@ -274,7 +274,7 @@ class ChatTemplate:
             check_complete(marked, runs)
         return runs
 
-    def _tokenise(self, texts: list[str]) -> list[Encoding]:
+    def _tokenize(self, texts: list[str]) -> list[Encoding]:
         return self._backend.encode_batch(texts, add_special_tokens=False) if texts else []
 
     def _assemble(self, row: _Row, encodings: Iterator[Encoding]) -> Encoded:
@@ -323,9 +323,9 @@ def advice_on_end_token(chat: ChatTemplate) -> str | None:
     end, own = (chat.token_of(i) for i in (chat.turn_end_id, chat.eos_id))
     return (
         f"the chat template ends a turn with {end}, but the tokenizer's own end is {own}: this is a base model, whose "
-        f"head never learnt to write {end}, and adapters on its layers cannot teach it, so answers may not stop; start "
-        "from an Instruct model, or train the head as well: lora.modules_to_save=[lm_head] (where the embedding is "
-        "tied to it, both learn)"
+        f"head never learned to write {end}, and adapters on its layers cannot teach it, so answers may not stop; start from an "
+        "Instruct model, or train the head as well: lora.modules_to_save=[lm_head] (where the embedding is tied to "
+        "it, both learn)"
     )
 
 

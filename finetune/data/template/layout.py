@@ -9,7 +9,7 @@ from itertools import accumulate, chain
 from typing import Any
 
 from finetune.data.template.markers import MARKER, MarkedRow, written
-from finetune.errors import DataError
+from finetune.system.errors import DataError
 
 Render = Callable[[int, bool], str]  # (first messages, with the header of the next answer) -> marked text
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from finetune.data.formats.messages import Message
 from finetune.data.template.layout import Run, Slot
-from finetune.errors import DataError
+from finetune.system.errors import DataError
 
 TAGS = OPEN, CLOSE = "<think>", "</think>"
 _TAG = re.compile("|".join(TAGS))

@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from finetune.data.template.markers import to_json
-from finetune.errors import DataError
+from finetune.system.errors import DataError
 
 _RENDER_SECONDS = 2.0  # of the thread's own CPU time: a machine that stalls is no fault of the template
 _RENDER_SIZE = 100_000_000  # characters, and _ITEM for each item of a list, over the whole render

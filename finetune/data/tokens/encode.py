@@ -12,10 +12,10 @@ import numpy as np
 
 from finetune.data.formats.messages import Conversation, Example, RawText, TokenRow, ToolCall
 from finetune.data.formats.parser import RowParser
-from finetune.data.reading.readers import RawBatch, Row
+from finetune.data.sources.readers import RawBatch, Row
 from finetune.data.template.chat import UNTRAINED, ChatTemplate, Encoded
 from finetune.data.tokens.store import BadRow, EncodedBatch
-from finetune.errors import DataError
+from finetune.system.errors import DataError
 
 # Part of every cache's fingerprint: raise it when the same rows would give other tokens, weights or hashes.
 ENCODING_VERSION = 1
@@ -87,7 +87,7 @@ class RowEncoder:
         if row.input_ids and max(row.input_ids) >= self.chat.vocabulary_size:
             return DataError(
                 f"input_ids holds {max(row.input_ids)}, the tokenizer ends at {self.chat.vocabulary_size - 1}; was the "
-                "row tokenised for another model?"
+                "row tokenized for another model?"
             )
         ids = np.asarray(row.input_ids, dtype=np.int32)
         trained = np.ones(len(ids), bool) if row.labels is None else np.asarray(row.labels) != UNTRAINED
@@ -103,7 +103,8 @@ class RowEncoder:
 
         none = [np.empty(0)]
         return EncodedBatch(
-            file=batch.file, unit=batch.unit,
+            file=batch.file,
+            unit=batch.unit,
             lengths=column([len(encoded.ids) for _, _, encoded in good]),
             indices=column([row.index for row, _, _ in good]),
             numbers=column([row.place.number for row, _, _ in good]),
@@ -111,8 +112,9 @@ class RowEncoder:
             control_tokens=column([self._control_tokens(example) for _, example, _ in good], np.int32),
             ids=np.concatenate([encoded.ids for _, _, encoded in good] or none).astype(np.int32, copy=False),
             weights=np.concatenate([encoded.weights for _, _, encoded in good] or none).astype(np.float32, copy=False),
-            bad=tuple(bad), bytes_read=batch.bytes_read,
-        )  # fmt: skip
+            bad=tuple(bad),
+            bytes_read=batch.bytes_read,
+        )
 
     def _control_tokens(self, example: Example) -> int:
         return sum(map(self.chat.control_tokens_in, texts_of(example)))
@@ -143,7 +145,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def content_hash(example: Example) -> int:
-    """64 bits of a row's content: what it says, not how its file spelt it. Loss weights do not count."""
+    """64 bits of a row's content: what it says, not how its file spelled it. Loss weights do not count."""
     if isinstance(example, Conversation):
         turns = [(m.role, m.content, *map(ToolCall.as_dict, m.tool_calls)) for m in example.messages]
         content: Any = [turns, example.tools]

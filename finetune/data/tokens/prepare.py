@@ -1,4 +1,4 @@
-"""Tokenise a source once: found in the cache by a fingerprint of everything that decides its tokens, or made there."""
+"""Tokenize a source once: found in the cache by a fingerprint of everything that decides its tokens, or made there."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from filelock import FileLock, Timeout
 
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.formats.parser import RowParser, resolve_format
-from finetune.data.reading.readers import RawBatch
-from finetune.data.reading.sources import SourceFiles, resolve_source
+from finetune.data.sources.paths import SourceFiles, resolve_source
+from finetune.data.sources.readers import RawBatch
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.encode import ENCODING_VERSION, RowEncoder
 from finetune.data.tokens.store import StoreWriter, TokenStore, is_whole
 from finetune.data.tokens.workers import encode_all
-from finetune.errors import DataError, ResourceError
+from finetune.system.errors import DataError, ResourceError
 
 # Smaller sources are encoded sooner by this process than others can start.
 _WORTH_WORKERS_BYTES = 8_000_000
@@ -35,7 +35,7 @@ _PATIENCE_SECONDS = 60.0
 
 
 class Progress(Protocol):
-    """Told how far the tokenisation is: bytes read and in all, rows done."""
+    """Told how far the tokenization is: bytes read and in all, rows done."""
 
     def __call__(self, name: str, done_bytes: int, total_bytes: int, rows: int) -> None: ...
 
@@ -58,7 +58,7 @@ class Preparation:
 
     @property
     def cache(self) -> Path:
-        """The folder that holds a store for every source ever tokenised."""
+        """The folder that holds a store for every source ever tokenized."""
         home = (
             os.environ.get("FINETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "finetune/tokens"
         )
@@ -89,10 +89,14 @@ class Preparation:
     def made_from(self, source: SourceConfig) -> dict[str, Any]:
         """Everything but the rows that decides the tokens, by name."""
         return {
-            "version": ENCODING_VERSION, "tokenizers": tokenizers.__version__,
-            "tokenizer": self.chat.digest(), "template": self.chat.template, "train_on": self.cfg.train_on,
-            "system": self.cfg.system, **source.model_dump(include={"format", "columns", "roles", "limit"}),
-        }  # fmt: skip
+            "version": ENCODING_VERSION,
+            "tokenizers": tokenizers.__version__,
+            "tokenizer": self.chat.digest(),
+            "template": self.chat.template,
+            "train_on": self.cfg.train_on,
+            "system": self.cfg.system,
+            **source.model_dump(include={"format", "columns", "roles", "limit"}),
+        }
 
     def provide(self, folder: Path, write: Callable[[Path], None]) -> None:
         """See to it that a whole store lies in `folder`: written by the main process, awaited by the others.
@@ -189,7 +193,7 @@ def console_progress(say: Callable[[str], None], every_seconds: float = 10.0) ->
         nonlocal last
         now = time.monotonic()
         share = done_bytes / total_bytes if total_bytes else 1.0
-        text = f"tokenising {name}: {share:4.0%}, {rows:,} rows, {rows / max(now - started, 1e-9):,.0f} a second"
+        text = f"tokenizing {name}: {share:4.0%}, {rows:,} rows, {rows / max(now - started, 1e-9):,.0f} a second"
         if sys.stderr.isatty():
             print(f"\r{text}", end="\n" if share >= 1 else "", file=sys.stderr, flush=True)
         elif now - last > every_seconds:

@@ -1,4 +1,4 @@
-"""Tokenised rows on disk, memory-mapped: written once, read by every rank.
+"""Tokenized rows on disk, memory-mapped: written once, read by every rank.
 
 A store is a folder: ids.bin (int32), codes.bin (uint8, which of the store's loss weights a token has), rows.npz (an
 entry a row), meta.json, bad_rows.jsonl. It is written under another name and renamed, so a folder that carries its name
@@ -18,13 +18,18 @@ from typing import Any, overload
 import numpy as np
 
 from finetune.data.template.chat import Encoded
-from finetune.errors import DataError
+from finetune.system.errors import DataError
 
 # An entry a row; 32 bits hold two thousand million rows, and rows of as many tokens.
 _COLUMNS = {
-    "lengths": np.int32, "targets": np.int32, "indices": np.int32, "numbers": np.int32, "files": np.int32,
-    "control_tokens": np.int32, "hashes": np.uint64,
-}  # fmt: skip
+    "lengths": np.int32,
+    "targets": np.int32,
+    "indices": np.int32,
+    "numbers": np.int32,
+    "files": np.int32,
+    "control_tokens": np.int32,
+    "hashes": np.uint64,
+}
 _IDS, _CODES, _ROWS, _META, BAD_ROWS = "ids.bin", "codes.bin", "rows.npz", "meta.json", "bad_rows.jsonl"
 _MOST_WEIGHTS = 256  # a code is one byte
 
@@ -43,7 +48,7 @@ class EncodedBatch:
     """Rows of one file, encoded, in order; rows that could not be used stand in `bad`.
 
     lengths, indices, numbers [N] int64 (tokens, row in the source from 0, line or row in the file from 1);
-    hashes [N] uint64 of the rows' content; control_tokens [N] int32 spelt out in contents;
+    hashes [N] uint64 of the rows' content; control_tokens [N] int32 spelled out in contents;
     ids [sum of lengths] int32; weights [sum of lengths] float32. bytes_read: of the source's files, up to
     and with these rows.
     """
@@ -84,7 +89,7 @@ class TokenStore(Sequence[Encoded]):
 
     lengths [N] int32: tokens. targets [N] int32: tokens that are predicted, the first token never being one.
     indices [N] int32: the row in its source, from 0, bad rows counted. hashes [N] uint64: of the row's content.
-    control_tokens [N] int32: spelt out in contents.
+    control_tokens [N] int32: spelled out in contents.
     """
 
     def __init__(self, folder: Path):
@@ -130,7 +135,7 @@ class TokenStore(Sequence[Encoded]):
 
     @property
     def format(self) -> str:
-        """What the rows were recognised as."""
+        """What the rows were recognized as."""
         return self.meta.format
 
     @property
@@ -179,9 +184,14 @@ class StoreWriter:
             self._content[name].update(values.data)
         file = self._files.setdefault((batch.file, batch.unit), len(self._files))
         rows = {
-            "lengths": batch.lengths, "targets": _targets(batch), "indices": batch.indices, "numbers": batch.numbers,
-            "hashes": batch.hashes, "control_tokens": batch.control_tokens, "files": np.full(len(batch.lengths), file),
-        }  # fmt: skip
+            "lengths": batch.lengths,
+            "targets": _targets(batch),
+            "indices": batch.indices,
+            "numbers": batch.numbers,
+            "hashes": batch.hashes,
+            "control_tokens": batch.control_tokens,
+            "files": np.full(len(batch.lengths), file),
+        }
         for name, dtype in _COLUMNS.items():
             self._columns[name].append(rows[name].astype(dtype))
         for bad in batch.bad:
@@ -200,11 +210,17 @@ class StoreWriter:
         files = [file for file, _ in self._files]
         units = [unit for _, unit in self._files]
         meta = StoreMeta(
-            rows=len(columns["lengths"]), tokens=int(columns["lengths"].sum(dtype=np.int64)), bad_rows=self._bad_rows,
-            content=self._digest(), format=format_name, files=files, units=units, weights=list(self._weights),
+            rows=len(columns["lengths"]),
+            tokens=int(columns["lengths"].sum(dtype=np.int64)),
+            bad_rows=self._bad_rows,
+            content=self._digest(),
+            format=format_name,
+            files=files,
+            units=units,
+            weights=list(self._weights),
             sizes={name: (self.folder / name).stat().st_size for name in (_IDS, _CODES, _ROWS, BAD_ROWS)},
             made_from=made_from,
-        )  # fmt: skip
+        )
         with (self.folder / _META).open("w", encoding="utf-8") as stream:
             json.dump(asdict(meta), stream, ensure_ascii=False, indent=1)
             _settle(stream)

@@ -19,10 +19,10 @@ from pathlib import Path
 from threading import local
 from typing import IO, cast
 
-from finetune.data.reading.readers import RawBatch
+from finetune.data.sources.readers import RawBatch
 from finetune.data.tokens.encode import RowEncoder
 from finetune.data.tokens.store import EncodedBatch
-from finetune.errors import ResourceError
+from finetune.system.errors import ResourceError
 
 _PARENT = Path(__file__).resolve().parents[3]
 _CHILD = f"import sys; sys.path.insert(0, {str(_PARENT)!r}); from finetune.data.tokens.workers import serve; serve()"
@@ -71,9 +71,11 @@ def _in_order(
 class _Child:
     def __init__(self, encoder: RowEncoder):
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-c", _CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-        )  # fmt: skip
+        )
         self._requests = cast(IO[bytes], self._process.stdin)
         self._answers = cast(IO[bytes], self._process.stdout)
         self._send(encoder)
@@ -85,7 +87,7 @@ class _Child:
         except (EOFError, BrokenPipeError) as error:
             code = self._process.wait()
             raise ResourceError(
-                f"a tokenising process died (exit code {code}); if memory is short, set data.workers=1"
+                f"a tokenizing process died (exit code {code}); if memory is short, set data.workers=1"
             ) from error
 
     def _send(self, message: RowEncoder | RawBatch) -> None:

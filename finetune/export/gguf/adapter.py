@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.errors import ConfigError
-from finetune.export.formats import Exported, Job
+from finetune.export.exporter import Exported, Job
 from finetune.export.gguf.file import (
     PlannedTensor,
     check_file,
@@ -21,8 +20,9 @@ from finetune.export.gguf.file import (
 )
 from finetune.export.gguf.names import ARCHITECTURE, linear_name
 from finetune.export.gguf.types import NumberType, fitting_type, gguf_package, number_type
-from finetune.models.adapter_config import other_base, other_updates, scaling_of
-from finetune.models.adapter_files import PREFIX, SavedAdapter, fetch_adapter, token_ids
+from finetune.models.adapters.config import other_base, other_updates, scaling_of
+from finetune.models.adapters.files import PREFIX, SavedAdapter, fetch_adapter, token_ids
+from finetune.system.errors import ConfigError
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 # What only a merged model can say.

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from finetune.errors import IntegrityError
-from finetune.export.formats import Job
+from finetune.export.exporter import Job
 from finetune.export.gguf.tokenizer import load_tokenizer
 from finetune.export.gguf.types import NumberType
 from finetune.export.verify import Answers, Verification, compare, require_same, source_answers
 from finetune.models.load import quiet
+from finetune.system.errors import IntegrityError
 
 # Composed (NFC), as nearly all text is: llama.cpp does not compose what it reads, Qwen2's tokenizer does.
 TEXTS = (
@@ -123,9 +123,15 @@ def open_llama(path: Path, length: int, adapter: Path | None = None) -> Any | No
         return None
     over = {} if adapter is None else {"lora_path": str(adapter)}
     return llama_cpp.Llama(
-        str(path), n_ctx=length, n_batch=length, logits_all=True, verbose=False, **over,
-        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
-    )  # fmt: skip
+        str(path),
+        n_ctx=length,
+        n_batch=length,
+        logits_all=True,
+        verbose=False,
+        **over,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+    )
 
 
 def llama_logits(llama: Any, ids: list[int]) -> Tensor:

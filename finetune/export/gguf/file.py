@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.errors import IntegrityError
-from finetune.export.formats import Job
+from finetune.export.exporter import Job
 from finetune.export.gguf.types import NumberType, decode, encode, gguf_package
+from finetune.system.errors import IntegrityError
 
 _CHUNK_NUMBERS = 1 << 22
 # What a scale loses when it becomes an f16: a share of the largest number, and something where it is subnormal.

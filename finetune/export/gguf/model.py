@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from finetune.errors import IntegrityError
-from finetune.export.formats import Exported, Job, Say
+from finetune.export.exporter import Exported, Job, Say
 from finetune.export.gguf.adapter import adapter_to_gguf
 from finetune.export.gguf.check import check_model
 from finetune.export.gguf.file import (
@@ -25,8 +24,9 @@ from finetune.export.gguf.file import (
 from finetune.export.gguf.names import ARCHITECTURE, EMBEDDING, HEAD, check_tensors, settings, tensor_names
 from finetune.export.gguf.tokenizer import Vocabulary, read_vocabulary
 from finetune.export.gguf.types import DEFAULT, NumberType, fitting_type, gguf_package, number_type
-from finetune.models.source import weight_files
-from finetune.models.stored import Stored, WeightFiles, read_rows
+from finetune.models.hub import weight_files
+from finetune.models.safetensors_index import Stored, WeightFiles, read_rows
+from finetune.system.errors import IntegrityError
 
 
 def to_gguf(job: Job) -> Exported:
@@ -124,5 +124,12 @@ def _notes(
     if wider:
         shown = ", ".join(wider[:5]) + (", …" if len(wider) > 5 else "")
         say(f"{len(wider)} matrices are wider than {kind.name} (vocabulary, or rows without whole blocks): {shown}")
-    return {"file": path.name, "bytes": size, "type": kind.name, "tensors": used, "wider": wider,
-            "tokens": len(vocabulary.tokens), "unused_tokens": vocabulary.kinds.count(5)}  # fmt: skip
+    return {
+        "file": path.name,
+        "bytes": size,
+        "type": kind.name,
+        "tensors": used,
+        "wider": wider,
+        "tokens": len(vocabulary.tokens),
+        "unused_tokens": vocabulary.kinds.count(5),
+    }

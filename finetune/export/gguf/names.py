@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from finetune.errors import ConfigError, IntegrityError
+from finetune.system.errors import ConfigError, IntegrityError
 
 ARCHITECTURE = "qwen2"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"

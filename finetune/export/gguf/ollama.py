@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.template.sandbox import Renderer
-from finetune.errors import ConfigError, DataError
-from finetune.export.formats import Exported, Job
+from finetune.export.exporter import Exported, Job
 from finetune.export.gguf.file import final_folder, model_name
 from finetune.export.gguf.model import to_gguf
 from finetune.export.gguf.tokenizer import load_tokenizer
-from finetune.models.source import read_json
+from finetune.models.hub import read_json
+from finetune.system.errors import ConfigError, DataError
 
 Turn = dict[str, str]
 

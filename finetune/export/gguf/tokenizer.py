@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from finetune.errors import ConfigError
 from finetune.models.families import FAMILIES
 from finetune.models.load import quiet
+from finetune.system.errors import ConfigError
 
 # GGUF's numbers for kinds of tokens.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-# llama.cpp names a pre-tokeniser instead of keeping its regex; `qwen2` means this one.
+# llama.cpp names a pre-tokenizer instead of keeping its regex; `qwen2` means this one.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -110,9 +110,12 @@ def _check_qwen2(content: dict[str, Any], folder: Path) -> None:
     if patterns != [_SPLIT] or len(levels) != 1 or levels[0]["add_prefix_space"] or levels[0]["use_regex"]:
         problems.append("it splits text by other rules")
     if (content["normalizer"] or {"type": "NFC"})["type"] != "NFC":
-        problems.append(f"it normalises by {content['normalizer']['type']}")
-    if bent := [token["content"] for token in content["added_tokens"]
-                if token["lstrip"] or token["rstrip"] or token["single_word"]]:  # fmt: skip
+        problems.append(f"it normalizes by {content['normalizer']['type']}")
+    if bent := [
+        token["content"]
+        for token in content["added_tokens"]
+        if token["lstrip"] or token["rstrip"] or token["single_word"]
+    ]:
         problems.append(f"its tokens {', '.join(map(repr, bent[:5]))} swallow spaces or want to stand alone")
     if problems:
         raise ConfigError(f"{folder}: no GGUF can say what the tokenizer does: {'; '.join(problems)}")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.errors import ConfigError, IntegrityError, MissingExtra
+from finetune.system.errors import ConfigError, IntegrityError, MissingExtra
 
 _LARGEST_F16 = 65504.0
 

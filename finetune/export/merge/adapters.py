@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from finetune.errors import ConfigError
-from finetune.export.merge.changes import Change, LowRank, NewRows, Replaced
-from finetune.models.adapter_config import other_base, other_updates, scaling_of
-from finetune.models.adapter_files import PREFIX, SavedAdapter, token_ids
-from finetune.models.stored import Stored
+from finetune.export.merge.deltas import Change, LowRank, NewRows, Replaced
+from finetune.models.adapters.config import other_base, other_updates, scaling_of
+from finetune.models.adapters.files import PREFIX, SavedAdapter, token_ids
+from finetune.models.safetensors_index import Stored
+from finetune.system.errors import ConfigError
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _ROWS = ".token_adapter.trainable_tokens_delta"
@@ -25,7 +25,7 @@ def read_changes(adapter: SavedAdapter, base: Mapping[str, Stored]) -> dict[str,
     Raises: ConfigError with everything that does not fit the base, or that cannot be merged.
     """
     problems = list(other_updates(adapter.config))
-    if (init := other_base(adapter.config)) and init != "loftq":  # that one's is the dequantised base
+    if (init := other_base(adapter.config)) and init != "loftq":  # that one's is the dequantized base
         problems.append(
             f"init_lora_weights={init}: it belongs on other weights than the base's; let PEFT convert it "
             "(save_pretrained with path_initial_model_for_weight_conversion)"
@@ -38,9 +38,11 @@ def read_changes(adapter: SavedAdapter, base: Mapping[str, Stored]) -> dict[str,
         magnitudes = (f"{module}.lora_magnitude_vector", f"{module}.lora_magnitude_vector.weight")
         magnitude = next((left.pop(key) for key in magnitudes if key in left), None)
         changes[f"{module}.weight"] = LowRank(
-            lora_A, lora_B, scaling_of(adapter.config, module, len(lora_A)),
+            lora_A,
+            lora_B,
+            scaling_of(adapter.config, module, len(lora_A)),
             None if magnitude is None else magnitude.float().flatten(),
-        )  # fmt: skip
+        )
     ids = token_ids(adapter.config)
     for name in [name for name in left if name.endswith(_ROWS)]:
         module = name.removesuffix(_ROWS)

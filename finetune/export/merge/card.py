@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune import __version__
 from finetune.config.compose import to_yaml
-from finetune.export.merge.trained import Trained
+from finetune.models.adapters.trained import Trained
 
 
 def merged_card(trained: Trained, report: dict[str, Any]) -> str:
@@ -20,17 +20,30 @@ def merged_card(trained: Trained, report: dict[str, Any]) -> str:
     name = trained.cfg.name if trained.cfg is not None else Path(report["adapters"][0]).name
     rows = [f"| {key} | {value} |" for key, value in _facts(trained, report)]
     settings = ["", "## Settings of the run", "", "```yaml", to_yaml(trained.cfg).strip(), "```"] if trained.cfg else []
-    return "\n".join([
-        "---", *metadata, "---", "",
-        f"# {name}", "",
-        f"`{trained.model.name}`{revision} with a LoRA adapter merged into its weights by finetune {__version__}.", "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        'model = AutoModelForCausalLM.from_pretrained("<this folder>")',
-        'tokenizer = AutoTokenizer.from_pretrained("<this folder>")',
-        "```", "",
-        "| | |", "|---|---|", *rows, *settings, "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "---",
+            *metadata,
+            "---",
+            "",
+            f"# {name}",
+            "",
+            f"`{trained.model.name}`{revision} with a LoRA adapter merged into its weights by finetune {__version__}.",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("<this folder>")',
+            'tokenizer = AutoTokenizer.from_pretrained("<this folder>")',
+            "```",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+            *settings,
+            "",
+        ]
+    )
 
 
 def _facts(trained: Trained, report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -10,19 +10,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from finetune.config.commands import MergeOptions
+from finetune.config.command_options import MergeOptions
 from finetune.config.options import parse_size
 from finetune.config.schema import Dtype
-from finetune.errors import ConfigError
 from finetune.export.merge.card import merged_card
-from finetune.export.merge.gate import Gate, Remembered, ask_trained, compare_with, held_out_rows
-from finetune.export.merge.texts import write_texts
-from finetune.export.merge.trained import Say, Trained, choose_base, find_trained, kept_in_training
+from finetune.export.merge.kl_check import Gate, Remembered, ask_trained, compare_with, held_out_rows
+from finetune.export.merge.metadata import write_texts
 from finetune.export.merge.weights import MergePlan, content_of, plan_merge
 from finetune.export.shards import Advance, plan_shards, write_index, write_shard
 from finetune.export.staging import KeepPartial, check_room, scratch, staged
+from finetune.models.adapters.trained import Say, Trained, choose_base, find_trained, kept_in_training
 from finetune.models.digest import identity
-from finetune.terminal import progress_bar, say
+from finetune.system.console import progress_bar, say
+from finetune.system.errors import ConfigError
 
 REPORT = "merge_report.json"
 Progress = Callable[[str, int], AbstractContextManager[Advance]]  # what is done, bytes in all
@@ -37,7 +37,7 @@ class MergeReport:
     """What merge_report.json holds. base: original or dequantized. changed: tensors that differ from the base's.
 
     gates: one for each adapter with rows to compare on. other: the same for the base that was not chosen. kept: layers
-    that were in more bits than the others in training, by their storage; an export that quantises leaves them so.
+    that were in more bits than the others in training, by their storage; an export that quantizes leaves them so.
     """
 
     adapters: list[str]
@@ -84,10 +84,21 @@ def merge(options: MergeOptions, say: Say = say, progress: Progress = progress_b
             say(gate.describe())
         other_base, other = _compare_other(trained, base, options, said, out, say) if options.compare else (None, [])
         report = MergeReport(
-            names, trained.model.name, base, reason, _dtype(plan), len(plan.tensors), plan.changed, plan.nbytes,
-            options.combination, options.weights or [1.0] * len(names), gates, other_base, other,
+            names,
+            trained.model.name,
+            base,
+            reason,
+            _dtype(plan),
+            len(plan.tensors),
+            plan.changed,
+            plan.nbytes,
+            options.combination,
+            options.weights or [1.0] * len(names),
+            gates,
+            other_base,
+            other,
             kept_in_training(trained),
-        )  # fmt: skip
+        )
         (folder / REPORT).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(merged_card(trained, report.as_dict()), encoding="utf-8")
         _judge(gates, options)
@@ -149,7 +160,7 @@ def _say_plan(
 ) -> None:
     say(f"base={base}: {reason}")
     if base == "dequantized" and trained.cfg is None:
-        say("no run tells how the base was quantised: taken for nf4 with double quantisation, the default")
+        say("no run tells how the base was quantized: taken for nf4 with double quantization, the default")
     size = f"{plan.nbytes / 1e9:,.2f} GB" if plan.nbytes >= 1e9 else f"{plan.nbytes / 1e6:,.1f} MB"
     say(f"{plan.changed:,} of {len(plan.tensors):,} tensors change; {size} in {_dtype(plan)}")
     if not measured and options.gate.rows:

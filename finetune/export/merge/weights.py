@@ -1,7 +1,7 @@
 """The merged weights: each tensor of the base with what the adapters do to it, read, changed and written in blocks.
 
 Sums are made in fp32 and rounded once. Nothing but the adapters and a block is in memory, and of a 4-bit base its
-quantised form of one matrix.
+quantized form of one matrix.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.config.commands import MergeOptions
-from finetune.errors import ConfigError
+from finetune.config.command_options import MergeOptions
 from finetune.export.merge.adapters import EMBEDDING, HEAD, read_changes, untie
-from finetune.export.merge.changes import Change, combine_changes
-from finetune.export.merge.trained import Say, Trained
+from finetune.export.merge.deltas import Change, combine_changes
 from finetune.export.shards import Content, Planned
-from finetune.models.four_bit_weights import QuantisedWeights, Rows
-from finetune.models.load import default_device, quantisation_of, quiet
-from finetune.models.source import read_config
-from finetune.models.stored import Stored, read_rows
+from finetune.models.adapters.trained import Say, Trained
+from finetune.models.hub import read_config
+from finetune.models.load import default_device, quantization_of, quiet
+from finetune.models.quant.four_bit_weights import QuantizedWeights, Rows
+from finetune.models.safetensors_index import Stored, read_rows
+from finetune.system.errors import ConfigError
 
 # Numbers in a block: 16 MB in fp32, of which there are three at most.
 _BLOCK = 1 << 22
@@ -34,14 +34,14 @@ class MergePlan:
     """What is written, and from what.
 
     tensors: in the order of the base's files. stored: where the base holds each of them. changes: what becomes of some.
-    quantised: the weights to be taken as training on a 4-bit base saw them; None for the original base. unties: the
+    quantized: the weights to be taken as training on a 4-bit base saw them; None for the original base. unties: the
     head becomes a tensor of its own.
     """
 
     tensors: list[Planned]
     stored: dict[str, Stored]
     changes: dict[str, Change]
-    quantised: QuantisedWeights | None
+    quantized: QuantizedWeights | None
     unties: bool
 
     @property
@@ -51,10 +51,10 @@ class MergePlan:
     @property
     def changed(self) -> int:
         """Tensors that differ from the base's."""
-        return len(self.changes.keys() | (self.quantised.names if self.quantised is not None else set()))
+        return len(self.changes.keys() | (self.quantized.names if self.quantized is not None else set()))
 
-    def is_quantised(self, name: str) -> bool:
-        return self.quantised is not None and name in self.quantised
+    def is_quantized(self, name: str) -> bool:
+        return self.quantized is not None and name in self.quantized
 
     @property
     def vocabulary(self) -> int:
@@ -78,16 +78,19 @@ def plan_merge(trained: Trained, base: str, options: MergeOptions, say: Say) -> 
     if unties:
         stored[HEAD] = stored[EMBEDDING]
     return MergePlan(
-        _planned(stored, changes, options.dtype), stored, changes,
-        _quantised(trained, say) if base == "dequantized" else None, unties,
-    )  # fmt: skip
+        _planned(stored, changes, options.dtype),
+        stored,
+        changes,
+        _quantized(trained, say) if base == "dequantized" else None,
+        unties,
+    )
 
 
-def _quantised(trained: Trained, say: Say) -> QuantisedWeights:
-    settings = quantisation_of(trained.folder, trained.model, trained.quant)
+def _quantized(trained: Trained, say: Say) -> QuantizedWeights:
+    settings = quantization_of(trained.folder, trained.model, trained.quant)
     assert settings is not None, "choose_base refuses a base that was not in 4 bit"
     with quiet():
-        return QuantisedWeights(
+        return QuantizedWeights(
             trained.folder, trained.files, trained.model, trained.quant, settings, default_device(), say
         )
 
@@ -126,7 +129,7 @@ def content_of(plan: MergePlan, tensor: Planned) -> Content:
     Raises, while it is read: ConfigError where a value is beyond what the type holds; IntegrityError for torn files.
     """
     stored, change = plan.stored[tensor.name], plan.changes.get(tensor.name)
-    same = change is None and not plan.is_quantised(tensor.name) and tensor.shape == stored.shape
+    same = change is None and not plan.is_quantized(tensor.name) and tensor.shape == stored.shape
     if same and tensor.dtype == stored.dtype:
         return stored
     return _blocks(plan, tensor, stored, change)
@@ -134,8 +137,8 @@ def content_of(plan: MergePlan, tensor: Planned) -> Content:
 
 def _blocks(plan: MergePlan, tensor: Planned, stored: Stored, change: Change | None) -> Iterator[Tensor]:
     source = _as_stored(stored)
-    if plan.quantised is not None and tensor.name in plan.quantised:
-        source = plan.quantised.dequantised(tensor.name, lambda: read_rows(stored, 0, stored.shape[0]))
+    if plan.quantized is not None and tensor.name in plan.quantized:
+        source = plan.quantized.dequantized(tensor.name, lambda: read_rows(stored, 0, stored.shape[0]))
     step = tensor.shape[0] if change is not None and change.whole else _rows_at_once(plan, tensor)
     for start in range(0, tensor.shape[0], step):
         stop = min(start + step, tensor.shape[0])
@@ -152,10 +155,10 @@ def _blocks(plan: MergePlan, tensor: Planned, stored: Stored, change: Change | N
 def _rows_at_once(plan: MergePlan, tensor: Planned) -> int:
     width = math.prod(tensor.shape[1:])
     step = max(_BLOCK // width, 1)
-    if plan.quantised is None or tensor.name not in plan.quantised:
+    if plan.quantized is None or tensor.name not in plan.quantized:
         return step
-    # Blocks of rows must end where a block of the quantisation ends.
-    unit = plan.quantised.row_unit(tensor.name, width)
+    # Blocks of rows must end where a block of the quantization ends.
+    unit = plan.quantized.row_unit(tensor.name, width)
     return -(-step // unit) * unit
 
 

@@ -1,3 +1,3 @@
-"""ONNX through onnxruntime-genai: built, quantised, read and run."""
+"""ONNX through onnxruntime-genai: built, quantized, read and run."""
 
 from __future__ import annotations

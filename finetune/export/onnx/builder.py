@@ -1,4 +1,4 @@
-"""onnxruntime-genai's model builder and onnxruntime's quantiser, each run in a process of its own.
+"""onnxruntime-genai's model builder and onnxruntime's quantizer, each run in a process of its own.
 
 The builder is a script more than a library: it puts its folder on `sys.path`, imports modules named `builders` and
 `quantization` from there, prints every tensor and keeps the model until the process ends. A process of its own keeps
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import FinetuneError, MissingExtra, ResourceError
+from finetune.system.errors import FinetuneError, MissingExtra, ResourceError
 
 # onnxruntime 1.32 and onnxruntime-genai 0.18 write a device id into the home folder and post events to their maker, on
 # Linux too, unless this is set before they start.
@@ -58,9 +58,16 @@ def run_module(command: Sequence[str], folder: Path, what: str) -> None:
     Raises: FinetuneError with its last lines; ResourceError if memory or disk ran out.
     """
     done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=folder, env={**os.environ, **_QUIET, **_OFFLINE}, check=False,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-    )  # fmt: skip
+        [sys.executable, "-m", *command],
+        cwd=folder,
+        env={**os.environ, **_QUIET, **_OFFLINE},
+        check=False,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
     if done.returncode == 0:
         return
     # -9: Linux kills what takes the last memory.

@@ -13,21 +13,21 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from finetune.errors import ConfigError, IntegrityError
-from finetune.export.formats import Exported, Job
+from finetune.export.exporter import Exported, Job
 from finetune.export.onnx.builder import build, runtime
 from finetune.export.onnx.int8 import quantize
 from finetune.export.onnx.reader import OnnxModel
 from finetune.export.verify import PROMPTS, Answers, Verification, compare, require_same, source_answers
-from finetune.files import write_text
 from finetune.models.load import quiet
+from finetune.system.atomic import write_text
+from finetune.system.errors import ConfigError, IntegrityError
 
 GRAPH = "model.onnx"
 
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """What the builder is asked for, and what it is in words. dynamic: quantised afterwards, by onnxruntime."""
+    """What the builder is asked for, and what it is in words. dynamic: quantized afterwards, by onnxruntime."""
 
     meaning: str
     precision: str
@@ -45,11 +45,12 @@ TYPES = {
     # Better rounding and int8 where it hurts most: KL 0.06 nats a token against the builder's default's 0.16 on the
     # embedded base, 16 % larger.
     "int4": NumberFormat(
-        "weights in int4 by blocks of 32, the most sensitive in int8", "int4",
+        "weights in int4 by blocks of 32, the most sensitive in int8",
+        "int4",
         options=("algo_config=k_quant", "matmul_mixed_precision=last_matmul:int8,mixed_layers:int8"),
     ),
-    "int8-dynamic": NumberFormat("weights and activations in int8, by onnxruntime's quantiser", "fp32", dynamic=True),
-}  # fmt: skip
+    "int8-dynamic": NumberFormat("weights and activations in int8, by onnxruntime's quantizer", "fp32", dynamic=True),
+}
 DEFAULT = "fp32"
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
@@ -107,9 +108,14 @@ def settle(source: Path, folder: Path) -> dict[str, Any]:
     # The builder adds the tokenizer's end token to the stop ids, and leaves out the repetition penalty.
     model["eos_token_id"] = generation.get("eos_token_id") or model["eos_token_id"]
     search |= {key: generation[key] for key in _SEARCH if generation.get(key) is not None}
-    named = [_read(source / name).get(key) for name, key in (
-        ("generation_config.json", "bos_token_id"), ("config.json", "bos_token_id"),
-        ("tokenizer_config.json", "bos_token"))]  # fmt: skip
+    named = [
+        _read(source / name).get(key)
+        for name, key in (
+            ("generation_config.json", "bos_token_id"),
+            ("config.json", "bos_token_id"),
+            ("tokenizer_config.json", "bos_token"),
+        )
+    ]
     if all(value is None for value in named):
         # The file must have a number, and the builder writes 1: an ordinary token. Qwen2.5 itself names its padding.
         model["bos_token_id"] = model["pad_token_id"]

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.errors import IntegrityError
 from finetune.export.onnx.builder import runtime
+from finetune.system.errors import IntegrityError
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class OnnxModel:
     def encode(self, text: str) -> list[int]:
         """Ids as onnxruntime-genai's own tokenizer has them; control tokens in the text count as such.
 
-        It leaves out the tokenizer's Unicode normalisation (NFC): give it composed text, as keyboards write it.
+        It leaves out the tokenizer's Unicode normalization (NFC): give it composed text, as keyboards write it.
         """
         if self._tokenizer is None:
             self._tokenizer = self._try(lambda: self._genai.Tokenizer(self._model))
@@ -64,9 +64,13 @@ class OnnxModel:
         parameters = self._genai.GeneratorParams(self._model)
         # What genai_config.json asks for is for chatting; a proof needs the plain arg max.
         parameters.set_search_options(
-            do_sample=False, repetition_penalty=1.0, no_repeat_ngram_size=0, num_beams=1, min_length=0,
+            do_sample=False,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            num_beams=1,
+            min_length=0,
             max_length=len(ids) + more,
-        )  # fmt: skip
+        )
         generator = self._genai.Generator(self._model, parameters)
         generator.append_tokens(np.array(ids, dtype=np.int32))
         return generator

@@ -69,9 +69,11 @@ def test_a_price_is_over_plain_and_a_bar_is_met_on_its_own_side():
     assert prices({"failed": "x"}, plain) == {"price": None, "peak_price": None}
     found = {"cached": prices(slow, plain), "resident": {"ratio": 2.4, "peak_ratio": None}, "streamed": {"price": 9.0}}
     assert [(bar["variant"], bar["figure"], bar["met"]) for bar in judged(found)] == [
-        ("cached", "price", True), ("cached", "peak_price", False),
-        ("resident", "ratio", False), ("resident", "peak_ratio", None),
-    ]  # fmt: skip
+        ("cached", "price", True),
+        ("cached", "peak_price", False),
+        ("resident", "ratio", False),
+        ("resident", "peak_ratio", None),
+    ]
 
 
 def test_a_line_is_found_again():

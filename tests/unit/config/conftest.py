@@ -9,7 +9,7 @@ import pytest
 
 from finetune.config.compose import load_config
 from finetune.config.schema import RunConfig
-from finetune.errors import ConfigError
+from finetune.system.errors import ConfigError
 
 ROWS = "data: {train: [{path: rows.jsonl}]}\n"
 MODEL = "model: {name: base}\n"

@@ -11,8 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from finetune.config.compose import load_config
-from finetune.errors import ConfigError
-from finetune.resources import packaged
+from finetune.system.errors import ConfigError
+from finetune.system.resources import packaged
 
 RUN = "model: {name: base}\ndata: {train: [{path: rows.jsonl}]}\n"
 

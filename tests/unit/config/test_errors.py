@@ -10,7 +10,7 @@ import pytest
 from finetune.config.explain import unknown_key
 from finetune.config.keys import find, schema_fields
 from finetune.config.peers import PEERS, REFUSED
-from finetune.errors import ConfigError
+from finetune.system.errors import ConfigError
 
 EVERYTHING = """\
 name: no

@@ -19,7 +19,7 @@ from finetune.config.peers import PEERS
 from finetune.config.problems import Problem, config_error
 from finetune.config.resolve import resolved
 from finetune.config.schema import RunConfig
-from finetune.errors import ConfigError
+from finetune.system.errors import ConfigError
 
 KEYS = [part for field in schema_fields() for part in field.split(".")] + [
     "defaults",

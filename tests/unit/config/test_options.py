@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.arguments import Arguments
-from finetune.config.commands import AllocateOptions, PlanOptions, SensitivityOptions
+from finetune.config.command_options import AllocateOptions, PlanOptions, SensitivityOptions
 from finetune.config.keys import sections
 from finetune.config.options import read_beside_config
-from finetune.errors import ConfigError
+from finetune.system.arguments import Arguments
+from finetune.system.errors import ConfigError
 
 
 def given(*words: str) -> Arguments:
@@ -28,12 +28,15 @@ def test_every_section_of_a_run_is_the_runs(kind):
     assert read_beside_config(kind, given(*words), "finetune")[1] == words
 
 
-@pytest.mark.parametrize(("kind", "word", "meant"), [
-    (PlanOptions, "gpu=16", "gpu_gb"),
-    (PlanOptions, "calibrat=true", "calibrate"),
-    (SensitivityOptions, "row=3", "rows"),
-    (AllocateOptions, "budget=6", "budget_gb"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "word", "meant"),
+    [
+        (PlanOptions, "gpu=16", "gpu_gb"),
+        (PlanOptions, "calibrat=true", "calibrate"),
+        (SensitivityOptions, "row=3", "rows"),
+        (AllocateOptions, "budget=6", "budget_gb"),
+    ],
+)
 def test_a_slip_in_a_word_of_the_command_names_what_was_meant(kind, word, meant):
     with pytest.raises(ConfigError) as told:
         read_beside_config(kind, given(word), "finetune")

@@ -17,8 +17,9 @@ from tests.unit.data.tokens.test_store import batch, write
 
 ROWS = st.lists(
     st.lists(st.tuples(st.integers(0, 99), st.sampled_from([0.0, 1.0, 0.5])), min_size=2, max_size=12),
-    min_size=1, max_size=8,
-)  # fmt: skip
+    min_size=1,
+    max_size=8,
+)
 
 
 def cut(store: TokenStore, policy: str, limit: int):

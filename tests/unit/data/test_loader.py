@@ -22,8 +22,8 @@ from finetune.data.loader import (
 )
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
-from finetune.errors import DataError
-from finetune.resources import packaged
+from finetune.system.errors import DataError
+from finetune.system.resources import packaged
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,11 @@ def test_long_rows_are_cut_as_asked_and_counted(tmp_path, chat, policy, document
     assert len(cut) == documents
     assert f"longer than {limit} tokens ({policy}): 1" in describe_source(data.train[0])
     expected = {
-        "drop": [], "left": [encoded.ids[-limit:]], "right": [encoded.ids[:limit]],
+        "drop": [],
+        "left": [encoded.ids[-limit:]],
+        "right": [encoded.ids[:limit]],
         "split": [encoded.ids[i : i + limit] for i in range(0, len(encoded.ids), limit)],
-    }[policy]  # fmt: skip
+    }[policy]
     assert all(np.array_equal(document.ids, ids) for document, ids in zip(cut, expected, strict=True))
 
 
@@ -190,10 +192,11 @@ def test_too_many_bad_rows_are_an_error_even_where_they_are_skipped(tmp_path, ch
 
 def test_every_format_reaches_the_tokens(tmp_path, chat):
     sources = {
-        "messages": row(), "alpaca": {"instruction": "question", "output": "answer"},
+        "messages": row(),
+        "alpaca": {"instruction": "question", "output": "answer"},
         "sharegpt": {"conversations": [{"from": "human", "value": "question"}, {"from": "gpt", "value": "answer"}]},
         "prompt_completion": {"prompt": "question", "completion": "answer"},
-    }  # fmt: skip
+    }
     loaded = {name: load(config(write(tmp_path, line, name=f"{name}.jsonl")), chat) for name, line in sources.items()}
     assert {name: data.train[0].store.format for name, data in loaded.items()} == {name: name for name in sources}
     assert len({data.digest for data in loaded.values()}) == 1

@@ -27,13 +27,13 @@ from finetune.distill.keys import key_of
 from finetune.distill.resident import ResidentTeacher
 from finetune.distill.server import TopTokens
 from finetune.distill.shards import COMPLETE
-from finetune.errors import ConfigError, DataError, IntegrityError
 from finetune.losses.chunked import chunked_loss
 from finetune.losses.cross_entropy import target_rows
 from finetune.losses.divergence import Terms, distillation_loss
-from finetune.losses.signal import HiddenSignal, Signal, Teacher, TopSignal
-from finetune.models.fast import attach_fast_path
-from finetune.resources import packaged
+from finetune.losses.teacher_targets import HiddenSignal, Signal, Teacher, TopSignal
+from finetune.models.fused import attach_fast_path
+from finetune.system.errors import ConfigError, DataError, IntegrityError
+from finetune.system.resources import packaged
 from tests.models import random_qwen2
 
 VOCABULARY, WIDTH, CPU = 97, 64, torch.device("cpu")
@@ -128,10 +128,7 @@ def test_hidden_states_from_disk_give_the_bits_of_loss_and_gradient(tmp_path, do
 @pytest.mark.parametrize("tier", ["hidden", "sampled"])
 def test_order_packing_and_batch_size_leave_a_documents_signal(tmp_path, documents, tier):
     folder = cached(tmp_path, TableTeacher(), documents, tier=tier)
-    whole = {
-        key_of(each): next(iter(folder.signals([build_batch([each])])))
-        for each in documents
-    }  # fmt: skip
+    whole = {key_of(each): next(iter(folder.signals([build_batch([each])]))) for each in documents}
     for batches in packings(documents):
         for batch, signal in zip(batches, folder.signals(batches), strict=True):
             parts = [whole[key] for key, _ in cache_module.keys_of(batch)]
@@ -293,10 +290,16 @@ class TableServer:
 
 
 def test_a_servers_answers_are_kept_without_rows_beyond_the_vocabulary(tmp_path, documents, monkeypatch):
-    cfg = load_config("quickstart.yaml", [
-        "distill.objective=recover", "distill.cache=unused", "distill.teacher.placement=server",
-        "distill.teacher.url=http://nowhere/v1", "distill.head=64",
-    ])  # fmt: skip
+    cfg = load_config(
+        "quickstart.yaml",
+        [
+            "distill.objective=recover",
+            "distill.cache=unused",
+            "distill.teacher.placement=server",
+            "distill.teacher.url=http://nowhere/v1",
+            "distill.head=64",
+        ],
+    )
     monkeypatch.setattr(filling, "LogprobServer", TableServer)
     table = TableServer("", "", 64, print).table
     spared = 0

@@ -12,7 +12,7 @@ from finetune.distill.keys import KEY_BYTES
 from finetune.distill.shards import open_folder
 from finetune.losses.chunked import chunked_loss
 from finetune.losses.divergence import Terms, distillation_loss
-from finetune.losses.signal import HiddenSignal, SampledSignal, Signal
+from finetune.losses.teacher_targets import HiddenSignal, SampledSignal, Signal
 
 CPU = torch.device("cpu")
 # Half a step of a log-probability in 16 bit, and half a step of fp32 there.

@@ -13,7 +13,7 @@ from finetune.config.schema import DistillConfig, ModelConfig, TeacherConfig
 from finetune.distill import fingerprint as origins
 from finetune.distill.fingerprint import fingerprint, teacher_adapter
 from finetune.distill.shards import check_fingerprint, open_folder
-from finetune.errors import ConfigError
+from finetune.system.errors import ConfigError
 
 WEIGHTS, ADAPTER = {"a.safetensors": "11", "b.safetensors": "22"}, {"adapter_config.json": "33"}
 
@@ -27,9 +27,15 @@ CHAT = chat("tokens", "turns")
 
 
 def origin(
-    *, placement="resident", dtype="bfloat16", chat=CHAT, vocabulary=99, weights=WEIGHTS,
-    adapter=ADAPTER, **keys,
-) -> dict[str, Any]:  # fmt: skip
+    *,
+    placement="resident",
+    dtype="bfloat16",
+    chat=CHAT,
+    vocabulary=99,
+    weights=WEIGHTS,
+    adapter=ADAPTER,
+    **keys,
+) -> dict[str, Any]:
     teacher = TeacherConfig(placement=placement, name="teacher", dtype=dtype)
     cfg = DistillConfig(objective="distill", teacher=teacher, **keys)
     return fingerprint(cfg, ModelConfig(name="teacher", dtype=dtype), chat, vocabulary, weights, adapter)
@@ -40,22 +46,38 @@ def begin(folder: Path, fingerprint: Mapping[str, Any]) -> None:
         pass
 
 
-@pytest.mark.parametrize(("changed", "named"), [
-    ({"weights": WEIGHTS | {"b.safetensors": "44"}}, ["  weights.b.safetensors: '22' there, '44' here"]),
-    ({"weights": {"a.safetensors": "11"}}, ["  weights.b.safetensors: '22' there, None here"]),
-    ({"adapter": {}}, ["  adapter.adapter_config.json: '33' there, None here"]),
-    ({"dtype": "float32"}, ["  dtype: 'bfloat16' there, 'float32' here"]),
-    ({"vocabulary": 98}, ["  vocabulary: 99 there, 98 here"]),
-    ({"chat": chat("other", "turns")}, ["  tokenizer: 'tokens' there, 'other' here"]),
-    ({"head": 31}, ["  kept.head: 32 there, 31 here"]),
-    ({"samples": 15}, ["  kept.samples: 16 there, 15 here"]),
-    ({"seed": 1}, ["  kept.seed: 0 there, 1 here"]),
-    ({"tier": "hidden"}, ["  kept.head: 32 there, None here", "  kept.samples: 16 there, None here",
-                          "  kept.seed: 0 there, None here", "  kept.tier: 'sampled' there, 'hidden' here"]),
-    ({"placement": "server"}, ["  kept.samples: 16 there, None here", "  kept.seed: 0 there, None here",
-                               "  kept.tier: 'sampled' there, 'top' here",
-                               "  served: 'nowhere' there, 'teacher' here"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"weights": WEIGHTS | {"b.safetensors": "44"}}, ["  weights.b.safetensors: '22' there, '44' here"]),
+        ({"weights": {"a.safetensors": "11"}}, ["  weights.b.safetensors: '22' there, None here"]),
+        ({"adapter": {}}, ["  adapter.adapter_config.json: '33' there, None here"]),
+        ({"dtype": "float32"}, ["  dtype: 'bfloat16' there, 'float32' here"]),
+        ({"vocabulary": 98}, ["  vocabulary: 99 there, 98 here"]),
+        ({"chat": chat("other", "turns")}, ["  tokenizer: 'tokens' there, 'other' here"]),
+        ({"head": 31}, ["  kept.head: 32 there, 31 here"]),
+        ({"samples": 15}, ["  kept.samples: 16 there, 15 here"]),
+        ({"seed": 1}, ["  kept.seed: 0 there, 1 here"]),
+        (
+            {"tier": "hidden"},
+            [
+                "  kept.head: 32 there, None here",
+                "  kept.samples: 16 there, None here",
+                "  kept.seed: 0 there, None here",
+                "  kept.tier: 'sampled' there, 'hidden' here",
+            ],
+        ),
+        (
+            {"placement": "server"},
+            [
+                "  kept.samples: 16 there, None here",
+                "  kept.seed: 0 there, None here",
+                "  kept.tier: 'sampled' there, 'top' here",
+                "  served: 'nowhere' there, 'teacher' here",
+            ],
+        ),
+    ],
+)
 def test_what_differs_from_a_folders_origin_is_named_with_both_values(tmp_path, changed, named):
     begin(tmp_path / "cache", origin())
     for act in (check_fingerprint, begin):

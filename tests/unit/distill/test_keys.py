@@ -53,14 +53,20 @@ def test_every_id_up_to_the_last_target_and_every_place_of_a_target_counts():
     assert len(set(keys)) == len(keys) == 11 and all(len(key) == KEY_BYTES for key in keys)
 
 
-@pytest.mark.parametrize("changed", [
-    lambda d: replace(d, ids=np.append(d.ids, [3, 4]).astype(np.int32), labels=np.append(d.labels, [UNTRAINED] * 2)),
-    lambda d: replace(d, ids=d.ids[:-1], labels=d.labels[:-1]),
-    lambda d: replace(d, weights=np.linspace(0, 1, len(d), dtype=np.float32)),
-    lambda d: replace(d, place="other:9", row=8),
-    lambda d: replace(d, ids=d.ids.astype(np.int64), labels=d.labels.astype(np.int64)),
-    lambda d: replace(d, ids=np.repeat(d.ids, 2)[::2]),
-], ids=["longer", "shorter", "weights", "place", "int64", "strided"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda d: replace(
+            d, ids=np.append(d.ids, [3, 4]).astype(np.int32), labels=np.append(d.labels, [UNTRAINED] * 2)
+        ),
+        lambda d: replace(d, ids=d.ids[:-1], labels=d.labels[:-1]),
+        lambda d: replace(d, weights=np.linspace(0, 1, len(d), dtype=np.float32)),
+        lambda d: replace(d, place="other:9", row=8),
+        lambda d: replace(d, ids=d.ids.astype(np.int64), labels=d.labels.astype(np.int64)),
+        lambda d: replace(d, ids=np.repeat(d.ids, 2)[::2]),
+    ],
+    ids=["longer", "shorter", "weights", "place", "int64", "strided"],
+)
 def test_what_no_target_sees_leaves_the_key(changed):
     some = document([7, 8, 9, 10, 11, 12], [2, 3])
     assert key_of(changed(some)) == key_of(some)

@@ -13,7 +13,7 @@ from finetune.config.compose import load_config
 from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED
 from finetune.distill.on_policy import OnPolicyFeed
-from finetune.errors import ConfigError
+from finetune.system.errors import ConfigError
 
 MAX_LENGTH, TOKENS = 24, 10
 

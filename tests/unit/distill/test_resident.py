@@ -13,8 +13,8 @@ from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.data.batch import build_batch
 from finetune.data.template.chat import UNTRAINED
 from finetune.distill.resident import ResidentTeacher, load_resident
-from finetune.losses.hidden import base_of
-from finetune.models.fast import FastDecoderLayer
+from finetune.losses.hidden_states import base_of
+from finetune.models.fused import FastDecoderLayer
 from finetune.models.load import load_base
 from tests.models import random_qwen2
 from tests.unit.losses.test_distillation import documents
@@ -27,9 +27,14 @@ def folder(request, tmp_path: Path) -> Path:
     torch.manual_seed(0)
     # Large enough a table to stay mapped where it is not shared.
     config = Qwen2Config(
-        vocab_size=9000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=request.param,
-    )  # fmt: skip
+        vocab_size=9000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=request.param,
+    )
     model = Qwen2ForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     return tmp_path / "base"

@@ -25,11 +25,14 @@ class Echo:
             yield batch
 
 
-@pytest.mark.parametrize(("ahead", "asked"), [
-    (1, [["1a", "1b"], ["2a"], ["3a", "3b", "3c"], ["4a"], ["5a"]]),
-    (2, [["1a", "1b", "2a"], ["3a", "3b", "3c", "4a"], ["5a"]]),
-    (9, [["1a", "1b", "2a", "3a", "3b", "3c", "4a", "5a"]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ahead", "asked"),
+    [
+        (1, [["1a", "1b"], ["2a"], ["3a", "3b", "3c"], ["4a"], ["5a"]]),
+        (2, [["1a", "1b", "2a"], ["3a", "3b", "3c", "4a"], ["5a"]]),
+        (9, [["1a", "1b", "2a", "3a", "3b", "3c", "4a", "5a"]]),
+    ],
+)
 def test_each_step_gets_its_own_signals_and_nothing_beyond_the_last_is_asked(ahead, asked):
     teacher = Echo()
     schedule = Schedule(teacher, ahead, total_steps=5)

@@ -26,7 +26,7 @@ from finetune.distill.cache import fill_cache
 from finetune.distill.codec import Columns
 from finetune.distill.keys import KEY_BYTES, key_of
 from finetune.distill.shards import COMPLETE, FINGERPRINT, ShardReader, check_fingerprint, open_folder
-from finetune.errors import ConfigError, IntegrityError, ResourceError
+from finetune.system.errors import ConfigError, IntegrityError, ResourceError
 
 ORIGIN = {"version": 1, "kept": {"tier": "sampled", "head": 2}}
 
@@ -224,9 +224,13 @@ def kill_until_done(folder: Path, count: int) -> int:
 
 def test_a_writer_killed_at_any_moment_ends_with_the_content_of_one_left_alone(tmp_path, repo_root):
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path / "killed")], cwd=repo_root, env={**os.environ, "PYTHONPATH": "."},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, __file__, str(tmp_path / "killed")],
+        cwd=repo_root,
+        env={**os.environ, "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) >= 5, "it was killed so often"
     assert_holds(tmp_path / "killed", documents(100))

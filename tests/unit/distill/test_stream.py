@@ -23,13 +23,13 @@ from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED
 from finetune.distill import layer_reader
 from finetune.distill.stream import StreamedModel
-from finetune.errors import ConfigError, IntegrityError
-from finetune.losses.hidden import hidden_states
-from finetune.models.adapter_files import load_adapter
-from finetune.models.fast import attach_fast_path
+from finetune.losses.hidden_states import hidden_states
+from finetune.models.adapters.files import load_adapter
+from finetune.models.fused import attach_fast_path
 from finetune.models.load import load_base
-from finetune.models.stored import Stored
+from finetune.models.safetensors_index import Stored
 from finetune.ops import attention
+from finetune.system.errors import ConfigError, IntegrityError
 
 WORDS, WIDTH = 97, 64
 CPU = torch.device("cpu")
@@ -40,10 +40,17 @@ def write_model(folder: Path, *, layers: int = 3, tied: bool = False, dtype: tor
     """A random model in shards that cut through its layers; biases and norms are random too."""
     attention.register()
     torch.manual_seed(layers)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=WORDS, hidden_size=WIDTH, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=tied,
-    ))  # fmt: skip
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=WORDS,
+            hidden_size=WIDTH,
+            intermediate_size=128,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+        )
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -157,11 +164,14 @@ def write_adapter(folder: Path, base: Path, **settings) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("settings", [
-    {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.5},
-    {"target_modules": "all-linear", "use_dora": True},
-    {"target_modules": ["down_proj"], "modules_to_save": ["input_layernorm"], "use_rslora": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.5},
+        {"target_modules": "all-linear", "use_dora": True},
+        {"target_modules": ["down_proj"], "modules_to_save": ["input_layernorm"], "use_rslora": True},
+    ],
+)
 def test_a_teacher_with_an_adapter_gives_what_it_gives_resident(settings, tmp_path):
     base = write_model(tmp_path / "base")
     adapter = write_adapter(tmp_path / "adapter", base, **settings)
@@ -174,13 +184,16 @@ def test_a_teacher_with_an_adapter_gives_what_it_gives_resident(settings, tmp_pa
     assert real and all("lora_" in name or "modules_to_save" in name for name in real)
 
 
-@pytest.mark.parametrize("settings", [
-    {"target_modules": ["q_proj", "lm_head"]},
-    {"target_modules": ["q_proj", "embed_tokens"]},
-    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
-    {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
+        {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+    ],
+)
 def test_an_adapter_that_needs_more_than_decoder_layers_is_refused_with_the_way_out(settings, tmp_path):
     base = write_model(tmp_path / "base", dtype=torch.float32)
     adapter = write_adapter(tmp_path / "adapter", base, **settings)
@@ -209,10 +222,14 @@ def remove(place: Stored) -> None:
     place.file.unlink()
 
 
-@pytest.mark.parametrize(("damage", "error", "says"), [
-    (shorten, IntegrityError, "ends at byte"), (rewrite, IntegrityError, "changed while"),
-    (remove, FileNotFoundError, "No such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "error", "says"),
+    [
+        (shorten, IntegrityError, "ends at byte"),
+        (rewrite, IntegrityError, "changed while"),
+        (remove, FileNotFoundError, "No such file"),
+    ],
+)
 def test_a_file_that_is_not_what_it_was_ends_the_pass_and_leaves_nothing_behind(damage, error, says, tmp_path):
     model = streamed(ModelConfig(name=str(write_model(tmp_path, layers=5))))
     # Of the last layer: read long after the pass began.
@@ -254,8 +271,15 @@ def test_what_a_streamed_teacher_cannot_compute_is_refused_beforehand(tmp_path):
 
 
 # Sixteen layers of 12.3 MB and, as in every Qwen2.5, a head larger than two of them: three times what the test allows.
-LARGE = {"vocab_size": 30_000, "hidden_size": 512, "intermediate_size": 3584, "num_attention_heads": 8,
-         "num_key_value_heads": 2, "num_hidden_layers": 16, "tie_word_embeddings": False}  # fmt: skip
+LARGE = {
+    "vocab_size": 30_000,
+    "hidden_size": 512,
+    "intermediate_size": 3584,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 16,
+    "tie_word_embeddings": False,
+}
 LENGTHS = (64, 50, 40)
 UNDER_A_LIMIT = """
 import resource, sys
@@ -264,9 +288,9 @@ import torch
 from safetensors.torch import save_file
 from finetune.config.schema import ModelConfig
 from finetune.distill.stream import StreamedModel
-from finetune.errors import ResourceError
+from finetune.system.errors import ResourceError
 from finetune.models.load import load_base
-from finetune.models.stored import Stored
+from finetune.models.safetensors_index import Stored
 from tests.unit.distill.test_stream import CPU, LENGTHS, PLAIN, build_batch, document
 
 small, large, out, allowed_bytes = *sys.argv[1:4], int(sys.argv[4])

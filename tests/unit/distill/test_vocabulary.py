@@ -12,10 +12,10 @@ from finetune import load_config
 from finetune.config.schema import RunConfig
 from finetune.distill.teacher import check_vocabulary
 from finetune.distill.vocabulary import check_same_tokens
-from finetune.errors import ConfigError
 from finetune.models.load import load_tokenizer
 from finetune.models.tokens import extend_tokenizer
-from finetune.resources import packaged
+from finetune.system.errors import ConfigError
+from finetune.system.resources import packaged
 
 TINY = packaged("data") / "tiny-qwen2.5"
 
@@ -36,9 +36,11 @@ def model_folder(folder: Path, rows: int, source: Path = TINY, **redefined: str)
 
 
 def run(student: Path, teacher: Path | None, *overrides: str) -> RunConfig:
-    whom = ["distill.objective=recover"] if teacher is None else [
-        "distill.objective=distill", f"distill.teacher.name={teacher}"
-    ]  # fmt: skip
+    whom = (
+        ["distill.objective=recover"]
+        if teacher is None
+        else ["distill.objective=distill", f"distill.teacher.name={teacher}"]
+    )
     return load_config("quickstart.yaml", [f"model.name={student}", *whom, *overrides])
 
 

@@ -12,7 +12,7 @@ from finetune.evaluation.gap_text import gap_figure, gap_markdown
 from finetune.evaluation.intervals import Estimate
 from finetune.models.digest import sha256_of
 
-NAMES = {"base": "bf16 base", "quantised": "NF4 base", "trained": "NF4 + adapter", "merged": "merged"}
+NAMES = {"base": "bf16 base", "quantized": "NF4 base", "trained": "NF4 + adapter", "merged": "merged"}
 
 
 def around(value: float) -> Estimate:
@@ -56,9 +56,11 @@ def test_each_figure_stands_at_its_model_with_its_interval(table):
     assert heldout["loss, nats"]["NF4 base"] == "1.0100 [0.9090, 1.1110]"
     assert heldout["exact match, %"]["merged"] == "43.0 [38.7, 47.3]"
     assert heldout["KL from bf16 base, nats"] == {
-        "bf16 base": "", "NF4 base": "0.5100 [0.4590, 0.5610]", "NF4 + adapter": "0.5200 [0.4680, 0.5720]",
+        "bf16 base": "",
+        "NF4 base": "0.5100 [0.4590, 0.5610]",
+        "NF4 + adapter": "0.5200 [0.4680, 0.5720]",
         "merged": "0.5300 [0.4770, 0.5830]",
-    }  # fmt: skip
+    }
     assert heldout["bytes"]["NF4 + adapter"] == "4.5 MB"
     assert list(differences["loss, nats"]) == ["NF4 base", "NF4 + adapter", "merged"]
     assert differences["exact match, %"]["NF4 base"] == "+21.0 [+18.9, +23.1]"

@@ -13,7 +13,7 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation import generation
 from finetune.evaluation.decoding import Decoding, greedy
 from finetune.evaluation.generation import answer_rows, exact_match
-from finetune.resources import packaged
+from finetune.system.resources import packaged
 from tests.models import random_qwen2
 
 TOOLS_TEMPLATE = """{%- for tool in tools or [] %}
@@ -114,9 +114,13 @@ def test_greedy_answers_are_those_of_transformers_own_generate_row_by_row():
     written = Decoding(model, PROMPTS, [12] * 4).write(greedy, frozenset(ends), 97)
     for prompt, answer in zip(PROMPTS, written, strict=True):
         expected = model.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
-            max_new_tokens=12, eos_token_id=ends, pad_token_id=0,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=ends,
+            pad_token_id=0,
+        )
         assert answer == expected[0, len(prompt) :].tolist()
 
 

@@ -33,10 +33,11 @@ def test_a_percentile_is_that_of_the_resampled_rows_tokens():
     figure = Bootstrap(40, 60, seed=5).quantile(values_N, row_N, 0.99)
     drawn = np.random.default_rng(5)
     expected = [
-        np.quantile(np.concatenate([values_N[row_N == row] for row in drawn.integers(40, size=40)]), 0.99,
-                    method="inverted_cdf")
+        np.quantile(
+            np.concatenate([values_N[row_N == row] for row in drawn.integers(40, size=40)]), 0.99, method="inverted_cdf"
+        )
         for _ in range(60)
-    ]  # fmt: skip
+    ]
     assert figure.value == np.quantile(values_N, 0.99, method="inverted_cdf")
     np.testing.assert_array_equal(figure.resampled_B, expected)
 

@@ -6,9 +6,9 @@ from decimal import Decimal
 
 import pytest
 
-from finetune.errors import ConfigError, DataError
 from finetune.evaluation.generation import Answer
 from finetune.evaluation.metrics import find_metric, number_in
+from finetune.system.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize(

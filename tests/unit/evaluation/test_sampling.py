@@ -9,7 +9,7 @@ import torch
 
 from finetune.evaluation import sampling
 from finetune.evaluation.sampling import draw_tokens, sample_answers
-from finetune.models.fast import attach_fast_path
+from finetune.models.fused import attach_fast_path
 from tests.models import random_qwen2
 
 WORDS, STOP = 97, 5
@@ -32,9 +32,7 @@ def prompts_and_draws(count: int, seed: int = 0, tokens: int = 7) -> tuple[list[
 
 
 def answer(model, prompts, draws, stop_ids=(STOP,), vocabulary=WORDS, temperature=1.0) -> list[list[int]]:
-    answers = sample_answers(
-        model, prompts, draws, stop_ids=stop_ids, vocabulary=vocabulary, temperature=temperature
-    )  # fmt: skip
+    answers = sample_answers(model, prompts, draws, stop_ids=stop_ids, vocabulary=vocabulary, temperature=temperature)
     assert all(a.dtype == np.int32 for a in answers)
     return [a.tolist() for a in answers]
 

@@ -18,16 +18,16 @@ from finetune.data.documents import Documents
 from finetune.data.loader import load_data
 from finetune.data.template.chat import UNTRAINED, ChatTemplate
 from finetune.data.tokens.prepare import Preparation
-from finetune.errors import FinetuneError
 from finetune.evaluation.agreement import agreement
 from finetune.evaluation.intervals import Bootstrap
+from finetune.evaluation.measure import Remembered, token_figures
 from finetune.evaluation.scoring import TokenScores, score_tokens
-from finetune.gap.measuring import Remembered, token_figures
 from finetune.losses import chunked
 from finetune.losses.cross_entropy import head_of
-from finetune.models.fast import attach_fast_path
+from finetune.models.fused import attach_fast_path
 from finetune.models.load import load_base, load_tokenizer
-from finetune.resources import packaged
+from finetune.system.errors import FinetuneError
+from finetune.system.resources import packaged
 
 BASE = packaged("data") / "tiny-qwen2.5"
 SMALL, ALL = 1, 4096  # tokens of a batch: each document alone, or all in one pack

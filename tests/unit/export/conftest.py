@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
-from finetune.models.adapter import attach_lora, save_adapter
+from finetune.models.adapters.attach import attach_lora, save_adapter
 from finetune.models.load import load_base
 
 
@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Kind:
-    """An adapter as the trainer makes it: its settings, and the quantisation of the base that it is trained on."""
+    """An adapter as the trainer makes it: its settings, and the quantization of the base that it is trained on."""
 
     lora: dict[str, Any] = field(default_factory=dict)
     quant: str = "nf4"
@@ -72,9 +72,16 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
         if key not in made:
             torch.manual_seed(seed)
             config = Qwen2Config(
-                vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied, eos_token_id=1,
-            )  # fmt: skip
+                vocab_size=320,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=256,
+                tie_word_embeddings=tied,
+                eos_token_id=1,
+            )
             model = Qwen2ForCausalLM(config)
             with torch.no_grad():
                 for parameter in model.parameters():

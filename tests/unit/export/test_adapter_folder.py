@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from finetune.config.commands import ExportOptions
+from finetune.config.command_options import ExportOptions
 from finetune.config.compose import to_yaml
 from finetune.config.schema import DataConfig, LoraConfig, ModelConfig, RunConfig, SourceConfig
-from finetune.errors import ConfigError, IntegrityError
 from finetune.export import adapter_folder
 from finetune.export.adapter_folder import to_adapter
-from finetune.export.formats import Exported, Job
-from finetune.models.adapter_files import CONFIG_FILE, PREFIX, TENSOR_FILE, load_adapter
+from finetune.export.exporter import Exported, Job
+from finetune.models.adapters.files import CONFIG_FILE, PREFIX, TENSOR_FILE, load_adapter
+from finetune.system.errors import ConfigError, IntegrityError
 from tests.unit.export.conftest import KINDS
 
 IDS = torch.arange(24)[None] * 7 % 300
@@ -172,9 +172,17 @@ def test_the_command_names_the_smallest_rank_that_vllm_takes(
 def test_the_command_serves_this_adapter_on_its_base(make_adapter, make_base, tmp_path: Path) -> None:
     words = shlex.split(export(make_adapter("q,v"), tmp_path / "out").serve[0])
     assert words == [
-        "vllm", "serve", str(make_base()), "--enable-lora", "--lora-modules", "my-adapter=served/my adapter",
-        "--max-lora-rank", "8", "--chat-template", "served/my adapter/chat_template.jinja",
-    ]  # fmt: skip
+        "vllm",
+        "serve",
+        str(make_base()),
+        "--enable-lora",
+        "--lora-modules",
+        "my-adapter=served/my adapter",
+        "--max-lora-rank",
+        "8",
+        "--chat-template",
+        "served/my adapter/chat_template.jinja",
+    ]
 
 
 def test_only_what_belongs_to_the_adapter_is_taken_along(make_adapter, tmp_path: Path) -> None:
@@ -185,8 +193,13 @@ def test_only_what_belongs_to_the_adapter_is_taken_along(make_adapter, tmp_path:
     before = {file: file.read_bytes() for file in source.rglob("*") if file.is_file()}
     export(source, tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        CONFIG_FILE, TENSOR_FILE, "README.md", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
+        CONFIG_FILE,
+        TENSOR_FILE,
+        "README.md",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert {file: file.read_bytes() for file in source.rglob("*") if file.is_file()} == before
 
 
@@ -216,7 +229,7 @@ def test_an_adapter_without_a_tokenizer_is_compared_with_its_bases(make_adapter,
     assert found.checks[0].same == 1.0 and "--chat-template" not in found.serve[0]
 
 
-def test_an_adapter_that_makes_up_for_quantising_is_served_in_four_bit(make_adapter, tmp_path: Path) -> None:
+def test_an_adapter_that_makes_up_for_quantizing_is_served_in_four_bit(make_adapter, tmp_path: Path) -> None:
     source = make_adapter("loftq")
     cfg = RunConfig(
         model=ModelConfig(name="x"), data=DataConfig(train=[SourceConfig(path="x")]), lora=LoraConfig(init="loftq")

@@ -1,4 +1,4 @@
-"""Model folders: rounded once or quantised, and what transformers makes of them."""
+"""Model folders: rounded once or quantized, and what transformers makes of them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from finetune.config.commands import ExportOptions
+from finetune.config.command_options import ExportOptions
 from finetune.config.schema import ModelConfig, QuantConfig
-from finetune.errors import ConfigError, IntegrityError, MissingExtra
 from finetune.export import safetensors_folder
-from finetune.export.formats import Exported, Job
+from finetune.export.exporter import Exported, Job
 from finetune.export.safetensors_folder import PLAIN, TYPES, Storage, to_safetensors
 from finetune.models.load import load_base
-from finetune.resources import packaged
+from finetune.system.errors import ConfigError, IntegrityError, MissingExtra
+from finetune.system.resources import packaged
 
 IDS = torch.arange(24)[None] * 7 % 300
 EIGHT_BIT = ("int8", "fp8")
@@ -47,7 +47,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-def is_quantised(name: str) -> bool:
+def is_quantized(name: str) -> bool:
     return name.endswith("_proj.weight")
 
 
@@ -134,7 +134,7 @@ def test_numbers_beyond_fp16_are_named(make_base, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source_type", ["bf16", "fp32"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_nf4_has_the_bits_that_quantising_while_loading_gives(
+def test_nf4_has_the_bits_that_quantizing_while_loading_gives(
     make_base, tmp_path: Path, source_type: str, tied: bool
 ) -> None:
     source, out = make_base(tied), tmp_path / "out"
@@ -166,7 +166,7 @@ def test_what_training_kept_in_more_bits_stays_bf16(make_base, tmp_path: Path, k
     assert notes.get("kept_in_bf16", []) == stays
     found, before = tensors_of(tmp_path / "out"), tensors_of(source)
     assert all(found[f"{name}.weight"].equal(before[f"{name}.weight"]) for name in stays)
-    assert notes["quantised_tensors"] == (0 if kind == "bf16" else 14 - len(stays))
+    assert notes["quantized_tensors"] == (0 if kind == "bf16" else 14 - len(stays))
 
 
 @pytest.mark.parametrize("kind", EIGHT_BIT)
@@ -182,7 +182,7 @@ def test_eight_bit_weights_are_as_near_as_eight_bits_can_be(
     scales = {name: after.pop(name) for name in list(after) if name.endswith("_scale")}
     assert before.keys() == after.keys() and len(scales) == 14
     for name, tensor in before.items():
-        if not is_quantised(name):
+        if not is_quantized(name):
             assert after[name].equal(tensor.bfloat16())
             continue
         assert after[name].dtype == {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
@@ -207,7 +207,7 @@ def test_transformers_multiplies_by_the_stored_scales_and_rounds_activations(
     served = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     for name, weight in plain.named_parameters():
-        if is_quantised(name):
+        if is_quantized(name):
             weight.data = stored[name].float() * stored[f"{name}_scale"].float()
     with torch.no_grad():
         rounded, exact = served(input_ids=IDS).logits, plain(input_ids=IDS).logits
@@ -245,9 +245,10 @@ def test_the_config_has_the_words_that_vllm_looks_for(
 @pytest.mark.parametrize("kind", ["nf4", *EIGHT_BIT])
 def test_a_row_of_zeros_stays_one(make_base, tmp_path: Path, kind: str) -> None:
     source = changed(
-        make_base(), tmp_path / "source",
-        lambda name, t: t.index_fill(0, torch.arange(2), 0.0) if is_quantised(name) else t,
-    )  # fmt: skip
+        make_base(),
+        tmp_path / "source",
+        lambda name, t: t.index_fill(0, torch.arange(2), 0.0) if is_quantized(name) else t,
+    )
     export(source, tmp_path / "out", kind)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -264,7 +265,7 @@ def test_weights_that_were_stored_wrongly_are_noticed(
 
     def spoilt(kept: Sequence[str]) -> Storage:
         storage = right(kept)
-        turn = lambda weight: storage.quantise(weight.flip(0))  # noqa: E731
+        turn = lambda weight: storage.quantize(weight.flip(0))  # noqa: E731
         return Storage(storage.dtype, turn, storage.settings)
 
     monkeypatch.setitem(TYPES, kind, spoilt)
@@ -291,7 +292,7 @@ def test_what_cannot_be_written_is_refused(make_base, tmp_path: Path, monkeypatc
     with pytest.raises(ConfigError, match="shard_size=much"):
         export(make_base(), tmp_path / "1", "bf16", shard_size="much")
     export(make_base(), tmp_path / "2", "nf4", verify=False)
-    with pytest.raises(ConfigError, match="quantised already"):
+    with pytest.raises(ConfigError, match="quantized already"):
         export(tmp_path / "2", tmp_path / "3", "bf16")
     for name in ("compressed_tensors.compressors", "compressed_tensors"):
         monkeypatch.setitem(sys.modules, name, None)

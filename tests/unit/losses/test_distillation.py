@@ -17,7 +17,7 @@ from finetune.distill.resident import ResidentTeacher
 from finetune.losses.cross_entropy import CrossEntropy
 from finetune.losses.distillation import Distillation
 from finetune.losses.divergence import Terms
-from finetune.losses.signal import Signal
+from finetune.losses.teacher_targets import Signal
 from tests.models import random_qwen2
 
 CPU = torch.device("cpu")

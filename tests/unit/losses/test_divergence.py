@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finetune.losses import chunked
 from finetune.losses.chunked import chunked_loss
 from finetune.losses.divergence import Terms, compare, distillation_loss
-from finetune.losses.signal import HiddenSignal, SampledSignal, Signal, TopSignal
+from finetune.losses.teacher_targets import HiddenSignal, SampledSignal, Signal, TopSignal
 
 N, D, V, ROWS = 9, 16, 61, 53  # V ids take part of the tables' 64 and 67 rows
 
@@ -26,9 +26,12 @@ def heads() -> tuple[nn.Linear, nn.Linear]:
 def inputs() -> dict[str, Tensor]:
     torch.manual_seed(1)
     return {
-        "hidden": torch.randn(N, D), "teacher": 3 * torch.randn(N, 24), "labels": torch.randint(0, V, (N,)),
-        "factors": torch.rand(N) + 0.5, "rows": (torch.arange(N) % 3 > 0).float(),
-    }  # fmt: skip
+        "hidden": torch.randn(N, D),
+        "teacher": 3 * torch.randn(N, 24),
+        "labels": torch.randint(0, V, (N,)),
+        "factors": torch.rand(N) + 0.5,
+        "rows": (torch.arange(N) % 3 > 0).float(),
+    }
 
 
 def signal_of(kind: str, teacher_logits: Tensor, head: nn.Linear, hidden: Tensor) -> Signal:
@@ -116,8 +119,10 @@ def test_comparing_gives_the_forward_kl_and_who_agrees(kind):
     if isinstance(signal, SampledSignal):  # as a cache has it: most probable first
         order = teacher.argsort(-1, descending=True)
         signal = replace(
-            signal, ids_NK=order, probs_NK=teacher.softmax(-1).gather(1, order).float(),
-        )  # fmt: skip
+            signal,
+            ids_NK=order,
+            probs_NK=teacher.softmax(-1).gather(1, order).float(),
+        )
     kl, agrees = compare(signal, student.float(), slice(0, N), V)
     expected = reference(kind, "forward_kl", 0.0, 1.0, student, teacher)
     torch.testing.assert_close(kl.double(), expected, rtol=2e-6, atol=1e-5)

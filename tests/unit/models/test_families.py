@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from finetune.config.schema import LoraConfig
-from finetune.errors import ConfigError
-from finetune.models.adapter import attach_lora
+from finetune.models.adapters.attach import attach_lora
 from finetune.models.families import FAMILIES, QWEN25_SHAPES, SHAPE_KEYS, shape_of
+from finetune.system.errors import ConfigError
 
 
 def test_shapes_are_those_of_the_reference_configs(shared: Path) -> None:

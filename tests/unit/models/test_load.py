@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finetune.config.schema import ModelConfig, QuantConfig
-from finetune.errors import ConfigError, IntegrityError, MissingExtra, ResourceError
-from finetune.models import four_bit
 from finetune.models import load as load_module
 from finetune.models.load import load_base, load_tokenizer
+from finetune.models.quant import four_bit
+from finetune.system.errors import ConfigError, IntegrityError, MissingExtra, ResourceError
 
 PLAIN = QuantConfig(type="none")
 
@@ -75,7 +75,7 @@ def test_generate_works_and_uses_its_cache(load) -> None:
 def test_loading_says_nothing(make_base) -> None:
     script = (
         "import sys; from finetune.config.schema import ModelConfig, QuantConfig, LoraConfig\n"
-        "from finetune.models.load import load_base; from finetune.models.adapter import attach_lora\n"
+        "from finetune.models.load import load_base; from finetune.models.adapters.attach import attach_lora\n"
         "model = attach_lora(load_base(ModelConfig(name=sys.argv[1]), QuantConfig(), 'cpu'), LoraConfig())\n"
         "import torch; model(torch.arange(4)[None])"
     )
@@ -126,7 +126,7 @@ def test_failures_while_loading(make_base, monkeypatch, raised: Exception, expec
     def fail(*args: object, **kwargs: object) -> None:
         raise raised
 
-    for place, name in ((four_bit, "quantise"), (AutoModelForCausalLM, "from_pretrained")):
+    for place, name in ((four_bit, "quantize"), (AutoModelForCausalLM, "from_pretrained")):
         monkeypatch.setattr(place, name, fail)
     for quant_type in ("nf4", "none"):
         with pytest.raises(expected, match=says.replace("nf4", quant_type)):

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from finetune.config.schema import ModelConfig
-from finetune.errors import ConfigError
 from finetune.models.load import load_tokenizer
+from finetune.system.errors import ConfigError
 
 Write = Callable[..., str]
 

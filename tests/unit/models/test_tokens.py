@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
-from finetune.errors import ConfigError
-from finetune.models.adapter import attach_lora
+from finetune.models.adapters.attach import attach_lora
 from finetune.models.load import load_base
+from finetune.system.errors import ConfigError
 
 NEW = ["<call>", "<done>"]
 

@@ -174,7 +174,7 @@ def test_a_teacher_of_one_id_is_a_label(dtype):
     torch.testing.assert_close(logits, as_label, rtol=LAST_PLACE[dtype], atol=3 * ROUNDING)
 
 
-def test_a_sampled_tail_is_unbiased_and_a_renormalised_head_is_not():
+def test_a_sampled_tail_is_unbiased_and_a_renormalized_head_is_not():
     generator = torch.Generator().manual_seed(0)
     student, teacher = 1.5 * torch.randn(2, 60, generator=generator)
     p = teacher.double().softmax(-1)
@@ -193,7 +193,7 @@ def test_a_sampled_tail_is_unbiased_and_a_renormalised_head_is_not():
     share = tail / tail_mass
     error = tail_mass * (share * (1 - share) / samples / draws).sqrt()
     assert ((mean - full).abs() <= 5 * error + ROUNDING).all()  # 52 ids: beyond 5 of them by chance once in 30,000
-    renormalised = student[None].clone()
-    sampled_kl_(renormalised, head[None], (head_probs / head_probs.sum())[None].float(), torch.ones(1))
-    assert ((renormalised[0] - full).abs()[tail > 0] > 5 * error[tail > 0]).all()
-    assert ((renormalised[0] - full).abs()[head] > 100 * ROUNDING).all()
+    renormalized = student[None].clone()
+    sampled_kl_(renormalized, head[None], (head_probs / head_probs.sum())[None].float(), torch.ones(1))
+    assert ((renormalized[0] - full).abs()[tail > 0] > 5 * error[tail > 0]).all()
+    assert ((renormalized[0] - full).abs()[head] > 100 * ROUNDING).all()

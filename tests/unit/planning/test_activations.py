@@ -13,10 +13,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from finetune import load_config
 from finetune.config.schema import RunConfig
 from finetune.data.batch import build_batch
-from finetune.losses.hidden import hidden_states
+from finetune.losses.hidden_states import hidden_states
 from finetune.models.families import QWEN25_SHAPES
-from finetune.models.fast import attach_fast_path
-from finetune.models.recompute import apply_recompute
+from finetune.models.fused import attach_fast_path
+from finetune.models.gradient_checkpointing import apply_recompute
 from finetune.ops import attention
 from finetune.ops.dispatch import _REPAID_FROM_FLOPS
 from finetune.planning.activations import (
@@ -27,13 +27,18 @@ from finetune.planning.activations import (
     loss_bytes,
     plan_activations,
 )
-from finetune.planning.memory import adapted_linears
+from finetune.planning.static_memory import adapted_linears
 from tests.parity.test_cross_entropy import documents
 
 SHAPE: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "tie_word_embeddings": True,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 224,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
 
 
 def run(*overrides: str) -> RunConfig:
@@ -49,9 +54,12 @@ def model_of(cfg: RunConfig) -> nn.Module:
     model = get_peft_model(
         base.requires_grad_(False),
         LoraConfig(
-            r=cfg.lora.rank, target_modules=targets, lora_dropout=cfg.lora.dropout, use_dora=cfg.lora.dora,
+            r=cfg.lora.rank,
+            target_modules=targets,
+            lora_dropout=cfg.lora.dropout,
+            use_dora=cfg.lora.dora,
         ),
-    )  # fmt: skip
+    )
     if cfg.train.fast:
         attach_fast_path(model)
     return model.train()
@@ -91,12 +99,18 @@ ALL = "lora.target_modules=all-linear"
 @pytest.mark.parametrize(
     "overrides",
     [
-        (), (ALL,), ("lora.dropout=0.1",), (ALL, "lora.dropout=0.1", "lora.rank=16"), ("model.dtype=float32",),
-        ("lora.target_modules=[q_proj,up_proj]",), ("lora.target_modules=[o_proj,down_proj]",), ("lora.dora=true",),
+        (),
+        (ALL,),
+        ("lora.dropout=0.1",),
+        (ALL, "lora.dropout=0.1", "lora.rank=16"),
+        ("model.dtype=float32",),
+        ("lora.target_modules=[q_proj,up_proj]",),
+        ("lora.target_modules=[o_proj,down_proj]",),
+        ("lora.dora=true",),
         (ALL, "lora.dora=true"),
     ],
     ids=lambda overrides: " ".join(overrides) or "q,v",
-)  # fmt: skip
+)
 def test_what_a_layer_keeps_is_within_a_tenth_of_what_autograd_saves(overrides, fast, lengths):
     cfg = run(f"train.fast={fast}", *overrides)
     targets = cfg.lora.target_modules

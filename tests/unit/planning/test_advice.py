@@ -17,7 +17,7 @@ from finetune.planning.advice import (
     length_table,
     longest_that_fits,
 )
-from finetune.planning.fitting import foresee
+from finetune.planning.auto_batch import foresee
 
 SHAPE = QWEN25_SHAPES["7B"]
 
@@ -56,13 +56,14 @@ def test_a_change_that_is_said_to_fit_fits(overrides, gigabytes):
 
 
 HARD = (
-    ("train.recompute=offload", "quant.double=false"), ("lora.rank=256", "lora.rank_pattern={q_proj: 128}"),
+    ("train.recompute=offload", "quant.double=false"),
+    ("lora.rank=256", "lora.rank_pattern={q_proj: 128}"),
     ("quant.type=none", "lora.modules_to_save=[lm_head,embed_tokens]", "train.recompute=5"),
     ("distill=teacher", "distill.teacher.name=Qwen/Qwen2.5-14B", "data.max_length=8192", "train.fast=false"),
     ("guard.max=0.1", "data.held_out=0.1", "train.eval_every=5", "guard.action=recover", "data.max_length=32"),
     ("train.batch_size=6", "train.micro_batch_size=3", "lora.dora=true", "lora.target_modules=all-linear"),
     ("quant.type=none", "data.max_length=256", "train.batch_size=64", "train.micro_batch_size=64"),
-)  # fmt: skip
+)
 DEVICES = [("cuda", 80), ("cuda", 10), ("cuda", 20), ("cuda", 6), ("cpu", 8), ("cpu", 24)]
 
 

@@ -10,11 +10,11 @@ from finetune import load_config
 from finetune.config.schema import RunConfig
 from finetune.evaluation import agreement
 from finetune.models.families import QWEN25_SHAPES
-from finetune.planning import machine
-from finetune.planning.fitting import choose_memory, foresee
-from finetune.planning.footprint import CONTEXT_BYTES, EVALUATED_BATCHES, MARGIN, Footprint, predict
-from finetune.planning.memory import static_of
+from finetune.planning.auto_batch import choose_memory, foresee
+from finetune.planning.peak_memory import CONTEXT_BYTES, EVALUATED_BATCHES, MARGIN, Footprint, predict
+from finetune.planning.static_memory import static_of
 from finetune.planning.teacher import passing_bytes, teacher_bytes
+from finetune.system import machine
 
 SHAPE = QWEN25_SHAPES["0.5B"]
 
@@ -52,10 +52,13 @@ def test_a_cpu_keeps_code_for_the_shapes_that_a_run_meets(monkeypatch):
     sizes = [
         found(*settings, kind="cpu").parts.get("code for shapes", 0.0)
         for settings in (
-            (), ("train.max_steps=60",), ("train.max_steps=null",), ("train.max_steps=null", "data.held_out=0.1"),
+            (),
+            ("train.max_steps=60",),
+            ("train.max_steps=null",),
+            ("train.max_steps=null", "data.held_out=0.1"),
             ("train.max_steps=null", "data.held_out=0.1", "generation.rows=20"),
         )
-    ]  # fmt: skip
+    ]
     assert sizes == sorted(set(sizes)) and sizes[0] == 0
     assert "code for shapes" not in found("train.max_steps=60").parts
     assert "code for shapes" not in found("train.max_steps=60", "model.dtype=float32", kind="cpu").parts

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import InputError
-from finetune.planning import machine
+from finetune.system import machine
+from finetune.system.errors import InputError
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
 
@@ -49,8 +49,11 @@ class Host:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.folder = folder
         for name, place in (
-            ("_CGROUPS", "cgroup"), ("_MEMBERSHIP", "membership"), ("_MEMINFO", "meminfo"), ("_TOPOLOGY", "cpu")
-        ):  # fmt: skip
+            ("_CGROUPS", "cgroup"),
+            ("_MEMBERSHIP", "membership"),
+            ("_MEMINFO", "meminfo"),
+            ("_TOPOLOGY", "cpu"),
+        ):
             monkeypatch.setattr(machine, name, folder / place)
         self.write("meminfo", "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
 
@@ -132,7 +135,7 @@ def test_a_gpu_is_asked_of_its_driver_and_its_absence_is_no_error(tmp_path: Path
 
 FRESH = """
 import torch
-from finetune.training.capacity import use_all_cores
+from finetune.training.autotune import use_all_cores
 print(use_all_cores("cpu"), "|", torch.get_num_threads(), use_all_cores("cuda"))
 """
 
@@ -149,6 +152,6 @@ def test_a_fresh_process_under_a_launcher_takes_its_share(ranks: int):
 def test_what_the_processor_multiplies_is_told_as_torch_tells_it():
     import torch
 
-    from finetune.ops.products import widens
+    from finetune.ops.matmul import widens
 
     assert machine.has_bf16_products() is not widens(torch.device("cpu"), torch.bfloat16)

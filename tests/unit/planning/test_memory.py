@@ -11,9 +11,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from finetune import load_config
 from finetune.config.schema import RunConfig
-from finetune.models.adapter import attach_lora
+from finetune.models.adapters.attach import attach_lora
 from finetune.models.families import QWEN25_SHAPES
-from finetune.planning.memory import (
+from finetune.planning.static_memory import (
     bytes_per_weight,
     layer_precisions,
     linear_shapes,
@@ -25,9 +25,14 @@ from finetune.planning.memory import (
 )
 
 SHAPE: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "tie_word_embeddings": True,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 224,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
 
 
 def run(*overrides: str) -> RunConfig:
@@ -48,13 +53,17 @@ def test_parameters_are_those_of_the_model(size):
 @pytest.mark.parametrize(
     "overrides",
     [
-        (), ("lora.target_modules=all-linear", "lora.rank=4"), ("lora.dora=true",), ("lora.layers_to_transform=[1]",),
+        (),
+        ("lora.target_modules=all-linear", "lora.rank=4"),
+        ("lora.dora=true",),
+        ("lora.layers_to_transform=[1]",),
         ("lora.target_modules=all-linear", "lora.rank_pattern={down_proj: 2, q_proj: 3}"),
-        ("lora.modules_to_save=[norm]",), ("lora.modules_to_save=[embed_tokens]",),
+        ("lora.modules_to_save=[norm]",),
+        ("lora.modules_to_save=[embed_tokens]",),
         (r"lora.target_modules='.*layers\.[12]\.mlp\.(up|down)_proj'",),
     ],
     ids=lambda overrides: " ".join(overrides) or "q,v",
-)  # fmt: skip
+)
 def test_trained_values_are_those_that_peft_trains(overrides, tied):
     shape = {**SHAPE, "tie_word_embeddings": tied}
     cfg = run("quant.type=none", *overrides)
@@ -64,8 +73,10 @@ def test_trained_values_are_those_that_peft_trains(overrides, tied):
     assert trained_parameters(shape, cfg.lora) == trained
     plan = static_of(cfg, shape)
     assert (plan.parts["adapter"], plan.parts["gradients"], plan.parts["optimizer"]) == (
-        4 * trained, 4 * trained, 8 * trained,
-    )  # fmt: skip
+        4 * trained,
+        4 * trained,
+        8 * trained,
+    )
 
 
 @pytest.mark.parametrize("double", [True, False])

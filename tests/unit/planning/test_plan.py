@@ -8,8 +8,8 @@ from finetune import load_config
 from finetune.config.schema import RunConfig
 from finetune.models.families import QWEN25_SHAPES
 from finetune.planning.activations import plan_activations
-from finetune.planning.fitting import choose_memory, derive_micro_batch
-from finetune.planning.plan import describe_plan
+from finetune.planning.auto_batch import choose_memory, derive_micro_batch
+from finetune.planning.describe import describe_plan
 
 SHAPE = QWEN25_SHAPES["0.5B"]
 

@@ -48,11 +48,14 @@ def test_another_teacher_takes_all_of_it_and_a_streamed_one_two_layers_and_a_hea
     assert passing_bytes(own, SHAPE) == bytes_of_tensors("7B", tables=False, layers=2)
 
 
-@pytest.mark.parametrize("settings", [
-    ("distill.objective=none",),
-    ("distill.teacher.placement=cached", "distill.cache=folder"),
-    ("distill.teacher.placement=server", "distill.cache=folder", "distill.teacher.url=http://host"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("distill.objective=none",),
+        ("distill.teacher.placement=cached", "distill.cache=folder"),
+        ("distill.teacher.placement=server", "distill.cache=folder", "distill.teacher.url=http://host"),
+    ],
+)
 def test_what_is_not_loaded_takes_nothing(settings):
     assert teacher_bytes(plan(*settings), SHAPE) == 0
 

@@ -10,19 +10,25 @@ import torch
 
 from benchmarks.flops import attention_flops, step_flops
 from finetune import load_config
-from finetune.config.commands import PlanOptions
+from finetune.config.command_options import PlanOptions
 from finetune.config.schema import RunConfig
 from finetune.models.families import QWEN25_SHAPES
 from finetune.planning import calibrate, timing
+from finetune.planning.flops import StepWork, step_work
 from finetune.planning.outlook import steps_of
 from finetune.planning.timing import Rates, assumed_ceiling, read_rates, step_seconds, write_rates
-from finetune.planning.work import StepWork, step_work
 
 SHAPE = QWEN25_SHAPES["0.5B"]
 RATES = Rates(
-    "a machine", [[1e5, 100.0, 1e9], [1e5, 1000.0, 2e9], [1e7, 100.0, 3e9], [1e7, 1000.0, 4e9]], [[128.0, 1e9]],
-    elementwise=1e9, dequantised=[[1e6, 1e9], [1e8, 1e8]], logits=1e9, trained=1e9, layer_seconds=1e-3,
-)  # fmt: skip
+    "a machine",
+    [[1e5, 100.0, 1e9], [1e5, 1000.0, 2e9], [1e7, 100.0, 3e9], [1e7, 1000.0, 4e9]],
+    [[128.0, 1e9]],
+    elementwise=1e9,
+    dequantized=[[1e6, 1e9], [1e8, 1e8]],
+    logits=1e9,
+    trained=1e9,
+    layer_seconds=1e-3,
+)
 
 
 def run(*overrides: str) -> RunConfig:
@@ -49,11 +55,11 @@ def test_recomputing_adds_a_forward_pass_but_the_frozen_down_projections():
     assert twice.attention > plain.attention and twice.elementwise > plain.elementwise
 
 
-def test_weights_are_dequantised_once_a_forward_pass_and_never_where_they_are_resident():
-    once, four = (sum(work(micro=micro).dequantised.values()) for micro in (4, 1))
+def test_weights_are_dequantized_once_a_forward_pass_and_never_where_they_are_resident():
+    once, four = (sum(work(micro=micro).dequantized.values()) for micro in (4, 1))
     assert four == 4 * once > 0
     for setting in ("quant.resident=true", "quant.type=none"):
-        assert not any(work(setting).dequantised.values())
+        assert not any(work(setting).dequantized.values())
 
 
 def test_layers_below_the_first_adapter_have_no_backward_pass():
@@ -68,8 +74,11 @@ def test_a_teacher_runs_forward_and_a_cached_one_does_not():
 def test_rates_between_measured_points_lie_between_them():
     rate = timing._rate_of_product
     assert [rate(RATES.products, *point) for point in ((1e5, 100), (1e7, 1000), (1e3, 1), (1e9, 1e6))] == [
-        1e9, 4e9, 1e9, 4e9,
-    ]  # fmt: skip
+        1e9,
+        4e9,
+        1e9,
+        4e9,
+    ]
     assert rate(RATES.products, 1e6, 100) == pytest.approx(2e9) and 1e9 < rate(RATES.products, 1e5, 300) < 2e9
 
 
@@ -80,13 +89,13 @@ def test_twice_the_rate_is_half_the_time_of_what_it_is_the_rate_of():
     assert {**after, "loss": 0} == {**before, "loss": 0}
 
 
-def test_weights_of_large_matrices_take_longer_to_dequantise():
+def test_weights_of_large_matrices_take_longer_to_dequantize():
     """RATES: a billion a second in matrices of a million, a tenth of that from a hundred million on."""
     for size, least, most in (("0.5B", 1e9, 4e8), ("7B", 8e8, 1e8)):
         shape = QWEN25_SHAPES[size]
         found = step_work(run(), shape, 1, 0)
-        seconds = step_seconds(found, shape, RATES, 1024)["dequantising"]
-        assert sum(found.dequantised.values()) / least < seconds < sum(found.dequantised.values()) / most
+        seconds = step_seconds(found, shape, RATES, 1024)["dequantizing"]
+        assert sum(found.dequantized.values()) / least < seconds < sum(found.dequantized.values()) / most
 
 
 def test_what_was_measured_is_kept_by_kind_of_device(tmp_path, monkeypatch):
@@ -105,14 +114,25 @@ def test_what_was_measured_is_kept_by_kind_of_device(tmp_path, monkeypatch):
 
 
 def test_a_calibration_measures_every_rate(monkeypatch):
-    for name, small in (("_MATRICES", ((32, 16), (64, 64))), ("_ROWS", (8, 16)), ("_DOCUMENTS", (8, 32)),
-                        ("_TOKENS", 64), ("_VOCABULARY", 512), ("_CHUNK", 4), ("_INNER", 128), ("_HIDDEN", 64),
-                        ("_HEADS", 2), ("_KEY_HEADS", 1), ("_WIDTH", 32), ("_REPEATS", 1),
-                        ("_DEQUANTISED", ((64, 64), (64, 128)))):  # fmt: skip
+    for name, small in (
+        ("_MATRICES", ((32, 16), (64, 64))),
+        ("_ROWS", (8, 16)),
+        ("_DOCUMENTS", (8, 32)),
+        ("_TOKENS", 64),
+        ("_VOCABULARY", 512),
+        ("_CHUNK", 4),
+        ("_INNER", 128),
+        ("_HIDDEN", 64),
+        ("_HEADS", 2),
+        ("_KEY_HEADS", 1),
+        ("_WIDTH", 32),
+        ("_REPEATS", 1),
+        ("_DEQUANTISED", ((64, 64), (64, 128))),
+    ):
         monkeypatch.setattr(calibrate, name, small)
     rates = calibrate.measure_rates(torch.device("cpu"), "here", lambda text: None)
-    assert [len(rates.products), len(rates.attention), len(rates.dequantised)] == [4, 2, 2]
-    numbers = [rate for *_, rate in (*rates.products, *rates.attention, *rates.dequantised)]
+    assert [len(rates.products), len(rates.attention), len(rates.dequantized)] == [4, 2, 2]
+    numbers = [rate for *_, rate in (*rates.products, *rates.attention, *rates.dequantized)]
     numbers += [rates.elementwise, rates.logits, rates.trained, rates.layer_seconds]
     assert all(number > 0 for number in numbers)
 

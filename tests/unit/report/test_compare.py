@@ -105,10 +105,14 @@ def test_the_page_draws_every_quantity_of_every_run(folders: list[Path], tmp_pat
     assert read.texts("h1") == ["<b>t</b>"]
     titles = [attrs["aria-label"] for tag, attrs, _ in read.elements if tag == "figure"]
     assert titles == [
-        "Loss, nats a target token, training", "Loss, nats a target token, held out",
-        "Held-out token accuracy, heldout", "Learning rate", "Gradient norm before clipping",
-        "Speed, tokens a second", "Peak memory, GiB",
-    ]  # fmt: skip
+        "Loss, nats a target token, training",
+        "Loss, nats a target token, held out",
+        "Held-out token accuracy, heldout",
+        "Learning rate",
+        "Gradient norm before clipping",
+        "Speed, tokens a second",
+        "Peak memory, GiB",
+    ]
     assert "://" not in text.replace("http://www.w3.org/", "") and "<script" not in text
 
 

@@ -77,12 +77,12 @@ def test_a_noisy_curve_has_its_mean_over_it_and_says_so(tmp_path):
     assert not overlaid([("a", run)])[0].note
 
 
-def test_runs_are_told_apart_by_colour_and_then_by_dashes(tmp_path):
+def test_runs_are_told_apart_by_color_and_then_by_dashes(tmp_path):
     (picture,) = overlaid([(str(i), run_of(tmp_path, loss=float(i + 1))) for i in range(9)])
     curves = re.findall(r'<path d="M [^"]+"[^>]*style="([^"]*)"', picture.svg)
     styles = [
-        (colour[0], dashes[0] if (dashes := re.findall("stroke-dasharray: ([^;]+)", style)) else "")
+        (color[0], dashes[0] if (dashes := re.findall("stroke-dasharray: ([^;]+)", style)) else "")
         for style in curves
-        if (colour := re.findall(r"stroke: (var\(--line-\d|currentColor)", style)) and "stroke-width: 1.5" in style
+        if (color := re.findall(r"stroke: (var\(--line-\d|currentColor)", style)) and "stroke-width: 1.5" in style
     ]
     assert len(styles) == len(set(styles)) == 9

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import InputError
 from finetune.report.run import read_run, read_runs
+from finetune.system.errors import InputError
 from tests.run_folders import write_run
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.errors import IntegrityError, ResourceError
+from finetune.system.errors import IntegrityError, ResourceError
 from finetune.training import checkpoint as ck
 from finetune.training.checkpoint import TrainState
 

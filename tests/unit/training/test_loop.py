@@ -1,4 +1,4 @@
-"""The loop refuses what is not finite before it reaches the weights, and normalises once."""
+"""The loop refuses what is not finite before it reaches the weights, and normalizes once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 
 from finetune.config.schema import TrainConfig
 from finetune.data.documents import Document
-from finetune.data.feed import StoredFeed
 from finetune.data.packing import SequenceOrder
-from finetune.errors import FinetuneError
+from finetune.data.sampler import StoredFeed
+from finetune.system.errors import FinetuneError
 from finetune.training.checkpoint import TrainState
 from finetune.training.loop import Job, fit, train_step
 from finetune.training.optim import build_optimizer
@@ -45,11 +45,18 @@ def job(loss: nn.Module, saved: list[int], **train) -> Job:
         Document(np.array([1, 2]), np.array([n, -100], dtype=np.int32), f"rows.jsonl:{n}") for n in range(1, 9)
     ]
     return Job(
-        cfg=cfg, accelerator=Accelerator(), loss=loss, optimizer=build_optimizer(cfg, loss.named_parameters()),
-        feed=StoredFeed(documents, SequenceOrder([2] * 8, [1.0] * 8, None, cfg.batch_size, 0)), total_steps=4,
-        lean=False, micro_batch=1,       tracker=SilentTracker(), save=lambda state: saved.append(state.step),
+        cfg=cfg,
+        accelerator=Accelerator(),
+        loss=loss,
+        optimizer=build_optimizer(cfg, loss.named_parameters()),
+        feed=StoredFeed(documents, SequenceOrder([2] * 8, [1.0] * 8, None, cfg.batch_size, 0)),
+        total_steps=4,
+        lean=False,
+        micro_batch=1,
+        tracker=SilentTracker(),
+        save=lambda state: saved.append(state.step),
         last_checkpoint=lambda: saved[-1] if saved else None,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("poison", "named"), [("loss", "the loss is nan"), ("gradient", "the gradient norm is")])

@@ -35,7 +35,7 @@ def test_warmup_is_a_share_below_one_and_a_number_of_steps_from_one_on():
     assert warmup_steps(TrainConfig(warmup=300.0), 200) == 200
 
 
-def test_only_trained_parameters_are_optimised_and_every_setting_arrives():
+def test_only_trained_parameters_are_optimized_and_every_setting_arrives():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[0].requires_grad_(False)
     cfg = TrainConfig(learning_rate=0.1, beta1=0.5, beta2=0.6, eps=1e-3, weight_decay=0.2)

@@ -11,10 +11,15 @@ from tests.runs import small_run
 @pytest.mark.parametrize(
     "change",
     [
-        "train.recompute=2", "train.recompute=offload", "train.fast=false", "train.compile=true", "quant.cache=false",
-        "quant.resident=true", "train.micro_batch_size=1",
+        "train.recompute=2",
+        "train.recompute=offload",
+        "train.fast=false",
+        "train.compile=true",
+        "quant.cache=false",
+        "quant.resident=true",
+        "train.micro_batch_size=1",
     ],
-)  # fmt: skip
+)
 def test_how_a_run_is_computed_may_change_when_it_goes_on(tmp_path, change):
     assert trajectory(small_run(tmp_path, change)) == trajectory(small_run(tmp_path))
 

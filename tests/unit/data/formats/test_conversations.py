@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from finetune.config.schema import SourceConfig
 from finetune.data.formats.messages import Conversation, Message, ToolCall
 from finetune.data.formats.parser import RowParser, messages_row
-from finetune.errors import DataError
+from finetune.system.errors import DataError
 
 SYSTEM, USER, ASSISTANT = Message("system", "s"), Message("user", "q"), Message("assistant", "a")
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -209,7 +209,7 @@ HOSTILE_TURNS = [
     ([Q, calling(tool_calls=[CALL | {"arguments": '{"\\ud800": 1}'}])], "arguments", "surrogate"),
     ([Q, calling(tool_calls=[CALL | {"arguments": '{"x":' * 101 + "1" + "}" * 101}])], "arguments", "nested"),
     ([Q, calling(tool_calls=[CALL | {"arguments": '{"x":' * 10**5 + "1" + "}" * 10**5}])], "arguments", "nested"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("turns", "words"), [(turns, words) for turns, *words in HOSTILE_TURNS])

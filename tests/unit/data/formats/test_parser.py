@@ -1,4 +1,4 @@
-"""Formats are recognised by their columns, columns and roles go by any name, and what is wrong is named."""
+"""Formats are recognized by their columns, columns and roles go by any name, and what is wrong is named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.config.schema import SourceConfig
 from finetune.data.formats.conversations import KNOWN_KEYS
 from finetune.data.formats.messages import Conversation, Message, RawText, TokenRow
 from finetune.data.formats.parser import FORMATS, RowParser, detect_format, resolve_format
-from finetune.errors import DataError
+from finetune.system.errors import DataError
 
 SYSTEM, USER, ASSISTANT = Message("system", "s"), Message("user", "q"), Message("assistant", "a")
 CHAT = Conversation((USER, ASSISTANT))
@@ -68,11 +68,11 @@ EXAMPLES = [
     # Rendered text beside a format that says more.
     ({"instruction": "q", "output": "a", "text": "q a"}, "alpaca", CHAT),
     ({"input_ids": [1, 2], "text": "q"}, "tokens", TokenRow((1, 2))),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("row", "name", "example"), EXAMPLES)
-def test_rows_are_recognised_and_read(row, name, example):
+def test_rows_are_recognized_and_read(row, name, example):
     parser = resolved(row, format="auto")
     assert parser.format == name
     assert parser.parse(row) == example
@@ -174,7 +174,7 @@ MISMAPPED = [
     ({"instruction": "q", "output": "a"}, {"roles": {"user": "human"}}, "format alpaca and name no roles"),
     ([1], {}, "must be an object, found a list"),
     (None, {}, "must be an object, found null"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("row", "source", "words"), [(row, source, words) for row, source, *words in MISMAPPED])
@@ -220,7 +220,7 @@ HOSTILE = [
     ({"text": None}, "text", "text must be text, found null"),
     ({"text": 3}, "text", "text must be text, found a number"),
     ({"text": "\ud83d"}, "text", "text holds half of a surrogate pair"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("row", "name", "words"), [(row, name, words) for row, name, *words in HOSTILE])

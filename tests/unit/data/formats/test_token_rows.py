@@ -1,4 +1,4 @@
-"""Rows tokenised elsewhere: labels and masks select targets, padding goes, nothing is guessed."""
+"""Rows tokenized elsewhere: labels and masks select targets, padding goes, nothing is guessed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from finetune.config.schema import SourceConfig
 from finetune.data.formats.messages import TokenRow
 from finetune.data.formats.parser import RowParser, detect_format
-from finetune.errors import DataError
+from finetune.system.errors import DataError
 
 IDS = [5, 6, 7, 8]
 
@@ -75,7 +75,7 @@ HOSTILE = [
     ({"position_ids": [0, 1]}, "position_ids has 2 entries"),
     ({"position_ids": [0, None, 1, 2]}, "position_ids[1]", "found null"),
     ({"seq_lengths": [2, 2]}, "seq_lengths names 2 documents"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("columns", "words"), [(columns, words) for columns, *words in HOSTILE])

@@ -14,7 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetune.data.template import sandbox as limits
 from finetune.data.template.sandbox import Renderer
-from finetune.errors import DataError
+from finetune.system.errors import DataError
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
 MESSAGES = [
@@ -80,13 +80,26 @@ def test_json_is_written_as_transformers_writes_it(value, ascii_only, indent):
 
 
 ESCAPES = [
-    "{{ ''.__class__ }}", "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ messages[0].update(a=1) }}",
-    "{{ ''['__class__'] }}", "{{ (''|attr('__class__')).x }}", "{{ raise_exception.__globals__['sys'] }}",
-    "{{ namespace.__init__ }}", "{{ strftime_now.__globals__ }}", "{{ '{0.__class__}'.format(1) }}",
-    "{% set ns = namespace(__class__=1) %}", "{% set ns = namespace() %}{% set ns.__call__ = 1 %}",
-    "{{ cycler.__init__.__globals__ }}", "{{ joiner }}", "{{ self }}", "{{ dict.mro() }}",
-    "{% include 'x' %}", "{% import 'os' as os %}", "{% extends 'x' %}",
-]  # fmt: skip
+    "{{ ''.__class__ }}",
+    "{{ ''.__class__.__mro__ }}",
+    "{{ messages.append(1) }}",
+    "{{ messages[0].update(a=1) }}",
+    "{{ ''['__class__'] }}",
+    "{{ (''|attr('__class__')).x }}",
+    "{{ raise_exception.__globals__['sys'] }}",
+    "{{ namespace.__init__ }}",
+    "{{ strftime_now.__globals__ }}",
+    "{{ '{0.__class__}'.format(1) }}",
+    "{% set ns = namespace(__class__=1) %}",
+    "{% set ns = namespace() %}{% set ns.__call__ = 1 %}",
+    "{{ cycler.__init__.__globals__ }}",
+    "{{ joiner }}",
+    "{{ self }}",
+    "{{ dict.mro() }}",
+    "{% include 'x' %}",
+    "{% import 'os' as os %}",
+    "{% extends 'x' %}",
+]
 
 
 @pytest.mark.parametrize("source", ESCAPES)
@@ -103,18 +116,38 @@ def test_nothing_of_python_can_be_reached(source: str):
 
 BOMBS = [
     # one operation
-    "{{ 'a' * 10**9 }}", "{{ 10**9 * 'a' }}", "{{ [0] * 10**10 }}", "{{ 9 ** (9 ** 9) }}", "{{ 2 ** (10 ** 7) }}",
-    "{{ range(10**9) }}", "{% for i in range(10**9) %}{% endfor %}", "{{ 1.5 | round(10**9) }}",
-    "{{ 'a' | center(10**9) }}", "{{ 'a'.ljust(10**9) }}", "{{ 'a'.zfill(10**9) }}", "{{ 'a' | indent(10**9, true) }}",
-    "{{ ('\\t' * 10**5).expandtabs(10**5) }}", "{{ ('\\n' * 10**6) | indent(10**5) }}",
-    "{{ ('\\n' * 10**6) | indent('a' * 10**6) }}", "{{ '%1000000000d' % 5 }}", "{{ '%*d' % (10**9, 5) }}",
-    "{{ '{:1000000000}'.format(5) }}", "{{ '{:{}}'.format(5, 10**9) }}", "{{ '%1000000000d' | format(5) }}",
-    "{{ ('%s' * 10**5) | format(*(['a' * 10**5] * 10**5)) }}", "{{ ('%(a)s' * 10**5) % {'a': 'a' * 10**6} }}",
-    "{{ strftime_now('%1000000000d') }}", "{{ ('a' * 10**6) | replace('a', 'a' * 10**6) }}",
-    "{{ ('a' * 10**6).replace('a', 'a' * 10**6) }}", "{{ (['a' * 10**6] * 10**6) | join }}",
-    "{{ ''.join(['a' * 10**6] * 10**6) }}", "{{ ('a' * 10**6) | join('b' * 10**6) }}",
-    "{{ ('a' * 10**6).join('b' * 10**6) }}", "{{ ([[0] * 10**4] * 10**5) | sum(start=[]) }}",
-    "{{ tools | tojson(indent=10**6) }}", "{{ tools | tojson(indent='a' * 10**7) }}",
+    "{{ 'a' * 10**9 }}",
+    "{{ 10**9 * 'a' }}",
+    "{{ [0] * 10**10 }}",
+    "{{ 9 ** (9 ** 9) }}",
+    "{{ 2 ** (10 ** 7) }}",
+    "{{ range(10**9) }}",
+    "{% for i in range(10**9) %}{% endfor %}",
+    "{{ 1.5 | round(10**9) }}",
+    "{{ 'a' | center(10**9) }}",
+    "{{ 'a'.ljust(10**9) }}",
+    "{{ 'a'.zfill(10**9) }}",
+    "{{ 'a' | indent(10**9, true) }}",
+    "{{ ('\\t' * 10**5).expandtabs(10**5) }}",
+    "{{ ('\\n' * 10**6) | indent(10**5) }}",
+    "{{ ('\\n' * 10**6) | indent('a' * 10**6) }}",
+    "{{ '%1000000000d' % 5 }}",
+    "{{ '%*d' % (10**9, 5) }}",
+    "{{ '{:1000000000}'.format(5) }}",
+    "{{ '{:{}}'.format(5, 10**9) }}",
+    "{{ '%1000000000d' | format(5) }}",
+    "{{ ('%s' * 10**5) | format(*(['a' * 10**5] * 10**5)) }}",
+    "{{ ('%(a)s' * 10**5) % {'a': 'a' * 10**6} }}",
+    "{{ strftime_now('%1000000000d') }}",
+    "{{ ('a' * 10**6) | replace('a', 'a' * 10**6) }}",
+    "{{ ('a' * 10**6).replace('a', 'a' * 10**6) }}",
+    "{{ (['a' * 10**6] * 10**6) | join }}",
+    "{{ ''.join(['a' * 10**6] * 10**6) }}",
+    "{{ ('a' * 10**6) | join('b' * 10**6) }}",
+    "{{ ('a' * 10**6).join('b' * 10**6) }}",
+    "{{ ([[0] * 10**4] * 10**5) | sum(start=[]) }}",
+    "{{ tools | tojson(indent=10**6) }}",
+    "{{ tools | tojson(indent='a' * 10**7) }}",
     "{{ tools | tojson(separators=('a' * 10**7, '')) }}",
     # many operations
     "{% for i in range(99999) %}{{ 'a' * 10**6 }}{% endfor %}",
@@ -127,13 +160,21 @@ BOMBS = [
     "{% set ns = namespace(x=9) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
     "{{ range(99999) | map('center', 99999) | join | length }}",
     "{% for i in range(99999) | map('string') | map('list') | list %}{{ range(99999) | list | length }}{% endfor %}",
-]  # fmt: skip
+]
 DOUBLING = [
-    ("'a'", "ns.x + ns.x"), ("'a'", "ns.x ~ ns.x"), ("'a'", "[ns.x, ns.x] | join"), ("'a'", "'%s%s' % (ns.x, ns.x)"),
-    ("'a'", "'{0}{0}'.format(ns.x)"), ("[1]", "ns.x + ns.x"), ("[1]", "[ns.x, ns.x]"),
-    ("[1]", "{'a': ns.x, 'b': ns.x}"), ("[1]", "(ns.x, ns.x)"), ("[1]", "dict(a=ns.x, b=ns.x)"),
-    ("[1]", "[ns.x] + [ns.x]"), ("'a'", "twice()"),
-]  # fmt: skip
+    ("'a'", "ns.x + ns.x"),
+    ("'a'", "ns.x ~ ns.x"),
+    ("'a'", "[ns.x, ns.x] | join"),
+    ("'a'", "'%s%s' % (ns.x, ns.x)"),
+    ("'a'", "'{0}{0}'.format(ns.x)"),
+    ("[1]", "ns.x + ns.x"),
+    ("[1]", "[ns.x, ns.x]"),
+    ("[1]", "{'a': ns.x, 'b': ns.x}"),
+    ("[1]", "(ns.x, ns.x)"),
+    ("[1]", "dict(a=ns.x, b=ns.x)"),
+    ("[1]", "[ns.x] + [ns.x]"),
+    ("'a'", "twice()"),
+]
 
 
 @pytest.fixture

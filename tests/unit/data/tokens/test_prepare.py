@@ -1,4 +1,4 @@
-"""Tokenised once: by any number of processes alike, found again as long as nothing changed, never half-made."""
+"""Tokenized once: by any number of processes alike, found again as long as nothing changed, never half-made."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.data.reading import texts
+from finetune.data.sources import text_files
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens import prepare
 from finetune.data.tokens.prepare import Preparation
 from finetune.data.tokens.store import TokenStore, is_whole
-from finetune.errors import DataError, ResourceError
-from finetune.resources import packaged
+from finetune.system.errors import DataError, ResourceError
+from finetune.system.resources import packaged
 
 TINY = packaged("data") / "tiny-qwen2.5"
 
@@ -53,7 +53,7 @@ def store_of(prepared: Preparation) -> TokenStore:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_processes_changes_nothing(tmp_path, chat, workers, monkeypatch):
-    monkeypatch.setattr(texts, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(text_files, "BATCH_BYTES", 10_000)
     file = rows(tmp_path, 2_000, bad=True)
     alone = store_of(preparation(tmp_path / "alone", chat, file))
     shared = store_of(preparation(tmp_path / "shared", chat, file, workers=workers))
@@ -68,7 +68,7 @@ def test_the_number_of_processes_changes_nothing(tmp_path, chat, workers, monkey
 def test_what_is_in_the_cache_is_not_made_again(tmp_path, chat, monkeypatch):
     file = rows(tmp_path)
     first = store_of(preparation(tmp_path, chat, file))
-    monkeypatch.setattr(prepare, "encode_all", lambda *arguments: pytest.fail("tokenised a second time"))
+    monkeypatch.setattr(prepare, "encode_all", lambda *arguments: pytest.fail("tokenized a second time"))
     # Neither of these decides what a row's tokens are.
     for settings in ({}, {"max_length": 7, "truncation": "left"}, {"held_out": 0.2}, {"weight": 3.0}, {"workers": 2}):
         again = store_of(preparation(tmp_path, chat, file, **settings))
@@ -116,7 +116,7 @@ prepare.Preparation(cfg, ChatTemplate(AutoTokenizer.from_pretrained(sys.argv[2])
 """
 
 
-def test_a_killed_tokenisation_leaves_nothing_that_is_used(tmp_path, chat):
+def test_a_killed_tokenization_leaves_nothing_that_is_used(tmp_path, chat):
     file = rows(tmp_path)
     command = [sys.executable, "-c", SLOW_TOKENISATION, str(tmp_path), str(TINY)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
@@ -139,7 +139,7 @@ def test_a_killed_tokenisation_leaves_nothing_that_is_used(tmp_path, chat):
         time.sleep(0.05)
 
 
-def test_a_failed_tokenisation_leaves_nothing(tmp_path, chat, monkeypatch):
+def test_a_failed_tokenization_leaves_nothing(tmp_path, chat, monkeypatch):
     file = rows(tmp_path)
     monkeypatch.setattr(prepare.StoreWriter, "finish", lambda *arguments: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):

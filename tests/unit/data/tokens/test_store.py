@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.tokens.store import BadRow, EncodedBatch, StoreWriter, TokenStore, is_whole
-from finetune.errors import DataError
+from finetune.system.errors import DataError
 
 WEIGHTS = st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.5, 2.25])
 ROWS = st.lists(st.lists(st.tuples(st.integers(0, 2**31 - 1), WEIGHTS), min_size=1, max_size=9), max_size=20)
@@ -21,12 +21,18 @@ def batch(rows: list[list[tuple[int, float]]], first: int = 0, file: str = "a.js
     flat = [pair for row in rows for pair in row]
     count = len(rows)
     return EncodedBatch(
-        file=file, unit="line" if file.endswith("jsonl") else "row",
-        lengths=np.array([len(row) for row in rows], dtype=np.int64), indices=np.arange(first, first + count),
-        numbers=np.arange(1, count + 1), hashes=np.arange(count, dtype=np.uint64),
-        control_tokens=np.zeros(count, dtype=np.int32), ids=np.array([i for i, _ in flat], dtype=np.int32),
-        weights=np.array([w for _, w in flat], dtype=np.float32), bad=bad, bytes_read=0,
-    )  # fmt: skip
+        file=file,
+        unit="line" if file.endswith("jsonl") else "row",
+        lengths=np.array([len(row) for row in rows], dtype=np.int64),
+        indices=np.arange(first, first + count),
+        numbers=np.arange(1, count + 1),
+        hashes=np.arange(count, dtype=np.uint64),
+        control_tokens=np.zeros(count, dtype=np.int32),
+        ids=np.array([i for i, _ in flat], dtype=np.int32),
+        weights=np.array([w for _, w in flat], dtype=np.float32),
+        bad=bad,
+        bytes_read=0,
+    )
 
 
 def write(folder: Path, *batches: EncodedBatch) -> TokenStore:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune.errors import ConfigError, FinetuneError
+from finetune.system.errors import ConfigError, FinetuneError
 from tests import logprob_server as faults
 from tests.logprob_server import MODEL, LogprobTeacher
 from tests.unit.distill.server.conftest import KEY, TOP, assert_right, client, document, positions_of
@@ -23,8 +23,12 @@ def test_what_is_asked_is_ids_and_no_text(teacher):
     [(path, headers, question)] = teacher.seen
     assert path == "/v1/completions"
     assert question == {
-        "model": MODEL, "prompt": ids.tolist(), "max_tokens": 1, "temperature": 0, "prompt_logprobs": TOP,
-    }  # fmt: skip
+        "model": MODEL,
+        "prompt": ids.tolist(),
+        "max_tokens": 1,
+        "temperature": 0,
+        "prompt_logprobs": TOP,
+    }
     assert headers["Authorization"] == f"Bearer {KEY}"
 
 

@@ -9,7 +9,7 @@ from email.utils import formatdate
 import pytest
 
 from finetune.distill.server import LogprobServer
-from finetune.errors import ConfigError, FinetuneError
+from finetune.system.errors import ConfigError, FinetuneError
 from tests import logprob_server as faults
 from tests.logprob_server import MODEL, LogprobTeacher
 from tests.unit.distill.server.conftest import KEY, TOP, assert_right, client, document
@@ -146,9 +146,22 @@ def test_the_address_may_end_with_or_without_v1(teacher, ending):
 
 @pytest.mark.parametrize(
     "url",
-    ["", "host:8000", "ftp://host/v1", "http://", "http:///v1", "http://host:port/v1", "http://host:99999", "http://a..b",
-     "http://ho st/", "http://host/\nv1", "http://hôst/", "http://[::1", "file:///etc/passwd"],
-)  # fmt: skip
+    [
+        "",
+        "host:8000",
+        "ftp://host/v1",
+        "http://",
+        "http:///v1",
+        "http://host:port/v1",
+        "http://host:99999",
+        "http://a..b",
+        "http://ho st/",
+        "http://host/\nv1",
+        "http://hôst/",
+        "http://[::1",
+        "file:///etc/passwd",
+    ],
+)
 def test_what_is_no_address_is_refused_before_anything_is_sent(url):
     with pytest.raises(ConfigError, match=r"distill.teacher.url must be an address as http://host:8000/v1"):
         LogprobServer(url, MODEL, TOP)

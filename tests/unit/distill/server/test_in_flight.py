@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from finetune.errors import ConfigError
+from finetune.system.errors import ConfigError
 from tests import logprob_server as faults
 from tests.logprob_server import MODEL
 from tests.unit.distill.server.conftest import KEY, assert_right, client, document, positions_of

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from finetune.config.commands import ExportOptions
-from finetune.export.formats import Job
+from finetune.config.command_options import ExportOptions
+from finetune.export.exporter import Job
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -20,10 +20,16 @@ def save_model(
 ) -> Path:
     """A random model with a tokenizer of that folder; config: of Qwen2Config, over what is small."""
     small = {
-        "vocab_size": 896, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "eos_token_id": 882,
+        "vocab_size": 896,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "eos_token_id": 882,
         "max_position_embeddings": 512,
-    }  # fmt: skip
+    }
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**(small | config)))
     with torch.no_grad():

@@ -10,10 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from finetune.errors import ConfigError, IntegrityError
 from finetune.export.gguf.check import llama_logits, open_llama
 from finetune.export.gguf.model import to_gguf
 from finetune.export.gguf.names import linear_name
+from finetune.system.errors import ConfigError, IntegrityError
 from tests.unit.export.gguf.models import job
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf extra")
@@ -23,11 +23,14 @@ KINDS = {
     "plain": {"r": 8, "lora_alpha": 16, "target_modules": LINEAR},
     "rslora": {"r": 6, "lora_alpha": 16, "target_modules": LINEAR, "use_rslora": True},
     "patterns": {
-        "r": 8, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"],
-        "rank_pattern": {"down_proj": 4}, "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 3},
+        "r": 8,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "down_proj"],
+        "rank_pattern": {"down_proj": 4},
+        "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 3},
     },
     "no scale": {"r": 8, "lora_alpha": 0, "alpha_pattern": {"up_proj": 8}, "target_modules": ["q_proj", "up_proj"]},
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -105,8 +108,13 @@ def test_the_entries_are_those_of_an_adapter(tiny: Path, tmp_path: Path):
     save_adapter(tiny, tmp_path / "adapter", **KINDS["plain"])
     to_gguf(job(tmp_path / "adapter", tmp_path / "out", merge=False))
     reader = gguf.GGUFReader(tmp_path / "out" / "out-f32.gguf")
-    wanted = {"general.architecture": "qwen2", "general.type": "adapter", "adapter.type": "lora",
-              "adapter.lora.alpha": 16.0, "general.base_model.0.name": "tiny-qwen2.5"}  # fmt: skip
+    wanted = {
+        "general.architecture": "qwen2",
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 16.0,
+        "general.base_model.0.name": "tiny-qwen2.5",
+    }
     assert {key: reader.get_field(key).contents() for key in wanted} == wanted
     shapes = {tensor.name: tuple(map(int, tensor.shape[::-1])) for tensor in reader.tensors}
     assert (shapes["blk.3.ffn_down.weight.lora_a"], shapes["blk.3.ffn_down.weight.lora_b"]) == ((8, 768), (256, 8))
@@ -114,14 +122,27 @@ def test_the_entries_are_those_of_an_adapter(tiny: Path, tmp_path: Path):
 
 def test_what_a_file_cannot_say_is_named_at_once(tiny: Path, tmp_path: Path):
     save_adapter(
-        tiny, tmp_path / "adapter", r=4, target_modules=["q_proj", "embed_tokens"], use_dora=True, bias="lora_only",
-        modules_to_save=["norm"], trainable_token_indices={"lm_head": [881, 882]},
-    )  # fmt: skip
+        tiny,
+        tmp_path / "adapter",
+        r=4,
+        target_modules=["q_proj", "embed_tokens"],
+        use_dora=True,
+        bias="lora_only",
+        modules_to_save=["norm"],
+        trainable_token_indices={"lm_head": [881, 882]},
+    )
     with pytest.raises(ConfigError) as caught:
         to_gguf(job(tmp_path / "adapter", tmp_path / "out", merge=False))
     message = str(caught.value)
-    for part in ("merge=true", "use_dora", "modules_to_save=['norm']", "2 trained rows of lm_head", "bias=lora_only",
-                 "no LoRA of a linear layer in a block", "embed_tokens"):  # fmt: skip
+    for part in (
+        "merge=true",
+        "use_dora",
+        "modules_to_save=['norm']",
+        "2 trained rows of lm_head",
+        "bias=lora_only",
+        "no LoRA of a linear layer in a block",
+        "embed_tokens",
+    ):
         assert part in message
     assert not list((tmp_path / "out").iterdir())
 

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.errors import ConfigError, IntegrityError, MissingExtra
 from finetune.export.gguf import file as gguf_file
 from finetune.export.gguf import names as gguf_names
 from finetune.export.gguf.check import llama_logits, open_llama
 from finetune.export.gguf.model import to_gguf
 from finetune.export.gguf.types import TYPES
+from finetune.system.errors import ConfigError, IntegrityError, MissingExtra
 from tests.unit.export.gguf.models import job, save_model
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf extra")
@@ -116,12 +116,23 @@ def test_entries_say_what_the_model_is(tiny: Path, tmp_path: Path):
     to_gguf(job(tiny, tmp_path / "out", type="bf16"))
     path = tmp_path / "out" / "out-bf16.gguf"
     wanted = {
-        "general.architecture": "qwen2", "general.type": "model", "general.name": "out", "general.file_type": 32,
-        "qwen2.block_count": 4, "qwen2.context_length": 4096, "qwen2.embedding_length": 256,
-        "qwen2.feed_forward_length": 768, "qwen2.attention.head_count": 4, "qwen2.attention.head_count_kv": 2,
-        "qwen2.rope.freq_base": 10000.0, "qwen2.rope.dimension_count": 64, "qwen2.vocab_size": 896,
-        "qwen2.rope.scaling.type": None, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2",
-    }  # fmt: skip
+        "general.architecture": "qwen2",
+        "general.type": "model",
+        "general.name": "out",
+        "general.file_type": 32,
+        "qwen2.block_count": 4,
+        "qwen2.context_length": 4096,
+        "qwen2.embedding_length": 256,
+        "qwen2.feed_forward_length": 768,
+        "qwen2.attention.head_count": 4,
+        "qwen2.attention.head_count_kv": 2,
+        "qwen2.rope.freq_base": 10000.0,
+        "qwen2.rope.dimension_count": 64,
+        "qwen2.vocab_size": 896,
+        "qwen2.rope.scaling.type": None,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+    }
     assert {key: entry(path, key) for key in wanted} == wanted
     assert entry(path, "qwen2.attention.layer_norm_rms_epsilon") == pytest.approx(1e-6)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from finetune.errors import ConfigError
 from finetune.export.gguf.ollama import go_template, to_ollama
+from finetune.system.errors import ConfigError
 from tests.unit.export.gguf.go_template import render
 from tests.unit.export.gguf.models import TOKENIZER_FILES, job, save_model
 
@@ -125,8 +125,13 @@ def test_the_modelfile(tiny: Path, tmp_path: Path):
     assert text.startswith(f'FROM ./My-Model-q8_0.gguf\nTEMPLATE """{template}"""\n')
     assert (tmp_path / "My Model" / "My-Model-q8_0.gguf").is_file()
     assert re.findall("^PARAMETER (.*)$", text, re.MULTILINE) == [
-        'stop "<|im_end|>"', 'stop "<|endoftext|>"', "temperature 0.7", "top_k 20", "top_p 0.8", "repeat_penalty 1.05",
-    ]  # fmt: skip
+        'stop "<|im_end|>"',
+        'stop "<|endoftext|>"',
+        "temperature 0.7",
+        "top_k 20",
+        "top_p 0.8",
+        "repeat_penalty 1.05",
+    ]
     assert exported.serve[0] == f"ollama create my-model -f '{tmp_path}/My Model/Modelfile'"
 
 

@@ -10,7 +10,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, AutoTokenizer
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
-from finetune.errors import ConfigError, IntegrityError
 from finetune.export.gguf.check import (
     open_llama,
     require_llama_ids,
@@ -20,6 +19,7 @@ from finetune.export.gguf.check import (
 )
 from finetune.export.gguf.model import to_gguf
 from finetune.export.gguf.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
+from finetune.system.errors import ConfigError, IntegrityError
 from tests.unit.export.gguf.models import TOKENIZER_FILES, job, save_model
 
 pytest.importorskip("gguf", reason="needs the gguf extra")
@@ -79,13 +79,19 @@ def test_the_real_vocabulary_is_padded_and_sorted_into_kinds(real: tuple[Path, P
     assert kinds.count(UNUSED) == 271
     assert (tokens[151_664], tokens[151_665], kinds[151_665]) == ("<|file_sep|>", "[PAD151665]", UNUSED)
     assert {tokens[id]: kinds[id] for id in (0, 151_643, 151_645, 151_657, 151_659)} == {
-        "!": NORMAL, "<|endoftext|>": CONTROL, "<|im_end|>": CONTROL, "<tool_call>": USER_DEFINED,
+        "!": NORMAL,
+        "<|endoftext|>": CONTROL,
+        "<|im_end|>": CONTROL,
+        "<tool_call>": USER_DEFINED,
         "<|fim_prefix|>": CONTROL,
-    }  # fmt: skip
+    }
     assert len(found["ggml.merges"]) == 151_387
     assert [found[f"ggml.{name}_token_id"] for name in ("bos", "eos", "padding", "eot")] == [
-        151_643, 151_645, 151_643, 151_645,
-    ]  # fmt: skip
+        151_643,
+        151_645,
+        151_643,
+        151_645,
+    ]
     assert found["ggml.add_bos_token"] is False
     assert found["chat_template"] == (tokenizer / "chat_template.jinja").read_text()
 
@@ -116,8 +122,12 @@ def test_new_tokens_are_kept_whole_and_shown(tiny: Path, tmp_path: Path):
     to_gguf(job(source, tmp_path / "out", type="f32"))
     found = entries(tmp_path / "out" / "out-f32.gguf")
     new = list(zip(found["ggml.tokens"], found["ggml.token_type"], strict=True))[883:887]
-    assert new == [("<|verdict|>", USER_DEFINED), ("«Ort und Zeit»", USER_DEFINED), ("<|stop|>", CONTROL),
-                   ("[PAD886]", UNUSED)]  # fmt: skip
+    assert new == [
+        ("<|verdict|>", USER_DEFINED),
+        ("«Ort und Zeit»", USER_DEFINED),
+        ("<|stop|>", CONTROL),
+        ("[PAD886]", UNUSED),
+    ]
 
 
 def test_more_tokens_than_rows_are_refused(tiny: Path):
@@ -160,6 +170,6 @@ def test_tokenizers_that_no_gguf_can_say_are_refused(tiny: Path, tmp_path: Path)
     # Qwen2Tokenizer would put its own rules in place of these.
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
     with pytest.raises(
-        ConfigError, match=r"splits text by other rules; it normalises by Lowercase; its tokens '<\|endof"
+        ConfigError, match=r"splits text by other rules; it normalizes by Lowercase; its tokens '<\|endof"
     ):
         read_vocabulary(folder, 896)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.errors import ConfigError, IntegrityError
 from finetune.export.gguf.types import TYPES, decode, encode, fitting_type, gguf_package, number_type
+from finetune.system.errors import ConfigError, IntegrityError
 
 pytest.importorskip("gguf", reason="needs the gguf extra")
 

@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from finetune.config.commands import MergeOptions
+from finetune.config.command_options import MergeOptions
 from finetune.config.options import read_options
 from finetune.config.schema import ModelConfig, QuantConfig
-from finetune.errors import ConfigError
 from finetune.export.merge import merge as merging
 from finetune.export.merge.merge import GateFailed, MergeReport, merge
-from finetune.models.adapter_files import load_adapter
+from finetune.models.adapters.files import load_adapter
 from finetune.models.load import load_base
+from finetune.system.errors import ConfigError
 
 ROWS = [list(range(3 + i, 33 + 7 * i % 40)) for i in range(6)]
 

@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.config.commands import MergeOptions
+from finetune.config.command_options import MergeOptions
 from finetune.config.options import read_options
 from finetune.config.schema import ModelConfig, QuantConfig
-from finetune.errors import ConfigError, IntegrityError
 from finetune.export import shards
 from finetune.export.merge import merge as merging
 from finetune.export.merge import weights
 from finetune.export.merge.merge import merge
-from finetune.models.adapter_files import load_adapter
+from finetune.models.adapters.files import load_adapter
 from finetune.models.load import load_base
+from finetune.system.errors import ConfigError, IntegrityError
 from tests.unit.export.conftest import KINDS
 
 IDS = torch.arange(48).reshape(2, 24) * 6 % 300
@@ -50,8 +50,9 @@ def adapted_logits(base: Path, adapter: Path, quant: str = "none") -> Tensor:
     """The adapter beside its base, everything computed in fp32."""
     model = load_base(
         ModelConfig(name=str(base), dtype="float32", attention="sdpa"),
-        QuantConfig(type=quant, compute_dtype="float32", double=True), device="cpu",
-    )  # fmt: skip
+        QuantConfig(type=quant, compute_dtype="float32", double=True),
+        device="cpu",
+    )
     with torch.no_grad():
         return load_adapter(model, adapter)(IDS).logits
 
@@ -77,7 +78,7 @@ def test_merged_in_fp32_it_computes_what_the_adapter_does_on_the_same_base(
 
 
 @pytest.mark.parametrize("kind", [kind for kind, made in KINDS.items() if made.quant != "none"])
-def test_into_dequantised_weights_it_computes_what_was_trained(kind, make_base, make_adapter, tmp_path):
+def test_into_dequantized_weights_it_computes_what_was_trained(kind, make_base, make_adapter, tmp_path):
     adapter = make_adapter(kind)
     (adapter / "config.yaml").write_text(
         f"model: {{name: {make_base()}}}\n"
@@ -86,7 +87,7 @@ def test_into_dequantised_weights_it_computes_what_was_trained(kind, make_base, 
     merged = run(adapter, tmp_path / "out", "dtype=fp32", "base=dequantized")
     expected = adapted_logits(make_base(), adapter, KINDS[kind].quant)
     assert (logits_of(merged) - expected).abs().max() <= 1e-4
-    assert (adapted_logits(make_base(), adapter) - expected).abs().max() > 1e-3, "quantising changes nothing here"
+    assert (adapted_logits(make_base(), adapter) - expected).abs().max() > 1e-3, "quantizing changes nothing here"
 
 
 @pytest.mark.parametrize("kind", ["q,v", "all linears", "rslora", "dora", "patterns"])
@@ -138,9 +139,14 @@ def test_what_does_not_change_is_copied_as_bytes_from_shards_and_into_shards(
     assert torch.equal(logits_of(merged, torch.bfloat16), logits_of(tmp_path / "whole", torch.bfloat16))
 
 
-@pytest.mark.parametrize(("kind", "base"), [
-    ("dora on all, rslora", "original"), ("new tokens beyond the table", "original"), ("all linears", "dequantized"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [
+        ("dora on all, rslora", "original"),
+        ("new tokens beyond the table", "original"),
+        ("all linears", "dequantized"),
+    ],
+)
 def test_the_size_of_a_block_is_no_matter(kind, base, make_adapter, tmp_path, monkeypatch):
     adapter = make_adapter(kind)
     whole = tensors_of(run(adapter, tmp_path / "whole", "dtype=fp32", f"base={base}"))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import FinetuneError, MissingExtra, ResourceError
 from finetune.export.onnx.builder import run_module, runtime
+from finetune.system.errors import FinetuneError, MissingExtra, ResourceError
 
 
 def tool(folder: Path, code: str) -> None:
@@ -38,9 +38,13 @@ def test_a_failure_shows_its_last_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["raise MemoryError", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-             "raise RuntimeError('DefaultCPUAllocator: can\\'t allocate memory')"]
-)  # fmt: skip
+    "code",
+    [
+        "raise MemoryError",
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+        "raise RuntimeError('DefaultCPUAllocator: can\\'t allocate memory')",
+    ],
+)
 def test_too_little_memory_is_said_to_be_that(tmp_path: Path, code: str) -> None:
     with pytest.raises(ResourceError, match="out of memory"):
         tool(tmp_path, code)

@@ -37,8 +37,11 @@ def test_every_matrix_product_is_in_int8(graphs) -> None:
 
 
 def test_blocks_have_eight_bits_and_int8_activations(graphs) -> None:
-    found = {tuple((key, node_attributes(node)[key]) for key in ("bits", "block_size", "accuracy_level"))
-             for node in graphs[1].node if node.op_type == "MatMulNBits"}  # fmt: skip
+    found = {
+        tuple((key, node_attributes(node)[key]) for key in ("bits", "block_size", "accuracy_level"))
+        for node in graphs[1].node
+        if node.op_type == "MatMulNBits"
+    }
     assert found == {(("bits", 8), ("block_size", 32), ("accuracy_level", 4))}
 
 

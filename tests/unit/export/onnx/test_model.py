@@ -13,17 +13,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from finetune.config.commands import ExportOptions
-from finetune.errors import ConfigError, FinetuneError, IntegrityError
-from finetune.export.formats import Exported, Job
+from finetune.config.command_options import ExportOptions
+from finetune.export.exporter import Exported, Job
 from finetune.export.onnx import model as onnx_model
 from finetune.export.onnx.model import TYPES, settle, to_onnx
 from finetune.export.onnx.reader import OnnxModel
+from finetune.system.errors import ConfigError, FinetuneError, IntegrityError
 
 EXTRA = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
 NEVER = 895  # a row of the embedded base's vocabulary that no token has
-FILES = {"chat_template.jinja", "genai_config.json", "model.onnx", "model.onnx.data", "tokenizer.json",
-         "tokenizer_config.json"}  # fmt: skip
+FILES = {
+    "chat_template.jinja",
+    "genai_config.json",
+    "model.onnx",
+    "model.onnx.data",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,8 +96,13 @@ def test_int4_keeps_what_hurts_most_in_int8(exports) -> None:
     import onnx
 
     nodes = onnx.load(exports["int4"][0] / "model.onnx", load_external_data=False).graph.node
-    bits = {node.name: attribute.i for node in nodes if node.op_type == "MatMulNBits"
-            for attribute in node.attribute if attribute.name == "bits"}  # fmt: skip
+    bits = {
+        node.name: attribute.i
+        for node in nodes
+        if node.op_type == "MatMulNBits"
+        for attribute in node.attribute
+        if attribute.name == "bits"
+    }
     assert set(bits.values()) == {4, 8}
     assert {width for name, width in bits.items() if "lm_head" in name or "layers.0/mlp/down_proj" in name} == {8}
 
@@ -120,8 +131,16 @@ def test_a_source_without_a_generation_config_keeps_what_the_builder_found(tmp_p
     shutil.copytree(tireless, source, ignore=shutil.ignore_patterns("generation_config.json", "model.safetensors"))
     (source / "config.json").write_text(json.dumps({"bos_token_id": 5}))
     folder.mkdir()
-    built = {"model": {"bos_token_id": 5, "eos_token_id": 3, "pad_token_id": 3, "context_length": 9, "decoder": {
-        "session_options": {"provider_options": [{"cuda": {}}]}}}, "search": {"top_k": 50}}  # fmt: skip
+    built = {
+        "model": {
+            "bos_token_id": 5,
+            "eos_token_id": 3,
+            "pad_token_id": 3,
+            "context_length": 9,
+            "decoder": {"session_options": {"provider_options": [{"cuda": {}}]}},
+        },
+        "search": {"top_k": 50},
+    }
     (folder / "genai_config.json").write_text(json.dumps(built))
     assert settle(source, folder) == {"context_tokens": 9, "stop_ids": [3]}
     built["model"]["decoder"]["session_options"]["provider_options"] = []
@@ -131,10 +150,19 @@ def test_a_source_without_a_generation_config_keeps_what_the_builder_found(tmp_p
 def test_untied_weights_in_shards_are_all_found(tmp_path: Path, repo_root: Path) -> None:
     base, source = repo_root / "data" / "tiny-qwen2.5", tmp_path / "source"
     config = Qwen2Config(
-        vocab_size=896, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=512, eos_token_id=NEVER,
-        sliding_window=128, use_sliding_window=False, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=896,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        max_position_embeddings=512,
+        eos_token_id=NEVER,
+        sliding_window=128,
+        use_sliding_window=False,
+        initializer_range=0.2,
+    )
     torch.manual_seed(1)
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():
@@ -161,8 +189,9 @@ def test_the_command_it_names_runs(exports, tmp_path: Path) -> None:
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch, exports) -> None:
     """What the builder writes is there already, as fp32."""
-    monkeypatch.setattr(onnx_model, "_write", lambda job, kind: shutil.copytree(
-        exports["fp32"][0], job.out, dirs_exist_ok=True))  # fmt: skip
+    monkeypatch.setattr(
+        onnx_model, "_write", lambda job, kind: shutil.copytree(exports["fp32"][0], job.out, dirs_exist_ok=True)
+    )
 
 
 def test_a_cache_that_answers_otherwise_is_refused_for_fp32_alone(built, monkeypatch, tireless, tmp_path) -> None:

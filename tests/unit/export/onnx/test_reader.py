@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.errors import IntegrityError
 from finetune.export.onnx.builder import build
 from finetune.export.onnx.reader import OnnxModel, generate
+from finetune.system.errors import IntegrityError
 
 PROMPT = [881, 282, 198, 389, 323, 296, 289, 882, 198, 881, 273, 198]
 TEXTS = [

@@ -1,0 +1,253 @@
+"""`finetune doctor`: can this machine train, and if not, what is missing.
+
+Every check stands alone: a library that fails to import is one finding, never the end of the report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import netrc
+import os
+import platform
+import shutil
+import sys
+import threading
+import tomllib
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from finetune.system.arguments import Arguments
+from finetune.system.errors import InputError
+
+HELP = """\
+usage: finetune doctor [--json]
+
+Checks Python, the packages, the GPU, 4-bit training, disk, the model hub and tracking, and says what to do about each
+finding. Exits 0 if training can run here, 1 otherwise.
+  --json   print {"ok": …, "checks": [{"name", "status", "found", "advice"}]} instead"""
+
+DISTRIBUTION = "finetune-qlora"
+GIB = 2**30
+HUB_TIMEOUT_SECONDS = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """status: ok | note (nothing to mend) | warn (works, with a limit) | fail (training cannot run)."""
+
+    status: str
+    found: str
+    advice: str = ""
+
+
+def run_doctor(arguments: Arguments) -> int:
+    """`finetune doctor`. Returns: 0 if training can run here, 1 otherwise."""
+    if arguments.config or arguments.overrides:
+        raise InputError("finetune doctor takes no settings, only --json")
+    as_json = "--json" in arguments.flags
+    findings = {}
+    for name, finding in diagnose():
+        findings[name] = finding
+        if not as_json:
+            print(_line(name, finding), flush=True)
+    ok = all(finding.status != "fail" for finding in findings.values())
+    if as_json:
+        checks = [{"name": name, **asdict(finding)} for name, finding in findings.items()]
+        print(json.dumps({"ok": ok, "checks": checks}, indent=2))
+    else:
+        print("\nTraining can run here." if ok else "\nTraining cannot run here; see the lines marked fail.")
+    return 0 if ok else 1
+
+
+def diagnose() -> Iterator[tuple[str, Finding]]:
+    """Every check in turn, by name. A check that raises is a failed check."""
+    # bitsandbytes reports optional parts as warnings; what matters is tried below.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name, check in CHECKS.items():
+        with contextlib.redirect_stdout(sys.stderr):  # what libraries print must not mix with the report
+            try:
+                finding = check()
+            except Exception as error:  # noqa: BLE001 - a broken installation can raise anything, and that is the finding
+                finding = Finding("fail", f"{type(error).__name__}: {error}", "reinstall the package that is named")
+        yield name, finding
+
+
+def check_python() -> Finding:
+    """The interpreter."""
+    return Finding("ok", f"{platform.python_version()} on {platform.platform()} ({sys.executable})")
+
+
+def check_packages() -> Finding:
+    """Installed versions against the ranges that the project declares."""
+    from packaging.requirements import Requirement
+
+    versions, wrong = {}, []
+    for requirement in map(Requirement, _declared_requirements()):
+        try:
+            versions[requirement.name] = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(versions[requirement.name], prereleases=True):
+            wrong.append(f"{requirement.name} {versions[requirement.name]} is not {requirement.specifier}")
+    if wrong:
+        return Finding("fail", "; ".join(wrong), "bash launch/setup.sh, or: pip install --upgrade finetune-qlora")
+    named = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "hydra-core")
+    return Finding("ok", ", ".join(f"{name} {versions[name]}" for name in named))
+
+
+def check_device() -> Finding:
+    """What torch can train on."""
+    import torch
+
+    from finetune.ops.matmul import widens
+
+    if torch.cuda.is_available():
+        platform_name = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        found = f"{platform_name}: " + ", ".join(f"{d.name} {d.total_memory / GIB:.0f} GiB" for d in devices)
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            return Finding("warn", f"{found}, no bfloat16", "set model.dtype=float16 and quant.compute_dtype=float16")
+        return Finding("ok", f"{found}, bfloat16")
+    if torch.backends.mps.is_available():
+        return Finding("warn", "Apple GPU (MPS)", "untested here; the processor is the safe choice")
+    found = f"processor only, {torch.get_num_threads()} threads"
+    if widens(torch.device("cpu"), torch.bfloat16):
+        found += ", no bfloat16 products (training makes them in float32)"
+    if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
+        advice = (
+            f"this machine has an NVIDIA driver, but torch {torch.__version__} sees no GPU: install torch's CUDA build"
+        )
+        return Finding("warn", found, f"{advice}, or check CUDA_VISIBLE_DEVICES and the driver's version")
+    return Finding("warn", found, "fine for tiny models and the quickstart; larger ones need a GPU")
+
+
+def check_four_bit() -> Finding:
+    """A 4-bit layer, forward and backward, where training would run it."""
+    import bitsandbytes
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to(device)
+    hidden_TD = torch.randn(4, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    layer(hidden_TD).float().sum().backward()
+    gradient_TD = hidden_TD.grad
+    if gradient_TD is None or not gradient_TD.isfinite().all() or not gradient_TD.any():
+        return Finding("fail", f"NF4 on {device} gives no usable gradient", "reinstall bitsandbytes for this torch")
+    return Finding("ok", f"bitsandbytes {bitsandbytes.__version__}: NF4 forward and backward on {device}")
+
+
+def check_disk() -> Finding:
+    """Room where runs write."""
+    free_bytes = shutil.disk_usage(".").free
+    found = f"{free_bytes / GIB:.1f} GiB free in {Path.cwd()}"
+    if not os.access(".", os.W_OK):
+        return Finding("warn", f"{found}, not writable", "run from another folder, or set output_dir")
+    if free_bytes < GIB:
+        return Finding("fail", found, "free at least 1 GiB, or run from another disk")
+    return Finding("ok", found)
+
+
+def check_hub_cache() -> Finding:
+    """Room where models are downloaded to."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    existing = next(folder for folder in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if folder.exists())
+    found = f"{shutil.disk_usage(existing).free / GIB:.1f} GiB free for {HF_HUB_CACHE}"
+    if not os.access(existing, os.W_OK):
+        return Finding("warn", f"{found}, not writable", "set HF_HOME to a folder of yours")
+    if shutil.disk_usage(existing).free < 20 * GIB:
+        return Finding("warn", found, "a 7B model is 15 GiB; set HF_HOME to a larger disk for models of that size")
+    return Finding("ok", found)
+
+
+def check_hub() -> Finding:
+    """Whether models can be downloaded; local folders need no hub."""
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return Finding("note", "offline by HF_HUB_OFFLINE: cached models and local folders only")
+    answers: list[bool] = []
+    # A thread, because looking up a name has no timeout of its own.
+    thread = threading.Thread(target=lambda: answers.append(_answers(ENDPOINT)), daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_SECONDS + 0.5)
+    if any(answers):
+        return Finding("ok", f"{ENDPOINT} answers")
+    return Finding("note", f"{ENDPOINT} does not answer: cached models and local folders only")
+
+
+def check_wandb() -> Finding:
+    """Whether Weights & Biases would upload. The key itself is never shown."""
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode != "online":
+        return Finding("note", f"WANDB_MODE={mode}")
+    if os.environ.get("WANDB_API_KEY") or _has_netrc_entry(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")):
+        return Finding("ok", "logged in")
+    return Finding("note", "not logged in: track.wandb=true records offline", "to upload: wandb login")
+
+
+def check_shared_memory() -> Finding:
+    """/dev/shm, through which ranks and data workers talk."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return Finding("note", "this system has no /dev/shm")
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < GIB // 4:
+        advice = "several ranks may hang or crash; in a container start it with --shm-size=2g"
+        return Finding("warn", f"{free_bytes / 2**20:.0f} MiB free in /dev/shm", advice)
+    return Finding("ok", f"{free_bytes / GIB:.1f} GiB free in /dev/shm")
+
+
+CHECKS: dict[str, Callable[[], Finding]] = {
+    "python": check_python,
+    "packages": check_packages,
+    "device": check_device,
+    "4-bit": check_four_bit,
+    "disk": check_disk,
+    "model cache": check_hub_cache,
+    "model hub": check_hub,
+    "wandb": check_wandb,
+    "shared memory": check_shared_memory,
+}
+
+
+def _declared_requirements() -> list[str]:
+    """The project's own dependencies: from its metadata, or from pyproject.toml in a checkout that is not installed."""
+    try:
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
+        return tomllib.loads(pyproject.read_text())["project"]["dependencies"]
+    return [line for line in lines if "extra ==" not in line]
+
+
+def _answers(url: str) -> bool:
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS):
+            return True
+    except urllib.error.HTTPError as answer:
+        return answer.code < 500
+    except OSError:
+        return False
+
+
+def _has_netrc_entry(url: str) -> bool:
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
+
+
+def _line(name: str, finding: Finding) -> str:
+    advice = f"\n{'':21}-> {finding.advice}" if finding.advice else ""
+    return f"{finding.status:<5} {name:<14} {finding.found}{advice}"

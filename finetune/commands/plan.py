@@ -1,0 +1,302 @@
+"""`finetune plan`: whether a run fits and how long it takes, by arithmetic alone; nothing is loaded or downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.system.arguments import Arguments
+from finetune.system.console import say
+from finetune.system.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from finetune.config.command_options import PlanOptions
+    from finetune.config.schema import RunConfig
+
+USAGE = """\
+usage: finetune plan config=X.yaml [key=value …] [gpu_gb=24] [auto=true] [--json]
+       finetune plan table=true [config=X.yaml] [key=value …]
+       finetune plan calibrate=true [config=X.yaml]
+
+Says what a run holds, by part, whether that fits into this machine's memory or into a GPU of gpu_gb, when the peak is
+reached, how long a step and the whole run take, and the smallest changes that make it fit. Keys of the config are
+overridden as for finetune train. Exit code 0: it fits; 3: it does not.
+  --json   print it as JSON
+
+Examples
+  finetune plan config=lora.yaml gpu_gb=16
+  finetune plan config=lora.yaml model=qwen2.5-14b gpu_gb=24 data.max_length=8192 auto=true
+  finetune plan table=true quant.type=none
+  finetune plan calibrate=true config=quickstart.yaml
+"""
+DOES_NOT_FIT = 3
+_DEFAULT_CONFIG = "lora.yaml"
+
+
+def plan_help() -> str:
+    """The usage and every key beside the config's."""
+    from finetune.config.command_options import PlanOptions
+    from finetune.config.options import options_help
+
+    return f"{USAGE}\n{options_help(PlanOptions)}"
+
+
+def run_plan(arguments: Arguments) -> int:
+    """`finetune plan`. Raises: InputError and ConfigError for what cannot be meant or is not known here."""
+    from finetune.config.command_options import PlanOptions
+    from finetune.config.compose import load_config
+    from finetune.config.options import read_beside_config
+
+    options, overrides = read_beside_config(PlanOptions, arguments, "finetune plan")
+    if arguments.config is None and not options.table:
+        if not options.calibrate:
+            raise InputError("finetune plan needs config=X.yaml, as in finetune plan config=lora.yaml gpu_gb=16")
+        say(f"kept in {calibrate()}")
+        return 0
+    cfg = load_config(arguments.config or _DEFAULT_CONFIG, overrides)
+    as_json = "--json" in arguments.flags
+    _check_options(options, cfg)
+    if options.calibrate:  # after everything that may be refused: it takes half a minute
+        say(f"kept in {calibrate()}")
+    if options.table:
+        return _print_lengths(cfg, as_json)
+    return _print_plan(cfg, options, as_json)
+
+
+def _check_options(options: PlanOptions, cfg: RunConfig) -> None:
+    """Raises: InputError for an option that would change nothing or contradicts the config."""
+    if options.table and (idle := sorted(options.model_fields_set - {"table", "calibrate"})):
+        raise InputError(f"table=true is about every size and usual GPU; drop {', '.join(idle)}, or drop table=true")
+    if (options.document_tokens or 0) > cfg.data.max_length:
+        raise InputError(
+            f"document_tokens={options.document_tokens}: no row is longer than data.max_length={cfg.data.max_length}; "
+            "lower it, or raise data.max_length"
+        )
+
+
+def calibrate(clock: Callable[[], float] = time.perf_counter) -> str:
+    """Measures this machine with the threads that training uses; returns the file in which its rates are kept.
+
+    clock: seconds; a benchmark beside other programs counts those of the CPU.
+    """
+    import torch
+
+    from finetune.planning.calibrate import measure_rates
+    from finetune.planning.timing import write_rates
+    from finetune.system.machine import pick_threads, usable_cores
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and (threads := pick_threads(os.environ, usable_cores())):
+        torch.set_num_threads(threads)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    return str(write_rates(device.type, measure_rates(device, name, say, clock)))
+
+
+def _print_lengths(cfg: RunConfig, as_json: bool) -> int:
+    from finetune.planning.advice import BUDGETS_GB, LONGEST, length_table
+
+    lengths = length_table(cfg)
+    if as_json:
+        print(json.dumps({size: {str(gb): tokens for gb, tokens in row.items()} for size, row in lengths.items()}))
+        return 0
+    table = _table("Qwen2.5", *(f"{budget} GB" for budget in BUDGETS_GB))
+    for size, row in lengths.items():
+        table.add_row(size, *(_tokens(row[budget], LONGEST) for budget in BUDGETS_GB))
+    print(
+        f"Longest packed sequence in tokens, one a forward pass, on one GPU: {_base_words(cfg)}, "
+        f"LoRA rank {cfg.lora.rank} on {_targets(cfg)}, {_recomputed_words(cfg)}"
+    )
+    _show(table)
+    return 0
+
+
+def _base_words(cfg: RunConfig) -> str:
+    teacher = f", its teacher {cfg.distill.teacher.placement}" if cfg.asks_teacher else ""
+    return f"base in {cfg.model.dtype if cfg.quant.type == 'none' else cfg.quant.type}{teacher}"
+
+
+def _recomputed_words(cfg: RunConfig) -> str:
+    setting = cfg.train.recompute
+    return "as much recomputed as it takes" if setting == "auto" else f"train.recompute={setting}"
+
+
+def _targets(cfg: RunConfig) -> str:
+    targets = cfg.lora.target_modules
+    return targets if isinstance(targets, str) else ", ".join(targets)
+
+
+def _tokens(count: int, most: int) -> str:
+    return "-" if count == 0 else f"{count:,}+" if count >= most else f"{count:,}"
+
+
+def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
+    from finetune.planning.advice import Change, Settings, changes_that_fit, fastest_that_fits
+    from finetune.planning.auto_batch import foresee
+    from finetune.planning.outlook import look_ahead
+    from finetune.planning.timing import read_rates
+    from finetune.system.machine import ranks_of_run
+
+    shape = _shape_of(cfg.model.name)
+    device_type, free, what = _device(options)
+    ranks = ranks_of_run(os.environ)
+    found = foresee(cfg, shape, ranks, device_type, free)
+    fits = None if free is None else found.needed_bytes <= free
+    rates = None if options.gpu_gb or options.tflops else read_rates(device_type)
+    outlook = look_ahead(cfg, shape, found, ranks, rates=rates, options=options, gpu_name=_gpu_name(options))
+    changes: list[Change] = []
+    if free is not None and not fits:
+        changes = changes_that_fit(cfg, shape, ranks, device_type, free)
+    fastest: Settings | None = None
+    if options.auto and free is not None:
+        fastest = fastest_that_fits(cfg, shape, ranks, device_type, free, rates)
+    content = {
+        "fits": fits,
+        "ranks": ranks,
+        "device": what,
+        "free_bytes": free,
+        "peak_bytes": found.peak_bytes,
+        "needed_bytes": found.needed_bytes,
+        "moment": found.moment,
+        "parts": dict(found.parts),
+        "moments": {name: sum(parts.values()) for name, parts in found.moments.items()},
+        "parameters": found.static.parameters,
+        "trained": found.static.trained,
+        "micro_batch": found.micro_batch,
+        "recomputed_layers": found.recomputed,
+        "layers": found.activations.layers,
+        **outlook,
+        "changes": [{"overrides": c.overrides, "saved_bytes": c.saved_bytes, "fits": c.fits} for c in changes],
+        "auto": None
+        if fastest is None
+        else {
+            "overrides": fastest.overrides,
+            "peak_bytes": fastest.footprint.peak_bytes,
+            "needed_bytes": fastest.footprint.needed_bytes,
+        },
+        "teacher_unknown": found.teacher_unknown,
+    }
+    if as_json:
+        print(json.dumps(content, indent=1))
+    else:
+        _describe(cfg, content, options.auto)
+    return DOES_NOT_FIT if fits is False else 0
+
+
+def _shape_of(model_name: str) -> Mapping[str, Any]:
+    """Raises: ConfigError for a model that is not here, not whole, or of another family."""
+    from finetune.models.families import SHAPE_KEYS, family_of, shape_of
+
+    where, shape = f"model.name={model_name}", shape_of(model_name)
+    if shape is None and (Path(model_name).expanduser() / "config.json").is_file():
+        raise ConfigError(f"{where}: its config.json is torn or lacks one of {', '.join(SHAPE_KEYS)}")
+    if shape is None:
+        raise ConfigError(
+            f"{where}: its shapes are not known here and a plan downloads nothing; name a local folder with its "
+            "config.json, or a Qwen2.5 size"
+        )
+    family_of(shape["model_type"], where)
+    sizes = [key for key in SHAPE_KEYS if key != "tie_word_embeddings"]
+    if wrong := [key for key in sizes if not isinstance(shape[key], int) or shape[key] < 1]:
+        raise ConfigError(f"{where}: config.json has {wrong[0]}={shape[wrong[0]]!r}, which is no size of a model")
+    return shape
+
+
+def _device(options: PlanOptions) -> tuple[str, float | None, str]:
+    """torch's name of the device that is planned for, its free bytes, and both in words."""
+    from finetune.planning.auto_batch import free_memory
+    from finetune.system.machine import device_type_here
+
+    if options.gpu_gb is not None:
+        return "cuda", options.gpu_gb * 1e9, f"a GPU of {options.gpu_gb:g} GB"
+    kind = device_type_here()
+    free = free_memory(kind)
+    name = "this machine's memory" if kind == "cpu" else (_gpu_name(options) or "this machine's GPU")
+    return kind, free, name
+
+
+def _gpu_name(options: PlanOptions) -> str | None:
+    from finetune.system.machine import device_memory
+
+    if options.gpu_gb is not None or (found := device_memory()) is None:
+        return None
+    return found.name
+
+
+def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
+    """The plan for people: what is held, whether it fits, how long it takes, what to change."""
+    moments = ", ".join(f"{name} {_gb(size)}" for name, size in content["moments"].items())
+    recomputed = f"{content['recomputed_layers']} of {content['layers']} layers recomputed"
+    print(
+        f"{cfg.model.name}: {content['parameters']:,} parameters, {content['trained']:,} trained; "
+        f"{content['micro_batch']} x {cfg.data.max_length} tokens a forward pass, {recomputed}"
+        + (f", on each of {content['ranks']} ranks" if content["ranks"] > 1 else "")
+    )
+    table = _table(f"held at the peak ({content['moment']})", "GB")
+    for name, size in sorted(content["parts"].items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{size / 1e9:.3f}")
+    table.add_row("predicted peak", f"{content['peak_bytes'] / 1e9:.3f}")
+    table.add_row("with the margin that a run needs", f"{content['needed_bytes'] / 1e9:.3f}")
+    _show(table)
+    print(f"peaks: {moments}")
+    if content["teacher_unknown"]:
+        print("the teacher's shapes are not known here: its memory is not counted")
+    if content["fits"] is None:
+        print(f"may fit: how much {content['device']} has free is not known here; gpu_gb=24 says it")
+    else:
+        verdict = "fits" if content["fits"] else "DOES NOT FIT"
+        print(f"{verdict}: {content['device']} has {_gb(content['free_bytes'])} free")
+    _describe_time(content)
+    for change in content["changes"]:
+        alone = "" if change["fits"] else " (not enough by itself)"
+        print(f"  {' '.join(change['overrides'])}   saves {_gb(change['saved_bytes'])}{alone}")
+    if auto:
+        found = content["auto"]
+        print(
+            f"fastest that fits: {' '.join(found['overrides'])}   needs {_gb(found['needed_bytes'])}"
+            if found
+            else "fastest that fits: nothing does, whatever the length"
+        )
+
+
+def _describe_time(content: Mapping[str, Any]) -> None:
+    print(f"work: {content['step_flops'] / 1e12:,.2f} TFLOP a step; {content['rates']}")
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in content["seconds_shares"].items() if share >= 0.005)
+    print(f"time: {_duration(content['step_seconds'])} a step ({parts}), {content['tokens_per_second']:,.0f} tokens/s")
+    if content["total_seconds"] is not None:
+        print(f"      {content['steps']:,} steps{content['steps_from']}: {_duration(content['total_seconds'])} in all")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2f} s"
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _table(first: str, *others: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first)
+    for heading in others:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _show(table: Table) -> None:
+    from rich.console import Console
+
+    # Where stdout is no terminal nothing is wrapped to the width of one.
+    wide = None if sys.stdout.isatty() else 200
+    Console(file=sys.stdout, width=wide, highlight=False).print(table)

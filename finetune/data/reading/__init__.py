@@ -1,1 +1,0 @@
-"""Files, folders and the hub to undecoded rows, each with its place."""

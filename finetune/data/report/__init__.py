@@ -1,1 +1,0 @@
-"""What `finetune data` says about rows."""

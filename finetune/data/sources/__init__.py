@@ -1,0 +1,1 @@
+"""Sources of rows: what a path names, and its undecoded rows with their places."""

@@ -1,0 +1,226 @@
+"""What a source in the config names: the files it stands for, and their rows in order."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from finetune.config.schema import SourceConfig
+from finetune.data.sources.hub_datasets import HUB_ID, hub_files
+from finetune.data.sources.readers import RawBatch, Row, kind_of, read_batches
+from finetune.data.sources.text_files import COMPRESSIONS
+from finetune.system.errors import DataError
+
+_MAGIC = re.compile(r"[*?[]")
+_SHARD = re.compile(r"(?P<split>.+)-\d+-of-(?P<count>\d+)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFiles:
+    """The files of one source, in the order their rows count. labels: what places call each. path: as in the config."""
+
+    path: str
+    name: str
+    files: tuple[Path, ...]
+    labels: tuple[str, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk of all files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def digest(self) -> str:
+        """SHA-256 over every file's name and content: all that decides the rows and their places, but for a limit."""
+        digest = hashlib.sha256()
+        for file, label in zip(self.files, self.labels, strict=True):
+            try:
+                with file.open("rb") as content:
+                    inner = hashlib.file_digest(content, "sha256").hexdigest()
+            except OSError as error:
+                raise DataError(f"{label} cannot be read: {error.strerror}") from error
+            digest.update(json.dumps([label, inner]).encode())
+        return digest.hexdigest()
+
+    def batches(self, limit: int | None = None) -> Iterator[RawBatch]:
+        """The first `limit` rows, bad ones included; all of them if it is None.
+
+        Memory: a megabyte or two, or the longest row. Raises: DataError if a file cannot be read, or there is no row.
+        """
+        rows, bytes_before = 0, 0
+        for file, label in zip(self.files, self.labels, strict=True):
+            for batch in read_batches(file, label, rows, bytes_before):
+                if limit is not None and rows + len(batch.items) >= limit:
+                    yield replace(batch, numbers=batch.numbers[: limit - rows], items=batch.items[: limit - rows])
+                    return
+                yield batch
+                rows += len(batch.items)
+            bytes_before += file.stat().st_size
+        if rows == 0:
+            raise DataError(f"{self.path} has no rows")
+
+
+def read_rows(source: SourceConfig) -> Iterator[Row]:
+    """The rows of a source, at most its limit.
+
+    Raises: DataError if it cannot be read at all; a row that cannot be read is a Row that holds its DataError.
+    """
+    for batch in resolve_source(source).batches(source.limit):
+        yield from batch.rows()
+
+
+def resolve_source(source: SourceConfig) -> SourceFiles:
+    """Find the files of a source; a hub data set is downloaded where the cache lacks it.
+
+    Raises: DataError that says what is there instead.
+    """
+    path = Path(os.path.expanduser(source.path))  # Path.expanduser raises where a user is unknown
+    try:
+        if path.is_dir():
+            return _local(source, source.split or path.name, _folder_files(source, path))
+        if path.exists():
+            _refuse(source, "file", "split", "subset", "revision")
+            return _local(source, _stem(path), [path])
+        if _MAGIC.search(source.path):
+            _refuse(source, "glob", "split", "subset", "revision")
+            fixed = [part for part in path.parts if not _MAGIC.search(part)]
+            return _local(source, fixed[-1] if fixed else "rows", _glob_files(path))
+        if HUB_ID.fullmatch(source.path) and not _is_rows(path):
+            return _from_hub(source)
+        raise DataError(f"{source.path} does not exist{_near(path)}")
+    except OSError as error:
+        raise DataError(f"{source.path} cannot be read: {error.strerror}") from error
+
+
+def _local(source: SourceConfig, name: str, files: list[Path]) -> SourceFiles:
+    for file in files:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise DataError(f"{file} is no regular file; rows are read more than once, so save them to one")
+        kind_of(file)
+    return SourceFiles(source.path, source.name or name, tuple(files), tuple(str(file) for file in files))
+
+
+def _from_hub(source: SourceConfig) -> SourceFiles:
+    try:
+        files = hub_files(source)
+    except DataError as error:
+        owner = Path(source.path).parent
+        raise DataError(f"{error}{_near(Path(source.path)) if owner.is_dir() else ''}") from error
+    labels = tuple(f"{source.path}/{file.name}" for file in files)
+    return SourceFiles(source.path, source.name or source.split or source.path, tuple(files), labels)
+
+
+def _refuse(source: SourceConfig, what: str, *settings: str) -> None:
+    for setting in settings:
+        if getattr(source, setting) is not None:
+            raise DataError(f"{source.path} is a {what} and has no {setting} {getattr(source, setting)!r}; remove it")
+
+
+def _is_rows(path: Path) -> bool:
+    """Whether rows can be read from a file of this name."""
+    try:
+        kind_of(path)
+    except DataError:
+        return False
+    return True
+
+
+def _stem(path: Path) -> str:
+    """The name without what says the kind: rows.jsonl.gz is rows."""
+    path = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+    return path.stem
+
+
+def _folder_files(source: SourceConfig, folder: Path) -> list[Path]:
+    """The files of a split: of what `datasets.save_to_disk` wrote, or those that are called after it."""
+    _refuse(source, "folder", "revision")
+    if source.subset is not None:
+        folder = folder / source.subset
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not a folder{_near(folder)}")
+    if (folder / "dataset_dict.json").is_file():
+        splits = [str(name) for name in _saved(folder / "dataset_dict.json", "splits")]
+        _choose(folder, source.split, splits)
+        return _saved_files(folder / str(source.split))
+    if (folder / "state.json").is_file():
+        _refuse(source, "saved data set", "split")
+        return _saved_files(folder)
+    return _split_files(folder, source.split)
+
+
+def _saved(file: Path, key: str) -> list:
+    try:
+        value = json.loads(file.read_bytes())[key]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{file} is damaged: no {key} in it; save the data set again") from error
+    if not isinstance(value, list):
+        raise DataError(f"{file} is damaged: {key} is no list; save the data set again")
+    return value
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The shards of a saved data set, in the order of its rows."""
+    state = folder / "state.json"
+    try:
+        files = [folder / Path(entry["filename"]).name for entry in _saved(state, "_data_files")]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{state} is damaged: no file names in it; save the data set again") from error
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise DataError(f"{folder} lacks {missing[0]}, which its state.json names; save the data set again")
+    return files
+
+
+def _split_files(folder: Path, split: str | None) -> list[Path]:
+    """train.jsonl, or train-00000-of-00003.jsonl and its like, for the split train."""
+    found: dict[str, dict[tuple[str, ...], list[Path]]] = {}
+    for file in sorted(folder.iterdir()):
+        if _is_rows(file) and file.is_file():
+            shard = _SHARD.fullmatch(_stem(file))
+            name, count = (shard["split"], shard["count"]) if shard else (_stem(file), "1")
+            found.setdefault(name, {}).setdefault((count, *kind_of(file)), []).append(file)
+    _choose(folder, split, list(found))
+    (shards, *others) = found[str(split)].items()
+    if others:
+        names = ", ".join(files[0].name for files in found[str(split)].values())
+        raise DataError(f"{folder} has {split} more than once ({names}); name one file, or a glob")
+    (count, *_), files = shards
+    if len(files) != int(count):
+        raise DataError(f"{folder} has {len(files)} of {int(count)} files of {split}; fetch the others, or name a glob")
+    return files
+
+
+def _choose(folder: Path, split: str | None, splits: list[str]) -> None:
+    there = f"there: {', '.join(splits) or _listing(folder)}"
+    if split is None:
+        raise DataError(f"{folder} is a folder; set split ({there}), or name a file or a glob such as {folder}/*.jsonl")
+    if split not in splits:
+        raise DataError(f"{folder} has no split {split!r} ({there})")
+
+
+def _glob_files(pattern: Path) -> list[Path]:
+    found = {Path(name) for name in glob.glob(str(pattern), recursive=True)}
+    files = sorted(file for file in found if not file.is_dir())
+    if not files:
+        raise DataError(f"{pattern} matches no file{_near(pattern)}")
+    return files
+
+
+def _near(path: Path) -> str:
+    """What the deepest folder of a path that exists holds, the likeliest first."""
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    names = sorted(entry.name for entry in folder.iterdir())
+    missing = path.relative_to(folder).parts[0]
+    close = get_close_matches(missing, names, n=3)
+    return f"; did you mean {folder / close[0]}?" if close else f"; {folder} holds {_listing(folder)}"
+
+
+def _listing(folder: Path, most: int = 8) -> str:
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"

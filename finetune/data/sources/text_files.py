@@ -1,0 +1,284 @@
+"""Rows in text files: one object a line, a list of objects, or cells; also compressed."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+from finetune.data.sources.json_rows import checked, decode_row
+from finetune.system.errors import DataError
+
+Unit = Literal["line", "row"]
+Content = bytes | dict[str, Any] | DataError
+
+LONGEST_ROW_BYTES = 64_000_000
+# A quote that nothing closes takes the rest of the file into its cell, at four bytes a character.
+LONGEST_RECORD_BYTES = 16_000_000
+BATCH_BYTES = 1 << 20
+PIECE_BYTES = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+
+
+class Group(NamedTuple):
+    """About BATCH_BYTES of rows before they are decoded, their numbers in the file, and the bytes of it read so far."""
+
+    unit: Unit
+    numbers: tuple[int, ...]
+    contents: tuple[Content, ...]
+    bytes_read: int
+
+
+Found = Iterator[tuple[Unit, int, Content]]
+
+
+@contextmanager
+def named_errors(label: str) -> Iterator[None]:
+    """Everything that reading a file can raise, as a DataError that names it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{label} {error}") from error
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise DataError(f"{label} cannot be read: {error.strerror}") from error
+        raise DataError(f"{label} is broken or cut off: {error}") from error
+
+
+def read_text(raw: io.BufferedReader, kind: str, compression: str) -> Iterator[Group]:
+    """The rows of a text file that is open for reading bytes.
+
+    Raises: DataError if it is no text in UTF-8 at all; OSError and its like as the libraries do.
+    """
+    stream = COMPRESSIONS[compression](raw) if compression else raw
+    head = stream.peek(64)[:64]
+    if found := looks_like(head):
+        raise DataError(f"is called {kind}{compression} and looks like {found}")
+    if head.startswith(_BOM):
+        stream.read(len(_BOM))
+    unit: Unit = "row"
+    numbers: list[int] = []
+    contents: list[Content] = []
+    size = 0
+    for unit, number, content in TEXTS[kind](stream):
+        numbers.append(number)
+        contents.append(content)
+        size += _size(content)
+        if size >= BATCH_BYTES:
+            yield Group(unit, tuple(numbers), tuple(contents), raw.tell())
+            numbers, contents, size = [], [], 0
+    if contents:
+        yield Group(unit, tuple(numbers), tuple(contents), raw.tell())
+
+
+def _size(content: Content) -> int:
+    if isinstance(content, bytes):
+        return len(content)
+    return sum(map(len, content.values())) if isinstance(content, dict) else 100
+
+
+# What the first bytes of a file give away, whatever its name says.
+_SIGNATURES = {
+    b"PAR1": "a parquet file; name it .parquet",
+    b"ARROW1": "an arrow file; name it .arrow",
+    b"\xff\xff\xff\xff": "an arrow stream; name it .arrow",
+    b"\x1f\x8b": "gzip; its name must end in .gz",
+    b"BZh": "bzip2; its name must end in .bz2",
+    b"\xfd7zXZ": "xz; its name must end in .xz",
+    b"\x28\xb5\x2f\xfd": "zstandard; its name must end in .zst",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+    b"version https://git-lfs": "a Git LFS pointer without its file; run git lfs pull",
+    b"<!DOCTYPE": "a web page; download the file itself",
+    b"<html": "a web page; download the file itself",
+}
+
+
+def looks_like(head: bytes) -> str | None:
+    """What a file that opens with these bytes is, if it is surely no text in UTF-8."""
+    for signature, meaning in _SIGNATURES.items():
+        if head.startswith(signature):
+            return meaning
+    zeros = [byte == 0 for byte in head[:4]]
+    if zeros in ([False, True, False, True], [True, False, True, False]):
+        return "UTF-16 text; save it as UTF-8"
+    return None
+
+
+def _zstd(raw: BinaryIO) -> io.BufferedReader:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd"), PIECE_BYTES)
+
+
+COMPRESSIONS: dict[str, Callable[[Any], io.BufferedReader]] = {
+    ".gz": lambda raw: io.BufferedReader(gzip.GzipFile(fileobj=raw), PIECE_BYTES),
+    ".bz2": lambda raw: io.BufferedReader(bz2.BZ2File(raw), PIECE_BYTES),
+    ".xz": lambda raw: io.BufferedReader(lzma.LZMAFile(raw), PIECE_BYTES),  # noqa: SIM115 - its caller closes raw
+    ".zst": _zstd,
+}
+
+
+def _too_long(length_bytes: int, longest_bytes: int | None = None) -> DataError:
+    return DataError(f"is {length_bytes:,} bytes long; a row may have {longest_bytes or LONGEST_ROW_BYTES:,}")
+
+
+def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataError]]:
+    """All lines with their ends, from 1; one that is too long is measured and not kept."""
+    number = 0
+    while line := stream.readline(PIECE_BYTES):
+        number += 1
+        yield number, line if line.endswith(b"\n") or len(line) < PIECE_BYTES else _long_line(stream, line)
+
+
+def _long_line(stream: io.BufferedReader, start: bytes) -> bytes | DataError:
+    pieces, length = [start], len(start)
+    while not pieces[-1].endswith(b"\n") and (piece := stream.readline(PIECE_BYTES)):
+        length += len(piece)
+        if length > LONGEST_ROW_BYTES:
+            pieces.clear()
+        pieces.append(piece)
+    return b"".join(pieces) if length <= LONGEST_ROW_BYTES else _too_long(length)
+
+
+def _json_lines(stream: io.BufferedReader) -> Found:
+    for number, line in _lines(stream):
+        if isinstance(line, DataError) or not line.isspace():
+            yield "line", number, line
+
+
+def _json(stream: io.BufferedReader) -> Found:
+    """A list of rows; or one object a line, which many give this name."""
+    if stream.peek(PIECE_BYTES).lstrip().startswith(b"["):
+        yield from _json_list(stream)
+        return
+    for i, (unit, number, line) in enumerate(_json_lines(stream)):
+        if i == 0 and isinstance(line, bytes) and isinstance(error := decode_row(line), DataError):
+            raise DataError(f"holds neither a list of rows nor one object a line: line {number} {error}")
+        yield unit, number, line
+
+
+# Outside a text: up to a bracket, and in the list itself up to a comma, whole texts skipped; inside: up to its end.
+_INSIDE = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
+_BETWEEN = re.compile(rb'(?:[^"\[\]{},]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
+_TEXT = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+
+
+def _marks(stream: io.BufferedReader) -> Iterator[tuple[bytes, bytes, int]]:
+    """What stands before each bracket (or comma of the list), the mark itself, and how deep we are after it.
+
+    The mark is empty where only a piece of the file ends.
+    """
+    in_text, depth, buffer = False, 0, b""
+    while piece := stream.read(PIECE_BYTES):
+        buffer += piece
+        start = position = 0
+        while True:
+            pattern = _TEXT if in_text else _BETWEEN if depth == 1 else _INSIDE
+            position = pattern.match(buffer, position).end()  # type: ignore[union-attr] - it matches nothing, too
+            mark = buffer[position : position + 1]
+            if mark == b'"':
+                in_text = not in_text
+                position += 1
+            elif mark in (b"", b"\\"):
+                break
+            else:
+                depth += (mark in b"[{") - (mark in b"]}")
+                yield buffer[start:position], mark, depth
+                start = position = position + 1
+        yield buffer[start:position], b"", depth
+        buffer = buffer[position:]
+
+
+def _json_list(stream: io.BufferedReader) -> Found:
+    """The rows of a list, undecoded: only texts and brackets are looked at, so that one bad row stays one bad row.
+
+    Raises: DataError if the list does not end where the file does.
+    """
+    number, row, length, closed = 1, bytearray(), 0, False
+    for run, mark, depth in _marks(stream):
+        if closed and (run + mark).strip():
+            raise DataError(f"goes on after the end of its list, which came after row {number - 1}")
+        if closed or (mark == b"[" and depth == 1):
+            continue
+        closed = depth == 0 and mark != b""
+        ended = closed or (mark == b"," and depth == 1)
+        part = run if ended else run + mark
+        row += part
+        length += len(part)
+        if length > LONGEST_ROW_BYTES:
+            row.clear()
+        if ended:
+            if not closed or row.strip() or number > 1:
+                yield "row", number, bytes(row) if length <= LONGEST_ROW_BYTES else _too_long(length)
+                number += 1
+            row, length = bytearray(), 0
+    if not closed:
+        raise DataError(f"is cut off: its list does not end; row {number} is the last that begins")
+
+
+def _cells(stream: io.BufferedReader, delimiter: str) -> Found:
+    """Rows of cells under a line of column names (RFC 4180); every value is text, an empty cell the empty text."""
+    records = _records(stream, delimiter)
+    _, columns = next(records, (1, []))
+    if isinstance(columns, DataError):
+        raise DataError(f"has no readable line of column names: it {columns}")
+    if isinstance(names := checked(dict.fromkeys(columns)), DataError):
+        raise DataError(f"has no readable line of column names: {names}")
+    if len(names) < len(columns):
+        raise DataError(f"has two columns of one name ({', '.join(columns)})")
+    for number, cells in records:
+        if isinstance(cells, DataError):
+            yield "line", number, cells
+        elif len(cells) != len(columns):
+            yield "line", number, DataError(f"has {len(cells)} cells, the line of column names has {len(columns)}")
+        else:
+            yield "line", number, dict(zip(columns, cells, strict=True))
+
+
+def _records(stream: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, list[str] | DataError]]:
+    """Records by the line that each begins in; blank lines are none."""
+    number, length = 0, 0
+
+    def text(line: tuple[int, bytes | DataError]) -> str:
+        nonlocal number, length
+        number, content = line
+        if isinstance(content, DataError):
+            raise content
+        length += len(content)
+        if length > LONGEST_RECORD_BYTES:
+            raise _too_long(length, LONGEST_RECORD_BYTES)
+        return content.decode("utf-8", "surrogateescape")  # the row's check names the column that is no UTF-8
+
+    # The library's cap on a cell is 128 KiB, which documents exceed; it can only be set for the whole process.
+    csv.field_size_limit(LONGEST_RECORD_BYTES)
+    reader = csv.reader(map(text, _lines(stream)), delimiter=delimiter, strict=True)
+    while True:
+        first, length = number + 1, 0
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except DataError as error:
+            yield first, error
+        except csv.Error as error:
+            yield first, DataError(f"is no record of cells: {error} (read up to line {number})")
+        else:
+            if cells:
+                yield first, cells
+
+
+TEXTS: dict[str, Callable[[io.BufferedReader], Found]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": lambda stream: _cells(stream, ","),
+    ".tsv": lambda stream: _cells(stream, "\t"),
+}

@@ -1,0 +1,137 @@
+"""Tasks of lm-evaluation-harness on a model that is in memory, in 4 bit and with its adapter as they are.
+
+A task's YAML file may name Python functions (`!function`), which the harness runs: it is as trusted as a program, and
+only the command line can name one.
+Source: lm-evaluation-harness 0.4, HFLM around a loaded model.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from finetune.evaluation.gap_table import TaskFigures
+from finetune.evaluation.intervals import NORMAL_95, Bootstrap, Estimate, share_of
+from finetune.system.errors import ConfigError, FinetuneError, MissingExtra
+
+_RESAMPLES = 1000
+_FEWSHOT_SEED = 1234  # as the harness's command line has it
+
+
+def load_tasks(words: Sequence[str]) -> Any:
+    """The tasks with their rows. words: YAML files, or names that the harness knows.
+
+    Raises: MissingExtra without the harness; ConfigError for tasks that are none, or whose rows cannot be read.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MissingExtra('tasks= needs: pip install "finetune-qlora[eval]"') from error
+    files = [word for word in words if word.endswith((".yaml", ".yml"))]
+    if lost := [file for file in files if not Path(file).expanduser().is_file()]:
+        raise ConfigError(f"tasks: there is no file {', '.join(lost)}")
+    with _silent():
+        # Its index of all names takes seconds.
+        manager = TaskManager(include_defaults=len(files) < len(words))
+        named = set(words) - set(files)
+        if unknown := sorted(named - set(manager.all_tasks)):
+            raise ConfigError(
+                f"tasks: {', '.join(unknown)}: the harness has no such task; `lm-eval ls tasks` lists them, and a task "
+                "of your own is its YAML file"
+            )
+        try:
+            loaded = manager.load([str(Path(word).expanduser()) if word in files else word for word in words])
+        except Exception as error:
+            raise ConfigError(f"tasks: they cannot be loaded: {type(error).__name__}: {error}") from error
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    return loaded
+
+
+def run_tasks(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Any,
+    *,
+    limit: int | None,
+    batch_size: int,
+    as_chat: bool,
+) -> list[TaskFigures]:
+    """Every metric of every task.
+
+    tasks: from `load_tasks`. limit: rows of each. as_chat: ask through the tokenizer's template.
+    Raises: FinetuneError if the harness fails, as at a metric that it does not know.
+    """
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with _silent():
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
+        try:
+            # Not simple_evaluate: it also looks for a git repository in the working directory and reseeds everything.
+            found = evaluate(
+                lm=wrapped,
+                task_dict=tasks,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                apply_chat_template=as_chat,
+            )
+        except (TypeError, LookupError, ValueError, AttributeError, AssertionError, ArithmeticError) as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise FinetuneError(
+                f"tasks: lm-evaluation-harness fails on {', '.join(sorted(tasks['tasks']))}: {type(error).__name__}: "
+                f"{error} ({Path(where.filename).name}:{where.lineno}); look at the task's metrics, filters and fields"
+            ) from error
+    assert found is not None, "one process is rank 0"
+    return [
+        _figure(task, metric, float(value), found["samples"][task], figures)
+        for task, figures in found["results"].items()
+        if task in found["samples"]
+        for metric, value in figures.items()
+        if "," in metric and "_stderr," not in metric and isinstance(value, int | float)
+    ]
+
+
+def _figure(
+    task: str, metric: str, value: float, samples: Sequence[dict[str, Any]], figures: dict[str, Any]
+) -> TaskFigures:
+    name, _, filtered = metric.partition(",")
+    label = name if filtered == "none" else f"{name} ({filtered})"
+    of_rows = [sample.get(name) for sample in samples if sample.get("filter") == filtered]
+    if of_rows and all(isinstance(one, int | float) for one in of_rows):
+        values_R = np.array(of_rows, dtype=np.float64)
+        if math.isclose(values_R.mean(), value):  # the metric is the mean of its rows
+            figure = Bootstrap(len(values_R), _RESAMPLES, 0).ratio(values_R, np.ones(len(values_R)))
+            return TaskFigures(task, label, len(values_R), share_of(values_R, figure))
+    error = figures.get(f"{name}_stderr,{filtered}")
+    half = NORMAL_95 * error if isinstance(error, int | float) and math.isfinite(error) else 0.0
+    return TaskFigures(task, label, len(of_rows), Estimate(value, value - half, value + half))
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the harness's log lines: what goes wrong is raised. Progress bars are for terminals."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,208 @@
+"""`finetune allocate` from measured sensitivities to a file that `quant=` names, measured against simpler choices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from finetune import __version__
+from finetune.config.command_options import AllocateOptions
+from finetune.config.schema import ModelConfig, QuantConfig, RunConfig
+from finetune.data.batch import Batch
+from finetune.distill.fingerprint import teacher_weights
+from finetune.distill.resident import load_resident
+from finetune.evaluation.perplexity import evaluating
+from finetune.losses.cross_entropy import head_of, target_rows
+from finetune.losses.hidden_states import base_of, hidden_states
+from finetune.mixed_precision.allocation import Choices, allocate
+from finetune.mixed_precision.divergences import MeanKl, divergences, mean_kl
+from finetune.mixed_precision.examples import batches_of, load_rows, sample
+from finetune.mixed_precision.journal import Sensitivities
+from finetune.mixed_precision.measure import working_device
+from finetune.models.fused import attach_fast_path
+from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, weight_files
+from finetune.models.load import load_base
+from finetune.models.quant.bit_widths import FOUR_BIT, stored_bytes
+from finetune.models.safetensors_index import WeightFiles
+from finetune.system.atomic import write_text
+from finetune.system.errors import ConfigError
+from finetune.system.resources import packaged
+
+Say = Callable[[str], None]
+
+_OPENING = "# Written by finetune allocate"
+_CHOICE = "the allocation"
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What was chosen.
+
+    storage: of each linear. budget_bytes, size_bytes: of the whole base. predicted: the sum of KLs measured alone, in
+    nats a target. measured: of the choice and of simpler ones, by description, none if not asked for. choice: which of
+    them this is.
+    """
+
+    storage: dict[str, str]
+    quant: QuantConfig
+    budget_bytes: float
+    size_bytes: int
+    predicted: float
+    measured: dict[str, MeanKl]
+    choice: str = _CHOICE
+
+
+def choose(cfg: RunConfig, options: AllocateOptions, say: Say) -> Allocation:
+    """The best storage of each layer within a budget, by what was measured of single layers; and, with
+    `options.measure`, the best of that and of simple choices by what is measured of them whole.
+
+    Raises: ConfigError for a folder that holds no sensitivities of this model, or a budget out of reach.
+    """
+    found = Sensitivities.read(Path(options.sensitivity).expanduser())
+    _check_made_from(found, cfg, options.sensitivity)
+    choices = Choices.of(found, rest_bytes(cfg.model, found.shapes), cfg.quant.double, cfg.model.dtype)
+    budget_bytes = options.budget_gb * 1e9
+    storages = {_CHOICE: allocate(choices, budget_bytes)}
+    measured: dict[str, MeanKl] = {}
+    if options.measure:
+        training, held_out = load_rows(cfg, say)
+        batches = batches_of(sample(held_out if len(held_out) else training, options.rows), cfg.data.max_length)
+        storages |= choices.simple(budget_bytes)
+        quants = {name: quant_of(storage, cfg.quant) for name, storage in storages.items()}
+        measured = measure_quants(cfg.model, quants, batches, say)
+    best = min(measured, key=lambda name: measured[name].kl, default=_CHOICE)
+    storage = storages[best]
+    return Allocation(
+        storage,
+        quant_of(storage, cfg.quant),
+        budget_bytes,
+        choices.bytes_of(storage),
+        choices.nats_of(storage),
+        measured,
+        best,
+    )
+
+
+def _check_made_from(found: Sensitivities, cfg: RunConfig, folder: str) -> None:
+    """Raises: ConfigError if these are the sensitivities of other weights, or of other options of quantizing."""
+    now = {
+        "weights": teacher_weights(cfg.model),
+        "double": cfg.quant.double,
+        "compute_dtype": cfg.quant.compute_dtype,
+        "dtype": cfg.model.dtype,
+    }
+    keys = {"double": "quant.double", "compute_dtype": "quant.compute_dtype", "dtype": "model.dtype"}
+    problems = [
+        f"{keys.get(key, 'model.name')}: sensitivity={folder} was measured "
+        + (f"with {found.made_from.get(key)}, not {value}" if key in keys else f"on other weights ({found.model})")
+        for key, value in now.items()
+        if found.made_from.get(key) != value
+    ]
+    if problems:
+        raise ConfigError("\n".join([*problems, "measure again, or give allocate the same config"]))
+
+
+def rest_bytes(model: ModelConfig, linears: Mapping[str, object]) -> int:
+    """Bytes of everything that is no linear layer of a block, in the model's dtype."""
+    folder = fetch(model.name, model.revision, TEXT_FILES + WEIGHT_FILES, "model.name").folder
+    tensors = WeightFiles(weight_files(folder, model.name)).tensors
+    rest = [stored for name, stored in tensors.items() if name.removesuffix(".weight") not in linears]
+    # A vector, or a table, is a weight of one row.
+    return sum(stored_bytes("none", (1, torch.Size(stored.shape).numel()), False, model.dtype) for stored in rest)
+
+
+def quant_of(storage: Mapping[str, str], like: QuantConfig) -> QuantConfig:
+    """The settings that give this storage, everything else as in `like`; all in 16 bit is quant.type=none."""
+    kinds = set(storage.values())
+    four_bit = next((kind for kind in FOUR_BIT if kind in kinds), None)
+    base = four_bit or ("int8" if "int8" in kinds else "none")
+    named = {kind: [name for name, its in storage.items() if its == kind] for kind in ("none", "int8")}
+    changes: dict[str, Any] = {
+        "type": base,
+        "keep": named["none"] if base != "none" else [],
+        "int8": named["int8"] if four_bit else [],
+        "resident": like.resident and four_bit is not None,
+    }
+    return like.model_copy(update=changes)
+
+
+@torch.no_grad()
+def measure_quants(
+    model: ModelConfig, quants: Mapping[str, QuantConfig], batches: Sequence[Batch], say: Say = lambda _: None
+) -> dict[str, MeanKl]:
+    """KL(16 bit || quantized) of each of these settings, as a run computes: in its own types, on its own kernels."""
+    device = working_device()
+    reference = load_resident(model, None, device).model
+    head, vocabulary = head_of(reference), int(base_of(reference).config.vocab_size)
+    wanted = _final_states(reference, batches, device)
+    measured = {}
+    for name, quant in quants.items():
+        # What is tried here once need not fill the disk.
+        plain = quant.model_copy(update={"cache": False, "resident": False})
+        base = load_base(model, plain, device)
+        attach_fast_path(base)
+        found = _final_states(base, batches, device)
+        nats = [divergences(a_ND, [b_ND], head, vocabulary)[0] for a_ND, b_ND in zip(wanted, found, strict=True)]
+        measured[name] = mean_kl(nats, batches)
+        say(f"{name}: KL {measured[name].kl:.2e} ± {measured[name].error:.0e} nats a target")
+    return measured
+
+
+def _final_states(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> list[Tensor]:
+    """States [N, D] of each batch's targets."""
+    with evaluating(model):
+        return [target_rows(hidden_states(model, here), here)[0] for here in (batch.to(device) for batch in batches)]
+
+
+def write_allocation(allocation: Allocation, file: Path, command: str, model: str) -> None:
+    """A file for configs/quant. command: that made it.
+
+    Raises: ConfigError if something else is there, or the place cannot be written to.
+    """
+    check_place(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, as_yaml(allocation, command, model))
+    except OSError as error:
+        raise ConfigError(f"out={file} cannot be written: {error.strerror or error}") from error
+
+
+def check_place(file: Path) -> None:
+    """Raises: ConfigError if a file that is no allocation is there, or its name is none of a config's."""
+    if file.suffix != ".yaml":
+        raise ConfigError(f"out={file}: name a .yaml file, as configs/quant/allocated.yaml")
+    if (packaged("configs") / "quant" / file.name).exists():
+        raise ConfigError(
+            f"out={file}: quant={file.stem} is a packaged option and may be taken instead; use another name"
+        )
+    if file.is_dir() or (file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith(_OPENING)):
+        raise ConfigError(f"out={file} is there already and is no allocation; remove it or name another file")
+
+
+def as_yaml(allocation: Allocation, command: str, model: str) -> str:
+    """The settings, under what they were made from and what they give."""
+    counts = {kind: list(allocation.storage.values()).count(kind) for kind in ("nf4", "fp4", "int8", "none")}
+    layers = ", ".join(f"{count} in {_words(kind)}" for kind, count in counts.items() if count)
+    header = [
+        f"{_OPENING} {__version__}:",
+        f"#   {command}",
+        f"# Base: {model}, {allocation.size_bytes / 1e9:.6g} GB of {allocation.budget_bytes / 1e9:.6g}; "
+        f"linear layers: {layers}; the head stays in 16 bit.",
+        f"# KL to the 16-bit model in nats a target token: {allocation.predicted:.2e} by single layers",
+    ]
+    for name, mean in allocation.measured.items():
+        chosen = ", which this is" if name == allocation.choice else ""
+        header.append(f"#   {mean.kl:.2e} ± {mean.error:.0e} measured on {mean.tokens:,} targets: {name}{chosen}")
+    quant = allocation.quant
+    content = {key: getattr(quant, key) for key in ("type", "double", "compute_dtype", "keep", "int8")}
+    return "\n".join(header) + "\n" + yaml.safe_dump(content, sort_keys=False)
+
+
+def _words(kind: str) -> str:
+    return "16 bit" if kind == "none" else kind

@@ -1,0 +1,107 @@
+"""Sensitivities as a table and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.mixed_precision.journal import Sensitivities, layer_of, part_of
+from finetune.mixed_precision.sensitivity import ALL
+from finetune.models.quant.bit_widths import stored_bytes
+from finetune.system.atomic import write_text
+from finetune.system.plotting import COLORS, figure, save_png
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MARKDOWN, PICTURE = "sensitivity.md", "sensitivity.png"
+_COSTLIEST = 10
+
+
+def write_summary(found: Sensitivities, folder: Path, double: bool, dtype: str) -> None:
+    """Write sensitivity.md and sensitivity.png. double, dtype: for the bytes of a weight."""
+    write_text(folder / MARKDOWN, as_markdown(found, double, dtype))
+    save_png(as_picture(found), folder / PICTURE)
+
+
+def as_markdown(found: Sensitivities, double: bool, dtype: str) -> str:
+    """Tables by layer and part, and the layers where 16 bits are worth most a byte."""
+    parts = list(dict.fromkeys(part_of(name) for name in found.shapes))
+    lines = [
+        f"# Sensitivity of {found.model}",
+        "",
+        f"KL(16 bit || changed) in nats a target token on {found.rows:,} rows ({found.targets:,} targets), computed in "
+        f"fp32; ± is one standard error over rows. {_meaning(found)}",
+    ]
+    for kind in found.kinds:
+        total = sum(found.measured[name, kind].kl for name in found.shapes)
+        everything = found.measured[ALL, kind]
+        lines += [
+            "",
+            f"## {kind}",
+            "",
+            f"All layers at once: {everything.kl:.2e} ± {everything.error:.0e}"
+            + (f"; the sum of all single ones: {total:.2e}." if found.mode == "only" else "."),
+            "",
+        ]
+        lines += [f"| layer | {' | '.join(parts)} |", f"|---|{'---|' * len(parts)}"]
+        for layer in range(found.layers):
+            cells = {part_of(name): found.measured[name, kind] for name in found.shapes if layer_of(name) == layer}
+            lines.append(f"| {layer} | {' | '.join(_cell(cells.get(part)) for part in parts)} |")
+        lines += ["", *_ranking(found, kind, double, dtype)]
+    return "\n".join(lines) + "\n"
+
+
+def _meaning(found: Sensitivities) -> str:
+    if found.mode == "only":
+        return "Each layer alone is stored as the heading says, all others in 16 bit."
+    return "Each layer alone is in 16 bit, all others are stored as the heading says: the lower, the more it is worth."
+
+
+def _cell(mean) -> str:
+    return "" if mean is None else f"{mean.kl:.2e} ± {mean.error:.0e}"
+
+
+def _ranking(found: Sensitivities, kind: str, double: bool, dtype: str) -> list[str]:
+    """The layers whose 16 bits buy most."""
+
+    def gain(name: str) -> float:
+        alone = found.measured[name, kind].kl
+        nats = alone if found.mode == "only" else found.measured[ALL, kind].kl - alone
+        shape = found.shapes[name]
+        return nats / (stored_bytes("none", shape, double, dtype) - stored_bytes(kind, shape, double, dtype)) * 1e6
+
+    best = sorted(found.shapes, key=gain, reverse=True)[:_COSTLIEST]
+    rows = [f"| {name} | {gain(name):.2e} |" for name in best]
+    return ["Where keeping 16 bits gains most for its bytes:", "", "| layer | nats a MB |", "|---|---|", *rows]
+
+
+def as_picture(found: Sensitivities) -> Figure:
+    """Bars by layer, one color for each part of a layer, a panel for each kind of storage."""
+    parts = list(dict.fromkeys(part_of(name) for name in found.shapes))
+    width_inches = min(30.0, max(4.8, 0.14 * len(found.shapes)) * len(found.kinds))
+    drawn, panels = figure(width_inches, 3.4, len(found.kinds))
+    bar = 0.8 / len(parts)
+    for axes, kind in zip(panels, found.kinds, strict=True):
+        for number, part in enumerate(parts):
+            names = [name for name in found.shapes if part_of(name) == part]
+            places = [layer_of(name) + (number - (len(parts) - 1) / 2) * bar for name in names]
+            means = [found.measured[name, kind] for name in names]
+            axes.bar(
+                places,
+                [mean.kl for mean in means],
+                bar,
+                yerr=[mean.error for mean in means],
+                label=part,
+                color=COLORS[number % len(COLORS)],
+                error_kw={"elinewidth": 0.6},
+            )
+        if found.mode == "keep":
+            axes.axhline(found.measured[ALL, kind].kl, color="gray", linewidth=0.8, label="none kept")
+        axes.set_title(f"{kind} alone" if found.mode == "only" else f"16 bit alone, all others {kind}")
+        axes.set_xlabel("layer")
+        axes.set_xticks(range(found.layers))
+        axes.grid(axis="x", visible=False)
+    panels[0].set_ylabel("KL to the 16-bit model (nats a target)")
+    panels[0].legend(ncols=2)
+    return drawn

@@ -1,0 +1,243 @@
+"""Adapters on disk: plain PEFT folders, written without the network and read back before anyone trusts them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune.models.adapters.inits import ADAPTER, initial_factors
+from finetune.models.hub import TEXT_FILES, fetch, read_json, tensor_names
+from finetune.models.tokens import embedding_rows
+from finetune.system.errors import ConfigError, IntegrityError
+
+CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+_MASTER = ".parametrizations.weight.original"  # what torch calls a parametrized weight
+_MASTER_BIAS = ".parametrizations.bias.original"
+PREFIX = "base_model.model."  # of every tensor in an adapter's file
+
+
+def save_adapter(
+    model: PeftModel,
+    folder: Path | str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    base_name: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Writes the adapter into an existing folder as `PeftModel.from_pretrained` reads it; no network, no model card.
+
+    base_name, revision: of the base, where the model's own (from `load_base`) are not to be used.
+    tokenizer: written beside it, with its chat template and its new tokens.
+    An adapter that started as a part of the base (PiSSA, OLoRA) is written as the difference to that start, at twice
+    the rank, so that it belongs on the original base.
+    """
+    folder = Path(folder)
+    save_file(file_tensors(model), folder / TENSOR_FILE, metadata={"format": "pt"})
+    config = _file_config(model)
+    config["base_model_name_or_path"] = base_name or config["base_model_name_or_path"]
+    config["revision"] = revision or config["revision"]
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def file_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """The tensors of adapter_model.safetensors, on the CPU."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for name, start in initial_factors(model).items():
+        # scaling * (B A - B0 A0) = scaling * [B, -B0] [A; A0]
+        is_A = name.endswith(f"lora_A.{ADAPTER}.weight")
+        parameters[name] = torch.cat([parameters[name], start if is_A else -start], dim=0 if is_A else 1)
+    named = get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)
+    return {_plain(name): tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items()}
+
+
+def _plain(name: str) -> str:
+    return name.replace(_MASTER, ".weight").replace(_MASTER_BIAS, ".bias")
+
+
+def _file_config(model: PeftModel) -> dict[str, Any]:
+    config = copy.deepcopy(model.peft_config[ADAPTER])
+    config.inference_mode = True
+    content = config.to_dict()
+    if initial_factors(model):
+        alpha_factor = 2**0.5 if content["use_rslora"] else 2  # keeps the scaling at twice the rank
+        content["r"] *= 2
+        content["lora_alpha"] *= alpha_factor
+        content["rank_pattern"] = {key: 2 * rank for key, rank in content["rank_pattern"].items()}
+        content["alpha_pattern"] = {key: alpha_factor * alpha for key, alpha in content["alpha_pattern"].items()}
+    # A set's order changes from process to process.
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
+
+
+def check_adapter(folder: Path | str, model: PeftModel | None = None, *, trained: bool = True) -> None:
+    """Reads a saved adapter back and proves that it is whole.
+
+    model: the model it was saved from; every tensor must then be there, bit for bit.
+    trained: some `lora_B` must differ from zero, as they all are before the first step (default and gaussian inits).
+    Raises: IntegrityError naming the tensors that are missing, not finite, zero or different.
+    """
+    folder = Path(folder)
+    tensors = _read_tensors(folder)
+    problems = list(_incomplete(tensors))
+    if trained and all(not tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
+        problems.append("every lora_B is zero: nothing was trained")
+    if model is not None:
+        expected = file_tensors(model)
+        problems += [f"{name} is missing" for name in expected.keys() - tensors.keys()]
+        problems += [f"{name} is superfluous" for name in tensors.keys() - expected.keys()]
+        problems += [
+            f"{name} is not what was saved"
+            for name in expected.keys() & tensors.keys()
+            if not torch.equal(expected[name], tensors[name])
+        ]
+    if problems:
+        raise IntegrityError(f"the adapter in {folder} is broken: {'; '.join(sorted(problems)[:10])}")
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of an adapter's file; ConfigError if there is none, IntegrityError if torn or not finite."""
+    file = folder / TENSOR_FILE
+    if not file.is_file():
+        pickle = "; a pickle (adapter_model.bin) can run code: convert it" if any(folder.glob("*.bin")) else ""
+        raise ConfigError(f"{folder} holds no adapter: it lacks {TENSOR_FILE}{pickle}")
+    tensor_names(file)
+    tensors = load_file(file)
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise IntegrityError(f"{file} holds NaN or infinity in {len(bad)} tensors: {', '.join(bad[:5])}")
+    return tensors
+
+
+def _incomplete(tensors: dict[str, Tensor]) -> Iterator[str]:
+    """Factors without their partner, or of another rank than it."""
+    factors = [name for name in tensors if ".lora_A." in name or ".lora_B." in name]
+    if not factors:
+        yield "it holds no lora_A and lora_B"
+    for name in factors:
+        partner = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
+        if partner not in tensors:
+            yield f"{partner} is missing"
+        elif ".lora_A." in name and tensors[name].shape[0] != tensors[partner].shape[1]:
+            yield f"{name} has rank {tensors[name].shape[0]}, its lora_B has {tensors[partner].shape[1]}"
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter on disk that a new run starts from."""
+
+    name: str  # as the user wrote it
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def check_same_kind(self, wanted: AdapterKind) -> None:
+        """Raises ConfigError with both values of everything in which this adapter differs from the one configured."""
+        there, here = vars(self._kind()), vars(wanted)
+        differing = [key for key in here if here[key] != there[key]]
+        # A hub id and a local copy of it differ in all but the last part.
+        if "base" in differing and Path(there["base"]).name.lower() == Path(here["base"]).name.lower():
+            differing.remove("base")
+        if differing:
+            shown = [f"{key}: it has {_show(there[key])}, the config {_show(here[key])}" for key in differing]
+            raise ConfigError(f"lora.init_adapter={self.name} is another kind of adapter; {'; '.join(shown)}")
+
+    def _kind(self) -> AdapterKind:
+        config = self.config
+        ranks = {
+            name.removeprefix(PREFIX).partition(".lora_A.")[0]: len(tensor)
+            for name, tensor in self.tensors.items()
+            if ".lora_A." in name
+        }
+        return AdapterKind(
+            base=str(config.get("base_model_name_or_path")),
+            ranks=ranks,
+            alpha=config.get("lora_alpha", 8),
+            alpha_pattern=config.get("alpha_pattern") or {},
+            rslora=bool(config.get("use_rslora")),
+            dora=bool(config.get("use_dora")),
+            new_tokens=token_ids(config),
+        )
+
+
+@dataclass(frozen=True)
+class AdapterKind:
+    """What two adapters must share for one to take the other's weights."""
+
+    base: str
+    ranks: dict[str, int]  # by full name of the adapted module
+    alpha: float
+    alpha_pattern: dict[str, float]
+    rslora: bool
+    dora: bool
+    new_tokens: dict[str, list[int]]  # token ids by name of the embedding module
+
+
+def token_ids(config: dict[str, Any]) -> dict[str, list[int]]:
+    """An adapter's new tokens by module; PEFT also takes a list, which means the embedding."""
+    ids = config.get("trainable_token_indices") or {}
+    return {"embed_tokens": ids} if isinstance(ids, list) else ids
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict) and any("." in key for key in value):
+        names = sorted({name.rpartition(".")[2] for name in value})
+        ranks = "/".join(map(str, sorted(set(value.values()))))
+        return f"rank {ranks} on {', '.join(names)} ({len(value)} modules)"
+    return str(value)
+
+
+def fetch_adapter(name: str, key: str = "lora.init_adapter") -> SavedAdapter:
+    """An adapter from a local folder or the hub. key: what the user calls the setting, for messages.
+
+    Raises: ConfigError if there is none, IntegrityError if it is torn, not finite or incomplete.
+    """
+    folder = fetch(name, None, (CONFIG_FILE, TENSOR_FILE, *TEXT_FILES), key).folder
+    config = read_json(folder / CONFIG_FILE, f"{key}={name}")
+    if config.get("peft_type") != "LORA":
+        raise ConfigError(f"{key}={name} is a {config.get('peft_type')} adapter, not LoRA")
+    tensors = _read_tensors(folder)
+    if problems := list(_incomplete(tensors)):
+        raise IntegrityError(f"{key}={name} is broken: {'; '.join(problems[:10])}")
+    return SavedAdapter(name, folder, config, tensors)
+
+
+def load_weights(model: PeftModel, adapter: SavedAdapter) -> None:
+    """Puts a saved adapter's weights into an attached one of the same kind.
+
+    Raises: IntegrityError naming tensors that are missing, superfluous or of another shape.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own = get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)
+    shapes = {_plain(name): tensor.shape for name, tensor in own.items()}
+    found = {name: tensor.shape for name, tensor in adapter.tensors.items()}
+    if wrong := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
+        raise IntegrityError(f"lora.init_adapter={adapter.name} does not fit the base, first at {', '.join(wrong[:5])}")
+    set_peft_model_state_dict(model, {name: adapter.tensors[_plain(name)] for name in own})
+
+
+def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
+    """A frozen adapter from a local folder on its base, in eval mode, as `PeftModel.from_pretrained` gives it.
+
+    Besides, the embedding grows if the adapter's new tokens had no spare rows in it.
+    Raises: ConfigError if there is no adapter, IntegrityError if it is broken.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG_FILE, f"adapter {folder}")
+    check_adapter(folder, trained=False)
+    ids = [id for rows in token_ids(config).values() for id in rows]
+    if ids and max(ids) >= embedding_rows(model):
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        return PeftModel.from_pretrained(model, str(folder)).eval()

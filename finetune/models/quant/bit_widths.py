@@ -1,0 +1,63 @@
+"""How each linear layer of a base is stored, from the config and the layers' names alone, and in how many bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from finetune.models.module_matching import close_names, matches
+from finetune.system.errors import ConfigError
+
+if TYPE_CHECKING:
+    from finetune.config.schema import QuantConfig
+
+FOUR_BIT = ("nf4", "fp4")
+# Weights that share a scale, and scales that share one when they are quantized themselves.
+_BLOCK, _OUTER_BLOCK = 64, 256
+_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_SHOWN = 3
+
+
+def storage_of(cfg: QuantConfig, linears: Sequence[str], head: str) -> dict[str, str]:
+    """What each linear layer is stored as, in the words of `quant.type`; none is the model's own dtype.
+
+    linears: full names of all linear layers. head: the output layer's, which is never quantized.
+    Raises: ConfigError with every entry of `quant.keep` and `quant.int8` that matches no layer, and every layer that is
+    named in both.
+    """
+    kept = {pattern: [name for name in linears if matches(pattern, name)] for pattern in cfg.keep}
+    # A glob over everything means what can be in 8 bit.
+    eight = {pattern: [n for n in linears if n != head and matches(pattern, n)] for pattern in cfg.int8}
+    blocks = [name for name in linears if name != head]
+    problems = [
+        f"quant.keep: {lost!r} matches no linear layer; {close_names(lost, linears)}"
+        for lost, names in kept.items()
+        if not names
+    ]
+    for lost in (pattern for pattern, names in eight.items() if not names):
+        only_head = f"means {head}, which always is in 16 bit; drop it" if matches(lost, head) else None
+        problems.append(f"quant.int8: {lost!r} {only_head or f'matches no linear layer; {close_names(lost, blocks)}'}")
+    stored = dict.fromkeys(linears, str(cfg.type)) | {head: "none"}
+    stored |= dict.fromkeys((name for names in eight.values() for name in names), "int8")
+    twice = [name for names in kept.values() for name in names if name != head and name in set().union(*eight.values())]
+    if twice := list(dict.fromkeys(twice)):
+        listed = f"{', '.join(twice[:_SHOWN])}{f' and {len(twice) - _SHOWN} more' if len(twice) > _SHOWN else ''}"
+        problems.append(f"quant.keep and quant.int8 both name {listed}; name each layer in one of them")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return stored | dict.fromkeys((name for names in kept.values() for name in names), "none")
+
+
+def stored_bytes(kind: str, shape: tuple[int, int], double: bool, dtype: str) -> int:
+    """Bytes of a weight [out, in] and its scales. kind: as in `storage_of`; double: scales quantized as well.
+
+    Not counted: tables that are the same for every 4-bit weight, a kilobyte each.
+    Source: Dettmers et al. 2023, arXiv:2305.14314 (4 bits); 2022, arXiv:2208.07339 (8 bits, a scale for each row).
+    """
+    weights = shape[0] * shape[1]
+    if kind == "none":
+        return weights * _DTYPE_BYTES[dtype]
+    if kind == "int8":
+        return weights + 4 * shape[0]
+    blocks = -(-weights // _BLOCK)
+    return -(-weights // 2) + (blocks + 4 * -(-blocks // _OUTER_BLOCK) if double else 4 * blocks)

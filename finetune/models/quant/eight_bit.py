@@ -1,0 +1,103 @@
+"""Layers in 8 bit beside 4-bit ones: bitsandbytes' own, with the bits and the outlier threshold of quant.type=int8.
+
+In evaluation mode a product is LLM.int8's: inputs are rounded to 8 bits as well, columns with an outlier stay as they
+are. In training on a CPU the weight is dequantized and multiplied in the inputs' type.
+Source: Dettmers et al. 2022, arXiv:2208.07339.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Weights quantized at once on a CPU, in whole rows, as copies in fp16 and fp32.
+_CHUNK = 1 << 16
+
+
+def eight_bit_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every 8-bit layer, with its full name."""
+    import bitsandbytes as bnb
+
+    for name, module in base.named_modules():
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            yield name, module
+
+
+def give_eight_bit_layers(base: nn.Module, names: Iterable[str], threshold: float) -> None:
+    """Put bitsandbytes' layers, whose weights are yet to come, in the place of plain linear ones.
+
+    threshold: from which on an input is an outlier; that of transformers' settings for quant.type=int8.
+    """
+    import bitsandbytes as bnb
+
+    given = False
+    for name in names:
+        old: Any = base.get_submodule(name)
+        with torch.device("meta"):
+            new: Any = bnb.nn.Linear8bitLt(
+                old.in_features, old.out_features, old.bias is not None, has_fp16_weights=False, threshold=threshold
+            )
+        new.bias, new.source_cls = old.bias, type(old)
+        new.requires_grad_(False)
+        base.set_submodule(name, new.train(old.training))
+        given = True
+    if given:
+        # What PEFT asks for before it puts an adapter for 8-bit layers on one.
+        vars(base)["is_loaded_in_8bit"] = True
+
+
+def quantize_rows(weight: Tensor, each: Callable[..., Iterable[Any]] = map) -> tuple[Tensor, Tensor]:
+    """A matrix [out, in] as int8 [out, in], and the largest size of each row, fp32 [out].
+
+    each: applies a function to pieces, as `map` does. Rows are independent of each other.
+    """
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    if weight.device.type != "cpu":
+        codes, largest, _ = int8_vectorwise_quant(weight.contiguous().half())
+        return codes, largest
+    pieces = weight.split(max(1, _CHUNK // weight.shape[1]))
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    largest = torch.empty(weight.shape[0], dtype=torch.float32)
+
+    def fill(number: int) -> None:
+        some, theirs, _ = int8_vectorwise_quant(pieces[number].half())
+        start = number * len(pieces[0])
+        codes[start : start + len(some)] = some
+        largest[start : start + len(some)] = theirs
+
+    for _ in each(fill, range(len(pieces))):
+        pass
+    return codes, largest
+
+
+def put_rows(module: Any, codes: Tensor, largest: Tensor) -> None:
+    """Give an 8-bit layer its weight, from `quantize_rows`."""
+    import bitsandbytes as bnb
+
+    parts: dict[str, Any] = {"has_fp16_weights": False, "CB": codes, "SCB": largest}
+    module.weight = bnb.nn.Int8Params(codes, requires_grad=False, **parts)
+
+
+def rows_of(module: Any) -> tuple[Tensor, Tensor]:
+    """What `put_rows` gave a layer, before its first pass or after."""
+    scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+    return module.weight.data, scales
+
+
+def dequantize_rows(codes: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] that a training step on a CPU multiplies with, rounded as there."""
+    return codes.to(dtype).mul_(largest[:, None] * (1.0 / 127.0))
+
+
+def quantize_loaded(base: nn.Module, names: Iterable[str], threshold: float) -> None:
+    """Turn plain linear layers that have their weights into 8-bit ones."""
+    names = list(names)
+    weights = {name: base.get_submodule(name).weight for name in names}
+    give_eight_bit_layers(base, names, threshold)
+    for name in names:
+        weight: Any = weights.pop(name)
+        put_rows(base.get_submodule(name), *quantize_rows(weight.data))

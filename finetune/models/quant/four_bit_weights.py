@@ -1,0 +1,111 @@
+"""The quantized form of one weight at a time, without a model around it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BitsAndBytesConfig
+
+from finetune.config.schema import ModelConfig, QuantConfig
+from finetune.models.quant.cache import Say
+from finetune.models.quant.eight_bit import dequantize_rows, eight_bit_modules, quantize_rows
+from finetune.models.quant.four_bit import (
+    build_skeleton,
+    cache_of,
+    give_quantized_layers,
+    quantize,
+    quantized_modules,
+    quantizing_workers,
+)
+from finetune.models.quant.quantize import storage_in
+from finetune.ops.dequantize import dequantized_values
+
+# Rows `start` to `stop` of a weight, fp32 on the CPU.
+Rows = Callable[[int, int], Tensor]
+
+
+class QuantizedWeights:
+    """What a model's weights are in 4 or 8 bit: as training left them in its cache, else quantized when asked for.
+
+    Both are the same bits: the cache is found by all that decides them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Mapping[str, Path],
+        model: ModelConfig,
+        quant: QuantConfig,
+        settings: BitsAndBytesConfig,
+        device: torch.device,
+        say: Say,
+    ):
+        """folder, files: of the 16-bit model. settings: from `load.quantization_of`. say: as for `load_base`."""
+        skeleton = build_skeleton(folder, getattr(torch, model.dtype), "eager")
+        storage = storage_in(skeleton, quant)
+        give_quantized_layers(skeleton, settings, storage, device)
+        self._like = {f"{name}.weight": module.weight for name, module in quantized_modules(skeleton)}
+        self._eight_bit = {f"{name}.weight" for name, _ in eight_bit_modules(skeleton)}
+        self._device = device
+        self._dtype: torch.dtype = getattr(torch, model.dtype)
+        self._computed_in: torch.dtype = getattr(torch, quant.compute_dtype)
+        self._cached: dict[str, dict[str, Tensor]] = {}
+        cache = cache_of(files, model, quant, storage, device, say)
+        for name, tensor in ((cache.find() if cache is not None else None) or {}).items():
+            owner, _, key = name.partition(".weight")
+            self._cached.setdefault(f"{owner}.weight", {})[key.removeprefix(".")] = tensor
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._like or name in self._eight_bit
+
+    @property
+    def names(self) -> set[str]:
+        """Of the weights that are quantized."""
+        return self._eight_bit | set(self._like)
+
+    def row_unit(self, name: str, width: int) -> int:
+        """Rows [out] of so many numbers after which a block of the quantization ends, always."""
+        if name in self._eight_bit:
+            return 1
+        block = self._like[name].blocksize
+        return block // math.gcd(block, width)
+
+    def dequantized(self, name: str, original: Callable[[], Tensor]) -> Rows:
+        """The weight as training computes with it: quantized with the same options, and rounded as there.
+
+        original: reads it in 16 bit [out, in], if it has to be. A weight is cheap once: its pages are let go of then.
+        Rows are to be asked for from a multiple of `row_unit` on.
+        """
+        if name in self._eight_bit:
+            codes, largest = self._eight_bit_form(name, original)
+            return lambda start, stop: (
+                dequantize_rows(codes[start:stop], largest[start:stop], self._dtype).float().cpu()
+            )
+        return _four_bit_rows(*self._four_bit_form(name, original), self._computed_in)
+
+    def _eight_bit_form(self, name: str, original: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        if parts := self._cached.pop(name, None):
+            return parts[""].to(self._device), parts["SCB"].to(self._device)
+        with quantizing_workers() as workers:
+            return quantize_rows(original().to(device=self._device, dtype=self._dtype), workers.map)
+
+    def _four_bit_form(self, name: str, original: Callable[[], Tensor]) -> tuple[Tensor, Any]:
+        """A weight packed as uint8 [n, 1], and bitsandbytes' state of it."""
+        from bitsandbytes.functional import QuantState
+
+        if parts := self._cached.pop(name, None):
+            packed = parts.pop("")
+            return packed.to(self._device), QuantState.from_dict(parts, self._device)
+        weight = original().to(device=self._device, dtype=self._dtype)
+        with quantizing_workers() as workers:
+            return quantize(weight, self._like[name], workers.map)
+
+
+def _four_bit_rows(packed: Tensor, state: Any, computed_in: torch.dtype) -> Rows:
+    width, values = state.shape[1], dequantized_values(packed, state, computed_in)
+    return lambda start, stop: values(start * width, stop * width).view(-1, width).float().cpu()

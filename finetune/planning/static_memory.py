@@ -1,0 +1,188 @@
+"""Bytes that a run holds whatever its rows are: the base by precision, what is trained, gradients, the optimizer.
+
+Source: Dettmers et al. 2023, arXiv:2305.14314 (4-bit blocks of 64 weights, 8-bit double quantization in blocks of 256).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig, RunConfig
+from finetune.models.module_matching import ends_with, matches, matches_key
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+FOUR_BIT = ("nf4", "fp4")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_BIASED = ("q_proj", "k_proj", "v_proj")
+_BLOCK, _OUTER_BLOCK = 64, 256
+# fp32: a trained value; its gradient; AdamW's two moments.
+_VALUE, _GRADIENT, _MOMENTS = 4, 4, 8
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Static memory of one rank. parameters, trained: counts. parts: bytes by what they are for, none of them 0."""
+
+    parameters: int
+    trained: int
+    parts: Mapping[str, float]
+
+    @property
+    def total_bytes(self) -> float:
+        return sum(self.parts.values())
+
+
+def linear_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """(out, in) features of each linear of one Qwen2 block."""
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    head = shape.get("head_dim") or hidden // heads
+    kv = shape["num_key_value_heads"] * head
+    inner = shape["intermediate_size"]
+    return {
+        "q_proj": (heads * head, hidden),
+        "k_proj": (kv, hidden),
+        "v_proj": (kv, hidden),
+        "o_proj": (hidden, heads * head),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+
+
+def plan_memory(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig, lora: LoraConfig) -> MemoryPlan:
+    """Static bytes of a Qwen2 model of this shape (keys as in config.json), quantized and adapted as configured."""
+    linears, layers, hidden = linear_shapes(shape), shape["num_hidden_layers"], shape["hidden_size"]
+    width, table = DTYPE_BYTES[model.dtype], shape["vocab_size"] * hidden
+    vectors = layers * sum(linears[name][0] for name in _BIASED) + (2 * layers + 1) * hidden
+    tied = bool(shape.get("tie_word_embeddings"))
+    trained = trained_parameters(shape, lora)
+    parts = _base_parts(shape, model, quant)
+    parts |= {
+        "embedding" if not tied else "embedding and head (tied)": table * width,
+        "head": 0 if tied else table * width,
+        "norms and biases": vectors * width,
+        "adapter": trained * _VALUE,
+        "gradients": trained * _GRADIENT,
+        "optimizer": trained * _MOMENTS,
+    }
+    return MemoryPlan(
+        parameters=parameters_of(shape),
+        trained=trained,
+        parts={name: float(size) for name, size in parts.items() if size},
+    )
+
+
+def parameters_of(shape: Mapping[str, Any]) -> int:
+    """Parameters of a Qwen2 model, a tied table counted once."""
+    linears, layers, hidden = linear_shapes(shape), shape["num_hidden_layers"], shape["hidden_size"]
+    block = sum(out * inputs for out, inputs in linears.values()) + sum(linears[name][0] for name in _BIASED)
+    tables = 1 if shape.get("tie_word_embeddings") else 2
+    return layers * (block + 2 * hidden) + hidden + tables * shape["vocab_size"] * hidden
+
+
+def _base_parts(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig) -> dict[str, float]:
+    """The blocks' linears by precision, and the 16-bit copies that `quant.resident` keeps of 4-bit ones."""
+    parts: dict[str, float] = {}
+    linears = linear_shapes(shape)
+    for layer in range(shape["num_hidden_layers"]):
+        for name, precision in layer_precisions(layer, model, quant).items():
+            weights = linears[name][0] * linears[name][1]
+            key = f"linears in {precision}"
+            parts[key] = parts.get(key, 0.0) + weights * bytes_per_weight(precision, quant)
+            if precision == "int8":
+                parts[key] += 4 * linears[name][0]  # a scale for each row
+            if quant.resident and precision in FOUR_BIT:
+                copies = "16-bit copies of 4-bit linears"
+                parts[copies] = parts.get(copies, 0.0) + weights * DTYPE_BYTES[quant.compute_dtype]
+    return parts
+
+
+def layer_precisions(layer: int, model: ModelConfig, quant: QuantConfig) -> dict[str, str]:
+    """How each linear of a block is stored: nf4, fp4, int8, or the model's own type."""
+    return {name: precision_of(module_path(layer, name), model, quant) for name in LINEARS}
+
+
+def precision_of(path: str, model: ModelConfig, quant: QuantConfig) -> str:
+    """How one linear of a block is stored. path: its full name."""
+    if quant.type == "none" or any(matches(pattern, path) for pattern in quant.keep):
+        return model.dtype
+    return "int8" if any(matches(pattern, path) for pattern in quant.int8) else quant.type
+
+
+def bytes_per_weight(precision: str, quant: QuantConfig) -> float:
+    """Storage of one weight of a linear, the scales of 4-bit blocks included."""
+    if precision in DTYPE_BYTES:
+        return DTYPE_BYTES[precision]
+    if precision == "int8":
+        return 1.0
+    return 0.5 + (1 / _BLOCK + 4 / (_BLOCK * _OUTER_BLOCK) if quant.double else 4 / _BLOCK)
+
+
+def module_path(layer: int, name: str) -> str:
+    """Full name of a linear of a Qwen2 block."""
+    room = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+    return f"model.layers.{layer}.{room}.{name}"
+
+
+def trained_parameters(shape: Mapping[str, Any], lora: LoraConfig) -> int:
+    """Values that training moves: factors, DoRA's magnitudes, modules trained in full, rows of new tokens."""
+    linears, total = linear_shapes(shape), 0
+    for layer in range(shape["num_hidden_layers"]):
+        for name in adapted_linears(layer, lora):
+            out, inputs = linears[name]
+            total += rank_of(module_path(layer, name), lora) * (out + inputs) + (out if lora.dora else 0)
+    tables = 1 if shape.get("tie_word_embeddings") else 2
+    total += len(lora.new_tokens) * shape["hidden_size"] * tables
+    return total + sum(size for path, size in _modules(shape) if is_saved(path, lora))
+
+
+def is_saved(path: str, lora: LoraConfig) -> bool:
+    """Whether a module is trained in full (`lora.modules_to_save`)."""
+    return any(ends_with(path, wanted) for wanted in lora.modules_to_save)
+
+
+def _modules(shape: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Full name and values of every module that holds any."""
+    linears, hidden = linear_shapes(shape), shape["hidden_size"]
+    table = shape["vocab_size"] * hidden
+    yield from (("model.embed_tokens", table), ("lm_head", table), ("model.norm", hidden))
+    for layer in range(shape["num_hidden_layers"]):
+        yield f"model.layers.{layer}.input_layernorm", hidden
+        yield f"model.layers.{layer}.post_attention_layernorm", hidden
+        for name, (out, inputs) in linears.items():
+            yield module_path(layer, name), out * inputs + (out if name in _BIASED else 0)
+
+
+def rank_of(path: str, lora: LoraConfig) -> int:
+    """Rank of the adapter on a module: `lora.rank`, or the first of `lora.rank_pattern` that means it."""
+    return next((rank for key, rank in lora.rank_pattern.items() if matches_key(key, path)), lora.rank)
+
+
+def adapted_linears(layer: int, lora: LoraConfig) -> frozenset[str]:
+    """Names of the linears of one Qwen2 block that get an adapter."""
+    if lora.layers_to_transform is not None and layer not in lora.layers_to_transform:
+        return frozenset()
+    targets = lora.target_modules
+    return _targets_in(layer, targets if isinstance(targets, str) else tuple(targets))
+
+
+@functools.cache
+def _targets_in(layer: int, targets: tuple[str, ...] | str) -> frozenset[str]:
+    paths = {name: module_path(layer, name) for name in LINEARS}
+    if isinstance(targets, tuple):
+        return frozenset(n for n, path in paths.items() if any(ends_with(path, target) for target in targets))
+    return frozenset(n for n, path in paths.items() if targets == "all-linear" or re.fullmatch(targets, path))
+
+
+def static_of(cfg: RunConfig, shape: Mapping[str, Any]) -> MemoryPlan:
+    """`plan_memory` of a whole config."""
+    return plan_memory(shape, cfg.model, cfg.quant, cfg.lora)
+
+
+def in_words(size_bytes: float) -> str:
+    """`4.10 GiB`, or `2.1 MiB` where that would be next to nothing."""
+    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 0.1 * 2**30 else f"{size_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,1 @@
+"""What `finetune data` shows of a dataset."""

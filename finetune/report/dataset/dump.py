@@ -1,0 +1,29 @@
+"""Every tokenized row, for other programs to read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import IO, Any
+
+import numpy as np
+
+from finetune.data.loader import LoadedData, Source
+from finetune.data.template.chat import UNTRAINED
+
+
+def write_dump(stream: IO[str], data: LoadedData) -> None:
+    """Every document of data.train, then of data.eval, a JSON object a line; memory holds one of them."""
+    for source in (*data.train, *data.eval):
+        for row in _rows(source):
+            stream.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def _rows(source: Source) -> Iterator[dict[str, Any]]:
+    """labels: not shifted, UNTRAINED where a token is no target. row: counts from 0 in the source."""
+    name, documents = source.config.name or source.path, source.documents
+    for row, start, length in zip(documents.rows, documents.starts, documents.lengths, strict=True):
+        piece = source.store.piece(int(row), int(start), int(length))
+        labels = np.where(piece.weights > 0, piece.ids, UNTRAINED)
+        index = int(source.store.indices[row])
+        yield {"source": name, "row": index, "input_ids": piece.ids.tolist(), "labels": labels.tolist()}

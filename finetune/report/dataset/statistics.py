@@ -1,0 +1,296 @@
+"""What a run's data are like, in figures: rows, lengths, targets, duplicates, leaks, packing. Nothing is printed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from finetune.config.schema import RunConfig
+from finetune.data.loader import LoadedData, Source, is_held_out
+from finetune.data.packing import SequenceOrder
+from finetune.data.template.chat import ChatTemplate
+
+UNTEMPLATED = frozenset({"text", "tokens"})  # formats whose rows no chat template touches
+Section = Literal["train", "eval", "held out"]
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Rows of `first` to `last` tokens, both included."""
+
+    first: int
+    last: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Extreme:
+    """The longest or shortest row."""
+
+    tokens: int
+    place: str
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of rows in tokens, before any is cut. median, most: half and 95 % of the rows are no longer."""
+
+    bins: tuple[Bin, ...]
+    shortest: Extreme
+    longest: Extreme
+    median: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of the rows of one source, or of all training rows.
+
+    rows, tokens, targets: as encoded, before any row is cut. documents, kept_tokens: what is left for training.
+    too_long: rows longer than data.max_length. left_out: rows that are not used, by reason. duplicates: used rows that
+    repeat an earlier one of the same source (in the total: of any). shared: used rows that stand in other training
+    sources too.
+    control_tokens: spelled out in texts, in `control_rows` rows, the first at `control_place`.
+    scripts: letters by script, of `sampled` rows.
+    """
+
+    rows: int
+    tokens: int
+    targets: int
+    lengths: Lengths
+    documents: int
+    kept_tokens: int
+    too_long: int
+    left_out: Counter[str]
+    duplicates: int
+    shared: tuple[tuple[str, int], ...]
+    control_tokens: int
+    control_rows: int
+    control_place: str
+    scripts: Counter[str]
+    sampled: int
+
+    @property
+    def target_share(self) -> float:
+        return self.targets / self.tokens if self.tokens else 0.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows [R] of a source's store that are trained on, or evaluated with."""
+
+    section: Section
+    source: Source
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """One source with its figures; a source with held-out rows gives two. bad_rows: the file that lists them."""
+
+    section: Section
+    name: str
+    path: str
+    format: str
+    weight: float
+    bad_rows: str
+    figures: Figures
+
+
+@dataclass(frozen=True)
+class Order:
+    """An epoch as it will be trained. fill: share of the packed sequences' room that holds tokens; None unpacked."""
+
+    sequences: int
+    tokens: int
+    steps: int
+    fill: float | None
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that `finetune data` tells of a run. ends: what ends with which token: a turn, a document."""
+
+    name: str
+    model: str
+    max_length: int
+    truncation: str
+    template: str
+    ends: tuple[tuple[str, str], ...]
+    parts: tuple[PartReport, ...]
+    training: Figures
+    order: Order
+
+
+def parts_of(data: LoadedData, held_out: float) -> list[Part]:
+    """Every source's rows, rows that are too long included: those of data.train, of data.eval, and the held-out ones.
+
+    held_out: data.held_out; the last items of `data.eval` are then the rows held out of each training source.
+    """
+    parts = [Part("train", s, np.flatnonzero(~is_held_out(s.store.hashes, held_out))) for s in data.train]
+    given = len(data.eval) - (len(data.train) if held_out else 0)
+    parts += [Part("eval", source, np.arange(len(source.store))) for source in data.eval[:given]]
+    held = data.eval[given:]
+    return parts + [Part("held out", s, np.flatnonzero(is_held_out(s.store.hashes, held_out))) for s in held]
+
+
+def build_report(
+    data: LoadedData, cfg: RunConfig, chat: ChatTemplate, scripts: Sequence[tuple[Counter[str], int]]
+) -> Report:
+    """All figures of a run's data.
+
+    scripts: letters by script and rows sampled, of each part in the order of `parts_of`.
+    """
+    parts = parts_of(data, cfg.data.held_out)
+    reports = [
+        PartReport(
+            part.section,
+            part.source.name,
+            part.source.path,
+            part.source.store.format,
+            part.source.weight,
+            str(part.source.store.bad_rows),
+            _figures(part, parts, cfg, *found),
+        )
+        for part, found in zip(parts, scripts, strict=True)
+    ]
+    trained = [report.figures for report in reports if report.section == "train"]
+    return Report(
+        name=cfg.name,
+        model=cfg.model.name,
+        max_length=cfg.data.max_length,
+        truncation=cfg.data.truncation,
+        template=cfg.data.chat_template or "the tokenizer's own",
+        ends=_ends(reports, chat),
+        parts=tuple(reports),
+        training=_total([part for part in parts if part.section == "train"], trained, cfg.data.max_length),
+        order=_order(data, cfg),
+    )
+
+
+def _ends(parts: Sequence[PartReport], chat: ChatTemplate) -> tuple[tuple[str, str], ...]:
+    formats = {part.format for part in parts}
+    ends = [("a turn", chat.turn_end_id)] if formats - UNTEMPLATED else []
+    ends += [("a document", chat.end_of_text_id)] if "text" in formats else []
+    return tuple((what, chat.token_of(token) or "nothing") for what, token in ends)
+
+
+def _figures(part: Part, parts: Sequence[Part], cfg: RunConfig, scripts: Counter[str], sampled: int) -> Figures:
+    store, used = part.source.store, part.source.rows
+    lengths, spelled = store.lengths[part.rows], store.control_tokens[part.rows]
+    too_long = int((lengths > cfg.data.max_length).sum())
+    hashes = store.hashes[used]
+    others = [other.source for other in parts if other.section == "train" and other is not part]
+    shared = [(other.name, int(np.isin(hashes, other.store.hashes[other.rows]).sum())) for other in others]
+    return Figures(
+        rows=len(part.rows),
+        tokens=int(lengths.sum()),
+        targets=int(store.targets[part.rows].sum()),
+        lengths=_lengths(lengths, [part], cfg.data.max_length),
+        documents=len(part.source.documents),
+        kept_tokens=int(part.source.documents.lengths.sum()),
+        too_long=too_long,
+        left_out=_left_out(part, cfg),
+        duplicates=len(hashes) - len(np.unique(hashes)),
+        shared=tuple((name, rows) for name, rows in shared if rows),
+        control_tokens=int(spelled.sum()),
+        control_rows=int((spelled > 0).sum()),
+        control_place=store.place(int(part.rows[np.flatnonzero(spelled)[0]])) if spelled.any() else "",
+        scripts=scripts,
+        sampled=sampled,
+    )
+
+
+def _left_out(part: Part, cfg: RunConfig) -> Counter[str]:
+    """Rows that give no document. A row that is short enough always gives one."""
+    why = f"longer than {cfg.data.max_length:,} tokens"
+    if cfg.data.truncation != "drop":
+        why = f"no target left within {cfg.data.max_length:,} tokens"
+    bad = 0 if part.section == "held out" else part.source.store.meta.bad_rows  # They have no hash to be held out by.
+    return +Counter({"bad rows": bad, why: len(part.rows) - len(part.source.rows)})
+
+
+def _total(parts: Sequence[Part], figures: Sequence[Figures], limit: int) -> Figures:
+    lengths = np.concatenate([part.source.store.lengths[part.rows] for part in parts])
+    hashes = np.concatenate([part.source.store.hashes[part.source.rows] for part in parts])
+    scripts: Counter[str] = Counter()
+    for one in figures:  # Sources of very different sizes are sampled alike, and count by their rows.
+        for script, letters in one.scripts.items():
+            scripts[script] += round(letters * one.rows / one.sampled)
+    return Figures(
+        rows=len(lengths),
+        tokens=int(lengths.sum()),
+        targets=sum(one.targets for one in figures),
+        lengths=_lengths(lengths, parts, limit),
+        documents=sum(one.documents for one in figures),
+        kept_tokens=sum(one.kept_tokens for one in figures),
+        too_long=sum(one.too_long for one in figures),
+        left_out=sum((one.left_out for one in figures), Counter()),
+        duplicates=len(hashes) - len(np.unique(hashes)),
+        shared=(),
+        control_tokens=sum(one.control_tokens for one in figures),
+        control_rows=sum(one.control_rows for one in figures),
+        control_place=next((one.control_place for one in figures if one.control_place), ""),
+        scripts=scripts,
+        sampled=sum(one.sampled for one in figures),
+    )
+
+
+def _lengths(lengths: np.ndarray, parts: Sequence[Part], limit: int) -> Lengths:
+    """lengths [N]: of the rows of all parts, one part after another."""
+
+    def extreme(index: int) -> Extreme:
+        for part in parts:
+            if index < len(part.rows):
+                row = int(part.rows[index])
+                return Extreme(int(part.source.store.lengths[row]), part.source.store.place(row))
+            index -= len(part.rows)
+        raise IndexError(index)
+
+    median, most = np.percentile(lengths, [50, 95], method="inverted_cdf")
+    return Lengths(
+        length_bins(lengths, limit),
+        extreme(int(lengths.argmin())),
+        extreme(int(lengths.argmax())),
+        int(median),
+        int(most),
+    )
+
+
+def length_bins(lengths: np.ndarray, limit: int) -> tuple[Bin, ...]:
+    """A histogram of lengths [N], at least one. Borders are 2, 3, 4, 6, 8, 12, … tokens, and `limit` is one of them."""
+    powers = 2 ** np.arange(int(lengths.max()).bit_length() + 1)
+    lasts = np.union1d(powers, powers[1:] * 3 // 2)
+    lasts = np.union1d(lasts[(lasts < 0.8 * limit) | (lasts > 1.25 * limit)], [limit])
+    places = np.searchsorted(lasts, lengths)
+    rows = np.bincount(places)
+    firsts = np.concatenate([[1], lasts[:-1] + 1])
+    occupied = range(int(places.min()), int(places.max()) + 1)
+    return tuple(Bin(int(firsts[i]), int(lasts[i]), int(rows[i])) for i in occupied)
+
+
+def _order(data: LoadedData, cfg: RunConfig) -> Order:
+    capacity = cfg.data.max_length if cfg.data.packing else None
+    lengths = data.documents.lengths
+    order = SequenceOrder(lengths, data.weights, capacity, cfg.train.batch_size, cfg.train.seed)
+    sequences = order.epoch(0)
+    tokens = int(sum(lengths[sequence].sum() for sequence in sequences))
+    return Order(
+        sequences=len(sequences),
+        tokens=tokens,
+        steps=order.steps_in(0),
+        fill=tokens / (len(sequences) * capacity) if capacity and sequences else None,
+        total_steps=cfg.train.max_steps or order.steps_for(cfg.train.epochs or 1),
+    )
+
+
+def evenly_spaced(count: int, wanted: int) -> list[int]:
+    """`wanted` indices below `count`, first and last among them, all of them where there are no more."""
+    if wanted >= count:
+        return list(range(count))
+    return [round(i * (count - 1) / max(1, wanted - 1)) for i in range(wanted)]

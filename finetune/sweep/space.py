@@ -1,0 +1,166 @@
+"""What a sweep's words vary: Hydra's sweep syntax on the command line, `lora.rank=8,16` or `interval(1e-5,1e-3)`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, product
+from pathlib import Path
+from typing import Any, get_args
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import (
+    Glob,
+    IntervalSweep,
+    Override,
+    OverrideType,
+    QuotedString,
+    RangeSweep,
+)
+from hydra.errors import HydraException
+
+from finetune.config.keys import find
+from finetune.config.problems import COMMAND_LINE, Problem, config_error
+from finetune.system.resources import packaged
+
+MOST_RUNS = 1000
+_OURS = {
+    "output_dir": "the sweep names its runs' folders; sweep.out says where",
+    "train.resume": "a sweep resumes itself",
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One setting that varies. word: as typed. choices: its values as override texts; empty for an interval.
+
+    low, high: ends of an interval. whole: only whole numbers. logarithmic: of the search's scale. step: between the
+    numbers of a range.
+    """
+
+    key: str
+    word: str
+    choices: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    whole: bool = False
+    logarithmic: bool = False
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Space:
+    """fixed: overrides that every run has. parameters: what varies, in the order typed."""
+
+    fixed: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def combinations(self) -> int:
+        return math.prod(len(parameter.choices) for parameter in self.parameters)
+
+    def grid(self) -> Iterator[dict[str, str]]:
+        """Every combination, key -> value; the last key varies fastest."""
+        keys = [parameter.key for parameter in self.parameters]
+        for values in product(*(parameter.choices for parameter in self.parameters)):
+            yield dict(zip(keys, values, strict=True))
+
+
+def read_space(words: Sequence[str], config: str, searching: bool) -> Space:
+    """Tell the words of a command line that vary from those that do not.
+
+    searching: whether an interval can be drawn from. Raises: ConfigError with everything that is wrong.
+    """
+    fixed, parameters, problems = [], [], []
+    # As for a run, the last of two words for a key wins.
+    for key, word in {word.partition("=")[0].strip().lstrip("+"): word for word in words}.items():
+        if key in _OURS:
+            problems.append(Problem(key, _OURS[key], COMMAND_LINE))
+        elif (override := _parsed(word)) is None or not override.is_sweep_override():
+            fixed.append(word)
+        else:
+            try:
+                parameters.append(_parameter(key, word, override, config))
+            except ValueError as error:
+                problems.append(Problem(key, str(error), COMMAND_LINE))
+    problems += [
+        Problem(parameter.key, "an interval holds no grid; give sweep.trials=20, or values", COMMAND_LINE)
+        for parameter in parameters
+        if not parameter.choices and not searching
+    ]
+    if not parameters and not problems:
+        text = "nothing varies; give a key several values, as train.learning_rate=1e-4,2e-4"
+        problems.append(Problem("", text, COMMAND_LINE))
+    space = Space(tuple(fixed), tuple(parameters))
+    if not searching and not problems and space.combinations > MOST_RUNS:
+        text = f"the grid has more than {MOST_RUNS:,} runs; sweep.trials=50 searches instead"
+        problems.append(Problem("", text, COMMAND_LINE))
+    if problems:
+        raise config_error("the sweep", problems, lambda key: "")
+    return space
+
+
+def _parsed(word: str) -> Override | None:
+    """None for what is not Hydra's grammar: a regex, a path; whether a run takes it is the config's to say."""
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except (HydraException, RecursionError):
+        return None
+    return override if override.type in (OverrideType.CHANGE, OverrideType.ADD, OverrideType.FORCE_ADD) else None
+
+
+def _parameter(key: str, word: str, override: Override, config: str) -> Parameter:
+    """Raises: ValueError saying what is wrong."""
+    value = override._value
+    if isinstance(value, IntervalSweep):
+        return _interval(key, word, value)
+    if isinstance(value, Glob):
+        choices = sorted(value.filter(_options(key, config)))
+        if not choices:
+            raise ValueError(f"no option of the group {key} matches; there are {', '.join(_options(key, config))}")
+        return Parameter(key, word, tuple(choices))
+    choices = list(dict.fromkeys(islice(map(_text, override.sweep_iterator()), MOST_RUNS + 1)))
+    if not choices:
+        raise ValueError("there is no value in it")
+    step = value.step if isinstance(value, RangeSweep) and all(map(_is_whole, (value.start, value.step))) else None
+    return Parameter(key, word, tuple(choices), step=int(step) if step else None)
+
+
+def _interval(key: str, word: str, value: IntervalSweep) -> Parameter:
+    low, high = value.start, value.end
+    if low is None or high is None or low >= high:
+        raise ValueError(f"the interval from {low} to {high} is empty; its first number is the smaller one")
+    logarithmic = "log" in value.tags
+    if logarithmic and low <= 0:
+        raise ValueError("a logarithmic interval starts above 0")
+    kinds = set(_kinds(find(key)))
+    whole = (_is_whole(low) and _is_whole(high)) or (int in kinds and float not in kinds)
+    if whole and not (float(low).is_integer() and float(high).is_integer()):
+        raise ValueError(f"takes whole numbers; the interval is from {low} to {high}")
+    return Parameter(key, word, (), float(low), float(high), whole, logarithmic)
+
+
+def _kinds(kind: Any) -> Iterator[Any]:
+    """A type and all that it is made of."""
+    yield kind
+    for inner in get_args(kind):
+        yield from _kinds(inner)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _options(group: str, config: str) -> list[str]:
+    folders = (Path(config).expanduser().parent, Path.cwd(), Path.cwd() / "configs", packaged("configs"))
+    return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+
+
+def _text(value: Any) -> str:
+    """A value as it is typed in an override."""
+    if isinstance(value, QuotedString):
+        return value.with_quotes()
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return value if isinstance(value, str) else str(Override._get_value_element_as_str(value))

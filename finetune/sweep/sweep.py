@@ -1,0 +1,264 @@
+"""A sweep from its options to a table: every combination is checked before the first run, then they run by turns."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from finetune.config.command_options import SweepSettings
+from finetune.config.compose import load_config
+from finetune.config.schema import RunConfig
+from finetune.report.facts import figure_named
+from finetune.report.run import RESULT, read_run
+from finetune.report.settings import flat
+from finetune.sweep.outcome import write_outcome, write_table
+from finetune.sweep.record import Record, Trial, check_same, load_record
+from finetune.sweep.running import Stop, run_process, wait_until_free
+from finetune.sweep.search import check_optuna, suggest
+from finetune.sweep.space import Space, read_space
+from finetune.system.errors import ConfigError, FinetuneError, Interrupted
+
+_SHOWN_PROBLEMS = 10
+_METRICS = {
+    "eval_loss",
+    "final_loss",
+    "exact_match_after",
+    "teacher_kl_after",
+    "recovered",
+    "peak_bytes",
+    "train_seconds",
+    "tokens_per_second",
+}
+_JUDGING = ("sweep.metric", "sweep.minimize")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep whose every combination is a legal run. first: the config of one of them."""
+
+    config: str
+    space: Space
+    settings: SweepSettings
+    first: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings.out or f"outputs/{self.first.name}-sweep").expanduser()
+
+    @property
+    def minimize(self) -> bool:
+        if self.settings.direction != "auto":
+            return self.settings.direction == "minimize"
+        return figure_named(self.settings.metric).lower_is_better is not False
+
+    @property
+    def runs(self) -> int:
+        return self.settings.trials or self.space.combinations
+
+    def command(self, trial: Trial) -> list[str]:
+        """The words that run a trial, or go on with it."""
+        default = [sys.executable, "-m", "finetune.cli", "train"]
+        launch = shlex.split(self.settings.launch) if self.settings.launch else default
+        values = [f"{key}={value}" for key, value in trial.values.items()]
+        folder = self.folder / trial.folder_name
+        ours = [f"name={self.first.name}-{trial.number:03d}", f"output_dir={folder}", "train.resume=auto"]
+        return [*launch, f"config={self.config}", *self.space.fixed, *values, *ours]
+
+
+def plan_sweep(config: str, words: Sequence[str], settings: SweepSettings) -> Plan:
+    """Read what varies and try every combination as a config.
+
+    words: the command line's, without those of `sweep.`. Raises: ConfigError with everything that is wrong.
+    """
+    if settings.trials is not None:
+        check_optuna()
+    space = read_space(words, config, settings.trials is not None)
+    first: RunConfig | None = None
+    problems: dict[str, str] = {}
+    for values in _tried(space, settings.trials is not None):
+        try:
+            cfg = load_config(config, [*space.fixed, *(f"{key}={value}" for key, value in values.items())])
+            first = first or cfg
+        except ConfigError as error:
+            problems.setdefault(str(error), " ".join(f"{key}={value}" for key, value in values.items()))
+    if problems or first is None:
+        shown = [f"with {values}: {message}" for message, values in list(problems.items())[:_SHOWN_PROBLEMS]]
+        more = [f"… and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
+        raise ConfigError("\n".join(["the sweep holds runs that cannot be:", *shown, *more]))
+    _check_metric(settings.metric, first)
+    return Plan(config, space, settings, first)
+
+
+def _tried(space: Space, searching: bool) -> Iterator[dict[str, str]]:
+    """Combinations to check: all of a grid; of a search every value beside the first ones of the others."""
+    if not searching:
+        yield from space.grid()
+        return
+    ends = {p.key: p.choices or (_end(p.low, p.whole), _end(p.high, p.whole)) for p in space.parameters}
+    firsts = {key: values[0] for key, values in ends.items()}
+    yield firsts
+    for key, values in ends.items():
+        yield from ({**firsts, key: value} for value in values[1:])
+
+
+def _end(value: float, whole: bool) -> str:
+    return repr(int(value) if whole else value)
+
+
+def _check_metric(metric: str, cfg: RunConfig) -> None:
+    held_out = bool(cfg.data.eval or cfg.data.held_out)
+    needs = {
+        "eval_loss": (held_out, "needs held-out rows: data.eval or data.held_out; or sweep.metric=final_loss"),
+        "exact_match_after": (cfg.generation.rows > 0, "needs generation.rows=100, or another number"),
+        "teacher_kl_after": (cfg.distill.objective != "none", "needs a teacher: distill.objective"),
+        "recovered": (cfg.distill.objective == "recover", "needs distill.objective=recover"),
+    }
+    if metric.startswith("eval/"):
+        fits, text = held_out, "needs held-out rows: data.eval or data.held_out"
+    elif metric not in _METRICS:
+        fits, text = False, f"there is no such figure; there are {', '.join(sorted(_METRICS))}, and eval/SET/accuracy"
+    else:
+        fits, text = needs.get(metric, (True, ""))
+    if not fits:
+        raise ConfigError(f"sweep.metric={metric}: {text}")
+
+
+def run_sweep(plan: Plan, say: Say) -> Record:
+    """Make the runs that are missing and write the table after each of them.
+
+    Raises: ConfigError if the folder holds another sweep or one that is going on; Interrupted after a signal, when the
+    run that was going on has saved its checkpoint; FinetuneError if every run failed.
+    """
+    folder = plan.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", blocking=False), Stop() as stop:
+            record = _open(plan)
+            record.save(folder)
+            _run_all(plan, record, stop, say)
+            write_outcome(folder, plan.first.name, record)
+    except Timeout as error:
+        raise ConfigError(f"sweep.out: another sweep is running in {folder}") from error
+    except OSError as error:
+        raise ConfigError(f"sweep.out: cannot write to {folder}: {error.strerror or error}") from error
+    if all(trial.status == "failed" for trial in record.trials):
+        errors = dict.fromkeys(trial.error or "" for trial in record.trials)
+        raise FinetuneError("\n".join(["every run of the sweep failed:", *errors]))
+    return record
+
+
+def _open(plan: Plan) -> Record:
+    """The record to go on with: that of the folder, or a new one."""
+    found = load_record(plan.folder)
+    spec = _spec(plan)
+    if found is None:
+        trials = [] if plan.settings.trials else [Trial(i, values) for i, values in enumerate(plan.space.grid(), 1)]
+        return Record(spec, plan.settings.metric, plan.minimize, trials)
+    # Where nothing has been judged yet, how to judge may still change.
+    judged = any(trial.metric is not None for trial in found.trials)
+    old, new = ({k: v for k, v in one.items() if judged or k not in _JUDGING} for one in (found.spec, spec))
+    check_same(plan.folder, old, new)
+    return Record(spec, plan.settings.metric, plan.minimize, found.trials)
+
+
+def _spec(plan: Plan) -> dict[str, Any]:
+    """What decides the runs. The number of a search's trials does not: more of them go on where fewer ended."""
+    varying = tuple(f"{parameter.key}." for parameter in plan.space.parameters)
+    fixed = {
+        key: value
+        for key, value in flat(plan.first.model_dump(mode="json"))
+        if not f"{key}.".startswith(varying) and key not in ("output_dir", "name")
+    }
+    swept = {parameter.key: parameter.word.partition("=")[2] for parameter in plan.space.parameters}
+    spec = {**fixed, **swept, "sweep": "grid"}
+    if plan.settings.trials:
+        judged = dict(zip(_JUDGING, (plan.settings.metric, plan.minimize), strict=True))
+        spec |= {"sweep": "search", "sweep.seed": plan.settings.seed, **judged}
+    return spec
+
+
+def _run_all(plan: Plan, record: Record, stop: Stop, say: Say) -> None:
+    for number in range(1, plan.runs + 1):
+        if number > len(record.trials):
+            values = suggest(plan.space, record.trials, plan.minimize, plan.settings.seed)
+            record.trials.append(Trial(number, values))
+        trial = record.trials[number - 1]
+        heading = f"run {number} of {plan.runs}: {trial.described}"
+        earlier = next((other for other in record.trials[: number - 1] if other.values == trial.values), None)
+        if _settle(trial, plan, record):
+            say(f"{heading}: done before")
+        elif earlier is not None:
+            trial.same_as, trial.status, trial.error = earlier.number, earlier.status, earlier.error
+            trial.metric = earlier.metric
+            say(f"{heading}: the same as run {earlier.number}")
+        else:
+            say(f"\n{heading}")
+            _run(trial, plan, record, stop)
+            say(f"{heading}: {_ending(trial, record)}")
+        record.save(plan.folder)
+        write_table(plan.folder, record)
+        if trial.status == "finished" and trial.metric is None:
+            _check_measured(plan.folder / trial.folder_name, record.metric)
+        if stop.received:
+            write_outcome(plan.folder, plan.first.name, record)
+            raise Interrupted(
+                stop.received, f"stopped in run {number} of {plan.runs}; the same command goes on from there"
+            )
+
+
+def _ending(trial: Trial, record: Record) -> str:
+    judged = figure_named(record.metric)
+    figure = "" if trial.metric is None else f", {judged.label} {judged.form(trial.metric)}"
+    return f"{trial.status}{figure}{f', {trial.error}' if trial.error else ''}"
+
+
+def _check_measured(folder: Path, metric: str) -> None:
+    """Raises: ConfigError if a finished run did not measure what the sweep is about; no other run would."""
+    run = read_run(folder)
+    if run.value(metric) is None:
+        there = [*sorted(_METRICS), *(run.result.get("evaluations") or {})]
+        known = ", ".join(dict.fromkeys(name for name in there if run.figure(name) is not None))
+        raise ConfigError(f"sweep.metric={metric}: {folder} has none; it has {known}")
+
+
+def _run(trial: Trial, plan: Plan, record: Record, stop: Stop) -> None:
+    folder = plan.folder / trial.folder_name
+    wait_until_free(folder, stop)
+    before = _changed(folder / RESULT)
+    trial.status, trial.error = "running", None
+    record.save(plan.folder)
+    code, message = run_process(plan.command(trial), plan.folder / f"{trial.folder_name}.log", stop)
+    if code == 0 and _settle(trial, plan, record):
+        return
+    told = ""
+    if _changed(folder / RESULT) != before:
+        told = str(read_run(folder).result.get("error") or "")
+    stopped = code in (130, 143) or bool(stop.received)
+    trial.status = "stopped" if stopped else "failed"
+    trial.error = None if stopped else (told or message or f"ended with exit code {code} and without a word")
+
+
+def _changed(file: Path) -> int:
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
+def _settle(trial: Trial, plan: Plan, record: Record) -> bool:
+    """Note the figure of a run that has finished, also one whose end a killed sweep did not see."""
+    folder = plan.folder / trial.folder_name
+    if trial.same_as is not None:
+        return trial.status == "finished"
+    if not (folder / RESULT).is_file():
+        return False
+    run = read_run(folder)
+    if run.status != "finished":
+        return False
+    trial.status, trial.metric = "finished", run.figure(record.metric)
+    trial.error = None if trial.metric is not None else f"its {record.metric} is {run.value(record.metric)}"
+    return True

@@ -1,0 +1,245 @@
+"""Chat keeps the conversation, obeys its commands, finds the settings of an adapter, and writes nothing to the terminal
+that could control it."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from finetune.commands import chat
+from finetune.commands.chat import ChatSettings, Conversation, respond, talk
+from finetune.config.compose import load_config, to_yaml
+from finetune.data.formats.messages import Message
+from finetune.evaluation import decoding
+from finetune.models.fused import FastDecoderLayer
+from finetune.models.load import load_base
+from finetune.models.quant.four_bit import quantized_modules
+from finetune.system.arguments import Arguments
+from finetune.system.errors import ConfigError, DataError, InputError
+from finetune.system.resources import packaged
+
+LETTERS = SimpleNamespace(eos_token_id=0, pad_token_id=0, decode=lambda ids, **_: "".join(map(chr, ids)))
+
+
+class LetterTemplate:
+    """A chat template of one token a character, which remembers what it was asked."""
+
+    def __init__(self):
+        self.seen: list[list[Message]] = []
+
+    def prompt_ids(self, messages: list[Message]) -> list[int]:
+        self.seen.append(list(messages))
+        return [ord(c) for m in messages for c in m.content]
+
+    def stop_ids(self) -> list[int]:
+        return [0, 1]
+
+
+class Scripted:
+    """A model that writes a given answer token by token; an exception in the script is raised there."""
+
+    device = "cpu"
+    config = SimpleNamespace(max_position_embeddings=64, model_type="qwen2")
+
+    def __init__(self, *script):
+        self.script = script
+
+    def generate(self, input_ids, generation_config, streamer, **_):
+        self.generation_config = generation_config
+        streamer.put(input_ids)
+        for part in self.script:
+            if isinstance(part, BaseException):
+                raise part
+            for character in part:
+                streamer.put(torch.tensor([ord(character)]))
+        streamer.end()
+
+
+def conversation(*script, **options) -> Conversation:
+    return Conversation(Scripted(*script), LETTERS, LetterTemplate(), ChatSettings(**options))  # type: ignore[arg-type]
+
+
+def arguments(*overrides: str, config: str | None = None) -> Arguments:
+    return Arguments(config, overrides, frozenset())
+
+
+def test_every_turn_sees_the_turns_before_it_and_the_system_message():
+    talking = conversation("fine", system="short")
+    talking.answer("hi")
+    talking.answer("bye")
+    roles = [(m.role, m.content) for m in talking.chat.seen[-1]]
+    assert roles == [("system", "short"), ("user", "hi"), ("assistant", "fine"), ("user", "bye")]
+
+
+def test_without_a_system_setting_the_template_gets_none():
+    talking = conversation("fine")
+    talking.answer("hi")
+    assert [m.role for m in talking.chat.seen[0]] == ["user"]
+
+
+def test_reset_forgets_and_exit_ends(capsys):
+    talking = conversation("fine")
+    talk(talking, ["hi", "/reset", "again", "/exit", "never"])
+    assert [[m.content for m in seen] for seen in talking.chat.seen] == [["hi"], ["again"]]
+    assert capsys.readouterr().out == "fine\nfine\n"
+
+
+@pytest.mark.parametrize(("line", "told"), [("/rest", "/reset"), ("/ext", "/exit"), ("/help", "/reset")])
+def test_commands_and_near_misses_never_reach_the_model(line: str, told: str, capsys):
+    talking = conversation("fine")
+    assert respond(talking, line)
+    assert talking.chat.seen == [] and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["/usr/bin/env: what is it?", "a/b", "exit", "reset /reset"])
+def test_ordinary_text_with_slashes_reaches_the_model(line: str):
+    talking = conversation("fine")
+    assert respond(talking, line)
+    assert [m.content for m in talking.chat.seen[0]] == [line]
+
+
+def test_the_model_cannot_send_control_characters_to_the_terminal(capsys):
+    attack = "\x1b]0;owned\x07\x1b[2Jhello\r\x9b31m\x7f\ttab\nline"
+    talking = conversation(attack)
+    talking.answer("hi")
+    out = capsys.readouterr().out
+    assert not [c for c in out if (ord(c) < 32 and c not in "\t\n") or 127 <= ord(c) < 160]
+    assert "hello" in out and "\ttab\nline" in out
+    assert talking.turns[-1].content == attack
+
+
+def test_ctrl_c_keeps_what_was_written_at_a_terminal_and_ends_a_pipe(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    talking = conversation("half ", "of ", KeyboardInterrupt())
+    talking.answer("hi")
+    assert talking.turns[-1].content.startswith("half")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False))
+    with pytest.raises(KeyboardInterrupt):
+        talking.answer("hi")
+
+
+def test_an_answer_stopped_before_its_first_word_leaves_no_turns(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    talking = conversation(KeyboardInterrupt())
+    talking.answer("hi")
+    assert talking.turns == []
+
+
+def test_a_conversation_longer_than_the_context_is_refused_and_kept_as_it_was(capsys):
+    talking = conversation("fine")
+    talking.answer("hi")
+    before = list(talking.turns)
+    with pytest.raises(DataError, match="/reset"):
+        talking.answer("x" * 100)
+    talk(talking, ["x" * 100, "ok"])
+    assert talking.turns[: len(before)] == before and len(talking.turns) == len(before) + 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_answers_stay_inside_the_context_and_stop_at_the_end_of_text_and_of_turn():
+    talking = conversation("fine", max_new_tokens=500)
+    talking.answer("x" * 60)
+    assert talking.model.generation_config.max_new_tokens == 4
+    assert talking.model.generation_config.eos_token_id == [0, 1]
+    assert talking.model.generation_config.do_sample is False
+
+
+def test_temperature_above_zero_draws():
+    talking = conversation("fine", temperature=0.7)
+    talking.answer("hi")
+    assert talking.model.generation_config.do_sample is True
+    assert talking.model.generation_config.temperature == 0.7
+
+
+def test_every_wrong_setting_is_named_at_once():
+    with pytest.raises(InputError, match=r"max_new_tokens.*'many'.*temperature.*'-1'"):
+        chat.run_chat(arguments("model=x", "max_new_tokens=many", "temperature=-1"))
+
+
+def test_something_to_talk_to_is_needed():
+    with pytest.raises(InputError, match=r"adapter=.*model=.*config="):
+        chat.run_chat(arguments("temperature=1"))
+
+
+@given(st.text(st.characters(exclude_categories=["C"]), min_size=1))
+@example("it's \\' a \\\\ 'test'\\")
+def test_a_model_folder_may_have_any_name(name: str):
+    override = OverridesParser.create().parse_override(f"model.name={chat._quoted(name)}")
+    assert override.value() == name
+
+
+def test_a_bare_adapter_brings_its_base_and_revision_and_the_default_quantization(tmp_path: Path):
+    base = {"base_model_name_or_path": "Qwen/Qwen2.5-0.5B", "revision": "abc"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(base))
+    config = chat._find_config(None, None, tmp_path, ["quant.double=false"])
+    assert (config.model.name, config.model.revision) == ("Qwen/Qwen2.5-0.5B", "abc")
+    assert (config.quant.type, config.quant.double) == ("nf4", False)
+    assert chat._find_config(None, "elsewhere", tmp_path, []).model.name == "elsewhere"
+
+
+@pytest.mark.parametrize("where", [".", "checkpoint-3"])
+def test_an_adapter_of_a_run_is_loaded_as_it_was_trained(tmp_path: Path, where: str):
+    trained = load_config("lora.yaml", ["model.name=my/base", "quant.type=int8", "quant.double=false"])
+    (tmp_path / "config.yaml").write_text(to_yaml(trained))
+    folder = tmp_path / where
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "other"}))
+    config = chat._find_config(None, None, folder, [])
+    assert (config.model.name, config.quant.type) == ("my/base", "int8")
+    assert chat._find_config(None, "moved/base", folder, []).model.name == "moved/base"
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[]", "no json"])
+def test_a_folder_that_is_no_adapter_is_named(tmp_path: Path, content: str | None):
+    if content is not None:
+        (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(ConfigError, match="adapter"):
+        chat._find_config(None, None, tmp_path, [])
+
+
+def test_a_pipe_gives_one_answer_a_line_and_nothing_else(monkeypatch, capsys):
+    monkeypatch.setattr(chat, "load_conversation", lambda *_: conversation("fine"))
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\n\n\xff two\n/exit\nthree\n"), encoding="utf-8")
+    )
+    assert chat.run_chat(arguments(config=str(packaged("configs") / "lora.yaml"))) == 0
+    assert capsys.readouterr().out == "fine\nfine\n"
+
+
+@pytest.mark.parametrize(
+    ("free", "settings", "kept"),
+    [
+        (2**34, [], True),
+        (2**20, [], False),
+        (None, [], False),
+        (2**34, ["train.fast=false"], False),
+    ],
+)
+def test_weights_are_dequantized_once_where_memory_has_room_for_them(monkeypatch, free, settings, kept):
+    """And the answers are those of weights dequantized for each token."""
+    monkeypatch.setattr(decoding, "available_memory", lambda: free)
+    config = load_config(str(packaged("configs") / "quickstart.yaml"), settings)
+    talking = chat.load_conversation(config, None, ChatSettings(max_new_tokens=8))
+    layers = [module for _, module in quantized_modules(talking.model)]
+    assert layers and {hasattr(layer, "resident_weight") for layer in layers} == {kept}
+    assert {isinstance(module, FastDecoderLayer) for module in talking.model.model.layers} == {
+        "train.fast=false" not in settings
+    }
+    talking.answer("hi")
+    expected = load_base(config.model, config.quant).generate(
+        torch.tensor([talking.chat.prompt_ids([Message("user", "hi")])]),
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=talking.chat.stop_ids(),
+        pad_token_id=0,
+    )
+    assert talking.turns[-1].content in talking.tokenizer.decode(expected[0], skip_special_tokens=True)

@@ -1,0 +1,280 @@
+"""`finetune data` and `finetune data convert`: their words, what they write, and what they say when they cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.cli import main
+from finetune.config.schema import SourceConfig
+from finetune.data.formats.messages import Conversation
+from finetune.data.formats.parser import RowParser
+from finetune.data.sources.paths import read_rows
+from finetune.system.arguments import parse_arguments
+
+CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a config of two training sources and one to evaluate with."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", *(chat(f"{i} + 1?", str(i + 1)) for i in range(20)))
+    write(tmp_path / "b.jsonl", {"text": "a document"}, {"text": "another document"})
+    write(tmp_path / "e.jsonl", chat("7 + 7?", "14"))
+    (tmp_path / "run.yaml").write_text(
+        "model: {name: '${packaged:data/tiny-qwen2.5}'}\n"
+        "data:\n  train: [{path: a.jsonl}, {path: b.jsonl, name: documents}]\n  eval: [{path: e.jsonl}]\n"
+        "train: {batch_size: 1}\n"
+    )
+    return tmp_path
+
+
+def chat(question: str, answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def write(file: Path, *rows: object) -> None:
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_command_takes_its_own_words_out_of_the_settings():
+    words = ["show=1", "data.held_out=0.1", "html=a=b.html", "show=3", "config=x.yaml"]
+    own, others = parse_arguments(words, ()).split(("show", "html", "dump"))
+    assert own == {"show": "3", "html": "a=b.html"} and others == ["data.held_out=0.1"]
+
+
+def test_the_report_goes_to_stdout_and_is_plain_without_a_terminal(folder, capsys):
+    assert main(["data", "config=run.yaml"]) == 0
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out and captured.err == ""
+    rows = [" ".join(line.split()) for line in captured.out.splitlines()]
+    assert any(row.startswith("a 20 ") for row in rows) and any(row.startswith("together 22 ") for row in rows)
+    assert "a train, messages rows of a.jsonl" in rows and "documents train, text rows of b.jsonl" in rows
+    assert "template: the tokenizer's own; a turn ends with <|im_end|>; a document ends with <|endoftext|>" in rows
+    assert rows[-1] == "nothing looks wrong"
+
+
+def test_show_prints_rows_with_their_targets_marked(folder, capsys):
+    assert main(["data", "config=run.yaml", "show=3"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("── row ") == 3 and "⟦1<|im_end|>⟧" in out and "a.jsonl:1 ·" in out
+    assert "b.jsonl:2 ·" in out and "another document<|endoftext|>⟧" in out.replace("⟦", "")
+
+
+def test_the_dump_holds_every_row_in_order_with_unshifted_labels(folder, capsys):
+    assert main(["data", "config=run.yaml", "dump=rows.jsonl", "data.truncation=drop"]) == 0
+    dumped = lines(folder / "rows.jsonl")
+    assert all(list(row) == ["source", "row", "input_ids", "labels"] for row in dumped)
+    places = [(row["source"], row["row"]) for row in dumped]
+    assert places == [*(("a.jsonl", i) for i in range(20)), ("documents", 0), ("documents", 1), ("e.jsonl", 0)]
+    for row in dumped:
+        assert len(row["input_ids"]) == len(row["labels"])
+        assert all(label in (-100, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+    assert dumped[20]["labels"] == dumped[20]["input_ids"]
+    trained = [label for label in dumped[0]["labels"] if label != -100]
+    assert len(trained) == 2 and dumped[0]["labels"][-3:-1] == trained  # `1`, <|im_end|>; not the newline
+    assert capsys.readouterr().err == "dump: rows.jsonl\n"
+
+
+def test_bad_rows_keep_their_number_and_held_out_rows_are_dumped_too(folder):
+    write(folder / "a.jsonl", *(chat(f"{i}?", "x") if i != 3 else "{broken" for i in range(40)))
+    settings = ["data.on_bad_row=skip", "data.held_out=0.3", "data.train=[{path: a.jsonl}]", "data.eval=[]"]
+    assert main(["data", "config=run.yaml", "dump=rows.jsonl", *settings]) == 0
+    rows = [row["row"] for row in lines(folder / "rows.jsonl")]
+    assert sorted(rows) == [i for i in range(40) if i != 3] and rows != sorted(rows)
+
+
+def test_a_stream_is_looked_at_whole(folder, capsys):
+    assert main(["data", "config=run.yaml", "data.stream_rows=5", "train.max_steps=4"]) == 0
+    out = capsys.readouterr().out
+    assert "together" in out and "data.stream_rows=5 rows at a time" in out
+
+
+def test_a_leak_is_loud(folder, capsys):
+    write(folder / "e.jsonl", chat("3 + 1?", "4"))
+    assert main(["data", "config=run.yaml"]) == 0
+    assert "LEAK  e: 1 of its 1 rows are training rows of a too" in capsys.readouterr().out
+
+
+def test_a_target_of_any_weight_is_a_label_in_the_dump(folder):
+    row = chat("q", "half")
+    row["messages"][1]["weight"] = 0.5
+    write(folder / "a.jsonl", row, chat("q", "half"))
+    settings = ["data.train=[{path: a.jsonl}]", "data.eval=[]"]
+    assert main(["data", "config=run.yaml", "dump=rows.jsonl", *settings]) == 0
+    weighted, whole = lines(folder / "rows.jsonl")
+    assert weighted["labels"] == whole["labels"]
+
+
+def test_the_cut_rows_are_dumped_as_cut(folder):
+    settings = ["data.max_length=30", "data.truncation=right", "data.train=[{path: b.jsonl}]", "data.eval=[]"]
+    write(folder / "b.jsonl", {"text": "word " * 200})
+    assert main(["data", "config=run.yaml", "dump=rows.jsonl", *settings]) == 0
+    assert [len(row["input_ids"]) for row in lines(folder / "rows.jsonl")] == [30]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "finetune data needs config=X.yaml"),
+        (["config=run.yaml", "show=abc"], "show must be a whole number of rows, got 'abc'"),
+        (["config=run.yaml", "show=-1"], "write show=3"),
+        (["config=run.yaml", "show=²"], "write show=3"),
+        (["config=run.yaml", "shwo=3"], "unknown word shwo; did you mean show?"),
+        (["config=run.yaml", "htm=x"], "did you mean html?"),
+        (["config=run.yaml", "zzzz=3"], "zzzz"),
+        (["config=none.yaml"], "no config none.yaml"),
+        (["run.yaml"], "write config=run.yaml"),
+        (["config=run.yaml", "html=none/x.html"], "html=none/x.html: cannot be written: No such file"),
+        (["config=run.yaml", "dump=."], "dump=.: is a folder"),
+        (["config=run.yaml", "dump="], "dump=: name a file"),
+        (["config=run.yaml", "html=x", "dump=./x"], "dump=./x: cannot be written"),
+        (["config=run.yaml", "html=e.jsonl"], "html=e.jsonl: rows are read from there"),
+        (["config=run.yaml", "dump=./b.jsonl"], "dump=./b.jsonl: rows are read from there"),
+        (["config=run.yaml", "data.train.0.path=none.jsonl"], "none.jsonl"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_and_nothing_is_written(folder, capsys, words: list[str], said: str):
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    assert main(["data", *words]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and "Traceback" not in captured.err and captured.out == ""
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+
+
+SOURCES: dict[str, tuple[list[object], list[str]]] = {
+    "messages": ([chat("q", "a"), {**CHAT, "messages": [*CHAT["messages"], *chat("más?", "sí")["messages"]]}], []),
+    "weighted": ([{"messages": [*CHAT["messages"][:1], {"role": "assistant", "content": "4", "weight": 0.5}]}], []),
+    "alpaca": ([{"instruction": "add", "input": "2, 2", "output": "4", "system": "sum"}], []),
+    "sharegpt": (
+        [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}], "system": "be kind"}],
+        [],
+    ),
+    "named otherwise": (
+        [{"question": "q", "answer": "a"}],
+        ["columns={prompt: question, completion: answer}"],
+    ),
+    "one by one": ([{"question": "q", "answer": "a"}], ["columns.prompt=question", "columns.completion=answer"]),
+    "roles": (
+        [{"messages": [{"role": "customer", "content": "q"}, {"role": "agent", "content": "a"}]}],
+        ["roles={user: customer, assistant: [agent, bot]}"],
+    ),
+    "tools": (
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": "2 + 2?"},
+                    {
+                        "role": "assistant",
+                        "content": "",
+                        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}],
+                    },
+                    {"role": "tool", "content": "4"},
+                    {"role": "assistant", "content": "Four."},
+                ],
+                "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
+            }
+        ],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_is_converted_says_the_same(folder, capsys, name: str):
+    rows, words = SOURCES[name]
+    write(folder / "in.jsonl", *rows)
+    assert main(["data", "convert", "path=in.jsonl", "out=out.jsonl", *words]) == 0
+    assert capsys.readouterr().err == f"out.jsonl: {len(rows)} rows\n"
+    converted = lines(folder / "out.jsonl")
+    parser = RowParser(SourceConfig(path="out.jsonl"), "messages")
+    assert len(converted) == len(rows) and all("messages" in row for row in converted)
+    texts = json.dumps(rows, ensure_ascii=False)
+    for row in converted:
+        example = parser.parse(row)
+        assert isinstance(example, Conversation)
+        assert all(message.role in ("system", "user", "assistant", "tool") for message in example.messages)
+        assert all(line in texts for message in example.messages for line in message.content.split("\n"))
+    # Converted once more it stays what it is.
+    assert main(["data", "convert", "path=out.jsonl", "out=again.jsonl"]) == 0
+    assert (folder / "again.jsonl").read_bytes() == (folder / "out.jsonl").read_bytes()
+
+
+def test_limit_and_split_choose_the_rows(folder):
+    (folder / "rows").mkdir()
+    write(folder / "rows" / "train.jsonl", *(chat(str(i), "x") for i in range(9)))
+    write(folder / "rows" / "test.jsonl", chat("other", "x"))
+    assert main(["data", "convert", "path=rows", "split=train", "limit=4", "out=out.jsonl"]) == 0
+    asked = [row["messages"][0]["content"] for row in lines(folder / "out.jsonl")]
+    assert asked == ["0", "1", "2", "3"]
+
+
+def test_bad_rows_stop_the_conversion_or_are_left_out_and_listed(folder, capsys):
+    write(folder / "in.jsonl", "{broken", *(chat(str(i), "x") for i in range(29)), {"messages": []})
+    assert main(["data", "convert", "path=in.jsonl", "out=out.jsonl"]) == 2
+    err = capsys.readouterr().err
+    assert "2 of 31 rows are bad (on_bad_row=skip leaves them out)" in err
+    assert "in.jsonl:1: " in err and "in.jsonl:31: " in err and not (folder / "out.jsonl").exists()
+    assert main(["data", "convert", "path=in.jsonl", "out=out.jsonl", "on_bad_row=skip"]) == 2
+    assert "more than max_bad_share=0.05" in capsys.readouterr().err and not (folder / "out.jsonl").exists()
+    assert main(["data", "convert", "path=in.jsonl", "out=out.jsonl", "on_bad_row=skip", "max_bad_share=0.1"]) == 0
+    err = capsys.readouterr().err
+    assert "29 rows, 2 bad rows left out" in err and "in.jsonl:31: " in err
+    assert len(lines(folder / "out.jsonl")) == 29
+
+
+def test_a_text_with_half_a_surrogate_pair_is_a_bad_row_or_comes_back(folder):
+    """Whatever the reader allows, what is written can be read again."""
+    write(folder / "in.jsonl", chat('a\\b \u2028 "q" \x00 é', "x"), chat("漢", "字"))
+    assert main(["data", "convert", "path=in.jsonl", "out=out.jsonl"]) in (0, 2)
+    if (folder / "out.jsonl").exists():
+        assert [row.value for row in read_rows(SourceConfig(path="out.jsonl"))] == lines(folder / "in.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "needs path=ROWS and out=messages.jsonl"),
+        (["path=a.jsonl"], "needs path=ROWS and out=messages.jsonl"),
+        (["out=x.jsonl"], "needs path=ROWS and out=messages.jsonl"),
+        (["path=a.jsonl", "out=x.jsonl", "config=run.yaml"], "takes no config"),
+        (["path=a.jsonl", "out=e.jsonl"], "e.jsonl: the file exists already"),
+        (["path=a.jsonl", "out=none/x.jsonl"], "cannot be written"),
+        (["path=a.jsonl", "out=x.jsonl", "formt=alpaca"], "unknown word formt; did you mean format?"),
+        (["path=a.jsonl", "out=x.jsonl", "format=alpca"], "did you mean alpaca?"),
+        (["path=a.jsonl", "out=x.jsonl", "limit=0"], "limit: found 0; allowed: whole number >= 1"),
+        (["path=a.jsonl", "out=x.jsonl", "split=train"], "split: "),
+        (["path=a.jsonl", "out=x.jsonl", "roles={bot: x}"], "system | user | assistant | tool"),
+        (["path=a.jsonl", "out=x.jsonl", "on_bad_row=ignore"], "error | skip"),
+        (["path=a.jsonl", "out=x.jsonl", "limit=0", "format=x"], "the command line has errors"),
+        (["path=b.jsonl", "out=x.jsonl"], "holds raw text"),
+        (["path=b.jsonl", "out=x.jsonl", "format=alpaca"], "instruction"),
+        (["path=none.jsonl", "out=x.jsonl"], "none.jsonl"),
+        (["path=tokens.jsonl", "out=x.jsonl"], "holds tokens"),
+        (["path=empty.jsonl", "out=x.jsonl"], "no rows"),
+        (["path=odd.jsonl", "out=x.jsonl"], "odd.jsonl"),
+    ],
+)
+def test_what_cannot_be_converted_says_why_and_leaves_nothing(folder, capsys, words: list[str], said: str):
+    write(folder / "tokens.jsonl", {"input_ids": [1, 2]})
+    write(folder / "empty.jsonl")
+    write(folder / "odd.jsonl", {"color": "red"})
+    before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    assert main(["data", "convert", *words]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and "Traceback" not in captured.err and captured.out == ""
+    assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+
+
+@pytest.mark.parametrize("words", [["data"], ["data", "convert"]])
+def test_help_shows_examples(capsys, words: list[str]):
+    assert main([*words, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "Examples\n" in out and f"  finetune {' '.join(words)} " in out

@@ -1,0 +1,173 @@
+"""`finetune plan`: exit codes, JSON and tables; nothing heavy is imported, nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from finetune.cli import main
+from finetune.planning import auto_batch, timing
+from finetune.system.resources import packaged
+from tests.unit.planning.test_timing import RATES
+
+
+@pytest.fixture(autouse=True)
+def without_calibration(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+
+
+def plan(capsys, *words: str) -> tuple[int, dict]:
+    code = main(["plan", *words, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_a_run_that_fits_ends_with_0_and_one_that_does_not_with_3(capsys):
+    code, content = plan(capsys, "config=lora.yaml", "gpu_gb=16")
+    assert code == 0 and content["fits"] and content["changes"] == []
+    assert content["peak_bytes"] < content["needed_bytes"] <= content["free_bytes"] == 16e9
+    assert sum(content["parts"].values()) == pytest.approx(content["peak_bytes"])
+    code, content = plan(capsys, "config=lora.yaml", "gpu_gb=12", "train.recompute=none", "data.max_length=8192")
+    assert code == 3 and not content["fits"]
+    assert any(change["fits"] for change in content["changes"])
+
+
+def test_every_packaged_config_can_be_planned(capsys):
+    for file in sorted(packaged("configs").glob("*.yaml")):
+        code, content = plan(capsys, f"config={file.name}", "gpu_gb=80")
+        assert code == 0 and sum(content["parts"].values()) == pytest.approx(content["peak_bytes"]), file
+
+
+def test_what_auto_finds_fits_when_it_is_pasted(capsys):
+    words = ("config=lora.yaml", "gpu_gb=10", "data.max_length=16384", "train.recompute=none")
+    code, content = plan(capsys, *words, "auto=true")
+    assert code == 3
+    code, again = plan(capsys, *words, *content["auto"]["overrides"])
+    assert code == 0 and again["needed_bytes"] == pytest.approx(content["auto"]["needed_bytes"])
+
+
+def test_the_table_has_every_size_and_budget(capsys):
+    code, lengths = plan(capsys, "table=true")
+    assert code == 0 and list(lengths) == ["0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"]
+    assert list(lengths["7B"]) == ["8", "12", "16", "24", "48", "80"]
+    assert main(["plan", "table=true"]) == 0
+    text = capsys.readouterr().out
+    assert f"{lengths['7B']['24']:,}" in text and "\x1b" not in text and "base in nf4" in text
+
+
+def test_the_text_says_what_is_held_where_it_does_not_fit_and_what_to_change(capsys):
+    code = main(["plan", "config=lora.yaml", "gpu_gb=12", "train.recompute=none", "data.max_length=8192", "auto=true"])
+    text = capsys.readouterr().out
+    assert code == 3
+    for words in (
+        "activations kept",
+        "linears in nf4",
+        "predicted peak",
+        "DOES NOT FIT",
+        "saves",
+        "fastest that fits",
+        "assumed",
+        "TFLOP a step",
+    ):
+        assert words in text
+
+
+def test_time_is_measured_given_or_assumed_and_says_which(capsys):
+    words = ("config=quickstart.yaml", "train.max_steps=10")
+    assert "assumed" in plan(capsys, *words)[1]["rates"]
+    timing.write_rates("cpu", RATES)
+    content = plan(capsys, *words)[1]
+    if content["device"] == "this machine's memory":
+        assert content["rates"] == "measured on a machine"
+    assert content["total_seconds"] == pytest.approx(10 * content["step_seconds"])
+    given = plan(capsys, *words, "tflops=1")[1]
+    assert given["rates"] == "given: 1 TFLOP/s" and sum(given["seconds_shares"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "needs config=X.yaml"),
+        (("config=lora.yaml", "gpu_gb=0"), "gpu_gb"),
+        (("config=lora.yaml", "gpu_bg=16"), "gpu_bg"),
+        (("config=lora.yaml", "tokens=-1"), "tokens"),
+        (("config=lora.yaml", "document_tokens=4096"), "no row is longer than data.max_length=2048"),
+        (("table=true", "gpu_gb=16"), "drop gpu_gb"),
+        (("config=lora.yaml", "model.name=somebody/model"), "its shapes are not known here"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(words, message, capsys):
+    assert main(["plan", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+SHAPE = {
+    "model_type": "qwen2",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 777,
+    "tie_word_embeddings": False,
+}
+
+
+def test_a_local_model_of_one_layer_is_planned_by_its_own_shapes(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    code, content = plan(capsys, "config=lora.yaml", f"model.name={tmp_path}", "gpu_gb=1", "auto=true")
+    assert code == 0 and content["layers"] == 1 and content["auto"]["overrides"]
+    assert content["parts"]["embedding"] == 2 * 777 * 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"vocab_size": "many"}, "vocab_size='many'"),
+        ({"model_type": "llama"}, "supported: qwen2"),
+        (None, "its config.json is torn"),
+    ],
+)
+def test_a_local_model_that_is_none_is_refused(change, message, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{" if change is None else json.dumps({**SHAPE, **change}))
+    assert main(["plan", "config=lora.yaml", f"model.name={tmp_path}", "gpu_gb=1"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_ranks_share_a_step_and_each_holds_all_of_the_model(capsys, monkeypatch):
+    words = ("config=lora.yaml", "gpu_gb=80")
+    alone = plan(capsys, *words)[1]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    shared = plan(capsys, *words)[1]
+    assert shared["step_seconds"] == pytest.approx(alone["step_seconds"] / 4)
+    assert shared["peak_bytes"] >= alone["peak_bytes"]
+    main(["plan", *words])
+    assert "on each of 4 ranks" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert main(["plan", *words]) == 2 and "WORLD_SIZE=many" in capsys.readouterr().err
+
+
+def test_where_free_memory_is_not_known_nothing_is_promised(capsys, monkeypatch):
+    monkeypatch.setattr(auto_batch, "free_memory", lambda kind: None)
+    code, content = plan(capsys, "config=lora.yaml")
+    assert code == 0 and content["fits"] is None and content["changes"] == []
+    main(["plan", "config=lora.yaml"])
+    assert "may fit: how much" in capsys.readouterr().out
+
+
+def test_the_table_says_what_it_is_of(capsys):
+    main(["plan", "table=true", "train.recompute=none", "distill=recover"])
+    heading = capsys.readouterr().out.splitlines()[0]
+    assert "train.recompute=none" in heading and "its teacher resident" in heading
+
+
+def test_no_torch_is_needed():
+    code = (
+        "import sys; from finetune.cli import main; main(['plan', 'config=lora.yaml', 'gpu_gb=8', 'auto=true']); "
+        "main(['plan', 'table=true']); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'peft', 'datasets')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0

@@ -1,0 +1,52 @@
+"""KL of hidden states through a head, and the error of its mean."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from finetune.data.batch import build_batch
+from finetune.data.documents import Document
+from finetune.data.template.chat import UNTRAINED
+from finetune.losses import chunked
+from finetune.mixed_precision.divergences import divergences, documents_of_targets, mean_kl
+
+
+def document(length: int, targets: int) -> Document:
+    labels = np.full(length, UNTRAINED, np.int32)
+    labels[length - targets :] = 1
+    return Document(np.arange(length, dtype=np.int32), labels, f"rows:{length}")
+
+
+def test_divergences_are_those_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "_LOGITS_LIMIT", 50 * 4)  # chunks of a few rows
+    torch.manual_seed(0)
+    head, reference = nn.Linear(8, 60, bias=False).requires_grad_(False), torch.randn(11, 8)
+    changed = [reference + 0.1 * torch.randn(11, 8), reference.clone()]
+    found = divergences(reference, changed, head, 50)
+    weight = head.weight[:50].double()
+    log_p = (reference.double() @ weight.T).log_softmax(-1)
+    for number, hidden in enumerate(changed):
+        log_q = (hidden.double() @ weight.T).log_softmax(-1)
+        exact = (log_p.exp() * (log_p - log_q)).sum(-1)
+        torch.testing.assert_close(found[number].double(), exact, rtol=1e-3, atol=1e-6)
+    assert found[0].min() > 1e-4
+
+
+def test_targets_know_their_document() -> None:
+    batch = build_batch([document(4, 2), document(3, 0), document(5, 1)])
+    assert documents_of_targets(batch).tolist() == [0, 0, 2]
+
+
+def test_the_error_is_that_of_independent_rows() -> None:
+    """With documents of one target each: the standard error of a mean; doubled targets that agree add no certainty."""
+    nats = torch.rand(40, generator=torch.Generator().manual_seed(0))
+    one = mean_kl([nats[:30], nats[30:]], [build_batch([document(3, 1)] * 30), build_batch([document(3, 1)] * 10)])
+    assert one.kl == pytest.approx(float(nats.double().mean())) and one.tokens == 40
+    assert one.error == pytest.approx(float(nats.double().std()) / math.sqrt(40))
+    two = mean_kl([nats.repeat_interleave(2)], [build_batch([document(4, 2)] * 40)])
+    assert (two.kl, two.error, two.tokens) == (pytest.approx(one.kl), pytest.approx(one.error), 80)

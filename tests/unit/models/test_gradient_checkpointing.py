@@ -1,0 +1,210 @@
+"""Recomputing trades work for memory and nothing else: the layers asked for, no work past what backward needs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from finetune.data.batch import Batch, build_batch
+from finetune.losses.cross_entropy import CrossEntropy
+from finetune.models.fused import attach_fast_path
+from finetune.models.gradient_checkpointing import apply_recompute, recomputed_layers
+from finetune.ops import attention
+from finetune.ops.offload import HostOffload
+from finetune.system.errors import ConfigError
+from tests.parity.test_cross_entropy import documents
+
+LAYERS = 4
+
+
+def adapted(layers: list[int] | None = None, dropout: float = 0.0) -> PeftModel:
+    """A random model of four layers with adapters on q and v, in train mode."""
+    attention.register()
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation=attention.SEGMENTED,
+    )
+    lora = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "v_proj"],
+        layers_to_transform=layers,
+        lora_dropout=dropout,
+        init_lora_weights=False,
+    )
+    return get_peft_model(Qwen2ForCausalLM(config).requires_grad_(False), lora).train()
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return build_batch(documents([5, 70, 2, 9]))
+
+
+def gradients(model: PeftModel, batch: Batch) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    CrossEntropy(model)(batch).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def runs_of(model: PeftModel, module: str) -> Counter[int]:
+    """Counts, from now on, how often each layer's `module` runs."""
+    counts: Counter[int] = Counter()
+    for number, layer in enumerate(model.get_base_model().model.layers):
+        layer.get_submodule(module).register_forward_pre_hook(
+            lambda *_, number=number: counts.update([number])  # type: ignore[misc]
+        )
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [("none", []), (1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), ("all", [0, 1, 2]), ("offload", [0, 1, 2])],
+)
+def test_the_first_layers_are_recomputed_and_the_last_one_only_if_all_are_asked_for(setting, expected, batch):
+    model = adapted()
+    assert list(apply_recompute(model, setting)) == expected
+    counts = runs_of(model, "self_attn.q_proj")
+    gradients(model, batch)
+    assert counts == {number: 1 + (number in expected) for number in range(LAYERS)}
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("all", [2]), (1, [2]), (2, [2, 3]), (4, [2, 3]), ("none", [])])
+def test_layers_below_the_first_adapted_one_build_no_graph_and_run_once(setting, expected, batch):
+    model = adapted([2, 3])
+    assert list(apply_recompute(model, setting)) == expected
+    counts = runs_of(model, "self_attn.q_proj")
+    inputs = []
+    for layer in model.get_base_model().model.layers:
+        layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].requires_grad))
+    gradients(model, batch)
+    assert inputs == [False, False, False, True]
+    assert counts == {number: 1 + (number in expected) for number in range(LAYERS)}
+
+
+def test_more_layers_than_the_model_has_are_an_error_that_says_how_many_there_are():
+    with pytest.raises(ConfigError, match="asks for 5 layers, but the model has 4"):
+        apply_recompute(adapted(), 5)
+
+
+def test_a_trained_embedding_is_below_every_layer_and_a_trained_head_above():
+    model = adapted([3])
+    model.get_input_embeddings().weight.requires_grad_()
+    assert list(apply_recompute(model, "all")) == [0, 1, 2]
+    model = adapted([3])
+    model.get_base_model().lm_head.weight.requires_grad_()
+    assert list(apply_recompute(model, 4)) == [3]
+
+
+def test_a_model_with_one_layer_in_backward_recomputes_none_unless_told_the_number():
+    assert list(recomputed_layers("all", 4, first=3)) == []
+    assert list(recomputed_layers(4, 4, first=3)) == [3]
+    assert list(recomputed_layers("all", 4, first=4)) == []
+
+
+@pytest.mark.parametrize("storage", ["nf4", "none"])
+def test_a_frozen_down_proj_is_not_computed_again(storage, load, batch):
+    """A frozen linear of torch does save its weight, before it multiplies; so there the products are counted."""
+    model = get_peft_model(load(storage), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).train()
+    apply_recompute(model, 2)
+    if storage == "nf4":
+        counts = runs_of(model, "mlp.down_proj")
+        gradients(model, batch)
+        assert counts == {0: 1, 1: 1}
+        return
+    down = model.get_base_model().model.layers[0].mlp.down_proj
+    products = CountProducts(down.weight)
+    with products:
+        loss = CrossEntropy(model)(batch)
+    assert products.count == 1
+    with products:
+        loss.backward()
+    assert products.count == 2, "backward multiplies with it once, for the gradient of its input, and not once more"
+
+
+def test_a_frozen_down_proj_is_not_computed_again_on_the_fast_path(batch):
+    model = adapted()
+    attach_fast_path(model)
+    apply_recompute(model, LAYERS)
+    products = CountProducts(model.get_base_model().model.layers[1].mlp.down_proj.weight)
+    with products:
+        CrossEntropy(model)(batch).backward()
+    assert products.count == 2
+
+
+@pytest.mark.parametrize("setting", [2, "all", "offload"])
+def test_the_fast_paths_gradients_are_the_same_bits_with_dropout(setting, batch):
+    kept, recomputed = adapted(dropout=0.3), adapted(dropout=0.3)
+    for model, how in ((kept, "none"), (recomputed, setting)):
+        attach_fast_path(model)
+        apply_recompute(model, how)
+    expected = gradients(kept, batch)
+    for name, gradient in gradients(recomputed, batch).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+class CountProducts(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the matrix products that read a tensor's memory."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.place, self.count = weight.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.linear):
+            self.count += any(arg.untyped_storage().data_ptr() == self.place for arg in args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("setting", [1, 4, "all", "offload"])
+def test_gradients_are_the_same_bits_with_dropout(setting, batch):
+    kept, recomputed = adapted(dropout=0.3), adapted(dropout=0.3)
+    apply_recompute(kept, "none")
+    apply_recompute(recomputed, setting)
+    expected = gradients(kept, batch)
+    assert len(expected) == 4 * LAYERS
+    for name, gradient in gradients(recomputed, batch).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+def test_evaluation_recomputes_nothing(batch):
+    model = adapted()
+    apply_recompute(model, 4)
+    counts = runs_of(model, "self_attn.q_proj")
+    gradients(model.eval(), batch)
+    assert counts == dict.fromkeys(range(LAYERS), 1)
+
+
+def test_offloading_stores_each_recomputed_layers_input_and_nothing_else(batch, monkeypatch):
+    """torch's checkpoint must pass its inputs through the hooks around it, and keep what a layer saves to itself."""
+    stored = []
+    store = HostOffload._store
+    monkeypatch.setattr(HostOffload, "_store", lambda self, tensor: stored.append(tensor.shape) or store(self, tensor))
+    monkeypatch.setattr("finetune.models.gradient_checkpointing._on_gpu", lambda model: True)
+    model, kept = adapted(dropout=0.3), adapted(dropout=0.3)
+    apply_recompute(model, "offload")
+    found = gradients(model, batch)
+    assert stored == [(1, attention.round_up(batch.rows), 64)] * (LAYERS - 1)
+    for name, expected in gradients(kept, batch).items():
+        assert torch.equal(found[name], expected), name
+
+
+def test_offloaded_tensors_are_copies_and_go_with_their_graph():
+    offload = HostOffload()
+    x = torch.ones(3, requires_grad=True)
+    with offload.hooks():
+        y = (x * 2).pow(2)
+    last = offload._last()
+    assert last is not None and last.host.tolist() == [2, 2, 2]
+    y.sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [8, 8, 8]
+    del y, last
+    assert offload._last() is None

@@ -1,0 +1,152 @@
+"""Where model files come from, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors as hub_errors
+
+from finetune.config.schema import ModelConfig, QuantConfig
+from finetune.models import hub
+from finetune.models.hub import TEXT_FILES, fetch, read_config, read_tensor, weight_files
+from finetune.models.load import load_base
+from finetune.system.errors import ConfigError, IntegrityError, ResourceError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def copy(make_base, tmp_path: Path) -> Path:
+    """A base that a test may spoil."""
+    return Path(shutil.copytree(make_base(), tmp_path / "base"))
+
+
+def rewrite_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_folder_is_itself(copy: Path) -> None:
+    assert fetch(str(copy), None, TEXT_FILES, "model.name") == hub.Source(copy, None)
+
+
+def test_a_folder_has_no_revision(copy: Path) -> None:
+    with pytest.raises(ConfigError, match="has no revisions"):
+        fetch(str(copy), "main", TEXT_FILES, "model.name")
+
+
+@pytest.mark.parametrize("name", ["./missing", "/missing/folder", "a/b/c"])
+def test_a_missing_folder_is_no_hub_id(name: str) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        fetch(name, None, TEXT_FILES, "model.name")
+
+
+def test_a_hub_id_is_read_from_the_cache(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(copy, repository / "snapshots" / COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    model = load_base(ModelConfig(name="someone/tiny"), QuantConfig(type="none"), device="cpu")
+
+    assert (model.name_or_path, model.config.name_or_path) == ("someone/tiny", "someone/tiny")
+    assert model.base_revision == COMMIT
+
+
+def test_offline_and_not_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no folder here.*HF_HUB_OFFLINE is set.*local folder"):
+        fetch("no/such", None, TEXT_FILES, "model.name")
+
+
+def http_error(kind: type[hub_errors.HfHubHTTPError], status: int) -> hub_errors.HfHubHTTPError:
+    request = hub_errors.Response.__init__.__globals__["Request"]("GET", "https://hub.invalid/no/such")
+    return kind("refused", response=hub_errors.Response(status, request=request))
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (http_error(hub_errors.GatedRepoError, 403), r"gated: accept its terms.*HF_TOKEN.*local folder"),
+        (http_error(hub_errors.RepositoryNotFoundError, 401), r"neither a folder here nor a public hub id.*HF_TOKEN"),
+        (http_error(hub_errors.RevisionNotFoundError, 404), r"no revision 'v9'"),
+        (http_error(hub_errors.HfHubHTTPError, 500), r"could not be fetched: .*refused"),
+        (hub_errors.LocalEntryNotFoundError("none"), r"not complete in the cache"),
+    ],
+)
+def test_each_refusal_says_what_to_do(error: Exception, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(ConfigError, match=says):
+        fetch("no/such", "v9", TEXT_FILES, "model.name")
+
+
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub, "snapshot_download", full)
+    with pytest.raises(ResourceError, match="disk is full"):
+        fetch("no/such", None, TEXT_FILES, "model.name")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "names code to run"),
+        ({"model_type": "llama"}, "family 'llama'; supported: qwen2"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantized already"),
+    ],
+)
+def test_configs_that_are_refused(copy: Path, changes: dict, says: str) -> None:
+    rewrite_config(copy, **changes)
+    with pytest.raises(ConfigError, match=says):
+        read_config(copy, "base")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(None, "has no config.json"), ("{", "is no JSON"), ("[]", "no JSON object")]
+)
+def test_broken_configs(copy: Path, content: str | None, says: str) -> None:
+    (copy / "config.json").unlink()
+    if content is not None:
+        (copy / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=says):
+        read_config(copy, "base")
+
+
+def test_a_missing_shard_is_named(make_base, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(make_base(max_shard_size="60KB"), tmp_path / "base"))
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ConfigError, match=shard.name):
+        weight_files(folder, "base")
+
+
+def test_pickled_weights_are_refused(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"lacks model.safetensors; pytorch_model.bin is a pickle"):
+        weight_files(copy, "base")
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.999])
+def test_torn_weights_are_named(copy: Path, keep: float) -> None:
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
+    with pytest.raises(IntegrityError, match=r"model\.safetensors is not a whole safetensors file"):
+        weight_files(copy, "base")
+
+
+def test_shards_and_a_single_file_hold_the_same(make_base) -> None:
+    whole, shards = weight_files(make_base(), "a"), weight_files(make_base(max_shard_size="60KB"), "b")
+    assert whole.keys() == shards.keys()
+    assert len(set(shards.values())) > 1
+    for name in whole:
+        assert read_tensor(whole[name], name).equal(read_tensor(shards[name], name))

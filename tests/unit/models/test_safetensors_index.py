@@ -1,0 +1,89 @@
+"""A mapped tensor is the file's numbers, wherever in the file they begin, and costs no memory of the process's own."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from finetune.models.safetensors_index import Stored, WeightFiles, map_tensor
+from finetune.system.errors import IntegrityError
+
+
+def written(file: Path, **tensors: torch.Tensor) -> dict[str, Stored]:
+    save_file(tensors, file)
+    return WeightFiles(dict.fromkeys(tensors, file)).tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (70, 97), (2, 3, 4)])
+def test_a_mapped_tensor_is_what_was_written(dtype, shape, tmp_path):
+    tensors = {name: torch.randn(shape).to(dtype) for name in "abc"}
+    stored = written(tmp_path / "some.safetensors", **tensors)
+    assert len({place.offset for place in stored.values()}) == 3
+    for name, tensor in tensors.items():
+        found = map_tensor(stored[name])
+        assert found.dtype == dtype and found.shape == shape and found.is_contiguous() and torch.equal(found, tensor)
+
+
+@pytest.mark.parametrize("shift", [1, 2, 3, 4, 6, 8, 4096 - 6, 4096, 70_000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_tensor_may_begin_at_any_byte(shift, dtype, tmp_path):
+    tensor, file = torch.randn(50, 64).to(dtype), tmp_path / "numbers"
+    file.write_bytes(b"x" * shift + tensor.view(torch.uint8).numpy().tobytes() + b"x")
+    assert torch.equal(map_tensor(Stored(file, shift, dtype, (50, 64))), tensor)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4095, 4096, 5000])
+def test_a_file_that_ends_too_early_is_refused_before_it_is_touched(kept, tmp_path):
+    file = tmp_path / "some.safetensors"
+    place = written(file, a=torch.randn(100, 100))["a"]
+    with file.open("r+b") as stream:
+        stream.truncate(place.offset + kept)
+    with pytest.raises(IntegrityError, match=f"ends at byte {place.offset + kept:,}, before the weights"):
+        map_tensor(place)
+    assert map_tensor(replace(place, shape=(kept // 400, 100))).shape == (kept // 400, 100)
+
+
+MAPPED = """
+import sys
+from pathlib import Path
+import torch
+from finetune.models.safetensors_index import WeightFiles, map_tensor
+
+def memory():
+    rows = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    sizes = {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if row[-1] == "kB"}
+    return sizes["RssAnon"], sizes["RssFile"]
+
+file = Path(sys.argv[1])
+place = WeightFiles({"a": file}).tensors["a"]
+torch.ones(9).sum(), map_tensor(place)
+before = memory()
+tensor = map_tensor(place)
+tensor.sum()
+during = memory()
+del tensor
+after = memory()
+print(*(now - then for now, then in zip(during + after, before + before)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_it_takes_pages_of_the_file_alone_and_gives_them_back(repo_root, tmp_path):
+    place = written(tmp_path / "some.safetensors", a=torch.randn(4096, 4096))["a"]
+    size = math.prod(place.shape) * 4
+    command = [sys.executable, "-c", MAPPED, str(place.file)]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    anonymous, mapped, anonymous_left, mapped_left = map(int, done.stdout.split())
+    assert mapped >= size and anonymous < size / 8
+    assert mapped_left < size / 8 and anonymous_left < size / 8
+    # PyTorch warns of buffers that are not writable; nobody can act on that.
+    assert "writable" not in done.stderr

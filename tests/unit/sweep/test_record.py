@@ -1,0 +1,57 @@
+"""sweep.json: what is written is read again, the best stands first, and another sweep is told apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.sweep.record import RECORD, Record, Trial, check_same, load_record
+from finetune.system.errors import ConfigError, IntegrityError
+
+TRIALS = [
+    Trial(1, {"lora.rank": "4"}, "finished", 2.0),
+    Trial(2, {"lora.rank": "8"}, "failed", None, "no\nmemory"),
+    Trial(3, {"lora.rank": "16"}, "finished", 1.0),
+    Trial(4, {"lora.rank": "16"}, "finished", 1.0, same_as=3),
+    Trial(5, {"lora.rank": "32"}),
+]
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path):
+    record = Record({"lora.rank": "4,8", "data.train.0.limit": None}, "eval_loss", True, TRIALS)
+    record.save(tmp_path)
+    assert load_record(tmp_path) == record
+    assert json.loads((tmp_path / RECORD).read_text())["best"] == 3
+
+
+@pytest.mark.parametrize(("minimize", "order"), [(True, [3, 4, 1, 2, 5]), (False, [1, 3, 4, 2, 5])])
+def test_the_best_is_first_and_runs_without_a_figure_last(minimize: bool, order: list[int]):
+    assert [trial.number for trial in Record({}, "x", minimize, TRIALS).ranked()] == order
+
+
+def test_a_repeated_trial_points_to_the_folder_of_the_first():
+    assert (TRIALS[3].folder_name, TRIALS[2].folder_name) == ("trial-003", "trial-003")
+
+
+def test_an_empty_folder_holds_no_sweep(tmp_path: Path):
+    assert load_record(tmp_path) is None and load_record(tmp_path / "new") is None
+
+
+def test_a_torn_record_and_runs_without_one_are_told(tmp_path: Path):
+    (tmp_path / "trial-001").mkdir()
+    with pytest.raises(ConfigError, match="holds runs but no sweep"):
+        load_record(tmp_path)
+    (tmp_path / RECORD).write_text('{"spec": {')
+    with pytest.raises(IntegrityError, match=r"sweep\.json cannot be read"):
+        load_record(tmp_path)
+
+
+def test_all_that_differs_from_the_sweep_of_a_folder_is_named(tmp_path: Path):
+    old = {"a": "1,2", "b": [1], "c": 3, "same": {"x": 1}}
+    check_same(tmp_path, old, {**old})
+    with pytest.raises(ConfigError) as caught:
+        check_same(tmp_path, old, {"a": "1,3", "b": [1], "d": 4, "same": {"x": 1}})
+    lines = str(caught.value).splitlines()[1:]
+    assert lines == ["  a: 1,2 there, 1,3 now", "  c: 3 there, nothing now", "  d: nothing there, 4 now"]

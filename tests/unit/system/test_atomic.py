@@ -1,0 +1,69 @@
+"""A file that a command writes is whole under its name, or is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune.system.atomic import whole_file, write_text
+from finetune.system.errors import InputError
+
+
+def test_the_file_appears_at_the_end_and_nothing_else_stays(tmp_path: Path):
+    with whole_file("html", str(tmp_path / "page.html")) as stream:
+        stream.write("half")
+        assert not (tmp_path / "page.html").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+    assert (tmp_path / "page.html").read_text() == "half"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path, error: type[BaseException]):
+    (tmp_path / "page.html").write_text("old")
+    with pytest.raises(error), whole_file("html", str(tmp_path / "page.html")) as stream:
+        stream.write("new")
+        raise error
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+    assert (tmp_path / "page.html").read_text() == "old"
+
+
+def test_a_file_is_replaced_only_where_that_is_meant(tmp_path: Path):
+    file = tmp_path / "page.html"
+    file.write_text("old")
+    with pytest.raises(InputError, match=r"out=.*exists already"), whole_file("out", str(file), replace=False):
+        pass
+    with whole_file("html", str(file)) as stream:
+        stream.write("new")
+    assert file.read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("", "name a file"), (".", "is a folder"), ("none/x", "No such file"), ("\0", "null"), ("x" * 300, "too long")],
+)
+def test_a_place_that_cannot_be_written_to_is_known_before_the_work(tmp_path, monkeypatch, path: str, said: str):
+    monkeypatch.chdir(tmp_path)
+    worked = []
+    with pytest.raises(InputError, match=said), whole_file("dump", path):
+        worked.append(1)
+    assert not worked and not list(tmp_path.iterdir())
+
+
+def test_what_is_no_ordinary_file_is_never_replaced(tmp_path: Path):
+    (tmp_path / "link").symlink_to("nowhere")
+    for path in ("/dev/null", str(tmp_path / "link")):
+        with pytest.raises(InputError, match="no ordinary file"), whole_file("html", path):
+            pass
+
+
+def test_half_a_surrogate_pair_is_written_as_json_would_escape_it(tmp_path: Path):
+    with whole_file("out", str(tmp_path / "rows.jsonl")) as stream:
+        stream.write('"\ud800"\n')
+    assert (tmp_path / "rows.jsonl").read_bytes() == b'"\\ud800"\n'
+
+
+def test_a_text_is_replaced_in_one_rename(tmp_path: Path):
+    write_text(tmp_path / "note.json", "a")
+    write_text(tmp_path / "note.json", "b")
+    assert [file.name for file in tmp_path.iterdir()] == ["note.json"] and (tmp_path / "note.json").read_text() == "b"

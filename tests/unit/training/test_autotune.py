@@ -1,0 +1,68 @@
+"""Fitting a run to memory: what it says it will reach is the plan's figure; what the heap holds free is given back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from finetune import attach_lora, load_base, load_config
+from finetune.models.fused import attach_fast_path
+from finetune.planning.peak_memory import predict
+from finetune.system import heap
+from finetune.training import autotune
+from finetune.training.autotune import fit_to_memory, give_back_holes
+from tests.runs import small_run
+
+
+@pytest.fixture(scope="module")
+def model():
+    cfg = load_config("quickstart.yaml", [])
+    loaded = attach_lora(load_base(cfg.model, cfg.quant, "cpu"), cfg.lora)
+    attach_fast_path(loaded)
+    return loaded.train()
+
+
+def test_the_prediction_is_the_plans_for_what_was_chosen(model, tmp_path):
+    cfg, said = small_run(tmp_path, "train.recompute=2", "data.eval=[]"), []
+    found = fit_to_memory(cfg, model, Accelerator(cpu=True), said.append)
+    shape = model.get_base_model().config.to_dict()
+    assert found.micro_batch == 4
+    assert found.predicted_peak_bytes == round(predict(cfg, shape, "cpu", 4, 2).peak_bytes)
+    assert "recompute: 2 of 4 layers" in said[0]
+
+
+def test_memory_that_is_short_means_recomputing(model, tmp_path, monkeypatch):
+    said: list[str] = []
+    cfg = small_run(tmp_path)
+    monkeypatch.setattr(autotune, "available_memory", lambda: 2**40)
+    plenty = fit_to_memory(cfg, model, Accelerator(cpu=True), said.append)
+    monkeypatch.setattr(autotune, "available_memory", lambda: 2**20)
+    short = fit_to_memory(cfg, model, Accelerator(cpu=True), said.append)
+    assert "none of 4 layers" in said[0] and "may not fit" in said[1]
+    # The evaluation of 4,096 tokens is the peak of so small a model, whatever its training takes.
+    assert short.micro_batch < plenty.micro_batch and short.predicted_peak_bytes <= plenty.predicted_peak_bytes
+
+
+def test_holes_are_given_back_after_training_passes_alone(model, monkeypatch):
+    calls = []
+    monkeypatch.setattr(heap, "give_back", lambda: calls.append(0))
+    decoder = model.get_base_model().model
+    handles, pre_handles = dict(decoder._forward_hooks), dict(decoder._forward_pre_hooks)
+    decoder._forward_hooks.clear()
+    decoder._forward_pre_hooks.clear()
+    give_back_holes(model)
+    assert calls == [0]
+    ids = torch.arange(8)[None]
+    model(input_ids=ids)
+    assert calls == [0, 0]
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert calls == [0, 0]
+    model(input_ids=ids)  # what the evaluation left is given back before
+    assert calls == [0] * 4
+    model(input_ids=ids)
+    assert calls == [0] * 5
+    for hooks, before in ((decoder._forward_hooks, handles), (decoder._forward_pre_hooks, pre_handles)):
+        hooks.clear()
+        hooks.update(before)
