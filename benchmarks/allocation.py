@@ -62,7 +62,7 @@ class Bench:
                 "data.max_length=512",
             ],
         )
-        own, others = load_rows(cfg, report.say)
+        own, others = load_rows(cfg, report.log)
         self.batches = {"own_kl": batches_of(sample(own, rows), 512), "kl": batches_of(sample(others, held_out), 512)}
         model = LayerwiseModel(cfg.model, cfg.quant, working_device())
         measured = {}
@@ -180,11 +180,11 @@ def main(words: list[str]) -> None:
     options = parse(words, DEFAULTS)
     machine = device()
     figures = measure(options)
-    report.say(report.table(figures["budgets"], _COLUMNS))
+    report.log(report.table(figures["budgets"], _COLUMNS))
     missed = [name for name, line in figures["budgets"].items() if not line["held"]]
-    report.say(f"a simple choice was better at {len(missed)} of {len(figures['budgets'])} budgets {', '.join(missed)}")
+    report.log(f"a simple choice was better at {len(missed)} of {len(figures['budgets'])} budgets {', '.join(missed)}")
     mended = [line["choice"] for line in figures["budgets"].values() if line["choice"] != "knapsack"]
-    report.say(f"the knapsack's own choice was taken but at {len(mended)}: {', '.join(mended)}")
+    report.log(f"the knapsack's own choice was taken but at {len(mended)}: {', '.join(mended)}")
     if options["picture"]:
         draw(Path(options["picture"]), figures)
     summary = {**report.heading("allocation", options, machine), **figures}

@@ -94,7 +94,7 @@ def measure_curve(work: Workload, machine: Mapping[str, Any]) -> dict[str, Any]:
             warmup = int(work.options["warmup"]) if side == "ours" else 1
             figures = run_figures(run(), warmup, work.shape)
             series.setdefault(line, {})[point] = figures
-            report.say(report.table({f"{line}, {point}": figures}))
+            report.log(report.table({f"{line}, {point}": figures}))
     ceiling = ceiling_of(ceilings)
     for figures in (figures for line in series.values() for figures in line.values()):
         if "failed" not in figures:

@@ -3,7 +3,8 @@
     python -m benchmarks.decoding [size=0.5B] [tokenizer=FOLDER] [batches=1,8,32] [prompt=128] [tokens=8] [repeats=3]
 
 `ours` is what evaluation and on-policy distillation write with, `resident` the same over weights that are dequantized
-once (`quant.resident=true`; `finetune chat` has it so on a CPU), `transformers` PEFT and `generate` over bitsandbytes'
+once (`quant.keep_dequantized=true`; `finetune chat` has it so on a CPU), `transformers` PEFT and `generate` over
+bitsandbytes'
 layers; with `+fp32` loaded and computed in fp32, where the processor has no bf16 products. All by turns in fresh
 processes, greedy, over the same random prompts of one length; nothing ends before `tokens`.
 """
@@ -61,7 +62,7 @@ def by_us(folder: str, resident: bool) -> Write:
     from finetune.models.fused import attach_fast_path
     from finetune.models.load import load_base
 
-    base = load_base(ModelConfig(name=folder), QuantConfig(resident=resident))
+    base = load_base(ModelConfig(name=folder), QuantConfig(keep_dequantized=resident))
     model = get_peft_model(base, LoraConfig(**_ADAPTER)).eval()
     attach_fast_path(model)
     vocabulary = base.config.vocab_size
@@ -155,7 +156,7 @@ def main(words: list[str]) -> None:
             run = measure("benchmarks.decoding", {**options, "side": side}, 60 * float(options["minutes"]))
             counts = options["batches"].split(",")
             lines = {f"{side} {count}": run if "failed" in run else run[count] for count in counts}
-            report.say(report.table(lines, COLUMNS))
+            report.log(report.table(lines, COLUMNS))
             for name, figures in lines.items():
                 runs[name].append(figures)
     summary = report.heading("decoding", {k: v for k, v in options.items() if k not in ("model", "side")}, here)

@@ -91,7 +91,7 @@ def run_ours(work: Workload, variant: Variant, module: str = "benchmarks.ours", 
     options, settings = work.options, variant.settings
     if variant.tier is not None:
         folder = work.folder / f"teacher-{variant.tier}"
-        settings += f";distill.teacher.placement=cached;distill.tier={variant.tier};distill.cache={folder}"
+        settings += f";distill.teacher.placement=cached;distill.cache_kind={variant.tier};distill.cache={folder}"
     tokens = int(options["length"]) * int(options["batch"])
     pack = min(int(options["pack"]), tokens)
     return work.ours(options["ours"], pack, tokens // pack, settings, module, micro=1, **changes)
@@ -103,7 +103,7 @@ def write_signals(work: Workload, names: list[str]) -> dict[str, Figures]:
     for variant in map(VARIANTS.__getitem__, names):
         if variant.tier is not None and variant.tier not in written:
             written[variant.tier] = figures = run_ours(work, variant, "benchmarks.signals")
-            report.say(report.table({f"cache {variant.tier}": figures}, SIGNAL_COLUMNS))
+            report.log(report.table({f"cache {variant.tier}": figures}, SIGNAL_COLUMNS))
     return written
 
 
@@ -123,7 +123,7 @@ def alternate(work: Workload, names: list[str]) -> Runs:
                 else work.stock(name, int(options["length"]), int(options["batch"]))
             )
             runs[f"{side} {name}"].append(run)
-            report.say(report.table({f"{side} {name}": figures_of(work, side, run)}, COLUMNS))
+            report.log(report.table({f"{side} {name}": figures_of(work, side, run)}, COLUMNS))
     return runs
 
 
@@ -221,7 +221,7 @@ def main(words: list[str]) -> None:
         signals = write_signals(work, names)
         runs = alternate(work, names)
         summary = {**report.heading("distill", work.options, machine), **summarize(work, runs, signals)}
-    report.say("\n" + describe(summary))
+    report.log("\n" + describe(summary))
     report.write(report.results_file("distill", options, machine), summary)
     print(json.dumps({key: value for key, value in summary.items() if key != "runs"}))
 

@@ -176,7 +176,7 @@ def main(words: list[str]) -> None:
     found: dict[str, dict[str, Any]] = {}
     for name in options["only"].split(",") if options["only"] else EXPORTS:
         found[name] = one_export(name, adapter, work / "export", exam)
-        report.say("\n" + describe(base, found))
+        report.log("\n" + describe(base, found))
     shutil.rmtree(work / "export", ignore_errors=True)
     summary = {
         **report.heading("exports", options, machine),

@@ -32,7 +32,7 @@ OPTIONS = {
     "parts": "throughput,recompute,peers,context",
     "budgets": "16,24,80",
     "repeats": "1",
-    "recompute": "auto,all,offload",
+    "gradient_checkpointing": "auto,all,offload",
     "context_seconds": "60",
     "context_most": "400000",
     "run_seconds": "150",
@@ -64,7 +64,9 @@ def planned(options: Mapping[str, str]) -> Iterator[Run]:
 
 def _ours(name: str, length: int, policy: str = "") -> Callable[[Workload], dict[str, Any]]:
     def run(work: Workload) -> dict[str, Any]:
-        settings = ";".join(filter(None, [work.variant(name), f"train.recompute={policy}" if policy else ""]))
+        settings = ";".join(
+            filter(None, [work.variant(name), f"train.gradient_checkpointing={policy}" if policy else ""])
+        )
         return work.ours(name, length, 1, set=settings)
 
     return run
@@ -154,7 +156,7 @@ def measure_all(work: Workload, machine: Mapping[str, Any], deadline: float) -> 
         seconds = min(left, float(work.options["run_seconds"]))
         outcome = run(limited(work, seconds)) if left > 5 else {"failed": "no time left"}
         runs.setdefault(name, []).append(outcome)
-        report.say(f"{max(0.0, deadline - time.monotonic()):>5.0f} s left  {name}: {_told(name, outcome)}")
+        report.log(f"{max(0.0, deadline - time.monotonic()):>5.0f} s left  {name}: {_told(name, outcome)}")
         figures = summarize(runs, ceiling_of(ceilings), work)
         summary = {**report.heading("gpu", work.options, machine), **figures, "runs": runs}
         report.write(file, summary)
@@ -174,13 +176,13 @@ def main(words: list[str]) -> None:
     deadline = time.monotonic() + 60 * float(options["minutes"])
     machine = device()
     if machine["kind"] == "cpu":
-        report.say("no GPU here: measured on the CPU")
+        report.log("no GPU here: measured on the CPU")
     with prepared(options) as work:
         summary = measure_all(work, machine, deadline)
-    report.say("\n" + report.table(summary["table"]))
+    report.log("\n" + report.table(summary["table"]))
     for length, figures in summary["lengths"].items():
         if figures["ratio"]:
-            report.say(
+            report.log(
                 f"{length} tokens: {figures['ratio']:.2f} times stock at {figures['peak_ratio']:.2f} of its peak"
             )
     print(json.dumps({key: value for key, value in summary.items() if key != "runs"}))

@@ -56,7 +56,7 @@ def runs_at(work: Workload, tokens: int) -> Iterator[Run]:
     """(line, side, function that runs it) of every line at one number of tokens."""
     for policy in filter(None, work.options["recompute"].split(",")):
         for name in work.ours_variants():
-            settings = f"{work.variant(name)};train.recompute={policy}"
+            settings = f"{work.variant(name)};train.gradient_checkpointing={policy}"
             yield f"ours {name}, recompute={policy}", "ours", lambda s=settings, n=name: work.ours(n, tokens, 1, set=s)
     for name in work.stock_variants():
         yield f"stock {name}", "stock", lambda name=name: work.stock(name, tokens, 1)

@@ -158,7 +158,7 @@ def run(options: dict[str, str], name: str, limit: str = "") -> dict[str, Any]:
     cache = Path(options["work"]) / ("merge-cache" if "trained" in name or name == "load" else "no-cache")
     found = measure("benchmarks.merge", {**options, "run": name, "limit": limit}, _LIMIT_SECONDS, cache)
     shutil.rmtree(options["out"], ignore_errors=True)
-    report.say(f"{name}{' in ' + limit if limit else ''}: {found}")
+    report.log(f"{name}{' in ' + limit if limit else ''}: {found}")
     return found
 
 
@@ -215,7 +215,7 @@ def main(words: list[str]) -> None:
         "bound_bytes": bound_bytes(model, adapter, targets),
         "limited": limited,
     }
-    report.say("\n" + describe(summary))
+    report.log("\n" + describe(summary))
     report.write(report.results_file("merge", options, machine), summary)
     print(json.dumps(summary))
 

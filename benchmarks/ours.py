@@ -57,7 +57,7 @@ def write_config(options: Mapping[str, str], folder: Path) -> Path:
         "train": {
             "max_steps": int(options["steps"]),
             "batch_size": int(options["batch"]),
-            "warmup": 0,
+            "warmup_ratio": 0,
             "micro_batch_size": min(int(options["micro"]), int(options["batch"])),
             "schedule": "constant",
             "seed": int(options["seed"]),

@@ -77,23 +77,23 @@ _GUARD = ("train.eval_every=1", "guard.max=1e-9", "guard.action=recover", "guard
 # Fewer layers where many would only repeat what few show; widths and vocabulary are always those of the size.
 CASES = (
     Case("0.5B", 512),
-    Case("0.5B", 1024, ("train.recompute=all",), layers=12),
-    Case("0.5B", 1024, ("train.recompute=4",), layers=8),
+    Case("0.5B", 1024, ("train.gradient_checkpointing=all",), layers=12),
+    Case("0.5B", 1024, ("train.gradient_checkpointing=4",), layers=8),
     Case("0.5B", 2048, layers=8),
-    Case("0.5B", 4096, ("train.recompute=all",), layers=4),
+    Case("0.5B", 4096, ("train.gradient_checkpointing=all",), layers=4),
     Case("0.5B", 512, (_ALL, "lora.rank=64"), layers=8),
     Case("0.5B", 512, (_ALL, "lora.dropout=0.05"), layers=8, batch=2),
     Case("0.5B", 1024, ("quant.type=none",), layers=8),
-    Case("0.5B", 512, ("quant.resident=true",), layers=8),
+    Case("0.5B", 512, ("quant.keep_dequantized=true",), layers=8),
     Case("0.5B", 512, (_RECOVER,), layers=8),
     Case("0.5B", 512, (_RECOVER, "distill.teacher.placement=streamed"), layers=8),
     Case("0.5B", 512, (_RECOVER, "distill.teacher.placement=cached"), layers=8),
     Case("0.5B", 1024, _GUARD, layers=8),
-    Case("0.5B", 512, ("train.fast=false",), layers=8),
+    Case("0.5B", 512, ("train.kernels=peft",), layers=8),
     Case("0.5B", 1024, layers=8, document=160),
     Case("1.5B", 512),
-    Case("1.5B", 1024, ("train.recompute=all",), layers=7),
-    Case("1.5B", 512, (_ALL, "lora.rank=16", "train.recompute=all"), layers=7),
+    Case("1.5B", 1024, ("train.gradient_checkpointing=all",), layers=7),
+    Case("1.5B", 512, (_ALL, "lora.rank=16", "train.gradient_checkpointing=all"), layers=7),
     Case("3B", 1024, layers=2),
     Case("7B", 512, (_ALL,), layers=2),
     Case("embedded", 1024, batch=2),
@@ -165,8 +165,8 @@ class Bench:
                 "max_steps": int(self.options["steps"]),
                 "batch_size": case.batch,
                 "micro_batch_size": case.batch,
-                "recompute": "none",
-                "warmup": 0,
+                "gradient_checkpointing": "none",
+                "warmup_ratio": 0,
             },
         }
         file = folder / "case.yaml"
@@ -257,9 +257,9 @@ def main(words: list[str]) -> None:
         for number, case in enumerate(CASES):
             if wanted is None or number in wanted:
                 results[case.name] = run_case(bench, case)
-                report.say(report.table({case.name: results[case.name]}, _COLUMNS))
+                report.log(report.table({case.name: results[case.name]}, _COLUMNS))
                 report.write(file, {**heading, **verdict(results), "cases": results})
-    report.say(report.table(results, _COLUMNS))
+    report.log(report.table(results, _COLUMNS))
     print(json.dumps(verdict(results)))
 
 

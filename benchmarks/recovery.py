@@ -95,7 +95,7 @@ class Experiment:
                 f"data.train=[{{path: {self.folder}/train.jsonl}}]",
                 f"data.eval=[{{path: {self.folder}/heldout.jsonl}}]",
                 "data.max_length=512",
-                "generation.rows=0",
+                "generation.num_examples=0",
                 f"train.max_steps={options['steps']}",
                 f"train.learning_rate={options['learning_rate']}",
                 f"lora.rank={options['rank']}",
@@ -130,8 +130,8 @@ class Experiment:
         folder = self.folder / f"cache-{source}-{seed}"
         settings = [
             f"distill.cache={folder}",
-            f"distill.head={head}",
-            f"distill.samples={samples}",
+            f"distill.top_k={head}",
+            f"distill.num_samples={samples}",
             f"distill.seed={seed}",
         ]
         if not folder.exists():
@@ -223,7 +223,7 @@ def main(words: list[str]) -> None:
         runs: dict[str, list[dict[str, float]]] = {}
         for variant in chosen(options):
             runs[variant] = [experiment.run(variant, int(seed)) for seed in options["seeds"].split(",")]
-            report.say("\n" + describe(before, runs))
+            report.log("\n" + describe(before, runs))
     summary = {
         **report.heading("recovery", options, machine),
         "before": before,

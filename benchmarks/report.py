@@ -26,7 +26,7 @@ COLUMNS = (
 )
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -54,7 +54,7 @@ def alternate(work: Workload) -> tuple[dict[str, list[dict[str, Any]]], list[dic
             )
             runs[f"{side} {name}"].append(run)
             figures = run_figures(run, warmup_of(side, options), work.shape)
-            report.say(report.table({f"{side} {name}": figures}))
+            report.log(report.table({f"{side} {name}": figures}))
     ceilings.append(work.ceiling(pack, float(options["ceiling_seconds"])))
     return runs, ceilings
 
@@ -119,7 +119,7 @@ def main(words: list[str]) -> None:
             return
         runs, ceilings = alternate(work)
         summary = {**report.heading("throughput", work.options, machine), **summarize(work, runs, ceilings)}
-    report.say("\n" + describe(summary))
+    report.log("\n" + describe(summary))
     report.write(report.results_file("throughput", options, machine), summary)
     print(json.dumps({key: value for key, value in summary.items() if key != "runs"}))
 

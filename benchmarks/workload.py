@@ -37,9 +37,9 @@ DEFAULTS = {
 OURS = {
     "fast": "train.compile=true",
     "uncompiled": "train.compile=false",
-    "plain": "train.fast=false",
-    "whole": "train.compile=true;train.lean=false",
-    "resident": "train.compile=true;quant.resident=true",
+    "plain": "train.kernels=peft",
+    "whole": "train.compile=true;train.share_prefixes=false",
+    "resident": "train.compile=true;quant.keep_dequantized=true",
 }
 # Rows hold more tokens than a run takes, so that none comes to the half-empty packs at their end.
 _SPARE = 1.25

@@ -252,13 +252,15 @@ def _resource_advice(error: BaseException) -> str | None:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return (
-            "the GPU ran out of memory; lower train.micro_batch_size or data.max_length, or set train.recompute=all "
+            "the GPU ran out of memory; lower train.micro_batch_size or data.max_length, or set "
+            "train.gradient_checkpointing=all "
             "(or offload, which takes less still)"
         )
     # torch's CPU allocator raises a plain RuntimeError.
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
         return (
-            "memory ran out; lower train.micro_batch_size or data.max_length, set train.recompute=all, or choose a "
+            "memory ran out; lower train.micro_batch_size or data.max_length, set "
+            "train.gradient_checkpointing=all, or choose a "
             "smaller model"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

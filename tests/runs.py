@@ -20,7 +20,7 @@ SMALL_RUN = (
     "data.max_length=128",
     "train.batch_size=4",
     "train.max_steps=4",
-    "generation.rows=0",
+    "generation.num_examples=0",
     "lora.dropout=0.1",
     "train.neftune_alpha=5",
 )

@@ -42,21 +42,21 @@ def run_allocate(arguments: Arguments) -> int:
     cfg = load_config(arguments.config, overrides)
 
     from finetune.mixed_precision.choose import check_place, choose, write_allocation
-    from finetune.system.console import say
+    from finetune.system.console import log
 
     file = Path(options.out).expanduser()
     check_place(file)
-    allocation = choose(cfg, options, say)
+    allocation = choose(cfg, options, log)
     words = ["finetune", "allocate", f"config={arguments.config}", *arguments.overrides]
     write_allocation(allocation, file, shlex.join(words), cfg.model.name)
     counts = {
         kind: list(allocation.storage.values()).count(kind) for kind in dict.fromkeys(allocation.storage.values())
     }
-    say(
+    log(
         f"{allocation.choice}: {allocation.size_bytes / 1e9:.6g} GB of {options.budget_gb:.6g}; layers: "
         f"{', '.join(f'{count} in {kind}' for kind, count in counts.items())} (none is 16 bit); "
         f"KL by single layers {allocation.predicted:.2e} nats a target"
     )
     print(options.out)
-    say(f"next: {shlex.join(['finetune', 'train', f'config={arguments.config}', *overrides, f'quant={file.stem}'])}")
+    log(f"next: {shlex.join(['finetune', 'train', f'config={arguments.config}', *overrides, f'quant={file.stem}'])}")
     return 0

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from finetune.system.arguments import Arguments
-from finetune.system.console import say
+from finetune.system.console import log
 from finetune.system.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ usage: finetune cache config=X.yaml distill.cache=DIR [key=value …]
 Asks the teacher of a config about every row of data.train and data.eval and writes what it says to DIR. Training with
 distill.teacher.placement=cached then needs no teacher. Killed, it goes on where it stopped; with more rows, it adds
 what is missing. The folder serves any order, packing, batch size, number of ranks and seed of training.
-  distill.tier=sampled                the 32 most probable tokens and 16 drawn of the others: 180 bytes a target
-  distill.tier=hidden                 the final hidden states: every divergence, exact; 2 bytes x width a target
+  distill.cache_kind=sampled                the 32 most probable tokens and 16 drawn of the others: 180 bytes a target
+  distill.cache_kind=hidden                 the final hidden states: every divergence, exact; 2 bytes x width a target
   distill.teacher.placement=…         resident, streamed or server; cached: resident where it fits, else streamed
 
 Examples
@@ -65,13 +65,13 @@ def run_cache(arguments: Arguments) -> int:
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
     chat = load_chat_template(cfg.data, tokenizer)
-    data = load_data(Preparation(cfg.data, chat, progress=console_progress(say)))
+    data = load_data(Preparation(cfg.data, chat, progress=console_progress(log)))
     vocabulary = check_vocabulary(cfg, tokenizer, used_ids(data))
     device = default_device()
     if device.type == "cpu" and (threads := pick_threads(os.environ, usable_cores())):
         torch.set_num_threads(threads)
     documents = Documents.join(source.documents for source in (*data.train, *data.eval))
-    written = write_signals(cfg, chat, vocabulary, documents, device, say)
+    written = write_signals(cfg, chat, vocabulary, documents, device, log)
     folder = cache_of(cfg)
     print(f"{folder}: {written:,} documents written now, {size_of(folder) / 1e6:,.1f} MB in all")
     print(f"next: {shlex.join(['finetune', 'train', f'config={arguments.config}', *training])}")

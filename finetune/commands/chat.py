@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.system.arguments import Arguments, nearest
-from finetune.system.console import printable, say
+from finetune.system.console import log, printable
 from finetune.system.errors import ConfigError, DataError, InputError
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def run_chat(arguments: Arguments) -> int:
     config = _find_config(arguments.config, own.get("model"), adapter, overrides)
     conversation = load_conversation(config, adapter, settings)
     if sys.stdin.isatty():
-        say(f"{printable(config.model.name)}{f' with {adapter}' if adapter else ''}. /help lists the commands.")
+        log(f"{printable(config.model.name)}{f' with {adapter}' if adapter else ''}. /help lists the commands.")
         talk(conversation, _typed_lines())
     else:
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -161,7 +161,7 @@ def load_conversation(config: RunConfig, adapter: Path | None, settings: ChatSet
         tokenizer = load_adapter_tokenizer(config.model, adapter)
         chat = ChatTemplate(tokenizer)
         model = load_adapter(load_base(config.model, config.quant), adapter)
-    if config.train.fast:
+    if config.train.kernels == "fused":
         attach_fast_path(model)
         dequantize_once(model, config.quant)
     return Conversation(model, tokenizer, chat, settings)
@@ -174,7 +174,7 @@ def talk(conversation: Conversation, lines: Iterable[str]) -> None:
             if not respond(conversation, text):
                 return
         except DataError as error:
-            say(f"error: {printable(str(error))}")
+            log(f"error: {printable(str(error))}")
 
 
 def respond(conversation: Conversation, text: str) -> bool:
@@ -185,9 +185,9 @@ def respond(conversation: Conversation, text: str) -> bool:
         case "/reset":
             conversation.reset()
         case "/help":
-            say("\n".join(f"  {name:<7} {summary}" for name, summary in SLASH_COMMANDS.items()))
+            log("\n".join(f"  {name:<7} {summary}" for name, summary in SLASH_COMMANDS.items()))
         case word if word.startswith("/") and (close := nearest(word, SLASH_COMMANDS)):
-            say(f"unknown command {printable(word)}{close}")
+            log(f"unknown command {printable(word)}{close}")
         case _:
             conversation.answer(text)
     return True
@@ -201,10 +201,10 @@ def _typed_lines() -> Iterator[str]:
         try:
             text = input("> ")
         except EOFError:
-            say("")
+            log("")
             return
         except KeyboardInterrupt:
-            say("\n(Ctrl+D or /exit leaves)")
+            log("\n(Ctrl+D or /exit leaves)")
             continue
         if text.strip():
             yield text

@@ -59,23 +59,23 @@ def run_compare(arguments: Arguments) -> int:
     from finetune.config.options import read_options
     from finetune.report.compare import as_text, compare, write_comparison
     from finetune.report.run import read_runs
-    from finetune.system.console import say
+    from finetune.system.console import log
 
     options = read_options(CompareOptions, arguments.overrides, "finetune compare")
     runs = read_runs(_folders(arguments, "finetune compare", 2))
     comparison = compare(runs)
     print(as_text(comparison))
     for note in comparison.notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
     for run in runs:
         for problem in run.problems:
-            say(f"warning: {run.folder}: {problem}")
+            log(f"warning: {run.folder}: {problem}")
     if options.out is not None:
         file = Path(options.out).expanduser()
         if file.is_dir():
             raise InputError(f"out={options.out}: is a folder; name a file in it, as {file / 'compare.html'}")
         _write(lambda target: write_comparison(target, "Runs compared", comparison), file)
-        say(f"page: {file}")
+        log(f"page: {file}")
     return 0
 
 

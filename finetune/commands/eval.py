@@ -51,18 +51,18 @@ def run_eval(arguments: Arguments) -> int:
     from finetune.evaluation.compare import evaluate_gap
     from finetune.evaluation.gap_table import to_json
     from finetune.evaluation.gap_text import gap_markdown
-    from finetune.system.console import printable, say
+    from finetune.system.console import log, printable
 
-    table = evaluate_gap(options, say, write_merged, None if place is None else _existing(place))
+    table = evaluate_gap(options, log, write_merged, None if place is None else _existing(place))
     if place is None:
-        say("nothing is written: this is no run's folder; out=DIR writes gap.json, gap.md and gap.png")
+        log("nothing is written: this is no run's folder; out=DIR writes gap.json, gap.md and gap.png")
     else:
         from finetune.evaluation.result_files import write_gap
         from finetune.report.page import REPORT, try_report
 
-        say(f"written: {', '.join(map(str, write_gap(table, place)))}")
+        log(f"written: {', '.join(map(str, write_gap(table, place)))}")
         if (place / REPORT).is_file():
-            try_report(place, say)
+            try_report(place, log)
     print(to_json(table) if "--json" in arguments.flags else printable(gap_markdown(table)), end="")
     return 0
 
@@ -72,7 +72,7 @@ def write_merged(adapter: str, out: Path) -> None:
     from finetune.config.command_options import GateOptions, MergeOptions
     from finetune.export.merge.merge import merge
 
-    merge(MergeOptions(adapter=adapter, out=str(out), gate=GateOptions(rows=0)), say=lambda text: None)
+    merge(MergeOptions(adapter=adapter, out=str(out), gate=GateOptions(rows=0)), log=lambda text: None)
 
 
 def _place(options: EvalOptions) -> Path | None:

@@ -45,10 +45,10 @@ def run_export(arguments: Arguments) -> int:
     options = read_options(ExportOptions, arguments.overrides, "finetune export")
 
     from finetune.export.export import export_model
-    from finetune.system.console import say
+    from finetune.system.console import log
 
     exported = export_model(options)
     print(options.out)
     for line in exported.serve:
-        say(f"serve: {line}")
+        log(f"serve: {line}")
     return 0

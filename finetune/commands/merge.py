@@ -39,9 +39,9 @@ def run_merge(arguments: Arguments) -> int:
     options = read_options(MergeOptions, arguments.overrides, "finetune merge")
 
     from finetune.export.merge.merge import merge
-    from finetune.system.console import say
+    from finetune.system.console import log
 
     merge(options)
     print(options.out)
-    say(f"next: finetune export model={shlex.quote(options.out)} format=gguf out=DIR, or serve it as it is")
+    log(f"next: finetune export model={shlex.quote(options.out)} format=gguf out=DIR, or serve it as it is")
     return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.system.arguments import Arguments
-from finetune.system.console import say
+from finetune.system.console import log
 from finetune.system.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -58,13 +58,13 @@ def run_plan(arguments: Arguments) -> int:
     if arguments.config is None and not options.table:
         if not options.calibrate:
             raise InputError("finetune plan needs config=X.yaml, as in finetune plan config=lora.yaml gpu_gb=16")
-        say(f"kept in {calibrate()}")
+        log(f"kept in {calibrate()}")
         return 0
     cfg = load_config(arguments.config or _DEFAULT_CONFIG, overrides)
     as_json = "--json" in arguments.flags
     _check_options(options, cfg)
     if options.calibrate:  # after everything that may be refused: it takes half a minute
-        say(f"kept in {calibrate()}")
+        log(f"kept in {calibrate()}")
     if options.table:
         return _print_lengths(cfg, as_json)
     return _print_plan(cfg, options, as_json)
@@ -96,7 +96,7 @@ def calibrate(clock: Callable[[], float] = time.perf_counter) -> str:
     if device.type == "cpu" and (threads := pick_threads(os.environ, usable_cores())):
         torch.set_num_threads(threads)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    return str(write_rates(device.type, measure_rates(device, name, say, clock)))
+    return str(write_rates(device.type, measure_rates(device, name, log, clock)))
 
 
 def _print_lengths(cfg: RunConfig, as_json: bool) -> int:
@@ -123,8 +123,8 @@ def _base_words(cfg: RunConfig) -> str:
 
 
 def _recomputed_words(cfg: RunConfig) -> str:
-    setting = cfg.train.recompute
-    return "as much recomputed as it takes" if setting == "auto" else f"train.recompute={setting}"
+    setting = cfg.train.gradient_checkpointing
+    return "as much recomputed as it takes" if setting == "auto" else f"train.gradient_checkpointing={setting}"
 
 
 def _targets(cfg: RunConfig) -> str:

@@ -43,15 +43,15 @@ def run_sensitivity(arguments: Arguments) -> int:
 
     from finetune.mixed_precision.measure import measure_sensitivity
     from finetune.mixed_precision.sensitivity import ALL
-    from finetune.system.console import say
+    from finetune.system.console import log
 
-    found = measure_sensitivity(cfg, options, say)
+    found = measure_sensitivity(cfg, options, log)
     for kind in found.kinds:
-        say(f"all layers in {kind}: KL {found.measured[ALL, kind].kl:.2e} nats a target")
+        log(f"all layers in {kind}: KL {found.measured[ALL, kind].kl:.2e} nats a target")
     print(options.out)
     if found.mode == "only":
         words = shlex.join(
             ["finetune", "allocate", f"config={arguments.config}", f"sensitivity={options.out}", *overrides]
         )
-        say(f"next: {words} budget_gb=…")
+        log(f"next: {words} budget_gb=…")
     return 0

@@ -38,7 +38,7 @@ def run_sweep(arguments: Arguments) -> int:
     from finetune.report.compare import text_table
     from finetune.sweep import sweep
     from finetune.sweep.outcome import PAGE, table
-    from finetune.system.console import say
+    from finetune.system.console import log
 
     if arguments.config is None:
         raise InputError("finetune sweep needs config=X.yaml, as finetune train does")
@@ -52,17 +52,17 @@ def run_sweep(arguments: Arguments) -> int:
         if settings.trials is not None:
             print(f"{settings.trials} runs, drawn from {' '.join(p.word for p in plan.space.parameters)}")
         return 0
-    say(f"{plan.runs} runs into {plan.folder}")
-    record = sweep.run_sweep(plan, say)
+    log(f"{plan.runs} runs into {plan.folder}")
+    record = sweep.run_sweep(plan, log)
     print(text_table(table(plan.folder, record)))
     failed = [trial for trial in record.trials if trial.status == "failed"]
     for error in dict.fromkeys(trial.error for trial in failed):
         names = [trial.folder_name for trial in failed if trial.error == error]
-        say(f"{', '.join(dict.fromkeys(names))} failed: {error}")
+        log(f"{', '.join(dict.fromkeys(names))} failed: {error}")
     if failed:
-        say(f"{len(failed)} of {len(record.trials)} runs failed; the same command tries them again")
+        log(f"{len(failed)} of {len(record.trials)} runs failed; the same command tries them again")
     best = record.ranked()[0]
     if best.metric is not None:
-        say(f"best: {best.described}; its adapter is in {plan.folder / best.folder_name}")
-    say(f"page: {plan.folder / PAGE}")
+        log(f"best: {best.described}; its adapter is in {plan.folder / best.folder_name}")
+    log(f"page: {plan.folder / PAGE}")
     return 0

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune.config.keys import allowed, find, options, schema_fields, sections, takes
-from finetune.config.peers import PEERS, REFUSED
+from finetune.config.peers import PEERS, REFUSED, RENAMED
 from finetune.config.problems import Problem
 from finetune.config.rules import contradictions
 from finetune.config.schema import NUMBER, ModelConfig, RunConfig, SourceConfig
@@ -97,6 +97,8 @@ def unknown_key(path: str) -> Problem:
     folder, _, last = path.rpartition(".")
     if find(folder) is not None and takes(dict, find(folder)):  # A mapping that takes certain names only.
         return Problem(path, f"unknown key; allowed: {allowed(find(folder))}. {_description(folder)}")
+    if path in RENAMED:
+        return Problem(path, f"unknown key; it is now {RENAMED[path]}")
     name = last.lower().replace("-", "_")
     if name in REFUSED:
         return Problem(path, f"unknown key; {REFUSED[name]}")

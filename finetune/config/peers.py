@@ -48,7 +48,7 @@ _QUANT = {
     "use_bnb_nested_quant": "quant.double",
     "double_quantization": "quant.double",
     "bnb_4bit_compute_dtype": "quant.compute_dtype",
-    "llm_int8_skip_modules": "quant.keep",
+    "llm_int8_skip_modules": "quant.skip_modules",
 }
 
 _DISTILL = {
@@ -65,9 +65,9 @@ _DISTILL = {
     "kd_ratio": "distill.weight",
     "rlhf_type": "distill.objective=distill",
     "seq_kd": "distill.on_policy",
-    "gkd_logits_topk": "distill.head",
-    "logprobs_chunk": "distill.head",
-    "loss_top_k": "distill.head",
+    "gkd_logits_topk": "distill.top_k",
+    "logprobs_chunk": "distill.top_k",
+    "loss_top_k": "distill.top_k",
 }
 
 _LORA = {
@@ -158,7 +158,6 @@ _DATA = {
     "split_dataset_ratio": "data.held_out (a share, from 0 to 1)",
     "test_size": "data.held_out (a share, from 0 to 1)",
     "max_samples": "limit, in an item of data.train",
-    "num_samples": "limit, in an item of data.train",
     "interleave_probs": "weight, in an item of data.train",
     "mix_strategy": "weight, in an item of data.train",
     "streaming": "data.stream_rows (rows read at a time)",
@@ -210,9 +209,7 @@ _TRAIN = {
     "lr": "train.learning_rate",
     "lr_scheduler": "train.schedule",
     "lr_scheduler_type": "train.schedule",
-    "warmup_ratio": "train.warmup (below 1 it is a share)",
-    "warmup_steps": "train.warmup (from 1 on it is a number of steps)",
-    "num_warmup_steps": "train.warmup (from 1 on it is a number of steps)",
+    "num_warmup_steps": "train.warmup_steps",
     "train_batch_size": "train.batch_size (sequences a step over all ranks)",
     "total_batch_size": "train.batch_size (sequences a step over all ranks)",
     "global_batch_size": "train.batch_size (sequences a step over all ranks)",
@@ -230,11 +227,10 @@ _TRAIN = {
     "optim": "train.learning_rate, train.beta1, train.beta2, train.eps and train.weight_decay of AdamW",
     "optimizer": "train.learning_rate, train.beta1, train.beta2, train.eps and train.weight_decay of AdamW",
     "neftune_noise_alpha": "train.neftune_alpha",
-    "gradient_checkpointing": "train.recompute=all",
-    "activation_checkpointing": "train.recompute=all",
-    "use_gradient_checkpointing": "train.recompute=all",
-    "activation_offloading": "train.recompute=offload",
-    "disable_gradient_checkpointing": "train.recompute=none",
+    "activation_checkpointing": "train.gradient_checkpointing=all",
+    "use_gradient_checkpointing": "train.gradient_checkpointing=all",
+    "activation_offloading": "train.gradient_checkpointing=offload",
+    "disable_gradient_checkpointing": "train.gradient_checkpointing=none",
     "eval_steps": "train.eval_every",
     "eval_strategy": "train.eval_every",
     "evaluation_strategy": "train.eval_every",
@@ -242,8 +238,8 @@ _TRAIN = {
     "save_steps": "train.save_every",
     "save_strategy": "train.save_every",
     "saves_per_epoch": "train.save_every (steps)",
-    "save_total_limit": "train.keep",
-    "load_best_model_at_end": "train.keep (the best checkpoint is kept besides)",
+    "save_total_limit": "train.keep_checkpoints",
+    "load_best_model_at_end": "train.keep_checkpoints (the best checkpoint is kept besides)",
     "early_stopping_patience": "train.early_stopping",
     "resume_from_checkpoint": "train.resume",
     "auto_resume_from_checkpoints": "train.resume=auto",
@@ -257,7 +253,7 @@ _TRAIN = {
 _REST = {
     "eval_max_new_tokens": "generation.max_new_tokens",
     "eval_table_size": "generation.samples",
-    "predict_with_generate": "generation.rows",
+    "predict_with_generate": "generation.num_examples",
     "report_to": "track.wandb or track.tensorboard",
     "use_wandb": "track.wandb",
     "use_tensorboard": "track.tensorboard",
@@ -295,4 +291,19 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_strategy"), "nothing is uploaded; output_dir holds the adapter"
     ),
+}
+
+# Keys of earlier versions, by their whole path: what each is written as today.
+RENAMED = {
+    "train.recompute": "train.gradient_checkpointing",
+    "train.lean": "train.share_prefixes",
+    "train.fast": "train.kernels (true: fused, false: peft)",
+    "train.keep": "train.keep_checkpoints",
+    "train.warmup": "train.warmup_ratio (a share of the steps) or train.warmup_steps (a number of steps)",
+    "quant.keep": "quant.skip_modules",
+    "quant.resident": "quant.keep_dequantized",
+    "distill.head": "distill.top_k",
+    "distill.samples": "distill.num_samples",
+    "distill.tier": "distill.cache_kind",
+    "generation.rows": "generation.num_examples",
 }

@@ -29,7 +29,7 @@ _GLOB = re.compile(r"[\w.*?!\[\]-]+")
 _BARE_NAMES = re.compile(r"\s*\w+\s*(,\s*\w+\s*)*")
 _FILE = re.compile(r"\.(jsonl?|csv|parquet|arrow)(\.\w+)?$")
 # Settings of `distill` that mean something where a teacher only measures.
-_OF_THE_TEACHER = ("cache", "tier", "head", "samples", "seed", "spot_check", "teacher")
+_OF_THE_TEACHER = ("cache", "cache_kind", "top_k", "num_samples", "seed", "spot_check", "teacher")
 _NO_HELD_OUT = "there are no held-out rows; set data.held_out=0.05 or data.eval=[{path: rows.jsonl}]"
 
 
@@ -49,21 +49,22 @@ def _attention(model: ModelConfig) -> Problems:
 
 
 def _named_modules(quant: QuantConfig) -> Problems:
-    for key, patterns in (("quant.keep", quant.keep), ("quant.int8", quant.int8)):
+    for key, patterns in (("quant.skip_modules", quant.skip_modules), ("quant.int8", quant.int8)):
         yield from _twice(key, patterns)
         for index, pattern in enumerate(patterns):
             if not _GLOB.fullmatch(pattern):
                 yield from _bad_regex(f"{key}.{index}", pattern)
-    for pattern in sorted(set(quant.keep) & set(quant.int8)):
-        yield Problem("quant.int8", f"{pattern} is in quant.keep too; it can be in one of them")
+    for pattern in sorted(set(quant.skip_modules) & set(quant.int8)):
+        yield Problem("quant.int8", f"{pattern} is in quant.skip_modules too; it can be in one of them")
     if quant.int8 and quant.type not in ("nf4", "fp4"):
         yield Problem("quant.int8", f"names layers beside 4-bit ones; drop it, or set quant.type=nf4, not {quant.type}")
 
 
 def _resident(quant: QuantConfig) -> Problems:
-    if quant.resident and quant.type not in ("nf4", "fp4"):
+    if quant.keep_dequantized and quant.type not in ("nf4", "fp4"):
         yield Problem(
-            "quant.resident", f"is the 16-bit copy of 4-bit weights; drop it, or set quant.type=nf4, not {quant.type}"
+            "quant.keep_dequantized",
+            f"is the 16-bit copy of 4-bit weights; drop it, or set quant.type=nf4, not {quant.type}",
         )
 
 
@@ -176,10 +177,10 @@ def _evaluation_sets(data: DataConfig) -> Problems:
 def _length(train: TrainConfig) -> Problems:
     if train.max_steps is not None and train.epochs is not None:
         yield Problem("train.epochs", "train.max_steps is given too; set one of them to null")
-    if train.warmup >= 1 and train.warmup != int(train.warmup):
-        yield Problem("train.warmup", f"from 1 on it is a number of steps, which must be whole, found {train.warmup}")
-    if train.max_steps is not None and train.warmup >= max(1, train.max_steps):
-        yield Problem("train.warmup", f"{train.warmup:g} steps leave none of train.max_steps={train.max_steps}")
+    if train.max_steps is not None and (train.warmup_steps or 0) >= train.max_steps:
+        yield Problem(
+            "train.warmup_steps", f"{train.warmup_steps} steps leave none of train.max_steps={train.max_steps}"
+        )
 
 
 def _batch(train: TrainConfig) -> Problems:
@@ -270,7 +271,7 @@ def _placement(distill: DistillConfig, guard: GuardConfig) -> Problems:
             yield Problem(f"distill.teacher.{key}", f"is for placement=server, not {placement}")
     if placement != "streamed" and distill.teacher.steps_ahead != 1:
         yield Problem("distill.teacher.steps_ahead", f"is for placement=streamed, not {placement}")
-    if placement == "server" or (placement == "cached" and distill.tier == "sampled"):
+    if placement == "server" or (placement == "cached" and distill.cache_kind == "sampled"):
         yield from _exactness(distill, "a server's" if placement == "server" else "a sampled cache's")
     if distill.on_policy and placement in ("cached", "server"):
         yield Problem("distill.on_policy", f"asks the teacher about new answers, which placement={placement} cannot")
@@ -280,7 +281,7 @@ def _placement(distill: DistillConfig, guard: GuardConfig) -> Problems:
 
 def _exactness(distill: DistillConfig, whose: str) -> Problems:
     """What part of the probabilities gives without bias: expectations that are linear in them."""
-    exact = "set tier=hidden, or placement=resident or streamed"
+    exact = "set cache_kind=hidden, or placement=resident or streamed"
     if distill.divergence != "forward_kl":
         yield Problem("distill.divergence", f"{whose} signal gives forward_kl only, not {distill.divergence}; {exact}")
     if distill.temperature != 1:
@@ -299,7 +300,7 @@ def _cached_rows(data: DataConfig, distill: DistillConfig, guard: GuardConfig) -
 
 def _answers(data: DataConfig, generation: GenerationConfig) -> Problems:
     if not data.eval and not data.held_out:
-        for name in ("rows", "every"):
+        for name in ("num_examples", "every"):
             if getattr(generation, name):
                 yield Problem(f"generation.{name}", _NO_HELD_OUT)
     if generation.every is not None and not generation.samples:

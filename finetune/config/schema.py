@@ -68,12 +68,14 @@ class QuantConfig(Section):
     type: Literal["nf4", "fp4", "int8", "none"] = Field("nf4", description="Storage of the frozen linear weights.")
     double: bool = Field(True, description="Quantize the 4-bit scales as well (saves 0.4 bit a weight).")
     compute_dtype: Dtype = Field("bfloat16", description="Type that 4-bit weights are multiplied in.")
-    keep: list[Text] = Field([], description="Modules kept in 16 bit: names, globs or regexes; lm_head always is.")
+    skip_modules: list[Text] = Field(
+        [], description="Modules kept in 16 bit: names, globs or regexes; lm_head always is."
+    )
     int8: list[Text] = Field([], description="Modules kept in 8 bit beside 4-bit ones: names, globs or regexes.")
     cache: bool = Field(
         True, description="Keep the quantized model in $FINETUNE_CACHE, else ~/.cache/finetune, for the next start."
     )
-    resident: bool = Field(
+    keep_dequantized: bool = Field(
         False, description="Keep a 16-bit copy of 4-bit weights too: same numbers, more memory, none dequantized twice."
     )
 
@@ -161,7 +163,8 @@ class TrainConfig(Section):
     epochs: Positive | None = Field(None, description="Passes over the training rows; 1 when max_steps is null too.")
     learning_rate: Annotated[Positive, Field(le=1)] = Field(2e-4, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
-    warmup: NotNegative = Field(0.03, description="Warm-up: below 1 a share of the steps, from 1 on a number of steps.")
+    warmup_ratio: Share = Field(0.03, description="Share of the steps in which the learning rate rises.")
+    warmup_steps: Count | None = Field(None, description="Steps in which it rises; null: train.warmup_ratio decides.")
     batch_size: Count = Field(16, description="Sequences an optimizer step, summed over all ranks.")
     micro_batch_size: Count | None = Field(None, description="Sequences a forward pass on one rank; null derives it.")
     max_grad_norm: NotNegative = Field(1.0, description="Gradients are clipped to this norm; 0 is off.")
@@ -170,22 +173,24 @@ class TrainConfig(Section):
     beta2: Share = Field(0.999, description="AdamW's second-moment decay.")
     eps: Positive = Field(1e-8, description="AdamW's epsilon.")
     neftune_alpha: NotNegative = Field(0.0, description="NEFTune noise on the embeddings; 0 is off.")
-    recompute: Literal["auto", "none", "all", "offload"] | Count = Field(
+    gradient_checkpointing: Literal["auto", "none", "all", "offload"] | Count = Field(
         "auto",
         description="Layers recomputed in backward to save memory: as many as needed, none, all, all with their inputs "
         "kept in main memory, or a number.",
     )
-    fast: bool = Field(True, description="Use the package's own kernels; false runs the plain PEFT model.")
-    lean: bool = Field(
+    kernels: Literal["fused", "peft"] = Field(
+        "fused", description="fused: the kernels of this package; peft: the modules of PEFT and transformers."
+    )
+    share_prefixes: bool = Field(
         True,
-        description="On the fast path, compute only tokens that some target needs, and what rows open with alike once.",
+        description="With fused kernels, compute only tokens that a target needs, and shared prefixes once.",
     )
     compile: bool | None = Field(
         None, description="Compile elementwise kernels; null does where the run is long enough to repay it."
     )
     eval_every: Count | None = Field(None, description="Steps between evaluations; null is only at the end.")
     save_every: Count | None = Field(None, description="Steps between checkpoints; null is only at the end.")
-    keep: Count = Field(2, description="Newest checkpoints kept; the best is kept besides.")
+    keep_checkpoints: Count = Field(2, description="Newest checkpoints kept; the best is kept besides.")
     early_stopping: Count | None = Field(None, description="Stop after so many evaluations without improvement.")
     resume: Text = Field("never", description="never, auto (newest whole checkpoint), or a checkpoint folder.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of everything random.")
@@ -239,11 +244,13 @@ class DistillConfig(Section):
     on_policy_tokens: Count = Field(128, description="Longest answer that the student writes, in tokens.")
     on_policy_temperature: Positive = Field(1.0, description="Temperature at which the student writes.")
     cache: Text | None = Field(None, description="Folder of the teacher's signal, written by `finetune cache`.")
-    tier: Literal["sampled", "hidden"] = Field(
+    cache_kind: Literal["sampled", "hidden"] = Field(
         "sampled", description="What is cached: probabilities (180 bytes a target), or exact hidden states."
     )
-    head: Annotated[int, Field(ge=1, le=256)] = Field(32, description="Most probable tokens kept of each target.")
-    samples: Annotated[int, Field(ge=1, le=256)] = Field(16, description="Tokens drawn from the rest, without bias.")
+    top_k: Annotated[int, Field(ge=1, le=256)] = Field(32, description="Most probable tokens kept of each target.")
+    num_samples: Annotated[int, Field(ge=1, le=256)] = Field(
+        16, description="Tokens drawn from the rest, without bias."
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of what is drawn for a cache.")
     spot_check: Index = Field(
         2, description="Cached documents compared with the teacher at the start, where it is here."
@@ -269,7 +276,7 @@ class GuardConfig(Section):
 class GenerationConfig(Section):
     """Answers to held-out rows, before, during and after the training."""
 
-    rows: Index = Field(0, description="Held-out rows answered for exact match before and after; 0 is off.")
+    num_examples: Index = Field(0, description="Held-out rows answered for exact match before and after; 0 is off.")
     max_new_tokens: Count = Field(128, description="Longest answer in tokens.")
     batch_size: Count = Field(32, description="Rows answered at a time.")
     samples: Index = Field(2, description="Answers shown before and after.")

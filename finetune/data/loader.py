@@ -216,7 +216,7 @@ def first_conversations(source: Source, preparation: Preparation, rows: int) -> 
     examples = [example for _, example in islice(read_examples(source, preparation), rows)]
     chats = [example for example in examples if isinstance(example, Conversation)]
     if len(chats) < len(examples):
-        raise DataError(f"{source.path}: {source.store.format} rows ask for no answer; set generation.rows=0")
+        raise DataError(f"{source.path}: {source.store.format} rows ask for no answer; set generation.num_examples=0")
     return chats
 
 

@@ -38,7 +38,7 @@ def fill_cache(
     documents: Sequence[Document],
     encode: Encode,
     group_tokens: int,
-    say: Callable[[int, int], None],
+    log: Callable[[int, int], None],
     flush_seconds: float = 30.0,
 ) -> int:
     """Write the signals of all documents that the folder lacks; one that was killed goes on where it stopped.
@@ -53,7 +53,7 @@ def fill_cache(
         wanted = {key: i for i, document in enumerate(documents) if (key := key_of(document)) is not None}
         lacking = {key: i for key, i in wanted.items() if key not in writer.stored}
         done, flushed = len(wanted) - len(lacking), time.monotonic()
-        say(done, len(wanted))
+        log(done, len(wanted))
         keys = iter(lacking)
         for group in groups_of((documents[i] for i in lacking.values()), group_tokens):
             for key, columns in zip(islice(keys, len(group)), encode(group), strict=True):
@@ -61,18 +61,20 @@ def fill_cache(
                 if time.monotonic() - flushed > flush_seconds:
                     writer.flush()
                     flushed = time.monotonic()
-                say(done := done + 1, len(wanted))
+                log(done := done + 1, len(wanted))
         writer.finish()
     return len(lacking)
 
 
 def encoder_of(teacher: Teacher, cfg: DistillConfig, vocabulary: int) -> Encode:
-    """What `fill_cache` keeps of a teacher that knows everything, as `distill.tier` says.
+    """What `fill_cache` keeps of a teacher that knows everything, as `distill.cache_kind` says.
 
     Raises: ConfigError if the vocabulary has more ids than a sampled cache can tell apart.
     """
-    if cfg.tier == "sampled" and vocabulary > MOST_IDS:
-        raise ConfigError(f"distill.tier=sampled tells {MOST_IDS:,} ids apart, not {vocabulary:,}; set tier=hidden")
+    if cfg.cache_kind == "sampled" and vocabulary > MOST_IDS:
+        raise ConfigError(
+            f"distill.cache_kind=sampled tells {MOST_IDS:,} ids apart, not {vocabulary:,}; set cache_kind=hidden"
+        )
 
     def encode(documents: Sequence[Document]) -> Iterator[Columns]:
         batches = [build_batch(group, lean=True) for group in groups_of(documents, BATCH_TOKENS)]
@@ -81,8 +83,8 @@ def encoder_of(teacher: Teacher, cfg: DistillConfig, vocabulary: int) -> Encode:
             keys = list(keys_of(batch))
             columns = (
                 {"hidden": _as_numpy(signal.hidden_ND)}
-                if cfg.tier == "hidden"
-                else draw(signal, vocabulary, cfg.head, _uniforms(keys, cfg.samples, cfg.seed))
+                if cfg.cache_kind == "hidden"
+                else draw(signal, vocabulary, cfg.top_k, _uniforms(keys, cfg.num_samples, cfg.seed))
             )
             start = 0
             for _, count in keys:
@@ -122,7 +124,7 @@ class CachedTeacher:
     ):
         check_fingerprint(folder, fingerprint)
         self.folder = folder
-        self.tier: str = fingerprint["kept"]["tier"]
+        self.tier: str = fingerprint["kept"]["cache_kind"]
         self.device = device
         self._head, self._dtype = head, dtype
         self._reader = ShardReader(folder)

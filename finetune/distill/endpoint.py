@@ -16,7 +16,7 @@ from threading import Event, Lock
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from finetune.system.console import printable
+from finetune.system.console import Log, printable
 from finetune.system.errors import ConfigError, FinetuneError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -89,15 +89,13 @@ class Endpoint:
     The key of OPENAI_API_KEY goes to this host alone: redirects are not followed, and no message holds it.
     """
 
-    def __init__(
-        self, url: str, *, timeout_seconds: float, attempts: int, backoff_seconds: float, say: Callable[[str], None]
-    ):
+    def __init__(self, url: str, *, timeout_seconds: float, attempts: int, backoff_seconds: float, log: Log):
         """Raises: ConfigError if the address or the key cannot be one."""
         self._parts = _address(url)
         self.url = self._parts.geturl()
         self._key = _key_of_environment()
         self._timeout_seconds, self._attempts, self._backoff_seconds = timeout_seconds, attempts, backoff_seconds
-        self._say = say
+        self._say = log
         # Its own generator: waiting must not move the random state of whoever trains.
         self._jitter = random.Random()
 

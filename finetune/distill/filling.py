@@ -20,9 +20,8 @@ from finetune.distill.resident import load_resident
 from finetune.distill.server import LogprobServer
 from finetune.distill.teacher import cache_of, signal_fingerprint, streamed_teacher, teacher_model
 from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
+from finetune.system.console import Log
 from finetune.system.machine import available_memory
-
-Say = Callable[[str], None]
 
 # Tokens that a streamed teacher answers each time it is read: where a GPU computes as long as a fast disk reads
 # (operations a second over bytes a second), and 1.1 GB of states at 7B.
@@ -34,7 +33,7 @@ _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def write_signals(
-    cfg: RunConfig, chat: ChatTemplate, vocabulary: int, documents: Sequence[Document], device: torch.device, say: Say
+    cfg: RunConfig, chat: ChatTemplate, vocabulary: int, documents: Sequence[Document], device: torch.device, log: Log
 ) -> int:
     """Write what `distill.cache` lacks of these documents, through the teacher that the config names.
 
@@ -48,9 +47,9 @@ def write_signals(
     def teacher() -> Encode:
         """Loaded for the first document that is lacking."""
         if placement == "server":
-            return _ask_server(cfg, vocabulary, say)
+            return _ask_server(cfg, vocabulary, log)
         if placement == "streamed":
-            return encoder_of(streamed_teacher(cfg, device, say), cfg.distill, vocabulary)
+            return encoder_of(streamed_teacher(cfg, device, log), cfg.distill, vocabulary)
         lora = cfg.distill.teacher.lora
         resident = load_resident(teacher_model(cfg), None if lora is None else adapter_folder(lora), device)
         return encoder_of(resident, cfg.distill, vocabulary)
@@ -59,8 +58,8 @@ def write_signals(
     if placement == "cached":
         placement = "resident" if _fits(cfg, device) else "streamed"
     group_tokens = _PASS_TOKENS.get(device.type, _PASS_TOKENS["cuda"]) if placement == "streamed" else 8 * BATCH_TOKENS
-    origin = signal_fingerprint(cfg, chat, vocabulary, say)
-    progress = _progress(_WHOM[placement], say)
+    origin = signal_fingerprint(cfg, chat, vocabulary, log)
+    progress = _progress(_WHOM[placement], log)
     return fill_cache(cache_of(cfg), origin, documents, lambda some: teacher()(some), group_tokens, progress)
 
 
@@ -75,10 +74,10 @@ def _fits(cfg: RunConfig, device: torch.device) -> bool:
     return free is None or size < _FITS * free
 
 
-def _ask_server(cfg: RunConfig, vocabulary: int, say: Say) -> Encode:
+def _ask_server(cfg: RunConfig, vocabulary: int, log: Log) -> Encode:
     teacher = cfg.distill.teacher
     assert teacher.url is not None
-    server = LogprobServer(teacher.url, teacher.served_as or teacher.name, cfg.distill.head, say=say)
+    server = LogprobServer(teacher.url, teacher.served_as or teacher.name, cfg.distill.top_k, log=log)
     server.check()
 
     def encode(documents: Sequence[Document]) -> Iterator[Columns]:
@@ -105,7 +104,7 @@ def _known(ids_NK: np.ndarray, log_probs_NK: np.ndarray, vocabulary: int) -> tup
     return ids_NK, log_probs_NK
 
 
-def _progress(whom: str, say: Say, every_seconds: float = 10.0) -> Callable[[int, int], None]:
+def _progress(whom: str, log: Log, every_seconds: float = 10.0) -> Callable[[int, int], None]:
     began: float | None = None
     first, last = 0, 0.0
 
@@ -115,11 +114,11 @@ def _progress(whom: str, say: Say, every_seconds: float = 10.0) -> Callable[[int
         if began is None:
             began, first, last = now, done, now
             if done < total:
-                say(f"asking {whom} about {total - done:,} of {total:,} documents")
+                log(f"asking {whom} about {total - done:,} of {total:,} documents")
         elif now - last >= every_seconds and done < total:
             last = now
             left = (total - done) * (now - began) / (done - first)
-            say(f"{done:,} of {total:,} documents, {int(left // 60)}:{int(left % 60):02d} left")
+            log(f"{done:,} of {total:,} documents, {int(left // 60)}:{int(left % 60):02d} left")
 
     return tell
 

@@ -30,11 +30,11 @@ def fingerprint(
     weights, adapter: of `teacher_weights` and `teacher_adapter`. vocabulary: ids that take part.
     """
     server = cfg.teacher.placement == "server"
-    kept: dict[str, Any] = {"tier": "top" if server else cfg.tier}
+    kept: dict[str, Any] = {"cache_kind": "top" if server else cfg.cache_kind}
     if server:
-        kept |= {"head": cfg.head}
-    elif cfg.tier == "sampled":
-        kept |= {"head": cfg.head, "samples": cfg.samples, "seed": cfg.seed}
+        kept |= {"top_k": cfg.top_k}
+    elif cfg.cache_kind == "sampled":
+        kept |= {"top_k": cfg.top_k, "num_samples": cfg.num_samples, "seed": cfg.seed}
     return {
         "version": SIGNAL_VERSION,
         "kept": kept,

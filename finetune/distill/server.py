@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from finetune.distill.endpoint import KEY_VARIABLE, Endpoint, Halt, Refusal
+from finetune.system.console import Log
 from finetune.system.errors import ConfigError, FinetuneError
 
 # What a token's entry takes at most: its id, log-probability and rank, and its text, escaped.
@@ -30,7 +31,7 @@ _ADVICE: list[tuple[int | None, str, str]] = [
     (401, "", f"set {KEY_VARIABLE} to the server's key"),
     (403, "", f"set {KEY_VARIABLE} to a key that may use this model"),
     (404, "", "distill.teacher.url is the API's root (ends in /v1), distill.teacher.name a model that it serves"),
-    (None, r"greater than max allowed|max[_-]logprobs", "start vLLM with --max-logprobs {top} or lower distill.head"),
+    (None, r"greater than max allowed|max[_-]logprobs", "start vLLM with --max-logprobs {top} or lower distill.top_k"),
     (
         None,
         r"context length|(maximum )?model length|max[_-]model[_-]len|too long|longer than",
@@ -69,14 +70,14 @@ class LogprobServer:
         timeout_seconds: float = 60.0,
         attempts: int = 6,
         backoff_seconds: float = 1.0,
-        say: Callable[[str], None] = lambda line: None,
+        log: Log = lambda line: None,
     ):
         """url: with or without its last part, /v1. model: None is the only one that is served, which `check` finds.
 
         Raises: ConfigError if the url can be no address.
         """
         self._endpoint = Endpoint(
-            url, timeout_seconds=timeout_seconds, attempts=attempts, backoff_seconds=backoff_seconds, say=say
+            url, timeout_seconds=timeout_seconds, attempts=attempts, backoff_seconds=backoff_seconds, log=log
         )
         self._model, self._top = model, top
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,16 @@ from finetune.distill.vocabulary import check_same_tokens, shared_vocabulary
 from finetune.losses.teacher_targets import HiddenSignal, Teacher
 from finetune.models.hub import TEXT_FILES, fetch, read_config
 from finetune.models.load import load_tokenizer
+from finetune.system.console import Log
 from finetune.system.errors import ConfigError
-
-Say = Callable[[str], None]
 
 
 class StreamedTeacher:
     """A model that is read layer by layer, once for all batches it is asked about. say: told how fast the first was."""
 
-    def __init__(self, model: StreamedModel, device: torch.device, say: Say):
+    def __init__(self, model: StreamedModel, device: torch.device, log: Log):
         self.model, self.device = model, device
-        self._say: Say | None = say
+        self._say: Log | None = log
 
     def signals(self, batches: Sequence[Batch]) -> Iterator[HiddenSignal]:
         states = self.model.hidden_states(batches)
@@ -126,7 +125,7 @@ def build_teacher(
     vocabulary: int,
     documents: Sequence[Document],
     device: torch.device,
-    say: Say,
+    log: Log,
 ) -> Teacher:
     """The teacher of a run, ready to be asked.
 
@@ -139,20 +138,20 @@ def build_teacher(
         adapter = None if teacher.lora is None else adapter_folder(teacher.lora)
         return load_resident(model, adapter, device, base if is_own_base(cfg) else None)
     if teacher.placement == "streamed":
-        return streamed_teacher(cfg, device, say, _own_head(cfg, base))
-    origin = signal_fingerprint(cfg, chat, vocabulary, say, download=False)
+        return streamed_teacher(cfg, device, log, _own_head(cfg, base))
+    origin = signal_fingerprint(cfg, chat, vocabulary, log, download=False)
     cached = CachedTeacher(cache_of(cfg), origin, device, _head(cfg, base, device), getattr(torch, model.dtype))
     cached.check_holds(documents)
     if cfg.distill.spot_check and origin["weights"] is not None:
-        _spot_check(cfg, cached, documents, vocabulary, device, say)
+        _spot_check(cfg, cached, documents, vocabulary, device, log)
     return cached
 
 
-def streamed_teacher(cfg: RunConfig, device: torch.device, say: Say, head: nn.Module | None = None) -> StreamedTeacher:
+def streamed_teacher(cfg: RunConfig, device: torch.device, log: Log, head: nn.Module | None = None) -> StreamedTeacher:
     """The teacher, read layer by layer. head: its own, where it is in memory already."""
     name = cfg.distill.teacher.lora
     adapter = None if name is None else adapter_folder(name)
-    return StreamedTeacher(StreamedModel(teacher_model(cfg), device, adapter, head), device, say)
+    return StreamedTeacher(StreamedModel(teacher_model(cfg), device, adapter, head), device, log)
 
 
 def _own_head(cfg: RunConfig, base: PreTrainedModel) -> nn.Module | None:
@@ -170,7 +169,7 @@ def cache_of(cfg: RunConfig) -> Path:
 
 
 def signal_fingerprint(
-    cfg: RunConfig, chat: ChatTemplate, vocabulary: int, say: Say, download: bool = True
+    cfg: RunConfig, chat: ChatTemplate, vocabulary: int, log: Log, download: bool = True
 ) -> dict[str, Any]:
     """What a folder of signals must come from for this config. download: False compares no weights that are not here:
     whoever trains from a folder needs no teacher.
@@ -182,13 +181,13 @@ def signal_fingerprint(
             weights = teacher_weights(model, download)
             adapter = teacher_adapter(cfg.distill.teacher.lora, download)
         except ConfigError as error:
-            say(f"teacher: not all of it is here, so its weights are not compared with the cache's ({error})")
+            log(f"teacher: not all of it is here, so its weights are not compared with the cache's ({error})")
     return fingerprint(cfg.distill, model, chat, vocabulary, weights, adapter)
 
 
 def _head(cfg: RunConfig, base: PreTrainedModel, device: torch.device) -> nn.Module | None:
     """What makes logits of cached hidden states."""
-    if cfg.distill.tier != "hidden":
+    if cfg.distill.cache_kind != "hidden":
         return None
     return _own_head(cfg, base) or StreamedModel(teacher_model(cfg), device).head
 
@@ -199,10 +198,10 @@ def _spot_check(
     documents: Sequence[Document],
     vocabulary: int,
     device: torch.device,
-    say: Say,
+    log: Log,
 ) -> None:
     """Ask the teacher itself about some documents."""
     some = np.random.default_rng(cfg.train.seed).permutation(len(documents))[: cfg.distill.spot_check]
     teacher = streamed_teacher(cfg, device, lambda text: None)
     difference = cached.check_against(teacher, [documents[i] for i in some], vocabulary)
-    say(f"teacher: {len(some)} cached document(s) agree with it within {difference:.2g} nats")
+    log(f"teacher: {len(some)} cached document(s) agree with it within {difference:.2g} nats")

@@ -37,11 +37,13 @@ def check_same_tokens(
     raise ConfigError(
         "\n".join(
             [
-                f"distill.teacher.name={teacher} means something else by {len(different):,} of the {len(ids):,} tokens that "
+                f"distill.teacher.name={teacher} means something else by {len(different):,} of the {len(ids):,} "
+                "tokens that "
                 "the rows hold:",
                 *shown,
                 *more,
-                f"train with its tokenizer (model.tokenizer={teacher}, and a data.chat_template that suits it), or choose a "
+                f"train with its tokenizer (model.tokenizer={teacher}, and a data.chat_template that suits it), or "
+                "choose a "
                 "teacher with the student's own",
             ]
         )

@@ -27,7 +27,7 @@ from finetune.evaluation.intervals import Bootstrap
 from finetune.evaluation.lm_eval import load_tasks, run_tasks
 from finetune.evaluation.measure import HowFar, Measuring, stored_bytes
 from finetune.evaluation.metrics import Metric, find_metric
-from finetune.evaluation.variants import Say, Subjects, contradictions, find_subjects
+from finetune.evaluation.variants import Log, Subjects, contradictions, find_subjects
 from finetune.models.adapters.files import TENSOR_FILE
 from finetune.models.digest import sha256_of
 from finetune.models.hub import TEXT_FILES, fetch, read_config
@@ -41,7 +41,7 @@ _SCRATCH = ".eval-"
 Merge = Callable[[str, Path], object]
 
 
-def evaluate_gap(options: EvalOptions, say: Say, merge: Merge, place: Path | None = None) -> GapTable:
+def evaluate_gap(options: EvalOptions, log: Log, merge: Merge, place: Path | None = None) -> GapTable:
     """Measure every model that the options name.
 
     merge: writes the merged model of `options.adapter` into a new folder.
@@ -52,22 +52,22 @@ def evaluate_gap(options: EvalOptions, say: Say, merge: Merge, place: Path | Non
     if default_device().type == "cpu" and (threads := pick_threads(os.environ, usable_cores())):
         torch.set_num_threads(threads)
     metric = _check(options)
-    subjects = find_subjects(options, say)
+    subjects = find_subjects(options, log)
     tasks = load_tasks(options.tasks) if options.tasks else None
     tokenizer = _tokenizer(subjects)
     chat = ChatTemplate(tokenizer)
     sets = load_sets(options, subjects.cfg, chat)
-    subjects = _with_rows_for(subjects, tokenizer, say)
+    subjects = _with_rows_for(subjects, tokenizer, log)
     if options.merged is not None and "merged" in subjects.variants:
         _check_merged(options.merged, _vocabulary(subjects, tokenizer))
     for rows in sets:
-        say(_describe(rows))
+        log(_describe(rows))
     for doubt in doubts(options, subjects.cfg, sets):
-        say(f"warning: {doubt}")
+        log(f"warning: {doubt}")
     with _scratch(place) as scratch:
         merged = _merged_folder(options, subjects, scratch, merge)
         measuring = _measuring(options, subjects, sets, (tokenizer, chat, metric), scratch)
-        models = [_measure(options, subjects, variant, merged, measuring, tasks, say) for variant in subjects.variants]
+        models = [_measure(options, subjects, variant, merged, measuring, tasks, log) for variant in subjects.variants]
     return GapTable(
         options.adapter,
         subjects.model.name,
@@ -89,13 +89,13 @@ def _measure(
     merged: Path | None,
     measuring: Measuring,
     tasks: Any,
-    say: Say,
+    log: Log,
 ) -> ModelFigures:
     name = subjects.name(variant)
     started = time.monotonic()
     with _room_for(name, variant, subjects.variants):
-        model = subjects.load(variant, merged, say)
-        sets = measuring.measure(model, reference=variant == "base", far=HowFar(name, say))
+        model = subjects.load(variant, merged, log)
+        sets = measuring.measure(model, reference=variant == "base", far=HowFar(name, log))
         found = []
         if tasks is not None:
             found = run_tasks(
@@ -111,7 +111,7 @@ def _measure(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    say(f"{name}: measured in {time.monotonic() - started:.1f} s")
+    log(f"{name}: measured in {time.monotonic() - started:.1f} s")
     return figures
 
 
@@ -150,7 +150,7 @@ def _tokenizer(subjects: Subjects) -> PreTrainedTokenizerBase:
     return load_adapter_tokenizer(subjects.model, subjects.adapter)
 
 
-def _with_rows_for(subjects: Subjects, tokenizer: PreTrainedTokenizerBase, say: Say) -> Subjects:
+def _with_rows_for(subjects: Subjects, tokenizer: PreTrainedTokenizerBase, log: Log) -> Subjects:
     """Without the models that have no row for tokens that the adapter added."""
     if max(tokenizer.get_vocab().values()) < _base_rows(subjects):
         return subjects
@@ -158,7 +158,7 @@ def _with_rows_for(subjects: Subjects, tokenizer: PreTrainedTokenizerBase, say: 
     if not kept:
         raise ConfigError("variants: the adapter added tokens, which only trained and merged have rows for")
     if kept != subjects.variants:
-        say("the adapter added tokens that its base has no rows for: only trained and merged models are measured")
+        log("the adapter added tokens that its base has no rows for: only trained and merged models are measured")
     return replace(subjects, variants=kept)
 
 

@@ -30,11 +30,11 @@ def greedy(logits_NV: Tensor, prompts: list[int], written: list[int]) -> Tensor:
 
 
 def dequantize_once(model: nn.Module, quant: QuantConfig) -> None:
-    """Keep 4-bit weights in 16 bit as well, as `quant.resident` does, on a CPU that has room for them.
+    """Keep 4-bit weights in 16 bit as well, as `quant.keep_dequantized` does, on a CPU that has room for them.
 
     Else each token dequantizes them all anew, which takes most of its time. A GPU's kernels read them as they are.
     """
-    if quant.type not in FOUR_BIT or quant.resident or next(model.parameters()).device.type != "cpu":
+    if quant.type not in FOUR_BIT or quant.keep_dequantized or next(model.parameters()).device.type != "cpu":
         return
     # Half of what is free stays so: answering is not all that a machine does.
     if 2 * resident_bytes(model) <= (available_memory() or 0):

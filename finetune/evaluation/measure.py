@@ -26,6 +26,7 @@ from finetune.evaluation.metrics import Metric
 from finetune.evaluation.scoring import TokenScores, score_tokens
 from finetune.losses.cross_entropy import head_of
 from finetune.losses.teacher_targets import HiddenSignal
+from finetune.system.console import Log
 
 LIMIT_TOKENS = 4096
 PACE_SECONDS = 10.0
@@ -70,8 +71,8 @@ class _Replay:
 class HowFar:
     """Says how far a model has come, where that takes longer than a few seconds."""
 
-    def __init__(self, name: str, say: Callable[[str], None]):
-        self._name, self._say = name, say
+    def __init__(self, name: str, log: Log):
+        self._name, self._say = name, log
         self._next = time.monotonic() + PACE_SECONDS
 
     def of(self, rows: str, what: str) -> Callable[[int, int], None]:

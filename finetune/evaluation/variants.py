@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -19,9 +18,9 @@ from finetune.models.adapters.trained import find_trained
 from finetune.models.fused import attach_fast_path
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config
 from finetune.models.load import default_device, load_base
+from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 
-Say = Callable[[str], None]
 VARIANTS: tuple[Variant, ...] = ("base", "quantized", "trained", "merged")
 _SHORT: dict[str, str] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -53,7 +52,7 @@ class Subjects:
             "merged": "merged",
         }[variant]
 
-    def load(self, variant: Variant, merged: Path | None, say: Say) -> nn.Module:
+    def load(self, variant: Variant, merged: Path | None, log: Log) -> nn.Module:
         """The model, frozen, in evaluation mode, on this machine's device. merged: the folder of the merged one.
 
         Raises: as `load_base` and `load_adapter`.
@@ -64,7 +63,7 @@ class Subjects:
         if variant == "merged":
             assert merged is not None, "whoever asks for it has merged it"
             return load_resident(ModelConfig(name=str(merged), dtype=own_dtype(str(merged))), None, device).model
-        model: nn.Module = load_base(self.model, self.quant, device, say)
+        model: nn.Module = load_base(self.model, self.quant, device, log)
         if variant == "trained":
             assert self.adapter is not None, "without an adapter nothing is trained"
             model = load_adapter(model, self.adapter)  # type: ignore[arg-type]
@@ -73,13 +72,13 @@ class Subjects:
         return model.eval()
 
 
-def find_subjects(options: EvalOptions, say: Say) -> Subjects:
+def find_subjects(options: EvalOptions, log: Log) -> Subjects:
     """The models that the options name. Nothing but text files and an adapter is read.
 
     Raises: ConfigError for variants that there are not; what fetching and reading raise.
     """
     if options.adapter is not None:
-        trained = find_trained([options.adapter], None, say)
+        trained = find_trained([options.adapter], None, log)
         found = Subjects(trained.adapters[0].folder, trained.cfg, trained.model, trained.quant, ())
     else:
         assert options.model is not None

@@ -74,10 +74,10 @@ def to_adapter(job: Job) -> Exported:
         if (folder := Path(base).expanduser()).is_dir():
             checks = [_verify(job, folder, folded)]
         else:
-            job.say(f"not compared with its source: the base {base} is no local folder; model=FOLDER names one")
+            job.log(f"not compared with its source: the base {base} is no local folder; model=FOLDER names one")
     four_bit = makes_up_for_quantizing(saved_config(job.source))
     if four_bit:
-        job.say("the adapter makes up for what quantizing took: the command serves it over the base in 4 bit")
+        job.log("the adapter makes up for what quantizing took: the command serves it over the base in 4 bit")
     notes = {"rank": rank, "folded": folded, "base": base, "four_bit_base": four_bit}
     return Exported(checks, [_serve(job, base, revision, rank, four_bit)], notes)
 

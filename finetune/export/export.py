@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.command_options import ExportOptions, GateOptions, MergedType, MergeOptions
-from finetune.export.exporter import Exported, Job, Say
+from finetune.export.exporter import Exported, Job, Log
 from finetune.export.merge.merge import Progress, merge
 from finetune.export.staging import check_room, scratch, staged
 from finetune.models.adapters.files import CONFIG_FILE, TENSOR_FILE, fetch_adapter
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
 from finetune.models.load import TOKENIZER_FILES
 from finetune.models.safetensors_index import read_header
-from finetune.system.console import progress_bar, say
+from finetune.system.console import log, progress_bar
 from finetune.system.errors import ConfigError
 
 REPORT = "export_report.json"
@@ -63,7 +63,7 @@ _BYTES_A_NUMBER = {
 }
 
 
-def export_model(options: ExportOptions, say: Say = say, progress: Progress = progress_bar) -> Exported:
+def export_model(options: ExportOptions, log: Log = log, progress: Progress = progress_bar) -> Exported:
     """Write an adapter or a model in another format.
 
     Raises: ConfigError, MissingExtra; IntegrityError if what was written does not read back as its source.
@@ -71,11 +71,11 @@ def export_model(options: ExportOptions, say: Say = say, progress: Progress = pr
     _check(options)
     out = Path(options.out).expanduser()
     # What is in the way, or has no place, is said before an hour's merging.
-    with staged(out, 0) as folder, _source(options, out, say, progress) as (source, gates):
+    with staged(out, 0) as folder, _source(options, out, log, progress) as (source, gates):
         check_room(folder, out, _room(source, options))
-        exported: Exported = _load(FORMATS[options.format].run)(Job(source, folder, options, say))
+        exported: Exported = _load(FORMATS[options.format].run)(Job(source, folder, options, log))
         for check in exported.checks:
-            say(check.describe())
+            log(check.describe())
         report = {
             "source": options.adapter or options.model,
             "format": options.format,
@@ -112,7 +112,7 @@ def _load(address: str) -> Callable[..., Any]:
 
 @contextmanager
 def _source(
-    options: ExportOptions, out: Path, say: Say, progress: Progress
+    options: ExportOptions, out: Path, log: Log, progress: Progress
 ) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
     """The folder to export, and how far it is from what was trained where it was merged for this."""
     if options.adapter is None:
@@ -123,7 +123,7 @@ def _source(
     else:
         with scratch(out, "merged") as folder:
             merged = folder / "model"
-            found = merge(_merging(options, merged), say, progress)
+            found = merge(_merging(options, merged), log, progress)
             yield merged, [gate.as_dict() for gate in found.gates]
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from finetune.config.command_options import ExportOptions
 from finetune.export.verify import Verification
-
-Say = Callable[[str], None]
+from finetune.system.console import Log
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Job:
     source: Path
     out: Path
     options: ExportOptions
-    say: Say
+    log: Log
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def to_safetensors(job: Job) -> Exported:
         notes["hardware"] = storage.advice
     if kept:
         notes["kept_in_bf16"] = kept
-        job.say(
+        job.log(
             f"{len(kept)} layers stay bf16, as training kept them in more bits; vLLM takes q, k and v of a layer, and "
             "gate and up, as one and wants them stored alike"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,9 @@ from finetune.models.load import load_base
 from finetune.models.quant.bit_widths import FOUR_BIT, stored_bytes
 from finetune.models.safetensors_index import WeightFiles
 from finetune.system.atomic import write_text
+from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 from finetune.system.resources import packaged
-
-Say = Callable[[str], None]
 
 _OPENING = "# Written by finetune allocate"
 _CHOICE = "the allocation"
@@ -58,7 +57,7 @@ class Allocation:
     choice: str = _CHOICE
 
 
-def choose(cfg: RunConfig, options: AllocateOptions, say: Say) -> Allocation:
+def choose(cfg: RunConfig, options: AllocateOptions, log: Log) -> Allocation:
     """The best storage of each layer within a budget, by what was measured of single layers; and, with
     `options.measure`, the best of that and of simple choices by what is measured of them whole.
 
@@ -71,11 +70,11 @@ def choose(cfg: RunConfig, options: AllocateOptions, say: Say) -> Allocation:
     storages = {_CHOICE: allocate(choices, budget_bytes)}
     measured: dict[str, MeanKl] = {}
     if options.measure:
-        training, held_out = load_rows(cfg, say)
+        training, held_out = load_rows(cfg, log)
         batches = batches_of(sample(held_out if len(held_out) else training, options.rows), cfg.data.max_length)
         storages |= choices.simple(budget_bytes)
         quants = {name: quant_of(storage, cfg.quant) for name, storage in storages.items()}
-        measured = measure_quants(cfg.model, quants, batches, say)
+        measured = measure_quants(cfg.model, quants, batches, log)
     best = min(measured, key=lambda name: measured[name].kl, default=_CHOICE)
     storage = storages[best]
     return Allocation(
@@ -125,16 +124,16 @@ def quant_of(storage: Mapping[str, str], like: QuantConfig) -> QuantConfig:
     named = {kind: [name for name, its in storage.items() if its == kind] for kind in ("none", "int8")}
     changes: dict[str, Any] = {
         "type": base,
-        "keep": named["none"] if base != "none" else [],
+        "skip_modules": named["none"] if base != "none" else [],
         "int8": named["int8"] if four_bit else [],
-        "resident": like.resident and four_bit is not None,
+        "keep_dequantized": like.keep_dequantized and four_bit is not None,
     }
     return like.model_copy(update=changes)
 
 
 @torch.no_grad()
 def measure_quants(
-    model: ModelConfig, quants: Mapping[str, QuantConfig], batches: Sequence[Batch], say: Say = lambda _: None
+    model: ModelConfig, quants: Mapping[str, QuantConfig], batches: Sequence[Batch], log: Log = lambda _: None
 ) -> dict[str, MeanKl]:
     """KL(16 bit || quantized) of each of these settings, as a run computes: in its own types, on its own kernels."""
     device = working_device()
@@ -144,13 +143,13 @@ def measure_quants(
     measured = {}
     for name, quant in quants.items():
         # What is tried here once need not fill the disk.
-        plain = quant.model_copy(update={"cache": False, "resident": False})
+        plain = quant.model_copy(update={"cache": False, "keep_dequantized": False})
         base = load_base(model, plain, device)
         attach_fast_path(base)
         found = _final_states(base, batches, device)
         nats = [divergences(a_ND, [b_ND], head, vocabulary)[0] for a_ND, b_ND in zip(wanted, found, strict=True)]
         measured[name] = mean_kl(nats, batches)
-        say(f"{name}: KL {measured[name].kl:.2e} ± {measured[name].error:.0e} nats a target")
+        log(f"{name}: KL {measured[name].kl:.2e} ± {measured[name].error:.0e} nats a target")
     return measured
 
 
@@ -200,7 +199,7 @@ def as_yaml(allocation: Allocation, command: str, model: str) -> str:
         chosen = ", which this is" if name == allocation.choice else ""
         header.append(f"#   {mean.kl:.2e} ± {mean.error:.0e} measured on {mean.tokens:,} targets: {name}{chosen}")
     quant = allocation.quant
-    content = {key: getattr(quant, key) for key in ("type", "double", "compute_dtype", "keep", "int8")}
+    content = {key: getattr(quant, key) for key in ("type", "double", "compute_dtype", "skip_modules", "int8")}
     return "\n".join(header) + "\n" + yaml.safe_dump(content, sort_keys=False)
 
 

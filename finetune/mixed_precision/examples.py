@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,19 +13,20 @@ from finetune.data.loader import load_chat_template, load_data
 from finetune.data.tokens.prepare import Preparation, console_progress
 from finetune.models.load import load_tokenizer
 from finetune.models.tokens import extend_tokenizer
+from finetune.system.console import Log
 
 # Tokens of a batch, at least: with fewer, reading a layer's weights takes longer than multiplying with them.
 _BATCH_TOKENS = 2048
 
 
-def load_rows(cfg: RunConfig, say: Callable[[str], None]) -> tuple[Documents, Documents]:
+def load_rows(cfg: RunConfig, log: Log) -> tuple[Documents, Documents]:
     """The documents that a run of this config would train on, and those that it would be measured by (maybe none)."""
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
     chat = load_chat_template(cfg.data, tokenizer)
     # A stream's rows are read to their end as well: a sample of its beginning would be none of its rows.
     whole = cfg.data.model_copy(update={"stream_rows": None})
-    data = load_data(Preparation(whole, chat, progress=console_progress(say)))
+    data = load_data(Preparation(whole, chat, progress=console_progress(log)))
     held_out = [source.documents for source in data.eval]
     return data.documents, Documents.join(held_out) if held_out else data.documents[:0]
 

@@ -53,7 +53,7 @@ class LayerwiseModel:
         self.linears: dict[str, tuple[int, int]] = {
             name: tuple(model.get_submodule(name).weight.shape) for name in linear_names(model) if name != head
         }
-        plain = quant.model_copy(update={"keep": [], "int8": [], "type": four_bit_of(quant)})
+        plain = quant.model_copy(update={"skip_modules": [], "int8": [], "type": four_bit_of(quant)})
         source = fetch(cfg.name, cfg.revision, TEXT_FILES + WEIGHT_FILES, "model.name")
         with quiet():
             settings: Any = quantization_of(source.folder, cfg, plain)

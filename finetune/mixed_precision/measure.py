@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,14 +17,13 @@ from finetune.mixed_precision.layerwise import LayerwiseModel, four_bit_of
 from finetune.mixed_precision.sensitivity import Sensitivity
 from finetune.mixed_precision.summary import write_summary
 from finetune.models.load import default_device
+from finetune.system.console import Log
 from finetune.system.machine import pick_threads, usable_cores
-
-Say = Callable[[str], None]
 
 _SAY_EVERY_SECONDS = 10.0
 
 
-def measure_sensitivity(cfg: RunConfig, options: SensitivityOptions, say: Say) -> Sensitivities:
+def measure_sensitivity(cfg: RunConfig, options: SensitivityOptions, log: Log) -> Sensitivities:
     """Measure every linear layer, or what is left of it, and write the folder `options.out`.
 
     Raises: ConfigError for a folder that holds something else; what loading the model and the rows raises.
@@ -34,7 +32,7 @@ def measure_sensitivity(cfg: RunConfig, options: SensitivityOptions, say: Say) -
     four_bit = options.type if options.type in ("nf4", "fp4") else four_bit_of(cfg.quant)
     kinds = [four_bit, "int8"] if options.type == "both" else [options.type]
     quant = cfg.quant.model_copy(update={"type": four_bit})
-    documents = sample(load_rows(cfg, say)[0], options.rows)
+    documents = sample(load_rows(cfg, log)[0], options.rows)
     journal = Journal(
         Path(options.out).expanduser(),
         {
@@ -51,9 +49,9 @@ def measure_sensitivity(cfg: RunConfig, options: SensitivityOptions, say: Say) -
     model = LayerwiseModel(cfg.model, quant, device)
     count = (1 + len(model.linears)) * len(kinds)
     if journal.measured:
-        say(f"{journal.folder}: {len(journal.measured)} of {count} are measured already")
+        log(f"{journal.folder}: {len(journal.measured)} of {count} are measured already")
     batches = batches_of(documents, cfg.data.max_length)
-    watch = _Watch(say)
+    watch = _Watch(log)
     for found in Sensitivity(model, batches, watch.progress).measure(kinds, options.mode, journal.measured):
         journal.append(found)
         watch.say_sometimes(f"{len(journal.measured)} of {count} measured")
@@ -76,8 +74,8 @@ def working_device() -> torch.device:
 class _Watch:
     """Says how far a measurement is and how long it will take, not too often."""
 
-    def __init__(self, say: Say):
-        self._say = say
+    def __init__(self, log: Log):
+        self._say = log
         self._began = self._said = time.monotonic()
         self._share = 0.0
 

@@ -11,7 +11,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from finetune.ops.offload import HostOffload
 from finetune.system.errors import ConfigError
 
-Recompute = str | int  # `train.recompute`, with auto already decided: none, all, offload or a number of layers
+Recompute = (
+    str | int
+)  # `train.gradient_checkpointing`, with auto already decided: none, all, offload or a number of layers
 
 
 def recomputed_layers(setting: Recompute, layers: int, first: int = 0) -> range:
@@ -25,7 +27,7 @@ def recomputed_layers(setting: Recompute, layers: int, first: int = 0) -> range:
     reached = max(0, layers - first)
     if isinstance(setting, int):
         if setting > layers:
-            raise ConfigError(f"train.recompute asks for {setting} layers, but the model has {layers}")
+            raise ConfigError(f"train.gradient_checkpointing asks for {setting} layers, but the model has {layers}")
         return range(first, first + min(setting, reached))
     return range(first, first + max(0, reached - 1)) if setting in ("all", "offload") else range(0)
 

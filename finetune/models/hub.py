@@ -69,20 +69,20 @@ def _hub_error(error: Exception, name: str, revision: str | None, key: str) -> F
     local = "or give a local folder"
     match error:
         case hub.GatedRepoError():
-            say = f"is gated: accept its terms on its page, then set HF_TOKEN (or `hf auth login`), {local}"
+            message = f"is gated: accept its terms on its page, then set HF_TOKEN (or `hf auth login`), {local}"
         case hub.RevisionNotFoundError():
-            say = f"has no revision {revision!r}: name one of its branches, tags or commits"
+            message = f"has no revision {revision!r}: name one of its branches, tags or commits"
         case hub.RepositoryNotFoundError():
-            say = f"is neither a folder here nor a public hub id: check it, set HF_TOKEN if it is private, {local}"
+            message = f"is neither a folder here nor a public hub id: check it, set HF_TOKEN if it is private, {local}"
         case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled():
             offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
             why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-            say = f"is no folder here, and is not complete in the cache while {why}: go online once, {local}"
+            message = f"is no folder here, and is not complete in the cache while {why}: go online once, {local}"
         case OSError(errno=errno.ENOSPC):
             return ResourceError(f"{key}={name}: the disk is full; set HF_HOME to a larger one")
         case _:
-            say = f"could not be fetched: {error}; try again, check HF_TOKEN, {local}"
-    return ConfigError(f"{key}={name} {say}")
+            message = f"could not be fetched: {error}; try again, check HF_TOKEN, {local}"
+    return ConfigError(f"{key}={name} {message}")
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:

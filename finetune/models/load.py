@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models.families import shape_of
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, read_json, weight_files
-from finetune.models.quant.cache import Say
+from finetune.models.quant.cache import Log
 from finetune.models.quant.eight_bit import quantize_loaded
 from finetune.models.quant.four_bit import build_skeleton, keep_resident, load_four_bit
 from finetune.models.quant.quantize import (
@@ -96,14 +96,14 @@ def _words(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def load_base(
-    model: ModelConfig, quant: QuantConfig, device: torch.device | str | None = None, say: Say = _log.warning
+    model: ModelConfig, quant: QuantConfig, device: torch.device | str | None = None, log: Log = _log.warning
 ) -> PreTrainedModel:
     """The frozen base model in eval mode, quantized while it loads; nothing is cast to fp32.
 
     device: default is this rank's GPU (`cuda:LOCAL_RANK`), the CPU where there is none.
     say: told, in a line, what goes wrong with the cache of quantized weights; the model is loaded all the same.
     Returns: an ordinary transformers model; `model.base_revision` is the hub commit it came from, or None. With
-    `quant.resident`, each 4-bit layer has its 16-bit copy as `resident_weight`.
+    `quant.keep_dequantized`, each 4-bit layer has its 16-bit copy as `resident_weight`.
     Raises: ConfigError (not found, not supported, missing files), IntegrityError (torn files, tensors that are missing,
     superfluous or of another shape), ResourceError (out of memory), MissingExtra (bitsandbytes, flash-attn).
     """
@@ -117,7 +117,7 @@ def load_base(
         settings = quantization_of(source.folder, model, quant)
         base: Any = None
         if settings is not None and quant.type in FOUR_BIT:
-            base = load_four_bit(source.folder, files, model, kernel, quant, settings, place, say)
+            base = load_four_bit(source.folder, files, model, kernel, quant, settings, place, log)
         if base is None:
             base = _load_by_transformers(source.folder, model, kernel, settings, place)
             if settings is not None and quant.type in FOUR_BIT and quant.int8:
@@ -127,7 +127,7 @@ def load_base(
         if quant.type != "none":
             keep_weights_trainable_after_eval(base)
         check_quantized(base, quant)
-        if quant.resident:
+        if quant.keep_dequantized:
             keep_resident(base)
     # What adapter_config.json will name as its base: not this machine's cache folder.
     base.name_or_path = base.config.name_or_path = model.name

@@ -45,7 +45,7 @@ def describe(device: torch.device, dtype: torch.dtype, all_here: bool) -> str | 
         return f"products: in float32, since this processor has none in {name}"
     return (
         f"products: this processor has none in {name}; the fast path makes its own in float32, the others "
-        f"(train.fast=false, DoRA, int8) are left to torch and take up to a hundred times as long: set "
+        f"(train.kernels=peft, DoRA, int8) are left to torch and take up to a hundred times as long: set "
         "model.dtype=float32 and quant.compute_dtype=float32"
     )
 

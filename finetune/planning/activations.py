@@ -147,7 +147,11 @@ def evaluation_bytes(shape: Mapping[str, Any], cfg: RunConfig, tokens: int, devi
     if the run has a teacher, with its.
     """
     hidden = tokens * shape["hidden_size"] * DTYPE_BYTES[cfg.model.dtype]
-    plain = device_type == "cpu" and cfg.train.fast and (cfg.quant.type == "none" or cfg.quant.resident)
+    plain = (
+        device_type == "cpu"
+        and cfg.train.kernels == "fused"
+        and (cfg.quant.type == "none" or cfg.quant.keep_dequantized)
+    )
     layer = forward_bytes(shape, cfg, tokens, in_blocks=plain)
     loss = loss_bytes(cfg, tokens, shape["vocab_size"], device_type, cfg.asks_teacher) + 3 * hidden
     return {"layer workspace": layer} if layer > loss else {"loss workspace": loss}
@@ -188,7 +192,7 @@ def kernels_of(cfg: RunConfig, shape: Mapping[str, Any]) -> str:
 
     `train.compile=null` compiles runs that repay it; one whose steps are not known yet is taken for such a run.
     """
-    if not cfg.train.fast:
+    if cfg.train.kernels == "peft":
         return "peft"
     if cfg.train.compile is not None or cfg.train.max_steps is None:
         return "plain torch" if cfg.train.compile is False else "compiled"
@@ -214,7 +218,7 @@ def _layer_work(
     document = document_tokens or cfg.data.max_length
     if device_type == "cpu" and cfg.model.attention == "auto" and document < _FUSED_BACKWARD_FROM:
         attention = tokens * shape["num_attention_heads"] * min(_QUERIES, document) * _SCORE_BYTES
-    four_bit = cfg.quant.type in FOUR_BIT and not cfg.quant.resident
+    four_bit = cfg.quant.type in FOUR_BIT and not cfg.quant.keep_dequantized
     weight = largest * DTYPE_BYTES[cfg.quant.compute_dtype] if four_bit else 0
     if device_type == "cuda":
         held = weight  # ops/linear.py keeps one buffer of the largest matrix
@@ -229,7 +233,7 @@ def _mlp_rows(cfg: RunConfig, adapted: frozenset[str], tokens: int, device_type:
 
     adapted: the linears that have an adapter in any layer.
     """
-    unknown = not cfg.train.fast or cfg.quant.type == "int8" or cfg.quant.int8
+    unknown = cfg.train.kernels == "peft" or cfg.quant.type == "int8" or cfg.quant.int8
     whole = unknown or (_MLP & adapted and (cfg.lora.dora or cfg.lora.dropout))
     return tokens if device_type != "cpu" or whole else min(tokens, _MOST_ROWS)
 
@@ -262,7 +266,7 @@ def kept_bytes(
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     terms = {
         # transformers' norm keeps fp32 copies of both of its inputs, and their scales.
-        "norms": 2 * hidden * width if cfg.train.fast else 2 * (hidden * 4 + 4),
+        "norms": 2 * hidden * width if cfg.train.kernels == "fused" else 2 * (hidden * 4 + 4),
         "attention": _attention_bytes(shape, cfg, device_type, document_tokens or cfg.data.max_length),
         "mlp": 0.0,
         "adapters": 0.0,
@@ -273,7 +277,7 @@ def kept_bytes(
         mine = adapted & room
         inputs = [linears[name][1] for name in mine]
         # What the kernels do not know is computed by PEFT's own modules.
-        if not cfg.train.fast or eight_bit & room or (cfg.lora.dora and mine):
+        if cfg.train.kernels == "peft" or eight_bit & room or (cfg.lora.dora and mine):
             # gate, silu(gate) and up; an fp32 copy of its input and the product with A for each adapter by itself; on a
             # CPU dropout keeps what it multiplied with, in fp32.
             terms["mlp"] += 3 * inner * width if room is _MLP else 0

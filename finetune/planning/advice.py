@@ -92,16 +92,16 @@ def _candidates(
     cfg: RunConfig, shape: Mapping[str, Any], ranks: int, device_type: str, free_bytes: float
 ) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
     """Changes from what costs nothing in the result to what does."""
-    if cfg.quant.resident:
-        yield ("quant.resident=false",), _with(cfg, quant={"resident": False})
+    if cfg.quant.keep_dequantized:
+        yield ("quant.keep_dequantized=false",), _with(cfg, quant={"keep_dequantized": False})
     if cfg.train.micro_batch_size not in (None, 1):
         yield ("train.micro_batch_size=1",), _with(cfg, train={"micro_batch_size": 1})
-    if cfg.train.recompute not in ("auto", "all", "offload"):
-        yield ("train.recompute=all",), _with(cfg, train={"recompute": "all"})
-    if not cfg.train.fast:
-        yield ("train.fast=true",), _with(cfg, train={"fast": True})
-    if cfg.train.recompute != "offload" and device_type == "cuda":
-        yield ("train.recompute=offload",), _with(cfg, train={"recompute": "offload"})
+    if cfg.train.gradient_checkpointing not in ("auto", "all", "offload"):
+        yield ("train.gradient_checkpointing=all",), _with(cfg, train={"gradient_checkpointing": "all"})
+    if cfg.train.kernels == "peft":
+        yield ("train.kernels=fused",), _with(cfg, train={"kernels": "fused"})
+    if cfg.train.gradient_checkpointing != "offload" and device_type == "cuda":
+        yield ("train.gradient_checkpointing=offload",), _with(cfg, train={"gradient_checkpointing": "offload"})
     teacher = cfg.distill.teacher
     if cfg.asks_teacher and teacher.placement == "resident":
         streamed = cfg.distill.model_copy(update={"teacher": teacher.model_copy(update={"placement": "streamed"})})
@@ -182,12 +182,16 @@ def fastest_that_fits(
     if not fitting:
         return None
     cost, chosen, found = min(fitting, key=lambda way: way[0])
-    length, recompute = chosen.data.max_length, chosen.train.recompute
+    length, recompute = chosen.data.max_length, chosen.train.gradient_checkpointing
     overrides = (
         *((f"data.max_length={length}",) if length != cfg.data.max_length else ()),
         f"train.micro_batch_size={found.micro_batch}",
-        f"train.recompute={(found.recomputed or 'none') if recompute == 'auto' else recompute}",
-        *((f"quant.resident={str(chosen.quant.resident).lower()}",) if cfg.quant.type in FOUR_BIT else ()),
+        f"train.gradient_checkpointing={(found.recomputed or 'none') if recompute == 'auto' else recompute}",
+        *(
+            (f"quant.keep_dequantized={str(chosen.quant.keep_dequantized).lower()}",)
+            if cfg.quant.type in FOUR_BIT
+            else ()
+        ),
     )
     return Settings(overrides, found, None if rates is None else cost)
 
@@ -199,14 +203,14 @@ def _ways(
     length or, where nothing of that fits, the longest that does.
     """
     yield cfg
-    freely = _with(cfg, train={"recompute": "auto"})
+    freely = _with(cfg, train={"gradient_checkpointing": "auto"})
     longest = longest_that_fits(freely, shape, device_type, free_bytes, ranks)
     freely = _with(freely, data={"max_length": min(cfg.data.max_length, longest or _STEP_TOKENS)})
     # Without a micro-batch of its own; derive_micro_batch gives the most that is of use.
     most = derive_micro_batch(_with(freely, train={"micro_batch_size": None}), ranks, device_type)
     for resident in (False, True) if cfg.quant.type in FOUR_BIT else (False,):
         for micro in sorted({most, *(2**power for power in range(most.bit_length()))}):
-            yield _with(freely, quant={"resident": resident}, train={"micro_batch_size": micro})
+            yield _with(freely, quant={"keep_dequantized": resident}, train={"micro_batch_size": micro})
 
 
 def cost_of_token(cfg: RunConfig, shape: Mapping[str, Any], found: Footprint, ranks: int, rates: Rates | None) -> float:

@@ -22,7 +22,7 @@ _ENOUGH_ON_A_GPU = 8192
 
 @dataclass(frozen=True, slots=True)
 class MemoryChoice:
-    """What a run does to fit: sequences a forward pass, `train.recompute` with auto decided, and both in words.
+    """What a run does to fit: sequences a forward pass, `train.gradient_checkpointing` without auto, both in words.
 
     recomputed: how many layers that is.
     """
@@ -49,12 +49,13 @@ def choose_memory(
 ) -> MemoryChoice:
     """The fewest recomputed layers, then the largest micro-batch, that fit into so many bytes beside the model.
 
-    free_bytes: what activations may take; None where it is not known. `train.micro_batch_size` and a `train.recompute`
-    that is not auto stay as they are given; what nothing makes fit is tried all the same, and said.
+    free_bytes: what activations may take; None where it is not known. `train.micro_batch_size` and a
+    `train.gradient_checkpointing` that is not auto stay as given; what nothing makes fit is
+    tried all the same, with a message.
     """
     micro = derive_micro_batch(cfg, ranks, device_type)
     if free_bytes is None:
-        recompute = "all" if cfg.train.recompute == "auto" else cfg.train.recompute
+        recompute = "all" if cfg.train.gradient_checkpointing == "auto" else cfg.train.gradient_checkpointing
         plan = plan_activations(shape, cfg, micro, device_type)
         words = f"recompute: {recompute} (the free memory is not known here)"
         return MemoryChoice(micro, recompute, words, _count(recompute, len(plan.kept)))
@@ -64,20 +65,20 @@ def choose_memory(
         micro //= 2
         plan = plan_activations(shape, cfg, micro, device_type)
     count = recomputed_layers_of(cfg, plan, free_bytes)
-    recompute = count if cfg.train.recompute == "auto" and count else "none"
-    if cfg.train.recompute != "auto":
-        recompute = cfg.train.recompute
+    recompute = count if cfg.train.gradient_checkpointing == "auto" and count else "none"
+    if cfg.train.gradient_checkpointing != "auto":
+        recompute = cfg.train.gradient_checkpointing
     return MemoryChoice(micro, recompute, _words(cfg, plan, count, wanted, micro, device_type, free_bytes), count)
 
 
 def recomputed_layers_of(cfg: RunConfig, plan: ActivationPlan, free_bytes: float = math.inf) -> int:
     """Layers that a setting recomputes; for auto, as many as it takes."""
-    setting = cfg.train.recompute
+    setting = cfg.train.gradient_checkpointing
     return plan.fewest(free_bytes) if setting == "auto" else _count(setting, len(plan.kept))
 
 
 def _count(setting: str | int, reached: int) -> int:
-    """Layers that a `train.recompute` other than auto recomputes, of those that backward reaches."""
+    """Layers that a `train.gradient_checkpointing` other than auto recomputes, of those that backward reaches."""
     if isinstance(setting, int):
         return min(setting, reached)
     return 0 if setting == "none" else max(0, reached - 1)
@@ -109,7 +110,7 @@ def free_memory(device_type: str) -> float | None:
 
 
 def _offloads(cfg: RunConfig, device_type: str) -> bool:
-    return cfg.train.recompute == "offload" and device_type != "cpu"
+    return cfg.train.gradient_checkpointing == "offload" and device_type != "cpu"
 
 
 def _least_peak(cfg: RunConfig, plan: ActivationPlan, device_type: str) -> float:
@@ -123,16 +124,16 @@ def _words(
     text = f"recompute: {count or 'none'} of {plan.layers} layers"
     if _offloads(cfg, device_type):
         text += ", their inputs in main memory"
-    elif cfg.train.recompute == "offload":
+    elif cfg.train.gradient_checkpointing == "offload":
         text += " (on a CPU offload is the same as all)"
     text += f"; activations take up to {in_words(peak)} of {in_words(free_bytes)} free"
-    if cfg.train.recompute == "auto" and count:
+    if cfg.train.gradient_checkpointing == "auto" and count:
         text += f", and {in_words(plan.peak_bytes(0))} if all were kept"
     if micro < wanted:
         text += f"; {micro} sequence(s) a forward pass instead of {wanted}, to fit"
     if peak <= free_bytes:
         return text
     advice = ["data.max_length"] if cfg.train.micro_batch_size in (None, 1) else ["train.micro_batch_size"]
-    if cfg.train.recompute == "none" or isinstance(cfg.train.recompute, int):
-        advice.append("recompute more layers (train.recompute=auto)")
+    if cfg.train.gradient_checkpointing == "none" or isinstance(cfg.train.gradient_checkpointing, int):
+        advice.append("recompute more layers (train.gradient_checkpointing=auto)")
     return f"{text}\nWARNING: this may not fit; lower {' or '.join(advice)}"

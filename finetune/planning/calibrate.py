@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from finetune.planning.timing import Rates
+from finetune.system.console import Log
 
 if TYPE_CHECKING:
     import torch
@@ -29,20 +30,18 @@ _TOKENS = 1024
 _REPEATS, _LONG_SECONDS = 5, 0.4
 
 
-def measure_rates(
-    device: torch.device, name: str, say: Callable[[str], None], clock: Callable[[], float] = time.perf_counter
-) -> Rates:
+def measure_rates(device: torch.device, name: str, log: Log, clock: Callable[[], float] = time.perf_counter) -> Rates:
     """The rates of this device, with the threads that torch uses now; takes about half a minute on two CPU cores."""
     import torch
 
     watch = _Watch(device, clock)
-    say("calibrating: products")
+    log("calibrating: products")
     products = [
         [float(inputs * outputs), float(rows), _product(watch, rows, inputs, outputs)]
         for inputs, outputs in _MATRICES
         for rows in _ROWS
     ]
-    say("calibrating: attention, elementwise steps, loss, 4-bit weights, optimizer")
+    log("calibrating: attention, elementwise steps, loss, 4-bit weights, optimizer")
     attention = [[float(length), _attention(watch, length)] for length in _DOCUMENTS]
     with torch.no_grad():
         elementwise, logits = _elementwise(watch), _logits(watch)

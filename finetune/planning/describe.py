@@ -45,7 +45,7 @@ def describe_plan(
         f"({', '.join(f'{name} {in_words(size)}' for name, size in static.parts.items())})",
         *([teacher] if teacher else []),
         f"memory of activations: {in_words(kept)} a rank when no layer is recomputed, "
-        f"{in_words(recomputed)} when all are (train.recompute={cfg.train.recompute})",
+        f"{in_words(recomputed)} when all are (train.gradient_checkpointing={cfg.train.gradient_checkpointing})",
         f"predicted peak: {in_words(found.peak_bytes)} a rank, {found.moment}, "
         f"with {found.recomputed or 'no'} layer(s) recomputed and {found.micro_batch} sequence(s) a forward pass "
         f"(most of it: {_largest_parts(found)})",

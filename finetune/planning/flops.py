@@ -83,7 +83,7 @@ def step_work(
             reached = backward and not (layer == first and name in ("q_proj", "k_proj", "v_proj"))
             runs = again + (1 if reached else 0)
             products[name] += 2.0 * weights * tokens * runs
-            if precision in FOUR_BIT and not cfg.quant.resident:
+            if precision in FOUR_BIT and not cfg.quant.keep_dequantized:
                 dequantized[name] += weights * passes * runs
             if name in adapted[layer]:
                 rank = rank_of(module_path(layer, name), cfg.lora)

@@ -134,7 +134,7 @@ def predict(
     """
     static = static_of(cfg, shape)
     activations = plan_activations(shape, cfg, micro_batch, device_type, document_tokens)
-    offload = cfg.train.recompute == "offload" and device_type == "cuda"
+    offload = cfg.train.gradient_checkpointing == "offload" and device_type == "cuda"
     teacher = teacher_bytes(cfg, shape)
     # A GPU keeps buffers for a streamed teacher's layers; a CPU maps them from their files while it is asked.
     buffers = passing_bytes(cfg, shape) if device_type == "cuda" else 0.0
@@ -187,7 +187,7 @@ def _code_for_shapes(cfg: RunConfig) -> float:
     size = _CODE_BY_STEP * math.log(max(1.0, steps / 2))
     if cfg.data.eval or cfg.data.held_out:
         size += _CODE_OF_EVALUATION
-    if rows := cfg.generation.rows:
+    if rows := cfg.generation.num_examples:
         size += _CODE_OF_ANSWERS + _CODE_BY_ANSWER * min(rows, _CODE_ANSWERS)
     return size
 

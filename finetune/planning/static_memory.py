@@ -85,7 +85,7 @@ def parameters_of(shape: Mapping[str, Any]) -> int:
 
 
 def _base_parts(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig) -> dict[str, float]:
-    """The blocks' linears by precision, and the 16-bit copies that `quant.resident` keeps of 4-bit ones."""
+    """The blocks' linears by precision, and the 16-bit copies that `quant.keep_dequantized` keeps of 4-bit ones."""
     parts: dict[str, float] = {}
     linears = linear_shapes(shape)
     for layer in range(shape["num_hidden_layers"]):
@@ -95,7 +95,7 @@ def _base_parts(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig
             parts[key] = parts.get(key, 0.0) + weights * bytes_per_weight(precision, quant)
             if precision == "int8":
                 parts[key] += 4 * linears[name][0]  # a scale for each row
-            if quant.resident and precision in FOUR_BIT:
+            if quant.keep_dequantized and precision in FOUR_BIT:
                 copies = "16-bit copies of 4-bit linears"
                 parts[copies] = parts.get(copies, 0.0) + weights * DTYPE_BYTES[quant.compute_dtype]
     return parts
@@ -108,7 +108,7 @@ def layer_precisions(layer: int, model: ModelConfig, quant: QuantConfig) -> dict
 
 def precision_of(path: str, model: ModelConfig, quant: QuantConfig) -> str:
     """How one linear of a block is stored. path: its full name."""
-    if quant.type == "none" or any(matches(pattern, path) for pattern in quant.keep):
+    if quant.type == "none" or any(matches(pattern, path) for pattern in quant.skip_modules):
         return model.dtype
     return "int8" if any(matches(pattern, path) for pattern in quant.int8) else quant.type
 

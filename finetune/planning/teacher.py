@@ -30,7 +30,7 @@ def computes_here(cfg: RunConfig) -> bool:
 def gives_sample(cfg: RunConfig) -> bool:
     """Whether the signal is some probabilities of each target, or the hidden states that make all of them."""
     placement = cfg.distill.teacher.placement
-    return placement == "server" or (placement == "cached" and cfg.distill.tier == "sampled")
+    return placement == "server" or (placement == "cached" and cfg.distill.cache_kind == "sampled")
 
 
 def teacher_shape(cfg: RunConfig, student: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -42,7 +42,7 @@ def teacher_shape(cfg: RunConfig, student: Mapping[str, Any]) -> Mapping[str, An
 def signal_bytes(cfg: RunConfig, student: Mapping[str, Any], tokens: int) -> float:
     """What the teacher says of so many targets: their final hidden states, or a sample of their probabilities."""
     if gives_sample(cfg):
-        return float(tokens * (cfg.distill.head + cfg.distill.samples) * _SAMPLED_BYTES)
+        return float(tokens * (cfg.distill.top_k + cfg.distill.num_samples) * _SAMPLED_BYTES)
     width = (teacher_shape(cfg, student) or student)["hidden_size"]
     return float(tokens * width * DTYPE_BYTES[cfg.distill.teacher.dtype])
 

@@ -84,8 +84,8 @@ def _notes(settings: dict[str, list[str]]) -> tuple[str, ...]:
         notes.append(
             "the objectives differ: the held-out loss of recover is nats from the teacher, that of others nats a target"
         )
-    if "generation.rows" in settings:
-        notes.append("exact match is of different numbers of rows (generation.rows)")
+    if "generation.num_examples" in settings:
+        notes.append("exact match is of different numbers of rows (generation.num_examples)")
     if any(key in settings for key in ("model.tokenizer", "model.name")):
         notes.append("the base or its tokenizer differs: nats a token compare only where the tokens are the same")
     return tuple(notes)
@@ -120,7 +120,7 @@ def _cell(text: str) -> str:
 def write_comparison(file: Path, title: str, comparison: Comparison) -> None:
     """The page with table and curves, written whole or not at all. Raises: OSError."""
     labeled = list(zip(comparison.labels, comparison.runs, strict=True))
-    template = page_environment(Path(__file__).parent).get_template("compare.html")
+    template = page_environment().get_template("compare.html")
     page = template.render(
         title=title,
         comparison=comparison,

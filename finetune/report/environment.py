@@ -1,4 +1,4 @@
-"""How the package's pages are made: no network, no script, light and dark; text of others is escaped."""
+"""Build the Jinja environment of all pages: no network, no script, light and dark, text of users escaped."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from finetune.system.console import printable
 
 
-def page_environment(*folders: Path, **functions: Any) -> Environment:
-    """Templates of these folders and of this one: escaped, strict about names, control characters made visible.
+def page_environment(**functions: Any) -> Environment:
+    """Build the environment of templates/: escaped, strict about names, control characters made visible.
 
     functions: that templates may call. look.css is how the package's pages look.
     """
     environment = Environment(
-        loader=FileSystemLoader([*folders, Path(__file__).parent]),
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from finetune.report.curves import run_pictures
@@ -14,6 +13,7 @@ from finetune.report.gap import read_gap
 from finetune.report.run import Run, read_run
 from finetune.report.settings import changes
 from finetune.system.atomic import write_text
+from finetune.system.console import Log
 from finetune.system.errors import IntegrityError
 
 REPORT = "report.html"
@@ -35,12 +35,12 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT
 
 
-def try_report(folder: Path, say: Callable[[str], None]) -> None:
+def try_report(folder: Path, log: Log) -> None:
     """The report at the end of a run, which must not fail because of it."""
     try:
-        say(f"report: {write_report(folder)}")
+        log(f"report: {write_report(folder)}")
     except Exception as error:  # noqa: BLE001 - whatever it is, what was trained is saved and the run's end stays its end
-        say(f"warning: {folder / REPORT} could not be written ({error}); finetune report {folder} tries again")
+        log(f"warning: {folder / REPORT} could not be written ({error}); finetune report {folder} tries again")
 
 
 def render(run: Run) -> str:
@@ -51,7 +51,7 @@ def render(run: Run) -> str:
         gap = read_gap(run.folder)
     except (IntegrityError, OSError) as error:
         problems.append(str(error))
-    template = page_environment(Path(__file__).parent, **row_functions()).get_template("run.html")
+    template = page_environment(**row_functions()).get_template("run.html")
     return template.render(
         run=run,
         status=_STATUS_WORDS.get(run.status, run.status),

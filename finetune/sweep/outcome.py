@@ -9,7 +9,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.report import curves
 from finetune.report.compare import swatch, text_table
 from finetune.report.curves import Picture, overlaid
 from finetune.report.environment import page_environment
@@ -85,7 +84,7 @@ def write_outcome(folder: Path, name: str, record: Record) -> None:
         if trial.same_as is None and (run := _run_of(folder, trial)) is not None and run.metrics
     ][:_MOST_CURVES]
     page = (
-        page_environment(Path(curves.__file__).parent, Path(__file__).parent)
+        page_environment()
         .get_template("sweep.html")
         .render(
             title=f"{name}: sweep",

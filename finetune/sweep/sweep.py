@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from finetune.sweep.record import Record, Trial, check_same, load_record
 from finetune.sweep.running import Stop, run_process, wait_until_free
 from finetune.sweep.search import check_optuna, suggest
 from finetune.sweep.space import Space, read_space
+from finetune.system.console import Log
 from finetune.system.errors import ConfigError, FinetuneError, Interrupted
 
 _SHOWN_PROBLEMS = 10
@@ -36,7 +37,6 @@ _METRICS = {
     "tokens_per_second",
 }
 _JUDGING = ("sweep.metric", "sweep.minimize")
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _check_metric(metric: str, cfg: RunConfig) -> None:
     held_out = bool(cfg.data.eval or cfg.data.held_out)
     needs = {
         "eval_loss": (held_out, "needs held-out rows: data.eval or data.held_out; or sweep.metric=final_loss"),
-        "exact_match_after": (cfg.generation.rows > 0, "needs generation.rows=100, or another number"),
+        "exact_match_after": (cfg.generation.num_examples > 0, "needs generation.num_examples=100, or another number"),
         "teacher_kl_after": (cfg.distill.objective != "none", "needs a teacher: distill.objective"),
         "recovered": (cfg.distill.objective == "recover", "needs distill.objective=recover"),
     }
@@ -130,7 +130,7 @@ def _check_metric(metric: str, cfg: RunConfig) -> None:
         raise ConfigError(f"sweep.metric={metric}: {text}")
 
 
-def run_sweep(plan: Plan, say: Say) -> Record:
+def run_sweep(plan: Plan, log: Log) -> Record:
     """Make the runs that are missing and write the table after each of them.
 
     Raises: ConfigError if the folder holds another sweep or one that is going on; Interrupted after a signal, when the
@@ -142,7 +142,7 @@ def run_sweep(plan: Plan, say: Say) -> Record:
         with FileLock(folder / ".lock", blocking=False), Stop() as stop:
             record = _open(plan)
             record.save(folder)
-            _run_all(plan, record, stop, say)
+            _run_all(plan, record, stop, log)
             write_outcome(folder, plan.first.name, record)
     except Timeout as error:
         raise ConfigError(f"sweep.out: another sweep is running in {folder}") from error
@@ -184,7 +184,7 @@ def _spec(plan: Plan) -> dict[str, Any]:
     return spec
 
 
-def _run_all(plan: Plan, record: Record, stop: Stop, say: Say) -> None:
+def _run_all(plan: Plan, record: Record, stop: Stop, log: Log) -> None:
     for number in range(1, plan.runs + 1):
         if number > len(record.trials):
             values = suggest(plan.space, record.trials, plan.minimize, plan.settings.seed)
@@ -193,15 +193,15 @@ def _run_all(plan: Plan, record: Record, stop: Stop, say: Say) -> None:
         heading = f"run {number} of {plan.runs}: {trial.described}"
         earlier = next((other for other in record.trials[: number - 1] if other.values == trial.values), None)
         if _settle(trial, plan, record):
-            say(f"{heading}: done before")
+            log(f"{heading}: done before")
         elif earlier is not None:
             trial.same_as, trial.status, trial.error = earlier.number, earlier.status, earlier.error
             trial.metric = earlier.metric
-            say(f"{heading}: the same as run {earlier.number}")
+            log(f"{heading}: the same as run {earlier.number}")
         else:
-            say(f"\n{heading}")
+            log(f"\n{heading}")
             _run(trial, plan, record, stop)
-            say(f"{heading}: {_ending(trial, record)}")
+            log(f"{heading}: {_ending(trial, record)}")
         record.save(plan.folder)
         write_table(plan.folder, record)
         if trial.status == "finished" and trial.metric is None:

@@ -6,6 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+Log = Callable[[str], None]
+"""Receives one message for the user."""
+
 _VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
 _VISIBLE |= {0x7F: 0x2421}
 _VISIBLE |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
@@ -19,7 +22,7 @@ def printable(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """A message, on stderr; in a notebook, which colors that as an error, on stdout."""
     print(text, file=sys.stdout if in_notebook() else sys.stderr, flush=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from finetune.planning.auto_batch import choose_memory
 from finetune.planning.peak_memory import MARGIN, predict
 from finetune.planning.teacher import recovers
 from finetune.system import heap
+from finetune.system.console import Log
 from finetune.system.machine import available_memory, pick_threads, ranks_here, usable_cores
 
 # Gradient and AdamW's moments; the weights are there already. Moments once more in a guard's recovery.
@@ -48,8 +48,8 @@ class Fit:
     predicted_peak_bytes: int
 
 
-def fit_to_memory(cfg: RunConfig, model: nn.Module, accelerator: Accelerator, say: Callable[[str], None]) -> Fit:
-    """Sets which layers of the adapted model are recomputed, as `train.recompute` says and memory allows.
+def fit_to_memory(cfg: RunConfig, model: nn.Module, accelerator: Accelerator, log: Log) -> Fit:
+    """Sets which layers of the adapted model are recomputed, as `train.gradient_checkpointing` says and memory allows.
 
     Every rank decides as the one with the least memory does, measured when all of them have loaded.
     Raises: ConfigError if more layers are asked for than there are.
@@ -62,7 +62,7 @@ def fit_to_memory(cfg: RunConfig, model: nn.Module, accelerator: Accelerator, sa
     shape, kind, ranks = base_of(model).config.to_dict(), accelerator.device.type, accelerator.num_processes
     choice = choose_memory(cfg, shape, ranks, kind, None if least < 0 else least)
     apply_recompute(model, choice.recompute)
-    say(choice.text)
+    log(choice.text)
     predicted = predict(cfg, shape, kind, choice.micro_batch, choice.recomputed, ranks=ranks)
     return Fit(choice.micro_batch, round(predicted.peak_bytes))
 

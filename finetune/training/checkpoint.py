@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.system.atomic import is_disk_full, sync
+from finetune.system.console import Log
 from finetune.system.errors import IntegrityError, ResourceError
 
 TRAINING, STATE, MANIFEST = "training.safetensors", "state.json", "manifest.json"
@@ -145,7 +146,7 @@ def list_checkpoints(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def newest_whole(run: Path, warn: Callable[[str], None]) -> Path | None:
+def newest_whole(run: Path, warn: Log) -> Path | None:
     """The newest checkpoint that passes its manifest; each torn one met on the way is named through `warn`."""
     for folder in reversed(list_checkpoints(run)):
         try:

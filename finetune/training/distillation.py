@@ -28,8 +28,8 @@ from finetune.evaluation.sampling import sample_answers
 from finetune.losses.distillation import Distillation
 from finetune.losses.divergence import Terms
 from finetune.losses.teacher_targets import Teacher
+from finetune.system.console import Log
 
-Say = Callable[[str], None]
 _CANNOT_TEACH = (
     "recover brings back what quantization took from this base; it cannot teach a new task: for that, "
     "distill.objective=distill with a larger or tuned teacher, or sft+anchor"
@@ -62,12 +62,12 @@ class Lesson:
         schedule = Schedule(self.teacher, self.cfg.distill.teacher.steps_ahead, total_steps)
         return lambda step, batches_of: loss.expect(schedule.signals(step, batches_of))
 
-    def feed(self, feed: Feed, model: PeftModel, chat: ChatTemplate, accelerator: Accelerator, say: Say) -> Feed:
+    def feed(self, feed: Feed, model: PeftModel, chat: ChatTemplate, accelerator: Accelerator, log: Log) -> Feed:
         """The run's documents, with answers of the model's own in a share of them (`distill.on_policy`)."""
         distill = self.cfg.distill
         if not distill.on_policy:
             return feed
-        say(
+        log(
             f"the student itself writes the answers of {distill.on_policy:.0%} of the rows, up to "
             f"{distill.on_policy_tokens} tokens at temperature {distill.on_policy_temperature:g}; the teacher alone "
             "judges those"
@@ -113,7 +113,7 @@ class Lesson:
         return figures
 
 
-def plan_lesson(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, data: LoadedData, say: Say) -> int:
+def plan_lesson(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, data: LoadedData, log: Log) -> int:
     """Ids that student and teacher share; 0 for a run that learns from rows alone. Nothing is loaded yet.
 
     Raises: ConfigError if the teacher means something else by a token that is in use, or has another width where that
@@ -122,7 +122,7 @@ def plan_lesson(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Loaded
     if not cfg.asks_teacher:
         return 0
     if cfg.distill.objective == "recover":
-        say(_CANNOT_TEACH)
+        log(_CANNOT_TEACH)
     check_width(cfg)
     # A stream's rows are not known yet, and the student may write any token.
     unknown = cfg.data.stream_rows or cfg.distill.on_policy
@@ -137,7 +137,7 @@ def build_lesson(
     data: LoadedData,
     vocabulary: int,
     accelerator: Accelerator,
-    say: Say,
+    log: Log,
 ) -> Lesson | None:
     """The teacher of a run; None for a run that learns from rows alone. base: before an adapter is on it.
 
@@ -149,8 +149,8 @@ def build_lesson(
     documents = Documents.join(source.documents for source in sources) if sources else ()
     # Ranks do not wait for hours: several of them need a folder that `finetune cache` has finished.
     if cfg.distill.teacher.placement == "server" and accelerator.num_processes == 1:
-        write_signals(cfg, chat, vocabulary, documents, accelerator.device, say)
-    return Lesson(cfg, build_teacher(cfg, base, chat, vocabulary, documents, accelerator.device, say), vocabulary)
+        write_signals(cfg, chat, vocabulary, documents, accelerator.device, log)
+    return Lesson(cfg, build_teacher(cfg, base, chat, vocabulary, documents, accelerator.device, log), vocabulary)
 
 
 def mean_teacher_kl(figures: Mapping[str, float]) -> float | None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from finetune.config.schema import GuardConfig
+from finetune.system.console import Log
 from finetune.training.checkpoint import TrainState
 from finetune.training.distillation import Lesson, mean_teacher_kl
 from finetune.training.loop import Job, train_step
@@ -28,9 +29,9 @@ class Guard:
         cfg: GuardConfig,
         measure: Callable[[], Figures],
         recover: Callable[[int], None],
-        say: Callable[[str], None],
+        log: Log,
     ):
-        self._cfg, self._measure, self._recover, self._say = cfg, measure, recover, say
+        self._cfg, self._measure, self._recover, self._say = cfg, measure, recover, log
 
     def __call__(self, state: TrainState, figures: Figures) -> tuple[Figures, bool]:
         """The figures of an evaluation, measured again after a recovery; and whether the run ends here.
@@ -81,4 +82,4 @@ def with_guard(job: Job, parts: Parts, lesson: Lesson, measure: Callable[[], Fig
         for earlier in range(max(1, step - parts.cfg.guard.steps + 1), step + 1):
             train_step(recovering, earlier)
 
-    return replace(job, guard=Guard(parts.cfg.guard, measure, recover, job.tracker.say))
+    return replace(job, guard=Guard(parts.cfg.guard, measure, recover, job.tracker.message))

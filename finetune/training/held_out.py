@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from accelerate.utils import gather_object
 
 from finetune.data.loader import first_conversations
 from finetune.evaluation.generation import Answer, answer_rows
 from finetune.evaluation.perplexity import evaluate
+from finetune.system.console import Log
 from finetune.training.run_context import Parts
 
 
@@ -61,6 +60,6 @@ def answer_held_out(parts: Parts, rows: int) -> list[Answer]:
     return [answer for _, answer in sorted(pairs, key=lambda pair: pair[0])]
 
 
-def say_samples(parts: Parts, say: Callable[[str], None]) -> None:
+def say_samples(parts: Parts, log: Log) -> None:
     for answer in answer_held_out(parts, parts.cfg.generation.samples):
-        say(f"  {answer.prompt!r} -> {answer.given!r}")
+        log(f"  {answer.prompt!r} -> {answer.given!r}")

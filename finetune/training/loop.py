@@ -23,7 +23,7 @@ from finetune.data.batch import Batch, build_batch, silent_batch
 from finetune.data.documents import Document
 from finetune.data.packing import split_among_ranks
 from finetune.data.sampler import Feed
-from finetune.system.console import say
+from finetune.system.console import log
 from finetune.system.errors import FinetuneError, Interrupted
 from finetune.training.checkpoint import TrainState
 from finetune.training.optim import learning_rate_at
@@ -97,7 +97,7 @@ class StopSignals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        say("\nstopping after this step; its checkpoint will be saved")
+        log("\nstopping after this step; its checkpoint will be saved")
 
 
 def peak_bytes() -> int:
@@ -133,7 +133,7 @@ def fit(job: Job, state: TrainState) -> None:
                     result.signal_number, f"stopped by a signal after step {step}; continue with train.resume=auto"
                 )
     if _stopped_early(job, state):
-        job.tracker.say(f"early stopping: no better evaluation since step {state.best_step}")
+        job.tracker.message(f"early stopping: no better evaluation since step {state.best_step}")
 
 
 def train_step(job: Job, step: int, signal_number: int = 0) -> StepResult:

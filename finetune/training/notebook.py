@@ -38,7 +38,7 @@ class NotebookView:
         if time.monotonic() >= self._next_drawing or self._last_step() == self._total:
             self._draw()
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         print(message, flush=True)
 
     def close(self) -> None:

@@ -24,7 +24,9 @@ def build_optimizer(cfg: TrainConfig, named_parameters: Iterable[tuple[str, Para
 
 def warmup_steps(cfg: TrainConfig, total_steps: int) -> int:
     """Steps of linear warm-up: a share of the run below 1, a number of steps from 1 on."""
-    return math.ceil(cfg.warmup * total_steps) if cfg.warmup < 1 else min(int(cfg.warmup), total_steps)
+    if cfg.warmup_steps is None:
+        return math.ceil(cfg.warmup_ratio * total_steps)
+    return min(cfg.warmup_steps, total_steps)
 
 
 def learning_rate_at(cfg: TrainConfig, step: int, total_steps: int) -> float:

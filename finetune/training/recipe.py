@@ -42,6 +42,7 @@ from finetune.report.dataset.stored import store_report
 from finetune.report.page import try_report
 from finetune.system import console
 from finetune.system.atomic import write_text
+from finetune.system.console import Log
 from finetune.system.errors import ConfigError, Interrupted
 from finetune.training import run_folder
 from finetune.training.autotune import fit_to_memory, use_all_cores
@@ -77,51 +78,51 @@ def train(cfg: RunConfig) -> RunResult:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     _check_world_size(cfg, accelerator)
     set_seed(cfg.train.seed)
-    say = _speaker(accelerator)
+    log = _speaker(accelerator)
     if threads := use_all_cores(accelerator.device.type):
-        say(threads)
+        log(threads)
     lock = run_folder.claim_folder(cfg) if accelerator.is_main_process else None
     try:
-        checkpoint = _on_main(accelerator, lambda: run_folder.find_checkpoint(cfg, say))
+        checkpoint = _on_main(accelerator, lambda: run_folder.find_checkpoint(cfg, log))
         kind = accelerator.device.type
-        say(describe_plan(cfg, shape_of(cfg.model.name), accelerator.num_processes, kind, free_memory(kind)))
-        parts = _load(cfg, accelerator, checkpoint, say)
-        return _run(parts, checkpoint, say)
+        log(describe_plan(cfg, shape_of(cfg.model.name), accelerator.num_processes, kind, free_memory(kind)))
+        parts = _load(cfg, accelerator, checkpoint, log)
+        return _run(parts, checkpoint, log)
     finally:
         if lock is not None:
             run_folder.release_folder(lock)
 
 
-def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, say: Callable[[str], None]) -> Parts:
+def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, log: Log) -> Parts:
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
     chat = load_chat_template(cfg.data, tokenizer)
     # Ranks of one machine share its disk: one of them tokenizes, the others wait for its files.
-    preparation = Preparation(cfg.data, chat, accelerator.is_local_main_process, console_progress(say))
+    preparation = Preparation(cfg.data, chat, accelerator.is_local_main_process, console_progress(log))
     data = load_data(preparation)
     warnings = [*describe_leaks(data), *_end_token_advice(cfg, chat)]
     for line in (*map(describe_source, (*data.train, *data.eval)), *(f"WARNING: {warning}" for warning in warnings)):
-        say(line)
+        log(line)
     feed = _build_feed(cfg, preparation, data)
     if cfg.data.stream_rows:
-        say(f"training rows are read while training, {cfg.data.stream_rows:,} at a time")
+        log(f"training rows are read while training, {cfg.data.stream_rows:,} at a time")
     if checkpoint is not None:
         run_folder.check_continuation(cfg, feed.digest, checkpoint)
     if accelerator.is_main_process:
         run_folder.describe_run(cfg, Path(cfg.output_dir), feed.digest, accelerator.num_processes)
         store_report(Path(cfg.output_dir), data, cfg, chat, tokenizer)
         if listed := copy_bad_rows(data, Path(cfg.output_dir)):
-            say(f"skipped rows are listed in {listed}")
-    vocabulary = plan_lesson(cfg, tokenizer, data, say)
-    base = load_base(cfg.model, cfg.quant, accelerator.device, say)
+            log(f"skipped rows are listed in {listed}")
+    vocabulary = plan_lesson(cfg, tokenizer, data, log)
+    base = load_base(cfg.model, cfg.quant, accelerator.device, log)
     # Before the adapter is attached: what student and teacher have in common is one copy.
-    lesson = build_lesson(cfg, base, chat, data, vocabulary, accelerator, say)
+    lesson = build_lesson(cfg, base, chat, data, vocabulary, accelerator, log)
     # It adds the new tokens to a tokenizer of its own.
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model) if cfg.lora.new_tokens else None)
-    if cfg.train.fast:
+    if cfg.train.kernels == "fused":
         attach_fast_path(model)
     model.train()
-    found = fit_to_memory(cfg, model, accelerator, say)
+    found = fit_to_memory(cfg, model, accelerator, log)
     return Parts(cfg, accelerator, tokenizer, preparation, data, feed, model, found, lesson)
 
 
@@ -143,32 +144,32 @@ def _build_feed(cfg: RunConfig, preparation: Preparation, data: LoadedData) -> F
     return StoredFeed(data.documents, order, data.digest)
 
 
-def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> RunResult:
+def _run(parts: Parts, checkpoint: Path | None, log: Log) -> RunResult:
     cfg, accelerator = parts.cfg, parts.accelerator
     optimizer = build_optimizer(cfg.train, parts.model.named_parameters())
     state = TrainState(run_folder.trajectory(cfg), parts.feed.digest)
     if checkpoint is not None:
         state = read_state(checkpoint)
         load_training(checkpoint, optimizer)
-        say(f"continuing from {checkpoint}")
+        log(f"continuing from {checkpoint}")
     else:
-        _look_before(parts, state, say)
+        _look_before(parts, state, log)
     if parts.is_main:
         run_folder.write_samples(parts.folder, state.before.get("answers", []))
     total_steps = cfg.train.max_steps or parts.feed.steps_for(cfg.train.epochs or 1)
-    all_fast = cfg.train.fast and not cfg.lora.dora and not cfg.quant.int8 and cfg.quant.type != "int8"
+    all_fast = cfg.train.kernels == "fused" and not cfg.lora.dora and not cfg.quant.int8 and cfg.quant.type != "int8"
     if told := matmul.describe(accelerator.device, getattr(torch, cfg.model.dtype), all_fast):
-        say(told)
-    if cfg.train.fast:
+        log(told)
+    if cfg.train.kernels == "fused":
         most_tokens = (total_steps - state.step) * cfg.train.batch_size * cfg.data.max_length
         flops = 4.0 * base_of(parts.model).num_parameters() * most_tokens
-        say(dispatch.pick(accelerator.device, flops, cfg.train.compile))
+        log(dispatch.pick(accelerator.device, flops, cfg.train.compile))
     lesson = parts.lesson
     if lesson is not None and lesson.teaches:
         loss = lesson.loss(parts.model)
     else:
         loss = CrossEntropy(parts.model, cfg.train.neftune_alpha)
-    feed = lesson.feed(parts.feed, parts.model, parts.preparation.chat, accelerator, say) if lesson else parts.feed
+    feed = lesson.feed(parts.feed, parts.model, parts.preparation.chat, accelerator, log) if lesson else parts.feed
     tracker = Tracker(cfg, parts.folder, total_steps, state.step) if parts.is_main else SilentTracker()
     job = Job(
         cfg=cfg.train,
@@ -184,7 +185,7 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
         save=lambda state: _save_checkpoint(parts, optimizer, state),
         last_checkpoint=lambda: next(reversed(list_checkpoints(parts.folder)), None),
         evaluate=(lambda: evaluate_run(parts)) if parts.data.eval else None,
-        sample=lambda: say_samples(parts, tracker.say),
+        sample=lambda: say_samples(parts, tracker.message),
         sample_every=cfg.generation.every,
     )
     if lesson is not None and cfg.guard.max is not None:
@@ -195,7 +196,7 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
     try:
         with closing(tracker), closing(parts.feed):
             fit(job, state)
-        _finish(parts, optimizer, state, result, say)
+        _finish(parts, optimizer, state, result, log)
         result.status = "finished"
     except Interrupted as error:
         result.status, result.error = "stopped", str(error)
@@ -207,20 +208,20 @@ def _run(parts: Parts, checkpoint: Path | None, say: Callable[[str], None]) -> R
         _fill(result, state)
         if parts.is_main:
             run_folder.write_result(parts.folder, result)
-            try_report(parts.folder, say)
+            try_report(parts.folder, log)
     return result
 
 
-def _look_before(parts: Parts, state: TrainState, say: Callable[[str], None]) -> None:
+def _look_before(parts: Parts, state: TrainState, log: Log) -> None:
     """Answer held-out rows and measure the distance from the teacher before the first step."""
     generation = parts.cfg.generation
-    if generation.rows:
-        answers = answer_held_out(parts, generation.rows)
+    if generation.num_examples:
+        answers = answer_held_out(parts, generation.num_examples)
         state.before |= {
             "exact_match": exact_match(answers),
             "answers": [[a.prompt, a.expected, a.given] for a in answers[: generation.samples]],
         }
-        say(f"held-out exact match before training: {state.before['exact_match']:.1%} of {len(answers)}")
+        log(f"held-out exact match before training: {state.before['exact_match']:.1%} of {len(answers)}")
     if parts.lesson is not None and parts.data.eval:
         # What quantization took is a matter of the base: an adapter may start as a part of the answer (loftq).
         recovers = parts.cfg.distill.objective == "recover"
@@ -228,22 +229,20 @@ def _look_before(parts: Parts, state: TrainState, say: Callable[[str], None]) ->
             state.before["evaluations"] = figures = evaluate_run(parts)
         for source in parts.data.eval:
             kl, top1 = (figures[f"eval/{source.name}/{name}"] for name in ("teacher_kl", "teacher_agreement"))
-            say(f"{source.name} before training: {kl:.5f} nats a target from the teacher, same first choice {top1:.1%}")
+            log(f"{source.name} before training: {kl:.5f} nats a target from the teacher, same first choice {top1:.1%}")
 
 
-def _finish(
-    parts: Parts, optimizer: torch.optim.Optimizer, state: TrainState, result: RunResult, say: Callable[[str], None]
-) -> None:
+def _finish(parts: Parts, optimizer: torch.optim.Optimizer, state: TrainState, result: RunResult, log: Log) -> None:
     """Evaluate and save what the run has learned, and say so."""
     cfg = parts.cfg
     if cfg.train.early_stopping is not None and state.best_step not in (None, state.step):
         load_training(parts.folder / f"checkpoint-{state.best_step}", optimizer)
         state.evaluations = evaluate_run(parts)
-        say(f"the final adapter is the best one, of step {state.best_step}")
+        log(f"the final adapter is the best one, of step {state.best_step}")
     after: list[Answer] = []
     asked_before = state.before.get("answers", [])
-    if cfg.generation.rows:
-        after = answer_held_out(parts, cfg.generation.rows)
+    if cfg.generation.num_examples:
+        after = answer_held_out(parts, cfg.generation.num_examples)
         result.exact_match_after = exact_match(after)
     _fill(result, state)
     if parts.is_main:
@@ -275,7 +274,7 @@ def _save_checkpoint(parts: Parts, optimizer: torch.optim.Optimizer, state: Trai
     if parts.is_main:
         folder = parts.folder / f"checkpoint-{state.step}"
         write_checkpoint(folder, lambda temporary: _write_adapter(parts, temporary), optimizer, state)
-        rotate(parts.folder, parts.cfg.train.keep, state.best_step)
+        rotate(parts.folder, parts.cfg.train.keep_checkpoints, state.best_step)
     parts.accelerator.wait_for_everyone()
 
 
@@ -300,7 +299,7 @@ def _save_final(parts: Parts, result: RunResult) -> None:
 def _may_be_lean(cfg: RunConfig) -> bool:
     """Whether documents may share what they have in common: not where noise is drawn for each token of each."""
     train = cfg.train
-    return train.fast and train.lean and not cfg.lora.dropout and not train.neftune_alpha
+    return train.kernels == "fused" and train.share_prefixes and not cfg.lora.dropout and not train.neftune_alpha
 
 
 def _check_world_size(cfg: RunConfig, accelerator: Accelerator) -> None:
@@ -311,8 +310,8 @@ def _check_world_size(cfg: RunConfig, accelerator: Accelerator) -> None:
         )
 
 
-def _speaker(accelerator: Accelerator) -> Callable[[str], None]:
-    return console.say if accelerator.is_main_process else (lambda text: None)
+def _speaker(accelerator: Accelerator) -> Log:
+    return console.log if accelerator.is_main_process else (lambda text: None)
 
 
 def _on_main(accelerator: Accelerator, compute: Callable[[], Path | None]) -> Path | None:

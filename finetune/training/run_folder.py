@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,7 @@ from finetune.config.schema import RunConfig
 from finetune.evaluation.generation import Answer
 from finetune.models.digest import base_fingerprint
 from finetune.system.atomic import write_text
+from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 from finetune.training.checkpoint import list_checkpoints, newest_whole, read_state, verify_checkpoint
 
@@ -29,18 +30,18 @@ _FREE = {
         "max_steps",
         "epochs",
         "micro_batch_size",
-        "recompute",
-        "fast",
-        "lean",
+        "gradient_checkpointing",
+        "kernels",
+        "share_prefixes",
         "compile",
         "eval_every",
         "save_every",
-        "keep",
+        "keep_checkpoints",
         "early_stopping",
         "resume",
         "world_size",
     },
-    "quant": {"cache", "resident"},
+    "quant": {"cache", "keep_dequantized"},
     # The tokens themselves are compared; who makes them, where they lie and what was left out is in them.
     "data": {"train", "eval", "workers", "cache", "on_bad_row", "max_bad_share"},
     "model": {"attention"},
@@ -117,7 +118,7 @@ def release_folder(lock: IO[str]) -> None:
     lock.close()
 
 
-def find_checkpoint(cfg: RunConfig, warn: Callable[[str], None]) -> Path | None:
+def find_checkpoint(cfg: RunConfig, warn: Log) -> Path | None:
     """The checkpoint to continue from, verified; None to start anew.
 
     Raises: ConfigError if the folder named isn't a checkpoint; IntegrityError if it is torn.

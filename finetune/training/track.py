@@ -78,7 +78,7 @@ class View(Protocol):
 
     def step(self, metrics: Mapping[str, float], text: str, seconds_left: str) -> None: ...
 
-    def say(self, message: str) -> None: ...
+    def message(self, message: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -109,9 +109,9 @@ class ConsoleView:
             self._bar.update(self._task, completed=step, description=text)
         elif step == self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self.say(f"step {step}/{self._total}  {text}  {seconds_left} left")
+            self.message(f"step {step}/{self._total}  {text}  {seconds_left} left")
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         self._console.print(message, markup=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -168,8 +168,8 @@ class Tracker:
             backend.log(int(metrics["step"]), values)
         self._view.step(metrics, _in_words(metrics), _duration(seconds_left))
 
-    def say(self, message: str) -> None:
-        self._view.say(message)
+    def message(self, message: str) -> None:
+        self._view.message(message)
 
     def close(self) -> None:
         self._view.close()
@@ -184,7 +184,7 @@ class SilentTracker:
     def step(self, metrics: Mapping[str, float], seconds_left: float) -> None:
         pass
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         pass
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from finetune.system.arguments import Arguments
 from tests.runs import SMALL_RUN, adapter, differing, metrics, result, small_run
 
 ANCHOR = ("distill.objective=sft+anchor", "data.train.0.limit=48", "data.eval.0.limit=8", "train.max_steps=3")
-PLAIN = ("lora.dropout=0", "train.neftune_alpha=0", "train.warmup=0", "train.schedule=constant")
+PLAIN = ("lora.dropout=0", "train.neftune_alpha=0", "train.warmup_ratio=0", "train.schedule=constant")
 FP32 = ("model.dtype=float32", "quant.compute_dtype=float32", "distill.teacher.dtype=float32")
 
 
@@ -30,7 +30,7 @@ def test_a_streamed_teacher_and_one_in_memory_teach_the_same_bits_however_far_it
 
 def test_cached_hidden_states_teach_what_the_teacher_teaches(tmp_path):
     """Another batch shape may round a hidden state otherwise, in fp32 by 2**-24 of it."""
-    settings = (*ANCHOR, *FP32, *PLAIN, "distill.tier=hidden", f"distill.cache={tmp_path / 'signal'}")
+    settings = (*ANCHOR, *FP32, *PLAIN, "distill.cache_kind=hidden", f"distill.cache={tmp_path / 'signal'}")
     words = [*SMALL_RUN, *settings, f"output_dir={tmp_path / 'none'}"]
     assert run_cache(Arguments("quickstart.yaml", tuple(words), frozenset())) == 0
     train(small_run(tmp_path / "resident", *ANCHOR, *FP32, *PLAIN))
@@ -56,7 +56,7 @@ def test_eight_by_one_equals_one_by_eight(tmp_path):
 
 
 def test_a_continued_run_equals_an_unbroken_one_and_remembers_where_it_began(tmp_path):
-    settings = (*ANCHOR, "train.schedule=constant", "train.warmup=0", "distill.objective=recover")
+    settings = (*ANCHOR, "train.schedule=constant", "train.warmup_ratio=0", "distill.objective=recover")
     train(small_run(tmp_path / "whole", *settings))
     train(small_run(tmp_path / "broken", *settings, "train.max_steps=1"))
     train(small_run(tmp_path / "broken", *settings, "train.resume=auto"))

@@ -23,7 +23,7 @@ DETERMINISTIC = (
     "quant.compute_dtype=float32",
     "train.max_steps=8",
     "train.eval_every=4",
-    "generation.rows=6",
+    "generation.num_examples=6",
     "train.micro_batch_size=2",
 )
 

@@ -107,7 +107,7 @@ def test_early_stopping_ends_the_run_and_hands_out_the_best_adapter(tmp_path):
         "train.max_steps=60",
         "train.eval_every=2",
         "train.early_stopping=2",
-        "train.keep=1",
+        "train.keep_checkpoints=1",
         "train.schedule=constant",
     )
     outcome = train(small_run(tmp_path, *settings, "train.learning_rate=0.3", "train.max_grad_norm=0"))

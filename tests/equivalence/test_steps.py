@@ -12,7 +12,7 @@ def test_evaluating_sampling_and_saving_at_every_step_change_not_one_bit(tmp_pat
     """bitsandbytes re-packs weights after an evaluation on some CPUs, and sampling could draw from the same stream."""
     plain, watched = tmp_path / "plain", tmp_path / "watched"
     train(small_run(plain))
-    every = ("train.eval_every=1", "generation.every=1", "generation.rows=4", "train.save_every=1")
+    every = ("train.eval_every=1", "generation.every=1", "generation.num_examples=4", "train.save_every=1")
     train(small_run(watched, *every))
     assert differing(plain, watched) == []
     assert [line["loss"] for line in metrics(plain)] == [line["loss"] for line in metrics(watched)]
@@ -50,8 +50,8 @@ def test_eight_by_one_equals_one_by_eight(tmp_path, packing):
 def test_recomputing_layers_changes_not_one_bit(tmp_path):
     """Dropout is on: the second forward pass of a layer must draw what the first one drew."""
     kept = tmp_path / "none"
-    train(small_run(kept, "train.recompute=none"))
+    train(small_run(kept, "train.gradient_checkpointing=none"))
     for setting in ("all", "offload", "2"):
-        train(small_run(tmp_path / setting, f"train.recompute={setting}"))
+        train(small_run(tmp_path / setting, f"train.gradient_checkpointing={setting}"))
         assert differing(kept, tmp_path / setting) == []
         assert metrics(kept) == metrics(tmp_path / setting)

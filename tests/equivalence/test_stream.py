@@ -147,7 +147,7 @@ def test_skipped_rows_stay_listed_when_their_window_is_gone(tmp_path, chat):
 
 
 def test_a_resumed_run_equals_one_that_was_left_alone(tmp_path):
-    settings = ("data.stream_rows=12", "train.save_every=4", "train.max_steps=8", "train.keep=9")
+    settings = ("data.stream_rows=12", "train.save_every=4", "train.max_steps=8", "train.keep_checkpoints=9")
     train(small_run(tmp_path / "whole", *settings))
     # What a kill after step 4 leaves, less the stream's windows: a checkpoint is all that a run needs.
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "parted" / "checkpoint-4")

@@ -63,7 +63,7 @@ def test_gradients_are_as_close_to_fp32_as_pefts(
 
     def gradients(dtype: str, fast: bool) -> dict[str, torch.Tensor]:
         quant_type = "none" if storage == "none" else "nf4"
-        quant = QuantConfig(type=quant_type, compute_dtype=dtype, cache=False, resident=storage == "resident")
+        quant = QuantConfig(type=quant_type, compute_dtype=dtype, cache=False, keep_dequantized=storage == "resident")
         model = attach_lora(load_base(ModelConfig(name=str(tmp_path), dtype=dtype), quant), LoraConfig(rank=4))
         disturb(model)
         if fast:

@@ -89,7 +89,7 @@ def test_every_bit_is_that_of_transformers_now_and_from_the_cache(
         theirs = AutoModelForCausalLM.from_pretrained(
             base.name, quantization_config=settings, dtype=torch.bfloat16, device_map={"": 0}
         )
-    quant = QuantConfig(type=quant_type, double=double, resident=True)
+    quant = QuantConfig(type=quant_type, double=double, keep_dequantized=True)
     expected = {**theirs.state_dict(), **dict(theirs.named_buffers())}
     for start in ("first", "next"):
         if start == "next":

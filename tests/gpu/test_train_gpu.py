@@ -29,7 +29,12 @@ def test_loss_and_gradients_on_the_gpu_equal_the_cpus():
 
 @pytest.mark.parametrize("recompute", ["none", "all", "offload", "auto"])
 def test_a_run_ends_learns_resumes_and_reports_the_gpus_memory(tmp_path, recompute):
-    settings = ("train.max_steps=12", "train.save_every=4", f"train.recompute={recompute}", "train.eval_every=12")
+    settings = (
+        "train.max_steps=12",
+        "train.save_every=4",
+        f"train.gradient_checkpointing={recompute}",
+        "train.eval_every=12",
+    )
     result = train(small_run(tmp_path, *settings, "data.train.0.limit=8"))
     assert result.status == "finished" and result.peak_bytes == torch.cuda.max_memory_allocated()
     losses = [line["loss"] for line in metrics(tmp_path)]

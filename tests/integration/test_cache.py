@@ -16,14 +16,14 @@ from tests.runs import metrics, result
 GIVEN = (
     "config=quickstart.yaml",
     "distill.objective=recover",
-    "distill.tier=hidden",
+    "distill.cache_kind=hidden",
     "distill.divergence=jsd",
     "data.train.0.limit=48",
     "data.eval.0.limit=8",
     "data.max_length=128",
     "train.batch_size=8",
     "train.max_steps=2",
-    "generation.rows=0",
+    "generation.num_examples=0",
 )
 
 

@@ -88,7 +88,7 @@ def test_the_quickstart_uses_packaged_files_only():
     assert config.model.name == str(packaged("data") / "tiny-qwen2.5")
     for source in [*config.data.train, *config.data.eval]:
         assert Path(source.path).is_relative_to(packaged("data"))
-    assert config.generation.rows >= 200
+    assert config.generation.num_examples >= 200
 
 
 def test_every_qwen25_size_and_variant_has_its_option():

@@ -91,7 +91,7 @@ def test_a_reader_that_goes_early_gets_no_traceback(tmp_path: Path):
 def test_a_terminal_that_knows_ascii_alone_gets_what_it_can_show(tmp_path: Path):
     row = {"prompt": "héé 漢 \u202e", "completion": "ok 漢"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    words = ["show=1", "data.train=[{path: rows.jsonl}]", "data.eval=[]", "generation.rows=0"]
+    words = ["show=1", "data.train=[{path: rows.jsonl}]", "data.eval=[]", "generation.num_examples=0"]
     done = subprocess.run(
         [*COMMAND, *words], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
     )

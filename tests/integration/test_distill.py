@@ -67,7 +67,7 @@ def test_a_teacher_behind_http_is_asked_once_for_each_document(tmp_path):
             "distill.teacher.placement=server",
             f"distill.teacher.url={server.url}",
             f"distill.cache={tmp_path / 'signal'}",
-            "distill.head=8",
+            "distill.top_k=8",
         )
         train(small_run(tmp_path / "first", *settings))
         asked = sum(path.endswith("/completions") for path, _, _ in server.seen)

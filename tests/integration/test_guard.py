@@ -20,10 +20,10 @@ DRIFTING = (
     "train.max_steps=6",
     "train.eval_every=2",
     "train.save_every=2",
-    "train.keep=9",
+    "train.keep_checkpoints=9",
     "train.learning_rate=2e-2",
     "train.schedule=constant",
-    "train.warmup=0",
+    "train.warmup_ratio=0",
 )
 LIMIT = "guard.max=0.05"
 

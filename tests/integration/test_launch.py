@@ -151,7 +151,7 @@ def test_a_run_gets_sigterm_when_its_launcher_is_killed_and_only_then(tmp_path: 
 
 
 def test_quickstart_trains_from_any_folder(tmp_path: Path):
-    settings = ["train.max_steps=2", "train.batch_size=2", "generation.rows=4", "generation.max_new_tokens=8"]
+    settings = ["train.max_steps=2", "train.batch_size=2", "generation.num_examples=4", "generation.max_new_tokens=8"]
     done = run_script("quickstart.sh", *settings, cwd=tmp_path, FINETUNE_PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "outputs").glob("quickstart-*")
@@ -170,7 +170,7 @@ def test_quickstart_writes_where_it_is_told(tmp_path: Path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent ended")
 def test_killing_the_launcher_of_a_training_saves_a_checkpoint(tmp_path: Path):
-    settings = ["train.max_steps=5000", "train.batch_size=2", "generation.rows=0", "data.eval=[]"]
+    settings = ["train.max_steps=5000", "train.batch_size=2", "generation.num_examples=0", "data.eval=[]"]
     script = ["bash", str(ROOT / "launch" / "quickstart.sh"), *settings, f"output_dir={tmp_path}"]
     launcher = subprocess.Popen(
         script, env={**os.environ, "FINETUNE_PYTHON": sys.executable}, stderr=subprocess.DEVNULL

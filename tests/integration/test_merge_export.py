@@ -24,7 +24,7 @@ from finetune import load_config, train
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short training of the embedded base on its sample rows."""
     folder = tmp_path_factory.mktemp("runs") / "quick"
-    train(load_config("quickstart.yaml", ["train.max_steps=4", "generation.rows=0", f"output_dir={folder}"]))
+    train(load_config("quickstart.yaml", ["train.max_steps=4", "generation.num_examples=0", f"output_dir={folder}"]))
     return folder
 
 

@@ -71,7 +71,7 @@ def test_the_choice_says_how_it_was_made_and_is_a_config(here: Path, monkeypatch
     quant = load_config("quickstart.yaml", ["quant=allocated"]).quant
     content = yaml.safe_load(file.read_text())
     assert content == {key: getattr(quant, key) for key in ("type", "double", "compute_dtype", "keep", "int8")}
-    assert quant.type == "nf4" and quant.keep and quant.int8
+    assert quant.type == "nf4" and quant.skip_modules and quant.int8
 
 
 def test_measuring_goes_on_after_a_kill_with_the_same_figures(here: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_measuring_goes_on_after_a_kill_with_the_same_figures(here: Path, tmp_pa
 def test_a_run_trains_on_the_choice_and_its_adapter_loads(here: Path, trained: Path) -> None:
     assert result(trained)["status"] == "finished"
     quant = load_config(str(trained / "config.yaml")).quant
-    assert quant.int8 and quant.keep
+    assert quant.int8 and quant.skip_modules
     base = load_base(load_config("quickstart.yaml").model, quant, "cpu")
     kinds = {stored_as(module) for name, module in base.named_modules() if name.endswith("_proj")}
     assert kinds == {"nf4", "int8", "none"}
@@ -134,7 +134,7 @@ def test_it_merges_and_exports(here: Path, trained: Path) -> None:
     tensors = load_file(here / "exported" / "model.safetensors")
     quant = load_config(str(trained / "config.yaml")).quant
     four_bit = {name.partition(".weight.")[0] for name in tensors if name.endswith("quant_state.bitsandbytes__nf4")}
-    assert four_bit and len(four_bit) == 28 - len(quant.keep) - len(quant.int8)
-    assert four_bit.isdisjoint([*quant.keep, *quant.int8])
+    assert four_bit and len(four_bit) == 28 - len(quant.skip_modules) - len(quant.int8)
+    assert four_bit.isdisjoint([*quant.skip_modules, *quant.int8])
     model = AutoModelForCausalLM.from_pretrained(here / "exported")
     assert {name for name, module in model.named_modules() if stored_as(module) == "nf4"} == four_bit

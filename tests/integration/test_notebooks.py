@@ -61,7 +61,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[NotebookNode
     """A run stopped with the button after its third step, continued in the next cell, and one that was left alone."""
     folder = tmp_path_factory.mktemp("stopped")
     start = (
-        "train(load_config('quickstart.yaml', ['generation.rows=0', 'train.compile=false', 'data.train.0.limit=96', "
+        "train(load_config('quickstart.yaml', ['generation.num_examples=0', 'train.compile=false', "
+        "'data.train.0.limit=96', "
         f"'data.eval.0.limit=24', 'data.max_length=128', 'train.batch_size=4', 'train.max_steps={STEPS}', "
         "'output_dir={folder}'{more}]))"
     )

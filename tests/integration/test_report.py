@@ -28,7 +28,7 @@ CURVES = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that trained, answered rows before and after, and was measured beside its base."""
     folder = tmp_path_factory.mktemp("runs") / "a"
-    train(small_run(folder, "generation.rows=3", "generation.max_new_tokens=8", "train.eval_every=2"))
+    train(small_run(folder, "generation.num_examples=3", "generation.max_new_tokens=8", "train.eval_every=2"))
     words = ("limit=6", "answers=3", "variants=[base,quantized,trained]", "resamples=100", "max_new_tokens=8")
     assert main(["eval", f"adapter={folder}", *words]) == 0
     assert main(["report", str(folder)]) == 0

@@ -44,7 +44,7 @@ def train(folder: Path, *overrides: str, launch: bool = False) -> subprocess.Com
 
 def test_accelerate_launch_leaves_a_whole_run_whose_adapter_reloads_to_the_same_loss(tmp_path):
     run = tmp_path / "run"
-    done = train(run, "generation.rows=4", "generation.samples=1", "train.eval_every=2", launch=True)
+    done = train(run, "generation.num_examples=4", "generation.samples=1", "train.eval_every=2", launch=True)
     assert done.returncode == 0, done.stderr[-3000:]
     files = {path.name for path in run.iterdir()}
     assert files >= {
@@ -164,7 +164,7 @@ def copy_of_the_base_with_half_its_weights(folder: Path) -> None:
         # In fp32: in bf16 the part of the base that PiSSA leaves is rounded, so the original base is another.
         ["quant.type=none", "model.dtype=float32", "lora.init=pissa"],
         ["lora.target_modules=all-linear", "lora.dora=true", "lora.rslora=true"],
-        ["quant.keep=[model.layers.0.*]", "lora.modules_to_save=[lm_head]"],
+        ["quant.skip_modules=[model.layers.0.*]", "lora.modules_to_save=[lm_head]"],
     ],
 )
 def test_every_kind_of_adapter_trains_saves_resumes_and_reloads_to_the_same_loss(tmp_path, overrides):

@@ -121,7 +121,7 @@ def test_a_quantized_base_in_bf16_is_as_close_to_fp32_as_pefts(tmp_path: Path, s
     lora = LoraConfig(rank=4, target_modules=targets)
 
     def model(dtype: str, fast: bool) -> torch.nn.Module:
-        quant = QuantConfig(type=quant_type, compute_dtype=dtype, cache=False, resident=storage == "resident")
+        quant = QuantConfig(type=quant_type, compute_dtype=dtype, cache=False, keep_dequantized=storage == "resident")
         found = attach_lora(load_base(ModelConfig(name=str(tmp_path), dtype=dtype), quant, "cpu"), lora)
         disturb(found)
         if fast:

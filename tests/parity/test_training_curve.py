@@ -108,7 +108,7 @@ def test_the_losses_follow_trls(tmp_path, precision, mean_drift, largest_drift):
         f"train.batch_size={ROWS}",
         f"train.max_steps={STEPS}",
         "train.schedule=constant",
-        "train.warmup=0",
+        "train.warmup_ratio=0",
         "train.learning_rate=1e-3",
         "train.neftune_alpha=0",
         "lora.dropout=0",

@@ -323,7 +323,8 @@ def advice_on_end_token(chat: ChatTemplate) -> str | None:
     end, own = (chat.token_of(i) for i in (chat.turn_end_id, chat.eos_id))
     return (
         f"the chat template ends a turn with {end}, but the tokenizer's own end is {own}: this is a base model, whose "
-        f"head never learned to write {end}, and adapters on its layers cannot teach it, so answers may not stop; start from an "
+        f"head never learned to write {end}, and adapters on its layers cannot teach it, so answers may not stop; "
+        "start from an "
         "Instruct model, or train the head as well: lora.modules_to_save=[lm_head] (where the embedding is tied to "
         "it, both learn)"
     )

@@ -26,6 +26,7 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.encode import ENCODING_VERSION, RowEncoder
 from finetune.data.tokens.store import StoreWriter, TokenStore, is_whole
 from finetune.data.tokens.workers import encode_all
+from finetune.system.console import Log
 from finetune.system.errors import DataError, ResourceError
 
 # Smaller sources are encoded sooner by this process than others can start.
@@ -185,7 +186,7 @@ def _wait_for(folder: Path) -> None:
             idle_since = time.monotonic()
 
 
-def console_progress(say: Callable[[str], None], every_seconds: float = 10.0) -> Progress:
+def console_progress(log: Log, every_seconds: float = 10.0) -> Progress:
     """A line that grows on a terminal; elsewhere a line now and then, and none for what is done at once."""
     started = last = time.monotonic()
 
@@ -198,6 +199,6 @@ def console_progress(say: Callable[[str], None], every_seconds: float = 10.0) ->
             print(f"\r{text}", end="\n" if share >= 1 else "", file=sys.stderr, flush=True)
         elif now - last > every_seconds:
             last = now
-            say(text)
+            log(text)
 
     return progress

@@ -50,7 +50,7 @@ def adapter_to_gguf(job: Job) -> Exported:
     if job.options.verify:
         check_file(path, entries, tensors)
     size = path.stat().st_size
-    job.say(f"{path.name}: {size / 1e6:,.1f} MB, {len(tensors) // 2} adapted matrices")
+    job.log(f"{path.name}: {size / 1e6:,.1f} MB, {len(tensors) // 2} adapted matrices")
     final = shlex.quote(str(final_folder(job) / path.name))
     notes = {"file": path.name, "bytes": size, "type": kind.name, "alpha": alpha, "tensors": types_used(tensors)}
     return Exported([], [f"llama-server -m BASE.gguf --lora {final}"], notes)

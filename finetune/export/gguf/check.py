@@ -49,7 +49,7 @@ def check_model(job: Job, path: Path, kind: NumberType) -> list[Verification]:
     answers = source_answers(job.source, job.options.prompts, job.options.tokens)
     found = [_in_transformers(path, job.source, answers)]
     if (llama := open_llama(path, max(map(len, answers.ids)))) is None:
-        job.say("llama.cpp's Python package (llama-cpp-python) is not installed: not read with it")
+        job.log("llama.cpp's Python package (llama-cpp-python) is not installed: not read with it")
     else:
         require_llama_ids(llama, texts)
         found.append(compare(answers, lambda ids: llama_logits(llama, ids), "llama.cpp"))

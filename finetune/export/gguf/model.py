@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from finetune.export.exporter import Exported, Job, Say
+from finetune.export.exporter import Exported, Job, Log
 from finetune.export.gguf.adapter import adapter_to_gguf
 from finetune.export.gguf.check import check_model
 from finetune.export.gguf.file import (
@@ -66,7 +66,7 @@ def write_model(job: Job, path: Path, kind: NumberType) -> dict[str, Any]:
     entries = write_file(path, writer, tensors)
     if job.options.verify:
         check_file(path, entries, tensors)
-    return _notes(job.say, path, kind, tensors, vocabulary)
+    return _notes(job.log, path, kind, tensors, vocabulary)
 
 
 def plan_tensors(folder: Path, layers: int, tied: bool, kind: NumberType) -> list[PlannedTensor]:
@@ -115,15 +115,15 @@ def _add(writer: Any, key: str, value: int | float | str) -> None:
 
 
 def _notes(
-    say: Say, path: Path, kind: NumberType, tensors: list[PlannedTensor], vocabulary: Vocabulary
+    log: Log, path: Path, kind: NumberType, tensors: list[PlannedTensor], vocabulary: Vocabulary
 ) -> dict[str, Any]:
     size = path.stat().st_size
     wider = [tensor.name for tensor in tensors if len(tensor.shape) > 1 and tensor.kind != kind]
     used = types_used(tensors)
-    say(f"{path.name}: {size / 1e6:,.1f} MB, " + ", ".join(f"{count} tensors {name}" for name, count in used.items()))
+    log(f"{path.name}: {size / 1e6:,.1f} MB, " + ", ".join(f"{count} tensors {name}" for name, count in used.items()))
     if wider:
         shown = ", ".join(wider[:5]) + (", …" if len(wider) > 5 else "")
-        say(f"{len(wider)} matrices are wider than {kind.name} (vocabulary, or rows without whole blocks): {shown}")
+        log(f"{len(wider)} matrices are wider than {kind.name} (vocabulary, or rows without whole blocks): {shown}")
     return {
         "file": path.name,
         "bytes": size,

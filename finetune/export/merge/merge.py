@@ -19,9 +19,9 @@ from finetune.export.merge.metadata import write_texts
 from finetune.export.merge.weights import MergePlan, content_of, plan_merge
 from finetune.export.shards import Advance, plan_shards, write_index, write_shard
 from finetune.export.staging import KeepPartial, check_room, scratch, staged
-from finetune.models.adapters.trained import Say, Trained, choose_base, find_trained, kept_in_training
+from finetune.models.adapters.trained import Log, Trained, choose_base, find_trained, kept_in_training
 from finetune.models.digest import identity
-from finetune.system.console import progress_bar, say
+from finetune.system.console import log, progress_bar
 from finetune.system.errors import ConfigError
 
 REPORT = "merge_report.json"
@@ -59,7 +59,7 @@ class MergeReport:
         return asdict(self)
 
 
-def merge(options: MergeOptions, say: Say = say, progress: Progress = progress_bar) -> MergeReport:
+def merge(options: MergeOptions, log: Log = log, progress: Progress = progress_bar) -> MergeReport:
     """Merge adapters into their base and write a whole model folder.
 
     Raises: ConfigError, IntegrityError, ResourceError; GateFailed, after which a start with a higher `gate.max_kl` goes
@@ -68,21 +68,21 @@ def merge(options: MergeOptions, say: Say = say, progress: Progress = progress_b
     out = Path(options.out).expanduser()
     names = [options.adapter] if isinstance(options.adapter, str) else options.adapter
     limit_bytes = parse_size("shard_size", options.shard_size)
-    trained = find_trained(names, options.model, say)
+    trained = find_trained(names, options.model, log)
     base, reason = choose_base(trained, options.base)
-    plan = plan_merge(trained, base, options, say)
+    plan = plan_merge(trained, base, options, log)
     rows = [held for adapter in trained.adapters if (held := held_out_rows(trained, adapter, options.gate))]
     _check_measuring(options, bool(rows))
     if options.compare:
         choose_base(trained, _other(base))  # refuses what was never in 4 bit
-    _say_plan(trained, plan, base, reason, options, bool(rows), say)
+    _say_plan(trained, plan, base, reason, options, bool(rows), log)
     with staged(out, plan.nbytes, _made_from(trained, base, options)) as folder:
         said = [ask_trained(trained, held) for held in rows]
         write_merged(trained, plan, folder, limit_bytes, progress)
         gates = compare_with(folder, _dtype(plan), said) if said else []
         for gate in gates:
-            say(gate.describe())
-        other_base, other = _compare_other(trained, base, options, said, out, say) if options.compare else (None, [])
+            log(gate.describe())
+        other_base, other = _compare_other(trained, base, options, said, out, log) if options.compare else (None, [])
         report = MergeReport(
             names,
             trained.model.name,
@@ -137,17 +137,17 @@ def _write_one(plan: MergePlan, file: Path, tensors: Sequence[Any], advance: Adv
 
 
 def _compare_other(
-    trained: Trained, base: str, options: MergeOptions, said: Sequence[Remembered], out: Path, say: Say
+    trained: Trained, base: str, options: MergeOptions, said: Sequence[Remembered], out: Path, log: Log
 ) -> tuple[str, list[Gate]]:
     """The same comparison for the base that was not chosen, in a folder that is removed again."""
     other = _other(base)
-    plan = plan_merge(trained, other, options, say)
+    plan = plan_merge(trained, other, options, log)
     with scratch(out, "other") as folder:
         check_room(folder, out, plan.nbytes)
         write_merged(trained, plan, folder, plan.nbytes, _silent)
         gates = compare_with(folder, _dtype(plan), said)
     for gate in gates:
-        say(f"with base={other}: {gate.describe()}")
+        log(f"with base={other}: {gate.describe()}")
     return other, gates
 
 
@@ -156,15 +156,15 @@ def _other(base: str) -> Literal["original", "dequantized"]:
 
 
 def _say_plan(
-    trained: Trained, plan: MergePlan, base: str, reason: str, options: MergeOptions, measured: bool, say: Say
+    trained: Trained, plan: MergePlan, base: str, reason: str, options: MergeOptions, measured: bool, log: Log
 ) -> None:
-    say(f"base={base}: {reason}")
+    log(f"base={base}: {reason}")
     if base == "dequantized" and trained.cfg is None:
-        say("no run tells how the base was quantized: taken for nf4 with double quantization, the default")
+        log("no run tells how the base was quantized: taken for nf4 with double quantization, the default")
     size = f"{plan.nbytes / 1e9:,.2f} GB" if plan.nbytes >= 1e9 else f"{plan.nbytes / 1e6:,.1f} MB"
-    say(f"{plan.changed:,} of {len(plan.tensors):,} tensors change; {size} in {_dtype(plan)}")
+    log(f"{plan.changed:,} of {len(plan.tensors):,} tensors change; {size} in {_dtype(plan)}")
     if not measured and options.gate.rows:
-        say(
+        log(
             "no held-out rows: how far the merged model is from the trained one is not measured; name some with "
             "'gate.data=[{path: rows.jsonl}]'"
         )

@@ -17,7 +17,7 @@ from finetune.config.command_options import MergeOptions
 from finetune.export.merge.adapters import EMBEDDING, HEAD, read_changes, untie
 from finetune.export.merge.deltas import Change, combine_changes
 from finetune.export.shards import Content, Planned
-from finetune.models.adapters.trained import Say, Trained
+from finetune.models.adapters.trained import Log, Trained
 from finetune.models.hub import read_config
 from finetune.models.load import default_device, quantization_of, quiet
 from finetune.models.quant.four_bit_weights import QuantizedWeights, Rows
@@ -62,7 +62,7 @@ class MergePlan:
         return next(tensor.shape[0] for tensor in self.tensors if tensor.name == EMBEDDING)
 
 
-def plan_merge(trained: Trained, base: str, options: MergeOptions, say: Say) -> MergePlan:
+def plan_merge(trained: Trained, base: str, options: MergeOptions, log: Log) -> MergePlan:
     """Resolve the adapters against the base's files, before anything is written.
 
     base: original or dequantized.
@@ -81,17 +81,17 @@ def plan_merge(trained: Trained, base: str, options: MergeOptions, say: Say) -> 
         _planned(stored, changes, options.dtype),
         stored,
         changes,
-        _quantized(trained, say) if base == "dequantized" else None,
+        _quantized(trained, log) if base == "dequantized" else None,
         unties,
     )
 
 
-def _quantized(trained: Trained, say: Say) -> QuantizedWeights:
+def _quantized(trained: Trained, log: Log) -> QuantizedWeights:
     settings = quantization_of(trained.folder, trained.model, trained.quant)
     assert settings is not None, "choose_base refuses a base that was not in 4 bit"
     with quiet():
         return QuantizedWeights(
-            trained.folder, trained.files, trained.model, trained.quant, settings, default_device(), say
+            trained.folder, trained.files, trained.model, trained.quant, settings, default_device(), log
         )
 
 

@@ -66,7 +66,7 @@ def to_onnx(job: Job) -> Exported:
     check_ready(kind)
     if not job.options.merge:
         raise ConfigError("merge=false: ONNX has no adapters of this kind; leave it out, or choose format=adapter")
-    job.say(f"building the ONNX graph ({kind}: {TYPES[kind].meaning})")
+    job.log(f"building the ONNX graph ({kind}: {TYPES[kind].meaning})")
     _write(job, TYPES[kind])
     settings = settle(job.source, job.out)
     checks, notes = _verified(job, kind) if job.options.verify else ([], {})
@@ -136,10 +136,10 @@ def _verified(job: Job, kind: str) -> tuple[list[Verification], dict[str, Any]]:
     model = OnnxModel(job.out)
     _require_same_tokens(job.source, model)
     found = compare(answers, model.logits, f"{model.name} ({kind})")
-    job.say(found.describe())
+    job.log(found.describe())
     require_same(found, exact=kind == "fp32")
     generated = _generated(answers, model, job.options.tokens)
-    job.say(f"generated from its cache, {generated['same_answers']} of {generated['answers']} answers are the source's")
+    job.log(f"generated from its cache, {generated['same_answers']} of {generated['answers']} answers are the source's")
     if kind == "fp32" and generated["same_answers"] < generated["answers"]:
         raise IntegrityError(
             f"the export computes the source's logits in one pass and other tokens from its cache: {generated}; "

@@ -138,7 +138,9 @@ def _saved(model: PreTrainedModel, cfg: LoraConfig, targets: Targets) -> Iterato
     for name in targets.modules_to_save:
         parts = {f"{name}.{part}".rstrip("."): module for part, module in model.get_submodule(name).named_modules()}
         if quantized := [part for part, module in parts.items() if stored_as(module) != "none"]:
-            yield f"lora.modules_to_save: {quantized[0]} is quantized and cannot be trained; add it to quant.keep"
+            yield (
+                f"lora.modules_to_save: {quantized[0]} is quantized and cannot be trained; add it to quant.skip_modules"
+            )
         if adapted := sorted(set(parts) & set(targets.ranks)):
             yield f"lora.modules_to_save and lora.target_modules both name {adapted[0]}"
         vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,8 @@ from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, we
 from finetune.models.quant.four_bit import build_skeleton
 from finetune.models.quant.quantize import FOUR_BIT, head_name, storage_in
 from finetune.models.safetensors_index import WeightFiles
+from finetune.system.console import Log
 from finetune.system.errors import ConfigError
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Trained:
         return {name: stored.file for name, stored in self.weights.tensors.items()}
 
 
-def find_trained(names: Sequence[str], base: str | None, say: Say) -> Trained:
+def find_trained(names: Sequence[str], base: str | None, log: Log) -> Trained:
     """The adapters that these names mean, read whole, and the base that they belong on.
 
     base: used in place of what the adapters name.
@@ -55,7 +54,7 @@ def find_trained(names: Sequence[str], base: str | None, say: Say) -> Trained:
     folder = fetch(model.name, model.revision, TEXT_FILES + WEIGHT_FILES, "model").folder
     read_config(folder, model.name)
     for adapter in adapters:
-        _check_base(adapter, folder, model.name, base is not None, say)
+        _check_base(adapter, folder, model.name, base is not None, log)
     quant = cfg.quant if cfg is not None else QuantConfig()
     return Trained(adapters, cfg, model, quant, folder, WeightFiles(weight_files(folder, model.name)))
 
@@ -76,7 +75,7 @@ def _model(adapters: Sequence[SavedAdapter], cfg: RunConfig | None, base: str | 
     return ModelConfig(name=name, revision=revision if revision and not Path(name).is_dir() else None)
 
 
-def _check_base(adapter: SavedAdapter, folder: Path, name: str, chosen: bool, say: Say) -> None:
+def _check_base(adapter: SavedAdapter, folder: Path, name: str, chosen: bool, log: Log) -> None:
     """Whether the base is the one that the run's run.json describes, where there is one."""
     places = (adapter.folder, adapter.folder.parent)
     run = next((place / "run.json" for place in places if (place / "run.json").is_file()), None)
@@ -91,12 +90,12 @@ def _check_base(adapter: SavedAdapter, folder: Path, name: str, chosen: bool, sa
     found = f"{name} holds other weights than adapter={adapter.name} was trained on"
     if not chosen:
         raise ConfigError(f"{found}; restore them, or name the base to merge into with model=")
-    say(f"WARNING: {found}; the comparison below says what that does")
+    log(f"WARNING: {found}; the comparison below says what that does")
 
 
 def kept_in_training(trained: Trained) -> dict[str, list[str]]:
     """Full names of the blocks' linear layers that training kept in 16 bit (`none`) or 8 beside others; by storage."""
-    if trained.quant.type == "none" or not (trained.quant.keep or trained.quant.int8):
+    if trained.quant.type == "none" or not (trained.quant.skip_modules or trained.quant.int8):
         return {}
     skeleton = build_skeleton(trained.folder, torch.bfloat16, "eager")
     head = head_name(skeleton)

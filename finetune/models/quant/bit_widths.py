@@ -22,15 +22,16 @@ def storage_of(cfg: QuantConfig, linears: Sequence[str], head: str) -> dict[str,
     """What each linear layer is stored as, in the words of `quant.type`; none is the model's own dtype.
 
     linears: full names of all linear layers. head: the output layer's, which is never quantized.
-    Raises: ConfigError with every entry of `quant.keep` and `quant.int8` that matches no layer, and every layer that is
+    Raises: ConfigError with every entry of `quant.skip_modules` and `quant.int8` that matches no layer, and every
+    layer that is
     named in both.
     """
-    kept = {pattern: [name for name in linears if matches(pattern, name)] for pattern in cfg.keep}
+    kept = {pattern: [name for name in linears if matches(pattern, name)] for pattern in cfg.skip_modules}
     # A glob over everything means what can be in 8 bit.
     eight = {pattern: [n for n in linears if n != head and matches(pattern, n)] for pattern in cfg.int8}
     blocks = [name for name in linears if name != head]
     problems = [
-        f"quant.keep: {lost!r} matches no linear layer; {close_names(lost, linears)}"
+        f"quant.skip_modules: {lost!r} matches no linear layer; {close_names(lost, linears)}"
         for lost, names in kept.items()
         if not names
     ]
@@ -42,7 +43,7 @@ def storage_of(cfg: QuantConfig, linears: Sequence[str], head: str) -> dict[str,
     twice = [name for names in kept.values() for name in names if name != head and name in set().union(*eight.values())]
     if twice := list(dict.fromkeys(twice)):
         listed = f"{', '.join(twice[:_SHOWN])}{f' and {len(twice) - _SHOWN} more' if len(twice) > _SHOWN else ''}"
-        problems.append(f"quant.keep and quant.int8 both name {listed}; name each layer in one of them")
+        problems.append(f"quant.skip_modules and quant.int8 both name {listed}; name each layer in one of them")
     if problems:
         raise ConfigError("\n".join(problems))
     return stored | dict.fromkeys((name for names in kept.values() for name in names), "none")

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from finetune.models.digest import sha256_of
 from finetune.system.atomic import write_text
+from finetune.system.console import Log
 
-Say = Callable[[str], None]
 Tensors = Mapping[str, Tensor]
 
 _LAYOUT = 1
@@ -60,7 +60,7 @@ class QuantizedCache:
 
     folder: Path
     made_from: dict[str, Any]
-    say: Say
+    log: Log
 
     @property
     def entry(self) -> Path:
@@ -87,10 +87,10 @@ class QuantizedCache:
             tensors = dict(item for name in parts for item in _read_part(self.entry / name))
             os.utime(self.entry)  # when it was last used, for whoever cleans it
         except PermissionError as error:
-            self.say(f"quant.cache: {self.entry} cannot be used ({error.strerror}); quantizing again")
+            self.log(f"quant.cache: {self.entry} cannot be used ({error.strerror}); quantizing again")
             return None
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-            self.say(f"quant.cache: {self.entry} is damaged ({error}); quantizing again")
+            self.log(f"quant.cache: {self.entry} is damaged ({error}); quantizing again")
             return None
         return tensors
 
@@ -111,10 +111,10 @@ class QuantizedCache:
                 lock.acquire(timeout=_PATIENCE_SECONDS)
                 lock.release()
         except Timeout:
-            self.say(f"quant.cache: another process has held {lock.lock_file} for long; quantizing without it")
+            self.log(f"quant.cache: another process has held {lock.lock_file} for long; quantizing without it")
         except (OSError, RuntimeError) as error:
             mine = False
-            self.say(f"quant.cache: {self.folder} cannot be locked ({error}); quantizing without it")
+            self.log(f"quant.cache: {self.folder} cannot be locked ({error}); quantizing without it")
         try:
             yield mine
         finally:
@@ -137,7 +137,7 @@ class QuantizedCache:
             os.rename(temporary, self.entry)
         except (OSError, SafetensorError) as error:
             # safetensors wraps the system's error into its own words.
-            self.say(
+            self.log(
                 f"quant.cache: {self.folder} did not take {size_bytes / 1e9:.1f} GB ({error}); going on without: free "
                 "some space, set FINETUNE_CACHE to another folder, or set quant.cache=false"
             )

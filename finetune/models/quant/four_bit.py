@@ -3,7 +3,7 @@
 transformers' own loading keeps every file mapped until the end, and quantizes each matrix with several fp32 copies of
 it. Here a model without storage is built, and each tensor is read, quantized and put in its place before the next; or
 its quantized form is taken from the cache. Values and attributes are those of `from_pretrained`, bit for bit. Some
-layers may be in 8 or 16 bit beside the 4-bit ones (`quant.int8`, `quant.keep`).
+layers may be in 8 or 16 bit beside the 4-bit ones (`quant.int8`, `quant.skip_modules`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models.digest import identity, weights_digest
 from finetune.models.hub import read_tensor
-from finetune.models.quant.cache import QuantizedCache, Say, cache_folder
+from finetune.models.quant.cache import Log, QuantizedCache, cache_folder
 from finetune.models.quant.eight_bit import eight_bit_modules, give_eight_bit_layers, put_rows, quantize_rows, rows_of
 from finetune.models.quant.quantize import storage_in
 from finetune.system import heap
@@ -44,7 +44,7 @@ def load_four_bit(
     quant: QuantConfig,
     settings: BitsAndBytesConfig,
     device: torch.device,
-    say: Say,
+    log: Log,
 ) -> PreTrainedModel | None:
     """The base as `from_pretrained` gives it, in eval mode.
 
@@ -58,7 +58,7 @@ def load_four_bit(
     storage = storage_in(base, quant)
     quantizer = give_quantized_layers(base, settings, storage, device)
     fill_plain(base, files, device)
-    _fill_quantized(base, files, cache_of(files, model, quant, storage, device, say), device)
+    _fill_quantized(base, files, cache_of(files, model, quant, storage, device, log), device)
     base.hf_quantizer = quantizer
     quantizer.postprocess_model(base)
     return base.eval()
@@ -284,7 +284,7 @@ def cache_of(
     quant: QuantConfig,
     storage: Mapping[str, str],
     device: torch.device,
-    say: Say,
+    log: Log,
 ) -> QuantizedCache | None:
     """The cache entry of this model under these options; None where there is to be none, or can be none.
 
@@ -298,7 +298,7 @@ def cache_of(
     try:
         digest = weights_digest(sorted(set(files.values())), folder / "digests")
     except (OSError, RuntimeError) as error:
-        say(f"quant.cache: {folder} cannot be used ({error}); quantizing without it")
+        log(f"quant.cache: {folder} cannot be used ({error}); quantizing without it")
         return None
     made_from = {
         "weights": digest,
@@ -312,7 +312,7 @@ def cache_of(
     }
     if eight := sorted(name for name, kind in storage.items() if kind == "int8"):
         made_from["int8"] = eight
-    return QuantizedCache(folder, made_from, say)
+    return QuantizedCache(folder, made_from, log)
 
 
 def _put(base: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 from finetune.config.schema import ModelConfig, QuantConfig
-from finetune.models.quant.cache import Say
+from finetune.models.quant.cache import Log
 from finetune.models.quant.eight_bit import dequantize_rows, eight_bit_modules, quantize_rows
 from finetune.models.quant.four_bit import (
     build_skeleton,
@@ -43,7 +43,7 @@ class QuantizedWeights:
         quant: QuantConfig,
         settings: BitsAndBytesConfig,
         device: torch.device,
-        say: Say,
+        log: Log,
     ):
         """folder, files: of the 16-bit model. settings: from `load.quantization_of`. say: as for `load_base`."""
         skeleton = build_skeleton(folder, getattr(torch, model.dtype), "eager")
@@ -55,7 +55,7 @@ class QuantizedWeights:
         self._dtype: torch.dtype = getattr(torch, model.dtype)
         self._computed_in: torch.dtype = getattr(torch, quant.compute_dtype)
         self._cached: dict[str, dict[str, Tensor]] = {}
-        cache = cache_of(files, model, quant, storage, device, say)
+        cache = cache_of(files, model, quant, storage, device, log)
         for name, tensor in ((cache.find() if cache is not None else None) or {}).items():
             owner, _, key = name.partition(".weight")
             self._cached.setdefault(f"{owner}.weight", {})[key.removeprefix(".")] = tensor

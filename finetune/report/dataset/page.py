@@ -41,7 +41,7 @@ def write_page(stream: IO[str], report: Report, advice: Sequence[Advice], rows: 
     """The whole page; it names no other file and no address."""
     page = (
         page_environment(**row_functions())
-        .get_template("page.html")
+        .get_template("dataset.html")
         .stream(
             report=report,
             advice=advice,

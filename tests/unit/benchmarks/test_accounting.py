@@ -67,7 +67,11 @@ def test_a_price_is_over_plain_and_a_bar_is_met_on_its_own_side():
     plain, slow = {"step_seconds": 2.0, "peak_bytes": 100}, {"step_seconds": 2.2, "peak_bytes": 106}
     assert prices(slow, plain) == {"price": 1.1, "peak_price": 1.06}
     assert prices({"failed": "x"}, plain) == {"price": None, "peak_price": None}
-    found = {"cached": prices(slow, plain), "resident": {"ratio": 2.4, "peak_ratio": None}, "streamed": {"price": 9.0}}
+    found = {
+        "cached": prices(slow, plain),
+        "resident": {"ratio": 2.4, "peak_ratio": None},
+        "streamed": {"price": 9.0},
+    }
     assert [(bar["variant"], bar["figure"], bar["met"]) for bar in judged(found)] == [
         ("cached", "price", True),
         ("cached", "peak_price", False),

@@ -32,9 +32,9 @@ RECOVER = ("config=quickstart.yaml", "distill.objective=recover", "distill.cache
         (
             [*RECOVER, "distill.divergence=jsd"],
             r"  distill\.divergence \(command line\): a sampled cache's signal gives "
-            r"forward_kl only, not jsd; set tier=hidden.*",
+            r"forward_kl only, not jsd; set cache_kind=hidden.*",
         ),
-        ([*RECOVER, "distill.temperature=2"], r"  distill\.temperature \(command line\): .*; set tier=hidden.*"),
+        ([*RECOVER, "distill.temperature=2"], r"  distill\.temperature \(command line\): .*; set cache_kind=hidden.*"),
         ([*RECOVER, "distill.teacher.url=http://host/v1"], r"  distill\.teacher\.url \(command line\): is for .*"),
     ],
 )
@@ -61,12 +61,14 @@ def trains_with(*given: str) -> tuple[list[str], RunConfig]:
 def test_the_next_command_repeats_what_was_given_but_how_the_teacher_is_asked():
     rows = "data.train=[{path: 'my rows.jsonl', limit: 3}]"
     given = ("distill.objective=recover", rows, "distill.teacher.placement=streamed", "distill.cache=a folder")
-    words, cfg = trains_with(*given, "distill.teacher.steps_ahead=4", "distill.tier=hidden", "distill.divergence=jsd")
+    words, cfg = trains_with(
+        *given, "distill.teacher.steps_ahead=4", "distill.cache_kind=hidden", "distill.divergence=jsd"
+    )
     assert words == [
         "distill.objective=recover",
         rows,
         "distill.cache=a folder",
-        "distill.tier=hidden",
+        "distill.cache_kind=hidden",
         "distill.divergence=jsd",
         "distill.teacher.placement=cached",
         "distill.teacher.steps_ahead=1",

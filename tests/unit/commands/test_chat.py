@@ -221,7 +221,7 @@ def test_a_pipe_gives_one_answer_a_line_and_nothing_else(monkeypatch, capsys):
         (2**34, [], True),
         (2**20, [], False),
         (None, [], False),
-        (2**34, ["train.fast=false"], False),
+        (2**34, ["train.kernels=peft"], False),
     ],
 )
 def test_weights_are_dequantized_once_where_memory_has_room_for_them(monkeypatch, free, settings, kept):
@@ -232,7 +232,7 @@ def test_weights_are_dequantized_once_where_memory_has_room_for_them(monkeypatch
     layers = [module for _, module in quantized_modules(talking.model)]
     assert layers and {hasattr(layer, "resident_weight") for layer in layers} == {kept}
     assert {isinstance(module, FastDecoderLayer) for module in talking.model.model.layers} == {
-        "train.fast=false" not in settings
+        "train.kernels=peft" not in settings
     }
     talking.answer("hi")
     expected = load_base(config.model, config.quant).generate(

@@ -29,7 +29,9 @@ def test_a_run_that_fits_ends_with_0_and_one_that_does_not_with_3(capsys):
     assert code == 0 and content["fits"] and content["changes"] == []
     assert content["peak_bytes"] < content["needed_bytes"] <= content["free_bytes"] == 16e9
     assert sum(content["parts"].values()) == pytest.approx(content["peak_bytes"])
-    code, content = plan(capsys, "config=lora.yaml", "gpu_gb=12", "train.recompute=none", "data.max_length=8192")
+    code, content = plan(
+        capsys, "config=lora.yaml", "gpu_gb=12", "train.gradient_checkpointing=none", "data.max_length=8192"
+    )
     assert code == 3 and not content["fits"]
     assert any(change["fits"] for change in content["changes"])
 
@@ -41,7 +43,7 @@ def test_every_packaged_config_can_be_planned(capsys):
 
 
 def test_what_auto_finds_fits_when_it_is_pasted(capsys):
-    words = ("config=lora.yaml", "gpu_gb=10", "data.max_length=16384", "train.recompute=none")
+    words = ("config=lora.yaml", "gpu_gb=10", "data.max_length=16384", "train.gradient_checkpointing=none")
     code, content = plan(capsys, *words, "auto=true")
     assert code == 3
     code, again = plan(capsys, *words, *content["auto"]["overrides"])
@@ -58,7 +60,16 @@ def test_the_table_has_every_size_and_budget(capsys):
 
 
 def test_the_text_says_what_is_held_where_it_does_not_fit_and_what_to_change(capsys):
-    code = main(["plan", "config=lora.yaml", "gpu_gb=12", "train.recompute=none", "data.max_length=8192", "auto=true"])
+    code = main(
+        [
+            "plan",
+            "config=lora.yaml",
+            "gpu_gb=12",
+            "train.gradient_checkpointing=none",
+            "data.max_length=8192",
+            "auto=true",
+        ]
+    )
     text = capsys.readouterr().out
     assert code == 3
     for words in (
@@ -159,9 +170,9 @@ def test_where_free_memory_is_not_known_nothing_is_promised(capsys, monkeypatch)
 
 
 def test_the_table_says_what_it_is_of(capsys):
-    main(["plan", "table=true", "train.recompute=none", "distill=recover"])
+    main(["plan", "table=true", "train.gradient_checkpointing=none", "distill=recover"])
     heading = capsys.readouterr().out.splitlines()[0]
-    assert "train.recompute=none" in heading and "its teacher resident" in heading
+    assert "train.gradient_checkpointing=none" in heading and "its teacher resident" in heading
 
 
 def test_no_torch_is_needed():

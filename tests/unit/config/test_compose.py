@@ -81,13 +81,13 @@ def test_a_packaged_config_takes_options_from_the_configs_of_the_working_directo
 
 
 def test_defaults_then_groups_then_the_file_then_the_command_line(here: Path):
-    write(here / "train/slow.yaml", "max_steps: 10\nkeep: 3\nseed: 1\n")
-    write(here / "train/slower.yaml", "max_steps: 20\nkeep: 4\nseed: 2\n")
-    write(here / "run.yaml", "defaults: [{train: slow}]\n" + RUN + "train: {keep: 5}\n")
+    write(here / "train/slow.yaml", "max_steps: 10\nkeep_checkpoints: 3\nseed: 1\n")
+    write(here / "train/slower.yaml", "max_steps: 20\nkeep_checkpoints: 4\nseed: 2\n")
+    write(here / "run.yaml", "defaults: [{train: slow}]\n" + RUN + "train: {keep_checkpoints: 5}\n")
     train = load_config("run").train
-    assert (train.max_steps, train.keep, train.seed, train.batch_size) == (10, 5, 1, 16)
+    assert (train.max_steps, train.keep_checkpoints, train.seed, train.batch_size) == (10, 5, 1, 16)
     train = load_config("run", ["train.seed=9", "train=slower"]).train
-    assert (train.max_steps, train.keep, train.seed) == (20, 5, 9)
+    assert (train.max_steps, train.keep_checkpoints, train.seed) == (20, 5, 9)
 
 
 def test_a_group_can_be_chosen_that_the_file_does_not_name(here: Path):
@@ -103,10 +103,10 @@ def test_a_whole_run_can_build_on_another(here: Path):
 
 
 def test_a_group_file_can_build_on_another_of_its_group(here: Path):
-    write(here / "train/base.yaml", "keep: 7\nseed: 1\n")
+    write(here / "train/base.yaml", "keep_checkpoints: 7\nseed: 1\n")
     write(here / "train/more.yaml", "defaults: [base]\nseed: 2\n")
     write(here / "run.yaml", "defaults: [{train: more}]\n" + RUN)
-    assert (load_config("run").train.keep, load_config("run").train.seed) == (7, 2)
+    assert (load_config("run").train.keep_checkpoints, load_config("run").train.seed) == (7, 2)
 
 
 def test_a_file_with_a_byte_order_mark_and_windows_line_ends_is_read(here: Path):
@@ -118,7 +118,7 @@ def test_interpolations_see_the_values_after_every_override(load: Callable):
     text = "train: {seed: 3, max_steps: '${train.seed}', resume: 'runs/${name}'}\noutput_dir: out/${train.seed}\n"
     config = load(text, "train.seed=5")
     assert (config.train.max_steps, config.output_dir, config.train.resume) == (5, "out/5", "runs/run")
-    assert load("", "train.max_steps=${train.keep}").train.max_steps == 2
+    assert load("", "train.max_steps=${train.keep_checkpoints}").train.max_steps == 2
     assert load("train: {resume: '\\${name}'}").train.resume == "${name}"
 
 

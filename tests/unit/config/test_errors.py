@@ -15,7 +15,7 @@ from finetune.system.errors import ConfigError
 EVERYTHING = """\
 name: no
 model: Qwen/Qwen2.5-7B
-quant: {type: nf5, keep: ["(("], double: 1}
+quant: {type: nf5, skip_modules: ["(("], double: 1}
 lora:
   lora_r: 8
   rank: 1.5
@@ -34,7 +34,7 @@ train:
   per_device_train_batch_size: 2
   early_stopping: 3
   save_every: ${nothing}
-  keep: ???
+  keep_checkpoints: ???
 learning_rate: 1e-4
 _target_: os.system
 foo: {bar: 1}
@@ -62,7 +62,7 @@ SAID = [
     "train.per_device_train_batch_size (run.yaml:19): unknown key; here it is train.micro_batch_size",
     "train.early_stopping (run.yaml:20): counts evaluations; set train.eval_every as well",
     "train.save_every (run.yaml:21): Interpolation key 'nothing' not found",
-    "train.keep (run.yaml:22): is missing",
+    "train.keep_checkpoints (run.yaml:22): is missing",
     "learning_rate (run.yaml:23): unknown key; did you mean train.learning_rate?",
     "_target_ (run.yaml:24): unknown key; a config names no code to run",
     "foo (run.yaml:25): unknown key",
@@ -77,7 +77,7 @@ def test_all_errors_are_told_at_once_each_with_its_line(complaint: Callable):
         assert any(line.strip().startswith(said) for line in lines), said
     for key in ("train.seed", "train.max_stesp", "lora"):
         assert any(line.strip().startswith(f"{key} (command line): ") for line in lines), key
-    assert "quant.keep.0" in text  # The rules are checked as well.
+    assert "quant.skip_modules.0" in text  # The rules are checked as well.
     assert len(lines) == len(set(lines)) == len(SAID) + 4 + 1
     assert lines[0] == f"{len(lines) - 1} problems in run.yaml"
 

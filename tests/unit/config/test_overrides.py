@@ -117,8 +117,8 @@ def test_columns_and_roles_of_a_source_are_set_name_by_name_or_together(load: Ca
 
 
 def test_a_mapping_given_to_a_section_sets_the_keys_it_names(load: Callable):
-    config = load("train: {seed: 3}", "train={max_steps: 5, keep: 1}")
-    assert (config.train.seed, config.train.max_steps, config.train.keep) == (3, 5, 1)
+    config = load("train: {seed: 3}", "train={max_steps: 5, keep_checkpoints: 1}")
+    assert (config.train.seed, config.train.max_steps, config.train.keep_checkpoints) == (3, 5, 1)
 
 
 def test_lists_and_mappings_of_values_are_replaced_not_merged(load: Callable):

@@ -26,15 +26,15 @@ SERVER = [
 # Settings that do not go together -> the key that is to blame, and a word of what is said.
 BROKEN: list[tuple[list[str], str, str]] = [
     (["model.attention=flash_attention_2", "model.dtype=float32"], "model.attention", "float32"),
-    (["quant.keep=[a,a]"], "quant.keep", "twice"),
-    (["quant.keep=['(a']"], "quant.keep.0", "regular expression"),
+    (["quant.skip_modules=[a,a]"], "quant.skip_modules", "twice"),
+    (["quant.skip_modules=['(a']"], "quant.skip_modules.0", "regular expression"),
     (["quant.int8=[a,a]"], "quant.int8", "twice"),
     (["quant.int8=['(a']"], "quant.int8.0", "regular expression"),
-    (["quant.int8=[a]", "quant.keep=[b,a]"], "quant.int8", "quant.keep"),
+    (["quant.int8=[a]", "quant.skip_modules=[b,a]"], "quant.int8", "quant.skip_modules"),
     (["quant.int8=[a]", "quant.type=int8"], "quant.int8", "quant.type=nf4"),
     (["quant.int8=[a]", "quant.type=none"], "quant.int8", "quant.type=nf4"),
-    (["quant.resident=true", "quant.type=int8"], "quant.resident", "quant.type=nf4"),
-    (["quant.resident=true", "quant.type=none"], "quant.resident", "quant.type=nf4"),
+    (["quant.keep_dequantized=true", "quant.type=int8"], "quant.keep_dequantized", "quant.type=nf4"),
+    (["quant.keep_dequantized=true", "quant.type=none"], "quant.keep_dequantized", "quant.type=nf4"),
     (["lora.target_modules=[q_proj,q_proj]"], "lora.target_modules", "twice"),
     (["lora.target_modules=[]"], "lora.target_modules", "no module"),
     (["lora.target_modules=q_proj"], "lora.target_modules", "[q_proj]"),
@@ -77,12 +77,12 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["distill.objective=recover", "distill.beta=0.1"], "distill.beta", "divergence=jsd"),
     (["distill.objective=recover", "distill.divergence=jsd", "distill.alpha=0.2"], "distill.alpha", "skew_kl"),
     (["distill.objective=recover", "distill.teacher.placement=cached"], "distill.cache", "folder"),
-    ([*CACHED, "distill.divergence=reverse_kl"], "distill.divergence", "tier=hidden"),
+    ([*CACHED, "distill.divergence=reverse_kl"], "distill.divergence", "cache_kind=hidden"),
     ([*CACHED, "distill.temperature=2"], "distill.temperature", "temperature 1"),
     ([*CACHED, "distill.hidden_weight=1"], "distill.hidden_weight", "no hidden states"),
     ([*CACHED, "distill.on_policy=0.5"], "distill.on_policy", "new answers"),
     ([*CACHED, "data.stream_rows=10", "train.max_steps=9"], "data.stream_rows", "not known"),
-    ([*SERVER, "distill.tier=hidden", "distill.divergence=jsd"], "distill.divergence", "server"),
+    ([*SERVER, "distill.cache_kind=hidden", "distill.divergence=jsd"], "distill.divergence", "server"),
     (
         ["distill.objective=recover", "distill.cache=c", "distill.teacher.placement=server"],
         "distill.teacher.url",
@@ -106,21 +106,20 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["data.stream_rows=10"], "data.stream_rows", "train.max_steps"),
     (["data.stream_rows=10", "train.max_steps=5", "data.held_out=0.1"], "data.held_out", "data.eval"),
     (["train.max_steps=3", "train.epochs=2"], "train.epochs", "train.max_steps"),
-    (["train.warmup=1.5"], "train.warmup", "whole"),
-    (["train.max_steps=3", "train.warmup=3"], "train.warmup", "train.max_steps=3"),
+    (["train.max_steps=3", "train.warmup_steps=3"], "train.warmup_steps", "train.max_steps=3"),
     (["train.batch_size=4", "train.micro_batch_size=5"], "train.micro_batch_size", "train.batch_size=4"),
     (["train.batch_size=4", "train.world_size=8"], "train.world_size", "train.batch_size=4"),
     (["train.eval_every=5"], "train.eval_every", "data.eval"),
     (["train.early_stopping=2", EVAL], "train.early_stopping", "train.eval_every"),
     (["train.early_stopping=2", "train.eval_every=2"], "train.early_stopping", "data.eval"),
-    (["generation.rows=5"], "generation.rows", "data.eval"),
+    (["generation.num_examples=5"], "generation.num_examples", "data.eval"),
     (["generation.every=5"], "generation.every", "data.eval"),
     (["generation.every=5", "generation.samples=0", EVAL], "generation.every", "generation.samples"),
 ]
 
 SOUND: list[list[str]] = [
     ["model.attention=flash_attention_2"],
-    ["quant.keep=['*.mlp.*', 'model\\.layers\\.(0|1)\\..*', lm_head]"],
+    ["quant.skip_modules=['*.mlp.*', 'model\\.layers\\.(0|1)\\..*', lm_head]"],
     ["lora.target_modules=all-linear", "lora.layers_to_transform=[0,1]"],
     ["lora.target_modules=.*\\.(q|v)_proj"],
     ["lora.init=pissa", "quant.type=none"],
@@ -131,12 +130,12 @@ SOUND: list[list[str]] = [
     ["lora.new_tokens=[<a>,<b>]", "lora.modules_to_save=[norm]"],
     ["data.eval=[{path: a/x.jsonl},{path: b/x.jsonl, name: y}]"],
     ["data.eval=[{path: rows, split: a},{path: rows, split: b}]"],
-    ["train.max_steps=1", "train.warmup=0.5"],
-    ["train.max_steps=4", "train.warmup=3"],
+    ["train.max_steps=1", "train.warmup_ratio=0.5"],
+    ["train.max_steps=4", "train.warmup_steps=3"],
     ["train.batch_size=4", "train.micro_batch_size=4", "train.world_size=4"],
     ["train.early_stopping=2", "train.eval_every=2", EVAL],
-    ["generation.rows=5", "generation.every=5", EVAL],
-    ["generation.rows=5", "train.eval_every=2", "train.early_stopping=2", "data.held_out=0.1"],
+    ["generation.num_examples=5", "generation.every=5", EVAL],
+    ["generation.num_examples=5", "train.eval_every=2", "train.early_stopping=2", "data.held_out=0.1"],
     ["data.train=[{path: folder, split: train},{path: a/b, split: test, subset: main, revision: v1}]"],
     ["data.train=[{path: a, columns: {prompt: q, completion: a}, roles: {user: x, assistant: [y, z]}}]"],
     ["data.eval=[{path: a, name: held_out}]"],
@@ -144,7 +143,13 @@ SOUND: list[list[str]] = [
     ["distill.objective=recover", "distill.teacher.placement=streamed", "distill.teacher.steps_ahead=4"],
     ["distill.objective=sft+anchor", "distill.divergence=jsd", "distill.beta=0.9", "distill.weight=0.1"],
     ["distill.objective=distill", "distill.teacher.lora=tuned", "distill.on_policy=1"],
-    [*CACHED, "distill.tier=hidden", "distill.divergence=skew_kl", "distill.alpha=0.2", "distill.hidden_weight=1"],
+    [
+        *CACHED,
+        "distill.cache_kind=hidden",
+        "distill.divergence=skew_kl",
+        "distill.alpha=0.2",
+        "distill.hidden_weight=1",
+    ],
     SERVER,
     [*GUARDED, "guard.action=recover", "guard.steps=5", "distill.cache=c", "distill.teacher.placement=cached"],
     [*GUARDED, "distill.objective=sft+anchor", "guard.action=stop"],
@@ -186,5 +191,7 @@ def test_a_config_made_in_python_keeps_the_same_rules():
 
 def test_rules_are_checked_around_values_that_are_wrong():
     """A wrong seed does not hide that the warm-up is wrong too, and a wrong eval_every is not said to be missing."""
-    found = problems(["train.seed=-1", "train.warmup=1.5", "train.early_stopping=2", "train.eval_every=often", EVAL])
-    assert {problem.key for problem in found} == {"train.seed", "train.eval_every", "train.warmup"}
+    found = problems(
+        ["train.seed=-1", "train.warmup_ratio=1.5", "train.early_stopping=2", "train.eval_every=often", EVAL]
+    )
+    assert {problem.key for problem in found} == {"train.seed", "train.eval_every", "train.warmup_ratio"}

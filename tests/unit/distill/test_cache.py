@@ -83,7 +83,7 @@ class TableTeacher:
 
 def write(folder: Path, teacher: Teacher, documents: Sequence[Document], group_tokens: int = 500, **keys) -> dict:
     cfg = DistillConfig(objective="recover", **keys)
-    origin = {"kept": {"tier": cfg.tier}}
+    origin = {"kept": {"cache_kind": cfg.cache_kind}}
     fill_cache(folder, origin, documents, encoder_of(teacher, cfg, VOCABULARY), group_tokens, lambda done, total: None)
     return origin
 
@@ -117,7 +117,7 @@ def test_hidden_states_from_disk_give_the_bits_of_loss_and_gradient(tmp_path, do
     teacher = resident(dtype)
     some = documents[:9]
     online_signals = list(teacher.signals([build_batch(some, lean=True)]))
-    cached_signals = list(cached(tmp_path, teacher, some, tier="hidden").signals([build_batch(some, lean=True)]))
+    cached_signals = list(cached(tmp_path, teacher, some, cache_kind="hidden").signals([build_batch(some, lean=True)]))
     for online, offline in zip(online_signals, cached_signals, strict=True):
         assert isinstance(offline, HiddenSignal) and offline.hidden_ND.dtype == dtype
         assert torch.equal(online.hidden_ND, offline.hidden_ND) and offline.head is teacher.model.lm_head
@@ -127,7 +127,7 @@ def test_hidden_states_from_disk_give_the_bits_of_loss_and_gradient(tmp_path, do
 
 @pytest.mark.parametrize("tier", ["hidden", "sampled"])
 def test_order_packing_and_batch_size_leave_a_documents_signal(tmp_path, documents, tier):
-    folder = cached(tmp_path, TableTeacher(), documents, tier=tier)
+    folder = cached(tmp_path, TableTeacher(), documents, cache_kind=tier)
     whole = {key_of(each): next(iter(folder.signals([build_batch([each])]))) for each in documents}
     for batches in packings(documents):
         for batch, signal in zip(batches, folder.signals(batches), strict=True):
@@ -137,7 +137,7 @@ def test_order_packing_and_batch_size_leave_a_documents_signal(tmp_path, documen
 
 
 def test_cached_states_are_the_online_ones_of_any_batch_but_for_their_last_bits(tmp_path, documents, teacher):
-    folder = cached(tmp_path, teacher, documents, tier="hidden")
+    folder = cached(tmp_path, teacher, documents, cache_kind="hidden")
     for batches in packings(documents):
         for online, offline in zip(teacher.signals(batches), folder.signals(batches), strict=True):
             torch.testing.assert_close(offline.hidden_ND, online.hidden_ND, rtol=LAST_BITS, atol=LAST_BITS)
@@ -162,7 +162,7 @@ def test_what_is_drawn_follows_from_document_and_seed_alone(tmp_path, documents)
 @pytest.mark.parametrize("tier", ["hidden", "sampled"])
 def test_a_batch_without_a_target_has_an_empty_signal(tmp_path, documents, teacher, tier):
     batch = silent_batch(documents[0])
-    [signal] = cached(tmp_path, teacher, documents[:3], tier=tier).signals([batch])
+    [signal] = cached(tmp_path, teacher, documents[:3], cache_kind=tier).signals([batch])
     [online] = teacher.signals([batch])
     if tier == "hidden":
         assert signal.hidden_ND.shape == online.hidden_ND.shape == (0, WIDTH)
@@ -193,12 +193,12 @@ def test_missing_documents_are_counted_and_the_first_are_named(tmp_path, documen
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_right_teacher_passes_and_another_ones_signal_does_not(tmp_path, documents, tier, dtype):
     right, other = resident(dtype), resident(dtype, seed=1)
-    folder = cached(tmp_path / "right", right, documents, tier=tier)
+    folder = cached(tmp_path / "right", right, documents, cache_kind=tier)
     # bf16 has 8 bits: states of about 1 are off by up to 1/256 in another batch, and log-probabilities by little more.
     assert folder.check_against(right, documents[:5], VOCABULARY) <= (0.02 if dtype == torch.bfloat16 else 1e-3)
     # Some documents of a folder hold what another teacher said, under the right fingerprint and checksums.
-    write(tmp_path / "mixed", other, documents[:4], tier=tier)
-    mixed = cached(tmp_path / "mixed", right, documents, tier=tier)
+    write(tmp_path / "mixed", other, documents[:4], cache_kind=tier)
+    mixed = cached(tmp_path / "mixed", right, documents, cache_kind=tier)
     mixed.check_against(right, documents[4:8], VOCABULARY)
     with pytest.raises(
         IntegrityError, match=rf"differs from the teacher by .* over {documents[3].place}, .*no rounding"
@@ -207,7 +207,7 @@ def test_the_right_teacher_passes_and_another_ones_signal_does_not(tmp_path, doc
 
 
 def test_states_that_are_no_numbers_do_not_pass(tmp_path, documents, teacher):
-    folder = cached(tmp_path, teacher, documents[:2], tier="hidden")
+    folder = cached(tmp_path, teacher, documents[:2], cache_kind="hidden")
     broken = replace_states(teacher, lambda hidden_ND: hidden_ND * float("nan"))
     with pytest.raises(IntegrityError, match="by nan nats"):
         folder.check_against(broken, documents[:2], VOCABULARY)
@@ -228,9 +228,9 @@ def replace_states(teacher: Teacher, change: Callable[[Tensor], Tensor]) -> Teac
 
 
 def test_a_vocabulary_that_ids_cannot_tell_apart_is_refused_for_the_sampled_tier_alone(teacher):
-    with pytest.raises(ConfigError, match=r"tells 262,144 ids apart, not 262,145; set tier=hidden"):
+    with pytest.raises(ConfigError, match=r"tells 262,144 ids apart, not 262,145; set cache_kind=hidden"):
         encoder_of(teacher, DistillConfig(objective="recover"), MOST_IDS + 1)
-    encoder_of(teacher, DistillConfig(objective="recover", tier="hidden"), MOST_IDS + 1)
+    encoder_of(teacher, DistillConfig(objective="recover", cache_kind="hidden"), MOST_IDS + 1)
     encoder_of(teacher, DistillConfig(objective="recover"), MOST_IDS)
 
 
@@ -244,7 +244,7 @@ def test_each_placement_writes_the_same_and_no_teacher_is_loaded_where_nothing_i
     said: list[str] = []
 
     def write_through(placement: str, some: Sequence[Document], folder: str) -> int:
-        words = ["distill.objective=recover", f"distill.cache={tmp_path / folder}", "distill.tier=hidden"]
+        words = ["distill.objective=recover", f"distill.cache={tmp_path / folder}", "distill.cache_kind=hidden"]
         cfg = load_config("quickstart.yaml", [*words, f"distill.teacher.placement={placement}"])
         return filling.write_signals(cfg, chat, 883, some, CPU, said.append)
 
@@ -274,7 +274,7 @@ class TableServer:
 
     rows, asked = VOCABULARY + 7, 0
 
-    def __init__(self, url: str, model: str, top: int, say: Callable[[str], None]):
+    def __init__(self, url: str, model: str, top: int, log: Callable[[str], None]):
         self.top = top
         self.table = np.log(np.random.default_rng(3).dirichlet(np.ones(self.rows), self.rows)).astype(np.float32)
 
@@ -297,13 +297,13 @@ def test_a_servers_answers_are_kept_without_rows_beyond_the_vocabulary(tmp_path,
             "distill.cache=unused",
             "distill.teacher.placement=server",
             "distill.teacher.url=http://nowhere/v1",
-            "distill.head=64",
+            "distill.top_k=64",
         ],
     )
     monkeypatch.setattr(filling, "LogprobServer", TableServer)
     table = TableServer("", "", 64, print).table
     spared = 0
-    origin = {"kept": {"tier": "top"}}
+    origin = {"kept": {"cache_kind": "top"}}
     fill_cache(tmp_path, origin, documents, filling._ask_server(cfg, VOCABULARY, print), 50, lambda done, total: None)
     batches = [build_batch([each]) for each in documents]
     for each, signal in zip(documents, CachedTeacher(tmp_path, origin, CPU).signals(batches), strict=True):

@@ -28,7 +28,7 @@ from finetune.distill.keys import KEY_BYTES, key_of
 from finetune.distill.shards import COMPLETE, FINGERPRINT, ShardReader, check_fingerprint, open_folder
 from finetune.system.errors import ConfigError, IntegrityError, ResourceError
 
-ORIGIN = {"version": 1, "kept": {"tier": "sampled", "head": 2}}
+ORIGIN = {"version": 1, "kept": {"cache_kind": "sampled", "head": 2}}
 
 
 def documents(count: int) -> list[Document]:

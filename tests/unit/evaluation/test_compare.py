@@ -127,7 +127,7 @@ def test_bytes_are_those_of_the_weights_as_stored(table, run_folder, tmp_path):
 
 def test_a_merged_folder_is_taken_instead_of_merging(run_folder, measure, table, tmp_path, monkeypatch):
     merge(MergeOptions(adapter=str(run_folder), out=str(tmp_path / "m"), gate=GateOptions(rows=0)), lambda text: None)
-    monkeypatch.setattr("finetune.evaluation.compare.merge", lambda *_, **__: pytest.fail("merged again"))
+    monkeypatch.setattr("finetune.export.merge.merge.merge", lambda *_, **__: pytest.fail("merged again"))
     found = measure(f"adapter={run_folder}", f"merged={tmp_path / 'm'}", "answers=0", "variants=[base,merged]")
     assert found.models[1].sets[0].figures["kl"] == table.models[3].sets[0].figures["kl"]
     alone = measure(f"model={tmp_path / 'm'}", f"data=[{{path: {_rows(run_folder)}}}]", "answers=0", "quant=int8")
@@ -256,6 +256,7 @@ def test_rows_that_would_mislead_are_named(run_folder, rows_file, tmp_path):
     evaluate_gap(
         read_options(EvalOptions, [*words, "answers=0", "resamples=100", "on_bad_row=skip"], "finetune eval"),
         heard.append,
+        write_merged,
     )
     warnings = [text for text in heard if text.startswith("warning: ")]
     assert warnings[0].startswith("warning: data[0]: ") and "is what the run was trained on" in warnings[0]

@@ -163,7 +163,7 @@ def test_the_first_rows_alone_are_what_a_limit_leaves(student, tokenizer, task, 
 
 
 def test_tasks_and_rows_stand_in_one_table_and_nothing_is_merged(run_folder, measure, task, questions, monkeypatch):
-    monkeypatch.setattr("finetune.evaluation.compare.merge", lambda *_, **__: pytest.fail("merged"))
+    monkeypatch.setattr("finetune.export.merge.merge.merge", lambda *_, **__: pytest.fail("merged"))
     file = task(CHOICE, chosen(questions))
     found = measure(f"adapter={run_folder}", f"tasks=[{file}]", "variants=[base,trained]", "limit=4", "answers=0")
     assert [len(model.tasks) for model in found.models] == [2, 2] and all(model.sets for model in found.models)

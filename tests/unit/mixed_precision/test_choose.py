@@ -42,8 +42,8 @@ NAMES = [f"model.layers.{i}.mlp.{part}_proj" for i in (1, 11) for part in ("gate
 )
 def test_the_settings_give_the_storage_back(kinds: list[str], quant_type: str) -> None:
     storage = dict(zip(NAMES, kinds, strict=True))
-    quant = quant_of(storage, QuantConfig(double=False, resident=True, keep=["layers.5"]))
-    assert (quant.type, quant.double, quant.resident) == (quant_type, False, quant_type in ("nf4", "fp4"))
+    quant = quant_of(storage, QuantConfig(double=False, keep_dequantized=True, skip_modules=["layers.5"]))
+    assert (quant.type, quant.double, quant.keep_dequantized) == (quant_type, False, quant_type in ("nf4", "fp4"))
     assert storage_of(quant, [*NAMES, "lm_head"], "lm_head") == {**storage, "lm_head": "none"}
 
 
@@ -75,7 +75,7 @@ def test_the_file_says_how_it_was_made() -> None:
         "type": "nf4",
         "double": True,
         "compute_dtype": "bfloat16",
-        "keep": [NAMES[2]],
+        "skip_modules": [NAMES[2]],
         "int8": [NAMES[1]],
     }
 
@@ -122,7 +122,7 @@ def test_the_best_that_was_measured_is_chosen(bench, folder: Path, monkeypatch: 
     alone = choose(bench.cfg, options.model_copy(update={"measure": False}), lambda _: None)
     assert alone.measured == {} and alone.size_bytes <= 3e6
 
-    def measured(model: Any, quants: dict[str, QuantConfig], batches: Any, say: Any) -> dict[str, MeanKl]:
+    def measured(model: Any, quants: dict[str, QuantConfig], batches: Any, log: Any) -> dict[str, MeanKl]:
         assert quants["the allocation"] == alone.quant and len(batches) == 1
         return {name: MeanKl(1.0 if name == "the allocation" else 0.5, 0.1, 4) for name in quants}
 

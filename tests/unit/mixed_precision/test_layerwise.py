@@ -13,7 +13,9 @@ from finetune.models.load import load_base
 from finetune.models.quant.bit_widths import storage_of
 from finetune.system.errors import ConfigError
 
-MIXED = QuantConfig(keep=["layers.1"], int8=["layers.2.mlp", "layers.0.self_attn.v_proj"], compute_dtype="float32")
+MIXED = QuantConfig(
+    skip_modules=["layers.1"], int8=["layers.2.mlp", "layers.0.self_attn.v_proj"], compute_dtype="float32"
+)
 
 
 def states_of(bench, quant: QuantConfig) -> list[torch.Tensor]:

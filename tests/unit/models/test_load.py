@@ -108,7 +108,7 @@ def test_a_missing_head_is_no_random_head(make_base, tmp_path: Path) -> None:
 
 def test_unknown_modules_to_keep_are_named_all_at_once(make_base) -> None:
     with pytest.raises(ConfigError) as error:
-        load_base(ModelConfig(name=str(make_base())), QuantConfig(keep=["upproj", "attn.9"]), device="cpu")
+        load_base(ModelConfig(name=str(make_base())), QuantConfig(skip_modules=["upproj", "attn.9"]), device="cpu")
     assert "'upproj' matches no linear layer; did you mean up_proj" in str(error.value)
     assert "'attn.9'" in str(error.value)
 

@@ -138,7 +138,7 @@ def test_a_run_is_told_where_its_products_are_made(monkeypatch):
         "products: in float32, since this processor has none in bfloat16"
     )
     slow = matmul.describe(CPU, torch.float16, all_here=False)
-    assert slow is not None and "float16" in slow and "train.fast=false" in slow and "model.dtype=float32" in slow
+    assert slow is not None and "float16" in slow and "train.kernels=peft" in slow and "model.dtype=float32" in slow
     assert matmul.describe(CPU, torch.float32, all_here=False) is None
     monkeypatch.setattr(matmul, "_has_products", lambda dtype: True)
     assert matmul.describe(CPU, torch.bfloat16, all_here=True) is None

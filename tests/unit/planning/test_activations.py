@@ -60,7 +60,7 @@ def model_of(cfg: RunConfig) -> nn.Module:
             use_dora=cfg.lora.dora,
         ),
     )
-    if cfg.train.fast:
+    if cfg.train.kernels == "fused":
         attach_fast_path(model)
     return model.train()
 
@@ -122,7 +122,7 @@ def test_what_a_layer_keeps_is_within_a_tenth_of_what_autograd_saves(overrides, 
 
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
 def test_transformers_own_attention_is_counted_too(kind):
-    cfg = run("train.fast=false", f"model.attention={kind}")
+    cfg = run("train.kernels=peft", f"model.attention={kind}")
     measured = saved_bytes(model_of(cfg), [320, 320])[1] / 640
     planned = sum(kept_bytes(SHAPE, cfg, adapted_linears(1, cfg.lora), "cpu", 320).values())
     assert planned == pytest.approx(measured, rel=0.1)
@@ -161,7 +161,7 @@ def test_bytes_grow_with_the_tokens_and_the_fast_path_keeps_less():
     shape = QWEN25_SHAPES["7B"]
     small, large = (plan_activations(shape, run("data.max_length=2048"), n, "cuda") for n in (1, 4))
     assert large.kept[0] == 4 * small.kept[0] and large.head < 4 * small.head
-    plain = plan_activations(shape, run("data.max_length=2048", "train.fast=false"), 1, "cuda")
+    plain = plan_activations(shape, run("data.max_length=2048", "train.kernels=peft"), 1, "cuda")
     assert plain.kept[0] > 1.4 * small.kept[0]
 
 
@@ -186,7 +186,7 @@ def test_kernels_are_compiled_where_training_compiles_them():
     assert kernels_of(run("train.max_steps=1"), shape) == "plain torch"
     assert kernels_of(run("train.max_steps=100000"), shape) == "compiled"
     assert kernels_of(run("train.max_steps=1", "train.compile=true"), shape) == "compiled"
-    assert kernels_of(run("train.fast=false"), shape) == "peft"
+    assert kernels_of(run("train.kernels=peft"), shape) == "peft"
 
 
 def test_a_teacher_in_memory_doubles_the_logits_and_a_sample_of_it_does_not():

@@ -33,9 +33,9 @@ def needed(cfg: RunConfig, free_bytes: float, shape=SHAPE) -> float:
 @pytest.mark.parametrize(
     ("overrides", "gigabytes"),
     [
-        (("train.recompute=none", "train.micro_batch_size=4"), 12),
+        (("train.gradient_checkpointing=none", "train.micro_batch_size=4"), 12),
         (("quant.type=none",), 16),
-        (("quant.resident=true", "data.max_length=4096"), 16),
+        (("quant.keep_dequantized=true", "data.max_length=4096"), 16),
         (("lora.target_modules=all-linear", "lora.rank=256", "data.max_length=8192"), 12),
         (("distill=recover",), 16),
     ],
@@ -56,10 +56,10 @@ def test_a_change_that_is_said_to_fit_fits(overrides, gigabytes):
 
 
 HARD = (
-    ("train.recompute=offload", "quant.double=false"),
+    ("train.gradient_checkpointing=offload", "quant.double=false"),
     ("lora.rank=256", "lora.rank_pattern={q_proj: 128}"),
-    ("quant.type=none", "lora.modules_to_save=[lm_head,embed_tokens]", "train.recompute=5"),
-    ("distill=teacher", "distill.teacher.name=Qwen/Qwen2.5-14B", "data.max_length=8192", "train.fast=false"),
+    ("quant.type=none", "lora.modules_to_save=[lm_head,embed_tokens]", "train.gradient_checkpointing=5"),
+    ("distill=teacher", "distill.teacher.name=Qwen/Qwen2.5-14B", "data.max_length=8192", "train.kernels=peft"),
     ("guard.max=0.1", "data.held_out=0.1", "train.eval_every=5", "guard.action=recover", "data.max_length=32"),
     ("train.batch_size=6", "train.micro_batch_size=3", "lora.dora=true", "lora.target_modules=all-linear"),
     ("quant.type=none", "data.max_length=256", "train.batch_size=64", "train.micro_batch_size=64"),
@@ -129,9 +129,9 @@ def test_the_table_grows_with_memory_and_shrinks_with_the_model():
 def test_the_fastest_settings_fit_and_use_what_memory_there_is():
     rich, poor = (fastest_that_fits(run(), SHAPE, 1, "cuda", size * 1e9, None) for size in (80, 10))
     assert rich is not None and poor is not None
-    assert "train.recompute=none" in rich.overrides and "quant.resident=true" in rich.overrides
+    assert "train.gradient_checkpointing=none" in rich.overrides and "quant.keep_dequantized=true" in rich.overrides
     assert "train.micro_batch_size=4" in rich.overrides  # 8,192 tokens, from which more are no faster
-    assert "quant.resident=false" in poor.overrides and poor.footprint.needed_bytes <= 10e9
+    assert "quant.keep_dequantized=false" in poor.overrides and poor.footprint.needed_bytes <= 10e9
     cfg = run(*poor.overrides)
     assert needed(cfg, 10e9) == pytest.approx(poor.footprint.needed_bytes)
     shorter = fastest_that_fits(run("data.max_length=65536"), SHAPE, 1, "cuda", 10e9, None)

@@ -56,7 +56,7 @@ def test_a_cpu_keeps_code_for_the_shapes_that_a_run_meets(monkeypatch):
             ("train.max_steps=60",),
             ("train.max_steps=null",),
             ("train.max_steps=null", "data.held_out=0.1"),
-            ("train.max_steps=null", "data.held_out=0.1", "generation.rows=20"),
+            ("train.max_steps=null", "data.held_out=0.1", "generation.num_examples=20"),
         )
     ]
     assert sizes == sorted(set(sizes)) and sizes[0] == 0
@@ -78,7 +78,7 @@ def test_recomputing_offloading_and_fewer_sequences_lower_the_peak(kind):
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > peaks[-1]
     assert found(kind=kind).peak_bytes < peaks[0]
     if kind == "cuda":
-        assert found("train.recompute=offload", micro=4, recomputed=23).peak_bytes < peaks[-1]
+        assert found("train.gradient_checkpointing=offload", micro=4, recomputed=23).peak_bytes < peaks[-1]
 
 
 def test_ranks_exchange_gradients_in_buckets():

@@ -90,7 +90,7 @@ def test_a_4_bit_weight_takes_what_bitsandbytes_stores(double):
 
 
 def test_each_module_is_counted_in_its_own_precision():
-    cfg = run("quant.keep=['layers.0','down_proj']", "quant.int8=[v_proj]")
+    cfg = run("quant.skip_modules=['layers.0','down_proj']", "quant.int8=[v_proj]")
     assert set(layer_precisions(0, cfg.model, cfg.quant).values()) == {"bfloat16"}
     kinds = layer_precisions(1, cfg.model, cfg.quant)
     assert (kinds["q_proj"], kinds["v_proj"], kinds["down_proj"]) == ("nf4", "int8", "bfloat16")
@@ -105,7 +105,7 @@ def test_each_module_is_counted_in_its_own_precision():
 
 
 def test_a_resident_base_is_held_twice_where_it_is_in_4_bit():
-    plain, resident = (static_of(run(*words), SHAPE).parts for words in ((), ("quant.resident=true",)))
+    plain, resident = (static_of(run(*words), SHAPE).parts for words in ((), ("quant.keep_dequantized=true",)))
     size = 3 * sum(out * inputs for out, inputs in linear_shapes(SHAPE).values())
     assert resident["16-bit copies of 4-bit linears"] == 2 * size
     assert {**resident} == {**plain, "16-bit copies of 4-bit linears": 2 * size}

@@ -15,7 +15,7 @@ SHAPE = QWEN25_SHAPES["0.5B"]
 
 
 def run(*overrides: str) -> RunConfig:
-    return load_config("lora.yaml", ["data.max_length=512", "train.recompute=auto", *overrides])
+    return load_config("lora.yaml", ["data.max_length=512", "train.gradient_checkpointing=auto", *overrides])
 
 
 def test_a_cpu_takes_fewer_tokens_at_a_time_than_a_gpu():
@@ -40,12 +40,12 @@ def test_auto_recomputes_as_little_as_fits_then_shrinks_the_micro_batch():
 
 def test_what_the_user_set_stays():
     for setting in ("none", "all", "offload", 3):
-        assert choose_memory(run(f"train.recompute={setting}"), SHAPE, 1, "cuda", 0).recompute == setting
+        assert choose_memory(run(f"train.gradient_checkpointing={setting}"), SHAPE, 1, "cuda", 0).recompute == setting
     assert choose_memory(run("train.micro_batch_size=4"), SHAPE, 1, "cuda", 0).micro_batch == 4
 
 
 def test_offload_on_a_cpu_says_that_it_is_all():
-    cfg = run("train.recompute=offload")
+    cfg = run("train.gradient_checkpointing=offload")
     assert "on a CPU offload is the same as all" in choose_memory(cfg, SHAPE, 1, "cpu", 2**40).text
     gpu = choose_memory(cfg, SHAPE, 1, "cuda", 2**40).text
     assert "23 of 24 layers, their inputs in main memory" in gpu
@@ -59,7 +59,7 @@ def test_memory_that_is_not_known_is_taken_to_be_short():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_plan_tells_what_recomputing_saves(device):
     text = describe_plan(run(), SHAPE, 1, device)
-    assert "when no layer is recomputed" in text and "train.recompute=auto" in text
+    assert "when no layer is recomputed" in text and "train.gradient_checkpointing=auto" in text
     assert "not known here" in describe_plan(run(), None, 1, device)
 
 

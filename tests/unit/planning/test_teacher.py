@@ -67,7 +67,7 @@ def test_a_guard_needs_a_teacher_too():
 
 
 def test_cached_hidden_states_need_a_head_where_the_student_has_another():
-    cached = ("distill.teacher.placement=cached", "distill.cache=folder", "distill.tier=hidden")
+    cached = ("distill.teacher.placement=cached", "distill.cache=folder", "distill.cache_kind=hidden")
     assert teacher_bytes(plan(*cached), SHAPE) == 0
     other = teacher_bytes(plan("distill=teacher", "distill.teacher.name=Qwen/Qwen2.5-14B", *cached), SHAPE)
     assert other == 2 * QWEN25_SHAPES["14B"]["vocab_size"] * QWEN25_SHAPES["14B"]["hidden_size"]

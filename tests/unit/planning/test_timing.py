@@ -58,7 +58,7 @@ def test_recomputing_adds_a_forward_pass_but_the_frozen_down_projections():
 def test_weights_are_dequantized_once_a_forward_pass_and_never_where_they_are_resident():
     once, four = (sum(work(micro=micro).dequantized.values()) for micro in (4, 1))
     assert four == 4 * once > 0
-    for setting in ("quant.resident=true", "quant.type=none"):
+    for setting in ("quant.keep_dequantized=true", "quant.type=none"):
         assert not any(work(setting).dequantized.values())
 
 

@@ -56,7 +56,7 @@ def test_what_makes_figures_not_comparable_is_said(tmp_path: Path):
     base = write_run(tmp_path / "a")
     others = {
         "data.eval.0.limit=9": "held-out rows or their targets differ (data.eval.0.limit)",
-        "generation.rows=7": "exact match is of different numbers of rows",
+        "generation.num_examples=7": "exact match is of different numbers of rows",
         "distill=recover": "the objectives differ",
         "model.name=other": "the base or its tokenizer differs",
     }

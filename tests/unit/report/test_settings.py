@@ -32,8 +32,8 @@ def test_a_mapping_of_module_names_is_one_setting():
 
 
 def test_runs_differ_in_what_is_not_the_same_everywhere():
-    alone = config("lora.rank=4", "data.eval=[]", "generation.rows=0")
+    alone = config("lora.rank=4", "data.eval=[]", "generation.num_examples=0")
     table = differing([config("lora.rank=4"), config("lora.rank=8", "name=other"), alone])
     assert table["lora.rank"] == ["4", "8", "4"]
     assert table["data.eval.0.path"][2] == "" and table["data.eval.0.path"][0]
-    assert all(key.startswith(("lora.rank", "data.eval", "generation.rows")) for key in table)
+    assert all(key.startswith(("lora.rank", "data.eval", "generation.num_examples")) for key in table)

@@ -113,5 +113,5 @@ def test_what_cannot_be_meant_is_told(words: list[str], found: str):
 
 
 def test_text_that_is_not_hydras_grammar_is_one_value():
-    space = read_space([r"quant.keep=layers\.(1|2", "lora.rank=4,8"], "quickstart.yaml", False)
-    assert space.fixed == (r"quant.keep=layers\.(1|2",)
+    space = read_space([r"quant.skip_modules=layers\.(1|2", "lora.rank=4,8"], "quickstart.yaml", False)
+    assert space.fixed == (r"quant.skip_modules=layers\.(1|2",)

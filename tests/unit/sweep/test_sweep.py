@@ -193,7 +193,7 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, capsys):
         (("lora.rank=4,-8", "train.learning_rate=1e-3,x"), "with lora.rank=4 train.learning_rate=x: 1 problem"),
         (("lora.rank=4,8", "sweep.metric=speed"), "there is no such figure; there are eval_loss"),
         (("lora.rank=4,8", "sweep.metric=recovered"), "needs distill.objective=recover"),
-        (("lora.rank=4,8", "data.eval=[]", "generation.rows=0"), "needs held-out rows"),
+        (("lora.rank=4,8", "data.eval=[]", "generation.num_examples=0"), "needs held-out rows"),
         (("lora.rank=4,8", "sweep.metrc=a"), "did you mean sweep.metric?"),
         (("quant.type=nf4,none", "lora.init=default,loftq"), "with quant.type=none lora.init=loftq: 1 problem"),
     ],

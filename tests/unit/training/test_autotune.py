@@ -24,7 +24,7 @@ def model():
 
 
 def test_the_prediction_is_the_plans_for_what_was_chosen(model, tmp_path):
-    cfg, said = small_run(tmp_path, "train.recompute=2", "data.eval=[]"), []
+    cfg, said = small_run(tmp_path, "train.gradient_checkpointing=2", "data.eval=[]"), []
     found = fit_to_memory(cfg, model, Accelerator(cpu=True), said.append)
     shape = model.get_base_model().config.to_dict()
     assert found.micro_batch == 4

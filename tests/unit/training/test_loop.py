@@ -88,7 +88,7 @@ def test_loss_and_gradient_are_per_target_token_whatever_the_micro_batch(micro_b
 
 def test_gradients_are_clipped_to_the_norm_given_and_reported_unclipped():
     loss = Linear()
-    work = job(loss, [], batch_size=8, max_grad_norm=0.25, eps=1.0, beta1=0.0, beta2=0.0, warmup=0.0)
+    work = job(loss, [], batch_size=8, max_grad_norm=0.25, eps=1.0, beta1=0.0, beta2=0.0, warmup_ratio=0.0)
     result = train_step(work, 1)
     assert result.grad_norm == pytest.approx(4.5)
     # AdamW without memory moves by lr * g / (|g| + eps).

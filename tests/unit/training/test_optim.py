@@ -11,10 +11,10 @@ from finetune.training.optim import build_optimizer, learning_rate_at, warmup_st
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize("warmup", [0.0, 0.1, 5.0])
+@pytest.mark.parametrize("warmup", [{"warmup_ratio": 0.0}, {"warmup_ratio": 0.1}, {"warmup_steps": 5}])
 @pytest.mark.parametrize("total", [1, 2, 50])
 def test_rates_rise_to_the_peak_then_never_rise_again_and_stay_positive(schedule, warmup, total):
-    cfg = TrainConfig(schedule=schedule, warmup=warmup, learning_rate=1e-3)
+    cfg = TrainConfig(schedule=schedule, **warmup, learning_rate=1e-3)
     rates = [learning_rate_at(cfg, step, total) for step in range(1, total + 1)]
     peak = max(1, warmup_steps(cfg, total))
     assert rates[peak - 1] == max(rates) == 1e-3
@@ -24,15 +24,15 @@ def test_rates_rise_to_the_peak_then_never_rise_again_and_stay_positive(schedule
 
 
 def test_cosine_is_half_way_down_at_half_the_steps_and_near_zero_at_the_last():
-    cfg = TrainConfig(schedule="cosine", warmup=0.0, learning_rate=1.0)
+    cfg = TrainConfig(schedule="cosine", warmup_ratio=0.0, learning_rate=1.0)
     assert learning_rate_at(cfg, 51, 100) == pytest.approx(0.5)
     assert learning_rate_at(cfg, 100, 100) < 0.001
 
 
-def test_warmup_is_a_share_below_one_and_a_number_of_steps_from_one_on():
-    assert warmup_steps(TrainConfig(warmup=0.1), 200) == 20
-    assert warmup_steps(TrainConfig(warmup=10.0), 200) == 10
-    assert warmup_steps(TrainConfig(warmup=300.0), 200) == 200
+def test_warmup_is_a_share_of_the_steps_or_a_number_of_them():
+    assert warmup_steps(TrainConfig(warmup_ratio=0.1), 200) == 20
+    assert warmup_steps(TrainConfig(warmup_steps=10), 200) == 10
+    assert warmup_steps(TrainConfig(warmup_steps=300), 200) == 200
 
 
 def test_only_trained_parameters_are_optimized_and_every_setting_arrives():

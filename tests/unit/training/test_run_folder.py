@@ -11,12 +11,12 @@ from tests.runs import small_run
 @pytest.mark.parametrize(
     "change",
     [
-        "train.recompute=2",
-        "train.recompute=offload",
-        "train.fast=false",
+        "train.gradient_checkpointing=2",
+        "train.gradient_checkpointing=offload",
+        "train.kernels=peft",
         "train.compile=true",
         "quant.cache=false",
-        "quant.resident=true",
+        "quant.keep_dequantized=true",
         "train.micro_batch_size=1",
     ],
 )

@@ -34,7 +34,7 @@ def test_a_passing_failure_is_asked_again_and_said(teacher, fault, reason):
     ids, positions = document()
     teacher.faults.extend([fault, fault])
     said: list[str] = []
-    assert_right(client(teacher, say=said.append).score(ids, positions), teacher, ids, positions)
+    assert_right(client(teacher, log=said.append).score(ids, positions), teacher, ids, positions)
     assert len(teacher.seen) == 3
     assert len(said) == 2
     assert all(reason in line and teacher.url in line and KEY not in line for line in said)
@@ -61,7 +61,7 @@ def test_an_answer_over_the_time_limit_is_asked_for_again(teacher, slow):
     teacher.faults.append(slow(end))
     said: list[str] = []
     try:
-        found = client(teacher, timeout_seconds=0.5, say=said.append).score(ids, positions)
+        found = client(teacher, timeout_seconds=0.5, log=said.append).score(ids, positions)
     finally:
         end.set()
     assert_right(found, teacher, ids, positions)
@@ -114,7 +114,7 @@ def test_a_refusal_is_final_and_says_what_to_do(teacher, fault, reason):
 
 
 def test_more_tokens_than_the_server_gives_name_both_ways_out(teacher):
-    with pytest.raises(ConfigError, match=r"max allowed: 20; start vLLM with --max-logprobs 32 or lower distill.head"):
+    with pytest.raises(ConfigError, match=r"max allowed: 20; start vLLM with --max-logprobs 32 or lower distill.top_k"):
         client(teacher, top=32).score(*document())
 
 
@@ -188,7 +188,7 @@ def test_the_key_is_in_no_message_even_if_the_server_repeats_it(teacher, code):
     teacher.faults.extend([faults.status(code, words)] * 3)
     said: list[str] = []
     with pytest.raises(FinetuneError) as caught:
-        client(teacher, say=said.append).score(*document())
+        client(teacher, log=said.append).score(*document())
     shown = " ".join([str(caught.value), *said])
     assert "bad key …" in shown
     assert KEY[:8] not in shown

@@ -73,7 +73,7 @@ def test_a_start_with_a_part_of_the_base_is_the_base(load, init: Any, dora: bool
 
 @pytest.mark.parametrize("alpha", [8.0, 40.0])
 def test_loftq_makes_up_for_quantizing_whatever_alpha_is(load, make_base, alpha: float) -> None:
-    model, original = load("nf4", keep=["layers.0.self_attn.q_proj"]), load("none")
+    model, original = load("nf4", skip_modules=["layers.0.self_attn.q_proj"]), load("none")
     torch.manual_seed(0)
     adapted = attach_lora(model, LoraConfig(init="loftq", rank=8, alpha=alpha, target_modules="all-linear"))
     for name, layer in cast(Any, lora_layers(adapted)):

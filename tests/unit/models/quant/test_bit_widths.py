@@ -17,7 +17,7 @@ NAMES = [f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_pr
 
 
 def test_names_globs_and_regexes_choose_the_storage() -> None:
-    stored = storage_of(QuantConfig(keep=["layers.0"], int8=["*.1.*down_proj"]), NAMES, "lm_head")
+    stored = storage_of(QuantConfig(skip_modules=["layers.0"], int8=["*.1.*down_proj"]), NAMES, "lm_head")
     assert stored == dict(zip(NAMES, ("none", "none", "nf4", "int8", "none"), strict=True))
     assert storage_of(QuantConfig(type="fp4", int8=[r".*\.q_proj"]), NAMES, "lm_head")[NAMES[1]] == "fp4"
 
@@ -28,15 +28,15 @@ def test_a_glob_over_everything_leaves_the_head_in_16_bit() -> None:
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
-    quant = QuantConfig(keep=["q_prj", "layers.0"], int8=["down_prj", "lm_head", "down_proj"])
+    quant = QuantConfig(skip_modules=["q_prj", "layers.0"], int8=["down_prj", "lm_head", "down_proj"])
     with pytest.raises(ConfigError) as refused:
         storage_of(quant, NAMES, "lm_head")
     lines = str(refused.value).splitlines()
     assert lines == [
-        "quant.keep: 'q_prj' matches no linear layer; did you mean q_proj?",
+        "quant.skip_modules: 'q_prj' matches no linear layer; did you mean q_proj?",
         "quant.int8: 'down_prj' matches no linear layer; did you mean down_proj?",
         "quant.int8: 'lm_head' means lm_head, which always is in 16 bit; drop it",
-        "quant.keep and quant.int8 both name model.layers.0.mlp.down_proj; name each layer in one of them",
+        "quant.skip_modules and quant.int8 both name model.layers.0.mlp.down_proj; name each layer in one of them",
     ]
 
 
@@ -44,7 +44,9 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_bytes_are_those_in_memory(load, quant_type: Any, double: bool) -> None:
     """Weights and scales of every layer; not the tables, which are the same for all."""
-    model = load(quant_type, double=double, keep=["layers.0.mlp"], int8=["layers.1.mlp", "layers.0.self_attn.k_proj"])
+    model = load(
+        quant_type, double=double, skip_modules=["layers.0.mlp"], int8=["layers.1.mlp", "layers.0.self_attn.k_proj"]
+    )
     in_memory = {}
     for name, module in quantized_modules(model):
         state = module.weight.quant_state

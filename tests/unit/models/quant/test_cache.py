@@ -96,7 +96,7 @@ def test_without_the_cache_nothing_is_read_or_written(start, home: Path) -> None
 
 @pytest.mark.parametrize(
     "options",
-    [{"type": "fp4"}, {"double": False}, {"keep": ["o_proj"]}],
+    [{"type": "fp4"}, {"double": False}, {"skip_modules": ["o_proj"]}],
     ids=str,
 )
 def test_other_options_are_another_entry(start, home: Path, options: dict[str, Any]) -> None:
@@ -321,7 +321,7 @@ def test_a_tensor_at_a_time_is_in_memory(make_base, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
 def test_a_resident_weight_is_what_dequantizing_gives(start, compute_dtype: Any) -> None:
     """As bitsandbytes does it where a gradient is wanted."""
-    model, _, _ = start(resident=True, compute_dtype=compute_dtype)
+    model, _, _ = start(keep_dequantized=True, compute_dtype=compute_dtype)
     layer = model.model.layers[1].mlp.down_proj
     x: Any = torch.randn(5, 128, dtype=torch.bfloat16).requires_grad_()
     expected = layer(x)

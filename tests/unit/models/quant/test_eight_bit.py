@@ -20,7 +20,7 @@ from finetune.models.quant.quantize import check_quantized, stored_as
 from finetune.system.errors import FinetuneError
 
 IDS = torch.arange(12).reshape(1, 12) * 5 % 300
-MIXED: dict[str, Any] = {"keep": ["layers.0.self_attn.o_proj"], "int8": ["layers.1.mlp", "q_proj"]}
+MIXED: dict[str, Any] = {"skip_modules": ["layers.0.self_attn.o_proj"], "int8": ["layers.1.mlp", "q_proj"]}
 EIGHT = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"] + [
     f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")
 ]
@@ -79,7 +79,9 @@ def test_layers_in_8_bit_are_part_of_the_entry(load, home: Path) -> None:
             [path for path in home.iterdir() if path.is_dir() and path.name != "digests" and path.name[0] != "."]
         )
 
-    for count, quant in enumerate(({}, {"int8": ["q_proj"]}, {"int8": ["v_proj"]}, {"keep": ["v_proj"]}), start=1):
+    for count, quant in enumerate(
+        ({}, {"int8": ["q_proj"]}, {"int8": ["v_proj"]}, {"skip_modules": ["v_proj"]}), start=1
+    ):
         load("nf4", **quant)
         assert entries() == count
 

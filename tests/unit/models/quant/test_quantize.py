@@ -49,7 +49,7 @@ def test_the_settings_reach_the_weights(load, quant_type: Any, double: bool) -> 
     ],
 )
 def test_modules_to_keep_are_kept_and_no_others(load, quant_type: Any, keep: list[str], kept: list[str] | None) -> None:
-    model = load(quant_type, keep=keep)
+    model = load(quant_type, skip_modules=keep)
     if kept is None:
         kept = [name for name in linear_names(model) if name.startswith("model.layers.1.")]
     assert quantized(model) == set(linear_names(model)) - {"lm_head", *kept}
@@ -58,10 +58,10 @@ def test_modules_to_keep_are_kept_and_no_others(load, quant_type: Any, keep: lis
 
 def test_the_head_is_kept_whatever_else_is_named() -> None:
     names = ["a.q_proj", "a.v_proj", "lm_head"]
-    stored = storage_of(QuantConfig(keep=["q_proj"]), names, "lm_head")
+    stored = storage_of(QuantConfig(skip_modules=["q_proj"]), names, "lm_head")
     assert stored == {"a.q_proj": "none", "a.v_proj": "nf4", "lm_head": "none"}
     with pytest.raises(ConfigError, match="'k_proj' matches no linear layer"):
-        storage_of(QuantConfig(keep=["k_proj"]), names, "lm_head")
+        storage_of(QuantConfig(skip_modules=["k_proj"]), names, "lm_head")
 
 
 def test_computing_in_fp32_is_never_a_default() -> None:
@@ -75,7 +75,7 @@ def test_a_model_that_was_quantized_otherwise_is_refused(load) -> None:
     with pytest.raises(FinetuneError, match=r"layers\.0\.self_attn\.q_proj is stored as nf4, not fp4"):
         check_quantized(model, QuantConfig(type="fp4"))
     with pytest.raises(FinetuneError, match=r"mlp\.up_proj is stored as nf4, not none"):
-        check_quantized(model, QuantConfig(keep=["up_proj"]))
+        check_quantized(model, QuantConfig(skip_modules=["up_proj"]))
     model.model.norm.float()
     with pytest.raises(FinetuneError, match=r"model\.norm\.weight is torch\.float32, not torch\.bfloat16"):
         check_quantized(model, QuantConfig())
