@@ -62,9 +62,9 @@ def begin(folder: Path, fingerprint: Mapping[str, Any]) -> None:
             {"cache_kind": "hidden"},
             [
                 "  kept.cache_kind: 'sampled' there, 'hidden' here",
-                "  kept.top_k: 32 there, None here",
                 "  kept.num_samples: 16 there, None here",
                 "  kept.seed: 0 there, None here",
+                "  kept.top_k: 32 there, None here",
             ],
         ),
         (

@@ -1,0 +1,21 @@
+"""Format sizes and durations for people."""
+
+from __future__ import annotations
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Format a size in units of 10^9 (GB), 10^6 (MB) or 10^3 (kB) bytes, as memory of GPUs is sold: `1.59 GB`."""
+    if size_bytes >= 1e8:
+        return f"{size_bytes / 1e9:,.2f} GB"
+    return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:.1f} kB"
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration in its two largest units: `4.2 s`, `3 min 20 s`, `2 h 5 min`, `1 d 3 h`."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    whole = round(seconds)
+    for size, unit, smaller_size, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // smaller_size} {smaller}"
+    raise AssertionError("60 seconds or more have minutes")

@@ -1,0 +1,23 @@
+"""Sizes and durations read the same wherever a person meets them."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune.system.format import format_bytes, format_duration
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0.0 kB"), (1536, "1.5 kB"), (97_000_000, "97.0 MB"), (1.59e9, "1.59 GB"), (1.2345e12, "1,234.50 GB")],
+)
+def test_sizes_are_powers_of_ten(size: float, text: str):
+    assert format_bytes(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (4.21, "4.2 s"), (59.4, "59 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (97_200, "1 d 3 h")],
+)
+def test_durations_have_two_units_at_most(seconds: float, text: str):
+    assert format_duration(seconds) == text
