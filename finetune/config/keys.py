@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_orig
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from finetune.config.schema import RunConfig, Section
+from finetune.config.schema import SHORT_DTYPES, RunConfig, Section
 
 _BOUNDS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
 _WORDS = {bool: "true | false", int: "whole number", float: "number", str: "text", type(None): "null"}
@@ -94,7 +94,7 @@ def allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(allowed(part) for part in arguments)
     if origin is Literal:
-        return " | ".join(arguments)
+        return " | ".join(f"{SHORT_DTYPES[word]} | {word}" if word in SHORT_DTYPES else word for word in arguments)
     if origin is list:
         count = "non-empty list" if any(isinstance(mark, MinLen) for mark in metadata) else "list"
         items = "mappings" if is_section(arguments[0]) else allowed(arguments[0])

@@ -39,7 +39,17 @@ NotNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
-Dtype = Literal["bfloat16", "float16", "float32"]
+
+SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_LONG_DTYPES = {short: long for long, short in SHORT_DTYPES.items()}
+
+
+def _long_dtype(value: Any) -> Any:
+    return _LONG_DTYPES.get(value, value) if isinstance(value, str) else value
+
+
+# Accepts the short names as well; the value is always the long name.
+Dtype = Annotated[Literal["bfloat16", "float16", "float32"], BeforeValidator(_long_dtype)]
 
 
 class Section(BaseModel):

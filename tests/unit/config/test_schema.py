@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from finetune.config.help import schema_help
-from finetune.config.keys import find, is_section, schema_fields, sections, takes
+from finetune.config.keys import allowed, find, is_section, schema_fields, sections, takes
 from finetune.config.schema import RunConfig
 
 MINIMAL: dict[str, Any] = {"model": {"name": "base"}, "data": {"train": [{"path": "rows.jsonl"}]}}
@@ -158,6 +158,19 @@ def test_a_value_of_another_type_is_an_error_and_never_converted():
 def test_text_that_is_exactly_a_number_is_that_number(text: str):
     config = RunConfig.model_validate(with_value("train.learning_rate", text))
     assert config.train.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize("key", ["model.dtype", "quant.compute_dtype", "distill.teacher.dtype"])
+@pytest.mark.parametrize(("short", "long"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+def test_a_dtype_has_a_short_and_a_long_name_and_is_saved_as_the_long_one(key: str, short: str, long: str):
+    assert accepted(key, long)
+    config = RunConfig.model_validate(with_value(key, short))
+    section: Any = config.model_dump()
+    for part in key.split("."):
+        section = section[part]
+    assert section == long
+    assert f"{short} | {long}" in allowed(find(key))
+    assert not accepted(key, "float64")
 
 
 def test_an_unknown_key_is_refused_at_every_level():
