@@ -82,8 +82,7 @@ def _inspect(cfg: RunConfig, settings: DataSettings, files: dict[str, IO[str]]) 
     from finetune.report.dataset.dump import write_dump
     from finetune.report.dataset.examples import Decoder, shown_rows
     from finetune.report.dataset.page import write_page
-    from finetune.report.dataset.scripts import sample_scripts
-    from finetune.report.dataset.statistics import build_report, parts_of
+    from finetune.report.dataset.statistics import build_report
     from finetune.report.dataset.text import console_for, print_report, print_rows
 
     tokenizer = load_tokenizer(cfg.model)
@@ -91,12 +90,10 @@ def _inspect(cfg: RunConfig, settings: DataSettings, files: dict[str, IO[str]]) 
     chat = load_chat_template(cfg.data, tokenizer)
     # All rows are looked at, also those that training would read a window at a time.
     whole = cfg.data.model_copy(update={"stream_rows": None})
-    preparation = Preparation(whole, chat, progress=console_progress(_say))
-    data = load_data(preparation)
+    data = load_data(Preparation(whole, chat, progress=console_progress(_say)))
     _keep_rows(data, settings)
     decoder = Decoder.of(tokenizer)
-    scripts = [sample_scripts(part, preparation, decoder.decode) for part in parts_of(data, cfg.data.held_out)]
-    report = build_report(data, cfg, chat, scripts)
+    report = build_report(data, cfg, chat)
     advice = advise(report, cfg, advice_on_end_token(chat))
 
     console = console_for(sys.stdout)

@@ -55,7 +55,6 @@ class Figures:
     repeat an earlier one of the same source (in the total: of any). shared: used rows that stand in other training
     sources too.
     control_tokens: spelled out in texts, in `control_rows` rows, the first at `control_place`.
-    scripts: letters by script, of `sampled` rows.
     """
 
     rows: int
@@ -71,8 +70,6 @@ class Figures:
     control_tokens: int
     control_rows: int
     control_place: str
-    scripts: Counter[str]
-    sampled: int
 
     @property
     def target_share(self) -> float:
@@ -139,13 +136,8 @@ def parts_of(data: LoadedData, held_out: float) -> list[Part]:
     return parts + [Part("held out", s, np.flatnonzero(is_held_out(s.store.hashes, held_out))) for s in held]
 
 
-def build_report(
-    data: LoadedData, cfg: RunConfig, chat: ChatTemplate, scripts: Sequence[tuple[Counter[str], int]]
-) -> Report:
-    """All figures of a run's data.
-
-    scripts: letters by script and rows sampled, of each part in the order of `parts_of`.
-    """
+def build_report(data: LoadedData, cfg: RunConfig, chat: ChatTemplate) -> Report:
+    """Compute all figures of a run's data."""
     parts = parts_of(data, cfg.data.held_out)
     reports = [
         PartReport(
@@ -155,9 +147,9 @@ def build_report(
             part.source.store.format,
             part.source.weight,
             str(part.source.store.bad_rows),
-            _figures(part, parts, cfg, *found),
+            _figures(part, parts, cfg),
         )
-        for part, found in zip(parts, scripts, strict=True)
+        for part in parts
     ]
     trained = [report.figures for report in reports if report.section == "train"]
     return Report(
@@ -180,7 +172,7 @@ def _ends(parts: Sequence[PartReport], chat: ChatTemplate) -> tuple[tuple[str, s
     return tuple((what, chat.token_of(token) or "nothing") for what, token in ends)
 
 
-def _figures(part: Part, parts: Sequence[Part], cfg: RunConfig, scripts: Counter[str], sampled: int) -> Figures:
+def _figures(part: Part, parts: Sequence[Part], cfg: RunConfig) -> Figures:
     store, used = part.source.store, part.source.rows
     lengths, spelled = store.lengths[part.rows], store.control_tokens[part.rows]
     too_long = int((lengths > cfg.data.max_length).sum())
@@ -201,8 +193,6 @@ def _figures(part: Part, parts: Sequence[Part], cfg: RunConfig, scripts: Counter
         control_tokens=int(spelled.sum()),
         control_rows=int((spelled > 0).sum()),
         control_place=store.place(int(part.rows[np.flatnonzero(spelled)[0]])) if spelled.any() else "",
-        scripts=scripts,
-        sampled=sampled,
     )
 
 
@@ -218,10 +208,6 @@ def _left_out(part: Part, cfg: RunConfig) -> Counter[str]:
 def _total(parts: Sequence[Part], figures: Sequence[Figures], limit: int) -> Figures:
     lengths = np.concatenate([part.source.store.lengths[part.rows] for part in parts])
     hashes = np.concatenate([part.source.store.hashes[part.source.rows] for part in parts])
-    scripts: Counter[str] = Counter()
-    for one in figures:  # Sources of very different sizes are sampled alike, and count by their rows.
-        for script, letters in one.scripts.items():
-            scripts[script] += round(letters * one.rows / one.sampled)
     return Figures(
         rows=len(lengths),
         tokens=int(lengths.sum()),
@@ -236,8 +222,6 @@ def _total(parts: Sequence[Part], figures: Sequence[Figures], limit: int) -> Fig
         control_tokens=sum(one.control_tokens for one in figures),
         control_rows=sum(one.control_rows for one in figures),
         control_place=next((one.control_place for one in figures if one.control_place), ""),
-        scripts=scripts,
-        sampled=sum(one.sampled for one in figures),
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +12,7 @@ from finetune.config.schema import RunConfig
 from finetune.data.loader import LoadedData
 from finetune.data.template.chat import ChatTemplate
 from finetune.report.dataset.examples import Decoder, ShownRow, shown_rows
-from finetune.report.dataset.statistics import Report, build_report, parts_of
+from finetune.report.dataset.statistics import Report, build_report
 from finetune.system.atomic import write_bytes
 
 if TYPE_CHECKING:
@@ -25,7 +23,7 @@ DATA = "data.json"
 
 @dataclass(frozen=True)
 class StoredReport:
-    """What `finetune data` tells, without the rows' scripts; rows: some training rows as the model sees them."""
+    """What `finetune data` tells; rows: some training rows as the model sees them."""
 
     report: Report
     rows: tuple[ShownRow, ...]
@@ -37,9 +35,8 @@ def store_report(
     """Write data.json into a run's folder, with one training row. Rows that are streamed are not known yet: no file."""
     if not data.train:
         return
-    unsampled: Sequence[tuple[Counter[str], int]] = [(Counter(), 0) for _ in parts_of(data, cfg.data.held_out)]
     rows = shown_rows([source.name for source in data.train], data.documents, Decoder.of(tokenizer), 1)
-    stored = StoredReport(build_report(data, cfg, chat, unsampled), tuple(rows))
+    stored = StoredReport(build_report(data, cfg, chat), tuple(rows))
     write_bytes(folder / DATA, TypeAdapter(StoredReport).dump_json(stored, indent=1) + b"\n")
 
 

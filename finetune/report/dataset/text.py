@@ -12,14 +12,13 @@ from rich.text import Text
 
 from finetune.report.dataset.advice import Advice
 from finetune.report.dataset.examples import CLOSE, OPEN, ShownRow, Span, factor_of, marked, visible, weighted_runs
-from finetune.report.dataset.statistics import Bin, Figures, Order, PartReport, Report
+from finetune.report.dataset.statistics import Bin, Order, PartReport, Report
 from finetune.system.console import printable
 
 _BAR_WIDTH, _INDENT = 40, 6
 _COLUMNS = (9, 13, 13, 8, 12, 12)
 _EIGHTHS = "▏▎▍▌▋▊▉█"
 _HEIGHTS = "▁▂▃▄▅▆▇█"
-_SCRIPTS_SHOWN = 5
 _STYLES = {"control": "dim", "spelled": "bold red", "text": ""}
 _TARGET, _WEIGHTED = "green", "yellow"
 
@@ -183,21 +182,10 @@ def describe_part(part: PartReport) -> dict[str, str]:
         "lengths": f"half of the rows have at most {lengths.median:,} tokens, 95 % at most {lengths.most:,}",
         "shortest": f"{lengths.shortest.tokens:,} tokens, {lengths.shortest.place}",
         "longest": f"{lengths.longest.tokens:,} tokens, {lengths.longest.place}",
-        "scripts": describe_scripts(figures),
         "left out": ", ".join(f"{reason}: {rows:,}" for reason, rows in figures.left_out.items()),
         "shared": ", ".join(f"{rows:,} rows with {name}" for name, rows in figures.shared),
     }
     return {label: text for label, text in told.items() if text}
-
-
-def describe_scripts(figures: Figures) -> str:
-    """Scripts by their share of the letters, the commonest first."""
-    letters = sum(figures.scripts.values())
-    shares = [f"{name} {count / letters:.1%}" for name, count in figures.scripts.most_common(_SCRIPTS_SHOWN)]
-    rest = len(figures.scripts) - len(shares)
-    told = ", ".join(shares) + (f" and {rest} more" if rest > 0 else "") or "no letters"
-    sampled = "all rows" if figures.sampled == figures.rows else f"{figures.sampled:,} evenly spaced rows"
-    return f"{told} (in {sampled})"
 
 
 def _epoch(order: Order) -> Iterator[Text]:

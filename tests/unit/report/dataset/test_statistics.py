@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,9 +17,7 @@ from finetune.config.schema import RunConfig
 from finetune.data.loader import LoadedData, load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
-from finetune.report.dataset import scripts as scripts_module
 from finetune.report.dataset.advice import advise
-from finetune.report.dataset.scripts import count_scripts, sample_scripts
 from finetune.report.dataset.statistics import Bin, Extreme, Report, build_report, evenly_spaced, length_bins, parts_of
 from finetune.report.dataset.text import sparkline
 from finetune.system.resources import packaged
@@ -55,8 +52,7 @@ def config(folder: Path, **data) -> RunConfig:
 
 def report_of(cfg: RunConfig, chat: ChatTemplate) -> tuple[Report, LoadedData]:
     data = load_data(Preparation(cfg.data, chat))
-    parts = parts_of(data, cfg.data.held_out)
-    return build_report(data, cfg, chat, [(Counter(Latin=4), len(part.rows)) for part in parts]), data
+    return build_report(data, cfg, chat), data
 
 
 def test_every_source_has_its_figures(tmp_path, chat):
@@ -171,42 +167,6 @@ def test_rows_to_look_at_are_spread_over_all(count: int, wanted: int):
     assert picked[0] == 0 and (picked[-1] == count - 1 or wanted == 1)
     gaps = np.diff(picked)
     assert not len(gaps) or gaps.max() - gaps.min() <= 1
-
-
-def test_letters_are_counted_by_script():
-    texts = ["Hello, Ａ 123!", "Привет", "你好 かな カナ 한글", "\u0e01 ﬁ ª µ"]
-    expected = {"Latin": 7, "Cyrillic": 6, "Han": 2, "Kana": 4, "Hangul": 2, "Thai": 1, "other": 2}
-    assert count_scripts(texts) == expected
-
-
-def test_scripts_are_those_of_the_contents_and_of_spread_rows(tmp_path, chat, monkeypatch):
-    rows = [
-        {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "是" if i < 9 else "да"}]}
-        for i in range(10)
-    ]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cfg = RunConfig.model_validate({"model": {"name": "m"}, "data": {"train": [{"path": str(tmp_path / "a.jsonl")}]}})
-    preparation = Preparation(cfg.data, chat)
-    [part] = parts_of(load_data(preparation), 0)
-    assert sample_scripts(part, preparation, str) == ({"Han": 29, "Cyrillic": 2}, 10)
-    monkeypatch.setattr(scripts_module, "SAMPLED_ROWS", 2)
-    assert sample_scripts(part, preparation, str) == ({"Han": 5, "Cyrillic": 2}, 2)
-
-
-def test_scripts_of_tokenized_rows_are_those_of_their_text(tmp_path, chat):
-    tokenizer = AutoTokenizer.from_pretrained(packaged("data") / "tiny-qwen2.5")
-    source = {"path": write(tmp_path / "t.jsonl", [(tokenizer.encode("你好 да"), 2)])}
-    cfg = config(tmp_path, train=[source], max_length=100)
-    preparation = Preparation(cfg.data, chat)
-    part = parts_of(load_data(preparation), 0)[0]
-    assert sample_scripts(part, preparation, tokenizer.decode) == ({"Han": 2, "Cyrillic": 2}, 1)
-
-
-def test_sources_of_different_sizes_count_by_their_rows_in_the_scripts_of_all(tmp_path, chat):
-    cfg = config(tmp_path)
-    data = load_data(Preparation(cfg.data, chat))
-    found = [(Counter(Latin=10), 5), (Counter(Han=10), 1), (Counter(), 2)]
-    assert build_report(data, cfg, chat, found).training.scripts == {"Latin": 10, "Han": 20}
 
 
 def test_control_tokens_in_texts_are_counted_with_their_first_place(tmp_path, chat):
