@@ -56,7 +56,7 @@ def run_cache(arguments: Arguments) -> int:
     from finetune.data.documents import Documents
     from finetune.data.loader import load_chat_template, load_data, used_ids
     from finetune.data.tokens.prepare import Preparation, console_progress
-    from finetune.distill.filling import size_of, write_signals
+    from finetune.distill.filling import size_of, write_cache
     from finetune.distill.teacher import cache_of, check_vocabulary
     from finetune.models.load import default_device, load_tokenizer
     from finetune.models.tokens import extend_tokenizer
@@ -71,7 +71,7 @@ def run_cache(arguments: Arguments) -> int:
     if device.type == "cpu" and (threads := pick_threads(os.environ, usable_cores())):
         torch.set_num_threads(threads)
     documents = Documents.join(source.documents for source in (*data.train, *data.eval))
-    written = write_signals(cfg, chat, vocabulary, documents, device, log)
+    written = write_cache(cfg, chat, vocabulary, documents, device, log)
     folder = cache_of(cfg)
     print(f"{folder}: {written:,} documents written now, {size_of(folder) / 1e6:,.1f} MB in all")
     print(f"next: {shlex.join(['finetune', 'train', f'config={arguments.config}', *training])}")

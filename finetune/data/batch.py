@@ -36,7 +36,7 @@ class Batch:
     places: tuple[str, ...]
     row_of_token: Tensor
     weights: Tensor | None = None
-    own: Tensor | None = None
+    student_generated: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -56,7 +56,7 @@ class Batch:
             position_ids=move(self.position_ids),
             labels=move(self.labels),
             weights=move(self.weights),
-            own=move(self.own),
+            student_generated=move(self.student_generated),
         )
 
 
@@ -82,7 +82,9 @@ def build_batch(documents: Sequence[Document], lean: bool = False) -> Batch:
         places=tuple(d.place for d in documents),
         row_of_token=torch.from_numpy(share_prefixes([d.ids for d in documents], lean)),
         weights=row(weights, np.float32) if weighted else None,
-        own=row([np.full(len(d), d.own) for d in documents], np.bool_)[0] if any(d.own for d in documents) else None,
+        student_generated=row([np.full(len(d), d.student_generated) for d in documents], np.bool_)[0]
+        if any(d.student_generated for d in documents)
+        else None,
     )
 
 

@@ -21,8 +21,8 @@ class Document:
 
     ids [T] int32; labels [T] int32: labels[t] is the token to predict from position t (already shifted), or UNTRAINED.
     place: `file:row`, for messages to the user. weights [T] float32: what the loss at a position is multiplied by;
-    None is 1 everywhere. row: the row in its source, from 0. own: the model in training wrote the targets itself, so
-    only a teacher can say how good they are.
+    None is 1 everywhere. row: the row in its source, from 0. student_generated: the model in training wrote the targets
+    itself, so only a teacher can say how good they are.
     """
 
     ids: np.ndarray
@@ -30,7 +30,7 @@ class Document:
     place: str
     weights: np.ndarray | None = None
     row: int = 0
-    own: bool = False
+    student_generated: bool = False
 
     @property
     def target_tokens(self) -> int:

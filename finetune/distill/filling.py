@@ -32,7 +32,7 @@ _WHOM = {"resident": "the teacher", "streamed": "the teacher, layer by layer,", 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-def write_signals(
+def write_cache(
     cfg: RunConfig, chat: ChatTemplate, vocabulary: int, documents: Sequence[Document], device: torch.device, log: Log
 ) -> int:
     """Write what `distill.cache` lacks of these documents, through the teacher that the config names.

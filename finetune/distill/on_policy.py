@@ -96,4 +96,4 @@ def _answered(document: Document, prompt: int, answer: np.ndarray) -> Document:
     labels = np.full(len(ids), UNTRAINED, dtype=np.int32)
     labels[prompt - 1 : -1] = answer
     weights = None if document.weights is None else np.full(len(ids), document.weights[prompt - 1], dtype=np.float32)
-    return replace(document, ids=ids, labels=labels, weights=weights, own=True)
+    return replace(document, ids=ids, labels=labels, weights=weights, student_generated=True)

@@ -59,7 +59,7 @@ def teacher_model(cfg: RunConfig) -> ModelConfig:
     )
 
 
-def is_own_base(cfg: RunConfig) -> bool:
+def teacher_is_base(cfg: RunConfig) -> bool:
     """Whether the teacher is made of the student's own weights, with an adapter or without."""
     model = teacher_model(cfg)
     return (model.name, model.revision) == (cfg.model.name, cfg.model.revision)
@@ -73,7 +73,7 @@ def check_vocabulary(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, used: n
     """
     model, server = teacher_model(cfg), cfg.distill.teacher.placement == "server"
     student_rows = max(_rows(cfg.model), len(tokenizer))
-    if is_own_base(cfg):
+    if teacher_is_base(cfg):
         return _enough(shared_vocabulary(tokenizer, student_rows, _rows(cfg.model)), used, model.name)
     if server and cfg.distill.teacher.name is None:
         return shared_vocabulary(tokenizer, student_rows, student_rows)
@@ -90,7 +90,7 @@ def check_vocabulary(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, used: n
 
 def check_width(cfg: RunConfig) -> None:
     """Raises: ConfigError if hidden states of different widths are to be compared."""
-    if not cfg.distill.hidden_weight or is_own_base(cfg):
+    if not cfg.distill.hidden_weight or teacher_is_base(cfg):
         return
     ours, theirs = (_config(model)["hidden_size"] for model in (cfg.model, teacher_model(cfg)))
     if ours != theirs:
@@ -136,7 +136,7 @@ def build_teacher(
     model, teacher = teacher_model(cfg), cfg.distill.teacher
     if teacher.placement == "resident":
         adapter = None if teacher.lora is None else adapter_folder(teacher.lora)
-        return load_resident(model, adapter, device, base if is_own_base(cfg) else None)
+        return load_resident(model, adapter, device, base if teacher_is_base(cfg) else None)
     if teacher.placement == "streamed":
         return streamed_teacher(cfg, device, log, _own_head(cfg, base))
     origin = signal_fingerprint(cfg, chat, vocabulary, log, download=False)
@@ -157,7 +157,7 @@ def streamed_teacher(cfg: RunConfig, device: torch.device, log: Log, head: nn.Mo
 def _own_head(cfg: RunConfig, base: PreTrainedModel) -> nn.Module | None:
     """The student's head, where the teacher has the same; before an adapter is on it, and frozen ever after."""
     own = base.get_output_embeddings()
-    same = is_own_base(cfg) and own is not None and own.weight.dtype == getattr(torch, cfg.distill.teacher.dtype)
+    same = teacher_is_base(cfg) and own is not None and own.weight.dtype == getattr(torch, cfg.distill.teacher.dtype)
     return own if same else None
 
 

@@ -42,8 +42,8 @@ class Distillation(nn.Module):
         hidden_ND, labels_N, weights_N = target_rows(hidden_TD, batch)
         factors_N = torch.ones(len(labels_N), device=hidden_ND.device) if weights_N is None else weights_N
         rows_N = torch.ones_like(factors_N)
-        if batch.own is not None:  # what the student wrote itself is no example to follow
-            rows_N -= batch.own[batch.labels[0] != UNTRAINED].float()
+        if batch.student_generated is not None:  # what the student wrote itself is no example to follow
+            rows_N -= batch.student_generated[batch.labels[0] != UNTRAINED].float()
         loss = distillation_loss(signal, self.terms, labels_N, factors_N, rows_N, self.vocabulary)
         total = chunked_loss(hidden_ND, head_of(self.model), self.vocabulary, loss)
         if self.terms.hidden and isinstance(signal, HiddenSignal):

@@ -41,21 +41,21 @@ def use_all_cores(device_type: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class BatchPlan:
     """micro_batch: sequences a forward pass. predicted_peak_bytes: of this rank, as RunResult's `peak_bytes` counts."""
 
     micro_batch: int
     predicted_peak_bytes: int
 
 
-def fit_to_memory(cfg: RunConfig, model: nn.Module, accelerator: Accelerator, log: Log) -> Fit:
+def choose_micro_batch(cfg: RunConfig, model: nn.Module, accelerator: Accelerator, log: Log) -> BatchPlan:
     """Sets which layers of the adapted model are recomputed, as `train.gradient_checkpointing` says and memory allows.
 
     Every rank decides as the one with the least memory does, measured when all of them have loaded.
     Raises: ConfigError if more layers are asked for than there are.
     """
     if accelerator.device.type == "cpu":
-        give_back_holes(model)
+        install_malloc_trim(model)
     accelerator.wait_for_everyone()
     free = torch.tensor([_free_bytes(cfg, model, accelerator.device)], dtype=torch.float64, device=accelerator.device)
     least = accelerator.gather(free).min().item() if accelerator.num_processes > 1 else free.item()
@@ -64,10 +64,10 @@ def fit_to_memory(cfg: RunConfig, model: nn.Module, accelerator: Accelerator, lo
     apply_recompute(model, choice.recompute)
     log(choice.text)
     predicted = predict(cfg, shape, kind, choice.micro_batch, choice.recomputed, ranks=ranks)
-    return Fit(choice.micro_batch, round(predicted.peak_bytes))
+    return BatchPlan(choice.micro_batch, round(predicted.peak_bytes))
 
 
-def give_back_holes(model: nn.Module) -> None:
+def install_malloc_trim(model: nn.Module) -> None:
     """Give the system what the heap holds free: now, after loading, after each training forward pass, and before one
     that follows an evaluation.
 

@@ -146,7 +146,7 @@ def list_checkpoints(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def newest_whole(run: Path, warn: Log) -> Path | None:
+def newest_valid(run: Path, warn: Log) -> Path | None:
     """The newest checkpoint that passes its manifest; each torn one met on the way is named through `warn`."""
     for folder in reversed(list_checkpoints(run)):
         try:
@@ -203,7 +203,7 @@ def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Par
         yield from zip(group["param_names"], group["params"], strict=True)
 
 
-def rotate(run: Path, keep: int, best_step: int | None) -> None:
+def prune_checkpoints(run: Path, keep: int, best_step: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and the best one; leftovers of interrupted writes go too."""
     folders = list_checkpoints(run)
     protected = {f"checkpoint-{best_step}"}

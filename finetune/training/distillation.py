@@ -19,7 +19,7 @@ from finetune.data.documents import Documents
 from finetune.data.loader import LoadedData, used_ids
 from finetune.data.sampler import Feed
 from finetune.data.template.chat import ChatTemplate
-from finetune.distill.filling import write_signals
+from finetune.distill.filling import write_cache
 from finetune.distill.on_policy import OnPolicyFeed
 from finetune.distill.schedule import Schedule
 from finetune.distill.teacher import build_teacher, check_vocabulary, check_width
@@ -37,7 +37,7 @@ _CANNOT_TEACH = (
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistillationSetup:
     """Whom a run learns from, and the ids that take part, from 0 on."""
 
     cfg: RunConfig
@@ -45,7 +45,7 @@ class Lesson:
     vocabulary: int
 
     @property
-    def teaches(self) -> bool:
+    def has_teacher(self) -> bool:
         """Whether the run learns from the teacher, or is only measured against it."""
         return self.cfg.distill.objective != "none"
 
@@ -113,7 +113,7 @@ class Lesson:
         return figures
 
 
-def plan_lesson(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, data: LoadedData, log: Log) -> int:
+def check_distillation(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, data: LoadedData, log: Log) -> int:
     """Ids that student and teacher share; 0 for a run that learns from rows alone. Nothing is loaded yet.
 
     Raises: ConfigError if the teacher means something else by a token that is in use, or has another width where that
@@ -130,7 +130,7 @@ def plan_lesson(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Loaded
     return check_vocabulary(cfg, tokenizer, used)
 
 
-def build_lesson(
+def build_distillation(
     cfg: RunConfig,
     base: PreTrainedModel,
     chat: ChatTemplate,
@@ -138,7 +138,7 @@ def build_lesson(
     vocabulary: int,
     accelerator: Accelerator,
     log: Log,
-) -> Lesson | None:
+) -> DistillationSetup | None:
     """The teacher of a run; None for a run that learns from rows alone. base: before an adapter is on it.
 
     What a server says is written to `distill.cache` first, and then trained from.
@@ -149,8 +149,10 @@ def build_lesson(
     documents = Documents.join(source.documents for source in sources) if sources else ()
     # Ranks do not wait for hours: several of them need a folder that `finetune cache` has finished.
     if cfg.distill.teacher.placement == "server" and accelerator.num_processes == 1:
-        write_signals(cfg, chat, vocabulary, documents, accelerator.device, log)
-    return Lesson(cfg, build_teacher(cfg, base, chat, vocabulary, documents, accelerator.device, log), vocabulary)
+        write_cache(cfg, chat, vocabulary, documents, accelerator.device, log)
+    return DistillationSetup(
+        cfg, build_teacher(cfg, base, chat, vocabulary, documents, accelerator.device, log), vocabulary
+    )
 
 
 def mean_teacher_kl(figures: Mapping[str, float]) -> float | None:

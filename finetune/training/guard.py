@@ -9,7 +9,7 @@ from typing import Any
 from finetune.config.schema import GuardConfig
 from finetune.system.console import Log
 from finetune.training.checkpoint import TrainState
-from finetune.training.distillation import Lesson, mean_teacher_kl
+from finetune.training.distillation import DistillationSetup, mean_teacher_kl
 from finetune.training.loop import Job, train_step
 from finetune.training.optim import build_optimizer
 from finetune.training.run_context import Parts
@@ -61,7 +61,7 @@ class Guard:
         return figures, False
 
 
-def with_guard(job: Job, parts: Parts, lesson: Lesson, measure: Callable[[], Figures]) -> Job:
+def build_guard(job: Job, parts: Parts, lesson: DistillationSetup, measure: Callable[[], Figures]) -> Job:
     """The job, watched as `guard` says.
 
     A recovery takes the run's latest `guard.steps` steps again, with forward KL from the teacher in place of the run's

@@ -45,20 +45,20 @@ from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError, Interrupted
 from finetune.training import run_folder
-from finetune.training.autotune import fit_to_memory, use_all_cores
+from finetune.training.autotune import choose_micro_batch, use_all_cores
 from finetune.training.card import model_card
 from finetune.training.checkpoint import (
     TrainState,
     list_checkpoints,
     load_training,
+    prune_checkpoints,
     read_state,
     replace_files,
-    rotate,
     write_checkpoint,
     write_folder,
 )
-from finetune.training.distillation import build_lesson, mean_teacher_kl, plan_lesson, teacher_table
-from finetune.training.guard import with_guard
+from finetune.training.distillation import build_distillation, check_distillation, mean_teacher_kl, teacher_table
+from finetune.training.guard import build_guard
 from finetune.training.held_out import answer_held_out, evaluate_run, say_samples
 from finetune.training.loop import Job, fit, peak_bytes
 from finetune.training.optim import build_optimizer
@@ -113,16 +113,16 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, log
         store_report(Path(cfg.output_dir), data, cfg, chat, tokenizer)
         if listed := copy_bad_rows(data, Path(cfg.output_dir)):
             log(f"skipped rows are listed in {listed}")
-    vocabulary = plan_lesson(cfg, tokenizer, data, log)
+    vocabulary = check_distillation(cfg, tokenizer, data, log)
     base = load_base(cfg.model, cfg.quant, accelerator.device, log)
     # Before the adapter is attached: what student and teacher have in common is one copy.
-    lesson = build_lesson(cfg, base, chat, data, vocabulary, accelerator, log)
+    lesson = build_distillation(cfg, base, chat, data, vocabulary, accelerator, log)
     # It adds the new tokens to a tokenizer of its own.
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model) if cfg.lora.new_tokens else None)
     if cfg.train.kernels == "fused":
         attach_fast_path(model)
     model.train()
-    found = fit_to_memory(cfg, model, accelerator, log)
+    found = choose_micro_batch(cfg, model, accelerator, log)
     return Parts(cfg, accelerator, tokenizer, preparation, data, feed, model, found, lesson)
 
 
@@ -153,7 +153,7 @@ def _run(parts: Parts, checkpoint: Path | None, log: Log) -> RunResult:
         load_training(checkpoint, optimizer)
         log(f"continuing from {checkpoint}")
     else:
-        _look_before(parts, state, log)
+        _evaluate_before_training(parts, state, log)
     if parts.is_main:
         run_folder.write_samples(parts.folder, state.before.get("answers", []))
     total_steps = cfg.train.max_steps or parts.feed.steps_for(cfg.train.epochs or 1)
@@ -165,7 +165,7 @@ def _run(parts: Parts, checkpoint: Path | None, log: Log) -> RunResult:
         flops = 4.0 * base_of(parts.model).num_parameters() * most_tokens
         log(dispatch.pick(accelerator.device, flops, cfg.train.compile))
     lesson = parts.lesson
-    if lesson is not None and lesson.teaches:
+    if lesson is not None and lesson.has_teacher:
         loss = lesson.loss(parts.model)
     else:
         loss = CrossEntropy(parts.model, cfg.train.neftune_alpha)
@@ -179,7 +179,7 @@ def _run(parts: Parts, checkpoint: Path | None, log: Log) -> RunResult:
         before_step=lesson.before_step(loss, total_steps) if lesson and isinstance(loss, Distillation) else None,
         feed=feed,
         total_steps=total_steps,
-        lean=_may_be_lean(cfg),
+        lean=_can_share_prefixes(cfg),
         micro_batch=parts.fit.micro_batch,
         tracker=tracker,
         save=lambda state: _save_checkpoint(parts, optimizer, state),
@@ -189,7 +189,7 @@ def _run(parts: Parts, checkpoint: Path | None, log: Log) -> RunResult:
         sample_every=cfg.generation.every,
     )
     if lesson is not None and cfg.guard.max is not None:
-        job = with_guard(job, parts, lesson, lambda: evaluate_run(parts))
+        job = build_guard(job, parts, lesson, lambda: evaluate_run(parts))
     result = RunResult(
         "failed", world_size=accelerator.num_processes, predicted_peak_bytes=parts.fit.predicted_peak_bytes
     )
@@ -212,7 +212,7 @@ def _run(parts: Parts, checkpoint: Path | None, log: Log) -> RunResult:
     return result
 
 
-def _look_before(parts: Parts, state: TrainState, log: Log) -> None:
+def _evaluate_before_training(parts: Parts, state: TrainState, log: Log) -> None:
     """Answer held-out rows and measure the distance from the teacher before the first step."""
     generation = parts.cfg.generation
     if generation.num_examples:
@@ -274,7 +274,7 @@ def _save_checkpoint(parts: Parts, optimizer: torch.optim.Optimizer, state: Trai
     if parts.is_main:
         folder = parts.folder / f"checkpoint-{state.step}"
         write_checkpoint(folder, lambda temporary: _write_adapter(parts, temporary), optimizer, state)
-        rotate(parts.folder, parts.cfg.train.keep_checkpoints, state.best_step)
+        prune_checkpoints(parts.folder, parts.cfg.train.keep_checkpoints, state.best_step)
     parts.accelerator.wait_for_everyone()
 
 
@@ -296,7 +296,7 @@ def _save_final(parts: Parts, result: RunResult) -> None:
     shutil.rmtree(staged)
 
 
-def _may_be_lean(cfg: RunConfig) -> bool:
+def _can_share_prefixes(cfg: RunConfig) -> bool:
     """Whether documents may share what they have in common: not where noise is drawn for each token of each."""
     train = cfg.train
     return train.kernels == "fused" and train.share_prefixes and not cfg.lora.dropout and not train.neftune_alpha

@@ -12,8 +12,8 @@ from finetune.config.schema import RunConfig
 from finetune.data.loader import LoadedData
 from finetune.data.sampler import Feed
 from finetune.data.tokens.prepare import Preparation
-from finetune.training.autotune import Fit
-from finetune.training.distillation import Lesson
+from finetune.training.autotune import BatchPlan
+from finetune.training.distillation import DistillationSetup
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,8 +31,8 @@ class Parts:
     data: LoadedData
     feed: Feed
     model: PeftModel
-    fit: Fit
-    lesson: Lesson | None
+    fit: BatchPlan
+    lesson: DistillationSetup | None
 
     @property
     def folder(self) -> Path:

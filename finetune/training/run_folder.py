@@ -18,7 +18,7 @@ from finetune.models.digest import base_fingerprint
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
-from finetune.training.checkpoint import list_checkpoints, newest_whole, read_state, verify_checkpoint
+from finetune.training.checkpoint import list_checkpoints, newest_valid, read_state, verify_checkpoint
 
 RESULT, RUN, CONFIG, ADAPTER = "result.json", "run.json", "config.yaml", "adapter_model.safetensors"
 TEACHER_TABLE, SAMPLES = "teacher.md", "samples.json"
@@ -126,7 +126,7 @@ def find_checkpoint(cfg: RunConfig, warn: Log) -> Path | None:
     if cfg.train.resume == "never":
         return None
     if cfg.train.resume == "auto":
-        return newest_whole(Path(cfg.output_dir), warn)
+        return newest_valid(Path(cfg.output_dir), warn)
     folder = Path(cfg.train.resume)
     if not folder.is_dir():
         known = ", ".join(str(p) for p in list_checkpoints(Path(cfg.output_dir))) or "none"

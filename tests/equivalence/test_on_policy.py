@@ -54,7 +54,7 @@ def recorded() -> Iterator[dict[int, list[Document]]]:
 
     def sequences(self: OnPolicyFeed, step: int) -> list[list[Document]]:
         found = original(self, step)
-        written[step] = [document for sequence in found for document in sequence if document.own]
+        written[step] = [document for sequence in found for document in sequence if document.student_generated]
         return found
 
     with pytest.MonkeyPatch.context() as patch:

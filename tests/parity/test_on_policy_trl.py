@@ -73,7 +73,7 @@ def test_the_divergence_of_written_answers_is_trls(kind, beta, rows):
     sequences = written(student)
     documents = [document for sequence in sequences for document in sequence]
     targets = sum(document.target_tokens for document in documents)
-    assert all(document.own for document in documents) and targets > 12
+    assert all(document.student_generated for document in documents) and targets > 12
     their_loss, their_gradients = theirs(student, teacher, documents, beta)
 
     terms = Terms(rows=rows, teacher=1.0, divergence=kind, mix=beta if kind == "jsd" else 0.0)

@@ -246,7 +246,7 @@ def test_each_placement_writes_the_same_and_no_teacher_is_loaded_where_nothing_i
     def write_through(placement: str, some: Sequence[Document], folder: str) -> int:
         words = ["distill.objective=recover", f"distill.cache={tmp_path / folder}", "distill.cache_kind=hidden"]
         cfg = load_config("quickstart.yaml", [*words, f"distill.teacher.placement={placement}"])
-        return filling.write_signals(cfg, chat, 883, some, CPU, said.append)
+        return filling.write_cache(cfg, chat, 883, some, CPU, said.append)
 
     for placement in ("resident", "streamed", "cached"):
         assert write_through(placement, documents[:6], placement) == 6

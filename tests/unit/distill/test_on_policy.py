@@ -65,7 +65,10 @@ def flat(sequences: list[list[Document]]) -> list[Document]:
 
 
 def contents(sequences: list[list[Document]]) -> list[list[tuple]]:
-    return [[(d.ids.tolist(), d.labels.tolist(), d.place, d.row, d.own) for d in sequence] for sequence in sequences]
+    return [
+        [(d.ids.tolist(), d.labels.tolist(), d.place, d.row, d.student_generated) for d in sequence]
+        for sequence in sequences
+    ]
 
 
 def one_step(documents: list[Document]) -> Rows:
@@ -79,7 +82,7 @@ def test_share_0_leaves_every_document_and_share_1_none():
     for before, after in zip(flat(Rows().sequences(3)), flat(feed(1.0).sequences(3)), strict=True):
         prompt = int(np.flatnonzero(before.labels != UNTRAINED)[0]) + 1
         answer = after.ids[prompt:]
-        assert after.own and (after.place, after.row) == (before.place, before.row)
+        assert after.student_generated and (after.place, after.row) == (before.place, before.row)
         assert after.ids[:prompt].tolist() == before.ids[:prompt].tolist()
         assert 1 <= len(answer) <= TOKENS and (answer >= 500).all()
         assert after.labels.tolist() == [UNTRAINED] * (prompt - 1) + answer.tolist() + [UNTRAINED]
@@ -100,12 +103,12 @@ def test_a_documents_chance_depends_on_seed_step_and_number_alone():
     few = one_step(flat(Rows().sequences(0))[:2])
     assert contents(feed(rows=few).sequences(0)) == [[d] for d in contents(feed().sequences(0))[0]]
     for some, more in zip(flat(feed(0.5).sequences(0)), flat(feed(1.0).sequences(0)), strict=True):
-        assert not some.own or some.ids.tolist() == more.ids.tolist()
+        assert not some.student_generated or some.ids.tolist() == more.ids.tolist()
 
 
 def test_the_share_is_that_of_documents_chosen_and_a_larger_one_keeps_the_choice():
     rows = one_step([document(i) for i in range(2000)])
-    chosen = [{d.row for d in flat(feed(share, rows).sequences(0)) if d.own} for share in (0.3, 0.6)]
+    chosen = [{d.row for d in flat(feed(share, rows).sequences(0)) if d.student_generated} for share in (0.3, 0.6)]
     assert chosen[0] < chosen[1]
     for share, rows_chosen in zip((0.3, 0.6), chosen, strict=True):
         assert abs(len(rows_chosen) - 2000 * share) < 4 * (2000 * share * (1 - share)) ** 0.5
@@ -117,7 +120,7 @@ def test_any_number_of_ranks_sees_the_same_documents_each_written_once(ranks):
     for rank in range(ranks):  # what every rank gives to the others
         feed(0.8, rank=rank, ranks=ranks, gather=lambda mine: given.append(mine) or mine).sequences(2)
     numbers = [number for mine in given for number, _ in mine]
-    assert len(numbers) == len(set(numbers)) == sum(d.own for d in flat(feed(0.8).sequences(2))) > 0
+    assert len(numbers) == len(set(numbers)) == sum(d.student_generated for d in flat(feed(0.8).sequences(2))) > 0
     assert max(map(len, given)) - min(map(len, given)) <= 1
     for rank in range(ranks):
         seen = feed(0.8, rank=rank, ranks=ranks, gather=lambda mine: list(chain(*given))).sequences(2)
@@ -141,7 +144,7 @@ def test_no_document_is_longer_than_the_limit_and_one_without_room_stays():
         rows=one_step([*room, full, silent]), write=lambda prompts, draws: [np.full(len(d), 7) for d in draws]
     )
     after = flat(greedy.sequences(0))
-    assert [(len(d), d.own) for d in after] == [(24, True), (24, True), (25, False), (6, False)]
+    assert [(len(d), d.student_generated) for d in after] == [(24, True), (24, True), (25, False), (6, False)]
     assert [d.target_tokens for d in after[:2]] == [1, 3]
 
 

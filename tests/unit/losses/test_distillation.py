@@ -32,7 +32,7 @@ def documents(lengths: Sequence[int], own: Sequence[int] = ()) -> list[Document]
         labels = np.where(rng.random(length) < 0.6, np.roll(ids, -1), UNTRAINED).astype(np.int32)
         labels[-1] = UNTRAINED
         weights = rng.choice([0.5, 2.0], length).astype(np.float32) if i == 1 else None
-        result.append(Document(ids, labels, f"row {i}", weights, own=i in own))
+        result.append(Document(ids, labels, f"row {i}", weights, student_generated=i in own))
     return result
 
 
@@ -49,7 +49,7 @@ def reference(docs: list[Document], terms: Terms) -> tuple[torch.Tensor, dict[st
         log_q = torch.log_softmax(student.lm_head(out)[:, :V], -1)
         log_p = torch.log_softmax(teacher.lm_head(taught)[:, :V], -1)
         nats = terms.teacher * (log_p.exp() * (log_p - log_q)).sum(-1) + terms.hidden * (out - taught).square().mean(-1)
-        if not doc.own:
+        if not doc.student_generated:
             labels = torch.tensor(doc.labels.astype(np.int64))[targets]
             nats = nats + terms.rows * F.nll_loss(log_q, labels, reduction="none")
         total = total + (nats * weights).sum()

@@ -11,7 +11,7 @@ from finetune.models.fused import attach_fast_path
 from finetune.planning.peak_memory import predict
 from finetune.system import heap
 from finetune.training import autotune
-from finetune.training.autotune import fit_to_memory, give_back_holes
+from finetune.training.autotune import choose_micro_batch, install_malloc_trim
 from tests.runs import small_run
 
 
@@ -25,7 +25,7 @@ def model():
 
 def test_the_prediction_is_the_plans_for_what_was_chosen(model, tmp_path):
     cfg, said = small_run(tmp_path, "train.gradient_checkpointing=2", "data.eval=[]"), []
-    found = fit_to_memory(cfg, model, Accelerator(cpu=True), said.append)
+    found = choose_micro_batch(cfg, model, Accelerator(cpu=True), said.append)
     shape = model.get_base_model().config.to_dict()
     assert found.micro_batch == 4
     assert found.predicted_peak_bytes == round(predict(cfg, shape, "cpu", 4, 2).peak_bytes)
@@ -36,9 +36,9 @@ def test_memory_that_is_short_means_recomputing(model, tmp_path, monkeypatch):
     said: list[str] = []
     cfg = small_run(tmp_path)
     monkeypatch.setattr(autotune, "available_memory", lambda: 2**40)
-    plenty = fit_to_memory(cfg, model, Accelerator(cpu=True), said.append)
+    plenty = choose_micro_batch(cfg, model, Accelerator(cpu=True), said.append)
     monkeypatch.setattr(autotune, "available_memory", lambda: 2**20)
-    short = fit_to_memory(cfg, model, Accelerator(cpu=True), said.append)
+    short = choose_micro_batch(cfg, model, Accelerator(cpu=True), said.append)
     assert "none of 4 layers" in said[0] and "may not fit" in said[1]
     # The evaluation of 4,096 tokens is the peak of so small a model, whatever its training takes.
     assert short.micro_batch < plenty.micro_batch and short.predicted_peak_bytes <= plenty.predicted_peak_bytes
@@ -51,7 +51,7 @@ def test_holes_are_given_back_after_training_passes_alone(model, monkeypatch):
     handles, pre_handles = dict(decoder._forward_hooks), dict(decoder._forward_pre_hooks)
     decoder._forward_hooks.clear()
     decoder._forward_pre_hooks.clear()
-    give_back_holes(model)
+    install_malloc_trim(model)
     assert calls == [0]
     ids = torch.arange(8)[None]
     model(input_ids=ids)

@@ -80,12 +80,12 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
     older, newer = write(tmp_path, 2, optimizer), write(tmp_path, 10, optimizer)
     assert ck.list_checkpoints(tmp_path) == [older, newer], "by number, not by name"
     said: list[str] = []
-    assert ck.newest_whole(tmp_path, said.append) == newer and not said
+    assert ck.newest_valid(tmp_path, said.append) == newer and not said
     (newer / ck.TRAINING).write_bytes(b"torn")
-    assert ck.newest_whole(tmp_path, said.append) == older
+    assert ck.newest_valid(tmp_path, said.append) == older
     assert "checkpoint-10" in said[0] and ck.TRAINING in said[0]
     shutil.rmtree(older)
-    assert ck.newest_whole(tmp_path, said.append) is None
+    assert ck.newest_valid(tmp_path, said.append) is None
 
 
 @pytest.mark.parametrize("failure", [errno.ENOSPC, errno.EDQUOT])
@@ -124,10 +124,10 @@ def test_a_crash_at_any_write_leaves_the_new_checkpoint_whole_or_absent(tmp_path
         try:
             write(run, 2, optimizer)
         except KeyboardInterrupt:
-            found = ck.newest_whole(run, lambda text: pytest.fail(text))
+            found = ck.newest_valid(run, lambda text: pytest.fail(text))
             assert found is not None and found.name in ("checkpoint-1", "checkpoint-2")
             monkeypatch.undo()
-            ck.rotate(run, keep=5, best_step=None)
+            ck.prune_checkpoints(run, keep=5, best_step=None)
             assert all(p.name.startswith("checkpoint-") for p in run.iterdir())
         else:
             assert crash_at > 4, "the sweep must have crashed somewhere"
@@ -140,9 +140,9 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     optimizer = trained()[1]
     for step in (1, 2, 3, 10):
         write(tmp_path, step, optimizer)
-    ck.rotate(tmp_path, keep=2, best_step=1)
+    ck.prune_checkpoints(tmp_path, keep=2, best_step=1)
     assert [p.name for p in ck.list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-3", "checkpoint-10"]
-    ck.rotate(tmp_path, keep=1, best_step=None)
+    ck.prune_checkpoints(tmp_path, keep=1, best_step=None)
     assert [p.name for p in ck.list_checkpoints(tmp_path)] == ["checkpoint-10"]
 
 
