@@ -15,7 +15,7 @@ from finetune.config.keys import allowed, find, options, schema_fields, sections
 from finetune.config.peers import PEERS, REFUSED, RENAMED
 from finetune.config.problems import Problem
 from finetune.config.rules import contradictions
-from finetune.config.schema import NUMBER, ModelConfig, RunConfig, SourceConfig
+from finetune.config.schema import NUMBER, ModelConfig, RunConfig, Section, SourceConfig
 
 _LONGEST = 60
 _SHORTHANDS: list[tuple[Any, str]] = [  # What a lone text was probably meant to be.
@@ -30,7 +30,7 @@ def problems_of(tree: dict[str, Any], error: ValidationError) -> list[Problem]:
 
     A rule names the keys it looks at, in its key or its text; it is left out where one of them has a wrong value.
     """
-    found = [problem for item in error.errors(include_url=False) for problem in _problems(item)]
+    found = schema_problems(error)
     wrong = {".".join(problem.key.split(".")[:2]) for problem in found if "." in problem.key}
     sound = {}
     for name, section in sections().items():
@@ -42,37 +42,42 @@ def problems_of(tree: dict[str, Any], error: ValidationError) -> list[Problem]:
     return list(dict.fromkeys([*found, *rules]))
 
 
-def _problems(item: Any) -> Iterator[Problem]:
-    path, kind = _place(item["loc"])
+def schema_problems(error: ValidationError, root: type[Section] = RunConfig) -> list[Problem]:
+    """Return every problem that pydantic found in one schema, in words."""
+    return [problem for item in error.errors(include_url=False) for problem in _problems(item, root)]
+
+
+def _problems(item: Any, root: type[Section]) -> Iterator[Problem]:
+    path, kind = _place(item["loc"], root)
     if item["type"] == "contradiction":
         yield from item["ctx"]["problems"]
     elif item["type"] == "extra_forbidden":
-        yield unknown_key(".".join(map(str, item["loc"])))
+        yield unknown_key(".".join(map(str, item["loc"])), root)
     elif item["type"] == "missing":
-        yield Problem(path, f"is missing: {_description(path)}")
+        yield Problem(path, f"is missing: {_description(path, root)}")
     elif item["type"] == "value_error":
         yield Problem(path, str(item["ctx"]["error"]))
     elif item["type"] == "invalid_key":
         yield Problem(".".join(str(part) for part in item["loc"] if part != "[key]"), "a key must be text")
     elif item["loc"][-1] == "[key]":
-        yield unknown_key(".".join(map(str, item["loc"][:-1])))
+        yield unknown_key(".".join(map(str, item["loc"][:-1])), root)
     else:
         yield Problem(path, f"found {shown(item['input'])}; allowed: {allowed(kind)}{_hint(item['input'], kind)}")
 
 
-def _place(loc: Sequence[Any]) -> tuple[str, Any]:
+def _place(loc: Sequence[Any], root: type[Section]) -> tuple[str, Any]:
     """The deepest key of the schema on pydantic's way to an error, which also names the branches of a union."""
     path = ""
     for part in loc:
         longer = f"{path}.{part}" if path else str(part)
-        if find(longer) is None:
+        if find(longer, root) is None:
             break
         path = longer
-    return path, find(path) if path else RunConfig
+    return path, find(path, root) if path else root
 
 
-def _description(path: str) -> str:
-    return schema_fields()[_general(path)].description or ""
+def _description(path: str, root: type[Section]) -> str:
+    return schema_fields(root)[_general(path)].description or ""
 
 
 def _general(path: str) -> str:
@@ -92,34 +97,41 @@ def _hint(value: Any, kind: Any) -> str:
     return next((f"; write {form.format(value)}" for section, form in _SHORTHANDS if takes(section, kind)), "")
 
 
-def unknown_key(path: str) -> Problem:
-    """An unknown key with what was probably meant: a peer's name, another section's key, the nearest one."""
+def unknown_key(path: str, root: type[Section] = RunConfig) -> Problem:
+    """Describe an unknown key and name the key that was probably meant.
+
+    That is the new name of a renamed key, another framework's name, a key of another section, or the nearest key.
+    """
     folder, _, last = path.rpartition(".")
-    if find(folder) is not None and takes(dict, find(folder)):  # A mapping that takes certain names only.
-        return Problem(path, f"unknown key; allowed: {allowed(find(folder))}. {_description(folder)}")
-    if path in RENAMED:
-        return Problem(path, f"unknown key; it is now {RENAMED[path]}")
     name = last.lower().replace("-", "_")
-    if name in REFUSED:
-        return Problem(path, f"unknown key; {REFUSED[name]}")
-    if peers := PEERS.get(_general(path)) or PEERS.get(name):
-        return Problem(path, f"unknown key; here it is {peers}")
-    elsewhere = [field for field in schema_fields() if field.split(".")[-1] == name]
-    meant = " or ".join(elsewhere) or _nearest(path, name)
-    return Problem(path, f"unknown key; did you mean {meant}?" if meant else "unknown key; see finetune --help")
+    mapping = find(folder, root)
+    if mapping is not None and takes(dict, mapping):  # A mapping that takes certain names only.
+        return Problem(path, f"unknown key; allowed: {allowed(mapping)}. {_description(folder, root)}")
+    if root is RunConfig:
+        if path in RENAMED:
+            return Problem(path, f"unknown key; it is now {RENAMED[path]}")
+        if name in REFUSED:
+            return Problem(path, f"unknown key; {REFUSED[name]}")
+        if peers := PEERS.get(_general(path)) or PEERS.get(name):
+            return Problem(path, f"unknown key; here it is {peers}")
+    elsewhere = [field for field in schema_fields(root) if field.split(".")[-1] == name]
+    if meant := " or ".join(elsewhere) or _nearest(path, name, root):
+        return Problem(path, f"unknown key; did you mean {meant}?")
+    known = "see finetune --help" if root is RunConfig else f"there are {', '.join(schema_fields(root))}"
+    return Problem(path, f"unknown key; {known}")
 
 
-def _nearest(path: str, name: str) -> str | None:
-    fields, folder = list(schema_fields()), path.rpartition(".")[0]
+def _nearest(path: str, name: str, root: type[Section]) -> str | None:
+    fields, folder = list(schema_fields(root)), path.rpartition(".")[0]
     siblings = [field.split(".")[-1] for field in fields if field.rpartition(".")[0] == _general(folder)]
     pools: list[tuple[str, dict[str, str]]] = [
         (name, {sibling: f"{folder}.{sibling}".lstrip(".") for sibling in siblings}),
         (path, {field: field for field in fields}),
         (name, {field.split(".")[-1]: field for field in fields}),
-        (name, PEERS),
+        (name, PEERS if root is RunConfig else {}),
     ]
     for word, pool in pools:
-        if near := get_close_matches(word, pool, n=1, cutoff=0.7):
+        if near := get_close_matches(word, pool, n=1, cutoff=0.7 if root is RunConfig else 0.6):
             return pool[near[0]]
     return None
 

@@ -17,24 +17,24 @@ _WORDS = {bool: "true | false", int: "whole number", float: "number", str: "text
 
 
 @cache
-def schema_fields() -> dict[str, FieldInfo]:
-    """Every key of the schema; the items of a list of sections stand under `*`: `data.train.*.path`."""
-    return dict(_walk(RunConfig, ""))
+def schema_fields(root: type[Section] = RunConfig) -> dict[str, FieldInfo]:
+    """Return every key of a schema; the items of a list of sections stand under `*`: `data.train.*.path`."""
+    return dict(_walk(root, ""))
 
 
 def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     for name, field in section.model_fields.items():
         yield prefix + name, field
-        inner = field.annotation
-        if is_section(inner):
-            yield from _walk(inner, f"{prefix}{name}.")
-        elif get_origin(inner) is list and is_section(get_args(inner)[0]):
-            yield from _walk(get_args(inner)[0], f"{prefix}{name}.*.")
+        for inner in _choices(field.annotation):
+            if is_section(inner):
+                yield from _walk(inner, f"{prefix}{name}.")
+            elif get_origin(inner) is list and is_section(get_args(inner)[0]):
+                yield from _walk(get_args(inner)[0], f"{prefix}{name}.*.")
 
 
-def find(path: str) -> Any | None:
-    """Type of the value at `train.max_steps`, `data.train.0.limit` or `lora.rank_pattern.NAME`; None: no such key."""
-    here: Any = RunConfig
+def find(path: str, root: type[Section] = RunConfig) -> Any | None:
+    """Return the type of the value at `train.max_steps`, `data.train.0.limit` or `lora.rank_pattern.NAME`, or None."""
+    here: Any = root
     for part in path.split("."):
         origins = {get_origin(choice): choice for choice in _choices(here)}
         if is_section(here):

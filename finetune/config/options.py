@@ -1,6 +1,6 @@
-"""A command's own settings (commands.py), read from the command line.
+"""Read a command's own options (command_options.py) from the command line.
 
-Like a run's config: typed, with ranges, no unknown words, and everything that is wrong told at once.
+Options follow the rules of a run's config: types, ranges, no unknown keys, and one error that lists every problem.
 """
 
 from __future__ import annotations
@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
-from finetune.config.explain import shown
+from finetune.config.explain import schema_problems, shown, unknown_key
 from finetune.config.keys import allowed, find, is_section
 from finetune.config.overrides import read_value
 from finetune.config.problems import Problem, config_error
@@ -24,113 +23,87 @@ from finetune.system.errors import ConfigError
 Options = TypeVar("Options", bound=Section)
 
 
-def read_options(kind: type[Options], words: Sequence[str], command: str) -> Options:
-    """`key=value` words as settings of that kind. command: what opens the messages, as `finetune merge`.
+def read_options(schema: type[Options], words: Sequence[str], command: str) -> Options:
+    """Read `key=value` words into a schema.
 
-    Raises: ConfigError with everything that is wrong.
+    Args:
+        schema: one of command_options.py.
+        words: the words in their order; the last of a key counts.
+        command: how messages name the command, as `finetune merge`.
+
+    Raises:
+        ConfigError: lists every problem.
     """
     tree: dict[str, Any] = {}
     problems = []
     for word in words:
         key, _, text = word.partition("=")
-        annotation = _find(kind, key)
-        if annotation is None:
-            problems.append(Problem(key, _unknown(kind, key)))
+        if (kind := find(key, schema)) is None:
+            problems.append(unknown_key(key, schema))
             continue
+        *parents, last = key.split(".")
+        node: Any = tree
+        for part in parents:
+            node = node.setdefault(part, {}) if isinstance(node, dict) else None
         try:
-            value = read_value(text, annotation)
+            if not isinstance(node, dict):
+                raise ValueError(f"give the whole list, as {parents[0]}=[…]")
+            node[last] = read_value(text, kind)
         except ValueError as error:
             problems.append(Problem(key, f"cannot read {shown(text)}: {error}"))
-            continue
-        *sections, last = key.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
     options = None
     try:
-        options = kind.model_validate(tree)
+        options = schema.model_validate(tree)
     except ValidationError as error:
         known = {problem.key for problem in problems}
-        refused = [_problem(kind, item) for item in error.errors(include_url=False)]
-        problems += [problem for problem in refused if problem.key not in known]
+        problems += [problem for problem in schema_problems(error, schema) if problem.key not in known]
     if options is None or problems:
         raise config_error(command, problems, lambda key: "")
     return options
 
 
-def read_beside_config(kind: type[Options], arguments: Arguments, command: str) -> tuple[Options, list[str]]:
-    """A command's own settings among those of a run, and the words that are the run's.
+def read_beside_config(schema: type[Options], arguments: Arguments, command: str) -> tuple[Options, list[str]]:
+    """Read a command's options among the overrides of a run.
 
-    A word that is neither's, and most like one of the command's, is told here. Raises: as `read_options`.
+    Returns:
+        The options, and the overrides of the run. An unknown key belongs to the schema with the nearest key.
+        With config=, a key of both schemas belongs to the run.
+
+    Raises:
+        ConfigError: as `read_options`.
     """
-    own, others = arguments.split(kind.model_fields)
-    meant = [word for word in others if _is_meant(kind, word.partition("=")[0])]
-    return read_options(kind, [*(f"{key}={value}" for key, value in own.items()), *meant], command), others
+    own, others = [], []
+    for word in arguments.overrides:
+        key = word.partition("=")[0]
+        in_run = find(key) is not None and arguments.config is not None
+        (own if not in_run and _is_option(schema, key) else others).append(word)
+    return read_options(schema, own, command), others
 
 
-def _is_meant(kind: type[Section], key: str) -> bool:
-    if find(key) is not None:
-        return False
-    near = get_close_matches(key, [*kind.model_fields, *RunConfig.model_fields], n=1, cutoff=0.6)
-    return bool(near) and near[0] in kind.model_fields
+def _is_option(schema: type[Section], key: str) -> bool:
+    field, fields = schema.model_fields.get(key.partition(".")[0]), schema.model_fields
+    if find(key, schema) is not None or (field is not None and is_section(field.annotation)):
+        return True
+    near = get_close_matches(key, [*fields, *RunConfig.model_fields], n=1, cutoff=0.6)
+    return find(key) is None and bool(near) and near[0] in fields
 
 
-def options_help(kind: type[Section], prefix: str = "") -> str:
-    """Every key of a command with its default, what it may be, and its meaning."""
+def options_help(schema: type[Section], prefix: str = "") -> str:
+    """Return one line for every key of a command: its default, its allowed values and its meaning."""
     lines = []
-    for name, field in kind.model_fields.items():
+    for name, field in schema.model_fields.items():
         if is_section(field.annotation):
             lines.append(options_help(field.annotation, f"{name}."))
         else:
-            default = "" if field.is_required() else f" = {_default(field)}"
-            may_be = allowed(field.annotation, field.metadata)
-            lines.append(f"  {prefix + name + default:<24} {may_be}. {field.description}")
+            default = "" if field.is_required() else f" = {json.dumps(field.default).strip(chr(34))}"
+            lines.append(
+                f"  {prefix + name + default:<24} {allowed(field.annotation, field.metadata)}. {field.description}"
+            )
     return "\n".join(lines)
 
 
-def _default(field: FieldInfo) -> str:
-    return json.dumps(field.default).strip('"')
-
-
-def _find(kind: type[Section], key: str) -> Any | None:
-    first, _, rest = key.partition(".")
-    field = kind.model_fields.get(first)
-    if field is None:
-        return None
-    annotation: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-    if not rest:
-        return annotation
-    return _find(field.annotation, rest) if is_section(field.annotation) else None
-
-
-def _unknown(kind: type[Section], key: str) -> str:
-    known = [
-        f"{name}.{inner}" if inner else name
-        for name, field in kind.model_fields.items()
-        for inner in (field.annotation.model_fields if is_section(field.annotation) else ("",))
-    ]
-    near = get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"unknown key; did you mean {near[0]}?" if near else f"unknown key; there are {', '.join(known)}"
-
-
-def _problem(kind: type[Section], item: Any) -> Problem:
-    path: list[str] = []
-    for part in item["loc"]:
-        if _find(kind, ".".join([*path, str(part)])) is None:
-            break
-        path.append(str(part))
-    key = ".".join(path)
-    if item["type"] == "missing":
-        field = kind.model_fields[item["loc"][0]] if len(item["loc"]) == 1 else None
-        return Problem(".".join(map(str, item["loc"])), f"is missing: {field.description}" if field else "is missing")
-    if item["type"] == "extra_forbidden":
-        return Problem(".".join(map(str, item["loc"])), "unknown key")
-    return Problem(key, f"found {shown(item['input'])}; allowed: {allowed(_find(kind, key))}")
-
-
 def parse_size(key: str, text: str) -> int:
-    """`4GB`, `500MB`, `1GiB` in bytes. Raises: ConfigError."""
+    """Return the bytes of `4GB`, `500MB` or `1GiB`; key names the option in the ConfigError of any other text."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     number = text.strip().upper().rstrip("KMGIB")
     unit = text.strip().upper()[len(number) :]
