@@ -17,11 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from finetune.ops.limits import LOGITS_VALUES
 from finetune.ops.matmul import product
-
-# Values of logits alive at once. 2**25 are 64 MB in bf16: for 0.5B, 220 rows; half of it costs 5 %, twice of it gains
-# next to nothing. A GPU needs more rows before reading the head no longer sets the pace.
-_LOGITS_LIMIT, _GPU_LOGITS_LIMIT = 2**25, 2**26
 
 # (logits [n, V], which of the N rows they are) -> (sum of nats, fp32 scalar; its gradient with respect to the logits).
 # The logits come as the product left them, in fp32 or 16 bit: the loss computes in fp32, and may overwrite them and
@@ -118,7 +115,7 @@ def _as_plain(head: nn.Module) -> nn.Linear | None:
 
 def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
     """Chunks of nearly one length: a short last one would read the whole head for little."""
-    limit = _GPU_LOGITS_LIMIT if device.type == "cuda" else _LOGITS_LIMIT
+    limit = LOGITS_VALUES["cuda" if device.type == "cuda" else "cpu"]
     count = math.ceil(rows / max(1, limit // vocabulary))
     for i in range(count):
         yield slice(rows * i // count, rows * (i + 1) // count)

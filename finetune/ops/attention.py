@@ -30,13 +30,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from finetune.ops import cpu_attention
+from finetune.ops.limits import DOCUMENT_TOKENS_MULTIPLE, FUSED_ATTENTION_FROM_TOKENS, ROWS_MULTIPLE
 from finetune.ops.matmul import widens
 
 SEGMENTED = "segmented"
-# Rows of a forward pass and tokens of a document are rounded up to a multiple: few shapes, little padding.
-_ROWS, _TOKENS = 64, 32
-# From so many tokens on torch's backward pass is as fast as the one of cpu_attention.
-_FUSED_BACKWARD_FROM = 513
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,7 @@ def plan_segments(
         return Segments(rows, row_of_token.to(device), place, identical, shared, (), borders, max(lengths))
     grouped: dict[int, list[Tensor]] = {}
     for document in row_of_token.split(list(lengths)):
-        rounded = round_up(len(document), _TOKENS)
+        rounded = round_up(len(document), DOCUMENT_TOKENS_MULTIPLE)
         # Padding repeats a document's last row, so a row's first place is a real one.
         grouped.setdefault(rounded, []).append(document[torch.arange(rounded).clamp_(max=len(document) - 1)])
     source = torch.cat([document for group in grouped.values() for document in group])
@@ -85,7 +82,7 @@ def plan_segments(
     return Segments(rows, source.to(device), _first_places(source, used).to(device), False, shared, groups)
 
 
-def round_up(length: int, multiple: int = _ROWS) -> int:
+def round_up(length: int, multiple: int = ROWS_MULTIPLE) -> int:
     """The length that so many rows are padded to: few distinct ones, since CPU kernels are compiled for each."""
     return -(-length // multiple) * multiple
 
@@ -175,7 +172,7 @@ def attend(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, segments: Segm
 
 def _causal_attention(query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, scale: float) -> Tensor:
     """[B, L, H, D] of a batch of documents of one length, by the kernel that is fast at that length."""
-    short = query_BHLD.device.type == "cpu" and query_BHLD.shape[2] < _FUSED_BACKWARD_FROM
+    short = query_BHLD.device.type == "cpu" and query_BHLD.shape[2] < FUSED_ATTENTION_FROM_TOKENS
     if short or widens(query_BHLD.device, query_BHLD.dtype):
         return cpu_attention.causal_attention(query_BHLD, key_BHLD, value_BHLD, scale).transpose(1, 2)
     grouped, fused = query_BHLD.shape[1] != key_BHLD.shape[1], F.scaled_dot_product_attention

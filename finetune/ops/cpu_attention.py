@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finetune.ops.dispatch import fused
+from finetune.ops.limits import QUERIES_PER_BLOCK
 from finetune.ops.matmul import widens
-
-_BLOCK = 128
 
 
 @fused
@@ -55,8 +54,8 @@ class _CausalAttention(torch.autograd.Function):
         k, v = (x.flatten(0, 1) for x in (key, value))
         k_wide, v_wide = k.float(), v.float()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k_wide), torch.zeros_like(v_wide)
-        for first in range(0, q.shape[3], _BLOCK):
-            rows = slice(first, min(first + _BLOCK, q.shape[3]))
+        for first in range(0, q.shape[3], QUERIES_PER_BLOCK):
+            rows = slice(first, min(first + QUERIES_PER_BLOCK, q.shape[3]))
             seen = slice(0, rows.stop)
             q_block, grad_block = (x[..., rows, :].reshape(len(k), -1, x.shape[-1]) for x in (q, grad))
             scores, grad_probs = (

@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from finetune.ops.dispatch import fused
-
-# Values a thread works on between two looks at memory: 2 MB in fp32, about a core's cache. A [128, 151936] chunk in
-# bf16 took 115 ms at once on one thread, most of it for pages touched for the first time, and 30 ms in such blocks.
-_BLOCK_VALUES = 2**19
-# A GPU has no such cache; there a block only bounds the temporary.
-_GPU_BLOCK_VALUES = 2**24
+from finetune.ops.limits import SOFTMAX_BLOCK_VALUES
 
 
 def cross_entropy_(logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
@@ -39,11 +34,18 @@ def softmax_(logits_NV: Tensor, factors_N: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns: the rows' highest logit [N] and the logarithm of the sum of exp(logit - highest) [N], fp32.
     """
-    values = _GPU_BLOCK_VALUES if logits_NV.is_cuda else _BLOCK_VALUES * torch.get_num_threads()
-    rows = max(1, values // logits_NV.shape[1])
+    rows = rows_per_block(logits_NV)
     blocks = zip(logits_NV.split(rows), factors_N.split(rows), strict=True)
     highest, log_sum = zip(*(_softmax_rows_(*block) for block in blocks), strict=True)
     return torch.cat(highest), torch.cat(log_sum)
+
+
+def rows_per_block(logits_NV: Tensor) -> int:
+    """Return how many rows of logits one block holds, at least 1."""
+    values = (
+        SOFTMAX_BLOCK_VALUES["cuda"] if logits_NV.is_cuda else SOFTMAX_BLOCK_VALUES["cpu"] * torch.get_num_threads()
+    )
+    return max(1, values // logits_NV.shape[1])
 
 
 @fused

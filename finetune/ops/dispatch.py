@@ -14,12 +14,12 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from finetune.ops.limits import COMPILE_FROM_FLOPS
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
-# Work from which the half minute that a first compilation takes is repaid: 0.5 billion parameters and 100,000 tokens.
-_REPAID_FROM_FLOPS = 2e14
 _compiled = False
 
 
@@ -37,7 +37,7 @@ def pick(device: torch.device, flops: float, wanted: bool | None = None) -> str:
 def _reason_against(device: torch.device, flops: float, wanted: bool | None) -> str | None:
     if wanted is False:
         return "train.compile=false"
-    if wanted is None and flops < _REPAID_FROM_FLOPS:
+    if wanted is None and flops < COMPILE_FROM_FLOPS:
         return "the run is too short to repay compiling"
     if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         return "no C++ compiler on PATH"

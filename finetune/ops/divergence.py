@@ -13,13 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from finetune.ops.cross_entropy import softmax_
+from finetune.ops.cross_entropy import rows_per_block, softmax_
 from finetune.ops.dispatch import fused
-
-# Values of each of the two that a thread works on at once, as in cross_entropy.py. [220, 151665] in bf16 on one thread,
-# forward KL: 140 ms plain and 79 ms compiled; in blocks of half that size 147 and 86, of twice that size 190 and 79.
-_BLOCK_VALUES = 2**19
-_GPU_BLOCK_VALUES = 2**24
+from finetune.ops.limits import SOFTMAX_BLOCK_VALUES
 
 
 def divergence_(
@@ -31,8 +27,7 @@ def divergence_(
     share of the mixture that jsd (beta) and skew_kl (alpha) compare with, in (0, 1); other kinds have none.
     Returns: nats [N], fp32, without the factors.
     """
-    values = _GPU_BLOCK_VALUES if teacher_NV.is_cuda else _BLOCK_VALUES * torch.get_num_threads()
-    rows = max(1, values // teacher_NV.shape[1])
+    rows = rows_per_block(teacher_NV)
     blocks = zip(student_NV.split(rows), teacher_NV.split(rows), factors_N.split(rows), strict=True)
     return torch.cat([DIVERGENCES[kind](*block, mix, temperature) for block in blocks])
 
@@ -59,7 +54,7 @@ def sampled_kl_(logits_NV: Tensor, ids_NK: Tensor, probs_NK: Tensor, factors_N: 
 
 def _totals(ids_NK: Tensor, probs_NK: Tensor) -> Tensor:
     """What a row's probs say in all of each id that it names [N, K]: the same wherever an id comes again."""
-    rows = max(1, _BLOCK_VALUES // ids_NK.shape[1] ** 2)
+    rows = max(1, SOFTMAX_BLOCK_VALUES["cpu"] // ids_NK.shape[1] ** 2)
     blocks = zip(ids_NK.split(rows), probs_NK.split(rows), strict=True)
     return torch.cat([((ids[:, :, None] == ids[:, None, :]) * probs[:, None, :]).sum(-1) for ids, probs in blocks])
 

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from finetune.ops.dequantize import dequantize
 from finetune.ops.elementwise import swiglu_backward_, swiglu_forward
+from finetune.ops.limits import MLP_FORWARD_ROWS, MLP_ROWS
 from finetune.ops.matmul import add_product_, product
 
 
@@ -52,14 +53,6 @@ class Projection:
         return self.weight if self.quant_state is None else dequantize(self.weight, self.quant_state)
 
 
-# Rows that pass through an MLP at once on a CPU where no gradient is wanted: its inner matrices are a layer's largest,
-# five of this height are alive, and a row needs no other. Not with 4-bit weights, dequantized for each block anew.
-_FORWARD_ROWS = 256
-# Rows that pass through it at once on a CPU in any case: of more, the inner matrices are mapped and faulted in anew
-# each time (a tenth of a layer's time at 16,384), and a backward pass holds up to seventeen of them.
-_MOST_ROWS = 2048
-
-
 def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
     """What several linear layers make of one input.
 
@@ -74,7 +67,7 @@ def swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) ->
     """down(silu(gate(x)) * up(x)); x: [..., D]."""
     if _passes_in_blocks(x, gate, up, down):
         y = torch.empty_like(x)
-        for x_BD, y_BD in zip(*(t.view(-1, x.shape[-1]).split(_FORWARD_ROWS) for t in (x, y)), strict=True):
+        for x_BD, y_BD in zip(*(t.view(-1, x.shape[-1]).split(MLP_FORWARD_ROWS) for t in (x, y)), strict=True):
             y_BD.copy_(_swiglu_mlp(x_BD, gate, up, down))
         return y
     return _swiglu_mlp(x, gate, up, down)
@@ -101,7 +94,7 @@ def _swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -
 def _rows_at_once(x_TD: Tensor, projections: Sequence[Projection]) -> int:
     """All on a GPU, and where blocks would draw other dropout masks from the same seed."""
     drops = any(p.adapter and p.adapter.dropout for p in projections)
-    return len(x_TD) if drops or x_TD.device.type != "cpu" else _MOST_ROWS
+    return len(x_TD) if drops or x_TD.device.type != "cpu" else MLP_ROWS
 
 
 class _Project(torch.autograd.Function):

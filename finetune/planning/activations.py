@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.schema import RunConfig
+from finetune.ops import limits
 from finetune.planning.static_memory import (
     DTYPE_BYTES,
     FOUR_BIT,
@@ -27,33 +28,27 @@ from finetune.planning.teacher import gives_sample, teaches_steps
 # Linears that a kernel computes together; if it does not know one of them, none.
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 _ROOMS = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"o_proj"}), _MLP)
-# losses/chunked.py: values of logits alive at once. ops/cross_entropy.py: values that a block of the softmax works on,
-# a block for each thread of a CPU; three fp32 values of each are alive.
-_LOGITS, _BLOCK = {"cuda": 2**26, "cpu": 2**25}, {"cuda": 2**24, "cpu": 2**20}
+# Softmax works in one block per thread: here two threads. Three fp32 values of each logit are alive.
+_SOFTMAX_VALUES = {"cuda": limits.SOFTMAX_BLOCK_VALUES["cuda"], "cpu": 2 * limits.SOFTMAX_BLOCK_VALUES["cpu"]}
 _BLOCK_BYTES = 12
 # A teacher's logits beside the student's, and of each block's values the four more that ops/divergence.py compares.
 _TEACHER_BLOCK_BYTES = 28
-# ops/attention.py: a CPU's lengths are rounded up to a multiple, and shorter documents keep no output.
-_ROUNDING, _FUSED_BACKWARD_FROM = 32, 513
-# ops/cpu_attention.py: queries of a block; fp32 values alive for each pair of a query and a key.
-_QUERIES, _SCORE_BYTES = 128, 20
+# ops/cpu_attention.py: bytes alive per pair of a query and a key.
+_SCORE_BYTES = 20
 # Bytes alive a value of [T, I] in the MLP's backward pass, by how ops/elementwise.py runs. Plain: eight fp32 values in
 # swiglu_backward_ (gate, up, gradient, sigmoid, their product, two factors of a product, the product) and the 16-bit
 # gradient. Compiled, one pass makes it all. PEFT's own modules keep the gradients of product, gate and up.
 _MLP_WORK = {"plain torch": 34, "compiled": 4, "peft": 8}
 # Of a forward pass without gradients: gate, up and their product in 16 bit, and two fp32 values in swiglu_forward.
 _MLP_FORWARD = {"plain torch": 12, "compiled": 6, "peft": 8}
-# ops/linear.py: rows that pass through an MLP at once on a CPU, and of plain weights without gradients. Then attention
-# is as wide: values of [T, D] alive in it, the rotated, laid out and answered copies of queries above all.
-_MOST_ROWS, _FORWARD_ROWS, _ATTENTION_FORWARD = 2048, 256, 8
+# Values of [T, D] alive in attention without gradients: mostly copies of the queries (rotated, padded, multiplied).
+_ATTENTION_FORWARD = 8
 # glibc's heap, measured on 0.5B and 1.5B with 512 to 4,096 tokens. Beside each kept layer one block [T, I], the product
 # of gate and up, is lost: smaller kept tensors come to lie in its place. Where layers run again in backward, what they
 # freed lies around the inputs that are kept: 1.6 to 5 times what such a layer keeps in the heap.
 _GARBAGE_LAYERS = 3.5
 # glibc maps blocks from here on one by one and leaves no holes of them (DEFAULT_MMAP_THRESHOLD_MAX, 64-bit).
 _MAPPED_FROM = 32 * 2**20
-# ops/dispatch.py: operations of a run from which compiling repays itself; that module imports torch.
-REPAID_FROM_FLOPS = 2e14
 # DoRA (peft 0.21) makes W + BA in fp32 to measure its norm: the weight, the product and the sum.
 _DORA_BYTES = 12
 
@@ -163,7 +158,7 @@ def forward_bytes(shape: Mapping[str, Any], cfg: RunConfig, tokens: int, in_bloc
     in_blocks: whether the MLP takes some rows at a time, as one of 16-bit weights does on a CPU.
     """
     width = DTYPE_BYTES[cfg.model.dtype]
-    rows = min(tokens, _FORWARD_ROWS) if in_blocks else tokens
+    rows = min(tokens, limits.MLP_FORWARD_ROWS) if in_blocks else tokens
     mlp = rows * shape["intermediate_size"] * _MLP_FORWARD[kernels_of(cfg, shape)] * width / 2
     hidden = tokens * shape["hidden_size"] * width
     return max(mlp + 3 * hidden, _ATTENTION_FORWARD * hidden)
@@ -178,13 +173,13 @@ def loss_bytes(cfg: RunConfig, tokens: int, vocabulary: int, device_type: str, t
     cuda, width = device_type == "cuda", DTYPE_BYTES[cfg.model.dtype]
     kind = "cuda" if cuda else "cpu"
     # losses/chunked.py makes chunks of nearly one length, here of a sequence whose every token is a target.
-    chunks = math.ceil(tokens / max(1, _LOGITS[kind] // vocabulary))
+    chunks = math.ceil(tokens / max(1, limits.LOGITS_VALUES[kind] // vocabulary))
     values = math.ceil(tokens / chunks) * vocabulary
     each = 4 + width if cuda and width < 4 else width
-    logits, block = values * each, min(values, _BLOCK[kind]) * _BLOCK_BYTES
+    logits, block = values * each, min(values, _SOFTMAX_VALUES[kind]) * _BLOCK_BYTES
     if not teacher or gives_sample(cfg):
         return logits + block
-    return 2 * logits + min(values, _BLOCK[kind]) * _TEACHER_BLOCK_BYTES
+    return 2 * logits + min(values, _SOFTMAX_VALUES[kind]) * _TEACHER_BLOCK_BYTES
 
 
 def kernels_of(cfg: RunConfig, shape: Mapping[str, Any]) -> str:
@@ -197,7 +192,7 @@ def kernels_of(cfg: RunConfig, shape: Mapping[str, Any]) -> str:
     if cfg.train.compile is not None or cfg.train.max_steps is None:
         return "plain torch" if cfg.train.compile is False else "compiled"
     tokens = cfg.train.max_steps * cfg.train.batch_size * cfg.data.max_length
-    return "compiled" if 4.0 * parameters_of(shape) * tokens >= REPAID_FROM_FLOPS else "plain torch"
+    return "compiled" if 4.0 * parameters_of(shape) * tokens >= limits.COMPILE_FROM_FLOPS else "plain torch"
 
 
 def _layer_work(
@@ -216,8 +211,8 @@ def _layer_work(
     mlp = waiting + rows * width * _MLP_WORK[kernels_of(cfg, shape)] / 2
     attention = 0.0
     document = document_tokens or cfg.data.max_length
-    if device_type == "cpu" and cfg.model.attention == "auto" and document < _FUSED_BACKWARD_FROM:
-        attention = tokens * shape["num_attention_heads"] * min(_QUERIES, document) * _SCORE_BYTES
+    if device_type == "cpu" and cfg.model.attention == "auto" and document < limits.FUSED_ATTENTION_FROM_TOKENS:
+        attention = tokens * shape["num_attention_heads"] * min(limits.QUERIES_PER_BLOCK, document) * _SCORE_BYTES
     four_bit = cfg.quant.type in FOUR_BIT and not cfg.quant.keep_dequantized
     weight = largest * DTYPE_BYTES[cfg.quant.compute_dtype] if four_bit else 0
     if device_type == "cuda":
@@ -235,7 +230,7 @@ def _mlp_rows(cfg: RunConfig, adapted: frozenset[str], tokens: int, device_type:
     """
     unknown = cfg.train.kernels == "peft" or cfg.quant.type == "int8" or cfg.quant.int8
     whole = unknown or (_MLP & adapted and (cfg.lora.dora or cfg.lora.dropout))
-    return tokens if device_type != "cpu" or whole else min(tokens, _MOST_ROWS)
+    return tokens if device_type != "cpu" or whole else min(tokens, limits.MLP_ROWS)
 
 
 def _in_eight_bit(layer: int, cfg: RunConfig) -> frozenset[str]:
@@ -297,8 +292,8 @@ def _attention_bytes(shape: Mapping[str, Any], cfg: RunConfig, device_type: str,
     heads, queries, keys = shape["num_attention_heads"], linears["q_proj"][0], linears["k_proj"][0]
     own = cfg.model.attention == "auto"
     if own and device_type == "cpu":
-        rounded = math.ceil(document / _ROUNDING) * _ROUNDING
-        output = queries * width + 4 * heads if rounded >= _FUSED_BACKWARD_FROM else 0
+        rounded = math.ceil(document / limits.DOCUMENT_TOKENS_MULTIPLE) * limits.DOCUMENT_TOKENS_MULTIPLE
+        output = queries * width + 4 * heads if rounded >= limits.FUSED_ATTENTION_FROM_TOKENS else 0
         return rounded / document * ((queries + 2 * keys) * width + output)
     if own or cfg.model.attention == "flash_attention_2":
         return (2 * queries + 2 * keys) * width + 4 * heads

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from finetune.data.batch import build_batch, silent_batch
 from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED
-from finetune.losses import chunked
 from finetune.losses.cross_entropy import CrossEntropy, score
 from finetune.ops.attention import plan_segments
+from finetune.ops.limits import LOGITS_VALUES
 from tests.models import random_qwen2
 
 
@@ -56,7 +56,7 @@ def reference(docs: list[Document]) -> tuple[torch.Tensor, dict[str, torch.Tenso
 def test_packed_loss_and_gradients_equal_float64_documents_alone(
     attn, lengths, chunk_rows, frozen_head, weighted, monkeypatch
 ):
-    monkeypatch.setattr(chunked, "_LOGITS_LIMIT", 97 * chunk_rows)
+    monkeypatch.setitem(LOGITS_VALUES, "cpu", 97 * chunk_rows)
     docs = documents(lengths, weighted=weighted)
     expected, expected_gradients, correct = reference(docs)
     model = random_qwen2(attn)
@@ -120,7 +120,7 @@ def adapted(settings: dict, seed: int = 3) -> peft.PeftModel:
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*tie:UserWarning", "ignore:.*tied:UserWarning")
 @pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
 def test_a_trained_head_gets_the_gradients_of_the_plain_model(settings, monkeypatch):
-    monkeypatch.setattr(chunked, "_LOGITS_LIMIT", 97 * 4)
+    monkeypatch.setitem(LOGITS_VALUES, "cpu", 97 * 4)
     [document] = documents([40])
     plain = adapted(settings).double()
     logits = plain(input_ids=torch.tensor(document.ids[None].astype(np.int64))).logits[0]

@@ -22,10 +22,10 @@ from finetune.evaluation.agreement import agreement
 from finetune.evaluation.intervals import Bootstrap
 from finetune.evaluation.measure import Remembered, token_figures
 from finetune.evaluation.scoring import TokenScores, score_tokens
-from finetune.losses import chunked
 from finetune.losses.cross_entropy import head_of
 from finetune.models.fused import attach_fast_path
 from finetune.models.load import load_base, load_tokenizer
+from finetune.ops.limits import LOGITS_VALUES
 from finetune.system.errors import FinetuneError
 from finetune.system.resources import packaged
 
@@ -179,7 +179,7 @@ class Widest(TorchDispatchMode):
 
 def test_no_more_logits_exist_at_once_than_a_chunk_holds(said, documents, expected, monkeypatch):
     targets, words = expected.log_probs_NV.shape
-    monkeypatch.setattr(chunked, "_LOGITS_LIMIT", 16 * words)
+    monkeypatch.setitem(LOGITS_VALUES, "cpu", 16 * words)
     model = fast(other=True)
     with Widest(words) as widest:
         scores = score_tokens(model, documents, limit_tokens=ALL, teacher=said[1].replay(), vocabulary=words)

@@ -9,9 +9,9 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.losses import chunked
 from finetune.losses.chunked import chunked_logits, chunked_loss
 from finetune.losses.cross_entropy import _nats_of
+from finetune.ops.limits import LOGITS_VALUES
 
 D, V = 16, 211
 
@@ -62,7 +62,7 @@ def reference_kl(hidden: Tensor, head: nn.Module, teacher: Tensor) -> tuple[Tens
 @pytest.mark.parametrize("kind", ["frozen", "bias", "hooked", "trained", "lora"])
 @pytest.mark.parametrize(("rows", "limit"), [(1, 1), (7, 3 * V), (12, 3 * V), (12, 12 * V), (13, 2**20)])
 def test_a_divergence_and_its_gradients_equal_float64_over_the_full_vocabulary(kind, rows, limit, monkeypatch):
-    monkeypatch.setattr(chunked, "_LOGITS_LIMIT", limit)
+    monkeypatch.setitem(LOGITS_VALUES, "cpu", limit)
     torch.manual_seed(0)
     hidden, teacher = torch.randn(rows, D), 2 * torch.randn(rows, V)
     expected, gradients = reference_kl(hidden, head_of_kind(kind), teacher)
@@ -127,7 +127,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_is_larger_than_a_chunk_of_logits(kind, dtype, monkeypatch):
     rows = 20 * D  # so that neither hidden states nor the head outweigh the chunk
-    monkeypatch.setattr(chunked, "_LOGITS_LIMIT", 2 * D * V)
+    monkeypatch.setitem(LOGITS_VALUES, "cpu", 2 * D * V)
     head = head_of_kind(kind).to(dtype)
     hidden = torch.randn(rows, D, dtype=dtype, requires_grad=True)
     labels = torch.randint(V, (rows,))
@@ -149,7 +149,7 @@ class CountingRound(nn.Module):
 
 
 def test_a_trained_copy_with_fp32_masters_is_rounded_once_however_many_chunks(monkeypatch):
-    monkeypatch.setattr(chunked, "_LOGITS_LIMIT", 3 * V)
+    monkeypatch.setitem(LOGITS_VALUES, "cpu", 3 * V)
     head = head_of_kind("trained")
     rounding = CountingRound()
     parametrize.register_parametrization(head, "weight", rounding, unsafe=True)

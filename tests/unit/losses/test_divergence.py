@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.losses import chunked
 from finetune.losses.chunked import chunked_loss
 from finetune.losses.divergence import Terms, compare, distillation_loss
 from finetune.losses.teacher_targets import HiddenSignal, SampledSignal, Signal, TopSignal
+from finetune.ops.limits import LOGITS_VALUES
 
 N, D, V, ROWS = 9, 16, 61, 53  # V ids take part of the tables' 64 and 67 rows
 
@@ -87,7 +87,7 @@ CASES = [
 def test_values_and_gradients_equal_float64_over_the_vocabulary_that_both_sides_know(
     kind, terms, chunk_rows, monkeypatch
 ):
-    monkeypatch.setattr(chunked, "_LOGITS_LIMIT", V * chunk_rows)
+    monkeypatch.setitem(LOGITS_VALUES, "cpu", V * chunk_rows)
     own, teachers = heads()
     given = inputs()
     exact = {name: value.double() for name, value in given.items() if value.is_floating_point()}

@@ -12,8 +12,8 @@ from torch import nn
 from finetune.data.batch import build_batch
 from finetune.data.documents import Document
 from finetune.data.template.chat import UNTRAINED
-from finetune.losses import chunked
 from finetune.mixed_precision.divergences import divergences, documents_of_targets, mean_kl
+from finetune.ops.limits import LOGITS_VALUES
 
 
 def document(length: int, targets: int) -> Document:
@@ -23,7 +23,7 @@ def document(length: int, targets: int) -> Document:
 
 
 def test_divergences_are_those_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "_LOGITS_LIMIT", 50 * 4)  # chunks of a few rows
+    monkeypatch.setitem(LOGITS_VALUES, "cpu", 50 * 4)  # chunks of a few rows
     torch.manual_seed(0)
     head, reference = nn.Linear(8, 60, bias=False).requires_grad_(False), torch.randn(11, 8)
     changed = [reference + 0.1 * torch.randn(11, 8), reference.clone()]

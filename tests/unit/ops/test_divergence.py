@@ -9,9 +9,10 @@ import shutil
 import pytest
 import torch
 
-from finetune.ops import dispatch, divergence
+from finetune.ops import dispatch
 from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.divergence import DIVERGENCES, divergence_, sampled_kl_
+from finetune.ops.limits import SOFTMAX_BLOCK_VALUES
 
 # The fp32 sums of exponentials, 1 and more, are rounded once to 2**-24 each.
 ROUNDING = 1.2e-7
@@ -69,7 +70,7 @@ def pair(rows, vocabulary, dtype=torch.float32, apart=1.0):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nats_and_gradients_equal_float64(kind, mix, temperature, dtype, monkeypatch):
-    monkeypatch.setattr(divergence, "_BLOCK_VALUES", 3 * 131)  # blocks of 3 rows of 131: also full and broken ones
+    monkeypatch.setitem(SOFTMAX_BLOCK_VALUES, "cpu", 3 * 131)  # blocks of 3 rows of 131: also full and broken ones
     for rows, vocabulary in [(0, 97), (1, 1), (1, 97), (7, 1009), (12, 131), (13, 131)]:
         for apart in (0.03, 1.0, 5.0):
             check(*pair(rows, vocabulary, dtype, apart), kind, mix, temperature)
@@ -141,7 +142,7 @@ def sparse_teacher(rows, vocabulary, ids_a_row):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "vocabulary", "ids_a_row"), [(0, 97, 5), (1, 1, 1), (7, 11, 48), (13, 1009, 7)])
 def test_a_sparse_teacher_equals_float64_also_where_ids_come_again(dtype, rows, vocabulary, ids_a_row, monkeypatch):
-    monkeypatch.setattr(divergence, "_BLOCK_VALUES", 150)  # blocks of 3 rows of 7 ids
+    monkeypatch.setitem(SOFTMAX_BLOCK_VALUES, "cpu", 150)  # blocks of 3 rows of 7 ids
     logits, _, factors = pair(rows, vocabulary, dtype)
     ids, probs = sparse_teacher(rows, vocabulary, ids_a_row)
     leaf = logits.double().requires_grad_()

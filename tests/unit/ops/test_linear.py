@@ -71,7 +71,7 @@ def test_projections_of_one_input_equal_float64(dtype, shape, ranks, bias):
 @pytest.mark.parametrize("most_rows", [64, 16])
 def test_the_gated_mlp_equals_float64(dtype, ranks, most_rows, monkeypatch):
     """Of 45 rows, all at once and in blocks of which the last is shorter."""
-    monkeypatch.setattr(linear, "_MOST_ROWS", most_rows)
+    monkeypatch.setattr(linear, "MLP_ROWS", most_rows)
     torch.manual_seed(0)
     x = torch.randn(5, 9, 32).to(dtype).requires_grad_()
     gate, up, down = (
@@ -145,7 +145,7 @@ class WidestResult(TorchDispatchMode):
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_with_a_gradient_no_matrix_of_an_mlp_is_taller_than_a_block_in_either_pass(rank, monkeypatch):
-    monkeypatch.setattr(linear, "_MOST_ROWS", 8)
+    monkeypatch.setattr(linear, "MLP_ROWS", 8)
     gate, up, down = (projection(*shape, rank, torch.float32) for shape in ((80, 6), (80, 6), (6, 80)))
     x = torch.randn(27, 6, requires_grad=True)
     with WidestResult(80) as widest:
@@ -156,7 +156,7 @@ def test_with_a_gradient_no_matrix_of_an_mlp_is_taller_than_a_block_in_either_pa
 @pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_a_gradient_an_mlp_of_plain_weights_is_as_tall_as_a_block_and_says_the_same(dtype, monkeypatch):
-    monkeypatch.setattr(linear, "_FORWARD_ROWS", 8)
+    monkeypatch.setattr(linear, "MLP_FORWARD_ROWS", 8)
     torch.manual_seed(2)
     layers = [projection(*shape, 2, dtype) for shape in ((80, 6), (80, 6), (6, 80))]
     x = torch.randn(3, 9, 6).to(dtype)

@@ -1,0 +1,29 @@
+"""Sizes and thresholds that the kernels and the memory planner share. This module imports no torch.
+
+Dicts have a value per device type. "Values" are elements of a tensor, whatever their dtype.
+"""
+
+from __future__ import annotations
+
+# Logits alive at once (losses/chunked.py). 2**25 are 64 MB in bf16, 220 rows of Qwen2.5-0.5B. Half of it costs 5 % of
+# the step, twice of it gains next to nothing. A GPU needs more rows, or reading the head sets the pace.
+LOGITS_VALUES = {"cpu": 2**25, "cuda": 2**26}
+# Logits per block of softmax and divergence, per thread on a CPU: 2 MB in fp32, about one core's cache. A [128, 151936]
+# chunk in bf16 takes 115 ms on one thread in one piece, mostly page faults, and 30 ms in blocks. Forward KL on
+# [220, 151665] takes 140 ms (79 ms compiled); half this size 147 (86), twice this size 190 (79).
+# A GPU has no such cache: there a block only bounds the temporary.
+SOFTMAX_BLOCK_VALUES = {"cpu": 2**19, "cuda": 2**24}
+# Rows of a forward pass and tokens of a document are padded to a multiple. CPU kernels are compiled for each shape.
+ROWS_MULTIPLE, DOCUMENT_TOKENS_MULTIPLE = 64, 32
+# From this document length in tokens on, torch's fused attention backward is as fast as ops/cpu_attention.py.
+FUSED_ATTENTION_FROM_TOKENS = 513
+# Queries per block in ops/cpu_attention.py.
+QUERIES_PER_BLOCK = 128
+# Rows per pass of the fused MLP on a CPU. With more, the allocator maps the inner matrices anew each time (10 % of a
+# layer's time at 16,384 rows), and a backward pass holds up to 17 of them.
+MLP_ROWS = 2048
+# The same without gradients and with 16-bit weights: five inner matrices are alive, the largest of a layer.
+MLP_FORWARD_ROWS = 256
+# Work of a run, in floating-point operations, that repays the half minute of a first compilation: 0.5 billion
+# parameters and 100,000 tokens.
+COMPILE_FROM_FLOPS = 2e14
