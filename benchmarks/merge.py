@@ -80,7 +80,7 @@ def ours(options: dict[str, str], base: str = "original") -> None:
     from finetune.export.merge.merge import merge
     from finetune.system.console import progress_bar
 
-    words = [f"adapter={options['adapter']}", f"out={options['out']}", f"base={base}", "gate.rows=0"]
+    words = [f"adapter={options['adapter']}", f"out={options['out']}", f"base={base}", "kl_check.num_examples=0"]
     merge(read_options(MergeOptions, words, "benchmark"), lambda text: None, progress_bar)
 
 

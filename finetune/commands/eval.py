@@ -69,10 +69,10 @@ def run_eval(arguments: Arguments) -> int:
 
 def write_merged(adapter: str, out: Path) -> None:
     """Merge an adapter into its base, without measuring, for `evaluate_gap`."""
-    from finetune.config.command_options import GateOptions, MergeOptions
+    from finetune.config.command_options import KlCheckOptions, MergeOptions
     from finetune.export.merge.merge import merge
 
-    merge(MergeOptions(adapter=adapter, out=str(out), gate=GateOptions(rows=0)), log=lambda text: None)
+    merge(MergeOptions(adapter=adapter, out=str(out), kl_check=KlCheckOptions(num_examples=0)), log=lambda text: None)
 
 
 def _place(options: EvalOptions) -> Path | None:

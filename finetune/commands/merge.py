@@ -16,7 +16,7 @@ beside it) and the merged one are compared on held-out rows. Interrupted, the sa
 
 Examples
   finetune merge adapter=outputs/quickstart out=merged
-  finetune merge adapter=outputs/lora out=merged base=dequantized compare=true gate.max_kl=0.01
+  finetune merge adapter=outputs/lora out=merged base=dequantized compare=true kl_check.max_kl=0.01
   finetune merge 'adapter=[runs/a, runs/b]' 'weights=[0.6, 0.4]' combination=ties density=0.3 out=both
 """
 

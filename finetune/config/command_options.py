@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,19 +13,24 @@ MergedType = Literal["auto", "bf16", "fp16", "fp32"]
 Combination = Literal["linear", "ties", "dare_linear", "dare_ties"]
 
 
-class GateOptions(Section):
-    """How far the merged model may be from the trained one."""
+class KlCheckOptions(Section):
+    """Comparison of the merged model with the trained one, and the limit of their distance."""
 
-    data: list[SourceConfig] | None = Field(None, description="Rows to measure on; null is the run's data.eval.")
-    rows: Index = Field(64, description="Held-out rows to compare on, the first so many; 0 measures nothing.")
+    data: list[SourceConfig] | None = Field(None, description="Examples to compare on; null: the run's data.eval.")
+    num_examples: Index = Field(64, description="Number of held-out examples, from the first on; 0: no comparison.")
     max_kl: NotNegative | None = Field(
-        None, description="Fail above this KL(trained || merged) in nats a target token; null only reports it."
+        None, description="Largest allowed KL(trained || merged) in nats per target token; null: report it only."
     )
 
 
 class MergeOptions(Section):
     """`finetune merge`."""
 
+    OLD_KEYS: ClassVar[dict[str, str]] = {
+        "gate.data": "it is now kl_check.data",
+        "gate.rows": "it is now kl_check.num_examples",
+        "gate.max_kl": "it is now kl_check.max_kl",
+    }
     adapter: list[Text] | Text = Field(description="Run folder, checkpoint, adapter folder or hub id; or a list.")
     out: Text = Field(description="Folder to write; it must not exist.")
     base: Base = Field(
@@ -43,7 +48,9 @@ class MergeOptions(Section):
     )
     seed: Index = Field(0, description="Seed of what dare drops.")
     compare: bool = Field(False, description="Measure the other base as well, without keeping it.")
-    gate: GateOptions = Field(GateOptions(), description="The comparison of what was trained with what is written.")
+    kl_check: KlCheckOptions = Field(
+        KlCheckOptions(), description="Comparison of the trained model with the merged one on held-out examples."
+    )
 
 
 class ExportOptions(Section):

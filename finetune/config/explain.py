@@ -114,6 +114,8 @@ def unknown_key(path: str, root: type[Section] = RunConfig) -> Problem:
             return Problem(path, f"unknown key; {REFUSED[name]}")
         if peers := PEERS.get(_general(path)) or PEERS.get(name):
             return Problem(path, f"unknown key; here it is {peers}")
+    if answer := getattr(root, "OLD_KEYS", {}).get(path):
+        return Problem(path, f"unknown key; {answer}")
     elsewhere = [field for field in schema_fields(root) if field.split(".")[-1] == name]
     if meant := " or ".join(elsewhere) or _nearest(path, name, root):
         return Problem(path, f"unknown key; did you mean {meant}?")

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.config.compose import saved_config
 from finetune.export.copied_files import MODEL, copy_files
-from finetune.export.exporter import Exported, Job
+from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.verify import Verification, compare, require_same, source_answers
 from finetune.models.adapters.config import other_base, other_updates, scaling_of
 from finetune.models.adapters.files import CONFIG_FILE, PREFIX, TENSOR_FILE, check_adapter, load_adapter
@@ -47,53 +47,53 @@ _REFUSED = {
 }
 
 
-def to_adapter(job: Job) -> Exported:
+def to_adapter(request: ExportRequest) -> Exported:
     """The adapter in a folder of its own, ready for `--lora-modules`, with the command that serves it.
 
     Compared with the source by PEFT on the base, where that is a local folder: bit for bit if nothing was folded.
     Raises: ConfigError for what servers do not take; IntegrityError if it is broken or reads back as another one.
     """
-    config, tensors = _read(job)
-    base = job.options.model or str(config["base_model_name_or_path"])
-    revision = None if job.options.model else config.get("revision")
+    config, tensors = _read(request)
+    base = request.options.model or str(config["base_model_name_or_path"])
+    revision = None if request.options.model else config.get("revision")
     folded = not _uniform(config, tensors)
     if folded:
         tensors = _fold(config, tensors)
-        save_file(tensors, job.out / TENSOR_FILE, metadata={"format": "pt"})
+        save_file(tensors, request.out / TENSOR_FILE, metadata={"format": "pt"})
     else:
-        shutil.copyfile(job.source / TENSOR_FILE, job.out / TENSOR_FILE)
+        shutil.copyfile(request.source / TENSOR_FILE, request.out / TENSOR_FILE)
     rank = max(_ranks(tensors).values())
     written = {**config, "base_model_name_or_path": base, "revision": revision, "rank_pattern": {}, "alpha_pattern": {}}
     if folded:
         written |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
-    write_text(job.out / CONFIG_FILE, json.dumps(written, indent=2, sort_keys=True) + "\n")
-    copy_files(job.source, job.out, MODEL)
-    check_adapter(job.out)
+    write_text(request.out / CONFIG_FILE, json.dumps(written, indent=2, sort_keys=True) + "\n")
+    copy_files(request.source, request.out, MODEL)
+    check_adapter(request.out)
     checks = []
-    if job.options.verify:
+    if request.options.verify:
         if (folder := Path(base).expanduser()).is_dir():
-            checks = [_verify(job, folder, folded)]
+            checks = [_verify(request, folder, folded)]
         else:
-            job.log(f"not compared with its source: the base {base} is no local folder; model=FOLDER names one")
-    four_bit = makes_up_for_quantizing(saved_config(job.source))
+            request.log(f"not compared with its source: the base {base} is no local folder; model=FOLDER names one")
+    four_bit = makes_up_for_quantizing(saved_config(request.source))
     if four_bit:
-        job.log("the adapter makes up for what quantizing took: the command serves it over the base in 4 bit")
+        request.log("the adapter makes up for what quantizing took: the command serves it over the base in 4 bit")
     notes = {"rank": rank, "folded": folded, "base": base, "four_bit_base": four_bit}
-    return Exported(checks, [_serve(job, base, revision, rank, four_bit)], notes)
+    return Exported(checks, [_serve(request, base, revision, rank, four_bit)], notes)
 
 
-def _read(job: Job) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(request: ExportRequest) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The source's config and factors, if servers can take them."""
-    if job.options.type is not None:
-        raise ConfigError(f"type={job.options.type}: format=adapter keeps an adapter's own numbers; drop it")
-    config = read_json(job.source / CONFIG_FILE, f"adapter {job.source}")
+    if request.options.type is not None:
+        raise ConfigError(f"type={request.options.type}: format=adapter keeps an adapter's own numbers; drop it")
+    config = read_json(request.source / CONFIG_FILE, f"adapter {request.source}")
     if config.get("peft_type") != "LORA":
-        raise ConfigError(f"adapter {job.source} is {config.get('peft_type')}, not LORA")
-    check_adapter(job.source)
-    tensors = load_file(job.source / TENSOR_FILE)
+        raise ConfigError(f"adapter {request.source} is {config.get('peft_type')}, not LORA")
+    check_adapter(request.source)
+    tensors = load_file(request.source / TENSOR_FILE)
     if reasons := list(_obstacles(config, tensors)):
         raise ConfigError(
-            f"adapter {job.source} cannot be served as an adapter: {'; '.join(reasons)}. Merge it into its base: "
+            f"adapter {request.source} cannot be served as an adapter: {'; '.join(reasons)}. Merge it into its base: "
             "finetune export format=safetensors, or finetune merge"
         )
     return config, tensors
@@ -147,14 +147,16 @@ def _fold(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tenso
     return folded
 
 
-def _verify(job: Job, base: Path, folded: bool) -> Verification:
+def _verify(request: ExportRequest, base: Path, folded: bool) -> Verification:
     with tempfile.TemporaryDirectory() as name:
-        answers = source_answers(_beside_base(job.source, base, Path(name)), job.options.prompts, job.options.tokens)
+        answers = source_answers(
+            _beside_base(request.source, base, Path(name)), request.options.prompts, request.options.tokens
+        )
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
-        served = load_adapter(model, job.out)
+        served = load_adapter(model, request.out)
     found = compare(answers, lambda ids: served(input_ids=torch.tensor([ids])).logits[0].float(), "PEFT")
     require_same(found, exact=True)
     # Sums in another order: some units in the last place of the largest logit.
@@ -177,8 +179,8 @@ def _beside_base(adapter: Path, base: Path, folder: Path) -> Path:
     return folder
 
 
-def _serve(job: Job, base: str, revision: str | None, rank: int, four_bit: bool) -> str:
-    out = Path(job.options.out)
+def _serve(request: ExportRequest, base: str, revision: str | None, rank: int, four_bit: bool) -> str:
+    out = Path(request.options.out)
     name = re.sub(r"[^\w.-]+", "-", out.resolve().name)
     words = ["vllm", "serve", base, *(["--revision", revision] if revision else [])]
     words += ["--quantization", "bitsandbytes"] if four_bit else []
@@ -189,7 +191,7 @@ def _serve(job: Job, base: str, revision: str | None, rank: int, four_bit: bool)
         "--max-lora-rank",
         str(next(most for most in MAX_RANKS if most >= rank)),
     ]
-    if (job.out / "chat_template.jinja").is_file():
+    if (request.out / "chat_template.jinja").is_file():
         # The base's own tokenizer, which vLLM takes, may have another.
         words += ["--chat-template", str(out / "chat_template.jinja")]
     return shlex.join(words)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.config.command_options import ExportOptions, GateOptions, MergedType, MergeOptions
-from finetune.export.exporter import Exported, Job, Log
+from finetune.config.command_options import ExportOptions, KlCheckOptions, MergedType, MergeOptions
+from finetune.export.exporter import Exported, ExportRequest, Log
 from finetune.export.merge.merge import Progress, merge
 from finetune.export.staging import check_room, scratch, staged
 from finetune.models.adapters.files import CONFIG_FILE, TENSOR_FILE, fetch_adapter
@@ -71,9 +71,9 @@ def export_model(options: ExportOptions, log: Log = log, progress: Progress = pr
     _check(options)
     out = Path(options.out).expanduser()
     # What is in the way, or has no place, is said before an hour's merging.
-    with staged(out, 0) as folder, _source(options, out, log, progress) as (source, gates):
+    with staged(out, 0) as folder, _source(options, out, log, progress) as (source, kl_checks):
         check_room(folder, out, _room(source, options))
-        exported: Exported = _load(FORMATS[options.format].run)(Job(source, folder, options, log))
+        exported: Exported = _load(FORMATS[options.format].run)(ExportRequest(source, folder, options, log))
         for check in exported.checks:
             log(check.describe())
         report = {
@@ -81,7 +81,7 @@ def export_model(options: ExportOptions, log: Log = log, progress: Progress = pr
             "format": options.format,
             "type": options.type,
             "checks": [check.as_dict() for check in exported.checks],
-            "gates": gates,
+            "kl_checks": kl_checks,
             **exported.notes,
         }
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -124,7 +124,7 @@ def _source(
         with scratch(out, "merged") as folder:
             merged = folder / "model"
             found = merge(_merging(options, merged), log, progress)
-            yield merged, [gate.as_dict() for gate in found.gates]
+            yield merged, [check.as_dict() for check in found.kl_checks]
 
 
 def _merging(options: ExportOptions, merged: Path) -> MergeOptions:
@@ -137,7 +137,7 @@ def _merging(options: ExportOptions, merged: Path) -> MergeOptions:
         model=options.model,
         base=options.base,
         dtype=_NARROW.get(kind, "fp32"),
-        gate=GateOptions() if options.verify else GateOptions(rows=0),
+        kl_check=KlCheckOptions() if options.verify else KlCheckOptions(num_examples=0),
     )
 
 

@@ -12,7 +12,7 @@ from finetune.system.console import Log
 
 
 @dataclass(frozen=True)
-class Job:
+class ExportRequest:
     """What an exporter gets.
 
     source: a plain model folder (safetensors, config, tokenizer, chat template), never written to; for

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from finetune.config.options import parse_size
 from finetune.config.schema import QuantConfig
 from finetune.export.copied_files import MODEL, copy_files
-from finetune.export.exporter import Exported, Job
+from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.merge.merge import REPORT
 from finetune.export.shards import Content, Planned, plan_shards, write_index, write_shard
 from finetune.export.verify import Reader, Verification, compare, require_same, source_answers
@@ -55,40 +55,40 @@ class Storage:
     advice: str | None = None
 
 
-def to_safetensors(job: Job) -> Exported:
+def to_safetensors(request: ExportRequest) -> Exported:
     """A complete transformers folder in the number format that `type` names (bf16 without one).
 
     Raises: ConfigError for an unknown type, a source that is quantized already or numbers that fp16 cannot hold;
     MissingExtra; IntegrityError if transformers does not read back what was written.
     """
-    kind = job.options.type or "bf16"
+    kind = request.options.type or "bf16"
     check_ready(kind)
-    limit_bytes = parse_size("shard_size", job.options.shard_size)
-    config = read_config(job.source, str(job.source))
-    skeleton = build_skeleton(job.source, torch.bfloat16, "eager")
+    limit_bytes = parse_size("shard_size", request.options.shard_size)
+    config = read_config(request.source, str(request.source))
+    skeleton = build_skeleton(request.source, torch.bfloat16, "eager")
     head = head_name(skeleton)
-    kept = _kept_in_training(job.source, kind)
+    kept = _kept_in_training(request.source, kind)
     storage = TYPES[kind]([head, *kept])
     blocks = [name for name in linear_names(skeleton) if name != head and name not in set(kept)]
     quantized = [f"{name}.weight" for name in blocks] if storage.quantize else []
-    lossless = _write_weights(job, storage, quantized, limit_bytes)
-    _write_config(job.out, config, storage)
-    copy_files(job.source, job.out, MODEL)
-    checks = [_verify(job, lossless)] if job.options.verify else []
+    lossless = _write_weights(request, storage, quantized, limit_bytes)
+    _write_config(request.out, config, storage)
+    copy_files(request.source, request.out, MODEL)
+    checks = [_verify(request, lossless)] if request.options.verify else []
     notes: dict[str, Any] = {
         "type": kind,
         "quantized_tensors": len(quantized),
-        "bytes": sum(file.stat().st_size for file in job.out.glob("*.safetensors")),
+        "bytes": sum(file.stat().st_size for file in request.out.glob("*.safetensors")),
     }
     if storage.advice:
         notes["hardware"] = storage.advice
     if kept:
         notes["kept_in_bf16"] = kept
-        job.log(
+        request.log(
             f"{len(kept)} layers stay bf16, as training kept them in more bits; vLLM takes q, k and v of a layer, and "
             "gate and up, as one and wants them stored alike"
         )
-    out = Path(job.options.out)
+    out = Path(request.options.out)
     serve = f"vllm serve {shlex.quote(str(out))} --served-model-name {shlex.quote(out.resolve().name)}"
     return Exported(checks, [serve], notes)
 
@@ -176,15 +176,15 @@ def check_ready(kind: str) -> None:
     TYPES[kind](["lm_head"])
 
 
-def _write_weights(job: Job, storage: Storage, quantized: list[str], limit_bytes: int) -> bool:
+def _write_weights(request: ExportRequest, storage: Storage, quantized: list[str], limit_bytes: int) -> bool:
     """All tensors, in shards. Returns: whether each kept its value."""
-    files = weight_files(job.source, str(job.source))
+    files = weight_files(request.source, str(request.source))
     weights = WeightFiles(files)
     if lost := sorted(set(quantized) - files.keys()):
-        raise IntegrityError(f"{job.source} lacks {', '.join(lost[:5])}, which its config.json promises")
+        raise IntegrityError(f"{request.source} lacks {', '.join(lost[:5])}, which its config.json promises")
     parts = {name: stored for name, stored in weights.tensors.items() if name not in set(quantized)}
     plan = [Planned(name, storage.dtype, stored.shape) for name, stored in parts.items()]
-    scratch = job.out / ".quantized"
+    scratch = request.out / ".quantized"
     if storage.quantize is not None:
         # How long the parts are shows when they are made, and a file's header comes first: they wait on the disk.
         with scratch.open("wb") as stream:
@@ -195,8 +195,8 @@ def _write_weights(job: Job, storage: Storage, quantized: list[str], limit_bytes
                     plan.append(Planned(layer + key, stored.dtype, stored.shape))
     shards = plan_shards(sorted(plan, key=lambda planned: planned.name), limit_bytes)
     for file, members in shards.items():
-        write_shard(job.out / file, members, lambda planned: _content(planned, parts[planned.name]), lambda _: None)
-    write_index(job.out, shards)
+        write_shard(request.out / file, members, lambda planned: _content(planned, parts[planned.name]), lambda _: None)
+    write_index(request.out, shards)
     scratch.unlink(missing_ok=True)
     weights.check_unchanged()
     wider = {stored.dtype for stored in parts.values()} - {storage.dtype}
@@ -237,9 +237,9 @@ def _write_config(out: Path, source: Mapping[str, Any], storage: Storage) -> Non
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _verify(job: Job, lossless: bool) -> Verification:
-    answers = source_answers(job.source, job.options.prompts, job.options.tokens)
-    found = compare(answers, transformers_reader(job.out), "transformers")
+def _verify(request: ExportRequest, lossless: bool) -> Verification:
+    answers = source_answers(request.source, request.options.prompts, request.options.tokens)
+    found = compare(answers, transformers_reader(request.out), "transformers")
     require_same(found, exact=lossless)
     return found
 

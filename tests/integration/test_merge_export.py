@@ -29,12 +29,14 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_is_merged_measured_and_answers(finetune_command, run_folder, tmp_path):
-    done = finetune_command("merge", f"adapter={run_folder}", "out=merged", "gate.max_kl=0.05", "gate.rows=8")
+    done = finetune_command(
+        "merge", f"adapter={run_folder}", "out=merged", "kl_check.max_kl=0.05", "kl_check.num_examples=8"
+    )
     assert (done.returncode, done.stdout) == (0, "merged\n"), done.stderr
     assert "base=original: the adapter learned a task" in done.stderr
     assert "KL(trained || merged)" in done.stderr
     report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
-    assert report["changed"] == 8 and report["gates"][0]["rows"] == 8
+    assert report["changed"] == 8 and report["kl_checks"][0]["rows"] == 8
     talked = finetune_command("chat", "model=merged", "max_new_tokens=4", input="Say the word.\n")
     assert talked.returncode == 0, talked.stderr
 
@@ -88,7 +90,7 @@ def test_the_help_names_every_type_that_can_be_written(finetune_command):
 
 def test_a_merged_model_is_exported_and_read_back(finetune_command, run_folder, tmp_path):
     pytest.importorskip("gguf", reason="needs the gguf extra")
-    assert finetune_command("merge", f"adapter={run_folder}", "out=merged", "gate.rows=0").returncode == 0
+    assert finetune_command("merge", f"adapter={run_folder}", "out=merged", "kl_check.num_examples=0").returncode == 0
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()}
     done = finetune_command("export", "model=merged", "format=gguf", "type=bf16", "out=gguf", "prompts=2")
     assert done.returncode == 0, done.stderr
@@ -122,7 +124,7 @@ main(sys.argv[1:])
 
 
 def test_killed_it_goes_on_after_the_last_whole_file(finetune_command, run_folder, tmp_path):
-    words = ["merge", f"adapter={run_folder}", "out=merged", "shard_size=1MB", "gate.rows=0"]
+    words = ["merge", f"adapter={run_folder}", "out=merged", "shard_size=1MB", "kl_check.num_examples=0"]
     done = subprocess.run([sys.executable, "-c", KILLED_AFTER_TWO, *words], cwd=tmp_path)
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "merged").exists()
@@ -140,7 +142,7 @@ def test_killed_it_goes_on_after_the_last_whole_file(finetune_command, run_folde
 @pytest.mark.parametrize("command", ["merge", "export"])
 def test_a_full_disk_leaves_nothing(command, finetune_command, run_folder, tmp_path):
     """The system refuses the bytes in the middle of a file."""
-    words = ["gate.rows=0"] if command == "merge" else ["format=safetensors", "verify=false"]
+    words = ["kl_check.num_examples=0"] if command == "merge" else ["format=safetensors", "verify=false"]
     before = run_folder_state(run_folder)
     done = finetune_command(
         command,
@@ -188,7 +190,7 @@ def run_folder_state(folder: Path) -> dict[str, tuple[int, int]]:
 def test_too_little_room_is_known_before_anything_is_written(run_folder, tmp_path):
     small = "import shutil, sys; shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(9, 9, 1000)\n"
     script = small + "from finetune.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = ["merge", f"adapter={run_folder}", "out=merged", "gate.rows=0"]
+    words = ["merge", f"adapter={run_folder}", "out=merged", "kl_check.num_examples=0"]
     done = subprocess.run([sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 4 and "are needed and 0.00 GB are free there" in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
@@ -247,7 +249,12 @@ def test_a_layer_of_a_7b_is_merged_in_a_block_of_memory(kind, limit, repo_root, 
 
 def test_the_embedded_base_answers_alike_merged_and_adapted(finetune_command, run_folder, tmp_path):
     """What a user would check by hand: plain transformers, offline, no package of ours."""
-    assert finetune_command("merge", f"adapter={run_folder}", "out=merged", "dtype=fp32", "gate.rows=0").returncode == 0
+    assert (
+        finetune_command(
+            "merge", f"adapter={run_folder}", "out=merged", "dtype=fp32", "kl_check.num_examples=0"
+        ).returncode
+        == 0
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(load_config("quickstart.yaml").model.name, dtype=torch.float32)
@@ -272,7 +279,12 @@ def test_64_greedy_tokens_of_the_trained_model_are_the_same(kind, finetune_comma
     """Both formats keep every bit, so no token may differ; the stop token is taken away to have all of them."""
     form, number = kind.split()
     pytest.importorskip({"gguf": "gguf", "onnx": "onnxruntime_genai"}[form], reason=f"needs the {form} extra")
-    assert finetune_command("merge", f"adapter={run_folder}", "out=merged", "dtype=fp32", "gate.rows=0").returncode == 0
+    assert (
+        finetune_command(
+            "merge", f"adapter={run_folder}", "out=merged", "dtype=fp32", "kl_check.num_examples=0"
+        ).returncode
+        == 0
+    )
     settings = tmp_path / "merged" / "generation_config.json"
     unused = json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] - 1
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token_id": unused}))

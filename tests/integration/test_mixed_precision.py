@@ -126,10 +126,10 @@ def test_a_resumed_run_ends_in_the_same_bits(here: Path, trained: Path) -> None:
 
 def test_it_merges_and_exports(here: Path, trained: Path) -> None:
     """Into the weights that training saw: only rounding is between what was trained and what is written."""
-    finetune(here, "merge", f"adapter={trained}", "out=merged", "base=dequantized", "gate.rows=12")
-    (gate,) = json.loads((here / "merged" / "merge_report.json").read_text())["gates"]
+    finetune(here, "merge", f"adapter={trained}", "out=merged", "base=dequantized", "kl_check.num_examples=12")
+    (check,) = json.loads((here / "merged" / "merge_report.json").read_text())["kl_checks"]
     # bf16 sums of other orders: 2e-4; a layer taken for one of another kind: 5e-3.
-    assert 0 <= gate["kl"] < 1e-3
+    assert 0 <= check["kl"] < 1e-3
     finetune(here, "export", "model=merged", "format=safetensors", "type=nf4", "out=exported", "prompts=2", "tokens=4")
     tensors = load_file(here / "exported" / "model.safetensors")
     quant = load_config(str(trained / "config.yaml")).quant

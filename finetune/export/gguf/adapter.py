@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.export.exporter import Exported, Job
+from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.gguf.file import (
     PlannedTensor,
     check_file,
@@ -29,7 +29,7 @@ TYPES = ("f32", "f16", "bf16", "q8_0")
 _MERGED_ONLY = ("use_dora", "modules_to_save")
 
 
-def adapter_to_gguf(job: Job) -> Exported:
+def adapter_to_gguf(request: ExportRequest) -> Exported:
     """Writes `<name>-<type>.gguf` into job.out from the PEFT adapter in job.source.
 
     `options.type`: one of TYPES, f32 if none is given, which keeps every bit of an ordinary adapter.
@@ -38,29 +38,29 @@ def adapter_to_gguf(job: Job) -> Exported:
     Raises: ConfigError naming everything of the adapter that such a file cannot say; IntegrityError if the adapter is
     broken or was written wrongly.
     """
-    kind = number_type(job.options.type or "f32", TYPES)
-    adapter = fetch_adapter(str(job.source), "adapter")
+    kind = number_type(request.options.type or "f32", TYPES)
+    adapter = fetch_adapter(str(request.source), "adapter")
     if problems := list(_unsayable(adapter)):
         listed = "\n  ".join(problems)
         raise ConfigError(f"adapter={adapter.name} cannot be a GGUF adapter; merge it (merge=true):\n  {listed}")
     alpha = float(adapter.config.get("lora_alpha", 8)) or 1.0  # 0 would mean: do not scale
     tensors = list(_plan(adapter, alpha, kind))
-    path = job.out / file_name(job, kind)
-    entries = write_file(path, _writer(job, adapter, alpha, kind), tensors)
-    if job.options.verify:
+    path = request.out / file_name(request, kind)
+    entries = write_file(path, _writer(request, adapter, alpha, kind), tensors)
+    if request.options.verify:
         check_file(path, entries, tensors)
     size = path.stat().st_size
-    job.log(f"{path.name}: {size / 1e6:,.1f} MB, {len(tensors) // 2} adapted matrices")
-    final = shlex.quote(str(final_folder(job) / path.name))
+    request.log(f"{path.name}: {size / 1e6:,.1f} MB, {len(tensors) // 2} adapted matrices")
+    final = shlex.quote(str(final_folder(request) / path.name))
     notes = {"file": path.name, "bytes": size, "type": kind.name, "alpha": alpha, "tensors": types_used(tensors)}
     return Exported([], [f"llama-server -m BASE.gguf --lora {final}"], notes)
 
 
-def _writer(job: Job, adapter: SavedAdapter, alpha: float, kind: NumberType) -> Any:
+def _writer(request: ExportRequest, adapter: SavedAdapter, alpha: float, kind: NumberType) -> Any:
     gguf = gguf_package()
     writer = gguf.GGUFWriter(None, ARCHITECTURE)
     writer.add_type("adapter")
-    writer.add_name(model_name(job))
+    writer.add_name(model_name(request))
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
     writer.add_file_type(gguf.LlamaFileType[kind.file_type or f"MOSTLY_{kind.name.upper()}"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from finetune.export.exporter import Job
+from finetune.export.exporter import ExportRequest
 from finetune.export.gguf.tokenizer import load_tokenizer
 from finetune.export.gguf.types import NumberType
 from finetune.export.verify import Answers, Verification, compare, require_same, source_answers
@@ -39,17 +39,17 @@ _TURNS = [
 ]
 
 
-def check_model(job: Job, path: Path, kind: NumberType) -> list[Verification]:
+def check_model(request: ExportRequest, path: Path, kind: NumberType) -> list[Verification]:
     """Ids and logits by every reader there is, against the source's.
 
     Raises: IntegrityError where ids differ, or answers more than the type explains (for f32: at all).
     """
-    texts = sample_texts(job.source)
-    require_transformers_ids(path, job.source, texts)
-    answers = source_answers(job.source, job.options.prompts, job.options.tokens)
-    found = [_in_transformers(path, job.source, answers)]
+    texts = sample_texts(request.source)
+    require_transformers_ids(path, request.source, texts)
+    answers = source_answers(request.source, request.options.prompts, request.options.tokens)
+    found = [_in_transformers(path, request.source, answers)]
     if (llama := open_llama(path, max(map(len, answers.ids)))) is None:
-        job.log("llama.cpp's Python package (llama-cpp-python) is not installed: not read with it")
+        request.log("llama.cpp's Python package (llama-cpp-python) is not installed: not read with it")
     else:
         require_llama_ids(llama, texts)
         found.append(compare(answers, lambda ids: llama_logits(llama, ids), "llama.cpp"))

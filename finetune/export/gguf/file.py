@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.export.exporter import Job
+from finetune.export.exporter import ExportRequest
 from finetune.export.gguf.types import NumberType, decode, encode, gguf_package
 from finetune.system.errors import IntegrityError
 
@@ -51,22 +51,22 @@ class PlannedTensor:
         return data
 
 
-def file_name(job: Job, kind: NumberType) -> str:
+def file_name(request: ExportRequest, kind: NumberType) -> str:
     """`<name>-<type>.gguf`, the name being that of the folder that is asked for."""
-    return f"{model_name(job)}-{kind.name}.gguf"
+    return f"{model_name(request)}-{kind.name}.gguf"
 
 
-def model_name(job: Job) -> str:
+def model_name(request: ExportRequest) -> str:
     """The last part of the folder that is asked for, without what file names and Ollama dislike."""
     name = "".join(
-        sign if sign.isascii() and (sign.isalnum() or sign in "._-") else "-" for sign in final_folder(job).name
+        sign if sign.isascii() and (sign.isalnum() or sign in "._-") else "-" for sign in final_folder(request).name
     )
     return name.strip(".-") or "model"
 
 
-def final_folder(job: Job) -> Path:
+def final_folder(request: ExportRequest) -> Path:
     """Where the files will be in the end; `job.out` may have another name until they are whole."""
-    return Path(job.options.out).expanduser()
+    return Path(request.options.out).expanduser()
 
 
 def write_file(path: Path, writer: Any, tensors: list[PlannedTensor]) -> dict[str, Any]:

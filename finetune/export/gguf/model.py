@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from finetune.export.exporter import Exported, Job, Log
+from finetune.export.exporter import Exported, ExportRequest, Log
 from finetune.export.gguf.adapter import adapter_to_gguf
 from finetune.export.gguf.check import check_model
 from finetune.export.gguf.file import (
@@ -29,7 +29,7 @@ from finetune.models.safetensors_index import Stored, WeightFiles, read_rows
 from finetune.system.errors import IntegrityError
 
 
-def to_gguf(job: Job) -> Exported:
+def to_gguf(request: ExportRequest) -> Exported:
     """Writes `<name>-<type>.gguf` into job.out: the model, or with `merge=false` the adapter.
 
     `options.type`: one of types.TYPES, q8_0 if none is given: half of bf16's size, and hardly another answer.
@@ -39,34 +39,34 @@ def to_gguf(job: Job) -> Exported:
     source does.
     """
     gguf_package()  # before an hour's work, if it is missing
-    if not job.options.merge:
-        return adapter_to_gguf(job)
-    kind = number_type(job.options.type or DEFAULT)
-    path = job.out / file_name(job, kind)
-    notes = write_model(job, path, kind)
-    checks = check_model(job, path, kind) if job.options.verify else []
-    final = shlex.quote(str(final_folder(job) / path.name))
+    if not request.options.merge:
+        return adapter_to_gguf(request)
+    kind = number_type(request.options.type or DEFAULT)
+    path = request.out / file_name(request, kind)
+    notes = write_model(request, path, kind)
+    checks = check_model(request, path, kind) if request.options.verify else []
+    final = shlex.quote(str(final_folder(request) / path.name))
     return Exported(checks, [f"llama-server -m {final}", f"llama-cli -m {final} -cnv"], notes)
 
 
-def write_model(job: Job, path: Path, kind: NumberType) -> dict[str, Any]:
+def write_model(request: ExportRequest, path: Path, kind: NumberType) -> dict[str, Any]:
     """Writes the file and, with `verify`, proves its content.
 
     Returns: facts for the report. Raises: as `to_gguf`.
     """
-    config = AutoConfig.from_pretrained(job.source, trust_remote_code=False, local_files_only=True)
-    tensors = plan_tensors(job.source, config.num_hidden_layers, config.tie_word_embeddings, kind)
-    vocabulary = read_vocabulary(job.source, tensors[0].shape[0])
+    config = AutoConfig.from_pretrained(request.source, trust_remote_code=False, local_files_only=True)
+    tensors = plan_tensors(request.source, config.num_hidden_layers, config.tie_word_embeddings, kind)
+    vocabulary = read_vocabulary(request.source, tensors[0].shape[0])
     writer = gguf_package().GGUFWriter(None, ARCHITECTURE)
-    _describe(writer, model_name(job), kind, tensors)
+    _describe(writer, model_name(request), kind, tensors)
     for key, value in settings(config).items():
         _add(writer, f"{ARCHITECTURE}.{key}", value)
     writer.add_vocab_size(len(vocabulary.tokens))
     vocabulary.write(writer)
     entries = write_file(path, writer, tensors)
-    if job.options.verify:
+    if request.options.verify:
         check_file(path, entries, tensors)
-    return _notes(job.log, path, kind, tensors, vocabulary)
+    return _notes(request.log, path, kind, tensors, vocabulary)
 
 
 def plan_tensors(folder: Path, layers: int, tied: bool, kind: NumberType) -> list[PlannedTensor]:

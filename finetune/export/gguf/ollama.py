@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.template.sandbox import Renderer
-from finetune.export.exporter import Exported, Job
+from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.gguf.file import final_folder, model_name
 from finetune.export.gguf.model import to_gguf
 from finetune.export.gguf.tokenizer import load_tokenizer
@@ -41,28 +41,28 @@ _DEFAULT_SYSTEM = """
 {{ end }}"""
 
 
-def to_ollama(job: Job) -> Exported:
+def to_ollama(request: ExportRequest) -> Exported:
     """Writes a GGUF file and a Modelfile beside it into job.out: weights, template, stop tokens, sampling.
 
     Ollama's templates are Go's, so the model's own (jinja) is rebuilt; for system, user and assistant turns the two
     write the same. Tools are not offered to it.
     Raises: ConfigError if the model's template is not ChatML, or for merge=false; else as `to_gguf`.
     """
-    if not job.options.merge:
+    if not request.options.merge:
         raise ConfigError(
             "format=ollama merge=false: an adapter alone is no model; use format=gguf merge=false, and ADAPTER in a "
             "Modelfile of the base"
         )
-    tokenizer = load_tokenizer(job.source)
+    tokenizer = load_tokenizer(request.source)
     template = go_template(tokenizer)
-    settings = _generation_config(job.source)
-    gguf = to_gguf(job)
+    settings = _generation_config(request.source)
+    gguf = to_gguf(request)
     lines = [f"FROM ./{gguf.notes['file']}", f'TEMPLATE """{template}"""']
-    lines += [f'PARAMETER stop "{token}"' for token in _stop_tokens(job.source, tokenizer, settings)]
+    lines += [f'PARAMETER stop "{token}"' for token in _stop_tokens(request.source, tokenizer, settings)]
     lines += [f"PARAMETER {name} {value}" for name, value in _sampling(settings).items()]
-    (job.out / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-    name = model_name(job).lower()
-    modelfile = shlex.quote(str(final_folder(job) / "Modelfile"))
+    (request.out / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    name = model_name(request).lower()
+    modelfile = shlex.quote(str(final_folder(request) / "Modelfile"))
     return Exported(gguf.checks, [f"ollama create {name} -f {modelfile}", f"ollama run {name}"], gguf.notes)
 
 

@@ -59,11 +59,14 @@ def _facts(trained: Trained, report: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("combination", report["combination"]))
     if trained.cfg is not None:
         facts.append(("trained on", ", ".join(f"`{Path(source.path).name}`" for source in trained.cfg.data.train)))
-    for gate in report["gates"]:
-        whose = f" ({gate['adapter']})" if len(report["gates"]) > 1 else ""
+    for check in report["kl_checks"]:
+        whose = f" ({check['adapter']})" if len(report["kl_checks"]) > 1 else ""
         facts += [
-            (f"KL(trained, merged){whose}", f"{gate['kl']:.6f} nats a token, {gate['tokens']:,} held-out tokens"),
-            (f"same first choice{whose}", f"{gate['top1']:.2%}"),
-            (f"perplexity{whose}", f"{gate['perplexity_trained']:.4f} trained, {gate['perplexity_merged']:.4f} merged"),
+            (f"KL(trained, merged){whose}", f"{check['kl']:.6f} nats a token, {check['tokens']:,} held-out tokens"),
+            (f"same first choice{whose}", f"{check['top1']:.2%}"),
+            (
+                f"perplexity{whose}",
+                f"{check['perplexity_trained']:.4f} trained, {check['perplexity_merged']:.4f} merged",
+            ),
         ]
     return facts

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-class Change(Protocol):
+class Delta(Protocol):
     """rows: of the whole tensor afterwards; None where it keeps its own. whole: it must see all rows at once."""
 
     @property
@@ -100,7 +100,7 @@ class Combined:
     Yu et al. 2023, arXiv:2311.03099.
     """
 
-    changes: Sequence[Change]
+    deltas: Sequence[Delta]
     weights: Sequence[float]
     combine: Combine | None
     density: float
@@ -112,40 +112,40 @@ class Combined:
 
     @property
     def rows(self) -> int | None:
-        return max((change.rows for change in self.changes if change.rows is not None), default=None)
+        return max((delta.rows for delta in self.deltas if delta.rows is not None), default=None)
 
     def apply(self, block: Tensor, start: int) -> Tensor:
         if self.combine is None:
             changed = block.clone()
-            for change, weight in zip(self.changes, self.weights, strict=True):
-                changed += weight * _update(change, block, start)
+            for delta, weight in zip(self.deltas, self.weights, strict=True):
+                changed += weight * _update(delta, block, start)
             return changed
-        updates = [_update(change, block, start) for change in self.changes]
+        updates = [_update(delta, block, start) for delta in self.deltas]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return block + self.combine(updates, torch.tensor(list(self.weights)), self.density)
 
 
-def _update(change: Change, block: Tensor, start: int) -> Tensor:
+def _update(delta: Delta, block: Tensor, start: int) -> Tensor:
     """What a change adds to a block, without the rounding of a sum taken apart where there need be none."""
-    if isinstance(change, LowRank) and change.magnitude is None:
-        return change.scaling * (change.lora_B[start : start + len(block)] @ change.lora_A)
-    return change.apply(block, start) - block
+    if isinstance(delta, LowRank) and delta.magnitude is None:
+        return delta.scaling * (delta.lora_B[start : start + len(block)] @ delta.lora_A)
+    return delta.apply(block, start) - block
 
 
-def combine_changes(
-    parts: Sequence[dict[str, Change]], weights: Sequence[float], combination: str, density: float, seed: int
-) -> dict[str, Change]:
+def combine_deltas(
+    parts: Sequence[dict[str, Delta]], weights: Sequence[float], combination: str, density: float, seed: int
+) -> dict[str, Delta]:
     """The changes of several adapters as one, by tensor. A tensor that some do not change counts as unchanged there."""
     if len(parts) == 1 and weights[0] == 1.0:
         return parts[0]
-    combined: dict[str, Change] = {}
+    combined: dict[str, Delta] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         own = [(part[name], weight) for part, weight in zip(parts, weights, strict=True) if name in part]
         # Each tensor drops others, and the same ones whatever else is merged.
         drawn = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "little")
         combined[name] = Combined(
-            [change for change, _ in own], [weight for _, weight in own], _combine(combination), density, drawn
+            [delta for delta, _ in own], [weight for _, weight in own], _combine(combination), density, drawn
         )
     return combined
 

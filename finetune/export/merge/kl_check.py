@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from finetune.config.command_options import GateOptions
+from finetune.config.command_options import KlCheckOptions
 from finetune.config.compose import saved_config
 from finetune.config.schema import DataConfig, Dtype, ModelConfig, RunConfig
 from finetune.data.batch import Batch, build_batch, groups_of
@@ -66,7 +66,7 @@ class _Replay:
 
 
 @dataclass(frozen=True)
-class Gate:
+class KlCheck:
     """kl: KL(trained || merged) in nats a target token. top1: share of targets at which both prefer the same token.
 
     perplexity_*: exp of the loss on the rows' own tokens.
@@ -92,14 +92,14 @@ class Gate:
         )
 
 
-def held_out_rows(trained: Trained, adapter: SavedAdapter, options: GateOptions) -> HeldOut | None:
-    """The first rows of `gate.data`, else of the data.eval or the held-out part of the adapter's own run.
+def held_out_rows(trained: Trained, adapter: SavedAdapter, options: KlCheckOptions) -> HeldOut | None:
+    """The first rows of `kl_check.data`, else of the data.eval or the held-out part of the adapter's own run.
 
     Returns: None where nothing is to be measured, or nothing tells what to measure on.
     Raises: ConfigError if the rows cannot be read.
     """
     cfg = saved_config(adapter.folder)
-    if options.rows == 0 or (options.data is None and not _has_rows(cfg)):
+    if options.num_examples == 0 or (options.data is None and not _has_rows(cfg)):
         return None
     tokenizer = load_adapter_tokenizer(trained.model, adapter.folder)
     try:
@@ -107,10 +107,10 @@ def held_out_rows(trained: Trained, adapter: SavedAdapter, options: GateOptions)
     except DataError as error:
         raise ConfigError(
             f"the held-out rows of adapter={adapter.name} cannot be read: {error}\n"
-            "name others with 'gate.data=[{path: rows.jsonl}]', or measure nothing with gate.rows=0"
+            "name others with 'kl_check.data=[{path: rows.jsonl}]', or measure nothing with kl_check.num_examples=0"
         ) from error
     source = (data.eval or data.train)[0]
-    count = min(options.rows, len(source.documents))
+    count = min(options.num_examples, len(source.documents))
     return HeldOut(adapter, source.name, source.documents[:count], len(tokenizer))
 
 
@@ -118,7 +118,7 @@ def _has_rows(cfg: RunConfig | None) -> bool:
     return cfg is not None and bool(cfg.data.eval or cfg.data.held_out)
 
 
-def _data(cfg: RunConfig | None, options: GateOptions) -> DataConfig:
+def _data(cfg: RunConfig | None, options: KlCheckOptions) -> DataConfig:
     """The run's data section, cut down to the rows that are wanted."""
     sources = options.data or (cfg.data.eval if cfg is not None else [])
     if cfg is None:
@@ -143,15 +143,15 @@ def ask_trained(trained: Trained, rows: HeldOut) -> Remembered:
 
 
 @torch.no_grad()
-def compare_with(folder: Path, dtype: Dtype, said: Sequence[Remembered]) -> list[Gate]:
+def compare_with(folder: Path, dtype: Dtype, said: Sequence[Remembered]) -> list[KlCheck]:
     """A merged model, loaded from its folder, against what trained ones have said."""
     model = load_resident(ModelConfig(name=str(folder), dtype=dtype), None, default_device()).model
-    gates = []
+    kl_checks = []
     for one in said:
         found = agreement(model, _Replay(one), one.rows.documents, one.rows.vocabulary, limit_tokens=_LIMIT_TOKENS)
         merged = evaluate(model, one.rows.documents, limit_tokens=_LIMIT_TOKENS)
-        gates.append(
-            Gate(
+        kl_checks.append(
+            KlCheck(
                 one.rows.adapter.name,
                 len(one.rows.documents),
                 found.tokens,
@@ -162,4 +162,4 @@ def compare_with(folder: Path, dtype: Dtype, said: Sequence[Remembered]) -> list
                 merged.perplexity,
             )
         )
-    return gates
+    return kl_checks

@@ -14,8 +14,8 @@ from finetune.config.command_options import MergeOptions
 from finetune.config.options import parse_size
 from finetune.config.schema import Dtype
 from finetune.export.merge.card import merged_card
-from finetune.export.merge.kl_check import Gate, Remembered, ask_trained, compare_with, held_out_rows
-from finetune.export.merge.metadata import write_texts
+from finetune.export.merge.kl_check import KlCheck, Remembered, ask_trained, compare_with, held_out_rows
+from finetune.export.merge.metadata import write_metadata
 from finetune.export.merge.weights import MergePlan, content_of, plan_merge
 from finetune.export.shards import Advance, plan_shards, write_index, write_shard
 from finetune.export.staging import KeepPartial, check_room, scratch, staged
@@ -28,16 +28,19 @@ REPORT = "merge_report.json"
 Progress = Callable[[str, int], AbstractContextManager[Advance]]  # what is done, bytes in all
 
 
-class GateFailed(KeepPartial):
-    """The merged model is farther from the trained one than `gate.max_kl` allows."""
+class KlCheckFailed(KeepPartial):
+    """The merged model is farther from the trained one than `kl_check.max_kl` allows."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merge_report.json holds. base: original or dequantized. changed: tensors that differ from the base's.
+    """The content of merge_report.json.
 
-    gates: one for each adapter with rows to compare on. other: the same for the base that was not chosen. kept: layers
-    that were in more bits than the others in training, by their storage; an export that quantizes leaves them so.
+    base: `original` or `dequantized`.
+    changed: number of tensors that differ from the base's.
+    kl_checks: one for each adapter with held-out examples.
+    other_base, other: the same comparison with the base that was not chosen.
+    kept: layers that training stored in more bits than the others, by storage; a quantizing export keeps them in bf16.
     """
 
     adapters: list[str]
@@ -50,9 +53,9 @@ class MergeReport:
     bytes: int
     combination: str
     weights: list[float]
-    gates: list[Gate] = field(default_factory=list)
+    kl_checks: list[KlCheck] = field(default_factory=list)
     other_base: str | None = None
-    other: list[Gate] = field(default_factory=list)
+    other: list[KlCheck] = field(default_factory=list)
     kept: dict[str, list[str]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,8 +65,9 @@ class MergeReport:
 def merge(options: MergeOptions, log: Log = log, progress: Progress = progress_bar) -> MergeReport:
     """Merge adapters into their base and write a whole model folder.
 
-    Raises: ConfigError, IntegrityError, ResourceError; GateFailed, after which a start with a higher `gate.max_kl` goes
-    on from the weights that are written.
+    Raises:
+        ConfigError, IntegrityError, ResourceError.
+        KlCheckFailed: the weights stay; the next start with a higher `kl_check.max_kl` reuses them.
     """
     out = Path(options.out).expanduser()
     names = [options.adapter] if isinstance(options.adapter, str) else options.adapter
@@ -71,7 +75,7 @@ def merge(options: MergeOptions, log: Log = log, progress: Progress = progress_b
     trained = find_trained(names, options.model, log)
     base, reason = choose_base(trained, options.base)
     plan = plan_merge(trained, base, options, log)
-    rows = [held for adapter in trained.adapters if (held := held_out_rows(trained, adapter, options.gate))]
+    rows = [held for adapter in trained.adapters if (held := held_out_rows(trained, adapter, options.kl_check))]
     _check_measuring(options, bool(rows))
     if options.compare:
         choose_base(trained, _other(base))  # refuses what was never in 4 bit
@@ -79,9 +83,9 @@ def merge(options: MergeOptions, log: Log = log, progress: Progress = progress_b
     with staged(out, plan.nbytes, _made_from(trained, base, options)) as folder:
         said = [ask_trained(trained, held) for held in rows]
         write_merged(trained, plan, folder, limit_bytes, progress)
-        gates = compare_with(folder, _dtype(plan), said) if said else []
-        for gate in gates:
-            log(gate.describe())
+        kl_checks = compare_with(folder, _dtype(plan), said) if said else []
+        for check in kl_checks:
+            log(check.describe())
         other_base, other = _compare_other(trained, base, options, said, out, log) if options.compare else (None, [])
         report = MergeReport(
             names,
@@ -94,27 +98,27 @@ def merge(options: MergeOptions, log: Log = log, progress: Progress = progress_b
             plan.nbytes,
             options.combination,
             options.weights or [1.0] * len(names),
-            gates,
+            kl_checks,
             other_base,
             other,
             kept_in_training(trained),
         )
         (folder / REPORT).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(merged_card(trained, report.as_dict()), encoding="utf-8")
-        _judge(gates, options)
+        _judge(kl_checks, options)
     return report
 
 
 def _check_measuring(options: MergeOptions, measured: bool) -> None:
     """Raises: ConfigError for a proof or a comparison that has nothing to measure on."""
     asked = [
-        *([f"gate.max_kl={options.gate.max_kl:g}"] if options.gate.max_kl is not None else []),
+        *([f"kl_check.max_kl={options.kl_check.max_kl:g}"] if options.kl_check.max_kl is not None else []),
         *(["compare=true"] if options.compare else []),
     ]
     if asked and not measured:
         raise ConfigError(
             f"{' and '.join(asked)}: there are no held-out rows to measure on; name some with "
-            "'gate.data=[{path: rows.jsonl}]' (and gate.rows above 0)"
+            "'kl_check.data=[{path: rows.jsonl}]' (and kl_check.num_examples above 0)"
         )
 
 
@@ -126,7 +130,7 @@ def write_merged(trained: Trained, plan: MergePlan, folder: Path, limit_bytes: i
             _write_one(plan, folder / name, tensors, advance)
     trained.weights.check_unchanged()
     write_index(folder, shards)
-    write_texts(trained, plan, _dtype(plan), folder)
+    write_metadata(trained, plan, _dtype(plan), folder)
 
 
 def _write_one(plan: MergePlan, file: Path, tensors: Sequence[Any], advance: Advance) -> None:
@@ -138,17 +142,17 @@ def _write_one(plan: MergePlan, file: Path, tensors: Sequence[Any], advance: Adv
 
 def _compare_other(
     trained: Trained, base: str, options: MergeOptions, said: Sequence[Remembered], out: Path, log: Log
-) -> tuple[str, list[Gate]]:
+) -> tuple[str, list[KlCheck]]:
     """The same comparison for the base that was not chosen, in a folder that is removed again."""
     other = _other(base)
     plan = plan_merge(trained, other, options, log)
     with scratch(out, "other") as folder:
         check_room(folder, out, plan.nbytes)
         write_merged(trained, plan, folder, plan.nbytes, _silent)
-        gates = compare_with(folder, _dtype(plan), said)
-    for gate in gates:
-        log(f"with base={other}: {gate.describe()}")
-    return other, gates
+        kl_checks = compare_with(folder, _dtype(plan), said)
+    for check in kl_checks:
+        log(f"with base={other}: {check.describe()}")
+    return other, kl_checks
 
 
 def _other(base: str) -> Literal["original", "dequantized"]:
@@ -163,10 +167,10 @@ def _say_plan(
         log("no run tells how the base was quantized: taken for nf4 with double quantization, the default")
     size = f"{plan.nbytes / 1e9:,.2f} GB" if plan.nbytes >= 1e9 else f"{plan.nbytes / 1e6:,.1f} MB"
     log(f"{plan.changed:,} of {len(plan.tensors):,} tensors change; {size} in {_dtype(plan)}")
-    if not measured and options.gate.rows:
+    if not measured and options.kl_check.num_examples:
         log(
             "no held-out rows: how far the merged model is from the trained one is not measured; name some with "
-            "'gate.data=[{path: rows.jsonl}]'"
+            "'kl_check.data=[{path: rows.jsonl}]'"
         )
 
 
@@ -178,22 +182,22 @@ def _dtype(plan: MergePlan) -> Dtype:
     return cast(Dtype, sizes.most_common(1)[0][0])
 
 
-def _judge(gates: Sequence[Gate], options: MergeOptions) -> None:
-    limit = options.gate.max_kl
+def _judge(kl_checks: Sequence[KlCheck], options: MergeOptions) -> None:
+    limit = options.kl_check.max_kl
     if limit is None:
         return
-    if far := [gate for gate in gates if not gate.kl <= limit]:
-        listed = "; ".join(f"{gate.adapter}: {gate.kl:.6f} nats" for gate in far)
-        raise GateFailed(
-            f"gate.max_kl={limit:g} is exceeded ({listed}), so {options.out} was not written; try the other base= or "
-            "dtype=fp32, or raise the limit (the next start goes on from the weights that are there)"
+    if far := [check for check in kl_checks if not check.kl <= limit]:
+        listed = "; ".join(f"{check.adapter}: {check.kl:.6f} nats" for check in far)
+        raise KlCheckFailed(
+            f"kl_check.max_kl={limit:g} is exceeded ({listed}), so {options.out} was not written; try the other base= "
+            "or dtype=fp32, or raise the limit (the next start goes on from the weights that are there)"
         )
 
 
 def _made_from(trained: Trained, base: str, options: MergeOptions) -> dict[str, Any]:
     """Everything that decides the weights' bytes and their files."""
     adapters = [adapter.folder / "adapter_model.safetensors" for adapter in trained.adapters]
-    chosen = {"adapter", "out", "gate", "compare", "base", "model"}
+    chosen = {"adapter", "out", "kl_check", "compare", "base", "model"}
     return {
         "files": [identity(file) for file in (*sorted(set(trained.files.values())), *adapters)],
         "settings": [adapter.config for adapter in trained.adapters],

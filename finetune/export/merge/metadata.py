@@ -12,7 +12,7 @@ from finetune.models.adapters.trained import Trained
 from finetune.models.load import TOKENIZER_FILES
 
 
-def write_texts(trained: Trained, plan: MergePlan, dtype: str, folder: Path) -> None:
+def write_metadata(trained: Trained, plan: MergePlan, dtype: str, folder: Path) -> None:
     """config.json, generation_config.json and the tokenizer: the adapter's own where it has one, else the base's.
 
     dtype: `bfloat16` and the like, of most of the weights.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from finetune.config.command_options import MergeOptions
-from finetune.export.merge.adapters import EMBEDDING, HEAD, read_changes, untie
-from finetune.export.merge.deltas import Change, combine_changes
+from finetune.export.merge.adapters import EMBEDDING, HEAD, read_deltas, untie
+from finetune.export.merge.deltas import Delta, combine_deltas
 from finetune.export.shards import Content, Planned
 from finetune.models.adapters.trained import Log, Trained
 from finetune.models.hub import read_config
@@ -40,7 +40,7 @@ class MergePlan:
 
     tensors: list[Planned]
     stored: dict[str, Stored]
-    changes: dict[str, Change]
+    deltas: dict[str, Delta]
     quantized: QuantizedWeights | None
     unties: bool
 
@@ -51,7 +51,7 @@ class MergePlan:
     @property
     def changed(self) -> int:
         """Tensors that differ from the base's."""
-        return len(self.changes.keys() | (self.quantized.names if self.quantized is not None else set()))
+        return len(self.deltas.keys() | (self.quantized.names if self.quantized is not None else set()))
 
     def is_quantized(self, name: str) -> bool:
         return self.quantized is not None and name in self.quantized
@@ -72,15 +72,15 @@ def plan_merge(trained: Trained, base: str, options: MergeOptions, log: Log) -> 
     tied = bool(read_config(trained.folder, trained.model.name).get("tie_word_embeddings")) and HEAD not in stored
     seen = {**stored, HEAD: stored[EMBEDDING]} if tied else stored
     weights = _weights(trained, options)
-    parts = [read_changes(adapter, seen) for adapter in trained.adapters]
-    changes = combine_changes(parts, weights, options.combination, options.density or 1.0, options.seed)
-    unties = untie(changes, tied)
+    parts = [read_deltas(adapter, seen) for adapter in trained.adapters]
+    deltas = combine_deltas(parts, weights, options.combination, options.density or 1.0, options.seed)
+    unties = untie(deltas, tied)
     if unties:
         stored[HEAD] = stored[EMBEDDING]
     return MergePlan(
-        _planned(stored, changes, options.dtype),
+        _planned(stored, deltas, options.dtype),
         stored,
-        changes,
+        deltas,
         _quantized(trained, log) if base == "dequantized" else None,
         unties,
     )
@@ -110,11 +110,11 @@ def _weights(trained: Trained, options: MergeOptions) -> Sequence[float]:
     return given
 
 
-def _planned(stored: dict[str, Stored], changes: dict[str, Change], dtype: str) -> list[Planned]:
+def _planned(stored: dict[str, Stored], deltas: dict[str, Delta], dtype: str) -> list[Planned]:
     tensors = []
     for name, place in stored.items():
-        change = changes.get(name)
-        rows = place.shape[0] if change is None or change.rows is None else max(change.rows, place.shape[0])
+        delta = deltas.get(name)
+        rows = place.shape[0] if delta is None or delta.rows is None else max(delta.rows, place.shape[0])
         tensors.append(Planned(name, _DTYPES.get(dtype, place.dtype), (rows, *place.shape[1:])))
     # A head and the embedding that it was tied to have as many rows.
     rows_of_table = {tensor.name: tensor.shape[0] for tensor in tensors if tensor.name in (EMBEDDING, HEAD)}
@@ -128,24 +128,24 @@ def content_of(plan: MergePlan, tensor: Planned) -> Content:
 
     Raises, while it is read: ConfigError where a value is beyond what the type holds; IntegrityError for torn files.
     """
-    stored, change = plan.stored[tensor.name], plan.changes.get(tensor.name)
-    same = change is None and not plan.is_quantized(tensor.name) and tensor.shape == stored.shape
+    stored, delta = plan.stored[tensor.name], plan.deltas.get(tensor.name)
+    same = delta is None and not plan.is_quantized(tensor.name) and tensor.shape == stored.shape
     if same and tensor.dtype == stored.dtype:
         return stored
-    return _blocks(plan, tensor, stored, change)
+    return _blocks(plan, tensor, stored, delta)
 
 
-def _blocks(plan: MergePlan, tensor: Planned, stored: Stored, change: Change | None) -> Iterator[Tensor]:
+def _blocks(plan: MergePlan, tensor: Planned, stored: Stored, delta: Delta | None) -> Iterator[Tensor]:
     source = _as_stored(stored)
     if plan.quantized is not None and tensor.name in plan.quantized:
         source = plan.quantized.dequantized(tensor.name, lambda: read_rows(stored, 0, stored.shape[0]))
-    step = tensor.shape[0] if change is not None and change.whole else _rows_at_once(plan, tensor)
+    step = tensor.shape[0] if delta is not None and delta.whole else _rows_at_once(plan, tensor)
     for start in range(0, tensor.shape[0], step):
         stop = min(start + step, tensor.shape[0])
         with torch.no_grad():
             block = _rows(source, stored.shape, start, stop)
-            if change is not None:
-                block = change.apply(block, start)
+            if delta is not None:
+                block = delta.apply(block, start)
             rounded = block.to(tensor.dtype)
         if tensor.dtype == torch.float16 and rounded.isinf().any():
             raise ConfigError(f"{tensor.name} has values that fp16 cannot hold; write dtype=bf16 or fp32")

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from finetune.export.exporter import Exported, Job
+from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.onnx.builder import build, runtime
 from finetune.export.onnx.int8 import quantize
 from finetune.export.onnx.reader import OnnxModel
@@ -55,23 +55,23 @@ DEFAULT = "fp32"
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
-def to_onnx(job: Job) -> Exported:
+def to_onnx(request: ExportRequest) -> Exported:
     """Writes model.onnx, model.onnx.data, genai_config.json and the tokenizer's files into job.out.
 
     `options.type`: one of TYPES, fp32 if none is given. Memory: see `build`; int8-dynamic about 12 bytes a weight.
     Raises: ConfigError for another type; MissingExtra; IntegrityError where the export does not compute what its
     source does, or its tokenizer reads text otherwise; FinetuneError and ResourceError as `build`.
     """
-    kind = job.options.type or DEFAULT
+    kind = request.options.type or DEFAULT
     check_ready(kind)
-    if not job.options.merge:
+    if not request.options.merge:
         raise ConfigError("merge=false: ONNX has no adapters of this kind; leave it out, or choose format=adapter")
-    job.log(f"building the ONNX graph ({kind}: {TYPES[kind].meaning})")
-    _write(job, TYPES[kind])
-    settings = settle(job.source, job.out)
-    checks, notes = _verified(job, kind) if job.options.verify else ([], {})
-    size = sum(path.stat().st_size for path in job.out.glob(f"{GRAPH}*"))
-    serve = serving_command(Path(job.options.out), chat=_has_template(job.out))
+    request.log(f"building the ONNX graph ({kind}: {TYPES[kind].meaning})")
+    _write(request, TYPES[kind])
+    settings = settle(request.source, request.out)
+    checks, notes = _verified(request, kind) if request.options.verify else ([], {})
+    size = sum(path.stat().st_size for path in request.out.glob(f"{GRAPH}*"))
+    serve = serving_command(Path(request.options.out), chat=_has_template(request.out))
     return Exported(checks, [serve], {"type": kind, "bytes": size, **settings, **notes})
 
 
@@ -83,17 +83,17 @@ def check_ready(kind: str) -> None:
     runtime()
 
 
-def _write(job: Job, kind: NumberFormat) -> None:
+def _write(request: ExportRequest, kind: NumberFormat) -> None:
     # Beside the result rather than in /tmp, which often is small; a fp32 graph of a 7B model is 30 GB.
-    with tempfile.TemporaryDirectory(dir=job.out, prefix=".onnx-") as name:
+    with tempfile.TemporaryDirectory(dir=request.out, prefix=".onnx-") as name:
         scratch = Path(name)
-        built = scratch / "fp32" if kind.dynamic else job.out
-        build(job.source, built, kind.precision, kind.provider, kind.options, scratch)
+        built = scratch / "fp32" if kind.dynamic else request.out
+        build(request.source, built, kind.precision, kind.provider, kind.options, scratch)
         if kind.dynamic:
-            quantize(built / GRAPH, job.out / GRAPH, scratch)
+            quantize(built / GRAPH, request.out / GRAPH, scratch)
             for path in built.iterdir():
                 if not path.name.startswith(GRAPH):
-                    shutil.move(path, job.out / path.name)
+                    shutil.move(path, request.out / path.name)
 
 
 def settle(source: Path, folder: Path) -> dict[str, Any]:
@@ -130,16 +130,18 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _verified(job: Job, kind: str) -> tuple[list[Verification], dict[str, Any]]:
+def _verified(request: ExportRequest, kind: str) -> tuple[list[Verification], dict[str, Any]]:
     """One pass over the source's answers, answers of its own, and the tokenizer."""
-    answers = source_answers(job.source, job.options.prompts, job.options.tokens)
-    model = OnnxModel(job.out)
-    _require_same_tokens(job.source, model)
+    answers = source_answers(request.source, request.options.prompts, request.options.tokens)
+    model = OnnxModel(request.out)
+    _require_same_tokens(request.source, model)
     found = compare(answers, model.logits, f"{model.name} ({kind})")
-    job.log(found.describe())
+    request.log(found.describe())
     require_same(found, exact=kind == "fp32")
-    generated = _generated(answers, model, job.options.tokens)
-    job.log(f"generated from its cache, {generated['same_answers']} of {generated['answers']} answers are the source's")
+    generated = _generated(answers, model, request.options.tokens)
+    request.log(
+        f"generated from its cache, {generated['same_answers']} of {generated['answers']} answers are the source's"
+    )
     if kind == "fp32" and generated["same_answers"] < generated["answers"]:
         raise IntegrityError(
             f"the export computes the source's logits in one pass and other tokens from its cache: {generated}; "

@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.commands.eval import write_merged
-from finetune.config.command_options import EvalOptions, GateOptions, MergeOptions
+from finetune.config.command_options import EvalOptions, KlCheckOptions, MergeOptions
 from finetune.config.options import read_options
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.evaluation.compare import evaluate_gap
@@ -126,7 +126,10 @@ def test_bytes_are_those_of_the_weights_as_stored(table, run_folder, tmp_path):
 
 
 def test_a_merged_folder_is_taken_instead_of_merging(run_folder, measure, table, tmp_path, monkeypatch):
-    merge(MergeOptions(adapter=str(run_folder), out=str(tmp_path / "m"), gate=GateOptions(rows=0)), lambda text: None)
+    merge(
+        MergeOptions(adapter=str(run_folder), out=str(tmp_path / "m"), kl_check=KlCheckOptions(num_examples=0)),
+        lambda text: None,
+    )
     monkeypatch.setattr("finetune.export.merge.merge.merge", lambda *_, **__: pytest.fail("merged again"))
     found = measure(f"adapter={run_folder}", f"merged={tmp_path / 'm'}", "answers=0", "variants=[base,merged]")
     assert found.models[1].sets[0].figures["kl"] == table.models[3].sets[0].figures["kl"]

@@ -18,7 +18,7 @@ from finetune.config.compose import to_yaml
 from finetune.config.schema import DataConfig, LoraConfig, ModelConfig, RunConfig, SourceConfig
 from finetune.export import adapter_folder
 from finetune.export.adapter_folder import to_adapter
-from finetune.export.exporter import Exported, Job
+from finetune.export.exporter import Exported, ExportRequest
 from finetune.models.adapters.files import CONFIG_FILE, PREFIX, TENSOR_FILE, load_adapter
 from finetune.system.errors import ConfigError, IntegrityError
 from tests.unit.export.conftest import KINDS
@@ -33,7 +33,7 @@ def export(source: Path, out: Path, said: list[str] | None = None, **options: An
     out.mkdir()
     settings = {"prompts": 2, "tokens": 6, **options}
     chosen = ExportOptions(format="adapter", out="served/my adapter", **settings)
-    return to_adapter(Job(source, out, chosen, print if said is None else said.append))
+    return to_adapter(ExportRequest(source, out, chosen, print if said is None else said.append))
 
 
 def served(base: Path, adapter: Path) -> Tensor:

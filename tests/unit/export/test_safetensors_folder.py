@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from finetune.config.command_options import ExportOptions
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.export import safetensors_folder
-from finetune.export.exporter import Exported, Job
+from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.safetensors_folder import PLAIN, TYPES, Storage, to_safetensors
 from finetune.models.load import load_base
 from finetune.system.errors import ConfigError, IntegrityError, MissingExtra
@@ -36,7 +36,7 @@ def export(source: Path, out: Path, kind: str | None, **options: Any) -> Exporte
     out.mkdir()
     settings = {"prompts": 2, "tokens": 6, "type": kind, **options}
     chosen = ExportOptions(format="safetensors", out="served/my model", **settings)
-    return to_safetensors(Job(source, out, chosen, print))
+    return to_safetensors(ExportRequest(source, out, chosen, print))
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -297,9 +297,11 @@ def test_what_cannot_be_written_is_refused(make_base, tmp_path: Path, monkeypatc
     for name in ("compressed_tensors.compressors", "compressed_tensors"):
         monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / "4").mkdir()
-    job = Job(make_base(), tmp_path / "4", ExportOptions(format="safetensors", out="x", type="int8"), print)
+    request = ExportRequest(
+        make_base(), tmp_path / "4", ExportOptions(format="safetensors", out="x", type="int8"), print
+    )
     with pytest.raises(MissingExtra, match=r"finetune-qlora\[serve\]"):
-        to_safetensors(job)
+        to_safetensors(request)
 
 
 def test_nothing_is_said_on_the_terminal(make_base, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

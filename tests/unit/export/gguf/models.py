@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config.command_options import ExportOptions
-from finetune.export.exporter import Job
+from finetune.export.exporter import ExportRequest
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -41,8 +41,8 @@ def save_model(
     return folder
 
 
-def job(source: Path, folder: Path, said: list[str] | None = None, **options: Any) -> Job:
+def request(source: Path, folder: Path, said: list[str] | None = None, **options: Any) -> ExportRequest:
     """An export of `source` into a new folder, compared on few tokens; options: as typed."""
     folder.mkdir(exist_ok=True)
     chosen = {"format": "gguf", "out": str(folder), "prompts": 2, "tokens": 8} | options
-    return Job(source, folder, ExportOptions(**chosen), (said if said is not None else []).append)
+    return ExportRequest(source, folder, ExportOptions(**chosen), (said if said is not None else []).append)

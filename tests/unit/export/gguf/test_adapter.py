@@ -14,7 +14,7 @@ from finetune.export.gguf.check import llama_logits, open_llama
 from finetune.export.gguf.model import to_gguf
 from finetune.export.gguf.names import linear_name
 from finetune.system.errors import ConfigError, IntegrityError
-from tests.unit.export.gguf.models import job
+from tests.unit.export.gguf.models import request
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf extra")
 
@@ -76,7 +76,7 @@ def file_updates(path: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_holds_pefts_update(kind: str, tiny: Path, tmp_path: Path):
     adapted = save_adapter(tiny, tmp_path / "adapter", **KINDS[kind])
-    exported = to_gguf(job(tmp_path / "adapter", tmp_path / "out", merge=False))
+    exported = to_gguf(request(tmp_path / "adapter", tmp_path / "out", merge=False))
     wanted, found = updates(adapted), file_updates(tmp_path / "out" / "out-f32.gguf")
     assert found.keys() == wanted.keys() and len(wanted) in (28, 8)
     for name, update in wanted.items():
@@ -92,8 +92,8 @@ def test_the_file_holds_pefts_update(kind: str, tiny: Path, tmp_path: Path):
 def test_llama_cpp_computes_what_peft_does(kind: str, name: str, limit: float, tiny: Path, tmp_path: Path):
     pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
     adapted = save_adapter(tiny, tmp_path / "adapter", **KINDS[kind])
-    to_gguf(job(tiny, tmp_path / "base", type="f32", verify=False))
-    to_gguf(job(tmp_path / "adapter", tmp_path / "out", merge=False, type=name))
+    to_gguf(request(tiny, tmp_path / "base", type="f32", verify=False))
+    to_gguf(request(tmp_path / "adapter", tmp_path / "out", merge=False, type=name))
     ids = torch.randint(0, 880, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         wanted = adapted(ids).logits[0]
@@ -106,7 +106,7 @@ def test_llama_cpp_computes_what_peft_does(kind: str, name: str, limit: float, t
 
 def test_the_entries_are_those_of_an_adapter(tiny: Path, tmp_path: Path):
     save_adapter(tiny, tmp_path / "adapter", **KINDS["plain"])
-    to_gguf(job(tmp_path / "adapter", tmp_path / "out", merge=False))
+    to_gguf(request(tmp_path / "adapter", tmp_path / "out", merge=False))
     reader = gguf.GGUFReader(tmp_path / "out" / "out-f32.gguf")
     wanted = {
         "general.architecture": "qwen2",
@@ -132,7 +132,7 @@ def test_what_a_file_cannot_say_is_named_at_once(tiny: Path, tmp_path: Path):
         trainable_token_indices={"lm_head": [881, 882]},
     )
     with pytest.raises(ConfigError) as caught:
-        to_gguf(job(tmp_path / "adapter", tmp_path / "out", merge=False))
+        to_gguf(request(tmp_path / "adapter", tmp_path / "out", merge=False))
     message = str(caught.value)
     for part in (
         "merge=true",
@@ -152,16 +152,16 @@ def test_an_adapter_of_a_base_of_its_own_is_refused(tiny: Path, tmp_path: Path):
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": "pissa_niter_4"}))
     with pytest.raises(ConfigError, match="init_lora_weights=pissa_niter_4: it belongs on other weights"):
-        to_gguf(job(tmp_path / "adapter", tmp_path / "out", merge=False))
+        to_gguf(request(tmp_path / "adapter", tmp_path / "out", merge=False))
 
 
 def test_broken_adapters_and_types_for_models_are_refused(tiny: Path, tmp_path: Path):
     save_adapter(tiny, tmp_path / "adapter", **KINDS["plain"])
     with pytest.raises(ConfigError, match=r"type=q4_0: a GGUF is written here as f32, f16, bf16, q8_0;"):
-        to_gguf(job(tmp_path / "adapter", tmp_path / "out", merge=False, type="q4_0"))
+        to_gguf(request(tmp_path / "adapter", tmp_path / "out", merge=False, type="q4_0"))
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
     next(iter(weights.values()))[0, 0] = float("nan")
     save_file(weights, file)
     with pytest.raises(IntegrityError, match="NaN"):
-        to_gguf(job(tmp_path / "adapter", tmp_path / "out", merge=False))
+        to_gguf(request(tmp_path / "adapter", tmp_path / "out", merge=False))

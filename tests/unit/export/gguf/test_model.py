@@ -16,7 +16,7 @@ from finetune.export.gguf.check import llama_logits, open_llama
 from finetune.export.gguf.model import to_gguf
 from finetune.export.gguf.types import TYPES
 from finetune.system.errors import ConfigError, IntegrityError, MissingExtra
-from tests.unit.export.gguf.models import job, save_model
+from tests.unit.export.gguf.models import request, save_model
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf extra")
 
@@ -61,7 +61,7 @@ def greedy(model: Any, ids: list[int]) -> list[int]:
 
 
 def test_f32_generates_64_tokens_as_its_source_does(tiny: Path, tmp_path: Path):
-    exported = to_gguf(job(tiny, tmp_path / "out", type="f32"))
+    exported = to_gguf(request(tiny, tmp_path / "out", type="f32"))
     assert exported.checks[0].same == 1 and exported.checks[0].largest == 0
     ids, wanted = answers_of_64(tiny)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="out-f32.gguf", dtype=torch.float32)
@@ -70,7 +70,7 @@ def test_f32_generates_64_tokens_as_its_source_does(tiny: Path, tmp_path: Path):
 
 def test_llama_cpp_prefers_the_same_64_tokens(tiny: Path, tmp_path: Path):
     pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
-    to_gguf(job(tiny, tmp_path / "out", type="f32", verify=False))
+    to_gguf(request(tiny, tmp_path / "out", type="f32", verify=False))
     ids, wanted = answers_of_64(tiny)
     logits = llama_logits(open_llama(tmp_path / "out" / "out-f32.gguf", 256), ids + wanted)
     logits[:, ENDS] = -torch.inf
@@ -79,7 +79,7 @@ def test_llama_cpp_prefers_the_same_64_tokens(tiny: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("name", [name for name in TYPES if not name.startswith("tq")])
 def test_every_type_is_written_and_answers_alike(name: str, tiny: Path, tmp_path: Path):
-    exported = to_gguf(job(tiny, tmp_path / "out", type=name, tokens=16))
+    exported = to_gguf(request(tiny, tmp_path / "out", type=name, tokens=16))
     assert all(check.same >= 0.8 for check in exported.checks), exported.checks
     found = tensors(tmp_path / "out" / f"out-{name}.gguf")
     assert found["blk.0.ffn_up.weight"].tensor_type.name.lower() == name
@@ -92,14 +92,14 @@ def test_every_type_is_written_and_answers_alike(name: str, tiny: Path, tmp_path
 @pytest.mark.parametrize("name", ["tq1_0", "tq2_0"])
 def test_three_values_are_too_few_for_a_model_that_was_not_trained_on_them(name: str, tiny: Path, tmp_path: Path):
     with pytest.raises(IntegrityError, match="does not answer as its source does"):
-        to_gguf(job(tiny, tmp_path / "out", type=name))
-    exported = to_gguf(job(tiny, tmp_path / "kept", type=name, verify=False))
+        to_gguf(request(tiny, tmp_path / "out", type=name))
+    exported = to_gguf(request(tiny, tmp_path / "kept", type=name, verify=False))
     assert exported.checks == [] and exported.notes["tensors"][name] == 28
 
 
 def test_the_default_is_q8_0_and_the_commands_name_the_final_folder(tiny: Path, tmp_path: Path):
     (tmp_path / "temporary").mkdir()
-    one = job(tiny, tmp_path / "temporary", out=f"{tmp_path}/my model", verify=False)
+    one = request(tiny, tmp_path / "temporary", out=f"{tmp_path}/my model", verify=False)
     exported = to_gguf(one)
     assert [path.name for path in one.out.iterdir()] == ["my-model-q8_0.gguf"]
     assert exported.serve[0] == f"llama-server -m '{tmp_path}/my model/my-model-q8_0.gguf'"
@@ -109,11 +109,11 @@ def test_the_default_is_q8_0_and_the_commands_name_the_final_folder(tiny: Path, 
 def test_the_missing_package_is_named_first(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingExtra, match=r'pip install "finetune-qlora\[gguf\]"'):
-        to_gguf(job(tmp_path / "nothing there", tmp_path / "out", **options))
+        to_gguf(request(tmp_path / "nothing there", tmp_path / "out", **options))
 
 
 def test_entries_say_what_the_model_is(tiny: Path, tmp_path: Path):
-    to_gguf(job(tiny, tmp_path / "out", type="bf16"))
+    to_gguf(request(tiny, tmp_path / "out", type="bf16"))
     path = tmp_path / "out" / "out-bf16.gguf"
     wanted = {
         "general.architecture": "qwen2",
@@ -141,7 +141,7 @@ def test_entries_say_what_the_model_is(tiny: Path, tmp_path: Path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tied_and_untied_heads(tied: bool, dtype: torch.dtype, tiny: Path, tmp_path: Path):
     source = save_model(tmp_path / "source", tiny, dtype, tie_word_embeddings=tied)
-    exported = to_gguf(job(source, tmp_path / "out", type="f32"))
+    exported = to_gguf(request(source, tmp_path / "out", type="f32"))
     assert ("output.weight" in tensors(tmp_path / "out" / "out-f32.gguf")) is not tied
     assert all(check.same == 1 and check.largest < 1e-3 for check in exported.checks)
 
@@ -150,10 +150,10 @@ def test_a_tied_head_may_be_written_out_only_if_it_is_the_embedding(tiny: Path, 
     source = save_model(tmp_path / "source", tiny)
     embedding = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
     change(source, **{"lm_head.weight": embedding.clone()})
-    to_gguf(job(source, tmp_path / "out", type="f32"))
+    to_gguf(request(source, tmp_path / "out", type="f32"))
     change(source, **{"lm_head.weight": embedding + 1})
     with pytest.raises(IntegrityError, match=r"lm_head.weight of its own"):
-        to_gguf(job(source, tmp_path / "other", type="f32"))
+        to_gguf(request(source, tmp_path / "other", type="f32"))
 
 
 def test_shards_and_small_pieces_make_the_same_file(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -161,10 +161,10 @@ def test_shards_and_small_pieces_make_the_same_file(tiny: Path, tmp_path: Path, 
     shards = save_model(tmp_path / "shards", tiny, shard="100KB")
     assert len(list(shards.glob("*.safetensors"))) > 2
     for name in ("f32", "q8_0"):
-        to_gguf(job(whole, tmp_path / f"one-{name}", out="model", type=name, verify=False))
+        to_gguf(request(whole, tmp_path / f"one-{name}", out="model", type=name, verify=False))
         with monkeypatch.context() as patch:
             patch.setattr(gguf_file, "_CHUNK_NUMBERS", 300)
-            to_gguf(job(shards, tmp_path / f"two-{name}", out="model", type=name))
+            to_gguf(request(shards, tmp_path / f"two-{name}", out="model", type=name))
         one, two = (tmp_path / f"{number}-{name}" / f"model-{name}.gguf" for number in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
 
@@ -185,7 +185,7 @@ def test_no_piece_is_large_unless_a_row_is(shape: tuple[int, ...]):
 def test_rows_that_no_blocks_fill_fall_back_and_are_named(tiny: Path, tmp_path: Path):
     source = save_model(tmp_path / "source", tiny, hidden_size=48)
     said: list[str] = []
-    exported = to_gguf(job(source, tmp_path / "out", said, type="q8_0"))
+    exported = to_gguf(request(source, tmp_path / "out", said, type="q8_0"))
     kinds = {name: tensor.tensor_type.name for name, tensor in tensors(tmp_path / "out" / "out-q8_0.gguf").items()}
     assert kinds["blk.1.attn_q.weight"] == kinds["token_embd.weight"] == "F16"
     assert kinds["blk.1.ffn_down.weight"] == "Q8_0"  # its rows are 96 wide
@@ -199,7 +199,7 @@ def test_longer_context_by_rope_scaling(rope_type: str, tiny: Path, tmp_path: Pa
     if rope_type == "yarn":
         rope["original_max_position_embeddings"] = 32
     source = save_model(tmp_path / "source", tiny, rope_parameters=rope, max_position_embeddings=128)
-    exported = to_gguf(job(source, tmp_path / "out", type="f32", tokens=64))
+    exported = to_gguf(request(source, tmp_path / "out", type="f32", tokens=64))
     assert all(check.largest < 1e-3 for check in exported.checks), exported.checks
     path = tmp_path / "out" / "out-f32.gguf"
     assert entry(path, "qwen2.rope.scaling.type") == rope_type and entry(path, "qwen2.rope.scaling.factor") == 4.0
@@ -213,7 +213,7 @@ def test_everything_that_cannot_be_said_is_named_at_once(tiny: Path, tmp_path: P
     config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"use_sliding_window, hidden_act 'gelu', rope_type 'dynamic'"):
-        to_gguf(job(source, tmp_path / "out", type="f32"))
+        to_gguf(request(source, tmp_path / "out", type="f32"))
 
 
 def test_broken_models_are_refused(tiny: Path, tmp_path: Path):
@@ -222,10 +222,10 @@ def test_broken_models_are_refused(tiny: Path, tmp_path: Path):
     good = load_file(source / "model.safetensors")[norm]
     change(source, **{norm: good * float("nan")})
     with pytest.raises(IntegrityError, match=r"model\.norm\.weight holds NaN"):
-        to_gguf(job(source, tmp_path / "nan", type="q8_0"))
+        to_gguf(request(source, tmp_path / "nan", type="q8_0"))
     change(source, **{norm: None, "model.extra.weight": good})
     with pytest.raises(IntegrityError, match=r"lacks model\.norm\.weight; has model\.extra\.weight"):
-        to_gguf(job(source, tmp_path / "lacking", type="q8_0"))
+        to_gguf(request(source, tmp_path / "lacking", type="q8_0"))
 
 
 def test_a_byte_that_changed_on_the_way_is_found(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -239,11 +239,11 @@ def test_a_byte_that_changed_on_the_way_is_found(tiny: Path, tmp_path: Path, mon
     monkeypatch.setattr(gguf, "GGUFWriter", Torn)
     for name in ("f32", "f16", "bf16", "q8_0", "q4_0"):
         with pytest.raises(IntegrityError, match=r"was written wrongly: blk\.\d\.\w+\.weight is not model\.layers\.\d"):
-            to_gguf(job(tiny, tmp_path / name, type=name))
+            to_gguf(request(tiny, tmp_path / name, type=name))
 
 
 def test_exchanged_tensors_are_found(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     exchanged = gguf_names.LINEAR | {"mlp.gate_proj": "ffn_up", "mlp.up_proj": "ffn_gate"}
     monkeypatch.setattr(gguf_names, "LINEAR", exchanged)
     with pytest.raises(IntegrityError, match="does not answer as its source does"):
-        to_gguf(job(tiny, tmp_path / "out", type="f32"))
+        to_gguf(request(tiny, tmp_path / "out", type="f32"))

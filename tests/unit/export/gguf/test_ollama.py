@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from finetune.export.gguf.ollama import go_template, to_ollama
 from finetune.system.errors import ConfigError
 from tests.unit.export.gguf.go_template import render
-from tests.unit.export.gguf.models import TOKENIZER_FILES, job, save_model
+from tests.unit.export.gguf.models import TOKENIZER_FILES, request, save_model
 
 pytest.importorskip("gguf", reason="needs the gguf extra")
 
@@ -119,7 +119,7 @@ def test_the_modelfile(tiny: Path, tmp_path: Path):
     source = save_model(tmp_path / "source", tiny)
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
     (source / "generation_config.json").write_text(json.dumps({**sampling, "eos_token_id": [882, 880]}))
-    exported = to_ollama(job(source, tmp_path / "My Model", format="ollama", verify=False))
+    exported = to_ollama(request(source, tmp_path / "My Model", format="ollama", verify=False))
     text = (tmp_path / "My Model" / "Modelfile").read_text()
     template = go_template(AutoTokenizer.from_pretrained(tiny))
     assert text.startswith(f'FROM ./My-Model-q8_0.gguf\nTEMPLATE """{template}"""\n')
@@ -136,7 +136,7 @@ def test_the_modelfile(tiny: Path, tmp_path: Path):
 
 
 def test_greedy_models_stay_greedy(tiny: Path, tmp_path: Path):
-    exported = to_ollama(job(tiny, tmp_path / "out", format="ollama", type="f32"))
+    exported = to_ollama(request(tiny, tmp_path / "out", format="ollama", type="f32"))
     assert exported.checks[0].same == 1
     text = (tmp_path / "out" / "Modelfile").read_text()
     assert "PARAMETER temperature 0\n" in text and "PARAMETER repeat_penalty 1.0\n" in text and "top_" not in text
@@ -144,7 +144,7 @@ def test_greedy_models_stay_greedy(tiny: Path, tmp_path: Path):
 
 def test_an_adapter_alone_is_no_model(tiny: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"format=ollama merge=false: .* use format=gguf merge=false"):
-        to_ollama(job(tiny, tmp_path / "out", format="ollama", merge=False))
+        to_ollama(request(tiny, tmp_path / "out", format="ollama", merge=False))
 
 
 def test_nothing_is_written_for_a_template_that_is_refused(tiny: Path, tmp_path: Path):
@@ -153,5 +153,5 @@ def test_nothing_is_written_for_a_template_that_is_refused(tiny: Path, tmp_path:
     assert all((source / name).is_file() for name in TOKENIZER_FILES)
     (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
     with pytest.raises(ConfigError, match="the chat template writes"):
-        to_ollama(job(source, tmp_path / "out", format="ollama"))
+        to_ollama(request(source, tmp_path / "out", format="ollama"))
     assert not list((tmp_path / "out").iterdir())

@@ -20,7 +20,7 @@ from finetune.export.gguf.check import (
 from finetune.export.gguf.model import to_gguf
 from finetune.export.gguf.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
 from finetune.system.errors import ConfigError, IntegrityError
-from tests.unit.export.gguf.models import TOKENIZER_FILES, job, save_model
+from tests.unit.export.gguf.models import TOKENIZER_FILES, request, save_model
 
 pytest.importorskip("gguf", reason="needs the gguf extra")
 
@@ -48,7 +48,7 @@ def real(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """Qwen2.5's own tokenizer, and a model of its vocabulary as a GGUF file."""
     tokenizer, folder = shared / "qwen2.5" / "tokenizer", tmp_path_factory.mktemp("real")
     source = save_model(folder / "source", tokenizer, vocab_size=151_936, hidden_size=32, eos_token_id=151_645)
-    to_gguf(job(source, folder / "out", type="q8_0", verify=False))
+    to_gguf(request(source, folder / "out", type="q8_0", verify=False))
     return tokenizer, folder / "out" / "out-q8_0.gguf"
 
 
@@ -119,7 +119,7 @@ def test_new_tokens_are_kept_whole_and_shown(tiny: Path, tmp_path: Path):
     tokenizer.add_tokens([AddedToken("<|verdict|>", normalized=False), AddedToken("«Ort und Zeit»", normalized=False)])
     tokenizer.add_tokens([AddedToken("<|stop|>", normalized=False, special=True)])
     tokenizer.save_pretrained(source)
-    to_gguf(job(source, tmp_path / "out", type="f32"))
+    to_gguf(request(source, tmp_path / "out", type="f32"))
     found = entries(tmp_path / "out" / "out-f32.gguf")
     new = list(zip(found["ggml.tokens"], found["ggml.token_type"], strict=True))[883:887]
     assert new == [

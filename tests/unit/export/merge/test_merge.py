@@ -30,7 +30,7 @@ IDS = torch.arange(48).reshape(2, 24) * 6 % 300
 
 def options(adapter: Path | list[Path], out: Path, *words: str) -> MergeOptions:
     named = f"adapter={adapter}" if isinstance(adapter, Path) else f"adapter=[{','.join(map(repr, map(str, adapter)))}]"
-    return read_options(MergeOptions, [named, f"out={out}", "gate.rows=0", *words], "finetune merge")
+    return read_options(MergeOptions, [named, f"out={out}", "kl_check.num_examples=0", *words], "finetune merge")
 
 
 def run(*words, **kwargs) -> Path:
@@ -352,11 +352,11 @@ def test_what_another_merge_left_behind_is_not_continued(other, make_adapter, tm
     one = make_adapter("q,v", name="one")
     two = make_adapter("q,v", name="two", seed=2) if other == "adapter" else one
     words = [other] if "=" in other else []
-    write = merging.write_texts
-    monkeypatch.setattr(merging, "write_texts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    write = merging.write_metadata
+    monkeypatch.setattr(merging, "write_metadata", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(one, tmp_path / "out")
-    monkeypatch.setattr(merging, "write_texts", write)
+    monkeypatch.setattr(merging, "write_metadata", write)
     if other == "its alpha":
         settings = json.loads((two / "adapter_config.json").read_text())
         (two / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 99}))

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config.command_options import ExportOptions
-from finetune.export.exporter import Exported, Job
+from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.onnx import model as onnx_model
 from finetune.export.onnx.model import TYPES, settle, to_onnx
 from finetune.export.onnx.reader import OnnxModel
@@ -48,9 +48,11 @@ def tireless(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def job(source: Path, out: Path, kind: str | None, **options) -> Job:
+def request(source: Path, out: Path, kind: str | None, **options) -> ExportRequest:
     out.mkdir(parents=True, exist_ok=True)
-    return Job(source, out, ExportOptions(format="onnx", out=str(out), type=kind, **options), lambda line: None)
+    return ExportRequest(
+        source, out, ExportOptions(format="onnx", out=str(out), type=kind, **options), lambda line: None
+    )
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -63,7 +65,7 @@ def exports(tireless: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     made = {}
     for kind in TYPES:
         out = tmp_path_factory.mktemp(kind) / "out"
-        made[kind] = (out, to_onnx(job(tireless, out, kind)))
+        made[kind] = (out, to_onnx(request(tireless, out, kind)))
     assert digest(tireless) == before, "the source was written to"
     return made
 
@@ -172,7 +174,7 @@ def test_untied_weights_in_shards_are_all_found(tmp_path: Path, repo_root: Path)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(base / name, source)
     assert len(list(source.glob("*.safetensors"))) > 2
-    exported = to_onnx(job(source, tmp_path / "out", None, prompts=2))
+    exported = to_onnx(request(source, tmp_path / "out", None, prompts=2))
     assert exported.notes["generated"] == {"answers": 2, "same_answers": 2, "tokens": 128, "same_tokens": 128}
 
 
@@ -190,17 +192,17 @@ def test_the_command_it_names_runs(exports, tmp_path: Path) -> None:
 def built(monkeypatch: pytest.MonkeyPatch, exports) -> None:
     """What the builder writes is there already, as fp32."""
     monkeypatch.setattr(
-        onnx_model, "_write", lambda job, kind: shutil.copytree(exports["fp32"][0], job.out, dirs_exist_ok=True)
+        onnx_model, "_write", lambda request, kind: shutil.copytree(exports["fp32"][0], request.out, dirs_exist_ok=True)
     )
 
 
 def test_a_cache_that_answers_otherwise_is_refused_for_fp32_alone(built, monkeypatch, tireless, tmp_path) -> None:
     right = OnnxModel.generate
     monkeypatch.setattr(OnnxModel, "generate", lambda self, ids, more: [*right(self, ids, more)[:-1], 0])
-    counts = to_onnx(job(tireless, tmp_path / "int8", "int8", prompts=1)).notes["generated"]
+    counts = to_onnx(request(tireless, tmp_path / "int8", "int8", prompts=1)).notes["generated"]
     assert counts == {"answers": 1, "same_answers": 0, "tokens": 64, "same_tokens": 63}
     with pytest.raises(IntegrityError, match="from its cache"):
-        to_onnx(job(tireless, tmp_path / "fp32", "fp32", prompts=1))
+        to_onnx(request(tireless, tmp_path / "fp32", "fp32", prompts=1))
 
 
 def test_one_other_token_in_one_pass_is_refused_for_fp32_alone(built, monkeypatch, tireless, tmp_path) -> None:
@@ -212,16 +214,16 @@ def test_one_other_token_in_one_pass_is_refused_for_fp32_alone(built, monkeypatc
         return logits_TV
 
     monkeypatch.setattr(OnnxModel, "logits", nearly)
-    assert to_onnx(job(tireless, tmp_path / "int8", "int8", prompts=1)).checks[0].same == 63 / 64
+    assert to_onnx(request(tireless, tmp_path / "int8", "int8", prompts=1)).checks[0].same == 63 / 64
     with pytest.raises(IntegrityError, match="does not answer as its source does"):
-        to_onnx(job(tireless, tmp_path / "fp32", "fp32", prompts=1))
+        to_onnx(request(tireless, tmp_path / "fp32", "fp32", prompts=1))
 
 
 def test_a_tokenizer_that_reads_otherwise_is_refused(built, monkeypatch, tireless, tmp_path) -> None:
     right = OnnxModel.encode
     monkeypatch.setattr(OnnxModel, "encode", lambda self, text: [*right(self, text), 198])
     with pytest.raises(IntegrityError, match=r"reads '.*Write the numbers"):
-        to_onnx(job(tireless, tmp_path / "out", "fp32", prompts=1))
+        to_onnx(request(tireless, tmp_path / "out", "fp32", prompts=1))
 
 
 def test_another_model_is_refused(built, tireless, tmp_path) -> None:
@@ -232,11 +234,11 @@ def test_another_model_is_refused(built, tireless, tmp_path) -> None:
         model.model.layers[3].mlp.down_proj.weight.neg_()
     model.save_pretrained(source)
     with pytest.raises(IntegrityError, match="does not answer as its source does"):
-        to_onnx(job(source, tmp_path / "out", "fp32", prompts=1))
+        to_onnx(request(source, tmp_path / "out", "fp32", prompts=1))
 
 
 def test_without_verify_nothing_is_compared(built, tireless, tmp_path) -> None:
-    exported = to_onnx(job(tireless, tmp_path / "out", None, verify=False))
+    exported = to_onnx(request(tireless, tmp_path / "out", None, verify=False))
     assert exported.checks == [] and "generated" not in exported.notes and exported.notes["type"] == "fp32"
 
 
@@ -245,7 +247,7 @@ def test_without_verify_nothing_is_compared(built, tireless, tmp_path) -> None:
 )
 def test_what_it_cannot_write_is_said_before_any_work(tmp_path: Path, options: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        to_onnx(job(tmp_path, tmp_path / "out", options.pop("kind"), **options))
+        to_onnx(request(tmp_path, tmp_path / "out", options.pop("kind"), **options))
     assert not any((tmp_path / "out").iterdir())
 
 
@@ -255,6 +257,6 @@ def test_an_unknown_model_fails_with_the_builders_words_and_no_others(tireless, 
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "architectures": ["OtherForCausalLM"]}))
     with pytest.raises(FinetuneError, match="is not currently supported"):
-        to_onnx(job(source, tmp_path / "out", "fp32"))
+        to_onnx(request(source, tmp_path / "out", "fp32"))
     assert capfd.readouterr() == ("", "")
     assert not any((tmp_path / "out").iterdir()), "scratch files were left"

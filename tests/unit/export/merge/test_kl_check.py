@@ -1,4 +1,4 @@
-"""The gate: the distance between the trained and the merged model is measured, kept, and can fail the command."""
+"""The KL check: the distance between the trained and the merged model is measured, kept, and can fail the command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.config.command_options import MergeOptions
 from finetune.config.options import read_options
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.export.merge import merge as merging
-from finetune.export.merge.merge import GateFailed, MergeReport, merge
+from finetune.export.merge.merge import KlCheckFailed, MergeReport, merge
 from finetune.models.adapters.files import load_adapter
 from finetune.models.load import load_base
 from finetune.system.errors import ConfigError
@@ -55,36 +55,38 @@ def test_it_measures_what_a_plain_comparison_of_both_models_does(trained, make_b
     after = log_probs(merged)
     tokens = sum(len(row) - 1 for row in ROWS)
     kl = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(before, after, strict=True)) / tokens
-    (gate,) = report.gates
-    assert gate.tokens == tokens
+    (check,) = report.kl_checks
+    assert check.tokens == tokens
     # bf16 products differ between attention kernels.
-    assert gate.kl == pytest.approx(kl, rel=0.05)
+    assert check.kl == pytest.approx(kl, rel=0.05)
     nll = (
         -sum(float(p[range(len(row) - 1), row[1:]].sum()) for p, row in zip(log_probs(merged, 320), ROWS, strict=True))
         / tokens
     )
-    assert gate.perplexity_merged == pytest.approx(float(torch.tensor(nll).exp()), rel=0.02)
-    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["gates"][0]["kl"] == gate.kl
+    assert check.perplexity_merged == pytest.approx(float(torch.tensor(nll).exp()), rel=0.02)
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["kl_checks"][0]["kl"] == check.kl
 
 
 def test_a_merge_into_what_was_trained_is_nearer_and_both_are_told(trained, tmp_path):
     report = run(trained, tmp_path / "out", "base=dequantized", "compare=true", "dtype=fp32")
     assert report.other_base == "original"
-    assert report.gates[0].kl < 0.01 * report.other[0].kl
+    assert report.kl_checks[0].kl < 0.01 * report.other[0].kl
     assert not list(tmp_path.glob(".out*"))
 
 
 def test_too_far_fails_the_command_and_a_higher_limit_goes_on_from_the_weights(trained, tmp_path, monkeypatch):
-    with pytest.raises(GateFailed, match=r"gate\.max_kl=1e-09 is exceeded") as caught:
-        run(trained, tmp_path / "out", "gate.max_kl=1e-9")
+    with pytest.raises(KlCheckFailed, match=r"kl_check\.max_kl=1e-09 is exceeded") as caught:
+        run(trained, tmp_path / "out", "kl_check.max_kl=1e-9")
     assert caught.value.exit_code == 1
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(merging, "write_shard", lambda *_: pytest.fail("weights were written again"))
-    run(trained, tmp_path / "out", "gate.max_kl=100")
+    run(trained, tmp_path / "out", "kl_check.max_kl=100")
     assert load_file(tmp_path / "out" / "model.safetensors")
 
 
-@pytest.mark.parametrize("words", [["gate.max_kl=1"], ["compare=true"], ["gate.max_kl=1", "gate.rows=0"]])
+@pytest.mark.parametrize(
+    "words", [["kl_check.max_kl=1"], ["compare=true"], ["kl_check.max_kl=1", "kl_check.num_examples=0"]]
+)
 def test_without_rows_nothing_can_be_proven_or_compared(words, make_adapter, tmp_path):
     adapter = make_adapter("q,v")
     with pytest.raises(ConfigError, match="no held-out rows to measure on"):
@@ -110,10 +112,10 @@ def test_rows_that_cannot_be_read_are_named_before_anything_is_written(trained, 
 def test_the_number_of_rows_and_the_rows_can_be_chosen(trained, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"input_ids": [5, 6, 7]}) + "\n")
-    assert run(trained, tmp_path / "a", "gate.rows=2").gates[0].rows == 2
-    gate = run(trained, tmp_path / "b", f"gate.data=[{{path: '{other}', format: tokens}}]").gates[0]
-    assert (gate.rows, gate.tokens, gate.source) == (1, 2, "other")
-    assert run(trained, tmp_path / "c", "gate.rows=0").gates == []
+    assert run(trained, tmp_path / "a", "kl_check.num_examples=2").kl_checks[0].rows == 2
+    check = run(trained, tmp_path / "b", f"kl_check.data=[{{path: '{other}', format: tokens}}]").kl_checks[0]
+    assert (check.rows, check.tokens, check.source) == (1, 2, "other")
+    assert run(trained, tmp_path / "c", "kl_check.num_examples=0").kl_checks == []
 
 
 @pytest.mark.parametrize(
@@ -128,4 +130,4 @@ def test_the_number_of_rows_and_the_rows_can_be_chosen(trained, tmp_path):
 def test_the_base_follows_from_what_the_adapter_learned(settings, base, trained, tmp_path):
     with (trained / "config.yaml").open("a") as config:
         config.write(settings + "\n")
-    assert run(trained, tmp_path / "out", "gate.rows=0").base == base
+    assert run(trained, tmp_path / "out", "kl_check.num_examples=0").base == base
