@@ -26,7 +26,8 @@ class Batch:
     segment_lengths: documents' lengths, summing to T. weights [1, T] float32 of the targets; None is 1 everywhere.
     own [T] bool: tokens of documents that the model in training wrote itself; None where there are none.
     row_of_token [T] int64, always on the CPU: which row of a forward pass holds the token, of `rows` in all. Documents
-    that open with the same tokens may share the rows of their common part: its hidden states are the same.
+    that open with the same tokens and have equal media may share the rows of their common part: its hidden states are
+    the same. media_digests: of each document.
     """
 
     input_ids: Tensor
@@ -35,6 +36,7 @@ class Batch:
     segment_lengths: tuple[int, ...]
     places: tuple[str, ...]
     row_of_token: Tensor
+    media_digests: tuple[bytes, ...]
     weights: Tensor | None = None
     student_generated: Tensor | None = None
 
@@ -80,7 +82,8 @@ def build_batch(documents: Sequence[Document], lean: bool = False) -> Batch:
         labels=row([d.labels for d in documents]),
         segment_lengths=tuple(len(d) for d in documents),
         places=tuple(d.place for d in documents),
-        row_of_token=torch.from_numpy(share_prefixes([d.ids for d in documents], lean)),
+        row_of_token=torch.from_numpy(assign_rows(documents, lean)),
+        media_digests=tuple(d.media_digest for d in documents),
         weights=row(weights, np.float32) if weighted else None,
         student_generated=row([np.full(len(d), d.student_generated) for d in documents], np.bool_)[0]
         if any(d.student_generated for d in documents)
@@ -95,29 +98,35 @@ def _up_to_last_target(document: Document) -> Document:
     return replace(document, ids=document.ids[:end], labels=document.labels[:end], weights=weights)
 
 
-def share_prefixes(ids: Sequence[np.ndarray], share: bool = True) -> np.ndarray:
-    """The row [T] int64 of each token of documents laid end to end: one row for each distinct opening of a document.
+def assign_rows(documents: Sequence[Document], share_prefixes: bool = True) -> np.ndarray:
+    """Return the row [T] int64 that computes each token of documents laid end to end.
 
-    Rows are numbered by their first token, so without anything in common they are 0 … T - 1; so they are too where too
-    few could be shared to repay the gathering of keys and values.
+    Equal prefixes of documents with equal media get the same rows. Rows are numbered by their first token. Without
+    enough equal prefixes to repay the gathering of keys and values, every token gets its own row: 0 … T - 1.
     """
-    lengths = [len(document) for document in ids]
+    lengths = [len(document) for document in documents]
     starts, tokens = np.cumsum([0, *lengths]), sum(lengths)
     rows = np.arange(tokens)
-    if not share or len(ids) < 2:
+    if not share_prefixes or len(documents) < 2:
         return rows
-    # In sorted order, what a document shares with any before it, it shares with its neighbor.
-    order = sorted(range(len(ids)), key=lambda i: ids[i].astype(">i4").tobytes())
-    for before, after in itertools.pairwise(order):
+
+    def sort_key(i: int) -> tuple[bytes, bytes]:
+        return documents[i].media_digest, documents[i].ids.astype(">i4").tobytes()
+
+    # In sorted order, a document shares with its neighbor all that it shares with any document before it.
+    for before, after in itertools.pairwise(sorted(range(len(documents)), key=sort_key)):
+        first, second = documents[before], documents[after]
+        if first.media_digest != second.media_digest:
+            continue
         shorter = min(lengths[before], lengths[after])
-        differs = np.flatnonzero(ids[before][:shorter] != ids[after][:shorter])
+        differs = np.flatnonzero(first.ids[:shorter] != second.ids[:shorter])
         common = int(differs[0]) if len(differs) else shorter
         rows[starts[after] : starts[after] + common] = rows[starts[before] : starts[before] + common]
-    _, first, row_of_token = np.unique(rows, return_index=True, return_inverse=True)
-    if len(first) > _SHARED_FROM * tokens:
+    _, first_use, row_of_token = np.unique(rows, return_index=True, return_inverse=True)
+    if len(first_use) > _SHARED_FROM * tokens:
         return np.arange(tokens)
-    # Shared rows carry the number of a token that need not be the first: number them by their first token.
-    seen = np.full(len(first), tokens)
+    # A shared row may carry the number of a token that is not its first: number rows by their first token.
+    seen = np.full(len(first_use), tokens)
     np.minimum.at(seen, row_of_token, np.arange(tokens))
     return np.argsort(np.argsort(seen))[row_of_token]
 

@@ -22,7 +22,8 @@ class Document:
     ids [T] int32; labels [T] int32: labels[t] is the token to predict from position t (already shifted), or UNTRAINED.
     place: `file:row`, for messages to the user. weights [T] float32: what the loss at a position is multiplied by;
     None is 1 everywhere. row: the row in its source, from 0. student_generated: the model in training wrote the targets
-    itself, so only a teacher can say how good they are.
+    itself, so only a teacher can say how good they are. media_digest: hash of the images, audio and video behind
+    placeholder tokens; empty for text. Documents with equal ids and different media have different hidden states.
     """
 
     ids: np.ndarray
@@ -31,6 +32,7 @@ class Document:
     weights: np.ndarray | None = None
     row: int = 0
     student_generated: bool = False
+    media_digest: bytes = b""
 
     @property
     def target_tokens(self) -> int:
@@ -68,7 +70,14 @@ class Documents(Sequence[Document]):
         store, row = self.stores[self.source[i]], int(self.rows[i])
         piece = store.piece(row, int(self.starts[i]), int(self.lengths[i]))
         labels, weights = _shifted(piece)
-        return Document(piece.ids, labels, store.place(row), weights, int(store.indices[row]))
+        return Document(
+            piece.ids,
+            labels,
+            store.place(row),
+            weights,
+            row=int(store.indices[row]),
+            media_digest=piece.media_digest,
+        )
 
     def select(self, which: np.ndarray) -> Documents:
         """The documents with these indices (or where this mask is true), in that order."""

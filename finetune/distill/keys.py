@@ -14,10 +14,10 @@ from finetune.data.template.chat import UNTRAINED
 KEY_BYTES = 16
 
 
-def document_key(ids: np.ndarray, labels: np.ndarray) -> bytes | None:
-    """BLAKE2b of a document's token ids and of which positions carry a target; None for one without a target.
+def document_key(ids: np.ndarray, labels: np.ndarray, media_digest: bytes = b"") -> bytes | None:
+    """Return the BLAKE2b hash of a document's token ids, target positions and media; None for one without a target.
 
-    What follows the last target cannot change what a causal model says there, so it is left out.
+    Tokens after the last target are left out: a causal model does not see them.
     """
     targets = np.flatnonzero(labels != UNTRAINED)
     if not len(targets):
@@ -25,19 +25,20 @@ def document_key(ids: np.ndarray, labels: np.ndarray) -> bytes | None:
     end = int(targets[-1]) + 1
     digest = hashlib.blake2b(ids[:end].astype("<i4").tobytes(), digest_size=KEY_BYTES)
     digest.update((labels[:end] != UNTRAINED).tobytes())
+    digest.update(media_digest)
     return digest.digest()
 
 
 def key_of(document: Document) -> bytes | None:
     """The key of a document."""
-    return document_key(document.ids, document.labels)
+    return document_key(document.ids, document.labels, document.media_digest)
 
 
 def keys_of(batch: Batch) -> Iterator[tuple[bytes, int]]:
     """(key, targets) of each document of a batch that has a target, in order."""
     ids, labels = batch.input_ids[0].cpu().numpy(), batch.labels[0].cpu().numpy()
     start = 0
-    for length in batch.segment_lengths:
+    for length, media_digest in zip(batch.segment_lengths, batch.media_digests, strict=True):
         where = slice(start, start := start + length)
-        if (key := document_key(ids[where], labels[where])) is not None:
+        if (key := document_key(ids[where], labels[where], media_digest)) is not None:
             yield key, int((labels[where] != UNTRAINED).sum())

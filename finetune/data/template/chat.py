@@ -36,10 +36,15 @@ _MOST_LAYOUTS = 2048
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Tokens of one row. ids [T] int32; weights [T] float32: a token's loss weight as a target, 0 where untrained."""
+    """Tokens of one row.
+
+    ids [T] int32. weights [T] float32: a token's loss weight as a target, 0 where untrained.
+    media_digest: hash of the row's images, audio and video; empty for text.
+    """
 
     ids: np.ndarray
     weights: np.ndarray
+    media_digest: bytes = b""
 
     @property
     def trained(self) -> np.ndarray:

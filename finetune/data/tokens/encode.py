@@ -108,10 +108,11 @@ class RowEncoder:
             lengths=column([len(encoded.ids) for _, _, encoded in good]),
             indices=column([row.index for row, _, _ in good]),
             numbers=column([row.place.number for row, _, _ in good]),
-            hashes=column([content_hash(example) for _, example, _ in good], np.uint64),
+            hashes=column([content_hash(example, encoded.media_digest) for _, example, encoded in good], np.uint64),
             control_tokens=column([self._control_tokens(example) for _, example, _ in good], np.int32),
             ids=np.concatenate([encoded.ids for _, _, encoded in good] or none).astype(np.int32, copy=False),
             weights=np.concatenate([encoded.weights for _, _, encoded in good] or none).astype(np.float32, copy=False),
+            media_digests=tuple(encoded.media_digest for _, _, encoded in good),
             bad=tuple(bad),
             bytes_read=batch.bytes_read,
         )
@@ -144,12 +145,14 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def content_hash(example: Example) -> int:
-    """64 bits of a row's content: what it says, not how its file spelled it. Loss weights do not count."""
+def content_hash(example: Example, media_digest: bytes = b"") -> int:
+    """Return 64 bits of a hash of a row's texts and media; spelling in the file and loss weights do not count."""
     if isinstance(example, Conversation):
         turns = [(m.role, m.content, *map(ToolCall.as_dict, m.tool_calls)) for m in example.messages]
         content: Any = [turns, example.tools]
     else:
         content = example.text if isinstance(example, RawText) else example.input_ids
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=dict)
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
+    digest.update(media_digest)
+    return int.from_bytes(digest.digest(), "little")

@@ -31,6 +31,7 @@ _COLUMNS = {
     "hashes": np.uint64,
 }
 _IDS, _CODES, _ROWS, _META, BAD_ROWS = "ids.bin", "codes.bin", "rows.npz", "meta.json", "bad_rows.jsonl"
+_MEDIA = "media_digests"  # column of rows.npz, as hexadecimal text; missing where every row is text
 _MOST_WEIGHTS = 256  # a code is one byte
 
 
@@ -49,8 +50,8 @@ class EncodedBatch:
 
     lengths, indices, numbers [N] int64 (tokens, row in the source from 0, line or row in the file from 1);
     hashes [N] uint64 of the rows' content; control_tokens [N] int32 spelled out in contents;
-    ids [sum of lengths] int32; weights [sum of lengths] float32. bytes_read: of the source's files, up to
-    and with these rows.
+    ids [sum of lengths] int32; weights [sum of lengths] float32. media_digests: of each row.
+    bytes_read: of the source's files, up to and with these rows.
     """
 
     file: str
@@ -62,6 +63,7 @@ class EncodedBatch:
     control_tokens: np.ndarray
     ids: np.ndarray
     weights: np.ndarray
+    media_digests: tuple[bytes, ...]
     bad: tuple[BadRow, ...]
     bytes_read: int
 
@@ -100,6 +102,7 @@ class TokenStore(Sequence[Encoded]):
             self.indices, self.hashes = rows["indices"], rows["hashes"]
             self.control_tokens = rows["control_tokens"]
             self._files, self._numbers = rows["files"], rows["numbers"]
+            self._media = rows.get(_MEDIA)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         self._ids = _mapped(folder / _IDS, np.int32, self.meta.tokens)
         self._codes = _mapped(folder / _CODES, np.uint8, self.meta.tokens)
@@ -122,7 +125,8 @@ class TokenStore(Sequence[Encoded]):
     def piece(self, row: int, start: int, length: int) -> Encoded:
         """Tokens [start, start + length) of a row."""
         where = slice(first := int(self.starts[row]) + start, first + length)
-        return Encoded(np.asarray(self._ids[where]), self._weights[self._codes[where]])
+        media = b"" if self._media is None else bytes.fromhex(self._media[row].decode())
+        return Encoded(np.asarray(self._ids[where]), self._weights[self._codes[where]], media)
 
     def place(self, row: int) -> str:
         """Where the row stands: `file:line`, or `file:row N` in files without lines."""
@@ -173,6 +177,7 @@ class StoreWriter:
         self._weights: dict[float, int] = {0.0: 0, 1.0: 1}
         self._files: dict[tuple[str, str], int] = {}
         self._columns: dict[str, list[np.ndarray]] = {name: [np.empty(0, dtype)] for name, dtype in _COLUMNS.items()}
+        self._media: list[str] = []
         self._bad_rows = 0
 
     def append(self, batch: EncodedBatch) -> None:
@@ -194,6 +199,7 @@ class StoreWriter:
         }
         for name, dtype in _COLUMNS.items():
             self._columns[name].append(rows[name].astype(dtype))
+        self._media += [digest.hex() for digest in batch.media_digests]
         for bad in batch.bad:
             self._bad.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
         self._bad_rows += len(batch.bad)
@@ -201,6 +207,8 @@ class StoreWriter:
     def finish(self, format_name: str, made_from: dict[str, Any]) -> None:
         """Close the files and see them on the disk; the folder may be renamed then."""
         columns = {name: np.concatenate(self._columns.pop(name)) for name in _COLUMNS}
+        if any(self._media):  # a store of text looks as it did before there was media
+            columns[_MEDIA] = np.array(self._media, dtype=np.bytes_)
         with (self.folder / _ROWS).open("wb") as rows:
             np.savez(rows, allow_pickle=False, **columns)
             _settle(rows)
@@ -226,7 +234,9 @@ class StoreWriter:
             _settle(stream)
 
     def _digest(self) -> str:
-        parts = [*(part.hexdigest() for part in self._content.values()), list(self._weights)]
+        parts: list[Any] = [*(part.hexdigest() for part in self._content.values()), list(self._weights)]
+        if any(self._media):
+            parts.append(self._media)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _code(self, weights: np.ndarray) -> np.ndarray:

@@ -92,3 +92,8 @@ def test_batches_of_any_size_and_documents_with_weights_have_the_same_keys():
 def test_without_a_target_there_is_no_key():
     assert key_of(document([1, 2, 3], [])) is None
     assert list(keys_of(silent_batch(document([1, 2, 3], [0, 1])))) == []
+
+
+def test_the_key_of_a_text_never_changes():
+    """Caches made by earlier versions stay valid."""
+    assert key_of(document([7, 8, 9, 10], [1, 2])).hex() == "5d1289b9a1883d1b20a8cf21f469d1ec"

@@ -17,7 +17,9 @@ WEIGHTS = st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.5, 2.25])
 ROWS = st.lists(st.lists(st.tuples(st.integers(0, 2**31 - 1), WEIGHTS), min_size=1, max_size=9), max_size=20)
 
 
-def batch(rows: list[list[tuple[int, float]]], first: int = 0, file: str = "a.jsonl", bad: tuple = ()) -> EncodedBatch:
+def batch(
+    rows: list[list[tuple[int, float]]], first: int = 0, file: str = "a.jsonl", bad: tuple = (), media: tuple = ()
+) -> EncodedBatch:
     flat = [pair for row in rows for pair in row]
     count = len(rows)
     return EncodedBatch(
@@ -30,6 +32,7 @@ def batch(rows: list[list[tuple[int, float]]], first: int = 0, file: str = "a.js
         control_tokens=np.zeros(count, dtype=np.int32),
         ids=np.array([i for i, _ in flat], dtype=np.int32),
         weights=np.array([w for _, w in flat], dtype=np.float32),
+        media_digests=media or (b"",) * count,
         bad=bad,
         bytes_read=0,
     )
@@ -95,6 +98,17 @@ def test_the_content_digest_follows_tokens_weights_and_borders(tmp_path):
     assert len(set(digests)) == len(digests)
     apart = write(tmp_path / "apart", batch(rows[:1], file="b.jsonl"), batch(rows[1:], file="c.parquet"))
     assert apart.meta.content == digests[0]
+
+
+def test_media_digests_come_back_and_enter_the_content_digest(tmp_path):
+    rows = [[(1, 0.0), (2, 1.0)], [(3, 0.0), (4, 1.0)]]
+    text = write(tmp_path / "text", batch(rows))
+    media = [write(tmp_path / digest.hex(), batch(rows, media=(b"", digest))) for digest in (b"a\0", b"a")]
+    assert [piece.media_digest for piece in (*text, *media[0], *media[1])] == [b"", b"", b"", b"a\0", b"", b"a"]
+    assert len({store.meta.content for store in (text, *media)}) == 3
+    assert (
+        text.meta.content == "6edbaedc5521353df2d8c7d744b71d1f97f6ec67728042769dbbdc79df554a37"
+    )  # stores made by earlier versions stay valid
 
 
 def test_more_weights_than_a_byte_can_name_are_refused(tmp_path):
