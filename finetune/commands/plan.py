@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.system.arguments import Arguments
 from finetune.system.console import log
 from finetune.system.errors import ConfigError, InputError
+from finetune.system.format import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -231,7 +232,7 @@ def _gpu_name(options: PlanOptions) -> str | None:
 
 def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
     """The plan for people: what is held, whether it fits, how long it takes, what to change."""
-    moments = ", ".join(f"{name} {_gb(size)}" for name, size in content["moments"].items())
+    moments = ", ".join(f"{name} {format_bytes(size)}" for name, size in content["moments"].items())
     recomputed = f"{content['recomputed_layers']} of {content['layers']} layers recomputed"
     print(
         f"{cfg.model.name}: {content['parameters']:,} parameters, {content['trained']:,} trained; "
@@ -251,37 +252,28 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
         print(f"may fit: how much {content['device']} has free is not known here; gpu_gb=24 says it")
     else:
         verdict = "fits" if content["fits"] else "DOES NOT FIT"
-        print(f"{verdict}: {content['device']} has {_gb(content['free_bytes'])} free")
+        print(f"{verdict}: {content['device']} has {format_bytes(content['free_bytes'])} free")
     _describe_time(content)
     for change in content["changes"]:
         alone = "" if change["fits"] else " (not enough by itself)"
-        print(f"  {' '.join(change['overrides'])}   saves {_gb(change['saved_bytes'])}{alone}")
+        print(f"  {' '.join(change['overrides'])}   saves {format_bytes(change['saved_bytes'])}{alone}")
     if auto:
         found = content["auto"]
         print(
-            f"fastest that fits: {' '.join(found['overrides'])}   needs {_gb(found['needed_bytes'])}"
+            f"fastest that fits: {' '.join(found['overrides'])}   needs {format_bytes(found['needed_bytes'])}"
             if found
             else "fastest that fits: nothing does, whatever the length"
         )
 
 
 def _describe_time(content: Mapping[str, Any]) -> None:
-    print(f"work: {content['step_flops'] / 1e12:,.2f} TFLOP a step; {content['rates']}")
+    step = content["step_seconds"]
     parts = ", ".join(f"{name} {share:.0%}" for name, share in content["seconds_shares"].items() if share >= 0.005)
-    print(f"time: {_duration(content['step_seconds'])} a step ({parts}), {content['tokens_per_second']:,.0f} tokens/s")
+    print(f"work: {content['step_flops'] / 1e12:,.2f} TFLOP per step; {content['rates']}")
+    print(f"time: {step:,.2f} s per step ({parts}), {content['tokens_per_second']:,.0f} tokens/s")
     if content["total_seconds"] is not None:
-        print(f"      {content['steps']:,} steps{content['steps_from']}: {_duration(content['total_seconds'])} in all")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.2f} s"
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+        total = format_duration(content["total_seconds"])
+        print(f"      {content['steps']:,} steps{content['steps_from']}: {total} in total")
 
 
 def _table(first: str, *others: str) -> Table:

@@ -14,8 +14,9 @@ from finetune.planning.activations import plan_activations
 from finetune.planning.auto_batch import derive_micro_batch, foresee, recomputed_layers_of
 from finetune.planning.flops import step_work
 from finetune.planning.peak_memory import Footprint, predict
-from finetune.planning.static_memory import FOUR_BIT, in_words
+from finetune.planning.static_memory import FOUR_BIT
 from finetune.planning.timing import Rates, assumed_effort, step_seconds
+from finetune.system.format import format_bytes
 
 BUDGETS_GB = (8, 12, 16, 24, 48, 80)
 _STEP_TOKENS = 64
@@ -45,7 +46,7 @@ class Settings:
 def describe_change(change: Change) -> str:
     """One line."""
     alone = "" if change.fits else " (not enough by itself)"
-    return f"  {' '.join(change.overrides)} saves {in_words(change.saved_bytes)}{alone}"
+    return f"  {' '.join(change.overrides)} saves {format_bytes(change.saved_bytes)}{alone}"
 
 
 def changes_that_fit(

@@ -11,7 +11,7 @@ from typing import Any
 from finetune.config.schema import RunConfig
 from finetune.planning.activations import ActivationPlan, plan_activations
 from finetune.planning.peak_memory import Footprint, predict
-from finetune.planning.static_memory import in_words
+from finetune.system.format import format_bytes
 from finetune.system.machine import available_memory, device_memory, ranks_here, resident_memory
 
 # Tokens of a forward pass from which more of them are no faster: on a CPU the products are as fast by then, and every
@@ -126,9 +126,9 @@ def _words(
         text += ", their inputs in main memory"
     elif cfg.train.gradient_checkpointing == "offload":
         text += " (on a CPU offload is the same as all)"
-    text += f"; activations take up to {in_words(peak)} of {in_words(free_bytes)} free"
+    text += f"; activations take up to {format_bytes(peak)} of {format_bytes(free_bytes)} free"
     if cfg.train.gradient_checkpointing == "auto" and count:
-        text += f", and {in_words(plan.peak_bytes(0))} if all were kept"
+        text += f", and {format_bytes(plan.peak_bytes(0))} if all were kept"
     if micro < wanted:
         text += f"; {micro} sequence(s) a forward pass instead of {wanted}, to fit"
     if peak <= free_bytes:

@@ -12,8 +12,8 @@ from finetune.models.families import shape_of
 from finetune.planning.advice import changes_that_fit, describe_change
 from finetune.planning.auto_batch import derive_micro_batch, foresee, free_memory
 from finetune.planning.peak_memory import Footprint
-from finetune.planning.static_memory import in_words
 from finetune.planning.teacher import describe_teacher
+from finetune.system.format import format_bytes
 from finetune.system.machine import device_type_here, ranks_of_run
 
 
@@ -41,18 +41,18 @@ def describe_plan(
     lines += [
         f"model: {static.parameters:,} parameters, {static.trained:,} trained "
         f"({static.trained / static.parameters:.3%})",
-        f"memory before activations: {in_words(static.total_bytes)} a rank "
-        f"({', '.join(f'{name} {in_words(size)}' for name, size in static.parts.items())})",
+        f"memory before activations: {format_bytes(static.total_bytes)} a rank "
+        f"({', '.join(f'{name} {format_bytes(size)}' for name, size in static.parts.items())})",
         *([teacher] if teacher else []),
-        f"memory of activations: {in_words(kept)} a rank when no layer is recomputed, "
-        f"{in_words(recomputed)} when all are (train.gradient_checkpointing={cfg.train.gradient_checkpointing})",
-        f"predicted peak: {in_words(found.peak_bytes)} a rank, {found.moment}, "
+        f"memory of activations: {format_bytes(kept)} a rank when no layer is recomputed, "
+        f"{format_bytes(recomputed)} when all are (train.gradient_checkpointing={cfg.train.gradient_checkpointing})",
+        f"predicted peak: {format_bytes(found.peak_bytes)} a rank, {found.moment}, "
         f"with {found.recomputed or 'no'} layer(s) recomputed and {found.micro_batch} sequence(s) a forward pass "
         f"(most of it: {_largest_parts(found)})",
     ]
     if free_bytes is not None and found.needed_bytes > free_bytes:
         lines.append(
-            f"WARNING: {in_words(found.needed_bytes)} are needed with a margin, {in_words(free_bytes)} are free"
+            f"WARNING: {format_bytes(found.needed_bytes)} are needed with a margin, {format_bytes(free_bytes)} are free"
         )
         lines += map(describe_change, changes_that_fit(cfg, shape, ranks, device_type, free_bytes))
     return "\n".join(lines)
@@ -61,7 +61,7 @@ def describe_plan(
 def _largest_parts(found: Footprint) -> str:
     """The three largest parts of the peak: for a small model, those are not the model's."""
     largest = sorted(found.parts.items(), key=lambda part: -part[1])[:3]
-    return ", ".join(f"{name} {in_words(size)}" for name, size in largest)
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in largest)
 
 
 def dry_run(cfg: RunConfig) -> str:

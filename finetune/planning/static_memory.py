@@ -181,8 +181,3 @@ def _targets_in(layer: int, targets: tuple[str, ...] | str) -> frozenset[str]:
 def static_of(cfg: RunConfig, shape: Mapping[str, Any]) -> MemoryPlan:
     """`plan_memory` of a whole config."""
     return plan_memory(shape, cfg.model, cfg.quant, cfg.lora)
-
-
-def in_words(size_bytes: float) -> str:
-    """`4.10 GiB`, or `2.1 MiB` where that would be next to nothing."""
-    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 0.1 * 2**30 else f"{size_bytes / 2**20:.1f} MiB"

@@ -7,7 +7,8 @@ from typing import Any
 
 from finetune.config.schema import RunConfig
 from finetune.models.families import shape_of
-from finetune.planning.static_memory import DTYPE_BYTES, in_words, linear_shapes
+from finetune.planning.static_memory import DTYPE_BYTES, linear_shapes
+from finetune.system.format import format_bytes
 
 _SAMPLED_BYTES = 8 + 4  # losses/signal.py: a token's number and its probability
 
@@ -98,4 +99,4 @@ def describe_teacher(cfg: RunConfig, student: Mapping[str, Any]) -> str | None:
     how = "weights beside the student's"
     if teacher.placement == "streamed":
         size, how = size + passing_bytes(cfg, student), "two layers and, where the student has none to share, the head"
-    return f"teacher: {name}, {teacher.placement}: {in_words(size)} a rank for {how}"
+    return f"teacher: {name}, {teacher.placement}: {format_bytes(size)} a rank for {how}"

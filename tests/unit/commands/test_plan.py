@@ -80,7 +80,7 @@ def test_the_text_says_what_is_held_where_it_does_not_fit_and_what_to_change(cap
         "saves",
         "fastest that fits",
         "assumed",
-        "TFLOP a step",
+        "TFLOP per step",
     ):
         assert words in text
 

@@ -93,7 +93,7 @@ ALL = "lora.target_modules=all-linear"
 
 
 @pytest.mark.parametrize("lengths", [[320, 320], [64] * 10])
-@pytest.mark.parametrize("fast", ["true", "false"])
+@pytest.mark.parametrize("kernels", ["fused", "peft"])
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -109,8 +109,8 @@ ALL = "lora.target_modules=all-linear"
     ],
     ids=lambda overrides: " ".join(overrides) or "q,v",
 )
-def test_what_a_layer_keeps_is_within_a_tenth_of_what_autograd_saves(overrides, fast, lengths):
-    cfg = run(f"train.fast={fast}", *overrides)
+def test_what_a_layer_keeps_is_within_a_tenth_of_what_autograd_saves(overrides, kernels, lengths):
+    cfg = run(f"train.kernels={kernels}", *overrides)
     targets = cfg.lora.target_modules
     model = model_of(cfg)
     measured = saved_bytes(model, lengths)[1] / sum(lengths)  # the first layer's input needs no gradient
@@ -126,9 +126,9 @@ def test_transformers_own_attention_is_counted_too(kind):
     assert planned == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("fast", ["true", "false"])
-def test_a_recomputed_layer_keeps_its_input_alone(fast):
-    model = model_of(cfg := run(f"train.fast={fast}"))
+@pytest.mark.parametrize("kernels", ["fused", "peft"])
+def test_a_recomputed_layer_keeps_its_input_alone(kernels):
+    model = model_of(cfg := run(f"train.kernels={kernels}"))
     apply_recompute(model, "all")
     plan = plan_activations(SHAPE, cfg, 1, "cpu")
     measured = saved_bytes(model, [320, 320])

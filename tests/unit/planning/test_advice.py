@@ -52,7 +52,7 @@ def test_a_change_that_is_said_to_fit_fits(overrides, gigabytes):
         after = needed(run(*overrides, *words), free)
         assert (after <= free) == change.fits
         assert after == pytest.approx(before - change.saved_bytes, rel=1e-9)
-        assert describe_change(change).endswith("GiB" if change.fits else "by itself)")
+        assert describe_change(change).endswith("GB" if change.fits else "by itself)")
 
 
 HARD = (
