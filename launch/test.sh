@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Sets the environment up (once) and runs the tests.
+# Sets the environment up (once) and runs the tests, without the slow ones of tests/slow.py.
 #   bash launch/test.sh [pytest arguments]        for example: bash launch/test.sh tests/unit -k config
-# A process a core, four at most, takes file after file, the slow ones of tests/integration before those of tests/unit;
-# `-n 0` keeps all in one, as a debugger needs.
+#   bash launch/test.sh -m "slow or not slow"     all tests, as .ci/run does
+# One process per core, four at most. `-n 0` keeps all tests in one process, as a debugger needs.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$(bash "$root/launch/setup.sh")
 cd "$root"
-exec "$python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+exec "$python" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"

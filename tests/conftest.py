@@ -1,25 +1,28 @@
-"""What every test shares: no network, no GPU pretence, the way to the optional reference material."""
+"""What all tests share: no network, one thread per process, shared caches, commands run in-process or as processes."""
 
 from __future__ import annotations
 
+import functools
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-# Before anything imports transformers or wandb: a test never reaches the network, whatever the machine allows.
-os.environ["HF_HUB_OFFLINE"] = "1"
+# Set before anything imports torch, transformers or wandb.
+os.environ["HF_HUB_OFFLINE"] = "1"  # A test never reaches the network, whatever the machine allows.
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# And its threads wait without spinning: several processes share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"  # pytest-xdist runs one process per core: more threads compete for the same cores.
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import pytest
 from hypothesis import settings
 
-# Shared machines stall: a slow example is no failure. Derandomised, so that a failure comes again.
+from tests.commands import Done, run_here, run_process
+from tests.slow import is_slow
+
+# No deadline: shared machines stall. Derandomized: a failure comes again.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
@@ -28,13 +31,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
-    """The top of the checkout."""
+    """Return the top of the checkout."""
     return ROOT
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference material beside the checkout (real tokenizer, configs, data sets)."""
+    """Return the folder of reference material beside the checkout (real tokenizer, configs, datasets), or skip."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip("needs the reference material in ../shared, which this machine lacks")
@@ -42,25 +45,37 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test reads or fills the token cache of whoever runs it."""
-    os.environ["FINETUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+def _shared_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Give all processes of one session one package cache and one folder of reference runs, and nobody else's."""
+    base = tmp_path_factory.getbasetemp()
+    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["FINETUNE_CACHE"] = str(session / "cache")
+    os.environ["FINETUNE_TEST_RUNS"] = str(session / "reference-runs")
+
+
+@pytest.fixture(autouse=True)
+def _no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave report.html undrawn at the end of trainings in this process, except where the report is tested."""
+    recipe = sys.modules.get("finetune.training.recipe")
+    if recipe is not None and "report" not in request.node.name and "report" not in request.path.name:
+        monkeypatch.setattr(recipe, "try_report", lambda folder, log: None)
 
 
 @pytest.fixture
-def finetune_command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `finetune ARGUMENTS…` in a fresh process and returns it finished, with its text output."""
+def finetune_command(tmp_path: Path) -> Callable[..., Done]:
+    """Return a function that runs `finetune ARGUMENTS…` in this process, in the test's folder."""
+    return functools.partial(run_here, cwd=tmp_path)
 
-    def run(*arguments: str, cwd: Path = tmp_path, **options) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "finetune.cli", *arguments]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=500, **options)
 
-    return run
+@pytest.fixture
+def finetune_process(tmp_path: Path) -> Callable[..., Done]:
+    """Return a function that runs `finetune ARGUMENTS…` in a fresh process, in the test's folder."""
+    return functools.partial(run_process, cwd=tmp_path)
 
 
 @pytest.fixture(params=["own", "fp32"])
 def sixteen_bit_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a test with this processor's products, and as a processor without 16-bit ones makes them."""
+    """Run a test with this processor's products, and as a processor without 16-bit ones makes them."""
     from finetune.ops import matmul
 
     # A block of the test's own: an earlier test leaves a larger one, which would count as memory of this test.
@@ -69,7 +84,14 @@ def sixteen_bit_products(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
         monkeypatch.setattr(matmul, "_has_products", lambda dtype: False)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_slow(item.nodeid):
+            item.add_marker(pytest.mark.slow)
+    if not config.option.markexpr and not any("::" in argument for argument in config.args):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune import load_config
+from finetune import load_config, train
 from finetune.config.schema import RunConfig
 
 # With dropout and noise on, so that equality of two runs says something about random state.
@@ -31,6 +34,20 @@ _MEASURED = {"tokens_per_second", "peak_bytes", "seconds"}
 def small_run(folder: Path, *overrides: str) -> RunConfig:
     """A few steps of the quickstart into `folder`."""
     return load_config("quickstart.yaml", [*SMALL_RUN, f"output_dir={folder}", *overrides])
+
+
+def reference_run(*overrides: str) -> Path:
+    """Return the folder of a finished small run, trained once per session for all tests and processes.
+
+    Do not write into it: copy it first.
+    """
+    runs = Path(os.environ["FINETUNE_TEST_RUNS"])
+    runs.mkdir(parents=True, exist_ok=True)
+    folder = runs / hashlib.sha256(repr(overrides).encode()).hexdigest()[:16]
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "adapter_model.safetensors").exists():
+            train(small_run(folder, *overrides))
+    return folder
 
 
 def adapter(folder: Path) -> dict[str, Tensor]:

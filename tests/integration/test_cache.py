@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+from tests.commands import Done, run_here
 from tests.runs import metrics, result
 
 GIVEN = (
@@ -27,14 +26,12 @@ GIVEN = (
 )
 
 
-def finetune(command: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "finetune.cli", command, *words], cwd=folder, capture_output=True, text=True, timeout=500
-    )
+def finetune(command: str, folder: Path, *words: str) -> Done:
+    return run_here(command, *words, cwd=folder)
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def written(tmp_path_factory) -> tuple[Path, Done]:
     """A working directory in which `finetune cache` wrote to `its signal`, and what it said."""
     folder = tmp_path_factory.mktemp("work")
     done = finetune("cache", folder, *GIVEN, "distill.cache=its signal", "output_dir=an adapter")

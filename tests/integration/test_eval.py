@@ -12,26 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from finetune import train
 from finetune.evaluation.gap_table import load_gap
 from finetune.system.resources import packaged
-from tests.runs import small_run
+from tests.runs import reference_run
 
 FIGURES = {"loss", "perplexity", "accuracy", "score", "kl", "kl_p99", "top1"}
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few steps of the quickstart."""
-    folder = tmp_path_factory.mktemp("runs") / "quick"
-    train(small_run(folder))
-    return folder
-
-
 @pytest.fixture
-def here(run_folder: Path, tmp_path: Path) -> Path:
-    """A user's folder with that run in it."""
-    shutil.copytree(run_folder, tmp_path / "run")
+def here(tmp_path: Path) -> Path:
+    """A user's folder with a run of a few steps in it."""
+    shutil.copytree(reference_run(), tmp_path / "run")
     return tmp_path
 
 

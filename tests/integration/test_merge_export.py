@@ -17,15 +17,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.merge import write_adapter
-from finetune import load_config, train
+from finetune import load_config
+from tests.runs import reference_run
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder() -> Path:
     """A short training of the embedded base on its sample rows."""
-    folder = tmp_path_factory.mktemp("runs") / "quick"
-    train(load_config("quickstart.yaml", ["train.max_steps=4", "generation.num_examples=0", f"output_dir={folder}"]))
-    return folder
+    return reference_run()
 
 
 def test_a_run_is_merged_measured_and_answers(finetune_command, run_folder, tmp_path):
@@ -100,10 +99,9 @@ def test_a_merged_model_is_exported_and_read_back(finetune_command, run_folder, 
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()} == before
 
 
-def test_the_missing_extra_is_named_with_its_command(run_folder, tmp_path):
-    block = "import sys; sys.modules['gguf'] = None; from finetune.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = ["export", f"adapter={run_folder}", "format=gguf", "out=x", "verify=false"]
-    done = subprocess.run([sys.executable, "-c", block, *words], cwd=tmp_path, capture_output=True, text=True)
+def test_the_missing_extra_is_named_with_its_command(finetune_command, run_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    done = finetune_command("export", f"adapter={run_folder}", "format=gguf", "out=x", "verify=false")
     assert done.returncode == 2 and 'pip install "finetune-qlora[gguf]"' in done.stderr, done.stderr
     assert "tensors change" not in done.stderr, "merged before it was refused"
     assert not list(tmp_path.iterdir())
@@ -140,11 +138,11 @@ def test_killed_it_goes_on_after_the_last_whole_file(finetune_command, run_folde
 
 
 @pytest.mark.parametrize("command", ["merge", "export"])
-def test_a_full_disk_leaves_nothing(command, finetune_command, run_folder, tmp_path):
+def test_a_full_disk_leaves_nothing(command, finetune_process, run_folder, tmp_path):
     """The system refuses the bytes in the middle of a file."""
     words = ["kl_check.num_examples=0"] if command == "merge" else ["format=safetensors", "verify=false"]
     before = run_folder_state(run_folder)
-    done = finetune_command(
+    done = finetune_process(
         command,
         f"adapter={run_folder}",
         "out=merged",
@@ -187,11 +185,9 @@ def run_folder_state(folder: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
 
 
-def test_too_little_room_is_known_before_anything_is_written(run_folder, tmp_path):
-    small = "import shutil, sys; shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(9, 9, 1000)\n"
-    script = small + "from finetune.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = ["merge", f"adapter={run_folder}", "out=merged", "kl_check.num_examples=0"]
-    done = subprocess.run([sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True)
+def test_too_little_room_is_known_before_anything_is_written(finetune_command, run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 1000))
+    done = finetune_command("merge", f"adapter={run_folder}", "out=merged", "kl_check.num_examples=0")
     assert done.returncode == 4 and "are needed and 0.00 GB are free there" in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
 

@@ -21,16 +21,15 @@ from transformers import AutoModelForCausalLM
 from finetune import load_config
 from finetune.models.load import load_base
 from finetune.models.quant.quantize import stored_as
+from tests.commands import Done, run_here
 from tests.runs import SMALL_RUN, adapter, result
 
 SMALL = ("config=quickstart.yaml", "data.train.0.limit=96", "data.eval.0.limit=24", "data.max_length=128")
 BUDGET = "0.0034"
 
 
-def finetune(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "finetune.cli", *words], cwd=cwd, capture_output=True, text=True, timeout=500
-    )
+def finetune(cwd: Path, *words: str) -> Done:
+    done = run_here(*words, cwd=cwd)
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
@@ -70,7 +69,7 @@ def test_the_choice_says_how_it_was_made_and_is_a_config(here: Path, monkeypatch
     monkeypatch.chdir(here)
     quant = load_config("quickstart.yaml", ["quant=allocated"]).quant
     content = yaml.safe_load(file.read_text())
-    assert content == {key: getattr(quant, key) for key in ("type", "double", "compute_dtype", "keep", "int8")}
+    assert content == {key: getattr(quant, key) for key in ("type", "double", "compute_dtype", "skip_modules", "int8")}
     assert quant.type == "nf4" and quant.skip_modules and quant.int8
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from finetune import train
@@ -13,15 +10,12 @@ from finetune.training import recipe
 from tests.runs import SMALL_RUN, small_run
 
 WIDE = ("data.max_length=512", "train.batch_size=8", "train.micro_batch_size=8")
-FINETUNE = [sys.executable, "-m", "finetune.cli"]
 
 
-def finetune(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*FINETUNE, *words], capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
-
-
-def test_a_run_tells_what_it_expected_and_what_it_took(tmp_path: Path):
-    done = finetune("train", "config=quickstart.yaml", *SMALL_RUN, "train.max_steps=1", f"output_dir={tmp_path}/run")
+def test_a_run_tells_what_it_expected_and_what_it_took(finetune_command, tmp_path: Path):
+    done = finetune_command(
+        "train", "config=quickstart.yaml", *SMALL_RUN, "train.max_steps=1", f"output_dir={tmp_path}/run"
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["peak_bytes"] > 0 and result["predicted_peak_bytes"] > 0
@@ -38,14 +32,14 @@ def test_a_run_that_will_not_fit_says_so_before_it_loads_and_what_would(tmp_path
     assert warning < said.index(" saves ") < said.index("recompute: ")  # which is said once the model is there
 
 
-def test_a_plan_is_printed_and_its_exit_code_says_whether_it_fits():
-    fits = finetune("plan", "config=lora.yaml", "gpu_gb=24")
+def test_a_plan_is_printed_and_its_exit_code_says_whether_it_fits(finetune_command):
+    fits = finetune_command("plan", "config=lora.yaml", "gpu_gb=24")
     assert fits.returncode == 0 and "fits: a GPU of 24 GB" in fits.stdout
-    too_large = finetune("plan", "config=lora.yaml", "model=qwen2.5-72b", "gpu_gb=24", "--json")
+    too_large = finetune_command("plan", "config=lora.yaml", "model=qwen2.5-72b", "gpu_gb=24", "--json")
     assert too_large.returncode == 3 and json.loads(too_large.stdout)["changes"]
 
 
-def test_a_dry_run_warns_of_what_does_not_fit():
-    done = finetune("train", "config=lora.yaml", "model=qwen2.5-72b", "data.max_length=131072", "--dry-run")
+def test_a_dry_run_warns_of_what_does_not_fit(finetune_command):
+    done = finetune_command("train", "config=lora.yaml", "model=qwen2.5-72b", "data.max_length=131072", "--dry-run")
     assert done.returncode == 0
     assert "# predicted peak:" in done.stdout and "WARNING" in done.stdout and "saves" in done.stdout

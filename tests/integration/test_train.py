@@ -10,27 +10,29 @@ import time
 from pathlib import Path
 
 import pytest
-
-from tests.runs import SMALL_RUN, metrics, result
-
-SCRIPT = Path(__file__).resolve().parents[2] / "finetune" / "train.py"
-RELOAD = """
-import sys
 from peft import PeftModel
+
+import finetune
 from finetune import load_base, load_config, load_tokenizer
 from finetune.data.loader import load_chat_template, load_data
 from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.perplexity import evaluate
 from finetune.models.fused import attach_fast_path
-cfg = load_config(sys.argv[1] + "/config.yaml")
-model = PeftModel.from_pretrained(load_base(cfg.model, cfg.quant), sys.argv[1])
-attach_fast_path(model)  # the run's own arithmetic, so that nothing but the weights can differ
-data = load_data(Preparation(cfg.data, load_chat_template(cfg.data, load_tokenizer(cfg.model))))
-print(evaluate(model, data.eval[0].documents, limit_tokens=4096).loss)
-"""
+from tests.runs import SMALL_RUN, metrics, result
+
+SCRIPT = Path(__file__).resolve().parents[2] / "finetune" / "train.py"
 
 
-def train(folder: Path, *overrides: str, launch: bool = False) -> subprocess.CompletedProcess[str]:
+def reloaded_loss(run: Path) -> float:
+    """Load the base and the adapter with PEFT, and evaluate the held-out rows."""
+    cfg = load_config(f"{run}/config.yaml")
+    model = PeftModel.from_pretrained(load_base(cfg.model, cfg.quant), run)
+    attach_fast_path(model)  # The run's own arithmetic, so that nothing but the weights can differ.
+    data = load_data(Preparation(cfg.data, load_chat_template(cfg.data, load_tokenizer(cfg.model))))
+    return evaluate(model, data.eval[0].documents, limit_tokens=4096).loss
+
+
+def train_process(folder: Path, *overrides: str, launch: bool = False) -> subprocess.CompletedProcess[str]:
     launcher = [
         "-m",
         "accelerate.commands.launch",
@@ -44,7 +46,7 @@ def train(folder: Path, *overrides: str, launch: bool = False) -> subprocess.Com
 
 def test_accelerate_launch_leaves_a_whole_run_whose_adapter_reloads_to_the_same_loss(tmp_path):
     run = tmp_path / "run"
-    done = train(run, "generation.num_examples=4", "generation.samples=1", "train.eval_every=2", launch=True)
+    done = train_process(run, "generation.num_examples=4", "generation.samples=1", "train.eval_every=2", launch=True)
     assert done.returncode == 0, done.stderr[-3000:]
     files = {path.name for path in run.iterdir()}
     assert files >= {
@@ -90,9 +92,7 @@ def test_accelerate_launch_leaves_a_whole_run_whose_adapter_reloads_to_the_same_
         "v_proj",
     ]
     assert (run / "README.md").read_text().startswith("---\nlibrary_name: peft\n")
-    again = subprocess.run([sys.executable, "-c", RELOAD, str(run)], capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert float(again.stdout.split()[-1]) == pytest.approx(outcome["eval_loss"], rel=1e-6)
+    assert reloaded_loss(run) == pytest.approx(outcome["eval_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -137,11 +137,13 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number
         (["model.name=torn"], 3, ["torn"]),
     ],
 )
-def test_what_a_user_does_wrong_ends_in_one_message_and_its_exit_code(tmp_path, overrides, code, words):
+def test_what_a_user_does_wrong_ends_in_one_message_and_its_exit_code(
+    finetune_command, tmp_path, overrides, code, words
+):
     row = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
     (tmp_path / "bad.jsonl").write_text(f"{row}\nnot json\n{row.replace('assistant', 'bot')}\n")
     copy_of_the_base_with_half_its_weights(tmp_path / "torn")
-    done = train(tmp_path / "run", *overrides)
+    done = finetune_command("train", "config=quickstart.yaml", *SMALL_RUN, f"output_dir={tmp_path}/run", *overrides)
     assert done.returncode == code, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     assert all(word in done.stderr for word in words), done.stderr
@@ -168,14 +170,11 @@ def copy_of_the_base_with_half_its_weights(folder: Path) -> None:
     ],
 )
 def test_every_kind_of_adapter_trains_saves_resumes_and_reloads_to_the_same_loss(tmp_path, overrides):
-    from finetune import train
-    from finetune.config.compose import load_config
-
     run = tmp_path / "run"
     settings = [*SMALL_RUN, f"output_dir={run}", "train.save_every=2", *overrides]
-    outcome = train(load_config("quickstart.yaml", [*settings, "train.max_steps=2", "train.schedule=constant"]))
-    longer = train(load_config("quickstart.yaml", [*settings, "train.schedule=constant", "train.resume=auto"]))
+    outcome = finetune.train(
+        load_config("quickstart.yaml", [*settings, "train.max_steps=2", "train.schedule=constant"])
+    )
+    longer = finetune.train(load_config("quickstart.yaml", [*settings, "train.schedule=constant", "train.resume=auto"]))
     assert (outcome.steps, longer.steps) == (2, 4)
-    again = subprocess.run([sys.executable, "-c", RELOAD, str(run)], capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert float(again.stdout.split()[-1]) == pytest.approx(longer.eval_loss, rel=1e-4)
+    assert reloaded_loss(run) == pytest.approx(longer.eval_loss, rel=1e-4)
