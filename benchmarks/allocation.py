@@ -66,9 +66,9 @@ class Bench:
         self.batches = {"own_kl": batches_of(sample(own, rows), 512), "kl": batches_of(sample(others, held_out), 512)}
         model = LayerwiseModel(cfg.model, cfg.quant, working_device())
         measured = {}
-        for found in Sensitivity(model, self.batches["own_kl"]).measure(["nf4", "int8"], "only"):
+        for found in Sensitivity(model, self.batches["own_kl"]).measure(["nf4", "int8"]):
             measured[found.name, found.kind] = found.mean
-        self.single = Sensitivities(cfg.model.name, "only", ["nf4", "int8"], rows, model.linears, measured, {})
+        self.single = Sensitivities(cfg.model.name, ["nf4", "int8"], rows, model.linears, measured, {})
         self.choices = Choices.of(self.single, rest_bytes(cfg.model, model.linears), cfg.quant.double, cfg.model.dtype)
         self._known: dict[tuple[str, ...], dict[str, Any]] = {}
 

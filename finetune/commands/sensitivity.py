@@ -18,7 +18,6 @@ stopped. DIR gets sensitivity.json, sensitivity.md and sensitivity.png. Any key 
 Examples
   finetune sensitivity config=quickstart.yaml
   finetune sensitivity config=lora.yaml model=qwen2.5-0.5b-instruct 'data.train=[{path: rows.jsonl}]' rows=64
-  finetune sensitivity config=lora.yaml mode=keep type=nf4 out=worth
 """
 
 
@@ -49,9 +48,6 @@ def run_sensitivity(arguments: Arguments) -> int:
     for kind in found.kinds:
         log(f"all layers in {kind}: KL {found.measured[ALL, kind].kl:.2e} nats a target")
     print(options.out)
-    if found.mode == "only":
-        words = shlex.join(
-            ["finetune", "allocate", f"config={arguments.config}", f"sensitivity={options.out}", *overrides]
-        )
-        log(f"next: {words} budget_gb=…")
+    words = ["finetune", "allocate", f"config={arguments.config}", f"sensitivity={options.out}", *overrides]
+    log(f"next: {shlex.join(words)} budget_gb=…")
     return 0

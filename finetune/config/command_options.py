@@ -117,9 +117,6 @@ class SensitivityOptions(Section):
     type: Literal["both", "nf4", "fp4", "int8"] = Field(
         "both", description="Storage to measure; both is int8 and the config's 4-bit type."
     )
-    mode: Literal["only", "keep"] = Field(
-        "only", description="only: each layer alone is stored so; keep: each alone is in 16 bit, all others are so."
-    )
 
 
 class AllocateOptions(Section):

@@ -1,9 +1,8 @@
-"""How to store each layer so that the least is lost within a budget of bytes.
+"""Allocate a kind of storage to each linear layer, with the least loss within a budget of bytes.
 
-One kind of storage is chosen for each linear layer; the choices' bytes must add up to no more than the budget, and
-their KL to the 16-bit model, each measured alone, to as little as can be: a knapsack with one item of each class,
-solved to optimality by HiGHS. In fp32 single KLs add up to within a fifth of what all changes do together (docs/
-mixed-precision.md), so the sum orders choices well.
+The loss of an allocation is the sum of the layers' KLs to the 16-bit model, each measured alone. In fp32 that sum is
+within a fifth of the KL of all changes together (docs/mixed-precision.md), so it orders allocations well. This is a
+multiple-choice knapsack; HiGHS solves it to optimality.
 Source: Sinha and Zoltners 1979, Operations Research 27(3), the multiple-choice knapsack problem.
 """
 
@@ -19,17 +18,20 @@ from finetune.mixed_precision.journal import Sensitivities, layer_of
 from finetune.models.quant.bit_widths import stored_bytes
 from finetune.system.errors import ConfigError, FinetuneError
 
-# What HiGHS may leave of a gap to the optimum, and how long it may take; 588 choices take a second.
-_GAP, _LIMIT_SECONDS = 1e-6, 60.0
+_RELATIVE_GAP, _TIME_LIMIT_SECONDS = 1e-6, 60.0  # 588 variables take a second.
 _GB = 1e9
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What there is to choose from.
+    """The kinds of storage of each linear layer, with their sizes and KLs.
 
-    kinds: of storage, none (16 bit) the last. size_bytes, nats [M, K]: of each linear, in the order of `names`, in each
-    kind; nats are KLs measured alone, 0 in 16 bit. rest_bytes: everything that is no linear layer of a block.
+    Attributes:
+        names: full names of the linear layers [M].
+        kinds: kinds of storage [K], in the terms of `quant.type`; the last is none (16 bit).
+        size_bytes: [M, K].
+        nats: KL to the 16-bit model of each change alone [M, K], 0 in 16 bit.
+        rest_bytes: size of everything except the linear layers of the blocks.
     """
 
     names: list[str]
@@ -40,9 +42,7 @@ class Choices:
 
     @staticmethod
     def of(found: Sensitivities, rest_bytes: int, double: bool, dtype: str) -> Choices:
-        """double, dtype: of the config. Raises: ConfigError for sensitivities of another mode than `only`."""
-        if found.mode != "only":
-            raise ConfigError("sensitivity: measured with mode=keep; measure with mode=only, each layer alone")
+        """Build the choices from measurements; `double` and `dtype` are `quant.double` and `model.dtype`."""
         kinds = [*found.kinds, "none"]
         sizes = [[stored_bytes(kind, shape, double, dtype) for kind in kinds] for shape in found.shapes.values()]
         nats = [[max(0.0, found.measured[name, kind].kl) for kind in found.kinds] + [0.0] for name in found.shapes]
@@ -53,88 +53,81 @@ class Choices:
         return 1 + max(map(layer_of, self.names))
 
     def bytes_of(self, storage: Mapping[str, str]) -> int:
-        """Bytes of the whole base, embedding and head included, with its layers stored so."""
-        return self.rest_bytes + sum(
-            int(sizes[self.kinds.index(storage[name])]) for name, sizes in zip(self.names, self.size_bytes, strict=True)
-        )
+        """Return the size of the whole base, embedding and head included."""
+        sizes = zip(self.names, self.size_bytes, strict=True)
+        return self.rest_bytes + sum(int(row[self.kinds.index(storage[name])]) for name, row in sizes)
 
     def nats_of(self, storage: Mapping[str, str]) -> float:
-        """The sum of what was measured alone."""
-        return sum(
-            float(nats[self.kinds.index(storage[name])]) for name, nats in zip(self.names, self.nats, strict=True)
-        )
+        """Return the sum of the single KLs."""
+        nats = zip(self.names, self.nats, strict=True)
+        return sum(float(row[self.kinds.index(storage[name])]) for name, row in nats)
 
     def uniform(self, kind: str) -> dict[str, str]:
-        """Every layer stored as one kind."""
+        """Store every layer as one kind."""
         return dict.fromkeys(self.names, kind)
 
     def outer(self, outer: str, inner: str, first: int, last: int) -> dict[str, str]:
-        """The first and the last layers stored as one kind, those between as another: the usual rule of thumb."""
+        """Store the first and the last layers as one kind, those between as another: the usual rule of thumb."""
         edge = self.layers - last
         return {name: outer if layer_of(name) < first or layer_of(name) >= edge else inner for name in self.names}
 
     def simple(self, budget_bytes: float) -> dict[str, dict[str, str]]:
-        """What one would choose without measuring and that fits, by a description: uniform storage, and the largest
-        number of outer layers in more bits."""
-        choices = {f"all {kind}": self.uniform(kind) for kind in self.kinds}
+        """Return the allocations that need no measurement and fit the budget, by description.
+
+        These are uniform storage, and the largest number of outer layers in more bits.
+        """
+        found = {f"all {kind}": self.uniform(kind) for kind in self.kinds}
         for place, inner in enumerate(self.kinds):
             for outer in self.kinds[place + 1 :]:
-                # One more at the front than at the back, or as many.
+                # As many layers at the front as at the back, or one more.
                 for count in range(self.layers - 1, 0, -1):
                     first, last = (count + 1) // 2, count // 2
                     storage = self.outer(outer, inner, first, last)
                     if self.bytes_of(storage) <= budget_bytes:
-                        choices[f"first {first} and last {last} layers {outer}, others {inner}"] = storage
+                        found[f"first {first} and last {last} layers {outer}, others {inner}"] = storage
                         break
-        return {name: storage for name, storage in choices.items() if self.bytes_of(storage) <= budget_bytes}
+        return {name: storage for name, storage in found.items() if self.bytes_of(storage) <= budget_bytes}
 
 
 def allocate(choices: Choices, budget_bytes: float) -> dict[str, str]:
-    """The storage of each layer with the least sum of nats within a budget of the whole base.
+    """Return the kind of storage of each layer with the least sum of KLs within a budget for the whole base.
 
-    Raises: ConfigError for a budget that nothing fits, or that everything in 16 bit fits; FinetuneError if the solver
-    finds no solution.
+    Raises:
+        ConfigError: no allocation fits the budget, or the base fits it in 16 bit.
+        FinetuneError: the solver finds no solution.
     """
     _check_budget(choices, budget_bytes)
     count, kinds = choices.size_bytes.shape
-    # Scaled: HiGHS takes what is smaller than 1e-6 for zero.
+    # Both are scaled, because HiGHS takes values below 1e-6 for zero.
     nats = choices.nats.ravel() * (1e3 / max(choices.nats.sum(), np.finfo(float).tiny))
-    room_bytes = budget_bytes - choices.rest_bytes
-    one_of_each = np.kron(np.eye(count), np.ones(kinds))
-    # Bytes as a share of the room, for the same reason.
+    share_of_budget = choices.size_bytes.reshape(1, -1) / (budget_bytes - choices.rest_bytes)
+    one_kind_per_layer = np.kron(np.eye(count), np.ones(kinds))
     solved = milp(
         nats,
         integrality=np.ones(count * kinds),
         bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_of_each, 1, 1),
-            LinearConstraint(choices.size_bytes.reshape(1, -1) / room_bytes, -np.inf, 1),
-        ],
-        options={"mip_rel_gap": _GAP, "time_limit": _LIMIT_SECONDS},
+        constraints=[LinearConstraint(one_kind_per_layer, 1, 1), LinearConstraint(share_of_budget, -np.inf, 1)],
+        options={"mip_rel_gap": _RELATIVE_GAP, "time_limit": _TIME_LIMIT_SECONDS},
     )
     if solved.x is None:
-        raise FinetuneError(f"no allocation was found within {_LIMIT_SECONDS:.0f} seconds: {solved.message}")
+        raise FinetuneError(f"allocation: no solution within {_TIME_LIMIT_SECONDS:.0f} s ({solved.message})")
     chosen = solved.x.reshape(count, kinds).argmax(1)
     storage = {name: choices.kinds[kind] for name, kind in zip(choices.names, chosen, strict=True)}
     if choices.bytes_of(storage) > budget_bytes:
-        raise FinetuneError(f"the solver's choice is above the budget: {solved.message}")
+        raise FinetuneError(f"allocation: the solution exceeds the budget ({solved.message})")
     return storage
 
 
 def _check_budget(choices: Choices, budget_bytes: float) -> None:
-    # Of each layer the smallest: 8 bits of a narrow one, with a scale for each row, may be more than 16.
+    # The smallest kind of each layer: 8 bits of a narrow one, with a scale per row, can exceed 16 bits.
     least = choices.rest_bytes + int(choices.size_bytes.min(1).sum())
     most = choices.bytes_of(choices.uniform("none"))
-    if least <= budget_bytes < most:
-        return
-    given, smallest, largest = (f"{size / _GB:.6g}" for size in (budget_bytes, least, most))
+    given, smallest, largest, rest = (f"{size / _GB:.6g}" for size in (budget_bytes, least, most, choices.rest_bytes))
+    sizes = f"every layer in {choices.kinds[0]}={smallest} GB, every layer in 16 bit={largest} GB"
     if budget_bytes < least:
         raise ConfigError(
-            f"budget_gb={given}: the base takes {smallest} GB with every layer in {choices.kinds[0]} (of which "
-            f"{choices.rest_bytes / _GB:.6g} are embedding, head, norms and biases, which stay in 16 bit), and "
-            f"{largest} in 16 bit; name a budget between the two"
+            f"budget_gb={given}: too small for the base ({sizes}; embedding, head, norms and biases stay in 16 bit, "
+            f"{rest} GB)\nhelp: choose a budget between the two"
         )
-    raise ConfigError(
-        f"budget_gb={given}: the base fits in 16 bit, with {largest} GB, so there is nothing to choose: set "
-        f"quant.type=none; with every layer in {choices.kinds[0]} it takes {smallest}"
-    )
+    if budget_bytes >= most:
+        raise ConfigError(f"budget_gb={given}: the base fits in 16 bit ({sizes})\nhelp: set quant.type=none")

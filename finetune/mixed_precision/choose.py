@@ -1,4 +1,4 @@
-"""`finetune allocate` from measured sensitivities to a file that `quant=` names, measured against simpler choices."""
+"""Choose an allocation from sensitivities, compare it with simpler ones, and write it as an option of `quant=`."""
 
 from __future__ import annotations
 
@@ -35,17 +35,20 @@ from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 from finetune.system.resources import packaged
 
-_OPENING = "# Written by finetune allocate"
-_CHOICE = "the allocation"
+_HEADER = "# Written by finetune allocate"
+_ALLOCATED = "the allocation"
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What was chosen.
+    """A chosen allocation.
 
-    storage: of each linear. budget_bytes, size_bytes: of the whole base. predicted: the sum of KLs measured alone, in
-    nats a target. measured: of the choice and of simpler ones, by description, none if not asked for. choice: which of
-    them this is.
+    Attributes:
+        storage: kind of storage of each linear layer.
+        budget_bytes, size_bytes: of the whole base.
+        predicted: sum of the single KLs, in nats per target.
+        measured: KLs of whole allocations by description; empty with measure=false.
+        choice: the description of this one.
     """
 
     storage: dict[str, str]
@@ -54,20 +57,22 @@ class Allocation:
     size_bytes: int
     predicted: float
     measured: dict[str, MeanKl]
-    choice: str = _CHOICE
+    choice: str = _ALLOCATED
 
 
 def choose(cfg: RunConfig, options: AllocateOptions, log: Log) -> Allocation:
-    """The best storage of each layer within a budget, by what was measured of single layers; and, with
-    `options.measure`, the best of that and of simple choices by what is measured of them whole.
+    """Choose the allocation with the least sum of single KLs within the budget.
 
-    Raises: ConfigError for a folder that holds no sensitivities of this model, or a budget out of reach.
+    With `options.measure`, measure it and the simple allocations that fit as a whole, and choose the best of these.
+
+    Raises:
+        ConfigError: the folder holds no sensitivities of this model, or the budget is out of reach.
     """
     found = Sensitivities.read(Path(options.sensitivity).expanduser())
     _check_made_from(found, cfg, options.sensitivity)
     choices = Choices.of(found, rest_bytes(cfg.model, found.shapes), cfg.quant.double, cfg.model.dtype)
     budget_bytes = options.budget_gb * 1e9
-    storages = {_CHOICE: allocate(choices, budget_bytes)}
+    storages = {_ALLOCATED: allocate(choices, budget_bytes)}
     measured: dict[str, MeanKl] = {}
     if options.measure:
         training, held_out = load_rows(cfg, log)
@@ -75,7 +80,7 @@ def choose(cfg: RunConfig, options: AllocateOptions, log: Log) -> Allocation:
         storages |= choices.simple(budget_bytes)
         quants = {name: quant_of(storage, cfg.quant) for name, storage in storages.items()}
         measured = measure_quants(cfg.model, quants, batches, log)
-    best = min(measured, key=lambda name: measured[name].kl, default=_CHOICE)
+    best = min(measured, key=lambda name: measured[name].kl, default=_ALLOCATED)
     storage = storages[best]
     return Allocation(
         storage,
@@ -89,7 +94,6 @@ def choose(cfg: RunConfig, options: AllocateOptions, log: Log) -> Allocation:
 
 
 def _check_made_from(found: Sensitivities, cfg: RunConfig, folder: str) -> None:
-    """Raises: ConfigError if these are the sensitivities of other weights, or of other options of quantizing."""
     now = {
         "weights": teacher_weights(cfg.model),
         "double": cfg.quant.double,
@@ -99,25 +103,24 @@ def _check_made_from(found: Sensitivities, cfg: RunConfig, folder: str) -> None:
     keys = {"double": "quant.double", "compute_dtype": "quant.compute_dtype", "dtype": "model.dtype"}
     problems = [
         f"{keys.get(key, 'model.name')}: sensitivity={folder} was measured "
-        + (f"with {found.made_from.get(key)}, not {value}" if key in keys else f"on other weights ({found.model})")
+        + (f"with {found.made_from.get(key)}, found {value}" if key in keys else f"on other weights ({found.model})")
         for key, value in now.items()
         if found.made_from.get(key) != value
     ]
     if problems:
-        raise ConfigError("\n".join([*problems, "measure again, or give allocate the same config"]))
+        raise ConfigError("\n".join([*problems, "help: measure again, or use the same config"]))
 
 
 def rest_bytes(model: ModelConfig, linears: Mapping[str, object]) -> int:
-    """Bytes of everything that is no linear layer of a block, in the model's dtype."""
+    """Return the size of everything except the linear layers of the blocks, in the model's dtype."""
     folder = fetch(model.name, model.revision, TEXT_FILES + WEIGHT_FILES, "model.name").folder
     tensors = WeightFiles(weight_files(folder, model.name)).tensors
     rest = [stored for name, stored in tensors.items() if name.removesuffix(".weight") not in linears]
-    # A vector, or a table, is a weight of one row.
     return sum(stored_bytes("none", (1, torch.Size(stored.shape).numel()), False, model.dtype) for stored in rest)
 
 
 def quant_of(storage: Mapping[str, str], like: QuantConfig) -> QuantConfig:
-    """The settings that give this storage, everything else as in `like`; all in 16 bit is quant.type=none."""
+    """Return the settings that give this storage, with all others as in `like`."""
     kinds = set(storage.values())
     four_bit = next((kind for kind in FOUR_BIT if kind in kinds), None)
     base = four_bit or ("int8" if "int8" in kinds else "none")
@@ -135,73 +138,68 @@ def quant_of(storage: Mapping[str, str], like: QuantConfig) -> QuantConfig:
 def measure_quants(
     model: ModelConfig, quants: Mapping[str, QuantConfig], batches: Sequence[Batch], log: Log = lambda _: None
 ) -> dict[str, MeanKl]:
-    """KL(16 bit || quantized) of each of these settings, as a run computes: in its own types, on its own kernels."""
+    """Measure KL(16 bit || quantized) of each of these settings, with the dtypes and kernels of a run."""
     device = working_device()
     reference = load_resident(model, None, device).model
     head, vocabulary = head_of(reference), int(base_of(reference).config.vocab_size)
     wanted = _final_states(reference, batches, device)
     measured = {}
     for name, quant in quants.items():
-        # What is tried here once need not fill the disk.
+        # Used once, so not written to the cache on disk.
         plain = quant.model_copy(update={"cache": False, "keep_dequantized": False})
         base = load_base(model, plain, device)
         attach_fast_path(base)
         found = _final_states(base, batches, device)
         nats = [divergences(a_ND, [b_ND], head, vocabulary)[0] for a_ND, b_ND in zip(wanted, found, strict=True)]
         measured[name] = mean_kl(nats, batches)
-        log(f"{name}: KL {measured[name].kl:.2e} ± {measured[name].error:.0e} nats a target")
+        log(f"allocation: {name}: kl={measured[name].kl:.2e} ± {measured[name].error:.0e} nats per target")
     return measured
 
 
 def _final_states(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> list[Tensor]:
-    """States [N, D] of each batch's targets."""
     with evaluating(model):
         return [target_rows(hidden_states(model, here), here)[0] for here in (batch.to(device) for batch in batches)]
 
 
 def write_allocation(allocation: Allocation, file: Path, command: str, model: str) -> None:
-    """A file for configs/quant. command: that made it.
+    """Write a file for configs/quant, with the command that made it.
 
-    Raises: ConfigError if something else is there, or the place cannot be written to.
+    Raises:
+        ConfigError: the file exists and is not an allocation, or cannot be written.
     """
     check_place(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, as_yaml(allocation, command, model))
     except OSError as error:
-        raise ConfigError(f"out={file} cannot be written: {error.strerror or error}") from error
+        raise ConfigError(f"out={file}: cannot be written ({error.strerror or error})") from error
 
 
 def check_place(file: Path) -> None:
-    """Raises: ConfigError if a file that is no allocation is there, or its name is none of a config's."""
+    """Raise ConfigError if the file exists and is not an allocation, or its name is not allowed."""
     if file.suffix != ".yaml":
-        raise ConfigError(f"out={file}: name a .yaml file, as configs/quant/allocated.yaml")
+        raise ConfigError(f"out={file}: not a .yaml file\nhelp: use a name such as configs/quant/allocated.yaml")
     if (packaged("configs") / "quant" / file.name).exists():
-        raise ConfigError(
-            f"out={file}: quant={file.stem} is a packaged option and may be taken instead; use another name"
-        )
-    if file.is_dir() or (file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith(_OPENING)):
-        raise ConfigError(f"out={file} is there already and is no allocation; remove it or name another file")
+        raise ConfigError(f"out={file}: quant={file.stem} is a packaged option\nhelp: use another name")
+    if file.is_dir() or (file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith(_HEADER)):
+        raise ConfigError(f"out={file}: exists and is not an allocation\nhelp: remove it, or choose another file")
 
 
 def as_yaml(allocation: Allocation, command: str, model: str) -> str:
-    """The settings, under what they were made from and what they give."""
+    """Format the settings as YAML, with their origin and their KL as comments."""
     counts = {kind: list(allocation.storage.values()).count(kind) for kind in ("nf4", "fp4", "int8", "none")}
-    layers = ", ".join(f"{count} in {_words(kind)}" for kind, count in counts.items() if count)
+    names = {"none": "16 bit"}
+    layers = ", ".join(f"{count} in {names.get(kind, kind)}" for kind, count in counts.items() if count)
     header = [
-        f"{_OPENING} {__version__}:",
+        f"{_HEADER} {__version__}:",
         f"#   {command}",
         f"# Base: {model}, {allocation.size_bytes / 1e9:.6g} GB of {allocation.budget_bytes / 1e9:.6g}; "
         f"linear layers: {layers}; the head stays in 16 bit.",
-        f"# KL to the 16-bit model in nats a target token: {allocation.predicted:.2e} by single layers",
+        f"# KL to the 16-bit model in nats per target token: {allocation.predicted:.2e} by single layers",
     ]
     for name, mean in allocation.measured.items():
-        chosen = ", which this is" if name == allocation.choice else ""
+        chosen = " (this one)" if name == allocation.choice else ""
         header.append(f"#   {mean.kl:.2e} ± {mean.error:.0e} measured on {mean.tokens:,} targets: {name}{chosen}")
     quant = allocation.quant
     content = {key: getattr(quant, key) for key in ("type", "double", "compute_dtype", "skip_modules", "int8")}
     return "\n".join(header) + "\n" + yaml.safe_dump(content, sort_keys=False)
-
-
-def _words(kind: str) -> str:
-    return "16 bit" if kind == "none" else kind

@@ -1,4 +1,4 @@
-"""KL of changed models to the 16-bit one, by document, with the error of its mean."""
+"""KL of changed models to the 16-bit model, per target, with the standard error of its mean."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.losses.chunked import chunked_logits, logits_of
 
 @dataclass(frozen=True, slots=True)
 class MeanKl:
-    """kl: KL(16 bit || changed) in nats a target token. error: its standard error over documents. tokens: targets."""
+    """kl: KL(16 bit || changed) in nats per target. error: its standard error over documents. tokens: targets."""
 
     kl: float
     error: float
@@ -24,16 +24,16 @@ class MeanKl:
 
 
 def documents_of_targets(batch: Batch) -> Tensor:
-    """Which of the batch's documents each of its targets [N] belongs to."""
+    """Return the index of the document [N] that each target of the batch belongs to."""
     owner_T = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), torch.tensor(batch.segment_lengths))
     return owner_T[batch.labels[0].cpu() != UNTRAINED]
 
 
 @torch.no_grad()
 def divergences(reference_ND: Tensor, changed_ND: Sequence[Tensor], head: nn.Module, vocabulary: int) -> Tensor:
-    """KL(reference || changed) in nats [C, N] of each changed model at each target, fp32 on the CPU.
+    """Compute KL(reference || changed) in nats [C, N] of C changed models at each target, fp32 on the CPU.
 
-    The reference's logits are made once for all. Negative values are rounding, at 1e-7.
+    The reference's logits are computed once. Negative values are rounding errors of about 1e-7.
     """
     nats_CN = torch.empty(len(changed_ND), len(reference_ND))
     for logits_NV, rows in chunked_logits(reference_ND, head, vocabulary):
@@ -46,9 +46,9 @@ def divergences(reference_ND: Tensor, changed_ND: Sequence[Tensor], head: nn.Mod
 
 
 def mean_kl(nats: Sequence[Tensor], batches: Sequence[Batch]) -> MeanKl:
-    """The mean over all targets of all batches. nats: [N] of each batch.
+    """Average over all targets of all batches; `nats` holds [N] for each batch.
 
-    Targets of a document are no independent draws, so the error is that of a ratio of sums over documents.
+    Targets of a document are not independent, so the error is that of a ratio of sums over documents.
     Source: Cochran 1977, Sampling Techniques, section 2.11.
     """
     sums, counts = [], []

@@ -1,4 +1,4 @@
-"""The rows that precision is measured on."""
+"""Load the examples to measure on."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from finetune.models.load import load_tokenizer
 from finetune.models.tokens import extend_tokenizer
 from finetune.system.console import Log
 
-# Tokens of a batch, at least: with fewer, reading a layer's weights takes longer than multiplying with them.
-_BATCH_TOKENS = 2048
+# In smaller batches, reading a layer's weights takes longer than the products with them.
+_LEAST_BATCH_TOKENS = 2048
 
 
 def load_rows(cfg: RunConfig, log: Log) -> tuple[Documents, Documents]:
-    """The documents that a run of this config would train on, and those that it would be measured by (maybe none)."""
+    """Load the training documents and the held-out documents (possibly none) of a run's config."""
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
     chat = load_chat_template(cfg.data, tokenizer)
-    # A stream's rows are read to their end as well: a sample of its beginning would be none of its rows.
+    # A stream is read to its end: the beginning is not a sample of all its rows.
     whole = cfg.data.model_copy(update={"stream_rows": None})
     data = load_data(Preparation(whole, chat, progress=console_progress(log)))
     held_out = [source.documents for source in data.eval]
@@ -32,12 +32,11 @@ def load_rows(cfg: RunConfig, log: Log) -> tuple[Documents, Documents]:
 
 
 def sample(documents: Documents, rows: int) -> Documents:
-    """So many documents, evenly spaced; all, if there are fewer."""
-    return documents.select(
-        np.unique(np.linspace(0, len(documents) - 1, min(rows, len(documents))).round().astype(int))
-    )
+    """Select at most `rows` documents, evenly spaced."""
+    places = np.linspace(0, len(documents) - 1, min(rows, len(documents)))
+    return documents.select(np.unique(places.round().astype(int)))
 
 
 def batches_of(documents: Documents, max_length: int) -> Sequence[Batch]:
-    """Batches of what the documents' targets need."""
-    return [build_batch(group, lean=True) for group in groups_of(documents, max(_BATCH_TOKENS, max_length))]
+    """Build batches with only the tokens that the documents' targets need."""
+    return [build_batch(group, lean=True) for group in groups_of(documents, max(_LEAST_BATCH_TOKENS, max_length))]

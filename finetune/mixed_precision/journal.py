@@ -1,7 +1,7 @@
-"""A folder of measurements: each is kept when it is made, so that a killed command goes on where it stopped.
+"""A folder of measurements. Each is on the disk as soon as it is made, so a killed command resumes where it stopped.
 
-measured.jsonl      what they were made from, then one line each
-sensitivity.json    all of them, once all are there; sensitivity.md and sensitivity.png show it
+measured.jsonl      what the measurements were made from, then one line each
+sensitivity.json    all measurements, when all are made; sensitivity.md and sensitivity.png show them
 """
 
 from __future__ import annotations
@@ -13,38 +13,37 @@ from pathlib import Path
 from typing import Any
 
 from finetune.mixed_precision.divergences import MeanKl
-from finetune.mixed_precision.sensitivity import ALL, Measured, Mode
+from finetune.mixed_precision.sensitivity import ALL, Measured
 from finetune.system.atomic import write_text
 from finetune.system.errors import ConfigError, IntegrityError
 
 JOURNAL, RESULT = "measured.jsonl", "sensitivity.json"
-# Raised when what is measured, or how, changes.
+# Increment when the measurement or its rows change.
 SENSITIVITY_VERSION = 1
 
 
 class Journal:
-    """Measurements of one model on some rows with some settings. measured: by (name, kind), those that are there."""
+    """Measurements of one model on some rows with some settings, by (name, kind) in `measured`."""
 
     def __init__(self, folder: Path, made_from: dict[str, Any]):
-        """made_from: everything that decides the figures, as JSON keeps it.
+        """Open or create the folder; `made_from` is everything that decides the values, as JSON keeps it.
 
-        Raises: ConfigError if the folder holds what was made from something else, or cannot be written.
+        Raises:
+            ConfigError: the folder holds measurements made from something else, or cannot be written.
         """
         self.folder, self.made_from = folder, made_from
-        self.measured: dict[tuple[str, str], MeanKl] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lines = self._read()
-            # Without the end of a line that a kill left unfinished.
-            write_text(
-                folder / JOURNAL, "".join(f"{json.dumps(line)}\n" for line in [{"made_from": made_from}, *lines])
-            )
+            # Writes the file again without a last line that a kill cut off.
+            content = [{"made_from": made_from}, *lines]
+            write_text(folder / JOURNAL, "".join(f"{json.dumps(line)}\n" for line in content))
         except OSError as error:
-            raise ConfigError(f"out={folder} cannot be used: {error.strerror or error}") from error
+            raise ConfigError(f"out={folder}: cannot be written ({error.strerror or error})") from error
         self.measured = {(line["name"], line["kind"]): MeanKl(**line["mean"]) for line in lines}
 
     def append(self, found: Measured) -> None:
-        """Keep a measurement; it is on the disk when this returns."""
+        """Write a measurement to the disk."""
         with (self.folder / JOURNAL).open("a", encoding="utf-8") as stream:
             stream.write(f"{json.dumps(asdict(found))}\n")
             stream.flush()
@@ -62,27 +61,29 @@ class Journal:
             except ValueError:
                 break
         then = lines[0].get("made_from") if lines and isinstance(lines[0], dict) else None
+        if not isinstance(then, dict):
+            raise ConfigError(f"{file}: not written by finetune sensitivity\nhelp: choose another folder: out=DIR")
         if then != self.made_from:
-            if not isinstance(then, dict):
-                raise ConfigError(f"out={self.folder}: {JOURNAL} there is not this command's; name another folder")
-            keys = [key for key in self.made_from if then.get(key) != self.made_from[key]]
+            keys = sorted(key for key in {*then, *self.made_from} if then.get(key) != self.made_from.get(key))
             raise ConfigError(
-                f"out={self.folder} holds measurements of other {', '.join(keys) or 'settings'}; name another folder, "
-                "or remove it"
+                f"out={self.folder}: holds measurements with other settings: {', '.join(keys)}\n"
+                "help: choose another folder, or remove this one"
             )
         return lines[1:]
 
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """What was measured.
+    """The measurements of a model.
 
-    model: as the config names it. shapes: (out, in) of each linear layer, in the model's order. measured: by (name,
-    kind), with ALL for a model that is stored so throughout.
+    Attributes:
+        model: as the config names it.
+        shapes: (out, in) of each linear layer, in the model's order.
+        measured: by (name, kind); the name is ALL for all layers at once.
+        made_from: everything that decided the values.
     """
 
     model: str
-    mode: Mode
     kinds: list[str]
     rows: int
     shapes: dict[str, tuple[int, int]]
@@ -105,7 +106,6 @@ class Sensitivities:
         ]
         content = {
             "model": self.model,
-            "mode": self.mode,
             "kinds": self.kinds,
             "rows": self.rows,
             "all": {kind: asdict(self.measured[ALL, kind]) for kind in self.kinds},
@@ -116,44 +116,42 @@ class Sensitivities:
 
     @staticmethod
     def read(folder: Path) -> Sensitivities:
-        """Raises: ConfigError if the folder holds none, or none that is finished; IntegrityError for a damaged one."""
+        """Read sensitivity.json.
+
+        Raises:
+            ConfigError: there is none, it is not complete, or it is of the removed mode=keep.
+            IntegrityError: the file is corrupt.
+        """
         file = folder / RESULT
         if not file.is_file():
-            unfinished = (folder / JOURNAL).is_file()
-            advice = (
-                "is not finished: give the same finetune sensitivity command again"
-                if unfinished
-                else ("holds no sensitivity.json: finetune sensitivity config=X.yaml out=DIR writes one")
+            if (folder / JOURNAL).is_file():
+                raise ConfigError(f"sensitivity={folder}: not complete\nhelp: repeat the finetune sensitivity command")
+            raise ConfigError(
+                f"sensitivity={folder}: no {RESULT}\nhelp: write one with finetune sensitivity config=X.yaml out=DIR"
             )
-            raise ConfigError(f"sensitivity={folder} {advice}")
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             measured = {(ALL, kind): MeanKl(**mean) for kind, mean in content["all"].items()}
+            shapes = {}
             for module in content["modules"]:
                 measured |= {(module["name"], kind): MeanKl(**mean) for kind, mean in module["measured"].items()}
-            shapes = {
-                module["name"]: (int(module["shape"][0]), int(module["shape"][1])) for module in content["modules"]
-            }
-            return Sensitivities(
-                content["model"],
-                content["mode"],
-                content["kinds"],
-                content["rows"],
-                shapes,
-                measured,
-                content["made_from"],
+                shapes[module["name"]] = (int(module["shape"][0]), int(module["shape"][1]))
+            kept = content.get("mode") == "keep"
+            found = Sensitivities(
+                content["model"], content["kinds"], content["rows"], shapes, measured, content["made_from"]
             )
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise IntegrityError(
-                f"{file} is damaged ({error}); remove it and run finetune sensitivity again"
-            ) from error
+            raise IntegrityError(f"{file}: corrupt ({error})\nhelp: remove it and measure again") from error
+        if kept:
+            raise ConfigError(f"sensitivity={folder}: measured with mode=keep, which was removed\nhelp: measure again")
+        return found
 
 
 def layer_of(name: str) -> int:
-    """The number of the layer that a linear is in."""
+    """Return the number of the decoder layer that a linear layer is in."""
     return int(name.split(".")[2])
 
 
 def part_of(name: str) -> str:
-    """The last word of a linear's name, as q_proj."""
+    """Return the last part of a linear layer's name, as q_proj."""
     return name.rpartition(".")[2]

@@ -1,9 +1,8 @@
-"""A model computed in fp32 a layer at a time, any of its linear layers stored otherwise: what storage alone does.
+"""Compute a model in fp32 one layer at a time, with any of its linear layers quantized.
 
-In 16 bit, a change anywhere, however small, makes every later rounding fall otherwise. On the base that comes with the
-package this costs 5e-5 nats a token, ten times what a layer in 8 bit does, and hides it. So the weights are those that
-the files hold and those that quantizing makes of them, and the arithmetic is fp32. One layer of it is in memory; the
-16-bit weights stay mapped files on a CPU.
+In 16-bit arithmetic, any change makes every later rounding differ. On the packaged base this costs 5e-5 nats per
+token, ten times the cost of a layer in 8 bit, and hides it. So the arithmetic is fp32, on the original or the quantized
+weights. One fp32 layer is in memory; on a CPU the 16-bit weights stay memory-mapped files.
 """
 
 from __future__ import annotations
@@ -33,18 +32,20 @@ from finetune.system.errors import ConfigError
 
 
 class LayerwiseModel:
-    """A frozen base. kinds: how a layer may be stored, in the words of `quant.type`.
-
-    linears: full name of each linear layer but the head, in the model's order, with its shape (out, in).
-    """
+    """A frozen base; `linears` maps each linear layer except the head, in the model's order, to its shape (out, in)."""
 
     def __init__(self, cfg: ModelConfig, quant: QuantConfig, device: torch.device):
-        """quant: `type` is the 4-bit kind; `double` and `compute_dtype` are what a run would have. Which layers it
-        keeps is left out of account. Raises: as `load_base`.
+        """Load the base.
+
+        Args:
+            quant: the 4-bit kind, `double` and `compute_dtype` of a run; its lists of layers are ignored.
+
+        Raises:
+            ConfigError: another attention than segmented; otherwise as `load_base`.
         """
         if cfg.attention not in ("auto", attention.SEGMENTED):
             raise ConfigError(
-                f"model.attention={cfg.attention}: precision is measured with segmented attention; set auto"
+                f"model.attention={cfg.attention}: only segmented attention works here\nhelp: set model.attention=auto"
             )
         self.device = device
         model: Any = load_resident(cfg, None, device).model
@@ -73,14 +74,14 @@ class LayerwiseModel:
         return len(self.model.base_model.layers)
 
     def linears_of(self, index: int) -> list[str]:
-        """Full names of a layer's linear layers."""
+        """Return the full names of a decoder layer's linear layers."""
         return [name for name in self.linears if name.startswith(f"model.layers.{index}.")]
 
     def load(self, index: int, storage: Mapping[str, str]) -> None:
-        """Make a layer the one that `advance` computes, its linears stored as `storage` says, others in 16 bit."""
-        self._layer = None  # the last one's memory first
+        """Load the layer that `advance` computes; `storage` maps linear layers to their kind, others stay in 16 bit."""
+        self._layer = None  # Frees the previous layer first.
         layer = self.model.base_model.layers[index]
-        # The config is shared by all layers, and is no part of one.
+        # All layers share the config.
         self._layer = copy.deepcopy(layer, {id(layer.self_attn.config): layer.self_attn.config}).float()
         self._index = index
         for name in self.linears_of(index):
@@ -89,7 +90,7 @@ class LayerwiseModel:
 
     @contextmanager
     def stored(self, name: str, kind: str) -> Iterator[None]:
-        """A linear of the loaded layer in another kind of storage, for the time of the block."""
+        """Store a linear layer of the loaded layer as another kind within a `with` block."""
         before = self._layer.get_submodule(self._short(name))
         try:
             self._store(name, kind)
@@ -99,7 +100,7 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def enter(self, batch: Batch) -> DecoderRows:
-        """A batch's rows before the first layer."""
+        """Return a batch's rows before the first layer."""
         batch = batch.to(self.device)
         chosen = token_of_row(batch).to(self.device)
         table: Tensor = self.model.get_input_embeddings().weight
@@ -107,7 +108,7 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def advance(self, rows: DecoderRows, states: Tensor) -> Tensor:
-        """What the loaded layer makes of states [1, R, D] of these rows."""
+        """Return the loaded layer's output for states [1, R, D] of these rows."""
         return self._layer(
             states,
             attention_mask=None,
@@ -118,12 +119,12 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def leave(self, states: Tensor, batch: Batch) -> Tensor:
-        """Final normed states [N, D] of a batch's targets."""
+        """Return the final normed states [N, D] of a batch's targets."""
         hidden_ND, _, _ = target_rows(token_states(self._norm(states)[0], batch), batch.to(self.device))
         return hidden_ND
 
     def run(self, batches: Sequence[Batch], storage: Mapping[str, str]) -> list[Tensor]:
-        """Final states of all batches' targets, each linear stored as `storage` says."""
+        """Return the final states [N, D] of each batch's targets, with linear layers stored as in `storage`."""
         rows = [self.enter(batch) for batch in batches]
         states = [each.states for each in rows]
         for index in range(self.layers):
@@ -141,10 +142,8 @@ class LayerwiseModel:
             give_eight_bit_layers(self._layer, [short], self._threshold)
             put_rows(self._layer.get_submodule(short), *quantize_rows(original.weight.data))
             return
-        weight = original.weight.data
-        if kind in FOUR_BIT:
-            rows = self._quantized.dequantized(f"{name}.weight", lambda: original.weight.data)
-            weight = rows(0, weight.shape[0]).to(self.device)
+        rows = self._quantized.dequantized(f"{name}.weight", lambda: original.weight.data)
+        weight = rows(0, original.out_features).to(self.device)
         layer: Any = nn.Linear(original.in_features, original.out_features, bias=False, device="meta")
         layer.weight = nn.Parameter(weight.float(), requires_grad=False)
         layer.bias = None if original.bias is None else nn.Parameter(original.bias.float(), requires_grad=False)
@@ -152,5 +151,5 @@ class LayerwiseModel:
 
 
 def four_bit_of(quant: QuantConfig) -> Any:
-    """The 4-bit kind that a config means: its own, else nf4."""
+    """Return the config's 4-bit kind, or nf4 if it has none."""
     return quant.type if quant.type in FOUR_BIT else "nf4"

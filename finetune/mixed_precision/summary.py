@@ -1,4 +1,4 @@
-"""Sensitivities as a table and as a picture."""
+"""Write sensitivities as a table and a picture."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKDOWN, PICTURE = "sensitivity.md", "sensitivity.png"
-_COSTLIEST = 10
+_RANKED = 10
 
 
 def write_summary(found: Sensitivities, folder: Path, double: bool, dtype: str) -> None:
-    """Write sensitivity.md and sensitivity.png. double, dtype: for the bytes of a weight."""
+    """Write sensitivity.md and sensitivity.png; `double` and `dtype` are `quant.double` and `model.dtype`."""
     write_text(folder / MARKDOWN, as_markdown(found, double, dtype))
     save_png(as_picture(found), folder / PICTURE)
 
 
 def as_markdown(found: Sensitivities, double: bool, dtype: str) -> str:
-    """Tables by layer and part, and the layers where 16 bits are worth most a byte."""
+    """Format tables by layer and part, and the layers where 16 bits gain most per byte."""
     parts = list(dict.fromkeys(part_of(name) for name in found.shapes))
     lines = [
         f"# Sensitivity of {found.model}",
         "",
-        f"KL(16 bit || changed) in nats a target token on {found.rows:,} rows ({found.targets:,} targets), computed in "
-        f"fp32; ± is one standard error over rows. {_meaning(found)}",
+        f"KL(16 bit || changed) in nats per target token on {found.rows:,} rows ({found.targets:,} targets), computed "
+        "in fp32; ± is one standard error over rows. Each layer alone is stored as the heading says, all others in 16 "
+        "bit.",
     ]
     for kind in found.kinds:
         total = sum(found.measured[name, kind].kl for name in found.shapes)
@@ -40,44 +41,33 @@ def as_markdown(found: Sensitivities, double: bool, dtype: str) -> str:
             "",
             f"## {kind}",
             "",
-            f"All layers at once: {everything.kl:.2e} ± {everything.error:.0e}"
-            + (f"; the sum of all single ones: {total:.2e}." if found.mode == "only" else "."),
+            f"All layers at once: {everything.kl:.2e} ± {everything.error:.0e}; the sum of all single ones: "
+            f"{total:.2e}.",
             "",
+            f"| layer | {' | '.join(parts)} |",
+            f"|---|{'---|' * len(parts)}",
         ]
-        lines += [f"| layer | {' | '.join(parts)} |", f"|---|{'---|' * len(parts)}"]
         for layer in range(found.layers):
             cells = {part_of(name): found.measured[name, kind] for name in found.shapes if layer_of(name) == layer}
-            lines.append(f"| {layer} | {' | '.join(_cell(cells.get(part)) for part in parts)} |")
+            texts = [f"{cells[part].kl:.2e} ± {cells[part].error:.0e}" if part in cells else "" for part in parts]
+            lines.append(f"| {layer} | {' | '.join(texts)} |")
         lines += ["", *_ranking(found, kind, double, dtype)]
     return "\n".join(lines) + "\n"
 
 
-def _meaning(found: Sensitivities) -> str:
-    if found.mode == "only":
-        return "Each layer alone is stored as the heading says, all others in 16 bit."
-    return "Each layer alone is in 16 bit, all others are stored as the heading says: the lower, the more it is worth."
-
-
-def _cell(mean) -> str:
-    return "" if mean is None else f"{mean.kl:.2e} ± {mean.error:.0e}"
-
-
 def _ranking(found: Sensitivities, kind: str, double: bool, dtype: str) -> list[str]:
-    """The layers whose 16 bits buy most."""
-
     def gain(name: str) -> float:
-        alone = found.measured[name, kind].kl
-        nats = alone if found.mode == "only" else found.measured[ALL, kind].kl - alone
         shape = found.shapes[name]
-        return nats / (stored_bytes("none", shape, double, dtype) - stored_bytes(kind, shape, double, dtype)) * 1e6
+        saved_bytes = stored_bytes("none", shape, double, dtype) - stored_bytes(kind, shape, double, dtype)
+        return found.measured[name, kind].kl / saved_bytes * 1e6
 
-    best = sorted(found.shapes, key=gain, reverse=True)[:_COSTLIEST]
+    best = sorted(found.shapes, key=gain, reverse=True)[:_RANKED]
     rows = [f"| {name} | {gain(name):.2e} |" for name in best]
-    return ["Where keeping 16 bits gains most for its bytes:", "", "| layer | nats a MB |", "|---|---|", *rows]
+    return ["Layers where 16 bits gain most per byte:", "", "| layer | nats per MB |", "|---|---|", *rows]
 
 
 def as_picture(found: Sensitivities) -> Figure:
-    """Bars by layer, one color for each part of a layer, a panel for each kind of storage."""
+    """Draw bars by layer: one color for each part of a layer, one panel for each kind of storage."""
     parts = list(dict.fromkeys(part_of(name) for name in found.shapes))
     width_inches = min(30.0, max(4.8, 0.14 * len(found.shapes)) * len(found.kinds))
     drawn, panels = figure(width_inches, 3.4, len(found.kinds))
@@ -96,12 +86,10 @@ def as_picture(found: Sensitivities) -> Figure:
                 color=COLORS[number % len(COLORS)],
                 error_kw={"elinewidth": 0.6},
             )
-        if found.mode == "keep":
-            axes.axhline(found.measured[ALL, kind].kl, color="gray", linewidth=0.8, label="none kept")
-        axes.set_title(f"{kind} alone" if found.mode == "only" else f"16 bit alone, all others {kind}")
+        axes.set_title(f"{kind} alone")
         axes.set_xlabel("layer")
         axes.set_xticks(range(found.layers))
         axes.grid(axis="x", visible=False)
-    panels[0].set_ylabel("KL to the 16-bit model (nats a target)")
+    panels[0].set_ylabel("KL to the 16-bit model (nats per target)")
     panels[0].legend(ncols=2)
     return drawn

@@ -1,4 +1,4 @@
-"""Mixed precision by measurement, by the real commands: measured, chosen, trained, merged, exported, loaded."""
+"""Mixed precision with the real commands: measure, allocate, train, merge, export, load."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def finetune(cwd: Path, *words: str) -> Done:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder in which sensitivities were measured, and a storage chosen within a budget."""
+    """Make a folder with sensitivities and an allocation."""
     folder = tmp_path_factory.mktemp("here")
     measured = finetune(folder, "sensitivity", *SMALL, "rows=8")
     assert measured.stdout == "sensitivity\n" and "next: finetune allocate config=quickstart.yaml" in measured.stderr
@@ -61,11 +61,11 @@ def trained(here: Path) -> Path:
     return here / "run"
 
 
-def test_the_choice_says_how_it_was_made_and_is_a_config(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_allocation_holds_its_origin_and_is_a_config(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = here / "configs" / "quant" / "allocated.yaml"
     header = [line for line in file.read_text().splitlines() if line.startswith("#")]
     assert f"finetune allocate {' '.join(SMALL)} budget_gb={BUDGET} rows=12" in header[1]
-    assert "the allocation, which this is" in "".join(header) and "all nf4" in "".join(header)
+    assert "the allocation (this one)" in "".join(header) and "all nf4" in "".join(header)
     monkeypatch.chdir(here)
     quant = load_config("quickstart.yaml", ["quant=allocated"]).quant
     content = yaml.safe_load(file.read_text())
@@ -73,7 +73,7 @@ def test_the_choice_says_how_it_was_made_and_is_a_config(here: Path, monkeypatch
     assert quant.type == "nf4" and quant.skip_modules and quant.int8
 
 
-def test_measuring_goes_on_after_a_kill_with_the_same_figures(here: Path, tmp_path: Path) -> None:
+def test_measuring_resumes_after_a_kill_with_the_same_values(here: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "finetune.cli", "sensitivity", *SMALL, "rows=8", f"out={tmp_path}/killed"]
     journal = tmp_path / "killed" / "measured.jsonl"
     running = subprocess.Popen(command, cwd=here, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -84,13 +84,13 @@ def test_measuring_goes_on_after_a_kill_with_the_same_figures(here: Path, tmp_pa
     done = len(journal.read_text().splitlines()) - 1
     assert not (journal.parent / "sensitivity.json").exists() and 0 < done < 58
     again = finetune(here, *command[3:])
-    assert "of 58 are measured already" in again.stderr
+    assert "/58" in again.stderr
     unbroken = here / "sensitivity" / "sensitivity.json"
     assert (journal.parent / "sensitivity.json").read_bytes() == unbroken.read_bytes()
     assert (journal.parent / "sensitivity.png").read_bytes() == (unbroken.parent / "sensitivity.png").read_bytes()
 
 
-def test_a_run_trains_on_the_choice_and_its_adapter_loads(here: Path, trained: Path) -> None:
+def test_a_run_trains_on_the_allocation_and_its_adapter_loads(here: Path, trained: Path) -> None:
     assert result(trained)["status"] == "finished"
     quant = load_config(str(trained / "config.yaml")).quant
     assert quant.int8 and quant.skip_modules
@@ -124,7 +124,6 @@ def test_a_resumed_run_ends_in_the_same_bits(here: Path, trained: Path) -> None:
 
 
 def test_it_merges_and_exports(here: Path, trained: Path) -> None:
-    """Into the weights that training saw: only rounding is between what was trained and what is written."""
     finetune(here, "merge", f"adapter={trained}", "out=merged", "base=dequantized", "kl_check.num_examples=12")
     (check,) = json.loads((here / "merged" / "merge_report.json").read_text())["kl_checks"]
     # bf16 sums of other orders: 2e-4; a layer taken for one of another kind: 5e-3.

@@ -20,7 +20,7 @@ ROWS = 6
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Matrices this small only lose to threads."""
+    """Use one thread: threads only slow down matrices of this size."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -29,7 +29,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Bench:
-    """cfg: of the quickstart. batches: two, of six rows in all. model: computed a layer at a time."""
+    """cfg: of the quickstart. batches: two, of six rows in all."""
 
     cfg: RunConfig
     batches: Sequence[Batch]

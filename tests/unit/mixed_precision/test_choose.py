@@ -1,4 +1,4 @@
-"""A choice becomes a file that gives it back; what is no choice, or of another model, is refused."""
+"""An allocation is written as a config option; other files and other models' sensitivities are refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NAMES = [f"model.layers.{i}.mlp.{part}_proj" for i in (1, 11) for part in ("gate
         (["none"] * 4, "none"),
     ],
 )
-def test_the_settings_give_the_storage_back(kinds: list[str], quant_type: str) -> None:
+def test_the_settings_give_the_same_storage(kinds: list[str], quant_type: str) -> None:
     storage = dict(zip(NAMES, kinds, strict=True))
     quant = quant_of(storage, QuantConfig(double=False, keep_dequantized=True, skip_modules=["layers.5"]))
     assert (quant.type, quant.double, quant.keep_dequantized) == (quant_type, False, quant_type in ("nf4", "fp4"))
@@ -61,13 +61,13 @@ def allocation(**changes: Any) -> Allocation:
     return Allocation(**content | changes)
 
 
-def test_the_file_says_how_it_was_made() -> None:
+def test_the_file_holds_its_origin() -> None:
     text = as_yaml(allocation(), "finetune allocate config=x.yaml budget_gb=3", "base")
     for part in (
         "#   finetune allocate config=x.yaml budget_gb=3",
         "base, 2.9 GB of 3; linear layers: 2 in nf4, 1 in int8, 1 in 16 bit",
         "1.50e-03 by single layers",
-        "2.00e-03 ± 1e-04 measured on 500 targets: the allocation, which this is",
+        "2.00e-03 ± 1e-04 measured on 500 targets: the allocation (this one)",
         "9.00e-03 ± 1e-04 measured on 500 targets: all nf4\n",
     ):
         assert part in text
@@ -80,26 +80,26 @@ def test_the_file_says_how_it_was_made() -> None:
     }
 
 
-def test_only_an_allocation_is_written_over(tmp_path: Path) -> None:
+def test_only_an_allocation_is_overwritten(tmp_path: Path) -> None:
     file = tmp_path / "new" / "allocated.yaml"
     for model in ("first", "second"):
         write_allocation(allocation(), file, "finetune allocate", model)
         assert model in file.read_text()
     file.write_text("type: fp4\n")
-    with pytest.raises(ConfigError, match="is no allocation"):
+    with pytest.raises(ConfigError, match="not an allocation"):
         write_allocation(allocation(), file, "finetune allocate", "third")
     assert file.read_text() == "type: fp4\n"
-    for name, reason in (("allocated.json", "name a .yaml file"), ("nf4.yaml", "packaged option")):
+    for name, reason in (("allocated.json", "not a .yaml file"), ("nf4.yaml", "packaged option")):
         with pytest.raises(ConfigError, match=reason):
             check_place(tmp_path / name)
     (tmp_path / "folder.yaml").mkdir()
-    with pytest.raises(ConfigError, match="is no allocation"):
+    with pytest.raises(ConfigError, match="not an allocation"):
         check_place(tmp_path / "folder.yaml")
 
 
 @pytest.fixture
 def folder(bench, tmp_path: Path) -> Path:
-    """Made-up sensitivities of the embedded base: those of layer 3 are the largest, which is not so."""
+    """Write made-up sensitivities of the embedded base, which grow with the layer."""
     names = list(bench.model.linears)
     measured = {
         (name, kind): MeanKl(scale * (1 + names.index(name)), 1e-6, 90)
@@ -113,11 +113,11 @@ def folder(bench, tmp_path: Path) -> Path:
         "compute_dtype": "bfloat16",
         "dtype": "bfloat16",
     }
-    Sensitivities("base", "only", ["nf4", "int8"], 4, bench.model.linears, measured, made_from).save(tmp_path)
+    Sensitivities("base", ["nf4", "int8"], 4, bench.model.linears, measured, made_from).save(tmp_path)
     return tmp_path
 
 
-def test_the_best_that_was_measured_is_chosen(bench, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_measured_allocation_is_chosen(bench, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = AllocateOptions(sensitivity=str(folder), budget_gb=0.003, rows=4)
     alone = choose(bench.cfg, options.model_copy(update={"measure": False}), lambda _: None)
     assert alone.measured == {} and alone.size_bytes <= 3e6
@@ -142,8 +142,7 @@ def test_sensitivities_of_other_weights_or_settings_are_refused(bench, folder: P
     ]
 
 
-def test_more_bits_are_closer(bench) -> None:
-    """Measured as a run computes."""
+def test_more_bits_have_a_lower_kl(bench) -> None:
     quants = {
         "none": QuantConfig(type="none"),
         "int8": QuantConfig(int8=["*"]),

@@ -1,4 +1,4 @@
-"""KL of hidden states through a head, and the error of its mean."""
+"""KL of hidden states through a head, and the standard error of its mean."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def document(length: int, targets: int) -> Document:
     return Document(np.arange(length, dtype=np.int32), labels, f"rows:{length}")
 
 
-def test_divergences_are_those_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divergences_equal_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOGITS_VALUES, "cpu", 50 * 4)  # chunks of a few rows
     torch.manual_seed(0)
     head, reference = nn.Linear(8, 60, bias=False).requires_grad_(False), torch.randn(11, 8)
@@ -37,13 +37,13 @@ def test_divergences_are_those_of_float64(monkeypatch: pytest.MonkeyPatch) -> No
     assert found[0].min() > 1e-4
 
 
-def test_targets_know_their_document() -> None:
+def test_each_target_belongs_to_its_document() -> None:
     batch = build_batch([document(4, 2), document(3, 0), document(5, 1)])
     assert documents_of_targets(batch).tolist() == [0, 0, 2]
 
 
-def test_the_error_is_that_of_independent_rows() -> None:
-    """With documents of one target each: the standard error of a mean; doubled targets that agree add no certainty."""
+def test_the_error_is_that_of_independent_documents() -> None:
+    """Documents of one target each give the standard error of a mean; a second equal target changes nothing."""
     nats = torch.rand(40, generator=torch.Generator().manual_seed(0))
     one = mean_kl([nats[:30], nats[30:]], [build_batch([document(3, 1)] * 30), build_batch([document(3, 1)] * 10)])
     assert one.kl == pytest.approx(float(nats.double().mean())) and one.tokens == 40

@@ -1,4 +1,4 @@
-"""A model computed a layer at a time in fp32 is the model, stored as it is asked for."""
+"""A model computed one layer at a time in fp32 equals the whole model with the same storage."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MIXED = QuantConfig(
 
 
 def states_of(bench, quant: QuantConfig) -> list[torch.Tensor]:
-    """Of a whole model in fp32, as the package loads it."""
+    """Compute the states of the whole model in fp32."""
     model = load_base(bench.cfg.model.model_copy(update={"dtype": "float32"}), quant, "cpu").eval()
     with torch.no_grad():
         return [target_rows(hidden_states(model, batch), batch)[0] for batch in bench.batches]
 
 
 @pytest.mark.parametrize("quant", [QuantConfig(type="none"), MIXED], ids=["16 bit", "mixed"])
-def test_states_are_those_of_the_whole_model(bench, quant: QuantConfig) -> None:
+def test_states_equal_those_of_the_whole_model(bench, quant: QuantConfig) -> None:
     model = LayerwiseModel(bench.cfg.model, quant, torch.device("cpu"))
     storage = storage_of(quant, list(model.linears), "lm_head")
     storage.pop("lm_head")
@@ -36,7 +36,7 @@ def test_states_are_those_of_the_whole_model(bench, quant: QuantConfig) -> None:
         assert (found - wanted).norm() <= allowed * wanted.norm()
 
 
-def test_a_layer_is_itself_again_after_a_change(bench) -> None:
+def test_a_layer_is_restored_after_a_change(bench) -> None:
     model, batch = bench.model, bench.batches[0]
     rows = model.enter(batch)
     model.load(0, {})
@@ -49,7 +49,7 @@ def test_a_layer_is_itself_again_after_a_change(bench) -> None:
     assert 0 < (changed["int8"] - before).norm() < 0.2 * (changed["nf4"] - before).norm()
 
 
-def test_the_kind_that_is_meant() -> None:
+def test_the_four_bit_kind_defaults_to_nf4() -> None:
     assert [four_bit_of(QuantConfig(type=kind)) for kind in ("nf4", "fp4", "int8", "none")] == [
         "nf4",
         "fp4",
