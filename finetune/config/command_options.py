@@ -81,7 +81,7 @@ class EvalOptions(Section):
     variants: list[Literal["base", "quantized", "trained", "merged"]] | None = Field(
         None, description="Models to compare; null is all that there are."
     )
-    quant: Literal["nf4", "fp4", "int8", "none"] | None = Field(
+    quant: Literal["nf4", "int8", "none"] | None = Field(
         None, description="Storage of the quantized base; null is the run's, for a model alone none."
     )
     merged: Text | None = Field(None, description="Folder of the merged model; null merges into one that goes again.")
@@ -114,7 +114,7 @@ class SensitivityOptions(Section):
 
     out: Text = Field("sensitivity", description="Folder of the measurements; given again, it goes on.")
     rows: Count = Field(128, description="Rows of data.train to measure on, evenly spaced.")
-    type: Literal["both", "nf4", "fp4", "int8"] = Field(
+    type: Literal["both", "nf4", "int8"] = Field(
         "both", description="Storage to measure; both is int8 and the config's 4-bit type."
     )
 

@@ -56,12 +56,12 @@ def _named_modules(quant: QuantConfig) -> Problems:
                 yield from _bad_regex(f"{key}.{index}", pattern)
     for pattern in sorted(set(quant.skip_modules) & set(quant.int8)):
         yield Problem("quant.int8", f"{pattern} is in quant.skip_modules too; it can be in one of them")
-    if quant.int8 and quant.type not in ("nf4", "fp4"):
+    if quant.int8 and quant.type != "nf4":
         yield Problem("quant.int8", f"names layers beside 4-bit ones; drop it, or set quant.type=nf4, not {quant.type}")
 
 
 def _resident(quant: QuantConfig) -> Problems:
-    if quant.keep_dequantized and quant.type not in ("nf4", "fp4"):
+    if quant.keep_dequantized and quant.type != "nf4":
         yield Problem(
             "quant.keep_dequantized",
             f"is the 16-bit copy of 4-bit weights; drop it, or set quant.type=nf4, not {quant.type}",
@@ -118,7 +118,7 @@ def _tokens(lora: LoraConfig) -> Problems:
 def _adapter_start(quant: QuantConfig, lora: LoraConfig) -> Problems:
     if lora.init.startswith(("pissa", "olora")) and quant.type != "none":
         yield Problem("lora.init", f"{lora.init} takes apart 16-bit weights; set quant.type=none, not {quant.type}")
-    if lora.init == "loftq" and quant.type not in ("nf4", "fp4"):
+    if lora.init == "loftq" and quant.type != "nf4":
         yield Problem("lora.init", f"loftq makes up for what 4 bits lost; set quant.type=nf4, not {quant.type}")
     if lora.init == "orthogonal":
         for key, rank in {

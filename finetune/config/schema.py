@@ -75,7 +75,7 @@ class ModelConfig(Section):
 class QuantConfig(Section):
     """How the frozen base is stored."""
 
-    type: Literal["nf4", "fp4", "int8", "none"] = Field("nf4", description="Storage of the frozen linear weights.")
+    type: Literal["nf4", "int8", "none"] = Field("nf4", description="Storage of the frozen linear weights.")
     double: bool = Field(True, description="Quantize the 4-bit scales as well (saves 0.4 bit a weight).")
     compute_dtype: Dtype = Field("bfloat16", description="Type that 4-bit weights are multiplied in.")
     skip_modules: list[Text] = Field(

@@ -16,7 +16,6 @@ from finetune.config.schema import QuantConfig
 from finetune.losses.chunked import logits_of
 from finetune.losses.cross_entropy import head_of
 from finetune.losses.hidden_states import base_of
-from finetune.models.quant.bit_widths import FOUR_BIT
 from finetune.models.quant.four_bit import keep_resident, resident_bytes
 from finetune.system.machine import available_memory
 
@@ -34,7 +33,7 @@ def dequantize_once(model: nn.Module, quant: QuantConfig) -> None:
 
     Else each token dequantizes them all anew, which takes most of its time. A GPU's kernels read them as they are.
     """
-    if quant.type not in FOUR_BIT or quant.keep_dequantized or next(model.parameters()).device.type != "cpu":
+    if quant.type != "nf4" or quant.keep_dequantized or next(model.parameters()).device.type != "cpu":
         return
     # Half of what is free stays so: answering is not all that a machine does.
     if 2 * resident_bytes(model) <= (available_memory() or 0):

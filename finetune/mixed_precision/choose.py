@@ -28,7 +28,7 @@ from finetune.mixed_precision.measure import working_device
 from finetune.models.fused import attach_fast_path
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, weight_files
 from finetune.models.load import load_base
-from finetune.models.quant.bit_widths import FOUR_BIT, stored_bytes
+from finetune.models.quant.bit_widths import stored_bytes
 from finetune.models.safetensors_index import WeightFiles
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
@@ -122,14 +122,13 @@ def rest_bytes(model: ModelConfig, linears: Mapping[str, object]) -> int:
 def quant_of(storage: Mapping[str, str], like: QuantConfig) -> QuantConfig:
     """Return the settings that give this storage, with all others as in `like`."""
     kinds = set(storage.values())
-    four_bit = next((kind for kind in FOUR_BIT if kind in kinds), None)
-    base = four_bit or ("int8" if "int8" in kinds else "none")
+    base = next((kind for kind in ("nf4", "int8") if kind in kinds), "none")
     named = {kind: [name for name, its in storage.items() if its == kind] for kind in ("none", "int8")}
     changes: dict[str, Any] = {
         "type": base,
         "skip_modules": named["none"] if base != "none" else [],
-        "int8": named["int8"] if four_bit else [],
-        "keep_dequantized": like.keep_dequantized and four_bit is not None,
+        "int8": named["int8"] if base == "nf4" else [],
+        "keep_dequantized": like.keep_dequantized and base == "nf4",
     }
     return like.model_copy(update=changes)
 
@@ -187,7 +186,7 @@ def check_place(file: Path) -> None:
 
 def as_yaml(allocation: Allocation, command: str, model: str) -> str:
     """Format the settings as YAML, with their origin and their KL as comments."""
-    counts = {kind: list(allocation.storage.values()).count(kind) for kind in ("nf4", "fp4", "int8", "none")}
+    counts = {kind: list(allocation.storage.values()).count(kind) for kind in ("nf4", "int8", "none")}
     names = {"none": "16 bit"}
     layers = ", ".join(f"{count} in {names.get(kind, kind)}" for kind, count in counts.items() if count)
     header = [

@@ -23,7 +23,6 @@ from finetune.losses.cross_entropy import target_rows
 from finetune.losses.hidden_states import DecoderRows, decoder_rows, token_of_row, token_states
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, weight_files
 from finetune.models.load import quantization_of, quiet
-from finetune.models.quant.bit_widths import FOUR_BIT
 from finetune.models.quant.eight_bit import give_eight_bit_layers, put_rows, quantize_rows
 from finetune.models.quant.four_bit_weights import QuantizedWeights
 from finetune.models.quant.quantize import head_name, linear_names
@@ -54,7 +53,7 @@ class LayerwiseModel:
         self.linears: dict[str, tuple[int, int]] = {
             name: tuple(model.get_submodule(name).weight.shape) for name in linear_names(model) if name != head
         }
-        plain = quant.model_copy(update={"skip_modules": [], "int8": [], "type": four_bit_of(quant)})
+        plain = quant.model_copy(update={"skip_modules": [], "int8": [], "type": "nf4"})
         source = fetch(cfg.name, cfg.revision, TEXT_FILES + WEIGHT_FILES, "model.name")
         with quiet():
             settings: Any = quantization_of(source.folder, cfg, plain)
@@ -148,8 +147,3 @@ class LayerwiseModel:
         layer.weight = nn.Parameter(weight.float(), requires_grad=False)
         layer.bias = None if original.bias is None else nn.Parameter(original.bias.float(), requires_grad=False)
         self._layer.set_submodule(short, layer)
-
-
-def four_bit_of(quant: QuantConfig) -> Any:
-    """Return the config's 4-bit kind, or nf4 if it has none."""
-    return quant.type if quant.type in FOUR_BIT else "nf4"

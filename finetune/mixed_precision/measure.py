@@ -13,11 +13,10 @@ from finetune.config.schema import RunConfig
 from finetune.distill.fingerprint import teacher_weights
 from finetune.mixed_precision.examples import batches_of, load_rows, sample
 from finetune.mixed_precision.journal import SENSITIVITY_VERSION, Journal, Sensitivities
-from finetune.mixed_precision.layerwise import LayerwiseModel, four_bit_of
+from finetune.mixed_precision.layerwise import LayerwiseModel
 from finetune.mixed_precision.sensitivity import Sensitivity
 from finetune.mixed_precision.summary import write_summary
 from finetune.models.load import default_device
-from finetune.models.quant.bit_widths import FOUR_BIT
 from finetune.system.console import Log
 from finetune.system.format import format_duration
 from finetune.system.machine import pick_threads, usable_cores
@@ -33,9 +32,8 @@ def measure_sensitivity(cfg: RunConfig, options: SensitivityOptions, log: Log) -
         FinetuneError: as loading the model and the rows.
     """
     device = working_device()
-    four_bit = options.type if options.type in FOUR_BIT else four_bit_of(cfg.quant)
-    kinds = [four_bit, "int8"] if options.type == "both" else [options.type]
-    quant = cfg.quant.model_copy(update={"type": four_bit})
+    kinds = ["nf4", "int8"] if options.type == "both" else [options.type]
+    quant = cfg.quant.model_copy(update={"type": "nf4"})
     documents = sample(load_rows(cfg, log)[0], options.rows)
     journal = Journal(
         Path(options.out).expanduser(),

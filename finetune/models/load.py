@@ -26,7 +26,6 @@ from finetune.models.quant.cache import Log
 from finetune.models.quant.eight_bit import quantize_loaded
 from finetune.models.quant.four_bit import build_skeleton, keep_resident, load_four_bit
 from finetune.models.quant.quantize import (
-    FOUR_BIT,
     check_quantized,
     keep_weights_trainable_after_eval,
     quantization_config,
@@ -116,11 +115,11 @@ def load_base(
     with quiet(), _readable_errors(model, quant):
         settings = quantization_of(source.folder, model, quant)
         base: Any = None
-        if settings is not None and quant.type in FOUR_BIT:
+        if settings is not None and quant.type == "nf4":
             base = load_four_bit(source.folder, files, model, kernel, quant, settings, place, log)
         if base is None:
             base = _load_by_transformers(source.folder, model, kernel, settings, place)
-            if settings is not None and quant.type in FOUR_BIT and quant.int8:
+            if settings is not None and quant.type == "nf4" and quant.int8:
                 eight = [name for name, kind in storage_in(base, quant).items() if kind == "int8"]
                 quantize_loaded(base, eight, settings.llm_int8_threshold)
         base.requires_grad_(False)

@@ -17,7 +17,6 @@ from finetune.config.schema import RunConfig
 from finetune.ops import limits
 from finetune.planning.static_memory import (
     DTYPE_BYTES,
-    FOUR_BIT,
     adapted_linears,
     layer_precisions,
     linear_shapes,
@@ -213,7 +212,7 @@ def _layer_work(
     document = document_tokens or cfg.data.max_length
     if device_type == "cpu" and cfg.model.attention == "auto" and document < limits.FUSED_ATTENTION_FROM_TOKENS:
         attention = tokens * shape["num_attention_heads"] * min(limits.QUERIES_PER_BLOCK, document) * _SCORE_BYTES
-    four_bit = cfg.quant.type in FOUR_BIT and not cfg.quant.keep_dequantized
+    four_bit = cfg.quant.type == "nf4" and not cfg.quant.keep_dequantized
     weight = largest * DTYPE_BYTES[cfg.quant.compute_dtype] if four_bit else 0
     if device_type == "cuda":
         held = weight  # ops/linear.py keeps one buffer of the largest matrix

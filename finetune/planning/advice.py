@@ -14,7 +14,6 @@ from finetune.planning.activations import plan_activations
 from finetune.planning.auto_batch import derive_micro_batch, foresee, recomputed_layers_of
 from finetune.planning.flops import step_work
 from finetune.planning.peak_memory import Footprint, predict
-from finetune.planning.static_memory import FOUR_BIT
 from finetune.planning.timing import Rates, assumed_effort, step_seconds
 from finetune.system.format import format_bytes
 
@@ -107,7 +106,7 @@ def _candidates(
     if cfg.asks_teacher and teacher.placement == "resident":
         streamed = cfg.distill.model_copy(update={"teacher": teacher.model_copy(update={"placement": "streamed"})})
         yield ("distill.teacher.placement=streamed",), cfg.model_copy(update={"distill": streamed})
-    if not cfg.quant.double and cfg.quant.type in FOUR_BIT:
+    if not cfg.quant.double and cfg.quant.type == "nf4":
         yield ("quant.double=true",), _with(cfg, quant={"double": True})
     if cfg.quant.type in ("none", "int8"):
         yield ("quant.type=nf4",), _with(cfg, quant={"type": "nf4"})
@@ -188,11 +187,7 @@ def fastest_that_fits(
         *((f"data.max_length={length}",) if length != cfg.data.max_length else ()),
         f"train.micro_batch_size={found.micro_batch}",
         f"train.gradient_checkpointing={(found.recomputed or 'none') if recompute == 'auto' else recompute}",
-        *(
-            (f"quant.keep_dequantized={str(chosen.quant.keep_dequantized).lower()}",)
-            if cfg.quant.type in FOUR_BIT
-            else ()
-        ),
+        *((f"quant.keep_dequantized={str(chosen.quant.keep_dequantized).lower()}",) if cfg.quant.type == "nf4" else ()),
     )
     return Settings(overrides, found, None if rates is None else cost)
 
@@ -209,7 +204,7 @@ def _ways(
     freely = _with(freely, data={"max_length": min(cfg.data.max_length, longest or _STEP_TOKENS)})
     # Without a micro-batch of its own; derive_micro_batch gives the most that is of use.
     most = derive_micro_batch(_with(freely, train={"micro_batch_size": None}), ranks, device_type)
-    for resident in (False, True) if cfg.quant.type in FOUR_BIT else (False,):
+    for resident in (False, True) if cfg.quant.type == "nf4" else (False,):
         for micro in sorted({most, *(2**power for power in range(most.bit_length()))}):
             yield _with(freely, quant={"keep_dequantized": resident}, train={"micro_batch_size": micro})
 

@@ -15,7 +15,6 @@ from typing import Any
 from finetune.config.schema import RunConfig
 from finetune.planning.activations import first_reached
 from finetune.planning.static_memory import (
-    FOUR_BIT,
     adapted_linears,
     layer_precisions,
     linear_shapes,
@@ -83,7 +82,7 @@ def step_work(
             reached = backward and not (layer == first and name in ("q_proj", "k_proj", "v_proj"))
             runs = again + (1 if reached else 0)
             products[name] += 2.0 * weights * tokens * runs
-            if precision in FOUR_BIT and not cfg.quant.keep_dequantized:
+            if precision == "nf4" and not cfg.quant.keep_dequantized:
                 dequantized[name] += weights * passes * runs
             if name in adapted[layer]:
                 rank = rank_of(module_path(layer, name), cfg.lora)

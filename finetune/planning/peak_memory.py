@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune.config.schema import RunConfig
 from finetune.planning.activations import ActivationPlan, evaluation_bytes, forward_bytes, plan_activations
-from finetune.planning.static_memory import DTYPE_BYTES, FOUR_BIT, MemoryPlan, linear_shapes, static_of
+from finetune.planning.static_memory import DTYPE_BYTES, MemoryPlan, linear_shapes, static_of
 from finetune.planning.teacher import (
     computes_here,
     passing_bytes,
@@ -204,7 +204,7 @@ def _loading(cfg: RunConfig, shape: Mapping[str, Any], held: Mapping[str, float]
     """The base with one matrix in 16 bit; the optimizer and the slack of training are not there yet."""
     largest = max(out * inputs for out, inputs in linear_shapes(shape).values())
     parts = {name: size for name, size in held.items() if name != "optimizer"}
-    if cfg.quant.type in FOUR_BIT:
+    if cfg.quant.type == "nf4":
         parts["a matrix before it is quantized"] = largest * DTYPE_BYTES[cfg.model.dtype]
     return parts
 

@@ -15,7 +15,6 @@ from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig, RunConf
 from finetune.models.module_matching import ends_with, matches, matches_key
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-FOUR_BIT = ("nf4", "fp4")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _BIASED = ("q_proj", "k_proj", "v_proj")
 _BLOCK, _OUTER_BLOCK = 64, 256
@@ -95,14 +94,14 @@ def _base_parts(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig
             parts[key] = parts.get(key, 0.0) + weights * bytes_per_weight(precision, quant)
             if precision == "int8":
                 parts[key] += 4 * linears[name][0]  # a scale for each row
-            if quant.keep_dequantized and precision in FOUR_BIT:
+            if quant.keep_dequantized and precision == "nf4":
                 copies = "16-bit copies of 4-bit linears"
                 parts[copies] = parts.get(copies, 0.0) + weights * DTYPE_BYTES[quant.compute_dtype]
     return parts
 
 
 def layer_precisions(layer: int, model: ModelConfig, quant: QuantConfig) -> dict[str, str]:
-    """How each linear of a block is stored: nf4, fp4, int8, or the model's own type."""
+    """How each linear of a block is stored: nf4, int8, or the model's own type."""
     return {name: precision_of(module_path(layer, name), model, quant) for name in LINEARS}
 
 

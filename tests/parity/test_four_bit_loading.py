@@ -89,17 +89,16 @@ def assert_same(ours: Any, theirs: Any) -> None:
         assert found[name].dtype == tensor.dtype and found[name].equal(tensor), name
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize(
     ("tied", "dtype"), [(True, "bfloat16"), (False, "bfloat16"), (False, "float16"), (True, "float32")]
 )
 def test_every_bit_is_that_of_transformers(
-    folders, monkeypatch: pytest.MonkeyPatch, quant_type: Any, double: bool, tied: bool, dtype: Any
+    folders, monkeypatch: pytest.MonkeyPatch, double: bool, tied: bool, dtype: Any
 ) -> None:
     """Quantized now, a piece at a time, and read from the cache at the second start."""
     monkeypatch.setattr(four_bit, "_CHUNK", 1024)
-    quant = QuantConfig(type=quant_type, double=double)
+    quant = QuantConfig(double=double)
     theirs = by_transformers(folders(tied), quant, dtype)
     assert_same(by_us(folders(tied), quant, dtype), theirs)
     monkeypatch.setattr(four_bit, "quantize", None)

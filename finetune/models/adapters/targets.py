@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from finetune.config.schema import LoraConfig
 from finetune.models.families import family_of
 from finetune.models.module_matching import close_names, ends_with, matches_key
-from finetune.models.quant.quantize import FOUR_BIT, head_name, linear_names, stored_as
+from finetune.models.quant.quantize import head_name, linear_names, stored_as
 from finetune.system.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -152,7 +152,7 @@ def _init(model: PreTrainedModel, cfg: LoraConfig, targets: Targets) -> Iterator
     stored = {stored_as(model.get_submodule(name)) for name in targets.ranks}
     if cfg.init in CHANGES_BASE and stored - {"none"}:
         yield f"lora.init={cfg.init} changes the base's weights, which no quantized base allows: set quant.type=none"
-    if cfg.init == "loftq" and not stored & set(FOUR_BIT):
+    if cfg.init == "loftq" and "nf4" not in stored:
         yield "lora.init=loftq makes up for the error of a 4-bit base: set quant.type=nf4 or lora.init=default"
     if cfg.init == "orthogonal" and (odd := sorted({rank for rank in targets.ranks.values() if rank % 2})):
         yield f"lora.init=orthogonal needs even ranks, got {odd}"

@@ -16,7 +16,7 @@ from finetune.models.adapters.files import SavedAdapter, fetch_adapter
 from finetune.models.digest import base_fingerprint
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
 from finetune.models.quant.four_bit import build_skeleton
-from finetune.models.quant.quantize import FOUR_BIT, head_name, storage_in
+from finetune.models.quant.quantize import head_name, storage_in
 from finetune.models.safetensors_index import WeightFiles
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
@@ -108,7 +108,7 @@ def kept_in_training(trained: Trained) -> dict[str, list[str]]:
 
 def makes_up_for_quantizing(cfg: RunConfig | None) -> bool:
     """Whether a run's adapter learned to make up for what 4 bits took, and so belongs on such a base alone."""
-    if cfg is None or cfg.quant.type not in FOUR_BIT:
+    if cfg is None or cfg.quant.type != "nf4":
         return False
     return cfg.distill.objective == "recover" or cfg.lora.init == "loftq"
 
@@ -118,7 +118,7 @@ def choose_base(trained: Trained, wanted: Base) -> tuple[str, str]:
 
     Raises: ConfigError for dequantized weights of a base that was not in 4 bit.
     """
-    four_bit = trained.quant.type in FOUR_BIT
+    four_bit = trained.quant.type == "nf4"
     if wanted == "dequantized" and not four_bit:
         raise ConfigError(
             f"base=dequantized is for adapters trained on a 4-bit base; this one's was quant.type={trained.quant.type}"

@@ -11,7 +11,6 @@ from finetune.system.errors import ConfigError
 if TYPE_CHECKING:
     from finetune.config.schema import QuantConfig
 
-FOUR_BIT = ("nf4", "fp4")
 # Weights that share a scale, and scales that share one when they are quantized themselves.
 _BLOCK, _OUTER_BLOCK = 64, 256
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}

@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from finetune.config.schema import QuantConfig
 from finetune.models.families import family_of
-from finetune.models.quant.bit_widths import FOUR_BIT, storage_of
+from finetune.models.quant.bit_widths import storage_of
 from finetune.system.errors import FinetuneError, MissingExtra
 
 
@@ -37,10 +37,10 @@ def quantization_config(cfg: QuantConfig, storage: Mapping[str, str]) -> BitsAnd
             f'quant.type={cfg.type} needs bitsandbytes: pip install "bitsandbytes>=0.49" (or set quant.type=none)'
         ) from error
     return BitsAndBytesConfig(
-        load_in_4bit=cfg.type in FOUR_BIT,
+        load_in_4bit=cfg.type == "nf4",
         load_in_8bit=cfg.type == "int8",
         llm_int8_skip_modules=sorted(name for name, kind in storage.items() if kind != cfg.type),
-        bnb_4bit_quant_type=cfg.type if cfg.type in FOUR_BIT else "nf4",
+        bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=cfg.double,
         # Its own default computes in fp32.
         bnb_4bit_compute_dtype=getattr(torch, cfg.compute_dtype),

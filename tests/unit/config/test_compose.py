@@ -61,21 +61,21 @@ def test_a_config_of_ones_own_in_any_folder_composes_the_packaged_groups(here: P
 
 def test_ones_own_group_option_stands_beside_the_packaged_and_before_one_of_the_same_name(here: Path):
     write(here / "lora/wide.yaml", "rank: 256\n")
-    write(here / "quant/int8.yaml", "type: fp4\n")
+    write(here / "quant/int8.yaml", "type: none\n")
     write(here / "run.yaml", "defaults: [{lora: wide}, {quant: int8}]\n" + RUN)
     config = load_config("run")
-    assert (config.lora.rank, config.quant.type) == (256, "fp4")
+    assert (config.lora.rank, config.quant.type) == (256, "none")
 
 
 def test_a_packaged_config_takes_options_from_the_configs_of_the_working_directory(here: Path):
     """A config of one's own does too, after those that stand beside it and before packaged ones of the same name."""
     write(here / "configs/quant/allocated.yaml", "int8: [down_proj]\n")
-    write(here / "configs/quant/fp4.yaml", "int8: [k_proj]\n")
+    write(here / "configs/quant/none.yaml", "int8: [k_proj]\n")
     quant = load_config("quickstart", ["quant=allocated"]).quant
     assert (quant.type, quant.int8) == ("nf4", ["down_proj"])
     own = write(here / "elsewhere/run.yaml", "defaults: [{quant: allocated}]\n" + RUN)
     assert load_config(str(own)).quant.int8 == ["down_proj"]
-    assert load_config(str(own), ["quant=fp4"]).quant.int8 == ["k_proj"]
+    assert load_config(str(own), ["quant=none"]).quant.int8 == ["k_proj"]
     write(here / "elsewhere/quant/allocated.yaml", "int8: [up_proj]\n")
     assert load_config(str(own)).quant.int8 == ["up_proj"]
 

@@ -44,7 +44,7 @@ generation:
 SAID = [
     "name (run.yaml:1): found false; allowed: text; in quotes it is text",
     'model (run.yaml:2): found "Qwen/Qwen2.5-7B"; allowed: mapping of keys to values; write {name: Qwen/Qwen2.5-7B}',
-    'quant.type (run.yaml:3): found "nf5"; allowed: nf4 | fp4 | int8 | none; did you mean nf4?',
+    'quant.type (run.yaml:3): found "nf5"; allowed: nf4 | int8 | none; did you mean nf4?',
     "quant.double (run.yaml:3): found 1; allowed: true | false",
     "lora.lora_r (run.yaml:5): unknown key; here it is lora.rank",
     "lora.rank (run.yaml:6): found 1.5; allowed: whole number >= 1",
@@ -173,6 +173,10 @@ def test_a_role_that_is_not_ours_is_one_problem_with_the_four_that_are(complaint
     assert text.startswith("2 problems")
     assert "data.train.0.roles.bot (run.yaml:1): unknown key; allowed: mapping of system | user | assistant" in text
     assert "data.train.0.roles.user (run.yaml:1): found 5; allowed: list of text or text" in text
+
+
+def test_the_fp4_of_peers_is_answered_with_nf4(complaint: Callable):
+    assert "did you mean nf4?" in complaint("quant: {type: fp4}\n")
 
 
 def test_a_key_that_resembles_nothing_is_not_guessed():

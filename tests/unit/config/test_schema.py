@@ -204,7 +204,7 @@ def test_help_names_types_ranges_and_defaults():
     text = schema_help()
     for part in (
         'quant.type = "nf4"',
-        "nf4 | fp4 | int8 | none",
+        "nf4 | int8 | none",
         "train.max_steps = null",
         "whole number >= 1 or null",
     ):

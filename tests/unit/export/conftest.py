@@ -49,7 +49,6 @@ KINDS = {
     "loftq": Kind({"init": "loftq"}),
     "pissa": Kind({"init": "pissa"}, "none"),
     "olora, rslora": Kind({"init": "olora", "rslora": True}, "none"),
-    "fp4": Kind(quant="fp4"),
     "norms in full": Kind({"modules_to_save": ["input_layernorm", "model.norm"]}),
     "embedding in full": Kind({"modules_to_save": ["embed_tokens"]}),
     "head in full": Kind({"modules_to_save": ["lm_head"]}),

@@ -24,7 +24,7 @@ from finetune.system.errors import ConfigError, IntegrityError
 from tests.unit.export.conftest import KINDS
 
 IDS = torch.arange(24)[None] * 7 % 300
-UNTOUCHED = ["q,v", "all linears", "one regex", "some layers", "gaussian", "orthogonal", "loftq", "pissa", "fp4"]
+UNTOUCHED = ["q,v", "all linears", "one regex", "some layers", "gaussian", "orthogonal", "loftq", "pissa"]
 FOLDED = ["rslora", "patterns", "olora, rslora"]
 REFUSED = sorted(KINDS.keys() - {*UNTOUCHED, *FOLDED})
 

@@ -33,7 +33,6 @@ NAMES = [f"model.layers.{i}.mlp.{part}_proj" for i in (1, 11) for part in ("gate
     ("kinds", "quant_type"),
     [
         (["nf4", "int8", "none", "nf4"], "nf4"),
-        (["fp4", "fp4", "int8", "int8"], "fp4"),
         (["nf4"] * 4, "nf4"),
         (["int8", "none", "int8", "none"], "int8"),
         (["int8"] * 4, "int8"),
@@ -43,7 +42,7 @@ NAMES = [f"model.layers.{i}.mlp.{part}_proj" for i in (1, 11) for part in ("gate
 def test_the_settings_give_the_same_storage(kinds: list[str], quant_type: str) -> None:
     storage = dict(zip(NAMES, kinds, strict=True))
     quant = quant_of(storage, QuantConfig(double=False, keep_dequantized=True, skip_modules=["layers.5"]))
-    assert (quant.type, quant.double, quant.keep_dequantized) == (quant_type, False, quant_type in ("nf4", "fp4"))
+    assert (quant.type, quant.double, quant.keep_dequantized) == (quant_type, False, quant_type == "nf4")
     assert storage_of(quant, [*NAMES, "lm_head"], "lm_head") == {**storage, "lm_head": "none"}
 
 
@@ -85,10 +84,10 @@ def test_only_an_allocation_is_overwritten(tmp_path: Path) -> None:
     for model in ("first", "second"):
         write_allocation(allocation(), file, "finetune allocate", model)
         assert model in file.read_text()
-    file.write_text("type: fp4\n")
+    file.write_text("type: none\n")
     with pytest.raises(ConfigError, match="not an allocation"):
         write_allocation(allocation(), file, "finetune allocate", "third")
-    assert file.read_text() == "type: fp4\n"
+    assert file.read_text() == "type: none\n"
     for name, reason in (("allocated.json", "not a .yaml file"), ("nf4.yaml", "packaged option")):
         with pytest.raises(ConfigError, match=reason):
             check_place(tmp_path / name)

@@ -8,7 +8,7 @@ import torch
 from finetune.config.schema import QuantConfig
 from finetune.losses.cross_entropy import target_rows
 from finetune.losses.hidden_states import hidden_states
-from finetune.mixed_precision.layerwise import LayerwiseModel, four_bit_of
+from finetune.mixed_precision.layerwise import LayerwiseModel
 from finetune.models.load import load_base
 from finetune.models.quant.bit_widths import storage_of
 from finetune.system.errors import ConfigError
@@ -47,15 +47,6 @@ def test_a_layer_is_restored_after_a_change(bench) -> None:
             changed[kind] = model.advance(rows, rows.states)
     assert model.advance(rows, rows.states).equal(before)
     assert 0 < (changed["int8"] - before).norm() < 0.2 * (changed["nf4"] - before).norm()
-
-
-def test_the_four_bit_kind_defaults_to_nf4() -> None:
-    assert [four_bit_of(QuantConfig(type=kind)) for kind in ("nf4", "fp4", "int8", "none")] == [
-        "nf4",
-        "fp4",
-        "nf4",
-        "nf4",
-    ]
 
 
 def test_other_attention_is_refused(bench) -> None:

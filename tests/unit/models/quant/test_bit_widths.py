@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -19,7 +17,7 @@ NAMES = [f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_pr
 def test_names_globs_and_regexes_choose_the_storage() -> None:
     stored = storage_of(QuantConfig(skip_modules=["layers.0"], int8=["*.1.*down_proj"]), NAMES, "lm_head")
     assert stored == dict(zip(NAMES, ("none", "none", "nf4", "int8", "none"), strict=True))
-    assert storage_of(QuantConfig(type="fp4", int8=[r".*\.q_proj"]), NAMES, "lm_head")[NAMES[1]] == "fp4"
+    assert storage_of(QuantConfig(int8=[r".*\.q_proj"]), NAMES, "lm_head")[NAMES[1]] == "nf4"
 
 
 def test_a_glob_over_everything_leaves_the_head_in_16_bit() -> None:
@@ -41,11 +39,10 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 
 
 @pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_bytes_are_those_in_memory(load, quant_type: Any, double: bool) -> None:
+def test_bytes_are_those_in_memory(load, double: bool) -> None:
     """Weights and scales of every layer; not the tables, which are the same for all."""
     model = load(
-        quant_type, double=double, skip_modules=["layers.0.mlp"], int8=["layers.1.mlp", "layers.0.self_attn.k_proj"]
+        "nf4", double=double, skip_modules=["layers.0.mlp"], int8=["layers.1.mlp", "layers.0.self_attn.k_proj"]
     )
     in_memory = {}
     for name, module in quantized_modules(model):
@@ -60,7 +57,7 @@ def test_bytes_are_those_in_memory(load, quant_type: Any, double: bool) -> None:
     shapes = {
         name: (model.get_submodule(name).out_features, model.get_submodule(name).in_features) for name in in_memory
     }
-    kinds = dict.fromkeys(in_memory, quant_type) | dict.fromkeys(kept, "none")
+    kinds = dict.fromkeys(in_memory, "nf4") | dict.fromkeys(kept, "none")
     kinds |= {name: "int8" for name, _ in eight_bit_modules(model)}
     for name, size_bytes in in_memory.items():
         assert stored_bytes(kinds[name], shapes[name], double, "bfloat16") == size_bytes, name

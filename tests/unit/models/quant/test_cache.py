@@ -96,7 +96,7 @@ def test_without_the_cache_nothing_is_read_or_written(start, home: Path) -> None
 
 @pytest.mark.parametrize(
     "options",
-    [{"type": "fp4"}, {"double": False}, {"skip_modules": ["o_proj"]}],
+    [{"double": False}, {"skip_modules": ["o_proj"]}],
     ids=str,
 )
 def test_other_options_are_another_entry(start, home: Path, options: dict[str, Any]) -> None:

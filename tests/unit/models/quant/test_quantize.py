@@ -13,7 +13,7 @@ from finetune.models.quant.bit_widths import storage_of
 from finetune.models.quant.quantize import check_quantized, linear_names, quantization_config
 from finetune.system.errors import ConfigError, FinetuneError
 
-LINEAR = {"nf4": bnb.nn.Linear4bit, "fp4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt}
+LINEAR = {"nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt}
 IDS = torch.arange(12).reshape(1, 12) * 5 % 300
 
 
@@ -29,11 +29,10 @@ def test_every_linear_layer_but_the_head_is_quantized(load, quant_type: Any) -> 
     assert model.lm_head.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
-def test_the_settings_reach_the_weights(load, quant_type: Any, double: bool) -> None:
-    layer = load(quant_type, double=double, compute_dtype="float32").model.layers[0].mlp.up_proj
-    assert layer.weight.quant_state.quant_type == quant_type
+def test_the_settings_reach_the_weights(load, double: bool) -> None:
+    layer = load("nf4", double=double, compute_dtype="float32").model.layers[0].mlp.up_proj
+    assert layer.weight.quant_state.quant_type == "nf4"
     assert layer.weight.quant_state.nested is double
     assert layer.compute_dtype == torch.float32
 
@@ -72,8 +71,8 @@ def test_computing_in_fp32_is_never_a_default() -> None:
 
 def test_a_model_that_was_quantized_otherwise_is_refused(load) -> None:
     model = load("nf4")
-    with pytest.raises(FinetuneError, match=r"layers\.0\.self_attn\.q_proj is stored as nf4, not fp4"):
-        check_quantized(model, QuantConfig(type="fp4"))
+    with pytest.raises(FinetuneError, match=r"layers\.0\.self_attn\.q_proj is stored as nf4, not int8"):
+        check_quantized(model, QuantConfig(type="int8"))
     with pytest.raises(FinetuneError, match=r"mlp\.up_proj is stored as nf4, not none"):
         check_quantized(model, QuantConfig(skip_modules=["up_proj"]))
     model.model.norm.float()
@@ -81,7 +80,7 @@ def test_a_model_that_was_quantized_otherwise_is_refused(load) -> None:
         check_quantized(model, QuantConfig())
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8", "none"])
+@pytest.mark.parametrize("quant_type", ["nf4", "int8", "none"])
 def test_an_evaluation_changes_no_gradient(load, quant_type: Any) -> None:
     """Loss and gradient with respect to the first layer's input, with and without an evaluation before; bit for bit."""
 
