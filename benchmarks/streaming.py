@@ -46,13 +46,13 @@ def macro_batch(tokens: int, batch: int, document: int) -> list[Any]:
 
     from finetune.data.batch import build_batch
     from finetune.data.documents import Document
-    from finetune.data.template.chat import UNTRAINED
+    from finetune.data.encoded import IGNORE_INDEX
 
     random = np.random.default_rng(0)
 
     def row(length: int) -> Document:
         ids = random.integers(_WORDS, size=length, dtype=np.int32)
-        return Document(ids, np.where(np.arange(length) < length // 2, UNTRAINED, ids).astype(np.int32), "random")
+        return Document(ids, np.where(np.arange(length) < length // 2, IGNORE_INDEX, ids).astype(np.int32), "random")
 
     sizes = [min(batch, tokens - start) for start in range(0, tokens, batch)]
     return [build_batch([row(min(document, size - at)) for at in range(0, size, document)]) for size in sizes]

@@ -88,7 +88,7 @@ def _converted(source: SourceConfig, rows: _Rows) -> Iterator[dict[str, Any]]:
         except DataError as error:
             if parser is None and not isinstance(row.value, DataError):
                 raise
-            rows.refuse(f"{row.place}: {error}")
+            rows.refuse(f"{row.location}: {error}")
             continue
         rows.good += 1
         yield messages_row(conversation)

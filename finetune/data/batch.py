@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.documents import Document
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
 
 # Rows left, as a share of the tokens, up to which sharing repays what it costs.
 _SHARED_FROM = 0.97
@@ -34,7 +34,7 @@ class Batch:
     position_ids: Tensor
     labels: Tensor
     segment_lengths: tuple[int, ...]
-    places: tuple[str, ...]
+    locations: tuple[str, ...]
     row_of_token: Tensor
     media_digests: tuple[bytes, ...]
     weights: Tensor | None = None
@@ -62,13 +62,15 @@ class Batch:
         )
 
 
-def build_batch(documents: Sequence[Document], lean: bool = False) -> Batch:
-    """Lay documents end to end; the order is kept.
+def build_batch(documents: Sequence[Document], *, share_prefixes: bool = False) -> Batch:
+    """Lay documents end to end, in their order.
 
-    lean: leave out what no target needs. Documents that open alike share rows, where it saves work, and what follows a
-    document's last target goes, since nothing before it sees it. Loss and gradients stay what they are.
+    Args:
+        documents: at least one.
+        share_prefixes: skip tokens after the last target, and compute equal prefixes once where it saves work.
+            Loss and gradients stay the same.
     """
-    if lean:
+    if share_prefixes:
         documents = [_up_to_last_target(document) for document in documents]
 
     def row(parts: list[np.ndarray], dtype: type = np.int64) -> Tensor:
@@ -81,8 +83,8 @@ def build_batch(documents: Sequence[Document], lean: bool = False) -> Batch:
         position_ids=row([np.arange(len(d)) for d in documents]),
         labels=row([d.labels for d in documents]),
         segment_lengths=tuple(len(d) for d in documents),
-        places=tuple(d.place for d in documents),
-        row_of_token=torch.from_numpy(assign_rows(documents, lean)),
+        locations=tuple(d.location for d in documents),
+        row_of_token=torch.from_numpy(assign_rows(documents, share_prefixes)),
         media_digests=tuple(d.media_digest for d in documents),
         weights=row(weights, np.float32) if weighted else None,
         student_generated=row([np.full(len(d), d.student_generated) for d in documents], np.bool_)[0]
@@ -92,7 +94,7 @@ def build_batch(documents: Sequence[Document], lean: bool = False) -> Batch:
 
 
 def _up_to_last_target(document: Document) -> Document:
-    targets = np.flatnonzero(document.labels != UNTRAINED)
+    targets = np.flatnonzero(document.labels != IGNORE_INDEX)
     end = int(targets[-1]) + 1 if len(targets) else 1
     weights = None if document.weights is None else document.weights[:end]
     return replace(document, ids=document.ids[:end], labels=document.labels[:end], weights=weights)
@@ -145,7 +147,7 @@ def groups_of(documents: Iterable[Document], limit_tokens: int) -> Iterator[list
         yield group
 
 
-def silent_batch(document: Document) -> Batch:
+def dummy_batch(document: Document) -> Batch:
     """A batch without a target: a rank that has no document left runs it, so that no rank waits for it."""
-    silent = Document(document.ids[:1], np.full(1, UNTRAINED, dtype=np.int32), document.place)
+    silent = Document(document.ids[:1], np.full(1, IGNORE_INDEX, dtype=np.int32), document.location)
     return build_batch([silent])

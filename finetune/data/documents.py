@@ -11,24 +11,27 @@ from typing import overload
 import numpy as np
 
 from finetune.config.schema import DataConfig
-from finetune.data.template.chat import UNTRAINED, Encoded
+from finetune.data.encoded import IGNORE_INDEX, Encoded
 from finetune.data.tokens.store import TokenStore
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One row, or a piece of one, as tokens.
+    """Tokens and labels of one row, or of a piece of it.
 
-    ids [T] int32; labels [T] int32: labels[t] is the token to predict from position t (already shifted), or UNTRAINED.
-    place: `file:row`, for messages to the user. weights [T] float32: what the loss at a position is multiplied by;
-    None is 1 everywhere. row: the row in its source, from 0. student_generated: the model in training wrote the targets
-    itself, so only a teacher can say how good they are. media_digest: hash of the images, audio and video behind
-    placeholder tokens; empty for text. Documents with equal ids and different media have different hidden states.
+    ids: [T] int32.
+    labels: [T] int32, already shifted: labels[t] is the token to predict from position t, or IGNORE_INDEX.
+    location: `file:line`, for messages to the user.
+    weights: [T] float32, factor of the loss at each position; None is 1 everywhere.
+    row: index in its source, from 0.
+    student_generated: the model in training wrote the targets, so only a teacher can judge them.
+    media_digest: hash of the images, audio and video behind placeholder tokens; empty for text. Documents with equal
+        ids and different media have different hidden states.
     """
 
     ids: np.ndarray
     labels: np.ndarray
-    place: str
+    location: str
     weights: np.ndarray | None = None
     row: int = 0
     student_generated: bool = False
@@ -36,7 +39,7 @@ class Document:
 
     @property
     def target_tokens(self) -> int:
-        return int((self.labels != UNTRAINED).sum())
+        return int((self.labels != IGNORE_INDEX).sum())
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,7 +76,7 @@ class Documents(Sequence[Document]):
         return Document(
             piece.ids,
             labels,
-            store.place(row),
+            store.location(row),
             weights,
             row=int(store.indices[row]),
             media_digest=piece.media_digest,
@@ -112,8 +115,8 @@ def _shifted(piece: Encoded) -> tuple[np.ndarray, np.ndarray | None]:
     """Labels and their weights: position t predicts token t + 1, and nothing is predicted from the last position."""
     weights = np.zeros(len(piece.ids), dtype=np.float32)
     weights[:-1] = piece.weights[1:]
-    labels = np.full(len(piece.ids), UNTRAINED, dtype=np.int32)
-    labels[:-1] = np.where(weights[:-1] > 0, piece.ids[1:], UNTRAINED)
+    labels = np.full(len(piece.ids), IGNORE_INDEX, dtype=np.int32)
+    labels[:-1] = np.where(weights[:-1] > 0, piece.ids[1:], IGNORE_INDEX)
     return labels, None if np.isin(weights, (0, 1)).all() else weights
 
 

@@ -104,7 +104,7 @@ def check_sources(cfg: DataConfig) -> None:
 def load_data(preparation: Preparation) -> LoadedData:
     """Tokenize (or find tokenized), cut and split every source.
 
-    Raises: DataError with the first bad rows of every source by place, unless `data.on_bad_row=skip`.
+    Raises: DataError with the first bad rows of every source by location, unless `data.on_bad_row=skip`.
     """
     cfg = preparation.cfg
     problems: list[str] = []
@@ -193,7 +193,7 @@ def _check_cut(cut: Cut, store: TokenStore, cfg: DataConfig) -> None:
     else:
         return
     if len(rows):
-        shown = [f"  {store.place(row)}: {store.lengths[row]:,} tokens" for row in rows[:_SHOWN_ERRORS]]
+        shown = [f"  {store.location(row)}: {store.lengths[row]:,} tokens" for row in rows[:_SHOWN_ERRORS]]
         more = [f"  … and {len(rows) - len(shown):,} more"] if len(rows) > len(shown) else []
         raise DataError("\n".join([f"{len(rows):,} rows are {problem}:", *shown, *more]))
 

@@ -10,7 +10,7 @@ from finetune.data.documents import Document
 from finetune.data.packing import SequenceOrder
 
 
-class Feed(Protocol):
+class Sampler(Protocol):
     """The training documents in their order, a pure function of the step: nothing to save, nothing to resume."""
 
     @property
@@ -18,7 +18,7 @@ class Feed(Protocol):
         """SHA-256 of what decides that order and the tokens."""
         ...
 
-    def sequences(self, step: int) -> list[list[Document]]:
+    def step_batches(self, step: int) -> list[list[Document]]:
         """Packed sequences of a step (from 0), over all ranks."""
         ...
 
@@ -32,14 +32,14 @@ class Feed(Protocol):
 
 
 @dataclass(frozen=True)
-class StoredFeed:
+class MapSampler:
     """Documents that are all at hand before the first step."""
 
     documents: Sequence[Document]
     order: SequenceOrder
     digest: str = ""
 
-    def sequences(self, step: int) -> list[list[Document]]:
+    def step_batches(self, step: int) -> list[list[Document]]:
         return [[self.documents[i] for i in sequence] for sequence in self.order.batch(step)]
 
     def steps_for(self, epochs: float) -> int:

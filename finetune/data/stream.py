@@ -23,7 +23,7 @@ from finetune.config.schema import DataConfig
 from finetune.data.documents import Document, Documents, cut_to_length
 from finetune.data.loader import check_bad_rows
 from finetune.data.packing import SequenceOrder
-from finetune.data.sampler import StoredFeed
+from finetune.data.sampler import MapSampler
 from finetune.data.sources.paths import SourceFiles, resolve_source
 from finetune.data.sources.readers import RawBatch
 from finetune.data.tokens.prepare import Preparation, fingerprint, no_progress, with_format
@@ -87,7 +87,7 @@ def _split(batch: RawBatch, rows: int) -> tuple[RawBatch, RawBatch | None]:
     return head, replace(batch, first_index=first, numbers=batch.numbers[rows:], items=batch.items[rows:])
 
 
-class StreamingFeed:
+class StreamingSampler:
     """The training sources, `data.stream_rows` rows at a time.
 
     folder: where the windows' tokens lie, the last two at a time; it belongs to one run. The next window is tokenized
@@ -116,17 +116,17 @@ class StreamingFeed:
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="stream")
         self._closed = Event()
         self._coming: tuple[int, Future[None]] | None = None
-        self._open: tuple[int, StoredFeed] | None = None
+        self._open: tuple[int, MapSampler] | None = None
 
-    def sequences(self, step: int) -> list[list[Document]]:
+    def step_batches(self, step: int) -> list[list[Document]]:
         """Packed sequences of a step (from 0), over all ranks."""
         window = 0
         while step >= (steps := self._steps(window)):
             step -= steps
             window += 1
-        feed = self._feed(window)
-        sequences = feed.order.epoch(window)[step * self.batch_size : (step + 1) * self.batch_size]
-        return [[feed.documents[i] for i in sequence] for sequence in sequences]
+        sampler = self._sampler(window)
+        sequences = sampler.order.epoch(window)[step * self.batch_size : (step + 1) * self.batch_size]
+        return [[sampler.documents[i] for i in sequence] for sequence in sequences]
 
     def steps_for(self, epochs: float) -> int:
         """Raises: ConfigError: nobody knows how many rows a stream has."""
@@ -142,13 +142,13 @@ class StreamingFeed:
         note = self.folder / f"window-{window}.json"
         if note.is_file():
             return json.loads(note.read_text())["steps"]
-        sequences = self._feed(window).order.epoch(window)
+        sequences = self._sampler(window).order.epoch(window)
         steps = math.ceil(len(sequences) / self.batch_size)
         if self.preparation.main:
             write_text(note, json.dumps({"steps": steps}))
         return steps
 
-    def _feed(self, window: int) -> StoredFeed:
+    def _sampler(self, window: int) -> MapSampler:
         if self._open is None or self._open[0] != window:
             self._open = (window, self._open_window(window))
             if self.preparation.main:
@@ -158,7 +158,7 @@ class StreamingFeed:
                 self._coming = (window + 1, self._ahead.submit(self._make, window + 1))
         return self._open[1]
 
-    def _open_window(self, window: int) -> StoredFeed:
+    def _open_window(self, window: int) -> MapSampler:
         if self._coming is not None:
             coming, made = self._coming
             wait([made])  # one window at a time is taken from the tapes
@@ -175,7 +175,7 @@ class StreamingFeed:
             raise DataError(f"window {window} of the stream holds no row to train on; see data.max_length")
         capacity = self.cfg.max_length if self.cfg.packing else None
         weights = np.ones(len(documents))
-        return StoredFeed(documents, SequenceOrder(documents.lengths, weights, capacity, self.batch_size, self.seed))
+        return MapSampler(documents, SequenceOrder(documents.lengths, weights, capacity, self.batch_size, self.seed))
 
     def _make(self, window: int) -> None:
         """The stores of a window, if they are not there yet; the main process makes them."""

@@ -77,7 +77,7 @@ def encoder_of(teacher: Teacher, cfg: DistillConfig, vocabulary: int) -> Encode:
         )
 
     def encode(documents: Sequence[Document]) -> Iterator[Columns]:
-        batches = [build_batch(group, lean=True) for group in groups_of(documents, BATCH_TOKENS)]
+        batches = [build_batch(group, share_prefixes=True) for group in groups_of(documents, BATCH_TOKENS)]
         for batch, signal in zip(batches, teacher.signals(batches), strict=True):
             assert isinstance(signal, HiddenSignal)
             keys = list(keys_of(batch))
@@ -136,13 +136,13 @@ class CachedTeacher:
             if len(missing := self._reader.missing(keys)):
                 raise DataError(
                     f"distill.cache: {self.folder} lacks {len(missing)} of the {len(keys)} documents from "
-                    f"{batch.places[0]} to {batch.places[-1]}; run finetune cache with this config: it adds them"
+                    f"{batch.locations[0]} to {batch.locations[-1]}; run finetune cache with this config: it adds them"
                 )
             yield self._signal(self._reader.read(keys))
 
     def check_holds(self, documents: Iterable[Document]) -> None:
         """Raises: DataError with how many documents the folder lacks, and where the first of them stand."""
-        keyed = [(key, document.place) for document in documents if (key := key_of(document)) is not None]
+        keyed = [(key, document.location) for document in documents if (key := key_of(document)) is not None]
         missing = self._reader.missing([key for key, _ in keyed])
         if len(missing):
             shown = ", ".join(keyed[i][1] for i in missing[:_SHOWN])
@@ -165,7 +165,7 @@ class CachedTeacher:
         if not difference <= _SAME_NATS:
             raise IntegrityError(
                 f"distill.cache: {self.folder} differs from the teacher by {difference:.3g} nats on average over "
-                f"{', '.join(batch.places)}, which is no rounding; write it again into a new folder"
+                f"{', '.join(batch.locations)}, which is no rounding; write it again into a new folder"
             )
         return difference
 

@@ -12,7 +12,8 @@ import torch
 
 from finetune.config.schema import RunConfig
 from finetune.data.documents import Document
-from finetune.data.template.chat import UNTRAINED, ChatTemplate
+from finetune.data.encoded import IGNORE_INDEX
+from finetune.data.template.chat import ChatTemplate
 from finetune.distill.cache import BATCH_TOKENS, Encode, encoder_of, fill_cache
 from finetune.distill.codec import Columns, encode_top
 from finetune.distill.fingerprint import adapter_folder
@@ -83,7 +84,7 @@ def _ask_server(cfg: RunConfig, vocabulary: int, log: Log) -> Encode:
     def encode(documents: Sequence[Document]) -> Iterator[Columns]:
         asked = []
         for document in documents:
-            positions = np.flatnonzero(document.labels != UNTRAINED)
+            positions = np.flatnonzero(document.labels != IGNORE_INDEX)
             asked.append((document.ids[: positions[-1] + 2], positions))
         for answer in server.score_many(asked, teacher.requests):
             yield encode_top(*_known(answer.ids, answer.log_probs, vocabulary))

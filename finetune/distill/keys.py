@@ -9,7 +9,7 @@ import numpy as np
 
 from finetune.data.batch import Batch
 from finetune.data.documents import Document
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
 
 KEY_BYTES = 16
 
@@ -19,12 +19,12 @@ def document_key(ids: np.ndarray, labels: np.ndarray, media_digest: bytes = b"")
 
     Tokens after the last target are left out: a causal model does not see them.
     """
-    targets = np.flatnonzero(labels != UNTRAINED)
+    targets = np.flatnonzero(labels != IGNORE_INDEX)
     if not len(targets):
         return None
     end = int(targets[-1]) + 1
     digest = hashlib.blake2b(ids[:end].astype("<i4").tobytes(), digest_size=KEY_BYTES)
-    digest.update((labels[:end] != UNTRAINED).tobytes())
+    digest.update((labels[:end] != IGNORE_INDEX).tobytes())
     digest.update(media_digest)
     return digest.digest()
 
@@ -41,4 +41,4 @@ def keys_of(batch: Batch) -> Iterator[tuple[bytes, int]]:
     for length, media_digest in zip(batch.segment_lengths, batch.media_digests, strict=True):
         where = slice(start, start := start + length)
         if (key := document_key(ids[where], labels[where], media_digest)) is not None:
-            yield key, int((labels[where] != UNTRAINED).sum())
+            yield key, int((labels[where] != IGNORE_INDEX).sum())

@@ -16,8 +16,8 @@ import numpy as np
 
 from finetune.data.batch import groups_of
 from finetune.data.documents import Document
-from finetune.data.sampler import Feed
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
+from finetune.data.sampler import Sampler
 
 # Prompts, each with the draws of its answer -> the answers' ids, in order. A draw, from [0, 1), decides one token, so
 # there are as many as the answer may have; an answer has one token or more.
@@ -27,15 +27,15 @@ _STREAM = 1
 
 
 @dataclass(frozen=True)
-class OnPolicyFeed:
-    """The documents of a feed; a share of them ends with the model's own answer in the place of one of the row's.
+class OnPolicySampler:
+    """The documents of a sampler; a share of them ends with the model's own answer in the place of one of the row's.
 
     Which of the row's turns that is, is drawn too: answering the first one only would teach short conversations.
     tokens: most that an answer has. max_length: tokens that no sequence exceeds: one that its answers make longer
     becomes two. gather: joins the lists that the ranks give into one list, on every rank.
     """
 
-    feed: Feed
+    sampler: Sampler
     write: Writer
     share: float
     tokens: int
@@ -48,11 +48,11 @@ class OnPolicyFeed:
     @property
     def digest(self) -> str:
         """Of the rows; what is written on the way follows from them and the run's settings."""
-        return self.feed.digest
+        return self.sampler.digest
 
-    def sequences(self, step: int) -> list[list[Document]]:
+    def step_batches(self, step: int) -> list[list[Document]]:
         """Packed sequences of a step (from 0), over all ranks, written with the weights as they are now."""
-        sequences = self.feed.sequences(step)
+        sequences = self.sampler.step_batches(step)
         documents = [document for sequence in sequences for document in sequence]
         answers = self._answers(step, documents)
         written = iter([_answered(d, *answers[i]) if i in answers else d for i, d in enumerate(documents)])
@@ -60,11 +60,11 @@ class OnPolicyFeed:
 
     def steps_for(self, epochs: float) -> int:
         """Optimizer steps that so many passes over the rows take."""
-        return self.feed.steps_for(epochs)
+        return self.sampler.steps_for(epochs)
 
     def close(self) -> None:
         """Let go of what works in the background."""
-        self.feed.close()
+        self.sampler.close()
 
     def _answers(self, step: int, documents: Sequence[Document]) -> dict[int, tuple[int, np.ndarray]]:
         """What the chosen documents of a step become, by number: tokens of the prompt, and the answer.
@@ -81,7 +81,7 @@ class OnPolicyFeed:
     def _plan(self, step: int, number: int, document: Document) -> tuple[int, np.ndarray] | None:
         """Tokens of the prompt, and what decides the answer's; None for a document that stays as it is."""
         chance, turn, *draws = np.random.default_rng([self.seed, step, number, _STREAM]).random(2 + self.tokens)
-        trained = document.labels != UNTRAINED
+        trained = document.labels != IGNORE_INDEX
         starts = np.flatnonzero(trained & ~np.concatenate([[False], trained[:-1]]))
         if chance >= self.share or not len(starts):
             return None
@@ -93,7 +93,7 @@ class OnPolicyFeed:
 def _answered(document: Document, prompt: int, answer: np.ndarray) -> Document:
     """A document's first tokens and another answer to them, all of it targets that weigh what the row's first did."""
     ids = np.concatenate([document.ids[:prompt], answer]).astype(np.int32)
-    labels = np.full(len(ids), UNTRAINED, dtype=np.int32)
+    labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
     labels[prompt - 1 : -1] = answer
     weights = None if document.weights is None else np.full(len(ids), document.weights[prompt - 1], dtype=np.float32)
     return replace(document, ids=ids, labels=labels, weights=weights, student_generated=True)

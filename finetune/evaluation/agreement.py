@@ -53,7 +53,7 @@ def agreement(
     """
     device = next(model.parameters()).device
     sums = torch.zeros(3 + _BINS, dtype=torch.float64)
-    batches = [build_batch(group, lean=True) for group in groups_of(documents, limit_tokens)]
+    batches = [build_batch(group, share_prefixes=True) for group in groups_of(documents, limit_tokens)]
     with evaluating(model):
         for start in range(0, len(batches), _BATCHES):
             some = batches[start : start + _BATCHES]

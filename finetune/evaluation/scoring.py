@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from finetune.data.batch import Batch, build_batch, groups_of
 from finetune.data.documents import Documents
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.evaluation.perplexity import evaluating
 from finetune.losses.chunked import chunked_logits
 from finetune.losses.cross_entropy import head_of, target_rows
@@ -62,7 +62,7 @@ def score_tokens(
     done = 0
     with evaluating(model):
         for group in groups_of(documents, limit_tokens):
-            batch = build_batch(group, lean=True)
+            batch = build_batch(group, share_prefixes=True)
             row_N = _rows_of_targets(batch, rows_of_documents[done : done + len(group)])
             done += len(group)
             here = batch.to(device)
@@ -81,7 +81,7 @@ def score_tokens(
 
 def _rows_of_targets(batch: Batch, rows: np.ndarray) -> np.ndarray:
     row_T = np.repeat(rows, batch.segment_lengths)
-    return row_T[(batch.labels[0] != UNTRAINED).numpy()]
+    return row_T[(batch.labels[0] != IGNORE_INDEX).numpy()]
 
 
 def _chunks(

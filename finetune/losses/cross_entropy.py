@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.batch import Batch
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.chunked import ChunkLoss, chunked_logits, chunked_loss
 from finetune.losses.hidden_states import base_of, hidden_states
 from finetune.ops.cross_entropy import cross_entropy_
@@ -37,7 +37,7 @@ def head_of(model: nn.Module) -> nn.Module:
 def target_rows(hidden_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states [N, D], labels [N] and loss weights [N] (None: 1 everywhere) of the rows that carry a target."""
     labels_T = batch.labels[0]
-    rows = (labels_T != UNTRAINED).nonzero().squeeze(1)
+    rows = (labels_T != IGNORE_INDEX).nonzero().squeeze(1)
     return hidden_TD[rows], labels_T[rows], None if batch.weights is None else batch.weights[0][rows]
 
 

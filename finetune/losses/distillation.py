@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.batch import Batch
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.chunked import chunked_loss
 from finetune.losses.cross_entropy import head_of, target_rows
 from finetune.losses.divergence import Terms, distillation_loss
@@ -43,7 +43,7 @@ class Distillation(nn.Module):
         factors_N = torch.ones(len(labels_N), device=hidden_ND.device) if weights_N is None else weights_N
         rows_N = torch.ones_like(factors_N)
         if batch.student_generated is not None:  # what the student wrote itself is no example to follow
-            rows_N -= batch.student_generated[batch.labels[0] != UNTRAINED].float()
+            rows_N -= batch.student_generated[batch.labels[0] != IGNORE_INDEX].float()
         loss = distillation_loss(signal, self.terms, labels_N, factors_N, rows_N, self.vocabulary)
         total = chunked_loss(hidden_ND, head_of(self.model), self.vocabulary, loss)
         if self.terms.hidden and isinstance(signal, HiddenSignal):

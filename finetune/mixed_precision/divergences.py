@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.batch import Batch
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.chunked import chunked_logits, logits_of
 
 
@@ -26,7 +26,7 @@ class MeanKl:
 def documents_of_targets(batch: Batch) -> Tensor:
     """Return the index of the document [N] that each target of the batch belongs to."""
     owner_T = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), torch.tensor(batch.segment_lengths))
-    return owner_T[batch.labels[0].cpu() != UNTRAINED]
+    return owner_T[batch.labels[0].cpu() != IGNORE_INDEX]
 
 
 @torch.no_grad()

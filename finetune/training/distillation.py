@@ -17,10 +17,10 @@ from finetune.config.schema import RunConfig
 from finetune.data.batch import Batch
 from finetune.data.documents import Documents
 from finetune.data.loader import LoadedData, used_ids
-from finetune.data.sampler import Feed
+from finetune.data.sampler import Sampler
 from finetune.data.template.chat import ChatTemplate
 from finetune.distill.filling import write_cache
-from finetune.distill.on_policy import OnPolicyFeed
+from finetune.distill.on_policy import OnPolicySampler
 from finetune.distill.schedule import Schedule
 from finetune.distill.teacher import build_teacher, check_vocabulary, check_width
 from finetune.evaluation.agreement import agreement
@@ -62,11 +62,13 @@ class DistillationSetup:
         schedule = Schedule(self.teacher, self.cfg.distill.teacher.steps_ahead, total_steps)
         return lambda step, batches_of: loss.expect(schedule.signals(step, batches_of))
 
-    def feed(self, feed: Feed, model: PeftModel, chat: ChatTemplate, accelerator: Accelerator, log: Log) -> Feed:
+    def sampler(
+        self, sampler: Sampler, model: PeftModel, chat: ChatTemplate, accelerator: Accelerator, log: Log
+    ) -> Sampler:
         """The run's documents, with answers of the model's own in a share of them (`distill.on_policy`)."""
         distill = self.cfg.distill
         if not distill.on_policy:
-            return feed
+            return sampler
         log(
             f"the student itself writes the answers of {distill.on_policy:.0%} of the rows, up to "
             f"{distill.on_policy_tokens} tokens at temperature {distill.on_policy_temperature:g}; the teacher alone "
@@ -79,8 +81,8 @@ class DistillationSetup:
             vocabulary=self.vocabulary,
             temperature=distill.on_policy_temperature,
         )
-        return OnPolicyFeed(
-            feed,
+        return OnPolicySampler(
+            sampler,
             write,
             distill.on_policy,
             distill.on_policy_tokens,

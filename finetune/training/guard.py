@@ -74,7 +74,7 @@ def build_guard(job: Job, parts: Parts, lesson: DistillationSetup, measure: Call
     def recover(step: int) -> None:
         recovering = replace(
             job,
-            feed=parts.feed,
+            sampler=parts.sampler,
             loss=wrapped,
             before_step=lesson.before_step(loss, step),
             optimizer=build_optimizer(job.cfg, parts.model.named_parameters()),

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 
@@ -19,10 +20,10 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from finetune.config.schema import TrainConfig
-from finetune.data.batch import Batch, build_batch, silent_batch
+from finetune.data.batch import Batch, build_batch, dummy_batch
 from finetune.data.documents import Document
 from finetune.data.packing import split_among_ranks
-from finetune.data.sampler import Feed
+from finetune.data.sampler import Sampler
 from finetune.system.console import log
 from finetune.system.errors import FinetuneError, Interrupted
 from finetune.training.checkpoint import TrainState
@@ -34,8 +35,8 @@ from finetune.training.track import SilentTracker, Tracker
 class Job:
     """Everything the loop works with.
 
-    loss: module from Batch to the summed loss, wrapped for DDP. micro_batch: sequences a forward pass. lean: of a
-    forward pass's documents, compute only what some target needs, and that once.
+    loss: module from Batch to the summed loss, wrapped for DDP. micro_batch: sequences a forward pass.
+    share_prefixes: skip tokens after the last target, and compute shared prefixes once.
     before_step: told a step, and what gives this rank's batches of it or of a later one, before any of them runs.
     evaluate: the evaluations' figures by name, `loss` among them; None without held-out rows. guard: takes them, gives
     them as they are after what it did, and whether the run ends. sample: shows answers.
@@ -46,10 +47,10 @@ class Job:
     accelerator: Accelerator
     loss: nn.Module
     optimizer: torch.optim.Optimizer
-    feed: Feed
+    sampler: Sampler
     total_steps: int
     micro_batch: int
-    lean: bool
+    share_prefixes: bool
     tracker: Tracker | SilentTracker
     save: Callable[[TrainState], None]
     last_checkpoint: Callable[[], Path | None]
@@ -144,13 +145,13 @@ def train_step(job: Job, step: int, signal_number: int = 0) -> StepResult:
     """
     accelerator, ranks = job.accelerator, job.accelerator.num_processes
     set_seed((job.cfg.seed * 1_000_003 + step * 1_009 + accelerator.process_index) % 2**32)
-    sequences = job.feed.sequences(step - 1)
+    sequences = job.sampler.step_batches(step - 1)
     documents = [document for sequence in sequences for document in sequence]
     target_tokens = sum(document.target_tokens for document in documents)
     loss_sum = 0.0
     batches = _rank_batches(job, sequences)
     if job.before_step is not None:
-        job.before_step(step, lambda s: batches if s == step else _rank_batches(job, job.feed.sequences(s - 1)))
+        job.before_step(step, lambda s: batches if s == step else _rank_batches(job, job.sampler.step_batches(s - 1)))
     for i, batch in enumerate(batches):
         with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(job.loss):
             loss = job.loss(batch.to(accelerator.device))
@@ -188,9 +189,9 @@ def _rank_batches(job: Job, sequences: list[list[Document]]) -> list[Batch]:
     ranks, rank = job.accelerator.num_processes, job.accelerator.process_index
     mine = split_among_ranks([sum(map(len, sequence)) for sequence in sequences], ranks)[rank]
     if not mine:
-        return [silent_batch(sequences[0][0])]
+        return [dummy_batch(sequences[0][0])]
     groups = [[sequences[i] for i in mine[j : j + job.micro_batch]] for j in range(0, len(mine), job.micro_batch)]
-    return [build_batch([document for sequence in group for document in sequence], job.lean) for group in groups]
+    return [build_batch(list(chain.from_iterable(group)), share_prefixes=job.share_prefixes) for group in groups]
 
 
 def _clip(job: Job) -> float:
@@ -203,7 +204,7 @@ def _clip(job: Job) -> float:
 def _check_finite(job: Job, what: str, value: float, step: int, documents: Sequence[Document]) -> None:
     if math.isfinite(value):
         return
-    places = sorted({document.place for document in documents})
+    places = sorted({document.location for document in documents})
     shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
     raise FinetuneError(
         f"step {step}: the {what} is {value}, so the update was not made. Rows in the batch: {shown}. Look at them or "

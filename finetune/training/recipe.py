@@ -21,8 +21,8 @@ from finetune.data.loader import (
     load_data,
 )
 from finetune.data.packing import SequenceOrder
-from finetune.data.sampler import Feed, StoredFeed
-from finetune.data.stream import StreamingFeed
+from finetune.data.sampler import MapSampler, Sampler
+from finetune.data.stream import StreamingSampler
 from finetune.data.template.chat import ChatTemplate, advice_on_end_token
 from finetune.data.tokens.prepare import Preparation, console_progress
 from finetune.evaluation.generation import Answer, exact_match
@@ -103,13 +103,13 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, log
     warnings = [*describe_leaks(data), *_end_token_advice(cfg, chat)]
     for line in (*map(describe_source, (*data.train, *data.eval)), *(f"WARNING: {warning}" for warning in warnings)):
         log(line)
-    feed = _build_feed(cfg, preparation, data)
+    sampler = _build_sampler(cfg, preparation, data)
     if cfg.data.stream_rows:
         log(f"training rows are read while training, {cfg.data.stream_rows:,} at a time")
     if checkpoint is not None:
-        run_folder.check_continuation(cfg, feed.digest, checkpoint)
+        run_folder.check_continuation(cfg, sampler.digest, checkpoint)
     if accelerator.is_main_process:
-        run_folder.describe_run(cfg, Path(cfg.output_dir), feed.digest, accelerator.num_processes)
+        run_folder.describe_run(cfg, Path(cfg.output_dir), sampler.digest, accelerator.num_processes)
         store_report(Path(cfg.output_dir), data, cfg, chat, tokenizer)
         if listed := copy_bad_rows(data, Path(cfg.output_dir)):
             log(f"skipped rows are listed in {listed}")
@@ -123,7 +123,7 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, log
         attach_fast_path(model)
     model.train()
     found = choose_micro_batch(cfg, model, accelerator, log)
-    return Parts(cfg, accelerator, tokenizer, preparation, data, feed, model, found, lesson)
+    return Parts(cfg, accelerator, tokenizer, preparation, data, sampler, model, found, lesson)
 
 
 def _end_token_advice(cfg: RunConfig, chat: ChatTemplate) -> list[str]:
@@ -131,9 +131,9 @@ def _end_token_advice(cfg: RunConfig, chat: ChatTemplate) -> list[str]:
     return [advice] if advice and "lm_head" not in cfg.lora.modules_to_save else []
 
 
-def _build_feed(cfg: RunConfig, preparation: Preparation, data: LoadedData) -> Feed:
+def _build_sampler(cfg: RunConfig, preparation: Preparation, data: LoadedData) -> Sampler:
     if cfg.data.stream_rows:
-        return StreamingFeed(preparation, cfg.train.batch_size, cfg.train.seed, Path(cfg.output_dir) / "stream")
+        return StreamingSampler(preparation, cfg.train.batch_size, cfg.train.seed, Path(cfg.output_dir) / "stream")
     order = SequenceOrder(
         data.documents.lengths,
         data.weights,
@@ -141,13 +141,13 @@ def _build_feed(cfg: RunConfig, preparation: Preparation, data: LoadedData) -> F
         cfg.train.batch_size,
         cfg.train.seed,
     )
-    return StoredFeed(data.documents, order, data.digest)
+    return MapSampler(data.documents, order, data.digest)
 
 
 def _run(parts: Parts, checkpoint: Path | None, log: Log) -> RunResult:
     cfg, accelerator = parts.cfg, parts.accelerator
     optimizer = build_optimizer(cfg.train, parts.model.named_parameters())
-    state = TrainState(run_folder.trajectory(cfg), parts.feed.digest)
+    state = TrainState(run_folder.trajectory(cfg), parts.sampler.digest)
     if checkpoint is not None:
         state = read_state(checkpoint)
         load_training(checkpoint, optimizer)
@@ -156,7 +156,7 @@ def _run(parts: Parts, checkpoint: Path | None, log: Log) -> RunResult:
         _evaluate_before_training(parts, state, log)
     if parts.is_main:
         run_folder.write_samples(parts.folder, state.before.get("answers", []))
-    total_steps = cfg.train.max_steps or parts.feed.steps_for(cfg.train.epochs or 1)
+    total_steps = cfg.train.max_steps or parts.sampler.steps_for(cfg.train.epochs or 1)
     all_fast = cfg.train.kernels == "fused" and not cfg.lora.dora and not cfg.quant.int8 and cfg.quant.type != "int8"
     if told := matmul.describe(accelerator.device, getattr(torch, cfg.model.dtype), all_fast):
         log(told)
@@ -169,7 +169,9 @@ def _run(parts: Parts, checkpoint: Path | None, log: Log) -> RunResult:
         loss = lesson.loss(parts.model)
     else:
         loss = CrossEntropy(parts.model, cfg.train.neftune_alpha)
-    feed = lesson.feed(parts.feed, parts.model, parts.preparation.chat, accelerator, log) if lesson else parts.feed
+    sampler = parts.sampler
+    if lesson:
+        sampler = lesson.sampler(sampler, parts.model, parts.preparation.chat, accelerator, log)
     tracker = Tracker(cfg, parts.folder, total_steps, state.step) if parts.is_main else SilentTracker()
     job = Job(
         cfg=cfg.train,
@@ -177,9 +179,9 @@ def _run(parts: Parts, checkpoint: Path | None, log: Log) -> RunResult:
         optimizer=optimizer,
         loss=accelerator.prepare_model(loss, device_placement=False),
         before_step=lesson.before_step(loss, total_steps) if lesson and isinstance(loss, Distillation) else None,
-        feed=feed,
+        sampler=sampler,
         total_steps=total_steps,
-        lean=_can_share_prefixes(cfg),
+        share_prefixes=_can_share_prefixes(cfg),
         micro_batch=parts.fit.micro_batch,
         tracker=tracker,
         save=lambda state: _save_checkpoint(parts, optimizer, state),
@@ -194,7 +196,7 @@ def _run(parts: Parts, checkpoint: Path | None, log: Log) -> RunResult:
         "failed", world_size=accelerator.num_processes, predicted_peak_bytes=parts.fit.predicted_peak_bytes
     )
     try:
-        with closing(tracker), closing(parts.feed):
+        with closing(tracker), closing(parts.sampler):
             fit(job, state)
         _finish(parts, optimizer, state, result, log)
         result.status = "finished"

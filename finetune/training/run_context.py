@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from finetune.config.schema import RunConfig
 from finetune.data.loader import LoadedData
-from finetune.data.sampler import Feed
+from finetune.data.sampler import Sampler
 from finetune.data.tokens.prepare import Preparation
 from finetune.training.autotune import BatchPlan
 from finetune.training.distillation import DistillationSetup
@@ -29,7 +29,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     preparation: Preparation
     data: LoadedData
-    feed: Feed
+    sampler: Sampler
     model: PeftModel
     fit: BatchPlan
     lesson: DistillationSetup | None

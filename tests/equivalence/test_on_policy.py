@@ -15,8 +15,8 @@ import torch
 
 from finetune import train
 from finetune.data.documents import Document
-from finetune.data.template.chat import UNTRAINED
-from finetune.distill.on_policy import OnPolicyFeed
+from finetune.data.encoded import IGNORE_INDEX
+from finetune.distill.on_policy import OnPolicySampler
 from finetune.models.load import load_tokenizer
 from tests.runs import SMALL_RUN, adapter, differing, metrics, small_run
 
@@ -50,15 +50,15 @@ HALF = (*ON_POLICY, "distill.on_policy=0.5", "train.save_every=1")
 def recorded() -> Iterator[dict[int, list[Document]]]:
     """What runs inside the block write themselves, by step from 0."""
     written: dict[int, list[Document]] = {}
-    original = OnPolicyFeed.sequences
+    original = OnPolicySampler.step_batches
 
-    def sequences(self: OnPolicyFeed, step: int) -> list[list[Document]]:
+    def step_batches(self: OnPolicySampler, step: int) -> list[list[Document]]:
         found = original(self, step)
         written[step] = [document for sequence in found for document in sequence if document.student_generated]
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OnPolicyFeed, "sequences", sequences)
+        patch.setattr(OnPolicySampler, "step_batches", step_batches)
         yield written
 
 
@@ -93,7 +93,7 @@ def test_answers_end_with_the_end_of_a_turn_which_is_a_target(whole):
     stopped = [document for document in documents if document.ids[-1] == end]
     assert len(stopped) > len(documents) / 2
     for document in documents:
-        targets = np.flatnonzero(document.labels != UNTRAINED)
+        targets = np.flatnonzero(document.labels != IGNORE_INDEX)
         answer = document.ids[targets[0] + 1 :]
         assert document.labels[targets].tolist() == answer.tolist()
         assert end not in answer[:-1] and (answer[-1] == end or len(answer) == 24)

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 from finetune import train
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.documents import Document
-from finetune.data.stream import StreamingFeed
+from finetune.data.stream import StreamingSampler
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
-from finetune.data.tokens.store import is_whole
+from finetune.data.tokens.store import is_valid
 from finetune.system.errors import ConfigError, DataError
 from finetune.system.resources import packaged
 from tests.runs import differing, metrics, small_run
@@ -41,23 +41,23 @@ def sources(folder: Path, files: int = 2) -> list[SourceConfig]:
     return [SourceConfig(path=str(folder / "parts/*.jsonl")), SourceConfig(path=str(folder / "single.jsonl"), weight=3)]
 
 
-def feed(folder: Path, train: list[SourceConfig], chat: ChatTemplate, main: bool = True, **settings) -> StreamingFeed:
+def sampler(folder: Path, train: list[SourceConfig], chat: ChatTemplate, main: bool = True, **settings):
     cfg = DataConfig(train=train, stream_rows=20, max_length=64, **settings)
-    return StreamingFeed(Preparation(cfg, chat, main), batch_size=2, seed=3, folder=folder / "stream")
+    return StreamingSampler(Preparation(cfg, chat, main), batch_size=2, seed=3, folder=folder / "stream")
 
 
 def shown(sequences: list[list[Document]]) -> list[list[tuple[str, bytes]]]:
-    return [[(document.place, document.ids.tobytes()) for document in sequence] for sequence in sequences]
+    return [[(document.location, document.ids.tobytes()) for document in sequence] for sequence in sequences]
 
 
 def test_a_step_is_the_same_whatever_was_asked_for_before(tmp_path, chat):
     train = sources(tmp_path)
-    walked = feed(tmp_path, train, chat)
-    steps = [shown(walked.sequences(step)) for step in range(30)]
+    walked = sampler(tmp_path, train, chat)
+    steps = [shown(walked.step_batches(step)) for step in range(30)]
     walked.close()
     for last in (29, 0, 17):  # a resumed run: the windows are there, or their steps alone, or nothing
-        resumed = feed(tmp_path, train, chat)
-        assert [shown(resumed.sequences(step)) for step in (last, last, 4)] == [steps[last], steps[last], steps[4]]
+        resumed = sampler(tmp_path, train, chat)
+        assert [shown(resumed.step_batches(step)) for step in (last, last, 4)] == [steps[last], steps[last], steps[4]]
         resumed.close()
         if last:
             for window in (tmp_path / "stream" / resumed.digest).glob("window-*/"):
@@ -67,11 +67,11 @@ def test_a_step_is_the_same_whatever_was_asked_for_before(tmp_path, chat):
 
 
 def test_windows_mix_the_sources_by_weight_and_a_pass_visits_every_row_once(tmp_path, chat):
-    stream = feed(tmp_path, sources(tmp_path), chat, packing=False)
+    stream = sampler(tmp_path, sources(tmp_path), chat, packing=False)
     # 5 rows of the parts and 15 of the single file a window: ten windows of ten steps are one pass and three.
-    steps = [stream.sequences(step) for step in range(100)]
+    steps = [stream.step_batches(step) for step in range(100)]
     stream.close()
-    seen = Counter(document.place for sequences in steps for sequence in sequences for document in sequence)
+    seen = Counter(document.location for sequences in steps for sequence in sequences for document in sequence)
     parts = {place: count for place, count in seen.items() if "parts" in place}
     assert set(parts.values()) == {1} and len(parts) == ROWS
     assert {count for place, count in seen.items() if "single" in place} == {3}
@@ -82,29 +82,29 @@ def test_a_seed_is_an_order(tmp_path, chat):
     orders = []
     for seed in (0, 0, 1):
         preparation = Preparation(DataConfig(train=train, stream_rows=20, max_length=64), chat)
-        stream = StreamingFeed(preparation, batch_size=2, seed=seed, folder=tmp_path / f"s{len(orders)}")
-        orders.append([shown(stream.sequences(step)) for step in range(6)])
+        stream = StreamingSampler(preparation, batch_size=2, seed=seed, folder=tmp_path / f"s{len(orders)}")
+        orders.append([shown(stream.step_batches(step)) for step in range(6)])
         stream.close()
     assert orders[0] == orders[1] != orders[2]
 
 
 def test_old_windows_leave_the_disk(tmp_path, chat):
-    stream = feed(tmp_path, sources(tmp_path), chat)
+    stream = sampler(tmp_path, sources(tmp_path), chat)
     for step in range(30):
-        stream.sequences(step)
+        stream.step_batches(step)
     stream.close()
     assert len(list((tmp_path / "stream" / stream.digest).glob("window-*/"))) <= 3
 
 
 def test_other_ranks_wait_for_the_main_one_and_see_the_same(tmp_path, chat):
     train = sources(tmp_path)
-    ranks = [feed(tmp_path, train, chat, main=main) for main in (True, False)]
+    ranks = [sampler(tmp_path, train, chat, main=main) for main in (True, False)]
     together = Barrier(2)  # as the gradients of a step are
 
-    def walk(rank: StreamingFeed) -> list:
+    def walk(rank: StreamingSampler) -> list:
         steps = []
         for step in range(30):
-            steps.append(shown(rank.sequences(step)))
+            steps.append(shown(rank.step_batches(step)))
             together.wait()
         return steps
 
@@ -116,30 +116,31 @@ def test_other_ranks_wait_for_the_main_one_and_see_the_same(tmp_path, chat):
 
 
 def test_closing_leaves_no_half_window(tmp_path, chat):
-    stream = feed(tmp_path, sources(tmp_path), chat)
-    stream.sequences(0)  # the next window is being made from now on
+    stream = sampler(tmp_path, sources(tmp_path), chat)
+    stream.step_batches(0)  # the next window is being made from now on
     stream.close()
     stores = list((tmp_path / "stream" / stream.digest).glob("window-*/*/"))
-    assert all(is_whole(store) for store in stores) and len(stores) in (2, 3, 4)
+    assert all(is_valid(store) for store in stores) and len(stores) in (2, 3, 4)
 
 
 def test_bad_rows_stop_the_stream_where_they_stand(tmp_path, chat):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join([*(json.dumps({"text": f"row {i}"}) for i in range(25)), "{broken", ""]))
-    stream = feed(tmp_path, [SourceConfig(path=str(file))], chat)
-    stream.sequences(0)
+    stream = sampler(tmp_path, [SourceConfig(path=str(file))], chat)
+    stream.step_batches(0)
     with pytest.raises(DataError, match=r"rows.jsonl:26: is not JSON"):
         for step in range(1, 20):
-            stream.sequences(step)
+            stream.step_batches(step)
     stream.close()
 
 
 def test_skipped_rows_stay_listed_when_their_window_is_gone(tmp_path, chat):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(["{broken", *(json.dumps({"text": f"row {i}"}) for i in range(99))]))
-    stream = feed(tmp_path, [SourceConfig(path=str(file))], chat, packing=False, on_bad_row="skip", max_bad_share=0.1)
+    source = SourceConfig(path=str(file))
+    stream = sampler(tmp_path, [source], chat, packing=False, on_bad_row="skip", max_bad_share=0.1)
     for step in range(40):
-        stream.sequences(step)
+        stream.step_batches(step)
     stream.close()
     assert not (stream.folder / "window-0").exists()
     [listed] = stream.folder.glob("window-0-*bad_rows.jsonl")

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.data.batch import build_batch, silent_batch
+from finetune.data.batch import build_batch, dummy_batch
 from finetune.data.documents import Document
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.cross_entropy import CrossEntropy, score
 from finetune.ops.attention import plan_segments
 from finetune.ops.limits import LOGITS_VALUES
@@ -22,11 +22,11 @@ def documents(lengths: list[int], seed: int = 0, weighted: bool = False) -> list
     result = []
     for i, length in enumerate(lengths):
         ids = rng.integers(0, 97, length).astype(np.int32)
-        labels = np.full(length, UNTRAINED, dtype=np.int32)
+        labels = np.full(length, IGNORE_INDEX, dtype=np.int32)
         if length > 1:
             trained = rng.random(length - 1) < 0.6
             trained[-1] = True
-            labels[:-1] = np.where(trained, ids[1:], UNTRAINED)
+            labels[:-1] = np.where(trained, ids[1:], IGNORE_INDEX)
         # Every other document: weights and none must mix in a batch.
         weights = rng.choice([0.25, 1.0, 3.0], length).astype(np.float32) if weighted and i % 2 == 0 else None
         result.append(Document(ids, labels, f"row {i}", weights))
@@ -42,7 +42,7 @@ def reference(docs: list[Document]) -> tuple[torch.Tensor, dict[str, torch.Tenso
         logits = model(input_ids=torch.tensor(doc.ids[None].astype(np.int64))).logits[0]
         labels = torch.tensor(doc.labels.astype(np.int64))
         weights = torch.tensor(np.ones(len(doc)) if doc.weights is None else doc.weights.astype(np.float64))
-        total = total + (F.cross_entropy(logits, labels, ignore_index=UNTRAINED, reduction="none") * weights).sum()
+        total = total + (F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none") * weights).sum()
         correct += int((logits.argmax(-1) == labels).sum())
     total.backward()
     return total.detach(), {name: p.grad for name, p in model.named_parameters()}, correct
@@ -80,7 +80,7 @@ def test_packed_loss_and_gradients_equal_float64_documents_alone(
 
 def test_a_batch_without_targets_gives_zero_and_reaches_every_parameter():
     model = random_qwen2()
-    loss = CrossEntropy(model)(silent_batch(documents([9])[0]))
+    loss = CrossEntropy(model)(dummy_batch(documents([9])[0]))
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -135,7 +135,7 @@ def test_a_trained_head_gets_the_gradients_of_the_plain_model(settings, monkeypa
         if found.grad is not None:
             torch.testing.assert_close(found.grad.double(), exact.grad, rtol=1e-4, atol=5e-5, msg=name)
     model.zero_grad(set_to_none=True)
-    CrossEntropy(model)(silent_batch(document)).backward()
+    CrossEntropy(model)(dummy_batch(document)).backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or p.grad.any())]
     assert not missing  # DDP waits for each of them
 

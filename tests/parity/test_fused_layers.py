@@ -12,7 +12,7 @@ import torch
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.data.batch import Batch, build_batch
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.evaluation.decoding import Decoding
 from finetune.losses.cross_entropy import CrossEntropy, score
 from finetune.models import fused as fast_path
@@ -146,9 +146,9 @@ def test_what_no_target_needs_and_what_documents_share_changes_nothing_when_left
     for common, document in zip((90, 40, 40, 0, 90, 12), documents([130, 60, 41, 33, 90, 70], seed=3), strict=True):
         ids, labels = document.ids.copy(), document.labels.copy()
         ids[:common], labels[:common] = shared.ids[:common], shared.labels[:common]
-        docs.append(type(document)(ids, labels, document.place))
-        docs[-1].labels[len(docs[-1]) - 5 * len(docs) :] = UNTRAINED  # a tail that no target needs
-    apart, together = build_batch(docs), build_batch(docs, lean=True)
+        docs.append(type(document)(ids, labels, document.location))
+        docs[-1].labels[len(docs[-1]) - 5 * len(docs) :] = IGNORE_INDEX  # a tail that no target needs
+    apart, together = build_batch(docs), build_batch(docs, share_prefixes=True)
     assert apart.rows == apart.tokens > together.tokens and together.rows < 0.6 * together.tokens
     for kind in ("q and v", "all linears"):
         model = adapted(kind)

@@ -9,8 +9,8 @@ from trl.experimental.gkd import GKDTrainer
 
 from finetune.data.batch import build_batch
 from finetune.data.documents import Document
-from finetune.data.template.chat import UNTRAINED
-from finetune.distill.on_policy import OnPolicyFeed
+from finetune.data.encoded import IGNORE_INDEX
+from finetune.distill.on_policy import OnPolicySampler
 from finetune.distill.resident import ResidentTeacher
 from finetune.evaluation.sampling import sample_answers
 from finetune.losses.distillation import Distillation
@@ -21,16 +21,16 @@ WORDS, STOP = 97, 5
 
 
 class Rows:
-    """A feed of one step of rows of unequal length, two a sequence."""
+    """A sampler of one step of rows of unequal length, two a sequence."""
 
     digest = ""
 
-    def sequences(self, step: int) -> list[list[Document]]:
+    def step_batches(self, step: int) -> list[list[Document]]:
         rng = np.random.default_rng(step)
         documents = []
         for length in (9, 14, 6, 11):
             ids = rng.integers(WORDS, size=length, dtype=np.int32)
-            labels = np.where(np.arange(length) == length - 3, np.roll(ids, -1), UNTRAINED).astype(np.int32)
+            labels = np.where(np.arange(length) == length - 3, np.roll(ids, -1), IGNORE_INDEX).astype(np.int32)
             documents.append(Document(ids, labels, f"rows:{length}"))
         return [documents[:2], documents[2:]]
 
@@ -45,7 +45,7 @@ def written(student) -> list[list[Document]]:
     def write(prompts, draws):
         return sample_answers(student, prompts, draws, stop_ids=(STOP,), vocabulary=WORDS, temperature=1.0)
 
-    return OnPolicyFeed(Rows(), write, 1.0, 8, 64, seed=3).sequences(0)
+    return OnPolicySampler(Rows(), write, 1.0, 8, 64, seed=3).step_batches(0)
 
 
 def theirs(student, teacher, documents: list[Document], beta: float) -> tuple[float, dict[str, torch.Tensor]]:
@@ -55,7 +55,7 @@ def theirs(student, teacher, documents: list[Document], beta: float) -> tuple[fl
     mask = torch.tensor([[1] * len(d) + [0] * (longest - len(d)) for d in documents])
     labels = torch.full_like(ids, -100)
     for row, document in enumerate(documents):
-        for t in np.flatnonzero(document.labels != UNTRAINED):
+        for t in np.flatnonzero(document.labels != IGNORE_INDEX):
             labels[row, t + 1] = ids[row, t + 1]
     with torch.no_grad():
         teacher_logits = teacher(input_ids=ids, attention_mask=mask).logits[:, :-1]
@@ -79,7 +79,7 @@ def test_the_divergence_of_written_answers_is_trls(kind, beta, rows):
     terms = Terms(rows=rows, teacher=1.0, divergence=kind, mix=beta if kind == "jsd" else 0.0)
     loss = Distillation(student, terms, WORDS)
     student.zero_grad()
-    batches = [build_batch(sequence, lean=True) for sequence in sequences]
+    batches = [build_batch(sequence, share_prefixes=True) for sequence in sequences]
     loss.expect(ResidentTeacher(teacher, torch.device("cpu")).signals(batches))
     total = torch.stack([loss(batch) for batch in batches]).sum() / targets
     total.backward()

@@ -14,9 +14,9 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune import train
 from finetune.config.schema import RunConfig
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.data.loader import load_chat_template, load_data
 from finetune.data.packing import SequenceOrder
-from finetune.data.template.chat import UNTRAINED
 from finetune.data.tokens.prepare import Preparation
 from finetune.models.adapters.attach import attach_lora, save_adapter
 from finetune.models.load import load_base, load_tokenizer
@@ -50,7 +50,7 @@ def rows_in_order(cfg: RunConfig) -> Dataset:
     return Dataset.from_dict(
         {
             "input_ids": [document.ids.tolist() for document in chosen],
-            "labels": [[UNTRAINED, *document.labels[:-1].tolist()] for document in chosen],
+            "labels": [[IGNORE_INDEX, *document.labels[:-1].tolist()] for document in chosen],
         }
     )
 

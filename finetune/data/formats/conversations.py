@@ -70,7 +70,7 @@ class Spelling:
 class Turn:
     """A message and where it stands in its row."""
 
-    place: str
+    location: str
     message: Message
 
 
@@ -86,10 +86,10 @@ def read_turns(items: Any, column: str, spelling: Spelling, assistant_weight: fl
         raise DataError(f"{column} must be a list of at least one message, found {kind(items) if items else 'nothing'}")
     turns: list[Turn] = []
     for i, item in enumerate(items):
-        place = f"{column}[{i}]"
+        location = f"{column}[{i}]"
         if not isinstance(item, Mapping):
-            raise DataError(f"{place} must be an object with a role and a content, found {kind(item)}")
-        fields = Fields.of(item, spelling.keys, ALIASES, place)
+            raise DataError(f"{location} must be an object with a role and a content, found {kind(item)}")
+        fields = Fields.of(item, spelling.keys, ALIASES, location)
         _refuse_what_would_be_lost(fields)
         role = _role(fields, spelling.roles)
         weight = _weight(fields, assistant_weight if role in ("assistant", _CALL) else 1.0)
@@ -99,7 +99,7 @@ def read_turns(items: Any, column: str, spelling: Spelling, assistant_weight: fl
             joined = replace(before, tool_calls=before.tool_calls + message.tool_calls)
             turns[-1] = replace(turns[-1], message=joined)
         else:
-            turns.append(Turn(place, message))
+            turns.append(Turn(location, message))
     return turns
 
 
@@ -117,27 +117,27 @@ def conversation(turns: Sequence[Turn], tools: tuple[Mapping[str, Any], ...]) ->
         role = turn.message.role
         if role == "system" and i > 0:
             first = turns[0]
-            found = f"the second, after {first.place}" if first.message.role == "system" else "not at the start"
-            raise DataError(f"{turn.place} is a system turn, and {found}; a conversation has one, at the start")
+            found = f"the second, after {first.location}" if first.message.role == "system" else "not at the start"
+            raise DataError(f"{turn.location} is a system turn, and {found}; a conversation has one, at the start")
         if role in ("assistant", "tool") and before in (None, "system"):
-            raise DataError(f"{turn.place} is of the {role}, with no user turn before it; remove it or start with one")
+            raise DataError(f"{turn.location} is of the {role}, with no user turn before it; remove it")
         if role == "tool" and before == "user":
-            raise DataError(f"{turn.place} is a tool's answer, but no assistant turn before it called one")
+            raise DataError(f"{turn.location} is a tool's answer, but no assistant turn before it called one")
         before = role
     return Conversation(tuple(turn.message for turn in turns), tools)
 
 
 def read_tools(row: Fields) -> tuple[Mapping[str, Any], ...]:
     """The `tools` of a row, given as a list or its JSON text: schemas of functions, kept as they are."""
-    value, place = row.get("tools"), row.named("tools")
+    value, location = row.get("tools"), row.named("tools")
     if is_empty(value):
         return ()
-    tools = as_json(value, place)
+    tools = as_json(value, location)
     if not isinstance(tools, list):
-        raise DataError(f"{place} must be a list of objects or its JSON text, found {kind(tools)}")
+        raise DataError(f"{location} must be a list of objects or its JSON text, found {kind(tools)}")
     for i, tool in enumerate(tools):
         if not isinstance(tool, Mapping) or not tool:
-            raise DataError(f"{place}[{i}] must be an object that describes a function, found {kind(tool)}")
+            raise DataError(f"{location}[{i}] must be an object that describes a function, found {kind(tool)}")
     return tuple(tools)
 
 
@@ -146,25 +146,25 @@ def _refuse_what_would_be_lost(fields: Fields) -> None:
         return
     for key in sorted(key for key, value in fields.values.items() if key not in KNOWN_KEYS and not is_empty(value)):
         name, found = printable_name(key), kind(fields.values[key])
-        place = fields.named(name)
+        location = fields.named(name)
         if key in _LOST_KEYS:
             raise DataError(
-                f"{place} ({found}) would be lost, for chat templates write contents only; move or remove it"
+                f"{location} ({found}) would be lost, for chat templates write contents only; move or remove it"
             )
         # A flag that some other trainer masks by would be lost as silently as a text.
         raise DataError(
-            f"{place} ({found}) is no key that means something here ({listed(MESSAGE_KEYS)}); map it or remove it, or, "
-            f"if it only describes the message, read it as one that is ignored: columns: {{id: {name}}}"
+            f"{location} ({found}) is no known key of a message ({listed(MESSAGE_KEYS)}); map it or remove it. "
+            f"If it only describes the message, ignore it: columns: {{id: {name}}}"
         )
 
 
 def _role(fields: Fields, roles: Mapping[str, str]) -> str:
-    role, place = fields.get("role"), fields.named("role")
+    role, location = fields.get("role"), fields.named("role")
     if role is None:
         raise DataError(_missing(fields, "role"))
     if not isinstance(role, str) or role not in roles:
         raise DataError(
-            f"{place} is {shown(role)}; it must be one of {listed(roles)}, or mapped to one, as roles: "
+            f"{location} is {shown(role)}; it must be one of {listed(roles)}, or mapped to one, as roles: "
             f"{{assistant: {printable_name(role) if isinstance(role, str) else 'bot'}}}"
         )
     return roles[role]
@@ -174,18 +174,18 @@ def _message(fields: Fields, role: str, weight: float) -> Message:
     calls = _tool_calls(fields)
     if role == _CALL:
         if calls:
-            raise DataError(f"{fields.place} is a function call and has tool calls besides; keep one of them")
+            raise DataError(f"{fields.location} is a function call and has tool calls besides; keep one of them")
         return Message("assistant", "", _calls(fields.get("content"), fields.named("content")), weight)
     if calls and role != "assistant":
-        raise DataError(f"{fields.place} is of the {role} and calls a tool; only the assistant can")
-    content, place = fields.get("content"), fields.named("content")
+        raise DataError(f"{fields.location} is of the {role} and calls a tool; only the assistant can")
+    content, location = fields.get("content"), fields.named("content")
     if isinstance(content, list):
-        content = "".join(_part(part, f"{place}[{i}]") for i, part in enumerate(content))
+        content = "".join(_part(part, f"{location}[{i}]") for i, part in enumerate(content))
     elif content is None and calls:
         content = ""
     elif content is None and "content" not in fields.values:
         raise DataError(_missing(fields, "content"))
-    return Message(role, as_text(content, place), calls, weight)
+    return Message(role, as_text(content, location), calls, weight)
 
 
 def _missing(fields: Fields, key: str) -> str:
@@ -195,45 +195,45 @@ def _missing(fields: Fields, key: str) -> str:
     )
 
 
-def _part(part: Any, place: str) -> str:
+def _part(part: Any, location: str) -> str:
     if not isinstance(part, Mapping):
-        raise DataError(f"{place} must be an object with type and text, found {kind(part)}")
+        raise DataError(f"{location} must be an object with type and text, found {kind(part)}")
     if part.get("type") != "text":
-        raise DataError(f"{place}.type is {shown(part.get('type'))}; only parts of type 'text' can be trained on")
-    return as_text(part.get("text"), f"{place}.text")
+        raise DataError(f"{location}.type is {shown(part.get('type'))}; only parts of type 'text' can be trained on")
+    return as_text(part.get("text"), f"{location}.text")
 
 
 def _tool_calls(fields: Fields) -> tuple[ToolCall, ...]:
     given = [key for key in ("tool_calls", "function_call") if not is_empty(fields.get(key))]
     if len(given) == 2:
-        raise DataError(f"{fields.place} has both tool_calls and function_call; keep tool_calls")
+        raise DataError(f"{fields.location} has both tool_calls and function_call; keep tool_calls")
     return _calls(fields.get(given[0]), fields.named(given[0])) if given else ()
 
 
-def _calls(value: Any, place: str) -> tuple[ToolCall, ...]:
+def _calls(value: Any, location: str) -> tuple[ToolCall, ...]:
     """One call or a list of them, decoded or as JSON text; each `{"name", "arguments"}`, or that as its `function`."""
-    decoded = as_json(value, place)
+    decoded = as_json(value, location)
     if not isinstance(decoded, list):
-        return (_call(decoded, place),)
+        return (_call(decoded, location),)
     if not decoded:
-        raise DataError(f"{place} must hold at least one call, found an empty list")
-    return tuple(_call(call, f"{place}[{i}]") for i, call in enumerate(decoded))
+        raise DataError(f"{location} must hold at least one call, found an empty list")
+    return tuple(_call(call, f"{location}[{i}]") for i, call in enumerate(decoded))
 
 
-def _call(call: Any, place: str) -> ToolCall:
+def _call(call: Any, location: str) -> ToolCall:
     if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
-        call, place = call["function"], f"{place}.function"
+        call, location = call["function"], f"{location}.function"
     if not isinstance(call, Mapping):
-        raise DataError(f"{place} must be an object with name and arguments, found {kind(call)}")
+        raise DataError(f"{location} must be an object with name and arguments, found {kind(call)}")
     if missing := [key for key in ("name", "arguments") if call.get(key) is None]:
-        raise DataError(f"{place} lacks {listed(missing)}; it has the keys {listed(call)}")
-    name = as_text(call["name"], f"{place}.name")
+        raise DataError(f"{location} lacks {listed(missing)}; it has the keys {listed(call)}")
+    name = as_text(call["name"], f"{location}.name")
     # Templates write the name between quotes as it is.
     if not name or json.dumps(name, ensure_ascii=False) != f'"{name}"':
-        raise DataError(f"{place}.name is {shown(name)}; it must be text without quotes, backslashes or line breaks")
-    arguments = as_json(call["arguments"], f"{place}.arguments")
+        raise DataError(f"{location}.name is {shown(name)}; it must be text without quotes, backslashes or line breaks")
+    arguments = as_json(call["arguments"], f"{location}.arguments")
     if not isinstance(arguments, Mapping):
-        raise DataError(f"{place}.arguments must be an object or its JSON text, found {kind(arguments)}")
+        raise DataError(f"{location}.arguments must be an object or its JSON text, found {kind(arguments)}")
     return ToolCall(name, arguments)
 
 
@@ -248,6 +248,6 @@ def _weight(fields: Fields, default: float) -> float:
         raise DataError(f"{fields.named('weight')} must be a number from 0 to {_HEAVIEST:,}, found {shown(weight)}")
     if train is not None and train != (weight > 0):
         raise DataError(
-            f"{fields.place} says train: {str(train).lower()} and weight: {shown(weight)}; keep one of them"
+            f"{fields.location} says train: {str(train).lower()} and weight: {shown(weight)}; keep one of them"
         )
     return float(weight)

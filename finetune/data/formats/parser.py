@@ -91,21 +91,23 @@ def parse_prompt_completion(row: Fields, spelling: Spelling) -> Conversation:
 
     prompt, completion = side("prompt", "user", 0.0), side("completion", "assistant", 1.0)
     if prompt[-1].message.role == completion[0].message.role == "assistant":
-        raise DataError(f"{prompt[-1].place} is of the assistant, and so is {completion[0].place}; make them one turn")
+        raise DataError(
+            f"{prompt[-1].location} and {completion[0].location} are both of the assistant; make them one turn"
+        )
     return _chat(row, [*prompt, *completion])
 
 
 def parse_alpaca(row: Fields, _: Spelling) -> Conversation:
     """Alpaca's rows: instruction, optional input (on its own line after it), output, system and history pairs."""
     turns = []
-    history, place = row.get("history") or [], row.named("history")
+    history, location = row.get("history") or [], row.named("history")
     if not isinstance(history, list):
-        raise DataError(f"{place} must be a list of pairs of texts, found {kind(history)}")
+        raise DataError(f"{location} must be a list of pairs of texts, found {kind(history)}")
     for i, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2):
-            raise DataError(f"{place}[{i}] must be a pair of texts, found {kind(pair)}")
+            raise DataError(f"{location}[{i}] must be a pair of texts, found {kind(pair)}")
         for j, role in enumerate(("user", "assistant")):
-            turns.append(Turn(f"{place}[{i}][{j}]", Message(role, as_text(pair[j], f"{place}[{i}][{j}]"))))
+            turns.append(Turn(f"{location}[{i}][{j}]", Message(role, as_text(pair[j], f"{location}[{i}][{j}]"))))
     asked = "\n".join(filter(None, (row.text("instruction"), row.text("input", default=""))))
     turns.append(Turn(row.named("instruction"), Message("user", asked)))
     turns.append(Turn(row.named("output"), Message("assistant", row.text("output"))))
@@ -216,7 +218,7 @@ class RowParser:
     def parse(self, value: Any) -> Example:
         """What a decoded row says.
 
-        Raises: DataError that names the column and the message, without the row's place.
+        Raises: DataError that names the column and the message, without the row's location.
         """
         if not isinstance(value, Mapping):
             raise DataError(f"a row must be an object, found {kind(value)}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.data.formats.messages import TokenRow
 from finetune.data.formats.values import Fields, kind, shown
-from finetune.data.template.chat import UNTRAINED
 from finetune.system.errors import DataError
 
 # 1 where a token is a target.
@@ -28,12 +28,12 @@ def parse_tokens(row: Fields) -> TokenRow:
     if labels is not None:
         _check_length(row, "labels", len(ids))
         for i, (label, token) in enumerate(zip(labels, ids, strict=True)):
-            if type(label) is not int or label not in (token, UNTRAINED):
+            if type(label) is not int or label not in (token, IGNORE_INDEX):
                 raise DataError(
                     f"{row.named('labels')}[{i}] is {shown(label)}, but its token is {token}; labels are not "
-                    f"shifted: each is its own token or {UNTRAINED}"
+                    f"shifted: each is its own token or {IGNORE_INDEX}"
                 )
-        trained = [label != UNTRAINED for label in labels]
+        trained = [label != IGNORE_INDEX for label in labels]
     given = [name for name in _TARGET_MASKS if row.get(name) is not None]
     for name in given:
         trained = [before and bool(mask) for before, mask in zip(trained, _mask(row, name, len(ids)), strict=True)]
@@ -41,26 +41,26 @@ def parse_tokens(row: Fields) -> TokenRow:
     if labels is None and not given:
         return TokenRow(tuple(ids[kept]))
     selected = zip(ids[kept], trained[kept], strict=True)
-    return TokenRow(tuple(ids[kept]), tuple(token if target else UNTRAINED for token, target in selected))
+    return TokenRow(tuple(ids[kept]), tuple(token if target else IGNORE_INDEX for token, target in selected))
 
 
 def _whole_numbers(row: Fields, name: str) -> list[int]:
-    values, place = row.get(name), row.named(name)
+    values, location = row.get(name), row.named(name)
     if not isinstance(values, list) or not values:
-        raise DataError(f"{place} must be a list of whole numbers, found {kind(values) if values != [] else 'none'}")
+        raise DataError(f"{location} must be a list of whole numbers, found {kind(values) if values != [] else 'none'}")
     # bool is a subclass of int, and no token id.
     if set(map(type, values)) != {int} or min(values) < 0:
         wrong = next(i for i, value in enumerate(values) if type(value) is not int or value < 0)
-        raise DataError(f"{place}[{wrong}] must be a whole number from 0 on, found {shown(values[wrong])}")
+        raise DataError(f"{location}[{wrong}] must be a whole number from 0 on, found {shown(values[wrong])}")
     return values
 
 
 def _check_length(row: Fields, name: str, length: int) -> None:
-    values, place = row.get(name), row.named(name)
+    values, location = row.get(name), row.named(name)
     if not isinstance(values, list):
-        raise DataError(f"{place} must be a list as long as {row.named('input_ids')}, found {kind(values)}")
+        raise DataError(f"{location} must be a list as long as {row.named('input_ids')}, found {kind(values)}")
     if len(values) != length:
-        raise DataError(f"{place} has {len(values)} entries, {row.named('input_ids')} has {length}; they must agree")
+        raise DataError(f"{location} has {len(values)} entries, {row.named('input_ids')} has {length}; they must agree")
 
 
 def _mask(row: Fields, name: str, length: int) -> list[Any]:
@@ -76,13 +76,13 @@ def _unpadded(row: Fields, length: int) -> slice:
     if row.get("attention_mask") is None:
         return slice(0, length)
     mask = [int(value) for value in _mask(row, "attention_mask", length)]
-    place = row.named("attention_mask")
+    location = row.named("attention_mask")
     if 1 not in mask:
-        raise DataError(f"{place} is 0 everywhere, so every token is padding")
+        raise DataError(f"{location} is 0 everywhere, so every token is padding")
     start, end = mask.index(1), length - mask[::-1].index(1)
     if 0 in mask[start:end]:
         hole = mask.index(0, start)
-        raise DataError(f"{place}[{hole}] is 0 between tokens that are not padding; only the ends can be cut off")
+        raise DataError(f"{location}[{hole}] is 0 between tokens that are not padding; only the ends can be cut off")
     return slice(start, end)
 
 

@@ -52,25 +52,25 @@ def listed(names: Iterable[Any]) -> str:
     return (", ".join(ordered[:_SHOWN_NAMES]) or "none") + more
 
 
-def as_text(value: Any, place: str) -> str:
+def as_text(value: Any, location: str) -> str:
     """The value, which must be text that every file and tokenizer can hold.
 
     Raises: DataError naming the place for another type, a NUL character or half of a surrogate pair.
     """
     if not isinstance(value, str):
-        raise DataError(f"{place} must be text, found {kind(value)}")
+        raise DataError(f"{location} must be text, found {kind(value)}")
     if "\0" in value:
-        raise DataError(f"{place} holds a NUL character (character {value.index(chr(0)) + 1}); remove it")
+        raise DataError(f"{location} holds a NUL character (character {value.index(chr(0)) + 1}); remove it")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{place} holds half of a surrogate pair (character {error.start + 1}), which is no text; remove it"
+            f"{location} holds half of a surrogate pair (character {error.start + 1}), which is no text; remove it"
         ) from error
     return value
 
 
-def as_json(value: Any, place: str) -> Any:
+def as_json(value: Any, location: str) -> Any:
     """A value that files hold decoded or as JSON text, decoded.
 
     Raises: DataError naming the place for text that is no JSON and for values that JSON cannot hold.
@@ -79,10 +79,10 @@ def as_json(value: Any, place: str) -> Any:
         try:
             value = json.loads(value, object_pairs_hook=_object, parse_constant=_no_number)
         except RecursionError as error:
-            raise DataError(f"{place} is nested deeper than {_DEEPEST} levels") from error
+            raise DataError(f"{location} is nested deeper than {_DEEPEST} levels") from error
         except ValueError as error:
-            raise DataError(f"{place} must be JSON, found text that is not: {error}") from error
-    _check(value, place, _DEEPEST)
+            raise DataError(f"{location} must be JSON, found text that is not: {error}") from error
+    _check(value, location, _DEEPEST)
     return value
 
 
@@ -96,35 +96,37 @@ def _no_number(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON's")
 
 
-def _check(value: Any, place: str, levels: int) -> None:
+def _check(value: Any, location: str, levels: int) -> None:
     if levels == 0:
-        raise DataError(f"{place} is nested deeper than {_DEEPEST} levels")
+        raise DataError(f"{location} is nested deeper than {_DEEPEST} levels")
     if isinstance(value, str):
-        as_text(value, place)
+        as_text(value, location)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            as_text(key, f"a key in {place}")
-            _check(item, place, levels - 1)
+            as_text(key, f"a key in {location}")
+            _check(item, location, levels - 1)
     elif isinstance(value, list):
         for item in value:
-            _check(item, place, levels - 1)
+            _check(item, location, levels - 1)
     elif (isinstance(value, float) and not math.isfinite(value)) or not isinstance(value, int | float | None):
-        raise DataError(f"{place} holds {shown(value)}, which JSON cannot hold")
+        raise DataError(f"{location} holds {shown(value)}, which JSON cannot hold")
 
 
 @dataclass(frozen=True, slots=True)
 class Fields:
     """A row, or an object in it, under our names for its keys.
 
-    names: what the file calls them, where otherwise. place: where the object stands; empty for the row itself.
+    names: what the file calls them, where otherwise. location: where the object stands; empty for the row itself.
     """
 
     values: Mapping[str, Any]
     names: Mapping[str, str]
-    place: str = ""
+    location: str = ""
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], mapped: Mapping[str, str], aliases: Mapping[str, str], place: str) -> Fields:
+    def of(
+        cls, values: Mapping[str, Any], mapped: Mapping[str, str], aliases: Mapping[str, str], location: str
+    ) -> Fields:
         """Rename the keys of `values`.
 
         mapped: ours to theirs by the user's word; a key that has our name by chance gives way. aliases: ours to the
@@ -137,12 +139,12 @@ class Fields:
             if values.get(ours) is None:
                 names[ours] = theirs
             elif values[theirs] is not None:
-                raise DataError(f"{place or 'the row'} has both {theirs} and {ours}; keep one of them")
+                raise DataError(f"{location or 'the row'} has both {theirs} and {ours}; keep one of them")
         if not names:
-            return cls(values, names, place)
+            return cls(values, names, location)
         taken = {*names, *names.values()}
         kept = {key: value for key, value in values.items() if key not in taken}
-        return cls(kept | {ours: values[theirs] for ours, theirs in names.items()}, names, place)
+        return cls(kept | {ours: values[theirs] for ours, theirs in names.items()}, names, location)
 
     def get(self, key: str) -> Any:
         """The value; None where the key is missing or null."""
@@ -153,9 +155,9 @@ class Fields:
         return [self.names.get(key, key) for key in self.values]
 
     def named(self, key: str) -> str:
-        """The key as the file calls it, with its place."""
+        """The key as the file calls it, with its location."""
         name = self.names.get(key, key)
-        return f"{self.place}.{name}" if self.place else name
+        return f"{self.location}.{name}" if self.location else name
 
     def text(self, key: str, default: str | None = None) -> str:
         """The key's text; `default` where the key is missing or null."""

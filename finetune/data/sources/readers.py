@@ -18,7 +18,7 @@ from finetune.system.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """Where a row stands: lines count from 1 as editors do, rows of a list or table from 1 as well."""
 
     file: str
@@ -34,7 +34,7 @@ class Row:
     """One row. index: from 0 over all files of a source, bad rows included. value: a dict, or what is wrong with it."""
 
     index: int
-    place: Place
+    location: Location
     value: dict[str, Any] | DataError
 
 
@@ -59,7 +59,7 @@ class RawBatch:
         all others, so that a key without a value is one that the row never had. A null column of the row stays None.
         """
         for offset, (number, item) in enumerate(zip(self.numbers, self.items, strict=True)):
-            yield Row(self.first_index + offset, Place(self.file, number, self.unit), _decoded(item))
+            yield Row(self.first_index + offset, Location(self.file, number, self.unit), _decoded(item))
 
 
 def _decoded(item: Content) -> dict[str, Any] | DataError:

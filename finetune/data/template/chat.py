@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from finetune.data.encoded import Encoded
 from finetune.data.formats.messages import Conversation, Message
 from finetune.data.template.layout import Run, check_complete, control_pattern, lay_out
 from finetune.data.template.markers import CLOSE, OPEN, MarkedRow
@@ -29,26 +30,8 @@ from finetune.system.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-UNTRAINED = -100
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _MOST_LAYOUTS = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Tokens of one row.
-
-    ids [T] int32. weights [T] float32: a token's loss weight as a target, 0 where untrained.
-    media_digest: hash of the row's images, audio and video; empty for text.
-    """
-
-    ids: np.ndarray
-    weights: np.ndarray
-    media_digest: bytes = b""
-
-    @property
-    def trained(self) -> np.ndarray:
-        return self.weights > 0
 
 
 @dataclass(slots=True)

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from finetune.data.encoded import IGNORE_INDEX, Encoded
 from finetune.data.formats.messages import Conversation, Example, RawText, TokenRow, ToolCall
 from finetune.data.formats.parser import RowParser
 from finetune.data.sources.readers import RawBatch, Row
-from finetune.data.template.chat import UNTRAINED, ChatTemplate, Encoded
+from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.store import BadRow, EncodedBatch
 from finetune.system.errors import DataError
 
@@ -48,14 +49,14 @@ class RowEncoder:
         rows, examples, bad = [], [], []
         for row, example in self.examples(batch):
             if isinstance(example, DataError):
-                bad.append(BadRow(row.index, str(row.place), str(example)))
+                bad.append(BadRow(row.index, str(row.location), str(example)))
             else:
                 rows.append(row)
                 examples.append(example)
         good: list[tuple[Row, Example, Encoded]] = []
         for row, example, result in zip(rows, examples, self.encode(examples), strict=True):
             if isinstance(result, DataError):
-                bad.append(BadRow(row.index, str(row.place), str(result)))
+                bad.append(BadRow(row.index, str(row.location), str(result)))
             else:
                 good.append((row, example, result))
         return self._collect(batch, good, sorted(bad, key=lambda row: row.index))
@@ -90,7 +91,7 @@ class RowEncoder:
                 "row tokenized for another model?"
             )
         ids = np.asarray(row.input_ids, dtype=np.int32)
-        trained = np.ones(len(ids), bool) if row.labels is None else np.asarray(row.labels) != UNTRAINED
+        trained = np.ones(len(ids), bool) if row.labels is None else np.asarray(row.labels) != IGNORE_INDEX
         if not trained[1:].any():
             return DataError("no token is a target, so there is nothing to train on")
         return Encoded(ids, trained.astype(np.float32))
@@ -107,7 +108,7 @@ class RowEncoder:
             unit=batch.unit,
             lengths=column([len(encoded.ids) for _, _, encoded in good]),
             indices=column([row.index for row, _, _ in good]),
-            numbers=column([row.place.number for row, _, _ in good]),
+            numbers=column([row.location.number for row, _, _ in good]),
             hashes=column([content_hash(example, encoded.media_digest) for _, example, encoded in good], np.uint64),
             control_tokens=column([self._control_tokens(example) for _, example, _ in good], np.int32),
             ids=np.concatenate([encoded.ids for _, _, encoded in good] or none).astype(np.int32, copy=False),

@@ -24,7 +24,7 @@ from finetune.data.sources.paths import SourceFiles, resolve_source
 from finetune.data.sources.readers import RawBatch
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.encode import ENCODING_VERSION, RowEncoder
-from finetune.data.tokens.store import StoreWriter, TokenStore, is_whole
+from finetune.data.tokens.store import StoreWriter, TokenStore, is_valid
 from finetune.data.tokens.workers import encode_all
 from finetune.system.console import Log
 from finetune.system.errors import DataError, ResourceError
@@ -104,14 +104,14 @@ class Preparation:
 
         write: writes the store into the folder it is given, which becomes `folder` once it is done.
         """
-        if is_whole(folder):
+        if is_valid(folder):
             return
         if not self.main:
             _wait_for(folder)
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(_lock_of(folder)):
-            if is_whole(folder):
+            if is_valid(folder):
                 return
             # Under the lock nobody else writes here: what lies here was left by a process that was killed.
             for leftover in (folder, *folder.parent.glob(f".{folder.name}.*")):
@@ -175,7 +175,7 @@ def _lock_of(folder: Path) -> Path:
 def _wait_for(folder: Path) -> None:
     """Until another process has made the store, however long it works; not if nobody works on it."""
     idle_since = time.monotonic()
-    while not is_whole(folder):
+    while not is_valid(folder):
         if time.monotonic() - idle_since > _PATIENCE_SECONDS:
             raise ResourceError(f"the main rank left {folder} unfinished; its own message says why")
         time.sleep(0.2)

@@ -17,7 +17,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from finetune.data.template.chat import Encoded
+from finetune.data.encoded import Encoded
 from finetune.system.errors import DataError
 
 # An entry a row; 32 bits hold two thousand million rows, and rows of as many tokens.
@@ -40,7 +40,7 @@ class BadRow:
     """A row that cannot be used, where it stands and why."""
 
     index: int
-    place: str
+    location: str
     reason: str
 
 
@@ -128,7 +128,7 @@ class TokenStore(Sequence[Encoded]):
         media = b"" if self._media is None else bytes.fromhex(self._media[row].decode())
         return Encoded(np.asarray(self._ids[where]), self._weights[self._codes[where]], media)
 
-    def place(self, row: int) -> str:
+    def location(self, row: int) -> str:
         """Where the row stands: `file:line`, or `file:row N` in files without lines."""
         file, number = int(self._files[row]), int(self._numbers[row])
         return f"{self.meta.files[file]}:{'' if self.meta.units[file] == 'line' else 'row '}{number}"
@@ -144,7 +144,7 @@ class TokenStore(Sequence[Encoded]):
 
     @property
     def bad_rows(self) -> Path:
-        """JSON lines of the rows that could not be used: place, row, reason."""
+        """JSON lines of the rows that could not be used: index, place, reason."""
         return self.folder / BAD_ROWS
 
 
@@ -152,7 +152,7 @@ def _mapped(file: Path, dtype: type, length: int) -> np.ndarray:
     return np.memmap(file, dtype=dtype, mode="r", shape=(length,)) if length else np.empty(0, dtype=dtype)
 
 
-def is_whole(folder: Path) -> bool:
+def is_valid(folder: Path) -> bool:
     """Whether a store lies there whole: every file is as long as meta.json says, which is written last."""
     try:
         sizes = json.loads((folder / _META).read_text(encoding="utf-8"))["sizes"]
@@ -201,7 +201,8 @@ class StoreWriter:
             self._columns[name].append(rows[name].astype(dtype))
         self._media += [digest.hex() for digest in batch.media_digests]
         for bad in batch.bad:
-            self._bad.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
+            line = {"index": bad.index, "place": bad.location, "reason": bad.reason}
+            self._bad.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._bad_rows += len(batch.bad)
 
     def finish(self, format_name: str, made_from: dict[str, Any]) -> None:

@@ -135,7 +135,7 @@ def ask_trained(trained: Trained, rows: HeldOut) -> Remembered:
     model = load_adapter(load_base(trained.model, trained.quant, device), rows.adapter.folder)
     attach_fast_path(model)
     teacher = ResidentTeacher(model.eval(), device)
-    batches = [build_batch(group, lean=True) for group in groups_of(rows.documents, _LIMIT_TOKENS)]
+    batches = [build_batch(group, share_prefixes=True) for group in groups_of(rows.documents, _LIMIT_TOKENS)]
     said = Remembered(rows, list(teacher.signals(batches)), evaluate(model, rows.documents, limit_tokens=_LIMIT_TOKENS))
     del model, teacher
     gc.collect()

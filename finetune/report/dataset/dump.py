@@ -8,8 +8,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.data.loader import LoadedData, Source
-from finetune.data.template.chat import UNTRAINED
 
 
 def write_dump(stream: IO[str], data: LoadedData) -> None:
@@ -20,10 +20,10 @@ def write_dump(stream: IO[str], data: LoadedData) -> None:
 
 
 def _rows(source: Source) -> Iterator[dict[str, Any]]:
-    """labels: not shifted, UNTRAINED where a token is no target. row: counts from 0 in the source."""
+    """labels: not shifted, IGNORE_INDEX where a token is no target. row: counts from 0 in the source."""
     name, documents = source.config.name or source.path, source.documents
     for row, start, length in zip(documents.rows, documents.starts, documents.lengths, strict=True):
         piece = source.store.piece(int(row), int(start), int(length))
-        labels = np.where(piece.weights > 0, piece.ids, UNTRAINED)
+        labels = np.where(piece.weights > 0, piece.ids, IGNORE_INDEX)
         index = int(source.store.indices[row])
         yield {"source": name, "row": index, "input_ids": piece.ids.tolist(), "labels": labels.tolist()}

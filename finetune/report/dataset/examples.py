@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from finetune.data.documents import Documents
-from finetune.data.template.chat import Encoded
+from finetune.data.encoded import Encoded
 from finetune.report.dataset.statistics import evenly_spaced
 from finetune.system.console import printable
 
@@ -102,7 +102,7 @@ def shown_rows(names: Sequence[str], documents: Documents, decoder: Decoder, cou
         cut = int(store.lengths[row]) if len(piece.ids) < store.lengths[row] else 0
         spans = decoder.spans(Encoded(piece.ids, weights))
         name = names[documents.source[i]]
-        rows.append(ShownRow(name, store.place(row), len(piece.ids), int((weights > 0).sum()), cut, spans))
+        rows.append(ShownRow(name, store.location(row), len(piece.ids), int((weights > 0).sum()), cut, spans))
     return rows
 
 

@@ -192,7 +192,7 @@ def _figures(part: Part, parts: Sequence[Part], cfg: RunConfig) -> Figures:
         shared=tuple((name, rows) for name, rows in shared if rows),
         control_tokens=int(spelled.sum()),
         control_rows=int((spelled > 0).sum()),
-        control_place=store.place(int(part.rows[np.flatnonzero(spelled)[0]])) if spelled.any() else "",
+        control_place=store.location(int(part.rows[np.flatnonzero(spelled)[0]])) if spelled.any() else "",
     )
 
 
@@ -232,7 +232,7 @@ def _lengths(lengths: np.ndarray, parts: Sequence[Part], limit: int) -> Lengths:
         for part in parts:
             if index < len(part.rows):
                 row = int(part.rows[index])
-                return Extreme(int(part.source.store.lengths[row]), part.source.store.place(row))
+                return Extreme(int(part.source.store.lengths[row]), part.source.store.location(row))
             index -= len(part.rows)
         raise IndexError(index)
 

@@ -42,7 +42,7 @@ def test_large_ids_and_negative_differences_sort_like_any_others():
 def test_documents_with_equal_ids_and_different_media_share_no_row_and_no_teacher_key():
     text = document([5, 6, 7, 8])
     images = [replace(text, media_digest=bytes([i]) * 32) for i in (1, 2)]
-    batch = build_batch([text, *images, images[0]], True)
+    batch = build_batch([text, *images, images[0]], share_prefixes=True)
     assert batch.row_of_token.tolist() == [*range(12), *range(4, 8)]
     assert len({key_of(each) for each in (text, *images)}) == 3
     assert [key for key, _ in keys_of(batch)] == [key_of(each) for each in (text, *images, images[0])]

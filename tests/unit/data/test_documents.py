@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.documents import Documents, cut_to_length
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.data.tokens.store import TokenStore
 from tests.unit.data.tokens.test_store import batch, write
 
@@ -34,8 +34,8 @@ def test_labels_are_shifted_and_the_last_position_predicts_nothing(tmp_path_fact
         ids, weights = [i for i, _ in row], [w for _, w in row]
         assert document.ids.tolist() == ids
         assert document.labels.tolist() == [
-            i if w else UNTRAINED for i, w in zip(ids[1:], weights[1:], strict=True)
-        ] + [UNTRAINED]
+            i if w else IGNORE_INDEX for i, w in zip(ids[1:], weights[1:], strict=True)
+        ] + [IGNORE_INDEX]
         expected = [*weights[1:], 0.0]
         assert (document.weights if document.weights is not None else np.sign(expected)).tolist() == expected
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from finetune import load_config
 from finetune.config.schema import DistillConfig
-from finetune.data.batch import Batch, build_batch, groups_of, silent_batch
+from finetune.data.batch import Batch, build_batch, dummy_batch, groups_of
 from finetune.data.documents import Document
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.distill import cache as cache_module
 from finetune.distill import filling
 from finetune.distill.cache import CachedTeacher, encoder_of, fill_cache
@@ -45,8 +45,8 @@ def document(i: int, rng: np.random.Generator) -> Document:
     """Of 3 to 20 tokens; about half of what can be a target is one. Every third opens as the one before it."""
     length = int(rng.integers(3, 21))
     ids = np.random.default_rng(i - (i % 3 == 2)).integers(0, VOCABULARY, 21)[:length].astype(np.int32)
-    labels = np.where(rng.random(length) < 0.5, np.append(ids[1:], 0), UNTRAINED).astype(np.int32)
-    labels[0], labels[-1] = ids[1], UNTRAINED
+    labels = np.where(rng.random(length) < 0.5, np.append(ids[1:], 0), IGNORE_INDEX).astype(np.int32)
+    labels[0], labels[-1] = ids[1], IGNORE_INDEX
     return Document(ids, labels, f"rows:{i + 1}")
 
 
@@ -96,9 +96,9 @@ def cached(folder: Path, teacher: Teacher, documents: Sequence[Document], **keys
 
 def packings(documents: list[Document]) -> Iterator[list[Batch]]:
     """The documents in other orders, other batches, and with and without shared openings."""
-    for seed, limit, lean in itertools.product((0, 1), (1, 60, 10_000), (False, True)):
+    for seed, limit, share_prefixes in itertools.product((0, 1), (1, 60, 10_000), (False, True)):
         some = random.Random(seed).sample(documents, len(documents)) if seed else documents
-        yield [build_batch(group, lean=lean) for group in groups_of(some, limit)]
+        yield [build_batch(group, share_prefixes=share_prefixes) for group in groups_of(some, limit)]
 
 
 def losses(signal: Signal, targets: int) -> tuple[Tensor, Tensor]:
@@ -116,8 +116,9 @@ def losses(signal: Signal, targets: int) -> tuple[Tensor, Tensor]:
 def test_hidden_states_from_disk_give_the_bits_of_loss_and_gradient(tmp_path, documents, dtype):
     teacher = resident(dtype)
     some = documents[:9]
-    online_signals = list(teacher.signals([build_batch(some, lean=True)]))
-    cached_signals = list(cached(tmp_path, teacher, some, cache_kind="hidden").signals([build_batch(some, lean=True)]))
+    batch = build_batch(some, share_prefixes=True)
+    online_signals = list(teacher.signals([batch]))
+    cached_signals = list(cached(tmp_path, teacher, some, cache_kind="hidden").signals([batch]))
     for online, offline in zip(online_signals, cached_signals, strict=True):
         assert isinstance(offline, HiddenSignal) and offline.hidden_ND.dtype == dtype
         assert torch.equal(online.hidden_ND, offline.hidden_ND) and offline.head is teacher.model.lm_head
@@ -161,7 +162,7 @@ def test_what_is_drawn_follows_from_document_and_seed_alone(tmp_path, documents)
 
 @pytest.mark.parametrize("tier", ["hidden", "sampled"])
 def test_a_batch_without_a_target_has_an_empty_signal(tmp_path, documents, teacher, tier):
-    batch = silent_batch(documents[0])
+    batch = dummy_batch(documents[0])
     [signal] = cached(tmp_path, teacher, documents[:3], cache_kind=tier).signals([batch])
     [online] = teacher.signals([batch])
     if tier == "hidden":
@@ -176,15 +177,15 @@ def test_a_batch_without_a_target_has_an_empty_signal(tmp_path, documents, teach
 def test_missing_documents_are_counted_and_the_first_are_named(tmp_path, documents, teacher):
     folder = cached(tmp_path, teacher, documents[:30])
     folder.check_holds(documents[:30])
-    silent = Document(np.arange(3, dtype=np.int32), np.full(3, UNTRAINED, dtype=np.int32), "silent:1")
+    silent = Document(np.arange(3, dtype=np.int32), np.full(3, IGNORE_INDEX, dtype=np.int32), "silent:1")
     lacking = documents[30:37]
     with pytest.raises(DataError) as failure:
         folder.check_holds([*documents[:30], silent, *lacking])
     assert "lacks 7 of 37 documents" in str(failure.value) and "run finetune cache" in str(failure.value)
-    named = ", ".join(each.place for each in lacking[:5])
-    assert f"first {named};" in str(failure.value) and lacking[5].place not in str(failure.value)
+    named = ", ".join(each.location for each in lacking[:5])
+    assert f"first {named};" in str(failure.value) and lacking[5].location not in str(failure.value)
     with pytest.raises(
-        DataError, match=rf"lacks 7 of the 37 documents from {documents[0].place} to {documents[36].place}"
+        DataError, match=rf"lacks 7 of the 37 documents from {documents[0].location} to {documents[36].location}"
     ):
         list(folder.signals([build_batch(documents[:37])]))
 
@@ -201,7 +202,7 @@ def test_the_right_teacher_passes_and_another_ones_signal_does_not(tmp_path, doc
     mixed = cached(tmp_path / "mixed", right, documents, cache_kind=tier)
     mixed.check_against(right, documents[4:8], VOCABULARY)
     with pytest.raises(
-        IntegrityError, match=rf"differs from the teacher by .* over {documents[3].place}, .*no rounding"
+        IntegrityError, match=rf"differs from the teacher by .* over {documents[3].location}, .*no rounding"
     ):
         mixed.check_against(right, documents[3:5], VOCABULARY)
 
@@ -308,7 +309,7 @@ def test_a_servers_answers_are_kept_without_rows_beyond_the_vocabulary(tmp_path,
     batches = [build_batch([each]) for each in documents]
     for each, signal in zip(documents, CachedTeacher(tmp_path, origin, CPU).signals(batches), strict=True):
         assert isinstance(signal, TopSignal)
-        asked = each.ids[each.labels != UNTRAINED]
+        asked = each.ids[each.labels != IGNORE_INDEX]
         for ids, log_probs, true in zip(signal.ids_NK.numpy(), signal.log_probs_NK.numpy(), table[asked], strict=True):
             assert len(set(ids.tolist())) == 64 and ids.max() < VOCABULARY
             best = np.argsort(-true)[:64]

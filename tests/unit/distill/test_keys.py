@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.batch import build_batch, silent_batch
+from finetune.data.batch import build_batch, dummy_batch
 from finetune.data.documents import Document
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.distill.keys import KEY_BYTES, key_of, keys_of
 
 
 def document(ids: list[int], targets: list[int]) -> Document:
     """targets: positions that predict the token after them; the last position predicts nothing."""
-    labels = np.full(len(ids), UNTRAINED, dtype=np.int32)
+    labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
     labels[targets] = np.array(ids, dtype=np.int32)[np.array(targets, dtype=np.int64) + 1]
     return Document(np.array(ids, dtype=np.int32), labels, "rows:1")
 
@@ -32,7 +32,7 @@ def documents(draw: st.DrawFn) -> Document:
 
 def meaning(some: Document) -> tuple[list[int], list[int]] | None:
     """What decides a teacher's answers about a document: ids up to the last target's position, and the targets."""
-    targets = np.flatnonzero(some.labels != UNTRAINED).tolist()
+    targets = np.flatnonzero(some.labels != IGNORE_INDEX).tolist()
     return (some.ids[: targets[-1] + 1].tolist(), targets) if targets else None
 
 
@@ -57,11 +57,11 @@ def test_every_id_up_to_the_last_target_and_every_place_of_a_target_counts():
     "changed",
     [
         lambda d: replace(
-            d, ids=np.append(d.ids, [3, 4]).astype(np.int32), labels=np.append(d.labels, [UNTRAINED] * 2)
+            d, ids=np.append(d.ids, [3, 4]).astype(np.int32), labels=np.append(d.labels, [IGNORE_INDEX] * 2)
         ),
         lambda d: replace(d, ids=d.ids[:-1], labels=d.labels[:-1]),
         lambda d: replace(d, weights=np.linspace(0, 1, len(d), dtype=np.float32)),
-        lambda d: replace(d, place="other:9", row=8),
+        lambda d: replace(d, location="other:9", row=8),
         lambda d: replace(d, ids=d.ids.astype(np.int64), labels=d.labels.astype(np.int64)),
         lambda d: replace(d, ids=np.repeat(d.ids, 2)[::2]),
     ],
@@ -73,10 +73,10 @@ def test_what_no_target_sees_leaves_the_key(changed):
 
 
 @given(st.lists(documents(), min_size=1, max_size=6), st.booleans(), st.randoms())
-def test_a_batch_has_the_keys_of_its_documents(some, lean, random):
+def test_a_batch_has_the_keys_of_its_documents(some, share_prefixes, random):
     random.shuffle(some)
     wanted = [(key, d.target_tokens) for d in some if (key := key_of(d)) is not None]
-    assert list(keys_of(build_batch(some, lean=lean))) == wanted
+    assert list(keys_of(build_batch(some, share_prefixes=share_prefixes))) == wanted
 
 
 def test_batches_of_any_size_and_documents_with_weights_have_the_same_keys():
@@ -84,14 +84,14 @@ def test_batches_of_any_size_and_documents_with_weights_have_the_same_keys():
     some[2] = replace(some[2], weights=np.full(4, 0.5, np.float32))
     alone = [pair for each in some for pair in keys_of(build_batch([each]))]
     assert len(alone) == 6
-    for size, lean in itertools.product((2, 3, 7), (False, True)):
-        batches = [build_batch(some[i : i + size], lean=lean) for i in range(0, len(some), size)]
+    for size, share_prefixes in itertools.product((2, 3, 7), (False, True)):
+        batches = [build_batch(some[i : i + size], share_prefixes=share_prefixes) for i in range(0, len(some), size)]
         assert [pair for batch in batches for pair in keys_of(batch)] == alone
 
 
 def test_without_a_target_there_is_no_key():
     assert key_of(document([1, 2, 3], [])) is None
-    assert list(keys_of(silent_batch(document([1, 2, 3], [0, 1])))) == []
+    assert list(keys_of(dummy_batch(document([1, 2, 3], [0, 1])))) == []
 
 
 def test_the_key_of_a_text_never_changes():

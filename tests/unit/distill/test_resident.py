@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.data.batch import build_batch
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.distill.resident import ResidentTeacher, load_resident
 from finetune.losses.hidden_states import base_of
 from finetune.models.fused import FastDecoderLayer
@@ -57,7 +57,7 @@ def test_it_says_what_transformers_own_model_says(folder, dtype):
     for doc, signal in zip(docs, teacher.signals([build_batch([doc]) for doc in docs]), strict=True):
         with torch.no_grad():
             states = plain.model(torch.tensor(doc.ids[None].astype("int64"))).last_hidden_state[0]
-        expected = states[torch.tensor(doc.labels != UNTRAINED)]
+        expected = states[torch.tensor(doc.labels != IGNORE_INDEX)]
         # bf16 sums of other kernels: 2**-8 of values up to 4. fp32: 2**-24 times a hundred roundings.
         tolerance = 0.03 if dtype == "bfloat16" else 1e-5
         torch.testing.assert_close(signal.hidden_ND, expected, rtol=tolerance, atol=tolerance)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from finetune.data.documents import Document
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.distill.cache import fill_cache
 from finetune.distill.codec import Columns
 from finetune.distill.keys import KEY_BYTES, key_of
@@ -35,7 +35,7 @@ def documents(count: int) -> list[Document]:
     """Of 1 to 7 targets; every fifth has none."""
     made = []
     for i in range(count):
-        labels = np.full(9, UNTRAINED, dtype=np.int32)
+        labels = np.full(9, IGNORE_INDEX, dtype=np.int32)
         labels[: 0 if i % 5 == 4 else 1 + i % 7] = 3
         made.append(Document(np.array([i, *range(8)], dtype=np.int32), labels, f"rows:{i + 1}"))
     return made

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config.schema import ModelConfig, QuantConfig
-from finetune.data.batch import Batch, build_batch, silent_batch
+from finetune.data.batch import Batch, build_batch, dummy_batch
 from finetune.data.documents import Document
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.distill import layer_reader
 from finetune.distill.stream import StreamedModel
 from finetune.losses.hidden_states import hidden_states
@@ -63,16 +63,16 @@ def document(length: int, seed: int, opening: int = 0) -> Document:
     """Random tokens after `opening` that all documents share; every third position carries a target."""
     ids = np.random.default_rng(seed).integers(WORDS, size=length, dtype=np.int32)
     ids[:opening] = np.arange(opening)
-    labels = np.where(np.arange(length) % 3 == 0, np.roll(ids, -1), UNTRAINED).astype(np.int32)
+    labels = np.where(np.arange(length) % 3 == 0, np.roll(ids, -1), IGNORE_INDEX).astype(np.int32)
     return Document(ids, labels, f"rows:{seed}")
 
 
 def macro_batch() -> list[Batch]:
     """Packed documents, documents that share rows, none with a target, a single one of another length."""
-    shared = build_batch([document(60, 1, opening=40), document(50, 2, opening=40)], lean=True)
+    shared = build_batch([document(60, 1, opening=40), document(50, 2, opening=40)], share_prefixes=True)
     assert shared.rows < shared.tokens
     packed = build_batch([document(40, 3), document(90, 4), document(5, 5)])
-    return [packed, shared, silent_batch(document(4, 6)), build_batch([document(130, 7)])]
+    return [packed, shared, dummy_batch(document(4, 6)), build_batch([document(130, 7)])]
 
 
 def resident_states(cfg: ModelConfig, batches: list[Batch], adapter: Path | None = None) -> list[Tensor]:
@@ -82,7 +82,7 @@ def resident_states(cfg: ModelConfig, batches: list[Batch], adapter: Path | None
         model = load_adapter(model, adapter)
     attach_fast_path(model)
     with torch.no_grad():
-        return [hidden_states(model, batch)[batch.labels[0] != UNTRAINED] for batch in batches]
+        return [hidden_states(model, batch)[batch.labels[0] != IGNORE_INDEX] for batch in batches]
 
 
 def streamed(cfg: ModelConfig, adapter: Path | None = None) -> StreamedModel:

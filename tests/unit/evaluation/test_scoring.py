@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from finetune.config.schema import DataConfig, ModelConfig, QuantConfig, SourceConfig
 from finetune.data.documents import Documents
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.data.loader import load_data
-from finetune.data.template.chat import UNTRAINED, ChatTemplate
+from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.agreement import agreement
 from finetune.evaluation.intervals import Bootstrap
@@ -83,7 +84,7 @@ def plain(documents: Documents, other: bool = False) -> Plain:
         labels = torch.tensor(document.labels, dtype=torch.long)
         with torch.no_grad():
             logits = model(torch.tensor(document.ids, dtype=torch.long)[None]).logits[0]
-        targets = labels != UNTRAINED
+        targets = labels != IGNORE_INDEX
         rows = np.full(int(targets.sum()), np.unique(documents.rows).searchsorted(documents.rows[i]))
         found.append((logits[targets].log_softmax(-1), labels[targets], rows))
     log_probs, labels, rows = zip(*found, strict=True)

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.data.batch import Batch, build_batch, silent_batch
+from finetune.data.batch import Batch, build_batch, dummy_batch
 from finetune.data.documents import Document
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.distill.resident import ResidentTeacher
 from finetune.losses.cross_entropy import CrossEntropy
 from finetune.losses.distillation import Distillation
@@ -29,8 +29,8 @@ def documents(lengths: Sequence[int], own: Sequence[int] = ()) -> list[Document]
     result = []
     for i, length in enumerate(lengths):
         ids = rng.integers(0, V, length).astype(np.int32)
-        labels = np.where(rng.random(length) < 0.6, np.roll(ids, -1), UNTRAINED).astype(np.int32)
-        labels[-1] = UNTRAINED
+        labels = np.where(rng.random(length) < 0.6, np.roll(ids, -1), IGNORE_INDEX).astype(np.int32)
+        labels[-1] = IGNORE_INDEX
         weights = rng.choice([0.5, 2.0], length).astype(np.float32) if i == 1 else None
         result.append(Document(ids, labels, f"row {i}", weights, student_generated=i in own))
     return result
@@ -41,7 +41,7 @@ def reference(docs: list[Document], terms: Terms) -> tuple[torch.Tensor, dict[st
     total = torch.zeros((), dtype=torch.float64)
     for doc in docs:
         ids = torch.tensor(doc.ids[None].astype(np.int64))
-        targets = doc.labels != UNTRAINED
+        targets = doc.labels != IGNORE_INDEX
         weights = torch.tensor(np.ones(len(doc)) if doc.weights is None else doc.weights.astype(np.float64))[targets]
         out = student.model(ids).last_hidden_state[0, targets]
         with torch.no_grad():
@@ -58,15 +58,15 @@ def reference(docs: list[Document], terms: Terms) -> tuple[torch.Tensor, dict[st
 
 
 @pytest.mark.parametrize("attn", ["segmented", "eager"])
-@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("share_prefixes", [False, True])
 @pytest.mark.parametrize("terms", [Terms(), Terms(rows=1.0, teacher=0.3), Terms(teacher=1.0, hidden=0.7)])
-def test_packed_documents_give_the_loss_and_gradients_of_each_alone(attn, lean, terms):
+def test_packed_documents_give_the_loss_and_gradients_of_each_alone(attn, share_prefixes, terms):
     docs = documents([7, 30, 64, 12], own=[2])
     expected, gradients = reference(docs, terms)
     model, teacher = random_qwen2(attn), ResidentTeacher(random_qwen2("segmented", seed=1), CPU)
     model.lm_head.weight.requires_grad_(False)
     loss = Distillation(model, terms, V)
-    batch = build_batch(docs, lean and attn == "segmented")
+    batch = build_batch(docs, share_prefixes=share_prefixes and attn == "segmented")
     loss.expect(teacher.signals([batch]))
     total = loss(batch)
     total.backward()
@@ -93,7 +93,7 @@ def test_a_teacher_of_the_same_weights_has_nothing_to_say_and_the_rows_alone_are
 
 def test_a_batch_without_targets_gives_zero_and_reaches_every_parameter():
     model, teacher = random_qwen2(), ResidentTeacher(random_qwen2(seed=1), CPU)
-    batch = silent_batch(documents([9])[0])
+    batch = dummy_batch(documents([9])[0])
     loss = Distillation(model, Terms(rows=1.0, hidden=1.0), V)
     loss.expect(teacher.signals([batch]))
     total = loss(batch)

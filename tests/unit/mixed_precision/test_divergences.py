@@ -11,13 +11,13 @@ from torch import nn
 
 from finetune.data.batch import build_batch
 from finetune.data.documents import Document
-from finetune.data.template.chat import UNTRAINED
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.mixed_precision.divergences import divergences, documents_of_targets, mean_kl
 from finetune.ops.limits import LOGITS_VALUES
 
 
 def document(length: int, targets: int) -> Document:
-    labels = np.full(length, UNTRAINED, np.int32)
+    labels = np.full(length, IGNORE_INDEX, np.int32)
     labels[length - targets :] = 1
     return Document(np.arange(length, dtype=np.int32), labels, f"rows:{length}")
 

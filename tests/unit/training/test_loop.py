@@ -14,7 +14,7 @@ from torch import nn
 from finetune.config.schema import TrainConfig
 from finetune.data.documents import Document
 from finetune.data.packing import SequenceOrder
-from finetune.data.sampler import StoredFeed
+from finetune.data.sampler import MapSampler
 from finetune.system.errors import FinetuneError
 from finetune.training.checkpoint import TrainState
 from finetune.training.loop import Job, fit, train_step
@@ -49,9 +49,9 @@ def job(loss: nn.Module, saved: list[int], **train) -> Job:
         accelerator=Accelerator(),
         loss=loss,
         optimizer=build_optimizer(cfg, loss.named_parameters()),
-        feed=StoredFeed(documents, SequenceOrder([2] * 8, [1.0] * 8, None, cfg.batch_size, 0)),
+        sampler=MapSampler(documents, SequenceOrder([2] * 8, [1.0] * 8, None, cfg.batch_size, 0)),
         total_steps=4,
-        lean=False,
+        share_prefixes=False,
         micro_batch=1,
         tracker=SilentTracker(),
         save=lambda state: saved.append(state.step),
@@ -68,7 +68,7 @@ def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(pois
     work = replace(work, save=lambda state: (saved.append(state.step), weights.append(loss.weight.item())))
     with pytest.raises(FinetuneError, match=named) as stopped:
         fit(work, state)
-    rows = [document.place for sequence in work.feed.sequences(2) for document in sequence]
+    rows = [document.location for sequence in work.sampler.step_batches(2) for document in sequence]
     assert "step 3" in str(stopped.value) and all(row in str(stopped.value) for row in rows)
     assert "last good checkpoint is 2" in str(stopped.value)
     assert saved == [1, 2] and state.step == 2

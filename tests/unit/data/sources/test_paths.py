@@ -68,7 +68,7 @@ def test_a_glob_reads_its_files_in_the_order_of_their_names(tmp_path):
     rows = list(read_rows(SourceConfig(path=f"{tmp_path}/*")))
     assert [row.value["text"] for row in rows if isinstance(row.value, dict)] == ["a1", "b1", "b2", "b3", "c1", "c2"]
     assert [row.index for row in rows] == list(range(7))
-    assert [str(row.place).removeprefix(f"{tmp_path}/") for row in rows] == [
+    assert [str(row.location).removeprefix(f"{tmp_path}/") for row in rows] == [
         "a.jsonl.gz:1",
         "b.jsonl:1",
         "b.jsonl:2",
@@ -109,8 +109,8 @@ def test_a_name_in_any_case_and_with_dots_has_its_kind(tmp_path):
 def test_a_limit_counts_rows_over_files_bad_ones_included(tmp_path, limit):
     save(tmp_path / "a.jsonl", lines("a") + b"\n{broken\n" + lines("c"))
     save(tmp_path / "b.jsonl", lines("d", "e"))
-    whole = [(row.index, row.place) for row in read_rows(SourceConfig(path=f"{tmp_path}/*"))]
-    limited = [(row.index, row.place) for row in read_rows(SourceConfig(path=f"{tmp_path}/*", limit=limit))]
+    whole = [(row.index, row.location) for row in read_rows(SourceConfig(path=f"{tmp_path}/*"))]
+    limited = [(row.index, row.location) for row in read_rows(SourceConfig(path=f"{tmp_path}/*", limit=limit))]
     assert len(whole) == 5 and limited == whole[:limit]
 
 
@@ -423,7 +423,7 @@ def test_a_hub_data_set_is_read_by_subset_and_split(hub):
     rows = list(read_rows(SourceConfig(path="someone/rows", subset="two", split="test", limit=2)))
     assert [row.value["text"] for row in rows] == ["two test 0", "two test 1"]
     assert [row.index for row in rows] == [0, 1]
-    assert str(rows[1].place).startswith("someone/rows/") and str(rows[1].place).endswith("-test.arrow:row 2")
+    assert str(rows[1].location).startswith("someone/rows/") and str(rows[1].location).endswith("-test.arrow:row 2")
     assert name_of("someone/rows", subset="two", split="test") == "test"
 
 

@@ -152,10 +152,10 @@ def test_neither_batches_nor_pieces_can_be_seen(tmp_path, monkeypatch, batch_byt
         for n in range(20)
     ]
     files = [save(tmp_path / "a.jsonl", as_lines(rows)), save(tmp_path / "b.json", as_list(rows))]
-    expected = [(row.index, row.place, row.value) for file in files for row in read(file)]
+    expected = [(row.index, row.location, row.value) for file in files for row in read(file)]
     in_batches_of(monkeypatch, batch_bytes)
     monkeypatch.setattr(text_files, "PIECE_BYTES", piece_bytes)
-    assert [(row.index, row.place, row.value) for file in files for row in read(file)] == expected
+    assert [(row.index, row.location, row.value) for file in files for row in read(file)] == expected
     assert [value for *_, value in expected] == rows * 2
     batches = list(resolve_source(SourceConfig(path=str(files[0]))).batches())
     assert (len(batches) > 1) == (batch_bytes < 1 << 20)
@@ -175,8 +175,8 @@ def test_a_batch_says_how_far_it_is_and_travels_between_processes(tmp_path, monk
     ]
     for batch in batches:
         copy = pickle.loads(pickle.dumps(batch))  # noqa: S301 - our own bytes
-        assert [(row.index, row.place, str(row.value)) for row in copy.rows()] == [
-            (row.index, row.place, str(row.value)) for row in batch.rows()
+        assert [(row.index, row.location, str(row.value)) for row in copy.rows()] == [
+            (row.index, row.location, str(row.value)) for row in batch.rows()
         ]
 
 
@@ -212,7 +212,7 @@ BAD_LINES = {
 def test_a_bad_line_is_named_and_costs_no_other(tmp_path, line):
     rows = read(save(tmp_path / "rows.jsonl", as_lines([GOOD]) + b"\n" + line.encode() + b"\r\n" + as_lines([GOOD])))
     assert [row.value for row in (rows[0], rows[2])] == [GOOD, GOOD]
-    assert [(row.index, str(row.place)) for row in rows] == [
+    assert [(row.index, str(row.location)) for row in rows] == [
         (i, f"{tmp_path}/rows.jsonl:{n}") for i, n in enumerate((1, 3, 4))
     ]
     with pytest.raises(DataError, match=BAD_LINES[line]):
@@ -243,7 +243,7 @@ def test_a_bad_row_in_a_list_is_named_and_costs_no_other(tmp_path):
     rows = read(
         save(tmp_path / "rows.json", '[{"text": "whole"}, {"text": tru}, {"text": "}]"}, 7,\n{"text": "whole"}]')
     )
-    assert [str(row.place) for row in rows] == [f"{tmp_path}/rows.json:row {n}" for n in range(1, 6)]
+    assert [str(row.location) for row in rows] == [f"{tmp_path}/rows.json:row {n}" for n in range(1, 6)]
     assert [rows[i].value for i in (0, 2, 4)] == [GOOD, {"text": "}]"}, GOOD]
     assert "is not JSON" in str(rows[1].value) and "must be an object" in str(rows[3].value)
 
@@ -337,7 +337,7 @@ BAD_CELLS = {
 def test_a_bad_record_is_named_by_its_first_line(tmp_path, content):
     index, place, reason = BAD_CELLS[content]
     rows = read(save(tmp_path / "rows.csv", content))
-    assert str(rows[index].place).endswith(place)
+    assert str(rows[index].location).endswith(place)
     with pytest.raises(DataError, match=reason):
         raise rows[index].value
     assert all(isinstance(row.value, dict) for i, row in enumerate(rows) if i != index)
@@ -348,7 +348,7 @@ def test_a_record_without_an_end_does_not_take_the_file(tmp_path, monkeypatch, e
     monkeypatch.setattr(text_files, "LONGEST_RECORD_BYTES", 100)
     rows = read(save(tmp_path / "rows.csv", "text,more\nwhole,1\n" + endless + "whole,1\n" * 40))
     bad = [row for row in rows if isinstance(row.value, DataError)]
-    assert bad[0].place.number == 3 and "bytes long; a row may have 100" in str(bad[0].value)
+    assert bad[0].location.number == 3 and "bytes long; a row may have 100" in str(bad[0].value)
     assert [row.value for row in rows[-25:]] == [{"text": "whole", "more": "1"}] * 25
 
 
@@ -358,7 +358,10 @@ def test_a_cell_may_be_as_long_as_a_document(tmp_path):
 
 def test_empty_cells_are_empty_texts_and_blank_lines_are_no_rows(tmp_path):
     path = save(tmp_path / "rows.csv", 'a,b\r\n\r\n,""\r\n" ",1\r\n')
-    assert [(row.place.number, row.value) for row in read(path)] == [(3, {"a": "", "b": ""}), (4, {"a": " ", "b": "1"})]
+    assert [(row.location.number, row.value) for row in read(path)] == [
+        (3, {"a": "", "b": ""}),
+        (4, {"a": " ", "b": "1"}),
+    ]
 
 
 def test_a_table_gives_no_row_the_keys_of_another(tmp_path):

@@ -20,7 +20,7 @@ from finetune.data.sources import text_files
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens import prepare
 from finetune.data.tokens.prepare import Preparation
-from finetune.data.tokens.store import TokenStore, is_whole
+from finetune.data.tokens.store import TokenStore, is_valid
 from finetune.system.errors import DataError, ResourceError
 from finetune.system.resources import packaged
 
@@ -62,7 +62,7 @@ def test_the_number_of_processes_changes_nothing(tmp_path, chat, workers, monkey
         assert np.array_equal(getattr(alone, name), getattr(shared, name)), name
     assert alone.meta.content == shared.meta.content
     assert alone.bad_rows.read_text() == shared.bad_rows.read_text()
-    assert alone.place(1_000) == shared.place(1_000) == f"{file}:1002"
+    assert alone.location(1_000) == shared.location(1_000) == f"{file}:1002"
 
 
 def test_what_is_in_the_cache_is_not_made_again(tmp_path, chat, monkeypatch):
@@ -128,7 +128,7 @@ def test_a_killed_tokenization_leaves_nothing_that_is_used(tmp_path, chat):
     process.stdin.close()
     process.stdout.close()
     [left] = [folder for folder in (tmp_path / "cache").iterdir() if folder.is_dir()]
-    assert left.name.startswith(".") and not is_whole(left)
+    assert left.name.startswith(".") and not is_valid(left)
     store = store_of(preparation(tmp_path, chat, file))
     assert len(store) == 5
     assert [folder for folder in (tmp_path / "cache").iterdir() if folder.is_dir()] == [store.folder]

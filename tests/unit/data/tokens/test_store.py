@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.tokens.store import BadRow, EncodedBatch, StoreWriter, TokenStore, is_whole
+from finetune.data.tokens.store import BadRow, EncodedBatch, StoreWriter, TokenStore, is_valid
 from finetune.system.errors import DataError
 
 WEIGHTS = st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.5, 2.25])
@@ -61,7 +61,7 @@ def test_rows_come_back_as_they_were_written(tmp_path_factory, batches):
 def test_places_name_file_and_line_or_row(tmp_path):
     one = [[(1, 1.0), (2, 1.0)]]
     store = write(tmp_path / "s", batch(one * 2), batch(one, 2, "b.parquet"))
-    assert [store.place(i) for i in range(3)] == ["a.jsonl:1", "a.jsonl:2", "b.parquet:row 1"]
+    assert [store.location(i) for i in range(3)] == ["a.jsonl:1", "a.jsonl:2", "b.parquet:row 1"]
 
 
 def test_bad_rows_are_listed(tmp_path):
@@ -74,13 +74,13 @@ def test_bad_rows_are_listed(tmp_path):
 @pytest.mark.parametrize("harm", ["missing", "cut"])
 def test_a_store_that_lacks_something_is_not_whole(tmp_path, name, harm):
     write(tmp_path / "s", batch([[(1, 1.0), (2, 1.0)]], bad=(BadRow(3, "a.jsonl:4", "is not JSON"),)))
-    assert is_whole(tmp_path / "s")
+    assert is_valid(tmp_path / "s")
     file = tmp_path / "s" / name
     if harm == "missing":
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:-1])
-    assert not is_whole(tmp_path / "s")
+    assert not is_valid(tmp_path / "s")
 
 
 def test_the_content_digest_follows_tokens_weights_and_borders(tmp_path):

@@ -14,9 +14,10 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune.config.schema import DataConfig, SourceConfig
+from finetune.data.encoded import Encoded
 from finetune.data.formats.messages import Conversation, Message
 from finetune.data.loader import load_data
-from finetune.data.template.chat import ChatTemplate, Encoded
+from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.report.dataset.examples import Decoder, ShownRow, Span, marked, shown_rows
 from finetune.report.dataset.text import print_rows

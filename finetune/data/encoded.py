@@ -1,0 +1,28 @@
+"""Tokens of one row, and the label of a position that is not trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# torch.nn.functional.cross_entropy's default `ignore_index`.
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Tokens of one row.
+
+    ids [T] int32. weights [T] float32: a token's loss weight as a target, 0 where untrained.
+    media_digest: hash of the row's images, audio and video; empty for text.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+    media_digest: bytes = b""
+
+    @property
+    def trained(self) -> np.ndarray:
+        """Which tokens are targets [T] bool."""
+        return self.weights > 0
