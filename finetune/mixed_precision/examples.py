@@ -39,4 +39,5 @@ def sample(documents: Documents, rows: int) -> Documents:
 
 def batches_of(documents: Documents, max_length: int) -> Sequence[Batch]:
     """Build batches with only the tokens that the documents' targets need."""
-    return [build_batch(group, share_prefixes=True) for group in groups_of(documents, max(_LEAST_BATCH_TOKENS, max_length))]
+    groups = groups_of(documents, max(_LEAST_BATCH_TOKENS, max_length))
+    return [build_batch(group, share_prefixes=True) for group in groups]

@@ -201,7 +201,7 @@ HOSTILE = [
     ({"prompt": "q", "completion": None}, "prompt_completion", "completion must be text, found null"),
     ({"prompt": [], "completion": "a"}, "prompt_completion", "prompt must be a list of at least one message"),
     ({"prompt": [{"role": "user"}], "completion": "a"}, "prompt_completion", "prompt[0].content is missing"),
-    ({"prompt": TURNS, "completion": TURNS[1:]}, "prompt_completion", "prompt[1] is of the assistant", "completion[0]"),
+    ({"prompt": TURNS, "completion": TURNS[1:]}, "prompt_completion", "prompt[1] and completion[0]"),
     ({"prompt": TURNS[1:], "completion": TURNS}, "prompt_completion", "prompt[0] is of the assistant", "no user turn"),
     ({"prompt": "q", "completion": "a", "label": False}, "prompt_completion", "label is false", "bad"),
     ({"messages": TURNS, "kto_tag": False}, "messages", "kto_tag is false", "bad"),
