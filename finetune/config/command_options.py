@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune.config.schema import Count, Index, NotNegative, Number, Positive, Section, SourceConfig, Text
+from finetune.config.sections import Count, Index, NotNegative, Number, Positive, Section, SourceConfig, Text
 
 Base = Literal["auto", "original", "dequantized"]
 MergedType = Literal["auto", "bf16", "fp16", "fp32"]

@@ -15,7 +15,8 @@ from finetune.config.keys import allowed, find, options, schema_fields, sections
 from finetune.config.peers import PEERS, REFUSED, RENAMED
 from finetune.config.problems import Problem
 from finetune.config.rules import contradictions
-from finetune.config.schema import NUMBER, ModelConfig, RunConfig, Section, SourceConfig
+from finetune.config.schema import RunConfig
+from finetune.config.sections import NUMBER, ModelConfig, Section, SourceConfig
 
 _LONGEST = 60
 _SHORTHANDS: list[tuple[Any, str]] = [  # What a lone text was probably meant to be.

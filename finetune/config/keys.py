@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_orig
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from finetune.config.schema import SHORT_DTYPES, RunConfig, Section
+from finetune.config.schema import RunConfig
+from finetune.config.sections import SHORT_DTYPES, Section
 
 _BOUNDS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
 _WORDS = {bool: "true | false", int: "whole number", float: "number", str: "text", type(None): "null"}

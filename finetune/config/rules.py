@@ -5,23 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune.config.problems import Problem
-
-if TYPE_CHECKING:
-    from finetune.config.schema import (
-        DataConfig,
-        DistillConfig,
-        GenerationConfig,
-        GuardConfig,
-        LoraConfig,
-        ModelConfig,
-        QuantConfig,
-        SourceConfig,
-        TrainConfig,
-    )
-
+from finetune.config.sections import (
+    DataConfig,
+    DistillConfig,
+    GenerationConfig,
+    GuardConfig,
+    LoraConfig,
+    ModelConfig,
+    QuantConfig,
+    SourceConfig,
+    TrainConfig,
+)
 
 Problems = Iterator[Problem]
 
