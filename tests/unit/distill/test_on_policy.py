@@ -73,7 +73,7 @@ def contents(sequences: list[list[Document]]) -> list[list[tuple]]:
 
 def one_step(documents: list[Document]) -> Rows:
     rows = Rows()
-    rows.sequences = lambda step: [[d] for d in documents]  # type: ignore[method-assign]
+    rows.step_batches = lambda step: [[d] for d in documents]  # type: ignore[method-assign]
     return rows
 
 
