@@ -41,11 +41,11 @@ def time_product(sizes: tuple[int, int, int], transposed: bool, seconds: float) 
     """Operations a second of the median of repeated products."""
     import torch
 
-    from finetune.ops.matmul import widens
+    from finetune.ops.matmul import uses_fp32_matmul
 
     rows, inner, columns = sizes
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if widens(torch.device(device), torch.bfloat16) else torch.bfloat16
+    dtype = torch.float32 if uses_fp32_matmul(torch.device(device), torch.bfloat16) else torch.bfloat16
     left = torch.randn(rows, inner, dtype=dtype, device=device)
     right = torch.randn(*((columns, inner) if transposed else (inner, columns)), dtype=dtype, device=device)
     out = torch.empty(rows, columns, dtype=dtype, device=device)

@@ -108,8 +108,8 @@ def build_step(options: dict[str, str], device: Any) -> Callable[[int], None]:
     from finetune.data.documents import Document
     from finetune.losses.cross_entropy import CrossEntropy
     from finetune.models.adapters.attach import attach_lora
-    from finetune.models.fused import attach_fast_path
-    from finetune.models.gradient_checkpointing import apply_recompute
+    from finetune.models.fused import fuse_layers
+    from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
     from finetune.models.load import load_base, load_tokenizer
 
     targets = options["targets"]
@@ -119,10 +119,10 @@ def build_step(options: dict[str, str], device: Any) -> Callable[[int], None]:
     )
     model = attach_lora(load_base(cfg, QuantConfig(), device), lora, load_tokenizer(cfg))
     if options["fast"] == "true":
-        attach_fast_path(model)
+        fuse_layers(model)
     model.train()
     policy = options["recompute"]
-    apply_recompute(model, int(policy) if policy.isdecimal() else policy)
+    apply_gradient_checkpointing(model, int(policy) if policy.isdecimal() else policy)
     loss = CrossEntropy(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     words = json.loads((Path(options["model"]) / "config.json").read_text())["vocab_size"]

@@ -59,12 +59,12 @@ def by_us(folder: str, resident: bool) -> Write:
 
     from finetune.config.schema import ModelConfig, QuantConfig
     from finetune.evaluation.decoding import Decoding, greedy
-    from finetune.models.fused import attach_fast_path
+    from finetune.models.fused import fuse_layers
     from finetune.models.load import load_base
 
     base = load_base(ModelConfig(name=folder), QuantConfig(keep_dequantized=resident))
     model = get_peft_model(base, LoraConfig(**_ADAPTER)).eval()
-    attach_fast_path(model)
+    fuse_layers(model)
     vocabulary = base.config.vocab_size
 
     def write(prompts_BL: Any, tokens: int) -> list[float]:

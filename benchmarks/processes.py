@@ -98,8 +98,8 @@ def device() -> dict[str, Any]:
     multiplies_in: float32 where the processor has no bf16 products worth the name.
     """
     code = (
-        "import json, torch; from finetune.ops.matmul import widens; cuda = torch.cuda.is_available(); "
-        "wide = widens(torch.device('cuda' if cuda else 'cpu'), torch.bfloat16); "
+        "import json, torch; from finetune.ops.matmul import uses_fp32_matmul; cuda = torch.cuda.is_available(); "
+        "wide = uses_fp32_matmul(torch.device('cuda' if cuda else 'cpu'), torch.bfloat16); "
         "print(json.dumps({'kind': 'cuda' if cuda else 'cpu', 'name': torch.cuda.get_device_name() if cuda else 'cpu', "
         "'torch': torch.__version__, 'multiplies_in': 'float32' if wide else 'bfloat16', "
         "'bytes': torch.cuda.get_device_properties(0).total_memory if cuda else None}))"

@@ -91,11 +91,11 @@ def resident(folder: str, batches: list[Any], place: Any) -> Callable[[], None]:
 
     from finetune.config.schema import ModelConfig, QuantConfig
     from finetune.losses.hidden_states import hidden_states
-    from finetune.models.fused import attach_fast_path
+    from finetune.models.fused import fuse_layers
     from finetune.models.load import load_base
 
     model = load_base(ModelConfig(name=folder), QuantConfig(type="none", double=False), place)
-    attach_fast_path(model)
+    fuse_layers(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # the system forgets no page of a file that is mapped
 

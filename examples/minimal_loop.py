@@ -22,7 +22,7 @@ from finetune.data.packing import SequenceOrder, split_among_ranks
 from finetune.data.tokens.prepare import Preparation
 from finetune.losses.cross_entropy import CrossEntropy
 from finetune.models.adapters.files import save_adapter
-from finetune.models.fused import attach_fast_path
+from finetune.models.fused import fuse_layers
 
 
 def main(overrides: list[str]) -> None:
@@ -40,7 +40,7 @@ def main(overrides: list[str]) -> None:
     base = load_base(cfg.model, cfg.quant)
     device = next(base.parameters()).device
     model = attach_lora(base, cfg.lora)
-    attach_fast_path(model)
+    fuse_layers(model)
     model.train()
 
     # 4. The loss: the sum of nats over the target tokens of a batch. Logits exist for a few tokens at a time.

@@ -150,7 +150,7 @@ def load_conversation(config: RunConfig, adapter: Path | None, settings: ChatSet
     from finetune.data.template.chat import ChatTemplate
     from finetune.evaluation.decoding import dequantize_once
     from finetune.models.adapters.attach import load_adapter
-    from finetune.models.fused import attach_fast_path
+    from finetune.models.fused import fuse_layers
     from finetune.models.load import load_adapter_tokenizer, load_base, load_tokenizer
 
     if adapter is None:
@@ -162,7 +162,7 @@ def load_conversation(config: RunConfig, adapter: Path | None, settings: ChatSet
         chat = ChatTemplate(tokenizer)
         model = load_adapter(load_base(config.model, config.quant), adapter)
     if config.train.kernels == "fused":
-        attach_fast_path(model)
+        fuse_layers(model)
         dequantize_once(model, config.quant)
     return Conversation(model, tokenizer, chat, settings)
 

@@ -107,7 +107,7 @@ def check_device() -> Finding:
     """What torch can train on."""
     import torch
 
-    from finetune.ops.matmul import widens
+    from finetune.ops.matmul import uses_fp32_matmul
 
     if torch.cuda.is_available():
         platform_name = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
@@ -119,7 +119,7 @@ def check_device() -> Finding:
     if torch.backends.mps.is_available():
         return Finding("warn", "Apple GPU (MPS)", "untested here; the processor is the safe choice")
     found = f"processor only, {torch.get_num_threads()} threads"
-    if widens(torch.device("cpu"), torch.bfloat16):
+    if uses_fp32_matmul(torch.device("cpu"), torch.bfloat16):
         found += ", no bfloat16 products (training makes them in float32)"
     if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
         advice = (

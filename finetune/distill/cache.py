@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from finetune.config.schema import DistillConfig
 from finetune.data.batch import Batch, build_batch, groups_of
 from finetune.data.documents import Document
-from finetune.distill.codec import MOST_IDS, Columns, draw, sampled_signal, top_signal
+from finetune.distill.codec import MOST_IDS, Columns, draw, teacher_samples, teacher_top_k
 from finetune.distill.keys import key_of, keys_of
 from finetune.distill.shards import ShardReader, check_fingerprint, open_folder
 from finetune.losses.chunked import chunked_logits
-from finetune.losses.teacher_targets import HiddenSignal, SampledSignal, Signal, Teacher, TopSignal
+from finetune.losses.teacher_targets import Teacher, TeacherHidden, TeacherSamples, TeacherTargets, TeacherTopK
 from finetune.system.errors import ConfigError, DataError, IntegrityError
 
 # Tokens of a forward pass, in which nothing is kept for a backward pass.
@@ -78,13 +78,13 @@ def encoder_of(teacher: Teacher, cfg: DistillConfig, vocabulary: int) -> Encode:
 
     def encode(documents: Sequence[Document]) -> Iterator[Columns]:
         batches = [build_batch(group, share_prefixes=True) for group in groups_of(documents, BATCH_TOKENS)]
-        for batch, signal in zip(batches, teacher.signals(batches), strict=True):
-            assert isinstance(signal, HiddenSignal)
+        for batch, targets in zip(batches, teacher.targets_for(batches), strict=True):
+            assert isinstance(targets, TeacherHidden)
             keys = list(keys_of(batch))
             columns = (
-                {"hidden": _as_numpy(signal.hidden_ND)}
+                {"hidden": _as_numpy(targets.hidden_ND)}
                 if cfg.cache_kind == "hidden"
-                else draw(signal, vocabulary, cfg.top_k, _uniforms(keys, cfg.num_samples, cfg.seed))
+                else draw(targets, vocabulary, cfg.top_k, _uniforms(keys, cfg.num_samples, cfg.seed))
             )
             start = 0
             for _, count in keys:
@@ -129,7 +129,7 @@ class CachedTeacher:
         self._head, self._dtype = head, dtype
         self._reader = ShardReader(folder)
 
-    def signals(self, batches: Sequence[Batch]) -> Iterator[Signal]:
+    def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherTargets]:
         """Raises: DataError naming a document that the folder lacks."""
         for batch in batches:
             keys = [key for key, _ in keys_of(batch)]
@@ -138,7 +138,7 @@ class CachedTeacher:
                     f"distill.cache: {self.folder} lacks {len(missing)} of the {len(keys)} documents from "
                     f"{batch.locations[0]} to {batch.locations[-1]}; run finetune cache with this config: it adds them"
                 )
-            yield self._signal(self._reader.read(keys))
+            yield self._targets(self._reader.read(keys))
 
     def check_holds(self, documents: Iterable[Document]) -> None:
         """Raises: DataError with how many documents the folder lacks, and where the first of them stand."""
@@ -159,8 +159,8 @@ class CachedTeacher:
         Raises: IntegrityError if it is more than rounding.
         """
         batch = build_batch(documents)
-        [mine], [theirs] = self.signals([batch]), teacher.signals([batch])
-        assert isinstance(theirs, HiddenSignal)
+        [mine], [theirs] = self.targets_for([batch]), teacher.targets_for([batch])
+        assert isinstance(theirs, TeacherHidden)
         difference = _difference(mine, theirs, vocabulary)
         if not difference <= _SAME_NATS:
             raise IntegrityError(
@@ -169,20 +169,20 @@ class CachedTeacher:
             )
         return difference
 
-    def _signal(self, columns: Columns) -> Signal:
+    def _targets(self, columns: Columns) -> TeacherTargets:
         if self.tier == "sampled":
-            return sampled_signal(columns, self.device)
+            return teacher_samples(columns, self.device)
         if self.tier == "top":
-            return top_signal(columns, self.device)
+            return teacher_top_k(columns, self.device)
         assert self._head is not None
         hidden_ND = torch.from_numpy(columns["hidden"]).view(self._dtype).to(self.device)
-        return HiddenSignal(hidden_ND, self._head)
+        return TeacherHidden(hidden_ND, self._head)
 
 
-def _difference(mine: Signal, theirs: HiddenSignal, vocabulary: int) -> float:
+def _difference(mine: TeacherTargets, theirs: TeacherHidden, vocabulary: int) -> float:
     """Mean over targets of the difference of log-probabilities, weighed by the cached probabilities, in nats."""
     total = 0.0
-    own = chunked_logits(mine.hidden_ND, mine.head, vocabulary) if isinstance(mine, HiddenSignal) else None
+    own = chunked_logits(mine.hidden_ND, mine.head, vocabulary) if isinstance(mine, TeacherHidden) else None
     for logits_NV, rows in chunked_logits(theirs.hidden_ND, theirs.head, vocabulary):
         log_probs = torch.log_softmax(logits_NV.float(), -1)
         if own is not None:
@@ -194,9 +194,9 @@ def _difference(mine: Signal, theirs: HiddenSignal, vocabulary: int) -> float:
     return total / max(1, len(theirs.hidden_ND))
 
 
-def _kept(signal: Signal, rows: slice) -> tuple[Tensor, Tensor]:
+def _kept(targets: TeacherTargets, rows: slice) -> tuple[Tensor, Tensor]:
     """Ids and log-probabilities of the tokens of which a signal says the probability itself."""
-    if isinstance(signal, SampledSignal):
-        return signal.ids_NK[rows, : signal.head], signal.probs_NK[rows, : signal.head].log()
-    assert isinstance(signal, TopSignal)
-    return signal.ids_NK[rows], signal.log_probs_NK[rows]
+    if isinstance(targets, TeacherSamples):
+        return targets.ids_NK[rows, : targets.top_k], targets.probs_NK[rows, : targets.top_k].log()
+    assert isinstance(targets, TeacherTopK)
+    return targets.ids_NK[rows], targets.log_probs_NK[rows]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.losses.chunked import chunked_logits
-from finetune.losses.teacher_targets import HiddenSignal, SampledSignal, TopSignal
+from finetune.losses.teacher_targets import TeacherHidden, TeacherSamples, TeacherTopK
 
 Columns = dict[str, np.ndarray]
 
@@ -36,12 +36,12 @@ _RUN = 384
 
 
 @torch.no_grad()
-def draw(signal: HiddenSignal, vocabulary: int, head: int, uniforms_NS: np.ndarray) -> Columns:
+def draw(teacher_targets: TeacherHidden, vocabulary: int, head: int, uniforms_NS: np.ndarray) -> Columns:
     """The columns of a cache for each target. uniforms_NS: a number in [0, 1) for each token to draw."""
     head = min(head, vocabulary)
     # One without rows, so that there are columns where there is no target.
-    drawn = [_draw_rows(signal.hidden_ND.new_empty(0, vocabulary), head, torch.from_numpy(uniforms_NS[:0]))]
-    for logits_NV, rows in chunked_logits(signal.hidden_ND, signal.head, vocabulary):
+    drawn = [_draw_rows(teacher_targets.hidden_ND.new_empty(0, vocabulary), head, torch.from_numpy(uniforms_NS[:0]))]
+    for logits_NV, rows in chunked_logits(teacher_targets.hidden_ND, teacher_targets.head, vocabulary):
         uniforms = torch.from_numpy(uniforms_NS[rows]).to(logits_NV.device)
         some = _GPU_ROWS if logits_NV.is_cuda else _ROWS
         drawn += map(_draw_rows, logits_NV.split(some), repeat(head), uniforms.split(some))
@@ -113,7 +113,7 @@ def _find(ends: Tensor, at: Tensor) -> Tensor:
     return torch.minimum(torch.searchsorted(ends, at, right=True), last)
 
 
-def sampled_signal(columns: Mapping[str, np.ndarray], device: torch.device) -> SampledSignal:
+def teacher_samples(columns: Mapping[str, np.ndarray], device: torch.device) -> TeacherSamples:
     """What a cache's columns say. Head and tail were rounded each by itself; together they are made to add up to 1."""
     ids_NK = _decode_ids(columns)
     head_NH, tail_N = np.exp(_decode(columns["log_probs"])), np.exp(_decode(columns["tail"]))
@@ -121,7 +121,7 @@ def sampled_signal(columns: Mapping[str, np.ndarray], device: torch.device) -> S
     probs_NK = np.concatenate([head_NH, np.repeat(tail_N[:, None] / samples, samples, 1)], 1)
     probs_NK = (probs_NK / probs_NK.sum(1, keepdims=True)).astype(np.float32)
     tensors = (torch.from_numpy(x).to(device) for x in (ids_NK, probs_NK, columns["entropy"]))
-    return SampledSignal(*tensors, head=head_NH.shape[1])
+    return TeacherSamples(*tensors, top_k=head_NH.shape[1])
 
 
 def encode_top(ids_NK: np.ndarray, log_probs_NK: np.ndarray) -> Columns:
@@ -129,10 +129,10 @@ def encode_top(ids_NK: np.ndarray, log_probs_NK: np.ndarray) -> Columns:
     return {**_encode_ids(ids_NK), "log_probs": _encode(log_probs_NK)}
 
 
-def top_signal(columns: Mapping[str, np.ndarray], device: torch.device) -> TopSignal:
+def teacher_top_k(columns: Mapping[str, np.ndarray], device: torch.device) -> TeacherTopK:
     """What `encode_top` kept."""
     log_probs_NK = _decode(columns["log_probs"]).astype(np.float32)
-    return TopSignal(torch.from_numpy(_decode_ids(columns)).to(device), torch.from_numpy(log_probs_NK).to(device))
+    return TeacherTopK(torch.from_numpy(_decode_ids(columns)).to(device), torch.from_numpy(log_probs_NK).to(device))
 
 
 def _encode(log_probs: np.ndarray) -> np.ndarray:

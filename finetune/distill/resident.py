@@ -13,9 +13,9 @@ from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.data.batch import Batch
 from finetune.losses.cross_entropy import head_of, target_rows
 from finetune.losses.hidden_states import hidden_states
-from finetune.losses.teacher_targets import HiddenSignal
+from finetune.losses.teacher_targets import TeacherHidden
 from finetune.models.adapters.attach import load_adapter
-from finetune.models.fused import attach_fast_path
+from finetune.models.fused import fuse_layers
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
 from finetune.models.load import load_base, quiet
 from finetune.models.quant.four_bit import build_skeleton, fill_plain, holds_all
@@ -31,13 +31,13 @@ class ResidentTeacher:
         self.model = model
         self.device = device
 
-    def signals(self, batches: Sequence[Batch]) -> Iterator[HiddenSignal]:
+    def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherHidden]:
         """The hidden states of each batch's targets, with the teacher's head."""
         for batch in batches:
             with torch.no_grad():
                 hidden_TD = hidden_states(self.model, batch.to(self.device))
                 hidden_ND, _, _ = target_rows(hidden_TD, batch.to(self.device))
-            yield HiddenSignal(hidden_ND, head_of(self.model))
+            yield TeacherHidden(hidden_ND, head_of(self.model))
 
 
 def load_resident(
@@ -52,7 +52,7 @@ def load_resident(
     model = _mapped(cfg, device, student) or load_base(cfg, _PLAIN, device)
     model.requires_grad_(False)
     taught = model if adapter is None else load_adapter(model, adapter)
-    attach_fast_path(taught)
+    fuse_layers(taught)
     return ResidentTeacher(taught.eval(), device)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from finetune.data.batch import Batch
-from finetune.losses.teacher_targets import Signal, Teacher
+from finetune.losses.teacher_targets import Teacher, TeacherTargets
 
 
 class Schedule:
@@ -18,13 +18,13 @@ class Schedule:
     def __init__(self, teacher: Teacher, steps_ahead: int, total_steps: int):
         self.teacher, self.steps_ahead, self.total_steps = teacher, steps_ahead, total_steps
         self._counts: dict[int, int] = {}  # batches of each step that was asked about and not yet taken
-        self._signals: Iterator[Signal] = iter(())
+        self._targets: Iterator[TeacherTargets] = iter(())
 
-    def signals(self, step: int, batches_of: Callable[[int], list[Batch]]) -> Iterable[Signal]:
+    def targets_for(self, step: int, batches_of: Callable[[int], list[Batch]]) -> Iterable[TeacherTargets]:
         """The signals of a step's batches, in order. Steps are taken one after another, each to its end."""
         if step not in self._counts:
             steps = range(step, min(step + self.steps_ahead, self.total_steps + 1))
             batches = {later: batches_of(later) for later in steps}
             self._counts = {later: len(some) for later, some in batches.items()}
-            self._signals = iter(self.teacher.signals([batch for some in batches.values() for batch in some]))
-        return islice(self._signals, self._counts.pop(step))
+            self._targets = iter(self.teacher.targets_for([batch for some in batches.values() for batch in some]))
+        return islice(self._targets, self._counts.pop(step))

@@ -27,7 +27,7 @@ from finetune.distill.layer_reader import LayerPair, Reads
 from finetune.distill.meta_adapter import attach_adapter
 from finetune.losses.cross_entropy import target_rows
 from finetune.losses.hidden_states import DecoderRows, decoder_rows, token_of_row, token_states
-from finetune.models.fused import attach_fast_path
+from finetune.models.fused import fuse_layers
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
 from finetune.models.load import quiet
 from finetune.models.quant.four_bit import build_skeleton, holds_all
@@ -88,7 +88,7 @@ class StreamedModel:
         self._slots = [_slots_of(layer) for layer in backbone.layers]
         if adapter is not None:
             attach_adapter(self._base, adapter, device)
-        attach_fast_path(self._base)
+        fuse_layers(self._base)
         self._base.eval().requires_grad_(False)
         self._layers, self._norm = list(backbone.layers), backbone.norm
         self._rotary = type(backbone.rotary_emb)(self._base.config).to(device)
@@ -135,7 +135,7 @@ class StreamedModel:
         with watch:
             hidden = [self._leave(rows.pop(0), batch) for batch in batches]
         self._files.check_unchanged()
-        heap.give_back()  # what layers left there, before the head is used
+        heap.malloc_trim()  # what layers left there, before the head is used
         compute_seconds = watch.seconds()
         self.last_pass = PassFigures(reads.seconds(), compute_seconds, time.perf_counter() - began, reads.bytes)
         return hidden

@@ -21,7 +21,7 @@ from finetune.distill.resident import load_resident
 from finetune.distill.shards import vocabulary_of
 from finetune.distill.stream import StreamedModel
 from finetune.distill.vocabulary import check_same_tokens, shared_vocabulary
-from finetune.losses.teacher_targets import HiddenSignal, Teacher
+from finetune.losses.teacher_targets import Teacher, TeacherHidden
 from finetune.models.hub import TEXT_FILES, fetch, read_config
 from finetune.models.load import load_tokenizer
 from finetune.system.console import Log
@@ -35,7 +35,7 @@ class StreamedTeacher:
         self.model, self.device = model, device
         self._say: Log | None = log
 
-    def signals(self, batches: Sequence[Batch]) -> Iterator[HiddenSignal]:
+    def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherHidden]:
         states = self.model.hidden_states(batches)
         if self._say is not None:
             figures = self.model.last_pass
@@ -45,7 +45,7 @@ class StreamedTeacher:
                 f"{figures.achieved_share:.0%} of what the slower of both allows"
             )
             self._say = None
-        return (HiddenSignal(hidden_ND, self.model.head) for hidden_ND in states)
+        return (TeacherHidden(hidden_ND, self.model.head) for hidden_ND in states)
 
 
 def teacher_model(cfg: RunConfig) -> ModelConfig:

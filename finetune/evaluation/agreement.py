@@ -57,11 +57,11 @@ def agreement(
     with evaluating(model):
         for start in range(0, len(batches), _BATCHES):
             some = batches[start : start + _BATCHES]
-            for batch, signal in zip(some, teacher.signals(some), strict=True):
+            for batch, teacher_targets in zip(some, teacher.targets_for(some), strict=True):
                 here = batch.to(device)
                 hidden_ND, _, _ = target_rows(hidden_states(model, here), here)
                 for logits_NV, rows in chunked_logits(hidden_ND, head_of(model), vocabulary):
-                    kl_N, agree_N = compare(signal, logits_NV, rows, vocabulary)
+                    kl_N, agree_N = compare(teacher_targets, logits_NV, rows, vocabulary)
                     totals = torch.stack([kl_N.sum().cpu(), agree_N.sum().cpu(), torch.tensor(len(kl_N))])
                     sums += torch.cat([totals.double(), _histogram(kl_N.cpu())])
     sums = sum_over_ranks(sums)

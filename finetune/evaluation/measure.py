@@ -25,7 +25,7 @@ from finetune.evaluation.intervals import Bootstrap, Figure, difference_of_share
 from finetune.evaluation.metrics import Metric
 from finetune.evaluation.scoring import TokenScores, score_tokens
 from finetune.losses.cross_entropy import head_of
-from finetune.losses.teacher_targets import HiddenSignal
+from finetune.losses.teacher_targets import TeacherHidden
 from finetune.system.console import Log
 
 LIMIT_TOKENS = 4096
@@ -52,17 +52,17 @@ class Remembered:
         """A teacher that says it again, about the same batches in the same order."""
         return _Replay(self)
 
-    def batch(self, i: int) -> HiddenSignal:
+    def batch(self, i: int) -> TeacherHidden:
         assert self.head is not None, "the reference was never asked"
         hidden = load_file(self._folder / f"{i}.safetensors", device=str(self._device))["hidden"]
-        return HiddenSignal(hidden, self.head)
+        return TeacherHidden(hidden, self.head)
 
 
 class _Replay:
     def __init__(self, said: Remembered):
         self._said, self._next = said, 0
 
-    def signals(self, batches: Sequence[Batch]) -> Iterator[HiddenSignal]:
+    def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherHidden]:
         for _ in batches:
             self._next += 1
             yield self._said.batch(self._next - 1)

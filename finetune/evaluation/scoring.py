@@ -20,7 +20,7 @@ from finetune.losses.chunked import chunked_logits
 from finetune.losses.cross_entropy import head_of, target_rows
 from finetune.losses.divergence import compare
 from finetune.losses.hidden_states import base_of, hidden_states
-from finetune.losses.teacher_targets import Signal, Teacher
+from finetune.losses.teacher_targets import Teacher, TeacherTargets
 from finetune.ops.cross_entropy import cross_entropy_
 from finetune.system.errors import FinetuneError
 
@@ -68,8 +68,8 @@ def score_tokens(
             here = batch.to(device)
             hidden_ND, labels_N, _ = target_rows(hidden_states(model, here), here)
             keep(hidden_ND)
-            signal = None if teacher is None else next(iter(teacher.signals([batch])))
-            chunks = _chunks(model, hidden_ND, labels_N, signal, vocabulary)
+            teacher_targets = None if teacher is None else next(iter(teacher.targets_for([batch])))
+            chunks = _chunks(model, hidden_ND, labels_N, teacher_targets, vocabulary)
             columns = [torch.cat(column).cpu().numpy() for column in zip(*chunks, strict=True)]
             parts.append([row_N, *columns])
             progress(done, len(documents))
@@ -85,12 +85,13 @@ def _rows_of_targets(batch: Batch, rows: np.ndarray) -> np.ndarray:
 
 
 def _chunks(
-    model: nn.Module, hidden_ND: Tensor, labels_N: Tensor, signal: Signal | None, vocabulary: int
+    model: nn.Module, hidden_ND: Tensor, labels_N: Tensor, teacher_targets: TeacherTargets | None, vocabulary: int
 ) -> list[list[Tensor]]:
     """Nats, correct, and with a signal KL and agreement, of chunk after chunk."""
     found = []
     for logits_NV, rows in chunked_logits(hidden_ND, head_of(model), base_of(model).config.vocab_size):
         correct_N = logits_NV.argmax(-1) == labels_N[rows]
-        against = [] if signal is None else compare(signal, logits_NV[:, :vocabulary].clone(), rows, vocabulary)
+        kept_NV = logits_NV[:, :vocabulary]
+        against = [] if teacher_targets is None else compare(teacher_targets, kept_NV.clone(), rows, vocabulary)
         found.append([cross_entropy_(logits_NV, labels_N[rows]), correct_N, *against])
     return found

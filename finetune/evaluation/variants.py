@@ -15,7 +15,7 @@ from finetune.evaluation.decoding import dequantize_once
 from finetune.evaluation.gap_table import Variant
 from finetune.models.adapters.files import CONFIG_FILE, load_adapter
 from finetune.models.adapters.trained import find_trained
-from finetune.models.fused import attach_fast_path
+from finetune.models.fused import fuse_layers
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config
 from finetune.models.load import default_device, load_base
 from finetune.system.console import Log
@@ -67,7 +67,7 @@ class Subjects:
         if variant == "trained":
             assert self.adapter is not None, "without an adapter nothing is trained"
             model = load_adapter(model, self.adapter)  # type: ignore[arg-type]
-        attach_fast_path(model)
+        fuse_layers(model)
         dequantize_once(model, self.quant)
         return model.eval()
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from finetune.ops.limits import LOGITS_VALUES
-from finetune.ops.matmul import product
+from finetune.ops.matmul import matmul
 
 # (logits [n, V], which of the N rows they are) -> (sum of nats, fp32 scalar; its gradient with respect to the logits).
 # The logits come as the product left them, in fp32 or 16 bit: the loss computes in fp32, and may overwrite them and
@@ -80,7 +80,7 @@ def _through_frozen(
     for logits_NV, rows in chunked_logits(hidden_ND, head, vocabulary):
         nats, dlogits_NV = loss(logits_NV, rows)
         total += nats
-        product(dlogits_NV.to(hidden_ND.dtype), head.weight[:vocabulary], out_MN=gradient_ND[rows])
+        matmul(dlogits_NV.to(hidden_ND.dtype), head.weight[:vocabulary], out_MN=gradient_ND[rows])
     return total, [gradient_ND]
 
 
@@ -135,4 +135,4 @@ def _product(hidden_ND: Tensor, head: nn.Linear, vocabulary: int, place_NV: Tens
         return logits_NV if bias is None else logits_NV.add_(bias)
     if place_NV is not None and len(place_NV) != len(hidden_ND):
         place_NV = None
-    return product(hidden_ND, weight_VD.t(), bias, place_NV)
+    return matmul(hidden_ND, weight_VD.t(), bias, place_NV)

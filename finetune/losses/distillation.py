@@ -11,9 +11,9 @@ from finetune.data.batch import Batch
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.chunked import chunked_loss
 from finetune.losses.cross_entropy import head_of, target_rows
-from finetune.losses.divergence import Terms, distillation_loss
+from finetune.losses.divergence import DistillLossWeights, distillation_loss
 from finetune.losses.hidden_states import hidden_states
-from finetune.losses.teacher_targets import HiddenSignal, Signal
+from finetune.losses.teacher_targets import TeacherHidden, TeacherTargets
 
 
 class Distillation(nn.Module):
@@ -24,29 +24,29 @@ class Distillation(nn.Module):
     global count of targets. It takes the next of the signals that `expect` announced.
     """
 
-    def __init__(self, model: nn.Module, terms: Terms, vocabulary: int, neftune_alpha: float = 0.0):
+    def __init__(self, model: nn.Module, terms: DistillLossWeights, vocabulary: int, neftune_alpha: float = 0.0):
         super().__init__()
         self.model = model
         self.terms = terms
         self.vocabulary = vocabulary
         self.neftune_alpha = neftune_alpha
-        self._signals: Iterator[Signal] = iter(())
+        self._teacher_targets: Iterator[TeacherTargets] = iter(())
 
-    def expect(self, signals: Iterable[Signal]) -> None:
+    def expect(self, targets_for: Iterable[TeacherTargets]) -> None:
         """The teacher's signals for the batches that come, in their order; taken as they are needed."""
-        self._signals = iter(signals)
+        self._teacher_targets = iter(targets_for)
 
     def forward(self, batch: Batch) -> Tensor:
-        signal = next(self._signals)
+        teacher_targets = next(self._teacher_targets)
         hidden_TD = hidden_states(self.model, batch, self.neftune_alpha)
         hidden_ND, labels_N, weights_N = target_rows(hidden_TD, batch)
-        factors_N = torch.ones(len(labels_N), device=hidden_ND.device) if weights_N is None else weights_N
-        rows_N = torch.ones_like(factors_N)
+        kl_weight_N = torch.ones(len(labels_N), device=hidden_ND.device) if weights_N is None else weights_N
+        ce_weight_N = torch.ones_like(kl_weight_N)
         if batch.student_generated is not None:  # what the student wrote itself is no example to follow
-            rows_N -= batch.student_generated[batch.labels[0] != IGNORE_INDEX].float()
-        loss = distillation_loss(signal, self.terms, labels_N, factors_N, rows_N, self.vocabulary)
+            ce_weight_N -= batch.student_generated[batch.labels[0] != IGNORE_INDEX].float()
+        loss = distillation_loss(teacher_targets, self.terms, labels_N, kl_weight_N, ce_weight_N, self.vocabulary)
         total = chunked_loss(hidden_ND, head_of(self.model), self.vocabulary, loss)
-        if self.terms.hidden and isinstance(signal, HiddenSignal):
-            squares_N = (hidden_ND.float() - signal.hidden_ND.float()).square().mean(-1)
-            total = total + self.terms.hidden * (squares_N * factors_N).sum()
+        if self.terms.hidden and isinstance(teacher_targets, TeacherHidden):
+            squares_N = (hidden_ND.float() - teacher_targets.hidden_ND.float()).square().mean(-1)
+            total = total + self.terms.hidden * (squares_N * kl_weight_N).sum()
         return total

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finetune.config.schema import DistillConfig
 from finetune.losses.chunked import ChunkLoss, logits_of
-from finetune.losses.teacher_targets import HiddenSignal, SampledSignal, Signal, TopSignal
+from finetune.losses.teacher_targets import TeacherHidden, TeacherSamples, TeacherTargets, TeacherTopK
 from finetune.ops.bucketed_kl import bucketed_kl_
 from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.divergence import divergence_, sampled_kl_
@@ -22,7 +22,7 @@ _DEFAULT_WEIGHTS = {"sft+anchor": 0.2, "distill": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class DistillLossWeights:
     """The parts of a distillation loss.
 
     rows: weight of the cross-entropy with the rows' own tokens. teacher: of the divergence from the teacher.
@@ -37,10 +37,10 @@ class Terms:
     temperature: float = 1.0
 
     @staticmethod
-    def of(cfg: DistillConfig) -> Terms:
+    def of(cfg: DistillConfig) -> DistillLossWeights:
         """The terms that a config's objective adds up."""
         recover = cfg.objective == "recover"
-        return Terms(
+        return DistillLossWeights(
             rows=0.0 if recover else 1.0,
             teacher=_DEFAULT_WEIGHTS.get(cfg.objective, 1.0) if cfg.weight is None else cfg.weight,
             hidden=cfg.hidden_weight,
@@ -51,25 +51,30 @@ class Terms:
 
 
 def distillation_loss(
-    signal: Signal, terms: Terms, labels_N: Tensor, factors_N: Tensor, rows_N: Tensor, vocabulary: int
+    targets: TeacherTargets,
+    terms: DistillLossWeights,
+    labels_N: Tensor,
+    kl_weight_N: Tensor,
+    ce_weight_N: Tensor,
+    vocabulary: int,
 ) -> ChunkLoss:
     """Nats of the rows' own tokens and of the divergence, each times its weight in `terms`.
 
-    factors_N: what each row counts. rows_N: what the cross-entropy of each row counts besides. vocabulary: V of both
+    kl_weight_N: what each row counts. ce_weight_N: what the cross-entropy of each row counts besides. vocabulary: V of both
     sides. The divergence of a sampled signal is right on average over its draws, value and gradient.
     """
-    rows_N = rows_N * terms.rows
-    if isinstance(signal, SampledSignal):
-        return _sampled(signal, terms, labels_N, factors_N, rows_N)
-    against = _dense(signal, terms, vocabulary) if isinstance(signal, HiddenSignal) else _bucketed(signal)
+    ce_weight_N = ce_weight_N * terms.rows
+    if isinstance(targets, TeacherSamples):
+        return _sampled(targets, terms, labels_N, kl_weight_N, ce_weight_N)
+    against = _dense(targets, terms, vocabulary) if isinstance(targets, TeacherHidden) else _bucketed(targets)
 
     def loss(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        factors = factors_N[rows] * terms.teacher
+        factors = kl_weight_N[rows] * terms.teacher
         nats_N, gradient_NV = against(logits_NV, rows, factors)
         total = (nats_N * factors).sum()
         if not terms.rows:
             return total, gradient_NV
-        factors = factors_N[rows] * rows_N[rows]
+        factors = kl_weight_N[rows] * ce_weight_N[rows]
         nll_N = cross_entropy_(logits_NV, labels_N[rows], factors)
         return total + (nll_N * factors).sum(), logits_NV.add_(gradient_NV)
 
@@ -81,52 +86,58 @@ def distillation_loss(
 _Against = Callable[[Tensor, slice, Tensor], tuple[Tensor, Tensor]]
 
 
-def _dense(signal: HiddenSignal, terms: Terms, vocabulary: int) -> _Against:
+def _dense(targets: TeacherHidden, terms: DistillLossWeights, vocabulary: int) -> _Against:
     teacher_NV: Tensor | None = None
 
     def against(logits_NV: Tensor, rows: slice, factors: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal teacher_NV
-        teacher_NV = logits_of(signal.hidden_ND[rows], signal.head, vocabulary, teacher_NV)
+        teacher_NV = logits_of(targets.hidden_ND[rows], targets.head, vocabulary, teacher_NV)
         nats_N = divergence_(logits_NV, teacher_NV, factors, terms.divergence, terms.mix, terms.temperature)
         return nats_N, teacher_NV
 
     return against
 
 
-def _bucketed(signal: TopSignal) -> _Against:
+def _bucketed(targets: TeacherTopK) -> _Against:
     def against(logits_NV: Tensor, rows: slice, factors: Tensor) -> tuple[Tensor, Tensor]:
         own_NV = logits_NV.clone()
-        return bucketed_kl_(own_NV, signal.ids_NK[rows], signal.log_probs_NK[rows], factors), own_NV
+        return bucketed_kl_(own_NV, targets.ids_NK[rows], targets.log_probs_NK[rows], factors), own_NV
 
     return against
 
 
-def _sampled(signal: SampledSignal, terms: Terms, labels_N: Tensor, factors_N: Tensor, rows_N: Tensor) -> ChunkLoss:
+def _sampled(
+    targets: TeacherSamples,
+    terms: DistillLossWeights,
+    labels_N: Tensor,
+    kl_weight_N: Tensor,
+    ce_weight_N: Tensor,
+) -> ChunkLoss:
     """The rows' own tokens are one token more of each draw: both losses are cross-entropies with one softmax."""
 
     def loss(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        ids_NK = torch.cat([labels_N[rows, None], signal.ids_NK[rows]], 1)
-        probs_NK = torch.cat([rows_N[rows, None], signal.probs_NK[rows] * terms.teacher], 1)
-        cross_N = sampled_kl_(logits_NV, ids_NK, probs_NK, factors_N[rows])
-        return ((cross_N - terms.teacher * signal.entropy_N[rows]) * factors_N[rows]).sum(), logits_NV
+        ids_NK = torch.cat([labels_N[rows, None], targets.ids_NK[rows]], 1)
+        probs_NK = torch.cat([ce_weight_N[rows, None], targets.probs_NK[rows] * terms.teacher], 1)
+        cross_N = sampled_kl_(logits_NV, ids_NK, probs_NK, kl_weight_N[rows])
+        return ((cross_N - terms.teacher * targets.entropy_N[rows]) * kl_weight_N[rows]).sum(), logits_NV
 
     return loss
 
 
-def compare(signal: Signal, logits_NV: Tensor, rows: slice, vocabulary: int) -> tuple[Tensor, Tensor]:
+def compare(targets: TeacherTargets, logits_NV: Tensor, rows: slice, vocabulary: int) -> tuple[Tensor, Tensor]:
     """KL(teacher || student) in nats [n] fp32 of some of the signal's rows, and whether both think the same token most
     probable [n]; overwrites the logits.
 
     Of a sampled signal the KL is right on average; of a server's it is that of its tokens and of all others as one.
     """
     best_N = logits_NV.argmax(-1)
-    factors_N = torch.ones(len(best_N), device=logits_NV.device)
-    if isinstance(signal, HiddenSignal):
-        teacher_NV = logits_of(signal.hidden_ND[rows], signal.head, vocabulary)
+    kl_weight_N = torch.ones(len(best_N), device=logits_NV.device)
+    if isinstance(targets, TeacherHidden):
+        teacher_NV = logits_of(targets.hidden_ND[rows], targets.head, vocabulary)
         agree_N = teacher_NV.argmax(-1) == best_N
-        return divergence_(logits_NV, teacher_NV, factors_N, "forward_kl", 0.0, 1.0), agree_N
-    agree_N = signal.ids_NK[rows, 0] == best_N
-    if isinstance(signal, SampledSignal):
-        cross_N = sampled_kl_(logits_NV, signal.ids_NK[rows], signal.probs_NK[rows], factors_N)
-        return cross_N - signal.entropy_N[rows], agree_N
-    return bucketed_kl_(logits_NV, signal.ids_NK[rows], signal.log_probs_NK[rows], factors_N), agree_N
+        return divergence_(logits_NV, teacher_NV, kl_weight_N, "forward_kl", 0.0, 1.0), agree_N
+    agree_N = targets.ids_NK[rows, 0] == best_N
+    if isinstance(targets, TeacherSamples):
+        cross_N = sampled_kl_(logits_NV, targets.ids_NK[rows], targets.probs_NK[rows], kl_weight_N)
+        return cross_N - targets.entropy_N[rows], agree_N
+    return bucketed_kl_(logits_NV, targets.ids_NK[rows], targets.log_probs_NK[rows], kl_weight_N), agree_N

@@ -15,7 +15,7 @@ from finetune.data.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)
-class HiddenSignal:
+class TeacherHidden:
     """Everything: the final normed hidden states [N, D], and the head that makes logits of them."""
 
     hidden_ND: Tensor
@@ -23,7 +23,7 @@ class HiddenSignal:
 
 
 @dataclass(frozen=True, slots=True)
-class SampledSignal:
+class TeacherSamples:
     """An unbiased draw from each distribution: its most probable tokens, and some of the others.
 
     ids_NK: int64, a token may repeat. probs_NK: fp32, what each stands for; they add up to 1. entropy_N: of the whole
@@ -35,11 +35,11 @@ class SampledSignal:
     ids_NK: Tensor
     probs_NK: Tensor
     entropy_N: Tensor
-    head: int
+    top_k: int
 
 
 @dataclass(frozen=True, slots=True)
-class TopSignal:
+class TeacherTopK:
     """The most probable tokens alone, as a server gives them; all others count as one, of which only the mass is known.
 
     ids_NK: int64, each once. log_probs_NK: fp32, in nats.
@@ -49,12 +49,12 @@ class TopSignal:
     log_probs_NK: Tensor
 
 
-Signal = HiddenSignal | SampledSignal | TopSignal
+TeacherTargets = TeacherHidden | TeacherSamples | TeacherTopK
 
 
 class Teacher(Protocol):
     """Whatever says something about batches: a model in memory, one that is read layer by layer, a folder."""
 
-    def signals(self, batches: Sequence[Batch]) -> Iterable[Signal]:
+    def targets_for(self, batches: Sequence[Batch]) -> Iterable[TeacherTargets]:
         """A signal for each batch, in order; its entries are those of the batch's targets."""
         ...

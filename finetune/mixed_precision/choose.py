@@ -25,7 +25,7 @@ from finetune.mixed_precision.divergences import MeanKl, divergences, mean_kl
 from finetune.mixed_precision.examples import batches_of, load_rows, sample
 from finetune.mixed_precision.journal import Sensitivities
 from finetune.mixed_precision.measure import working_device
-from finetune.models.fused import attach_fast_path
+from finetune.models.fused import fuse_layers
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, weight_files
 from finetune.models.load import load_base
 from finetune.models.quant.bit_widths import stored_bytes
@@ -147,7 +147,7 @@ def measure_quants(
         # Used once, so not written to the cache on disk.
         plain = quant.model_copy(update={"cache": False, "keep_dequantized": False})
         base = load_base(model, plain, device)
-        attach_fast_path(base)
+        fuse_layers(base)
         found = _final_states(base, batches, device)
         nats = [divergences(a_ND, [b_ND], head, vocabulary)[0] for a_ND, b_ND in zip(wanted, found, strict=True)]
         measured[name] = mean_kl(nats, batches)

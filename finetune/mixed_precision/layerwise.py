@@ -23,7 +23,7 @@ from finetune.losses.cross_entropy import target_rows
 from finetune.losses.hidden_states import DecoderRows, decoder_rows, token_of_row, token_states
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, weight_files
 from finetune.models.load import quantization_of, quiet
-from finetune.models.quant.eight_bit import give_eight_bit_layers, put_rows, quantize_rows
+from finetune.models.quant.eight_bit import put_rows, quantize_rows, replace_eight_bit_linears
 from finetune.models.quant.four_bit_weights import QuantizedWeights
 from finetune.models.quant.quantize import head_name, linear_names
 from finetune.ops import attention
@@ -138,7 +138,7 @@ class LayerwiseModel:
         short = self._short(name)
         original: Any = self.model.get_submodule(name)
         if kind == "int8":
-            give_eight_bit_layers(self._layer, [short], self._threshold)
+            replace_eight_bit_linears(self._layer, [short], self._threshold)
             put_rows(self._layer.get_submodule(short), *quantize_rows(original.weight.data))
             return
         rows = self._quantized.dequantized(f"{name}.weight", lambda: original.weight.data)

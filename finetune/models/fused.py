@@ -26,18 +26,18 @@ from transformers.models.qwen2.modeling_qwen2 import (
 )
 
 from finetune.ops.attention import Segments, attend
-from finetune.ops.elementwise import rms_norm, rotate
+from finetune.ops.elementwise import apply_rope, rms_norm
 from finetune.ops.linear import Adapter, Projection, project, swiglu_mlp
 
 # Of queries, keys and values: [T, H, W] each, with fewer heads in the latter two.
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
-class FastDecoderLayer(Qwen2DecoderLayer):
+class FusedDecoderLayer(Qwen2DecoderLayer):
     """A Qwen2 decoder layer by the kernels of the package, where they know the call."""
 
     @classmethod
-    def from_module(cls, layer: Qwen2DecoderLayer) -> FastDecoderLayer:
+    def from_module(cls, layer: Qwen2DecoderLayer) -> FusedDecoderLayer:
         """Shares everything with the layer it takes the place of: parameters, children, hooks, flags."""
         fast = cls.__new__(cls)
         fast.__dict__ = layer.__dict__
@@ -70,13 +70,13 @@ class FastDecoderLayer(Qwen2DecoderLayer):
         return x_TD.view_as(hidden_states)
 
 
-def attach_fast_path(model: nn.Module) -> None:
+def fuse_layers(model: nn.Module) -> None:
     """Swaps every decoder layer of a model, in place; doing it again changes nothing."""
     for module in list(model.modules()):
         if isinstance(module, nn.ModuleList):
             for i, layer in enumerate(module):
                 if type(layer) is Qwen2DecoderLayer:
-                    module[i] = FastDecoderLayer.from_module(layer)
+                    module[i] = FusedDecoderLayer.from_module(layer)
 
 
 def _reads(hidden_states: Tensor) -> bool:
@@ -90,7 +90,7 @@ def _heads(module: Qwen2Attention, x_TD: Tensor, angles: tuple[Tensor, Tensor], 
         y.unflatten(-1, (-1, module.head_dim)) for y in _apply(x_TD, module.q_proj, module.k_proj, module.v_proj)
     )
     cos_TW, sin_TW = (angle.expand(rows, -1, -1).flatten(0, 1) for angle in angles)
-    return rotate(query, cos_TW, sin_TW), rotate(key, cos_TW, sin_TW), value
+    return apply_rope(query, cos_TW, sin_TW), apply_rope(key, cos_TW, sin_TW), value
 
 
 def _attend_cached(

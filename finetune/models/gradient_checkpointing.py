@@ -16,7 +16,7 @@ Recompute = (
 )  # `train.gradient_checkpointing`, with auto already decided: none, all, offload or a number of layers
 
 
-def recomputed_layers(setting: Recompute, layers: int, first: int = 0) -> range:
+def checkpointed_layers(setting: Recompute, layers: int, first: int = 0) -> range:
     """Numbers of the layers to recompute, of a model with so many; backward reaches no layer below `first`.
 
     A number N means the first N that backward reaches: the last layers, which backward starts with, keep theirs, so
@@ -32,7 +32,7 @@ def recomputed_layers(setting: Recompute, layers: int, first: int = 0) -> range:
     return range(first, first + max(0, reached - 1)) if setting in ("all", "offload") else range(0)
 
 
-def apply_recompute(model: nn.Module, setting: Recompute) -> range:
+def apply_gradient_checkpointing(model: nn.Module, setting: Recompute) -> range:
     """Sets, on every decoder layer of the model, whether it is recomputed; returns the numbers of those that are.
 
     Through transformers' own switch, one layer at a time: its switch for the whole model also makes the embeddings ask
@@ -42,7 +42,7 @@ def apply_recompute(model: nn.Module, setting: Recompute) -> range:
     """
     found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, GradientCheckpointingLayer)]
     layers = [layer for _, layer in found]
-    chosen = recomputed_layers(setting, len(layers), _first_reached(model, [name for name, _ in found]))
+    chosen = checkpointed_layers(setting, len(layers), _first_reached(model, [name for name, _ in found]))
     run = partial(_offloaded, HostOffload()) if setting == "offload" and _on_gpu(model) else _again
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number in chosen

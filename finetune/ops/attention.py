@@ -31,7 +31,7 @@ from transformers.masking_utils import sdpa_mask
 
 from finetune.ops import cpu_attention
 from finetune.ops.limits import DOCUMENT_TOKENS_MULTIPLE, FUSED_ATTENTION_FROM_TOKENS, ROWS_MULTIPLE
-from finetune.ops.matmul import widens
+from finetune.ops.matmul import uses_fp32_matmul
 
 SEGMENTED = "segmented"
 
@@ -105,7 +105,7 @@ def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Any
     return varlen_attn if asked_for <= inspect.signature(varlen_attn).parameters.keys() else None
 
 
-class _LayOut(torch.autograd.Function):
+class _Scatter(torch.autograd.Function):
     """Rows to places; `summed` where a row's gradient is the sum over its places, not that at its first place alone."""
 
     @staticmethod
@@ -124,7 +124,7 @@ class _LayOut(torch.autograd.Function):
         return _padded(grad.index_select(0, segments.place), segments.rows), None, None
 
 
-class _PickUp(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     """Places to rows; zero for rows that no token names."""
 
     @staticmethod
@@ -153,8 +153,8 @@ def attend(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, segments: Segm
         raise ValueError(f"the segments cover {segments.rows} rows, not the {len(query_RHD)} given")
     q, k, v = query_RHD, key_RHD, value_RHD
     if not segments.identical:
-        q = _LayOut.apply(q, segments, False)
-        k, v = _LayOut.apply(k, segments, segments.shared), _LayOut.apply(v, segments, segments.shared)
+        q = _Scatter.apply(q, segments, False)
+        k, v = _Scatter.apply(k, segments, segments.shared), _Scatter.apply(v, segments, segments.shared)
     if segments.cumulative is not None:
         kernel, borders, longest = varlen_kernel(q.device, q.dtype), segments.cumulative, segments.longest
         assert kernel is not None  # the plan was made for this device and type
@@ -167,13 +167,13 @@ def attend(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, segments: Segm
             q, k, v = (part.unflatten(0, group).transpose(1, 2) for part in qkv)
             outputs.append(_causal_attention(q, k, v, scale).flatten(0, 1))
         output = torch.cat(outputs)
-    return output if segments.identical else _PickUp.apply(output, segments)
+    return output if segments.identical else _Gather.apply(output, segments)
 
 
 def _causal_attention(query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, scale: float) -> Tensor:
     """[B, L, H, D] of a batch of documents of one length, by the kernel that is fast at that length."""
     short = query_BHLD.device.type == "cpu" and query_BHLD.shape[2] < FUSED_ATTENTION_FROM_TOKENS
-    if short or widens(query_BHLD.device, query_BHLD.dtype):
+    if short or uses_fp32_matmul(query_BHLD.device, query_BHLD.dtype):
         return cpu_attention.causal_attention(query_BHLD, key_BHLD, value_BHLD, scale).transpose(1, 2)
     grouped, fused = query_BHLD.shape[1] != key_BHLD.shape[1], F.scaled_dot_product_attention
     return fused(query_BHLD, key_BHLD, value_BHLD, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)

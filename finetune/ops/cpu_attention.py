@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from finetune.ops.dispatch import fused
 from finetune.ops.limits import QUERIES_PER_BLOCK
-from finetune.ops.matmul import widens
+from finetune.ops.matmul import uses_fp32_matmul
 
 
 @fused
@@ -40,7 +40,7 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
-        if widens(query.device, query.dtype):
+        if uses_fp32_matmul(query.device, query.dtype):
             return _fused(query.float(), key.float(), value.float(), scale).to(query.dtype)
         return _fused(query, key, value, scale)
 
@@ -48,7 +48,7 @@ class _CausalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         query, key, value = ctx.saved_tensors
-        if widens(query.device, query.dtype):
+        if uses_fp32_matmul(query.device, query.dtype):
             return (*_wide_backward(grad_outputs[0], query, key, value, ctx.scale), None)
         q, grad = (x.unflatten(1, (key.shape[1], -1)) for x in (query, grad_outputs[0]))
         k, v = (x.flatten(0, 1) for x in (key, value))

@@ -29,13 +29,13 @@ def cross_entropy_(logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None
     return -log_probs_N
 
 
-def softmax_(logits_NV: Tensor, factors_N: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_(logits_NV: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
     """Overwrites the logits with their softmax times a factor a row, in their dtype; all arithmetic is fp32.
 
     Returns: the rows' highest logit [N] and the logarithm of the sum of exp(logit - highest) [N], fp32.
     """
     rows = rows_per_block(logits_NV)
-    blocks = zip(logits_NV.split(rows), factors_N.split(rows), strict=True)
+    blocks = zip(logits_NV.split(rows), weights_N.split(rows), strict=True)
     highest, log_sum = zip(*(_softmax_rows_(*block) for block in blocks), strict=True)
     return torch.cat(highest), torch.cat(log_sum)
 
@@ -49,9 +49,9 @@ def rows_per_block(logits_NV: Tensor) -> int:
 
 
 @fused
-def _softmax_rows_(logits_NV: Tensor, factors_N: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax_rows_(logits_NV: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
     highest_N1 = logits_NV.amax(-1, keepdim=True).float()
     exponentials_NV = (logits_NV - highest_N1).exp_()
     sum_N1 = exponentials_NV.sum(-1, keepdim=True)
-    logits_NV.copy_(exponentials_NV.mul_(factors_N[:, None] / sum_N1))
+    logits_NV.copy_(exponentials_NV.mul_(weights_N[:, None] / sum_N1))
     return highest_N1.squeeze(1), sum_N1.log().squeeze(1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.ops.matmul import widens
+from finetune.ops.matmul import uses_fp32_matmul
 
 # Values made at once by way of fp32: 2 MB, which stay in the processor's cache. A multiple of every quantization block.
 # With 4 MB, a twentieth faster, they left holes in the heap: 0.2 GB of 1.6 for 0.5B and 512 tokens.
@@ -31,7 +31,7 @@ def dequantize(packed: Tensor, state: Any) -> Tensor:
         if key not in _buffers or _buffers[key].numel() < size:
             _buffers[key] = torch.empty(size, dtype=state.dtype, device=packed.device)
         return dequantize_4bit(packed, state, out=_buffers[key][:size].view(state.shape))
-    if not widens(packed.device, state.dtype):
+    if not uses_fp32_matmul(packed.device, state.dtype):
         return dequantize_4bit(packed, state)
     # Without 16-bit instructions bitsandbytes rounds one value at a time, which takes as long again as all else.
     weight, values = torch.empty(size, dtype=state.dtype), dequantized_values(packed, state, torch.float32)

@@ -1,7 +1,7 @@
 """One switch for all elementwise kernels: compiled for this machine, or the plain torch they are written in.
 
 A kernel is a plain torch function, which is its own reference; `@fused` lets `torch.compile` make one pass over memory
-of it. Nothing is compiled until `pick` says so, and a compiler that fails costs speed, never the run.
+of it. Nothing is compiled until `configure_compile` says so, and a compiler that fails costs speed, never the run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -20,34 +21,48 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
-_compiled = False
 
 
-def pick(device: torch.device, flops: float, wanted: bool | None = None) -> str:
-    """Chooses for this process, once and before its first step, and says what was chosen and why.
+@dataclass(slots=True)
+class CompileState:
+    """Whether this process compiles its kernels."""
 
-    flops: the floating-point operations of the whole run. wanted: True or False overrules the choice.
+    compiled: bool = False
+
+
+STATE = CompileState()
+
+
+def configure_compile(device: torch.device, flops: float, wanted: bool | None = None) -> str:
+    """Choose compiled or plain kernels for this process, once and before the first step.
+
+    Args:
+        device: where the run computes.
+        flops: floating-point operations of the whole run.
+        wanted: `train.compile`; None decides by `flops`.
+
+    Returns:
+        A log line with the choice and the reason.
     """
-    global _compiled
     reason = _reason_against(device, flops, wanted)
-    _compiled = reason is None
-    return "kernels: compiled for this machine" if _compiled else f"kernels: plain torch ({reason})"
+    STATE.compiled = reason is None
+    return "compile: on" if STATE.compiled else f"compile: off ({reason})"
 
 
 def _reason_against(device: torch.device, flops: float, wanted: bool | None) -> str | None:
     if wanted is False:
         return "train.compile=false"
     if wanted is None and flops < COMPILE_FROM_FLOPS:
-        return "the run is too short to repay compiling"
+        return "the run is too short to recover the compile time"
     if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         return "no C++ compiler on PATH"
     return None
 
 
 def fused(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, compiled at its first call if `pick` chose so; with `.plain`, the function as it is written.
+    """Compile a function at its first call if `configure_compile` chose so; `.plain` is the function itself.
 
-    It must be pure tensor arithmetic that needs no autograd.
+    It must be pure tensor arithmetic without autograd.
     """
     compiled: Callable[P, R] | None = None
     failed = False
@@ -55,7 +70,7 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal compiled, failed
-        if not _compiled or failed:
+        if not STATE.compiled or failed:
             return function(*args, **kwargs)
         if compiled is None:
             compiled = torch.compile(function, dynamic=True, fullgraph=True)

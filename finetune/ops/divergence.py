@@ -19,7 +19,7 @@ from finetune.ops.limits import SOFTMAX_BLOCK_VALUES
 
 
 def divergence_(
-    student_NV: Tensor, teacher_NV: Tensor, factors_N: Tensor, kind: str, mix: float, temperature: float
+    student_NV: Tensor, teacher_NV: Tensor, weights_N: Tensor, kind: str, mix: float, temperature: float
 ) -> Tensor:
     """Overwrites the teacher's logits with factor * d(nats) / d(student's logits), in their dtype; arithmetic is fp32.
 
@@ -28,11 +28,11 @@ def divergence_(
     Returns: nats [N], fp32, without the factors.
     """
     rows = rows_per_block(teacher_NV)
-    blocks = zip(student_NV.split(rows), teacher_NV.split(rows), factors_N.split(rows), strict=True)
+    blocks = zip(student_NV.split(rows), teacher_NV.split(rows), weights_N.split(rows), strict=True)
     return torch.cat([DIVERGENCES[kind](*block, mix, temperature) for block in blocks])
 
 
-def sampled_kl_(logits_NV: Tensor, ids_NK: Tensor, probs_NK: Tensor, factors_N: Tensor) -> Tensor:
+def sampled_kl_(logits_NV: Tensor, ids_NK: Tensor, probs_NK: Tensor, weights_N: Tensor) -> Tensor:
     """Cross-entropy against a teacher that names K ids a row; overwrites the student's logits with factor * gradient,
     in their dtype; all arithmetic is fp32.
 
@@ -44,11 +44,11 @@ def sampled_kl_(logits_NV: Tensor, ids_NK: Tensor, probs_NK: Tensor, factors_N: 
     at_ids = torch.arange(len(ids_NK), device=ids_NK.device)[:, None], ids_NK
     logits_NK = logits_NV[at_ids].float()
     mass_N1 = probs_NK.sum(-1, keepdim=True)
-    highest_N, log_sum_N = softmax_(logits_NV, factors_N * mass_N1.squeeze(1))
+    highest_N, log_sum_N = softmax_(logits_NV, weights_N * mass_N1.squeeze(1))
     log_probs_NK = (logits_NK - highest_N[:, None]) - log_sum_N[:, None]
     # A good student's softmax is nearly the teacher's: the difference of two that bf16 has rounded would be noise.
     difference_NK = mass_N1 * log_probs_NK.exp() - _totals(ids_NK, probs_NK)
-    logits_NV[at_ids] = (difference_NK * factors_N[:, None]).to(logits_NV.dtype)
+    logits_NV[at_ids] = (difference_NK * weights_N[:, None]).to(logits_NV.dtype)
     return -(probs_NK * log_probs_NK).sum(-1)
 
 
@@ -61,40 +61,40 @@ def _totals(ids_NK: Tensor, probs_NK: Tensor) -> Tensor:
 
 @fused
 def _forward_kl_rows_(
-    student_NV: Tensor, teacher_NV: Tensor, factors_N: Tensor, mix: float, temperature: float
+    student_NV: Tensor, teacher_NV: Tensor, weights_N: Tensor, mix: float, temperature: float
 ) -> Tensor:
     """KL(p || q)."""
     q_NV, p_NV, log_ratio_NV = _compare(student_NV, teacher_NV, temperature)
     difference_NV = q_NV.sub_(p_NV)
     nats_N = p_NV.mul_(log_ratio_NV).add_(difference_NV).sum(-1)
-    teacher_NV.copy_(difference_NV.mul_(factors_N[:, None] / temperature))
+    teacher_NV.copy_(difference_NV.mul_(weights_N[:, None] / temperature))
     return nats_N
 
 
 @fused
 def _reverse_kl_rows_(
-    student_NV: Tensor, teacher_NV: Tensor, factors_N: Tensor, mix: float, temperature: float
+    student_NV: Tensor, teacher_NV: Tensor, weights_N: Tensor, mix: float, temperature: float
 ) -> Tensor:
     """KL(q || p)."""
     q_NV, p_NV, log_ratio_NV = _compare(student_NV, teacher_NV, temperature)
     rounding_N = p_NV.sub_(q_NV).sum(-1)
-    return _through_softmax_(teacher_NV, q_NV, log_ratio_NV.neg_(), factors_N / temperature) + rounding_N
+    return _through_softmax_(teacher_NV, q_NV, log_ratio_NV.neg_(), weights_N / temperature) + rounding_N
 
 
 @fused
-def _jsd_rows_(student_NV: Tensor, teacher_NV: Tensor, factors_N: Tensor, mix: float, temperature: float) -> Tensor:
+def _jsd_rows_(student_NV: Tensor, teacher_NV: Tensor, weights_N: Tensor, mix: float, temperature: float) -> Tensor:
     """mix * KL(p || m) + (1 - mix) * KL(q || m) with m = mix * p + (1 - mix) * q."""
     q_NV, p_NV, log_ratio_NV = _compare(student_NV, teacher_NV, temperature)
     smaller_NV = _log_mixture(log_ratio_NV, mix)
     log_mq_NV = log_ratio_NV.clamp(min=0).add_(smaller_NV)
     log_mp_NV = log_ratio_NV.neg_().clamp_(min=0).add_(smaller_NV)
     kl_teacher_N = -p_NV.mul_(log_mp_NV).sum(-1)
-    slopes_N = _through_softmax_(teacher_NV, q_NV, log_mq_NV.mul_(mix - 1), factors_N / temperature)
+    slopes_N = _through_softmax_(teacher_NV, q_NV, log_mq_NV.mul_(mix - 1), weights_N / temperature)
     return mix * kl_teacher_N + slopes_N
 
 
 @fused
-def _skew_kl_rows_(student_NV: Tensor, teacher_NV: Tensor, factors_N: Tensor, mix: float, temperature: float) -> Tensor:
+def _skew_kl_rows_(student_NV: Tensor, teacher_NV: Tensor, weights_N: Tensor, mix: float, temperature: float) -> Tensor:
     """KL(p || m) with m = mix * p + (1 - mix) * q."""
     q_NV, p_NV, log_ratio_NV = _compare(student_NV, teacher_NV, temperature)
     # m / p less 1. From exp(80) on, p adds nothing to either sum, and exp(89) would overflow.
@@ -103,7 +103,7 @@ def _skew_kl_rows_(student_NV: Tensor, teacher_NV: Tensor, factors_N: Tensor, mi
     nats_N = rounding_N - p_NV.mul_(excess_NV.log1p()).sum(-1)
     # The slope, -(1 - mix) * p / m, but for a constant, which drops out: what is left is 0 where the two agree.
     slopes_NV = excess_NV.div_(excess_NV + 1).mul_(1 - mix)
-    _through_softmax_(teacher_NV, q_NV, slopes_NV, factors_N / temperature)
+    _through_softmax_(teacher_NV, q_NV, slopes_NV, weights_N / temperature)
     return nats_N
 
 
@@ -142,8 +142,8 @@ def _log_mixture(log_ratio_NV: Tensor, mix: float) -> Tensor:
     return log_ratio_NV.abs().neg_().expm1_().mul_(shares_NV).log1p_()
 
 
-def _through_softmax_(place_NV: Tensor, q_NV: Tensor, slopes_NV: Tensor, factors_N: Tensor) -> Tensor:
+def _through_softmax_(place_NV: Tensor, q_NV: Tensor, slopes_NV: Tensor, weights_N: Tensor) -> Tensor:
     """Writes factor * d / d(logits) of what changes by these slopes with q; returns the slopes' means under q [N]."""
     means_N = (q_NV * slopes_NV).sum(-1)
-    place_NV.copy_(slopes_NV.sub_(means_N[:, None]).mul_(q_NV).mul_(factors_N[:, None]))
+    place_NV.copy_(slopes_NV.sub_(means_N[:, None]).mul_(q_NV).mul_(weights_N[:, None]))
     return means_N

@@ -51,7 +51,7 @@ def swiglu_backward_(grad_TI: Tensor, gate_TI: Tensor, up_TI: Tensor) -> None:
 
 
 @fused
-def rotate_forward(x_THW: Tensor, cos_TW: Tensor, sin_TW: Tensor) -> Tensor:
+def apply_rope_forward(x_THW: Tensor, cos_TW: Tensor, sin_TW: Tensor) -> Tensor:
     """Rotary position embedding, in x's dtype as Qwen2 does it. Source: Su et al. 2021, arXiv:2104.09864."""
     half = x_THW.shape[-1] // 2
     turned = torch.cat((-x_THW[..., half:], x_THW[..., :half]), dim=-1)
@@ -59,8 +59,8 @@ def rotate_forward(x_THW: Tensor, cos_TW: Tensor, sin_TW: Tensor) -> Tensor:
 
 
 @fused
-def rotate_backward(grad_THW: Tensor, cos_TW: Tensor, sin_TW: Tensor) -> Tensor:
-    """The transpose of `rotate_forward`: the turn by the same angle the other way."""
+def apply_rope_backward(grad_THW: Tensor, cos_TW: Tensor, sin_TW: Tensor) -> Tensor:
+    """The transpose of `apply_rope_forward`: the turn by the same angle the other way."""
     half = grad_THW.shape[-1] // 2
     weighted = grad_THW * sin_TW[:, None]
     return grad_THW * cos_TW[:, None] + torch.cat((weighted[..., half:], -weighted[..., :half]), dim=-1)
@@ -80,16 +80,16 @@ class _RmsNorm(torch.autograd.Function):
         return rms_norm_backward(grad_outputs[0].contiguous(), x, weight, ctx.eps), None, None
 
 
-class _Rotate(torch.autograd.Function):
+class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return rotate_forward(x, cos, sin)
+        return apply_rope_forward(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return rotate_backward(grad_outputs[0], *ctx.saved_tensors), None, None
+        return apply_rope_backward(grad_outputs[0], *ctx.saved_tensors), None, None
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -97,6 +97,6 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(x_TD, weight_D, eps)
 
 
-def rotate(x_THW: Tensor, cos_TW: Tensor, sin_TW: Tensor) -> Tensor:
+def apply_rope(x_THW: Tensor, cos_TW: Tensor, sin_TW: Tensor) -> Tensor:
     """Rotary position embedding; keeps the angles alone, which all layers share."""
-    return _Rotate.apply(x_THW, cos_TW, sin_TW)
+    return _Rope.apply(x_THW, cos_TW, sin_TW)

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from finetune.ops.dequantize import dequantize
 from finetune.ops.elementwise import swiglu_backward_, swiglu_forward
 from finetune.ops.limits import MLP_FORWARD_ROWS, MLP_ROWS
-from finetune.ops.matmul import add_product_, product
+from finetune.ops.matmul import add_matmul_, matmul
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +162,10 @@ def _dropped(x_TD: Tensor, p: Projection, mask: Tensor | None) -> Tensor:
 
 def _forward(x_TD: Tensor, p: Projection, mask: Tensor | None) -> Tensor:
     weight_OD = p.dequantized()
-    y_TO = product(x_TD, weight_OD.T, p.bias)
+    y_TO = matmul(x_TD, weight_OD.T, p.bias)
     if p.adapter:
         a_RD, b_OR = p.adapter.a.to(x_TD.dtype), p.adapter.b.to(x_TD.dtype)
-        add_product_(y_TO, product(_dropped(x_TD, p, mask), a_RD.T), b_OR.T, p.adapter.scale)
+        add_matmul_(y_TO, matmul(_dropped(x_TD, p, mask), a_RD.T), b_OR.T, p.adapter.scale)
     return y_TO
 
 
@@ -179,14 +179,14 @@ def _backward(
 
 def _grad_input(grad_TO: Tensor, p: Projection, mask: Tensor | None, grad_x: Tensor | None) -> Tensor:
     weight_OD = p.dequantized()
-    grad_x = product(grad_TO, weight_OD) if grad_x is None else add_product_(grad_x, grad_TO, weight_OD)
+    grad_x = matmul(grad_TO, weight_OD) if grad_x is None else add_matmul_(grad_x, grad_TO, weight_OD)
     if p.adapter:
-        grad_TR = product(grad_TO, p.adapter.b.to(grad_TO.dtype))
+        grad_TR = matmul(grad_TO, p.adapter.b.to(grad_TO.dtype))
         a_RD = p.adapter.a.to(grad_TO.dtype)
         if mask is None:
-            add_product_(grad_x, grad_TR, a_RD, p.adapter.scale)
+            add_matmul_(grad_x, grad_TR, a_RD, p.adapter.scale)
         else:
-            grad_x += product(grad_TR, a_RD) * mask * (p.adapter.scale / (1 - p.adapter.dropout))
+            grad_x += matmul(grad_TR, a_RD) * mask * (p.adapter.scale / (1 - p.adapter.dropout))
     return grad_x
 
 
@@ -196,6 +196,6 @@ def _grad_factors(grad_TO: Tensor, x_TD: Tensor, p: Projection, mask: Tensor | N
         return []
     a, b, scale = p.adapter.a, p.adapter.b, p.adapter.scale
     seen_TD = _dropped(x_TD, p, mask)
-    grad_a = product(product(grad_TO, b.to(grad_TO.dtype)).T, seen_TD)
-    grad_b = product(grad_TO.T, product(seen_TD, a.to(x_TD.dtype).T))
+    grad_a = matmul(matmul(grad_TO, b.to(grad_TO.dtype)).T, seen_TD)
+    grad_b = matmul(grad_TO.T, matmul(seen_TD, a.to(x_TD.dtype).T))
     return [grad_a.to(a.dtype).mul_(scale), grad_b.to(b.dtype).mul_(scale)]

@@ -28,7 +28,7 @@ _FEW_ROWS = 255
 _memory = threading.local()
 
 
-def widens(device: torch.device, dtype: torch.dtype) -> bool:
+def uses_fp32_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products of this type go by way of fp32 on this device."""
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not _has_products(dtype)
 
@@ -38,7 +38,7 @@ def describe(device: torch.device, dtype: torch.dtype, all_here: bool) -> str | 
 
     all_here: whether all of a step's products are made here, or some are left to torch.
     """
-    if not widens(device, dtype):
+    if not uses_fp32_matmul(device, dtype):
         return None
     name = str(dtype).removeprefix("torch.")
     if all_here:
@@ -59,10 +59,10 @@ def _has_products(dtype: torch.dtype) -> bool:
     return ask is not None and bool(ask())
 
 
-def product(left_MK: Tensor, right_KN: Tensor, bias_N: Tensor | None = None, out_MN: Tensor | None = None) -> Tensor:
+def matmul(left_MK: Tensor, right_KN: Tensor, bias_N: Tensor | None = None, out_MN: Tensor | None = None) -> Tensor:
     """left @ right + bias, summed in fp32 and rounded to the operands' type; in `out_MN`, where it is given."""
     few = len(left_MK) <= _NATIVE_ROWS and right_KN.stride(0) == 1
-    if few or not widens(left_MK.device, left_MK.dtype):
+    if few or not uses_fp32_matmul(left_MK.device, left_MK.dtype):
         if bias_N is None:
             return torch.mm(left_MK, right_KN, out=out_MN)
         return torch.addmm(bias_N, left_MK, right_KN, out=out_MN)
@@ -72,9 +72,9 @@ def product(left_MK: Tensor, right_KN: Tensor, bias_N: Tensor | None = None, out
     return out_MN
 
 
-def add_product_(sum_MN: Tensor, left_MK: Tensor, right_KN: Tensor, alpha: float = 1.0) -> Tensor:
+def add_matmul_(sum_MN: Tensor, left_MK: Tensor, right_KN: Tensor, alpha: float = 1.0) -> Tensor:
     """sum += alpha * left @ right, in place."""
-    if not widens(left_MK.device, left_MK.dtype):
+    if not uses_fp32_matmul(left_MK.device, left_MK.dtype):
         return sum_MN.addmm_(left_MK, right_KN, alpha=alpha)
     for columns, part in _wide_parts(left_MK, right_KN):
         sum_MN[:, columns].add_(part, alpha=alpha)

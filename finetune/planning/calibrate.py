@@ -84,10 +84,10 @@ class _Watch:
 
 def _product(watch: _Watch, rows: int, inputs: int, outputs: int) -> float:
     """Forward and backward of a frozen linear: operations a second of both together."""
-    from finetune.ops.matmul import product
+    from finetune.ops.matmul import matmul
 
     x, weight, grad = watch.normal(rows, inputs), watch.normal(outputs, inputs), watch.normal(rows, outputs)
-    seconds = watch.seconds(lambda: product(x, weight.T)) + watch.seconds(lambda: product(grad, weight))
+    seconds = watch.seconds(lambda: matmul(x, weight.T)) + watch.seconds(lambda: matmul(grad, weight))
     return 4.0 * rows * inputs * outputs / seconds
 
 
@@ -123,8 +123,8 @@ def _elementwise(watch: _Watch) -> float:
             ops.rms_norm_backward(x, x, weight, 1e-6)
             torch.add(x, x)
             torch.add(x, x)
-        ops.rotate_forward(query, angle, angle)
-        ops.rotate_backward(query, angle, angle)
+        ops.apply_rope_forward(query, angle, angle)
+        ops.apply_rope_backward(query, angle, angle)
         ops.swiglu_forward(gate, up)
         ops.swiglu_backward_(grad, gate, up)
 
@@ -164,7 +164,7 @@ def _calls(watch: _Watch) -> float:
     """One pass of a layer over next to nothing: what Python and the calls of kernels cost."""
     import torch
 
-    from finetune.ops.elementwise import rms_norm, rotate
+    from finetune.ops.elementwise import apply_rope, rms_norm
     from finetune.ops.linear import Adapter, Projection, project, swiglu_mlp
 
     width, rows = 64, 32
@@ -178,7 +178,7 @@ def _calls(watch: _Watch) -> float:
 
     def layer() -> None:
         q, k, v = project(rms_norm(x, norm, 1e-6), (adapted, frozen, adapted))
-        q, k = (rotate(y[:, None], angle, angle) for y in (q, k))
+        q, k = (apply_rope(y[:, None], angle, angle) for y in (q, k))
         y = x + project(torch.nn.functional.scaled_dot_product_attention(q, k, v[:, None])[:, 0], (frozen,))[0]
         (y + swiglu_mlp(rms_norm(y, norm, 1e-6), frozen, frozen, frozen)).sum().backward()
 

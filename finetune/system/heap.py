@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 
-def give_back() -> None:
+def malloc_trim() -> None:
     """Give the system what the heap holds free. Nothing happens where the C library is another one."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)

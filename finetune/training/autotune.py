@@ -12,7 +12,7 @@ from torch import nn
 
 from finetune.config.schema import RunConfig
 from finetune.losses.hidden_states import base_of
-from finetune.models.gradient_checkpointing import apply_recompute
+from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.planning.auto_batch import choose_memory
 from finetune.planning.peak_memory import MARGIN, predict
 from finetune.planning.teacher import recovers
@@ -61,7 +61,7 @@ def choose_micro_batch(cfg: RunConfig, model: nn.Module, accelerator: Accelerato
     least = accelerator.gather(free).min().item() if accelerator.num_processes > 1 else free.item()
     shape, kind, ranks = base_of(model).config.to_dict(), accelerator.device.type, accelerator.num_processes
     choice = choose_memory(cfg, shape, ranks, kind, None if least < 0 else least)
-    apply_recompute(model, choice.recompute)
+    apply_gradient_checkpointing(model, choice.recompute)
     log(choice.text)
     predicted = predict(cfg, shape, kind, choice.micro_batch, choice.recomputed, ranks=ranks)
     return BatchPlan(choice.micro_batch, round(predicted.peak_bytes))
@@ -75,19 +75,19 @@ def install_malloc_trim(model: nn.Module) -> None:
     backward's larger blocks do not fit into, so they would be held beside all that backward allocates: a quarter of a
     gigabyte for 0.5B and 1,024 tokens. Giving them back once a step costs nothing that can be seen (docs/planning.md).
     """
-    heap.give_back()
+    heap.malloc_trim()
     evaluated = False
 
     def before_forward(*_: Any) -> None:
         # What an evaluation leaves: not after each of its passes, for a generated token is one of them.
         nonlocal evaluated
         if torch.is_grad_enabled() and evaluated:
-            heap.give_back()
+            heap.malloc_trim()
         evaluated = not torch.is_grad_enabled()
 
     def after_forward(*_: Any) -> None:
         if torch.is_grad_enabled():
-            heap.give_back()
+            heap.malloc_trim()
 
     base = base_of(model)
     decoder = getattr(base, base.base_model_prefix)

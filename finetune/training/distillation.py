@@ -26,7 +26,7 @@ from finetune.distill.teacher import build_teacher, check_vocabulary, check_widt
 from finetune.evaluation.agreement import agreement
 from finetune.evaluation.sampling import sample_answers
 from finetune.losses.distillation import Distillation
-from finetune.losses.divergence import Terms
+from finetune.losses.divergence import DistillLossWeights
 from finetune.losses.teacher_targets import Teacher
 from finetune.system.console import Log
 
@@ -51,16 +51,18 @@ class DistillationSetup:
 
     def loss(self, model: PeftModel) -> Distillation:
         """The training loss as a module."""
-        return Distillation(model, Terms.of(self.cfg.distill), self.vocabulary, self.cfg.train.neftune_alpha)
+        return Distillation(
+            model, DistillLossWeights.of(self.cfg.distill), self.vocabulary, self.cfg.train.neftune_alpha
+        )
 
     def recovery_loss(self, model: PeftModel) -> Distillation:
         """Forward KL from the teacher alone."""
-        return Distillation(model, Terms(), self.vocabulary)
+        return Distillation(model, DistillLossWeights(), self.vocabulary)
 
     def before_step(self, loss: Distillation, total_steps: int) -> Callable[[int, Callable[[int], list[Batch]]], None]:
         """What the loop calls before a step's batches run: asks the teacher about them."""
         schedule = Schedule(self.teacher, self.cfg.distill.teacher.steps_ahead, total_steps)
-        return lambda step, batches_of: loss.expect(schedule.signals(step, batches_of))
+        return lambda step, batches_of: loss.expect(schedule.targets_for(step, batches_of))
 
     def sampler(
         self, sampler: Sampler, model: PeftModel, chat: ChatTemplate, accelerator: Accelerator, log: Log

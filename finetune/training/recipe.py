@@ -32,7 +32,7 @@ from finetune.losses.hidden_states import base_of
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.adapters.files import check_adapter, save_adapter
 from finetune.models.families import shape_of
-from finetune.models.fused import attach_fast_path
+from finetune.models.fused import fuse_layers
 from finetune.models.load import load_base, load_tokenizer
 from finetune.models.tokens import extend_tokenizer
 from finetune.ops import dispatch, matmul
@@ -120,7 +120,7 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, log
     # It adds the new tokens to a tokenizer of its own.
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model) if cfg.lora.new_tokens else None)
     if cfg.train.kernels == "fused":
-        attach_fast_path(model)
+        fuse_layers(model)
     model.train()
     found = choose_micro_batch(cfg, model, accelerator, log)
     return Parts(cfg, accelerator, tokenizer, preparation, data, sampler, model, found, lesson)
@@ -163,7 +163,7 @@ def _run(parts: Parts, checkpoint: Path | None, log: Log) -> RunResult:
     if cfg.train.kernels == "fused":
         most_tokens = (total_steps - state.step) * cfg.train.batch_size * cfg.data.max_length
         flops = 4.0 * base_of(parts.model).num_parameters() * most_tokens
-        log(dispatch.pick(accelerator.device, flops, cfg.train.compile))
+        log(dispatch.configure_compile(accelerator.device, flops, cfg.train.compile))
     lesson = parts.lesson
     if lesson is not None and lesson.has_teacher:
         loss = lesson.loss(parts.model)

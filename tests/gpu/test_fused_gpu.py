@@ -11,7 +11,7 @@ from tests.parity.test_fast_layers import LENGTHS, disturb, step
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.data.batch import build_batch
 from finetune.models.adapters.attach import attach_lora
-from finetune.models.fused import attach_fast_path
+from finetune.models.fused import fuse_layers
 from finetune.models.load import load_base
 from finetune.ops import dispatch
 from finetune.ops.attention import attend, plan_segments, round_up, varlen_kernel
@@ -57,7 +57,7 @@ def test_gradients_are_as_close_to_fp32_as_pefts(
     tmp_path: Path, storage: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """As on the CPU: at most a quarter further from fp32 arithmetic than PEFT's own path."""
-    monkeypatch.setattr(dispatch, "_compiled", compiled)
+    monkeypatch.setattr(dispatch.STATE, "compiled", compiled)
     random_qwen2(dtype=torch.bfloat16).save_pretrained(tmp_path)
     batch = build_batch(documents(LENGTHS)).to(GPU)
 
@@ -67,7 +67,7 @@ def test_gradients_are_as_close_to_fp32_as_pefts(
         model = attach_lora(load_base(ModelConfig(name=str(tmp_path), dtype=dtype), quant), LoraConfig(rank=4))
         disturb(model)
         if fast:
-            attach_fast_path(model)
+            fuse_layers(model)
         return step(model.train(), batch)[1]
 
     exact, peers, ours = gradients("float32", False), gradients("bfloat16", False), gradients("bfloat16", True)

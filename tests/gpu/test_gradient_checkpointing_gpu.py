@@ -9,8 +9,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from finetune.data.batch import build_batch
 from finetune.losses.cross_entropy import CrossEntropy
-from finetune.models.fused import attach_fast_path
-from finetune.models.gradient_checkpointing import apply_recompute
+from finetune.models.fused import fuse_layers
+from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.ops import attention
 from tests.parity.test_cross_entropy import documents
 
@@ -34,8 +34,8 @@ def step(setting: str | int, fast: bool) -> tuple[int, dict[str, torch.Tensor]]:
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, init_lora_weights=False)
     model = get_peft_model(base, lora).train()
     if fast:
-        attach_fast_path(model)
-    apply_recompute(model, setting)
+        fuse_layers(model)
+    apply_gradient_checkpointing(model, setting)
     batch = build_batch(documents([2000, 1500, 500])).to(torch.device("cuda"))
     for _ in range(2):
         model.zero_grad()

@@ -30,10 +30,10 @@ def test_loss_and_gradient_equal_float64(compiled, dtype, bias, monkeypatch):
     expected.backward()
     leaf = hidden.clone().requires_grad_()
     try:
-        dispatch.pick(torch.device("cuda"), 0, wanted=compiled)
+        dispatch.configure_compile(torch.device("cuda"), 0, wanted=compiled)
         nats = chunked_loss(leaf, head, vocabulary, _nats_of(labels, weights))
     finally:
-        dispatch.pick(torch.device("cuda"), 0, wanted=False)
+        dispatch.configure_compile(torch.device("cuda"), 0, wanted=False)
     nats.backward()
     # Sums of fp32 products; a logit rounded to bf16 would show as 1e-3 and more in a single row.
     assert nats.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from finetune import train
 from finetune.commands.cache import run_cache
-from finetune.distill.codec import top_signal
+from finetune.distill.codec import teacher_top_k
 from finetune.system.arguments import Arguments
 from finetune.system.errors import ConfigError
 from finetune.system.resources import packaged
@@ -83,7 +83,7 @@ def test_a_teacher_behind_http_is_asked_once_for_each_document(tmp_path):
 def _assert_holds_table(folder: Path, table_VV: np.ndarray) -> None:
     """Every kept distribution is a row of the server's table, cut to its eight largest entries."""
     [shard] = folder.glob("*.safetensors")
-    signal = top_signal(load_file(shard), torch.device("cpu"))
+    signal = teacher_top_k(load_file(shard), torch.device("cpu"))
     largest = np.sort(table_VV, axis=1)[:, ::-1][:, :8]
     kept = signal.log_probs_NK.numpy()
     nearest = np.abs(kept[:, None, :] - largest[None]).max(-1).min(1)

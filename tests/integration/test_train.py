@@ -17,7 +17,7 @@ from finetune import load_base, load_config, load_tokenizer
 from finetune.data.loader import load_chat_template, load_data
 from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.perplexity import evaluate
-from finetune.models.fused import attach_fast_path
+from finetune.models.fused import fuse_layers
 from tests.runs import SMALL_RUN, metrics, result
 
 SCRIPT = Path(__file__).resolve().parents[2] / "finetune" / "train.py"
@@ -27,7 +27,7 @@ def reloaded_loss(run: Path) -> float:
     """Load the base and the adapter with PEFT, and evaluate the held-out rows."""
     cfg = load_config(f"{run}/config.yaml")
     model = PeftModel.from_pretrained(load_base(cfg.model, cfg.quant), run)
-    attach_fast_path(model)  # The run's own arithmetic, so that nothing but the weights can differ.
+    fuse_layers(model)  # The run's own arithmetic, so that nothing but the weights can differ.
     data = load_data(Preparation(cfg.data, load_chat_template(cfg.data, load_tokenizer(cfg.model))))
     return evaluate(model, data.eval[0].documents, limit_tokens=4096).loss
 

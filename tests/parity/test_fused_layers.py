@@ -17,7 +17,7 @@ from finetune.evaluation.decoding import Decoding
 from finetune.losses.cross_entropy import CrossEntropy, score
 from finetune.models import fused as fast_path
 from finetune.models.adapters.attach import attach_lora, check_adapter, save_adapter
-from finetune.models.fused import FastDecoderLayer, attach_fast_path
+from finetune.models.fused import FusedDecoderLayer, fuse_layers
 from finetune.models.load import load_base
 from tests.models import random_qwen2
 from tests.parity.test_cross_entropy import documents
@@ -92,9 +92,9 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_loss_and_gradients_equal_pefts(kind: str, recompute: bool, kernel_calls: Counter[str]):
     batch = build_batch(documents(LENGTHS))
     plain, fast = adapted(kind), adapted(kind)
-    attach_fast_path(fast)
+    fuse_layers(fast)
     if recompute:
-        for layer in (m for m in fast.modules() if isinstance(m, FastDecoderLayer)):
+        for layer in (m for m in fast.modules() if isinstance(m, FusedDecoderLayer)):
             layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, checkpointed
     expected, expected_gradients = step(plain, batch)
     assert not kernel_calls
@@ -125,7 +125,7 @@ def test_a_quantized_base_in_bf16_is_as_close_to_fp32_as_pefts(tmp_path: Path, s
         found = attach_lora(load_base(ModelConfig(name=str(tmp_path), dtype=dtype), quant, "cpu"), lora)
         disturb(found)
         if fast:
-            attach_fast_path(found)
+            fuse_layers(found)
         return found.train()
 
     batch = build_batch(documents(LENGTHS))
@@ -152,7 +152,7 @@ def test_what_no_target_needs_and_what_documents_share_changes_nothing_when_left
     assert apart.rows == apart.tokens > together.tokens and together.rows < 0.6 * together.tokens
     for kind in ("q and v", "all linears"):
         model = adapted(kind)
-        attach_fast_path(model)
+        fuse_layers(model)
         expected, expected_gradients = step(model, apart)
         found, gradients = step(model, together)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
@@ -162,7 +162,7 @@ def test_what_no_target_needs_and_what_documents_share_changes_nothing_when_left
 
 def test_a_second_backward_pass_over_overwritten_factors_is_refused():
     model = adapted("q and v")
-    attach_fast_path(model)
+    fuse_layers(model)
     loss = CrossEntropy(model)(build_batch(documents(LENGTHS)))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -171,8 +171,8 @@ def test_a_second_backward_pass_over_overwritten_factors_is_refused():
 
 def test_the_model_stays_an_ordinary_peft_model(tmp_path: Path, kernel_calls: Counter[str]):
     plain, fast = adapted("q and v"), adapted("q and v")
-    attach_fast_path(fast)
-    attach_fast_path(fast)
+    fuse_layers(fast)
+    fuse_layers(fast)
     assert fast.state_dict().keys() == plain.state_dict().keys()
     ids = torch.arange(24).reshape(2, 12)
     for mode in ("eval", "train"):
@@ -201,7 +201,7 @@ def test_padded_rows_are_read_as_peft_reads_them_token_after_token(kind: str, at
         model.config._attn_implementation = attention
         if is_fast:
             assert not kernel_calls
-            attach_fast_path(model)
+            fuse_layers(model)
 
         def choose(logits_NV: torch.Tensor, *_: Any, seen: list[torch.Tensor] = seen) -> torch.Tensor:
             seen.append(logits_NV.clone())
@@ -218,7 +218,7 @@ def test_padded_rows_are_read_as_peft_reads_them_token_after_token(kind: str, at
 def test_a_disabled_adapter_a_merged_one_and_two_at_once_are_what_peft_makes_of_them():
     batch = build_batch(documents(LENGTHS))
     plain, fast = adapted("q and v"), adapted("q and v")
-    attach_fast_path(fast)
+    fuse_layers(fast)
 
     def nats(model: torch.nn.Module) -> torch.Tensor:
         return score(model, batch).nll

@@ -14,7 +14,7 @@ from finetune.distill.on_policy import OnPolicySampler
 from finetune.distill.resident import ResidentTeacher
 from finetune.evaluation.sampling import sample_answers
 from finetune.losses.distillation import Distillation
-from finetune.losses.divergence import Terms
+from finetune.losses.divergence import DistillLossWeights
 from tests.models import random_qwen2
 
 WORDS, STOP = 97, 5
@@ -76,11 +76,11 @@ def test_the_divergence_of_written_answers_is_trls(kind, beta, rows):
     assert all(document.student_generated for document in documents) and targets > 12
     their_loss, their_gradients = theirs(student, teacher, documents, beta)
 
-    terms = Terms(rows=rows, teacher=1.0, divergence=kind, mix=beta if kind == "jsd" else 0.0)
+    terms = DistillLossWeights(rows=rows, teacher=1.0, divergence=kind, mix=beta if kind == "jsd" else 0.0)
     loss = Distillation(student, terms, WORDS)
     student.zero_grad()
     batches = [build_batch(sequence, share_prefixes=True) for sequence in sequences]
-    loss.expect(ResidentTeacher(teacher, torch.device("cpu")).signals(batches))
+    loss.expect(ResidentTeacher(teacher, torch.device("cpu")).targets_for(batches))
     total = torch.stack([loss(batch) for batch in batches]).sum() / targets
     total.backward()
     assert total.item() == pytest.approx(their_loss, rel=1e-5)

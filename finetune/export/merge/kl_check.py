@@ -26,10 +26,10 @@ from finetune.data.tokens.prepare import Preparation
 from finetune.distill.resident import ResidentTeacher, load_resident
 from finetune.evaluation.agreement import agreement
 from finetune.evaluation.perplexity import Perplexity, evaluate
-from finetune.losses.teacher_targets import HiddenSignal
+from finetune.losses.teacher_targets import TeacherHidden
 from finetune.models.adapters.files import SavedAdapter, load_adapter
 from finetune.models.adapters.trained import Trained
-from finetune.models.fused import attach_fast_path
+from finetune.models.fused import fuse_layers
 from finetune.models.load import default_device, load_adapter_tokenizer, load_base
 from finetune.system.errors import ConfigError, DataError
 
@@ -51,7 +51,7 @@ class Remembered:
     """What a trained model said about its rows."""
 
     rows: HeldOut
-    signals: list[HiddenSignal]
+    targets_for: list[TeacherHidden]
     scored: Perplexity
 
 
@@ -59,9 +59,9 @@ class _Replay:
     """A teacher that says again what it said about the same batches, in the same order."""
 
     def __init__(self, said: Remembered):
-        self._next = iter(said.signals)
+        self._next = iter(said.targets_for)
 
-    def signals(self, batches: Sequence[Batch]) -> Iterator[HiddenSignal]:
+    def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherHidden]:
         return islice(self._next, len(batches))
 
 
@@ -133,10 +133,12 @@ def ask_trained(trained: Trained, rows: HeldOut) -> Remembered:
     """Load the trained model as it was trained, and keep what it says."""
     device = default_device()
     model = load_adapter(load_base(trained.model, trained.quant, device), rows.adapter.folder)
-    attach_fast_path(model)
+    fuse_layers(model)
     teacher = ResidentTeacher(model.eval(), device)
     batches = [build_batch(group, share_prefixes=True) for group in groups_of(rows.documents, _LIMIT_TOKENS)]
-    said = Remembered(rows, list(teacher.signals(batches)), evaluate(model, rows.documents, limit_tokens=_LIMIT_TOKENS))
+    said = Remembered(
+        rows, list(teacher.targets_for(batches)), evaluate(model, rows.documents, limit_tokens=_LIMIT_TOKENS)
+    )
     del model, teacher
     gc.collect()
     return said

@@ -26,7 +26,7 @@ def eight_bit_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def give_eight_bit_layers(base: nn.Module, names: Iterable[str], threshold: float) -> None:
+def replace_eight_bit_linears(base: nn.Module, names: Iterable[str], threshold: float) -> None:
     """Put bitsandbytes' layers, whose weights are yet to come, in the place of plain linear ones.
 
     threshold: from which on an input is an outlier; that of transformers' settings for quant.type=int8.
@@ -97,7 +97,7 @@ def quantize_loaded(base: nn.Module, names: Iterable[str], threshold: float) -> 
     """Turn plain linear layers that have their weights into 8-bit ones."""
     names = list(names)
     weights = {name: base.get_submodule(name).weight for name in names}
-    give_eight_bit_layers(base, names, threshold)
+    replace_eight_bit_linears(base, names, threshold)
     for name in names:
         weight: Any = weights.pop(name)
         put_rows(base.get_submodule(name), *quantize_rows(weight.data))

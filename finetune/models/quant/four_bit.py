@@ -25,7 +25,13 @@ from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models.digest import identity, weights_digest
 from finetune.models.hub import read_tensor
 from finetune.models.quant.cache import Log, QuantizedCache, cache_folder
-from finetune.models.quant.eight_bit import eight_bit_modules, give_eight_bit_layers, put_rows, quantize_rows, rows_of
+from finetune.models.quant.eight_bit import (
+    eight_bit_modules,
+    put_rows,
+    quantize_rows,
+    replace_eight_bit_linears,
+    rows_of,
+)
 from finetune.models.quant.quantize import storage_in
 from finetune.system import heap
 
@@ -56,7 +62,7 @@ def load_four_bit(
     if not holds_all(files, base):
         return None
     storage = storage_in(base, quant)
-    quantizer = give_quantized_layers(base, settings, storage, device)
+    quantizer = replace_linears(base, settings, storage, device)
     fill_plain(base, files, device)
     _fill_quantized(base, files, cache_of(files, model, quant, storage, device, log), device)
     base.hf_quantizer = quantizer
@@ -64,7 +70,7 @@ def load_four_bit(
     return base.eval()
 
 
-def give_quantized_layers(
+def replace_linears(
     base: PreTrainedModel, settings: BitsAndBytesConfig, storage: Mapping[str, str], device: torch.device
 ) -> Any:
     """Put bitsandbytes' layers into a skeleton, as transformers does, whose quantizer is returned.
@@ -77,7 +83,7 @@ def give_quantized_layers(
     base.config.quantization_config = settings
     quantizer.preprocess_model(model=base, dtype=base.dtype, device_map=placement, checkpoint_files=[])
     eight = [name for name, kind in storage.items() if kind == "int8"]
-    give_eight_bit_layers(base, eight, settings.llm_int8_threshold)
+    replace_eight_bit_linears(base, eight, settings.llm_int8_threshold)
     return quantizer
 
 
@@ -172,7 +178,7 @@ def quantizing_workers() -> Iterator[ThreadPoolExecutor]:
         # What a worker sets holds for itself and for all threads that begin later.
         torch.set_num_threads(threads)
         # glibc keeps what each thread freed for that thread, of which there is none any more (40 to 170 MB measured).
-        heap.give_back()
+        heap.malloc_trim()
 
 
 def holds_all(files: Mapping[str, Path], base: PreTrainedModel) -> bool:

@@ -17,10 +17,10 @@ from finetune.models.quant.eight_bit import dequantize_rows, eight_bit_modules, 
 from finetune.models.quant.four_bit import (
     build_skeleton,
     cache_of,
-    give_quantized_layers,
     quantize,
     quantized_modules,
     quantizing_workers,
+    replace_linears,
 )
 from finetune.models.quant.quantize import storage_in
 from finetune.ops.dequantize import dequantized_values
@@ -48,7 +48,7 @@ class QuantizedWeights:
         """folder, files: of the 16-bit model. settings: from `load.quantization_of`. say: as for `load_base`."""
         skeleton = build_skeleton(folder, getattr(torch, model.dtype), "eager")
         storage = storage_in(skeleton, quant)
-        give_quantized_layers(skeleton, settings, storage, device)
+        replace_linears(skeleton, settings, storage, device)
         self._like = {f"{name}.weight": module.weight for name, module in quantized_modules(skeleton)}
         self._eight_bit = {f"{name}.weight" for name, _ in eight_bit_modules(skeleton)}
         self._device = device

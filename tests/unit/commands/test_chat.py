@@ -20,7 +20,7 @@ from finetune.commands.chat import ChatSettings, Conversation, respond, talk
 from finetune.config.compose import load_config, to_yaml
 from finetune.data.formats.messages import Message
 from finetune.evaluation import decoding
-from finetune.models.fused import FastDecoderLayer
+from finetune.models.fused import FusedDecoderLayer
 from finetune.models.load import load_base
 from finetune.models.quant.four_bit import quantized_modules
 from finetune.system.arguments import Arguments
@@ -231,7 +231,7 @@ def test_weights_are_dequantized_once_where_memory_has_room_for_them(monkeypatch
     talking = chat.load_conversation(config, None, ChatSettings(max_new_tokens=8))
     layers = [module for _, module in quantized_modules(talking.model)]
     assert layers and {hasattr(layer, "resident_weight") for layer in layers} == {kept}
-    assert {isinstance(module, FastDecoderLayer) for module in talking.model.model.layers} == {
+    assert {isinstance(module, FusedDecoderLayer) for module in talking.model.model.layers} == {
         "train.kernels=peft" not in settings
     }
     talking.answer("hi")

@@ -29,9 +29,9 @@ from finetune.distill.server import TopTokens
 from finetune.distill.shards import COMPLETE
 from finetune.losses.chunked import chunked_loss
 from finetune.losses.cross_entropy import target_rows
-from finetune.losses.divergence import Terms, distillation_loss
-from finetune.losses.teacher_targets import HiddenSignal, Signal, Teacher, TopSignal
-from finetune.models.fused import attach_fast_path
+from finetune.losses.divergence import DistillLossWeights, distillation_loss
+from finetune.losses.teacher_targets import Teacher, TeacherHidden, TeacherTargets, TeacherTopK
+from finetune.models.fused import fuse_layers
 from finetune.system.errors import ConfigError, DataError, IntegrityError
 from finetune.system.resources import packaged
 from tests.models import random_qwen2
@@ -60,7 +60,7 @@ def documents() -> list[Document]:
 
 def resident(dtype: torch.dtype = torch.float32, seed: int = 0) -> ResidentTeacher:
     model = random_qwen2(dtype=dtype, seed=seed).requires_grad_(False)
-    attach_fast_path(model)
+    fuse_layers(model)
     return ResidentTeacher(model.eval(), CPU)
 
 
@@ -75,10 +75,10 @@ class TableTeacher:
     def __init__(self) -> None:
         self.table_VV = 2 * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1))
 
-    def signals(self, batches: Sequence[Batch]) -> Iterator[HiddenSignal]:
+    def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherHidden]:
         for batch in batches:
             states_TV = self.table_VV[batch.input_ids[0]]
-            yield HiddenSignal(target_rows(states_TV, batch)[0], nn.Identity())
+            yield TeacherHidden(target_rows(states_TV, batch)[0], nn.Identity())
 
 
 def write(folder: Path, teacher: Teacher, documents: Sequence[Document], group_tokens: int = 500, **keys) -> dict:
@@ -101,13 +101,15 @@ def packings(documents: list[Document]) -> Iterator[list[Batch]]:
         yield [build_batch(group, share_prefixes=share_prefixes) for group in groups_of(some, limit)]
 
 
-def losses(signal: Signal, targets: int) -> tuple[Tensor, Tensor]:
+def losses(teacher_targets: TeacherTargets, targets: int) -> tuple[Tensor, Tensor]:
     """A student's divergence from the signal, and its gradient with respect to the student's states."""
     torch.manual_seed(7)
     head = nn.Linear(WIDTH, VOCABULARY, bias=False).requires_grad_(False)
     hidden_ND = torch.randn(targets, WIDTH, requires_grad=True)
     labels_N, ones_N = torch.zeros(targets, dtype=torch.int64), torch.ones(targets)
-    loss = distillation_loss(signal, Terms(divergence="jsd", mix=0.5), labels_N, ones_N, ones_N, VOCABULARY)
+    loss = distillation_loss(
+        teacher_targets, DistillLossWeights(divergence="jsd", mix=0.5), labels_N, ones_N, ones_N, VOCABULARY
+    )
     total = chunked_loss(hidden_ND, head, VOCABULARY, loss)
     return total.detach(), torch.autograd.grad(total, hidden_ND)[0]
 
@@ -117,10 +119,10 @@ def test_hidden_states_from_disk_give_the_bits_of_loss_and_gradient(tmp_path, do
     teacher = resident(dtype)
     some = documents[:9]
     batch = build_batch(some, share_prefixes=True)
-    online_signals = list(teacher.signals([batch]))
-    cached_signals = list(cached(tmp_path, teacher, some, cache_kind="hidden").signals([batch]))
-    for online, offline in zip(online_signals, cached_signals, strict=True):
-        assert isinstance(offline, HiddenSignal) and offline.hidden_ND.dtype == dtype
+    online_targets = list(teacher.targets_for([batch]))
+    cached_targets = list(cached(tmp_path, teacher, some, cache_kind="hidden").targets_for([batch]))
+    for online, offline in zip(online_targets, cached_targets, strict=True):
+        assert isinstance(offline, TeacherHidden) and offline.hidden_ND.dtype == dtype
         assert torch.equal(online.hidden_ND, offline.hidden_ND) and offline.head is teacher.model.lm_head
         for a, b in zip(losses(online, len(online.hidden_ND)), losses(offline, len(online.hidden_ND)), strict=True):
             assert torch.equal(a, b)
@@ -129,25 +131,25 @@ def test_hidden_states_from_disk_give_the_bits_of_loss_and_gradient(tmp_path, do
 @pytest.mark.parametrize("tier", ["hidden", "sampled"])
 def test_order_packing_and_batch_size_leave_a_documents_signal(tmp_path, documents, tier):
     folder = cached(tmp_path, TableTeacher(), documents, cache_kind=tier)
-    whole = {key_of(each): next(iter(folder.signals([build_batch([each])]))) for each in documents}
+    whole = {key_of(each): next(iter(folder.targets_for([build_batch([each])]))) for each in documents}
     for batches in packings(documents):
-        for batch, signal in zip(batches, folder.signals(batches), strict=True):
+        for batch, teacher_targets in zip(batches, folder.targets_for(batches), strict=True):
             parts = [whole[key] for key, _ in cache_module.keys_of(batch)]
             for name in ("hidden_ND",) if tier == "hidden" else ("ids_NK", "probs_NK", "entropy_N"):
-                assert torch.equal(getattr(signal, name), torch.cat([getattr(part, name) for part in parts]))
+                assert torch.equal(getattr(teacher_targets, name), torch.cat([getattr(part, name) for part in parts]))
 
 
 def test_cached_states_are_the_online_ones_of_any_batch_but_for_their_last_bits(tmp_path, documents, teacher):
     folder = cached(tmp_path, teacher, documents, cache_kind="hidden")
     for batches in packings(documents):
-        for online, offline in zip(teacher.signals(batches), folder.signals(batches), strict=True):
+        for online, offline in zip(teacher.targets_for(batches), folder.targets_for(batches), strict=True):
             torch.testing.assert_close(offline.hidden_ND, online.hidden_ND, rtol=LAST_BITS, atol=LAST_BITS)
 
 
 def test_what_is_drawn_follows_from_document_and_seed_alone(tmp_path, documents):
     def drawn(name: str, some: list[Document], **keys) -> dict[bytes | None, Tensor]:
         folder = cached(tmp_path / name, TableTeacher(), some, **keys)
-        return {key_of(each): next(iter(folder.signals([build_batch([each])]))).ids_NK for each in some}
+        return {key_of(each): next(iter(folder.targets_for([build_batch([each])]))).ids_NK for each in some}
 
     usual = drawn("usual", documents)
     again = drawn("again", random.Random(0).sample(documents, len(documents)), group_tokens=1)
@@ -163,12 +165,12 @@ def test_what_is_drawn_follows_from_document_and_seed_alone(tmp_path, documents)
 @pytest.mark.parametrize("tier", ["hidden", "sampled"])
 def test_a_batch_without_a_target_has_an_empty_signal(tmp_path, documents, teacher, tier):
     batch = dummy_batch(documents[0])
-    [signal] = cached(tmp_path, teacher, documents[:3], cache_kind=tier).signals([batch])
-    [online] = teacher.signals([batch])
+    [teacher_targets] = cached(tmp_path, teacher, documents[:3], cache_kind=tier).targets_for([batch])
+    [online] = teacher.targets_for([batch])
     if tier == "hidden":
-        assert signal.hidden_ND.shape == online.hidden_ND.shape == (0, WIDTH)
+        assert teacher_targets.hidden_ND.shape == online.hidden_ND.shape == (0, WIDTH)
     else:
-        assert signal.ids_NK.shape == signal.probs_NK.shape == (0, 48)
+        assert teacher_targets.ids_NK.shape == teacher_targets.probs_NK.shape == (0, 48)
 
 
 # Refusing
@@ -187,7 +189,7 @@ def test_missing_documents_are_counted_and_the_first_are_named(tmp_path, documen
     with pytest.raises(
         DataError, match=rf"lacks 7 of the 37 documents from {documents[0].location} to {documents[36].location}"
     ):
-        list(folder.signals([build_batch(documents[:37])]))
+        list(folder.targets_for([build_batch(documents[:37])]))
 
 
 @pytest.mark.parametrize("tier", ["hidden", "sampled"])
@@ -218,10 +220,10 @@ class Changed:
     def __init__(self, teacher: Teacher, change: Callable[[Tensor], Tensor]):
         self.teacher, self.change = teacher, change
 
-    def signals(self, batches: Sequence[Batch]) -> Iterator[Signal]:
-        for signal in self.teacher.signals(batches):
-            assert isinstance(signal, HiddenSignal)
-            yield replace(signal, hidden_ND=self.change(signal.hidden_ND))
+    def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherTargets]:
+        for teacher_targets in self.teacher.targets_for(batches):
+            assert isinstance(teacher_targets, TeacherHidden)
+            yield replace(teacher_targets, hidden_ND=self.change(teacher_targets.hidden_ND))
 
 
 def replace_states(teacher: Teacher, change: Callable[[Tensor], Tensor]) -> Teacher:
@@ -307,10 +309,12 @@ def test_a_servers_answers_are_kept_without_rows_beyond_the_vocabulary(tmp_path,
     origin = {"kept": {"cache_kind": "top"}}
     fill_cache(tmp_path, origin, documents, filling._ask_server(cfg, VOCABULARY, print), 50, lambda done, total: None)
     batches = [build_batch([each]) for each in documents]
-    for each, signal in zip(documents, CachedTeacher(tmp_path, origin, CPU).signals(batches), strict=True):
-        assert isinstance(signal, TopSignal)
+    for each, teacher_targets in zip(documents, CachedTeacher(tmp_path, origin, CPU).targets_for(batches), strict=True):
+        assert isinstance(teacher_targets, TeacherTopK)
         asked = each.ids[each.labels != IGNORE_INDEX]
-        for ids, log_probs, true in zip(signal.ids_NK.numpy(), signal.log_probs_NK.numpy(), table[asked], strict=True):
+        for ids, log_probs, true in zip(
+            teacher_targets.ids_NK.numpy(), teacher_targets.log_probs_NK.numpy(), table[asked], strict=True
+        ):
             assert len(set(ids.tolist())) == 64 and ids.max() < VOCABULARY
             best = np.argsort(-true)[:64]
             kept = log_probs > -24

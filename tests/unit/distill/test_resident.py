@@ -14,7 +14,7 @@ from finetune.data.batch import build_batch
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.distill.resident import ResidentTeacher, load_resident
 from finetune.losses.hidden_states import base_of
-from finetune.models.fused import FastDecoderLayer
+from finetune.models.fused import FusedDecoderLayer
 from finetune.models.load import load_base
 from tests.models import random_qwen2
 from tests.unit.losses.test_distillation import documents
@@ -54,14 +54,14 @@ def test_it_says_what_transformers_own_model_says(folder, dtype):
     teacher = load_resident(cfg(folder, dtype), None, CPU)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     docs = documents([12, 30, 5])
-    for doc, signal in zip(docs, teacher.signals([build_batch([doc]) for doc in docs]), strict=True):
+    for doc, targets in zip(docs, teacher.targets_for([build_batch([doc]) for doc in docs]), strict=True):
         with torch.no_grad():
             states = plain.model(torch.tensor(doc.ids[None].astype("int64"))).last_hidden_state[0]
         expected = states[torch.tensor(doc.labels != IGNORE_INDEX)]
         # bf16 sums of other kernels: 2**-8 of values up to 4. fp32: 2**-24 times a hundred roundings.
         tolerance = 0.03 if dtype == "bfloat16" else 1e-5
-        torch.testing.assert_close(signal.hidden_ND, expected, rtol=tolerance, atol=tolerance)
-        assert torch.equal(signal.head.weight, plain.lm_head.weight)
+        torch.testing.assert_close(targets.hidden_ND, expected, rtol=tolerance, atol=tolerance)
+        assert torch.equal(targets.head.weight, plain.lm_head.weight)
 
 
 def test_a_student_of_the_same_base_and_type_shares_its_tables(folder):
@@ -72,7 +72,7 @@ def test_a_student_of_the_same_base_and_type_shares_its_tables(folder):
     assert not set(tables(other_type.model)) & set(tables(student))
     assert not any(p.requires_grad for p in teacher.model.parameters())
     assert {p.dtype for p in teacher.model.parameters()} == {torch.bfloat16}
-    assert all(type(layer) is FastDecoderLayer for layer in base_of(teacher.model).model.layers)
+    assert all(type(layer) is FusedDecoderLayer for layer in base_of(teacher.model).model.layers)
 
 
 def test_what_is_not_shared_is_mapped_from_the_files(folder):
@@ -107,5 +107,5 @@ def test_files_that_call_their_tensors_otherwise_are_left_to_transformers(folder
 
 def test_asking_leaves_no_graph_and_no_mode_behind():
     model = random_qwen2().eval()
-    [signal] = ResidentTeacher(model, CPU).signals([build_batch(documents([9]))])
-    assert not signal.hidden_ND.requires_grad and not model.training
+    [targets] = ResidentTeacher(model, CPU).targets_for([build_batch(documents([9]))])
+    assert not targets.hidden_ND.requires_grad and not model.training

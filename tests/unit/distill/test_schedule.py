@@ -18,7 +18,7 @@ class Echo:
         self.asked: list[list[str]] = []
         self.taken: list[str] = []
 
-    def signals(self, batches: list) -> Iterator:
+    def targets_for(self, batches: list) -> Iterator:
         self.asked.append(list(batches))
         for batch in batches:
             self.taken.append(batch)
@@ -37,20 +37,20 @@ def test_each_step_gets_its_own_signals_and_nothing_beyond_the_last_is_asked(ahe
     teacher = Echo()
     schedule = Schedule(teacher, ahead, total_steps=5)
     for step, batches in BATCHES.items():
-        assert list(schedule.signals(step, BATCHES.__getitem__)) == batches
+        assert list(schedule.targets_for(step, BATCHES.__getitem__)) == batches
     assert teacher.asked == asked
 
 
 def test_a_run_that_continues_begins_at_its_step():
     teacher = Echo()
     schedule = Schedule(teacher, 2, total_steps=5)
-    assert [list(schedule.signals(step, BATCHES.__getitem__)) for step in (4, 5)] == [["4a"], ["5a"]]
+    assert [list(schedule.targets_for(step, BATCHES.__getitem__)) for step in (4, 5)] == [["4a"], ["5a"]]
     assert teacher.asked == [["4a", "5a"]]
 
 
 def test_a_teacher_that_computes_when_it_is_asked_does_so_batch_by_batch():
     teacher = Echo()
-    signals = iter(Schedule(teacher, 1, total_steps=5).signals(3, BATCHES.__getitem__))
+    targets_for = iter(Schedule(teacher, 1, total_steps=5).targets_for(3, BATCHES.__getitem__))
     assert teacher.taken == []
-    next(signals)
+    next(targets_for)
     assert teacher.taken == ["3a"]

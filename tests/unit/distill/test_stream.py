@@ -25,7 +25,7 @@ from finetune.distill import layer_reader
 from finetune.distill.stream import StreamedModel
 from finetune.losses.hidden_states import hidden_states
 from finetune.models.adapters.files import load_adapter
-from finetune.models.fused import attach_fast_path
+from finetune.models.fused import fuse_layers
 from finetune.models.load import load_base
 from finetune.models.safetensors_index import Stored
 from finetune.ops import attention
@@ -80,7 +80,7 @@ def resident_states(cfg: ModelConfig, batches: list[Batch], adapter: Path | None
     model: nn.Module = load_base(cfg, PLAIN, CPU)
     if adapter is not None:
         model = load_adapter(model, adapter)
-    attach_fast_path(model)
+    fuse_layers(model)
     with torch.no_grad():
         return [hidden_states(model, batch)[batch.labels[0] != IGNORE_INDEX] for batch in batches]
 

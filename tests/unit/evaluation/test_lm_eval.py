@@ -20,7 +20,7 @@ from finetune.evaluation.gap_table import TaskFigures
 from finetune.evaluation.generation import answer_rows
 from finetune.evaluation.lm_eval import load_tasks, run_tasks
 from finetune.models.adapters.files import load_adapter
-from finetune.models.fused import attach_fast_path
+from finetune.models.fused import fuse_layers
 from finetune.models.load import load_base, load_tokenizer
 from finetune.system.errors import ConfigError, FinetuneError, MissingExtra
 from tests.unit.evaluation.conftest import BASE
@@ -60,7 +60,7 @@ metric_list:
 def student(run_folder: Path) -> nn.Module:
     """The quantized base with its adapter, as it is trained: nothing is merged."""
     model = load_adapter(load_base(ModelConfig(name=str(BASE)), QuantConfig(), "cpu"), run_folder)
-    attach_fast_path(model)
+    fuse_layers(model)
     return model.eval()
 
 

@@ -9,7 +9,7 @@ import torch
 
 from finetune.evaluation import sampling
 from finetune.evaluation.sampling import draw_tokens, sample_answers
-from finetune.models.fused import attach_fast_path
+from finetune.models.fused import fuse_layers
 from tests.models import random_qwen2
 
 WORDS, STOP = 97, 5
@@ -21,7 +21,7 @@ def model():
     adapted = peft.get_peft_model(
         random_qwen2(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.3)
     )
-    attach_fast_path(adapted)
+    fuse_layers(adapted)
     return adapted.train()
 
 

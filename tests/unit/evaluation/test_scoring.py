@@ -24,7 +24,7 @@ from finetune.evaluation.intervals import Bootstrap
 from finetune.evaluation.measure import Remembered, token_figures
 from finetune.evaluation.scoring import TokenScores, score_tokens
 from finetune.losses.cross_entropy import head_of
-from finetune.models.fused import attach_fast_path
+from finetune.models.fused import fuse_layers
 from finetune.models.load import load_base, load_tokenizer
 from finetune.ops.limits import LOGITS_VALUES
 from finetune.system.errors import FinetuneError
@@ -63,7 +63,7 @@ def shaken(model: nn.Module) -> nn.Module:
 
 def fast(other: bool = False) -> nn.Module:
     model = load_base(ModelConfig(name=str(BASE), dtype="float32"), QuantConfig(type="none"), "cpu")
-    attach_fast_path(shaken(model) if other else model)
+    fuse_layers(shaken(model) if other else model)
     return model.eval()
 
 

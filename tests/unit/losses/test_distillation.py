@@ -16,8 +16,8 @@ from finetune.data.encoded import IGNORE_INDEX
 from finetune.distill.resident import ResidentTeacher
 from finetune.losses.cross_entropy import CrossEntropy
 from finetune.losses.distillation import Distillation
-from finetune.losses.divergence import Terms
-from finetune.losses.teacher_targets import Signal
+from finetune.losses.divergence import DistillLossWeights
+from finetune.losses.teacher_targets import TeacherTargets
 from tests.models import random_qwen2
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def documents(lengths: Sequence[int], own: Sequence[int] = ()) -> list[Document]
     return result
 
 
-def reference(docs: list[Document], terms: Terms) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def reference(docs: list[Document], terms: DistillLossWeights) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     student, teacher = random_qwen2("eager", torch.float64), random_qwen2("eager", torch.float64, seed=1)
     total = torch.zeros((), dtype=torch.float64)
     for doc in docs:
@@ -59,7 +59,10 @@ def reference(docs: list[Document], terms: Terms) -> tuple[torch.Tensor, dict[st
 
 @pytest.mark.parametrize("attn", ["segmented", "eager"])
 @pytest.mark.parametrize("share_prefixes", [False, True])
-@pytest.mark.parametrize("terms", [Terms(), Terms(rows=1.0, teacher=0.3), Terms(teacher=1.0, hidden=0.7)])
+@pytest.mark.parametrize(
+    "terms",
+    [DistillLossWeights(), DistillLossWeights(rows=1.0, teacher=0.3), DistillLossWeights(teacher=1.0, hidden=0.7)],
+)
 def test_packed_documents_give_the_loss_and_gradients_of_each_alone(attn, share_prefixes, terms):
     docs = documents([7, 30, 64, 12], own=[2])
     expected, gradients = reference(docs, terms)
@@ -67,7 +70,7 @@ def test_packed_documents_give_the_loss_and_gradients_of_each_alone(attn, share_
     model.lm_head.weight.requires_grad_(False)
     loss = Distillation(model, terms, V)
     batch = build_batch(docs, share_prefixes=share_prefixes and attn == "segmented")
-    loss.expect(teacher.signals([batch]))
+    loss.expect(teacher.targets_for([batch]))
     total = loss(batch)
     total.backward()
     torch.testing.assert_close(total.detach().double(), expected, rtol=1e-5, atol=1e-4)
@@ -81,21 +84,21 @@ def test_a_teacher_of_the_same_weights_has_nothing_to_say_and_the_rows_alone_are
     batch = build_batch([replace(doc, weights=None) for doc in docs])
     teacher = ResidentTeacher(random_qwen2(), CPU)
     model = random_qwen2()
-    loss = Distillation(model, Terms(), 97)
-    loss.expect(teacher.signals([batch]))
+    loss = Distillation(model, DistillLossWeights(), 97)
+    loss.expect(teacher.targets_for([batch]))
     loss(batch).backward()
     # q - p of equal logits is exactly 0: the kernel takes differences of logits, not of logarithms.
     assert all(not p.grad.any() for p in model.parameters())
-    loss = Distillation(model, Terms(rows=1.0, teacher=0.0), 97)
-    loss.expect(teacher.signals([batch]))
+    loss = Distillation(model, DistillLossWeights(rows=1.0, teacher=0.0), 97)
+    loss.expect(teacher.targets_for([batch]))
     torch.testing.assert_close(loss(batch).detach(), CrossEntropy(model)(batch).detach(), rtol=1e-6, atol=1e-5)
 
 
 def test_a_batch_without_targets_gives_zero_and_reaches_every_parameter():
     model, teacher = random_qwen2(), ResidentTeacher(random_qwen2(seed=1), CPU)
     batch = dummy_batch(documents([9])[0])
-    loss = Distillation(model, Terms(rows=1.0, hidden=1.0), V)
-    loss.expect(teacher.signals([batch]))
+    loss = Distillation(model, DistillLossWeights(rows=1.0, hidden=1.0), V)
+    loss.expect(teacher.targets_for([batch]))
     total = loss(batch)
     total.backward()
     assert total.item() == 0.0
@@ -106,17 +109,17 @@ def test_the_teacher_is_no_part_of_the_model_and_is_asked_as_late_as_possible():
     asked: list[int] = []
 
     class Lazy:
-        def signals(self, batches: Sequence[Batch]) -> Iterator[Signal]:
+        def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherTargets]:
             teacher = ResidentTeacher(random_qwen2(seed=1), CPU)
             for batch in batches:
                 asked.append(batch.tokens)
-                yield from teacher.signals([batch])
+                yield from teacher.targets_for([batch])
 
     model = random_qwen2()
-    loss = Distillation(model, Terms(), V)
+    loss = Distillation(model, DistillLossWeights(), V)
     assert {id(p) for p in loss.parameters()} == {id(p) for p in model.parameters()}
     batches = [build_batch([doc]) for doc in documents([7, 30])]
-    loss.expect(Lazy().signals(batches))
+    loss.expect(Lazy().targets_for(batches))
     assert asked == []
     loss(batches[0])
     assert asked == [7]

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.losses.chunked import chunked_loss
-from finetune.losses.divergence import Terms, compare, distillation_loss
-from finetune.losses.teacher_targets import HiddenSignal, SampledSignal, Signal, TopSignal
+from finetune.losses.divergence import DistillLossWeights, compare, distillation_loss
+from finetune.losses.teacher_targets import TeacherHidden, TeacherSamples, TeacherTargets, TeacherTopK
 from finetune.ops.limits import LOGITS_VALUES
 
 N, D, V, ROWS = 9, 16, 61, 53  # V ids take part of the tables' 64 and 67 rows
@@ -34,18 +34,18 @@ def inputs() -> dict[str, Tensor]:
     }
 
 
-def signal_of(kind: str, teacher_logits: Tensor, head: nn.Linear, hidden: Tensor) -> Signal:
+def teacher_targets_of(kind: str, teacher_logits: Tensor, head: nn.Linear, hidden: Tensor) -> TeacherTargets:
     if kind == "hidden":
-        return HiddenSignal(hidden, head)
+        return TeacherHidden(hidden, head)
     probs = teacher_logits.softmax(-1)
     if kind == "top":
         top = probs.topk(5)
-        return TopSignal(top.indices, top.values.log())
+        return TeacherTopK(top.indices, top.values.log())
     # All tokens, the last one named twice with half of its probability each: an exact signal in a sampled form.
     ids = torch.cat([torch.arange(V).expand(N, V), torch.full((N, 1), V - 1)], 1)
     probs = torch.cat([probs, probs[:, -1:] / 2], 1)
     probs[:, V - 1] /= 2
-    return SampledSignal(
+    return TeacherSamples(
         ids, probs.float(), -(probs * torch.log(teacher_logits.softmax(-1)[:, ids[0]])).sum(-1).float(), V
     )
 
@@ -69,16 +69,16 @@ def reference(kind: str, divergence: str, mix: float, temperature: float, studen
 
 
 CASES = [
-    ("hidden", Terms()),
-    ("hidden", Terms(rows=1.0, teacher=0.2)),
-    ("hidden", Terms(divergence="reverse_kl", temperature=2.0)),
-    ("hidden", Terms(rows=0.5, teacher=2.0, divergence="jsd", mix=0.3)),
-    ("hidden", Terms(rows=1.0, teacher=1.0, divergence="skew_kl", mix=0.1)),
-    ("hidden", Terms(rows=1.0, teacher=0.0)),
-    ("sampled", Terms()),
-    ("sampled", Terms(rows=1.0, teacher=0.2)),
-    ("top", Terms()),
-    ("top", Terms(rows=1.0, teacher=0.2)),
+    ("hidden", DistillLossWeights()),
+    ("hidden", DistillLossWeights(rows=1.0, teacher=0.2)),
+    ("hidden", DistillLossWeights(divergence="reverse_kl", temperature=2.0)),
+    ("hidden", DistillLossWeights(rows=0.5, teacher=2.0, divergence="jsd", mix=0.3)),
+    ("hidden", DistillLossWeights(rows=1.0, teacher=1.0, divergence="skew_kl", mix=0.1)),
+    ("hidden", DistillLossWeights(rows=1.0, teacher=0.0)),
+    ("sampled", DistillLossWeights()),
+    ("sampled", DistillLossWeights(rows=1.0, teacher=0.2)),
+    ("top", DistillLossWeights()),
+    ("top", DistillLossWeights(rows=1.0, teacher=0.2)),
 ]
 
 
@@ -99,9 +99,9 @@ def test_values_and_gradients_equal_float64_over_the_vocabulary_that_both_sides_
     expected = ((terms.teacher * nats + terms.rows * exact["rows"] * nll) * exact["factors"]).sum()
     expected.backward()
 
-    signal = signal_of(kind, teacher.detach(), teachers, given["teacher"])
+    targets = teacher_targets_of(kind, teacher.detach(), teachers, given["teacher"])
     hidden = given["hidden"].clone().requires_grad_()
-    loss = distillation_loss(signal, terms, given["labels"], given["factors"], given["rows"], V)
+    loss = distillation_loss(targets, terms, given["labels"], given["factors"], given["rows"], V)
     found = chunked_loss(hidden, own, V, loss)
     found.backward()
     # fp32 sums of 61 terms of up to 10 nats: some 1e-6 of them.
@@ -115,15 +115,15 @@ def test_comparing_gives_the_forward_kl_and_who_agrees(kind):
     given = inputs()
     student = (given["hidden"].double() @ own.weight.double().T)[:, :V]
     teacher = (given["teacher"].double() @ teachers.weight.double().T)[:, :V]
-    signal = signal_of("hidden" if kind == "hidden" else kind, teacher, teachers, given["teacher"])
-    if isinstance(signal, SampledSignal):  # as a cache has it: most probable first
+    targets = teacher_targets_of("hidden" if kind == "hidden" else kind, teacher, teachers, given["teacher"])
+    if isinstance(targets, TeacherSamples):  # as a cache has it: most probable first
         order = teacher.argsort(-1, descending=True)
-        signal = replace(
-            signal,
+        targets = replace(
+            targets,
             ids_NK=order,
             probs_NK=teacher.softmax(-1).gather(1, order).float(),
         )
-    kl, agrees = compare(signal, student.float(), slice(0, N), V)
+    kl, agrees = compare(targets, student.float(), slice(0, N), V)
     expected = reference(kind, "forward_kl", 0.0, 1.0, student, teacher)
     torch.testing.assert_close(kl.double(), expected, rtol=2e-6, atol=1e-5)
     assert torch.equal(agrees, student.argmax(-1) == teacher.argmax(-1))
@@ -137,7 +137,7 @@ def test_a_server_that_names_all_tokens_but_one_gives_nearly_the_whole_kl_and_ne
     found = []
     for kept in (1, 4, 16, V - 1):
         top = teacher.softmax(-1).topk(kept)
-        signal = TopSignal(top.indices, top.values.log().float())
-        found.append(compare(signal, student.clone(), slice(0, N), V)[0].double())
+        targets = TeacherTopK(top.indices, top.values.log().float())
+        found.append(compare(targets, student.clone(), slice(0, N), V)[0].double())
     assert all((more >= less - 1e-6).all() for less, more in zip(found, [*found[1:], exact], strict=True))
     torch.testing.assert_close(found[-1], exact, rtol=1e-5, atol=1e-5)

@@ -11,8 +11,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from finetune.data.batch import Batch, build_batch
 from finetune.losses.cross_entropy import CrossEntropy
-from finetune.models.fused import attach_fast_path
-from finetune.models.gradient_checkpointing import apply_recompute, recomputed_layers
+from finetune.models.fused import fuse_layers
+from finetune.models.gradient_checkpointing import apply_gradient_checkpointing, checkpointed_layers
 from finetune.ops import attention
 from finetune.ops.offload import HostOffload
 from finetune.system.errors import ConfigError
@@ -71,7 +71,7 @@ def runs_of(model: PeftModel, module: str) -> Counter[int]:
 )
 def test_the_first_layers_are_recomputed_and_the_last_one_only_if_all_are_asked_for(setting, expected, batch):
     model = adapted()
-    assert list(apply_recompute(model, setting)) == expected
+    assert list(apply_gradient_checkpointing(model, setting)) == expected
     counts = runs_of(model, "self_attn.q_proj")
     gradients(model, batch)
     assert counts == {number: 1 + (number in expected) for number in range(LAYERS)}
@@ -80,7 +80,7 @@ def test_the_first_layers_are_recomputed_and_the_last_one_only_if_all_are_asked_
 @pytest.mark.parametrize(("setting", "expected"), [("all", [2]), (1, [2]), (2, [2, 3]), (4, [2, 3]), ("none", [])])
 def test_layers_below_the_first_adapted_one_build_no_graph_and_run_once(setting, expected, batch):
     model = adapted([2, 3])
-    assert list(apply_recompute(model, setting)) == expected
+    assert list(apply_gradient_checkpointing(model, setting)) == expected
     counts = runs_of(model, "self_attn.q_proj")
     inputs = []
     for layer in model.get_base_model().model.layers:
@@ -92,29 +92,29 @@ def test_layers_below_the_first_adapted_one_build_no_graph_and_run_once(setting,
 
 def test_more_layers_than_the_model_has_are_an_error_that_says_how_many_there_are():
     with pytest.raises(ConfigError, match="asks for 5 layers, but the model has 4"):
-        apply_recompute(adapted(), 5)
+        apply_gradient_checkpointing(adapted(), 5)
 
 
 def test_a_trained_embedding_is_below_every_layer_and_a_trained_head_above():
     model = adapted([3])
     model.get_input_embeddings().weight.requires_grad_()
-    assert list(apply_recompute(model, "all")) == [0, 1, 2]
+    assert list(apply_gradient_checkpointing(model, "all")) == [0, 1, 2]
     model = adapted([3])
     model.get_base_model().lm_head.weight.requires_grad_()
-    assert list(apply_recompute(model, 4)) == [3]
+    assert list(apply_gradient_checkpointing(model, 4)) == [3]
 
 
 def test_a_model_with_one_layer_in_backward_recomputes_none_unless_told_the_number():
-    assert list(recomputed_layers("all", 4, first=3)) == []
-    assert list(recomputed_layers(4, 4, first=3)) == [3]
-    assert list(recomputed_layers("all", 4, first=4)) == []
+    assert list(checkpointed_layers("all", 4, first=3)) == []
+    assert list(checkpointed_layers(4, 4, first=3)) == [3]
+    assert list(checkpointed_layers("all", 4, first=4)) == []
 
 
 @pytest.mark.parametrize("storage", ["nf4", "none"])
 def test_a_frozen_down_proj_is_not_computed_again(storage, load, batch):
     """A frozen linear of torch does save its weight, before it multiplies; so there the products are counted."""
     model = get_peft_model(load(storage), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).train()
-    apply_recompute(model, 2)
+    apply_gradient_checkpointing(model, 2)
     if storage == "nf4":
         counts = runs_of(model, "mlp.down_proj")
         gradients(model, batch)
@@ -132,8 +132,8 @@ def test_a_frozen_down_proj_is_not_computed_again(storage, load, batch):
 
 def test_a_frozen_down_proj_is_not_computed_again_on_the_fast_path(batch):
     model = adapted()
-    attach_fast_path(model)
-    apply_recompute(model, LAYERS)
+    fuse_layers(model)
+    apply_gradient_checkpointing(model, LAYERS)
     products = CountProducts(model.get_base_model().model.layers[1].mlp.down_proj.weight)
     with products:
         CrossEntropy(model)(batch).backward()
@@ -144,8 +144,8 @@ def test_a_frozen_down_proj_is_not_computed_again_on_the_fast_path(batch):
 def test_the_fast_paths_gradients_are_the_same_bits_with_dropout(setting, batch):
     kept, recomputed = adapted(dropout=0.3), adapted(dropout=0.3)
     for model, how in ((kept, "none"), (recomputed, setting)):
-        attach_fast_path(model)
-        apply_recompute(model, how)
+        fuse_layers(model)
+        apply_gradient_checkpointing(model, how)
     expected = gradients(kept, batch)
     for name, gradient in gradients(recomputed, batch).items():
         assert torch.equal(gradient, expected[name]), name
@@ -167,8 +167,8 @@ class CountProducts(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("setting", [1, 4, "all", "offload"])
 def test_gradients_are_the_same_bits_with_dropout(setting, batch):
     kept, recomputed = adapted(dropout=0.3), adapted(dropout=0.3)
-    apply_recompute(kept, "none")
-    apply_recompute(recomputed, setting)
+    apply_gradient_checkpointing(kept, "none")
+    apply_gradient_checkpointing(recomputed, setting)
     expected = gradients(kept, batch)
     assert len(expected) == 4 * LAYERS
     for name, gradient in gradients(recomputed, batch).items():
@@ -177,7 +177,7 @@ def test_gradients_are_the_same_bits_with_dropout(setting, batch):
 
 def test_evaluation_recomputes_nothing(batch):
     model = adapted()
-    apply_recompute(model, 4)
+    apply_gradient_checkpointing(model, 4)
     counts = runs_of(model, "self_attn.q_proj")
     gradients(model.eval(), batch)
     assert counts == dict.fromkeys(range(LAYERS), 1)
@@ -190,7 +190,7 @@ def test_offloading_stores_each_recomputed_layers_input_and_nothing_else(batch, 
     monkeypatch.setattr(HostOffload, "_store", lambda self, tensor: stored.append(tensor.shape) or store(self, tensor))
     monkeypatch.setattr("finetune.models.gradient_checkpointing._on_gpu", lambda model: True)
     model, kept = adapted(dropout=0.3), adapted(dropout=0.3)
-    apply_recompute(model, "offload")
+    apply_gradient_checkpointing(model, "offload")
     found = gradients(model, batch)
     assert stored == [(1, attention.round_up(batch.rows), 64)] * (LAYERS - 1)
     for name, expected in gradients(kept, batch).items():

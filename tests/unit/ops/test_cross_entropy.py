@@ -66,11 +66,11 @@ def test_compiled_equals_plain(caplog):
     plain = logits.clone()
     expected = cross_entropy_(plain, labels, weights)
     try:
-        dispatch.pick(torch.device("cpu"), 0, wanted=True)
+        dispatch.configure_compile(torch.device("cpu"), 0, wanted=True)
         with caplog.at_level(logging.WARNING):
             found = cross_entropy_(logits, labels, weights)
     finally:
-        dispatch.pick(torch.device("cpu"), 0, wanted=False)
+        dispatch.configure_compile(torch.device("cpu"), 0, wanted=False)
     assert not caplog.records  # it did not fall back
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits, plain, rtol=2**-7, atol=1.2e-7)  # one rounding of bf16 may fall the other way

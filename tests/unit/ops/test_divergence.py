@@ -122,11 +122,11 @@ def test_compiled_equals_plain(kind, caplog):
     plain = teacher.clone()
     expected = divergence_(student, plain, factors, kind, 0.3, 2.0)
     try:
-        dispatch.pick(torch.device("cpu"), 0, wanted=True)
+        dispatch.configure_compile(torch.device("cpu"), 0, wanted=True)
         with caplog.at_level(logging.WARNING):
             found = divergence_(student, teacher, factors, kind, 0.3, 2.0)
     finally:
-        dispatch.pick(torch.device("cpu"), 0, wanted=False)
+        dispatch.configure_compile(torch.device("cpu"), 0, wanted=False)
     assert not caplog.records  # it did not fall back
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(teacher, plain, rtol=1e-6, atol=1e-6)

@@ -53,7 +53,7 @@ def test_rotary_embedding(dtype, relative):
         rows = x.transpose(0, 1)[None]
         return apply_rotary_pos_emb(rows, rows, cos.to(x.dtype)[None], sin.to(x.dtype)[None])[0][0].transpose(0, 1)
 
-    ours = gradients(lambda x: elementwise.rotate(x, cos, sin), [x], direction)
+    ours = gradients(lambda x: elementwise.apply_rope(x, cos, sin), [x], direction)
     check(ours, gradients(peers, [x.double()], direction), relative)
     assert torch.equal(ours[0], peers(x))
 
@@ -74,7 +74,7 @@ def test_swiglu(dtype, relative):
 def test_compiled_equals_plain_and_still_marks_what_it_overwrites(monkeypatch: pytest.MonkeyPatch):
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("needs a C++ compiler")
-    monkeypatch.setattr(dispatch, "_compiled", True)
+    monkeypatch.setattr(dispatch.STATE, "compiled", True)
     torch.manual_seed(0)
     for tokens in (64, 7):
         tensors = [torch.randn(tokens, 48).bfloat16() for _ in range(3)]

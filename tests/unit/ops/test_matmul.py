@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from finetune.ops import matmul
-from finetune.ops.matmul import add_product_, product, widens
+from finetune.ops import matmul as module
+from finetune.ops.matmul import add_matmul_, matmul, uses_fp32_matmul
 
 CPU = torch.device("cpu")
 # Half a unit in the last place of bf16's 8 bits and fp16's 11.
@@ -19,10 +19,10 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 @pytest.fixture(autouse=True)
 def _no_products(monkeypatch):
     """A processor without 16-bit products; blocks so small that every operand has several, and few rows so few."""
-    monkeypatch.setattr(matmul, "_has_products", lambda dtype: False)
-    monkeypatch.setattr(matmul, "_BLOCK", 600)
-    monkeypatch.setattr(matmul, "_MULTIPLE", 4)
-    monkeypatch.setattr(matmul, "_FEW_ROWS", 4)
+    monkeypatch.setattr(module, "_has_products", lambda dtype: False)
+    monkeypatch.setattr(module, "_BLOCK", 600)
+    monkeypatch.setattr(module, "_MULTIPLE", 4)
+    monkeypatch.setattr(module, "_FEW_ROWS", 4)
 
 
 def operands(sizes: tuple[int, int, int], dtype: torch.dtype, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,36 +47,36 @@ def test_a_product_is_that_of_float64_rounded_once(sizes, transposed, dtype):
     left, right = operands(sizes, dtype, transposed)
     bias = torch.randn(sizes[2]).to(dtype)
     exact = left.double() @ right.double()
-    assert_rounded_once(product(left, right), exact, sizes[1])
-    assert_rounded_once(product(left, right, bias), exact + bias.double(), sizes[1])
+    assert_rounded_once(matmul(left, right), exact, sizes[1])
+    assert_rounded_once(matmul(left, right, bias), exact + bias.double(), sizes[1])
     place = torch.full((sizes[0], sizes[2]), torch.nan, dtype=dtype)
-    assert product(left, right, out_MN=place) is place
+    assert matmul(left, right, out_MN=place) is place
     assert_rounded_once(place, exact, sizes[1])
     total = bias.expand(sizes[0], -1).clone()
-    assert add_product_(total, left, right, alpha=0.3) is total
+    assert add_matmul_(total, left, right, alpha=0.3) is total
     assert_rounded_once(total, bias.double() + 0.3 * exact, sizes[1])
 
 
 def test_the_operands_of_a_gradient_may_be_transposed_views():
     left, right = operands((90, 40, 70), torch.bfloat16, False)
     exact = left.double().T @ (left.double() @ right.double()).bfloat16().double()
-    assert_rounded_once(product(left.T, product(left, right)), exact, 90)
+    assert_rounded_once(matmul(left.T, matmul(left, right)), exact, 90)
 
 
 @pytest.fixture
 def widened(monkeypatch):
     """How many values were widened at once, of either operand."""
-    sizes, block, whole = [], matmul._widened, torch.Tensor.float
-    monkeypatch.setattr(matmul, "_widened", lambda x: sizes.append(x.numel()) or block(x))
+    sizes, block, whole = [], module._widened, torch.Tensor.float
+    monkeypatch.setattr(module, "_widened", lambda x: sizes.append(x.numel()) or block(x))
     monkeypatch.setattr(torch.Tensor, "float", lambda x: sizes.append(x.numel()) or whole(x))
     return sizes
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_no_more_than_a_block_of_the_right_operand_is_widened_at_once(monkeypatch, widened, transposed):
-    monkeypatch.setattr(matmul, "_BLOCK", 2**14)  # four rows of the wider operand, the fewest that make a block
+    monkeypatch.setattr(module, "_BLOCK", 2**14)  # four rows of the wider operand, the fewest that make a block
     left, right = operands((3, 64, 4096), torch.bfloat16, transposed)
-    product(left, right)
+    matmul(left, right)
     assert max(widened) <= 2**14 and right.numel() < sum(widened) <= right.numel() + 2 * left.numel()
 
 
@@ -84,61 +84,61 @@ def test_no_more_than_a_block_of_the_right_operand_is_widened_at_once(monkeypatc
 def test_blocks_take_turns_in_memory_that_each_thread_has_once(transposed):
     operands_of = [operands((3, 128, 256), torch.bfloat16, transposed) for _ in range(2)]
     for left, right in operands_of:
-        product(left, right)
-    memory = matmul._memory.block
+        matmul(left, right)
+    memory = module._memory.block
     memory.fill_(torch.nan)
-    expected = [product(*pair) for pair in operands_of]
-    assert matmul._memory.block is memory
+    expected = [matmul(*pair) for pair in operands_of]
+    assert module._memory.block is memory
     with ThreadPoolExecutor(2) as threads:
         for _ in range(20):
-            found = threads.map(lambda pair: product(*pair), operands_of)
+            found = threads.map(lambda pair: matmul(*pair), operands_of)
             assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_memory_of_an_inference_serves_a_training(monkeypatch):
-    monkeypatch.setattr(matmul, "_memory", threading.local())
+    monkeypatch.setattr(module, "_memory", threading.local())
     left, right = operands((3, 64, 100), torch.bfloat16, False)
     with torch.inference_mode():
-        expected = product(left, right)
-    assert torch.equal(product(left, right), expected)
+        expected = matmul(left, right)
+    assert torch.equal(matmul(left, right), expected)
 
 
 @pytest.mark.parametrize(("rows", "ways"), [(1, 0), (2, 0), (3, 1)])
 def test_a_transposed_operand_is_not_widened_for_a_row_or_two(widened, rows, ways):
     left, right = operands((rows, 64, 100), torch.bfloat16, True)
-    product(left, right)
+    matmul(left, right)
     assert sum(widened) == ways * (left.numel() + right.numel())
 
 
 def test_only_sixteen_bits_on_a_cpu_go_by_way_of_fp32():
-    assert widens(CPU, torch.bfloat16) and widens(CPU, torch.float16)
-    assert not widens(CPU, torch.float32) and not widens(CPU, torch.float64)
-    assert not widens(torch.device("cuda"), torch.bfloat16)
+    assert uses_fp32_matmul(CPU, torch.bfloat16) and uses_fp32_matmul(CPU, torch.float16)
+    assert not uses_fp32_matmul(CPU, torch.float32) and not uses_fp32_matmul(CPU, torch.float64)
+    assert not uses_fp32_matmul(torch.device("cuda"), torch.bfloat16)
 
 
 def test_torch_is_asked_what_it_asks_itself(monkeypatch):
     monkeypatch.undo()
-    matmul._has_products.cache_clear()
+    module._has_products.cache_clear()
     for dtype, ask in (
         (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported),
         (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported),
     ):
-        assert widens(CPU, dtype) is not ask()
+        assert uses_fp32_matmul(CPU, dtype) is not ask()
 
 
 def test_a_torch_without_onednn_goes_by_way_of_fp32(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.ops, "mkldnn", object())
     # Asked beside the cache, which keeps the answer of the torch that is there.
-    assert not matmul._has_products.__wrapped__(torch.bfloat16)
+    assert not module._has_products.__wrapped__(torch.bfloat16)
 
 
 def test_a_run_is_told_where_its_products_are_made(monkeypatch):
-    assert matmul.describe(CPU, torch.bfloat16, all_here=True) == (
+    assert module.describe(CPU, torch.bfloat16, all_here=True) == (
         "products: in float32, since this processor has none in bfloat16"
     )
-    slow = matmul.describe(CPU, torch.float16, all_here=False)
+    slow = module.describe(CPU, torch.float16, all_here=False)
     assert slow is not None and "float16" in slow and "train.kernels=peft" in slow and "model.dtype=float32" in slow
-    assert matmul.describe(CPU, torch.float32, all_here=False) is None
-    monkeypatch.setattr(matmul, "_has_products", lambda dtype: True)
-    assert matmul.describe(CPU, torch.bfloat16, all_here=True) is None
+    assert module.describe(CPU, torch.float32, all_here=False) is None
+    monkeypatch.setattr(module, "_has_products", lambda dtype: True)
+    assert module.describe(CPU, torch.bfloat16, all_here=True) is None

@@ -15,8 +15,8 @@ from finetune.config.schema import RunConfig
 from finetune.data.batch import build_batch
 from finetune.losses.hidden_states import hidden_states
 from finetune.models.families import QWEN25_SHAPES
-from finetune.models.fused import attach_fast_path
-from finetune.models.gradient_checkpointing import apply_recompute
+from finetune.models.fused import fuse_layers
+from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.ops import attention
 from finetune.planning.activations import (
     ActivationPlan,
@@ -59,7 +59,7 @@ def model_of(cfg: RunConfig) -> nn.Module:
         ),
     )
     if cfg.train.kernels == "fused":
-        attach_fast_path(model)
+        fuse_layers(model)
     return model.train()
 
 
@@ -129,7 +129,7 @@ def test_transformers_own_attention_is_counted_too(kind):
 @pytest.mark.parametrize("kernels", ["fused", "peft"])
 def test_a_recomputed_layer_keeps_its_input_alone(kernels):
     model = model_of(cfg := run(f"train.kernels={kernels}"))
-    apply_recompute(model, "all")
+    apply_gradient_checkpointing(model, "all")
     plan = plan_activations(SHAPE, cfg, 1, "cpu")
     measured = saved_bytes(model, [320, 320])
     assert measured[0] <= plan.input and measured[1] == plan.input

@@ -152,6 +152,6 @@ def test_a_fresh_process_under_a_launcher_takes_its_share(ranks: int):
 def test_what_the_processor_multiplies_is_told_as_torch_tells_it():
     import torch
 
-    from finetune.ops.matmul import widens
+    from finetune.ops.matmul import uses_fp32_matmul
 
-    assert machine.has_bf16_products() is not widens(torch.device("cpu"), torch.bfloat16)
+    assert machine.has_bf16_products() is not uses_fp32_matmul(torch.device("cpu"), torch.bfloat16)

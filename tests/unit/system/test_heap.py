@@ -13,7 +13,7 @@ from finetune.system import heap
 HOLES = """
 import os
 from pathlib import Path
-from finetune.system.heap import give_back
+from finetune.system.heap import malloc_trim
 
 def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -21,7 +21,7 @@ def resident_bytes():
 blocks = [bytearray(b"x" * 60_000) for _ in range(2000)]
 full, blocks[:-1] = resident_bytes(), []  # the last of them keeps the heap as long as it was
 freed = resident_bytes()
-give_back()
+malloc_trim()
 print(full - freed, freed - resident_bytes())
 """
 
@@ -46,5 +46,5 @@ def test_of_another_c_library_nothing_else_is_asked(monkeypatch):
 
     libraries: list[Library] = []
     monkeypatch.setattr(heap.ctypes, "CDLL", Library)
-    heap.give_back()
+    heap.malloc_trim()
     assert [library.asked for library in libraries] == [["malloc_trim"]]

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from finetune import attach_lora, load_base, load_config
-from finetune.models.fused import attach_fast_path
+from finetune.models.fused import fuse_layers
 from finetune.planning.peak_memory import predict
 from finetune.system import heap
 from finetune.training import autotune
@@ -19,7 +19,7 @@ from tests.runs import small_run
 def model():
     cfg = load_config("quickstart.yaml", [])
     loaded = attach_lora(load_base(cfg.model, cfg.quant, "cpu"), cfg.lora)
-    attach_fast_path(loaded)
+    fuse_layers(loaded)
     return loaded.train()
 
 
@@ -46,7 +46,7 @@ def test_memory_that_is_short_means_recomputing(model, tmp_path, monkeypatch):
 
 def test_holes_are_given_back_after_training_passes_alone(model, monkeypatch):
     calls = []
-    monkeypatch.setattr(heap, "give_back", lambda: calls.append(0))
+    monkeypatch.setattr(heap, "malloc_trim", lambda: calls.append(0))
     decoder = model.get_base_model().model
     handles, pre_handles = dict(decoder._forward_hooks), dict(decoder._forward_pre_hooks)
     decoder._forward_hooks.clear()
