@@ -121,7 +121,7 @@ class Experiment:
 
     def _cache(self, source: str, seed: int) -> list[str]:
         """The settings of a cache of that kind, which is written if it is not there."""
-        from finetune.commands.cache import run_cache
+        from finetune.commands.cache import run as run_cache
         from finetune.system.arguments import Arguments
 
         head, samples = int(self.options["head"]), int(self.options["samples"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from finetune.cli import COMMANDS
+from finetune.commands.base import COMMANDS, load_command
 from finetune.config.help import default_of
 from finetune.config.keys import allowed, is_section, schema_fields
 
@@ -66,8 +66,9 @@ def _cell(text: str) -> str:
 def commands_page() -> str:
     """What `finetune <command> --help` prints, for every command."""
     lines = ["# Commands", "", "What `finetune COMMAND --help` prints. Data goes to stdout, messages to stderr."]
-    for name, command in COMMANDS.items():
-        text = command.explain()
+    for name in COMMANDS:
+        command = load_command(name)
+        text = command.help()
         if name == "train":  # the settings have a page of their own
             text = text.split("\n\nPackaged configs:")[0]
         lines += ["", f"## finetune {name}", "", f"{command.summary[0].upper()}{command.summary[1:]}.", "", "```text"]

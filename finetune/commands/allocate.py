@@ -1,20 +1,21 @@
-"""`finetune allocate`: which layer gets 4, 8 or 16 bits, within a budget of bytes."""
+"""`finetune allocate`: choose 4, 8 or 16 bits for each layer, within a budget of bytes."""
 
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from pathlib import Path
 
+from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
-from finetune.system.errors import InputError
+from finetune.system.console import log
 
 USAGE = """\
 usage: finetune allocate config=X.yaml sensitivity=DIR budget_gb=N [out=FILE] [key=value …]
 
-Chooses how each linear layer is stored, in 4, 8 or 16 bit, so that the base takes no more than so many GB and loses as
-little as can be, by what finetune sensitivity measured. The choice is measured as a run computes, beside all layers
-alike and the outer layers in more bits; the best of them is written. Training, planning, merging and export honor it.
-Any key of a config can be given as well; it must be the config that sensitivity was measured with.
+Chooses 4, 8 or 16 bits for each linear layer: the smallest error by the measurements of finetune sensitivity, within
+the budget. Measures the choice on held-out rows beside simple choices of the same size, and writes the best of them.
+Training, planning, merging and export use the file. The config must be the config of finetune sensitivity.
 
 Examples
   finetune allocate config=quickstart.yaml sensitivity=sensitivity budget_gb=0.003
@@ -22,41 +23,35 @@ Examples
 """
 
 
-def allocate_help() -> str:
-    """The usage and every setting."""
-    from finetune.config.command_options import AllocateOptions
-    from finetune.config.options import options_help
-
-    return f"{USAGE}\n{options_help(AllocateOptions)}"
-
-
-def run_allocate(arguments: Arguments) -> int:
-    """`finetune allocate`. Raises: InputError for what cannot be meant; what loading and measuring raise."""
-    from finetune.config.command_options import AllocateOptions
+def run(arguments: Arguments) -> int:
+    """Choose, write the file, then print its name and the next command."""
     from finetune.config.compose import load_config
-    from finetune.config.options import read_beside_config
 
-    if arguments.config is None:
-        raise InputError("finetune allocate needs config=X.yaml, the one that finetune sensitivity was given")
-    options, overrides = read_beside_config(AllocateOptions, arguments, "finetune allocate")
-    cfg = load_config(arguments.config, overrides)
+    options = arguments.options
+    cfg = load_config(str(arguments.config), arguments.overrides)
 
     from finetune.mixed_precision.choose import check_place, choose, write_allocation
-    from finetune.system.console import log
 
     file = Path(options.out).expanduser()
     check_place(file)
     allocation = choose(cfg, options, log)
-    words = ["finetune", "allocate", f"config={arguments.config}", *arguments.overrides]
-    write_allocation(allocation, file, shlex.join(words), cfg.model.name)
-    counts = {
-        kind: list(allocation.storage.values()).count(kind) for kind in dict.fromkeys(allocation.storage.values())
-    }
+    write_allocation(allocation, file, shlex.join(["finetune", "allocate", *arguments.words]), cfg.model.name)
+    counts = ", ".join(f"{kind} {count}" for kind, count in Counter(allocation.storage.values()).items())
     log(
-        f"{allocation.choice}: {allocation.size_bytes / 1e9:.6g} GB of {options.budget_gb:.6g}; layers: "
-        f"{', '.join(f'{count} in {kind}' for kind, count in counts.items())} (none is 16 bit); "
-        f"KL by single layers {allocation.predicted:.2e} nats a target"
+        f"{allocation.choice}: {allocation.size_bytes / 1e9:.6g} GB of {options.budget_gb:.6g}; layers: {counts} "
+        f"(none is 16 bit); KL summed over single layers: {allocation.predicted:.2e} nats per target"
     )
     print(options.out)
-    log(f"next: {shlex.join(['finetune', 'train', f'config={arguments.config}', *overrides, f'quant={file.stem}'])}")
+    words = ["finetune", "train", f"config={arguments.config}", *arguments.overrides, f"quant={file.stem}"]
+    log(f"next: {shlex.join(words)}")
     return 0
+
+
+COMMAND = Command(
+    "allocate",
+    "choose 4, 8 or 16 bits for each layer, within a budget",
+    USAGE,
+    run,
+    options="AllocateOptions",
+    config="required",
+)

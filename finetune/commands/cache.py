@@ -1,4 +1,4 @@
-"""`finetune cache`: the teacher's signal for every row of a config, written once."""
+"""`finetune cache`: write the teacher's outputs for every row of a config."""
 
 from __future__ import annotations
 
@@ -7,45 +7,44 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
 from finetune.system.console import log
-from finetune.system.errors import ConfigError, InputError
+from finetune.system.errors import ConfigError
+from finetune.system.format import format_bytes
 
 if TYPE_CHECKING:
     from finetune.config.schema import RunConfig
 
-HELP = """\
+USAGE = """\
 usage: finetune cache config=X.yaml distill.cache=DIR [key=value …]
 
-Asks the teacher of a config about every row of data.train and data.eval and writes what it says to DIR. Training with
-distill.teacher.placement=cached then needs no teacher. Killed, it goes on where it stopped; with more rows, it adds
-what is missing. The folder serves any order, packing, batch size, number of ranks and seed of training.
-  distill.cache_kind=sampled                the 32 most probable tokens and 16 drawn of the others: 180 bytes a target
-  distill.cache_kind=hidden                 the final hidden states: every divergence, exact; 2 bytes x width a target
-  distill.teacher.placement=…         resident, streamed or server; cached: resident where it fits, else streamed
+Runs the teacher of a config on every row of data.train and data.eval and writes its outputs to DIR. Training with
+distill.teacher.placement=cached then needs no teacher. After an interruption, the same command continues; with more
+rows, it adds the missing ones. The folder serves any order, packing, batch size, number of processes and seed.
+  distill.cache_kind=sampled      the 32 most probable tokens and 16 sampled others: 180 bytes per target
+  distill.cache_kind=hidden       the final hidden states: every divergence, exact; 2 bytes x width per target
+  distill.teacher.placement=…     resident, streamed or server; cached: resident if it fits, else streamed
 
 Examples
   finetune cache config=distill.yaml distill.cache=teacher 'data.train=[{path: rows.jsonl}]'
   finetune train config=distill.yaml distill.cache=teacher 'data.train=[{path: rows.jsonl}]' \\
-    distill.teacher.placement=cached"""
+    distill.teacher.placement=cached
+"""
 
 
-def run_cache(arguments: Arguments) -> int:
-    """`finetune cache`. Raises: InputError for what cannot be meant; what the teacher and the folder raise."""
+def run(arguments: Arguments) -> int:
+    """Write the cache, then print its size and the next command."""
     from finetune.config.compose import load_config
 
-    if arguments.config is None:
-        raise InputError(
-            "finetune cache needs config=X.yaml, as in finetune cache config=distill.yaml distill.cache=DIR"
-        )
-    cfg = load_config(arguments.config, arguments.overrides)
+    cfg = load_config(str(arguments.config), arguments.overrides)
     if not cfg.asks_teacher:
         raise ConfigError(
-            f"distill.objective is none in {arguments.config}: there is no teacher to ask; set it to recover, or "
-            "guard.max to a limit"
+            f"distill.objective: is none in {arguments.config}, so there is no teacher\n"
+            "help: set distill.objective=recover, or guard.max to a limit"
         )
-    training = _training(cfg, arguments.overrides)
-    load_config(arguments.config, training)  # what the folder cannot serve is refused before it is written
+    training = _training_overrides(cfg, arguments.overrides)
+    load_config(str(arguments.config), training)  # Refuses what the cache cannot serve before the cache is written.
 
     from finetune.data.loader import check_sources
 
@@ -73,16 +72,19 @@ def run_cache(arguments: Arguments) -> int:
     documents = Documents.join(source.documents for source in (*data.train, *data.eval))
     written = write_cache(cfg, chat, vocabulary, documents, device, log)
     folder = cache_of(cfg)
-    print(f"{folder}: {written:,} documents written now, {size_of(folder) / 1e6:,.1f} MB in all")
+    print(f"{folder}: {written:,} documents written now, {format_bytes(size_of(folder))} in all")
     print(f"next: {shlex.join(['finetune', 'train', f'config={arguments.config}', *training])}")
     return 0
 
 
-def _training(cfg: RunConfig, overrides: Sequence[str]) -> list[str]:
-    """Overrides with which a run trains from the folder: the given ones, but those about how the teacher is asked."""
+def _training_overrides(cfg: RunConfig, overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a run that trains from the cache."""
     if cfg.distill.teacher.placement == "server":
         return list(overrides)
-    how = ("distill.teacher.placement", "distill.teacher.steps_ahead")
-    kept = [word for word in overrides if word.lstrip("+").partition("=")[0] not in how]
+    replaced = ("distill.teacher.placement", "distill.teacher.steps_ahead")
+    kept = [word for word in overrides if word.lstrip("+").partition("=")[0] not in replaced]
     one_step = ["distill.teacher.steps_ahead=1"] if cfg.distill.teacher.steps_ahead != 1 else []
     return [*kept, "distill.teacher.placement=cached", *one_step]
+
+
+COMMAND = Command("cache", "write the teacher's outputs for the rows of a config", USAGE, run, config="required")

@@ -1,75 +1,58 @@
-"""`finetune data`: what a config's rows are and what they become, before anything is trained."""
+"""`finetune data`: report on the rows of a config before training."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from finetune.system.arguments import Arguments, nearest
+from finetune.commands.base import Command
+from finetune.system.arguments import Arguments
 from finetune.system.atomic import whole_file
+from finetune.system.console import log
 from finetune.system.errors import InputError
 
 if TYPE_CHECKING:
+    from finetune.config.command_options import DataOptions
     from finetune.config.schema import RunConfig
     from finetune.data.loader import LoadedData
 
-HELP = """\
+USAGE = """\
 usage: finetune data config=X.yaml [key=value …] [show=N] [html=FILE] [dump=FILE.jsonl]
        finetune data convert path=FILE out=messages.jsonl      (finetune data convert --help)
 
-Reads the rows of a config as training would and reports on them: formats, lengths, targets, duplicates, rows that are
-in training and evaluation alike, what is cut or left out, and how an epoch is packed. No model is loaded.
-  show=N            print N training rows, evenly spaced, with their targets colored
-  html=FILE         write the report with the rows (10, or show=N) as one page
-  dump=FILE.jsonl   write every row of data.train, then of data.eval, cut to data.max_length and not yet packed, as
-                    {"source", "row", "input_ids", "labels"}; labels are not shifted, and -100 where untrained
+Reads the rows of a config as training does and reports formats, lengths, trained tokens, duplicates, rows in both
+training and evaluation, truncated and dropped rows, and the packing of an epoch. No model is loaded.
+dump= writes every row of data.train, then of data.eval, truncated to data.max_length and not yet packed, as
+{"source", "row", "input_ids", "labels"}; labels are not shifted, and -100 for tokens that are not trained.
 
 Examples
   finetune data config=quickstart.yaml
   finetune data config=your-data.yaml 'data.train=[{path: rows.jsonl}]' show=3
-  finetune data config=lora.yaml data.max_length=4096 html=report.html"""
-
-OWN = ("show", "html", "dump")
+  finetune data config=lora.yaml data.max_length=4096 html=report.html
+"""
 _PAGE_ROWS = 10
 
 
-@dataclass(frozen=True, slots=True)
-class DataSettings:
-    """show: rows to print, 0 for none; html, dump: files to write."""
-
-    show: int = 0
-    html: str | None = None
-    dump: str | None = None
-
-
-def run_data(arguments: Arguments) -> int:
-    """`finetune data`. Raises: InputError for words that cannot be meant, DataError for rows that cannot be used."""
+def run(arguments: Arguments) -> int:
+    """Print the report, and write the files that html= and dump= name."""
     from finetune.config.compose import load_config
 
-    own, overrides = arguments.split(OWN)
-    settings = _settings(own)
-    _refuse_near_misses(overrides)
-    if arguments.config is None:
-        raise InputError("finetune data needs config=X.yaml, as in: finetune data config=quickstart.yaml show=3")
-    cfg = load_config(arguments.config, overrides)
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] - rows hold what no terminal may be able to show
+    options = arguments.options
+    cfg = load_config(str(arguments.config), arguments.overrides)
+    # Rows hold characters that some terminals cannot show.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    paths = {word: path for word, path in (("html", options.html), ("dump", options.dump)) if path is not None}
     with ExitStack() as stack:
-        files = {
-            word: stack.enter_context(whole_file(word, path))
-            for word, path in (("html", settings.html), ("dump", settings.dump))
-            if path is not None
-        }
-        _inspect(cfg, settings, files)
-    for word in files:
-        print(f"{word}: {own[word]}", file=sys.stderr)
+        files = {word: stack.enter_context(whole_file(word, path)) for word, path in paths.items()}
+        _inspect(cfg, options, files)
+    for word, path in paths.items():
+        log(f"{word}: {path}")
     return 0
 
 
-def _inspect(cfg: RunConfig, settings: DataSettings, files: dict[str, IO[str]]) -> None:
+def _inspect(cfg: RunConfig, options: DataOptions, files: dict[str, IO[str]]) -> None:
     from finetune.data.loader import check_sources, load_chat_template, load_data
 
     check_sources(cfg.data)
@@ -88,10 +71,10 @@ def _inspect(cfg: RunConfig, settings: DataSettings, files: dict[str, IO[str]]) 
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
     chat = load_chat_template(cfg.data, tokenizer)
-    # All rows are looked at, also those that training would read a window at a time.
+    # Reads all rows, also where training streams them.
     whole = cfg.data.model_copy(update={"stream_rows": None})
-    data = load_data(Preparation(whole, chat, progress=console_progress(_say)))
-    _keep_rows(data, settings)
+    data = load_data(Preparation(whole, chat, progress=console_progress(log)))
+    _protect_rows(data, options)
     decoder = Decoder.of(tokenizer)
     report = build_report(data, cfg, chat)
     advice = advise(report, cfg, advice_on_end_token(chat))
@@ -99,8 +82,8 @@ def _inspect(cfg: RunConfig, settings: DataSettings, files: dict[str, IO[str]]) 
     console = console_for(sys.stdout)
     print_report(console, report, advice)
     names = [source.name for source in data.train]
-    rows = shown_rows(names, data.documents, decoder, settings.show or _PAGE_ROWS)
-    if settings.show:
+    rows = shown_rows(names, data.documents, decoder, options.show or _PAGE_ROWS)
+    if options.show:
         console.print()
         print_rows(console, rows)
     if "html" in files:
@@ -109,32 +92,14 @@ def _inspect(cfg: RunConfig, settings: DataSettings, files: dict[str, IO[str]]) 
         write_dump(files["dump"], data)
 
 
-def _keep_rows(data: LoadedData, settings: DataSettings) -> None:
-    """Raises: InputError if a file to write is one that rows are read from."""
+def _protect_rows(data: LoadedData, options: DataOptions) -> None:
+    """Raise InputError if a file to write holds rows of the config."""
     from finetune.data.sources.paths import resolve_source
 
     read = {file.resolve() for s in (*data.train, *data.eval) for file in resolve_source(s.config).files}
-    for word, path in (("html", settings.html), ("dump", settings.dump)):
+    for word, path in (("html", options.html), ("dump", options.dump)):
         if path is not None and Path(path).expanduser().resolve() in read:
-            raise InputError(f"{word}={path}: rows are read from there; name another file")
+            raise InputError(f"{word}={path}: holds rows of the config\nhelp: name another file")
 
 
-def _settings(own: dict[str, str]) -> DataSettings:
-    show = own.get("show", "0")
-    if not (show.isascii() and show.isdecimal()):
-        raise InputError(f"show must be a whole number of rows, got {show!r}; write show=3")
-    return DataSettings(int(show), own.get("html"), own.get("dump"))
-
-
-def _refuse_near_misses(overrides: Iterable[str]) -> None:
-    """A misspelt word of the command would otherwise be looked up among the settings of a run."""
-    from finetune.config.keys import find
-
-    for word in overrides:
-        key = word.partition("=")[0]
-        if "." not in key and find(key) is None and (close := nearest(key, OWN)):
-            raise InputError(f"unknown word {key}{close}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+COMMAND = Command("data", "report on the rows of a config", USAGE, run, options="DataOptions", config="required")

@@ -1,45 +1,40 @@
-"""`finetune data convert`: rows of any chat format, written as messages."""
+"""`finetune data convert`: write rows of any chat format as messages."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from finetune.system.arguments import Arguments, nearest
+from finetune.commands.base import Command
+from finetune.system.arguments import Arguments
 from finetune.system.atomic import whole_file
+from finetune.system.console import log
 from finetune.system.errors import DataError, InputError
 
 if TYPE_CHECKING:
-    from finetune.config.schema import DataConfig, SourceConfig
+    from finetune.config.command_options import ConvertOptions
     from finetune.data.formats.messages import Conversation
     from finetune.data.formats.parser import RowParser
 
-HELP = """\
+USAGE = """\
 usage: finetune data convert path=ROWS out=messages.jsonl [key=value …]
 
-Writes the conversations of any source that can be read as messages JSONL, a row a line:
-{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}. An existing file is not replaced.
-  path=ROWS          a file (jsonl, json, csv, parquet, arrow; also compressed), a glob, a folder, or a hub id
-  out=FILE           the file to write
-  format= split= subset= revision= limit= columns= roles=    as in an item of data.train
-  on_bad_row=skip    leave out rows that cannot be used, at most max_bad_share=0.05 of them
+Writes the conversations of a source as messages JSONL, one row per line:
+{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}. Never replaces an existing file.
 
 Examples
   finetune data convert path=alpaca.json out=messages.jsonl
   finetune data convert path=rows.csv out=messages.jsonl 'columns={prompt: question, completion: answer}'
-  finetune data convert path=chats.jsonl.gz out=messages.jsonl 'roles={assistant: [agent, bot]}' limit=1000"""
-
-_OF_SOURCE = ("path", "format", "split", "subset", "revision", "limit", "columns", "roles")
-_OF_DATA = ("on_bad_row", "max_bad_share")
+  finetune data convert path=chats.jsonl.gz out=messages.jsonl 'roles={assistant: [agent, bot]}' limit=1000
+"""
 _SHOWN_ERRORS = 10
 
 
 @dataclass
 class _Rows:
-    """Rows read so far, and the first of those that could not be used."""
+    """Counts of rows, and the first errors."""
 
     good: int = 0
     bad: int = 0
@@ -55,26 +50,23 @@ class _Rows:
         return "\n  ".join(["", *self.errors]) + more
 
 
-def run_convert(arguments: Arguments) -> int:
-    """`finetune data convert`. Raises: InputError for words that cannot be meant, DataError for rows that cannot."""
-    own, others = arguments.split(("out",))
-    if arguments.config is not None:
-        raise InputError("finetune data convert takes no config; name the rows with path=ROWS")
-    if "out" not in own or not any(word.startswith("path=") for word in others):
-        raise InputError("finetune data convert needs path=ROWS and out=messages.jsonl")
-    data = _settings(others)
+def run(arguments: Arguments) -> int:
+    """Write the file and print the number of its rows."""
+    options = arguments.options
+    if options.weight != 1:
+        raise InputError(f"weight: has no effect on a conversion, found {options.weight:g}")
     rows = _Rows()
-    with whole_file("out", own["out"], replace=False) as stream:
-        for row in _converted(data.train[0], rows):
+    with whole_file("out", options.out, replace=False) as stream:
+        for row in _converted(options, rows):
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        _judge(rows, data)
+        _check_bad_rows(rows, options)
     skipped = f", {rows.bad:,} bad rows left out:{rows.listed()}" if rows.bad else ""
-    print(f"{own['out']}: {rows.good:,} rows{skipped}", file=sys.stderr)
+    log(f"{options.out}: {rows.good:,} rows{skipped}")
     return 0
 
 
-def _converted(source: SourceConfig, rows: _Rows) -> Iterator[dict[str, Any]]:
-    """A row of messages for every conversation; what cannot be used is noted in `rows`."""
+def _converted(source: ConvertOptions, rows: _Rows) -> Iterator[dict[str, Any]]:
+    """Yield one row of messages per conversation; count bad rows in `rows`."""
     from finetune.data.formats.parser import messages_row
     from finetune.data.sources.paths import read_rows
 
@@ -94,13 +86,12 @@ def _converted(source: SourceConfig, rows: _Rows) -> Iterator[dict[str, Any]]:
         yield messages_row(conversation)
 
 
-def _parser(source: SourceConfig, first: Any) -> RowParser:
+def _parser(source: ConvertOptions, first: Any) -> RowParser:
     from finetune.data.formats.parser import RowParser, resolve_format
 
     name = resolve_format(source, first, source.path)
     if name in ("text", "tokens"):
-        what = "raw text" if name == "text" else "tokens"
-        raise DataError(f"{source.path} holds {what} (format={name}), which has no turns to write as messages")
+        raise DataError(f"{source.path}: has no turns to write as messages, found format={name}")
     return RowParser(source, name)
 
 
@@ -109,56 +100,18 @@ def _conversation(parser: RowParser, value: Any) -> Conversation:
 
     example = parser.parse(value)
     if not isinstance(example, Conversation):
-        raise DataError("is no conversation")
+        raise DataError("is not a conversation")
     return example
 
 
-def _judge(rows: _Rows, data: DataConfig) -> None:
+def _check_bad_rows(rows: _Rows, options: ConvertOptions) -> None:
     total = rows.good + rows.bad
-    if rows.bad and data.on_bad_row == "error":
+    if rows.bad and options.on_bad_row == "error":
         raise DataError(f"{rows.bad:,} of {total:,} rows are bad (on_bad_row=skip leaves them out):{rows.listed()}")
-    if rows.bad > data.max_bad_share * total:
+    if rows.bad > options.max_bad_share * total:
         raise DataError(
-            f"{rows.bad:,} of {total:,} rows are bad, more than max_bad_share={data.max_bad_share:g}:{rows.listed()}"
+            f"{rows.bad:,} of {total:,} rows are bad, more than max_bad_share={options.max_bad_share:g}:{rows.listed()}"
         )
 
 
-def _settings(words: list[str]) -> DataConfig:
-    """The source and the policy, checked as the items of data.train are."""
-    from pydantic import ValidationError
-
-    from finetune.config.explain import problems_of
-    from finetune.config.overrides import parse_overrides
-    from finetune.config.schema import RunConfig
-
-    lines = [_full(word) for word in words]
-    edits = parse_overrides(lines)
-    tree: dict[str, Any] = {"model": {"name": "none"}, "data": {"train": [{}]}}
-    for key, value in edits.values:
-        *way, last = key.removeprefix("data.").removeprefix("train.0.").split(".", 1)
-        node = tree["data"]["train"][0] if key.startswith("data.train.0.") else tree["data"]
-        for step in way:
-            node = node.setdefault(step, {})
-        node[last] = value
-    problems = list(edits.problems)
-    try:
-        config = RunConfig.model_validate(tree)
-    except ValidationError as error:
-        problems += problems_of(tree, error)
-    else:
-        if not problems:
-            return config.data
-    told = [f"{problem.key}: {problem.text}".replace("data.train.0.", "") for problem in problems]
-    raise InputError(told[0] if len(told) == 1 else "\n  ".join(["the command line has errors:", *told]))
-
-
-def _full(word: str) -> str:
-    """A word as an override of a run's config. Raises: InputError if it is none of ours."""
-    key = word.partition("=")[0].partition(".")[0]
-    if key in _OF_SOURCE:
-        return f"data.train.0.{word}"
-    if key in _OF_DATA:
-        return f"data.{word}"
-    known = (*_OF_SOURCE, "out", *_OF_DATA)
-    advice = nearest(key, known) or f"; this command has {', '.join(known)}"
-    raise InputError(f"unknown word {key}{advice}")
+COMMAND = Command("data convert", "write rows of any format as messages", USAGE, run, options="ConvertOptions")

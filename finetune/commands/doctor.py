@@ -6,32 +6,29 @@ Every check stands alone: a library that fails to import is one finding, never t
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
-import logging
-import netrc
 import os
 import platform
 import shutil
 import sys
 import threading
-import tomllib
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
-from finetune.system.errors import InputError
 
-HELP = """\
+USAGE = """\
 usage: finetune doctor [--json]
 
-Checks Python, the packages, the GPU, 4-bit training, disk, the model hub and tracking, and says what to do about each
-finding. Exits 0 if training can run here, 1 otherwise.
-  --json   print {"ok": …, "checks": [{"name", "status", "found", "advice"}]} instead"""
+Checks Python, the packages, the GPU, 4-bit training, disk, the model hub and tracking, with advice for each finding.
+Exit code 0: training can run here; 1: it cannot.
+  --json   print {"ok": …, "checks": [{"name", "status", "found", "advice"}]}
+
+Example
+  finetune doctor
+"""
 
 DISTRIBUTION = "finetune-qlora"
 GIB = 2**30
@@ -47,10 +44,8 @@ class Finding:
     advice: str = ""
 
 
-def run_doctor(arguments: Arguments) -> int:
-    """`finetune doctor`. Returns: 0 if training can run here, 1 otherwise."""
-    if arguments.config or arguments.overrides:
-        raise InputError("finetune doctor takes no settings, only --json")
+def run(arguments: Arguments) -> int:
+    """Print every finding; return 1 if training cannot run here."""
     as_json = "--json" in arguments.flags
     findings = {}
     for name, finding in diagnose():
@@ -68,7 +63,9 @@ def run_doctor(arguments: Arguments) -> int:
 
 def diagnose() -> Iterator[tuple[str, Finding]]:
     """Every check in turn, by name. A check that raises is a failed check."""
-    # bitsandbytes reports optional parts as warnings; what matters is tried below.
+    import logging
+
+    # bitsandbytes warns about optional parts; check_four_bit tries the parts that matter.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name, check in CHECKS.items():
         with contextlib.redirect_stdout(sys.stderr):  # what libraries print must not mix with the report
@@ -86,6 +83,8 @@ def check_python() -> Finding:
 
 def check_packages() -> Finding:
     """Installed versions against the ranges that the project declares."""
+    import importlib.metadata
+
     from packaging.requirements import Requirement
 
     versions, wrong = {}, []
@@ -221,15 +220,22 @@ CHECKS: dict[str, Callable[[], Finding]] = {
 
 def _declared_requirements() -> list[str]:
     """The project's own dependencies: from its metadata, or from pyproject.toml in a checkout that is not installed."""
+    import importlib.metadata
+
     try:
         lines = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
+        import tomllib
+
         pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
         return tomllib.loads(pyproject.read_text())["project"]["dependencies"]
     return [line for line in lines if "extra ==" not in line]
 
 
 def _answers(url: str) -> bool:
+    import urllib.error
+    import urllib.request
+
     request = urllib.request.Request(url, method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS):
@@ -241,6 +247,9 @@ def _answers(url: str) -> bool:
 
 
 def _has_netrc_entry(url: str) -> bool:
+    import netrc
+    import urllib.parse
+
     host = urllib.parse.urlsplit(url).hostname or ""
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
@@ -251,3 +260,6 @@ def _has_netrc_entry(url: str) -> bool:
 def _line(name: str, finding: Finding) -> str:
     advice = f"\n{'':21}-> {finding.advice}" if finding.advice else ""
     return f"{finding.status:<5} {name:<14} {finding.found}{advice}"
+
+
+COMMAND = Command("doctor", "check this machine and its packages", USAGE, run, flags=("--json",))

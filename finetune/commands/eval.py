@@ -1,4 +1,4 @@
-"""`finetune eval`: an adapter or a model on held-out rows, beside what it is made of."""
+"""`finetune eval`: measure an adapter or a model on held-out rows."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
-from finetune.system.errors import ConfigError, InputError
+from finetune.system.console import log, printable
+from finetune.system.errors import ConfigError
 
 if TYPE_CHECKING:
     from finetune.config.command_options import EvalOptions
@@ -16,10 +18,10 @@ USAGE = """\
 usage: finetune eval adapter=RUN_OR_ADAPTER [data=[{path: rows.jsonl}]] [key=value …] [--json]
        finetune eval model=FOLDER data=[{path: rows.jsonl}] [key=value …] [--json]
 
-Measures the base in 16 bit, the quantized base, that with the adapter, and the merged model on the same held-out rows,
-one in memory at a time: loss, token accuracy, right answers, and how far each is from the 16-bit base, all with 95 %
-intervals. The table goes to stdout; gap.json, gap.md and gap.png into the adapter's run, whose report then shows them
-too, or into out=DIR.
+Measures the 16-bit base, the quantized base, the trained model and the merged model on the same held-out rows, one in
+memory at a time: loss, token accuracy, correct answers, and distance from the 16-bit base, with 95 % confidence
+intervals. Prints the table; writes gap.json, gap.md and gap.png into the run of the adapter, or into out=DIR. The
+report of the run then shows the table.
   --json   print the table as JSON
 
 Examples
@@ -30,56 +32,39 @@ Examples
 """
 
 
-def eval_help() -> str:
-    """The usage and every setting."""
-    from finetune.config.command_options import EvalOptions
-    from finetune.config.options import options_help
-
-    return f"{USAGE}\n{options_help(EvalOptions)}"
-
-
-def run_eval(arguments: Arguments) -> int:
-    """`finetune eval`. Raises: InputError for what cannot be meant; what reading, loading and merging raise."""
-    from finetune.config.command_options import EvalOptions
-    from finetune.config.options import read_options
-
-    if arguments.config is not None:
-        raise InputError("finetune eval takes no config; the adapter's run has its own: adapter=outputs/NAME")
-    options = read_options(EvalOptions, arguments.overrides, "finetune eval")
-    place = _place(options)
+def run(arguments: Arguments) -> int:
+    """Measure, write the files, and print the table."""
+    options = arguments.options
+    folder = _result_folder(options)
 
     from finetune.evaluation.compare import evaluate_gap
     from finetune.evaluation.gap_table import to_json
     from finetune.evaluation.gap_text import gap_markdown
-    from finetune.system.console import log, printable
 
-    table = evaluate_gap(options, log, write_merged, None if place is None else _existing(place))
-    if place is None:
-        log("nothing is written: this is no run's folder; out=DIR writes gap.json, gap.md and gap.png")
+    table = evaluate_gap(options, log, write_merged, None if folder is None else _nearest_existing(folder))
+    if folder is None:
+        log("results: not written, the adapter has no run folder; out=DIR writes gap.json, gap.md and gap.png")
     else:
         from finetune.evaluation.result_files import write_gap
         from finetune.report.page import REPORT, try_report
 
-        log(f"written: {', '.join(map(str, write_gap(table, place)))}")
-        if (place / REPORT).is_file():
-            try_report(place, log)
+        log(f"written: {', '.join(map(str, write_gap(table, folder)))}")
+        if (folder / REPORT).is_file():
+            try_report(folder, log)
     print(to_json(table) if "--json" in arguments.flags else printable(gap_markdown(table)), end="")
     return 0
 
 
 def write_merged(adapter: str, out: Path) -> None:
-    """Merge an adapter into its base, without measuring, for `evaluate_gap`."""
+    """Merge an adapter into its base without a measurement; `evaluate_gap` calls this."""
     from finetune.config.command_options import KlCheckOptions, MergeOptions
     from finetune.export.merge.merge import merge
 
     merge(MergeOptions(adapter=adapter, out=str(out), kl_check=KlCheckOptions(num_examples=0)), log=lambda text: None)
 
 
-def _place(options: EvalOptions) -> Path | None:
-    """The folder that the files go to: `out`, else the adapter's run; None where there is neither.
-
-    Raises: ConfigError for a place that cannot be written to; IntegrityError if it holds another program's gap.json.
-    """
+def _result_folder(options: EvalOptions) -> Path | None:
+    """Return `out`, or the run of the adapter, or None; raise ConfigError if the folder cannot be written to."""
     from finetune.evaluation.gap_table import load_gap
 
     if options.out is not None:
@@ -88,13 +73,22 @@ def _place(options: EvalOptions) -> Path | None:
         folder, word = Path(options.adapter or "").expanduser(), f"adapter={options.adapter}"
         if options.adapter is None or not (folder / "config.yaml").is_file():
             return None
-    there = _existing(folder)
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{word}: {there} cannot be written to; name another folder with out=DIR")
-    load_gap(folder)
+    existing = _nearest_existing(folder)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{word}: {existing} cannot be written to\nhelp: name another folder with out=DIR")
+    load_gap(folder)  # Refuses a gap.json of another program.
     return folder
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that there is."""
+def _nearest_existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
+COMMAND = Command(
+    "eval",
+    "measure a model on held-out rows, and what quantization changed",
+    USAGE,
+    run,
+    options="EvalOptions",
+    flags=("--json",),
+)

@@ -1,4 +1,4 @@
-"""`finetune plan`: whether a run fits and how long it takes, by arithmetic alone; nothing is loaded or downloaded."""
+"""`finetune plan`: predict the memory and the time of a run by arithmetic; nothing is loaded or downloaded."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
 from finetune.system.console import log
 from finetune.system.errors import ConfigError, InputError
@@ -26,10 +27,10 @@ usage: finetune plan config=X.yaml [key=value …] [gpu_gb=24] [auto=true] [--js
        finetune plan table=true [config=X.yaml] [key=value …]
        finetune plan calibrate=true [config=X.yaml]
 
-Says what a run holds, by part, whether that fits into this machine's memory or into a GPU of gpu_gb, when the peak is
-reached, how long a step and the whole run take, and the smallest changes that make it fit. Keys of the config are
-overridden as for finetune train. Exit code 0: it fits; 3: it does not.
-  --json   print it as JSON
+Predicts the memory of a run by part, its peak, whether that fits into this machine or a GPU of gpu_gb, the time of a
+step and of the run, and the smallest changes that make it fit. Loads and downloads nothing.
+Exit code 0: it fits; 3: it does not.
+  --json   print the plan as JSON
 
 Examples
   finetune plan config=lora.yaml gpu_gb=16
@@ -41,51 +42,40 @@ DOES_NOT_FIT = 3
 _DEFAULT_CONFIG = "lora.yaml"
 
 
-def plan_help() -> str:
-    """The usage and every key beside the config's."""
-    from finetune.config.command_options import PlanOptions
-    from finetune.config.options import options_help
-
-    return f"{USAGE}\n{options_help(PlanOptions)}"
-
-
-def run_plan(arguments: Arguments) -> int:
-    """`finetune plan`. Raises: InputError and ConfigError for what cannot be meant or is not known here."""
-    from finetune.config.command_options import PlanOptions
+def run(arguments: Arguments) -> int:
+    """Print the plan; return 3 if the run does not fit."""
     from finetune.config.compose import load_config
-    from finetune.config.options import read_beside_config
 
-    options, overrides = read_beside_config(PlanOptions, arguments, "finetune plan")
+    options = arguments.options
     if arguments.config is None and not options.table:
         if not options.calibrate:
-            raise InputError("finetune plan needs config=X.yaml, as in finetune plan config=lora.yaml gpu_gb=16")
-        log(f"kept in {calibrate()}")
+            raise COMMAND.missing_config()
+        log(f"rates: file={calibrate()}")
         return 0
-    cfg = load_config(arguments.config or _DEFAULT_CONFIG, overrides)
+    cfg = load_config(arguments.config or _DEFAULT_CONFIG, arguments.overrides)
     as_json = "--json" in arguments.flags
     _check_options(options, cfg)
-    if options.calibrate:  # after everything that may be refused: it takes half a minute
-        log(f"kept in {calibrate()}")
-    if options.table:
-        return _print_lengths(cfg, as_json)
-    return _print_plan(cfg, options, as_json)
+    if options.calibrate:  # After every check: it takes half a minute.
+        log(f"rates: file={calibrate()}")
+    return _print_lengths(cfg, as_json) if options.table else _print_plan(cfg, options, as_json)
 
 
 def _check_options(options: PlanOptions, cfg: RunConfig) -> None:
-    """Raises: InputError for an option that would change nothing or contradicts the config."""
+    """Raise InputError for an option that has no effect or contradicts the config."""
     if options.table and (idle := sorted(options.model_fields_set - {"table", "calibrate"})):
-        raise InputError(f"table=true is about every size and usual GPU; drop {', '.join(idle)}, or drop table=true")
+        raise InputError(f"table=true: covers all models and GPUs\nhelp: drop {', '.join(idle)}, or drop table=true")
     if (options.document_tokens or 0) > cfg.data.max_length:
         raise InputError(
-            f"document_tokens={options.document_tokens}: no row is longer than data.max_length={cfg.data.max_length}; "
-            "lower it, or raise data.max_length"
+            f"document_tokens={options.document_tokens}: is more than data.max_length={cfg.data.max_length}\n"
+            "help: lower it, or raise data.max_length"
         )
 
 
 def calibrate(clock: Callable[[], float] = time.perf_counter) -> str:
-    """Measures this machine with the threads that training uses; returns the file in which its rates are kept.
+    """Measure this machine with the threads of training, and return the path of the file of its rates.
 
-    clock: seconds; a benchmark beside other programs counts those of the CPU.
+    Args:
+        clock: returns seconds; pass a CPU clock where other programs run.
     """
     import torch
 
@@ -96,7 +86,7 @@ def calibrate(clock: Callable[[], float] = time.perf_counter) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and (threads := pick_threads(os.environ, usable_cores())):
         torch.set_num_threads(threads)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads={torch.get_num_threads()}"
     return str(write_rates(device.type, measure_rates(device, name, log, clock)))
 
 
@@ -110,27 +100,16 @@ def _print_lengths(cfg: RunConfig, as_json: bool) -> int:
     table = _table("Qwen2.5", *(f"{budget} GB" for budget in BUDGETS_GB))
     for size, row in lengths.items():
         table.add_row(size, *(_tokens(row[budget], LONGEST) for budget in BUDGETS_GB))
+    teacher = f", teacher={cfg.distill.teacher.placement}" if cfg.asks_teacher else ""
+    targets = cfg.lora.target_modules
     print(
-        f"Longest packed sequence in tokens, one a forward pass, on one GPU: {_base_words(cfg)}, "
-        f"LoRA rank {cfg.lora.rank} on {_targets(cfg)}, {_recomputed_words(cfg)}"
+        "Longest packed sequence in tokens, one per forward pass, on one GPU: "
+        f"base={cfg.model.dtype if cfg.quant.type == 'none' else cfg.quant.type}{teacher}, lora.rank={cfg.lora.rank}, "
+        f"lora.target_modules={targets if isinstance(targets, str) else ','.join(targets)}, "
+        f"train.gradient_checkpointing={cfg.train.gradient_checkpointing}"
     )
     _show(table)
     return 0
-
-
-def _base_words(cfg: RunConfig) -> str:
-    teacher = f", its teacher {cfg.distill.teacher.placement}" if cfg.asks_teacher else ""
-    return f"base in {cfg.model.dtype if cfg.quant.type == 'none' else cfg.quant.type}{teacher}"
-
-
-def _recomputed_words(cfg: RunConfig) -> str:
-    setting = cfg.train.gradient_checkpointing
-    return "as much recomputed as it takes" if setting == "auto" else f"train.gradient_checkpointing={setting}"
-
-
-def _targets(cfg: RunConfig) -> str:
-    targets = cfg.lora.target_modules
-    return targets if isinstance(targets, str) else ", ".join(targets)
 
 
 def _tokens(count: int, most: int) -> str:
@@ -191,26 +170,26 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
 
 
 def _shape_of(model_name: str) -> Mapping[str, Any]:
-    """Raises: ConfigError for a model that is not here, not whole, or of another family."""
+    """Return the shapes of a model from its local config.json or from the table of known sizes."""
     from finetune.models.families import SHAPE_KEYS, family_of, shape_of
 
     where, shape = f"model.name={model_name}", shape_of(model_name)
     if shape is None and (Path(model_name).expanduser() / "config.json").is_file():
-        raise ConfigError(f"{where}: its config.json is torn or lacks one of {', '.join(SHAPE_KEYS)}")
+        raise ConfigError(f"{where}: its config.json is corrupt or lacks one of {', '.join(SHAPE_KEYS)}")
     if shape is None:
         raise ConfigError(
-            f"{where}: its shapes are not known here and a plan downloads nothing; name a local folder with its "
-            "config.json, or a Qwen2.5 size"
+            f"{where}: has unknown shapes, and a plan downloads nothing\n"
+            "help: name a local folder with its config.json, or a Qwen2.5 size"
         )
     family_of(shape["model_type"], where)
     sizes = [key for key in SHAPE_KEYS if key != "tie_word_embeddings"]
     if wrong := [key for key in sizes if not isinstance(shape[key], int) or shape[key] < 1]:
-        raise ConfigError(f"{where}: config.json has {wrong[0]}={shape[wrong[0]]!r}, which is no size of a model")
+        raise ConfigError(f"{where}: config.json: {wrong[0]} must be a positive integer, found {shape[wrong[0]]!r}")
     return shape
 
 
 def _device(options: PlanOptions) -> tuple[str, float | None, str]:
-    """torch's name of the device that is planned for, its free bytes, and both in words."""
+    """Return the device type of torch, the free bytes, and a description of the device."""
     from finetune.planning.auto_batch import free_memory
     from finetune.system.machine import device_type_here
 
@@ -231,25 +210,25 @@ def _gpu_name(options: PlanOptions) -> str | None:
 
 
 def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
-    """The plan for people: what is held, whether it fits, how long it takes, what to change."""
-    moments = ", ".join(f"{name} {format_bytes(size)}" for name, size in content["moments"].items())
-    recomputed = f"{content['recomputed_layers']} of {content['layers']} layers recomputed"
+    """Print the plan: memory by part, verdict, time, changes."""
+    moments = ", ".join(f"{name}={format_bytes(size)}" for name, size in content["moments"].items())
+    recomputed = f"gradient checkpointing={content['recomputed_layers']} of {content['layers']} layers"
     print(
         f"{cfg.model.name}: {content['parameters']:,} parameters, {content['trained']:,} trained; "
-        f"{content['micro_batch']} x {cfg.data.max_length} tokens a forward pass, {recomputed}"
-        + (f", on each of {content['ranks']} ranks" if content["ranks"] > 1 else "")
+        f"micro_batch={content['micro_batch']} x {cfg.data.max_length} tokens, {recomputed}"
+        + (f", on each of {content['ranks']} processes" if content["ranks"] > 1 else "")
     )
-    table = _table(f"held at the peak ({content['moment']})", "GB")
+    table = _table(f"memory at the peak ({content['moment']})", "GB")
     for name, size in sorted(content["parts"].items(), key=lambda item: -item[1]):
         table.add_row(name, f"{size / 1e9:.3f}")
     table.add_row("predicted peak", f"{content['peak_bytes'] / 1e9:.3f}")
-    table.add_row("with the margin that a run needs", f"{content['needed_bytes'] / 1e9:.3f}")
+    table.add_row("with the safety margin", f"{content['needed_bytes'] / 1e9:.3f}")
     _show(table)
     print(f"peaks: {moments}")
     if content["teacher_unknown"]:
-        print("the teacher's shapes are not known here: its memory is not counted")
+        print("teacher: has unknown shapes, so its memory is not counted")
     if content["fits"] is None:
-        print(f"may fit: how much {content['device']} has free is not known here; gpu_gb=24 says it")
+        print(f"may fit: the free memory of {content['device']} is unknown\nhelp: set gpu_gb=24")
     else:
         verdict = "fits" if content["fits"] else "DOES NOT FIT"
         print(f"{verdict}: {content['device']} has {format_bytes(content['free_bytes'])} free")
@@ -262,15 +241,14 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
         print(
             f"fastest that fits: {' '.join(found['overrides'])}   needs {format_bytes(found['needed_bytes'])}"
             if found
-            else "fastest that fits: nothing does, whatever the length"
+            else "fastest that fits: none, at any sequence length"
         )
 
 
 def _describe_time(content: Mapping[str, Any]) -> None:
-    step = content["step_seconds"]
     parts = ", ".join(f"{name} {share:.0%}" for name, share in content["seconds_shares"].items() if share >= 0.005)
     print(f"work: {content['step_flops'] / 1e12:,.2f} TFLOP per step; {content['rates']}")
-    print(f"time: {step:,.2f} s per step ({parts}), {content['tokens_per_second']:,.0f} tokens/s")
+    print(f"time: {content['step_seconds']:,.2f} s per step ({parts}), {content['tokens_per_second']:,.0f} tokens/s")
     if content["total_seconds"] is not None:
         total = format_duration(content["total_seconds"])
         print(f"      {content['steps']:,} steps{content['steps_from']}: {total} in total")
@@ -289,6 +267,17 @@ def _table(first: str, *others: str) -> Table:
 def _show(table: Table) -> None:
     from rich.console import Console
 
-    # Where stdout is no terminal nothing is wrapped to the width of one.
+    # A pipe has no width to wrap at.
     wide = None if sys.stdout.isatty() else 200
     Console(file=sys.stdout, width=wide, highlight=False).print(table)
+
+
+COMMAND = Command(
+    "plan",
+    "predict whether a run fits into memory and how long it takes",
+    USAGE,
+    run,
+    options="PlanOptions",
+    flags=("--json",),
+    config="optional",
+)

@@ -1,19 +1,20 @@
-"""`finetune sensitivity`: what each layer of a model loses when it is stored in 4 or 8 bit."""
+"""`finetune sensitivity`: measure the quantization error of each layer."""
 
 from __future__ import annotations
 
 import shlex
 
+from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
-from finetune.system.errors import InputError
+from finetune.system.console import log
 
 USAGE = """\
 usage: finetune sensitivity config=X.yaml [out=DIR] [rows=N] [key=value …]
 
-Measures, for every linear layer, how far the model's probabilities move from the 16-bit model's when that layer alone
-is stored in 4 or 8 bit: KL in nats a target token, on rows of the config's data. finetune allocate makes a choice for
-each layer from it. One copy of the weights is in memory, and one layer of it in fp32. Killed, it goes on where it
-stopped. DIR gets sensitivity.json, sensitivity.md and sensitivity.png. Any key of a config can be given as well.
+Measures, for every linear layer, KL(16-bit model || model with that layer alone in 4 or 8 bit), in nats per target
+token, on rows of the config's data. finetune allocate chooses the bits of each layer from it. Memory holds one copy of
+the weights and one layer in fp32. After an interruption, the same command continues.
+DIR gets sensitivity.json, sensitivity.md and sensitivity.png.
 
 Examples
   finetune sensitivity config=quickstart.yaml
@@ -21,33 +22,30 @@ Examples
 """
 
 
-def sensitivity_help() -> str:
-    """The usage and every setting."""
-    from finetune.config.command_options import SensitivityOptions
-    from finetune.config.options import options_help
-
-    return f"{USAGE}\n{options_help(SensitivityOptions)}"
-
-
-def run_sensitivity(arguments: Arguments) -> int:
-    """`finetune sensitivity`. Raises: InputError for what cannot be meant; what loading and measuring raise."""
-    from finetune.config.command_options import SensitivityOptions
+def run(arguments: Arguments) -> int:
+    """Measure, then print the folder and the next command."""
     from finetune.config.compose import load_config
-    from finetune.config.options import read_beside_config
 
-    if arguments.config is None:
-        raise InputError("finetune sensitivity needs config=X.yaml, as in: finetune sensitivity config=quickstart.yaml")
-    options, overrides = read_beside_config(SensitivityOptions, arguments, "finetune sensitivity")
-    cfg = load_config(arguments.config, overrides)
+    options = arguments.options
+    cfg = load_config(str(arguments.config), arguments.overrides)
 
     from finetune.mixed_precision.measure import measure_sensitivity
     from finetune.mixed_precision.sensitivity import ALL
-    from finetune.system.console import log
 
     found = measure_sensitivity(cfg, options, log)
     for kind in found.kinds:
-        log(f"all layers in {kind}: KL {found.measured[ALL, kind].kl:.2e} nats a target")
+        log(f"all layers in {kind}: KL {found.measured[ALL, kind].kl:.2e} nats per target")
     print(options.out)
-    words = ["finetune", "allocate", f"config={arguments.config}", f"sensitivity={options.out}", *overrides]
-    log(f"next: {shlex.join(words)} budget_gb=…")
+    words = [f"config={arguments.config}", f"sensitivity={options.out}", *arguments.overrides]
+    log(f"next: {shlex.join(['finetune', 'allocate', *words])} budget_gb=…")
     return 0
+
+
+COMMAND = Command(
+    "sensitivity",
+    "measure the quantization error of each layer in 4 or 8 bit",
+    USAGE,
+    run,
+    options="SensitivityOptions",
+    config="required",
+)

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune.config.sections import Count, Index, NotNegative, Number, Positive, Section, SourceConfig, Text
+from finetune.config.sections import Count, Index, NotNegative, Number, Positive, Section, Share, SourceConfig, Text
 
 Base = Literal["auto", "original", "dequantized"]
 MergedType = Literal["auto", "bf16", "fp16", "fp32"]
@@ -21,6 +21,34 @@ class KlCheckOptions(Section):
     max_kl: NotNegative | None = Field(
         None, description="Largest allowed KL(trained || merged) in nats per target token; null: report it only."
     )
+
+
+class DataOptions(Section):
+    """`finetune data`, beside its config."""
+
+    show: Index = Field(0, description="Print so many training rows, evenly spaced, with the trained tokens colored.")
+    html: Text | None = Field(None, description="Page to write: the report and 10 rows, or as many as show.")
+    dump: Text | None = Field(None, description="JSONL file to write: every row as tokens and labels.")
+
+
+class ConvertOptions(SourceConfig):
+    """`finetune data convert`: the keys of an item of data.train, and what to do with bad rows."""
+
+    out: Text = Field(description="File to write; it must not exist.")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="What happens at a row that cannot be used.")
+    max_bad_share: Share = Field(0.05, description="Share of skipped rows above which nothing is written.")
+
+
+class ChatOptions(Section):
+    """`finetune chat`, beside the keys of a run's config."""
+
+    adapter: Text | None = Field(None, description="Run folder, checkpoint or adapter folder to put on its base.")
+    model: Text | None = Field(
+        None, description="Base model: hub id or folder. With config=, model= chooses a model group as in training."
+    )
+    max_new_tokens: Count = Field(512, description="Longest answer in tokens.")
+    temperature: NotNegative = Field(0.0, description="0 takes the most probable token; above 0 samples.")
+    system: str | None = Field(None, description="System message; null is the template's own.")
 
 
 class MergeOptions(Section):

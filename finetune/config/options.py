@@ -14,7 +14,6 @@ from pydantic import ValidationError
 
 from finetune.config.explain import schema_problems, shown, unknown_key
 from finetune.config.keys import allowed, find, is_section
-from finetune.config.overrides import read_value
 from finetune.config.problems import Problem, config_error
 from finetune.config.schema import RunConfig, Section
 from finetune.system.arguments import Arguments
@@ -34,6 +33,8 @@ def read_options(schema: type[Options], words: Sequence[str], command: str) -> O
     Raises:
         ConfigError: lists every problem.
     """
+    from finetune.config.overrides import read_value  # Imports Hydra, which --help does without.
+
     tree: dict[str, Any] = {}
     problems = []
     for word in words:

@@ -1,4 +1,4 @@
-"""The one grammar of the command line: `finetune <command> [config=X.yaml] [key=value …] [--flags]`."""
+"""The grammar of the command line: `finetune <command> [config=X.yaml] [key=value …] [--flags]`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from finetune.system.errors import InputError
 
@@ -15,32 +16,35 @@ _OVERRIDE = re.compile(r"(\+{0,2}[\w./@:-]+=.*|~[\w./@:-]+(=.*)?)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """What follows a command. overrides: the `key=value` words in their order, without config=. paths: the other words,
-    of a command that takes some.
+    """The words after a command.
+
+    Attributes:
+        config: file of config=, if given.
+        overrides: the `key=value` words of a run's config, in their order.
+        flags: words such as `--json`.
+        paths: words without `=`, of a command that takes paths.
+        words: every word as typed.
+        options: the command's own options, read into their schema.
     """
 
     config: str | None
     overrides: tuple[str, ...]
     flags: frozenset[str]
     paths: tuple[str, ...] = ()
-
-    def split(self, names: Collection[str]) -> tuple[dict[str, str], list[str]]:
-        """The command's own words by name, the last of each; and the other overrides in their order."""
-        own, others = {}, []
-        for word in self.overrides:
-            key, _, value = word.partition("=")
-            if key in names:
-                own[key] = value
-            else:
-                others.append(word)
-        return own, others
+    words: tuple[str, ...] = ()
+    options: Any = None
 
 
 def parse_arguments(words: Sequence[str], flags: Collection[str], takes_paths: bool = False) -> Arguments:
-    """The words after a command; flags are those that the command knows, `--help` besides. takes_paths: whether words
-    without a `=`, and those that name a folder, are paths.
+    """Sort the words after a command.
 
-    Raises: InputError naming every word that does not fit.
+    Args:
+        words: as typed.
+        flags: the flags of the command; `--help` is always known.
+        takes_paths: take words without `=`, and names of folders, as paths.
+
+    Raises:
+        InputError: lists every word that does not fit.
     """
     known = {*flags, "--help"}
     wrong, overrides, configs, paths, found = [], [], [], [], set()
@@ -61,14 +65,16 @@ def parse_arguments(words: Sequence[str], flags: Collection[str], takes_paths: b
         else:
             wrong.append(f"{word}: expected key=value")
     if len(configs) > 1:
-        wrong.append(f"config= is given {len(configs)} times: {', '.join(configs)}; keep one")
+        wrong.append(f"config: expected one, found {', '.join(configs)}")
     if wrong:
-        raise InputError(wrong[0] if len(wrong) == 1 else "\n  ".join(["the command line has errors:", *wrong]))
-    return Arguments(configs[0] if configs else None, tuple(overrides), frozenset(found), tuple(paths))
+        raise InputError(
+            wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} problems in the command line", *wrong])
+        )
+    return Arguments(configs[0] if configs else None, tuple(overrides), frozenset(found), tuple(paths), tuple(words))
 
 
 def nearest(word: str, known: Collection[str]) -> str:
-    """`; did you mean X?` for the known word that is closest, empty when none is close."""
+    """Return `; did you mean X?` for the nearest known word, or an empty text."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -76,9 +82,9 @@ def nearest(word: str, known: Collection[str]) -> str:
 def _flag_advice(word: str, known: Collection[str]) -> str:
     bare = word.lstrip("-")
     if "=" in bare:
-        return f"{word}: settings have no dashes, write {bare}"
+        return f"{word}: a setting has no dashes; write {bare}"
     if close := nearest(word, known):
         return f"{word}: unknown flag{close}"
     if bare == "config":
-        return f"{word}: settings have no dashes, write config=FILE"
+        return f"{word}: a setting has no dashes; write config=FILE"
     return f"{word}: unknown flag; this command has {', '.join(sorted(known))}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finetune import train
-from finetune.commands.cache import run_cache
+from finetune.commands.cache import run as run_cache
 from finetune.system.arguments import Arguments
 from tests.runs import SMALL_RUN, adapter, differing, metrics, result, small_run
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 from finetune import train
-from finetune.commands.cache import run_cache
+from finetune.commands.cache import run as run_cache
 from finetune.distill.codec import teacher_top_k
 from finetune.system.arguments import Arguments
 from finetune.system.errors import ConfigError

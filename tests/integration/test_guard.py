@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune import train
-from finetune.commands.cache import run_cache
+from finetune.commands.cache import run as run_cache
 from finetune.system.arguments import Arguments
 from tests.runs import SMALL_RUN, differing, metrics, result, small_run
 

@@ -9,7 +9,7 @@ import pytest
 
 from finetune import load_config
 from finetune.cli import main
-from finetune.commands.cache import HELP, _training
+from finetune.commands.cache import USAGE, _training_overrides
 from finetune.config.schema import RunConfig
 
 RECOVER = ("config=quickstart.yaml", "distill.objective=recover", "distill.cache=folder")
@@ -20,11 +20,11 @@ RECOVER = ("config=quickstart.yaml", "distill.objective=recover", "distill.cache
     [
         (
             [],
-            r"error: finetune cache needs config=X\.yaml, as in finetune cache config=distill\.yaml distill\.cache=DIR",
+            r"error: finetune cache: config=X\.yaml is missing",
         ),
         (
             ["config=quickstart.yaml"],
-            r"error: distill\.objective is none in quickstart\.yaml: .*; set it to recover, .+",
+            r"error: distill\.objective: is none in quickstart\.yaml.*",
         ),
         (["config=quickstart.yaml", "distill.objective=recover"], r"  distill\.cache: .*folder; name it"),
         ([*RECOVER, "data.stream_rows=100"], r"  data\.stream_rows \(command line\): rows of a stream .*"),
@@ -47,13 +47,14 @@ def test_what_a_folder_cannot_serve_is_refused_in_a_line_before_anything_is_load
     said = captured.err.strip("\n").split("\n")
     if said[0].startswith("error: 1 problem in "):
         said = said[1:]
+    said = [line for line in said if not line.startswith("help: ")]
     assert len(said) == 1 and re.fullmatch(message, said[0]) and captured.out == ""
     assert not list(tmp_path.iterdir())
 
 
 def trains_with(*given: str) -> tuple[list[str], RunConfig]:
     """The overrides after `next:`, as a shell would pass them on, and the run that they describe."""
-    words = _training(load_config("quickstart.yaml", given), given)
+    words = _training_overrides(load_config("quickstart.yaml", given), given)
     assert shlex.split(shlex.join(words)) == words
     return words, load_config("quickstart.yaml", words)
 
@@ -89,6 +90,6 @@ def test_what_a_server_said_is_trained_from_as_a_servers():
 
 def test_help_names_what_it_writes_and_its_examples_are_read_by_the_shell(capsys):
     assert main(["cache", "--help"]) == 0
-    assert capsys.readouterr().out.strip() == HELP.strip()
-    examples = shlex.split(HELP[HELP.index("Examples\n") + len("Examples\n") :])
+    assert capsys.readouterr().out.startswith(USAGE)
+    examples = shlex.split(USAGE[USAGE.index("Examples\n") + len("Examples\n") :])
     assert examples.count("finetune") == 2 and examples.count("data.train=[{path: rows.jsonl}]") == 2

@@ -15,16 +15,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from finetune.cli import main
 from finetune.commands import chat
-from finetune.commands.chat import ChatSettings, Conversation, respond, talk
+from finetune.commands.chat import Conversation, respond, talk
+from finetune.config.command_options import ChatOptions
 from finetune.config.compose import load_config, to_yaml
 from finetune.data.formats.messages import Message
 from finetune.evaluation import decoding
 from finetune.models.fused import FusedDecoderLayer
 from finetune.models.load import load_base
 from finetune.models.quant.four_bit import quantized_modules
-from finetune.system.arguments import Arguments
-from finetune.system.errors import ConfigError, DataError, InputError
+from finetune.system.errors import ConfigError, DataError
 from finetune.system.resources import packaged
 
 LETTERS = SimpleNamespace(eos_token_id=0, pad_token_id=0, decode=lambda ids, **_: "".join(map(chr, ids)))
@@ -65,11 +66,7 @@ class Scripted:
 
 
 def conversation(*script, **options) -> Conversation:
-    return Conversation(Scripted(*script), LETTERS, LetterTemplate(), ChatSettings(**options))  # type: ignore[arg-type]
-
-
-def arguments(*overrides: str, config: str | None = None) -> Arguments:
-    return Arguments(config, overrides, frozenset())
+    return Conversation(Scripted(*script), LETTERS, LetterTemplate(), ChatOptions(**options))  # type: ignore[arg-type]
 
 
 def test_every_turn_sees_the_turns_before_it_and_the_system_message():
@@ -160,14 +157,30 @@ def test_temperature_above_zero_draws():
     assert talking.model.generation_config.temperature == 0.7
 
 
-def test_every_wrong_setting_is_named_at_once():
-    with pytest.raises(InputError, match=r"max_new_tokens.*'many'.*temperature.*'-1'"):
-        chat.run_chat(arguments("model=x", "max_new_tokens=many", "temperature=-1"))
+def test_every_wrong_setting_is_named_at_once(capsys):
+    assert main(["chat", "model=x", "max_new_tokens=many", "temperature=-1"]) == 2
+    err = capsys.readouterr().err
+    assert "max_new_tokens" in err and '"many"' in err and "temperature" in err and "-1" in err
 
 
-def test_something_to_talk_to_is_needed():
-    with pytest.raises(InputError, match=r"adapter=.*model=.*config="):
-        chat.run_chat(arguments("temperature=1"))
+def test_a_model_an_adapter_or_a_config_is_needed(capsys):
+    assert main(["chat", "temperature=1"]) == 2
+    err = capsys.readouterr().err
+    assert "adapter=" in err and "model=" in err and "config=" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "file"),
+    [(["model=folder"], "folder", None), (["config=lora.yaml", "model=x"], None, "lora.yaml")],
+)
+def test_model_is_a_folder_without_a_config_and_a_group_with_one(monkeypatch, words, model, file):
+    seen = []
+    monkeypatch.setattr(chat, "_find_config", lambda *found: seen.append(found) or load_config("quickstart.yaml"))
+    monkeypatch.setattr(chat, "load_conversation", lambda *_: conversation("fine"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert main(["chat", *words, "quant.type=none"]) == 0
+    overrides = ("quant.type=none",) if file is None else (words[1], "quant.type=none")
+    assert seen == [(file, model, None, overrides)]
 
 
 @given(st.text(st.characters(exclude_categories=["C"]), min_size=1))
@@ -211,7 +224,7 @@ def test_a_pipe_gives_one_answer_a_line_and_nothing_else(monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\n\n\xff two\n/exit\nthree\n"), encoding="utf-8")
     )
-    assert chat.run_chat(arguments(config=str(packaged("configs") / "lora.yaml"))) == 0
+    assert main(["chat", "config=lora.yaml"]) == 0
     assert capsys.readouterr().out == "fine\nfine\n"
 
 
@@ -228,7 +241,7 @@ def test_weights_are_dequantized_once_where_memory_has_room_for_them(monkeypatch
     """And the answers are those of weights dequantized for each token."""
     monkeypatch.setattr(decoding, "available_memory", lambda: free)
     config = load_config(str(packaged("configs") / "quickstart.yaml"), settings)
-    talking = chat.load_conversation(config, None, ChatSettings(max_new_tokens=8))
+    talking = chat.load_conversation(config, None, ChatOptions(max_new_tokens=8))
     layers = [module for _, module in quantized_modules(talking.model)]
     assert layers and {hasattr(layer, "resident_weight") for layer in layers} == {kept}
     assert {isinstance(module, FusedDecoderLayer) for module in talking.model.model.layers} == {

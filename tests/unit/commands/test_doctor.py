@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib.metadata
 import json
 import os
 import sys
@@ -10,10 +11,10 @@ import types
 
 import pytest
 
+from finetune.cli import main
 from finetune.commands import doctor
-from finetune.commands.doctor import CHECKS, Finding, diagnose, run_doctor
+from finetune.commands.doctor import CHECKS, Finding, diagnose
 from finetune.system.arguments import Arguments
-from finetune.system.errors import InputError
 
 PLAIN = Arguments(None, (), frozenset())
 JSON = Arguments(None, (), frozenset({"--json"}))
@@ -29,7 +30,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("status", "exit_code"), [("ok", 0), ("note", 0), ("warn", 0), ("fail", 1)])
 def test_only_a_failed_check_fails_the_machine(quick, monkeypatch, capsys, status: str, exit_code: int):
     monkeypatch.setitem(CHECKS, "disk", lambda: Finding(status, "found this", "do that"))
-    assert run_doctor(PLAIN) == exit_code
+    assert doctor.run(PLAIN) == exit_code
     out = capsys.readouterr().out
     assert "found this" in out and "do that" in out
 
@@ -40,7 +41,7 @@ def test_json_holds_every_check_and_nothing_else(quick, monkeypatch, capsys):
         return Finding("fail", "broken", "mend it")
 
     monkeypatch.setitem(CHECKS, "4-bit", noisy)
-    assert run_doctor(JSON) == 1
+    assert doctor.run(JSON) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is False
     assert [check["name"] for check in report["checks"]] == list(CHECKS)
@@ -75,9 +76,9 @@ def test_the_floors_are_known_installed_or_not_and_without_the_extras(monkeypatc
     assert not any(line.startswith("pytest") for line in doctor._declared_requirements())
 
     def absent(_: str) -> None:
-        raise doctor.importlib.metadata.PackageNotFoundError
+        raise importlib.metadata.PackageNotFoundError
 
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", absent)
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
     assert any(line.startswith("torch>=") for line in doctor._declared_requirements())
     assert not any(line.startswith("pytest") for line in doctor._declared_requirements())
 
@@ -142,6 +143,7 @@ def test_a_wandb_login_file_is_found(monkeypatch, tmp_path):
     assert finding.status == "ok" and "very-secret" not in str(finding)
 
 
-def test_settings_are_refused(quick):
-    with pytest.raises(InputError, match="takes no settings"):
-        run_doctor(Arguments("lora.yaml", (), frozenset()))
+@pytest.mark.parametrize("word", ["config=lora.yaml", "lora.rank=3"])
+def test_settings_are_refused(quick, capsys, word: str):
+    assert main(["doctor", word]) == 2
+    assert word in capsys.readouterr().err

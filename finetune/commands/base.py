@@ -1,0 +1,128 @@
+"""The record of one command, and the table that finds it.
+
+The modules of commands import nothing heavy at their top, so that `finetune --help` stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from finetune.system.arguments import Arguments, parse_arguments
+from finetune.system.errors import InputError
+
+if TYPE_CHECKING:
+    from finetune.config.schema import Section
+
+COMMANDS = {
+    "train": "finetune.commands.train",
+    "data": "finetune.commands.data",
+    "data convert": "finetune.commands.data_convert",
+    "plan": "finetune.commands.plan",
+    "cache": "finetune.commands.cache",
+    "eval": "finetune.commands.eval",
+    "sensitivity": "finetune.commands.sensitivity",
+    "allocate": "finetune.commands.allocate",
+    "merge": "finetune.commands.merge",
+    "export": "finetune.commands.export",
+    "report": "finetune.commands.report",
+    "compare": "finetune.commands.compare",
+    "sweep": "finetune.commands.sweep",
+    "chat": "finetune.commands.chat",
+    "doctor": "finetune.commands.doctor",
+    "completion": "finetune.commands.completion",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command of `finetune`.
+
+    Attributes:
+        name: words after `finetune`.
+        summary: one line for the list of commands.
+        usage: text of `--help`, with a description and examples; the options follow.
+        run: does the work and returns the exit code. It gets the options read and checked.
+        options: name of the schema in config/command_options.py; empty for a command without options.
+        flags: words such as `--json`.
+        config: whether config=X.yaml and the keys of a run's config are taken.
+        takes_paths: whether words without `=` are taken.
+        details: returns text that follows the options in `--help`.
+    """
+
+    name: str
+    summary: str
+    usage: str
+    run: Callable[[Arguments], int]
+    options: str = ""
+    flags: tuple[str, ...] = ()
+    config: Literal["required", "optional", "none"] = "none"
+    takes_paths: bool = False
+    details: Callable[[], str] | None = None
+
+    def execute(self, words: Sequence[str]) -> int:
+        """Run the command with the words that follow its name, and return the exit code."""
+        arguments = parse_arguments(words, self.flags, self.takes_paths)
+        if "--help" in arguments.flags:
+            print(self.help())
+            return 0
+        return self.run(self._read_options(arguments))
+
+    def help(self) -> str:
+        """Return the text of `--help`."""
+        parts = [self.usage.strip("\n")]
+        if schema := self.schema():
+            from finetune.config.options import options_help
+
+            parts.append(options_help(schema))
+        if self.details:
+            parts.append(self.details())
+        elif self.config != "none":
+            parts.append("Every key of a run's config can be given as well: finetune train --help")
+        return "\n\n".join(parts)
+
+    def schema(self) -> type[Section] | None:
+        """Return the schema of the options."""
+        if not self.options:
+            return None
+        return getattr(importlib.import_module("finetune.config.command_options"), self.options)
+
+    def missing_config(self) -> InputError:
+        """Return the error for a command line without config=."""
+        advice = f"help: {self._example()}\nhelp: packaged configs: {', '.join(packaged_configs())}"
+        return InputError(f"finetune {self.name}: config=X.yaml is missing\n{advice}")
+
+    def _example(self) -> str:
+        lines = [line.strip() for line in self.usage.splitlines()]
+        return next(line for line in lines if line.startswith(f"finetune {self.name}"))
+
+    def _read_options(self, arguments: Arguments) -> Arguments:
+        if arguments.config is None and self.config == "required":
+            raise self.missing_config()
+        refused = "config" if arguments.config is not None else "settings" if arguments.overrides else ""
+        if self.config == "none" and (refused == "config" or (refused and not self.options)):
+            found = f"config={arguments.config}" if refused == "config" else arguments.overrides[0]
+            raise InputError(f"finetune {self.name}: takes no {refused}, found {found}\nhelp: {self._example()}")
+        if (schema := self.schema()) is None:
+            return arguments
+        from finetune.config.options import read_beside_config, read_options
+
+        command = f"finetune {self.name}"
+        if self.config == "none":
+            return replace(arguments, options=read_options(schema, arguments.overrides, command), overrides=())
+        options, overrides = read_beside_config(schema, arguments, command)
+        return replace(arguments, options=options, overrides=tuple(overrides))
+
+
+def load_command(name: str) -> Command:
+    """Import the module of a command and return its record."""
+    return importlib.import_module(COMMANDS[name]).COMMAND
+
+
+def packaged_configs() -> list[str]:
+    """Return the file names of the packaged configs of whole runs."""
+    from finetune.system.resources import packaged
+
+    return sorted(file.name for file in packaged("configs").glob("*.yaml"))

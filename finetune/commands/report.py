@@ -1,0 +1,52 @@
+"""`finetune report`: draw the report of a run again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from finetune.commands.base import Command
+from finetune.system.arguments import Arguments
+from finetune.system.errors import InputError
+
+USAGE = """\
+usage: finetune report RUN…
+
+Draws report.html in the folder of a run again: metrics, curves, answers before and after, the gap table of
+`finetune eval`, data and settings. Training draws it at its end; draw it again after a killed run or a new evaluation.
+
+Example
+  finetune report outputs/quickstart
+"""
+
+
+def run(arguments: Arguments) -> int:
+    """Draw each report and print its path."""
+    from finetune.report.page import REPORT, write_report
+    from finetune.report.run import read_runs
+
+    folders = run_folders(arguments)
+    if not folders:
+        raise InputError("finetune report: the folder of a run is missing\nhelp: finetune report outputs/quickstart")
+    read_runs(folders)
+    for folder in folders:
+        write_page(write_report, folder)
+        print(folder / REPORT)
+    return 0
+
+
+def run_folders(arguments: Arguments) -> list[Path]:
+    """Return the folders on the command line, each once."""
+    return list(dict.fromkeys(Path(os.path.normpath(Path(path).expanduser())) for path in arguments.paths))
+
+
+def write_page(write: Callable[[Path], object], target: Path) -> None:
+    """Call `write(target)`; an OSError becomes an InputError."""
+    try:
+        write(target)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written: {error.strerror}") from error
+
+
+COMMAND = Command("report", "draw the report of a run again", USAGE, run, takes_paths=True)
