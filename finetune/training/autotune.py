@@ -1,4 +1,4 @@
-"""Fits a run to its machine: the threads of a rank, the layers that are recomputed, the sequences of a forward pass."""
+"""Fit a run to its machine: threads per rank, recomputed layers, sequences per forward pass."""
 
 from __future__ import annotations
 
@@ -20,39 +20,40 @@ from finetune.system import heap
 from finetune.system.console import Log
 from finetune.system.machine import available_memory, pick_threads, ranks_here, usable_cores
 
-# Gradient and AdamW's moments; the weights are there already. Moments once more in a guard's recovery.
+# Gradient and AdamW's moments come later; the weights are already loaded. A guard's recovery has moments of its own.
 _BYTES_PER_TRAINED_LATER, _BYTES_IN_A_RECOVERY = 12, 8
 
 
 def use_all_cores(device_type: str) -> str | None:
-    """Sets the threads that this rank computes with on a CPU; says how many. Launchers give a rank one thread, torch
-    gives a container all of its host's.
+    """Set the CPU threads of this rank and return a log line; None on another device.
 
-    Returns: None on another device.
+    Launchers give a rank one thread, and torch gives a container all threads of its host.
     """
     if device_type != "cpu":
         return None
     cores, ranks = usable_cores(), ranks_here(os.environ)
     threads = pick_threads(os.environ, cores)
     if threads is None:
-        return f"threads: {torch.get_num_threads()} a rank (OMP_NUM_THREADS)"
+        return f"threads: per_rank={torch.get_num_threads()} (OMP_NUM_THREADS)"
     torch.set_num_threads(threads)
-    return f"threads: {threads} a rank ({cores} core(s) to use, {ranks} rank(s) here)"
+    return f"threads: per_rank={threads}, usable_cores={cores}, ranks_on_this_machine={ranks}"
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """micro_batch: sequences a forward pass. predicted_peak_bytes: of this rank, as RunResult's `peak_bytes` counts."""
+    """micro_batch: sequences per forward pass. predicted_peak_bytes: of this rank, as RunResult.peak_bytes counts."""
 
     micro_batch: int
     predicted_peak_bytes: int
 
 
 def choose_micro_batch(cfg: RunConfig, model: nn.Module, accelerator: Accelerator, log: Log) -> BatchPlan:
-    """Sets which layers of the adapted model are recomputed, as `train.gradient_checkpointing` says and memory allows.
+    """Choose the micro-batch, and set up gradient checkpointing by `train.gradient_checkpointing` and free memory.
 
-    Every rank decides as the one with the least memory does, measured when all of them have loaded.
-    Raises: ConfigError if more layers are asked for than there are.
+    All ranks follow the rank with the least free memory, measured once all of them have loaded.
+
+    Raises:
+        ConfigError: train.gradient_checkpointing exceeds the number of layers.
     """
     if accelerator.device.type == "cpu":
         install_malloc_trim(model)
@@ -68,18 +69,17 @@ def choose_micro_batch(cfg: RunConfig, model: nn.Module, accelerator: Accelerato
 
 
 def install_malloc_trim(model: nn.Module) -> None:
-    """Give the system what the heap holds free: now, after loading, after each training forward pass, and before one
-    that follows an evaluation.
+    """Return free heap memory to the system: now, after each training pass, and before one that follows an evaluation.
 
-    A layer's temporaries lie between what it keeps. glibc takes them from the heap, and once freed they are holes that
-    backward's larger blocks do not fit into, so they would be held beside all that backward allocates: a quarter of a
-    gigabyte for 0.5B and 1,024 tokens. Giving them back once a step costs nothing that can be seen (docs/planning.md).
+    A layer's temporaries lie between the tensors it keeps. Once freed, they are holes too small for backward's blocks,
+    so they would add to the peak: 0.25 GB for 0.5B and 1,024 tokens. One trim per step has no measurable cost
+    (docs/planning.md).
     """
     heap.malloc_trim()
     evaluated = False
 
     def before_forward(*_: Any) -> None:
-        # What an evaluation leaves: not after each of its passes, for a generated token is one of them.
+        # Not after each pass of an evaluation, because one generated token is one pass.
         nonlocal evaluated
         if torch.is_grad_enabled() and evaluated:
             heap.malloc_trim()
@@ -96,7 +96,7 @@ def install_malloc_trim(model: nn.Module) -> None:
 
 
 def _free_bytes(cfg: RunConfig, model: nn.Module, device: torch.device) -> float:
-    """What is left for activations once gradients and optimizer are there; below 0 if it is not known."""
+    """Return the memory left for activations next to gradients and optimizer; -1 if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,13 +1,15 @@
-"""Checkpoints that are whole or absent: safetensors and JSON under a SHA-256 manifest, no pickle.
+"""Write and read checkpoints that are complete or absent: safetensors and JSON under a SHA-256 manifest, no pickle.
 
-A checkpoint folder is a plain PEFT adapter folder with three files more: `training.safetensors` (value, first and
-second moment of every trained parameter, by name), `state.json` (counters) and `manifest.json` (size and SHA-256 of
-every other file). It is written under a temporary name, every file and the folder fsynced, then renamed: the rename is
-the commit. The adapter files are for people; a resumed run reads `training.safetensors`, which is exact for every kind
-of adapter.
+A checkpoint folder is a PEFT adapter folder with three more files:
 
-Random state is not stored because there is none to store: the loop seeds every generator from (seed, step, rank) at
-the start of each step, on every rank, so the next step's noise is known from the step's number alone.
+- `training.safetensors`: value, first and second moment of every trained parameter, by name
+- `state.json`: counters
+- `manifest.json`: size and SHA-256 of every other file
+
+It is written under a temporary name, fsynced, then renamed: the rename is the commit. A resumed run reads
+`training.safetensors`, which is exact for every kind of adapter; the adapter files are for other programs.
+
+There is no random state to store: the loop seeds every generator from (seed, step, rank) at the start of each step.
 """
 
 from __future__ import annotations
@@ -39,13 +41,19 @@ _STATE_KEYS = ("value", "step", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class TrainState:
-    """Counters of a run; everything a resumed run needs beside the adapter and the optimizer.
+    """The state of a run apart from its adapter and optimizer.
 
-    step: optimizer steps done. tokens, target_tokens: seen so far over all ranks. seconds: training time so far.
-    best_step, best_loss: the evaluation with the lowest mean loss. evaluations_since_best: for early stopping.
-    trajectory: the settings that decide the run's path, by key; data_digest: SHA-256 of training tokens and labels.
-    evaluations: figures of the latest evaluation. before: what the untrained model answered, so that a resumed run
-    need not ask again. breaches: each time that the guard's limit was passed, see guard.py.
+    Attributes:
+        trajectory: settings that decide the run's result, by dotted key.
+        data_digest: SHA-256 of the training tokens and labels.
+        step: optimizer steps done.
+        tokens: all tokens so far, over all ranks; target_tokens likewise.
+        seconds: training time so far.
+        best_step: step of the evaluation with the lowest `eval_loss`, which is best_loss.
+        evaluations_since_best: for early stopping.
+        evaluations: figures of the latest evaluation.
+        before: answers and figures of the untrained model.
+        breaches: entries of guard.py, one for each evaluation beyond `guard.max`.
     """
 
     trajectory: dict[str, Any]
@@ -69,9 +77,10 @@ def _sha256(file: Path) -> str:
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder beside `folder`, then put it in place in one rename.
+    """Let `write` fill a temporary folder, then rename it to `folder`.
 
-    Raises: ResourceError when the disk is full; what was there before is untouched.
+    Raises:
+        ResourceError: the disk is full. The old folder is untouched.
     """
     temporary = folder.with_name(_TEMPORARY + folder.name)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -89,9 +98,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         if not is_disk_full(error):
             raise
-        raise ResourceError(
-            f"the disk is full: {folder} could not be written; earlier checkpoints are whole"
-        ) from error
+        raise ResourceError(f"{folder}: cannot be written, the disk is full; earlier checkpoints are valid") from error
 
 
 def write_checkpoint(
@@ -100,7 +107,7 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: TrainState,
 ) -> None:
-    """Write one checkpoint as a whole; a crash at any moment leaves it absent."""
+    """Write one checkpoint. A crash at any moment leaves it absent."""
 
     def write(temporary: Path) -> None:
         write_adapter(temporary)
@@ -118,13 +125,14 @@ def write_checkpoint(
 def verify_checkpoint(folder: Path) -> None:
     """Compare every file with the manifest.
 
-    Raises: IntegrityError naming each file that is missing, torn or altered.
+    Raises:
+        IntegrityError: names each file that is missing or corrupt.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         entries = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise IntegrityError(f"{folder}: {MANIFEST} is missing or torn") from error
+        raise IntegrityError(f"{folder}: {MANIFEST} is missing or corrupt") from error
     problems = []
     for name, size, digest in entries:
         file = folder / name
@@ -141,13 +149,13 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first; unfinished ones are not among them."""
+    """Return the finished checkpoint folders of a run, oldest first."""
     found = [(int(match[1]), p) for p in run.glob("checkpoint-*") if (match := _NAME.fullmatch(p.name)) and p.is_dir()]
     return [path for _, path in sorted(found)]
 
 
 def newest_valid(run: Path, warn: Log) -> Path | None:
-    """The newest checkpoint that passes its manifest; each torn one met on the way is named through `warn`."""
+    """Return the newest checkpoint that passes its manifest. Each newer, corrupt one is named through `warn`."""
     for folder in reversed(list_checkpoints(run)):
         try:
             verify_checkpoint(folder)
@@ -158,18 +166,19 @@ def newest_valid(run: Path, warn: Log) -> Path | None:
 
 
 def read_state(folder: Path) -> TrainState:
-    """The counters of a verified checkpoint.
+    """Read the state of a verified checkpoint.
 
-    Raises: IntegrityError if they are not what this version writes.
+    Raises:
+        IntegrityError: this version does not write such a state.
     """
     try:
         return TrainState(**json.loads((folder / STATE).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise IntegrityError(f"{folder / STATE} cannot be read by this version: {error}") from error
+        raise IntegrityError(f"{folder / STATE} not a state of this version: {error}") from error
 
 
 def training_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every trained parameter and its optimizer state, as `<parameter name>/value|step|exp_avg|exp_avg_sq`."""
+    """Return every trained parameter and its optimizer state, as `NAME/value|step|exp_avg|exp_avg_sq`."""
     tensors = {}
     for name, parameter in _named(optimizer):
         for key, value in {"value": parameter, **optimizer.state[parameter]}.items():
@@ -178,9 +187,10 @@ def training_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_training(folder: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Put saved parameters and moments back, bit for bit, on each parameter's device.
+    """Restore saved parameters and moments bit for bit.
 
-    Raises: IntegrityError naming parameters that are missing, of another shape, or not in this run.
+    Raises:
+        IntegrityError: names parameters that are missing, of another shape, or not in this run.
     """
     saved = load_file(folder / TRAINING)
     wanted = {f"{name}/{key}": parameter for name, parameter in _named(optimizer) for key in _STATE_KEYS}
@@ -204,26 +214,21 @@ def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Par
 
 
 def prune_checkpoints(run: Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one; leftovers of interrupted writes go too."""
+    """Delete all but the newest `keep` checkpoints and the best one, and leftovers of interrupted writes."""
     folders = list_checkpoints(run)
     protected = {f"checkpoint-{best_step}"}
     for folder in folders[:-keep]:
         if folder.name not in protected:
-            _remove(folder)
+            # Rename first: an interrupted deletion must not leave half a checkpoint under its own name.
+            doomed = folder.with_name(_TEMPORARY + folder.name)
+            shutil.rmtree(doomed, ignore_errors=True)
+            folder.rename(doomed)
     for leftover in run.glob(f"{_TEMPORARY}checkpoint-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _remove(folder: Path) -> None:
-    """Rename first: a deletion cut short must not leave half a checkpoint under its own name."""
-    doomed = folder.with_name(_TEMPORARY + folder.name)
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
 def replace_files(source: Path, names: Iterable[str], target: Path) -> None:
-    """Move files into a folder, each in one rename, the old one of its name replaced; then fsync the folder."""
+    """Move files into a folder, each in one rename that replaces the old file; then fsync the folder."""
     for name in names:
         os.replace(source / name, target / name)
     sync(target)

@@ -1,4 +1,4 @@
-"""What a run with a teacher has besides a plain one: the teacher, its loss, and how far the model is from it."""
+"""Set up distillation for a run: the teacher, the loss, on-policy answers, and the distance from the teacher."""
 
 from __future__ import annotations
 
@@ -30,77 +30,75 @@ from finetune.losses.divergence import DistillLossWeights
 from finetune.losses.teacher_targets import Teacher
 from finetune.system.console import Log
 
-_CANNOT_TEACH = (
-    "recover brings back what quantization took from this base; it cannot teach a new task: for that, "
-    "distill.objective=distill with a larger or tuned teacher, or sft+anchor"
+_RECOVER_LIMITS = (
+    "distill: objective=recover restores what quantization changed in this base; it cannot teach a new task\n"
+    "help: for a new task, set distill.objective=distill with a larger or tuned teacher, or sft+anchor"
 )
 
 
 @dataclass(frozen=True)
 class DistillationSetup:
-    """Whom a run learns from, and the ids that take part, from 0 on."""
+    """The teacher of a run. vocabulary: ids below it take part in the divergence."""
 
     cfg: RunConfig
     teacher: Teacher
     vocabulary: int
 
     @property
-    def has_teacher(self) -> bool:
-        """Whether the run learns from the teacher, or is only measured against it."""
+    def trains_from_teacher(self) -> bool:
+        """Return whether the teacher gives the loss; if not, it is only measured against."""
         return self.cfg.distill.objective != "none"
 
-    def loss(self, model: PeftModel) -> Distillation:
-        """The training loss as a module."""
-        return Distillation(
-            model, DistillLossWeights.of(self.cfg.distill), self.vocabulary, self.cfg.train.neftune_alpha
-        )
+    def build_loss(self, model: PeftModel) -> Distillation:
+        """Build the training loss."""
+        return Distillation(model, DistillLossWeights.of(self.cfg.distill), self.vocabulary, self.cfg.train.neftune_alpha)
 
-    def recovery_loss(self, model: PeftModel) -> Distillation:
-        """Forward KL from the teacher alone."""
+    def build_recovery_loss(self, model: PeftModel) -> Distillation:
+        """Build the loss of a guard's recovery: forward KL from the teacher alone."""
         return Distillation(model, DistillLossWeights(), self.vocabulary)
 
     def before_step(self, loss: Distillation, total_steps: int) -> Callable[[int, Callable[[int], list[Batch]]], None]:
-        """What the loop calls before a step's batches run: asks the teacher about them."""
+        """Build the hook that gives `loss` the teacher's targets for the batches of a step."""
         schedule = Schedule(self.teacher, self.cfg.distill.teacher.steps_ahead, total_steps)
         return lambda step, batches_of: loss.expect(schedule.targets_for(step, batches_of))
 
-    def sampler(
-        self, sampler: Sampler, model: PeftModel, chat: ChatTemplate, accelerator: Accelerator, log: Log
-    ) -> Sampler:
-        """The run's documents, with answers of the model's own in a share of them (`distill.on_policy`)."""
+    def build_sampler(self, sampler: Sampler, model: PeftModel, chat: ChatTemplate, accelerator: Accelerator, log: Log) -> Sampler:
+        """Let the student write the answers of a share of the documents (`distill.on_policy`)."""
         distill = self.cfg.distill
         if not distill.on_policy:
             return sampler
         log(
-            f"the student itself writes the answers of {distill.on_policy:.0%} of the rows, up to "
-            f"{distill.on_policy_tokens} tokens at temperature {distill.on_policy_temperature:g}; the teacher alone "
-            "judges those"
-        )
-        write = partial(
-            sample_answers,
-            model,
-            stop_ids=chat.stop_ids(),
-            vocabulary=self.vocabulary,
-            temperature=distill.on_policy_temperature,
+            f"distill: on_policy={distill.on_policy:.0%} of the rows, max_tokens={distill.on_policy_tokens}, "
+            f"temperature={distill.on_policy_temperature:g}; only the teacher scores these answers"
         )
         return OnPolicySampler(
             sampler,
-            write,
-            distill.on_policy,
-            distill.on_policy_tokens,
-            self.cfg.data.max_length,
-            self.cfg.train.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-            gather_object,
+            write=partial(
+                sample_answers,
+                model,
+                stop_ids=chat.stop_ids(),
+                vocabulary=self.vocabulary,
+                temperature=distill.on_policy_temperature,
+            ),
+            share=distill.on_policy,
+            tokens=distill.on_policy_tokens,
+            max_length=self.cfg.data.max_length,
+            seed=self.cfg.train.seed,
+            rank=accelerator.process_index,
+            ranks=accelerator.num_processes,
+            gather=gather_object,
         )
 
     def figures(
         self, model: PeftModel, data: LoadedData, part: slice, sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> dict[str, float]:
-        """`eval/NAME/teacher_kl` in nats a target and `eval/NAME/teacher_agreement`, a share, of every evaluation set.
+        """Measure the distance from the teacher on every held-out set.
 
-        part: of each set's documents, what this rank looks at.
+        Args:
+            part: documents of each set that this rank scores.
+
+        Returns:
+            `eval/NAME/teacher_kl` in nats per target, and `eval/NAME/teacher_agreement` in [0, 1].
         """
         figures: dict[str, float] = {}
         for source in data.eval:
@@ -118,24 +116,28 @@ class DistillationSetup:
 
 
 def check_distillation(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, data: LoadedData, log: Log) -> int:
-    """Ids that student and teacher share; 0 for a run that learns from rows alone. Nothing is loaded yet.
+    """Compare student and teacher before any weight is loaded.
 
-    Raises: ConfigError if the teacher means something else by a token that is in use, or has another width where that
-    matters.
+    Returns:
+        The number of ids, from 0 on, that both share; 0 for a run without a teacher.
+
+    Raises:
+        ConfigError: a token in use means something else to the teacher, or the widths of the hidden states differ.
     """
     if not cfg.asks_teacher:
         return 0
     if cfg.distill.objective == "recover":
-        log(_CANNOT_TEACH)
+        log(_RECOVER_LIMITS)
     check_width(cfg)
-    # A stream's rows are not known yet, and the student may write any token.
-    unknown = cfg.data.stream_rows or cfg.distill.on_policy
-    used = np.arange(len(tokenizer)) if unknown else used_ids(data)
+    # The rows of a stream are not known yet, and the student may write any token.
+    any_id = cfg.data.stream_rows or cfg.distill.on_policy
+    used = np.arange(len(tokenizer)) if any_id else used_ids(data)
     return check_vocabulary(cfg, tokenizer, used)
 
 
 def build_distillation(
     cfg: RunConfig,
+    *,
     base: PreTrainedModel,
     chat: ChatTemplate,
     data: LoadedData,
@@ -143,39 +145,41 @@ def build_distillation(
     accelerator: Accelerator,
     log: Log,
 ) -> DistillationSetup | None:
-    """The teacher of a run; None for a run that learns from rows alone. base: before an adapter is on it.
+    """Build the teacher of a run; None without one. A server's answers are cached in `distill.cache` first.
 
-    What a server says is written to `distill.cache` first, and then trained from.
+    Args:
+        base: the student, before an adapter is attached.
     """
     if not cfg.asks_teacher:
         return None
     sources = [*data.train, *data.eval]
     documents = Documents.join(source.documents for source in sources) if sources else ()
-    # Ranks do not wait for hours: several of them need a folder that `finetune cache` has finished.
+    # Several ranks would time out while one of them queries the server: they need a finished cache.
     if cfg.distill.teacher.placement == "server" and accelerator.num_processes == 1:
-        write_cache(cfg, chat, vocabulary, documents, accelerator.device, log)
-    return DistillationSetup(
-        cfg, build_teacher(cfg, base, chat, vocabulary, documents, accelerator.device, log), vocabulary
+        write_cache(cfg, chat, vocabulary, documents, device=accelerator.device, log=log)
+    teacher = build_teacher(
+        cfg, base=base, chat=chat, vocabulary=vocabulary, documents=documents, device=accelerator.device, log=log
     )
+    return DistillationSetup(cfg, teacher, vocabulary)
 
 
 def mean_teacher_kl(figures: Mapping[str, float]) -> float | None:
-    """KL(teacher || model) in nats a target, mean over the evaluation sets; None if it was not measured."""
+    """Return KL(teacher || model) in nats per target, averaged over the held-out sets; None if not measured."""
     found = [value for name, value in figures.items() if name.endswith("/teacher_kl")]
     return sum(found) / len(found) if found else None
 
 
 def teacher_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """How far the model was from its teacher and is now, a line for each evaluation set, as markdown."""
+    """Build a Markdown table of the distance from the teacher before and after training, one line per held-out set."""
     found = [name for name in after if name.endswith("/teacher_kl") and name in before]
     lines = [
-        "| held-out rows | nats from the teacher before | after | of that gone | same first choice before | after |",
+        "| held-out set | KL from the teacher before (nats/target) | after | recovered | agreement before | after |",
         "|---|---|---|---|---|---|",
     ]
     for name in found:
         kl, kl_after = before[name], after[name]
         top1, top1_after = (figures[name.replace("/teacher_kl", "/teacher_agreement")] for figures in (before, after))
-        gone = f"{1 - kl_after / kl:.1%}" if kl > 0 else ""
+        recovered = f"{1 - kl_after / kl:.1%}" if kl > 0 else ""
         label = name.removeprefix("eval/").removesuffix("/teacher_kl")
-        lines.append(f"| {label} | {kl:.5f} | {kl_after:.5f} | {gone} | {top1:.2%} | {top1_after:.2%} |")
+        lines.append(f"| {label} | {kl:.5f} | {kl_after:.5f} | {recovered} | {top1:.2%} | {top1_after:.2%} |")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""The loop: one optimizer step after another, normalized once by the global count of target tokens."""
+"""Run optimizer steps, each normalized once by the global count of target tokens."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from types import FrameType
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 
 from finetune.config.schema import TrainConfig
 from finetune.data.batch import Batch, build_batch, dummy_batch
@@ -30,17 +29,22 @@ from finetune.training.checkpoint import TrainState
 from finetune.training.optim import learning_rate_at
 from finetune.training.track import SilentTracker, Tracker
 
+Figures = dict[str, float]
+BatchesOf = Callable[[int], list[Batch]]
+_PLACES_SHOWN = 8
 
-@dataclass(frozen=True)
-class Job:
-    """Everything the loop works with.
 
-    loss: module from Batch to the summed loss, wrapped for DDP. micro_batch: sequences a forward pass.
-    share_prefixes: skip tokens after the last target, and compute shared prefixes once.
-    before_step: told a step, and what gives this rank's batches of it or of a later one, before any of them runs.
-    evaluate: the evaluations' figures by name, `loss` among them; None without held-out rows. guard: takes them, gives
-    them as they are after what it did, and whether the run ends. sample: shows answers.
-    save: writes the checkpoint of a state, on the main rank. last_checkpoint: the newest one, None before the first.
+@dataclass(frozen=True, kw_only=True)
+class StepInputs:
+    """The inputs of `train_step`, the same for all steps of a run.
+
+    Attributes:
+        loss: module from a Batch to the summed loss in nats, wrapped for DDP.
+        micro_batch: sequences per forward pass.
+        share_prefixes: skip tokens after the last target, and compute shared prefixes once.
+        last_checkpoint: returns the newest checkpoint for error messages, None before the first.
+        before_step: `before_step(step, batches_of)`: called before the first forward pass of `step`.
+            `batches_of(s)` returns this rank's batches of step `s`.
     """
 
     cfg: TrainConfig
@@ -51,21 +55,18 @@ class Job:
     total_steps: int
     micro_batch: int
     share_prefixes: bool
-    tracker: Tracker | SilentTracker
-    save: Callable[[TrainState], None]
     last_checkpoint: Callable[[], Path | None]
-    before_step: Callable[[int, Callable[[int], list[Batch]]], None] | None = None
-    evaluate: Callable[[], dict[str, float]] | None = None
-    guard: Callable[[TrainState, dict[str, float]], tuple[dict[str, float], bool]] | None = None
-    sample: Callable[[], None] | None = None
-    sample_every: int | None = None
+    before_step: Callable[[int, BatchesOf], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Figures of one step over all ranks. loss: nats a target token. signal_number: 0, or the signal to stop for.
+    """Figures of one step over all ranks.
 
-    computed_tokens: those of `tokens` that some target needs, with what rows share counted once.
+    Attributes:
+        loss: nats per target token.
+        computed_tokens: the part of `tokens` that some target needs, with shared prefixes counted once.
+        stop_signal: 0, or the operating system's signal to stop for.
     """
 
     loss: float
@@ -74,11 +75,11 @@ class StepResult:
     tokens: int
     computed_tokens: int
     target_tokens: int
-    signal_number: int
+    stop_signal: int
 
 
 class StopSignals:
-    """Remembers SIGTERM and Ctrl+C until the step is done; a second Ctrl+C stops at once."""
+    """Hold back SIGTERM and Ctrl+C until the step is done. A second Ctrl+C stops at once."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -86,7 +87,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         for number in (signal.SIGTERM, signal.SIGINT):
-            with suppress(ValueError):  # not in the main thread: signals stay with whoever started this one
+            with suppress(ValueError):  # outside the main thread, Python allows no handlers
                 self._previous[number] = signal.signal(number, self._remember)
         return self
 
@@ -98,122 +99,154 @@ class StopSignals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        log("\nstopping after this step; its checkpoint will be saved")
+        log("\nstopping after this step, once its checkpoint is saved")
 
 
 def peak_bytes() -> int:
-    """Highest memory so far: CUDA's max allocated, on CPU the process's peak resident size."""
+    """Return the peak memory so far: CUDA's maximum allocated, or the peak resident size on CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def fit(job: Job, state: TrainState) -> None:
-    """Train from `state.step` to the end, to early stopping or until the guard ends it; `state` is kept up to date.
+def fit(
+    inputs: StepInputs,
+    state: TrainState,
+    *,
+    tracker: Tracker | SilentTracker,
+    save: Callable[[TrainState], None],
+    evaluate: Callable[[], Figures] | None = None,
+    after_eval: Callable[[TrainState, Figures], tuple[Figures, bool]] | None = None,
+    sample: Callable[[], None] | None = None,
+    sample_every: int | None = None,
+) -> None:
+    """Train from `state.step` to the last step, to early stopping, or until `after_eval` ends the run.
 
-    Raises: Interrupted after a signal, once the step's checkpoint is saved; FinetuneError on a loss or gradient that is
-    not finite, before it reaches the weights.
+    Args:
+        state: updated in place after each step.
+        save: writes the checkpoint of a state on the main rank.
+        evaluate: returns the figures of the held-out sets, `eval_loss` among them.
+        after_eval: receives these figures. Returns the figures to record, and whether the run ends.
+        sample: shows answers of the model, every `sample_every` steps.
+
+    Raises:
+        Interrupted: after SIGTERM or Ctrl+C, once the checkpoint of the step is saved.
+        FinetuneError: the loss or the gradient is NaN or infinite. The update is not made.
     """
-    halted = False
+    cfg, halted = inputs.cfg, False
     with StopSignals() as stop:
-        while state.step < job.total_steps and not halted and not _stopped_early(job, state):
+        while state.step < inputs.total_steps and not halted and not _stopped_early(cfg, state):
             start = time.perf_counter()
             step = state.step + 1
-            result = train_step(job, step, stop.received)
+            result = train_step(inputs, step, stop.received)
             seconds = time.perf_counter() - start
             _advance(state, result, seconds)
-            figures, improved, halted = _evaluate_if_due(job, state, step)
-            job.tracker.step({**_metrics(step, result, seconds), **figures}, _seconds_left(job, state))
-            if job.sample is not None and job.sample_every and step % job.sample_every == 0:
-                job.sample()
-            last = step == job.total_steps or halted or _stopped_early(job, state)
-            if last or improved or result.signal_number or (job.cfg.save_every and step % job.cfg.save_every == 0):
-                job.save(state)
-            if result.signal_number and not last:
+            figures: Figures = {}
+            improved = False
+            if evaluate is not None and (step == inputs.total_steps or _is_due(cfg.eval_every, step)):
+                figures = evaluate()
+                if after_eval is not None:
+                    figures, halted = after_eval(state, figures)
+                improved = _record_evaluation(state, figures)
+            seconds_left = state.seconds / state.step * (inputs.total_steps - state.step)
+            tracker.step({**_metrics(step, result, seconds), **figures}, seconds_left)
+            if sample is not None and _is_due(sample_every, step):
+                sample()
+            last = step == inputs.total_steps or halted or _stopped_early(cfg, state)
+            if last or improved or result.stop_signal or _is_due(cfg.save_every, step):
+                save(state)
+            if result.stop_signal and not last:
                 raise Interrupted(
-                    result.signal_number, f"stopped by a signal after step {step}; continue with train.resume=auto"
+                    result.stop_signal, f"stopped by a signal after step {step}\nhelp: continue with train.resume=auto"
                 )
-    if _stopped_early(job, state):
-        job.tracker.message(f"early stopping: no better evaluation since step {state.best_step}")
+    if _stopped_early(cfg, state):
+        tracker.message(f"early stopping: step={state.step}, best_step={state.best_step}")
 
 
-def train_step(job: Job, step: int, signal_number: int = 0) -> StepResult:
-    """One optimizer step (from 1) over the step's sequences on all ranks.
+def train_step(inputs: StepInputs, step: int, stop_signal: int = 0) -> StepResult:
+    """Make optimizer step `step` (from 1) over the sequences of all ranks.
 
-    Gradient: d(sum of nats)/d(weights) divided by the global count of target tokens, so neither micro-batches nor ranks
-    change it. Every generator is seeded from (seed, step, rank): what happened before a step cannot change it.
+    The gradient of the summed loss is divided by the global count of target tokens. So neither micro-batches nor ranks
+    change it. Every generator is seeded from (seed, step, rank), so nothing before the step changes its noise.
+
+    Args:
+        stop_signal: the signal that this rank received, 0 for none.
+
+    Raises:
+        FinetuneError: the loss or the gradient is NaN or infinite. The update is not made.
     """
-    accelerator, ranks = job.accelerator, job.accelerator.num_processes
-    set_seed((job.cfg.seed * 1_000_003 + step * 1_009 + accelerator.process_index) % 2**32)
-    sequences = job.sampler.step_batches(step - 1)
+    accelerator, ranks = inputs.accelerator, inputs.accelerator.num_processes
+    set_seed((inputs.cfg.seed * 1_000_003 + step * 1_009 + accelerator.process_index) % 2**32)
+    sequences = inputs.sampler.step_batches(step - 1)
     documents = [document for sequence in sequences for document in sequence]
     target_tokens = sum(document.target_tokens for document in documents)
     loss_sum = 0.0
-    batches = _rank_batches(job, sequences)
-    if job.before_step is not None:
-        job.before_step(step, lambda s: batches if s == step else _rank_batches(job, job.sampler.step_batches(s - 1)))
+    batches = _rank_batches(inputs, sequences)
+    if inputs.before_step is not None:
+        inputs.before_step(
+            step, lambda s: batches if s == step else _rank_batches(inputs, inputs.sampler.step_batches(s - 1))
+        )
     for i, batch in enumerate(batches):
-        with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(job.loss):
-            loss = job.loss(batch.to(accelerator.device))
+        with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(inputs.loss):
+            loss = inputs.loss(batch.to(accelerator.device))
             accelerator.backward(loss * (ranks / target_tokens))
         loss_sum += loss.item()
-    shared = accelerator.gather(
-        torch.tensor(
-            [[loss_sum, signal_number, sum(batch.rows for batch in batches)]],
-            dtype=torch.float64,
-            device=accelerator.device,
-        )
-    )
-    loss_mean = shared[:, 0].sum().item() / target_tokens
-    _check_finite(job, "loss", loss_mean, step, documents)
-    grad_norm = _clip(job)
-    _check_finite(job, "gradient norm", grad_norm, step, documents)
-    learning_rate = learning_rate_at(job.cfg, step, job.total_steps)
-    for group in job.optimizer.param_groups:
+    sums = [[loss_sum, stop_signal, sum(batch.rows for batch in batches)]]
+    of_ranks = accelerator.gather(torch.tensor(sums, dtype=torch.float64, device=accelerator.device))
+    loss_mean = of_ranks[:, 0].sum().item() / target_tokens
+    _check_finite(inputs, "loss", loss_mean, step, documents)
+    parameters = [p for group in inputs.optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, inputs.cfg.max_grad_norm or math.inf).item()
+    _check_finite(inputs, "gradient norm", grad_norm, step, documents)
+    learning_rate = learning_rate_at(inputs.cfg, step, inputs.total_steps)
+    for group in inputs.optimizer.param_groups:
         group["lr"] = learning_rate
-    job.optimizer.step()
-    job.optimizer.zero_grad(set_to_none=True)
+    inputs.optimizer.step()
+    inputs.optimizer.zero_grad(set_to_none=True)
     return StepResult(
-        loss_mean,
-        learning_rate,
-        grad_norm,
-        sum(map(len, documents)),
-        int(shared[:, 2].sum().item()),
-        target_tokens,
-        int(shared[:, 1].max().item()),
+        loss=loss_mean,
+        learning_rate=learning_rate,
+        grad_norm=grad_norm,
+        tokens=sum(map(len, documents)),
+        computed_tokens=int(of_ranks[:, 2].sum().item()),
+        target_tokens=target_tokens,
+        stop_signal=int(of_ranks[:, 1].max().item()),
     )
 
 
-def _rank_batches(job: Job, sequences: list[list[Document]]) -> list[Batch]:
-    """What this rank computes of a step's sequences, a forward pass each."""
-    ranks, rank = job.accelerator.num_processes, job.accelerator.process_index
+def _rank_batches(inputs: StepInputs, sequences: list[list[Document]]) -> list[Batch]:
+    """Return this rank's part of a step's sequences, one batch per forward pass."""
+    ranks, rank = inputs.accelerator.num_processes, inputs.accelerator.process_index
     mine = split_among_ranks([sum(map(len, sequence)) for sequence in sequences], ranks)[rank]
     if not mine:
         return [dummy_batch(sequences[0][0])]
-    groups = [[sequences[i] for i in mine[j : j + job.micro_batch]] for j in range(0, len(mine), job.micro_batch)]
-    return [build_batch(list(chain.from_iterable(group)), share_prefixes=job.share_prefixes) for group in groups]
+    size = inputs.micro_batch
+    groups = [[sequences[i] for i in mine[j : j + size]] for j in range(0, len(mine), size)]
+    return [
+        build_batch([document for sequence in group for document in sequence], inputs.share_prefixes)
+        for group in groups
+    ]
 
 
-def _clip(job: Job) -> float:
-    parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
-    limit = job.cfg.max_grad_norm or math.inf
-    norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    return norm.item()
-
-
-def _check_finite(job: Job, what: str, value: float, step: int, documents: Sequence[Document]) -> None:
+def _check_finite(inputs: StepInputs, name: str, value: float, step: int, documents: Sequence[Document]) -> None:
     if math.isfinite(value):
         return
     places = sorted({document.location for document in documents})
-    shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+    more = len(places) - _PLACES_SHOWN
+    shown = ", ".join(places[:_PLACES_SHOWN]) + (f" and {more} more" if more > 0 else "")
     raise FinetuneError(
-        f"step {step}: the {what} is {value}, so the update was not made. Rows in the batch: {shown}. Look at them or "
-        f"lower train.learning_rate. The last good checkpoint is {job.last_checkpoint() or 'none yet'}."
+        f"step {step}: the {name} is {value}; the update was not made. Rows in the batch: {shown}. "
+        f"Last good checkpoint: {inputs.last_checkpoint() or 'none'}\n"
+        "help: check these rows, or lower train.learning_rate"
     )
 
 
-def _stopped_early(job: Job, state: TrainState) -> bool:
-    return job.cfg.early_stopping is not None and state.evaluations_since_best >= job.cfg.early_stopping
+def _is_due(every: int | None, step: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _stopped_early(cfg: TrainConfig, state: TrainState) -> bool:
+    return cfg.early_stopping is not None and state.evaluations_since_best >= cfg.early_stopping
 
 
 def _advance(state: TrainState, result: StepResult, seconds: float) -> None:
@@ -224,27 +257,19 @@ def _advance(state: TrainState, result: StepResult, seconds: float) -> None:
     state.last_loss = result.loss
 
 
-def _evaluate_if_due(job: Job, state: TrainState, step: int) -> tuple[dict[str, float], bool, bool]:
-    """The evaluations' figures, whether they are the best so far, and whether the guard ends the run; nothing between
-    two evaluations.
-    """
-    due = step == job.total_steps or (job.cfg.eval_every and step % job.cfg.eval_every == 0)
-    if job.evaluate is None or not due:
-        return {}, False, False
-    figures, halted = job.evaluate(), False
-    if job.guard is not None:
-        figures, halted = job.guard(state, figures)
+def _record_evaluation(state: TrainState, figures: Figures) -> bool:
+    """Store an evaluation and return whether it is the best so far."""
     state.evaluations = figures
     improved = state.best_loss is None or figures["eval_loss"] < state.best_loss
     if improved:
-        state.best_loss, state.best_step, state.evaluations_since_best = figures["eval_loss"], step, 0
+        state.best_loss, state.best_step, state.evaluations_since_best = figures["eval_loss"], state.step, 0
     else:
         state.evaluations_since_best += 1
-    return figures, improved, halted
+    return improved
 
 
-def _metrics(step: int, result: StepResult, seconds: float) -> dict[str, float]:
-    """One line of metrics.jsonl: counts and seconds are this step's, over all ranks."""
+def _metrics(step: int, result: StepResult, seconds: float) -> Figures:
+    """Build one line of metrics.jsonl: the counts and seconds of this step over all ranks."""
     return {
         "step": step,
         "loss": result.loss,
@@ -257,7 +282,3 @@ def _metrics(step: int, result: StepResult, seconds: float) -> dict[str, float]:
         "peak_bytes": peak_bytes(),
         "seconds": seconds,
     }
-
-
-def _seconds_left(job: Job, state: TrainState) -> float:
-    return state.seconds / state.step * (job.total_steps - state.step)

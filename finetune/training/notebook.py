@@ -1,4 +1,4 @@
-"""A run seen in a notebook: a progress bar and the loss as a curve, drawn again while it trains."""
+"""Show a run in a notebook: a progress bar and the loss curve, redrawn while it trains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.system.plotting import curve, svg
 
-# Drawing takes no more than this share of the time.
+# Limit of the share of time spent drawing.
 _DRAWING_SHARE = 0.05
 _SECONDS_BETWEEN_DRAWINGS = 1.0
 _MOST_POINTS = 500
@@ -16,10 +16,10 @@ _LOSS, _HELD_OUT = "training loss", "held-out loss"
 
 
 class NotebookView:
-    """One output under the cell, replaced in place; messages are printed above it."""
+    """One output of the cell, replaced in place; messages appear above it."""
 
     def __init__(self, total_steps: int, past: Iterable[Mapping[str, Any]]):
-        """past: metrics of the steps before, of a run that is continued."""
+        """Show the first drawing. past: metrics of earlier steps, for a resumed run."""
         from IPython.display import HTML, display
 
         self._html = HTML
@@ -31,10 +31,9 @@ class NotebookView:
         self._next_drawing = 0.0
         self._shown: Any = display(HTML(self._page(self._last_step())), display_id=True)
 
-    def step(self, metrics: Mapping[str, float], text: str, seconds_left: str) -> None:
-        """text: the step's figures in words."""
+    def step(self, metrics: Mapping[str, float], text: str, time_left: str) -> None:
         self._note(metrics)
-        self._text = f"{text} · {seconds_left} left"
+        self._text = f"{text} · {time_left} left"
         if time.monotonic() >= self._next_drawing or self._last_step() == self._total:
             self._draw()
 
@@ -68,7 +67,7 @@ class NotebookView:
 
 
 def _thinned(points: Mapping[int, float]) -> tuple[list[float], list[float]]:
-    """Every n-th point, the last one among them."""
+    """Keep every n-th point and the last one."""
     stride = max(1, len(points) // _MOST_POINTS)
     kept = list(points.items())[::-1][::stride][::-1]
     return [float(step) for step, _ in kept], [value for _, value in kept]

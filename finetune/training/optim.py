@@ -1,4 +1,4 @@
-"""The optimizer and the learning rate, the latter a pure function of the step."""
+"""Build the optimizer; compute the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune.config.schema import TrainConfig
 
 
 def build_optimizer(cfg: TrainConfig, named_parameters: Iterable[tuple[str, Parameter]]) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, in the order given; their names label the optimizer's saved state.
+    """Build AdamW over the trainable parameters, in the order given. Their names label its saved state.
 
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101.
     """
@@ -23,17 +23,17 @@ def build_optimizer(cfg: TrainConfig, named_parameters: Iterable[tuple[str, Para
 
 
 def warmup_steps(cfg: TrainConfig, total_steps: int) -> int:
-    """Steps of linear warm-up: a share of the run below 1, a number of steps from 1 on."""
+    """Return the number of warm-up steps."""
     if cfg.warmup_steps is None:
         return math.ceil(cfg.warmup_ratio * total_steps)
     return min(cfg.warmup_steps, total_steps)
 
 
 def learning_rate_at(cfg: TrainConfig, step: int, total_steps: int) -> float:
-    """Learning rate of the update that ends step `step` (from 1 to total_steps).
+    """Return the learning rate of step `step` (1 to total_steps).
 
-    Warm-up rises linearly to the peak at its last step; cosine and linear then fall towards 0, which they would reach
-    one step after the last, so that no update is wasted.
+    Warm-up rises linearly and reaches the peak at its last step. Cosine and linear then fall, and would reach 0 one
+    step after the last, so that every update has an effect.
     """
     warmup = warmup_steps(cfg, total_steps)
     if step <= warmup:

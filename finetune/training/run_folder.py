@@ -1,4 +1,4 @@
-"""A run's folder: who may write into it, what it says about itself, and which run in it may be continued."""
+"""A run's folder: its lock, its description and results, and the checkpoint to continue from."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from finetune.training.checkpoint import list_checkpoints, newest_valid, read_st
 RESULT, RUN, CONFIG, ADAPTER = "result.json", "run.json", "config.yaml", "adapter_model.safetensors"
 TEACHER_TABLE, SAMPLES = "teacher.md", "samples.json"
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors")
-# Settings that may change between a run and its continuation: how long, how often, where to, in which pieces, by which
-# kernels.
+# Settings that may change between a run and its continuation, because they do not decide its result.
 _FREE = {
     "train": {
         "max_steps",
@@ -42,7 +41,7 @@ _FREE = {
         "world_size",
     },
     "quant": {"cache", "keep_dequantized"},
-    # The tokens themselves are compared; who makes them, where they lie and what was left out is in them.
+    # The digest of the tokens is compared instead.
     "data": {"train", "eval", "workers", "cache", "on_bad_row", "max_bad_share"},
     "model": {"attention"},
     "distill": {"cache", "spot_check"},
@@ -51,15 +50,19 @@ _FREE = {
 
 @dataclass
 class RunResult:
-    """How a run ended; result.json holds exactly this.
+    """The content of result.json.
 
-    status: finished | stopped | failed. final_loss, eval_loss: nats a target token. exact_match_*: share of held-out
-    rows, None where not measured. tokens_per_second: all tokens over training time. peak_bytes: CUDA's max allocated,
-    on CPU the process's peak resident size; predicted_peak_bytes: what the plan expected it to be. teacher_kl_*:
-    KL(teacher || model) in nats a target, mean over the held-out sets, None without a teacher. recovered: the share of
-    it that is gone, for the objective of that name. breaches: each time that `guard.max` was passed, with its step,
-    teacher_kl, action, and teacher_kl `after` a recovery. adapter: folder of the final adapter, None if there is none
-    yet.
+    Attributes:
+        status: finished | stopped | failed.
+        final_loss: training loss of the last step in nats per target token; eval_loss likewise on the held-out sets.
+        exact_match_before: share of held-out rows answered exactly, in [0, 1]; None if not measured.
+        teacher_kl_before: KL(teacher || model) in nats per target, averaged over the held-out sets; None if not measured.
+        recovered: share of teacher_kl_before that is gone, for objective=recover.
+        breaches: entries of guard.py: step, teacher_kl, action, and teacher_kl `after` a recovery.
+        tokens_per_second: all tokens over training time.
+        peak_bytes: CUDA's maximum allocated, or the peak resident size on CPU.
+        predicted_peak_bytes: the plan's prediction of peak_bytes.
+        adapter: folder of the final adapter, None if there is none yet.
     """
 
     status: str
@@ -84,33 +87,35 @@ class RunResult:
 
 
 def claim_folder(cfg: RunConfig) -> IO[str]:
-    """Make the run's folder and lock it until the returned file is closed (or the process dies).
+    """Create and lock the run's folder. The lock ends when the returned file is closed or the process dies.
 
-    Raises: ConfigError if another process is writing there, or an earlier run lies there and resume is `never`.
+    Raises:
+        ConfigError: another process is writing there, or the folder holds a run and train.resume is `never`.
     """
     folder = Path(cfg.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
-        raise ConfigError(f"output_dir: cannot write to {folder}: {error.strerror}") from error
+        raise ConfigError(f"output_dir: {folder} cannot be written to: {error.strerror}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
         raise ConfigError(
-            f"output_dir: another process is training into {folder}; wait for it or choose another"
+            f"output_dir: another process is training into {folder}\nhelp: wait for it, or set another output_dir"
         ) from error
     if cfg.train.resume == "never" and ((folder / ADAPTER).exists() or list_checkpoints(folder)):
         lock.close()
         raise ConfigError(
-            f"output_dir: {folder} already holds a run; set train.resume=auto to continue it, or another output_dir"
+            f"output_dir: {folder} already holds a run\n"
+            "help: set train.resume=auto to continue it, or another output_dir"
         )
     return lock
 
 
 def release_folder(lock: IO[str]) -> None:
-    """Unlock a run's folder; one that nothing was written into is removed again."""
+    """Unlock a run's folder, and remove it if it is empty."""
     path = Path(lock.name)
     if [file.name for file in path.parent.iterdir()] == [path.name]:
         path.unlink()
@@ -119,9 +124,11 @@ def release_folder(lock: IO[str]) -> None:
 
 
 def find_checkpoint(cfg: RunConfig, warn: Log) -> Path | None:
-    """The checkpoint to continue from, verified; None to start anew.
+    """Return the verified checkpoint to continue from; None for a new run.
 
-    Raises: ConfigError if the folder named isn't a checkpoint; IntegrityError if it is torn.
+    Raises:
+        ConfigError: train.resume names no folder.
+        IntegrityError: the checkpoint named is corrupt.
     """
     if cfg.train.resume == "never":
         return None
@@ -130,13 +137,15 @@ def find_checkpoint(cfg: RunConfig, warn: Log) -> Path | None:
     folder = Path(cfg.train.resume)
     if not folder.is_dir():
         known = ", ".join(str(p) for p in list_checkpoints(Path(cfg.output_dir))) or "none"
-        raise ConfigError(f"train.resume: {folder} is no folder; give auto, never or a checkpoint (found: {known})")
+        raise ConfigError(
+            f"train.resume: not a folder, found {folder}\nhelp: set auto, never or a checkpoint; existing: {known}"
+        )
     verify_checkpoint(folder)
     return folder
 
 
 def trajectory(cfg: RunConfig) -> dict[str, Any]:
-    """Settings that must stay as they were for a continued run to equal an unbroken one, by dotted key."""
+    """Return the settings that decide the result of a run, by dotted key."""
     recovers = cfg.guard.max is not None and cfg.guard.action == "recover"
     names = {"model", "quant", "lora", "data", "train"} | ({"guard"} if recovers else set())
     names |= {"distill"} if cfg.distill.objective != "none" or recovers else set()
@@ -150,9 +159,10 @@ def trajectory(cfg: RunConfig) -> dict[str, Any]:
 
 
 def check_continuation(cfg: RunConfig, data_digest: str, checkpoint: Path) -> None:
-    """Compare a run with the checkpoint it is to continue.
+    """Compare a run with the checkpoint that it continues.
 
-    Raises: ConfigError naming every setting that differs, with both values.
+    Raises:
+        ConfigError: names every setting that differs, with both values.
     """
     state = read_state(checkpoint)
     current = json.loads(json.dumps(trajectory(cfg)))
@@ -162,10 +172,10 @@ def check_continuation(cfg: RunConfig, data_digest: str, checkpoint: Path) -> No
         if current.get(key) != state.trajectory.get(key)
     ]
     if state.data_digest != data_digest:
-        differing.append("data.train: the rows, their weights, the template or their tokens differ")
+        differing.append("data.train: the rows, their weights, the chat template or their tokens differ")
     if differing:
-        advice = "it cannot be continued (lora.init_adapter starts a new run on its adapter)"
-        raise ConfigError("\n".join([f"this run differs from {checkpoint}, so {advice}:", *differing]))
+        help_line = "help: restore these settings, or start a new run from its adapter with lora.init_adapter"
+        raise ConfigError("\n".join([f"train.resume: this run differs from {checkpoint}:", *differing, help_line]))
 
 
 def describe_run(cfg: RunConfig, folder: Path, data_digest: str, world_size: int) -> None:
@@ -187,18 +197,18 @@ def describe_run(cfg: RunConfig, folder: Path, data_digest: str, world_size: int
 
 
 def write_samples(folder: Path, before: Sequence[Sequence[str]], after: Sequence[Answer] = ()) -> None:
-    """Write samples.json: `{prompt, expected, before, after}` of the answers that are shown, null where not asked.
+    """Write samples.json: a list of `{prompt, expected, before, after}`, null without an answer.
 
-    before: [prompt, expected, given] of the untrained model.
+    Args:
+        before: [prompt, expected, given] of the untrained model.
     """
     samples = {
         (prompt, expected): {"prompt": prompt, "expected": expected, "before": given}
         for prompt, expected, given in before
     }
     for answer in after:
-        unasked = {"prompt": answer.prompt, "expected": answer.expected}
-        sample = samples.setdefault((answer.prompt, answer.expected), unasked)
-        sample["after"] = answer.given
+        row = {"prompt": answer.prompt, "expected": answer.expected}
+        samples.setdefault((answer.prompt, answer.expected), row)["after"] = answer.given
     if samples:
         rows = [{"before": None, "after": None, **sample} for sample in samples.values()]
         write_text(folder / SAMPLES, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")

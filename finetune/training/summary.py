@@ -1,10 +1,15 @@
-"""The closing words of a run on the console."""
+"""Summaries of a finished run: the last lines on the console, and the adapter's model card."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from finetune import __version__
+from finetune.config.compose import to_yaml
+from finetune.config.schema import RunConfig
 from finetune.evaluation.generation import Answer
+from finetune.system.format import format_bytes, format_duration
 from finetune.training.run_folder import RunResult
 
 _LONGEST_TEXT = 300
@@ -12,57 +17,99 @@ _MOST_BREACHES = 5
 
 
 def describe_result(result: RunResult, before: Sequence[Sequence[str]], after: Sequence[Answer]) -> str:
-    """Figures, samples before and after, and where the adapter lies; plain text for stdout.
+    """Describe a run in plain text: figures, sample answers, and the folder of the adapter.
 
-    before: [prompt, expected, given] of the untrained model, in the order of `after`.
+    Args:
+        before: [prompt, expected, given] of the untrained model, in the order of `after`.
     """
-    minutes, seconds = divmod(round(result.train_seconds), 60)
-    lines = ["", f"Trained {result.steps} steps on {result.target_tokens:,} target tokens in {minutes}:{seconds:02d}"]
+    duration = format_duration(result.train_seconds)
+    lines = ["", f"Trained {result.steps} steps on {result.target_tokens:,} target tokens in {duration}"]
+    peak = format_bytes(result.peak_bytes)
+    if result.predicted_peak_bytes is not None:
+        peak += f" measured, {format_bytes(result.predicted_peak_bytes)} predicted"
     figures = {
-        "training loss": _number(result.final_loss),
-        "held-out loss": _number(result.eval_loss),
-        "held-out exact match": _from_to(result.exact_match_before, result.exact_match_after),
-        "nats from the teacher": _recovery(result),
-        "beyond guard.max": _breaches(result),
-        "speed": f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else None,
-        "peak memory": _peak(result),
+        "training loss": _number(result.final_loss, ".4f"),
+        "held-out loss": _number(result.eval_loss, ".4f"),
+        "held-out exact match": _change(result.exact_match_before, result.exact_match_after, ".1%"),
+        "KL from teacher": _change(result.teacher_kl_before, result.teacher_kl_after, ".5f")
+        + ("" if result.recovered is None else f", recovered {result.recovered:.1%}"),
+        "guard breaches": _breaches(result),
+        "speed": _number(result.tokens_per_second, ",.0f", " tokens/s"),
+        "peak memory": peak,
     }
-    lines += [f"  {name:<22}{value}" for name, value in figures.items() if value is not None]
+    lines += [f"  {name:<22}{value}" for name, value in figures.items() if value]
     for (prompt, expected, given), answer in zip(before, after, strict=False):
-        texts = {"asked": prompt, "expected": expected, "before": given, "after": answer.given}
-        lines += ["", *(f"  {name:<10}{_shown(text)}" for name, text in texts.items())]
+        texts = {"prompt": prompt, "expected": expected, "before": given, "after": answer.given}
+        lines += ["", *(f"  {name:<10}{_shorten(text)}" for name, text in texts.items())]
     return "\n".join([*lines, "", f"adapter: {result.adapter}", f"next:    finetune chat adapter={result.adapter}"])
 
 
-def _peak(result: RunResult) -> str:
-    """Of the rank that says it."""
-    measured = f"{result.peak_bytes / 2**30:.2f} GiB"
-    if result.predicted_peak_bytes is None:
-        return measured
-    return f"{measured} measured, {result.predicted_peak_bytes / 2**30:.2f} GiB predicted"
+def model_card(cfg: RunConfig, result: RunResult) -> str:
+    """Build the README.md of an adapter folder: hub metadata, loading, figures, settings."""
+    hub_base = not Path(cfg.model.name).exists()
+    metadata = [
+        "library_name: peft",
+        *([f"base_model: {cfg.model.name}", "pipeline_tag: text-generation"] if hub_base else []),
+        "tags:",
+        "- lora",
+        *([f"- base_model:adapter:{cfg.model.name}"] if hub_base else []),
+    ]
+    figures = {
+        "steps": f"{result.steps:,}",
+        "target tokens": f"{result.target_tokens:,}",
+        "final training loss": _number(result.final_loss, ".4g"),
+        "held-out loss": _number(result.eval_loss, ".4g"),
+        "held-out exact match before": _number(result.exact_match_before, ".1%"),
+        "held-out exact match after": _number(result.exact_match_after, ".1%"),
+    }
+    if result.teacher_kl_after is not None:
+        figures |= {
+            "KL from the teacher before, nats per target": _number(result.teacher_kl_before, ".4g"),
+            "KL from the teacher after, nats per target": _number(result.teacher_kl_after, ".4g"),
+            "recovered": _number(result.recovered, ".1%"),
+        }
+    revision = f" at revision `{cfg.model.revision}`" if cfg.model.revision else ""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items() if value)
+    return f"""---
+{chr(10).join(metadata)}
+---
+
+# {cfg.name}
+
+A LoRA adapter for `{cfg.model.name}`{revision}, trained with finetune {__version__} over the base in {cfg.quant.type}.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{cfg.model.name}"), "<this folder>")
+```
+
+| | |
+|---|---|
+{rows}
+
+## Settings
+
+```yaml
+{to_yaml(cfg).strip()}
+```
+"""
 
 
-def _number(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4f}"
+def _number(value: float | None, spec: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{spec}}{unit}"
 
 
-def _recovery(result: RunResult) -> str | None:
-    before, after = result.teacher_kl_before, result.teacher_kl_after
-    if before is None or after is None:
-        return None
-    regained = "" if result.recovered is None else f": {result.recovered:.1%} regained"
-    return f"{before:.5f} before, {after:.5f} after{regained}"
+def _change(before: float | None, after: float | None, spec: str) -> str:
+    return "" if before is None or after is None else f"{before:{spec}} before, {after:{spec}} after"
 
 
-def _breaches(result: RunResult) -> str | None:
+def _breaches(result: RunResult) -> str:
     found = [f"step {breach['step']} ({breach['teacher_kl']:.4f}, {breach['action']})" for breach in result.breaches]
-    return ", ".join(found[:_MOST_BREACHES]) + (" …" if len(found) > _MOST_BREACHES else "") if found else None
+    return ", ".join(found[:_MOST_BREACHES]) + (" …" if len(found) > _MOST_BREACHES else "")
 
 
-def _from_to(before: float | None, after: float | None) -> str | None:
-    return None if before is None or after is None else f"{before:.1%} before, {after:.1%} after"
-
-
-def _shown(text: str) -> str:
-    """On one line, control characters escaped, cut where it is long."""
+def _shorten(text: str) -> str:
+    """Quote a text on one line, with control characters escaped, and cut it if it is long."""
     return repr(text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} … ({len(text):,} characters)")

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl always, wandb and TensorBoard if asked; and what the user sees of it meanwhile."""
+"""Record a run: metrics.jsonl always, Weights & Biases and TensorBoard on request, and progress for the user."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from finetune.config.schema import RunConfig, TrackConfig
 from finetune.system.atomic import write_bytes
 from finetune.system.console import in_notebook
 from finetune.system.errors import MissingExtra
+from finetune.system.format import format_bytes, format_duration
 from finetune.training.notebook import NotebookView
 
 METRICS = "metrics.jsonl"
@@ -24,7 +25,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Backend(Protocol):
-    """Somewhere the metrics of a step go."""
+    """A destination of metrics."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -32,19 +33,22 @@ class Backend(Protocol):
 
 
 class WandbBackend:
-    """Weights & Biases; offline when no key is known, and a run never waits for or dies of it."""
+    """Weights & Biases, offline without a key."""
 
     def __init__(self, cfg: RunConfig, folder: Path):
-        import wandb
-
-        told = "WANDB_MODE" in os.environ or wandb.api.api_key
+        """Raises: MissingExtra if wandb is not installed."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingExtra('track.wandb needs: pip install "finetune-qlora[wandb]"') from error
+        configured = "WANDB_MODE" in os.environ or wandb.api.api_key
         self._run = wandb.init(
             project=cfg.track.project,
             name=cfg.track.run_name or cfg.name,
             dir=str(folder),
             config=cfg.model_dump(),
             resume="allow",
-            mode=None if told else "offline",
+            mode=None if configured else "offline",
             settings=wandb.Settings(init_timeout=30, silent=True, console="off"),
         )
 
@@ -59,6 +63,7 @@ class TensorboardBackend:
     """TensorBoard event files in `<run>/tensorboard`."""
 
     def __init__(self, folder: Path):
+        """Raises: MissingExtra if tensorboard is not installed."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -74,9 +79,9 @@ class TensorboardBackend:
 
 
 class View(Protocol):
-    """What the user sees of a run while it goes on. text: a step's figures; seconds_left: in words."""
+    """Progress for the user."""
 
-    def step(self, metrics: Mapping[str, float], text: str, seconds_left: str) -> None: ...
+    def step(self, metrics: Mapping[str, float], text: str, time_left: str) -> None: ...
 
     def message(self, message: str) -> None: ...
 
@@ -84,7 +89,7 @@ class View(Protocol):
 
 
 class ConsoleView:
-    """Progress on stderr: a bar on a terminal, otherwise a plain line every few seconds."""
+    """Progress on stderr: a bar on a terminal, elsewhere a line every few seconds."""
 
     def __init__(self, total_steps: int):
         self._console = Console(stderr=True, highlight=False)
@@ -103,13 +108,13 @@ class ConsoleView:
             self._task = self._bar.add_task("", total=total_steps)
             self._bar.start()
 
-    def step(self, metrics: Mapping[str, float], text: str, seconds_left: str) -> None:
+    def step(self, metrics: Mapping[str, float], text: str, time_left: str) -> None:
         step = int(metrics["step"])
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif step == self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self.message(f"step {step}/{self._total}  {text}  {seconds_left} left")
+            self.message(f"step {step}/{self._total}  {text}  {time_left} left")
 
     def message(self, message: str) -> None:
         self._console.print(message, markup=False, soft_wrap=True)
@@ -119,27 +124,14 @@ class ConsoleView:
             self._bar.stop()
 
 
-def _in_words(metrics: Mapping[str, float]) -> str:
-    return (
-        f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  grad {metrics['grad_norm']:.3f}  "
-        f"{metrics['tokens_per_second']:,.0f} tok/s  {metrics['peak_bytes'] / 2**30:.2f} GiB"
-    )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 class MetricsFile:
-    """metrics.jsonl: one line a step, whole lines only, readable while the run goes on."""
+    """metrics.jsonl: one complete line per step, readable while the run goes on."""
 
     def __init__(self, folder: Path, resumed_step: int):
         path = folder / METRICS
-        kept = [line for line in path.read_bytes().splitlines(keepends=True)] if path.exists() else []
-        # Steps after the checkpoint are done again; a line cut short by a crash goes with them.
-        lines = [line for line in kept if line.endswith(b"\n") and json.loads(line)["step"] <= resumed_step]
+        written = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        # A resumed run repeats the steps after its checkpoint. A crash may have cut the last line short.
+        lines = [line for line in written if line.endswith(b"\n") and json.loads(line)["step"] <= resumed_step]
         write_bytes(path, b"".join(lines))
         self.past: list[dict[str, Any]] = [json.loads(line) for line in lines]
         self._stream = path.open("a", encoding="utf-8")
@@ -153,7 +145,7 @@ class MetricsFile:
 
 
 class Tracker:
-    """Sends what happens on the main rank to every place; silent on the others."""
+    """Send the main rank's figures and messages to metrics.jsonl, the backends and the user."""
 
     def __init__(self, cfg: RunConfig, folder: Path, total_steps: int, resumed_step: int):
         self._file = MetricsFile(folder, resumed_step)
@@ -161,12 +153,16 @@ class Tracker:
         self._view: View = NotebookView(total_steps, self._file.past) if in_notebook() else ConsoleView(total_steps)
 
     def step(self, metrics: Mapping[str, float], seconds_left: float) -> None:
-        """One optimizer step's figures, evaluations of that step among them."""
+        """Record the figures of one step, with those of an evaluation if there was one."""
         self._file.log(metrics)
         values = {name: value for name, value in metrics.items() if name != "step"}
         for backend in self._backends:
             backend.log(int(metrics["step"]), values)
-        self._view.step(metrics, _in_words(metrics), _duration(seconds_left))
+        text = (
+            f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  grad {metrics['grad_norm']:.3f}  "
+            f"{metrics['tokens_per_second']:,.0f} tokens/s  {format_bytes(metrics['peak_bytes'])}"
+        )
+        self._view.step(metrics, text, format_duration(seconds_left))
 
     def message(self, message: str) -> None:
         self._view.message(message)
@@ -179,7 +175,7 @@ class Tracker:
 
 
 class SilentTracker:
-    """A tracker for the ranks that are not the main one."""
+    """A tracker for the other ranks, which records nothing."""
 
     def step(self, metrics: Mapping[str, float], seconds_left: float) -> None:
         pass
@@ -192,13 +188,19 @@ class SilentTracker:
 
 
 def build_backends(cfg: RunConfig, track: TrackConfig, folder: Path) -> list[Backend]:
-    """The trackers a run asks for; one that cannot start is named and left out, for training must not depend on it."""
+    """Start the backends enabled in `track`. If wandb fails to start, warn and train without it.
+
+    Raises:
+        MissingExtra: a backend is not installed.
+    """
     backends: list[Backend] = []
     if track.tensorboard:
         backends.append(TensorboardBackend(folder))
     if track.wandb:
         try:
             backends.append(WandbBackend(cfg, folder))
-        except Exception as error:  # noqa: BLE001 - whatever it is, a run must not die of its tracker
-            print(f"warning: wandb did not start ({error}); metrics.jsonl has everything", file=sys.stderr)
+        except MissingExtra:
+            raise
+        except Exception as error:  # noqa: BLE001 - a tracker must not end a run, however it fails
+            print(f"WARNING: track.wandb: wandb did not start ({error}); metrics.jsonl is complete", file=sys.stderr)
     return backends
