@@ -62,7 +62,9 @@ class DistillationSetup:
         schedule = Schedule(self.teacher, self.cfg.distill.teacher.steps_ahead, total_steps)
         return lambda step, batches_of: loss.expect(schedule.targets_for(step, batches_of))
 
-    def build_sampler(self, sampler: Sampler, model: PeftModel, chat: ChatTemplate, accelerator: Accelerator, log: Log) -> Sampler:
+    def build_sampler(
+        self, sampler: Sampler, model: PeftModel, chat: ChatTemplate, accelerator: Accelerator, log: Log
+    ) -> Sampler:
         """Let the student write the answers of a share of the documents (`distill.on_policy`)."""
         distill = self.cfg.distill
         if not distill.on_policy:

@@ -221,11 +221,8 @@ def _rank_batches(inputs: StepInputs, sequences: list[list[Document]]) -> list[B
     if not mine:
         return [dummy_batch(sequences[0][0])]
     size = inputs.micro_batch
-    groups = [[sequences[i] for i in mine[j : j + size]] for j in range(0, len(mine), size)]
-    return [
-        build_batch([document for sequence in group for document in sequence], inputs.share_prefixes)
-        for group in groups
-    ]
+    groups = [mine[start : start + size] for start in range(0, len(mine), size)]
+    return [build_batch([d for i in group for d in sequences[i]], inputs.share_prefixes) for group in groups]
 
 
 def _check_finite(inputs: StepInputs, name: str, value: float, step: int, documents: Sequence[Document]) -> None:

@@ -22,7 +22,7 @@ from finetune.data.loader import (
     load_data,
 )
 from finetune.data.packing import SequenceOrder
-from finetune.data.sampler import Sampler, MapSampler
+from finetune.data.sampler import MapSampler, Sampler
 from finetune.data.stream import StreamingSampler
 from finetune.data.template.chat import advice_on_end_token
 from finetune.data.tokens.prepare import Preparation, console_progress
@@ -261,9 +261,7 @@ def _evaluate_before_training(context: RunContext, state: TrainState, log: Log) 
             state.before["evaluations"] = figures = evaluate_run(context)
         for source in context.data.eval:
             kl, top1 = (figures[f"eval/{source.name}/{name}"] for name in ("teacher_kl", "teacher_agreement"))
-            log(
-                f"before training: set={source.name}, teacher_kl={kl:.5f} nats per target, teacher_agreement={top1:.1%}"
-            )
+            log(f"before training: set={source.name}, teacher_kl={kl:.5f} nats/target, teacher_agreement={top1:.1%}")
 
 
 def _finish(

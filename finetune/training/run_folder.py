@@ -56,7 +56,7 @@ class RunResult:
         status: finished | stopped | failed.
         final_loss: training loss of the last step in nats per target token; eval_loss likewise on the held-out sets.
         exact_match_before: share of held-out rows answered exactly, in [0, 1]; None if not measured.
-        teacher_kl_before: KL(teacher || model) in nats per target, averaged over the held-out sets; None if not measured.
+        teacher_kl_before: KL(teacher || model) in nats per target, mean of the held-out sets; None if not measured.
         recovered: share of teacher_kl_before that is gone, for objective=recover.
         breaches: entries of guard.py: step, teacher_kl, action, and teacher_kl `after` a recovery.
         tokens_per_second: all tokens over training time.

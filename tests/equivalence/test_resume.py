@@ -1,4 +1,4 @@
-"""A run killed again and again, in the middle of a save too, ends in the same bits as one left alone."""
+"""A run killed many times, also during a save, ends in the same bits as an unbroken one."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tests.runs import SMALL_RUN, adapter, differing, metrics, result, small_run
 KILLS, STEPS = 10, 40
 
 
-# Every life is a process of its own, forked from one that has only imported the package: a death costs no import.
-LIVES = multiprocessing.get_context("forkserver")
-LIVES.set_forkserver_preload(["finetune.training.recipe"])
+# Each start is a process forked from one that has imported the package, which saves the import time.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["finetune.training.recipe"])
 
 
 def start(folder: Path) -> BaseProcess:
@@ -35,7 +35,7 @@ def start(folder: Path) -> BaseProcess:
         "train.resume=auto",
         f"output_dir={folder}",
     )
-    process = LIVES.Process(target=main, args=(["train", "config=quickstart.yaml", *settings],))
+    process = PROCESSES.Process(target=main, args=(["train", "config=quickstart.yaml", *settings],))
     process.start()
     return process
 
@@ -51,7 +51,7 @@ def saved_steps(folder: Path) -> int:
     return max((int(path.name.removeprefix("checkpoint-")) for path in list_checkpoints(folder)), default=0)
 
 
-def test_ten_kills_at_random_moments_leave_the_same_adapter_and_metrics(tmp_path):
+def test_ten_kills_at_random_moments_give_the_same_adapter_and_metrics(tmp_path):
     start(tmp_path / "unbroken").join()
     broken, rng, mid_save = tmp_path / "broken", random.Random(0), 0
     for kill in range(KILLS):
@@ -72,15 +72,15 @@ def test_ten_kills_at_random_moments_leave_the_same_adapter_and_metrics(tmp_path
     assert [result(tmp_path / name)["steps"] for name in ("unbroken", "broken")] == [STEPS, STEPS]
 
 
-def test_a_torn_checkpoint_is_passed_over_and_the_end_is_the_same(tmp_path, capsys):
-    whole, torn = tmp_path / "whole", tmp_path / "torn"
-    train(small_run(whole, "train.save_every=1"))
-    train(small_run(torn, "train.save_every=1"))
-    (torn / "checkpoint-4" / "training.safetensors").write_bytes(b"torn")
-    train(small_run(torn, "train.save_every=1", "train.resume=auto"))
+def test_a_corrupt_checkpoint_is_skipped_and_the_result_is_the_same(tmp_path, capsys):
+    valid, corrupt = tmp_path / "valid", tmp_path / "corrupt"
+    train(small_run(valid, "train.save_every=1"))
+    train(small_run(corrupt, "train.save_every=1"))
+    (corrupt / "checkpoint-4" / "training.safetensors").write_bytes(b"bits")
+    train(small_run(corrupt, "train.save_every=1", "train.resume=auto"))
     assert "checkpoint-4: training.safetensors has 4 bytes" in capsys.readouterr().err
-    assert differing(whole, torn) == []
-    assert metrics(whole) == metrics(torn)
+    assert differing(valid, corrupt) == []
+    assert metrics(valid) == metrics(corrupt)
 
 
 def test_a_run_may_be_lengthened_but_not_changed(tmp_path):
@@ -101,8 +101,8 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_early_stopping_ends_the_run_and_hands_out_the_best_adapter(tmp_path):
-    """A rate this high gets worse after a while; the final adapter is the best checkpoint's, kept past rotation."""
+def test_early_stopping_ends_the_run_with_the_best_adapter(tmp_path):
+    """At this learning rate the loss rises later. The best checkpoint is kept and gives the final adapter."""
     settings = (
         "train.max_steps=60",
         "train.eval_every=2",

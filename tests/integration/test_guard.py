@@ -1,4 +1,4 @@
-"""A guarded run: warned, ended or brought back when it drifts too far from its base, and exact all the same."""
+"""A guarded run is warned, ended or recovered beyond its limit, and stays reproducible."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recovering(folder: Path) -> tuple[str, ...]:
-    """Settings of a run that recovers from a cached teacher, which `finetune cache` has written for it."""
+    """Settings of a run that recovers, with a teacher cached by `finetune cache`."""
     settings = (*DRIFTING, LIMIT, "guard.action=recover", "guard.steps=2", f"distill.cache={folder / 'signal'}")
     run_cache(Arguments("quickstart.yaml", (*SMALL_RUN, *settings), frozenset()))
     return (*settings, "distill.teacher.placement=cached")
@@ -53,23 +53,22 @@ def recovered(folder: Path, recovering: tuple[str, ...]) -> Path:
     return folder / "recovered"
 
 
-def test_a_warning_names_step_distance_and_limit_and_changes_nothing(folder: Path, capsys: pytest.CaptureFixture):
-    train(small_run(folder / "told", *DRIFTING, LIMIT))
-    told = capsys.readouterr().err
+def test_a_warning_names_step_kl_and_limit_and_changes_nothing(folder: Path, capsys: pytest.CaptureFixture):
+    train(small_run(folder / "warned-again", *DRIFTING, LIMIT))
+    log = capsys.readouterr().err
     train(small_run(folder / "alone", *DRIFTING))
-    first, *_ = result(folder / "told")["breaches"]
-    distance = f"step 2: {first['teacher_kl']:.5f} nats a target from the teacher, above guard.max=0.05"
-    assert f"WARNING: {distance}" in told
-    assert differing(folder / "told", folder / "alone") == []
+    first, *_ = result(folder / "warned-again")["breaches"]
+    assert f"WARNING: guard: step=2, teacher_kl={first['teacher_kl']:.5f}, max=0.05" in log
+    assert differing(folder / "warned-again", folder / "alone") == []
     assert result(folder / "alone")["breaches"] == []
 
 
-def test_a_run_that_stays_within_the_limit_is_left_alone(folder: Path):
+def test_a_run_within_the_limit_has_no_breaches(folder: Path):
     train(small_run(folder / "within", *DRIFTING, "guard.max=100", "guard.action=stop"))
     assert (result(folder / "within")["breaches"], result(folder / "within")["steps"]) == ([], 6)
 
 
-def test_a_recovery_brings_the_model_nearer_than_one_that_was_only_warned(warned: Path, recovered: Path):
+def test_a_recovered_model_ends_nearer_to_its_base_than_a_warned_one(warned: Path, recovered: Path):
     breaches = result(recovered)["breaches"]
     assert [breach["step"] for breach in breaches] == [2, 4, 6]
     assert all(breach["after"] < breach["teacher_kl"] for breach in breaches)
@@ -77,7 +76,7 @@ def test_a_recovery_brings_the_model_nearer_than_one_that_was_only_warned(warned
     assert result(recovered)["teacher_kl_after"] < 0.5 * result(warned)["teacher_kl_after"]
 
 
-def test_the_metrics_say_what_was_found_and_what_it_was_afterwards(recovered: Path):
+def test_the_metrics_hold_the_kl_before_and_after_a_recovery(recovered: Path):
     evaluated = [line for line in metrics(recovered) if "eval_loss" in line]
     for line, breach in zip(evaluated, result(recovered)["breaches"], strict=True):
         assert line["guard/teacher_kl_before"] == breach["teacher_kl"]
@@ -95,10 +94,9 @@ def test_a_guarded_run_that_was_killed_ends_in_the_same_bits(
     assert result(again)["breaches"] == result(recovered)["breaches"]
 
 
-def test_stop_saves_what_there_is_and_ends_as_a_finished_run(folder: Path, warned: Path, capsys: pytest.CaptureFixture):
+def test_stop_saves_a_checkpoint_and_ends_as_a_finished_run(folder: Path, warned: Path, capsys: pytest.CaptureFixture):
     train(small_run(folder / "stopped", *DRIFTING, LIMIT, "guard.action=stop"))
-    told = capsys.readouterr()
-    assert "the run ends here (guard.action=stop)" in told.err
+    assert "guard.action=stop" in capsys.readouterr().err
     ended = result(folder / "stopped")
     assert (ended["status"], ended["steps"], len(ended["breaches"])) == ("finished", 2, 1)
     assert json.loads((folder / "stopped" / "checkpoint-2" / "state.json").read_text())["breaches"] == ended["breaches"]
@@ -107,6 +105,6 @@ def test_stop_saves_what_there_is_and_ends_as_a_finished_run(folder: Path, warne
     assert differing(folder / "stopped", folder / "two") == []
 
 
-def test_a_limit_alone_asks_the_base_itself_in_16_bit(warned: Path):
+def test_with_a_limit_alone_the_teacher_is_the_16_bit_base(warned: Path):
     assert result(warned)["teacher_kl_before"] < 0.05 < result(warned)["teacher_kl_after"]
     assert "heldout" in (warned / "teacher.md").read_text()

@@ -19,7 +19,7 @@ def test_a_run_tells_what_it_expected_and_what_it_took(finetune_command, tmp_pat
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["peak_bytes"] > 0 and result["predicted_peak_bytes"] > 0
-    assert "GiB measured" in done.stdout and "GiB predicted" in done.stdout
+    assert "GB measured" in done.stdout and "GB predicted" in done.stdout
     assert "predicted peak:" in done.stderr and "are needed with a margin" not in done.stderr
 
 

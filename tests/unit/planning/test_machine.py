@@ -146,7 +146,7 @@ def test_a_fresh_process_under_a_launcher_takes_its_share(ranks: int):
     done = subprocess.run([sys.executable, "-c", FRESH], env=environ, capture_output=True, text=True, check=True)
     share = max(1, machine.usable_cores() // ranks)
     said, counted = done.stdout.split("|")
-    assert said.startswith(f"threads: {share} a rank") and counted.split() == [str(share), "None"]
+    assert said.startswith(f"threads: per_rank={share},") and counted.split() == [str(share), "None"]
 
 
 def test_what_the_processor_multiplies_is_told_as_torch_tells_it():

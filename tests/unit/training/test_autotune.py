@@ -1,4 +1,4 @@
-"""Fitting a run to memory: what it says it will reach is the plan's figure; what the heap holds free is given back."""
+"""A run's predicted peak is the plan's figure, and free heap memory returns to the system."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ def model():
     return loaded.train()
 
 
-def test_the_prediction_is_the_plans_for_what_was_chosen(model, tmp_path):
-    cfg, said = small_run(tmp_path, "train.gradient_checkpointing=2", "data.eval=[]"), []
-    found = choose_micro_batch(cfg, model, Accelerator(cpu=True), said.append)
+def test_the_predicted_peak_is_the_plans_for_the_chosen_micro_batch(model, tmp_path):
+    cfg, logged = small_run(tmp_path, "train.gradient_checkpointing=2", "data.eval=[]"), []
+    found = choose_micro_batch(cfg, model, Accelerator(cpu=True), logged.append)
     shape = model.get_base_model().config.to_dict()
     assert found.micro_batch == 4
     assert found.predicted_peak_bytes == round(predict(cfg, shape, "cpu", 4, 2).peak_bytes)
-    assert "recompute: 2 of 4 layers" in said[0]
+    assert "2 of 4 layers" in logged[0]
 
 
-def test_memory_that_is_short_means_recomputing(model, tmp_path, monkeypatch):
-    said: list[str] = []
+def test_little_free_memory_means_recomputing(model, tmp_path, monkeypatch):
+    logged: list[str] = []
     cfg = small_run(tmp_path)
     monkeypatch.setattr(autotune, "available_memory", lambda: 2**40)
-    plenty = choose_micro_batch(cfg, model, Accelerator(cpu=True), said.append)
+    plenty = choose_micro_batch(cfg, model, Accelerator(cpu=True), logged.append)
     monkeypatch.setattr(autotune, "available_memory", lambda: 2**20)
-    short = choose_micro_batch(cfg, model, Accelerator(cpu=True), said.append)
-    assert "none of 4 layers" in said[0] and "may not fit" in said[1]
+    short = choose_micro_batch(cfg, model, Accelerator(cpu=True), logged.append)
+    assert "none of 4 layers" in logged[0] and "may not fit" in logged[1]
     # The evaluation of 4,096 tokens is the peak of so small a model, whatever its training takes.
     assert short.micro_batch < plenty.micro_batch and short.predicted_peak_bytes <= plenty.predicted_peak_bytes
 
 
-def test_holes_are_given_back_after_training_passes_alone(model, monkeypatch):
+def test_the_heap_is_trimmed_after_training_passes_only(model, monkeypatch):
     calls = []
     monkeypatch.setattr(heap, "malloc_trim", lambda: calls.append(0))
     decoder = model.get_base_model().model
@@ -59,7 +59,7 @@ def test_holes_are_given_back_after_training_passes_alone(model, monkeypatch):
     with torch.no_grad():
         model(input_ids=ids)
     assert calls == [0, 0]
-    model(input_ids=ids)  # what the evaluation left is given back before
+    model(input_ids=ids)  # trimmed before it, too: an evaluation came first
     assert calls == [0] * 4
     model(input_ids=ids)
     assert calls == [0] * 5

@@ -1,9 +1,12 @@
-"""wandb and TensorBoard get every step; neither can stop a run, and no secret reaches the disk."""
+"""wandb and TensorBoard receive every step; a failing tracker stops no run, and no secret reaches the disk."""
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
+from finetune.system.errors import MissingExtra
 from finetune.training.track import build_backends
 from tests.runs import small_run
 
@@ -20,6 +23,7 @@ def test_tensorboard_files_hold_what_was_logged(tmp_path):
 
 
 def test_wandb_records_offline_without_a_key_and_writes_no_secret(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
@@ -34,10 +38,18 @@ def test_wandb_records_offline_without_a_key_and_writes_no_secret(tmp_path, monk
     assert not [path for path in written if b"s3cr3t-value" in path.read_bytes()]
 
 
-def test_a_tracker_that_cannot_start_is_named_and_left_out(tmp_path, monkeypatch, capsys):
-    import wandb
-
+def test_a_tracker_that_fails_to_start_is_named_and_left_out(tmp_path, monkeypatch, capsys):
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setattr(wandb, "init", lambda **settings: (_ for _ in ()).throw(RuntimeError("no service")))
     cfg = small_run(tmp_path, "track.wandb=true")
     assert build_backends(cfg, cfg.track, tmp_path) == []
-    assert "wandb did not start (no service)" in capsys.readouterr().err
+    logged = capsys.readouterr().err
+    assert "wandb" in logged and "no service" in logged
+
+
+def test_a_missing_wandb_names_the_command_that_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    cfg = small_run(tmp_path, "track.wandb=true")
+    with pytest.raises(MissingExtra, match=r"track\.wandb.*finetune-qlora\[wandb\]"):
+        build_backends(cfg, cfg.track, tmp_path)
+    assert build_backends(cfg, small_run(tmp_path).track, tmp_path) == []

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, exact to the bit, and any byte changed in it is noticed and named."""
+"""A checkpoint is complete or absent and exact to the bit, and each changed byte is detected."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(run: Path, step: int, optimizer: torch.optim.Optimizer) -> Path:
     return folder
 
 
-def test_what_is_read_is_what_was_written_to_the_bit(tmp_path):
+def test_a_checkpoint_is_read_back_to_the_bit(tmp_path):
     model, optimizer = trained()
     folder = write(tmp_path, 3, optimizer)
     ck.verify_checkpoint(folder)
@@ -75,21 +75,21 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path, name):
         ck.verify_checkpoint(folder)
 
 
-def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
+def test_a_corrupt_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
     optimizer = trained()[1]
     older, newer = write(tmp_path, 2, optimizer), write(tmp_path, 10, optimizer)
     assert ck.list_checkpoints(tmp_path) == [older, newer], "by number, not by name"
-    said: list[str] = []
-    assert ck.newest_valid(tmp_path, said.append) == newer and not said
-    (newer / ck.TRAINING).write_bytes(b"torn")
-    assert ck.newest_valid(tmp_path, said.append) == older
-    assert "checkpoint-10" in said[0] and ck.TRAINING in said[0]
+    logged: list[str] = []
+    assert ck.newest_valid(tmp_path, logged.append) == newer and not logged
+    (newer / ck.TRAINING).write_bytes(b"corrupt")
+    assert ck.newest_valid(tmp_path, logged.append) == older
+    assert "checkpoint-10" in logged[0] and ck.TRAINING in logged[0]
     shutil.rmtree(older)
-    assert ck.newest_valid(tmp_path, said.append) is None
+    assert ck.newest_valid(tmp_path, logged.append) is None
 
 
 @pytest.mark.parametrize("failure", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_leaves_what_was_there_and_says_so(tmp_path, failure, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_the_older_checkpoint(tmp_path, failure, monkeypatch):
     optimizer = trained()[1]
     older = write(tmp_path, 1, optimizer)
 
@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_what_was_there_and_says_so(tmp_path, failure, monkey
     ck.verify_checkpoint(older)
 
 
-def test_a_crash_at_any_write_leaves_the_new_checkpoint_whole_or_absent(tmp_path, monkeypatch):
+def test_a_crash_at_any_write_leaves_the_new_checkpoint_complete_or_absent(tmp_path, monkeypatch):
     """Stop the process, in effect, before the n-th durable operation, for every n."""
     optimizer = trained()[1]
     real = ck.sync
@@ -146,7 +146,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     assert [p.name for p in ck.list_checkpoints(tmp_path)] == ["checkpoint-10"]
 
 
-def test_another_models_training_state_is_refused_by_name(tmp_path):
+def test_the_training_state_of_another_model_is_refused_by_name(tmp_path):
     folder = write(tmp_path, 1, trained()[1])
     other = torch.optim.AdamW([("weight", nn.Parameter(torch.zeros(5, 5))), ("extra", nn.Parameter(torch.zeros(1)))])
     with pytest.raises(IntegrityError, match=r"weight/value.*, "):

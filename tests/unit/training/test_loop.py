@@ -1,4 +1,4 @@
-"""The loop refuses what is not finite before it reaches the weights, and normalizes once."""
+"""The loop refuses NaN and infinity before they reach the weights, and normalizes once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from finetune.data.packing import SequenceOrder
 from finetune.data.sampler import MapSampler
 from finetune.system.errors import FinetuneError
 from finetune.training.checkpoint import TrainState
-from finetune.training.loop import Job, fit, train_step
+from finetune.training.loop import StepInputs, fit, train_step
 from finetune.training.optim import build_optimizer
 from finetune.training.track import SilentTracker
 
 
 class Linear(nn.Module):
-    """loss = weight * sum of targets; its gradient is the sum of targets. Poisoned from a step on."""
+    """loss = weight * sum of targets; its gradient is the sum of targets. After `from_call` calls it is poisoned."""
 
     def __init__(self, poison: str = "", from_call: int = 0):
         super().__init__()
@@ -39,12 +39,12 @@ class Linear(nn.Module):
         return loss * math.nan if self.poison == "loss" else loss + torch.sqrt(self.weight - self.weight.detach())
 
 
-def job(loss: nn.Module, saved: list[int], **train) -> Job:
+def step_inputs(loss: nn.Module, saved: list[int], **train) -> StepInputs:
     cfg = TrainConfig(**({"batch_size": 2, "learning_rate": 0.5, "max_grad_norm": 0.0} | train))
     documents = [
         Document(np.array([1, 2]), np.array([n, -100], dtype=np.int32), f"rows.jsonl:{n}") for n in range(1, 9)
     ]
-    return Job(
+    return StepInputs(
         cfg=cfg,
         accelerator=Accelerator(),
         loss=loss,
@@ -53,24 +53,25 @@ def job(loss: nn.Module, saved: list[int], **train) -> Job:
         total_steps=4,
         share_prefixes=False,
         micro_batch=1,
-        tracker=SilentTracker(),
-        save=lambda state: saved.append(state.step),
         last_checkpoint=lambda: saved[-1] if saved else None,
     )
 
 
-@pytest.mark.parametrize(("poison", "named"), [("loss", "the loss is nan"), ("gradient", "the gradient norm is")])
-def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(poison, named):
+@pytest.mark.parametrize(("poison", "named"), [("loss", "loss is nan"), ("gradient", "gradient norm is")])
+def test_a_nan_stops_the_run_before_the_update_and_names_step_and_rows(poison, named):
     saved: list[int] = []
     loss = Linear(poison, from_call=4)  # two micro-batches a step: the third step is poisoned
-    work, state = job(loss, saved, save_every=1), TrainState({}, "")
-    weights = []
-    work = replace(work, save=lambda state: (saved.append(state.step), weights.append(loss.weight.item())))
+    inputs, state, weights = step_inputs(loss, saved, save_every=1), TrainState({}, ""), []
+
+    def save(state: TrainState) -> None:
+        saved.append(state.step)
+        weights.append(loss.weight.item())
+
     with pytest.raises(FinetuneError, match=named) as stopped:
-        fit(work, state)
-    rows = [document.location for sequence in work.sampler.step_batches(2) for document in sequence]
+        fit(inputs, state, tracker=SilentTracker(), save=save)
+    rows = [document.location for sequence in inputs.sampler.step_batches(2) for document in sequence]
     assert "step 3" in str(stopped.value) and all(row in str(stopped.value) for row in rows)
-    assert "last good checkpoint is 2" in str(stopped.value)
+    assert "checkpoint: 2" in str(stopped.value)
     assert saved == [1, 2] and state.step == 2
     assert loss.weight.item() == weights[-1]
 
@@ -78,9 +79,7 @@ def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(pois
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
 def test_loss_and_gradient_are_per_target_token_whatever_the_micro_batch(micro_batch):
     loss = Linear()
-    work = job(loss, [], batch_size=8)
-    work = replace(work, micro_batch=micro_batch)
-    result = train_step(work, 1)
+    result = train_step(replace(step_inputs(loss, [], batch_size=8), micro_batch=micro_batch), 1)
     assert result.loss == pytest.approx(2.0 * sum(range(1, 9)) / 8)
     assert result.grad_norm == pytest.approx(sum(range(1, 9)) / 8)
     assert (result.tokens, result.target_tokens) == (16, 8)
@@ -88,8 +87,8 @@ def test_loss_and_gradient_are_per_target_token_whatever_the_micro_batch(micro_b
 
 def test_gradients_are_clipped_to_the_norm_given_and_reported_unclipped():
     loss = Linear()
-    work = job(loss, [], batch_size=8, max_grad_norm=0.25, eps=1.0, beta1=0.0, beta2=0.0, warmup_ratio=0.0)
-    result = train_step(work, 1)
+    inputs = step_inputs(loss, [], batch_size=8, max_grad_norm=0.25, eps=1.0, beta1=0.0, beta2=0.0, warmup_ratio=0.0)
+    result = train_step(inputs, 1)
     assert result.grad_norm == pytest.approx(4.5)
     # AdamW without memory moves by lr * g / (|g| + eps).
     assert loss.weight.item() == pytest.approx(2.0 - 0.5 * 0.25 / 1.25, rel=1e-5)

@@ -1,4 +1,4 @@
-"""metrics.jsonl survives crashes: what a resumed run repeats is cut, what it keeps is untouched."""
+"""metrics.jsonl survives crashes: a resumed run cuts the steps it repeats and keeps all earlier bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
-def test_steps_after_the_checkpoint_and_a_torn_line_are_cut(tmp_path):
+def test_steps_after_the_checkpoint_and_an_incomplete_line_are_cut(tmp_path):
     first = MetricsFile(tmp_path, resumed_step=0)
     for step in range(1, 6):
         first.log({"step": step, "loss": step / 3})
@@ -26,7 +26,7 @@ def test_steps_after_the_checkpoint_and_a_torn_line_are_cut(tmp_path):
     assert (tmp_path / METRICS).read_bytes().splitlines(keepends=True)[:3] == kept
 
 
-def test_a_new_run_starts_with_an_empty_file_and_every_line_is_there_at_once(tmp_path):
+def test_a_new_run_empties_the_file_and_writes_each_line_at_once(tmp_path):
     (tmp_path / METRICS).write_text('{"step": 1}\n')
     metrics = MetricsFile(tmp_path, resumed_step=0)
     metrics.log({"step": 1, "loss": 2.0})
