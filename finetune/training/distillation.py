@@ -51,7 +51,9 @@ class DistillationSetup:
 
     def build_loss(self, model: PeftModel) -> Distillation:
         """Build the training loss."""
-        return Distillation(model, DistillLossWeights.of(self.cfg.distill), self.vocabulary, self.cfg.train.neftune_alpha)
+        return Distillation(
+            model, DistillLossWeights.of(self.cfg.distill), self.vocabulary, self.cfg.train.neftune_alpha
+        )
 
     def build_recovery_loss(self, model: PeftModel) -> Distillation:
         """Build the loss of a guard's recovery: forward KL from the teacher alone."""

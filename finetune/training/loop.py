@@ -222,9 +222,8 @@ def _rank_batches(inputs: StepInputs, sequences: list[list[Document]]) -> list[B
         return [dummy_batch(sequences[0][0])]
     size = inputs.micro_batch
     groups = [mine[start : start + size] for start in range(0, len(mine), size)]
-    return [
-        build_batch([d for i in group for d in sequences[i]], share_prefixes=inputs.share_prefixes) for group in groups
-    ]
+    documents = ([document for i in group for document in sequences[i]] for group in groups)
+    return [build_batch(some, share_prefixes=inputs.share_prefixes) for some in documents]
 
 
 def _check_finite(inputs: StepInputs, name: str, value: float, step: int, documents: Sequence[Document]) -> None:
