@@ -78,7 +78,7 @@ BAD_LINES: dict[str, tuple[str | bytes, str]] = {
     "a number for a role": (chats({"role": 1, "content": "x"}, ASSISTANT), r"messages\[0\].role"),
     "two system turns": (chats(*[{"role": "system", "content": "s"}] * 2, USER, ASSISTANT), "is a system turn"),
     "assistant first": (chats(ASSISTANT), "with no user turn before it"),
-    "no assistant": (chats(USER), "nothing to train on"),
+    "no assistant": (chats(USER), "no assistant message"),
     "an empty answer": (chats(USER, {"role": "assistant", "content": ""}), "is empty"),
     "tools that aren't JSON": (chats(USER, ASSISTANT, tools="[{"), "tools must be JSON"),
     "tools of another type": (chats(USER, ASSISTANT, tools=[7]), r"tools\[0\] must be an object"),

@@ -171,7 +171,7 @@ def test_a_token_that_holds_anything_of_a_tag_is_reasoning(qwen, content, left):
     [
         ("<think>a", "<think> at character 0 is never closed"),
         ("<think>a</think>b<think>", "<think> at character 17 is never closed"),
-        ("<think>a<think>b</think>c", "<think> at character 8 stands inside another"),
+        ("<think>a<think>b</think>c", "<think> at character 8 is inside another"),
         ("<think>a</think>b</think>c", "</think> at character 17 closes nothing"),
         ("<think>a</think>\n", "all reasoning"),
         ("a</think>", "all reasoning"),

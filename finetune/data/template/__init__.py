@@ -1,1 +1,1 @@
-"""A conversation to tokens and loss weights, by a chat template that runs in a sandbox."""
+"""Conversations to tokens and loss weights, by a chat template that runs in a sandbox."""

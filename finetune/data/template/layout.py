@@ -1,4 +1,4 @@
-"""Where a chat template puts a row's texts, which control tokens it writes, and what of it the model would generate."""
+"""Find where a chat template puts a row's texts, its control tokens, and the parts that the model generates."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 from finetune.data.template.markers import MARKER, MarkedRow, written
 from finetune.system.errors import DataError
 
-Render = Callable[[int, bool], str]  # (first messages, with the header of the next answer) -> marked text
+# (number of messages, with the header of the next answer) -> marked text
+Render = Callable[[int, bool], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place for one of a row's values. letters: as in markers.MARKER."""
+    """Stands for one of a row's values. letters: as in markers.MARKER."""
 
     number: int
     letters: str
@@ -26,8 +27,8 @@ class Slot:
 class Run:
     """Text up to the next control token.
 
-    spans: (piece, message): from that piece on, everything is a target of the message, the control token included.
-    fixed: the text, where it is the same for every row of the shape.
+    spans: (piece, message): from this piece to the control token, both included, all is a target of the message.
+    fixed: the text, if it is the same for every row of the shape.
     """
 
     pieces: list[str | Slot] = field(default_factory=list)
@@ -35,52 +36,68 @@ class Run:
     control: str | None = None
     fixed: str | None = None
 
-    def fill(self, values: Sequence[Any]) -> tuple[str, list[int]]:
-        """The run's text, and the character at which each of its pieces begins; its length last."""
+    def fill(self, values: Sequence[Any]) -> FilledRun:
+        """Put a row's values into the slots."""
         if self.fixed is not None:
-            return self.fixed, [0]  # its spans begin with its first piece
+            return FilledRun(self, self.fixed, [0])  # its spans begin with its first piece
         parts = [
             piece if isinstance(piece, str) else written(values[piece.number], piece.letters) for piece in self.pieces
         ]
-        return "".join(parts), [*accumulate(map(len, parts), initial=0)]
+        return FilledRun(self, "".join(parts), [*accumulate(map(len, parts), initial=0)])
 
     def numbers(self) -> list[int]:
-        """The values that the run writes."""
+        """Return the numbers of the values that the run writes."""
         return [piece.number for piece in self.pieces if isinstance(piece, Slot)]
 
 
+@dataclass(frozen=True, slots=True)
+class FilledRun:
+    """A run with one row's values. offsets: the character at which each piece begins, then the text's length."""
+
+    run: Run
+    text: str
+    offsets: list[int]
+
+
 def control_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
-    """Finds any of the tokens, the longest that fits."""
+    """Compile a pattern that finds any of the tokens, the longest first."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def lay_out(
     render: Render, marked: MarkedRow, turns: frozenset[int], control: re.Pattern[str], prompt: bool
 ) -> list[Run]:
-    """Cuts a marked rendering at its control tokens and finds the targets of the given turns.
+    """Cut a marked rendering at its control tokens, and find the targets of the given turns.
 
-    render: the template on the first so many marked messages. prompt: end with the header of the next answer.
-    Raises: DataError if the targets would not be what the model generates, or a text is not written.
+    Args:
+        render: renders the first n marked messages.
+        marked: the row.
+        turns: messages with targets.
+        control: pattern of the control tokens.
+        prompt: end with the header of the next answer.
+
+    Raises:
+        DataError: the targets differ from what the model generates, or the template leaves out a text.
     """
     whole = render(len(marked.messages), prompt)
-    spoken = {marked.owners[int(found[2])] for found in MARKER.finditer(whole)}
-    if marked.tools and -1 not in spoken:
+    written_turns = {marked.owners[int(found[2])] for found in MARKER.finditer(whole)}
+    if marked.tools and -1 not in written_turns:
         raise DataError("the chat template leaves out the row's tools; set data.chat_template to one that writes them")
     regions = []
     for turn in sorted(turns):
-        if turn not in spoken:
+        if turn not in written_turns:
             raise DataError(f"the chat template leaves out message {turn} ({marked.messages[turn]['role']})")
         if marked.messages[turn]["role"] == "assistant":
-            regions.append((*_generated(render, marked, turn, control, whole), turn))
+            regions.append((*_generated_region(render, marked, turn, control, whole), turn))
         else:
-            regions.append((*_spoken(marked, turn, control, whole), turn))
+            regions.append((*_text_region(marked, turn, control, whole), turn))
     return _cut(whole, regions, control)
 
 
 def check_complete(marked: MarkedRow, runs: Sequence[Run]) -> None:
-    """Raises: DataError if a message's text or tool call is nowhere in the runs."""
-    spoken = {marked.owners[number] for run in runs for number in run.numbers()}
-    if left_out := sorted(set(marked.owners) - spoken):
+    """Raise DataError if a message's text or tool call is nowhere in the runs."""
+    written_turns = {marked.owners[number] for run in runs for number in run.numbers()}
+    if left_out := sorted(set(marked.owners) - written_turns):
         i = left_out[0]
         raise DataError(
             f"the chat template leaves out message {i} ({marked.messages[i]['role']}); set data.chat_template to one "
@@ -88,21 +105,23 @@ def check_complete(marked: MarkedRow, runs: Sequence[Run]) -> None:
         )
 
 
-def _generated(render: Render, marked: MarkedRow, turn: int, control: re.Pattern[str], whole: str) -> tuple[int, int]:
-    """Where the model would begin to write an assistant turn, and where it would stop."""
+def _generated_region(
+    render: Render, marked: MarkedRow, turn: int, control: re.Pattern[str], whole: str
+) -> tuple[int, int]:
+    """The characters [start, end) of an assistant turn that the model generates."""
     header = render(turn, True)
     until = render(turn + 1, False)
     common = _common_length(until, whole)
     start = len(header)
-    own = [found for found in MARKER.finditer(until) if marked.owners[int(found[2])] == turn]
-    last_text = max(found.end() for found in own) if own else start
+    texts = [found for found in MARKER.finditer(until) if marked.owners[int(found[2])] == turn]
+    last_text = max(found.end() for found in texts) if texts else start
     if common < max(start, last_text) or not until.startswith(header):
         raise DataError(
-            f"the chat template writes message {turn} (assistant) otherwise once the conversation goes on, or after "
-            "another header than it prompts with, so the model would be trained on what it never sees; "
-            "set data.train_on=last, or data.chat_template to one that leaves earlier turns as they were"
+            f"the chat template writes message {turn} (assistant) differently once the conversation goes on, or after "
+            "a header that differs from the prompt's, so the model would train on what it never sees; "
+            "set data.train_on=last, or data.chat_template to one that keeps earlier turns as they were"
         )
-    if lost := _left_out(marked, turn, {int(found[2]) for found in own if found.start() >= start}):
+    if lost := _left_out(marked, turn, {int(found[2]) for found in texts if found.start() >= start}):
         raise DataError(f"the chat template leaves out a part of message {turn} (assistant): {lost[0]!r}")
     ends = [found.end() for found in control.finditer(whole, last_text) if found.end() <= common]
     if not ends:
@@ -114,7 +133,7 @@ def _generated(render: Render, marked: MarkedRow, turn: int, control: re.Pattern
 
 
 def _left_out(marked: MarkedRow, turn: int, inside: set[int]) -> list[str]:
-    """Texts of the turn that are neither written themselves nor as a part of what is."""
+    """The turn's texts that are not written, neither alone nor inside a larger value."""
     lost = []
     for number, (value, owner) in enumerate(zip(marked.values, marked.owners, strict=True)):
         at = number
@@ -126,7 +145,7 @@ def _left_out(marked: MarkedRow, turn: int, inside: set[int]) -> list[str]:
 
 
 def _common_length(a: str, b: str) -> int:
-    """Characters that both begin with."""
+    """The length of the common prefix."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -134,14 +153,15 @@ def _common_length(a: str, b: str) -> int:
     return low
 
 
-def _spoken(marked: MarkedRow, turn: int, control: re.Pattern[str], whole: str) -> tuple[int, int]:
-    """From the text of a message to the control token after it."""
-    own = [found for found in MARKER.finditer(whole) if marked.owners[int(found[2])] == turn]
-    end = control.search(whole, own[-1].end())
-    return own[0].start(), end.end() if end else len(whole)
+def _text_region(marked: MarkedRow, turn: int, control: re.Pattern[str], whole: str) -> tuple[int, int]:
+    """The characters [start, end) from the text of a message to the control token after it."""
+    texts = [found for found in MARKER.finditer(whole) if marked.owners[int(found[2])] == turn]
+    end = control.search(whole, texts[-1].end())
+    return texts[0].start(), end.end() if end else len(whole)
 
 
 def _cut(whole: str, regions: list[tuple[int, int, int]], control: re.Pattern[str]) -> list[Run]:
+    """Cut a marked rendering at its control tokens. regions: (start, end, message) of the targets."""
     waiting = sorted(regions, reverse=True)
     runs, run, at = [], Run(), 0
     end, turn = 0, -1

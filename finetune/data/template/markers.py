@@ -1,9 +1,8 @@
-"""Markers that stand for a row's texts while a chat template is rendered, so that what the template wrote and what the
-row says stay apart.
+"""Markers that replace a row's texts while a chat template is rendered: they separate the row from the template.
 
-A marker compares and hashes as the text it stands for, so that templates which look a key up or compare a type take the
-way they take for the row itself; what they write is the marker. A tool or the arguments of a call have a marker for the
-whole of them, which `tojson` writes.
+A marker compares and hashes as the text it stands for, so a template that looks up a key or compares a text takes the
+same branch as for the row itself. Written out, it is the marker. A tool and the arguments of a call have one marker for
+the whole value, which `tojson` writes.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from typing import Any
 
 from finetune.data.formats.messages import Message
 
-# Private-use characters: no template writes them; a row that brings them into its rendering is refused.
+# Private-use characters: no template writes them, and a row that contains them is refused.
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
-# A marker's letters say how the template escaped it, the last time first: j as JSON, a as JSON in ASCII.
+# A marker's letters record how the template escaped it, the last time first: j as JSON, a as JSON in ASCII.
 MARKER = re.compile(f"{OPEN}([ja]*)([0-9]+){CLOSE}")
 
 
 class Marker(str):
-    """Reads as a marker; compares, orders and hashes as the text that it stands for."""
+    """Is written as a marker; compares, orders and hashes as the text that it stands for."""
 
     _text: str
 
@@ -43,24 +42,26 @@ class Marker(str):
 
 
 class MarkedDict(dict):
-    """An object with markers for its texts, and a number of its own."""
+    """An object with markers for its texts, and a number for the whole."""
 
     _number: int
 
 
 class MarkedList(list):
-    """A list with markers for its texts, and a number of its own."""
+    """A list with markers for its texts, and a number for the whole."""
 
     _number: int
 
 
 class MarkedRow:
-    """A conversation with markers for what it says.
+    """A conversation with markers instead of its texts.
 
-    values: what the markers stand for, by number: texts, objects, lists. owners: the message each is of; -1 for tools.
-    parents: the number of the value that each is a part of; -1 for none. contents: by message, the number of its text,
-    unless that is empty. shape: rows of equal shape number their outer values alike: contents, names, arguments and
-    tools as wholes. What these consist of is marked by `mark_inner`.
+    values: texts, objects and lists that the markers stand for, by number.
+    owners: the message of each value; -1 for tools.
+    parents: the number of the value that contains each value; -1 for none.
+    contents: the number of each message's text, if it is not empty.
+    shape: rows of equal shape give equal numbers to their outer values, which are contents, names, whole arguments and
+        whole tools. `mark_inner` marks what is inside these.
     """
 
     def __init__(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()):
@@ -88,7 +89,7 @@ class MarkedRow:
         self.shape: tuple = (len(tools), *roles)
 
     def mark_inner(self) -> tuple:
-        """Marks the texts and keys in arguments and tools. Returns: their shape; equal shapes are numbered alike."""
+        """Mark the texts and keys in arguments and tools; return their shape, which decides their numbers."""
         shapes = []
         for container, key, number in self._unmarked:
             marked, shape = self._inner(self.values[number], self.owners[number], number)
@@ -145,7 +146,7 @@ class MarkedRow:
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ):
-    """The `tojson` filter of chat templates: not escaped for HTML; markers remember that they were escaped."""
+    """The `tojson` filter of chat templates: not escaped for HTML; markers record that they were escaped."""
     if isinstance(value, MarkedDict | MarkedList) and not (ensure_ascii or indent or separators or sort_keys):
         return f"{OPEN}j{value._number}{CLOSE}"
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -155,7 +156,7 @@ def to_json(
 
 
 def written(value: Any, letters: str) -> str:
-    """What a template writes for a value whose marker has these letters."""
+    """Return what a template writes for a value whose marker has these letters."""
     if not isinstance(value, str):
         value, letters = json.dumps(value, ensure_ascii=False), letters[:-1]
     for letter in reversed(letters):

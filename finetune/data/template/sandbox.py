@@ -1,7 +1,9 @@
-"""Chat templates are programs from strangers: they run in a sandbox, with limits on their time and on what they make.
+"""Render chat templates, which are programs from strangers, in a sandbox with limits on time and size.
 
-Every value that a template makes is paid for from a budget, and every operation that multiplies is estimated before it
-runs, so a template that asks for 10^9 characters fails before it has one.
+jinja2's ImmutableSandboxedEnvironment keeps a template away from Python. It limits no cost, so this module adds:
+- Every value that a template makes is paid for from a budget.
+- The size of every result that can be much larger than its operands is estimated first. So `'x' * 10**9` fails before
+  it allocates anything. A deadline alone cannot stop such a call: it runs in C and holds the interpreter.
 """
 
 from __future__ import annotations
@@ -25,25 +27,29 @@ from jinja2.utils import Namespace
 from finetune.data.template.markers import to_json
 from finetune.system.errors import DataError
 
-_RENDER_SECONDS = 2.0  # of the thread's own CPU time: a machine that stalls is no fault of the template
-_RENDER_SIZE = 100_000_000  # characters, and _ITEM for each item of a list, over the whole render
+_RENDER_SECONDS = 2.0  # CPU time of the thread: a busy machine does not count
+_RENDER_SIZE = 100_000_000  # characters, plus _ITEM per item of a list, over the whole render
 _ITEM = 256
-_SIZE_OF_INPUT = 16  # more for each character of the conversation: templates put texts together piece by piece
+_SIZE_OF_INPUT = 16  # more per character of the conversation: templates build texts piece by piece
 _LARGEST_NUMBER = 100_000  # in the arguments of a filter or a call
 _WIDE_PERCENT = re.compile(r"%[^A-Za-z%]*(\*|\d{4})")
 _WIDE_BRACES = re.compile(r"\{[^{}]*(\d{4}|\{)")
 _DICT_ATTRIBUTES = frozenset(dir(dict))
-_TOO_MUCH = f"it makes more than {_RENDER_SIZE:,} characters of one row"
-# They lay out web pages, or multiply their text by rules of their own.
+_TOO_LARGE = f"it makes more than {_RENDER_SIZE:,} characters of one row"
+# For web pages, or with a result size that is hard to bound.
 _NOT_OFFERED = ("wordwrap", "urlize", "xmlattr", "pprint", "random", "filesizeformat")
 _WRITABLE = (str, int, float, type(None), list, tuple, dict, Undefined)
 
 
 class Renderer:
-    """A compiled chat template; picklable, and usable in any thread.
+    """A compiled chat template. Picklable, and usable in any thread.
 
-    source: jinja. variables: what it sees besides the conversation, as `bos_token`.
-    Raises: DataError if the source is no template.
+    Args:
+        source: jinja source.
+        variables: names that the template sees in addition to the conversation, such as `bos_token`.
+
+    Raises:
+        DataError: the source cannot be compiled.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any]):
@@ -57,9 +63,9 @@ class Renderer:
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, add_generation_prompt: bool
     ) -> str:
-        """What the template writes for a conversation.
+        """Render a conversation.
 
-        Raises: DataError if the template refuses it, fails, or goes over a limit.
+        Raises: DataError if the template refuses it, fails, or exceeds a limit.
         """
         environment, template, known = self._compiled()
         budget = environment.budget
@@ -67,12 +73,12 @@ class Renderer:
         values = {**known, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         parts: list[str] = []
         try:
-            # Shared: the values are complete, with the environment's own among them.
+            # shared: `values` already holds the environment's globals.
             for part in template.root_render_func(template.new_context(values, shared=True)):
                 budget.spend(len(part))
                 parts.append(part)
         except (SecurityError, OverflowError, RecursionError, MemoryError) as error:
-            raise DataError(f"data.chat_template: the template does what none needs: {error}") from error
+            raise DataError(f"data.chat_template: the template exceeds the sandbox: {error}") from error
         except TemplateError as error:
             raise DataError(f"the chat template refuses the row: {error}") from error
         except Exception as error:
@@ -80,7 +86,7 @@ class Renderer:
         return "".join(parts)
 
     def _compiled(self) -> tuple[_Environment, Template, dict[str, Any]]:
-        """The environment of this thread, the template in it, and what it sees besides the conversation."""
+        """This thread's environment, its template, and the variables other than the conversation."""
         if not hasattr(self._of_thread, "compiled"):
             environment = _Environment()
             try:
@@ -98,7 +104,7 @@ class Renderer:
 
 
 class _Budget:
-    """What one render may still spend."""
+    """What one render may still use."""
 
     __slots__ = ("end", "left", "steps")
 
@@ -113,14 +119,14 @@ class _Budget:
         self.left -= size
         self.steps += 1
         if self.left < 0:
-            raise SecurityError(_TOO_MUCH)
+            raise SecurityError(_TOO_LARGE)
         if not self.steps & 63 and time.thread_time() > self.end:
             raise SecurityError(f"it runs for more than {_RENDER_SECONDS:g} s on one row")
 
     def check(self, size: int) -> None:
-        """Refuse an operation whose result would not be payable."""
+        """Refuse an operation whose result would exceed the budget."""
         if size > self.left:
-            raise SecurityError(_TOO_MUCH)
+            raise SecurityError(_TOO_LARGE)
 
     def pay(self, value: Any) -> Any:
         self.spend(len(value) if isinstance(value, str) else _size(value, self.left))
@@ -128,7 +134,7 @@ class _Budget:
 
 
 def _size(value: Any, most: int) -> int:
-    """Characters and items in a value, counted as often as they would be written; stops above `most`."""
+    """Characters and items in a value, counted as often as they would be written. Stops above `most`."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):
@@ -144,7 +150,7 @@ def _size(value: Any, most: int) -> int:
 
 
 class _Generator(CodeGenerator):
-    """Compiles loops, concatenations and literals so that they pay."""
+    """Compiles loops, concatenations and literals with a charge to the budget."""
 
     def visit_Template(self, node: nodes.Template, frame: Any = None) -> None:
         for loop in node.find_all(nodes.For):
@@ -177,7 +183,7 @@ class _Generator(CodeGenerator):
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}` marks an assistant's text for other trainers; targets are found without it."""
+    """Accepts `{% generation %}`, which marks targets for other trainers; this project does not need it."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja's own declaration
 
@@ -187,7 +193,7 @@ class _GenerationTag(Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """What transformers offers chat templates, with every value paid for."""
+    """The environment that transformers gives to chat templates, with a budget."""
 
     code_generator_class = _Generator
     intercepted_binops = frozenset({"+", "*", "**", "%"})
@@ -228,7 +234,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return self.budget.pay(self.binop_table[operator](left, right))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        # As jinja does it, without the exception that a key of a dict costs there: most of a template's time.
+        # jinja raises and catches an exception for each key of a dict, which is most of a template's time.
         if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         return super().getattr(obj, attribute)
@@ -262,7 +268,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return limited
 
     def _check(self, name: str, value: Any, arguments: Sequence[Any]) -> None:
-        """Refuse a filter, or a method of a text (`.name`), whose result would be too large to make."""
+        """Refuse a filter, or a method of a text (`.name`), whose result would be too large."""
         largest = _check_numbers(arguments)
         if largest > 1:
             self.budget.check(largest * _size(value, self.budget.left))
@@ -278,7 +284,7 @@ def _check_numbers(arguments: Sequence[Any]) -> int:
 
 
 def _binop_size(operator: str, left: Any, right: Any) -> int:
-    """An upper bound for the size of a product, a power or a formatted text, before it is made."""
+    """An upper bound of the size of a product, power or formatted text."""
     if operator == "+" or isinstance(left, float) or isinstance(right, float):
         return 0
     if operator == "%":
@@ -294,11 +300,11 @@ def _binop_size(operator: str, left: Any, right: Any) -> int:
 
 
 def _formatted_size(pattern: str, arguments: Sequence[Any]) -> int:
-    """An upper bound for `pattern % arguments` and `pattern.format(*arguments)`."""
+    """An upper bound of the length of `pattern % arguments` and `pattern.format(*arguments)`."""
     if _WIDE_PERCENT.search(pattern) or _WIDE_BRACES.search(pattern):
-        raise SecurityError("it pads a text to a great width")
-    places = pattern.count("%") + pattern.count("{")
-    return len(pattern) + places * (_size(list(arguments), _RENDER_SIZE) + 1000)
+        raise SecurityError("it pads a text too wide")
+    fields = pattern.count("%") + pattern.count("{")
+    return len(pattern) + fields * (_size(list(arguments), _RENDER_SIZE) + 1000)
 
 
 def _replaced_size(text: Any, arguments: Sequence[Any]) -> int:
@@ -317,7 +323,7 @@ def _indented_size(text: Any, arguments: Sequence[Any]) -> int:
 
 def _json_size(value: Any, arguments: Sequence[Any]) -> int:
     if _check_numbers(arguments) > 100 or sum(len(a) for part in arguments for a in _texts(part)) > 100:
-        raise SecurityError("it lays out JSON with a great indent")
+        raise SecurityError("it indents JSON too far")
     return 0
 
 
@@ -327,7 +333,7 @@ def _summed_size(value: Any, arguments: Sequence[Any]) -> int:
     return 0
 
 
-# Upper bounds for what filters and methods of texts make, where a number among their arguments does not bound it.
+# Upper bounds of results of filters and methods of texts that no number among their arguments bounds.
 _RESULT_SIZE: dict[str, Callable[[Any, Sequence[Any]], int]] = {
     "replace": _replaced_size,
     ".replace": _replaced_size,
@@ -357,12 +363,12 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(pattern: str) -> str:
     if _WIDE_PERCENT.search(pattern):
-        raise SecurityError("it pads a date to a great width")
+        raise SecurityError("it pads a date too wide")
     return datetime.now().strftime(pattern)
 
 
 class _Namespace(Namespace):
-    """Jinja's namespace without names that open with an underscore: those reach into Python."""
+    """jinja's namespace without names that start with an underscore: those reach into Python."""
 
     def __init__(*arguments: Any, **named: Any) -> None:  # a field may be called self
         self, *pairs = arguments
@@ -375,9 +381,9 @@ class _Namespace(Namespace):
         super().__setitem__(name, value)
 
     def __repr__(self) -> str:
-        return "<namespace>"  # its fields may be namespaces that hold each other
+        return "<namespace>"  # its fields may be namespaces that contain each other
 
 
 def _check_field(name: str) -> None:
     if name.startswith("_"):
-        raise SecurityError(f"it keeps a field called {name}")
+        raise SecurityError(f"its namespace has a field {name}")
