@@ -64,9 +64,9 @@ def _inspect(cfg: RunConfig, options: DataOptions, files: dict[str, IO[str]]) ->
     from finetune.report.dataset.advice import advise
     from finetune.report.dataset.dump import write_dump
     from finetune.report.dataset.examples import Decoder, shown_rows
-    from finetune.report.dataset.page import write_page
+    from finetune.report.dataset.html import write_page
     from finetune.report.dataset.statistics import build_report
-    from finetune.report.dataset.text import console_for, print_report, print_rows
+    from finetune.report.dataset.terminal import console_for, print_report, print_rows
 
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)

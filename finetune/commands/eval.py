@@ -46,7 +46,7 @@ def run(arguments: Arguments) -> int:
         log("results: not written, the adapter has no run folder; out=DIR writes gap.json, gap.md and gap.png")
     else:
         from finetune.evaluation.result_files import write_gap
-        from finetune.report.page import REPORT, try_report
+        from finetune.report.run_page import REPORT, try_report
 
         log(f"written: {', '.join(map(str, write_gap(table, folder)))}")
         if (folder / REPORT).is_file():

@@ -23,8 +23,8 @@ Example
 
 def run(arguments: Arguments) -> int:
     """Draw each report and print its path."""
-    from finetune.report.page import REPORT, write_report
     from finetune.report.run import read_runs
+    from finetune.report.run_page import REPORT, write_report
 
     folders = run_folders(arguments)
     if not folders:

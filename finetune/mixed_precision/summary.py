@@ -31,7 +31,7 @@ def as_markdown(found: Sensitivities, double: bool, dtype: str) -> str:
         f"# Sensitivity of {found.model}",
         "",
         f"KL(16 bit || changed) in nats per target token on {found.rows:,} rows ({found.targets:,} targets), computed "
-        "in fp32; ± is one standard error over rows. Each layer alone is stored as the heading says, all others in 16 "
+        "in fp32; ± is one standard error over rows. Each layer alone is stored as in the heading, all others in 16 "
         "bit.",
     ]
     for kind in found.kinds:

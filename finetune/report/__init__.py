@@ -1,1 +1,1 @@
-"""What a run shows afterwards: one page from its folder, and several runs beside one another."""
+"""HTML pages: of one run, of several runs side by side, of a sweep, and of a dataset."""

@@ -1,4 +1,4 @@
-"""Several runs beside one another: what they set differently, how they ended, the best of each figure, their curves."""
+"""Compare runs: their settings, results and curves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.report.curves import STYLES, overlaid
-from finetune.report.environment import page_environment
+from finetune.report.environment import render_page
 from finetune.report.facts import FIGURES, Figure
 from finetune.report.run import Run
 from finetune.report.settings import differing
@@ -15,12 +15,12 @@ from finetune.system.atomic import write_text
 from finetune.system.console import printable
 
 _LONGEST_CELL = 40
-_SIDE_BY_SIDE = 5  # so many runs are columns; more are lines
+_MOST_COLUMNS = 5  # more runs are rows
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting or one figure of every run, as text. best: places of the best values, none where it has no best."""
+    """One setting or result of every run, as text; `best` holds the places of the best values."""
 
     label: str
     cells: tuple[str, ...]
@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """labels: of the runs. notes: what a reader of the figures must know."""
+    """The table of several runs; `notes` are reasons why results are not comparable."""
 
     labels: tuple[str, ...]
     runs: tuple[Run, ...]
@@ -39,7 +39,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
-    """Runs of any length, finished or not."""
+    """Compare runs of any length, finished or not."""
     settings = differing([run.config for run in runs])
     figures = [Row("status", tuple(run.status for run in runs))]
     for figure in FIGURES:
@@ -57,7 +57,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def best_places(figure: Figure, values: Sequence[float | None]) -> frozenset[int]:
-    """Places of the best value; none where all are equal, or where neither more nor less is better."""
+    """Return the places of the best value; none if all are equal, or no direction is better."""
     known = [value for value in values if value is not None]
     if figure.lower_is_better is None or len(set(known)) < 2:
         return frozenset()
@@ -66,7 +66,7 @@ def best_places(figure: Figure, values: Sequence[float | None]) -> frozenset[int
 
 
 def labels_of(folders: Sequence[Path]) -> tuple[str, ...]:
-    """The shortest ends of the paths that tell the folders apart."""
+    """Return the shortest ends of the paths that differ."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(part[-length:]) for part in parts]
@@ -77,32 +77,30 @@ def labels_of(folders: Sequence[Path]) -> tuple[str, ...]:
 
 def _notes(settings: dict[str, list[str]]) -> tuple[str, ...]:
     notes = []
-    measured = [key for key in settings if key.startswith(("data.eval", "data.held_out", "data.train_on"))]
-    if measured:
-        notes.append(f"the held-out rows or their targets differ ({', '.join(measured)}), so held-out figures do too")
+    held_out = [key for key in settings if key.startswith(("data.eval", "data.held_out", "data.train_on"))]
+    if held_out:
+        notes.append(f"{', '.join(held_out)}: differs, so held-out results are not comparable")
     if "distill.objective" in settings:
-        notes.append(
-            "the objectives differ: the held-out loss of recover is nats from the teacher, that of others nats a target"
-        )
+        notes.append("distill.objective: differs; the held-out loss of recover is KL to the teacher")
     if "generation.num_examples" in settings:
-        notes.append("exact match is of different numbers of rows (generation.num_examples)")
-    if any(key in settings for key in ("model.tokenizer", "model.name")):
-        notes.append("the base or its tokenizer differs: nats a token compare only where the tokens are the same")
+        notes.append("generation.num_examples: differs, so exact match covers different numbers of examples")
+    if base := [key for key in ("model.name", "model.tokenizer") if key in settings]:
+        notes.append(f"{', '.join(base)}: differs; nats per token are comparable only with the same tokens")
     return tuple(notes)
 
 
 def as_text(comparison: Comparison) -> str:
-    """A table to print, which is markdown as well; the best of a figure has a star."""
+    """Format a markdown table for the terminal, with a star at the best results."""
     rows = [["", *comparison.labels]]
     for row in (*comparison.settings, *comparison.figures):
         rows.append([row.label, *(f"{cell} *" if i in row.best else cell for i, cell in enumerate(row.cells))])
-    if len(comparison.labels) > _SIDE_BY_SIDE:
+    if len(comparison.labels) > _MOST_COLUMNS:
         rows = [list(column) for column in zip(*rows, strict=True)]
     return text_table(rows)
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the head first, as an aligned markdown table; long cells are cut."""
+    """Format an aligned markdown table; `rows` has the head first, and long cells are cut."""
     cells = [[_cell(text) for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
@@ -118,20 +116,15 @@ def _cell(text: str) -> str:
 
 
 def write_comparison(file: Path, title: str, comparison: Comparison) -> None:
-    """The page with table and curves, written whole or not at all. Raises: OSError."""
+    """Write the page with the table and the curves. Raises OSError."""
     labeled = list(zip(comparison.labels, comparison.runs, strict=True))
-    template = page_environment().get_template("compare.html")
-    page = template.render(
-        title=title,
-        comparison=comparison,
-        styles=[swatch(i) for i in range(len(labeled))],
-        pictures=overlaid(labeled),
-    )
+    styles = [swatch(i) for i in range(len(labeled))]
+    page = render_page("compare.html", title=title, comparison=comparison, styles=styles, pictures=overlaid(labeled))
     write_text(file, page)
 
 
 def swatch(place: int) -> tuple[str, str]:
-    """Stroke and dash pattern of the run at this place, as SVG writes them."""
+    """Return the SVG stroke and dash pattern of the run at this place."""
     color, dashes = STYLES[place % len(STYLES)]
     number = place % 7 + 1
     stroke = "currentColor" if number == 7 else f"var(--line-{number}, {color})"

@@ -1,4 +1,4 @@
-"""A run's metrics as pictures: one figure a quantity, for one run or for several over one another."""
+"""Draw the metrics of one run, or of several runs in the same pictures."""
 
 from __future__ import annotations
 
@@ -15,17 +15,22 @@ from finetune.system.plotting import COLORS, figure, svg
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WIDTH_INCHES, _HEIGHT_INCHES = 4.4, 2.5  # Letters of 9 points can be read where a phone shows it in its whole width.
-_NOISY = 40  # from so many points on, a mean is drawn over them
-_LOGARITHMIC = 100.0
+_WIDTH_INCHES, _HEIGHT_INCHES = 4.4, 2.5  # 9-point letters stay legible in the width of a phone.
+_NOISY = 40  # from this many points on, a moving average is drawn
+_LOGARITHMIC = 100.0  # from this ratio of largest to smallest on, the axis is logarithmic
 STYLES = tuple((color, dashes) for dashes, color in product(("-", "--", ":"), COLORS))
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """One figure. names: of the metrics that belong on it, or a pattern. factor: to the unit that its title names.
+    """A picture of metrics.
 
-    noisy: has a value for every step, which a mean goes through. wide: may span powers of ten. share: none is above 1.
+    Attributes:
+        names: pattern of the metrics' names.
+        factor: from the metric's unit to the title's.
+        noisy: measured at every step, so drawn with a moving average.
+        wide: may span powers of ten.
+        share: at most 1.
     """
 
     title: str
@@ -36,22 +41,22 @@ class Quantity:
     share: bool = False
 
 
-_BY_SET = Quantity("Held-out rows, nats a target token", r"eval/.*/loss", wide=True)
+_BY_SET = Quantity("Held-out loss by set, nats per target token", r"eval/.*/loss", wide=True)
 QUANTITIES = (
-    Quantity("Loss, nats a target token", r"loss|eval_loss", noisy=True, wide=True),
+    Quantity("Loss, nats per target token", r"loss|eval_loss", noisy=True, wide=True),
     _BY_SET,
-    Quantity("Distance from the teacher, nats a target token", r"eval/.*/teacher_kl", wide=True),
+    Quantity("KL to the teacher, nats per target token", r"eval/.*/teacher_kl", wide=True),
     Quantity("Held-out token accuracy", r"eval/.*/accuracy", share=True),
     Quantity("Learning rate", r"learning_rate"),
     Quantity("Gradient norm before clipping", r"grad_norm", noisy=True, wide=True),
-    Quantity("Speed, tokens a second", r"tokens_per_second", noisy=True),
-    Quantity("Peak memory, GiB", r"peak_bytes", 2**-30),
+    Quantity("Throughput, tokens/s", r"tokens_per_second", noisy=True),
+    Quantity("Peak memory, GB", r"peak_bytes", 1e-9),
 )
 
 
 @dataclass(frozen=True)
 class Picture:
-    """svg: an element of the page. note: what a reader should know of it, empty for nothing."""
+    """An SVG element with its title and a note, which may be empty."""
 
     title: str
     svg: str
@@ -60,7 +65,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve of a figure. dots: a value now and then, whose places matter."""
+    """A curve; `dots` marks its points, for values measured now and then."""
 
     name: str
     series: Series
@@ -71,66 +76,56 @@ class Line:
 
 
 def run_pictures(run: Run) -> list[Picture]:
-    """Every quantity that the run measured."""
+    """Draw every quantity of a run."""
     pictures = []
     for quantity in QUANTITIES:
-        found = {name: run.metrics[name] for name in _names(run, quantity)}
-        if not found or (quantity is _BY_SET and _one_set(found, run)):
+        names = _names(run, quantity)
+        if not names or (quantity is _BY_SET and _is_only_set(names, run)):
             continue
         lines = [
-            Line(
-                _label(name),
-                series.scaled(quantity.factor),
-                COLORS[i % len(COLORS)],
-                noisy=quantity.noisy and not name.startswith("eval"),
-                dots=name.startswith("eval"),
-            )
-            for i, (name, series) in enumerate(found.items())
+            _line(_label(name), run, name, quantity, (COLORS[i % len(COLORS)], "-")) for i, name in enumerate(names)
         ]
         pictures.append(draw(quantity.title, lines, quantity, _last_step([run])))
     return pictures
 
 
 def overlaid(runs: Sequence[tuple[str, Run]]) -> list[Picture]:
-    """The same quantities of several runs; the n-th run has STYLES[n]. runs: label and run."""
+    """Draw every quantity with all runs in one picture; `runs` has labels, and the n-th run has STYLES[n]."""
     names = dict.fromkeys(name for _, run in runs for name in run.metrics)
-    wanted = [
-        (f"{quantity.title}{_of_set(name)}", name, quantity)
-        for quantity in QUANTITIES
-        for name in names
-        if re.fullmatch(quantity.names, name)
-        and not (quantity is _BY_SET and all(_one_set(_names(run, quantity), run) for _, run in runs))
-    ]
+    last_step = _last_step([run for _, run in runs])
     pictures = []
-    for title, name, quantity in wanted:
-        lines = [
-            Line(
-                label,
-                run.metrics[name].scaled(quantity.factor),
-                *STYLES[i % len(STYLES)],
-                noisy=quantity.noisy and not name.startswith("eval"),
-                dots=name.startswith("eval"),
-            )
-            for i, (label, run) in enumerate(runs)
-            if name in run.metrics
-        ]
-        pictures.append(draw(title, lines, quantity, _last_step([run for _, run in runs]), alone=False))
+    for quantity in QUANTITIES:
+        if quantity is _BY_SET and all(_is_only_set(_names(run, quantity), run) for _, run in runs):
+            continue
+        for name in filter(re.compile(quantity.names).fullmatch, names):
+            lines = [
+                _line(label, run, name, quantity, STYLES[i % len(STYLES)])
+                for i, (label, run) in enumerate(runs)
+                if name in run.metrics
+            ]
+            pictures.append(draw(f"{quantity.title}{_of_set(name)}", lines, quantity, last_step, alone=False))
     return pictures
 
 
-def draw(title: str, lines: Sequence[Line], quantity: Quantity, last_step: int, alone: bool = True) -> Picture:
-    """One figure of curves over steps, from 0 to `last_step` like those beside it.
+def _line(label: str, run: Run, name: str, quantity: Quantity, style: tuple[str, str]) -> Line:
+    held_out = name.startswith("eval")
+    series = run.metrics[name].scaled(quantity.factor)
+    return Line(label, series, *style, noisy=quantity.noisy and not held_out, dots=held_out)
 
-    alone: of one run; it names its curves and shows what the means go through.
-    """
+
+def draw(title: str, lines: Sequence[Line], quantity: Quantity, last_step: int, alone: bool = True) -> Picture:
+    """Draw curves over the steps from 0 to `last_step`; `alone`: of one run, with a legend and the noisy values."""
     drawn, (axes,) = figure(_WIDTH_INCHES, _HEIGHT_INCHES)
     means = [_draw_line(axes, line, alone) for line in lines]
     values = [value for line in lines for value in line.series.values]
-    note = "The strong line is the mean of its neighborhood." if alone and any(means) else ""
-    if quantity.wide and min(values) > 0 and spread(values) > _LOGARITHMIC:
+    note = "The strong line is a moving average." if alone and any(means) else ""
+    low, high = min(values), max(values)
+    if quantity.wide and low > 0 and spread(values) > _LOGARITHMIC:
         axes.set_yscale("log")
     else:
-        _lift_flat(axes, min(values), max(values))
+        # A constant curve becomes a line across the middle instead of magnified noise.
+        if high - low <= 0.02 * abs(high):
+            axes.set_ylim(min(0.9 * low, 1.1 * low), max(1.1 * high, 0.9 * high) or 1.0)
         axes.yaxis.set_major_formatter(_numbers(max(map(abs, values))))
     if quantity.share:
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))
@@ -144,7 +139,7 @@ def draw(title: str, lines: Sequence[Line], quantity: Quantity, last_step: int, 
 
 
 def _draw_line(axes: Axes, line: Line, faint: bool) -> bool:
-    """Returns: whether a mean was drawn."""
+    """Return whether a moving average was drawn."""
     noisy = line.noisy and len(line.series.steps) > _NOISY
     shown = thinned(line.series)
     style = {"color": line.color, "linestyle": line.dashes}
@@ -157,19 +152,14 @@ def _draw_line(axes: Axes, line: Line, faint: bool) -> bool:
     return noisy
 
 
-def _lift_flat(axes: Axes, low: float, high: float) -> None:
-    """A curve that does not change is a line across the middle, not noise magnified."""
-    if high - low <= 0.02 * abs(high):
-        axes.set_ylim(min(0.9 * low, 1.1 * low), max(1.1 * high, 0.9 * high) or 1.0)
-
-
 def _numbers(largest: float) -> Callable[[float, object], str]:
     def text(value: float, place: object) -> str:
+        value = round(value, 12)
         if largest and (largest < 1e-2 or largest >= 1e6):
             return f"{value:.3g}" if value else "0"
         return f"{value:,.0f}" if largest >= 1000 else f"{value:g}"
 
-    return lambda value, place: text(round(value, 12), place)
+    return text
 
 
 def _last_step(runs: Sequence[Run]) -> int:
@@ -180,21 +170,17 @@ def _names(run: Run, quantity: Quantity) -> list[str]:
     return [name for name in run.metrics if re.fullmatch(quantity.names, name)]
 
 
-def _one_set(names: Collection[str], run: Run) -> bool:
-    """Whether the loss by evaluation set, if any, is the `eval_loss` that stands beside the training loss already."""
+def _is_only_set(names: Collection[str], run: Run) -> bool:
+    """Return whether the loss by set repeats `eval_loss`, which is drawn with the training loss."""
     return len(names) < 2 and all(run.metrics[name] == run.metrics.get("eval_loss") for name in names)
 
 
 def _label(name: str) -> str:
-    return {"loss": "training", "eval_loss": "held out"}.get(
-        name, name.removeprefix("eval/").rpartition("/")[0] or name
-    )
+    known = {"loss": "training", "eval_loss": "held out"}
+    return known.get(name, name.removeprefix("eval/").rpartition("/")[0] or name)
 
 
 def _of_set(name: str) -> str:
-    """The evaluation set that a metric is about."""
-    if name == "loss":
-        return ", training"
-    if name == "eval_loss":
-        return ", held out"
-    return f", {name.removeprefix('eval/').rpartition('/')[0]}" if name.startswith("eval/") else ""
+    known = {"loss": ", training", "eval_loss": ", held out"}
+    of_set = f", {name.removeprefix('eval/').rpartition('/')[0]}" if name.startswith("eval/") else ""
+    return known.get(name, of_set)

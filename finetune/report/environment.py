@@ -1,4 +1,4 @@
-"""Build the Jinja environment of all pages: no network, no script, light and dark, text of users escaped."""
+"""Render the package's pages. They need no network and no script, and follow the light or dark mode of the browser."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from finetune.system.console import printable
 
 
-def page_environment(**functions: Any) -> Environment:
-    """Build the environment of templates/: escaped, strict about names, control characters made visible.
-
-    functions: that templates may call. look.css is how the package's pages look.
-    """
+def render_page(name: str, /, **values: Any) -> str:
+    """Render a page of templates/, with values escaped and their control characters made visible."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # HTML's own escaping leaves control characters as they are.
+        # HTML escaping leaves control characters as they are.
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    environment.globals.update(functions)
-    return environment
+    return environment.get_template(name).render(**values)

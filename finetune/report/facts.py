@@ -1,4 +1,4 @@
-"""A run's figures in words: cards for the top, what was predicted beside what was measured, where it ran, what next."""
+"""A run's results as text: cards, predictions beside measurements, the environment, and commands to continue with."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from finetune.report.run import Run
 from finetune.report.series import is_figure
+from finetune.system.format import format_bytes, format_duration
 
 
 class Card(NamedTuple):
@@ -18,7 +19,7 @@ class Card(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """error: of the prediction, as a signed share."""
+    """A predicted and a measured quantity; `error` is the signed relative error."""
 
     what: str
     predicted: str
@@ -32,25 +33,12 @@ class Command(NamedTuple):
 
 
 def number(value: float) -> str:
-    """Four digits that count."""
+    """Format a number with four significant digits."""
     return f"{value:.4f}" if 1e-3 <= abs(value) < 100 or value == 0 else f"{value:.4g}"
 
 
 def share(value: float) -> str:
     return f"{value:.1%}"
-
-
-def size(value_bytes: float) -> str:
-    return f"{value_bytes / 2**30:.2f} GiB"
-
-
-def duration(seconds: float) -> str:
-    """As 2 h 05 min, 4 min 10 s, or 12 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def whole(value: float) -> str:
@@ -59,7 +47,7 @@ def whole(value: float) -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of result.json. lower_is_better: None where neither is."""
+    """A number of result.json; `lower_is_better` is None if no direction is better."""
 
     name: str
     label: str
@@ -70,29 +58,28 @@ class Figure:
 FIGURES = (
     Figure("eval_loss", "held-out loss", number, True),
     Figure("exact_match_after", "held-out exact match", share, False),
-    Figure("teacher_kl_after", "nats from the teacher", number, True),
-    Figure("recovered", "of that regained", share, False),
+    Figure("teacher_kl_after", "KL to the teacher, nats", number, True),
+    Figure("recovered", "KL recovered", share, False),
     Figure("final_loss", "training loss", number, True),
     Figure("steps", "steps", whole, None),
     Figure("target_tokens", "target tokens", whole, None),
-    Figure("train_seconds", "training time", duration, True),
-    Figure("tokens_per_second", "tokens a second", whole, False),
-    Figure("peak_bytes", "peak memory", size, True),
+    Figure("train_seconds", "training time", format_duration, True),
+    Figure("tokens_per_second", "tokens/s", whole, False),
+    Figure("peak_bytes", "peak memory", format_bytes, True),
 )
-_ACTIONS = {"warn": "a warning", "recover": "it learned from the teacher alone", "stop": "the run was ended"}
+_ACTIONS = {"warn": "warning", "recover": "trained on the teacher alone", "stop": "run stopped"}
 _BEFORE = {"exact_match_after": "exact_match_before", "teacher_kl_after": "teacher_kl_before"}
 
 
 def figure_named(name: str) -> Figure:
-    """One of FIGURES, or an evaluation set's own (`eval/NAME/accuracy`)."""
+    """Return one of FIGURES, or the figure of an evaluation set (`eval/NAME/accuracy`)."""
     known = {figure.name: figure for figure in FIGURES}
-    last = name.rpartition("/")[2]
-    more = last in ("accuracy", "teacher_agreement")
-    return known.get(name) or Figure(name, name, share if more else number, not more)
+    higher_is_better = name.rpartition("/")[2] in ("accuracy", "teacher_agreement")
+    return known.get(name) or Figure(name, name, share if higher_is_better else number, not higher_is_better)
 
 
 def headline(run: Run) -> str:
-    """The base, how it is stored, the adapter and the objective, as far as they are known."""
+    """Return the base, its storage, the adapter and the objective, as far as they are known."""
     base, storage, rank = run.setting("model.name"), run.setting("quant.type"), run.setting("lora.rank")
     objective = run.setting("distill.objective")
     parts = [
@@ -104,7 +91,7 @@ def headline(run: Run) -> str:
 
 
 def cards(run: Run) -> list[Card]:
-    """What a user looks for first; only what was measured."""
+    """Return the measured results; for a run without a result, its last step and loss."""
     found = []
     for figure in FIGURES:
         value = run.figure(figure.name)
@@ -112,27 +99,23 @@ def cards(run: Run) -> list[Card]:
             continue
         before = run.figure(_BEFORE[figure.name]) if figure.name in _BEFORE else None
         found.append(Card(figure.label, figure.form(value), "" if before is None else f"{figure.form(before)} before"))
-    return found or _from_metrics(run)
-
-
-def _from_metrics(run: Run) -> list[Card]:
-    """Of a run that has no result yet."""
     loss = run.metrics.get("loss")
-    if loss is None:
-        return []
+    if found or loss is None:
+        return found
     return [Card("steps so far", whole(loss.steps[-1])), Card("training loss", number(loss.values[-1]))]
 
 
 def predictions(run: Run) -> list[Prediction]:
-    """What the planner foretold beside what came of it, where both are known."""
+    """Return the planner's predictions that were measured."""
     predicted, measured = run.figure("predicted_peak_bytes"), run.figure("peak_bytes")
     if not predicted or not measured:
         return []
-    return [Prediction("peak memory", size(predicted), size(measured), f"{predicted / measured - 1:+.1%}")]
+    error = f"{predicted / measured - 1:+.1%}"
+    return [Prediction("peak memory", format_bytes(predicted), format_bytes(measured), error)]
 
 
 class Breach(NamedTuple):
-    """A time that the guard's limit was passed. distance, after: nats a target from the teacher."""
+    """A time that the guard's limit was exceeded; `distance` and `after` are nats per target from the teacher."""
 
     step: str
     distance: str
@@ -141,26 +124,26 @@ class Breach(NamedTuple):
 
 
 def breaches(run: Run) -> list[Breach]:
-    """What the guard saw beyond its limit, in order."""
+    """Return the breaches of the guard's limit, in order."""
     found = run.result.get("breaches")
     entries = [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
+
+    def distance(value: Any) -> str:
+        return number(value) if is_figure(value) else ""
+
     return [
         Breach(
             str(entry.get("step", "")),
-            _distance(entry.get("teacher_kl")),
+            distance(entry.get("teacher_kl")),
             _ACTIONS.get(str(entry.get("action")), ""),
-            _distance(entry.get("after")),
+            distance(entry.get("after")),
         )
         for entry in entries
     ]
 
 
-def _distance(value: Any) -> str:
-    return number(value) if is_figure(value) else ""
-
-
 def environment(run: Run) -> list[tuple[str, str]]:
-    """run.json as a list of facts, nested ones by dotted name."""
+    """Return the entries of run.json, nested ones with both names."""
 
     def walk(node: Any, key: str) -> list[tuple[str, str]]:
         if isinstance(node, Mapping):
@@ -171,18 +154,16 @@ def environment(run: Run) -> list[tuple[str, str]]:
 
 
 def next_commands(run: Run) -> list[Command]:
-    """What to type, with this run's folder in it."""
+    """Return the commands that continue from this run."""
     folder = shlex.quote(str(run.folder))
-    go_on = Command(
-        "go on where it stopped", f"finetune train config={shlex.quote(f'{run.folder}/config.yaml')} train.resume=auto"
-    )
+    resume = Command("resume", f"finetune train config={shlex.quote(f'{run.folder}/config.yaml')} train.resume=auto")
     if not run.has_adapter:
-        return [go_on]
+        return [resume]
     found = [
-        Command("talk to it", f"finetune chat adapter={folder}"),
-        Command("measure it beside its base", f"finetune eval adapter={folder}"),
-        Command("put it into the base's weights", f"finetune merge adapter={folder} out=merged"),
-        Command("write it for llama.cpp", f"finetune export adapter={folder} format=gguf out=gguf"),
-        Command("see it beside another run", f"finetune compare {folder} OTHER_RUN out=compare.html"),
+        Command("chat", f"finetune chat adapter={folder}"),
+        Command("compare with the base", f"finetune eval adapter={folder}"),
+        Command("merge into the base", f"finetune merge adapter={folder} out=merged"),
+        Command("export for llama.cpp", f"finetune export adapter={folder} format=gguf out=gguf"),
+        Command("compare with another run", f"finetune compare {folder} OTHER_RUN out=compare.html"),
     ]
-    return found if run.status == "finished" else [go_on, *found]
+    return found if run.status == "finished" else [resume, *found]

@@ -1,4 +1,4 @@
-"""A run's folder as it lies on the disk: everything that can be read of it, and what could not be."""
+"""Read the folder of a run, as far as its files can be read."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ Content = TypeVar("Content")
 
 @dataclass(frozen=True)
 class Run:
-    """What a folder holds; a part that is missing is empty.
+    """The files of a run; a missing one is empty.
 
-    config: sections of config.yaml. result: of result.json. facts: of run.json. metrics: figures by name. samples:
-    prompt, expected, before, after of each. teacher: its table, rows of cells. has_adapter: whether a trained adapter
-    lies there. problems: files that could not be read, and why.
+    Attributes:
+        config: sections of config.yaml.
+        result: content of result.json.
+        facts: content of run.json.
+        metrics: metrics.jsonl by name.
+        samples: prompt, expected, before and after of each.
+        teacher: rows of the table in teacher.md.
+        problems: the files that cannot be read, and why.
     """
 
     folder: Path
@@ -44,32 +49,32 @@ class Run:
 
     @property
     def status(self) -> str:
-        """finished | stopped | failed, as the run said; `unfinished` if it goes on, or was killed."""
+        """Return finished, stopped or failed; `unfinished` if the run has no result: it is running, or was killed."""
         return str(self.result.get("status") or "unfinished")
 
     def setting(self, key: str) -> Any:
-        """A setting by its dotted key; None where there is none."""
+        """Return a setting by its dotted key, or None."""
         here: Any = self.config
         for part in key.split("."):
             here = here.get(part) if isinstance(here, Mapping) else None
         return here
 
     def value(self, name: str) -> Any:
-        """What result.json, or an evaluation in it (`eval/NAME/loss`), holds by that name; None where nothing."""
+        """Return a value of result.json, or of an evaluation in it (`eval/NAME/loss`), or None."""
         evaluations = self.result.get("evaluations")
         value = self.result.get(name)
         return evaluations.get(name) if value is None and isinstance(evaluations, Mapping) else value
 
     def figure(self, name: str) -> float | None:
-        """The same as a finite number; None where it is none."""
+        """Return a value of result.json if it is a finite number, or None."""
         value = self.value(name)
         return float(value) if is_figure(value) else None
 
 
 def read_run(folder: Path) -> Run:
-    """Raises: InputError if the folder is none of a run."""
+    """Read a run. Raises InputError if the folder holds none."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; name the folder of a run, as outputs/quickstart")
+        raise InputError(f"{folder}: no such folder\nhelp: give the folder of a run, as outputs/quickstart")
     if not (folder / CONFIG).is_file() and not (folder / METRICS).is_file():
         raise InputError(f"{folder}: holds no run (neither {CONFIG} nor {METRICS})")
     problems: list[str] = []
@@ -84,26 +89,25 @@ def read_run(folder: Path) -> Run:
                 raise ValueError(f"holds a {type(content).__name__}")
             return content
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            problems.append(f"{name} cannot be read: {_first_line(error)}")
+            problems.append(f"{name}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})")
             return empty
 
-    samples = [sample for sample in read(SAMPLES, _json, []) if isinstance(sample, Mapping)]
     return Run(
         folder,
-        config=read(CONFIG, _yaml, {}),
+        config=read(CONFIG, lambda file: yaml.safe_load(_text(file)), {}),
         config_text=read(CONFIG, _text, ""),
         result=read(RESULT, _json, {}),
         facts=read(FACTS, _json, {}),
         metrics=read(METRICS, read_metrics, {}),
-        samples=samples,
-        teacher=read(TEACHER, _table, []),
+        samples=[sample for sample in read(SAMPLES, _json, []) if isinstance(sample, Mapping)],
+        teacher=read(TEACHER, lambda file: table_rows(_text(file)), []),
         has_adapter=(folder / ADAPTER).is_file(),
         problems=tuple(problems),
     )
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Raises: InputError naming every folder that is none of a run."""
+    """Read several runs. Raises InputError with every folder that holds none."""
     runs, wrong = [], []
     for folder in folders:
         try:
@@ -111,7 +115,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         except InputError as error:
             wrong.append(str(error))
     if wrong:
-        raise InputError(wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} runs cannot be read:", *wrong]))
+        raise InputError("\n".join(wrong))
     return runs
 
 
@@ -123,20 +127,8 @@ def _json(file: Path) -> Any:
     return json.loads(_text(file))
 
 
-def _yaml(file: Path) -> Any:
-    return yaml.safe_load(_text(file))
-
-
-def _table(file: Path) -> list[list[str]]:
-    return table_rows(_text(file))
-
-
 def table_rows(markdown: str) -> list[list[str]]:
-    """Rows of cells of a markdown table, its head first."""
+    """Return the rows of a markdown table, its head first."""
     lines = [line.strip() for line in markdown.splitlines() if line.strip().startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [row for row in rows if not all(set(cell) <= set("-: ") for cell in row)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

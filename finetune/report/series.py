@@ -1,4 +1,4 @@
-"""metrics.jsonl as curves: one value a step, whatever happened to the run, and no more points than a picture shows."""
+"""Read metrics.jsonl as curves, and reduce them to the points that a picture shows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class Series(NamedTuple):
-    """Values by step, ascending. steps [N], values [N]; every value is finite."""
+    """Finite values [N] by ascending steps [N]."""
 
     steps: list[int]
     values: list[float]
@@ -21,10 +21,9 @@ class Series(NamedTuple):
 
 
 def read_metrics(file: Path) -> dict[str, Series]:
-    """Every figure of a run by name.
+    """Read every metric by name. Raises OSError.
 
-    A step that stands in the file twice (a run that was continued) counts as it was the last time; lines that are torn
-    and values that are no finite numbers are left out. Raises: OSError.
+    The last line of a step counts (a resumed run repeats steps). Incomplete lines and non-finite values are left out.
     """
     found: dict[str, dict[int, float]] = defaultdict(dict)
     for line in _lines(file):
@@ -47,15 +46,15 @@ def _lines(file: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def is_figure(value: Any) -> bool:
-    """Whether it is a number that can be drawn."""
-    # nan is below nothing, and a whole number may be larger than any float.
+    """Return whether a value is a number that can be drawn."""
+    # False for nan; a Python integer can exceed every float.
     return type(value) in (int, float) and abs(value) < 1e300
 
 
 def thinned(series: Series, most: int = 800) -> Series:
-    """At most `most` points that look the same: of every stretch of steps the lowest and the highest value, in order.
+    """Keep at most `most` points: the first, the last, and the lowest and highest of every interval of steps.
 
-    First and last point stay, and a spike of one step among 100,000 is still there.
+    A spike of one step among 100,000 stays visible.
     """
     count = len(series.steps)
     if count <= most:
@@ -70,7 +69,7 @@ def thinned(series: Series, most: int = 800) -> Series:
 
 
 def smoothed(series: Series, share: float = 0.05) -> Series:
-    """The mean of the neighborhood of every step, `share` of the run wide: what a noisy curve does on the whole."""
+    """Return the moving average over a window of `share` of the run."""
     count = len(series.values)
     half = max(1, round(count * share / 2))
     sums = [0.0]
@@ -81,5 +80,5 @@ def smoothed(series: Series, share: float = 0.05) -> Series:
 
 
 def spread(values: Sequence[float]) -> float:
-    """The largest value by the smallest; infinite where one is not positive."""
+    """Return the largest value divided by the smallest; infinity if one is not positive."""
     return max(values) / min(values) if min(values) > 0 else math.inf

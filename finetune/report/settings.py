@@ -1,4 +1,4 @@
-"""A run's settings beside the defaults, and beside other runs' settings."""
+"""Compare a run's settings with the defaults, and with those of other runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.config.keys import schema_fields
 
 
 class Change(NamedTuple):
-    """A key that is not as it is by default; default: empty where it has none."""
+    """A setting that differs from its default, which is empty if it has none."""
 
     key: str
     default: str
@@ -22,9 +22,7 @@ _NAMES = {"name", "output_dir"}  # Every run has its own.
 
 
 def changes(config: Mapping[str, Any]) -> list[Change]:
-    """Every setting of a resolved config that differs from its default, in the schema's order; keys without a default
-    are among them.
-    """
+    """Return the settings that differ from their default or have none, in the schema's order."""
     fields = schema_fields()
     found = []
     for key, value in flat(config):
@@ -39,7 +37,7 @@ def changes(config: Mapping[str, Any]) -> list[Change]:
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Settings that are not the same in all configs: key -> each one's value, empty where it has no such key."""
+    """Return the settings that differ between configs: key -> value in each, empty if a config lacks the key."""
     flats = [dict(flat(config)) for config in configs]
     keys = dict.fromkeys(key for one in flats for key in one)
     table = {key: [shown(one[key]) if key in one else "" for one in flats] for key in keys if key not in _NAMES}
@@ -47,9 +45,7 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every setting. Lists of sections (data.train) count on; other lists and mappings are
-    values.
-    """
+    """Yield (dotted key, value) of every setting. Lists of sections (data.train) are split; other lists are values."""
     fields = schema_fields()
 
     def walk(node: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -70,5 +66,5 @@ def _starred(key: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as it is typed on the command line, more or less; null where there is none."""
+    """Format a value about as on the command line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

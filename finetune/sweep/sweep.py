@@ -18,8 +18,8 @@ from finetune.report.facts import figure_named
 from finetune.report.run import RESULT, read_run
 from finetune.report.settings import flat
 from finetune.sweep.outcome import write_outcome, write_table
+from finetune.sweep.process import Stop, run_process, wait_until_free
 from finetune.sweep.record import Record, Trial, check_same, load_record
-from finetune.sweep.running import Stop, run_process, wait_until_free
 from finetune.sweep.search import check_optuna, suggest
 from finetune.sweep.space import Space, read_space
 from finetune.system.console import Log

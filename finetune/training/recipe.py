@@ -40,7 +40,7 @@ from finetune.ops import dispatch, matmul
 from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan
 from finetune.report.dataset.stored import store_report
-from finetune.report.page import try_report
+from finetune.report.run_page import try_report
 from finetune.system import console
 from finetune.system.atomic import write_text
 from finetune.system.console import Log

@@ -1,4 +1,4 @@
-"""The page of `finetune data html=…`: read by a parser, and seen in a real browser where one is installed."""
+"""The page of `finetune data html=…`, checked by a parser and, if one is installed, in a real browser."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUESTION = f"{HOSTILE} <|im_end|> ⟦x⟧\n  two  spaces, 你好, שלום"
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report on rows that try to be more than text, one of them weighted, some too long, with a leak."""
+    """Write the report on hostile rows, one of them weighted, some too long, with a leak."""
     folder = tmp_path_factory.mktemp("page")
     rows = [{"prompt": f"q {i} " + "long " * (i * 12), "completion": "an answer"} for i in range(30)]
     messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "half", "weight": 0.5}]
@@ -46,9 +46,9 @@ def read(page_file: Path) -> Reader:
     return Reader(page_file.read_text(encoding="utf-8"))
 
 
-def test_the_page_is_well_formed_and_stands_alone(read: Reader, page_file: Path):
+def test_the_page_is_well_formed_and_self_contained(read: Reader, page_file: Path):
     assert read.texts("h1") == ["quickstart"] and read.texts("title")[0] == "quickstart: data report"
-    assert read.texts("h2") == ["What looks wrong", "Sources", "Training rows", "Source by source", "Rows"]
+    assert read.texts("h2") == ["Warnings", "Sources", "Training rows", "Source details", "Examples"]
     assert not {"script", "img", "link", "iframe", "a", "i", "u", "b"} & {name for name, _, _ in read.elements}
     attributes = {name for _, attrs, _ in read.elements for name in attrs}
     assert not {name for name in attributes if name.startswith("on")} | ({"src", "href", "style"} & attributes)
@@ -56,7 +56,7 @@ def test_the_page_is_well_formed_and_stands_alone(read: Reader, page_file: Path)
     assert "://" not in text and "@import" not in text and "url(" not in text
 
 
-def test_rows_are_shown_as_they_are_with_their_targets_marked(read: Reader):
+def test_rows_are_shown_unchanged_with_their_targets_marked(read: Reader):
     rows = [text for text in read.texts("pre") if "half" in text]
     assert len(rows) == 1 and QUESTION.replace("\x1b", "␛") in rows[0]
     assert "×0.5half<|im_end|>" in read.texts("mark") and "whole<|im_end|>" in read.texts("mark")
@@ -64,18 +64,18 @@ def test_rows_are_shown_as_they_are_with_their_targets_marked(read: Reader):
     assert spelled.count("<|im_end|>") == 1
 
 
-def test_the_page_holds_the_reports_figures(read: Reader):
+def test_the_page_holds_the_statistics(read: Reader):
     cells = read.texts("td")
     assert {"a", "<i>b</i>", "<b>held", "together"} <= set(cells)
     assert cells[cells.index("a") : cells.index("a") + 3] == ["a", "train", "30"]
     advice = read.texts("li")
-    assert advice[0].startswith("Leak. <b>held: 2 of its 2 rows") and any("data.max_length=250" in t for t in advice)
+    assert advice[0].startswith("Leak. <b>held: 2 of 2 rows") and any("data.max_length=250" in t for t in advice)
     bars = [attrs for name, attrs, _ in read.elements if name == "rect"]
     assert any(attrs.get("class") == "over" for attrs in bars) and any("class" not in attrs for attrs in bars)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everything_can_be_read_in_light_and_dark(browser: Page, page_file: Path, scheme: str):
+def test_text_is_legible_in_light_and_dark(browser: Page, page_file: Path, scheme: str):
     browser.look(scheme=scheme)
     browser.open(page_file)
     assert browser.evaluate("document.querySelectorAll('mark').length") > 20
@@ -108,7 +108,7 @@ def test_rows_run_nothing_and_load_nothing(browser: Page, page_file: Path):
     assert any(QUESTION.replace("\x1b", "␛") in text for text in shown)
 
 
-def test_bars_are_as_long_as_their_rows_are_many(browser: Page, page_file: Path):
+def test_the_length_of_a_bar_is_proportional_to_its_rows(browser: Page, page_file: Path):
     browser.look()
     browser.open(page_file)
     bars = browser.evaluate(

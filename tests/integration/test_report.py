@@ -1,4 +1,4 @@
-"""report.html of a real run, and what is drawn of it in a real browser where one is installed."""
+"""report.html of a real run, drawn in a real browser if one is installed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tests.html_reader import Reader
 from tests.runs import small_run
 
 CURVES = [
-    "Loss, nats a target token",
+    "Loss, nats per target token",
     "Held-out token accuracy",
     "Learning rate",
     "Gradient norm before clipping",
-    "Speed, tokens a second",
-    "Peak memory, GiB",
+    "Throughput, tokens/s",
+    "Peak memory, GB",
 ]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that trained, answered rows before and after, and was measured beside its base."""
+    """Train a run with answers before and after, and evaluate it beside its base."""
     folder = tmp_path_factory.mktemp("runs") / "a"
     train(small_run(folder, "generation.num_examples=3", "generation.max_new_tokens=8", "train.eval_every=2"))
     words = ("limit=6", "answers=3", "variants=[base,quantized,trained]", "resamples=100", "max_new_tokens=8")
@@ -49,7 +49,7 @@ def stored(folder: Path, name: str) -> dict:
     return json.loads((folder / name).read_text())
 
 
-def test_the_page_is_well_formed_and_stands_alone(read: Reader, page_file: Path):
+def test_the_page_is_well_formed_and_self_contained(read: Reader, page_file: Path):
     assert not {"script", "img", "link", "iframe", "a"} & {name for name, _, _ in read.elements}
     attributes = {name for _, attrs, _ in read.elements for name in attrs}
     assert not {name for name in attributes if name.startswith("on")} | ({"src", "href"} & attributes)
@@ -61,37 +61,37 @@ def test_the_page_is_well_formed_and_stands_alone(read: Reader, page_file: Path)
     assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', text)) == set(ids)
 
 
-def test_all_of_the_run_is_on_the_page(read: Reader):
+def test_the_page_has_every_section(read: Reader):
     assert read.texts("h2") == [
         "Curves",
         "Answers before and after",
-        "What 4 bits cost and training gained",
+        "Quantization gap and gain of training",
         "Predicted and measured",
         "Data",
-        "A training row",
-        "Settings that are not the defaults",
-        "Where it ran",
-        "What next",
+        "A training example",
+        "Non-default settings",
+        "Environment",
+        "Next steps",
     ]
 
 
-def test_its_figures_are_those_of_the_result(read: Reader, folder: Path):
+def test_the_page_shows_the_results(read: Reader, folder: Path):
     result = stored(folder, "result.json")
     labels = read.texts("dt")
     shown = dict(zip(labels, read.texts("dd"), strict=True))
     assert shown["held-out loss"] == f"{result['eval_loss']:.4f}" and shown["steps"] == "4"
-    assert shown["peak memory"] == f"{result['peak_bytes'] / 2**30:.2f} GiB"
+    assert shown["peak memory"] == f"{result['peak_bytes'] / 1e9:.2f} GB"
     cells = read.texts("td")
-    measured = [f"{result[key] / 2**30:.2f} GiB" for key in ("predicted_peak_bytes", "peak_bytes")]
+    measured = [f"{result[key] / 1e9:.2f} GB" for key in ("predicted_peak_bytes", "peak_bytes")]
     assert cells[cells.index("peak memory") + 1 :][:2] == measured
     assert cells[cells.index("lora.dropout") + 1 :][:2] == ["0.1", "0.0"]
     assert shown["torch"] == stored(folder, "run.json")["versions"]["torch"]
 
 
-def test_its_answers_and_a_row_with_its_targets_are_shown(read: Reader, folder: Path):
+def test_answers_and_an_example_with_targets_are_shown(read: Reader, folder: Path):
     shown = list(zip(read.texts("dt"), read.texts("dd"), strict=True))
     for sample in stored(folder, "samples.json"):
-        assert ("asked", sample["prompt"]) in shown and ("expected", sample["expected"]) in shown
+        assert ("prompt", sample["prompt"]) in shown and ("expected", sample["expected"]) in shown
         assert ("before", sample["before"] or "(nothing)") in shown and (
             "after",
             sample["after"] or "(nothing)",
@@ -106,19 +106,19 @@ def test_the_gap_table_has_every_model(read: Reader, folder: Path):
     assert {model["name"] for model in stored(folder, "gap.json")["models"]} <= set(heads)
 
 
-def test_a_curve_has_a_corner_for_every_step(read: Reader, page_file: Path, folder: Path):
+def test_a_curve_has_a_point_for_every_step(read: Reader, page_file: Path, folder: Path):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figure = page_file.read_text().split('aria-label="Learning rate"')[1].split("</figure>")[0]
     curves = [path for path in re.findall(r'<path d="([^"]+)"[^>]*--line-1', figure) if path.count("L") > 1]
     assert [len(re.findall("[ML]", curve)) for curve in curves] == [len(lines)] == [4]
 
 
-def test_every_figure_is_drawn_and_nothing_is_asked_of_a_network(browser: Page, page_file: Path):
+def test_every_picture_is_drawn_without_network(browser: Page, page_file: Path):
     browser.look()
     browser.open(page_file)
     drawn = browser.evaluate(DRAWN)
     labels = [label for label, _ in drawn]
-    assert labels == [*CURVES, "What 4 bits cost and training gained", None]
+    assert labels == [*CURVES, "Quantization gap and gain of training", None]
     for label, shapes in drawn:
         assert len(shapes) > 1 and all(shapes), label
     assert browser.troubles() == []
@@ -128,7 +128,7 @@ def test_every_figure_is_drawn_and_nothing_is_asked_of_a_network(browser: Page, 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everything_can_be_read_in_light_and_dark(browser: Page, page_file: Path, scheme: str):
+def test_text_is_legible_in_light_and_dark(browser: Page, page_file: Path, scheme: str):
     browser.look(scheme=scheme)
     browser.open(page_file)
     assert browser.evaluate(CONTRAST) == []
@@ -144,7 +144,7 @@ def test_nothing_is_wider_than_the_window(browser: Page, page_file: Path, width:
     assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_runs_are_drawn_over_one_another(browser: Page, folder: Path, tmp_path: Path, capsys):
+def test_compared_runs_share_their_pictures(browser: Page, folder: Path, tmp_path: Path, capsys):
     other = folder.parent / "b"
     train(small_run(other, "train.learning_rate=1e-3", "train.max_steps=2"))
     capsys.readouterr()

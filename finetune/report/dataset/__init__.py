@@ -1,1 +1,1 @@
-"""What `finetune data` shows of a dataset."""
+"""The report of `finetune data` on a dataset."""

@@ -1,4 +1,4 @@
-"""Every tokenized row, for other programs to read."""
+"""Write tokenized rows for other programs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from finetune.data.loader import LoadedData, Source
 
 
 def write_dump(stream: IO[str], data: LoadedData) -> None:
-    """Every document of data.train, then of data.eval, a JSON object a line; memory holds one of them."""
+    """Write every document of data.train, then of data.eval, as one JSON object per line."""
     for source in (*data.train, *data.eval):
         for row in _rows(source):
             stream.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
 
 
 def _rows(source: Source) -> Iterator[dict[str, Any]]:
-    """labels: not shifted, IGNORE_INDEX where a token is no target. row: counts from 0 in the source."""
+    # Labels are not shifted; rows count from 0 in the source.
     name, documents = source.config.name or source.path, source.documents
     for row, start, length in zip(documents.rows, documents.starts, documents.lengths, strict=True):
         piece = source.store.piece(int(row), int(start), int(length))

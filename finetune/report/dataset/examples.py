@@ -1,4 +1,4 @@
-"""Training rows as the model will see them, decoded: targets and control tokens told apart from what is only text."""
+"""Decode training examples, with targets and control tokens marked."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _MARKS = re.compile(f"[{OPEN}{CLOSE}]")
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Neighbouring tokens of one kind, decoded. weight: of their loss, 0 where they are no targets.
+    """Neighboring tokens of one kind and loss weight (0: not targets), decoded.
 
-    kind: `control` is one control token, `spelled` is text that looks like one.
+    Kind `control` is one control token, `spelled` is text that looks like one.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class ShownRow:
-    """One document. tokens, targets: how many it has; cut_from: tokens of its row where that is longer, else 0."""
+    """One document; `cut_from` is the number of tokens of its row if the document is shorter, else 0."""
 
     source: str
     place: str
@@ -48,14 +48,14 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Tokens to text. control: the control tokens by id; decode: ids to text, control tokens included."""
+    """Decode tokens; `control` maps ids to control tokens."""
 
     decode: Callable[[Sequence[int]], str]
     control: Mapping[int, str]
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Decoder:
-        """How this tokenizer's tokens are shown."""
+        """Build the decoder of a tokenizer."""
 
         def decode(ids: Sequence[int]) -> str:
             return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -63,7 +63,7 @@ class Decoder:
         return cls(decode, {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special})
 
     def spans(self, encoded: Encoded) -> tuple[Span, ...]:
-        """A row as text, cut where the loss weight or the kind changes."""
+        """Decode a row into spans of one loss weight and kind."""
         spelled = re.compile("|".join(map(re.escape, sorted(self.control.values(), key=len, reverse=True))) or "(?!)")
 
         def spans() -> Iterator[Span]:
@@ -73,12 +73,12 @@ class Decoder:
                 if control:
                     yield from (Span(self.control[token], weight, "control") for token in ids)
                 else:
-                    yield from _told_apart(self.decode(ids), weight, spelled)
+                    yield from _split_spelled(self.decode(ids), weight, spelled)
 
         return tuple(spans())
 
 
-def _told_apart(text: str, weight: float, spelled: re.Pattern[str]) -> Iterator[Span]:
+def _split_spelled(text: str, weight: float, spelled: re.Pattern[str]) -> Iterator[Span]:
     start = 0
     for found in spelled.finditer(text):
         if found.start() > start:
@@ -90,15 +90,12 @@ def _told_apart(text: str, weight: float, spelled: re.Pattern[str]) -> Iterator[
 
 
 def shown_rows(names: Sequence[str], documents: Documents, decoder: Decoder, count: int) -> list[ShownRow]:
-    """`count` documents, evenly spaced: always the same ones of the same data.
-
-    names: of the documents' stores.
-    """
+    """Return `count` documents, evenly spaced; `names` are those of the documents' stores."""
     rows = []
     for i in evenly_spaced(len(documents), count):
         store, row = documents.stores[documents.source[i]], int(documents.rows[i])
         piece = store.piece(row, int(documents.starts[i]), int(documents.lengths[i]))
-        weights = np.concatenate([[0], piece.weights[1:]])  # Nothing comes before the first token to predict it from.
+        weights = np.concatenate([[0], piece.weights[1:]])  # The first token has no context to predict it from.
         cut = int(store.lengths[row]) if len(piece.ids) < store.lengths[row] else 0
         spans = decoder.spans(Encoded(piece.ids, weights))
         name = names[documents.source[i]]
@@ -107,10 +104,9 @@ def shown_rows(names: Sequence[str], documents: Documents, decoder: Decoder, cou
 
 
 def marked(spans: Sequence[Span]) -> str:
-    """A row with its targets between ⟦ and ⟧, for where there are no colors.
+    """Format a row without colors: targets between ⟦ and ⟧, with their loss weight unless it is 1.
 
-    A loss weight that is not 1 stands after the ⟦; a backslash stands before text that looks like a mark or a control
-    token.
+    A backslash precedes text that looks like a mark or a control token.
     """
     parts = []
     for weight, run in weighted_runs(spans):
@@ -121,12 +117,12 @@ def marked(spans: Sequence[Span]) -> str:
 
 
 def weighted_runs(spans: Sequence[Span]) -> list[tuple[float, list[Span]]]:
-    """Neighbouring spans of one loss weight together."""
+    """Group neighboring spans by loss weight."""
     return [(weight, list(run)) for weight, run in groupby(spans, lambda span: span.weight)]
 
 
 def visible(span: Span) -> str:
-    """The text of a span as it can be printed anywhere and be taken for nothing else."""
+    """Return a span's text, safe to print and unambiguous."""
     text = printable(span.text)
     if span.kind == "text":
         return _MARKS.sub(lambda mark: f"\\{mark[0]}", text)
@@ -134,5 +130,5 @@ def visible(span: Span) -> str:
 
 
 def factor_of(weight: float) -> str:
-    """A loss weight as it is shown: ×0.5."""
+    """Format a loss weight: ×0.5."""
     return f"×{weight:g}"

@@ -1,4 +1,4 @@
-"""What a run's data are like, in figures: rows, lengths, targets, duplicates, leaks, packing. Nothing is printed."""
+"""Compute statistics of a run's data: rows, lengths, targets, duplicates, leaks and packing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Section = Literal["train", "eval", "held out"]
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Rows of `first` to `last` tokens, both included."""
+    """The number of rows with `first` to `last` tokens, inclusive."""
 
     first: int
     last: int
@@ -29,7 +29,7 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class Extreme:
-    """The longest or shortest row."""
+    """The longest or the shortest row."""
 
     tokens: int
     place: str
@@ -37,7 +37,7 @@ class Extreme:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of rows in tokens, before any is cut. median, most: half and 95 % of the rows are no longer."""
+    """Lengths of rows in tokens, before truncation; `most` is the 95th percentile."""
 
     bins: tuple[Bin, ...]
     shortest: Extreme
@@ -48,13 +48,16 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of the rows of one source, or of all training rows.
+    """Statistics of one source, or of all training rows.
 
-    rows, tokens, targets: as encoded, before any row is cut. documents, kept_tokens: what is left for training.
-    too_long: rows longer than data.max_length. left_out: rows that are not used, by reason. duplicates: used rows that
-    repeat an earlier one of the same source (in the total: of any). shared: used rows that stand in other training
-    sources too.
-    control_tokens: spelled out in texts, in `control_rows` rows, the first at `control_place`.
+    Attributes:
+        rows, tokens, targets: before truncation.
+        documents, kept_tokens: after truncation.
+        too_long: rows longer than data.max_length.
+        left_out: unused rows by reason.
+        duplicates: used rows that repeat an earlier one of the same source; in the total, of any source.
+        shared: used rows that other training sources also hold, by source.
+        control_tokens: control tokens in texts, in `control_rows` rows, first at `control_place`.
     """
 
     rows: int
@@ -78,7 +81,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Part:
-    """The rows [R] of a source's store that are trained on, or evaluated with."""
+    """The rows [R] of a source's store that are used for training or for evaluation."""
 
     section: Section
     source: Source
@@ -87,7 +90,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PartReport:
-    """One source with its figures; a source with held-out rows gives two. bad_rows: the file that lists them."""
+    """The statistics of one part of a source; `bad_rows` is the file that lists unusable rows."""
 
     section: Section
     name: str
@@ -100,7 +103,7 @@ class PartReport:
 
 @dataclass(frozen=True)
 class Order:
-    """An epoch as it will be trained. fill: share of the packed sequences' room that holds tokens; None unpacked."""
+    """An epoch in training order; `fill` is the packing efficiency, None without packing."""
 
     sequences: int
     tokens: int
@@ -111,7 +114,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that `finetune data` tells of a run. ends: what ends with which token: a turn, a document."""
+    """The report of `finetune data`; `ends` holds (a turn | a document, the token that ends it)."""
 
     name: str
     model: str
@@ -125,11 +128,9 @@ class Report:
 
 
 def parts_of(data: LoadedData, held_out: float) -> list[Part]:
-    """Every source's rows, rows that are too long included: those of data.train, of data.eval, and the held-out ones.
-
-    held_out: data.held_out; the last items of `data.eval` are then the rows held out of each training source.
-    """
+    """Return the rows of data.train, of data.eval, and those held out by data.held_out, before truncation."""
     parts = [Part("train", s, np.flatnonzero(~is_held_out(s.store.hashes, held_out))) for s in data.train]
+    # With data.held_out, the last items of data.eval are the held-out rows of each training source.
     given = len(data.eval) - (len(data.train) if held_out else 0)
     parts += [Part("eval", source, np.arange(len(source.store))) for source in data.eval[:given]]
     held = data.eval[given:]
@@ -137,7 +138,7 @@ def parts_of(data: LoadedData, held_out: float) -> list[Part]:
 
 
 def build_report(data: LoadedData, cfg: RunConfig, chat: ChatTemplate) -> Report:
-    """Compute all figures of a run's data."""
+    """Compute all statistics of a run's data."""
     parts = parts_of(data, cfg.data.held_out)
     reports = [
         PartReport(
@@ -197,11 +198,12 @@ def _figures(part: Part, parts: Sequence[Part], cfg: RunConfig) -> Figures:
 
 
 def _left_out(part: Part, cfg: RunConfig) -> Counter[str]:
-    """Rows that give no document. A row that is short enough always gives one."""
+    """Count the rows that give no document; a row that is short enough always gives one."""
     why = f"longer than {cfg.data.max_length:,} tokens"
     if cfg.data.truncation != "drop":
         why = f"no target left within {cfg.data.max_length:,} tokens"
-    bad = 0 if part.section == "held out" else part.source.store.meta.bad_rows  # They have no hash to be held out by.
+    # Bad rows have no hash to be held out by.
+    bad = 0 if part.section == "held out" else part.source.store.meta.bad_rows
     return +Counter({"bad rows": bad, why: len(part.rows) - len(part.source.rows)})
 
 
@@ -226,7 +228,7 @@ def _total(parts: Sequence[Part], figures: Sequence[Figures], limit: int) -> Fig
 
 
 def _lengths(lengths: np.ndarray, parts: Sequence[Part], limit: int) -> Lengths:
-    """lengths [N]: of the rows of all parts, one part after another."""
+    """Summarize the lengths [N] of the rows of all parts, one part after another."""
 
     def extreme(index: int) -> Extreme:
         for part in parts:
@@ -247,7 +249,7 @@ def _lengths(lengths: np.ndarray, parts: Sequence[Part], limit: int) -> Lengths:
 
 
 def length_bins(lengths: np.ndarray, limit: int) -> tuple[Bin, ...]:
-    """A histogram of lengths [N], at least one. Borders are 2, 3, 4, 6, 8, 12, … tokens, and `limit` is one of them."""
+    """Count lengths [N] (at least one) in bins with borders 2, 3, 4, 6, 8, 12, … tokens and `limit`."""
     powers = 2 ** np.arange(int(lengths.max()).bit_length() + 1)
     lasts = np.union1d(powers, powers[1:] * 3 // 2)
     lasts = np.union1d(lasts[(lasts < 0.8 * limit) | (lasts > 1.25 * limit)], [limit])
@@ -274,7 +276,7 @@ def _order(data: LoadedData, cfg: RunConfig) -> Order:
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:
-    """`wanted` indices below `count`, first and last among them, all of them where there are no more."""
+    """Return at most `wanted` indices below `count`, with the first and the last."""
     if wanted >= count:
         return list(range(count))
     return [round(i * (count - 1) / max(1, wanted - 1)) for i in range(wanted)]

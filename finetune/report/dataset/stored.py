@@ -1,4 +1,4 @@
-"""A run's data in figures, and some of its rows, as a file in the run's folder that a report is drawn from later."""
+"""Keep the report on a run's data in its folder, for the run's page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DATA = "data.json"
 
 @dataclass(frozen=True)
 class StoredReport:
-    """What `finetune data` tells; rows: some training rows as the model sees them."""
+    """The report on a dataset, and some training examples as the model sees them."""
 
     report: Report
     rows: tuple[ShownRow, ...]
@@ -32,14 +32,13 @@ class StoredReport:
 def store_report(
     folder: Path, data: LoadedData, cfg: RunConfig, chat: ChatTemplate, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Write data.json into a run's folder, with one training row. Rows that are streamed are not known yet: no file."""
-    if not data.train:
-        return
-    rows = shown_rows([source.name for source in data.train], data.documents, Decoder.of(tokenizer), 1)
-    stored = StoredReport(build_report(data, cfg, chat), tuple(rows))
-    write_bytes(folder / DATA, TypeAdapter(StoredReport).dump_json(stored, indent=1) + b"\n")
+    """Write data.json with one training example into a run's folder; no file for streamed rows, not yet known."""
+    if data.train:
+        rows = shown_rows([source.name for source in data.train], data.documents, Decoder.of(tokenizer), 1)
+        stored = StoredReport(build_report(data, cfg, chat), tuple(rows))
+        write_bytes(folder / DATA, TypeAdapter(StoredReport).dump_json(stored, indent=1) + b"\n")
 
 
 def read_stored(file: Path) -> StoredReport:
-    """Raises: OSError, ValueError if it cannot be read or is not what this version writes."""
+    """Read data.json. Raises OSError, or ValueError for another content than this version writes."""
     return TypeAdapter(StoredReport).validate_json(file.read_bytes())

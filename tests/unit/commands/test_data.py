@@ -51,7 +51,7 @@ def test_the_report_goes_to_stdout_and_is_plain_without_a_terminal(folder, capsy
     assert any(row.startswith("a 20 ") for row in rows) and any(row.startswith("together 22 ") for row in rows)
     assert "a train, messages rows of a.jsonl" in rows and "documents train, text rows of b.jsonl" in rows
     assert "template: the tokenizer's own; a turn ends with <|im_end|>; a document ends with <|endoftext|>" in rows
-    assert rows[-1] == "nothing looks wrong"
+    assert rows[-1] == "no warnings"
 
 
 def test_show_prints_rows_with_their_targets_marked(folder, capsys):
@@ -87,13 +87,13 @@ def test_bad_rows_keep_their_number_and_held_out_rows_are_dumped_too(folder):
 def test_a_stream_is_looked_at_whole(folder, capsys):
     assert main(["data", "config=run.yaml", "data.stream_rows=5", "train.max_steps=4"]) == 0
     out = capsys.readouterr().out
-    assert "together" in out and "data.stream_rows=5 rows at a time" in out
+    assert "together" in out and "data.stream_rows=5:" in out
 
 
 def test_a_leak_is_loud(folder, capsys):
     write(folder / "e.jsonl", chat("3 + 1?", "4"))
     assert main(["data", "config=run.yaml"]) == 0
-    assert "LEAK  e: 1 of its 1 rows are training rows of a too" in capsys.readouterr().out
+    assert "LEAK  e: 1 of 1 row" in capsys.readouterr().out
 
 
 def test_a_target_of_any_weight_is_a_label_in_the_dump(folder):

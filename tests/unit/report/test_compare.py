@@ -1,4 +1,4 @@
-"""Runs beside one another: what differs, which is best, and names that tell them apart."""
+"""Comparisons: the settings that differ, the best results, and unique labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.run_folders import write_run
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A long run and a short one that failed, with other settings."""
+    """Write a long run and a short failed one with other settings."""
     place = tmp_path_factory.mktemp("runs")
     return [
         write_run(place / "a", steps=200),
@@ -28,20 +28,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-def test_the_table_has_what_differs_and_stars_at_the_best(folders: list[Path]):
+def test_the_table_has_differing_settings_and_stars_at_the_best(folders: list[Path]):
     comparison = compare([read_run(folder) for folder in folders])
     assert {row.label: row.cells for row in comparison.settings} == {"lora.rank": ("8", "4")}
     figures = {row.label: row for row in comparison.figures}
     assert figures["status"].cells == ("finished", "failed")
     assert figures["held-out loss"].cells[1] == "" and not figures["held-out loss"].best
-    assert figures["training loss"].best == {0} and figures["tokens a second"].best == {1}
+    assert figures["training loss"].best == {0} and figures["tokens/s"].best == {1}
     assert not figures["steps"].best and not figures["peak memory"].best
     lines = as_text(comparison).splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert re.search(r"\| tokens a second +\| 1,000 +\| 2,000 \* +\|", as_text(comparison))
+    assert re.search(r"\| tokens/s +\| 1,000 +\| 2,000 \* +\|", as_text(comparison))
 
 
-def test_every_cell_is_the_runs_own_figure(tmp_path: Path):
+def test_every_cell_is_the_runs_own_result(tmp_path: Path):
     results: list[dict[str, Any]] = [
         {"eval_loss": 0.123456, "exact_match_after": 0.25, "train_seconds": 3725.0, "peak_bytes": 5 * 2**29},
         {"eval_loss": 123.456, "exact_match_after": 1.0, "train_seconds": 59.6, "peak_bytes": 2**29},
@@ -49,16 +49,16 @@ def test_every_cell_is_the_runs_own_figure(tmp_path: Path):
     runs = [read_run(write_run(tmp_path / str(i), **result)) for i, result in enumerate(results)]
     cells = {row.label: row.cells for row in compare(runs).figures}
     assert cells["held-out loss"] == ("0.1235", "123.5") and cells["held-out exact match"] == ("25.0%", "100.0%")
-    assert cells["training time"] == ("1 h 02 min", "1 min 00 s") and cells["peak memory"] == ("2.50 GiB", "0.50 GiB")
+    assert cells["training time"] == ("1 h 2 min", "1 min 0 s") and cells["peak memory"] == ("2.68 GB", "0.54 GB")
 
 
-def test_what_makes_figures_not_comparable_is_said(tmp_path: Path):
+def test_settings_that_make_results_incomparable_are_noted(tmp_path: Path):
     base = write_run(tmp_path / "a")
     others = {
-        "data.eval.0.limit=9": "held-out rows or their targets differ (data.eval.0.limit)",
-        "generation.num_examples=7": "exact match is of different numbers of rows",
-        "distill=recover": "the objectives differ",
-        "model.name=other": "the base or its tokenizer differs",
+        "data.eval.0.limit=9": "data.eval.0.limit",
+        "generation.num_examples=7": "generation.num_examples",
+        "distill=recover": "distill.objective",
+        "model.name=other": "model.name",
     }
     for i, (word, note) in enumerate(others.items()):
         notes = compare([read_run(base), read_run(write_run(tmp_path / str(i), word))]).notes
@@ -78,7 +78,7 @@ def test_what_makes_figures_not_comparable_is_said(tmp_path: Path):
         ("steps", [1.0, 2.0], set()),
     ],
 )
-def test_best_is_lowest_or_highest_as_the_figure_says(name: str, values: list[float | None], best: set[int]):
+def test_best_is_lowest_or_highest_by_figure(name: str, values: list[float | None], best: set[int]):
     assert best_places(figure_named(name), values) == best
 
 
@@ -92,7 +92,7 @@ def test_a_cell_breaks_no_table():
     assert len(lines) == 4 and "x\\|y" in lines[2] and "line break ␛[31m" in lines[2] and "…" in lines[3]
 
 
-def test_many_runs_are_lines(tmp_path: Path):
+def test_many_runs_are_rows(tmp_path: Path):
     runs = [read_run(write_run(tmp_path / f"r{i}", f"lora.rank={i}")) for i in range(1, 8)]
     lines = as_text(compare(runs)).splitlines()
     assert len(lines) == 9 and lines[2].startswith("| r1")
@@ -105,13 +105,13 @@ def test_the_page_draws_every_quantity_of_every_run(folders: list[Path], tmp_pat
     assert read.texts("h1") == ["<b>t</b>"]
     titles = [attrs["aria-label"] for tag, attrs, _ in read.elements if tag == "figure"]
     assert titles == [
-        "Loss, nats a target token, training",
-        "Loss, nats a target token, held out",
+        "Loss, nats per target token, training",
+        "Loss, nats per target token, held out",
         "Held-out token accuracy, heldout",
         "Learning rate",
         "Gradient norm before clipping",
-        "Speed, tokens a second",
-        "Peak memory, GiB",
+        "Throughput, tokens/s",
+        "Peak memory, GB",
     ]
     assert "://" not in text.replace("http://www.w3.org/", "") and "<script" not in text
 
@@ -124,7 +124,7 @@ def test_the_command_prints_the_table_and_writes_the_page(folders: list[Path], t
     assert (tmp_path / "c.html").stat().st_size > 10_000
 
 
-def test_neither_comparing_nor_planning_a_sweep_waits_for_torch(folders: list[Path], tmp_path: Path):
+def test_comparing_and_planning_a_sweep_import_no_torch(folders: list[Path], tmp_path: Path):
     sweep = ["sweep", "config=quickstart.yaml", "lora.rank=4,8", f"sweep.out={tmp_path}/s", "--dry-run"]
     code = (
         "import sys; from finetune.cli import main\n"
@@ -137,16 +137,16 @@ def test_neither_comparing_nor_planning_a_sweep_waits_for_torch(folders: list[Pa
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        (["a"], "two folders of runs or more; finetune report a draws one"),
-        (["a", "a"], "two folders of runs or more"),
-        (["a", "nope", "neither"], "2 runs cannot be read"),
+        (["a"], "finetune report a"),
+        (["a", "a"], "finetune report a"),
+        (["a", "nope", "neither"], "neither"),
         (["a", "b", "out=."], "is a folder"),
         (["a", "b", "outt=c.html"], "did you mean out?"),
         (["a", "b", "--fast"], "unknown flag"),
         (["a", "b", "out=missing/c.html"], "cannot be written"),
     ],
 )
-def test_what_cannot_be_compared_is_told(folders: list[Path], words: list[str], found: str, capsys, monkeypatch):
+def test_wrong_arguments_are_refused(folders: list[Path], words: list[str], found: str, capsys, monkeypatch):
     monkeypatch.chdir(folders[0].parent)
     assert main(["compare", *words]) == 2
     assert found in capsys.readouterr().err

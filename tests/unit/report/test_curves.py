@@ -1,4 +1,4 @@
-"""Pictures of a run: which there are, what is on them, and that their axes fit one another."""
+"""Pictures of runs: their titles, curves and axes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def numbers_below(svg: str) -> list[str]:
     return re.findall(r">([\d,.]+)</text>", svg)
 
 
-def test_only_what_was_measured_is_drawn(tmp_path):
+def test_only_measured_quantities_are_drawn(tmp_path):
     titles = [picture.title for picture in run_pictures(run_of(tmp_path, loss=1.0, peak_bytes=2.0**30))]
-    assert titles == ["Loss, nats a target token", "Peak memory, GiB"]
+    assert titles == ["Loss, nats per target token", "Peak memory, GB"]
     assert run_pictures(Run(tmp_path)) == []
 
 
@@ -35,10 +35,10 @@ def test_all_pictures_of_a_run_share_their_steps(tmp_path):
         assert numbers_below(picture.svg)[:3] == ["0", "10", "20"]
 
 
-def test_several_held_out_sets_have_a_picture_of_their_own_and_one_has_not(tmp_path):
+def test_only_several_held_out_sets_have_their_own_picture(tmp_path):
     one = run_of(tmp_path, loss=1.0, eval_loss=2.0, eval__a__loss=2.0)
     two = run_of(tmp_path, loss=1.0, eval_loss=2.0, eval__a__loss=1.0, eval__b__loss=3.0)
-    by_set = "Held-out rows, nats a target token"
+    by_set = "Held-out loss by set, nats per target token"
     assert by_set not in [picture.title for picture in run_pictures(one)]
     (picture,) = [picture for picture in run_pictures(two) if picture.title == by_set]
     assert ">a</text>" in picture.svg and ">b</text>" in picture.svg
@@ -48,7 +48,7 @@ def test_several_held_out_sets_have_a_picture_of_their_own_and_one_has_not(tmp_p
 
 
 def heights(svg: str) -> list[float]:
-    """Of the corners of the first curve."""
+    """Return the heights of the points of the first curve."""
     path = re.findall(r'<path d="([^"]+)"[^>]*stroke: var\(--line-1', svg)[0]
     return [float(corner.split()[1]) for corner in re.split("[ML]", path)[1:]]
 
@@ -58,17 +58,17 @@ def test_a_spread_over_powers_of_ten_is_drawn_on_a_logarithmic_axis(tmp_path, va
     run = Run(tmp_path, metrics={"loss": Series([1, 2, 3], values), "learning_rate": Series([1, 2, 3], values)})
     high, middle, low = heights(run_pictures(run)[0].svg)
     assert (abs((middle - high) - (low - middle)) < 0.01) == logarithmic
-    high, middle, low = heights(run_pictures(run)[1].svg)  # a learning rate never is
+    high, middle, low = heights(run_pictures(run)[1].svg)  # never for a learning rate
     assert middle - high > low - middle
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 1e-30, 1e200])
-def test_a_curve_that_does_not_change_is_drawn(tmp_path, value: float):
+def test_a_constant_curve_is_drawn(tmp_path, value: float):
     (picture,) = run_pictures(run_of(tmp_path, loss=value))
     assert re.search(r'<path d="M [^"]+L [^"]+"[^>]*--line-1', picture.svg)
 
 
-def test_a_noisy_curve_has_its_mean_over_it_and_says_so(tmp_path):
+def test_a_noisy_curve_has_a_moving_average_and_a_note(tmp_path):
     values = [float(i % 2) for i in range(200)]
     run = Run(tmp_path, metrics={"loss": Series(list(range(200)), values)})
     (picture,) = run_pictures(run)
@@ -77,7 +77,7 @@ def test_a_noisy_curve_has_its_mean_over_it_and_says_so(tmp_path):
     assert not overlaid([("a", run)])[0].note
 
 
-def test_runs_are_told_apart_by_color_and_then_by_dashes(tmp_path):
+def test_runs_differ_by_color_and_then_by_dashes(tmp_path):
     (picture,) = overlaid([(str(i), run_of(tmp_path, loss=float(i + 1))) for i in range(9)])
     curves = re.findall(r'<path d="M [^"]+"[^>]*style="([^"]*)"', picture.svg)
     styles = [

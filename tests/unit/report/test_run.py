@@ -1,4 +1,4 @@
-"""A run's folder is read for what there is, whatever is missing or torn."""
+"""A run's folder is read even with missing or corrupt files."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def test_all_of_a_run_is_read(tmp_path: Path):
     assert run.metrics["loss"].steps == list(range(1, 21)) and run.metrics["eval_loss"].steps == [10, 20]
 
 
-@pytest.mark.parametrize("torn", ["result.json", "run.json", "samples.json", "config.yaml"])
-def test_a_torn_file_is_named_and_the_rest_is_read(tmp_path: Path, torn: str):
+@pytest.mark.parametrize("corrupt", ["result.json", "run.json", "samples.json", "config.yaml"])
+def test_a_corrupt_file_is_named_and_the_rest_is_read(tmp_path: Path, corrupt: str):
     folder = write_run(tmp_path / "a")
-    (folder / torn).write_bytes(b'{"a": [\xff')
+    (folder / corrupt).write_bytes(b'{"a": [\xff')
     run = read_run(folder)
-    assert len(run.problems) == 1 and run.problems[0].startswith(f"{torn} cannot be read")
+    assert len(run.problems) == 1 and run.problems[0].startswith(f"{corrupt}: cannot be read")
     assert run.metrics["loss"].steps
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "null", '"text"'])
-def test_a_file_of_another_shape_is_a_problem_and_not_a_crash(tmp_path: Path, content: str):
+def test_an_unexpected_type_is_a_problem_and_not_a_crash(tmp_path: Path, content: str):
     folder = write_run(tmp_path / "a")
     (folder / "result.json").write_text(content)
     run = read_run(folder)
     assert run.problems and run.status == "unfinished" and run.figure("eval_loss") is None
 
 
-def test_a_run_that_was_killed_is_unfinished(tmp_path: Path):
+def test_a_killed_run_is_unfinished(tmp_path: Path):
     folder = write_run(tmp_path / "a")
     for name in ("result.json", "run.json", "adapter_model.safetensors"):
         (folder / name).unlink()

@@ -1,4 +1,4 @@
-"""Curves of metrics.jsonl: each step once, as it was the last time, and no spike lost on the way to the picture."""
+"""Curves of metrics.jsonl: each step once, and every spike stays visible."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def write(file: Path, *lines: object) -> Path:
     return file
 
 
-def test_a_step_that_was_done_again_counts_as_it_was_the_last_time(tmp_path: Path):
+def test_the_last_value_of_a_repeated_step_counts(tmp_path: Path):
     first = [{"step": step, "loss": float(step)} for step in (1, 2, 3, 4)]
     again = [{"step": step, "loss": 10.0 * step} for step in (3, 4, 5)]
     found = read_metrics(write(tmp_path / "m", *first, *again))["loss"]
     assert found == ([1, 2, 3, 4, 5], [1.0, 2.0, 30.0, 40.0, 50.0])
 
 
-def test_what_is_no_figure_is_left_out(tmp_path: Path):
+def test_other_values_than_finite_numbers_are_left_out(tmp_path: Path):
     lines = [
         {"step": 1, "loss": float("nan"), "grad_norm": 1},
         {"step": 2, "loss": 2.0, "note": "x", "flag": True, "huge": 10**400},
@@ -38,13 +38,13 @@ def test_what_is_no_figure_is_left_out(tmp_path: Path):
     assert found == {"grad_norm": ([1], [1.0]), "loss": ([2], [2.0])}
 
 
-def test_an_empty_file_has_no_figures(tmp_path: Path):
+def test_an_empty_file_has_no_metrics(tmp_path: Path):
     assert read_metrics(write(tmp_path / "m")) == {}
 
 
 @pytest.mark.parametrize("place", [0, 1, 57_123, 99_998, 99_999])
 @pytest.mark.parametrize("spike", [50.0, -50.0])
-def test_a_spike_of_one_step_among_a_hundred_thousand_is_still_there(place: int, spike: float):
+def test_a_spike_of_one_step_among_a_hundred_thousand_stays_visible(place: int, spike: float):
     values = [1.0 + 0.001 * (i % 7) for i in range(100_000)]
     values[place] = spike
     few = thinned(Series(list(range(100_000)), values))
@@ -63,12 +63,12 @@ def test_thinning_keeps_ends_extremes_and_order(values: list[float], most: int):
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=100))
-def test_a_mean_stays_within_what_it_is_the_mean_of(values: list[float]):
+def test_a_moving_average_stays_within_its_values(values: list[float]):
     found = smoothed(Series(list(range(len(values))), values))
     assert len(found.values) == len(values)
     assert min(values) - 1e-6 <= min(found.values) and max(found.values) <= max(values) + 1e-6
 
 
-def test_the_mean_of_a_line_is_the_line():
+def test_the_moving_average_of_a_line_is_the_line():
     series = Series(list(range(100)), [float(i) for i in range(100)])
     assert smoothed(series).values[10:90] == pytest.approx(series.values[10:90])

@@ -1,4 +1,4 @@
-"""Which settings a run changed, and in which runs differ."""
+"""Settings that differ from the defaults, or between runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_every_changed_key_has_its_default_and_its_value():
     assert not {"lora.alpha", "quant.type", "data.train.0.limit", "name", "output_dir"} & found.keys()
 
 
-def test_a_key_of_another_version_is_shown_and_breaks_nothing():
+def test_a_key_of_another_version_is_shown():
     found = {change.key: change[1:] for change in changes({"lora": {"magic": [1, 2]}, "old": 3, "train": None})}
     assert found["lora.magic"] == ("", "[1, 2]") and found["old"] == ("", "3")
 
@@ -31,7 +31,7 @@ def test_a_mapping_of_module_names_is_one_setting():
     assert found["lora.rank_pattern"] == '{"q_proj": 4}'
 
 
-def test_runs_differ_in_what_is_not_the_same_everywhere():
+def test_differing_settings_are_those_that_are_not_equal_in_all_runs():
     alone = config("lora.rank=4", "data.eval=[]", "generation.num_examples=0")
     table = differing([config("lora.rank=4"), config("lora.rank=8", "name=other"), alone])
     assert table["lora.rank"] == ["4", "8", "4"]

@@ -79,7 +79,7 @@ def test_a_grid_runs_in_order_and_ends_in_a_table_with_the_best_first(tmp_path: 
 def test_the_page_shows_what_each_setting_did_and_every_run(finished: Path):
     read = Reader((finished / "sweep.html").read_text())
     figures = [attrs["aria-label"] for tag, attrs, _ in read.elements if tag == "figure"]
-    assert figures == ["train.learning_rate", "lora.rank", "Loss, nats a target token, training"]
+    assert figures == ["train.learning_rate", "lora.rank", "Loss, nats per target token, training"]
     cells = read.texts("td")
     assert [cells[i] for i in range(0, len(cells), 7)] == ["trial-003", "trial-004", "trial-001", "trial-002"]
 

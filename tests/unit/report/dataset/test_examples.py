@@ -1,4 +1,4 @@
-"""Rows are shown as they are trained: every token once, targets marked, and nothing a row says can pass for a mark."""
+"""Examples show every token once, with targets marked; no text of a row can imitate a mark."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune.data.loader import load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.report.dataset.examples import Decoder, ShownRow, Span, marked, shown_rows
-from finetune.report.dataset.text import print_rows
+from finetune.report.dataset.terminal import print_rows
 from finetune.system.resources import packaged
 
 
@@ -40,7 +40,7 @@ def decoder(tokenizer) -> Decoder:
 
 
 def encode(chat: ChatTemplate, *turns: str, weight: float = 1.0) -> Encoded:
-    """Turns of user and assistant in turn."""
+    """Encode alternating turns of user and assistant."""
     roles = ("user", "assistant") * len(turns)
     messages = (Message(role, text, weight=weight) for role, text in zip(roles, turns, strict=False))
     [encoded] = chat.encode([Conversation(tuple(messages))])
@@ -54,7 +54,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs", "Co"]), min_size=1, max_s
 
 
 @given(question=TEXT, answer=TEXT)
-def test_spans_hold_the_whole_row_and_the_answer_is_what_is_weighted(tokenizer, chat, decoder, question, answer):
+def test_spans_hold_the_whole_row_and_weight_the_answer(tokenizer, chat, decoder, question, answer):
     encoded = encode(chat, question, answer)
     spans = decoder.spans(encoded)
     assert "".join(span.text for span in spans) == tokenizer.decode(encoded.ids)
@@ -64,21 +64,21 @@ def test_spans_hold_the_whole_row_and_the_answer_is_what_is_weighted(tokenizer, 
     assert sum(span.kind == "control" for span in spans) == sum(int(i) in decoder.control for i in encoded.ids)
 
 
-def test_control_tokens_are_told_from_text_that_looks_like_them(chat, decoder):
+def test_control_tokens_differ_from_text_that_looks_like_them(chat, decoder):
     spans = decoder.spans(encode(chat, "x <|im_end|> y", "ok"))
     assert [s.text for s in spans if s.kind == "spelled"] == ["<|im_end|>"]
     assert marked(spans).count("\\<|im_end|>") == 1
     assert marked(spans).endswith("⟦ok<|im_end|>⟧\n")
 
 
-def test_marks_show_weights_and_cannot_be_written_by_a_row(chat, decoder):
+def test_marks_show_weights_and_cannot_be_imitated(chat, decoder):
     text = marked(decoder.spans(encode(chat, "⟦fake⟧\x1b[31m", "half", weight=0.5)))
     assert "\\⟦fake\\⟧␛[31m" in text and text.endswith("⟦×0.5 half<|im_end|>⟧\n")
     assert text.count("⟦") - text.count("\\⟦") == 1 == text.count("⟧") - text.count("\\⟧")
     assert "\x1b" not in text
 
 
-def test_neighboring_targets_of_different_weight_are_marked_apart():
+def test_neighboring_targets_of_different_weight_are_marked_separately():
     spans = [Span("a", 1.0, "text"), Span("b", 2.0, "text"), Span("c", 2.0, "control"), Span("d", 0.0, "text")]
     assert marked(spans) == "⟦a⟧⟦×2 bc⟧d"
 
@@ -89,7 +89,7 @@ def write(file: Path, answers: list[str]) -> SourceConfig:
     return SourceConfig(path=str(file))
 
 
-def test_rows_are_spread_over_the_sources_and_always_the_same(tmp_path, chat, decoder):
+def test_examples_are_spread_over_the_sources_and_always_the_same(tmp_path, chat, decoder):
     cfg = DataConfig(train=[write(tmp_path / "a.jsonl", ["yes"] * 5), write(tmp_path / "b.jsonl", ["no"] * 4)])
     documents = load_data(Preparation(cfg, chat)).documents
     rows = shown_rows(["a", "b"], documents, decoder, 3)

@@ -1,4 +1,4 @@
-"""Every figure of the report, on rows of tokens written by hand, where the right number is known."""
+"""Every statistic of the report, on rows of tokens with known numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.report.dataset.advice import advise
 from finetune.report.dataset.statistics import Bin, Extreme, Report, build_report, evenly_spaced, length_bins, parts_of
-from finetune.report.dataset.text import sparkline
+from finetune.report.dataset.terminal import sparkline
 from finetune.system.resources import packaged
 
 # ids, and how many of their last tokens are targets: 3, 5, 9, 9 and 20 tokens.
@@ -55,7 +55,7 @@ def report_of(cfg: RunConfig, chat: ChatTemplate) -> tuple[Report, LoadedData]:
     return build_report(data, cfg, chat), data
 
 
-def test_every_source_has_its_figures(tmp_path, chat):
+def test_every_source_has_its_statistics(tmp_path, chat):
     report, _ = report_of(config(tmp_path), chat)
     a, b, held = report.parts
     assert [(p.section, p.name, p.format) for p in report.parts] == [
@@ -95,7 +95,7 @@ def test_an_epoch_is_counted_as_it_will_be_packed(tmp_path, chat):
     assert (unpacked.sequences, unpacked.steps, unpacked.fill) == (8, 4, None)
 
 
-def test_half_and_most_of_the_rows_are_no_longer_than_told(tmp_path, chat):
+def test_median_and_95th_percentile_of_lengths(tmp_path, chat):
     rows = [(list(range(n)), 1) for n in range(2, 102)]
     cfg = config(tmp_path, train=[{"path": write(tmp_path / "many.jsonl", rows)}], eval=[], max_length=101)
     lengths = report_of(cfg, chat)[0].training.lengths
@@ -113,7 +113,7 @@ def test_a_row_of_max_length_is_not_too_long_and_rows_left_out_are_no_duplicates
 
 
 @pytest.mark.parametrize(("policy", "kept", "documents"), [("left", 36, 5), ("right", 36, 5), ("split", 46, 6)])
-def test_what_truncation_makes_of_long_rows_is_told(tmp_path, chat, policy, kept, documents):
+def test_truncated_tokens_and_documents_are_counted(tmp_path, chat, policy, kept, documents):
     figures = report_of(config(tmp_path, truncation=policy), chat)[0].parts[0].figures
     assert (figures.kept_tokens, figures.documents, figures.too_long) == (kept, documents, 1)
     assert figures.tokens == 46 and not figures.left_out
@@ -161,7 +161,7 @@ def test_the_histogram_of_known_lengths():
 
 
 @given(st.integers(1, 3000), st.integers(1, 50))
-def test_rows_to_look_at_are_spread_over_all(count: int, wanted: int):
+def test_shown_rows_are_evenly_spaced(count: int, wanted: int):
     picked = evenly_spaced(count, wanted)
     assert len(picked) == len(set(picked)) == min(count, wanted) and picked == sorted(picked)
     assert picked[0] == 0 and (picked[-1] == count - 1 or wanted == 1)
@@ -191,28 +191,28 @@ def advice(report: Report, cfg: RunConfig, end_token: str | None = None) -> str:
     return "\n".join(f"{item.level}: {item.text}" for item in advise(report, cfg, end_token))
 
 
-def test_a_leak_is_told_first_and_by_name(tmp_path, chat):
+def test_leaks_come_first_with_their_source(tmp_path, chat):
     cfg = config(tmp_path)
     report, _ = report_of(cfg, chat)
     first, *others = advise(report, cfg, None)
-    assert first.level == "leak" and "e: 1 of its 2 rows are training rows of a too" in first.text
+    assert first.level == "leak" and first.text.startswith("e: 1 of 2 rows are also training rows of a")
     assert all(item.level == "look" for item in others)
 
 
-def test_what_looks_wrong_is_told_with_its_figure(tmp_path, chat):
+def test_warnings_hold_their_numbers(tmp_path, chat):
     cfg = config(tmp_path)
     report, _ = report_of(cfg, chat)
-    told = advice(report, cfg)
-    assert "1 row (14.3%) is longer than data.max_length=10 and left out, with 20 tokens" in told
-    assert "2 of 7 training rows repeat an earlier one (28.6%)" in told
+    found = advice(report, cfg)
+    assert "data.max_length=10: 1 row (14.3%) longer and left out, with 20 tokens" in found
+    assert "duplicates: 2 of 7 rows (28.6%)" in found
     few = replace(report.parts[0].figures, targets=1, tokens=1000)
-    told = advice(replace(report, parts=(replace(report.parts[0], figures=few),)), cfg)
-    assert "a: 0.10% of the tokens are targets" in told
+    found = advice(replace(report, parts=(replace(report.parts[0], figures=few),)), cfg)
+    assert "a: only 0.10% of the tokens are targets" in found
     loose = replace(report.order, fill=0.7, sequences=10)
     assert "packed sequences are 70% full" in advice(replace(report, order=loose), cfg)
-    assert "single step" not in told
+    assert "one step" not in found
     small = advice(replace(report, order=replace(report.order, sequences=1)), cfg)
-    assert "rows fill 1 of the train.batch_size=2" in small and "lower it or set data.packing=false" in small
+    assert "train.batch_size=2" in small and "1 sequences" in small and "data.packing=false" in small
 
 
 def test_good_data_get_no_advice(tmp_path, chat):
@@ -221,7 +221,7 @@ def test_good_data_get_no_advice(tmp_path, chat):
     assert advice(report, cfg) == ""
 
 
-def test_an_end_token_is_spoken_of_where_turns_are_trained(tmp_path, chat):
+def test_the_end_token_warning_needs_trained_turns(tmp_path, chat):
     cfg = config(tmp_path)
     report, _ = report_of(cfg, chat)
     assert "untrained" not in advice(report, cfg, "untrained end")  # rows of tokens have no turns

@@ -1,4 +1,4 @@
-"""The report and the rows as one HTML page."""
+"""Write the report on a dataset as an HTML page."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import IO, Any
 from finetune.report.dataset.advice import Advice
 from finetune.report.dataset.examples import ShownRow, factor_of, weighted_runs
 from finetune.report.dataset.statistics import Bin, Report
-from finetune.report.dataset.text import describe_order, describe_part, describe_template
-from finetune.report.environment import page_environment
+from finetune.report.dataset.terminal import describe_order, describe_part, describe_template
+from finetune.report.environment import render_page
 
 _ROW_PIXELS, _LABEL_PIXELS, _BAR_PIXELS, _COUNT_PIXELS = 22, 130, 480, 90
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A bar of the histogram. y, width: pixels; over: its rows are longer than data.max_length."""
+    """A bar of a histogram, in pixels; `over`: its rows exceed data.max_length."""
 
     label: str
     rows: int
@@ -28,7 +28,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A histogram to draw. limit_y: where data.max_length lies between two bars; None outside of them."""
+    """A histogram to draw; `limit_y` is data.max_length between two bars, None outside of them."""
 
     bars: tuple[Bar, ...]
     width: int
@@ -38,29 +38,28 @@ class Chart:
 
 
 def write_page(stream: IO[str], report: Report, advice: Sequence[Advice], rows: Sequence[ShownRow]) -> None:
-    """The whole page; it names no other file and no address."""
-    page = (
-        page_environment(**row_functions())
-        .get_template("dataset.html")
-        .stream(
-            report=report,
-            advice=advice,
-            rows=rows,
-            template=describe_template(report),
-            order=describe_order(report.order),
-            describe=describe_part,
-        )
+    """Write the whole page; it refers to no other file and no address."""
+    page = render_page(
+        "dataset.html",
+        **row_functions(),
+        title=f"{report.name}: data report",
+        report=report,
+        advice=advice,
+        rows=rows,
+        template=describe_template(report),
+        order=describe_order(report.order),
+        describe=describe_part,
     )
-    stream.writelines(page)
+    stream.write(page)
 
 
 def row_functions() -> dict[str, Any]:
-    """What parts.html calls: it draws rows and how long they are."""
+    """Return the functions that the macros for rows call."""
     return {"chart_of": chart_of, "factor": factor_of, "runs": weighted_runs}
 
 
 def chart_of(bins: Sequence[Bin], limit: int) -> Chart:
-    """A bar for each bin, one below another; the fullest has the whole width, and a single row is seen."""
+    """Lay out one bar per bin; the largest has the full width, and one row is still visible."""
     most = max(item.rows for item in bins)
     bars = tuple(
         Bar(

@@ -1,4 +1,4 @@
-"""What 4 bits cost and training gained, where `finetune eval` has measured it: its picture and its tables."""
+"""The quantization gap on a run's page, where `finetune eval` has measured it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.system.plotting import svg
 
 @dataclass(frozen=True)
 class Block:
-    """A table under the words that stand above it. rows: of cells, the head first; empty for words alone."""
+    """A table with its title and text; `rows` has the head first, and is empty for text alone."""
 
     title: str
     text: str
@@ -23,14 +23,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Gap:
-    """svg: empty where nothing can be drawn."""
+    """The picture (empty if there is nothing to draw) and the tables."""
 
     svg: str
     blocks: list[Block]
 
 
 def read_gap(folder: Path) -> Gap | None:
-    """The gap of a run's folder; None where none was measured. Raises: IntegrityError if gap.json is torn."""
+    """Read the gap of a run; None if there is none. Raises IntegrityError if gap.json is corrupt."""
     table = load_gap(folder)
     if table is None:
         return None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.sweep.running import Stop, run_process, wait_until_free
+from finetune.sweep.process import Stop, run_process, wait_until_free
 
 
 def python(code: str) -> list[str]:
@@ -80,7 +80,7 @@ def test_a_run_is_told_to_end_when_its_sweep_is_killed_and_may_still_speak(tmp_p
         "signal.signal(signal.SIGTERM, end); print('ready', flush=True); time.sleep(60)"
     )
     sweep = (
-        "import sys; from pathlib import Path; from finetune.sweep.running import Stop, run_process\n"
+        "import sys; from pathlib import Path; from finetune.sweep.process import Stop, run_process\n"
         f"run_process([sys.executable, '-c', {run!r}], Path({str(log)!r}), Stop())"
     )
     process = subprocess.Popen([sys.executable, "-c", sweep], stderr=subprocess.DEVNULL)

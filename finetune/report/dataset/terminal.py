@@ -1,4 +1,4 @@
-"""The report and the rows for a terminal: colored where it shows colors, the same words and plain marks elsewhere."""
+"""Print the report on a dataset, in color on a terminal that supports it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TARGET, _WEIGHTED = "green", "yellow"
 
 
 def console_for(stream: IO[str]) -> Console:
-    """A console that writes every line whole, and plain where NO_COLOR, TERM=dumb or a pipe ask for it."""
+    """Build a console that wraps no line, and is plain with NO_COLOR, TERM=dumb or a pipe."""
     plain = not stream.isatty() or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") in (None, "", "dumb")
     return Console(
         file=stream,
@@ -38,33 +38,30 @@ def console_for(stream: IO[str]) -> Console:
 
 
 def print_report(console: Console, report: Report, advice: Sequence[Advice]) -> None:
-    """Figures, the histogram, every source, and what looks wrong."""
+    """Print the table, the histogram, every source and the warnings."""
     for text in (*_head(report), *_table(report), *_histogram(report), *_sources(report), *_epoch(report.order)):
         console.print(text)
     for item in advice:
         word, style = ("LEAK", "bold red") if item.level == "leak" else ("look", "bold yellow")
-        console.print(Text.assemble((word, style), f"  {_hanging(printable(item.text), console)}"))
+        text = printable(item.text)
+        if console.file.isatty():
+            text = f"\n{'':{_INDENT}}".join(textwrap.wrap(text, console.width - _INDENT))
+        console.print(Text.assemble((word, style), f"  {text}"))
     if not advice:
-        console.print(Text("nothing looks wrong", "green"))
-
-
-def _hanging(text: str, console: Console) -> str:
-    """Wrapped where a terminal would wrap it, but indented; whole lines for programs."""
-    width = console.width - _INDENT
-    return f"\n{'':{_INDENT}}".join(textwrap.wrap(text, width)) if console.file.isatty() else text
+        console.print(Text("no warnings", "green"))
 
 
 def print_rows(console: Console, rows: Sequence[ShownRow]) -> None:
-    """Rows with their targets colored, or between marks where the console is plain."""
+    """Print rows with their targets in color, or between marks on a plain console."""
     colored = console.color_system is not None
     key = Text.assemble(
         ("targets are green", _TARGET),
         ", ",
         (f"{factor_of(0.5)} yellow", _WEIGHTED),
-        " where their loss weighs more or less, ",
+        " with another loss weight, ",
         ("control tokens dim", "dim"),
     )
-    console.print(key if colored else f"targets stand between {OPEN} and {CLOSE}, with ×w where their loss weighs w")
+    console.print(key if colored else f"targets are between {OPEN} and {CLOSE}, with ×w for a loss weight w")
     for number, row in enumerate(rows, 1):
         console.print()
         console.print(Text(f"── row {number} of {len(rows)} · {_caption(row)}", "bold"))
@@ -94,12 +91,12 @@ def _head(report: Report) -> Iterator[Text]:
 
 
 def describe_template(report: Report) -> str:
-    """Where the template is from, and what ends with which token."""
+    """Describe the template and the tokens that end turns and documents."""
     return "; ".join([f"template: {report.template}", *(f"{what} ends with {token}" for what, token in report.ends)])
 
 
 def _table(report: Report) -> Iterator[Text]:
-    """A line for every source, and a sum where there are several to train on."""
+    """Yield a line for every source, and the sum of several training sources."""
     rows = [(part.section, part.name, part.figures) for part in report.parts]
     trained = sum(part.section == "train" for part in report.parts)
     if trained > 1:
@@ -144,7 +141,7 @@ def _histogram(report: Report) -> Iterator[Text]:
 
 
 def _bar(rows: int, most: int) -> str:
-    """Its length is the share of `most`, in eighths of a character; a single row is seen."""
+    """Draw a bar in eighths of a character; one row is still visible."""
     eighths = max(1, round(rows / most * _BAR_WIDTH * 8)) if rows else 0
     whole, rest = divmod(eighths, 8)
     return "█" * whole + (_EIGHTHS[rest - 1] if rest else "")
@@ -158,16 +155,16 @@ def _sources(report: Report) -> Iterator[Text]:
             (printable(part.path), "dim"),
             f", weight {part.weight:g}" if part.section == "train" and part.weight != 1 else "",
         )
-        told = describe_part(part)
+        facts = describe_part(part)
         if len(report.parts) > 1:
-            told = {"histogram": sparkline(part.figures.lengths.bins, report.max_length)} | told
-        for label, text in told.items():
+            facts = {"histogram": sparkline(part.figures.lengths.bins, report.max_length)} | facts
+        for label, text in facts.items():
             yield Text.assemble((f"  {label:<11}", "dim"), printable(text))
     yield Text()
 
 
 def sparkline(bins: Sequence[Bin], limit: int) -> str:
-    """A histogram in a line: a character a bin, │ where data.max_length lies between two."""
+    """Draw a histogram in a line: one character per bin, and │ at data.max_length."""
     most = max(item.rows for item in bins)
     heights = [" " if not item.rows else _HEIGHTS[-(-item.rows * len(_HEIGHTS) // most) - 1] for item in bins]
     within = sum(item.last <= limit for item in bins)
@@ -176,16 +173,16 @@ def sparkline(bins: Sequence[Bin], limit: int) -> str:
 
 
 def describe_part(part: PartReport) -> dict[str, str]:
-    """What there is to say about a source besides its place in the table, by subject."""
+    """Describe a source, by subject."""
     figures, lengths = part.figures, part.figures.lengths
-    told = {
+    facts = {
         "lengths": f"half of the rows have at most {lengths.median:,} tokens, 95 % at most {lengths.most:,}",
         "shortest": f"{lengths.shortest.tokens:,} tokens, {lengths.shortest.place}",
         "longest": f"{lengths.longest.tokens:,} tokens, {lengths.longest.place}",
         "left out": ", ".join(f"{reason}: {rows:,}" for reason, rows in figures.left_out.items()),
         "shared": ", ".join(f"{rows:,} rows with {name}" for name, rows in figures.shared),
     }
-    return {label: text for label, text in told.items() if text}
+    return {label: text for label, text in facts.items() if text}
 
 
 def _epoch(order: Order) -> Iterator[Text]:
@@ -195,12 +192,13 @@ def _epoch(order: Order) -> Iterator[Text]:
 
 
 def describe_order(order: Order) -> dict[str, str]:
-    """An epoch and the run in a line each."""
+    """Describe an epoch and the run, in one line each."""
+
+    def count(number: int, word: str) -> str:
+        return f"1 {word}" if number == 1 else f"{number:,} {word}s"
+
     fill = "" if order.fill is None else f", {order.fill:.1%} full"
-    steps = "1 step" if order.steps == 1 else f"{order.steps:,} steps"
-    run = "1 step" if order.total_steps == 1 else f"{order.total_steps:,} steps"
-    sequences = "1 sequence" if order.sequences == 1 else f"{order.sequences:,} sequences"
     return {
-        "an epoch": f"{sequences}{fill}, {order.tokens:,} tokens, {steps}",
-        "the run": f"{run}, {order.total_steps / order.steps:.3g} epochs",
+        "epoch": f"{count(order.sequences, 'sequence')}{fill}, {order.tokens:,} tokens, {count(order.steps, 'step')}",
+        "run": f"{count(order.total_steps, 'step')}, {order.total_steps / order.steps:.3g} epochs",
     }

@@ -1,4 +1,4 @@
-"""report.html stands for every folder that holds a run, whatever is missing, torn, odd or long."""
+"""Every run has a report.html, even with missing, corrupt, odd or long files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from finetune.cli import main
-from finetune.report.page import REPORT, render, try_report, write_report
 from finetune.report.run import read_run
+from finetune.report.run_page import REPORT, render, try_report, write_report
 from tests.html_reader import Reader
 from tests.run_folders import metric, write_run
 
@@ -24,7 +24,7 @@ def figures_in(read: Reader) -> list[str | None]:
     return [attrs.get("aria-label") for tag, attrs, _ in read.elements if tag == "figure"]
 
 
-def test_a_run_that_was_killed_shows_how_far_it_came(tmp_path: Path):
+def test_a_killed_run_shows_its_last_step(tmp_path: Path):
     folder = write_run(tmp_path / "a")
     for name in ("result.json", "run.json", "adapter_model.safetensors"):
         (folder / name).unlink()
@@ -43,26 +43,26 @@ def test_a_folder_with_nothing_but_metrics_has_a_page(tmp_path: Path, metrics: s
     assert read.texts("h1") == ["bare"] and len(figures_in(read)) == int('"loss": 2' in metrics)
 
 
-def test_a_loss_that_is_no_number_leaves_the_rest(tmp_path: Path):
+def test_a_nan_loss_leaves_the_rest(tmp_path: Path):
     folder = write_run(tmp_path / "a", status="failed", error="step 3: the loss is nan", eval_loss=float("nan"))
     lines = [metric(1), metric(2), {"step": 3, "loss": float("nan"), "learning_rate": 1e-4}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     read = page_of(folder)
     assert "step 3: the loss is nan" in [text.strip() for text in read.texts("p")]
-    assert "held-out loss" not in read.texts("dt") and "Loss, nats a target token" in figures_in(read)
+    assert "held-out loss" not in read.texts("dt") and "Loss, nats per target token" in figures_in(read)
 
 
-def test_sections_of_another_shape_break_nothing(tmp_path: Path):
+def test_unexpected_types_break_nothing(tmp_path: Path):
     folder = write_run(tmp_path / "a", breaches=[1, {"step": None}], evaluations=[1], status=3)
     (folder / "config.yaml").write_text("lora: 3\nmodel: {name: x}\nquant: {}\ndistill: {}\nguard: {}\ndata: []\n")
     for name in ("samples.json", "data.json", "gap.json"):
         (folder / name).write_text('[{"prompt": "only"}, 3]')
     read = page_of(folder)
-    assert read.texts("p")[0] == "x" and len(read.texts("li")) == 2  # data.json and gap.json are told
+    assert read.texts("p")[0] == "x" and len(read.texts("li")) == 2  # data.json and gap.json
     assert "only" in read.texts("dd")
 
 
-def test_a_page_of_a_long_run_is_a_small_one(tmp_path: Path):
+def test_the_page_of_a_long_run_is_small(tmp_path: Path):
     folder = write_run(tmp_path / "a")
     draw = random.Random(0)
     with (folder / "metrics.jsonl").open("w") as stream:
@@ -73,36 +73,36 @@ def test_a_page_of_a_long_run_is_a_small_one(tmp_path: Path):
     assert (folder / REPORT).stat().st_size < 250_000
 
 
-def test_breaches_of_the_guards_limit_are_told(tmp_path: Path):
+def test_breaches_of_the_guard_limit_are_listed(tmp_path: Path):
     found = [
         {"step": 10, "teacher_kl": 0.0612, "action": "recover", "after": 0.012},
         {"step": 20, "teacher_kl": 0.07, "action": "stop"},
     ]
     settings = ("distill=anchor", "guard.max=0.05", "train.eval_every=10")
     read = page_of(write_run(tmp_path / "a", *settings, breaches=found))
-    assert "Beyond the guard's limit" in read.texts("h2")
-    assert any("2 times; guard.max is 0.05 nats" in text for text in read.texts("p"))
+    assert "Guard limit exceeded" in read.texts("h2")
+    assert any("guard.max is 0.05" in text for text in read.texts("p"))
     cells = read.texts("td")
     assert cells[:8] == [
         "10",
         "0.0612",
-        "it learned from the teacher alone",
+        "trained on the teacher alone",
         "0.0120",
         "20",
         "0.0700",
-        "the run was ended",
+        "run stopped",
         "",
     ]
-    assert "Beyond the guard's limit" not in page_of(write_run(tmp_path / "b")).texts("h2")
+    assert "Guard limit exceeded" not in page_of(write_run(tmp_path / "b")).texts("h2")
 
 
-def test_predictions_stand_beside_what_was_measured(tmp_path: Path):
+def test_predictions_are_beside_the_measurements(tmp_path: Path):
     read = page_of(write_run(tmp_path / "a", predicted_peak_bytes=3 * 2**29))
-    assert read.texts("td")[:4] == ["peak memory", "1.50 GiB", "1.00 GiB", "+50.0%"]
+    assert read.texts("td")[:4] == ["peak memory", "1.61 GB", "1.07 GB", "+50.0%"]
     assert "Predicted and measured" not in page_of(write_run(tmp_path / "b")).texts("h2")
 
 
-def test_text_of_others_stays_text(tmp_path: Path):
+def test_untrusted_text_is_escaped(tmp_path: Path):
     hostile = "<script>alert(1)</script>\x1b[31m"
     folder = write_run(tmp_path / "a", error=hostile, status="failed")
     samples = [{"prompt": hostile, "expected": "", "before": "x", "after": ""}]
@@ -114,15 +114,15 @@ def test_text_of_others_stays_text(tmp_path: Path):
     assert read.texts("dd").count("(nothing)") == 2
 
 
-def test_a_report_that_fails_ends_no_run(tmp_path: Path):
-    said: list[str] = []
+def test_a_failing_report_ends_no_run(tmp_path: Path):
+    logged: list[str] = []
     folder = write_run(tmp_path / "a")
     (folder / REPORT).mkdir()
-    try_report(folder, said.append)
-    assert len(said) == 1 and said[0].startswith("warning: ") and f"finetune report {folder}" in said[0]
+    try_report(folder, logged.append)
+    assert len(logged) == 1 and logged[0].startswith("warning: ") and f"finetune report {folder}" in logged[0]
 
 
-def test_the_command_draws_every_run_once_or_none(tmp_path: Path, capsys):
+def test_the_command_writes_every_report_once_or_none(tmp_path: Path, capsys):
     folders = [write_run(tmp_path / name) for name in ("a", "b")]
     for words in ([], ["config=x.yaml"], [str(folders[0]), "out=x"], [str(folders[0]), str(tmp_path / "none")]):
         assert main(["report", *words]) == 2

@@ -1,0 +1,79 @@
+"""Write report.html, the page of one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune.report.curves import run_pictures
+from finetune.report.dataset.html import row_functions
+from finetune.report.dataset.stored import DATA, read_stored
+from finetune.report.environment import render_page
+from finetune.report.facts import breaches, cards, environment, headline, next_commands, predictions
+from finetune.report.gap_section import read_gap
+from finetune.report.run import Run, read_run
+from finetune.report.settings import changes
+from finetune.system.atomic import write_text
+from finetune.system.console import Log
+from finetune.system.errors import IntegrityError
+
+REPORT = "report.html"
+_STATUS = {
+    "stopped": "stopped by a signal; a checkpoint is saved",
+    "unfinished": "unfinished: still running, or killed",
+}
+
+
+def write_report(folder: Path) -> Path:
+    """Write the report of a run from the files in its folder, and return the report's path.
+
+    Raises:
+        InputError: the folder holds no run.
+        OSError: the report cannot be written.
+    """
+    page = render(read_run(folder))
+    write_text(folder / REPORT, page)
+    return folder / REPORT
+
+
+def try_report(folder: Path, log: Log) -> None:
+    """Write the report at the end of a run; log a warning if that fails."""
+    try:
+        log(f"report: {write_report(folder)}")
+    except Exception as error:  # noqa: BLE001 - the trained adapter is saved: no error here may change the run's end
+        log(f"warning: {folder / REPORT}: cannot be written ({error})\nhelp: finetune report {folder}")
+
+
+def render(run: Run) -> str:
+    """Render the whole page; it refers to no other file and no address."""
+    problems = list(run.problems)
+    gap = stored = None
+    try:
+        gap = read_gap(run.folder)
+    except (IntegrityError, OSError) as error:
+        problems.append(str(error))
+    if (run.folder / DATA).exists():
+        try:
+            stored = read_stored(run.folder / DATA)
+        except (OSError, ValueError) as error:
+            problems.append(f"{DATA}: cannot be read ({str(error).splitlines()[0]})")
+    return render_page(
+        "run.html",
+        **row_functions(),
+        title=f"{run.name}: run report",
+        run=run,
+        status=_STATUS.get(run.status, run.status),
+        headline=headline(run),
+        error=run.value("error"),
+        cards=cards(run),
+        pictures=run_pictures(run),
+        stored=stored,
+        gap=gap,
+        streamed=bool(run.setting("data.stream_rows")),
+        changes=changes(run.config),
+        environment=environment(run),
+        predictions=predictions(run),
+        breaches=breaches(run),
+        limit=run.setting("guard.max"),
+        commands=next_commands(run),
+        problems=problems,
+    )
