@@ -1,1 +1,1 @@
-"""A decoded row to what it says: a conversation, a text or tokens."""
+"""Row formats: a decoded row to a conversation, a text or tokens."""

@@ -1,7 +1,7 @@
-"""Lists of messages, as OpenAI and ShareGPT write them, and what makes a conversation of them.
+"""Read lists of messages, as OpenAI and ShareGPT write them, into a conversation.
 
-The two differ in names only, so one reader takes both: ShareGPT calls a role `from`, a content `value`, an assistant
-`gpt`, and gives the calls of functions a turn of their own.
+The two differ in names only: ShareGPT calls a role `from`, a content `value`, the assistant `gpt`, and writes function
+calls as a separate turn.
 """
 
 from __future__ import annotations
@@ -16,26 +16,24 @@ from finetune.data.formats.messages import Conversation, Message, ToolCall
 from finetune.data.formats.values import Fields, as_json, as_text, is_empty, kind, listed, printable_name, shown
 from finetune.system.errors import DataError
 
-# What messages of a list may be trained by; a source can call each otherwise.
+# Keys of a message that have a meaning; `columns` can map each.
 MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "tool_calls", "function_call", "train", "weight"})
-# Keys that describe a message and say nothing a model should learn.
+# Keys that only describe a message; they are ignored.
 METADATA_KEYS = frozenset(
     "name id tool_call_id call_id message_id parent_id turn_id turn_identifier index idx timestamp created created_at "
     "date time author user_id model source url language lang country state hashed_ip header toxic redacted type".split()
 )
 KNOWN_KEYS = MESSAGE_KEYS | METADATA_KEYS
-# Keys whose content the chat template would leave out.
+# Keys with content that a chat template leaves out.
 _LOST_KEYS = frozenset(
     "reasoning reasoning_content thinking thoughts refusal image images audio audios video videos file files".split()
 )
 _EXAMPLES = {"role": "speaker", "content": "text"}
-# ShareGPT's turn that calls functions: no role of a message, its text becomes the assistant's tool calls.
+# Role of ShareGPT's turns of function calls: they become tool calls of the assistant.
 _CALL = "function_call"
 # Loss weights are summed in 32 bits.
-_HEAVIEST = 1_000_000
-
-
-# ShareGPT's names of what OpenAI calls role and content.
+_LARGEST_WEIGHT = 1_000_000
+# OpenAI's name of a key to ShareGPT's.
 ALIASES = {"role": "from", "content": "value"}
 ROLE_NAMES = (
     dict.fromkeys(("system", "developer"), "system")
@@ -48,14 +46,14 @@ ROLE_NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """What a source calls the keys of its messages (ours to theirs) and their roles (theirs to ours)."""
+    """A source's names. keys: our key of a message to the file's. roles: the file's role to ours."""
 
     keys: Mapping[str, str]
     roles: Mapping[str, str]
 
     @classmethod
     def of(cls, source: SourceConfig) -> Spelling:
-        """What the source's `columns` and `roles` say; common names stay known."""
+        """Build it from the source's `columns` and `roles`; common role names stay known."""
         ours_of = {theirs: ours for ours, theirs in ALIASES.items()}
         keys = {ours_of.get(ours, ours): theirs for ours, theirs in source.columns.items() if ours in KNOWN_KEYS}
         named = {
@@ -68,19 +66,26 @@ class Spelling:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A message and where it stands in its row."""
+    """A message and its location in its row."""
 
     location: str
     message: Message
 
 
 def read_turns(items: Any, column: str, spelling: Spelling, assistant_weight: float = 1.0) -> list[Turn]:
-    """The messages of one list.
+    """Read the messages of one list.
 
-    ShareGPT's function calls become tool calls of an assistant turn: of the one directly before them, if there is one
-    of the same weight, because a model speaks and calls in one turn (two turns in a row never happen when it serves).
-    assistant_weight: of the assistant's messages that say nothing about `train` or `weight`.
-    Raises: DataError naming the column and the message.
+    ShareGPT's function calls become tool calls of the assistant turn directly before them, if it has the same weight:
+    a model speaks and calls in one turn. Otherwise they become an assistant turn.
+
+    Args:
+        items: the list, not yet checked.
+        column: its name, for errors.
+        spelling: the source's names of keys and roles.
+        assistant_weight: of assistant messages without `train` and `weight`.
+
+    Raises:
+        DataError: naming the column and the message.
     """
     if not isinstance(items, list) or not items:
         raise DataError(f"{column} must be a list of at least one message, found {kind(items) if items else 'nothing'}")
@@ -104,12 +109,13 @@ def read_turns(items: Any, column: str, spelling: Spelling, assistant_weight: fl
 
 
 def conversation(turns: Sequence[Turn], tools: tuple[Mapping[str, Any], ...]) -> Conversation:
-    """Turns in an order that makes sense to a chat template.
+    """Build a conversation from turns in an order that chat templates support.
 
-    One system turn at most, and at the start; the user speaks before the assistant; a tool answers an assistant turn
-    or follows another tool. Whether that assistant turn called it in `tool_calls` or in its text is not asked: much
-    data has calls in the text. Several turns of one role in a row stay as they are: Qwen's template writes each user's
-    turn under a header of its own.
+    - At most one system turn, at the start.
+    - A user turn before the first assistant turn.
+    - A tool turn after an assistant turn or another tool turn. The call may be in `tool_calls` or in the text.
+    - Several turns of one role in a row are kept.
+
     Raises: DataError naming the turn.
     """
     before = None
@@ -117,18 +123,18 @@ def conversation(turns: Sequence[Turn], tools: tuple[Mapping[str, Any], ...]) ->
         role = turn.message.role
         if role == "system" and i > 0:
             first = turns[0]
-            found = f"the second, after {first.location}" if first.message.role == "system" else "not at the start"
-            raise DataError(f"{turn.location} is a system turn, and {found}; a conversation has one, at the start")
+            found = f"found after {first.location}" if first.message.role == "system" else "not at the start"
+            raise DataError(f"{turn.location} is a system turn, {found}; a conversation has one, at the start")
         if role in ("assistant", "tool") and before in (None, "system"):
             raise DataError(f"{turn.location} is of the {role}, with no user turn before it; remove it")
         if role == "tool" and before == "user":
-            raise DataError(f"{turn.location} is a tool's answer, but no assistant turn before it called one")
+            raise DataError(f"{turn.location} is a tool's answer without an assistant turn before it")
         before = role
     return Conversation(tuple(turn.message for turn in turns), tools)
 
 
 def read_tools(row: Fields) -> tuple[Mapping[str, Any], ...]:
-    """The `tools` of a row, given as a list or its JSON text: schemas of functions, kept as they are."""
+    """Return the `tools` of a row, a list or its JSON text: schemas of functions, unchanged."""
     value, location = row.get("tools"), row.named("tools")
     if is_empty(value):
         return ()
@@ -149,9 +155,9 @@ def _refuse_what_would_be_lost(fields: Fields) -> None:
         location = fields.named(name)
         if key in _LOST_KEYS:
             raise DataError(
-                f"{location} ({found}) would be lost, for chat templates write contents only; move or remove it"
+                f"{location} ({found}) would be lost: chat templates write contents only; move or remove it"
             )
-        # A flag that some other trainer masks by would be lost as silently as a text.
+        # It may be a flag by which another trainer masks.
         raise DataError(
             f"{location} ({found}) is no known key of a message ({listed(MESSAGE_KEYS)}); map it or remove it. "
             f"If it only describes the message, ignore it: columns: {{id: {name}}}"
@@ -174,7 +180,7 @@ def _message(fields: Fields, role: str, weight: float) -> Message:
     calls = _tool_calls(fields)
     if role == _CALL:
         if calls:
-            raise DataError(f"{fields.location} is a function call and has tool calls besides; keep one of them")
+            raise DataError(f"{fields.location} is a function call and has tool calls; keep one of them")
         return Message("assistant", "", _calls(fields.get("content"), fields.named("content")), weight)
     if calls and role != "assistant":
         raise DataError(f"{fields.location} is of the {role} and calls a tool; only the assistant can")
@@ -190,8 +196,8 @@ def _message(fields: Fields, role: str, weight: float) -> Message:
 
 def _missing(fields: Fields, key: str) -> str:
     return (
-        f"{fields.named(key)} is missing; the message has the keys {listed(fields.keys())}; if one of them is meant, "
-        f"map it, as columns: {{{key}: {_EXAMPLES[key]}}}"
+        f"{fields.named(key)} is missing; the message has the keys {listed(fields.keys())}; if one of them is "
+        f"intended, map it, as columns: {{{key}: {_EXAMPLES[key]}}}"
     )
 
 
@@ -211,7 +217,7 @@ def _tool_calls(fields: Fields) -> tuple[ToolCall, ...]:
 
 
 def _calls(value: Any, location: str) -> tuple[ToolCall, ...]:
-    """One call or a list of them, decoded or as JSON text; each `{"name", "arguments"}`, or that as its `function`."""
+    """One call or a list of calls, decoded or as JSON text: `{"name", "arguments"}`, or this under `function`."""
     decoded = as_json(value, location)
     if not isinstance(decoded, list):
         return (_call(decoded, location),)
@@ -230,7 +236,7 @@ def _call(call: Any, location: str) -> ToolCall:
     name = as_text(call["name"], f"{location}.name")
     # Templates write the name between quotes as it is.
     if not name or json.dumps(name, ensure_ascii=False) != f'"{name}"':
-        raise DataError(f"{location}.name is {shown(name)}; it must be text without quotes, backslashes or line breaks")
+        raise DataError(f"{location}.name must be text without quotes, backslashes, newlines, found {shown(name)}")
     arguments = as_json(call["arguments"], f"{location}.arguments")
     if not isinstance(arguments, Mapping):
         raise DataError(f"{location}.arguments must be an object or its JSON text, found {kind(arguments)}")
@@ -244,10 +250,11 @@ def _weight(fields: Fields, default: float) -> float:
     if weight is None:
         return default if train is None else float(train)
     number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not 0 <= weight <= _HEAVIEST:
-        raise DataError(f"{fields.named('weight')} must be a number from 0 to {_HEAVIEST:,}, found {shown(weight)}")
+    if not number or not 0 <= weight <= _LARGEST_WEIGHT:
+        name = fields.named("weight")
+        raise DataError(f"{name} must be a number from 0 to {_LARGEST_WEIGHT:,}, found {shown(weight)}")
     if train is not None and train != (weight > 0):
         raise DataError(
-            f"{fields.location} says train: {str(train).lower()} and weight: {shown(weight)}; keep one of them"
+            f"{fields.location} has train: {str(train).lower()} and weight: {shown(weight)}; keep one of them"
         )
     return float(weight)

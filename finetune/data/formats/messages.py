@@ -1,4 +1,4 @@
-"""What a row says, whatever file and format it came from: a conversation, a raw text, or tokens."""
+"""What every row format is parsed into: a conversation, a raw text, or tokens."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: a role out of ROLES and its text.
+    """One turn.
 
-    tool_calls: of an assistant turn, after its text. weight: what its loss is multiplied by where `data.train_on`
-    selects the turn; 0 leaves it untrained.
+    role: one of ROLES.
+    tool_calls: of an assistant turn, after its text.
+    weight: factor of its loss if `data.train_on` selects the turn; 0 leaves it untrained.
     """
 
     role: str
@@ -34,14 +35,14 @@ class Message:
     weight: float = 1.0
 
     def as_dict(self) -> dict[str, Any]:
-        """The turn as chat templates take it (OpenAI's keys); the weight is not part of it."""
+        """Return the turn with OpenAI's keys, as chat templates take it; the weight is left out."""
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
         return turn | {"tool_calls": [call.as_dict() for call in self.tool_calls]} if self.tool_calls else turn
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A row of a chat format. tools: JSON schemas of the functions on offer, as the row gives them."""
+    """A row of a chat format. tools: JSON schemas of the available functions, as in the row."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -49,14 +50,14 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class RawText:
-    """A document for continued pretraining: every token of it is a target, and the end of the document."""
+    """A document for continued pretraining: all its tokens are targets, and so is the end token."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """A row that was tokenized elsewhere. labels: unshifted, -100 where untrained; None trains every token."""
+    """A row that is already tokenized. labels: not shifted, -100 where untrained; None trains every token."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...] | None = None

@@ -1,6 +1,7 @@
-"""Row formats: what the columns of a row mean.
+"""Row formats: the meaning of a row's columns.
 
-To add a format: write `(row: Fields, spelling: Spelling) -> Example` and enter it into FORMATS with its columns.
+To add a format, write `parse(row: Fields, spelling: Spelling) -> Example` and add it to FORMATS with its columns.
+`Fields` gives the row's values under our names, and names them in errors as the file does.
 """
 
 from __future__ import annotations
@@ -27,18 +28,19 @@ from finetune.data.formats.values import Fields, as_json, as_text, is_empty, kin
 from finetune.system.errors import DataError
 
 _PREFERENCE = (
-    "chosen and rejected answers are no format here; to train on the chosen ones set columns: {completion: chosen}, "
-    "or {messages: chosen} where they hold the whole conversation"
+    "chosen and rejected answers are not a supported format; to train on the chosen answers set "
+    "columns: {completion: chosen}, or {messages: chosen} if they hold the whole conversation"
 )
 _TOOLS = {"tools": "functions"}
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """What a format's rows look like.
+    """The columns of a format, and the function that parses its rows.
 
-    required: columns that every row has; a format is recognized by them. aliases: another name by which a column is
-    known. messages: whether its rows hold lists of messages.
+    required: columns that every row has; `format: auto` recognizes the format by them.
+    aliases: another name of a column.
+    messages: the rows hold lists of messages.
     """
 
     parse: Callable[[Fields, Spelling], Example]
@@ -49,39 +51,39 @@ class RowFormat:
 
     @property
     def columns(self) -> frozenset[str]:
-        """Our names of its columns."""
+        """Our names of all columns."""
         return frozenset({*self.required, *self.optional})
 
     @property
     def keys(self) -> frozenset[str]:
-        """Our names of the keys of its messages."""
+        """Our names of the keys of a message."""
         return KNOWN_KEYS if self.messages else frozenset()
 
     def is_in(self, columns: frozenset[str]) -> bool:
-        """Whether a row with these columns can be of this format."""
+        """Return whether a row with these columns can have this format."""
         return all(column in columns or self.aliases.get(column) in columns for column in self.required)
 
 
 def parse_messages(row: Fields, spelling: Spelling) -> Conversation:
-    """OpenAI's chat rows: `{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}`."""
+    """Parse OpenAI's rows: `{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}`."""
     return _chat(row, read_turns(_decoded(row, "messages"), row.named("messages"), spelling))
 
 
 def parse_sharegpt(row: Fields, spelling: Spelling) -> Conversation:
-    """ShareGPT's rows: `{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}`."""
+    """Parse ShareGPT's rows: `{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}`."""
     return _chat(row, read_turns(_decoded(row, "conversations"), row.named("conversations"), spelling))
 
 
 def _decoded(row: Fields, column: str) -> Any:
-    """A column of messages; in a CSV it is the JSON text of one."""
+    """A column of messages; in a CSV file it is their JSON text."""
     value = row.get(column)
     return as_json(value, row.named(column)) if isinstance(value, str) else value
 
 
 def parse_prompt_completion(row: Fields, spelling: Spelling) -> Conversation:
-    """A prompt and its completion, each a text or a list of messages.
+    """Parse a prompt and its completion, each a text or a list of messages.
 
-    The completion is what is trained: assistant turns in a prompt get the weight 0 unless they give one.
+    Only the completion is trained: assistant turns in a prompt have weight 0 unless they give another.
     """
 
     def side(column: str, role: str, assistant_weight: float) -> list[Turn]:
@@ -98,7 +100,7 @@ def parse_prompt_completion(row: Fields, spelling: Spelling) -> Conversation:
 
 
 def parse_alpaca(row: Fields, _: Spelling) -> Conversation:
-    """Alpaca's rows: instruction, optional input (on its own line after it), output, system and history pairs."""
+    """Parse Alpaca's rows: instruction, output, and optional input (on a line of its own), system and history."""
     turns = []
     history, location = row.get("history") or [], row.named("history")
     if not isinstance(history, list):
@@ -115,7 +117,7 @@ def parse_alpaca(row: Fields, _: Spelling) -> Conversation:
 
 
 def parse_text(row: Fields, _: Spelling) -> RawText:
-    """Raw documents, for continued pretraining: `{"text": …}`."""
+    """Parse raw documents, for continued pretraining: `{"text": …}`."""
     if not (text := row.text("text")):
         raise DataError(f"{row.named('text')} is empty")
     return RawText(text)
@@ -124,10 +126,10 @@ def parse_text(row: Fields, _: Spelling) -> RawText:
 def _chat(row: Fields, turns: list[Turn]) -> Conversation:
     for column in ("label", "kto_tag"):
         if row.get(column) is False:
-            raise DataError(f"{column} is false, which marks the answer as a bad one; remove the row")
+            raise DataError(f"{column} is false, which marks a bad answer; remove the row")
     for column in ("images", "audios", "videos"):
         if not is_empty(row.get(column)):
-            raise DataError(f"{column} would be lost, for the model reads text only; remove the column or the row")
+            raise DataError(f"{column} would be lost: the model reads text only; remove the column or the row")
     if system := row.text("system", default=""):
         turns = [Turn(row.named("system"), Message("system", system)), *turns]
     return conversation(turns, read_tools(row))
@@ -143,15 +145,20 @@ FORMATS: dict[str, RowFormat] = {
     "text": RowFormat(parse_text, ("text",), (), {}),
     "tokens": RowFormat(lambda row, _: parse_tokens(row), ("input_ids",), TOKEN_COLUMNS, {}),
 }
-# Many sets of other formats carry the same rows as rendered text besides.
+# Many datasets of other formats also have a column of rendered text.
 _LEAST = "text"
 
 
 def detect_format(columns: frozenset[str], source: str, mapped: Mapping[str, str] | None = None) -> str:
-    """The one format whose columns are all there; text only where no other fits.
+    """Return the one format whose columns are all there; `text` only if no other fits.
 
-    mapped: our names of columns (and of message keys) to theirs; it leaves the formats that know all of our names.
-    Raises: DataError naming the columns found when none or several fit.
+    Args:
+        columns: of the first row.
+        source: its name, for errors.
+        mapped: our names of columns and message keys to the file's; a format must know all of them.
+
+    Raises:
+        DataError: no format fits, or several do.
     """
     mapped = mapped or {}
     renamed = (columns - set(mapped.values())) | {ours for ours, theirs in mapped.items() if theirs in columns}
@@ -167,15 +174,14 @@ def detect_format(columns: frozenset[str], source: str, mapped: Mapping[str, str
         raise DataError(f"{found}: {_PREFERENCE}")
     known = "; ".join(f"{name}: {', '.join(fmt.required)}" for name, fmt in FORMATS.items())
     raise DataError(
-        f"{found} fit no format ({known}); say what its columns are called here, as "
-        "columns: {prompt: question, completion: answer}"
+        f"{found} fit no format ({known}); map them, as columns: {{prompt: question, completion: answer}}"
     )
 
 
 def resolve_format(cfg: SourceConfig, first_value: Any, source: str) -> str:
-    """The format of a source: the one it names, else the one that its first row's columns fit.
+    """Return the format of a source: the configured one, or the one that its first row fits.
 
-    Raises: DataError naming the source if no format or several fit, or `columns` or `roles` name what the format lacks.
+    Raises: DataError if no format or several fit, or if `columns` or `roles` name something that the format lacks.
     """
     if cfg.format == "auto" and not isinstance(first_value, Mapping):
         raise DataError(f"{source}: its first row must be an object, found {kind(first_value)}")
@@ -183,8 +189,8 @@ def resolve_format(cfg: SourceConfig, first_value: Any, source: str) -> str:
     known = frozenset().union(*(fmt.columns | fmt.keys for fmt in candidates.values()))
     if unknown := cfg.columns.keys() - known:
         raise DataError(
-            f"{source}: columns maps {listed(unknown)}, which {' or '.join(candidates)} rows do not have; write ours: "
-            f"theirs, ours one of {listed(known - METADATA_KEYS)}"
+            f"{source}: columns maps {listed(unknown)}, which {' or '.join(candidates)} rows do not have; map one "
+            f"of {listed(known - METADATA_KEYS)}"
         )
     if cfg.format != "auto":
         return cfg.format
@@ -192,23 +198,23 @@ def resolve_format(cfg: SourceConfig, first_value: Any, source: str) -> str:
     _require_mapped({ours: theirs for ours, theirs in cfg.columns.items() if ours in of_rows}, first_value, source)
     name = detect_format(frozenset(map(str, first_value)), source, cfg.columns)
     if cfg.roles and not FORMATS[name].messages:
-        raise DataError(f"{source}: its rows are of the format {name} and name no roles; remove roles")
+        raise DataError(f"{source}: rows of the format {name} have no roles; remove roles")
     return name
 
 
 def _require_mapped(mapped: Mapping[str, str], row: Mapping[str, Any], source: str = "") -> None:
-    where = f"{source}: " if source else ""
+    prefix = f"{source}: " if source else ""
     for ours, theirs in mapped.items():
         if theirs not in row:
-            raise DataError(f"{where}a row lacks {theirs}, which columns maps to {ours}; its columns: {listed(row)}")
+            raise DataError(f"{prefix}a row lacks {theirs}, which columns maps to {ours}; its columns: {listed(row)}")
 
 
 @dataclass(frozen=True)
 class RowParser:
-    """Reads the rows of one source; picklable.
+    """Parses the rows of one source. Picklable.
 
-    format: a name out of FORMATS, by `resolve_format`. system: text of the system turn that conversations without one
-    get.
+    format: a key of FORMATS, from `resolve_format`.
+    system: text of the system turn that is added to conversations without one.
     """
 
     source: SourceConfig
@@ -216,9 +222,9 @@ class RowParser:
     system: str | None = None
 
     def parse(self, value: Any) -> Example:
-        """What a decoded row says.
+        """Parse a decoded row.
 
-        Raises: DataError that names the column and the message, without the row's location.
+        Raises: DataError that names the column and the message, but not the row's location.
         """
         if not isinstance(value, Mapping):
             raise DataError(f"a row must be an object, found {kind(value)}")
@@ -249,7 +255,7 @@ class RowParser:
 
 
 def messages_row(conversation: Conversation) -> dict[str, Any]:
-    """The row that says a conversation in OpenAI's format; parsed as `messages`, it gives the same conversation."""
+    """Return a conversation as a row in OpenAI's format; `parse_messages` gives the same conversation back."""
     turns = [m.as_dict() | ({} if m.weight == 1 else {"weight": m.weight}) for m in conversation.messages]
     tools = {"tools": [dict(tool) for tool in conversation.tools]} if conversation.tools else {}
     return {"messages": turns, **tools}

@@ -1,4 +1,4 @@
-"""Rows that were tokenized elsewhere, under Hugging Face's names."""
+"""Rows that are already tokenized, with Hugging Face's column names."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from finetune.data.formats.messages import TokenRow
 from finetune.data.formats.values import Fields, kind, shown
 from finetune.system.errors import DataError
 
-# 1 where a token is a target.
+# Masks with 1 for each target.
 _TARGET_MASKS = ("assistant_masks", "completion_mask")
 COLUMNS = ("labels", "attention_mask", *_TARGET_MASKS, "position_ids", "seq_lengths")
 
 
 def parse_tokens(row: Fields) -> TokenRow:
-    """`{"input_ids": […]}` and, if given, labels, attention_mask, assistant_masks and completion_mask.
+    """Parse `{"input_ids": […]}` with optional labels, attention_mask, assistant_masks and completion_mask.
 
-    A token is a target where labels and masks agree that it is. attention_mask marks padding, which is cut off at both
-    ends. Rows that hold several documents are refused: nothing here would keep them apart.
-    Raises: DataError naming the column and the token.
+    A token is a target if labels and all masks agree. attention_mask marks padding, which is cut off at both ends.
+
+    Raises: DataError naming the column and the token; also for a row that packs several documents.
     """
     ids = _whole_numbers(row, "input_ids")
     _refuse_packed(row, len(ids))
@@ -31,7 +31,7 @@ def parse_tokens(row: Fields) -> TokenRow:
             if type(label) is not int or label not in (token, IGNORE_INDEX):
                 raise DataError(
                     f"{row.named('labels')}[{i}] is {shown(label)}, but its token is {token}; labels are not "
-                    f"shifted: each is its own token or {IGNORE_INDEX}"
+                    f"shifted: each is its token or {IGNORE_INDEX}"
                 )
         trained = [label != IGNORE_INDEX for label in labels]
     given = [name for name in _TARGET_MASKS if row.get(name) is not None]
@@ -93,9 +93,9 @@ def _refuse_packed(row: Fields, length: int) -> None:
         # Left padding repeats a position; a packed row goes back to 0 at its next document.
         if falls := [i for i in range(1, length) if positions[i] < positions[i - 1]]:
             raise DataError(
-                f"{row.named('position_ids')}[{falls[0]}] starts again, so the row packs several documents; give one "
-                "document a row"
+                f"{row.named('position_ids')}[{falls[0]}] starts again, so the row packs several documents; write one "
+                "document per row"
             )
     lengths = row.get("seq_lengths")
     if isinstance(lengths, list) and len(lengths) > 1:
-        raise DataError(f"{row.named('seq_lengths')} names {len(lengths)} documents; give one document a row")
+        raise DataError(f"{row.named('seq_lengths')} names {len(lengths)} documents; write one document per row")

@@ -1,4 +1,4 @@
-"""The values of a decoded row, checked where they are taken and named as the file names them."""
+"""The values of a decoded row: checked when read, and named in errors as in the file."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ _KINDS = {
 }
 _SHOWN_CHARACTERS = 60
 _SHOWN_NAMES = 32
-# Of tools and arguments; deeper ones would run every function that walks them into Python's recursion limit.
+# Of tools and arguments: deeper ones would exceed Python's recursion limit in every function that walks them.
 _DEEPEST = 100
 
 
 def kind(value: Any) -> str:
-    """What a value is, in JSON's words."""
+    """Return the JSON name of a value's type."""
     return _KINDS.get(type(value), type(value).__name__)
 
 
 def shown(value: Any) -> str:
-    """A number or a short text as it stands, a long text cut, of anything else its kind."""
+    """Return a number or a text (cut if it is long) as it is, and of anything else its kind."""
     if isinstance(value, str):
         return repr(value[:_SHOWN_CHARACTERS]) + ("…" if len(value) > _SHOWN_CHARACTERS else "")
-    # Python refuses to write out whole numbers of more than 4,300 digits.
+    # Python refuses to print integers of more than 4,300 digits.
     short = isinstance(value, float) or (type(value) is int and value.bit_length() <= 64)
     return repr(value) if short else kind(value)
 
 
 def printable_name(name: Any) -> str:
-    """A name out of a file, cut and escaped where it would break a line, color a terminal or be no text at all."""
+    """Return a name from a file, cut, and escaped if it holds control characters."""
     short = str(name)[:_SHOWN_CHARACTERS]
     return short if short.isprintable() else repr(short)[1:-1]
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Names for a message: sorted, cut when there are very many."""
+    """Return sorted names for a message, cut if there are many."""
     ordered = sorted(map(printable_name, names))
     more = f" and {len(ordered) - _SHOWN_NAMES} more" if len(ordered) > _SHOWN_NAMES else ""
     return (", ".join(ordered[:_SHOWN_NAMES]) or "none") + more
 
 
 def as_text(value: Any, location: str) -> str:
-    """The value, which must be text that every file and tokenizer can hold.
+    """Return the value, which must be text.
 
-    Raises: DataError naming the place for another type, a NUL character or half of a surrogate pair.
+    Raises: DataError naming the location, for another type, a NUL character or half of a surrogate pair.
     """
     if not isinstance(value, str):
         raise DataError(f"{location} must be text, found {kind(value)}")
@@ -65,15 +65,15 @@ def as_text(value: Any, location: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{location} holds half of a surrogate pair (character {error.start + 1}), which is no text; remove it"
+            f"{location} holds half of a surrogate pair (character {error.start + 1}), which is not text; remove it"
         ) from error
     return value
 
 
 def as_json(value: Any, location: str) -> Any:
-    """A value that files hold decoded or as JSON text, decoded.
+    """Decode a value that files hold decoded or as JSON text.
 
-    Raises: DataError naming the place for text that is no JSON and for values that JSON cannot hold.
+    Raises: DataError naming the location, for text that is not JSON and for values that JSON cannot hold.
     """
     if isinstance(value, str):
         try:
@@ -93,7 +93,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON's")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _check(value: Any, location: str, levels: int) -> None:
@@ -114,9 +114,10 @@ def _check(value: Any, location: str, levels: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """A row, or an object in it, under our names for its keys.
+    """A row, or an object in it, under our names of its keys.
 
-    names: what the file calls them, where otherwise. location: where the object stands; empty for the row itself.
+    names: our name to the file's, where they differ.
+    location: of the object in its row; empty for the row itself.
     """
 
     values: Mapping[str, Any]
@@ -129,8 +130,14 @@ class Fields:
     ) -> Fields:
         """Rename the keys of `values`.
 
-        mapped: ours to theirs by the user's word; a key that has our name by chance gives way. aliases: ours to the
-        other name under which it is known; an object that holds both says one thing twice.
+        Args:
+            values: the object as decoded.
+            mapped: our name to the file's, from the config; a key that has our name by chance gives way.
+            aliases: our name to another known name.
+            location: of the object in its row.
+
+        Raises:
+            DataError: the object has a key under both names.
         """
         names = {ours: theirs for ours, theirs in mapped.items() if theirs in values}
         for ours, theirs in aliases.items():
@@ -147,24 +154,24 @@ class Fields:
         return cls(kept | {ours: values[theirs] for ours, theirs in names.items()}, names, location)
 
     def get(self, key: str) -> Any:
-        """The value; None where the key is missing or null."""
+        """Return the value; None if the key is missing or null."""
         return self.values.get(key)
 
     def keys(self) -> list[str]:
-        """The object's keys as the file calls them."""
+        """Return the object's keys under the file's names."""
         return [self.names.get(key, key) for key in self.values]
 
     def named(self, key: str) -> str:
-        """The key as the file calls it, with its location."""
+        """Return the file's name of the key, with its location."""
         name = self.names.get(key, key)
         return f"{self.location}.{name}" if self.location else name
 
     def text(self, key: str, default: str | None = None) -> str:
-        """The key's text; `default` where the key is missing or null."""
+        """Return the key's text; `default` if the key is missing or null."""
         value = self.values.get(key)
         return default if value is None and default is not None else as_text(value, self.named(key))
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a key with this value says nothing: null, empty text, an empty list or object."""
+    """Return whether a value is null, an empty text, list or object."""
     return value is None or (isinstance(value, str | list | Mapping) and not value)

@@ -185,9 +185,9 @@ HOSTILE_TURNS = [
     ([A, Q], "messages[0] is of the assistant", "no user turn before"),
     ([{"role": "system", "content": "s"}, A], "messages[1] is of the assistant", "no user turn before"),
     ([{"role": "tool", "content": "3"}, A], "messages[0] is of the tool", "no user turn before"),
-    ([Q, {"role": "tool", "content": "3"}], "messages[1] is a tool's answer", "called"),
+    ([Q, {"role": "tool", "content": "3"}], "messages[1]", "tool"),
     ([Q, {"role": "system", "content": "s"}], "messages[1] is a system turn", "not at the start"),
-    ([{"role": "system", "content": "s"}] * 2 + [Q], "messages[1] is a system turn", "second, after messages[0]"),
+    ([{"role": "system", "content": "s"}] * 2 + [Q], "messages[1] is a system turn", "after messages[0]"),
     ([Q | {"tool_calls": [CALL]}], "messages[0] is of the user and calls a tool"),
     ([Q, calling(tool_calls=[CALL], function_call=CALL)], "messages[1] has both tool_calls and function_call"),
     ([Q, calling(tool_calls=["add"])], "messages[1].tool_calls[0] must be an object", "found text"),
@@ -196,8 +196,8 @@ HOSTILE_TURNS = [
     ([Q, calling(tool_calls=[{"name": "f"}])], "messages[1].tool_calls[0] lacks arguments", "name"),
     ([Q, calling(tool_calls=[{"function": {"arguments": {}}}])], "tool_calls[0].function lacks name", "arguments"),
     ([Q, calling(tool_calls=[CALL | {"name": 3}])], "tool_calls[0].name must be text, found a number"),
-    ([Q, calling(tool_calls=[CALL | {"name": 'a"b'}])], "tool_calls[0].name is 'a\"b'", "quotes"),
-    ([Q, calling(tool_calls=[CALL | {"name": ""}])], "tool_calls[0].name is ''"),
+    ([Q, calling(tool_calls=[CALL | {"name": 'a"b'}])], "tool_calls[0].name", "found 'a\"b'"),
+    ([Q, calling(tool_calls=[CALL | {"name": ""}])], "tool_calls[0].name", "found ''"),
     ([Q, calling(tool_calls=[CALL | {"arguments": "x=1"}])], "tool_calls[0].arguments must be JSON"),
     ([Q, calling(tool_calls=[CALL | {"arguments": ""}])], "tool_calls[0].arguments must be JSON"),
     ([Q, calling(tool_calls=[CALL | {"arguments": "[1]"}])], "tool_calls[0].arguments must be an object", "a list"),
@@ -232,7 +232,7 @@ def test_a_bad_message_is_named_with_what_is_wrong(turns, words):
         ([HUMAN, {"from": "function_call", "value": None}], ["conversations[1].value", "found null"]),
         (
             [HUMAN, {"from": "function_call", "value": CALL, "tool_calls": [CALL]}],
-            ["conversations[1] is a function call and has tool calls besides"],
+            ["conversations[1]", "tool calls"],
         ),
         ([{"from": "function_call", "value": CALL}], ["conversations[0] is of the assistant", "no user turn"]),
         ([GPT, HUMAN], ["conversations[0] is of the assistant", "no user turn"]),
@@ -267,7 +267,7 @@ def test_a_bad_column_beside_the_messages_is_named(columns, words):
 
 
 def test_a_system_column_and_a_system_turn_contradict_each_other():
-    with pytest.raises(DataError, match=r"messages\[0\] is a system turn, and the second, after system"):
+    with pytest.raises(DataError, match=r"messages\[0\] is a system turn, .*after system"):
         parse({"system": "s", "messages": [{"role": "system", "content": "t"}, Q, A]})
 
 

@@ -171,7 +171,7 @@ MISMAPPED = [
     ({"text": "q"}, {"columns": {"role": "who"}, "format": "alpaca"}, "maps role, which alpaca rows", "input"),
     ({"text": "q"}, {"columns": {"role": "who"}}, "fit no format"),
     ({"text": "q"}, {"columns": {"id": "x"}, "format": "text"}, "maps id, which text rows"),
-    ({"instruction": "q", "output": "a"}, {"roles": {"user": "human"}}, "format alpaca and name no roles"),
+    ({"instruction": "q", "output": "a"}, {"roles": {"user": "human"}}, "alpaca", "remove roles"),
     ([1], {}, "must be an object, found a list"),
     (None, {}, "must be an object, found null"),
 ]
