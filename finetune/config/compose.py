@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.basecontainer import BaseContainer
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.resolvers import oc
 from pydantic import ValidationError
 
 from finetune.config.explain import problems_of, shown
 from finetune.config.keys import find, is_section, sections, takes
-from finetune.config.origins import Origins, short
-from finetune.config.overrides import Overrides, parse_overrides
+from finetune.config.overrides import parse_overrides
 from finetune.config.problems import COMMAND_LINE, Problem, config_error, printable
-from finetune.config.resolve import escaped, guarded_environment, resolved
+from finetune.config.repository import compose_files, short
 from finetune.config.schema import RunConfig, Section
 from finetune.system.errors import ConfigError
 from finetune.system.resources import packaged
 
-_LONGEST_REASON = 300
+_SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+_INTERPOLATION = re.compile(r"(\\*)(\$\{)")
+UNRESOLVED = object()
 _WORD = re.compile(r"[A-Za-z/][A-Za-z0-9_/.-]*")
 _NOT_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "nan", "inf"}
 
@@ -42,21 +45,25 @@ def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     file = _find(path_or_name)
     edits = parse_overrides(overrides)
-    origins = Origins([file.parent, *_group_folders(file)], edits.groups)
-    origins.read(file)
-    problems = [*edits.problems, *origins.refused.values(), *origins.problems]
-
-    def locate(key: str) -> str:
-        typed = any(f"{key}.".startswith(f"{edited}.") for edited, _ in edits.values)
-        return COMMAND_LINE if typed else origins.of(key)
-
-    if origins.problems:
-        raise config_error(short(file), problems, locate)
-    tree = _with_defaults(_composed(file, edits, origins), file)
-    for key, value in edits.values:
-        problems += _assign(tree, "", key, value)
     unresolved: list[Problem] = []
-    values = resolved(tree, unresolved)
+    with own_resolvers():
+        composed = compose_files(file, _group_folders(file), edits.groups)
+        problems = [*edits.problems, *composed.refused, *composed.problems]
+
+        def locate(key: str) -> str:
+            """Return where a key, or the nearest mapping or list around it, is written."""
+            if any(f"{key}.".startswith(f"{edited}.") for edited, _ in edits.values):
+                return COMMAND_LINE
+            parts = key.split(".")
+            outwards = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+            return next((composed.lines[path] for path in outwards if path in composed.lines), "")
+
+        if composed.problems:
+            raise config_error(short(file), problems, locate)
+        tree = _with_defaults(composed.tree, file)
+        for key, value in edits.values:
+            problems += _assign(tree, "", key, value)
+        values = resolved(tree, unresolved)
     problems += unresolved
     try:
         config = RunConfig.model_validate(values)
@@ -109,34 +116,11 @@ def _find(name: str) -> Path:
     raise ConfigError(printable(f"no config {name} (a .yaml file) in {looked}; packaged: {', '.join(near)}"))
 
 
-def _composed(file: Path, edits: Overrides, origins: Origins) -> Any:
-    folders = ",".join(_quoted(escaped(f"file://{folder}")) for folder in _group_folders(file))
-    groups = [
-        f"{'' if group in origins.listed else '+'}{group}={_quoted(option)}"
-        for group, option in edits.groups.items()
-        if group not in origins.refused
-    ]
-    try:
-        with guarded_environment(), warnings.catch_warnings():
-            # Hydra asks for `_self_` in every defaults list; without it a file's own keys win, as they should.
-            warnings.filterwarnings("ignore", message=".*missing `_self_`", category=UserWarning)
-            with initialize_config_dir(str(file.parent), job_name="finetune", version_base="1.3"):
-                composed = compose(file.name, [f"hydra.searchpath=[{folders}]", *groups])
-        return OmegaConf.to_container(composed, resolve=False)
-    except Exception as error:  # Hydra raises errors of many kinds, all of them about the user's files.
-        reason = str(error).partition("\n")[0][:_LONGEST_REASON] or type(error).__name__
-        raise ConfigError(printable(f"{short(file)}: cannot be composed: {reason}")) from error
-
-
 def _group_folders(file: Path) -> list[Path]:
     """Where a group's options are looked up, after the config's own folder: `configs/` here, and the packaged ones."""
     here = Path.cwd() / "configs"
     folders = [here] if here.is_dir() else []
     return [folder for folder in dict.fromkeys([*folders, packaged("configs")]) if folder != file.parent]
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "\\'") + "'"
 
 
 def _with_defaults(composed: Mapping[Any, Any], file: Path) -> dict[Any, Any]:
@@ -184,3 +168,76 @@ def _assign(node: Any, done: str, rest: str, value: Any) -> list[Problem]:
     if isinstance(node, dict) and takes(dict, find(here)):
         node.setdefault(slot, {})  # The items of data.train are sections without their defaults.
     return _assign(node.get(slot) if isinstance(node, dict) else node[slot], here, rest, value)
+
+
+def resolved(tree: dict[str, Any], problems: list[Problem]) -> Any:
+    """The tree without interpolations; UNRESOLVED stands for a value that is missing or cannot be resolved."""
+    try:
+        return _plain(OmegaConf.create(tree), "", problems)
+    except OmegaConfBaseException as error:
+        problems.append(Problem(error.full_key or "config", _first_line(error)))
+    except (RecursionError, ValueError, TypeError) as error:
+        problems.append(Problem("config", f"an interpolation refers to itself, or to nothing plain: {error}"))
+    return {}
+
+
+def _plain(node: Any, path: str, problems: list[Problem]) -> Any:
+    if isinstance(node, DictConfig):
+        return {key: _item(node, key, path, problems) for key in node}
+    if isinstance(node, ListConfig):
+        return [_item(node, index, path, problems) for index in range(len(node))]
+    return node
+
+
+def _item(node: Any, key: Any, path: str, problems: list[Problem]) -> Any:
+    here = f"{path}.{key}" if path else str(key)
+    try:
+        return _plain(node[key], here, problems)
+    except MissingMandatoryValue:
+        problems.append(Problem(here, "is missing: ??? stands for a value that you give"))
+    except OmegaConfBaseException as error:
+        problems.append(Problem(here, _first_line(error)))
+    return UNRESOLVED
+
+
+def _first_line(error: OmegaConfBaseException) -> str:
+    """What a resolver says, without the line and type information that OmegaConf puts around it."""
+    return re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).partition("\n")[0])
+
+
+def escaped(value: Any) -> Any:
+    """The same value for OmegaConf to take literally: a `${` in it is no interpolation."""
+    if isinstance(value, dict):
+        return {key: escaped(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [escaped(part) for part in value]
+    return _INTERPOLATION.sub(r"\1\1\\\2", value) if isinstance(value, str) else value
+
+
+@contextmanager
+def own_resolvers() -> Generator[None]:
+    """Give interpolations `${packaged:…}` and an `${oc.env:…}` that reads no secrets, for as long as this lasts.
+
+    The resolved config is saved with the run, so a secret must not get into it.
+    """
+    before = dict(BaseContainer._resolvers)
+    OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+    OmegaConf.register_new_resolver("packaged", _packaged, replace=True)
+    try:
+        yield
+    finally:
+        BaseContainer._resolvers.clear()
+        BaseContainer._resolvers.update(before)
+
+
+def _environment(name: str, *default: Any) -> str | None:
+    if _SECRET.search(name):
+        raise ConfigError(f"{name} looks like a secret, and a config is saved with its run")
+    return oc.env(name, *default)
+
+
+def _packaged(path: str) -> str:
+    kind, _, rest = path.partition("/")
+    if kind not in ("configs", "data"):
+        raise ConfigError(f"packaged files are configs/… and data/…, not {path}")
+    return str(packaged(kind) / rest)

@@ -159,8 +159,15 @@ def test_the_environment_is_read_but_not_for_secrets(
 
 def test_the_users_own_omegaconf_keeps_its_resolver(load: Callable, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MY_TOKEN", "mine")
+    OmegaConf.register_new_resolver("packaged", lambda path: f"the user's {path}")
+    try:
+        load()
+        assert OmegaConf.create({"x": "${oc.env:MY_TOKEN}"}).x == "mine"
+        assert OmegaConf.create({"x": "${packaged:y}"}).x == "the user's y"
+    finally:
+        OmegaConf.clear_resolver("packaged")
     load()
-    assert OmegaConf.create({"x": "${oc.env:MY_TOKEN}"}).x == "mine"
+    assert not OmegaConf.has_resolver("packaged")
 
 
 def test_loading_twice_gives_the_same_and_touches_no_global_hydra(load: Callable):

@@ -11,13 +11,12 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from finetune.config.compose import load_config
+from finetune.config.compose import load_config, resolved
 from finetune.config.explain import problems_of
 from finetune.config.keys import find, schema_fields
 from finetune.config.overrides import parse_overrides
 from finetune.config.peers import PEERS
 from finetune.config.problems import Problem, config_error
-from finetune.config.resolve import resolved
 from finetune.config.schema import RunConfig
 from finetune.system.errors import ConfigError
 

@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from finetune.config.compose import load_config, to_yaml
-from finetune.config.resolve import resolved
+from finetune.config.compose import load_config, resolved, to_yaml
 from finetune.config.schema import RunConfig
 
 NASTY = [
