@@ -21,6 +21,7 @@ from finetune.distill.resident import load_resident
 from finetune.distill.server import LogprobServer
 from finetune.distill.teacher import cache_of, signal_fingerprint, streamed_teacher, teacher_model
 from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
+from finetune.models.quant.bit_widths import DTYPE_BYTES
 from finetune.system.console import Log
 from finetune.system.machine import available_memory
 
@@ -30,7 +31,6 @@ _PASS_TOKENS = {"cuda": 131_072, "cpu": 16_384}
 # Of the free memory, what a teacher may take.
 _FITS = 0.6
 _WHOM = {"resident": "the teacher", "streamed": "the teacher, layer by layer,", "server": "the server"}
-_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def write_cache(
@@ -70,7 +70,7 @@ def _fits(cfg: RunConfig, device: torch.device) -> bool:
     folder = fetch(model.name, model.revision, WEIGHT_FILES, "distill.teacher.name").folder
     files = set(weight_files(folder, model.name).values())
     # Files of 16-bit weights, as all of Qwen2.5's are.
-    size = sum(file.stat().st_size for file in files) * _DTYPE_BYTES[model.dtype] / 2
+    size = sum(file.stat().st_size for file in files) * DTYPE_BYTES[model.dtype] / 2
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     return free is None or size < _FITS * free
 

@@ -58,10 +58,17 @@ def distillation_loss(
     ce_weight_N: Tensor,
     vocabulary: int,
 ) -> ChunkLoss:
-    """Nats of the rows' own tokens and of the divergence, each times its weight in `terms`.
+    """Build the loss of a chunk of logits: cross-entropy and divergence, each times its weight in `terms`.
 
-    kl_weight_N: what each row counts. ce_weight_N: what the cross-entropy of each row counts besides. vocabulary: V of both
-    sides. The divergence of a sampled signal is right on average over its draws, value and gradient.
+    With TeacherSamples, value and gradient of the divergence are right on average over the draws.
+
+    Args:
+        targets: the teacher's distributions of the N rows.
+        terms: weights of the loss terms.
+        labels_N: the labels.
+        kl_weight_N: weight of each row's divergence.
+        ce_weight_N: weight of each row's cross-entropy, relative to `kl_weight_N`.
+        vocabulary: V, shared by teacher and student.
     """
     ce_weight_N = ce_weight_N * terms.rows
     if isinstance(targets, TeacherSamples):

@@ -1,10 +1,9 @@
-"""The fast path: decoder layers that compute what PEFT's and transformers' do with the package's own kernels.
+"""Fused decoder layers: the same results as PEFT and transformers, computed by the kernels in ops/.
 
-A layer is swapped for one of a subclass that has the same children under the same names, so the model stays an
-ordinary PeftModel: saving, loading, merging, disabling the adapter and generating go on as before. The kernels run when
-a packed batch comes with its segments, and on a CPU when tokens are read without gradients, as in generating; any other
-call takes the inherited way. A projection that the kernels don't know (DoRA, int8, several active adapters, modules
-trained in full) is called as it is, the rest stays fast.
+A layer is replaced by an instance of a subclass with the same children under the same names, so the model stays an
+ordinary PeftModel: saving, loading, merging, disabling the adapter and generating work as before. The kernels run for
+packed batches with segments, and on a CPU without gradients (generation). Every other call runs the inherited forward.
+A projection that the kernels do not know (DoRA, int8, several active adapters, trained weights) runs as its own module.
 
 Shapes: B rows of L tokens each, 1 row when packed; T = B * L; D hidden width, H heads, W head width.
 """
@@ -17,6 +16,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2Attention,
     Qwen2DecoderLayer,
@@ -28,20 +28,21 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from finetune.ops.attention import Segments, attend
 from finetune.ops.elementwise import apply_rope, rms_norm
 from finetune.ops.linear import Adapter, Projection, project, swiglu_mlp
+from finetune.system.errors import ConfigError
 
-# Of queries, keys and values: [T, H, W] each, with fewer heads in the latter two.
+# Queries, keys and values: [T, H, W] each. Keys and values have fewer heads.
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
 class FusedDecoderLayer(Qwen2DecoderLayer):
-    """A Qwen2 decoder layer by the kernels of the package, where they know the call."""
+    """A Qwen2 decoder layer that computes with the kernels in ops/ where they support the call."""
 
     @classmethod
     def from_module(cls, layer: Qwen2DecoderLayer) -> FusedDecoderLayer:
-        """Shares everything with the layer it takes the place of: parameters, children, hooks, flags."""
-        fast = cls.__new__(cls)
-        fast.__dict__ = layer.__dict__
-        return fast
+        """Build a fused layer that shares parameters, children, hooks and flags with `layer`."""
+        fused = cls.__new__(cls)
+        fused.__dict__ = layer.__dict__
+        return fused
 
     def forward(
         self,
@@ -54,7 +55,9 @@ class FusedDecoderLayer(Qwen2DecoderLayer):
         **kwargs: Any,
     ) -> Tensor:
         attention = self.self_attn
-        known = segments is not None or _reads(hidden_states)
+        # On a GPU, bitsandbytes has its own kernels for a few tokens without gradients.
+        generating = hidden_states.device.type == "cpu" and not torch.is_grad_enabled()
+        known = segments is not None or generating
         if not known or position_embeddings is None or attention.config.attention_dropout:
             kwargs |= {"position_embeddings": position_embeddings, "past_key_values": past_key_values}
             kwargs |= {} if segments is None else {"segments": segments}
@@ -70,22 +73,33 @@ class FusedDecoderLayer(Qwen2DecoderLayer):
         return x_TD.view_as(hidden_states)
 
 
-def fuse_layers(model: nn.Module) -> None:
-    """Swaps every decoder layer of a model, in place; doing it again changes nothing."""
+def fuse_layers(model: nn.Module) -> tuple[int, int]:
+    """Replace the decoder layers of a model by fused ones, in place. A second call changes nothing.
+
+    Returns:
+        The number of fused layers and the number of all decoder layers.
+
+    Raises:
+        ConfigError: no decoder layer is of a class that has a fused version.
+    """
     for module in list(model.modules()):
         if isinstance(module, nn.ModuleList):
             for i, layer in enumerate(module):
                 if type(layer) is Qwen2DecoderLayer:
                     module[i] = FusedDecoderLayer.from_module(layer)
-
-
-def _reads(hidden_states: Tensor) -> bool:
-    """Whether tokens are read without gradients on a CPU; a GPU has bitsandbytes' own kernels for a few of them."""
-    return hidden_states.device.type == "cpu" and not torch.is_grad_enabled()
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    fused = sum(isinstance(layer, FusedDecoderLayer) for layer in layers)
+    if not fused:
+        found = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
+        raise ConfigError(
+            f"train.kernels: fused kernels exist for Qwen2DecoderLayer only, found decoder layers: {found}\n"
+            "help: set train.kernels=peft"
+        )
+    return fused, len(layers)
 
 
 def _heads(module: Qwen2Attention, x_TD: Tensor, angles: tuple[Tensor, Tensor], rows: int) -> Heads:
-    """Queries and keys, rotated, and values."""
+    """Return queries and keys with position embeddings, and values."""
     query, key, value = (
         y.unflatten(-1, (-1, module.head_dim)) for y in _apply(x_TD, module.q_proj, module.k_proj, module.v_proj)
     )
@@ -96,7 +110,7 @@ def _heads(module: Qwen2Attention, x_TD: Tensor, angles: tuple[Tensor, Tensor], 
 def _attend_cached(
     module: Qwen2Attention, heads: Heads, rows: int, mask: Tensor | None, cache: Cache | None, kwargs: dict[str, Any]
 ) -> Tensor:
-    """What transformers' own attention makes of these and of the keys and values before them, [T, H, W]."""
+    """Run the attention of transformers on these heads and the cached keys and values; returns [T, H, W]."""
     query, key, value = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in heads)
     if cache is not None:
         key, value = cache.update(key, value, module.layer_idx)
@@ -118,7 +132,7 @@ def _mlp(module: Qwen2MLP, x_TD: Tensor) -> Tensor:
 
 
 def _apply(x_TD: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """What the layers make of one input: by the kernel, or each by itself where one of them is unknown to it."""
+    """Apply several linear layers to one input: by the kernel if it knows all of them, else each module alone."""
     projections = [read_projection(layer, x_TD.dtype) for layer in layers]
     if all(projections):
         return project(x_TD, projections)  # type: ignore[arg-type]
@@ -126,13 +140,13 @@ def _apply(x_TD: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
 
 
 def _norm(module: Qwen2RMSNorm, x_TD: Tensor) -> Tensor:
-    if type(module) is not Qwen2RMSNorm or module.weight.requires_grad:  # trained, it is wrapped by PEFT
+    if type(module) is not Qwen2RMSNorm or module.weight.requires_grad:  # PEFT wraps a trained norm
         return module(x_TD)
     return rms_norm(x_TD, module.weight, module.variance_epsilon)
 
 
 def read_projection(layer: nn.Module, dtype: torch.dtype) -> Projection | None:
-    """A linear layer with its adapter as the kernels want it, as it stands now; None for one that they don't know."""
+    """Return a linear layer and its active adapter as the kernels take them; None if they do not support it."""
     base, adapter = layer, None
     if isinstance(layer, LoraLayer):
         base = layer.get_base_layer()

@@ -1,4 +1,4 @@
-"""Which decoder layers drop their activations after forward and compute them again in backward."""
+"""Gradient checkpointing per decoder layer: drop its activations after forward and recompute them in backward."""
 
 from __future__ import annotations
 
@@ -11,59 +11,64 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from finetune.ops.offload import HostOffload
 from finetune.system.errors import ConfigError
 
-Recompute = (
-    str | int
-)  # `train.gradient_checkpointing`, with auto already decided: none, all, offload or a number of layers
+# `train.gradient_checkpointing` with auto already resolved: none, all, offload or a number of layers.
+CheckpointSetting = str | int
 
 
-def checkpointed_layers(setting: Recompute, layers: int, first: int = 0) -> range:
-    """Numbers of the layers to recompute, of a model with so many; backward reaches no layer below `first`.
+def checkpointed_layers(setting: CheckpointSetting, layers: int, first: int = 0) -> range:
+    """Return the indices of the layers to checkpoint.
 
-    A number N means the first N that backward reaches: the last layers, which backward starts with, keep theirs, so
-    what they kept is gone when the first one is made again. The last layer is recomputed only if every one is asked
-    for: backward begins with it, so what it would drop would be made again at once.
-    Raises: ConfigError if there are fewer layers than asked for.
+    A number N selects the first N layers that backward reaches. The last layers keep their activations, which backward
+    frees before it recomputes the first layer. The last layer is checkpointed only if N includes every layer: backward
+    starts with it, so its activations would be recomputed at once.
+
+    Args:
+        setting: none, all, offload or a number of layers.
+        layers: number of layers of the model.
+        first: index of the lowest layer that backward reaches.
+
+    Raises:
+        ConfigError: the setting exceeds the number of layers.
     """
     reached = max(0, layers - first)
     if isinstance(setting, int):
         if setting > layers:
-            raise ConfigError(f"train.gradient_checkpointing asks for {setting} layers, but the model has {layers}")
+            raise ConfigError(f"train.gradient_checkpointing: the model has only {layers} layers, found {setting}")
         return range(first, first + min(setting, reached))
     return range(first, first + max(0, reached - 1)) if setting in ("all", "offload") else range(0)
 
 
-def apply_gradient_checkpointing(model: nn.Module, setting: Recompute) -> range:
-    """Sets, on every decoder layer of the model, whether it is recomputed; returns the numbers of those that are.
+def apply_gradient_checkpointing(model: nn.Module, setting: CheckpointSetting) -> range:
+    """Switch gradient checkpointing on or off in every decoder layer; return the indices of the layers that use it.
 
-    Through transformers' own switch, one layer at a time: its switch for the whole model also makes the embeddings ask
-    for a gradient, and then layers below the first adapted one would build a graph for nothing. A layer's generator
-    state is restored when it runs again, so dropout draws the same. Its work ends with the last tensor that backward
-    needs: a frozen down_proj, which saves none, is not computed again.
+    This sets the switch of each transformers layer. The model-wide switch would also make the embeddings require a
+    gradient, and layers below the first adapter would then build a graph for nothing. The RNG state is restored before
+    a layer is recomputed, so dropout draws the same mask. Recomputation stops at the last tensor that backward needs:
+    a frozen down_proj saves none and is not recomputed.
     """
     found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, GradientCheckpointingLayer)]
-    layers = [layer for _, layer in found]
-    chosen = checkpointed_layers(setting, len(layers), _first_reached(model, [name for name, _ in found]))
-    run = partial(_offloaded, HostOffload()) if setting == "offload" and _on_gpu(model) else _again
-    for number, layer in enumerate(layers):
+    chosen = checkpointed_layers(setting, len(found), _first_reached(model, [name for name, _ in found]))
+    run = partial(_offloaded, HostOffload()) if setting == "offload" and _on_gpu(model) else _checkpointed
+    for number, (_, layer) in enumerate(found):
         layer.gradient_checkpointing = number in chosen
         setattr(layer, "_gradient_checkpointing_func", run)  # noqa: B010 - set so, it needs no declared type
     return chosen
 
 
-def _again(function, *inputs: Tensor):
+def _checkpointed(function, *inputs: Tensor):
     return checkpoint(function, *inputs, use_reentrant=False)
 
 
 def _offloaded(offload: HostOffload, function, *inputs: Tensor):
-    """The layer's inputs are what checkpoint saves for itself; all that the layer saves goes to checkpoint's hooks."""
+    """Offload the layer's inputs, the only tensors that checkpoint itself saves."""
     with offload.hooks():
-        return _again(function, *inputs)
+        return _checkpointed(function, *inputs)
 
 
 def _first_reached(model: nn.Module, layer_names: list[str]) -> int:
-    """The number of the lowest layer that backward reaches; the number of layers if it reaches none.
+    """Return the index of the lowest layer that backward reaches, or the number of layers if it reaches none.
 
-    Anything trained outside the layers, but in the head, is taken for an embedding: all layers come after it.
+    Every trained parameter outside the layers and the head counts as an embedding, before all layers.
     """
     first = len(layer_names)
     for name, parameter in model.named_parameters():

@@ -13,8 +13,8 @@ from typing import Any
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig, RunConfig
 from finetune.models.module_matching import ends_with, matches, matches_key
+from finetune.models.quant.bit_widths import DTYPE_BYTES
 
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _BIASED = ("q_proj", "k_proj", "v_proj")
 _BLOCK, _OUTER_BLOCK = 64, 256
@@ -37,8 +37,7 @@ class MemoryPlan:
 
 def linear_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """(out, in) features of each linear of one Qwen2 block."""
-    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
-    head = shape.get("head_dim") or hidden // heads
+    hidden, heads, head = shape["hidden_size"], shape["num_attention_heads"], shape["head_dim"]
     kv = shape["num_key_value_heads"] * head
     inner = shape["intermediate_size"]
     return {

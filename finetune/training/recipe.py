@@ -128,7 +128,8 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, log
     # A second tokenizer, because attach_lora adds the new tokens itself.
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model) if cfg.lora.new_tokens else None)
     if cfg.train.kernels == "fused":
-        fuse_layers(model)
+        fused, layers = fuse_layers(model)
+        log(f"kernels: fused, layers={fused} of {layers}")
     model.train()
     batch_plan = choose_micro_batch(cfg, model, accelerator, log)
     return RunContext(cfg, accelerator, tokenizer, preparation, data, sampler, model, batch_plan, distillation)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Weights that share a scale, and scales that share one when they are quantized themselves.
 _BLOCK, _OUTER_BLOCK = 64, 256
-_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SHOWN = 3
 
 
@@ -56,7 +56,7 @@ def stored_bytes(kind: str, shape: tuple[int, int], double: bool, dtype: str) ->
     """
     weights = shape[0] * shape[1]
     if kind == "none":
-        return weights * _DTYPE_BYTES[dtype]
+        return weights * DTYPE_BYTES[dtype]
     if kind == "int8":
         return weights + 4 * shape[0]
     blocks = -(-weights // _BLOCK)

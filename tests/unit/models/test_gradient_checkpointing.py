@@ -1,4 +1,4 @@
-"""Recomputing trades work for memory and nothing else: the layers asked for, no work past what backward needs."""
+"""Gradient checkpointing recomputes the configured layers, changes no gradient, and does no needless work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYERS = 4
 
 
 def adapted(layers: list[int] | None = None, dropout: float = 0.0) -> PeftModel:
-    """A random model of four layers with adapters on q and v, in train mode."""
+    """Build a random model of four layers with adapters on q and v, in train mode."""
     attention.register()
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -56,7 +56,7 @@ def gradients(model: PeftModel, batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def runs_of(model: PeftModel, module: str) -> Counter[int]:
-    """Counts, from now on, how often each layer's `module` runs."""
+    """Count how often `module` of each layer runs from now on."""
     counts: Counter[int] = Counter()
     for number, layer in enumerate(model.get_base_model().model.layers):
         layer.get_submodule(module).register_forward_pre_hook(
@@ -69,7 +69,7 @@ def runs_of(model: PeftModel, module: str) -> Counter[int]:
     ("setting", "expected"),
     [("none", []), (1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), ("all", [0, 1, 2]), ("offload", [0, 1, 2])],
 )
-def test_the_first_layers_are_recomputed_and_the_last_one_only_if_all_are_asked_for(setting, expected, batch):
+def test_the_first_layers_are_recomputed_and_the_last_one_only_if_the_number_includes_it(setting, expected, batch):
     model = adapted()
     assert list(apply_gradient_checkpointing(model, setting)) == expected
     counts = runs_of(model, "self_attn.q_proj")
@@ -78,7 +78,7 @@ def test_the_first_layers_are_recomputed_and_the_last_one_only_if_all_are_asked_
 
 
 @pytest.mark.parametrize(("setting", "expected"), [("all", [2]), (1, [2]), (2, [2, 3]), (4, [2, 3]), ("none", [])])
-def test_layers_below_the_first_adapted_one_build_no_graph_and_run_once(setting, expected, batch):
+def test_layers_below_the_first_adapter_build_no_graph_and_run_once(setting, expected, batch):
     model = adapted([2, 3])
     assert list(apply_gradient_checkpointing(model, setting)) == expected
     counts = runs_of(model, "self_attn.q_proj")
@@ -90,12 +90,12 @@ def test_layers_below_the_first_adapted_one_build_no_graph_and_run_once(setting,
     assert counts == {number: 1 + (number in expected) for number in range(LAYERS)}
 
 
-def test_more_layers_than_the_model_has_are_an_error_that_says_how_many_there_are():
-    with pytest.raises(ConfigError, match="asks for 5 layers, but the model has 4"):
+def test_more_layers_than_the_model_has_are_an_error():
+    with pytest.raises(ConfigError, match=r"train\.gradient_checkpointing: .*4 layers, found 5"):
         apply_gradient_checkpointing(adapted(), 5)
 
 
-def test_a_trained_embedding_is_below_every_layer_and_a_trained_head_above():
+def test_a_trained_embedding_comes_before_all_layers_and_a_trained_head_after():
     model = adapted([3])
     model.get_input_embeddings().weight.requires_grad_()
     assert list(apply_gradient_checkpointing(model, "all")) == [0, 1, 2]
@@ -104,15 +104,15 @@ def test_a_trained_embedding_is_below_every_layer_and_a_trained_head_above():
     assert list(apply_gradient_checkpointing(model, 4)) == [3]
 
 
-def test_a_model_with_one_layer_in_backward_recomputes_none_unless_told_the_number():
+def test_a_single_layer_in_backward_is_recomputed_only_if_the_setting_is_a_number():
     assert list(checkpointed_layers("all", 4, first=3)) == []
     assert list(checkpointed_layers(4, 4, first=3)) == [3]
     assert list(checkpointed_layers("all", 4, first=4)) == []
 
 
 @pytest.mark.parametrize("storage", ["nf4", "none"])
-def test_a_frozen_down_proj_is_not_computed_again(storage, load, batch):
-    """A frozen linear of torch does save its weight, before it multiplies; so there the products are counted."""
+def test_a_frozen_down_proj_is_not_recomputed(storage, load, batch):
+    """A frozen torch linear saves its weight before it multiplies, so there the test counts matrix products."""
     model = get_peft_model(load(storage), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).train()
     apply_gradient_checkpointing(model, 2)
     if storage == "nf4":
@@ -127,10 +127,10 @@ def test_a_frozen_down_proj_is_not_computed_again(storage, load, batch):
     assert products.count == 1
     with products:
         loss.backward()
-    assert products.count == 2, "backward multiplies with it once, for the gradient of its input, and not once more"
+    assert products.count == 2, "backward multiplies with it once, for the gradient of its input"
 
 
-def test_a_frozen_down_proj_is_not_computed_again_on_the_fast_path(batch):
+def test_a_fused_layer_does_not_recompute_a_frozen_down_proj(batch):
     model = adapted()
     fuse_layers(model)
     apply_gradient_checkpointing(model, LAYERS)
@@ -141,7 +141,7 @@ def test_a_frozen_down_proj_is_not_computed_again_on_the_fast_path(batch):
 
 
 @pytest.mark.parametrize("setting", [2, "all", "offload"])
-def test_the_fast_paths_gradients_are_the_same_bits_with_dropout(setting, batch):
+def test_gradients_of_fused_layers_are_bit_identical_with_dropout(setting, batch):
     kept, recomputed = adapted(dropout=0.3), adapted(dropout=0.3)
     for model, how in ((kept, "none"), (recomputed, setting)):
         fuse_layers(model)
@@ -152,7 +152,7 @@ def test_the_fast_paths_gradients_are_the_same_bits_with_dropout(setting, batch)
 
 
 class CountProducts(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the matrix products that read a tensor's memory."""
+    """Count the matrix products that read the memory of a tensor."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
@@ -165,7 +165,7 @@ class CountProducts(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize("setting", [1, 4, "all", "offload"])
-def test_gradients_are_the_same_bits_with_dropout(setting, batch):
+def test_gradients_are_bit_identical_with_dropout(setting, batch):
     kept, recomputed = adapted(dropout=0.3), adapted(dropout=0.3)
     apply_gradient_checkpointing(kept, "none")
     apply_gradient_checkpointing(recomputed, setting)
@@ -183,8 +183,8 @@ def test_evaluation_recomputes_nothing(batch):
     assert counts == dict.fromkeys(range(LAYERS), 1)
 
 
-def test_offloading_stores_each_recomputed_layers_input_and_nothing_else(batch, monkeypatch):
-    """torch's checkpoint must pass its inputs through the hooks around it, and keep what a layer saves to itself."""
+def test_offloading_stores_only_the_input_of_each_recomputed_layer(batch, monkeypatch):
+    """torch's checkpoint passes its inputs through the hooks around it, and nothing that a layer saves."""
     stored = []
     store = HostOffload._store
     monkeypatch.setattr(HostOffload, "_store", lambda self, tensor: stored.append(tensor.shape) or store(self, tensor))
@@ -197,7 +197,7 @@ def test_offloading_stores_each_recomputed_layers_input_and_nothing_else(batch, 
         assert torch.equal(found[name], expected), name
 
 
-def test_offloaded_tensors_are_copies_and_go_with_their_graph():
+def test_offloaded_tensors_are_copies_and_are_freed_with_their_graph():
     offload = HostOffload()
     x = torch.ones(3, requires_grad=True)
     with offload.hooks():

@@ -35,6 +35,7 @@ SHAPE: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 16,
     "tie_word_embeddings": True,
 }
 
@@ -155,7 +156,7 @@ def test_layers_that_build_no_graph_keep_nothing():
     assert plan_activations(SHAPE, run("lora.layers_to_transform=[2]", "lora.new_tokens=['<a>']"), 1, "cpu").first == 0
 
 
-def test_bytes_grow_with_the_tokens_and_the_fast_path_keeps_less():
+def test_bytes_grow_with_the_tokens_and_fused_layers_keep_less():
     shape = QWEN25_SHAPES["7B"]
     small, large = (plan_activations(shape, run("data.max_length=2048"), n, "cuda") for n in (1, 4))
     assert large.kept[0] == 4 * small.kept[0] and large.head < 4 * small.head
