@@ -6,8 +6,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from finetune.commands.base import COMMANDS, load_command
-from finetune.config.help import default_of
-from finetune.config.keys import allowed, is_section, schema_fields
+from finetune.config.keys import allowed, default_of, is_section, schema_fields
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

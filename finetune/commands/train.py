@@ -41,7 +41,7 @@ def run(arguments: Arguments) -> int:
 
 def config_help() -> str:
     """Return the names of the packaged configs and every key of a config."""
-    from finetune.config.help import schema_help
+    from finetune.config.keys import schema_help
 
     return f"Packaged configs: {', '.join(packaged_configs())}\n\n{schema_help()}"
 

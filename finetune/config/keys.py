@@ -1,7 +1,8 @@
-"""The schema as a table: every key's path, its type, and what its value may be, in words."""
+"""The schema as a table: the path, type, allowed values and help text of every key."""
 
 from __future__ import annotations
 
+import json
 import types
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -48,7 +49,7 @@ def find(path: str, root: type[Section] = RunConfig) -> Any | None:
         elif dict in origins:
             names, here = get_args(origins[dict])
             if not options(names):
-                return here  # All that is left of the path is one name: module names hold dots.
+                return here  # The rest of the path is one name: module names hold dots.
             if part not in options(names):
                 return None
         else:
@@ -58,23 +59,23 @@ def find(path: str, root: type[Section] = RunConfig) -> Any | None:
 
 @cache
 def sections() -> dict[str, type[Section]]:
-    """The sections of a run by name: model, quant, …"""
+    """Return the sections of a run by name: model, quant, …"""
     annotations = {name: field.annotation for name, field in RunConfig.model_fields.items()}
     return {name: annotation for name, annotation in annotations.items() if is_section(annotation)}
 
 
 def is_section(annotation: Any) -> TypeGuard[type[Section]]:
-    """Whether a type is a mapping of keys of its own."""
+    """Return whether a type is a section."""
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def takes(kind: Any, annotation: Any) -> bool:
-    """Whether a value of this type may be a `str`, a `list` …"""
+    """Return whether a value of this type may be a `str`, a `list` …"""
     return any(kind in (choice, get_origin(choice)) for choice in _choices(annotation))
 
 
 def options(annotation: Any) -> list[str]:
-    """The words that a key chooses from; empty if it takes anything else."""
+    """Return the words that a key chooses from; empty for a key of another type."""
     return [word for choice in _choices(annotation) if get_origin(choice) is Literal for word in get_args(choice)]
 
 
@@ -88,7 +89,7 @@ def _choices(annotation: Any) -> list[Any]:
 
 
 def allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """What a value of this type may be, in words: `whole number >= 1 or null`."""
+    """Describe the values that a type allows: `whole number >= 1 or null`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return allowed(arguments[0], [*arguments[1:], *metadata])
@@ -111,3 +112,23 @@ def _range(metadata: Sequence[Any]) -> str:
     marks = [mark for item in metadata for mark in (item.metadata if isinstance(item, FieldInfo) else [item])]
     bounds = [(_BOUNDS[type(mark)], mark) for mark in marks if type(mark) in _BOUNDS]
     return " and ".join(f"{sign} {getattr(mark, name)}" for (sign, name), mark in bounds)
+
+
+def schema_help() -> str:
+    """Return the help text of a run's config: one line per key, with its default, its type and its meaning."""
+    lines = []
+    for path, field in schema_fields().items():
+        if is_section(field.annotation):
+            lines += ["", f"{path}: {field.description}"]
+        elif not path.startswith("data.eval.*"):  # The items of data.eval are those of data.train.
+            default = default_of(path, field)
+            key = path.replace("*", "0") + (f" = {default}" if default else "")
+            lines.append(f"  {key:<38} {allowed(field.annotation, field.metadata)}. {field.description}")
+    return "\n".join(lines).strip("\n")
+
+
+def default_of(path: str, field: FieldInfo) -> str:
+    """Return a key's default as YAML; empty for a key that must be given."""
+    if path == "output_dir":
+        return "outputs/${name}"
+    return "" if field.is_required() else json.dumps(field.default)

@@ -1,9 +1,8 @@
-"""What TRL, PEFT, Axolotl, LLaMA-Factory, ms-swift and Unsloth call a setting, and what it is called here.
+"""Names of settings in TRL, PEFT, Axolotl, LLaMA-Factory, ms-swift and Unsloth, and in earlier versions of this package.
 
-A value of PEERS ends the sentence "unknown key; here it is …": our key, with the value or the difference where the two
-are not the same thing. Names that we share with a peer are not listed: the schema says which section they belong to. A
-name that means one thing in an item of data.train alone is listed with its whole path.
-REFUSED are names for what a run does not do, with the reason.
+PEERS answers a peer's name with our key, and with the value or the difference where the meaning differs. A name that
+both sides share is not listed. A name that has this meaning in one place only is listed with its whole path.
+REFUSED answers a name with the reason why a run has no such setting. RENAMED answers an old key with the new one.
 """
 
 from __future__ import annotations
@@ -239,7 +238,7 @@ _TRAIN = {
     "save_strategy": "train.save_every",
     "saves_per_epoch": "train.save_every (steps)",
     "save_total_limit": "train.keep_checkpoints",
-    "load_best_model_at_end": "train.keep_checkpoints (the best checkpoint is kept besides)",
+    "load_best_model_at_end": "train.keep_checkpoints (the best checkpoint is always kept)",
     "early_stopping_patience": "train.early_stopping",
     "resume_from_checkpoint": "train.resume",
     "auto_resume_from_checkpoints": "train.resume=auto",
@@ -274,26 +273,28 @@ PEERS: dict[str, str] = _MODEL | _QUANT | _LORA | _DISTILL | _DATA | _TRAIN | _R
 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("_target_", "_recursive_", "_partial_", "_convert_", "_args_"), "a config names no code to run"),
-    **dict.fromkeys(("trust_remote_code", "custom_register_path", "plugins"), "code of others is never run"),
+    **dict.fromkeys(
+        ("trust_remote_code", "custom_register_path", "plugins"), "a run never executes code from a model or dataset"
+    ),
     **dict.fromkeys(
         ("token", "use_auth_token", "hub_token", "hf_token", "hf_hub_token", "wandb_api_key", "api_key"),
         "secrets come from the environment (HF_TOKEN, WANDB_API_KEY), never from a config",
     ),
     **dict.fromkeys(
         ("deepspeed", "fsdp", "fsdp_config", "ddp_backend", "ddp_timeout", "local_rank", "device_map"),
-        "devices and ranks are the launcher's, see launch/accelerate",
+        "the launcher chooses devices and ranks, see launch/accelerate",
     ),
-    **dict.fromkeys(("logging_steps", "logging_strategy"), "every step is a line of metrics.jsonl"),
+    **dict.fromkeys(("logging_steps", "logging_strategy"), "every step writes a line to metrics.jsonl"),
     **dict.fromkeys(
         ("overwrite_cache", "load_from_cache_file", "skip_prepare_dataset"),
-        "tokenized rows are found again by what they were made of, and made anew when any of it changes",
+        "the token cache is keyed by the content of rows and settings, so it is never stale",
     ),
     **dict.fromkeys(
-        ("push_to_hub", "hub_model_id", "hub_strategy"), "nothing is uploaded; output_dir holds the adapter"
+        ("push_to_hub", "hub_model_id", "hub_strategy"), "a run uploads nothing; the adapter is in output_dir"
     ),
 }
 
-# Keys of earlier versions, by their whole path: what each is written as today.
+# Old keys by their whole path.
 RENAMED = {
     "train.recompute": "train.gradient_checkpointing",
     "train.lean": "train.share_prefixes",

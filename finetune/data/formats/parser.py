@@ -173,9 +173,7 @@ def detect_format(columns: frozenset[str], source: str, mapped: Mapping[str, str
     if "chosen" in renamed:
         raise DataError(f"{found}: {_PREFERENCE}")
     known = "; ".join(f"{name}: {', '.join(fmt.required)}" for name, fmt in FORMATS.items())
-    raise DataError(
-        f"{found} fit no format ({known}); map them, as columns: {{prompt: question, completion: answer}}"
-    )
+    raise DataError(f"{found} fit no format ({known}); map them, as columns: {{prompt: question, completion: answer}}")
 
 
 def resolve_format(cfg: SourceConfig, first_value: Any, source: str) -> str:

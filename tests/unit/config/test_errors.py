@@ -9,7 +9,7 @@ import pytest
 
 from finetune.config.explain import unknown_key
 from finetune.config.keys import find, schema_fields
-from finetune.config.peers import PEERS, REFUSED
+from finetune.config.peers import PEERS, REFUSED, RENAMED
 from finetune.system.errors import ConfigError
 
 EVERYTHING = """\
@@ -213,3 +213,12 @@ def test_no_key_of_ours_is_called_a_peers():
     own = {field.split(".")[-1] for field in schema_fields()}
     assert own & (PEERS.keys() | REFUSED.keys()) == set()
     assert PEERS.keys() & REFUSED.keys() == set()
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_renamed_key_is_refused_with_its_new_name_in_a_file_and_as_an_override(complaint: Callable, old: str):
+    new = RENAMED[old].split()[0]
+    assert find(old) is None and find(new) is not None
+    section, _, key = old.partition(".")
+    for found in (complaint(f"{section}: {{{key}: 1}}\n"), complaint("", f"{old}=1")):
+        assert found.splitlines()[1].strip().startswith(f"{old} (") and RENAMED[old] in found

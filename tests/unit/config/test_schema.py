@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from finetune.config.help import schema_help
-from finetune.config.keys import allowed, find, is_section, schema_fields, sections, takes
+from finetune.config.keys import allowed, find, is_section, schema_fields, schema_help, sections, takes
 from finetune.config.schema import RunConfig
 
 MINIMAL: dict[str, Any] = {"model": {"name": "base"}, "data": {"train": [{"path": "rows.jsonl"}]}}
@@ -244,6 +243,6 @@ def test_keys_inside_lists_and_mappings_are_found(path: str):
 
 def test_importing_the_config_imports_no_torch():
     code = (
-        "import sys, finetune.config.compose, finetune.config.help; print({'torch', 'transformers'} & set(sys.modules))"
+        "import sys, finetune.config.compose, finetune.config.keys; print({'torch', 'transformers'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
