@@ -8,10 +8,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +24,7 @@ from finetune.data.packing import split_among_ranks
 from finetune.data.sampler import Sampler
 from finetune.system.console import log
 from finetune.system.errors import FinetuneError, Interrupted
+from finetune.system.signals import StopSignals
 from finetune.training.checkpoint import TrainState
 from finetune.training.optim import learning_rate_at
 from finetune.training.track import SilentTracker, Tracker
@@ -78,28 +78,10 @@ class StepResult:
     stop_signal: int
 
 
-class StopSignals:
-    """Hold back SIGTERM and Ctrl+C until the step is done. A second Ctrl+C stops at once."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with suppress(ValueError):  # outside the main thread, Python allows no handlers
-                self._previous[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-        log("\nstopping after this step, once its checkpoint is saved")
+def _announce_stop(number: int, again: bool) -> None:
+    if again and number == signal.SIGINT:
+        raise KeyboardInterrupt
+    log("\nstopping after this step, once its checkpoint is saved")
 
 
 def peak_bytes() -> int:
@@ -134,7 +116,7 @@ def fit(
         FinetuneError: the loss or the gradient is NaN or infinite. The update is not made.
     """
     cfg, halted = inputs.cfg, False
-    with StopSignals() as stop:
+    with StopSignals(_announce_stop) as stop:
         while state.step < inputs.total_steps and not halted and not _stopped_early(cfg, state):
             start = time.perf_counter()
             step = state.step + 1

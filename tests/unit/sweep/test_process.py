@@ -1,4 +1,4 @@
-"""A run's process: its end is known, its words are kept, a signal reaches it, and it outlives no sweep."""
+"""The process of a run: exit code, output, signals, and its end when the sweep is killed."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ def python(code: str) -> list[str]:
         ("import sys; sys.stdout.buffer.write('é'.encode()[:1] + b'|')", (0, "\ufffd|")),
     ],
 )
-def test_the_end_and_the_last_error_are_known(tmp_path: Path, code: str, ended: tuple[int, str]):
+def test_exit_code_and_last_error_are_returned(tmp_path: Path, code: str, ended: tuple[int, str]):
     assert run_process(python(code), tmp_path / "log", Stop()) == ended
 
 
-def test_what_a_run_says_is_seen_and_kept_after_what_was_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_the_output_is_copied_and_appended_to_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     (tmp_path / "log").write_text("before\n")
     run_process(python("print('now é')"), tmp_path / "log", Stop())
     assert capfd.readouterr().err == "now é\n"
     assert (tmp_path / "log").read_text() == "before\nnow é\n"
 
 
-def test_a_run_that_cannot_start_is_told(tmp_path: Path):
+def test_a_command_that_cannot_start_raises(tmp_path: Path):
     with pytest.raises(OSError):
         run_process([str(tmp_path / "nothing")], tmp_path / "log", Stop())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_the_run_once_and_the_sweep_lives(tmp_path: Path, number: int):
+def test_a_signal_reaches_the_run_once_and_not_the_sweep(tmp_path: Path, number: int):
     code = (
         "import signal, time\n"
         f"signal.signal({int(number)}, lambda *_: print('caught', flush=True))\n"
@@ -72,7 +72,7 @@ def test_a_signal_reaches_the_run_once_and_the_sweep_lives(tmp_path: Path, numbe
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not end a run with its parent")
-def test_a_run_is_told_to_end_when_its_sweep_is_killed_and_may_still_speak(tmp_path: Path):
+def test_a_run_gets_sigterm_and_can_still_write_when_its_sweep_is_killed(tmp_path: Path):
     log = tmp_path / "log"
     run = (
         "import signal, sys, time\n"
@@ -98,7 +98,7 @@ def _wait_for(word: str, log: Path) -> None:
         time.sleep(0.02)
 
 
-def test_a_folder_that_another_run_still_holds_is_waited_for(tmp_path: Path):
+def test_a_locked_folder_is_waited_for(tmp_path: Path):
     wait_until_free(tmp_path, Stop())
     lock = (tmp_path / ".lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
