@@ -53,7 +53,7 @@ class LogprobTeacher:
         return {"object": "text_completion", "model": MODEL, "choices": [{**choice, "prompt_logprobs": [None, *after]}]}
 
     def refusal(self, question: dict[str, Any]) -> tuple[int, str] | None:
-        """Status and words of vLLM's for what it does not do."""
+        """Status and message of vLLM for requests beyond its limits."""
         prompt, top = question["prompt"], question["prompt_logprobs"]
         if question["model"] != MODEL:
             return 404, f"The model `{question['model']}` does not exist."
@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(body)
         except OSError:
-            # Whoever asked has gone.
+            # The client has gone.
             self.close_connection = True
         self.teacher.answered.release()
 
@@ -123,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def drop(handler: _Handler, answer: dict[str, Any]) -> None:
-    """The connection ends without a word."""
+    """The connection ends without an answer."""
     handler.connection.shutdown(socket.SHUT_RDWR)
     handler.close_connection = True
 
@@ -141,7 +141,7 @@ def redirect(url: str) -> Fault:
     return lambda handler, answer: handler.send(307, b"", Location=url)
 
 
-def torn(handler: _Handler, answer: dict[str, Any]) -> None:
+def incomplete(handler: _Handler, answer: dict[str, Any]) -> None:
     """Half of the body, then the connection ends."""
     body = json.dumps(answer).encode()
     handler.send(200, body[: len(body) // 2], announced_bytes=len(body))
@@ -163,7 +163,7 @@ def edited(edit: Callable[[dict[str, Any]], object]) -> Fault:
 
 
 def after(event: threading.Semaphore | threading.Event, times: int = 1) -> Fault:
-    """The right answer, once `event` has happened so often; never, if it does not within a minute."""
+    """The right answer, after `times` occurrences of `event` within a minute each."""
 
     def fault(handler: _Handler, answer: dict[str, Any]) -> None:
         wait = event.acquire if isinstance(event, threading.Semaphore) else event.wait

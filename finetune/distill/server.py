@@ -1,4 +1,4 @@
-"""A teacher behind an OpenAI-compatible endpoint that returns log-probabilities of the prompt's tokens (vLLM)."""
+"""Query a teacher on an OpenAI-compatible server that returns log-probabilities of prompt tokens (vLLM)."""
 
 from __future__ import annotations
 
@@ -13,41 +13,46 @@ from typing import Any
 
 import numpy as np
 
-from finetune.distill.endpoint import KEY_VARIABLE, Endpoint, Halt, Refusal
+from finetune.distill.endpoint import KEY_VARIABLE, Cancellation, Endpoint, Refusal
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError, FinetuneError
 
-# What a token's entry takes at most: its id, log-probability and rank, and its text, escaped.
+# Limit of one token's entry: id, log-probability, rank, and escaped text.
 _ENTRY_BYTES = 1024
 _SLACK_BYTES = 2**22
 _LARGEST_ID = 2**31 - 1
-# A signal that arrives just before a wait begins, or in another thread, does not end it: Python looks between waits.
-_LOOK_SECONDS = 1.0
+# Ctrl+C just before a wait, or in another thread, does not end the wait. Python handles it between waits.
+_POLL_SECONDS = 1.0
 # Rounding of log-probabilities may take their sum this far beyond 1.
 _MASS_SLACK = 1e-3
 
-# (status or None, a pattern of the server's words, what to do)
+# (status or None for any, pattern of the server's message, help)
 _ADVICE: list[tuple[int | None, str, str]] = [
     (401, "", f"set {KEY_VARIABLE} to the server's key"),
     (403, "", f"set {KEY_VARIABLE} to a key that may use this model"),
-    (404, "", "distill.teacher.url is the API's root (ends in /v1), distill.teacher.name a model that it serves"),
+    (
+        404,
+        "",
+        "set distill.teacher.url to the API's root (ends in /v1), distill.teacher.name to one of its models",
+    ),
     (None, r"greater than max allowed|max[_-]logprobs", "start vLLM with --max-logprobs {top} or lower distill.top_k"),
     (
         None,
         r"context length|(maximum )?model length|max[_-]model[_-]len|too long|longer than",
         "start the server with --max-model-len {needed} or more, or lower data.max_length",
     ),
-    (None, r"prompt.?logprobs", "the server must be one that returns prompt_logprobs, such as vLLM"),
-    (None, "", "see the server's log"),
+    (None, r"prompt.?logprobs", "use a server that returns prompt_logprobs, such as vLLM"),
+    (None, "", "read the server's log"),
 ]
 
 
 @dataclass(frozen=True)
 class TopTokens:
-    """The teacher's most probable tokens at a document's targets.
+    """The teacher's most probable tokens at the targets of a document.
 
-    ids [n, K] int64, log_probs [n, K] fp32 descending (natural log). Ids are of the teacher's rows, which may be more
-    than the tokenizer has.
+    Attributes:
+        ids: [N, K] int64; the teacher's table may have more rows than the tokenizer.
+        log_probs: [N, K] fp32, natural log, descending.
     """
 
     ids: np.ndarray
@@ -55,10 +60,10 @@ class TopTokens:
 
 
 class LogprobServer:
-    """Asks a server for the `top` most probable tokens at positions of documents.
+    """Query a server for the `top` most probable tokens at positions of documents.
 
-    A request may take `timeout_seconds` and is made `attempts` times; between two lie `backoff_seconds`, doubled each
-    time, or what the server asks for. say: told of each failed attempt, from several threads.
+    A request is limited to `timeout_seconds` and retried up to `attempts` times. The wait starts at `backoff_seconds`
+    and doubles; a Retry-After of the server extends it. Several threads call `log`.
     """
 
     def __init__(
@@ -72,9 +77,14 @@ class LogprobServer:
         backoff_seconds: float = 1.0,
         log: Log = lambda line: None,
     ):
-        """url: with or without its last part, /v1. model: None is the only one that is served, which `check` finds.
+        """Build a client; nothing is sent yet.
 
-        Raises: ConfigError if the url can be no address.
+        Args:
+            url: root of the API, with or without /v1.
+            model: None for the only model that the server has, which `check` finds.
+
+        Raises:
+            ConfigError: the URL is invalid.
         """
         self._endpoint = Endpoint(
             url, timeout_seconds=timeout_seconds, attempts=attempts, backoff_seconds=backoff_seconds, log=log
@@ -82,51 +92,62 @@ class LogprobServer:
         self._model, self._top = model, top
 
     def check(self) -> None:
-        """Ask what the server serves.
+        """Check that the server has the model.
 
-        Raises: ConfigError if it serves no `model`, listing what it does; FinetuneError if it does not answer.
+        Raises:
+            ConfigError: it has not; the message lists its models.
+            FinetuneError: it does not answer.
         """
         url = self._endpoint.url
         try:
-            answer = self._endpoint.ask("/models", None, _SLACK_BYTES, Halt())
+            answer = self._endpoint.request("/models", None, most_bytes=_SLACK_BYTES, cancellation=Cancellation())
         except Refusal as refusal:
             raise self._refused(refusal, 0) from None
         match answer:
             case {"data": [*models]}:
                 served = [str(model["id"]) for model in models if isinstance(model, dict) and "id" in model]
             case _:
-                raise ConfigError(f"{url}/models lists no models; is distill.teacher.url the root of an OpenAI API?")
+                raise ConfigError(
+                    f"{url}/models: no list of models\nhelp: set distill.teacher.url to the root of an OpenAI API"
+                )
         if self._model is None and len(served) == 1:
             self._model = served[0]
         if self._model not in served:
-            wanted = f"not {self._model}" if self._model else "and which of them is not said"
+            wanted = f"not {self._model}" if self._model else "and the config names none of them"
             listed = self._endpoint.quote(", ".join(served)) or "nothing"
-            raise ConfigError(f"{url} serves {listed}, {wanted}; set distill.teacher.served_as to what it serves")
+            raise ConfigError(
+                f"{url} serves {listed}, {wanted}\nhelp: set distill.teacher.served_as to a model that it serves"
+            )
 
     def score(self, ids: np.ndarray, positions: np.ndarray) -> TopTokens:
-        """The most probable tokens after positions [n] of one document.
+        """Return the most probable tokens after each position of one document.
 
-        ids [T]: up to and including the last token that is predicted, so positions are below T - 1.
-        Raises: ConfigError if the server refuses; FinetuneError if it does not answer, or not what was asked.
+        Args:
+            ids: [T], up to and including the last predicted token.
+            positions: [N], below T - 1.
+
+        Raises:
+            ConfigError: the server refuses.
+            FinetuneError: it does not answer, or its answer is invalid.
         """
-        return self._score(ids, positions, Halt())
+        return self._score(ids, positions, Cancellation())
 
     def score_many(self, documents: Sequence[tuple[np.ndarray, np.ndarray]], workers: int = 8) -> Iterator[TopTokens]:
-        """`score` of each (ids, positions), in order, with `workers` requests in flight.
+        """Yield `score` of each (ids, positions), in order, with `workers` requests in flight.
 
-        Raises: what `score` raises, where the failed document's turn is; the requests in flight are then dropped.
+        Raises: as `score`, at the turn of the failed document. The requests in flight are then cancelled.
         """
-        halt = Halt()
+        cancellation = Cancellation()
         tasks: SimpleQueue[tuple[Future[TopTokens], np.ndarray, np.ndarray] | None] = SimpleQueue()
 
         def work() -> None:
             for future, ids, positions in iter(tasks.get, None):
                 try:
-                    future.set_result(self._score(ids, positions, halt))
-                except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where its document is awaited
+                    future.set_result(self._score(ids, positions, cancellation))
+                except Exception as error:  # noqa: BLE001 - any error is raised where its document is awaited
                     future.set_exception(error)
 
-        # Daemons: a connection that is still being made cannot be shut, and must not hold the exit of the process.
+        # Daemons: a connection that is still being opened cannot be shut, and must not delay the exit of the process.
         threads = [Thread(target=work, name="teacher", daemon=True) for _ in range(workers)]
         awaited: deque[Future[TopTokens]] = deque()
         try:
@@ -135,47 +156,49 @@ class LogprobServer:
             for ids, positions in documents:
                 awaited.append(Future())
                 tasks.put((awaited[-1], ids, positions))
-                # Twice the workers: an answer that is slow to come leaves the others something to do.
+                # Twice the workers, so that one slow answer leaves no other worker idle.
                 if len(awaited) == 2 * workers:
                     yield _answer(awaited.popleft())
             while awaited:
                 yield _answer(awaited.popleft())
         finally:
-            halt.now()
+            cancellation.cancel()
             for _ in threads:
                 tasks.put(None)
 
-    def _score(self, ids: np.ndarray, positions: np.ndarray, halt: Halt) -> TopTokens:
+    def _score(self, ids: np.ndarray, positions: np.ndarray, cancellation: Cancellation) -> TopTokens:
         if len(positions) == 0:
             return TopTokens(np.empty((0, self._top), np.int64), np.empty((0, self._top), np.float32))
         if positions.min() < 0 or positions.max() + 1 >= len(ids):
             raise ValueError(f"positions {positions.min()} to {positions.max()} of a document of {len(ids)} tokens")
         prompt = ids.tolist()
-        # A completion of one token: older servers refuse none.
-        question = {"model": self._model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
-        question["prompt_logprobs"] = self._top
+        # A completion of one token, because older servers refuse zero.
+        body = {"model": self._model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+        body["prompt_logprobs"] = self._top
         most_bytes = _SLACK_BYTES + len(prompt) * (self._top + 1) * _ENTRY_BYTES
         try:
-            answer = self._endpoint.ask("/completions", question, most_bytes, halt, reduce=_log_prob)
+            answer = self._endpoint.request(
+                "/completions", body, most_bytes=most_bytes, cancellation=cancellation, reduce=_log_prob
+            )
         except Refusal as refusal:
             raise self._refused(refusal, len(prompt)) from None
         entries = self._entries(answer, prompt)
         return self._top_tokens([entries[t + 1] for t in positions.tolist()])
 
     def _entries(self, answer: Any, prompt: list[int]) -> list[dict[str, Any]]:
-        """What the answer says about each of the prompt's tokens, of which it must be."""
+        """Return the entries of the prompt's tokens, and check that they belong to this prompt."""
         match answer:
             case {"choices": [{"prompt_logprobs": [*entries]}]}:
                 pass
             case _:
                 raise ConfigError(
-                    f"{self._endpoint.url} answers without prompt_logprobs; the server must be one that returns them, "
-                    "such as vLLM"
+                    f"{self._endpoint.url} answers without prompt_logprobs\n"
+                    "help: use a server that returns them, such as vLLM"
                 )
         if len(entries) != len(prompt):
             raise self._wrong(f"{len(entries)} positions for a prompt of {len(prompt)} tokens")
         for place, (token, entry) in enumerate(zip(prompt, entries, strict=True)):
-            # Nothing comes before the first token, so nothing is said about it.
+            # The first token has no prediction.
             if place and not (isinstance(entry, dict) and str(token) in entry):
                 raise self._wrong(f"nothing about token {token} at position {place}, where the prompt has it")
         return entries
@@ -195,49 +218,49 @@ class LogprobServer:
         return TopTokens(ids, log_probs)
 
     def _top_of(self, entry: dict[str, Any]) -> list[tuple[float, int]]:
-        """(-log-probability, id) of the `top` most probable; an entry has the prompt's own token beside them."""
+        """Return (-log-probability, id) of the `top` most probable tokens; an entry also has the prompt's own token."""
         found = []
         for token, number in entry.items():
             # JSON has no infinity: null is a probability of 0.
             number = -np.inf if number is None else number
             if not isinstance(number, float) or number != number:
-                raise self._wrong(f"a log-probability that is no number: {self._endpoint.quote(repr(number))}")
+                raise self._wrong(f"a log-probability that is not a number: {self._endpoint.quote(repr(number))}")
             if not (token.isascii() and token.isdecimal() and len(token) <= 10 and int(token) <= _LARGEST_ID):
-                raise self._wrong(f"a token that is no id: {self._endpoint.quote(repr(token))}")
+                raise self._wrong(f"a token that is not an id: {self._endpoint.quote(repr(token))}")
             found.append((-number, int(token)))
         if len(found) < self._top:
-            raise self._wrong(f"{len(found)} tokens at a position, asked for {self._top}")
+            raise self._wrong(f"{len(found)} tokens at a position, expected {self._top}")
         return sorted(found)[: self._top]
 
     def _wrong(self, what: str) -> FinetuneError:
         return FinetuneError(
-            f"{self._endpoint.url} ({self._model}) answered {what}; this is not what vLLM returns for prompt_logprobs: "
-            "see its version and flags, and what stands between (a router must pass token ids on as they are)"
+            f"{self._endpoint.url} ({self._model}): invalid prompt_logprobs, found {what}\n"
+            "help: check the server's version and flags; a router in between must not change token ids"
         )
 
     def _refused(self, refusal: Refusal, prompt_tokens: int) -> ConfigError:
         where = f"{self._endpoint.url} ({self._model})"
         if 300 <= refusal.status < 400:
             return ConfigError(
-                f"{where} answers with a redirect (HTTP {refusal.status}), which is not followed; "
-                "set distill.teacher.url to the address that it leads to"
+                f"{where} answers with a redirect (HTTP {refusal.status}), which is not followed\n"
+                "help: set distill.teacher.url to the target of the redirect"
             )
-        words = str(refusal)
+        message = str(refusal)
         advice = next(
             advice
             for status, pattern, advice in _ADVICE
-            if status in (None, refusal.status) and re.search(pattern, words, re.IGNORECASE)
+            if status in (None, refusal.status) and re.search(pattern, message, re.IGNORECASE)
         ).format(top=self._top, needed=prompt_tokens + 1)
-        return ConfigError(f"{where} refuses: HTTP {refusal.status}: {words}; {advice}")
+        return ConfigError(f"{where} refuses: HTTP {refusal.status}: {message}\nhelp: {advice}")
 
 
 def _answer(awaited: Future[TopTokens]) -> TopTokens:
-    """The result once it is there, however long that takes; Ctrl+C is seen meanwhile."""
+    """Wait for a result without delaying Ctrl+C."""
     while not awaited.done():
-        wait([awaited], timeout=_LOOK_SECONDS)
+        wait([awaited], timeout=_POLL_SECONDS)
     return awaited.result()
 
 
-def _log_prob(said: dict[str, Any]) -> Any:
-    """A token's log-probability in place of what else is said about it: a fifth of the memory, parsed faster."""
-    return said.get("logprob", said)
+def _log_prob(entry: dict[str, Any]) -> Any:
+    """Keep only the log-probability of a token's entry, which takes a fifth of the memory and parses faster."""
+    return entry.get("logprob", entry)

@@ -1,4 +1,4 @@
-"""A served teacher that runs in this process, its client, and what it is asked."""
+"""A served teacher in this process, its client, and sample documents."""
 
 from __future__ import annotations
 

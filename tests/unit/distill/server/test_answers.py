@@ -1,4 +1,4 @@
-"""What a served teacher answers: the right numbers are taken, and what cannot be right is refused."""
+"""Valid answers of a served teacher are read exactly, and invalid ones are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_log_probabilities_are_those_of_the_token_after_each_position(teacher, t
     assert_right(client(teacher, top=top).score(ids, positions), teacher, ids, positions, top)
 
 
-def test_what_is_asked_is_ids_and_no_text(teacher):
+def test_a_request_holds_ids_and_no_text(teacher):
     ids, positions = document()
     client(teacher).score(ids, positions)
     [(path, headers, question)] = teacher.seen
@@ -32,13 +32,13 @@ def test_what_is_asked_is_ids_and_no_text(teacher):
     assert headers["Authorization"] == f"Bearer {KEY}"
 
 
-def test_no_key_in_the_environment_is_none_on_the_wire(teacher, monkeypatch):
+def test_without_a_key_no_authorization_is_sent(teacher, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     client(teacher).score(*document())
     assert "Authorization" not in teacher.seen[0][1]
 
 
-def test_a_document_without_positions_asks_nothing(teacher):
+def test_a_document_without_positions_sends_no_request(teacher):
     found = client(teacher).score(document()[0], np.array([], dtype=np.int64))
     assert found.ids.shape == found.log_probs.shape == (0, TOP)
     assert teacher.seen == []
@@ -55,7 +55,7 @@ IDS = np.array([3, 4, 5, 6, 1, 7, 8, 9, 2, 3, 4, 5], dtype=np.int32)
 
 
 def entry(answer: dict) -> dict:
-    """What is said about the token after position 4: its own first, then the others from the most probable on."""
+    """The entry of the token after position 4: that token first, then the others from the most probable on."""
     return positions_of(answer)[5]
 
 
@@ -64,13 +64,13 @@ def first(answer: dict) -> dict:
 
 
 def set_all(answer: dict, log_prob: float | None) -> None:
-    for said in entry(answer).values():
-        said["logprob"] = log_prob
+    for values in entry(answer).values():
+        values["logprob"] = log_prob
 
 
 def to_logits(answer: dict) -> None:
-    for said in entry(answer).values():
-        said["logprob"] += 5
+    for values in entry(answer).values():
+        values["logprob"] += 5
 
 
 def repeat_first(answer: dict) -> None:
@@ -88,10 +88,10 @@ WRONG = {
     "other tokens": (shift, "nothing about token 7 at position 5"),
     "own token missing": (lambda a: entry(a).pop("7"), "nothing about token 7 at position 5"),
     "nothing at a position": (lambda a: positions_of(a).__setitem__(5, None), "nothing about token 7 at position 5"),
-    "nan": (lambda a: first(a).update(logprob=float("nan")), "no number: nan"),
-    "nan beyond the top": (lambda a: entry(a)["7"].update(logprob=float("nan")), "no number: nan"),
-    "text": (lambda a: first(a).update(logprob="-0.5"), "no number: '-0.5'"),
-    "true": (lambda a: first(a).update(logprob=True), "no number: True"),
+    "nan": (lambda a: first(a).update(logprob=float("nan")), "not a number: nan"),
+    "nan beyond the top": (lambda a: entry(a)["7"].update(logprob=float("nan")), "not a number: nan"),
+    "text": (lambda a: first(a).update(logprob="-0.5"), "not a number: '-0.5'"),
+    "true": (lambda a: first(a).update(logprob=True), "not a number: True"),
     "null in the top": (lambda a: set_all(a, None), "not finite"),
     "infinite": (lambda a: first(a).update(logprob=float("inf")), "not finite"),
     "beyond float64": (lambda a: first(a).update(logprob=10**400), "not finite"),
@@ -99,12 +99,12 @@ WRONG = {
     "logits": (to_logits, "sum to"),
     "too few": (
         lambda a: [entry(a).pop(token) for token in list(entry(a))[1:3]],
-        "7 tokens at a position, asked for 8",
+        "7 tokens at a position, expected 8",
     ),
-    "text for an id": (lambda a: entry(a).update({"Hello": entry(a)["7"]}), "no id: 'Hello'"),
-    "negative id": (lambda a: entry(a).update({"-3": entry(a)["7"]}), "no id: '-3'"),
-    "digits of another script": (lambda a: entry(a).update({"٣": entry(a)["7"]}), "no id"),
-    "beyond every vocabulary": (lambda a: entry(a).update({"4294967296": entry(a)["7"]}), "no id"),
+    "text for an id": (lambda a: entry(a).update({"Hello": entry(a)["7"]}), "not an id: 'Hello'"),
+    "negative id": (lambda a: entry(a).update({"-3": entry(a)["7"]}), "not an id: '-3'"),
+    "digits of another script": (lambda a: entry(a).update({"٣": entry(a)["7"]}), "not an id"),
+    "beyond every vocabulary": (lambda a: entry(a).update({"4294967296": entry(a)["7"]}), "not an id"),
     "an id twice": (repeat_first, "a token twice"),
 }
 
@@ -116,7 +116,7 @@ def make_least_probable(teacher: LogprobTeacher) -> None:
 
 
 @pytest.mark.parametrize(("edit", "reason"), WRONG.values(), ids=WRONG)
-def test_an_answer_that_cannot_be_right_is_refused_at_once(teacher, edit, reason):
+def test_an_invalid_answer_is_refused_without_a_retry(teacher, edit, reason):
     make_least_probable(teacher)
     teacher.faults.append(faults.edited(edit))
     with pytest.raises(FinetuneError, match=reason) as caught:
@@ -127,15 +127,15 @@ def test_an_answer_that_cannot_be_right_is_refused_at_once(teacher, edit, reason
 
 
 @pytest.mark.parametrize("log_prob", [None, -9999.0, float("-inf")])
-def test_a_token_of_no_probability_beyond_the_top_is_no_fault(teacher, log_prob):
-    """What vLLM's versions say about -inf: null, -9999, or Python's own spelling of it."""
+def test_a_token_of_probability_zero_beyond_the_top_is_valid(teacher, log_prob):
+    """Versions of vLLM write -inf as null, as -9999, or as Python does."""
     make_least_probable(teacher)
     teacher.faults.append(faults.edited(lambda answer: entry(answer)["7"].update(logprob=log_prob)))
     positions = np.array([2, 4])
     assert_right(client(teacher).score(IDS, positions), teacher, IDS, positions)
 
 
-def test_a_larger_answer_than_there_can_be_is_not_read_on(teacher):
+def test_an_answer_over_the_size_limit_is_refused(teacher):
     teacher.faults.append(faults.raw(b" " * 10_000_000))
-    with pytest.raises(FinetuneError, match="larger than the 4,304,896 bytes"):
+    with pytest.raises(FinetuneError, match="4,304,896 bytes"):
         client(teacher).score(*document())

@@ -1,4 +1,4 @@
-"""Several requests at once: answers in order, and nothing left behind by an error or Ctrl+C."""
+"""Concurrent requests: answers come in order, and an error or Ctrl+C leaves no thread behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.unit.distill.server.conftest import KEY, assert_right, client, docume
 
 def test_answers_come_in_order_with_several_requests_in_flight(teacher):
     documents = [document(length=8 + i, seed=i) for i in range(9)]
-    # The request that comes first is answered after three others: one at a time would wait for ever.
+    # The first request is answered after three others: one request at a time would wait for ever.
     teacher.faults.append(faults.after(teacher.answered, times=3))
     found = list(client(teacher).score_many(documents, workers=4))
     assert len(found) == len(documents)
@@ -45,7 +45,7 @@ def test_documents_are_read_no_further_ahead_than_twice_the_workers(teacher):
 
 
 def join_workers() -> None:
-    """Wait for the client's threads; far longer than they need, far shorter than what they wait for."""
+    """Wait for the client's threads: longer than they need, shorter than their time limits."""
     for thread in threading.enumerate():
         if thread.name == "teacher":
             thread.join(timeout=20)
@@ -53,8 +53,8 @@ def join_workers() -> None:
 
 
 @pytest.mark.parametrize("others", ["held", "waiting"])
-def test_an_error_ends_what_else_is_being_asked(teacher, others):
-    """Requests that are never answered, waits between attempts, of ten minutes each, and documents behind them."""
+def test_an_error_cancels_the_other_requests(teacher, others):
+    """The others are unanswered requests or waits between attempts, of ten minutes each, with more documents queued."""
     held = threading.Event()
     other = faults.after(held) if others == "held" else faults.status(503)
 
@@ -75,7 +75,7 @@ def test_an_error_ends_what_else_is_being_asked(teacher, others):
         held.set()
 
 
-def test_what_was_answered_before_an_error_is_kept(teacher):
+def test_answers_before_an_error_are_returned(teacher):
     documents = [document(seed=1), document(seed=2), document(length=64), document(seed=3)]
     running = client(teacher).score_many(documents, workers=4)
     for ids, positions in documents[:2]:
@@ -89,7 +89,7 @@ import signal
 import sys
 import numpy as np
 
-# Whoever starts the tests in the background may have them ignore Ctrl+C, which children inherit.
+# A shell that starts the tests in the background makes children ignore Ctrl+C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from finetune.distill.server import LogprobServer
 
@@ -97,7 +97,7 @@ def documents():
     for _ in range(16):
         yield np.arange(12), np.arange(11)
     if sys.argv[3] == "elsewhere":
-        # Another thread receives it, as when it comes just before the wait: nothing wakes the thread that waits.
+        # Another thread receives it, so it does not wake the waiting thread.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     print("all are in flight", flush=True)
 
@@ -108,7 +108,7 @@ list(server.score_many(documents(), workers=9))
 
 @pytest.fixture(params=["answer", "connection"])
 def silent_url(request, teacher) -> Iterator[str]:
-    """Of a server that never answers, and of one that never takes a connection."""
+    """The URL of a server that never answers, or that never accepts a connection."""
     if request.param == "answer":
         held = threading.Event()
         teacher.faults.extend([faults.after(held)] * 16)
