@@ -142,7 +142,7 @@ NO_SOURCE: dict[str, tuple[Callable[[Path], object], str]] = {
     "utf16.jsonl": (lambda file: file.write_text(json.dumps(GOOD), "utf-16"), "looks like UTF-16 text"),
     "cut.jsonl.gz": (lambda file: file.write_bytes(gzip.compress(b"{}" * 999)[:-9]), "is broken or cut off"),
     "table.jsonl": (lambda file: parquet.write_table(pyarrow.table({"a": [1]}), file), "looks like a parquet file"),
-    "text.parquet": (lambda file: file.write_text(json.dumps(GOOD)), "is damaged or no .parquet file"),
+    "text.parquet": (lambda file: file.write_text(json.dumps(GOOD)), ".parquet file"),
     "object.json": (lambda file: file.write_text(json.dumps({"data": [GOOD]}, indent=1)), "neither a list of rows"),
     "notes.txt": (lambda file: file.write_text("x"), "must be one of .jsonl"),
     "all_bad.jsonl": (lambda file: file.write_text("{\n[\n"), "all_bad.jsonl:1: "),

@@ -1,1 +1,1 @@
-"""Sources of rows: what a path names, and its undecoded rows with their places."""
+"""Sources of rows: find the files of a path, and read their rows, not decoded, with their locations."""

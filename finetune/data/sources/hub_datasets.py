@@ -1,4 +1,4 @@
-"""Data sets of the hub: downloaded into the hub's cache, then read like any other arrow files."""
+"""Datasets of the Hugging Face hub: downloaded into its cache, then read like other arrow files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.system.errors import DataError
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPLIT = re.compile(r"\w+(\.\w+)*")
 
-# What the library says about what the user can mend.
+# Part of an error of `datasets`, and what the user can do.
 _ADVICE = {
     "Unknown split": "has no split {source.split!r}",
     "Config name is missing": "has several subsets; set subset",
@@ -21,15 +21,15 @@ _ADVICE = {
 
 
 def hub_files(source: SourceConfig) -> list[Path]:
-    """The arrow files of a split, in the order of its rows.
+    """Download a split, and return its arrow files in the order of its rows.
 
-    Raises: DataError saying what to do if the hub, the data set, its subset or its split is out of reach.
+    Raises: DataError with advice if the hub, the dataset, its subset or its split cannot be reached.
     """
     import datasets
     from datasets.exceptions import DatasetsError
 
     if source.split is not None and not _SPLIT.fullmatch(source.split):
-        raise DataError(f"{source.path}: split must be one name, got {source.split!r}; take fewer rows with limit")
+        raise DataError(f"{source.path}: split must be one name, found {source.split!r}; set limit to read fewer rows")
     try:
         loaded = datasets.load_dataset(
             source.path, source.subset, split=source.split, revision=source.revision, keep_in_memory=False
@@ -43,10 +43,10 @@ def hub_files(source: SourceConfig) -> list[Path]:
 
 def _advice(source: SourceConfig, error: Exception) -> str:
     cause = error.__cause__ or error
-    said = " ".join(str(cause).split())[:300]
+    reason = " ".join(str(cause).split())[:300]
     if isinstance(error, ConnectionError):
-        return f"is no file here, and the hub is out of reach; check the path or the network ({said})"
+        return f"is not a file, and the hub cannot be reached; check the path or the network ({reason})"
     for mark, advice in _ADVICE.items():
         if mark in str(error):
-            return f"{advice.format(source=source)} ({said})"
-    return f"is no file here, and the hub could not give it; check its name, subset and revision ({said})"
+            return f"{advice.format(source=source)} ({reason})"
+    return f"is not a file, and the hub could not load it; check its name, subset and revision ({reason})"

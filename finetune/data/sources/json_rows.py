@@ -1,4 +1,4 @@
-"""One JSON object's bytes to a row, or to what is wrong with it: stricter than `json.loads`, and no slower."""
+"""Decode the bytes of one JSON object as a row: stricter than `json.loads`, and no slower."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 
 from finetune.system.errors import DataError
 
-# Whatever walks through a row later may recurse.
+# Later functions recurse through a row.
 DEEPEST = 100
-# A row without one of these in its bytes, and with few brackets, has nothing that `checked` could find.
+# A row without these bytes, and with few brackets, always passes `checked`.
 _SUSPICIOUS = (b"\\u0000", b"\\ud", b"\\uD")
 
 _WALKED = (str, dict, list)
 
 
 def decode_row(line: bytes) -> dict[str, Any] | DataError:
-    """The object that a line of JSON holds; the error says what it is instead."""
+    """Decode a line of JSON; return an error if it is not one valid object."""
     try:
         row = _DECODER.decode(str(line, "utf-8"))
     except DataError as error:
         return error
     except UnicodeDecodeError as error:
-        return DataError(f"is not UTF-8 (byte {error.start + 1}: {line[error.start]:#04x}); save the file as UTF-8")
+        return DataError(f"is not UTF-8 (byte {error.start + 1} is {line[error.start]:#04x}); save the file as UTF-8")
     except json.JSONDecodeError as error:
         return DataError(_not_json(line, error))
     except RecursionError:
@@ -36,7 +36,7 @@ def decode_row(line: bytes) -> dict[str, Any] | DataError:
 
 
 def checked(row: dict[str, Any]) -> dict[str, Any] | DataError:
-    """The row, if every text in it is text that can be written down again, and nothing is nested too deep."""
+    """Return the row if all its texts can be encoded as UTF-8 and its nesting is not too deep, else an error."""
     pending: list[tuple[str, Any, int]] = [("", row, 1)]
     while pending:
         path, value, depth = pending.pop()
@@ -51,7 +51,7 @@ def checked(row: dict[str, Any]) -> dict[str, Any] | DataError:
                     return DataError(f"the name {key!r} {flaw}")
                 if isinstance(item, _WALKED):
                     pending.append((f"{path}.{key}" if path else str(key), item, depth + 1))
-        else:  # a list, of a million numbers perhaps
+        else:  # a list, perhaps of a million numbers
             pending += [(f"{path}[{i}]", item, depth + 1) for i, item in enumerate(value) if isinstance(item, _WALKED)]
     return row
 
@@ -63,10 +63,10 @@ def _flaw(text: str) -> str | None:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        # How `surrogateescape` keeps a byte that is no UTF-8.
+        # `surrogateescape` keeps a byte that is not UTF-8 like this.
         if 0xDC80 <= code <= 0xDCFF:
             return f"is not UTF-8 (byte {code - 0xDC00:#04x}) or holds half of a surrogate pair (\\u{code:04x})"
-        return f"holds half of a surrogate pair (\\u{code:04x}), which is no character"
+        return f"holds half of a surrogate pair (\\u{code:04x}), which is not a character"
     return None
 
 
@@ -74,9 +74,9 @@ def _not_json(line: bytes, error: json.JSONDecodeError) -> str:
     if b"\0" in line:
         return f"holds a NUL character (byte {line.index(0) + 1})"
     if not line.strip():
-        return "is empty; there is a comma too many"
+        return "is empty; remove the extra comma"
     if line.strip() == b"[":
-        return "opens a list; a list of rows belongs in a file called .json"
+        return "opens a list; name the file .json"
     reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
     ends_early = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip())
     return f"is cut off: {reason}" if ends_early else f"is not JSON: {reason}"
@@ -105,8 +105,8 @@ def _finite(text: str) -> float:
 def _kind(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    return {str: "a text", list: "a list; a list of rows belongs in a file called .json"}.get(type(value), "a number")
+    return {str: "a text", list: "a list; name a file with a list of rows .json"}.get(type(value), "a number")
 
 
-# Made once: `json.loads` with a hook builds a decoder a call, which costs more than the hook does.
+# Built once: `json.loads` with a hook builds a decoder per call, which costs more than the hook.
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)

@@ -1,4 +1,4 @@
-"""What a source in the config names: the files it stands for, and their rows in order."""
+"""Find the files of a source in the config, and read their rows in order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ _SHARD = re.compile(r"(?P<split>.+)-\d+-of-(?P<count>\d+)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class SourceFiles:
-    """The files of one source, in the order their rows count. labels: what places call each. path: as in the config."""
+    """The files of one source, in the order of their rows.
+
+    path: as in the config.
+    labels: the name of each file in locations.
+    """
 
     path: str
     name: str
@@ -34,11 +38,11 @@ class SourceFiles:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes on disk of all files."""
+        """Size on disk of all files."""
         return sum(file.stat().st_size for file in self.files)
 
     def digest(self) -> str:
-        """SHA-256 over every file's name and content: all that decides the rows and their places, but for a limit."""
+        """Return the SHA-256 of all names and contents, which decide the rows and their locations."""
         digest = hashlib.sha256()
         for file, label in zip(self.files, self.labels, strict=True):
             try:
@@ -50,9 +54,9 @@ class SourceFiles:
         return digest.hexdigest()
 
     def batches(self, limit: int | None = None) -> Iterator[RawBatch]:
-        """The first `limit` rows, bad ones included; all of them if it is None.
+        """Read the first `limit` rows, bad ones included, or all rows. Memory: 2 MB, or the longest row.
 
-        Memory: a megabyte or two, or the longest row. Raises: DataError if a file cannot be read, or there is no row.
+        Raises: DataError if a file cannot be read, or there is no row.
         """
         rows, bytes_before = 0, 0
         for file, label in zip(self.files, self.labels, strict=True):
@@ -68,18 +72,18 @@ class SourceFiles:
 
 
 def read_rows(source: SourceConfig) -> Iterator[Row]:
-    """The rows of a source, at most its limit.
+    """Read the rows of a source, at most its limit. The value of a bad row is its DataError.
 
-    Raises: DataError if it cannot be read at all; a row that cannot be read is a Row that holds its DataError.
+    Raises: DataError if the source cannot be read.
     """
     for batch in resolve_source(source).batches(source.limit):
         yield from batch.rows()
 
 
 def resolve_source(source: SourceConfig) -> SourceFiles:
-    """Find the files of a source; a hub data set is downloaded where the cache lacks it.
+    """Find the files of a source; download a hub dataset that is not in the cache.
 
-    Raises: DataError that says what is there instead.
+    Raises: DataError with what exists instead.
     """
     path = Path(os.path.expanduser(source.path))  # Path.expanduser raises where a user is unknown
     try:
@@ -102,7 +106,7 @@ def resolve_source(source: SourceConfig) -> SourceFiles:
 def _local(source: SourceConfig, name: str, files: list[Path]) -> SourceFiles:
     for file in files:
         if not stat.S_ISREG(file.stat().st_mode):
-            raise DataError(f"{file} is no regular file; rows are read more than once, so save them to one")
+            raise DataError(f"{file} is not a regular file; save the rows to one, since they are read more than once")
         kind_of(file)
     return SourceFiles(source.path, source.name or name, tuple(files), tuple(str(file) for file in files))
 
@@ -124,7 +128,7 @@ def _refuse(source: SourceConfig, what: str, *settings: str) -> None:
 
 
 def _is_rows(path: Path) -> bool:
-    """Whether rows can be read from a file of this name."""
+    """Whether rows can be read from a file with this name."""
     try:
         kind_of(path)
     except DataError:
@@ -133,13 +137,13 @@ def _is_rows(path: Path) -> bool:
 
 
 def _stem(path: Path) -> str:
-    """The name without what says the kind: rows.jsonl.gz is rows."""
+    """The name without its suffixes: rows.jsonl.gz is rows."""
     path = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
     return path.stem
 
 
 def _folder_files(source: SourceConfig, folder: Path) -> list[Path]:
-    """The files of a split: of what `datasets.save_to_disk` wrote, or those that are called after it."""
+    """The files of a split: written by `datasets.save_to_disk`, or named after the split."""
     _refuse(source, "folder", "revision")
     if source.subset is not None:
         folder = folder / source.subset
@@ -150,7 +154,7 @@ def _folder_files(source: SourceConfig, folder: Path) -> list[Path]:
         _choose(folder, source.split, splits)
         return _saved_files(folder / str(source.split))
     if (folder / "state.json").is_file():
-        _refuse(source, "saved data set", "split")
+        _refuse(source, "saved dataset", "split")
         return _saved_files(folder)
     return _split_files(folder, source.split)
 
@@ -159,26 +163,26 @@ def _saved(file: Path, key: str) -> list:
     try:
         value = json.loads(file.read_bytes())[key]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{file} is damaged: no {key} in it; save the data set again") from error
+        raise DataError(f"{file} is damaged: it has no {key}; save the dataset again") from error
     if not isinstance(value, list):
-        raise DataError(f"{file} is damaged: {key} is no list; save the data set again")
+        raise DataError(f"{file} is damaged: {key} is not a list; save the dataset again")
     return value
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """The shards of a saved data set, in the order of its rows."""
+    """The shards of a saved dataset, in the order of its rows."""
     state = folder / "state.json"
     try:
         files = [folder / Path(entry["filename"]).name for entry in _saved(state, "_data_files")]
     except (KeyError, TypeError) as error:
-        raise DataError(f"{state} is damaged: no file names in it; save the data set again") from error
+        raise DataError(f"{state} is damaged: it has no file names; save the dataset again") from error
     if missing := [file.name for file in files if not file.is_file()]:
-        raise DataError(f"{folder} lacks {missing[0]}, which its state.json names; save the data set again")
+        raise DataError(f"{folder} lacks {missing[0]}, which its state.json names; save the dataset again")
     return files
 
 
 def _split_files(folder: Path, split: str | None) -> list[Path]:
-    """train.jsonl, or train-00000-of-00003.jsonl and its like, for the split train."""
+    """For the split train: train.jsonl, or train-00000-of-00003.jsonl and the other shards."""
     found: dict[str, dict[tuple[str, ...], list[Path]]] = {}
     for file in sorted(folder.iterdir()):
         if _is_rows(file) and file.is_file():
@@ -192,16 +196,16 @@ def _split_files(folder: Path, split: str | None) -> list[Path]:
         raise DataError(f"{folder} has {split} more than once ({names}); name one file, or a glob")
     (count, *_), files = shards
     if len(files) != int(count):
-        raise DataError(f"{folder} has {len(files)} of {int(count)} files of {split}; fetch the others, or name a glob")
+        raise DataError(f"{folder} has {len(files)} of {int(count)} files of {split}; add the others, or name a glob")
     return files
 
 
 def _choose(folder: Path, split: str | None, splits: list[str]) -> None:
-    there = f"there: {', '.join(splits) or _listing(folder)}"
+    available = f"available: {', '.join(splits) or _listing(folder)}"
     if split is None:
-        raise DataError(f"{folder} is a folder; set split ({there}), or name a file or a glob such as {folder}/*.jsonl")
+        raise DataError(f"{folder} is a folder; set split ({available}), or name a file or glob, as {folder}/*.jsonl")
     if split not in splits:
-        raise DataError(f"{folder} has no split {split!r} ({there})")
+        raise DataError(f"{folder} has no split {split!r} ({available})")
 
 
 def _glob_files(pattern: Path) -> list[Path]:
@@ -213,7 +217,7 @@ def _glob_files(pattern: Path) -> list[Path]:
 
 
 def _near(path: Path) -> str:
-    """What the deepest folder of a path that exists holds, the likeliest first."""
+    """Similar names in the deepest existing folder of a path, or its content."""
     folder = next(parent for parent in path.parents if parent.is_dir())
     names = sorted(entry.name for entry in folder.iterdir())
     missing = path.relative_to(folder).parts[0]

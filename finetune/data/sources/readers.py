@@ -1,7 +1,7 @@
-"""Files of rows: read a piece at a time, and every row knows the place it came from.
+"""Read files of rows piece by piece, with the location of every row.
 
-What a file holds is never trusted: a row that cannot be read is a DataError where the row would be, a file that cannot
-be read (any further) raises one, and nothing grows with the file's size.
+A file is never trusted. A row that cannot be read becomes a DataError in its place. A file that cannot be read, or not
+to its end, raises a DataError. Memory does not grow with the size of the file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from finetune.system.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a row stands: lines count from 1 as editors do, rows of a list or table from 1 as well."""
+    """The file and line of a row, or its number in a list or table; both count from 1."""
 
     file: str
     number: int
@@ -31,7 +31,11 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row. index: from 0 over all files of a source, bad rows included. value: a dict, or what is wrong with it."""
+    """One row.
+
+    index: from 0 over all files of a source, bad rows included.
+    value: the decoded row, or its error.
+    """
 
     index: int
     location: Location
@@ -40,9 +44,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class RawBatch:
-    """About a megabyte of rows that follow one another in one file, as cheap to send as they were to read.
+    """About 1 MB of consecutive rows of one file, not decoded, so that they are cheap to send to a worker.
 
-    numbers: of each item in its file. bytes_read: of all the source's files, up to and with this batch.
+    numbers: of each item in its file.
+    bytes_read: of all files of the source, up to the end of this batch.
     """
 
     file: str
@@ -53,10 +58,10 @@ class RawBatch:
     bytes_read: int
 
     def rows(self) -> Iterator[Row]:
-        """The rows, decoded here.
+        """Decode the rows.
 
-        A null inside a nested object of a table (parquet, arrow) is left out: a table gives every object the keys of
-        all others, so that a key without a value is one that the row never had. A null column of the row stays None.
+        A null inside a nested object of a table (parquet, arrow) is left out, because a table gives every object the
+        keys of all others. A null column of the row stays None.
         """
         for offset, (number, item) in enumerate(zip(self.numbers, self.items, strict=True)):
             yield Row(self.first_index + offset, Location(self.file, number, self.unit), _decoded(item))
@@ -79,7 +84,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """What a file is by its name: (".csv", ".gz"), or (".csv", "") if it is not compressed.
+    """Return a file's format and compression by its name: (".csv", ".gz"), or (".csv", "") without compression.
 
     Raises: DataError if rows cannot be read from such a file.
     """
@@ -95,9 +100,16 @@ def kind_of(path: Path) -> tuple[str, str]:
 
 
 def read_batches(path: Path, label: str, first_index: int, bytes_before: int) -> Iterator[RawBatch]:
-    """The rows of one file, in order. label: what places call it. bytes_before: of the files read before it.
+    """Read the rows of one file, in order.
 
-    Raises: DataError if the file cannot be read (any further).
+    Args:
+        path: the file.
+        label: its name in locations.
+        first_index: index of its first row in the source.
+        bytes_before: bytes of the files before it.
+
+    Raises:
+        DataError: the file cannot be read, or cannot be read further.
     """
     kind, compression = kind_of(path)
     with named_errors(label), path.open("rb") as raw:

@@ -1,4 +1,4 @@
-"""Rows in columnar files: parquet, and arrow's own file and stream formats."""
+"""Read rows of columnar files: parquet, arrow file and arrow stream."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _MOST_ROWS = 10_000
 
 
 def read_table(raw: BinaryIO, kind: str) -> Iterator[Group]:
-    """The rows of a table that is open for reading bytes.
+    """Read the rows of an open table.
 
-    Memory: about a megabyte of a parquet file's rows and of each column; one record batch of an arrow file, as written.
-    Raises: DataError if the file is damaged or is no table.
+    Memory: about 1 MB of a parquet file's rows and of each column; one record batch of an arrow file.
+
+    Raises: DataError if the file is damaged or not a table.
     """
     import pyarrow
 
@@ -35,9 +36,9 @@ def read_table(raw: BinaryIO, kind: str) -> Iterator[Group]:
                 rows = tuple(_rows(batch.slice(start, at_once)))
                 yield Group("row", tuple(range(number, number + len(rows))), rows, int(share * size))
                 number += len(rows)
-    # ValueError: a name that is no text. MemoryError: a damaged length.
+    # ValueError: a name that is not text. MemoryError: a damaged length.
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
-        raise DataError(f"is damaged or no {kind} file: {_first_line(error)}") from error
+        raise DataError(f"is damaged or not a {kind} file: {_first_line(error)}") from error
 
 
 def _parquet(raw: BinaryIO) -> Iterator[tuple[pyarrow.RecordBatch, float]]:
@@ -63,7 +64,7 @@ def _arrow(raw: BinaryIO) -> Iterator[tuple[pyarrow.RecordBatch, float]]:
     reader = pyarrow.ipc.open_file(raw) if is_file else pyarrow.ipc.open_stream(raw)
     _refuse_twins(reader.schema.names)
     for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
-        batch.validate(full=True)  # offsets that point outside the file would end the process
+        batch.validate(full=True)  # offsets outside the file would crash the process
         yield batch, raw.tell() / size
 
 
@@ -75,7 +76,7 @@ def _refuse_twins(columns: list[str]) -> None:
 def _rows(batch: pyarrow.RecordBatch) -> Iterator[Content]:
     try:
         yield from batch.to_pylist(maps_as_pydicts="strict")
-    except (ValueError, KeyError):  # one value that Python cannot hold: which row has it?
+    except (ValueError, KeyError):  # Python cannot hold some value: find its row
         yield from (_row(batch.slice(i, 1)) for i in range(batch.num_rows))
 
 

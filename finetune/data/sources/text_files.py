@@ -1,4 +1,4 @@
-"""Rows in text files: one object a line, a list of objects, or cells; also compressed."""
+"""Read rows of text files: JSON lines, JSON lists, CSV and TSV, also compressed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Unit = Literal["line", "row"]
 Content = bytes | dict[str, Any] | DataError
 
 LONGEST_ROW_BYTES = 64_000_000
-# A quote that nothing closes takes the rest of the file into its cell, at four bytes a character.
+# An unclosed quote takes the rest of the file into its cell, at 4 bytes per character.
 LONGEST_RECORD_BYTES = 16_000_000
 BATCH_BYTES = 1 << 20
 PIECE_BYTES = 1 << 20
@@ -28,7 +28,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Group(NamedTuple):
-    """About BATCH_BYTES of rows before they are decoded, their numbers in the file, and the bytes of it read so far."""
+    """About BATCH_BYTES of rows, not decoded, their numbers in the file, and the bytes of it read so far."""
 
     unit: Unit
     numbers: tuple[int, ...]
@@ -41,7 +41,7 @@ Found = Iterator[tuple[Unit, int, Content]]
 
 @contextmanager
 def named_errors(label: str) -> Iterator[None]:
-    """Everything that reading a file can raise, as a DataError that names it."""
+    """Turn every error of reading a file into a DataError that names the file."""
     try:
         yield
     except DataError as error:
@@ -53,14 +53,14 @@ def named_errors(label: str) -> Iterator[None]:
 
 
 def read_text(raw: io.BufferedReader, kind: str, compression: str) -> Iterator[Group]:
-    """The rows of a text file that is open for reading bytes.
+    """Read the rows of an open text file.
 
-    Raises: DataError if it is no text in UTF-8 at all; OSError and its like as the libraries do.
+    Raises: DataError if it is not UTF-8 text; OSError and others as the libraries raise them.
     """
     stream = COMPRESSIONS[compression](raw) if compression else raw
     head = stream.peek(64)[:64]
     if found := looks_like(head):
-        raise DataError(f"is called {kind}{compression} and looks like {found}")
+        raise DataError(f"is named {kind}{compression}, but looks like {found}")
     if head.startswith(_BOM):
         stream.read(len(_BOM))
     unit: Unit = "row"
@@ -84,7 +84,7 @@ def _size(content: Content) -> int:
     return sum(map(len, content.values())) if isinstance(content, dict) else 100
 
 
-# What the first bytes of a file give away, whatever its name says.
+# First bytes of a file, and its true format.
 _SIGNATURES = {
     b"PAR1": "a parquet file; name it .parquet",
     b"ARROW1": "an arrow file; name it .arrow",
@@ -103,7 +103,7 @@ _SIGNATURES = {
 
 
 def looks_like(head: bytes) -> str | None:
-    """What a file that opens with these bytes is, if it is surely no text in UTF-8."""
+    """Return the format of a file with these first bytes if it is certainly not UTF-8 text."""
     for signature, meaning in _SIGNATURES.items():
         if head.startswith(signature):
             return meaning
@@ -132,7 +132,7 @@ def _too_long(length_bytes: int, longest_bytes: int | None = None) -> DataError:
 
 
 def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataError]]:
-    """All lines with their ends, from 1; one that is too long is measured and not kept."""
+    """Lines with their ends and numbers from 1; a line that is too long becomes an error."""
     number = 0
     while line := stream.readline(PIECE_BYTES):
         number += 1
@@ -156,26 +156,28 @@ def _json_lines(stream: io.BufferedReader) -> Found:
 
 
 def _json(stream: io.BufferedReader) -> Found:
-    """A list of rows; or one object a line, which many give this name."""
+    """A list of rows, or JSON lines, which many files of this name hold."""
     if stream.peek(PIECE_BYTES).lstrip().startswith(b"["):
         yield from _json_list(stream)
         return
     for i, (unit, number, line) in enumerate(_json_lines(stream)):
         if i == 0 and isinstance(line, bytes) and isinstance(error := decode_row(line), DataError):
-            raise DataError(f"holds neither a list of rows nor one object a line: line {number} {error}")
+            raise DataError(f"holds neither a list of rows nor JSON lines: line {number} {error}")
         yield unit, number, line
 
 
-# Outside a text: up to a bracket, and in the list itself up to a comma, whole texts skipped; inside: up to its end.
+# A list is cut into rows without decoding them, so that one bad row stays one bad row. (ijson stops at the first bad
+# row, keeps one of two equal keys, and replaces half surrogate pairs by "?".)
+# _INSIDE and _BETWEEN skip whole texts: up to a bracket, and in the list itself up to a comma. _TEXT ends a text.
 _INSIDE = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
 _BETWEEN = re.compile(rb'(?:[^"\[\]{},]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
 _TEXT = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 
 
 def _marks(stream: io.BufferedReader) -> Iterator[tuple[bytes, bytes, int]]:
-    """What stands before each bracket (or comma of the list), the mark itself, and how deep we are after it.
+    """(bytes before the mark, mark, depth after it) for each bracket, and each comma of the list itself.
 
-    The mark is empty where only a piece of the file ends.
+    The mark is empty at the end of a piece of the file.
     """
     in_text, depth, buffer = False, 0, b""
     while piece := stream.read(PIECE_BYTES):
@@ -199,9 +201,9 @@ def _marks(stream: io.BufferedReader) -> Iterator[tuple[bytes, bytes, int]]:
 
 
 def _json_list(stream: io.BufferedReader) -> Found:
-    """The rows of a list, undecoded: only texts and brackets are looked at, so that one bad row stays one bad row.
+    """The rows of a list, not decoded.
 
-    Raises: DataError if the list does not end where the file does.
+    Raises: DataError if the list does not end at the end of the file.
     """
     number, row, length, closed = 1, bytearray(), 0, False
     for run, mark, depth in _marks(stream):
@@ -226,7 +228,7 @@ def _json_list(stream: io.BufferedReader) -> Found:
 
 
 def _cells(stream: io.BufferedReader, delimiter: str) -> Found:
-    """Rows of cells under a line of column names (RFC 4180); every value is text, an empty cell the empty text."""
+    """Rows of cells below a line of column names (RFC 4180); every value is text."""
     records = _records(stream, delimiter)
     _, columns = next(records, (1, []))
     if isinstance(columns, DataError):
@@ -239,13 +241,13 @@ def _cells(stream: io.BufferedReader, delimiter: str) -> Found:
         if isinstance(cells, DataError):
             yield "line", number, cells
         elif len(cells) != len(columns):
-            yield "line", number, DataError(f"has {len(cells)} cells, the line of column names has {len(columns)}")
+            yield "line", number, DataError(f"has {len(cells)} cells, but the line of column names has {len(columns)}")
         else:
             yield "line", number, dict(zip(columns, cells, strict=True))
 
 
 def _records(stream: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, list[str] | DataError]]:
-    """Records by the line that each begins in; blank lines are none."""
+    """Records with the line in which each begins; blank lines are skipped."""
     number, length = 0, 0
 
     def text(line: tuple[int, bytes | DataError]) -> str:
@@ -256,9 +258,9 @@ def _records(stream: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, l
         length += len(content)
         if length > LONGEST_RECORD_BYTES:
             raise _too_long(length, LONGEST_RECORD_BYTES)
-        return content.decode("utf-8", "surrogateescape")  # the row's check names the column that is no UTF-8
+        return content.decode("utf-8", "surrogateescape")  # `checked` names the column that is not UTF-8
 
-    # The library's cap on a cell is 128 KiB, which documents exceed; it can only be set for the whole process.
+    # The default limit of a cell is 128 KiB, which documents exceed; it can only be set per process.
     csv.field_size_limit(LONGEST_RECORD_BYTES)
     reader = csv.reader(map(text, _lines(stream)), delimiter=delimiter, strict=True)
     while True:
@@ -270,7 +272,7 @@ def _records(stream: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, l
         except DataError as error:
             yield first, error
         except csv.Error as error:
-            yield first, DataError(f"is no record of cells: {error} (read up to line {number})")
+            yield first, DataError(f"is not a record of cells: {error} (read up to line {number})")
         else:
             if cells:
                 yield first, cells

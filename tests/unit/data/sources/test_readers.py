@@ -234,7 +234,7 @@ def test_what_only_looks_bad_is_read(tmp_path, row):
 
 def test_bytes_that_are_no_text_are_named(tmp_path):
     lines = values(save(tmp_path / "rows.jsonl", b'{"text": "caf\xe9"}\n' + as_lines([GOOD])))
-    assert "is not UTF-8 (byte 14: 0xe9)" in str(lines[0]) and lines[1] == GOOD
+    assert "is not UTF-8 (byte 14 is 0xe9)" in str(lines[0]) and lines[1] == GOOD
     cells = values(save(tmp_path / "rows.csv", b"text,more\ncaf\xe9,b\nwhole,b\n"))
     assert "text is not UTF-8 (byte 0xe9)" in str(cells[0]) and cells[1] == {"text": "whole", "more": "b"}
 
@@ -252,7 +252,7 @@ def test_a_bad_row_in_a_list_is_named_and_costs_no_other(tmp_path):
 def test_a_comma_too_many_is_one_bad_row(tmp_path, content):
     got = values(save(tmp_path / "rows.json", content))
     assert len(got) == content.count(",") + 1
-    assert [str(value) for value in got if value != {}] == ["is empty; there is a comma too many"]
+    assert [str(value) for value in got if value != {}] == ["is empty; remove the extra comma"]
 
 
 @pytest.mark.parametrize("kind", ["rows.jsonl", "rows.json", "rows.csv", "rows.jsonl.gz"])
@@ -324,9 +324,9 @@ def test_memory_does_not_grow_with_a_table(tmp_path, name):
 
 
 BAD_CELLS = {
-    "a,b\n1,2\n1\n1,2\n": (1, "rows.csv:3", "has 1 cells, the line of column names has 2"),
+    "a,b\n1,2\n1\n1,2\n": (1, "rows.csv:3", "has 1 cells, .*has 2"),
     "a,b\n1,2\n1,2,3\n1,2\n": (1, "rows.csv:3", "has 3 cells"),
-    'a,b\n"1\n1",2\n"1" x,2\n1,2\n': (1, "rows.csv:4", "is no record of cells"),
+    'a,b\n"1\n1",2\n"1" x,2\n1,2\n': (1, "rows.csv:4", "record of cells"),
     'a,b\n1,2\n1,"2\n1,2\n': (1, "rows.csv:3", r"unexpected end of data \(read up to line 4\)"),
     "a,b\n1,2\n1\0,2\n1,2\n": (1, "rows.csv:3", "a holds a NUL character"),
     "a,b\n1,2\n1\r3,2\n1,2\n": (1, "rows.csv:3", "new-line character"),
