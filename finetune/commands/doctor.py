@@ -84,7 +84,6 @@ def check_python() -> Finding:
 def check_packages() -> Finding:
     """Installed versions against the ranges that the project declares."""
     import importlib.metadata
-import importlib.util
 
     from packaging.requirements import Requirement
 
@@ -186,6 +185,8 @@ def check_hub() -> Finding:
 
 def check_wandb() -> Finding:
     """Whether Weights & Biases would upload. The key itself is never shown."""
+    import importlib.util
+
     if importlib.util.find_spec("wandb") is None:
         return Finding("note", "not installed", 'for track.wandb=true: pip install "finetune-qlora[wandb]"')
     mode = os.environ.get("WANDB_MODE", "online")
@@ -224,7 +225,6 @@ CHECKS: dict[str, Callable[[], Finding]] = {
 def _declared_requirements() -> list[str]:
     """The project's own dependencies: from its metadata, or from pyproject.toml in a checkout that is not installed."""
     import importlib.metadata
-import importlib.util
 
     try:
         lines = importlib.metadata.requires(DISTRIBUTION) or []
