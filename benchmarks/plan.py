@@ -178,22 +178,24 @@ def predict_case(case: Case, config: Path, settings: list[str], kind: str, targe
     """Bytes above the process's own, and seconds a step if the machine was calibrated."""
     from finetune.config.compose import load_config
     from finetune.models.families import shape_of
-    from finetune.planning.auto_batch import recomputed_layers_of
+    from finetune.planning.auto_batch import recomputed_layers
     from finetune.planning.flops import step_work
-    from finetune.planning.peak_memory import predict
+    from finetune.planning.inputs import plan_inputs
+    from finetune.planning.peak_memory import predict_peak
     from finetune.planning.timing import read_rates, step_seconds
 
     cfg = load_config(str(config), settings)
     shape = shape_of(cfg.model.name)
     assert shape is not None, "a random model has a config.json"
-    found = predict(cfg, shape, kind, case.batch, 0, document_tokens=case.document)
-    count = recomputed_layers_of(cfg, found.activations)
-    found = predict(cfg, shape, kind, case.batch, count, document_tokens=case.document)
+    inputs = plan_inputs(cfg, shape, device_type=kind)
+    found = predict_peak(inputs, case.batch, 0, document_tokens=case.document)
+    count = recomputed_layers(inputs, found.activations)
+    found = predict_peak(inputs, case.batch, count, document_tokens=case.document)
     own = found.parts.get("process and libraries", 0.0)
     figures = {"predicted_bytes": found.peak_bytes - own, "moment": found.moment, "parts": dict(found.parts)}
     if rates := read_rates(kind):
-        work = step_work(cfg, shape, case.batch, count, document_tokens=case.document, target_share=target_share)
-        seconds = step_seconds(work, shape, rates, case.document or case.length)
+        work = step_work(inputs, case.batch, count, document_tokens=case.document, target_share=target_share)
+        seconds = step_seconds(inputs, work, rates, case.document or case.length)
         figures |= {"predicted_seconds": sum(seconds.values()), "seconds_by_part": seconds}
     return figures
 

@@ -92,8 +92,9 @@ def calibrate(clock: Callable[[], float] = time.perf_counter) -> str:
 
 def _print_lengths(cfg: RunConfig, as_json: bool) -> int:
     from finetune.planning.advice import BUDGETS_GB, LONGEST, length_table
+    from finetune.planning.inputs import plan_inputs
 
-    lengths = length_table(cfg)
+    lengths = length_table(plan_inputs(cfg, None, device_type="cuda"))
     if as_json:
         print(json.dumps({size: {str(gb): tokens for gb, tokens in row.items()} for size, row in lengths.items()}))
         return 0
@@ -118,24 +119,25 @@ def _tokens(count: int, most: int) -> str:
 
 def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
     from finetune.planning.advice import Change, Settings, changes_that_fit, fastest_that_fits
-    from finetune.planning.auto_batch import foresee
-    from finetune.planning.outlook import look_ahead
-    from finetune.planning.timing import read_rates
+    from finetune.planning.auto_batch import estimate_memory
+    from finetune.planning.inputs import plan_inputs
+    from finetune.planning.timing import estimate_time, read_rates
     from finetune.system.machine import ranks_of_run
 
     shape = _shape_of(cfg.model.name)
     device_type, free, what = _device(options)
     ranks = ranks_of_run(os.environ)
-    found = foresee(cfg, shape, ranks, device_type, free)
+    inputs = plan_inputs(cfg, shape, device_type=device_type, ranks=ranks)
+    found = estimate_memory(inputs, free)
     fits = None if free is None else found.needed_bytes <= free
     rates = None if options.gpu_gb or options.tflops else read_rates(device_type)
-    outlook = look_ahead(cfg, shape, found, ranks, rates=rates, options=options, gpu_name=_gpu_name(options))
+    timing = estimate_time(inputs, found, rates=rates, options=options, gpu_name=_gpu_name(options))
     changes: list[Change] = []
     if free is not None and not fits:
-        changes = changes_that_fit(cfg, shape, ranks, device_type, free)
+        changes = changes_that_fit(inputs, free)
     fastest: Settings | None = None
     if options.auto and free is not None:
-        fastest = fastest_that_fits(cfg, shape, ranks, device_type, free, rates)
+        fastest = fastest_that_fits(inputs, free, rates)
     content = {
         "fits": fits,
         "ranks": ranks,
@@ -151,14 +153,14 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
         "micro_batch": found.micro_batch,
         "recomputed_layers": found.recomputed,
         "layers": found.activations.layers,
-        **outlook,
+        **timing,
         "changes": [{"overrides": c.overrides, "saved_bytes": c.saved_bytes, "fits": c.fits} for c in changes],
         "auto": None
         if fastest is None
         else {
             "overrides": fastest.overrides,
-            "peak_bytes": fastest.footprint.peak_bytes,
-            "needed_bytes": fastest.footprint.needed_bytes,
+            "peak_bytes": fastest.memory.peak_bytes,
+            "needed_bytes": fastest.memory.needed_bytes,
         },
         "teacher_unknown": found.teacher_unknown,
     }

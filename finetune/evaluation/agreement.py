@@ -17,9 +17,8 @@ from finetune.losses.cross_entropy import head_of, target_rows
 from finetune.losses.divergence import compare
 from finetune.losses.hidden_states import hidden_states
 from finetune.losses.teacher_targets import Teacher
+from finetune.ops.limits import TEACHER_BATCHES
 
-# Batches that a teacher is asked about at once: one that is read layer by layer is read once for them.
-_BATCHES = 16
 # A percentile over ranks comes from counts in bins of the logarithm: from 1e-9 nats on, each 2 % wide, up to 4e8.
 _LOWEST, _BIN_LOG, _BINS = 1e-9, math.log(1.02), 2048
 
@@ -55,8 +54,8 @@ def agreement(
     sums = torch.zeros(3 + _BINS, dtype=torch.float64)
     batches = [build_batch(group, share_prefixes=True) for group in groups_of(documents, limit_tokens)]
     with evaluating(model):
-        for start in range(0, len(batches), _BATCHES):
-            some = batches[start : start + _BATCHES]
+        for start in range(0, len(batches), TEACHER_BATCHES):
+            some = batches[start : start + TEACHER_BATCHES]
             for batch, teacher_targets in zip(some, teacher.targets_for(some), strict=True):
                 here = batch.to(device)
                 hidden_ND, _, _ = target_rows(hidden_states(model, here), here)

@@ -27,3 +27,7 @@ MLP_FORWARD_ROWS = 256
 # Work of a run, in floating-point operations, that repays the half minute of a first compilation: 0.5 billion
 # parameters and 100,000 tokens.
 COMPILE_FROM_FLOPS = 2e14
+# Tokens per forward pass of an evaluation; a longer document is evaluated alone.
+EVALUATION_TOKENS = 4096
+# Batches per request to a teacher in an evaluation: a streamed teacher reads its layers once per request.
+TEACHER_BATCHES = 16

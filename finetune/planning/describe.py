@@ -1,71 +1,85 @@
-"""What a run will do and hold, in words: for `--dry-run` and for the first lines of a run."""
+"""The plan as text: for `--dry-run` and for the first log lines of a run."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any
 
 from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
 from finetune.models.families import shape_of
 from finetune.planning.advice import changes_that_fit, describe_change
-from finetune.planning.auto_batch import derive_micro_batch, foresee, free_memory
-from finetune.planning.peak_memory import Footprint
-from finetune.planning.teacher import describe_teacher
+from finetune.planning.auto_batch import estimate_memory, free_memory, largest_micro_batch
+from finetune.planning.inputs import PlanInputs, plan_inputs
+from finetune.planning.peak_memory import PeakMemory, streamed_bytes, teacher_bytes
 from finetune.system.format import format_bytes
 from finetune.system.machine import device_type_here, ranks_of_run
 
 
-def describe_plan(
-    cfg: RunConfig, shape: Mapping[str, Any] | None, ranks: int, device_type: str, free_bytes: float | None = None
-) -> str:
-    """The plan as lines of text, with a WARNING and what to change where it does not fit.
+def describe_plan(inputs: PlanInputs, free_bytes: float | None = None) -> str:
+    """Return the plan as lines of text, with a WARNING and changes that help if the run does not fit.
 
-    shape: None when the model's numbers are not known without a download. free_bytes: as for `foresee`.
+    Args:
+        free_bytes: as for `estimate_memory`.
     """
-    micro = derive_micro_batch(cfg, ranks, device_type)
+    train = inputs.train
     lines = [
-        f"batch: {cfg.train.batch_size} sequences of up to {cfg.data.max_length} tokens a step, "
-        f"{ranks} rank(s), {micro} a forward pass",
-        f"length: {f'{cfg.train.max_steps} steps' if cfg.train.max_steps else f'{cfg.train.epochs or 1:g} epoch(s)'}",
+        f"batch: sequences={train.batch_size}, max_length={inputs.data.max_length}, ranks={inputs.ranks}, "
+        f"micro_batch={largest_micro_batch(inputs)}",
+        f"length: {f'steps={train.max_steps}' if train.max_steps else f'epochs={train.epochs or 1:g}'}",
     ]
-    if shape is None:
-        return "\n".join(
-            [*lines, f"model: the shapes of {cfg.model.name} are not known here, so memory is not planned"]
-        )
-    found = foresee(cfg, shape, ranks, device_type, free_bytes)
-    static, teacher = found.static, describe_teacher(cfg, shape)
+    if not inputs.shape:
+        return "\n".join([*lines, f"model: the sizes of {inputs.model.name} are unknown, so memory is not planned"])
+    found = estimate_memory(inputs, free_bytes)
+    static, teacher = found.static, describe_teacher(inputs)
     activations = found.activations
     kept, recomputed = (activations.peak_bytes(n) for n in (0, max(0, len(activations.kept) - 1)))
     lines += [
-        f"model: {static.parameters:,} parameters, {static.trained:,} trained "
+        f"model: parameters={static.parameters:,}, trained={static.trained:,} "
         f"({static.trained / static.parameters:.3%})",
-        f"memory before activations: {format_bytes(static.total_bytes)} a rank "
+        f"memory before activations: {format_bytes(static.total_bytes)} per rank "
         f"({', '.join(f'{name} {format_bytes(size)}' for name, size in static.parts.items())})",
         *([teacher] if teacher else []),
-        f"memory of activations: {format_bytes(kept)} a rank when no layer is recomputed, "
-        f"{format_bytes(recomputed)} when all are (train.gradient_checkpointing={cfg.train.gradient_checkpointing})",
-        f"predicted peak: {format_bytes(found.peak_bytes)} a rank, {found.moment}, "
-        f"with {found.recomputed or 'no'} layer(s) recomputed and {found.micro_batch} sequence(s) a forward pass "
-        f"(most of it: {_largest_parts(found)})",
+        f"memory of activations: {format_bytes(kept)} per rank if no layer is recomputed, "
+        f"{format_bytes(recomputed)} if all are (train.gradient_checkpointing={train.gradient_checkpointing})",
+        f"predicted peak: {format_bytes(found.peak_bytes)} per rank, {found.moment}, "
+        f"recomputed_layers={found.recomputed}, micro_batch={found.micro_batch} (most of it: {_largest_parts(found)})",
     ]
     if free_bytes is not None and found.needed_bytes > free_bytes:
-        lines.append(
-            f"WARNING: {format_bytes(found.needed_bytes)} are needed with a margin, {format_bytes(free_bytes)} are free"
-        )
-        lines += map(describe_change, changes_that_fit(cfg, shape, ranks, device_type, free_bytes))
+        needed, free = format_bytes(found.needed_bytes), format_bytes(free_bytes)
+        lines.append(f"WARNING: the run needs {needed} with a margin, {free} is free")
+        lines += map(describe_change, changes_that_fit(inputs, free_bytes))
     return "\n".join(lines)
 
 
-def _largest_parts(found: Footprint) -> str:
-    """The three largest parts of the peak: for a small model, those are not the model's."""
+def describe_teacher(inputs: PlanInputs) -> str | None:
+    """Return a line about the teacher and its memory; None for a run without one."""
+    if not inputs.has_teacher:
+        return None
+    teacher, cache = inputs.distill.teacher, inputs.distill.cache
+    name = teacher.name or f"{inputs.model.name} itself, in {teacher.dtype}"
+    if teacher.placement == "cached":
+        return f"teacher: {name}, not loaded; its targets are read from {cache}"
+    if teacher.placement == "server":
+        return (
+            f"teacher: {teacher.served_as or teacher.name or 'the model'} at {teacher.url}; its targets go to {cache}"
+        )
+    size = teacher_bytes(inputs)
+    if size is None:
+        return f"teacher: {name}, {teacher.placement}; its sizes are unknown, so its memory is not planned"
+    parts = "weights that it does not share with the student"
+    if teacher.placement == "streamed":
+        size, parts = size + streamed_bytes(inputs), "two layers, and its head if the student has another one"
+    return f"teacher: {name}, {teacher.placement}: {format_bytes(size)} per rank for {parts}"
+
+
+def _largest_parts(found: PeakMemory) -> str:
     largest = sorted(found.parts.items(), key=lambda part: -part[1])[:3]
     return ", ".join(f"{name} {format_bytes(size)}" for name, size in largest)
 
 
 def dry_run(cfg: RunConfig) -> str:
-    """The resolved YAML and, as comments, the plan; nothing is loaded, nothing is written."""
-    ranks, device_type = ranks_of_run(os.environ), device_type_here()
-    plan = describe_plan(cfg, shape_of(cfg.model.name), ranks, device_type, free_memory(device_type))
+    """Return the resolved YAML and, as comments, the plan. Nothing is loaded or written."""
+    device_type = device_type_here()
+    inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=device_type, ranks=ranks_of_run(os.environ))
+    plan = describe_plan(inputs, free_memory(device_type))
     return "\n".join([to_yaml(cfg).rstrip(), "", *(f"# {line}" for line in plan.splitlines())])

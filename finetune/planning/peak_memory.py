@@ -1,7 +1,7 @@
-"""The highest memory that a run will reach on one rank, by part and by the moment at which it is reached.
+"""The peak memory of a run on one rank, per part and per moment.
 
-On CUDA what the allocator hands out (`torch.cuda.max_memory_allocated`); on a CPU what is resident of the process, its
-libraries and the pages of mapped weight files included.
+On CUDA: what the allocator hands out (`torch.cuda.max_memory_allocated`). On a CPU: the resident memory of the process,
+with its libraries and the pages of mapped weight files.
 """
 
 from __future__ import annotations
@@ -12,29 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.config.schema import RunConfig
+from finetune.ops import limits
 from finetune.planning.activations import ActivationPlan, evaluation_bytes, forward_bytes, plan_activations
-from finetune.planning.static_memory import DTYPE_BYTES, MemoryPlan, linear_shapes, static_of
-from finetune.planning.teacher import (
-    computes_here,
-    passing_bytes,
-    recovers,
-    signal_bytes,
-    teacher_bytes,
-    teacher_shape,
-    teaches_steps,
-)
+from finetune.planning.inputs import PlanInputs
+from finetune.planning.static_memory import DTYPE_BYTES, StaticMemory, linear_shapes
 from finetune.system import machine
 
 MIB = 2**20
-# Resident with every library imported, before a model is there: 341 MiB of the process's own and 104 MiB of pages of
-# shared libraries, measured with CPython 3.11, torch 2.13 (CPU build), transformers 5.23, peft 0.21 on Linux.
+# Resident with every library imported and no model: 341 MiB of the process and 104 MiB of pages of shared libraries,
+# measured with CPython 3.11, torch 2.13 (CPU build), transformers 5.23, peft 0.21 on Linux.
 _PROCESS_BYTES = 445 * MIB
-# What comes besides once a run goes on, whatever it is: 44 MiB for modules and library pages of first use, and 45 that
-# the heap of glibc holds free, thread caches and buffers of oneDNN (measured with a tokenizer of 46 kB).
+# Added by any running training: 44 MiB for modules and library pages of first use, and 45 MiB that glibc's heap holds
+# free, thread caches and buffers of oneDNN (measured with a tokenizer of 46 kB).
 _HEAP_BYTES = (44 + 45) * MIB
-# oneDNN makes code for every new shape of a bf16 product, half a megabyte of heap for each, and keeps 1,024 of them. A
-# step's targets, a batch of an evaluation, and a word of an answer are such shapes. How often a new one comes up was
+# oneDNN compiles code per new shape of a bf16 product, half a megabyte of heap each, and keeps 1,024 of them. The
+# targets of a step, a batch of an evaluation and a generated token are such shapes. How often a new one comes up was
 # measured, not derived: the embedded base took 66, 100 and 173 MiB more by step 12, 60 and 400 than by step 2, two
 # layers of 0.5B 55 by step 60; the first evaluation took 60 more, answering 20 rows 34 and 200 rows 70.
 _CODE_BY_STEP, _CODE_STEPS = 22 * MIB, 400
@@ -42,71 +34,18 @@ _CODE_OF_EVALUATION = 60 * MIB
 _CODE_OF_ANSWERS, _CODE_BY_ANSWER, _CODE_ANSWERS = 30 * MIB, 0.2 * MIB, 200
 # A read of a mapped file brings in so many bytes around it (Linux, fault_around_bytes).
 _FAULT_AROUND = 65536
-# Two tokenizers (the run's, the adapter's) in memory, over the bytes of tokenizer.json: 172 MiB for Qwen2.5's 11.4 MB,
-# and 65 that reading it leaves free in the heap (measured: 129 MiB are free there after loading, 10 with a small one).
+# Memory of two tokenizers (the run's, the adapter's) per byte of tokenizer.json: 172 MiB for Qwen2.5's 11.4 MB, and 65
+# that reading it leaves free in the heap (measured: 129 MiB are free there after loading, 10 with a small one).
 _TOKENIZER_SHARE = 21.8
 _QWEN_TOKENIZER_BYTES = 11_421_789
-# A CUDA context with the libraries' kernels, outside the allocator; not measured by this package, 0.4 to 0.6 GB are
-# usual. Taken from a device's memory, never part of a predicted peak.
+# A CUDA context with the libraries' kernels, outside the allocator: usually 0.4 to 0.6 GB, not measured by this
+# package. It takes device memory but is never part of a predicted peak.
 CONTEXT_BYTES = 512 * MIB
-# Added to what is not weights before a run is said to fit: how far predictions are off, and on a GPU, where no figures
-# are there yet, blocks that the allocator cannot reuse.
+# Added to everything but weights before a run counts as fitting: the error of predictions, and on a GPU, which has not
+# been measured yet, blocks that the allocator cannot reuse.
 MARGIN = {"cuda": 0.18, "cpu": 0.10}
-# training/measuring.py evaluates so many tokens at a time, or a sequence; evaluation/agreement.py asks a teacher that
-# is read layer by layer about so many of these batches at once.
-EVALUATED_TOKENS, EVALUATED_BATCHES = 4096, 16
-
-
-@dataclass(frozen=True, slots=True)
-class Footprint:
-    """Bytes of one rank. moments: by name, what is held then, by part. activations: of the micro-batch planned for.
-
-    teacher_unknown: a teacher is loaded whose shapes are not known, so it is not counted.
-    """
-
-    device_type: str
-    static: MemoryPlan
-    activations: ActivationPlan
-    micro_batch: int
-    recomputed: int
-    moments: Mapping[str, Mapping[str, float]]
-    teacher_unknown: bool = False
-
-    @property
-    def moment(self) -> str:
-        """When the peak is reached."""
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
-
-    @property
-    def parts(self) -> Mapping[str, float]:
-        """What is held at the peak."""
-        return self.moments[self.moment]
-
-    @property
-    def peak_bytes(self) -> float:
-        return sum(self.parts.values())
-
-    @property
-    def needed_bytes(self) -> float:
-        """What must be free for the run to be safe: at each moment what is held, a margin on what is not weights, and
-        on a GPU the context.
-        """
-        return max(self._needed(parts) for parts in self.moments.values())
-
-    def _needed(self, parts: Mapping[str, float]) -> float:
-        fixed = sum(size for name, size in parts.items() if name in self.static.parts or name in _FIXED)
-        margin = 1 + MARGIN[_kind(self.device_type)]
-        return fixed + margin * (sum(parts.values()) - fixed) + (CONTEXT_BYTES if self.device_type == "cuda" else 0)
-
-    def usable_bytes(self, free_bytes: float) -> float:
-        """What the activations of a training step may take of so many free bytes: those with which they need no more.
-
-        Of any footprint of a config: it does not depend on what is recomputed.
-        """
-        step = self.moments[_MOMENTS["backward"]]
-        beside = {name: size for name, size in step.items() if name not in _ACTIVATIONS}
-        return max(0.0, (free_bytes - self._needed(beside)) / (1 + MARGIN[_kind(self.device_type)]))
-
+# losses/teacher_targets.py: bytes of a sampled token, its id and its probability.
+_SAMPLED_BYTES = 8 + 4
 
 _FIXED = {"process and libraries", "tokenizers", "teacher"}
 _ACTIVATIONS = {
@@ -116,47 +55,6 @@ _ACTIVATIONS = {
     "loss workspace",
     "holes in the heap",
 }
-
-
-def predict(
-    cfg: RunConfig,
-    shape: Mapping[str, Any],
-    device_type: str,
-    micro_batch: int,
-    recomputed: int,
-    *,
-    ranks: int = 1,
-    document_tokens: int | None = None,
-) -> Footprint:
-    """The footprint with so many sequences a forward pass and so many recomputed layers.
-
-    shape: keys as in config.json. document_tokens: as for `plan_activations`.
-    """
-    static = static_of(cfg, shape)
-    activations = plan_activations(shape, cfg, micro_batch, device_type, document_tokens)
-    offload = cfg.train.gradient_checkpointing == "offload" and device_type == "cuda"
-    teacher = teacher_bytes(cfg, shape)
-    # A GPU keeps buffers for a streamed teacher's layers; a CPU maps them from their files while it is asked.
-    buffers = passing_bytes(cfg, shape) if device_type == "cuda" else 0.0
-    held = _held(cfg, static, (teacher or 0.0) + buffers, device_type, ranks)
-    if device_type != "cuda" and "embedding" in held:
-        held["embedding"] = _touched(cfg, held["embedding"])
-    moments, lesson = {"loading": _loading(cfg, shape, held)}, _lesson(cfg, shape, static, micro_batch, ranks)
-    for name, parts in activations.moments(recomputed, offload).items():
-        moments[_MOMENTS[name]] = {**held, **lesson, **parts}
-    if lesson and computes_here(cfg):
-        asking = _asking(cfg, shape, micro_batch * cfg.data.max_length, device_type)
-        moments["asking the teacher"] = {**held, **lesson, **asking}
-    if cfg.data.eval or cfg.data.held_out:
-        moments["evaluation"] = {**held, **_evaluation(cfg, shape, held["teacher"], device_type)}
-    gradients = {"gradients": static.parts.get("gradients", 0.0)}
-    # torch updates all parameters at once on CUDA, one after the other on a CPU.
-    update = gradients["gradients"] * (2 if device_type == "cuda" else 0)
-    moments["optimizer step"] = {**held, **gradients, "update of the weights": update}
-    moments = {name: {part: size for part, size in parts.items() if size} for name, parts in moments.items()}
-    return Footprint(device_type, static, activations, micro_batch, recomputed, moments, teacher is None)
-
-
 _MOMENTS = {
     "loss": "training step, at the loss",
     "backward": "training step, as backward begins",
@@ -165,91 +63,218 @@ _MOMENTS = {
 }
 
 
-def _held(cfg: RunConfig, static: MemoryPlan, teacher: float, device_type: str, ranks: int) -> dict[str, float]:
-    """What is there all the time once training runs."""
-    held = {name: size for name, size in static.parts.items() if name != "gradients"}
+@dataclass(frozen=True, slots=True)
+class PeakMemory:
+    """Predicted bytes of one rank.
+
+    moments: by name, the bytes per part. activations: of the planned micro-batch.
+    teacher_unknown: the run loads a teacher of unknown shape, which is not counted.
+    """
+
+    device_type: str
+    static: StaticMemory
+    activations: ActivationPlan
+    micro_batch: int
+    recomputed: int
+    moments: Mapping[str, Mapping[str, float]]
+    teacher_unknown: bool = False
+
+    @property
+    def moment(self) -> str:
+        """The moment of the peak."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def parts(self) -> Mapping[str, float]:
+        """The bytes per part at the peak."""
+        return self.moments[self.moment]
+
+    @property
+    def peak_bytes(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def needed_bytes(self) -> float:
+        """Free bytes for a safe run: each moment with a margin on all but weights, and on a GPU the context."""
+        return max(self._needed(parts) for parts in self.moments.values())
+
+    def _needed(self, parts: Mapping[str, float]) -> float:
+        fixed = sum(size for name, size in parts.items() if name in self.static.parts or name in _FIXED)
+        context = CONTEXT_BYTES if self.device_type == "cuda" else 0
+        return fixed + self._with_margin * (sum(parts.values()) - fixed) + context
+
+    @property
+    def _with_margin(self) -> float:
+        return 1 + MARGIN["cuda" if self.device_type == "cuda" else "cpu"]
+
+    def usable_bytes(self, free_bytes: float) -> float:
+        """Return the bytes that activations of a training step may take, so that the step needs `free_bytes`.
+
+        The result does not depend on the number of recomputed layers.
+        """
+        step = self.moments[_MOMENTS["backward"]]
+        other = {name: size for name, size in step.items() if name not in _ACTIVATIONS}
+        return max(0.0, (free_bytes - self._needed(other)) / self._with_margin)
+
+
+def predict_peak(
+    inputs: PlanInputs, micro_batch: int, recomputed: int, *, document_tokens: int | None = None
+) -> PeakMemory:
+    """Predict the memory of a run.
+
+    Args:
+        micro_batch: sequences per forward pass.
+        recomputed: layers with gradient checkpointing.
+        document_tokens: as for `plan_activations`.
+    """
+    static, cuda = inputs.static, inputs.device_type == "cuda"
+    activations = plan_activations(inputs, micro_batch, document_tokens)
+    teacher = teacher_bytes(inputs)
+    # A GPU keeps buffers for a streamed teacher's layers. A CPU maps them from their files while they run.
+    held = _held(inputs, (teacher or 0.0) + (streamed_bytes(inputs) if cuda else 0.0))
+    from_teacher = _teacher_parts(inputs, micro_batch)
+    moments = {"loading": _loading(inputs, held)}
+    for name, parts in activations.moments(
+        recomputed, inputs.train.gradient_checkpointing == "offload" and cuda
+    ).items():
+        moments[_MOMENTS[name]] = {**held, **from_teacher, **parts}
+    if from_teacher and inputs.runs_teacher:
+        moments["asking the teacher"] = {
+            **held,
+            **from_teacher,
+            **_teacher_pass(inputs, micro_batch * inputs.data.max_length),
+        }
+    if inputs.evaluates:
+        moments["evaluation"] = {**held, **_evaluation(inputs, held["teacher"])}
+    gradients = static.parts.get("gradients", 0.0)
+    # torch updates all parameters at once on CUDA, one after the other on a CPU.
+    update = {"gradients": gradients, "update of the weights": gradients * (2 if cuda else 0)}
+    moments["optimizer step"] = {**held, **update}
+    moments = {name: {part: size for part, size in parts.items() if size} for name, parts in moments.items()}
+    return PeakMemory(inputs.device_type, static, activations, micro_batch, recomputed, moments, teacher is None)
+
+
+def _held(inputs: PlanInputs, teacher: float) -> dict[str, float]:
+    """Parts that are in memory during the whole training."""
+    gradients = inputs.static.parts.get("gradients", 0.0)
+    held = {name: size for name, size in inputs.static.parts.items() if name != "gradients"}
     held["teacher"] = teacher
-    if ranks > 1:
-        held["gradients exchanged between ranks"] = static.parts.get("gradients", 0.0)
-    if device_type != "cuda":
+    if inputs.ranks > 1:
+        held["gradients exchanged between ranks"] = gradients
+    if inputs.device_type != "cuda":
         held["process and libraries"] = _PROCESS_BYTES
-        held["tokenizers"] = _TOKENIZER_SHARE * _tokenizer_bytes(cfg)
+        held["tokenizers"] = _TOKENIZER_SHARE * _tokenizer_bytes(inputs)
         held["allocator slack"] = _HEAP_BYTES
-        held["code for shapes"] = _code_for_shapes(cfg)
+        held["code for shapes"] = _code_for_shapes(inputs)
+        if "embedding" in held:
+            held["embedding"] = _touched_bytes(inputs, held["embedding"])
     return held
 
 
-def _code_for_shapes(cfg: RunConfig) -> float:
-    """What a CPU's products keep of the shapes that they have met, beyond those of two steps, which the slack has."""
-    if cfg.model.dtype != "bfloat16" or not machine.has_bf16_products():
+def _code_for_shapes(inputs: PlanInputs) -> float:
+    """Code that a CPU's products keep per shape, beyond the shapes of two steps, which the slack includes."""
+    if inputs.model.dtype != "bfloat16" or not machine.has_bf16_products():
         return 0.0
-    steps = min(cfg.train.max_steps or _CODE_STEPS, _CODE_STEPS)
+    steps = min(inputs.train.max_steps or _CODE_STEPS, _CODE_STEPS)
     size = _CODE_BY_STEP * math.log(max(1.0, steps / 2))
-    if cfg.data.eval or cfg.data.held_out:
+    if inputs.evaluates:
         size += _CODE_OF_EVALUATION
-    if rows := cfg.generation.num_examples:
+    if rows := inputs.generation.num_examples:
         size += _CODE_OF_ANSWERS + _CODE_BY_ANSWER * min(rows, _CODE_ANSWERS)
     return size
 
 
-def _touched(cfg: RunConfig, table_bytes: float) -> float:
-    """Of an untied embedding that is mapped from its file, the pages that the run's tokens can touch."""
-    if cfg.train.max_steps is None or cfg.lora.new_tokens or "embed_tokens" in cfg.lora.modules_to_save:
+def _touched_bytes(inputs: PlanInputs, table_bytes: float) -> float:
+    """Pages that the run's tokens can touch of an untied embedding that is mapped from its file."""
+    train, lora = inputs.train, inputs.lora
+    if train.max_steps is None or lora.new_tokens or "embed_tokens" in lora.modules_to_save:
         return table_bytes
-    tokens = cfg.train.max_steps * cfg.train.batch_size * cfg.data.max_length
+    tokens = train.max_steps * train.batch_size * inputs.data.max_length
     return min(table_bytes, float(tokens * _FAULT_AROUND))
 
 
-def _loading(cfg: RunConfig, shape: Mapping[str, Any], held: Mapping[str, float]) -> dict[str, float]:
-    """The base with one matrix in 16 bit; the optimizer and the slack of training are not there yet."""
-    largest = max(out * inputs for out, inputs in linear_shapes(shape).values())
+def _loading(inputs: PlanInputs, held: Mapping[str, float]) -> dict[str, float]:
+    """The base with one matrix in 16 bit, before the optimizer exists."""
     parts = {name: size for name, size in held.items() if name != "optimizer"}
-    if cfg.quant.type == "nf4":
-        parts["a matrix before it is quantized"] = largest * DTYPE_BYTES[cfg.model.dtype]
+    if inputs.quant.type == "nf4":
+        largest = max(out * size for out, size in inputs.linears.values())
+        parts["a matrix before it is quantized"] = largest * inputs.value_bytes
     return parts
 
 
-def _lesson(
-    cfg: RunConfig, shape: Mapping[str, Any], static: MemoryPlan, micro_batch: int, ranks: int
-) -> dict[str, float]:
-    """What training steps that ask a teacher hold besides: its signal, and a recovery's own moments."""
-    if not teaches_steps(cfg):
+def _teacher_parts(inputs: PlanInputs, micro_batch: int) -> dict[str, float]:
+    """What training steps with a teacher hold: its targets, and the optimizer's moments of a recovery."""
+    if not inputs.trains_on_teacher:
         return {}
-    streamed = cfg.distill.teacher.placement == "streamed"
-    # One that is read layer by layer answers all of a rank's sequences in one pass, of several steps if it is told to.
-    passes = math.ceil(cfg.train.batch_size / ranks) * cfg.distill.teacher.steps_ahead if streamed else micro_batch
-    parts = {"teacher's signal": signal_bytes(cfg, shape, passes * cfg.data.max_length)}
-    if recovers(cfg):
-        parts["optimizer of a recovery"] = static.parts.get("optimizer", 0.0)
+    sequences, teacher = micro_batch, inputs.distill.teacher
+    if teacher.placement == "streamed":  # one pass serves all sequences of a rank, of `steps_ahead` steps
+        sequences = inputs.rank_sequences * teacher.steps_ahead
+    parts = {"teacher's signal": signal_bytes(inputs, sequences * inputs.data.max_length)}
+    if inputs.may_recover:
+        parts["optimizer of a recovery"] = inputs.static.parts.get("optimizer", 0.0)
     return parts
 
 
-def _asking(cfg: RunConfig, shape: Mapping[str, Any], tokens: int, device_type: str) -> dict[str, float]:
-    """What a teacher that computes here takes over so many tokens, where it is not what it always takes."""
-    taught = teacher_shape(cfg, shape) or shape
-    parts = {"layer workspace": forward_bytes(taught, cfg, tokens, in_blocks=device_type == "cpu")}
-    if device_type == "cpu" and (passing := passing_bytes(cfg, shape)):
-        # Its head, which is mapped as they are, leaves the memory to its layers.
-        parts["teacher"] = passing
+def _teacher_pass(inputs: PlanInputs, tokens: int) -> dict[str, float]:
+    """Parts of a teacher's forward pass that differ from those it always holds."""
+    shape, on_cpu = inputs.teacher_shape or inputs.shape, inputs.device_type == "cpu"
+    parts = {"layer workspace": forward_bytes(inputs, shape, tokens, in_blocks=on_cpu)}
+    if on_cpu and (streamed := streamed_bytes(inputs)):
+        parts["teacher"] = streamed  # its mapped head leaves the memory to its layers
     return parts
 
 
-def _evaluation(cfg: RunConfig, shape: Mapping[str, Any], teacher: float, device_type: str) -> dict[str, float]:
-    """What scoring held-out rows holds, the comparison with a teacher included. teacher: what it always takes."""
-    tokens = max(EVALUATED_TOKENS, cfg.data.max_length)
-    parts = evaluation_bytes(shape, cfg, tokens, device_type)
-    if not cfg.asks_teacher:
+def _evaluation(inputs: PlanInputs, teacher: float) -> dict[str, float]:
+    """Parts of scoring held-out rows, with the comparison with a teacher. teacher: bytes that it always holds."""
+    tokens = max(limits.EVALUATION_TOKENS, inputs.data.max_length)
+    parts = evaluation_bytes(inputs, tokens)
+    if not inputs.has_teacher:
         return parts
-    batches = EVALUATED_BATCHES if cfg.distill.teacher.placement == "streamed" else 1
-    phases = [parts, _asking(cfg, shape, tokens, device_type)] if computes_here(cfg) else [parts]
+    batches = limits.TEACHER_BATCHES if inputs.distill.teacher.placement == "streamed" else 1
+    phases = [parts, _teacher_pass(inputs, tokens)] if inputs.runs_teacher else [parts]
     widest = max(phases, key=lambda phase: sum({"teacher": teacher, **phase}.values()))
-    return {**widest, "teacher's signal": signal_bytes(cfg, shape, batches * tokens)}
+    return {**widest, "teacher's signal": signal_bytes(inputs, batches * tokens)}
 
 
-def _tokenizer_bytes(cfg: RunConfig) -> int:
-    file = Path(cfg.model.tokenizer or cfg.model.name).expanduser() / "tokenizer.json"
+def _tokenizer_bytes(inputs: PlanInputs) -> int:
+    file = Path(inputs.model.tokenizer or inputs.model.name).expanduser() / "tokenizer.json"
     return file.stat().st_size if file.is_file() else _QWEN_TOKENIZER_BYTES
 
 
-def _kind(device_type: str) -> str:
-    return "cuda" if device_type == "cuda" else "cpu"
+def signal_bytes(inputs: PlanInputs, tokens: int) -> float:
+    """Return the bytes of a teacher's targets: final hidden states, or a sample of its probabilities."""
+    if inputs.teacher_is_sampled:
+        return float(tokens * (inputs.distill.top_k + inputs.distill.num_samples) * _SAMPLED_BYTES)
+    width = (inputs.teacher_shape or inputs.shape)["hidden_size"]
+    return float(tokens * width * DTYPE_BYTES[inputs.distill.teacher.dtype])
+
+
+def teacher_bytes(inputs: PlanInputs) -> float | None:
+    """Return the bytes of a teacher's weights per rank, without those that it shares with the student.
+
+    Returns: 0 if no teacher is loaded; None if its shape is unknown without a download.
+    """
+    teacher, shape = inputs.distill.teacher, inputs.teacher_shape
+    if not inputs.has_teacher or inputs.teacher_is_sampled:
+        return 0.0
+    if shape is None:
+        return None
+    table = shape["vocab_size"] * shape["hidden_size"] * DTYPE_BYTES[teacher.dtype]
+    shared = shape is inputs.shape and teacher.dtype == inputs.model.dtype
+    if teacher.placement in ("cached", "streamed"):  # hidden states, to which the head is applied
+        return 0.0 if shared else table
+    tables = 0 if shared else table * (1 if shape.get("tie_word_embeddings") else 2)
+    return shape["num_hidden_layers"] * _teacher_layer_bytes(inputs, shape) + tables
+
+
+def streamed_bytes(inputs: PlanInputs) -> float:
+    """Return the bytes of the two layers that a streamed teacher has in memory while it runs; else 0."""
+    shape = inputs.teacher_shape
+    if shape is None or not inputs.runs_teacher or inputs.distill.teacher.placement != "streamed":
+        return 0.0
+    return 2 * _teacher_layer_bytes(inputs, shape)
+
+
+def _teacher_layer_bytes(inputs: PlanInputs, shape: Mapping[str, Any]) -> float:
+    weights = sum(out * size for out, size in linear_shapes(shape).values())
+    return weights * DTYPE_BYTES[inputs.distill.teacher.dtype]

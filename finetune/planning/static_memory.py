@@ -1,4 +1,4 @@
-"""Bytes that a run holds whatever its rows are: the base by precision, what is trained, gradients, the optimizer.
+"""Memory that does not depend on the batch: the base per precision, trained values, gradients, the optimizer.
 
 Source: Dettmers et al. 2023, arXiv:2305.14314 (4-bit blocks of 64 weights, 8-bit double quantization in blocks of 256).
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig, RunConfig
+from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.models.module_matching import ends_with, matches, matches_key
 from finetune.models.quant.bit_widths import DTYPE_BYTES
 
@@ -23,8 +23,8 @@ _VALUE, _GRADIENT, _MOMENTS = 4, 4, 8
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """Static memory of one rank. parameters, trained: counts. parts: bytes by what they are for, none of them 0."""
+class StaticMemory:
+    """Static memory of one rank. parameters, trained: counts. parts: bytes per purpose, none of them 0."""
 
     parameters: int
     trained: int
@@ -36,7 +36,7 @@ class MemoryPlan:
 
 
 def linear_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """(out, in) features of each linear of one Qwen2 block."""
+    """Return the (out, in) features of each linear of a Qwen2 layer. shape: keys as in config.json."""
     hidden, heads, head = shape["hidden_size"], shape["num_attention_heads"], shape["head_dim"]
     kv = shape["num_key_value_heads"] * head
     inner = shape["intermediate_size"]
@@ -51,8 +51,8 @@ def linear_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     }
 
 
-def plan_memory(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig, lora: LoraConfig) -> MemoryPlan:
-    """Static bytes of a Qwen2 model of this shape (keys as in config.json), quantized and adapted as configured."""
+def plan_memory(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig, lora: LoraConfig) -> StaticMemory:
+    """Compute the static memory of a Qwen2 model. shape: keys as in config.json."""
     linears, layers, hidden = linear_shapes(shape), shape["num_hidden_layers"], shape["hidden_size"]
     width, table = DTYPE_BYTES[model.dtype], shape["vocab_size"] * hidden
     vectors = layers * sum(linears[name][0] for name in _BIASED) + (2 * layers + 1) * hidden
@@ -67,7 +67,7 @@ def plan_memory(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig
         "gradients": trained * _GRADIENT,
         "optimizer": trained * _MOMENTS,
     }
-    return MemoryPlan(
+    return StaticMemory(
         parameters=parameters_of(shape),
         trained=trained,
         parts={name: float(size) for name, size in parts.items() if size},
@@ -75,7 +75,7 @@ def plan_memory(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig
 
 
 def parameters_of(shape: Mapping[str, Any]) -> int:
-    """Parameters of a Qwen2 model, a tied table counted once."""
+    """Count the parameters of a Qwen2 model, a tied table once."""
     linears, layers, hidden = linear_shapes(shape), shape["num_hidden_layers"], shape["hidden_size"]
     block = sum(out * inputs for out, inputs in linears.values()) + sum(linears[name][0] for name in _BIASED)
     tables = 1 if shape.get("tie_word_embeddings") else 2
@@ -83,7 +83,7 @@ def parameters_of(shape: Mapping[str, Any]) -> int:
 
 
 def _base_parts(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig) -> dict[str, float]:
-    """The blocks' linears by precision, and the 16-bit copies that `quant.keep_dequantized` keeps of 4-bit ones."""
+    """Bytes of the linears per precision, and of the 16-bit copies that `quant.keep_dequantized` keeps."""
     parts: dict[str, float] = {}
     linears = linear_shapes(shape)
     for layer in range(shape["num_hidden_layers"]):
@@ -92,7 +92,7 @@ def _base_parts(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig
             key = f"linears in {precision}"
             parts[key] = parts.get(key, 0.0) + weights * bytes_per_weight(precision, quant)
             if precision == "int8":
-                parts[key] += 4 * linears[name][0]  # a scale for each row
+                parts[key] += 4 * linears[name][0]  # one scale per row
             if quant.keep_dequantized and precision == "nf4":
                 copies = "16-bit copies of 4-bit linears"
                 parts[copies] = parts.get(copies, 0.0) + weights * DTYPE_BYTES[quant.compute_dtype]
@@ -100,19 +100,19 @@ def _base_parts(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig
 
 
 def layer_precisions(layer: int, model: ModelConfig, quant: QuantConfig) -> dict[str, str]:
-    """How each linear of a block is stored: nf4, int8, or the model's own type."""
+    """Return how each linear of a layer is stored: nf4, int8, or the model's own dtype."""
     return {name: precision_of(module_path(layer, name), model, quant) for name in LINEARS}
 
 
 def precision_of(path: str, model: ModelConfig, quant: QuantConfig) -> str:
-    """How one linear of a block is stored. path: its full name."""
+    """Return how one linear is stored. path: its full name."""
     if quant.type == "none" or any(matches(pattern, path) for pattern in quant.skip_modules):
         return model.dtype
     return "int8" if any(matches(pattern, path) for pattern in quant.int8) else quant.type
 
 
 def bytes_per_weight(precision: str, quant: QuantConfig) -> float:
-    """Storage of one weight of a linear, the scales of 4-bit blocks included."""
+    """Return the stored bytes per weight of a linear, with the scales of 4-bit blocks."""
     if precision in DTYPE_BYTES:
         return DTYPE_BYTES[precision]
     if precision == "int8":
@@ -121,7 +121,7 @@ def bytes_per_weight(precision: str, quant: QuantConfig) -> float:
 
 
 def module_path(layer: int, name: str) -> str:
-    """Full name of a linear of a Qwen2 block."""
+    """Return the full name of a linear of a Qwen2 layer."""
     room = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
     return f"model.layers.{layer}.{room}.{name}"
 
@@ -144,7 +144,7 @@ def is_saved(path: str, lora: LoraConfig) -> bool:
 
 
 def _modules(shape: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Full name and values of every module that holds any."""
+    """Yield the full name and the number of values of every module with weights."""
     linears, hidden = linear_shapes(shape), shape["hidden_size"]
     table = shape["vocab_size"] * hidden
     yield from (("model.embed_tokens", table), ("lm_head", table), ("model.norm", hidden))
@@ -156,12 +156,12 @@ def _modules(shape: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def rank_of(path: str, lora: LoraConfig) -> int:
-    """Rank of the adapter on a module: `lora.rank`, or the first of `lora.rank_pattern` that means it."""
+    """Return the adapter's rank on a module: the first match in `lora.rank_pattern`, else `lora.rank`."""
     return next((rank for key, rank in lora.rank_pattern.items() if matches_key(key, path)), lora.rank)
 
 
 def adapted_linears(layer: int, lora: LoraConfig) -> frozenset[str]:
-    """Names of the linears of one Qwen2 block that get an adapter."""
+    """Return the names of the linears of a Qwen2 layer that get an adapter."""
     if lora.layers_to_transform is not None and layer not in lora.layers_to_transform:
         return frozenset()
     targets = lora.target_modules
@@ -174,8 +174,3 @@ def _targets_in(layer: int, targets: tuple[str, ...] | str) -> frozenset[str]:
     if isinstance(targets, tuple):
         return frozenset(n for n, path in paths.items() if any(ends_with(path, target) for target in targets))
     return frozenset(n for n, path in paths.items() if targets == "all-linear" or re.fullmatch(targets, path))
-
-
-def static_of(cfg: RunConfig, shape: Mapping[str, Any]) -> MemoryPlan:
-    """`plan_memory` of a whole config."""
-    return plan_memory(shape, cfg.model, cfg.quant, cfg.lora)

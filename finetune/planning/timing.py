@@ -1,4 +1,7 @@
-"""Seconds of a training step from its work and a machine's rates, measured once (`plan calibrate=true`) or assumed."""
+"""Time of a training step and of a run, from the step's work and the machine's rates.
+
+Rates are measured once (`finetune plan calibrate=true`), given (`tflops=N`), or assumed from data sheets.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,19 @@ import json
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.planning.flops import StepWork, layer_passes
-from finetune.planning.static_memory import linear_shapes
+from finetune.config.command_options import PlanOptions
+from finetune.planning.flops import StepWork, step_work
+from finetune.planning.inputs import PlanInputs
+from finetune.planning.peak_memory import PeakMemory
 from finetune.system.atomic import write_text
 from finetune.system.machine import usable_cores
 
-# Dense bf16 operations a second with fp32 sums, from the makers' data sheets; fp16 where a card has no bf16.
+# Dense bf16 operations per second with fp32 sums, from data sheets; fp16 if a card has no bf16.
 GPU_PEAKS = {
     "H200": 989e12,
     "H100": 989e12,
@@ -30,29 +35,32 @@ GPU_PEAKS = {
     "V100": 125e12,
     "T4": 65e12,
 }
-# Of such a peak, what the products of a step reach when nothing was measured: an assumption, said wherever it is used.
+# Share of such a peak that products reach: an assumption, named in the output.
 _ASSUMED_SHARE = 0.45
 _ASSUMED_GPU_PEAK = 100e12
-# bf16 operations a second of one CPU core with AVX-512 and without AMX, where nothing was measured: an assumption. One
-# with AVX2 makes 8.5e10 in fp32 (measured).
+# bf16 operations per second of one CPU core with AVX-512 and without AMX: an assumption. A core with AVX2 reaches
+# 8.5e10 in fp32 (measured).
 _ASSUMED_CORE = 1e11
-# What everything but products adds to their time where nothing was measured: half as much again on a CPU, a fifth of
-# it on a GPU (benchmarks/NOTES.md: products are two thirds of a step on two cores).
+# Time of everything else per second of products: an assumption (benchmarks/NOTES.md: products are two thirds of a step
+# on two cores).
 _ASSUMED_REST = {"cpu": 0.5, "cuda": 0.2}
-# What a weight that is dequantized and a pass of a layer cost where nothing was measured, in operations of products: as
-# many as 100 tokens take of that weight; 0.2 ms of launches at 45 TFLOP/s, 1 ms of Python at 100 GFLOP/s. Assumptions.
-_ASSUMED_DEQUANTISED, _ASSUMED_PASS = 200.0, {"cuda": 1e10, "cpu": 1e8}
+# Assumed cost of a dequantized weight and of a layer's pass, in operations of products: the operations of 100 tokens
+# with that weight; 0.2 ms of launches at 45 TFLOP/s, 1 ms of Python at 100 GFLOP/s.
+_ASSUMED_DEQUANTIZED, _ASSUMED_PASS = 200.0, {"cuda": 1e10, "cpu": 1e8}
 _LAYOUT = 2
+# Bytes of a text file per token: English chat rows in JSON with Qwen2.5's vocabulary (GSM8K: 4.3).
+_BYTES_PER_TOKEN = 4.3
+_TEXT_FILES = (".jsonl", ".json", ".csv")
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What a machine does in a second.
+    """Work per second of a machine.
 
-    products: [weights of the matrix, rows, operations a second], on a grid of both. attention: [document tokens,
-    operations a second]. elementwise: values [T, I] of a layer, forward and backward. dequantized: [weights of the
-    matrix, weights a second]. logits: values. trained: values of the optimizer. layer_seconds: what one pass of a layer
-    takes whatever its size. device: what was measured, in words.
+    device: name of what was measured. products: [weights of the matrix, rows, operations], on a grid of both.
+    attention: [document tokens, operations]. elementwise: values [T, I] of a layer, forward and backward.
+    dequantized: [weights of the matrix, weights]. logits: values. trained: values of the optimizer.
+    layer_seconds: fixed cost of one pass of a layer.
     """
 
     device: str
@@ -66,63 +74,134 @@ class Rates:
     layout: int = field(default=_LAYOUT)
 
 
-def step_seconds(work: StepWork, shape: Mapping[str, Any], rates: Rates, document_tokens: int) -> dict[str, float]:
-    """Seconds of one step by what they go to; their sum is the step's."""
-    linears = linear_shapes(shape)
-    sizes = {name: math.prod(linears[name]) for name in linears} | {"head": shape["vocab_size"] * shape["hidden_size"]}
+def estimate_time(
+    inputs: PlanInputs, memory: PeakMemory, *, rates: Rates | None, options: PlanOptions, gpu_name: str | None
+) -> dict[str, Any]:
+    """Estimate the time of a run.
+
+    Args:
+        memory: the run's prediction, with the micro-batch and the number of recomputed layers.
+        rates: measured rates; None if there are none or the options replace them.
+        options: tflops, tokens, document_tokens and target_share of the command.
+        gpu_name: name of the GPU; None for a CPU or an unknown GPU.
+
+    Returns:
+        Figures of `finetune plan --json`. "steps" and "total_seconds" are None if the number of tokens is unknown.
+    """
+    work = step_work(
+        inputs,
+        memory.micro_batch,
+        memory.recomputed,
+        document_tokens=options.document_tokens,
+        target_share=options.target_share,
+    )
+    if options.tflops:
+        seconds = assumed_seconds(work, options.tflops * 1e12, inputs.device_kind)
+        source = f"given: {options.tflops:g} TFLOP/s"
+    elif rates is not None:
+        seconds = step_seconds(inputs, work, rates, options.document_tokens or inputs.data.max_length)
+        source = f"measured on {rates.device}"
+    else:
+        ceiling, source = assumed_ceiling(inputs.device_kind, gpu_name)
+        seconds = assumed_seconds(work, ceiling, inputs.device_kind)
+        source += "; finetune plan calibrate=true measures it, tflops=N sets it"
+    total = sum(seconds.values())
+    steps, steps_source = steps_of(inputs, options.tokens)
+    return {
+        "step_flops": work.flops * inputs.ranks,
+        "rates": source,
+        "step_seconds": total,
+        "seconds_shares": {name: part / total for name, part in seconds.items()},
+        "tokens_per_second": inputs.train.batch_size * inputs.data.max_length / total,
+        "steps": steps,
+        "steps_from": steps_source,
+        "total_seconds": None if steps is None else steps * total,
+    }
+
+
+def steps_of(inputs: PlanInputs, tokens: int | None) -> tuple[int | None, str]:
+    """Return the optimizer steps of a run and their source; None if the number of tokens is unknown.
+
+    tokens: of an epoch; None estimates them from the size of local files.
+    """
+    if inputs.train.max_steps is not None:
+        return inputs.train.max_steps, ""
+    source = ""
+    if tokens is None:
+        tokens = _tokens_in_files(inputs)
+        source = " (estimated from the size of the files)"
+    if tokens is None:
+        return None, ""
+    step_tokens = inputs.train.batch_size * inputs.data.max_length
+    return max(1, math.ceil((inputs.train.epochs or 1) * tokens / step_tokens)), source
+
+
+def _tokens_in_files(inputs: PlanInputs) -> int | None:
+    """About the tokens of an epoch; None unless all sources are local text files without a limit."""
+    total = 0.0
+    for source in inputs.data.train:
+        file = Path(source.path).expanduser()
+        if not file.is_file() or file.suffix not in _TEXT_FILES or source.limit is not None:
+            return None
+        total += file.stat().st_size / _BYTES_PER_TOKEN * source.weight
+    return round(total)
+
+
+def step_seconds(inputs: PlanInputs, work: StepWork, rates: Rates, document_tokens: int) -> dict[str, float]:
+    """Compute the seconds of one step per purpose, from measured rates."""
+    sizes = {name: math.prod(linear) for name, linear in inputs.linears.items()}
+    sizes["head"] = inputs.shape["vocab_size"] * inputs.shape["hidden_size"]
     products = sum(
         flops / _rate_of_product(rates.products, sizes[name], work.rows) for name, flops in work.products.items()
     )
     return {
         "products": products,
-        # Two thin products a pass, which move as much as they compute: at the rate of the smallest matrix.
+        # Two thin products per pass, which move as much as they compute: at the rate of the smallest matrix.
         "adapters": work.adapters / _rate_of_product(rates.products, 0, work.rows),
-        "attention": work.attention / _along(rates.attention, document_tokens),
+        "attention": work.attention / _interpolate(rates.attention, document_tokens),
         "elementwise steps": work.elementwise / rates.elementwise,
-        "dequantizing": sum(n / _along(rates.dequantized, sizes[name]) for name, n in work.dequantized.items()),
+        "dequantizing": sum(n / _interpolate(rates.dequantized, sizes[name]) for name, n in work.dequantized.items()),
         "loss": work.logits / rates.logits,
         "optimizer": work.trained / rates.trained,
-        "calls": layer_passes(work, shape) * rates.layer_seconds,
+        "calls": work.layer_passes(inputs.shape["intermediate_size"]) * rates.layer_seconds,
     }
 
 
-def assumed_seconds(work: StepWork, flops_per_second: float, device_type: str) -> dict[str, float]:
-    """Seconds of one step where only a ceiling of products is known, given or assumed."""
+def assumed_seconds(work: StepWork, flops_per_second: float, device_kind: str) -> dict[str, float]:
+    """Compute the seconds of one step if only the rate of products is known, given or assumed."""
     products = work.flops / flops_per_second
-    return {"products": products, "all else": products * _ASSUMED_REST["cuda" if device_type == "cuda" else "cpu"]}
+    return {"products": products, "all else": products * _ASSUMED_REST[device_kind]}
 
 
-def assumed_effort(work: StepWork, shape: Mapping[str, Any], device_type: str) -> float:
-    """A step's work in operations of products, to compare settings where nothing was measured."""
-    passes = layer_passes(work, shape) * _ASSUMED_PASS["cuda" if device_type == "cuda" else "cpu"]
-    return work.flops + _ASSUMED_DEQUANTISED * sum(work.dequantized.values()) + passes
+def assumed_effort(inputs: PlanInputs, work: StepWork) -> float:
+    """Return a step's work in operations of products, to compare settings without measured rates."""
+    passes = work.layer_passes(inputs.shape["intermediate_size"]) * _ASSUMED_PASS[inputs.device_kind]
+    return work.flops + _ASSUMED_DEQUANTIZED * sum(work.dequantized.values()) + passes
 
 
-def assumed_ceiling(device_type: str, gpu_name: str | None) -> tuple[float, str]:
-    """Operations a second where nothing was measured, and where the figure comes from."""
-    if device_type != "cuda":
+def assumed_ceiling(device_kind: str, gpu_name: str | None) -> tuple[float, str]:
+    """Return assumed operations per second, and the assumption as text."""
+    if device_kind != "cuda":
         cores = usable_cores()
-        return cores * _ASSUMED_CORE, f"assumed: {_ASSUMED_CORE / 1e9:.0f} GFLOP/s a core, {cores} core(s)"
+        return cores * _ASSUMED_CORE, f"assumed: {_ASSUMED_CORE / 1e9:.0f} GFLOP/s per core, cores={cores}"
     peak = next((value for name, value in GPU_PEAKS.items() if gpu_name and name in gpu_name), None)
     if peak is None:
-        words = f"assumed: {_ASSUMED_SHARE:.0%} of {_ASSUMED_GPU_PEAK / 1e12:g} TFLOP/s"
-        return _ASSUMED_GPU_PEAK * _ASSUMED_SHARE, words
-    words = f"assumed: {_ASSUMED_SHARE:.0%} of the {peak / 1e12:g} TFLOP/s of {gpu_name}'s data sheet"
-    return peak * _ASSUMED_SHARE, words
+        text = f"assumed: {_ASSUMED_SHARE:.0%} of {_ASSUMED_GPU_PEAK / 1e12:g} TFLOP/s"
+        return _ASSUMED_GPU_PEAK * _ASSUMED_SHARE, text
+    text = f"assumed: {_ASSUMED_SHARE:.0%} of the {peak / 1e12:g} TFLOP/s of {gpu_name}'s data sheet"
+    return peak * _ASSUMED_SHARE, text
 
 
 def _rate_of_product(grid: Sequence[Sequence[float]], weights: float, rows: float) -> float:
-    """Operations a second of a product of so many rows with a matrix of so many weights; linear between neighbors in
-    the logarithms of both, constant outside.
-    """
+    """Operations per second of a product: linear between neighbors in the logarithms of weights and rows."""
     by_size: dict[float, list[list[float]]] = {}
     for size, count, rate in grid:
         by_size.setdefault(size, []).append([count, rate])
-    return _along([[size, _along(line, rows)] for size, line in by_size.items()], weights)
+    return _interpolate([[size, _interpolate(line, rows)] for size, line in by_size.items()], weights)
 
 
-def _along(points: Sequence[Sequence[float]], x: float) -> float:
-    """The value at x between points [x, value]; linear in the logarithm of x, constant outside."""
+def _interpolate(points: Sequence[Sequence[float]], x: float) -> float:
+    """Interpolate between points [x, value]: linear in the logarithm of x, constant outside."""
     points = sorted(points, key=lambda point: point[0])
     xs = [point[0] for point in points]
     i = bisect_left(xs, x)
@@ -133,13 +212,13 @@ def _along(points: Sequence[Sequence[float]], x: float) -> float:
 
 
 def calibration_file() -> Path:
-    """$FINETUNE_CACHE/calibration.json, else ~/.cache/finetune/calibration.json."""
+    """Return $FINETUNE_CACHE/calibration.json, else ~/.cache/finetune/calibration.json."""
     home = os.environ.get("FINETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "finetune"
     return Path(home).expanduser() / "calibration.json"
 
 
 def read_rates(device_type: str) -> Rates | None:
-    """What `plan calibrate=true` measured on this kind of device; None if there is nothing, or nothing readable."""
+    """Read the rates that `finetune plan calibrate=true` measured; None if there are none, or no valid ones."""
     try:
         stored = json.loads(calibration_file().read_text(encoding="utf-8"))[device_type]
         rates = Rates(**stored)
@@ -149,7 +228,7 @@ def read_rates(device_type: str) -> Rates | None:
 
 
 def write_rates(device_type: str, rates: Rates) -> Path:
-    """Keep what was measured on this kind of device, beside that of others."""
+    """Write the rates of a device type into the calibration file, and return the file."""
     file = calibration_file()
     try:
         known = json.loads(file.read_text(encoding="utf-8"))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune.config.schema import RunConfig
 from finetune.losses.hidden_states import base_of
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
-from finetune.planning.auto_batch import choose_memory
-from finetune.planning.peak_memory import MARGIN, predict
-from finetune.planning.teacher import recovers
+from finetune.planning.auto_batch import BatchPlan, choose_micro_batch
+from finetune.planning.inputs import PlanInputs
+from finetune.planning.peak_memory import MARGIN
 from finetune.system import heap
 from finetune.system.console import Log
 from finetune.system.machine import available_memory, pick_threads, ranks_here, usable_cores
@@ -39,16 +37,8 @@ def use_all_cores(device_type: str) -> str | None:
     return f"threads: per_rank={threads}, usable_cores={cores}, ranks_on_this_machine={ranks}"
 
 
-@dataclass(frozen=True, slots=True)
-class BatchPlan:
-    """micro_batch: sequences per forward pass. predicted_peak_bytes: of this rank, as RunResult.peak_bytes counts."""
-
-    micro_batch: int
-    predicted_peak_bytes: int
-
-
-def choose_micro_batch(cfg: RunConfig, model: nn.Module, accelerator: Accelerator, log: Log) -> BatchPlan:
-    """Choose the micro-batch, and set up gradient checkpointing by `train.gradient_checkpointing` and free memory.
+def apply_batch_plan(inputs: PlanInputs, model: nn.Module, accelerator: Accelerator, log: Log) -> BatchPlan:
+    """Choose the micro-batch for the memory that is free after loading, and set up gradient checkpointing.
 
     All ranks follow the rank with the least free memory, measured once all of them have loaded.
 
@@ -58,14 +48,14 @@ def choose_micro_batch(cfg: RunConfig, model: nn.Module, accelerator: Accelerato
     if accelerator.device.type == "cpu":
         install_malloc_trim(model)
     accelerator.wait_for_everyone()
-    free = torch.tensor([_free_bytes(cfg, model, accelerator.device)], dtype=torch.float64, device=accelerator.device)
+    known = _free_bytes(inputs, model, accelerator.device)
+    free = torch.tensor([known], dtype=torch.float64, device=accelerator.device)
     least = accelerator.gather(free).min().item() if accelerator.num_processes > 1 else free.item()
-    shape, kind, ranks = base_of(model).config.to_dict(), accelerator.device.type, accelerator.num_processes
-    choice = choose_memory(cfg, shape, ranks, kind, None if least < 0 else least)
-    apply_gradient_checkpointing(model, choice.recompute)
-    log(choice.text)
-    predicted = predict(cfg, shape, kind, choice.micro_batch, choice.recomputed, ranks=ranks)
-    return BatchPlan(choice.micro_batch, round(predicted.peak_bytes))
+    inputs = inputs.with_model_config(base_of(model).config.to_dict())
+    plan = choose_micro_batch(inputs, None if least < 0 else least)
+    apply_gradient_checkpointing(model, plan.recompute)
+    log(plan.text)
+    return plan
 
 
 def install_malloc_trim(model: nn.Module) -> None:
@@ -95,7 +85,7 @@ def install_malloc_trim(model: nn.Module) -> None:
     decoder.register_forward_hook(after_forward)
 
 
-def _free_bytes(cfg: RunConfig, model: nn.Module, device: torch.device) -> float:
+def _free_bytes(inputs: PlanInputs, model: nn.Module, device: torch.device) -> float:
     """Return the memory left for activations next to gradients and optimizer; -1 if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -106,6 +96,6 @@ def _free_bytes(cfg: RunConfig, model: nn.Module, device: torch.device) -> float
             return -1.0
         free = known // ranks_here(os.environ)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    margin = MARGIN["cuda" if device.type == "cuda" else "cpu"]
-    each = _BYTES_PER_TRAINED_LATER + (_BYTES_IN_A_RECOVERY if recovers(cfg) else 0)
+    margin = MARGIN[inputs.device_kind]
+    each = _BYTES_PER_TRAINED_LATER + (_BYTES_IN_A_RECOVERY if inputs.may_recover else 0)
     return max(0.0, (free - trained * each) / (1 + margin))

@@ -28,6 +28,7 @@ from finetune.evaluation.sampling import sample_answers
 from finetune.losses.distillation import Distillation
 from finetune.losses.divergence import DistillLossWeights
 from finetune.losses.teacher_targets import Teacher
+from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.system.console import Log
 
 _RECOVER_LIMITS = (
@@ -111,7 +112,7 @@ class DistillationSetup:
                 self.teacher,
                 source.documents[part],
                 self.vocabulary,
-                limit_tokens=max(4096, self.cfg.data.max_length),
+                limit_tokens=max(EVALUATION_TOKENS, self.cfg.data.max_length),
                 sum_over_ranks=sum_over_ranks,
             )
             figures[f"eval/{source.name}/teacher_kl"] = found.kl

@@ -39,6 +39,7 @@ from finetune.models.tokens import extend_tokenizer
 from finetune.ops import dispatch, matmul
 from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan
+from finetune.planning.inputs import PlanInputs, plan_inputs
 from finetune.report.dataset.stored import store_report
 from finetune.report.run_page import try_report
 from finetune.system import console
@@ -46,7 +47,7 @@ from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError, Interrupted
 from finetune.training import run_folder
-from finetune.training.autotune import choose_micro_batch, use_all_cores
+from finetune.training.autotune import apply_batch_plan, use_all_cores
 from finetune.training.checkpoint import (
     TrainState,
     list_checkpoints,
@@ -88,15 +89,18 @@ def train(cfg: RunConfig) -> RunResult:
     try:
         checkpoint = _on_main(accelerator, lambda: run_folder.find_checkpoint(cfg, log))
         kind = accelerator.device.type
-        log(describe_plan(cfg, shape_of(cfg.model.name), accelerator.num_processes, kind, free_memory(kind)))
-        context = _load(cfg, accelerator, checkpoint, log)
+        inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=kind, ranks=accelerator.num_processes)
+        log(describe_plan(inputs, free_memory(kind)))
+        context = _load(cfg, inputs, accelerator, checkpoint, log)
         return _run(context, checkpoint, log)
     finally:
         if lock is not None:
             run_folder.release_folder(lock)
 
 
-def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, log: Log) -> RunContext:
+def _load(
+    cfg: RunConfig, inputs: PlanInputs, accelerator: Accelerator, checkpoint: Path | None, log: Log
+) -> RunContext:
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
     chat = load_chat_template(cfg.data, tokenizer)
@@ -131,7 +135,7 @@ def _load(cfg: RunConfig, accelerator: Accelerator, checkpoint: Path | None, log
         fused, layers = fuse_layers(model)
         log(f"kernels: fused, layers={fused} of {layers}")
     model.train()
-    batch_plan = choose_micro_batch(cfg, model, accelerator, log)
+    batch_plan = apply_batch_plan(inputs, model, accelerator, log)
     return RunContext(cfg, accelerator, tokenizer, preparation, data, sampler, model, batch_plan, distillation)
 
 

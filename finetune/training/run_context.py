@@ -16,8 +16,9 @@ from finetune.data.sampler import Sampler
 from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.generation import Answer, answer_rows
 from finetune.evaluation.perplexity import evaluate
+from finetune.ops.limits import EVALUATION_TOKENS
+from finetune.planning.auto_batch import BatchPlan
 from finetune.system.console import Log
-from finetune.training.autotune import BatchPlan
 from finetune.training.distillation import DistillationSetup
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def evaluate_run(context: RunContext) -> dict[str, float]:
         measured = evaluate(
             context.model,
             source.documents[rank::ranks],
-            limit_tokens=max(4096, context.cfg.data.max_length),
+            limit_tokens=max(EVALUATION_TOKENS, context.cfg.data.max_length),
             sum_over_ranks=sum_over_ranks,
         )
         losses.append(measured.loss)

@@ -20,12 +20,12 @@ from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.ops import attention
 from finetune.planning.activations import (
     ActivationPlan,
+    elementwise_kernels,
     kept_bytes,
-    kernels_of,
     loss_bytes,
     plan_activations,
 )
-from finetune.planning.static_memory import adapted_linears
+from finetune.planning.inputs import PlanInputs, plan_inputs
 from tests.parity.test_cross_entropy import documents
 
 SHAPE: dict[str, Any] = {
@@ -42,6 +42,10 @@ SHAPE: dict[str, Any] = {
 
 def run(*overrides: str) -> RunConfig:
     return load_config("quickstart.yaml", ["quant.type=none", "data.max_length=640", *overrides])
+
+
+def inputs_of(*overrides: str, shape: dict[str, Any] = SHAPE, device_type: str = "cpu") -> PlanInputs:
+    return plan_inputs(run(*overrides), shape, device_type=device_type)
 
 
 def model_of(cfg: RunConfig) -> nn.Module:
@@ -115,7 +119,8 @@ def test_what_a_layer_keeps_is_within_a_tenth_of_what_autograd_saves(overrides, 
     targets = cfg.lora.target_modules
     model = model_of(cfg)
     measured = saved_bytes(model, lengths)[1] / sum(lengths)  # the first layer's input needs no gradient
-    terms = kept_bytes(SHAPE, cfg, adapted_linears(1, cfg.lora), "cpu", lengths[0])
+    inputs = plan_inputs(cfg, SHAPE, device_type="cpu")
+    terms = kept_bytes(inputs, inputs.adapted[1], lengths[0])
     assert sum(terms.values()) == pytest.approx(measured, rel=0.1), (terms, targets)
 
 
@@ -123,7 +128,8 @@ def test_what_a_layer_keeps_is_within_a_tenth_of_what_autograd_saves(overrides, 
 def test_transformers_own_attention_is_counted_too(kind):
     cfg = run("train.kernels=peft", f"model.attention={kind}")
     measured = saved_bytes(model_of(cfg), [320, 320])[1] / 640
-    planned = sum(kept_bytes(SHAPE, cfg, adapted_linears(1, cfg.lora), "cpu", 320).values())
+    inputs = plan_inputs(cfg, SHAPE, device_type="cpu")
+    planned = sum(kept_bytes(inputs, inputs.adapted[1], 320).values())
     assert planned == pytest.approx(measured, rel=0.1)
 
 
@@ -131,7 +137,7 @@ def test_transformers_own_attention_is_counted_too(kind):
 def test_a_recomputed_layer_keeps_its_input_alone(kernels):
     model = model_of(cfg := run(f"train.kernels={kernels}"))
     apply_gradient_checkpointing(model, "all")
-    plan = plan_activations(SHAPE, cfg, 1, "cpu")
+    plan = plan_activations(plan_inputs(cfg, SHAPE, device_type="cpu"), 1)
     measured = saved_bytes(model, [320, 320])
     assert measured[0] <= plan.input and measured[1] == plan.input
     assert measured[2] > 5 * plan.input
@@ -151,16 +157,17 @@ def test_as_many_layers_keep_their_activations_as_the_budget_allows(budget, laye
 
 def test_layers_that_build_no_graph_keep_nothing():
     cfg = run("lora.layers_to_transform=[2]")
-    plan = plan_activations(SHAPE, cfg, 1, "cpu")
+    plan = plan_activations(plan_inputs(cfg, SHAPE, device_type="cpu"), 1)
     assert plan.first == 2 and len(plan.kept) == 1
-    assert plan_activations(SHAPE, run("lora.layers_to_transform=[2]", "lora.new_tokens=['<a>']"), 1, "cpu").first == 0
+    assert plan_activations(inputs_of("lora.layers_to_transform=[2]", "lora.new_tokens=['<a>']"), 1).first == 0
 
 
 def test_bytes_grow_with_the_tokens_and_fused_layers_keep_less():
     shape = QWEN25_SHAPES["7B"]
-    small, large = (plan_activations(shape, run("data.max_length=2048"), n, "cuda") for n in (1, 4))
+    inputs = inputs_of("data.max_length=2048", shape=shape, device_type="cuda")
+    small, large = (plan_activations(inputs, n) for n in (1, 4))
     assert large.kept[0] == 4 * small.kept[0] and large.head < 4 * small.head
-    plain = plan_activations(shape, run("data.max_length=2048", "train.kernels=peft"), 1, "cuda")
+    plain = plan_activations(inputs.with_settings(train={"kernels": "peft"}), 1)
     assert plain.kept[0] > 1.4 * small.kept[0]
 
 
@@ -172,24 +179,29 @@ def test_holes_last_until_the_forward_pass_is_done_and_garbage_while_layers_run_
 
 def test_a_gpu_has_no_holes_and_large_blocks_leave_none():
     shape = QWEN25_SHAPES["0.5B"]
-    plans = [plan_activations(shape, run(f"data.max_length={n}"), 1, kind) for n, kind in ((512, "cpu"), (512, "cuda"))]
+    plans = [
+        plan_activations(inputs_of("data.max_length=512", shape=shape, device_type=kind), 1) for kind in ("cpu", "cuda")
+    ]
     assert plans[0].hole == 512 * shape["intermediate_size"] * 2 and plans[1].hole == plans[1].garbage == 0
     # An MLP takes 2,048 rows at a time: 20 MB of a 0.5B, and 45 MB of a 3B, which glibc maps.
-    assert plan_activations(shape, run("data.max_length=4096"), 1, "cpu").hole == 2048 * shape["intermediate_size"] * 2
-    assert plan_activations(QWEN25_SHAPES["3B"], run("data.max_length=4096"), 1, "cpu").hole == 0
+    long, large = (inputs_of("data.max_length=4096", shape=QWEN25_SHAPES[size]) for size in ("0.5B", "3B"))
+    assert plan_activations(long, 1).hole == 2048 * shape["intermediate_size"] * 2
+    assert plan_activations(large, 1).hole == 0
 
 
 def test_kernels_are_compiled_where_training_compiles_them():
-    shape = QWEN25_SHAPES["0.5B"]
-    assert kernels_of(run("train.max_steps=1"), shape) == "plain torch"
-    assert kernels_of(run("train.max_steps=100000"), shape) == "compiled"
-    assert kernels_of(run("train.max_steps=1", "train.compile=true"), shape) == "compiled"
-    assert kernels_of(run("train.kernels=peft"), shape) == "peft"
+    for settings, kernels in (
+        (("train.max_steps=1",), "plain torch"),
+        (("train.max_steps=100000",), "compiled"),
+        (("train.max_steps=1", "train.compile=true"), "compiled"),
+        (("train.kernels=peft",), "peft"),
+    ):
+        assert elementwise_kernels(inputs_of(*settings, shape=QWEN25_SHAPES["0.5B"])) == kernels
 
 
 def test_a_teacher_in_memory_doubles_the_logits_and_a_sample_of_it_does_not():
-    plain = run()
-    asked = run("distill=recover")
-    cached = run("distill=recover", "distill.teacher.placement=cached", "distill.cache=folder")
-    sizes = [loss_bytes(cfg, 4096, 151936, "cpu", cfg.asks_teacher) for cfg in (plain, asked, cached)]
+    shape = QWEN25_SHAPES["0.5B"]
+    cached = ("distill=recover", "distill.teacher.placement=cached", "distill.cache=folder")
+    runs = [inputs_of(*words, shape=shape) for words in ((), ("distill=recover",), cached)]
+    sizes = [loss_bytes(inputs, 4096, inputs.has_teacher) for inputs in runs]
     assert sizes[1] > 2 * 2**26 > sizes[0] == sizes[2]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from finetune import load_config
-from finetune.config.schema import RunConfig
 from finetune.models.families import QWEN25_SHAPES
 from finetune.planning.advice import (
     BUDGETS_GB,
@@ -17,17 +18,18 @@ from finetune.planning.advice import (
     length_table,
     longest_that_fits,
 )
-from finetune.planning.auto_batch import foresee
+from finetune.planning.auto_batch import estimate_memory
+from finetune.planning.inputs import PlanInputs, plan_inputs
 
 SHAPE = QWEN25_SHAPES["7B"]
 
 
-def run(*overrides: str) -> RunConfig:
-    return load_config("lora.yaml", overrides)
+def run(*overrides: str, shape=SHAPE, device_type: str = "cuda", ranks: int = 1) -> PlanInputs:
+    return plan_inputs(load_config("lora.yaml", overrides), shape, device_type=device_type, ranks=ranks)
 
 
-def needed(cfg: RunConfig, free_bytes: float, shape=SHAPE) -> float:
-    return foresee(cfg, shape, 1, "cuda", free_bytes).needed_bytes
+def needed(inputs: PlanInputs, free_bytes: float) -> float:
+    return estimate_memory(inputs, free_bytes).needed_bytes
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def test_a_change_that_is_said_to_fit_fits(overrides, gigabytes):
     free = gigabytes * 1e9
     before = needed(run(*overrides), free)
     assert before > free
-    changes = changes_that_fit(run(*overrides), SHAPE, 1, "cuda", free)
+    changes = changes_that_fit(run(*overrides), free)
     assert changes and any(change.fits for change in changes)
     for change in changes:
         words = [word.strip("'") for word in change.overrides]
@@ -70,50 +72,52 @@ DEVICES = [("cuda", 80), ("cuda", 10), ("cuda", 20), ("cuda", 6), ("cpu", 8), ("
 @pytest.mark.parametrize("overrides", HARD, ids=lambda words: " ".join(words))
 def test_changes_and_fastest_settings_do_what_they_say_whatever_the_config(overrides):
     """Pasted back: a change needs what was said; the fastest fit, and are never slower than the config if that fits."""
-    cfg = run(*overrides)
     for ranks, (kind, gigabytes) in enumerate(DEVICES, start=1):
-        free = gigabytes * 1e9
-        before = foresee(cfg, SHAPE, ranks, kind, free)
+        on_device = functools.partial(run, *overrides, device_type=kind, ranks=ranks)
+        inputs, free = on_device(), gigabytes * 1e9
+        before = estimate_memory(inputs, free)
         fits = before.needed_bytes <= free
-        for change in [] if fits else changes_that_fit(cfg, SHAPE, ranks, kind, free):
+        for change in [] if fits else changes_that_fit(inputs, free):
             words, shape = [word.strip("'") for word in change.overrides], SHAPE
             if words[0].startswith("model="):
                 shape = QWEN25_SHAPES[words[0].split("-")[1].upper()]
-            after = foresee(run(*overrides, *words), shape, ranks, kind, free).needed_bytes
+            after = needed(on_device(*words, shape=shape), free)
             assert (after <= free) == change.fits, (change, kind, gigabytes)
             assert after == pytest.approx(before.needed_bytes - change.saved_bytes)
-        if (fastest := fastest_that_fits(cfg, SHAPE, ranks, kind, free, None)) is None:
+        if (fastest := fastest_that_fits(inputs, free, None)) is None:
             assert not fits
             continue
-        pasted = run(*overrides, *fastest.overrides)
-        after = foresee(pasted, SHAPE, ranks, kind, free)
-        assert after.needed_bytes == pytest.approx(fastest.footprint.needed_bytes) and after.needed_bytes <= free
+        pasted = on_device(*fastest.overrides)
+        after = estimate_memory(pasted, free)
+        assert after.needed_bytes == pytest.approx(fastest.memory.needed_bytes) and after.needed_bytes <= free
         if fits:
-            costs = [cost_of_token(c, SHAPE, f, ranks, None) for c, f in ((pasted, after), (cfg, before))]
+            costs = [cost_of_token(tried, memory, None) for tried, memory in ((pasted, after), (inputs, before))]
             assert costs[0] <= costs[1] * (1 + 1e-9), (fastest, kind, gigabytes)
 
 
 def test_where_no_setting_helps_a_smaller_model_is_named():
-    changes = changes_that_fit(run("data.max_length=256"), QWEN25_SHAPES["72B"], 1, "cuda", 12e9)
+    changes = changes_that_fit(run("data.max_length=256", shape=QWEN25_SHAPES["72B"]), 12e9)
     assert changes[0].fits and changes[0].overrides == ("model=qwen2.5-14b-instruct",)
-    assert needed(run("data.max_length=256"), 12e9, QWEN25_SHAPES["14B"]) <= 12e9
-    assert needed(run("data.max_length=256"), 12e9, QWEN25_SHAPES["32B"]) > 12e9
+    assert needed(run("data.max_length=256", shape=QWEN25_SHAPES["14B"]), 12e9) <= 12e9
+    assert needed(run("data.max_length=256", shape=QWEN25_SHAPES["32B"]), 12e9) > 12e9
 
 
 def test_the_longest_sequence_fits_and_the_next_one_does_not():
     for kind, gigabytes in (("cuda", 8), ("cuda", 24), ("cpu", 16)):
         free = gigabytes * 1e9
-        tokens = longest_that_fits(run(), SHAPE, kind, free)
-        configs = (run(f"data.max_length={n}", "train.micro_batch_size=1") for n in (tokens, tokens + 64))
-        short, long = (foresee(cfg, SHAPE, 1, kind, free).needed_bytes for cfg in configs)
+        tokens = longest_that_fits(run(device_type=kind), free)
+        short, long = (
+            needed(run(f"data.max_length={n}", "train.micro_batch_size=1", device_type=kind), free)
+            for n in (tokens, tokens + 64)
+        )
         assert tokens % 64 == 0 and short <= free < long
-    assert longest_that_fits(run(), SHAPE, "cuda", 4e9) == 0
+    assert longest_that_fits(run(), 4e9) == 0
 
 
 def test_the_tables_lengths_are_the_longest_of_each_size():
     table = length_table(run())
     for size, budget in (("0.5B", 8), ("7B", 16), ("72B", 48)):
-        assert table[size][budget] == longest_that_fits(run(), QWEN25_SHAPES[size], "cuda", budget * 1e9) > 0
+        assert table[size][budget] == longest_that_fits(run(shape=QWEN25_SHAPES[size]), budget * 1e9) > 0
 
 
 def test_the_table_grows_with_memory_and_shrinks_with_the_model():
@@ -127,13 +131,12 @@ def test_the_table_grows_with_memory_and_shrinks_with_the_model():
 
 
 def test_the_fastest_settings_fit_and_use_what_memory_there_is():
-    rich, poor = (fastest_that_fits(run(), SHAPE, 1, "cuda", size * 1e9, None) for size in (80, 10))
+    rich, poor = (fastest_that_fits(run(), size * 1e9, None) for size in (80, 10))
     assert rich is not None and poor is not None
     assert "train.gradient_checkpointing=none" in rich.overrides and "quant.keep_dequantized=true" in rich.overrides
     assert "train.micro_batch_size=4" in rich.overrides  # 8,192 tokens, from which more are no faster
-    assert "quant.keep_dequantized=false" in poor.overrides and poor.footprint.needed_bytes <= 10e9
-    cfg = run(*poor.overrides)
-    assert needed(cfg, 10e9) == pytest.approx(poor.footprint.needed_bytes)
-    shorter = fastest_that_fits(run("data.max_length=65536"), SHAPE, 1, "cuda", 10e9, None)
+    assert "quant.keep_dequantized=false" in poor.overrides and poor.memory.needed_bytes <= 10e9
+    assert needed(run(*poor.overrides), 10e9) == pytest.approx(poor.memory.needed_bytes)
+    shorter = fastest_that_fits(run("data.max_length=65536"), 10e9, None)
     assert shorter is not None and any(word.startswith("data.max_length=") for word in shorter.overrides)
-    assert fastest_that_fits(run(), SHAPE, 1, "cuda", 4e9, None) is None
+    assert fastest_that_fits(run(), 4e9, None) is None

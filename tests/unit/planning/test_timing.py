@@ -11,12 +11,11 @@ import torch
 from benchmarks.flops import attention_flops, step_flops
 from finetune import load_config
 from finetune.config.command_options import PlanOptions
-from finetune.config.schema import RunConfig
 from finetune.models.families import QWEN25_SHAPES
 from finetune.planning import calibrate, timing
 from finetune.planning.flops import StepWork, step_work
-from finetune.planning.outlook import steps_of
-from finetune.planning.timing import Rates, assumed_ceiling, read_rates, step_seconds, write_rates
+from finetune.planning.inputs import PlanInputs, plan_inputs
+from finetune.planning.timing import Rates, assumed_ceiling, read_rates, step_seconds, steps_of, write_rates
 
 SHAPE = QWEN25_SHAPES["0.5B"]
 RATES = Rates(
@@ -31,12 +30,13 @@ RATES = Rates(
 )
 
 
-def run(*overrides: str) -> RunConfig:
-    return load_config("lora.yaml", ["data.max_length=1024", "train.batch_size=4", *overrides])
+def run(*overrides: str, shape=SHAPE) -> PlanInputs:
+    cfg = load_config("lora.yaml", ["data.max_length=1024", "train.batch_size=4", *overrides])
+    return plan_inputs(cfg, shape, device_type="cpu")
 
 
 def work(*overrides: str, recomputed: int = 0, micro: int = 1) -> StepWork:
-    return step_work(run(*overrides), SHAPE, micro, recomputed)
+    return step_work(run(*overrides), micro, recomputed)
 
 
 def test_operations_are_those_of_the_mathematics():
@@ -83,8 +83,8 @@ def test_rates_between_measured_points_lie_between_them():
 
 
 def test_twice_the_rate_is_half_the_time_of_what_it_is_the_rate_of():
-    before = step_seconds(work(), SHAPE, RATES, 1024)
-    after = step_seconds(work(), SHAPE, replace(RATES, logits=2e9), 1024)
+    before = step_seconds(run(), work(), RATES, 1024)
+    after = step_seconds(run(), work(), replace(RATES, logits=2e9), 1024)
     assert after["loss"] == before["loss"] / 2
     assert {**after, "loss": 0} == {**before, "loss": 0}
 
@@ -92,9 +92,9 @@ def test_twice_the_rate_is_half_the_time_of_what_it_is_the_rate_of():
 def test_weights_of_large_matrices_take_longer_to_dequantize():
     """RATES: a billion a second in matrices of a million, a tenth of that from a hundred million on."""
     for size, least, most in (("0.5B", 1e9, 4e8), ("7B", 8e8, 1e8)):
-        shape = QWEN25_SHAPES[size]
-        found = step_work(run(), shape, 1, 0)
-        seconds = step_seconds(found, shape, RATES, 1024)["dequantizing"]
+        inputs = run(shape=QWEN25_SHAPES[size])
+        found = step_work(inputs, 1, 0)
+        seconds = step_seconds(inputs, found, RATES, 1024)["dequantizing"]
         assert sum(found.dequantized.values()) / least < seconds < sum(found.dequantized.values()) / most
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from finetune import attach_lora, load_base, load_config
+from finetune.config.schema import RunConfig
+from finetune.models.families import shape_of
 from finetune.models.fused import fuse_layers
-from finetune.planning.peak_memory import predict
+from finetune.planning.auto_batch import BatchPlan
+from finetune.planning.inputs import plan_inputs
+from finetune.planning.peak_memory import predict_peak
 from finetune.system import heap
 from finetune.training import autotune
-from finetune.training.autotune import choose_micro_batch, install_malloc_trim
+from finetune.training.autotune import apply_batch_plan, install_malloc_trim
 from tests.runs import small_run
 
 
@@ -23,23 +28,28 @@ def model():
     return loaded.train()
 
 
+def fit(cfg: RunConfig, model: nn.Module, logged: list[str]) -> BatchPlan:
+    inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type="cpu")
+    return apply_batch_plan(inputs, model, Accelerator(cpu=True), logged.append)
+
+
 def test_the_predicted_peak_is_the_plans_for_the_chosen_micro_batch(model, tmp_path):
     cfg, logged = small_run(tmp_path, "train.gradient_checkpointing=2", "data.eval=[]"), []
-    found = choose_micro_batch(cfg, model, Accelerator(cpu=True), logged.append)
-    shape = model.get_base_model().config.to_dict()
+    found = fit(cfg, model, logged)
     assert found.micro_batch == 4
-    assert found.predicted_peak_bytes == round(predict(cfg, shape, "cpu", 4, 2).peak_bytes)
-    assert "2 of 4 layers" in logged[0]
+    inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type="cpu")
+    assert found.predicted_peak_bytes == round(predict_peak(inputs, 4, 2).peak_bytes)
+    assert "recomputed_layers=2 of 4" in logged[0]
 
 
 def test_little_free_memory_means_recomputing(model, tmp_path, monkeypatch):
     logged: list[str] = []
     cfg = small_run(tmp_path)
     monkeypatch.setattr(autotune, "available_memory", lambda: 2**40)
-    plenty = choose_micro_batch(cfg, model, Accelerator(cpu=True), logged.append)
+    plenty = fit(cfg, model, logged)
     monkeypatch.setattr(autotune, "available_memory", lambda: 2**20)
-    short = choose_micro_batch(cfg, model, Accelerator(cpu=True), logged.append)
-    assert "none of 4 layers" in logged[0] and "may not fit" in logged[1]
+    short = fit(cfg, model, logged)
+    assert "recomputed_layers=0 of 4" in logged[0] and "WARNING" in logged[1]
     # The evaluation of 4,096 tokens is the peak of so small a model, whatever its training takes.
     assert short.micro_batch < plenty.micro_batch and short.predicted_peak_bytes <= plenty.predicted_peak_bytes
 

@@ -13,14 +13,15 @@ from finetune import load_config
 from finetune.config.schema import RunConfig
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.families import QWEN25_SHAPES
+from finetune.planning.inputs import plan_inputs
 from finetune.planning.static_memory import (
+    StaticMemory,
     bytes_per_weight,
     layer_precisions,
     linear_shapes,
     parameters_of,
     plan_memory,
     precision_of,
-    static_of,
     trained_parameters,
 )
 
@@ -38,6 +39,10 @@ SHAPE: dict[str, Any] = {
 
 def run(*overrides: str) -> RunConfig:
     return load_config("lora.yaml", [*overrides])
+
+
+def static_of(cfg: RunConfig, shape: dict[str, Any]) -> StaticMemory:
+    return plan_inputs(cfg, shape, device_type="cpu").static
 
 
 @pytest.mark.parametrize("size", QWEN25_SHAPES)

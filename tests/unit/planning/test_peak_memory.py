@@ -7,24 +7,29 @@ from dataclasses import replace
 import pytest
 
 from finetune import load_config
-from finetune.config.schema import RunConfig
-from finetune.evaluation import agreement
 from finetune.models.families import QWEN25_SHAPES
-from finetune.planning.auto_batch import choose_memory, foresee
-from finetune.planning.peak_memory import CONTEXT_BYTES, EVALUATED_BATCHES, MARGIN, Footprint, predict
-from finetune.planning.static_memory import static_of
-from finetune.planning.teacher import passing_bytes, teacher_bytes
+from finetune.planning.auto_batch import choose_micro_batch, estimate_memory
+from finetune.planning.inputs import PlanInputs, plan_inputs
+from finetune.planning.peak_memory import (
+    CONTEXT_BYTES,
+    MARGIN,
+    PeakMemory,
+    predict_peak,
+    streamed_bytes,
+    teacher_bytes,
+)
 from finetune.system import machine
 
 SHAPE = QWEN25_SHAPES["0.5B"]
 
 
-def run(*overrides: str) -> RunConfig:
-    return load_config("lora.yaml", ["data.max_length=1024", "train.max_steps=2", *overrides])
+def run(*overrides: str, shape=SHAPE, kind: str = "cuda", ranks: int = 1) -> PlanInputs:
+    cfg = load_config("lora.yaml", ["data.max_length=1024", "train.max_steps=2", *overrides])
+    return plan_inputs(cfg, shape, device_type=kind, ranks=ranks)
 
 
-def found(*overrides: str, kind: str = "cuda", micro: int = 1, recomputed: int = 0, ranks: int = 1) -> Footprint:
-    return predict(run(*overrides), SHAPE, kind, micro, recomputed, ranks=ranks)
+def found(*overrides: str, kind: str = "cuda", micro: int = 1, recomputed: int = 0, ranks: int = 1) -> PeakMemory:
+    return predict_peak(run(*overrides, kind=kind, ranks=ranks), micro, recomputed)
 
 
 def test_the_peak_is_the_largest_moment_and_its_parts_add_up():
@@ -34,7 +39,7 @@ def test_the_peak_is_the_largest_moment_and_its_parts_add_up():
 
 
 def test_on_a_gpu_the_peak_is_what_the_allocator_counts_and_the_need_has_the_context():
-    plan, static = found(), static_of(run(), SHAPE)
+    plan, static = found(), run().static
     before = static.total_bytes - static.parts["gradients"]
     activations = plan.peak_bytes - before
     assert plan.peak_bytes == pytest.approx(before + plan.activations.peak_bytes(0))
@@ -82,7 +87,7 @@ def test_recomputing_offloading_and_fewer_sequences_lower_the_peak(kind):
 
 
 def test_ranks_exchange_gradients_in_buckets():
-    assert found(ranks=2).parts["gradients exchanged between ranks"] == static_of(run(), SHAPE).parts["gradients"]
+    assert found(ranks=2).parts["gradients exchanged between ranks"] == run().static.parts["gradients"]
 
 
 def test_an_evaluation_can_be_the_peak():
@@ -104,7 +109,7 @@ def test_a_teacher_costs_by_where_it_is():
         for place in ("resident", "streamed", "cached")
     }
     assert sizes["resident"] > sizes["streamed"] > sizes["cached"] > found().peak_bytes
-    unknown = predict(run("distill=teacher", "distill.teacher.name=somebody/model"), SHAPE, "cuda", 1, 0)
+    unknown = found("distill=teacher", "distill.teacher.name=somebody/model")
     assert unknown.teacher_unknown and "teacher" not in unknown.parts
 
 
@@ -119,7 +124,7 @@ def test_a_guard_asks_its_teacher_where_it_measures_and_where_it_recovers(kind):
         for words in ((), ("guard.max=0.1",), ("guard.max=0.1", "guard.action=recover"))
     )
     taught = found(*HELD_OUT, "distill=recover", kind=kind).moments
-    teacher = teacher_bytes(run("distill=recover"), SHAPE)
+    teacher = teacher_bytes(run("distill=recover"))
     assert teacher and {moments[LOSS]["teacher"] for moments in (watched, recovering, taught)} == {teacher}
     # A guard that warns takes the teacher's probabilities at evaluations alone.
     assert watched[LOSS] == {**plain[LOSS], "teacher": teacher}
@@ -139,7 +144,6 @@ def test_a_streamed_teacher_answers_all_sequences_of_a_step_at_once():
         for place, ahead in (("resident", _AHEAD + "1"), ("streamed", _AHEAD + "1"), ("streamed", _AHEAD + "3"))
     ]
     assert signal == [1024 * 896 * 2, 8 * signal[0], 3 * signal[1]]
-    assert EVALUATED_BATCHES == agreement._BATCHES
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -147,8 +151,9 @@ def test_a_streamed_teacher_answers_all_sequences_of_a_step_at_once():
 @pytest.mark.parametrize("recomputed", [0, 5, 24])
 def test_longer_sequences_larger_ranks_and_more_of_them_never_take_less(kind, shape, recomputed):
     def peaks(keys, micro=1):
-        configs = (run("train.compile=false", f"data.max_length={n}", f"lora.rank={rank}") for n, rank in keys)
-        return [predict(cfg, shape, kind, micro, recomputed).peak_bytes for cfg in configs]
+        settings = (("train.compile=false", f"data.max_length={n}", f"lora.rank={rank}") for n, rank in keys)
+        runs = (run(*words, shape=shape, kind=kind) for words in settings)
+        return [predict_peak(inputs, micro, recomputed).peak_bytes for inputs in runs]
 
     for keys in ([(n, 8) for n in (64, 1024, 4096, 16384)], [(1024, rank) for rank in (1, 8, 64, 256)]):
         found = peaks(keys)
@@ -164,32 +169,35 @@ def test_every_moment_must_fit_not_only_the_highest():
 
 
 def test_of_a_mapped_embedding_only_what_a_short_run_touches_is_resident():
-    shape, cfg = QWEN25_SHAPES["7B"], run("data.max_length=64", "train.batch_size=1")
+    shape = QWEN25_SHAPES["7B"]
+    short = ("data.max_length=64", "train.batch_size=1")
+    long = ("data.max_length=4096", "train.max_steps=1000")
+
+    def embedding(*words: str, kind: str) -> float:
+        return predict_peak(run(*words, shape=shape, kind=kind), 1, 0).parts["embedding"]
+
     table = 2 * shape["vocab_size"] * shape["hidden_size"]
-    assert predict(cfg, shape, "cpu", 1, 0).parts["embedding"] == 2 * 64 * 65536 < table
-    assert predict(cfg, shape, "cuda", 1, 0).parts["embedding"] == table
-    long = run("data.max_length=4096", "train.max_steps=1000")
-    assert predict(long, shape, "cpu", 1, 0).parts["embedding"] == table
+    assert embedding(*short, kind="cpu") == 2 * 64 * 65536 < table
+    assert embedding(*short, kind="cuda") == embedding(*long, kind="cpu") == table
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("share", [1.2, 0.9, 0.6])
 def test_what_is_chosen_to_fit_is_predicted_to_fit(kind, share):
-    """The choice before loading and the footprint are one arithmetic."""
-    cfg = run("train.batch_size=8", "data.max_length=512")
-    most = predict(cfg, SHAPE, kind, 4, 0).needed_bytes
-    plan = foresee(cfg, SHAPE, 1, kind, share * most)
-    assert plan.needed_bytes <= share * most
-    usable = predict(cfg, SHAPE, kind, 4, 0).usable_bytes(share * most)
-    assert choose_memory(cfg, SHAPE, 1, kind, usable).recomputed == plan.recomputed
+    """The choice before loading and the prediction are one arithmetic."""
+    inputs = run("train.batch_size=8", "data.max_length=512", kind=kind)
+    first = predict_peak(inputs, 4, 0)
+    free = share * first.needed_bytes
+    plan = estimate_memory(inputs, free)
+    assert plan.needed_bytes <= free
+    assert choose_micro_batch(inputs, first.usable_bytes(free)).memory.recomputed == plan.recomputed
 
 
 @pytest.mark.parametrize("name", [None, "Qwen/Qwen2.5-14B"])
 def test_a_streamed_teachers_layers_are_on_a_cpu_only_while_it_is_asked_and_its_head_only_at_other_times(name):
     words = ["distill=teacher", f"distill.teacher.name={name}"] if name else ["distill=recover"]
     words += ["distill.teacher.placement=streamed", *HELD_OUT]
-    cfg = run(*words)
-    layers, head = passing_bytes(cfg, SHAPE), teacher_bytes(cfg, SHAPE)
+    layers, head = streamed_bytes(run(*words)), teacher_bytes(run(*words))
     assert layers and bool(head) == bool(name)
     on_cpu, on_gpu = (found(*words, kind=kind).moments for kind in ("cpu", "cuda"))
     assert on_cpu["asking the teacher"]["teacher"] == layers and on_cpu[LOSS].get("teacher", 0) == head

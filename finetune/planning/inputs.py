@@ -1,0 +1,164 @@
+"""The inputs of a plan: one frozen record, built once per run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil
+from typing import Any
+
+from finetune.config.schema import (
+    DataConfig,
+    DistillConfig,
+    GenerationConfig,
+    GuardConfig,
+    LoraConfig,
+    ModelConfig,
+    QuantConfig,
+    RunConfig,
+    TrainConfig,
+)
+from finetune.models.families import SHAPE_KEYS, shape_of
+from finetune.planning.static_memory import (
+    DTYPE_BYTES,
+    StaticMemory,
+    adapted_linears,
+    linear_shapes,
+    plan_memory,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class PlanInputs:
+    """Everything that the plan of one rank depends on. Records compare by identity, so results can be cached.
+
+    shape: sizes of the student; keys as in config.json; empty if they are unknown without a download.
+    model to generation: sections of the config.
+    device_type: "cuda", "cpu" or another of torch's device types.
+    """
+
+    shape: Mapping[str, Any]
+    model: ModelConfig
+    quant: QuantConfig
+    lora: LoraConfig
+    data: DataConfig
+    train: TrainConfig
+    distill: DistillConfig
+    guard: GuardConfig
+    generation: GenerationConfig
+    has_teacher: bool
+    device_type: str
+    ranks: int
+
+    def with_settings(self, **sections: Mapping[str, Any]) -> PlanInputs:
+        """Return a copy with some settings changed. Nothing is validated again."""
+        changed = {name: getattr(self, name).model_copy(update=values) for name, values in sections.items()}
+        return replace(self, **changed)
+
+    def with_model_config(self, config: Mapping[str, Any]) -> PlanInputs:
+        """Return the inputs of a loaded model, which may have a larger vocabulary; `self` if its sizes are equal.
+
+        config: keys as in config.json.
+        """
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        shape = {key: config[key] for key in SHAPE_KEYS if key != "head_dim"} | {"head_dim": head_dim}
+        same = all(self.shape.get(key) == value for key, value in shape.items())
+        return self if same else replace(self, shape=shape)
+
+    @property
+    def device_kind(self) -> str:
+        """The key of tables with a value per device type: "cuda", or "cpu" for all others."""
+        return "cuda" if self.device_type == "cuda" else "cpu"
+
+    @cached_property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) features of each linear of a layer."""
+        return linear_shapes(self.shape)
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a value in the compute dtype."""
+        return DTYPE_BYTES[self.model.dtype]
+
+    @property
+    def rank_sequences(self) -> int:
+        """Sequences per rank and optimizer step."""
+        return ceil(self.train.batch_size / self.ranks)
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self.data.eval or self.data.held_out)
+
+    @property
+    def dequantizes(self) -> bool:
+        """Whether 4-bit weights are dequantized in each pass."""
+        return self.quant.type == "nf4" and not self.quant.keep_dequantized
+
+    @cached_property
+    def static(self) -> StaticMemory:
+        """Memory that does not depend on the batch."""
+        return plan_memory(self.shape, self.model, self.quant, self.lora)
+
+    @cached_property
+    def adapted(self) -> tuple[frozenset[str], ...]:
+        """Names of the linears with an adapter, per layer."""
+        return tuple(adapted_linears(layer, self.lora) for layer in range(self.shape["num_hidden_layers"]))
+
+    @property
+    def first_trained_layer(self) -> int:
+        """The lowest layer that backward reaches: no graph is built below the first trained weight."""
+        if self.lora.new_tokens or any("embed" in name for name in self.lora.modules_to_save):
+            return 0
+        return next((layer for layer, names in enumerate(self.adapted) if names), len(self.adapted))
+
+    @property
+    def may_recover(self) -> bool:
+        """Whether a drift guard may train on the teacher alone for some steps."""
+        return self.guard.max is not None and self.guard.action == "recover"
+
+    @property
+    def trains_on_teacher(self) -> bool:
+        """Whether training steps need the teacher: in distillation, and in a guard's recovery."""
+        return self.distill.objective != "none" or self.may_recover
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether the teacher's layers run in this process."""
+        return self.has_teacher and self.distill.teacher.placement in ("resident", "streamed")
+
+    @property
+    def teacher_is_sampled(self) -> bool:
+        """Whether the teacher gives some probabilities per target, in place of hidden states."""
+        placement = self.distill.teacher.placement
+        return placement == "server" or (placement == "cached" and self.distill.cache_kind == "sampled")
+
+    @cached_property
+    def teacher_shape(self) -> Mapping[str, Any] | None:
+        """The teacher's shape, the student's own for the same base; None if unknown without a download."""
+        name = self.distill.teacher.name
+        return self.shape if name in (None, self.model.name) else shape_of(str(name))
+
+
+def plan_inputs(cfg: RunConfig, shape: Mapping[str, Any] | None, *, device_type: str, ranks: int = 1) -> PlanInputs:
+    """Build the inputs of a run's plan.
+
+    Args:
+        shape: sizes of the student, keys as in config.json; None if they are unknown without a download.
+        device_type: torch's type of the device that trains.
+        ranks: processes of the run.
+    """
+    return PlanInputs(
+        shape=shape or {},
+        model=cfg.model,
+        quant=cfg.quant,
+        lora=cfg.lora,
+        data=cfg.data,
+        train=cfg.train,
+        distill=cfg.distill,
+        guard=cfg.guard,
+        generation=cfg.generation,
+        has_teacher=cfg.asks_teacher,
+        device_type=device_type,
+        ranks=ranks,
+    )
