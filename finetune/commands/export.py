@@ -13,14 +13,6 @@ usage: finetune export adapter=RUN_OR_ADAPTER format=FORMAT out=DIR [key=value â
 Merges the adapter, writes the format, reads it back with the reader of that format, and compares greedy answers and
 probabilities on fixed prompts. A folder that answers differently from its source is deleted.
 
-Formats and their values of type= (the first is the default)
-  safetensors   a transformers folder: bf16 fp16 fp32; for servers also nf4 int8 fp8
-  adapter       the adapter alone, for servers that load adapters beside a base
-  gguf          for llama.cpp: q8_0 f32 f16 bf16 q5_1 q5_0 q4_1 q4_0 mxfp4 tq2_0 tq1_0; with merge=false
-                the adapter as a GGUF LoRA: f32 f16 bf16 q8_0
-  ollama        GGUF with the same types, and a Modelfile
-  onnx          for onnxruntime-genai, with its key-value cache: fp32 fp16 int8 int4 int8-dynamic
-
 Examples
   finetune export adapter=outputs/quickstart format=gguf type=q8_0 out=gguf
   finetune export adapter=outputs/lora format=adapter out=served
@@ -39,6 +31,17 @@ def run(arguments: Arguments) -> int:
     return 0
 
 
+def _formats() -> str:
+    from finetune.export.exporter import formats_help
+
+    return f"Formats and their number types, the default first\n{formats_help()}"
+
+
 COMMAND = Command(
-    "export", "write a model for llama.cpp, Ollama, ONNX Runtime or a server", USAGE, run, options="ExportOptions"
+    "export",
+    "write a model for llama.cpp, Ollama, ONNX Runtime or a server",
+    USAGE,
+    run,
+    options="ExportOptions",
+    details=_formats,
 )

@@ -17,7 +17,7 @@ and the merged model are compared on held-out rows. After an interruption, the s
 
 Examples
   finetune merge adapter=outputs/quickstart out=merged
-  finetune merge adapter=outputs/lora out=merged base=dequantized compare=true kl_check.max_kl=0.01
+  finetune merge adapter=outputs/lora out=merged base=dequantized kl_check.max_kl=0.01
   finetune merge 'adapter=[runs/a, runs/b]' 'weights=[0.6, 0.4]' combination=ties density=0.3 out=both
 """
 

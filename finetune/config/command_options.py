@@ -58,6 +58,7 @@ class MergeOptions(Section):
         "gate.data": "it is now kl_check.data",
         "gate.rows": "it is now kl_check.num_examples",
         "gate.max_kl": "it is now kl_check.max_kl",
+        "compare": "it was removed; merge once with each base= and compare the kl_check lines",
     }
     adapter: list[Text] | Text = Field(description="Run folder, checkpoint, adapter folder or hub id; or a list.")
     out: Text = Field(description="Folder to write; it must not exist.")
@@ -75,7 +76,6 @@ class MergeOptions(Section):
         None, description="Share of each update that ties or dare keep."
     )
     seed: Index = Field(0, description="Seed of what dare drops.")
-    compare: bool = Field(False, description="Measure the other base as well, without keeping it.")
     kl_check: KlCheckOptions = Field(
         KlCheckOptions(), description="Comparison of the trained model with the merged one on held-out examples."
     )
@@ -86,7 +86,7 @@ class ExportOptions(Section):
 
     adapter: Text | None = Field(None, description="Run folder, checkpoint, adapter folder or hub id to merge first.")
     model: Text | None = Field(None, description="Base of the adapter; without one, the model folder to export.")
-    format: Literal["safetensors", "adapter", "gguf", "onnx", "ollama"] = Field(description="What to write.")
+    format: Text = Field(description="Format to write; --help lists them.")
     out: Text = Field(description="Folder to write; it must not exist.")
     type: Text | None = Field(None, description="Number format within the format; --help lists them.")
     merge: bool = Field(True, description="false writes the adapter itself, not the merged model (gguf).")

@@ -1,8 +1,8 @@
-"""An adapter's folder as servers take it: plain LoRA, one rank and one scale for all layers, and nothing else in it.
+"""format=adapter: a folder for servers, plain LoRA with one rank and one scale for all layers.
 
-vLLM, TGI and SGLang read the factors, and `r` and `lora_alpha` for the whole adapter; patterns they pass over in
-silence, SGLang rsLoRA's scale, too. Both are folded into the factors: zero rows of A and columns of B raise a rank, and
-B takes the scale, after which `lora_alpha = r` means 1. What cannot be folded is refused, with every reason at once.
+vLLM, TGI and SGLang read the factors, `r` and `lora_alpha`. They ignore patterns; SGLang also ignores rsLoRA's scale.
+Both are folded into the factors: zero rows of A and zero columns of B raise a rank, and B is multiplied by the scale,
+after which `lora_alpha = r` is a scale of 1. Everything that cannot be folded is refused.
 Source: vLLM's lora/peft_helper.py and lora/lora_model.py, TGI's adapters/lora.py, SGLang's lora/lora.py.
 """
 
@@ -23,23 +23,24 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
+from finetune.config.command_options import ExportOptions
 from finetune.config.compose import saved_config
 from finetune.export.copied_files import MODEL, copy_files
 from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.verify import Verification, compare, require_same, source_answers
 from finetune.models.adapters.config import other_base, other_updates, scaling_of
 from finetune.models.adapters.files import CONFIG_FILE, PREFIX, TENSOR_FILE, check_adapter, load_adapter
-from finetune.models.adapters.trained import makes_up_for_quantizing
+from finetune.models.adapters.trained import compensates_quantization
 from finetune.models.families import FAMILIES
 from finetune.models.hub import read_json
 from finetune.models.load import quiet
 from finetune.system.atomic import write_text
 from finetune.system.errors import ConfigError, IntegrityError
 
-# What vLLM's --max-lora-rank may be.
+# Allowed values of vLLM's --max-lora-rank.
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
-# What only a merged model can say.
+# Only a merged model can hold these.
 _REFUSED = {
     "use_dora": "DoRA scales rows of the whole weight, not only the update",
     "modules_to_save": "modules trained in full replace the base's, which all adapters of a server share",
@@ -47,13 +48,23 @@ _REFUSED = {
 }
 
 
-def to_adapter(request: ExportRequest) -> Exported:
-    """The adapter in a folder of its own, ready for `--lora-modules`, with the command that serves it.
+def check_ready(options: ExportOptions) -> None:
+    """Raise ConfigError if a number type is given."""
+    if options.type is not None:
+        raise ConfigError(f"type: format=adapter keeps the adapter's own values, found {options.type}\nhelp: remove it")
 
-    Compared with the source by PEFT on the base, where that is a local folder: bit for bit if nothing was folded.
-    Raises: ConfigError for what servers do not take; IntegrityError if it is broken or reads back as another one.
+
+def write(request: ExportRequest) -> Exported:
+    """Write the adapter to a folder of its own, with the command that serves it.
+
+    If the base is a local folder, PEFT compares the written adapter with its source: bit for bit if nothing is folded.
+
+    Raises:
+        ConfigError: lists everything that servers do not support.
+        IntegrityError: the adapter is corrupt, or the written one computes something else.
     """
-    config, tensors = _read(request)
+    check_ready(request.options)
+    config, tensors = _read(request.source)
     base = request.options.model or str(config["base_model_name_or_path"])
     revision = None if request.options.model else config.get("revision")
     folded = not _uniform(config, tensors)
@@ -74,66 +85,64 @@ def to_adapter(request: ExportRequest) -> Exported:
         if (folder := Path(base).expanduser()).is_dir():
             checks = [_verify(request, folder, folded)]
         else:
-            request.log(f"not compared with its source: the base {base} is no local folder; model=FOLDER names one")
-    four_bit = makes_up_for_quantizing(saved_config(request.source))
+            request.log(f"verify: skipped, since the base {base} is no local folder; pass model=FOLDER")
+    four_bit = compensates_quantization(saved_config(request.source))
     if four_bit:
-        request.log("the adapter makes up for what quantizing took: the command serves it over the base in 4 bit")
+        request.log("adapter: it compensates the error of quantization; the command serves it over the base in 4 bit")
     notes = {"rank": rank, "folded": folded, "base": base, "four_bit_base": four_bit}
     return Exported(checks, [_serve(request, base, revision, rank, four_bit)], notes)
 
 
-def _read(request: ExportRequest) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The source's config and factors, if servers can take them."""
-    if request.options.type is not None:
-        raise ConfigError(f"type={request.options.type}: format=adapter keeps an adapter's own numbers; drop it")
-    config = read_json(request.source / CONFIG_FILE, f"adapter {request.source}")
+def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the config and the factors of an adapter that servers support."""
+    config = read_json(source / CONFIG_FILE, f"adapter {source}")
     if config.get("peft_type") != "LORA":
-        raise ConfigError(f"adapter {request.source} is {config.get('peft_type')}, not LORA")
-    check_adapter(request.source)
-    tensors = load_file(request.source / TENSOR_FILE)
+        raise ConfigError(f"adapter {source}: peft_type must be LORA, found {config.get('peft_type')}")
+    check_adapter(source)
+    tensors = load_file(source / TENSOR_FILE)
     if reasons := list(_obstacles(config, tensors)):
         raise ConfigError(
-            f"adapter {request.source} cannot be served as an adapter: {'; '.join(reasons)}. Merge it into its base: "
-            "finetune export format=safetensors, or finetune merge"
+            f"adapter {source}: servers do not support {'; '.join(reasons)}\n"
+            "help: merge it into its base: finetune export format=safetensors, or finetune merge"
         )
     return config, tensors
 
 
 def _obstacles(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Why servers do not take it as it is."""
+    """Yield the reasons why servers do not support the adapter."""
     for key, reason in _REFUSED.items():
         if value := config.get(key):
             yield f"{key}={json.dumps(value)}: {reason}"
     if (bias := config.get("bias", "none")) != "none":
-        yield f"bias={bias}: it holds biases of the base's layers"
+        yield f"bias={bias}: the biases of the base's layers are trained"
     yield from other_updates(config)
     if init := other_base(config):
-        yield f"init_lora_weights={init}: it belongs on other weights than those of the base it names"
+        yield f"init_lora_weights={init}: the adapter needs other weights than those of the base in its config"
     known = {module for family in FAMILIES.values() for module in family.linear_modules}
     layers = {name: match["layer"] for name in tensors if (match := _FACTOR.fullmatch(name))}
-    strange = [name for name in tensors if name not in layers or layers[name].rpartition(".")[2] not in known]
-    if strange and not any(config.get(key) for key in _REFUSED):
-        yield f"tensors other than factors of the blocks' linear layers, as {', '.join(sorted(strange)[:3])}"
+    other = [name for name in tensors if name not in layers or layers[name].rpartition(".")[2] not in known]
+    if other and not any(config.get(key) for key in _REFUSED):
+        yield f"tensors other than factors of the blocks' linear layers, as {', '.join(sorted(other)[:3])}"
     if layers and (rank := max(_ranks(tensors).values())) > MAX_RANKS[-1]:
-        yield f"rank {rank}: vLLM ends at {MAX_RANKS[-1]}"
+        yield f"rank {rank}: the largest rank of vLLM is {MAX_RANKS[-1]}"
 
 
 def _ranks(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """By layer."""
+    """Return the rank of each layer."""
     matches = ((_FACTOR.fullmatch(name), tensor) for name, tensor in tensors.items())
     return {match["layer"]: len(tensor) for match, tensor in matches if match and match["side"] == "A"}
 
 
 def _uniform(config: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
-    """Whether `r` and `lora_alpha` alone say what each layer's rank and scale are."""
-    wanted = (config["r"], config["lora_alpha"] / config["r"])
-    return all((rank, scaling_of(config, layer, rank)) == wanted for layer, rank in _ranks(tensors).items()) and not (
+    """Return whether `r` and `lora_alpha` are the rank and scale of every layer."""
+    common = (config["r"], config["lora_alpha"] / config["r"])
+    return all((rank, scaling_of(config, layer, rank)) == common for layer, rank in _ranks(tensors).items()) and not (
         config.get("use_rslora") and config["r"] > 1
     )
 
 
 def _fold(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same update from factors of one rank and scale 1, in fp32; B is rounded once if its scale is no power of 2.
+    """Return fp32 factors of one rank and scale 1 with the same update; B is rounded unless its scale is a power of 2.
 
     Shapes: lora_A [R, in], lora_B [out, R], with R the largest rank of all layers.
     """
@@ -159,15 +168,15 @@ def _verify(request: ExportRequest, base: Path, folded: bool) -> Verification:
         served = load_adapter(model, request.out)
     found = compare(answers, lambda ids: served(input_ids=torch.tensor([ids])).logits[0].float(), "PEFT")
     require_same(found, exact=True)
-    # Sums in another order: some units in the last place of the largest logit.
+    # Folding changes the order of sums: some units in the last place of the largest logit.
     allowed = 1e-4 * max(float(logits.abs().max()) for logits in answers.logits) if folded else 0.0
     if found.largest > allowed:
-        raise IntegrityError(f"the adapter does not compute what its source does: {found.describe()}; nothing was kept")
+        raise IntegrityError(f"the written adapter differs from its source: {found.describe()}; nothing was kept")
     return found
 
 
 def _beside_base(adapter: Path, base: Path, folder: Path) -> Path:
-    """A view of an adapter that transformers opens as a model: it names that base, and has a tokenizer."""
+    """Fill a folder that transformers opens as a model: the adapter with this base and a tokenizer."""
     config = read_json(adapter / CONFIG_FILE, f"adapter {adapter}")
     written = {**config, "base_model_name_or_path": str(base.resolve()), "revision": None}
     write_text(folder / CONFIG_FILE, json.dumps(written))
@@ -192,6 +201,6 @@ def _serve(request: ExportRequest, base: str, revision: str | None, rank: int, f
         str(next(most for most in MAX_RANKS if most >= rank)),
     ]
     if (request.out / "chat_template.jinja").is_file():
-        # The base's own tokenizer, which vLLM takes, may have another.
+        # vLLM uses the base's tokenizer, which may have another template.
         words += ["--chat-template", str(out / "chat_template.jinja")]
     return shlex.join(words)

@@ -1,4 +1,4 @@
-"""What belongs to a model besides its weights and its config, copied as it is."""
+"""Files of a model that are copied unchanged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune.models.load import TOKENIZER_FILES
 
 GENERATION = "generation_config.json"
-# vocab.json and merges.txt are those of the slow tokenizers.
+# vocab.json and merges.txt belong to slow tokenizers.
 TOKENIZER = (
     *TOKENIZER_FILES,
     "special_tokens_map.json",
@@ -21,7 +21,7 @@ MODEL = (GENERATION, *TOKENIZER, "README.md")
 
 
 def copy_files(source: Path, out: Path, names: tuple[str, ...]) -> None:
-    """Those of the files that are there."""
+    """Copy the named files that exist in source."""
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)

@@ -1,9 +1,9 @@
-"""A model folder for transformers and vLLM, rounded once or quantized, written and read back one tensor at a time.
+"""format=safetensors: a model folder for transformers and vLLM, rounded or quantized one tensor at a time.
 
-Quantized are the blocks' linear layers; embedding, head, norms and biases stay bf16. The ways of storing them are their
-libraries' own: bitsandbytes' NF4, with the bits that quantizing while loading gives, and compressed-tensors' 8 bits
-with a scale for each row of a weight (W8A8, FP8_DYNAMIC); there a server finds the scale of each token's activations.
-A folder has one kind of quantized layers. What mixed precision kept in more bits than that stays bf16.
+The linear layers of the blocks are quantized; embedding, head, norms and biases stay bf16. nf4 has the bits that
+bitsandbytes computes while it loads. int8 and fp8 are W8A8 and FP8_DYNAMIC of compressed-tensors: a scale for each row
+of a weight, and one for each token's activations, which the server computes. A folder has one kind of quantized
+layers. Layers that mixed precision stored in more bits stay bf16.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from finetune.config.command_options import ExportOptions
 from finetune.config.options import parse_size
 from finetune.config.schema import QuantConfig
 from finetune.export.copied_files import MODEL, copy_files
-from finetune.export.exporter import Exported, ExportRequest
+from finetune.export.exporter import EXPORTERS, Exported, ExportRequest
 from finetune.export.merge.merge import REPORT
 from finetune.export.shards import Content, Planned, plan_shards, write_index, write_shard
 from finetune.export.verify import Reader, Verification, compare, require_same, source_answers
@@ -41,13 +42,18 @@ PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _BLOCK_ELEMENTS = 1 << 22  # rounded at once
 _ALIGNMENT = 16
 
-# A weight [out, in] -> what is stored of it, by what stands after the layer's name and its dot.
+# A weight [out, in] -> the stored tensors, by the part of their name after the layer's.
 Quantize = Callable[[Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Storage:
-    """dtype: of all that is not quantized. settings: config.json's quantization_config. advice: where it can serve."""
+    """The storage of a number type.
+
+    dtype: of everything that is not quantized.
+    settings: quantization_config of config.json.
+    advice: hardware that it suits.
+    """
 
     dtype: torch.dtype
     quantize: Quantize | None = None
@@ -55,14 +61,23 @@ class Storage:
     advice: str | None = None
 
 
-def to_safetensors(request: ExportRequest) -> Exported:
-    """A complete transformers folder in the number format that `type` names (bf16 without one).
+def check_ready(options: ExportOptions) -> None:
+    """Raise ConfigError for an unknown number type, MissingExtra if its library is missing."""
+    kind = EXPORTERS["safetensors"].number_type(options)
+    if kind not in TYPES:
+        raise ConfigError(f"type: format=safetensors writes {', '.join(TYPES)}, found {kind}")
+    TYPES[kind](["lm_head"])
 
-    Raises: ConfigError for an unknown type, a source that is quantized already or numbers that fp16 cannot hold;
-    MissingExtra; IntegrityError if transformers does not read back what was written.
+
+def write(request: ExportRequest) -> Exported:
+    """Write a complete transformers folder in a number type.
+
+    Raises:
+        ConfigError: the source is quantized, or a value exceeds fp16.
+        IntegrityError: transformers does not read back what was written.
     """
-    kind = request.options.type or "bf16"
-    check_ready(kind)
+    check_ready(request.options)
+    kind = EXPORTERS["safetensors"].number_type(request.options)
     limit_bytes = parse_size("shard_size", request.options.shard_size)
     config = read_config(request.source, str(request.source))
     skeleton = build_skeleton(request.source, torch.bfloat16, "eager")
@@ -85,8 +100,8 @@ def to_safetensors(request: ExportRequest) -> Exported:
     if kept:
         notes["kept_in_bf16"] = kept
         request.log(
-            f"{len(kept)} layers stay bf16, as training kept them in more bits; vLLM takes q, k and v of a layer, and "
-            "gate and up, as one and wants them stored alike"
+            f"safetensors: {len(kept)} layers stay bf16, since training stored them in more bits; vLLM merges q, k, v "
+            "and gate, up, and needs the same storage for each group"
         )
     out = Path(request.options.out)
     serve = f"vllm serve {shlex.quote(str(out))} --served-model-name {shlex.quote(out.resolve().name)}"
@@ -94,7 +109,7 @@ def to_safetensors(request: ExportRequest) -> Exported:
 
 
 def _kept_in_training(source: Path, kind: str) -> list[str]:
-    """Linear layers that a merged adapter's run had in more bits than this kind of export has."""
+    """Return the linear layers that the run of a merged adapter stored in more bits than this type."""
     file = source / REPORT
     if kind in PLAIN or not file.is_file():
         return []
@@ -110,7 +125,7 @@ def _nf4(kept: Sequence[str]) -> Storage:
     settings: Any = quantization_config(QuantConfig(type="nf4"), dict.fromkeys(kept, "none"))
     import bitsandbytes as bnb
 
-    # A layer as transformers makes it while it loads: its options decide the bits.
+    # A layer as transformers builds it while it loads: its options decide the bits.
     like = bnb.nn.Linear4bit(
         1,
         1,
@@ -129,7 +144,7 @@ def _nf4(kept: Sequence[str]) -> Storage:
 
 
 def _compressed(preset: str, form: str, advice: str, kept: Sequence[str]) -> Storage:
-    """compressed-tensors' scheme of that name, stored in that of its formats."""
+    """Return the storage of a scheme of compressed-tensors; form: its storage format."""
     try:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
@@ -143,7 +158,7 @@ def _compressed(preset: str, form: str, advice: str, kept: Sequence[str]) -> Sto
     def store(weight: Tensor) -> dict[str, Tensor]:
         weight_OI = weight.float()
         low_O1, high_O1 = weight_OI.aminmax(dim=1, keepdim=True)
-        # Rounded before it is used: readers keep scales in the model's type, and must multiply by the one divided by.
+        # Readers keep scales in the model's dtype, so the weight is divided by the rounded scale.
         scale_O1 = calculate_qparams(low_O1, high_O1, scheme.weights)[0].to(torch.bfloat16)
         stored = compressor.compress({"weight": weight_OI, "weight_scale": scale_O1.float()}, scheme)
         return {"weight": stored["weight"], "weight_scale": scale_O1}
@@ -151,11 +166,11 @@ def _compressed(preset: str, form: str, advice: str, kept: Sequence[str]) -> Sto
     settings = QuantizationConfig(
         config_groups={"group_0": scheme}, format=form, quantization_status="compressed", ignore=list(kept)
     )
-    # Without entries that say nothing: those of a newer version are errors to an older one.
+    # An older version refuses unknown entries of a newer one, so empty entries are left out.
     return Storage(torch.bfloat16, store, settings.model_dump(mode="json", exclude_none=True), advice)
 
 
-# From full names of the linear layers that stay bf16.
+# Each gets the full names of the linear layers that stay bf16.
 TYPES: dict[str, Callable[[Sequence[str]], Storage]] = {
     **{kind: partial(_plain, dtype) for kind, dtype in PLAIN.items()},
     "nf4": _nf4,
@@ -169,24 +184,17 @@ TYPES: dict[str, Callable[[Sequence[str]], Storage]] = {
 }
 
 
-def check_ready(kind: str) -> None:
-    """Raises: ConfigError for an unknown type; MissingExtra for one whose library is not here."""
-    if kind not in TYPES:
-        raise ConfigError(f"type={kind}: format=safetensors writes {', '.join(TYPES)}")
-    TYPES[kind](["lm_head"])
-
-
 def _write_weights(request: ExportRequest, storage: Storage, quantized: list[str], limit_bytes: int) -> bool:
-    """All tensors, in shards. Returns: whether each kept its value."""
+    """Write all tensors in shards, and return whether every one kept its value."""
     files = weight_files(request.source, str(request.source))
     weights = WeightFiles(files)
     if lost := sorted(set(quantized) - files.keys()):
-        raise IntegrityError(f"{request.source} lacks {', '.join(lost[:5])}, which its config.json promises")
+        raise IntegrityError(f"{request.source}: tensors of its config.json are missing: {', '.join(lost[:5])}")
     parts = {name: stored for name, stored in weights.tensors.items() if name not in set(quantized)}
     plan = [Planned(name, storage.dtype, stored.shape) for name, stored in parts.items()]
     scratch = request.out / ".quantized"
     if storage.quantize is not None:
-        # How long the parts are shows when they are made, and a file's header comes first: they wait on the disk.
+        # The header of a file needs the sizes first, so quantized tensors wait in a scratch file.
         with scratch.open("wb") as stream:
             for name in quantized:
                 layer = name.removesuffix("weight")
@@ -215,7 +223,7 @@ def _content(planned: Planned, stored: Stored) -> Content:
 
 
 def _rounded(planned: Planned, stored: Stored) -> Iterator[Tensor]:
-    """A tensor in another type, some rows at a time."""
+    """Yield a tensor in another dtype, some rows at a time."""
     rows = stored.shape[0]
     step = max(1, _BLOCK_ELEMENTS * rows // max(1, stored.nbytes // stored.dtype.itemsize))
     for start in range(0, rows, step):
@@ -223,8 +231,8 @@ def _rounded(planned: Planned, stored: Stored) -> Iterator[Tensor]:
         rounded = block.to(planned.dtype)
         if rounded.isinf().any():
             raise ConfigError(
-                f"{stored.file}: {planned.name} holds {block.abs().max():.3g}, and {planned.dtype} ends at "
-                f"{torch.finfo(planned.dtype).max:.3g}: choose type=bf16 or type=fp32"
+                f"{stored.file}: {planned.name} exceeds {torch.finfo(planned.dtype).max:.3g}, the largest value of "
+                f"{planned.dtype}, found {block.abs().max():.3g}\nhelp: use type=bf16 or type=fp32"
             )
         yield rounded
 
@@ -245,9 +253,10 @@ def _verify(request: ExportRequest, lossless: bool) -> Verification:
 
 
 def transformers_reader(folder: Path) -> Reader:
-    """What plain transformers makes of a folder, computed in fp32 as far as its layers allow.
+    """Load a folder in plain transformers, and return a reader in fp32 as far as its layers allow.
 
-    Raises: IntegrityError if it misses tensors or finds others than its config.json promises.
+    Raises:
+        IntegrityError: tensors are missing or unexpected.
     """
     with _silent():
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -258,9 +267,9 @@ def transformers_reader(folder: Path) -> Reader:
             local_files_only=True,
             output_loading_info=True,
         )
-    if wrong := {what: sorted(map(str, names))[:5] for what, names in report.items() if names}:
-        raise IntegrityError(f"{folder} is not what transformers expects of it: {wrong}; nothing was kept")
-    # Beside 4-bit layers, transformers leaves other weights as they are stored, but for a tied embedding.
+    if wrong := {kind: sorted(map(str, names))[:5] for kind, names in report.items() if names}:
+        raise IntegrityError(f"{folder}: transformers expects other tensors, found {wrong}; nothing was kept")
+    # In a model with 4-bit layers, transformers keeps the stored dtype of other layers, except a tied embedding.
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
             module.to(model.get_input_embeddings().weight.dtype)
@@ -275,6 +284,6 @@ def transformers_reader(folder: Path) -> Reader:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """compressed-tensors draws progress bars while it loads and in the first pass, and has no switch for them."""
+    """Hide the progress bars of compressed-tensors, which has no option for it."""
     with quiet(), redirect_stderr(io.StringIO()):
         yield

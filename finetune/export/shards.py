@@ -1,8 +1,8 @@
-"""Safetensors files written one block of rows at a time: a shard is never in memory.
+"""Write safetensors files one block of rows at a time, so a shard is never in memory as a whole.
 
-The safetensors package writes from tensors that are all there at once. Its format is a length in 8 bytes, a JSON
-header, and the tensors' bytes one after the other; all of the header follows from names, types and shapes.
-Source: the format's description in the safetensors package's README.
+The safetensors package needs all tensors in memory. Its format is a length in 8 bytes, a JSON header, and the bytes of
+the tensors; names, dtypes and shapes decide the whole header.
+Source: README of the safetensors package.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torch import Tensor
 from finetune.models.hub import INDEX_FILE, SINGLE_FILE
 from finetune.models.safetensors_index import NAMES, Stored
 
-# Bytes of one write: with 8 MB a 2 GB file took 7 s on ext4 where it took 1.6 s with 1 MB (benchmarks/NOTES.md).
+# Bytes of one write: a 2 GB file took 7 s on ext4 with 8 MB, and 1.6 s with 1 MB (benchmarks/NOTES.md).
 _WRITE_BYTES = 1 << 20
 _COPY_BYTES = 1 << 26
 _ALIGNMENT = 8
 
-# What a tensor is made of: the bytes of a stored one as they are, or blocks of its rows in order.
+# The content of a tensor: the bytes of a stored one, or blocks of its rows in order.
 Content = Stored | Iterable[Tensor]
 Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A tensor that will be written."""
+    """A tensor to write."""
 
     name: str
     dtype: torch.dtype
@@ -46,7 +46,7 @@ class Planned:
 
 
 def plan_shards(tensors: Sequence[Planned], limit_bytes: int) -> dict[str, list[Planned]]:
-    """Which file each tensor goes into, in the order given; a tensor larger than the limit has a file of its own."""
+    """Return the tensors of each file, in the given order; a tensor above the limit gets a file of its own."""
     shards: list[list[Planned]] = [[]]
     size = 0
     for tensor in tensors:
@@ -63,11 +63,15 @@ def plan_shards(tensors: Sequence[Planned], limit_bytes: int) -> dict[str, list[
 def write_shard(
     file: Path, tensors: Sequence[Planned], content: Callable[[Planned], Content], advance: Advance
 ) -> None:
-    """One file, which appears under its name when it is whole and on the disk.
+    """Write one file; it gets its name when it is complete and on the disk.
 
-    content: what a tensor is made of; blocks must be of its dtype. advance: told of bytes written.
+    Args:
+        file: its path.
+        tensors: its tensors.
+        content: returns the content of a tensor; blocks have its dtype.
+        advance: called with each number of bytes written.
     """
-    # Wide numbers first: then each tensor begins at a multiple of its own size, as readers that map a file wish.
+    # Wide dtypes first: each tensor then starts at a multiple of its item size, as memory-mapped readers expect.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     temporary = file.with_name(f".{file.name}.tmp")
     with temporary.open("wb", buffering=0) as stream:
@@ -81,7 +85,7 @@ def write_shard(
 
 
 def write_index(folder: Path, shards: dict[str, list[Planned]]) -> None:
-    """The index that says which file holds a tensor; a model in one file needs none."""
+    """Write the index of a model in several files."""
     if len(shards) == 1:
         return
     index = {
@@ -119,11 +123,11 @@ def _write(stream: IO[bytes], content: Content, advance: Advance) -> int:
 
 
 def _copy(stream: IO[bytes], stored: Stored, advance: Advance) -> int:
-    """The bytes of a stored tensor, as they are: by the system where it can, which may share them on disk."""
+    """Copy the bytes of a stored tensor, by the system if it can, which may share them on disk."""
     left = stored.nbytes
     with stored.file.open("rb", buffering=0) as source:
         source.seek(stored.offset)
-        while left and (count := _by_system(source, stream, min(left, _COPY_BYTES))):
+        while left and (count := _copy_range(source, stream, min(left, _COPY_BYTES))):
             left -= count
             advance(count)
         buffer = bytearray(_WRITE_BYTES)
@@ -134,8 +138,8 @@ def _copy(stream: IO[bytes], stored: Stored, advance: Advance) -> int:
     return stored.nbytes - left
 
 
-def _by_system(source: IO[bytes], out: IO[bytes], most_bytes: int) -> int:
-    """Bytes copied without passing through this process; 0 where the system or the file system cannot."""
+def _copy_range(source: IO[bytes], out: IO[bytes], most_bytes: int) -> int:
+    """Return the bytes that the system copied without this process; 0 if it cannot."""
     if not hasattr(os, "copy_file_range"):
         return 0
     try:

@@ -1,4 +1,4 @@
-"""An output folder that is whole or not there: filled under another name, then renamed."""
+"""Fill an output folder under a temporary name, then rename it: it is complete or absent."""
 
 from __future__ import annotations
 
@@ -13,27 +13,33 @@ from typing import Any
 
 from finetune.system.atomic import is_disk_full, sync
 from finetune.system.errors import ConfigError, FinetuneError, ResourceError
+from finetune.system.format import format_bytes
 
 _MADE_FROM = ".made_from.json"
-# Text files, and what a file system needs for itself.
+# For text files and the file system itself.
 _SPARE_BYTES = 32 << 20
 
 
 class KeepPartial(FinetuneError):
-    """Ends a command without its folder, and keeps what is written so far for the next start."""
+    """End a command without its folder, and keep the written files for the next start."""
 
 
 @contextmanager
 def staged(out: Path, needed_bytes: int, made_from: dict[str, Any] | None = None) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` at the end of the block, and is removed if the block fails.
+    """Yield a folder beside `out` that is renamed to `out` after the block, and removed if the block fails.
 
-    needed_bytes: that will be written; there must be room for them. made_from: everything that decides the content;
-    the files of an earlier start that was made from the same are still there then, if it was interrupted. None: each
-    start begins anew.
-    Raises: ConfigError if `out` is there already, or another process is writing it; ResourceError if the disk is full.
+    Args:
+        out: the final folder.
+        needed_bytes: bytes that will be written.
+        made_from: everything that decides the content. The folder then still holds the files of an interrupted start
+            with an equal value. None: it is empty.
+
+    Raises:
+        ConfigError: `out` exists, or another process writes it.
+        ResourceError: the disk has too little room, or is full.
     """
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise ConfigError(f"out={out}: there is something already; name a new folder, or remove that one")
+        raise ConfigError(f"out={out}: already exists; name a new folder, or remove that one")
     temporary = out.with_name(f".{out.name}.partial")
     lock = _claim(temporary, out)
     try:
@@ -46,7 +52,7 @@ def staged(out: Path, needed_bytes: int, made_from: dict[str, Any] | None = None
             shutil.rmtree(temporary, ignore_errors=True)
         if is_disk_full(error):
             raise ResourceError(
-                f"out={out}: the disk is full; free space or name another disk; nothing was kept"
+                f"out={out}: the disk is full, so nothing was kept; free space or name another disk"
             ) from error
         raise
     finally:
@@ -55,9 +61,7 @@ def staged(out: Path, needed_bytes: int, made_from: dict[str, Any] | None = None
 
 @contextmanager
 def scratch(out: Path, what: str) -> Iterator[Path]:
-    """A folder beside `out`, gone after the block; one that a killed process left behind is taken over. Use it inside
-    `staged`, whose lock is for it as well.
-    """
+    """Yield an empty folder beside `out` that is removed after the block; use it inside `staged`, which locks it."""
     folder = out.with_name(f".{out.name}.{what}")
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -68,18 +72,18 @@ def scratch(out: Path, what: str) -> Iterator[Path]:
 
 
 def check_room(folder: Path, out: Path, needed_bytes: int) -> None:
-    """Raises: ResourceError if a disk has no room for what will be written to `folder`, less what is there already."""
+    """Raise ResourceError if the disk has no room for needed_bytes, less the bytes that `folder` already holds."""
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(folder).free
     if free < (missing := needed_bytes - there + _SPARE_BYTES):
         raise ResourceError(
-            f"out={out}: {missing / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free there; free space or "
-            "name a folder on another disk"
+            f"out={out}: {format_bytes(missing)} are needed, found {format_bytes(free)} free; free space or name a "
+            "folder on another disk"
         )
 
 
 def _claim(folder: Path, out: Path) -> int:
-    """A lock on the temporary folder, held until its descriptor is closed or the process dies."""
+    """Lock the temporary folder until the descriptor is closed or the process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -89,12 +93,12 @@ def _claim(folder: Path, out: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
-        raise ConfigError(f"out={out}: another process is writing it; wait for it or name another folder") from error
+        raise ConfigError(f"out={out}: another process writes it; wait for it or name another folder") from error
     return descriptor
 
 
 def _prepare(folder: Path, made_from: dict[str, Any] | None) -> None:
-    """Keep what an earlier start has written if it was made from the same; empty the folder otherwise."""
+    """Keep the files of an earlier start with an equal made_from; otherwise empty the folder."""
     record = folder / _MADE_FROM
     text = json.dumps(made_from, sort_keys=True)
     if made_from is None or not record.is_file() or record.read_text(encoding="utf-8") != text:
@@ -113,6 +117,6 @@ def _put_in_place(temporary: Path, out: Path) -> None:
         sync(path)
     sync(temporary)
     if out.exists():
-        out.rmdir()  # it was empty
+        out.rmdir()  # It is empty.
     temporary.rename(out)
     sync(out.parent)

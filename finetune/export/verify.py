@@ -1,13 +1,13 @@
-"""The proof that an export computes what its source computes: the same answers, read back by the format's own reader.
+"""Compare an export with its source: the source's greedy answers, read back by the format's own reader.
 
-The source answers a few fixed prompts greedily. A reader then gives its logits for the same tokens in one pass. Where
-its first choice is the source's token at every place of an answer, it would have written that answer itself.
+The source answers fixed prompts greedily. A reader computes logits of the same tokens in one pass. If its top token is
+the source's at every position of an answer, it would generate that answer itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Answers:
-    """What the source says: whole token sequences, where each answer begins, and the logits [T, V] of each."""
+    """The source's token sequences (prompt and answer), the start of each answer, and the logits [T, V] of each."""
 
     ids: list[list[int]]
     begins: list[int]
@@ -44,8 +44,12 @@ class Answers:
 
 @dataclass(frozen=True)
 class Verification:
-    """reader: what read it. tokens: of the answers compared. same: share of them that the export prefers, too. kl:
-    KL(source || export), mean nats a token. largest: of the differences between logits.
+    """The result of a comparison.
+
+    tokens: compared tokens of the answers.
+    same: share of them that are the export's top token.
+    kl: mean KL(source || export) in nats per token.
+    largest: largest difference of a logit.
     """
 
     reader: str
@@ -56,17 +60,20 @@ class Verification:
 
     def describe(self) -> str:
         return (
-            f"{self.reader}: {self.same:.1%} of {self.tokens} greedy tokens are the source's, "
-            f"KL {self.kl:.2g} nats a token, logits within {self.largest:.2g}"
+            f"verify: reader={self.reader}, same greedy tokens={self.same:.1%} of {self.tokens}, "
+            f"KL={self.kl:.2g} nats per token, largest logit difference={self.largest:.2g}"
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @torch.no_grad()
 def source_answers(source: Path, prompts: int, tokens: int) -> Answers:
-    """Greedy answers of a model folder, computed by transformers in fp32, with the logits of one pass over each."""
+    """Answer prompts greedily with a model folder in fp32, and compute the logits of one pass over each answer.
+
+    Args:
+        source: a folder that transformers loads.
+        prompts: number of prompts, from PROMPTS.
+        tokens: longest answer.
+    """
     with quiet():
         tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
@@ -82,11 +89,11 @@ def source_answers(source: Path, prompts: int, tokens: int) -> Answers:
     answers = Answers([], [], [])
     for number in range(prompts):
         text = PROMPTS[number % len(PROMPTS)]
-        asked = _encode(tokenizer, text)
+        prompt = _encode(tokenizer, text)
         with quiet():
-            ids = model.generate(torch.tensor([asked]), generation_config=greedy)[0].tolist()
+            ids = model.generate(torch.tensor([prompt]), generation_config=greedy)[0].tolist()
         answers.ids.append(ids)
-        answers.begins.append(len(asked))
+        answers.begins.append(len(prompt))
         answers.logits.append(model(torch.tensor([ids])).logits[0].float())
     return answers
 
@@ -100,13 +107,13 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 @torch.no_grad()
 def compare(answers: Answers, read: Reader, reader: str) -> Verification:
-    """The reader's logits against the source's, over the tokens of the answers."""
+    """Compare a reader's logits with the source's over the tokens of the answers; reader: its name."""
     same, kl, largest, tokens = 0, 0.0, 0.0, 0
     for ids, begin, logits_TV in zip(answers.ids, answers.begins, answers.logits, strict=True):
         ours_TV = logits_TV[begin - 1 : -1]
         theirs_TV = read(ids)[begin - 1 : len(ids) - 1, : ours_TV.shape[1]].float()
         width = theirs_TV.shape[1]
-        # A format may leave out rows of the vocabulary that no token has.
+        # A format may omit rows of the vocabulary without a token.
         p, q = (part[:, :width].double().log_softmax(-1) for part in (ours_TV, theirs_TV))
         kl += float((p.exp() * (p - q)).sum())
         same += int((theirs_TV.argmax(-1) == torch.tensor(ids[begin:])).sum())
@@ -116,11 +123,15 @@ def compare(answers: Answers, read: Reader, reader: str) -> Verification:
 
 
 def require_same(found: Verification, exact: bool) -> None:
-    """Refuse an export that does not compute what its source does.
+    """Refuse an export that does not compute what its source computes.
 
-    exact: for formats that keep every bit: each token must be the same. Otherwise rounding may change some; but a model
-    that agrees with its source on less than half of the tokens, or is a nat from it, was written wrongly or is ruined.
-    Raises: IntegrityError with the figures.
+    Args:
+        found: the comparison.
+        exact: every token must be the same, for formats that keep every bit. Otherwise half of them, and KL below 1
+            nat: rounding changes some tokens, and a larger distance is an error or a useless model.
+
+    Raises:
+        IntegrityError: with the figures.
     """
     if found.same < (1.0 if exact else 0.5) or not found.kl < 1.0:
-        raise IntegrityError(f"the export does not answer as its source does: {found.describe()}; nothing was kept")
+        raise IntegrityError(f"the export differs too much from its source: {found.describe()}; nothing was kept")

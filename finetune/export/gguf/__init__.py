@@ -1,3 +1,3 @@
-"""GGUF for llama.cpp and Ollama: numbers, names and tokenizer as its readers expect them, and the readers."""
+"""GGUF for llama.cpp and Ollama."""
 
 from __future__ import annotations

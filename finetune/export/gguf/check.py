@@ -1,4 +1,4 @@
-"""What readers make of a GGUF file: transformers, and llama.cpp where its Python package is installed."""
+"""Read a GGUF file with transformers, and with llama.cpp if its Python package is installed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finetune.export.verify import Answers, Verification, compare, require_same,
 from finetune.models.load import quiet
 from finetune.system.errors import IntegrityError
 
-# Composed (NFC), as nearly all text is: llama.cpp does not compose what it reads, Qwen2's tokenizer does.
+# All in NFC: Qwen2's tokenizer normalizes text to NFC, llama.cpp does not.
 TEXTS = (
     "Hello, world! I've 1234 reasons, don't I? It'S WE'LL.",
     "Grüße aus Köln — naïve café, “quoted” … 100 % 3.14€",
@@ -40,16 +40,17 @@ _TURNS = [
 
 
 def check_model(request: ExportRequest, path: Path, kind: NumberType) -> list[Verification]:
-    """Ids and logits by every reader there is, against the source's.
+    """Compare the ids and logits of every installed reader with the source's.
 
-    Raises: IntegrityError where ids differ, or answers more than the type explains (for f32: at all).
+    Raises:
+        IntegrityError: ids differ, or the answers differ by more than the type explains (f32: at all).
     """
     texts = sample_texts(request.source)
     require_transformers_ids(path, request.source, texts)
     answers = source_answers(request.source, request.options.prompts, request.options.tokens)
     found = [_in_transformers(path, request.source, answers)]
     if (llama := open_llama(path, max(map(len, answers.ids)))) is None:
-        request.log("llama.cpp's Python package (llama-cpp-python) is not installed: not read with it")
+        request.log("gguf: not compared in llama.cpp (llama-cpp-python is not installed)")
     else:
         require_llama_ids(llama, texts)
         found.append(compare(answers, lambda ids: llama_logits(llama, ids), "llama.cpp"))
@@ -59,7 +60,7 @@ def check_model(request: ExportRequest, path: Path, kind: NumberType) -> list[Ve
 
 
 def sample_texts(folder: Path) -> dict[str, list[int]]:
-    """Texts in many scripts, a conversation and every added token, with the ids that the tokenizer gives them."""
+    """Return texts in many scripts, a conversation and every added token, with their ids."""
     tokenizer = load_tokenizer(folder)
     texts = list(TEXTS)
     texts += [f"a{token}b {token}\n" for token in tokenizer.get_added_vocab()]
@@ -69,36 +70,35 @@ def sample_texts(folder: Path) -> dict[str, list[int]]:
 
 
 def require_same_ids(reader: str, texts: dict[str, list[int]], encode: Callable[[str], list[int]]) -> None:
-    """Raises: IntegrityError with the first text that a reader splits otherwise."""
+    """Raise IntegrityError with the first text that a reader encodes differently."""
     for text, ids in texts.items():
         if (found := list(encode(text))) != ids:
             raise IntegrityError(
-                f"the export's tokenizer is not its source's: {reader} reads {text!r} as {found}, the source as {ids}; "
-                "nothing was kept"
+                f"tokenizer: {reader} encodes {text!r} as {found}, the source as {ids}; nothing was kept"
             )
 
 
 def require_transformers_ids(path: Path, source: Path, texts: dict[str, list[int]]) -> None:
-    """transformers' tokenizer from a GGUF file against the texts of `sample_texts`. Raises: IntegrityError."""
+    """Compare transformers' tokenizer of a GGUF file on the texts of `sample_texts`, or raise IntegrityError."""
     with quiet():
-        # Not AutoTokenizer, which would read the whole vocabulary a second time, only to find the class.
+        # AutoTokenizer would read the vocabulary a second time to find the class.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, **_reading(path))
-    # It cannot find an added token whose letters are none of those that stand for bytes; llama.cpp can.
+    # It does not find added tokens with characters outside the byte alphabet; llama.cpp does.
     letters = set(bytes_to_unicode().values())
-    strange = [token for token in load_tokenizer(source).get_added_vocab() if not set(token) <= letters]
-    readable = {text: ids for text, ids in texts.items() if not any(token in text for token in strange)}
+    hidden = [token for token in load_tokenizer(source).get_added_vocab() if not set(token) <= letters]
+    readable = {text: ids for text, ids in texts.items() if not any(token in text for token in hidden)}
     require_same_ids("transformers", readable, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def require_llama_ids(llama: Any, texts: dict[str, list[int]]) -> None:
-    """llama.cpp's tokenizer against the texts of `sample_texts`. Raises: IntegrityError."""
+    """Compare llama.cpp's tokenizer on the texts of `sample_texts`, or raise IntegrityError."""
     require_same_ids("llama.cpp", texts, lambda text: llama.tokenize(text.encode(), add_bos=False, special=True))
 
 
 def _in_transformers(path: Path, source: Path, answers: Answers) -> Verification:
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar asks nobody
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # hides its progress bar
         config = AutoConfig.from_pretrained(path.parent, **_reading(path))
-        # transformers does not read rope scaling from a GGUF file; check_file has compared the entries.
+        # transformers does not read rope scaling from GGUF; check_file has compared those entries.
         config.rope_parameters = AutoConfig.from_pretrained(
             source, trust_remote_code=False, local_files_only=True
         ).rope_parameters
@@ -113,9 +113,15 @@ def _reading(path: Path) -> dict[str, Any]:
 
 
 def open_llama(path: Path, length: int, adapter: Path | None = None) -> Any | None:
-    """llama.cpp with a model file, and an adapter over it; None where its Python package is missing or does not load.
+    """Open a model file, and an adapter over it, in llama.cpp with an fp32 cache.
 
-    length: of the longest text, in tokens. Its cache keeps fp32 here, as the source's does.
+    Args:
+        path: the model.
+        length: tokens of the longest text.
+        adapter: a GGUF LoRA.
+
+    Returns:
+        None if llama.cpp's Python package is missing or does not load.
     """
     try:
         llama_cpp = import_module("llama_cpp")
@@ -135,7 +141,7 @@ def open_llama(path: Path, length: int, adapter: Path | None = None) -> Any | No
 
 
 def llama_logits(llama: Any, ids: list[int]) -> Tensor:
-    """Shapes: ids [T] -> logits [T, V]."""
+    """Return the logits [T, V] of ids [T]."""
     llama.reset()
     llama.eval(ids)
     return torch.from_numpy(llama.scores[: len(ids)].copy())

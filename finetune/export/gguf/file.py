@@ -1,4 +1,4 @@
-"""GGUF files, written and proved a few rows at a time."""
+"""Write GGUF files and verify them, some rows at a time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ from finetune.export.exporter import ExportRequest
 from finetune.export.gguf.types import NumberType, decode, encode, gguf_package
 from finetune.system.errors import IntegrityError
 
-_CHUNK_NUMBERS = 1 << 22
-# What a scale loses when it becomes an f16: a share of the largest number, and something where it is subnormal.
+_CHUNK_VALUES = 1 << 22
+# Rounding a scale to f16 loses this share of the largest value, and this much where the scale is subnormal.
 _SCALE_SHARE, _SCALE_FLOOR = 2.0**-10, 127 * 2.0**-24
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """name: in the file. source: what it is made of, for messages. rows: rows [start, stop) of the source."""
+    """A tensor to write.
+
+    name: in the file.
+    source: name of the source tensor, for errors.
+    rows: returns rows [start, stop) of the source.
+    """
 
     name: str
     source: str
@@ -33,8 +38,8 @@ class PlannedTensor:
     rows: Callable[[int, int], Tensor]
 
     def chunks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of rows that hold about as many numbers as fit into 16 MiB."""
-        step = max(1, _CHUNK_NUMBERS // math.prod(self.shape[1:]))
+        """Yield ranges of rows of at most 16 MiB in fp32."""
+        step = max(1, _CHUNK_VALUES // math.prod(self.shape[1:]))
         for start in range(0, self.shape[0], step):
             yield start, min(start + step, self.shape[0])
 
@@ -43,7 +48,7 @@ class PlannedTensor:
         return (*self.shape[:-1], self.kind.row_bytes(self.shape[-1]))
 
     def encoded(self) -> np.ndarray:
-        """The tensor's bytes in the file. Raises: as `encode`."""
+        """Return the tensor's bytes in the file."""
         data = np.empty(self.byte_shape, np.uint8)
         width = self.kind.row_bytes(1) if len(self.shape) == 1 else 1
         for start, stop in self.chunks():
@@ -51,30 +56,38 @@ class PlannedTensor:
         return data
 
 
-def file_name(request: ExportRequest, kind: NumberType) -> str:
-    """`<name>-<type>.gguf`, the name being that of the folder that is asked for."""
-    return f"{model_name(request)}-{kind.name}.gguf"
-
-
 def model_name(request: ExportRequest) -> str:
-    """The last part of the folder that is asked for, without what file names and Ollama dislike."""
+    """Return the output folder's name, in characters that file names and Ollama accept."""
     name = "".join(
-        sign if sign.isascii() and (sign.isalnum() or sign in "._-") else "-" for sign in final_folder(request).name
+        sign if sign.isascii() and (sign.isalnum() or sign in "._-") else "-" for sign in request.final_folder.name
     )
     return name.strip(".-") or "model"
 
 
-def final_folder(request: ExportRequest) -> Path:
-    """Where the files will be in the end; `job.out` may have another name until they are whole."""
-    return Path(request.options.out).expanduser()
+def start_writer(request: ExportRequest, architecture: str, form: str, kind: NumberType) -> Any:
+    """Return a `gguf.GGUFWriter` with the general entries; form: `model` or `adapter`."""
+    gguf = gguf_package()
+    writer = gguf.GGUFWriter(None, architecture)
+    writer.add_type(form)
+    writer.add_name(model_name(request))
+    writer.add_file_type(kind.file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    return writer
 
 
-def write_file(path: Path, writer: Any, tensors: list[PlannedTensor]) -> dict[str, Any]:
-    """Writes a GGUF file; one encoded tensor is in memory at a time.
+def write_file(request: ExportRequest, writer: Any, tensors: list[PlannedTensor], kind: NumberType) -> Path:
+    """Write `NAME-TYPE.gguf`, one encoded tensor in memory at a time, and verify it if `options.verify`.
 
-    writer: a `gguf.GGUFWriter` that knows its entries. Returns: the entries, for `check_file`.
-    Raises: as `encode`.
+    Args:
+        request: names the folder.
+        writer: a `gguf.GGUFWriter` with all entries.
+        tensors: in the order of the file.
+        kind: the type in the file's name.
+
+    Raises:
+        ConfigError, IntegrityError: as `encode` and `check_file`.
     """
+    path = request.out / f"{model_name(request)}-{kind.name}.gguf"
     entries = {key: value.value for key, value in writer.kv_data[0].items()}
     for tensor in tensors:
         size = math.prod(tensor.byte_shape)
@@ -87,30 +100,34 @@ def write_file(path: Path, writer: Any, tensors: list[PlannedTensor]) -> dict[st
             writer.write_tensor_data(tensor.encoded())
     finally:
         writer.close()
-    return entries
+    if request.options.verify:
+        check_file(path, entries, tensors)
+    return path
 
 
 def check_file(path: Path, entries: dict[str, Any], tensors: list[PlannedTensor]) -> None:
-    """Reads a file with the gguf package and proves every entry and every number of it against the source.
+    """Read a file with the gguf package and compare every entry and every value with the source.
 
-    Types that round each number alone must hold torch's own rounding of the source; block types may be off by the half
-    step or, at an end of their range, the step that they have.
-    Raises: IntegrityError with everything that differs.
+    Types without blocks must equal torch's rounding of the source. Types with blocks may differ by half a step; at an
+    end of their range by a step.
+
+    Raises:
+        IntegrityError: lists everything that differs.
     """
     reader = gguf_package().GGUFReader(path)
     there = {tensor.name: tensor for tensor in reader.tensors}
-    problems = [f"{key} is not what was written" for key, value in entries.items() if not _is_there(reader, key, value)]
-    problems += [f"{name} is superfluous" for name in sorted(there.keys() - {tensor.name for tensor in tensors})]
+    problems = [f"entry {key} differs" for key, value in entries.items() if not _has_entry(reader, key, value)]
+    problems += [f"tensor {name} is unexpected" for name in sorted(there.keys() - {tensor.name for tensor in tensors})]
     for tensor in tensors:
         if tensor.name not in there:
-            problems.append(f"{tensor.name} is missing")
+            problems.append(f"tensor {tensor.name} is missing")
         elif not _holds(there[tensor.name], tensor):
-            problems.append(f"{tensor.name} is not {tensor.source} in {tensor.kind.name}")
+            problems.append(f"tensor {tensor.name} is not {tensor.source} in {tensor.kind.name}")
     if problems:
-        raise IntegrityError(f"{path.name} was written wrongly: {'; '.join(problems[:10])}; nothing was kept")
+        raise IntegrityError(f"{path.name}: was not written correctly: {'; '.join(problems[:10])}; nothing was kept")
 
 
-def _is_there(reader: Any, key: str, value: Any) -> bool:
+def _has_entry(reader: Any, key: str, value: Any) -> bool:
     field = reader.get_field(key)
     found = None if field is None else field.contents()
     return found == (float(np.float32(value)) if isinstance(value, float) else value)
@@ -119,7 +136,7 @@ def _is_there(reader: Any, key: str, value: Any) -> bool:
 def _holds(found: Any, planned: PlannedTensor) -> bool:
     if found.tensor_type != planned.kind.ggml or tuple(int(size) for size in found.shape[::-1]) != planned.shape:
         return False
-    # The reader shows f32 and f16 as such, all others as bytes.
+    # The reader returns f32 and f16 as such, all other types as bytes.
     data = found.data.reshape(planned.shape[0], -1) if len(planned.shape) > 1 else found.data
     return all(
         _close(decode(data[start:stop].view(np.uint8), planned.kind), planned.rows(start, stop).float(), planned.kind)
@@ -137,6 +154,6 @@ def _close(found: Tensor, source: Tensor, kind: NumberType) -> bool:
     return bool(((found.view(-1, kind.block) - blocks).abs() <= limit).all())
 
 
-def types_used(tensors: list[PlannedTensor]) -> dict[str, int]:
-    """How many tensors each type has."""
+def count_types(tensors: list[PlannedTensor]) -> dict[str, int]:
+    """Return the number of tensors of each type."""
     return dict(Counter(tensor.kind.name for tensor in tensors))

@@ -1,4 +1,4 @@
-"""What Qwen2's tensors and settings are called in a GGUF file."""
+"""Names of Qwen2's tensors and settings in a GGUF file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def tensor_names(layers: int, tied: bool) -> dict[str, str]:
-    """Every tensor of a model: its name in transformers -> its name in GGUF, in the file's order."""
+    """Map the name of every tensor in transformers to its name in GGUF, in the order of the file."""
     names = {_EMBEDDING_SOURCE: EMBEDDING}
     for layer in range(layers):
         for ours, theirs in (_NORMS | LINEAR).items():
@@ -40,25 +40,26 @@ def tensor_names(layers: int, tied: bool) -> dict[str, str]:
 
 
 def linear_name(module: str) -> str | None:
-    """`model.layers.0.mlp.up_proj` -> `blk.0.ffn_up.weight`; None for anything but a linear layer of a block."""
+    """Map `model.layers.0.mlp.up_proj` to `blk.0.ffn_up.weight`, and other modules than linear layers to None."""
     match = _LAYER.fullmatch(module)
     theirs = LINEAR.get(match[2]) if match else None
     return f"blk.{match[1]}.{theirs}.weight" if match and theirs else None
 
 
 def check_tensors(found: Iterable[str], names: dict[str, str], where: str) -> None:
-    """Raises: IntegrityError unless a folder holds exactly these tensors; a tied head may be written out besides."""
+    """Raise IntegrityError unless a folder holds exactly these tensors; a tied head may be stored too."""
     there = set(found) - ({_HEAD_SOURCE} - names.keys())
-    problems = [f"lacks {name}" for name in names if name not in there]
-    problems += [f"has {name}, which Qwen2 does not know" for name in sorted(there - names.keys())]
+    problems = [f"{name} is missing" for name in names if name not in there]
+    problems += [f"{name} is no tensor of Qwen2" for name in sorted(there - names.keys())]
     if problems:
-        raise IntegrityError(f"{where} {'; '.join(problems[:10])}")
+        raise IntegrityError(f"{where}: {'; '.join(problems[:10])}")
 
 
 def settings(config: Any) -> dict[str, int | float | str]:
-    """The file's `qwen2.*` entries. config: transformers' Qwen2Config.
+    """Return the file's `qwen2.*` entries from transformers' Qwen2Config.
 
-    Raises: ConfigError naming everything of which a GGUF reader would compute something else.
+    Raises:
+        ConfigError: lists every setting that GGUF readers would compute differently.
     """
     rope = dict(config.rope_parameters)
     found: dict[str, int | float | str] = {
@@ -72,7 +73,7 @@ def settings(config: Any) -> dict[str, int | float | str]:
         "rope.dimension_count": config.hidden_size // config.num_attention_heads,
         "rope.freq_base": float(rope["rope_theta"]),
     }
-    problems = _unsayable(config)
+    problems = _unsupported(config)
     kind = rope.get("rope_type", "default")
     if kind in ("linear", "yarn"):
         found["rope.scaling.type"] = kind
@@ -87,11 +88,13 @@ def settings(config: Any) -> dict[str, int | float | str]:
     elif kind not in ("default", "linear"):
         problems.append(f"rope_type {kind!r}")
     if problems:
-        raise ConfigError(f"the model has {', '.join(problems)}, which GGUF's qwen2 cannot say; export safetensors")
+        raise ConfigError(
+            f"config.json: GGUF's qwen2 does not support {', '.join(problems)}\nhelp: use format=safetensors"
+        )
     return found
 
 
-def _unsayable(config: Any) -> list[str]:
+def _unsupported(config: Any) -> list[str]:
     problems = []
     if getattr(config, "use_sliding_window", False):
         problems.append("use_sliding_window")

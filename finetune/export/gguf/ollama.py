@@ -1,4 +1,4 @@
-"""format=ollama: a GGUF file with the Modelfile that Ollama makes a model of."""
+"""format=ollama: a GGUF file with a Modelfile for `ollama create`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.config.command_options import ExportOptions
 from finetune.data.template.sandbox import Renderer
 from finetune.export.exporter import Exported, ExportRequest
-from finetune.export.gguf.file import final_folder, model_name
-from finetune.export.gguf.model import to_gguf
+from finetune.export.gguf import model
+from finetune.export.gguf.file import model_name
 from finetune.export.gguf.tokenizer import load_tokenizer
 from finetune.models.hub import read_json
 from finetune.system.errors import ConfigError, DataError
 
 Turn = dict[str, str]
 
-# Ollama's names of what generation_config.json may set.
+# Keys of generation_config.json, as Ollama spells them.
 _PARAMETERS = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -27,7 +28,7 @@ _PARAMETERS = {
     "repetition_penalty": "repeat_penalty",
     "max_new_tokens": "num_predict",
 }
-# A turn of the assistant that comes last is left open: Ollama has the model go on with it.
+# A last turn of the assistant stays open: Ollama lets the model continue it.
 _TEMPLATE = """{{- range $i, $_ := .Messages }}
 {{- $last := eq (len (slice $.Messages $i)) 1 }}%s<|im_start|>{{ .Role }}
 {{ .Content }}{{ if not (and $last (eq .Role "assistant")) }}<|im_end|>
@@ -41,64 +42,69 @@ _DEFAULT_SYSTEM = """
 {{ end }}"""
 
 
-def to_ollama(request: ExportRequest) -> Exported:
-    """Writes a GGUF file and a Modelfile beside it into job.out: weights, template, stop tokens, sampling.
+def check_ready(options: ExportOptions) -> None:
+    """Raise ConfigError for an unknown number type, MissingExtra without the gguf package."""
+    model.check_ready(options)
 
-    Ollama's templates are Go's, so the model's own (jinja) is rebuilt; for system, user and assistant turns the two
-    write the same. Tools are not offered to it.
-    Raises: ConfigError if the model's template is not ChatML, or for merge=false; else as `to_gguf`.
+
+def write(request: ExportRequest) -> Exported:
+    """Write a GGUF file and its Modelfile: weights, chat template, stop tokens, sampling parameters.
+
+    Ollama uses Go templates, so the model's Jinja template is rebuilt. Both render system, user and assistant turns
+    alike. Tools are not part of the Go template.
+
+    Raises:
+        ConfigError: the chat template is not ChatML.
+        ConfigError, IntegrityError: as format=gguf.
     """
-    if not request.options.merge:
-        raise ConfigError(
-            "format=ollama merge=false: an adapter alone is no model; use format=gguf merge=false, and ADAPTER in a "
-            "Modelfile of the base"
-        )
     tokenizer = load_tokenizer(request.source)
     template = go_template(tokenizer)
     settings = _generation_config(request.source)
-    gguf = to_gguf(request)
+    gguf = model.write(request)
     lines = [f"FROM ./{gguf.notes['file']}", f'TEMPLATE """{template}"""']
     lines += [f'PARAMETER stop "{token}"' for token in _stop_tokens(request.source, tokenizer, settings)]
     lines += [f"PARAMETER {name} {value}" for name, value in _sampling(settings).items()]
     (request.out / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     name = model_name(request).lower()
-    modelfile = shlex.quote(str(final_folder(request) / "Modelfile"))
+    modelfile = shlex.quote(str(request.final_folder / "Modelfile"))
     return Exported(gguf.checks, [f"ollama create {name} -f {modelfile}", f"ollama run {name}"], gguf.notes)
 
 
 def go_template(tokenizer: Any) -> str:
-    """A Go template for Ollama that writes what the tokenizer's chat template writes.
+    """Return a Go template for Ollama that renders as the tokenizer's chat template.
 
-    Raises: ConfigError unless that is ChatML: the template is tried on conversations in which templates differ.
+    Raises:
+        ConfigError: the chat template is not ChatML. It is compared on conversations in which templates differ.
     """
     source = tokenizer.chat_template
     if not isinstance(source, str):
         raise ConfigError(
-            "format=ollama: the model has no chat template, or several; give its tokenizer one, or use format=gguf"
+            "format=ollama: needs exactly one chat template\nhelp: set tokenizer.chat_template, or use format=gguf"
         )
     try:
         default = _default_system(source, tokenizer)
     except DataError as error:
-        raise ConfigError(f"format=ollama: {error}; {_ADVICE}") from error
+        raise ConfigError(f"format=ollama: {error}\n{_HELP}") from error
     if default is None:
         return _TEMPLATE % ""
     if '"""' in default:
-        raise ConfigError(
-            f'format=ollama: the template\'s system prompt holds """, which a Modelfile cannot: {default!r}'
-        )
+        raise ConfigError(f'format=ollama: a Modelfile cannot hold """, found in the default system prompt {default!r}')
     return _TEMPLATE % (_DEFAULT_SYSTEM % default.replace("{{", '{{ "{{" }}'))
 
 
-_ADVICE = (
-    "only ChatML templates can be rebuilt for Ollama; use format=gguf, which carries the template as it is "
+_HELP = (
+    "help: only ChatML templates can be rebuilt for Ollama; use format=gguf, which keeps the template "
     "(llama-server --jinja)"
 )
 
 
 def chatml(turns: Sequence[Turn], default: str | None, prompt: bool) -> str:
-    """A conversation in ChatML. default: the system prompt of conversations that open without one, None for none.
+    """Render a conversation in ChatML.
 
-    prompt: whether the header of the assistant's next turn follows.
+    Args:
+        turns: `role` and `content` of each turn.
+        default: system prompt for conversations without one; None adds none.
+        prompt: append the header of the assistant's next turn.
     """
     if default is not None and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": default}, *turns]
@@ -107,6 +113,8 @@ def chatml(turns: Sequence[Turn], default: str | None, prompt: bool) -> str:
 
 
 def _probes() -> list[list[Turn]]:
+    """Return conversations in which templates differ."""
+
     def conversation(*contents: str) -> list[Turn]:
         roles = {"s": "system", "u": "user", "a": "assistant"}
         return [{"role": roles[content[0]], "content": content[1:]} for content in contents]
@@ -136,7 +144,8 @@ def _default_system(source: str, tokenizer: Any) -> str | None:
             found, wanted = template.render(turns, None, prompt), chatml(turns, default, prompt)
             if found != wanted:
                 raise ConfigError(
-                    f"format=ollama: the chat template writes {found[:300]!r}, ChatML is {wanted[:300]!r}; {_ADVICE}"
+                    f"format=ollama: the chat template is not ChatML: expected {wanted[:300]!r}, "
+                    f"found {found[:300]!r}\n{_HELP}"
                 )
     return default
 
@@ -156,7 +165,7 @@ def _stop_tokens(folder: Path, tokenizer: Any, settings: dict[str, Any]) -> list
 
 
 def _sampling(settings: dict[str, Any]) -> dict[str, str]:
-    """Ollama's own defaults would sample at 0.8 and may punish repetition."""
+    """Return the sampling parameters, all explicit: Ollama's defaults are temperature 0.8 and a repetition penalty."""
     found = {theirs: settings[ours] for ours, theirs in _PARAMETERS.items() if settings.get(ours) is not None}
     found.setdefault("repeat_penalty", 1.0)
     if settings.get("do_sample") is False:

@@ -1,4 +1,4 @@
-"""A Qwen2 tokenizer as a GGUF file keeps it: tokens with their kinds, merges, special ids, chat template."""
+"""A Qwen2 tokenizer in the form of a GGUF file: tokens with their kinds, merges, special ids, chat template."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from finetune.models.families import FAMILIES
 from finetune.models.load import quiet
 from finetune.system.errors import ConfigError
 
-# GGUF's numbers for kinds of tokens.
+# GGUF's kinds of tokens.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-# llama.cpp names a pre-tokenizer instead of keeping its regex; `qwen2` means this one.
+# GGUF names a pre-tokenizer instead of storing its regex; `qwen2` is this one.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# No special tokens to Qwen's tokenizer, but llama.cpp treats them as such whatever the file says.
+# Qwen's tokenizer does not mark these as special; llama.cpp always treats them as special.
 _FILL_IN = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """tokens, kinds: one for each row of the embedding. adds_bos: whether every text opens with the bos token."""
+    """The vocabulary of a GGUF file.
+
+    tokens, kinds: one for each row of the embedding.
+    adds_bos: the tokenizer puts the bos token before every text.
+    """
 
     tokens: list[str]
     kinds: list[int]
@@ -36,7 +40,7 @@ class Vocabulary:
     chat_template: str | None
 
     def write(self, writer: Any) -> None:
-        """Adds the `tokenizer.*` entries to a `gguf.GGUFWriter`."""
+        """Add the `tokenizer.*` entries to a `gguf.GGUFWriter`."""
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("qwen2")
         writer.add_token_list(self.tokens)
@@ -50,22 +54,27 @@ class Vocabulary:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, from its files alone."""
+    """Load the tokenizer of a model folder, offline."""
     with quiet():
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
-    """The vocabulary of a model folder. rows: of the embedding; those without a token become unused ones.
+    """Read the vocabulary of a model folder.
 
-    Raises: ConfigError if the tokenizer is not a Qwen2 one, or has more tokens than the model has rows.
+    Args:
+        folder: the model folder.
+        rows: number of rows of the embedding; rows without a token become unused tokens.
+
+    Raises:
+        ConfigError: the tokenizer is not Qwen2's, or has more tokens than rows.
     """
     tokenizer = load_tokenizer(folder)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     _check_qwen2(content, folder)
     ids = {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
     if max(ids.values()) >= rows:
-        raise ConfigError(f"{folder}: the tokenizer has token {max(ids.values())}, the embedding only {rows} rows")
+        raise ConfigError(f"{folder}: the embedding has {rows} rows, found token {max(ids.values())}")
     tokens = [f"[PAD{id}]" for id in range(rows)]
     kinds = [UNUSED] * rows
     for token, id in ids.items():
@@ -81,9 +90,9 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
 
 
 def _special_ids(tokenizer: Any, ids: dict[str, int]) -> dict[str, int]:
-    """eot: what ends a turn, where it is another token than what ends a text.
+    """Return the special ids; eot ends a turn.
 
-    Qwen2.5 has no bos, but readers that are told none invent one; so it is the pad token, as in Qwen's own files.
+    Qwen2.5 has no bos. Readers invent one if the file has none, so it is the pad token, as in Qwen's own files.
     """
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     found = {"bos": tokenizer.bos_token_id, "eos": eos, "padding": pad, "eot": ids.get(FAMILIES["qwen2"].end_of_turn)}
@@ -93,10 +102,10 @@ def _special_ids(tokenizer: Any, ids: dict[str, int]) -> dict[str, int]:
 
 
 def _adds_bos(tokenizer: Any, folder: Path) -> bool:
-    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    if whole not in (plain, [tokenizer.bos_token_id, *plain]):
-        raise ConfigError(f"{folder}: the tokenizer adds more to a text than a bos token: {whole}; no GGUF can say so")
-    return whole != plain
+    plain, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    if full not in (plain, [tokenizer.bos_token_id, *plain]):
+        raise ConfigError(f"{folder}: GGUF supports tokenizers that add a bos token alone, found {full} for {plain}")
+    return full != plain
 
 
 def _check_qwen2(content: dict[str, Any], folder: Path) -> None:
@@ -106,16 +115,17 @@ def _check_qwen2(content: dict[str, Any], folder: Path) -> None:
     levels = [part for part in parts if part["type"] == "ByteLevel"]
     problems = []
     if model["type"] != "BPE" or model.get("ignore_merges") or model.get("byte_fallback"):
-        problems.append(f"its model is {model['type']}, not plain BPE")
+        problems.append(f"model: expected plain BPE, found {model['type']}")
     if patterns != [_SPLIT] or len(levels) != 1 or levels[0]["add_prefix_space"] or levels[0]["use_regex"]:
-        problems.append("it splits text by other rules")
+        problems.append("pre_tokenizer: other rules than Qwen2")
     if (content["normalizer"] or {"type": "NFC"})["type"] != "NFC":
-        problems.append(f"it normalizes by {content['normalizer']['type']}")
-    if bent := [
+        problems.append(f"normalizer: expected NFC, found {content['normalizer']['type']}")
+    stripping = [
         token["content"]
         for token in content["added_tokens"]
-        if token["lstrip"] or token["rstrip"] or token["single_word"]
-    ]:
-        problems.append(f"its tokens {', '.join(map(repr, bent[:5]))} swallow spaces or want to stand alone")
+        if any(token[key] for key in ("lstrip", "rstrip", "single_word"))
+    ]
+    if stripping:
+        problems.append(f"added_tokens: lstrip, rstrip or single_word, found {', '.join(map(repr, stripping[:5]))}")
     if problems:
-        raise ConfigError(f"{folder}: no GGUF can say what the tokenizer does: {'; '.join(problems)}")
+        raise ConfigError(f"{folder}: GGUF cannot represent the tokenizer: {'; '.join(problems)}")

@@ -1,4 +1,4 @@
-"""Number types of GGUF files: what each is called, what it costs, and how numbers are rounded to it."""
+"""Number types of GGUF files: their names, sizes and rounding."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.config.command_options import ExportOptions
+from finetune.export.exporter import EXPORTERS
 from finetune.system.errors import ConfigError, IntegrityError, MissingExtra
 
 _LARGEST_F16 = 65504.0
@@ -16,32 +18,40 @@ _LARGEST_F16 = 65504.0
 
 @dataclass(frozen=True)
 class NumberType:
-    """block: numbers of a row that share a scale. worst: the largest rounding error, as a share of the block's largest
-    number; 0 for types that round each number alone. small: under eight bits a number.
+    """A number type of GGUF.
+
+    name: in lower case, as llama.cpp's tools spell it.
+    block: values of a row that share a scale.
+    worst: the largest rounding error, as a share of the block's largest value; 0 for types without blocks.
+    small: below 8 bits per weight.
     """
 
-    name: str  # in lower case, as llama.cpp's tools have it
+    name: str
     block: int = 1
     worst: float = 0.0
     small: bool = False
-    file_type: str = ""  # in gguf.LlamaFileType, where not MOSTLY_<NAME>
 
     @property
     def ggml(self) -> Any:
         """The `gguf.GGMLQuantizationType`."""
         return gguf_package().GGMLQuantizationType[self.name.upper()]
 
+    @property
+    def file_type(self) -> Any:
+        """The `gguf.LlamaFileType`."""
+        return gguf_package().LlamaFileType["ALL_F32" if self.name == "f32" else f"MOSTLY_{self.name.upper()}"]
+
     def row_bytes(self, columns: int) -> int:
-        """Bytes of a row; columns: a multiple of `block`."""
+        """Return the bytes of a row; columns is a multiple of `block`."""
         block, size = gguf_package().GGML_QUANT_SIZES[self.ggml]
         return columns // block * size
 
 
-# All that the gguf package can round to. The k- and i-types need llama.cpp's own llama-quantize.
+# The gguf package rounds to these. k- and i-types need llama.cpp's own llama-quantize.
 TYPES = {
     kind.name: kind
     for kind in (
-        NumberType("f32", file_type="ALL_F32"),
+        NumberType("f32"),
         NumberType("f16"),
         NumberType("bf16"),
         NumberType("q8_0", 32, 0.5 / 127),
@@ -49,16 +59,12 @@ TYPES = {
         NumberType("q5_0", 32, 1 / 16, small=True),
         NumberType("q4_1", 32, 1 / 15, small=True),
         NumberType("q4_0", 32, 1 / 8, small=True),
-        NumberType("mxfp4", 32, 1 / 4, small=True, file_type="MOSTLY_MXFP4_MOE"),
-        NumberType("tq2_0", 256, 1 / 2, small=True),
-        NumberType("tq1_0", 256, 1 / 2, small=True),
     )
 }
-DEFAULT = "q8_0"
 
 
 def gguf_package() -> Any:
-    """The gguf package. Raises: MissingExtra with the command that installs it."""
+    """Import the gguf package, or raise MissingExtra with the command that installs it."""
     try:
         import gguf
         import gguf.quants
@@ -67,27 +73,23 @@ def gguf_package() -> Any:
     return gguf
 
 
-def check_ready(kind: str) -> None:
-    """Raises: MissingExtra without the package; ConfigError for a type that cannot be written."""
-    number_type(kind)
-    gguf_package()
-
-
-def number_type(name: str, allowed: tuple[str, ...] = tuple(TYPES)) -> NumberType:
-    """The type of that name. Raises: ConfigError with all that can be written."""
+def number_type(options: ExportOptions) -> NumberType:
+    """Return the number type of an export, or raise ConfigError with all that can be written."""
+    exporter = EXPORTERS["gguf"]
+    name, allowed = exporter.number_type(options), tuple(exporter.types) if options.merge else exporter.adapter_types
     if name not in allowed:
         raise ConfigError(
-            f"type={name}: a GGUF is written here as {', '.join(allowed)}; for other types export f32, then "
-            "llama.cpp's `llama-quantize model-f32.gguf model.gguf TYPE`"
+            f"type: GGUF is written here as {', '.join(allowed)}, found {name}\n"
+            "help: for another type export f32, then run llama.cpp's `llama-quantize model-f32.gguf model.gguf TYPE`"
         )
     return TYPES[name]
 
 
-def fitting_type(wanted: NumberType, shape: tuple[int, ...], vocabulary: bool) -> NumberType:
-    """The type in which a tensor of that shape is stored.
+def storage_type(wanted: NumberType, shape: tuple[int, ...], vocabulary: bool) -> NumberType:
+    """Return the type in which a tensor of that shape is stored.
 
-    Vectors stay f32: they are small, and readers want them so. The embedding and the head never get fewer than eight
-    bits, like llama-quantize's 4-bit files: their errors reach every token. Rows that no whole blocks fill are f16.
+    Vectors stay f32, as readers expect. The embedding and the head keep at least 8 bits, as with llama-quantize, since
+    their errors affect every token. Rows whose length is no multiple of the block are f16.
     """
     if len(shape) < 2:
         return TYPES["f32"]
@@ -96,19 +98,28 @@ def fitting_type(wanted: NumberType, shape: tuple[int, ...], vocabulary: bool) -
 
 
 def encode(rows: Tensor, kind: NumberType, name: str) -> np.ndarray:
-    """Rounds once, from fp32, to the nearest.
+    """Round to the nearest value of a type, once, from fp32.
 
-    Shapes: rows [..., C], any float type; returns bytes [..., kind.row_bytes(C)]. name: of the tensor, for messages.
-    Raises: IntegrityError for NaN and infinity; ConfigError for numbers that the type cannot hold.
+    Args:
+        rows: [..., C] of any float type.
+        kind: the type.
+        name: the tensor's name, for errors.
+
+    Returns:
+        Bytes [..., kind.row_bytes(C)].
+
+    Raises:
+        IntegrityError: a value is NaN or infinite.
+        ConfigError: a value exceeds the range of the type.
     """
     values = rows.float()
     if not values.isfinite().all():
-        raise IntegrityError(f"{name} holds NaN or infinity: the model is broken, and nothing is written")
+        raise IntegrityError(f"{name}: holds NaN or infinity, so the model is corrupt; nothing was written")
     largest = float(values.abs().max()) if values.numel() else 0.0
     if largest > _LARGEST_F16 and kind.name not in ("f32", "bf16"):
         raise ConfigError(
-            f"type={kind.name}: {name} holds {largest:.6g}, and f16, in which this type keeps numbers or their scales, "
-            f"ends at {_LARGEST_F16:.0f}; choose type=bf16 or type=f32"
+            f"type={kind.name}: values or scales are f16 up to {_LARGEST_F16:.0f}, found {largest:.6g} in {name}\n"
+            "help: use type=bf16 or type=f32"
         )
     if kind.name == "bf16":
         return values.bfloat16().view(torch.uint8).numpy()
@@ -116,6 +127,6 @@ def encode(rows: Tensor, kind: NumberType, name: str) -> np.ndarray:
 
 
 def decode(data: np.ndarray, kind: NumberType) -> Tensor:
-    """What a reader makes of the bytes: fp32. Shapes: as `encode`, the other way."""
-    # A copy: a file that is mapped into memory cannot be written to, which torch does not like.
+    """Return the fp32 values that a reader computes from the bytes of `encode`."""
+    # The copy is writable, as torch wants it; a mapped file is not.
     return torch.from_numpy(np.array(gguf_package().quants.dequantize(np.ascontiguousarray(data), kind.ggml)))

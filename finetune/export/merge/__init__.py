@@ -1,3 +1,3 @@
-"""An adapter into its base: what it changes, the weights a block at a time, and the distance from what was trained."""
+"""Merge adapters into their base."""
 
 from __future__ import annotations

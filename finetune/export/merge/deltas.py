@@ -1,6 +1,6 @@
-"""What an adapter does to each tensor of its base, as functions of a block of rows.
+"""Deltas: the changes of an adapter to a tensor of its base, as functions of a block of rows.
 
-Every kind works on rows alone, so a matrix is merged a block at a time and is never in memory in fp32 as a whole.
+A matrix is merged one block of rows at a time, so it is never in memory in fp32 as a whole.
 Shapes: weight_OI [rows of the block, in]; lora_A [R, in], lora_B [out, R], both fp32.
 """
 
@@ -16,7 +16,11 @@ from torch import Tensor
 
 
 class Delta(Protocol):
-    """rows: of the whole tensor afterwards; None where it keeps its own. whole: it must see all rows at once."""
+    """The change of one tensor.
+
+    rows: number of rows of the changed tensor; None keeps the base's.
+    whole: `apply` must get all rows at once.
+    """
 
     @property
     def rows(self) -> int | None: ...
@@ -25,13 +29,13 @@ class Delta(Protocol):
     def whole(self) -> bool: ...
 
     def apply(self, block: Tensor, start: int) -> Tensor:
-        """Rows of the changed tensor, fp32, from the base's rows (fp32) that begin at row `start`."""
+        """Return the changed rows in fp32 from the base's fp32 rows, the first of them row `start`."""
         ...
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """W + scaling B A; with magnitudes (DoRA) each row of that is scaled to the length that was learned.
+    """W + scaling B A; DoRA's magnitudes then give each row its learned length.
 
     Source: LoRA, Hu et al. 2021, arXiv:2106.09685; DoRA, Liu et al. 2024, arXiv:2402.09353.
     """
@@ -48,8 +52,8 @@ class LowRank:
         changed_OI = torch.addmm(block, factors_OR, self.lora_A, alpha=self.scaling)
         if self.magnitude is None:
             return changed_OI
-        wanted_O = self.magnitude[start : start + len(block)]
-        return changed_OI * (wanted_O / torch.linalg.vector_norm(changed_OI, dim=1))[:, None]
+        lengths_O = self.magnitude[start : start + len(block)]
+        return changed_OI * (lengths_O / torch.linalg.vector_norm(changed_OI, dim=1))[:, None]
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class NewRows:
-    """Rows of a table that were trained; it grows where they lie beyond its end."""
+    """Trained rows of a table of tokens; rows beyond its end make it grow."""
 
     ids: Tensor  # int64 [N]
     values: Tensor  # [N, D]
@@ -86,16 +90,16 @@ class NewRows:
         return changed
 
 
-# PEFT's functions of this shape: task tensors, their weights, the share that is kept.
+# PEFT's functions of this signature: updates, their weights, the density.
 Combine = Callable[[list[Tensor], Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
 class Combined:
-    """Several changes of one tensor, added up with a weight each: W + sum of w (changed - W).
+    """Several deltas of one tensor with weights: W + sum of w (changed - W).
 
-    combine: None adds the updates as they are. PEFT's TIES and DARE are given the whole update of the tensor; given the
-    factors A and B instead, as its own adapter merging does, they would prune something else.
+    combine: None is that sum; otherwise a function of PEFT. TIES and DARE get the whole update of the tensor. PEFT's
+    own adapter merging passes the factors A and B instead, which prunes other values.
     Source: task arithmetic, Ilharco et al. 2022, arXiv:2212.04089; TIES, Yadav et al. 2023, arXiv:2306.01708; DARE,
     Yu et al. 2023, arXiv:2311.03099.
     """
@@ -127,7 +131,7 @@ class Combined:
 
 
 def _update(delta: Delta, block: Tensor, start: int) -> Tensor:
-    """What a change adds to a block, without the rounding of a sum taken apart where there need be none."""
+    """Return what a delta adds to a block; plain LoRA avoids the rounding of a sum and its difference."""
     if isinstance(delta, LowRank) and delta.magnitude is None:
         return delta.scaling * (delta.lora_B[start : start + len(block)] @ delta.lora_A)
     return delta.apply(block, start) - block
@@ -136,21 +140,9 @@ def _update(delta: Delta, block: Tensor, start: int) -> Tensor:
 def combine_deltas(
     parts: Sequence[dict[str, Delta]], weights: Sequence[float], combination: str, density: float, seed: int
 ) -> dict[str, Delta]:
-    """The changes of several adapters as one, by tensor. A tensor that some do not change counts as unchanged there."""
+    """Combine the deltas of several adapters, by tensor; an adapter without a delta of a tensor adds nothing to it."""
     if len(parts) == 1 and weights[0] == 1.0:
         return parts[0]
-    combined: dict[str, Delta] = {}
-    for name in dict.fromkeys(name for part in parts for name in part):
-        own = [(part[name], weight) for part, weight in zip(parts, weights, strict=True) if name in part]
-        # Each tensor drops others, and the same ones whatever else is merged.
-        drawn = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "little")
-        combined[name] = Combined(
-            [delta for delta, _ in own], [weight for _, weight in own], _combine(combination), density, drawn
-        )
-    return combined
-
-
-def _combine(combination: str) -> Combine | None:
     from peft.utils import merge_utils
 
     functions: dict[str, Combine | None] = {
@@ -159,4 +151,12 @@ def _combine(combination: str) -> Combine | None:
         "dare_linear": merge_utils.dare_linear,
         "dare_ties": merge_utils.dare_ties,
     }
-    return functions[combination]
+    combined: dict[str, Delta] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        own = [(part[name], weight) for part, weight in zip(parts, weights, strict=True) if name in part]
+        # One seed for each tensor, independent of the other tensors.
+        tensor_seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "little")
+        combined[name] = Combined(
+            [delta for delta, _ in own], [weight for _, weight in own], functions[combination], density, tensor_seed
+        )
+    return combined

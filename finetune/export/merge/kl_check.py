@@ -1,14 +1,14 @@
-"""How far a merged model is from the one that was trained, on held-out rows.
+"""Measure KL(trained || merged) on held-out examples.
 
-The trained model, its base in 4 bit with the adapter beside it, is asked first and then leaves memory; what it said
-stays, as the final hidden states of the targets.
+The trained model (its base in 4 bit, the adapter beside it) runs first and is freed. The final hidden states of its
+target tokens stay in memory as the reference.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ _LIMIT_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Rows to compare on. adapter: whose they are. vocabulary: ids that the tokenizer knows."""
+class HeldOutSet:
+    """Examples to compare on; vocabulary: number of ids that the tokenizer knows."""
 
     adapter: SavedAdapter
     source: str
@@ -47,19 +47,19 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Remembered:
-    """What a trained model said about its rows."""
+class Reference:
+    """The outputs of a trained model on its held-out set, in the order of its batches."""
 
-    rows: HeldOut
-    targets_for: list[TeacherHidden]
+    held_out: HeldOutSet
+    outputs: list[TeacherHidden]
     scored: Perplexity
 
 
 class _Replay:
-    """A teacher that says again what it said about the same batches, in the same order."""
+    """A teacher that returns the outputs of a reference for the same batches in the same order."""
 
-    def __init__(self, said: Remembered):
-        self._next = iter(said.targets_for)
+    def __init__(self, reference: Reference):
+        self._next = iter(reference.outputs)
 
     def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherHidden]:
         return islice(self._next, len(batches))
@@ -67,9 +67,11 @@ class _Replay:
 
 @dataclass(frozen=True)
 class KlCheck:
-    """kl: KL(trained || merged) in nats a target token. top1: share of targets at which both prefer the same token.
+    """The distance of a merged model from a trained one.
 
-    perplexity_*: exp of the loss on the rows' own tokens.
+    kl: KL(trained || merged) in nats per target token.
+    top1: share of targets at which both prefer the same token.
+    perplexity_*: exp of the loss on the target tokens of the examples.
     """
 
     adapter: str
@@ -81,87 +83,85 @@ class KlCheck:
     perplexity_trained: float
     perplexity_merged: float
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def describe(self) -> str:
         return (
-            f"KL(trained || merged) {self.kl:.6f} nats a token, same first choice {self.top1:.2%}, perplexity "
-            f"{self.perplexity_trained:.4f} trained and {self.perplexity_merged:.4f} merged ({self.tokens:,} targets "
-            f"of {self.rows} rows, {self.source})"
+            f"kl_check: KL(trained || merged)={self.kl:.6f} nats per token, same top token={self.top1:.2%}, perplexity="
+            f"{self.perplexity_trained:.4f} trained and {self.perplexity_merged:.4f} merged, "
+            f"targets={self.tokens:,}, examples={self.rows}, source={self.source}"
         )
 
 
-def held_out_rows(trained: Trained, adapter: SavedAdapter, options: KlCheckOptions) -> HeldOut | None:
-    """The first rows of `kl_check.data`, else of the data.eval or the held-out part of the adapter's own run.
+def held_out_set(trained: Trained, adapter: SavedAdapter, options: KlCheckOptions) -> HeldOutSet | None:
+    """Load the first examples of `kl_check.data`, else of the data.eval or the held-out part of the adapter's run.
 
-    Returns: None where nothing is to be measured, or nothing tells what to measure on.
-    Raises: ConfigError if the rows cannot be read.
+    Returns:
+        None if `kl_check.num_examples` is 0 or there are no held-out examples.
+
+    Raises:
+        ConfigError: the examples cannot be read.
     """
     cfg = saved_config(adapter.folder)
-    if options.num_examples == 0 or (options.data is None and not _has_rows(cfg)):
+    if options.num_examples == 0 or (options.data is None and not (cfg and (cfg.data.eval or cfg.data.held_out))):
         return None
     tokenizer = load_adapter_tokenizer(trained.model, adapter.folder)
     try:
-        data = load_data(Preparation(_data(cfg, options), ChatTemplate(tokenizer)))
+        data = load_data(Preparation(_data_config(cfg, options), ChatTemplate(tokenizer)))
     except DataError as error:
         raise ConfigError(
-            f"the held-out rows of adapter={adapter.name} cannot be read: {error}\n"
-            "name others with 'kl_check.data=[{path: rows.jsonl}]', or measure nothing with kl_check.num_examples=0"
+            f"adapter={adapter.name}: its held-out examples cannot be read: {error}\n"
+            "help: name others with 'kl_check.data=[{path: rows.jsonl}]', or skip the check: kl_check.num_examples=0"
         ) from error
     source = (data.eval or data.train)[0]
-    count = min(options.num_examples, len(source.documents))
-    return HeldOut(adapter, source.name, source.documents[:count], len(tokenizer))
+    return HeldOutSet(adapter, source.name, source.documents[: options.num_examples], len(tokenizer))
 
 
-def _has_rows(cfg: RunConfig | None) -> bool:
-    return cfg is not None and bool(cfg.data.eval or cfg.data.held_out)
-
-
-def _data(cfg: RunConfig | None, options: KlCheckOptions) -> DataConfig:
-    """The run's data section, cut down to the rows that are wanted."""
+def _data_config(cfg: RunConfig | None, options: KlCheckOptions) -> DataConfig:
+    """Return the run's data section without what the check does not read."""
     sources = options.data or (cfg.data.eval if cfg is not None else [])
     if cfg is None:
         return DataConfig(train=sources)
     changes: dict[str, Any] = {"stream_rows": None, "chat_template": None}
-    if sources:  # training rows need not even be there any more
+    if sources:  # The training data may be gone.
         changes |= {"train": sources, "eval": [], "held_out": 0.0}
     return cfg.data.model_copy(update=changes)
 
 
-def ask_trained(trained: Trained, rows: HeldOut) -> Remembered:
-    """Load the trained model as it was trained, and keep what it says."""
+def measure_trained(trained: Trained, held_out: HeldOutSet) -> Reference:
+    """Load the model as it was trained, and keep its outputs on the held-out set."""
     device = default_device()
-    model = load_adapter(load_base(trained.model, trained.quant, device), rows.adapter.folder)
+    model = load_adapter(load_base(trained.model, trained.quant, device), held_out.adapter.folder)
     fuse_layers(model)
     teacher = ResidentTeacher(model.eval(), device)
-    batches = [build_batch(group, share_prefixes=True) for group in groups_of(rows.documents, _LIMIT_TOKENS)]
-    said = Remembered(
-        rows, list(teacher.targets_for(batches)), evaluate(model, rows.documents, limit_tokens=_LIMIT_TOKENS)
-    )
+    documents = held_out.documents
+    batches = [build_batch(group, share_prefixes=True) for group in groups_of(documents, _LIMIT_TOKENS)]
+    outputs = list(teacher.targets_for(batches))
+    reference = Reference(held_out, outputs, evaluate(model, documents, limit_tokens=_LIMIT_TOKENS))
     del model, teacher
     gc.collect()
-    return said
+    return reference
 
 
 @torch.no_grad()
-def compare_with(folder: Path, dtype: Dtype, said: Sequence[Remembered]) -> list[KlCheck]:
-    """A merged model, loaded from its folder, against what trained ones have said."""
+def measure_merged(folder: Path, dtype: Dtype, references: Sequence[Reference]) -> list[KlCheck]:
+    """Compare the merged model in a folder with the references of trained models."""
     model = load_resident(ModelConfig(name=str(folder), dtype=dtype), None, default_device()).model
-    kl_checks = []
-    for one in said:
-        found = agreement(model, _Replay(one), one.rows.documents, one.rows.vocabulary, limit_tokens=_LIMIT_TOKENS)
-        merged = evaluate(model, one.rows.documents, limit_tokens=_LIMIT_TOKENS)
-        kl_checks.append(
+    checks = []
+    for reference in references:
+        held_out = reference.held_out
+        found = agreement(
+            model, _Replay(reference), held_out.documents, held_out.vocabulary, limit_tokens=_LIMIT_TOKENS
+        )
+        merged = evaluate(model, held_out.documents, limit_tokens=_LIMIT_TOKENS)
+        checks.append(
             KlCheck(
-                one.rows.adapter.name,
-                len(one.rows.documents),
-                found.tokens,
-                one.rows.source,
-                found.kl,
-                found.top1,
-                one.scored.perplexity,
-                merged.perplexity,
+                adapter=held_out.adapter.name,
+                rows=len(held_out.documents),
+                tokens=found.tokens,
+                source=held_out.source,
+                kl=found.kl,
+                top1=found.top1,
+                perplexity_trained=reference.scored.perplexity,
+                perplexity_merged=merged.perplexity,
             )
         )
-    return kl_checks
+    return checks

@@ -1,3 +1,3 @@
-"""ONNX through onnxruntime-genai: built, quantized, read and run."""
+"""ONNX for onnxruntime-genai."""
 
 from __future__ import annotations

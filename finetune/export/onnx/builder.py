@@ -1,8 +1,7 @@
-"""onnxruntime-genai's model builder and onnxruntime's quantizer, each run in a process of its own.
+"""Run onnxruntime-genai's model builder and onnxruntime's quantizer in a process each.
 
-The builder is a script more than a library: it puts its folder on `sys.path`, imports modules named `builders` and
-`quantization` from there, prints every tensor and keeps the model until the process ends. A process of its own keeps
-all of that away from the caller, and gives its memory back.
+The builder changes `sys.path`, prints every tensor and keeps the model until the process ends. Its own process hides
+that from the caller and frees its memory.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from typing import Any
 
 from finetune.system.errors import FinetuneError, MissingExtra, ResourceError
 
-# onnxruntime 1.32 and onnxruntime-genai 0.18 write a device id into the home folder and post events to their maker, on
-# Linux too, unless this is set before they start.
+# Without it, onnxruntime 1.32 and onnxruntime-genai 0.18 store a device id in the home folder and send telemetry.
 _QUIET = {"ORT_DISABLE_TELEMETRY": "1"}
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 _SHOWN_LINES = 12
@@ -26,10 +24,7 @@ _OUT_OF_MEMORY = ("MemoryError", "bad_alloc", "can't allocate memory", "not enou
 
 
 def runtime() -> Any:
-    """onnxruntime-genai, after a look that all that exporting needs is installed.
-
-    Raises: MissingExtra with the command that installs it.
-    """
+    """Import onnxruntime-genai, or raise MissingExtra if a library of the extra is missing."""
     os.environ.update(_QUIET)
     try:
         for module in ("onnx", "onnx_ir", "onnxruntime"):
@@ -39,13 +34,23 @@ def runtime() -> Any:
         raise MissingExtra(f'ONNX export needs: pip install "finetune-qlora[onnx]" ({error})') from error
 
 
-def build(source: Path, out: Path, precision: str, provider: str, options: Sequence[str], scratch: Path) -> None:
-    """Writes model.onnx, its data, genai_config.json and the tokenizer's files into `out`.
+def build(
+    source: Path, out: Path, scratch: Path, *, precision: str, provider: str = "cpu", options: Sequence[str] = ()
+) -> None:
+    """Write model.onnx, its data, genai_config.json and the tokenizer's files.
 
-    precision, provider, options: as the builder's own --precision, --execution_provider and --extra_options.
-    scratch: a folder for what the builder keeps meanwhile.
-    Memory: about 4.5 bytes a weight for fp32, 9 for int8, 15 for int4 by k_quant (measured on 0.6B weights).
-    Raises: FinetuneError with the builder's last words; ResourceError if memory or disk ran out.
+    Memory: about 4.5 bytes per weight for fp32, 9 for int8, 15 for int4 by k_quant (measured on 0.6B weights).
+
+    Args:
+        source: the model folder.
+        out: the folder to fill.
+        precision: the builder's --precision.
+        provider: its --execution_provider.
+        options: its --extra_options.
+        scratch: a folder for its temporary files.
+
+    Raises:
+        FinetuneError, ResourceError: as `run_module`.
     """
     command = ["onnxruntime_genai.models.builder", "-i", str(source.resolve()), "-o", str(out.resolve())]
     command += ["-p", precision, "-e", provider, "-c", str(scratch.resolve() / "cache")]
@@ -53,9 +58,16 @@ def build(source: Path, out: Path, precision: str, provider: str, options: Seque
 
 
 def run_module(command: Sequence[str], folder: Path, what: str) -> None:
-    """`python -m` in that folder, silent unless it fails.
+    """Run `python -m` in a folder without output.
 
-    Raises: FinetuneError with its last lines; ResourceError if memory or disk ran out.
+    Args:
+        command: the module and its arguments.
+        folder: the working folder.
+        what: name of the program, for errors.
+
+    Raises:
+        FinetuneError: the program failed; the error has its last lines.
+        ResourceError: memory or disk ran out.
     """
     done = subprocess.run(
         [sys.executable, "-m", *command],
@@ -70,10 +82,10 @@ def run_module(command: Sequence[str], folder: Path, what: str) -> None:
     )
     if done.returncode == 0:
         return
-    # -9: Linux kills what takes the last memory.
+    # -9: killed by Linux for lack of memory.
     if done.returncode == -9 or any(words in done.stdout for words in _OUT_OF_MEMORY):
-        raise ResourceError(f"{what} ran out of memory; export on a machine with more, or type=fp32, which takes least")
+        raise ResourceError(f"{what}: out of memory\nhelp: use a larger machine, or type=fp32, which needs the least")
     if "No space left on device" in done.stdout:
-        raise ResourceError(f"{what} filled the disk of {folder}; free space or name another disk with out=")
+        raise ResourceError(f"{what}: the disk of {folder} is full\nhelp: free space or name another disk with out=")
     lines = [line.strip() for line in done.stdout.replace("\r", "\n").splitlines() if line.strip()]
-    raise FinetuneError(f"{what} failed (exit code {done.returncode}):\n  " + "\n  ".join(lines[-_SHOWN_LINES:]))
+    raise FinetuneError(f"{what}: failed with exit code {done.returncode}:\n  " + "\n  ".join(lines[-_SHOWN_LINES:]))

@@ -1,7 +1,7 @@
-"""type=int8-dynamic: an fp32 graph whose matrix products run in int8, activations too, scaled as they come.
+"""type=int8-dynamic: quantize the matrix products of an fp32 graph to int8, activations dynamically.
 
-`python -m finetune.export.onnx.int8 FP32.onnx INT8.onnx`: in a process of its own, since onnxruntime's quantizer holds
-the whole model (12 bytes a weight, measured) and logs as it likes.
+`python -m finetune.export.onnx.int8 FP32.onnx INT8.onnx` runs in its own process, since onnxruntime's quantizer holds
+the whole model (12 bytes per weight, measured) and prints logs.
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ from pathlib import Path
 
 from finetune.export.onnx.builder import run_module
 
-# What enters the MLP's last matrix has outliers of hundreds of times the rest, and the quantizer has one scale for all
-# of it. On 12k tokens of the embedded base, KL is 0.018 nats a token with these matrices quantized that way. They get
-# int8 in blocks of 32, each with a scale of its own, as type=int8 has everywhere: 0.003 at the same size.
+# The input of down_proj has outliers of hundreds of times its other values, and the quantizer uses one scale for all.
+# With it, KL is 0.018 nats per token on 12k tokens of the embedded base. These matrices use int8 blocks of 32 with a
+# scale each, as type=int8 does everywhere: 0.003 at the same size.
 _IN_BLOCKS = "down_proj"
 
 
 def quantize(source: Path, target: Path, scratch: Path) -> None:
-    """Writes `target`, a .onnx with its .data, from an fp32 graph with all matrix products in int8.
-
-    Attention, norms and the embedding stay as they are. Raises: as `run_module`.
-    """
+    """Write `target`, a .onnx with its .data, from an fp32 graph; attention, norms and the embedding do not change."""
     run_module([__name__, str(source.resolve()), str(target.resolve())], scratch, "the ONNX int8 quantizer")
 
 
@@ -33,8 +30,8 @@ def _quantize(source: Path, target: Path, middle: Path) -> None:
 
     graph = onnx.load(source, load_external_data=False).graph
     in_blocks = [node.name for node in graph.node if node.op_type == "MatMul" and _IN_BLOCKS in node.name]
-    # Unsigned weights: where a CPU lacks VNNI instructions, signed ones saturate in onnxruntime's kernel, so that an
-    # export proven on this machine would answer otherwise on another. It costs prefill speed, not decoding speed.
+    # Signed weights saturate in onnxruntime's kernel on CPUs without VNNI instructions, so the answers would depend on
+    # the machine. Unsigned weights cost prefill speed, but no decoding speed.
     quantize_dynamic(
         source,
         middle,
@@ -44,11 +41,11 @@ def _quantize(source: Path, target: Path, middle: Path) -> None:
         weight_type=QuantType.QUInt8,
         use_external_data_format=True,
     )
-    # accuracy_level 4: activations are int8 as well.
+    # accuracy_level 4: int8 activations.
     blocks = MatMulNBitsQuantizer(onnx.load(middle), bits=8, block_size=32, is_symmetric=True, accuracy_level=4)
     blocks.process()
     blocks.model.save_model_to_file(str(target), True)
-    # The library creates the data readable by its owner alone.
+    # The library makes the data readable by its owner only.
     target.with_name(target.name + ".data").chmod(target.stat().st_mode & 0o777)
 
 

@@ -1,4 +1,4 @@
-"""An exported ONNX folder, read and run by onnxruntime-genai: logits of given tokens, and greedy answers."""
+"""Run an exported ONNX folder in onnxruntime-genai: logits of given tokens, and greedy answers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ T = TypeVar("T")
 
 
 class OnnxModel:
-    """A folder with genai_config.json, opened on the CPU.
+    """An ONNX folder, opened on the CPU.
 
-    Raises: MissingExtra without onnxruntime-genai; IntegrityError where it cannot open or run the folder.
+    Raises:
+        MissingExtra: onnxruntime-genai is missing.
+        IntegrityError: onnxruntime-genai cannot open or run the folder.
     """
 
     def __init__(self, folder: Path):
@@ -30,17 +32,17 @@ class OnnxModel:
         self._tokenizer: Any = None
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """ids [T] -> logits [T, V] in fp32, from one pass over all of them."""
+        """Return fp32 logits [T, V] of ids [T], from one pass."""
         return self._try(lambda: self._logits(ids))
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Greedy answer to a prompt, token by token from the cache: new ids alone, a stop token included."""
+        """Return the new ids of a greedy answer, generated with the cache; a stop token is included."""
         return self._try(lambda: self._generate(ids, max_new_tokens))
 
     def encode(self, text: str) -> list[int]:
-        """Ids as onnxruntime-genai's own tokenizer has them; control tokens in the text count as such.
+        """Return the ids by onnxruntime-genai's tokenizer; control tokens in the text become control tokens.
 
-        It leaves out the tokenizer's Unicode normalization (NFC): give it composed text, as keyboards write it.
+        That tokenizer does not normalize Unicode: give it text in NFC.
         """
         if self._tokenizer is None:
             self._tokenizer = self._try(lambda: self._genai.Tokenizer(self._model))
@@ -48,7 +50,7 @@ class OnnxModel:
 
     def _logits(self, ids: Sequence[int]) -> Tensor:
         generator = self._started(ids, 1)
-        # get_logits is the last token's alone; the graph's own output has them all, in the graph's precision.
+        # get_logits returns the last token's only; the graph's output has all, in the graph's precision.
         return torch.from_numpy(np.array(generator.get_output("logits"), dtype=np.float32))[0]
 
     def _generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
@@ -56,13 +58,13 @@ class OnnxModel:
         new: list[int] = []
         while len(new) < max_new_tokens and not generator.is_done():
             generator.generate_next_token()
-            # The generator's own sequence leaves out the stop token.
+            # The generator's own sequence omits the stop token.
             new.append(int(generator.get_next_tokens()[0]))
         return new
 
     def _started(self, ids: Sequence[int], more: int) -> Any:
         parameters = self._genai.GeneratorParams(self._model)
-        # What genai_config.json asks for is for chatting; a proof needs the plain arg max.
+        # The sampling of genai_config.json is for chats; a comparison needs the arg max.
         parameters.set_search_options(
             do_sample=False,
             repetition_penalty=1.0,
@@ -78,13 +80,5 @@ class OnnxModel:
     def _try(self, run: Callable[[], T]) -> T:
         try:
             return run()
-        except RuntimeError as error:  # all that the library raises
-            raise IntegrityError(f"{self._folder}: {self.name} cannot run it: {error}") from error
-
-
-def generate(folder: Path, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-    """Greedy answer of an exported folder: new ids, a stop token included. For many prompts open one OnnxModel.
-
-    Raises: as OnnxModel.
-    """
-    return OnnxModel(folder).generate(ids, max_new_tokens)
+        except RuntimeError as error:  # The library raises no other error.
+            raise IntegrityError(f"{self._folder}: {self.name} cannot run it, found {error}") from error

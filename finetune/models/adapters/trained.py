@@ -1,4 +1,4 @@
-"""What is to be merged: the adapters, the base they belong on, and what their run says about both."""
+"""Find adapters, the base that they were trained on, and the settings of their run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from finetune.system.errors import ConfigError
 
 @dataclass(frozen=True)
 class Trained:
-    """Adapters on one base. cfg: of the first adapter's run, None for an adapter from elsewhere.
+    """Adapters on one base.
 
-    folder: of the base's files. model, quant: how the base was loaded in training; without a run, the defaults.
+    cfg: config of the first adapter's run; None if another program trained it.
+    model, quant: how training loaded the base; defaults without a run.
+    folder: the base's files.
     """
 
     adapters: list[SavedAdapter]
@@ -42,11 +44,16 @@ class Trained:
 
 
 def find_trained(names: Sequence[str], base: str | None, log: Log) -> Trained:
-    """The adapters that these names mean, read whole, and the base that they belong on.
+    """Load adapters and find their base.
 
-    base: used in place of what the adapters name.
-    Raises: ConfigError if the adapters are for different bases, the base is not the one they were trained on or is
-    quantized; what fetching and reading raise.
+    Args:
+        names: run folders, checkpoints, adapter folders or hub ids.
+        base: replaces the base in the adapters' config.
+        log: called with a warning if `base` has other weights than training used.
+
+    Raises:
+        ConfigError: the adapters have different bases, or the base is quantized or has other weights than training
+            used.
     """
     adapters = [fetch_adapter(name, "adapter") for name in names]
     cfg = saved_config(adapters[0].folder)
@@ -66,17 +73,19 @@ def _model(adapters: Sequence[SavedAdapter], cfg: RunConfig | None, base: str | 
     named = {adapter.name: str(adapter.config.get("base_model_name_or_path") or "") for adapter in adapters}
     if len({Path(name).name.lower() for name in named.values()}) > 1:
         listed = ", ".join(f"{adapter} on {name or 'none'}" for adapter, name in named.items())
-        raise ConfigError(f"adapter: the adapters name different bases ({listed}); give model=NAME if they are one")
+        raise ConfigError(
+            f"adapter: the adapters have different bases: {listed}\nhelp: pass model=NAME if they are the same"
+        )
     if cfg is not None:
         return cfg.model
     name, revision = named[adapters[0].name], adapters[0].config.get("revision")
     if not name:
-        raise ConfigError(f"adapter={adapters[0].name}: its adapter_config.json names no base model; give model=NAME")
+        raise ConfigError(f"adapter={adapters[0].name}: adapter_config.json names no base model\nhelp: pass model=NAME")
     return ModelConfig(name=name, revision=revision if revision and not Path(name).is_dir() else None)
 
 
 def _check_base(adapter: SavedAdapter, folder: Path, name: str, chosen: bool, log: Log) -> None:
-    """Whether the base is the one that the run's run.json describes, where there is one."""
+    """Compare the base with the fingerprint in the run's run.json, if there is one."""
     places = (adapter.folder, adapter.folder.parent)
     run = next((place / "run.json" for place in places if (place / "run.json").is_file()), None)
     if run is None:
@@ -84,17 +93,17 @@ def _check_base(adapter: SavedAdapter, folder: Path, name: str, chosen: bool, lo
     try:
         then = json.loads(run.read_text(encoding="utf-8"))["base"]["fingerprint"]
     except (ValueError, LookupError, TypeError):
-        return  # not ours
+        return  # Another program wrote it.
     if then is None or then == base_fingerprint(str(folder)):
         return
-    found = f"{name} holds other weights than adapter={adapter.name} was trained on"
+    found = f"{name}: has other weights than those that adapter={adapter.name} was trained on"
     if not chosen:
-        raise ConfigError(f"{found}; restore them, or name the base to merge into with model=")
-    log(f"WARNING: {found}; the comparison below says what that does")
+        raise ConfigError(f"{found}\nhelp: restore them, or name the base with model=")
+    log(f"WARNING: model={found}; kl_check shows the effect")
 
 
 def kept_in_training(trained: Trained) -> dict[str, list[str]]:
-    """Full names of the blocks' linear layers that training kept in 16 bit (`none`) or 8 beside others; by storage."""
+    """Return the blocks' linear layers that training stored otherwise than in `quant.type`, by storage."""
     if trained.quant.type == "none" or not (trained.quant.skip_modules or trained.quant.int8):
         return {}
     skeleton = build_skeleton(trained.folder, torch.bfloat16, "eager")
@@ -106,31 +115,32 @@ def kept_in_training(trained: Trained) -> dict[str, list[str]]:
     return kept
 
 
-def makes_up_for_quantizing(cfg: RunConfig | None) -> bool:
-    """Whether a run's adapter learned to make up for what 4 bits took, and so belongs on such a base alone."""
+def compensates_quantization(cfg: RunConfig | None) -> bool:
+    """Return whether the adapter of a run learned to compensate 4-bit quantization, so it needs a quantized base."""
     if cfg is None or cfg.quant.type != "nf4":
         return False
     return cfg.distill.objective == "recover" or cfg.lora.init == "loftq"
 
 
 def choose_base(trained: Trained, wanted: Base) -> tuple[str, str]:
-    """`original` or `dequantized`, and why.
+    """Return `original` or `dequantized`, and the reason.
 
-    Raises: ConfigError for dequantized weights of a base that was not in 4 bit.
+    Raises:
+        ConfigError: dequantized weights of a base that was not in 4 bit.
     """
     four_bit = trained.quant.type == "nf4"
     if wanted == "dequantized" and not four_bit:
         raise ConfigError(
-            f"base=dequantized is for adapters trained on a 4-bit base; this one's was quant.type={trained.quant.type}"
+            f"base=dequantized: needs an adapter trained on a 4-bit base, found quant.type={trained.quant.type}"
         )
-    makes_up = four_bit and (
-        makes_up_for_quantizing(trained.cfg)
+    compensates = four_bit and (
+        compensates_quantization(trained.cfg)
         or str(trained.adapters[0].config.get("init_lora_weights")).lower() == "loftq"
     )
     if wanted == "auto":
-        if makes_up:
-            return "dequantized", "the adapter learned to make up for what quantizing took"
+        if compensates:
+            return "dequantized", "the adapter compensates the error of quantization"
         return "original", "the adapter learned a task"
-    if wanted == "original" and makes_up:
-        return wanted, "as asked, though the adapter makes up for a loss that these weights do not have"
-    return wanted, "as asked"
+    if wanted == "original" and compensates:
+        return wanted, "chosen, although the adapter compensates an error that these weights do not have"
+    return wanted, "chosen"

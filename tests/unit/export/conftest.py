@@ -1,8 +1,9 @@
-"""Random tiny bases on disk and every kind of adapter that the trainer makes, with random weights."""
+"""Tiny random bases on disk, and every kind of adapter that training writes, with random weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,22 @@ from finetune.models.load import load_base
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Matrices this small only lose to threads."""
+    """Run on one thread: matrices of this size are slower on several."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
+@contextmanager
+def no_progress(task: str, size_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show no progress of a merge."""
+    yield lambda done_bytes: None
+
+
 @dataclass(frozen=True)
 class Kind:
-    """An adapter as the trainer makes it: its settings, and the quantization of the base that it is trained on."""
+    """The settings of an adapter, and the quantization of the base that it is trained on."""
 
     lora: dict[str, Any] = field(default_factory=dict)
     quant: str = "nf4"
@@ -63,7 +70,7 @@ MakeAdapter = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
-    """A random two-layer Qwen2 with its tokenizer (t0 to t299), in a folder; biases and norms are random too."""
+    """Return a function that saves a random two-layer Qwen2 with a tokenizer of the words t0 to t299."""
     made: dict[tuple, Path] = {}
 
     def make(tied: bool = True, max_shard_size: str = "5GB", seed: int = 0) -> Path:
@@ -94,7 +101,7 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Knows the words t0 to t299 and a template."""
+    """Build a tokenizer of the words t0 to t299 with a chat template."""
     words = Tokenizer(models.WordLevel({f"t{number}": number for number in range(300)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     found = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", eos_token="t1", pad_token="t2")
@@ -104,7 +111,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def make_adapter(make_base: MakeBase, tmp_path: Path) -> MakeAdapter:
-    """An adapter of a kind with random weights, saved as a run saves it; bias: of the base's linear layers."""
+    """Return a function that saves an adapter of a kind with random weights, as a run saves it."""
 
     def make(kind: str, tied: bool = True, name: str = "adapter", seed: int = 1, base: Path | None = None) -> Path:
         chosen = KINDS[kind]

@@ -1,4 +1,4 @@
-"""Adapters for servers. `served` below is all that a server does with one: `r`, `lora_alpha` and the factors."""
+"""format=adapter. `served` computes as a server does: from `r`, `lora_alpha` and the factors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.config.command_options import ExportOptions
 from finetune.config.compose import to_yaml
 from finetune.config.schema import DataConfig, LoraConfig, ModelConfig, RunConfig, SourceConfig
 from finetune.export import adapter_folder
-from finetune.export.adapter_folder import to_adapter
+from finetune.export.adapter_folder import write as to_adapter
 from finetune.export.exporter import Exported, ExportRequest
 from finetune.models.adapters.files import CONFIG_FILE, PREFIX, TENSOR_FILE, load_adapter
 from finetune.system.errors import ConfigError, IntegrityError
@@ -29,15 +29,15 @@ FOLDED = ["rslora", "patterns", "olora, rslora"]
 REFUSED = sorted(KINDS.keys() - {*UNTOUCHED, *FOLDED})
 
 
-def export(source: Path, out: Path, said: list[str] | None = None, **options: Any) -> Exported:
+def export(source: Path, out: Path, logged: list[str] | None = None, **options: Any) -> Exported:
     out.mkdir()
     settings = {"prompts": 2, "tokens": 6, **options}
     chosen = ExportOptions(format="adapter", out="served/my adapter", **settings)
-    return to_adapter(ExportRequest(source, out, chosen, print if said is None else said.append))
+    return to_adapter(ExportRequest(source, out, chosen, print if logged is None else logged.append))
 
 
 def served(base: Path, adapter: Path) -> Tensor:
-    """Logits of the base with each layer's update added as servers compute it."""
+    """Return the logits of the base with the updates that a server computes."""
     config, tensors = settings_of(adapter), load_file(adapter / TENSOR_FILE)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     scale = config["lora_alpha"] / config["r"]
@@ -69,7 +69,7 @@ def change_config(folder: Path, **entries: Any) -> None:
 
 @pytest.mark.parametrize("kind", [*UNTOUCHED, *FOLDED])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_server_that_knows_one_rank_and_one_scale_computes_what_was_trained(
+def test_a_server_with_one_rank_and_one_scale_computes_what_was_trained(
     make_base, make_adapter, tmp_path: Path, kind: str, tied: bool
 ) -> None:
     base, source = make_base(tied), make_adapter(kind, tied)
@@ -83,7 +83,7 @@ def test_a_server_that_knows_one_rank_and_one_scale_computes_what_was_trained(
 
 
 @pytest.mark.parametrize("kind", UNTOUCHED)
-def test_what_needs_no_folding_keeps_every_byte(make_adapter, tmp_path: Path, kind: str) -> None:
+def test_an_adapter_with_one_rank_and_scale_keeps_every_byte(make_adapter, tmp_path: Path, kind: str) -> None:
     source = make_adapter(kind)
     found = export(source, tmp_path / "out")
     assert (tmp_path / "out" / TENSOR_FILE).read_bytes() == (source / TENSOR_FILE).read_bytes()
@@ -92,7 +92,7 @@ def test_what_needs_no_folding_keeps_every_byte(make_adapter, tmp_path: Path, ki
 
 
 @pytest.mark.parametrize("kind", FOLDED)
-def test_folding_changes_no_number_where_the_scale_is_a_power_of_two(make_adapter, tmp_path: Path, kind: str) -> None:
+def test_folding_a_power_of_two_changes_no_value(make_adapter, tmp_path: Path, kind: str) -> None:
     """alpha 8 over rank 4 is 2, and 8 over the root of 4 is 4; the patterns' 8/3 and 40/4 are not."""
     source = make_adapter(kind)
     found = export(source, tmp_path / "out")
@@ -108,7 +108,7 @@ def test_folding_changes_no_number_where_the_scale_is_a_power_of_two(make_adapte
             assert after[name].equal(4 * tensor)
 
 
-def test_patterns_that_change_nothing_are_dropped_and_nothing_is_folded(make_adapter, tmp_path: Path) -> None:
+def test_patterns_without_effect_are_dropped(make_adapter, tmp_path: Path) -> None:
     source = make_adapter("q,v")
     change_config(source, rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 8})
     found = export(source, tmp_path / "out")
@@ -116,24 +116,24 @@ def test_patterns_that_change_nothing_are_dropped_and_nothing_is_folded(make_ada
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_servers_do_not_take_is_refused_with_the_way_out(make_adapter, tmp_path: Path, kind: str) -> None:
+def test_unsupported_adapters_are_refused_with_the_way_out(make_adapter, tmp_path: Path, kind: str) -> None:
     entry = {"dora": "use_dora", "dora on all, rslora": "use_dora", "new": "trainable_token_indices"}
     expected = entry.get(kind) or entry.get(kind.split()[0]) or "modules_to_save"
-    with pytest.raises(ConfigError, match=f"{expected}=.*finetune merge"):
+    with pytest.raises(ConfigError, match=f"(?s){expected}=.*finetune merge"):
         export(make_adapter(kind), tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_every_reason_is_told_at_once(make_adapter, tmp_path: Path) -> None:
+def test_every_reason_is_listed(make_adapter, tmp_path: Path) -> None:
     source = make_adapter("q,v")
     change_config(source, use_dora=True, bias="all", lora_bias=True, init_lora_weights="pissa", target_parameters=["x"])
     with pytest.raises(ConfigError) as error:
         export(source, tmp_path / "out")
-    for said in ("use_dora=true", "bias=all", "lora_bias=True", "init_lora_weights=pissa", "target_parameters=['x']"):
-        assert said in str(error.value)
+    for reason in ("use_dora=true", "bias=all", "lora_bias=True", "init_lora_weights=pissa", "target_parameters=['x']"):
+        assert reason in str(error.value)
 
 
-def test_tensors_that_no_entry_explains_are_refused(make_adapter, tmp_path: Path) -> None:
+def test_other_tensors_are_refused(make_adapter, tmp_path: Path) -> None:
     source = make_adapter("q,v")
     shapes = {"A": (4, 64), "B": (320, 4)}
     head = {f"{PREFIX}lm_head.lora_{side}.weight": torch.ones(shape) for side, shape in shapes.items()}
@@ -142,7 +142,7 @@ def test_tensors_that_no_entry_explains_are_refused(make_adapter, tmp_path: Path
         export(source, tmp_path / "out")
 
 
-def test_a_rank_beyond_the_server_is_refused(make_adapter, tmp_path: Path) -> None:
+def test_a_rank_above_the_servers_limit_is_refused(make_adapter, tmp_path: Path) -> None:
     source = make_adapter("q,v")
     change_config(source, r=513)
     wide = {
@@ -150,14 +150,12 @@ def test_a_rank_beyond_the_server_is_refused(make_adapter, tmp_path: Path) -> No
         for name, tensor in load_file(source / TENSOR_FILE).items()
     }
     save_file(wide, source / TENSOR_FILE)
-    with pytest.raises(ConfigError, match="rank 513: vLLM ends at 512"):
+    with pytest.raises(ConfigError, match=r"rank 513: .* 512"):
         export(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("rank", "most"), [(1, 8), (8, 8), (9, 16), (65, 128), (257, 320), (321, 512), (512, 512)])
-def test_the_command_names_the_smallest_rank_that_vllm_takes(
-    make_adapter, tmp_path: Path, rank: int, most: int
-) -> None:
+def test_the_command_has_the_smallest_allowed_rank(make_adapter, tmp_path: Path, rank: int, most: int) -> None:
     source = make_adapter("q,v")
     resized = {
         name: torch.ones(rank, tensor.shape[1]) if ".lora_A." in name else torch.ones(len(tensor), rank)
@@ -169,7 +167,7 @@ def test_the_command_names_the_smallest_rank_that_vllm_takes(
     assert words[words.index("--max-lora-rank") + 1] == str(most)
 
 
-def test_the_command_serves_this_adapter_on_its_base(make_adapter, make_base, tmp_path: Path) -> None:
+def test_the_command_serves_the_adapter_over_its_base(make_adapter, make_base, tmp_path: Path) -> None:
     words = shlex.split(export(make_adapter("q,v"), tmp_path / "out").serve[0])
     assert words == [
         "vllm",
@@ -185,7 +183,7 @@ def test_the_command_serves_this_adapter_on_its_base(make_adapter, make_base, tm
     ]
 
 
-def test_only_what_belongs_to_the_adapter_is_taken_along(make_adapter, tmp_path: Path) -> None:
+def test_only_the_adapters_files_are_copied(make_adapter, tmp_path: Path) -> None:
     source = make_adapter("q,v")
     (source / "checkpoint-5").mkdir()
     for name in ("metrics.jsonl", "run.json", "optimizer.safetensors", "checkpoint-5/x", "README.md"):
@@ -203,7 +201,7 @@ def test_only_what_belongs_to_the_adapter_is_taken_along(make_adapter, tmp_path:
     assert {file: file.read_bytes() for file in source.rglob("*") if file.is_file()} == before
 
 
-def test_another_base_is_named_and_measured_on(make_adapter, make_base, tmp_path: Path) -> None:
+def test_another_base_is_written_and_compared_with(make_adapter, make_base, tmp_path: Path) -> None:
     source, base = make_adapter("rslora"), make_base(seed=5)
     change_config(source, base_model_name_or_path="someone/base", revision="abc")
     found = export(source, tmp_path / "out", model=str(base))
@@ -212,16 +210,16 @@ def test_another_base_is_named_and_measured_on(make_adapter, make_base, tmp_path
     assert len(found.checks) == 1 and f"vllm serve {base} --enable-lora" in found.serve[0]
 
 
-def test_without_the_base_it_says_that_nothing_was_compared(make_adapter, tmp_path: Path) -> None:
+def test_without_a_local_base_nothing_is_compared(make_adapter, tmp_path: Path) -> None:
     source = make_adapter("q,v")
     change_config(source, base_model_name_or_path="someone/base", revision="abc")
-    said: list[str] = []
-    found = export(source, tmp_path / "out", said)
-    assert found.checks == [] and "someone/base is no local folder" in said[0]
+    logged: list[str] = []
+    found = export(source, tmp_path / "out", logged)
+    assert found.checks == [] and "someone/base" in logged[0]
     assert "vllm serve someone/base --revision abc --enable-lora" in found.serve[0]
 
 
-def test_an_adapter_without_a_tokenizer_is_compared_with_its_bases(make_adapter, tmp_path: Path) -> None:
+def test_an_adapter_without_a_tokenizer_uses_that_of_its_base(make_adapter, tmp_path: Path) -> None:
     source = make_adapter("patterns")
     for file in [*source.glob("tokenizer*"), source / "chat_template.jinja"]:
         file.unlink()
@@ -229,19 +227,19 @@ def test_an_adapter_without_a_tokenizer_is_compared_with_its_bases(make_adapter,
     assert found.checks[0].same == 1.0 and "--chat-template" not in found.serve[0]
 
 
-def test_an_adapter_that_makes_up_for_quantizing_is_served_in_four_bit(make_adapter, tmp_path: Path) -> None:
+def test_an_adapter_that_compensates_quantization_is_served_in_four_bit(make_adapter, tmp_path: Path) -> None:
     source = make_adapter("loftq")
     cfg = RunConfig(
         model=ModelConfig(name="x"), data=DataConfig(train=[SourceConfig(path="x")]), lora=LoraConfig(init="loftq")
     )
     (source / "config.yaml").write_text(to_yaml(cfg))
-    said: list[str] = []
-    assert "--quantization bitsandbytes --enable-lora" in export(source, tmp_path / "out", said).serve[0]
-    assert "over the base in 4 bit" in said[0]
+    logged: list[str] = []
+    assert "--quantization bitsandbytes --enable-lora" in export(source, tmp_path / "out", logged).serve[0]
+    assert "4 bit" in logged[0]
 
 
 @pytest.mark.parametrize(("kind", "wrong"), [("patterns", 1.01), ("rslora", 0.99)])
-def test_a_fold_that_went_wrong_is_noticed(
+def test_wrong_folding_is_refused(
     make_adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, wrong: float
 ) -> None:
     right = adapter_folder.scaling_of
@@ -250,7 +248,7 @@ def test_a_fold_that_went_wrong_is_noticed(
         export(make_adapter(kind), tmp_path / "out")
 
 
-def test_a_copy_that_went_wrong_is_noticed(make_adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_copy_is_refused(make_adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_adapter("q,v")
 
     def spoilt(config: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
@@ -262,17 +260,17 @@ def test_a_copy_that_went_wrong_is_noticed(make_adapter, tmp_path: Path, monkeyp
         export(source, tmp_path / "out")
 
 
-def test_broken_untrained_and_other_adapters(make_adapter, tmp_path: Path) -> None:
+def test_corrupt_untrained_and_other_adapters_are_refused(make_adapter, tmp_path: Path) -> None:
     source = make_adapter("q,v")
-    with pytest.raises(ConfigError, match="type=bf16"):
+    with pytest.raises(ConfigError, match="found bf16"):
         export(source, tmp_path / "0", type="bf16")
     tensors = load_file(source / TENSOR_FILE)
     save_file({n: t * 0 if ".lora_B." in n else t for n, t in tensors.items()}, source / TENSOR_FILE)
-    with pytest.raises(IntegrityError, match=f"{source} is broken: every lora_B is zero"):
+    with pytest.raises(IntegrityError, match=f"{source}.*lora_B"):
         export(source, tmp_path / "1")
     save_file(dict(list(tensors.items())[1:]), source / TENSOR_FILE)
     with pytest.raises(IntegrityError, match="is missing"):
         export(source, tmp_path / "2")
     change_config(source, peft_type="IA3")
-    with pytest.raises(ConfigError, match="IA3, not LORA"):
+    with pytest.raises(ConfigError, match="LORA, found IA3"):
         export(source, tmp_path / "3")

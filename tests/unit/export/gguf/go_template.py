@@ -1,4 +1,4 @@
-"""As much of Go's text/template as chat templates for Ollama need: a second opinion on what they write."""
+"""The part of Go's text/template that chat templates for Ollama use."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def render(source: str, **data: Any) -> str:
-    """What a template writes for `.Messages` and so on. Raises: ValueError for what this does not know."""
+    """Render a template with `.Messages` and the like; raise ValueError for syntax outside of this part."""
     parts = list(_parts(source))
     tree = _block(iter(parts))
     return "".join(_write(tree, data, {"$": data}))
 
 
 def _parts(source: str) -> Iterator[tuple[str, str]]:
-    """("text", …) and ("action", …), with the spaces that dashes eat gone."""
+    """Yield ("text", …) and ("action", …), without the spaces that dashes remove."""
     pieces = re.split(r"(\{\{.*?\}\})", source, flags=re.DOTALL)
     for place, piece in enumerate(pieces):
         if place % 2:

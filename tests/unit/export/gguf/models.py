@@ -1,4 +1,4 @@
-"""Small model folders that GGUF exports are made of."""
+"""Small model folders for GGUF exports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 def save_model(
     folder: Path, tokenizer: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **config: Any
 ) -> Path:
-    """A random model with a tokenizer of that folder; config: of Qwen2Config, over what is small."""
+    """Save a small random model with the tokenizer of a folder; config: fields of Qwen2Config."""
     small = {
         "vocab_size": 896,
         "hidden_size": 64,
@@ -41,8 +41,8 @@ def save_model(
     return folder
 
 
-def request(source: Path, folder: Path, said: list[str] | None = None, **options: Any) -> ExportRequest:
-    """An export of `source` into a new folder, compared on few tokens; options: as typed."""
+def request(source: Path, folder: Path, logged: list[str] | None = None, **options: Any) -> ExportRequest:
+    """Build an export request of `source` into a new folder, compared on few tokens."""
     folder.mkdir(exist_ok=True)
     chosen = {"format": "gguf", "out": str(folder), "prompts": 2, "tokens": 8} | options
-    return ExportRequest(source, folder, ExportOptions(**chosen), (said if said is not None else []).append)
+    return ExportRequest(source, folder, ExportOptions(**chosen), (logged if logged is not None else []).append)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finetune.export.gguf.check import llama_logits, open_llama
-from finetune.export.gguf.model import to_gguf
+from finetune.export.gguf.model import write as to_gguf
 from finetune.export.gguf.names import linear_name
 from finetune.system.errors import ConfigError, IntegrityError
 from tests.unit.export.gguf.models import request
@@ -39,7 +39,7 @@ def tiny(repo_root: Path) -> Path:
 
 
 def save_adapter(base: Path, folder: Path, **config: Any) -> PeftModel:
-    """A random adapter over the base, in fp32, saved by PEFT."""
+    """Save a random fp32 adapter over the base with PEFT."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
@@ -52,7 +52,7 @@ def save_adapter(base: Path, folder: Path, **config: Any) -> PeftModel:
 
 
 def updates(adapted: PeftModel) -> dict[str, torch.Tensor]:
-    """PEFT's own update of each matrix, by its name in a GGUF file."""
+    """Return PEFT's update of each matrix, by its name in a GGUF file."""
     return {
         linear_name(name.removeprefix("base_model.model.")): module.get_delta_weight("default")
         for name, module in adapted.named_modules()
@@ -61,7 +61,7 @@ def updates(adapted: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def file_updates(path: Path) -> dict[str, torch.Tensor]:
-    """As llama.cpp computes them: alpha / rank * B A, or B A where alpha is 0."""
+    """Return the updates as llama.cpp computes them: alpha / rank * B A, or B A if alpha is 0."""
     reader = gguf.GGUFReader(path)
     alpha = reader.get_field("adapter.lora.alpha").contents()
     data = {tensor.name: torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)) for tensor in reader.tensors}
@@ -74,7 +74,7 @@ def file_updates(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_file_holds_pefts_update(kind: str, tiny: Path, tmp_path: Path):
+def test_the_file_holds_the_update_of_peft(kind: str, tiny: Path, tmp_path: Path):
     adapted = save_adapter(tiny, tmp_path / "adapter", **KINDS[kind])
     exported = to_gguf(request(tmp_path / "adapter", tmp_path / "out", merge=False))
     wanted, found = updates(adapted), file_updates(tmp_path / "out" / "out-f32.gguf")
@@ -89,7 +89,7 @@ def test_the_file_holds_pefts_update(kind: str, tiny: Path, tmp_path: Path):
     ("kind", "name", "limit"),
     [*((kind, "f32", 1e-5) for kind in KINDS), ("plain", "bf16", 0.05), ("plain", "q8_0", 0.05)],
 )
-def test_llama_cpp_computes_what_peft_does(kind: str, name: str, limit: float, tiny: Path, tmp_path: Path):
+def test_llama_cpp_computes_what_peft_computes(kind: str, name: str, limit: float, tiny: Path, tmp_path: Path):
     pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
     adapted = save_adapter(tiny, tmp_path / "adapter", **KINDS[kind])
     to_gguf(request(tiny, tmp_path / "base", type="f32", verify=False))
@@ -104,7 +104,7 @@ def test_llama_cpp_computes_what_peft_does(kind: str, name: str, limit: float, t
     assert (found - wanted).abs().mean() < limit * (wanted - before).abs().mean()
 
 
-def test_the_entries_are_those_of_an_adapter(tiny: Path, tmp_path: Path):
+def test_the_entries_describe_an_adapter(tiny: Path, tmp_path: Path):
     save_adapter(tiny, tmp_path / "adapter", **KINDS["plain"])
     to_gguf(request(tmp_path / "adapter", tmp_path / "out", merge=False))
     reader = gguf.GGUFReader(tmp_path / "out" / "out-f32.gguf")
@@ -120,7 +120,7 @@ def test_the_entries_are_those_of_an_adapter(tiny: Path, tmp_path: Path):
     assert (shapes["blk.3.ffn_down.weight.lora_a"], shapes["blk.3.ffn_down.weight.lora_b"]) == ((8, 768), (256, 8))
 
 
-def test_what_a_file_cannot_say_is_named_at_once(tiny: Path, tmp_path: Path):
+def test_everything_that_the_file_cannot_hold_is_listed(tiny: Path, tmp_path: Path):
     save_adapter(
         tiny,
         tmp_path / "adapter",
@@ -140,24 +140,23 @@ def test_what_a_file_cannot_say_is_named_at_once(tiny: Path, tmp_path: Path):
         "modules_to_save=['norm']",
         "2 trained rows of lm_head",
         "bias=lora_only",
-        "no LoRA of a linear layer in a block",
         "embed_tokens",
     ):
         assert part in message
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_an_adapter_of_a_base_of_its_own_is_refused(tiny: Path, tmp_path: Path):
+def test_an_adapter_that_needs_other_base_weights_is_refused(tiny: Path, tmp_path: Path):
     save_adapter(tiny, tmp_path / "adapter", **KINDS["plain"])
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": "pissa_niter_4"}))
-    with pytest.raises(ConfigError, match="init_lora_weights=pissa_niter_4: it belongs on other weights"):
+    with pytest.raises(ConfigError, match="init_lora_weights=pissa_niter_4"):
         to_gguf(request(tmp_path / "adapter", tmp_path / "out", merge=False))
 
 
-def test_broken_adapters_and_types_for_models_are_refused(tiny: Path, tmp_path: Path):
+def test_corrupt_adapters_and_types_of_models_are_refused(tiny: Path, tmp_path: Path):
     save_adapter(tiny, tmp_path / "adapter", **KINDS["plain"])
-    with pytest.raises(ConfigError, match=r"type=q4_0: a GGUF is written here as f32, f16, bf16, q8_0;"):
+    with pytest.raises(ConfigError, match=r"type: .* f32, f16, bf16, q8_0, found q4_0"):
         to_gguf(request(tmp_path / "adapter", tmp_path / "out", merge=False, type="q4_0"))
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)

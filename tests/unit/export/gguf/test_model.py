@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.export.gguf import file as gguf_file
 from finetune.export.gguf import names as gguf_names
 from finetune.export.gguf.check import llama_logits, open_llama
-from finetune.export.gguf.model import to_gguf
+from finetune.export.gguf.model import write as to_gguf
 from finetune.export.gguf.types import TYPES
 from finetune.system.errors import ConfigError, IntegrityError, MissingExtra
 from tests.unit.export.gguf.models import request, save_model
@@ -60,7 +60,7 @@ def greedy(model: Any, ids: list[int]) -> list[int]:
     return out[0, len(ids) :].tolist()
 
 
-def test_f32_generates_64_tokens_as_its_source_does(tiny: Path, tmp_path: Path):
+def test_f32_generates_the_64_tokens_of_its_source(tiny: Path, tmp_path: Path):
     exported = to_gguf(request(tiny, tmp_path / "out", type="f32"))
     assert exported.checks[0].same == 1 and exported.checks[0].largest == 0
     ids, wanted = answers_of_64(tiny)
@@ -68,7 +68,7 @@ def test_f32_generates_64_tokens_as_its_source_does(tiny: Path, tmp_path: Path):
     assert greedy(model, ids) == wanted and len(wanted) == 64
 
 
-def test_llama_cpp_prefers_the_same_64_tokens(tiny: Path, tmp_path: Path):
+def test_llama_cpp_has_the_same_64_top_tokens(tiny: Path, tmp_path: Path):
     pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
     to_gguf(request(tiny, tmp_path / "out", type="f32", verify=False))
     ids, wanted = answers_of_64(tiny)
@@ -77,8 +77,8 @@ def test_llama_cpp_prefers_the_same_64_tokens(tiny: Path, tmp_path: Path):
     assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == wanted
 
 
-@pytest.mark.parametrize("name", [name for name in TYPES if not name.startswith("tq")])
-def test_every_type_is_written_and_answers_alike(name: str, tiny: Path, tmp_path: Path):
+@pytest.mark.parametrize("name", TYPES)
+def test_every_type_is_written_and_computes_nearly_the_same(name: str, tiny: Path, tmp_path: Path):
     exported = to_gguf(request(tiny, tmp_path / "out", type=name, tokens=16))
     assert all(check.same >= 0.8 for check in exported.checks), exported.checks
     found = tensors(tmp_path / "out" / f"out-{name}.gguf")
@@ -89,15 +89,7 @@ def test_every_type_is_written_and_answers_alike(name: str, tiny: Path, tmp_path
     assert exported.notes["wider"] == (["token_embd.weight"] if small else [])
 
 
-@pytest.mark.parametrize("name", ["tq1_0", "tq2_0"])
-def test_three_values_are_too_few_for_a_model_that_was_not_trained_on_them(name: str, tiny: Path, tmp_path: Path):
-    with pytest.raises(IntegrityError, match="does not answer as its source does"):
-        to_gguf(request(tiny, tmp_path / "out", type=name))
-    exported = to_gguf(request(tiny, tmp_path / "kept", type=name, verify=False))
-    assert exported.checks == [] and exported.notes["tensors"][name] == 28
-
-
-def test_the_default_is_q8_0_and_the_commands_name_the_final_folder(tiny: Path, tmp_path: Path):
+def test_the_default_type_is_q8_0_and_commands_name_the_final_folder(tiny: Path, tmp_path: Path):
     (tmp_path / "temporary").mkdir()
     one = request(tiny, tmp_path / "temporary", out=f"{tmp_path}/my model", verify=False)
     exported = to_gguf(one)
@@ -106,13 +98,13 @@ def test_the_default_is_q8_0_and_the_commands_name_the_final_folder(tiny: Path, 
 
 
 @pytest.mark.parametrize("options", [{}, {"merge": False}])
-def test_the_missing_package_is_named_first(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package_is_reported_first(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingExtra, match=r'pip install "finetune-qlora\[gguf\]"'):
         to_gguf(request(tmp_path / "nothing there", tmp_path / "out", **options))
 
 
-def test_entries_say_what_the_model_is(tiny: Path, tmp_path: Path):
+def test_the_entries_describe_the_model(tiny: Path, tmp_path: Path):
     to_gguf(request(tiny, tmp_path / "out", type="bf16"))
     path = tmp_path / "out" / "out-bf16.gguf"
     wanted = {
@@ -146,31 +138,31 @@ def test_tied_and_untied_heads(tied: bool, dtype: torch.dtype, tiny: Path, tmp_p
     assert all(check.same == 1 and check.largest < 1e-3 for check in exported.checks)
 
 
-def test_a_tied_head_may_be_written_out_only_if_it_is_the_embedding(tiny: Path, tmp_path: Path):
+def test_a_stored_tied_head_must_equal_the_embedding(tiny: Path, tmp_path: Path):
     source = save_model(tmp_path / "source", tiny)
     embedding = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
     change(source, **{"lm_head.weight": embedding.clone()})
     to_gguf(request(source, tmp_path / "out", type="f32"))
     change(source, **{"lm_head.weight": embedding + 1})
-    with pytest.raises(IntegrityError, match=r"lm_head.weight of its own"):
+    with pytest.raises(IntegrityError, match=r"lm_head\.weight.*tie_word_embeddings"):
         to_gguf(request(source, tmp_path / "other", type="f32"))
 
 
-def test_shards_and_small_pieces_make_the_same_file(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_shards_and_small_chunks_write_the_same_file(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole = save_model(tmp_path / "whole", tiny)
     shards = save_model(tmp_path / "shards", tiny, shard="100KB")
     assert len(list(shards.glob("*.safetensors"))) > 2
     for name in ("f32", "q8_0"):
         to_gguf(request(whole, tmp_path / f"one-{name}", out="model", type=name, verify=False))
         with monkeypatch.context() as patch:
-            patch.setattr(gguf_file, "_CHUNK_NUMBERS", 300)
+            patch.setattr(gguf_file, "_CHUNK_VALUES", 300)
             to_gguf(request(shards, tmp_path / f"two-{name}", out="model", type=name))
         one, two = (tmp_path / f"{number}-{name}" / f"model-{name}.gguf" for number in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
 
 
 @pytest.mark.parametrize("shape", [(1000, 896), (3, 2**23), (5,), (2**23 + 1,)])
-def test_no_piece_is_large_unless_a_row_is(shape: tuple[int, ...]):
+def test_a_chunk_has_at_most_16_mib_unless_one_row_has_more(shape: tuple[int, ...]):
     planned = gguf_file.PlannedTensor("w", "w", shape, TYPES["f32"], lambda start, stop: torch.empty(0))
     pieces = list(planned.chunks())
     assert [row for start, stop in pieces for row in (start, stop)] == [
@@ -182,19 +174,19 @@ def test_no_piece_is_large_unless_a_row_is(shape: tuple[int, ...]):
     assert all((stop - start) * numbers_in_row <= max(2**22, numbers_in_row) for start, stop in pieces)
 
 
-def test_rows_that_no_blocks_fill_fall_back_and_are_named(tiny: Path, tmp_path: Path):
+def test_rows_that_blocks_do_not_fill_are_f16_and_listed(tiny: Path, tmp_path: Path):
     source = save_model(tmp_path / "source", tiny, hidden_size=48)
-    said: list[str] = []
-    exported = to_gguf(request(source, tmp_path / "out", said, type="q8_0"))
+    logged: list[str] = []
+    exported = to_gguf(request(source, tmp_path / "out", logged, type="q8_0"))
     kinds = {name: tensor.tensor_type.name for name, tensor in tensors(tmp_path / "out" / "out-q8_0.gguf").items()}
     assert kinds["blk.1.attn_q.weight"] == kinds["token_embd.weight"] == "F16"
-    assert kinds["blk.1.ffn_down.weight"] == "Q8_0"  # its rows are 96 wide
+    assert kinds["blk.1.ffn_down.weight"] == "Q8_0"  # 96 columns
     assert len(exported.notes["wider"]) == 13
-    assert any("13 matrices are wider than q8_0" in line for line in said)
+    assert any("wider than q8_0" in line for line in logged)
 
 
 @pytest.mark.parametrize("rope_type", ["yarn", "linear"])
-def test_longer_context_by_rope_scaling(rope_type: str, tiny: Path, tmp_path: Path):
+def test_rope_scaling_is_kept(rope_type: str, tiny: Path, tmp_path: Path):
     rope: dict[str, Any] = {"rope_type": rope_type, "factor": 4.0, "rope_theta": 10000.0}
     if rope_type == "yarn":
         rope["original_max_position_embeddings"] = 32
@@ -206,7 +198,7 @@ def test_longer_context_by_rope_scaling(rope_type: str, tiny: Path, tmp_path: Pa
     assert entry(path, "qwen2.rope.scaling.original_context_length") == (32 if rope_type == "yarn" else None)
 
 
-def test_everything_that_cannot_be_said_is_named_at_once(tiny: Path, tmp_path: Path):
+def test_every_unsupported_setting_is_listed(tiny: Path, tmp_path: Path):
     source = save_model(tmp_path / "source", tiny)
     config = json.loads((source / "config.json").read_text())
     config |= {"use_sliding_window": True, "hidden_act": "gelu"}
@@ -216,19 +208,19 @@ def test_everything_that_cannot_be_said_is_named_at_once(tiny: Path, tmp_path: P
         to_gguf(request(source, tmp_path / "out", type="f32"))
 
 
-def test_broken_models_are_refused(tiny: Path, tmp_path: Path):
+def test_corrupt_models_are_refused(tiny: Path, tmp_path: Path):
     source = save_model(tmp_path / "source", tiny)
     norm = "model.norm.weight"
     good = load_file(source / "model.safetensors")[norm]
     change(source, **{norm: good * float("nan")})
-    with pytest.raises(IntegrityError, match=r"model\.norm\.weight holds NaN"):
+    with pytest.raises(IntegrityError, match=r"model\.norm\.weight.*NaN"):
         to_gguf(request(source, tmp_path / "nan", type="q8_0"))
     change(source, **{norm: None, "model.extra.weight": good})
-    with pytest.raises(IntegrityError, match=r"lacks model\.norm\.weight; has model\.extra\.weight"):
+    with pytest.raises(IntegrityError, match=r"model\.norm\.weight.*; model\.extra\.weight"):
         to_gguf(request(source, tmp_path / "lacking", type="q8_0"))
 
 
-def test_a_byte_that_changed_on_the_way_is_found(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_changed_byte_is_found(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Torn(gguf.GGUFWriter):
         def write_tensor_data(self, tensor, *rest):
             if len(self.tensors[0]) == 10:
@@ -238,12 +230,12 @@ def test_a_byte_that_changed_on_the_way_is_found(tiny: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(gguf, "GGUFWriter", Torn)
     for name in ("f32", "f16", "bf16", "q8_0", "q4_0"):
-        with pytest.raises(IntegrityError, match=r"was written wrongly: blk\.\d\.\w+\.weight is not model\.layers\.\d"):
+        with pytest.raises(IntegrityError, match=r"blk\.\d\.\w+\.weight is not model\.layers\.\d"):
             to_gguf(request(tiny, tmp_path / name, type=name))
 
 
-def test_exchanged_tensors_are_found(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    exchanged = gguf_names.LINEAR | {"mlp.gate_proj": "ffn_up", "mlp.up_proj": "ffn_gate"}
-    monkeypatch.setattr(gguf_names, "LINEAR", exchanged)
-    with pytest.raises(IntegrityError, match="does not answer as its source does"):
+def test_swapped_tensors_are_found(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    swapped = gguf_names.LINEAR | {"mlp.gate_proj": "ffn_up", "mlp.up_proj": "ffn_gate"}
+    monkeypatch.setattr(gguf_names, "LINEAR", swapped)
+    with pytest.raises(IntegrityError):
         to_gguf(request(tiny, tmp_path / "out", type="f32"))

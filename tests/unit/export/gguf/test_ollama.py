@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from finetune.export.gguf.ollama import go_template, to_ollama
+from finetune.export.gguf.ollama import go_template
+from finetune.export.gguf.ollama import write as to_ollama
 from finetune.system.errors import ConfigError
 from tests.unit.export.gguf.go_template import render
 from tests.unit.export.gguf.models import TOKENIZER_FILES, request, save_model
@@ -48,7 +49,7 @@ def turns(name: str) -> list[dict[str, str]]:
 
 
 def wanted(tokenizer: AutoTokenizer, name: str) -> str:
-    """What the model's own template writes; Ollama has a model go on with an assistant's turn that comes last."""
+    """Render by the model's own template; Ollama lets the model continue a last turn of the assistant."""
     conversation, open_turn = turns(name), CONVERSATIONS[name][-1][0] == "assistant"
     text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=not open_turn)
     return text.removesuffix("<|im_end|>\n") if open_turn else text
@@ -56,17 +57,17 @@ def wanted(tokenizer: AutoTokenizer, name: str) -> str:
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("model", ["tiny", "real"])
-def test_the_go_template_writes_what_the_models_own_writes(model: str, name: str, tiny: Path, request):
+def test_the_go_template_renders_as_the_models_own_template(model: str, name: str, tiny: Path, request):
     folder = tiny if model == "tiny" else request.getfixturevalue("shared") / "qwen2.5" / "tokenizer"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     messages = [{"Role": turn["role"], "Content": turn["content"]} for turn in turns(name)]
     assert render(go_template(tokenizer), Messages=messages) == wanted(tokenizer, name)
 
 
-def test_go_itself_writes_the_same(tiny: Path, tmp_path: Path):
+def test_go_renders_the_same(tiny: Path, tmp_path: Path):
     go = shutil.which("go")
     if go is None:
-        pytest.skip("needs Go, for its text/template; the test above has a small one of its own")
+        pytest.skip("needs Go for its text/template; the test above uses a small reimplementation")
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = tokenizer.chat_template.replace("You are a helpful assistant.", "Braces {{ }} and }}.")
     (tmp_path / "main.go").write_text(GO)
@@ -78,7 +79,7 @@ def test_go_itself_writes_the_same(tiny: Path, tmp_path: Path):
         assert found == wanted(tokenizer, name)
 
 
-def test_a_template_without_a_system_prompt_of_its_own(tiny: Path):
+def test_a_template_without_a_default_system_prompt(tiny: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -104,14 +105,14 @@ def test_a_template_that_is_not_chatml_is_refused(old: str, new: str, tiny: Path
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     assert old in tokenizer.chat_template
     tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
-    with pytest.raises(ConfigError, match=r"format=ollama: .*use format=gguf, which carries the template"):
+    with pytest.raises(ConfigError, match=r"(?s)format=ollama: .*use format=gguf"):
         go_template(tokenizer)
 
 
 def test_a_model_without_a_template_is_refused(tiny: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match="no chat template"):
+    with pytest.raises(ConfigError, match="chat template"):
         go_template(tokenizer)
 
 
@@ -142,16 +143,11 @@ def test_greedy_models_stay_greedy(tiny: Path, tmp_path: Path):
     assert "PARAMETER temperature 0\n" in text and "PARAMETER repeat_penalty 1.0\n" in text and "top_" not in text
 
 
-def test_an_adapter_alone_is_no_model(tiny: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"format=ollama merge=false: .* use format=gguf merge=false"):
-        to_ollama(request(tiny, tmp_path / "out", format="ollama", merge=False))
-
-
-def test_nothing_is_written_for_a_template_that_is_refused(tiny: Path, tmp_path: Path):
+def test_a_refused_template_writes_nothing(tiny: Path, tmp_path: Path):
     source = tmp_path / "source"
     shutil.copytree(tiny, source)
     assert all((source / name).is_file() for name in TOKENIZER_FILES)
     (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    with pytest.raises(ConfigError, match="the chat template writes"):
+    with pytest.raises(ConfigError, match="ChatML"):
         to_ollama(request(source, tmp_path / "out", format="ollama"))
     assert not list((tmp_path / "out").iterdir())

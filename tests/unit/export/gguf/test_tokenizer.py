@@ -17,7 +17,7 @@ from finetune.export.gguf.check import (
     require_transformers_ids,
     sample_texts,
 )
-from finetune.export.gguf.model import to_gguf
+from finetune.export.gguf.model import write as to_gguf
 from finetune.export.gguf.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
 from finetune.system.errors import ConfigError, IntegrityError
 from tests.unit.export.gguf.models import TOKENIZER_FILES, request, save_model
@@ -32,7 +32,7 @@ def tiny(repo_root: Path) -> Path:
 
 def entries(path: Path) -> dict[str, Any]:
     keys = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
-    found, _ = read_gguf_metadata(path, keys)  # fifteen times as fast as the gguf package's own
+    found, _ = read_gguf_metadata(path, keys)  # 15 times as fast as the gguf package
     return {key.removeprefix("tokenizer."): value for key, value in found.items()}
 
 
@@ -45,14 +45,14 @@ def copy_tokenizer(source: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def real(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Qwen2.5's own tokenizer, and a model of its vocabulary as a GGUF file."""
+    """Return the folder of Qwen2.5's tokenizer, and a GGUF file with its vocabulary."""
     tokenizer, folder = shared / "qwen2.5" / "tokenizer", tmp_path_factory.mktemp("real")
     source = save_model(folder / "source", tokenizer, vocab_size=151_936, hidden_size=32, eos_token_id=151_645)
     to_gguf(request(source, folder / "out", type="q8_0", verify=False))
     return tokenizer, folder / "out" / "out-q8_0.gguf"
 
 
-def test_the_real_tokenizer_reads_back_with_the_same_ids(real: tuple[Path, Path]):
+def test_the_real_tokenizer_has_the_same_ids_in_transformers(real: tuple[Path, Path]):
     tokenizer, path = real
     texts = sample_texts(tokenizer)
     assert len(texts) > 20
@@ -71,7 +71,7 @@ def test_the_real_tokenizer_has_the_same_ids_in_llama_cpp(real: tuple[Path, Path
         require_llama_ids(llama, {text: [*ids, 0] for text, ids in texts.items()})
 
 
-def test_the_real_vocabulary_is_padded_and_sorted_into_kinds(real: tuple[Path, Path]):
+def test_the_real_vocabulary_is_padded_and_has_kinds(real: tuple[Path, Path]):
     tokenizer, path = real
     found = entries(path)
     kinds, tokens = found["ggml.token_type"], found["ggml.tokens"]
@@ -97,7 +97,7 @@ def test_the_real_vocabulary_is_padded_and_sorted_into_kinds(real: tuple[Path, P
 
 
 @pytest.mark.parametrize("part", ["merges", "pre_tokenizer", "added_tokens"])
-def test_the_compared_texts_need_every_part_of_a_tokenizer(part: str, tiny: Path):
+def test_the_compared_texts_depend_on_every_part_of_a_tokenizer(part: str, tiny: Path):
     texts = sample_texts(tiny)
     content = json.loads((tiny / "tokenizer.json").read_text())
     tokenizer = Tokenizer.from_str(json.dumps(content))
@@ -109,11 +109,11 @@ def test_the_compared_texts_need_every_part_of_a_tokenizer(part: str, tiny: Path
     else:
         del content[part][-1]
     other = Tokenizer.from_str(json.dumps(content))
-    with pytest.raises(IntegrityError, match="not its source's: another reads"):
+    with pytest.raises(IntegrityError, match="another"):
         require_same_ids("another", texts, lambda text: other.encode(text, add_special_tokens=False).ids)
 
 
-def test_new_tokens_are_kept_whole_and_shown(tiny: Path, tmp_path: Path):
+def test_new_tokens_keep_their_kind(tiny: Path, tmp_path: Path):
     source = save_model(tmp_path / "source", tiny)
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_tokens([AddedToken("<|verdict|>", normalized=False), AddedToken("«Ort und Zeit»", normalized=False)])
@@ -132,11 +132,11 @@ def test_new_tokens_are_kept_whole_and_shown(tiny: Path, tmp_path: Path):
 
 def test_more_tokens_than_rows_are_refused(tiny: Path):
     assert len(read_vocabulary(tiny, 883).tokens) == 883
-    with pytest.raises(ConfigError, match="has token 882, the embedding only 882 rows"):
+    with pytest.raises(ConfigError, match="882 rows, found token 882"):
         read_vocabulary(tiny, 882)
 
 
-def test_what_ends_a_turn_is_said_besides_what_ends_a_text(tiny: Path, tmp_path: Path):
+def test_the_end_of_a_turn_is_kept_beside_the_end_of_a_text(tiny: Path, tmp_path: Path):
     folder = copy_tokenizer(tiny, tmp_path / "base")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
@@ -144,21 +144,21 @@ def test_what_ends_a_turn_is_said_besides_what_ends_a_text(tiny: Path, tmp_path:
 
 
 @pytest.mark.parametrize(("pattern", "adds"), [("$A", False), ("<|im_start|> $A", True), ("$A <|im_end|>", None)])
-def test_what_the_tokenizer_adds_to_every_text(pattern: str, adds: bool | None, tiny: Path, tmp_path: Path):
+def test_only_a_bos_token_may_be_added_to_every_text(pattern: str, adds: bool | None, tiny: Path, tmp_path: Path):
     folder = copy_tokenizer(tiny, tmp_path / "other")
     tokenizer = AutoTokenizer.from_pretrained(folder, bos_token="<|im_start|>")
     specials = [("<|im_start|>", 881), ("<|im_end|>", 882)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=pattern, special_tokens=specials)
     tokenizer.save_pretrained(folder)
     if adds is None:
-        with pytest.raises(ConfigError, match="adds more to a text than a bos token"):
+        with pytest.raises(ConfigError, match="bos token"):
             read_vocabulary(folder, 896)
     else:
         vocabulary = read_vocabulary(folder, 896)
         assert vocabulary.adds_bos is adds and vocabulary.special_ids["bos"] == 881
 
 
-def test_tokenizers_that_no_gguf_can_say_are_refused(tiny: Path, tmp_path: Path):
+def test_tokenizers_that_gguf_cannot_represent_are_refused(tiny: Path, tmp_path: Path):
     folder = copy_tokenizer(tiny, tmp_path / "other")
     content = json.loads((folder / "tokenizer.json").read_text())
     pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]
@@ -167,9 +167,7 @@ def test_tokenizers_that_no_gguf_can_say_are_refused(tiny: Path, tmp_path: Path)
     content["added_tokens"][0]["lstrip"] = True
     (folder / "tokenizer.json").write_text(json.dumps(content))
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    # Qwen2Tokenizer would put its own rules in place of these.
+    # Qwen2Tokenizer would replace these rules by its own.
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
-    with pytest.raises(
-        ConfigError, match=r"splits text by other rules; it normalizes by Lowercase; its tokens '<\|endof"
-    ):
+    with pytest.raises(ConfigError, match=r"pre_tokenizer: .*; normalizer: .*Lowercase; added_tokens: .*'<\|endof"):
         read_vocabulary(folder, 896)

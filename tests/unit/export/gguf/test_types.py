@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.export.gguf.types import TYPES, decode, encode, fitting_type, gguf_package, number_type
+from finetune.config.command_options import ExportOptions
+from finetune.export.gguf.types import TYPES, decode, encode, gguf_package, number_type, storage_type
 from finetune.system.errors import ConfigError, IntegrityError
 
 pytest.importorskip("gguf", reason="needs the gguf extra")
@@ -12,7 +13,7 @@ pytest.importorskip("gguf", reason="needs the gguf extra")
 
 def numbers(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     rows = torch.randn(33, 512, generator=torch.Generator().manual_seed(0)) * 0.02
-    rows[3], rows[4, :32], rows[5, 0] = 0, 0, 9.0  # blocks of nothing, and one with an outlier
+    rows[3], rows[4, :32], rows[5, 0] = 0, 0, 9.0  # blocks of zeros, and one with an outlier
     return rows.to(dtype)
 
 
@@ -21,23 +22,23 @@ def there_and_back(rows: torch.Tensor, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_a_type_takes_the_bytes_it_says_and_reads_back_in_shape(name: str):
+def test_a_type_has_its_number_of_bytes_and_reads_back_in_shape(name: str):
     data = encode(numbers(), TYPES[name], "w")
     assert data.dtype == np.uint8 and data.shape == (33, TYPES[name].row_bytes(512))
     assert decode(data, TYPES[name]).shape == (33, 512)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("f16", torch.float16), ("bf16", torch.bfloat16), ("f32", torch.float32)])
-def test_plain_types_round_as_torch_does(name: str, dtype: torch.dtype):
+def test_types_without_blocks_round_as_torch_does(name: str, dtype: torch.dtype):
     assert torch.equal(there_and_back(numbers(), name), numbers().to(dtype).float())
 
 
-def test_numbers_are_rounded_once_from_fp32():
+def test_values_are_rounded_once_from_fp32():
     # In bf16 it would first become 1.0, and with it f16's 1.0.
     assert there_and_back(torch.tensor([[1 + 2.0**-10] * 32]), "f16")[0, 0] == 1 + 2.0**-10
 
 
-def test_q8_0_takes_the_nearest_of_its_steps():
+def test_q8_0_rounds_to_the_nearest_step():
     blocks = numbers().view(-1, 32)
     steps = (blocks.abs().amax(1, keepdim=True) / 127).half().float()
     nearest = (blocks[:, None, :] - steps[:, :, None] * torch.arange(-127, 128.0)[None, :, None]).abs().amin(1)
@@ -47,16 +48,16 @@ def test_q8_0_takes_the_nearest_of_its_steps():
 
 
 @pytest.mark.parametrize("name", [name for name, kind in TYPES.items() if kind.block > 1])
-def test_block_types_err_by_no_more_than_they_say(name: str):
+def test_types_with_blocks_stay_within_their_error(name: str):
     blocks = numbers(torch.bfloat16).float().view(-1, TYPES[name].block)
     off = (there_and_back(numbers(torch.bfloat16), name).view_as(blocks) - blocks).abs().amax(1)
     largest = blocks.abs().amax(1)
     assert (off <= largest * (TYPES[name].worst + 2.0**-10) + 1e-5).all()
     assert (off[largest == 0] == 0).all()
-    assert (off / largest)[largest > 0].max() > TYPES[name].worst / 3  # the bound is no empty one
+    assert (off / largest)[largest > 0].max() > TYPES[name].worst / 3  # The bound is tight within a factor of 3.
 
 
-def test_all_types_of_the_gguf_package_are_here():
+def test_every_type_of_the_gguf_package_for_16_bit_models_is_known():
     gguf = gguf_package()
     writable = set()
     for kind in gguf.GGMLQuantizationType:
@@ -65,30 +66,32 @@ def test_all_types_of_the_gguf_package_are_here():
         except RuntimeError:
             continue
         writable.add(kind.name.lower())
-    assert writable == set(TYPES)
+    # The ternary types need a model that was trained in them; mxfp4 is for mixtures of experts.
+    assert writable - {"tq1_0", "tq2_0", "mxfp4"} == set(TYPES)
 
 
-def test_another_type_is_refused_with_the_list():
-    with pytest.raises(ConfigError, match=r"type=q4_k_m: .* f32, f16, bf16, q8_0, q5_1, q5_0, .*llama-quantize"):
-        number_type("q4_k_m")
+def test_an_unknown_type_is_refused_with_the_list():
+    options = ExportOptions(format="gguf", out="x", type="q4_k_m")
+    with pytest.raises(ConfigError, match=r"(?s)type: .*q5_0, .*found q4_k_m.*llama-quantize"):
+        number_type(options)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_broken_tensor_is_refused_by_name(bad: float):
+def test_nan_and_infinity_are_refused_with_the_tensor(bad: float):
     rows = numbers()
     rows[7, 7] = bad
-    with pytest.raises(IntegrityError, match=r"layers\.3\.w holds NaN or infinity"):
+    with pytest.raises(IntegrityError, match=r"layers\.3\.w: "):
         encode(rows, TYPES["q8_0"], "layers.3.w")
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_no_number_becomes_infinite(name: str):
+def test_no_value_becomes_infinite(name: str):
     rows = numbers()
     rows[0, 0] = 70_000
     if name in ("f32", "bf16"):
         assert there_and_back(rows, name).isfinite().all()
     else:
-        with pytest.raises(ConfigError, match=rf"type={name}: w holds 70000"):
+        with pytest.raises(ConfigError, match=rf"type={name}: .*70000 in w"):
             encode(rows, TYPES[name], "w")
 
 
@@ -103,10 +106,8 @@ def test_no_number_becomes_infinite(name: str):
         ("f16", (8, 64), True, "f16"),
         ("q8_0", (8, 48), False, "f16"),
         ("q4_0", (8, 48), True, "f16"),
-        ("tq1_0", (8, 64), False, "f16"),
-        ("tq1_0", (8, 256), False, "tq1_0"),
         ("bf16", (8, 48), False, "bf16"),
     ],
 )
-def test_what_a_tensor_is_stored_as(wanted: str, shape: tuple[int, ...], vocabulary: bool, stored: str):
-    assert fitting_type(TYPES[wanted], shape, vocabulary).name == stored
+def test_the_stored_type_of_a_tensor(wanted: str, shape: tuple[int, ...], vocabulary: bool, stored: str):
+    assert storage_type(TYPES[wanted], shape, vocabulary).name == stored

@@ -1,4 +1,4 @@
-"""Merging: what comes out computes what the adapter beside its base computes, whatever the adapter is."""
+"""A merged model computes what the adapter computes over the same base, for every kind of adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finetune.export.merge.merge import merge
 from finetune.models.adapters.files import load_adapter
 from finetune.models.load import load_base
 from finetune.system.errors import ConfigError, IntegrityError
-from tests.unit.export.conftest import KINDS
+from tests.unit.export.conftest import KINDS, no_progress
 
 IDS = torch.arange(48).reshape(2, 24) * 6 % 300
 
@@ -35,19 +35,19 @@ def options(adapter: Path | list[Path], out: Path, *words: str) -> MergeOptions:
 
 def run(*words, **kwargs) -> Path:
     chosen = options(*words, **kwargs)
-    merge(chosen, lambda text: None, merging._silent)
+    merge(chosen, lambda text: None, no_progress)
     return Path(chosen.out)
 
 
 def logits_of(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
-    """As plain transformers loads and computes it."""
+    """Return the logits of plain transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     with torch.no_grad():
         return model(IDS).logits
 
 
 def adapted_logits(base: Path, adapter: Path, quant: str = "none") -> Tensor:
-    """The adapter beside its base, everything computed in fp32."""
+    """Return the logits of the adapter over its base, computed in fp32."""
     model = load_base(
         ModelConfig(name=str(base), dtype="float32", attention="sdpa"),
         QuantConfig(type=quant, compute_dtype="float32", double=True),
@@ -63,7 +63,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_in_fp32_it_computes_what_the_adapter_does_on_the_same_base(
+def test_an_fp32_merge_computes_what_the_adapter_computes_over_the_same_base(
     kind, tied, make_base, make_adapter, tmp_path
 ):
     adapter = make_adapter(kind, tied)
@@ -78,7 +78,7 @@ def test_merged_in_fp32_it_computes_what_the_adapter_does_on_the_same_base(
 
 
 @pytest.mark.parametrize("kind", [kind for kind, made in KINDS.items() if made.quant != "none"])
-def test_into_dequantized_weights_it_computes_what_was_trained(kind, make_base, make_adapter, tmp_path):
+def test_a_merge_into_dequantized_weights_computes_what_was_trained(kind, make_base, make_adapter, tmp_path):
     adapter = make_adapter(kind)
     (adapter / "config.yaml").write_text(
         f"model: {{name: {make_base()}}}\n"
@@ -91,7 +91,7 @@ def test_into_dequantized_weights_it_computes_what_was_trained(kind, make_base, 
 
 
 @pytest.mark.parametrize("kind", ["q,v", "all linears", "rslora", "dora", "patterns"])
-def test_in_fp32_the_whole_update_survives_and_in_bf16_it_is_rounded_once(kind, make_base, make_adapter, tmp_path):
+def test_fp32_keeps_the_whole_update_and_bf16_rounds_it_once(kind, make_base, make_adapter, tmp_path):
     adapter, base = make_adapter(kind), tensors_of(make_base())
     exact = exact_merge(make_base(), adapter)
     wide = tensors_of(run(adapter, tmp_path / "wide", "dtype=fp32"))
@@ -110,18 +110,18 @@ def test_in_fp32_the_whole_update_survives_and_in_bf16_it_is_rounded_once(kind, 
 
 
 def exact_merge(base: Path, adapter: Path) -> dict[str, Tensor]:
-    """PEFT's own merge into a base in float64."""
+    """Return the tensors of PEFT's own merge in float64."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     adapted = peft.PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False).double()
     return {name: tensor for name, tensor in adapted.merge_and_unload().state_dict().items()}
 
 
 @pytest.mark.parametrize("by_system", [True, False])
-def test_what_does_not_change_is_copied_as_bytes_from_shards_and_into_shards(
+def test_unchanged_tensors_keep_their_bytes_from_shards_into_shards(
     by_system, make_base, make_adapter, tmp_path, monkeypatch
 ):
     if not by_system:  # as between file systems
-        monkeypatch.setattr(shards, "_by_system", lambda *_: 0)
+        monkeypatch.setattr(shards, "_copy_range", lambda *_: 0)
     base = make_base(False, "60KB")
     assert len(list(base.glob("*.safetensors"))) > 2
     adapter = make_adapter("q,v", False, base=base)
@@ -147,7 +147,7 @@ def test_what_does_not_change_is_copied_as_bytes_from_shards_and_into_shards(
         ("all linears", "dequantized"),
     ],
 )
-def test_the_size_of_a_block_is_no_matter(kind, base, make_adapter, tmp_path, monkeypatch):
+def test_the_block_size_does_not_change_the_result(kind, base, make_adapter, tmp_path, monkeypatch):
     adapter = make_adapter(kind)
     whole = tensors_of(run(adapter, tmp_path / "whole", "dtype=fp32", f"base={base}"))
     monkeypatch.setattr(weights, "_BLOCK", 500)  # 7 rows of 64, and in 4 bit as many as end with a scale
@@ -162,7 +162,7 @@ def test_a_tied_head_stays_tied(kind, make_adapter, tmp_path):
     assert "lm_head.weight" not in tensors_of(merged)
 
 
-def test_the_folder_is_complete_and_offline(make_base, make_adapter, tmp_path):
+def test_the_folder_is_complete_and_loads_offline(make_base, make_adapter, tmp_path):
     adapter = make_adapter("new tokens beyond the table")
     merged = run(adapter, tmp_path / "out")
     words = AutoTokenizer.from_pretrained(merged, local_files_only=True)
@@ -177,7 +177,7 @@ def test_the_folder_is_complete_and_offline(make_base, make_adapter, tmp_path):
     assert json.loads((merged / "merge_report.json").read_text())["base"] == "original"
 
 
-def test_a_head_that_a_foreign_adapter_trained_alone_becomes_a_tensor_of_its_own(make_base, tmp_path):
+def test_a_tied_head_that_an_adapter_changed_alone_becomes_a_tensor_of_its_own(make_base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(make_base(True), dtype=torch.float32)
     torch.manual_seed(0)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head", "q_proj"], r=4))
@@ -193,7 +193,7 @@ def test_a_head_that_a_foreign_adapter_trained_alone_becomes_a_tensor_of_its_own
     assert (logits_of(merged) - expected).abs().max() <= 1e-4
 
 
-def test_several_adapters_add_up_with_their_weights(make_base, make_adapter, tmp_path):
+def test_several_adapters_are_summed_with_their_weights(make_base, make_adapter, tmp_path):
     one, two = make_adapter("q,v", name="one"), make_adapter("dora on all, rslora", name="two", seed=2)
     base = tensors_of(make_base())
     both = tensors_of(run([one, two], tmp_path / "both", "weights=[0.7, -0.4]", "dtype=fp32"))
@@ -205,7 +205,7 @@ def test_several_adapters_add_up_with_their_weights(make_base, make_adapter, tmp
         )
 
 
-def test_ties_keeps_the_largest_of_each_update_and_the_sign_of_the_sum(make_base, make_adapter, tmp_path):
+def test_ties_keeps_the_largest_values_of_each_update_and_the_sign_of_their_sum(make_base, make_adapter, tmp_path):
     one, two = make_adapter("q,v", name="one"), make_adapter("q,v", name="two", seed=2)
     base = tensors_of(make_base())
     merged = tensors_of(run([one, two], tmp_path / "out", "combination=ties", "density=0.25", "dtype=fp32"))
@@ -225,7 +225,7 @@ def keep_largest(update: Tensor, share: float) -> Tensor:
     return update * (update.abs() >= least)
 
 
-def test_dare_drops_others_with_another_seed_and_the_same_with_the_same(make_base, make_adapter, tmp_path):
+def test_dare_depends_on_its_seed_alone(make_base, make_adapter, tmp_path):
     adapters = [make_adapter("q,v", name="one"), make_adapter("q,v", name="two", seed=2)]
 
     def merged(name: str, *words: str) -> dict[str, Tensor]:
@@ -245,7 +245,7 @@ def refusal(adapter, out: Path, *words: str, error=ConfigError) -> str:
     return str(caught.value)
 
 
-def test_an_adapter_of_another_base_is_refused_with_what_does_not_fit(make_base, make_adapter, tmp_path):
+def test_an_adapter_of_another_base_is_refused_with_every_misfit(make_base, make_adapter, tmp_path):
     adapter = make_adapter("q,v")
     other = tmp_path / "other"
     shutil.copytree(make_base(), other)
@@ -256,17 +256,17 @@ def test_an_adapter_of_another_base_is_refused_with_what_does_not_fit(make_base,
     del tensors["model.layers.0.self_attn.v_proj.weight"]
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     (other / "config.json").write_text(json.dumps(config))
-    said = refusal(adapter, tmp_path / "out", f"model={other}")
-    assert f"{name} is [64, 32] there, the adapter is for [64, 64]" in said
-    assert "model.layers.0.self_attn.v_proj.weight is not there" in said
+    message = refusal(adapter, tmp_path / "out", f"model={other}")
+    assert f"{name}: the base has shape [64, 32], the adapter needs [64, 64]" in message
+    assert "model.layers.0.self_attn.v_proj.weight: the base has no such tensor" in message
 
 
-def test_other_weights_than_the_run_names_are_refused_unless_named(make_base, make_adapter, tmp_path):
+def test_changed_base_weights_are_refused_unless_model_names_them(make_base, make_adapter, tmp_path):
     from finetune.models.digest import base_fingerprint
 
     adapter = make_adapter("q,v")
     (adapter / "run.json").write_text(json.dumps({"base": {"fingerprint": base_fingerprint(str(make_base(seed=9)))}}))
-    assert "holds other weights than" in refusal(adapter, tmp_path / "out")
+    assert "other weights" in refusal(adapter, tmp_path / "out")
     run(adapter, tmp_path / "out", f"model={make_base()}")
 
 
@@ -286,14 +286,14 @@ def test_nan_in_an_adapter_is_refused(make_adapter, tmp_path):
     name = next(name for name in tensors if "lora_B" in name)
     tensors[name][0, 0] = float("nan")
     save_file(tensors, adapter / "adapter_model.safetensors")
-    said = refusal(adapter, tmp_path / "out", error=IntegrityError)
-    assert "NaN" in said and name in said
+    message = refusal(adapter, tmp_path / "out", error=IntegrityError)
+    assert "NaN" in message and name in message
 
 
 def test_an_existing_folder_is_left_alone(make_adapter, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="there is something already"):
+    with pytest.raises(ConfigError, match="out="):
         run(make_adapter("q,v"), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious.txt"]
 
@@ -303,28 +303,28 @@ def test_values_beyond_fp16_are_refused(make_adapter, tmp_path):
     tensors = load_file(adapter / "adapter_model.safetensors")
     tensors["base_model.model.model.norm.weight"][0] = 1e5
     save_file(tensors, adapter / "adapter_model.safetensors")
-    assert "fp16 cannot hold" in refusal(adapter, tmp_path / "out", "dtype=fp16")
+    assert "dtype=fp16" in refusal(adapter, tmp_path / "out", "dtype=fp16")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "key"),
     [
-        (["weights=[1, 2]"], "2 given for 1 adapter"),
-        (["combination=ties"], "needs density="),
-        (["density=0.5"], "density is for ties and dare"),
-        (["shard_size=4 apples"], "write a size as 4GB"),
+        (["weights=[1, 2]"], "weights: "),
+        (["combination=ties"], "density: "),
+        (["density=0.5"], "density: "),
+        (["shard_size=4 apples"], "shard_size=4 apples"),
         (["base=dequantized"], "quant.type=none"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(words, said, make_base, make_adapter, tmp_path):
+def test_contradicting_options_are_refused(words, key, make_base, make_adapter, tmp_path):
     adapter = make_adapter("pissa")
     (adapter / "config.yaml").write_text(
         f"model: {{name: {make_base()}}}\nquant: {{type: none}}\ndata: {{train: [{{path: x.jsonl}}]}}\n"
     )
-    assert said in refusal(adapter, tmp_path / "out", *words)
+    assert key in refusal(adapter, tmp_path / "out", *words)
 
 
-def test_an_interrupted_merge_goes_on_after_its_last_whole_shard(make_base, make_adapter, tmp_path, monkeypatch):
+def test_an_interrupted_merge_continues_after_its_last_complete_shard(make_base, make_adapter, tmp_path, monkeypatch):
     adapter = make_adapter("all linears")
     expected = tensors_of(run(adapter, tmp_path / "unbroken", "shard_size=40KB"))
     write, written = merging.write_shard, []
@@ -348,7 +348,7 @@ def test_an_interrupted_merge_goes_on_after_its_last_whole_shard(make_base, make
 
 
 @pytest.mark.parametrize("other", ["adapter", "its alpha", "base=dequantized", "dtype=fp32"])
-def test_what_another_merge_left_behind_is_not_continued(other, make_adapter, tmp_path, monkeypatch):
+def test_shards_of_another_merge_are_not_reused(other, make_adapter, tmp_path, monkeypatch):
     one = make_adapter("q,v", name="one")
     two = make_adapter("q,v", name="two", seed=2) if other == "adapter" else one
     words = [other] if "=" in other else []

@@ -1,4 +1,4 @@
-"""type=int8-dynamic: every matrix product in int8, everything else as it was."""
+"""type=int8-dynamic: every matrix product is in int8, everything else is unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def graphs(repo_root: Path, tmp_path_factory: pytest.TempPathFactory):
     for module in ("onnx_ir", "onnxruntime", "onnxruntime_genai"):
         pytest.importorskip(module, reason='needs pip install "finetune-qlora[onnx]"')
     source, target, scratch = (tmp_path_factory.mktemp(name) for name in ("fp32", "int8", "scratch"))
-    build(repo_root / "data" / "tiny-qwen2.5", source, "fp32", "cpu", (), scratch)
+    build(repo_root / "data" / "tiny-qwen2.5", source, scratch, precision="fp32")
     quantize(source / "model.onnx", target / "model.onnx", scratch)
     assert not any(scratch.iterdir()), "scratch files were left"
     assert sorted(path.name for path in target.iterdir()) == ["model.onnx", "model.onnx.data"]
@@ -49,14 +49,14 @@ def node_attributes(node) -> dict[str, int]:
     return {attribute.name: attribute.i for attribute in node.attribute}
 
 
-def test_attention_norms_and_the_embedding_stay(graphs) -> None:
+def test_attention_norms_and_the_embedding_are_unchanged(graphs) -> None:
     before, after = map(count, graphs)
     for kind in ("GroupQueryAttention", "SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization", "Gather"):
         assert after[kind] == before[kind] > 0
 
 
 def test_no_weight_is_signed(graphs) -> None:
-    """Signed ones saturate on CPUs without VNNI: the answers would depend on the machine."""
+    """Signed weights saturate on CPUs without VNNI, so the answers would depend on the machine."""
     import onnx
 
     types = {tensor.name: tensor.data_type for tensor in graphs[1].initializer}

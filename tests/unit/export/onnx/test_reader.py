@@ -1,4 +1,4 @@
-"""onnxruntime-genai, as transformers: the same logits at every place, the same answers, the same tokens of a text."""
+"""onnxruntime-genai has the logits, the greedy answers and the token ids of transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.export.onnx.builder import build
-from finetune.export.onnx.reader import OnnxModel, generate
+from finetune.export.onnx.reader import OnnxModel
 from finetune.system.errors import IntegrityError
 
 PROMPT = [881, 282, 198, 389, 323, 296, 289, 882, 198, 881, 273, 198]
@@ -42,7 +42,7 @@ def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for module in ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai"):
         pytest.importorskip(module, reason='needs pip install "finetune-qlora[onnx]"')
     out = tmp_path_factory.mktemp("onnx")
-    build(base, out, "fp32", "cpu", (), tmp_path_factory.mktemp("scratch"))
+    build(base, out, tmp_path_factory.mktemp("scratch"), precision="fp32")
     return out
 
 
@@ -54,17 +54,17 @@ def test_one_pass_gives_the_logits_of_every_token(base: Path, folder: Path) -> N
     )
 
 
-def test_an_answer_is_what_transformers_writes_with_its_stop_token(base: Path, folder: Path) -> None:
+def test_a_greedy_answer_is_that_of_transformers_with_its_stop_token(base: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     whole = model.generate(torch.tensor([PROMPT]), max_new_tokens=64, do_sample=False)[0].tolist()
     theirs = whole[len(PROMPT) :]
-    assert theirs[-1] in (880, 882), "the prompt is to be one that gets an end"
-    assert generate(folder, PROMPT, 64) == theirs
-    assert generate(folder, PROMPT, 2) == theirs[:2]
+    assert theirs[-1] in (880, 882), "the answer must end"
+    assert OnnxModel(folder).generate(PROMPT, 64) == theirs
+    assert OnnxModel(folder).generate(PROMPT, 2) == theirs[:2]
 
 
 @pytest.mark.parametrize("name", ["embedded", "real"])
-def test_its_own_tokenizer_reads_text_alike(name: str, base: Path, folder: Path, request, tmp_path: Path) -> None:
+def test_its_tokenizer_has_the_same_ids(name: str, base: Path, folder: Path, request, tmp_path: Path) -> None:
     source = base if name == "embedded" else request.getfixturevalue("shared") / "qwen2.5" / "tokenizer"
     tokenizer = AutoTokenizer.from_pretrained(source)
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
@@ -74,7 +74,7 @@ def test_its_own_tokenizer_reads_text_alike(name: str, base: Path, folder: Path,
         assert model.encode(text) == tokenizer.encode(text, add_special_tokens=False), text
 
 
-def test_a_torn_folder_says_where_and_what(folder: Path, tmp_path: Path) -> None:
+def test_a_corrupt_folder_is_named(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     with (tmp_path / "model.onnx.data").open("r+b") as stream:
         stream.truncate(1000)
@@ -82,11 +82,11 @@ def test_a_torn_folder_says_where_and_what(folder: Path, tmp_path: Path) -> None
         OnnxModel(tmp_path)
 
 
-def test_nothing_is_noted_about_who_exports(folder: Path, tmp_path: Path) -> None:
-    """onnxruntime keeps a device id in the home folder for its telemetry, unless it is told not to."""
-    # It keeps still by itself where it finds the environment of a test or of CI.
+def test_onnxruntime_stores_no_device_id(folder: Path, tmp_path: Path) -> None:
+    """onnxruntime stores a device id in the home folder for its telemetry, unless that is off."""
+    # It is off in the environment of a test or of CI.
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    code = f"from finetune.export.onnx.reader import generate; print(generate({str(folder)!r}, [881, 282, 198], 3))"
+    code = f"from finetune.export.onnx.reader import OnnxModel; OnnxModel({str(folder)!r}).generate([881, 282, 198], 3)"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name]

@@ -1,0 +1,58 @@
+"""The table of exporters: a new format is one module and one entry."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from finetune.config.command_options import ExportOptions
+from finetune.export.export import export_model
+from finetune.export.exporter import EXPORTERS, Exported, Exporter, ExportRequest, formats_help
+from finetune.export.gguf.types import TYPES as GGUF_TYPES
+from finetune.export.onnx.model import TYPES as ONNX_TYPES
+from finetune.export.safetensors_folder import TYPES as SAFETENSORS_TYPES
+from finetune.system.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("name", "types"),
+    [("safetensors", SAFETENSORS_TYPES), ("gguf", GGUF_TYPES), ("ollama", GGUF_TYPES), ("onnx", ONNX_TYPES)],
+)
+def test_the_table_has_the_number_types_of_each_module(name, types):
+    assert set(EXPORTERS[name].types) == set(types)
+    assert set(types) <= set(formats_help().replace("=", " ").split())
+
+
+def test_a_module_and_an_entry_are_a_format(make_base, tmp_path: Path, monkeypatch):
+    def write(request: ExportRequest) -> Exported:
+        (request.out / "names.json").write_text(json.dumps(sorted(file.name for file in request.source.iterdir())))
+        return Exported([], [f"cat {request.final_folder}/names.json"])
+
+    monkeypatch.setitem(sys.modules, "listing", SimpleNamespace(write=write, check_ready=lambda options: None))
+    entry = Exporter("listing", "the names of the files", reader="json", types={"text": 0.0})
+    monkeypatch.setitem(EXPORTERS, "listing", entry)
+    options = ExportOptions(model=str(make_base()), format="listing", out=str(tmp_path / "out"))
+    assert export_model(options, log=lambda text: None).serve == [f"cat {tmp_path}/out/names.json"]
+    assert "config.json" in json.loads((tmp_path / "out" / "names.json").read_text())
+    assert "the names of the files" in formats_help()
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"format": "exe", "model": "x"}, "format"),
+        ({"format": "gguf"}, "adapter"),
+        ({"format": "adapter", "model": "x"}, "adapter"),
+        ({"format": "ollama", "adapter": "x", "merge": False}, "merge"),
+        ({"format": "onnx", "adapter": "x", "merge": False}, "merge"),
+        ({"format": "gguf", "adapter": "x", "merge": False, "base": "original"}, "base"),
+    ],
+)
+def test_contradicting_options_are_refused_before_anything_is_written(options, key, tmp_path: Path):
+    with pytest.raises(ConfigError, match=rf"^{key}[:=]"):
+        export_model(ExportOptions(out=str(tmp_path / "out"), **options), log=lambda text: None)
+    assert not list(tmp_path.iterdir())
