@@ -1,1 +1,1 @@
-"""Training with many settings."""
+"""Train one config with many settings."""

@@ -1,4 +1,4 @@
-"""sweep.json: what a sweep is, and what has become of each of its runs; it is what a continued sweep goes on from."""
+"""sweep.json: the settings of a sweep and the state of its runs, from which it resumes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,14 @@ Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 
 @dataclass
 class Trial:
-    """One run. number: from 1. values: override texts by key. metric: what is judged, None until it is known.
+    """A run of a sweep.
 
-    error: why it failed. same_as: number of an earlier run with the same values, which was not repeated.
+    Attributes:
+        number: counts from 1.
+        values: override texts by key.
+        metric: None until it is measured.
+        error: why the run failed.
+        same_as: number of an earlier run with the same values; this one is not repeated.
     """
 
     number: int
@@ -43,7 +48,7 @@ class Trial:
 
 @dataclass
 class Record:
-    """spec: what must stay the same for a sweep to go on, by name. metric, minimize: how runs are judged."""
+    """A sweep; it resumes only with an equal `spec`."""
 
     spec: dict[str, Any]
     metric: str
@@ -51,7 +56,7 @@ class Record:
     trials: list[Trial] = field(default_factory=list)
 
     def ranked(self) -> list[Trial]:
-        """The best first; those without a figure last, in their order."""
+        """Return the runs, best first; those without a metric are last, in their order."""
         judged = [trial for trial in self.trials if trial.metric is not None]
         rest = [trial for trial in self.trials if trial.metric is None]
         sign = 1 if self.minimize else -1
@@ -64,35 +69,40 @@ class Record:
 
 
 def load_record(folder: Path) -> Record | None:
-    """The sweep that a folder holds; None for an empty or a new one.
+    """Read the sweep of a folder; None for an empty or a new folder.
 
-    Raises: IntegrityError if sweep.json is torn; ConfigError if the folder holds runs that belong to no sweep.
+    Raises:
+        ConfigError: the folder holds runs, but no sweep.
+        IntegrityError: sweep.json is corrupt.
     """
     file = folder / RECORD
     if not file.exists():
         if any(folder.glob("trial-*")):
-            raise ConfigError(f"sweep.out: {folder} holds runs but no {RECORD}; name another folder")
+            raise ConfigError(f"sweep.out={folder}: holds runs but no {RECORD}\nhelp: choose another folder")
         return None
     try:
         return TypeAdapter(Record).validate_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise IntegrityError(
-            f"{file} cannot be read ({error}); the runs beside it are whole, name another sweep.out"
+            f"{file}: corrupt ({error})\nhelp: the runs in the folder are valid; choose another sweep.out"
         ) from error
 
 
 def check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raises: ConfigError naming everything in which a sweep differs from the one that the folder holds."""
+    """Raise ConfigError with every difference between a sweep and the one in the folder."""
     plain = json.loads(json.dumps(new))
     keys: Sequence[str] = sorted(old.keys() | plain.keys())
     lines = [
-        f"{key}: {_shown(old.get(key))} there, {_shown(plain.get(key))} now"
+        f"  {key}: {_shown(old.get(key))} there, found {_shown(plain.get(key))}"
         for key in keys
         if old.get(key) != plain.get(key)
     ]
     if lines:
-        advice = "go on with the same words, or name another sweep.out"
-        raise ConfigError("\n  ".join([f"{folder} holds another sweep ({advice}):", *lines]))
+        head, advice = (
+            f"sweep.out={folder}: holds another sweep",
+            "help: repeat its command, or choose another sweep.out",
+        )
+        raise ConfigError("\n".join([head, *lines, advice]))
 
 
 def _shown(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""The next values to try, by Optuna's tree-structured Parzen estimator (Bergstra et al. 2011).
+"""Suggest the next settings with Optuna's tree-structured Parzen estimator (Bergstra et al. 2011).
 
-What it suggests for the n-th run is a function of the seed, n and the figures of the runs before: there is no state to
-save, so a sweep that was interrupted goes on as if it had not been.
+The suggestion for the n-th run is a function of the seed, n and the metrics of the runs before. No state is saved, so
+an interrupted search resumes exactly.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from finetune.system.errors import MissingExtra
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-_MULTIPLIER = 1_000_003  # so that neighboring seeds do not share their runs
+_SEED_STRIDE = 1_000_003  # neighboring seeds share no runs
 
 
 def check_optuna() -> None:
-    """Raises: MissingExtra with the command that installs it."""
+    """Raise MissingExtra, with the command that installs Optuna."""
     try:
         import optuna  # noqa: F401
     except ImportError as error:
-        raise MissingExtra('sweep.trials needs: pip install "finetune-qlora[sweep]"') from error
+        raise MissingExtra('sweep.trials: needs Optuna\nhelp: pip install "finetune-qlora[sweep]"') from error
 
 
 def suggest(space: Space, past: Sequence[Trial], minimize: bool, seed: int) -> dict[str, str]:
-    """Override texts by key for the run after those of `past`; runs without a figure teach nothing."""
+    """Return the override texts by key for the next run; runs without a metric are ignored."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=(seed * _MULTIPLIER + len(past)) % 2**32)
+    sampler = optuna.samplers.TPESampler(seed=(seed * _SEED_STRIDE + len(past)) % 2**32)
     study = optuna.create_study(direction="minimize" if minimize else "maximize", sampler=sampler)
     distributions = {parameter.key: _distribution(parameter) for parameter in space.parameters}
     for trial in past:
         if trial.metric is not None:
             values = {parameter.key: _value(parameter, trial.values[parameter.key]) for parameter in space.parameters}
             study.add_trial(optuna.trial.create_trial(params=values, distributions=distributions, value=trial.metric))
-    asked = study.ask(distributions)
-    return {parameter.key: _typed(parameter, asked.params[parameter.key]) for parameter in space.parameters}
+    trial = study.ask(distributions)
+    return {parameter.key: _typed(parameter, trial.params[parameter.key]) for parameter in space.parameters}
 
 
 def _typed(parameter: Parameter, value: Any) -> str:
-    """As an override; a drawn number has four digits, which can be read and typed again."""
+    """Format a value as an override; a drawn number has four digits."""
     if isinstance(value, float):
         value = min(max(float(f"{value:.4g}"), parameter.low), parameter.high)
     return value if isinstance(value, str) else repr(value)

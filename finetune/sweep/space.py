@@ -1,4 +1,4 @@
-"""What a sweep's words vary: Hydra's sweep syntax on the command line, `lora.rank=8,16` or `interval(1e-5,1e-3)`."""
+"""Read Hydra's sweep syntax on the command line: `lora.rank=8,16` or `interval(1e-5,1e-3)`."""
 
 from __future__ import annotations
 
@@ -26,17 +26,22 @@ from finetune.system.resources import packaged
 
 MOST_RUNS = 1000
 _OURS = {
-    "output_dir": "the sweep names its runs' folders; sweep.out says where",
-    "train.resume": "a sweep resumes itself",
+    "output_dir": "set by the sweep; set sweep.out instead",
+    "train.resume": "set by the sweep, which resumes by itself",
 }
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One setting that varies. word: as typed. choices: its values as override texts; empty for an interval.
+    """A setting that varies.
 
-    low, high: ends of an interval. whole: only whole numbers. logarithmic: of the search's scale. step: between the
-    numbers of a range.
+    Attributes:
+        word: as typed.
+        choices: values as override texts; empty for an interval.
+        low, high: ends of an interval.
+        whole: only whole numbers.
+        logarithmic: scale of the search.
+        step: of a range.
     """
 
     key: str
@@ -51,7 +56,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Space:
-    """fixed: overrides that every run has. parameters: what varies, in the order typed."""
+    """The fixed overrides of all runs, and the settings that vary, in the order typed."""
 
     fixed: tuple[str, ...]
     parameters: tuple[Parameter, ...]
@@ -61,19 +66,20 @@ class Space:
         return math.prod(len(parameter.choices) for parameter in self.parameters)
 
     def grid(self) -> Iterator[dict[str, str]]:
-        """Every combination, key -> value; the last key varies fastest."""
+        """Yield every combination, as key -> value; the last key varies fastest."""
         keys = [parameter.key for parameter in self.parameters]
         for values in product(*(parameter.choices for parameter in self.parameters)):
             yield dict(zip(keys, values, strict=True))
 
 
 def read_space(words: Sequence[str], config: str, searching: bool) -> Space:
-    """Tell the words of a command line that vary from those that do not.
+    """Separate fixed and varying overrides; `searching` allows intervals.
 
-    searching: whether an interval can be drawn from. Raises: ConfigError with everything that is wrong.
+    Raises:
+        ConfigError: with every problem.
     """
     fixed, parameters, problems = [], [], []
-    # As for a run, the last of two words for a key wins.
+    # As for a run, the last override of a key wins.
     for key, word in {word.partition("=")[0].strip().lstrip("+"): word for word in words}.items():
         if key in _OURS:
             problems.append(Problem(key, _OURS[key], COMMAND_LINE))
@@ -85,16 +91,16 @@ def read_space(words: Sequence[str], config: str, searching: bool) -> Space:
             except ValueError as error:
                 problems.append(Problem(key, str(error), COMMAND_LINE))
     problems += [
-        Problem(parameter.key, "an interval holds no grid; give sweep.trials=20, or values", COMMAND_LINE)
+        Problem(parameter.key, "an interval needs a search; set sweep.trials=20, or list values", COMMAND_LINE)
         for parameter in parameters
         if not parameter.choices and not searching
     ]
     if not parameters and not problems:
-        text = "nothing varies; give a key several values, as train.learning_rate=1e-4,2e-4"
+        text = "no setting varies; list several values, as train.learning_rate=1e-4,2e-4"
         problems.append(Problem("", text, COMMAND_LINE))
     space = Space(tuple(fixed), tuple(parameters))
     if not searching and not problems and space.combinations > MOST_RUNS:
-        text = f"the grid has more than {MOST_RUNS:,} runs; sweep.trials=50 searches instead"
+        text = f"the grid has more than {MOST_RUNS:,} runs; search with sweep.trials=50"
         problems.append(Problem("", text, COMMAND_LINE))
     if problems:
         raise config_error("the sweep", problems, lambda key: "")
@@ -102,7 +108,7 @@ def read_space(words: Sequence[str], config: str, searching: bool) -> Space:
 
 
 def _parsed(word: str) -> Override | None:
-    """None for what is not Hydra's grammar: a regex, a path; whether a run takes it is the config's to say."""
+    """Parse an override; None for text outside Hydra's grammar, which the config checks (a regex, a path)."""
     try:
         override = OverridesParser.create().parse_override(word)
     except (HydraException, RecursionError):
@@ -111,45 +117,41 @@ def _parsed(word: str) -> Override | None:
 
 
 def _parameter(key: str, word: str, override: Override, config: str) -> Parameter:
-    """Raises: ValueError saying what is wrong."""
+    """Build a parameter. Raises ValueError with the problem."""
     value = override._value
     if isinstance(value, IntervalSweep):
         return _interval(key, word, value)
     if isinstance(value, Glob):
         choices = sorted(value.filter(_options(key, config)))
         if not choices:
-            raise ValueError(f"no option of the group {key} matches; there are {', '.join(_options(key, config))}")
+            raise ValueError(f"no option of the group matches; options: {', '.join(_options(key, config))}")
         return Parameter(key, word, tuple(choices))
     choices = list(dict.fromkeys(islice(map(_text, override.sweep_iterator()), MOST_RUNS + 1)))
     if not choices:
-        raise ValueError("there is no value in it")
-    step = value.step if isinstance(value, RangeSweep) and all(map(_is_whole, (value.start, value.step))) else None
+        raise ValueError("no value")
+    step = value.step if isinstance(value, RangeSweep) and {type(value.start), type(value.step)} == {int} else None
     return Parameter(key, word, tuple(choices), step=int(step) if step else None)
 
 
 def _interval(key: str, word: str, value: IntervalSweep) -> Parameter:
     low, high = value.start, value.end
     if low is None or high is None or low >= high:
-        raise ValueError(f"the interval from {low} to {high} is empty; its first number is the smaller one")
+        raise ValueError(f"the interval is empty, found {low} to {high}; the first number must be smaller")
     logarithmic = "log" in value.tags
     if logarithmic and low <= 0:
-        raise ValueError("a logarithmic interval starts above 0")
+        raise ValueError(f"a logarithmic interval must start above 0, found {low}")
     kinds = set(_kinds(find(key)))
-    whole = (_is_whole(low) and _is_whole(high)) or (int in kinds and float not in kinds)
+    whole = type(low) is type(high) is int or (int in kinds and float not in kinds)
     if whole and not (float(low).is_integer() and float(high).is_integer()):
-        raise ValueError(f"takes whole numbers; the interval is from {low} to {high}")
+        raise ValueError(f"must be whole numbers, found {low} to {high}")
     return Parameter(key, word, (), float(low), float(high), whole, logarithmic)
 
 
 def _kinds(kind: Any) -> Iterator[Any]:
-    """A type and all that it is made of."""
+    """Yield a type and its arguments, recursively."""
     yield kind
     for inner in get_args(kind):
         yield from _kinds(inner)
-
-
-def _is_whole(value: Any) -> bool:
-    return type(value) is int
 
 
 def _options(group: str, config: str) -> list[str]:
@@ -158,7 +160,7 @@ def _options(group: str, config: str) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """A value as it is typed in an override."""
+    """Format a value as an override."""
     if isinstance(value, QuotedString):
         return value.with_quotes()
     if isinstance(value, bool) or value is None:

@@ -1,4 +1,4 @@
-"""A sweep from its options to a table: every combination is checked before the first run, then they run by turns."""
+"""Check every combination of a sweep, then run them one after another."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _METRICS = {
     "train_seconds",
     "tokens_per_second",
 }
-_JUDGING = ("sweep.metric", "sweep.minimize")
+_METRIC_KEYS = ("sweep.metric", "sweep.minimize")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep whose every combination is a legal run. first: the config of one of them."""
+    """A sweep whose combinations are all valid; `first` is the config of one of them."""
 
     config: str
     space: Space
@@ -63,7 +63,7 @@ class Plan:
         return self.settings.trials or self.space.combinations
 
     def command(self, trial: Trial) -> list[str]:
-        """The words that run a trial, or go on with it."""
+        """Return the command that starts or resumes a trial."""
         default = [sys.executable, "-m", "finetune.cli", "train"]
         launch = shlex.split(self.settings.launch) if self.settings.launch else default
         values = [f"{key}={value}" for key, value in trial.values.items()]
@@ -73,9 +73,13 @@ class Plan:
 
 
 def plan_sweep(config: str, words: Sequence[str], settings: SweepSettings) -> Plan:
-    """Read what varies and try every combination as a config.
+    """Read the settings that vary, and validate every combination.
 
-    words: the command line's, without those of `sweep.`. Raises: ConfigError with everything that is wrong.
+    Args:
+        words: overrides of the command line, without those of `sweep.`.
+
+    Raises:
+        ConfigError: with every problem.
     """
     if settings.trials is not None:
         check_optuna()
@@ -91,39 +95,38 @@ def plan_sweep(config: str, words: Sequence[str], settings: SweepSettings) -> Pl
     if problems or first is None:
         shown = [f"with {values}: {message}" for message, values in list(problems.items())[:_SHOWN_PROBLEMS]]
         more = [f"… and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-        raise ConfigError("\n".join(["the sweep holds runs that cannot be:", *shown, *more]))
+        raise ConfigError("\n".join(["some combinations of this sweep are invalid:", *shown, *more]))
     _check_metric(settings.metric, first)
     return Plan(config, space, settings, first)
 
 
 def _tried(space: Space, searching: bool) -> Iterator[dict[str, str]]:
-    """Combinations to check: all of a grid; of a search every value beside the first ones of the others."""
+    """Yield the combinations to check: all of a grid; of a search, each value with the first ones of the others."""
     if not searching:
         yield from space.grid()
         return
-    ends = {p.key: p.choices or (_end(p.low, p.whole), _end(p.high, p.whole)) for p in space.parameters}
+    ends = {
+        p.key: p.choices or tuple(repr(int(end) if p.whole else end) for end in (p.low, p.high))
+        for p in space.parameters
+    }
     firsts = {key: values[0] for key, values in ends.items()}
     yield firsts
     for key, values in ends.items():
         yield from ({**firsts, key: value} for value in values[1:])
 
 
-def _end(value: float, whole: bool) -> str:
-    return repr(int(value) if whole else value)
-
-
 def _check_metric(metric: str, cfg: RunConfig) -> None:
     held_out = bool(cfg.data.eval or cfg.data.held_out)
     needs = {
-        "eval_loss": (held_out, "needs held-out rows: data.eval or data.held_out; or sweep.metric=final_loss"),
-        "exact_match_after": (cfg.generation.num_examples > 0, "needs generation.num_examples=100, or another number"),
-        "teacher_kl_after": (cfg.distill.objective != "none", "needs a teacher: distill.objective"),
+        "eval_loss": (held_out, "needs a held-out set; set data.eval or data.held_out, or sweep.metric=final_loss"),
+        "exact_match_after": (cfg.generation.num_examples > 0, "needs answers; set generation.num_examples=100"),
+        "teacher_kl_after": (cfg.distill.objective != "none", "needs a teacher; set distill.objective"),
         "recovered": (cfg.distill.objective == "recover", "needs distill.objective=recover"),
     }
     if metric.startswith("eval/"):
-        fits, text = held_out, "needs held-out rows: data.eval or data.held_out"
+        fits, text = held_out, "needs a held-out set; set data.eval or data.held_out"
     elif metric not in _METRICS:
-        fits, text = False, f"there is no such figure; there are {', '.join(sorted(_METRICS))}, and eval/SET/accuracy"
+        fits, text = False, f"unknown; choose from {', '.join(sorted(_METRICS))}, eval/SET/accuracy"
     else:
         fits, text = needs.get(metric, (True, ""))
     if not fits:
@@ -131,10 +134,12 @@ def _check_metric(metric: str, cfg: RunConfig) -> None:
 
 
 def run_sweep(plan: Plan, log: Log) -> Record:
-    """Make the runs that are missing and write the table after each of them.
+    """Make the missing runs, and write the table after each of them.
 
-    Raises: ConfigError if the folder holds another sweep or one that is going on; Interrupted after a signal, when the
-    run that was going on has saved its checkpoint; FinetuneError if every run failed.
+    Raises:
+        ConfigError: the folder holds another sweep, or a sweep is running in it.
+        Interrupted: after a signal, once the current run has saved its checkpoint.
+        FinetuneError: every run failed.
     """
     folder = plan.folder
     try:
@@ -145,9 +150,9 @@ def run_sweep(plan: Plan, log: Log) -> Record:
             _run_all(plan, record, stop, log)
             write_outcome(folder, plan.first.name, record)
     except Timeout as error:
-        raise ConfigError(f"sweep.out: another sweep is running in {folder}") from error
+        raise ConfigError(f"sweep.out={folder}: a sweep is running there") from error
     except OSError as error:
-        raise ConfigError(f"sweep.out: cannot write to {folder}: {error.strerror or error}") from error
+        raise ConfigError(f"sweep.out={folder}: cannot be written ({error.strerror or error})") from error
     if all(trial.status == "failed" for trial in record.trials):
         errors = dict.fromkeys(trial.error or "" for trial in record.trials)
         raise FinetuneError("\n".join(["every run of the sweep failed:", *errors]))
@@ -155,21 +160,21 @@ def run_sweep(plan: Plan, log: Log) -> Record:
 
 
 def _open(plan: Plan) -> Record:
-    """The record to go on with: that of the folder, or a new one."""
+    """Return the folder's record, or a new one."""
     found = load_record(plan.folder)
     spec = _spec(plan)
     if found is None:
         trials = [] if plan.settings.trials else [Trial(i, values) for i, values in enumerate(plan.space.grid(), 1)]
         return Record(spec, plan.settings.metric, plan.minimize, trials)
-    # Where nothing has been judged yet, how to judge may still change.
-    judged = any(trial.metric is not None for trial in found.trials)
-    old, new = ({k: v for k, v in one.items() if judged or k not in _JUDGING} for one in (found.spec, spec))
+    # The metric may change until it is measured.
+    measured = any(trial.metric is not None for trial in found.trials)
+    old, new = ({k: v for k, v in one.items() if measured or k not in _METRIC_KEYS} for one in (found.spec, spec))
     check_same(plan.folder, old, new)
     return Record(spec, plan.settings.metric, plan.minimize, found.trials)
 
 
 def _spec(plan: Plan) -> dict[str, Any]:
-    """What decides the runs. The number of a search's trials does not: more of them go on where fewer ended."""
+    """Return the settings that decide the runs; a search can resume with more trials, so their number is left out."""
     varying = tuple(f"{parameter.key}." for parameter in plan.space.parameters)
     fixed = {
         key: value
@@ -179,8 +184,8 @@ def _spec(plan: Plan) -> dict[str, Any]:
     swept = {parameter.key: parameter.word.partition("=")[2] for parameter in plan.space.parameters}
     spec = {**fixed, **swept, "sweep": "grid"}
     if plan.settings.trials:
-        judged = dict(zip(_JUDGING, (plan.settings.metric, plan.minimize), strict=True))
-        spec |= {"sweep": "search", "sweep.seed": plan.settings.seed, **judged}
+        spec |= {"sweep": "search", "sweep.seed": plan.settings.seed}
+        spec |= dict(zip(_METRIC_KEYS, (plan.settings.metric, plan.minimize), strict=True))
     return spec
 
 
@@ -190,10 +195,10 @@ def _run_all(plan: Plan, record: Record, stop: Stop, log: Log) -> None:
             values = suggest(plan.space, record.trials, plan.minimize, plan.settings.seed)
             record.trials.append(Trial(number, values))
         trial = record.trials[number - 1]
-        heading = f"run {number} of {plan.runs}: {trial.described}"
+        heading = f"run {number}/{plan.runs}: {trial.described}"
         earlier = next((other for other in record.trials[: number - 1] if other.values == trial.values), None)
         if _settle(trial, plan, record):
-            log(f"{heading}: done before")
+            log(f"{heading}: finished before")
         elif earlier is not None:
             trial.same_as, trial.status, trial.error = earlier.number, earlier.status, earlier.error
             trial.metric = earlier.metric
@@ -208,24 +213,22 @@ def _run_all(plan: Plan, record: Record, stop: Stop, log: Log) -> None:
             _check_measured(plan.folder / trial.folder_name, record.metric)
         if stop.received:
             write_outcome(plan.folder, plan.first.name, record)
-            raise Interrupted(
-                stop.received, f"stopped in run {number} of {plan.runs}; the same command goes on from there"
-            )
+            raise Interrupted(stop.received, f"stopped in run {number}/{plan.runs}\nhelp: repeat the command to resume")
 
 
 def _ending(trial: Trial, record: Record) -> str:
-    judged = figure_named(record.metric)
-    figure = "" if trial.metric is None else f", {judged.label} {judged.form(trial.metric)}"
-    return f"{trial.status}{figure}{f', {trial.error}' if trial.error else ''}"
+    metric = figure_named(record.metric)
+    value = "" if trial.metric is None else f", {metric.label}={metric.form(trial.metric)}"
+    return f"{trial.status}{value}{f', {trial.error}' if trial.error else ''}"
 
 
 def _check_measured(folder: Path, metric: str) -> None:
-    """Raises: ConfigError if a finished run did not measure what the sweep is about; no other run would."""
+    """Raise ConfigError if a finished run has not measured the metric: no other run would."""
     run = read_run(folder)
     if run.value(metric) is None:
         there = [*sorted(_METRICS), *(run.result.get("evaluations") or {})]
         known = ", ".join(dict.fromkeys(name for name in there if run.figure(name) is not None))
-        raise ConfigError(f"sweep.metric={metric}: {folder} has none; it has {known}")
+        raise ConfigError(f"sweep.metric={metric}: not measured by {folder}; choose from {known}")
 
 
 def _run(trial: Trial, plan: Plan, record: Record, stop: Stop) -> None:
@@ -237,12 +240,11 @@ def _run(trial: Trial, plan: Plan, record: Record, stop: Stop) -> None:
     code, message = run_process(plan.command(trial), plan.folder / f"{trial.folder_name}.log", stop)
     if code == 0 and _settle(trial, plan, record):
         return
-    told = ""
     if _changed(folder / RESULT) != before:
-        told = str(read_run(folder).result.get("error") or "")
+        message = str(read_run(folder).result.get("error") or "") or message
     stopped = code in (130, 143) or bool(stop.received)
     trial.status = "stopped" if stopped else "failed"
-    trial.error = None if stopped else (told or message or f"ended with exit code {code} and without a word")
+    trial.error = None if stopped else (message or f"exit code {code}, no output")
 
 
 def _changed(file: Path) -> int:
@@ -250,7 +252,7 @@ def _changed(file: Path) -> int:
 
 
 def _settle(trial: Trial, plan: Plan, record: Record) -> bool:
-    """Note the figure of a run that has finished, also one whose end a killed sweep did not see."""
+    """Record the metric of a finished run, also of one that finished after its sweep was killed."""
     folder = plan.folder / trial.folder_name
     if trial.same_as is not None:
         return trial.status == "finished"
@@ -260,5 +262,5 @@ def _settle(trial: Trial, plan: Plan, record: Record) -> bool:
     if run.status != "finished":
         return False
     trial.status, trial.metric = "finished", run.figure(record.metric)
-    trial.error = None if trial.metric is not None else f"its {record.metric} is {run.value(record.metric)}"
+    trial.error = None if trial.metric is not None else f"{record.metric} is {run.value(record.metric)}"
     return True

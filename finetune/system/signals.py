@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
+from typing import Self
 
 
 class StopSignals:
@@ -17,7 +18,7 @@ class StopSignals:
         self._on_signal = on_signal
         self._previous: dict[int, object] = {}
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT):
             with suppress(ValueError):  # outside the main thread, Python allows no handlers
                 self._previous[number] = signal.signal(number, self._handle)

@@ -1,4 +1,4 @@
-"""Real sweeps: a run of one is the run that `finetune train` makes, and kill -9 changes nothing but the time."""
+"""Real sweeps: each run equals one of `finetune train`, also after kill -9."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def wait_for(what: str, file: Path, process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """What `finetune train` makes of each combination."""
+    """Train each combination with `finetune train`."""
     folders = [tmp_path_factory.mktemp("plain") / rate for rate in RATES]
     for folder, rate in zip(folders, RATES, strict=True):
         train(load_config("quickstart.yaml", [*SETTINGS, f"train.learning_rate={rate}", f"output_dir={folder}"]))
@@ -49,10 +49,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict], dict[Path, int], str]:
-    """A sweep that was killed in its second run, and went on.
+    """Kill a sweep in its second run, and resume it.
 
-    Returns: its folder, the record's trials when it was killed, when the first run's files were written, and what the
-    second command printed.
+    Returns: its folder, the record's trials at the kill, the write times of the first run's files, and the output of
+    the second command.
     """
     folder = tmp_path_factory.mktemp("sweep") / "s"
     process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -66,7 +66,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict], d
     return folder, record["trials"], files, done.stdout
 
 
-def test_a_killed_sweep_knows_what_it_did_and_leaves_finished_runs_alone(swept):
+def test_a_killed_sweep_resumes_and_leaves_finished_runs_unchanged(swept):
     folder, trials, files, _ = swept
     assert [trial["status"] for trial in trials] == ["finished", "running"]
     assert {file: file.stat().st_mtime_ns for file in files} == files
@@ -75,7 +75,7 @@ def test_a_killed_sweep_knows_what_it_did_and_leaves_finished_runs_alone(swept):
     assert "error" not in (folder / "trial-001.log").read_text()
 
 
-def test_every_run_is_the_one_that_train_makes_of_its_words(swept, plain: list[Path]):
+def test_every_run_equals_one_of_finetune_train(swept, plain: list[Path]):
     folder, *_ = swept
     for number, alone in enumerate(plain, 1):
         trial = folder / f"trial-{number:03d}"

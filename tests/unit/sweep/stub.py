@@ -1,6 +1,6 @@
-"""Stands for `finetune train` in tests of the sweep: a run of a moment whose figures follow from its settings.
+"""Replace `finetune train` in tests of the sweep: a short run whose results follow from its settings.
 
-It takes what FOLDER/faults.json says of a run: fail (a message), nan, or seconds to sleep after its first step.
+FOLDER/faults.json holds faults by run: fail (a message), nan, or seconds to sleep after the first step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""sweep.json: what is written is read again, the best stands first, and another sweep is told apart."""
+"""sweep.json is read back unchanged, ranks the best run first, and refuses another sweep."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRIALS = [
 ]
 
 
-def test_a_record_is_read_as_it_was_written(tmp_path: Path):
+def test_a_record_is_read_back_unchanged(tmp_path: Path):
     record = Record({"lora.rank": "4,8", "data.train.0.limit": None}, "eval_loss", True, TRIALS)
     record.save(tmp_path)
     assert load_record(tmp_path) == record
@@ -27,7 +27,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("minimize", "order"), [(True, [3, 4, 1, 2, 5]), (False, [1, 3, 4, 2, 5])])
-def test_the_best_is_first_and_runs_without_a_figure_last(minimize: bool, order: list[int]):
+def test_the_best_is_first_and_runs_without_a_metric_last(minimize: bool, order: list[int]):
     assert [trial.number for trial in Record({}, "x", minimize, TRIALS).ranked()] == order
 
 
@@ -39,19 +39,19 @@ def test_an_empty_folder_holds_no_sweep(tmp_path: Path):
     assert load_record(tmp_path) is None and load_record(tmp_path / "new") is None
 
 
-def test_a_torn_record_and_runs_without_one_are_told(tmp_path: Path):
+def test_a_corrupt_record_and_runs_without_one_are_refused(tmp_path: Path):
     (tmp_path / "trial-001").mkdir()
-    with pytest.raises(ConfigError, match="holds runs but no sweep"):
+    with pytest.raises(ConfigError, match=r"sweep\.out=.*holds runs"):
         load_record(tmp_path)
     (tmp_path / RECORD).write_text('{"spec": {')
-    with pytest.raises(IntegrityError, match=r"sweep\.json cannot be read"):
+    with pytest.raises(IntegrityError, match=r"sweep\.json: corrupt"):
         load_record(tmp_path)
 
 
-def test_all_that_differs_from_the_sweep_of_a_folder_is_named(tmp_path: Path):
+def test_every_difference_from_the_sweep_of_a_folder_is_named(tmp_path: Path):
     old = {"a": "1,2", "b": [1], "c": 3, "same": {"x": 1}}
     check_same(tmp_path, old, {**old})
     with pytest.raises(ConfigError) as caught:
         check_same(tmp_path, old, {"a": "1,3", "b": [1], "d": 4, "same": {"x": 1}})
-    lines = str(caught.value).splitlines()[1:]
-    assert lines == ["  a: 1,2 there, 1,3 now", "  c: 3 there, nothing now", "  d: nothing there, 4 now"]
+    lines = str(caught.value).splitlines()[1:-1]
+    assert lines == ["  a: 1,2 there, found 1,3", "  c: 3 there, found nothing", "  d: nothing there, found 4"]

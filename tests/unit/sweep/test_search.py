@@ -1,4 +1,4 @@
-"""What is suggested follows from the seed and the runs before, and lies in the space."""
+"""Suggestions are a function of the seed and the runs before, and lie in the space."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPACE = read_space(WORDS, "quickstart.yaml", True)
 
 
 def loss_of(values: dict[str, str]) -> float:
-    """The least at a rate of 1e-3 and a rank of 8."""
+    """Return a loss with its minimum at a rate of 1e-3 and a rank of 8."""
     return (float(values["train.learning_rate"]) * 1000 - 1) ** 2 + abs(int(values["lora.rank"]) - 8) / 10
 
 
@@ -32,7 +32,7 @@ def go_on(trials: list[Trial], count: int, seed: int = 0, minimize: bool = True)
     return trials
 
 
-def test_a_search_that_goes_on_is_the_one_that_never_stopped():
+def test_a_resumed_search_equals_an_uninterrupted_one():
     assert go_on(go_on([], 5), 14) == go_on([], 14)
 
 
@@ -60,7 +60,7 @@ def test_later_runs_are_better_ones(minimize: bool):
     assert sum(losses[30:]) < sum(losses[:10]) / 2
 
 
-def test_a_run_without_a_figure_teaches_nothing():
+def test_runs_without_a_metric_are_ignored():
     past = go_on([], 4)
     failed = Trial(5, past[0].values, "failed")
     assert suggest(SPACE, [*past, failed], True, 0) == suggest(SPACE, [*past, Trial(5, past[1].values)], True, 0)
