@@ -46,20 +46,20 @@ __all__ = [
 class RunConfig(Section):
     """One whole run."""
 
-    name: Name = Field("", description="Name of the run; the config file's stem when empty.")
+    name: Name = Field("", description="Name of the run; empty: the name of the config file without .yaml.")
     output_dir: Text = Field(
         default_factory=lambda fields: f"outputs/{fields.get('name') or 'run'}",
-        description="Folder of the adapter, the checkpoints and the metrics.",
+        description="Folder for the adapter, the checkpoints and the metrics.",
     )
     model: ModelConfig = Field(description="The base model.")
-    quant: QuantConfig = Field(QuantConfig(), description="How the frozen base is stored.")
-    lora: LoraConfig = Field(LoraConfig(), description="The adapter that is trained.")
-    data: DataConfig = Field(description="What is trained and evaluated on.")
-    train: TrainConfig = Field(TrainConfig(), description="The optimization, its length, its checkpoints.")
-    distill: DistillConfig = Field(DistillConfig(), description="Learning from a teacher's probabilities.")
-    guard: GuardConfig = Field(GuardConfig(), description="A limit to how far the model may drift from its teacher.")
-    generation: GenerationConfig = Field(GenerationConfig(), description="Answers to held-out rows.")
-    track: TrackConfig = Field(TrackConfig(), description="Where the metrics go besides metrics.jsonl.")
+    quant: QuantConfig = Field(QuantConfig(), description="Storage of the frozen base model.")
+    lora: LoraConfig = Field(LoraConfig(), description="The adapter to train.")
+    data: DataConfig = Field(description="Training and evaluation data.")
+    train: TrainConfig = Field(TrainConfig(), description="Optimizer, length of training, checkpoints.")
+    distill: DistillConfig = Field(DistillConfig(), description="Knowledge distillation.")
+    guard: GuardConfig = Field(GuardConfig(), description="Limit on the divergence between the model and its teacher.")
+    generation: GenerationConfig = Field(GenerationConfig(), description="Generated answers to held-out examples.")
+    track: TrackConfig = Field(TrackConfig(), description="Experiment trackers; metrics.jsonl is always written.")
 
     @property
     def asks_teacher(self) -> bool:

@@ -1,7 +1,6 @@
-"""The settings of one run: every key, its type, its legal range and one line about it.
+"""The sections of a run's config: every key with its type, range, default and meaning.
 
-A key's name is its field's name is its path on the command line (`train.max_steps=10`). Models are frozen and refuse
-unknown keys and values of another type. What two settings may not say together stands in rules.py.
+The path of a key on the command line is section.field: `train.max_steps=10`. rules.py checks combinations of keys.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 
 def _number(value: Any) -> Any:
-    """`2e-4` is text to PyYAML and a number to OmegaConf: both ways of reading a file give the same run."""
+    """Convert `2e-4`, which is text for PyYAML and a number for OmegaConf."""
     return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
 
 
 def _printable(text: str) -> str:
-    """A resolved config is saved as UTF-8 YAML and read back; `???` is how YAML says that a value is missing."""
+    """Refuse text that does not survive a round trip through UTF-8 YAML; `???` marks a missing value."""
     if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
-        raise ValueError("text must not hold a NUL character or half of a surrogate pair")
+        raise ValueError("text cannot contain a NUL character or half of a surrogate pair")
     if text == "???":
         raise ValueError("a value is missing")
     return text
@@ -50,7 +49,7 @@ Dtype = Annotated[Literal["bfloat16", "float16", "float32"], BeforeValidator(_lo
 
 
 class Section(BaseModel):
-    """Frozen, strict about types, no unknown keys, no NaN."""
+    """A group of keys: frozen, strict about types, without unknown keys, without NaN."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -59,241 +58,276 @@ class ModelConfig(Section):
     """The base model."""
 
     name: Text = Field(description="Hub id or local folder of the base model.")
-    revision: Text | None = Field(None, description="Branch, tag or commit of a hub model; null is its main branch.")
+    revision: Text | None = Field(None, description="Branch, tag or commit of a hub model; null: the main branch.")
     tokenizer: Text | None = Field(
-        None, description="Folder or hub id of a tokenizer of the same vocabulary, used in place of the model's own."
+        None, description="Another tokenizer with the same vocabulary, a folder or hub id; null: the model's own."
     )
-    dtype: Dtype = Field("bfloat16", description="Type of the weights that are not quantized.")
+    dtype: Dtype = Field("bfloat16", description="Data type of the weights that are not quantized.")
     attention: Literal["auto", "segmented", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="Attention kernel; auto takes the fastest that the machine has."
+        "auto", description="Attention kernel; auto: the fastest kernel that works on this machine."
     )
 
 
 class QuantConfig(Section):
-    """How the frozen base is stored."""
+    """Storage of the frozen base model."""
 
-    type: Literal["nf4", "int8", "none"] = Field("nf4", description="Storage of the frozen linear weights.")
-    double: bool = Field(True, description="Quantize the 4-bit scales as well (saves 0.4 bit a weight).")
-    compute_dtype: Dtype = Field("bfloat16", description="Type that 4-bit weights are multiplied in.")
-    skip_modules: list[Text] = Field(
-        [], description="Modules kept in 16 bit: names, globs or regexes; lm_head always is."
+    type: Literal["nf4", "int8", "none"] = Field(
+        "nf4", description="Storage of the frozen linear weights: 4-bit NormalFloat, 8-bit integers, or as they are."
     )
-    int8: list[Text] = Field([], description="Modules kept in 8 bit beside 4-bit ones: names, globs or regexes.")
+    double: bool = Field(True, description="Quantize the scales of 4-bit weights too, which saves 0.4 bits per weight.")
+    compute_dtype: Dtype = Field("bfloat16", description="Data type of matrix products with 4-bit weights.")
+    skip_modules: list[Text] = Field(
+        [], description="Modules to keep in 16 bit, as names, globs or regexes; lm_head is always in 16 bit."
+    )
+    int8: list[Text] = Field([], description="Modules to keep in 8 bit in a 4-bit base, as names, globs or regexes.")
     cache: bool = Field(
-        True, description="Keep the quantized model in $FINETUNE_CACHE, else ~/.cache/finetune, for the next start."
+        True, description="Cache the quantized weights in $FINETUNE_CACHE or ~/.cache/finetune for the next run."
     )
     keep_dequantized: bool = Field(
-        False, description="Keep a 16-bit copy of 4-bit weights too: same numbers, more memory, none dequantized twice."
+        False, description="Keep a 16-bit copy of 4-bit weights: no repeated dequantization, more memory, same results."
     )
 
 
 class LoraConfig(Section):
-    """The adapter that is trained."""
+    """The adapter to train."""
 
-    rank: Count = Field(8, description="Rank of the update.")
-    alpha: Positive = Field(16.0, description="Scale of the update: it is multiplied by alpha / rank.")
-    dropout: Share = Field(0.0, description="Dropout on the adapter's input.")
+    rank: Count = Field(8, description="Rank of the adapter matrices.")
+    alpha: Positive = Field(16.0, description="Scale of the adapter; the update is multiplied by alpha / rank.")
+    dropout: Share = Field(0.0, description="Dropout rate on the adapter's input; 0: no dropout.")
     target_modules: list[Text] | Text = Field(
-        ["q_proj", "v_proj"], description="Layers that get an adapter: a list of names, one regex, or all-linear."
+        ["q_proj", "v_proj"],
+        description="Linear layers that get an adapter: a list of names, one regex, or all-linear.",
     )
-    layers_to_transform: list[Index] | None = Field(None, description="Layer numbers that get one; null is all layers.")
-    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rank-stabilized LoRA).")
-    dora: bool = Field(False, description="Learn magnitude and direction apart (DoRA).")
+    layers_to_transform: list[Index] | None = Field(None, description="Decoder layers that get an adapter; null: all.")
+    rslora: bool = Field(False, description="Scale the update by alpha / sqrt(rank) (rank-stabilized LoRA).")
+    dora: bool = Field(False, description="Train magnitude and direction of the weights separately (DoRA).")
     init: Literal["default", "gaussian", "pissa", "pissa_niter_16", "olora", "orthogonal", "loftq"] = Field(
-        "default", description="How the adapter starts; pissa and olora need quant.type=none."
+        "default", description="Initialization of the adapter; pissa and olora need quant.type=none."
     )
-    modules_to_save: list[Text] = Field([], description="Modules trained in full and saved with the adapter.")
-    rank_pattern: dict[Text, Count] = Field({}, description="Rank for modules whose name matches the key.")
-    alpha_pattern: dict[Text, Positive] = Field({}, description="Alpha for modules whose name matches the key.")
-    init_adapter: Text | None = Field(None, description="Folder or hub id of an adapter to go on training on new data.")
-    new_tokens: list[Text] = Field([], description="Tokens added to the vocabulary; only their rows are trained.")
+    modules_to_save: list[Text] = Field([], description="Modules to train in full and to save with the adapter.")
+    rank_pattern: dict[Text, Count] = Field({}, description="Ranks for single modules, as {name or regex: rank}.")
+    alpha_pattern: dict[Text, Positive] = Field({}, description="Alphas for single modules, as {name or regex: alpha}.")
+    init_adapter: Text | None = Field(
+        None, description="Adapter to continue from, a folder or hub id; null: a new one."
+    )
+    new_tokens: list[Text] = Field(
+        [], description="Tokens to add to the vocabulary; only their embeddings are trained."
+    )
 
 
 class SourceConfig(Section):
-    """Rows of one shape: a file, a glob of files, a folder or a data set of the hub."""
+    """One dataset: a file, a glob of files, a folder or a hub dataset; all its examples have one format."""
 
     path: Text = Field(
-        description="File of rows (jsonl, json, csv, parquet, arrow; also compressed), a glob, a folder, or a hub id."
+        description="File (jsonl, json, csv, parquet, arrow; also compressed), glob, folder or hub id of the dataset."
     )
-    name: Text | None = Field(None, description="Name in messages and metrics; null is the split's or the file's name.")
+    name: Text | None = Field(
+        None, description="Name in messages and metrics; null: the name of the split or the file."
+    )
     format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "tokens"] = Field(
-        "auto", description="Shape of a row; auto looks at the columns of the first."
+        "auto", description="Format of an example; auto: recognized from the columns of the first one."
     )
     columns: dict[Text, Text] = Field(
-        {}, description="Columns called otherwise, ours: theirs, as {prompt: question, completion: answer}."
+        {}, description="Column names in your file, as {our name: your name}, for example {prompt: question}."
     )
     roles: dict[Literal["system", "user", "assistant", "tool"], list[Text] | Text] = Field(
-        {}, description="Roles called otherwise, ours: theirs, as {user: customer, assistant: [agent, bot]}."
+        {}, description="Role names in your file, as {our name: your name}, for example {assistant: [agent, bot]}."
     )
-    split: Text | None = Field(None, description="Part of a folder or hub id to read; null where path is a file.")
-    subset: Text | None = Field(None, description="Configuration of a hub data set, as main of openai/gsm8k.")
-    revision: Text | None = Field(None, description="Branch, tag or commit of a hub data set; null is its main branch.")
-    weight: Positive = Field(1.0, description="Copies of these rows that one epoch holds (training only).")
-    limit: Count | None = Field(None, description="Read only the first so many rows.")
+    split: Text | None = Field(None, description="Split of a folder or hub dataset; null for a file.")
+    subset: Text | None = Field(
+        None, description="Subset (configuration) of a hub dataset, for example main; null: its default."
+    )
+    revision: Text | None = Field(None, description="Branch, tag or commit of a hub dataset; null: the main branch.")
+    weight: Positive = Field(1.0, description="How often one epoch takes each example, on average (training only).")
+    limit: Count | None = Field(None, description="Number of examples to read, from the start; null: all.")
 
 
 class DataConfig(Section):
-    """What is trained and evaluated on."""
+    """Training and evaluation data."""
 
-    train: Annotated[list[SourceConfig], Field(min_length=1)] = Field(description="Sources of training rows.")
-    eval: list[SourceConfig] = Field([], description="Sources of held-out rows; each gets its own metrics.")
+    train: Annotated[list[SourceConfig], Field(min_length=1)] = Field(description="Sources of training examples.")
+    eval: list[SourceConfig] = Field([], description="Sources of held-out examples; each source gets its own metrics.")
     held_out: Share = Field(
-        0.0, description="Share of the training rows kept for evaluation, chosen by a hash of each row's content."
+        0.0,
+        description="Share of the training examples to hold out for evaluation, by a hash of their content; 0: none.",
     )
-    max_length: Annotated[int, Field(ge=2)] = Field(2048, description="Tokens of the longest sequence.")
-    packing: bool = Field(True, description="Put several rows into one sequence; none sees another.")
+    max_length: Annotated[int, Field(ge=2)] = Field(2048, description="Longest sequence in tokens.")
+    packing: bool = Field(
+        True, description="Put several examples into one sequence; attention never crosses between them."
+    )
     truncation: Literal["drop", "left", "right", "split", "error"] = Field(
-        "drop", description="What happens to a row longer than max_length."
+        "drop", description="What to do with an example longer than max_length."
     )
     train_on: Literal["assistant", "answer", "last", "all"] = Field(
         "assistant",
-        description="Targets: every assistant turn, the same without what it thinks in <think>, the last one, or every "
-        "token.",
+        description="Trained tokens: assistant turns, the same without <think> parts, the last turn, or all tokens.",
     )
-    on_bad_row: Literal["error", "skip"] = Field("error", description="What happens to a row that cannot be used.")
-    max_bad_share: Share = Field(0.05, description="Share of skipped rows above which a source is refused.")
-    system: Text | None = Field(None, description="System message for rows that have none.")
-    chat_template: Text | None = Field(None, description="Jinja file used in place of the tokenizer's template.")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="What to do with an invalid example: list all and stop, or skip it."
+    )
+    max_bad_share: Share = Field(0.05, description="Share of invalid examples above which a source is refused.")
+    system: Text | None = Field(None, description="System message for examples without one; null: none.")
+    chat_template: Text | None = Field(
+        None, description="File with a Jinja chat template; null: the template of the tokenizer."
+    )
     stream_rows: Count | None = Field(
-        None, description="Read and tokenize so many rows at a time while training; null is all of them before."
+        None, description="Examples to read and tokenize at a time during training; null: all before training."
     )
-    workers: Count | None = Field(None, description="Processes that tokenize; null is one for each core.")
+    workers: Count | None = Field(None, description="Number of tokenizing processes; null: one per CPU core.")
     cache: Text | None = Field(
-        None, description="Folder of tokenized rows; null is $FINETUNE_CACHE, else ~/.cache/finetune/tokens."
+        None, description="Folder for tokenized examples; null: in $FINETUNE_CACHE or ~/.cache/finetune."
     )
 
 
 class TrainConfig(Section):
-    """The optimization, its length, its checkpoints."""
+    """Optimizer, length of training, checkpoints."""
 
-    max_steps: Count | None = Field(None, description="Optimizer steps; give this or epochs.")
-    epochs: Positive | None = Field(None, description="Passes over the training rows; 1 when max_steps is null too.")
+    max_steps: Count | None = Field(None, description="Number of optimizer steps; null: train.epochs decides.")
+    epochs: Positive | None = Field(
+        None, description="Passes over the training examples; null: train.max_steps decides, or 1 without it."
+    )
     learning_rate: Annotated[Positive, Field(le=1)] = Field(2e-4, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
-    warmup_ratio: Share = Field(0.03, description="Share of the steps in which the learning rate rises.")
+    warmup_ratio: Share = Field(0.03, description="Share of the steps in which the learning rate rises to its peak.")
     warmup_steps: Count | None = Field(None, description="Steps in which it rises; null: train.warmup_ratio decides.")
-    batch_size: Count = Field(16, description="Sequences an optimizer step, summed over all ranks.")
-    micro_batch_size: Count | None = Field(None, description="Sequences a forward pass on one rank; null derives it.")
-    max_grad_norm: NotNegative = Field(1.0, description="Gradients are clipped to this norm; 0 is off.")
-    weight_decay: Share = Field(0.0, description="AdamW's weight decay.")
-    beta1: Share = Field(0.9, description="AdamW's first-moment decay.")
-    beta2: Share = Field(0.999, description="AdamW's second-moment decay.")
-    eps: Positive = Field(1e-8, description="AdamW's epsilon.")
-    neftune_alpha: NotNegative = Field(0.0, description="NEFTune noise on the embeddings; 0 is off.")
+    batch_size: Count = Field(16, description="Sequences per optimizer step, over all processes.")
+    micro_batch_size: Count | None = Field(
+        None, description="Sequences per forward pass of a process; null: automatic."
+    )
+    max_grad_norm: NotNegative = Field(1.0, description="Norm above which gradients are clipped; 0: no clipping.")
+    weight_decay: Share = Field(0.0, description="Weight decay of AdamW.")
+    beta1: Share = Field(0.9, description="Decay rate of AdamW's first moment.")
+    beta2: Share = Field(0.999, description="Decay rate of AdamW's second moment.")
+    eps: Positive = Field(1e-8, description="Epsilon of AdamW.")
+    neftune_alpha: NotNegative = Field(0.0, description="Strength of NEFTune noise on the embeddings; 0: no noise.")
     gradient_checkpointing: Literal["auto", "none", "all", "offload"] | Count = Field(
         "auto",
-        description="Layers recomputed in backward to save memory: as many as needed, none, all, all with their inputs "
-        "kept in main memory, or a number.",
+        description="Layers to recompute in the backward pass: auto (as memory needs), none, all, offload (all, with "
+        "inputs in main memory), or a number.",
     )
     kernels: Literal["fused", "peft"] = Field(
         "fused", description="fused: the kernels of this package; peft: the modules of PEFT and transformers."
     )
     share_prefixes: bool = Field(
         True,
-        description="With fused kernels, compute only tokens that a target needs, and shared prefixes once.",
+        description="Skip tokens that no trained token depends on, and compute shared prefixes once (fused kernels).",
     )
     compile: bool | None = Field(
-        None, description="Compile elementwise kernels; null does where the run is long enough to repay it."
+        None,
+        description="Compile elementwise kernels; null: compile only if the run is long enough to recover the compile "
+        "time.",
     )
-    eval_every: Count | None = Field(None, description="Steps between evaluations; null is only at the end.")
-    save_every: Count | None = Field(None, description="Steps between checkpoints; null is only at the end.")
-    keep_checkpoints: Count = Field(2, description="Newest checkpoints kept; the best is kept besides.")
-    early_stopping: Count | None = Field(None, description="Stop after so many evaluations without improvement.")
-    resume: Text = Field("never", description="never, auto (newest whole checkpoint), or a checkpoint folder.")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of everything random.")
-    world_size: Count | None = Field(None, description="Refuse to run with another number of ranks.")
+    eval_every: Count | None = Field(None, description="Steps between evaluations; null: evaluate only at the end.")
+    save_every: Count | None = Field(None, description="Steps between checkpoints; null: save only at the end.")
+    keep_checkpoints: Count = Field(2, description="Newest checkpoints to keep; the best one is always kept.")
+    early_stopping: Count | None = Field(
+        None, description="Evaluations without improvement before a run stops; null: off."
+    )
+    resume: Text = Field("never", description="never, auto (the newest valid checkpoint), or a checkpoint folder.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of all random numbers.")
+    world_size: Count | None = Field(None, description="Required number of processes; null: any number.")
 
 
 class TeacherConfig(Section):
-    """The teacher and where it is."""
+    """The teacher model and where it runs."""
 
     name: Text | None = Field(
-        None, description="Hub id or local folder of the teacher; null is the student's own base."
+        None, description="Hub id or local folder of the teacher; null: the student's base model."
     )
-    revision: Text | None = Field(None, description="Branch, tag or commit of a hub teacher; null is its main branch.")
-    dtype: Dtype = Field("bfloat16", description="Type that the teacher computes in; its weights are not quantized.")
-    lora: Text | None = Field(None, description="Folder or hub id of an adapter that belongs on the teacher.")
+    revision: Text | None = Field(None, description="Branch, tag or commit of a hub teacher; null: the main branch.")
+    dtype: Dtype = Field("bfloat16", description="Data type of the teacher, whose weights are not quantized.")
+    lora: Text | None = Field(None, description="Folder or hub id of an adapter for the teacher; null: none.")
     placement: Literal["resident", "streamed", "cached", "server"] = Field(
         "resident",
-        description="In memory; read layer by layer; not at all, but distill.cache; or at distill.teacher.url.",
+        description="In memory, read layer by layer, only as the files in distill.cache, or at distill.teacher.url.",
     )
-    steps_ahead: Count = Field(1, description="Steps whose rows a streamed teacher answers each time it is read.")
-    url: Text | None = Field(None, description="OpenAI-compatible endpoint, as http://host:8000/v1 (server only).")
+    steps_ahead: Count = Field(1, description="Steps that a streamed teacher computes per pass over its layers.")
+    url: Text | None = Field(
+        None, description="OpenAI-compatible endpoint, for example http://host:8000/v1 (server only)."
+    )
     served_as: Text | None = Field(
-        None, description="What the server calls the teacher; null is its name, or the one model that is served."
+        None, description="Name of the teacher at the server; null: its own name, or the only model served."
     )
-    requests: Count = Field(8, description="Requests in flight at a server.")
+    requests: Count = Field(8, description="Number of parallel requests to a server.")
 
 
 class DistillConfig(Section):
-    """Learning from a teacher's probabilities."""
+    """Knowledge distillation."""
 
     objective: Literal["none", "recover", "sft+anchor", "distill"] = Field(
         "none",
-        description="none; recover what quantization lost (divergence alone); learn the rows and stay close to the own "
-        "base; learn the rows and from a larger or tuned teacher.",
+        description="none; recover: repair quantization loss from the 16-bit base; sft+anchor: learn the data and stay "
+        "close to the base; distill: learn from data and teacher.",
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = Field(
-        "forward_kl", description="Distance of the student's probabilities from the teacher's."
+        "forward_kl", description="Divergence between the probabilities of teacher and student."
     )
-    beta: Annotated[Positive, Field(lt=1)] = Field(0.5, description="The teacher's share in the mixture of jsd.")
-    alpha: Annotated[Positive, Field(lt=1)] = Field(0.1, description="The teacher's share in the mixture of skew_kl.")
-    temperature: Positive = Field(1.0, description="Both sides' logits are divided by it before the divergence.")
+    beta: Annotated[Positive, Field(lt=1)] = Field(0.5, description="Share of the teacher in the mixture of jsd.")
+    alpha: Annotated[Positive, Field(lt=1)] = Field(0.1, description="Share of the teacher in the mixture of skew_kl.")
+    temperature: Positive = Field(1.0, description="Divisor of both models' logits in the divergence.")
     weight: NotNegative | None = Field(
-        None, description="Of the divergence beside the loss on the rows; null is 0.2 for sft+anchor, 1 for distill."
+        None,
+        description="Weight of the divergence; cross-entropy has weight 1; null: 0.2 for sft+anchor, 1 for distill.",
     )
     hidden_weight: NotNegative = Field(
-        0.0, description="Of the mean squared difference of the final hidden states; 0 is off."
+        0.0, description="Weight of the mean squared difference of the final hidden states; 0: off."
     )
     on_policy: Annotated[Number, Field(ge=0, le=1)] = Field(
-        0.0, description="Share of the rows whose answers the student writes itself, for the teacher to judge."
+        0.0, description="Share of the examples whose answers the student generates; 0: none."
     )
-    on_policy_tokens: Count = Field(128, description="Longest answer that the student writes, in tokens.")
-    on_policy_temperature: Positive = Field(1.0, description="Temperature at which the student writes.")
-    cache: Text | None = Field(None, description="Folder of the teacher's signal, written by `finetune cache`.")
+    on_policy_tokens: Count = Field(128, description="Longest generated answer in tokens.")
+    on_policy_temperature: Positive = Field(1.0, description="Sampling temperature of generated answers.")
+    cache: Text | None = Field(
+        None, description="Folder of teacher outputs, written by `finetune cache`; null: no cache."
+    )
     cache_kind: Literal["sampled", "hidden"] = Field(
-        "sampled", description="What is cached: probabilities (180 bytes a target), or exact hidden states."
+        "sampled",
+        description="What a cache holds: sampled probabilities (180 bytes per trained token) or exact hidden states.",
     )
-    top_k: Annotated[int, Field(ge=1, le=256)] = Field(32, description="Most probable tokens kept of each target.")
+    top_k: Annotated[int, Field(ge=1, le=256)] = Field(
+        32, description="Most probable tokens to store per trained token."
+    )
     num_samples: Annotated[int, Field(ge=1, le=256)] = Field(
-        16, description="Tokens drawn from the rest, without bias."
+        16, description="Unbiased samples from the other tokens, per trained token."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of what is drawn for a cache.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of the samples in a cache.")
     spot_check: Index = Field(
-        2, description="Cached documents compared with the teacher at the start, where it is here."
+        2, description="Cached documents to compare with the teacher at the start, if it is here."
     )
-    teacher: TeacherConfig = Field(TeacherConfig(), description="The teacher and where it is.")
+    teacher: TeacherConfig = Field(TeacherConfig(), description="The teacher model and where it runs.")
 
 
 class GuardConfig(Section):
-    """A limit to how far a run may take the model from its teacher: by default from the base as it was in 16 bit."""
+    """Limit on the divergence between the model and its teacher; the default teacher is the 16-bit base."""
 
     metric: Literal["teacher_kl"] = Field(
-        "teacher_kl", description="What is watched at each evaluation: KL(teacher || model), mean over held-out sets."
+        "teacher_kl",
+        description="Metric to watch at each evaluation: mean KL(teacher || model) over the held-out sets.",
     )
-    max: Positive | None = Field(None, description="Limit in nats a target token; null watches nothing.")
+    max: Positive | None = Field(None, description="Limit in nats per trained token; null: no guard.")
     action: Literal["warn", "recover", "stop"] = Field(
         "warn",
-        description="Beyond the limit: say so; learn from the teacher alone for guard.steps and measure again; or save "
-        "and end.",
+        description="Above the limit: warn; recover (train on the divergence for guard.steps, measure again); or save and stop.",
     )
-    steps: Count = Field(20, description="Steps of a recovery, over the rows of the run's latest steps.")
+    steps: Count = Field(20, description="Number of recovery steps, on the data of the latest steps.")
 
 
 class GenerationConfig(Section):
-    """Answers to held-out rows, before, during and after the training."""
+    """Generated answers to held-out examples before, during and after training."""
 
-    num_examples: Index = Field(0, description="Held-out rows answered for exact match before and after; 0 is off.")
+    num_examples: Index = Field(
+        0, description="Held-out examples to answer for exact match before and after training; 0: none."
+    )
     max_new_tokens: Count = Field(128, description="Longest answer in tokens.")
-    batch_size: Count = Field(32, description="Rows answered at a time.")
-    samples: Index = Field(2, description="Answers shown before and after.")
-    every: Count | None = Field(None, description="Steps between sampled answers during training; null is never.")
+    batch_size: Count = Field(32, description="Answers to generate at a time.")
+    samples: Index = Field(2, description="Answers to show before and after training.")
+    every: Count | None = Field(None, description="Steps between sample answers during training; null: never.")
 
 
 class TrackConfig(Section):
-    """Where the metrics go besides metrics.jsonl."""
+    """Experiment trackers; metrics.jsonl is always written."""
 
-    wandb: bool = Field(False, description="Log to Weights & Biases (offline without a key).")
+    wandb: bool = Field(False, description="Log to Weights & Biases (offline without an API key).")
     tensorboard: bool = Field(False, description="Write TensorBoard event files.")
-    project: Text = Field("finetune", description="Project name for Weights & Biases.")
-    run_name: Text | None = Field(None, description="Run name for Weights & Biases; null takes the run's name.")
+    project: Text = Field("finetune", description="Project name in Weights & Biases.")
+    run_name: Text | None = Field(None, description="Run name in Weights & Biases; null: the name of the run.")
