@@ -1,4 +1,4 @@
-"""What a step consumes: documents laid end to end, each attending to itself alone."""
+"""Batches: documents laid end to end; each attends only to itself."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from torch import Tensor
 from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
 
-# Rows left, as a share of the tokens, up to which sharing repays what it costs.
+# Sharing repays its cost up to this ratio of rows to tokens.
 _SHARED_FROM = 0.97
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Documents packed into one row.
+    """Documents packed into one sequence of T tokens.
 
-    input_ids, position_ids, labels: [1, T] int64; positions restart at 0 in every document; labels are shifted.
-    segment_lengths: documents' lengths, summing to T. weights [1, T] float32 of the targets; None is 1 everywhere.
-    own [T] bool: tokens of documents that the model in training wrote itself; None where there are none.
-    row_of_token [T] int64, always on the CPU: which row of a forward pass holds the token, of `rows` in all. Documents
-    that open with the same tokens and have equal media may share the rows of their common part: its hidden states are
-    the same. media_digests: of each document.
+    input_ids, position_ids, labels: [1, T] int64. Positions restart at 0 in each document; labels are shifted.
+    segment_lengths: length of each document, summing to T.
+    locations: of each document, for messages.
+    row_of_token: [T] int64, on the CPU: the row of the forward pass that computes each token. Documents with equal
+        prefixes and equal media may share rows, since the hidden states are equal.
+    media_digests: of each document.
+    weights: [1, T] float32, of the targets; None is 1 everywhere.
+    student_generated: [T] bool, tokens of documents that the model in training wrote; None if there are none.
     """
 
     input_ids: Tensor
@@ -134,7 +136,7 @@ def assign_rows(documents: Sequence[Document], share_prefixes: bool = True) -> n
 
 
 def groups_of(documents: Iterable[Document], limit_tokens: int) -> Iterator[list[Document]]:
-    """Documents in their order, as many at a time as have no more than so many tokens; a longer one alone."""
+    """Yield consecutive groups of documents of at most `limit_tokens`; a longer document is a group of its own."""
     group: list[Document] = []
     tokens = 0
     for document in documents:
@@ -148,6 +150,6 @@ def groups_of(documents: Iterable[Document], limit_tokens: int) -> Iterator[list
 
 
 def dummy_batch(document: Document) -> Batch:
-    """A batch without a target: a rank that has no document left runs it, so that no rank waits for it."""
-    silent = Document(document.ids[:1], np.full(1, IGNORE_INDEX, dtype=np.int32), document.location)
-    return build_batch([silent])
+    """Build a batch without a target, for a rank without documents: all ranks must run the same passes."""
+    dummy = Document(document.ids[:1], np.full(1, IGNORE_INDEX, dtype=np.int32), document.location)
+    return build_batch([dummy])

@@ -1,4 +1,4 @@
-"""The documents that a run trains on or is measured by: pieces of stored rows, made when they are asked for."""
+"""Documents for training and evaluation: pieces of stored rows, built on access."""
 
 from __future__ import annotations
 
@@ -49,8 +49,11 @@ class Document:
 class Documents(Sequence[Document]):
     """Documents of one or several stores. All arrays are [M] int64.
 
-    stores: where the tokens lie. source: the store a document is of; rows: its row there; starts, lengths: the piece of
-    that row, in tokens; targets: tokens predicted in the piece.
+    stores: hold the tokens.
+    source: index of each document's store.
+    rows: its row in that store.
+    starts, lengths: its piece of that row, in tokens.
+    targets: its number of targets.
     """
 
     stores: tuple[TokenStore, ...]
@@ -83,13 +86,13 @@ class Documents(Sequence[Document]):
         )
 
     def select(self, which: np.ndarray) -> Documents:
-        """The documents with these indices (or where this mask is true), in that order."""
+        """Return the documents with these indices, or where this mask is true."""
         arrays = (self.source, self.rows, self.starts, self.lengths, self.targets)
         return Documents(self.stores, *(array[which] for array in arrays))
 
     @staticmethod
     def join(parts: Iterable[Documents]) -> Documents:
-        """The documents of all parts, one part after another."""
+        """Concatenate documents."""
         parts = list(parts)
         first_store = np.cumsum([0, *(len(part.stores) for part in parts)])
         columns = zip(
@@ -102,7 +105,7 @@ class Documents(Sequence[Document]):
         return Documents(tuple(store for part in parts for store in part.stores), *map(np.concatenate, columns))
 
     def digest(self) -> str:
-        """SHA-256 over tokens, loss weights and order, the same wherever the rows lie and whatever they are called."""
+        """Return the SHA-256 of tokens, loss weights and order; names and places of files do not count."""
         digest = hashlib.sha256()
         for store in self.stores:
             digest.update(store.meta.content.encode())
@@ -112,7 +115,7 @@ class Documents(Sequence[Document]):
 
 
 def _shifted(piece: Encoded) -> tuple[np.ndarray, np.ndarray | None]:
-    """Labels and their weights: position t predicts token t + 1, and nothing is predicted from the last position."""
+    """Labels and their weights: position t predicts token t + 1, and the last position predicts nothing."""
     weights = np.zeros(len(piece.ids), dtype=np.float32)
     weights[:-1] = piece.weights[1:]
     labels = np.full(len(piece.ids), IGNORE_INDEX, dtype=np.int32)
@@ -122,7 +125,7 @@ def _shifted(piece: Encoded) -> tuple[np.ndarray, np.ndarray | None]:
 
 @dataclass(frozen=True)
 class Cut:
-    """What `data.max_length` leaves of a store. without_target: rows that lost all their targets, by index."""
+    """A store's documents after `data.max_length`. too_long, without_target: row indices."""
 
     documents: Documents
     counts: Counter[str]
@@ -131,23 +134,23 @@ class Cut:
 
 
 def cut_to_length(store: TokenStore, rows: np.ndarray, cfg: DataConfig) -> Cut:
-    """Documents of these rows, none longer than `data.max_length`: longer ones as `data.truncation` says, counted."""
+    """Return the rows' documents, cut to `data.max_length` by `data.truncation`."""
     limit = cfg.max_length
-    whole = rows[store.lengths[rows] <= limit]
+    short = rows[store.lengths[rows] <= limit]
     too_long = rows[store.lengths[rows] > limit]
     pieces = [piece for row in too_long for piece in _pieces(int(row), int(store.lengths[row]), cfg)]
     cut = np.array(pieces, dtype=np.int64).reshape(-1, 3)
     targets = np.array([_targets(store, *piece) for piece in pieces], dtype=np.int64)
     kept = cut[targets > 0]
-    rows_all = np.concatenate([whole, kept[:, 0]])
+    rows_all = np.concatenate([short, kept[:, 0]])
     in_order = np.argsort(rows_all, kind="stable")
     documents = Documents(
         (store,),
         np.zeros(len(rows_all), dtype=np.int64),
         rows_all,
-        np.concatenate([np.zeros_like(whole), kept[:, 1]]),
-        np.concatenate([store.lengths[whole], kept[:, 2]]),
-        np.concatenate([store.targets[whole], targets[targets > 0]]),
+        np.concatenate([np.zeros_like(short), kept[:, 1]]),
+        np.concatenate([store.lengths[short], kept[:, 2]]),
+        np.concatenate([store.targets[short], targets[targets > 0]]),
     ).select(in_order)
     counts = Counter({f"longer than {limit} tokens ({cfg.truncation})": len(too_long)} if len(too_long) else {})
     lost = np.setdiff1d(np.unique(cut[:, 0]), kept[:, 0])
@@ -157,7 +160,7 @@ def cut_to_length(store: TokenStore, rows: np.ndarray, cfg: DataConfig) -> Cut:
 
 
 def _pieces(row: int, length: int, cfg: DataConfig) -> list[tuple[int, int, int]]:
-    """(row, start, length) of what is kept of a row that is too long."""
+    """(row, start, length) of each piece kept of a row that is too long."""
     limit = cfg.max_length
     starts = {"left": [length - limit], "right": [0], "split": range(0, length, limit)}.get(cfg.truncation, [])
     return [(row, start, min(limit, length - start)) for start in starts]

@@ -1,4 +1,4 @@
-"""From the data section of a config to documents ready for training, with a count of everything that was left out."""
+"""Load the data section of a config as documents for training, and count everything that is left out."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ HELD_OUT = "held_out"
 
 @dataclass(frozen=True)
 class Source:
-    """One item of data.train or data.eval, tokenized, or the rows of one that are held out.
+    """One item of data.train or data.eval, tokenized, or its held-out rows.
 
-    store: every usable row, before any cut. documents: what is trained on or measured by. counts: what happened to
-    rows, by reason.
+    store: every usable row, before any cut.
+    documents: for training or evaluation.
+    counts: rows left out or changed, by reason.
     """
 
     name: str
@@ -49,13 +50,13 @@ class Source:
 
     @property
     def rows(self) -> np.ndarray:
-        """Rows of the store that gave a document [R], ascending."""
+        """Rows of the store with a document [R], ascending."""
         return np.unique(self.documents.rows)
 
 
 @dataclass(frozen=True)
 class LoadedData:
-    """Everything a run reads. digest: SHA-256 over all training documents' tokens, labels and copies."""
+    """The data of a run. digest: SHA-256 of the tokens, labels and copies of all training documents."""
 
     train: list[Source]
     eval: list[Source]
@@ -67,14 +68,14 @@ class LoadedData:
 
     @cached_property
     def weights(self) -> np.ndarray:
-        """Copies [M] of each training document that an epoch holds."""
+        """Copies [M] of each training document per epoch."""
         return np.concatenate([np.full(len(source.documents), source.weight) for source in self.train])
 
 
 def load_chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """The template a run uses: the tokenizer's, or the jinja file that `data.chat_template` names.
+    """Load the chat template of a run: the tokenizer's, or the jinja file in `data.chat_template`.
 
-    The tokenizer takes the file's template as its own, so that it is saved with the adapter.
+    The file's template is set on the tokenizer, so that it is saved with the adapter.
     """
     if cfg.chat_template is not None:
         try:
@@ -85,10 +86,9 @@ def load_chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> C
 
 
 def check_sources(cfg: DataConfig) -> None:
-    """Look at the first rows of every source. It takes neither a tokenizer nor torch, so a wrong path or format is told
-    before they are loaded.
+    """Check the path and format of every source, before torch and the tokenizer are loaded.
 
-    Raises: DataError with what is wrong with each source.
+    Raises: DataError listing the problem of each source.
     """
     problems = []
     for section, sources in (("train", cfg.train), ("eval", cfg.eval)):
@@ -102,16 +102,16 @@ def check_sources(cfg: DataConfig) -> None:
 
 
 def load_data(preparation: Preparation) -> LoadedData:
-    """Tokenize (or find tokenized), cut and split every source.
+    """Tokenize every source, or find it in the cache; cut and split it.
 
-    Raises: DataError with the first bad rows of every source by location, unless `data.on_bad_row=skip`.
+    Raises: DataError with the first bad rows of every source, unless `data.on_bad_row=skip`.
     """
     cfg = preparation.cfg
     problems: list[str] = []
     train: list[Source] = []
     held_out: list[Source] = []
     evaluation: list[Source] = []
-    # Streamed rows are tokenized while training, see stream.py.
+    # stream.py tokenizes streamed rows while training.
     for section, sources in (("train", [] if cfg.stream_rows else cfg.train), ("eval", cfg.eval)):
         for i, source in enumerate(sources):
             try:
@@ -136,18 +136,18 @@ def load_data(preparation: Preparation) -> LoadedData:
 
 
 def is_held_out(hashes: np.ndarray, share: float) -> np.ndarray:
-    """Which rows are held out [N] bool: those whose hash falls into the lowest `share` of all hashes.
+    """Return which rows are held out [N] bool: those with a hash in the lowest `share` of all hashes.
 
-    It looks at a row alone, so no row changes sides when others come or go, and equal rows are on one side.
+    The result for a row depends on that row only: other rows never move it, and equal rows stay together.
     """
     return hashes < np.uint64(min(int(share * 2**64), 2**64 - 1))
 
 
 def check_bad_rows(store: TokenStore, cfg: DataConfig) -> None:
-    """Raises: DataError with the first bad rows, or because they are too many to skip."""
+    """Raise DataError if bad rows are an error, or are too many to skip."""
     bad, rows = store.meta.bad_rows, len(store) + store.meta.bad_rows
     if bad and cfg.on_bad_row == "error":
-        raise DataError("\n".join(["bad rows (data.on_bad_row=skip leaves them out):", *_first_bad(store)]))
+        raise DataError("\n".join(["bad rows (set data.on_bad_row=skip to leave them out):", *_first_bad(store)]))
     if bad > cfg.max_bad_share * rows:
         found = f"{bad:,} of {rows:,} rows are bad ({bad / rows:.1%})"
         allowed = f"data.max_bad_share allows {cfg.max_bad_share:.1%}"
@@ -175,16 +175,16 @@ def _source(
         }
     )
     if not len(cut.documents):
-        what = "held-out row" if name else "row"
+        kind = "held-out row" if name else "row"
         raise DataError(
-            f"{source.path} has no {what} that can be used ({_describe(counts) or 'it is empty'}); see data.max_length "
-            "and data.truncation"
+            f"{source.path} has no usable {kind} ({_describe(counts) or 'it is empty'}); see data.max_length and "
+            "data.truncation"
         )
     return Source(name or resolve_source(source).name, source.path, source, source.weight, store, cut.documents, counts)
 
 
 def _check_cut(cut: Cut, store: TokenStore, cfg: DataConfig) -> None:
-    """Raises: DataError for rows that are too long where that is an error, or that lost all their targets."""
+    """Raise DataError if rows are too long, or without a target after the cut, and the config makes that an error."""
     if cfg.truncation == "error":
         rows, problem = cut.too_long, f"longer than data.max_length={cfg.max_length}; raise it or set data.truncation"
     elif cfg.on_bad_row == "error":
@@ -199,7 +199,7 @@ def _check_cut(cut: Cut, store: TokenStore, cfg: DataConfig) -> None:
 
 
 def read_examples(source: Source, preparation: Preparation) -> Iterator[tuple[int, Example]]:
-    """(row of the store, what it says) of the source's rows, read from its files again."""
+    """Yield (row of the store, example) of the source's rows, read from its files again."""
     encoder = preparation.encoder(source.config, source.store.format)
     wanted = {int(source.store.indices[row]): int(row) for row in source.rows}
     for batch in resolve_source(source.config).batches(source.config.limit):
@@ -209,25 +209,27 @@ def read_examples(source: Source, preparation: Preparation) -> Iterator[tuple[in
 
 
 def first_conversations(source: Source, preparation: Preparation, rows: int) -> list[Conversation]:
-    """The source's first rows as conversations, for a model to answer.
+    """Return the source's first rows as conversations.
 
-    Raises: DataError if they are raw text or tokens, which ask for no answer.
+    Raises: DataError if they are raw text or tokens.
     """
     examples = [example for _, example in islice(read_examples(source, preparation), rows)]
     chats = [example for example in examples if isinstance(example, Conversation)]
     if len(chats) < len(examples):
-        raise DataError(f"{source.path}: {source.store.format} rows ask for no answer; set generation.num_examples=0")
+        raise DataError(
+            f"{source.path}: {source.store.format} rows have no assistant turn; set generation.num_examples=0"
+        )
     return chats
 
 
 def used_ids(data: LoadedData) -> np.ndarray:
-    """Token ids that the rows hold, those that are cut off included [U] int32, each once."""
+    """Return the distinct token ids [U] int32 of all rows, before any cut."""
     stores = {source.store.folder: source.store for source in (*data.train, *data.eval)}
     return np.unique(np.concatenate([np.empty(0, np.int32), *(store.used_ids() for store in stores.values())]))
 
 
 def copy_bad_rows(data: LoadedData, folder: Path) -> Path | None:
-    """List every skipped row in `bad_rows.jsonl` of a run's folder; None where no row was bad."""
+    """Write every skipped row to `bad_rows.jsonl` in a run's folder; return None if no row is bad."""
     stores = {source.store.folder: source.store for source in (*data.train, *data.eval)}
     listed = [store.bad_rows.read_text(encoding="utf-8") for store in stores.values() if store.meta.bad_rows]
     if not listed:
@@ -242,7 +244,7 @@ def _describe(counts: Counter[str]) -> str:
 
 
 def describe_source(source: Source) -> str:
-    """One line for the console: rows, tokens, targets and what was left out."""
+    """Return one line for the console: rows, tokens, targets, and rows left out."""
     documents = source.documents
     rows = f"{len(source.rows):,} rows ({source.store.format})"
     tokens, targets = int(documents.lengths.sum()), int(documents.targets.sum())
@@ -251,11 +253,11 @@ def describe_source(source: Source) -> str:
 
 
 def describe_leaks(data: LoadedData) -> list[str]:
-    """A warning for every evaluation set that shares rows with the training rows."""
+    """Return a warning for every evaluation set that contains training rows."""
     trained = np.concatenate([np.empty(0, np.uint64), *(source.store.hashes[source.rows] for source in data.train)])
     shared = [(source, int(np.isin(source.store.hashes[source.rows], trained).sum())) for source in data.eval]
     return [
-        f"{source.name}: {count:,} of its {len(source.rows):,} rows are training rows too, so its figures flatter"
+        f"{source.name}: {count:,} of its {len(source.rows):,} rows are training rows, so its metrics are optimistic"
         for source, count in shared
         if count
     ]

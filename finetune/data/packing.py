@@ -1,8 +1,8 @@
-"""Which documents share a sequence, and in which order sequences come: pure functions of (seed, epoch, step).
+"""Pack documents into sequences and order them, as pure functions of (seed, epoch, step).
 
-Nothing here holds state, so a resumed run skips nothing and a run on other ranks sees the same batches.
-Packing is our own: TRL's `pack_dataset` copies the data itself and cannot be repeated per epoch from a seed; here only
-lengths are looked at. Both are best-fit decreasing and fill the same number of packs.
+There is no state, so a resumed run repeats and skips nothing, and other numbers of ranks see the same batches.
+TRL's `pack_dataset` also packs best-fit decreasing, but it copies the tokens and cannot repack per epoch from a seed.
+This module reads lengths only.
 """
 
 from __future__ import annotations
@@ -15,18 +15,24 @@ import numpy as np
 
 
 def pack_best_fit(lengths: np.ndarray, capacity: int, order: np.ndarray) -> list[list[int]]:
-    """Best-fit decreasing: each document goes, longest first, where it leaves the least room.
+    """Pack documents by best-fit decreasing: the longest first, each into the bin where it leaves the least room.
 
-    lengths: tokens a document, each at most `capacity`. order: the documents to pack, by index, repeats allowed; among
-    documents of one length the given order decides.
-    Returns: bins of document indices. O(n log n + n · capacity / 1000) for n documents: rooms are looked up among those
-    that occur, at most `capacity` of them.
+    Time: O(n log n + n · capacity / 1000) for n documents, since at most `capacity` distinct rooms are searched.
+
+    Args:
+        lengths: [N] tokens of each document, at most `capacity`.
+        capacity: tokens of a bin.
+        order: indices of the documents to pack, repeats allowed. Documents of one length keep this order.
+
+    Returns:
+        Bins of document indices.
+
     Source: Johnson 1974, the 11/9 bound of best-fit decreasing.
     """
     longest_first = order[np.argsort(-lengths[order], kind="stable")]
     bins: list[list[int]] = []
-    rooms: list[int] = []  # room left in some bin, ascending, each once
-    with_room: dict[int, list[int]] = {}  # the bins that have it
+    rooms: list[int] = []  # distinct rooms left in bins, ascending
+    with_room: dict[int, list[int]] = {}  # bins by room
     for document, need in zip(longest_first.tolist(), lengths[longest_first].tolist(), strict=True):
         fit = bisect.bisect_left(rooms, need)
         if fit < len(rooms):
@@ -49,9 +55,13 @@ def pack_best_fit(lengths: np.ndarray, capacity: int, order: np.ndarray) -> list
 class SequenceOrder:
     """The sequences of every step of a run.
 
-    lengths [N]: tokens a document. weights [N]: copies of a document an epoch holds; 2.5 means two, and a third
-    for half of the documents, drawn anew each epoch. capacity: tokens a packed sequence holds, None to keep documents
-    apart. batch_size: sequences a step; the last step of an epoch may hold fewer.
+    Args:
+        lengths: [N] tokens of each document.
+        weights: [N] copies of each document per epoch. 2.5 means two, and a third for half of the documents, drawn
+            anew each epoch.
+        capacity: tokens of a packed sequence; None does not pack.
+        batch_size: sequences per step; the last step of an epoch may have fewer.
+        seed: of order and packing.
     """
 
     def __init__(
@@ -67,11 +77,11 @@ class SequenceOrder:
         self.capacity = capacity
         self.batch_size = batch_size
         self.seed = seed
-        self._epoch: tuple[int, list[list[int]]] | None = None  # the last epoch asked for
-        self._steps: list[int] = []  # steps of epoch 0, 1, …, as far as asked for
+        self._epoch: tuple[int, list[list[int]]] | None = None  # the last epoch computed
+        self._steps: list[int] = []  # of epoch 0, 1, …, as far as computed
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """Sequences of one epoch in order, each a list of document indices."""
+        """Return the sequences of an epoch in order, each a list of document indices."""
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, self._make_epoch(epoch))
         return self._epoch[1]
@@ -88,19 +98,19 @@ class SequenceOrder:
         return [bins[i] for i in rng.permutation(len(bins))]
 
     def steps_in(self, epoch: int) -> int:
-        """Optimizer steps one epoch takes; at least 1."""
+        """Return the optimizer steps of an epoch, at least 1."""
         while len(self._steps) <= epoch:
             self._steps.append(max(1, math.ceil(len(self.epoch(len(self._steps))) / self.batch_size)))
         return self._steps[epoch]
 
     def steps_for(self, epochs: float) -> int:
-        """Optimizer steps that `epochs` take, fractions rounded up."""
+        """Return the optimizer steps of `epochs` epochs, fractions rounded up."""
         whole = math.floor(epochs)
         steps = sum(self.steps_in(e) for e in range(whole))
         return steps + math.ceil((epochs - whole) * self.steps_in(whole)) if epochs > whole else steps
 
     def locate(self, step: int) -> tuple[int, int]:
-        """(epoch, step within it) of a step counted from 0."""
+        """Return (epoch, step within it) of a step from 0."""
         epoch = 0
         while step >= self.steps_in(epoch):
             step -= self.steps_in(epoch)
@@ -108,16 +118,15 @@ class SequenceOrder:
         return epoch, step
 
     def batch(self, step: int) -> list[list[int]]:
-        """The sequences of one step (from 0), over all ranks."""
+        """Return the sequences of a step (from 0), of all ranks."""
         epoch, index = self.locate(step)
         return self.epoch(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
 
 
 def split_among_ranks(tokens: Sequence[int], ranks: int) -> list[list[int]]:
-    """Which of a step's sequences each rank computes, with token counts as equal as whole sequences allow.
+    """Split a step's sequences among ranks with nearly equal token counts; return ascending indices per rank.
 
-    tokens: length of each sequence. The longest sequence left goes to the rank with the fewest tokens.
-    Returns: indices for each rank, ascending.
+    tokens: length of each sequence. The longest remaining sequence goes to the rank with the fewest tokens.
     Source: Graham 1969, the 4/3 bound of longest processing time first.
     """
     load = [0] * ranks

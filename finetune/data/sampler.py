@@ -1,4 +1,4 @@
-"""What the loop asks for: the documents of a step, already packed."""
+"""Samplers: the packed documents of each step."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from finetune.data.packing import SequenceOrder
 
 
 class Sampler(Protocol):
-    """The training documents in their order, a pure function of the step: nothing to save, nothing to resume."""
+    """The order of the training documents: a pure function of the step, without state to save."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what decides that order and the tokens."""
+        """SHA-256 of everything that decides the order and the tokens."""
         ...
 
     def step_batches(self, step: int) -> list[list[Document]]:
-        """Packed sequences of a step (from 0), over all ranks."""
+        """Return the packed sequences of a step (from 0), of all ranks."""
         ...
 
     def steps_for(self, epochs: float) -> int:
-        """Optimizer steps that so many passes over the rows take."""
+        """Return the optimizer steps of `epochs` passes over the rows."""
         ...
 
     def close(self) -> None:
-        """Let go of what works in the background."""
+        """Stop background work."""
         ...
 
 
 @dataclass(frozen=True)
 class MapSampler:
-    """Documents that are all at hand before the first step."""
+    """Samples documents that are all available before the first step."""
 
     documents: Sequence[Document]
     order: SequenceOrder
@@ -46,4 +46,4 @@ class MapSampler:
         return self.order.steps_for(epochs)
 
     def close(self) -> None:
-        """Nothing works in the background."""
+        """Do nothing: there is no background work."""

@@ -1,8 +1,8 @@
-"""Sources that are read while training: a window of rows at a time, each tokenized, packed and shuffled by itself.
+"""Stream sources while training: each window of rows is tokenized, packed and shuffled by itself.
 
-A step is still a pure function of (seed, step): windows follow each other in the order of the files (shuffled by the
-seed), a window's sequences are those of its rows alone. What a resumed run needs to find its window again, the steps
-each window took, lies beside the windows; without it they are made again from the start.
+A step is a pure function of (seed, step): windows follow the order of the files, which the seed shuffles, and the
+sequences of a window depend on its rows only. The number of steps of each window is saved beside it, so that a resumed
+run finds its window. Without these notes, all windows are made again from the start.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from finetune.system.errors import ConfigError, DataError
 
 
 def rows_of_window(cfg: DataConfig) -> list[int]:
-    """Rows that each source gives to a window, by weight, at least one."""
+    """Return the rows of each source in a window, in proportion to its weight, at least 1."""
     total = sum(source.weight for source in cfg.train)
     return [max(1, round((cfg.stream_rows or 0) * source.weight / total)) for source in cfg.train]
 
 
 @dataclass
 class _Tape:
-    """A source's rows without an end: pass after pass over its files, each pass in an order of its own."""
+    """A source's rows as an endless tape: repeated passes over its files, each in another order."""
 
     files: SourceFiles
     limit: int | None
     seed: int
-    position: int = 0  # rows given out so far
+    position: int = 0  # rows read so far
     _batches: Iterator[RawBatch] | None = None
     _rest: RawBatch | None = None
 
     def take(self, start: int, rows: int) -> Iterator[RawBatch]:
-        """Rows [start, start + rows) of the tape."""
+        """Yield rows [start, start + rows) of the tape."""
         if start < self.position or self._batches is None:
             self.position, self._batches, self._rest = 0, self._all(), None
         for _ in self._take(start - self.position):
@@ -58,7 +58,7 @@ class _Tape:
         yield from self._take(rows)
 
     def identity(self) -> list[list]:
-        """Names and sizes of the files: reading all of a large source to know it would take what streaming saves."""
+        """Return names and sizes of the files; hashing a large source would cost what streaming saves."""
         return [[label, file.stat().st_size] for label, file in zip(self.files.labels, self.files.files, strict=True)]
 
     def _take(self, rows: int) -> Iterator[RawBatch]:
@@ -79,7 +79,7 @@ class _Tape:
 
 
 def _split(batch: RawBatch, rows: int) -> tuple[RawBatch, RawBatch | None]:
-    """The first rows of a batch, and the others."""
+    """Split a batch after `rows` rows."""
     if rows >= len(batch.items):
         return batch, None
     head = replace(batch, numbers=batch.numbers[:rows], items=batch.items[:rows])
@@ -88,10 +88,10 @@ def _split(batch: RawBatch, rows: int) -> tuple[RawBatch, RawBatch | None]:
 
 
 class StreamingSampler:
-    """The training sources, `data.stream_rows` rows at a time.
+    """Samples from the training sources, `data.stream_rows` rows at a time.
 
-    folder: where the windows' tokens lie, the last two at a time; it belongs to one run. The next window is tokenized
-    while the steps of this one are taken.
+    The next window is tokenized while the current one is used. `folder` holds the tokens of the last two windows and
+    belongs to one run.
     """
 
     def __init__(self, preparation: Preparation, batch_size: int, seed: int, folder: Path):
@@ -119,7 +119,7 @@ class StreamingSampler:
         self._open: tuple[int, MapSampler] | None = None
 
     def step_batches(self, step: int) -> list[list[Document]]:
-        """Packed sequences of a step (from 0), over all ranks."""
+        """Return the packed sequences of a step (from 0), of all ranks."""
         window = 0
         while step >= (steps := self._steps(window)):
             step -= steps
@@ -129,16 +129,16 @@ class StreamingSampler:
         return [[sampler.documents[i] for i in sequence] for sequence in sequences]
 
     def steps_for(self, epochs: float) -> int:
-        """Raises: ConfigError: nobody knows how many rows a stream has."""
-        raise ConfigError("data.stream_rows needs train.max_steps: a stream is not counted before it is read")
+        """Raise ConfigError: the number of rows of a stream is unknown."""
+        raise ConfigError("data.stream_rows needs train.max_steps: the number of rows of a stream is unknown")
 
     def close(self) -> None:
-        """Stop tokenizing ahead, also in the middle of a window."""
+        """Stop tokenizing ahead, even within a window."""
         self._closed.set()
         self._ahead.shutdown(cancel_futures=True)
 
     def _steps(self, window: int) -> int:
-        """Steps that a window takes; noted for every window that was ever made for this run."""
+        """The steps of a window, saved for every window of this run."""
         note = self.folder / f"window-{window}.json"
         if note.is_file():
             return json.loads(note.read_text())["steps"]
@@ -152,44 +152,44 @@ class StreamingSampler:
         if self._open is None or self._open[0] != window:
             self._open = (window, self._open_window(window))
             if self.preparation.main:
-                for passed in self.folder.glob("window-*/"):
-                    if int(passed.name.split("-")[1]) < window - 1:
-                        shutil.rmtree(passed)
+                for old in self.folder.glob("window-*/"):
+                    if int(old.name.split("-")[1]) < window - 1:
+                        shutil.rmtree(old)
                 self._coming = (window + 1, self._ahead.submit(self._make, window + 1))
         return self._open[1]
 
     def _open_window(self, window: int) -> MapSampler:
         if self._coming is not None:
             coming, made = self._coming
-            wait([made])  # one window at a time is taken from the tapes
+            wait([made])  # the tapes serve one window at a time
             if coming == window:
                 made.result()
         self._make(window)
         stores = [TokenStore(folder) for folder in self._folders(window)]
         for i, store in enumerate(stores):
             check_bad_rows(store, self.cfg)
-            if store.meta.bad_rows and self.preparation.main:  # the window itself will leave the disk
+            if store.meta.bad_rows and self.preparation.main:  # the window's folder will be deleted
                 shutil.copyfile(store.bad_rows, self.folder / f"window-{window}-source-{i}-{BAD_ROWS}")
         documents = Documents.join(cut_to_length(s, np.arange(len(s)), self.cfg).documents for s in stores)
         if not len(documents):
-            raise DataError(f"window {window} of the stream holds no row to train on; see data.max_length")
+            raise DataError(f"window {window} of the stream has no usable row; see data.max_length")
         capacity = self.cfg.max_length if self.cfg.packing else None
         weights = np.ones(len(documents))
         return MapSampler(documents, SequenceOrder(documents.lengths, weights, capacity, self.batch_size, self.seed))
 
     def _make(self, window: int) -> None:
-        """The stores of a window, if they are not there yet; the main process makes them."""
+        """Make the stores of a window that are missing; only the main process writes."""
         for i, (folder, rows) in enumerate(zip(self._folders(window), rows_of_window(self.cfg), strict=True)):
             self.preparation.provide(folder, lambda temporary, i=i, rows=rows: self._write(temporary, i, window, rows))
 
     def _write(self, folder: Path, i: int, window: int, rows: int) -> None:
         source, tape = self.cfg.train[i], self._tapes[i]
-        if i not in self._formats:  # of the tape's start, whatever window comes first after a resume
+        if i not in self._formats:  # from the start of the tape, also after a resume
             self._formats[i], _ = with_format(source, resolve_source(source).batches(1000))
         batches = takewhile(lambda batch: not self._closed.is_set(), tape.take(window * rows, rows))
         self.preparation.write(folder, source, self._formats[i], batches, {**self._made_from[i], "window": window})
         if self._closed.is_set():
-            raise CancelledError(f"window {window} is not needed any more")
+            raise CancelledError(f"window {window} is not needed anymore")
 
     def _folders(self, window: int) -> list[Path]:
         return [self.folder / f"window-{window}" / f"source-{i}" for i in range(len(self._tapes))]

@@ -1,7 +1,8 @@
 """Row formats: the meaning of a row's columns.
 
-To add a format, write `parse(row: Fields, spelling: Spelling) -> Example` and add it to FORMATS with its columns.
-`Fields` gives the row's values under our names, and names them in errors as the file does.
+To add a format, write `parse(row: Fields, spelling: Spelling) -> Example`, add it to FORMATS with its columns, and add
+its name to `SourceConfig.format` (a test compares the two). `Fields` gives the row's values under our names, and the
+file's names for errors.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Rows to tokens on disk: encoded in parallel, once, and mapped into memory."""
+"""Tokenized rows: encoded by worker processes, kept on disk, found again by a fingerprint."""

@@ -1,4 +1,4 @@
-"""From undecoded rows to tokens and loss weights: the work of one process, free of torch."""
+"""Encode rows as tokens and loss weights, in one process and without torch."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.store import BadRow, EncodedBatch
 from finetune.system.errors import DataError
 
-# Part of every cache's fingerprint: raise it when the same rows would give other tokens, weights or hashes.
+# Part of every cache's fingerprint: raise it when the same rows give other tokens, weights or hashes.
 ENCODING_VERSION = 1
 
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Decodes, parses and encodes rows; picklable, so that other processes can have one."""
+    """Decodes, parses and encodes rows. Picklable, for worker processes."""
 
     parser: RowParser
     chat: ChatTemplate
     train_on: str
 
     def examples(self, batch: RawBatch) -> Iterator[tuple[Row, Example | DataError]]:
-        """Every row of the batch as what it says, or as what is wrong with it."""
+        """Yield each row of the batch with its example or its error."""
         for row in batch.rows():
             yield row, self.parse(row.value)
 
     def parse(self, value: Any) -> Example | DataError:
-        """A decoded row as what it says; an error stays one."""
+        """Parse a decoded row; return an error unchanged."""
         if isinstance(value, DataError):
             return value
         try:
@@ -45,24 +45,21 @@ class RowEncoder:
             return error
 
     def __call__(self, batch: RawBatch) -> EncodedBatch:
-        """Encode a batch; rows that cannot be used are listed, none raises."""
-        rows, examples, bad = [], [], []
-        for row, example in self.examples(batch):
-            if isinstance(example, DataError):
-                bad.append(BadRow(row.index, str(row.location), str(example)))
-            else:
-                rows.append(row)
-                examples.append(example)
+        """Encode a batch; rows that cannot be used are listed in it."""
+        parsed = list(self.examples(batch))
+        results = iter(self.encode([example for _, example in parsed if not isinstance(example, DataError)]))
         good: list[tuple[Row, Example, Encoded]] = []
-        for row, example, result in zip(rows, examples, self.encode(examples), strict=True):
-            if isinstance(result, DataError):
+        bad: list[BadRow] = []
+        for row, example in parsed:
+            result = example if isinstance(example, DataError) else next(results)
+            if isinstance(example, DataError) or isinstance(result, DataError):
                 bad.append(BadRow(row.index, str(row.location), str(result)))
             else:
                 good.append((row, example, result))
-        return self._collect(batch, good, sorted(bad, key=lambda row: row.index))
+        return self._collect(batch, good, bad)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | DataError]:
-        """Tokens and loss weights of every example, in order."""
+        """Return the tokens and loss weights of each example, in order."""
         chats = [example for example in examples if isinstance(example, Conversation)]
         texts = [example for example in examples if isinstance(example, RawText)]
         tokens = [example for example in examples if isinstance(example, TokenRow)]
@@ -74,7 +71,7 @@ class RowEncoder:
         return [next(encoded[type(example)]) for example in examples]
 
     def _encode_texts(self, texts: Sequence[RawText]) -> list[Encoded | DataError]:
-        """Every token a target, and the end of the document after them."""
+        """Every token is a target, and so is the end token after them."""
         if not texts:
             return []
         end = np.array([self.chat.end_of_text_id], dtype=np.int32)
@@ -87,13 +84,13 @@ class RowEncoder:
     def _encode_tokens(self, row: TokenRow) -> Encoded | DataError:
         if row.input_ids and max(row.input_ids) >= self.chat.vocabulary_size:
             return DataError(
-                f"input_ids holds {max(row.input_ids)}, the tokenizer ends at {self.chat.vocabulary_size - 1}; was the "
-                "row tokenized for another model?"
+                f"input_ids: the largest id of the tokenizer is {self.chat.vocabulary_size - 1}, found "
+                f"{max(row.input_ids)}; was the row tokenized for another model?"
             )
         ids = np.asarray(row.input_ids, dtype=np.int32)
         trained = np.ones(len(ids), bool) if row.labels is None else np.asarray(row.labels) != IGNORE_INDEX
         if not trained[1:].any():
-            return DataError("no token is a target, so there is nothing to train on")
+            return DataError("the row has no target: labels or masks leave out every token")
         return Encoded(ids, trained.astype(np.float32))
 
     def _collect(
@@ -123,7 +120,7 @@ class RowEncoder:
 
 
 def texts_of(example: Example) -> Iterator[str]:
-    """Every text that a row's author wrote."""
+    """Yield every text of a row."""
     if isinstance(example, RawText):
         yield example.text
     if isinstance(example, Conversation):

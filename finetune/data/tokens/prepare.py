@@ -1,4 +1,4 @@
-"""Tokenize a source once: found in the cache by a fingerprint of everything that decides its tokens, or made there."""
+"""Tokenize a source once, and find it again by a fingerprint of everything that decides its tokens."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from finetune.data.tokens.workers import encode_all
 from finetune.system.console import Log
 from finetune.system.errors import DataError, ResourceError
 
-# Smaller sources are encoded sooner by this process than others can start.
+# Smaller sources are encoded by this process before others can start.
 _WORTH_WORKERS_BYTES = 8_000_000
-# How long the other ranks wait for a store that no process is at work on.
+# How long other ranks wait for a store on which no process works.
 _PATIENCE_SECONDS = 60.0
 
 
 class Progress(Protocol):
-    """Told how far the tokenization is: bytes read and in all, rows done."""
+    """Called with the progress of tokenization."""
 
     def __call__(self, name: str, done_bytes: int, total_bytes: int, rows: int) -> None: ...
 
 
 def no_progress(name: str, done_bytes: int, total_bytes: int, rows: int) -> None:
-    """Says nothing."""
+    """Show nothing."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How the rows of a config become tokens.
+    """Turns the rows of a config into tokens.
 
-    main: this process makes what the cache lacks; the others wait for it.
+    main: this process fills the cache; the others wait for it.
     """
 
     cfg: DataConfig
@@ -59,20 +59,20 @@ class Preparation:
 
     @property
     def cache(self) -> Path:
-        """The folder that holds a store for every source ever tokenized."""
+        """Folder with one store per tokenized source."""
         home = (
             os.environ.get("FINETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "finetune/tokens"
         )
         return Path(self.cfg.cache or home).expanduser()
 
     def encoder(self, source: SourceConfig, format_name: str) -> RowEncoder:
-        """What turns this source's rows into tokens."""
+        """Build the encoder of a source's rows."""
         return RowEncoder(RowParser(source, format_name, self.cfg.system), self.chat, self.cfg.train_on)
 
     def store(self, source: SourceConfig) -> TokenStore:
-        """The source's tokens, from the cache where it has them.
+        """Return the source's tokens, from the cache if they are there. Bad rows are listed in the store.
 
-        Raises: DataError if the source cannot be read at all; bad rows are listed in the store, whatever the policy.
+        Raises: DataError if the source cannot be read.
         """
         files = resolve_source(source)
         made_from = {**self.made_from(source), "rows": files.digest()}
@@ -83,12 +83,12 @@ class Preparation:
             self.write(temporary, source, format_name, batches, made_from)
 
         self.provide(folder, write)
-        with suppress(PermissionError):  # another user's cache: it can be read
-            os.utime(folder)  # when it was last used, for whoever cleans it
+        with suppress(PermissionError):  # another user's cache
+            os.utime(folder)  # the time of last use, for cleaning
         return TokenStore(folder)
 
     def made_from(self, source: SourceConfig) -> dict[str, Any]:
-        """Everything but the rows that decides the tokens, by name."""
+        """Return everything except the rows that decides the tokens, by name."""
         return {
             "version": ENCODING_VERSION,
             "tokenizers": tokenizers.__version__,
@@ -100,9 +100,9 @@ class Preparation:
         }
 
     def provide(self, folder: Path, write: Callable[[Path], None]) -> None:
-        """See to it that a whole store lies in `folder`: written by the main process, awaited by the others.
+        """Make sure that `folder` holds a complete store: the main process writes it, the others wait.
 
-        write: writes the store into the folder it is given, which becomes `folder` once it is done.
+        write: writes the store into a temporary folder, which is then renamed to `folder`.
         """
         if is_valid(folder):
             return
@@ -113,7 +113,7 @@ class Preparation:
         with FileLock(_lock_of(folder)):
             if is_valid(folder):
                 return
-            # Under the lock nobody else writes here: what lies here was left by a process that was killed.
+            # Nobody else writes under the lock: these folders are left from a killed process.
             for leftover in (folder, *folder.parent.glob(f".{folder.name}.*")):
                 if leftover.is_dir():
                     shutil.rmtree(leftover)
@@ -133,7 +133,7 @@ class Preparation:
         batches: Iterable[RawBatch],
         made_from: dict[str, Any],
     ) -> None:
-        """Encode batches of a source into a store."""
+        """Encode batches of a source into a new store in `folder`."""
         files = resolve_source(source)
         writer = StoreWriter(folder)
         rows = 0
@@ -141,9 +141,9 @@ class Preparation:
         for batch in encode_all(encoder, batches, self._workers(files)):
             writer.append(batch)
             rows += len(batch.lengths) + len(batch.bad)
-            # Not done before it is: the end of a compressed file is read before its last rows are.
+            # The end of a compressed file is read before its last rows are encoded.
             self.progress(files.name, min(batch.bytes_read, files.size_bytes - 1), files.size_bytes, rows)
-        self.progress(files.name, files.size_bytes, files.size_bytes, rows)  # also where a limit stops earlier
+        self.progress(files.name, files.size_bytes, files.size_bytes, rows)  # also if a limit stops earlier
         writer.finish(format_name, made_from)
 
     def _workers(self, files: SourceFiles) -> int:
@@ -153,7 +153,7 @@ class Preparation:
 
 
 def with_format(source: SourceConfig, batches: Iterator[RawBatch]) -> tuple[str, Iterator[RawBatch]]:
-    """The rows' format, by the first row that can be read, and all batches, those looked at included."""
+    """Return the rows' format, from the first readable row, and all batches, including those already read."""
     seen: list[RawBatch] = []
     for batch in batches:
         seen.append(batch)
@@ -164,7 +164,7 @@ def with_format(source: SourceConfig, batches: Iterator[RawBatch]) -> tuple[str,
 
 
 def fingerprint(made_from: Mapping[str, Any]) -> str:
-    """A folder's name for what a store is made from."""
+    """Return a folder name for everything that a store is made from."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -173,11 +173,11 @@ def _lock_of(folder: Path) -> Path:
 
 
 def _wait_for(folder: Path) -> None:
-    """Until another process has made the store, however long it works; not if nobody works on it."""
+    """Wait until another process has made the store; give up if no process works on it."""
     idle_since = time.monotonic()
     while not is_valid(folder):
         if time.monotonic() - idle_since > _PATIENCE_SECONDS:
-            raise ResourceError(f"the main rank left {folder} unfinished; its own message says why")
+            raise ResourceError(f"the main rank did not finish {folder}; see its error")
         time.sleep(0.2)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -187,14 +187,14 @@ def _wait_for(folder: Path) -> None:
 
 
 def console_progress(log: Log, every_seconds: float = 10.0) -> Progress:
-    """A line that grows on a terminal; elsewhere a line now and then, and none for what is done at once."""
+    """Show one updated line on a terminal; elsewhere log a line every `every_seconds`."""
     started = last = time.monotonic()
 
     def progress(name: str, done_bytes: int, total_bytes: int, rows: int) -> None:
         nonlocal last
         now = time.monotonic()
         share = done_bytes / total_bytes if total_bytes else 1.0
-        text = f"tokenizing {name}: {share:4.0%}, {rows:,} rows, {rows / max(now - started, 1e-9):,.0f} a second"
+        text = f"tokenizing {name}: {share:4.0%}, {rows:,} rows, {rows / max(now - started, 1e-9):,.0f} rows/s"
         if sys.stderr.isatty():
             print(f"\r{text}", end="\n" if share >= 1 else "", file=sys.stderr, flush=True)
         elif now - last > every_seconds:

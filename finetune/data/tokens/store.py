@@ -1,8 +1,13 @@
 """Tokenized rows on disk, memory-mapped: written once, read by every rank.
 
-A store is a folder: ids.bin (int32), codes.bin (uint8, which of the store's loss weights a token has), rows.npz (an
-entry a row), meta.json, bad_rows.jsonl. It is written under another name and renamed, so a folder that carries its name
-is whole.
+A store is a folder with these files:
+- ids.bin: int32 token ids.
+- codes.bin: uint8, the index of each token's loss weight in the table of meta.json.
+- rows.npz: one entry per row.
+- meta.json: written last.
+- bad_rows.jsonl: rows that cannot be used.
+
+It is written under a temporary name and renamed, so a folder under its final name is complete.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import numpy as np
 from finetune.data.encoded import Encoded
 from finetune.system.errors import DataError
 
-# An entry a row; 32 bits hold two thousand million rows, and rows of as many tokens.
+# One entry per row; 32 bits suffice for 2^31 rows, and for rows of 2^31 tokens.
 _COLUMNS = {
     "lengths": np.int32,
     "targets": np.int32,
@@ -37,7 +42,7 @@ _MOST_WEIGHTS = 256  # a code is one byte
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be used, where it stands and why."""
+    """A row that cannot be used, with its location and the reason."""
 
     index: int
     location: str
@@ -46,12 +51,17 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class EncodedBatch:
-    """Rows of one file, encoded, in order; rows that could not be used stand in `bad`.
+    """Encoded rows of one file, in order.
 
-    lengths, indices, numbers [N] int64 (tokens, row in the source from 0, line or row in the file from 1);
-    hashes [N] uint64 of the rows' content; control_tokens [N] int32 spelled out in contents;
-    ids [sum of lengths] int32; weights [sum of lengths] float32. media_digests: of each row.
-    bytes_read: of the source's files, up to and with these rows.
+    lengths: [N] int64, tokens of each row.
+    indices: [N] int64, row in the source, from 0.
+    numbers: [N] int64, line or row in the file, from 1.
+    hashes: [N] uint64, of the rows' content.
+    control_tokens: [N] int32, control tokens spelled out in the row's texts.
+    ids, weights: [sum of lengths] int32 and float32.
+    media_digests: of each row.
+    bad: rows that cannot be used.
+    bytes_read: of the source's files, up to the last of these rows.
     """
 
     file: str
@@ -70,8 +80,11 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class StoreMeta:
-    """What meta.json holds. content: SHA-256 over tokens and weights, however the rows lay in files; weights: what a
-    code stands for; sizes: bytes of every other file.
+    """The content of meta.json.
+
+    content: SHA-256 of tokens and weights, whatever files the rows came from.
+    weights: loss weight of each code.
+    sizes: bytes of every other file.
     """
 
     rows: int
@@ -87,11 +100,13 @@ class StoreMeta:
 
 
 class TokenStore(Sequence[Encoded]):
-    """Rows of one source as encoded, before any is cut.
+    """Encoded rows of one source, before any is cut.
 
-    lengths [N] int32: tokens. targets [N] int32: tokens that are predicted, the first token never being one.
-    indices [N] int32: the row in its source, from 0, bad rows counted. hashes [N] uint64: of the row's content.
-    control_tokens [N] int32: spelled out in contents.
+    lengths: [N] int32, tokens of each row.
+    targets: [N] int32, targets of each row; the first token is never one.
+    indices: [N] int32, row in the source, from 0, bad rows counted.
+    hashes: [N] uint64, of the rows' content.
+    control_tokens: [N] int32, control tokens spelled out in the row's texts.
     """
 
     def __init__(self, folder: Path):
@@ -123,28 +138,28 @@ class TokenStore(Sequence[Encoded]):
         return self.piece(row % len(self), 0, int(self.lengths[row]))
 
     def piece(self, row: int, start: int, length: int) -> Encoded:
-        """Tokens [start, start + length) of a row."""
+        """Return the tokens [start, start + length) of a row."""
         where = slice(first := int(self.starts[row]) + start, first + length)
         media = b"" if self._media is None else bytes.fromhex(self._media[row].decode())
         return Encoded(np.asarray(self._ids[where]), self._weights[self._codes[where]], media)
 
     def location(self, row: int) -> str:
-        """Where the row stands: `file:line`, or `file:row N` in files without lines."""
+        """Return the row's location: `file:line`, or `file:row N` in files without lines."""
         file, number = int(self._files[row]), int(self._numbers[row])
         return f"{self.meta.files[file]}:{'' if self.meta.units[file] == 'line' else 'row '}{number}"
 
     def used_ids(self) -> np.ndarray:
-        """Token ids that occur [U] int32, each once."""
+        """Return the distinct token ids [U] int32."""
         return np.unique(self._ids)
 
     @property
     def format(self) -> str:
-        """What the rows were recognized as."""
+        """The rows' format."""
         return self.meta.format
 
     @property
     def bad_rows(self) -> Path:
-        """JSON lines of the rows that could not be used: index, place, reason."""
+        """JSON lines of the rows that cannot be used: index, place, reason."""
         return self.folder / BAD_ROWS
 
 
@@ -153,7 +168,7 @@ def _mapped(file: Path, dtype: type, length: int) -> np.ndarray:
 
 
 def is_valid(folder: Path) -> bool:
-    """Whether a store lies there whole: every file is as long as meta.json says, which is written last."""
+    """Return whether a folder holds a complete store: all files have their size in meta.json."""
     try:
         sizes = json.loads((folder / _META).read_text(encoding="utf-8"))["sizes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -162,9 +177,9 @@ def is_valid(folder: Path) -> bool:
 
 
 class StoreWriter:
-    """Writes a store batch by batch into a folder of its own; memory holds 32 bytes a row, and no tokens.
+    """Writes a store batch by batch into a new folder. Memory: about 40 bytes per row, and no tokens.
 
-    Raises: DataError for rows with more different loss weights than a store can tell apart.
+    Raises: DataError for rows with more than 254 different loss weights.
     """
 
     def __init__(self, folder: Path):
@@ -181,7 +196,7 @@ class StoreWriter:
         self._bad_rows = 0
 
     def append(self, batch: EncodedBatch) -> None:
-        """Add rows; batches come in the order of the source."""
+        """Append rows; batches must come in the order of the source."""
         codes = self._code(batch.weights)
         self._ids.write(batch.ids.data)
         self._codes.write(codes.data)
@@ -206,15 +221,15 @@ class StoreWriter:
         self._bad_rows += len(batch.bad)
 
     def finish(self, format_name: str, made_from: dict[str, Any]) -> None:
-        """Close the files and see them on the disk; the folder may be renamed then."""
+        """Write and sync all files; then the folder can be renamed."""
         columns = {name: np.concatenate(self._columns.pop(name)) for name in _COLUMNS}
         if any(self._media):  # a store of text looks as it did before there was media
             columns[_MEDIA] = np.array(self._media, dtype=np.bytes_)
         with (self.folder / _ROWS).open("wb") as rows:
             np.savez(rows, allow_pickle=False, **columns)
-            _settle(rows)
+            _sync(rows)
         for stream in (self._ids, self._codes, self._bad):
-            _settle(stream)
+            _sync(stream)
             stream.close()
         files = [file for file, _ in self._files]
         units = [unit for _, unit in self._files]
@@ -232,7 +247,7 @@ class StoreWriter:
         )
         with (self.folder / _META).open("w", encoding="utf-8") as stream:
             json.dump(asdict(meta), stream, ensure_ascii=False, indent=1)
-            _settle(stream)
+            _sync(stream)
 
     def _digest(self) -> str:
         parts: list[Any] = [*(part.hexdigest() for part in self._content.values()), list(self._weights)]
@@ -246,14 +261,14 @@ class StoreWriter:
             self._weights.setdefault(weight, len(self._weights))
         if len(self._weights) > _MOST_WEIGHTS:
             raise DataError(
-                f"the rows carry more than {_MOST_WEIGHTS - 2} different weights; round them to fewer, as 0.25, 0.5, 1"
+                f"the rows have more than {_MOST_WEIGHTS - 2} different weights; round them, as 0.25, 0.5, 1"
             )
         table = np.array([self._weights[weight] for weight in found.tolist()], dtype=np.uint8)
         return table[inverse] if len(table) else np.empty(0, dtype=np.uint8)
 
 
 def _targets(batch: EncodedBatch) -> np.ndarray:
-    """Targets a row [N]: the first token of a row is predicted from nothing, so it is none."""
+    """Targets of each row [N]. The first token of a row is not predicted, so it is never a target."""
     if not len(batch.lengths):
         return np.empty(0, dtype=np.int64)
     ends = np.cumsum(batch.lengths)
@@ -262,6 +277,6 @@ def _targets(batch: EncodedBatch) -> np.ndarray:
     return np.add.reduceat(trained, ends - batch.lengths)
 
 
-def _settle(stream: Any) -> None:
+def _sync(stream: Any) -> None:
     stream.flush()
     os.fsync(stream.fileno())

@@ -1,8 +1,8 @@
-"""Processes that encode rows beside this one.
+"""Encode rows in child processes.
 
-Plain child processes that speak pickle over their pipes, not `multiprocessing`: neither a fork of a process that holds
-a GPU and threads, nor a second import of the user's script or notebook. A child whose parent is gone reads the end of
-its pipe and ends.
+The children are plain processes that exchange pickles over pipes, not `multiprocessing`. So no process with a GPU and
+threads is forked, and the user's script or notebook is not imported again. A child whose parent died reads the end of
+its pipe and exits.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from finetune.system.errors import ResourceError
 
 _PARENT = Path(__file__).resolve().parents[3]
 _CHILD = f"import sys; sys.path.insert(0, {str(_PARENT)!r}); from finetune.data.tokens.workers import serve; serve()"
-# Batches under way for each worker: one at work, one waiting in its pipe.
+# Batches per worker: one in work, one waiting in its pipe.
 _AHEAD = 2
 
 
 def encode_all(encoder: RowEncoder, batches: Iterable[RawBatch], workers: int) -> Iterator[EncodedBatch]:
-    """Every batch encoded, in the order given, by so many child processes; 0 encodes in this process.
+    """Encode batches in child processes, and yield them in order. Memory: two batches per worker.
 
-    Memory: two batches a worker. Raises: ResourceError if a worker dies.
+    workers: number of processes; 0 encodes in this process.
+    Raises: ResourceError if a worker dies.
     """
     if workers == 0:
         yield from map(encoder, batches)
@@ -103,10 +104,10 @@ class _Child:
 
 
 def serve(requests: IO[bytes] | None = None, answers: IO[bytes] | None = None) -> None:
-    """A child's life: an encoder first, then a batch for every answer, until the parent closes the pipe."""
+    """Run a child: read an encoder, then answer each batch, until the parent closes the pipe."""
     requests = requests or sys.stdin.buffer
     answers = answers or os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), 1)  # what anything prints must not end up among the answers
+    os.dup2(sys.stderr.fileno(), 1)  # keep prints out of the answers
     try:
         encoder: RowEncoder = pickle.load(requests)  # noqa: S301 - from the parent that started this process
         while True:

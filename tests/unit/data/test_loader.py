@@ -206,7 +206,7 @@ def test_every_format_reaches_the_tokens(tmp_path, chat):
     tokens = {"input_ids": text.ids.tolist(), "labels": [-100, *text.ids[1:].tolist()]}
     [again] = load(config(write(tmp_path, tokens, name="tokens.jsonl")), chat).documents
     assert np.array_equal(again.ids, text.ids) and np.array_equal(again.labels, text.labels)
-    with pytest.raises(DataError, match=r"tokens.jsonl:1: input_ids holds 999999, the tokenizer ends at"):
+    with pytest.raises(DataError, match=r"tokens.jsonl:1: input_ids.*999999"):
         load(config(write(tmp_path, {"input_ids": [1, 999999]}, name="tokens.jsonl")), chat)
 
 

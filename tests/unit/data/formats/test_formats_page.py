@@ -1,9 +1,10 @@
-"""The page about formats shows rows that are read, and rows that are refused, as it says."""
+"""docs/formats.md shows every format, and its rows are read or refused as marked."""
 
 from __future__ import annotations
 
 import json
 import re
+from typing import get_args
 
 import pytest
 import yaml
@@ -22,7 +23,7 @@ def page(repo_root) -> str:
 
 
 def examples(page: str):
-    """(heading, source, row, refused) of every row on the page; a source's settings hold for the row after them."""
+    """Yield (heading, source, row, refused) of every row on the page; settings of a source apply to the next row."""
     heading, source = "", {}
     for language, block, title in FENCE.findall(page):
         if title:
@@ -34,7 +35,11 @@ def examples(page: str):
             source = {}
 
 
-def test_every_row_on_the_page_is_read_or_refused_as_it_says(page):
+def test_the_config_knows_every_format():
+    assert get_args(SourceConfig.model_fields["format"].annotation) == ("auto", *FORMATS)
+
+
+def test_every_row_on_the_page_is_read_or_refused_as_marked(page):
     for heading, source, row, refused in examples(page):
         parser = RowParser(source, resolve_format(source, row, "the page"))
         if heading in FORMATS:

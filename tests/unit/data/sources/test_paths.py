@@ -450,9 +450,7 @@ def test_what_the_hub_cannot_give_says_what_to_set(hub):
 
 def test_without_the_hub_the_message_says_so_and_what_is_near(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "check the path or the network" in refused(
-        "openai/gsm8k", subset="main", split="train"
-    )
+    assert "check the path or the network" in refused("openai/gsm8k", subset="main", split="train")
     save(tmp_path / "openai" / "gsm8k.jsonl", lines("x"))
     assert "did you mean openai/gsm8k.jsonl?" in refused("openai/gsm8k", subset="main", split="train")
 

@@ -166,7 +166,7 @@ def test_processes_that_start_together_make_one_store(tmp_path, chat):
 
 def test_who_waits_for_a_store_that_nobody_makes_is_told(tmp_path, chat, monkeypatch):
     monkeypatch.setattr(prepare, "_PATIENCE_SECONDS", 0.5)
-    with pytest.raises(ResourceError, match="main rank left"):
+    with pytest.raises(ResourceError, match="main rank"):
         store_of(preparation(tmp_path, chat, rows(tmp_path), main=False))
 
 
