@@ -38,7 +38,7 @@ def run(arguments: Arguments) -> int:
     from finetune.config.compose import load_config
 
     cfg = load_config(str(arguments.config), arguments.overrides)
-    if not cfg.asks_teacher:
+    if not cfg.has_teacher:
         raise ConfigError(
             f"distill.objective: is none in {arguments.config}, so there is no teacher\n"
             "help: set distill.objective=recover, or guard.max to a limit"

@@ -101,7 +101,7 @@ def _print_lengths(cfg: RunConfig, as_json: bool) -> int:
     table = _table("Qwen2.5", *(f"{budget} GB" for budget in BUDGETS_GB))
     for size, row in lengths.items():
         table.add_row(size, *(_tokens(row[budget], LONGEST) for budget in BUDGETS_GB))
-    teacher = f", teacher={cfg.distill.teacher.placement}" if cfg.asks_teacher else ""
+    teacher = f", teacher={cfg.distill.teacher.placement}" if cfg.has_teacher else ""
     targets = cfg.lora.target_modules
     print(
         "Longest packed sequence in tokens, one per forward pass, on one GPU: "

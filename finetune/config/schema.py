@@ -62,8 +62,8 @@ class RunConfig(Section):
     track: TrackConfig = Field(TrackConfig(), description="Experiment trackers; metrics.jsonl is always written.")
 
     @property
-    def asks_teacher(self) -> bool:
-        """Whether the run has a teacher: to learn from, or to be measured against."""
+    def has_teacher(self) -> bool:
+        """Return whether the run learns from a teacher or is measured against one."""
         return self.distill.objective != "none" or self.guard.max is not None
 
     @model_validator(mode="after")

@@ -307,7 +307,7 @@ class GuardConfig(Section):
     max: Positive | None = Field(None, description="Limit in nats per trained token; null: no guard.")
     action: Literal["warn", "recover", "stop"] = Field(
         "warn",
-        description="Above the limit: warn; recover (train on the divergence for guard.steps, measure again); or save and stop.",
+        description="Above the limit: warn; recover (train on the divergence for guard.steps); or save and stop.",
     )
     steps: Count = Field(20, description="Number of recovery steps, on the data of the latest steps.")
 

@@ -158,7 +158,7 @@ def plan_inputs(cfg: RunConfig, shape: Mapping[str, Any] | None, *, device_type:
         distill=cfg.distill,
         guard=cfg.guard,
         generation=cfg.generation,
-        has_teacher=cfg.asks_teacher,
+        has_teacher=cfg.has_teacher,
         device_type=device_type,
         ranks=ranks,
     )

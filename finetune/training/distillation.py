@@ -129,7 +129,7 @@ def check_distillation(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, data:
     Raises:
         ConfigError: a token in use means something else to the teacher, or the widths of the hidden states differ.
     """
-    if not cfg.asks_teacher:
+    if not cfg.has_teacher:
         return 0
     if cfg.distill.objective == "recover":
         log(_RECOVER_LIMITS)
@@ -155,7 +155,7 @@ def build_distillation(
     Args:
         base: the student, before an adapter is attached.
     """
-    if not cfg.asks_teacher:
+    if not cfg.has_teacher:
         return None
     sources = [*data.train, *data.eval]
     documents = Documents.join(source.documents for source in sources) if sources else ()
