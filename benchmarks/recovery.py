@@ -149,8 +149,7 @@ class Experiment:
         from finetune.data.tokens.prepare import Preparation
         from finetune.distill.resident import load_resident
         from finetune.distill.teacher import teacher_model
-        from finetune.evaluation.agreement import agreement
-        from finetune.evaluation.perplexity import evaluate
+        from finetune.evaluation.scoring import agreement, evaluate
         from finetune.models.adapters.attach import load_adapter
         from finetune.models.load import load_base, load_tokenizer
 

@@ -45,7 +45,7 @@ def run(arguments: Arguments) -> int:
     if folder is None:
         log("results: not written, the adapter has no run folder; out=DIR writes gap.json, gap.md and gap.png")
     else:
-        from finetune.evaluation.result_files import write_gap
+        from finetune.evaluation.gap_text import write_gap
         from finetune.report.run_page import REPORT, try_report
 
         log(f"written: {', '.join(map(str, write_gap(table, folder)))}")

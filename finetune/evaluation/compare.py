@@ -21,13 +21,13 @@ from transformers import PreTrainedTokenizerBase
 from finetune import __version__
 from finetune.config.command_options import EvalOptions
 from finetune.data.template.chat import ChatTemplate
-from finetune.evaluation.examples import RowSet, doubts, load_sets
+from finetune.evaluation.examples import RowSet, data_warnings, load_sets
 from finetune.evaluation.gap_table import GapTable, ModelFigures, Variant
 from finetune.evaluation.intervals import Bootstrap
 from finetune.evaluation.lm_eval import load_tasks, run_tasks
-from finetune.evaluation.measure import HowFar, Measuring, stored_bytes
+from finetune.evaluation.measure import Evaluator, Progress, stored_bytes
 from finetune.evaluation.metrics import Metric, find_metric
-from finetune.evaluation.variants import Log, Subjects, contradictions, find_subjects
+from finetune.evaluation.variants import Log, Variants, contradictions, find_variants
 from finetune.models.adapters.files import TENSOR_FILE
 from finetune.models.digest import sha256_of
 from finetune.models.hub import TEXT_FILES, fetch, read_config
@@ -52,7 +52,7 @@ def evaluate_gap(options: EvalOptions, log: Log, merge: Merge, place: Path | Non
     if default_device().type == "cpu" and (threads := pick_threads(os.environ, usable_cores())):
         torch.set_num_threads(threads)
     metric = _check(options)
-    subjects = find_subjects(options, log)
+    subjects = find_variants(options, log)
     tasks = load_tasks(options.tasks) if options.tasks else None
     tokenizer = _tokenizer(subjects)
     chat = ChatTemplate(tokenizer)
@@ -62,7 +62,7 @@ def evaluate_gap(options: EvalOptions, log: Log, merge: Merge, place: Path | Non
         _check_merged(options.merged, _vocabulary(subjects, tokenizer))
     for rows in sets:
         log(_describe(rows))
-    for doubt in doubts(options, subjects.cfg, sets):
+    for doubt in data_warnings(options, subjects.cfg, sets):
         log(f"warning: {doubt}")
     with _scratch(place) as scratch:
         merged = _merged_folder(options, subjects, scratch, merge)
@@ -84,18 +84,18 @@ def evaluate_gap(options: EvalOptions, log: Log, merge: Merge, place: Path | Non
 
 def _measure(
     options: EvalOptions,
-    subjects: Subjects,
+    subjects: Variants,
     variant: Variant,
     merged: Path | None,
-    measuring: Measuring,
+    measuring: Evaluator,
     tasks: Any,
     log: Log,
 ) -> ModelFigures:
     name = subjects.name(variant)
     started = time.monotonic()
-    with _room_for(name, variant, subjects.variants):
+    with _explain_out_of_memory(name, variant, subjects.variants):
         model = subjects.load(variant, merged, log)
-        sets = measuring.measure(model, reference=variant == "base", far=HowFar(name, log))
+        sets = measuring.measure(model, reference=variant == "base", far=Progress(name, log))
         found = []
         if tasks is not None:
             found = run_tasks(
@@ -116,7 +116,7 @@ def _measure(
 
 
 @contextmanager
-def _room_for(name: str, variant: Variant, variants: tuple[Variant, ...]) -> Iterator[None]:
+def _explain_out_of_memory(name: str, variant: Variant, variants: tuple[Variant, ...]) -> Iterator[None]:
     """Says what to do where memory or disk runs out. Raises: ResourceError."""
     try:
         yield
@@ -144,13 +144,13 @@ def _check(options: EvalOptions) -> Metric:
     return metric
 
 
-def _tokenizer(subjects: Subjects) -> PreTrainedTokenizerBase:
+def _tokenizer(subjects: Variants) -> PreTrainedTokenizerBase:
     if subjects.adapter is None:
         return load_tokenizer(subjects.model)
     return load_adapter_tokenizer(subjects.model, subjects.adapter)
 
 
-def _with_rows_for(subjects: Subjects, tokenizer: PreTrainedTokenizerBase, log: Log) -> Subjects:
+def _with_rows_for(subjects: Variants, tokenizer: PreTrainedTokenizerBase, log: Log) -> Variants:
     """Without the models that have no row for tokens that the adapter added."""
     if max(tokenizer.get_vocab().values()) < _base_rows(subjects):
         return subjects
@@ -162,26 +162,26 @@ def _with_rows_for(subjects: Subjects, tokenizer: PreTrainedTokenizerBase, log: 
     return replace(subjects, variants=kept)
 
 
-def _base_rows(subjects: Subjects) -> int:
+def _base_rows(subjects: Variants) -> int:
     model = subjects.model
     return int(read_config(fetch(model.name, model.revision, TEXT_FILES, "model").folder, model.name)["vocab_size"])
 
 
-def _vocabulary(subjects: Subjects, tokenizer: PreTrainedTokenizerBase) -> int:
+def _vocabulary(subjects: Variants, tokenizer: PreTrainedTokenizerBase) -> int:
     """Ids that all models know."""
     return min(len(tokenizer), _base_rows(subjects))
 
 
 def _measuring(
     options: EvalOptions,
-    subjects: Subjects,
+    subjects: Variants,
     sets: list[RowSet],
     words: tuple[PreTrainedTokenizerBase, ChatTemplate, Metric],
     scratch: Path,
-) -> Measuring:
+) -> Evaluator:
     tokenizer, chat, metric = words
     own = subjects.cfg.generation.max_new_tokens if subjects.cfg is not None else _MAX_NEW_TOKENS
-    return Measuring(
+    return Evaluator(
         sets,
         tokenizer,
         chat,
@@ -195,7 +195,7 @@ def _measuring(
     )
 
 
-def _merged_folder(options: EvalOptions, subjects: Subjects, scratch: Path, merge: Merge) -> Path | None:
+def _merged_folder(options: EvalOptions, subjects: Variants, scratch: Path, merge: Merge) -> Path | None:
     """The folder that holds the merged model; where the user has none, one that goes with `scratch`."""
     if "merged" not in subjects.variants:
         return None

@@ -67,7 +67,7 @@ def load_sets(options: EvalOptions, cfg: RunConfig | None, chat: ChatTemplate) -
     return _named_apart(sets)
 
 
-def doubts(options: EvalOptions, cfg: RunConfig | None, sets: Sequence[RowSet]) -> Iterator[str]:
+def data_warnings(options: EvalOptions, cfg: RunConfig | None, sets: Sequence[RowSet]) -> Iterator[str]:
     """What makes figures say something else than they seem to: rows that were trained on, or that are in two sets."""
     trained = {_file(source) for source in cfg.data.train} if cfg is not None else set()
     for word, sources in (("data", options.data or []), ("forgetting", options.forgetting)):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.evaluation.gap_table import GapTable, ModelFigures, SetFigures
+from finetune.evaluation.gap_table import JSON, MARKDOWN, PICTURE, GapTable, ModelFigures, SetFigures, save_gap
 from finetune.evaluation.intervals import Estimate
-from finetune.system.plotting import COLORS, figure
+from finetune.system.atomic import write_text
+from finetune.system.plotting import COLORS, figure, save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,6 +46,20 @@ def readable_bytes(count: int) -> str:
     """`2.24 MB`, `15.2 GB`."""
     unit, size = ("GB", 10**9) if count >= 10**9 else ("MB", 10**6)
     return f"{count / size:.3g} {unit}"
+
+
+def write_gap(table: GapTable, folder: Path) -> list[Path]:
+    """Write gap.md, gap.png and gap.json, each in one rename, and return the files.
+
+    A table of tasks alone has no picture.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PICTURE).unlink(missing_ok=True)
+    write_text(folder / MARKDOWN, gap_markdown(table))
+    if any(model.sets for model in table.models):
+        save_png(gap_figure(table), folder / PICTURE)
+    save_gap(table, folder)
+    return [folder / name for name in (JSON, MARKDOWN, PICTURE) if (folder / name).exists()]
 
 
 def gap_markdown(table: GapTable) -> str:

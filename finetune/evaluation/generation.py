@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.data.formats.messages import Conversation
 from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation.decoding import Decoding, greedy
-from finetune.evaluation.perplexity import evaluating
+from finetune.evaluation.scoring import evaluating
 from finetune.losses.hidden_states import base_of
 
 

@@ -34,7 +34,7 @@ PACE_SECONDS = 10.0
 _MOST_NATS = 700.0
 
 
-class Remembered:
+class ReferenceCache:
     """What the reference said of a set: the final hidden states of its targets, on the disk until asked for."""
 
     def __init__(self, folder: Path, device: torch.device):
@@ -59,16 +59,16 @@ class Remembered:
 
 
 class _Replay:
-    def __init__(self, said: Remembered):
-        self._said, self._next = said, 0
+    def __init__(self, cache: ReferenceCache):
+        self._cache, self._next = cache, 0
 
     def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherHidden]:
         for _ in batches:
             self._next += 1
-            yield self._said.batch(self._next - 1)
+            yield self._cache.batch(self._next - 1)
 
 
-class HowFar:
+class Progress:
     """Says how far a model has come, where that takes longer than a few seconds."""
 
     def __init__(self, name: str, log: Log):
@@ -87,7 +87,7 @@ class HowFar:
 
 
 @dataclass
-class Measuring:
+class Evaluator:
     """What measuring needs besides a model. vocabulary: ids that reference and models know. scratch: a folder.
 
     said, baseline, right: of each set, what the reference said, its figures, and its score of each row answered; empty
@@ -104,19 +104,19 @@ class Measuring:
     bootstraps: list[Bootstrap]
     answered: list[Bootstrap]
     scratch: Path
-    said: list[Remembered] = field(default_factory=list)
+    said: list[ReferenceCache] = field(default_factory=list)
     baseline: list[dict[str, Figure]] = field(default_factory=list)
     right: list[np.ndarray] = field(default_factory=list)
 
-    def measure(self, model: nn.Module, reference: bool, far: HowFar) -> list[SetFigures]:
+    def measure(self, model: nn.Module, reference: bool, far: Progress) -> list[SetFigures]:
         """A model's figures on every set. reference: whether it is what the models after it are compared with."""
         return [self._on_set(model, i, reference, far) for i in range(len(self.sets))]
 
-    def _on_set(self, model: nn.Module, i: int, reference: bool, far: HowFar) -> SetFigures:
+    def _on_set(self, model: nn.Module, i: int, reference: bool, far: Progress) -> SetFigures:
         rows = self.sets[i]
         said = self.said[i] if i < len(self.said) else None
         if reference:
-            said = Remembered(self.scratch / str(i), next(model.parameters()).device)
+            said = ReferenceCache(self.scratch / str(i), next(model.parameters()).device)
             scores = score_tokens(
                 model, rows.documents, limit_tokens=LIMIT_TOKENS, keep=said.keep, progress=far.of(rows.name, "scored")
             )
@@ -151,7 +151,7 @@ class Measuring:
             rows.name, rows.rows, len(scores.row_N), rows.forgetting, len(rows.conversations), estimates, differences
         )
 
-    def _score_answers(self, model: nn.Module, rows: RowSet, far: HowFar) -> np.ndarray:
+    def _score_answers(self, model: nn.Module, rows: RowSet, far: Progress) -> np.ndarray:
         answers = answer_rows(
             model,
             self.tokenizer,

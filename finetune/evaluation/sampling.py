@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.evaluation.decoding import Decoding
-from finetune.evaluation.perplexity import evaluating
+from finetune.evaluation.scoring import evaluating
 
 # Of a batch. At 7B keys and values of so many tokens take 0.9 GB, and for longer the weights set the pace anyway.
 _PROMPTS, _TOKENS = 64, 2**14

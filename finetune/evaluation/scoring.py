@@ -1,11 +1,13 @@
-"""What a model makes of each target token of held-out rows: one pass for its loss, its choices and its distance.
+"""Scores on the target tokens of held-out rows: loss, accuracy, and distance from a teacher.
 
 Shapes: N target tokens, R rows, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,23 +15,137 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.batch import Batch, build_batch, groups_of
-from finetune.data.documents import Documents
+from finetune.data.documents import Document, Documents
 from finetune.data.encoded import IGNORE_INDEX
-from finetune.evaluation.perplexity import evaluating
 from finetune.losses.chunked import chunked_logits
-from finetune.losses.cross_entropy import head_of, target_rows
+from finetune.losses.cross_entropy import head_of, score, target_rows
 from finetune.losses.divergence import compare
 from finetune.losses.hidden_states import base_of, hidden_states
 from finetune.losses.teacher_targets import Teacher, TeacherTargets
 from finetune.ops.cross_entropy import cross_entropy_
+from finetune.ops.limits import TEACHER_BATCHES
 from finetune.system.errors import FinetuneError
+
+# Percentiles over all ranks come from a histogram of log KL: bins 2 % wide, from 1e-9 to 4e8 nats.
+_LOWEST, _BIN_LOG, _BINS = 1e-9, math.log(1.02), 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """loss: nats per target token. accuracy: share of targets that greedy decoding predicts. tokens: targets."""
+
+    loss: float
+    accuracy: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """Return exp(loss); infinity if a float cannot hold it."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set evaluation mode in the block, and restore the mode of every module after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def evaluate(
+    model: nn.Module,
+    documents: Sequence[Document],
+    *,
+    limit_tokens: int,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Perplexity:
+    """Measure loss and accuracy on documents.
+
+    Args:
+        limit_tokens: the most tokens per batch; a longer document is a batch by itself.
+        sum_over_ranks: sums a tensor over all ranks, of which each has a part of the documents.
+    """
+    device = next(model.parameters()).device
+    sums = torch.zeros(3, dtype=torch.float64)
+    with evaluating(model):
+        for batch in groups_of(documents, limit_tokens):
+            result = score(model, build_batch(batch).to(device))
+            sums += torch.tensor([float(result.nll), float(result.correct), result.tokens], dtype=torch.float64)
+    nll, correct, tokens = sum_over_ranks(sums).tolist()
+    return Perplexity(nll / tokens, correct / tokens, int(tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """kl: KL(teacher || model) in nats per target. top1: share of targets with the same first choice. tokens: targets.
+
+    kl_p99: 99th percentile of KL over targets, within 1 %.
+    """
+
+    kl: float
+    top1: float
+    tokens: int
+    kl_p99: float
+
+
+@torch.no_grad()
+def agreement(
+    model: nn.Module,
+    teacher: Teacher,
+    documents: Sequence[Document],
+    vocabulary: int,
+    *,
+    limit_tokens: int,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Agreement:
+    """Compare a model with a teacher on documents.
+
+    Args:
+        vocabulary: number of token ids that both have.
+        limit_tokens: as for `evaluate`.
+        sum_over_ranks: as for `evaluate`.
+    """
+    device = next(model.parameters()).device
+    sums = torch.zeros(3 + _BINS, dtype=torch.float64)
+    batches = [build_batch(group, share_prefixes=True) for group in groups_of(documents, limit_tokens)]
+    with evaluating(model):
+        for start in range(0, len(batches), TEACHER_BATCHES):
+            some = batches[start : start + TEACHER_BATCHES]
+            for batch, teacher_targets in zip(some, teacher.targets_for(some), strict=True):
+                here = batch.to(device)
+                hidden_ND, _, _ = target_rows(hidden_states(model, here), here)
+                for logits_NV, rows in chunked_logits(hidden_ND, head_of(model), vocabulary):
+                    kl_N, agree_N = compare(teacher_targets, logits_NV, rows, vocabulary)
+                    totals = torch.stack([kl_N.sum().cpu(), agree_N.sum().cpu(), torch.tensor(len(kl_N))])
+                    sums += torch.cat([totals.double(), _histogram(kl_N.cpu())])
+    sums = sum_over_ranks(sums)
+    kl, top1, tokens = sums[:3].tolist()
+    return Agreement(kl / tokens, top1 / tokens, int(tokens), _percentile(sums[3:], 0.99))
+
+
+def _histogram(kl_N: Tensor) -> Tensor:
+    """Count the values per bin of their logarithm."""
+    places_N = ((kl_N.double().clamp(min=_LOWEST) / _LOWEST).log() / _BIN_LOG).long().clamp_(max=_BINS - 1)
+    return torch.bincount(places_N, minlength=_BINS).double()
+
+
+def _percentile(counts: Tensor, share: float) -> float:
+    """The middle of the percentile's bin; 0 for the lowest bin."""
+    reached = counts.cumsum(0)
+    place = int(torch.searchsorted(reached, share * reached[-1] - 1e-9))
+    return _LOWEST * math.exp((place + 0.5) * _BIN_LOG) if place else 0.0
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Of each target, in the documents' order. row_N: its row, counted from 0 within the documents; nll_N in nats;
-    correct_N: whether greedy decoding would give it; kl_N, KL(teacher || model) in nats, and agree_N, whether both
-    prefer the same token: None without a teacher.
+    """Scores per target, in the order of the documents.
+
+    row_N: its row, from 0 within the documents. nll_N: nats. correct_N: greedy decoding predicts it.
+    kl_N: KL(teacher || model) in nats. agree_N: both have the same first choice. None without a teacher.
     """
 
     row_N: np.ndarray
@@ -50,11 +166,16 @@ def score_tokens(
     keep: Callable[[Tensor], None] = lambda hidden_ND: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TokenScores:
-    """Score documents in batches of at most `limit_tokens` tokens (a longer document goes alone).
+    """Score each target of documents.
 
-    vocabulary: ids that teacher and model both know. keep: given the final hidden states [N, D] of each batch's
-    targets, in order. progress: told after each how many documents are done, and of how many.
-    Raises: FinetuneError if the model gives numbers that are none.
+    Args:
+        limit_tokens: as for `evaluate`.
+        vocabulary: number of token ids that teacher and model both have.
+        keep: called with the final hidden states [N, D] of each batch's targets, in order.
+        progress: called after each batch with the numbers of scored and of all documents.
+
+    Raises:
+        FinetuneError: a loss is NaN or infinite.
     """
     device = next(model.parameters()).device
     parts: list[list[np.ndarray]] = []
@@ -75,7 +196,9 @@ def score_tokens(
             progress(done, len(documents))
     row_N, nll_N, correct_N, *rest = (np.concatenate(column) for column in zip(*parts, strict=True))
     if not all(np.isfinite(column).all() for column in (nll_N, *rest)):
-        raise FinetuneError("the model gives a loss that is no number; its weights, or the adapter's, are broken")
+        raise FinetuneError(
+            "the loss is NaN or infinite\nhelp: the weights of the model or the adapter are corrupt; train or download them again"
+        )
     return TokenScores(row_N, nll_N, correct_N, *(rest or (None, None)))
 
 
@@ -87,7 +210,7 @@ def _rows_of_targets(batch: Batch, rows: np.ndarray) -> np.ndarray:
 def _chunks(
     model: nn.Module, hidden_ND: Tensor, labels_N: Tensor, teacher_targets: TeacherTargets | None, vocabulary: int
 ) -> list[list[Tensor]]:
-    """Nats, correct, and with a signal KL and agreement, of chunk after chunk."""
+    """Per chunk of logits: nats, correct, and with teacher targets KL and agreement."""
     found = []
     for logits_NV, rows in chunked_logits(hidden_ND, head_of(model), base_of(model).config.vocab_size):
         correct_N = logits_NV.argmax(-1) == labels_N[rows]

@@ -26,7 +26,7 @@ _SHORT: dict[str, str] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp3
 
 
 @dataclass(frozen=True)
-class Subjects:
+class Variants:
     """What is compared.
 
     adapter: its folder, None for a model alone. cfg: of the adapter's run, None without one. model: the base, or that
@@ -72,18 +72,18 @@ class Subjects:
         return model.eval()
 
 
-def find_subjects(options: EvalOptions, log: Log) -> Subjects:
+def find_variants(options: EvalOptions, log: Log) -> Variants:
     """The models that the options name. Nothing but text files and an adapter is read.
 
     Raises: ConfigError for variants that there are not; what fetching and reading raise.
     """
     if options.adapter is not None:
         trained = find_trained([options.adapter], None, log)
-        found = Subjects(trained.adapters[0].folder, trained.cfg, trained.model, trained.quant, ())
+        found = Variants(trained.adapters[0].folder, trained.cfg, trained.model, trained.quant, ())
     else:
         assert options.model is not None
         _check_no_adapter(options.model)
-        found = Subjects(None, None, _own_model(options.model), QuantConfig(type="none"), ())
+        found = Variants(None, None, _own_model(options.model), QuantConfig(type="none"), ())
     quant = found.quant
     if options.quant is not None:
         quant = quant.model_copy(update={"type": options.quant, "int8": []})
@@ -92,7 +92,7 @@ def find_subjects(options: EvalOptions, log: Log) -> Subjects:
     if lost := [variant for variant in wanted if variant not in there]:
         raise ConfigError(f"variants: {', '.join(lost)}: not among what there is here, {', '.join(there)}")
     chosen = tuple(variant for variant in there if variant in wanted)
-    return Subjects(found.adapter, found.cfg, found.model, quant, chosen)
+    return Variants(found.adapter, found.cfg, found.model, quant, chosen)
 
 
 def own_dtype(name: str, revision: str | None = None) -> Dtype:

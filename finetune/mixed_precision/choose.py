@@ -17,7 +17,7 @@ from finetune.config.schema import ModelConfig, QuantConfig, RunConfig
 from finetune.data.batch import Batch
 from finetune.distill.fingerprint import teacher_weights
 from finetune.distill.resident import load_resident
-from finetune.evaluation.perplexity import evaluating
+from finetune.evaluation.scoring import evaluating
 from finetune.losses.cross_entropy import head_of, target_rows
 from finetune.losses.hidden_states import base_of, hidden_states
 from finetune.mixed_precision.allocation import Choices, allocate

@@ -23,8 +23,8 @@ from finetune.distill.filling import write_cache
 from finetune.distill.on_policy import OnPolicySampler
 from finetune.distill.schedule import Schedule
 from finetune.distill.teacher import build_teacher, check_vocabulary, check_width
-from finetune.evaluation.agreement import agreement
 from finetune.evaluation.sampling import sample_answers
+from finetune.evaluation.scoring import agreement
 from finetune.losses.distillation import Distillation
 from finetune.losses.divergence import DistillLossWeights
 from finetune.losses.teacher_targets import Teacher

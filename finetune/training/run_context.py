@@ -15,7 +15,7 @@ from finetune.data.loader import LoadedData, first_conversations
 from finetune.data.sampler import Sampler
 from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.generation import Answer, answer_rows
-from finetune.evaluation.perplexity import evaluate
+from finetune.evaluation.scoring import evaluate
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.planning.auto_batch import BatchPlan
 from finetune.system.console import Log

@@ -16,7 +16,7 @@ import finetune
 from finetune import load_base, load_config, load_tokenizer
 from finetune.data.loader import load_chat_template, load_data
 from finetune.data.tokens.prepare import Preparation
-from finetune.evaluation.perplexity import evaluate
+from finetune.evaluation.scoring import evaluate
 from finetune.models.fused import fuse_layers
 from tests.runs import SMALL_RUN, metrics, result
 

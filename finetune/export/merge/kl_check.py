@@ -24,8 +24,7 @@ from finetune.data.loader import load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.distill.resident import ResidentTeacher, load_resident
-from finetune.evaluation.agreement import agreement
-from finetune.evaluation.perplexity import Perplexity, evaluate
+from finetune.evaluation.scoring import Perplexity, agreement, evaluate
 from finetune.losses.teacher_targets import TeacherHidden
 from finetune.models.adapters.files import SavedAdapter, load_adapter
 from finetune.models.adapters.trained import Trained

@@ -25,8 +25,8 @@ from finetune.config.options import read_options
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.evaluation.compare import evaluate_gap
 from finetune.evaluation.gap_table import GapTable, load_gap
-from finetune.evaluation.result_files import write_gap
-from finetune.evaluation.variants import Subjects
+from finetune.evaluation.gap_text import write_gap
+from finetune.evaluation.variants import Variants
 from finetune.export.merge.merge import merge
 from finetune.losses.hidden_states import base_of
 from finetune.models.adapters.files import load_adapter
@@ -214,7 +214,7 @@ def test_nothing_is_left_behind_where_measuring_fails(run_folder, measure, tmp_p
 
 
 def test_one_model_is_in_memory_at_a_time(run_folder, measure, monkeypatch):
-    load, loaded = Subjects.load, []
+    load, loaded = Variants.load, []
 
     def watched(self, *arguments):
         gc.collect()
@@ -223,7 +223,7 @@ def test_one_model_is_in_memory_at_a_time(run_folder, measure, monkeypatch):
         loaded.append(weakref.ref(base_of(model).model.layers[0]))
         return model
 
-    monkeypatch.setattr(Subjects, "load", watched)
+    monkeypatch.setattr(Variants, "load", watched)
     measure(f"adapter={run_folder}", "limit=2", "answers=1")
     assert len(loaded) == 4
 

@@ -19,10 +19,9 @@ from finetune.data.encoded import IGNORE_INDEX
 from finetune.data.loader import load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
-from finetune.evaluation.agreement import agreement
 from finetune.evaluation.intervals import Bootstrap
-from finetune.evaluation.measure import Remembered, token_figures
-from finetune.evaluation.scoring import TokenScores, score_tokens
+from finetune.evaluation.measure import ReferenceCache, token_figures
+from finetune.evaluation.scoring import TokenScores, agreement, score_tokens
 from finetune.losses.cross_entropy import head_of
 from finetune.models.fused import fuse_layers
 from finetune.models.load import load_base, load_tokenizer
@@ -102,17 +101,17 @@ def other(documents) -> Plain:
 
 
 @pytest.fixture(scope="module")
-def said(documents, tmp_path_factory) -> tuple[TokenScores, Remembered]:
-    """What the model says in one pack, and what is remembered of it."""
+def reference(documents, tmp_path_factory) -> tuple[TokenScores, ReferenceCache]:
+    """Scores of the model in one pack, and the cache of its hidden states."""
     model = fast()
-    remembered = Remembered(tmp_path_factory.mktemp("said") / "0", torch.device("cpu"))
-    scores = score_tokens(model, documents, limit_tokens=ALL, keep=remembered.keep)
-    remembered.head = head_of(model)
-    return scores, remembered
+    cache = ReferenceCache(tmp_path_factory.mktemp("reference") / "0", torch.device("cpu"))
+    scores = score_tokens(model, documents, limit_tokens=ALL, keep=cache.keep)
+    cache.head = head_of(model)
+    return scores, cache
 
 
-def test_each_targets_nats_and_choice_are_those_of_plain_transformers(said, expected):
-    scores, _ = said
+def test_each_targets_nats_and_choice_are_those_of_plain_transformers(reference, expected):
+    scores, _ = reference
     nll_N = -expected.log_probs_NV.gather(1, expected.labels_N[:, None])[:, 0]
     # fp32 sums over 192 products in four layers.
     np.testing.assert_allclose(scores.nll_N, nll_N, rtol=1e-3, atol=2e-4)
@@ -120,8 +119,8 @@ def test_each_targets_nats_and_choice_are_those_of_plain_transformers(said, expe
     np.testing.assert_array_equal(scores.row_N, expected.row_N)
 
 
-def test_loss_perplexity_and_accuracy_are_means_over_all_targets(said, expected):
-    figures = token_figures(said[0], Bootstrap(12, 100, 0))
+def test_loss_perplexity_and_accuracy_are_means_over_all_targets(reference, expected):
+    figures = token_figures(reference[0], Bootstrap(12, 100, 0))
     nll_N = -expected.log_probs_NV.gather(1, expected.labels_N[:, None])
     assert figures["loss"].value == pytest.approx(float(nll_N.mean()), rel=1e-4)
     assert figures["perplexity"].value == pytest.approx(float(nll_N.mean().exp()), rel=1e-3)
@@ -129,21 +128,23 @@ def test_loss_perplexity_and_accuracy_are_means_over_all_targets(said, expected)
     assert figures["accuracy"].value == pytest.approx(float(right), abs=1e-12)
 
 
-def test_a_pack_and_each_document_alone_score_the_same(said, documents):
+def test_a_pack_and_each_document_alone_score_the_same(reference, documents):
     alone = score_tokens(fast(), documents, limit_tokens=SMALL)
-    np.testing.assert_allclose(alone.nll_N, said[0].nll_N, rtol=1e-4, atol=2e-5)
-    np.testing.assert_array_equal(alone.correct_N, said[0].correct_N)
-    np.testing.assert_array_equal(alone.row_N, said[0].row_N)
+    np.testing.assert_allclose(alone.nll_N, reference[0].nll_N, rtol=1e-4, atol=2e-5)
+    np.testing.assert_array_equal(alone.correct_N, reference[0].correct_N)
+    np.testing.assert_array_equal(alone.row_N, reference[0].row_N)
 
 
-def test_a_model_is_no_distance_from_itself(said, documents):
-    scores = score_tokens(fast(), documents, limit_tokens=ALL, teacher=said[1].replay(), vocabulary=1000)
+def test_a_model_is_no_distance_from_itself(reference, documents):
+    scores = score_tokens(fast(), documents, limit_tokens=ALL, teacher=reference[1].replay(), vocabulary=1000)
     assert np.abs(scores.kl_N).max() < 1e-6 and scores.agree_N.all()
 
 
-def test_distances_are_those_of_whole_distributions(said, documents, expected, other):
+def test_distances_are_those_of_whole_distributions(reference, documents, expected, other):
     words = expected.log_probs_NV.shape[1]
-    scores = score_tokens(fast(other=True), documents, limit_tokens=ALL, teacher=said[1].replay(), vocabulary=words)
+    scores = score_tokens(
+        fast(other=True), documents, limit_tokens=ALL, teacher=reference[1].replay(), vocabulary=words
+    )
     kl_N = (expected.log_probs_NV.exp() * (expected.log_probs_NV - other.log_probs_NV)).sum(-1).numpy()
     same_N = (expected.log_probs_NV.argmax(-1) == other.log_probs_NV.argmax(-1)).numpy()
     np.testing.assert_allclose(scores.kl_N, kl_N, rtol=5e-3, atol=2e-5)
@@ -153,9 +154,9 @@ def test_distances_are_those_of_whole_distributions(said, documents, expected, o
     assert 0.5 < same_N.mean() < 1 and figures["top1"].value == same_N.mean()
 
 
-def test_what_training_watches_is_what_is_measured_afterwards(said, documents, expected, other):
+def test_what_training_watches_is_what_is_measured_afterwards(reference, documents, expected, other):
     words = expected.log_probs_NV.shape[1]
-    found = agreement(fast(other=True), said[1].replay(), documents, words, limit_tokens=ALL)
+    found = agreement(fast(other=True), reference[1].replay(), documents, words, limit_tokens=ALL)
     kl_N = (expected.log_probs_NV.exp() * (expected.log_probs_NV - other.log_probs_NV)).sum(-1).numpy()
     assert found.tokens == len(kl_N) and found.kl == pytest.approx(kl_N.mean(), rel=1e-3)
     # From counts in bins 2 % wide.
@@ -178,23 +179,23 @@ class Widest(TorchDispatchMode):
         return found
 
 
-def test_no_more_logits_exist_at_once_than_a_chunk_holds(said, documents, expected, monkeypatch):
+def test_no_more_logits_exist_at_once_than_a_chunk_holds(reference, documents, expected, monkeypatch):
     targets, words = expected.log_probs_NV.shape
     monkeypatch.setitem(LOGITS_VALUES, "cpu", 16 * words)
     model = fast(other=True)
     with Widest(words) as widest:
-        scores = score_tokens(model, documents, limit_tokens=ALL, teacher=said[1].replay(), vocabulary=words)
+        scores = score_tokens(model, documents, limit_tokens=ALL, teacher=reference[1].replay(), vocabulary=words)
     assert len(scores.nll_N) == targets > 300 and 1 < widest.rows <= 16
 
 
-def test_a_model_that_gives_no_numbers_is_refused(documents):
+def test_a_loss_that_is_nan_is_an_error(documents):
     model = fast()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(FinetuneError, match="a loss that is no number"):
+    with pytest.raises(FinetuneError, match="NaN"):
         score_tokens(model, documents, limit_tokens=ALL)
 
 
-def test_remembered_states_lie_on_the_disk_alone(said):
-    _, remembered = said
-    assert [file.suffix for file in Path(remembered._folder).iterdir()] == [".safetensors"]
+def test_the_reference_cache_is_on_disk(reference):
+    _, cache = reference
+    assert [file.suffix for file in Path(cache._folder).iterdir()] == [".safetensors"]
