@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, product
 from typing import TYPE_CHECKING
 
 from finetune.report.run import Run
@@ -83,7 +83,8 @@ def run_pictures(run: Run) -> list[Picture]:
         if not names or (quantity is _BY_SET and _is_only_set(names, run)):
             continue
         lines = [
-            _line(_label(name), run, name, quantity, (COLORS[i % len(COLORS)], "-")) for i, name in enumerate(names)
+            _line(_set_of(name) or name, run, name, quantity, (color, "-"))
+            for name, color in zip(names, cycle(COLORS), strict=False)
         ]
         pictures.append(draw(quantity.title, lines, quantity, _last_step([run])))
     return pictures
@@ -103,7 +104,8 @@ def overlaid(runs: Sequence[tuple[str, Run]]) -> list[Picture]:
                 for i, (label, run) in enumerate(runs)
                 if name in run.metrics
             ]
-            pictures.append(draw(f"{quantity.title}{_of_set(name)}", lines, quantity, last_step, alone=False))
+            title = ", ".join(filter(None, (quantity.title, _set_of(name))))
+            pictures.append(draw(title, lines, quantity, last_step, alone=False))
     return pictures
 
 
@@ -175,12 +177,7 @@ def _is_only_set(names: Collection[str], run: Run) -> bool:
     return len(names) < 2 and all(run.metrics[name] == run.metrics.get("eval_loss") for name in names)
 
 
-def _label(name: str) -> str:
+def _set_of(name: str) -> str:
+    """Return the data that a metric is measured on, or an empty text."""
     known = {"loss": "training", "eval_loss": "held out"}
-    return known.get(name, name.removeprefix("eval/").rpartition("/")[0] or name)
-
-
-def _of_set(name: str) -> str:
-    known = {"loss": ", training", "eval_loss": ", held out"}
-    of_set = f", {name.removeprefix('eval/').rpartition('/')[0]}" if name.startswith("eval/") else ""
-    return known.get(name, of_set)
+    return known.get(name, name.removeprefix("eval/").rpartition("/")[0])

@@ -18,15 +18,6 @@ class Card(NamedTuple):
     detail: str = ""
 
 
-class Prediction(NamedTuple):
-    """A predicted and a measured quantity; `error` is the signed relative error."""
-
-    what: str
-    predicted: str
-    measured: str
-    error: str
-
-
 class Command(NamedTuple):
     what: str
     line: str
@@ -105,26 +96,17 @@ def cards(run: Run) -> list[Card]:
     return [Card("steps so far", whole(loss.steps[-1])), Card("training loss", number(loss.values[-1]))]
 
 
-def predictions(run: Run) -> list[Prediction]:
-    """Return the planner's predictions that were measured."""
+def predictions(run: Run) -> list[tuple[str, ...]]:
+    """Return the planner's predictions that were measured: quantity, prediction, measurement, relative error."""
     predicted, measured = run.figure("predicted_peak_bytes"), run.figure("peak_bytes")
     if not predicted or not measured:
         return []
     error = f"{predicted / measured - 1:+.1%}"
-    return [Prediction("peak memory", format_bytes(predicted), format_bytes(measured), error)]
+    return [("peak memory", format_bytes(predicted), format_bytes(measured), error)]
 
 
-class Breach(NamedTuple):
-    """A time that the guard's limit was exceeded; `distance` and `after` are nats per target from the teacher."""
-
-    step: str
-    distance: str
-    action: str
-    after: str
-
-
-def breaches(run: Run) -> list[Breach]:
-    """Return the breaches of the guard's limit, in order."""
+def breaches(run: Run) -> list[tuple[str, ...]]:
+    """Return the breaches of the guard's limit: step, nats from the teacher, action, nats after it."""
     found = run.result.get("breaches")
     entries = [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
 
@@ -132,7 +114,7 @@ def breaches(run: Run) -> list[Breach]:
         return number(value) if is_figure(value) else ""
 
     return [
-        Breach(
+        (
             str(entry.get("step", "")),
             distance(entry.get("teacher_kl")),
             _ACTIONS.get(str(entry.get("action")), ""),
