@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from typing import get_args
 
 import pytest
 import yaml
@@ -33,10 +32,6 @@ def examples(page: str):
         else:
             yield heading, SourceConfig(**{"path": "rows.jsonl", **source}), json.loads(block), "refused" in language
             source = {}
-
-
-def test_the_config_knows_every_format():
-    assert get_args(SourceConfig.model_fields["format"].annotation) == ("auto", *FORMATS)
 
 
 def test_every_row_on_the_page_is_read_or_refused_as_marked(page):
