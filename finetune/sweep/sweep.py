@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from finetune.config.command_options import SweepSettings
 from finetune.config.compose import load_config
 from finetune.config.schema import RunConfig
-from finetune.report.facts import figure_named
+from finetune.report.facts import FIGURES, figure_named
 from finetune.report.run import RESULT, read_run
 from finetune.report.settings import flat
 from finetune.sweep.outcome import write_outcome, write_table
@@ -26,16 +26,7 @@ from finetune.system.console import Log
 from finetune.system.errors import ConfigError, FinetuneError, Interrupted
 
 _SHOWN_PROBLEMS = 10
-_METRICS = {
-    "eval_loss",
-    "final_loss",
-    "exact_match_after",
-    "teacher_kl_after",
-    "recovered",
-    "peak_bytes",
-    "train_seconds",
-    "tokens_per_second",
-}
+_METRICS = sorted(figure.name for figure in FIGURES if figure.lower_is_better is not None)
 _METRIC_KEYS = ("sweep.metric", "sweep.minimize")
 
 
@@ -126,7 +117,7 @@ def _check_metric(metric: str, cfg: RunConfig) -> None:
     if metric.startswith("eval/"):
         fits, text = held_out, "needs a held-out set; set data.eval or data.held_out"
     elif metric not in _METRICS:
-        fits, text = False, f"unknown; choose from {', '.join(sorted(_METRICS))}, eval/SET/accuracy"
+        fits, text = False, f"unknown; choose from {', '.join(_METRICS)}, eval/SET/accuracy"
     else:
         fits, text = needs.get(metric, (True, ""))
     if not fits:
@@ -226,7 +217,7 @@ def _check_measured(folder: Path, metric: str) -> None:
     """Raise ConfigError if a finished run has not measured the metric: no other run would."""
     run = read_run(folder)
     if run.value(metric) is None:
-        there = [*sorted(_METRICS), *(run.result.get("evaluations") or {})]
+        there = [*_METRICS, *(run.result.get("evaluations") or {})]
         known = ", ".join(dict.fromkeys(name for name in there if run.figure(name) is not None))
         raise ConfigError(f"sweep.metric={metric}: not measured by {folder}; choose from {known}")
 
