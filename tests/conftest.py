@@ -81,7 +81,7 @@ def sixteen_bit_products(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
     # A block of the test's own: an earlier test leaves a larger one, which would count as memory of this test.
     monkeypatch.setattr(matmul, "_memory", threading.local())
     if request.param == "fp32":
-        monkeypatch.setattr(matmul, "_has_products", lambda dtype: False)
+        monkeypatch.setattr(matmul, "_has_native_matmul", lambda dtype: False)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

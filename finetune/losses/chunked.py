@@ -1,11 +1,11 @@
-"""The engine under every loss on logits: a head's loss and its gradient, with few rows of logits alive at once.
+"""Losses on logits, with only a few rows of logits alive at once.
 
-A loss says what a chunk of logits costs and how that cost changes with them (a `ChunkLoss`); the engine makes the
-logits, multiplies that gradient back through the head in the same forward pass, and lets the chunk die before the next
-one is made. So nothing of vocabulary width is ever kept for the backward pass, and no product is made twice.
+A `ChunkLoss` returns the loss of a chunk of logits and its gradient. The engine computes the logits, multiplies that
+gradient with the head in the same forward pass, and frees the chunk before the next one. Nothing of vocabulary width
+is kept for backward, and no matrix product is computed twice.
 
 Shapes: N rows that carry a target, D hidden width, V vocabulary rows.
-Source: the idea of Hsu et al. 2024, arXiv:2410.10989 (fused linear cross-entropy).
+Source: Hsu et al. 2024, arXiv:2410.10989 (fused linear cross-entropy).
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from torch.nn.utils import parametrize
 from finetune.ops.limits import LOGITS_VALUES
 from finetune.ops.matmul import matmul
 
-# (logits [n, V], which of the N rows they are) -> (sum of nats, fp32 scalar; its gradient with respect to the logits).
-# The logits come as the product left them, in fp32 or 16 bit: the loss computes in fp32, and may overwrite them and
-# return them as the gradient. It runs without autograd.
+# (logits [n, V], slice of the N rows) -> (sum of nats, fp32 scalar; gradient of the logits). Logits are fp32 or 16 bit.
+# The loss computes in fp32 without autograd. It may overwrite the logits and return them as the gradient.
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 def chunked_loss(hidden_ND: Tensor, head: nn.Module, vocabulary: int, loss: ChunkLoss) -> Tensor:
-    """Sum of a loss over N rows' logits, fp32, in nats; differentiable in the hidden states and in what is trained of
-    the head, once.
+    """Sum a loss over the logits of N rows: fp32, in nats, differentiable once.
 
-    vocabulary: V, rows of the head that take part, from the first on.
-    N = 0 gives 0, and a gradient of 0 to everything, so that DDP misses nothing.
-    A frozen head costs two products of N * V * D; one that is trained in part (LoRA, new tokens, a saved copy) runs as
-    the module it is and costs its own weights' gradients besides.
+    N = 0 gives 0 and gradients of 0, so that DDP finds a gradient for every parameter.
+
+    Args:
+        hidden_ND: hidden states.
+        head: output head. A frozen linear head costs two products of N * V * D. A trained one (LoRA, new tokens, a
+            saved
+            copy) runs as a module and also computes the gradients of its weights.
+        vocabulary: V, the first rows of the head that are used.
+        loss: the loss of a chunk.
     """
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     return _ChunkedLoss.apply(hidden_ND, head, vocabulary, loss, *trained)
@@ -41,7 +44,7 @@ def chunked_loss(hidden_ND: Tensor, head: nn.Module, vocabulary: int, loss: Chun
 
 @torch.no_grad()
 def chunked_logits(hidden_ND: Tensor, head: nn.Module, vocabulary: int) -> Iterator[tuple[Tensor, slice]]:
-    """Chunk after chunk, the logits [n, V] and which of the N rows they are; the next chunk overwrites them."""
+    """Yield chunks of logits [n, V] and the slice of their rows; the next chunk overwrites the logits."""
     logits_NV = None
     for rows in _chunks(len(hidden_ND), vocabulary, hidden_ND.device):
         logits_NV = logits_of(hidden_ND[rows], head, vocabulary, logits_NV)
@@ -50,7 +53,7 @@ def chunked_logits(hidden_ND: Tensor, head: nn.Module, vocabulary: int) -> Itera
 
 @torch.no_grad()
 def logits_of(hidden_ND: Tensor, head: nn.Module, vocabulary: int, place_NV: Tensor | None = None) -> Tensor:
-    """Logits [n, V] of few rows, which the caller may overwrite; in the place of earlier ones, where they fit."""
+    """Return logits [n, V] that the caller may overwrite, in the buffer `place_NV` if it fits."""
     plain = _as_plain(head)
     return head(hidden_ND)[:, :vocabulary] if plain is None else _product(hidden_ND, plain, vocabulary, place_NV)
 
@@ -90,7 +93,7 @@ def _through_module(
     total = hidden_ND.new_zeros((), dtype=torch.float32)
     gradient_ND = torch.empty_like(hidden_ND)
     gradients = [torch.zeros_like(parameter) for parameter in trained]
-    # A trained copy of the head keeps fp32 weights and rounds the whole matrix whenever it is read: here once.
+    # A trained copy of the head has fp32 weights and rounds the whole matrix at each read: cached, once.
     with parametrize.cached():
         for rows in _chunks(len(hidden_ND), vocabulary, hidden_ND.device):
             with torch.enable_grad():
@@ -108,13 +111,13 @@ def _through_module(
 
 
 def _as_plain(head: nn.Module) -> nn.Linear | None:
-    """The head where it is nothing but a matrix (and a bias), whose products the engine may make itself."""
+    """Return the head if it is a plain linear layer without hooks, so that the engine may compute its products."""
     wrapped = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
     return head if type(head) is nn.Linear and not wrapped else None
 
 
 def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
-    """Chunks of nearly one length: a short last one would read the whole head for little."""
+    """Yield chunks of nearly equal length: a short last one would read the whole head for few rows."""
     limit = LOGITS_VALUES["cuda" if device.type == "cuda" else "cpu"]
     count = math.ceil(rows / max(1, limit // vocabulary))
     for i in range(count):
@@ -122,11 +125,11 @@ def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]
 
 
 def _product(hidden_ND: Tensor, head: nn.Linear, vocabulary: int, place_NV: Tensor | None) -> Tensor:
-    """hidden @ weight.T + bias of the first rows; in the place of earlier logits of that shape, where there are any.
+    """Compute hidden @ weight.T + bias of the first `vocabulary` rows, in `place_NV` if it fits.
 
-    Sums are fp32. On a GPU the result is fp32 too. A CPU's 16-bit product rounds it once to 16 bit, as every PyTorch
-    model does: public torch has no product from 16 bit to fp32 there, and one in fp32 takes three times as long. It
-    leaves the loss within 2e-5 and the gradient within 0.4 % of float64, as it leaves stock's.
+    Sums are fp32. A GPU returns fp32. On a CPU the result is rounded once to 16 bit, like in every PyTorch model:
+    torch has no 16-bit product with an fp32 result there, and fp32 takes three times as long. The loss stays within
+    2e-5 and the gradient within 0.4 % of float64.
     """
     weight_VD, bias = head.weight[:vocabulary], None if head.bias is None else head.bias[:vocabulary]
     wide = hidden_ND.is_cuda and torch.version.hip is None and hidden_ND.dtype != torch.float32

@@ -1,4 +1,4 @@
-"""Cross-entropy over target tokens, without logits for the tokens that carry no target.
+"""Cross-entropy over target tokens; tokens without a target get no logits.
 
 Shapes: T tokens of a packed batch, N of them with a target, D hidden width, V vocabulary rows.
 """
@@ -19,7 +19,7 @@ from finetune.ops.cross_entropy import cross_entropy_
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Sums over the target tokens of a batch, in fp32 on the model's device: nats, tokens predicted right, tokens."""
+    """Sums over a batch's target tokens, fp32 on the model's device: nats, correct predictions, number of tokens."""
 
     nll: Tensor
     correct: Tensor
@@ -27,7 +27,7 @@ class Score:
 
 
 def head_of(model: nn.Module) -> nn.Module:
-    """The module that turns hidden states into logits, with whatever adapter it carries."""
+    """Return the output head of a model, with its adapter. Raises: TypeError if the model has none."""
     head = base_of(model).get_output_embeddings()
     if head is None:
         raise TypeError(f"{type(base_of(model)).__name__} has no output head, so it has no language-model loss")
@@ -35,7 +35,7 @@ def head_of(model: nn.Module) -> nn.Module:
 
 
 def target_rows(hidden_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states [N, D], labels [N] and loss weights [N] (None: 1 everywhere) of the rows that carry a target."""
+    """Return hidden states [N, D], labels [N] and loss weights [N] (None: all 1) of the rows that carry a target."""
     labels_T = batch.labels[0]
     rows = (labels_T != IGNORE_INDEX).nonzero().squeeze(1)
     return hidden_TD[rows], labels_T[rows], None if batch.weights is None else batch.weights[0][rows]
@@ -51,11 +51,10 @@ def _nats_of(labels_N: Tensor, weights_N: Tensor | None) -> ChunkLoss:
 
 
 class CrossEntropy(nn.Module):
-    """The training loss as a module, so that DDP can wrap model and loss in one.
+    """The training loss as a module, so that DDP can wrap model and loss together.
 
-    forward(batch) returns the summed negative log-likelihood over the batch's targets, each times its weight, fp32, in
-    nats; the caller divides by the global count of targets. It is differentiable also for a batch without a target (it
-    is 0 then).
+    forward(batch) returns the weighted sum of negative log-likelihoods over the batch's targets, fp32, in nats; the
+    caller divides by the global target count. A batch without a target gives 0 and gradients of 0.
     """
 
     def __init__(self, model: nn.Module, neftune_alpha: float = 0.0):
@@ -72,7 +71,7 @@ class CrossEntropy(nn.Module):
 
 @torch.no_grad()
 def score(model: nn.Module, batch: Batch) -> Score:
-    """Negative log-likelihood and correct predictions over a batch's targets, unweighted, without gradients."""
+    """Return unweighted negative log-likelihood and correct predictions over the targets of a batch."""
     hidden_ND, labels_N, _ = target_rows(hidden_states(model, batch), batch)
     nll = hidden_ND.new_zeros((), dtype=torch.float32)
     correct = hidden_ND.new_zeros((), dtype=torch.float32)

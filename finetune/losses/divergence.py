@@ -1,4 +1,4 @@
-"""What a student's logits cost beside a teacher's signal, as a loss for the chunked engine.
+"""Distillation losses on logits, for the chunked engine.
 
 Shapes: N rows that carry a target, V vocabulary, K tokens kept of a teacher's distribution.
 """
@@ -23,10 +23,10 @@ _DEFAULT_WEIGHTS = {"sft+anchor": 0.2, "distill": 1.0}
 
 @dataclass(frozen=True, slots=True)
 class DistillLossWeights:
-    """The parts of a distillation loss.
+    """Weights and options of the terms of a distillation loss.
 
-    rows: weight of the cross-entropy with the rows' own tokens. teacher: of the divergence from the teacher.
-    hidden: of the mean squared difference of hidden states. mix, temperature: of the divergence.
+    rows: cross-entropy with the labels. teacher: divergence from the teacher. hidden: mean squared difference of hidden
+    states. mix, temperature: options of the divergence.
     """
 
     rows: float = 0.0
@@ -38,7 +38,7 @@ class DistillLossWeights:
 
     @staticmethod
     def of(cfg: DistillConfig) -> DistillLossWeights:
-        """The terms that a config's objective adds up."""
+        """Build the loss weights of a config."""
         recover = cfg.objective == "recover"
         return DistillLossWeights(
             rows=0.0 if recover else 1.0,
@@ -54,6 +54,7 @@ def distillation_loss(
     targets: TeacherTargets,
     terms: DistillLossWeights,
     labels_N: Tensor,
+    *,
     kl_weight_N: Tensor,
     ce_weight_N: Tensor,
     vocabulary: int,
@@ -88,8 +89,8 @@ def distillation_loss(
     return loss
 
 
-# (logits [n, V], which rows, factors [n]) -> nats [n] without the factors, and the gradient times them, in a place of
-# its own that the next call overwrites.
+# (logits [n, V], rows, weights [n]) -> unweighted nats [n] and the weighted gradient, in a buffer that the next call
+# overwrites.
 _Against = Callable[[Tensor, slice, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -99,7 +100,9 @@ def _dense(targets: TeacherHidden, terms: DistillLossWeights, vocabulary: int) -
     def against(logits_NV: Tensor, rows: slice, factors: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal teacher_NV
         teacher_NV = logits_of(targets.hidden_ND[rows], targets.head, vocabulary, teacher_NV)
-        nats_N = divergence_(logits_NV, teacher_NV, factors, terms.divergence, terms.mix, terms.temperature)
+        nats_N = divergence_(
+            logits_NV, teacher_NV, factors, terms.divergence, mix=terms.mix, temperature=terms.temperature
+        )
         return nats_N, teacher_NV
 
     return against
@@ -120,7 +123,7 @@ def _sampled(
     kl_weight_N: Tensor,
     ce_weight_N: Tensor,
 ) -> ChunkLoss:
-    """The rows' own tokens are one token more of each draw: both losses are cross-entropies with one softmax."""
+    """The label is one more sample of each row: both losses are cross-entropies with one softmax."""
 
     def loss(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         ids_NK = torch.cat([labels_N[rows, None], targets.ids_NK[rows]], 1)
@@ -132,17 +135,17 @@ def _sampled(
 
 
 def compare(targets: TeacherTargets, logits_NV: Tensor, rows: slice, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """KL(teacher || student) in nats [n] fp32 of some of the signal's rows, and whether both think the same token most
-    probable [n]; overwrites the logits.
+    """Return KL(teacher || student) in nats [n], fp32, and whether both have the same most probable token [n].
 
-    Of a sampled signal the KL is right on average; of a server's it is that of its tokens and of all others as one.
+    Overwrites the logits. With TeacherSamples the KL is right on average. With TeacherTopK all other tokens are one
+    outcome.
     """
     best_N = logits_NV.argmax(-1)
     kl_weight_N = torch.ones(len(best_N), device=logits_NV.device)
     if isinstance(targets, TeacherHidden):
         teacher_NV = logits_of(targets.hidden_ND[rows], targets.head, vocabulary)
         agree_N = teacher_NV.argmax(-1) == best_N
-        return divergence_(logits_NV, teacher_NV, kl_weight_N, "forward_kl", 0.0, 1.0), agree_N
+        return divergence_(logits_NV, teacher_NV, kl_weight_N, "forward_kl", mix=0.0, temperature=1.0), agree_N
     agree_N = targets.ids_NK[rows, 0] == best_N
     if isinstance(targets, TeacherSamples):
         cross_N = sampled_kl_(logits_NV, targets.ids_NK[rows], targets.probs_NK[rows], kl_weight_N)

@@ -1,4 +1,4 @@
-"""The final hidden states of a packed batch, which every loss and every evaluation starts from."""
+"""Final hidden states of a packed batch: the input of every loss and every evaluation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from finetune.ops.attention import SEGMENTED, Segments, plan_segments, round_up
 
 @dataclass(frozen=True, slots=True)
 class DecoderRows:
-    """What a packed batch is to the decoder layers under segmented attention: R rows, the last of them padding.
+    """Input of the decoder layers under segmented attention: R rows, of which the last are padding.
 
-    states [1, R, D]: the embeddings; position_ids [1, R]; segments: which rows see each other.
+    states [1, R, D]: embeddings. position_ids [1, R]. segments: which rows attend to each other.
     """
 
     states: Tensor
@@ -26,16 +26,21 @@ class DecoderRows:
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model; a transformers model itself. Adapter layers stay where they are."""
+    """Return the transformers model inside a PEFT model, with its adapter layers; a transformers model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value]
 
 
 def hidden_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) -> Tensor:
-    """Final normed hidden states [T, D] of a packed batch, each document attending to itself alone.
+    """Return final normed hidden states [T, D] of a packed batch; each document attends to itself only.
 
-    Under segmented attention each of the batch's rows is computed once, whatever number of tokens it holds.
+    Under segmented attention each row of the batch is computed once, however many tokens share it.
 
-    neftune_alpha: uniform noise on the embeddings, scaled by alpha / sqrt(document length * D); only in training mode.
+    Args:
+        model: transformers or PEFT model.
+        batch: packed batch.
+        neftune_alpha: adds uniform noise to the embeddings in training mode, scaled by alpha / sqrt(document length *
+            D).
+
     Source: Jain et al. 2023, arXiv:2310.05914.
     """
     base = base_of(model)
@@ -43,7 +48,7 @@ def hidden_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
     noise_alpha = neftune_alpha if model.training else 0.0
     embed = base.get_input_embeddings()
     if base.config._attn_implementation != SEGMENTED:
-        # transformers finds the documents' borders where positions restart.
+        # transformers detects document borders where positions restart.
         embeddings = _with_noise(embed(batch.input_ids), _lengths_of_tokens(batch), noise_alpha)
         outputs = backbone(inputs_embeds=embeddings, position_ids=batch.position_ids, use_cache=False)
         return outputs.last_hidden_state[0]
@@ -55,7 +60,7 @@ def hidden_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
         inputs_embeds=rows.states,
         position_ids=rows.position_ids,
         use_cache=False,
-        # A mapping is taken as masks already made, so transformers builds no dense block mask.
+        # transformers takes a mapping as finished masks and builds no dense block mask.
         attention_mask={"full_attention": None},
         segments=rows.segments,
     )
@@ -63,16 +68,19 @@ def hidden_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
 
 
 def token_of_row(batch: Batch) -> Tensor:
-    """The first token [U] of each row in use, on the CPU: what the row's embedding is taken from."""
+    """Return the first token [U] of each row in use, on the CPU; its embedding is the input of the row."""
     return torch.full((batch.rows,), batch.tokens).scatter_reduce_(
         0, batch.row_of_token, torch.arange(batch.tokens), "amin"
     )
 
 
 def decoder_rows(embeddings_1UD: Tensor, batch: Batch, chosen_U: Tensor) -> DecoderRows:
-    """The rows of a forward pass, padded.
+    """Build the padded rows of a forward pass.
 
-    chosen_U: from `token_of_row`, on the batch's device as are the embeddings, which are those of these tokens.
+    Args:
+        embeddings_1UD: embeddings of the tokens `chosen_U`.
+        batch: packed batch.
+        chosen_U: the result of `token_of_row`, on the device of the embeddings.
     """
     rows = round_up(batch.rows)
     padding, device = rows - batch.rows, embeddings_1UD.device
@@ -84,14 +92,14 @@ def decoder_rows(embeddings_1UD: Tensor, batch: Batch, chosen_U: Tensor) -> Deco
 
 
 def token_states(rows_RD: Tensor, batch: Batch) -> Tensor:
-    """What each token [T, D] has of the rows that a forward pass computed."""
+    """Return the state of each token [T, D] from the computed rows."""
     if batch.rows == batch.tokens:
         return rows_RD[: batch.rows]
     return rows_RD[batch.row_of_token.to(rows_RD.device)]
 
 
 def _lengths_of_tokens(batch: Batch) -> Tensor:
-    """The length of the document that each token belongs to."""
+    """Return the length of each token's document."""
     lengths = torch.tensor(batch.segment_lengths)
     return lengths.repeat_interleave(lengths)
 

@@ -1,6 +1,6 @@
-"""What a teacher says about the target tokens of a batch.
+"""A teacher's distributions for the target tokens of a batch.
 
-Shapes: N targets, in the order of the batch's rows that carry one; D hidden width, V vocabulary, K tokens kept of each.
+Shapes: N targets, in the order of the batch's rows that carry one; D hidden width, V vocabulary, K tokens per target.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from finetune.data.batch import Batch
 
 @dataclass(frozen=True, slots=True)
 class TeacherHidden:
-    """Everything: the final normed hidden states [N, D], and the head that makes logits of them."""
+    """The full distributions, as final normed hidden states [N, D] and the head that computes their logits."""
 
     hidden_ND: Tensor
     head: nn.Module
@@ -24,12 +24,12 @@ class TeacherHidden:
 
 @dataclass(frozen=True, slots=True)
 class TeacherSamples:
-    """An unbiased draw from each distribution: its most probable tokens, and some of the others.
+    """An unbiased sample of each distribution: its most probable tokens, and some drawn from the others.
 
-    ids_NK: int64, a token may repeat. probs_NK: fp32, what each stands for; they add up to 1. entropy_N: of the whole
-    distribution, in nats. head: so many of the K come first, most probable first, each with its own probability; the
-    others were drawn and share what is left.
-    Source: the sparse sampling of Anshumann et al. 2025, arXiv:2503.16870, with the head kept.
+    ids_NK: int64, a token may repeat. probs_NK: fp32 weight of each sample, summing to 1. entropy_N: entropy of the
+    full distribution, in nats. top_k: the first columns hold the most probable tokens in order, with their own
+    probabilities; the drawn tokens share the remaining probability.
+    Source: Anshumann et al. 2025, arXiv:2503.16870, with the most probable tokens kept.
     """
 
     ids_NK: Tensor
@@ -40,9 +40,9 @@ class TeacherSamples:
 
 @dataclass(frozen=True, slots=True)
 class TeacherTopK:
-    """The most probable tokens alone, as a server gives them; all others count as one, of which only the mass is known.
+    """The most probable tokens only, as a server returns them; all other tokens count as one outcome.
 
-    ids_NK: int64, each once. log_probs_NK: fp32, in nats.
+    ids_NK: int64, without repetition. log_probs_NK: fp32, in nats.
     """
 
     ids_NK: Tensor
@@ -53,8 +53,8 @@ TeacherTargets = TeacherHidden | TeacherSamples | TeacherTopK
 
 
 class Teacher(Protocol):
-    """Whatever says something about batches: a model in memory, one that is read layer by layer, a folder."""
+    """A source of teacher targets: a resident model, a model streamed layer by layer, or a cache folder."""
 
     def targets_for(self, batches: Sequence[Batch]) -> Iterable[TeacherTargets]:
-        """A signal for each batch, in order; its entries are those of the batch's targets."""
+        """Return the targets of each batch, in the batches' order."""
         ...

@@ -58,7 +58,15 @@ class LayerwiseModel:
         with quiet():
             settings: Any = quantization_of(source.folder, cfg, plain)
             files = weight_files(source.folder, cfg.name)
-            self._quantized = QuantizedWeights(source.folder, files, cfg, plain, settings, device, lambda _: None)
+            self._quantized = QuantizedWeights(
+                source.folder,
+                files,
+                model=cfg,
+                quant=plain,
+                settings=settings,
+                device=device,
+                log=lambda _: None,
+            )
         self._threshold: float = settings.llm_int8_threshold
         self._layer: Any = None
         self._index = -1

@@ -65,7 +65,7 @@ class FusedDecoderLayer(Qwen2DecoderLayer):
         x_TD, rows = hidden_states.flatten(0, 1), len(hidden_states)
         heads = _heads(attention, _norm(self.input_layernorm, x_TD), position_embeddings, rows)
         if segments is None:
-            mixed_THW = _attend_cached(attention, heads, rows, attention_mask, past_key_values, kwargs)
+            mixed_THW = _attend_cached(attention, heads, rows, attention_mask, cache=past_key_values, **kwargs)
         else:
             mixed_THW = attend(*heads, segments, attention.scaling)
         x_TD = x_TD + _apply(mixed_THW.flatten(1), attention.o_proj)[0]
@@ -108,7 +108,7 @@ def _heads(module: Qwen2Attention, x_TD: Tensor, angles: tuple[Tensor, Tensor], 
 
 
 def _attend_cached(
-    module: Qwen2Attention, heads: Heads, rows: int, mask: Tensor | None, cache: Cache | None, kwargs: dict[str, Any]
+    module: Qwen2Attention, heads: Heads, rows: int, mask: Tensor | None, *, cache: Cache | None, **kwargs: Any
 ) -> Tensor:
     """Run the attention of transformers on these heads and the cached keys and values; returns [T, H, W]."""
     query, key, value = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in heads)

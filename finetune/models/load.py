@@ -116,7 +116,16 @@ def load_base(
         settings = quantization_of(source.folder, model, quant)
         base: Any = None
         if settings is not None and quant.type == "nf4":
-            base = load_four_bit(source.folder, files, model, kernel, quant, settings, place, log)
+            base = load_four_bit(
+                source.folder,
+                files,
+                model=model,
+                quant=quant,
+                settings=settings,
+                attention=kernel,
+                device=place,
+                log=log,
+            )
         if base is None:
             base = _load_by_transformers(source.folder, model, kernel, settings, place)
             if settings is not None and quant.type == "nf4" and quant.int8:

@@ -1,13 +1,12 @@
-"""Causal attention over packed segments without a mask.
+"""Causal attention over packed documents without a mask.
 
-A packed row of T tokens holds S documents. A dense block mask costs T * T whatever the documents' lengths. A GPU has a
-kernel for documents of any length. Elsewhere documents of about one length are laid out as a batch, padded on the
-right: under causal attention no token sees what comes after it, so the padding needs no mask, and the kernel keeps its
-causal skip and native grouped heads. Lengths are rounded up to few distinct ones, because CPU kernels are compiled
-anew for each shape.
+A packed row of T tokens holds S documents. A dense block mask costs T * T. A GPU has a kernel for documents of any
+length. Elsewhere, documents of similar length form a batch, padded on the right: under causal attention no token
+attends to later positions, so padding needs no mask. Lengths are rounded up to a few distinct values, because CPU
+kernels are compiled for each shape.
 
-The layout may take a row several times: documents that open with the same tokens share the rows of their common part,
-whose hidden states are the same, so that all else in the model computes them once.
+A layout may use a row several times: documents with a common prefix share its rows, whose hidden states are equal, and
+all other parts of the model compute them once.
 
 Shapes: B batch (1 when packed), H heads, T tokens, R rows computed, P places of the layout, L length, D head width.
 """
@@ -38,13 +37,13 @@ SEGMENTED = "segmented"
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Where the rows of a packed forward pass lie in a layout of whole documents.
+    """The rows of a packed forward pass, and their places in a layout of whole documents.
 
-    rows: R, of which the first U hold tokens and the rest is padding. source [P]: the row that fills each of P places
-    (any, for the layout's padding); place [U]: the first place of each row. identical: the rows are the layout already.
-    shared: some row fills several places. groups: (documents, rounded length) of each group of the padded
-    layout. On a GPU with a kernel for documents of any length the layout has no padding: cumulative [S + 1] int32
-    borders of S documents, longest: tokens of the longest.
+    rows: R; the first U hold tokens, the others are padding. source [P]: the row at each of P places (any row, for
+    padding). place [U]: the first place of each row. identical: rows and layout are equal. shared: some row has several
+    places. groups: (documents, padded length) of each group. With a kernel for documents of any length the layout has
+    no
+    padding: cumulative [S + 1] int32 holds the document borders, longest the tokens of the longest document.
     """
 
     rows: int
@@ -60,10 +59,15 @@ class Segments:
 def plan_segments(
     lengths: Sequence[int], row_of_token: Tensor, rows: int, device: torch.device, dtype: torch.dtype
 ) -> Segments:
-    """The layout of documents of these lengths, in tokens, T in all.
+    """Build the layout of packed documents.
 
-    row_of_token [T], on the CPU: the row that holds each token, of U rows in use; documents that open alike may share
-    rows. rows: R, how many there are with padding.
+    Args:
+        lengths: tokens of each document, T in total.
+        row_of_token: [T] on the CPU, the row of each token, of U rows in use; documents with a common prefix share
+            rows.
+        rows: R, the number of rows with padding.
+        device: where attention runs.
+        dtype: of queries, keys and values.
     """
     used = int(row_of_token.max()) + 1
     shared = len(row_of_token) > used
@@ -75,7 +79,7 @@ def plan_segments(
     grouped: dict[int, list[Tensor]] = {}
     for document in row_of_token.split(list(lengths)):
         rounded = round_up(len(document), DOCUMENT_TOKENS_MULTIPLE)
-        # Padding repeats a document's last row, so a row's first place is a real one.
+        # Padding repeats the last row of a document, so the first place of a row is never padding.
         grouped.setdefault(rounded, []).append(document[torch.arange(rounded).clamp_(max=len(document) - 1)])
     source = torch.cat([document for group in grouped.values() for document in group])
     groups = tuple((len(group), rounded) for rounded, group in grouped.items())
@@ -83,7 +87,7 @@ def plan_segments(
 
 
 def round_up(length: int, multiple: int = ROWS_MULTIPLE) -> int:
-    """The length that so many rows are padded to: few distinct ones, since CPU kernels are compiled for each."""
+    """Round a length up to a multiple: few distinct shapes, because CPU kernels are compiled for each."""
     return -(-length // multiple) * multiple
 
 
@@ -94,19 +98,19 @@ def _first_places(source: Tensor, rows: int) -> Tensor:
 
 @functools.cache
 def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
-    """torch's attention over documents of any length, where the device, the type and this torch have it."""
+    """Return torch's attention over documents of any length; None if device, dtype or this torch do not have it."""
     half = dtype in (torch.bfloat16, torch.float16)
     if device.type != "cuda" or not half or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     from torch.nn.attention.varlen import varlen_attn
 
-    # Before grouped heads and a scale could be asked for, it could not serve Qwen2.
-    asked_for = {"enable_gqa", "scale", "window_size"}
-    return varlen_attn if asked_for <= inspect.signature(varlen_attn).parameters.keys() else None
+    # Older versions of torch lack grouped heads and a scale, which Qwen2 needs.
+    required = {"enable_gqa", "scale", "window_size"}
+    return varlen_attn if required <= inspect.signature(varlen_attn).parameters.keys() else None
 
 
 class _Scatter(torch.autograd.Function):
-    """Rows to places; `summed` where a row's gradient is the sum over its places, not that at its first place alone."""
+    """Rows to places. With `summed`, a row's gradient is the sum over its places, else that of its first place."""
 
     @staticmethod
     def forward(ctx, x: Tensor, segments: Segments, summed: bool) -> Tensor:
@@ -118,14 +122,14 @@ class _Scatter(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (grad,), segments = grad_outputs, ctx.segments
         if ctx.summed:
-            # Accumulated in a fixed order on a GPU too, unlike index_add_.
+            # Unlike index_add_, this sums in a fixed order on a GPU too.
             total = torch.zeros(segments.rows, *grad.shape[1:], dtype=torch.float32, device=grad.device)
             return total.index_put_((segments.source,), grad.float(), accumulate=True).to(grad.dtype), None, None
         return _padded(grad.index_select(0, segments.place), segments.rows), None, None
 
 
 class _Gather(torch.autograd.Function):
-    """Places to rows; zero for rows that no token names."""
+    """Places to rows; padding rows are zero."""
 
     @staticmethod
     def forward(ctx, x: Tensor, segments: Segments) -> Tensor:
@@ -145,19 +149,20 @@ def _padded(x: Tensor, rows: int) -> Tensor:
 
 
 def attend(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, segments: Segments, scale: float) -> Tensor:
-    """Causal attention within each document, [R, H, D], without dropout.
+    """Compute causal attention within each document, [R, H, D], without dropout.
 
-    Raises: ValueError if the segments don't cover the R rows given.
+    Raises:
+        ValueError: the segments do not cover the R rows.
     """
     if segments.rows != len(query_RHD):
-        raise ValueError(f"the segments cover {segments.rows} rows, not the {len(query_RHD)} given")
+        raise ValueError(f"segments: cover {segments.rows} rows, found {len(query_RHD)}")
     q, k, v = query_RHD, key_RHD, value_RHD
     if not segments.identical:
         q = _Scatter.apply(q, segments, False)
         k, v = _Scatter.apply(k, segments, segments.shared), _Scatter.apply(v, segments, segments.shared)
     if segments.cumulative is not None:
         kernel, borders, longest = varlen_kernel(q.device, q.dtype), segments.cumulative, segments.longest
-        assert kernel is not None  # the plan was made for this device and type
+        assert kernel is not None  # plan_segments used the same device and dtype
         output = kernel(q, k, v, borders, borders, longest, longest, window_size=(-1, 0), scale=scale, enable_gqa=True)
     else:
         sizes = [documents * length for documents, length in segments.groups]
@@ -171,7 +176,7 @@ def attend(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, segments: Segm
 
 
 def _causal_attention(query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, scale: float) -> Tensor:
-    """[B, L, H, D] of a batch of documents of one length, by the kernel that is fast at that length."""
+    """Attention of documents of one length [B, L, H, D], by the fastest kernel for that length."""
     short = query_BHLD.device.type == "cpu" and query_BHLD.shape[2] < FUSED_ATTENTION_FROM_TOKENS
     if short or uses_fp32_matmul(query_BHLD.device, query_BHLD.dtype):
         return cpu_attention.causal_attention(query_BHLD, key_BHLD, value_BHLD, scale).transpose(1, 2)
@@ -185,24 +190,30 @@ def segmented_attention(
     key_BHTD: Tensor,
     value_BHTD: Tensor,
     attention_mask: Tensor | None,
+    *,
     segments: Segments | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention that never looks across a segment's border; plain SDPA when no segments are given.
+    """Compute attention within each segment; plain SDPA without segments. An attention function of transformers.
 
-    segments: the caller passes them as a keyword of the model's forward.
-    Returns: [B, T, H, D] and None (no attention weights), as transformers expects of an attention function.
-    Raises: ValueError if the segments don't cover the T tokens, or a mask or dropout is asked for beside them.
+    Args:
+        segments: a keyword argument of the model's forward.
+
+    Returns:
+        [B, T, H, D] and None instead of attention weights.
+
+    Raises:
+        ValueError: the segments do not cover the T tokens, or there is a mask or dropout.
     """
     if segments is None:
         return sdpa_attention_forward(module, query_BHTD, key_BHTD, value_BHTD, attention_mask, **kwargs)
     if attention_mask is not None or kwargs.get("dropout"):
-        raise ValueError("segmented attention over packed documents takes no mask and no attention dropout")
+        raise ValueError("segments: attention supports no mask and no dropout")
     query, key, value = (x[0].transpose(0, 1) for x in (query_BHTD, key_BHTD, value_BHTD))
     return attend(query, key, value, segments, kwargs["scaling"])[None], None
 
 
 def register() -> None:
-    """Make `attn_implementation="segmented"` known to transformers; calling it again changes nothing."""
+    """Register `attn_implementation="segmented"` in transformers. A second call changes nothing."""
     AttentionInterface.register(SEGMENTED, segmented_attention)
     AttentionMaskInterface.register(SEGMENTED, sdpa_mask)

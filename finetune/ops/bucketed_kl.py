@@ -1,8 +1,8 @@
-"""Forward KL where the teacher names its most probable tokens alone: all others are one bucket on both sides.
+"""Forward KL for a teacher that returns its most probable tokens only: all others are one outcome on both sides.
 
-Merging outcomes cannot raise a KL, so it is a lower bound of the exact one, and 0 where the two distributions agree.
-Shapes: N rows, V vocabulary rows, K tokens that the teacher names.
-Source: Cover and Thomas 2006, section 2.8 (data processing).
+Merging outcomes cannot increase a KL: this is a lower bound of the exact KL, and 0 where both distributions agree.
+Shapes: N rows, V vocabulary rows, K tokens from the teacher.
+Source: Cover and Thomas 2006, section 2.8 (data processing inequality).
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ from torch import Tensor
 
 from finetune.ops.cross_entropy import softmax_
 
-# A mass that fp32 cannot tell from none, being 1 less what the named tokens have.
+# Below this, 1 - (mass of the K tokens) is rounding error in fp32.
 _LEAST_MASS = 1e-6
 
 
 def bucketed_kl_(logits_NV: Tensor, ids_NK: Tensor, log_probs_NK: Tensor, weights_N: Tensor) -> Tensor:
-    """Overwrites the logits with factor * d(nats) / d(logits), in their dtype; all arithmetic is fp32.
+    """Return the KL in nats [N], fp32, unweighted.
 
-    ids_NK: int64, each in [0, V), each once in a row. log_probs_NK: fp32, whose probabilities add up to at most 1.
-    Returns: nats [N], fp32, without the factors.
+    Overwrites the logits with weight * d(nats) / d(logits), in their dtype. Arithmetic is fp32.
+
+    Args:
+        logits_NV: the student's logits.
+        ids_NK: int64, each in [0, V), without repetition in a row.
+        log_probs_NK: fp32; the probabilities sum to at most 1.
+        weights_N: fp32 weight of each row's gradient.
     """
     at_ids = torch.arange(len(ids_NK), device=ids_NK.device)[:, None], ids_NK
     logits_NK = logits_NV[at_ids].float()
@@ -30,7 +35,7 @@ def bucketed_kl_(logits_NV: Tensor, ids_NK: Tensor, log_probs_NK: Tensor, weight
     log_q_NK = (logits_NK - highest_N[:, None]) - log_sum_N[:, None]
     q_NK = log_q_NK.exp()
     rest_q_N = (1 - q_NK.sum(-1)).clamp_min(_LEAST_MASS)
-    # An unnamed token moves with its bucket: q_j * (1 - rest / rest_q).
+    # Gradient of a token outside the K: q_j * (1 - rest / rest_q).
     logits_NV.mul_((1 - rest_N / rest_q_N)[:, None])
     logits_NV[at_ids] = ((q_NK - probs_NK) * weights_N[:, None]).to(logits_NV.dtype)
     return (probs_NK * (log_probs_NK - log_q_NK)).sum(-1) + torch.special.xlogy(rest_N, rest_N / rest_q_N)

@@ -1,11 +1,11 @@
 """Causal attention on a CPU: torch's fused kernel forward, plain matrix products backward.
 
-The fused kernel's own backward pass takes most of its time and, with grouped heads in bf16, is the less exact of the
-two. Here scores and their gradients are fp32 (Qwen2.5's key biases make scores so large that bf16 ones would be wrong),
-a block of queries meets all its keys at once, and keys after the block are skipped. Where the processor multiplies
-in fp32 alone, the fused kernel in fp32 is faster both ways. Kept: queries, keys and values.
+The backward pass of the fused kernel is slow and, with grouped heads in bf16, less exact. Here scores and their
+gradients are fp32: the key biases of Qwen2.5 make scores too large for bf16. A block of queries is multiplied with all
+its keys at once; keys after the block are skipped. A CPU without 16-bit matrix products uses the fused kernel in fp32
+both ways, which is faster. Saved for backward: queries, keys and values.
 
-Shapes: N documents of one padded length L, H heads, K key heads, G = H / K, Q queries of a block, W head width.
+Shapes: N documents of one padded length L, H heads, K key heads, G = H / K, Q queries per block, W head width.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ from finetune.ops.matmul import uses_fp32_matmul
 def softmax_backward(
     scores: Tensor, grad_probs: Tensor, first: int, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities made again and the gradient of the unscaled scores, both in `dtype`; query 0 is key `first`.
+    """Return the recomputed probabilities and the gradient of the unscaled scores, both in `dtype`.
 
-    scores, grad_probs: fp32 [.., Q, L].
+    Args:
+        scores: fp32 [.., Q, L].
+        grad_probs: fp32 [.., Q, L].
+        first: key position of the first query.
+        scale: factor of the scores.
+        dtype: of the results.
     """
     queries, keys = scores.shape[-2:]
     hidden = torch.arange(keys)[None] > torch.arange(queries)[:, None] + first
@@ -79,7 +84,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 def _wide_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by the fused kernel in fp32, over a forward pass made again."""
+    """Compute gradients by the fused kernel in fp32, after a second forward pass."""
     with torch.enable_grad():
         q, k, v = (x.detach().float().requires_grad_() for x in (query, key, value))
         grad_q, grad_k, grad_v = torch.autograd.grad(_fused(q, k, v, scale), (q, k, v), grad.float())
@@ -87,5 +92,5 @@ def _wide_backward(
 
 
 def causal_attention(query_NHLW: Tensor, key_NKLW: Tensor, value_NKLW: Tensor, scale: float) -> Tensor:
-    """Causal softmax(q k^T * scale) v within each document; [N, H, L, W]."""
+    """Return softmax(q k^T * scale) v [N, H, L, W], causal within each document."""
     return _CausalAttention.apply(query_NHLW, key_NKLW, value_NKLW, scale)

@@ -1,4 +1,4 @@
-"""Cross-entropy in closed form: the logits' gradient is their softmax less one at the label, written in their place.
+"""Cross-entropy in closed form: the gradient of the logits, softmax minus one at the label, overwrites them.
 
 Shapes: N rows, V vocabulary rows.
 """
@@ -13,26 +13,30 @@ from finetune.ops.limits import SOFTMAX_BLOCK_VALUES
 
 
 def cross_entropy_(logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
-    """Overwrites the logits with d(sum of weight * nats) / d(logits), in their dtype; all arithmetic is fp32.
+    """Return negative log-likelihoods [N] in nats, fp32, unweighted.
 
-    labels_N: int64, each in [0, V). weights_N: fp32, what each row's gradient is multiplied by; None is 1 everywhere.
-    Returns: negative log-likelihoods [N] in nats, fp32, without the weights.
+    Overwrites the logits with d(sum of weight * nats) / d(logits), in their dtype. Arithmetic is fp32.
+
+    Args:
+        logits_NV: logits.
+        labels_N: int64, each in [0, V).
+        weights_N: fp32 weight of each row's gradient; None is 1 everywhere.
     """
     weights_N = torch.ones(len(labels_N), device=logits_NV.device) if weights_N is None else weights_N
     at_label = torch.arange(len(labels_N), device=logits_NV.device), labels_N
     label_logits_N = logits_NV[at_label].float()
     highest_N, log_sum_N = softmax_(logits_NV, weights_N)
     log_probs_N = (label_logits_N - highest_N) - log_sum_N
-    # Its own formula: a softmax of nearly 1 that was rounded to bf16 would leave nothing but noise after taking 1 off.
-    # Not scatter_, which works on copies of the whole matrix on a CPU.
+    # expm1, because a softmax near 1 rounded to bf16, minus 1, is noise. Not scatter_: it copies the matrix on a CPU.
     logits_NV[at_label] = (torch.expm1(log_probs_N) * weights_N).to(logits_NV.dtype)
     return -log_probs_N
 
 
 def softmax_(logits_NV: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrites the logits with their softmax times a factor a row, in their dtype; all arithmetic is fp32.
+    """Overwrite the logits with weight * softmax, in their dtype; arithmetic is fp32.
 
-    Returns: the rows' highest logit [N] and the logarithm of the sum of exp(logit - highest) [N], fp32.
+    Returns:
+        The maximum logit of each row [N], and log of the sum of exp(logit - maximum) [N], fp32.
     """
     rows = rows_per_block(logits_NV)
     blocks = zip(logits_NV.split(rows), weights_N.split(rows), strict=True)

@@ -1,7 +1,7 @@
-"""One switch for all elementwise kernels: compiled for this machine, or the plain torch they are written in.
+"""Compile the elementwise kernels, or run them as plain torch.
 
-A kernel is a plain torch function, which is its own reference; `@fused` lets `torch.compile` make one pass over memory
-of it. Nothing is compiled until `configure_compile` says so, and a compiler that fails costs speed, never the run.
+A kernel is a plain torch function, which is its own reference. `@fused` compiles it to one pass over memory with
+torch.compile if `configure_compile` chose so. A compiler failure costs speed, never the run.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
             return compiled(*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # what every failure of the compiler derives from; a fault of ours comes again
+        except (
+            RuntimeError
+        ) as error:  # base class of compiler errors; an error of the kernel itself is raised again below
             failed = True
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             _log.warning("%s could not be compiled and runs as plain torch: %s", function.__name__, first_line)

@@ -1,9 +1,9 @@
-"""Divergences of a student from its teacher in closed form, and their gradient with respect to the student's logits.
+"""Divergences of a student from its teacher in closed form, with the gradient of the student's logits.
 
-The nats are those of the distributions at the temperature, without Hinton's factor of its square: TRL's convention.
-Shapes: N rows, V vocabulary rows, K ids that a sparse teacher names.
+Nats are those of the distributions at the temperature, without Hinton's factor temperature squared, as in TRL.
+Shapes: N rows, V vocabulary rows, K ids of a sparse teacher.
 Sources: Agarwal et al. 2024, arXiv:2306.13649 (generalized JSD); Ko et al. 2024, arXiv:2402.03898 (skew KL);
-Anshumann et al. 2025, arXiv:2503.16870 (a sampled teacher leaves forward KL's gradient unbiased).
+Anshumann et al. 2025, arXiv:2503.16870 (a sampled teacher leaves the gradient of forward KL unbiased).
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ from finetune.ops.limits import SOFTMAX_BLOCK_VALUES
 
 
 def divergence_(
-    student_NV: Tensor, teacher_NV: Tensor, weights_N: Tensor, kind: str, mix: float, temperature: float
+    student_NV: Tensor, teacher_NV: Tensor, weights_N: Tensor, kind: str, *, mix: float, temperature: float
 ) -> Tensor:
-    """Overwrites the teacher's logits with factor * d(nats) / d(student's logits), in their dtype; arithmetic is fp32.
+    """Return the divergence of each row in nats [N], fp32, unweighted.
 
-    Logits are finite; the student's are left as they are. factors_N: fp32. kind: of DIVERGENCES. mix: the teacher's
-    share of the mixture that jsd (beta) and skew_kl (alpha) compare with, in (0, 1); other kinds have none.
-    Returns: nats [N], fp32, without the factors.
+    Overwrites the teacher's logits with weight * d(nats) / d(student's logits), in their dtype. Arithmetic is fp32.
+
+    Args:
+        student_NV: finite logits, unchanged.
+        teacher_NV: finite logits, overwritten.
+        weights_N: fp32 weight of each row's gradient.
+        kind: a key of DIVERGENCES.
+        mix: the teacher's share of the mixture in jsd (beta) and skew_kl (alpha), in (0, 1); unused by other kinds.
+        temperature: divides both logits.
     """
     rows = rows_per_block(teacher_NV)
     blocks = zip(student_NV.split(rows), teacher_NV.split(rows), weights_N.split(rows), strict=True)
@@ -33,27 +39,31 @@ def divergence_(
 
 
 def sampled_kl_(logits_NV: Tensor, ids_NK: Tensor, probs_NK: Tensor, weights_N: Tensor) -> Tensor:
-    """Cross-entropy against a teacher that names K ids a row; overwrites the student's logits with factor * gradient,
-    in their dtype; all arithmetic is fp32.
+    """Return the cross-entropy against K ids per row in nats [N], fp32, unweighted: -sum of prob * log softmax.
 
-    The gradient is M * softmax - probs, M being the row's sum of probs: linear in them, so that unbiased probs give an
-    unbiased gradient of forward KL. ids_NK: int64, each in [0, V); one that comes again adds up. probs_NK: fp32, not
-    negative. factors_N: fp32.
-    Returns: -sum of prob * log softmax at the ids [N] in nats, fp32, without the factors.
+    Overwrites the student's logits with the weighted gradient, in their dtype. Arithmetic is fp32. The gradient is
+    M * softmax - probs, where M is the row's sum of probs. It is linear in probs, so unbiased probs give an unbiased
+    gradient of forward KL.
+
+    Args:
+        logits_NV: the student's logits.
+        ids_NK: int64, each in [0, V); probs of repeated ids add up.
+        probs_NK: fp32, not negative.
+        weights_N: fp32 weight of each row's gradient.
     """
     at_ids = torch.arange(len(ids_NK), device=ids_NK.device)[:, None], ids_NK
     logits_NK = logits_NV[at_ids].float()
     mass_N1 = probs_NK.sum(-1, keepdim=True)
     highest_N, log_sum_N = softmax_(logits_NV, weights_N * mass_N1.squeeze(1))
     log_probs_NK = (logits_NK - highest_N[:, None]) - log_sum_N[:, None]
-    # A good student's softmax is nearly the teacher's: the difference of two that bf16 has rounded would be noise.
+    # Near the teacher's softmax, the difference of two values rounded to bf16 would be noise.
     difference_NK = mass_N1 * log_probs_NK.exp() - _totals(ids_NK, probs_NK)
     logits_NV[at_ids] = (difference_NK * weights_N[:, None]).to(logits_NV.dtype)
     return -(probs_NK * log_probs_NK).sum(-1)
 
 
 def _totals(ids_NK: Tensor, probs_NK: Tensor) -> Tensor:
-    """What a row's probs say in all of each id that it names [N, K]: the same wherever an id comes again."""
+    """Return the sum of probs of each id in its row [N, K]; repeated ids have the same sum."""
     rows = max(1, SOFTMAX_BLOCK_VALUES["cpu"] // ids_NK.shape[1] ** 2)
     blocks = zip(ids_NK.split(rows), probs_NK.split(rows), strict=True)
     return torch.cat([((ids[:, :, None] == ids[:, None, :]) * probs[:, None, :]).sum(-1) for ids, probs in blocks])
@@ -97,11 +107,11 @@ def _jsd_rows_(student_NV: Tensor, teacher_NV: Tensor, weights_N: Tensor, mix: f
 def _skew_kl_rows_(student_NV: Tensor, teacher_NV: Tensor, weights_N: Tensor, mix: float, temperature: float) -> Tensor:
     """KL(p || m) with m = mix * p + (1 - mix) * q."""
     q_NV, p_NV, log_ratio_NV = _compare(student_NV, teacher_NV, temperature)
-    # m / p less 1. From exp(80) on, p adds nothing to either sum, and exp(89) would overflow.
+    # m / p - 1. From exp(80) on, p adds nothing to either sum, and exp(89) would overflow.
     excess_NV = log_ratio_NV.neg_().clamp_(max=80).expm1_().mul_(1 - mix)
     rounding_N = (q_NV - p_NV).sum(-1) * (1 - mix)
     nats_N = rounding_N - p_NV.mul_(excess_NV.log1p()).sum(-1)
-    # The slope, -(1 - mix) * p / m, but for a constant, which drops out: what is left is 0 where the two agree.
+    # The slope -(1 - mix) * p / m plus a constant, which drops out: 0 where both agree.
     slopes_NV = excess_NV.div_(excess_NV + 1).mul_(1 - mix)
     _through_softmax_(teacher_NV, q_NV, slopes_NV, weights_N / temperature)
     return nats_N
@@ -116,9 +126,9 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor, float, float], Tensor]]
 
 
 def _compare(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """q, p and log(p / q), fp32. The last from differences of logits: two logarithms would each be rounded first.
+    """Return q, p and log(p / q), fp32. The last uses differences of logits: two logarithms would each be rounded.
 
-    The differences q - p sum to nothing but how both normalizations were rounded; added to a KL, they take that out.
+    The differences q - p sum to the rounding error of both normalizations; adding them to a KL removes that error.
     """
     below_q_NV, q_NV, sum_q_N1 = _softmax(student_NV, temperature)
     below_p_NV, p_NV, sum_p_N1 = _softmax(teacher_NV, temperature)
@@ -126,7 +136,7 @@ def _compare(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> tupl
 
 
 def _softmax(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits less their row's highest, their softmax, and the sum that it was divided by [N, 1]; fp32."""
+    """Return the logits minus their row's maximum, their softmax, and the sum of exponentials [N, 1]; fp32."""
     below_NV = logits_NV - logits_NV.amax(-1, keepdim=True).float()
     exponentials_NV = (below_NV / temperature).exp_()
     sum_N1 = exponentials_NV.sum(-1, keepdim=True)
@@ -134,16 +144,16 @@ def _softmax(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Ten
 
 
 def _log_mixture(log_ratio_NV: Tensor, mix: float) -> Tensor:
-    """log(m / p) where p is the larger, log(m / q) where q is: of these two the one that is not above 0.
+    """Return log(m / p) where p is larger, else log(m / q): the one that is not above 0.
 
-    Neither overflows and both are exact near p = q; they round by 6e-8 / (distance of mix from 0 or 1).
+    Neither overflows. Both are exact near p = q. Their rounding error is 6e-8 / (distance of mix from 0 or 1).
     """
     shares_NV = log_ratio_NV.sign().mul_(0.5 - mix).add_(0.5)  # torch.where takes ten times as long
     return log_ratio_NV.abs().neg_().expm1_().mul_(shares_NV).log1p_()
 
 
 def _through_softmax_(place_NV: Tensor, q_NV: Tensor, slopes_NV: Tensor, weights_N: Tensor) -> Tensor:
-    """Writes factor * d / d(logits) of what changes by these slopes with q; returns the slopes' means under q [N]."""
+    """Write the weighted gradient of the logits, given the slopes with respect to q; return their means under q [N]."""
     means_N = (q_NV * slopes_NV).sum(-1)
     place_NV.copy_(slopes_NV.sub_(means_N[:, None]).mul_(q_NV).mul_(weights_N[:, None]))
     return means_N

@@ -1,10 +1,10 @@
-"""Frozen linear layers with or without a LoRA adapter, several on one input, keeping as little as the gradient needs.
+"""Frozen linear layers with or without a LoRA adapter: several on one input, with minimal saved tensors.
 
     y = x W^T + b + scale * dropout(x) A^T B^T
 
-W is frozen: it may be 4-bit, is dequantized just before each product and dropped after it, and gets no gradient. A and
-B are fp32 masters, rounded to x's dtype inside. Kept for the backward pass: x, once for all projections that read it,
-and only if one of them is adapted; of the MLP besides it the two factors of the product. Everything else is made again.
+W is frozen. It may be 4-bit: it is dequantized before each product and freed after it. A and B are fp32 masters,
+rounded to x's dtype inside. Saved for backward: x, once for all projections that read it, if one has an adapter; in
+the MLP also gate and up. Everything else is recomputed.
 
 Shapes: T tokens, D inputs, O outputs, I intermediate width, R rank.
 Source: Hu et al. 2021, arXiv:2106.09685; Dettmers et al. 2023, arXiv:2305.14314.
@@ -28,7 +28,7 @@ from finetune.ops.matmul import add_matmul_, matmul
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA adapter. a: [R, D], b: [O, R], trained; dropout: probability on the adapter's input, 0 in eval mode."""
+    """A trained LoRA adapter. a: [R, D], b: [O, R]. dropout: probability on its input, 0 in eval mode."""
 
     a: Tensor
     b: Tensor
@@ -40,7 +40,7 @@ class Adapter:
 class Projection:
     """A frozen linear layer.
 
-    weight: [O, D], or packed 4-bit with bitsandbytes' `quant_state`; then its dtype is that of the state.
+    weight: [O, D], or packed 4-bit with the `quant_state` of bitsandbytes, which then determines the dtype.
     """
 
     weight: Tensor
@@ -49,15 +49,12 @@ class Projection:
     adapter: Adapter | None = None
 
     def dequantized(self) -> Tensor:
-        """The weight [O, D] to multiply with. On a GPU it lies in a buffer that the next call overwrites."""
+        """Return the weight [O, D]; on a GPU, in a buffer that the next call overwrites."""
         return self.weight if self.quant_state is None else dequantize(self.weight, self.quant_state)
 
 
 def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
-    """What several linear layers make of one input.
-
-    x: [..., D] in the dtype of the weights. Returns: one [..., O] for each.
-    """
+    """Apply several linear layers to x [..., D], in the weights' dtype; returns one [..., O] each."""
     factors = [factor for p in projections if p.adapter for factor in (p.adapter.a, p.adapter.b)]
     outputs = _Project.apply(x.reshape(-1, x.shape[-1]), tuple(projections), *factors)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
@@ -81,8 +78,7 @@ def _passes_in_blocks(x: Tensor, *projections: Projection) -> bool:
 def _swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
     projections = (gate, up, down)
     factors = [factor for p in projections if p.adapter for factor in (p.adapter.a, p.adapter.b)]
-    # A frozen down keeps nothing: after all else, it is not computed again when the layer is recomputed for its
-    # backward pass.
+    # A frozen down saves nothing. Outside the function, gradient checkpointing does not recompute it.
     inside = projections if down.adapter else projections[:2]
     x_TD = x.reshape(-1, x.shape[-1])
     outputs = [_SwigluMlp.apply(x_BD, inside, *factors) for x_BD in x_TD.split(_rows_at_once(x_TD, projections))]
@@ -92,7 +88,7 @@ def _swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -
 
 
 def _rows_at_once(x_TD: Tensor, projections: Sequence[Projection]) -> int:
-    """All on a GPU, and where blocks would draw other dropout masks from the same seed."""
+    """All rows on a GPU, and with dropout: blocks would draw other masks from the same seed."""
     drops = any(p.adapter and p.adapter.dropout for p in projections)
     return len(x_TD) if drops or x_TD.device.type != "cpu" else MLP_ROWS
 
@@ -112,13 +108,13 @@ class _Project(torch.autograd.Function):
         x_TD, *masks = ctx.saved_tensors
         grad_x, factors = None, []
         for p, grad_TO, mask in zip(ctx.projections, grad_outputs, masks, strict=True):
-            grad_x, grad_factors = _backward(grad_TO, x_TD, p, mask, grad_x, ctx.needs_input_grad[0])
+            grad_x, grad_factors = _backward(grad_TO, x_TD, p, mask, grad_x, wants_x=ctx.needs_input_grad[0])
             factors += grad_factors
         return grad_x, None, *factors
 
 
 class _SwigluMlp(torch.autograd.Function):
-    """The gated product, and what an adapted down makes of it: it reads a product made again, which is not kept."""
+    """silu(gate) * up, and the down projection if it has an adapter, whose input is recomputed in backward."""
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, projections: tuple[Projection, ...], *factors: Tensor) -> Tensor:
@@ -142,15 +138,15 @@ class _SwigluMlp(torch.autograd.Function):
         for down in downs:
             down_factors = _grad_factors(grad, swiglu_forward(gate_TI, up_TI), down, masks[2])
             grad = _grad_input(grad, down, masks[2], None)
-        # The saved factors are overwritten; autograd's version check refuses a second backward pass over them.
+        # Overwrites saved tensors: autograd's version check makes a second backward pass an error.
         swiglu_backward_(grad, gate_TI, up_TI)
-        grad_x, gate_factors = _backward(gate_TI, x_TD, gate, masks[0], None, ctx.needs_input_grad[0])
-        grad_x, up_factors = _backward(up_TI, x_TD, up, masks[1], grad_x, ctx.needs_input_grad[0])
+        grad_x, gate_factors = _backward(gate_TI, x_TD, gate, masks[0], None, wants_x=ctx.needs_input_grad[0])
+        grad_x, up_factors = _backward(up_TI, x_TD, up, masks[1], grad_x, wants_x=ctx.needs_input_grad[0])
         return grad_x, None, *gate_factors, *up_factors, *down_factors
 
 
 def _draw_mask(x_TD: Tensor, p: Projection) -> Tensor | None:
-    """Which inputs the adapter sees; drawn as nn.Dropout draws it, so that a seed gives the same ones."""
+    """Draw the dropout mask of an adapter like nn.Dropout, so that a seed gives the same mask."""
     if not p.adapter or not p.adapter.dropout:
         return None
     return torch.empty_like(x_TD, dtype=torch.bool).bernoulli_(1 - p.adapter.dropout)
@@ -170,9 +166,9 @@ def _forward(x_TD: Tensor, p: Projection, mask: Tensor | None) -> Tensor:
 
 
 def _backward(
-    grad_TO: Tensor, x_TD: Tensor | None, p: Projection, mask: Tensor | None, grad_x: Tensor | None, wants_x: bool
+    grad_TO: Tensor, x_TD: Tensor | None, p: Projection, mask: Tensor | None, grad_x: Tensor | None, *, wants_x: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """The gradient of x with this projection's part added to `grad_x`, and those of its factors."""
+    """Add this projection's gradient of x to `grad_x`; return it and the gradients of the adapter."""
     factors = [] if x_TD is None else _grad_factors(grad_TO, x_TD, p, mask)
     return _grad_input(grad_TO, p, mask, grad_x) if wants_x else None, factors
 
@@ -191,7 +187,7 @@ def _grad_input(grad_TO: Tensor, p: Projection, mask: Tensor | None, grad_x: Ten
 
 
 def _grad_factors(grad_TO: Tensor, x_TD: Tensor, p: Projection, mask: Tensor | None) -> list[Tensor]:
-    """Gradients of A and B in fp32; none without an adapter."""
+    """Return the gradients of A and B in fp32; none without an adapter."""
     if not p.adapter:
         return []
     a, b, scale = p.adapter.a, p.adapter.b, p.adapter.scale

@@ -1,9 +1,9 @@
-"""Matrix products of 16-bit operands, by way of fp32 where the processor has none of its own.
+"""Matrix products of 16-bit operands, in fp32 on CPUs without 16-bit instructions.
 
-Without 16-bit instructions (x86 up to AVX2) torch multiplies bf16 and fp16 at a sixth of fp32's speed, and at a
-hundredth where the right operand is not a transposed one, as in every backward pass. A 16-bit product is exact in fp32
-and is summed there anyway, so widened operands and a result rounded once say the same. The right operand, a weight as a
-rule, is widened a block at a time, which stays in the processor's cache.
+Without them (x86 up to AVX2), torch multiplies bf16 and fp16 at 1/6 of the speed of fp32, and at 1/100 if the right
+operand is not transposed, as in every backward pass. A product of two 16-bit values is exact in fp32 and sums are fp32
+in any case, so converted operands and a result rounded once give the same values. The right operand, usually a weight,
+is converted in blocks that stay in cache.
 
 Shapes: left [M, K], right [K, N].
 """
@@ -17,50 +17,48 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Values of the right operand widened at once: 4 MB. Four times fewer and more are slower (measured on Zen 3).
+# Values of the right operand converted at once: 4 MB. 1 MB and 16 MB are slower (measured on Zen 3).
 _BLOCK = 2**20
-# Rows or columns of a block are a multiple: results that end inside a cache line take a fifth longer.
+# Rows or columns of a block are a multiple of this: results that end inside a cache line take 20 % longer.
 _MULTIPLE = 64
-# Up to so many rows on the left torch's own product with a transposed right operand reads 16 bit, and is the fastest.
+# With at most so many rows on the left, torch's product with a transposed right operand is fastest in 16 bit.
 _NATIVE_ROWS = 2
-# Up to so many the weight goes on the left: twice as fast for a few, a fifth for two hundred (measured on Zen 3).
+# With at most so many, the weight goes on the left: 2 times faster for a few rows, 20 % for 200 (measured on Zen 3).
 _FEW_ROWS = 255
 _memory = threading.local()
 
 
 def uses_fp32_matmul(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of this type go by way of fp32 on this device."""
-    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not _has_products(dtype)
+    """Return whether matrix products of this dtype are computed in fp32 on this device."""
+    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not _has_native_matmul(dtype)
 
 
 def describe(device: torch.device, dtype: torch.dtype, all_here: bool) -> str | None:
-    """What to tell about the products of a run; None where the device makes them as they are.
+    """Return a log line about matrix products; None if the device computes them natively.
 
-    all_here: whether all of a step's products are made here, or some are left to torch.
+    all_here: whether this module computes all products of a step, or torch computes some.
     """
     if not uses_fp32_matmul(device, dtype):
         return None
     name = str(dtype).removeprefix("torch.")
     if all_here:
-        return f"products: in float32, since this processor has none in {name}"
+        return f"matmul: dtype=float32 (this CPU has no {name} instructions)"
     return (
-        f"products: this processor has none in {name}; the fast path makes its own in float32, the others "
-        f"(train.kernels=peft, DoRA, int8) are left to torch and take up to a hundred times as long: set "
-        "model.dtype=float32 and quant.compute_dtype=float32"
+        f"matmul: this CPU has no {name} instructions; fused kernels use float32, all others (train.kernels=peft, "
+        "DoRA, int8) are up to 100 times slower\nhelp: set model.dtype=float32 and quant.compute_dtype=float32"
     )
 
 
 @functools.cache
-def _has_products(dtype: torch.dtype) -> bool:
-    # The question that torch itself asks before it hands a product to oneDNN; its own loops are the slow ones.
-    # Where torch was built without oneDNN nobody can be asked, and its own loops are all there is.
+def _has_native_matmul(dtype: torch.dtype) -> bool:
+    # The check that torch makes before it calls oneDNN. Without oneDNN, or a build without it, torch's slow loops run.
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
-    ask = getattr(torch.ops.mkldnn, name, None)
-    return ask is not None and bool(ask())
+    supported = getattr(torch.ops.mkldnn, name, None)
+    return supported is not None and bool(supported())
 
 
 def matmul(left_MK: Tensor, right_KN: Tensor, bias_N: Tensor | None = None, out_MN: Tensor | None = None) -> Tensor:
-    """left @ right + bias, summed in fp32 and rounded to the operands' type; in `out_MN`, where it is given."""
+    """Return left @ right + bias, summed in fp32 and rounded to the operands' dtype; written to `out_MN` if given."""
     few = len(left_MK) <= _NATIVE_ROWS and right_KN.stride(0) == 1
     if few or not uses_fp32_matmul(left_MK.device, left_MK.dtype):
         if bias_N is None:
@@ -82,7 +80,7 @@ def add_matmul_(sum_MN: Tensor, left_MK: Tensor, right_KN: Tensor, alpha: float 
 
 
 def _wide_parts(left_MK: Tensor, right_KN: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The product in fp32, some columns at a time: blocks of `right` follow its memory."""
+    """Yield the product in fp32 by slices of columns; blocks of `right` follow its memory layout."""
     inner, columns = right_KN.shape
     if right_KN.stride(0) == 1:
         wide_MK = left_MK.float()
@@ -101,14 +99,14 @@ def _wide_parts(left_MK: Tensor, right_KN: Tensor) -> Iterator[tuple[slice, Tens
 
 
 def _widened(block: Tensor) -> Tensor:
-    """A block in fp32, until this thread widens the next: one from the heap for each would leave holes there."""
+    """Return a block in fp32, in one buffer per thread: new buffers would leave holes in the heap."""
     buffer = getattr(_memory, "block", None)
     if buffer is None or len(buffer) < block.numel():
-        with torch.inference_mode(False):  # what is made within could not be written to outside
+        with torch.inference_mode(False):  # a buffer made inside inference mode is not writable outside
             buffer = _memory.block = torch.empty(block.numel(), dtype=torch.float32, device="cpu")
     return buffer[: block.numel()].view(block.shape).copy_(block)
 
 
 def _step(width: int) -> int:
-    """How many rows (or columns) of so many values make a block."""
+    """Return how many rows (or columns) of `width` values form a block."""
     return max(1, _BLOCK // max(1, width) // _MULTIPLE) * _MULTIPLE

@@ -1,4 +1,4 @@
-"""Tensors that wait for the backward pass in main memory, moved there and back beside the computation."""
+"""Offload saved tensors to main memory until backward, with copies in parallel to the computation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class _Waiting:
-    """One tensor in main memory; its copy on the device once that is under way; who was stored before it."""
+    """A tensor in main memory, its copy on the device while it is fetched, and the tensor stored before it."""
 
     def __init__(self, host: Tensor, device: torch.device, before: _Waiting | None):
         self.host, self.device = host, device
@@ -21,11 +21,10 @@ class _Waiting:
 
 
 class HostOffload:
-    """`with offload.hooks():` what autograd saves meanwhile is kept in main memory until the backward pass asks for it.
+    """Keep in main memory what autograd saves inside `with offload.hooks():`, until backward needs it.
 
-    On CUDA the copies run on a stream of their own from and to pinned memory, and a tensor that is asked for has the
-    one stored before it fetched as well: backward will want it next, and computes in the meantime. Tensors of other
-    devices than CUDA are copied when they are stored and when they are asked for.
+    On CUDA, copies run on their own stream to and from pinned memory. A fetch also starts the fetch of the tensor
+    stored before, which backward needs next. Tensors of other devices are copied synchronously.
     """
 
     def __init__(self) -> None:
@@ -44,10 +43,10 @@ class HostOffload:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             with torch.cuda.stream(side):
                 host.copy_(tensor.detach(), non_blocking=True)
-            # Its memory is not given to another tensor before the copy has read it.
+            # The allocator reuses its memory only after the copy has read it.
             tensor.record_stream(side)
         waiting = _Waiting(host, tensor.device, self._last())
-        # Held by the graph alone, so that it goes when the graph goes.
+        # Only the graph holds it, so it is freed with the graph.
         self._last = weakref.ref(waiting)
         return waiting
 

@@ -1,4 +1,4 @@
-"""The C library's heap, where it is glibc's: what is freed lies there for the process until it is given back."""
+"""Return freed memory to the operating system: glibc malloc_trim; does nothing with other C libraries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import ctypes
 
 
 def malloc_trim() -> None:
-    """Give the system what the heap holds free. Nothing happens where the C library is another one."""
+    """Return all free heap memory to the operating system."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)

@@ -1,4 +1,4 @@
-"""Distilling on a GPU: the teacher's placement changes nothing, and the kernels agree with float64."""
+"""Distillation on a GPU: the placement of the teacher changes nothing, and kernels equal float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 FEW = ("data.train.0.limit=48", "data.eval.0.limit=8", "train.max_steps=3", "lora.dropout=0", "train.neftune_alpha=0")
 
 
-def test_a_streamed_teacher_teaches_what_one_in_memory_teaches(tmp_path):
+def test_a_streamed_and_a_resident_teacher_give_the_same_run(tmp_path):
     for placement in ("resident", "streamed"):
         settings = ("distill.objective=recover", f"distill.teacher.placement={placement}")
         train(small_run(tmp_path / placement, *FEW, *settings))
@@ -24,7 +24,7 @@ def test_a_streamed_teacher_teaches_what_one_in_memory_teaches(tmp_path):
     assert result(tmp_path / "resident")["teacher_kl_before"] > 0
 
 
-def test_on_policy_answers_are_written_on_the_gpu(tmp_path):
+def test_on_policy_samples_are_generated_on_the_gpu(tmp_path):
     train(small_run(tmp_path / "run", *FEW, "distill.objective=recover", "distill.on_policy=0.5"))
     assert result(tmp_path / "run")["status"] == "finished"
 

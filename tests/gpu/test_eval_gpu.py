@@ -1,4 +1,4 @@
-"""`finetune eval` on a GPU: the same figures as plain transformers there, from the fast path and cached decoding."""
+"""`finetune eval` on a GPU: fused layers and cached decoding give the figures of transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 BASE = packaged("data") / "tiny-qwen2.5"
 
 
-def test_a_model_and_its_quantized_self_are_measured(tmp_path: Path) -> None:
+def test_a_model_and_its_quantized_version_are_measured(tmp_path: Path) -> None:
     lines = (packaged("data") / "sample" / "heldout.jsonl").read_text().splitlines()[:24]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
     words = [f"model={BASE}", f"data=[{{path: {tmp_path / 'rows.jsonl'}}}]", "quant=nf4", "answers=8", "resamples=100"]

@@ -1,4 +1,4 @@
-"""The fast path on a GPU: its attention kernel, its 4-bit buffer, its compiled kernels."""
+"""Fused layers on a GPU: the attention kernel, the 4-bit buffer, the compiled kernels."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ def test_attention_equals_float64(dtype: torch.dtype, common: int):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("storage", ["nf4", "resident", "none"])
-def test_gradients_are_as_close_to_fp32_as_pefts(
+def test_gradients_are_as_close_to_fp32_as_those_of_peft(
     tmp_path: Path, storage: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    """As on the CPU: at most a quarter further from fp32 arithmetic than PEFT's own path."""
+    """At most 25 % further from fp32 arithmetic than PEFT, as on the CPU."""
     monkeypatch.setattr(dispatch.STATE, "compiled", compiled)
     random_qwen2(dtype=torch.bfloat16).save_pretrained(tmp_path)
     batch = build_batch(documents(LENGTHS)).to(GPU)
 
-    def gradients(dtype: str, fast: bool) -> dict[str, torch.Tensor]:
+    def gradients(dtype: str, fused: bool) -> dict[str, torch.Tensor]:
         quant_type = "none" if storage == "none" else "nf4"
         quant = QuantConfig(type=quant_type, compute_dtype=dtype, cache=False, keep_dequantized=storage == "resident")
         model = attach_lora(load_base(ModelConfig(name=str(tmp_path), dtype=dtype), quant), LoraConfig(rank=4))
         disturb(model)
-        if fast:
+        if fused:
             fuse_layers(model)
         return step(model.train(), batch)[1]
 

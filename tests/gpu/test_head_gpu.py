@@ -1,4 +1,4 @@
-"""The head's loss on the GPU: bf16 logits are never rounded there, and the kernels compile."""
+"""The loss on a GPU: logits of a bf16 head are fp32, and the kernels compile."""
 
 from __future__ import annotations
 

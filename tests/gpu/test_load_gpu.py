@@ -73,7 +73,7 @@ def test_trained_saved_and_reloaded_by_peft(base: ModelConfig, tmp_path: Path, q
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_every_bit_is_that_of_transformers_now_and_from_the_cache(
+def test_weights_are_bit_identical_to_transformers_with_and_without_cache(
     base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, double: bool
 ) -> None:
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
@@ -103,8 +103,8 @@ def test_every_bit_is_that_of_transformers_now_and_from_the_cache(
         assert layer.resident_weight.equal(dequantize_4bit(layer.weight.data, layer.weight.quant_state))
 
 
-def test_loftq_is_that_of_peft_where_alpha_is_the_rank(base: ModelConfig) -> None:
-    """PEFT's takes no account of alpha / rank."""
+def test_loftq_equals_that_of_peft_if_alpha_is_the_rank(base: ModelConfig) -> None:
+    """PEFT ignores alpha / rank."""
     cfg = LoraConfig(rank=8, alpha=8.0)
     ours = attach_lora(load_base(base, QuantConfig()), cfg.model_copy(update={"init": "loftq"}))
     peers = attach_lora(load_base(base, QuantConfig()), cfg)

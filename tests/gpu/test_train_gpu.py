@@ -1,4 +1,4 @@
-"""The GPU computes what the CPU computes, and a run on it ends as a run on the CPU does."""
+"""A GPU computes what the CPU computes, and runs on both end alike."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_loss_and_gradients_on_the_gpu_equal_the_cpus():
 
 
 @pytest.mark.parametrize("recompute", ["none", "all", "offload", "auto"])
-def test_a_run_ends_learns_resumes_and_reports_the_gpus_memory(tmp_path, recompute):
+def test_a_run_learns_resumes_and_reports_gpu_memory(tmp_path, recompute):
     settings = (
         "train.max_steps=12",
         "train.save_every=4",

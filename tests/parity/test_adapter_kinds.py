@@ -1,4 +1,4 @@
-"""Every kind of adapter, trained, saved and reloaded by PEFT alone; its arithmetic against float64 and PEFT."""
+"""Every kind of adapter, trained, saved and reloaded by PEFT, equals float64 and PEFT."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Knows 300 words."""
+    """A tokenizer of 300 words."""
     words = Tokenizer(models.WordLevel({f"t{number}": number for number in range(300)}, unk_token="t0"))
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0")
 
@@ -98,7 +98,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def train(model: peft.PeftModel) -> None:
-    """Two steps of plain SGD; every trainable tensor must get a gradient."""
+    """Take two SGD steps; every trainable tensor must get a gradient."""
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.5)
@@ -110,7 +110,7 @@ def train(model: peft.PeftModel) -> None:
 
 
 def trained_and_reloaded(load: Callable[[], PreTrainedModel], cfg: LoraConfig, tokenizer, folder: Path) -> tuple:
-    """Logits before training, after it, and of the saved folder on a fresh base, loaded by PEFT."""
+    """Return logits before and after training, and of the saved folder loaded by PEFT on a fresh base."""
     torch.manual_seed(1)
     model = attach_lora(load(), cfg, tokenizer)
     before = logits(model)
@@ -124,7 +124,7 @@ def trained_and_reloaded(load: Callable[[], PreTrainedModel], cfg: LoraConfig, t
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 class TestReloaded:
-    """PeftModel.from_pretrained(base, folder) computes what was trained."""
+    """PeftModel.from_pretrained(base, folder) equals the trained model."""
 
     @pytest.mark.parametrize("settings", (KINDS | FOUR_BIT_KINDS).values(), ids=KINDS | FOUR_BIT_KINDS)
     def test_on_a_4bit_base_bit_for_bit(self, load: Load, tokenizer, tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -155,7 +155,7 @@ class TestReloaded:
     def test_on_the_original_base_of_pissa_and_olora(
         self, load: Load, tokenizer, tmp_path: Path, settings: dict[str, Any], dtype: Any, tolerance: float
     ) -> None:
-        """What is left of the base is rounded to its dtype, the original is not: one rounding of the weights apart."""
+        """The residual base is rounded to its dtype, the original is not: they differ by one rounding."""
         cfg = LoraConfig(**settings)
         before, after, reloaded = trained_and_reloaded(lambda: load("none", True, dtype), cfg, tokenizer, tmp_path)
         torch.testing.assert_close(reloaded, after, rtol=0, atol=tolerance)
@@ -164,7 +164,7 @@ class TestReloaded:
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "none"])
-def test_a_layer_computes_and_differentiates_as_in_float64(load: Load, quant_type: Any, rslora: bool) -> None:
+def test_values_and_gradients_of_a_layer_equal_float64(load: Load, quant_type: Any, rslora: bool) -> None:
     """y = W x + b + s B A x and its gradients, W dequantized. An fp32 model leaves only rounding."""
     torch.manual_seed(2)
     cfg = LoraConfig(rank=4, alpha=6.0, rslora=rslora)
@@ -197,8 +197,8 @@ def test_a_layer_computes_and_differentiates_as_in_float64(load: Load, quant_typ
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("init", ["default", "gaussian", "pissa", "olora", "orthogonal"])
-def test_inits_are_those_of_peft(load: Load, init: Any) -> None:
-    """On an fp32 base, where PEFT's own are exact: the same factors, and the same is left of the base."""
+def test_inits_equal_those_of_peft(load: Load, init: Any) -> None:
+    """On an fp32 base, where PEFT is exact: the same factors and the same residual base."""
     theirs = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=4,
@@ -222,8 +222,8 @@ def test_inits_are_those_of_peft(load: Load, init: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-def test_a_step_is_that_of_peft(load: Load, tokenizer) -> None:
-    """attach_lora on load_base trains as plain transformers and PEFT on the same 4-bit weights; bit for bit."""
+def test_a_step_is_bit_identical_to_peft(load: Load, tokenizer) -> None:
+    """attach_lora and load_base equal transformers and PEFT on the same 4-bit weights."""
     torch.manual_seed(4)
     ours = attach_lora(load("nf4"), LoraConfig(rank=4, target_modules="all-linear"), copy.deepcopy(tokenizer))
     torch.manual_seed(4)

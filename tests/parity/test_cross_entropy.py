@@ -1,4 +1,4 @@
-"""The loss and its gradients against transformers in float64, document by document."""
+"""Loss and gradients of packed documents equal transformers in float64, document by document."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def documents(lengths: list[int], seed: int = 0, weighted: bool = False) -> list
 
 
 def reference(docs: list[Document]) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
-    """Sum over documents, each in a forward pass of its own, plain attention, float64."""
+    """Sum over documents, one forward pass each, plain attention, float64."""
     model = random_qwen2("eager", torch.float64)
     total = torch.zeros((), dtype=torch.float64)
     correct = 0
@@ -86,7 +86,7 @@ def test_a_batch_without_targets_gives_zero_and_reaches_every_parameter():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_segmented_attention_refuses_lengths_that_do_not_cover_the_batch():
+def test_lengths_that_do_not_cover_the_batch_are_an_error():
     model = random_qwen2()
     batch = build_batch(documents([4, 4]))
     with pytest.raises(ValueError, match="cover 64 rows, not the 8 given"):

@@ -1,4 +1,4 @@
-"""Our loading of a 4-bit base against transformers' own: the same bits, the same attributes, the same training."""
+"""Loading a 4-bit base equals transformers: bit-identical weights, attributes and training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Load = Callable[[Path], Any]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
-    """`folders(tied)`: a random model in several shards; its matrices do not fill their last blocks."""
+    """`folders(tied)`: a random model in several shards; its matrices end inside a quantization block."""
     made: dict[bool, Path] = {}
 
     def make(tied: bool) -> Path:
@@ -78,7 +78,7 @@ def by_us(folder: Path, quant: QuantConfig, dtype: Any = "bfloat16") -> Any:
 
 
 def all_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Parameters, buffers saved or not, and everything bitsandbytes keeps beside a packed weight."""
+    """Return parameters, all buffers, and the quantization state of every packed weight."""
     return {**model.state_dict(), **dict(model.named_buffers())}
 
 
@@ -93,10 +93,10 @@ def assert_same(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize(
     ("tied", "dtype"), [(True, "bfloat16"), (False, "bfloat16"), (False, "float16"), (True, "float32")]
 )
-def test_every_bit_is_that_of_transformers(
+def test_weights_are_bit_identical_to_transformers(
     folders, monkeypatch: pytest.MonkeyPatch, double: bool, tied: bool, dtype: Any
 ) -> None:
-    """Quantized now, a piece at a time, and read from the cache at the second start."""
+    """Quantized in pieces at the first load, read from the cache at the second."""
     monkeypatch.setattr(four_bit, "_CHUNK", 1024)
     quant = QuantConfig(double=double)
     theirs = by_transformers(folders(tied), quant, dtype)
@@ -107,7 +107,9 @@ def test_every_bit_is_that_of_transformers(
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 33, 500, 513])
 @pytest.mark.parametrize("double", [True, False])
-def test_a_matrix_in_pieces_is_the_matrix(monkeypatch: pytest.MonkeyPatch, rows: int, double: bool) -> None:
+def test_a_matrix_quantized_in_pieces_is_bit_identical(
+    monkeypatch: pytest.MonkeyPatch, rows: int, double: bool
+) -> None:
     monkeypatch.setattr(four_bit, "_CHUNK", 4096)
     weight = torch.randn(rows, 96, generator=torch.Generator().manual_seed(rows), dtype=torch.bfloat16)
     like = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=double)
@@ -119,7 +121,7 @@ def test_a_matrix_in_pieces_is_the_matrix(monkeypatch: pytest.MonkeyPatch, rows:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_what_peft_and_accelerate_look_at_is_there(folders, cached: bool) -> None:
+def test_attributes_that_peft_and_accelerate_read_are_set(folders, cached: bool) -> None:
     quant = QuantConfig()
     if cached:
         by_us(folders(True), quant)
@@ -151,8 +153,8 @@ def test_what_peft_and_accelerate_look_at_is_there(folders, cached: bool) -> Non
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_training_on_it_is_training_on_transformers(folders, cached: bool) -> None:
-    """Loss and adapter gradients, bit for bit."""
+def test_training_is_bit_identical_to_transformers(folders, cached: bool) -> None:
+    """Loss and adapter gradients."""
     quant = QuantConfig(cache=cached)
     if cached:
         by_us(folders(True), quant)

@@ -91,7 +91,13 @@ def _quantized(trained: Trained, log: Log) -> QuantizedWeights:
     assert settings is not None, "choose_base refuses a base that was not in 4 bit"
     with quiet():
         return QuantizedWeights(
-            trained.folder, trained.files, trained.model, trained.quant, settings, default_device(), log
+            trained.folder,
+            trained.files,
+            model=trained.model,
+            quant=trained.quant,
+            settings=settings,
+            device=default_device(),
+            log=log,
         )
 
 

@@ -1,4 +1,4 @@
-"""How each linear layer of a base is stored, from the config and the layers' names alone, and in how many bytes."""
+"""Storage type and bytes of each linear layer of a base, from config and layer names only."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ from finetune.system.errors import ConfigError
 if TYPE_CHECKING:
     from finetune.config.schema import QuantConfig
 
-# Weights that share a scale, and scales that share one when they are quantized themselves.
+# Weights per scale, and scales per second-level scale with double quantization.
 _BLOCK, _OUTER_BLOCK = 64, 256
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SHOWN = 3
 
 
 def storage_of(cfg: QuantConfig, linears: Sequence[str], head: str) -> dict[str, str]:
-    """What each linear layer is stored as, in the words of `quant.type`; none is the model's own dtype.
+    """Return the storage of each linear layer as a value of `quant.type`; none is the model's own dtype.
 
-    linears: full names of all linear layers. head: the output layer's, which is never quantized.
-    Raises: ConfigError with every entry of `quant.skip_modules` and `quant.int8` that matches no layer, and every
-    layer that is
-    named in both.
+    Args:
+        cfg: `quant` of the config.
+        linears: full names of all linear layers.
+        head: the output layer, which is never quantized.
+
+    Raises:
+        ConfigError: lists every entry of `quant.skip_modules` and `quant.int8` that matches no layer, and every layer
+            that
+            both name.
     """
     kept = {pattern: [name for name in linears if matches(pattern, name)] for pattern in cfg.skip_modules}
-    # A glob over everything means what can be in 8 bit.
+    # A glob over all layers excludes the head, which is never in 8 bit.
     eight = {pattern: [n for n in linears if n != head and matches(pattern, n)] for pattern in cfg.int8}
     blocks = [name for name in linears if name != head]
     problems = [
@@ -35,24 +40,30 @@ def storage_of(cfg: QuantConfig, linears: Sequence[str], head: str) -> dict[str,
         if not names
     ]
     for lost in (pattern for pattern, names in eight.items() if not names):
-        only_head = f"means {head}, which always is in 16 bit; drop it" if matches(lost, head) else None
+        only_head = f"matches {head}, which is always in 16 bit; drop it" if matches(lost, head) else None
         problems.append(f"quant.int8: {lost!r} {only_head or f'matches no linear layer; {close_names(lost, blocks)}'}")
     stored = dict.fromkeys(linears, str(cfg.type)) | {head: "none"}
     stored |= dict.fromkeys((name for names in eight.values() for name in names), "int8")
     twice = [name for names in kept.values() for name in names if name != head and name in set().union(*eight.values())]
     if twice := list(dict.fromkeys(twice)):
         listed = f"{', '.join(twice[:_SHOWN])}{f' and {len(twice) - _SHOWN} more' if len(twice) > _SHOWN else ''}"
-        problems.append(f"quant.skip_modules and quant.int8 both name {listed}; name each layer in one of them")
+        problems.append(f"quant.skip_modules and quant.int8: both match {listed}; list each layer in one of them")
     if problems:
         raise ConfigError("\n".join(problems))
     return stored | dict.fromkeys((name for names in kept.values() for name in names), "none")
 
 
 def stored_bytes(kind: str, shape: tuple[int, int], double: bool, dtype: str) -> int:
-    """Bytes of a weight [out, in] and its scales. kind: as in `storage_of`; double: scales quantized as well.
+    """Return the bytes of a weight [out, in] and its scales.
 
-    Not counted: tables that are the same for every 4-bit weight, a kilobyte each.
-    Source: Dettmers et al. 2023, arXiv:2305.14314 (4 bits); 2022, arXiv:2208.07339 (8 bits, a scale for each row).
+    Lookup tables shared by all 4-bit weights, 1 kB each, do not count.
+    Source: Dettmers et al. 2023, arXiv:2305.14314 (4 bit); 2022, arXiv:2208.07339 (8 bit, one scale per row).
+
+    Args:
+        kind: from `storage_of`.
+        shape: [out, in].
+        double: whether scales are quantized too.
+        dtype: of the model.
     """
     weights = shape[0] * shape[1]
     if kind == "none":

@@ -1,11 +1,11 @@
-"""Quantized weights on disk, so that the next start reads them instead of quantizing again.
+"""A cache of quantized weights on disk: the next start reads them instead of quantizing again.
 
     $FINETUNE_CACHE/quantized/<fingerprint>/   manifest.json, part-00000.safetensors …
                               digests/         the SHA-256 of weight files that were read (digest.py)
 
-The fingerprint covers all that decides the bits: the original weights' content, the options, the device's kind and the
-library. An entry appears by one rename and is checked against its manifest's SHA-256 sums each time it is read, so a
-torn, damaged or foreign one is made anew. Nothing that goes wrong here ends a run: it is said, and the run goes on.
+The fingerprint covers everything that determines the bits: the original weights, the options, the device type and the
+library version. An entry appears by one rename, and every read checks it against the SHA-256 sums in its manifest. A
+corrupt entry is quantized again. No cache error ends a run: it is logged.
 """
 
 from __future__ import annotations
@@ -31,31 +31,33 @@ from torch import Tensor
 from finetune.models.digest import sha256_of
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
+from finetune.system.format import format_bytes
 
 Tensors = Mapping[str, Tensor]
 
 _LAYOUT = 1
 _MANIFEST = "manifest.json"
-# Small enough to be hashed in parallel, and to be copied off a GPU without mattering.
+# Small enough for parallel hashing and for a copy off a GPU.
 _PART_BYTES = 64 << 20
-# Left free for checkpoints: a cache must not be what fills a disk.
+# Left free for checkpoints.
 _SPARE_BYTES = 1 << 30
-# How long a rank waits for the one that quantizes before it quantizes for itself.
+# How long a rank waits for another that quantizes, before it quantizes itself.
 _PATIENCE_SECONDS = 600.0
 _ABANDONED_SECONDS = 24 * 3600.0
 
 
 def cache_folder() -> Path:
-    """$FINETUNE_CACHE/quantized, else ~/.cache/finetune/quantized."""
+    """Return $FINETUNE_CACHE/quantized, or ~/.cache/finetune/quantized."""
     home = os.environ.get("FINETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "finetune"
     return Path(home).expanduser() / "quantized"
 
 
 @dataclass(frozen=True)
 class QuantizedCache:
-    """One entry of the cache, there or not.
+    """One entry of the cache, which may not exist yet.
 
-    made_from: everything that decides the tensors, as JSON would keep it. say: told, in a line, what went wrong.
+    made_from: everything that determines the tensors, as JSON values. log: called with a one-line message if the cache
+    cannot be used.
     """
 
     folder: Path
@@ -64,14 +66,14 @@ class QuantizedCache:
 
     @property
     def entry(self) -> Path:
-        """Where the tensors lie, or will."""
+        """The folder of the entry."""
         text = json.dumps({"layout": _LAYOUT, **self.made_from}, sort_keys=True)
         return self.folder / hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def find(self) -> dict[str, Tensor] | None:
-        """All tensors, memory-mapped (ranks on one machine share the pages), or None; each byte was checked.
+        """Return all tensors, memory-mapped and verified, or None. Ranks on one machine share the pages.
 
-        They stay valid when the entry is removed meanwhile; a write to one does not reach the file.
+        They stay valid if the entry is removed. A write to a tensor does not change the file.
         """
         if not self.entry.is_dir():
             return None
@@ -79,26 +81,26 @@ class QuantizedCache:
             manifest = json.loads((self.entry / _MANIFEST).read_text(encoding="utf-8"))
             parts = manifest["parts"]
             if manifest["made_from"] != self.made_from:
-                raise ValueError("its manifest is that of another model")
+                raise ValueError("manifest: of another model")
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
                 sums = threads.map(sha256_of, [self.entry / name for name in parts])
                 if damaged := [name for name, found in zip(parts, sums, strict=True) if found != parts[name]]:
-                    raise ValueError(f"{damaged[0]} is not what was written")
+                    raise ValueError(f"{damaged[0]}: wrong SHA-256")
             tensors = dict(item for name in parts for item in _read_part(self.entry / name))
-            os.utime(self.entry)  # when it was last used, for whoever cleans it
+            os.utime(self.entry)  # last use, for cleaning
         except PermissionError as error:
-            self.log(f"quant.cache: {self.entry} cannot be used ({error.strerror}); quantizing again")
+            self.log(f"quant.cache: {self.entry} cannot be read ({error.strerror}); quantizing again")
             return None
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-            self.log(f"quant.cache: {self.entry} is damaged ({error}); quantizing again")
+            self.log(f"quant.cache: {self.entry} is corrupt ({error}); quantizing again")
             return None
         return tensors
 
     @contextmanager
     def claim(self) -> Iterator[bool]:
-        """Whether this process is the one to make the entry; if not, another was at it and is done or has failed.
+        """Yield whether this process should write the entry; if not, another process has finished or failed meanwhile.
 
-        The system lets go of the lock when its holder is killed, so nobody waits for the dead.
+        The system releases the lock when its holder is killed.
         """
         lock = FileLock(self.folder / f"{self.entry.name}.lock")
         mine = True
@@ -111,17 +113,17 @@ class QuantizedCache:
                 lock.acquire(timeout=_PATIENCE_SECONDS)
                 lock.release()
         except Timeout:
-            self.log(f"quant.cache: another process has held {lock.lock_file} for long; quantizing without it")
+            self.log(f"quant.cache: another process holds {lock.lock_file}; quantizing without the cache")
         except (OSError, RuntimeError) as error:
             mine = False
-            self.log(f"quant.cache: {self.folder} cannot be locked ({error}); quantizing without it")
+            self.log(f"quant.cache: {self.folder} cannot be locked ({error}); quantizing without the cache")
         try:
             yield mine
         finally:
             lock.release()
 
     def write(self, modules: Iterable[Tensors], size_bytes: int) -> None:
-        """Keep the tensors of all modules, if the disk takes them; call it inside a `claim` that was granted."""
+        """Write the tensors of all modules if the disk has space; call it inside a granted `claim`."""
         temporary = self.entry.with_name(f".{self.entry.name}.{os.getpid()}")
         try:
             self._clean()
@@ -136,16 +138,15 @@ class QuantizedCache:
             write_text(temporary / _MANIFEST, json.dumps({"made_from": self.made_from, "parts": sums}, indent=1))
             os.rename(temporary, self.entry)
         except (OSError, SafetensorError) as error:
-            # safetensors wraps the system's error into its own words.
             self.log(
-                f"quant.cache: {self.folder} did not take {size_bytes / 1e9:.1f} GB ({error}); going on without: free "
-                "some space, set FINETUNE_CACHE to another folder, or set quant.cache=false"
+                f"quant.cache: {self.folder} cannot store {format_bytes(size_bytes)} ({error}); continuing without\n"
+                "help: free some space, set FINETUNE_CACHE to another folder, or set quant.cache=false"
             )
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _clean(self) -> None:
-        """Remove what killed writers left: of this entry all, since nobody else writes it; of others what is old."""
+        """Remove the leftovers of killed writers: all of this entry, and old ones of others."""
         shutil.rmtree(self.entry, ignore_errors=True)
         for left in self.folder.glob(".*.*"):
             try:
@@ -157,12 +158,12 @@ class QuantizedCache:
 
 
 def _parts(modules: Iterable[Tensors]) -> Iterator[dict[str, Tensor]]:
-    """The tensors of whole modules, on the CPU, in dicts of about `_PART_BYTES`."""
+    """Yield the tensors of whole modules on the CPU, in dicts of about `_PART_BYTES`."""
     part: dict[str, Tensor] = {}
     size_bytes = 0
     for tensors in modules:
         for name, tensor in tensors.items():
-            # Tensors that share memory (a table of all layers) are refused by safetensors.
+            # safetensors rejects tensors that share memory (a table of all layers).
             part[name] = tensor.cpu().contiguous() if tensor.is_cuda else tensor.clone()
             size_bytes += tensor.nbytes
         if size_bytes >= _PART_BYTES:
@@ -174,5 +175,5 @@ def _parts(modules: Iterable[Tensors]) -> Iterator[dict[str, Tensor]]:
 
 def _read_part(file: Path) -> Iterator[tuple[str, Tensor]]:
     with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118, the handle is no mapping
+        for name in tensors.keys():  # noqa: SIM118, the handle is not a mapping
             yield name, tensors.get_tensor(name)

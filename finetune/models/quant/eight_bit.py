@@ -1,7 +1,7 @@
-"""Layers in 8 bit beside 4-bit ones: bitsandbytes' own, with the bits and the outlier threshold of quant.type=int8.
+"""8-bit layers beside 4-bit ones: those of bitsandbytes, with the bits and outlier threshold of quant.type=int8.
 
-In evaluation mode a product is LLM.int8's: inputs are rounded to 8 bits as well, columns with an outlier stay as they
-are. In training on a CPU the weight is dequantized and multiplied in the inputs' type.
+In eval mode a matmul is LLM.int8: inputs are rounded to 8 bits too, except columns with an outlier. In training on a
+CPU the weight is dequantized and multiplied in the dtype of the inputs.
 Source: Dettmers et al. 2022, arXiv:2208.07339.
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Weights quantized at once on a CPU, in whole rows, as copies in fp16 and fp32.
+# Weights quantized at once on a CPU, in whole rows, with copies in fp16 and fp32.
 _CHUNK = 1 << 16
 
 
 def eight_bit_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every 8-bit layer, with its full name."""
+    """Yield every 8-bit layer with its full name."""
     import bitsandbytes as bnb
 
     for name, module in base.named_modules():
@@ -27,9 +27,9 @@ def eight_bit_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def replace_eight_bit_linears(base: nn.Module, names: Iterable[str], threshold: float) -> None:
-    """Put bitsandbytes' layers, whose weights are yet to come, in the place of plain linear ones.
+    """Replace linear layers by 8-bit layers of bitsandbytes, whose weights follow later.
 
-    threshold: from which on an input is an outlier; that of transformers' settings for quant.type=int8.
+    threshold: inputs above it are outliers; from the settings of transformers for quant.type=int8.
     """
     import bitsandbytes as bnb
 
@@ -45,14 +45,14 @@ def replace_eight_bit_linears(base: nn.Module, names: Iterable[str], threshold: 
         base.set_submodule(name, new.train(old.training))
         given = True
     if given:
-        # What PEFT asks for before it puts an adapter for 8-bit layers on one.
+        # PEFT checks this before it adapts an 8-bit layer.
         vars(base)["is_loaded_in_8bit"] = True
 
 
 def quantize_rows(weight: Tensor, each: Callable[..., Iterable[Any]] = map) -> tuple[Tensor, Tensor]:
-    """A matrix [out, in] as int8 [out, in], and the largest size of each row, fp32 [out].
+    """Quantize a matrix [out, in] to int8 [out, in]; also return the absolute maximum of each row, fp32 [out].
 
-    each: applies a function to pieces, as `map` does. Rows are independent of each other.
+    each: applies a function to pieces, like `map`; rows are independent.
     """
     from bitsandbytes.functional import int8_vectorwise_quant
 
@@ -75,7 +75,7 @@ def quantize_rows(weight: Tensor, each: Callable[..., Iterable[Any]] = map) -> t
 
 
 def put_rows(module: Any, codes: Tensor, largest: Tensor) -> None:
-    """Give an 8-bit layer its weight, from `quantize_rows`."""
+    """Set the weight of an 8-bit layer from the result of `quantize_rows`."""
     import bitsandbytes as bnb
 
     parts: dict[str, Any] = {"has_fp16_weights": False, "CB": codes, "SCB": largest}
@@ -83,18 +83,18 @@ def put_rows(module: Any, codes: Tensor, largest: Tensor) -> None:
 
 
 def rows_of(module: Any) -> tuple[Tensor, Tensor]:
-    """What `put_rows` gave a layer, before its first pass or after."""
+    """Return what `put_rows` set, before or after the first forward pass."""
     scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
     return module.weight.data, scales
 
 
 def dequantize_rows(codes: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] that a training step on a CPU multiplies with, rounded as there."""
+    """Return the weight [out, in] that a training step on a CPU multiplies with, with the same rounding."""
     return codes.to(dtype).mul_(largest[:, None] * (1.0 / 127.0))
 
 
 def quantize_loaded(base: nn.Module, names: Iterable[str], threshold: float) -> None:
-    """Turn plain linear layers that have their weights into 8-bit ones."""
+    """Convert plain linear layers with weights to 8-bit layers."""
     names = list(names)
     weights = {name: base.get_submodule(name).weight for name in names}
     replace_eight_bit_linears(base, names, threshold)

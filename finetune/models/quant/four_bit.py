@@ -1,9 +1,9 @@
-"""The frozen base in 4 bit, loaded one tensor at a time: the 16-bit model is never in memory as a whole.
+"""Load the frozen base in 4 bit one tensor at a time, so that the full 16-bit model is never in memory.
 
-transformers' own loading keeps every file mapped until the end, and quantizes each matrix with several fp32 copies of
-it. Here a model without storage is built, and each tensor is read, quantized and put in its place before the next; or
-its quantized form is taken from the cache. Values and attributes are those of `from_pretrained`, bit for bit. Some
-layers may be in 8 or 16 bit beside the 4-bit ones (`quant.int8`, `quant.skip_modules`).
+transformers keeps every file mapped until the end and quantizes each matrix with several fp32 copies. Here each tensor
+is read, quantized and put into a model without storage before the next one; or its quantized form comes from the cache.
+Values and attributes are bit-identical to `from_pretrained`. Some layers may be in 8 or 16 bit (`quant.int8`,
+`quant.skip_modules`).
 """
 
 from __future__ import annotations
@@ -35,28 +35,38 @@ from finetune.models.quant.eight_bit import (
 from finetune.models.quant.quantize import storage_in
 from finetune.system import heap
 
-# Elements quantized at once on CPU, where it is done in fp32 with several copies: they stay in the processor's cache.
-# A multiple of every block size, so that blocks are those of the whole matrix.
+# Elements quantized at once on a CPU, with several fp32 copies that stay in cache. A multiple of every block size.
 _CHUNK = 1 << 16
-# Smaller tensors are copied: one that stays mapped holds pages of its neighbors.
+# Smaller tensors are copied: a mapped one would also hold pages of its neighbors.
 _WORTH_MAPPING_BYTES = 1 << 20
 
 
 def load_four_bit(
     folder: Path,
     files: Mapping[str, Path],
+    *,
     model: ModelConfig,
-    attention: str,
     quant: QuantConfig,
     settings: BitsAndBytesConfig,
+    attention: str,
     device: torch.device,
     log: Log,
 ) -> PreTrainedModel | None:
-    """The base as `from_pretrained` gives it, in eval mode.
+    """Load the base in 4 bit and eval mode, bit-identical to `from_pretrained`.
 
-    files: where each tensor lies. attention: transformers' name of the kernel. settings: from `quantization_config`.
-    Returns: None if the files do not hold exactly the tensors that config.json promises; transformers may know what
-    they were called in other days, and otherwise says what is wrong with them.
+    Args:
+        folder: the model folder.
+        files: the file of each tensor.
+        model: `model` of the config.
+        quant: `quant` of the config.
+        settings: from `quantization_config`.
+        attention: name of the attention kernel in transformers.
+        device: where the model is placed.
+        log: called with a line if the cache cannot be used.
+
+    Returns:
+        None if the files do not hold exactly the tensors of config.json. transformers may know their old names, or
+        reports what is wrong.
     """
     base = build_skeleton(folder, getattr(torch, model.dtype), attention)
     if not holds_all(files, base):
@@ -64,7 +74,7 @@ def load_four_bit(
     storage = storage_in(base, quant)
     quantizer = replace_linears(base, settings, storage, device)
     fill_plain(base, files, device)
-    _fill_quantized(base, files, cache_of(files, model, quant, storage, device, log), device)
+    _fill_quantized(base, files, cache_of(files, model, quant, storage, device, log=log), device)
     base.hf_quantizer = quantizer
     quantizer.postprocess_model(base)
     return base.eval()
@@ -73,9 +83,9 @@ def load_four_bit(
 def replace_linears(
     base: PreTrainedModel, settings: BitsAndBytesConfig, storage: Mapping[str, str], device: torch.device
 ) -> Any:
-    """Put bitsandbytes' layers into a skeleton, as transformers does, whose quantizer is returned.
+    """Replace the linear layers of a skeleton by those of bitsandbytes; return the quantizer of transformers.
 
-    storage: from `storage_of`; transformers itself knows one type in a model, so the 8-bit layers come after it.
+    storage: from `storage_of`. transformers supports one type per model, so the 8-bit layers are replaced afterwards.
     """
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     placement = {"": device}
@@ -88,17 +98,17 @@ def replace_linears(
 
 
 def build_skeleton(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The model that a folder's config.json describes, with shapes and no storage."""
+    """Build the model of a folder's config.json, with shapes and without storage."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         base: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    with suppress(OSError):  # there is none: the one it has was made from its config
+    with suppress(OSError):  # no file: the model keeps the one made from its config
         base.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return base
 
 
 def quantized_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every 4-bit layer, with its full name."""
+    """Yield every 4-bit layer with its full name."""
     import bitsandbytes as bnb
 
     for name, module in base.named_modules():
@@ -107,32 +117,36 @@ def quantized_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def resident_bytes(base: nn.Module) -> int:
-    """What `keep_resident` would take."""
+    """Return the bytes that `keep_resident` needs."""
     return sum(
         module.weight.quant_state.shape.numel() * module.compute_dtype.itemsize for _, module in quantized_modules(base)
     )
 
 
 def keep_resident(base: nn.Module) -> None:
-    """Give each 4-bit layer its dequantized weight as well, `resident_weight` [out, in], in the type it computes in.
+    """Store the dequantized weight of each 4-bit layer as `resident_weight` [out, in], in its compute dtype.
 
-    No parameter and no buffer: it is not saved, counted or moved. Its values are those that dequantizing gives.
+    It is neither parameter nor buffer: it is not saved, counted or moved.
     """
     from bitsandbytes.functional import dequantize_4bit
 
     for _, module in quantized_modules(base):
-        # Straight into the type of the product, as bitsandbytes' own forward does.
+        # Dequantized to the dtype of the matmul, like the forward of bitsandbytes.
         state = copy(module.weight.quant_state)
         state.dtype = module.compute_dtype
         module.resident_weight = dequantize_4bit(module.weight.data, state)
 
 
 def quantize(weight: Tensor, like: Any, each: Callable[..., Iterable[Any]] = map) -> tuple[Tensor, Any]:
-    """A matrix [out, in] in 4 bit, packed as uint8 [n, 1], and bitsandbytes' state of it.
+    """Quantize a matrix [out, in] to 4 bit: packed uint8 [n, 1] and the QuantState of bitsandbytes.
 
-    like: the Params4bit whose options are meant. each: applies a function to pieces, as `map` does.
-    On CPU a piece at a time: blocks are independent of each other, so the bits are those of the whole, at a fraction of
-    its memory. A GPU's kernel needs no copies and takes the matrix as it is.
+    On a CPU this works in pieces. Blocks are independent, so the bits are the same at a fraction of the memory. A GPU
+    kernel needs no copies and takes the whole matrix.
+
+    Args:
+        weight: the matrix.
+        like: the Params4bit with the options.
+        each: applies a function to pieces, like `map`.
     """
     from bitsandbytes.functional import quantize_4bit, quantize_blockwise
 
@@ -141,8 +155,8 @@ def quantize(weight: Tensor, like: Any, each: Callable[..., Iterable[Any]] = map
         return quantize_4bit(weight.contiguous(), compress_statistics=like.compress_statistics, **options)
     pieces = weight.reshape(-1).split(_CHUNK)
     first, state = quantize_4bit(pieces[0], compress_statistics=False, **options)
-    # Each piece is put where it belongs as it comes. Kept in a list, a thousand small ones lie scattered over what the
-    # allocator took for their temporaries, and a matrix of a 7B took 740 MB instead of 220 (measured).
+    # Each piece is copied into the result at once. A list of small pieces fragments the heap: a matrix of a 7B took
+    # 740 MB instead of 220 (measured).
     packed = torch.empty(-(-weight.numel() // (2 * first.itemsize)), 1, dtype=first.dtype)
     absmax = torch.empty(-(-weight.numel() // like.blocksize), dtype=state.absmax.dtype)
 
@@ -156,7 +170,7 @@ def quantize(weight: Tensor, like: Any, each: Callable[..., Iterable[Any]] = map
         pass
     state.shape, state.absmax = weight.shape, absmax
     if like.compress_statistics:
-        # As bitsandbytes.functional.quantize_4bit does it.
+        # Like bitsandbytes.functional.quantize_4bit.
         state.offset = state.absmax.mean()
         state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=256)
         state.nested = True
@@ -165,25 +179,25 @@ def quantize(weight: Tensor, like: Any, each: Callable[..., Iterable[Any]] = map
 
 @contextmanager
 def quantizing_workers() -> Iterator[ThreadPoolExecutor]:
-    """As many as torch uses threads, each with one thread for itself.
+    """Yield as many workers as torch has threads, each with one torch thread.
 
-    Pieces are short: where other programs want the cores too, torch's threads wait for each other at the end of every
-    operation on one, and quantizing takes several times as long (benchmarks/NOTES.md).
+    Pieces are short. On a busy machine, torch's own threads wait for each other after every operation, which is several
+    times slower (benchmarks/NOTES.md).
     """
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers:
             yield workers
     finally:
-        # What a worker sets holds for itself and for all threads that begin later.
+        # The setting of a worker also holds for all threads started later.
         torch.set_num_threads(threads)
-        # glibc keeps what each thread freed for that thread, of which there is none any more (40 to 170 MB measured).
+        # glibc keeps the memory that the ended threads freed (40 to 170 MB measured).
         heap.malloc_trim()
 
 
 def holds_all(files: Mapping[str, Path], base: PreTrainedModel) -> bool:
-    """Whether these are the model's tensors and no others, each of the right shape."""
-    # A tied weight counts once, under the name that files have it by.
+    """Return whether the files hold exactly the model's tensors, each with its shape."""
+    # A tied weight counts once, by its name in the files.
     wanted = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
     for tied in base.all_tied_weights_keys:
         wanted.pop(tied, None)
@@ -197,10 +211,9 @@ def holds_all(files: Mapping[str, Path], base: PreTrainedModel) -> bool:
 
 
 def fill_plain(base: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
-    """Everything that is not quantized, from the original files; on CPU large tensors stay mapped.
+    """Load every tensor that is not quantized from the original files; on a CPU, large tensors stay mapped.
 
-    The cache of quantized weights holds no second copy of it: an embedding alone would double its size at 0.5B, and
-    reading it here costs the same.
+    The cache does not copy them: at 0.5B the embedding alone would double its size.
     """
     quantized = {f"{name}.weight" for name, _ in (*quantized_modules(base), *eight_bit_modules(base))}
     for name in files.keys() - quantized:
@@ -210,7 +223,7 @@ def fill_plain(base: PreTrainedModel, files: Mapping[str, Path], device: torch.d
             tensor = tensor.clone()
         _put(base, name, nn.Parameter(tensor, requires_grad=False))
     for name, module in list(base.named_modules()):
-        # Tables that follow from the config, as the rotary frequencies; computed on CPU on whatever device they serve.
+        # Tables computed from the config, like rotary frequencies; always computed on the CPU.
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             owner: Any = type(module)
             base.set_submodule(name, owner(base.config).to(device))
@@ -227,7 +240,7 @@ def _fill_quantized(
     else:
         before = [identity(file) for file in sorted(set(files.values()))]
         with cache.claim() as mine:
-            # Another process may have made it before the claim was granted, or while this one waited.
+            # Another process may have written it meanwhile.
             stored = cache.find()
             if stored is None and mine:
                 _quantize_all(base, files, device)
@@ -246,7 +259,7 @@ def _quantize_all(base: PreTrainedModel, files: Mapping[str, Path], device: torc
 
     with quantizing_workers() as workers:
         for name, module in quantized_modules(base):
-            # Each tensor is read through a mapping of its own, which ends with it: what was read leaves memory.
+            # Each tensor has its own file mapping, which is freed with it.
             weight = read_tensor(files[f"{name}.weight"], f"{name}.weight").to(device=device, dtype=base.dtype)
             packed, state = quantize(weight, module.weight, workers.map)
             options: dict[str, Any] = {**module.weight.__dict__, "quant_state": state, "bnb_quantized": True}
@@ -258,7 +271,7 @@ def _quantize_all(base: PreTrainedModel, files: Mapping[str, Path], device: torc
 
 
 def _states(base: PreTrainedModel) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """What each quantized layer consists of, under the names that a state dict has for it; `SCB` goes by its weight."""
+    """Yield the tensors of each quantized layer under their state-dict names; `SCB` follows its weight."""
     for name, module in quantized_modules(base):
         parts = module.weight.quant_state.as_dict(packed=True)
         yield name, {f"{name}.weight": module.weight.data, **{f"{name}.weight.{key}": v for key, v in parts.items()}}
@@ -268,7 +281,7 @@ def _states(base: PreTrainedModel) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 def _use(base: PreTrainedModel, stored: dict[str, Tensor], device: torch.device) -> None:
-    """Put cached tensors in their places; on CPU they stay mapped files."""
+    """Put cached tensors into the model; on a CPU they stay mapped files."""
     import bitsandbytes as bnb
 
     parts: dict[str, dict[str, Tensor]] = {}
@@ -290,12 +303,10 @@ def cache_of(
     quant: QuantConfig,
     storage: Mapping[str, str],
     device: torch.device,
+    *,
     log: Log,
 ) -> QuantizedCache | None:
-    """The cache entry of this model under these options; None where there is to be none, or can be none.
-
-    storage: from `storage_of`.
-    """
+    """Return the cache entry of a model; None if the cache is off or unusable. storage: from `storage_of`."""
     if not quant.cache:
         return None
     import bitsandbytes as bnb
@@ -312,7 +323,7 @@ def cache_of(
         "type": quant.type,
         "double": quant.double,
         "keep": sorted(name for name, kind in storage.items() if kind == "none"),
-        # Kernels of another kind or version may round otherwise.
+        # Kernels of other devices or versions may round differently.
         "device": device.type,
         "bitsandbytes": bnb.__version__,
     }

@@ -1,4 +1,4 @@
-"""The quantized form of one weight at a time, without a model around it."""
+"""Quantize single weights of a model without loading the model."""
 
 from __future__ import annotations
 
@@ -30,22 +30,26 @@ Rows = Callable[[int, int], Tensor]
 
 
 class QuantizedWeights:
-    """What a model's weights are in 4 or 8 bit: as training left them in its cache, else quantized when asked for.
+    """The 4-bit or 8-bit weights of a model: from the cache of training, else quantized when needed.
 
-    Both are the same bits: the cache is found by all that decides them.
+    Both give the same bits: the cache key covers everything that determines them.
     """
 
     def __init__(
         self,
         folder: Path,
         files: Mapping[str, Path],
+        *,
         model: ModelConfig,
         quant: QuantConfig,
         settings: BitsAndBytesConfig,
         device: torch.device,
         log: Log,
     ):
-        """folder, files: of the 16-bit model. settings: from `load.quantization_of`. say: as for `load_base`."""
+        """Read the cache entry, if there is one.
+
+        folder, files: of the 16-bit model. settings: from `load.quantization_of`. log: as for `load_base`.
+        """
         skeleton = build_skeleton(folder, getattr(torch, model.dtype), "eager")
         storage = storage_in(skeleton, quant)
         replace_linears(skeleton, settings, storage, device)
@@ -55,7 +59,7 @@ class QuantizedWeights:
         self._dtype: torch.dtype = getattr(torch, model.dtype)
         self._computed_in: torch.dtype = getattr(torch, quant.compute_dtype)
         self._cached: dict[str, dict[str, Tensor]] = {}
-        cache = cache_of(files, model, quant, storage, device, log)
+        cache = cache_of(files, model, quant, storage, device, log=log)
         for name, tensor in ((cache.find() if cache is not None else None) or {}).items():
             owner, _, key = name.partition(".weight")
             self._cached.setdefault(f"{owner}.weight", {})[key.removeprefix(".")] = tensor
@@ -65,21 +69,21 @@ class QuantizedWeights:
 
     @property
     def names(self) -> set[str]:
-        """Of the weights that are quantized."""
+        """Names of the quantized weights."""
         return self._eight_bit | set(self._like)
 
     def row_unit(self, name: str, width: int) -> int:
-        """Rows [out] of so many numbers after which a block of the quantization ends, always."""
+        """Return the number of rows [out] of `width` values after which a quantization block always ends."""
         if name in self._eight_bit:
             return 1
         block = self._like[name].blocksize
         return block // math.gcd(block, width)
 
     def dequantized(self, name: str, original: Callable[[], Tensor]) -> Rows:
-        """The weight as training computes with it: quantized with the same options, and rounded as there.
+        """Return a function (start, stop) -> rows of the weight as training computes with it, fp32 on the CPU.
 
-        original: reads it in 16 bit [out, in], if it has to be. A weight is cheap once: its pages are let go of then.
-        Rows are to be asked for from a multiple of `row_unit` on.
+        start must be a multiple of `row_unit`. A cached weight can be read once: its pages are freed then.
+        original: reads the 16-bit weight [out, in] if needed.
         """
         if name in self._eight_bit:
             codes, largest = self._eight_bit_form(name, original)
@@ -95,7 +99,7 @@ class QuantizedWeights:
             return quantize_rows(original().to(device=self._device, dtype=self._dtype), workers.map)
 
     def _four_bit_form(self, name: str, original: Callable[[], Tensor]) -> tuple[Tensor, Any]:
-        """A weight packed as uint8 [n, 1], and bitsandbytes' state of it."""
+        """Return a weight packed as uint8 [n, 1], and its QuantState."""
         from bitsandbytes.functional import QuantState
 
         if parts := self._cached.pop(name, None):

@@ -1,4 +1,4 @@
-"""The frozen base in 4 or 8 bit, through bitsandbytes, and the proof that what was asked for is what was loaded."""
+"""Quantization settings for bitsandbytes, and the check that the loaded model matches them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ from finetune.system.errors import FinetuneError, MissingExtra
 
 
 def storage_in(model: PreTrainedModel, cfg: QuantConfig) -> dict[str, str]:
-    """What each of a model's linear layers is to be stored as, by full name. Raises: as `storage_of`."""
+    """Return the storage of each linear layer of a model, by full name. Raises: as `storage_of`."""
     return storage_of(cfg, linear_names(model), head_name(model))
 
 
 def quantization_config(cfg: QuantConfig, storage: Mapping[str, str]) -> BitsAndBytesConfig | None:
-    """What transformers needs to quantize a model while it loads; None for plain 16 or 32 bit.
+    """Build the settings with which transformers quantizes a model while loading; None for 16 or 32 bit.
 
-    storage: from `storage_of`. What is stored otherwise than `quant.type` says goes by its full name, because
-    transformers matches a shorter one from the start of a name or as a suffix, silently nothing otherwise, and replaces
-    its own list (the head) by this one.
-    Raises: MissingExtra if bitsandbytes can't be imported.
+    Layers stored differently from `quant.type` are listed by full name: transformers matches a shorter name as a
+    prefix or suffix, and its own list (the head) is replaced by this one.
+
+    Args:
+        cfg: `quant` of the config.
+        storage: from `storage_of`.
+
+    Raises:
+        MissingExtra: bitsandbytes cannot be imported.
     """
     if cfg.type == "none":
         return None
@@ -34,7 +39,7 @@ def quantization_config(cfg: QuantConfig, storage: Mapping[str, str]) -> BitsAnd
         import bitsandbytes  # noqa: F401
     except (ImportError, RuntimeError) as error:
         raise MissingExtra(
-            f'quant.type={cfg.type} needs bitsandbytes: pip install "bitsandbytes>=0.49" (or set quant.type=none)'
+            f'quant.type={cfg.type} needs bitsandbytes\nhelp: pip install "bitsandbytes>=0.49", or set quant.type=none'
         ) from error
     return BitsAndBytesConfig(
         load_in_4bit=cfg.type == "nf4",
@@ -48,12 +53,11 @@ def quantization_config(cfg: QuantConfig, storage: Mapping[str, str]) -> BitsAnd
 
 
 def keep_weights_trainable_after_eval(model: nn.Module) -> None:
-    """Stop bitsandbytes from re-packing 4-bit weights; call it right after loading, before any forward pass.
+    """Stop bitsandbytes from repacking 4-bit weights. Call it after loading, before any forward pass.
 
-    On CPUs with AVX512-BF16, a Linear4bit re-packs its weight the first time it runs in eval mode on an input that
-    needs no gradient, and stays packed in train mode. The packed product has no autograd: the gradient through the
-    layer's base weight would then be missing, silently, after the first evaluation or sample. Can go once bitsandbytes
-    gives the packed path a backward.
+    On CPUs with AVX512-BF16, a Linear4bit repacks its weight at its first run in eval mode without gradients, and stays
+    packed in train mode. The packed matmul has no autograd, so the gradient through the base weight would silently be
+    missing after the first evaluation. Remove this when the packed path of bitsandbytes has a backward.
     """
     import bitsandbytes as bnb
 
@@ -63,9 +67,10 @@ def keep_weights_trainable_after_eval(model: nn.Module) -> None:
 
 
 def check_quantized(model: PreTrainedModel, cfg: QuantConfig) -> None:
-    """Proves that exactly the layers asked for are quantized, as asked, and that all else has the model's dtype.
+    """Check that exactly the configured layers are quantized, and that all others have the model's dtype.
 
-    Raises: FinetuneError naming the modules that are not as they should be.
+    Raises:
+        FinetuneError: names every module that differs.
     """
     storage = storage_in(model, cfg)
     wrong = []
@@ -78,21 +83,21 @@ def check_quantized(model: PreTrainedModel, cfg: QuantConfig) -> None:
             if plain and parameter.dtype != model.dtype:
                 wrong.append(f"{parameter_name} is {parameter.dtype}, not {model.dtype}")
     if wrong:
-        raise FinetuneError("the model was not loaded as quant and model.dtype ask: " + "; ".join(wrong))
+        raise FinetuneError("quant: the loaded model does not match quant and model.dtype: " + "; ".join(wrong))
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Full names of all linear layers, the head included, quantized or not."""
+    """Return the full names of all linear layers, quantized or not, including the head."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 def head_name(model: PreTrainedModel) -> str:
-    """Full name of the output layer."""
+    """Return the full name of the output layer."""
     return family_of(model.config.model_type, "the model").head
 
 
 def stored_as(module: nn.Module) -> str:
-    """How a module stores its weight, in the words of `quant.type`."""
+    """Return how a module stores its weight, as a value of `quant.type`."""
     weight: Any = getattr(module, "weight", None)
     match type(module).__name__:
         case "Linear4bit":

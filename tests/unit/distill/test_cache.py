@@ -108,7 +108,12 @@ def losses(teacher_targets: TeacherTargets, targets: int) -> tuple[Tensor, Tenso
     hidden_ND = torch.randn(targets, WIDTH, requires_grad=True)
     labels_N, ones_N = torch.zeros(targets, dtype=torch.int64), torch.ones(targets)
     loss = distillation_loss(
-        teacher_targets, DistillLossWeights(divergence="jsd", mix=0.5), labels_N, ones_N, ones_N, VOCABULARY
+        teacher_targets,
+        DistillLossWeights(divergence="jsd", mix=0.5),
+        labels_N,
+        kl_weight_N=ones_N,
+        ce_weight_N=ones_N,
+        vocabulary=VOCABULARY,
     )
     total = chunked_loss(hidden_ND, head, VOCABULARY, loss)
     return total.detach(), torch.autograd.grad(total, hidden_ND)[0]

@@ -203,9 +203,9 @@ class Student:
             targets,
             DistillLossWeights(),
             torch.zeros(rows, dtype=torch.int64),
-            torch.ones(rows),
-            torch.zeros(rows),
-            VOCABULARY,
+            kl_weight_N=torch.ones(rows),
+            ce_weight_N=torch.zeros(rows),
+            vocabulary=VOCABULARY,
         )
         total = chunked_loss(hidden_ND, self.head, VOCABULARY, loss)
         (gradient_ND,) = torch.autograd.grad(total, hidden_ND)

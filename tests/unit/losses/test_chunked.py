@@ -1,4 +1,4 @@
-"""The engine: the same sum and gradients whatever the chunks, for a divergence too, in the memory of one chunk."""
+"""Chunked losses: the same sum and gradients for any chunk size, in the memory of one chunk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ D, V = 16, 211
 
 
 class HeadWithLora(nn.Module):
-    """A frozen matrix and a trained low-rank part, as PEFT adds them."""
+    """A frozen matrix with a trained low-rank update, like in PEFT."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -38,7 +38,7 @@ def head_of_kind(kind: str) -> nn.Module:
 
 
 def forward_kl(teacher_NV: Tensor):
-    """KL(teacher || student) as the engine takes it: one function from logits to nats and their gradient."""
+    """Return KL(teacher || student) as a chunk loss."""
 
     def loss(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         log_student = torch.log_softmax(logits_NV.float(), -1)
@@ -77,7 +77,7 @@ def test_a_divergence_and_its_gradients_equal_float64_over_the_full_vocabulary(k
 
 
 @pytest.mark.parametrize("kind", ["frozen", "bias", "trained", "lora"])
-def test_no_rows_give_zero_and_a_gradient_of_zero_to_everything(kind):
+def test_no_rows_give_a_loss_and_gradients_of_zero(kind):
     head = head_of_kind(kind)
     hidden = torch.randn(5, D, requires_grad=True)
     nats = chunked_loss(hidden[:0], head, V, _nats_of(torch.empty(0, dtype=torch.int64), None))
@@ -90,7 +90,7 @@ def test_no_rows_give_zero_and_a_gradient_of_zero_to_everything(kind):
 
 @pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("kind", ["frozen", "bias"])
-def test_in_bf16_the_only_roundings_are_those_of_the_two_products(kind):
+def test_in_bf16_only_the_two_matmuls_round(kind):
     torch.manual_seed(0)
     head = head_of_kind(kind).bfloat16()
     hidden, labels = torch.randn(30, D).bfloat16(), torch.randint(V, (30,))
@@ -108,7 +108,7 @@ def test_in_bf16_the_only_roundings_are_those_of_the_two_products(kind):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers how many values the largest tensor that any operation returned has room for."""
+    """Record the size of the largest storage that any operation returns."""
 
     def __init__(self) -> None:
         super().__init__()

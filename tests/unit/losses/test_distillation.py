@@ -1,4 +1,4 @@
-"""The distillation loss on a whole model: packed documents against each alone, in float64, beside a teacher."""
+"""The distillation loss of packed documents equals that of each document alone, in float64."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_packed_documents_give_the_loss_and_gradients_of_each_alone(attn, share_
             torch.testing.assert_close(parameter.grad.double(), gradients[name], rtol=1e-4, atol=5e-5, msg=name)
 
 
-def test_a_teacher_of_the_same_weights_has_nothing_to_say_and_the_rows_alone_are_plain_training():
+def test_a_teacher_equal_to_the_student_gives_zero_and_labels_alone_give_cross_entropy():
     docs = documents([7, 30])
     batch = build_batch([replace(doc, weights=None) for doc in docs])
     teacher = ResidentTeacher(random_qwen2(), CPU)
@@ -105,7 +105,7 @@ def test_a_batch_without_targets_gives_zero_and_reaches_every_parameter():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_the_teacher_is_no_part_of_the_model_and_is_asked_as_late_as_possible():
+def test_the_loss_does_not_contain_the_teacher_and_calls_it_lazily():
     asked: list[int] = []
 
     class Lazy:

@@ -1,4 +1,4 @@
-"""A distillation loss on logits: every signal, alone and beside the rows' own tokens, against float64 autograd."""
+"""Distillation losses on logits equal float64 autograd: all teacher targets, with and without cross-entropy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ N, D, V, ROWS = 9, 16, 61, 53  # V ids take part of the tables' 64 and 67 rows
 
 
 def heads() -> tuple[nn.Linear, nn.Linear]:
-    """Of student and teacher, whose tables have different rows."""
+    """Heads of student and teacher with different vocabulary sizes."""
     torch.manual_seed(0)
     return nn.Linear(D, 64, bias=False).requires_grad_(False), nn.Linear(24, 67, bias=False).requires_grad_(False)
 
@@ -41,7 +41,7 @@ def teacher_targets_of(kind: str, teacher_logits: Tensor, head: nn.Linear, hidde
     if kind == "top":
         top = probs.topk(5)
         return TeacherTopK(top.indices, top.values.log())
-    # All tokens, the last one named twice with half of its probability each: an exact signal in a sampled form.
+    # All tokens, the last one named twice with half of its probability each: exact targets in sampled form.
     ids = torch.cat([torch.arange(V).expand(N, V), torch.full((N, 1), V - 1)], 1)
     probs = torch.cat([probs, probs[:, -1:] / 2], 1)
     probs[:, V - 1] /= 2
@@ -51,7 +51,7 @@ def teacher_targets_of(kind: str, teacher_logits: Tensor, head: nn.Linear, hidde
 
 
 def reference(kind: str, divergence: str, mix: float, temperature: float, student: Tensor, teacher: Tensor) -> Tensor:
-    """Nats of each row in float64, by autograd over the full vocabulary."""
+    """Return the nats of each row in float64 over the full vocabulary."""
     log_q, log_p = (torch.log_softmax(x / temperature, -1) for x in (student, teacher))
     if kind == "top":  # all other tokens are one
         ids = teacher.topk(5).indices
@@ -84,9 +84,7 @@ CASES = [
 
 @pytest.mark.parametrize("chunk_rows", [2, 100])
 @pytest.mark.parametrize(("kind", "terms"), CASES)
-def test_values_and_gradients_equal_float64_over_the_vocabulary_that_both_sides_know(
-    kind, terms, chunk_rows, monkeypatch
-):
+def test_values_and_gradients_equal_float64_over_the_shared_vocabulary(kind, terms, chunk_rows, monkeypatch):
     monkeypatch.setitem(LOGITS_VALUES, "cpu", V * chunk_rows)
     own, teachers = heads()
     given = inputs()
@@ -101,7 +99,14 @@ def test_values_and_gradients_equal_float64_over_the_vocabulary_that_both_sides_
 
     targets = teacher_targets_of(kind, teacher.detach(), teachers, given["teacher"])
     hidden = given["hidden"].clone().requires_grad_()
-    loss = distillation_loss(targets, terms, given["labels"], given["factors"], given["rows"], V)
+    loss = distillation_loss(
+        targets,
+        terms,
+        given["labels"],
+        kl_weight_N=given["factors"],
+        ce_weight_N=given["rows"],
+        vocabulary=V,
+    )
     found = chunked_loss(hidden, own, V, loss)
     found.backward()
     # fp32 sums of 61 terms of up to 10 nats: some 1e-6 of them.
@@ -110,7 +115,7 @@ def test_values_and_gradients_equal_float64_over_the_vocabulary_that_both_sides_
 
 
 @pytest.mark.parametrize("kind", ["hidden", "sampled", "top"])
-def test_comparing_gives_the_forward_kl_and_who_agrees(kind):
+def test_compare_returns_forward_kl_and_agreement(kind):
     own, teachers = heads()
     given = inputs()
     student = (given["hidden"].double() @ own.weight.double().T)[:, :V]
@@ -129,8 +134,8 @@ def test_comparing_gives_the_forward_kl_and_who_agrees(kind):
     assert torch.equal(agrees, student.argmax(-1) == teacher.argmax(-1))
 
 
-def test_a_server_that_names_all_tokens_but_one_gives_nearly_the_whole_kl_and_never_more():
-    """Merging outcomes cannot raise a KL; what is merged alone loses nothing."""
+def test_a_server_with_all_tokens_but_one_gives_almost_the_exact_kl_and_never_more():
+    """Merging outcomes cannot increase a KL. A single merged outcome loses nothing."""
     torch.manual_seed(2)
     student, teacher = torch.randn(N, V), torch.randn(N, V).double()
     exact = reference("hidden", "forward_kl", 0.0, 1.0, student.double(), teacher)

@@ -1,4 +1,4 @@
-"""Attention over documents against float64, document by document: values and gradients, shared rows included."""
+"""Attention over packed documents equals float64, document by document, with shared rows."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_values_and_gradients_equal_float64(dtype, relative, lengths, common):
         assert (a - b).abs().max() <= relative * b.abs().max().clamp_min(1e-3)
 
 
-def test_no_document_sees_another_and_padding_rows_reach_nothing():
+def test_documents_do_not_attend_to_each_other_and_padding_has_no_effect():
     lengths, rows = [40, 90], 192
     torch.manual_seed(0)
     q, k, v = (torch.randn(rows, 2, 8) for _ in range(3))
@@ -73,7 +73,7 @@ def test_no_document_sees_another_and_padding_rows_reach_nothing():
     assert torch.equal(after[40:], before[40:]) and not torch.equal(after[:40], before[:40])
 
 
-def test_segments_of_other_rows_are_refused():
+def test_segments_that_do_not_cover_the_rows_are_an_error():
     segments = plan_segments([3], torch.arange(3), 64, CPU, torch.float32)
-    with pytest.raises(ValueError, match="cover 64 rows, not the 3 given"):
+    with pytest.raises(ValueError, match="segments: cover 64 rows, found 3"):
         attend(*(torch.zeros(3, 1, 4) for _ in range(3)), segments, 1.0)

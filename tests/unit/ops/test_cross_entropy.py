@@ -1,4 +1,4 @@
-"""Cross-entropy's closed form against float64, at the sizes and magnitudes where it could go wrong."""
+"""Cross-entropy equals float64, at critical sizes and magnitudes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_nats_and_gradients_equal_float64(dtype, rows, vocabulary, weighted, mon
     check(logits, torch.randint(vocabulary, (rows,)), weights)
 
 
-def test_huge_logits_do_not_overflow_and_a_sure_label_keeps_its_gradient():
+def test_huge_logits_do_not_overflow_and_a_certain_label_keeps_its_gradient():
     logits = torch.full((4, 50), -1e30)
     logits[0, 3], logits[1, 3], logits[2, 3] = 1e30, 1e4, 80.0
     labels = torch.tensor([3, 4, 3, 7])

@@ -1,4 +1,4 @@
-"""4-bit weights come out as bitsandbytes' own dequantizing has them, whatever way they take and in whatever pieces."""
+"""Dequantized 4-bit weights are bit-identical to bitsandbytes, whole and in slices."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ def quantized(shape: tuple[int, int], dtype: torch.dtype, **options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("shape", "blocksize"), [((3, 5), 64), ((40, 72), 64), ((64, 896), 128), ((33, 1000), 4096)])
-def test_every_bit_is_bitsandbytes(monkeypatch, shape, blocksize, nested, dtype, has_products):
-    monkeypatch.setattr(matmul, "_has_products", lambda dtype: has_products)
+def test_values_are_bit_identical_to_bitsandbytes(monkeypatch, shape, blocksize, nested, dtype, has_products):
+    monkeypatch.setattr(matmul, "_has_native_matmul", lambda dtype: has_products)
     monkeypatch.setattr(module, "_BLOCK", 2**13)
     packed, state = quantized(shape, dtype, quant_type="nf4", compress_statistics=nested, blocksize=blocksize)
     found = dequantize(packed, state)
     assert found.dtype == dtype and torch.equal(found, dequantize_4bit(packed, state))
 
 
-def test_a_weight_of_several_blocks_is_whole(monkeypatch):
-    monkeypatch.setattr(matmul, "_has_products", lambda dtype: False)
+def test_a_weight_of_several_blocks_is_complete(monkeypatch):
+    monkeypatch.setattr(matmul, "_has_native_matmul", lambda dtype: False)
     packed, state = quantized((1100, 2048), torch.bfloat16, quant_type="nf4", compress_statistics=True)
     assert state.shape.numel() > 2 * module._BLOCK
     assert torch.equal(dequantize(packed, state), dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_any_stretch_from_a_blocks_start_on_can_be_asked_for(nested):
+def test_any_slice_from_the_start_of_a_block_can_be_dequantized(nested):
     packed, state = quantized((6, 200), torch.float32, quant_type="nf4", compress_statistics=nested, blocksize=64)
     values, whole = dequantized_values(packed, state, torch.float32), dequantize_4bit(packed, state).flatten()
     for first, last in ((0, 1200), (64, 65), (128, 1200), (1152, 1200)):

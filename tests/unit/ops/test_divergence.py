@@ -1,4 +1,4 @@
-"""The divergences' closed forms against float64 autograd, and the law that a sampled teacher is an unbiased one."""
+"""Divergences equal float64 autograd, and a sampled teacher is unbiased."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS += [(kind, mix) for kind in ("jsd", "skew_kl") for mix in (0.1, 0.5, 0.9)]
 
 
 def reference(student, teacher, factors, kind, mix, temperature):
-    """In float64: the nats, the weighted sum's gradient, and for each of them the absolute terms it is made of."""
+    """Return float64 nats, the gradient of the weighted sum, and the absolute terms of both."""
     leaf = student.double().requires_grad_()
     log_q = (leaf / temperature).log_softmax(-1)
     log_p = (teacher.double() / temperature).log_softmax(-1)
@@ -46,10 +46,10 @@ def reference(student, teacher, factors, kind, mix, temperature):
 
 
 def check(student, teacher, factors, kind, mix, temperature):
-    """1e-6 of the sum of absolute terms for nats, of the row's largest sum of absolute terms for gradients."""
+    """Tolerance: 1e-6 of the sum of absolute terms (nats), of the largest such sum in a row (gradients)."""
     nats, gradient, terms, sizes = reference(student, teacher, factors, kind, mix, temperature)
     before = student.clone()
-    found = divergence_(student, teacher, factors, kind, mix, temperature)
+    found = divergence_(student, teacher, factors, kind, mix=mix, temperature=temperature)
     assert torch.equal(student, before)
     assert found.dtype == torch.float32 and found.shape == nats.shape
     assert ((found - nats).abs() <= 1e-6 * terms + ROUNDING).all()
@@ -77,22 +77,22 @@ def test_nats_and_gradients_equal_float64(kind, mix, temperature, dtype, monkeyp
 
 
 @pytest.mark.parametrize(("kind", "mix"), KINDS)
-def test_sixteen_bit_logits_in_fp32_over_the_whole_vocabulary(kind, mix):
+def test_16_bit_logits_are_computed_in_fp32_over_the_full_vocabulary(kind, mix):
     student, teacher, factors = pair(3, 151_665, torch.bfloat16)
     check(student.float(), teacher.float(), factors, kind, mix, 1.0)
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_student_that_equals_its_teacher_is_left_alone(kind, dtype):
+def test_a_student_equal_to_its_teacher_gets_no_gradient(kind, dtype):
     student, _, factors = pair(5, 1009, dtype)
     teacher = student.clone()
-    assert (divergence_(student, teacher, factors, kind, 0.3, 0.7) == 0).all()
+    assert (divergence_(student, teacher, factors, kind, mix=0.3, temperature=0.7) == 0).all()
     assert (teacher == 0).all()
 
 
 @pytest.mark.parametrize(("kind", "mix"), KINDS)
-def test_huge_logits_and_a_constant_on_top_change_nothing_but_the_size(kind, mix):
+def test_huge_logits_and_a_constant_offset_do_not_overflow(kind, mix):
     student, teacher = torch.randn(2, 6, 50, generator=torch.Generator().manual_seed(0))
     student[0, 3], teacher[0, 3] = 1e4, 1e4
     student[1, 3], teacher[1, 4] = 1e4, 1e4
@@ -104,12 +104,12 @@ def test_huge_logits_and_a_constant_on_top_change_nothing_but_the_size(kind, mix
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
-def test_columns_beyond_the_vocabulary_are_not_read_nor_written(kind):
+def test_columns_beyond_the_vocabulary_are_neither_read_nor_written(kind):
     student, teacher, factors = pair(5, 101)
     wide_student = torch.cat([student, torch.full((5, 3), torch.nan)], 1)
     wide_teacher = torch.cat([teacher, torch.full((5, 7), torch.inf)], 1)
-    found = divergence_(wide_student[:, :101], wide_teacher[:, :101], factors, kind, 0.3, 2.0)
-    assert torch.equal(found, divergence_(student, teacher, factors, kind, 0.3, 2.0))
+    found = divergence_(wide_student[:, :101], wide_teacher[:, :101], factors, kind, mix=0.3, temperature=2.0)
+    assert torch.equal(found, divergence_(student, teacher, factors, kind, mix=0.3, temperature=2.0))
     assert torch.equal(wide_teacher[:, :101], teacher)
     assert (wide_teacher[:, 101:] == torch.inf).all()
 
@@ -120,11 +120,11 @@ def test_compiled_equals_plain(kind, caplog):
         pytest.skip("needs a C++ compiler, which this machine lacks")
     student, teacher, factors = pair(6, 301)
     plain = teacher.clone()
-    expected = divergence_(student, plain, factors, kind, 0.3, 2.0)
+    expected = divergence_(student, plain, factors, kind, mix=0.3, temperature=2.0)
     try:
         dispatch.configure_compile(torch.device("cpu"), 0, wanted=True)
         with caplog.at_level(logging.WARNING):
-            found = divergence_(student, teacher, factors, kind, 0.3, 2.0)
+            found = divergence_(student, teacher, factors, kind, mix=0.3, temperature=2.0)
     finally:
         dispatch.configure_compile(torch.device("cpu"), 0, wanted=False)
     assert not caplog.records  # it did not fall back
@@ -132,19 +132,19 @@ def test_compiled_equals_plain(kind, caplog):
     torch.testing.assert_close(teacher, plain, rtol=1e-6, atol=1e-6)
 
 
-def sparse_teacher(rows, vocabulary, ids_a_row):
-    """Ids of which many come again, some with a probability of 0."""
-    ids = torch.randint(vocabulary, (rows, ids_a_row))
-    ids[:, ids_a_row // 2 :] = ids[:, : ids_a_row - ids_a_row // 2].flip(1)
-    return ids, torch.rand(rows, ids_a_row).sub_(0.1).clamp_(min=0) / ids_a_row
+def sparse_teacher(rows, vocabulary, ids_per_row):
+    """Return ids with many repetitions, some with a probability of 0."""
+    ids = torch.randint(vocabulary, (rows, ids_per_row))
+    ids[:, ids_per_row // 2 :] = ids[:, : ids_per_row - ids_per_row // 2].flip(1)
+    return ids, torch.rand(rows, ids_per_row).sub_(0.1).clamp_(min=0) / ids_per_row
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "vocabulary", "ids_a_row"), [(0, 97, 5), (1, 1, 1), (7, 11, 48), (13, 1009, 7)])
-def test_a_sparse_teacher_equals_float64_also_where_ids_come_again(dtype, rows, vocabulary, ids_a_row, monkeypatch):
+def test_a_sparse_teacher_with_repeated_ids_equals_float64(dtype, rows, vocabulary, ids_per_row, monkeypatch):
     monkeypatch.setitem(SOFTMAX_BLOCK_VALUES, "cpu", 150)  # blocks of 3 rows of 7 ids
     logits, _, factors = pair(rows, vocabulary, dtype)
-    ids, probs = sparse_teacher(rows, vocabulary, ids_a_row)
+    ids, probs = sparse_teacher(rows, vocabulary, ids_per_row)
     leaf = logits.double().requires_grad_()
     nats = -(probs.double() * leaf.log_softmax(-1).gather(1, ids)).sum(-1)
     (gradient,) = torch.autograd.grad((nats * factors.double()).sum(), leaf)
@@ -153,8 +153,8 @@ def test_a_sparse_teacher_equals_float64_also_where_ids_come_again(dtype, rows, 
     torch.testing.assert_close(logits.double(), gradient, rtol=LAST_PLACE[dtype], atol=5 * ROUNDING)
 
 
-def test_a_good_student_in_bf16_keeps_its_gradient():
-    """The softmax and the teacher differ by a thousandth, less than bf16 tells apart: their difference must not."""
+def test_a_student_close_to_its_teacher_keeps_its_gradient_in_bf16():
+    """Softmax and teacher differ by 0.001, below the resolution of bf16; their difference must be exact."""
     logits = torch.linspace(-2, 2, 16).expand(3, 16).bfloat16()
     ids = torch.arange(16).expand(3, 16)
     factors = torch.ones(3)
@@ -166,7 +166,7 @@ def test_a_good_student_in_bf16_keeps_its_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_teacher_of_one_id_is_a_label(dtype):
+def test_a_teacher_of_one_id_equals_a_label(dtype):
     logits, _, factors = pair(9, 301, dtype)
     labels = torch.randint(301, (9,))
     as_label = logits.clone()

@@ -1,4 +1,4 @@
-"""The elementwise kernels against transformers' own code in float64, and compiled against plain."""
+"""Elementwise kernels equal transformers in float64, and compiled equals plain."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_swiglu(dtype, relative):
     assert torch.equal(direction, before)
 
 
-def test_compiled_equals_plain_and_still_marks_what_it_overwrites(monkeypatch: pytest.MonkeyPatch):
+def test_compiled_equals_plain_and_autograd_sees_overwritten_tensors(monkeypatch: pytest.MonkeyPatch):
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("needs a C++ compiler")
     monkeypatch.setattr(dispatch.STATE, "compiled", True)

@@ -1,4 +1,4 @@
-"""Frozen linear layers with adapters against autograd in float64: values and all gradients, over every mix of parts."""
+"""Frozen linear layers with adapters equal float64 autograd: values and all gradients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def projection(
 
 
 def reference(x: torch.Tensor, p: Projection) -> torch.Tensor:
-    """The formula in float64, over the 4-bit weights as bitsandbytes reads them."""
+    """Compute the formula in float64 with the weights dequantized by bitsandbytes."""
     weight = p.weight if p.quant_state is None else bnb.dequantize_4bit(p.weight, p.quant_state)
     y = F.linear(x, weight.double(), None if p.bias is None else p.bias.double())
     if p.adapter:
@@ -40,7 +40,7 @@ def reference(x: torch.Tensor, p: Projection) -> torch.Tensor:
 
 
 def check(outputs, expected, leaves: list[torch.Tensor], dtype: torch.dtype) -> None:
-    """Values, and the gradients of every leaf for one random direction, by the largest value of each tensor."""
+    """Compare values and gradients for a random direction, relative to the largest value of each tensor."""
     directions = [torch.randn_like(y).to(dtype) for y in expected]
     found = torch.autograd.grad(outputs, leaves, [d.to(y.dtype) for d, y in zip(directions, outputs, strict=True)])
     wanted = torch.autograd.grad(expected, leaves, [d.double() for d in directions])
@@ -70,7 +70,7 @@ def test_projections_of_one_input_equal_float64(dtype, shape, ranks, bias):
 @pytest.mark.parametrize("ranks", [(None, None, None), (2, None, None), (None, 3, None), (None, None, 4), (1, 1, 1)])
 @pytest.mark.parametrize("most_rows", [64, 16])
 def test_the_gated_mlp_equals_float64(dtype, ranks, most_rows, monkeypatch):
-    """Of 45 rows, all at once and in blocks of which the last is shorter."""
+    """45 rows, at once and in blocks with a shorter last one."""
     monkeypatch.setattr(linear, "MLP_ROWS", most_rows)
     torch.manual_seed(0)
     x = torch.randn(5, 9, 32).to(dtype).requires_grad_()
@@ -84,14 +84,14 @@ def test_the_gated_mlp_equals_float64(dtype, ranks, most_rows, monkeypatch):
 
 @pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_four_bit_weights_are_those_that_bitsandbytes_reads(dtype):
+def test_4_bit_weights_equal_those_of_bitsandbytes(dtype):
     torch.manual_seed(3)
     x = torch.randn(17, 64).to(dtype).requires_grad_()
     layers = [projection(96, 64, 2, dtype, True, "nf4"), projection(32, 64, None, dtype, False, "nf4")]
     check(project(x, layers), [reference(x.double(), p) for p in layers], leaves_of(x, *layers), dtype)
 
 
-def test_without_an_adapter_nothing_is_kept_and_with_one_its_input_once():
+def test_the_input_is_saved_once_and_only_with_an_adapter():
     kept: list[torch.Tensor] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
     x = torch.randn(6, 48, requires_grad=True)
@@ -103,7 +103,7 @@ def test_without_an_adapter_nothing_is_kept_and_with_one_its_input_once():
         assert [t.shape for t in kept] == [x.shape] * expected
 
 
-def test_an_input_that_needs_no_gradient_costs_no_product_with_the_frozen_weight():
+def test_an_input_without_gradient_costs_no_matmul_with_the_frozen_weight():
     layer = projection(16, 48, 2, torch.float32)
     x = torch.randn(6, 48)
     (y,) = project(x, [layer])
@@ -114,7 +114,7 @@ def test_an_input_that_needs_no_gradient_costs_no_product_with_the_frozen_weight
     assert y.grad_fn is not None and not x.requires_grad
 
 
-def test_dropout_draws_as_pytorchs_module_does_and_scales_what_it_leaves():
+def test_dropout_equals_that_of_torch():
     p = 0.4
     layer = projection(16, 48, 2, torch.float64)
     assert layer.adapter is not None
@@ -129,7 +129,7 @@ def test_dropout_draws_as_pytorchs_module_does_and_scales_what_it_leaves():
 
 
 class WidestResult(TorchDispatchMode):
-    """Remembers the most rows that any result of so many columns had."""
+    """Record the most rows of any result with a given number of columns."""
 
     def __init__(self, columns: int) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class WidestResult(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-def test_with_a_gradient_no_matrix_of_an_mlp_is_taller_than_a_block_in_either_pass(rank, monkeypatch):
+def test_with_gradients_no_mlp_matrix_has_more_rows_than_a_block(rank, monkeypatch):
     monkeypatch.setattr(linear, "MLP_ROWS", 8)
     gate, up, down = (projection(*shape, rank, torch.float32) for shape in ((80, 6), (80, 6), (6, 80)))
     x = torch.randn(27, 6, requires_grad=True)
@@ -154,7 +154,7 @@ def test_with_a_gradient_no_matrix_of_an_mlp_is_taller_than_a_block_in_either_pa
 
 @pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_a_gradient_an_mlp_of_plain_weights_is_as_tall_as_a_block_and_says_the_same(dtype, monkeypatch):
+def test_without_gradients_an_mlp_runs_in_blocks_and_returns_the_same(dtype, monkeypatch):
     monkeypatch.setattr(linear, "MLP_FORWARD_ROWS", 8)
     torch.manual_seed(2)
     layers = [projection(*shape, 2, dtype) for shape in ((80, 6), (80, 6), (6, 80))]

@@ -1,4 +1,4 @@
-"""Products by way of fp32: what a 16-bit product of fp32 sums says, whatever the blocks."""
+"""fp32 matmul of 16-bit operands equals a 16-bit product with fp32 sums, for any block size."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 @pytest.fixture(autouse=True)
 def _no_products(monkeypatch):
-    """A processor without 16-bit products; blocks so small that every operand has several, and few rows so few."""
-    monkeypatch.setattr(module, "_has_products", lambda dtype: False)
+    """Simulate a CPU without 16-bit instructions, with blocks so small that every operand has several."""
+    monkeypatch.setattr(module, "_has_native_matmul", lambda dtype: False)
     monkeypatch.setattr(module, "_BLOCK", 600)
     monkeypatch.setattr(module, "_MULTIPLE", 4)
     monkeypatch.setattr(module, "_FEW_ROWS", 4)
@@ -33,7 +33,7 @@ def operands(sizes: tuple[int, int, int], dtype: torch.dtype, transposed: bool) 
 
 
 def assert_rounded_once(found: torch.Tensor, exact: torch.Tensor, terms: int) -> None:
-    """terms: of a sum, whose fp32 rounding may move a result that lies between two values to the other one."""
+    """terms: number of terms of a sum; their fp32 rounding may move a result to the neighboring value."""
     slack = exact.abs() * ROUNDING[found.dtype] * 1.01 + terms * 2.0**-22
     assert ((found.double() - exact).abs() <= slack).all()
 
@@ -43,7 +43,7 @@ def assert_rounded_once(found: torch.Tensor, exact: torch.Tensor, terms: int) ->
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 1), (5, 30, 70), (3, 301, 2), (2, 7, 1009), (1, 4864, 70), (64, 130, 1), (0, 5, 3), (4, 0, 3)]
 )
-def test_a_product_is_that_of_float64_rounded_once(sizes, transposed, dtype):
+def test_a_matmul_equals_float64_rounded_once(sizes, transposed, dtype):
     left, right = operands(sizes, dtype, transposed)
     bias = torch.randn(sizes[2]).to(dtype)
     exact = left.double() @ right.double()
@@ -65,7 +65,7 @@ def test_the_operands_of_a_gradient_may_be_transposed_views():
 
 @pytest.fixture
 def widened(monkeypatch):
-    """How many values were widened at once, of either operand."""
+    """Record how many values of an operand are converted at once."""
     sizes, block, whole = [], module._widened, torch.Tensor.float
     monkeypatch.setattr(module, "_widened", lambda x: sizes.append(x.numel()) or block(x))
     monkeypatch.setattr(torch.Tensor, "float", lambda x: sizes.append(x.numel()) or whole(x))
@@ -73,7 +73,7 @@ def widened(monkeypatch):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_no_more_than_a_block_of_the_right_operand_is_widened_at_once(monkeypatch, widened, transposed):
+def test_at_most_one_block_of_the_right_operand_is_converted_at_once(monkeypatch, widened, transposed):
     monkeypatch.setattr(module, "_BLOCK", 2**14)  # four rows of the wider operand, the fewest that make a block
     left, right = operands((3, 64, 4096), torch.bfloat16, transposed)
     matmul(left, right)
@@ -81,7 +81,7 @@ def test_no_more_than_a_block_of_the_right_operand_is_widened_at_once(monkeypatc
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_blocks_take_turns_in_memory_that_each_thread_has_once(transposed):
+def test_all_blocks_use_one_buffer_per_thread(transposed):
     operands_of = [operands((3, 128, 256), torch.bfloat16, transposed) for _ in range(2)]
     for left, right in operands_of:
         matmul(left, right)
@@ -95,7 +95,7 @@ def test_blocks_take_turns_in_memory_that_each_thread_has_once(transposed):
             assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_memory_of_an_inference_serves_a_training(monkeypatch):
+def test_a_buffer_made_in_inference_mode_is_usable_in_training(monkeypatch):
     monkeypatch.setattr(module, "_memory", threading.local())
     left, right = operands((3, 64, 100), torch.bfloat16, False)
     with torch.inference_mode():
@@ -104,21 +104,21 @@ def test_memory_of_an_inference_serves_a_training(monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "ways"), [(1, 0), (2, 0), (3, 1)])
-def test_a_transposed_operand_is_not_widened_for_a_row_or_two(widened, rows, ways):
+def test_a_transposed_operand_is_not_converted_for_one_or_two_rows(widened, rows, ways):
     left, right = operands((rows, 64, 100), torch.bfloat16, True)
     matmul(left, right)
     assert sum(widened) == ways * (left.numel() + right.numel())
 
 
-def test_only_sixteen_bits_on_a_cpu_go_by_way_of_fp32():
+def test_only_16_bit_dtypes_on_a_cpu_use_fp32_matmul():
     assert uses_fp32_matmul(CPU, torch.bfloat16) and uses_fp32_matmul(CPU, torch.float16)
     assert not uses_fp32_matmul(CPU, torch.float32) and not uses_fp32_matmul(CPU, torch.float64)
     assert not uses_fp32_matmul(torch.device("cuda"), torch.bfloat16)
 
 
-def test_torch_is_asked_what_it_asks_itself(monkeypatch):
+def test_the_check_for_native_matmul_is_that_of_torch(monkeypatch):
     monkeypatch.undo()
-    module._has_products.cache_clear()
+    module._has_native_matmul.cache_clear()
     for dtype, ask in (
         (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported),
         (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported),
@@ -126,19 +126,18 @@ def test_torch_is_asked_what_it_asks_itself(monkeypatch):
         assert uses_fp32_matmul(CPU, dtype) is not ask()
 
 
-def test_a_torch_without_onednn_goes_by_way_of_fp32(monkeypatch):
+def test_a_torch_without_onednn_uses_fp32_matmul(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.ops, "mkldnn", object())
     # Asked beside the cache, which keeps the answer of the torch that is there.
-    assert not module._has_products.__wrapped__(torch.bfloat16)
+    assert not module._has_native_matmul.__wrapped__(torch.bfloat16)
 
 
-def test_a_run_is_told_where_its_products_are_made(monkeypatch):
-    assert module.describe(CPU, torch.bfloat16, all_here=True) == (
-        "products: in float32, since this processor has none in bfloat16"
-    )
+def test_the_log_line_names_the_dtype_of_matrix_products(monkeypatch):
+    fast = module.describe(CPU, torch.bfloat16, all_here=True)
+    assert fast is not None and fast.startswith("matmul: dtype=float32") and "bfloat16" in fast
     slow = module.describe(CPU, torch.float16, all_here=False)
     assert slow is not None and "float16" in slow and "train.kernels=peft" in slow and "model.dtype=float32" in slow
     assert module.describe(CPU, torch.float32, all_here=False) is None
-    monkeypatch.setattr(module, "_has_products", lambda dtype: True)
+    monkeypatch.setattr(module, "_has_native_matmul", lambda dtype: True)
     assert module.describe(CPU, torch.bfloat16, all_here=True) is None

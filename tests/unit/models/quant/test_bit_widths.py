@@ -33,8 +33,8 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     assert lines == [
         "quant.skip_modules: 'q_prj' matches no linear layer; did you mean q_proj?",
         "quant.int8: 'down_prj' matches no linear layer; did you mean down_proj?",
-        "quant.int8: 'lm_head' means lm_head, which always is in 16 bit; drop it",
-        "quant.skip_modules and quant.int8 both name model.layers.0.mlp.down_proj; name each layer in one of them",
+        "quant.int8: 'lm_head' matches lm_head, which is always in 16 bit; drop it",
+        "quant.skip_modules and quant.int8: both match model.layers.0.mlp.down_proj; list each layer in one of them",
     ]
 
 

@@ -193,7 +193,7 @@ def test_damage_is_seen_said_and_mended(start, home: Path, damage: str) -> None:
     DAMAGE[damage](home)
     second, count, said = start()
     assert count == 14 and same(first, second)
-    assert all("is damaged" in line and "quantizing again" in line for line in said) and said
+    assert all("is corrupt" in line and "quantizing again" in line for line in said) and said
     assert start()[1:] == (0, [])
 
 
@@ -269,7 +269,7 @@ def test_nobody_waits_forever(start, home: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cache, "_PATIENCE_SECONDS", 0.1)
     with FileLock(home / f"{entry.name}.lock"):
         _, count, said = start()
-    assert count == 14 and "has held" in said[0] and not entries(home)
+    assert count == 14 and "another process holds" in said[0] and not entries(home)
 
 
 def test_old_leftovers_of_other_models_go_and_young_ones_stay(start, home: Path) -> None:

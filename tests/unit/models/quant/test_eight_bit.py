@@ -88,7 +88,7 @@ def test_layers_in_8_bit_are_part_of_the_entry(load, home: Path) -> None:
 
 def test_files_of_other_names_give_the_same_model(load, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = load("nf4", **MIXED)
-    monkeypatch.setattr(loading, "load_four_bit", lambda *_: None)
+    monkeypatch.setattr(loading, "load_four_bit", lambda *_, **__: None)
     assert same(ours, load("nf4", **MIXED))
 
 
