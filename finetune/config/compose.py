@@ -1,7 +1,7 @@
-"""A config file and its overrides -> one validated RunConfig.
+"""Load a config file and its overrides as one validated RunConfig.
 
-Order, the last wins: the schema's defaults, what Hydra composes from the file and its groups, `key=value` overrides.
-Interpolations are resolved after that. Nothing is imported or instantiated on behalf of a config.
+The last one wins: defaults of the schema, the file and its groups as Hydra composes them, `key=value` overrides.
+Interpolations are resolved after that. A config can neither import nor instantiate anything.
 """
 
 from __future__ import annotations
@@ -38,10 +38,15 @@ _NOT_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "nan",
 
 
 def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that a config file and `key=value` overrides describe.
+    """Load the config of a run.
 
-    A name is looked up in the working directory, its `configs/` and the packaged configs, with or without `.yaml`.
-    Raises: ConfigError, naming everything that is wrong at once.
+    Args:
+        path_or_name: a file, looked up in the working directory, its `configs/` and the packaged configs; `.yaml` may
+            be left out.
+        overrides: `key=value` words.
+
+    Raises:
+        ConfigError: lists every problem with its key and place.
     """
     file = _find(path_or_name)
     edits = parse_overrides(overrides)
@@ -68,8 +73,8 @@ def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        told = tuple(f"{problem.key}." for problem in unresolved)
-        problems += [problem for problem in problems_of(values, error) if not f"{problem.key}.".startswith(told)]
+        known = tuple(f"{problem.key}." for problem in unresolved)
+        problems += [problem for problem in problems_of(values, error) if not f"{problem.key}.".startswith(known)]
         raise config_error(short(file), problems, locate) from None
     if problems:
         raise config_error(short(file), problems, locate)
@@ -77,9 +82,10 @@ def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def saved_config(adapter: Path, overrides: Sequence[str] = ()) -> RunConfig | None:
-    """The config of the run that an adapter's folder, or the checkpoint that it is, belongs to; None if it tells none.
+    """Load the config of the run that made an adapter folder or a checkpoint; return None if there is none.
 
-    Raises: ConfigError if it cannot be read.
+    Raises:
+        ConfigError: the config is not valid.
     """
     for folder in (adapter, *([adapter.parent] if adapter.name.startswith("checkpoint-") else [])):
         if (folder / "config.yaml").is_file():
@@ -88,12 +94,12 @@ def saved_config(adapter: Path, overrides: Sequence[str] = ()) -> RunConfig | No
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved YAML of a run, which load_config reads back to an equal RunConfig."""
+    """Return the resolved config as YAML; load_config reads an equal RunConfig from it."""
     return yaml.dump(escaped(config.model_dump()), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes all text that any reader of YAML could take for something else, `2e-4` and `no` for example."""
+    """Quotes text that a YAML reader could take for another type, for example `2e-4` and `no`."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -117,7 +123,7 @@ def _find(name: str) -> Path:
 
 
 def _group_folders(file: Path) -> list[Path]:
-    """Where a group's options are looked up, after the config's own folder: `configs/` here, and the packaged ones."""
+    """Return the folders with the options of a group, after the folder of the config itself."""
     here = Path.cwd() / "configs"
     folders = [here] if here.is_dir() else []
     return [folder for folder in dict.fromkeys([*folders, packaged("configs")]) if folder != file.parent]
@@ -132,7 +138,7 @@ def _with_defaults(composed: Mapping[Any, Any], file: Path) -> dict[Any, Any]:
 
 
 def _defaults_of(section: type[Section]) -> dict[str, Any]:
-    """Every key of a section that has a default, those of the sections in it as well."""
+    """Return the defaults of a section and of the sections in it."""
     return {
         key: _defaults_of(field.annotation) if is_section(field.annotation) else field.get_default()
         for key, field in section.model_fields.items()
@@ -141,7 +147,7 @@ def _defaults_of(section: type[Section]) -> dict[str, Any]:
 
 
 def _merge(tree: dict[Any, Any], values: Mapping[Any, Any], section: type[Section]) -> None:
-    """Set a section's given keys; a section in it keeps the defaults of what it is not given."""
+    """Set the given keys of a section; keys of inner sections that are not given keep their defaults."""
     for key, value in values.items():
         inner = section.model_fields[key].annotation if key in section.model_fields else None
         if is_section(inner) and isinstance(value, dict):
@@ -151,7 +157,7 @@ def _merge(tree: dict[Any, Any], values: Mapping[Any, Any], section: type[Sectio
 
 
 def _assign(node: Any, done: str, rest: str, value: Any) -> list[Problem]:
-    """Set the key `rest` of the node at `done`; a list must hold the item already."""
+    """Set the key `rest` of the node at path `done`; an item of a list must already exist."""
     if done and takes(dict, find(done)):
         step, rest = rest, ""  # Module names hold dots.
     else:
@@ -171,13 +177,13 @@ def _assign(node: Any, done: str, rest: str, value: Any) -> list[Problem]:
 
 
 def resolved(tree: dict[str, Any], problems: list[Problem]) -> Any:
-    """The tree without interpolations; UNRESOLVED stands for a value that is missing or cannot be resolved."""
+    """Resolve every interpolation; UNRESOLVED replaces a value that is missing or cannot be resolved."""
     try:
         return _plain(OmegaConf.create(tree), "", problems)
     except OmegaConfBaseException as error:
         problems.append(Problem(error.full_key or "config", _first_line(error)))
     except (RecursionError, ValueError, TypeError) as error:
-        problems.append(Problem("config", f"an interpolation refers to itself, or to nothing plain: {error}"))
+        problems.append(Problem("config", f"an interpolation refers to itself, or to no plain value: {error}"))
     return {}
 
 
@@ -194,19 +200,19 @@ def _item(node: Any, key: Any, path: str, problems: list[Problem]) -> Any:
     try:
         return _plain(node[key], here, problems)
     except MissingMandatoryValue:
-        problems.append(Problem(here, "is missing: ??? stands for a value that you give"))
+        problems.append(Problem(here, "is missing; replace ??? by a value"))
     except OmegaConfBaseException as error:
         problems.append(Problem(here, _first_line(error)))
     return UNRESOLVED
 
 
 def _first_line(error: OmegaConfBaseException) -> str:
-    """What a resolver says, without the line and type information that OmegaConf puts around it."""
+    """Return the message of a resolver without the types and lines that OmegaConf adds."""
     return re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).partition("\n")[0])
 
 
 def escaped(value: Any) -> Any:
-    """The same value for OmegaConf to take literally: a `${` in it is no interpolation."""
+    """Escape `${` so that OmegaConf reads it as text."""
     if isinstance(value, dict):
         return {key: escaped(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -216,9 +222,9 @@ def escaped(value: Any) -> Any:
 
 @contextmanager
 def own_resolvers() -> Generator[None]:
-    """Give interpolations `${packaged:…}` and an `${oc.env:…}` that reads no secrets, for as long as this lasts.
+    """Register `${packaged:…}` and an `${oc.env:…}` that reads no secrets, and restore the resolvers afterwards.
 
-    The resolved config is saved with the run, so a secret must not get into it.
+    The resolved config is saved with the run, so it must contain no secret.
     """
     before = dict(BaseContainer._resolvers)
     OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
@@ -232,12 +238,12 @@ def own_resolvers() -> Generator[None]:
 
 def _environment(name: str, *default: Any) -> str | None:
     if _SECRET.search(name):
-        raise ConfigError(f"{name} looks like a secret, and a config is saved with its run")
+        raise ConfigError(f"{name} looks like a secret, and the config is saved with the run")
     return oc.env(name, *default)
 
 
 def _packaged(path: str) -> str:
     kind, _, rest = path.partition("/")
     if kind not in ("configs", "data"):
-        raise ConfigError(f"packaged files are configs/… and data/…, not {path}")
+        raise ConfigError(f"packaged files are in configs/ and data/, found {path}")
     return str(packaged(kind) / rest)

@@ -1,4 +1,4 @@
-"""What is wrong with a config, in words: the key, what was found, what is allowed, what was probably meant."""
+"""Explain the problems of a config: the key, the value, the allowed values, and the probable intention."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.sections import NUMBER, ModelConfig, Section, SourceConfig
 
 _LONGEST = 60
-_SHORTHANDS: list[tuple[Any, str]] = [  # What a lone text was probably meant to be.
+_SHORTHANDS: list[tuple[Any, str]] = [  # A single text where a mapping belongs.
     (ModelConfig, "{{name: {}}}"),
     (SourceConfig, "{{path: {}}}"),
     (list[SourceConfig], "[{{path: {}}}]"),
@@ -27,9 +27,9 @@ _SHORTHANDS: list[tuple[Any, str]] = [  # What a lone text was probably meant to
 
 
 def problems_of(tree: dict[str, Any], error: ValidationError) -> list[Problem]:
-    """Every problem of a config that pydantic refused, contradictions between its sound values included.
+    """Return every problem of a config that pydantic refused, and the contradictions between its valid values.
 
-    A rule names the keys it looks at, in its key or its text; it is left out where one of them has a wrong value.
+    A rule names the keys that it reads in its key or text. It is skipped if one of them has an invalid value.
     """
     found = schema_problems(error)
     wrong = {".".join(problem.key.split(".")[:2]) for problem in found if "." in problem.key}
@@ -67,7 +67,7 @@ def _problems(item: Any, root: type[Section]) -> Iterator[Problem]:
 
 
 def _place(loc: Sequence[Any], root: type[Section]) -> tuple[str, Any]:
-    """The deepest key of the schema on pydantic's way to an error, which also names the branches of a union."""
+    """Return the deepest key of the schema in pydantic's path, which also contains the branches of unions."""
     path = ""
     for part in loc:
         longer = f"{path}.{part}" if path else str(part)
@@ -86,7 +86,7 @@ def _general(path: str) -> str:
 
 
 def _hint(value: Any, kind: Any) -> str:
-    """What was probably meant by a value of the wrong type."""
+    """Guess what a value of the wrong type means."""
     if takes(str, kind) and isinstance(value, bool | int | float):
         return "; in quotes it is text"
     if not isinstance(value, str):
@@ -106,7 +106,7 @@ def unknown_key(path: str, root: type[Section] = RunConfig) -> Problem:
     folder, _, last = path.rpartition(".")
     name = last.lower().replace("-", "_")
     mapping = find(folder, root)
-    if mapping is not None and takes(dict, mapping):  # A mapping that takes certain names only.
+    if mapping is not None and takes(dict, mapping):  # A mapping with a fixed set of names.
         return Problem(path, f"unknown key; allowed: {allowed(mapping)}. {_description(folder, root)}")
     if root is RunConfig:
         if path in RENAMED:
@@ -140,6 +140,6 @@ def _nearest(path: str, name: str, root: type[Section]) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML would have it, cut to one line."""
+    """Return a value as one line of YAML, shortened."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -1,4 +1,4 @@
-"""`key=value` on the command line: Hydra's grammar, with the schema saying what a key may be."""
+"""Parse `key=value` on the command line with Hydra's grammar; the schema gives the type of a key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHAPE = re.compile(r"\s*\+{0,2}(?P<key>[^=\s]+?)\s*=(?P<value>.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Overrides:
-    """Group options (`model=qwen2.5-7b-instruct`), values by key, and what could not be read."""
+    """Group options (`model=qwen2.5-7b-instruct`), values by key, and problems."""
 
     groups: dict[str, str] = field(default_factory=dict)
     values: list[tuple[str, Any]] = field(default_factory=list)
@@ -28,12 +28,12 @@ class Overrides:
 
 
 def parse_overrides(lines: Sequence[str]) -> Overrides:
-    """Read every override; a later one wins over an earlier one."""
+    """Parse every override; the last one for a key wins."""
     found = Overrides()
     for line in lines:
         shape = _SHAPE.fullmatch(line)
         if line.lstrip().startswith("~"):
-            _refuse(found, line.strip(), "nothing can be taken out; a key set to its default is as good as not given")
+            _refuse(found, line.strip(), "deleting a key is not supported; set it to its default")
         elif shape is None:
             _refuse(found, line.strip(), "expected key=value, such as train.max_steps=10")
         else:
@@ -51,7 +51,7 @@ def _read(key: str, text: str, found: Overrides) -> None:
         try:
             value = read_value(text, kind)
         except ValueError as error:
-            hint = f"""text of more than letters and digits goes in quotes, in the shell '{key}=["a b"]'"""
+            hint = f"""quote text with special characters, in the shell '{key}=["a b"]'"""
             _refuse(found, key, f"cannot read {shown(text)}: {error}; {hint}")
             return
         for leaf, part in _leaves(key, value):
@@ -62,7 +62,11 @@ def _read(key: str, text: str, found: Overrides) -> None:
 
 
 def read_value(text: str, kind: Any) -> Any:
-    """One value as typed, for a key of that type. Raises: ValueError saying why it cannot be read."""
+    """Return the value of a text for a key of type `kind`.
+
+    Raises:
+        ValueError: the text does not fit the grammar; the message gives the reason.
+    """
     try:
         return _as_text(text, kind) if takes(str, kind) else _by_grammar(text)
     except HydraException as error:
@@ -74,13 +78,13 @@ def _refuse(found: Overrides, key: str, text: str) -> None:
 
 
 def _as_text(text: str, kind: Any) -> Any:
-    """A key that takes text takes it as typed: `model.revision=1234567`, `output_dir=out (2)`."""
+    """Keep text as typed: `model.revision=1234567`, `output_dir=out (2)`."""
     if text == "null":
         return None
     if text.startswith(("'", '"', "[") if takes(list, kind) else ("'", '"')):
         try:
             return _by_grammar(text)
-        except HydraException:  # A regex such as [qv]_proj only looks like a list.
+        except HydraException:  # A regex, for example [qv]_proj, can look like a list.
             return text
     return text
 
@@ -91,12 +95,12 @@ def _by_grammar(text: str) -> Any:
     except RecursionError as error:
         raise HydraException("nested too deeply") from error
     if override.type is not OverrideType.CHANGE or override.is_sweep_override():
-        raise HydraException("one value is expected; a list is written [a, b]")
+        raise HydraException("expected one value; a list is written [a, b]")
     return override.value()
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """A mapping given to a section sets the keys that it names."""
+    """Yield the keys that a mapping sets in a section."""
     if isinstance(value, dict) and is_section(find(key)):
         for name, part in value.items():
             yield from _leaves(f"{key}.{name}", part)

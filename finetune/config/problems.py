@@ -1,4 +1,4 @@
-"""What is wrong with a config, gathered until everything is known, then told at once."""
+"""The problems of a config, collected and reported in one error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COMMAND_LINE = "command line"
 
 
 class Problem(NamedTuple):
-    """A key (`train.max_steps`, empty for a file as such), what is wrong, and where that was written, if known."""
+    """A key (empty for a whole file), what is wrong with it, and the place, `file:line`, if known."""
 
     key: str
     text: str
@@ -19,7 +19,7 @@ class Problem(NamedTuple):
 
 
 def config_error(config: str, problems: Iterable[Problem], locate: Callable[[str], str]) -> ConfigError:
-    """One error for all problems of a config; `locate` tells where a key was written, empty for nowhere."""
+    """Return one error for all problems; `locate` returns the place of a key, or an empty text."""
     lines = [_line(key, text, origin or (locate(key) if key else "")) for key, text, origin in dict.fromkeys(problems)]
     count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
     return ConfigError("\n  ".join([printable(f"{count} in {config}"), *map(printable, lines)]))
@@ -30,5 +30,5 @@ def _line(key: str, text: str, origin: str) -> str:
 
 
 def printable(text: str) -> str:
-    """No terminal escapes and no half characters from someone's file."""
+    """Escape characters that could control the terminal."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

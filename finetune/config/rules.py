@@ -1,9 +1,10 @@
-"""What two settings may not say together."""
+"""Checks on combinations of settings. The parameters of a rule name the sections that it needs."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from pathlib import PurePath
 from typing import Any
 
@@ -25,18 +26,18 @@ Problems = Iterator[Problem]
 _GLOB = re.compile(r"[\w.*?!\[\]-]+")
 _BARE_NAMES = re.compile(r"\s*\w+\s*(,\s*\w+\s*)*")
 _FILE = re.compile(r"\.(jsonl?|csv|parquet|arrow)(\.\w+)?$")
-# Settings of `distill` that mean something where a teacher only measures.
-_OF_THE_TEACHER = ("cache", "cache_kind", "top_k", "num_samples", "seed", "spot_check", "teacher")
-_NO_HELD_OUT = "there are no held-out rows; set data.held_out=0.05 or data.eval=[{path: rows.jsonl}]"
+# Settings of `distill` that matter to a teacher that only measures.
+_TEACHER_KEYS = ("cache", "cache_kind", "top_k", "num_samples", "seed", "spot_check", "teacher")
+_NO_HELD_OUT = "needs held-out examples; set data.held_out=0.05 or data.eval=[{path: heldout.jsonl}]"
 
 
 def contradictions(sections: Mapping[str, Any]) -> list[Problem]:
-    """Every rule that these sections break; a rule about a section that is not given is left out."""
+    """Return a problem for every rule that these sections break; skip rules about sections that are not given."""
     return [
         problem
-        for names, rule in RULES
-        if all(name in sections for name in names)
-        for problem in rule(*(sections[name] for name in names))
+        for rule in RULES
+        if signature(rule).parameters.keys() <= sections.keys()
+        for problem in rule(*(sections[name] for name in signature(rule).parameters))
     ]
 
 
@@ -52,17 +53,10 @@ def _named_modules(quant: QuantConfig) -> Problems:
             if not _GLOB.fullmatch(pattern):
                 yield from _bad_regex(f"{key}.{index}", pattern)
     for pattern in sorted(set(quant.skip_modules) & set(quant.int8)):
-        yield Problem("quant.int8", f"{pattern} is in quant.skip_modules too; it can be in one of them")
-    if quant.int8 and quant.type != "nf4":
-        yield Problem("quant.int8", f"names layers beside 4-bit ones; drop it, or set quant.type=nf4, not {quant.type}")
-
-
-def _resident(quant: QuantConfig) -> Problems:
-    if quant.keep_dequantized and quant.type != "nf4":
-        yield Problem(
-            "quant.keep_dequantized",
-            f"is the 16-bit copy of 4-bit weights; drop it, or set quant.type=nf4, not {quant.type}",
-        )
+        yield Problem("quant.int8", f"{pattern} is also in quant.skip_modules; name it in one of them")
+    for name in ("int8", "keep_dequantized"):
+        if getattr(quant, name) and quant.type != "nf4":
+            yield Problem(f"quant.{name}", f"needs quant.type=nf4, found {quant.type}")
 
 
 def _targets(lora: LoraConfig) -> Problems:
@@ -72,14 +66,14 @@ def _targets(lora: LoraConfig) -> Problems:
     if isinstance(targets, list):
         yield from _twice(key, targets)
         if not targets:
-            yield Problem(key, "names no module; write [q_proj, v_proj] or all-linear")
+            yield Problem(key, "names no module, found []; set [q_proj, v_proj] or all-linear")
         return
     if _BARE_NAMES.fullmatch(targets):
         names = re.sub(r"\s*,\s*", ", ", targets.strip())
-        yield Problem(key, f"a text is a regex that must match a whole module name; for these names write [{names}]")
+        yield Problem(key, f"text is a regex for whole module names; for names write [{names}]")
     yield from _bad_regex(key, targets)
     if lora.layers_to_transform is not None:
-        yield Problem("lora.layers_to_transform", f"PEFT takes it with a list of names only; put the layers into {key}")
+        yield Problem("lora.layers_to_transform", f"needs a list of names; put the layers into the regex of {key}")
 
 
 def _layers(lora: LoraConfig) -> Problems:
@@ -87,14 +81,14 @@ def _layers(lora: LoraConfig) -> Problems:
     if layers is not None:
         yield from _twice("lora.layers_to_transform", layers)
         if not layers:
-            yield Problem("lora.layers_to_transform", "names no layer; null is all layers")
+            yield Problem("lora.layers_to_transform", "names no layer, found []; null: all layers")
 
 
 def _saved_modules(lora: LoraConfig) -> Problems:
     yield from _twice("lora.modules_to_save", lora.modules_to_save)
     targets = lora.target_modules if isinstance(lora.target_modules, list) else []
     for name in sorted(set(targets) & set(lora.modules_to_save)):
-        yield Problem("lora.modules_to_save", f"{name} is in lora.target_modules too; it can be in one of them")
+        yield Problem("lora.modules_to_save", f"{name} is also in lora.target_modules; name it in one of them")
 
 
 def _patterns(lora: LoraConfig) -> Problems:
@@ -107,25 +101,23 @@ def _tokens(lora: LoraConfig) -> Problems:
     yield from _twice("lora.new_tokens", lora.new_tokens)
     for token in lora.new_tokens:
         if not token.strip():
-            yield Problem("lora.new_tokens", "a token of white space only")
+            yield Problem("lora.new_tokens", "a token is only white space")
     if lora.new_tokens and "embed_tokens" in lora.modules_to_save:
-        yield Problem("lora.new_tokens", "embed_tokens is in lora.modules_to_save, which trains their rows already")
+        yield Problem("lora.new_tokens", "lora.modules_to_save already trains embed_tokens; remove one of them")
 
 
 def _adapter_start(quant: QuantConfig, lora: LoraConfig) -> Problems:
     if lora.init.startswith(("pissa", "olora")) and quant.type != "none":
-        yield Problem("lora.init", f"{lora.init} takes apart 16-bit weights; set quant.type=none, not {quant.type}")
+        yield Problem("lora.init", f"{lora.init} needs quant.type=none, found {quant.type}")
     if lora.init == "loftq" and quant.type != "nf4":
-        yield Problem("lora.init", f"loftq makes up for what 4 bits lost; set quant.type=nf4, not {quant.type}")
+        yield Problem("lora.init", f"loftq needs quant.type=nf4, found {quant.type}")
     if lora.init == "orthogonal":
-        for key, rank in {
-            "rank": lora.rank,
-            **{f"rank_pattern.{name}": r for name, r in lora.rank_pattern.items()},
-        }.items():
+        ranks = {"rank": lora.rank} | {f"rank_pattern.{name}": rank for name, rank in lora.rank_pattern.items()}
+        for key, rank in ranks.items():
             if rank % 2:
                 yield Problem(f"lora.{key}", f"lora.init=orthogonal needs an even rank, found {rank}")
     if lora.init_adapter is not None and lora.init != "default":
-        yield Problem("lora.init", f"{lora.init} starts a new adapter, but lora.init_adapter names an old one")
+        yield Problem("lora.init", f"{lora.init} starts a new adapter; remove it or lora.init_adapter")
 
 
 def _sources(data: DataConfig) -> Problems:
@@ -136,20 +128,20 @@ def _sources(data: DataConfig) -> Problems:
 
 def _source(key: str, source: SourceConfig) -> Problems:
     if _FILE.search(source.path):
-        for name, owner in (("split", "folder or hub id"), ("subset", "hub data set"), ("revision", "hub data set")):
+        for name, owner in (("split", "folder or hub dataset"), ("subset", "hub dataset"), ("revision", "hub dataset")):
             if getattr(source, name) is not None:
-                yield Problem(f"{key}.{name}", f"is part of a {owner}, and {source.path} is a file; set it to null")
+                yield Problem(f"{key}.{name}", f"belongs to a {owner}, and {source.path} is a file; set it to null")
     for name, ours in _given_twice(source.columns.items()):
         yield Problem(f"{key}.columns", f"column {name} cannot be {' and '.join(ours)} at once")
     roles = [(role, name) for role, names in source.roles.items() for name in _listed(names)]
     for name, ours in _given_twice(roles):
         yield Problem(f"{key}.roles", f"role {name} cannot be {' and '.join(ours)} at once")
     if source.roles and source.format in ("alpaca", "text", "tokens"):
-        yield Problem(f"{key}.roles", f"{source.format} rows name no roles")
+        yield Problem(f"{key}.roles", f"{source.format} examples have no roles")
 
 
 def _given_twice(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
-    """Their names that stand beside more than one of ours, with ours."""
+    """Yield each name in the file that has more than one of our names, with those names."""
     ours: dict[str, list[str]] = {}
     for our_name, their_name in pairs:
         ours.setdefault(their_name, []).append(our_name)
@@ -163,42 +155,39 @@ def _listed(value: list[str] | str) -> list[str]:
 def _evaluation_sets(data: DataConfig) -> Problems:
     names = [source.name or source.split or PurePath(source.path).name.split(".")[0] for source in data.eval]
     for name in _repeated(names):
-        yield Problem("data.eval", f"two sets are called {name}; give each item its own name")
+        yield Problem("data.eval", f"two sets have the name {name}; set a name for each item")
     if data.held_out and "held_out" in names:
-        yield Problem("data.eval", "a set is called held_out, as the rows that data.held_out keeps are; rename it")
+        yield Problem("data.eval", "held_out is the name of the set that data.held_out makes; rename this one")
     for index, source in enumerate(data.eval):
         if source.weight != 1:
-            yield Problem(f"data.eval.{index}.weight", "held-out rows are read once; weight is for data.train")
+            yield Problem(f"data.eval.{index}.weight", "only data.train has weights; remove it")
 
 
 def _length(train: TrainConfig) -> Problems:
     if train.max_steps is not None and train.epochs is not None:
-        yield Problem("train.epochs", "train.max_steps is given too; set one of them to null")
+        yield Problem("train.epochs", "train.max_steps is also set; set one of them to null")
     if train.max_steps is not None and (train.warmup_steps or 0) >= train.max_steps:
-        yield Problem(
-            "train.warmup_steps", f"{train.warmup_steps} steps leave none of train.max_steps={train.max_steps}"
-        )
+        yield Problem("train.warmup_steps", f"must be < train.max_steps={train.max_steps}, found {train.warmup_steps}")
 
 
 def _batch(train: TrainConfig) -> Problems:
-    if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
-        yield Problem("train.micro_batch_size", f"is larger than train.batch_size={train.batch_size}")
-    if train.world_size is not None and train.world_size > train.batch_size:
-        yield Problem("train.world_size", f"so many ranks cannot share train.batch_size={train.batch_size} sequences")
+    for name in ("micro_batch_size", "world_size"):
+        if (value := getattr(train, name)) is not None and value > train.batch_size:
+            yield Problem(f"train.{name}", f"must be at most train.batch_size={train.batch_size}, found {value}")
 
 
 def _stopping(train: TrainConfig) -> Problems:
     if train.early_stopping is not None and train.eval_every is None:
-        yield Problem("train.early_stopping", "counts evaluations; set train.eval_every as well")
+        yield Problem("train.early_stopping", "needs evaluations; set train.eval_every")
 
 
 def _stream(data: DataConfig, train: TrainConfig) -> Problems:
     if data.stream_rows is None:
         return
     if train.max_steps is None:
-        yield Problem("data.stream_rows", "a stream is not counted before it is read; set train.max_steps")
+        yield Problem("data.stream_rows", "the length of a stream is unknown; set train.max_steps")
     if data.held_out:
-        yield Problem("data.held_out", "rows of a stream cannot be held out; name others in data.eval")
+        yield Problem("data.held_out", "a stream (data.stream_rows) cannot hold out examples; set data.eval")
 
 
 def _held_out(data: DataConfig, train: TrainConfig) -> Problems:
@@ -214,44 +203,43 @@ def _distillation(distill: DistillConfig, guard: GuardConfig) -> Problems:
     other = teacher.name is not None or teacher.lora is not None
     changed = _changed(distill)
     if distill.objective == "none":
-        idle = [key for key in changed if guard.max is None or key not in _OF_THE_TEACHER]
+        idle = [key for key in changed if guard.max is None or key not in _TEACHER_KEYS]
         if idle:
-            yield Problem("distill.objective", f"is none, so distill.{idle[0]} does nothing; set recover or distill")
+            yield Problem("distill.objective", f"distill.{idle[0]} needs recover, sft+anchor or distill, found none")
         return
     if distill.objective == "recover":
         if other:
             key = "name" if teacher.name is not None else "lora"
-            yield Problem(f"distill.teacher.{key}", "recover learns from the student's own base; set objective=distill")
+            yield Problem(f"distill.teacher.{key}", "needs distill.objective=distill, found recover")
         if distill.weight is not None:
-            yield Problem("distill.weight", "recover minimizes the divergence alone; set it to null")
+            yield Problem("distill.weight", "recover minimizes only the divergence; set it to null")
     if distill.objective == "distill" and not other and teacher.placement != "server":
         yield Problem(
             "distill.teacher.name",
-            "is missing: the student's own base can teach it nothing new; name a teacher (or distill.teacher.lora), "
-            "or set distill.objective=recover or sft+anchor",
+            "is missing; name a teacher (or distill.teacher.lora), or set distill.objective=recover or sft+anchor",
         )
     for name, owner in (("beta", "jsd"), ("alpha", "skew_kl")):
         if name in changed and distill.divergence != owner:
-            yield Problem(f"distill.{name}", f"belongs to distill.divergence={owner}, not {distill.divergence}")
+            yield Problem(f"distill.{name}", f"needs distill.divergence={owner}, found {distill.divergence}")
 
 
 def _guard(data: DataConfig, train: TrainConfig, guard: GuardConfig) -> Problems:
     if guard.max is None:
         if changed := _changed(guard):
-            yield Problem("guard.max", f"is null, so guard.{changed[0]} does nothing; name a limit, as guard.max=0.1")
+            yield Problem("guard.max", f"guard.{changed[0]} needs a limit, found null; set for example guard.max=0.1")
         return
     if not data.eval and not data.held_out:
         yield Problem("guard.max", _NO_HELD_OUT)
     if train.eval_every is None:
-        yield Problem("guard.max", "is looked at when held-out rows are; set train.eval_every as well")
+        yield Problem("guard.max", "needs evaluations; set train.eval_every")
     if guard.action == "recover" and data.stream_rows is not None:
-        yield Problem("guard.action", "recover goes back to rows of earlier steps, which a stream has left behind")
+        yield Problem("guard.action", "recover repeats examples, and data.stream_rows keeps none; set warn or stop")
     if guard.action != "recover" and guard.steps != type(guard).model_fields["steps"].default:
-        yield Problem("guard.steps", f"belongs to guard.action=recover, not {guard.action}")
+        yield Problem("guard.steps", f"needs guard.action=recover, found {guard.action}")
 
 
 def _changed(section: DistillConfig | GuardConfig) -> list[str]:
-    """Keys that are not at their default."""
+    """Return the keys that differ from their default."""
     return [key for key, field in type(section).model_fields.items() if getattr(section, key) != field.get_default()]
 
 
@@ -260,39 +248,39 @@ def _placement(distill: DistillConfig, guard: GuardConfig) -> Problems:
     if distill.objective == "none" and guard.max is None:
         return
     if placement in ("cached", "server") and distill.cache is None:
-        yield Problem("distill.cache", f"placement={placement} keeps the teacher's signal in a folder; name it")
+        yield Problem("distill.cache", f"is missing; placement={placement} needs a folder of teacher outputs")
     if placement == "server" and distill.teacher.url is None:
-        yield Problem("distill.teacher.url", "is missing: where is the server? as http://host:8000/v1")
+        yield Problem("distill.teacher.url", "is missing; set for example http://host:8000/v1")
     for key in ("url", "served_as"):
         if placement != "server" and getattr(distill.teacher, key) is not None:
-            yield Problem(f"distill.teacher.{key}", f"is for placement=server, not {placement}")
+            yield Problem(f"distill.teacher.{key}", f"needs placement=server, found {placement}")
     if placement != "streamed" and distill.teacher.steps_ahead != 1:
-        yield Problem("distill.teacher.steps_ahead", f"is for placement=streamed, not {placement}")
+        yield Problem("distill.teacher.steps_ahead", f"needs placement=streamed, found {placement}")
     if placement == "server" or (placement == "cached" and distill.cache_kind == "sampled"):
-        yield from _exactness(distill, "a server's" if placement == "server" else "a sampled cache's")
+        yield from _exactness(distill, "a server" if placement == "server" else "a sampled cache")
     if distill.on_policy and placement in ("cached", "server"):
-        yield Problem("distill.on_policy", f"asks the teacher about new answers, which placement={placement} cannot")
+        yield Problem("distill.on_policy", f"needs placement=resident or streamed, found placement={placement}")
     if distill.on_policy and distill.teacher.steps_ahead != 1:
-        yield Problem("distill.teacher.steps_ahead", "what the student will write later is not known; set it to 1")
+        yield Problem("distill.teacher.steps_ahead", "must be 1 with distill.on_policy: later answers do not exist yet")
 
 
-def _exactness(distill: DistillConfig, whose: str) -> Problems:
-    """What part of the probabilities gives without bias: expectations that are linear in them."""
+def _exactness(distill: DistillConfig, source: str) -> Problems:
+    """Sampled probabilities give unbiased results only for expectations that are linear in them."""
     exact = "set cache_kind=hidden, or placement=resident or streamed"
     if distill.divergence != "forward_kl":
-        yield Problem("distill.divergence", f"{whose} signal gives forward_kl only, not {distill.divergence}; {exact}")
+        yield Problem("distill.divergence", f"{source} gives only forward_kl, found {distill.divergence}; {exact}")
     if distill.temperature != 1:
-        yield Problem("distill.temperature", f"{whose} signal is of temperature 1; {exact}")
+        yield Problem("distill.temperature", f"{source} has temperature 1, found {distill.temperature:g}; {exact}")
     if distill.hidden_weight:
-        yield Problem("distill.hidden_weight", f"{whose} signal has no hidden states; {exact}")
+        yield Problem("distill.hidden_weight", f"{source} has no hidden states; {exact}")
 
 
 def _cached_rows(data: DataConfig, distill: DistillConfig, guard: GuardConfig) -> Problems:
     if data.stream_rows is not None and (distill.objective != "none" or guard.max is not None):
         if distill.teacher.placement in ("cached", "server"):
-            yield Problem("data.stream_rows", "rows of a stream are not known when the teacher's signal is cached")
+            yield Problem("data.stream_rows", f"a stream cannot be cached, found placement={distill.teacher.placement}")
         if distill.on_policy:
-            yield Problem("data.stream_rows", "cannot be combined with distill.on_policy")
+            yield Problem("data.stream_rows", "does not work with distill.on_policy; set one of them to its default")
 
 
 def _answers(data: DataConfig, generation: GenerationConfig) -> Problems:
@@ -301,12 +289,12 @@ def _answers(data: DataConfig, generation: GenerationConfig) -> Problems:
             if getattr(generation, name):
                 yield Problem(f"generation.{name}", _NO_HELD_OUT)
     if generation.every is not None and not generation.samples:
-        yield Problem("generation.every", "generation.samples=0 shows no answer")
+        yield Problem("generation.every", "needs generation.samples of at least 1, found 0")
 
 
 def _twice(key: str, values: Sequence[Any]) -> Problems:
     for value in _repeated(values):
-        yield Problem(key, f"{value} stands in it twice")
+        yield Problem(key, f"{value} occurs twice")
 
 
 def _repeated(values: Sequence[Any]) -> list[Any]:
@@ -317,29 +305,28 @@ def _bad_regex(key: str, pattern: str) -> Problems:
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        yield Problem(key, f"{pattern} is not a regular expression: {error}")
+        yield Problem(key, f"{pattern} is not a valid regular expression: {error}")
 
 
-RULES: list[tuple[tuple[str, ...], Callable[..., Problems]]] = [
-    (("model",), _attention),
-    (("quant",), _named_modules),
-    (("quant",), _resident),
-    (("lora",), _targets),
-    (("lora",), _layers),
-    (("lora",), _saved_modules),
-    (("lora",), _patterns),
-    (("lora",), _tokens),
-    (("quant", "lora"), _adapter_start),
-    (("data",), _sources),
-    (("data",), _evaluation_sets),
-    (("train",), _length),
-    (("train",), _batch),
-    (("train",), _stopping),
-    (("data", "train"), _stream),
-    (("data", "train"), _held_out),
-    (("distill", "guard"), _distillation),
-    (("distill", "guard"), _placement),
-    (("data", "distill", "guard"), _cached_rows),
-    (("data", "train", "guard"), _guard),
-    (("data", "generation"), _answers),
-]
+RULES: tuple[Callable[..., Problems], ...] = (
+    _attention,
+    _named_modules,
+    _targets,
+    _layers,
+    _saved_modules,
+    _patterns,
+    _tokens,
+    _adapter_start,
+    _sources,
+    _evaluation_sets,
+    _length,
+    _batch,
+    _stopping,
+    _stream,
+    _held_out,
+    _distillation,
+    _placement,
+    _cached_rows,
+    _guard,
+    _answers,
+)

@@ -145,7 +145,7 @@ def test_lists_and_mappings_of_values_are_replaced_not_merged(load: Callable):
         ("train.seed=choice(1,2)", "a list is written [a, b]"),
         ("data.train=[{path: x}", "cannot read"),
         ("lora.new_tokens=extend_list(a)", "cannot read"),
-        ("~train.seed", "nothing can be taken out"),
+        ("~train.seed", "set it to its default"),
         ("train.seed", "key=value"),
         ("=3", "key=value"),
         ("", "key=value"),
