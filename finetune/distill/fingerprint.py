@@ -11,7 +11,7 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.models.adapters.files import CONFIG_FILE, TENSOR_FILE
 from finetune.models.digest import sha256_of, weights_digest
 from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
-from finetune.models.quant.cache import cache_folder
+from finetune.system.cache_home import cache_home
 
 # Raised when what is kept of a distribution, or how a document's key is made, changes.
 SIGNAL_VERSION = 1
@@ -52,7 +52,7 @@ def teacher_weights(teacher: ModelConfig, download: bool = True) -> dict[str, st
     """SHA-256 of each of the teacher's weight files. Raises: as `fetch`, where they are not to be had."""
     source = fetch(teacher.name, teacher.revision, WEIGHT_FILES, "distill.teacher.name", download)
     files = sorted(set(weight_files(source.folder, teacher.name).values()))
-    return weights_digest(files, cache_folder() / "digests")
+    return weights_digest(files, cache_home("quantized") / "digests")
 
 
 def adapter_folder(name: str, download: bool = True) -> Path:

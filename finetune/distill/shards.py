@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.numpy import save
 
 from finetune.distill.codec import Columns
 from finetune.distill.keys import KEY_BYTES
 from finetune.models.digest import sha256_of
-from finetune.system.atomic import write_text
+from finetune.system.atomic import write_bytes, write_text
 from finetune.system.errors import ConfigError, IntegrityError, ResourceError
+from finetune.system.locks import Lock, try_lock
 
 FINGERPRINT, COMPLETE = "fingerprint.json", "complete.json"
 _KEYS, _COUNTS = "keys", "counts"
@@ -71,16 +71,13 @@ def open_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[ShardW
         lock.release()
 
 
-def _claim(folder: Path) -> FileLock:
-    """The system lets go of it when its holder is killed."""
-    lock = FileLock(folder / ".lock")
+def _claim(folder: Path) -> Lock:
     with _writing(folder):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ConfigError(
-                f"distill.cache: another process is writing to {folder}; wait until it is done, or name another folder"
-            ) from error
+        lock = try_lock(folder / ".lock")
+    if lock is None:
+        raise ConfigError(
+            f"distill.cache: another process is writing to {folder}; wait until it is done, or name another folder"
+        )
     return lock
 
 
@@ -142,7 +139,7 @@ class ShardWriter:
         number = int(written[-1].stem.removeprefix("shard-")) + 1 if written else 0
         shard = self.folder / f"shard-{number:05d}.safetensors"
         with _writing(self.folder):
-            _write_settled(shard, content)
+            write_bytes(shard, content, durable=True)
             note = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
             write_text(shard.with_suffix(".json"), json.dumps(note))
         self._keys, self._columns, self._size_bytes = [], [], 0
@@ -154,20 +151,6 @@ class ShardWriter:
         with _writing(self.folder):
             text = json.dumps({"shards": {f"{name}.safetensors": note for name, note in notes.items()}}, indent=1)
             write_text(self.folder / COMPLETE, text)
-
-
-def _write_settled(file: Path, content: bytes) -> None:
-    """Replace a file in one rename, after its bytes have reached the disk."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class ShardReader:

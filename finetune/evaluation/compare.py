@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import os
 import shutil
@@ -34,6 +33,7 @@ from finetune.models.hub import TEXT_FILES, fetch, read_config
 from finetune.models.load import default_device, load_adapter_tokenizer, load_tokenizer
 from finetune.system.atomic import is_disk_full
 from finetune.system.errors import ConfigError, ResourceError
+from finetune.system.locks import locked
 from finetune.system.machine import pick_threads, usable_cores
 
 _MAX_NEW_TOKENS = 256
@@ -223,29 +223,14 @@ def _scratch(place: Path | None) -> Iterator[Path]:
     """A folder in `place`, gone after the block. Those that killed processes left there go as well."""
     try:
         for left in place.glob(f"{_SCRATCH}*") if place is not None else ():
-            with suppress(OSError):
-                os.close(_locked(left))
-                shutil.rmtree(left)
+            with suppress(OSError), locked(left / ".lock", 0) as abandoned:
+                if abandoned:
+                    shutil.rmtree(left)
         made = tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=place)
     except OSError as error:
         raise ConfigError(f"{place or 'temporary files'}: cannot be written to: {error.strerror}") from error
-    with made as folder:
-        lock = _locked(Path(folder))
-        try:
-            yield Path(folder)
-        finally:
-            os.close(lock)
-
-
-def _locked(folder: Path) -> int:
-    """A lock that ends with the process. Raises: BlockingIOError if another process has it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+    with made as folder, locked(Path(folder) / ".lock", 0):
+        yield Path(folder)
 
 
 def _describe(rows: RowSet) -> str:

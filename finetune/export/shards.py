@@ -21,6 +21,7 @@ from torch import Tensor
 
 from finetune.models.hub import INDEX_FILE, SINGLE_FILE
 from finetune.models.safetensors_index import NAMES, Stored
+from finetune.system.atomic import replaced_file
 
 # Bytes of one write: a 2 GB file took 7 s on ext4 with 8 MB, and 1.6 s with 1 MB (benchmarks/NOTES.md).
 _WRITE_BYTES = 1 << 20
@@ -73,15 +74,12 @@ def write_shard(
     """
     # Wide dtypes first: each tensor then starts at a multiple of its item size, as memory-mapped readers expect.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("wb", buffering=0) as stream:
+    with replaced_file(file, buffering=0) as stream:
         stream.write(_header(ordered))
         for tensor in ordered:
             written = _write(stream, content(tensor), advance)
             if written != tensor.nbytes:
                 raise AssertionError(f"{tensor.name} has {tensor.nbytes:,} bytes, not {written:,}")
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
 
 
 def write_index(folder: Path, shards: dict[str, list[Planned]]) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finetune.system.atomic import is_disk_full, sync
+from finetune.system.atomic import commit_folder, is_disk_full
 from finetune.system.errors import ConfigError, FinetuneError, ResourceError
 from finetune.system.format import format_bytes
+from finetune.system.locks import Lock, try_lock
 
-_MADE_FROM = ".made_from.json"
+_MADE_FROM, _LOCK = ".made_from.json", ".lock"
 # For text files and the file system itself.
 _SPARE_BYTES = 32 << 20
 
@@ -56,7 +55,7 @@ def staged(out: Path, needed_bytes: int, made_from: dict[str, Any] | None = None
             ) from error
         raise
     finally:
-        os.close(lock)
+        lock.release()
 
 
 @contextmanager
@@ -82,19 +81,16 @@ def check_room(folder: Path, out: Path, needed_bytes: int) -> None:
         )
 
 
-def _claim(folder: Path, out: Path) -> int:
-    """Lock the temporary folder until the descriptor is closed or the process ends."""
+def _claim(folder: Path, out: Path) -> Lock:
+    """Lock the temporary folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        lock = try_lock(folder / _LOCK)
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise ConfigError(f"out={out}: another process writes it; wait for it or name another folder") from error
-    return descriptor
+    if lock is None:
+        raise ConfigError(f"out={out}: another process writes it; wait for it or name another folder")
+    return lock
 
 
 def _prepare(folder: Path, made_from: dict[str, Any] | None) -> None:
@@ -102,7 +98,7 @@ def _prepare(folder: Path, made_from: dict[str, Any] | None) -> None:
     record = folder / _MADE_FROM
     text = json.dumps(made_from, sort_keys=True)
     if made_from is None or not record.is_file() or record.read_text(encoding="utf-8") != text:
-        for path in folder.iterdir():
+        for path in (path for path in folder.iterdir() if path.name != _LOCK):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -112,11 +108,8 @@ def _prepare(folder: Path, made_from: dict[str, Any] | None) -> None:
 
 
 def _put_in_place(temporary: Path, out: Path) -> None:
-    (temporary / _MADE_FROM).unlink(missing_ok=True)
-    for path in temporary.rglob("*"):
-        sync(path)
-    sync(temporary)
+    for name in (_MADE_FROM, _LOCK):
+        (temporary / name).unlink(missing_ok=True)
     if out.exists():
         out.rmdir()  # It is empty.
-    temporary.rename(out)
-    sync(out.parent)
+    commit_folder(temporary, out)

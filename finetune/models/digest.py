@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from finetune.system.atomic import write_text
+from finetune.system.locks import locked
 
 _BLOCK_BYTES = 1 << 22
 # hashlib lets go of the interpreter's lock; more readers only disturb a disk.
@@ -78,7 +77,7 @@ def _remembered(file: Path, memory: Path) -> str:
     if digest := _recall(known, identity(file)):
         return digest
     # Ranks that start together: one reads the file, the others what it found.
-    with FileLock(known.with_suffix(".lock")):
+    with locked(known.with_suffix(".lock")):
         before = identity(file)
         if digest := _recall(known, before):
             return digest

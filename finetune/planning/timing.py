@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from finetune.planning.flops import StepWork, step_work
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.peak_memory import PeakMemory
 from finetune.system.atomic import write_text
+from finetune.system.cache_home import cache_home
 from finetune.system.machine import usable_cores
 
 # Dense bf16 operations per second with fp32 sums, from data sheets; fp16 if a card has no bf16.
@@ -212,9 +212,8 @@ def _interpolate(points: Sequence[Sequence[float]], x: float) -> float:
 
 
 def calibration_file() -> Path:
-    """Return $FINETUNE_CACHE/calibration.json, else ~/.cache/finetune/calibration.json."""
-    home = os.environ.get("FINETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "finetune"
-    return Path(home).expanduser() / "calibration.json"
+    """Return the file of this machine's rates."""
+    return cache_home("rates") / "calibration.json"
 
 
 def read_rates(device_type: str) -> Rates | None:

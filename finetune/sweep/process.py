@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from finetune.system.locks import locked
 from finetune.system.signals import StopSignals
 
 _KEPT_CHARACTERS = 20_000
@@ -49,9 +49,9 @@ def wait_until_free(folder: Path, stop: Stop) -> None:
     lock = folder / ".lock"
     end = time.monotonic() + _LONGEST_WAIT_SECONDS
     while lock.exists() and not stop.received and time.monotonic() < end:
-        with lock.open("w") as file, suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+        with suppress(OSError), locked(lock, 0) as free:
+            if free:
+                return
         time.sleep(_POLL_SECONDS)
 
 

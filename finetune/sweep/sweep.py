@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from finetune.config.command_options import SweepSettings
 from finetune.config.compose import load_config
 from finetune.config.schema import RunConfig
@@ -24,6 +22,7 @@ from finetune.sweep.search import check_optuna, suggest
 from finetune.sweep.space import Space, read_space
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError, FinetuneError, Interrupted
+from finetune.system.locks import locked
 
 _SHOWN_PROBLEMS = 10
 _METRICS = sorted(figure.name for figure in FIGURES if figure.lower_is_better is not None)
@@ -135,13 +134,13 @@ def run_sweep(plan: Plan, log: Log) -> Record:
     folder = plan.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", blocking=False), Stop() as stop:
+        with locked(folder / ".lock", 0) as free, Stop() as stop:
+            if not free:
+                raise ConfigError(f"sweep.out={folder}: a sweep is running there")
             record = _open(plan)
             record.save(folder)
             _run_all(plan, record, stop, log)
             write_outcome(folder, plan.first.name, record)
-    except Timeout as error:
-        raise ConfigError(f"sweep.out={folder}: a sweep is running there") from error
     except OSError as error:
         raise ConfigError(f"sweep.out={folder}: cannot be written ({error.strerror or error})") from error
     if all(trial.status == "failed" for trial in record.trials):

@@ -1,9 +1,10 @@
-"""Files that are never seen half-written."""
+"""Files and folders that no reader sees half-written: write a temporary one, then rename it."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from finetune.system.errors import InputError
 
 
 def sync(path: Path) -> None:
-    """Waits until a file or a folder is on the disk."""
+    """Wait until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -22,37 +23,75 @@ def sync(path: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the system refused bytes for want of room; safetensors wraps its error into words of its own."""
+    """Return whether the disk has no room; safetensors raises its own error for that."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return type(error).__name__ == "SafetensorError" and "space" in str(error).lower()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one rename, so that no reader ever sees half of it."""
+    """Replace a file by UTF-8 text in one rename."""
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """As `write_text`."""
+def write_bytes(path: Path, content: bytes, durable: bool = False) -> None:
+    """Replace a file in one rename; durable: after its bytes are on the disk."""
+    with replaced_file(path, durable) as stream:
+        stream.write(content)
+
+
+@contextmanager
+def replaced_file(path: Path, durable: bool = True, buffering: int = -1) -> Iterator[IO[bytes]]:
+    """Yield a stream that replaces the file at the end of the block, and nothing if the block fails.
+
+    Args:
+        path: the file.
+        durable: wait until the bytes are on the disk before the rename.
+        buffering: as for `open`.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb", buffering) as stream:
+            yield stream
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def commit_folder(temporary: Path, folder: Path) -> None:
+    """Replace a folder by a temporary one beside it, in one rename, after all its files are on the disk."""
+    for path in temporary.rglob("*"):
+        sync(path)
+    sync(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    sync(folder.parent)
 
 
 @contextmanager
 def whole_file(word: str, path: str, replace: bool = True) -> Iterator[IO[str]]:
-    """A UTF-8 text stream that becomes the file at the end of the block, and nothing if the block fails.
+    """Yield a UTF-8 text stream that becomes the file at the end of the block, and nothing if the block fails.
 
-    word: what the user called the file on the command line, for messages. replace: whether a file may be there already.
-    It is opened before the block's work is done, so a place that cannot be written to is known at once.
-    Raises: InputError if it cannot be written there, or is there and may not be replaced.
+    It is opened at once, so that a wrong path fails before the work.
+
+    Args:
+        word: name of the path on the command line, for messages.
+        path: the file.
+        replace: whether an existing file is replaced.
+
+    Raises:
+        InputError: the file cannot be written, or exists and must not be replaced.
     """
     target = Path(path).expanduser()
     if not path or os.path.isdir(target):
         raise InputError(f"{word}={path}: {'is a folder; name a file in it' if path else 'name a file'}")
     if os.path.lexists(target) and not (replace and os.path.isfile(target)):
-        advice = "is no ordinary file; name one" if replace else "the file exists already; remove it or name another"
+        advice = "is not a regular file; name one" if replace else "the file exists already; remove it or name another"
         raise InputError(f"{word}={path}: {advice}")
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:

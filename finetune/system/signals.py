@@ -10,7 +10,7 @@ from typing import Self
 
 
 class StopSignals:
-    """Hold back SIGINT and SIGTERM within a `with` block; `received` is the last one, or 0."""
+    """Hold SIGINT and SIGTERM during a `with` block; `received` is the last one, or 0."""
 
     def __init__(self, on_signal: Callable[[int, bool], None]):
         """Call `on_signal(number, again)` at each signal; `again` is true from the second on."""

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune.system.atomic import is_disk_full, sync
+from finetune.system.atomic import commit_folder, is_disk_full, sync
 from finetune.system.console import Log
 from finetune.system.errors import IntegrityError, ResourceError
 
@@ -87,13 +87,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir(parents=True)
         write(temporary)
-        for file in temporary.iterdir():
-            sync(file)
-        sync(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        sync(folder.parent)
+        commit_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if not is_disk_full(error):

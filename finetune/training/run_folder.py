@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
@@ -18,6 +17,7 @@ from finetune.models.digest import base_fingerprint
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
+from finetune.system.locks import Lock, try_lock
 from finetune.training.checkpoint import list_checkpoints, newest_valid, read_state, verify_checkpoint
 
 RESULT, RUN, CONFIG, ADAPTER = "result.json", "run.json", "config.yaml", "adapter_model.safetensors"
@@ -86,8 +86,8 @@ class RunResult:
     error: str | None = None
 
 
-def claim_folder(cfg: RunConfig) -> IO[str]:
-    """Create and lock the run's folder. The lock ends when the returned file is closed or the process dies.
+def claim_folder(cfg: RunConfig) -> Lock:
+    """Create and lock the run's folder. The lock ends with `release()` or with the process.
 
     Raises:
         ConfigError: another process is writing there, or the folder holds a run and train.resume is `never`.
@@ -95,18 +95,15 @@ def claim_folder(cfg: RunConfig) -> IO[str]:
     folder = Path(cfg.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = try_lock(folder / ".lock")
     except OSError as error:
         raise ConfigError(f"output_dir: {folder} cannot be written to: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
+    if lock is None:
         raise ConfigError(
             f"output_dir: another process is training into {folder}\nhelp: wait for it, or set another output_dir"
-        ) from error
+        )
     if cfg.train.resume == "never" and ((folder / ADAPTER).exists() or list_checkpoints(folder)):
-        lock.close()
+        lock.release()
         raise ConfigError(
             f"output_dir: {folder} already holds a run\n"
             "help: set train.resume=auto to continue it, or another output_dir"
@@ -114,13 +111,13 @@ def claim_folder(cfg: RunConfig) -> IO[str]:
     return lock
 
 
-def release_folder(lock: IO[str]) -> None:
+def release_folder(lock: Lock) -> None:
     """Unlock a run's folder, and remove it if it is empty."""
-    path = Path(lock.name)
+    path = Path(lock.lock_file)
     if [file.name for file in path.parent.iterdir()] == [path.name]:
         path.unlink()
         path.parent.rmdir()
-    lock.close()
+    lock.release()
 
 
 def find_checkpoint(cfg: RunConfig, warn: Log) -> Path | None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers
-from filelock import FileLock, Timeout
 
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.formats.parser import RowParser, resolve_format
@@ -26,8 +25,10 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.encode import ENCODING_VERSION, RowEncoder
 from finetune.data.tokens.store import StoreWriter, TokenStore, is_valid
 from finetune.data.tokens.workers import encode_all
+from finetune.system.cache_home import cache_home
 from finetune.system.console import Log
 from finetune.system.errors import DataError, ResourceError
+from finetune.system.locks import locked
 
 # Smaller sources are encoded by this process before others can start.
 _WORTH_WORKERS_BYTES = 8_000_000
@@ -60,10 +61,7 @@ class Preparation:
     @property
     def cache(self) -> Path:
         """Folder with one store per tokenized source."""
-        home = (
-            os.environ.get("FINETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "finetune/tokens"
-        )
-        return Path(self.cfg.cache or home).expanduser()
+        return Path(self.cfg.cache).expanduser() if self.cfg.cache else cache_home("tokens")
 
     def encoder(self, source: SourceConfig, format_name: str) -> RowEncoder:
         """Build the encoder of a source's rows."""
@@ -110,7 +108,7 @@ class Preparation:
             _wait_for(folder)
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(_lock_of(folder)):
+        with locked(_lock_of(folder)):
             if is_valid(folder):
                 return
             # Nobody else writes under the lock: these folders are left from a killed process.
@@ -179,11 +177,10 @@ def _wait_for(folder: Path) -> None:
         if time.monotonic() - idle_since > _PATIENCE_SECONDS:
             raise ResourceError(f"the main rank did not finish {folder}; see its error")
         time.sleep(0.2)
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            FileLock(_lock_of(folder)).acquire(blocking=False).lock.release()
-        except Timeout:
-            idle_since = time.monotonic()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(_lock_of(folder), 0) as free:
+            if not free:
+                idle_since = time.monotonic()
 
 
 def console_progress(log: Log, every_seconds: float = 10.0) -> Progress:

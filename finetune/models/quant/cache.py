@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,6 +31,7 @@ from finetune.models.digest import sha256_of
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.format import format_bytes
+from finetune.system.locks import locked, try_lock
 
 Tensors = Mapping[str, Tensor]
 
@@ -44,12 +44,6 @@ _SPARE_BYTES = 1 << 30
 # How long a rank waits for another that quantizes, before it quantizes itself.
 _PATIENCE_SECONDS = 600.0
 _ABANDONED_SECONDS = 24 * 3600.0
-
-
-def cache_folder() -> Path:
-    """Return $FINETUNE_CACHE/quantized, or ~/.cache/finetune/quantized."""
-    home = os.environ.get("FINETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "finetune"
-    return Path(home).expanduser() / "quantized"
 
 
 @dataclass(frozen=True)
@@ -102,25 +96,20 @@ class QuantizedCache:
 
         The system releases the lock when its holder is killed.
         """
-        lock = FileLock(self.folder / f"{self.entry.name}.lock")
-        mine = True
+        file, lock = self.folder / f"{self.entry.name}.lock", None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                mine = False
-                lock.acquire(timeout=_PATIENCE_SECONDS)
-                lock.release()
-        except Timeout:
-            self.log(f"quant.cache: another process holds {lock.lock_file}; quantizing without the cache")
+            if (lock := try_lock(file)) is None:
+                with locked(file, _PATIENCE_SECONDS) as free:
+                    if not free:
+                        self.log(f"quant.cache: another process holds {file}; quantizing without the cache")
         except (OSError, RuntimeError) as error:
-            mine = False
             self.log(f"quant.cache: {self.folder} cannot be locked ({error}); quantizing without the cache")
         try:
-            yield mine
+            yield lock is not None
         finally:
-            lock.release()
+            if lock is not None:
+                lock.release()
 
     def write(self, modules: Iterable[Tensors], size_bytes: int) -> None:
         """Write the tensors of all modules if the disk has space; call it inside a granted `claim`."""

@@ -24,7 +24,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models.digest import identity, weights_digest
 from finetune.models.hub import read_tensor
-from finetune.models.quant.cache import Log, QuantizedCache, cache_folder
+from finetune.models.quant.cache import Log, QuantizedCache
 from finetune.models.quant.eight_bit import (
     eight_bit_modules,
     put_rows,
@@ -34,6 +34,7 @@ from finetune.models.quant.eight_bit import (
 )
 from finetune.models.quant.quantize import storage_in
 from finetune.system import heap
+from finetune.system.cache_home import cache_home
 
 # Elements quantized at once on a CPU, with several fp32 copies that stay in cache. A multiple of every block size.
 _CHUNK = 1 << 16
@@ -311,7 +312,7 @@ def cache_of(
         return None
     import bitsandbytes as bnb
 
-    folder = cache_folder()
+    folder = cache_home("quantized")
     try:
         digest = weights_digest(sorted(set(files.values())), folder / "digests")
     except (OSError, RuntimeError) as error:

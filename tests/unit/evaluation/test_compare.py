@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import json
 import math
-import os
 import shutil
 import tempfile
 import weakref
@@ -32,6 +30,7 @@ from finetune.losses.hidden_states import base_of
 from finetune.models.adapters.files import load_adapter
 from finetune.models.load import load_base
 from finetune.system.errors import InputError, ResourceError
+from finetune.system.locks import locked
 from tests.unit.evaluation.conftest import BASE
 
 
@@ -272,10 +271,8 @@ def test_what_a_killed_process_left_goes_and_what_a_live_one_has_stays(run_folde
     dead, live = tmp_path / ".eval-dead", tmp_path / ".eval-live"
     for folder in (dead, live):
         (folder / "merged").mkdir(parents=True)
-    lock = os.open(live, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    measure(f"adapter={run_folder}", "limit=1", "answers=0", "variants=[base]", place=tmp_path)
-    os.close(lock)
+    with locked(live / ".lock"):
+        measure(f"adapter={run_folder}", "limit=1", "answers=0", "variants=[base]", place=tmp_path)
     assert list(tmp_path.iterdir()) == [live]
 
 

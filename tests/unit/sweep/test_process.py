@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from finetune.sweep.process import Stop, run_process, wait_until_free
+from finetune.system.locks import try_lock
 
 
 def python(code: str) -> list[str]:
@@ -100,12 +100,12 @@ def _wait_for(word: str, log: Path) -> None:
 
 def test_a_locked_folder_is_waited_for(tmp_path: Path):
     wait_until_free(tmp_path, Stop())
-    lock = (tmp_path / ".lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = try_lock(tmp_path / ".lock")
+    assert lock is not None
     waiting = threading.Thread(target=wait_until_free, args=(tmp_path, Stop()), daemon=True)
     waiting.start()
     waiting.join(0.3)
     assert waiting.is_alive()
-    lock.close()
+    lock.release()
     waiting.join(30)
     assert not waiting.is_alive()

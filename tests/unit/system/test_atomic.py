@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.system.atomic import whole_file, write_text
+from finetune.system.atomic import commit_folder, replaced_file, whole_file, write_bytes, write_text
 from finetune.system.errors import InputError
 
 
@@ -50,10 +50,10 @@ def test_a_place_that_cannot_be_written_to_is_known_before_the_work(tmp_path, mo
     assert not worked and not list(tmp_path.iterdir())
 
 
-def test_what_is_no_ordinary_file_is_never_replaced(tmp_path: Path):
+def test_only_a_regular_file_is_replaced(tmp_path: Path):
     (tmp_path / "link").symlink_to("nowhere")
     for path in ("/dev/null", str(tmp_path / "link")):
-        with pytest.raises(InputError, match="no ordinary file"), whole_file("html", path):
+        with pytest.raises(InputError, match="not a regular file"), whole_file("html", path):
             pass
 
 
@@ -67,3 +67,22 @@ def test_a_text_is_replaced_in_one_rename(tmp_path: Path):
     write_text(tmp_path / "note.json", "a")
     write_text(tmp_path / "note.json", "b")
     assert [file.name for file in tmp_path.iterdir()] == ["note.json"] and (tmp_path / "note.json").read_text() == "b"
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, durable: bool):
+    file = tmp_path / "note.bin"
+    write_bytes(file, b"old", durable)
+    with pytest.raises(KeyboardInterrupt), replaced_file(file, durable) as stream:
+        stream.write(b"new")
+        raise KeyboardInterrupt
+    assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_replaces_another_with_all_its_files(tmp_path: Path):
+    for name in ("new", "old"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "inner" / f"{name}.txt").write_text(name)
+    commit_folder(tmp_path / "new", tmp_path / "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert [path.name for path in (tmp_path / "old" / "inner").iterdir()] == ["new.txt"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from finetune.system import atomic
 from finetune.system.errors import IntegrityError, ResourceError
 from finetune.training import checkpoint as ck
 from finetune.training.checkpoint import TrainState
@@ -96,7 +97,7 @@ def test_a_full_disk_is_reported_and_leaves_the_older_checkpoint(tmp_path, failu
     def full(path: Path) -> None:
         raise OSError(failure, "no room")
 
-    monkeypatch.setattr(ck, "sync", full)
+    monkeypatch.setattr(atomic, "sync", full)
     with pytest.raises(ResourceError, match="disk is full"):
         write(tmp_path, 2, optimizer)
     monkeypatch.undo()
@@ -107,7 +108,7 @@ def test_a_full_disk_is_reported_and_leaves_the_older_checkpoint(tmp_path, failu
 def test_a_crash_at_any_write_leaves_the_new_checkpoint_complete_or_absent(tmp_path, monkeypatch):
     """Stop the process, in effect, before the n-th durable operation, for every n."""
     optimizer = trained()[1]
-    real = ck.sync
+    real = atomic.sync
     for crash_at in range(100):
         calls = 0
 
@@ -120,7 +121,7 @@ def test_a_crash_at_any_write_leaves_the_new_checkpoint_complete_or_absent(tmp_p
 
         run = tmp_path / str(crash_at)
         write(run, 1, optimizer)
-        monkeypatch.setattr(ck, "sync", maybe_crash)
+        monkeypatch.setattr(atomic, "sync", maybe_crash)
         try:
             write(run, 2, optimizer)
         except KeyboardInterrupt:
