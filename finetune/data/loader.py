@@ -245,10 +245,11 @@ def _describe(counts: Counter[str]) -> str:
 
 def describe_source(source: Source) -> str:
     """Return one line for the console: rows, tokens, targets, and rows left out."""
-    documents = source.documents
-    rows = f"{len(source.rows):,} rows ({source.store.format})"
-    tokens, targets = int(documents.lengths.sum()), int(documents.targets.sum())
-    line = f"{source.name}: {rows}, {tokens:,} tokens, {targets:,} of them targets"
+    tokens, targets = int(source.documents.lengths.sum()), int(source.documents.targets.sum())
+    line = (
+        f"data: {source.name}: format={source.store.format}, rows={len(source.rows):,}, tokens={tokens:,}, "
+        f"targets={targets:,}"
+    )
     return f"{line}; {notes}" if (notes := _describe(source.counts)) else line
 
 

@@ -1,4 +1,4 @@
-"""`finetune data` as a user runs it: in a terminal, into a pipe, into files that other programs read."""
+"""`finetune data` in a terminal, into a pipe, and into files for other programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a file holds, a user meets a sentence that names the row: never a traceback, never a row lost in silence."""
+"""For any content of a file, the error is one sentence that names the row: no traceback, no row lost silently."""
 
 from __future__ import annotations
 

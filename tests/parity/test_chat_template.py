@@ -1,4 +1,4 @@
-"""Tokens equal what `apply_chat_template` gives on clean text; targets are what the model would write, nothing else."""
+"""Tokens equal those of `apply_chat_template` on clean text; targets are exactly what the model generates."""
 
 from __future__ import annotations
 
@@ -325,14 +325,14 @@ def test_a_pickled_template_encodes_alike(tokenizer, chat):
     assert (again.digest(), again.stop_ids()) == (chat.digest(), chat.stop_ids())
 
 
-def test_the_digest_tells_tokenizers_and_templates_apart(tokenizer, chat):
+def test_tokenizers_and_templates_have_different_digests(tokenizer, chat):
     grown = copy.deepcopy(tokenizer)
     grown.add_tokens(["<new>"])
     others = [ChatTemplate(grown), ChatTemplate(tokenizer, chat.template + " ")]
     assert len({chat.digest(), *(other.digest() for other in others)}) == 3
 
 
-def test_answers_stop_at_the_end_of_a_turn_also_where_the_tokenizer_names_another_end(tokenizer, chat):
+def test_answers_stop_at_the_end_of_a_turn_even_if_the_tokenizer_has_another_end_token(tokenizer, chat):
     assert chat.stop_ids() == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     assert advice_on_end_token(chat) is None
     base = copy.deepcopy(tokenizer)
@@ -390,7 +390,7 @@ def test_a_template_that_cannot_be_masked_exactly_is_refused(tokenizer, template
     assert complaint in str(result)
 
 
-def test_tools_and_calls_that_a_template_has_no_words_for_are_refused():
+def test_tools_and_calls_that_a_template_leaves_out_are_refused():
     chat = ChatTemplate(load(packaged("data") / "tiny-qwen2.5"))
     asked, answer = Message("user", "u"), Message("assistant", "a")
     called = Message("assistant", "a", (ToolCall("f", {}),))

@@ -1,4 +1,4 @@
-"""Reasoning in `<think>` tags is a target like any text or left out whole, in Qwen2.5's tokens and in R1-Distill's."""
+"""Reasoning in `<think>` tags is trained like other text, or left out completely, for Qwen2.5 and R1-Distill."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_a_token_that_holds_anything_of_a_tag_is_reasoning(qwen, content, left):
         ("a</think>", "all reasoning"),
     ],
 )
-def test_reasoning_that_cannot_be_told_from_the_answer_is_a_bad_row(chat_and_tokenizer, content, complaint):
+def test_reasoning_that_cannot_be_separated_from_the_answer_is_a_bad_row(chat_and_tokenizer, content, complaint):
     chat, tokenizer = chat_and_tokenizer
     row = conversation("u", "fine", "v", content)
     [error] = chat.encode([row], "answer")
@@ -197,7 +197,7 @@ OPENS = """{%- for message in messages %}
 
 
 @pytest.mark.parametrize("header", ["", "{{ '<think>\\n' }}"])
-def test_what_the_template_opens_the_turn_closes(header):
+def test_a_turn_closes_reasoning_that_the_template_opened(header):
     tokenizer = load_tokenizer(ModelConfig(name=str(packaged("data") / "tiny-qwen2.5")))
     chat = ChatTemplate(tokenizer, OPENS.replace("HEADER", header))
     row = conversation("u", "hm</think>\n\nfour", "v", "so</think>\nfive")
@@ -216,7 +216,7 @@ def test_a_weight_scales_the_answer_and_not_the_reasoning(chat_and_tokenizer):
     assert tokenizer.decode(encoded.ids[encoded.weights == 0.5]) == "four" + chat.token_of(chat.turn_end_id)
 
 
-def test_the_r1_template_writes_what_the_row_says(r1):
+def test_the_r1_template_writes_the_texts_of_the_row(r1):
     chat, tokenizer = r1
     thinking = "<think>\nhm\n</think>\n\n4"
     row = Conversation((Message("system", "s"), *conversation("2 + 2?", thinking, "sure?", thinking).messages))
@@ -235,7 +235,7 @@ def test_the_r1_template_writes_what_the_row_says(r1):
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
 @pytest.mark.parametrize("token", [BEGIN, END, USER, ASSISTANT])
-def test_roles_that_r1_does_not_call_special_are_control_tokens_all_the_same(r1, role, token):
+def test_roles_that_r1_does_not_call_special_are_control_tokens(r1, role, token):
     chat, tokenizer = r1
 
     def row(text: str) -> Conversation:
@@ -248,7 +248,7 @@ def test_roles_that_r1_does_not_call_special_are_control_tokens_all_the_same(r1,
     assert f"x{token}y" in tokenizer.decode(dirty.ids) and chat.control_tokens_in(token) == 1
 
 
-def test_tags_that_a_template_writes_are_still_what_a_row_says(r1):
+def test_tags_that_a_template_writes_remain_text_of_the_row(r1):
     opens = TEMPLATE.read_text().replace(f"'{ASSISTANT}'", f"'{ASSISTANT}<think>\\n'")
     chat = ChatTemplate(r1[1], opens)
     row = conversation("what is <think>?", "hm</think>\n\nfour")

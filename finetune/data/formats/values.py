@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.data.sources.json_rows import text_flaw
 from finetune.system.errors import DataError
 
 _KINDS = {
@@ -59,14 +60,8 @@ def as_text(value: Any, location: str) -> str:
     """
     if not isinstance(value, str):
         raise DataError(f"{location} must be text, found {kind(value)}")
-    if "\0" in value:
-        raise DataError(f"{location} holds a NUL character (character {value.index(chr(0)) + 1}); remove it")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{location} holds half of a surrogate pair (character {error.start + 1}), which is not text; remove it"
-        ) from error
+    if flaw := text_flaw(value):
+        raise DataError(f"{location} {flaw}")
     return value
 
 

@@ -41,13 +41,13 @@ def checked(row: dict[str, Any]) -> dict[str, Any] | DataError:
     while pending:
         path, value, depth = pending.pop()
         if isinstance(value, str):
-            if flaw := _flaw(value):
+            if flaw := text_flaw(value):
                 return DataError(f"{path} {flaw}")
         elif depth > DEEPEST:
             return DataError(f"is nested more than {DEEPEST} deep")
         elif isinstance(value, dict):
             for key, item in value.items():
-                if flaw := _flaw(str(key)):
+                if flaw := text_flaw(str(key)):
                     return DataError(f"the name {key!r} {flaw}")
                 if isinstance(item, _WALKED):
                     pending.append((f"{path}.{key}" if path else str(key), item, depth + 1))
@@ -56,17 +56,17 @@ def checked(row: dict[str, Any]) -> dict[str, Any] | DataError:
     return row
 
 
-def _flaw(text: str) -> str | None:
+def text_flaw(text: str) -> str | None:
+    """Return why a text cannot be written as UTF-8 or holds a NUL character; None for other texts."""
     if "\0" in text:
-        return "holds a NUL character"
+        return f"holds a NUL character (character {text.index(chr(0)) + 1})"
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         # `surrogateescape` keeps a byte that is not UTF-8 like this.
-        if 0xDC80 <= code <= 0xDCFF:
-            return f"is not UTF-8 (byte {code - 0xDC00:#04x}) or holds half of a surrogate pair (\\u{code:04x})"
-        return f"holds half of a surrogate pair (\\u{code:04x}), which is not a character"
+        byte = f"is not UTF-8 (byte {code - 0xDC00:#04x}) or " if 0xDC80 <= code <= 0xDCFF else ""
+        return f"{byte}holds half of a surrogate pair (\\u{code:04x}, character {error.start + 1})"
     return None
 
 

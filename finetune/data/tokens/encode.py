@@ -99,6 +99,7 @@ class RowEncoder:
         def column(values: list[int], dtype: type = np.int64) -> np.ndarray:
             return np.array(values, dtype=dtype)
 
+        control_tokens = [sum(map(self.chat.control_tokens_in, texts_of(example))) for _, example, _ in good]
         none = [np.empty(0)]
         return EncodedBatch(
             file=batch.file,
@@ -107,16 +108,13 @@ class RowEncoder:
             indices=column([row.index for row, _, _ in good]),
             numbers=column([row.location.number for row, _, _ in good]),
             hashes=column([content_hash(example, encoded.media_digest) for _, example, encoded in good], np.uint64),
-            control_tokens=column([self._control_tokens(example) for _, example, _ in good], np.int32),
+            control_tokens=column(control_tokens, np.int32),
             ids=np.concatenate([encoded.ids for _, _, encoded in good] or none).astype(np.int32, copy=False),
             weights=np.concatenate([encoded.weights for _, _, encoded in good] or none).astype(np.float32, copy=False),
             media_digests=tuple(encoded.media_digest for _, _, encoded in good),
             bad=tuple(bad),
             bytes_read=batch.bytes_read,
         )
-
-    def _control_tokens(self, example: Example) -> int:
-        return sum(map(self.chat.control_tokens_in, texts_of(example)))
 
 
 def texts_of(example: Example) -> Iterator[str]:

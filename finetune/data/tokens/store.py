@@ -102,11 +102,8 @@ class StoreMeta:
 class TokenStore(Sequence[Encoded]):
     """Encoded rows of one source, before any is cut.
 
-    lengths: [N] int32, tokens of each row.
     targets: [N] int32, targets of each row; the first token is never one.
-    indices: [N] int32, row in the source, from 0, bad rows counted.
-    hashes: [N] uint64, of the rows' content.
-    control_tokens: [N] int32, control tokens spelled out in the row's texts.
+    lengths, indices, hashes, control_tokens: [N], as in EncodedBatch.
     """
 
     def __init__(self, folder: Path):

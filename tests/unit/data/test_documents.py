@@ -1,4 +1,4 @@
-"""What is trained on is what was stored: shifted by one, cut as asked, nothing lost without being counted."""
+"""Documents equal the stored rows: shifted by one, truncated, with every loss counted."""
 
 from __future__ import annotations
 

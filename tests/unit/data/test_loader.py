@@ -1,4 +1,4 @@
-"""Nothing is left out silently: bad rows are named by file and line, long rows are treated as asked and counted."""
+"""No row is lost silently: bad rows are named by file and line, long rows are truncated and counted."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def test_every_bad_row_is_named_at_once_by_file_and_line(tmp_path, chat):
     assert "rows.jsonl:1:" not in message and "rows.jsonl:3:" not in message
 
 
-def test_skipping_bad_rows_is_asked_for_and_counted(tmp_path, chat):
+def test_skipped_bad_rows_are_counted(tmp_path, chat):
     data = load(config(write(tmp_path, row(), "{broken", row()), on_bad_row="skip", max_bad_share=0.5), chat)
     assert len(data.documents) == 2
     assert "bad rows skipped: 1" in describe_source(data.train[0])
 
 
 @pytest.mark.parametrize(("policy", "documents"), [("drop", 0), ("left", 1), ("right", 1), ("split", 3)])
-def test_long_rows_are_cut_as_asked_and_counted(tmp_path, chat, policy, documents):
+def test_long_rows_are_truncated_and_counted(tmp_path, chat, policy, documents):
     long = row("q", "a " * 100)
     [encoded] = chat.encode([Conversation(tuple(Message(**m) for m in long["messages"]))])
     limit = -(-len(encoded.ids) // 3)
@@ -82,7 +82,7 @@ def test_long_rows_are_cut_as_asked_and_counted(tmp_path, chat, policy, document
     assert all(np.array_equal(document.ids, ids) for document, ids in zip(cut, expected, strict=True))
 
 
-def test_long_rows_are_an_error_where_that_is_asked(tmp_path, chat):
+def test_long_rows_are_an_error_under_truncation_error(tmp_path, chat):
     with pytest.raises(DataError, match=r"longer than data.max_length=4; raise it .*\n  .*rows.jsonl:1: \d+ tokens"):
         load(config(write(tmp_path, row()), max_length=4, truncation="error"), chat)
 
@@ -135,7 +135,7 @@ def rows_of(source) -> set[int]:
     return set(source.store.indices[source.rows].tolist())
 
 
-def test_a_row_never_changes_sides_and_equal_rows_are_on_one_side(tmp_path, chat):
+def test_other_rows_never_move_a_held_out_row_and_equal_rows_stay_together(tmp_path, chat):
     few = [row(f"question {i}") for i in range(60)]
     more = [row(f"other {i}") for i in range(40)]
 
@@ -160,12 +160,12 @@ def test_a_row_never_changes_sides_and_equal_rows_are_on_one_side(tmp_path, chat
     assert doubled == before
 
 
-def test_a_held_out_share_that_keeps_nothing_says_so(tmp_path, chat):
+def test_a_held_out_share_that_keeps_no_row_is_an_error(tmp_path, chat):
     with pytest.raises(DataError, match=r"data.held_out=0.001 keeps none of the 1 training rows"):
         load(config(write(tmp_path, row()), held_out=0.001), chat)
 
 
-def test_a_source_too_small_to_hold_rows_out_leaves_that_to_the_others(tmp_path, chat):
+def test_a_source_too_small_for_held_out_rows_is_no_error_beside_others(tmp_path, chat):
     one, many = write(tmp_path, row("alone"), name="one.jsonl"), write(tmp_path, *(row(f"{i}") for i in range(60)))
     cfg = DataConfig(train=[SourceConfig(path=str(one)), SourceConfig(path=str(many))], held_out=0.1)
     data = load(cfg, chat)
@@ -173,14 +173,14 @@ def test_a_source_too_small_to_hold_rows_out_leaves_that_to_the_others(tmp_path,
     assert len(rows_of(data.train[0])) == 1
 
 
-def test_rows_that_are_trained_and_measured_on_are_reported(tmp_path, chat):
+def test_training_rows_in_an_evaluation_set_are_reported(tmp_path, chat):
     train, held = write(tmp_path, row("a"), row("b")), write(tmp_path, row("b"), row("c"), name="held.jsonl")
     cfg = DataConfig(train=[SourceConfig(path=str(train))], eval=[SourceConfig(path=str(held))])
     [leak] = describe_leaks(load(cfg, chat))
     assert "held: 1 of its 2 rows" in leak
 
 
-def test_too_many_bad_rows_are_an_error_even_where_they_are_skipped(tmp_path, chat):
+def test_too_many_skipped_bad_rows_are_an_error(tmp_path, chat):
     file = write(tmp_path, *["{broken"] * 2, *[row()] * 18)
     with pytest.raises(DataError, match=r"2 of 20 rows are bad \(10.0%\), data.max_bad_share allows 5.0%"):
         load(config(file, on_bad_row="skip"), chat)
@@ -210,7 +210,7 @@ def test_every_format_reaches_the_tokens(tmp_path, chat):
         load(config(write(tmp_path, {"input_ids": [1, 999999]}, name="tokens.jsonl")), chat)
 
 
-def test_a_messages_weight_reaches_the_tokens(tmp_path, chat):
+def test_the_weight_of_a_message_reaches_its_tokens(tmp_path, chat):
     turns = [*row()["messages"], *row("more", "other")["messages"]]
     turns[1] |= {"weight": 0.5}
     turns[3] |= {"train": False}

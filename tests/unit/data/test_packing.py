@@ -1,4 +1,4 @@
-"""Laws of packing and order: nothing lost, twice or too long, and all of it a function of (seed, epoch, step)."""
+"""Laws of packing and order: each document once, no overflow, all a function of (seed, epoch, step)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_an_epoch_visits_every_document_once(lengths, batch_size, capacity, seed
     assert seen == Counter(range(len(lengths)))
 
 
-def test_a_step_is_the_same_whichever_steps_were_asked_for_before():
+def test_a_step_does_not_depend_on_the_steps_computed_before():
     lengths = np.random.default_rng(0).integers(1, 100, 300).tolist()
 
     def make() -> SequenceOrder:
@@ -59,7 +59,7 @@ def test_epochs_and_seeds_differ():
 
 
 @given(LENGTHS, st.integers(1, 8))
-def test_ranks_share_out_a_step_without_loss_and_evenly(lengths, ranks):
+def test_ranks_split_a_step_completely_and_evenly(lengths, ranks):
     parts = split_among_ranks(lengths, ranks)
     assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
     assert all(part == sorted(part) for part in parts)

@@ -1,4 +1,4 @@
-"""Messages of OpenAI's and ShareGPT's kind: every way of writing them is read, every bad row is named."""
+"""Messages of OpenAI and ShareGPT: every spelling is read, every bad row is named."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ HOSTILE_TURNS = [
 
 
 @pytest.mark.parametrize(("turns", "words"), [(turns, words) for turns, *words in HOSTILE_TURNS])
-def test_a_bad_message_is_named_with_what_is_wrong(turns, words):
+def test_the_error_of_a_bad_message_names_location_and_problem(turns, words):
     with pytest.raises(DataError) as error:
         parse({"messages": turns})
     assert [word for word in words if word not in str(error.value)] == []
@@ -238,7 +238,7 @@ def test_a_bad_message_is_named_with_what_is_wrong(turns, words):
         ([GPT, HUMAN], ["conversations[0] is of the assistant", "no user turn"]),
     ],
 )
-def test_a_bad_sharegpt_turn_is_named_as_its_file_names_it(turns, words):
+def test_the_error_of_a_bad_sharegpt_turn_uses_the_files_names(turns, words):
     with pytest.raises(DataError) as error:
         sharegpt(*turns)
     assert [word for word in words if word not in str(error.value)] == []
@@ -260,7 +260,7 @@ def test_a_bad_sharegpt_turn_is_named_as_its_file_names_it(turns, words):
         ({"chosen": "a"}, ["chosen and rejected", "columns: {completion: chosen}"]),
     ],
 )
-def test_a_bad_column_beside_the_messages_is_named(columns, words):
+def test_the_error_of_a_bad_tools_or_system_column_names_it(columns, words):
     with pytest.raises(DataError) as error:
         parse({"messages": [Q, A], **columns})
     assert [word for word in words if word not in str(error.value)] == []
@@ -296,7 +296,7 @@ def conversations(draw) -> Conversation:
 
 
 @given(conversations())
-def test_what_is_written_as_messages_reads_the_same(conversation):
+def test_a_conversation_written_as_messages_reads_back_equal(conversation):
     row = messages_row(conversation)
     assert parse(row) == conversation
     assert parse(json.loads(json.dumps(row))) == conversation

@@ -1,4 +1,4 @@
-"""docs/formats.md shows every format, and its rows are read or refused as marked."""
+"""docs/formats.md shows every format; its rows are read or refused as marked."""
 
 from __future__ import annotations
 

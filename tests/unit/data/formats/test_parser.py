@@ -1,4 +1,4 @@
-"""Formats are recognized by their columns, columns and roles go by any name, and what is wrong is named."""
+"""Formats are recognized by their columns; columns and roles can be mapped; errors name the problem."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ MAPPED = [
 
 
 @pytest.mark.parametrize(("row", "columns", "roles", "name", "example"), MAPPED)
-def test_columns_and_roles_can_be_called_otherwise(row, columns, roles, name, example):
+def test_columns_and_roles_can_be_mapped(row, columns, roles, name, example):
     parser = resolved(row, columns=columns, roles=roles)
     assert parser.format == name
     assert parser.parse(row) == example
@@ -178,13 +178,13 @@ MISMAPPED = [
 
 
 @pytest.mark.parametrize(("row", "source", "words"), [(row, source, words) for row, source, *words in MISMAPPED])
-def test_a_mapping_that_cannot_be_meant_is_named_once_for_the_source(row, source, words):
+def test_an_impossible_mapping_is_one_error_of_the_source(row, source, words):
     with pytest.raises(DataError) as error:
         resolved(row, **source)
     assert [word for word in ["rows.jsonl", *words] if word not in str(error.value)] == []
 
 
-def test_a_mapped_column_is_called_what_its_file_calls_it():
+def test_errors_use_the_files_name_of_a_mapped_column():
     parser = resolved({"question": "q", "answer": "a"}, columns=QA)
     with pytest.raises(DataError, match="answer must be text, found null"):
         parser.parse({"question": "q", "answer": None})
@@ -210,7 +210,7 @@ HOSTILE = [
     ({"instruction": None, "output": "a"}, "alpaca", "instruction must be text, found null"),
     ({"instruction": "q", "input": 3, "output": "a"}, "alpaca", "input must be text, found a number"),
     ({"instruction": "q\0", "output": "a"}, "alpaca", "instruction holds a NUL character (character 2)"),
-    ({"instruction": "q", "output": "\udc00"}, "alpaca", "output holds half of a surrogate pair (character 1)"),
+    ({"instruction": "q", "output": "\udc00"}, "alpaca", "output", "surrogate", "character 1"),
     ({"instruction": "q", "output": "a", "history": "x"}, "alpaca", "history must be a list of pairs", "found text"),
     ({"instruction": "q", "output": "a", "history": ["x"]}, "alpaca", "history[0] must be a pair of texts, found text"),
     ({"instruction": "q", "output": "a", "history": [["x"]]}, "alpaca", "history[0] must be a pair of texts"),
@@ -224,7 +224,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("row", "name", "words"), [(row, name, words) for row, name, *words in HOSTILE])
-def test_a_bad_row_is_named_with_what_is_wrong(row, name, words):
+def test_the_error_of_a_bad_row_names_column_and_problem(row, name, words):
     with pytest.raises(DataError) as error:
         parse(row, name)
     assert [word for word in words if word not in str(error.value)] == []
@@ -238,7 +238,7 @@ def test_a_bad_row_is_named_with_what_is_wrong(row, name, words):
         ("c4_demo.jsonl", "text", RawText, 300),
     ],
 )
-def test_the_demo_rows_of_the_field_are_read_whole(shared, file, name, kind, count):
+def test_the_demo_rows_of_other_trainers_are_all_read(shared, file, name, kind, count):
     content = (shared / "datasets/formats" / file).read_text(encoding="utf-8")
     rows = json.loads(content) if file.endswith(".json") else [json.loads(line) for line in content.splitlines()]
     parser = resolved(rows[0])
@@ -321,7 +321,7 @@ def spoilt(draw):
 
 @given(st.sampled_from(sorted(FORMATS)), spoilt() | anything)
 @settings(max_examples=500)
-def test_no_row_whatever_it_holds_is_more_than_a_bad_row(name, row):
+def test_a_row_of_any_content_is_at_worst_a_bad_row(name, row):
     fitting = [fmt for fmt in FORMATS if isinstance(row, dict) and FORMATS[fmt].is_in(frozenset(row))]
     try:
         example = parse(row, *(fitting or [name])[:1])
@@ -333,7 +333,7 @@ def test_no_row_whatever_it_holds_is_more_than_a_bad_row(name, row):
 
 
 @pytest.mark.parametrize(("column", "keys"), [("messages", ("role", "content")), ("conversations", ("from", "value"))])
-def test_messages_may_be_the_json_text_that_a_csv_holds(column, keys):
+def test_messages_may_be_json_text_as_in_a_csv_file(column, keys):
     turns = [dict(zip(keys, turn, strict=True)) for turn in (("user", "hi"), ("assistant", "ho"))]
     parser = RowParser(SourceConfig(path="x"), "messages" if column == "messages" else "sharegpt")
     assert parser.parse({column: json.dumps(turns)}) == parser.parse({column: turns})

@@ -1,4 +1,4 @@
-"""Rows tokenized elsewhere: labels and masks select targets, padding goes, nothing is guessed."""
+"""Rows that are already tokenized: labels and masks select targets, padding is cut off."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_padding_is_cut_off_at_both_ends_with_its_labels():
     assert parse(padded) == TokenRow((6, 7), (-100, 7))
 
 
-def test_columns_can_be_called_otherwise():
+def test_columns_can_be_mapped():
     row = {"tokens": IDS, "mask": [0, 0, 1, 1]}
     assert parse(row, {"input_ids": "tokens", "completion_mask": "mask"}) == TokenRow((5, 6, 7, 8), (-100, -100, 7, 8))
 
@@ -79,7 +79,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("columns", "words"), [(columns, words) for columns, *words in HOSTILE])
-def test_a_bad_row_is_named_with_what_is_wrong(columns, words):
+def test_the_error_of_a_bad_row_names_column_and_problem(columns, words):
     with pytest.raises(DataError) as error:
         parse({"input_ids": IDS, **columns})
     assert [word for word in words if word not in str(error.value)] == []

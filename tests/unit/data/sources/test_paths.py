@@ -1,4 +1,4 @@
-"""A source's path finds exactly the rows it names, in one order, or says what is there instead."""
+"""A path finds exactly the rows it names, in one order, or the error names what exists instead."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_order_of_files_is_that_of_their_names(tmp_path):
     assert texts_of(f"{tmp_path}/*.jsonl") == names
 
 
-def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+def test_a_path_may_start_with_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     save(tmp_path / "rows.jsonl", lines("x"))
     assert texts_of("~/rows.jsonl") == texts_of("~/*.jsonl") == ["x"]
@@ -100,7 +100,7 @@ def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path):
     assert texts_of(tmp_path / "rows[1].jsonl") == ["literal"]
 
 
-def test_a_name_in_any_case_and_with_dots_has_its_kind(tmp_path):
+def test_suffixes_match_in_any_case_and_after_dots(tmp_path):
     assert texts_of(save(tmp_path / "v1.2.rows.JSONL", lines("x"))) == ["x"]
     assert texts_of(save(tmp_path / "rows.Json.GZ", gzip.compress(b'[{"text": "x"}]'))) == ["x"]
 
@@ -136,7 +136,7 @@ def test_a_folder_has_splits_by_name(tmp_path):
     assert "did you mean" in refused(tmp_path.parent, subset=tmp_path.name + "x", split="train")
 
 
-def test_a_split_that_is_incomplete_or_there_twice_is_refused(tmp_path):
+def test_an_incomplete_or_duplicate_split_is_refused(tmp_path):
     save(tmp_path / "train-00000-of-00002.jsonl", lines("first"))
     assert "1 of 2 files of train" in refused(tmp_path, split="train")
     save(tmp_path / "train-00001-of-00002.jsonl", lines("second"))
@@ -145,7 +145,7 @@ def test_a_split_that_is_incomplete_or_there_twice_is_refused(tmp_path):
     assert "train more than once (train-00000-of-00002.jsonl, train.parquet)" in refused(tmp_path, split="train")
 
 
-def test_a_saved_data_set_is_read_as_it_was_saved(tmp_path):
+def test_a_saved_dataset_reads_back_equal(tmp_path):
     saved = datasets.Dataset.from_list([{"text": f"{i}"} for i in range(20)]).select(range(12, 1, -1))
     saved.save_to_disk(tmp_path / "one", num_shards=3)
     datasets.DatasetDict(train=saved, test=saved.select([1])).save_to_disk(tmp_path / "splits")
@@ -163,12 +163,12 @@ def test_a_saved_data_set_is_read_as_it_was_saved(tmp_path):
     "state",
     [b"", b"[]", b'{"_data_files": 1}', b'{"_data_files": [1]}', b'{"_data_files": [{"filename": 1}]}', b"[" * 99999],
 )
-def test_a_saved_data_set_without_its_state_is_refused(tmp_path, state):
+def test_a_saved_dataset_without_its_state_is_refused(tmp_path, state):
     save(tmp_path / "state.json", state)
     assert "is damaged" in refused(tmp_path)
 
 
-def test_a_saved_data_set_that_lacks_a_file_or_names_one_elsewhere_is_refused(tmp_path):
+def test_a_saved_dataset_with_a_missing_or_outside_file_is_refused(tmp_path):
     write_parquet(tmp_path / "secret.arrow", "elsewhere")
     for name in ("gone.arrow", "../secret.arrow", str(tmp_path / "secret.arrow")):
         save(tmp_path / "saved" / "state.json", json.dumps({"_data_files": [{"filename": name}]}).encode())
@@ -187,7 +187,7 @@ def test_names_come_from_the_setting_the_split_or_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["split", "subset", "revision"])
-def test_settings_of_a_data_set_are_refused_where_they_mean_nothing(tmp_path, setting):
+def test_settings_of_a_dataset_are_refused_for_a_file(tmp_path, setting):
     save(tmp_path / "rows.jsonl", lines("x"))
     assert f"is a file and has no {setting} 'main'; remove it" in refused(tmp_path / "rows.jsonl", **{setting: "main"})
     assert f"is a glob and has no {setting} 'main'" in refused(tmp_path / "*.jsonl", **{setting: "main"})
@@ -198,7 +198,7 @@ def test_settings_of_a_data_set_are_refused_where_they_mean_nothing(tmp_path, se
 # What is not there
 
 
-def test_what_is_missing_is_answered_with_what_is_near(tmp_path, monkeypatch):
+def test_the_error_of_a_missing_path_suggests_similar_names(tmp_path, monkeypatch):
     save(tmp_path / "rows" / "train.jsonl", lines("x"))
     assert refused(tmp_path / "rows" / "trian.jsonl").endswith(f"did you mean {tmp_path}/rows/train.jsonl?")
     assert refused(tmp_path / "rwos" / "train.jsonl").endswith(f"did you mean {tmp_path}/rows?")
@@ -208,14 +208,14 @@ def test_what_is_missing_is_answered_with_what_is_near(tmp_path, monkeypatch):
     assert refused("rows/trian.jsonl").endswith("did you mean rows/train.jsonl?")
 
 
-def test_a_kind_that_holds_no_rows_is_refused(tmp_path):
+def test_a_file_with_an_unknown_suffix_is_refused(tmp_path):
     for name in ("notes.txt", "rows", "rows.parquet.gz", "rows.gz", ".jsonl"):
         save(tmp_path / name, b"x")
         assert "must be one of .jsonl, .json, .csv, .tsv, .parquet, .arrow" in refused(tmp_path / name)
     assert "notes.txt" in refused(tmp_path / "*.txt")
 
 
-def test_paths_that_cannot_be_looked_at_are_refused(tmp_path):
+def test_unreadable_paths_are_refused(tmp_path):
     assert "cannot be read: File name too long" in refused(tmp_path / ("x" * 5000))
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     refused(tmp_path / "loop.jsonl")
@@ -224,7 +224,7 @@ def test_paths_that_cannot_be_looked_at_are_refused(tmp_path):
     refused("~nobody-of-that-name/rows.jsonl")
 
 
-def test_pipes_and_devices_are_refused_unread(tmp_path):
+def test_pipes_and_devices_are_refused_without_reading(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert "regular file" in refused(tmp_path / "pipe.jsonl")
     assert "regular file" in refused(tmp_path / "*.jsonl")
@@ -368,7 +368,7 @@ def test_a_folder_in_the_place_of_a_file_and_a_file_in_the_place_of_a_folder(tmp
 # Digests
 
 
-def test_a_digest_tells_apart_what_gives_other_rows_or_places(tmp_path, monkeypatch):
+def test_files_with_other_rows_or_locations_have_another_digest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def digest(path: str, **settings) -> str:
@@ -419,7 +419,7 @@ configs:
     return folder
 
 
-def test_a_hub_data_set_is_read_by_subset_and_split(hub):
+def test_a_hub_dataset_is_read_by_subset_and_split(hub):
     rows = list(read_rows(SourceConfig(path="someone/rows", subset="two", split="test", limit=2)))
     assert [row.value["text"] for row in rows] == ["two test 0", "two test 1"]
     assert [row.index for row in rows] == [0, 1]
@@ -427,14 +427,14 @@ def test_a_hub_data_set_is_read_by_subset_and_split(hub):
     assert name_of("someone/rows", subset="two", split="test") == "test"
 
 
-def test_the_hub_is_asked_for_the_revision_and_never_for_code(monkeypatch):
+def test_the_revision_is_passed_to_the_hub_and_no_code_is_run(monkeypatch):
     asked = {}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **settings: asked.update(settings) or {"train": 1})
     refused("someone/rows", revision="v2")
     assert asked["revision"] == "v2" and "trust_remote_code" not in asked
 
 
-def test_what_the_hub_cannot_give_says_what_to_set(hub):
+def test_an_unavailable_subset_or_split_is_an_error_with_the_setting(hub):
     assert "set split to one of train, test" in refused("someone/rows", subset="one")
     assert (
         "has no split 'dev'" in (message := refused("someone/rows", subset="one", split="dev")) and "'test'" in message
@@ -448,7 +448,7 @@ def test_what_the_hub_cannot_give_says_what_to_set(hub):
     assert "hub could not load it" in refused("someone/rows", subset="two", split="train")
 
 
-def test_without_the_hub_the_message_says_so_and_what_is_near(tmp_path, monkeypatch):
+def test_without_the_hub_the_error_names_similar_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "check the path or the network" in refused("openai/gsm8k", subset="main", split="train")
     save(tmp_path / "openai" / "gsm8k.jsonl", lines("x"))
@@ -473,7 +473,7 @@ def test_errors_of_the_hub_are_advice(tmp_path, monkeypatch, error, advice):
     assert advice in refused("a/b", split="train")
 
 
-def test_what_cannot_be_a_hub_id_never_reaches_the_hub(tmp_path, monkeypatch):
+def test_an_invalid_hub_id_never_reaches_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
     for path in ("rows", "./a/b", "/a/b", "a/b/c", "a/b.jsonl", "a/b.parquet", "~a/b", "../b", "a/"):

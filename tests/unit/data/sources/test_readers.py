@@ -1,4 +1,4 @@
-"""What was written is what is read, whatever the kind of file; what is broken is named and costs nobody else."""
+"""Every file format reads back equal; a bad row is named and does not affect the others."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_cells_read_back_equal(tmp_path, name, delimiter, rows):
 
 @pytest.mark.parametrize("batch_bytes", [1, 100, 1 << 20])
 @pytest.mark.parametrize("piece_bytes", [1, 7, 64, 1 << 20])
-def test_neither_batches_nor_pieces_can_be_seen(tmp_path, monkeypatch, batch_bytes, piece_bytes):
+def test_rows_do_not_depend_on_batch_and_piece_sizes(tmp_path, monkeypatch, batch_bytes, piece_bytes):
     rows = [
         {"text": 'a "quote", a \\ and [{ ' * (n % 5), "nested": [[], {"n": n, "deep": ["\\\\", '\\"']}]}
         for n in range(20)
@@ -161,7 +161,7 @@ def test_neither_batches_nor_pieces_can_be_seen(tmp_path, monkeypatch, batch_byt
     assert (len(batches) > 1) == (batch_bytes < 1 << 20)
 
 
-def test_a_batch_says_how_far_it_is_and_travels_between_processes(tmp_path, monkeypatch):
+def test_a_batch_counts_the_bytes_read_and_is_picklable(tmp_path, monkeypatch):
     in_batches_of(monkeypatch, 100)
     save(tmp_path / "a.jsonl", as_lines([GOOD] * 50) + b"{broken\n")
     save(tmp_path / "b.csv", "text\n" + "cell\n" * 50)
@@ -209,7 +209,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: repr(line[:24]))
-def test_a_bad_line_is_named_and_costs_no_other(tmp_path, line):
+def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, line):
     rows = read(save(tmp_path / "rows.jsonl", as_lines([GOOD]) + b"\n" + line.encode() + b"\r\n" + as_lines([GOOD])))
     assert [row.value for row in (rows[0], rows[2])] == [GOOD, GOOD]
     assert [(row.index, str(row.location)) for row in rows] == [
@@ -228,18 +228,18 @@ def test_a_bad_line_is_named_and_costs_no_other(tmp_path, line):
         '{"n": [], "text": ' + "[" * 99 + '"x"' + "]" * 99 + "}",
     ],
 )
-def test_what_only_looks_bad_is_read(tmp_path, row):
+def test_valid_lines_that_look_bad_are_read(tmp_path, row):
     assert values(save(tmp_path / "rows.jsonl", row)) == [json.loads(row)]
 
 
-def test_bytes_that_are_no_text_are_named(tmp_path):
+def test_bytes_that_are_not_utf8_are_named(tmp_path):
     lines = values(save(tmp_path / "rows.jsonl", b'{"text": "caf\xe9"}\n' + as_lines([GOOD])))
     assert "is not UTF-8 (byte 14 is 0xe9)" in str(lines[0]) and lines[1] == GOOD
     cells = values(save(tmp_path / "rows.csv", b"text,more\ncaf\xe9,b\nwhole,b\n"))
     assert "text is not UTF-8 (byte 0xe9)" in str(cells[0]) and cells[1] == {"text": "whole", "more": "b"}
 
 
-def test_a_bad_row_in_a_list_is_named_and_costs_no_other(tmp_path):
+def test_a_bad_row_in_a_list_is_named_and_the_others_are_read(tmp_path):
     rows = read(
         save(tmp_path / "rows.json", '[{"text": "whole"}, {"text": tru}, {"text": "}]"}, 7,\n{"text": "whole"}]')
     )
@@ -249,7 +249,7 @@ def test_a_bad_row_in_a_list_is_named_and_costs_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[{},]", "[{},,{}]", "[,{}]"])
-def test_a_comma_too_many_is_one_bad_row(tmp_path, content):
+def test_an_extra_comma_is_one_bad_row(tmp_path, content):
     got = values(save(tmp_path / "rows.json", content))
     assert len(got) == content.count(",") + 1
     assert [str(value) for value in got if value != {}] == ["is empty; remove the extra comma"]
@@ -257,7 +257,7 @@ def test_a_comma_too_many_is_one_bad_row(tmp_path, content):
 
 @pytest.mark.parametrize("kind", ["rows.jsonl", "rows.json", "rows.csv", "rows.jsonl.gz"])
 @pytest.mark.parametrize("length", [29, 30, 31, 500])
-def test_a_row_that_is_too_long_is_measured_and_passed_over(tmp_path, monkeypatch, kind, length):
+def test_a_row_that_is_too_long_is_one_bad_row_with_its_length(tmp_path, monkeypatch, kind, length):
     monkeypatch.setattr(text_files, "LONGEST_ROW_BYTES", 30)
     monkeypatch.setattr(text_files, "LONGEST_RECORD_BYTES", 30)
     monkeypatch.setattr(text_files, "PIECE_BYTES", 8)
@@ -280,7 +280,7 @@ def test_a_row_that_is_too_long_is_measured_and_passed_over(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
-def test_a_line_of_200_megabytes_is_not_held_in_memory(tmp_path, name):
+def test_a_line_of_200_megabytes_is_not_kept_in_memory(tmp_path, name):
     path = save(tmp_path / name, b'[{"text": "' if name == "rows.json" else b'{"text": "')
     with path.open("r+b") as file:  # a hole in the file reads as NULs and takes no disk
         file.seek(200_000_000)
@@ -344,7 +344,7 @@ def test_a_bad_record_is_named_by_its_first_line(tmp_path, content):
 
 
 @pytest.mark.parametrize("endless", ['"open,1\n', '"a\n",' * 60 + "\n"], ids=["one cell", "many cells"])
-def test_a_record_without_an_end_does_not_take_the_file(tmp_path, monkeypatch, endless):
+def test_a_record_without_an_end_is_cut_at_the_limit(tmp_path, monkeypatch, endless):
     monkeypatch.setattr(text_files, "LONGEST_RECORD_BYTES", 100)
     rows = read(save(tmp_path / "rows.csv", "text,more\nwhole,1\n" + endless + "whole,1\n" * 40))
     bad = [row for row in rows if isinstance(row.value, DataError)]
@@ -364,7 +364,7 @@ def test_empty_cells_are_empty_texts_and_blank_lines_are_no_rows(tmp_path):
     ]
 
 
-def test_a_table_gives_no_row_the_keys_of_another(tmp_path):
+def test_a_row_of_a_table_does_not_get_the_keys_of_another(tmp_path):
     rows = [
         {
             "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "call": {"city": "Rome"}}],
@@ -390,7 +390,7 @@ def test_maps_lists_and_categories_are_plain_values(tmp_path):
     assert values(tmp_path / "rows.parquet") == [{"map": {"a": 1}, "category": "x", "large": ["y"]}]
 
 
-def test_text_in_a_table_that_is_no_text_is_one_bad_row(tmp_path):
+def test_invalid_utf8_in_a_table_is_one_bad_row(tmp_path):
     column = pyarrow.array([b"whole", b"caf\xe9", b"a\0b"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": column}), tmp_path / "rows.parquet")
     good, latin, nul = values(tmp_path / "rows.parquet")
@@ -398,7 +398,7 @@ def test_text_in_a_table_that_is_no_text_is_one_bad_row(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
-def test_two_columns_of_one_name_are_refused(tmp_path, name):
+def test_duplicate_column_names_are_refused(tmp_path, name):
     table = pyarrow.table([pyarrow.array([1]), pyarrow.array([2])], names=["a", "a"])
     with pyarrow.ipc.new_file(tmp_path / "rows.arrow", table.schema) as writer:
         writer.write_table(table)
@@ -415,7 +415,7 @@ WHOLE_FILES = {name: write([GOOD, {"text": 'a "quote"', "n": [1, {}]}] * 5) for 
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80)
 @given(data=st.data())
-def test_a_damaged_file_gives_rows_or_an_error_and_nothing_else(tmp_path, name, data):
+def test_a_damaged_file_gives_rows_or_a_data_error(tmp_path, name, data):
     path = tmp_path / name
     if name in TABLE_WRITERS:
         TABLE_WRITERS[name](path, [GOOD, {"text": "b"}] * 5)

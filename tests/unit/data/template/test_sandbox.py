@@ -1,4 +1,4 @@
-"""A chat template sees what transformers would show it, reaches nothing else, and stops at its limits."""
+"""A chat template sees what transformers shows it, reaches nothing else, and stops at its limits."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("source", ESCAPES)
-def test_nothing_of_python_can_be_reached(source: str):
+def test_a_template_cannot_reach_python(source: str):
     def attempt() -> str:
         return render(source)
 
@@ -183,7 +183,7 @@ def in_half_a_second(monkeypatch):
 
 
 @pytest.mark.parametrize("source", BOMBS)
-def test_a_template_that_asks_for_too_much_is_stopped(in_half_a_second, source: str):
+def test_a_template_that_exceeds_its_limits_is_stopped(in_half_a_second, source: str):
     with pytest.raises(DataError, match=r"data\.chat_template"):
         render(source)
 
@@ -199,7 +199,7 @@ def test_a_value_that_doubles_is_stopped_before_it_is_used(in_half_a_second, sta
         render(source)
 
 
-def test_namespaces_that_hold_each_other_have_a_short_name():
+def test_namespaces_that_contain_each_other_have_a_short_text():
     source = (
         "{% set ns = namespace(x=1) %}{% for i in range(60) %}{% set ns.x = namespace(a=[ns.x, ns.x]) %}{% endfor %}"
     )
@@ -219,7 +219,7 @@ def test_limits_hold_in_any_thread_and_the_next_render_starts_anew(in_half_a_sec
         assert list(pool.map(attempt, range(2))) == ["ok", "ok"]
 
 
-def test_a_long_row_is_no_bomb():
+def test_a_long_row_is_within_the_limits():
     long = [{"role": "user", "content": "ab" * 10**7}] * 3
     written = render(
         "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</' + m.role + '>\n' }}{% endfor %}", long
@@ -236,7 +236,7 @@ def test_a_long_row_is_no_bomb():
         ("{% foo %}", "foo"),
     ],
 )
-def test_what_is_no_template_is_refused_at_once(source: str, complaint: str):
+def test_an_invalid_template_is_refused_at_once(source: str, complaint: str):
     with pytest.raises(DataError, match=r"data\.chat_template") as caught:
         Renderer(source, {})
     assert complaint in str(caught.value)
@@ -252,7 +252,7 @@ def test_what_is_no_template_is_refused_at_once(source: str, complaint: str):
         "{{ messages | tojson(1, 2, 3, 4, 5, 6) }}",
     ],
 )
-def test_a_template_that_fails_on_a_row_is_a_fault_of_the_row(source: str):
+def test_a_template_that_fails_on_a_row_makes_it_a_bad_row(source: str):
     with pytest.raises(DataError, match="chat template"):
         render(source)
 

@@ -1,4 +1,4 @@
-"""Tokenized once: by any number of processes alike, found again as long as nothing changed, never half-made."""
+"""A source is tokenized once: equal for any number of processes, found again if nothing changed, never incomplete."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_number_of_processes_changes_nothing(tmp_path, chat, workers, monkey
     assert alone.location(1_000) == shared.location(1_000) == f"{file}:1002"
 
 
-def test_what_is_in_the_cache_is_not_made_again(tmp_path, chat, monkeypatch):
+def test_a_cached_source_is_not_tokenized_again(tmp_path, chat, monkeypatch):
     file = rows(tmp_path)
     first = store_of(preparation(tmp_path, chat, file))
     monkeypatch.setattr(prepare, "encode_all", lambda *arguments: pytest.fail("tokenized a second time"))
@@ -75,7 +75,7 @@ def test_what_is_in_the_cache_is_not_made_again(tmp_path, chat, monkeypatch):
         assert again.folder == first.folder
 
 
-def test_whatever_decides_the_tokens_is_part_of_the_fingerprint(tmp_path, chat):
+def test_everything_that_decides_the_tokens_is_in_the_fingerprint(tmp_path, chat):
     file = rows(tmp_path)
     other_template = ChatTemplate(AutoTokenizer.from_pretrained(TINY), chat.template + " ")
     other_tokenizer = AutoTokenizer.from_pretrained(TINY)
@@ -116,7 +116,7 @@ prepare.Preparation(cfg, ChatTemplate(AutoTokenizer.from_pretrained(sys.argv[2])
 """
 
 
-def test_a_killed_tokenization_leaves_nothing_that_is_used(tmp_path, chat):
+def test_leftovers_of_a_killed_tokenization_are_not_used(tmp_path, chat):
     file = rows(tmp_path)
     command = [sys.executable, "-c", SLOW_TOKENISATION, str(tmp_path), str(TINY)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
@@ -147,7 +147,7 @@ def test_a_failed_tokenization_leaves_nothing(tmp_path, chat, monkeypatch):
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
-def test_a_store_that_was_damaged_is_made_again(tmp_path, chat):
+def test_a_damaged_store_is_made_again(tmp_path, chat):
     file = rows(tmp_path)
     first = store_of(preparation(tmp_path, chat, file))
     ids = first[0].ids.tolist()
@@ -164,19 +164,19 @@ def test_processes_that_start_together_make_one_store(tmp_path, chat):
     assert all(np.array_equal(store.lengths, stores[0].lengths) for store in stores)
 
 
-def test_who_waits_for_a_store_that_nobody_makes_is_told(tmp_path, chat, monkeypatch):
+def test_waiting_for_a_store_that_no_process_makes_is_an_error(tmp_path, chat, monkeypatch):
     monkeypatch.setattr(prepare, "_PATIENCE_SECONDS", 0.5)
     with pytest.raises(ResourceError, match="main rank"):
         store_of(preparation(tmp_path, chat, rows(tmp_path), main=False))
 
 
-def test_a_worker_that_dies_is_an_error_that_says_what_to_do(tmp_path, chat, monkeypatch):
+def test_a_dead_worker_is_an_error_with_advice(tmp_path, chat, monkeypatch):
     monkeypatch.setattr("finetune.data.tokens.workers._CHILD", "import os; os._exit(137)")
     with pytest.raises(ResourceError, match=r"exit code 137.*data.workers"):
         store_of(preparation(tmp_path, chat, rows(tmp_path, 2_000), workers=2))
 
 
-def test_a_source_without_a_usable_row_says_so(tmp_path, chat):
+def test_a_source_without_a_usable_row_is_an_error(tmp_path, chat):
     file = tmp_path / "rows.jsonl"
     file.write_text("{broken\n[1]\n")
     store = store_of(preparation(tmp_path, chat, file))

@@ -1,4 +1,4 @@
-"""What is written into a store is what is read from it; a store that is not whole is none."""
+"""A store reads back what was written; an incomplete store is not valid."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_rows_come_back_as_they_were_written(tmp_path_factory, batches):
     assert store.targets.tolist() == [sum(w > 0 for _, w in row[1:]) for row in rows]
 
 
-def test_places_name_file_and_line_or_row(tmp_path):
+def test_locations_name_file_and_line_or_row(tmp_path):
     one = [[(1, 1.0), (2, 1.0)]]
     store = write(tmp_path / "s", batch(one * 2), batch(one, 2, "b.parquet"))
     assert [store.location(i) for i in range(3)] == ["a.jsonl:1", "a.jsonl:2", "b.parquet:row 1"]
@@ -72,7 +72,7 @@ def test_bad_rows_are_listed(tmp_path):
 
 @pytest.mark.parametrize("name", ["ids.bin", "codes.bin", "rows.npz", "meta.json", "bad_rows.jsonl"])
 @pytest.mark.parametrize("harm", ["missing", "cut"])
-def test_a_store_that_lacks_something_is_not_whole(tmp_path, name, harm):
+def test_an_incomplete_store_is_not_valid(tmp_path, name, harm):
     write(tmp_path / "s", batch([[(1, 1.0), (2, 1.0)]], bad=(BadRow(3, "a.jsonl:4", "is not JSON"),)))
     assert is_valid(tmp_path / "s")
     file = tmp_path / "s" / name
@@ -111,6 +111,6 @@ def test_media_digests_come_back_and_enter_the_content_digest(tmp_path):
     )  # stores made by earlier versions stay valid
 
 
-def test_more_weights_than_a_byte_can_name_are_refused(tmp_path):
+def test_more_weights_than_a_byte_can_index_are_refused(tmp_path):
     with pytest.raises(DataError, match="more than 254 different weights"):
         write(tmp_path / "s", batch([[(1, 0.0), *((2, i / 1000) for i in range(1, 300))]]))
