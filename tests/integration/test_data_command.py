@@ -20,7 +20,7 @@ ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def in_a_terminal(folder: Path, *words: str, **environment: str) -> str:
-    """What the command writes to a terminal."""
+    """Run the command in a terminal, and return its output."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [*COMMAND, *words],
@@ -36,7 +36,7 @@ def in_a_terminal(folder: Path, *words: str, **environment: str) -> str:
         while part := os.read(ours, 1 << 16):
             parts.append(part)
     except OSError:
-        assert process.wait() == 0  # Linux ends a terminal whose other side has closed with an error
+        assert process.wait() == 0  # Linux reports a terminal with a closed other side as an error
     os.close(ours)
     return b"".join(parts).decode().replace("\r\n", "\n")
 

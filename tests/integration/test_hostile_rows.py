@@ -49,7 +49,7 @@ def chats(*turns: dict, **columns: Any) -> str:
     return json.dumps({"messages": list(turns), **columns})
 
 
-# A line of a file of messages, and what is said about it.
+# A line of a file of messages, and a part of its error.
 BAD_LINES: dict[str, tuple[str | bytes, str]] = {
     "NUL": ('{"messages": "a\0"}', "holds a NUL character"),
     "NUL escaped": (r'{"messages": [{"role": "user", "content": "a\u0000"}]}', r"messages\[0\].content holds a NUL"),
@@ -91,7 +91,7 @@ BAD_LINES: dict[str, tuple[str | bytes, str]] = {
 
 
 def file_of(folder: Path, lines: dict[str, tuple[str | bytes, str]]) -> Path:
-    """A good row before, between and after bad ones, with a byte order mark and line ends of both kinds."""
+    """Write good rows before, between and after bad ones, with a byte order mark and both kinds of line ends."""
     rows = [chats(USER, ASSISTANT).encode()]
     for line, _ in lines.values():
         rows += [line.encode() if isinstance(line, str) else line, json.dumps(GOOD).encode()]
@@ -177,7 +177,7 @@ def test_a_line_of_200_megabytes_costs_its_own_row_only(tmp_path):
     assert len(store) == 2 and "bytes long" in store.bad_rows.read_text()
 
 
-# The same rows in every kind of file
+# The same rows in every file format
 
 
 def as_csv(rows: list[dict]) -> str:
@@ -208,7 +208,7 @@ def test_the_same_rows_in_any_kind_of_file_are_the_same_tokens(tmp_path):
     assert len(digests) == 1
 
 
-# Rows nobody thought of
+# Random rows
 
 words = st.sampled_from(
     [
@@ -272,7 +272,7 @@ messages = st.lists(
 
 
 def rows_of(format_name: str) -> st.SearchStrategy[dict]:
-    """Rows with the format's columns, each with a value that may be meant, or any other."""
+    """Draw rows with the format's columns, with plausible or arbitrary values."""
     fmt = FORMATS[format_name]
     likely = {"messages": messages, "conversations": messages, "input_ids": st.lists(st.integers(-1, 600), max_size=5)}
     columns = {name: likely.get(name, words) | anything for name in fmt.columns}

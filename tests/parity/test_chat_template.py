@@ -82,7 +82,7 @@ def conversations(turn: st.SearchStrategy, tools: st.SearchStrategy) -> st.Searc
 PLAIN = conversations(ANSWER, st.just([]))
 WITH_TOOLS = conversations(ANSWER | CALLED, st.lists(TOOL, max_size=2))
 
-# Headers of two control tokens, control tokens inside a turn, values that are looked at, keys in an order of its own.
+# Headers of two control tokens, control tokens inside a turn, branches on values, keys in another order.
 HEADED = """{{- bos_token }}
 {%- if tools %}
     {{- '<|head|>system<|/head|>\\n\\n' }}
@@ -145,7 +145,7 @@ def headed_chat(headed) -> ChatTemplate:
 
 
 def stock_ids(tokenizer, conversation: Conversation, messages: int | None = None) -> list[int]:
-    """What transformers gives: of the whole conversation, or of the first messages with the header of an answer."""
+    """Return transformers' ids of the conversation, or of its first messages and the header of an answer."""
     return tokenizer.apply_chat_template(
         [message.as_dict() for message in conversation.messages[:messages]],
         tools=list(conversation.tools) or None,
@@ -161,14 +161,14 @@ def assert_equal_ids(tokenizer, chat: ChatTemplate, conversation: Conversation) 
     asked = len(conversation.messages) - 1
     prompt = chat.prompt_ids(conversation.messages[:asked], conversation.tools)
     assert prompt == stock_ids(tokenizer, conversation, asked)
-    # What is trained after this prompt is what the model generates after it.
+    # The targets after this prompt are what the model generates after it.
     [last] = chat.encode([conversation], "last")
     assert last.ids[: len(prompt)].tolist() == prompt or conversation.messages[-1].content[:1].isspace()
     assert not last.trained[: len(prompt) - 1].any()
 
 
 def calls_text(message: Message) -> str:
-    """The tool calls of a turn in the words of Qwen2.5's template."""
+    """Write the tool calls of a turn as Qwen2.5's template does."""
     return "".join(
         f'\n<tool_call>\n{{"name": "{call.name}", "arguments": '
         f"{json.dumps(call.arguments, ensure_ascii=False)}}}\n</tool_call>"

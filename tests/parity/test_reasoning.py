@@ -23,7 +23,7 @@ from finetune.system.resources import packaged
 TEMPLATE = packaged("configs") / "templates" / "deepseek-r1.jinja"
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
-# As R1-Distill-Qwen's tokenizer redefines Qwen2.5's first control tokens, in their order: special or not.
+# Qwen2.5's first control tokens as R1-Distill-Qwen's tokenizer redefines them, in order: special or not.
 R1_TOKENS = {
     END: True,
     USER: False,
@@ -36,7 +36,7 @@ R1_TOKENS = {
 
 
 def write_r1(source: Path, folder: Path) -> Path:
-    """R1-Distill-Qwen's tokenizer, made of one of Qwen2.5's kind; its class is wrong there too."""
+    """R1-Distill-Qwen's tokenizer, built from one of Qwen2.5; its class is wrong in the original too."""
     definition = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     first = definition["added_tokens"][0]
     redefined = [
@@ -159,7 +159,7 @@ def test_a_token_that_holds_anything_of_a_tag_is_reasoning(qwen, content, left):
     chat, tokenizer = qwen
     if left is not None:
         assert targets(chat, tokenizer, conversation("u", content), "answer") == f"{left}<|im_end|>"
-    # A call is an answer; its arguments may hold tags.
+    # A call is an answer; its arguments may contain tags.
     called = Message("assistant", content, (ToolCall("f", {"x": "<think>"}),))
     call = '\n<tool_call>\n{"name": "f", "arguments": {"x": "<think>"}}\n</tool_call><|im_end|>'
     found = targets(chat, tokenizer, Conversation((Message("user", "u"), called)), "answer")
@@ -226,7 +226,7 @@ def test_the_r1_template_writes_the_texts_of_the_row(r1):
     assert tokenizer.decode(encoded.ids[encoded.trained]) == f"{thinking}{END}{thinking}{END}"
     ids = tokenizer.convert_tokens_to_ids(list(R1_TOKENS))
     assert [(encoded.ids == i).sum() for i in ids] == [expected.count(token) for token in R1_TOKENS]
-    # R1-Distill's own prompt opens the tag: what the model learned to write there.
+    # R1-Distill's original prompt opens the tag.
     prompt = chat.prompt_ids(row.messages[:-1])
     own = [*prompt, *tokenizer("<think>\n", add_special_tokens=False).input_ids]
     assert tokenizer.decode(prompt).endswith(f"sure?{ASSISTANT}") and encoded.ids[: len(own)].tolist() == own

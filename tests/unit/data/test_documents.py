@@ -56,7 +56,7 @@ def test_no_document_is_longer_than_the_limit_and_its_targets_are_counted(tmp_pa
         elif policy in ("left", "right"):
             assert document.ids.tolist() == (ids[-limit:] if policy == "left" else ids[:limit])
     if policy == "split":
-        # Every target is in some piece, but those that stand first in a piece, which nothing precedes.
+        # Every target is in some piece, except the first token of a piece, which is not predicted.
         for i, row in enumerate(rows):
             expected = sum(w > 0 for position, (_, w) in enumerate(row) if position % limit or len(row) <= limit)
             if len(row) <= limit:

@@ -153,7 +153,7 @@ def test_other_rows_never_move_a_held_out_row_and_equal_rows_stay_together(tmp_p
     before, data = sides(*few)
     after, _ = sides(*more[:20], *few[::-1], *more[20:])
     assert {text: after[text] for text in before} == before
-    # 60 draws at 0.3: outside of this is a chance of one in a million.
+    # 60 draws at 0.3: the chance to be outside is one in a million.
     assert 4 <= sum(side == "held out" for side in before.values()) <= 36
     assert data.eval[0].name == "held_out" and describe_leaks(data) == []
     doubled, _ = sides(*few, *few)

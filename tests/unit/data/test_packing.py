@@ -64,7 +64,7 @@ def test_ranks_split_a_step_completely_and_evenly(lengths, ranks):
     assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
     assert all(part == sorted(part) for part in parts)
     tokens = [sum(lengths[i] for i in part) for part in parts]
-    # Longest first to the emptiest rank: the fullest got its last sequence when it was the emptiest.
+    # Longest first to the rank with the fewest tokens: the largest rank had the fewest before its last sequence.
     assert max(tokens) - min(tokens) <= max(lengths)
 
 

@@ -26,7 +26,7 @@ def parse(row, name: str = "messages", system: str | None = None, **source):
 
 
 def messages(*turns) -> tuple[Message, ...]:
-    """What OpenAI's format makes of these turns."""
+    """Parse turns in OpenAI's format."""
     return parse({"messages": list(turns)}).messages
 
 
@@ -86,7 +86,7 @@ def test_openai_messages_are_read(turns, expected):
             [HUMAN, {"from": "function_call", "value": [CALL, CALL]}],
             (USER, Message("assistant", "", WITH_CALL.tool_calls * 2)),
         ),
-        # What a model does in one turn is one turn: text and call, and calls side by side.
+        # Text and calls that a model writes in one turn stay one turn.
         (
             [HUMAN, GPT, {"from": "function_call", "value": CALL}, {"from": "function_call", "value": CALL}],
             (USER, Message("assistant", "a", WITH_CALL.tool_calls * 2)),

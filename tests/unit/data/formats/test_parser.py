@@ -25,7 +25,7 @@ TURNS = [USER.as_dict(), ASSISTANT.as_dict()]
 
 
 def resolved(row, **source) -> RowParser:
-    """The parser of a source whose first row this is."""
+    """Build the parser of a source with this first row."""
     cfg = SourceConfig(path="rows.jsonl", **source)
     return RowParser(cfg, resolve_format(cfg, row, "rows.jsonl"))
 
@@ -65,7 +65,7 @@ EXAMPLES = [
     ),
     ({"text": "A document.\n"}, "text", RawText("A document.\n")),
     ({"input_ids": [1, 2]}, "tokens", TokenRow((1, 2))),
-    # Rendered text beside a format that says more.
+    # A column of rendered text, in addition to a chat format.
     ({"instruction": "q", "output": "a", "text": "q a"}, "alpaca", CHAT),
     ({"input_ids": [1, 2], "text": "q"}, "tokens", TokenRow((1, 2))),
 ]
@@ -111,12 +111,12 @@ QA = {"prompt": "question", "completion": "answer"}
 # (row, columns, roles, format, example)
 MAPPED = [
     ({"question": "q", "answer": "a"}, QA, {}, "prompt_completion", CHAT),
-    # A column that has our name by chance gives way, and two can change places.
+    # A column that has our name by chance gives way, and two names can be swapped.
     ({"prompt": "no", "question": "q", "answer": "a"}, QA, {}, "prompt_completion", CHAT),
     ({"prompt": "a", "answer": "q"}, {"prompt": "answer", "completion": "prompt"}, {}, "prompt_completion", CHAT),
-    # The names that are mapped say which of several formats is meant.
+    # The mapped names select one of several formats.
     ({"messages": [], "question": "q", "answer": "a"}, QA, {}, "prompt_completion", CHAT),
-    # A column that is mapped counts under our name alone.
+    # A mapped column has our name only.
     ({"prompt": "s", "completion": "", "messages": TURNS}, {"system": "prompt"}, {}, "messages", WITH_SYSTEM),
     ({"instruction": "q", "response": "a"}, {"output": "response"}, {}, "alpaca", CHAT),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"completion": "chosen"}, {}, "prompt_completion", CHAT),
@@ -296,7 +296,7 @@ anything = st.recursive(
 
 
 def slots(value):
-    """(container, key) of everything inside a row."""
+    """Yield (container, key) of everything inside a row."""
     for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
         yield value, key
         if isinstance(item, dict | list):
@@ -305,7 +305,7 @@ def slots(value):
 
 @st.composite
 def spoilt(draw):
-    """A good row with a few of its parts replaced, taken out or put in."""
+    """Draw a valid row with some parts replaced, removed or added."""
     row = copy.deepcopy(draw(st.sampled_from(RICH)))
     for _ in range(draw(st.integers(1, 3))):
         container, key = draw(st.sampled_from(list(slots(row)) or [(row, "text")]))

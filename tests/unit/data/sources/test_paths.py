@@ -39,7 +39,7 @@ def texts_of(path: Path | str, **settings) -> list[str]:
 
 
 def refused(path: Path | str, **settings) -> str:
-    """What the error says; nothing but a DataError may come."""
+    """Return the text of the DataError; any other error fails the test."""
     with pytest.raises(DataError) as error:
         for _ in read_rows(SourceConfig(path=str(path), **settings)):
             pass
@@ -195,7 +195,7 @@ def test_settings_of_a_dataset_are_refused_for_a_file(tmp_path, setting):
         assert "is a folder and has no revision" in refused(tmp_path, revision="main", split="rows")
 
 
-# What is not there
+# Missing paths
 
 
 def test_the_error_of_a_missing_path_suggests_similar_names(tmp_path, monkeypatch):
@@ -234,7 +234,7 @@ def test_pipes_and_devices_are_refused_without_reading(tmp_path):
 
 @contextmanager
 def an_ordinary_user() -> Iterator[None]:
-    """Permissions bind everybody but root."""
+    """Root ignores permissions, so run as another user."""
     if os.geteuid() != 0:
         yield
         return
@@ -247,7 +247,7 @@ def an_ordinary_user() -> Iterator[None]:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that other users can look into, unlike pytest's."""
+    """A folder that other users can read, unlike pytest's."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
         yield Path(name)
@@ -275,7 +275,7 @@ def test_a_file_that_vanishes_is_refused(tmp_path):
         list(files.batches())
 
 
-# What is no file of rows
+# Files without rows
 
 TABLE = pyarrow.table({"text": ["x" * 1000] * 1000})
 
@@ -393,7 +393,7 @@ def test_files_with_other_rows_or_locations_have_another_digest(tmp_path, monkey
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """A hub that holds one data set, someone/rows, with two subsets of two splits."""
+    """A hub with one dataset, someone/rows, with two subsets of two splits."""
     folder = tmp_path / "hub"
     for subset in ("one", "two"):
         for split in ("train", "test"):

@@ -74,12 +74,12 @@ def zstd(content: bytes) -> bytes:
     return pyarrow.compress(content, "zstd", asbytes=True)
 
 
-# Text that can be written down: half of a surrogate pair cannot, and NUL is refused.
+# Text without half surrogate pairs, which UTF-8 cannot encode, and without NUL, which is refused.
 text = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"))
 numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | st.none()
 json_values = st.recursive(text | numbers, lambda inner: st.lists(inner) | st.dictionaries(text, inner), max_leaves=8)
 json_rows = st.lists(st.dictionaries(text, json_values, max_size=4), min_size=1, max_size=8)
-# A table wants one type a column; the keys of a struct are the same in every row.
+# A table has one type per column; the keys of a struct are the same in every row.
 table_rows = st.lists(
     st.fixed_dictionaries(
         {
@@ -282,7 +282,7 @@ def test_a_row_that_is_too_long_is_one_bad_row_with_its_length(tmp_path, monkeyp
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
 def test_a_line_of_200_megabytes_is_not_kept_in_memory(tmp_path, name):
     path = save(tmp_path / name, b'[{"text": "' if name == "rows.json" else b'{"text": "')
-    with path.open("r+b") as file:  # a hole in the file reads as NULs and takes no disk
+    with path.open("r+b") as file:  # a sparse file reads as NULs and takes no disk
         file.seek(200_000_000)
         file.write(b'"}, {"text": "whole"}]' if name == "rows.json" else b'"}\n{"text": "whole"}\n')
     tracemalloc.start()

@@ -69,7 +69,7 @@ def test_a_cached_source_is_not_tokenized_again(tmp_path, chat, monkeypatch):
     file = rows(tmp_path)
     first = store_of(preparation(tmp_path, chat, file))
     monkeypatch.setattr(prepare, "encode_all", lambda *arguments: pytest.fail("tokenized a second time"))
-    # Neither of these decides what a row's tokens are.
+    # Neither of these decides the tokens of a row.
     for settings in ({}, {"max_length": 7, "truncation": "left"}, {"held_out": 0.2}, {"weight": 3.0}, {"workers": 2}):
         again = store_of(preparation(tmp_path, chat, file, **settings))
         assert again.folder == first.folder
@@ -96,7 +96,7 @@ def test_everything_that_decides_the_tokens_is_in_the_fingerprint(tmp_path, chat
     assert "answer one" in AutoTokenizer.from_pretrained(TINY).decode(stores[-1][1].ids)
 
 
-SLOW_TOKENISATION = """
+SLOW_TOKENIZATION = """
 import sys
 from pathlib import Path
 from transformers import AutoTokenizer
@@ -118,7 +118,7 @@ prepare.Preparation(cfg, ChatTemplate(AutoTokenizer.from_pretrained(sys.argv[2])
 
 def test_leftovers_of_a_killed_tokenization_are_not_used(tmp_path, chat):
     file = rows(tmp_path)
-    command = [sys.executable, "-c", SLOW_TOKENISATION, str(tmp_path), str(TINY)]
+    command = [sys.executable, "-c", SLOW_TOKENIZATION, str(tmp_path), str(TINY)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
     assert process.stdout.readline() == "written\n"
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -132,7 +132,7 @@ def test_leftovers_of_a_killed_tokenization_are_not_used(tmp_path, chat):
     store = store_of(preparation(tmp_path, chat, file))
     assert len(store) == 5
     assert [folder for folder in (tmp_path / "cache").iterdir() if folder.is_dir()] == [store.folder]
-    # Its workers see their pipes closed and end by themselves.
+    # Its workers see their closed pipes and exit.
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{child}").exists() for child in (*children, *threads)):
         assert time.monotonic() < deadline, "a worker outlived its parent"

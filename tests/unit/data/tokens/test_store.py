@@ -54,7 +54,7 @@ def test_rows_come_back_as_they_were_written(tmp_path_factory, batches):
     for read, row in zip(store, rows, strict=True):
         assert read.ids.tolist() == [i for i, _ in row]
         assert read.weights.tolist() == [w for _, w in row]
-    # The first token of a row is predicted from nothing.
+    # The first token of a row is not predicted.
     assert store.targets.tolist() == [sum(w > 0 for _, w in row[1:]) for row in rows]
 
 
@@ -106,9 +106,8 @@ def test_media_digests_come_back_and_enter_the_content_digest(tmp_path):
     media = [write(tmp_path / digest.hex(), batch(rows, media=(b"", digest))) for digest in (b"a\0", b"a")]
     assert [piece.media_digest for piece in (*text, *media[0], *media[1])] == [b"", b"", b"", b"a\0", b"", b"a"]
     assert len({store.meta.content for store in (text, *media)}) == 3
-    assert (
-        text.meta.content == "6edbaedc5521353df2d8c7d744b71d1f97f6ec67728042769dbbdc79df554a37"
-    )  # stores made by earlier versions stay valid
+    # The digest of a text store never changes, so stores made by earlier versions stay valid.
+    assert text.meta.content == "6edbaedc5521353df2d8c7d744b71d1f97f6ec67728042769dbbdc79df554a37"
 
 
 def test_more_weights_than_a_byte_can_index_are_refused(tmp_path):
