@@ -1,6 +1,6 @@
-"""Fine-tune Qwen2.5 models in 4-bit: from a YAML to a trained QLoRA adapter.
+"""Fine-tune Qwen2.5 models in 4-bit: from a YAML file to a trained QLoRA adapter.
 
-The steps of a run for notebooks, each of which works on its own:
+The steps of a run, for notebooks:
 
     from finetune import attach_lora, load_base, load_config, load_tokenizer, train
     from finetune import ExportOptions, MergeOptions, export_model, merge
@@ -9,14 +9,7 @@ The steps of a run for notebooks, each of which works on its own:
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING
-
-# GNU OpenMP reads this when torch is loaded. Threads that are done with their part of a product wait for the others
-# without sleeping, 6 ms by default: where another program has the other's core, they keep it from both. 0.2 ms cost a
-# run that is alone nothing and make one that is not two to three times as fast (benchmarks/NOTES.md).
-if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "10000"
 
 if TYPE_CHECKING:
     from finetune.config.command_options import ExportOptions as ExportOptions
@@ -60,6 +53,9 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from finetune.system.libraries import configure_libraries
+
+    configure_libraries()
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

@@ -19,6 +19,7 @@ from finetune.commands.base import COMMANDS, load_command
 from finetune.system.arguments import nearest
 from finetune.system.console import printable
 from finetune.system.errors import FinetuneError, InputError
+from finetune.system.libraries import configure_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,6 +67,7 @@ def _dispatch(words: list[str]) -> int:
         name, rest = " ".join(words[:2]), words[2:]
     if name not in COMMANDS:
         raise InputError(f"{name}: unknown command{nearest(name, COMMANDS)}\nhelp: commands: {', '.join(COMMANDS)}")
+    configure_libraries()
     return load_command(name).execute(rest)
 
 

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from finetune.system.errors import InputError
 
-_CGROUPS, _MEMBERSHIP, _MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
-_STATM = Path("/proc/self/statm")
+_CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _PROCESSOR = Path("/proc/cpuinfo")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
@@ -109,26 +110,15 @@ def cpu_quota() -> float | None:
     return min(quotas, default=None)
 
 
-def available_memory() -> int | None:
+def available_memory() -> int:
     """Bytes of main memory that could be allocated now without swapping or breaking a limit; None if unknown."""
-    free = [_memory_of_the_host(), *map(_free_in, _groups("memory"))]
-    return min((number for number in free if number is not None), default=None)
+    limits = (_free_in(group) for group in _groups("memory"))
+    return min([psutil.virtual_memory().available, *(free for free in limits if free is not None)])
 
 
 def resident_memory() -> int:
-    """Bytes of main memory that this process holds now; 0 where that is not known."""
-    words = _read(_STATM).split()
-    return int(words[1]) * os.sysconf("SC_PAGE_SIZE") if len(words) > 1 else 0
-
-
-def _memory_of_the_host() -> int | None:
-    for line in _read(_MEMINFO).splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    try:  # not Linux: half of all there is
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (ValueError, OSError, AttributeError):
-        return None
+    """Return the bytes of main memory that this process holds now."""
+    return psutil.Process().memory_info().rss
 
 
 def _free_in(group: Path) -> int | None:

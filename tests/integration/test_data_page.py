@@ -101,7 +101,9 @@ def test_rows_run_nothing_and_load_nothing(browser: Page, page_file: Path):
     browser.look()
     browser.open(page_file)
     assert browser.evaluate("document.title") == "quickstart: data report"
-    requested = [e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
+    requested = [
+        e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"
+    ]
     assert requested == [page_file.as_uri()]
     assert not [e for e in browser.events if e.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown")]
     shown = browser.evaluate("[...document.querySelectorAll('pre')].map(node => node.textContent)")

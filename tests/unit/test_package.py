@@ -134,10 +134,19 @@ def test_the_public_names_are_the_functions_they_say():
 )
 def test_threads_that_wait_give_their_core_up_unless_the_user_says_how_they_wait(own, found, repo_root):
     unset = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    command = [sys.executable, "-c", "import finetune, torch; torch.ones(3).sum()"]
+    command = [sys.executable, "-c", "from finetune import load_config; import torch; torch.ones(3).sum()"]
     environment = {**unset, **own, "OMP_DISPLAY_ENV": "verbose"}
     done = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and found in done.stderr
+
+
+def test_importing_the_package_changes_neither_the_environment_nor_any_logger():
+    code = (
+        "import os, logging; before = dict(os.environ)\n"
+        "import finetune, finetune.models, finetune.cli\n"
+        "assert dict(os.environ) == before and not logging.root.manager.loggerDict"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_launch_script_never_hides_the_function_of_its_name():
