@@ -1,4 +1,4 @@
-"""The site's reference pages, written from the schema and the table of commands while the site is built."""
+"""Generate the reference pages of the site from the schema and the table of commands."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from finetune.config.keys import allowed, default_of, is_section, schema_fields
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """mkdocs' hook: adds the generated pages to those in docs/."""
+    """Add the generated pages to the site (a hook of mkdocs)."""
     for path, write in {"reference/settings.md": settings_page, "reference/commands.md": commands_page}.items():
         files.append(File.generated(config, path, content=write()))
     return files
 
 
 def settings_page() -> str:
-    """Every key of a run's config: default, what it may be, meaning."""
+    """Return the page with the default, allowed values and meaning of every key."""
     lines = [
         "# Settings of a run",
         "",
-        "A key's name is its path on the command line: `train.max_steps=10`. A key that does not exist is refused with",
-        "the nearest that does. `data.eval` takes the same sources as `data.train`.",
+        "The name of a key is its path on the command line: `train.max_steps=10`. An unknown key is refused, and the",
+        "error names the nearest key. `data.eval` takes the same sources as `data.train`.",
         *_table("General", {key: field for key, field in schema_fields().items() if "." not in key}),
     ]
     for name, section in schema_fields().items():
@@ -50,12 +50,12 @@ def _table(title: str, fields: dict, text: str = "") -> list[str]:
         for key, field in fields.items()
         if not is_section(field.annotation)
     ]
-    head = ["| key | default | may be | meaning |", "|---|---|---|---|"]
+    head = ["| key | default | allowed values | meaning |", "|---|---|---|---|"]
     return ["", f"## {title}", "", *([text, ""] if text else []), *([*head, *rows] if rows else [])]
 
 
 def _code(text: str) -> str:
-    return f"`{_cell(text)}`" if text else "must be given"
+    return f"`{_cell(text)}`" if text else "required"
 
 
 def _cell(text: str) -> str:
@@ -63,12 +63,12 @@ def _cell(text: str) -> str:
 
 
 def commands_page() -> str:
-    """What `finetune <command> --help` prints, for every command."""
-    lines = ["# Commands", "", "What `finetune COMMAND --help` prints. Data goes to stdout, messages to stderr."]
+    """Return the page with the help text of every command."""
+    lines = ["# Commands", "", "The output of `finetune COMMAND --help`. Data goes to stdout, messages to stderr."]
     for name in COMMANDS:
         command = load_command(name)
         text = command.help()
-        if name == "train":  # the settings have a page of their own
+        if name == "train":  # the keys have their own page
             text = text.split("\n\nPackaged configs:")[0]
         lines += ["", f"## finetune {name}", "", f"{command.summary[0].upper()}{command.summary[1:]}.", "", "```text"]
         lines += [text.rstrip(), "```"]

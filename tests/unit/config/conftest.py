@@ -1,4 +1,4 @@
-"""A run in one line: `load("train: {max_steps: 3}", "lora.rank=4")`, and the text of what is wrong with it."""
+"""Load a run in one line: `load("train: {max_steps: 3}", "lora.rank=4")`, or get the text of its error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODEL = "model: {name: base}\n"
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
-    """Loads a YAML text as run.yaml in the working directory; model and data are added where the text has none."""
+    """Load a YAML text as run.yaml in the working directory; add model and data if the text has none."""
     monkeypatch.chdir(tmp_path)
 
     def loaded(text: str = "", *overrides: str) -> RunConfig:
@@ -31,7 +31,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunCo
 
 @pytest.fixture
 def complaint(load: Callable[..., RunConfig]) -> Callable[..., str]:
-    """The text of the ConfigError that a YAML text and overrides give."""
+    """Return the text of the ConfigError for a YAML text and overrides."""
 
     def complained(text: str = "", *overrides: str) -> str:
         with pytest.raises(ConfigError) as caught:

@@ -1,4 +1,4 @@
-"""Where a config is found, in which order its parts win, and what its interpolations may see."""
+"""Where configs are found, which part wins, and what interpolations can read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_name_is_looked_up_here_then_in_configs_then_among_the_packaged(here: 
     assert load_config("configs/lora.yaml").model.name == "in-configs"
 
 
-def test_a_missing_config_says_where_it_was_looked_for_and_what_there_is(here: Path):
+def test_a_missing_config_lists_the_folders_searched_and_the_nearest_names(here: Path):
     with pytest.raises(ConfigError) as caught:
         load_config("all_linear.yml")
     for part in ("all_linear.yml", "configs", str(packaged("configs")), "all-linear.yaml"):
@@ -53,13 +53,13 @@ def test_a_name_that_cannot_be_a_file_is_a_missing_config(here: Path, name: str)
 
 
 @pytest.mark.parametrize("folder", ["a b", "it's", "é漢", "${x}", "a=b,c", "[x]{y}", "#1", "%20"])
-def test_a_config_of_ones_own_in_any_folder_composes_the_packaged_groups(here: Path, folder: str):
+def test_a_user_config_in_any_folder_composes_the_packaged_groups(here: Path, folder: str):
     file = write(here / folder / "my ${run}@1=.yaml", "defaults: [{quant: int8}]\n" + RUN)
     config = load_config(str(file))
     assert (config.name, config.quant.type, config.output_dir) == ("my ${run}@1=", "int8", "outputs/my ${run}@1=")
 
 
-def test_ones_own_group_option_stands_beside_the_packaged_and_before_one_of_the_same_name(here: Path):
+def test_a_user_group_option_wins_over_a_packaged_one_of_the_same_name(here: Path):
     write(here / "lora/wide.yaml", "rank: 256\n")
     write(here / "quant/int8.yaml", "type: none\n")
     write(here / "run.yaml", "defaults: [{lora: wide}, {quant: int8}]\n" + RUN)
@@ -68,7 +68,7 @@ def test_ones_own_group_option_stands_beside_the_packaged_and_before_one_of_the_
 
 
 def test_a_packaged_config_takes_options_from_the_configs_of_the_working_directory(here: Path):
-    """A config of one's own does too, after those that stand beside it and before packaged ones of the same name."""
+    """So does a user config: its own folder comes first, then configs/ of the working directory, then the package."""
     write(here / "configs/quant/allocated.yaml", "int8: [down_proj]\n")
     write(here / "configs/quant/none.yaml", "int8: [k_proj]\n")
     quant = load_config("quickstart", ["quant=allocated"]).quant

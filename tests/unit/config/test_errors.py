@@ -1,4 +1,4 @@
-"""Everything that is wrong with a config is said at once: the key, where it stands, what was found, what to write."""
+"""One error lists every problem of a config: the key, the place, the value found, and what to write."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ foo: {bar: 1}
 generation:
 """
 
-SAID = [
+EXPECTED = [
     "name (run.yaml:1): found false; allowed: text; in quotes it is text",
     'model (run.yaml:2): found "Qwen/Qwen2.5-7B"; allowed: mapping of keys to values; write {name: Qwen/Qwen2.5-7B}',
     'quant.type (run.yaml:3): found "nf5"; allowed: nf4 | int8 | none; did you mean nf4?',
@@ -70,19 +70,19 @@ SAID = [
 ]
 
 
-def test_all_errors_are_told_at_once_each_with_its_line(complaint: Callable):
+def test_all_errors_are_reported_at_once_each_with_its_line(complaint: Callable):
     text = complaint(EVERYTHING, "train.seed=-1", "train.max_stesp=2", "lora=wide")
     lines = text.splitlines()
-    for said in SAID:
-        assert any(line.strip().startswith(said) for line in lines), said
+    for expected in EXPECTED:
+        assert any(line.strip().startswith(expected) for line in lines), expected
     for key in ("train.seed", "train.max_stesp", "lora"):
         assert any(line.strip().startswith(f"{key} (command line): ") for line in lines), key
     assert "quant.skip_modules.0" in text  # The rules are checked as well.
-    assert len(lines) == len(set(lines)) == len(SAID) + 4 + 1
+    assert len(lines) == len(set(lines)) == len(EXPECTED) + 4 + 1
     assert lines[0] == f"{len(lines) - 1} problems in run.yaml"
 
 
-def test_what_is_missing_is_named(tmp_path: Path, complaint: Callable):
+def test_a_missing_key_is_named(tmp_path: Path, complaint: Callable):
     (tmp_path / "empty.yaml").write_text("")
     text = complaint("model: {}\ndata: {}\n")
     assert "model.name (run.yaml:1): is missing: Hub id or local folder" in text
@@ -90,7 +90,7 @@ def test_what_is_missing_is_named(tmp_path: Path, complaint: Callable):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("train:\n  seed: 1\n   keep: 2\n", "run.yaml:3:8: not YAML"),
         ("train: {seed: 1\n", "not YAML"),
@@ -116,9 +116,9 @@ def test_what_is_missing_is_named(tmp_path: Path, complaint: Callable):
         ("name: '\\e[31mred'\n".replace("'", '"'), "name"),
     ],
 )
-def test_a_file_that_cannot_be_meant_is_refused_in_its_place(complaint: Callable, text: str, said: str):
+def test_an_invalid_file_is_refused_with_its_place(complaint: Callable, text: str, expected: str):
     found = complaint(text)
-    assert said in found
+    assert expected in found
     assert "\x1b" not in found
 
 
@@ -168,11 +168,11 @@ def test_hostile_files_end_in_one_clean_error(tmp_path: Path, load: Callable, co
         ("data.streaming", "data.stream_rows"),
     ],
 )
-def test_an_unknown_key_names_the_one_that_was_meant(key: str, meant: str):
+def test_an_unknown_key_is_answered_with_the_probable_one(key: str, meant: str):
     assert meant in unknown_key(key).text
 
 
-def test_a_role_that_is_not_ours_is_one_problem_with_the_four_that_are(complaint: Callable):
+def test_an_unknown_role_is_one_problem_that_lists_the_four_roles(complaint: Callable):
     text = complaint("data: {train: [{path: x, roles: {bot: assistant, user: 5}}]}\n")
     assert text.startswith("2 problems")
     assert "data.train.0.roles.bot (run.yaml:1): unknown key; allowed: mapping of system | user | assistant" in text
@@ -183,7 +183,7 @@ def test_the_fp4_of_peers_is_answered_with_nf4(complaint: Callable):
     assert "did you mean nf4?" in complaint("quant: {type: fp4}\n")
 
 
-def test_a_key_that_resembles_nothing_is_not_guessed():
+def test_a_key_without_a_near_match_gets_no_guess():
     assert unknown_key("zzzz").text == "unknown key; see finetune --help"
 
 
@@ -197,19 +197,19 @@ wandb_project report_to resize_token_embeddings_to_32x""".split()
 
 
 @pytest.mark.parametrize("name", FAMILIAR)
-def test_the_names_of_peers_get_ours(name: str):
+def test_a_peers_name_is_answered_with_our_key(name: str):
     text = unknown_key(name).text
     assert any(field in text for field in schema_fields() if "." in field), text
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_every_answer_to_a_peers_name_holds_a_key_of_ours(name: str):
+def test_every_answer_to_a_peers_name_contains_a_key_of_ours(name: str):
     answer = PEERS[name].replace("an item of ", "").replace("[{path:", " ").split("=")[0].split(",")[0].split(" ")[0]
     item_keys = {field.split(".")[-1] for field in schema_fields() if field.startswith("data.train.*.")}
     assert find(answer) is not None or answer in item_keys
 
 
-def test_no_key_of_ours_is_called_a_peers():
+def test_no_key_of_ours_is_in_the_table_of_peers():
     own = {field.split(".")[-1] for field in schema_fields()}
     assert own & (PEERS.keys() | REFUSED.keys()) == set()
     assert PEERS.keys() & REFUSED.keys() == set()

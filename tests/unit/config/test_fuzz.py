@@ -1,4 +1,4 @@
-"""Whatever a file or a command line holds, the answer is a run or one clean error."""
+"""Any file and any command line give a run or one clean error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command's own settings beside those of a run: each word goes where it belongs, a slip is told where it was."""
+"""Options of a command and keys of a run on one command line: each word goes to its owner."""
 
 from __future__ import annotations
 

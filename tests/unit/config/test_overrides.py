@@ -1,4 +1,4 @@
-"""`key=value`: every key of the schema without `+`, Hydra's grammar for values, text as it was typed."""
+"""`key=value`: every key of the schema without `+`, values in Hydra's grammar, text as typed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_values_are_read_by_hydras_grammar(override: str, value: Any):
         "x ${name}",
     ],
 )
-def test_a_key_that_takes_text_takes_it_as_typed(text: str):
+def test_a_text_key_keeps_text_as_typed(text: str):
     assert value_of(f"data.system={text}") == text
 
 
@@ -152,7 +152,7 @@ def test_lists_and_mappings_of_values_are_replaced_not_merged(load: Callable):
         ("train .seed=3", "key=value"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_with_a_way_out(override: str, words: str):
+def test_an_invalid_override_is_refused_with_help(override: str, words: str):
     assert words in problem_of(override)
 
 
@@ -174,5 +174,5 @@ def test_what_cannot_be_meant_is_refused_with_a_way_out(override: str, words: st
         ("data.train.0.roles.user=[5]", "list of text or text"),
     ],
 )
-def test_what_does_not_fit_the_config_says_so(complaint: Callable, override: str, words: str):
+def test_an_override_that_does_not_fit_the_config_is_refused(complaint: Callable, override: str, words: str):
     assert words in complaint("", override)

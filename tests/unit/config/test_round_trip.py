@@ -1,4 +1,4 @@
-"""The resolved YAML that a run saves is that run: reading it back gives an equal config."""
+"""The resolved YAML of a run reads back to an equal config."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ source = st.fixed_dictionaries({"path": text}, optional={"name": text, "split": 
 
 @st.composite
 def runs(draw: st.DrawFn) -> RunConfig:
-    """Valid runs with hostile text and numbers of every size in them."""
+    """Draw valid runs with hostile text and numbers of every size."""
     tree: dict[str, Any] = {
         "name": draw(name),
         "output_dir": draw(text),
@@ -108,7 +108,7 @@ FIND = (Phase.explicit, Phase.generate)  # Shrinking an example would take minut
 
 
 def read(saved: str) -> Any:
-    """A YAML text as Hydra reads it, interpolations left alone."""
+    """Read a YAML text like Hydra, without resolving interpolations."""
     return OmegaConf.to_container(OmegaConf.create(saved), resolve=False)
 
 
@@ -142,6 +142,6 @@ def test_text_stays_text_for_every_reader_of_yaml():
 
 
 @pytest.mark.parametrize("value", ["a\0b", "\ud800", "???"])
-def test_text_that_yaml_cannot_hold_is_no_config(value: str):
+def test_text_that_yaml_cannot_store_is_refused(value: str):
     with pytest.raises(ValueError, match=r"model\.revision"):
         RunConfig.model_validate({"model": {"name": "x", "revision": value}, "data": {"train": [{"path": "x"}]}})

@@ -1,4 +1,4 @@
-"""The schema: each key documented, typed and within its range; no value is turned into one of another type."""
+"""The schema: every key has a description, a type and a range; no value is converted to another type."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.config.schema import RunConfig
 
 MINIMAL: dict[str, Any] = {"model": {"name": "base"}, "data": {"train": [{"path": "rows.jsonl"}]}}
 
-# Key -> values at the border that are legal, values just outside.
+# Key -> legal values at the limit, values just outside.
 RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "lora.rank": ([1], [0, -1]),
     "lora.alpha": ([1e-9, 16], [0, -1.0]),
@@ -71,7 +71,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
 }
 
 
-# What else a key of distill needs, where learning from the own base is not enough.
+# Other keys that a key of distill needs.
 DISTILLING: dict[str, dict[str, Any]] = {
     "distill.beta": {"objective": "recover", "divergence": "jsd"},
     "distill.alpha": {"objective": "recover", "divergence": "skew_kl"},
@@ -104,24 +104,24 @@ def accepted(key: str, value: Any) -> bool:
     return True
 
 
-def numbers_of_the_schema() -> set[str]:
+def bounded_keys() -> set[str]:
     bounded = ("Ge(", "Gt(", "Le(", "Lt(", "MinLen(")
     fields = {key: f"{field.annotation} {field.metadata}" for key, field in schema_fields().items()}
     return {key for key, text in fields.items() if any(mark in text for mark in bounded)}
 
 
 @pytest.mark.parametrize("key", RANGES)
-def test_a_number_is_taken_up_to_its_border_and_not_beyond(key: str):
+def test_a_number_is_accepted_up_to_its_limit_and_not_beyond(key: str):
     inside, outside = RANGES[key]
     assert [value for value in inside if not accepted(key, value)] == []
     assert [value for value in outside if accepted(key, value)] == []
 
 
-def test_every_bounded_key_is_tested_at_its_borders():
-    # These need another key beside them; test_rules.py has them at work.
+def test_every_bounded_key_is_tested_at_its_limits():
+    # These need other keys; test_rules.py tests them.
     elsewhere = {"train.eval_every", "train.early_stopping", "generation.every", "data.stream_rows"}
     tested = {key.replace(".0", ".*") for key in RANGES}
-    missing = {key for key in numbers_of_the_schema() - tested - elsewhere if not key.startswith("data.eval.*")}
+    missing = {key for key in bounded_keys() - tested - elsewhere if not key.startswith("data.eval.*")}
     assert missing == set()
 
 
@@ -136,7 +136,7 @@ NEARLY: dict[type, tuple[Any, ...]] = {
 
 
 def kinds() -> list[tuple[str, Any]]:
-    """Values of a type that is nearly the right one."""
+    """Return values whose type is nearly the right one."""
     wrong: list[tuple[str, Any]] = []
     for key in schema_fields().keys() - sections().keys():
         path = key.replace("*", "0")
