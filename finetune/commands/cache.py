@@ -56,7 +56,7 @@ def run(arguments: Arguments) -> int:
     from finetune.data.loader import load_chat_template, load_data, used_ids
     from finetune.data.tokens.prepare import Preparation, console_progress
     from finetune.distill.filling import size_of, write_cache
-    from finetune.distill.teacher import cache_of, check_vocabulary
+    from finetune.distill.teacher import cache_path, check_vocabulary
     from finetune.models.load import default_device, load_tokenizer
     from finetune.models.tokens import extend_tokenizer
     from finetune.system.machine import pick_threads, usable_cores
@@ -70,8 +70,8 @@ def run(arguments: Arguments) -> int:
     if device.type == "cpu" and (threads := pick_threads(os.environ, usable_cores())):
         torch.set_num_threads(threads)
     documents = Documents.join(source.documents for source in (*data.train, *data.eval))
-    written = write_cache(cfg, chat, vocabulary, documents, device, log)
-    folder = cache_of(cfg)
+    written = write_cache(cfg, chat, vocabulary, documents, device=device, log=log)
+    folder = cache_path(cfg)
     print(f"{folder}: {written:,} documents written now, {format_bytes(size_of(folder))} in all")
     print(f"next: {shlex.join(['finetune', 'train', f'config={arguments.config}', *training])}")
     return 0

@@ -1,12 +1,16 @@
-"""A target's distribution in 178 bytes, drawn so that what is learned from it is right on average.
+"""Store a target's distribution in 178 bytes, so that gradients are right on average.
 
-Kept are the `head` most probable tokens with their log-probabilities (16 bit, within 1.9e-4 nats), `samples` tokens
-drawn from the others in proportion to their probability, each standing for an equal part of the others' mass, that
-mass, and the entropy of the whole. The gradient of forward KL is linear in the teacher's distribution, so its mean over
-draws is the exact one. Keeping the head alone and rescaling it is not: it takes the tail's mass for the head.
+Stored are:
 
-Shapes: N targets, V vocabulary, K = head + samples tokens kept.
-Source: the sampling of Anshumann et al. 2025, arXiv:2503.16870, after the head; strata as in Cochran 1977, ch. 5.
+- the `top_k` most probable tokens with their log-probabilities (16 bit, within 1.9e-4 nats)
+- `num_samples` other tokens, drawn in proportion to their probability; each has an equal share of the tail's mass
+- the mass of the tail, and the entropy of the whole distribution
+
+The gradient of forward KL is linear in the teacher's distribution, so its mean over draws is exact. A rescaled top-k
+alone is biased: it moves the tail's mass to the top.
+
+Shapes: N targets, V vocabulary, K = top_k + num_samples tokens stored.
+Source: Anshumann et al. 2025, arXiv:2503.16870 (sampling); Cochran 1977, ch. 5 (strata).
 """
 
 from __future__ import annotations
@@ -24,27 +28,27 @@ from finetune.losses.teacher_targets import TeacherHidden, TeacherSamples, Teach
 
 Columns = dict[str, np.ndarray]
 
-# Log-probabilities in 16-bit steps; what is less probable than exp(-24) is kept as that.
+# Log-probabilities in 16-bit steps. Tokens below exp(-24) are stored as exp(-24).
 _LOWEST = -24.0
 _STEPS = 2**16 - 1
-# Ids are 16 bits and two more, four of the latter in a byte.
+# An id has 16 low bits and two high bits; one byte holds the high bits of four ids.
 MOST_IDS = 2**18
-# Rows worked on at once, which stay in a processor's cache; on a GPU they bound the temporaries.
+# Rows processed at once: they fit a CPU's cache, and bound the temporaries on a GPU.
 _ROWS, _GPU_ROWS = 4, 256
-# Consecutive ids that are looked at together: about the square root of 151,665.
+# Consecutive ids searched together: about the square root of 151,665.
 _RUN = 384
 
 
 @torch.no_grad()
 def draw(teacher_targets: TeacherHidden, vocabulary: int, head: int, uniforms_NS: np.ndarray) -> Columns:
-    """The columns of a cache for each target. uniforms_NS: a number in [0, 1) for each token to draw."""
+    """Return the columns of a cache. uniforms_NS: a number in [0, 1) for each token to draw."""
     head = min(head, vocabulary)
-    # One without rows, so that there are columns where there is no target.
+    # Start with zero rows, so that columns exist without targets.
     drawn = [_draw_rows(teacher_targets.hidden_ND.new_empty(0, vocabulary), head, torch.from_numpy(uniforms_NS[:0]))]
     for logits_NV, rows in chunked_logits(teacher_targets.hidden_ND, teacher_targets.head, vocabulary):
         uniforms = torch.from_numpy(uniforms_NS[rows]).to(logits_NV.device)
-        some = _GPU_ROWS if logits_NV.is_cuda else _ROWS
-        drawn += map(_draw_rows, logits_NV.split(some), repeat(head), uniforms.split(some))
+        rows_at_once = _GPU_ROWS if logits_NV.is_cuda else _ROWS
+        drawn += map(_draw_rows, logits_NV.split(rows_at_once), repeat(head), uniforms.split(rows_at_once))
     ids_NK, log_probs_NH, tail_N, entropy_N = (torch.cat(parts).cpu().numpy() for parts in zip(*drawn, strict=True))
     return {
         **_encode_ids(ids_NK),
@@ -68,10 +72,9 @@ def _draw_rows(logits_NV: Tensor, head: int, uniforms_NS: Tensor) -> tuple[Tenso
 
 
 def _largest(values_NV: Tensor, count: int) -> Tensor:
-    """Ids of the `count` largest values of each row, largest first.
+    """Return the ids of the `count` largest values of each row, largest first.
 
-    They are in the `count` runs of ids whose own largest value is largest, which is quicker to see than all values are
-    to sort.
+    They lie in the `count` runs with the largest maxima. Finding these runs is faster than sorting all values.
     """
     runs_NRW = _runs(values_NV, -torch.inf)
     if count >= runs_NRW.shape[1]:
@@ -82,10 +85,10 @@ def _largest(values_NV: Tensor, count: int) -> Tensor:
 
 
 def _draw_others(parts_NV: Tensor, uniforms_NS: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids drawn in proportion to these parts, one in each of S equal strata of their sum, and that sum [N] fp64.
+    """Draw ids in proportion to these parts, one per stratum of their sum [N], and return both.
 
-    Strata are as unbiased as independent draws, and less spread. First the run of ids is found, then the id in it: no
-    cumulative sum over all of them is needed.
+    Strata are as unbiased as independent draws and have less variance. The search goes by run, then by id in the run,
+    so it needs no cumulative sum over all ids.
     """
     count = uniforms_NS.shape[1]
     runs_NRW = _runs(parts_NV, 0.0)
@@ -101,20 +104,21 @@ def _draw_others(parts_NV: Tensor, uniforms_NS: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _runs(values_NV: Tensor, filling: float) -> Tensor:
-    """Runs of consecutive ids [N, R, _RUN]."""
+    """Split into runs of consecutive ids: [N, R, _RUN]."""
     return F.pad(values_NV, (0, -values_NV.shape[1] % _RUN), value=filling).unflatten(1, (-1, _RUN))
 
 
 def _find(ends: Tensor, at: Tensor) -> Tensor:
-    """Where along the last dimension a cumulative sum first exceeds a value; never an entry that adds nothing, which
-    a rounded value beyond the end would find.
+    """Return where a cumulative sum first exceeds a value, along the last dimension.
+
+    The result is never an entry that adds nothing, which a value rounded beyond the end would find.
     """
     last = torch.searchsorted(ends, ends[..., -1:].contiguous())
     return torch.minimum(torch.searchsorted(ends, at, right=True), last)
 
 
 def teacher_samples(columns: Mapping[str, np.ndarray], device: torch.device) -> TeacherSamples:
-    """What a cache's columns say. Head and tail were rounded each by itself; together they are made to add up to 1."""
+    """Decode the columns of `draw`. Head and tail are rounded separately, so their sum is normalized to 1."""
     ids_NK = _decode_ids(columns)
     head_NH, tail_N = np.exp(_decode(columns["log_probs"])), np.exp(_decode(columns["tail"]))
     samples = ids_NK.shape[1] - head_NH.shape[1]
@@ -125,12 +129,12 @@ def teacher_samples(columns: Mapping[str, np.ndarray], device: torch.device) -> 
 
 
 def encode_top(ids_NK: np.ndarray, log_probs_NK: np.ndarray) -> Columns:
-    """The columns of the most probable tokens alone."""
+    """Return the columns of the most probable tokens alone."""
     return {**_encode_ids(ids_NK), "log_probs": _encode(log_probs_NK)}
 
 
 def teacher_top_k(columns: Mapping[str, np.ndarray], device: torch.device) -> TeacherTopK:
-    """What `encode_top` kept."""
+    """Decode the columns of `encode_top`."""
     log_probs_NK = _decode(columns["log_probs"]).astype(np.float32)
     return TeacherTopK(torch.from_numpy(_decode_ids(columns)).to(device), torch.from_numpy(log_probs_NK).to(device))
 

@@ -192,9 +192,9 @@ class Endpoint:
                 opened.append(info["return_value"].get_extra_info("socket"))
                 cancellation.add(opened[-1])
 
-        method, settings = ("GET", {}) if body is None else ("POST", {"json": body})
+        method = "GET" if body is None else "POST"
         try:
-            with self._client.stream(method, self.url + path, extensions={"trace": on_event}, **settings) as response:
+            with self._client.stream(method, self.url + path, json=body, extensions={"trace": on_event}) as response:
                 most_bytes = most_bytes if response.status_code == 200 else _ERROR_BYTES
                 answer = bytearray()
                 for piece in response.iter_raw():

@@ -1,4 +1,4 @@
-"""Writing a folder of signals: who is asked, how many documents at a time, and how far it is."""
+"""Write a cache of the teacher's targets from a resident, streamed or served teacher."""
 
 from __future__ import annotations
 
@@ -14,88 +14,100 @@ from finetune.config.schema import RunConfig
 from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.data.template.chat import ChatTemplate
-from finetune.distill.cache import BATCH_TOKENS, Encode, encoder_of, fill_cache
+from finetune.distill.cache import BATCH_TOKENS, Encode, build_encoder, fill_cache
 from finetune.distill.codec import Columns, encode_top
 from finetune.distill.fingerprint import adapter_folder
 from finetune.distill.resident import load_resident
 from finetune.distill.server import LogprobServer
-from finetune.distill.teacher import cache_of, signal_fingerprint, streamed_teacher, teacher_model
+from finetune.distill.teacher import cache_fingerprint, cache_path, streamed_teacher, teacher_model
 from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
 from finetune.models.quant.bit_widths import DTYPE_BYTES
 from finetune.system.console import Log
+from finetune.system.format import format_duration
 from finetune.system.machine import available_memory
 
-# Tokens that a streamed teacher answers each time it is read: where a GPU computes as long as a fast disk reads
-# (operations a second over bytes a second), and 1.1 GB of states at 7B.
+# Tokens per pass of a streamed teacher: there a GPU computes as long as a fast disk reads. At 7B they are 1.1 GB of
+# hidden states.
 _PASS_TOKENS = {"cuda": 131_072, "cpu": 16_384}
-# Of the free memory, what a teacher may take.
-_FITS = 0.6
-_WHOM = {"resident": "the teacher", "streamed": "the teacher, layer by layer,", "server": "the server"}
+# Share of the free memory that a teacher may take.
+_FREE_SHARE = 0.6
 
 
 def write_cache(
-    cfg: RunConfig, chat: ChatTemplate, vocabulary: int, documents: Sequence[Document], device: torch.device, log: Log
+    cfg: RunConfig,
+    chat: ChatTemplate,
+    vocabulary: int,
+    documents: Sequence[Document],
+    *,
+    device: torch.device,
+    log: Log,
 ) -> int:
-    """Write what `distill.cache` lacks of these documents, through the teacher that the config names.
+    """Write the documents that `distill.cache` lacks, with the teacher in the config.
 
-    placement=cached takes the teacher into memory where it fits, and reads it layer by layer where not. Where nothing
-    is lacking, no teacher is loaded.
-    Returns: documents written now.
-    Raises: as `fill_cache`, and as the teacher does.
+    With placement=cached, the teacher is resident if it fits into memory, else streamed. If the cache lacks nothing,
+    no teacher is loaded.
+
+    Returns:
+        The number of documents written now.
+
+    Raises: as `fill_cache` and the teacher.
     """
 
     @cache
     def teacher() -> Encode:
-        """Loaded for the first document that is lacking."""
         if placement == "server":
-            return _ask_server(cfg, vocabulary, log)
+            return _server_encoder(cfg, vocabulary, log)
         if placement == "streamed":
-            return encoder_of(streamed_teacher(cfg, device, log), cfg.distill, vocabulary)
+            return build_encoder(streamed_teacher(cfg, device, log), cfg.distill, vocabulary)
         lora = cfg.distill.teacher.lora
         resident = load_resident(teacher_model(cfg), None if lora is None else adapter_folder(lora), device)
-        return encoder_of(resident, cfg.distill, vocabulary)
+        return build_encoder(resident, cfg.distill, vocabulary)
 
     placement = cfg.distill.teacher.placement
     if placement == "cached":
         placement = "resident" if _fits(cfg, device) else "streamed"
     group_tokens = _PASS_TOKENS.get(device.type, _PASS_TOKENS["cuda"]) if placement == "streamed" else 8 * BATCH_TOKENS
-    origin = signal_fingerprint(cfg, chat, vocabulary, log)
-    progress = _progress(_WHOM[placement], log)
-    return fill_cache(cache_of(cfg), origin, documents, lambda some: teacher()(some), group_tokens, progress)
+    origin = cache_fingerprint(cfg, chat, vocabulary, log)
+    return fill_cache(
+        cache_path(cfg),
+        origin,
+        documents,
+        lambda some: teacher()(some),
+        group_tokens=group_tokens,
+        progress=_log_progress(placement, log),
+    )
 
 
 def _fits(cfg: RunConfig, device: torch.device) -> bool:
-    """Whether the teacher's weights fit into what is free, with room for a forward pass."""
+    """Return whether the teacher's weights fit into free memory, with room for a forward pass."""
     model = teacher_model(cfg)
     folder = fetch(model.name, model.revision, WEIGHT_FILES, "distill.teacher.name").folder
     files = set(weight_files(folder, model.name).values())
-    # Files of 16-bit weights, as all of Qwen2.5's are.
+    # The files hold 16-bit weights, as all of Qwen2.5 do.
     size = sum(file.stat().st_size for file in files) * DTYPE_BYTES[model.dtype] / 2
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    return free is None or size < _FITS * free
+    return free is None or size < _FREE_SHARE * free
 
 
-def _ask_server(cfg: RunConfig, vocabulary: int, log: Log) -> Encode:
+def _server_encoder(cfg: RunConfig, vocabulary: int, log: Log) -> Encode:
     teacher = cfg.distill.teacher
     assert teacher.url is not None
     server = LogprobServer(teacher.url, teacher.served_as or teacher.name, cfg.distill.top_k, log=log)
     server.check()
 
     def encode(documents: Sequence[Document]) -> Iterator[Columns]:
-        asked = []
+        requests = []
         for document in documents:
             positions = np.flatnonzero(document.labels != IGNORE_INDEX)
-            asked.append((document.ids[: positions[-1] + 2], positions))
-        for answer in server.score_many(asked, teacher.requests):
+            requests.append((document.ids[: positions[-1] + 2], positions))
+        for answer in server.score_many(requests, teacher.requests):
             yield encode_top(*_known(answer.ids, answer.log_probs, vocabulary))
 
     return encode
 
 
 def _known(ids_NK: np.ndarray, log_probs_NK: np.ndarray, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens without rows beyond the vocabulary, which a large table has to spare: others that are as improbable
-    take their places, so that a row names as many tokens, each once.
-    """
+    """Replace ids beyond the vocabulary (padding rows of the table) by other improbable ids, each once per row."""
     ids_NK, log_probs_NK = ids_NK.copy(), log_probs_NK.copy()
     for row in np.flatnonzero((ids_NK >= vocabulary).any(1)):
         spare = ids_NK[row] >= vocabulary
@@ -105,25 +117,25 @@ def _known(ids_NK: np.ndarray, log_probs_NK: np.ndarray, vocabulary: int) -> tup
     return ids_NK, log_probs_NK
 
 
-def _progress(whom: str, log: Log, every_seconds: float = 10.0) -> Callable[[int, int], None]:
+def _log_progress(placement: str, log: Log, every_seconds: float = 10.0) -> Callable[[int, int], None]:
     began: float | None = None
     first, last = 0, 0.0
 
-    def tell(done: int, total: int) -> None:
+    def progress(done: int, total: int) -> None:
         nonlocal began, first, last
         now = time.monotonic()
         if began is None:
             began, first, last = now, done, now
             if done < total:
-                log(f"asking {whom} about {total - done:,} of {total:,} documents")
+                log(f"cache: teacher={placement}, to_write={total - done:,} of {total:,} documents")
         elif now - last >= every_seconds and done < total:
             last = now
             left = (total - done) * (now - began) / (done - first)
-            log(f"{done:,} of {total:,} documents, {int(left // 60)}:{int(left % 60):02d} left")
+            log(f"cache: {done:,} of {total:,} documents, {format_duration(left)} left")
 
-    return tell
+    return progress
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of a folder's shards."""
+    """Return the bytes of a cache's shards."""
     return sum(file.stat().st_size for file in folder.glob("shard-*.safetensors"))

@@ -1,4 +1,4 @@
-"""Where a cached signal comes from: everything that decides it, so that a stale or foreign one is told by a field."""
+"""Fingerprint the origin of a cache, to detect a stale or foreign one and name the field that differs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.models.digest import sha256_of, weights_digest
 from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
 from finetune.system.cache_home import cache_home
 
-# Raised when what is kept of a distribution, or how a document's key is made, changes.
+# Increases when the stored columns or the keys of documents change.
 SIGNAL_VERSION = 1
 
 
@@ -22,12 +22,16 @@ def fingerprint(
     teacher: ModelConfig,
     chat: ChatTemplate,
     vocabulary: int,
+    *,
     weights: dict[str, str] | None,
     adapter: dict[str, str] | None,
 ) -> dict[str, Any]:
-    """What a folder of signals must have been made from; None where it cannot be known here.
+    """Return the fields that decide the content of a cache; None for a field that is unknown here.
 
-    weights, adapter: of `teacher_weights` and `teacher_adapter`. vocabulary: ids that take part.
+    Args:
+        vocabulary: ids below it take part in the divergence.
+        weights: of `teacher_weights`.
+        adapter: of `teacher_adapter`.
     """
     server = cfg.teacher.placement == "server"
     kept: dict[str, Any] = {"cache_kind": "top" if server else cfg.cache_kind}
@@ -49,19 +53,19 @@ def fingerprint(
 
 
 def teacher_weights(teacher: ModelConfig, download: bool = True) -> dict[str, str]:
-    """SHA-256 of each of the teacher's weight files. Raises: as `fetch`, where they are not to be had."""
+    """Return the SHA-256 of each weight file of the teacher. Raises: as `fetch`."""
     source = fetch(teacher.name, teacher.revision, WEIGHT_FILES, "distill.teacher.name", download)
     files = sorted(set(weight_files(source.folder, teacher.name).values()))
     return weights_digest(files, cache_home("quantized") / "digests")
 
 
 def adapter_folder(name: str, download: bool = True) -> Path:
-    """The folder of the teacher's own adapter, a local one or the hub's. Raises: as `fetch`."""
+    """Return the folder of the teacher's adapter, downloaded if needed. Raises: as `fetch`."""
     return fetch(name, None, (CONFIG_FILE, TENSOR_FILE), "distill.teacher.lora", download).folder
 
 
 def teacher_adapter(name: str | None, download: bool = True) -> dict[str, str]:
-    """SHA-256 of each file of the teacher's own adapter; none for a teacher without one. Raises: as `fetch`."""
+    """Return the SHA-256 of each file of the teacher's adapter, empty without one. Raises: as `fetch`."""
     if name is None:
         return {}
     folder = adapter_folder(name, download)

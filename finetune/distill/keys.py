@@ -1,4 +1,4 @@
-"""What a cached signal is found by: the document it belongs to, wherever that stands in whatever batch."""
+"""Keys of cached targets: a document has the same key in any batch."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def document_key(ids: np.ndarray, labels: np.ndarray, media_digest: bytes = b"")
 
 
 def key_of(document: Document) -> bytes | None:
-    """The key of a document."""
+    """Return the key of a document."""
     return document_key(document.ids, document.labels, document.media_digest)
 
 
 def keys_of(batch: Batch) -> Iterator[tuple[bytes, int]]:
-    """(key, targets) of each document of a batch that has a target, in order."""
+    """Yield (key, number of targets) of each document of a batch with a target, in order."""
     ids, labels = batch.input_ids[0].cpu().numpy(), batch.labels[0].cpu().numpy()
     start = 0
     for length, media_digest in zip(batch.segment_lengths, batch.media_digests, strict=True):

@@ -1,7 +1,7 @@
-"""Weights out of safetensors files, the next layer's while this one computes.
+"""Read the next layer's weights from safetensors files while the current layer computes.
 
-On a CPU a layer's tensors are mapped, and threads touch their pages before they are needed: a page that the system has
-cached costs next to nothing, where a copy of it takes a core from the products. A GPU's are read into pinned memory.
+On a CPU the tensors are mapped, and threads touch their pages in advance: a cached page costs almost nothing, while a
+copy would take a core from the matrix products. For a GPU they are read into pinned memory.
 """
 
 from __future__ import annotations
@@ -18,22 +18,19 @@ from torch import Tensor
 
 from finetune.models.safetensors_index import Stored, check_reaches, map_tensor, read_exactly
 
-# Reads in flight: a fast disk is busy only with several, and more than it needs cost nothing.
+# Concurrent reads: a fast disk needs several, and more than it needs cost nothing.
 _THREADS = 4
 _PIECE_BYTES = 4 << 20
-# Rows of a table that one task reads, one read each.
+# Rows of a table per task, one read each.
 _ROWS = 256
-# At most as large as any system's pages.
+# No system has smaller pages.
 _PAGE_BYTES = 4 << 10
-# What torch's own allocations are aligned to: a product's rounding may depend on it.
+# Alignment of torch's allocations, on which the rounding of a matrix product may depend.
 _ALIGNMENT = 64
 
 
 class Reads:
-    """Threads that fill tensors from files. Leaving the block drops what has not begun and waits for the rest.
-
-    bytes: read so far.
-    """
+    """Threads that fill tensors from files. On exit, reads that have not begun are dropped. bytes: read so far."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="teacher-reader")
@@ -48,10 +45,10 @@ class Reads:
         self._threads.shutdown(cancel_futures=True)
 
     def weight(self, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, list[Future[None]]]:
-        """A stored tensor as `dtype` on the CPU, not to be written to, which is there once the futures are done.
+        """Return a stored tensor as `dtype` on the CPU, read-only, complete once the futures are done.
 
-        Mapped where the file has it in this type. Raises, at once or from each future: IntegrityError if the file ends
-        too early; OSError.
+        It is mapped if the file has this dtype. Raises, at once or from each future: IntegrityError if the file is too
+        short; OSError.
         """
         if stored.dtype != dtype:
             out = torch.empty(stored.shape, dtype=dtype)
@@ -62,9 +59,9 @@ class Reads:
         return mapped, [self._threads.submit(self._touch, stored, raw, start) for start in starts]
 
     def tensor(self, stored: Stored, out: Tensor) -> list[Future[None]]:
-        """Begins to fill `out`, contiguous on the CPU; numbers of another type than its are converted on arrival.
+        """Begin to fill `out`, contiguous on the CPU, converted to its dtype.
 
-        Raises, from each future: IntegrityError if the file ends too early; OSError.
+        Raises, from each future: IntegrityError if the file is too short; OSError.
         """
         flat, size = out.view(-1), stored.dtype.itemsize
         step = _PIECE_BYTES // size
@@ -74,7 +71,7 @@ class Reads:
         ]
 
     def rows(self, stored: Stored, rows_N: Tensor, dtype: torch.dtype) -> Tensor:
-        """Some rows [N, D] of a stored table [V, D], read now."""
+        """Read some rows [N, D] of a stored table [V, D] now."""
         out_ND = torch.empty(len(rows_N), stored.shape[1], dtype=dtype)
         row_bytes = stored.shape[1] * stored.dtype.itemsize
         places = [(stored.offset + row * row_bytes, out_D) for row, out_D in zip(rows_N.tolist(), out_ND, strict=True)]
@@ -87,7 +84,7 @@ class Reads:
         return out_ND
 
     def seconds(self) -> float:
-        """Time during which at least one read was going on."""
+        """Return the time with at least one read in progress."""
         total, until = 0.0, -math.inf
         for start, end in sorted(self._spans):
             total += max(0.0, end - max(start, until))
@@ -106,9 +103,9 @@ class Reads:
         self._note(began, count)
 
     def _touch(self, stored: Stored, raw: Tensor, start: int) -> None:
-        """One piece of a mapped tensor's bytes, so that its pages are there."""
+        """Bring the pages of one piece of a mapped tensor into memory."""
         began, piece = time.perf_counter(), raw[start : start + _PIECE_BYTES]
-        # What a file lacks would end the process, not raise.
+        # Touching a page beyond the end of the file kills the process, without an exception.
         check_reaches(stored.file, stored.offset + start + len(piece))
         piece[::_PAGE_BYTES].sum()
         self._note(began, len(piece))
@@ -120,33 +117,30 @@ class Reads:
 
 
 class LayerPair:
-    """Two layers of a model: the one that computes and the next, which is read meanwhile. Layer i has half i % 2."""
+    """Two layers of a model: one computes while the next is read. Layer i uses half i % 2."""
 
     def __init__(self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device):
-        """shapes: of one layer's tensors by name within it, the same for every layer."""
+        """shapes: of one layer's tensors by name, the same for every layer."""
         if device.type == "cuda":
             self._halves = [_PinnedHalf(shapes, dtype, device) for _ in range(2)]
         else:
             self._halves = [_MappedHalf(dtype) for _ in range(2)]
 
     def begin(self, layer: int, tensors: Mapping[str, Stored], reads: Reads) -> None:
-        """Starts reading a layer; the one that had this half must have been released."""
+        """Begin to read a layer. The layer that used this half must be released."""
         self._halves[layer % 2].begin(tensors, reads)
 
     def take(self, layer: int) -> dict[str, Tensor]:
-        """A layer's tensors on the device once they are there; valid until `release`.
-
-        Raises: what went wrong in reading it.
-        """
+        """Wait for a layer's tensors on the device, valid until `release`. Raises: errors of its reads."""
         return self._halves[layer % 2].take()
 
     def release(self, layer: int) -> None:
-        """Everything that computes with the layer has been called, and nothing refers to its tensors any more."""
+        """Free the half of a layer, once all its computation is queued and nothing refers to its tensors."""
         self._halves[layer % 2].release()
 
 
 class _MappedHalf:
-    """A layer on the CPU, where it lies in the system's cache: no copy of it is made."""
+    """A layer on the CPU, mapped from the system's page cache without a copy."""
 
     def __init__(self, dtype: torch.dtype):
         self._dtype = dtype
@@ -168,7 +162,7 @@ class _MappedHalf:
 
 
 class _PinnedHalf:
-    """Pinned memory that a layer is read into, and its copy on the GPU, made on a stream of its own."""
+    """Pinned memory of a layer, and its copy on the GPU, made on a separate stream."""
 
     def __init__(self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device):
         room = {name: _aligned(shape.numel() * dtype.itemsize) for name, shape in shapes.items()}
@@ -187,7 +181,7 @@ class _PinnedHalf:
         self._computed.record(torch.cuda.current_stream(device))
 
     def begin(self, tensors: Mapping[str, Stored], reads: Reads) -> None:
-        # The pinned half still feeds the copy of the layer before.
+        # The previous layer's copy still reads the pinned memory.
         self._copied.synchronize()
         self._pending = [
             piece for name, stored in tensors.items() for piece in reads.tensor(stored, self._tensors[name])

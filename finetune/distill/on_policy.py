@@ -1,7 +1,7 @@
-"""Documents whose answers the model in training writes itself, for the teacher to judge.
+"""On-policy distillation: the student writes the answers of a share of the documents, and the teacher scores them.
 
-Which documents, and what chance decides in each, is a pure function of (seed, step, the document's number in the step);
-the words depend on the weights besides. So nothing has to be saved for a resumed run, and every rank may write a part.
+The choice of documents and all random draws are a pure function of (seed, step, number of the document in the step).
+The answers also depend on the weights. So a resumed run needs no saved state, and each rank can write a part.
 Source: Agarwal et al. 2024, arXiv:2306.13649 (generalized knowledge distillation, on-policy).
 """
 
@@ -19,20 +19,24 @@ from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.data.sampler import Sampler
 
-# Prompts, each with the draws of its answer -> the answers' ids, in order. A draw, from [0, 1), decides one token, so
-# there are as many as the answer may have; an answer has one token or more.
+# Prompts and the draws of each answer -> ids of the answers, in order. One draw in [0, 1) decides one token, so the
+# number of draws limits the answer; an answer has at least one token.
 Writer = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], list[np.ndarray]]
-# Keeps the draws apart from the order of an epoch, which starts from (seed, epoch): trailing zeros count for nothing.
+# Separates these draws from the order of an epoch, which is seeded by (seed, epoch) padded with zeros.
 _STREAM = 1
 
 
 @dataclass(frozen=True)
 class OnPolicySampler:
-    """The documents of a sampler; a share of them ends with the model's own answer in the place of one of the row's.
+    """A sampler that replaces an answer by the student's in a share of the documents.
 
-    Which of the row's turns that is, is drawn too: answering the first one only would teach short conversations.
-    tokens: most that an answer has. max_length: tokens that no sequence exceeds: one that its answers make longer
-    becomes two. gather: joins the lists that the ranks give into one list, on every rank.
+    The turn is drawn, too: replacing only the first would train on short conversations.
+
+    Attributes:
+        share: probability that a document is replaced.
+        tokens: limit of an answer.
+        max_length: limit of a sequence; one that exceeds it with its new answers is split.
+        gather: joins the lists of all ranks into one list on every rank.
     """
 
     sampler: Sampler
@@ -47,11 +51,11 @@ class OnPolicySampler:
 
     @property
     def digest(self) -> str:
-        """Of the rows; what is written on the way follows from them and the run's settings."""
+        """SHA-256 of the rows, which together with the settings decide the answers."""
         return self.sampler.digest
 
     def step_batches(self, step: int) -> list[list[Document]]:
-        """Packed sequences of a step (from 0), over all ranks, written with the weights as they are now."""
+        """Return the packed sequences of a step (from 0) over all ranks, with answers of the current weights."""
         sequences = self.sampler.step_batches(step)
         documents = [document for sequence in sequences for document in sequence]
         answers = self._answers(step, documents)
@@ -59,18 +63,15 @@ class OnPolicySampler:
         return [part for s in sequences for part in groups_of(islice(written, len(s)), self.max_length)]
 
     def steps_for(self, epochs: float) -> int:
-        """Optimizer steps that so many passes over the rows take."""
+        """Return the optimizer steps of this number of epochs."""
         return self.sampler.steps_for(epochs)
 
     def close(self) -> None:
-        """Let go of what works in the background."""
+        """Stop background work."""
         self.sampler.close()
 
     def _answers(self, step: int, documents: Sequence[Document]) -> dict[int, tuple[int, np.ndarray]]:
-        """What the chosen documents of a step become, by number: tokens of the prompt, and the answer.
-
-        Each rank writes some, prompts of like length; the weights being the same, it does not matter which.
-        """
+        """Return (prompt length, answer) of the chosen documents, by number. Each rank writes some of each length."""
         plans = {i: plan for i, document in enumerate(documents) if (plan := self._plan(step, i, document)) is not None}
         if not plans:
             return {}
@@ -79,7 +80,7 @@ class OnPolicySampler:
         return {i: (plans[i][0], answer) for i, answer in self.gather(list(zip(mine, answers, strict=True)))}
 
     def _plan(self, step: int, number: int, document: Document) -> tuple[int, np.ndarray] | None:
-        """Tokens of the prompt, and what decides the answer's; None for a document that stays as it is."""
+        """Return the prompt length and the draws of the answer; None for an unchanged document."""
         chance, turn, *draws = np.random.default_rng([self.seed, step, number, _STREAM]).random(2 + self.tokens)
         trained = document.labels != IGNORE_INDEX
         starts = np.flatnonzero(trained & ~np.concatenate([[False], trained[:-1]]))
@@ -91,7 +92,7 @@ class OnPolicySampler:
 
 
 def _answered(document: Document, prompt: int, answer: np.ndarray) -> Document:
-    """A document's first tokens and another answer to them, all of it targets that weigh what the row's first did."""
+    """Replace what follows the prompt by the answer, with the weight of the row's first target."""
     ids = np.concatenate([document.ids[:prompt], answer]).astype(np.int32)
     labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
     labels[prompt - 1 : -1] = answer

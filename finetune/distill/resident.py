@@ -1,4 +1,4 @@
-"""A teacher that is in memory: mapped from its files on a CPU, and one copy with the student of what both have."""
+"""A teacher in memory: mapped from its files on a CPU, sharing equal tables with the student."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _PLAIN = QuantConfig(type="none", double=False)
 
 
 class ResidentTeacher:
-    """A whole model in evaluation mode. signals: computed one batch at a time, as they are taken."""
+    """A whole model in evaluation mode, computed batch by batch on demand."""
 
     def __init__(self, model: nn.Module, device: torch.device):
         self.model = model
         self.device = device
 
     def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherHidden]:
-        """The hidden states of each batch's targets, with the teacher's head."""
+        """Yield the hidden states of each batch's targets, with the teacher's head."""
         for batch in batches:
             with torch.no_grad():
                 hidden_TD = hidden_states(self.model, batch.to(self.device))
@@ -43,21 +43,22 @@ class ResidentTeacher:
 def load_resident(
     cfg: ModelConfig, adapter: Path | None, device: torch.device, student: PreTrainedModel | None = None
 ) -> ResidentTeacher:
-    """The teacher `cfg.name` in 16 bit (or what `cfg.dtype` says), frozen.
+    """Load the teacher `cfg.name`, frozen, in `cfg.dtype`.
 
-    student: a base of the same weights, as loaded and before an adapter is on it; embedding and head become the same
-    tensors as its, so that there is one copy of them.
-    Raises: as `load_base`; as `load_adapter`.
+    Args:
+        student: a base of the same weights without an adapter; its embedding and head are shared.
+
+    Raises: as `load_base` and `load_adapter`.
     """
     model = _mapped(cfg, device, student) or load_base(cfg, _PLAIN, device)
     model.requires_grad_(False)
-    taught = model if adapter is None else load_adapter(model, adapter)
-    fuse_layers(taught)
-    return ResidentTeacher(taught.eval(), device)
+    teacher = model if adapter is None else load_adapter(model, adapter)
+    fuse_layers(teacher)
+    return ResidentTeacher(teacher.eval(), device)
 
 
 def _mapped(cfg: ModelConfig, device: torch.device, student: PreTrainedModel | None) -> PreTrainedModel | None:
-    """The model from its own files, large tensors mapped; None if the files call their tensors otherwise."""
+    """Map the model from its files; None if the tensors have other names."""
     source = fetch(cfg.name, cfg.revision, TEXT_FILES + WEIGHT_FILES, "distill.teacher.name")
     read_config(source.folder, cfg.name)
     files = weight_files(source.folder, cfg.name)
@@ -76,7 +77,7 @@ def _mapped(cfg: ModelConfig, device: torch.device, student: PreTrainedModel | N
 
 
 def _shared_tables(student: PreTrainedModel, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """The student's embedding and head by name, where they are of the teacher's type."""
+    """Return the student's embedding and head by name, if they have the teacher's dtype."""
     names = ("model.embed_tokens.weight", "lm_head.weight")
     tables = dict(student.named_parameters())
     return {name: tables[name] for name in names if name in tables and tables[name].dtype == dtype}  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""When a teacher is asked: before each step, or once for several of them."""
+"""Request a teacher's targets for one or several steps at a time."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from finetune.losses.teacher_targets import Teacher, TeacherTargets
 
 
 class Schedule:
-    """Asks for the signals of `steps_ahead` steps at a time, up to `total_steps`; a step's are taken as it needs them.
+    """Request the targets of `steps_ahead` steps at a time, up to `total_steps`.
 
-    A teacher that computes when it is asked (resident) is asked batch by batch all the same: it gives an iterator.
+    A resident teacher still computes batch by batch, because it returns an iterator.
     """
 
     def __init__(self, teacher: Teacher, steps_ahead: int, total_steps: int):
         self.teacher, self.steps_ahead, self.total_steps = teacher, steps_ahead, total_steps
-        self._counts: dict[int, int] = {}  # batches of each step that was asked about and not yet taken
+        self._counts: dict[int, int] = {}  # batches of each requested step that is still to come
         self._targets: Iterator[TeacherTargets] = iter(())
 
     def targets_for(self, step: int, batches_of: Callable[[int], list[Batch]]) -> Iterable[TeacherTargets]:
-        """The signals of a step's batches, in order. Steps are taken one after another, each to its end."""
+        """Return the targets of a step's batches, in order. Callers take all targets of each step, step by step."""
         if step not in self._counts:
             steps = range(step, min(step + self.steps_ahead, self.total_steps + 1))
             batches = {later: batches_of(later) for later in steps}

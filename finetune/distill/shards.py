@@ -1,12 +1,12 @@
-"""A folder of signals by document: written shard by shard, never half, and checked before it is believed.
+"""A cache folder of teacher targets by document, written in shards and verified before use.
 
-    fingerprint.json               what the signals come from; written first
-    shard-00000.safetensors        columns of signals, an entry a target; keys and counts, an entry a document
-    shard-00000.json               its SHA-256 and size; a shard without it is not there
-    complete.json                  the same of all shards; what it does not name is not read
+    fingerprint.json               origin of the targets; written first
+    shard-00000.safetensors        columns with one entry per target; keys and counts with one entry per document
+    shard-00000.json               SHA-256 and size of the shard; a shard without it is ignored
+    complete.json                  SHA-256 and size of all shards; a shard that it does not list is ignored
     .lock                          held by the one process that writes
 
-Everything appears by a rename. A killed writer's folder is gone on with, a damaged shard is named.
+Each file appears by a rename. A killed writer can continue, and a corrupt shard is named.
 """
 
 from __future__ import annotations
@@ -35,19 +35,21 @@ from finetune.system.locks import Lock, try_lock
 
 FINGERPRINT, COMPLETE = "fingerprint.json", "complete.json"
 _KEYS, _COUNTS = "keys", "counts"
-# Small enough to be written while nobody notices, and held in memory until then.
+# Held in memory until it is written.
 _SHARD_BYTES = 16 << 20
 _NEW_FOLDER = "write a new folder with finetune cache"
-_REMOVE_SHARD = "remove both files of its number and run finetune cache again, which adds what is missing"
+_REMOVE_SHARD = "remove both files with this number and run finetune cache again; it adds the missing documents"
 
 
 @contextmanager
 def open_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[ShardWriter]:
-    """Begin a folder of signals, or go on with one of the same origin.
+    """Begin a cache, or continue one of the same origin. On exit, the documents added are written.
 
-    What was added is written, however the block ends.
-    Raises: ConfigError if it holds signals of another origin (naming what differs) or other files, if another process
-    is writing to it, or if it cannot be written to; IntegrityError naming a damaged file; ResourceError.
+    Raises:
+        ConfigError: the folder has another origin (the message names the fields) or other files, another process
+            writes to it, or it is not writable.
+        IntegrityError: names a corrupt file.
+        ResourceError: the disk is full.
     """
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,13 +78,13 @@ def _claim(folder: Path) -> Lock:
         lock = try_lock(folder / ".lock")
     if lock is None:
         raise ConfigError(
-            f"distill.cache: another process is writing to {folder}; wait until it is done, or name another folder"
+            f"distill.cache: another process is writing to {folder}\nhelp: wait for it, or set another folder"
         )
     return lock
 
 
 def _clean(folder: Path) -> None:
-    """Remove what a killed writer left half done."""
+    """Remove incomplete files of a killed writer."""
     half = [shard for shard in folder.glob("shard-*.safetensors") if not shard.with_suffix(".json").exists()]
     for left in (*folder.glob(".*.tmp"), *half):
         left.unlink()
@@ -90,21 +92,20 @@ def _clean(folder: Path) -> None:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Raises: ResourceError instead of the system's error if the disk is full, ConfigError instead of another."""
+    """Turn the system's errors into ResourceError if the disk is full, else ConfigError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
-                f"distill.cache: the disk of {folder} is full; free some space and start again: it goes on where it "
-                "stopped"
+                f"distill.cache: the disk of {folder} is full\nhelp: free some space and start again; it continues"
             ) from error
         raise ConfigError(f"distill.cache: {folder} cannot be written to: {error}") from error
 
 
 @dataclass
 class ShardWriter:
-    """Adds documents to a folder that `open_folder` has opened. stored: keys of those that are there already."""
+    """Add documents to a folder opened by `open_folder`. stored: keys of the documents in it."""
 
     folder: Path
     stored: set[bytes]
@@ -113,7 +114,7 @@ class ShardWriter:
     _size_bytes: int = 0
 
     def add(self, key: bytes, columns: Columns) -> None:
-        """Keep the signal of one document; on disk once enough has come together."""
+        """Add the targets of one document, written once a shard is full."""
         self._keys.append(key)
         self._columns.append(columns)
         self.stored.add(key)
@@ -122,10 +123,7 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added since the last time.
-
-        Raises: ResourceError if the disk is full; what was written before stays.
-        """
+        """Write the documents added since the last flush. Raises: ResourceError if the disk is full."""
         if not self._keys:
             return
         content = save(
@@ -145,7 +143,7 @@ class ShardWriter:
         self._keys, self._columns, self._size_bytes = [], [], 0
 
     def finish(self) -> None:
-        """Write the rest and declare the folder whole."""
+        """Write the rest and mark the cache as complete."""
         self.flush()
         notes = {file.stem: _read(file) for file in sorted(self.folder.glob("shard-*.json"))}
         with _writing(self.folder):
@@ -154,21 +152,23 @@ class ShardWriter:
 
 
 class ShardReader:
-    """The signals of a finished folder by document.
-
-    Raises: ConfigError if it is not finished; IntegrityError naming the shard that is missing or damaged.
-    """
+    """Read a complete cache by document."""
 
     def __init__(self, folder: Path):
+        """Open a cache.
+
+        Raises:
+            ConfigError: it is incomplete.
+            IntegrityError: names a shard that is missing or corrupt.
+        """
         try:
             shards = dict(_read(folder / COMPLETE)["shards"])
         except FileNotFoundError as error:
             raise ConfigError(
-                f"distill.cache: {folder} is not finished; run finetune cache with this config again: it goes on where "
-                "it stopped"
+                f"distill.cache: {folder} is not complete\nhelp: run finetune cache with this config; it continues"
             ) from error
         except (LookupError, TypeError, ValueError) as error:
-            raise _damaged(folder / COMPLETE, f"lacks {error}") from error
+            raise _corrupt(folder / COMPLETE, f"lacks {error}") from error
         files = [folder / name for name in shards]
         _verify(dict(zip(files, shards.values(), strict=True)))
         self._shards = [safe_open(file, framework="np") for file in files]
@@ -182,20 +182,20 @@ class ShardReader:
         self._sorted = keys[self._order]
 
     def missing(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Which of these documents are not there, by index."""
+        """Return the indices of the documents that the cache lacks."""
         return np.flatnonzero(self._find(keys) < 0)
 
     def read(self, keys: Sequence[bytes]) -> Columns:
-        """The columns of these documents, which must be there, one after another; empty columns for none."""
+        """Return the columns of these documents, concatenated. The cache must have them."""
         places = self._find(keys)
-        assert (places >= 0).all(), "ask `missing` first"
+        assert (places >= 0).all(), "call `missing` first"
         if not len(places):
             return {name: column[:0] for name, column in self._columns_at(0).items()} if len(self._order) else {}
         parts = [self._columns_at(place) for place in places]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _find(self, keys: Sequence[bytes]) -> np.ndarray:
-        """The place of each key among all, -1 for one that is not there."""
+        """Return the position of each key among all documents, -1 if missing."""
         wanted = _as_words(b"".join(keys))
         if not len(self._order):
             return np.full(len(wanted), -1)
@@ -205,25 +205,26 @@ class ShardReader:
     def _columns_at(self, place: int) -> Columns:
         shard, start = self._shards[self._shard[place]], int(self._starts[place])
         end = start + int(self._counts[place])
-        names = [name for name in shard.keys() if name not in (_KEYS, _COUNTS)]  # noqa: SIM118, the handle is no mapping
+        names = [name for name in shard.keys() if name not in (_KEYS, _COUNTS)]  # noqa: SIM118, the handle is not a mapping
         return {name: shard.get_slice(name)[start:end] for name in names}
 
 
 def _as_words(keys: bytes) -> np.ndarray:
-    """Keys laid end to end as numpy's byte strings, which it sorts and finds; all are of one length."""
+    """View concatenated keys as numpy byte strings, which can be sorted and searched."""
     return np.frombuffer(keys, dtype=f"S{KEY_BYTES}")
 
 
 def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Refuse a folder whose signals are not the ones that are wanted; a wanted value of None is not compared.
+    """Compare the origin of a cache. A field with the value None is not compared.
 
-    Raises: ConfigError naming the fields that differ, with both values.
+    Raises:
+        ConfigError: lists the fields that differ, with both values.
     """
     file = folder / FINGERPRINT
     try:
         there = _flat(_read(file))
     except FileNotFoundError as error:
-        raise _no_signals(folder) from error
+        raise _no_cache(folder) from error
     here = _flat(json.loads(json.dumps(fingerprint)))
     open_fields = tuple(f"{name}." for name, value in fingerprint.items() if value is None)
     differing = [
@@ -235,26 +236,26 @@ def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
         raise ConfigError(
             "\n".join(
                 [
-                    f"distill.cache: {folder} holds another signal than this config asks for:",
+                    f"distill.cache: {folder} was made with other settings than this config:",
                     *differing,
-                    f"change the config, or {_NEW_FOLDER}",
+                    f"help: change the config, or {_NEW_FOLDER}",
                 ]
             )
         )
 
 
 def vocabulary_of(folder: Path) -> int:
-    """Ids that take part in a folder's signals. Raises: as `check_fingerprint`."""
+    """Return the vocabulary size of a cache. Raises: as `check_fingerprint`."""
     try:
         return int(_read(folder / FINGERPRINT)["vocabulary"])
     except FileNotFoundError as error:
-        raise _no_signals(folder) from error
+        raise _no_cache(folder) from error
     except (LookupError, TypeError, ValueError) as error:
-        raise _damaged(folder / FINGERPRINT, f"lacks {error}") from error
+        raise _corrupt(folder / FINGERPRINT, f"lacks {error}") from error
 
 
-def _no_signals(folder: Path) -> ConfigError:
-    return ConfigError(f"distill.cache: {folder} holds no signals; write them with finetune cache")
+def _no_cache(folder: Path) -> ConfigError:
+    return ConfigError(f"distill.cache: {folder} is not a cache\nhelp: write it with finetune cache")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -265,7 +266,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Raises: FileNotFoundError; ConfigError if it cannot be read; IntegrityError if it holds something else."""
+    """Read a JSON object. Raises: FileNotFoundError; ConfigError if unreadable; IntegrityError if corrupt."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -273,33 +274,33 @@ def _read(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"distill.cache: {file} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise _damaged(file, str(error)) from error
+        raise _corrupt(file, str(error)) from error
     if not isinstance(found, dict):
-        raise _damaged(file, f"holds {type(found).__name__}")
+        raise _corrupt(file, f"holds {type(found).__name__}")
     return found
 
 
 def _verify(notes: Mapping[Path, Mapping[str, Any]]) -> None:
-    """Raises: IntegrityError naming the first shard that is not what its note says."""
+    """Raises: IntegrityError naming the first shard that differs from its size and SHA-256."""
 
     def check(shard: Path) -> None:
         try:
             right = shard.stat().st_size == notes[shard]["bytes"] and sha256_of(shard) == notes[shard]["sha256"]
         except (OSError, LookupError, TypeError) as error:
-            raise _damaged(shard, f"cannot be checked ({error})") from error
+            raise _corrupt(shard, f"cannot be checked ({error})") from error
         if not right:
-            raise _damaged(shard, "is not what was written")
+            raise _corrupt(shard, "its size or SHA-256 differs")
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         list(threads.map(check, notes))
 
 
-def _damaged(file: Path, what: str) -> IntegrityError:
+def _corrupt(file: Path, what: str) -> IntegrityError:
     advice = {
-        FINGERPRINT: f"what its folder holds is not known any more: {_NEW_FOLDER}",
+        FINGERPRINT: _NEW_FOLDER,
         COMPLETE: "remove it and run finetune cache again",
     }.get(file.name, _REMOVE_SHARD)
-    return IntegrityError(f"distill.cache: {file} is damaged: {what}; {advice}")
+    return IntegrityError(f"distill.cache: {file} is corrupt: {what}\nhelp: {advice}")
 
 
 def _keys_of(shard: Path) -> Iterator[bytes]:

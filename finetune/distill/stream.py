@@ -1,8 +1,8 @@
-"""A teacher of any size in the memory of two of its layers, its head and the states of the tokens it is asked about.
+"""A teacher of any size in the memory of two layers, the head, and the hidden states of the requested tokens.
 
-Layer-major: the states of all batches of a macro-batch pass through one layer before the next, which is read meanwhile.
-A pass reads the model once, so the more tokens it answers, the less of it is reading: the break-even is the ratio of
-the machine's operations a second to its bytes a second, whatever the model's size.
+All batches of a pass go through one layer before the next, which is read meanwhile. One pass reads the model once, so
+more tokens per pass mean less reading per token. The break-even is the machine's operations/s over its bytes/s, for
+any model size.
 Source: Sheng et al. 2023, arXiv:2303.06865 (one read of a layer for many batches).
 """
 
@@ -41,10 +41,7 @@ _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm
 
 @dataclass(frozen=True, slots=True)
 class PassFigures:
-    """What a pass over the model took.
-
-    read_seconds: with at least one read going on; compute_seconds: with the device at work; they overlap in the wall.
-    """
+    """Times of one pass. read_seconds, compute_seconds: with a read in progress, with the device busy; they overlap."""
 
     read_seconds: float = 0.0
     compute_seconds: float = 0.0
@@ -53,28 +50,30 @@ class PassFigures:
 
     @property
     def achieved_share(self) -> float:
-        """Of the speed at which the slower of the two would go alone; 1 before the first pass."""
+        """Return the share of the speed that the slower of both would reach alone; 1 before the first pass."""
         return max(self.read_seconds, self.compute_seconds) / self.wall_seconds if self.wall_seconds else 1.0
 
 
 class StreamedModel:
-    """A frozen Qwen2 in evaluation mode whose decoder layers are read from its files each time they are needed.
-
-    last_pass: figures of the latest `hidden_states`.
-    """
+    """A frozen model in evaluation mode that reads its decoder layers from files in each pass."""
 
     def __init__(
         self, cfg: ModelConfig, device: torch.device, adapter: Path | None = None, head: nn.Module | None = None
     ):
-        """adapter: a PEFT folder; its tensors stay in memory. head: the model's own, where it is in memory already.
+        """Open a model.
 
-        Raises: ConfigError (not found, not supported, an adapter on more than decoder layers), IntegrityError (torn
-        files, tensors that are not the model's).
+        Args:
+            adapter: a PEFT folder; its tensors stay in memory.
+            head: the model's head, if it is in memory already.
+
+        Raises:
+            ConfigError: not found, not supported, or an adapter on more than decoder layers.
+            IntegrityError: corrupt files, or tensors of another model.
         """
         if cfg.attention not in ("auto", attention.SEGMENTED):
             raise ConfigError(
-                f"attention={cfg.attention}: a streamed teacher has segmented attention alone; set it to auto, or set "
-                "distill.teacher.placement=resident"
+                f"model.attention: a streamed teacher has segmented attention only, found {cfg.attention}\n"
+                "help: set auto, or distill.teacher.placement=resident"
             )
         self.device, self.dtype = device, getattr(torch, cfg.dtype)
         self.last_pass = PassFigures()
@@ -84,7 +83,7 @@ class StreamedModel:
         on_cpu, in_its_type = device.type == "cpu", self._files.tensors[self._head_name].dtype == self.dtype
         self._maps_head = head is None and on_cpu and in_its_type
         backbone: Any = self._base.base_model
-        # By module, not by name: an adapter moves modules to other names.
+        # By module, because an adapter renames modules.
         self._slots = [_slots_of(layer) for layer in backbone.layers]
         if adapter is not None:
             attach_adapter(self._base, adapter, device)
@@ -96,7 +95,7 @@ class StreamedModel:
 
     @cached_property
     def head(self) -> nn.Module:
-        """The output head on the device, from its first use on."""
+        """Load the output head onto the device at its first use."""
         if self._head is not None:
             return self._head
         head: Any = self._base.get_output_embeddings()
@@ -104,7 +103,7 @@ class StreamedModel:
         return head
 
     def _unload_head(self) -> None:
-        """Maps a mapped head anew: what was in memory of it leaves the room to the layers, until it is used again."""
+        """Map a mapped head again, which frees its pages for the layers."""
         if "head" in vars(self) and self._maps_head:
             _put(self.head, "weight", self._weight(self._head_name))
 
@@ -115,9 +114,11 @@ class StreamedModel:
 
     @torch.no_grad()
     def hidden_states(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Final normed hidden states [N, D] of each batch's rows that carry a target, as a resident model gives them.
+        """Return the final normed hidden states [N, D] of each batch's targets, as a resident model does.
 
-        Raises: IntegrityError if a file is torn or changes meanwhile; OSError if one cannot be read.
+        Raises:
+            IntegrityError: a file is corrupt, or changes during the pass.
+            OSError: a file cannot be read.
         """
         began, watch = time.perf_counter(), _Stopwatch(self.device)
         self._files.check_unchanged()
@@ -135,20 +136,20 @@ class StreamedModel:
         with watch:
             hidden = [self._leave(rows.pop(0), batch) for batch in batches]
         self._files.check_unchanged()
-        heap.malloc_trim()  # what layers left there, before the head is used
+        heap.malloc_trim()  # free the layers' temporaries before the head is used
         compute_seconds = watch.seconds()
         self.last_pass = PassFigures(reads.seconds(), compute_seconds, time.perf_counter() - began, reads.bytes)
         return hidden
 
     def _begin(self, index: int, reads: Reads) -> None:
-        """Starts reading a layer, if there is one of that number."""
+        """Begin to read a layer, if it exists."""
         if index < len(self._layers):
             stored = {name: self._files.tensors[f"model.layers.{index}.{name}"] for name in self._slots[index]}
             self._pair.begin(index, stored, reads)
 
     @contextmanager
     def _filled(self, index: int) -> Iterator[None]:
-        """A layer with its weights, once they are read; without storage again afterwards."""
+        """Give a layer its weights inside the block, and take them away afterwards."""
         slots, empty = self._slots[index], {}
         try:
             for name, tensor in self._pair.take(index).items():
@@ -163,18 +164,18 @@ class StreamedModel:
             self._pair.release(index)
 
     def _enter(self, batches: Sequence[Batch], reads: Reads) -> list[DecoderRows]:
-        """The rows of each batch, with their embeddings as states."""
+        """Return the rows of each batch, with embeddings as hidden states."""
         chosen = [token_of_row(batch).to(self.device) for batch in batches]
         ids = [batch.input_ids[:, tokens] for batch, tokens in zip(batches, chosen, strict=True)]
-        # Rows of the file: using the head of a tied model would bring more of it into memory.
+        # Read rows of the file: the head of a tied model would bring more pages into memory.
         used = torch.unique(torch.cat(ids, dim=1))
         table = reads.rows(self._files.tensors[_EMBEDDING], used.cpu(), self.dtype).to(self.device)
         embeddings = (F.embedding(torch.searchsorted(used, ids_1U), table) for ids_1U in ids)
         return [decoder_rows(*each) for each in zip(embeddings, batches, chosen, strict=True)]
 
     def _advance(self, layer: nn.Module, rows: DecoderRows) -> None:
-        """Overwrites a batch's states with what the layer makes of them."""
-        angles = self._rotary(rows.states, rows.position_ids)  # cheaper to make again than to keep
+        """Apply the layer to a batch's hidden states, in place."""
+        angles = self._rotary(rows.states, rows.position_ids)  # cheaper to compute than to keep
         after = layer(
             rows.states,
             attention_mask=None,
@@ -189,12 +190,12 @@ class StreamedModel:
         return hidden_ND
 
     def _weight(self, name: str) -> Tensor:
-        """One tensor on the device; on a CPU it is its file's pages where the file has it in the model's type."""
+        """Return one tensor on the device, mapped on a CPU if the file has the model's dtype."""
         return map_tensor(self._files.tensors[name]).to(self.device, self.dtype)
 
 
 class _Stopwatch:
-    """Seconds that a device is busy with what is called inside `with`; a GPU is not waited for until `seconds`."""
+    """Measure how long a device is busy with the calls inside `with`. Only `seconds` waits for a GPU."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -221,7 +222,7 @@ class _Stopwatch:
 
 
 def _open(cfg: ModelConfig, dtype: torch.dtype) -> tuple[WeightFiles, PreTrainedModel]:
-    """The model's files, and the model without storage."""
+    """Open the model's files, and build the model without storage."""
     source = fetch(cfg.name, cfg.revision, TEXT_FILES + WEIGHT_FILES, "distill.teacher.name")
     read_config(source.folder, cfg.name)
     files = weight_files(source.folder, cfg.name)
@@ -230,14 +231,14 @@ def _open(cfg: ModelConfig, dtype: torch.dtype) -> tuple[WeightFiles, PreTrained
         base = build_skeleton(source.folder, dtype, attention.SEGMENTED)
     if not holds_all(files, base):
         raise IntegrityError(
-            f"distill.teacher.name={cfg.name}: its files hold other tensors than its config.json promises; "
-            "distill.teacher.placement=resident loads files that call them otherwise, or says what is wrong with them"
+            f"distill.teacher.name={cfg.name}: its files have other tensors than its config.json declares\n"
+            "help: set distill.teacher.placement=resident, which loads other names or describes the problem"
         )
     return WeightFiles(files), base
 
 
 def _slots_of(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Where a layer's tensors go: module and attribute by the name that files have them by."""
+    """Return module and attribute of a layer's tensors, by their name in the files."""
     places = ((name, *name.rpartition(".")[::2]) for name, _ in layer.named_parameters())
     return {name: (layer.get_submodule(owner), key) for name, owner, key in places}
 

@@ -1,4 +1,4 @@
-"""The teacher that a config names, where it says it is."""
+"""Build the teacher in the config: resident, streamed, cached or on a server."""
 
 from __future__ import annotations
 
@@ -26,50 +26,53 @@ from finetune.models.hub import TEXT_FILES, fetch, read_config
 from finetune.models.load import load_tokenizer
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
+from finetune.system.format import format_bytes
 
 
 class StreamedTeacher:
-    """A model that is read layer by layer, once for all batches it is asked about. say: told how fast the first was."""
+    """A model that is read layer by layer, once for all batches of a request. The first pass logs its speed."""
 
     def __init__(self, model: StreamedModel, device: torch.device, log: Log):
         self.model, self.device = model, device
-        self._say: Log | None = log
+        self._log: Log | None = log
 
     def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherHidden]:
         states = self.model.hidden_states(batches)
-        if self._say is not None:
+        if self._log is not None:
             figures = self.model.last_pass
-            self._say(
-                f"teacher: read {figures.read_bytes / 2**30:.2f} GiB in {figures.read_seconds:.1f} s beside "
-                f"{figures.compute_seconds:.1f} s of computing, {figures.wall_seconds:.1f} s in all: "
-                f"{figures.achieved_share:.0%} of what the slower of both allows"
+            self._log(
+                f"teacher: read={format_bytes(figures.read_bytes)}, read_time={figures.read_seconds:.1f} s, "
+                f"compute_time={figures.compute_seconds:.1f} s, total_time={figures.wall_seconds:.1f} s, "
+                f"efficiency={figures.achieved_share:.0%}"
             )
-            self._say = None
+            self._log = None
         return (TeacherHidden(hidden_ND, self.model.head) for hidden_ND in states)
 
 
 def teacher_model(cfg: RunConfig) -> ModelConfig:
-    """The teacher as a model to load: the student's own base where no other is named."""
+    """Return the teacher as a model to load: the student's base if the config names no other."""
     teacher = cfg.distill.teacher
-    own = teacher.name is None
     return ModelConfig(
         name=teacher.name or cfg.model.name,
-        revision=teacher.revision or (cfg.model.revision if own else None),
+        revision=teacher.revision or (cfg.model.revision if teacher.name is None else None),
         dtype=teacher.dtype,
     )
 
 
 def teacher_is_base(cfg: RunConfig) -> bool:
-    """Whether the teacher is made of the student's own weights, with an adapter or without."""
+    """Return whether the teacher is the student's base, with or without an adapter."""
     model = teacher_model(cfg)
     return (model.name, model.revision) == (cfg.model.name, cfg.model.revision)
 
 
 def check_vocabulary(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, used: np.ndarray) -> int:
-    """How many ids, from 0 on, both sides know, before any weight is loaded.
+    """Return the number of ids, from 0 on, that student and teacher share, before any weight is loaded.
 
-    used: ids that the rows hold, each once.
-    Raises: ConfigError if the teacher means something else by one of them, or has no row for it.
+    Args:
+        used: unique ids of the rows.
+
+    Raises:
+        ConfigError: an id has another meaning for the teacher, or no row in its table.
     """
     model, server = teacher_model(cfg), cfg.distill.teacher.placement == "server"
     student_rows = max(_rows(cfg.model), len(tokenizer))
@@ -82,26 +85,25 @@ def check_vocabulary(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, used: n
     except ConfigError:
         if cfg.distill.teacher.placement != "cached":
             raise
-        # Whoever wrote the folder had the teacher and compared; the fingerprint ties it to this tokenizer.
-        return vocabulary_of(cache_of(cfg))
+        # The cache was written with this check, and its fingerprint contains the tokenizer.
+        return vocabulary_of(cache_path(cfg))
     check_same_tokens(tokenizer, teachers, used, model.name)
     return _enough(shared_vocabulary(tokenizer, student_rows, teacher_rows), used, model.name)
 
 
 def check_width(cfg: RunConfig) -> None:
-    """Raises: ConfigError if hidden states of different widths are to be compared."""
+    """Raises: ConfigError if distill.hidden_weight would compare hidden states of different widths."""
     if not cfg.distill.hidden_weight or teacher_is_base(cfg):
         return
     ours, theirs = (_config(model)["hidden_size"] for model in (cfg.model, teacher_model(cfg)))
     if ours != theirs:
         raise ConfigError(
-            f"distill.hidden_weight compares hidden states, which are {ours} wide here and {theirs} in the teacher; "
-            "set it to 0"
+            f"distill.hidden_weight: the hidden states have width {ours} here and {theirs} in the teacher\nhelp: set 0"
         )
 
 
 def _rows(model: ModelConfig) -> int:
-    """Rows of a model's embedding."""
+    """Return the rows of a model's embedding."""
     return int(_config(model)["vocab_size"])
 
 
@@ -112,14 +114,15 @@ def _config(model: ModelConfig) -> dict[str, Any]:
 def _enough(vocabulary: int, used: np.ndarray, teacher: str) -> int:
     if unknown := [int(i) for i in used if i >= vocabulary]:
         raise ConfigError(
-            f"distill.teacher: {teacher} has no row for {len(unknown):,} of the tokens that the rows hold, first "
-            f"{unknown[0]}; it cannot teach lora.new_tokens"
+            f"distill.teacher: {teacher} has no embedding for {len(unknown):,} token ids of the rows, first "
+            f"{unknown[0]}\nhelp: a teacher cannot be combined with lora.new_tokens"
         )
     return vocabulary
 
 
 def build_teacher(
     cfg: RunConfig,
+    *,
     base: PreTrainedModel,
     chat: ChatTemplate,
     vocabulary: int,
@@ -127,52 +130,66 @@ def build_teacher(
     device: torch.device,
     log: Log,
 ) -> Teacher:
-    """The teacher of a run, ready to be asked.
+    """Build the teacher of a run.
 
-    base: the student's, as loaded and before an adapter is on it: a teacher of the same weights shares its tables.
-    documents: all that it will be asked about, where it answers from a folder.
-    Raises: ConfigError, DataError, IntegrityError: see the parts.
+    Args:
+        base: the student without an adapter; a teacher of the same weights shares its tables.
+        vocabulary: ids below it take part in the divergence.
+        documents: all documents of the run, which a cache must contain.
+
+    Raises:
+        ConfigError: the teacher is not found or not supported.
+        DataError: the cache lacks documents.
+        IntegrityError: its files are corrupt.
     """
     model, teacher = teacher_model(cfg), cfg.distill.teacher
     if teacher.placement == "resident":
         adapter = None if teacher.lora is None else adapter_folder(teacher.lora)
         return load_resident(model, adapter, device, base if teacher_is_base(cfg) else None)
     if teacher.placement == "streamed":
-        return streamed_teacher(cfg, device, log, _own_head(cfg, base))
-    origin = signal_fingerprint(cfg, chat, vocabulary, log, download=False)
-    cached = CachedTeacher(cache_of(cfg), origin, device, _head(cfg, base, device), getattr(torch, model.dtype))
+        return streamed_teacher(cfg, device, log, _shared_head(cfg, base))
+    origin = cache_fingerprint(cfg, chat, vocabulary, log, download=False)
+    head = None
+    if cfg.distill.cache_kind == "hidden":
+        head = _shared_head(cfg, base) or StreamedModel(model, device).head
+    cached = CachedTeacher(cache_path(cfg), origin, device, head=head, dtype=getattr(torch, model.dtype))
     cached.check_holds(documents)
     if cfg.distill.spot_check and origin["weights"] is not None:
-        _spot_check(cfg, cached, documents, vocabulary, device, log)
+        some = np.random.default_rng(cfg.train.seed).permutation(len(documents))[: cfg.distill.spot_check]
+        online = streamed_teacher(cfg, device, lambda text: None)
+        difference = cached.check_against(online, [documents[i] for i in some], vocabulary)
+        log(f"teacher: spot check of {len(some)} cached documents, mean difference={difference:.2g} nats")
     return cached
 
 
 def streamed_teacher(cfg: RunConfig, device: torch.device, log: Log, head: nn.Module | None = None) -> StreamedTeacher:
-    """The teacher, read layer by layer. head: its own, where it is in memory already."""
+    """Build a streamed teacher. head: the teacher's head, if it is in memory already."""
     name = cfg.distill.teacher.lora
     adapter = None if name is None else adapter_folder(name)
     return StreamedTeacher(StreamedModel(teacher_model(cfg), device, adapter, head), device, log)
 
 
-def _own_head(cfg: RunConfig, base: PreTrainedModel) -> nn.Module | None:
-    """The student's head, where the teacher has the same; before an adapter is on it, and frozen ever after."""
-    own = base.get_output_embeddings()
-    same = teacher_is_base(cfg) and own is not None and own.weight.dtype == getattr(torch, cfg.distill.teacher.dtype)
-    return own if same else None
+def _shared_head(cfg: RunConfig, base: PreTrainedModel) -> nn.Module | None:
+    """Return the student's frozen head, if the teacher has the same."""
+    head = base.get_output_embeddings()
+    same = teacher_is_base(cfg) and head is not None and head.weight.dtype == getattr(torch, cfg.distill.teacher.dtype)
+    return head if same else None
 
 
-def cache_of(cfg: RunConfig) -> Path:
-    """The folder of `distill.cache`."""
+def cache_path(cfg: RunConfig) -> Path:
+    """Return the folder of `distill.cache`."""
     if cfg.distill.cache is None:
-        raise ConfigError("distill.cache is missing: name the folder of the teacher's signal")
+        raise ConfigError("distill.cache: missing\nhelp: set the folder of the cache")
     return Path(cfg.distill.cache).expanduser()
 
 
-def signal_fingerprint(
+def cache_fingerprint(
     cfg: RunConfig, chat: ChatTemplate, vocabulary: int, log: Log, download: bool = True
 ) -> dict[str, Any]:
-    """What a folder of signals must come from for this config. download: False compares no weights that are not here:
-    whoever trains from a folder needs no teacher.
+    """Return the fingerprint that a cache must have for this config.
+
+    Args:
+        download: False skips weights that are not on this machine, because training from a cache needs no teacher.
     """
     model = teacher_model(cfg)
     weights, adapter = None, None
@@ -181,27 +198,5 @@ def signal_fingerprint(
             weights = teacher_weights(model, download)
             adapter = teacher_adapter(cfg.distill.teacher.lora, download)
         except ConfigError as error:
-            log(f"teacher: not all of it is here, so its weights are not compared with the cache's ({error})")
-    return fingerprint(cfg.distill, model, chat, vocabulary, weights, adapter)
-
-
-def _head(cfg: RunConfig, base: PreTrainedModel, device: torch.device) -> nn.Module | None:
-    """What makes logits of cached hidden states."""
-    if cfg.distill.cache_kind != "hidden":
-        return None
-    return _own_head(cfg, base) or StreamedModel(teacher_model(cfg), device).head
-
-
-def _spot_check(
-    cfg: RunConfig,
-    cached: CachedTeacher,
-    documents: Sequence[Document],
-    vocabulary: int,
-    device: torch.device,
-    log: Log,
-) -> None:
-    """Ask the teacher itself about some documents."""
-    some = np.random.default_rng(cfg.train.seed).permutation(len(documents))[: cfg.distill.spot_check]
-    teacher = streamed_teacher(cfg, device, lambda text: None)
-    difference = cached.check_against(teacher, [documents[i] for i in some], vocabulary)
-    log(f"teacher: {len(some)} cached document(s) agree with it within {difference:.2g} nats")
+            log(f"teacher: weights are not on this machine, so they are not compared with the cache's ({error})")
+    return fingerprint(cfg.distill, model, chat, vocabulary, weights=weights, adapter=adapter)

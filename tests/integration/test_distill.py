@@ -1,4 +1,4 @@
-"""Distilling runs as a user starts them: what they say and leave, a teacher over HTTP, a teacher that does not fit."""
+"""Distillation runs as a user starts them: results, a teacher over HTTP, teachers that do not fit the student."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_recover_reports_its_limits_and_the_share_recovered(tmp_path, finetune_c
     assert {"eval/heldout/teacher_kl", "eval/heldout/teacher_agreement"} <= metrics(tmp_path / "run")[-1].keys()
 
 
-def test_what_quantization_took_is_measured_without_the_adapter_and_trains_it_all_the_same(tmp_path):
-    """LoftQ starts nearer to the teacher; what it starts from is the base that every run starts from."""
+def test_quantization_loss_is_measured_without_the_adapter(tmp_path):
+    """LoftQ starts nearer to the teacher, but every run is measured from the same base."""
     settings = (
         *FEW,
         "distill.objective=recover",
@@ -59,7 +59,7 @@ def test_what_quantization_took_is_measured_without_the_adapter_and_trains_it_al
     assert saved.keys() == started.keys() and any("model.norm.weight" in name for name in saved)
 
 
-def test_a_teacher_behind_http_is_asked_once_for_each_document(tmp_path):
+def test_a_served_teacher_is_queried_once_per_document(tmp_path):
     with LogprobTeacher(vocabulary=883, max_logprobs=8, max_model_len=256) as server:
         settings = (
             *FEW,
@@ -77,7 +77,7 @@ def test_a_teacher_behind_http_is_asked_once_for_each_document(tmp_path):
         _assert_holds_table(tmp_path / "signal", server.table_VV)
     assert [a["loss"] for a in metrics(tmp_path / "first")] == [b["loss"] for b in metrics(tmp_path / "again")]
     assert result(tmp_path / "first")["teacher_kl_before"] > 0
-    assert result(tmp_path / "first")["recovered"] is None  # a word for the own base alone
+    assert result(tmp_path / "first")["recovered"] is None  # only for objective=recover
 
 
 def _assert_holds_table(folder: Path, table_VV: np.ndarray) -> None:
@@ -90,7 +90,7 @@ def _assert_holds_table(folder: Path, table_VV: np.ndarray) -> None:
     assert nearest.max() <= 24 / 65535  # a 16-bit step
 
 
-def test_a_server_of_another_model_is_refused_with_what_it_serves(tmp_path):
+def test_a_server_of_another_model_is_refused_with_its_models(tmp_path):
     with LogprobTeacher(vocabulary=896) as server:
         settings = (
             *FEW,
@@ -115,11 +115,11 @@ def other_base(folder: Path, redefine: dict[str, str]) -> Path:
     return folder
 
 
-def test_a_teacher_that_means_something_else_by_a_token_in_use_is_refused_before_anything_is_loaded(tmp_path):
+def test_a_teacher_with_other_tokens_is_refused_before_it_is_loaded(tmp_path):
     teacher = other_base(tmp_path / "other", {"<|im_start|>": "<|user|>"})
     with pytest.raises(ConfigError) as error:
         train(small_run(tmp_path / "run", *FEW, "distill.objective=distill", f"distill.teacher.name={teacher}"))
-    assert "'<|im_start|>' here, '<|user|>' to the teacher" in str(error.value)
+    assert "'<|im_start|>' here, '<|user|>' for the teacher" in str(error.value)
     assert "model.tokenizer=" in str(error.value)
 
 
@@ -128,12 +128,12 @@ def test_hidden_states_of_different_widths_are_not_compared(tmp_path):
     config = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps({**config, "hidden_size": 320}))
     settings = ("distill.objective=distill", f"distill.teacher.name={teacher}", "distill.hidden_weight=1")
-    with pytest.raises(ConfigError, match="256 wide here and 320 in the teacher"):
+    with pytest.raises(ConfigError, match=r"distill\.hidden_weight: .*256 .*320"):
         train(small_run(tmp_path / "run", *FEW, *settings))
 
 
 def test_a_tuned_teacher_teaches_through_its_own_adapter(tmp_path):
-    """From the base with an adapter on it, by every placement: a student of it has something to learn."""
+    """A teacher with an adapter, by each placement, is far from the student."""
     train(small_run(tmp_path / "tuned", "train.max_steps=12", "train.learning_rate=5e-3", "data.eval=[]"))
     gaps = {}
     for placement in ("resident", "streamed"):
@@ -150,7 +150,7 @@ def test_a_tuned_teacher_teaches_through_its_own_adapter(tmp_path):
 
 
 def test_a_larger_table_of_the_teacher_is_cut_to_the_tokens_that_both_know(tmp_path):
-    """As Qwen2.5's 152,064 rows beside 151,936: the rows beyond the tokenizer hold nothing that could be learned."""
+    """As Qwen2.5 with 152,064 and 151,936 rows: the rows beyond the tokenizer are unused."""
     from safetensors import torch as safetensors
 
     wide = other_base(tmp_path / "wide", {})
@@ -165,16 +165,16 @@ def test_a_larger_table_of_the_teacher_is_cut_to_the_tokens_that_both_know(tmp_p
     assert metrics(tmp_path / "wide-run") == metrics(tmp_path / "own-run")
 
 
-def test_a_teacher_that_is_not_here_any_more_is_not_needed_to_train_from_its_folder(tmp_path, capsys):
-    """Written on one machine, trained from on another: neither weights nor tokenizer of the teacher are asked for."""
+def test_training_from_a_cache_needs_no_teacher(tmp_path, capsys):
+    """The cache may come from another machine: training needs neither weights nor tokenizer of the teacher."""
     teacher = other_base(tmp_path / "teacher", {})
     signal = ("distill.objective=distill", f"distill.teacher.name={teacher}", f"distill.cache={tmp_path / 'signal'}")
     words = [*SMALL_RUN, *FEW, *signal, f"output_dir={tmp_path / 'none'}"]
     assert run_cache(Arguments("quickstart.yaml", tuple(words), frozenset())) == 0
     cached = small_run(tmp_path / "with", *FEW, *signal, "distill.teacher.placement=cached")
     train(cached)
-    assert "2 cached document(s) agree with it" in capsys.readouterr().err
+    assert "spot check of 2 cached documents" in capsys.readouterr().err
     shutil.rmtree(teacher)
     train(small_run(tmp_path / "without", *FEW, *signal, "distill.teacher.placement=cached"))
-    assert "not all of it is here" in capsys.readouterr().err
+    assert "not compared" in capsys.readouterr().err
     assert metrics(tmp_path / "with") == metrics(tmp_path / "without")

@@ -1,4 +1,4 @@
-"""Cached = online: what a folder says in training is what the teacher would have said, and a wrong folder is told."""
+"""Training from a cache equals training from the teacher, and a wrong cache is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.distill import cache as cache_module
 from finetune.distill import filling
-from finetune.distill.cache import CachedTeacher, encoder_of, fill_cache
+from finetune.distill.cache import CachedTeacher, build_encoder, fill_cache
 from finetune.distill.codec import MOST_IDS
 from finetune.distill.keys import key_of
 from finetune.distill.resident import ResidentTeacher
@@ -70,7 +70,7 @@ def teacher() -> ResidentTeacher:
 
 
 class TableTeacher:
-    """What it says of a token depends on that token alone, so it has the same bits in every batch."""
+    """Its targets depend on the token alone, so they have the same bits in every batch."""
 
     def __init__(self) -> None:
         self.table_VV = 2 * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1))
@@ -84,14 +84,21 @@ class TableTeacher:
 def write(folder: Path, teacher: Teacher, documents: Sequence[Document], group_tokens: int = 500, **keys) -> dict:
     cfg = DistillConfig(objective="recover", **keys)
     origin = {"kept": {"cache_kind": cfg.cache_kind}}
-    fill_cache(folder, origin, documents, encoder_of(teacher, cfg, VOCABULARY), group_tokens, lambda done, total: None)
+    fill_cache(
+        folder,
+        origin,
+        documents,
+        build_encoder(teacher, cfg, VOCABULARY),
+        group_tokens=group_tokens,
+        progress=lambda done, total: None,
+    )
     return origin
 
 
 def cached(folder: Path, teacher: Teacher, documents: Sequence[Document], **keys) -> CachedTeacher:
     head = teacher.model.lm_head if isinstance(teacher, ResidentTeacher) else nn.Identity()
     dtype = next(teacher.model.parameters()).dtype if isinstance(teacher, ResidentTeacher) else torch.float32
-    return CachedTeacher(folder, write(folder, teacher, documents, **keys), CPU, head, dtype)
+    return CachedTeacher(folder, write(folder, teacher, documents, **keys), CPU, head=head, dtype=dtype)
 
 
 def packings(documents: list[Document]) -> Iterator[list[Batch]]:
@@ -102,7 +109,7 @@ def packings(documents: list[Document]) -> Iterator[list[Batch]]:
 
 
 def losses(teacher_targets: TeacherTargets, targets: int) -> tuple[Tensor, Tensor]:
-    """A student's divergence from the signal, and its gradient with respect to the student's states."""
+    """A student's divergence from the targets, and its gradient with respect to the student's states."""
     torch.manual_seed(7)
     head = nn.Linear(WIDTH, VOCABULARY, bias=False).requires_grad_(False)
     hidden_ND = torch.randn(targets, WIDTH, requires_grad=True)
@@ -134,7 +141,7 @@ def test_hidden_states_from_disk_give_the_bits_of_loss_and_gradient(tmp_path, do
 
 
 @pytest.mark.parametrize("tier", ["hidden", "sampled"])
-def test_order_packing_and_batch_size_leave_a_documents_signal(tmp_path, documents, tier):
+def test_order_packing_and_batch_size_do_not_change_a_documents_targets(tmp_path, documents, tier):
     folder = cached(tmp_path, TableTeacher(), documents, cache_kind=tier)
     whole = {key_of(each): next(iter(folder.targets_for([build_batch([each])]))) for each in documents}
     for batches in packings(documents):
@@ -144,14 +151,14 @@ def test_order_packing_and_batch_size_leave_a_documents_signal(tmp_path, documen
                 assert torch.equal(getattr(teacher_targets, name), torch.cat([getattr(part, name) for part in parts]))
 
 
-def test_cached_states_are_the_online_ones_of_any_batch_but_for_their_last_bits(tmp_path, documents, teacher):
+def test_cached_states_equal_those_of_any_batch_up_to_rounding(tmp_path, documents, teacher):
     folder = cached(tmp_path, teacher, documents, cache_kind="hidden")
     for batches in packings(documents):
         for online, offline in zip(teacher.targets_for(batches), folder.targets_for(batches), strict=True):
             torch.testing.assert_close(offline.hidden_ND, online.hidden_ND, rtol=LAST_BITS, atol=LAST_BITS)
 
 
-def test_what_is_drawn_follows_from_document_and_seed_alone(tmp_path, documents):
+def test_draws_depend_on_document_and_seed_alone(tmp_path, documents):
     def drawn(name: str, some: list[Document], **keys) -> dict[bytes | None, Tensor]:
         folder = cached(tmp_path / name, TableTeacher(), some, **keys)
         return {key_of(each): next(iter(folder.targets_for([build_batch([each])]))).ids_NK for each in some}
@@ -168,7 +175,7 @@ def test_what_is_drawn_follows_from_document_and_seed_alone(tmp_path, documents)
 
 
 @pytest.mark.parametrize("tier", ["hidden", "sampled"])
-def test_a_batch_without_a_target_has_an_empty_signal(tmp_path, documents, teacher, tier):
+def test_a_batch_without_a_target_has_empty_targets(tmp_path, documents, teacher, tier):
     batch = dummy_batch(documents[0])
     [teacher_targets] = cached(tmp_path, teacher, documents[:3], cache_kind=tier).targets_for([batch])
     [online] = teacher.targets_for([batch])
@@ -188,9 +195,9 @@ def test_missing_documents_are_counted_and_the_first_are_named(tmp_path, documen
     lacking = documents[30:37]
     with pytest.raises(DataError) as failure:
         folder.check_holds([*documents[:30], silent, *lacking])
-    assert "lacks 7 of 37 documents" in str(failure.value) and "run finetune cache" in str(failure.value)
+    assert "lacks 7 of 37 documents" in str(failure.value) and "finetune cache" in str(failure.value)
     named = ", ".join(each.location for each in lacking[:5])
-    assert f"first {named};" in str(failure.value) and lacking[5].location not in str(failure.value)
+    assert f"first {named}\n" in str(failure.value) and lacking[5].location not in str(failure.value)
     with pytest.raises(
         DataError, match=rf"lacks 7 of the 37 documents from {documents[0].location} to {documents[36].location}"
     ):
@@ -199,22 +206,22 @@ def test_missing_documents_are_counted_and_the_first_are_named(tmp_path, documen
 
 @pytest.mark.parametrize("tier", ["hidden", "sampled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_right_teacher_passes_and_another_ones_signal_does_not(tmp_path, documents, tier, dtype):
+def test_the_spot_check_accepts_the_right_teacher_and_no_other(tmp_path, documents, tier, dtype):
     right, other = resident(dtype), resident(dtype, seed=1)
     folder = cached(tmp_path / "right", right, documents, cache_kind=tier)
     # bf16 has 8 bits: states of about 1 are off by up to 1/256 in another batch, and log-probabilities by little more.
     assert folder.check_against(right, documents[:5], VOCABULARY) <= (0.02 if dtype == torch.bfloat16 else 1e-3)
-    # Some documents of a folder hold what another teacher said, under the right fingerprint and checksums.
+    # Some documents come from another teacher, under the right fingerprint and checksums.
     write(tmp_path / "mixed", other, documents[:4], cache_kind=tier)
     mixed = cached(tmp_path / "mixed", right, documents, cache_kind=tier)
     mixed.check_against(right, documents[4:8], VOCABULARY)
     with pytest.raises(
-        IntegrityError, match=rf"differs from the teacher by .* over {documents[3].location}, .*no rounding"
+        IntegrityError, match=rf"differs from the teacher by .* over {documents[3].location}, .*rounding"
     ):
         mixed.check_against(right, documents[3:5], VOCABULARY)
 
 
-def test_states_that_are_no_numbers_do_not_pass(tmp_path, documents, teacher):
+def test_the_spot_check_refuses_nan(tmp_path, documents, teacher):
     folder = cached(tmp_path, teacher, documents[:2], cache_kind="hidden")
     broken = replace_states(teacher, lambda hidden_ND: hidden_ND * float("nan"))
     with pytest.raises(IntegrityError, match="by nan nats"):
@@ -235,41 +242,39 @@ def replace_states(teacher: Teacher, change: Callable[[Tensor], Tensor]) -> Teac
     return Changed(teacher, change)
 
 
-def test_a_vocabulary_that_ids_cannot_tell_apart_is_refused_for_the_sampled_tier_alone(teacher):
-    with pytest.raises(ConfigError, match=r"tells 262,144 ids apart, not 262,145; set cache_kind=hidden"):
-        encoder_of(teacher, DistillConfig(objective="recover"), MOST_IDS + 1)
-    encoder_of(teacher, DistillConfig(objective="recover", cache_kind="hidden"), MOST_IDS + 1)
-    encoder_of(teacher, DistillConfig(objective="recover"), MOST_IDS)
+def test_a_vocabulary_above_18_bits_is_refused_for_sampled_caches_only(teacher):
+    with pytest.raises(ConfigError, match=r"distill.cache_kind: .*262,144 .*262,145"):
+        build_encoder(teacher, DistillConfig(objective="recover"), MOST_IDS + 1)
+    build_encoder(teacher, DistillConfig(objective="recover", cache_kind="hidden"), MOST_IDS + 1)
+    build_encoder(teacher, DistillConfig(objective="recover"), MOST_IDS)
 
 
 # Who is asked
 
 
-def test_each_placement_writes_the_same_and_no_teacher_is_loaded_where_nothing_is_lacking(
-    tmp_path, documents, monkeypatch
-):
+def test_all_placements_write_the_same_and_a_complete_cache_loads_no_teacher(tmp_path, documents, monkeypatch):
     chat = SimpleNamespace(digest=lambda: "tokens", template="turns")
-    said: list[str] = []
+    logged: list[str] = []
 
     def write_through(placement: str, some: Sequence[Document], folder: str) -> int:
         words = ["distill.objective=recover", f"distill.cache={tmp_path / folder}", "distill.cache_kind=hidden"]
         cfg = load_config("quickstart.yaml", [*words, f"distill.teacher.placement={placement}"])
-        return filling.write_cache(cfg, chat, 883, some, CPU, said.append)
+        return filling.write_cache(cfg, chat, 883, some, device=CPU, log=logged.append)
 
     for placement in ("resident", "streamed", "cached"):
         assert write_through(placement, documents[:6], placement) == 6
-        assert "asking the teacher" in " ".join(said) and "6 of 6 documents" in " ".join(said)
-        said.clear()
+        assert "6 of 6 documents" in " ".join(logged)
+        logged.clear()
     contents = {placement: (tmp_path / placement / COMPLETE).read_text() for placement in ("streamed", "cached")}
     assert set(contents.values()) == {(tmp_path / "resident" / COMPLETE).read_text()}
 
     monkeypatch.delattr(filling, "load_resident")
-    assert write_through("resident", documents[:6], "resident") == 0 and not said
+    assert write_through("resident", documents[:6], "resident") == 0 and not logged
     with pytest.raises(NameError):
         write_through("resident", documents[:7], "resident")
 
 
-def test_a_teacher_that_does_not_fit_into_memory_is_read_layer_by_layer(monkeypatch):
+def test_a_teacher_that_does_not_fit_into_memory_is_streamed(monkeypatch):
     cfg = load_config("quickstart.yaml", ["distill.objective=recover", "distill.teacher.dtype=float32"])
     size_bytes = 2 * (packaged("data") / "tiny-qwen2.5" / "model.safetensors").stat().st_size
     for free, fits in ((size_bytes / 0.61, False), (size_bytes / 0.59, True), (None, True)):
@@ -278,7 +283,7 @@ def test_a_teacher_that_does_not_fit_into_memory_is_read_layer_by_layer(monkeypa
 
 
 class TableServer:
-    """In the place of a server: the most probable rows of a table that has some to spare beyond the vocabulary."""
+    """A served teacher whose table has rows beyond the vocabulary."""
 
     rows, asked = VOCABULARY + 7, 0
 
@@ -297,7 +302,7 @@ class TableServer:
             yield TopTokens(best, np.take_along_axis(log_probs, best, 1))
 
 
-def test_a_servers_answers_are_kept_without_rows_beyond_the_vocabulary(tmp_path, documents, monkeypatch):
+def test_a_servers_answers_are_stored_without_ids_beyond_the_vocabulary(tmp_path, documents, monkeypatch):
     cfg = load_config(
         "quickstart.yaml",
         [
@@ -312,7 +317,14 @@ def test_a_servers_answers_are_kept_without_rows_beyond_the_vocabulary(tmp_path,
     table = TableServer("", "", 64, print).table
     spared = 0
     origin = {"kept": {"cache_kind": "top"}}
-    fill_cache(tmp_path, origin, documents, filling._ask_server(cfg, VOCABULARY, print), 50, lambda done, total: None)
+    fill_cache(
+        tmp_path,
+        origin,
+        documents,
+        filling._server_encoder(cfg, VOCABULARY, print),
+        group_tokens=50,
+        progress=lambda done, total: None,
+    )
     batches = [build_batch([each]) for each in documents]
     for each, teacher_targets in zip(documents, CachedTeacher(tmp_path, origin, CPU).targets_for(batches), strict=True):
         assert isinstance(teacher_targets, TeacherTopK)

@@ -1,4 +1,4 @@
-"""A target's distribution in 180 bytes: what comes back is what went in, and right on average where it was drawn."""
+"""A distribution in 180 bytes decodes exactly, and is right on average for the drawn tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QWEN = 151_665
 
 
 def drawn(logits_NV: Tensor, head: int = 32, samples: int = 16, seed: int = 0) -> TeacherSamples:
-    """What is kept of a teacher with these logits, there and back."""
+    """Encode and decode the distribution of these logits."""
     uniforms_NS = np.random.default_rng(seed).random((len(logits_NV), samples))
     columns = draw(TeacherHidden(logits_NV, nn.Identity()), logits_NV.shape[1], head, uniforms_NS)
     return teacher_samples(columns, CPU)
@@ -52,7 +52,7 @@ def test_ids_and_log_probabilities_come_back(n, kept):
     assert np.abs(targets.log_probs_NK.double().numpy() - log_probs_NK).max(initial=0) <= ROUNDING
 
 
-def test_what_is_less_probable_than_the_lowest_code_is_kept_as_that():
+def test_probabilities_below_the_lowest_code_are_stored_as_it():
     log_probs_NK = np.array([[0.0, -24.0, -24.1, -100.0, -np.inf, 1e-7]], dtype=np.float32)
     back = teacher_top_k(encode_top(np.arange(6)[None], log_probs_NK), CPU).log_probs_NK
     assert back.tolist() == [[0.0, -24.0, -24.0, -24.0, -24.0, 0.0]]
@@ -109,7 +109,7 @@ def test_a_vocabulary_no_larger_than_the_head_is_kept_whole(vocabulary):
     )
 
 
-def test_a_teacher_that_is_all_but_certain():
+def test_an_almost_certain_teacher():
     vocabulary, rest = 997, 1e-9
     logits_NV = torch.zeros(1, vocabulary)
     logits_NV[0, 500] = np.log((1 - rest) / (rest / (vocabulary - 1)))
@@ -122,7 +122,7 @@ def test_a_teacher_that_is_all_but_certain():
     assert 0 < targets.entropy_N[0] < 1e-7
 
 
-def test_a_token_that_is_drawn_each_time_counts_each_time():
+def test_a_repeated_draw_counts_each_time():
     probs = torch.tensor([[0.5, 0.25, 0.25 - 1e-12, 1e-12]], dtype=torch.float64)
     targets = drawn(probs.log().float(), head=2)
     assert targets.ids_NK[0, 2:].tolist() == [2] * 16
@@ -130,7 +130,7 @@ def test_a_token_that_is_drawn_each_time_counts_each_time():
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-40])
-def test_what_is_drawn_has_a_probability_and_is_not_of_the_head_whatever_the_number(uniform):
+def test_any_uniform_number_draws_a_possible_token_outside_the_head(uniform):
     logits_NV = random_logits(8, 50)
     logits_NV[:, [0, 49]] = 9.0  # the head holds both ends of the vocabulary
     logits_NV[:4, [1, 48]] = -1000.0
@@ -142,7 +142,7 @@ def test_what_is_drawn_has_a_probability_and_is_not_of_the_head_whatever_the_num
     assert (tail_NS.diff(dim=1) >= 0).all()
 
 
-def test_no_target_gives_columns_without_entries_that_are_read_as_a_signal_without_entries():
+def test_zero_targets_encode_and_decode_to_zero_entries():
     one, none = (draw(TeacherHidden(random_logits(n, 99), nn.Identity()), 99, 32, np.zeros((n, 16))) for n in (1, 0))
     assert {name: (column.dtype, column.shape[1:]) for name, column in none.items()} == {
         name: (column.dtype, column.shape[1:]) for name, column in one.items()

@@ -1,4 +1,4 @@
-"""A document's key: the same wherever it stands, another for whatever changes what a teacher says of it."""
+"""A document has one key in any batch, and another key if anything that changes the teacher's targets differs."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def documents(draw: st.DrawFn) -> Document:
 
 
 def meaning(some: Document) -> tuple[list[int], list[int]] | None:
-    """What decides a teacher's answers about a document: ids up to the last target's position, and the targets."""
+    """The inputs of a teacher's targets: ids up to the last target, and the positions of the targets."""
     targets = np.flatnonzero(some.labels != IGNORE_INDEX).tolist()
     return (some.ids[: targets[-1] + 1].tolist(), targets) if targets else None
 
 
 @given(documents(), documents())
-def test_two_keys_are_equal_where_the_answers_are(a, b):
+def test_two_keys_are_equal_if_the_teachers_inputs_are(a, b):
     assert (key_of(a) == key_of(b)) == (meaning(a) == meaning(b))
     assert (key_of(a) is None) == (meaning(a) is None)
 
@@ -67,7 +67,7 @@ def test_every_id_up_to_the_last_target_and_every_place_of_a_target_counts():
     ],
     ids=["longer", "shorter", "weights", "place", "int64", "strided"],
 )
-def test_what_no_target_sees_leaves_the_key(changed):
+def test_tokens_that_no_target_sees_do_not_change_the_key(changed):
     some = document([7, 8, 9, 10, 11, 12], [2, 3])
     assert key_of(changed(some)) == key_of(some)
 

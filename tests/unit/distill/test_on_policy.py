@@ -1,4 +1,4 @@
-"""Which documents get another answer, and that every rank sees the same; the writer here is chance, no model."""
+"""The choice of rewritten documents is the same on every rank; a random writer stands in for the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_LENGTH, TOKENS = 24, 10
 
 
 def document(number: int, length: int = 12, targets: Sequence[slice] = (slice(7, 11),), **more) -> Document:
-    """ids that tell documents apart, all below 500; the targets' labels are where the slices say."""
+    """Unique ids below 500; the slices give the targets."""
     ids = (np.arange(length) + 13 * number).astype(np.int32) % 500
     labels = np.full(length, IGNORE_INDEX, dtype=np.int32)
     for span in targets:
@@ -129,7 +129,7 @@ def test_any_number_of_ranks_sees_the_same_documents_each_written_once(ranks):
         assert contents(seen) == contents(sampler(0.8).step_batches(2))
 
 
-def test_a_sequence_that_its_answers_make_too_long_becomes_two_with_the_documents_in_order():
+def test_a_sequence_beyond_the_limit_is_split_with_its_documents_in_order():
     longest = sampler(write=lambda prompts, draws: [np.full(len(d), 7, np.int32) for d in draws])
     sequences = longest.step_batches(0)  # prompts of 3 and 8 tokens, answers of 10
     assert [[len(d) for d in sequence] for sequence in sequences] == [[13], [18]] * 3
@@ -150,7 +150,7 @@ def test_no_document_is_longer_than_the_limit_and_one_without_room_stays():
     assert [d.target_tokens for d in after[:2]] == [1, 3]
 
 
-def test_each_of_a_conversations_turns_is_answered_as_often_as_another():
+def test_each_turn_of_a_conversation_is_answered_equally_often():
     turns = [slice(3, 5), slice(7, 8), slice(9, 11)]
     rows = one_step([document(i, 12, turns) for i in range(1500)])
     prompts = [int((d.ids < 500).sum()) for d in flat(sampler(rows=rows).step_batches(0))]
@@ -163,7 +163,7 @@ def test_each_of_a_conversations_turns_is_answered_as_often_as_another():
     )
 
 
-def test_an_answer_weighs_what_the_answer_in_its_place_did():
+def test_an_answer_keeps_the_weight_of_the_answer_it_replaces():
     weights = np.zeros(12, np.float32)
     weights[7:11] = 0.25
     (after,) = flat(sampler(rows=one_step([document(0, weights=weights)])).step_batches(0))
@@ -171,7 +171,7 @@ def test_an_answer_weighs_what_the_answer_in_its_place_did():
     assert (after.weights[after.labels != IGNORE_INDEX] == 0.25).all()
 
 
-def test_everything_else_is_the_feeds_own():
+def test_all_else_comes_from_the_sampler():
     rows = Rows()
     own = sampler(rows=rows)
     assert (own.digest, own.steps_for(2)) == ("rows", 14)

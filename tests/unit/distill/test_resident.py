@@ -1,4 +1,4 @@
-"""A teacher in memory: transformers' own numbers, and one copy with the student of what both have."""
+"""A resident teacher gives transformers' numbers and shares equal tables with the student."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def tables(model) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_it_says_what_transformers_own_model_says(folder, dtype):
+def test_it_equals_transformers_own_model(folder, dtype):
     teacher = load_resident(cfg(folder, dtype), None, CPU)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     docs = documents([12, 30, 5])
@@ -75,8 +75,8 @@ def test_a_student_of_the_same_base_and_type_shares_its_tables(folder):
     assert all(type(layer) is FusedDecoderLayer for layer in base_of(teacher.model).model.layers)
 
 
-def test_what_is_not_shared_is_mapped_from_the_files(folder):
-    """A large tensor that lies at its place in the file is no copy: its pages come and go with the page cache."""
+def test_other_tensors_are_mapped_from_the_files(folder):
+    """A large tensor is no copy: its pages belong to the system's page cache."""
     before = _anonymous_bytes()
     teacher = load_resident(cfg(folder), None, CPU)
     assert _anonymous_bytes() - before < tables_bytes(teacher) / 2
@@ -95,7 +95,7 @@ def _anonymous_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
 
 
-def test_files_that_call_their_tensors_otherwise_are_left_to_transformers(folder):
+def test_files_with_other_tensor_names_are_loaded_by_transformers(folder):
     file = folder / "model.safetensors"
     save_file({name.removeprefix("model."): t for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
     teacher = load_resident(cfg(folder), None, CPU)
@@ -105,7 +105,7 @@ def test_files_that_call_their_tensors_otherwise_are_left_to_transformers(folder
     )
 
 
-def test_asking_leaves_no_graph_and_no_mode_behind():
+def test_a_request_leaves_no_graph_and_no_mode_behind():
     model = random_qwen2().eval()
     [targets] = ResidentTeacher(model, CPU).targets_for([build_batch(documents([9]))])
     assert not targets.hidden_ND.requires_grad and not model.training

@@ -1,4 +1,4 @@
-"""When a teacher is asked: once for so many steps, in the order in which they are taken, and not before."""
+"""A schedule requests targets once for several steps, in order, and not earlier."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BATCHES = {1: ["1a", "1b"], 2: ["2a"], 3: ["3a", "3b", "3c"], 4: ["4a"], 5: ["5a
 
 
 class Echo:
-    """Says each batch's name back; remembers what it was asked at once, and what was taken."""
+    """Returns each batch's name; records the requests, and the targets taken."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -33,7 +33,7 @@ class Echo:
         (9, [["1a", "1b", "2a", "3a", "3b", "3c", "4a", "5a"]]),
     ],
 )
-def test_each_step_gets_its_own_signals_and_nothing_beyond_the_last_is_asked(ahead, asked):
+def test_each_step_gets_its_targets_and_none_beyond_the_last_is_requested(ahead, asked):
     teacher = Echo()
     schedule = Schedule(teacher, ahead, total_steps=5)
     for step, batches in BATCHES.items():
@@ -41,14 +41,14 @@ def test_each_step_gets_its_own_signals_and_nothing_beyond_the_last_is_asked(ahe
     assert teacher.asked == asked
 
 
-def test_a_run_that_continues_begins_at_its_step():
+def test_a_resumed_run_begins_at_its_step():
     teacher = Echo()
     schedule = Schedule(teacher, 2, total_steps=5)
     assert [list(schedule.targets_for(step, BATCHES.__getitem__)) for step in (4, 5)] == [["4a"], ["5a"]]
     assert teacher.asked == [["4a", "5a"]]
 
 
-def test_a_teacher_that_computes_when_it_is_asked_does_so_batch_by_batch():
+def test_a_teacher_that_computes_on_demand_goes_batch_by_batch():
     teacher = Echo()
     targets_for = iter(Schedule(teacher, 1, total_steps=5).targets_for(3, BATCHES.__getitem__))
     assert teacher.taken == []

@@ -1,4 +1,4 @@
-"""A folder of signals: what is read is what was written, whatever happens to writer, disk or files.
+"""A cache is read as it was written, and damage to writer, disk or files is detected.
 
 Run as a program it is killed over and over while it fills a folder: see `kill_until_done`.
 """
@@ -42,7 +42,7 @@ def documents(count: int) -> list[Document]:
 
 
 def columns_of(document: Document, width: int = 3) -> Columns:
-    """A signal that is known by the document's first token."""
+    """Targets that identify the document's first token."""
     rng = np.random.default_rng(int(document.ids[0]))
     n = document.target_tokens
     return {"low": rng.integers(0, 2**16, (n, width), dtype=np.uint16), "entropy": rng.random(n, dtype=np.float32)}
@@ -53,7 +53,9 @@ def encode(some: Sequence[Document]) -> Iterator[Columns]:
 
 
 def fill(folder: Path, some: Sequence[Document], encode=encode, flush_seconds: float = 1e9) -> int:
-    return fill_cache(folder, ORIGIN, some, encode, 20, lambda done, total: None, flush_seconds)
+    return fill_cache(
+        folder, ORIGIN, some, encode, group_tokens=20, progress=lambda done, total: None, flush_seconds=flush_seconds
+    )
 
 
 def keyed(some: Sequence[Document]) -> dict[bytes, Document]:
@@ -61,7 +63,7 @@ def keyed(some: Sequence[Document]) -> dict[bytes, Document]:
 
 
 def assert_holds(folder: Path, some: Sequence[Document], width: int = 3) -> None:
-    """The folder is whole and says of each document what was written of it."""
+    """The cache is complete and has the targets of each document."""
     reader = ShardReader(folder)
     for key, document in keyed(some).items():
         assert not len(reader.missing([key]))
@@ -76,7 +78,7 @@ def assert_equal(found: Columns, wanted: Columns) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A finished folder of four shards."""
+    """A complete cache of four shards."""
     for count in (10, 20, 30, 40):
         fill(tmp_path / "cache", documents(count))
     assert len(list((tmp_path / "cache").glob("shard-*.safetensors"))) == 4
@@ -100,13 +102,13 @@ def test_no_document_gives_columns_without_entries(folder):
     assert not len(ShardReader(folder).missing([]))
 
 
-def test_a_folder_that_nothing_had_to_be_written_to_is_whole_and_lacks_everything(tmp_path):
+def test_a_cache_of_no_documents_is_complete_and_lacks_all_others(tmp_path):
     assert fill(tmp_path / "cache", documents(5)[4:]) == 0
     reader = ShardReader(tmp_path / "cache")
     assert reader.missing([b"k" * KEY_BYTES]).tolist() == [0] and reader.read([]) == {}
 
 
-def test_missing_documents_are_told_by_index(folder):
+def test_missing_documents_are_returned_by_index(folder):
     keys = [*keyed(documents(50))]
     rng = random.Random(1)
     rng.shuffle(keys)
@@ -116,7 +118,7 @@ def test_missing_documents_are_told_by_index(folder):
         ShardReader(folder).read(keys)
 
 
-def test_keys_that_begin_or_end_alike_are_told_apart(tmp_path):
+def test_keys_with_a_common_prefix_or_suffix_are_distinct(tmp_path):
     keys = [b"12345678" + bytes([0, 0, 0, 0, 0, 0, i, j]) for i in (0, 1, 255) for j in (0, 1, 255)]
     keys += [bytes(KEY_BYTES), bytes([0] * 15 + [1]), b"\xff" * KEY_BYTES, b"\xff" * 15 + b"\0"]
     some = [columns_of(document) for document in documents(60) if document.target_tokens][: len(keys)]
@@ -130,7 +132,7 @@ def test_keys_that_begin_or_end_alike_are_told_apart(tmp_path):
     assert reader.missing([b"12345678" + bytes([9] * 8), *keys]).tolist() == [0]
 
 
-def test_a_shard_is_written_as_soon_as_enough_has_come_together(tmp_path):
+def test_a_shard_is_written_once_it_is_full(tmp_path):
     big = {"hidden": np.zeros((1 << 20, 9), dtype=np.uint16)}
     with open_folder(tmp_path / "cache", ORIGIN) as writer:
         writer.add(b"k" * KEY_BYTES, big)
@@ -158,7 +160,7 @@ def test_a_second_run_writes_nothing_and_more_rows_add_only_themselves(folder):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_what_was_answered_before_a_failure_is_kept(tmp_path, error):
+def test_documents_before_a_failure_are_kept(tmp_path, error):
     def fails(some: Sequence[Document]) -> Iterator[Columns]:
         for document in some:
             if document.ids[0] == 17:
@@ -171,21 +173,28 @@ def test_what_was_answered_before_a_failure_is_kept(tmp_path, error):
     assert_holds(tmp_path / "cache", documents(40))
 
 
-def test_progress_starts_with_what_is_there_and_counts_each_document(tmp_path):
+def test_progress_starts_with_the_stored_documents_and_counts_each(tmp_path):
     fill(tmp_path / "cache", documents(10))
-    said: list[tuple[int, int]] = []
-    fill_cache(tmp_path / "cache", ORIGIN, documents(20), encode, 20, lambda *figures: said.append(figures))
-    assert said == [(done, 16) for done in range(8, 17)]
+    reported: list[tuple[int, int]] = []
+    fill_cache(
+        tmp_path / "cache",
+        ORIGIN,
+        documents(20),
+        encode,
+        group_tokens=20,
+        progress=lambda *figures: reported.append(figures),
+    )
+    assert reported == [(done, 16) for done in range(8, 17)]
 
 
-def test_an_unfinished_folder_says_how_to_finish_it(tmp_path):
+def test_an_incomplete_cache_is_refused_with_the_command(tmp_path):
     with open_folder(tmp_path / "cache", ORIGIN) as writer:
         writer.add(b"k" * KEY_BYTES, columns_of(documents(1)[0]))
-    with pytest.raises(ConfigError, match=r"cache is not finished; run finetune cache with this config again"):
+    with pytest.raises(ConfigError, match=r"cache is not complete\nhelp: run finetune cache"):
         ShardReader(tmp_path / "cache")
 
 
-def test_a_folder_that_is_added_to_serves_what_it_had_until_it_is_whole_again(folder):
+def test_a_cache_in_writing_serves_its_earlier_documents(folder):
     with pytest.raises(RuntimeError), open_folder(folder, ORIGIN) as writer:
         writer.add(b"k" * KEY_BYTES, columns_of(documents(1)[0]))
         writer.flush()
@@ -222,7 +231,7 @@ def kill_until_done(folder: Path, count: int) -> int:
         killed += 1
 
 
-def test_a_writer_killed_at_any_moment_ends_with_the_content_of_one_left_alone(tmp_path, repo_root):
+def test_a_writer_killed_at_any_moment_ends_with_the_content_of_an_unbroken_one(tmp_path, repo_root):
     done = subprocess.run(
         [sys.executable, __file__, str(tmp_path / "killed")],
         cwd=repo_root,
@@ -244,7 +253,7 @@ def test_a_writer_killed_at_any_moment_ends_with_the_content_of_one_left_alone(t
     "left",
     [".fingerprint.json.tmp", ".shard-00007.safetensors.tmp", ".shard-00007.json.tmp", "shard-00007.safetensors"],
 )
-def test_what_a_killed_writer_leaves_half_done_is_removed(tmp_path, left):
+def test_incomplete_files_of_a_killed_writer_are_removed(tmp_path, left):
     if not left.startswith(".fingerprint"):
         fill(tmp_path, documents(5))
     (tmp_path / left).write_text("{")
@@ -255,7 +264,7 @@ def test_what_a_killed_writer_leaves_half_done_is_removed(tmp_path, left):
 
 def test_only_one_process_writes(tmp_path):
     def second(some: Sequence[Document]) -> Iterator[Columns]:
-        with pytest.raises(ConfigError, match=r"another process is writing to .*cache; wait until it is done"):
+        with pytest.raises(ConfigError, match=r"another process is writing to .*cache\nhelp: wait"):
             fill(tmp_path / "cache", documents(10))
         return encode(some)
 
@@ -282,10 +291,10 @@ def wide(some: Sequence[Document]) -> Iterator[Columns]:
     return (columns_of(document, 10_000) for document in some)
 
 
-def test_a_full_disk_keeps_what_it_took_and_goes_on_when_there_is_space(tmp_path):
+def test_a_full_disk_keeps_earlier_documents_and_the_writer_continues_later(tmp_path):
     disk = tmp_path / "disk"
     with small_disk(disk, "1m"):
-        with pytest.raises(ResourceError, match=r"the disk of .*cache is full; free some space") as failure:
+        with pytest.raises(ResourceError, match=r"the disk of .*cache is full\nhelp: free some space") as failure:
             fill(disk / "cache", documents(40), wide, flush_seconds=-1)
         assert failure.value.exit_code == 4
         written = {file.name: file.read_bytes() for file in (disk / "cache").glob("shard-*.json")}
@@ -297,7 +306,7 @@ def test_a_full_disk_keeps_what_it_took_and_goes_on_when_there_is_space(tmp_path
 
 
 @pytest.mark.parametrize("call", range(1, 8))
-def test_a_disk_that_is_full_at_any_of_its_renames_loses_nothing(tmp_path, monkeypatch, call):
+def test_a_disk_full_at_any_rename_loses_nothing(tmp_path, monkeypatch, call):
     calls = iter(range(1, 100))
 
     def full(source: Path, target: Path) -> None:
@@ -314,7 +323,7 @@ def test_a_disk_that_is_full_at_any_of_its_renames_loses_nothing(tmp_path, monke
     assert_holds(tmp_path / "cache", documents(20))
 
 
-def test_a_folder_that_cannot_be_written_to_or_is_a_file_is_refused(tmp_path):
+def test_a_read_only_folder_or_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match=r"file cannot be written to: .*File exists"):
         fill(tmp_path / "file", documents(5))
@@ -347,12 +356,12 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_shard_is_named_and_only_its_documents_are_made_again(folder, damage):
+def test_a_corrupt_shard_is_named_and_only_its_documents_are_written_again(folder, damage):
     shard = folder / "shard-00001.safetensors"
     DAMAGES[damage](shard)
     with pytest.raises(IntegrityError, match=shard.name) as failure:
         ShardReader(folder)
-    assert failure.value.exit_code == 3 and "remove both files of its number" in str(failure.value)
+    assert failure.value.exit_code == 3 and "remove both files" in str(failure.value)
     if damage != "missing":
         with pytest.raises(IntegrityError, match=shard.name):
             fill(folder, documents(40))
@@ -364,19 +373,19 @@ def test_a_damaged_shard_is_named_and_only_its_documents_are_made_again(folder, 
     assert_holds(folder, documents(40))
 
 
-@pytest.mark.parametrize("torn", ["", "{", "[]", '{"sha256": 5}', "\udcff"])
-def test_a_torn_note_of_a_shard_is_named(folder, torn):
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"sha256": 5}', "\udcff"])
+def test_a_corrupt_note_of_a_shard_is_named(folder, content):
     note = folder / "shard-00002.json"
-    note.write_text(torn, errors="surrogateescape")
+    note.write_text(content, errors="surrogateescape")
     with pytest.raises(IntegrityError, match=note.stem):
         fill(folder, documents(40))
 
 
 @pytest.mark.parametrize(
-    "torn", ["", '{"shards": {', "[]", "{}", '{"shards": 3}', '{"shards": {"shard-00000.safetensors": 1}}']
+    "content", ["", '{"shards": {', "[]", "{}", '{"shards": 3}', '{"shards": {"shard-00000.safetensors": 1}}']
 )
-def test_a_torn_declaration_is_named_and_made_again(folder, torn):
-    (folder / COMPLETE).write_text(torn)
+def test_a_corrupt_list_of_shards_is_named_and_written_again(folder, content):
+    (folder / COMPLETE).write_text(content)
     with pytest.raises(IntegrityError, match=r"complete\.json|shard-00000"):
         ShardReader(folder)
     (folder / COMPLETE).unlink()
@@ -384,20 +393,20 @@ def test_a_torn_declaration_is_named_and_made_again(folder, torn):
     assert_holds(folder, documents(40))
 
 
-@pytest.mark.parametrize("torn", ["", '{"kept": {', "[]", "\udcff"])
-def test_a_torn_fingerprint_is_named(folder, torn):
-    (folder / FINGERPRINT).write_text(torn, errors="surrogateescape")
+@pytest.mark.parametrize("content", ["", '{"kept": {', "[]", "\udcff"])
+def test_a_corrupt_fingerprint_is_named(folder, content):
+    (folder / FINGERPRINT).write_text(content, errors="surrogateescape")
     for act in (lambda: check_fingerprint(folder, ORIGIN), lambda: fill(folder, documents(40))):
-        with pytest.raises(IntegrityError, match=r"fingerprint\.json is damaged.*write a new folder"):
+        with pytest.raises(IntegrityError, match=r"fingerprint\.json is corrupt(.|\n)*write a new folder"):
             act()
 
 
-def test_a_folder_with_other_files_or_without_signals_is_refused(tmp_path):
+def test_a_folder_with_other_files_or_without_a_cache_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="holds other files; name an empty or a new folder"):
+    with pytest.raises(ConfigError, match="holds other files"):
         fill(tmp_path, documents(5))
     assert {file.name for file in tmp_path.iterdir()} == {"notes.txt", ".lock"}
-    with pytest.raises(ConfigError, match="holds no signals; write them with finetune cache"):
+    with pytest.raises(ConfigError, match=r"not a cache\nhelp: .*finetune cache"):
         check_fingerprint(tmp_path / "nowhere", ORIGIN)
 
 
