@@ -1,3 +1,1 @@
 """Merged models, and the formats of other programs; each export is read back before it is kept."""
-
-from __future__ import annotations

@@ -13,7 +13,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from finetune.config.command_options import ExportOptions
 from finetune.config.compose import saved_config
 from finetune.export.copied_files import MODEL, copy_files
 from finetune.export.exporter import Exported, ExportRequest
-from finetune.export.verify import Verification, compare, require_same, source_answers
+from finetune.export.verify import OFFLINE, Verification, compare, source_answers
 from finetune.models.adapters.config import other_base, other_updates, scaling_of
 from finetune.models.adapters.files import CONFIG_FILE, PREFIX, TENSOR_FILE, check_adapter, load_adapter
 from finetune.models.adapters.trained import compensates_quantization
@@ -41,11 +41,23 @@ from finetune.system.errors import ConfigError, IntegrityError
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 # Only a merged model can hold these.
-_REFUSED = {
+_MERGED_ONLY = {
     "use_dora": "DoRA scales rows of the whole weight, not only the update",
-    "modules_to_save": "modules trained in full replace the base's, which all adapters of a server share",
-    "trainable_token_indices": "rows of new tokens belong to the embedding, which all adapters of a server share",
+    "modules_to_save": "modules trained in full replace the base's, which adapters share",
+    "trainable_token_indices": "rows of new tokens belong to the embedding, which adapters share",
 }
+
+
+def merge_reasons(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the settings of an adapter that no factors of one rank and scale can hold."""
+    for key, reason in _MERGED_ONLY.items():
+        if value := config.get(key):
+            yield f"{key}={json.dumps(value)}: {reason}"
+    if (bias := config.get("bias", "none")) != "none":
+        yield f"bias={bias}: the biases of the base's layers are trained"
+    yield from other_updates(config)
+    if init := other_base(config):
+        yield f"init_lora_weights={init}: the adapter needs other weights than those of the base in its config"
 
 
 def check_ready(options: ExportOptions) -> None:
@@ -110,18 +122,11 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _obstacles(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
     """Yield the reasons why servers do not support the adapter."""
-    for key, reason in _REFUSED.items():
-        if value := config.get(key):
-            yield f"{key}={json.dumps(value)}: {reason}"
-    if (bias := config.get("bias", "none")) != "none":
-        yield f"bias={bias}: the biases of the base's layers are trained"
-    yield from other_updates(config)
-    if init := other_base(config):
-        yield f"init_lora_weights={init}: the adapter needs other weights than those of the base in its config"
+    yield from merge_reasons(config)
     known = {module for family in FAMILIES.values() for module in family.linear_modules}
     layers = {name: match["layer"] for name in tensors if (match := _FACTOR.fullmatch(name))}
     other = [name for name in tensors if name not in layers or layers[name].rpartition(".")[2] not in known]
-    if other and not any(config.get(key) for key in _REFUSED):
+    if other and not any(config.get(key) for key in _MERGED_ONLY):
         yield f"tensors other than factors of the blocks' linear layers, as {', '.join(sorted(other)[:3])}"
     if layers and (rank := max(_ranks(tensors).values())) > MAX_RANKS[-1]:
         yield f"rank {rank}: the largest rank of vLLM is {MAX_RANKS[-1]}"
@@ -158,16 +163,11 @@ def _fold(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tenso
 
 def _verify(request: ExportRequest, base: Path, folded: bool) -> Verification:
     with tempfile.TemporaryDirectory() as name:
-        answers = source_answers(
-            _beside_base(request.source, base, Path(name)), request.options.prompts, request.options.tokens
-        )
+        answers = source_answers(_beside_base(request.source, base, Path(name)), request.options)
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **OFFLINE)
         served = load_adapter(model, request.out)
-    found = compare(answers, lambda ids: served(input_ids=torch.tensor([ids])).logits[0].float(), "PEFT")
-    require_same(found, exact=True)
+    found = compare(answers, lambda ids: served(input_ids=torch.tensor([ids])).logits[0].float(), "PEFT", exact=True)
     # Folding changes the order of sums: some units in the last place of the largest logit.
     allowed = 1e-4 * max(float(logits.abs().max()) for logits in answers.logits) if folded else 0.0
     if found.largest > allowed:
@@ -193,13 +193,8 @@ def _serve(request: ExportRequest, base: str, revision: str | None, rank: int, f
     name = re.sub(r"[^\w.-]+", "-", out.resolve().name)
     words = ["vllm", "serve", base, *(["--revision", revision] if revision else [])]
     words += ["--quantization", "bitsandbytes"] if four_bit else []
-    words += ["--enable-lora"]
-    words += [
-        "--lora-modules",
-        f"{name}={out}",
-        "--max-lora-rank",
-        str(next(most for most in MAX_RANKS if most >= rank)),
-    ]
+    largest = next(most for most in MAX_RANKS if most >= rank)
+    words += ["--enable-lora", "--lora-modules", f"{name}={out}", "--max-lora-rank", str(largest)]
     if (request.out / "chat_template.jinja").is_file():
         # vLLM uses the base's tokenizer, which may have another template.
         words += ["--chat-template", str(out / "chat_template.jinja")]

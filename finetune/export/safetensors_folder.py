@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from finetune.export.copied_files import MODEL, copy_files
 from finetune.export.exporter import EXPORTERS, Exported, ExportRequest
 from finetune.export.merge.merge import REPORT
 from finetune.export.shards import Content, Planned, plan_shards, write_index, write_shard
-from finetune.export.verify import Reader, Verification, compare, require_same, source_answers
+from finetune.export.verify import OFFLINE, Reader, Verification, compare, source_answers
 from finetune.models.hub import read_config, read_tensor, weight_files
 from finetune.models.load import quiet
 from finetune.models.quant.four_bit import build_skeleton, quantize, quantizing_workers
@@ -79,7 +79,7 @@ def write(request: ExportRequest) -> Exported:
     check_ready(request.options)
     kind = EXPORTERS["safetensors"].number_type(request.options)
     limit_bytes = parse_size("shard_size", request.options.shard_size)
-    config = read_config(request.source, str(request.source))
+    config = dict(read_config(request.source, str(request.source)))
     skeleton = build_skeleton(request.source, torch.bfloat16, "eager")
     head = head_name(skeleton)
     kept = _kept_in_training(request.source, kind)
@@ -87,7 +87,11 @@ def write(request: ExportRequest) -> Exported:
     blocks = [name for name in linear_names(skeleton) if name != head and name not in set(kept)]
     quantized = [f"{name}.weight" for name in blocks] if storage.quantize else []
     lossless = _write_weights(request, storage, quantized, limit_bytes)
-    _write_config(request.out, config, storage)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(storage.dtype).removeprefix("torch.")
+    if storage.settings is not None:
+        config["quantization_config"] = storage.settings
+    write_text(request.out / "config.json", json.dumps(config, indent=2) + "\n")
     copy_files(request.source, request.out, MODEL)
     checks = [_verify(request, lossless)] if request.options.verify else []
     notes: dict[str, Any] = {
@@ -115,10 +119,6 @@ def _kept_in_training(source: Path, kind: str) -> list[str]:
         return []
     kept = json.loads(file.read_text(encoding="utf-8")).get("kept", {})
     return sorted([*kept.get("none", []), *(kept.get("int8", []) if kind == "nf4" else [])])
-
-
-def _plain(dtype: torch.dtype, kept: Sequence[str]) -> Storage:
-    return Storage(dtype)
 
 
 def _nf4(kept: Sequence[str]) -> Storage:
@@ -172,7 +172,7 @@ def _compressed(preset: str, form: str, advice: str, kept: Sequence[str]) -> Sto
 
 # Each gets the full names of the linear layers that stay bf16.
 TYPES: dict[str, Callable[[Sequence[str]], Storage]] = {
-    **{kind: partial(_plain, dtype) for kind, dtype in PLAIN.items()},
+    **{kind: lambda kept, dtype=dtype: Storage(dtype) for kind, dtype in PLAIN.items()},
     "nf4": _nf4,
     "int8": partial(_compressed, "W8A8", "int-quantized", "8-bit products on NVIDIA GPUs from Turing to Hopper"),
     "fp8": partial(
@@ -203,7 +203,7 @@ def _write_weights(request: ExportRequest, storage: Storage, quantized: list[str
                     plan.append(Planned(layer + key, stored.dtype, stored.shape))
     shards = plan_shards(sorted(plan, key=lambda planned: planned.name), limit_bytes)
     for file, members in shards.items():
-        write_shard(request.out / file, members, lambda planned: _content(planned, parts[planned.name]), lambda _: None)
+        write_shard(request.out / file, members, lambda planned: _rounded(planned, parts[planned.name]), lambda _: None)
     write_index(request.out, shards)
     scratch.unlink(missing_ok=True)
     weights.check_unchanged()
@@ -218,12 +218,12 @@ def _append(stream: IO[bytes], file: Path, tensor: Tensor) -> Stored:
     return stored
 
 
-def _content(planned: Planned, stored: Stored) -> Content:
-    return stored if stored.dtype == planned.dtype else _rounded(planned, stored)
+def _rounded(planned: Planned, stored: Stored) -> Content:
+    """Return the content of a tensor in its planned dtype."""
+    return stored if stored.dtype == planned.dtype else _round(planned, stored)
 
 
-def _rounded(planned: Planned, stored: Stored) -> Iterator[Tensor]:
-    """Yield a tensor in another dtype, some rows at a time."""
+def _round(planned: Planned, stored: Stored) -> Iterator[Tensor]:
     rows = stored.shape[0]
     step = max(1, _BLOCK_ELEMENTS * rows // max(1, stored.nbytes // stored.dtype.itemsize))
     for start in range(0, rows, step):
@@ -237,19 +237,9 @@ def _rounded(planned: Planned, stored: Stored) -> Iterator[Tensor]:
         yield rounded
 
 
-def _write_config(out: Path, source: Mapping[str, Any], storage: Storage) -> None:
-    config = {key: value for key, value in source.items() if key != "torch_dtype"}
-    config["dtype"] = str(storage.dtype).removeprefix("torch.")
-    if storage.settings is not None:
-        config["quantization_config"] = storage.settings
-    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-
-
 def _verify(request: ExportRequest, lossless: bool) -> Verification:
-    answers = source_answers(request.source, request.options.prompts, request.options.tokens)
-    found = compare(answers, transformers_reader(request.out), "transformers")
-    require_same(found, exact=lossless)
-    return found
+    answers = source_answers(request.source, request.options)
+    return compare(answers, transformers_reader(request.out), "transformers", exact=lossless)
 
 
 def transformers_reader(folder: Path) -> Reader:
@@ -260,12 +250,7 @@ def transformers_reader(folder: Path) -> Reader:
     """
     with _silent():
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **OFFLINE
         )
     if wrong := {kind: sorted(map(str, names))[:5] for kind, names in report.items() if names}:
         raise IntegrityError(f"{folder}: transformers expects other tensors, found {wrong}; nothing was kept")

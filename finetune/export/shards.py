@@ -64,14 +64,7 @@ def plan_shards(tensors: Sequence[Planned], limit_bytes: int) -> dict[str, list[
 def write_shard(
     file: Path, tensors: Sequence[Planned], content: Callable[[Planned], Content], advance: Advance
 ) -> None:
-    """Write one file; it gets its name when it is complete and on the disk.
-
-    Args:
-        file: its path.
-        tensors: its tensors.
-        content: returns the content of a tensor; blocks have its dtype.
-        advance: called with each number of bytes written.
-    """
+    """Write one file, which gets its name when it is complete and on the disk; `advance` gets bytes written."""
     # Wide dtypes first: each tensor then starts at a multiple of its item size, as memory-mapped readers expect.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     with replaced_file(file, buffering=0) as stream:

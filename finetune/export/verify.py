@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from finetune.config.command_options import ExportOptions
 from finetune.models.load import quiet
 from finetune.system.errors import IntegrityError
 
+OFFLINE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 # Ids [T] -> logits [T, V] in fp32, V at least the tokenizer's.
 Reader = Callable[[list[int]], Tensor]
 
@@ -65,31 +67,28 @@ class Verification:
         )
 
 
-@torch.no_grad()
-def source_answers(source: Path, prompts: int, tokens: int) -> Answers:
-    """Answer prompts greedily with a model folder in fp32, and compute the logits of one pass over each answer.
-
-    Args:
-        source: a folder that transformers loads.
-        prompts: number of prompts, from PROMPTS.
-        tokens: longest answer.
-    """
+def open_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a model folder, offline."""
     with quiet():
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-        ).eval()
+        return AutoTokenizer.from_pretrained(folder, **OFFLINE)
+
+
+@torch.no_grad()
+def source_answers(source: Path, options: ExportOptions) -> Answers:
+    """Answer prompts greedily with a model folder in fp32, and compute the logits of one pass over each answer."""
+    tokenizer = open_tokenizer(source)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **OFFLINE).eval()
     greedy = GenerationConfig(
-        max_new_tokens=tokens,
+        max_new_tokens=options.tokens,
         do_sample=False,
         repetition_penalty=1.0,
         pad_token_id=tokenizer.pad_token_id or 0,
         eos_token_id=model.generation_config.eos_token_id,
     )
     answers = Answers([], [], [])
-    for number in range(prompts):
-        text = PROMPTS[number % len(PROMPTS)]
-        prompt = _encode(tokenizer, text)
+    for number in range(options.prompts):
+        prompt = _encode(tokenizer, PROMPTS[number % len(PROMPTS)])
         with quiet():
             ids = model.generate(torch.tensor([prompt]), generation_config=greedy)[0].tolist()
         answers.ids.append(ids)
@@ -106,8 +105,15 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 @torch.no_grad()
-def compare(answers: Answers, read: Reader, reader: str) -> Verification:
-    """Compare a reader's logits with the source's over the tokens of the answers; reader: its name."""
+def compare(answers: Answers, read: Reader, reader: str, *, exact: bool) -> Verification:
+    """Compare a reader's logits with the source's over the tokens of the answers.
+
+    exact: every token must be the same, for types that keep every bit. Rounding changes some tokens; a KL of 1 nat or
+    fewer than half of the tokens mean an error or a useless model.
+
+    Raises:
+        IntegrityError: the export does not compute what its source computes.
+    """
     same, kl, largest, tokens = 0, 0.0, 0.0, 0
     for ids, begin, logits_TV in zip(answers.ids, answers.begins, answers.logits, strict=True):
         ours_TV = logits_TV[begin - 1 : -1]
@@ -119,19 +125,16 @@ def compare(answers: Answers, read: Reader, reader: str) -> Verification:
         same += int((theirs_TV.argmax(-1) == torch.tensor(ids[begin:])).sum())
         largest = max(largest, float((ours_TV[:, :width] - theirs_TV).abs().max()))
         tokens += len(ids) - begin
-    return Verification(reader, tokens, same / tokens, kl / tokens, largest)
-
-
-def require_same(found: Verification, exact: bool) -> None:
-    """Refuse an export that does not compute what its source computes.
-
-    Args:
-        found: the comparison.
-        exact: every token must be the same, for formats that keep every bit. Otherwise half of them, and KL below 1
-            nat: rounding changes some tokens, and a larger distance is an error or a useless model.
-
-    Raises:
-        IntegrityError: with the figures.
-    """
+    found = Verification(reader, tokens, same / tokens, kl / tokens, largest)
     if found.same < (1.0 if exact else 0.5) or not found.kl < 1.0:
         raise IntegrityError(f"the export differs too much from its source: {found.describe()}; nothing was kept")
+    return found
+
+
+def require_same_ids(reader: str, texts: dict[str, list[int]], encode: Callable[[str], list[int]]) -> None:
+    """Raise IntegrityError with the first text that a reader encodes differently."""
+    for text, ids in texts.items():
+        if (found := list(encode(text))) != ids:
+            raise IntegrityError(
+                f"tokenizer: {reader} encodes {text!r} as {found}, the source as {ids}; nothing was kept"
+            )

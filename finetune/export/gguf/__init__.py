@@ -1,3 +1,1 @@
 """GGUF for llama.cpp and Ollama."""
-
-from __future__ import annotations

@@ -7,16 +7,15 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from finetune.export.adapter_folder import merge_reasons
 from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.gguf.file import PlannedTensor, count_types, start_writer, write_file
 from finetune.export.gguf.names import ARCHITECTURE, linear_name
 from finetune.export.gguf.types import NumberType, number_type, storage_type
-from finetune.models.adapters.config import other_base, other_updates, scaling_of
-from finetune.models.adapters.files import PREFIX, SavedAdapter, fetch_adapter, token_ids
+from finetune.models.adapters.config import scaling_of
+from finetune.models.adapters.files import PREFIX, SavedAdapter, fetch_adapter
 from finetune.system.errors import ConfigError
 from finetune.system.format import format_bytes
-
-_MERGED_ONLY = ("use_dora", "modules_to_save")
 
 
 def write_adapter(request: ExportRequest) -> Exported:
@@ -73,17 +72,7 @@ def _module(name: str) -> str:
 
 def _obstacles(adapter: SavedAdapter) -> Iterator[str]:
     """Yield the reasons why a GGUF file cannot hold the adapter."""
-    config = adapter.config
-    for key in _MERGED_ONLY:
-        if config.get(key):
-            yield f"{key}={config[key]}"
-    yield from other_updates(config)
-    if init := other_base(config):
-        yield f"init_lora_weights={init}: the adapter needs other weights than those of the base in its config"
-    if ids := token_ids(config):
-        yield f"trainable_token_indices: {sum(map(len, ids.values()))} trained rows of {', '.join(sorted(ids))}"
-    if (bias := config.get("bias", "none")) != "none":
-        yield f"bias={bias}: the biases are trained"
+    yield from merge_reasons(adapter.config)
     other = {
         _module(name)
         for name in adapter.tensors

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from finetune.export.exporter import ExportRequest
-from finetune.export.gguf.tokenizer import load_tokenizer
 from finetune.export.gguf.types import NumberType
-from finetune.export.verify import Answers, Verification, compare, require_same, source_answers
+from finetune.export.verify import (
+    OFFLINE,
+    Answers,
+    Verification,
+    compare,
+    open_tokenizer,
+    require_same_ids,
+    source_answers,
+)
 from finetune.models.load import quiet
-from finetune.system.errors import IntegrityError
 
 # All in NFC: Qwen2's tokenizer normalizes text to NFC, llama.cpp does not.
 TEXTS = (
@@ -47,21 +52,20 @@ def check_model(request: ExportRequest, path: Path, kind: NumberType) -> list[Ve
     """
     texts = sample_texts(request.source)
     require_transformers_ids(path, request.source, texts)
-    answers = source_answers(request.source, request.options.prompts, request.options.tokens)
-    found = [_in_transformers(path, request.source, answers)]
+    answers = source_answers(request.source, request.options)
+    exact = kind.name == "f32"
+    found = [_in_transformers(path, request.source, answers, exact)]
     if (llama := open_llama(path, max(map(len, answers.ids)))) is None:
         request.log("gguf: not compared in llama.cpp (llama-cpp-python is not installed)")
     else:
         require_llama_ids(llama, texts)
-        found.append(compare(answers, lambda ids: llama_logits(llama, ids), "llama.cpp"))
-    for verification in found:
-        require_same(verification, exact=kind.name == "f32")
+        found.append(compare(answers, lambda ids: llama_logits(llama, ids), "llama.cpp", exact=exact))
     return found
 
 
 def sample_texts(folder: Path) -> dict[str, list[int]]:
     """Return texts in many scripts, a conversation and every added token, with their ids."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     texts = list(TEXTS)
     texts += [f"a{token}b {token}\n" for token in tokenizer.get_added_vocab()]
     if tokenizer.chat_template is not None:
@@ -69,23 +73,14 @@ def sample_texts(folder: Path) -> dict[str, list[int]]:
     return {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts}
 
 
-def require_same_ids(reader: str, texts: dict[str, list[int]], encode: Callable[[str], list[int]]) -> None:
-    """Raise IntegrityError with the first text that a reader encodes differently."""
-    for text, ids in texts.items():
-        if (found := list(encode(text))) != ids:
-            raise IntegrityError(
-                f"tokenizer: {reader} encodes {text!r} as {found}, the source as {ids}; nothing was kept"
-            )
-
-
 def require_transformers_ids(path: Path, source: Path, texts: dict[str, list[int]]) -> None:
     """Compare transformers' tokenizer of a GGUF file on the texts of `sample_texts`, or raise IntegrityError."""
     with quiet():
         # AutoTokenizer would read the vocabulary a second time to find the class.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, **_reading(path))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name, **OFFLINE)
     # It does not find added tokens with characters outside the byte alphabet; llama.cpp does.
     letters = set(bytes_to_unicode().values())
-    hidden = [token for token in load_tokenizer(source).get_added_vocab() if not set(token) <= letters]
+    hidden = [token for token in open_tokenizer(source).get_added_vocab() if not set(token) <= letters]
     readable = {text: ids for text, ids in texts.items() if not any(token in text for token in hidden)}
     require_same_ids("transformers", readable, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -95,34 +90,19 @@ def require_llama_ids(llama: Any, texts: dict[str, list[int]]) -> None:
     require_same_ids("llama.cpp", texts, lambda text: llama.tokenize(text.encode(), add_bos=False, special=True))
 
 
-def _in_transformers(path: Path, source: Path, answers: Answers) -> Verification:
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # hides its progress bar
-        config = AutoConfig.from_pretrained(path.parent, **_reading(path))
+def _in_transformers(path: Path, source: Path, answers: Answers, exact: bool) -> Verification:
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # Hides its progress bar.
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **OFFLINE)
         # transformers does not read rope scaling from GGUF; check_file has compared those entries.
-        config.rope_parameters = AutoConfig.from_pretrained(
-            source, trust_remote_code=False, local_files_only=True
-        ).rope_parameters
+        config.rope_parameters = AutoConfig.from_pretrained(source, **OFFLINE).rope_parameters
         model = AutoModelForCausalLM.from_pretrained(
-            path.parent, config=config, dtype=torch.float32, **_reading(path)
+            path.parent, config=config, dtype=torch.float32, gguf_file=path.name, **OFFLINE
         ).eval()
-    return compare(answers, lambda ids: model(torch.tensor([ids])).logits[0], "transformers")
-
-
-def _reading(path: Path) -> dict[str, Any]:
-    return {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
+    return compare(answers, lambda ids: model(torch.tensor([ids])).logits[0], "transformers", exact=exact)
 
 
 def open_llama(path: Path, length: int, adapter: Path | None = None) -> Any | None:
-    """Open a model file, and an adapter over it, in llama.cpp with an fp32 cache.
-
-    Args:
-        path: the model.
-        length: tokens of the longest text.
-        adapter: a GGUF LoRA.
-
-    Returns:
-        None if llama.cpp's Python package is missing or does not load.
-    """
+    """Open a model file in llama.cpp for texts of `length` tokens; return None if its package does not load."""
     try:
         llama_cpp = import_module("llama_cpp")
     except (ImportError, OSError, RuntimeError):

@@ -76,17 +76,7 @@ def start_writer(request: ExportRequest, architecture: str, form: str, kind: Num
 
 
 def write_file(request: ExportRequest, writer: Any, tensors: list[PlannedTensor], kind: NumberType) -> Path:
-    """Write `NAME-TYPE.gguf`, one encoded tensor in memory at a time, and verify it if `options.verify`.
-
-    Args:
-        request: names the folder.
-        writer: a `gguf.GGUFWriter` with all entries.
-        tensors: in the order of the file.
-        kind: the type in the file's name.
-
-    Raises:
-        ConfigError, IntegrityError: as `encode` and `check_file`.
-    """
+    """Write `NAME-TYPE.gguf`, one encoded tensor in memory at a time, and verify it if `options.verify`."""
     path = request.out / f"{model_name(request)}-{kind.name}.gguf"
     entries = {key: value.value for key, value in writer.kv_data[0].items()}
     for tensor in tensors:

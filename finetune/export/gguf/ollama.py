@@ -13,7 +13,7 @@ from finetune.data.template.sandbox import Renderer
 from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.gguf import model
 from finetune.export.gguf.file import model_name
-from finetune.export.gguf.tokenizer import load_tokenizer
+from finetune.export.verify import open_tokenizer
 from finetune.models.hub import read_json
 from finetune.system.errors import ConfigError, DataError
 
@@ -57,7 +57,7 @@ def write(request: ExportRequest) -> Exported:
         ConfigError: the chat template is not ChatML.
         ConfigError, IntegrityError: as format=gguf.
     """
-    tokenizer = load_tokenizer(request.source)
+    tokenizer = open_tokenizer(request.source)
     template = go_template(tokenizer)
     settings = _generation_config(request.source)
     gguf = model.write(request)
@@ -99,13 +99,7 @@ _HELP = (
 
 
 def chatml(turns: Sequence[Turn], default: str | None, prompt: bool) -> str:
-    """Render a conversation in ChatML.
-
-    Args:
-        turns: `role` and `content` of each turn.
-        default: system prompt for conversations without one; None adds none.
-        prompt: append the header of the assistant's next turn.
-    """
+    """Render ChatML; default: system prompt of conversations without one; prompt: open the assistant's turn."""
     if default is not None and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": default}, *turns]
     text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)

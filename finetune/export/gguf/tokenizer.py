@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
+from finetune.export.verify import open_tokenizer
 from finetune.models.families import FAMILIES
-from finetune.models.load import quiet
 from finetune.system.errors import ConfigError
 
 # GGUF's kinds of tokens.
@@ -53,23 +51,13 @@ class Vocabulary:
             writer.add_chat_template(self.chat_template)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a model folder, offline."""
-    with quiet():
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
-    """Read the vocabulary of a model folder.
-
-    Args:
-        folder: the model folder.
-        rows: number of rows of the embedding; rows without a token become unused tokens.
+    """Read the vocabulary of a model folder; rows of the embedding without a token become unused tokens.
 
     Raises:
         ConfigError: the tokenizer is not Qwen2's, or has more tokens than rows.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     _check_qwen2(content, folder)
     ids = {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}

@@ -98,15 +98,7 @@ def storage_type(wanted: NumberType, shape: tuple[int, ...], vocabulary: bool) -
 
 
 def encode(rows: Tensor, kind: NumberType, name: str) -> np.ndarray:
-    """Round to the nearest value of a type, once, from fp32.
-
-    Args:
-        rows: [..., C] of any float type.
-        kind: the type.
-        name: the tensor's name, for errors.
-
-    Returns:
-        Bytes [..., kind.row_bytes(C)].
+    """Round rows [..., C] to the nearest values of a type, once, from fp32; return bytes [..., kind.row_bytes(C)].
 
     Raises:
         IntegrityError: a value is NaN or infinite.

@@ -1,3 +1,1 @@
 """Merge adapters into their base."""
-
-from __future__ import annotations

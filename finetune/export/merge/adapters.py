@@ -19,11 +19,7 @@ _LISTED_PROBLEMS = 10
 
 
 def read_deltas(adapter: SavedAdapter, base: Mapping[str, Stored]) -> dict[str, Delta]:
-    """Return the adapter's delta of each tensor that it changes, by the tensor's name.
-
-    Args:
-        adapter: its config and tensors.
-        base: every tensor of the model; a tied head is listed under its own name.
+    """Return the delta of each tensor that the adapter changes; `base` lists a tied head under its own name.
 
     Raises:
         ConfigError: lists everything that does not fit the base or cannot be merged.

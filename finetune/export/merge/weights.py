@@ -62,13 +62,7 @@ class MergePlan:
 
 
 def plan_merge(trained: Trained, base: str, options: MergeOptions, log: Log) -> MergePlan:
-    """Match the adapters with the base's files, before anything is written.
-
-    Args:
-        trained: the adapters and their base.
-        base: `original` or `dequantized`.
-        options: dtype, weights, combination, density and seed are used.
-        log: called with messages of the quantization.
+    """Match the adapters with the base's files, before anything is written; base: `original` or `dequantized`.
 
     Raises:
         ConfigError: an adapter does not fit the base, or the options contradict each other.

@@ -1,3 +1,1 @@
 """ONNX for onnxruntime-genai."""
-
-from __future__ import annotations

@@ -37,20 +37,9 @@ def runtime() -> Any:
 def build(
     source: Path, out: Path, scratch: Path, *, precision: str, provider: str = "cpu", options: Sequence[str] = ()
 ) -> None:
-    """Write model.onnx, its data, genai_config.json and the tokenizer's files.
+    """Write the graph, genai_config.json and the tokenizer with the builder's options of these names; as `run_module`.
 
     Memory: about 4.5 bytes per weight for fp32, 9 for int8, 15 for int4 by k_quant (measured on 0.6B weights).
-
-    Args:
-        source: the model folder.
-        out: the folder to fill.
-        precision: the builder's --precision.
-        provider: its --execution_provider.
-        options: its --extra_options.
-        scratch: a folder for its temporary files.
-
-    Raises:
-        FinetuneError, ResourceError: as `run_module`.
     """
     command = ["onnxruntime_genai.models.builder", "-i", str(source.resolve()), "-o", str(out.resolve())]
     command += ["-p", precision, "-e", provider, "-c", str(scratch.resolve() / "cache")]
@@ -58,12 +47,7 @@ def build(
 
 
 def run_module(command: Sequence[str], folder: Path, what: str) -> None:
-    """Run `python -m` in a folder without output.
-
-    Args:
-        command: the module and its arguments.
-        folder: the working folder.
-        what: name of the program, for errors.
+    """Run `python -m` in a folder without output; what: the program's name for errors.
 
     Raises:
         FinetuneError: the program failed; the error has its last lines.

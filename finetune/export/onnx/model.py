@@ -11,15 +11,20 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from finetune.config.command_options import ExportOptions
 from finetune.export.exporter import EXPORTERS, Exported, ExportRequest
 from finetune.export.onnx.builder import build, runtime
 from finetune.export.onnx.int8 import quantize
 from finetune.export.onnx.reader import OnnxModel
-from finetune.export.verify import PROMPTS, Answers, Verification, compare, require_same, source_answers
-from finetune.models.load import quiet
+from finetune.export.verify import (
+    PROMPTS,
+    Answers,
+    Verification,
+    compare,
+    open_tokenizer,
+    require_same_ids,
+    source_answers,
+)
 from finetune.system.atomic import write_text
 from finetune.system.errors import ConfigError, IntegrityError
 
@@ -133,11 +138,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _verify(request: ExportRequest, kind: str) -> tuple[list[Verification], dict[str, Any]]:
     """Compare logits over the source's answers, generated answers, and the tokenizer."""
-    answers = source_answers(request.source, request.options.prompts, request.options.tokens)
+    answers = source_answers(request.source, request.options)
     model = OnnxModel(request.out)
-    _require_same_tokens(request.source, model)
-    found = compare(answers, model.logits, f"{model.name} ({kind})")
-    require_same(found, exact=kind == "fp32")
+    # onnxruntime-genai has its own tokenizer.
+    require_same_ids(model.name, _prompts(request.source), model.encode)
+    found = compare(answers, model.logits, f"{model.name} ({kind})", exact=kind == "fp32")
     generated = _generated(answers, model, request.options.tokens)
     request.log(f"onnx: generated answers equal to the source's: {generated['same_answers']}/{generated['answers']}")
     if kind == "fp32" and generated["same_answers"] < generated["answers"]:
@@ -159,20 +164,14 @@ def _generated(answers: Answers, model: OnnxModel, tokens: int) -> dict[str, int
     return counts
 
 
-def _require_same_tokens(source: Path, model: OnnxModel) -> None:
-    """Raise IntegrityError with the first prompt that onnxruntime-genai's tokenizer encodes differently."""
-    with quiet():
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
-    for prompt in PROMPTS:
-        text = prompt
-        if tokenizer.chat_template is not None:
-            message = [{"role": "user", "content": prompt}]
-            text = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
-        ours, theirs = tokenizer.encode(text, add_special_tokens=False), model.encode(text)
-        if ours != theirs:
-            raise IntegrityError(
-                f"tokenizer: {model.name} encodes {text!r} as {theirs}, the source as {ours}; nothing was kept"
-            )
+def _prompts(source: Path) -> dict[str, list[int]]:
+    """Return the rendered prompts and their ids."""
+    tokenizer = open_tokenizer(source)
+    texts = list(PROMPTS)
+    if tokenizer.chat_template is not None:
+        turns = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+        texts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return {text: tokenizer.encode(text, add_special_tokens=False) for text in texts}
 
 
 def _has_template(folder: Path) -> bool:

