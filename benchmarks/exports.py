@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def one_export(name: str, adapter: Path, out: Path, exam: Exam) -> dict[str, Any
         "bytes": weights,
         "seconds": seconds,
         "exact_match": answers(out, exam),
-        "checks": [check.as_dict() for check in exported.checks],
+        "checks": [asdict(check) for check in exported.checks],
     }
 
 

@@ -6,10 +6,21 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune.config.sections import Count, Index, NotNegative, Number, Positive, Section, Share, SourceConfig, Text
+from finetune.config.sections import (
+    Count,
+    Dtype,
+    Index,
+    NotNegative,
+    Number,
+    Positive,
+    Section,
+    Share,
+    SourceConfig,
+    Text,
+)
 
 Base = Literal["auto", "original", "dequantized"]
-MergedType = Literal["auto", "bf16", "fp16", "fp32"]
+MergedType = Literal["auto"] | Dtype
 Combination = Literal["linear", "ties", "dare_linear", "dare_ties"]
 
 

@@ -23,7 +23,12 @@ from finetune.system.errors import ConfigError
 
 REPORT = "export_report.json"
 # The merge rounds to a 16-bit type of the format. For all other types it keeps fp32, and the exporter rounds.
-_MERGE_DTYPES: dict[str, MergedType] = {"bf16": "bf16", "fp16": "fp16", "f16": "fp16", "nf4": "bf16"}
+_MERGE_DTYPES: dict[str, MergedType] = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "f16": "float16",
+    "nf4": "bfloat16",
+}
 
 
 def export_model(options: ExportOptions, log: Log = log, progress: Progress = progress_bar) -> Exported:
@@ -93,7 +98,7 @@ def _source(
                 out=str(folder / "model"),
                 model=options.model,
                 base=options.base,
-                dtype=_MERGE_DTYPES.get(exporter.number_type(options), "fp32"),
+                dtype=_MERGE_DTYPES.get(exporter.number_type(options), "float32"),
                 kl_check=KlCheckOptions() if options.verify else KlCheckOptions(num_examples=0),
             )
             report = merge(chosen, log, progress)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from finetune.export.verify import Verification
 
 
+# The formats spell the same types differently; each spelling is accepted.
+_SPELLINGS = ({"bf16", "bfloat16"}, {"fp16", "f16", "float16"}, {"fp32", "f32", "float32"})
+
+
 @dataclass(frozen=True)
 class ExportRequest:
     """The input of an exporter.
@@ -73,8 +77,11 @@ class Exporter:
     extra: str | None = None
 
     def number_type(self, options: ExportOptions) -> str:
-        """Return `options.type` or the default."""
-        return options.type or (next(iter(self.types)) if options.merge and self.merges else self.adapter_types[0])
+        """Return `options.type` in the format's own spelling, or the default."""
+        if options.type is None:
+            return next(iter(self.types)) if options.merge and self.merges else self.adapter_types[0]
+        spellings = next((names for names in _SPELLINGS if options.type in names), ())
+        return next((name for name in spellings if name in self.types), options.type)
 
     def check_ready(self, options: ExportOptions) -> None:
         """Raise ConfigError for options that the format does not take, MissingExtra without its libraries."""

@@ -73,28 +73,6 @@ def settings(config: Any) -> dict[str, int | float | str]:
         "rope.dimension_count": config.hidden_size // config.num_attention_heads,
         "rope.freq_base": float(rope["rope_theta"]),
     }
-    problems = _unsupported(config)
-    kind = rope.get("rope_type", "default")
-    if kind in ("linear", "yarn"):
-        found["rope.scaling.type"] = kind
-        found["rope.scaling.factor"] = float(rope["factor"])
-    if kind == "yarn":
-        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        found["rope.scaling.original_context_length"] = int(original)
-        strange = sorted(
-            rope.keys() - {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "type"}
-        )
-        problems += [f"rope_parameters.{key}" for key in strange if rope[key] is not None]
-    elif kind not in ("default", "linear"):
-        problems.append(f"rope_type {kind!r}")
-    if problems:
-        raise ConfigError(
-            f"config.json: GGUF's qwen2 does not support {', '.join(problems)}\nhelp: use format=safetensors"
-        )
-    return found
-
-
-def _unsupported(config: Any) -> list[str]:
     problems = []
     if getattr(config, "use_sliding_window", False):
         problems.append("use_sliding_window")
@@ -102,4 +80,19 @@ def _unsupported(config: Any) -> list[str]:
         problems.append(f"hidden_act {config.hidden_act!r}")
     if (getattr(config, "head_dim", None) or 0) not in (0, config.hidden_size // config.num_attention_heads):
         problems.append(f"head_dim {config.head_dim}")
-    return problems
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "yarn"):
+        found["rope.scaling.type"] = kind
+        found["rope.scaling.factor"] = float(rope["factor"])
+    if kind == "yarn":
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        found["rope.scaling.original_context_length"] = int(original)
+        known = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "type"}
+        problems += [f"rope_parameters.{key}" for key in sorted(rope.keys() - known) if rope[key] is not None]
+    elif kind not in ("default", "linear"):
+        problems.append(f"rope_type {kind!r}")
+    if problems:
+        raise ConfigError(
+            f"config.json: GGUF's qwen2 does not support {', '.join(problems)}\nhelp: use format=safetensors"
+        )
+    return found

@@ -58,9 +58,6 @@ class MergeReport:
     kl_checks: list[KlCheck]
     kept: dict[str, list[str]]
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def merge(options: MergeOptions, log: Log = log, progress: Progress = progress_bar) -> MergeReport:
     """Merge adapters into their base and write a complete model folder.
@@ -110,8 +107,8 @@ def merge(options: MergeOptions, log: Log = log, progress: Progress = progress_b
             kl_checks=checks,
             kept=kept_in_training(trained),
         )
-        (folder / REPORT).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(merged_card(trained, report.as_dict()), encoding="utf-8")
+        (folder / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(merged_card(trained, report), encoding="utf-8")
         _require_near(checks, options)
     return report
 

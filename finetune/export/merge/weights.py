@@ -27,7 +27,6 @@ from finetune.system.errors import ConfigError
 
 # Values in a block: 16 MB in fp32; at most three blocks are in memory.
 _BLOCK = 1 << 22
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,9 @@ def _planned(stored: dict[str, Stored], deltas: dict[str, Delta], dtype: str) ->
     for name, source in stored.items():
         delta = deltas.get(name)
         rows = source.shape[0] if delta is None or delta.rows is None else max(delta.rows, source.shape[0])
-        tensors.append(Planned(name, _DTYPES.get(dtype, source.dtype), (rows, *source.shape[1:])))
+        tensors.append(
+            Planned(name, source.dtype if dtype == "auto" else getattr(torch, dtype), (rows, *source.shape[1:]))
+        )
     # The head and the embedding keep the same number of rows.
     tables = (EMBEDDING, HEAD)
     most = max(tensor.shape[0] for tensor in tensors if tensor.name in tables)

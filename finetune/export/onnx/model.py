@@ -84,7 +84,7 @@ def write(request: ExportRequest) -> Exported:
     settings = settle(request.source, request.out)
     checks, notes = _verify(request, kind) if request.options.verify else ([], {})
     size = sum(path.stat().st_size for path in request.out.glob(f"{GRAPH}*"))
-    serve = serving_command(Path(request.options.out), chat=_has_template(request.out))
+    serve = serving_command(Path(request.options.out), chat=open_tokenizer(request.source).chat_template is not None)
     return Exported(checks, [serve], {"type": kind, "bytes": size, **settings, **notes})
 
 
@@ -114,14 +114,11 @@ def settle(source: Path, folder: Path) -> dict[str, Any]:
     # The builder adds the tokenizer's eos token to the stop ids, and omits the repetition penalty.
     model["eos_token_id"] = generation.get("eos_token_id") or model["eos_token_id"]
     search |= {key: generation[key] for key in _SEARCH if generation.get(key) is not None}
-    named = [
-        _read(source / name).get(key)
-        for name, key in (
-            ("generation_config.json", "bos_token_id"),
-            ("config.json", "bos_token_id"),
-            ("tokenizer_config.json", "bos_token"),
-        )
-    ]
+    named = (
+        generation.get("bos_token_id"),
+        _read(source / "config.json").get("bos_token_id"),
+        _read(source / "tokenizer_config.json").get("bos_token"),
+    )
     if all(value is None for value in named):
         # The file needs an id, and the builder writes 1, an ordinary token. Qwen2.5 itself uses its pad token.
         model["bos_token_id"] = model["pad_token_id"]
@@ -174,16 +171,11 @@ def _prompts(source: Path) -> dict[str, list[int]]:
     return {text: tokenizer.encode(text, add_special_tokens=False) for text in texts}
 
 
-def _has_template(folder: Path) -> bool:
-    return (folder / "chat_template.jinja").is_file() or "chat_template" in _read(folder / "tokenizer_config.json")
-
-
 def serving_command(folder: Path, chat: bool) -> str:
     """Return a shell command that generates one answer; chat: the folder has a chat template."""
-    text = "Hello"
-    prompt = json.dumps(text)
+    prompt = '"Hello"'
     if chat:
-        messages = json.dumps(json.dumps([{"role": "user", "content": text}]))
+        messages = json.dumps(json.dumps([{"role": "user", "content": "Hello"}]))
         prompt = f"t.apply_chat_template({messages}, add_generation_prompt=True)"
     code = (
         f"import onnxruntime_genai as og; m = og.Model({json.dumps(str(folder))}); t = og.Tokenizer(m); "

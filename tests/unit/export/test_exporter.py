@@ -27,6 +27,21 @@ def test_the_table_has_the_number_types_of_each_module(name, types):
     assert set(types) <= set(formats_help().replace("=", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("name", "typed", "found"),
+    [
+        ("gguf", "bfloat16", "bf16"),
+        ("gguf", "fp16", "f16"),
+        ("onnx", "float32", "fp32"),
+        ("safetensors", "f16", "fp16"),
+        ("gguf", "q3_k", "q3_k"),
+        ("gguf", None, "q8_0"),
+    ],
+)
+def test_every_spelling_of_a_type_is_accepted(name, typed, found):
+    assert EXPORTERS[name].number_type(ExportOptions(format=name, out="x", type=typed)) == found
+
+
 def test_a_module_and_an_entry_are_a_format(make_base, tmp_path: Path, monkeypatch):
     def write(request: ExportRequest) -> Exported:
         (request.out / "names.json").write_text(json.dumps(sorted(file.name for file in request.source.iterdir())))
