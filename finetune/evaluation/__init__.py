@@ -1,1 +1,1 @@
-"""Measuring a model: on given answers (perplexity) and on its own (generation)."""
+"""Evaluation of a model: scores on held-out rows, generated answers, and the gap table."""

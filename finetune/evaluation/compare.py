@@ -1,4 +1,4 @@
-"""`finetune eval` from its options to a table: one model after the other is loaded, measured and let go."""
+"""Evaluate each variant of a model on the same data, one in memory at a time, and collect the gap table."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from finetune.evaluation.intervals import Bootstrap
 from finetune.evaluation.lm_eval import load_tasks, run_tasks
 from finetune.evaluation.measure import Evaluator, Progress, stored_bytes
 from finetune.evaluation.metrics import Metric, find_metric
-from finetune.evaluation.variants import Log, Variants, contradictions, find_variants
+from finetune.evaluation.variants import Variants, find_variants, option_problems
 from finetune.models.adapters.files import TENSOR_FILE
 from finetune.models.digest import sha256_of
 from finetune.models.hub import TEXT_FILES, fetch, read_config
 from finetune.models.load import default_device, load_adapter_tokenizer, load_tokenizer
 from finetune.system.atomic import is_disk_full
+from finetune.system.console import Log
 from finetune.system.errors import ConfigError, ResourceError
 from finetune.system.locks import locked
 from finetune.system.machine import pick_threads, usable_cores
@@ -42,71 +43,96 @@ Merge = Callable[[str, Path], object]
 
 
 def evaluate_gap(options: EvalOptions, log: Log, merge: Merge, place: Path | None = None) -> GapTable:
-    """Measure every model that the options name.
+    """Evaluate every variant named in the options.
 
-    merge: writes the merged model of `options.adapter` into a new folder.
-    place: a folder with room for a merged model; None is the system's for temporary files.
-    Raises: ConfigError and DataError before a model is loaded; what loading and merging raise.
+    Args:
+        merge: writes the merged model of `options.adapter` into a new folder.
+        place: a folder with room for a merged model; None uses the system's folder for temporary files.
+
+    Raises:
+        ConfigError, DataError: before a model is loaded.
+        ResourceError: memory or disk space runs out.
     """
     started = time.monotonic()
     if default_device().type == "cpu" and (threads := pick_threads(os.environ, usable_cores())):
         torch.set_num_threads(threads)
-    metric = _check(options)
-    subjects = find_variants(options, log)
+    metric = _check_options(options)
+    variants = find_variants(options, log)
     tasks = load_tasks(options.tasks) if options.tasks else None
-    tokenizer = _tokenizer(subjects)
+    tokenizer = _load_tokenizer(variants)
     chat = ChatTemplate(tokenizer)
-    sets = load_sets(options, subjects.cfg, chat)
-    subjects = _with_rows_for(subjects, tokenizer, log)
-    if options.merged is not None and "merged" in subjects.variants:
-        _check_merged(options.merged, _vocabulary(subjects, tokenizer))
+    sets = load_sets(options, variants.cfg, chat)
+    base_rows = _base_rows(variants)
+    if max(tokenizer.get_vocab().values()) >= base_rows:
+        variants = _with_new_tokens(variants, log)
+    vocabulary = min(len(tokenizer), base_rows)
+    if options.merged is not None and "merged" in variants.variants:
+        _check_merged(options.merged, vocabulary)
     for rows in sets:
         log(_describe(rows))
-    for doubt in data_warnings(options, subjects.cfg, sets):
-        log(f"warning: {doubt}")
-    with _scratch(place) as scratch:
-        merged = _merged_folder(options, subjects, scratch, merge)
-        measuring = _measuring(options, subjects, sets, (tokenizer, chat, metric), scratch)
-        models = [_measure(options, subjects, variant, merged, measuring, tasks, log) for variant in subjects.variants]
+    for warning in data_warnings(options, variants.cfg, sets):
+        log(f"warning: {warning}")
+    with _scratch_folder(place) as scratch:
+        merged = _merged_folder(options, variants, scratch, merge)
+        max_new_tokens = _MAX_NEW_TOKENS if variants.cfg is None else variants.cfg.generation.max_new_tokens
+        evaluator = Evaluator(
+            sets=sets,
+            tokenizer=tokenizer,
+            chat=chat,
+            metric=metric,
+            vocabulary=vocabulary,
+            max_new_tokens=options.max_new_tokens or max_new_tokens,
+            batch_size=options.batch_size,
+            bootstraps=[Bootstrap(rows.rows, options.resamples, options.seed) for rows in sets],
+            answer_bootstraps=[
+                Bootstrap(max(1, len(rows.conversations)), options.resamples, options.seed) for rows in sets
+            ],
+            scratch=scratch,
+        )
+        models = [
+            _evaluate_variant(variants, variant, evaluator, options=options, merged=merged, tasks=tasks, log=log)
+            for variant in variants.variants
+        ]
     return GapTable(
-        options.adapter,
-        subjects.model.name,
-        "base" if "base" in subjects.variants else None,
-        metric.name if any(rows.conversations for rows in sets) else None,
-        options.resamples,
-        options.seed,
-        round(time.monotonic() - started, 1),
-        _made_with(),
-        models,
-        {} if subjects.adapter is None else {TENSOR_FILE: sha256_of(subjects.adapter / TENSOR_FILE)},
+        adapter=options.adapter,
+        model=variants.model.name,
+        reference="base" if "base" in variants.variants else None,
+        metric=metric.name if any(rows.conversations for rows in sets) else None,
+        resamples=options.resamples,
+        seed=options.seed,
+        seconds=round(time.monotonic() - started, 1),
+        made_with=_made_with(),
+        models=models,
+        adapter_files={} if variants.adapter is None else {TENSOR_FILE: sha256_of(variants.adapter / TENSOR_FILE)},
     )
 
 
-def _measure(
-    options: EvalOptions,
-    subjects: Variants,
+def _evaluate_variant(
+    variants: Variants,
     variant: Variant,
+    evaluator: Evaluator,
+    *,
+    options: EvalOptions,
     merged: Path | None,
-    measuring: Evaluator,
     tasks: Any,
     log: Log,
 ) -> ModelFigures:
-    name = subjects.name(variant)
+    name = variants.name(variant)
     started = time.monotonic()
-    with _explain_out_of_memory(name, variant, subjects.variants):
-        model = subjects.load(variant, merged, log)
-        sets = measuring.measure(model, reference=variant == "base", far=Progress(name, log))
-        found = []
+    with _explain_out_of_memory(name, variant, variants.variants):
+        model = variants.load(variant, merged, log)
+        sets = evaluator.evaluate(model, is_reference=variant == "base", progress=Progress(name, log))
+        task_figures = []
         if tasks is not None:
-            found = run_tasks(
+            task_figures = run_tasks(
                 model,
-                measuring.tokenizer,
+                evaluator.tokenizer,
                 tasks,
                 limit=options.limit,
                 batch_size=options.batch_size,
                 as_chat=options.tasks_as_chat,
             )
-        figures = ModelFigures(variant, name, stored_bytes(model), sets, found)
+        figures = ModelFigures(variant, name, stored_bytes(model), sets, task_figures)
     del model
     gc.collect()
     if torch.cuda.is_available():
@@ -117,24 +143,24 @@ def _measure(
 
 @contextmanager
 def _explain_out_of_memory(name: str, variant: Variant, variants: tuple[Variant, ...]) -> Iterator[None]:
-    """Says what to do where memory or disk runs out. Raises: ResourceError."""
+    """Turn an error of full memory or disk into a ResourceError with help."""
     try:
         yield
     except Exception as error:
         if is_disk_full(error):
             raise ResourceError(
-                f"{name}: the disk is full; free space, or name a folder on another one with out=DIR ({error})"
+                f"{name}: the disk is full ({error})\nhelp: free space, or name a folder on another disk with out=DIR"
             ) from error
         if isinstance(error, torch.OutOfMemoryError | MemoryError | ResourceError) or "allocate memory" in str(error):
             others = ",".join(other for other in variants if other != variant)
             without = f", or leave it out with 'variants=[{others}]'" if others else ""
-            raise ResourceError(f"{name}: not enough memory; lower batch_size{without} ({error})") from error
+            raise ResourceError(f"{name}: not enough memory ({error})\nhelp: lower batch_size{without}") from error
         raise
 
 
-def _check(options: EvalOptions) -> Metric:
-    """The metric. Raises: ConfigError with everything that shows before anything is read."""
-    problems, metric = contradictions(options), None
+def _check_options(options: EvalOptions) -> Metric:
+    """Return the metric. Raises: ConfigError with all problems of the options."""
+    problems, metric = option_problems(options), None
     try:
         metric = find_metric(options.metric, options.pattern)
     except ConfigError as error:
@@ -144,60 +170,31 @@ def _check(options: EvalOptions) -> Metric:
     return metric
 
 
-def _tokenizer(subjects: Variants) -> PreTrainedTokenizerBase:
-    if subjects.adapter is None:
-        return load_tokenizer(subjects.model)
-    return load_adapter_tokenizer(subjects.model, subjects.adapter)
+def _load_tokenizer(variants: Variants) -> PreTrainedTokenizerBase:
+    if variants.adapter is None:
+        return load_tokenizer(variants.model)
+    return load_adapter_tokenizer(variants.model, variants.adapter)
 
 
-def _with_rows_for(subjects: Variants, tokenizer: PreTrainedTokenizerBase, log: Log) -> Variants:
-    """Without the models that have no row for tokens that the adapter added."""
-    if max(tokenizer.get_vocab().values()) < _base_rows(subjects):
-        return subjects
-    kept: tuple[Variant, ...] = tuple(v for v in subjects.variants if v in ("trained", "merged"))
+def _with_new_tokens(variants: Variants, log: Log) -> Variants:
+    """Leave out the variants without embeddings for tokens that the adapter added."""
+    kept: tuple[Variant, ...] = tuple(v for v in variants.variants if v in ("trained", "merged"))
     if not kept:
-        raise ConfigError("variants: the adapter added tokens, which only trained and merged have rows for")
-    if kept != subjects.variants:
-        log("the adapter added tokens that its base has no rows for: only trained and merged models are measured")
-    return replace(subjects, variants=kept)
+        raise ConfigError("variants: only trained and merged have the tokens that the adapter added")
+    if kept != variants.variants:
+        log(f"variants: {','.join(kept)} (the others lack the tokens that the adapter added)")
+    return replace(variants, variants=kept)
 
 
-def _base_rows(subjects: Variants) -> int:
-    model = subjects.model
+def _base_rows(variants: Variants) -> int:
+    """Rows of the base's embedding."""
+    model = variants.model
     return int(read_config(fetch(model.name, model.revision, TEXT_FILES, "model").folder, model.name)["vocab_size"])
 
 
-def _vocabulary(subjects: Variants, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Ids that all models know."""
-    return min(len(tokenizer), _base_rows(subjects))
-
-
-def _measuring(
-    options: EvalOptions,
-    subjects: Variants,
-    sets: list[RowSet],
-    words: tuple[PreTrainedTokenizerBase, ChatTemplate, Metric],
-    scratch: Path,
-) -> Evaluator:
-    tokenizer, chat, metric = words
-    own = subjects.cfg.generation.max_new_tokens if subjects.cfg is not None else _MAX_NEW_TOKENS
-    return Evaluator(
-        sets,
-        tokenizer,
-        chat,
-        metric,
-        _vocabulary(subjects, tokenizer),
-        options.max_new_tokens or own,
-        options.batch_size,
-        [Bootstrap(rows.rows, options.resamples, options.seed) for rows in sets],
-        [Bootstrap(max(1, len(rows.conversations)), options.resamples, options.seed) for rows in sets],
-        scratch,
-    )
-
-
-def _merged_folder(options: EvalOptions, subjects: Variants, scratch: Path, merge: Merge) -> Path | None:
-    """The folder that holds the merged model; where the user has none, one that goes with `scratch`."""
-    if "merged" not in subjects.variants:
+def _merged_folder(options: EvalOptions, variants: Variants, scratch: Path, merge: Merge) -> Path | None:
+    """The folder of the merged model, merged into `scratch` unless the user has one."""
+    if "merged" not in variants.variants:
         return None
     if options.merged is not None:
         return Path(options.merged).expanduser()
@@ -208,19 +205,21 @@ def _merged_folder(options: EvalOptions, subjects: Variants, scratch: Path, merg
 
 
 def _check_merged(word: str, vocabulary: int) -> None:
-    """Raises: ConfigError if the folder is no model, or one that does not know the base's tokens."""
+    """Raise ConfigError if the folder is not a model, or lacks tokens of the base."""
     folder = Path(word).expanduser()
     if not (folder / "config.json").is_file():
-        found = "is no model's folder: it has no config.json" if folder.is_dir() else "there is no such folder"
-        raise ConfigError(f"merged={word}: {found}; finetune merge writes one")
+        problem = "has no config.json" if folder.is_dir() else "does not exist"
+        raise ConfigError(f"merged={word}: the folder {problem}\nhelp: finetune merge writes a merged model")
     rows = int(read_config(folder, word).get("vocab_size", 0))
     if rows < vocabulary:
-        raise ConfigError(f"merged={word}: knows {rows:,} tokens, the base {vocabulary:,}; it is not merged from it")
+        raise ConfigError(
+            f"merged={word}: not merged from this base, found {rows:,} tokens where the base has {vocabulary:,}"
+        )
 
 
 @contextmanager
-def _scratch(place: Path | None) -> Iterator[Path]:
-    """A folder in `place`, gone after the block. Those that killed processes left there go as well."""
+def _scratch_folder(place: Path | None) -> Iterator[Path]:
+    """A locked temporary folder in `place`. Folders of killed processes are removed too."""
     try:
         for left in place.glob(f"{_SCRATCH}*") if place is not None else ():
             with suppress(OSError), locked(left / ".lock", 0) as abandoned:
@@ -234,14 +233,14 @@ def _scratch(place: Path | None) -> Iterator[Path]:
 
 
 def _describe(rows: RowSet) -> str:
-    answered = f", {len(rows.conversations):,} of them answered" if rows.conversations else ""
+    forgetting = ", forgetting=true" if rows.forgetting else ""
     targets = int(rows.documents.targets.sum())
-    return f"{rows.name}{' (forgetting)' if rows.forgetting else ''}: {rows.rows:,} rows{answered}, {targets:,} targets"
+    return f"{rows.name}: rows={rows.rows:,}, answered={len(rows.conversations):,}, targets={targets:,}{forgetting}"
 
 
 def _made_with() -> dict[str, str]:
     device = default_device()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads={torch.get_num_threads()}"
     return {
         "finetune": __version__,
         "torch": torch.__version__,

@@ -1,6 +1,6 @@
-"""Answers written one token at a time with cached keys and values; a row that has ended leaves the batch.
+"""Batched generation with a key-value cache; a finished row leaves the batch.
 
-Shapes: B prompts of a batch, N of them still being answered; L tokens so far, with padding; V vocabulary.
+Shapes: B prompts of a batch, N unfinished ones, L tokens so far with padding, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,32 +19,35 @@ from finetune.losses.hidden_states import base_of
 from finetune.models.quant.four_bit import keep_resident, resident_bytes
 from finetune.system.machine import available_memory
 
-# (logits [N, V], which prompts they are of [N], how many tokens each of those has been answered with) -> ids [N] int64.
+# (logits [N, V], index of each row's prompt [N], number of tokens generated for it [N]) -> ids [N] int64.
 Choose = Callable[[Tensor, list[int], list[int]], Tensor]
 
 
 def greedy(logits_NV: Tensor, prompts: list[int], written: list[int]) -> Tensor:
-    """The most probable token of each row."""
+    """Choose the most probable token of each row."""
     return logits_NV.argmax(-1)
 
 
 def dequantize_once(model: nn.Module, quant: QuantConfig) -> None:
-    """Keep 4-bit weights in 16 bit as well, as `quant.keep_dequantized` does, on a CPU that has room for them.
+    """Also keep 4-bit weights in 16 bit on a CPU with enough memory, as `quant.keep_dequantized` does.
 
-    Else each token dequantizes them all anew, which takes most of its time. A GPU's kernels read them as they are.
+    Otherwise each token dequantizes all weights, which takes most of its time. A GPU's kernels read 4-bit weights.
     """
     if quant.type != "nf4" or quant.keep_dequantized or next(model.parameters()).device.type != "cpu":
         return
-    # Half of what is free stays so: answering is not all that a machine does.
+    # Leave half of the free memory to others.
     if 2 * resident_bytes(model) <= (available_memory() or 0):
         keep_resident(model)
 
 
 class Decoding:
-    """Prompts padded on the left, and the keys and values of what was read and written so far.
+    """A batch of prompts, padded on the left, with its key-value cache.
 
-    prompts: ids, at least one each. limits: the most tokens that each is answered with. The model is in evaluation
-    mode, and its caller holds `torch.no_grad`.
+    Use it in evaluation mode and under `torch.no_grad`.
+
+    Args:
+        prompts: ids, at least one each.
+        limits: the most tokens to generate, per prompt.
     """
 
     def __init__(self, model: nn.Module, prompts: Sequence[np.ndarray | list[int]], limits: Sequence[int]):
@@ -54,14 +57,14 @@ class Decoding:
         self.cache = DynamicCache(config=base.config)
         self.limits = limits
         self.answers: list[list[int]] = [[] for _ in prompts]
-        self.open = list(range(len(prompts)))  # answers that have not ended: the rows of all tensors
+        self.open = list(range(len(prompts)))  # unfinished answers: the rows of all tensors
         longest = max(map(len, prompts))
         self.ids_NL = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
         self.mask_NL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         self.positions_NL = (self.mask_NL.cumsum(1) - 1).clamp_(min=0)
 
     def write(self, choose: Choose, stop_ids: Collection[int], vocabulary: int) -> list[list[int]]:
-        """The answers, each up to one of `stop_ids` or its limit. vocabulary: V, ids from 0 on that can be chosen."""
+        """Generate each answer up to one of `stop_ids` or its limit. vocabulary: V, number of ids to choose from."""
         while self.open:
             logits_NV = logits_of(self._read(), self.head, vocabulary)
             ids_N = choose(logits_NV, self.open, [len(self.answers[i]) for i in self.open])
@@ -73,7 +76,7 @@ class Decoding:
         return self.answers
 
     def _read(self) -> Tensor:
-        """The final hidden states [N, D] at the end of each row, after what has not been read yet."""
+        """Process the new tokens, and return the final hidden states [N, D] at the end of each row."""
         outputs = self.backbone(
             input_ids=self.ids_NL,
             attention_mask=self.mask_NL,

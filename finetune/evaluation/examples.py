@@ -1,4 +1,4 @@
-"""The rows that models are compared on: those of the task, and others that it should not harm."""
+"""The held-out data that models are compared on: rows of the task, and rows that training should not harm."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.system.errors import ConfigError, DataError
 
-# Formats of rows that ask nothing.
+# Formats of rows without a question.
 _NO_QUESTION = ("text", "tokens")
 _FEW_ROWS = 20
 
 
 @dataclass(frozen=True)
 class RowSet:
-    """documents: what is scored. conversations: what is answered, the first rows; none of rows that ask nothing."""
+    """documents: to score. conversations: the first rows, to answer; empty for formats without a question."""
 
     name: str
     documents: Documents
@@ -39,9 +39,14 @@ class RowSet:
 
 
 def load_sets(options: EvalOptions, cfg: RunConfig | None, chat: ChatTemplate) -> list[RowSet]:
-    """The sets of `data` and `forgetting`, tokenized as the adapter's run tokenizes. cfg: of that run, if there is one.
+    """Load the sets of `data` and `forgetting`, tokenized as in the adapter's run.
 
-    Raises: ConfigError without any rows; DataError for rows that cannot be used.
+    Args:
+        cfg: config of that run; None if there is none.
+
+    Raises:
+        ConfigError: there are no rows.
+        DataError: a row is invalid.
     """
     chosen = options.data
     own = _own_sources(cfg) if chosen is None and cfg is not None else None
@@ -60,29 +65,32 @@ def load_sets(options: EvalOptions, cfg: RunConfig | None, chat: ChatTemplate) -
     if problems:
         raise DataError("\n".join(problems))
     if not options.tasks and all(rows.forgetting for rows in sets):
-        why = "is empty" if chosen is not None else "is missing: no run comes with this adapter"
-        if chosen is None and cfg is not None:
-            why = "is missing: the adapter's run holds no rows back"
-        raise ConfigError(f"data: {why}; name held-out rows with 'data=[{{path: rows.jsonl}}]'")
-    return _named_apart(sets)
+        if chosen is not None:
+            problem = "data: the list is empty, and there are no tasks"
+        elif cfg is None:
+            problem = "data: this adapter has no run with a held-out set"
+        else:
+            problem = "data.eval: the run that trained this adapter has no held-out set"
+        raise ConfigError(f"{problem}\nhelp: pass data=[{{path: heldout.jsonl}}]")
+    return _with_unique_names(sets)
 
 
 def data_warnings(options: EvalOptions, cfg: RunConfig | None, sets: Sequence[RowSet]) -> Iterator[str]:
-    """What makes figures say something else than they seem to: rows that were trained on, or that are in two sets."""
+    """Yield warnings about data that make figures misleading, such as training rows among the held-out ones."""
     trained = {_file(source) for source in cfg.data.train} if cfg is not None else set()
     for word, sources in (("data", options.data or []), ("forgetting", options.forgetting)):
         for i, source in enumerate(sources):
             if _file(source) in trained:
-                yield f"{word}[{i}]: {source.path} is what the run was trained on; rows held back would say more"
+                yield f"{word}[{i}]: the run was trained on {source.path}; use held-out rows"
     known = {text for rows in sets if not rows.forgetting for text in _texts(rows)}
     for rows in sets:
         if rows.forgetting and (again := sum(text in known for text in _texts(rows))):
-            yield f"forgetting: {again:,} texts of {rows.name} are the task's own; others would tell what was lost"
+            yield f"forgetting: {again:,} texts of {rows.name} are rows of the task too; use other rows"
     for rows in sets:
         if bad := sum(store.meta.bad_rows for store in rows.documents.stores):
-            yield f"{rows.name}: {bad:,} row(s) cannot be used and are left out"
+            yield f"{rows.name}: skipped {bad:,} invalid rows"
         if rows.rows < _FEW_ROWS:
-            yield f"{rows.name}: {rows.rows} row(s) are too few for an interval to be trusted"
+            yield f"{rows.name}: too few rows for a reliable interval, found {rows.rows}"
 
 
 def _texts(rows: RowSet) -> list[bytes]:
@@ -94,13 +102,13 @@ def _file(source: SourceConfig) -> tuple[str, str | None]:
 
 
 def _alone(sources: list[SourceConfig]) -> dict[str, Any] | None:
-    """These sources and no others, as changes of a run's data section: what is streamed is not read beforehand."""
+    """Changes of a run's data section that leave these sources only; streamed training rows are not read."""
     return {"train": sources, "eval": sources, "held_out": 0.0, "stream_rows": 1} if sources else None
 
 
 def _own_sources(cfg: RunConfig) -> dict[str, Any] | None:
-    """What a run itself evaluates on, as changes of its data section."""
-    if cfg.data.eval:  # its training rows need not even be there any more
+    """Changes of a run's data section that leave its held-out data only; None if it has none."""
+    if cfg.data.eval:  # the training files may be gone
         return _alone(cfg.data.eval)
     return {} if cfg.data.held_out else None
 
@@ -132,8 +140,8 @@ def _set(source: Source, preparation: Preparation, options: EvalOptions, forgett
     return RowSet(source.name, documents, conversations, forgetting)
 
 
-def _named_apart(sets: Sequence[RowSet]) -> list[RowSet]:
-    """Sets of one name get numbers."""
+def _with_unique_names(sets: Sequence[RowSet]) -> list[RowSet]:
+    """Number sets of equal names."""
     seen: dict[str, int] = {}
     named = []
     for rows in sets:

@@ -1,4 +1,4 @@
-"""What `finetune eval` found, as gap.json holds it: one row for each model, its figures on each set of rows."""
+"""The gap table, as stored in gap.json: per model, its figures on each dataset."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from finetune.system.errors import IntegrityError
 JSON, MARKDOWN, PICTURE = "gap.json", "gap.md", "gap.png"
 SCHEMA_VERSION = 1
 
-# What the models are, in the order of the table; see `ModelFigures.variant`.
+# In the order of the table.
 Variant = Literal["base", "quantized", "trained", "merged"]
 
 
 @dataclass(frozen=True)
 class SetFigures:
-    """A model on one set of held-out rows.
+    """Figures of a model on one dataset, with 95 % intervals. Figures that were not measured are missing.
 
-    tokens: targets among them. forgetting: whether the rows are none of the task's. answered: rows that it answered.
-    figures: by name. loss in nats a target; perplexity; accuracy, share of targets that greedy decoding gives; kl,
-    KL(reference || model) in nats a target, and kl_p99, below which 99 % of the targets are; top1, share of targets at
-    which both prefer the same token; score, mean of the metric over the rows answered.
-    differences: figures less those of the reference on the same rows; only loss, accuracy and score.
-    Figures that were not measured are missing. All intervals are 95 %.
+    tokens: targets. forgetting: the rows are not of the task. answered: number of answered rows.
+    figures: by name. loss: nats per target. perplexity. accuracy: share of targets that greedy decoding predicts.
+    kl: KL(reference || model) in nats per target. kl_p99: its 99th percentile. top1: share of targets with the same
+    first choice. score: mean of the metric over answered rows.
+    differences: loss, accuracy and score minus those of the reference on the same rows.
     """
 
     name: str
@@ -44,8 +43,9 @@ class SetFigures:
 
 @dataclass(frozen=True)
 class TaskFigures:
-    """A metric of a task of lm-evaluation-harness, averaged over rows; where it is no average, its interval is the
-    harness's own standard error, 0 where it gives none.
+    """A metric of a task of lm-evaluation-harness.
+
+    The interval of a metric that is not a mean over rows comes from the harness's standard error; 0 without one.
     """
 
     task: str
@@ -56,7 +56,7 @@ class TaskFigures:
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """One model. name: as tables call it. stored_bytes: of its weights, an adapter included."""
+    """Figures of one model. name: as in tables. stored_bytes: of its weights and adapter."""
 
     variant: Variant
     name: str
@@ -67,11 +67,12 @@ class ModelFigures:
 
 @dataclass(frozen=True)
 class GapTable:
-    """Everything that was measured.
+    """All results of `finetune eval`.
 
-    adapter: None where a model alone was. model: the base, or that model. reference: variant that kl, top1 and the
-    differences are to; None where it was not among the models. metric: what `score` is; None without answers.
-    made_with: versions, device, date. adapter_files: SHA-256 of what the adapter's weights were read from, by name.
+    adapter: None for a model alone. model: the base, or the model alone.
+    reference: variant that the others are compared with; None if it was not evaluated.
+    metric: name of the metric behind `score`; None without answers. made_with: versions, device, date.
+    adapter_files: SHA-256 of the adapter's weight files, by name.
     """
 
     adapter: str | None
@@ -88,20 +89,20 @@ class GapTable:
 
 
 def save_gap(table: GapTable, folder: Path) -> None:
-    """Writes gap.json in one rename."""
+    """Write gap.json in one rename."""
     write_text(folder / JSON, to_json(table))
 
 
 def to_json(table: GapTable) -> str:
-    """The table as JSON text."""
+    """Return the table as JSON text."""
     return json.dumps(asdict(table), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def load_gap(folder: Path | str) -> GapTable | None:
-    """The table of a run's folder; None where none was measured, by a release that wrote it otherwise, or of another
-    adapter than the folder now holds.
+    """Read the table of a run's folder.
 
-    Raises: IntegrityError if gap.json is no whole table.
+    Returns: None if there is none, or it has another schema version, or the adapter has changed since.
+    Raises: IntegrityError if gap.json is corrupt.
     """
     file = Path(folder) / JSON
     try:
@@ -112,6 +113,6 @@ def load_gap(folder: Path | str) -> GapTable | None:
     except FileNotFoundError:
         return None
     except (ValueError, LookupError, TypeError) as error:
-        raise IntegrityError(f"{file} is no table of finetune eval ({error}); remove it and measure again") from error
+        raise IntegrityError(f"{file}: not a table of finetune eval ({error})\nhelp: remove it, then rerun") from error
     then = {file.with_name(name): digest for name, digest in table.adapter_files.items()}
     return None if any(part.is_file() and sha256_of(part) != digest for part, digest in then.items()) else table

@@ -1,4 +1,4 @@
-"""A gap table as markdown, and as a picture."""
+"""The gap table as markdown and as a picture, and its files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from finetune.evaluation.gap_table import JSON, MARKDOWN, PICTURE, GapTable, ModelFigures, SetFigures, save_gap
 from finetune.evaluation.intervals import Estimate
 from finetune.system.atomic import write_text
+from finetune.system.format import format_bytes
 from finetune.system.plotting import COLORS, figure, save_png
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def _short(value: float) -> str:
     return f"{value:,.3f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
-# Figures in the order of the table: by name, what they are called, and how they are written.
+# Figures in the order of the table: name, label and format.
 FIGURES: dict[str, tuple[str, Format]] = {
     "loss": ("loss, nats", _nats),
     "perplexity": ("perplexity", _short),
@@ -40,12 +41,6 @@ FIGURES: dict[str, tuple[str, Format]] = {
     "kl_p99": ("99th percentile of it", _short),
     "top1": ("same first choice, %", _share),
 }
-
-
-def readable_bytes(count: int) -> str:
-    """`2.24 MB`, `15.2 GB`."""
-    unit, size = ("GB", 10**9) if count >= 10**9 else ("MB", 10**6)
-    return f"{count / size:.3g} {unit}"
 
 
 def write_gap(table: GapTable, folder: Path) -> list[Path]:
@@ -63,7 +58,7 @@ def write_gap(table: GapTable, folder: Path) -> list[Path]:
 
 
 def gap_markdown(table: GapTable) -> str:
-    """The table with its intervals: a column for each model, a part for each set of rows, one for the tasks."""
+    """Render the table with its intervals: a column per model, a section per dataset, one for the tasks."""
     subject = table.model if table.adapter is None else f"{table.adapter} on {table.model}"
     parts = [f"# {subject}", f"In brackets are 95 % intervals ({table.resamples:,} resamples of the rows, paired)."]
     for i, rows in enumerate(table.models[0].sets if table.models else []):
@@ -81,7 +76,7 @@ def gap_markdown(table: GapTable) -> str:
 
 
 def gap_figure(table: GapTable) -> Figure:
-    """A panel for each of loss, accuracy, score and KL; a line for each model, a color for each set of rows."""
+    """Draw a panel per figure, a line per model, a color per dataset."""
     sets = [f"{rows.name} (forgetting)" if rows.forgetting else rows.name for rows in table.models[0].sets]
     names = [
         name
@@ -101,7 +96,7 @@ def gap_figure(table: GapTable) -> Figure:
         for border in range(1, len(table.models)):
             panel.axhline(border - 0.5, color="black", alpha=0.2, linewidth=0.8)
     panels[0].set_yticks(
-        range(len(table.models)), [f"{model.name}\n{readable_bytes(model.stored_bytes)}" for model in table.models]
+        range(len(table.models)), [f"{model.name}\n{format_bytes(model.stored_bytes)}" for model in table.models]
     )
     if len(sets) > 1:
         drawn.legend(
@@ -155,7 +150,7 @@ def _draw(panel: Axes, table: GapTable, name: str, i: int) -> None:
 
 def _title(rows: SetFigures) -> str:
     answered = f", {rows.answered:,} answered" if rows.answered else ""
-    kind = " (not the task's own: what training may have harmed)" if rows.forgetting else ""
+    kind = " (other tasks: what training may have harmed)" if rows.forgetting else ""
     return f"## {rows.name}{kind}\n\n{rows.rows:,} rows, {rows.tokens:,} target tokens{answered}."
 
 
@@ -171,7 +166,7 @@ def _figures(table: GapTable, i: int) -> str:
     sets = [model.sets[i] for model in table.models]
     lines = [
         ["", *(model.name for model in table.models)],
-        ["bytes", *(readable_bytes(model.stored_bytes) for model in table.models)],
+        ["bytes", *(format_bytes(model.stored_bytes) for model in table.models)],
     ]
     for name in [name for name in FIGURES if any(name in rows.figures for rows in sets)]:
         lines.append([_label(table, name), *(_cell(rows.figures.get(name), FIGURES[name][1]) for rows in sets)])
@@ -205,7 +200,7 @@ def _cell(estimate: Estimate | None, form: Format, sign: bool = False) -> str:
 
 
 def _grid(lines: Sequence[Sequence[str]]) -> str:
-    """A markdown table whose columns stand below each other as text too."""
+    """Render a markdown table with aligned columns."""
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     head, *body = [[cell.ljust(width) for cell, width in zip(cells, widths, strict=True)] for cells in lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["-" * width for width in widths], *body))

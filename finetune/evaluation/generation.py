@@ -1,4 +1,4 @@
-"""Answers of a model to held-out rows, and how many of them equal the rows' own."""
+"""Greedy answers of a model to held-out rows, and exact match."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune.losses.hidden_states import base_of
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One held-out row answered: the turn before the answer, the answer of the row, the answer of the model."""
+    """An answered row. prompt: the turn before the answer. expected: the row's answer. given: the model's answer."""
 
     prompt: str
     expected: str
@@ -30,7 +30,7 @@ class Answer:
 
 
 def exact_match(answers: Sequence[Answer]) -> float:
-    """Share of answers equal to the row's own, outer white space aside."""
+    """Return the share of answers equal to the expected ones, ignoring outer white space."""
     return sum(answer.exact for answer in answers) / len(answers)
 
 
@@ -45,24 +45,31 @@ def answer_rows(
     batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
-    """Greedy answers to each conversation's last assistant turn, in the order given.
+    """Generate the last assistant turn of each conversation, greedily.
 
-    Rows are answered in batches of like length, padded on the left; the model's mode and random state stay as they are.
-    progress: told after each batch how many are done, and of how many.
-    Raises: DataError if the template refuses a conversation.
+    Rows of similar length form a batch. The model's mode and the random state do not change.
+
+    Args:
+        progress: called after each batch with the numbers of answered and of all rows.
+
+    Returns:
+        Answers in the order of `conversations`.
+
+    Raises:
+        DataError: the template refuses a conversation.
     """
-    asked = [_up_to_last_answer(conversation) for conversation in conversations]
-    prompts = [chat.prompt_ids(row.messages[:-1], row.tools) for row in asked]
+    rows = [_up_to_last_answer(conversation) for conversation in conversations]
+    prompts = [chat.prompt_ids(row.messages[:-1], row.tools) for row in rows]
     stop_ids, vocabulary = frozenset(chat.stop_ids()), base_of(model).config.vocab_size
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
     with evaluating(model):
         for start in range(0, len(by_length), batch_size):
-            rows = by_length[start : start + batch_size]
-            batch = Decoding(model, [prompts[i] for i in rows], [max_new_tokens] * len(rows))
+            batch_rows = by_length[start : start + batch_size]
+            batch = Decoding(model, [prompts[i] for i in batch_rows], [max_new_tokens] * len(batch_rows))
             written = batch.write(greedy, stop_ids, vocabulary)
-            for i, text in zip(rows, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
-                answers[i] = Answer(_prompt_of(asked[i]), _expected(chat, asked[i]), text)
+            for i, text in zip(batch_rows, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
+                answers[i] = Answer(_prompt_of(rows[i]), _expected(chat, rows[i]), text)
             progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
 
@@ -77,6 +84,6 @@ def _prompt_of(conversation: Conversation) -> str:
 
 
 def _expected(chat: ChatTemplate, conversation: Conversation) -> str:
-    """The row's answer as the model would write it: tool calls in the template's words."""
+    """The row's answer as a model writes it: tool calls are rendered by the template."""
     answer = conversation.messages[-1]
     return chat.answer_text(conversation) if answer.tool_calls else answer.content

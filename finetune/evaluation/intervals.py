@@ -1,9 +1,9 @@
-"""How sure a figure is: 95 % intervals by resampling rows, and those of differences between models on the same rows.
+"""95 % confidence intervals of figures, and of differences between models on the same rows.
 
 Shapes: R rows, N tokens, B resamples.
-Source: the percentile bootstrap of Efron 1979, over rows, since the tokens of a row are no independent draws. Where
-rows are right or wrong, resamples of rows that are all alike know no doubt: Wilson's interval (1927) for a share, and
-that of Agresti and Min (2005) for the difference of two shares of the same rows.
+Sources: the percentile bootstrap (Efron 1979) over rows, because tokens of a row are not independent. Resamples of rows
+that are all right have no spread. So shares use Wilson's interval (1927), and differences of shares on the same rows use
+that of Agresti and Min (2005).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 _CONFIDENCE = 0.95
-# Standard deviations of a normal distribution that hold 95 % of it.
+# Half-width of the central 95 % of a normal distribution, in standard deviations.
 NORMAL_95 = 1.959964
 # Values of a block of resamples: 64 MB in float64.
 _BLOCK_VALUES = 1 << 23
@@ -24,7 +24,7 @@ _BLOCK_VALUES = 1 << 23
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure and the ends of its 95 % interval."""
+    """A figure with the ends of its 95 % interval."""
 
     value: float
     low: float
@@ -33,7 +33,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure and what it is in each resample [B]. Figures of one `Bootstrap` are paired: all see the same draws."""
+    """A figure, and its value in each resample [B]. Figures of one `Bootstrap` are paired: they share the draws."""
 
     value: float
     resampled_B: np.ndarray
@@ -42,11 +42,11 @@ class Figure:
         return Figure(self.value - other.value, self.resampled_B - other.resampled_B)
 
     def map(self, function: Callable[[np.ndarray], np.ndarray]) -> Figure:
-        """The figure through a function of arrays."""
+        """Apply a function of arrays."""
         return Figure(float(function(np.array(self.value))), function(self.resampled_B))
 
     def estimate(self) -> Estimate:
-        """With the 2.5th and the 97.5th percentile of the resamples."""
+        """Return the figure with the 2.5th and 97.5th percentiles of its resamples."""
         tail = (1 - _CONFIDENCE) / 2
         low, high = np.quantile(self.resampled_B, [tail, 1 - tail])
         return Estimate(self.value, float(low), float(high))
@@ -54,7 +54,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Resamples of R rows, drawn with replacement; one seed gives the same ones for every model."""
+    """Resamples of R rows with replacement; a seed gives the same resamples for every model."""
 
     rows: int
     resamples: int
@@ -69,15 +69,15 @@ class Bootstrap:
         return counts
 
     def ratio(self, sums_R: np.ndarray, weights_R: np.ndarray) -> Figure:
-        """The rows' sums by their weights: nats a token from each row's nats and tokens, a mean with weights of 1."""
+        """Divide the total of `sums_R` by that of `weights_R`: nats per token, or a mean if all weights are 1."""
         both_R2 = np.stack([sums_R, weights_R], 1).astype(np.float64)
         totals_B2 = np.concatenate([counts.astype(np.float64) @ both_R2 for counts in self._blocks(self.rows)])
         return Figure(float(sums_R.sum() / weights_R.sum()), totals_B2[:, 0] / totals_B2[:, 1])
 
     def quantile(self, values_N: np.ndarray, row_N: np.ndarray, share: float) -> Figure:
-        """The smallest value with at least this share of all tokens at or below it. row_N: the row of each token."""
+        """Return the smallest value with at least this share of tokens at or below it. row_N: the row of each token."""
         tokens_R = np.bincount(row_N, minlength=self.rows)
-        # From the highest on, and no further than any resample is likely to go: a sum over all tokens takes long.
+        # Try the highest values first, enough for nearly every resample: a sum over all tokens is slow.
         order = np.argsort(-values_N, kind="stable")
         highest = order[: int(4 * (1 - share) * len(order)) + 1000]
 
@@ -100,7 +100,7 @@ class Bootstrap:
 
 
 def share_of(values_R: np.ndarray, figure: Figure) -> Estimate:
-    """The mean of a score with its interval: Wilson's where every row is right or wrong, else the bootstrap's."""
+    """Return the mean of a score with its interval: Wilson's if every row scores 0 or 1, else the bootstrap's."""
     if not np.isin(values_R, (0, 1)).all():
         return figure.estimate()
     from scipy.stats import binomtest
@@ -110,8 +110,9 @@ def share_of(values_R: np.ndarray, figure: Figure) -> Estimate:
 
 
 def difference_of_shares(values_R: np.ndarray, reference_R: np.ndarray, difference: Figure) -> Estimate:
-    """How much more a score is than the reference's on the same rows: Agresti and Min's interval where every row is
-    right or wrong, which adds half a row to each way of differing and of agreeing; else the bootstrap's.
+    """Return the difference of a score from the reference's on the same rows, with its interval.
+
+    Agresti and Min's if every row scores 0 or 1: it adds half a row to each of the four outcomes. Else the bootstrap's.
     """
     if not np.isin([values_R, reference_R], (0, 1)).all():
         return difference.estimate()

@@ -1,8 +1,8 @@
-"""Tasks of lm-evaluation-harness on a model that is in memory, in 4 bit and with its adapter as they are.
+"""Run tasks of lm-evaluation-harness on a model in memory, quantized and with its adapter.
 
-A task's YAML file may name Python functions (`!function`), which the harness runs: it is as trusted as a program, and
-only the command line can name one.
-Source: lm-evaluation-harness 0.4, HFLM around a loaded model.
+Security: a task's YAML file may name Python functions (`!function`), which the harness runs. Only the command line can
+name such a file.
+Source: lm-evaluation-harness 0.4, HFLM with a loaded model.
 """
 
 from __future__ import annotations
@@ -26,34 +26,36 @@ from finetune.evaluation.intervals import NORMAL_95, Bootstrap, Estimate, share_
 from finetune.system.errors import ConfigError, FinetuneError, MissingExtra
 
 _RESAMPLES = 1000
-_FEWSHOT_SEED = 1234  # as the harness's command line has it
+_FEWSHOT_SEED = 1234  # the default of the harness's command line
 
 
 def load_tasks(words: Sequence[str]) -> Any:
-    """The tasks with their rows. words: YAML files, or names that the harness knows.
+    """Load tasks with their rows. words: YAML files, or names of the harness's tasks.
 
-    Raises: MissingExtra without the harness; ConfigError for tasks that are none, or whose rows cannot be read.
+    Raises:
+        MissingExtra: the harness is not installed.
+        ConfigError: a task does not exist, or its rows cannot be read.
     """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MissingExtra('tasks= needs: pip install "finetune-qlora[eval]"') from error
     files = [word for word in words if word.endswith((".yaml", ".yml"))]
-    if lost := [file for file in files if not Path(file).expanduser().is_file()]:
-        raise ConfigError(f"tasks: there is no file {', '.join(lost)}")
+    if missing := [file for file in files if not Path(file).expanduser().is_file()]:
+        raise ConfigError(f"tasks: no such file, found {', '.join(missing)}")
     with _silent():
-        # Its index of all names takes seconds.
+        # The index of all names takes seconds.
         manager = TaskManager(include_defaults=len(files) < len(words))
         named = set(words) - set(files)
         if unknown := sorted(named - set(manager.all_tasks)):
             raise ConfigError(
-                f"tasks: {', '.join(unknown)}: the harness has no such task; `lm-eval ls tasks` lists them, and a task "
-                "of your own is its YAML file"
+                f"tasks: unknown to the harness, found {', '.join(unknown)}\n"
+                "help: lm-eval ls tasks lists all names; pass the YAML file of your own task"
             )
         try:
             loaded = manager.load([str(Path(word).expanduser()) if word in files else word for word in words])
         except Exception as error:
-            raise ConfigError(f"tasks: they cannot be loaded: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"tasks: cannot be loaded: {type(error).__name__}: {error}") from error
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
@@ -70,10 +72,15 @@ def run_tasks(
     batch_size: int,
     as_chat: bool,
 ) -> list[TaskFigures]:
-    """Every metric of every task.
+    """Evaluate a model on tasks, and return every metric of every task.
 
-    tasks: from `load_tasks`. limit: rows of each. as_chat: ask through the tokenizer's template.
-    Raises: FinetuneError if the harness fails, as at a metric that it does not know.
+    Args:
+        tasks: from `load_tasks`.
+        limit: rows per task; None uses all.
+        as_chat: apply the tokenizer's chat template to the questions.
+
+    Raises:
+        FinetuneError: the harness fails, for example at an unknown metric.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -81,7 +88,7 @@ def run_tasks(
     with _silent():
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
         try:
-            # Not simple_evaluate: it also looks for a git repository in the working directory and reseeds everything.
+            # simple_evaluate also searches for a git repository and reseeds all random generators.
             found = evaluate(
                 lm=wrapped,
                 task_dict=tasks,
@@ -94,7 +101,7 @@ def run_tasks(
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise FinetuneError(
                 f"tasks: lm-evaluation-harness fails on {', '.join(sorted(tasks['tasks']))}: {type(error).__name__}: "
-                f"{error} ({Path(where.filename).name}:{where.lineno}); look at the task's metrics, filters and fields"
+                f"{error} ({Path(where.filename).name}:{where.lineno})\nhelp: check its metrics, filters and fields"
             ) from error
     assert found is not None, "one process is rank 0"
     return [
@@ -124,7 +131,7 @@ def _figure(
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the harness's log lines: what goes wrong is raised. Progress bars are for terminals."""
+    """Suppress log lines of the harness, and its progress bars outside a terminal."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""One model on all sets of rows: scored, answered, compared with what the reference said, and weighed.
+"""Evaluate one model on all datasets: score it, let it answer, and compare it with the reference.
 
 Shapes: N target tokens of a batch, D hidden width, R rows.
 """
@@ -26,16 +26,16 @@ from finetune.evaluation.metrics import Metric
 from finetune.evaluation.scoring import TokenScores, score_tokens
 from finetune.losses.cross_entropy import head_of
 from finetune.losses.teacher_targets import TeacherHidden
+from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.system.console import Log
 
-LIMIT_TOKENS = 4096
 PACE_SECONDS = 10.0
-# Beyond it exp() is more than JSON holds.
+# exp() of more nats is more than JSON holds.
 _MOST_NATS = 700.0
 
 
 class ReferenceCache:
-    """What the reference said of a set: the final hidden states of its targets, on the disk until asked for."""
+    """The reference's final hidden states at the targets of a dataset, stored on disk per batch."""
 
     def __init__(self, folder: Path, device: torch.device):
         self._folder, self._device = folder, device
@@ -44,16 +44,17 @@ class ReferenceCache:
         folder.mkdir()
 
     def keep(self, hidden_ND: Tensor) -> None:
-        """The next batch's."""
+        """Store the states of the next batch."""
         save_file({"hidden": hidden_ND.contiguous()}, self._folder / f"{self._batches}.safetensors")
         self._batches += 1
 
     def replay(self) -> _Replay:
-        """A teacher that says it again, about the same batches in the same order."""
+        """Return a teacher with these states, for the same batches in the same order."""
         return _Replay(self)
 
     def batch(self, i: int) -> TeacherHidden:
-        assert self.head is not None, "the reference was never asked"
+        """Load the states of one batch."""
+        assert self.head is not None, "the reference was never evaluated"
         hidden = load_file(self._folder / f"{i}.safetensors", device=str(self._device))["hidden"]
         return TeacherHidden(hidden, self.head)
 
@@ -69,29 +70,30 @@ class _Replay:
 
 
 class Progress:
-    """Says how far a model has come, where that takes longer than a few seconds."""
+    """Log the progress of a model, at most once in `PACE_SECONDS`."""
 
     def __init__(self, name: str, log: Log):
-        self._name, self._say = name, log
+        self._name, self._log = name, log
         self._next = time.monotonic() + PACE_SECONDS
 
-    def of(self, rows: str, what: str) -> Callable[[int, int], None]:
-        """What to tell how many of a set are scored or answered, and of how many."""
+    def of(self, dataset: str, action: str) -> Callable[[int, int], None]:
+        """Return a function of (done, total) for one dataset. action: "scored" or "answered"."""
 
         def progress(done: int, total: int) -> None:
             if done < total and (now := time.monotonic()) >= self._next:
                 self._next = now + PACE_SECONDS
-                self._say(f"{self._name}: {rows}, {what} {done:,} of {total:,}")
+                self._log(f"{self._name}: {dataset}, {action} {done:,} of {total:,}")
 
         return progress
 
 
 @dataclass
 class Evaluator:
-    """What measuring needs besides a model. vocabulary: ids that reference and models know. scratch: a folder.
+    """Evaluates one model after the other on the same datasets.
 
-    said, baseline, right: of each set, what the reference said, its figures, and its score of each row answered; empty
-    until it was measured.
+    vocabulary: number of token ids that all models have. scratch: a folder for temporary files.
+    bootstraps, answer_bootstraps: resamples of the rows, and of the answered rows, per dataset.
+    references, reference_figures, reference_scores_R: per dataset, of the reference; empty until it is evaluated.
     """
 
     sets: list[RowSet]
@@ -102,56 +104,58 @@ class Evaluator:
     max_new_tokens: int
     batch_size: int
     bootstraps: list[Bootstrap]
-    answered: list[Bootstrap]
+    answer_bootstraps: list[Bootstrap]
     scratch: Path
-    said: list[ReferenceCache] = field(default_factory=list)
-    baseline: list[dict[str, Figure]] = field(default_factory=list)
-    right: list[np.ndarray] = field(default_factory=list)
+    references: list[ReferenceCache] = field(default_factory=list)
+    reference_figures: list[dict[str, Figure]] = field(default_factory=list)
+    reference_scores_R: list[np.ndarray] = field(default_factory=list)
 
-    def measure(self, model: nn.Module, reference: bool, far: Progress) -> list[SetFigures]:
-        """A model's figures on every set. reference: whether it is what the models after it are compared with."""
-        return [self._on_set(model, i, reference, far) for i in range(len(self.sets))]
+    def evaluate(self, model: nn.Module, *, is_reference: bool, progress: Progress) -> list[SetFigures]:
+        """Return a model's figures per dataset. is_reference: later models are compared with this one."""
+        return [self._on_set(model, i, is_reference, progress) for i in range(len(self.sets))]
 
-    def _on_set(self, model: nn.Module, i: int, reference: bool, far: Progress) -> SetFigures:
+    def _on_set(self, model: nn.Module, i: int, is_reference: bool, progress: Progress) -> SetFigures:
         rows = self.sets[i]
-        said = self.said[i] if i < len(self.said) else None
-        if reference:
-            said = ReferenceCache(self.scratch / str(i), next(model.parameters()).device)
-            scores = score_tokens(
-                model, rows.documents, limit_tokens=LIMIT_TOKENS, keep=said.keep, progress=far.of(rows.name, "scored")
-            )
-            said.head = head_of(model)
-            self.said.append(said)
-        else:
-            teacher = None if said is None else said.replay()
-            scores = score_tokens(
-                model,
-                rows.documents,
-                limit_tokens=LIMIT_TOKENS,
-                teacher=teacher,
-                vocabulary=self.vocabulary,
-                progress=far.of(rows.name, "scored"),
-            )
+        scores = self._score_tokens(model, i, is_reference, progress.of(rows.name, "scored"))
         figures = token_figures(scores, self.bootstraps[i])
         estimates = {name: figure.estimate() for name, figure in figures.items()}
-        values_R = self._score_answers(model, rows, far) if rows.conversations else np.empty(0)
-        if len(values_R):
-            figures["score"] = self.answered[i].ratio(values_R, np.ones(len(values_R)))
-            estimates["score"] = share_of(values_R, figures["score"])
-        baseline = self.baseline[i] if i < len(self.baseline) else {}
-        compared = [name for name in ("loss", "accuracy", "score") if name in baseline]
-        differences = {name: (figures[name] - baseline[name]).estimate() for name in compared}
-        if "score" in differences:
-            less = figures["score"] - baseline["score"]
-            differences["score"] = difference_of_shares(values_R, self.right[i], less)
-        if reference:
-            self.baseline.append(figures)
-            self.right.append(values_R)
+        scores_R = np.empty(0)
+        if rows.conversations:
+            scores_R = self._score_answers(model, rows, progress)
+            figures["score"] = self.answer_bootstraps[i].ratio(scores_R, np.ones(len(scores_R)))
+            estimates["score"] = share_of(scores_R, figures["score"])
+        reference = self.reference_figures[i] if i < len(self.reference_figures) else {}
+        gaps = {name: figures[name] - reference[name] for name in ("loss", "accuracy", "score") if name in reference}
+        differences = {name: gap.estimate() for name, gap in gaps.items() if name != "score"}
+        if "score" in gaps:
+            differences["score"] = difference_of_shares(scores_R, self.reference_scores_R[i], gaps["score"])
+        if is_reference:
+            self.reference_figures.append(figures)
+            self.reference_scores_R.append(scores_R)
         return SetFigures(
             rows.name, rows.rows, len(scores.row_N), rows.forgetting, len(rows.conversations), estimates, differences
         )
 
-    def _score_answers(self, model: nn.Module, rows: RowSet, far: Progress) -> np.ndarray:
+    def _score_tokens(
+        self, model: nn.Module, i: int, is_reference: bool, progress: Callable[[int, int], None]
+    ) -> TokenScores:
+        documents = self.sets[i].documents
+        if is_reference:
+            cache = ReferenceCache(self.scratch / str(i), next(model.parameters()).device)
+            scores = score_tokens(model, documents, limit_tokens=EVALUATION_TOKENS, keep=cache.keep, progress=progress)
+            cache.head = head_of(model)
+            self.references.append(cache)
+            return scores
+        return score_tokens(
+            model,
+            documents,
+            limit_tokens=EVALUATION_TOKENS,
+            teacher=self.references[i].replay() if i < len(self.references) else None,
+            vocabulary=self.vocabulary,
+            progress=progress,
+        )
+
+    def _score_answers(self, model: nn.Module, rows: RowSet, progress: Progress) -> np.ndarray:
         answers = answer_rows(
             model,
             self.tokenizer,
@@ -159,14 +163,14 @@ class Evaluator:
             rows.conversations,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
-            progress=far.of(rows.name, "answered"),
+            progress=progress.of(rows.name, "answered"),
         )
         self.metric.check(answers)
         return self.metric.scores(answers)
 
 
 def token_figures(scores: TokenScores, bootstrap: Bootstrap) -> dict[str, Figure]:
-    """loss, perplexity and accuracy; with a teacher kl, kl_p99 and top1 as well."""
+    """Compute loss, perplexity and accuracy, and with a teacher kl, kl_p99 and top1."""
 
     def per_token(values_N: np.ndarray) -> Figure:
         sums_R = np.bincount(scores.row_N, weights=values_N.astype(np.float64), minlength=bootstrap.rows)
@@ -186,7 +190,7 @@ def token_figures(scores: TokenScores, bootstrap: Bootstrap) -> dict[str, Figure
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights as they are stored: 4-bit ones with their scales, tied ones once, an adapter too."""
+    """Count the bytes of a model's weights in memory, with 4-bit scales and adapter, tied weights once."""
     seen: dict[tuple[int, int], int] = {}
     for tensor in model.state_dict().values():
         if isinstance(tensor, Tensor):

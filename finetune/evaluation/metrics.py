@@ -1,4 +1,4 @@
-"""How good an answer is, as a number: same words, same part of them, same number, or what a user's function says."""
+"""Metrics of an answer: exact match, equal number, equal part by a pattern, or a user's function."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ _SHOWN = 60
 
 @dataclass(frozen=True)
 class Metric:
-    """name: for tables. score: of one answer. part: what is compared of a text, None where nothing of it can be; a
-    metric without one compares otherwise.
-    """
+    """name: in tables. score: of one answer. part: extracts what is compared from a text; None if it finds nothing."""
 
     name: str
     score: Callable[[Answer], float]
     part: Callable[[str], Any] | None = None
 
     def check(self, answers: Sequence[Answer]) -> None:
-        """Raises: DataError if rows' own answers hold nothing to compare with."""
+        """Raise DataError if the expected answers of rows have nothing to compare."""
         if self.part is None:
             return
-        lost = [answer.expected for answer in answers if self.part(answer.expected) is None]
-        if lost:
+        empty = [answer.expected for answer in answers if self.part(answer.expected) is None]
+        if empty:
             raise DataError(
-                f"metric={self.name}: finds nothing in {len(lost):,} of {len(answers):,} rows' own answers, first in "
-                f"{lost[0][:_SHOWN]!r}; choose another metric or other rows"
+                f"metric={self.name}: no value in {len(empty):,} of {len(answers):,} expected answers, first in "
+                f"{empty[0][:_SHOWN]!r}\nhelp: choose another metric or other rows"
             )
 
     def scores(self, answers: Sequence[Answer]) -> np.ndarray:
-        """Of each answer [R] float64. Raises: ConfigError if a user's function gives no number."""
+        """Return the scores [R] float64. Raises: ConfigError if a user's function fails or returns no finite number."""
         return np.array([self.score(answer) for answer in answers], dtype=np.float64)
 
 
 def find_metric(word: str, pattern: str | None) -> Metric:
-    """The metric of that word: `exact`, `number`, `regex` with its pattern, or `FILE.py:FUNCTION`.
+    """Return the metric `exact`, `number`, `regex` with its pattern, or `FILE.py:FUNCTION`.
 
-    Code is run that the file holds: the word must come from the command line, never from a config or from data.
-    Raises: ConfigError.
+    Security: the file is run, so the word must come from the command line, never from a config or data.
+
+    Raises:
+        ConfigError: there is no such metric.
     """
     if (word == "regex") != (pattern is not None):
-        advice = "metric=regex needs one, as 'pattern=answer: (.*)'" if word == "regex" else "is for metric=regex"
-        raise ConfigError(f"pattern: {advice}")
+        problem = "missing; metric=regex needs pattern='answer: (.*)'" if word == "regex" else "needs metric=regex"
+        raise ConfigError(f"pattern: {problem}")
     if word == "exact":
         return Metric("exact match", lambda answer: float(answer.exact))
     if word == "number":
@@ -64,12 +64,12 @@ def find_metric(word: str, pattern: str | None) -> Metric:
         return _comparing("regex", _group(pattern))
     file, found, name = word.rpartition(":")
     if not found or not file.endswith(".py"):
-        raise ConfigError(f"metric={word}: there are exact, number, regex, and FILE.py:FUNCTION")
+        raise ConfigError(f"metric: unknown, found {word}; choose exact, number, regex, or FILE.py:FUNCTION")
     return Metric(name, _checked(word, _load(word, Path(file).expanduser(), name)))
 
 
 def number_in(text: str) -> Decimal | None:
-    """The number after `####` as GSM8K writes its answers, else the last one of the text; None without any."""
+    """Return the number after `####` (the format of GSM8K), else the last number of the text; None without one."""
     _, mark, after = text.rpartition(_GSM8K_MARK)
     found = _NUMBER.findall(after if mark else text)
     if not found:
@@ -92,7 +92,7 @@ def _group(pattern: str) -> Callable[[str], str | None]:
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ConfigError(f"pattern={pattern}: is no regular expression: {error}") from error
+        raise ConfigError(f"pattern={pattern}: invalid regular expression: {error}") from error
 
     def part(text: str) -> str | None:
         found = compiled.search(text)
@@ -105,7 +105,7 @@ def _group(pattern: str) -> Callable[[str], str | None]:
 
 def _load(word: str, file: Path, name: str) -> Callable[..., Any]:
     if not file.is_file():
-        raise ConfigError(f"metric={word}: there is no file {file}")
+        raise ConfigError(f"metric={word}: the file {file} does not exist")
     spec = importlib.util.spec_from_file_location("finetune_metric", file)
     assert spec is not None and spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)
@@ -125,11 +125,11 @@ def _checked(word: str, function: Callable[..., Any]) -> Callable[[Answer], floa
             value = float(function(answer.prompt, answer.expected, answer.given))
         except Exception as error:
             raise ConfigError(
-                f"metric={word}: fails on the answer {answer.given[:_SHOWN]!r}: {type(error).__name__}: {error}; it is "
-                "called with prompt, expected and given, and gives a number"
+                f"metric={word}: fails on the answer {answer.given[:_SHOWN]!r}: {type(error).__name__}: {error}\n"
+                "help: define FUNCTION(prompt, expected, given) that returns a number"
             ) from error
         if not math.isfinite(value):
-            raise ConfigError(f"metric={word}: gives {value} for the answer {answer.given[:_SHOWN]!r}")
+            raise ConfigError(f"metric={word}: returns {value} for the answer {answer.given[:_SHOWN]!r}")
         return value
 
     return score

@@ -1,4 +1,4 @@
-"""Answers drawn from a model's probabilities, each decided by numbers that its caller has drawn.
+"""Sampling with uniform random numbers supplied by the caller.
 
 Shapes: N rows, V vocabulary.
 """
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from finetune.evaluation.decoding import Decoding
 from finetune.evaluation.scoring import evaluating
 
-# Of a batch. At 7B keys and values of so many tokens take 0.9 GB, and for longer the weights set the pace anyway.
+# Limits of a batch. The key-value cache of so many tokens takes 0.9 GB at 7B; larger batches are hardly faster.
 _PROMPTS, _TOKENS = 64, 2**14
-# Rows whose distribution is held in float64 at once: 40 MB with Qwen2.5's vocabulary, of which three copies live.
+# Rows with distributions in float64 at once: 40 MB with Qwen2.5's vocabulary, times three copies.
 _DRAWN_AT_ONCE = 32
 
 
@@ -30,12 +30,17 @@ def sample_answers(
     vocabulary: int,
     temperature: float,
 ) -> list[np.ndarray]:
-    """Answers [int32] to prompts (ids, at least one each), in the order given, from the whole softmax.
+    """Sample an answer to each prompt from the full softmax. No random generator is used.
 
-    draws: of each prompt, from [0, 1), float64: the t-th decides the t-th token, by the inverse of the cumulated
-    probabilities. So chance is the caller's, and the same whatever prompts are answered together; no generator is
-    touched. An answer ends with one of `stop_ids`, or when its draws are used up. vocabulary: V, ids from 0 on that can
-    be drawn.
+    Args:
+        prompts: ids, at least one each.
+        draws: per prompt, float64 in [0, 1). The t-th number decides the t-th token, by inverting the cumulative
+            probabilities. So an answer does not depend on the other prompts of its batch.
+        stop_ids: an answer ends with one of these ids, or when its draws are used up.
+        vocabulary: V, number of ids to choose from.
+
+    Returns:
+        Answers [int32], in the order of `prompts`.
     """
     answers: dict[int, np.ndarray] = {}
     with evaluating(model):
@@ -56,7 +61,7 @@ def sample_answers(
 
 
 def _batches(prompt_tokens: list[int], answer_tokens: list[int]) -> Iterator[list[int]]:
-    """Which prompts are answered together: those of like length, as many as the limits allow."""
+    """Group prompts of similar length into batches within the limits."""
     batch: list[int] = []
     longest_answer = 0
     for i in sorted(range(len(prompt_tokens)), key=lambda i: prompt_tokens[i]):
@@ -71,14 +76,14 @@ def _batches(prompt_tokens: list[int], answer_tokens: list[int]) -> Iterator[lis
 
 
 def draw_tokens(logits_NV: Tensor, draws_N: Tensor, temperature: float) -> Tensor:
-    """The token [N] int64 whose stretch of the cumulated softmax(logits / temperature) holds the draw, float64."""
+    """Return the tokens [N] int64 at which the cumulative softmax(logits / temperature) passes the draws (float64)."""
     blocks = zip(logits_NV.split(_DRAWN_AT_ONCE), draws_N.split(_DRAWN_AT_ONCE), strict=True)
     return torch.cat([_draw(logits.double() / temperature, draws) for logits, draws in blocks])
 
 
 def _draw(logits_NV: Tensor, draws_N: Tensor) -> Tensor:
     cumulated_NV = logits_NV.softmax(-1).cumsum(-1)
-    places_N1 = draws_N[:, None] * cumulated_NV[:, -1:]  # the sum is 1 but for rounding
+    places_N1 = draws_N[:, None] * cumulated_NV[:, -1:]  # the sum is 1 up to rounding
     ids_N = torch.searchsorted(cumulated_NV, places_N1, right=True).squeeze(1)
-    # Logits that are no numbers give an id beyond the last; whoever trains on the answer sees them in its loss.
+    # NaN logits give an id beyond the last one. They show up in the loss of training on the answer.
     return ids_N.clamp_(max=logits_NV.shape[1] - 1)

@@ -196,9 +196,7 @@ def score_tokens(
             progress(done, len(documents))
     row_N, nll_N, correct_N, *rest = (np.concatenate(column) for column in zip(*parts, strict=True))
     if not all(np.isfinite(column).all() for column in (nll_N, *rest)):
-        raise FinetuneError(
-            "the loss is NaN or infinite\nhelp: the weights of the model or the adapter are corrupt; train or download them again"
-        )
+        raise FinetuneError("the loss is NaN or infinite: the weights of the model or the adapter are corrupt")
     return TokenScores(row_N, nll_N, correct_N, *(rest or (None, None)))
 
 

@@ -1,4 +1,4 @@
-"""The models that are compared: which there are, what tables call them, and how each is loaded."""
+"""The variants of a model that are compared: their names in tables, and how to load each."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _SHORT: dict[str, str] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp3
 
 @dataclass(frozen=True)
 class Variants:
-    """What is compared.
+    """The models to compare.
 
-    adapter: its folder, None for a model alone. cfg: of the adapter's run, None without one. model: the base, or that
-    model, in its own type. quant: of the quantized base. variants: in the order of the table. names: what tables call
-    them.
+    adapter: its folder; None for a model alone. cfg: config of the adapter's run; None if it has none.
+    model: the base, or the model alone, in its own dtype. quant: of the quantized base.
+    variants: in the order of the table.
     """
 
     adapter: Path | None
@@ -41,7 +41,7 @@ class Variants:
     variants: tuple[Variant, ...]
 
     def name(self, variant: Variant) -> str:
-        """What tables call a variant: bf16 base, NF4 base, NF4 + adapter, merged."""
+        """Return the name of a variant in tables: bf16 base, NF4 base, NF4 + adapter, merged."""
         plain = _SHORT[self.model.dtype]
         stored = "mixed" if self.quant.int8 else self.quant.type.upper()
         what = "model" if self.adapter is None else "base"
@@ -53,19 +53,16 @@ class Variants:
         }[variant]
 
     def load(self, variant: Variant, merged: Path | None, log: Log) -> nn.Module:
-        """The model, frozen, in evaluation mode, on this machine's device. merged: the folder of the merged one.
-
-        Raises: as `load_base` and `load_adapter`.
-        """
+        """Load a variant, frozen, in evaluation mode, on this machine's device. merged: folder of the merged model."""
         device = default_device()
         if variant == "base":
             return load_resident(self.model, None, device).model
         if variant == "merged":
-            assert merged is not None, "whoever asks for it has merged it"
+            assert merged is not None, "the merged model exists before it is loaded"
             return load_resident(ModelConfig(name=str(merged), dtype=own_dtype(str(merged))), None, device).model
         model: nn.Module = load_base(self.model, self.quant, device, log)
         if variant == "trained":
-            assert self.adapter is not None, "without an adapter nothing is trained"
+            assert self.adapter is not None, "only an adapter is trained"
             model = load_adapter(model, self.adapter)  # type: ignore[arg-type]
         fuse_layers(model)
         dequantize_once(model, self.quant)
@@ -73,9 +70,10 @@ class Variants:
 
 
 def find_variants(options: EvalOptions, log: Log) -> Variants:
-    """The models that the options name. Nothing but text files and an adapter is read.
+    """Find the models named in the options, reading only text files and an adapter.
 
-    Raises: ConfigError for variants that there are not; what fetching and reading raise.
+    Raises:
+        ConfigError: a variant does not exist.
     """
     if options.adapter is not None:
         trained = find_trained([options.adapter], None, log)
@@ -87,44 +85,41 @@ def find_variants(options: EvalOptions, log: Log) -> Variants:
     quant = found.quant
     if options.quant is not None:
         quant = quant.model_copy(update={"type": options.quant, "int8": []})
-    there = [variant for variant in VARIANTS if _exists(variant, found.adapter is not None, quant)]
-    wanted = options.variants or there
-    if lost := [variant for variant in wanted if variant not in there]:
-        raise ConfigError(f"variants: {', '.join(lost)}: not among what there is here, {', '.join(there)}")
-    chosen = tuple(variant for variant in there if variant in wanted)
+    exists = {"base": True, "quantized": quant.type != "none", "trained": found.adapter, "merged": found.adapter}
+    available = [variant for variant in VARIANTS if exists[variant]]
+    wanted = options.variants or available
+    if unknown := [variant for variant in wanted if variant not in available]:
+        raise ConfigError(f"variants: found {', '.join(unknown)}, but only {', '.join(available)} exist here")
+    chosen = tuple(variant for variant in available if variant in wanted)
     return Variants(found.adapter, found.cfg, found.model, quant, chosen)
 
 
 def own_dtype(name: str, revision: str | None = None) -> Dtype:
-    """The type that a model's config.json names; bfloat16 where it names none, or one that cannot be computed in."""
+    """Return the dtype in a model's config.json; bfloat16 if it has none, or one without compute kernels."""
     config = read_config(fetch(name, revision, TEXT_FILES, "model").folder, name)
     named = config.get("dtype") or config.get("torch_dtype")
     return cast(Dtype, named) if named in _SHORT else "bfloat16"
 
 
-def contradictions(options: EvalOptions) -> list[str]:
-    """What the options cannot mean together."""
+def option_problems(options: EvalOptions) -> list[str]:
+    """Return the contradictions between options, one per line."""
     problems = []
     if (options.adapter is None) == (options.model is None):
-        both = "both are given" if options.adapter is not None else "neither is given"
-        problems.append(f"adapter, model: {both}; name an adapter (its base comes with it), or a model alone")
+        found = "both" if options.adapter is not None else "neither"
+        problems.append(f"adapter, model: exactly one is needed, found {found}; an adapter names its base itself")
     if options.model is not None and options.data is None and not options.tasks:
-        problems.append("data: is missing: a model alone has no run to take rows from; 'data=[{path: rows.jsonl}]'")
+        problems.append("data: missing, and a model alone has no run; pass data=[{path: heldout.jsonl}]")
     if options.merged is not None and options.adapter is None:
-        problems.append("merged: is compared with an adapter; for a merged model alone, model=DIR")
+        problems.append("merged: needs adapter=; evaluate a merged model alone with model=DIR")
     if options.merged is not None and options.variants is not None and "merged" not in options.variants:
-        problems.append("merged: is not among variants; add it there, or drop merged=")
+        problems.append("merged: not in variants; add it there, or drop merged=")
     return problems
-
-
-def _exists(variant: Variant, adapter: bool, quant: QuantConfig) -> bool:
-    return {"base": True, "quantized": quant.type != "none", "trained": adapter, "merged": adapter}[variant]
 
 
 def _check_no_adapter(name: str) -> None:
     folder = Path(name).expanduser()
     if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(f"model={name}: is an adapter; write adapter={name}")
+        raise ConfigError(f"model={name}: is an adapter\nhelp: pass adapter={name}")
 
 
 def _own_model(name: str) -> ModelConfig:

@@ -50,8 +50,8 @@ def plainly(model, rows_file: Path) -> list[tuple[torch.Tensor, list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def said(run_folder, rows_file) -> dict[str, list[tuple[torch.Tensor, list[int]]]]:
-    """What each variant says, loaded and run without the package's kernels."""
+def plain_scores(run_folder, rows_file) -> dict[str, list[tuple[torch.Tensor, list[int]]]]:
+    """Log-probabilities of each variant, loaded and run without the package's kernels."""
     plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
     four_bit = ModelConfig(name=str(BASE), attention="sdpa")
     quantized = load_base(four_bit, QuantConfig(), "cpu")
@@ -62,8 +62,8 @@ def said(run_folder, rows_file) -> dict[str, list[tuple[torch.Tensor, list[int]]
 
 
 @pytest.mark.parametrize("variant", ["base", "quantized", "trained", "merged"])
-def test_each_models_figures_are_those_of_plain_libraries(variant, said, table):
-    log_probs, ids = zip(*said[variant], strict=True)
+def test_each_models_figures_are_those_of_plain_libraries(variant, plain_scores, table):
+    log_probs, ids = zip(*plain_scores[variant], strict=True)
     nll = [-float(p[range(len(i)), i].sum()) for p, i in zip(log_probs, ids, strict=True)]
     tokens = sum(map(len, ids))
     right = sum(int((p.argmax(-1) == torch.tensor(i)).sum()) for p, i in zip(log_probs, ids, strict=True))
@@ -77,9 +77,9 @@ def test_each_models_figures_are_those_of_plain_libraries(variant, said, table):
 
 
 @pytest.mark.parametrize("variant", ["quantized", "trained", "merged"])
-def test_each_models_distance_from_the_16_bit_base_is_that_of_whole_distributions(variant, said, table):
-    base = torch.cat([p for p, _ in said["base"]])
-    other = torch.cat([p for p, _ in said[variant]])
+def test_each_models_distance_from_the_16_bit_base_is_that_of_whole_distributions(variant, plain_scores, table):
+    base = torch.cat([p for p, _ in plain_scores["base"]])
+    other = torch.cat([p for p, _ in plain_scores[variant]])
     kl_N = (base.exp() * (base - other)).sum(-1)
     figures = next(model for model in table.models if model.variant == variant).sets[0].figures
     assert figures["kl"].value == pytest.approx(float(kl_N.mean()), rel=0.1)
@@ -141,11 +141,11 @@ def _rows(run_folder: Path) -> str:
     return yaml.safe_load((run_folder / "config.yaml").read_text())["data"]["eval"][0]["path"]
 
 
-def test_the_first_rows_alone_are_what_a_limit_leaves(run_folder, measure, said):
+def test_the_first_rows_alone_are_what_a_limit_leaves(run_folder, measure, plain_scores):
     found = measure(f"adapter={run_folder}", "limit=3", "answers=2", "variants=[trained]")
     (only,) = found.models
     assert (only.sets[0].rows, only.sets[0].answered, found.reference) == (3, 2, None)
-    assert only.sets[0].tokens == sum(len(ids) for _, ids in said["base"][:3])
+    assert only.sets[0].tokens == sum(len(ids) for _, ids in plain_scores["base"][:3])
     assert set(only.sets[0].figures) == {"loss", "perplexity", "accuracy", "score"} and not only.sets[0].differences
 
 
@@ -170,34 +170,34 @@ def test_a_table_comes_back_from_its_folder_as_it_was(table: GapTable, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
-        ([], ["adapter, model: neither is given"]),
+        ([], ["adapter, model: ", "neither"]),
         (
             ["adapter=a", "model=b", "metric=regex", "merged=c", "variants=[base]"],
-            ["both are given", "data: is missing", "merged: is not among variants", "pattern: metric=regex needs one"],
+            ["adapter, model: ", "both", "data: ", "merged: ", "pattern: "],
         ),
-        (["model={base}"], ["data: is missing: a model alone has no run"]),
-        (["model={base}", "data=[{{path: {rows}}}]", "variants=[trained]"], ["variants: trained: not among"]),
-        (["adapter={run}", "data=[]"], ["data: is empty"]),
-        (["adapter={run}", "merged={run}/nowhere", "limit=1"], ["there is no such folder"]),
-        (["model={run}", "data=[{{path: {rows}}}]"], ["is an adapter; write adapter="]),
-        (["adapter={run}", "merged={run}", "limit=1"], ["is no model's folder: it has no config.json"]),
+        (["model={base}"], ["data: missing"]),
+        (["model={base}", "data=[{{path: {rows}}}]", "variants=[trained]"], ["variants: ", "trained"]),
+        (["adapter={run}", "data=[]"], ["data: ", "help: pass data="]),
+        (["adapter={run}", "merged={run}/nowhere", "limit=1"], ["merged=", "does not exist"]),
+        (["model={run}", "data=[{{path: {rows}}}]"], ["help: pass adapter="]),
+        (["adapter={run}", "merged={run}", "limit=1"], ["merged=", "no config.json"]),
         (
             ["adapter={run}", "data=[{{path: a.jsonl}}]", "forgetting=[{{path: b.jsonl}}]"],
             ["\nforgetting[0]: b.jsonl does not exist"],
         ),
-        (["adapter={run}", "tasks=[nowhere.yaml]"], ["tasks: there is no file nowhere.yaml"]),
-        (["adapter={run}", "quant=none", "variants=[quantized]"], ["variants: quantized: not among"]),
+        (["adapter={run}", "tasks=[nowhere.yaml]"], ["tasks: ", "nowhere.yaml"]),
+        (["adapter={run}", "quant=none", "variants=[quantized]"], ["variants: ", "quantized"]),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_a_model_is_loaded(
-    words, said, run_folder, rows_file, measure, monkeypatch
+def test_invalid_options_are_refused_before_a_model_is_loaded(
+    words, expected, run_folder, rows_file, measure, monkeypatch
 ):
-    monkeypatch.setattr("finetune.evaluation.variants.Subjects.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("finetune.evaluation.variants.Variants.load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(InputError) as caught:
         measure(*(word.format(base=BASE, run=run_folder, rows=rows_file) for word in words))
-    assert all(text in str(caught.value) for text in said), caught.value
+    assert all(text in str(caught.value) for text in expected), caught.value
 
 
 def test_nothing_is_left_behind_where_measuring_fails(run_folder, measure, tmp_path, monkeypatch):
@@ -235,16 +235,16 @@ def test_a_score_is_compared_row_by_row(table):
     assert difference.high - difference.low < 2 * (base.figures["score"].high - base.figures["score"].low)
 
 
-def test_bad_rows_are_left_out_where_that_is_asked_for(run_folder, rows_file, measure, tmp_path):
+def test_on_bad_row_skip_leaves_out_invalid_rows(run_folder, rows_file, measure, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(rows_file.read_text() + '{"messages": [{"role": "user", "content": "and?"}]}\n')
     words = (f"adapter={run_folder}", f"data=[{{path: {rows}}}]", "answers=0", "variants=[trained]")
-    with pytest.raises(InputError, match=r"^data\[0\]: bad rows \(on_bad_row=skip leaves them out\)"):
+    with pytest.raises(InputError, match=r"^data\[0\]: .*on_bad_row=skip"):
         measure(*words)
     assert measure(*words, "on_bad_row=skip").models[0].sets[0].rows == 12
 
 
-def test_rows_that_would_mislead_are_named(run_folder, rows_file, tmp_path):
+def test_misleading_rows_cause_warnings(run_folder, rows_file, tmp_path):
     trained, other = tmp_path / "gone.jsonl", tmp_path / "other.jsonl"
     lines = rows_file.read_text().splitlines()
     trained.write_text("\n".join(lines[:4]) + '\n{"messages": []}\n')
@@ -253,21 +253,21 @@ def test_rows_that_would_mislead_are_named(run_folder, rows_file, tmp_path):
     shutil.copytree(run_folder, run)
     config = (run / "config.yaml").read_text().replace("gone.jsonl", str(trained))
     (run / "config.yaml").write_text(config)
-    heard: list[str] = []
+    logged: list[str] = []
     words = [f"adapter={run}", f"data=[{{path: {trained}}}]", f"forgetting=[{{path: {other}}}]", "variants=[trained]"]
     evaluate_gap(
         read_options(EvalOptions, [*words, "answers=0", "resamples=100", "on_bad_row=skip"], "finetune eval"),
-        heard.append,
+        logged.append,
         write_merged,
     )
-    warnings = [text for text in heard if text.startswith("warning: ")]
-    assert warnings[0].startswith("warning: data[0]: ") and "is what the run was trained on" in warnings[0]
+    warnings = [text for text in logged if text.startswith("warning: ")]
+    assert warnings[0].startswith("warning: data[0]: ") and "gone.jsonl" in warnings[0]
     assert warnings[1].startswith("warning: forgetting: 2 texts of other")
     assert [text.split(": ")[1] for text in warnings[2:]] == ["gone", "gone", "other"]
-    assert "1 row(s) cannot be used" in warnings[2] and "too few" in warnings[3] and "too few" in warnings[4]
+    assert "1 invalid row" in warnings[2] and "too few" in warnings[3] and "too few" in warnings[4]
 
 
-def test_what_a_killed_process_left_goes_and_what_a_live_one_has_stays(run_folder, measure, tmp_path):
+def test_folders_of_killed_processes_are_removed_and_those_of_live_ones_stay(run_folder, measure, tmp_path):
     dead, live = tmp_path / ".eval-dead", tmp_path / ".eval-live"
     for folder in (dead, live):
         (folder / "merged").mkdir(parents=True)
@@ -277,32 +277,32 @@ def test_what_a_killed_process_left_goes_and_what_a_live_one_has_stays(run_folde
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
-        (torch.OutOfMemoryError("40 GB"), r"bf16 base: not enough memory; .*'variants=\[trained\]' \(40 GB\)"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "bf16 base: not enough memory; lower batch_size"),
-        (OSError(28, "No space left on device"), "bf16 base: the disk is full; .*out=DIR"),
+        (torch.OutOfMemoryError("40 GB"), r"^bf16 base: .*40 GB.*\nhelp: .*'variants=\[trained\]'"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "bf16 base: .*\nhelp: lower batch_size"),
+        (OSError(28, "No space left on device"), "bf16 base: .*\nhelp: .*out=DIR"),
     ],
 )
-def test_where_room_runs_out_it_says_what_to_do(error, said, run_folder, measure, monkeypatch):
+def test_full_memory_and_disk_errors_have_help(error, message, run_folder, measure, monkeypatch):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("finetune.evaluation.measure.score_tokens", fail)
-    with pytest.raises(ResourceError, match=said):
+    with pytest.raises(ResourceError, match=message):
         measure(f"adapter={run_folder}", "variants=[base,trained]")
 
 
-def test_long_measuring_says_how_far_it_is(run_folder, monkeypatch):
+def test_long_evaluations_log_their_progress(run_folder, monkeypatch):
     words = [f"adapter={run_folder}", "variants=[base]", "answers=4", "batch_size=2", "resamples=100"]
-    monkeypatch.setattr("finetune.evaluation.measure.LIMIT_TOKENS", 1)
+    monkeypatch.setattr("finetune.evaluation.measure.EVALUATION_TOKENS", 1)
 
-    def heard(pace: float) -> list[str]:
+    def logged(pace: float) -> list[str]:
         monkeypatch.setattr("finetune.evaluation.measure.PACE_SECONDS", pace)
         lines: list[str] = []
         evaluate_gap(read_options(EvalOptions, words, "finetune eval"), lines.append, write_merged)
         return [line for line in lines if " of 12" in line or " of 4" in line]
 
     scored = [f"bf16 base: asked, scored {done} of 12" for done in range(1, 12)]
-    assert heard(0.0) == [*scored, "bf16 base: asked, answered 2 of 4"]
-    assert heard(3600.0) == []
+    assert logged(0.0) == [*scored, "bf16 base: asked, answered 2 of 4"]
+    assert logged(3600.0) == []

@@ -172,22 +172,22 @@ def test_tasks_and_rows_stand_in_one_table_and_nothing_is_merged(run_folder, mea
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (("{rows}", "nowhere.jsonl"), "cannot be loaded: FileNotFoundError"),
         (("multiple_choice", "essay"), "cannot be loaded: ValueError: Got invalid output_type 'essay'"),
         (('"{{{{question}}}}"', '"{{{{nothing}}}}"'), "'nothing' is undefined"),
     ],
 )
-def test_a_task_that_is_none_is_said_before_a_model_is_loaded(change, said, task, questions):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_an_invalid_task_is_refused_before_a_model_is_loaded(change, message, task, questions):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         load_tasks([task(CHOICE.replace(*change), chosen(questions))])
 
 
-def test_a_metric_that_the_harness_lacks_is_named_with_its_task(student, tokenizer, task, questions):
+def test_a_metric_unknown_to_the_harness_is_reported_with_its_task(student, tokenizer, task, questions):
     rows = [{"question": text, "answer": "a"} for text in questions[:2]]
     file = task(FREE.replace("metric: exact_match", "metric: nosuch"), rows)
-    with pytest.raises(FinetuneError, match=r"fails on local: .*look at the task's metrics"):
+    with pytest.raises(FinetuneError, match=r"fails on local: .*\nhelp: "):
         scores(student, tokenizer, file)
 
 
