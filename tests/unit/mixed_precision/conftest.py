@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,15 +18,6 @@ from finetune.mixed_precision.layerwise import LayerwiseModel
 ROWS = 6
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: threads only slow down matrices of this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @dataclass(frozen=True)
 class Bench:
     """cfg: of the quickstart. batches: two, of six rows in all."""
@@ -37,7 +28,7 @@ class Bench:
 
 
 @pytest.fixture(scope="session")
-def bench(_cache_of_the_tests) -> Bench:
+def bench(_shared_folders) -> Bench:
     cfg = load_config("quickstart.yaml", ["data.train.0.limit=96", "data.eval.0.limit=24", "data.max_length=128"])
     training, _ = load_rows(cfg, lambda _: None)
     some = sample(training, ROWS)
