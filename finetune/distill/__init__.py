@@ -1,1 +1,1 @@
-"""The teacher: what it says about a batch's target tokens, and where that is kept."""
+"""Teachers: the targets they give for batches, and the cache of these targets."""

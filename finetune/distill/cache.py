@@ -73,11 +73,7 @@ def fill_cache(
 
 
 def build_encoder(teacher: Teacher, cfg: DistillConfig, vocabulary: int) -> Encode:
-    """Build the `encode` of `fill_cache` for a teacher with hidden states, by `distill.cache_kind`.
-
-    Raises:
-        ConfigError: the vocabulary has more ids than a sampled cache can store.
-    """
+    """Build the `encode` of `fill_cache` for a teacher with hidden states, by `distill.cache_kind`."""
     if cfg.cache_kind == "sampled" and vocabulary > MOST_IDS:
         raise ConfigError(
             f"distill.cache_kind: sampled stores at most {MOST_IDS:,} ids, found {vocabulary:,}\nhelp: set hidden"
@@ -171,9 +167,6 @@ class CachedTeacher:
 
         Returns:
             The mean difference of log-probabilities over the stored tokens, in nats.
-
-        Raises:
-            IntegrityError: the difference exceeds rounding.
         """
         batch = build_batch(documents)
         [mine], [theirs] = self.targets_for([batch]), teacher.targets_for([batch])

@@ -23,12 +23,7 @@ _PLAIN_INITS = (True, False, "gaussian", "orthogonal")
 
 
 def attach_adapter(base: PreTrainedModel, folder: Path, device: torch.device) -> None:
-    """Attach a frozen adapter to the decoder layers of a model on the meta device, in place.
-
-    Raises:
-        ConfigError: it is not a LoRA adapter, or it changes more than decoder layers.
-        IntegrityError: it is corrupt, or does not fit the model.
-    """
+    """Attach a frozen adapter to the decoder layers of a model on the meta device, in place."""
     where = f"adapter {folder}"
     config = read_json(folder / CONFIG_FILE, where)
     if config.get("peft_type") != "LORA":

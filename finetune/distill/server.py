@@ -30,11 +30,7 @@ _MASS_SLACK = 1e-3
 _ADVICE: list[tuple[int | None, str, str]] = [
     (401, "", f"set {KEY_VARIABLE} to the server's key"),
     (403, "", f"set {KEY_VARIABLE} to a key that may use this model"),
-    (
-        404,
-        "",
-        "set distill.teacher.url to the API's root (ends in /v1), distill.teacher.name to one of its models",
-    ),
+    (404, "", "set distill.teacher.url to the API's root (ends in /v1), distill.teacher.name to one of its models"),
     (None, r"greater than max allowed|max[_-]logprobs", "start vLLM with --max-logprobs {top} or lower distill.top_k"),
     (
         None,
@@ -92,12 +88,7 @@ class LogprobServer:
         self._model, self._top = model, top
 
     def check(self) -> None:
-        """Check that the server has the model.
-
-        Raises:
-            ConfigError: it has not; the message lists its models.
-            FinetuneError: it does not answer.
-        """
+        """Check that the server has the model."""
         url = self._endpoint.url
         try:
             answer = self._endpoint.request("/models", None, most_bytes=_SLACK_BYTES, cancellation=Cancellation())
@@ -125,10 +116,6 @@ class LogprobServer:
         Args:
             ids: [T], up to and including the last predicted token.
             positions: [N], below T - 1.
-
-        Raises:
-            ConfigError: the server refuses.
-            FinetuneError: it does not answer, or its answer is invalid.
         """
         return self._score(ids, positions, Cancellation())
 

@@ -43,14 +43,7 @@ _REMOVE_SHARD = "remove both files with this number and run finetune cache again
 
 @contextmanager
 def open_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[ShardWriter]:
-    """Begin a cache, or continue one of the same origin. On exit, the documents added are written.
-
-    Raises:
-        ConfigError: the folder has another origin (the message names the fields) or other files, another process
-            writes to it, or it is not writable.
-        IntegrityError: names a corrupt file.
-        ResourceError: the disk is full.
-    """
+    """Begin a cache, or continue one of the same origin. On exit, the documents added are written."""
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = _claim(folder)
@@ -215,11 +208,7 @@ def _as_words(keys: bytes) -> np.ndarray:
 
 
 def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Compare the origin of a cache. A field with the value None is not compared.
-
-    Raises:
-        ConfigError: lists the fields that differ, with both values.
-    """
+    """Compare the origin of a cache, without None values. Raises: ConfigError naming the fields that differ."""
     file = folder / FINGERPRINT
     try:
         there = _flat(_read(file))
@@ -296,10 +285,9 @@ def _verify(notes: Mapping[Path, Mapping[str, Any]]) -> None:
 
 
 def _corrupt(file: Path, what: str) -> IntegrityError:
-    advice = {
-        FINGERPRINT: _NEW_FOLDER,
-        COMPLETE: "remove it and run finetune cache again",
-    }.get(file.name, _REMOVE_SHARD)
+    advice = {FINGERPRINT: _NEW_FOLDER, COMPLETE: "remove it and run finetune cache again"}.get(
+        file.name, _REMOVE_SHARD
+    )
     return IntegrityError(f"distill.cache: {file} is corrupt: {what}\nhelp: {advice}")
 
 

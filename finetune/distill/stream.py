@@ -114,12 +114,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def hidden_states(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Return the final normed hidden states [N, D] of each batch's targets, as a resident model does.
-
-        Raises:
-            IntegrityError: a file is corrupt, or changes during the pass.
-            OSError: a file cannot be read.
-        """
+        """Return the final normed hidden states [N, D] of each batch's targets, as a resident model does."""
         began, watch = time.perf_counter(), _Stopwatch(self.device)
         self._files.check_unchanged()
         self._unload_head()

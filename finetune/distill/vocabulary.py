@@ -22,13 +22,10 @@ def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, student_rows: int, tea
 def check_same_tokens(
     tokenizer: PreTrainedTokenizerBase, teachers: PreTrainedTokenizerBase, used: np.ndarray, teacher: str
 ) -> None:
-    """Compare the tokens of both tokenizers for the ids in use.
+    """Compare the tokens of the ids in use. Raises: ConfigError naming the ids that differ, with both tokens.
 
     Args:
         used: unique ids of the rows.
-
-    Raises:
-        ConfigError: lists the ids that differ, with both tokens.
     """
     ids = used.tolist()
     ours, theirs = (_meanings(which, ids) for which in (tokenizer, teachers))

@@ -77,11 +77,7 @@ def _sha256(file: Path) -> str:
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder, then rename it to `folder`.
-
-    Raises:
-        ResourceError: the disk is full. The old folder is untouched.
-    """
+    """Let `write` fill a temporary folder, then rename it to `folder`."""
     temporary = folder.with_name(_TEMPORARY + folder.name)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -96,10 +92,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_checkpoint(
-    folder: Path,
-    write_adapter: Callable[[Path], None],
-    optimizer: torch.optim.Optimizer,
-    state: TrainState,
+    folder: Path, write_adapter: Callable[[Path], None], optimizer: torch.optim.Optimizer, state: TrainState
 ) -> None:
     """Write one checkpoint. A crash at any moment leaves it absent."""
 
@@ -117,11 +110,7 @@ def write_checkpoint(
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Compare every file with the manifest.
-
-    Raises:
-        IntegrityError: names each file that is missing or corrupt.
-    """
+    """Compare every file with the manifest. Raises: IntegrityError naming each missing or corrupt file."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         entries = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
@@ -160,11 +149,7 @@ def newest_valid(run: Path, warn: Log) -> Path | None:
 
 
 def read_state(folder: Path) -> TrainState:
-    """Read the state of a verified checkpoint.
-
-    Raises:
-        IntegrityError: this version does not write such a state.
-    """
+    """Read the state of a verified checkpoint."""
     try:
         return TrainState(**json.loads((folder / STATE).read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -181,11 +166,7 @@ def training_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_training(folder: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Restore saved parameters and moments bit for bit.
-
-    Raises:
-        IntegrityError: names parameters that are missing, of another shape, or not in this run.
-    """
+    """Restore saved parameters and moments bit for bit."""
     saved = load_file(folder / TRAINING)
     wanted = {f"{name}/{key}": parameter for name, parameter in _named(optimizer) for key in _STATE_KEYS}
     unfit = [

@@ -66,7 +66,7 @@ class DistillationSetup:
         return lambda step, batches_of: loss.expect(schedule.targets_for(step, batches_of))
 
     def build_sampler(
-        self, sampler: Sampler, model: PeftModel, chat: ChatTemplate, accelerator: Accelerator, log: Log
+        self, sampler: Sampler, model: PeftModel, chat: ChatTemplate, *, accelerator: Accelerator, log: Log
     ) -> Sampler:
         """Let the student write the answers of a share of the documents (`distill.on_policy`)."""
         distill = self.cfg.distill

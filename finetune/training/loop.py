@@ -153,9 +153,6 @@ def train_step(inputs: StepInputs, step: int, stop_signal: int = 0) -> StepResul
 
     Args:
         stop_signal: the signal that this rank received, 0 for none.
-
-    Raises:
-        FinetuneError: the loss or the gradient is NaN or infinite. The update is not made.
     """
     accelerator, ranks = inputs.accelerator, inputs.accelerator.num_processes
     set_seed((inputs.cfg.seed * 1_000_003 + step * 1_009 + accelerator.process_index) % 2**32)

@@ -39,9 +39,7 @@ def learning_rate_at(cfg: TrainConfig, step: int, total_steps: int) -> float:
     if step <= warmup:
         return cfg.learning_rate * step / warmup
     progress = (step - warmup - 1) / max(1, total_steps - warmup)
-    share = {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }[cfg.schedule]
+    share = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[
+        cfg.schedule
+    ]
     return cfg.learning_rate * share

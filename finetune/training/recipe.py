@@ -219,7 +219,9 @@ def _build_step_inputs(
     if distillation is not None and distillation.trains_from_teacher:
         loss = distillation.build_loss(context.model)
         before_step = distillation.before_step(loss, total_steps)
-        sampler = distillation.build_sampler(sampler, context.model, context.preparation.chat, accelerator, log)
+        sampler = distillation.build_sampler(
+            sampler, context.model, context.preparation.chat, accelerator=accelerator, log=log
+        )
     else:
         loss = CrossEntropy(context.model, cfg.train.neftune_alpha)
     return StepInputs(

@@ -87,11 +87,7 @@ class RunResult:
 
 
 def claim_folder(cfg: RunConfig) -> Lock:
-    """Create and lock the run's folder. The lock ends with `release()` or with the process.
-
-    Raises:
-        ConfigError: another process is writing there, or the folder holds a run and train.resume is `never`.
-    """
+    """Create and lock the run's folder. The lock ends with `release()` or with the process."""
     folder = Path(cfg.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,12 +117,7 @@ def release_folder(lock: Lock) -> None:
 
 
 def find_checkpoint(cfg: RunConfig, warn: Log) -> Path | None:
-    """Return the verified checkpoint to continue from; None for a new run.
-
-    Raises:
-        ConfigError: train.resume names no folder.
-        IntegrityError: the checkpoint named is corrupt.
-    """
+    """Return the verified checkpoint to continue from; None for a new run."""
     if cfg.train.resume == "never":
         return None
     if cfg.train.resume == "auto":
@@ -156,11 +147,7 @@ def trajectory(cfg: RunConfig) -> dict[str, Any]:
 
 
 def check_continuation(cfg: RunConfig, data_digest: str, checkpoint: Path) -> None:
-    """Compare a run with the checkpoint that it continues.
-
-    Raises:
-        ConfigError: names every setting that differs, with both values.
-    """
+    """Compare a run with its checkpoint. Raises: ConfigError naming every setting that differs."""
     state = read_state(checkpoint)
     current = json.loads(json.dumps(trajectory(cfg)))
     differing = [

@@ -188,11 +188,7 @@ class SilentTracker:
 
 
 def build_backends(cfg: RunConfig, track: TrackConfig, folder: Path) -> list[Backend]:
-    """Start the backends enabled in `track`. If wandb fails to start, warn and train without it.
-
-    Raises:
-        MissingExtra: a backend is not installed.
-    """
+    """Start the backends enabled in `track`. If wandb fails to start, warn and train without it."""
     backends: list[Backend] = []
     if track.tensorboard:
         backends.append(TensorboardBackend(folder))

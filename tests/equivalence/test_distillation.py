@@ -1,4 +1,4 @@
-"""Where the teacher is, in which pieces a step comes, and how often it is measured must not change what is learned."""
+"""The teacher's placement, micro-batches, ranks and evaluations do not change the adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN = ("lora.dropout=0", "train.neftune_alpha=0", "train.warmup_ratio=0", "tra
 FP32 = ("model.dtype=float32", "quant.compute_dtype=float32", "distill.teacher.dtype=float32")
 
 
-def test_a_streamed_teacher_and_one_in_memory_teach_the_same_bits_however_far_it_looks_ahead(tmp_path):
+def test_streamed_and_resident_teachers_give_the_same_bits_for_any_steps_ahead(tmp_path):
     train(small_run(tmp_path / "resident", *ANCHOR))
     for ahead in (1, 2):
         settings = ("distill.teacher.placement=streamed", f"distill.teacher.steps_ahead={ahead}")
@@ -28,8 +28,8 @@ def test_a_streamed_teacher_and_one_in_memory_teach_the_same_bits_however_far_it
         assert metrics(tmp_path / "resident") == metrics(tmp_path / f"ahead{ahead}")
 
 
-def test_cached_hidden_states_teach_what_the_teacher_teaches(tmp_path):
-    """Another batch shape may round a hidden state otherwise, in fp32 by 2**-24 of it."""
+def test_cached_hidden_states_train_as_the_teacher_does(tmp_path):
+    """Another batch shape may change the rounding of a hidden state, in fp32 by 2**-24 of it."""
     settings = (*ANCHOR, *FP32, *PLAIN, "distill.cache_kind=hidden", f"distill.cache={tmp_path / 'signal'}")
     words = [*SMALL_RUN, *settings, f"output_dir={tmp_path / 'none'}"]
     assert run_cache(Arguments("quickstart.yaml", tuple(words), frozenset())) == 0
@@ -40,7 +40,7 @@ def test_cached_hidden_states_teach_what_the_teacher_teaches(tmp_path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
-def test_measuring_at_every_step_changes_not_one_bit(tmp_path):
+def test_evaluating_at_every_step_changes_no_bit(tmp_path):
     train(small_run(tmp_path / "plain", *ANCHOR))
     train(small_run(tmp_path / "watched", *ANCHOR, "train.eval_every=1", "train.save_every=1"))
     assert differing(tmp_path / "plain", tmp_path / "watched") == []
@@ -55,7 +55,7 @@ def test_eight_by_one_equals_one_by_eight(tmp_path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
-def test_a_continued_run_equals_an_unbroken_one_and_remembers_where_it_began(tmp_path):
+def test_a_resumed_run_equals_an_unbroken_one_and_keeps_its_first_evaluation(tmp_path):
     settings = (*ANCHOR, "train.schedule=constant", "train.warmup_ratio=0", "distill.objective=recover")
     train(small_run(tmp_path / "whole", *settings))
     train(small_run(tmp_path / "broken", *settings, "train.max_steps=1"))
@@ -68,7 +68,7 @@ def test_a_continued_run_equals_an_unbroken_one_and_remembers_where_it_began(tmp
 
 
 def test_two_ranks_equal_one(tmp_path):
-    """Five documents a step: the ranks' shares are unequal, and each asks the teacher about its own."""
+    """Five documents per step: the ranks have unequal shares, and each queries the teacher for its own."""
     script = Path(__file__).resolve().parents[2] / "finetune" / "train.py"
     # Adam divides by the gradient's size: where that is next to nothing, so is what the order of a sum leaves, and the
     # quotient is anything. A large eps keeps the update proportional to the gradient there.

@@ -1,4 +1,4 @@
-"""Runs whose student writes answers: only the teacher judges them, and neither a kill nor ranks change anything."""
+"""On-policy runs: only the teacher scores the student's answers, and neither kills nor ranks change the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.runs import SMALL_RUN, adapter, differing, metrics, small_run
 ON_POLICY = ("distill.objective=recover", "distill.divergence=jsd", "distill.on_policy_tokens=24")
 
 
-def test_a_share_that_chooses_no_row_changes_no_bit(tmp_path, capsys):
+def test_a_share_that_selects_no_row_changes_no_bit(tmp_path, capsys):
     plain, wrapped = tmp_path / "plain", tmp_path / "wrapped"
     train(small_run(plain, *ON_POLICY))
     assert "itself writes" not in capsys.readouterr().err
@@ -33,8 +33,8 @@ def test_a_share_that_chooses_no_row_changes_no_bit(tmp_path, capsys):
     assert metrics(plain) == metrics(wrapped)
 
 
-def test_what_the_student_wrote_is_no_example_to_follow(tmp_path):
-    """Where it wrote everything, cross-entropy beside the divergence has no effect."""
+def test_student_answers_have_no_cross_entropy(tmp_path):
+    """If the student writes all answers, the weight of the cross-entropy has no effect."""
     settings = (*ON_POLICY, "distill.on_policy=1", "train.max_steps=2")
     train(small_run(tmp_path / "alone", *settings))
     train(small_run(tmp_path / "beside", *settings, "distill.objective=sft+anchor", "distill.weight=1"))
@@ -48,7 +48,7 @@ HALF = (*ON_POLICY, "distill.on_policy=0.5", "train.save_every=1")
 
 @contextmanager
 def recorded() -> Iterator[dict[int, list[Document]]]:
-    """What runs inside the block write themselves, by step from 0."""
+    """Record the answers of runs inside the block, by step from 0."""
     written: dict[int, list[Document]] = {}
     original = OnPolicySampler.step_batches
 
@@ -64,7 +64,7 @@ def recorded() -> Iterator[dict[int, list[Document]]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, dict[int, list[Document]]]:
-    """An unbroken run of which the student wrote half, and what it wrote."""
+    """An unbroken run with half of the answers from the student, and these answers."""
     folder = tmp_path_factory.mktemp("on-policy") / "whole"
     with recorded() as written:
         train(small_run(folder, *HALF))
@@ -72,7 +72,7 @@ def whole(tmp_path_factory) -> tuple[Path, dict[int, list[Document]]]:
 
 
 def test_a_resumed_run_writes_the_same_and_ends_in_the_same_bits(whole, tmp_path):
-    """Evaluating and answering rows between the steps changes nothing either."""
+    """Evaluating and sampling between the steps does not change it, either."""
     folder, written = whole
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
@@ -129,7 +129,7 @@ def run_two_ranks(folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_ranks_write_what_one_writes(tmp_path):
+def test_two_ranks_write_the_same_answers_as_one(tmp_path):
     """The last step of the epoch has a single row, so that one rank has nothing to write."""
     one, two = tmp_path / "1", tmp_path / "2"
     train(small_run(one, *ON_POLICY, *DETERMINISTIC))

@@ -1,4 +1,4 @@
-"""Two gloo ranks, really started, against one: the same global batch gives the same adapter."""
+"""Two gloo processes and one process give the same adapter from the same global batch."""
 
 from __future__ import annotations
 

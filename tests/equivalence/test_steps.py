@@ -1,4 +1,4 @@
-"""What must not change a run: evaluating, sampling, saving, micro-batches; what must: the seed."""
+"""Evaluating, sampling, saving and micro-batches do not change a run; another seed does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from finetune import train
 from tests.runs import differing, metrics, small_run
 
 
-def test_evaluating_sampling_and_saving_at_every_step_change_not_one_bit(tmp_path):
+def test_evaluating_sampling_and_saving_at_every_step_change_no_bit(tmp_path):
     """bitsandbytes re-packs weights after an evaluation on some CPUs, and sampling could draw from the same stream."""
     plain, watched = tmp_path / "plain", tmp_path / "watched"
     train(small_run(plain))
@@ -47,7 +47,7 @@ def test_eight_by_one_equals_one_by_eight(tmp_path, packing):
         assert (a["tokens"], a["target_tokens"]) == (b["tokens"], b["target_tokens"])
 
 
-def test_recomputing_layers_changes_not_one_bit(tmp_path):
+def test_recomputing_layers_changes_no_bit(tmp_path):
     """Dropout is on: the second forward pass of a layer must draw what the first one drew."""
     kept = tmp_path / "none"
     train(small_run(kept, "train.gradient_checkpointing=none"))

@@ -1,4 +1,4 @@
-"""Rows that are read while training: every step is the same whenever, wherever and after whatever it is asked for."""
+"""Streamed rows: a step is the same on every rank, in any order of requests, and after a resume."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def chat() -> ChatTemplate:
 
 
 def sources(folder: Path, files: int = 2) -> list[SourceConfig]:
-    """One source of several files and one of a single file; every row is another one."""
+    """One source of several files and one of a single file, with unique rows."""
     (folder / "parts").mkdir()
     for part in range(files):
         lines = [json.dumps({"text": f"part {part} row {i}"}) for i in range(ROWS // files)]
@@ -50,7 +50,7 @@ def shown(sequences: list[list[Document]]) -> list[list[tuple[str, bytes]]]:
     return [[(document.location, document.ids.tobytes()) for document in sequence] for sequence in sequences]
 
 
-def test_a_step_is_the_same_whatever_was_asked_for_before(tmp_path, chat):
+def test_a_step_does_not_depend_on_earlier_requests(tmp_path, chat):
     train = sources(tmp_path)
     walked = sampler(tmp_path, train, chat)
     steps = [shown(walked.step_batches(step)) for step in range(30)]
@@ -77,7 +77,7 @@ def test_windows_mix_the_sources_by_weight_and_a_pass_visits_every_row_once(tmp_
     assert {count for place, count in seen.items() if "single" in place} == {3}
 
 
-def test_a_seed_is_an_order(tmp_path, chat):
+def test_another_seed_is_another_order(tmp_path, chat):
     train = sources(tmp_path)
     orders = []
     for seed in (0, 0, 1):
@@ -123,7 +123,7 @@ def test_closing_leaves_no_half_window(tmp_path, chat):
     assert all(is_valid(store) for store in stores) and len(stores) in (2, 3, 4)
 
 
-def test_bad_rows_stop_the_stream_where_they_stand(tmp_path, chat):
+def test_a_bad_row_stops_the_stream_at_its_location(tmp_path, chat):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join([*(json.dumps({"text": f"row {i}"}) for i in range(25)), "{broken", ""]))
     stream = sampler(tmp_path, [SourceConfig(path=str(file))], chat)
@@ -147,7 +147,7 @@ def test_skipped_rows_stay_listed_when_their_window_is_gone(tmp_path, chat):
     assert json.loads(listed.read_text())["place"] == f"{file}:1"
 
 
-def test_a_resumed_run_equals_one_that_was_left_alone(tmp_path):
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     settings = ("data.stream_rows=12", "train.save_every=4", "train.max_steps=8", "train.keep_checkpoints=9")
     train(small_run(tmp_path / "whole", *settings))
     # What a kill after step 4 leaves, less the stream's windows: a checkpoint is all that a run needs.

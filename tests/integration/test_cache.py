@@ -41,8 +41,11 @@ def written(tmp_path_factory) -> tuple[Path, Done]:
 
 def test_the_printed_command_trains_as_with_the_teacher_itself(written):
     folder, done = written
-    said, following = done.stdout.splitlines()
-    assert said.startswith("its signal: 56 documents written now, ") and following.startswith("next: finetune train ")
+    summary, following = done.stdout.splitlines()
+    assert summary.startswith("its signal: 56 documents written now, ")
+    assert following.startswith("next: finetune train ")
+        "next: finetune train "
+    )
     assert "56 of 56 documents" in done.stderr
     words = shlex.split(following.removeprefix("next: finetune train "))
     trained = finetune("train", folder, *words)

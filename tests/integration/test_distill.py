@@ -70,9 +70,9 @@ def test_a_served_teacher_is_queried_once_per_document(tmp_path):
             "distill.top_k=8",
         )
         train(small_run(tmp_path / "first", *settings))
-        asked = sum(path.endswith("/completions") for path, _, _ in server.seen)
+        requests = sum(path.endswith("/completions") for path, _, _ in server.seen)
         train(small_run(tmp_path / "again", *settings))
-        assert sum(path.endswith("/completions") for path, _, _ in server.seen) == asked == 32
+        assert sum(path.endswith("/completions") for path, _, _ in server.seen) == requests == 32
         assert all(question.get("model", MODEL) == MODEL for _, _, question in server.seen)
         _assert_holds_table(tmp_path / "signal", server.table_VV)
     assert [a["loss"] for a in metrics(tmp_path / "first")] == [b["loss"] for b in metrics(tmp_path / "again")]

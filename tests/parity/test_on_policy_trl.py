@@ -1,4 +1,4 @@
-"""What the student wrote itself, judged by the teacher: TRL's GKD loss over the completions, and its gradients."""
+"""On-policy distillation equals TRL's GKD loss over the completions, and its gradients."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def theirs(student, teacher, documents: list[Document], beta: float) -> tuple[fl
 
 @pytest.mark.parametrize(("kind", "beta"), [("jsd", 0.5), ("reverse_kl", 1.0)])
 @pytest.mark.parametrize("rows", [0.0, 1.0], ids=["divergence", "with cross-entropy"])
-def test_the_divergence_of_written_answers_is_trls(kind, beta, rows):
+def test_the_divergence_of_student_answers_equals_trls(kind, beta, rows):
     student, teacher = random_qwen2(seed=0), random_qwen2(seed=1).eval().requires_grad_(False)
     sequences = written(student)
     documents = [document for sequence in sequences for document in sequence]

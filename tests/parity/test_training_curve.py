@@ -1,4 +1,4 @@
-"""Fifty steps of a run beside fifty of TRL's SFTTrainer: the same rows, order, start and optimizer."""
+"""Fifty steps follow fifty of TRL's SFTTrainer with the same rows, order, start and optimizer."""
 
 from __future__ import annotations
 

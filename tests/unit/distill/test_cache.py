@@ -249,7 +249,7 @@ def test_a_vocabulary_above_18_bits_is_refused_for_sampled_caches_only(teacher):
     build_encoder(teacher, DistillConfig(objective="recover"), MOST_IDS)
 
 
-# Who is asked
+# Placements of the teacher
 
 
 def test_all_placements_write_the_same_and_a_complete_cache_loads_no_teacher(tmp_path, documents, monkeypatch):
@@ -285,7 +285,7 @@ def test_a_teacher_that_does_not_fit_into_memory_is_streamed(monkeypatch):
 class TableServer:
     """A served teacher whose table has rows beyond the vocabulary."""
 
-    rows, asked = VOCABULARY + 7, 0
+    rows, requested = VOCABULARY + 7, 0
 
     def __init__(self, url: str, model: str, top: int, log: Callable[[str], None]):
         self.top = top
@@ -328,9 +328,9 @@ def test_a_servers_answers_are_stored_without_ids_beyond_the_vocabulary(tmp_path
     batches = [build_batch([each]) for each in documents]
     for each, teacher_targets in zip(documents, CachedTeacher(tmp_path, origin, CPU).targets_for(batches), strict=True):
         assert isinstance(teacher_targets, TeacherTopK)
-        asked = each.ids[each.labels != IGNORE_INDEX]
+        requested = each.ids[each.labels != IGNORE_INDEX]
         for ids, log_probs, true in zip(
-            teacher_targets.ids_NK.numpy(), teacher_targets.log_probs_NK.numpy(), table[asked], strict=True
+            teacher_targets.ids_NK.numpy(), teacher_targets.log_probs_NK.numpy(), table[requested], strict=True
         ):
             assert len(set(ids.tolist())) == 64 and ids.max() < VOCABULARY
             best = np.argsort(-true)[:64]

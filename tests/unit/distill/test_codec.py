@@ -99,10 +99,7 @@ def test_the_head_is_the_most_probable_tokens_and_all_adds_up_to_one(n, vocabula
 def test_a_vocabulary_no_larger_than_the_head_is_kept_whole(vocabulary):
     logits_NV = random_logits(6, vocabulary)
     targets = drawn(logits_NV)
-    assert targets.top_k == min(32, vocabulary) and targets.ids_NK.shape == (
-        6,
-        targets.top_k + 16,
-    )
+    assert targets.top_k == min(32, vocabulary) and targets.ids_NK.shape == (6, targets.top_k + 16)
     assert (targets.ids_NK < vocabulary).all()
     torch.testing.assert_close(
         dense(targets, vocabulary), logits_NV.double().softmax(-1), rtol=RELATIVE + 1e-6, atol=np.exp(-24)
@@ -115,7 +112,7 @@ def test_an_almost_certain_teacher():
     logits_NV[0, 500] = np.log((1 - rest) / (rest / (vocabulary - 1)))
     targets = drawn(logits_NV)
     assert targets.ids_NK[0, 0] == 500 and targets.probs_NK[0, 0] == 1.0 and targets.probs_NK.isfinite().all()
-    # 31 tokens of 1e-12 are kept as exp(-24); the mass of all others is told within its code.
+    # 31 tokens of 1e-12 are kept as exp(-24); the mass of all others is exact within its code.
     assert (targets.probs_NK[0, 1:32] <= np.exp(-24) * 1.001).all()
     tail = targets.probs_NK[0, 32:].double().sum().item()
     assert tail == pytest.approx(rest * (vocabulary - 32) / (vocabulary - 1), rel=1e-3)
@@ -148,10 +145,7 @@ def test_zero_targets_encode_and_decode_to_zero_entries():
         name: (column.dtype, column.shape[1:]) for name, column in one.items()
     }
     targets = teacher_samples(none, CPU)
-    assert targets.ids_NK.shape == targets.probs_NK.shape == (
-        0,
-        48,
-    ) and targets.entropy_N.shape == (0,)
+    assert targets.ids_NK.shape == targets.probs_NK.shape == (0, 48) and targets.entropy_N.shape == (0,)
 
 
 # The estimator's law, on a small vocabulary of which the head is a small part.

@@ -27,14 +27,7 @@ CHAT = chat("tokens", "turns")
 
 
 def origin(
-    *,
-    placement="resident",
-    dtype="bfloat16",
-    chat=CHAT,
-    vocabulary=99,
-    weights=WEIGHTS,
-    adapter=ADAPTER,
-    **keys,
+    *, placement="resident", dtype="bfloat16", chat=CHAT, vocabulary=99, weights=WEIGHTS, adapter=ADAPTER, **keys
 ) -> dict[str, Any]:
     teacher = TeacherConfig(placement=placement, name="teacher", dtype=dtype)
     cfg = DistillConfig(objective="distill", teacher=teacher, **keys)

@@ -91,11 +91,13 @@ def test_share_0_leaves_every_document_and_share_1_none():
 
 def test_a_documents_chance_depends_on_seed_step_and_number_alone():
     assert contents(sampler(0.5).step_batches(3)) == contents(sampler(0.5).step_batches(3))
-    told = []
+    recorded = []
     for seed, step in ((0, 0), (0, 1), (1, 0)):
-        sampler(write=lambda prompts, draws: told.extend(draws) or write(prompts, draws), seed=seed).step_batches(step)
-    firsts = {float(draws[0]) for draws in told}
-    assert len(firsts) == len(told) == 18
+        sampler(write=lambda prompts, draws: recorded.extend(draws) or write(prompts, draws), seed=seed).step_batches(
+            step
+        )
+    firsts = {float(draws[0]) for draws in recorded}
+    assert len(firsts) == len(recorded) == 18
     # Not the numbers that shuffle an epoch either.
     orders = {x for seed, step in ((0, 0), (0, 1), (1, 0)) for x in np.random.default_rng([seed, step]).random(3)}
     assert not firsts & orders

@@ -149,13 +149,13 @@ def test_a_second_run_writes_nothing_and_more_rows_add_only_themselves(folder):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert fill(folder, documents(40), never) == 0
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    asked: list[Document] = []
+    encoded: list[Document] = []
 
-    def told(some: Sequence[Document]) -> Iterator[Columns]:
-        asked.extend(some)
+    def recording(some: Sequence[Document]) -> Iterator[Columns]:
+        encoded.extend(some)
         return encode(some)
 
-    assert fill(folder, [*documents(50), *documents(50)], told) == len(keyed(documents(50)[40:])) == len(asked)
+    assert fill(folder, [*documents(50), *documents(50)], recording) == len(keyed(documents(50)[40:])) == len(encoded)
     assert_holds(folder, documents(50))
 
 

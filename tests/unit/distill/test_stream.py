@@ -300,7 +300,7 @@ def stream(folder):
     model = StreamedModel(ModelConfig(name=folder), CPU)
     for _ in range(2):  # the second pass begins with a head that was used
         hidden = model.hidden_states(batches)
-        model.head.weight.amax()  # all of it is touched; what a product takes besides is not the teacher's
+        model.head.weight.amax()  # touches all of it; a matrix product would add memory of its own
     return model, hidden
 
 def load(folder):

@@ -97,10 +97,7 @@ WRONG = {
     "beyond float64": (lambda a: first(a).update(logprob=10**400), "not finite"),
     "beyond float32": (lambda a: set_all(a, -1e39), "not finite"),
     "logits": (to_logits, "sum to"),
-    "too few": (
-        lambda a: [entry(a).pop(token) for token in list(entry(a))[1:3]],
-        "7 tokens at a position, expected 8",
-    ),
+    "too few": (lambda a: [entry(a).pop(token) for token in list(entry(a))[1:3]], "7 tokens at a position, expected 8"),
     "text for an id": (lambda a: entry(a).update({"Hello": entry(a)["7"]}), "not an id: 'Hello'"),
     "negative id": (lambda a: entry(a).update({"-3": entry(a)["7"]}), "not an id: '-3'"),
     "digits of another script": (lambda a: entry(a).update({"٣": entry(a)["7"]}), "not an id"),
