@@ -9,7 +9,6 @@ from finetune.config.rules import contradictions
 from finetune.config.sections import (
     DataConfig,
     DistillConfig,
-    Dtype,
     GenerationConfig,
     GuardConfig,
     LoraConfig,
@@ -17,30 +16,12 @@ from finetune.config.sections import (
     Name,
     QuantConfig,
     Section,
-    SourceConfig,
-    TeacherConfig,
     Text,
     TrackConfig,
     TrainConfig,
 )
-
-# Other rooms import every section from here.
-__all__ = [
-    "DataConfig",
-    "DistillConfig",
-    "Dtype",
-    "GenerationConfig",
-    "GuardConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "QuantConfig",
-    "RunConfig",
-    "Section",
-    "SourceConfig",
-    "TeacherConfig",
-    "TrackConfig",
-    "TrainConfig",
-]
+from finetune.config.sections import Dtype as Dtype
+from finetune.config.sections import SourceConfig as SourceConfig
 
 
 class RunConfig(Section):

@@ -59,9 +59,7 @@ class ModelConfig(Section):
 
     name: Text = Field(description="Hub id or local folder of the base model.")
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub model; null: the main branch.")
-    tokenizer: Text | None = Field(
-        None, description="Another tokenizer with the same vocabulary, a folder or hub id; null: the model's own."
-    )
+    tokenizer: Text | None = Field(None, description="Another tokenizer of the same vocabulary; null: the model's own.")
     dtype: Dtype = Field("bfloat16", description="Data type of the weights that are not quantized.")
     attention: Literal["auto", "segmented", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="Attention kernel; auto: the fastest kernel that works on this machine."
@@ -77,14 +75,12 @@ class QuantConfig(Section):
     double: bool = Field(True, description="Quantize the scales of 4-bit weights too, which saves 0.4 bits per weight.")
     compute_dtype: Dtype = Field("bfloat16", description="Data type of matrix products with 4-bit weights.")
     skip_modules: list[Text] = Field(
-        [], description="Modules to keep in 16 bit, as names, globs or regexes; lm_head is always in 16 bit."
+        [], description="Modules to keep in 16 bit: names, globs or regexes; lm_head always is."
     )
     int8: list[Text] = Field([], description="Modules to keep in 8 bit in a 4-bit base, as names, globs or regexes.")
-    cache: bool = Field(
-        True, description="Cache the quantized weights in $FINETUNE_CACHE or ~/.cache/finetune for the next run."
-    )
+    cache: bool = Field(True, description="Cache the quantized weights in $FINETUNE_CACHE, else ~/.cache/finetune.")
     keep_dequantized: bool = Field(
-        False, description="Keep a 16-bit copy of 4-bit weights: no repeated dequantization, more memory, same results."
+        False, description="Keep 16-bit copies of 4-bit weights (more memory, same results)."
     )
 
 
@@ -107,23 +103,15 @@ class LoraConfig(Section):
     modules_to_save: list[Text] = Field([], description="Modules to train in full and to save with the adapter.")
     rank_pattern: dict[Text, Count] = Field({}, description="Ranks for single modules, as {name or regex: rank}.")
     alpha_pattern: dict[Text, Positive] = Field({}, description="Alphas for single modules, as {name or regex: alpha}.")
-    init_adapter: Text | None = Field(
-        None, description="Adapter to continue from, a folder or hub id; null: a new one."
-    )
-    new_tokens: list[Text] = Field(
-        [], description="Tokens to add to the vocabulary; only their embeddings are trained."
-    )
+    init_adapter: Text | None = Field(None, description="Adapter to continue from, folder or hub id; null: a new one.")
+    new_tokens: list[Text] = Field([], description="Tokens to add to the vocabulary; trains only their embeddings.")
 
 
 class SourceConfig(Section):
     """One dataset: a file, a glob of files, a folder or a hub dataset; all its examples have one format."""
 
-    path: Text = Field(
-        description="File (jsonl, json, csv, parquet, arrow; also compressed), glob, folder or hub id of the dataset."
-    )
-    name: Text | None = Field(
-        None, description="Name in messages and metrics; null: the name of the split or the file."
-    )
+    path: Text = Field(description="File (jsonl, json, csv, parquet, arrow; also compressed), glob, folder or hub id.")
+    name: Text | None = Field(None, description="Name in messages and metrics; null: name of the split or file.")
     format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "tokens"] = Field(
         "auto", description="Format of an example; auto: recognized from the columns of the first one."
     )
@@ -134,9 +122,7 @@ class SourceConfig(Section):
         {}, description="Role names in your file, as {our name: your name}, for example {assistant: [agent, bot]}."
     )
     split: Text | None = Field(None, description="Split of a folder or hub dataset; null for a file.")
-    subset: Text | None = Field(
-        None, description="Subset (configuration) of a hub dataset, for example main; null: its default."
-    )
+    subset: Text | None = Field(None, description="Subset (configuration) of a hub dataset; null: its default.")
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub dataset; null: the main branch.")
     weight: Positive = Field(1.0, description="How often one epoch takes each example, on average (training only).")
     limit: Count | None = Field(None, description="Number of examples to read, from the start; null: all.")
@@ -147,14 +133,9 @@ class DataConfig(Section):
 
     train: Annotated[list[SourceConfig], Field(min_length=1)] = Field(description="Sources of training examples.")
     eval: list[SourceConfig] = Field([], description="Sources of held-out examples; each source gets its own metrics.")
-    held_out: Share = Field(
-        0.0,
-        description="Share of the training examples to hold out for evaluation, by a hash of their content; 0: none.",
-    )
+    held_out: Share = Field(0.0, description="Share of data.train to hold out, by a hash of the content; 0: none.")
     max_length: Annotated[int, Field(ge=2)] = Field(2048, description="Longest sequence in tokens.")
-    packing: bool = Field(
-        True, description="Put several examples into one sequence; attention never crosses between them."
-    )
+    packing: bool = Field(True, description="Put several examples into one sequence; attention never crosses them.")
     truncation: Literal["drop", "left", "right", "split", "error"] = Field(
         "drop", description="What to do with an example longer than max_length."
     )
@@ -162,38 +143,26 @@ class DataConfig(Section):
         "assistant",
         description="Trained tokens: assistant turns, the same without <think> parts, the last turn, or all tokens.",
     )
-    on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="What to do with an invalid example: list all and stop, or skip it."
-    )
+    on_bad_row: Literal["error", "skip"] = Field("error", description="At invalid examples: list and stop, or skip.")
     max_bad_share: Share = Field(0.05, description="Share of invalid examples above which a source is refused.")
     system: Text | None = Field(None, description="System message for examples without one; null: none.")
-    chat_template: Text | None = Field(
-        None, description="File with a Jinja chat template; null: the template of the tokenizer."
-    )
-    stream_rows: Count | None = Field(
-        None, description="Examples to read and tokenize at a time during training; null: all before training."
-    )
+    chat_template: Text | None = Field(None, description="File with a Jinja chat template; null: the tokenizer's own.")
+    stream_rows: Count | None = Field(None, description="Examples to tokenize at a time; null: all before training.")
     workers: Count | None = Field(None, description="Number of tokenizing processes; null: one per CPU core.")
-    cache: Text | None = Field(
-        None, description="Folder for tokenized examples; null: in $FINETUNE_CACHE or ~/.cache/finetune."
-    )
+    cache: Text | None = Field(None, description="Token cache folder; null: $FINETUNE_CACHE or ~/.cache/finetune.")
 
 
 class TrainConfig(Section):
     """Optimizer, length of training, checkpoints."""
 
     max_steps: Count | None = Field(None, description="Number of optimizer steps; null: train.epochs decides.")
-    epochs: Positive | None = Field(
-        None, description="Passes over the training examples; null: train.max_steps decides, or 1 without it."
-    )
+    epochs: Positive | None = Field(None, description="Passes over the data; null: max_steps decides, else 1.")
     learning_rate: Annotated[Positive, Field(le=1)] = Field(2e-4, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
     warmup_ratio: Share = Field(0.03, description="Share of the steps in which the learning rate rises to its peak.")
     warmup_steps: Count | None = Field(None, description="Steps in which it rises; null: train.warmup_ratio decides.")
     batch_size: Count = Field(16, description="Sequences per optimizer step, over all processes.")
-    micro_batch_size: Count | None = Field(
-        None, description="Sequences per forward pass of a process; null: automatic."
-    )
+    micro_batch_size: Count | None = Field(None, description="Sequences per forward pass of a process; null: auto.")
     max_grad_norm: NotNegative = Field(1.0, description="Norm above which gradients are clipped; 0: no clipping.")
     weight_decay: Share = Field(0.0, description="Weight decay of AdamW.")
     beta1: Share = Field(0.9, description="Decay rate of AdamW's first moment.")
@@ -209,8 +178,7 @@ class TrainConfig(Section):
         "fused", description="fused: the kernels of this package; peft: the modules of PEFT and transformers."
     )
     share_prefixes: bool = Field(
-        True,
-        description="Skip tokens that no trained token depends on, and compute shared prefixes once (fused kernels).",
+        True, description="Skip tokens that no trained token needs, compute shared prefixes once (fused kernels)."
     )
     compile: bool | None = Field(
         None,
@@ -221,7 +189,7 @@ class TrainConfig(Section):
     save_every: Count | None = Field(None, description="Steps between checkpoints; null: save only at the end.")
     keep_checkpoints: Count = Field(2, description="Newest checkpoints to keep; the best one is always kept.")
     early_stopping: Count | None = Field(
-        None, description="Evaluations without improvement before a run stops; null: off."
+        None, description="Evaluations without improvement before stopping; null: off."
     )
     resume: Text = Field("never", description="never, auto (the newest valid checkpoint), or a checkpoint folder.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of all random numbers.")
@@ -231,9 +199,7 @@ class TrainConfig(Section):
 class TeacherConfig(Section):
     """The teacher model and where it runs."""
 
-    name: Text | None = Field(
-        None, description="Hub id or local folder of the teacher; null: the student's base model."
-    )
+    name: Text | None = Field(None, description="Hub id or local folder of the teacher; null: the student's base.")
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub teacher; null: the main branch.")
     dtype: Dtype = Field("bfloat16", description="Data type of the teacher, whose weights are not quantized.")
     lora: Text | None = Field(None, description="Folder or hub id of an adapter for the teacher; null: none.")
@@ -242,12 +208,8 @@ class TeacherConfig(Section):
         description="In memory, read layer by layer, only as the files in distill.cache, or at distill.teacher.url.",
     )
     steps_ahead: Count = Field(1, description="Steps that a streamed teacher computes per pass over its layers.")
-    url: Text | None = Field(
-        None, description="OpenAI-compatible endpoint, for example http://host:8000/v1 (server only)."
-    )
-    served_as: Text | None = Field(
-        None, description="Name of the teacher at the server; null: its own name, or the only model served."
-    )
+    url: Text | None = Field(None, description="OpenAI-compatible endpoint, as http://host:8000/v1 (server only).")
+    served_as: Text | None = Field(None, description="Model name at the server; null: the teacher's, or the only one.")
     requests: Count = Field(8, description="Number of parallel requests to a server.")
 
 
@@ -269,31 +231,19 @@ class DistillConfig(Section):
         None,
         description="Weight of the divergence; cross-entropy has weight 1; null: 0.2 for sft+anchor, 1 for distill.",
     )
-    hidden_weight: NotNegative = Field(
-        0.0, description="Weight of the mean squared difference of the final hidden states; 0: off."
-    )
-    on_policy: Annotated[Number, Field(ge=0, le=1)] = Field(
-        0.0, description="Share of the examples whose answers the student generates; 0: none."
-    )
+    hidden_weight: NotNegative = Field(0.0, description="Weight of the MSE of the final hidden states; 0: off.")
+    on_policy: Annotated[Number, Field(ge=0, le=1)] = Field(0.0, description="Share of student-generated answers.")
     on_policy_tokens: Count = Field(128, description="Longest generated answer in tokens.")
     on_policy_temperature: Positive = Field(1.0, description="Sampling temperature of generated answers.")
-    cache: Text | None = Field(
-        None, description="Folder of teacher outputs, written by `finetune cache`; null: no cache."
-    )
+    cache: Text | None = Field(None, description="Folder of teacher outputs, written by `finetune cache`; null: none.")
     cache_kind: Literal["sampled", "hidden"] = Field(
         "sampled",
         description="What a cache holds: sampled probabilities (180 bytes per trained token) or exact hidden states.",
     )
-    top_k: Annotated[int, Field(ge=1, le=256)] = Field(
-        32, description="Most probable tokens to store per trained token."
-    )
-    num_samples: Annotated[int, Field(ge=1, le=256)] = Field(
-        16, description="Unbiased samples from the other tokens, per trained token."
-    )
+    top_k: Annotated[int, Field(ge=1, le=256)] = Field(32, description="Most probable tokens stored per trained token.")
+    num_samples: Annotated[int, Field(ge=1, le=256)] = Field(16, description="Samples from the other tokens, unbiased.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of the samples in a cache.")
-    spot_check: Index = Field(
-        2, description="Cached documents to compare with the teacher at the start, if it is here."
-    )
+    spot_check: Index = Field(2, description="Cached documents to compare with the teacher at the start, if present.")
     teacher: TeacherConfig = Field(TeacherConfig(), description="The teacher model and where it runs.")
 
 
@@ -316,7 +266,7 @@ class GenerationConfig(Section):
     """Generated answers to held-out examples before, during and after training."""
 
     num_examples: Index = Field(
-        0, description="Held-out examples to answer for exact match before and after training; 0: none."
+        0, description="Held-out examples to answer for exact match, before and after; 0: none."
     )
     max_new_tokens: Count = Field(128, description="Longest answer in tokens.")
     batch_size: Count = Field(32, description="Answers to generate at a time.")

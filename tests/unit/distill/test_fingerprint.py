@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune.config.schema import DistillConfig, ModelConfig, TeacherConfig
+from finetune.config.sections import DistillConfig, ModelConfig, TeacherConfig
 from finetune.distill import fingerprint as origins
 from finetune.distill.fingerprint import fingerprint, teacher_adapter
 from finetune.distill.shards import check_fingerprint, open_folder
