@@ -44,8 +44,6 @@ def test_the_printed_command_trains_as_with_the_teacher_itself(written):
     summary, following = done.stdout.splitlines()
     assert summary.startswith("its signal: 56 documents written now, ")
     assert following.startswith("next: finetune train ")
-        "next: finetune train "
-    )
     assert "56 of 56 documents" in done.stderr
     words = shlex.split(following.removeprefix("next: finetune train "))
     trained = finetune("train", folder, *words)
