@@ -98,9 +98,9 @@ def _print_lengths(cfg: RunConfig, as_json: bool) -> int:
     if as_json:
         print(json.dumps({size: {str(gb): tokens for gb, tokens in row.items()} for size, row in lengths.items()}))
         return 0
-    table = _table("Qwen2.5", *(f"{budget} GB" for budget in BUDGETS_GB))
+    table = _table("model", *(f"{budget} GB" for budget in BUDGETS_GB))
     for size, row in lengths.items():
-        table.add_row(size, *(_tokens(row[budget], LONGEST) for budget in BUDGETS_GB))
+        table.add_row(f"Qwen2.5-{size}", *(_tokens(row[budget], LONGEST) for budget in BUDGETS_GB))
     teacher = f", teacher={cfg.distill.teacher.placement}" if cfg.has_teacher else ""
     targets = cfg.lora.target_modules
     print(

@@ -2,7 +2,7 @@
 
 Shapes: R rows, N tokens, B resamples.
 Sources: the percentile bootstrap (Efron 1979) over rows, because tokens of a row are not independent. Resamples of rows
-that are all right have no spread. So shares use Wilson's interval (1927), and differences of shares on the same rows use
+that are all right have no spread. So shares use Wilson's interval (1927), and differences of shares on the same rows
 that of Agresti and Min (2005).
 """
 

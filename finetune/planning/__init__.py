@@ -1,1 +1,1 @@
-"""What a run will need, by arithmetic alone: no model is built, nothing is downloaded."""
+"""Plan a run: memory, operations and time from shapes and config. No model is built, nothing is downloaded."""

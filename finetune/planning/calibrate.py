@@ -1,6 +1,6 @@
-"""Measures what this machine does in a second, with the package's own kernels, in the shapes of Qwen2.5's layers.
+"""Measure the rates of this machine with the package's own kernels, in the shapes of Qwen2.5's layers.
 
-Each figure is the median of repeated calls, taken in turn, so that what else the machine does meanwhile falls on all.
+Each rate comes from the median time of repeated calls.
 """
 
 from __future__ import annotations
@@ -19,33 +19,38 @@ if TYPE_CHECKING:
 # (inputs, outputs) of the linears of 0.5B, 1.5B and 7B, from the smallest to the largest.
 _MATRICES = ((896, 128), (896, 896), (896, 4864), (1536, 8960), (3584, 18944))
 _ROWS = (128, 512, 2048)
-# From 32 MB on a CPU's allocator maps a block anew each time, and the system fills it with zeros first: a matrix of
-# 1.5B is dequantized in the heap, those of 3B and 7B are not, at a sixth of the speed.
-_DEQUANTISED = ((896, 896), (1536, 8960), (2048, 11008), (3584, 18944))
+# From 32 MB on, glibc maps each block anew, and the system fills it with zeros: matrices of 3B and 7B are dequantized at
+# a sixth of the speed of those of 1.5B.
+_DEQUANTIZED = ((896, 896), (1536, 8960), (2048, 11008), (3584, 18944))
 _DOCUMENTS = (128, 512, 1024, 2048)
 # A layer of 0.5B: hidden, intermediate, query heads, key heads, head width; rows of a chunk of logits.
 _HIDDEN, _INNER, _HEADS, _KEY_HEADS, _WIDTH, _VOCABULARY, _CHUNK = 896, 4864, 14, 2, 64, 151936, 220
 _TOKENS = 1024
-# A CPU needs seconds for a 7B's matrix times 2,048 rows; a GPU has done it before the clock ticks.
+# A CPU needs seconds for a 7B matrix times 2,048 rows.
 _REPEATS, _LONG_SECONDS = 5, 0.4
 
 
 def measure_rates(device: torch.device, name: str, log: Log, clock: Callable[[], float] = time.perf_counter) -> Rates:
-    """The rates of this device, with the threads that torch uses now; takes about half a minute on two CPU cores."""
+    """Measure the rates of a device with torch's current threads, in about half a minute on two CPU cores.
+
+    Args:
+        name: the device's name in messages.
+        clock: returns seconds.
+    """
     import torch
 
     watch = _Watch(device, clock)
-    log("calibrating: products")
+    log("calibrate: products")
     products = [
         [float(inputs * outputs), float(rows), _product(watch, rows, inputs, outputs)]
         for inputs, outputs in _MATRICES
         for rows in _ROWS
     ]
-    log("calibrating: attention, elementwise steps, loss, 4-bit weights, optimizer")
+    log("calibrate: attention, elementwise steps, loss, 4-bit weights, optimizer")
     attention = [[float(length), _attention(watch, length)] for length in _DOCUMENTS]
     with torch.no_grad():
         elementwise, logits = _elementwise(watch), _logits(watch)
-        dequantized = [[float(i * o), _dequantize(watch, i, o)] for i, o in _DEQUANTISED]
+        dequantized = [[float(i * o), _dequantize(watch, i, o)] for i, o in _DEQUANTIZED]
     return Rates(
         name,
         products,
@@ -63,7 +68,7 @@ class _Watch:
         self.device, self.clock = device, clock
 
     def seconds(self, work: Callable[[], Any]) -> float:
-        """The median of repeated calls after one that warms up; of one call where that takes long."""
+        """Return the median time of repeated calls after a warm-up; two calls if one is slow."""
         import torch
 
         def once() -> float:
@@ -83,7 +88,7 @@ class _Watch:
 
 
 def _product(watch: _Watch, rows: int, inputs: int, outputs: int) -> float:
-    """Forward and backward of a frozen linear: operations a second of both together."""
+    """Operations per second of a frozen linear, forward and backward."""
     from finetune.ops.matmul import matmul
 
     x, weight, grad = watch.normal(rows, inputs), watch.normal(outputs, inputs), watch.normal(rows, outputs)
@@ -92,7 +97,7 @@ def _product(watch: _Watch, rows: int, inputs: int, outputs: int) -> float:
 
 
 def _attention(watch: _Watch, length: int) -> float:
-    """A document of that length, forward and backward, in the layout that training uses."""
+    """Operations per second of attention in documents of this length, forward and backward."""
     import torch
 
     from finetune.ops.attention import attend, plan_segments
@@ -108,7 +113,7 @@ def _attention(watch: _Watch, length: int) -> float:
 
 
 def _elementwise(watch: _Watch) -> float:
-    """One layer's norms, rotations, residuals and gated product, forward and backward: two passes of T * I values."""
+    """Values per second of a layer's elementwise steps, forward and backward: two passes of T * I values."""
     import torch
 
     from finetune.ops import elementwise as ops
@@ -161,7 +166,7 @@ def _optimizer(watch: _Watch) -> float:
 
 
 def _calls(watch: _Watch) -> float:
-    """One pass of a layer over next to nothing: what Python and the calls of kernels cost."""
+    """Seconds of a layer's pass over very few values: the cost of Python and kernel launches."""
     import torch
 
     from finetune.ops.elementwise import apply_rope, rms_norm

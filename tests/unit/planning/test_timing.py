@@ -127,7 +127,7 @@ def test_a_calibration_measures_every_rate(monkeypatch):
         ("_KEY_HEADS", 1),
         ("_WIDTH", 32),
         ("_REPEATS", 1),
-        ("_DEQUANTISED", ((64, 64), (64, 128))),
+        ("_DEQUANTIZED", ((64, 64), (64, 128))),
     ):
         monkeypatch.setattr(calibrate, name, small)
     rates = calibrate.measure_rates(torch.device("cpu"), "here", lambda text: None)
