@@ -98,6 +98,22 @@ def test_files_and_functions_stay_readable():
     assert not long
 
 
+def test_functions_take_five_positional_parameters_at_most():
+    wide = []
+    for module in MODULES:
+        for function in ast.walk(ast.parse(module.read_text())):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
+                if len([name for name in names if name not in ("self", "cls")]) > 5:
+                    wide.append(f"{module.relative_to(PACKAGE)}:{function.lineno}: {function.name}")
+    assert not wide
+
+
+def test_the_root_of_the_package_holds_three_files_and_rooms():
+    assert {file.name for file in PACKAGE.glob("*.py")} == {"__init__.py", "cli.py", "train.py"}
+    assert not [module for module in MODULES if module.stem.endswith("_command")]
+
+
 def test_no_room_shadows_a_package_or_collects_leftovers():
     rooms = {room_of(module) for module in MODULES}
     assert not rooms & {"utils", "helpers", "kernels", "evaluate", "common", "misc"}
