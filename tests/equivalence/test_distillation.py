@@ -12,7 +12,7 @@ import torch
 from finetune import train
 from finetune.commands.cache import run as run_cache
 from finetune.system.arguments import Arguments
-from tests.runs import SMALL_RUN, adapter, differing, metrics, result, small_run
+from tests.runs import SMALL_RUN, adapter, differing, metrics, reference_run, result, small_run
 
 ANCHOR = ("distill.objective=sft+anchor", "data.train.0.limit=48", "data.eval.0.limit=8", "train.max_steps=3")
 PLAIN = ("lora.dropout=0", "train.neftune_alpha=0", "train.warmup_ratio=0", "train.schedule=constant")
@@ -20,12 +20,12 @@ FP32 = ("model.dtype=float32", "quant.compute_dtype=float32", "distill.teacher.d
 
 
 def test_streamed_and_resident_teachers_give_the_same_bits_for_any_steps_ahead(tmp_path):
-    train(small_run(tmp_path / "resident", *ANCHOR))
+    resident = reference_run(*ANCHOR)
     for ahead in (1, 2):
         settings = ("distill.teacher.placement=streamed", f"distill.teacher.steps_ahead={ahead}")
         train(small_run(tmp_path / f"ahead{ahead}", *ANCHOR, *settings))
-        assert differing(tmp_path / "resident", tmp_path / f"ahead{ahead}") == []
-        assert metrics(tmp_path / "resident") == metrics(tmp_path / f"ahead{ahead}")
+        assert differing(resident, tmp_path / f"ahead{ahead}") == []
+        assert metrics(resident) == metrics(tmp_path / f"ahead{ahead}")
 
 
 def test_cached_hidden_states_train_as_the_teacher_does(tmp_path):
@@ -41,9 +41,9 @@ def test_cached_hidden_states_train_as_the_teacher_does(tmp_path):
 
 
 def test_evaluating_at_every_step_changes_no_bit(tmp_path):
-    train(small_run(tmp_path / "plain", *ANCHOR))
+    plain = reference_run(*ANCHOR)
     train(small_run(tmp_path / "watched", *ANCHOR, "train.eval_every=1", "train.save_every=1"))
-    assert differing(tmp_path / "plain", tmp_path / "watched") == []
+    assert differing(plain, tmp_path / "watched") == []
 
 
 def test_eight_by_one_equals_one_by_eight(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import shutil
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -16,20 +17,17 @@ from finetune import train
 from finetune.cli import main
 from finetune.system.errors import ConfigError
 from finetune.training.checkpoint import list_checkpoints
-from tests.runs import SMALL_RUN, adapter, differing, metrics, result, small_run
-
-KILLS, STEPS = 10, 40
-
+from tests.runs import SMALL_RUN, adapter, differing, metrics, reference_run, result, small_run
 
 # Each start is a process forked from one that has imported the package, which saves the import time.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["finetune.training.recipe"])
 
 
-def start(folder: Path) -> BaseProcess:
+def start(folder: Path, steps: int) -> BaseProcess:
     settings = (
         *SMALL_RUN,
-        f"train.max_steps={STEPS}",
+        f"train.max_steps={steps}",
         "train.save_every=1",
         "train.eval_every=10",
         "train.resume=auto",
@@ -51,11 +49,12 @@ def saved_steps(folder: Path) -> int:
     return max((int(path.name.removeprefix("checkpoint-")) for path in list_checkpoints(folder)), default=0)
 
 
-def test_ten_kills_at_random_moments_give_the_same_adapter_and_metrics(tmp_path):
-    start(tmp_path / "unbroken").join()
+@pytest.mark.parametrize(("kills", "steps"), [(2, 8), (10, 40)])
+def test_kills_at_random_moments_give_the_same_adapter_and_metrics(tmp_path, kills, steps):
+    start(tmp_path / "unbroken", steps).join()
     broken, rng, mid_save = tmp_path / "broken", random.Random(0), 0
-    for kill in range(KILLS):
-        process = start(broken)
+    for kill in range(kills):
+        process = start(broken, steps)
         goal = saved_steps(broken) + rng.randint(1, 3)
         wait_until(process, lambda goal=goal: saved_steps(broken) >= goal)
         if kill % 2:
@@ -65,17 +64,16 @@ def test_ten_kills_at_random_moments_give_the_same_adapter_and_metrics(tmp_path)
         process.kill()
         process.join()
         mid_save += any(broken.glob(".incomplete-checkpoint-*"))
-    start(broken).join()
+    start(broken, steps).join()
     assert mid_save > 0, "at least one kill must have hit a save"
     assert differing(tmp_path / "unbroken", broken) == []
     assert metrics(broken) == metrics(tmp_path / "unbroken")
-    assert [result(tmp_path / name)["steps"] for name in ("unbroken", "broken")] == [STEPS, STEPS]
+    assert [result(tmp_path / name)["steps"] for name in ("unbroken", "broken")] == [steps, steps]
 
 
 def test_a_corrupt_checkpoint_is_skipped_and_the_result_is_the_same(tmp_path, capsys):
-    valid, corrupt = tmp_path / "valid", tmp_path / "corrupt"
-    train(small_run(valid, "train.save_every=1"))
-    train(small_run(corrupt, "train.save_every=1"))
+    valid, corrupt = reference_run("train.save_every=1"), tmp_path / "corrupt"
+    shutil.copytree(valid, corrupt)
     (corrupt / "checkpoint-4" / "training.safetensors").write_bytes(b"bits")
     train(small_run(corrupt, "train.save_every=1", "train.resume=auto"))
     assert "checkpoint-4: training.safetensors has 4 bytes" in capsys.readouterr().err

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 
 from finetune import train
-from tests.runs import differing, metrics, small_run
+from tests.runs import differing, metrics, reference_run, small_run
 
 
 def test_evaluating_sampling_and_saving_at_every_step_change_no_bit(tmp_path):
     """bitsandbytes re-packs weights after an evaluation on some CPUs, and sampling could draw from the same stream."""
-    plain, watched = tmp_path / "plain", tmp_path / "watched"
-    train(small_run(plain))
+    plain, watched = reference_run(), tmp_path / "watched"
     every = ("train.eval_every=1", "generation.every=1", "generation.num_examples=4", "train.save_every=1")
     train(small_run(watched, *every))
     assert differing(plain, watched) == []
@@ -19,8 +18,7 @@ def test_evaluating_sampling_and_saving_at_every_step_change_no_bit(tmp_path):
 
 
 def test_the_same_config_gives_the_same_bits_and_another_seed_does_not(tmp_path):
-    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
-    train(small_run(first))
+    first, again, other = reference_run(), tmp_path / "again", tmp_path / "other"
     train(small_run(again))
     train(small_run(other, "train.seed=1"))
     assert differing(first, again) == []
