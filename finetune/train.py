@@ -1,7 +1,6 @@
 """The script that a launcher runs: `accelerate launch finetune/train.py config=lora.yaml [key=value …]`.
 
-It is `finetune train` under an address that accelerate and torchrun can start. The function to call from Python is
-`from finetune import train`.
+It runs `finetune train` for accelerate and torchrun, which start a file. In Python use `from finetune import train`.
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
 
 def import_from_checkout() -> None:
-    """Put the folder that holds the package first on sys.path, in the place of the package's own.
+    """Replace the package's folder on sys.path by its parent.
 
-    Python puts a script's folder first, where our rooms (data, config …) would shadow other people's packages.
+    Python puts the folder of a script first, where our rooms (data, config …) would shadow other packages.
     """
     elsewhere = [entry for entry in sys.path if os.path.abspath(entry) != PACKAGE]
     sys.path[:] = [os.path.dirname(PACKAGE), *elsewhere]
 
 
 def stop_with_launcher() -> None:
-    """Let Linux send this process SIGTERM when its launcher ends, so that the run saves a checkpoint and stops.
+    """Let Linux send SIGTERM when the launcher ends, so that the run saves a checkpoint and stops.
 
-    `accelerate launch` passes no signal on to a single process: without this, killing it leaves the training running.
+    `accelerate launch` forwards no signal to a single process, which would go on training without it.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
     if launched and sys.platform == "linux":

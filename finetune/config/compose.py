@@ -24,9 +24,10 @@ from pydantic import ValidationError
 from finetune.config.explain import problems_of, shown
 from finetune.config.keys import find, is_section, sections, takes
 from finetune.config.overrides import parse_overrides
-from finetune.config.problems import COMMAND_LINE, Problem, config_error, printable
+from finetune.config.problems import COMMAND_LINE, Problem, config_error
 from finetune.config.repository import compose_files, short
 from finetune.config.schema import RunConfig, Section
+from finetune.system.console import printable
 from finetune.system.errors import ConfigError
 from finetune.system.resources import packaged
 
@@ -119,7 +120,9 @@ def _find(name: str) -> Path:
     known = sorted(file.name for file in packaged("configs").glob("*.yaml"))
     near = get_close_matches(f"{Path(name).stem}.yaml", known, n=3) or known
     looked = ", ".join(short(folder) for folder in places)
-    raise ConfigError(printable(f"no config {name} (a .yaml file) in {looked}; packaged: {', '.join(near)}"))
+    raise ConfigError(
+        printable(f"no config {name} (a .yaml file) in {looked}; packaged: {', '.join(near)}", one_line=True)
+    )
 
 
 def _group_folders(file: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from finetune.system.console import printable
 from finetune.system.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -22,13 +23,8 @@ def config_error(config: str, problems: Iterable[Problem], locate: Callable[[str
     """Return one error for all problems; `locate` returns the place of a key, or an empty text."""
     lines = [_line(key, text, origin or (locate(key) if key else "")) for key, text, origin in dict.fromkeys(problems)]
     count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-    return ConfigError("\n  ".join([printable(f"{count} in {config}"), *map(printable, lines)]))
+    return ConfigError("\n  ".join(printable(line, one_line=True) for line in [f"{count} in {config}", *lines]))
 
 
 def _line(key: str, text: str, origin: str) -> str:
     return f"{key} ({origin}): {text}" if key and origin else f"{key or origin}: {text}"
-
-
-def printable(text: str) -> str:
-    """Escape characters that could control the terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -25,7 +25,8 @@ from hydra.version import VersionBase, setbase
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
 
-from finetune.config.problems import COMMAND_LINE, Problem, printable
+from finetune.config.problems import COMMAND_LINE, Problem
+from finetune.system.console import printable
 from finetune.system.errors import ConfigError
 
 _TAG = "tag:yaml.org,2002:"
@@ -67,7 +68,7 @@ def compose_files(file: Path, folders: Sequence[Path], groups: Mapping[str, str]
         tree: Any = OmegaConf.to_container(composed, resolve=False)
     except Exception as error:  # Hydra raises errors of many kinds, all of them about the user's files.
         reason = str(error).partition("\n")[0][:_LONGEST_REASON] or type(error).__name__
-        raise ConfigError(printable(f"{short(file)}: cannot be composed: {reason}")) from error
+        raise ConfigError(printable(f"{short(file)}: cannot be composed: {reason}", one_line=True)) from error
     refused = [
         Problem(group, repository.no_option(group, option), COMMAND_LINE)
         for group, option in groups.items()

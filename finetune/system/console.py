@@ -1,4 +1,4 @@
-"""The user's terminal: messages, progress, and text of others made safe to print."""
+"""The user's terminal: messages, progress bars, and safe printing of foreign text."""
 
 from __future__ import annotations
 
@@ -14,21 +14,27 @@ _VISIBLE |= {0x7F: 0x2421}
 _VISIBLE |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
 
 
-def printable(text: str) -> str:
-    """The text with every control character but tab and newline made visible (escape becomes ␛).
+def printable(text: str, one_line: bool = False) -> str:
+    """Make control characters visible (escape becomes ␛), except tab and newline.
 
-    Answers of a model and rows of a file can hold escape sequences that recolor, rename or retype a terminal.
+    Answers of a model and rows of a file can hold escape sequences that control a terminal.
+
+    Args:
+        text: any text.
+        one_line: escape every character that is not printable, newlines too, as in a Python string.
     """
+    if one_line:
+        return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     return text.translate(_VISIBLE)
 
 
 def log(text: str) -> None:
-    """A message, on stderr; in a notebook, which colors that as an error, on stdout."""
+    """Print a message to stderr; in a notebook to stdout, since notebooks color stderr as an error."""
     print(text, file=sys.stdout if in_notebook() else sys.stderr, flush=True)
 
 
 def in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this code."""
+    """Return whether a Jupyter kernel runs this code."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return getattr(shell, "kernel", None) is not None
@@ -36,7 +42,7 @@ def in_notebook() -> bool:
 
 @contextmanager
 def progress_bar(what: str, size_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar on the terminal, told of bytes; nothing where stderr is no terminal."""
+    """Show a progress bar if stderr is a terminal; yield the function that takes the number of new bytes."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

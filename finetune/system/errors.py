@@ -1,4 +1,4 @@
-"""Every failure a user can meet, with the exit code it ends the process with.
+"""The errors of finetune, each with its exit code.
 
 0 done · 1 failed while running · 2 the user's input was wrong · 3 a file failed its integrity check ·
 4 out of memory or disk · 130/143 stopped by SIGINT/SIGTERM with a checkpoint saved.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 
 class FinetuneError(Exception):
-    """A run that could not go on; the message says where, what was found and what to do."""
+    """A command failed; the message names the place, what was found and what to do."""
 
     exit_code = 1
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows of it (IPython's hook): the message alone, as on the command line."""
+        """Show only the message in a notebook (a hook of IPython)."""
         return [f"{type(self).__name__}: {self}"]
 
 
@@ -32,11 +32,11 @@ class DataError(InputError):
 
 
 class MissingExtra(InputError):
-    """An optional dependency is needed; the message names the command that installs it."""
+    """An optional dependency is missing; the message names the command that installs it."""
 
 
 class IntegrityError(FinetuneError):
-    """A file is torn or altered."""
+    """A file is corrupt or was changed."""
 
     exit_code = 3
 

@@ -7,7 +7,7 @@ import os
 
 
 def configure_libraries() -> None:
-    """Limit the spinning of OpenMP threads and silence two warnings of bitsandbytes; call it before torch is imported."""
+    """Limit how long OpenMP threads spin and silence two bitsandbytes warnings; call it before torch is imported."""
     # GNU OpenMP threads that finish early wait without sleeping, 6 ms by default. Beside another program on the same
     # cores that doubles or triples the time of a run; 0.2 ms costs a run that is alone nothing (benchmarks/NOTES.md).
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():

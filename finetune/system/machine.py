@@ -1,4 +1,4 @@
-"""What this process may use of its machine: cores and memory, under the limits of the containers that it runs in."""
+"""Cores and memory that this process may use, within the limits of its containers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def usable_cores() -> int:
-    """Physical cores that this process may run on, and no more than its CPU quota is worth, rounded up.
+    """Return the number of physical cores of this process, at most its CPU quota rounded up.
 
-    Two hyperthreads of a core count once: they share its multipliers.
+    Two hyperthreads of one core count once: they share its multipliers.
     """
     quota = cpu_quota()
     cores = _physical_cores()
@@ -29,47 +29,46 @@ def usable_cores() -> int:
 
 
 def pick_threads(environ: Mapping[str, str], cores: int) -> int | None:
-    """Threads for one rank's CPU computation; None to leave them as the user set them.
+    """Return the threads of one process's CPU computation; None keeps the user's OMP_NUM_THREADS.
 
-    A launcher sets OMP_NUM_THREADS itself: `accelerate launch` and torchrun to 1 for several ranks, `accelerate launch
-    --cpu` to the host's cores, whatever the container's quota. So under a launcher 1 means nothing, and more is a
-    ceiling. (OMP_NUM_THREADS=1 set by hand cannot be told from the launcher's.)
+    Launchers set OMP_NUM_THREADS: `accelerate launch` and torchrun to 1 for several processes, `accelerate launch
+    --cpu` to the cores of the host. So under a launcher 1 is ignored, and a larger value is an upper limit.
     """
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & environ.keys()
-    asked = environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    given = environ.get("OMP_NUM_THREADS", "").split(",")[0]
     share = max(1, cores // ranks_here(environ))
-    if not asked.isdecimal():
+    if not given.isdecimal():
         return share
     if not launched:
         return None
-    return share if int(asked) <= 1 else min(share, int(asked))
+    return share if int(given) <= 1 else min(share, int(given))
 
 
 def ranks_here(environ: Mapping[str, str]) -> int:
-    """Ranks of the run on this machine. Raises: InputError if what a launcher says is no number."""
+    """Return the number of processes of the run on this machine; raise InputError for an invalid LOCAL_WORLD_SIZE."""
     return _count(environ, "LOCAL_WORLD_SIZE")
 
 
 def ranks_of_run(environ: Mapping[str, str]) -> int:
-    """Ranks of the run on all machines. Raises: InputError if what a launcher says is no number."""
+    """Return the number of processes of the run on all machines; raise InputError for an invalid WORLD_SIZE."""
     return _count(environ, "WORLD_SIZE")
 
 
 def _count(environ: Mapping[str, str], name: str) -> int:
     value = environ.get(name, "1").strip()
     if not value.isdecimal() or int(value) == 0:
-        raise InputError(f"{name}={value} in the environment is no number of ranks; unset it, or write {name}=2")
+        raise InputError(f"{name}={value}: must be a positive integer\nhelp: unset the variable, or set {name}=2")
     return int(value)
 
 
 def has_bf16_products() -> bool:
-    """Whether torch has a library for this processor's bf16 products, as ops/products.py asks it; without torch."""
+    """Return whether torch has fast bfloat16 products for this CPU (as ops/matmul.py), without importing torch."""
     flags = next((line for line in _read(_PROCESSOR).splitlines() if line.startswith("flags")), "").split()
     return not flags or {"avx512bw", "avx512vl", "avx512dq"} <= set(flags) or "avx_ne_convert" in flags
 
 
 def device_type_here() -> str:
-    """cuda where the kernel has a GPU that this process may see, else cpu; without torch, which takes seconds."""
+    """Return `cuda` if the kernel has a GPU that this process may see, else `cpu`, without importing torch."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
     found = any(True for pattern in ("nvidia[0-9]*", "dxg", "kfd") for _ in Path("/dev").glob(pattern))
     return "cuda" if found and not hidden else "cpu"
@@ -77,7 +76,7 @@ def device_type_here() -> str:
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """A GPU as its driver knows it."""
+    """A GPU as its driver reports it."""
 
     name: str
     total_bytes: int
@@ -85,7 +84,7 @@ class DeviceMemory:
 
 
 def device_memory() -> DeviceMemory | None:
-    """The first GPU that this process may see, asked of nvidia-smi: no library is loaded, no context made."""
+    """Return the first visible GPU as nvidia-smi reports it, without a CUDA context; None without a GPU."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     if chosen := os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]:
         command.append(f"--id={chosen}")
@@ -98,7 +97,7 @@ def device_memory() -> DeviceMemory | None:
 
 
 def cpu_quota() -> float | None:
-    """CPUs' worth of time that the process's control groups grant it; None without a limit."""
+    """Return the CPU quota of the process's control groups, in CPUs; None without a limit."""
     quotas = []
     for folder in _groups("cpu"):
         if words := _read(folder / "cpu.max").split():  # version 2: "max 100000" or "150000 100000"
@@ -111,7 +110,7 @@ def cpu_quota() -> float | None:
 
 
 def available_memory() -> int:
-    """Bytes of main memory that could be allocated now without swapping or breaking a limit; None if unknown."""
+    """Return the bytes of main memory that can be allocated without swapping or breaking a limit."""
     limits = (_free_in(group) for group in _groups("memory"))
     return min([psutil.virtual_memory().available, *(free for free in limits if free is not None)])
 
@@ -122,7 +121,7 @@ def resident_memory() -> int:
 
 
 def _free_in(group: Path) -> int | None:
-    """What a memory limit leaves; pages of files that nobody used lately give way, so they count as free."""
+    """Return the bytes that a memory limit leaves; inactive file pages count as free."""
     for limit_name, used_name, idle_name in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -135,9 +134,9 @@ def _free_in(group: Path) -> int | None:
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """Folders of the process's control group for a controller and of all groups around it, whose limits hold too.
+    """Yield the folders of the process's control group for a controller, and of all its parents.
 
-    Inside a container the path that the kernel tells may begin outside of what is mounted: then only the top is found.
+    In a container the kernel's path may begin outside of the mount; then only the top folder is found.
     """
     for line in _read(_MEMBERSHIP).splitlines():
         _, controllers, path = line.split(":", 2)

@@ -1,4 +1,4 @@
-"""Pictures: one style for curves, bars and points, as SVG inside a page or as PNG beside a table."""
+"""Draw plots in one style, as SVG inside a page or as a PNG file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _STYLE = {
 
 
 def figure(width_inches: float = 6.4, height_inches: float = 2.8, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """An empty figure with panels side by side. It is drawn without a display and needs no closing."""
+    """Return an empty figure with panels side by side; it needs no display and no closing."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.rcsetup import cycler
@@ -47,7 +47,7 @@ def figure(width_inches: float = 6.4, height_inches: float = 2.8, panels: int = 
 def curve(
     title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, logarithmic: bool = False
 ) -> Figure:
-    """Lines over a common axis. lines: name -> (x, y); one line needs no legend. logarithmic: the axis of y."""
+    """Draw lines; `lines` maps a name to its (x, y), `logarithmic` is for the y axis."""
     drawn, (axes,) = figure()
     for name, (x, y) in lines.items():
         axes.plot(x, y, label=name, linewidth=1.4, marker="o" if len(x) < 3 else None)
@@ -61,10 +61,10 @@ def curve(
 
 
 def svg(drawn: Figure) -> str:
-    """The figure as an <svg> element that scales with its page and asks for nothing from outside of it.
+    """Return the figure as a self-contained <svg> element that scales with its page.
 
-    Black is the page's own text color and the ground is the page's, so that it can be read on a dark one too; COLORS
-    are the page's --line-1 … --line-7 where it has them.
+    Black becomes the page's text color and the background is transparent, for dark pages; COLORS become the CSS
+    variables --line-1 … --line-7 of the page.
     """
     import matplotlib
 
@@ -85,7 +85,7 @@ def svg(drawn: Figure) -> str:
 
 
 def save_png(drawn: Figure, file: Path) -> None:
-    """The figure as PNG, written whole or not at all."""
+    """Write the figure as a PNG file."""
     import matplotlib
 
     content = io.BytesIO()

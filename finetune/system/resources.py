@@ -1,4 +1,4 @@
-"""Files that come with the package: configs and data, the same from a wheel and from a checkout."""
+"""The configs and data of the package, from a wheel or a checkout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 
 def packaged(kind: Literal["configs", "data"]) -> Path:
-    """Folder of the packaged files: `finetune/_packaged/<kind>` in a wheel, the checkout's `<kind>` otherwise."""
+    """Return `finetune/_packaged/<kind>` of a wheel, or `<kind>` of a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "_packaged" / kind
     return inside if inside.is_dir() else package.parent / kind
