@@ -1,1 +1,1 @@
-"""The base model, its quantization and its adapter, as ordinary transformers, bitsandbytes and PEFT objects."""
+"""The base model, its quantization and its adapter, as transformers, bitsandbytes and PEFT objects."""

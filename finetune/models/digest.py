@@ -1,4 +1,4 @@
-"""The SHA-256 of weight files, computed once and remembered for as long as a file is seen to be untouched."""
+"""SHA-256 of weight files, computed once and remembered until a file changes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ from finetune.system.atomic import write_text
 from finetune.system.locks import locked
 
 _BLOCK_BYTES = 1 << 22
-# hashlib lets go of the interpreter's lock; more readers only disturb a disk.
+# hashlib releases the GIL. More readers only slow a disk down.
 _THREADS = 4
-# A file that changed this shortly before may change again within one tick of its file system's clock.
+# A file that changed more recently may change again within one tick of the file system's clock.
 _SETTLED_NANOSECONDS = 2_000_000_000
 
 
 def weights_digest(files: Iterable[Path], memory: Path) -> dict[str, str]:
-    """SHA-256 of each file's content, by file name.
+    """Return the SHA-256 of each file's content, by file name.
 
-    memory: a folder of what is known; a file whose size, inode, time of writing and time of change are those of then is
-    not read again. The time of change cannot be set back as the time of writing can, so a content is taken for another
-    only where the machine's clock was set back, or the file system (some network ones) keeps no time of change.
-    Raises: OSError if a file cannot be read, or the memory not be written to.
+    Args:
+        files: the weight files.
+        memory: a folder of known sums. A file with unchanged size, inode, modification and change time is not read
+            again.
+            The change time cannot be set back, except by the machine's clock; some network file systems do not store
+            it.
+
+    Raises:
+        OSError: a file cannot be read, or `memory` cannot be written.
     """
     files = list(files)
     memory.mkdir(parents=True, exist_ok=True)
@@ -37,7 +42,7 @@ def weights_digest(files: Iterable[Path], memory: Path) -> dict[str, str]:
 
 
 def sha256_of(file: Path) -> str:
-    """Hex SHA-256 of a file's content, read a block at a time."""
+    """Return the hex SHA-256 of a file's content, read in blocks."""
     digest, block = hashlib.sha256(), bytearray(_BLOCK_BYTES)
     with file.open("rb", buffering=0) as stream:
         while count := stream.readinto(block):
@@ -46,7 +51,7 @@ def sha256_of(file: Path) -> str:
 
 
 def base_fingerprint(model_name: str) -> str | None:
-    """SHA-256 over the names, sizes and safetensors headers of a local base's weight files; None for a hub model."""
+    """Hash the names, sizes and safetensors headers of the weight files of a local base; None for a hub model."""
     files = sorted(Path(model_name).glob("*.safetensors"))
     if not files:
         return None
@@ -60,7 +65,7 @@ def base_fingerprint(model_name: str) -> str | None:
 
 
 def identity(file: Path) -> dict[str, Any]:
-    """What changes when a file is written to or replaced."""
+    """Return the properties that change when a file is written or replaced."""
     real = file.resolve()
     stat = real.stat()
     return {
@@ -76,7 +81,7 @@ def _remembered(file: Path, memory: Path) -> str:
     known = memory / f"{hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:32]}.json"
     if digest := _recall(known, identity(file)):
         return digest
-    # Ranks that start together: one reads the file, the others what it found.
+    # Of several ranks, one reads the file and the others read its result.
     with locked(known.with_suffix(".lock")):
         before = identity(file)
         if digest := _recall(known, before):

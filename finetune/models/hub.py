@@ -1,6 +1,6 @@
-"""Where a model's files come from: a local folder, or a hub repository fetched into the hub's cache.
+"""Model files: from a local folder, or from a hub repository downloaded into the hub cache.
 
-Either way the rest of the package sees a folder. Only text and safetensors are ever fetched: no pickle, no code.
+Both give a folder. Only text and safetensors files are downloaded: no pickle, no code.
 """
 
 from __future__ import annotations
@@ -31,26 +31,33 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of model files; `revision` is the commit it was taken from, None for a local folder."""
+    """A folder of model files. `revision` is its hub commit, or None for a local folder."""
 
     folder: Path
     revision: str | None
 
 
 def fetch(name: str, revision: str | None, patterns: tuple[str, ...], key: str, download: bool = True) -> Source:
-    """The folder that `name` means: itself, or the hub's files of that id at `revision`.
+    """Return the folder `name`, or download the hub repository `name` at `revision`.
 
-    patterns: globs of the files that are wanted from a hub repository's top folder.
-    key: what the user calls the setting (`model.name`), for the messages. download: False takes what is here already.
-    Raises: ConfigError naming what to do, ResourceError when the disk is full.
+    Args:
+        name: local folder or hub id.
+        revision: of a hub repository.
+        patterns: globs of the files to download from its top folder.
+        key: the config key of `name`, for messages.
+        download: False uses only the local cache.
+
+    Raises:
+        ConfigError: not found, with what to do.
+        ResourceError: the disk is full.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise ConfigError(f"{key}={name} is a local folder, which has no revisions; drop the revision {revision!r}")
+            raise ConfigError(f"{key}={name}: a local folder has no revisions, found {revision!r}\nhelp: remove it")
         return Source(folder, None)
     if not _HUB_ID.fullmatch(name):
-        raise ConfigError(f"{key}={name}: there is no such folder (looked in {Path.cwd()}), and this is no hub id")
+        raise ConfigError(f"{key}={name}: not a folder (looked in {Path.cwd()}) and not a hub id")
     try:
         snapshot = snapshot_download(
             name,
@@ -69,53 +76,63 @@ def _hub_error(error: Exception, name: str, revision: str | None, key: str) -> F
     local = "or give a local folder"
     match error:
         case hub.GatedRepoError():
-            message = f"is gated: accept its terms on its page, then set HF_TOKEN (or `hf auth login`), {local}"
+            message = (
+                "the repository is gated\nhelp: accept its terms on its page, then set HF_TOKEN (or run "
+                f"`hf auth login`), {local}"
+            )
         case hub.RevisionNotFoundError():
-            message = f"has no revision {revision!r}: name one of its branches, tags or commits"
+            message = f"no such revision, found {revision!r}\nhelp: name a branch, tag or commit"
         case hub.RepositoryNotFoundError():
-            message = f"is neither a folder here nor a public hub id: check it, set HF_TOKEN if it is private, {local}"
+            message = (
+                "neither a local folder nor a public hub id\nhelp: check the name, set HF_TOKEN if it is private, "
+                f"{local}"
+            )
         case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled():
             offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
             why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-            message = f"is no folder here, and is not complete in the cache while {why}: go online once, {local}"
+            message = f"not a local folder, and not complete in the cache while {why}\nhelp: go online once, {local}"
         case OSError(errno=errno.ENOSPC):
-            return ResourceError(f"{key}={name}: the disk is full; set HF_HOME to a larger one")
+            return ResourceError(f"{key}={name}: the disk is full\nhelp: set HF_HOME to a larger disk")
         case _:
-            message = f"could not be fetched: {error}; try again, check HF_TOKEN, {local}"
-    return ConfigError(f"{key}={name} {message}")
+            message = f"download failed: {error}\nhelp: try again, check HF_TOKEN, {local}"
+    return ConfigError(f"{key}={name}: {message}")
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """A base model's config.json, refused unless it is one that the package trains.
+    """Read the config.json of a base model.
 
-    Raises: ConfigError for a missing or broken file, code to import, weights quantized by others, an unknown family.
+    Raises:
+        ConfigError: the file is missing or invalid, names code to run, or is of a quantized model or unsupported
+            family.
     """
     config = read_json(folder / "config.json", f"model.name={name}")
     if "auto_map" in config:
-        raise ConfigError(f"model.name={name}: its config.json names code to run (auto_map), which is never done")
+        raise ConfigError(f"model.name={name}: config.json names code to run (auto_map), which is never executed")
     family_of(config.get("model_type"), f"model.name={name}")
     if "quantization_config" in config:
-        raise ConfigError(f"model.name={name} is quantized already; name its 16-bit original and choose quant.type")
+        raise ConfigError(f"model.name={name}: already quantized\nhelp: name the 16-bit original and set quant.type")
     return config
 
 
 def read_json(path: Path, where: str) -> dict[str, Any]:
-    """A JSON object from a file; ConfigError, opening with `where`, if there is none."""
+    """Read a JSON object from a file. Raises: ConfigError, prefixed with `where`, if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{where}: {path.parent} has no {path.name}") from error
     except ValueError as error:
-        raise ConfigError(f"{where}: {path} is no JSON: {error}") from error
+        raise ConfigError(f"{where}: {path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{where}: {path} holds no JSON object")
+        raise ConfigError(f"{where}: {path} is not a JSON object")
     return content
 
 
 def weight_files(folder: Path, name: str) -> dict[str, Path]:
-    """Which file holds each tensor of a base model. Only headers are read; a header tells whether its file is whole.
+    """Return the file of each tensor of a base model. Only headers are read, which show whether a file is complete.
 
-    Raises: ConfigError if a file is missing or the weights are a pickle; IntegrityError if a file is torn.
+    Raises:
+        ConfigError: a file is missing or the weights are a pickle.
+        IntegrityError: a file is corrupt.
     """
     index = folder / INDEX_FILE
     if index.is_file():
@@ -125,17 +142,17 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
         files = [folder / SINGLE_FILE]
     if missing := [file.name for file in files if not file.is_file()]:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
-        advice = f"; {pickles[0]} is a pickle, which can run code: convert it to safetensors" if pickles else ""
+        advice = f"\nhelp: {pickles[0]} is a pickle, which can run code: convert it to safetensors" if pickles else ""
         raise ConfigError(f"model.name={name}: {folder} lacks {', '.join(missing)}{advice}")
     return {tensor: file for file in files for tensor in tensor_names(file)}
 
 
 def tensor_names(file: Path) -> list[str]:
-    """Names of the tensors in a safetensors file; IntegrityError if it is torn or something else."""
+    """Return the tensor names of a safetensors file. Raises: IntegrityError if it is corrupt."""
     return list(read_header(file)[1])
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file, on the CPU."""
+    """Read one tensor of a safetensors file onto the CPU."""
     with safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(name)

@@ -1,4 +1,4 @@
-"""The tokenizer and the frozen base model, from a local folder or the hub."""
+"""Load the tokenizer and the frozen base model, from a local folder or the hub."""
 
 from __future__ import annotations
 
@@ -39,10 +39,12 @@ _log = logging.getLogger(__name__)
 
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of `model.name`, or the one that `model.tokenizer` names, with its chat template.
+    """Load `model.tokenizer`, or the tokenizer of `model.name`, with its chat template.
 
-    Raises: ConfigError if it can't be fetched, its files are missing or broken, it names code to run, or it is one for
-    other weights.
+    Raises:
+        ConfigError: it cannot be downloaded, its files are missing or invalid, it names code to run, or its ids do not
+            fit
+            the model.
     """
     own = fetch(cfg.name, cfg.revision, TEXT_FILES, "model.name")
     if cfg.tokenizer is None:
@@ -55,7 +57,7 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_adapter_tokenizer(cfg: ModelConfig, adapter: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with an adapter, which knows its template and the tokens it added; else the base's."""
+    """Load the tokenizer saved with an adapter, with its template and new tokens; else that of the base."""
     if not (adapter / TOKENIZER_FILES[0]).is_file():
         return load_tokenizer(cfg)
     return load_tokenizer(cfg.model_copy(update={"name": str(adapter), "revision": None, "tokenizer": None}))
@@ -64,7 +66,7 @@ def load_adapter_tokenizer(cfg: ModelConfig, adapter: Path) -> PreTrainedTokeniz
 def _read_tokenizer(folder: Path, name: str, key: str) -> PreTrainedTokenizerBase:
     for file in TOKENIZER_FILES:
         if "auto_map" in read_json(folder / file, f"{key}={name}"):
-            raise ConfigError(f"{key}={name}: its {file} names code to run (auto_map), which is never done")
+            raise ConfigError(f"{key}={name}: {file} names code to run (auto_map), which is never executed")
     with quiet():
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     tokenizer = cast(PreTrainedTokenizerBase, found)
@@ -73,38 +75,47 @@ def _read_tokenizer(folder: Path, name: str, key: str) -> PreTrainedTokenizerBas
 
 
 def _check_rows(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The embedding must have a row for each id, and words that the model's own tokenizer has too, the same ids."""
+    """Check that the embedding has a row for each id, and that ids agree with those of the model's own tokenizer."""
     shape, last = shape_of(str(folder)), max(tokenizer.get_vocab().values())
     if shape is not None and last >= shape["vocab_size"]:
         raise ConfigError(
-            f"model.tokenizer={cfg.tokenizer} has ids up to {last:,}, but the embedding of model.name={cfg.name} ends "
-            f"at {shape['vocab_size'] - 1:,}; name a tokenizer of the same vocabulary"
+            f"model.tokenizer={cfg.tokenizer}: the last id of the embedding of model.name={cfg.name} is "
+            f"{shape['vocab_size'] - 1:,}, found {last:,}\nhelp: name a tokenizer of the same vocabulary"
         )
     if all((folder / file).is_file() for file in TOKENIZER_FILES):
         own = _words(_read_tokenizer(folder, cfg.name, "model.name"))
         if moved := [token for token, i in _words(tokenizer).items() if own.get(token, i) != i]:
             raise ConfigError(
-                f"model.tokenizer={cfg.tokenizer} is for other weights than model.name={cfg.name}: {len(moved):,} "
-                f"tokens have another id there, as {moved[0]!r}; name a tokenizer of the same vocabulary"
+                f"model.tokenizer={cfg.tokenizer}: does not fit model.name={cfg.name}, found {len(moved):,} tokens "
+                f"with another id, like {moved[0]!r}\nhelp: name a tokenizer of the same vocabulary"
             )
 
 
 def _words(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The vocabulary without added tokens, which transformers may add to."""
+    """Return the vocabulary without added tokens; transformers may add some itself."""
     return tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)  # type: ignore[attr-defined]
 
 
 def load_base(
     model: ModelConfig, quant: QuantConfig, device: torch.device | str | None = None, log: Log = _log.warning
 ) -> PreTrainedModel:
-    """The frozen base model in eval mode, quantized while it loads; nothing is cast to fp32.
+    """Load the frozen base model in eval mode, quantized while loading; nothing is cast to fp32.
 
-    device: default is this rank's GPU (`cuda:LOCAL_RANK`), the CPU where there is none.
-    say: told, in a line, what goes wrong with the cache of quantized weights; the model is loaded all the same.
-    Returns: an ordinary transformers model; `model.base_revision` is the hub commit it came from, or None. With
-    `quant.keep_dequantized`, each 4-bit layer has its 16-bit copy as `resident_weight`.
-    Raises: ConfigError (not found, not supported, missing files), IntegrityError (torn files, tensors that are missing,
-    superfluous or of another shape), ResourceError (out of memory), MissingExtra (bitsandbytes, flash-attn).
+    Args:
+        model: `model` of the config.
+        quant: `quant` of the config.
+        device: default is this rank's GPU (`cuda:LOCAL_RANK`), or the CPU without one.
+        log: called with a line if the cache of quantized weights cannot be used; the model is loaded in any case.
+
+    Returns:
+        A transformers model. `model.base_revision` is its hub commit or None. With `quant.keep_dequantized`, each 4-bit
+        layer has a 16-bit copy `resident_weight`.
+
+    Raises:
+        ConfigError: not found, unsupported, or files are missing.
+        IntegrityError: files are corrupt, or tensors are missing, superfluous or of another shape.
+        ResourceError: out of memory.
+        MissingExtra: bitsandbytes or flash-attn is missing.
     """
     source = fetch(model.name, model.revision, TEXT_FILES + WEIGHT_FILES, "model.name")
     read_config(source.folder, model.name)
@@ -137,7 +148,7 @@ def load_base(
         check_quantized(base, quant)
         if quant.keep_dequantized:
             keep_resident(base)
-    # What adapter_config.json will name as its base: not this machine's cache folder.
+    # The base in adapter_config.json: not the local cache folder.
     base.name_or_path = base.config.name_or_path = model.name
     base.base_revision = source.revision
     return base
@@ -146,7 +157,7 @@ def load_base(
 def _load_by_transformers(
     folder: Path, model: ModelConfig, kernel: str, settings: BitsAndBytesConfig | None, device: torch.device
 ) -> PreTrainedModel:
-    """Plain and 8-bit weights, and those whose tensors are not called as the model's are."""
+    """Load plain or 8-bit weights, or files whose tensor names differ from those of the model."""
     base, found = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, model.dtype),
@@ -156,7 +167,7 @@ def _load_by_transformers(
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
-        # Reported below with names, not by transformers without.
+        # Reported below with tensor names, which transformers does not give.
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
@@ -165,7 +176,7 @@ def _load_by_transformers(
 
 
 def default_device() -> torch.device:
-    """This rank's GPU, or the CPU."""
+    """Return this rank's GPU, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -173,7 +184,7 @@ def default_device() -> torch.device:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and warnings: what matters in them is raised here as an error."""
+    """Hide the progress bars and warnings of transformers; relevant ones are errors here."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -186,8 +197,8 @@ def quiet() -> Iterator[None]:
 
 
 def quantization_of(folder: Path, model: ModelConfig, quant: QuantConfig) -> BitsAndBytesConfig | None:
-    """The quantization settings with the names in `quant` resolved on a model without weights."""
-    # Names need no attention kernel, which may not be installed: that is for the loading to say.
+    """Return the quantization settings, with the names in `quant` resolved on a model without weights."""
+    # "eager": the configured attention kernel may not be installed, which the loading reports.
     skeleton = build_skeleton(folder, getattr(torch, model.dtype), "eager")
     return quantization_config(quant, storage_in(skeleton, quant))
 
@@ -198,37 +209,37 @@ def _readable_errors(model: ModelConfig, quant: QuantConfig) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ResourceError(
-            f"model.name={model.name} does not fit into the GPU's memory with quant.type={quant.type}: choose nf4 or a "
-            f"smaller model, or free the GPU ({error})"
+            f"model.name={model.name}: does not fit into GPU memory with quant.type={quant.type} ({error})\n"
+            "help: set quant.type=nf4, choose a smaller model, or free the GPU"
         ) from error
     except ImportError as error:
         if model.attention != "flash_attention_2":
             raise
         raise MissingExtra(
-            "model.attention=flash_attention_2 needs: pip install flash-attn --no-build-isolation (or set "
-            "model.attention=auto)"
+            "model.attention=flash_attention_2 needs flash-attn\n"
+            "help: pip install flash-attn --no-build-isolation, or set model.attention=auto"
         ) from error
     except RuntimeError as error:
         if "allocate memory" in str(error):
-            raise ResourceError(f"model.name={model.name} does not fit into this machine's memory: {error}") from error
+            raise ResourceError(f"model.name={model.name}: does not fit into main memory ({error})") from error
         if "bitsandbytes" not in str(error):
             raise
         raise MissingExtra(
-            f'quant.type={quant.type}: bitsandbytes does not work here: pip install --upgrade "bitsandbytes>=0.49" '
-            f"(or set quant.type=none); it says: {error}"
+            f"quant.type={quant.type}: bitsandbytes does not work here ({error})\n"
+            'help: pip install --upgrade "bitsandbytes>=0.49", or set quant.type=none'
         ) from error
 
 
 def _check_complete(found: dict[str, Any], name: str) -> None:
-    """transformers fills tensors that it does not find with random numbers and drops those it does not know."""
+    """Raise IntegrityError, because transformers fills missing tensors with random values and drops unknown ones."""
     problems = [
         f"{len(names)} {what}: {', '.join(sorted(map(str, names))[:5])}{' …' if len(names) > 5 else ''}"
         for what, key in (
             ("tensors are missing", "missing_keys"),
             ("tensors are not part of the model", "unexpected_keys"),
-            ("tensors have another shape than config.json says", "mismatched_keys"),
+            ("tensors have another shape than in config.json", "mismatched_keys"),
         )
         if (names := found[key])
     ]
     if problems:
-        raise IntegrityError(f"the weights of model.name={name} differ from its config.json: {'; '.join(problems)}")
+        raise IntegrityError(f"model.name={name}: weights do not match config.json: {'; '.join(problems)}")

@@ -1,4 +1,4 @@
-"""Matching what a user calls a module with its full name in the model."""
+"""Match module patterns from a config with full module names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a name (`down_proj`, `layers.0`, `mlp`), a glob or a regex on full names means the module `name`."""
+    """Return whether a short name (`down_proj`, `layers.0`), glob or regex on full names matches `name`."""
     if f".{pattern}." in f".{name}." or fnmatchcase(name, pattern):
         return True
     try:
@@ -19,17 +19,17 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def ends_with(name: str, suffix: str) -> bool:
-    """Whether `suffix` is `name` or its last parts; PEFT's rule for lists of names."""
+    """Return whether `suffix` is `name` or its last parts, which is PEFT's rule for lists of names."""
     return name == suffix or name.endswith(f".{suffix}")
 
 
 def matches_key(pattern: str, name: str) -> bool:
-    """PEFT's rule for the keys of rank_pattern and alpha_pattern: a regex on the last parts of a name."""
+    """Match PEFT's keys of rank_pattern and alpha_pattern: a regex on the last parts of a name."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def close_names(wanted: str, names: Iterable[str]) -> str:
-    """`did you mean q_proj?`, or what there is to choose from."""
+    """Return `did you mean q_proj?`, or the available names."""
     full = sorted(names)
     short = sorted({name.rpartition(".")[2] for name in full})
     close = difflib.get_close_matches(wanted, [*short, *full], n=3)

@@ -1,4 +1,4 @@
-"""New tokens: a row of the embedding (and of an untied head) each, and nothing else of the vocabulary, is trained."""
+"""New tokens: only their rows of the embedding (and of an untied head) are trained."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from finetune.system.errors import ConfigError
 def plan_token_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, tokens: list[str]
 ) -> dict[str, list[int]]:
-    """Ids that the new tokens will get, by module name, as PEFT's trainable_token_indices takes them.
+    """Return the ids of the new tokens by module name, for PEFT's trainable_token_indices.
 
-    Raises: ConfigError if there is no tokenizer, or for tokens that it has already or that are named twice.
+    Raises:
+        ConfigError: no tokenizer, or a token is already in the vocabulary or listed twice.
     """
     if not tokens:
         return {}
     if tokenizer is None:
-        raise ConfigError("lora.new_tokens needs the tokenizer: attach_lora(model, cfg, tokenizer)")
+        raise ConfigError("lora.new_tokens: needs the tokenizer\nhelp: attach_lora(model, cfg, tokenizer)")
     _check_new(tokenizer, tokens)
     first = max(tokenizer.get_vocab().values()) + 1
     return {name: list(range(first, first + len(tokens))) for name in _token_rows(model)}
@@ -29,10 +30,10 @@ def plan_token_ids(
 
 @torch.no_grad()
 def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
-    """Adds the tokens to the tokenizer and gives their rows the mean of the rows in use, in embedding and head.
+    """Add tokens to the tokenizer and set their rows in embedding and head to the mean of the rows in use.
 
-    The mean is a token as likely as any other; random rows would start far from all others. The embedding grows only if
-    it has no spare rows (Qwen2.5's has hundreds). The tokens are ordinary ones, not control tokens.
+    Random rows would be far from all others. The embedding grows only if it has no spare rows; Qwen2.5 has hundreds.
+    The tokens are ordinary ones, not control tokens.
     """
     used_rows = len(tokenizer)
     extend_tokenizer(tokenizer, tokens)
@@ -45,10 +46,10 @@ def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
-    """Adds the tokens to a tokenizer alone, as `attach_lora` adds them to its own: text can be encoded before the model
-    is there.
+    """Add tokens to a tokenizer only, like `attach_lora` does, so that text can be encoded before the model is loaded.
 
-    Raises: ConfigError for tokens that the vocabulary has already, or that are named twice.
+    Raises:
+        ConfigError: a token is already in the vocabulary or listed twice.
     """
     _check_new(tokenizer, tokens)
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
@@ -59,16 +60,18 @@ def _check_new(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
     known = [token for token in tokens if token in vocabulary]
     doubled = sorted({token for token in tokens if tokens.count(token) > 1})
     if known or doubled:
-        raise ConfigError(f"lora.new_tokens: {known + doubled} are in the vocabulary already or named twice; drop them")
+        raise ConfigError(
+            f"lora.new_tokens: already in the vocabulary or listed twice, found {known + doubled}\nhelp: remove them"
+        )
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """Rows of the embedding: the ids that the model can take."""
+    """Return the number of rows of the embedding: the token ids that the model supports."""
     return len(_token_rows(model)["embed_tokens"])
 
 
 def _token_rows(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Weights with a row for each token, by module name; a tied head shares the embedding's."""
+    """Return the weights with a row per token, by module name; a tied head shares those of the embedding."""
     modules: dict[str, Any] = {"embed_tokens": model.get_input_embeddings()}
     if not model.config.tie_word_embeddings:
         modules["lm_head"] = model.get_output_embeddings()

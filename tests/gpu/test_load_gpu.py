@@ -122,7 +122,7 @@ def test_a_model_that_does_not_fit_is_a_resource_error(tmp_path: Path) -> None:
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.0005)
     try:
-        with pytest.raises(ResourceError, match="does not fit into the GPU's memory"):
+        with pytest.raises(ResourceError, match="does not fit into GPU memory"):
             load_base(ModelConfig(name=str(tmp_path)), QuantConfig(type="none"))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

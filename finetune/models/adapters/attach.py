@@ -1,4 +1,4 @@
-"""The adapter: attached to a frozen base, its weights taken out and put back exactly, read from disk."""
+"""Attach an adapter to a frozen base; copy its state out and back exactly."""
 
 from __future__ import annotations
 
@@ -31,19 +31,26 @@ from finetune.system.errors import ConfigError, IntegrityError
 
 __all__ = ["adapter_state", "attach_lora", "check_adapter", "load_adapter", "load_adapter_state", "save_adapter"]
 
-_INITIAL = "initial."  # opens the name of a factor as it was before the first step (PiSSA, OLoRA)
+_INITIAL = "initial."  # prefix of factors before the first step (PiSSA, OLoRA)
 
 
 def attach_lora(model: PreTrainedModel, cfg: LoraConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PeftModel:
-    """Puts trainable adapters on a frozen base, in place; trained weights are fp32 whatever the base's dtype.
+    """Attach trainable adapters to a frozen base, in place. Trained weights are fp32 for every dtype of the base.
 
-    tokenizer: needed for `lora.new_tokens`, which are added to it.
-    Returns: an ordinary PEFT model with one adapter, `default`.
-    Raises: ConfigError with everything that is wrong, before the model or the tokenizer is touched; IntegrityError if
-    `lora.init_adapter` is torn or holds NaN.
+    Args:
+        model: the base, from `load_base`.
+        cfg: `lora` of the config.
+        tokenizer: required by `lora.new_tokens`, which are added to it.
+
+    Returns:
+        A PEFT model with one adapter, `default`.
+
+    Raises:
+        ConfigError: lists every problem, before model or tokenizer change.
+        IntegrityError: `lora.init_adapter` is corrupt or contains NaN.
     """
     if isinstance(model, PeftModel):
-        raise ConfigError("the model has an adapter already; lora.init_adapter starts a new one from its files")
+        raise ConfigError("the model has an adapter already\nhelp: lora.init_adapter starts a new one from its files")
     targets = plan_targets(model, cfg)
     token_ids = plan_token_ids(model, tokenizer, cfg.new_tokens)
     start = None
@@ -54,7 +61,7 @@ def attach_lora(model: PreTrainedModel, cfg: LoraConfig, tokenizer: PreTrainedTo
         add_tokens(model, tokenizer, cfg.new_tokens)
     config = _peft_config(model, cfg, targets, token_ids)
     with warnings.catch_warnings():
-        # PEFT asks transformers by a name that transformers deprecates.
+        # PEFT uses a name that transformers deprecates.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         peft_model = peft.get_peft_model(model, config, revision=getattr(model, "base_revision", None))
     _use_fp32_masters(peft_model)
@@ -92,7 +99,7 @@ def _peft_config(
         layers_to_transform=cfg.layers_to_transform,
         use_rslora=cfg.rslora,
         use_dora=cfg.dora,
-        # Inits of ours come after; a reloaded adapter must not be initialized, least of all from the base.
+        # Own inits follow later. A reloaded adapter must not be initialized again.
         init_lora_weights="gaussian" if cfg.init == "gaussian" else True,
         modules_to_save=targets.modules_to_save or None,
         rank_pattern=dict(cfg.rank_pattern),
@@ -103,19 +110,19 @@ def _peft_config(
 
 
 def _whole(alpha: float) -> Any:
-    """16.0 as 16: other readers of adapter_config.json expect an integer, and PEFT declares one."""
+    """Return 16.0 as 16: adapter_config.json must contain an integer for other readers."""
     return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _original_weight(model: PreTrainedModel, name: str) -> Tensor:
-    """A module's weight as the base's files hold it, before quantization."""
+    """Read a module's weight from the base's files, before quantization."""
     base_name, tensor = str(model.name_or_path), f"{name}.weight"
     folder = fetch(base_name, getattr(model, "base_revision", None), WEIGHT_FILES, "model.name").folder
     return read_tensor(weight_files(folder, base_name)[tensor], tensor)
 
 
 class _Rounded(nn.Module):
-    """A parametrization: the module computes with the weight rounded to the base's dtype, the optimizer sees fp32."""
+    """A parametrization: forward uses the weight rounded to the base's dtype, the optimizer updates fp32."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -126,9 +133,9 @@ class _Rounded(nn.Module):
 
 
 def _use_fp32_masters(model: PeftModel) -> None:
-    """Gives modules that are trained in full fp32 weights; in bf16 they would stop moving at small learning rates.
+    """Store fully trained modules in fp32: in bf16 they would not change at small learning rates.
 
-    PEFT does so for the factors and the new tokens only. A weight that two modules share stays shared.
+    PEFT does this for LoRA factors and new tokens only. Tied weights stay tied.
     """
     masters: dict[Tensor, nn.Parameter] = {}
     for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
@@ -141,18 +148,19 @@ def _use_fp32_masters(model: PeftModel) -> None:
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    """Copies on the CPU of all that a resumed run needs of the adapter, by stable name.
+    """Copy everything that a resumed run needs of the adapter to the CPU, by stable name.
 
-    That is every trainable tensor and, after a PiSSA or OLoRA init, the factors it started from (`initial.…`).
+    These are all trained tensors and, after a PiSSA or OLoRA init, the initial factors (`initial.…`).
     """
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in _state(model).items()}
 
 
 def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
-    """The exact inverse of `adapter_state`, on a model to which the same adapter was attached.
+    """Load the result of `adapter_state` into a model with the same adapter.
 
-    Raises: IntegrityError naming tensors that are missing, superfluous, or of another shape or dtype, and initial
-    factors that differ (the base holds the rest of them: it was another one, or another seed). Nothing is loaded then.
+    Raises:
+        IntegrityError: tensors are missing, superfluous, or of another shape or dtype, or initial factors differ, which
+            means another base or seed. Nothing is loaded then.
     """
     own = _state(model)
     problems = [f"{name} is missing" for name in own if name not in state]
@@ -165,7 +173,7 @@ def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
             problems.append(f"{name} differs: the adapter started from another base or seed")
     if problems:
         shown = "; ".join(sorted(problems)[:10]) + (f"; … {len(problems)} in all" if len(problems) > 10 else "")
-        raise IntegrityError(f"the saved adapter does not fit this one: {shown}")
+        raise IntegrityError(f"the saved adapter does not match this one: {shown}")
     with torch.no_grad():
         for name, tensor in own.items():
             if not name.startswith(_INITIAL):

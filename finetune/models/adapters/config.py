@@ -1,4 +1,4 @@
-"""What an adapter_config.json says about an adapter's update, which for plain LoRA is scaling * B A on each layer."""
+"""The update of an adapter according to its adapter_config.json; for plain LoRA, scaling * B A on each layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.models.module_matching import matches_key
 
-# Settings of PEFT under which the update is something else. This package makes none of them.
+# Settings of PEFT with another update. This package writes none of them.
 _OTHER_UPDATES = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -22,26 +22,26 @@ _OTHER_UPDATES = (
     "use_qalora",
     "velora_config",
 )
-# Inits that leave the base as it is. After others the base holds the rest; this package saves those as the difference
-# to their start, and as init True.
+# Inits that do not change the base. After other inits the base holds the residual; this package saves such an adapter
+# as the difference to its start, with init True.
 _KEEPS_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal")
 
 
 def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """What PEFT multiplies B A of a module by: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+    """Return PEFT's factor of B A for a module: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
     patterns = config.get("alpha_pattern") or {}
     alpha = next((alpha for key, alpha in patterns.items() if matches_key(key, module)), config.get("lora_alpha", 8))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def other_updates(config: Mapping[str, Any]) -> Iterator[str]:
-    """Settings of the adapter under which its update is another than scaling * B A."""
+    """Yield the settings of an adapter whose update is not scaling * B A."""
     for key in _OTHER_UPDATES:
         if config.get(key):
-            yield f"{key}={config[key]}: the update is another than scaling * B A"
+            yield f"{key}={config[key]}: the update is not scaling * B A"
 
 
 def other_base(config: Mapping[str, Any]) -> str | None:
-    """The init after which an adapter belongs on other weights than those of the base it names; None if it does not."""
+    """Return the init after which an adapter needs other weights than its base, else None."""
     init = str(config.get("init_lora_weights")).lower()
     return None if init in _KEEPS_BASE else init

@@ -1,4 +1,4 @@
-"""Adapters on disk: plain PEFT folders, written without the network and read back before anyone trusts them."""
+"""Adapters on disk: PEFT folders, written offline and read back for verification."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from finetune.models.tokens import embedding_rows
 from finetune.system.errors import ConfigError, IntegrityError
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
-_MASTER = ".parametrizations.weight.original"  # what torch calls a parametrized weight
+_MASTER = ".parametrizations.weight.original"  # name of a parametrized weight in torch
 _MASTER_BIAS = ".parametrizations.bias.original"
-PREFIX = "base_model.model."  # of every tensor in an adapter's file
+PREFIX = "base_model.model."  # of every tensor in an adapter file
 
 
 def save_adapter(
@@ -35,12 +35,17 @@ def save_adapter(
     base_name: str | None = None,
     revision: str | None = None,
 ) -> None:
-    """Writes the adapter into an existing folder as `PeftModel.from_pretrained` reads it; no network, no model card.
+    """Write an adapter into an existing folder in PEFT's format, without network access or a model card.
 
-    base_name, revision: of the base, where the model's own (from `load_base`) are not to be used.
-    tokenizer: written beside it, with its chat template and its new tokens.
-    An adapter that started as a part of the base (PiSSA, OLoRA) is written as the difference to that start, at twice
-    the rank, so that it belongs on the original base.
+    An adapter that started as a part of the base (PiSSA, OLoRA) is saved as the difference to its start, with twice the
+    rank, so that it applies to the original base.
+
+    Args:
+        model: the trained model.
+        folder: an existing folder.
+        tokenizer: saved too, with its chat template and new tokens.
+        base_name: replaces the base's name from `load_base`.
+        revision: replaces the base's revision.
     """
     folder = Path(folder)
     save_file(file_tensors(model), folder / TENSOR_FILE, metadata={"format": "pt"})
@@ -53,7 +58,7 @@ def save_adapter(
 
 
 def file_tensors(model: PeftModel) -> dict[str, Tensor]:
-    """The tensors of adapter_model.safetensors, on the CPU."""
+    """Return the tensors of adapter_model.safetensors, on the CPU."""
     parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for name, start in initial_factors(model).items():
         # scaling * (B A - B0 A0) = scaling * [B, -B0] [A; A0]
@@ -82,11 +87,15 @@ def _file_config(model: PeftModel) -> dict[str, Any]:
 
 
 def check_adapter(folder: Path | str, model: PeftModel | None = None, *, trained: bool = True) -> None:
-    """Reads a saved adapter back and proves that it is whole.
+    """Read a saved adapter back and check that it is complete.
 
-    model: the model it was saved from; every tensor must then be there, bit for bit.
-    trained: some `lora_B` must differ from zero, as they all are before the first step (default and gaussian inits).
-    Raises: IntegrityError naming the tensors that are missing, not finite, zero or different.
+    Args:
+        folder: of the adapter.
+        model: the model it was saved from; every tensor must be bit-identical.
+        trained: some `lora_B` must differ from zero, its value before the first step (default and gaussian inits).
+
+    Raises:
+        IntegrityError: names the tensors that are missing, not finite, zero or different.
     """
     folder = Path(folder)
     tensors = _read_tensors(folder)
@@ -98,32 +107,32 @@ def check_adapter(folder: Path | str, model: PeftModel | None = None, *, trained
         problems += [f"{name} is missing" for name in expected.keys() - tensors.keys()]
         problems += [f"{name} is superfluous" for name in tensors.keys() - expected.keys()]
         problems += [
-            f"{name} is not what was saved"
+            f"{name} differs from the saved value"
             for name in expected.keys() & tensors.keys()
             if not torch.equal(expected[name], tensors[name])
         ]
     if problems:
-        raise IntegrityError(f"the adapter in {folder} is broken: {'; '.join(sorted(problems)[:10])}")
+        raise IntegrityError(f"{folder}: the adapter is corrupt: {'; '.join(sorted(problems)[:10])}")
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of an adapter's file; ConfigError if there is none, IntegrityError if torn or not finite."""
+    """Read all tensors of an adapter. Raises: ConfigError if there is none, IntegrityError if corrupt or not finite."""
     file = folder / TENSOR_FILE
     if not file.is_file():
-        pickle = "; a pickle (adapter_model.bin) can run code: convert it" if any(folder.glob("*.bin")) else ""
-        raise ConfigError(f"{folder} holds no adapter: it lacks {TENSOR_FILE}{pickle}")
+        pickle = "\nhelp: a pickle (adapter_model.bin) can run code: convert it" if any(folder.glob("*.bin")) else ""
+        raise ConfigError(f"{folder}: not an adapter, it has no {TENSOR_FILE}{pickle}")
     tensor_names(file)
     tensors = load_file(file)
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise IntegrityError(f"{file} holds NaN or infinity in {len(bad)} tensors: {', '.join(bad[:5])}")
+        raise IntegrityError(f"{file}: NaN or infinity in {len(bad)} tensors: {', '.join(bad[:5])}")
     return tensors
 
 
 def _incomplete(tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Factors without their partner, or of another rank than it."""
+    """Yield factors without their partner, or with another rank."""
     factors = [name for name in tensors if ".lora_A." in name or ".lora_B." in name]
     if not factors:
-        yield "it holds no lora_A and lora_B"
+        yield "no lora_A and lora_B"
     for name in factors:
         partner = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
         if partner not in tensors:
@@ -142,15 +151,15 @@ class SavedAdapter:
     tensors: dict[str, Tensor]
 
     def check_same_kind(self, wanted: AdapterKind) -> None:
-        """Raises ConfigError with both values of everything in which this adapter differs from the one configured."""
+        """Raise ConfigError with both values of every property that differs from the configured adapter."""
         there, here = vars(self._kind()), vars(wanted)
         differing = [key for key in here if here[key] != there[key]]
         # A hub id and a local copy of it differ in all but the last part.
         if "base" in differing and Path(there["base"]).name.lower() == Path(here["base"]).name.lower():
             differing.remove("base")
         if differing:
-            shown = [f"{key}: it has {_show(there[key])}, the config {_show(here[key])}" for key in differing]
-            raise ConfigError(f"lora.init_adapter={self.name} is another kind of adapter; {'; '.join(shown)}")
+            shown = [f"{key}: found {_show(there[key])}, the config has {_show(here[key])}" for key in differing]
+            raise ConfigError(f"lora.init_adapter={self.name}: another kind of adapter; {'; '.join(shown)}")
 
     def _kind(self) -> AdapterKind:
         config = self.config
@@ -172,7 +181,7 @@ class SavedAdapter:
 
 @dataclass(frozen=True)
 class AdapterKind:
-    """What two adapters must share for one to take the other's weights."""
+    """The properties that two adapters must share to load the weights of one into the other."""
 
     base: str
     ranks: dict[str, int]  # by full name of the adapted module
@@ -198,39 +207,49 @@ def _show(value: Any) -> str:
 
 
 def fetch_adapter(name: str, key: str = "lora.init_adapter") -> SavedAdapter:
-    """An adapter from a local folder or the hub. key: what the user calls the setting, for messages.
+    """Read an adapter from a local folder or the hub.
 
-    Raises: ConfigError if there is none, IntegrityError if it is torn, not finite or incomplete.
+    Args:
+        name: folder or hub id.
+        key: the config key of `name`, for messages.
+
+    Raises:
+        ConfigError: there is no adapter.
+        IntegrityError: it is corrupt, not finite or incomplete.
     """
     folder = fetch(name, None, (CONFIG_FILE, TENSOR_FILE, *TEXT_FILES), key).folder
     config = read_json(folder / CONFIG_FILE, f"{key}={name}")
     if config.get("peft_type") != "LORA":
-        raise ConfigError(f"{key}={name} is a {config.get('peft_type')} adapter, not LoRA")
+        raise ConfigError(f"{key}={name}: not a LoRA adapter, found {config.get('peft_type')}")
     tensors = _read_tensors(folder)
     if problems := list(_incomplete(tensors)):
-        raise IntegrityError(f"{key}={name} is broken: {'; '.join(problems[:10])}")
+        raise IntegrityError(f"{key}={name}: the adapter is corrupt: {'; '.join(problems[:10])}")
     return SavedAdapter(name, folder, config, tensors)
 
 
 def load_weights(model: PeftModel, adapter: SavedAdapter) -> None:
-    """Puts a saved adapter's weights into an attached one of the same kind.
+    """Load the weights of a saved adapter into an attached one of the same kind.
 
-    Raises: IntegrityError naming tensors that are missing, superfluous or of another shape.
+    Raises:
+        IntegrityError: names tensors that are missing, superfluous or of another shape.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     own = get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)
     shapes = {_plain(name): tensor.shape for name, tensor in own.items()}
     found = {name: tensor.shape for name, tensor in adapter.tensors.items()}
     if wrong := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
-        raise IntegrityError(f"lora.init_adapter={adapter.name} does not fit the base, first at {', '.join(wrong[:5])}")
+        raise IntegrityError(f"lora.init_adapter={adapter.name}: does not match the base at {', '.join(wrong[:5])}")
     set_peft_model_state_dict(model, {name: adapter.tensors[_plain(name)] for name in own})
 
 
 def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
-    """A frozen adapter from a local folder on its base, in eval mode, as `PeftModel.from_pretrained` gives it.
+    """Load a frozen adapter onto its base in eval mode, like `PeftModel.from_pretrained`.
 
-    Besides, the embedding grows if the adapter's new tokens had no spare rows in it.
-    Raises: ConfigError if there is no adapter, IntegrityError if it is broken.
+    The embedding grows if it has no spare rows for the adapter's new tokens.
+
+    Raises:
+        ConfigError: there is no adapter.
+        IntegrityError: it is corrupt.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_FILE, f"adapter {folder}")

@@ -1,8 +1,8 @@
-"""How an adapter starts, where that needs the base's weights or PEFT's own way does not serve.
+"""Initial factors of an adapter, where they depend on the base's weights or PEFT's own init is not exact.
 
-PEFT 0.21 makes orthogonal factors in the base's dtype (integers on a quantized base), rounds the PiSSA and OLoRA
-factors to bf16 after it subtracted the unrounded ones from the base, and its LoftQ needs CUDA and assumes alpha = rank.
-These are the same formulas on fp32 factors, and exact.
+PEFT 0.21 makes orthogonal factors in the base's dtype (integers on a quantized base). It rounds PiSSA and OLoRA factors
+to bf16 after subtracting the unrounded ones from the base. Its LoftQ needs CUDA and assumes alpha = rank. These are the
+same formulas on fp32 factors, and exact.
 
 Shapes: weight_OI [out, in]; lora_A [R, in]; lora_B [out, R]. The update of the weight is scaling * lora_B @ lora_A.
 """
@@ -27,9 +27,9 @@ Factors = tuple[Tensor, Tensor]
 
 
 def orthogonal(weight_OI: Tensor, rank: int, scaling: float) -> Factors:
-    """Factors whose product is zero although neither is: rows of A and columns of B are orthogonal.
+    """Return nonzero factors with a product of zero: rows of A and columns of B are orthogonal.
 
-    Source: datta0.github.io/posts/rethink-lora-init, as PEFT's `orthogonal`.
+    Source: datta0.github.io/posts/rethink-lora-init, like PEFT's `orthogonal`.
     """
     basis_RR = torch.linalg.qr(torch.randn(rank, rank))[0]
     lora_A = (torch.randn(weight_OI.shape[1], rank // 2) @ basis_RR[0::2]).T / 10.0
@@ -38,9 +38,9 @@ def orthogonal(weight_OI: Tensor, rank: int, scaling: float) -> Factors:
 
 
 def principal(weight_OI: Tensor, rank: int, scaling: float, power_iterations: int | None = None) -> Factors:
-    """The best approximation of the weight at that rank: scaling * B @ A is its truncated SVD.
+    """Return the best approximation of the weight at this rank: scaling * B @ A is its truncated SVD.
 
-    power_iterations: randomized SVD with so many; None is the exact one.
+    power_iterations: of a randomized SVD; None is the exact SVD.
     Source: PiSSA, Meng et al. 2024, arXiv:2404.02948.
     """
     if power_iterations is None:
@@ -53,7 +53,10 @@ def principal(weight_OI: Tensor, rank: int, scaling: float, power_iterations: in
 
 
 def qr(weight_OI: Tensor, rank: int, scaling: float) -> Factors:
-    """The first columns of the weight's QR decomposition. Source: OLoRA, Büyükakyüz 2024, arXiv:2406.01775."""
+    """Return the first columns of the QR decomposition of the weight.
+
+    Source: OLoRA, Büyükakyüz 2024, arXiv:2406.01775.
+    """
     columns_OK, rows_KI = torch.linalg.qr(weight_OI)
     return rows_KI[:rank].contiguous(), columns_OK[:, :rank].contiguous()
 
@@ -63,12 +66,12 @@ INITS: dict[str, Callable[[Tensor, int, float], Factors]] = {
     "pissa": principal,
     "pissa_niter_16": partial(principal, power_iterations=16),
     "olora": qr,
-    "loftq": principal,  # of what quantizing took away: LoftQ, Li et al. 2023, arXiv:2310.08659, one iteration
+    "loftq": principal,  # of the quantization error: LoftQ, Li et al. 2023, arXiv:2310.08659, one iteration
 }
 
 
 def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
-    """Every adapted layer with its name in the base model."""
+    """Yield every adapted layer with its name in the base model."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
@@ -76,9 +79,9 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
 
 @torch.no_grad()
 def initialize(model: PeftModel, init: str, original: Callable[[str], Tensor]) -> None:
-    """Gives every adapter its first factors, and takes them out of the base where the init says so.
+    """Set the initial factors of every adapter; subtract them from the base if the init requires it.
 
-    init: a key of INITS. original: the 16-bit weight of a module by its full name (LoftQ).
+    init: a key of INITS. original: reads the 16-bit weight of a module by its full name (LoftQ).
     """
     for name, layer in lora_layers(model):
         base, scaling = cast(nn.Linear, layer.get_base_layer()), layer.scaling[ADAPTER]
@@ -91,7 +94,7 @@ def initialize(model: PeftModel, init: str, original: Callable[[str], Tensor]) -
         if init in CHANGES_BASE:
             base.weight.copy_(weight_OI - scaling * (lora_B @ lora_A))
     if init in CHANGES_BASE:
-        # On the original base only the difference to this start is the update: see adapter_files.file_tensors.
+        # On the original base, the update is the difference to this start: see files.file_tensors.
         vars(model)["initial_factors"] = {
             name: parameter.detach().clone()
             for name, parameter in model.named_parameters()
@@ -100,7 +103,7 @@ def initialize(model: PeftModel, init: str, original: Callable[[str], Tensor]) -
 
 
 def initial_factors(model: PeftModel) -> dict[str, Tensor]:
-    """The factors that a PiSSA or OLoRA adapter started from, by parameter name; empty for every other init."""
+    """Return the initial factors of a PiSSA or OLoRA adapter by parameter name; empty for other inits."""
     return vars(model).get("initial_factors", {})
 
 
@@ -109,13 +112,13 @@ def _weight(factors: nn.ModuleDict) -> Tensor:
 
 
 def _starting_point(base: nn.Linear, init: str, original: Callable[[], Tensor]) -> Tensor | None:
-    """What the factors are taken from, fp32 [out, in]: the weight, its shape alone, or what quantizing took from it."""
+    """Return the fp32 matrix [out, in] to decompose: the weight, its shape only, or the quantization error."""
     if init == "orthogonal":
         return torch.empty(base.out_features, base.in_features, device="meta")
     if init != "loftq":
         return base.weight.float()
     if not isinstance(base, bnb.nn.Linear4bit):
-        return None  # kept in 16 bit: nothing was lost
+        return None  # stored in 16 bit: no quantization error
     weight = cast(bnb.nn.Params4bit, base.weight)
     stored_OI = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
     return original().to(stored_OI.device, torch.float32) - stored_OI.float()
@@ -123,9 +126,9 @@ def _starting_point(base: nn.Linear, init: str, original: Callable[[], Tensor]) 
 
 @torch.no_grad()
 def measure_magnitudes(model: PeftModel) -> None:
-    """Starts DoRA's magnitudes at the fp32 norms of what each layer computes now.
+    """Set DoRA's magnitudes to the fp32 norms of the current weights.
 
-    PEFT takes them before the inits above and rounds them to the base's dtype, so that a fresh adapter would already
+    PEFT computes them before the inits above and rounds them to the base's dtype, so a new adapter would already
     change the model.
     """
     for _, layer in lora_layers(model):

@@ -225,7 +225,7 @@ def remove(place: Stored) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "says"),
     [
-        (shorten, IntegrityError, "ends at byte"),
+        (shorten, IntegrityError, "too short for its header"),
         (rewrite, IntegrityError, "changed while"),
         (remove, FileNotFoundError, "No such file"),
     ],

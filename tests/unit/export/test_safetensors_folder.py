@@ -285,7 +285,7 @@ def test_types_and_sources_that_cannot_be_written_are_refused(
     with pytest.raises(ConfigError, match="shard_size=much"):
         export(make_base(), tmp_path / "1", "bf16", shard_size="much")
     export(make_base(), tmp_path / "2", "nf4", verify=False)
-    with pytest.raises(ConfigError, match="quantized already"):
+    with pytest.raises(ConfigError, match="already quantized"):
         export(tmp_path / "2", tmp_path / "3", "bf16")
     for name in ("compressed_tensors.compressors", "compressed_tensors"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -116,8 +116,8 @@ def test_unknown_modules_to_keep_are_named_all_at_once(make_base) -> None:
 @pytest.mark.parametrize(
     ("raised", "expected", "says"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), ResourceError, "GPU's memory with quant.type=nf4"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ResourceError, "this machine's memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), ResourceError, "GPU memory with quant.type=nf4"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ResourceError, "main memory"),
         (RuntimeError("Native code method attempted to call: bitsandbytes"), MissingExtra, "pip install --upgrade"),
         (RuntimeError("something else"), RuntimeError, "something else"),
     ],
@@ -133,7 +133,7 @@ def test_failures_while_loading(make_base, monkeypatch, raised: Exception, expec
             load_base(ModelConfig(name=str(make_base())), QuantConfig(type=quant_type, cache=False), device="cpu")
 
 
-def test_without_bitsandbytes_the_command_is_named(make_base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_the_error_gives_the_command(make_base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingExtra, match=r'pip install "bitsandbytes'):
         load_base(ModelConfig(name=str(make_base())), QuantConfig(), device="cpu")
