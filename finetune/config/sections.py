@@ -135,7 +135,7 @@ class DataConfig(Section):
     eval: list[SourceConfig] = Field([], description="Sources of held-out examples; each source gets its own metrics.")
     held_out: Share = Field(0.0, description="Share of data.train to hold out, by a hash of the content; 0: none.")
     max_length: Annotated[int, Field(ge=2)] = Field(2048, description="Longest sequence in tokens.")
-    packing: bool = Field(True, description="Put several examples into one sequence; attention never crosses them.")
+    packing: bool = Field(True, description="Put several examples into one sequence; attention stays inside each.")
     truncation: Literal["drop", "left", "right", "split", "error"] = Field(
         "drop", description="What to do with an example longer than max_length."
     )
