@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import shutil
@@ -68,10 +69,9 @@ def evaluate_gap(options: EvalOptions, log: Log, merge: Merge, place: Path | Non
     vocabulary = min(len(tokenizer), base_rows)
     if options.merged is not None and "merged" in variants.variants:
         _check_merged(options.merged, vocabulary)
-    for rows in sets:
-        log(_describe(rows))
-    for warning in data_warnings(options, variants.cfg, sets):
-        log(f"warning: {warning}")
+    for line in (*map(_describe, sets), *(f"warning: {text}" for text in data_warnings(options, variants.cfg, sets))):
+        log(line)
+    resample = functools.partial(Bootstrap, resamples=options.resamples, seed=options.seed)
     with _scratch_folder(place) as scratch:
         merged = _merged_folder(options, variants, scratch, merge)
         max_new_tokens = _MAX_NEW_TOKENS if variants.cfg is None else variants.cfg.generation.max_new_tokens
@@ -83,10 +83,8 @@ def evaluate_gap(options: EvalOptions, log: Log, merge: Merge, place: Path | Non
             vocabulary=vocabulary,
             max_new_tokens=options.max_new_tokens or max_new_tokens,
             batch_size=options.batch_size,
-            bootstraps=[Bootstrap(rows.rows, options.resamples, options.seed) for rows in sets],
-            answer_bootstraps=[
-                Bootstrap(max(1, len(rows.conversations)), options.resamples, options.seed) for rows in sets
-            ],
+            bootstraps=[resample(rows.rows) for rows in sets],
+            answer_bootstraps=[resample(max(1, len(rows.conversations))) for rows in sets],
             scratch=scratch,
         )
         models = [

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 # (inputs, outputs) of the linears of 0.5B, 1.5B and 7B, from the smallest to the largest.
 _MATRICES = ((896, 128), (896, 896), (896, 4864), (1536, 8960), (3584, 18944))
 _ROWS = (128, 512, 2048)
-# From 32 MB on, glibc maps each block anew, and the system fills it with zeros: matrices of 3B and 7B are dequantized at
-# a sixth of the speed of those of 1.5B.
+# From 32 MB on, glibc maps each block anew, and the system fills it with zeros: matrices of 3B and 7B are dequantized
+# at a sixth of the speed of those of 1.5B.
 _DEQUANTIZED = ((896, 896), (1536, 8960), (2048, 11008), (3584, 18944))
 _DOCUMENTS = (128, 512, 1024, 2048)
 # A layer of 0.5B: hidden, intermediate, query heads, key heads, head width; rows of a chunk of logits.
