@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+ROOT = Path(__file__).resolve().parents[1]
 Done = subprocess.CompletedProcess[str]
 
 
@@ -27,6 +28,14 @@ def run_process(*arguments: str, cwd: Path, **options) -> Done:
     """Run a command in a fresh process: for kills, limits, environments and lazy imports."""
     command = [sys.executable, "-m", "finetune.cli", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=500, **options)
+
+
+def train_on_ranks(ranks: int, *overrides: str) -> None:
+    """Train the quickstart in several processes, as torchrun starts them."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [sys.executable, *launcher, str(ROOT / "finetune" / "train.py"), "config=quickstart.yaml", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def _text(stream: io.TextIOWrapper) -> str:

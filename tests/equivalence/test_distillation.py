@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from finetune import train
+from finetune import load_config, train
 from finetune.commands.cache import run as run_cache
 from finetune.system.arguments import Arguments
+from tests.commands import train_on_ranks
 from tests.runs import SMALL_RUN, adapter, differing, metrics, reference_run, result, small_run
 
 ANCHOR = ("distill.objective=sft+anchor", "data.train.0.limit=48", "data.eval.0.limit=8", "train.max_steps=3")
@@ -69,17 +66,12 @@ def test_a_resumed_run_equals_an_unbroken_one_and_keeps_its_first_evaluation(tmp
 
 def test_two_ranks_equal_one(tmp_path):
     """Five documents per step: the ranks have unequal shares, and each queries the teacher for its own."""
-    script = Path(__file__).resolve().parents[2] / "finetune" / "train.py"
     # Adam divides by the gradient's size: where that is next to nothing, so is what the order of a sum leaves, and the
     # quotient is anything. A large eps keeps the update proportional to the gradient there.
     steady = ("train.batch_size=5", "data.packing=false", "train.eps=1e-3")
     settings = (*SMALL_RUN, *ANCHOR, *FP32, *PLAIN, *steady)
-    for ranks in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        words = [*settings, f"output_dir={tmp_path / str(ranks)}", f"train.world_size={ranks}"]
-        command = [sys.executable, *launcher, str(script), "config=quickstart.yaml", *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stderr[-3000:]
+    train(load_config("quickstart.yaml", [*settings, f"output_dir={tmp_path / '1'}", "train.world_size=1"]))
+    train_on_ranks(2, *settings, f"output_dir={tmp_path / '2'}", "train.world_size=2")
     for a, b in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a.get("eval_loss", 0.0) == pytest.approx(b.get("eval_loss", 0.0), rel=1e-5)

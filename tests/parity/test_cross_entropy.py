@@ -89,7 +89,7 @@ def test_a_batch_without_targets_gives_zero_and_reaches_every_parameter():
 def test_lengths_that_do_not_cover_the_batch_are_an_error():
     model = random_qwen2()
     batch = build_batch(documents([4, 4]))
-    with pytest.raises(ValueError, match="64.*8"):
+    with pytest.raises(ValueError, match=r"64.*8"):
         model.model(
             batch.input_ids,
             position_ids=batch.position_ids,
