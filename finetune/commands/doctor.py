@@ -1,6 +1,6 @@
-"""`finetune doctor`: can this machine train, and if not, what is missing.
+"""`finetune doctor`: check whether this machine can train.
 
-Every check stands alone: a library that fails to import is one finding, never the end of the report.
+The checks are independent: a library that fails to import is one finding, and the report continues.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
+from finetune.system.format import format_bytes
 
 USAGE = """\
 usage: finetune doctor [--json]
@@ -31,13 +32,13 @@ Example
 """
 
 DISTRIBUTION = "finetune-qlora"
-GIB = 2**30
+GB = 10**9
 HUB_TIMEOUT_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """status: ok | note (nothing to mend) | warn (works, with a limit) | fail (training cannot run)."""
+    """One result; status is ok, note (nothing to fix), warn (works with a limit) or fail (training cannot run)."""
 
     status: str
     found: str
@@ -62,7 +63,7 @@ def run(arguments: Arguments) -> int:
 
 
 def diagnose() -> Iterator[tuple[str, Finding]]:
-    """Every check in turn, by name. A check that raises is a failed check."""
+    """Yield the name and finding of every check; a check that raises has failed."""
     import logging
 
     # bitsandbytes warns about optional parts; check_four_bit tries the parts that matter.
@@ -72,17 +73,17 @@ def diagnose() -> Iterator[tuple[str, Finding]]:
             try:
                 finding = check()
             except Exception as error:  # noqa: BLE001 - a broken installation can raise anything, and that is the finding
-                finding = Finding("fail", f"{type(error).__name__}: {error}", "reinstall the package that is named")
+                finding = Finding("fail", f"{type(error).__name__}: {error}", "reinstall the named package")
         yield name, finding
 
 
 def check_python() -> Finding:
-    """The interpreter."""
+    """Report the interpreter."""
     return Finding("ok", f"{platform.python_version()} on {platform.platform()} ({sys.executable})")
 
 
 def check_packages() -> Finding:
-    """Installed versions against the ranges that the project declares."""
+    """Compare the installed versions with the ranges of the project."""
     import importlib.metadata
 
     from packaging.requirements import Requirement
@@ -103,7 +104,7 @@ def check_packages() -> Finding:
 
 
 def check_device() -> Finding:
-    """What torch can train on."""
+    """Report the devices of torch."""
     import torch
 
     from finetune.ops.matmul import uses_fp32_matmul
@@ -111,15 +112,15 @@ def check_device() -> Finding:
     if torch.cuda.is_available():
         platform_name = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        found = f"{platform_name}: " + ", ".join(f"{d.name} {d.total_memory / GIB:.0f} GiB" for d in devices)
+        found = f"{platform_name}: " + ", ".join(f"{d.name} {format_bytes(d.total_memory)}" for d in devices)
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             return Finding("warn", f"{found}, no bfloat16", "set model.dtype=float16 and quant.compute_dtype=float16")
         return Finding("ok", f"{found}, bfloat16")
     if torch.backends.mps.is_available():
-        return Finding("warn", "Apple GPU (MPS)", "untested here; the processor is the safe choice")
-    found = f"processor only, {torch.get_num_threads()} threads"
+        return Finding("warn", "Apple GPU (MPS)", "not tested; the CPU is the safe choice")
+    found = f"CPU only, {torch.get_num_threads()} threads"
     if uses_fp32_matmul(torch.device("cpu"), torch.bfloat16):
-        found += ", no bfloat16 products (training makes them in float32)"
+        found += ", no bfloat16 products (training uses float32)"
     if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
         advice = (
             f"this machine has an NVIDIA driver, but torch {torch.__version__} sees no GPU: install torch's CUDA build"
@@ -129,7 +130,7 @@ def check_device() -> Finding:
 
 
 def check_four_bit() -> Finding:
-    """A 4-bit layer, forward and backward, where training would run it."""
+    """Run a 4-bit layer forward and backward on the device of training."""
     import bitsandbytes
     import torch
 
@@ -144,31 +145,31 @@ def check_four_bit() -> Finding:
 
 
 def check_disk() -> Finding:
-    """Room where runs write."""
+    """Check the space of the current folder."""
     free_bytes = shutil.disk_usage(".").free
-    found = f"{free_bytes / GIB:.1f} GiB free in {Path.cwd()}"
+    found = f"{format_bytes(free_bytes)} free in {Path.cwd()}"
     if not os.access(".", os.W_OK):
         return Finding("warn", f"{found}, not writable", "run from another folder, or set output_dir")
-    if free_bytes < GIB:
-        return Finding("fail", found, "free at least 1 GiB, or run from another disk")
+    if free_bytes < GB:
+        return Finding("fail", found, "free at least 1 GB, or run from another disk")
     return Finding("ok", found)
 
 
 def check_hub_cache() -> Finding:
-    """Room where models are downloaded to."""
+    """Check the space of the cache of downloaded models."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     existing = next(folder for folder in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if folder.exists())
-    found = f"{shutil.disk_usage(existing).free / GIB:.1f} GiB free for {HF_HUB_CACHE}"
+    found = f"{format_bytes(shutil.disk_usage(existing).free)} free for {HF_HUB_CACHE}"
     if not os.access(existing, os.W_OK):
         return Finding("warn", f"{found}, not writable", "set HF_HOME to a folder of yours")
-    if shutil.disk_usage(existing).free < 20 * GIB:
-        return Finding("warn", found, "a 7B model is 15 GiB; set HF_HOME to a larger disk for models of that size")
+    if shutil.disk_usage(existing).free < 20 * GB:
+        return Finding("warn", found, "a 7B model has 15 GB; set HF_HOME to a larger disk for models of that size")
     return Finding("ok", found)
 
 
 def check_hub() -> Finding:
-    """Whether models can be downloaded; local folders need no hub."""
+    """Check whether models can be downloaded; local folders need no hub."""
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
@@ -184,7 +185,7 @@ def check_hub() -> Finding:
 
 
 def check_wandb() -> Finding:
-    """Whether Weights & Biases would upload. The key itself is never shown."""
+    """Check whether Weights & Biases uploads, without showing the key."""
     import importlib.util
 
     if importlib.util.find_spec("wandb") is None:
@@ -198,15 +199,15 @@ def check_wandb() -> Finding:
 
 
 def check_shared_memory() -> Finding:
-    """/dev/shm, through which ranks and data workers talk."""
+    """Check /dev/shm, through which processes and data workers exchange data."""
     folder = Path("/dev/shm")
     if not folder.is_dir():
         return Finding("note", "this system has no /dev/shm")
     free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < GIB // 4:
+    if free_bytes < GB // 4:
         advice = "several ranks may hang or crash; in a container start it with --shm-size=2g"
-        return Finding("warn", f"{free_bytes / 2**20:.0f} MiB free in /dev/shm", advice)
-    return Finding("ok", f"{free_bytes / GIB:.1f} GiB free in /dev/shm")
+        return Finding("warn", f"{format_bytes(free_bytes)} free in /dev/shm", advice)
+    return Finding("ok", f"{format_bytes(free_bytes)} free in /dev/shm")
 
 
 CHECKS: dict[str, Callable[[], Finding]] = {
@@ -223,7 +224,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
 
 
 def _declared_requirements() -> list[str]:
-    """The project's own dependencies: from its metadata, or from pyproject.toml in a checkout that is not installed."""
+    """Return the dependencies from the metadata, or from pyproject.toml of a checkout that is not installed."""
     import importlib.metadata
 
     try:

@@ -90,11 +90,11 @@ def test_reset_forgets_and_exit_ends(capsys):
     assert capsys.readouterr().out == "fine\nfine\n"
 
 
-@pytest.mark.parametrize(("line", "told"), [("/rest", "/reset"), ("/ext", "/exit"), ("/help", "/reset")])
-def test_commands_and_near_misses_never_reach_the_model(line: str, told: str, capsys):
+@pytest.mark.parametrize(("line", "shown"), [("/rest", "/reset"), ("/ext", "/exit"), ("/help", "/reset")])
+def test_commands_and_near_misses_never_reach_the_model(line: str, shown: str, capsys):
     talking = conversation("fine")
     assert respond(talking, line)
-    assert talking.chat.seen == [] and told in capsys.readouterr().err
+    assert talking.chat.seen == [] and shown in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["/usr/bin/env: what is it?", "a/b", "exit", "reset /reset"])
