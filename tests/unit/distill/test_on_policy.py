@@ -181,8 +181,8 @@ def test_all_else_comes_from_the_sampler():
     assert rows.closed == [True]
 
 
-def test_later_steps_cannot_be_asked_about_before_they_are_written():
+def test_steps_ahead_cannot_be_combined_with_on_policy():
     settings = ["distill.objective=recover", "distill.on_policy=0.5", "distill.teacher.placement=streamed"]
     assert load_config("quickstart.yaml", settings).distill.on_policy == 0.5
-    with pytest.raises(ConfigError, match=r"distill\.teacher\.steps_ahead.*set it to 1"):
+    with pytest.raises(ConfigError, match=r"distill\.teacher\.steps_ahead"):
         load_config("quickstart.yaml", [*settings, "distill.teacher.steps_ahead=2"])
