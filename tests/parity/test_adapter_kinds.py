@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import peft
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.models.adapters.attach import attach_lora, check_adapter, save_adapter
 from finetune.models.adapters.inits import lora_layers
 from finetune.models.load import load_base, quiet
+from tests.models import save_tiny_base
 
 Load = Callable[..., PreTrainedModel]
 IDS = torch.arange(40).reshape(2, 20) * 7 % 300
@@ -52,31 +53,10 @@ BASE_CHANGING_KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     """`load(quant_type, tied, dtype)`: a fresh random two-layer Qwen2."""
-    folders = {tied: tmp_path_factory.mktemp("base") for tied in (True, False)}
-    for tied, folder in folders.items():
-        torch.manual_seed(0)
-        config = Qwen2Config(
-            vocab_size=320,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=tied,
-        )
-        Qwen2ForCausalLM(config).bfloat16().save_pretrained(folder)
+    folders = {tied: save_tiny_base(tmp_path_factory.mktemp("base"), tied) for tied in (True, False)}
 
     def load_tiny(quant_type: Any, tied: bool = True, dtype: Any = "bfloat16") -> PreTrainedModel:
         name = ModelConfig(name=str(folders[tied]), dtype=dtype)
