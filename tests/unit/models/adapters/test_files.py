@@ -187,7 +187,7 @@ def test_init_adapter_takes_the_old_weights(load, saved: Path) -> None:
             "ranks: found rank 4 on q_proj, v_proj (4 modules), the config has rank 8 on q_proj, v_proj (4 modules)",
         ),
         ({"rank": 4, "target_modules": ["q_proj", "k_proj"]}, "rank 4 on k_proj, q_proj (4 modules)"),
-        ({"rank": 4, "layers_to_transform": [0]}, "the config rank 4 on q_proj, v_proj (2 modules)"),
+        ({"rank": 4, "layers_to_transform": [0]}, "the config has rank 4 on q_proj, v_proj (2 modules)"),
         ({"rank": 4, "alpha": 32.0}, "alpha: found 16, the config has 32.0"),
         ({"rank": 4, "dora": True}, "dora: found False, the config has True"),
         ({"rank": 4, "rslora": True}, "rslora: found False, the config has True"),
