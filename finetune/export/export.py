@@ -23,12 +23,7 @@ from finetune.system.errors import ConfigError
 
 REPORT = "export_report.json"
 # The merge rounds to a 16-bit type of the format. For all other types it keeps fp32, and the exporter rounds.
-_MERGE_DTYPES: dict[str, MergedType] = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "f16": "float16",
-    "nf4": "bfloat16",
-}
+_MERGE_DTYPES: dict[str, MergedType] = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "nf4": "bfloat16"}
 
 
 def export_model(options: ExportOptions, log: Log = log, progress: Progress = progress_bar) -> Exported:

@@ -91,11 +91,7 @@ def _header(tensors: Sequence[Planned]) -> bytes:
     offset = 0
     for tensor in tensors:
         end = offset + tensor.nbytes
-        header[tensor.name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+        header[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)

@@ -117,11 +117,7 @@ def _bucketed(targets: TeacherTopK) -> _Against:
 
 
 def _sampled(
-    targets: TeacherSamples,
-    terms: DistillLossWeights,
-    labels_N: Tensor,
-    kl_weight_N: Tensor,
-    ce_weight_N: Tensor,
+    targets: TeacherSamples, terms: DistillLossWeights, labels_N: Tensor, kl_weight_N: Tensor, ce_weight_N: Tensor
 ) -> ChunkLoss:
     """The label is one more sample of each row: both losses are cross-entropies with one softmax."""
 

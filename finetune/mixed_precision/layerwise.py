@@ -59,13 +59,7 @@ class LayerwiseModel:
             settings: Any = quantization_of(source.folder, cfg, plain)
             files = weight_files(source.folder, cfg.name)
             self._quantized = QuantizedWeights(
-                source.folder,
-                files,
-                model=cfg,
-                quant=plain,
-                settings=settings,
-                device=device,
-                log=lambda _: None,
+                source.folder, files, model=cfg, quant=plain, settings=settings, device=device, log=lambda _: None
             )
         self._threshold: float = settings.llm_int8_threshold
         self._layer: Any = None

@@ -75,10 +75,7 @@ class ActivationPlan:
         """
         inputs = min(recomputed, 2 if offload else recomputed) * self.input
         held = {"inputs of recomputed layers": inputs, "activations kept": sum(self.kept[recomputed:])}
-        moments = {
-            "loss": {**held, "loss workspace": self.head},
-            "backward": {**held, "layer workspace": self.work},
-        }
+        moments = {"loss": {**held, "loss workspace": self.head}, "backward": {**held, "layer workspace": self.work}}
         if holes := (len(self.kept) - recomputed) * self.hole:
             moments["forward"] = {**held, "holes in the heap": holes}
         if recomputed:
@@ -215,10 +212,7 @@ def _int8_linears(inputs: PlanInputs, layer: int) -> frozenset[str]:
 
 
 def kept_bytes(
-    inputs: PlanInputs,
-    adapted: frozenset[str],
-    document_tokens: int | None = None,
-    int8: frozenset[str] = frozenset(),
+    inputs: PlanInputs, adapted: frozenset[str], document_tokens: int | None = None, int8: frozenset[str] = frozenset()
 ) -> dict[str, float]:
     """Return the bytes per token and purpose that a layer keeps for its backward pass.
 

@@ -20,13 +20,7 @@ from finetune.config.schema import (
     TrainConfig,
 )
 from finetune.models.families import SHAPE_KEYS, shape_of
-from finetune.planning.static_memory import (
-    DTYPE_BYTES,
-    StaticMemory,
-    adapted_linears,
-    linear_shapes,
-    plan_memory,
-)
+from finetune.planning.static_memory import DTYPE_BYTES, StaticMemory, adapted_linears, linear_shapes, plan_memory
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+CODE = re.compile(r"`[^`]*`")  # `f(s)` is no plural.
 FORBIDDEN = re.compile(r"\b(told|whoever|besides)\b|[a-z]\(s\)", re.IGNORECASE)
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHERS = [*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "configs").rglob("*.yaml"), *(ROOT / "launch").rglob("*.sh")]
@@ -27,7 +28,7 @@ def test_docstrings_comments_and_messages_keep_the_rule():
         f"{module.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
         for module in sorted((ROOT / "finetune").rglob("*.py"))
         for number, line in text_of(module)
-        if FORBIDDEN.search(line)
+        if FORBIDDEN.search(CODE.sub("", line))
     ]
     assert not found
 
