@@ -26,6 +26,7 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 1024,
+    "head_dim": 16,
     "tie_word_embeddings": True,
 }
 DEFAULTS = {"size": "0.5B", "tokenizer": "data/tiny-qwen2.5", "folder": "", "layers": ""}

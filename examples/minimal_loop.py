@@ -71,7 +71,7 @@ def main(overrides: list[str]) -> None:
         size = train.micro_batch_size or train.batch_size
         for start in range(0, len(mine), size):
             packed = [document for i in mine[start : start + size] for document in sequences[i]]
-            batch = build_batch(packed, share_prefixes)
+            batch = build_batch(packed, share_prefixes=share_prefixes)
             loss = loss_of(batch.to(device))
             (loss * (1 / target_tokens)).backward()
             loss_sum += loss.item()
