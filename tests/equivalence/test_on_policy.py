@@ -26,9 +26,9 @@ ON_POLICY = ("distill.objective=recover", "distill.divergence=jsd", "distill.on_
 def test_a_share_that_selects_no_row_changes_no_bit(tmp_path, capsys):
     plain, wrapped = tmp_path / "plain", tmp_path / "wrapped"
     train(small_run(plain, *ON_POLICY))
-    assert "itself writes" not in capsys.readouterr().err
+    assert "on_policy=" not in capsys.readouterr().err
     train(small_run(wrapped, *ON_POLICY, "distill.on_policy=1e-9"))
-    assert capsys.readouterr().err.count("itself writes the answers of 0% of the rows, up to 24 tokens") == 1
+    assert capsys.readouterr().err.count("on_policy=0% of the rows, max_tokens=24") == 1
     assert differing(plain, wrapped) == []
     assert metrics(plain) == metrics(wrapped)
 
