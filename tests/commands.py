@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 Done = subprocess.CompletedProcess[str]
 
 
-def run_here(*arguments: str, cwd: Path, input: str = "") -> Done:
+def run_here(*arguments: str, cwd: Path, input: str = "", encoding: str = "utf-8") -> Done:
     """Run a command in this process: a process of its own costs 5 to 15 s of imports."""
     from finetune.cli import main
 
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for _ in range(2))
     streams = mock.patch.multiple(sys, stdin=io.StringIO(input), stdout=out, stderr=err)
     with streams, contextlib.chdir(cwd):
         code = main(list(arguments))
@@ -42,4 +42,4 @@ def _text(stream: io.TextIOWrapper) -> str:
     stream.flush()
     content = stream.buffer
     assert isinstance(content, io.BytesIO)
-    return content.getvalue().decode("utf-8")
+    return content.getvalue().decode(stream.encoding)

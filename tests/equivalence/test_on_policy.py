@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,7 @@ from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.distill.on_policy import OnPolicySampler
 from finetune.models.load import load_tokenizer
+from tests.commands import train_on_ranks
 from tests.runs import SMALL_RUN, adapter, differing, metrics, small_run
 
 ON_POLICY = ("distill.objective=recover", "distill.divergence=jsd", "distill.on_policy_tokens=24")
@@ -120,20 +119,11 @@ DETERMINISTIC = (
 )
 
 
-def run_two_ranks(folder: Path) -> None:
-    script = Path(__file__).resolve().parents[2] / "finetune" / "train.py"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    settings = (*SMALL_RUN, *ON_POLICY, *DETERMINISTIC, "train.world_size=2", f"output_dir={folder}")
-    command = [sys.executable, *launcher, str(script), "config=quickstart.yaml", *settings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def test_two_ranks_write_the_same_answers_as_one(tmp_path):
     """The last step of the epoch has a single row, so that one rank has nothing to write."""
     one, two = tmp_path / "1", tmp_path / "2"
     train(small_run(one, *ON_POLICY, *DETERMINISTIC))
-    run_two_ranks(two)
+    train_on_ranks(2, *SMALL_RUN, *ON_POLICY, *DETERMINISTIC, "train.world_size=2", f"output_dir={two}")
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert (a["tokens"], a["target_tokens"]) == (b["tokens"], b["target_tokens"])
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)

@@ -88,11 +88,9 @@ def test_a_reader_that_goes_early_gets_no_traceback(tmp_path: Path):
     assert done.returncode == 1 and done.stderr == ""
 
 
-def test_a_terminal_that_knows_ascii_alone_gets_what_it_can_show(tmp_path: Path):
+def test_a_terminal_without_unicode_gets_question_marks(finetune_command, tmp_path: Path):
     row = {"prompt": "héé 漢 \u202e", "completion": "ok 漢"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     words = ["show=1", "data.train=[{path: rows.jsonl}]", "data.eval=[]", "generation.num_examples=0"]
-    done = subprocess.run(
-        [*COMMAND, *words], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
-    )
+    done = finetune_command("data", "config=quickstart.yaml", *words, encoding="ascii")
     assert done.returncode == 0 and done.stderr == "" and "?ok ?<|im_end|>?" in done.stdout

@@ -29,6 +29,7 @@ def here(tmp_path: Path) -> Path:
 def test_a_run_is_measured_beside_its_base_and_merged(finetune_command, here):
     (here / "mine.py").write_text("def length(prompt, expected, given):\n    return len(given) / len(expected)\n")
     others = packaged("data") / "sample" / "train.jsonl"
+    (here / "run" / "report.html").touch()  # A report that exists is drawn again.
     done = finetune_command(
         "eval",
         "adapter=run",
