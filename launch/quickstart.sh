@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Sets the environment up (once), then fine-tunes the tiny base that comes with the project on its sample rows, in 4-bit.
-# Needs no hub, no GPU and no account; writes to outputs/quickstart-<time> in the current folder.
-#   bash launch/quickstart.sh [key=value …]        for example: bash launch/quickstart.sh train.max_steps=20 lora.rank=16
+# Set up the environment (once), then fine-tune the packaged tiny base in 4 bit on the sample data.
+# It needs no hub, no GPU and no account, and writes to outputs/quickstart-<time> in the current folder.
+#   bash launch/quickstart.sh [key=value …]
+#   bash launch/quickstart.sh train.max_steps=20 lora.rank=16
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$(bash "$root/launch/setup.sh")

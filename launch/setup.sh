@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes the project's Python environment and nothing else; prints the path of its Python.
+# Set up the project's Python environment, and print the path of its Python.
 #   bash launch/setup.sh
-# Without settings: .venv at the top of the checkout, made if needed, with exactly the versions of constraints.txt.
-# FINETUNE_PYTHON=/path/to/python: no .venv; that Python is used, and installed into only if it lacks something.
-# A second start finds everything in place and installs nothing.
+# Default: .venv at the top of the checkout, with exactly the versions of constraints.txt.
+# FINETUNE_PYTHON=/path/to/python: use that Python instead of .venv, and install only missing packages.
+# A second call installs nothing.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 say() { printf '%s\n' "$*" >&2; }
@@ -20,7 +20,7 @@ find_python() {
   return 2
 }
 
-# What this environment lacks, one line each; empty when ready. $2 = pinned: constraints.txt is held exactly.
+# Print missing packages, one per line. $2 = pinned: require exactly the versions of constraints.txt.
 missing() {
   (cd / && "$1" - "$root" "${2-}") <<'PY'
 import importlib.metadata as metadata, importlib.util, pathlib, sys, tomllib
@@ -55,14 +55,14 @@ else
   python=$root/.venv/bin/python
   if ! is_new_enough "$python"; then
     base=$(find_python)
-    say "Making .venv with $("$base" --version) …"
+    say "Creating .venv with $("$base" --version) …"
     "$base" -m venv --clear "$root/.venv" >&2
   fi
   lacking=$(missing "$python" pinned)
 fi
 
 if [[ -n $lacking ]]; then
-  say "Installing into $("$python" -c 'import sys; print(sys.prefix)'), which can take some minutes: ${lacking//$'\n'/, }"
+  say "Installing into $("$python" -c 'import sys; print(sys.prefix)'), which can take a few minutes: ${lacking//$'\n'/, }"
   "$python" -m pip install --disable-pip-version-check --quiet --editable "$root[dev]" --constraint "$root/constraints.txt" >&2
 fi
 printf '%s\n' "$python"
