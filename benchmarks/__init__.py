@@ -1,1 +1,1 @@
-"""What is claimed, measured: `python -m benchmarks.NAME` prints a table and one JSON object on its last line."""
+"""Benchmarks: `python -m benchmarks.NAME` prints a table, and one JSON object on its last line."""

@@ -1,12 +1,11 @@
-"""Choosing 4, 8 or 16 bits for each layer by measurement, against simple choices of the same size: the embedded base.
+"""Compare measured allocations of 4, 8 and 16 bits per layer with simple ones of the same size, on the embedded base.
 
     python -m benchmarks.allocation [rows=256] [held_out=240] [budgets=16] [picture=docs/mixed-precision.png]
 
-Single layers are measured on training rows as `finetune sensitivity` does, and for each budget `finetune allocate`
-chooses: by the knapsack, and then, on the same rows, between that and the simple choices that fit (all layers alike;
-every number of first and last layers in more bits). Everything is then measured as a run computes, on held-out rows
-that nothing was chosen by. Budgets are evenly spaced between all NF4 and all bf16; and the exact sizes of all simple
-choices, where these waste nothing.
+Single layers are measured on training rows, as in `finetune sensitivity`. For each budget, `finetune allocate` solves
+the knapsack, and compares it on the same rows with the simple allocations that fit: all layers alike, and every number
+of first and last layers in more bits. All are then measured with the kernels of a run, on held-out rows that no choice
+depends on. Budgets are evenly spaced between all NF4 and all bf16, plus the exact sizes of the simple allocations.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _COLUMNS = (
 
 
 class Bench:
-    """The embedded base, single layers measured, and whole choices measured when they are first asked for."""
+    """The embedded base with its sensitivities; whole allocations are measured at their first use."""
 
     def __init__(self, rows: int, held_out: int, folder: Path):
         from finetune import load_config
@@ -73,7 +72,7 @@ class Bench:
         self._known: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def figures(self, storage: Mapping[str, str]) -> dict[str, Any]:
-        """Bytes of a choice, what single layers say of it, and its KL on both sets of rows."""
+        """Return the bytes of an allocation, its sum of single KLs, and its KL on both sets of rows."""
         from finetune.mixed_precision.choose import measure_quants, quant_of
 
         key = tuple(storage.values())
@@ -93,7 +92,7 @@ class Bench:
         return self._known[key]
 
     def simple(self) -> dict[str, dict[str, str]]:
-        """All layers alike, and every number of outer layers in more bits than the others."""
+        """Return the simple allocations: all layers alike, and every number of outer layers in more bits."""
         choices = self.choices
         found = {f"all {_bits(kind)}": choices.uniform(kind) for kind in choices.kinds}
         for outer, inner in (("int8", "nf4"), ("none", "nf4"), ("none", "int8")):
@@ -110,7 +109,7 @@ def _bits(kind: str) -> str:
 
 
 def measure(options: Mapping[str, str]) -> dict[str, Any]:
-    """Every figure of the benchmark."""
+    """Measure every figure of the benchmark."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(int(options["rows"]), int(options["held_out"]), Path(folder))
         simple = {name: bench.figures(storage) for name, storage in bench.simple().items()}
@@ -124,7 +123,7 @@ def measure(options: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _line(bench: Bench, simple: Mapping[str, dict[str, Any]], budget: int) -> dict[str, Any]:
-    """What is chosen within a budget of bytes, beside the best of the simple choices on the held-out rows."""
+    """Return the allocation within a budget of bytes, and the best simple one on the held-out rows."""
     from finetune.mixed_precision.allocation import allocate
 
     fitting = {name: figures for name, figures in simple.items() if figures["bytes"] <= budget}
@@ -146,7 +145,7 @@ def _line(bench: Bench, simple: Mapping[str, dict[str, Any]], budget: int) -> di
 
 
 def draw(file: Path, figures: Mapping[str, Any]) -> None:
-    """KL against bytes: what was chosen by measurement, and the simple choices."""
+    """Plot KL against bytes of the measured and the simple allocations."""
     from finetune.system.plotting import figure, save_png
 
     drawn, (axes,) = figure(7.2, 4.2)
@@ -182,9 +181,9 @@ def main(words: list[str]) -> None:
     figures = measure(options)
     report.log(report.table(figures["budgets"], _COLUMNS))
     missed = [name for name, line in figures["budgets"].items() if not line["held"]]
-    report.log(f"a simple choice was better at {len(missed)} of {len(figures['budgets'])} budgets {', '.join(missed)}")
+    report.log(f"simple allocation better: {len(missed)}/{len(figures['budgets'])} budgets {', '.join(missed)}")
     mended = [line["choice"] for line in figures["budgets"].values() if line["choice"] != "knapsack"]
-    report.log(f"the knapsack's own choice was taken but at {len(mended)}: {', '.join(mended)}")
+    report.log(f"knapsack replaced: {len(mended)} budgets: {', '.join(mended)}")
     if options["picture"]:
         draw(Path(options["picture"]), figures)
     summary = {**report.heading("allocation", options, machine), **figures}

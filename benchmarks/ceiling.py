@@ -1,12 +1,11 @@
-"""What this machine's matrix product reaches, in operations a second: the ceiling of every training step.
+"""Measure this machine's matrix products in operations per second: the ceiling of every training step.
 
-In bf16; in fp32 on a processor that has no bf16 products worth the name, where fp32 is the faster.
+They are in bf16, or in fp32 on a CPU where that is faster (no bf16 instructions).
 
     python -m benchmarks.ceiling model=FOLDER [tokens=2048] [seconds=0.4]
 
-Measured on the model's own products (activations times the weights of its largest linears, forward and backward) and on
-squares, each repeated for `seconds` and taken by its median. Which of them counts is for the caller to say, who calls
-this several times between other runs.
+The products are the model's own (activations times the weights of its largest linears, forward and backward) and square
+ones. Each is repeated for `seconds`; its rate is the median. The caller repeats this between other runs and selects.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _MOST_REPEATS, _LEAST_REPEATS = 200, 5
 
 
 def products(config: dict, tokens: int, squares: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, int, int], bool]]:
-    """(name, (rows, inner, columns), transposed weight) of each product to time, no shape twice."""
+    """Return (name, (rows, inner, columns), transposed weight) of each product to time; no shape twice."""
     from finetune.planning.static_memory import linear_shapes
 
     linears = linear_shapes(config)
@@ -38,7 +37,7 @@ def products(config: dict, tokens: int, squares: tuple[int, ...]) -> Iterator[tu
 
 
 def time_product(sizes: tuple[int, int, int], transposed: bool, seconds: float) -> float:
-    """Operations a second of the median of repeated products."""
+    """Return operations per second: the median of repeated products."""
     import torch
 
     from finetune.ops.matmul import uses_fp32_matmul

@@ -1,10 +1,10 @@
-"""The longest context that a memory budget trains: one step over one document, ever longer, until memory is out.
+"""Find the longest context that trains within a memory budget: steps over one document of increasing length.
 
     python -m benchmarks.context model=FOLDER [budget_gb=16] [recompute=offload] [seconds=60] [most=400000]
 
-The budget bounds what torch's allocator may reserve, less what CUDA keeps for itself. Peaks grow by a straight line, so
-the next length is where the line through the last two meets the budget. A length whose step would outlast `seconds` is
-not tried: then `predicted_tokens` says what the line promises, and `tokens` what was really trained.
+The budget limits the memory reserved by torch's allocator, minus CUDA's own. Peaks grow linearly, so the next length is
+where the line through the last two meets the budget. A length whose step would exceed `seconds` is not tried: then
+`predicted_tokens` is the length on the line, and `tokens` the longest trained one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _GROWTH = 8
 
 @dataclass
 class Search:
-    """What was tried. fits: peak bytes by length; fails: lengths that did not fit; seconds: of the longest step."""
+    """Tried lengths. fits: peak bytes by length. fails: lengths that did not fit. seconds: of the longest step."""
 
     fits: dict[int, int] = field(default_factory=dict)
     fails: list[int] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Search:
         return max(self.fits, default=0)
 
     def predicted(self, budget_bytes: float) -> int | None:
-        """Where the line through the two longest peaks meets the budget; None before there are two."""
+        """Return the length where the line through the two longest peaks meets the budget; None with fewer than two."""
         if len(self.fits) < 2:
             return None
         (x1, y1), (x2, y2) = sorted(self.fits.items())[-2:]
@@ -57,7 +57,7 @@ class Search:
         return min([int(x2 + (budget_bytes - y2) / slope), *self.fails]) if slope > 0 else None
 
     def next_length(self, budget_bytes: float, first: int, most: int) -> int | None:
-        """The length to try now; None when the longest is known well enough."""
+        """Return the next length to try; None if the longest is found."""
         if not self.fits:
             shorter = min(self.fails, default=2 * first) // 2
             return shorter if shorter >= 64 else None
@@ -73,7 +73,7 @@ class Search:
 def search(
     attempt: Callable[[int], tuple[int, float] | None], budget_bytes: float, first: int, most: int, limit_seconds: float
 ) -> dict[str, Any]:
-    """attempt(length): (peak bytes, seconds) of a step, None if it did not fit. Returns: the figures of this budget."""
+    """Search with attempt(length) -> (peak bytes, seconds) of a step, or None if it does not fit."""
     began = time.perf_counter()
     found = Search()
     while (length := found.next_length(budget_bytes, first, most)) is not None:
@@ -99,7 +99,7 @@ def search(
 
 
 def build_step(options: dict[str, str], device: Any) -> Callable[[int], None]:
-    """A function of a length: a whole training step over one random document, every token of it a target."""
+    """Return a function that runs a training step over one random document of a length; all its tokens are trained."""
     import numpy as np
     import torch
 
@@ -139,7 +139,7 @@ def build_step(options: dict[str, str], device: Any) -> Callable[[int], None]:
 
 
 def main(words: list[str]) -> None:
-    # Lengths differ from try to try: without it the allocator's leftovers of one stand in the way of the next.
+    # Lengths differ, and without this setting cached blocks of one attempt are useless for the next.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     options = parse(words, DEFAULTS)
     import gc
@@ -169,7 +169,7 @@ def main(words: list[str]) -> None:
             peak = torch.cuda.max_memory_reserved() if cuda else peak_bytes()
         except torch.OutOfMemoryError:
             return None
-        # No allocator bounds a CPU: there the resident size is held against the budget, which it may pass.
+        # On a CPU nothing limits the allocation: the resident size is compared with the budget afterwards.
         return (peak, time.perf_counter() - start) if peak <= budget_bytes else None
 
     found = search(attempt, budget_bytes, int(options["first"]), int(options["most"]), float(options["seconds"]))

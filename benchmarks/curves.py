@@ -1,10 +1,10 @@
-"""Curves of speed and memory over one setting: `python -m benchmarks.throughput curve=length|batch|rank|targets`.
+"""Measure speed and memory over one setting: `python -m benchmarks.throughput curve=length|batch|rank|targets`.
 
-length   packs of 512 … 16k tokens, once of the rows as they are and once with one long row a pack: the first should
-         cost the same a token at any length, the second adds attention's own quadratic term
-batch    packs of `pack` tokens, 1 … 8 a forward pass
-rank     adapters of rank 4 … 128
-targets  which linears are adapted
+length   packs of 512 to 16k tokens: of normal rows (constant cost per token), and of one long row each (quadratic
+         attention)
+batch    packs of `pack` tokens, 1 to 8 per forward pass
+rank     adapters of rank 4 to 128
+targets  linear layers with an adapter
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TARGETS = ("q_proj,v_proj", "q_proj,k_proj,v_proj,o_proj", "all-linear")
 
 @dataclass(frozen=True)
 class Curve:
-    """points: what is on the x axis unless told otherwise. runs: (line, side, a function that runs it) of a point."""
+    """points: default x values. runs: (line, side, function that runs it) of a point."""
 
     points: tuple[str, ...]
     label: str
@@ -74,13 +74,13 @@ CURVES = {
 
 
 def measure_curve(work: Workload, machine: Mapping[str, Any]) -> dict[str, Any]:
-    """Measures every point in a fresh process, draws the PNG and writes both results. Stock is left out unless named.
+    """Measure every point in a fresh process, and write the PNG and both results. Stock runs only if named.
 
-    Raises: MissingExtra before anything is measured if the PNG could not be drawn.
+    Raises: MissingExtra before the first measurement, if no PNG can be drawn.
     """
     name = work.options["curve"]
     if name not in CURVES:
-        raise SystemExit(f"curve={name}: there are {', '.join(CURVES)}")
+        raise SystemExit(f"curve={name}: unknown; choose from {', '.join(CURVES)}")
     if work.options["stock"] == "all":
         work = Workload({**work.options, "stock": "none"}, work.model, work.shape, work.folder, work.cache)
     curve = CURVES[name]
@@ -116,9 +116,9 @@ def measure_curve(work: Workload, machine: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def growth(line: Mapping[str, Figures]) -> dict[str, float | None]:
-    """How a line's last point compares with 2,048 (or else its first): cost a token, and bytes an extra token.
+    """Compare a line's last point with that at 2,048 tokens, or else its first.
 
-    cost_ratio: seconds a token, last over base. bytes_per_token: extra peak over extra tokens of a step, for each
+    cost_ratio: seconds per token, last over base. bytes_per_token: extra peak over extra tokens of a step, for each
     neighboring pair.
     """
     done = {point: figures for point, figures in line.items() if "failed" not in figures}

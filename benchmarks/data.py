@@ -1,11 +1,10 @@
-"""Tokenizing chats with a loss mask: ours against `datasets.map` with TRL's training template, by turns.
+"""Compare tokenizing chats with a loss mask: ours, and `datasets.map` with TRL's training template, alternating.
 
     python -m benchmarks.data rows=train.jsonl tokenizer=FOLDER [processes=2] [repeats=3] [megabytes=64]
 
-Rows are prompt/completion pairs or messages, repeated (with a number in front of the prompt, so that none is a
-duplicate) until the file has `megabytes`. Every run is a fresh process with an empty cache. Counted: from opening the
-file to the finished tokens on disk, imports aside; memory is the sum over parent and workers of what each holds for
-itself (PSS).
+Rows are prompt/completion pairs or messages, repeated until the file has `megabytes`. A number before the prompt keeps
+them different. Every run is a fresh process with an empty cache. Time is from opening the file to tokens on disk,
+without imports. Memory is the sum of PSS over parent and workers.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ RUNS = {"ours": ours, "datasets.map": datasets_map}
 
 
 def write_rows(source: Path, target: Path, size_bytes: int) -> None:
-    """Messages JSONL of at least that size, no two rows alike."""
+    """Write a JSONL of messages of at least that size, without equal rows."""
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
     with target.open("w", encoding="utf-8") as file:
         for number in itertools.count():
@@ -94,7 +93,7 @@ def _as_messages(row: Mapping[str, str]) -> Iterator[dict[str, str]]:
 
 
 class PeakMemory(threading.Thread):
-    """Largest sum of PSS over a process and its children, sampled while it runs."""
+    """Return the largest sum of PSS over a process and its children, sampled while it runs."""
 
     def __init__(self, pid: int):
         super().__init__(daemon=True)
@@ -123,7 +122,7 @@ def _pss_bytes(pid: int) -> int:
 
 
 def measure(name: str, file: Path, options: Mapping[str, str]) -> dict[str, Any]:
-    """One run in a fresh process with an empty cache."""
+    """Measure one run in a fresh process with an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
         words = [f"{key}={options[key]}" for key in ("tokenizer", "processes")]
         command = [sys.executable, "-m", "benchmarks.data", f"run={name}", f"rows={file}", *words]

@@ -1,12 +1,13 @@
-"""Answers of an NF4 model with an adapter: what reading prompts and writing a token costs, ours against transformers'.
+"""Measure generation of an NF4 model with an adapter: prompts and tokens, ours against transformers.
 
     python -m benchmarks.decoding [size=0.5B] [tokenizer=FOLDER] [batches=1,8,32] [prompt=128] [tokens=8] [repeats=3]
 
-`ours` is what evaluation and on-policy distillation write with, `resident` the same over weights that are dequantized
-once (`quant.keep_dequantized=true`; `finetune chat` has it so on a CPU), `transformers` PEFT and `generate` over
-bitsandbytes'
-layers; with `+fp32` loaded and computed in fp32, where the processor has no bf16 products. All by turns in fresh
-processes, greedy, over the same random prompts of one length; nothing ends before `tokens`.
+ours          the generation of evaluation and on-policy distillation
+resident      the same with `quant.keep_dequantized=true`: weights are dequantized once, as in `finetune chat` on a CPU
+transformers  PEFT and `generate` on layers of bitsandbytes
++fp32         loaded and computed in fp32, on a CPU without bf16 instructions
+
+All alternate in fresh processes, greedy, with the same random prompts of one length; no answer ends before `tokens`.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ COLUMNS = (
     ("peak GB", "peak_bytes", 1e-9, ".2f"),
 )
 _ADAPTER: dict[str, Any] = {"r": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-# (prompts [B, L], how many tokens each is answered with) -> the moment at which the logits of each token were there.
+# (prompts [B, L], number of new tokens) -> the time at which the logits of each token were ready.
 Write = Callable[[Any, int], list[float]]
 
 
 def by_us(folder: str, resident: bool) -> Write:
-    """The writer of our evaluations."""
+    """Build the generation of our evaluations."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -72,7 +73,7 @@ def by_us(folder: str, resident: bool) -> Write:
 
         def choose(logits_NV: Any, *which: Any) -> Any:
             chosen = greedy(logits_NV, *which)
-            chosen.tolist()  # a GPU is waited for
+            chosen.tolist()  # waits for a GPU
             moments.append(time.perf_counter())
             return chosen
 
@@ -85,7 +86,7 @@ def by_us(folder: str, resident: bool) -> Write:
 
 
 def by_transformers(folder: str, dtype: Any) -> Write:
-    """`generate` of a PeftModel."""
+    """Build `generate` of a PeftModel."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -96,7 +97,7 @@ def by_transformers(folder: str, dtype: Any) -> Write:
         moments: list[float] = []
 
         def note(ids: Any, scores: Any) -> Any:
-            scores.argmax(-1).tolist()  # a GPU is waited for
+            scores.argmax(-1).tolist()  # waits for a GPU
             moments.append(time.perf_counter())
             return scores
 
@@ -116,7 +117,7 @@ def by_transformers(folder: str, dtype: Any) -> Write:
 
 
 def one_side(options: dict[str, str]) -> dict[str, dict[str, float]]:
-    """By number of prompts, what writing takes in this process."""
+    """Measure generation in this process, by number of prompts."""
     import torch
 
     side, folder, tokens = options["side"], options["model"], int(options["tokens"])
@@ -128,7 +129,7 @@ def one_side(options: dict[str, str]) -> dict[str, dict[str, float]]:
     for count in map(int, options["batches"].split(",")):
         torch.manual_seed(count)
         prompts_BL = torch.randint(0, 1000, (count, int(options["prompt"])))
-        write(prompts_BL, 1)  # kernels of these shapes are made
+        write(prompts_BL, 1)  # compiles the kernels of these shapes
         began = time.perf_counter()
         moments = write(prompts_BL, 1 + tokens)
         token_seconds = median(later - earlier for earlier, later in pairwise(moments))

@@ -1,13 +1,13 @@
-"""The price of distilling: what a teacher adds to plain fine-tuning on the same rows; ours against stock GKDTrainer.
+"""Measure the cost of a teacher over plain fine-tuning on the same rows, and compare with stock GKDTrainer.
 
     python -m benchmarks.distill [size=0.5B] [rows=FILE] [tokenizer=FOLDER] [repeats=3] [steps=4] [length=512] [batch=4]
                                  [pack=1024] [variants=cached,resident,…] [ours=fast] [stock=gkd,…]
 
-All run by turns in fresh processes, steps of equal numbers of tokens; the teacher is the same model in bf16. Step k of
-every variant of ours holds the same rows in the same packs, so `plain` and `cached` differ by the teacher alone, and
-peaks are of whole processes. The signals of `cached` are written before, by `finetune cache` on the very config. Those
-runs leave out `distill.spot_check`, which reads the teacher once at the start; `cached+check` has it. No run evaluates
-or generates. Targets are the answers (stock trains on a newline after each besides, see benchmarks/stock.py).
+All alternate in fresh processes, with equal numbers of tokens per step. The teacher is the same model in bf16. Step k
+of all our variants has the same rows in the same packs, so `plain` and `cached` differ only by the teacher. Peaks are
+of whole processes. `finetune cache` writes the teacher outputs of `cached` before, with the same config. These runs
+skip `distill.spot_check`, which reads the teacher once at the start; `cached+check` has it. No run evaluates or
+generates. Answers are trained; stock also trains the newline after each (benchmarks/stock.py).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Variant:
-    """settings: of ours, beside those that all variants share. tier: of the cache that is read, if one is.
-    passes: what of a teacher's forward pass a step holds: none, its head, the whole.
+    """settings: of ours, in addition to the common ones. tier: kind of the cache that is read, if any.
+    passes: part of a teacher's forward pass in a step: none, its head, all.
     """
 
     settings: str = ""
@@ -49,7 +49,7 @@ VARIANTS = {
     "streamed": Variant("distill.objective=recover;distill.teacher.placement=streamed", passes="whole"),
     "anchor": Variant("distill.objective=sft+anchor;distill.teacher.placement=resident", passes="whole"),
 }
-# Variant, figure, bound and on which side of it to be.
+# Variant, figure, side, bound.
 BARS = (
     ("cached", "price", "at_most", 1.10),
     ("cached", "peak_price", "at_most", 1.05),
@@ -79,15 +79,15 @@ Runs = dict[str, list[dict[str, Any]]]
 
 
 def chosen(options: Mapping[str, str]) -> list[str]:
-    """Variants of ours to run, `plain` first. Raises: SystemExit with those that there are."""
+    """Return our variants to run, `plain` first. Raises SystemExit with the known ones."""
     given = [*VARIANTS] if options["variants"] == "all" else options["variants"].split(",")
     if unknown := [name for name in given if name not in VARIANTS]:
-        raise SystemExit(f"variants={','.join(unknown)}: there are all, {', '.join(VARIANTS)}")
+        raise SystemExit(f"variants={','.join(unknown)}: unknown; choose from all, {', '.join(VARIANTS)}")
     return [*dict.fromkeys([PLAIN, *given])]
 
 
 def run_ours(work: Workload, variant: Variant, module: str = "benchmarks.ours", **changes: Any) -> dict[str, Any]:
-    """A run of ours, or what else `module` measures on its config: packs of one forward pass each."""
+    """Run ours, or another `module` with its config; each pack is one forward pass."""
     options, settings = work.options, variant.settings
     if variant.tier is not None:
         folder = work.folder / f"teacher-{variant.tier}"
@@ -98,7 +98,7 @@ def run_ours(work: Workload, variant: Variant, module: str = "benchmarks.ours", 
 
 
 def write_signals(work: Workload, names: list[str]) -> dict[str, Figures]:
-    """One cache for each tier that the variants read, by tier: what it took."""
+    """Write one cache for each kind that the variants read, and return its figures by kind."""
     written: dict[str, Figures] = {}
     for variant in map(VARIANTS.__getitem__, names):
         if variant.tier is not None and variant.tier not in written:
@@ -108,8 +108,9 @@ def write_signals(work: Workload, names: list[str]) -> dict[str, Figures]:
 
 
 def alternate(work: Workload, names: list[str]) -> Runs:
-    """All runs by name (`ours NAME`, `stock NAME`), by turns, after a run that counts for nothing: it quantizes the
-    base, which the others find done, and so do their peaks.
+    """Run all by name (`ours NAME`, `stock NAME`), alternating.
+
+    An uncounted run first quantizes the base into the cache, for the times and peaks of all others.
     """
     options = work.options
     run_ours(work, VARIANTS[PLAIN], steps=1)
@@ -128,7 +129,7 @@ def alternate(work: Workload, names: list[str]) -> Runs:
 
 
 def figures_of(work: Workload, side: str, run: Mapping[str, Any]) -> Figures:
-    """Figures of a run. Its rate of operations is left out: it counts the student alone."""
+    """Return the figures of a run, without its rate of operations, which counts only the student."""
     figures = run_figures(run, warmup_of(side, work.options), work.shape)
     if "failed" in figures:
         return figures
@@ -137,7 +138,7 @@ def figures_of(work: Workload, side: str, run: Mapping[str, Any]) -> Figures:
 
 
 def needed_price(shape: Mapping[str, Any], run: Mapping[str, Any], passes: str) -> float:
-    """Operations that a run's steps need with what they hold of a teacher's forward pass, over those without."""
+    """Return operations of a run's steps with their part of a teacher's forward pass, over those without."""
     tokens, targets, computed = (
         sum(step[key] for step in run["steps"]) for key in ("tokens", "target_tokens", "computed_tokens")
     )
@@ -150,7 +151,7 @@ def needed_price(shape: Mapping[str, Any], run: Mapping[str, Any], passes: str) 
 
 
 def prices(figures: Figures, plain: Figures) -> Figures:
-    """price: seconds of a step over plain fine-tuning's; peak_price: the same of peaks."""
+    """Return price (seconds per step over plain fine-tuning) and peak_price (the same for peaks)."""
     if "failed" in figures or "failed" in plain:
         return {"price": None, "peak_price": None}
     return {
@@ -160,7 +161,7 @@ def prices(figures: Figures, plain: Figures) -> Figures:
 
 
 def judged(found: Mapping[str, Figures]) -> list[dict[str, Any]]:
-    """The bars of variants that were run: what was found and whether it is good enough (None if it is not known)."""
+    """Return the bounds of the variants that ran: the value, and whether it is met (None if unknown)."""
     verdicts: list[dict[str, Any]] = []
     for name, key, side, bound in BARS:
         if name in found:
@@ -171,7 +172,7 @@ def judged(found: Mapping[str, Figures]) -> list[dict[str, Any]]:
 
 
 def summarize(work: Workload, runs: Runs, signals: Mapping[str, Figures]) -> dict[str, Any]:
-    """The figures that the table and the JSON hold; ratios are of medians, `by_turn` shows how far turns differ."""
+    """Return the figures of table and JSON; ratios are of medians, `by_turn` has the single repetitions."""
     each = {name: [figures_of(work, name.partition(" ")[0], run) for run in done] for name, done in runs.items()}
     lines = {name: medians(turns) for name, turns in each.items()}
     ours = {name.removeprefix("ours "): line for name, line in lines.items() if name.startswith("ours ")}
@@ -217,7 +218,7 @@ def main(words: list[str]) -> None:
     machine = device()
     with prepared(options) as work:
         if len(work.ours_variants()) != 1:
-            raise SystemExit(f"ours={options['ours']}: name one, whose settings all variants share")
+            raise SystemExit(f"ours={options['ours']}: set exactly one; all variants share its settings")
         signals = write_signals(work, names)
         runs = alternate(work, names)
         summary = {**report.heading("distill", work.options, machine), **summarize(work, runs, signals)}

@@ -1,10 +1,10 @@
-"""Every export of one trained adapter: how large it is, how far from its source, and how many held-out rows it answers.
+"""Measure every export of one adapter: size, distance from its source, and exact match on held-out rows.
 
     python -m benchmarks.exports adapter=outputs/quickstart [rows=200] [only=gguf:q8_0,onnx:int4] [work=FOLDER]
 
-Each export is written and verified by `finetune export`, then answers the run's held-out rows greedily, read by the
-program it is for where that is installed: transformers, onnxruntime-genai; GGUF through transformers' reader, which
-computes with the file's own numbers. `trained` is the 4-bit base with the adapter beside it.
+`finetune export` writes and verifies each export. Then it answers the run's held-out rows greedily, in its own program
+if that is installed: transformers or onnxruntime-genai. GGUF uses transformers' reader with the file's own numbers.
+`trained` is the 4-bit base with the adapter.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ EXPORTS = (
 
 @dataclass(frozen=True)
 class Exam:
-    """Held-out rows with what they are answered with. asks: of a model in transformers, its answers."""
+    """Held-out rows with their expected answers. asks: generates the answers of a transformers model."""
 
     conversations: Sequence[Any]
     tokenizer: Any
@@ -70,7 +70,7 @@ class Exam:
         )
 
     def of_answers(self, answer: Callable[[list[int]], list[int]]) -> float:
-        """answer: new ids for the ids of a prompt."""
+        """answer: generates new ids for the ids of a prompt."""
         right = 0
         for row in self.conversations:
             *asked, expected = row.messages
@@ -88,7 +88,7 @@ def exam_of(adapter: Path, rows: int, max_new_tokens: int) -> Exam:
 
     cfg = saved_config(adapter)
     if cfg is None:
-        raise SystemExit(f"adapter={adapter}: a run's folder is needed, for its held-out rows")
+        raise SystemExit(f"adapter={adapter}: not a run folder with held-out rows")
     tokenizer = load_adapter_tokenizer(cfg.model, adapter)
     chat = ChatTemplate(tokenizer)
     preparation = Preparation(cfg.data, chat)
@@ -122,7 +122,7 @@ def in_onnxruntime(folder: Path, exam: Exam) -> float:
 
 
 def one_export(name: str, adapter: Path, out: Path, exam: Exam) -> dict[str, Any]:
-    """Write one format, and let it answer."""
+    """Write one format, and generate its answers."""
     from finetune.config.command_options import ExportOptions
     from finetune.config.options import read_options
     from finetune.export.export import export_model
@@ -149,7 +149,7 @@ def one_export(name: str, adapter: Path, out: Path, exam: Exam) -> dict[str, Any
 
 
 def describe(base: float, found: dict[str, dict[str, Any]]) -> str:
-    """The table, as markdown."""
+    """Format the table as Markdown."""
     lines = [
         "| | size | KL from the merged model, nats a token | greedy tokens kept | held-out exact match |",
         "|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""From the steps of runs to the figures of a table: rates, peaks, shares of the ceiling."""
+"""Compute the figures of a table from the steps of runs: rates, peaks, shares of the ceiling."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Figures = dict[str, Any]
 
 
 def run_figures(run: Mapping[str, Any], warmup: int, shape: Mapping[str, Any]) -> Figures:
-    """Rates and peaks of one run, its first `warmup` steps left out; a failed run is returned as it is.
+    """Compute rates and peaks of one run without its first `warmup` steps; return a failed run unchanged.
 
-    tokens: of the rows, padding excluded. flops_per_second: what the mathematics needed (benchmarks/flops.py).
+    tokens: without padding. flops_per_second: of the operations that the mathematics needs (benchmarks/flops.py).
     """
     if "failed" in run:
         return {"failed": run["failed"]}
@@ -41,7 +41,7 @@ def run_figures(run: Mapping[str, Any], warmup: int, shape: Mapping[str, Any]) -
 
 
 def medians(runs: Sequence[Figures]) -> Figures:
-    """The median of each figure over the runs that were done; `failed` if none was."""
+    """Return the median of each figure over the finished runs; `failed` if there is none."""
     done = [run for run in runs if "failed" not in run]
     if not done:
         return {"failed": runs[0]["failed"]} if runs else {"failed": "not run"}
@@ -50,7 +50,7 @@ def medians(runs: Sequence[Figures]) -> Figures:
 
 
 def ceiling_of(measured: Sequence[Mapping[str, float]]) -> Figures:
-    """The best of the products' medians, over all times that they were measured."""
+    """Return the best median of all products, over all measurements."""
     names = {name for rates in measured for name in rates}
     rates = {name: median(rates[name] for rates in measured if name in rates) for name in sorted(names)}
     if not rates:
@@ -66,7 +66,7 @@ def share_of_ceiling(figures: Figures, ceiling: Figures) -> float | None:
 
 
 def compare(ours: Figures, stock: Mapping[str, Figures]) -> dict[str, float | None]:
-    """ratio: our tokens a second over the best stock variant's; peak_ratio: our peak over the lowest stock peak."""
+    """Return ratio (our tokens/s over the best stock ones) and peak_ratio (our peak over the lowest stock peak)."""
     done = [figures for figures in stock.values() if "failed" not in figures]
     if "failed" in ours or not done:
         return {"ratio": None, "peak_ratio": None}

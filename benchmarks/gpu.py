@@ -1,10 +1,10 @@
-"""Everything that a GPU is asked for, in one go: ten minutes on one GPU, nothing installed or downloaded.
+"""Measure everything on one GPU in ten minutes, without installing or downloading.
 
     python -m benchmarks.gpu [size=7B] [minutes=9.5] [parts=throughput,recompute,peers,context] [lengths=2048,8192]
 
-Each run is its own process with a limit of time, and what fails is recorded while the rest goes on. The results file is
-written after every run, so a benchmark that is cut short leaves what it had. Runs that find no time left say so.
-Without a GPU it runs on the CPU, where `size=tiny` proves the harness within two minutes.
+Each run is a process with a time limit. Failures are recorded, and the other runs continue. The results file is written
+after every run, so an interrupted benchmark keeps its results. Runs without time left are recorded as failed.
+Without a GPU it runs on the CPU, where `size=tiny` checks the harness within two minutes.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ OPTIONS = {
     "run_seconds": "150",
     "ceiling_seconds": "0.3",
 }
-# Unsloth's documentation: longest context of Llama-3.1-8B QLoRA, rank 32 on all linears, one row a batch.
+# Unsloth's documentation: longest context of Llama-3.1-8B QLoRA, rank 32 on all linears, one row per batch.
 PUBLISHED_TOKENS = {"16": 40_724, "24": 78_475, "80": 342_733}
 Run = tuple[str, Callable[[Workload], dict[str, Any]]]
 
 
 def planned(options: Mapping[str, str]) -> Iterator[Run]:
-    """Every run by name, the most telling first, for time may run out. `repeats` takes the throughput runs by turns."""
+    """Return every run by name, the most important first. `repeats` alternates the throughput runs."""
     parts = options["parts"].split(",")
     lengths = [int(length) for length in options["lengths"].split(",")]
     stock = [name for name in options["stock"].split(",") if name not in ("", "none")]
@@ -88,19 +88,19 @@ def _context(budget: str) -> Callable[[Workload], dict[str, Any]]:
             "rank": work.options["rank"],
             "targets": work.options["targets"],
         }
-        # Loading comes before the search, and the last step of one may take as long as all before it.
+        # Loading precedes the search, and the last step may take as long as all before it.
         return measure("benchmarks.context", options, min(work.limit_seconds, 2 * seconds + 60), work.cache)
 
     return run
 
 
 def limited(work: Workload, seconds: float) -> Workload:
-    """The same workload with so many seconds for its next run."""
+    """Return the same workload with a time limit for its next run."""
     return Workload({**work.options, "minutes": str(seconds / 60)}, work.model, work.shape, work.folder, work.cache)
 
 
 def summarize(runs: Mapping[str, list[dict[str, Any]]], ceiling: Figures, work: Workload) -> dict[str, Any]:
-    """Figures by length: ours, stock and peers, their ratios; recompute's peaks; contexts; start-up."""
+    """Summarize by length: ours, stock, peers, their ratios, peaks with checkpointing, contexts and start-up."""
     lines: dict[str, Figures] = {}
     for name, done in runs.items():
         if name.startswith("context"):
@@ -143,7 +143,7 @@ def summarize(runs: Mapping[str, list[dict[str, Any]]], ceiling: Figures, work: 
 
 
 def measure_all(work: Workload, machine: Mapping[str, Any], deadline: float) -> dict[str, Any]:
-    """Runs what is planned until `deadline` (time.monotonic), writing the results after each run."""
+    """Run the planned runs until `deadline` (time.monotonic), and write the results after each."""
     file = report.results_file("gpu", work.options, machine)
     runs: dict[str, list[dict[str, Any]]] = {}
     ceilings: list[dict[str, float]] = []
@@ -156,19 +156,19 @@ def measure_all(work: Workload, machine: Mapping[str, Any], deadline: float) -> 
         seconds = min(left, float(work.options["run_seconds"]))
         outcome = run(limited(work, seconds)) if left > 5 else {"failed": "no time left"}
         runs.setdefault(name, []).append(outcome)
-        report.log(f"{max(0.0, deadline - time.monotonic()):>5.0f} s left  {name}: {_told(name, outcome)}")
+        report.log(f"{max(0.0, deadline - time.monotonic()):>5.0f} s left  {name}: {_outcome(name, outcome)}")
         figures = summarize(runs, ceiling_of(ceilings), work)
         summary = {**report.heading("gpu", work.options, machine), **figures, "runs": runs}
         report.write(file, summary)
     return summary
 
 
-def _told(name: str, outcome: Mapping[str, Any]) -> str:
+def _outcome(name: str, outcome: Mapping[str, Any]) -> str:
     if "failed" in outcome:
         return outcome["failed"]
     if name.startswith("context"):
         return f"{outcome['tokens']:,} tokens trained, {outcome['predicted_tokens'] or 0:,} predicted"
-    return f"{outcome['steps'][-1]['seconds']:.2f} s a step, peak {outcome['peak_bytes'] / 1e9:.2f} GB"
+    return f"{outcome['steps'][-1]['seconds']:.2f} s per step, peak {outcome['peak_bytes'] / 1e9:.2f} GB"
 
 
 def main(words: list[str]) -> None:
@@ -176,7 +176,7 @@ def main(words: list[str]) -> None:
     deadline = time.monotonic() + 60 * float(options["minutes"])
     machine = device()
     if machine["kind"] == "cpu":
-        report.log("no GPU here: measured on the CPU")
+        report.log("device: cpu (no GPU found)")
     with prepared(options) as work:
         summary = measure_all(work, machine, deadline)
     report.log("\n" + report.table(summary["table"]))

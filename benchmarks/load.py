@@ -1,11 +1,11 @@
-"""Loading a 4-bit base: the first start, the next ones, and transformers' from_pretrained, by turns.
+"""Compare loading a 4-bit base: first start, later starts, and transformers' from_pretrained, alternating.
 
     python -m benchmarks.load model=FOLDER|size=0.5B [type=nf4] [double=true] [repeats=3] [disk=warm|cold] [work=FOLDER]
 
-Every load is a fresh process. `first` quantizes and fills an empty cache, `next` finds it there. Counted: from imported
-libraries to a model that can run; beside it the first forward pass of 16 tokens, which touches the mapped files.
-Peak: the highest resident size above that of the interpreter with its libraries, mapped files included (and, on a GPU,
-what its allocator gave out). disk=cold asks the system to forget the files before each load.
+Every load is a fresh process. `first` quantizes and fills an empty cache; `next` reads it. Time is from imported
+libraries to a model that can run, and separately the first forward pass of 16 tokens, which touches the mapped files.
+Peak: the highest resident size above that of the interpreter with its libraries, with mapped files (on a GPU also the
+allocated bytes). disk=cold drops the files from the system's cache before each load.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ RUNS = {"first": by_us, "next": by_us, "transformers": by_transformers}
 
 
 def one_load(options: dict[str, str]) -> dict[str, Any]:
-    """Load in this process and say what it took."""
+    """Load in this process, and return time and memory."""
     import bitsandbytes  # noqa: F401
     import torch
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
@@ -71,7 +71,7 @@ def one_load(options: dict[str, str]) -> dict[str, Any]:
 
     place = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     torch.zeros(1, device=place)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = memory()
     start = time.perf_counter()
     load = RUNS[options["run"]]
@@ -97,7 +97,7 @@ def memory() -> dict[str, int]:
 
 
 def forget(*folders: Path) -> None:
-    """Ask the system to drop the files' pages, so that they are read from the disk again."""
+    """Drop the files' pages from the system's cache, so that they are read from the disk again."""
     for file in (path for folder in folders for path in folder.rglob("*.safetensors")):
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -105,12 +105,12 @@ def forget(*folders: Path) -> None:
 
 
 def all_loads(options: dict[str, str], cache: Path) -> dict[str, list[dict[str, Any]]]:
-    """Each kind `repeats` times, by turns."""
+    """Measure each kind `repeats` times, alternating."""
     done: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS}
     for _ in range(int(options["repeats"])):
         for name in RUNS:
             if name == "first":
-                # The digest of the weights is forgotten too: a first start has not seen them.
+                # Also removes the digest of the weights: a first start has none.
                 shutil.rmtree(cache, ignore_errors=True)
             if options["disk"] == "cold":
                 forget(Path(options["model"]), cache)
@@ -127,7 +127,7 @@ def all_loads(options: dict[str, str], cache: Path) -> dict[str, list[dict[str, 
 
 
 def summary_of(done: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians of each kind, and their ratios."""
+    """Return the medians of each kind, and their ratios."""
     keys = ("seconds", "forward_seconds", "peak_bytes", "anonymous_bytes", "gpu_peak_bytes")
     loads = {
         name: {key: median(run[key] for run in runs) if runs[0][key] is not None else None for key in keys}

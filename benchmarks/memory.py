@@ -1,10 +1,10 @@
-"""Peak memory over the tokens of a forward pass: what a run holds anyway, and what each token adds.
+"""Measure peak memory over the tokens of a forward pass: the static part, and bytes per token.
 
     python -m benchmarks.memory [size=0.5B] [points=512,1024,2048,4096] [recompute=none,auto,all]
                                 [stock=all] [steps=1]
 
-Every point is a fresh process that trains packs of that many tokens, one a step. A line through the peaks of the
-training proper (loading is counted apart) gives the static part and the bytes a token.
+Every point is a fresh process that trains one pack of that many tokens per step. A line through the peaks of training
+(without loading) gives both.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Run = tuple[str, str, Callable[[], dict[str, Any]]]
 
 
 def fit(peaks: Mapping[float, float]) -> dict[str, float | None]:
-    """The line of least squares through peak bytes over tokens.
+    """Fit a line of least squares to peak bytes over tokens.
 
-    Returns: static_bytes (at 0 tokens), bytes_per_token, and curvature: bytes a token between the two longest over
-    those between the two shortest; 1 is a straight line. None where points are too few.
+    Returns: static_bytes (at 0 tokens), bytes_per_token, and curvature: bytes per token between the two longest points
+    over those between the two shortest; 1 is a straight line. None with too few points.
     """
     if len(peaks) < 2:
         return {"static_bytes": None, "bytes_per_token": None, "curvature": None}
@@ -53,7 +53,7 @@ def fit(peaks: Mapping[float, float]) -> dict[str, float | None]:
 
 
 def runs_at(work: Workload, tokens: int) -> Iterator[Run]:
-    """(line, side, function that runs it) of every line at one number of tokens."""
+    """Return (line, side, function that runs it) of every line at one number of tokens."""
     for policy in filter(None, work.options["recompute"].split(",")):
         for name in work.ours_variants():
             settings = f"{work.variant(name)};train.gradient_checkpointing={policy}"
@@ -63,7 +63,7 @@ def runs_at(work: Workload, tokens: int) -> Iterator[Run]:
 
 
 def summarize(series: Mapping[str, Mapping[str, Figures]]) -> dict[str, Any]:
-    """The fit of each line; peak_ratio of our lowest over the lowest stock peak at the longest point that both reached.
+    """Return each line's fit, and peak_ratio: our lowest over the lowest stock peak at the longest common point.
 
     `ours` and `stock` hold each line's fit and its peak by point.
     """

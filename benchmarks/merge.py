@@ -1,11 +1,11 @@
-"""Merging a sharded model of real widths: ours, PEFT's merge_and_unload, and a mere copy of the files, by turns.
+"""Compare merging a sharded model of real widths: ours, PEFT's merge_and_unload, and a copy of the files, alternating.
 
     python -m benchmarks.merge [size=7B] [layers=4] [targets=q_proj,v_proj] [rank=16] [repeats=3] [limit=2GB] [work=DIR]
 
-Every run is a fresh process. Dequantized merges quantize the base first, unless it was trained on this machine: then
-its cache holds it. Counted is the time from imported libraries to a whole folder on the disk. Peak: the highest
-resident size above that of the interpreter with its libraries. `bound` is what ours may take: the largest adapted
-matrix in fp32, the adapter, and 300 MB. limit: besides, ours is run once with so much memory and no more.
+Every run is a fresh process. Dequantized merges quantize the base first, unless training left it in the cache. Time is
+from imported libraries to a complete folder on the disk. Peak: the highest resident size above that of the interpreter
+with its libraries. `bound` is the bound for ours: the largest adapted matrix in fp32, the adapter, and 300 MB. `limit`
+is the memory of one more run of ours.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ALLOWED_BYTES = 300e6
 
 
 def write_adapter(model: Path, folder: Path, targets: list[str], rank: int) -> Path:
-    """A PEFT adapter with random factors for the model's layers."""
+    """Write a PEFT adapter with random factors for the model's layers."""
     import torch
     from safetensors.torch import save_file
 
@@ -89,7 +89,7 @@ def dequantized(options: dict[str, str]) -> None:
 
 
 def loaded(options: dict[str, str]) -> None:
-    """What training does first: the base in 4 bit, which leaves its cache."""
+    """Load the base in 4 bit as training does, which fills the cache."""
     from finetune.config.schema import ModelConfig, QuantConfig
     from finetune.models.load import load_base
 
@@ -130,7 +130,7 @@ RUNS = {
 
 
 def one_run(options: dict[str, str]) -> dict[str, float]:
-    """Merge in this process and say what it took."""
+    """Merge in this process, and return time and memory."""
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
     import torch
@@ -144,17 +144,17 @@ def one_run(options: dict[str, str]) -> dict[str, float]:
 
         allowed = memory()["VmData"] - memory()["RssAnon"] + parse_size("limit", options["limit"])
         resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
-    os.sync()  # what the run before has left to write is none of this one's
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    os.sync()  # writes of the previous run do not count for this one
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before, start = memory(), time.perf_counter()
     RUNS[options["run"]](options)
     return {"seconds": time.perf_counter() - start, "peak_bytes": memory()["VmHWM"] - before["VmRSS"]}
 
 
 def run(options: dict[str, str], name: str, limit: str = "") -> dict[str, Any]:
-    """One merge in a fresh process; what it wrote is removed again."""
+    """Measure one merge in a fresh process, and remove its output."""
     shutil.rmtree(options["out"], ignore_errors=True)
-    # Where the base was loaded before, its 4-bit form is in the cache.
+    # After an earlier load, the 4-bit base is in the cache.
     cache = Path(options["work"]) / ("merge-cache" if "trained" in name or name == "load" else "no-cache")
     found = measure("benchmarks.merge", {**options, "run": name, "limit": limit}, _LIMIT_SECONDS, cache)
     shutil.rmtree(options["out"], ignore_errors=True)
@@ -171,7 +171,7 @@ def bound_bytes(model: Path, adapter: Path, targets: list[str]) -> float:
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """The table, as markdown."""
+    """Format the table as Markdown."""
     lines = ["| | seconds | of a copy's time | peak | of PEFT's peak |", "|---|---|---|---|---|"]
     runs = summary["runs"]
     for name, found in runs.items():

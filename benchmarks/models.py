@@ -1,8 +1,8 @@
-"""Random-weight Qwen2.5 of any size, on disk: speed and memory do not depend on what the weights are.
+"""Write a Qwen2.5 with random weights of any size: speed and memory do not depend on the values.
 
     python -m benchmarks.models size=7B tokenizer=FOLDER folder=TARGET [layers=4]
 
-One layer is drawn and written under every layer's name, so a 7B takes as long as its bytes take to the disk.
+One random layer is written under every layer's name, so a 7B takes only the time of writing its bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.processes import parse
 from finetune.models.families import QWEN25_SHAPES
 
-# Two layers and grouped heads: proves a benchmark from end to end within seconds, and measures nothing.
+# Two layers and grouped heads: runs a benchmark from end to end within seconds, to test it.
 TINY = {
     "model_type": "qwen2",
     "hidden_size": 64,
@@ -34,23 +34,22 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "me
 
 
 def shape_of_size(size: str, tokenizer: Path) -> dict[str, Any]:
-    """The config of a size; `tiny` gets the vocabulary that its tokenizer needs."""
+    """Return the config of a size; `tiny` has the vocabulary of its tokenizer."""
     if size == "tiny":
         from tokenizers import Tokenizer
 
         words = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).get_vocab_size()
         return {**TINY, "vocab_size": max(TINY["vocab_size"], words)}
     if size not in QWEN25_SHAPES:
-        raise SystemExit(f"size={size}: there are {', '.join(QWEN25_SHAPES)} and tiny")
+        raise SystemExit(f"size={size}: unknown; choose from {', '.join(QWEN25_SHAPES)}, tiny")
     return QWEN25_SHAPES[size]
 
 
 def write_random_model(size: str, tokenizer: Path, folder: Path, seed: int = 0, layers: int | None = None) -> Path:
-    """A bf16 checkpoint of that size with that tokenizer in `folder`, made once; one file for each layer.
+    """Write a bf16 checkpoint of that size with that tokenizer to `folder` if it is missing; one file per layer.
 
-    layers: fewer than the size has, at its real widths.
-
-    Biases are drawn too, since a zero bias could be left out by mistake and nobody would see.
+    layers: a smaller number of layers, with the real widths. Biases are random too: a test would not notice a
+    missing bias of zero.
     """
     if (folder / "config.json").exists():
         return folder
@@ -97,13 +96,13 @@ def write_random_model(size: str, tokenizer: Path, folder: Path, seed: int = 0, 
         "hidden_act": "silu",
         "initializer_range": 0.02,
     }
-    # Last, so that a folder that was cut short is made again.
+    # Written last, so that an incomplete folder is written again.
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     return folder
 
 
 def layer_tensors(shape: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and sizes of one Qwen2 layer's tensors."""
+    """Return names and sizes of one Qwen2 layer's tensors."""
     from finetune.planning.static_memory import linear_shapes
 
     hidden = shape["hidden_size"]

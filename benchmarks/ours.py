@@ -1,9 +1,9 @@
-"""One run of this package for a benchmark: `finetune.train` on a config, as anyone would start it.
+"""Run `finetune.train` on a config for a benchmark.
 
     python -m benchmarks.ours model=FOLDER rows=MESSAGES.jsonl [steps=4] [length=2048] [batch=1] [micro=1]
                               [set=key=value;…]
 
-Seconds and tokens are those of the run's own metrics.jsonl: a step is data, forward, backward, clipping and optimizer.
+Seconds and tokens come from the run's metrics.jsonl: a step is data, forward, backward, clipping and optimizer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DEFAULTS = {
 
 
 def write_config(options: Mapping[str, str], folder: Path) -> Path:
-    """The YAML of the run."""
+    """Return the YAML of the run."""
     targets = options["targets"]
     config = {
         "output_dir": str(folder / "run"),
@@ -46,7 +46,7 @@ def write_config(options: Mapping[str, str], folder: Path) -> Path:
             "rank": int(options["rank"]),
             "target_modules": targets if targets == "all-linear" else targets.split(","),
         },
-        # Long rows are cut off, as TRL does; one process tokenizes, for a few hundred rows repay no more.
+        # Long rows are cut off, as in TRL. One process tokenizes: for a few hundred rows, more are slower.
         "data": {
             "train": [{"path": options["rows"]}],
             "max_length": int(options["length"]),
@@ -69,7 +69,7 @@ def write_config(options: Mapping[str, str], folder: Path) -> Path:
 
 
 def split_training(peaks: Peaks) -> None:
-    """Count the peak anew when the loop begins: the one seam between loading and training is the recipe's `fit`."""
+    """Reset the peak at the start of the loop, between loading and training: at the recipe's `fit`."""
     from finetune.training import recipe
 
     fit = recipe.fit
@@ -82,7 +82,7 @@ def split_training(peaks: Peaks) -> None:
 
 
 def square_mean_length(cfg: Any) -> float:
-    """Sum of squared row lengths over sum of lengths, in tokens, from the run's own token cache."""
+    """Return the sum of squared row lengths over the sum of lengths, in tokens, from the run's token cache."""
     from finetune.data.loader import load_chat_template
     from finetune.data.tokens.prepare import Preparation
     from finetune.models.load import load_tokenizer
@@ -111,7 +111,7 @@ def main(words: list[str]) -> None:
         kept = ("seconds", "tokens", "target_tokens", "computed_tokens", "loss")
         steps = [{key: step[key] for key in kept if key in step} for step in map(json.loads, lines)]
         spread = square_mean_length(cfg)
-    # What a run takes besides its steps: imports, loading, quantizing, tokenizing, saving the adapter.
+    # Time outside the steps: imports, loading, quantizing, tokenizing, saving the adapter.
     start_seconds = seconds - sum(step["seconds"] for step in steps)
     print(json.dumps({"steps": steps, "start_seconds": start_seconds, "square_mean_length": spread, **figures}))
 

@@ -1,4 +1,4 @@
-"""Highest memory of this process: of its whole life, and of the training apart from what loading took."""
+"""Measure the peak memory of this process: of all its life, of loading, and of training."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 
 class Peaks:
-    """`training_begins()` splits a process's peak in two; bytes, by the allocator's count on CUDA, resident on CPU."""
+    """Peaks before and after `training_begins()`, in bytes: allocated on CUDA, resident on CPU."""
 
     def __init__(self) -> None:
         self._load_bytes: int | None = None
 
     def training_begins(self) -> None:
-        """From here on the peak is counted anew, where the system can do that (CUDA, Linux)."""
+        """Reset the peak, if the system can (CUDA, Linux)."""
         before = peak_bytes()
         if _reset():
             self._load_bytes = before
 
     def figures(self) -> dict[str, int | None]:
-        """peak_bytes of all; load_ and train_peak_bytes of each part, None where they cannot be told apart."""
+        """Return peak_bytes, and load_peak_bytes and train_peak_bytes, or None if they cannot be separated."""
         now = peak_bytes()
         apart = self._load_bytes is not None
         return {
@@ -32,7 +32,7 @@ class Peaks:
 
 
 def peak_bytes() -> int:
-    """CUDA's max allocated bytes; on CPU the highest resident size."""
+    """Return CUDA's max allocated bytes; on CPU the highest resident size."""
     import torch
 
     if torch.cuda.is_available():
@@ -50,7 +50,7 @@ def _reset() -> bool:
         torch.cuda.reset_peak_memory_stats()
         return True
     try:
-        # Linux: 5 sets VmHWM back to what is resident now.
+        # Linux: 5 resets VmHWM to the current resident size.
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False

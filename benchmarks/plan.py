@@ -1,14 +1,13 @@
-"""What `finetune plan` predicts against what training takes: peak memory and seconds a step over a grid of configs.
+"""Compare predictions of `finetune plan` with training: peak memory and seconds per step over a grid of configs.
 
     python -m benchmarks.plan [cases=all] [steps=2] [tokenizer=FOLDER] [calibrate=true]
 
-`cases=0,3` measures those again and keeps what the day's file has of the others.
+`cases=0,3` measures these again, and keeps the others of the day's file.
 
-Each case trains random weights of real shapes through `finetune.train` in a fresh process. Memory is compared above
-what the process held before the run (CPU: resident; CUDA: allocated). Seconds are those of the last step; on a CPU
-they are of one thread's CPU time, in the calibration too, for other programs may share the cores. What a plan cannot
-know, the tokens and targets of the rows that a step happened to hold, is told to it. Bars: memory within 10 % in every
-case, time within 25 %.
+Each case trains random weights of real shapes through `finetune.train` in a fresh process. Memory is counted above that
+of the process before the run (CPU: resident; CUDA: allocated). Seconds are those of the last step. On a CPU they are
+CPU time of one thread, also in the calibration, since other programs may share the cores. The plan is given the number
+of tokens and targets of the step, which it cannot predict. Bounds: memory within 10 % in every case, time within 25 %.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Case:
-    """size, layers: of the model; None is all layers, `embedded` the base that comes with the package. document: tokens
-    of each row; None fills the pack.
+    """size, layers: of the model; layers=None: all. size=embedded: the packaged base. document: tokens per row;
+    None: one row fills the pack.
     """
 
     size: str
@@ -72,9 +71,9 @@ class Case:
 
 
 _ALL, _RECOVER = "lora.target_modules=all-linear", "distill.objective=recover"
-# Beyond its limit at once: each evaluation is followed by a step that learns from the teacher.
+# Above its limit from the start: a recovery step follows each evaluation.
 _GUARD = ("train.eval_every=1", "guard.max=1e-9", "guard.action=recover", "guard.steps=1")
-# Fewer layers where many would only repeat what few show; widths and vocabulary are always those of the size.
+# Some cases have fewer layers to save time; widths and vocabulary are always those of the size.
 CASES = (
     Case("0.5B", 512),
     Case("0.5B", 1024, ("train.gradient_checkpointing=all",), layers=12),
@@ -103,7 +102,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Bench:
-    """folder: of this run. cache: FINETUNE_CACHE of its processes. machine: from `processes.device`."""
+    """folder: of this run. cache: FINETUNE_CACHE of its processes. machine: of `processes.device`."""
 
     options: Mapping[str, str]
     folder: Path
@@ -120,7 +119,7 @@ class Bench:
         return 60 * float(self.options["minutes"])
 
     def model(self, case: Case) -> Path:
-        """The random model of a case, made once."""
+        """Return the random model of a case, written at its first use."""
         if case.size == "embedded":
             return ROOT / "data/tiny-qwen2.5"
         tokenizer = Path(self.options["tokenizer"]).resolve()
@@ -130,12 +129,12 @@ class Bench:
             made = {"size": case.size, "tokenizer": tokenizer, "folder": folder, "layers": case.layers or ""}
             done = measure("benchmarks.models", made, 1800)
             if "failed" in done:
-                raise SystemExit(f"the model could not be made: {done['failed']}")
+                raise SystemExit(f"model: cannot be written: {done['failed']}")
             self.models[case.name] = folder
         return folder
 
     def rows(self, case: Case) -> Path:
-        """Rows that fill every pack: long ones, or short ones of about `document` tokens."""
+        """Write rows that fill every pack: long ones, or short ones of about `document` tokens."""
         steps = int(self.options["steps"])
         file = self.folder / f"rows-{case.length}x{case.batch}-{case.document}.jsonl"
         source, tokenizer = Path(self.options["rows"]), Path(self.options["tokenizer"])
@@ -175,7 +174,7 @@ class Bench:
 
 
 def predict_case(case: Case, config: Path, settings: list[str], kind: str, target_share: float = 1.0) -> dict[str, Any]:
-    """Bytes above the process's own, and seconds a step if the machine was calibrated."""
+    """Predict bytes above the process's own, and seconds per step if the machine is calibrated."""
     from finetune.config.compose import load_config
     from finetune.models.families import shape_of
     from finetune.planning.auto_batch import recomputed_layers
@@ -201,13 +200,13 @@ def predict_case(case: Case, config: Path, settings: list[str], kind: str, targe
 
 
 def run_case(bench: Bench, case: Case) -> dict[str, Any]:
-    """Predicted, measured and error of one case."""
+    """Return prediction, measurement and error of one case."""
     with tempfile.TemporaryDirectory(dir=bench.folder) as name:
         folder, settings = Path(name), list(case.settings)
         config = bench.config(case, folder)
         if "distill.teacher.placement=cached" in settings:
             settings.append(f"distill.cache={folder / 'signal'}")
-            # The teacher is asked where it is, not where its signal will lie.
+            # The cache is written with a resident teacher.
             asked = [word for word in settings if "placement" not in word]
             options = {"config": config, "set": ";".join(asked), "do": "cache"}
             done = measure("benchmarks.plan_case", options, bench.limit_seconds, bench.cache)
@@ -266,7 +265,7 @@ def main(words: list[str]) -> None:
 
 
 def verdict(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """The largest error of each kind, and the middle one of the times'."""
+    """Return the largest error of each kind, and the median error of the times."""
     memory = [abs(case["memory_error"]) for case in results.values() if "memory_error" in case]
     seconds = [abs(case["time_error"]) for case in results.values() if "time_error" in case]
     return {

@@ -1,11 +1,10 @@
-"""One training run whose memory is counted above what the process held before it, and whose steps are timed.
+"""Measure one training run: memory above that of the process before it, and seconds per step.
 
     python -m benchmarks.plan_case config=RUN.yaml [set=key=value;…] [do=train|cache|calibrate]
 
-On a CPU: the highest resident size less what is resident once all libraries are imported, and a step's seconds of CPU
-time on one thread, which other programs that share the cores hardly change. On CUDA: the allocator's highest count, and
-seconds of the clock. do=cache writes the teacher's signal of the config instead, do=calibrate measures the machine by
-the same clock.
+On a CPU: the highest resident size minus that after all imports, and CPU seconds per step on one thread, which other
+programs on the same cores hardly change. On CUDA: the peak of allocated bytes, and wall time. do=cache writes the
+teacher outputs of the config instead; do=calibrate measures the machine with the same clock.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ DEFAULTS = {"config": "", "set": "", "do": "train"}
 
 
 def clock() -> float:
-    """CPU seconds of this process; on CUDA, which the process only waits for, those of the clock."""
+    """Return CPU seconds of this process; on CUDA, wall time."""
     import torch
 
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 def resident_bytes() -> int:
-    """Resident now, by Linux; 0 on CUDA, where the allocator counts from 0."""
+    """Return the resident size; 0 on CUDA, where the allocator counts from 0."""
     import torch
 
     if torch.cuda.is_available():
@@ -41,8 +40,8 @@ def resident_bytes() -> int:
 
 
 def run_training(config: str, overrides: list[str]) -> dict[str, Any]:
-    """Peaks, baseline and steps of a run."""
-    import bitsandbytes.functional  # noqa: F401 - what a run imports on its way belongs to the libraries
+    """Return peaks, baseline and steps of a run."""
+    import bitsandbytes.functional  # noqa: F401 - later imports of a run count as libraries
     import peft  # noqa: F401
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 

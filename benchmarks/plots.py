@@ -1,4 +1,4 @@
-"""Pictures of curves."""
+"""Plot curves of benchmarks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _GB = 1e9
 def draw(
     file: Path, title: str, label: str, points: Sequence[str], series: Series, ceiling: float | None = None
 ) -> None:
-    """Tokens a second and peak memory over the points, one line for each series.
+    """Plot tokens/s and peak memory over the points, one line per series.
 
-    Numbers double along the axis of speed; that of memory is linear, so that linear growth looks it.
+    The axis of memory is linear, so that linear growth is a straight line.
 
-    ceiling: operations a second, for the share of it that the title of the left panel names.
+    ceiling: operations per second, for the share in the title of the left panel.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""One measurement, one fresh process: what a run leaves behind in memory, caches or threads cannot help the next.
+"""Run each measurement in a fresh process, so that memory, caches and threads of one run cannot help the next.
 
 A measuring module is started as `python -m benchmarks.NAME key=value …` and prints one JSON object on its last line.
 """
@@ -21,7 +21,7 @@ _SHOWN_LINES = 6
 
 
 def parse(words: Sequence[str], defaults: Mapping[str, str], prefixes: tuple[str, ...] = ()) -> dict[str, str]:
-    """`key=value` words over the defaults; keys that open with one of `prefixes` are taken as well.
+    """Parse `key=value` words over the defaults; keys that start with one of `prefixes` are accepted too.
 
     Raises: SystemExit with the nearest known key.
     """
@@ -39,7 +39,7 @@ def parse(words: Sequence[str], defaults: Mapping[str, str], prefixes: tuple[str
 
 
 def work_folder(given: str = "") -> Path:
-    """Where random models and quantized copies of them are kept between benchmarks."""
+    """Return the folder of random models and their quantized copies, kept between benchmarks."""
     cache = os.environ.get("FINETUNE_CACHE") or "~/.cache/finetune"
     folder = Path(given or f"{cache}/benchmarks").expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,9 +47,9 @@ def work_folder(given: str = "") -> Path:
 
 
 def measure(module: str, options: Mapping[str, Any], limit_seconds: float, cache: Path | None = None) -> dict[str, Any]:
-    """The JSON object that `python -m module key=value …` prints last, or `{"failed": why}`.
+    """Return the JSON object that `python -m module key=value …` prints last, or `{"failed": reason}`.
 
-    limit_seconds: the process and its children are ended after that. cache: its FINETUNE_CACHE; None leaves it.
+    limit_seconds: time after which the process and its children are killed. cache: its FINETUNE_CACHE; None: unchanged.
     """
     words = [f"{key}={value}" for key, value in options.items()]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
@@ -81,7 +81,7 @@ def measure(module: str, options: Mapping[str, Any], limit_seconds: float, cache
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Kill the process with its children, which share its session."""
+    """Kill the process and its children, which share its session."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -93,9 +93,9 @@ def _reason(said: list[str], code: int) -> str:
 
 
 def device() -> dict[str, Any]:
-    """What measures here, without starting CUDA in this process.
+    """Describe this machine's device, without starting CUDA in this process.
 
-    multiplies_in: float32 where the processor has no bf16 products worth the name.
+    multiplies_in: float32 on a CPU without bf16 instructions.
     """
     code = (
         "import json, torch; from finetune.ops.matmul import uses_fp32_matmul; cuda = torch.cuda.is_available(); "

@@ -1,15 +1,15 @@
-"""What quantization takes from the embedded base, and how much of it `recover` brings back: real training, real text.
+"""Measure the quantization loss of the embedded base, and how much of it `recover` recovers, with real training.
 
     python -m benchmarks.recovery [steps=400] [rows=14000] [held_out=400] [seeds=0,1,2] [head=4] [samples=4]
                                   [only=NAME;NAME] [learning_rate=2e-3] [rank=8] [batch_size=16]
 
-Text is drawn as the base's own pretraining text was (data/generate.py), training and held-out rows from other seeds.
-Every variant trains the same NF4 base on the same rows, and is measured on the same held-out targets against the same
-bf16 teacher in memory, whatever it learned from. A seed is that of training and of what is drawn for a cache.
+Text comes from the generator of the base's pretraining data (data/generate.py), with other seeds for training and
+held-out rows. Every variant trains the same NF4 base on the same rows. All are measured on the same held-out targets
+against the same bf16 teacher in memory. A seed is that of training and of the samples in a cache.
 
-The sampled tier keeps `head` tokens and draws `samples` others of each target. `top-k` is what others cache: as many
-tokens, the most probable alone, rescaled to add up to 1. Both are few, for the base knows 883 tokens and is sure of
-most: 48 of them, as are kept by default, would leave neither anything to lose.
+A sampled cache keeps `head` tokens per target, and draws `samples` of the others. `top-k` caches the same number of
+tokens: only the most probable ones, rescaled to a sum of 1. Both numbers are small, because the base has 883 tokens and
+is certain of most: with the default of 48, both would lose nothing.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ DEFAULTS = {
     "results": "benchmarks/results",
 }
 _TEXT_SEED = 20_26
-# More is trained, so it takes smaller steps: 67 % regained at 4e-4, 85 % at 1.5e-4 (benchmarks/NOTES.md).
+# More parameters need smaller steps: 67 % recovered at 4e-4, 85 % at 1.5e-4 (benchmarks/NOTES.md).
 _ALL = ("lora.target_modules=all-linear", "lora.rank=64", "lora.alpha=128", "train.learning_rate=1.5e-4")
-# Adapters, and where the signal comes from.
+# Adapters, and the source of the teacher outputs.
 VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
     "q,v, resident": ((), "resident"),
     "q,v, sampled": ((), "sampled"),
@@ -53,11 +53,11 @@ VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
     "all linears, sampled": (_ALL, "sampled"),
     "all linears, top-k rescaled": (_ALL, "top-k"),
 }
-_NOTHING_LEFT = 2**16 - 1  # the code of the smallest mass that a cache can say: nothing but the head counts
+_NOTHING_LEFT = 2**16 - 1  # code of the smallest mass in a cache: only the head counts
 
 
 def write_text(folder: Path, rows: int, held_out: int) -> None:
-    """train.jsonl and heldout.jsonl in the manner of the base's pretraining text, no conversation in both."""
+    """Write train.jsonl and heldout.jsonl like the base's pretraining data, without common conversations."""
     generate = _generator()
     rng = Random(_TEXT_SEED)
     drawn: dict[str, None] = {}
@@ -72,13 +72,13 @@ def _generator() -> Any:
     spec = importlib.util.spec_from_file_location("generate", ROOT / "data" / "generate.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["generate"] = module  # its dataclasses look themselves up
+    sys.modules["generate"] = module  # its dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
 class Experiment:
-    """One base, one text, one teacher; variants are trained into folders of their own."""
+    """One base, one text, one teacher; each variant is trained into its own folder."""
 
     def __init__(self, options: dict[str, str], folder: Path):
         self.options, self.folder = options, folder
@@ -108,7 +108,7 @@ class Experiment:
         )
 
     def run(self, name: str, seed: int) -> dict[str, float]:
-        """Train a variant with a seed; how far it is from the teacher then, and its loss on the rows."""
+        """Train a variant with a seed, and return its KL from the teacher and its loss."""
         from finetune import train
 
         adapters, source = VARIANTS[name]
@@ -120,7 +120,7 @@ class Experiment:
         return self.measure(Path(cfg.output_dir))
 
     def _cache(self, source: str, seed: int) -> list[str]:
-        """The settings of a cache of that kind, which is written if it is not there."""
+        """Return the settings of a cache of that kind, and write it if it is missing."""
         from finetune.commands.cache import run as run_cache
         from finetune.system.arguments import Arguments
 
@@ -142,7 +142,7 @@ class Experiment:
         return settings
 
     def measure(self, adapter: Path | None) -> dict[str, float]:
-        """KL from the bf16 base, share of equal first choices, and loss, over the held-out targets."""
+        """Return KL from the bf16 base, share of equal first choices, and loss over the held-out targets."""
         import torch
 
         from finetune.data.loader import load_chat_template, load_data
@@ -171,7 +171,7 @@ def _yaml(cfg: Any) -> str:
 
 
 def forget_the_tail(folder: Path) -> None:
-    """Make of a folder of signals what a top-k cache is: the tail's mass is taken for nothing, the head is rescaled."""
+    """Turn a sampled cache into a top-k cache: drop the mass of the tail, and rescale the head."""
     from safetensors.numpy import load_file, save_file
 
     from finetune.models.digest import sha256_of
@@ -188,15 +188,15 @@ def forget_the_tail(folder: Path) -> None:
 
 
 def chosen(options: dict[str, str]) -> Iterator[str]:
-    """The variants to run."""
+    """Return the variants to run."""
     wanted = [name.strip() for name in options["only"].split(";") if name.strip()]
     if unknown := [name for name in wanted if name not in VARIANTS]:
-        raise SystemExit(f"only={';'.join(unknown)}: there are {'; '.join(VARIANTS)}")
+        raise SystemExit(f"only={';'.join(unknown)}: unknown; choose from {'; '.join(VARIANTS)}")
     return iter(wanted or VARIANTS)
 
 
 def describe(before: dict[str, float], runs: dict[str, list[dict[str, float]]]) -> str:
-    """The table, as markdown; spread is the standard deviation over the seeds."""
+    """Format the table as Markdown; ± is the standard deviation over the seeds."""
     lines = [
         "| | nats a target from bf16 | regained | same first choice | loss on the rows |",
         "|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""How a benchmark tells: a table on stderr while it runs, JSON on stdout's last line and in benchmarks/results/."""
+"""Report a benchmark: a table on stderr, and JSON on stdout's last line and in benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def log(text: str) -> None:
 
 
 def table(lines: Mapping[str, Figures], columns: Sequence[tuple[str, str, float, str]] = COLUMNS) -> str:
-    """One line for each name; what could not be run says why."""
+    """Format one line per name; a failed run shows its reason."""
     width = max(map(len, lines), default=0) + 2
     head = " " * width + "".join(f"{heading:>12}" for heading, *_ in columns)
     return "\n".join([head, *(f"{name:<{width}}{_line(figures, columns)}" for name, figures in lines.items())])
@@ -47,7 +47,7 @@ def _line(figures: Figures, columns: Sequence[tuple[str, str, float, str]]) -> s
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that decide the figures, those that are installed."""
+    """Return the versions of the installed libraries that influence the figures."""
     found = {}
     for name in _VERSIONS:
         try:
@@ -58,7 +58,7 @@ def versions() -> dict[str, str]:
 
 
 def heading(name: str, options: Mapping[str, str], machine: Mapping[str, Any]) -> dict[str, Any]:
-    """What every result opens with. Paths are named by their last part: where a file lay says nothing."""
+    """Return the first keys of every result. Paths are shortened to their last part."""
     settings = {key: value for key, value in options.items() if key not in ("work", "results")}
     for key in ("rows", "tokenizer"):
         settings[key] = "/".join(Path(settings[key]).parts[-2:]) if key in settings else ""
@@ -72,7 +72,7 @@ def heading(name: str, options: Mapping[str, str], machine: Mapping[str, Any]) -
 
 
 def results_file(name: str, options: Mapping[str, str], machine: Mapping[str, Any], ending: str = "json") -> Path:
-    """NAME-DEVICE-DATE in the folder of results."""
+    """Return the results file NAME-DEVICE-DATE."""
     device = re.sub(r"[^a-z0-9]+", "-", machine["name"].lower().removeprefix("nvidia ")).strip("-")
     folder = ROOT / options["results"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def results_file(name: str, options: Mapping[str, str], machine: Mapping[str, An
 
 
 def write(file: Path, summary: Mapping[str, Any]) -> None:
-    """The summary as a file that is whole at any time."""
+    """Write the summary atomically."""
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     temporary.replace(file)

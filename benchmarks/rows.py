@@ -1,6 +1,6 @@
-"""The rows that both sides train on: one file of messages, from rows of any of the usual shapes.
+"""Write the rows that both sides train on: one file of messages, from rows of several formats.
 
-`rows` are taken as they are; `long` rows are conversations of many turns, joined until they have enough tokens.
+`rows` are used unchanged; `long` rows are conversations of many turns, joined until they have enough tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Message = dict[str, str]
 
 
 def read_messages(file: Path) -> list[list[Message]]:
-    """Conversations of a JSONL of `messages`, or of rows whose first two columns are a question and its answer."""
+    """Read conversations from a JSONL of `messages`, or of rows whose first two columns are question and answer."""
     rows = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
     return [row["messages"] if "messages" in row else list(_turn(row)) for row in rows]
 
@@ -27,19 +27,19 @@ def _turn(row: Mapping[str, Any]) -> Iterator[Message]:
 
 
 def write_rows(source: Path, target: Path, count: int) -> Path:
-    """The first `count` rows as messages; when there are fewer, all of them again until there are enough."""
+    """Write the first `count` rows as messages, and repeat the rows if there are fewer."""
     conversations = read_messages(source)
     return _write(target, itertools.islice(itertools.cycle(conversations), count))
 
 
 def rows_holding(source: Path, tokenizer: Path, tokens: int) -> int:
-    """How many rows it takes, from the first on and beginning again after the last, until contents hold `tokens`."""
+    """Return how many rows, from the start and repeated if needed, contain `tokens` tokens."""
     lengths = map(_token_counter(tokenizer), itertools.cycle(read_messages(source)))
     return next(count for count, held in enumerate(itertools.accumulate(lengths), start=1) if held >= tokens)
 
 
 def write_long_rows(source: Path, target: Path, tokenizer: Path, tokens: int, count: int) -> Path:
-    """`count` conversations of at least `tokens` tokens each, made of consecutive rows; trained cut off at `tokens`."""
+    """Write `count` conversations of consecutive rows with at least `tokens` tokens; training cuts them to `tokens`."""
     count_tokens = _token_counter(tokenizer)
     turns = itertools.cycle(read_messages(source))
 
@@ -57,7 +57,7 @@ def write_long_rows(source: Path, target: Path, tokenizer: Path, tokens: int, co
 
 
 def _token_counter(tokenizer: Path) -> Callable[[list[Message]], int]:
-    """Tokens of the contents of a conversation."""
+    """Return the number of tokens in the contents of a conversation."""
     from tokenizers import Tokenizer
 
     encode = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode

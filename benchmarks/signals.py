@@ -1,10 +1,10 @@
-"""What it costs to write down a teacher's signal: `finetune cache` on the config of a benchmark's run.
+"""Measure `finetune cache` with the config of a benchmark's run.
 
     python -m benchmarks.signals model=FOLDER rows=MESSAGES.jsonl [length=2048]
                                  set=distill.objective=recover;distill.teacher.placement=cached;distill.cache=DIR
 
-Options are those of benchmarks.ours, so both mean the same rows, cut and masked alike. Seconds are those of the whole
-command, imports and loading included; a document that stands in the rows twice is asked about and counted once.
+Options are those of benchmarks.ours, so rows, truncation and loss mask are the same. Seconds are those of the whole
+command, with imports and loading. Equal documents are computed and counted once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.processes import parse
 
 
 def asked(cfg: Any) -> dict[str, int]:
-    """Documents of a config that differ and have a target, with their tokens and targets."""
+    """Count the different documents of a config that have a target, their tokens and their targets."""
     from finetune.data.loader import load_chat_template, load_data
     from finetune.data.tokens.prepare import Preparation
     from finetune.distill.keys import key_of

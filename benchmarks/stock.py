@@ -1,12 +1,12 @@
-"""The baseline: QLoRA with TRL, PEFT and bitsandbytes as their documentation shows it, nothing of ours.
+"""Run the baseline: QLoRA with TRL, PEFT and bitsandbytes as in their documentation, without our code.
 
     python -m benchmarks.stock model=FOLDER rows=MESSAGES.jsonl variant=padded [steps=4] [length=512] [batch=4]
 
-Seconds are those of `training_step` (forward and backward), so the optimizer and the data loader cost it nothing here.
+Seconds are those of `training_step` (forward and backward): the optimizer and the data loader do not count.
 
-`gkd` is TRL's experimental GKDTrainer, off-policy with the forward KL at temperature 1 from the same weights.
-It takes whole `messages`, pads them (it has no packing) and trains on all that follows the prompt: the last answer, its
-<|im_end|> and the newline after that, which is one target a row more than ours.
+`gkd` is TRL's experimental GKDTrainer, off-policy, with forward KL at temperature 1 from the same weights. It reads
+`messages`, pads them (it has no packing), and trains everything after the prompt: the last answer, its <|im_end|> and
+the newline after it. This is one more target per row than ours.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DEFAULTS = {
     "lora_dropout": "0.0",
     "seed": "0",
 }
-# Keys of SFTConfig (of GKDConfig for those named gkd) that make each variant.
+# Keys of SFTConfig for each variant (GKDConfig for gkd).
 VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {"packing": False, "gradient_checkpointing": False},
     "packing": {"packing": True, "gradient_checkpointing": False},
@@ -42,13 +42,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packing+fp32": {"packing": True, "gradient_checkpointing": False, "bf16": False},
     "packing+checkpointing+fp32": {"packing": True, "gradient_checkpointing": True, "bf16": False},
     "liger": {"packing": True, "gradient_checkpointing": True, "use_liger_kernel": True},
-    "unsloth": {"packing": True, "gradient_checkpointing": False},  # it brings its own checkpointing
+    "unsloth": {"packing": True, "gradient_checkpointing": False},  # has its own checkpointing
     "gkd": {"gradient_checkpointing": False, "lmbda": 0.0, "beta": 0.0, "temperature": 1.0},
     "gkd+checkpointing": {"gradient_checkpointing": True, "lmbda": 0.0, "beta": 0.0, "temperature": 1.0},
 }
 VARIANTS |= {f"{name}+fp32": {**VARIANTS[name], "bf16": False} for name in ("gkd", "gkd+checkpointing")}
-# By trainer, then by what the device multiplies in: a stock step in bf16 takes half an hour where the processor has no
-# such products.
+# By trainer and dtype of matrix products: a stock step in bf16 takes half an hour on a CPU without bf16 instructions.
 STOCK = {
     "sft": {
         "bfloat16": ("padded", "packing", "packing+checkpointing"),
@@ -56,17 +55,17 @@ STOCK = {
     },
     "gkd": {"bfloat16": ("gkd", "gkd+checkpointing"), "float32": ("gkd+fp32", "gkd+checkpointing+fp32")},
 }
-# Variants of other projects, each with the package it needs.
+# Variants of other projects, with the package that each needs.
 PEERS = {"liger": "liger_kernel", "unsloth": "unsloth", "llama-factory": "llamafactory"}
 
 
 def installed(package: str) -> bool:
-    """Whether a package can be imported; nothing is imported to see it."""
+    """Return whether a package can be imported, without importing it."""
     return find_spec(package) is not None
 
 
 def load_model(path: str, device: str, dtype: Any) -> Any:
-    """NF4 with double quantization that computes in `dtype`, through transformers."""
+    """Load NF4 with double quantization and compute dtype `dtype` through transformers."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
@@ -75,7 +74,7 @@ def load_model(path: str, device: str, dtype: Any) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    # Packed rows need an attention that keeps documents apart; TRL's documentation names this one.
+    # Packed rows need attention per document; TRL's documentation names this implementation.
     attention = {"attn_implementation": "flash_attention_2"} if device == "cuda" and installed("flash_attn") else {}
     return AutoModelForCausalLM.from_pretrained(
         path,
@@ -87,7 +86,7 @@ def load_model(path: str, device: str, dtype: Any) -> Any:
 
 
 def build_trainer(options: dict[str, str], device: str, output: str) -> Any:
-    """A trainer over the rows, by variant; the loss is on the last turn's answer."""
+    """Build the trainer of a variant; the loss is on the last turn's answer."""
     settings = {
         "output_dir": output,
         "max_steps": int(options["steps"]),
@@ -108,7 +107,7 @@ def build_trainer(options: dict[str, str], device: str, output: str) -> Any:
 
 
 def target_modules(options: dict[str, str]) -> Any:
-    """What the adapter is on, as PEFT takes it."""
+    """Return the adapter's modules in PEFT's form."""
     return options["targets"] if options["targets"] == "all-linear" else options["targets"].split(",")
 
 
@@ -125,12 +124,12 @@ def lora_config(options: dict[str, str]) -> Any:
 
 
 def tuning_trainer(options: dict[str, str], device: str, settings: dict[str, Any]) -> Any:
-    """An SFTTrainer."""
+    """Build an SFTTrainer."""
     import torch
 
     extra: dict[str, Any] = {}
     if options["variant"] == "unsloth":
-        from unsloth import FastLanguageModel  # before trl: it patches what is imported after it
+        from unsloth import FastLanguageModel  # before trl: it patches later imports
 
         model, _ = FastLanguageModel.from_pretrained(
             options["model"], max_seq_length=int(options["length"]), load_in_4bit=True, dtype=None
@@ -158,7 +157,7 @@ def tuning_trainer(options: dict[str, str], device: str, settings: dict[str, Any
 
 
 def distilling_trainer(options: dict[str, str], device: str, settings: dict[str, Any]) -> Any:
-    """A GKDTrainer, whose teacher is the same model, in what the student computes in."""
+    """Build a GKDTrainer whose teacher is the same model in the student's compute dtype."""
     import torch
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -180,7 +179,7 @@ def distilling_trainer(options: dict[str, str], device: str, settings: dict[str,
 
 
 def watch_steps(trainer: Any, device: str) -> list[dict[str, float]]:
-    """Wraps `training_step`; the list fills with seconds, real tokens and target tokens of each."""
+    """Wrap `training_step`, and append seconds, real tokens and target tokens of each step to the list."""
     import torch
 
     steps: list[dict[str, float]] = []
@@ -205,7 +204,7 @@ def main(words: list[str]) -> None:
     began = time.perf_counter()
     options = parse(words, DEFAULTS)
     if options["variant"] == "unsloth":
-        import unsloth  # noqa: F401 - before torch's friends: it patches what is imported after it
+        import unsloth  # noqa: F401 - first, since it patches later imports
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,12 +1,11 @@
-"""A teacher read layer by layer: how near a pass comes to what reading or computing alone would take, in which memory.
+"""Measure a streamed teacher: its pass against reading alone and computing alone, and its memory.
 
     python -m benchmarks.streaming [model=FOLDER|size=0.5B] [tokens=256,1024,4096] [batch=1024] [repeats=3]
 
-Every macro-batch size is a fresh process, in which passes with the files forgotten by the system (cold) and passes with
-them in its cache (warm) take turns with reading all layers and computing nothing, and with the same batches through a
-resident model. `share` is the longer of these two over the pass. Peak: the highest resident memory, mapped pages
-included, of a pass and the use of the head, above that of a process that has streamed a tiny model, before the resident
-one is loaded; `bar` is two layers, head and states.
+Every macro-batch size is a fresh process. Passes with the files out of the system's cache (cold) and in it (warm)
+alternate with reading all layers without computing, and with the same batches through a resident model. `share` is the
+longer of these two over the pass. Peak: the highest resident memory of a pass and the head, with mapped pages, above
+that of a process that has streamed a tiny model. `bar` is two layers, head and states.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ DEFAULTS = {
     "run": "",
 }
 _LIMIT_SECONDS = 3600.0
-_WORDS = 1024  # every model has so many, the tiny one too
+_WORDS = 1024  # present in every model, also in the tiny one
 
 
 def macro_batch(tokens: int, batch: int, document: int) -> list[Any]:
-    """Batches of random documents whose second half carries targets."""
+    """Build batches of random documents with targets in their second half."""
     import numpy as np
 
     from finetune.data.batch import build_batch
@@ -59,7 +58,7 @@ def macro_batch(tokens: int, batch: int, document: int) -> list[Any]:
 
 
 def layers_of(folder: Path) -> list[dict[str, Any]]:
-    """Where the tensors of each decoder layer lie, by their names within it."""
+    """Return the locations of each decoder layer's tensors, by their names within the layer."""
     from finetune.models.hub import weight_files
     from finetune.models.safetensors_index import WeightFiles
 
@@ -72,7 +71,7 @@ def layers_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_alone(layers: list[dict[str, Any]], pair: Any) -> None:
-    """Read every layer as a pass does, and compute nothing."""
+    """Read every layer as a pass does, without computing."""
     from finetune.distill.layer_reader import Reads
 
     with Reads() as reads:
@@ -86,7 +85,7 @@ def read_alone(layers: list[dict[str, Any]], pair: Any) -> None:
 
 
 def resident(folder: str, batches: list[Any], place: Any) -> Callable[[], None]:
-    """A function that computes the same states with the whole model in memory, once run already."""
+    """Return a function that computes the same states with the whole model in memory, after one warm-up."""
     import torch
 
     from finetune.config.schema import ModelConfig, QuantConfig
@@ -97,7 +96,7 @@ def resident(folder: str, batches: list[Any], place: Any) -> Callable[[], None]:
     model = load_base(ModelConfig(name=folder), QuantConfig(type="none", double=False), place)
     fuse_layers(model)
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # the system forgets no page of a file that is mapped
+        parameter.data = parameter.data.clone()  # the system cannot drop pages of a mapped file
 
     @torch.no_grad()
     def compute() -> None:
@@ -109,7 +108,7 @@ def resident(folder: str, batches: list[Any], place: Any) -> Callable[[], None]:
 
 
 def answer(model: Any, batches: list[Any]) -> None:
-    """A pass, and logits of one target, for which all of the head is read."""
+    """Run a pass, and compute the logits of one target, which reads the whole head."""
     import torch
 
     with torch.no_grad():
@@ -127,7 +126,7 @@ def timed(function: Callable[[], Any], place: Any) -> float:
 
 
 def one_size(options: dict[str, str]) -> dict[str, Any]:
-    """A macro-batch in this process: the memory of a pass, then its time and what bounds it, by turns."""
+    """Measure a macro-batch in this process: memory of a pass, then its time and its bounds, alternating."""
     import torch
 
     from finetune.config.schema import ModelConfig
@@ -139,10 +138,10 @@ def one_size(options: dict[str, str]) -> dict[str, Any]:
     shape = json.loads((folder / "config.json").read_text())
     batches = macro_batch(*sizes)
     answer(StreamedModel(ModelConfig(name=options["tiny"]), place), batches)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = memory()["VmRSS"]
     model = StreamedModel(ModelConfig(name=options["model"]), place)
-    for _ in range(2):  # the second with a head that was used
+    for _ in range(2):  # the second with a used head
         answer(model, batches)
     peak_bytes = memory()["VmHWM"] - before
     head_bytes = sum(parameter.nbytes for parameter in model.head.parameters())
@@ -153,7 +152,7 @@ def one_size(options: dict[str, str]) -> dict[str, Any]:
     turns: list[dict[str, Any]] = []
     for disk in ("cold", "warm") * int(options["repeats"]):
         seconds: dict[str, float] = {}
-        read_alone(layers, pair)  # into the system's cache
+        read_alone(layers, pair)  # fills the system's cache
         for kind, function in (
             ("wall", lambda: model.hidden_states(batches)),
             ("read", lambda: read_alone(layers, pair)),
@@ -180,7 +179,7 @@ def stored_bytes(stored: Any) -> int:
 
 
 def summary_of(size: dict[str, Any]) -> dict[str, Any]:
-    """Medians by state of the disk, and the bar for the peak."""
+    """Return medians by state of the disk cache, and the bound for the peak."""
     disks: dict[str, Any] = {}
     for disk in ("cold", "warm"):
         turns = [turn for turn in size["turns"] if turn["disk"] == disk]

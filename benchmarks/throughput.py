@@ -1,12 +1,13 @@
-"""Training speed and peak memory: ours against stock TRL + PEFT + bitsandbytes, by turns, in fresh processes.
+"""Compare training speed and peak memory with stock TRL + PEFT + bitsandbytes, alternating in fresh processes.
 
     python -m benchmarks.throughput [size=0.5B] [rows=FILE] [tokenizer=FOLDER] [repeats=3] [steps=4] [length=512]
                                     [batch=4] [pack=2048] [ours=fast,plain] [ours.NAME=key=value;…]
                                     [stock=all] [peers=auto]
     python -m benchmarks.throughput curve=length|batch|rank|targets [points=512,2048,…] [stock=packing]
 
-Stock trains `batch` rows (or packs) of up to `length` tokens a step; ours as many tokens as a step of packed stock,
-in packs of `pack` tokens, one a forward pass. The first steps are left out. The ceiling is measured between the runs.
+Stock trains `batch` rows (or packs) of up to `length` tokens per step. Ours trains the same number of tokens as packed
+stock, in packs of `pack` tokens, one per forward pass. The first steps do not count. The ceiling is measured between
+the runs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ OPTIONS = {
 
 
 def alternate(work: Workload) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, float]]]:
-    """All runs by name (`ours NAME`, `stock NAME`), and the ceilings measured before each of them."""
+    """Return all runs by name (`ours NAME`, `stock NAME`), and the ceilings measured before each."""
     options = work.options
     length, batch = int(options["length"]), int(options["batch"])
     pack = min(int(options["pack"]), length * batch)
@@ -60,14 +61,14 @@ def alternate(work: Workload) -> tuple[dict[str, list[dict[str, Any]]], list[dic
 
 
 def warmup_of(side: str, options: Any) -> int:
-    """Steps left out: ours may compile in its first ones, stock has one to warm up."""
+    """Return the number of first steps to skip: ours may compile in them, stock has one warm-up step."""
     return int(options["warmup"]) if side == "ours" else 1
 
 
 def summarize(
     work: Workload, runs: dict[str, list[dict[str, Any]]], ceilings: list[dict[str, float]]
 ) -> dict[str, Any]:
-    """The figures that the table and the JSON hold; `ours` is the first of our variants, the others are `variants`."""
+    """Return the figures of table and JSON; `ours` is our first variant, the others are in `variants`."""
     ceiling = ceiling_of(ceilings)
     lines: dict[str, Figures] = {}
     for name, done in runs.items():

@@ -1,4 +1,4 @@
-"""One model, one file of rows, and how each side is run on them: shared by every benchmark of training."""
+"""Run each side on one model and one file of rows; used by every benchmark of training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks import rows
 from benchmarks.processes import ROOT, device, measure, work_folder
 from benchmarks.stock import PEERS, STOCK, VARIANTS, installed
 
-# What every benchmark of training takes on its command line.
+# Options of every benchmark of training.
 DEFAULTS = {
     "size": "0.5B",
     "rows": "data/sample/train.jsonl",
@@ -32,8 +32,8 @@ DEFAULTS = {
     "work": "",
     "results": "benchmarks/results",
 }
-# Settings of ours beside the schema's defaults, by name; `ours.NAME=key=value;key=value` on the command line adds one.
-# A benchmark runs too few steps to repay a compilation, which a training would: so it is asked for.
+# Overrides of our variants, by name; `ours.NAME=key=value;key=value` on the command line adds a variant.
+# compile=true: with null, a benchmark has too few steps to compile; a training has enough.
 OURS = {
     "fast": "train.compile=true",
     "uncompiled": "train.compile=false",
@@ -41,13 +41,13 @@ OURS = {
     "whole": "train.compile=true;train.share_prefixes=false",
     "resident": "train.compile=true;quant.keep_dequantized=true",
 }
-# Rows hold more tokens than a run takes, so that none comes to the half-empty packs at their end.
+# More tokens than a run needs, so that no run reaches the half-empty packs at the end.
 _SPARE = 1.25
 
 
 @dataclass(frozen=True)
 class Workload:
-    """shape: the model's config. folder: of this benchmark's own files. cache: FINETUNE_CACHE of our runs."""
+    """shape: the model's config. folder: for this benchmark's files. cache: FINETUNE_CACHE of our runs."""
 
     options: Mapping[str, str]
     model: Path
@@ -62,9 +62,9 @@ class Workload:
     def ours(
         self, variant: str, length: int, batch: int, settings: str = "", module: str = "benchmarks.ours", **changes: Any
     ) -> dict[str, Any]:
-        """Steps of our trainer: packs of `length` tokens, `batch` of them a step.
+        """Run steps of our trainer with packs of `length` tokens, `batch` of them per step.
 
-        settings: beside the variant's. module: what else to measure on the same config. changes: of its options.
+        settings: in addition to the variant's. module: another measurement with the same config. changes: of options.
         """
         steps = int(self.options["warmup"]) + int(self.options["steps"])
         options = {
@@ -81,7 +81,7 @@ class Workload:
         return measure(module, options, self.limit_seconds, self.cache)
 
     def stock(self, variant: str, length: int, batch: int, **changes: Any) -> dict[str, Any]:
-        """Steps of the stock trainer: `batch` rows (or packs) of up to `length` tokens. One step warms it up."""
+        """Run steps of the stock trainer on `batch` rows (or packs) of up to `length` tokens, after a warm-up step."""
         if variant in PEERS and not installed(PEERS[variant]):
             return {"failed": "not installed"}
         if variant not in VARIANTS:
@@ -100,19 +100,19 @@ class Workload:
         return measure("benchmarks.stock", options, self.limit_seconds, self.cache)
 
     def ceiling(self, tokens: int, seconds: float = 0.4) -> dict[str, float]:
-        """Operations a second of each product, or nothing where they could not be measured."""
+        """Return operations per second of each product; empty if they cannot be measured."""
         done = measure("benchmarks.ceiling", {"model": self.model, "tokens": tokens, "seconds": seconds}, 120)
         return done.get("flops_per_second", {})
 
     def rows(self, tokens: int) -> Path:
-        """The rows of a run that takes `tokens`: `limit` of them, or more where those would not do."""
+        """Return the rows of a run that needs `tokens`: `limit` of them, or more if those are too few."""
         source, tokenizer = Path(self.options["rows"]), Path(self.options["tokenizer"])
         count = max(int(self.options["limit"]), rows.rows_holding(source, tokenizer, math.ceil(_SPARE * tokens)))
         file = self.folder / f"rows-{count}.jsonl"
         return file if file.exists() else rows.write_rows(source, file, count)
 
     def long_rows(self, tokens: int) -> Path:
-        """Rows of at least `tokens` tokens each, two for every step."""
+        """Return rows of at least `tokens` tokens each, two per step."""
         file = self.folder / f"long-{tokens}.jsonl"
         count = 2 * (int(self.options["warmup"]) + int(self.options["steps"]))
         if not file.exists():
@@ -126,38 +126,38 @@ class Workload:
         names = [name for name in self.options["ours"].split(",") if name]
         for name in names:
             if name not in OURS and f"ours.{name}" not in self.options:
-                raise SystemExit(f"ours={name}: there are {', '.join(OURS)}; give others as ours.{name}=key=value;…")
+                raise SystemExit(f"ours={name}: unknown; choose from {', '.join(OURS)}, or set ours.{name}=key=value;…")
         return names
 
     def stock_variants(self, trainer: str = "sft") -> list[str]:
-        """Those asked for; all are those of `trainer` that suit the device."""
+        """Return the chosen variants; `all` is every variant of `trainer` that suits the device."""
         given = self.options["stock"]
         if given == "all":
             return [*STOCK[trainer][device()["multiplies_in"]]]
         names = [] if given in ("none", "") else given.split(",")
         if unknown := [name for name in names if name not in VARIANTS]:
-            raise SystemExit(f"stock={','.join(unknown)}: there are all, none, {', '.join(VARIANTS)}")
+            raise SystemExit(f"stock={','.join(unknown)}: unknown; choose from all, none, {', '.join(VARIANTS)}")
         return names
 
 
 @contextmanager
 def prepared(options: Mapping[str, str]) -> Iterator[Workload]:
-    """The workload of these options: its random model is made if it is not there yet, and kept."""
+    """Yield the workload of these options; its random model is written at its first use, and kept."""
     options = {**options, "rows": _found(options["rows"]), "tokenizer": _found(options["tokenizer"])}
     work = work_folder(options["work"])
     size = options["size"]
     model = work / f"qwen2.5-{size}-{Path(options['tokenizer']).parent.name}-{Path(options['tokenizer']).name}"
     made = measure("benchmarks.models", {"size": size, "tokenizer": options["tokenizer"], "folder": model}, 900)
     if "failed" in made:
-        raise SystemExit(f"the model could not be made: {made['failed']}")
+        raise SystemExit(f"model: cannot be written: {made['failed']}")
     shape = json.loads((model / "config.json").read_text())
     with tempfile.TemporaryDirectory(dir=work) as folder:
         yield Workload(options, model, shape, Path(folder), work / "cache")
 
 
 def _found(path: str) -> str:
-    """An absolute path; relative ones are looked up here, then at the top of the checkout."""
+    """Return an absolute path; relative ones are searched here, then at the top of the checkout."""
     for folder in (Path.cwd(), ROOT):
         if (folder / path).exists():
             return str((folder / path).resolve())
-    raise SystemExit(f"there is no {path} here or in {ROOT}")
+    raise SystemExit(f"{path}: not found here or in {ROOT}")
