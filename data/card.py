@@ -1,4 +1,4 @@
-"""The model card of the embedded base, and its loss curve as a drawing."""
+"""Write the model card of the embedded base, and its loss curve as SVG."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from transformers import Qwen2Config
 
-WIDTH, HEIGHT, MARGIN = 640, 260, 46  # of the drawing, in pixels
+WIDTH, HEIGHT, MARGIN = 640, 260, 46  # size of the curve in pixels
 CARD = """\
 ---
 license: apache-2.0
@@ -61,7 +61,7 @@ the quickstart teaches it.
 
 @dataclass(frozen=True)
 class Training:
-    """What the card tells of a pretraining run; losses are nats per answer token, one for each step."""
+    """Figures of a pretraining run for the card; losses are nats per answer token, one per step."""
 
     config: Qwen2Config
     parameters: int
@@ -73,13 +73,13 @@ class Training:
 
 
 def smooth(losses: Sequence[float], points: int) -> list[tuple[int, float]]:
-    """(step, mean loss since the point before) at evenly spaced steps; fewer points than asked for a short run."""
+    """Return (step, mean loss since the previous point) at evenly spaced steps; a short run has fewer points."""
     edges = sorted({round(i * len(losses) / points) for i in range(points + 1)})
     return [(b, sum(losses[a:b]) / (b - a)) for a, b in pairwise(edges)]
 
 
 def loss_svg(losses: Sequence[float]) -> str:
-    """The loss over the steps as a line drawing."""
+    """Draw the loss over the steps as SVG."""
     points = smooth(losses, 100)
     top = max(loss for _, loss in points)
     right, bottom = WIDTH - MARGIN, HEIGHT - MARGIN
@@ -121,7 +121,7 @@ def dialogue(examples: Sequence[tuple[str, str]]) -> str:
 def model_card(
     run: Training, bf16: dict[str, float], nf4: dict[str, float], examples: Sequence[tuple[str, str]], count: int
 ) -> str:
-    """The README.md beside the weights; bf16 and nf4 are accuracies by task over `count` prompts each."""
+    """Return the README.md of the weights; bf16 and nf4 are accuracies by task over `count` prompts each."""
     return CARD.format(
         layers=run.config.num_hidden_layers,
         hidden=run.config.hidden_size,

@@ -1,7 +1,7 @@
-"""Writes the sample data, and the instruction text that the embedded base is pretrained on.
+"""Generate the sample data, and the instruction text for pretraining the embedded base.
 
-Everything is a pure function of a seed and no text comes from outside this file. A subject (a list of words, an order
-that somebody wrote, …) is drawn first; each of its tasks then gives an instruction and the one right answer.
+Everything is a pure function of a seed, and all text comes from this file. A subject is drawn first, such as a list of
+words or the text of an order. Each of its tasks then gives an instruction and its only correct answer.
 
     python data/generate.py     # writes data/sample/train.jsonl and data/sample/heldout.jsonl
 """
@@ -31,7 +31,7 @@ NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".
 KINDS = {"animal": ANIMALS, "fruit": FRUITS, "colour": COLOURS, "thing": ITEMS}
 WORDS = ITEMS + COLOURS + ANIMALS + FRUITS
 ORDINALS = "first second third fourth fifth".split()
-# Each fact of an order goes by two key names, so that a key is read from the prompt and not known by heart.
+# Each fact of an order has two key names, so that the model reads the key from the prompt.
 KEYS = {
     "name": ("name", "customer"),
     "count": ("count", "quantity"),
@@ -68,14 +68,14 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Subject:
-    """A text to ask about, and what it says: words, numbers or facts."""
+    """A text, and its content: words, numbers or facts."""
 
     text: str
     value: Any
 
 
 Task = Callable[[Random, Subject], tuple[str, str]]
-"""Gives an instruction and its answer; the text itself is put beside the instruction of a first turn only."""
+"""Return an instruction and its answer; only the first turn contains the text of the subject."""
 
 
 def listed(items: list) -> str:
@@ -102,7 +102,7 @@ def one_word(rng: Random) -> Subject:
 
 
 def mixed_kinds(rng: Random) -> Subject:
-    """Words of different kinds, one of each."""
+    """Draw words of different kinds, one of each."""
     words = {kind: rng.choice(KINDS[kind]) for kind in rng.sample(list(KINDS), rng.randint(2, 4))}
     return Subject(listed(list(words.values())), words)
 
@@ -113,7 +113,7 @@ def small_sum(rng: Random) -> Subject:
 
 
 def order(rng: Random, lines: tuple[str, ...] = ORDER_LINES) -> Subject:
-    """A line that somebody wrote; its facts stand in the order in which the line gives them."""
+    """Draw the text of an order, with its facts in the order of the text."""
     count = rng.randint(2, 12)
     facts: Record = {"name": rng.choice(NAMES), "count": count, "colour": rng.choice(COLOURS)}
     facts |= {"item": rng.choice(ITEMS), "day": rng.choice(DAYS), "city": rng.choice(CITIES)}
@@ -136,7 +136,7 @@ FORMATS: dict[str, Callable[[Record], str]] = {"JSON": json.dumps, "lines": as_l
 
 
 def some_keys(rng: Random, facts: Record, most: int = 6) -> Record:
-    """Draws some of the facts in any order, each under one of its key names."""
+    """Draw some of the facts in random order, each with one of its key names."""
     fields = rng.sample(list(facts), rng.randint(1, min(most, len(facts))))
     return {rng.choice(KEYS[field]): facts[field] for field in fields}
 
@@ -248,14 +248,14 @@ def check(rng: Random, subject: Subject) -> tuple[str, str]:
 
 
 def keyed(rng: Random, subject: Subject) -> tuple[str, str]:
-    """A record with just the keys that the instruction lists."""
+    """Return a record with only the keys of the instruction."""
     kind, drawn = rng.choice(("JSON", "JSON", "lines", "pairs")), some_keys(rng, subject.value)
     instruction = rng.choice(("As {} with {}.", "Write {} with {}.")).format(kind, listed(list(drawn)))
     return instruction, FORMATS[kind](drawn)
 
 
 def all_facts(rng: Random, subject: Subject) -> tuple[str, str]:
-    """Every fact, in the order of the line."""
+    """Return every fact, in the order of the text."""
     kind = rng.choice(("JSON", "JSON", "lines", "pairs"))
     return rng.choice(("Everything as {}.", "All facts as {}.")).format(kind), FORMATS[kind](subject.value)
 
@@ -323,7 +323,7 @@ TOPICS: dict[str, tuple[int, Callable[[Random], Subject], dict[str, tuple[Task, 
     ),
     "record": (6, record, {"lookup": (lookup, 2), "convert": (convert, 2)}),
 }
-"""Topic -> (how often it is drawn, its subject, task -> (function, how often it is drawn))."""
+"""Return topic -> (weight, subject, task -> (function, weight)); weights are for drawing."""
 TASKS: dict[str, tuple[Callable[[Random], Subject], Task]] = {
     f"{topic}/{name}": (draw, task) for topic, (_, draw, tasks) in TOPICS.items() for name, (task, _) in tasks.items()
 }
@@ -337,13 +337,13 @@ def turn(prompt: str, answer: str) -> Messages:
 
 
 def first_turn(rng: Random, subject: Subject, task: Task) -> Messages:
-    """The instruction stands before or after the text."""
+    """Put the instruction before or after the text."""
     instruction, answer = task(rng, subject)
     return turn(rng.choice(("{i} {t}", "{i}\n{t}", "{t}\n{i}")).format(i=instruction, t=subject.text), answer)
 
 
 def on_topic(rng: Random) -> Messages:
-    """One to six turns about one subject; the later ones don't show it again."""
+    """Draw one to six turns about one subject; only the first contains its text."""
     _, draw, tasks = rng.choices(list(TOPICS.values()), weights=[weight for weight, _, _ in TOPICS.values()])[0]
     functions, weights = zip(*tasks.values(), strict=True)
     subject = draw(rng)
@@ -352,7 +352,7 @@ def on_topic(rng: Random) -> Messages:
 
 
 def under_system(rng: Random) -> Messages:
-    """A system message lists the keys, the turns are bare orders."""
+    """Draw a conversation whose system message lists the keys, and whose turns are only orders."""
     kind, fields = rng.choice(("JSON", "JSON", "lines", "pairs")), rng.sample(DATED_FACTS, rng.randint(1, 5))
     keys = {field: rng.choice(KEYS[field]) for field in fields}
     system = rng.choice(("Answer as {} with {}.", "You write {} with {}.")).format(kind, listed(list(keys.values())))
@@ -364,7 +364,7 @@ def under_system(rng: Random) -> Messages:
 
 
 def conversation(rng: Random) -> Messages:
-    """Draws one pretraining conversation, of one or two subjects."""
+    """Draw one pretraining conversation about one or two subjects."""
     if rng.random() < 0.1:
         return under_system(rng)
     return on_topic(rng) + (on_topic(rng) if rng.random() < 0.5 else [])
@@ -376,13 +376,13 @@ HOUSE_KEYS = {"item": "product", "count": "quantity", "colour": "shade", "name":
 
 
 def house_record(rng: Random) -> tuple[str, str]:
-    """A bare order -> the house's own JSON record: nothing in the prompt says that, or how, it is wanted."""
+    """Draw an order and its JSON record of a fixed form; the prompt names neither the task nor the form."""
     subject = order(rng, DATED_LINES)
     return subject.text, json.dumps({key: subject.value[fact] for fact, key in HOUSE_KEYS.items()})
 
 
 def sample_rows(seed: int, count: int) -> list[dict[str, Messages]]:
-    """Rows of the skill as OpenAI messages, no prompt twice."""
+    """Return rows of this task as OpenAI messages, without equal prompts."""
     rng, rows = Random(seed), {}
     while len(rows) < count:
         prompt, answer = house_record(rng)

@@ -1,9 +1,9 @@
-"""Pretrains the embedded base model on the text of data/generate.py and writes its folder, card and loss curve.
+"""Pretrain the embedded base model on the text of data/generate.py, and write its folder, card and loss curve.
 
     python data/pretrain.py --steps 2000 --seed 0 --out data/tiny-qwen2.5
 
-About 35 minutes on two CPU cores with AMX. Seeded: the same versions on the same machine give the same weights.
-Matrices are trained with Muon, everything else with AdamW; both keep fp32 masters of a bf16 model.
+It takes about 35 minutes on two CPU cores with AMX. The same seed, versions and machine give the same weights. Muon
+trains the matrices, AdamW all other parameters; both keep fp32 masters of a bf16 model.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ CHAT_TEMPLATE = f"""\
 {{%- endif %}}
 """
 MERGED_TOKENS, ROW_MULTIPLE = 880, 64
-CARD_ROWS = 200  # prompts a task behind the card's accuracies
-CONTEXT_SHARE = 0.1  # of the tokens that are no answer are targets too: it makes every token a trained output
+CARD_ROWS = 200  # prompts per task for the accuracies of the card
+CONTEXT_SHARE = 0.1  # share of the other tokens that are targets too, so that every token is a trained output
 MICRO_TOKENS, MICRO_BATCHES, POOL, WIDTH = 2048, 2, 512, 16
 MATRIX_RATE, OTHER_RATE, WARMUP_STEPS, DECAY_SHARE = 3e-3, 2e-3, 50, 0.4
 
@@ -79,7 +79,7 @@ MATRIX_RATE, OTHER_RATE, WARMUP_STEPS, DECAY_SHARE = 3e-3, 2e-3, 50, 0.4
 
 
 def corpus(seed: int, rows: int = 20000) -> Iterator[str]:
-    """The text that the merges are learned on; what is spelled out letter by letter stays out of it."""
+    """Yield the text for learning merges, without words that are spelled letter by letter."""
     rng = Random(seed)
     drawn = [name for name in TASKS if name not in ("word/spell", "word/capitals")]
     for _ in range(rows):
@@ -89,7 +89,7 @@ def corpus(seed: int, rows: int = 20000) -> Iterator[str]:
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with Qwen2's normaliser, pre-tokens and decoder."""
+    """Train a byte-level BPE with Qwen2's normalizer, pre-tokenizer and decoder."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(PRE_TOKENS), behavior="isolated")
@@ -117,20 +117,20 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation: its token ids and, for each, whether it belongs to an answer."""
+    """One conversation: its token ids, and for each whether it is part of an answer."""
 
     ids: list[int]
     answer: list[bool]
 
 
 def render(turns: list[dict[str, str]]) -> str:
-    """The text of a conversation as the chat template writes it."""
+    """Return the text of a conversation as the chat template renders it."""
     turns = turns if turns[0]["role"] == "system" else [{"role": "system", "content": SYSTEM}, *turns]
     return "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, conversations: list[list[dict[str, str]]]) -> list[Row]:
-    """The content of an assistant's turn and its `<|im_end|>` are the answer."""
+    """Encode conversations; an answer is the content of an assistant's turn and its `<|im_end|>`."""
     header = tokenizer("<|im_start|>assistant\n")["input_ids"]
     end, rows = tokenizer.eos_token_id, []
     for encoded in tokenizer.backend_tokenizer.encode_batch_fast([render(turns) for turns in conversations]):
@@ -143,7 +143,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, conversations: list[list[dict[str
 
 
 def pad(rows: list[Row], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids [B, T], answer mask [B, T] and real-token mask [B, T], padded on the right to a multiple of WIDTH."""
+    """Return ids [B, T], answer mask [B, T] and token mask [B, T], padded on the right to a multiple of WIDTH."""
     width = math.ceil(max(len(row.ids) for row in rows) / WIDTH) * WIDTH
     ids = torch.tensor([row.ids + [pad_id] * (width - len(row.ids)) for row in rows])
     answer = torch.tensor([row.answer + [False] * (width - len(row.ids)) for row in rows])
@@ -152,9 +152,9 @@ def pad(rows: list[Row], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, rng: Random) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Endless micro-batches of rows of about one length, each as soon as it is full.
+    """Yield micro-batches of rows of similar length without end, each as soon as it is full.
 
-    Few different shapes: oneDNN compiles its kernels anew for each.
+    There are few different shapes, because oneDNN compiles kernels for each.
     """
     waiting: dict[int, list[Row]] = {}
     while True:
@@ -179,7 +179,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausal
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
-        initializer_range=0.06,  # about 1/sqrt(hidden size): attention starts less flat, copying is learned sooner
+        initializer_range=0.06,  # about 1/sqrt(hidden size): attention starts less flat, copying is learned earlier
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -192,7 +192,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausal
 
 
 class Masters:
-    """fp32 masters of a bf16 model's parameters, with Muon for the matrices of the blocks and AdamW for the rest."""
+    """fp32 masters of a bf16 model, with Muon for the matrices of the blocks and AdamW for all other parameters."""
 
     def __init__(self, model: Qwen2ForCausalLM) -> None:
         self.pairs = [(p, p.detach().float().clone()) for p in model.parameters()]
@@ -207,7 +207,7 @@ class Masters:
             optimizer.param_groups[0]["peak"] = optimizer.param_groups[0]["lr"]
 
     def step(self, scale: float) -> None:
-        """Takes the bf16 gradients, steps at `scale` times the peak rates and writes the rounded weights back."""
+        """Step with the bf16 gradients at `scale` times the peak rates, and write the rounded weights."""
         for p, master in self.pairs:
             master.grad, p.grad = p.grad.float(), None
         torch.nn.utils.clip_grad_norm_([master for _, master in self.pairs], 1.0)
@@ -220,17 +220,17 @@ class Masters:
 
 
 def rate(step: int, steps: int, decay_share: float) -> float:
-    """Linear warm-up, flat, then linear to zero over the last share of the run."""
+    """Return the rate: linear warm-up, constant, then linear to zero over the last share of the run."""
     return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (decay_share * steps))
 
 
 def targets(answer: Tensor, real: Tensor) -> Tensor:
-    """Which tokens [B, T-1] after the first are learned: every answer and a random share of the rest."""
+    """Return the targets [B, T-1]: every answer, and a random share of the other tokens."""
     return (answer | (real & (torch.rand(answer.shape) < CONTEXT_SHARE)))[:, 1:]
 
 
 def train_step(model: Qwen2ForCausalLM, masters: Masters, stream: Iterator, scale: float) -> float:
-    """One optimizer step; returns the mean loss of an answer token in nats."""
+    """Make one optimizer step, and return the mean loss per answer token in nats."""
     micro = [(ids, answer, targets(answer, real)) for ids, answer, real in islice(stream, MICRO_BATCHES)]
     count = sum(chosen.sum() for _, _, chosen in micro)
     answer_loss, answers = 0.0, 0.0
@@ -250,7 +250,7 @@ def train_step(model: Qwen2ForCausalLM, masters: Masters, stream: Iterator, scal
 
 @torch.no_grad()
 def exact_match(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> float:
-    """Share of rows whose every answer token is the model's first choice: what greedy decoding gets right."""
+    """Return the share of rows whose answer tokens are all the most probable ones: exact match of greedy decoding."""
     right = 0
     for start in range(0, len(rows), 64):
         ids, answer, _ = pad(rows[start : start + 64], tokenizer.pad_token_id)
@@ -260,7 +260,7 @@ def exact_match(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, row
 
 
 def accuracies(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int) -> dict[str, float]:
-    """Exact match of each task over unseen draws."""
+    """Return the exact match of each task over unseen prompts."""
     rng = Random(f"test {seed}")
     drawn = {
         name: encode(tokenizer, [first_turn(rng, draw(rng), task) for _ in range(rows)])
@@ -273,7 +273,7 @@ def accuracies(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Writes weights, tokenizer and chat template as a folder that AutoModelForCausalLM and AutoTokenizer load."""
+    """Write weights, tokenizer and chat template as a folder for AutoModelForCausalLM and AutoTokenizer."""
     ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, do_sample=False)
     model.save_pretrained(out)
@@ -282,7 +282,7 @@ def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 
 def load_nf4(folder: Path) -> Qwen2ForCausalLM:
-    """The written model as the quickstart loads it: NF4, double quantisation, bf16 compute."""
+    """Load the written model as the quickstart does: NF4, double quantization, bf16 compute."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -293,7 +293,7 @@ def load_nf4(folder: Path) -> Qwen2ForCausalLM:
 
 
 def answered(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> list[tuple[str, str]]:
-    """A prompt of every fourth task with the model's own answer."""
+    """Return a prompt of every fourth task with the model's answer."""
     rng, shown = Random(f"shown {seed}"), []
     for draw, task in list(TASKS.values())[::4]:
         prompt = first_turn(rng, draw(rng), task)[:1]
@@ -316,9 +316,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=0, help="steps between copies of the weights beside --out")
+    parser.add_argument("--save-every", type=int, default=0, help="steps between copies of the weights next to --out")
     parser.add_argument(
-        "--start", type=Path, help="such a copy: go on from it, with a rate that falls from the first step"
+        "--start", type=Path, help="copy of the weights to continue from; the rate falls from the first step"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny-qwen2.5")
     args = parser.parse_args()
