@@ -16,7 +16,7 @@ find_python() {
     if command -v "$name" >/dev/null && is_new_enough "$name"; then command -v "$name"; return; fi
   done
   say "error: no Python 3.11 or newer on PATH (python3 is $(python3 --version 2>&1 || true))."
-  say "Install one, or point to it: FINETUNE_PYTHON=/path/to/python3.12 bash launch/setup.sh"
+  say "help: install one, or set its path: FINETUNE_PYTHON=/path/to/python3.12 bash launch/setup.sh"
   return 2
 }
 
