@@ -18,7 +18,9 @@ def run_here(*arguments: str, cwd: Path, input: str = "", encoding: str = "utf-8
     from finetune.cli import main
 
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for _ in range(2))
-    streams = mock.patch.multiple(sys, stdin=io.StringIO(input), stdout=out, stderr=err)
+    streams = mock.patch.multiple(
+        sys, stdin=io.TextIOWrapper(io.BytesIO(input.encode(encoding)), encoding=encoding), stdout=out, stderr=err
+    )
     with streams, contextlib.chdir(cwd):
         code = main(list(arguments))
     return Done(list(arguments), code, _text(out), _text(err))

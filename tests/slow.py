@@ -3,7 +3,44 @@
 from __future__ import annotations
 
 # A test file, a test, or one case of a test -> the fast test that holds the same law in every run of the suite.
-SLOW: dict[str, str] = {}
+SLOW: dict[str, str] = {
+    "tests/integration/test_benchmarks.py": "tests/unit/benchmarks/test_accounting.py",
+    "tests/integration/test_notebooks.py": "tests/unit/training/test_track.py",
+    "tests/integration/test_mixed_precision.py": "tests/unit/mixed_precision/test_choose.py",
+    "tests/integration/test_tiny_base.py": "tests/unit/test_sample_data.py",
+    "tests/integration/test_sweep.py": "tests/unit/sweep/test_sweep.py",
+    "tests/parity/test_training_curve.py": "tests/parity/test_fused_layers.py",
+    "tests/equivalence/test_resume.py::test_kills_at_random_moments_give_the_same_adapter_and_metrics[10-40]": (
+        "tests/equivalence/test_resume.py::test_kills_at_random_moments_give_the_same_adapter_and_metrics"
+    ),
+    "tests/equivalence/test_on_policy.py::test_two_ranks_write_the_same_answers_as_one": (
+        "tests/equivalence/test_ranks.py::test_two_ranks_equal_one"
+    ),
+    "tests/equivalence/test_distillation.py::test_two_ranks_equal_one": (
+        "tests/equivalence/test_ranks.py::test_two_ranks_equal_one"
+    ),
+    "tests/integration/test_data_command.py::test_a_reader_that_goes_early_gets_no_traceback": (
+        "tests/unit/test_cli.py::test_a_reader_that_has_gone_is_no_bug"
+    ),
+    "tests/integration/test_data_command.py::test_without_colors_it_says_the_same": (
+        "tests/integration/test_data_command.py::test_a_terminal_gets_colors"
+    ),
+    "tests/integration/test_launch.py::test_quickstart_trains_from_any_folder": (
+        "tests/integration/test_launch.py::test_quickstart_writes_where_it_is_told"
+    ),
+    "tests/integration/test_launch.py::test_the_command_for_two_cpu_ranks_really_starts_two": (
+        "tests/equivalence/test_ranks.py::test_two_ranks_equal_one"
+    ),
+    "tests/integration/test_merge_export.py::test_a_full_disk_leaves_nothing[export]": (
+        "tests/integration/test_merge_export.py::test_a_full_disk_leaves_nothing"
+    ),
+    "tests/integration/test_merge_export.py::test_64_greedy_tokens_of_the_trained_model_are_the_same[onnx fp32]": (
+        "tests/integration/test_merge_export.py::test_64_greedy_tokens_of_the_trained_model_are_the_same"
+    ),
+    "tests/integration/test_merge_export.py::test_a_layer_of_a_7b_is_merged_in_a_block_of_memory": (
+        "tests/unit/export/merge/test_merge.py"
+    ),
+}
 
 
 def is_slow(node: str) -> bool:

@@ -37,7 +37,8 @@ class StaticMemory:
 
 def linear_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Return the (out, in) features of each linear of a Qwen2 layer. shape: keys as in config.json."""
-    hidden, heads, head = shape["hidden_size"], shape["num_attention_heads"], shape["head_dim"]
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    head = shape.get("head_dim") or hidden // heads  # Most config.json files leave it out.
     kv = shape["num_key_value_heads"] * head
     inner = shape["intermediate_size"]
     return {

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.slow import SLOW, is_slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "finetune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -155,3 +157,13 @@ def test_no_file_names_a_package_host_a_home_path_or_unfinished_work():
             if hosts.search(line) or home.search(line) or (file.suffix == ".py" and unfinished.search(line)):
                 found.append(f"{name}:{number}: {line.strip()[:100]}")
     assert not found
+
+
+def test_every_slow_test_exists_and_names_a_fast_one():
+    def is_there(node: str) -> bool:
+        file, _, test = node.partition("::")
+        text = (ROOT / file).read_text() if (ROOT / file).is_file() else ""
+        return f"def {test.partition('[')[0]}(" in text if test else bool(text)
+
+    assert not [node for pair in SLOW.items() for node in pair if not is_there(node)]
+    assert not [fast for fast in SLOW.values() if is_slow(fast)]
