@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.parity.test_fast_layers import LENGTHS, disturb, step
+from tests.parity.test_fused_layers import LENGTHS, disturb, step
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.data.batch import build_batch

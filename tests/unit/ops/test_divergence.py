@@ -140,7 +140,7 @@ def sparse_teacher(rows, vocabulary, ids_per_row):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "vocabulary", "ids_a_row"), [(0, 97, 5), (1, 1, 1), (7, 11, 48), (13, 1009, 7)])
+@pytest.mark.parametrize(("rows", "vocabulary", "ids_per_row"), [(0, 97, 5), (1, 1, 1), (7, 11, 48), (13, 1009, 7)])
 def test_a_sparse_teacher_with_repeated_ids_equals_float64(dtype, rows, vocabulary, ids_per_row, monkeypatch):
     monkeypatch.setitem(SOFTMAX_BLOCK_VALUES, "cpu", 150)  # blocks of 3 rows of 7 ids
     logits, _, factors = pair(rows, vocabulary, dtype)
