@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.parity.test_fused_layers import LENGTHS, disturb, step
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.data.batch import build_batch
@@ -17,6 +16,7 @@ from finetune.ops import dispatch
 from finetune.ops.attention import attend, plan_segments, round_up, varlen_kernel
 from tests.models import random_qwen2
 from tests.parity.test_cross_entropy import documents
+from tests.parity.test_fused_layers import LENGTHS, disturb, step
 from tests.unit.ops.test_attention import reference
 
 pytestmark = pytest.mark.gpu
