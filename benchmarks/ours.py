@@ -74,9 +74,9 @@ def split_training(peaks: Peaks) -> None:
 
     fit = recipe.fit
 
-    def watched(*arguments: Any) -> None:
+    def watched(*arguments: Any, **hooks: Any) -> None:
         peaks.training_begins()
-        fit(*arguments)
+        fit(*arguments, **hooks)
 
     recipe.fit = watched
 
