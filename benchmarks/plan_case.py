@@ -54,9 +54,9 @@ def run_training(config: str, overrides: list[str]) -> dict[str, Any]:
     peaks, steps, train_step = Peaks(), [], loop.train_step
     split_training(peaks)
 
-    def timed(job: loop.Job, step: int, signal_number: int = 0) -> loop.StepResult:
+    def timed(inputs: loop.StepInputs, step: int, stop_signal: int = 0) -> loop.StepResult:
         start = clock()
-        result = train_step(job, step, signal_number)
+        result = train_step(inputs, step, stop_signal)
         counts = {key: getattr(result, key) for key in ("tokens", "computed_tokens", "target_tokens")}
         steps.append({"seconds": clock() - start, **counts})
         return result
