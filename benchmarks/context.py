@@ -23,7 +23,7 @@ from benchmarks.processes import parse
 DEFAULTS = {
     "model": "",
     "budget_gb": "16",
-    "gradient_checkpointing": "offload",
+    "recompute": "offload",
     "seconds": "60",
     "most": "400000",
     "rank": "8",
@@ -173,7 +173,7 @@ def main(words: list[str]) -> None:
         return (peak, time.perf_counter() - start) if peak <= budget_bytes else None
 
     found = search(attempt, budget_bytes, int(options["first"]), int(options["most"]), float(options["seconds"]))
-    print(json.dumps({**found, "gradient_checkpointing": options["recompute"], "device": device.type}))
+    print(json.dumps({**found, "recompute": options["recompute"], "device": device.type}))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ OPTIONS = {
     "parts": "throughput,recompute,peers,context",
     "budgets": "16,24,80",
     "repeats": "1",
-    "gradient_checkpointing": "auto,all,offload",
+    "recompute": "auto,all,offload",
     "context_seconds": "60",
     "context_most": "400000",
     "run_seconds": "150",
