@@ -5,7 +5,15 @@ from __future__ import annotations
 # A test file, a test, or one case of a test -> the fast test that holds the same law in every run of the suite.
 SLOW: dict[str, str] = {
     "tests/integration/test_benchmarks.py": "tests/unit/benchmarks/test_accounting.py",
-    "tests/integration/test_notebooks.py": "tests/unit/training/test_track.py",
+    "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom[02_your_own_data]": (
+        "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom"
+    ),
+    "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom[03_distill_and_gap]": (
+        "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom"
+    ),
+    "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom[04_merge_and_export]": (
+        "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom"
+    ),
     "tests/integration/test_mixed_precision.py": "tests/unit/mixed_precision/test_choose.py",
     "tests/integration/test_tiny_base.py": "tests/unit/test_sample_data.py",
     "tests/integration/test_sweep.py": "tests/unit/sweep/test_sweep.py",

@@ -18,15 +18,6 @@ from finetune.models.adapters.attach import attach_lora, save_adapter
 from finetune.models.load import load_base
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Run on one thread: matrices of this size are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @contextmanager
 def no_progress(task: str, size_bytes: int) -> Iterator[Callable[[int], None]]:
     """Show no progress of a merge."""
