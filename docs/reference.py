@@ -65,11 +65,10 @@ def _cell(text: str) -> str:
 def commands_page() -> str:
     """Return the page with the help text of every command."""
     lines = ["# Commands", "", "The output of `finetune COMMAND --help`. Data goes to stdout, messages to stderr."]
-    for name in COMMANDS:
-        command = load_command(name)
-        text = command.help()
+    for name, summary in COMMANDS.items():
+        text = load_command(name).help()
         if name == "train":  # the keys have their own page
             text = text.split("\n\nPackaged configs:")[0]
-        lines += ["", f"## finetune {name}", "", f"{command.summary[0].upper()}{command.summary[1:]}.", "", "```text"]
+        lines += ["", f"## finetune {name}", "", f"{summary[0].upper()}{summary[1:]}.", "", "```text"]
         lines += [text.rstrip(), "```"]
     return "\n".join(lines) + "\n"

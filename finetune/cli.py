@@ -72,7 +72,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:<12} {load_command(name).summary}" for name in COMMANDS)
+    commands = "\n".join(f"  {name:<12} {summary}" for name, summary in COMMANDS.items())
     return f"""\
 finetune {__version__}: fine-tune Qwen2.5 models in 4-bit
 

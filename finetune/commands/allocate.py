@@ -1,4 +1,13 @@
-"""`finetune allocate`: choose 4, 8 or 16 bits for each layer, within a budget of bytes."""
+"""usage: finetune allocate config=X.yaml sensitivity=DIR budget_gb=N [out=FILE] [key=value …]
+
+Chooses 4, 8 or 16 bits for each linear layer: the smallest error by the measurements of finetune sensitivity, within
+the budget. Measures the choice on held-out rows beside simple choices of the same size, and writes the best of them.
+Training, planning, merging and export use the file. The config must be the config of finetune sensitivity.
+
+Examples
+  finetune allocate config=quickstart.yaml sensitivity=sensitivity budget_gb=0.003
+  finetune train config=quickstart.yaml quant=allocated
+"""
 
 from __future__ import annotations
 
@@ -9,18 +18,6 @@ from pathlib import Path
 from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
 from finetune.system.console import log
-
-USAGE = """\
-usage: finetune allocate config=X.yaml sensitivity=DIR budget_gb=N [out=FILE] [key=value …]
-
-Chooses 4, 8 or 16 bits for each linear layer: the smallest error by the measurements of finetune sensitivity, within
-the budget. Measures the choice on held-out rows beside simple choices of the same size, and writes the best of them.
-Training, planning, merging and export use the file. The config must be the config of finetune sensitivity.
-
-Examples
-  finetune allocate config=quickstart.yaml sensitivity=sensitivity budget_gb=0.003
-  finetune train config=quickstart.yaml quant=allocated
-"""
 
 
 def run(arguments: Arguments) -> int:
@@ -47,11 +44,4 @@ def run(arguments: Arguments) -> int:
     return 0
 
 
-COMMAND = Command(
-    "allocate",
-    "choose 4, 8 or 16 bits for each layer, within a budget",
-    USAGE,
-    run,
-    options="AllocateOptions",
-    config="required",
-)
+COMMAND = Command("allocate", __doc__, run, options="AllocateOptions", config="required")

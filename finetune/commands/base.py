@@ -1,6 +1,6 @@
-"""The record of one command, and the table that finds it.
+"""The list of commands, and the record that each of them defines.
 
-The modules of commands import nothing heavy at their top, so that `finetune --help` stays fast.
+The module of a command opens with its `--help`. It imports nothing heavy at its top, so that help stays fast.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from finetune.system.errors import InputError
 if TYPE_CHECKING:
     from finetune.config.schema import Section
 
+# Each name with its summary; the module of `data convert` is finetune.commands.data_convert.
 COMMANDS = {
-    "train": "finetune.commands.train",
-    "data": "finetune.commands.data",
-    "data convert": "finetune.commands.data_convert",
-    "plan": "finetune.commands.plan",
-    "cache": "finetune.commands.cache",
-    "eval": "finetune.commands.eval",
-    "sensitivity": "finetune.commands.sensitivity",
-    "allocate": "finetune.commands.allocate",
-    "merge": "finetune.commands.merge",
-    "export": "finetune.commands.export",
-    "report": "finetune.commands.report",
-    "compare": "finetune.commands.compare",
-    "sweep": "finetune.commands.sweep",
-    "chat": "finetune.commands.chat",
-    "doctor": "finetune.commands.doctor",
-    "completion": "finetune.commands.completion",
+    "train": "fine-tune a model as a config describes",
+    "data": "report on the rows of a config",
+    "data convert": "write rows of any format as messages",
+    "plan": "predict whether a run fits into memory and how long it takes",
+    "cache": "write the teacher's outputs for the rows of a config",
+    "eval": "measure a model on held-out rows, and what quantization changed",
+    "sensitivity": "measure the quantization error of each layer in 4 or 8 bit",
+    "allocate": "choose 4, 8 or 16 bits for each layer, within a budget",
+    "merge": "add an adapter to the weights of its base",
+    "export": "write a model for llama.cpp, Ollama, ONNX Runtime or a server",
+    "report": "draw the report of a run again",
+    "compare": "show runs side by side: settings, metrics, curves",
+    "sweep": "train with every combination of settings, or search for the best",
+    "chat": "chat with a base model or a trained adapter",
+    "doctor": "check this machine and its packages",
+    "completion": "print a script that completes words in bash, zsh or fish",
 }
 
 
@@ -42,8 +43,7 @@ class Command:
 
     Attributes:
         name: words after `finetune`.
-        summary: one line for the list of commands.
-        usage: text of `--help`, with a description and examples; the options follow.
+        usage: text of `--help`, with a description and examples; the options follow. None under `python -OO`.
         run: does the work and returns the exit code. It gets the options read and checked.
         options: name of the schema in config/command_options.py; empty for a command without options.
         flags: words such as `--json`.
@@ -53,8 +53,7 @@ class Command:
     """
 
     name: str
-    summary: str
-    usage: str
+    usage: str | None
     run: Callable[[Arguments], int]
     options: str = ""
     flags: tuple[str, ...] = ()
@@ -72,7 +71,7 @@ class Command:
 
     def help(self) -> str:
         """Return the text of `--help`."""
-        parts = [self.usage.strip("\n")]
+        parts = [(self.usage or "").rstrip("\n")]
         if schema := self.schema():
             from finetune.config.options import options_help
 
@@ -95,8 +94,8 @@ class Command:
         return InputError(f"finetune {self.name}: config=X.yaml is missing\n{advice}")
 
     def _example(self) -> str:
-        lines = [line.strip() for line in self.usage.splitlines()]
-        return next(line for line in lines if line.startswith(f"finetune {self.name}"))
+        lines = [line.strip() for line in (self.usage or "").splitlines()]
+        return next((line for line in lines if line.startswith(f"finetune {self.name}")), f"finetune {self.name}")
 
     def _read_options(self, arguments: Arguments) -> Arguments:
         if arguments.config is None and self.config == "required":
@@ -118,7 +117,7 @@ class Command:
 
 def load_command(name: str) -> Command:
     """Import the module of a command and return its record."""
-    return importlib.import_module(COMMANDS[name]).COMMAND
+    return importlib.import_module(f"finetune.commands.{name.replace(' ', '_')}").COMMAND
 
 
 def packaged_configs() -> list[str]:

@@ -1,23 +1,4 @@
-"""`finetune cache`: write the teacher's outputs for every row of a config."""
-
-from __future__ import annotations
-
-import os
-import shlex
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from finetune.commands.base import Command
-from finetune.system.arguments import Arguments
-from finetune.system.console import log
-from finetune.system.errors import ConfigError
-from finetune.system.format import format_bytes
-
-if TYPE_CHECKING:
-    from finetune.config.schema import RunConfig
-
-USAGE = """\
-usage: finetune cache config=X.yaml distill.cache=DIR [key=value …]
+"""usage: finetune cache config=X.yaml distill.cache=DIR [key=value …]
 
 Runs the teacher of a config on every row of data.train and data.eval and writes its outputs to DIR. Training with
 distill.teacher.placement=cached then needs no teacher. After an interruption, the same command continues; with more
@@ -31,6 +12,21 @@ Examples
   finetune train config=distill.yaml distill.cache=teacher 'data.train=[{path: rows.jsonl}]' \\
     distill.teacher.placement=cached
 """
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from finetune.commands.base import Command
+from finetune.system.arguments import Arguments
+from finetune.system.console import log
+from finetune.system.errors import ConfigError
+from finetune.system.format import format_bytes
+
+if TYPE_CHECKING:
+    from finetune.config.schema import RunConfig
 
 
 def run(arguments: Arguments) -> int:
@@ -50,8 +46,6 @@ def run(arguments: Arguments) -> int:
 
     check_sources(cfg.data)
 
-    import torch
-
     from finetune.data.documents import Documents
     from finetune.data.loader import load_chat_template, load_data, used_ids
     from finetune.data.tokens.prepare import Preparation, console_progress
@@ -59,7 +53,7 @@ def run(arguments: Arguments) -> int:
     from finetune.distill.teacher import cache_path, check_vocabulary
     from finetune.models.load import default_device, load_tokenizer
     from finetune.models.tokens import extend_tokenizer
-    from finetune.system.machine import pick_threads, usable_cores
+    from finetune.system.machine import use_all_cores
 
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
@@ -67,8 +61,7 @@ def run(arguments: Arguments) -> int:
     data = load_data(Preparation(cfg.data, chat, progress=console_progress(log)))
     vocabulary = check_vocabulary(cfg, tokenizer, used_ids(data))
     device = default_device()
-    if device.type == "cpu" and (threads := pick_threads(os.environ, usable_cores())):
-        torch.set_num_threads(threads)
+    use_all_cores(device.type)
     documents = Documents.join(source.documents for source in (*data.train, *data.eval))
     written = write_cache(cfg, chat, vocabulary, documents, device=device, log=log)
     folder = cache_path(cfg)
@@ -87,4 +80,4 @@ def _training_overrides(cfg: RunConfig, overrides: Sequence[str]) -> list[str]:
     return [*kept, "distill.teacher.placement=cached", *one_step]
 
 
-COMMAND = Command("cache", "write the teacher's outputs for the rows of a config", USAGE, run, config="required")
+COMMAND = Command("cache", __doc__, run, config="required")

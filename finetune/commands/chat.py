@@ -1,4 +1,17 @@
-"""`finetune chat`: chat with a base model, or with a trained adapter on its base."""
+"""usage: finetune chat adapter=FOLDER [key=value …]     a trained adapter on its base
+       finetune chat model=NAME [key=value …]         a base model: hub id or folder
+       finetune chat config=X.yaml [adapter=FOLDER] [key=value …]
+
+The folder of a run, or a checkpoint in it, brings its own config. A bare adapter or model is loaded as in lora.yaml
+(4-bit); quant.type=none loads it in 16 bit.
+In the chat: /reset starts a new conversation, /help lists the commands, /exit or Ctrl+D leaves, Ctrl+C stops an answer.
+With a pipe as input, every line is one prompt.
+
+Examples
+  finetune chat adapter=outputs/quickstart
+  finetune chat model=Qwen/Qwen2.5-0.5B-Instruct temperature=0.7
+  echo "Hello" | finetune chat adapter=outputs/quickstart
+"""
 
 from __future__ import annotations
 
@@ -22,22 +35,6 @@ if TYPE_CHECKING:
     from finetune.config.schema import RunConfig
     from finetune.data.formats.messages import Message
     from finetune.data.template.chat import ChatTemplate
-
-USAGE = """\
-usage: finetune chat adapter=FOLDER [key=value …]     a trained adapter on its base
-       finetune chat model=NAME [key=value …]         a base model: hub id or folder
-       finetune chat config=X.yaml [adapter=FOLDER] [key=value …]
-
-The folder of a run, or a checkpoint in it, brings its own config. A bare adapter or model is loaded as in lora.yaml
-(4-bit); quant.type=none loads it in 16 bit.
-In the chat: /reset starts a new conversation, /help lists the commands, /exit or Ctrl+D leaves, Ctrl+C stops an answer.
-With a pipe as input, every line is one prompt.
-
-Examples
-  finetune chat adapter=outputs/quickstart
-  finetune chat model=Qwen/Qwen2.5-0.5B-Instruct temperature=0.7
-  echo "Hello" | finetune chat adapter=outputs/quickstart
-"""
 
 SLASH_COMMANDS = {
     "/reset": "forget the conversation",
@@ -244,6 +241,4 @@ def _terminal_streamer(tokenizer: Any) -> Any:
     return TerminalStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-COMMAND = Command(
-    "chat", "chat with a base model or a trained adapter", USAGE, run, options="ChatOptions", config="optional"
-)
+COMMAND = Command("chat", __doc__, run, options="ChatOptions", config="optional")

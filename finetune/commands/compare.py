@@ -1,4 +1,11 @@
-"""`finetune compare`: show runs side by side."""
+"""usage: finetune compare RUN RUN… [out=compare.html]
+
+Prints the settings that differ and the final metrics; a star marks the best of each metric. out= also writes a page
+with the curves of all runs. Runs may have any length and may still be training.
+
+Example
+  finetune compare outputs/a outputs/b out=compare.html
+"""
 
 from __future__ import annotations
 
@@ -9,16 +16,6 @@ from finetune.commands.report import run_folders, write_page
 from finetune.system.arguments import Arguments
 from finetune.system.console import log
 from finetune.system.errors import InputError
-
-USAGE = """\
-usage: finetune compare RUN RUN… [out=compare.html]
-
-Prints the settings that differ and the final metrics; a star marks the best of each metric. out= also writes a page
-with the curves of all runs. Runs may have any length and may still be training.
-
-Example
-  finetune compare outputs/a outputs/b out=compare.html
-"""
 
 
 def run(arguments: Arguments) -> int:
@@ -47,11 +44,4 @@ def run(arguments: Arguments) -> int:
     return 0
 
 
-COMMAND = Command(
-    "compare",
-    "show runs side by side: settings, metrics, curves",
-    USAGE,
-    run,
-    options="CompareOptions",
-    takes_paths=True,
-)
+COMMAND = Command("compare", __doc__, run, options="CompareOptions", takes_paths=True)

@@ -1,15 +1,4 @@
-"""`finetune completion`: print a script that completes commands, flags and keys in a shell."""
-
-from __future__ import annotations
-
-from collections.abc import Mapping
-
-from finetune.commands.base import COMMANDS, Command, load_command, packaged_configs
-from finetune.system.arguments import Arguments
-from finetune.system.errors import InputError
-
-USAGE = """\
-usage: finetune completion bash|zsh|fish
+"""usage: finetune completion bash|zsh|fish
 
 Prints a script for the shell. It completes commands, flags, keys and the names of packaged configs.
 
@@ -18,12 +7,20 @@ Examples
   finetune completion zsh >> ~/.zshrc
   finetune completion fish > ~/.config/fish/completions/finetune.fish
 """
+
+from __future__ import annotations
+
+from finetune.commands.base import COMMANDS, Command, load_command, packaged_configs
+from finetune.system.arguments import Arguments
+from finetune.system.errors import InputError
+
 _BASH = """\
 _finetune() {{
     local line="${{COMP_LINE:0:COMP_POINT}}" words
     local word="${{line##* }}"
     case "${{line#* }}" in
-{cases}
+{commands}
+        *) words='{first} --help --version' ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$word"))
     # Bash replaces only the text after the last = of a word.
@@ -36,21 +33,34 @@ _ZSH = """\
 _finetune() {{
     local -a words_of_command
     case "${{words[2,CURRENT-1]}} " in
-{cases}
+{commands}
+        *) words_of_command=({first} --help --version) ;;
     esac
     compadd -- ${{(M)words_of_command:#*[^=]}} && compadd -S '' -- ${{(M)words_of_command:#*=}}
     _files
 }}
 compdef _finetune finetune"""
+_FISH = """\
+complete -c finetune -n __fish_use_subcommand -f -a '{first}'
+{commands}"""
+# The script of each shell, and its line for the words after one command.
+_SHELLS = {
+    "bash": (_BASH, "        \"{name} \"*) words='{words}' ;;"),
+    "zsh": (_ZSH, '        "{name} "*) words_of_command=({words}) ;;'),
+    "fish": (_FISH, "complete -c finetune -n '__fish_seen_subcommand_from {last}' -a '{words}'"),
+}
 
 
 def run(arguments: Arguments) -> int:
     """Print the script of the shell."""
-    shells = {"bash": _bash, "zsh": _zsh, "fish": _fish}
-    if len(arguments.paths) != 1 or arguments.paths[0] not in shells:
-        found = " ".join(arguments.paths) or "nothing"
-        raise InputError(f"finetune completion: expected bash, zsh or fish, found {found}")
-    print(shells[arguments.paths[0]](_candidates()))
+    shell = " ".join(arguments.paths)
+    if shell not in _SHELLS:
+        raise InputError(f"finetune completion: expected bash, zsh or fish, found {shell or 'nothing'}")
+    script, line = _SHELLS[shell]
+    commands = [
+        line.format(name=name, last=name.split()[-1], words=" ".join(words)) for name, words in _candidates().items()
+    ]
+    print(script.format(commands="\n".join(commands), first=" ".join(name for name in COMMANDS if " " not in name)))
     return 0
 
 
@@ -72,29 +82,4 @@ def _candidates() -> dict[str, list[str]]:
     return found
 
 
-def _first_words() -> list[str]:
-    return [name for name in COMMANDS if " " not in name]
-
-
-def _bash(candidates: Mapping[str, list[str]]) -> str:
-    lines = [f"        \"{name} \"*) words='{' '.join(words)}' ;;" for name, words in candidates.items()]
-    lines.append(f"        *) words='{' '.join(_first_words())} --help --version' ;;")
-    return _BASH.format(cases="\n".join(lines))
-
-
-def _zsh(candidates: Mapping[str, list[str]]) -> str:
-    lines = [f'        "{name} "*) words_of_command=({" ".join(words)}) ;;' for name, words in candidates.items()]
-    lines.append(f"        *) words_of_command=({' '.join(_first_words())} --help --version) ;;")
-    return _ZSH.format(cases="\n".join(lines))
-
-
-def _fish(candidates: Mapping[str, list[str]]) -> str:
-    lines = [f"complete -c finetune -n __fish_use_subcommand -f -a '{' '.join(_first_words())}'"]
-    for name, words in candidates.items():
-        lines.append(f"complete -c finetune -n '__fish_seen_subcommand_from {name.split()[-1]}' -a '{' '.join(words)}'")
-    return "\n".join(lines)
-
-
-COMMAND = Command(
-    "completion", "print a script that completes words in bash, zsh or fish", USAGE, run, takes_paths=True
-)
+COMMAND = Command("completion", __doc__, run, takes_paths=True)

@@ -1,4 +1,16 @@
-"""`finetune data`: report on the rows of a config before training."""
+"""usage: finetune data config=X.yaml [key=value …] [show=N] [html=FILE] [dump=FILE.jsonl]
+       finetune data convert path=FILE out=messages.jsonl      (finetune data convert --help)
+
+Reads the rows of a config as training does and reports formats, lengths, trained tokens, duplicates, rows in both
+training and evaluation, truncated and dropped rows, and the packing of an epoch. No model is loaded.
+dump= writes every row of data.train, then of data.eval, truncated to data.max_length and not yet packed, as
+{"source", "row", "input_ids", "labels"}; labels are not shifted, and -100 for tokens that are not trained.
+
+Examples
+  finetune data config=quickstart.yaml
+  finetune data config=your-data.yaml 'data.train=[{path: rows.jsonl}]' show=3
+  finetune data config=lora.yaml data.max_length=4096 html=report.html
+"""
 
 from __future__ import annotations
 
@@ -17,21 +29,6 @@ if TYPE_CHECKING:
     from finetune.config.command_options import DataOptions
     from finetune.config.schema import RunConfig
     from finetune.data.loader import LoadedData
-
-USAGE = """\
-usage: finetune data config=X.yaml [key=value …] [show=N] [html=FILE] [dump=FILE.jsonl]
-       finetune data convert path=FILE out=messages.jsonl      (finetune data convert --help)
-
-Reads the rows of a config as training does and reports formats, lengths, trained tokens, duplicates, rows in both
-training and evaluation, truncated and dropped rows, and the packing of an epoch. No model is loaded.
-dump= writes every row of data.train, then of data.eval, truncated to data.max_length and not yet packed, as
-{"source", "row", "input_ids", "labels"}; labels are not shifted, and -100 for tokens that are not trained.
-
-Examples
-  finetune data config=quickstart.yaml
-  finetune data config=your-data.yaml 'data.train=[{path: rows.jsonl}]' show=3
-  finetune data config=lora.yaml data.max_length=4096 html=report.html
-"""
 _PAGE_ROWS = 10
 
 
@@ -102,4 +99,4 @@ def _protect_rows(data: LoadedData, options: DataOptions) -> None:
             raise InputError(f"{word}={path}: holds rows of the config\nhelp: name another file")
 
 
-COMMAND = Command("data", "report on the rows of a config", USAGE, run, options="DataOptions", config="required")
+COMMAND = Command("data", __doc__, run, options="DataOptions", config="required")

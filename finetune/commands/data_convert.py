@@ -1,4 +1,13 @@
-"""`finetune data convert`: write rows of any chat format as messages."""
+"""usage: finetune data convert path=ROWS out=messages.jsonl [key=value …]
+
+Writes the conversations of a source as messages JSONL, one row per line:
+{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}. Never replaces an existing file.
+
+Examples
+  finetune data convert path=alpaca.json out=messages.jsonl
+  finetune data convert path=rows.csv out=messages.jsonl 'columns={prompt: question, completion: answer}'
+  finetune data convert path=chats.jsonl.gz out=messages.jsonl 'roles={assistant: [agent, bot]}' limit=1000
+"""
 
 from __future__ import annotations
 
@@ -17,18 +26,6 @@ if TYPE_CHECKING:
     from finetune.config.command_options import ConvertOptions
     from finetune.data.formats.messages import Conversation
     from finetune.data.formats.parser import RowParser
-
-USAGE = """\
-usage: finetune data convert path=ROWS out=messages.jsonl [key=value …]
-
-Writes the conversations of a source as messages JSONL, one row per line:
-{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}. Never replaces an existing file.
-
-Examples
-  finetune data convert path=alpaca.json out=messages.jsonl
-  finetune data convert path=rows.csv out=messages.jsonl 'columns={prompt: question, completion: answer}'
-  finetune data convert path=chats.jsonl.gz out=messages.jsonl 'roles={assistant: [agent, bot]}' limit=1000
-"""
 _SHOWN_ERRORS = 10
 
 
@@ -114,4 +111,4 @@ def _check_bad_rows(rows: _Rows, options: ConvertOptions) -> None:
         )
 
 
-COMMAND = Command("data convert", "write rows of any format as messages", USAGE, run, options="ConvertOptions")
+COMMAND = Command("data convert", __doc__, run, options="ConvertOptions")

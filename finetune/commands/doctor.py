@@ -1,6 +1,11 @@
-"""`finetune doctor`: check whether this machine can train.
+"""usage: finetune doctor [--json]
 
-The checks are independent: a library that fails to import is one finding, and the report continues.
+Checks Python, the packages, the GPU, 4-bit training, disk, the model hub and tracking, with advice for each finding.
+Exit code 0: training can run here; 1: it cannot.
+  --json   print {"ok": …, "checks": [{"name", "status", "found", "advice"}]}
+
+Example
+  finetune doctor
 """
 
 from __future__ import annotations
@@ -19,17 +24,6 @@ from pathlib import Path
 from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
 from finetune.system.format import format_bytes
-
-USAGE = """\
-usage: finetune doctor [--json]
-
-Checks Python, the packages, the GPU, 4-bit training, disk, the model hub and tracking, with advice for each finding.
-Exit code 0: training can run here; 1: it cannot.
-  --json   print {"ok": …, "checks": [{"name", "status", "found", "advice"}]}
-
-Example
-  finetune doctor
-"""
 
 DISTRIBUTION = "finetune-qlora"
 GB = 10**9
@@ -267,4 +261,4 @@ def _line(name: str, finding: Finding) -> str:
     return f"{finding.status:<5} {name:<14} {finding.found}{advice}"
 
 
-COMMAND = Command("doctor", "check this machine and its packages", USAGE, run, flags=("--json",))
+COMMAND = Command("doctor", __doc__, run, flags=("--json",))

@@ -1,21 +1,4 @@
-"""`finetune eval`: measure an adapter or a model on held-out rows."""
-
-from __future__ import annotations
-
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from finetune.commands.base import Command
-from finetune.system.arguments import Arguments
-from finetune.system.console import log, printable
-from finetune.system.errors import ConfigError
-
-if TYPE_CHECKING:
-    from finetune.config.command_options import EvalOptions
-
-USAGE = """\
-usage: finetune eval adapter=RUN_OR_ADAPTER [data=[{path: rows.jsonl}]] [key=value …] [--json]
+"""usage: finetune eval adapter=RUN_OR_ADAPTER [data=[{path: rows.jsonl}]] [key=value …] [--json]
        finetune eval model=FOLDER data=[{path: rows.jsonl}] [key=value …] [--json]
 
 Measures the 16-bit base, the quantized base, the trained model and the merged model on the same held-out rows, one in
@@ -30,6 +13,20 @@ Examples
   finetune eval model=merged 'data=[{path: heldout.jsonl}]' quant=nf4
   finetune eval adapter=outputs/lora 'variants=[trained]' 'tasks=[gsm8k_local.yaml]' answers=0
 """
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.commands.base import Command
+from finetune.system.arguments import Arguments
+from finetune.system.console import log, printable
+from finetune.system.errors import ConfigError
+
+if TYPE_CHECKING:
+    from finetune.config.command_options import EvalOptions
 
 
 def run(arguments: Arguments) -> int:
@@ -84,11 +81,4 @@ def _nearest_existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
-COMMAND = Command(
-    "eval",
-    "measure a model on held-out rows, and what quantization changed",
-    USAGE,
-    run,
-    options="EvalOptions",
-    flags=("--json",),
-)
+COMMAND = Command("eval", __doc__, run, options="EvalOptions", flags=("--json",))

@@ -1,13 +1,4 @@
-"""`finetune export`: write an adapter or a model in the format of another program."""
-
-from __future__ import annotations
-
-from finetune.commands.base import Command
-from finetune.system.arguments import Arguments
-from finetune.system.console import log
-
-USAGE = """\
-usage: finetune export adapter=RUN_OR_ADAPTER format=FORMAT out=DIR [key=value …]
+"""usage: finetune export adapter=RUN_OR_ADAPTER format=FORMAT out=DIR [key=value …]
        finetune export model=MERGED_FOLDER    format=FORMAT out=DIR [key=value …]
 
 Merges the adapter, writes the format, reads it back with the reader of that format, and compares greedy answers and
@@ -18,6 +9,12 @@ Examples
   finetune export adapter=outputs/lora format=adapter out=served
   finetune export model=merged format=onnx type=int4 out=onnx
 """
+
+from __future__ import annotations
+
+from finetune.commands.base import Command
+from finetune.system.arguments import Arguments
+from finetune.system.console import log
 
 
 def run(arguments: Arguments) -> int:
@@ -37,11 +34,4 @@ def _formats() -> str:
     return f"Formats and their number types, the default first\n{formats_help()}"
 
 
-COMMAND = Command(
-    "export",
-    "write a model for llama.cpp, Ollama, ONNX Runtime or a server",
-    USAGE,
-    run,
-    options="ExportOptions",
-    details=_formats,
-)
+COMMAND = Command("export", __doc__, run, options="ExportOptions", details=_formats)

@@ -1,15 +1,4 @@
-"""`finetune merge`: add an adapter to the weights of its base."""
-
-from __future__ import annotations
-
-import shlex
-
-from finetune.commands.base import Command
-from finetune.system.arguments import Arguments
-from finetune.system.console import log
-
-USAGE = """\
-usage: finetune merge adapter=RUN_OR_ADAPTER out=DIR [key=value …]
+"""usage: finetune merge adapter=RUN_OR_ADAPTER out=DIR [key=value …]
 
 Writes a complete model folder: the weights of the base plus the update of the adapter, added in fp32 and rounded once.
 One block of a matrix is in memory at a time, for models of any size. Then the trained model (4-bit base with adapter)
@@ -20,6 +9,14 @@ Examples
   finetune merge adapter=outputs/lora out=merged base=dequantized kl_check.max_kl=0.01
   finetune merge 'adapter=[runs/a, runs/b]' 'weights=[0.6, 0.4]' combination=ties density=0.3 out=both
 """
+
+from __future__ import annotations
+
+import shlex
+
+from finetune.commands.base import Command
+from finetune.system.arguments import Arguments
+from finetune.system.console import log
 
 
 def run(arguments: Arguments) -> int:
@@ -33,4 +30,4 @@ def run(arguments: Arguments) -> int:
     return 0
 
 
-COMMAND = Command("merge", "add an adapter to the weights of its base", USAGE, run, options="MergeOptions")
+COMMAND = Command("merge", __doc__, run, options="MergeOptions")

@@ -1,29 +1,4 @@
-"""`finetune plan`: predict the memory and the time of a run by arithmetic; nothing is loaded or downloaded."""
-
-from __future__ import annotations
-
-import json
-import os
-import sys
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from finetune.commands.base import Command
-from finetune.system.arguments import Arguments
-from finetune.system.console import log
-from finetune.system.errors import ConfigError, InputError
-from finetune.system.format import format_bytes, format_duration
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from finetune.config.command_options import PlanOptions
-    from finetune.config.schema import RunConfig
-
-USAGE = """\
-usage: finetune plan config=X.yaml [key=value …] [gpu_gb=24] [auto=true] [--json]
+"""usage: finetune plan config=X.yaml [key=value …] [gpu_gb=24] [auto=true] [--json]
        finetune plan table=true [config=X.yaml] [key=value …]
        finetune plan calibrate=true [config=X.yaml]
 
@@ -38,8 +13,26 @@ Examples
   finetune plan table=true quant.type=none
   finetune plan calibrate=true config=quickstart.yaml
 """
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.commands.base import Command
+from finetune.system.arguments import Arguments
+from finetune.system.console import log
+from finetune.system.errors import ConfigError, InputError
+from finetune.system.format import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from finetune.config.command_options import PlanOptions
+    from finetune.config.schema import RunConfig
 DOES_NOT_FIT = 3
-_DEFAULT_CONFIG = "lora.yaml"
 
 
 def run(arguments: Arguments) -> int:
@@ -52,7 +45,7 @@ def run(arguments: Arguments) -> int:
             raise COMMAND.missing_config()
         log(f"rates: file={calibrate()}")
         return 0
-    cfg = load_config(arguments.config or _DEFAULT_CONFIG, arguments.overrides)
+    cfg = load_config(arguments.config or "lora.yaml", arguments.overrides)
     as_json = "--json" in arguments.flags
     _check_options(options, cfg)
     if options.calibrate:  # After every check: it takes half a minute.
@@ -81,11 +74,10 @@ def calibrate(clock: Callable[[], float] = time.perf_counter) -> str:
 
     from finetune.planning.calibrate import measure_rates
     from finetune.planning.timing import write_rates
-    from finetune.system.machine import pick_threads, usable_cores
+    from finetune.system.machine import use_all_cores
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and (threads := pick_threads(os.environ, usable_cores())):
-        torch.set_num_threads(threads)
+    use_all_cores(device.type)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads={torch.get_num_threads()}"
     return str(write_rates(device.type, measure_rates(device, name, log, clock)))
 
@@ -98,9 +90,6 @@ def _print_lengths(cfg: RunConfig, as_json: bool) -> int:
     if as_json:
         print(json.dumps({size: {str(gb): tokens for gb, tokens in row.items()} for size, row in lengths.items()}))
         return 0
-    table = _table("model", *(f"{budget} GB" for budget in BUDGETS_GB))
-    for size, row in lengths.items():
-        table.add_row(f"Qwen2.5-{size}", *(_tokens(row[budget], LONGEST) for budget in BUDGETS_GB))
     teacher = f", teacher={cfg.distill.teacher.placement}" if cfg.has_teacher else ""
     targets = cfg.lora.target_modules
     print(
@@ -109,35 +98,31 @@ def _print_lengths(cfg: RunConfig, as_json: bool) -> int:
         f"lora.target_modules={targets if isinstance(targets, str) else ','.join(targets)}, "
         f"train.gradient_checkpointing={cfg.train.gradient_checkpointing}"
     )
-    _show(table)
+    rows = [["model", *(f"{budget} GB" for budget in BUDGETS_GB)]]
+    for size, row in lengths.items():
+        counts = [row[budget] for budget in BUDGETS_GB]
+        rows.append([f"Qwen2.5-{size}", *(f"{n:,}{'+' * (n >= LONGEST)}" if n else "-" for n in counts)])
+    _print_columns(rows)
     return 0
 
 
-def _tokens(count: int, most: int) -> str:
-    return "-" if count == 0 else f"{count:,}+" if count >= most else f"{count:,}"
-
-
 def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
-    from finetune.planning.advice import Change, Settings, changes_that_fit, fastest_that_fits
+    from finetune.planning.advice import changes_that_fit, fastest_that_fits
     from finetune.planning.auto_batch import estimate_memory
     from finetune.planning.inputs import plan_inputs
     from finetune.planning.timing import estimate_time, read_rates
     from finetune.system.machine import ranks_of_run
 
     shape = _shape_of(cfg.model.name)
-    device_type, free, what = _device(options)
+    device_type, free, what, gpu_name = _device(options)
     ranks = ranks_of_run(os.environ)
     inputs = plan_inputs(cfg, shape, device_type=device_type, ranks=ranks)
     found = estimate_memory(inputs, free)
     fits = None if free is None else found.needed_bytes <= free
     rates = None if options.gpu_gb or options.tflops else read_rates(device_type)
-    timing = estimate_time(inputs, found, rates=rates, options=options, gpu_name=_gpu_name(options))
-    changes: list[Change] = []
-    if free is not None and not fits:
-        changes = changes_that_fit(inputs, free)
-    fastest: Settings | None = None
-    if options.auto and free is not None:
-        fastest = fastest_that_fits(inputs, free, rates)
+    timing = estimate_time(inputs, found, rates=rates, options=options, gpu_name=gpu_name)
+    changes = changes_that_fit(inputs, free) if free is not None and not fits else []
+    fastest = fastest_that_fits(inputs, free, rates) if free is not None and options.auto else None
     content = {
         "fits": fits,
         "ranks": ranks,
@@ -155,9 +140,8 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
         "layers": found.activations.layers,
         **timing,
         "changes": [{"overrides": c.overrides, "saved_bytes": c.saved_bytes, "fits": c.fits} for c in changes],
-        "auto": None
-        if fastest is None
-        else {
+        "auto": fastest
+        and {
             "overrides": fastest.overrides,
             "peak_bytes": fastest.memory.peak_bytes,
             "needed_bytes": fastest.memory.needed_bytes,
@@ -190,25 +174,18 @@ def _shape_of(model_name: str) -> Mapping[str, Any]:
     return shape
 
 
-def _device(options: PlanOptions) -> tuple[str, float | None, str]:
-    """Return the device type of torch, the free bytes, and a description of the device."""
+def _device(options: PlanOptions) -> tuple[str, float | None, str, str | None]:
+    """Return the device type of torch, the free bytes, a description of the device, and the name of the GPU."""
     from finetune.planning.auto_batch import free_memory
-    from finetune.system.machine import device_type_here
+    from finetune.system.machine import device_memory, device_type_here
 
     if options.gpu_gb is not None:
-        return "cuda", options.gpu_gb * 1e9, f"a GPU of {options.gpu_gb:g} GB"
+        return "cuda", options.gpu_gb * 1e9, f"a GPU of {options.gpu_gb:g} GB", None
     kind = device_type_here()
-    free = free_memory(kind)
-    name = "this machine's memory" if kind == "cpu" else (_gpu_name(options) or "this machine's GPU")
-    return kind, free, name
-
-
-def _gpu_name(options: PlanOptions) -> str | None:
-    from finetune.system.machine import device_memory
-
-    if options.gpu_gb is not None or (found := device_memory()) is None:
-        return None
-    return found.name
+    if kind == "cpu":
+        return kind, free_memory(kind), "this machine's memory", None
+    gpu = device_memory()
+    return kind, free_memory(kind), gpu.name if gpu else "this machine's GPU", gpu.name if gpu else None
 
 
 def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
@@ -220,12 +197,10 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
         f"micro_batch={content['micro_batch']} x {cfg.data.max_length} tokens, {recomputed}"
         + (f", on each of {content['ranks']} processes" if content["ranks"] > 1 else "")
     )
-    table = _table(f"memory at the peak ({content['moment']})", "GB")
-    for name, size in sorted(content["parts"].items(), key=lambda item: -item[1]):
-        table.add_row(name, f"{size / 1e9:.3f}")
-    table.add_row("predicted peak", f"{content['peak_bytes'] / 1e9:.3f}")
-    table.add_row("with the safety margin", f"{content['needed_bytes'] / 1e9:.3f}")
-    _show(table)
+    sizes = dict(sorted(content["parts"].items(), key=lambda item: -item[1]))
+    sizes |= {"predicted peak": content["peak_bytes"], "with the safety margin": content["needed_bytes"]}
+    head = (f"memory at the peak ({content['moment']})", "GB")
+    _print_columns([head, *((name, f"{size / 1e9:.3f}") for name, size in sizes.items())])
     print(f"peaks: {moments}")
     if content["teacher_unknown"]:
         print("teacher: has unknown shapes, so its memory is not counted")
@@ -234,7 +209,12 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
     else:
         verdict = "fits" if content["fits"] else "DOES NOT FIT"
         print(f"{verdict}: {content['device']} has {format_bytes(content['free_bytes'])} free")
-    _describe_time(content)
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in content["seconds_shares"].items() if share >= 0.005)
+    print(f"work: {content['step_flops'] / 1e12:,.2f} TFLOP per step; {content['rates']}")
+    print(f"time: {content['step_seconds']:,.2f} s per step ({parts}), {content['tokens_per_second']:,.0f} tokens/s")
+    if content["total_seconds"] is not None:
+        total = format_duration(content["total_seconds"])
+        print(f"      {content['steps']:,} steps{content['steps_from']}: {total} in total")
     for change in content["changes"]:
         alone = "" if change["fits"] else " (not enough by itself)"
         print(f"  {' '.join(change['overrides'])}   saves {format_bytes(change['saved_bytes'])}{alone}")
@@ -247,39 +227,11 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
         )
 
 
-def _describe_time(content: Mapping[str, Any]) -> None:
-    parts = ", ".join(f"{name} {share:.0%}" for name, share in content["seconds_shares"].items() if share >= 0.005)
-    print(f"work: {content['step_flops'] / 1e12:,.2f} TFLOP per step; {content['rates']}")
-    print(f"time: {content['step_seconds']:,.2f} s per step ({parts}), {content['tokens_per_second']:,.0f} tokens/s")
-    if content["total_seconds"] is not None:
-        total = format_duration(content["total_seconds"])
-        print(f"      {content['steps']:,} steps{content['steps_from']}: {total} in total")
+def _print_columns(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        numbers = (text.rjust(width) for text, width in zip(others, widths[1:], strict=True))
+        print("  ".join([first.ljust(widths[0]), *numbers]))
 
 
-def _table(first: str, *others: str) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(first)
-    for heading in others:
-        table.add_column(heading, justify="right")
-    return table
-
-
-def _show(table: Table) -> None:
-    from rich.console import Console
-
-    # A pipe has no width to wrap at.
-    wide = None if sys.stdout.isatty() else 200
-    Console(file=sys.stdout, width=wide, highlight=False).print(table)
-
-
-COMMAND = Command(
-    "plan",
-    "predict whether a run fits into memory and how long it takes",
-    USAGE,
-    run,
-    options="PlanOptions",
-    flags=("--json",),
-    config="optional",
-)
+COMMAND = Command("plan", __doc__, run, options="PlanOptions", flags=("--json",), config="optional")

@@ -1,4 +1,11 @@
-"""`finetune report`: draw the report of a run again."""
+"""usage: finetune report RUN…
+
+Draws report.html in the folder of a run again: metrics, curves, answers before and after, the gap table of
+`finetune eval`, data and settings. Training draws it at its end; draw it again after a killed run or a new evaluation.
+
+Example
+  finetune report outputs/quickstart
+"""
 
 from __future__ import annotations
 
@@ -9,16 +16,6 @@ from pathlib import Path
 from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
 from finetune.system.errors import InputError
-
-USAGE = """\
-usage: finetune report RUN…
-
-Draws report.html in the folder of a run again: metrics, curves, answers before and after, the gap table of
-`finetune eval`, data and settings. Training draws it at its end; draw it again after a killed run or a new evaluation.
-
-Example
-  finetune report outputs/quickstart
-"""
 
 
 def run(arguments: Arguments) -> int:
@@ -49,4 +46,4 @@ def write_page(write: Callable[[Path], object], target: Path) -> None:
         raise InputError(f"{target}: cannot be written: {error.strerror}") from error
 
 
-COMMAND = Command("report", "draw the report of a run again", USAGE, run, takes_paths=True)
+COMMAND = Command("report", __doc__, run, takes_paths=True)

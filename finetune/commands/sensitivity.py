@@ -1,15 +1,4 @@
-"""`finetune sensitivity`: measure the quantization error of each layer."""
-
-from __future__ import annotations
-
-import shlex
-
-from finetune.commands.base import Command
-from finetune.system.arguments import Arguments
-from finetune.system.console import log
-
-USAGE = """\
-usage: finetune sensitivity config=X.yaml [out=DIR] [rows=N] [key=value …]
+"""usage: finetune sensitivity config=X.yaml [out=DIR] [rows=N] [key=value …]
 
 Measures, for every linear layer, KL(16-bit model || model with that layer alone in 4 or 8 bit), in nats per target
 token, on rows of the config's data. finetune allocate chooses the bits of each layer from it. Memory holds one copy of
@@ -20,6 +9,14 @@ Examples
   finetune sensitivity config=quickstart.yaml
   finetune sensitivity config=lora.yaml model=qwen2.5-0.5b-instruct 'data.train=[{path: rows.jsonl}]' rows=64
 """
+
+from __future__ import annotations
+
+import shlex
+
+from finetune.commands.base import Command
+from finetune.system.arguments import Arguments
+from finetune.system.console import log
 
 
 def run(arguments: Arguments) -> int:
@@ -41,11 +38,4 @@ def run(arguments: Arguments) -> int:
     return 0
 
 
-COMMAND = Command(
-    "sensitivity",
-    "measure the quantization error of each layer in 4 or 8 bit",
-    USAGE,
-    run,
-    options="SensitivityOptions",
-    config="required",
-)
+COMMAND = Command("sensitivity", __doc__, run, options="SensitivityOptions", config="required")

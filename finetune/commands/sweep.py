@@ -1,13 +1,4 @@
-"""`finetune sweep`: train one config with many settings and rank the runs."""
-
-from __future__ import annotations
-
-from finetune.commands.base import Command
-from finetune.system.arguments import Arguments
-from finetune.system.console import log
-
-USAGE = """\
-usage: finetune sweep config=X.yaml key=value,value … [key=value …] [sweep.key=value …] [--dry-run]
+"""usage: finetune sweep config=X.yaml key=value,value … [key=value …] [sweep.key=value …] [--dry-run]
 
 Trains with every combination of the values, one process after another, and writes a table (best run first), a plot and
 a page. The syntax is Hydra's: several values (lora.rank=8,16), range(1,5), choice(a,b), glob(*) for config groups; a
@@ -22,6 +13,12 @@ Examples
   finetune sweep config=lora.yaml 'train.learning_rate=tag(log,interval(1e-5,1e-3))' lora.rank=8,16,32 sweep.trials=20
   finetune sweep config=lora.yaml 'lora.target_modules=[q_proj,v_proj],all-linear' sweep.metric=exact_match_after
 """
+
+from __future__ import annotations
+
+from finetune.commands.base import Command
+from finetune.system.arguments import Arguments
+from finetune.system.console import log
 
 
 def run(arguments: Arguments) -> int:
@@ -54,12 +51,4 @@ def run(arguments: Arguments) -> int:
     return 0
 
 
-COMMAND = Command(
-    "sweep",
-    "train with every combination of settings, or search for the best",
-    USAGE,
-    run,
-    options="SweepOptions",
-    flags=("--dry-run",),
-    config="required",
-)
+COMMAND = Command("sweep", __doc__, run, options="SweepOptions", flags=("--dry-run",), config="required")

@@ -1,12 +1,4 @@
-"""`finetune train`: fine-tune a model."""
-
-from __future__ import annotations
-
-from finetune.commands.base import Command, packaged_configs
-from finetune.system.arguments import Arguments
-
-USAGE = """\
-usage: finetune train config=X.yaml [key=value …] [--dry-run]
+"""usage: finetune train config=X.yaml [key=value …] [--dry-run]
        accelerate launch finetune/train.py config=X.yaml [key=value …]
 
 Fine-tunes a model as the config describes. X.yaml is searched here, in ./configs, then among the packaged configs.
@@ -16,6 +8,11 @@ Examples
   finetune train config=quickstart.yaml
   finetune train config=lora.yaml model=qwen2.5-0.5b-instruct 'data.train=[{path: rows.jsonl}]'
 """
+
+from __future__ import annotations
+
+from finetune.commands.base import Command, packaged_configs
+from finetune.system.arguments import Arguments
 
 
 def run(arguments: Arguments) -> int:
@@ -46,12 +43,4 @@ def config_help() -> str:
     return f"Packaged configs: {', '.join(packaged_configs())}\n\n{schema_help()}"
 
 
-COMMAND = Command(
-    "train",
-    "fine-tune a model as a config describes",
-    USAGE,
-    run,
-    flags=("--dry-run",),
-    config="required",
-    details=config_help,
-)
+COMMAND = Command("train", __doc__, run, flags=("--dry-run",), config="required", details=config_help)

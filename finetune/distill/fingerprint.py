@@ -11,7 +11,7 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.models.adapters.files import CONFIG_FILE, TENSOR_FILE
 from finetune.models.digest import sha256_of, weights_digest
 from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
-from finetune.system.cache_home import cache_home
+from finetune.system.resources import cache_home
 
 # Increases when the stored columns or the keys of documents change.
 SIGNAL_VERSION = 1

@@ -33,8 +33,8 @@ from finetune.models.load import quiet
 from finetune.models.quant.four_bit import build_skeleton, holds_all
 from finetune.models.safetensors_index import WeightFiles, map_tensor
 from finetune.ops import attention
-from finetune.system import heap
 from finetune.system.errors import ConfigError, IntegrityError
+from finetune.system.machine import malloc_trim
 
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -131,7 +131,7 @@ class StreamedModel:
         with watch:
             hidden = [self._leave(rows.pop(0), batch) for batch in batches]
         self._files.check_unchanged()
-        heap.malloc_trim()  # free the layers' temporaries before the head is used
+        malloc_trim()  # free the layers' temporaries before the head is used
         compute_seconds = watch.seconds()
         self.last_pass = PassFigures(reads.seconds(), compute_seconds, time.perf_counter() - began, reads.bytes)
         return hidden

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import os
 import shutil
 import tempfile
 import time
@@ -36,7 +35,7 @@ from finetune.system.atomic import is_disk_full
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError, ResourceError
 from finetune.system.locks import locked
-from finetune.system.machine import pick_threads, usable_cores
+from finetune.system.machine import use_all_cores
 
 _MAX_NEW_TOKENS = 256
 _SCRATCH = ".eval-"
@@ -55,8 +54,7 @@ def evaluate_gap(options: EvalOptions, log: Log, merge: Merge, place: Path | Non
         ResourceError: memory or disk space runs out.
     """
     started = time.monotonic()
-    if default_device().type == "cpu" and (threads := pick_threads(os.environ, usable_cores())):
-        torch.set_num_threads(threads)
+    use_all_cores(default_device().type)
     metric = _check_options(options)
     variants = find_variants(options, log)
     tasks = load_tasks(options.tasks) if options.tasks else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from finetune.mixed_precision.summary import write_summary
 from finetune.models.load import default_device
 from finetune.system.console import Log
 from finetune.system.format import format_duration
-from finetune.system.machine import pick_threads, usable_cores
+from finetune.system.machine import use_all_cores
 
 _LOG_EVERY_SECONDS = 10.0
 
@@ -77,6 +76,5 @@ def measure_sensitivity(cfg: RunConfig, options: SensitivityOptions, log: Log) -
 def working_device() -> torch.device:
     """Return this machine's device, and set the number of threads on a CPU."""
     device = default_device()
-    if device.type == "cpu" and (threads := pick_threads(os.environ, usable_cores())):
-        torch.set_num_threads(threads)
+    use_all_cores(device.type)
     return device

@@ -18,8 +18,8 @@ from finetune.planning.flops import StepWork, step_work
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.peak_memory import PeakMemory
 from finetune.system.atomic import write_text
-from finetune.system.cache_home import cache_home
 from finetune.system.machine import usable_cores
+from finetune.system.resources import cache_home
 
 # Dense bf16 operations per second with fp32 sums, from data sheets; fp16 if a card has no bf16.
 GPU_PEAKS = {

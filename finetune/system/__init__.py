@@ -1,1 +1,1 @@
-"""Small services that import nothing of ours: errors, console, arguments, files, heap, machine, plotting."""
+"""Small services that import nothing of ours: errors, console, arguments, files, machine, plotting."""

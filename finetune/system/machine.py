@@ -1,7 +1,8 @@
-"""Cores and memory that this process may use, within the limits of its containers."""
+"""Cores, threads and memory that this process may use, within the limits of its containers."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import subprocess
@@ -24,7 +25,12 @@ def usable_cores() -> int:
     Two hyperthreads of one core count once: they share its multipliers.
     """
     quota = cpu_quota()
-    cores = _physical_cores()
+    if hasattr(os, "sched_getaffinity"):
+        cpus = os.sched_getaffinity(0)
+        siblings = (_read(_TOPOLOGY / f"cpu{cpu}" / "topology" / "thread_siblings_list") or str(cpu) for cpu in cpus)
+        cores = len(set(siblings))
+    else:
+        cores = os.cpu_count() or 1
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
@@ -42,6 +48,23 @@ def pick_threads(environ: Mapping[str, str], cores: int) -> int | None:
     if not launched:
         return None
     return share if int(given) <= 1 else min(share, int(given))
+
+
+def use_all_cores(device_type: str) -> str | None:
+    """Set the CPU threads of this rank and return a log line; None on another device.
+
+    Launchers give a rank one thread, and torch gives a container all threads of its host.
+    """
+    if device_type != "cpu":
+        return None
+    import torch
+
+    cores, ranks = usable_cores(), ranks_here(os.environ)
+    threads = pick_threads(os.environ, cores)
+    if threads is None:
+        return f"threads: per_rank={torch.get_num_threads()} (OMP_NUM_THREADS)"
+    torch.set_num_threads(threads)
+    return f"threads: per_rank={threads}, usable_cores={cores}, ranks_on_this_machine={ranks}"
 
 
 def ranks_here(environ: Mapping[str, str]) -> int:
@@ -120,6 +143,12 @@ def resident_memory() -> int:
     return psutil.Process().memory_info().rss
 
 
+def malloc_trim() -> None:
+    """Return free heap memory to the operating system; do nothing if the C library is not glibc."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
 def _free_in(group: Path) -> int | None:
     """Return the bytes that a memory limit leaves; inactive file pages count as free."""
     for limit_name, used_name, idle_name in (
@@ -147,13 +176,6 @@ def _groups(controller: str) -> Iterator[Path]:
                 inner = mount / path.lstrip("/")
                 yield from (folder for folder in [inner, *inner.parents] if folder.is_relative_to(mount))
                 break
-
-
-def _physical_cores() -> int:
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    cpus = os.sched_getaffinity(0)
-    return len({_read(_TOPOLOGY / f"cpu{cpu}" / "topology" / "thread_siblings_list") or str(cpu) for cpu in cpus})
 
 
 def _read(file: Path) -> str:

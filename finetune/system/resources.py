@@ -1,7 +1,8 @@
-"""The configs and data of the package, from a wheel or a checkout."""
+"""The folders of finetune: packaged configs and data, and caches between runs."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -11,3 +12,9 @@ def packaged(kind: Literal["configs", "data"]) -> Path:
     package = Path(__file__).resolve().parents[1]
     inside = package / "_packaged" / kind
     return inside if inside.is_dir() else package.parent / kind
+
+
+def cache_home(kind: Literal["tokens", "quantized", "rates"]) -> Path:
+    """Return $FINETUNE_CACHE/kind, else $XDG_CACHE_HOME/finetune/kind, else ~/.cache/finetune/kind."""
+    base = os.environ.get("FINETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "finetune"
+    return Path(base).expanduser() / kind

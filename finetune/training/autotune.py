@@ -1,4 +1,4 @@
-"""Fit a run to its machine: threads per rank, recomputed layers, sequences per forward pass."""
+"""Fit a run to the memory of its machine: recomputed layers, sequences per forward pass."""
 
 from __future__ import annotations
 
@@ -14,27 +14,11 @@ from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.planning.auto_batch import BatchPlan, choose_micro_batch
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.peak_memory import MARGIN
-from finetune.system import heap
 from finetune.system.console import Log
-from finetune.system.machine import available_memory, pick_threads, ranks_here, usable_cores
+from finetune.system.machine import available_memory, malloc_trim, ranks_here
 
 # Gradient and AdamW's moments come later; the weights are already loaded. A guard's recovery has moments of its own.
 _BYTES_PER_TRAINED_LATER, _BYTES_IN_A_RECOVERY = 12, 8
-
-
-def use_all_cores(device_type: str) -> str | None:
-    """Set the CPU threads of this rank and return a log line; None on another device.
-
-    Launchers give a rank one thread, and torch gives a container all threads of its host.
-    """
-    if device_type != "cpu":
-        return None
-    cores, ranks = usable_cores(), ranks_here(os.environ)
-    threads = pick_threads(os.environ, cores)
-    if threads is None:
-        return f"threads: per_rank={torch.get_num_threads()} (OMP_NUM_THREADS)"
-    torch.set_num_threads(threads)
-    return f"threads: per_rank={threads}, usable_cores={cores}, ranks_on_this_machine={ranks}"
 
 
 def apply_batch_plan(inputs: PlanInputs, model: nn.Module, accelerator: Accelerator, log: Log) -> BatchPlan:
@@ -65,19 +49,19 @@ def install_malloc_trim(model: nn.Module) -> None:
     so they would add to the peak: 0.25 GB for 0.5B and 1,024 tokens. One trim per step has no measurable cost
     (docs/planning.md).
     """
-    heap.malloc_trim()
+    malloc_trim()
     evaluated = False
 
     def before_forward(*_: Any) -> None:
         # Not after each pass of an evaluation, because one generated token is one pass.
         nonlocal evaluated
         if torch.is_grad_enabled() and evaluated:
-            heap.malloc_trim()
+            malloc_trim()
         evaluated = not torch.is_grad_enabled()
 
     def after_forward(*_: Any) -> None:
         if torch.is_grad_enabled():
-            heap.malloc_trim()
+            malloc_trim()
 
     base = base_of(model)
     decoder = getattr(base, base.base_model_prefix)

@@ -46,8 +46,9 @@ from finetune.system import console
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError, Interrupted
+from finetune.system.machine import use_all_cores
 from finetune.training import run_folder
-from finetune.training.autotune import apply_batch_plan, use_all_cores
+from finetune.training.autotune import apply_batch_plan
 from finetune.training.checkpoint import (
     TrainState,
     list_checkpoints,

@@ -25,10 +25,10 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.encode import ENCODING_VERSION, RowEncoder
 from finetune.data.tokens.store import StoreWriter, TokenStore, is_valid
 from finetune.data.tokens.workers import encode_all
-from finetune.system.cache_home import cache_home
 from finetune.system.console import Log
 from finetune.system.errors import DataError, ResourceError
 from finetune.system.locks import locked
+from finetune.system.resources import cache_home
 
 # Smaller sources are encoded by this process before others can start.
 _WORTH_WORKERS_BYTES = 8_000_000

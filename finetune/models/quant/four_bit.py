@@ -33,8 +33,8 @@ from finetune.models.quant.eight_bit import (
     rows_of,
 )
 from finetune.models.quant.quantize import storage_in
-from finetune.system import heap
-from finetune.system.cache_home import cache_home
+from finetune.system.machine import malloc_trim
+from finetune.system.resources import cache_home
 
 # Elements quantized at once on a CPU, with several fp32 copies that stay in cache. A multiple of every block size.
 _CHUNK = 1 << 16
@@ -193,7 +193,7 @@ def quantizing_workers() -> Iterator[ThreadPoolExecutor]:
         # The setting of a worker also holds for all threads started later.
         torch.set_num_threads(threads)
         # glibc keeps the memory that the ended threads freed (40 to 170 MB measured).
-        heap.malloc_trim()
+        malloc_trim()
 
 
 def holds_all(files: Mapping[str, Path], base: PreTrainedModel) -> bool:

@@ -1,4 +1,4 @@
-"""`finetune cache`: what it refuses before anything is loaded, and the command it ends with."""
+"""`finetune cache`: the refusals before anything is loaded, and the next command that it prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from finetune import load_config
 from finetune.cli import main
-from finetune.commands.cache import USAGE, _training_overrides
+from finetune.commands import cache
 from finetune.config.schema import RunConfig
 
 RECOVER = ("config=quickstart.yaml", "distill.objective=recover", "distill.cache=folder")
@@ -38,13 +38,13 @@ def test_a_cache_that_cannot_serve_the_run_is_refused_before_anything_is_written
 
 
 def trains_with(*given: str) -> tuple[list[str], RunConfig]:
-    """The overrides after `next:`, as a shell would pass them on, and the run that they describe."""
-    words = _training_overrides(load_config("quickstart.yaml", given), given)
+    """Return the overrides after `next:`, and their config."""
+    words = cache._training_overrides(load_config("quickstart.yaml", given), given)
     assert shlex.split(shlex.join(words)) == words
     return words, load_config("quickstart.yaml", words)
 
 
-def test_the_next_command_repeats_what_was_given_but_how_the_teacher_is_asked():
+def test_the_next_command_repeats_the_overrides_except_the_placement_of_the_teacher():
     rows = "data.train=[{path: 'my rows.jsonl', limit: 3}]"
     given = ("distill.objective=recover", rows, "distill.teacher.placement=streamed", "distill.cache=a folder")
     words, cfg = trains_with(
@@ -63,7 +63,7 @@ def test_the_next_command_repeats_what_was_given_but_how_the_teacher_is_asked():
     assert cfg.data.train[0].path == "my rows.jsonl"
 
 
-def test_what_a_server_said_is_trained_from_as_a_servers():
+def test_the_next_command_keeps_a_teacher_on_a_server():
     given = (
         "distill.objective=recover",
         "distill.cache=folder",
@@ -73,8 +73,9 @@ def test_what_a_server_said_is_trained_from_as_a_servers():
     assert trains_with(*given)[0] == list(given)
 
 
-def test_help_names_what_it_writes_and_its_examples_are_read_by_the_shell(capsys):
+def test_a_shell_can_read_the_examples_of_the_help(capsys):
     assert main(["cache", "--help"]) == 0
-    assert capsys.readouterr().out.startswith(USAGE)
-    examples = shlex.split(USAGE[USAGE.index("Examples\n") + len("Examples\n") :])
+    out = capsys.readouterr().out
+    assert out.startswith(cache.__doc__)
+    examples = shlex.split(out[out.index("Examples\n") + len("Examples\n") : len(cache.__doc__)])
     assert examples.count("finetune") == 2 and examples.count("data.train=[{path: rows.jsonl}]") == 2

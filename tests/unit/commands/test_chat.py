@@ -1,5 +1,4 @@
-"""Chat keeps the conversation, obeys its commands, finds the settings of an adapter, and writes nothing to the terminal
-that could control it."""
+"""Chat: turns, slash commands, the settings of an adapter, and no control characters on the terminal."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ LETTERS = SimpleNamespace(eos_token_id=0, pad_token_id=0, decode=lambda ids, **_
 
 
 class LetterTemplate:
-    """A chat template of one token a character, which remembers what it was asked."""
+    """A chat template with one token per character; it keeps the messages of each prompt."""
 
     def __init__(self):
         self.seen: list[list[Message]] = []
@@ -91,7 +90,7 @@ def test_reset_forgets_and_exit_ends(capsys):
 
 
 @pytest.mark.parametrize(("line", "shown"), [("/rest", "/reset"), ("/ext", "/exit"), ("/help", "/reset")])
-def test_commands_and_near_misses_never_reach_the_model(line: str, shown: str, capsys):
+def test_slash_commands_and_their_typos_never_reach_the_model(line: str, shown: str, capsys):
     talking = conversation("fine")
     assert respond(talking, line)
     assert talking.chat.seen == [] and shown in capsys.readouterr().err
@@ -114,7 +113,7 @@ def test_the_model_cannot_send_control_characters_to_the_terminal(capsys):
     assert talking.turns[-1].content == attack
 
 
-def test_ctrl_c_keeps_what_was_written_at_a_terminal_and_ends_a_pipe(monkeypatch):
+def test_ctrl_c_keeps_the_start_of_an_answer_at_a_terminal_and_ends_a_pipe(monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     talking = conversation("half ", "of ", KeyboardInterrupt())
     talking.answer("hi")
@@ -131,7 +130,7 @@ def test_an_answer_stopped_before_its_first_word_leaves_no_turns(monkeypatch):
     assert talking.turns == []
 
 
-def test_a_conversation_longer_than_the_context_is_refused_and_kept_as_it_was(capsys):
+def test_a_turn_beyond_the_context_is_refused_and_the_conversation_stays(capsys):
     talking = conversation("fine")
     talking.answer("hi")
     before = list(talking.turns)
@@ -150,7 +149,7 @@ def test_answers_stay_inside_the_context_and_stop_at_the_end_of_text_and_of_turn
     assert talking.model.generation_config.do_sample is False
 
 
-def test_temperature_above_zero_draws():
+def test_a_temperature_above_zero_samples():
     talking = conversation("fine", temperature=0.7)
     talking.answer("hi")
     assert talking.model.generation_config.do_sample is True
@@ -212,14 +211,14 @@ def test_an_adapter_of_a_run_is_loaded_as_it_was_trained(tmp_path: Path, where: 
 
 
 @pytest.mark.parametrize("content", [None, "{}", "[]", "no json"])
-def test_a_folder_that_is_no_adapter_is_named(tmp_path: Path, content: str | None):
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path, content: str | None):
     if content is not None:
         (tmp_path / "adapter_config.json").write_text(content)
     with pytest.raises(ConfigError, match="adapter"):
         chat._find_config(None, None, tmp_path, [])
 
 
-def test_a_pipe_gives_one_answer_a_line_and_nothing_else(monkeypatch, capsys):
+def test_a_pipe_gives_one_answer_per_line_and_nothing_else(monkeypatch, capsys):
     monkeypatch.setattr(chat, "load_conversation", lambda *_: conversation("fine"))
     monkeypatch.setattr(
         sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\n\n\xff two\n/exit\nthree\n"), encoding="utf-8")
@@ -237,7 +236,7 @@ def test_a_pipe_gives_one_answer_a_line_and_nothing_else(monkeypatch, capsys):
         (2**34, ["train.kernels=peft"], False),
     ],
 )
-def test_weights_are_dequantized_once_where_memory_has_room_for_them(monkeypatch, free, settings, kept):
+def test_weights_are_dequantized_once_if_they_fit_into_memory(monkeypatch, free, settings, kept):
     """And the answers are those of weights dequantized for each token."""
     monkeypatch.setattr(decoding, "available_memory", lambda: free)
     config = load_config(str(packaged("configs") / "quickstart.yaml"), settings)

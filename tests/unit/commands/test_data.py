@@ -1,4 +1,4 @@
-"""`finetune data` and `finetune data convert`: their words, what they write, and what they say when they cannot."""
+"""`finetune data` and `finetune data convert`: their options, their output, and their errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_report_goes_to_stdout_and_is_plain_without_a_terminal(folder, capsy
     assert rows[-1] == "no warnings"
 
 
-def test_show_prints_rows_with_their_targets_marked(folder, capsys):
+def test_show_prints_rows_with_their_trained_tokens_marked(folder, capsys):
     assert main(["data", "config=run.yaml", "show=3"]) == 0
     out = capsys.readouterr().out
     assert out.count("── row ") == 3 and "⟦1<|im_end|>⟧" in out and "a.jsonl:1 ·" in out
@@ -84,19 +84,19 @@ def test_bad_rows_keep_their_number_and_held_out_rows_are_dumped_too(folder):
     assert sorted(rows) == [i for i in range(40) if i != 3] and rows != sorted(rows)
 
 
-def test_a_stream_is_looked_at_whole(folder, capsys):
+def test_the_report_reads_a_whole_stream(folder, capsys):
     assert main(["data", "config=run.yaml", "data.stream_rows=5", "train.max_steps=4"]) == 0
     out = capsys.readouterr().out
     assert "together" in out and "data.stream_rows=5:" in out
 
 
-def test_a_leak_is_loud(folder, capsys):
+def test_a_row_in_training_and_evaluation_is_reported_as_a_leak(folder, capsys):
     write(folder / "e.jsonl", chat("3 + 1?", "4"))
     assert main(["data", "config=run.yaml"]) == 0
     assert "LEAK  e: 1 of 1 row" in capsys.readouterr().out
 
 
-def test_a_target_of_any_weight_is_a_label_in_the_dump(folder):
+def test_the_dump_has_a_label_for_every_trained_token_of_any_weight(folder):
     row = chat("q", "half")
     row["messages"][1]["weight"] = 0.5
     write(folder / "a.jsonl", row, chat("q", "half"))
@@ -106,7 +106,7 @@ def test_a_target_of_any_weight_is_a_label_in_the_dump(folder):
     assert weighted["labels"] == whole["labels"]
 
 
-def test_the_cut_rows_are_dumped_as_cut(folder):
+def test_the_dump_holds_truncated_rows_truncated(folder):
     settings = ["data.max_length=30", "data.truncation=right", "data.train=[{path: b.jsonl}]", "data.eval=[]"]
     write(folder / "b.jsonl", {"text": "word " * 200})
     assert main(["data", "config=run.yaml", "dump=rows.jsonl", *settings]) == 0
@@ -114,7 +114,7 @@ def test_the_cut_rows_are_dumped_as_cut(folder):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "config=X.yaml"),
         (["config=run.yaml", "show=abc"], "show: "),
@@ -134,11 +134,11 @@ def test_the_cut_rows_are_dumped_as_cut(folder):
         (["config=run.yaml", "data.train.0.path=none.jsonl"], "none.jsonl"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_and_nothing_is_written(folder, capsys, words: list[str], said: str):
+def test_wrong_words_are_refused_and_nothing_is_written(folder, capsys, words: list[str], message: str):
     before = {file: file.read_bytes() for file in folder.iterdir()}
     assert main(["data", *words]) == 2
     captured = capsys.readouterr()
-    assert said in captured.err and "Traceback" not in captured.err and captured.out == ""
+    assert message in captured.err and "Traceback" not in captured.err and captured.out == ""
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
 
@@ -150,7 +150,7 @@ SOURCES: dict[str, tuple[list[object], list[str]]] = {
         [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}], "system": "be kind"}],
         [],
     ),
-    "named otherwise": (
+    "columns": (
         [{"question": "q", "answer": "a"}],
         ["columns={prompt: question, completion: answer}"],
     ),
@@ -181,7 +181,7 @@ SOURCES: dict[str, tuple[list[object], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_what_is_converted_says_the_same(folder, capsys, name: str):
+def test_converted_rows_have_the_same_content(folder, capsys, name: str):
     rows, words = SOURCES[name]
     write(folder / "in.jsonl", *rows)
     assert main(["data", "convert", "path=in.jsonl", "out=out.jsonl", *words]) == 0
@@ -224,7 +224,7 @@ def test_bad_rows_stop_the_conversion_or_are_left_out_and_listed(folder, capsys)
 
 
 def test_a_text_with_half_a_surrogate_pair_is_a_bad_row_or_comes_back(folder):
-    """Whatever the reader allows, what is written can be read again."""
+    """Every row that the reader accepts can be read again from the output."""
     write(folder / "in.jsonl", chat('a\\b \u2028 "q" \x00 é', "x"), chat("漢", "字"))
     assert main(["data", "convert", "path=in.jsonl", "out=out.jsonl"]) in (0, 2)
     if (folder / "out.jsonl").exists():
@@ -232,7 +232,7 @@ def test_a_text_with_half_a_surrogate_pair_is_a_bad_row_or_comes_back(folder):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "path: is missing"),
         (["path=a.jsonl"], "out: is missing"),
@@ -255,14 +255,14 @@ def test_a_text_with_half_a_surrogate_pair_is_a_bad_row_or_comes_back(folder):
         (["path=odd.jsonl", "out=x.jsonl"], "odd.jsonl"),
     ],
 )
-def test_what_cannot_be_converted_says_why_and_leaves_nothing(folder, capsys, words: list[str], said: str):
+def test_a_failed_conversion_gives_the_reason_and_leaves_no_file(folder, capsys, words: list[str], message: str):
     write(folder / "tokens.jsonl", {"input_ids": [1, 2]})
     write(folder / "empty.jsonl")
     write(folder / "odd.jsonl", {"color": "red"})
     before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     assert main(["data", "convert", *words]) == 2
     captured = capsys.readouterr()
-    assert said in captured.err and "Traceback" not in captured.err and captured.out == ""
+    assert message in captured.err and "Traceback" not in captured.err and captured.out == ""
     assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
 
 

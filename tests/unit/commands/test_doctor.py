@@ -71,7 +71,7 @@ def test_a_missing_and_an_old_package_are_both_named(monkeypatch):
     assert "rich" not in finding.found
 
 
-def test_the_floors_are_known_installed_or_not_and_without_the_extras(monkeypatch):
+def test_the_declared_requirements_are_known_without_an_installation_and_without_extras(monkeypatch):
     assert any(line.startswith("torch>=") for line in doctor._declared_requirements())
     assert not any(line.startswith("pytest") for line in doctor._declared_requirements())
 

@@ -42,7 +42,7 @@ def test_every_packaged_config_can_be_planned(capsys):
         assert code == 0 and sum(content["parts"].values()) == pytest.approx(content["peak_bytes"]), file
 
 
-def test_what_auto_finds_fits_when_it_is_pasted(capsys):
+def test_the_overrides_of_auto_give_a_run_that_fits(capsys):
     words = ("config=lora.yaml", "gpu_gb=10", "data.max_length=16384", "train.gradient_checkpointing=none")
     code, content = plan(capsys, *words, "auto=true")
     assert code == 3
@@ -59,7 +59,7 @@ def test_the_table_has_every_size_and_budget(capsys):
     assert f"{lengths['7B']['24']:,}" in text and "\x1b" not in text and "base=nf4" in text
 
 
-def test_the_text_says_what_is_held_where_it_does_not_fit_and_what_to_change(capsys):
+def test_the_text_lists_the_memory_the_verdict_and_the_changes(capsys):
     code = main(
         [
             "plan",
@@ -85,7 +85,7 @@ def test_the_text_says_what_is_held_where_it_does_not_fit_and_what_to_change(cap
         assert words in text
 
 
-def test_time_is_measured_given_or_assumed_and_says_which(capsys):
+def test_the_time_names_its_source_measured_given_or_assumed(capsys):
     words = ("config=quickstart.yaml", "train.max_steps=10")
     assert "assumed" in plan(capsys, *words)[1]["rates"]
     timing.write_rates("cpu", RATES)
@@ -109,7 +109,7 @@ def test_time_is_measured_given_or_assumed_and_says_which(capsys):
         (("config=lora.yaml", "model.name=somebody/model"), "model.name=somebody/model"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(words, message, capsys):
+def test_wrong_words_are_refused(words, message, capsys):
     assert main(["plan", *words]) == 2
     assert message in capsys.readouterr().err
 
@@ -126,7 +126,7 @@ SHAPE = {
 }
 
 
-def test_a_local_model_of_one_layer_is_planned_by_its_own_shapes(tmp_path, capsys):
+def test_the_plan_of_a_local_model_uses_its_config(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
     code, content = plan(capsys, "config=lora.yaml", f"model.name={tmp_path}", "gpu_gb=1", "auto=true")
     assert code == 0 and content["layers"] == 1 and content["auto"]["overrides"]
@@ -142,13 +142,13 @@ def test_a_local_model_of_one_layer_is_planned_by_its_own_shapes(tmp_path, capsy
         (None, "config.json"),
     ],
 )
-def test_a_local_model_that_is_none_is_refused(change, message, tmp_path, capsys):
+def test_an_invalid_local_model_is_refused(change, message, tmp_path, capsys):
     (tmp_path / "config.json").write_text("{" if change is None else json.dumps({**SHAPE, **change}))
     assert main(["plan", "config=lora.yaml", f"model.name={tmp_path}", "gpu_gb=1"]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_ranks_share_a_step_and_each_holds_all_of_the_model(capsys, monkeypatch):
+def test_ranks_share_a_step_and_each_holds_the_whole_model(capsys, monkeypatch):
     words = ("config=lora.yaml", "gpu_gb=80")
     alone = plan(capsys, *words)[1]
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -161,7 +161,7 @@ def test_ranks_share_a_step_and_each_holds_all_of_the_model(capsys, monkeypatch)
     assert main(["plan", *words]) == 2 and "WORLD_SIZE=many" in capsys.readouterr().err
 
 
-def test_where_free_memory_is_not_known_nothing_is_promised(capsys, monkeypatch):
+def test_unknown_free_memory_gives_no_verdict(capsys, monkeypatch):
     monkeypatch.setattr(auto_batch, "free_memory", lambda kind: None)
     code, content = plan(capsys, "config=lora.yaml")
     assert code == 0 and content["fits"] is None and content["changes"] == []
@@ -169,7 +169,7 @@ def test_where_free_memory_is_not_known_nothing_is_promised(capsys, monkeypatch)
     assert "may fit" in capsys.readouterr().out
 
 
-def test_the_table_says_what_it_is_of(capsys):
+def test_the_heading_of_the_table_names_its_settings(capsys):
     main(["plan", "table=true", "train.gradient_checkpointing=none", "distill=recover"])
     heading = capsys.readouterr().out.splitlines()[0]
     assert "train.gradient_checkpointing=none" in heading and "teacher=resident" in heading

@@ -28,7 +28,7 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path, error: type[Ba
     assert (tmp_path / "page.html").read_text() == "old"
 
 
-def test_a_file_is_replaced_only_where_that_is_meant(tmp_path: Path):
+def test_a_file_is_replaced_only_if_the_caller_allows_it(tmp_path: Path):
     file = tmp_path / "page.html"
     file.write_text("old")
     with pytest.raises(InputError, match=r"out=.*exists already"), whole_file("out", str(file), replace=False):
@@ -42,7 +42,7 @@ def test_a_file_is_replaced_only_where_that_is_meant(tmp_path: Path):
     ("path", "said"),
     [("", "name a file"), (".", "is a folder"), ("none/x", "No such file"), ("\0", "null"), ("x" * 300, "too long")],
 )
-def test_a_place_that_cannot_be_written_to_is_known_before_the_work(tmp_path, monkeypatch, path: str, said: str):
+def test_a_path_that_cannot_be_written_fails_before_the_work(tmp_path, monkeypatch, path: str, said: str):
     monkeypatch.chdir(tmp_path)
     worked = []
     with pytest.raises(InputError, match=said), whole_file("dump", path):
@@ -57,7 +57,7 @@ def test_only_a_regular_file_is_replaced(tmp_path: Path):
             pass
 
 
-def test_half_a_surrogate_pair_is_written_as_json_would_escape_it(tmp_path: Path):
+def test_half_a_surrogate_pair_is_escaped_as_in_json(tmp_path: Path):
     with whole_file("out", str(tmp_path / "rows.jsonl")) as stream:
         stream.write('"\ud800"\n')
     assert (tmp_path / "rows.jsonl").read_bytes() == b'"\\ud800"\n'

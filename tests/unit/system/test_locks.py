@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.system.cache_home import cache_home
 from finetune.system.locks import locked, try_lock
+from finetune.system.resources import cache_home
 
 
 def test_a_held_lock_is_refused_and_a_released_one_is_given(tmp_path: Path):

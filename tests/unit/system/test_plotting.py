@@ -10,7 +10,7 @@ from finetune.system.plotting import curve, save_png, svg
 LINES = {"train": ([1.0, 2.0, 3.0], [3.0, 2.0, 1.5]), "held out": ([1.0, 3.0], [3.1, 2.0])}
 
 
-def test_an_svg_is_an_element_that_scales_and_needs_nothing_from_outside():
+def test_an_svg_scales_and_refers_to_no_other_file():
     text = svg(curve("loss <a>", LINES, "step"))
     root = ElementTree.fromstring(text)
     assert root.tag.endswith("svg")
@@ -22,7 +22,7 @@ def test_an_svg_is_an_element_that_scales_and_needs_nothing_from_outside():
     assert all(link.startswith("#") for link in links)
 
 
-def test_the_same_numbers_are_the_same_picture():
+def test_the_same_numbers_give_the_same_picture():
     assert svg(curve("loss", LINES, "step")) == svg(curve("loss", LINES, "step"))
 
 

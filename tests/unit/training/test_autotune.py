@@ -14,7 +14,6 @@ from finetune.models.fused import fuse_layers
 from finetune.planning.auto_batch import BatchPlan
 from finetune.planning.inputs import plan_inputs
 from finetune.planning.peak_memory import predict_peak
-from finetune.system import heap
 from finetune.training import autotune
 from finetune.training.autotune import apply_batch_plan, install_malloc_trim
 from tests.runs import small_run
@@ -56,7 +55,7 @@ def test_little_free_memory_means_recomputing(model, tmp_path, monkeypatch):
 
 def test_the_heap_is_trimmed_after_training_passes_only(model, monkeypatch):
     calls = []
-    monkeypatch.setattr(heap, "malloc_trim", lambda: calls.append(0))
+    monkeypatch.setattr(autotune, "malloc_trim", lambda: calls.append(0))
     decoder = model.get_base_model().model
     handles, pre_handles = dict(decoder._forward_hooks), dict(decoder._forward_pre_hooks)
     decoder._forward_hooks.clear()

@@ -1,8 +1,9 @@
-"""Threads and memory are those of the container, not of the host; launchers' defaults don't leave cores idle."""
+"""Threads and memory respect the limits of the container; launchers leave no core idle; free memory is returned."""
 
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -31,12 +32,12 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
         ({"LOCAL_WORLD_SIZE": "16"}, 1),
     ],
 )
-def test_ranks_share_the_cores_and_a_user_who_says_how_many_is_obeyed(environ, threads):
+def test_ranks_share_the_cores_unless_the_user_sets_the_threads(environ, threads):
     assert machine.pick_threads(environ, cores=8) == threads
 
 
 @pytest.mark.parametrize("count", [machine.ranks_here, machine.ranks_of_run])
-def test_ranks_are_those_that_a_launcher_tells(count):
+def test_the_number_of_ranks_comes_from_the_launcher(count):
     name = "WORLD_SIZE" if count is machine.ranks_of_run else "LOCAL_WORLD_SIZE"
     assert count({}) == 1 and count({name: "3"}) == 3
     for nonsense in ("0", "-1", "two", ""):
@@ -69,7 +70,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     return Host(tmp_path, monkeypatch)
 
 
-def test_without_limits_all_of_the_host_is_there(host: Host):
+def test_without_limits_the_whole_host_is_usable(host: Host):
     assert (machine.usable_cores(), machine.available_memory()) == (8, 8000 * 1024)
 
 
@@ -89,7 +90,7 @@ def test_a_quota_of_version_2_in_any_group_around_the_process_counts(host: Host,
     assert machine.usable_cores() == cores
 
 
-def test_a_quota_of_version_1_is_found_also_where_the_path_is_the_hosts(host: Host):
+def test_a_quota_of_version_1_is_found_if_the_path_is_a_path_of_the_host(host: Host):
     host.write("membership", "5:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n0::/")
     host.write("cgroup/cpu,cpuacct/cpu.cfs_quota_us", 300000)
     host.write("cgroup/cpu,cpuacct/cpu.cfs_period_us", 100000)
@@ -123,7 +124,7 @@ def test_a_process_holds_the_memory_that_it_writes():
     assert machine.resident_memory() - before > 0.9 * len(content)
 
 
-def test_a_gpu_is_asked_of_its_driver_and_its_absence_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_driver_reports_the_gpu_and_a_missing_gpu_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert machine.device_memory() is None
     command = tmp_path / "nvidia-smi"
@@ -135,7 +136,7 @@ def test_a_gpu_is_asked_of_its_driver_and_its_absence_is_no_error(tmp_path: Path
 
 FRESH = """
 import torch
-from finetune.training.autotune import use_all_cores
+from finetune.system.machine import use_all_cores
 print(use_all_cores("cpu"), "|", torch.get_num_threads(), use_all_cores("cuda"))
 """
 
@@ -149,9 +150,49 @@ def test_a_fresh_process_under_a_launcher_takes_its_share(ranks: int):
     assert said.startswith(f"threads: per_rank={share},") and counted.split() == [str(share), "None"]
 
 
-def test_what_the_processor_multiplies_is_told_as_torch_tells_it():
+def test_bf16_products_are_detected_as_by_torch():
     import torch
 
     from finetune.ops.matmul import uses_fp32_matmul
 
     assert machine.has_bf16_products() is not uses_fp32_matmul(torch.device("cpu"), torch.bfloat16)
+
+
+HOLES = """
+import os
+from pathlib import Path
+from finetune.system.machine import malloc_trim
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+blocks = [bytearray(b"x" * 60_000) for _ in range(2000)]
+full, blocks[:-1] = resident_bytes(), []  # the last of them keeps the heap as long as it was
+freed = resident_bytes()
+malloc_trim()
+print(full - freed, freed - resident_bytes())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc_trim")
+def test_free_memory_below_a_used_block_returns_to_the_system(repo_root):
+    done = subprocess.run([sys.executable, "-c", HOLES], cwd=repo_root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    by_freeing, by_giving_back = map(int, done.stdout.split())
+    assert by_freeing < 12_000_000 and by_giving_back > 100_000_000
+
+
+def test_another_c_library_gets_no_other_call(monkeypatch):
+    class Library:
+        def __init__(self, name: str | None):
+            self.asked: list[str] = []
+            libraries.append(self)
+
+        def __getattr__(self, name: str) -> object:
+            self.asked.append(name)
+            raise AttributeError(name)
+
+    libraries: list[Library] = []
+    monkeypatch.setattr(machine.ctypes, "CDLL", Library)
+    machine.malloc_trim()
+    assert [library.asked for library in libraries] == [["malloc_trim"]]
