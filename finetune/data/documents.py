@@ -140,7 +140,7 @@ def cut_to_length(store: TokenStore, rows: np.ndarray, cfg: DataConfig) -> Cut:
     too_long = rows[store.lengths[rows] > limit]
     pieces = [piece for row in too_long for piece in _pieces(int(row), int(store.lengths[row]), cfg)]
     cut = np.array(pieces, dtype=np.int64).reshape(-1, 3)
-    targets = np.array([_targets(store, *piece) for piece in pieces], dtype=np.int64)
+    targets = np.array([store.piece(*piece).targets for piece in pieces], dtype=np.int64)
     kept = cut[targets > 0]
     rows_all = np.concatenate([short, kept[:, 0]])
     in_order = np.argsort(rows_all, kind="stable")
@@ -164,7 +164,3 @@ def _pieces(row: int, length: int, cfg: DataConfig) -> list[tuple[int, int, int]
     limit = cfg.max_length
     starts = {"left": [length - limit], "right": [0], "split": range(0, length, limit)}.get(cfg.truncation, [])
     return [(row, start, min(limit, length - start)) for start in starts]
-
-
-def _targets(store: TokenStore, row: int, start: int, length: int) -> int:
-    return int((store.piece(row, start, length).weights[1:] > 0).sum())

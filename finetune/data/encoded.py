@@ -26,3 +26,8 @@ class Encoded:
     def trained(self) -> np.ndarray:
         """Which tokens are targets [T] bool."""
         return self.weights > 0
+
+    @property
+    def targets(self) -> int:
+        """The number of targets. The first token is not predicted, so it is never one."""
+        return int(np.count_nonzero(self.trained[1:]))

@@ -292,9 +292,9 @@ def test_any_row_is_encoded_or_named_as_bad(format_name, train_on, data):
     batch = RawBatch("rows.jsonl", "line", 10, tuple(range(1, len(rows) + 1)), lines, 0)
     preparation = prepared("rows.jsonl", train_on=train_on)
     encoded = preparation.encoder(preparation.cfg.train[0], format_name)(batch)
-    assert sorted([*encoded.indices, *(row.index for row in encoded.bad)]) == list(range(10, 10 + len(rows)))
-    assert all(row.location == f"rows.jsonl:{row.index - 9}" and row.reason for row in encoded.bad)
-    assert int(encoded.lengths.sum()) == len(encoded.ids) == len(encoded.weights)
+    assert sorted([*encoded.rows["indices"], *(row.index for row in encoded.bad)]) == list(range(10, 10 + len(rows)))
+    assert all(row.place == f"rows.jsonl:{row.index - 9}" and row.reason for row in encoded.bad)
+    assert int(encoded.rows["lengths"].sum()) == len(encoded.ids) == len(encoded.weights)
     assert np.isfinite(encoded.weights).all() and (encoded.ids >= 0).all()
 
 

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.data.sources.json_rows import text_flaw
+from finetune.data.sources.json_rows import DECODER, DEEPEST, checked, kind, text_flaw
 from finetune.system.errors import DataError
 
-_KINDS = {
-    type(None): "null",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "an object",
-}
 _SHOWN_CHARACTERS = 60
 _SHOWN_NAMES = 32
-# Of tools and arguments: deeper ones would exceed Python's recursion limit in every function that walks them.
-_DEEPEST = 100
-
-
-def kind(value: Any) -> str:
-    """Return the JSON name of a value's type."""
-    return _KINDS.get(type(value), type(value).__name__)
 
 
 def shown(value: Any) -> str:
@@ -70,41 +53,19 @@ def as_json(value: Any, location: str) -> Any:
 
     Raises: DataError naming the location, for text that is not JSON and for values that JSON cannot hold.
     """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value, object_pairs_hook=_object, parse_constant=_no_number)
-        except RecursionError as error:
-            raise DataError(f"{location} is nested deeper than {_DEEPEST} levels") from error
-        except ValueError as error:
-            raise DataError(f"{location} must be JSON, found text that is not: {error}") from error
-    _check(value, location, _DEEPEST)
+    try:
+        if isinstance(value, str):
+            value = DECODER.decode(value)
+        json.dumps(value, allow_nan=False)
+    except DataError as error:
+        raise DataError(f"{location} {error}") from error
+    except RecursionError as error:
+        raise DataError(f"{location} is nested more than {DEEPEST} deep") from error
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{location} must be JSON, found {kind(value)} that is not: {error}") from error
+    if isinstance(flaw := checked(value, location), DataError):
+        raise flaw
     return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(decoded := dict(pairs)) < len(pairs):
-        raise ValueError("an object has the same key twice")
-    return decoded
-
-
-def _no_number(constant: str) -> None:
-    raise ValueError(f"{constant} is not a JSON number")
-
-
-def _check(value: Any, location: str, levels: int) -> None:
-    if levels == 0:
-        raise DataError(f"{location} is nested deeper than {_DEEPEST} levels")
-    if isinstance(value, str):
-        as_text(value, location)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            as_text(key, f"a key in {location}")
-            _check(item, location, levels - 1)
-    elif isinstance(value, list):
-        for item in value:
-            _check(item, location, levels - 1)
-    elif (isinstance(value, float) and not math.isfinite(value)) or not isinstance(value, int | float | None):
-        raise DataError(f"{location} holds {shown(value)}, which JSON cannot hold")
 
 
 @dataclass(frozen=True, slots=True)

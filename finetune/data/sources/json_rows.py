@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from finetune.system.errors import DataError
@@ -11,14 +12,27 @@ from finetune.system.errors import DataError
 DEEPEST = 100
 # A row without these bytes, and with few brackets, always passes `checked`.
 _SUSPICIOUS = (b"\\u0000", b"\\ud", b"\\uD")
-
 _WALKED = (str, dict, list)
+_KINDS = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def kind(value: Any) -> str:
+    """Return the JSON name of a value's type."""
+    return _KINDS.get(type(value), type(value).__name__)
 
 
 def decode_row(line: bytes) -> dict[str, Any] | DataError:
     """Decode a line of JSON; return an error if it is not one valid object."""
     try:
-        row = _DECODER.decode(str(line, "utf-8"))
+        row = DECODER.decode(str(line, "utf-8"))
     except DataError as error:
         return error
     except UnicodeDecodeError as error:
@@ -30,30 +44,32 @@ def decode_row(line: bytes) -> dict[str, Any] | DataError:
     except ValueError:
         return DataError("holds an integer of more than 4,300 digits")
     if not isinstance(row, dict):
-        return DataError(f"must be an object, found {_kind(row)}")
+        hint = "; name a file with a list of rows .json" if isinstance(row, list) else ""
+        return DataError(f"must be an object, found {kind(row)}{hint}")
     brackets = line.count(b"[") + line.count(b"{")
     return checked(row) if brackets > DEEPEST or any(mark in line for mark in _SUSPICIOUS) else row
 
 
-def checked(row: dict[str, Any]) -> dict[str, Any] | DataError:
-    """Return the row if all its texts can be encoded as UTF-8 and its nesting is not too deep, else an error."""
-    pending: list[tuple[str, Any, int]] = [("", row, 1)]
+def checked(decoded: Any, location: str = "") -> Any:
+    """Return a row, or another value, if its texts can be encoded as UTF-8 and it is not too deep, else a DataError."""
+    pending: list[tuple[str, Any, int]] = [(location, decoded, 1)]
     while pending:
         path, value, depth = pending.pop()
         if isinstance(value, str):
             if flaw := text_flaw(value):
                 return DataError(f"{path} {flaw}")
         elif depth > DEEPEST:
-            return DataError(f"is nested more than {DEEPEST} deep")
+            return DataError(f"{location} is nested more than {DEEPEST} deep".lstrip())
         elif isinstance(value, dict):
             for key, item in value.items():
                 if flaw := text_flaw(str(key)):
-                    return DataError(f"the name {key!r} {flaw}")
+                    return DataError(f"{path} has the name {key!r}, which {flaw}".lstrip())
                 if isinstance(item, _WALKED):
-                    pending.append((f"{path}.{key}" if path else str(key), item, depth + 1))
-        else:  # a list, perhaps of a million numbers
+                    name = str(key) if str(key).isprintable() else repr(key)
+                    pending.append((f"{path}.{name}" if path else name, item, depth + 1))
+        elif isinstance(value, list):  # perhaps of a million numbers
             pending += [(f"{path}[{i}]", item, depth + 1) for i, item in enumerate(value) if isinstance(item, _WALKED)]
-    return row
+    return decoded
 
 
 def text_flaw(text: str) -> str | None:
@@ -85,8 +101,7 @@ def _not_json(line: bytes, error: json.JSONDecodeError) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise DataError(f"has the key {twice!r} twice in one object")
     return row
 
@@ -102,11 +117,5 @@ def _finite(text: str) -> float:
     return number
 
 
-def _kind(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return {str: "a text", list: "a list; name a file with a list of rows .json"}.get(type(value), "a number")
-
-
 # Built once: `json.loads` with a hook builds a decoder per call, which costs more than the hook.
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)

@@ -1,4 +1,4 @@
-"""Find the files of a source in the config, and read their rows in order."""
+"""Find the files of a source in the config, on disk or on the Hugging Face hub, and read their rows in order."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from finetune.config.schema import SourceConfig
-from finetune.data.sources.hub_datasets import HUB_ID, hub_files
 from finetune.data.sources.readers import RawBatch, Row, kind_of, read_batches
 from finetune.data.sources.text_files import COMPRESSIONS
 from finetune.system.errors import DataError
 
 _MAGIC = re.compile(r"[*?[]")
 _SHARD = re.compile(r"(?P<split>.+)-\d+-of-(?P<count>\d+)", re.DOTALL)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_SPLIT = re.compile(r"\w+(\.\w+)*")
+# Part of an error of `datasets`, and what the user can do.
+_HUB_ADVICE = {
+    "Unknown split": "has no split {source.split!r}",
+    "Config name is missing": "has several subsets; set subset",
+    "BuilderConfig": "has no subset {source.subset!r}",
+    "gated": "is gated; accept its terms on the hub and log in with hf auth login",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +71,7 @@ class SourceFiles:
         for file, label in zip(self.files, self.labels, strict=True):
             for batch in read_batches(file, label, rows, bytes_before):
                 if limit is not None and rows + len(batch.items) >= limit:
-                    yield replace(batch, numbers=batch.numbers[: limit - rows], items=batch.items[: limit - rows])
+                    yield batch.split(limit - rows)[0]
                     return
                 yield batch
                 rows += len(batch.items)
@@ -94,9 +103,13 @@ def resolve_source(source: SourceConfig) -> SourceFiles:
             return _local(source, _stem(path), [path])
         if _MAGIC.search(source.path):
             _refuse(source, "glob", "split", "subset", "revision")
+            found = {Path(name) for name in glob.glob(str(path), recursive=True)}
+            files = sorted(file for file in found if not file.is_dir())
+            if not files:
+                raise DataError(f"{path} matches no file{_near(path)}")
             fixed = [part for part in path.parts if not _MAGIC.search(part)]
-            return _local(source, fixed[-1] if fixed else "rows", _glob_files(path))
-        if HUB_ID.fullmatch(source.path) and not _is_rows(path):
+            return _local(source, fixed[-1] if fixed else "rows", files)
+        if _HUB_ID.fullmatch(source.path) and not _is_rows(path):
             return _from_hub(source)
         raise DataError(f"{source.path} does not exist{_near(path)}")
     except OSError as error:
@@ -112,13 +125,35 @@ def _local(source: SourceConfig, name: str, files: list[Path]) -> SourceFiles:
 
 
 def _from_hub(source: SourceConfig) -> SourceFiles:
+    """Download a split into the hub's cache; its arrow files are in the order of its rows."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    path = Path(source.path)
+    if source.split is not None and not _HUB_SPLIT.fullmatch(source.split):
+        raise DataError(f"{path}: split must be one name, found {source.split!r}; set limit to read fewer rows")
     try:
-        files = hub_files(source)
-    except DataError as error:
-        owner = Path(source.path).parent
-        raise DataError(f"{error}{_near(Path(source.path)) if owner.is_dir() else ''}") from error
-    labels = tuple(f"{source.path}/{file.name}" for file in files)
-    return SourceFiles(source.path, source.name or source.split or source.path, tuple(files), labels)
+        loaded = datasets.load_dataset(
+            source.path, source.subset, split=source.split, revision=source.revision, keep_in_memory=False
+        )
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        near = _near(path) if path.parent.is_dir() else ""
+        raise DataError(f"{path}: {_hub_advice(source, error)}{near}") from error
+    if isinstance(loaded, dict):
+        raise DataError(f"{path}: set split to one of {', '.join(map(str, loaded))}")
+    files = tuple(Path(file["filename"]) for file in loaded.cache_files)
+    labels = tuple(f"{path}/{file.name}" for file in files)
+    return SourceFiles(source.path, source.name or source.split or source.path, files, labels)
+
+
+def _hub_advice(source: SourceConfig, error: Exception) -> str:
+    reason = " ".join(str(error.__cause__ or error).split())[:300]
+    if isinstance(error, ConnectionError):
+        return f"is not a file, and the hub cannot be reached; check the path or the network ({reason})"
+    for mark, advice in _HUB_ADVICE.items():
+        if mark in str(error):
+            return f"{advice.format(source=source)} ({reason})"
+    return f"is not a file, and the hub could not load it; check its name, subset and revision ({reason})"
 
 
 def _refuse(source: SourceConfig, what: str, *settings: str) -> None:
@@ -150,35 +185,27 @@ def _folder_files(source: SourceConfig, folder: Path) -> list[Path]:
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder{_near(folder)}")
     if (folder / "dataset_dict.json").is_file():
-        splits = [str(name) for name in _saved(folder / "dataset_dict.json", "splits")]
+        splits = _saved(folder / "dataset_dict.json", lambda saved: [str(name) for name in saved["splits"]])
         _choose(folder, source.split, splits)
-        return _saved_files(folder / str(source.split))
-    if (folder / "state.json").is_file():
+        folder = folder / str(source.split)
+    elif (folder / "state.json").is_file():
         _refuse(source, "saved dataset", "split")
-        return _saved_files(folder)
-    return _split_files(folder, source.split)
-
-
-def _saved(file: Path, key: str) -> list:
-    try:
-        value = json.loads(file.read_bytes())[key]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{file} is damaged: it has no {key}; save the dataset again") from error
-    if not isinstance(value, list):
-        raise DataError(f"{file} is damaged: {key} is not a list; save the dataset again")
-    return value
-
-
-def _saved_files(folder: Path) -> list[Path]:
-    """The shards of a saved dataset, in the order of its rows."""
-    state = folder / "state.json"
-    try:
-        files = [folder / Path(entry["filename"]).name for entry in _saved(state, "_data_files")]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{state} is damaged: it has no file names; save the dataset again") from error
-    if missing := [file.name for file in files if not file.is_file()]:
+    else:
+        return _split_files(folder, source.split)
+    # The shards of a saved dataset, in the order of its rows.
+    shards = _saved(
+        folder / "state.json", lambda state: [Path(entry["filename"]).name for entry in state["_data_files"]]
+    )
+    if missing := [name for name in shards if not (folder / name).is_file()]:
         raise DataError(f"{folder} lacks {missing[0]}, which its state.json names; save the dataset again")
-    return files
+    return [folder / name for name in shards]
+
+
+def _saved(file: Path, names: Callable[[Any], list[str]]) -> list[str]:
+    try:
+        return names(json.loads(file.read_bytes()))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{file} is damaged ({type(error).__name__}: {error}); save the dataset again") from error
 
 
 def _split_files(folder: Path, split: str | None) -> list[Path]:
@@ -206,14 +233,6 @@ def _choose(folder: Path, split: str | None, splits: list[str]) -> None:
         raise DataError(f"{folder} is a folder; set split ({available}), or name a file or glob, as {folder}/*.jsonl")
     if split not in splits:
         raise DataError(f"{folder} has no split {split!r} ({available})")
-
-
-def _glob_files(pattern: Path) -> list[Path]:
-    found = {Path(name) for name in glob.glob(str(pattern), recursive=True)}
-    files = sorted(file for file in found if not file.is_dir())
-    if not files:
-        raise DataError(f"{pattern} matches no file{_near(pattern)}")
-    return files
 
 
 def _near(path: Path) -> str:

@@ -6,15 +6,23 @@ to its end, raises a DataError. Memory does not grow with the size of the file.
 
 from __future__ import annotations
 
+import lzma
+import os
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from finetune.data.sources.json_rows import checked, decode_row
-from finetune.data.sources.tables import TABLES, read_table
-from finetune.data.sources.text_files import COMPRESSIONS, TEXTS, Content, Unit, named_errors, read_text
+from finetune.data.sources.text_files import BATCH_BYTES, COMPRESSIONS, TEXTS, Content, Group, Unit, read_text
 from finetune.system.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+TABLES = (".parquet", ".arrow")
+_MOST_ROWS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,12 @@ class RawBatch:
     items: tuple[Content, ...]
     bytes_read: int
 
+    def split(self, rows: int) -> tuple[RawBatch, RawBatch]:
+        """Return the first `rows` rows, and the others."""
+        head = replace(self, numbers=self.numbers[:rows], items=self.items[:rows])
+        index = self.first_index + len(head.items)
+        return head, replace(self, first_index=index, numbers=self.numbers[rows:], items=self.items[rows:])
+
     def rows(self) -> Iterator[Row]:
         """Decode the rows.
 
@@ -64,15 +78,11 @@ class RawBatch:
         keys of all others. A null column of the row stays None.
         """
         for offset, (number, item) in enumerate(zip(self.numbers, self.items, strict=True)):
-            yield Row(self.first_index + offset, Location(self.file, number, self.unit), _decoded(item))
-
-
-def _decoded(item: Content) -> dict[str, Any] | DataError:
-    if isinstance(item, bytes):
-        return decode_row(item)
-    if isinstance(item, dict):
-        return checked({column: _without_nulls(value) for column, value in item.items()})
-    return item
+            if isinstance(item, bytes):
+                item = decode_row(item)
+            elif isinstance(item, dict):
+                item = checked({column: _without_nulls(value) for column, value in item.items()})
+            yield Row(self.first_index + offset, Location(self.file, number, self.unit), item)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -112,8 +122,81 @@ def read_batches(path: Path, label: str, first_index: int, bytes_before: int) ->
         DataError: the file cannot be read, or cannot be read further.
     """
     kind, compression = kind_of(path)
-    with named_errors(label), path.open("rb") as raw:
-        for group in read_table(raw, kind) if kind in TABLES else read_text(raw, kind, compression):
-            bytes_read = bytes_before + group.bytes_read
-            yield RawBatch(label, group.unit, first_index, group.numbers, group.contents, bytes_read)
-            first_index += len(group.contents)
+    try:
+        with path.open("rb") as raw:
+            for group in _read_table(raw, kind) if kind in TABLES else read_text(raw, kind, compression):
+                bytes_read = bytes_before + group.bytes_read
+                yield RawBatch(label, group.unit, first_index, group.numbers, group.contents, bytes_read)
+                first_index += len(group.contents)
+    except DataError as error:
+        raise DataError(f"{label} {error}") from error
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise DataError(f"{label} cannot be read: {error.strerror}") from error
+        raise DataError(f"{label} is broken or cut off: {error}") from error
+
+
+def _read_table(raw: BinaryIO, kind: str) -> Iterator[Group]:
+    """Memory: about 1 MB of a parquet file's rows and of each column; one record batch of an arrow file."""
+    import pyarrow
+
+    size = os.fstat(raw.fileno()).st_size
+    if size == 0:
+        raise DataError("is empty")
+    number = 1
+    try:
+        for batch, share in (_parquet if kind == ".parquet" else _arrow)(raw):
+            if len(set(columns := batch.schema.names)) < len(columns):
+                raise DataError(f"has two columns of one name ({', '.join(columns)})")
+            at_once = max(1, BATCH_BYTES * batch.num_rows // max(batch.nbytes, 1))
+            for start in range(0, batch.num_rows, at_once):
+                rows = tuple(_rows(batch.slice(start, at_once)))
+                yield Group("row", tuple(range(number, number + len(rows))), rows, int(share * size))
+                number += len(rows)
+    # ValueError: a name that is not text. MemoryError: a damaged length.
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise DataError(f"is damaged or not a {kind} file: {_first_line(error)}") from error
+
+
+def _parquet(raw: BinaryIO) -> Iterator[tuple[pyarrow.RecordBatch, float]]:
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(raw, buffer_size=BATCH_BYTES, pre_buffer=False)
+    metadata = file.metadata
+    size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    rows = max(1, min(_MOST_ROWS, BATCH_BYTES * metadata.num_rows // max(size, 1)))
+    done = 0
+    for batch in file.iter_batches(rows, use_threads=False):
+        done += batch.num_rows
+        yield batch, done / metadata.num_rows
+
+
+def _arrow(raw: BinaryIO) -> Iterator[tuple[pyarrow.RecordBatch, float]]:
+    import pyarrow
+
+    is_file = raw.read(6) == b"ARROW1"
+    raw.seek(0)
+    size = os.fstat(raw.fileno()).st_size
+    reader = pyarrow.ipc.open_file(raw) if is_file else pyarrow.ipc.open_stream(raw)
+    for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+        batch.validate(full=True)  # offsets outside the file would crash the process
+        yield batch, raw.tell() / size
+
+
+def _rows(batch: pyarrow.RecordBatch) -> Iterator[Content]:
+    try:
+        yield from batch.to_pylist(maps_as_pydicts="strict")
+        return
+    except (ValueError, KeyError):  # Python cannot hold some value: find its row
+        rows = [batch.slice(i, 1) for i in range(batch.num_rows)]
+    for row in rows:
+        try:
+            yield row.to_pylist(maps_as_pydicts="strict")[0]
+        except UnicodeDecodeError as error:
+            yield DataError(f"holds text that is not UTF-8 (byte {error.object[error.start]:#04x})")
+        except (ValueError, KeyError) as error:
+            yield DataError(f"holds a value that cannot be read: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -8,9 +8,8 @@ import gzip
 import io
 import lzma
 import re
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from itertools import count
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from finetune.data.sources.json_rows import checked, decode_row
@@ -39,25 +38,12 @@ class Group(NamedTuple):
 Found = Iterator[tuple[Unit, int, Content]]
 
 
-@contextmanager
-def named_errors(label: str) -> Iterator[None]:
-    """Turn every error of reading a file into a DataError that names the file."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{label} {error}") from error
-    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        if isinstance(error, OSError) and error.strerror:
-            raise DataError(f"{label} cannot be read: {error.strerror}") from error
-        raise DataError(f"{label} is broken or cut off: {error}") from error
-
-
 def read_text(raw: io.BufferedReader, kind: str, compression: str) -> Iterator[Group]:
     """Read the rows of an open text file.
 
     Raises: DataError if it is not UTF-8 text; OSError and others as the libraries raise them.
     """
-    stream = COMPRESSIONS[compression](raw) if compression else raw
+    stream = io.BufferedReader(COMPRESSIONS[compression](raw), PIECE_BYTES) if compression else raw
     head = stream.peek(64)[:64]
     if found := looks_like(head):
         raise DataError(f"is named {kind}{compression}, but looks like {found}")
@@ -70,18 +56,13 @@ def read_text(raw: io.BufferedReader, kind: str, compression: str) -> Iterator[G
     for unit, number, content in TEXTS[kind](stream):
         numbers.append(number)
         contents.append(content)
-        size += _size(content)
+        cells = content.values() if isinstance(content, dict) else [content]
+        size += sum(len(cell) if isinstance(cell, str | bytes) else 100 for cell in cells)
         if size >= BATCH_BYTES:
             yield Group(unit, tuple(numbers), tuple(contents), raw.tell())
             numbers, contents, size = [], [], 0
     if contents:
         yield Group(unit, tuple(numbers), tuple(contents), raw.tell())
-
-
-def _size(content: Content) -> int:
-    if isinstance(content, bytes):
-        return len(content)
-    return sum(map(len, content.values())) if isinstance(content, dict) else 100
 
 
 # First bytes of a file, and its true format.
@@ -113,17 +94,17 @@ def looks_like(head: bytes) -> str | None:
     return None
 
 
-def _zstd(raw: BinaryIO) -> io.BufferedReader:
+def _open_zstd(raw: BinaryIO) -> Any:
     import pyarrow
 
-    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd"), PIECE_BYTES)
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd")
 
 
-COMPRESSIONS: dict[str, Callable[[Any], io.BufferedReader]] = {
-    ".gz": lambda raw: io.BufferedReader(gzip.GzipFile(fileobj=raw), PIECE_BYTES),
-    ".bz2": lambda raw: io.BufferedReader(bz2.BZ2File(raw), PIECE_BYTES),
-    ".xz": lambda raw: io.BufferedReader(lzma.LZMAFile(raw), PIECE_BYTES),  # noqa: SIM115 - its caller closes raw
-    ".zst": _zstd,
+COMPRESSIONS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
 }
 
 
@@ -133,20 +114,16 @@ def _too_long(length_bytes: int, longest_bytes: int | None = None) -> DataError:
 
 def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataError]]:
     """Lines with their ends and numbers from 1; a line that is too long becomes an error."""
-    number = 0
-    while line := stream.readline(PIECE_BYTES):
-        number += 1
-        yield number, line if line.endswith(b"\n") or len(line) < PIECE_BYTES else _long_line(stream, line)
-
-
-def _long_line(stream: io.BufferedReader, start: bytes) -> bytes | DataError:
-    pieces, length = [start], len(start)
-    while not pieces[-1].endswith(b"\n") and (piece := stream.readline(PIECE_BYTES)):
-        length += len(piece)
-        if length > LONGEST_ROW_BYTES:
-            pieces.clear()
-        pieces.append(piece)
-    return b"".join(pieces) if length <= LONGEST_ROW_BYTES else _too_long(length)
+    for number in count(1):
+        pieces, length = [b""], 0
+        while not pieces[-1].endswith(b"\n") and (piece := stream.readline(PIECE_BYTES)):
+            length += len(piece)
+            if length > LONGEST_ROW_BYTES:
+                pieces.clear()
+            pieces.append(piece)
+        if length == 0:
+            return
+        yield number, b"".join(pieces) if length <= LONGEST_ROW_BYTES else _too_long(length)
 
 
 def _json_lines(stream: io.BufferedReader) -> Found:
@@ -231,11 +208,9 @@ def _cells(stream: io.BufferedReader, delimiter: str) -> Found:
     """Rows of cells below a line of column names (RFC 4180); every value is text."""
     records = _records(stream, delimiter)
     _, columns = next(records, (1, []))
-    if isinstance(columns, DataError):
-        raise DataError(f"has no readable line of column names: it {columns}")
-    if isinstance(names := checked(dict.fromkeys(columns)), DataError):
-        raise DataError(f"has no readable line of column names: {names}")
-    if len(names) < len(columns):
+    if isinstance(problem := columns, DataError) or isinstance(problem := checked(dict.fromkeys(columns)), DataError):
+        raise DataError(f"has no readable line of column names: it {problem}")
+    if len(set(columns)) < len(columns):
         raise DataError(f"has two columns of one name ({', '.join(columns)})")
     for number, cells in records:
         if isinstance(cells, DataError):

@@ -15,7 +15,7 @@ from finetune.data.formats.messages import Conversation, Example, RawText, Token
 from finetune.data.formats.parser import RowParser
 from finetune.data.sources.readers import RawBatch, Row
 from finetune.data.template.chat import ChatTemplate
-from finetune.data.tokens.store import BadRow, EncodedBatch
+from finetune.data.tokens.store import ROW, BadRow, EncodedBatch
 from finetune.system.errors import DataError
 
 # Part of every cache's fingerprint: raise it when the same rows give other tokens, weights or hashes.
@@ -33,53 +33,56 @@ class RowEncoder:
     def examples(self, batch: RawBatch) -> Iterator[tuple[Row, Example | DataError]]:
         """Yield each row of the batch with its example or its error."""
         for row in batch.rows():
-            yield row, self.parse(row.value)
-
-    def parse(self, value: Any) -> Example | DataError:
-        """Parse a decoded row; return an error unchanged."""
-        if isinstance(value, DataError):
-            return value
-        try:
-            return self.parser.parse(value)
-        except DataError as error:
-            return error
+            try:
+                yield row, row.value if isinstance(row.value, DataError) else self.parser.parse(row.value)
+            except DataError as error:
+                yield row, error
 
     def __call__(self, batch: RawBatch) -> EncodedBatch:
         """Encode a batch; rows that cannot be used are listed in it."""
         parsed = list(self.examples(batch))
-        results = iter(self.encode([example for _, example in parsed if not isinstance(example, DataError)]))
-        good: list[tuple[Row, Example, Encoded]] = []
+        conversations = [example for _, example in parsed if isinstance(example, Conversation)]
+        chats = iter(self.chat.encode(conversations, self.train_on))
+        texts = self._encode_texts([example.text for _, example in parsed if isinstance(example, RawText)])
+        rows: list[tuple[int, ...]] = []
+        good: list[Encoded] = []
         bad: list[BadRow] = []
         for row, example in parsed:
-            result = example if isinstance(example, DataError) else next(results)
-            if isinstance(example, DataError) or isinstance(result, DataError):
-                bad.append(BadRow(row.index, str(row.location), str(result)))
-            else:
-                good.append((row, example, result))
-        return self._collect(batch, good, bad)
+            match example:
+                case Conversation():
+                    encoded = next(chats)
+                case RawText():
+                    encoded = next(texts)
+                case TokenRow():
+                    encoded = self._encode_tokens(example)
+                case DataError():
+                    encoded = example
+            if isinstance(encoded, DataError) or isinstance(example, DataError):
+                bad.append(BadRow(row.index, str(row.location), str(encoded)))
+                continue
+            control_tokens = sum(map(self.chat.control_tokens_in, texts_of(example)))
+            content = content_hash(example, encoded.media_digest)
+            number = row.location.number
+            rows.append((len(encoded.ids), encoded.targets, row.index, number, 0, control_tokens, content))
+            good.append(encoded)
+        none = [np.empty(0)]
+        return EncodedBatch(
+            file=batch.file,
+            unit=batch.unit,
+            rows=np.array(rows, ROW),
+            ids=np.concatenate([encoded.ids for encoded in good] or none).astype(np.int32, copy=False),
+            weights=np.concatenate([encoded.weights for encoded in good] or none).astype(np.float32, copy=False),
+            media_digests=tuple(encoded.media_digest for encoded in good),
+            bad=tuple(bad),
+            bytes_read=batch.bytes_read,
+        )
 
-    def encode(self, examples: Sequence[Example]) -> list[Encoded | DataError]:
-        """Return the tokens and loss weights of each example, in order."""
-        chats = [example for example in examples if isinstance(example, Conversation)]
-        texts = [example for example in examples if isinstance(example, RawText)]
-        tokens = [example for example in examples if isinstance(example, TokenRow)]
-        encoded: dict[type, Iterator[Encoded | DataError]] = {
-            Conversation: iter(self.chat.encode(chats, self.train_on)),
-            RawText: iter(self._encode_texts(texts)),
-            TokenRow: map(self._encode_tokens, tokens),
-        }
-        return [next(encoded[type(example)]) for example in examples]
-
-    def _encode_texts(self, texts: Sequence[RawText]) -> list[Encoded | DataError]:
+    def _encode_texts(self, texts: Sequence[str]) -> Iterator[Encoded | DataError]:
         """Every token is a target, and so is the end token after them."""
-        if not texts:
-            return []
-        end = np.array([self.chat.end_of_text_id], dtype=np.int32)
-        encoded = [np.concatenate([ids, end]) for ids in self.chat.encode_texts([text.text for text in texts])]
-        return [
-            Encoded(ids, np.ones(len(ids), dtype=np.float32)) if len(ids) > 1 else DataError("the text is empty")
-            for ids in encoded
-        ]
+        for ids in self.chat.encode_texts(texts) if texts else ():
+            ids = np.append(ids, np.int32(self.chat.end_of_text_id))
+            weights = np.ones(len(ids), dtype=np.float32)
+            yield Encoded(ids, weights) if len(ids) > 1 else DataError("the text is empty")
 
     def _encode_tokens(self, row: TokenRow) -> Encoded | DataError:
         if row.input_ids and max(row.input_ids) >= self.chat.vocabulary_size:
@@ -93,29 +96,6 @@ class RowEncoder:
             return DataError("the row has no target: labels or masks leave out every token")
         return Encoded(ids, trained.astype(np.float32))
 
-    def _collect(
-        self, batch: RawBatch, good: list[tuple[Row, Example, Encoded]], bad: Sequence[BadRow]
-    ) -> EncodedBatch:
-        def column(values: list[int], dtype: type = np.int64) -> np.ndarray:
-            return np.array(values, dtype=dtype)
-
-        control_tokens = [sum(map(self.chat.control_tokens_in, texts_of(example))) for _, example, _ in good]
-        none = [np.empty(0)]
-        return EncodedBatch(
-            file=batch.file,
-            unit=batch.unit,
-            lengths=column([len(encoded.ids) for _, _, encoded in good]),
-            indices=column([row.index for row, _, _ in good]),
-            numbers=column([row.location.number for row, _, _ in good]),
-            hashes=column([content_hash(example, encoded.media_digest) for _, example, encoded in good], np.uint64),
-            control_tokens=column(control_tokens, np.int32),
-            ids=np.concatenate([encoded.ids for _, _, encoded in good] or none).astype(np.int32, copy=False),
-            weights=np.concatenate([encoded.weights for _, _, encoded in good] or none).astype(np.float32, copy=False),
-            media_digests=tuple(encoded.media_digest for _, _, encoded in good),
-            bad=tuple(bad),
-            bytes_read=batch.bytes_read,
-        )
-
 
 def texts_of(example: Example) -> Iterator[str]:
     """Yield every text of a row."""
@@ -123,9 +103,7 @@ def texts_of(example: Example) -> Iterator[str]:
         yield example.text
     if isinstance(example, Conversation):
         for message in example.messages:
-            yield message.content
-            for call in message.tool_calls:
-                yield from _strings({call.name: call.arguments})
+            yield from _strings([message.content, *({call.name: call.arguments} for call in message.tool_calls)])
         yield from _strings(example.tools)
 
 

@@ -138,7 +138,7 @@ class Preparation:
         encoder = self.encoder(source, format_name)
         for batch in encode_all(encoder, batches, self._workers(files)):
             writer.append(batch)
-            rows += len(batch.lengths) + len(batch.bad)
+            rows += len(batch.rows) + len(batch.bad)
             # The end of a compressed file is read before its last rows are encoded.
             self.progress(files.name, min(batch.bytes_read, files.size_bytes - 1), files.size_bytes, rows)
         self.progress(files.name, files.size_bytes, files.size_bytes, rows)  # also if a limit stops earlier

@@ -15,10 +15,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,26 +25,27 @@ from finetune.data.encoded import Encoded
 from finetune.system.errors import DataError
 
 # One entry per row; 32 bits suffice for 2^31 rows, and for rows of 2^31 tokens.
-_COLUMNS = {
-    "lengths": np.int32,
-    "targets": np.int32,
-    "indices": np.int32,
-    "numbers": np.int32,
-    "files": np.int32,
-    "control_tokens": np.int32,
-    "hashes": np.uint64,
-}
+ROW = np.dtype(
+    [
+        ("lengths", np.int32),  # tokens
+        ("targets", np.int32),
+        ("indices", np.int32),  # of the row in its source, from 0
+        ("numbers", np.int32),  # of the line or row in its file, from 1
+        ("files", np.int32),  # index of its file in meta.json
+        ("control_tokens", np.int32),  # spelled out in its texts
+        ("hashes", np.uint64),  # of its content
+    ]
+)
 _IDS, _CODES, _ROWS, _META, BAD_ROWS = "ids.bin", "codes.bin", "rows.npz", "meta.json", "bad_rows.jsonl"
 _MEDIA = "media_digests"  # column of rows.npz, as hexadecimal text; missing where every row is text
 _MOST_WEIGHTS = 256  # a code is one byte
 
 
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that cannot be used, with its location and the reason."""
+class BadRow(NamedTuple):
+    """A row that cannot be used, as bad_rows.jsonl lists it."""
 
     index: int
-    location: str
+    place: str
     reason: str
 
 
@@ -53,24 +53,15 @@ class BadRow:
 class EncodedBatch:
     """Encoded rows of one file, in order.
 
-    lengths: [N] int64, tokens of each row.
-    indices: [N] int64, row in the source, from 0.
-    numbers: [N] int64, line or row in the file, from 1.
-    hashes: [N] uint64, of the rows' content.
-    control_tokens: [N] int32, control tokens spelled out in the row's texts.
+    rows: [N] ROW; the store sets their files.
     ids, weights: [sum of lengths] int32 and float32.
     media_digests: of each row.
-    bad: rows that cannot be used.
     bytes_read: of the source's files, up to the last of these rows.
     """
 
     file: str
     unit: str
-    lengths: np.ndarray
-    indices: np.ndarray
-    numbers: np.ndarray
-    hashes: np.ndarray
-    control_tokens: np.ndarray
+    rows: np.ndarray
     ids: np.ndarray
     weights: np.ndarray
     media_digests: tuple[bytes, ...]
@@ -99,11 +90,10 @@ class StoreMeta:
     made_from: dict[str, Any] = field(default_factory=dict)
 
 
-class TokenStore(Sequence[Encoded]):
+class TokenStore:
     """Encoded rows of one source, before any is cut.
 
-    targets: [N] int32, targets of each row; the first token is never one.
-    lengths, indices, hashes, control_tokens: [N], as in EncodedBatch.
+    lengths, targets, indices, hashes, control_tokens: [N], columns of ROW.
     """
 
     def __init__(self, folder: Path):
@@ -123,13 +113,7 @@ class TokenStore(Sequence[Encoded]):
     def __len__(self) -> int:
         return self.meta.rows
 
-    @overload
-    def __getitem__(self, row: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Encoded]: ...
-    def __getitem__(self, row: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(row, slice):
-            return [self[i] for i in range(*row.indices(len(self)))]
+    def __getitem__(self, row: int) -> Encoded:
         if not -len(self) <= row < len(self):
             raise IndexError(row)
         return self.piece(row % len(self), 0, int(self.lengths[row]))
@@ -185,10 +169,10 @@ class StoreWriter:
         self._ids = (folder / _IDS).open("wb")
         self._codes = (folder / _CODES).open("wb")
         self._bad = (folder / BAD_ROWS).open("w", encoding="utf-8")
-        self._content = {name: hashlib.sha256() for name in ("ids", "codes", "lengths")}
+        self._content = [hashlib.sha256() for _ in ("ids", "codes", "lengths")]
         self._weights: dict[float, int] = {0.0: 0, 1.0: 1}
         self._files: dict[tuple[str, str], int] = {}
-        self._columns: dict[str, list[np.ndarray]] = {name: [np.empty(0, dtype)] for name, dtype in _COLUMNS.items()}
+        self._rows = [np.empty(0, ROW)]
         self._media: list[str] = []
         self._bad_rows = 0
 
@@ -197,47 +181,38 @@ class StoreWriter:
         codes = self._code(batch.weights)
         self._ids.write(batch.ids.data)
         self._codes.write(codes.data)
-        for name, values in (("ids", batch.ids), ("codes", codes), ("lengths", batch.lengths)):
-            self._content[name].update(values.data)
-        file = self._files.setdefault((batch.file, batch.unit), len(self._files))
-        rows = {
-            "lengths": batch.lengths,
-            "targets": _targets(batch),
-            "indices": batch.indices,
-            "numbers": batch.numbers,
-            "hashes": batch.hashes,
-            "control_tokens": batch.control_tokens,
-            "files": np.full(len(batch.lengths), file),
-        }
-        for name, dtype in _COLUMNS.items():
-            self._columns[name].append(rows[name].astype(dtype))
+        for digest, values in zip(
+            self._content, (batch.ids, codes, batch.rows["lengths"].astype(np.int64)), strict=True
+        ):
+            digest.update(values.data)
+        batch.rows["files"] = self._files.setdefault((batch.file, batch.unit), len(self._files))
+        self._rows.append(batch.rows)
         self._media += [digest.hex() for digest in batch.media_digests]
-        for bad in batch.bad:
-            line = {"index": bad.index, "place": bad.location, "reason": bad.reason}
-            self._bad.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._bad.writelines(json.dumps(bad._asdict(), ensure_ascii=False) + "\n" for bad in batch.bad)
         self._bad_rows += len(batch.bad)
 
     def finish(self, format_name: str, made_from: dict[str, Any]) -> None:
         """Write and sync all files; then the folder can be renamed."""
-        columns = {name: np.concatenate(self._columns.pop(name)) for name in _COLUMNS}
+        table = np.concatenate(self._rows)
+        columns = {name: table[name] for name in ROW.names or ()}
+        content: list[Any] = [*(part.hexdigest() for part in self._content), list(self._weights)]
         if any(self._media):  # a store of text looks as it did before there was media
             columns[_MEDIA] = np.array(self._media, dtype=np.bytes_)
+            content.append(self._media)
         with (self.folder / _ROWS).open("wb") as rows:
             np.savez(rows, allow_pickle=False, **columns)
             _sync(rows)
         for stream in (self._ids, self._codes, self._bad):
             _sync(stream)
             stream.close()
-        files = [file for file, _ in self._files]
-        units = [unit for _, unit in self._files]
         meta = StoreMeta(
-            rows=len(columns["lengths"]),
-            tokens=int(columns["lengths"].sum(dtype=np.int64)),
+            rows=len(table),
+            tokens=int(table["lengths"].sum(dtype=np.int64)),
             bad_rows=self._bad_rows,
-            content=self._digest(),
+            content=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
             format=format_name,
-            files=files,
-            units=units,
+            files=[file for file, _ in self._files],
+            units=[unit for _, unit in self._files],
             weights=list(self._weights),
             sizes={name: (self.folder / name).stat().st_size for name in (_IDS, _CODES, _ROWS, BAD_ROWS)},
             made_from=made_from,
@@ -245,12 +220,6 @@ class StoreWriter:
         with (self.folder / _META).open("w", encoding="utf-8") as stream:
             json.dump(asdict(meta), stream, ensure_ascii=False, indent=1)
             _sync(stream)
-
-    def _digest(self) -> str:
-        parts: list[Any] = [*(part.hexdigest() for part in self._content.values()), list(self._weights)]
-        if any(self._media):
-            parts.append(self._media)
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _code(self, weights: np.ndarray) -> np.ndarray:
         found, inverse = np.unique(weights, return_inverse=True)
@@ -262,16 +231,6 @@ class StoreWriter:
             )
         table = np.array([self._weights[weight] for weight in found.tolist()], dtype=np.uint8)
         return table[inverse] if len(table) else np.empty(0, dtype=np.uint8)
-
-
-def _targets(batch: EncodedBatch) -> np.ndarray:
-    """Targets of each row [N]. The first token of a row is not predicted, so it is never a target."""
-    if not len(batch.lengths):
-        return np.empty(0, dtype=np.int64)
-    ends = np.cumsum(batch.lengths)
-    trained = (batch.weights > 0).astype(np.int64)
-    trained[ends - batch.lengths] = 0
-    return np.add.reduceat(trained, ends - batch.lengths)
 
 
 def _sync(stream: Any) -> None:

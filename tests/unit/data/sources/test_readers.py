@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from finetune.config.schema import SourceConfig
-from finetune.data.sources import tables, text_files
+from finetune.data.sources import readers, text_files
 from finetune.data.sources.paths import read_rows, resolve_source
 from finetune.data.sources.readers import Row
 from finetune.system.errors import DataError
@@ -67,7 +67,7 @@ def write_arrow_stream(path: Path, rows: list[dict]) -> None:
 
 def in_batches_of(monkeypatch: pytest.MonkeyPatch, size_bytes: int) -> None:
     monkeypatch.setattr(text_files, "BATCH_BYTES", size_bytes)
-    monkeypatch.setattr(tables, "BATCH_BYTES", size_bytes)
+    monkeypatch.setattr(readers, "BATCH_BYTES", size_bytes)
 
 
 def zstd(content: bytes) -> bytes:
@@ -203,7 +203,7 @@ BAD_LINES = {
     "null": "must be an object, found null",
     "true": "must be an object, found true",
     "7": "must be an object, found a number",
-    '"text"': "must be an object, found a text",
+    '"text"': "must be an object, found text",
     "rubbish": "is not JSON",
 }
 

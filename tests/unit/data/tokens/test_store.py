@@ -10,29 +10,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.tokens.store import BadRow, EncodedBatch, StoreWriter, TokenStore, is_valid
+from finetune.data.encoded import Encoded
+from finetune.data.tokens.store import ROW, BadRow, EncodedBatch, StoreWriter, TokenStore, is_valid
 from finetune.system.errors import DataError
 
 WEIGHTS = st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.5, 2.25])
 ROWS = st.lists(st.lists(st.tuples(st.integers(0, 2**31 - 1), WEIGHTS), min_size=1, max_size=9), max_size=20)
 
 
+def encoded(row: list[tuple[int, float]]) -> Encoded:
+    return Encoded(np.array([i for i, _ in row], np.int32), np.array([weight for _, weight in row], np.float32))
+
+
 def batch(
     rows: list[list[tuple[int, float]]], first: int = 0, file: str = "a.jsonl", bad: tuple = (), media: tuple = ()
 ) -> EncodedBatch:
-    flat = [pair for row in rows for pair in row]
-    count = len(rows)
+    pieces = [encoded(row) for row in rows]
+    columns = [(len(piece.ids), piece.targets, first + i, i + 1, 0, 0, i) for i, piece in enumerate(pieces)]
     return EncodedBatch(
         file=file,
         unit="line" if file.endswith("jsonl") else "row",
-        lengths=np.array([len(row) for row in rows], dtype=np.int64),
-        indices=np.arange(first, first + count),
-        numbers=np.arange(1, count + 1),
-        hashes=np.arange(count, dtype=np.uint64),
-        control_tokens=np.zeros(count, dtype=np.int32),
-        ids=np.array([i for i, _ in flat], dtype=np.int32),
-        weights=np.array([w for _, w in flat], dtype=np.float32),
-        media_digests=media or (b"",) * count,
+        rows=np.array(columns, ROW),
+        ids=np.concatenate([np.empty(0, np.int32), *(piece.ids for piece in pieces)]),
+        weights=np.concatenate([np.empty(0, np.float32), *(piece.weights for piece in pieces)]),
+        media_digests=media or (b"",) * len(rows),
         bad=bad,
         bytes_read=0,
     )
