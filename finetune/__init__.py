@@ -23,19 +23,6 @@ if TYPE_CHECKING:
     from finetune.training.recipe import train as train
 
 __version__ = "0.1.0"
-__all__ = [
-    "ExportOptions",
-    "MergeOptions",
-    "__version__",
-    "attach_lora",
-    "export_model",
-    "load_base",
-    "load_config",
-    "load_tokenizer",
-    "merge",
-    "train",
-]
-
 # Loaded on first use: importing finetune imports no torch.
 _HOMES = {
     "ExportOptions": "finetune.config.command_options",
@@ -48,6 +35,7 @@ _HOMES = {
     "merge": "finetune.export.merge.merge",
     "train": "finetune.training.recipe",
 }
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> object:

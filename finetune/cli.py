@@ -42,10 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if advice := _resource_advice(error):
             return _fail(f"{advice} ({error})", 4)
         traceback.print_exc()
-        return _fail(
-            f"this is a bug in finetune {__version__} ({type(error).__name__}); please report it with the lines above",
-            1,
-        )
+        bug = f"this is a bug in finetune {__version__} ({type(error).__name__})"
+        return _fail(f"{bug}; please report it with the lines above", 1)
 
 
 @functools.cache

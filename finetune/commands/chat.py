@@ -15,7 +15,6 @@ Examples
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,9 +52,6 @@ class Conversation:
     options: ChatOptions
     turns: list[Message] = field(default_factory=list)
 
-    def reset(self) -> None:
-        self.turns.clear()
-
     def answer(self, text: str) -> None:
         """Print the model's answer token by token and keep both turns. Ctrl+C stops the answer and keeps its start.
 
@@ -76,9 +72,19 @@ class Conversation:
 
     def _stream(self, ids: list[int], max_new_tokens: int) -> str:
         import torch
+        from transformers import GenerationConfig
 
         from finetune.models.load import quiet
 
+        # Sampled answers use the penalties of the model's generation_config.json; greedy answers use none.
+        sampled: dict[str, Any] = {"do_sample": True, "temperature": self.options.temperature}
+        greedy: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
+        generation_config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.chat.stop_ids(),
+            pad_token_id=self.tokenizer.pad_token_id,
+            **(sampled if self.options.temperature > 0 else greedy),
+        )
         streamer = _terminal_streamer(self.tokenizer)
         prompt = torch.tensor([ids], device=self.model.device)
         try:
@@ -86,7 +92,7 @@ class Conversation:
                 self.model.generate(  # type: ignore[operator]
                     input_ids=prompt,
                     attention_mask=torch.ones_like(prompt),
-                    generation_config=self._generation_config(max_new_tokens),
+                    generation_config=generation_config,
                     streamer=streamer,
                 )
         except KeyboardInterrupt:
@@ -95,19 +101,6 @@ class Conversation:
             print(" [stopped]", file=sys.stderr)
         print(flush=True)
         return streamer.written
-
-    def _generation_config(self, max_new_tokens: int) -> Any:
-        from transformers import GenerationConfig
-
-        # Sampled answers use the penalties of the model's generation_config.json; greedy answers use none.
-        sampled: dict[str, Any] = {"do_sample": True, "temperature": self.options.temperature}
-        greedy: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.chat.stop_ids(),
-            pad_token_id=self.tokenizer.pad_token_id,
-            **(sampled if self.options.temperature > 0 else greedy),
-        )
 
 
 def run(arguments: Arguments) -> int:
@@ -166,7 +159,7 @@ def respond(conversation: Conversation, text: str) -> bool:
         case "/exit":
             return False
         case "/reset":
-            conversation.reset()
+            conversation.turns.clear()
         case "/help":
             log("\n".join(f"  {name:<7} {summary}" for name, summary in SLASH_COMMANDS.items()))
         case word if word.startswith("/") and (close := nearest(word, SLASH_COMMANDS)):
@@ -196,35 +189,26 @@ def _typed_lines() -> Iterator[str]:
 def _find_config(file: str | None, model: str | None, adapter: Path | None, overrides: Sequence[str]) -> RunConfig:
     """Return the config to load the base with: the named one, the config of the adapter's run, or lora.yaml."""
     from finetune.config.compose import load_config, saved_config
+    from finetune.config.overrides import quoted
     from finetune.system.resources import packaged
 
     if file is not None:
         return load_config(file, overrides)
     if model is None and adapter is None:
         raise InputError("finetune chat: adapter=FOLDER, model=NAME or config=X.yaml is missing")
-    chosen = [] if model is None else [f"model.name={_quoted(model)}", "model.revision=null"]
+    chosen = [] if model is None else [f"model.name={quoted(model)}", "model.revision=null"]
     if adapter is not None:
         if (saved := saved_config(adapter, [*chosen, *overrides])) is not None:
             return saved
-        chosen = chosen or _base_of(adapter)
+        if model is None:
+            from finetune.models.hub import read_json
+
+            config = read_json(adapter / "adapter_config.json", f"adapter={adapter}")
+            if not (base := config.get("base_model_name_or_path")):
+                raise ConfigError(f"adapter={adapter}: adapter_config.json names no base model\nhelp: add model=NAME")
+            revision = quoted(str(config["revision"])) if config.get("revision") else "null"
+            chosen = [f"model.name={quoted(str(base))}", f"model.revision={revision}"]
     return load_config(str(packaged("configs") / "lora.yaml"), [*chosen, *overrides])
-
-
-def _base_of(adapter: Path) -> list[str]:
-    """Return overrides for the base that adapter_config.json names."""
-    from finetune.models.hub import read_json
-
-    config = read_json(adapter / "adapter_config.json", f"adapter={adapter}")
-    base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not base:
-        raise ConfigError(f"adapter={adapter}: adapter_config.json names no base model\nhelp: add model=NAME")
-    return [f"model.name={_quoted(str(base))}", f"model.revision={_quoted(str(revision)) if revision else 'null'}"]
-
-
-def _quoted(text: str) -> str:
-    """Quote any text for Hydra's override grammar."""
-    # Only backslashes before a quote are escapes there.
-    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
 def _terminal_streamer(tokenizer: Any) -> Any:

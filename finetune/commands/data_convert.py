@@ -24,8 +24,6 @@ from finetune.system.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from finetune.config.command_options import ConvertOptions
-    from finetune.data.formats.messages import Conversation
-    from finetune.data.formats.parser import RowParser
 _SHOWN_ERRORS = 10
 
 
@@ -39,7 +37,7 @@ class _Rows:
 
     def refuse(self, error: str) -> None:
         self.bad += 1
-        if len(self.errors) < _SHOWN_ERRORS:
+        if self.bad <= _SHOWN_ERRORS:
             self.errors.append(error)
 
     def listed(self) -> str:
@@ -56,7 +54,12 @@ def run(arguments: Arguments) -> int:
     with whole_file("out", options.out, replace=False) as stream:
         for row in _converted(options, rows):
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        _check_bad_rows(rows, options)
+        total = rows.good + rows.bad
+        wrong = f"{rows.bad:,} of {total:,} rows are bad"
+        if rows.bad and options.on_bad_row == "error":
+            raise DataError(f"{wrong} (on_bad_row=skip leaves them out):{rows.listed()}")
+        if rows.bad > options.max_bad_share * total:
+            raise DataError(f"{wrong}, more than max_bad_share={options.max_bad_share:g}:{rows.listed()}")
     skipped = f", {rows.bad:,} bad rows left out:{rows.listed()}" if rows.bad else ""
     log(f"{options.out}: {rows.good:,} rows{skipped}")
     return 0
@@ -64,51 +67,28 @@ def run(arguments: Arguments) -> int:
 
 def _converted(source: ConvertOptions, rows: _Rows) -> Iterator[dict[str, Any]]:
     """Yield one row of messages per conversation; count bad rows in `rows`."""
-    from finetune.data.formats.parser import messages_row
+    from finetune.data.formats.messages import Conversation
+    from finetune.data.formats.parser import RowParser, messages_row, resolve_format
     from finetune.data.sources.paths import read_rows
 
     parser = None
     for row in read_rows(source):
+        if isinstance(row.value, DataError):
+            rows.refuse(f"{row.location}: {row.value}")
+            continue
+        if parser is None:
+            name = resolve_format(source, row.value, source.path)
+            if name in ("text", "tokens"):
+                raise DataError(f"{source.path}: has no turns to write as messages, found format={name}")
+            parser = RowParser(source, name)
         try:
-            if isinstance(row.value, DataError):
-                raise row.value
-            parser = parser or _parser(source, row.value)
-            conversation = _conversation(parser, row.value)
+            if not isinstance(conversation := parser.parse(row.value), Conversation):
+                raise DataError("is not a conversation")
         except DataError as error:
-            if parser is None and not isinstance(row.value, DataError):
-                raise
             rows.refuse(f"{row.location}: {error}")
             continue
         rows.good += 1
         yield messages_row(conversation)
-
-
-def _parser(source: ConvertOptions, first: Any) -> RowParser:
-    from finetune.data.formats.parser import RowParser, resolve_format
-
-    name = resolve_format(source, first, source.path)
-    if name in ("text", "tokens"):
-        raise DataError(f"{source.path}: has no turns to write as messages, found format={name}")
-    return RowParser(source, name)
-
-
-def _conversation(parser: RowParser, value: Any) -> Conversation:
-    from finetune.data.formats.messages import Conversation
-
-    example = parser.parse(value)
-    if not isinstance(example, Conversation):
-        raise DataError("is not a conversation")
-    return example
-
-
-def _check_bad_rows(rows: _Rows, options: ConvertOptions) -> None:
-    total = rows.good + rows.bad
-    if rows.bad and options.on_bad_row == "error":
-        raise DataError(f"{rows.bad:,} of {total:,} rows are bad (on_bad_row=skip leaves them out):{rows.listed()}")
-    if rows.bad > options.max_bad_share * total:
-        raise DataError(
-            f"{rows.bad:,} of {total:,} rows are bad, more than max_bad_share={options.max_bad_share:g}:{rows.listed()}"
-        )
 
 
 COMMAND = Command("data convert", __doc__, run, options="ConvertOptions")

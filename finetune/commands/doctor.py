@@ -11,12 +11,18 @@ Example
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import json
+import logging
+import netrc
 import os
 import platform
 import shutil
 import sys
 import threading
+import tomllib
+import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +31,6 @@ from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
 from finetune.system.format import format_bytes
 
-DISTRIBUTION = "finetune-qlora"
 GB = 10**9
 HUB_TIMEOUT_SECONDS = 3.0
 
@@ -46,7 +51,8 @@ def run(arguments: Arguments) -> int:
     for name, finding in diagnose():
         findings[name] = finding
         if not as_json:
-            print(_line(name, finding), flush=True)
+            advice = f"\n{'':21}-> {finding.advice}" if finding.advice else ""
+            print(f"{finding.status:<5} {name:<14} {finding.found}{advice}", flush=True)
     ok = all(finding.status != "fail" for finding in findings.values())
     if as_json:
         checks = [{"name": name, **asdict(finding)} for name, finding in findings.items()]
@@ -57,9 +63,7 @@ def run(arguments: Arguments) -> int:
 
 
 def diagnose() -> Iterator[tuple[str, Finding]]:
-    """Yield the name and finding of every check; a check that raises has failed."""
-    import logging
-
+    """Yield the name and finding of every check; a check that raises has failed, and the next ones run."""
     # bitsandbytes warns about optional parts; check_four_bit tries the parts that matter.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name, check in CHECKS.items():
@@ -71,15 +75,8 @@ def diagnose() -> Iterator[tuple[str, Finding]]:
         yield name, finding
 
 
-def check_python() -> Finding:
-    """Report the interpreter."""
-    return Finding("ok", f"{platform.python_version()} on {platform.platform()} ({sys.executable})")
-
-
 def check_packages() -> Finding:
     """Compare the installed versions with the ranges of the project."""
-    import importlib.metadata
-
     from packaging.requirements import Requirement
 
     versions, wrong = {}, []
@@ -116,9 +113,7 @@ def check_device() -> Finding:
     if uses_fp32_matmul(torch.device("cpu"), torch.bfloat16):
         found += ", no bfloat16 products (training uses float32)"
     if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
-        advice = (
-            f"this machine has an NVIDIA driver, but torch {torch.__version__} sees no GPU: install torch's CUDA build"
-        )
+        advice = f"an NVIDIA driver is installed, but torch {torch.__version__} sees no GPU: install torch's CUDA build"
         return Finding("warn", found, f"{advice}, or check CUDA_VISIBLE_DEVICES and the driver's version")
     return Finding("warn", found, "fine for tiny models and the quickstart; larger ones need a GPU")
 
@@ -132,8 +127,7 @@ def check_four_bit() -> Finding:
     layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to(device)
     hidden_TD = torch.randn(4, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
     layer(hidden_TD).float().sum().backward()
-    gradient_TD = hidden_TD.grad
-    if gradient_TD is None or not gradient_TD.isfinite().all() or not gradient_TD.any():
+    if hidden_TD.grad is None or not hidden_TD.grad.isfinite().all() or not hidden_TD.grad.any():
         return Finding("fail", f"NF4 on {device} gives no usable gradient", "reinstall bitsandbytes for this torch")
     return Finding("ok", f"bitsandbytes {bitsandbytes.__version__}: NF4 forward and backward on {device}")
 
@@ -180,14 +174,16 @@ def check_hub() -> Finding:
 
 def check_wandb() -> Finding:
     """Check whether Weights & Biases uploads, without showing the key."""
-    import importlib.util
-
     if importlib.util.find_spec("wandb") is None:
         return Finding("note", "not installed", 'for track.wandb=true: pip install "finetune-qlora[wandb]"')
     mode = os.environ.get("WANDB_MODE", "online")
     if mode != "online":
         return Finding("note", f"WANDB_MODE={mode}")
-    if os.environ.get("WANDB_API_KEY") or _has_netrc_entry(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")):
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    login = None
+    with contextlib.suppress(FileNotFoundError, netrc.NetrcParseError):
+        login = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+    if login or os.environ.get("WANDB_API_KEY"):
         return Finding("ok", "logged in")
     return Finding("note", "not logged in: track.wandb=true records offline", "to upload: wandb login")
 
@@ -205,7 +201,7 @@ def check_shared_memory() -> Finding:
 
 
 CHECKS: dict[str, Callable[[], Finding]] = {
-    "python": check_python,
+    "python": lambda: Finding("ok", f"{platform.python_version()} on {platform.platform()} ({sys.executable})"),
     "packages": check_packages,
     "device": check_device,
     "4-bit": check_four_bit,
@@ -219,46 +215,21 @@ CHECKS: dict[str, Callable[[], Finding]] = {
 
 def _declared_requirements() -> list[str]:
     """Return the dependencies from the metadata, or from pyproject.toml of a checkout that is not installed."""
-    import importlib.metadata
-
     try:
-        lines = importlib.metadata.requires(DISTRIBUTION) or []
+        lines = importlib.metadata.requires("finetune-qlora") or []
     except importlib.metadata.PackageNotFoundError:
-        import tomllib
-
         pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
         return tomllib.loads(pyproject.read_text())["project"]["dependencies"]
     return [line for line in lines if "extra ==" not in line]
 
 
 def _answers(url: str) -> bool:
-    import urllib.error
-    import urllib.request
+    import httpx
 
-    request = urllib.request.Request(url, method="HEAD")
     try:
-        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS):
-            return True
-    except urllib.error.HTTPError as answer:
-        return answer.code < 500
-    except OSError:
+        return httpx.head(url, timeout=HUB_TIMEOUT_SECONDS, follow_redirects=True).status_code < 500
+    except httpx.HTTPError:
         return False
-
-
-def _has_netrc_entry(url: str) -> bool:
-    import netrc
-    import urllib.parse
-
-    host = urllib.parse.urlsplit(url).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
-
-
-def _line(name: str, finding: Finding) -> str:
-    advice = f"\n{'':21}-> {finding.advice}" if finding.advice else ""
-    return f"{finding.status:<5} {name:<14} {finding.found}{advice}"
 
 
 COMMAND = Command("doctor", __doc__, run, flags=("--json",))

@@ -53,7 +53,7 @@ def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> RunConfig:
     edits = parse_overrides(overrides)
     unresolved: list[Problem] = []
     with own_resolvers():
-        composed = compose_files(file, _group_folders(file), edits.groups)
+        composed = compose_files(file, [Path.cwd() / "configs", packaged("configs")], edits.groups)
         problems = [*edits.problems, *composed.refused, *composed.problems]
 
         def locate(key: str) -> str:
@@ -66,7 +66,9 @@ def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> RunConfig:
 
         if composed.problems:
             raise config_error(short(file), problems, locate)
-        tree = _with_defaults(composed.tree, file)
+        tree: dict[Any, Any] = {"name": escaped(file.stem), "output_dir": "outputs/${name}"}
+        tree |= {name: section.model_construct().model_dump() for name, section in sections().items()}
+        _merge(tree, composed.tree, RunConfig)
         for key, value in edits.values:
             problems += _assign(tree, "", key, value)
         values = resolved(tree, unresolved)
@@ -120,33 +122,8 @@ def _find(name: str) -> Path:
     known = sorted(file.name for file in packaged("configs").glob("*.yaml"))
     near = get_close_matches(f"{Path(name).stem}.yaml", known, n=3) or known
     looked = ", ".join(short(folder) for folder in places)
-    raise ConfigError(
-        printable(f"no config {name} (a .yaml file) in {looked}; packaged: {', '.join(near)}", one_line=True)
-    )
-
-
-def _group_folders(file: Path) -> list[Path]:
-    """Return the folders with the options of a group, after the folder of the config itself."""
-    here = Path.cwd() / "configs"
-    folders = [here] if here.is_dir() else []
-    return [folder for folder in dict.fromkeys([*folders, packaged("configs")]) if folder != file.parent]
-
-
-def _with_defaults(composed: Mapping[Any, Any], file: Path) -> dict[Any, Any]:
-    tree: dict[Any, Any] = {"name": escaped(file.stem), "output_dir": "outputs/${name}"}
-    for name, section in sections().items():
-        tree[name] = _defaults_of(section)
-    _merge(tree, composed, RunConfig)
-    return tree
-
-
-def _defaults_of(section: type[Section]) -> dict[str, Any]:
-    """Return the defaults of a section and of the sections in it."""
-    return {
-        key: _defaults_of(field.annotation) if is_section(field.annotation) else field.get_default()
-        for key, field in section.model_fields.items()
-        if not field.is_required()
-    }
+    message = f"no config {name} (a .yaml file) in {looked}; packaged: {', '.join(near)}"
+    raise ConfigError(printable(message, one_line=True))
 
 
 def _merge(tree: dict[Any, Any], values: Mapping[Any, Any], section: type[Section]) -> None:
@@ -191,22 +168,19 @@ def resolved(tree: dict[str, Any], problems: list[Problem]) -> Any:
 
 
 def _plain(node: Any, path: str, problems: list[Problem]) -> Any:
-    if isinstance(node, DictConfig):
-        return {key: _item(node, key, path, problems) for key in node}
-    if isinstance(node, ListConfig):
-        return [_item(node, index, path, problems) for index in range(len(node))]
-    return node
-
-
-def _item(node: Any, key: Any, path: str, problems: list[Problem]) -> Any:
-    here = f"{path}.{key}" if path else str(key)
-    try:
-        return _plain(node[key], here, problems)
-    except MissingMandatoryValue:
-        problems.append(Problem(here, "is missing; replace ??? by a value"))
-    except OmegaConfBaseException as error:
-        problems.append(Problem(here, _first_line(error)))
-    return UNRESOLVED
+    if not isinstance(node, DictConfig | ListConfig):
+        return node
+    values: dict[Any, Any] = {}
+    for key in range(len(node)) if isinstance(node, ListConfig) else node:
+        here = f"{path}.{key}" if path else str(key)
+        values[key] = UNRESOLVED
+        try:
+            values[key] = _plain(node[key], here, problems)
+        except MissingMandatoryValue:
+            problems.append(Problem(here, "is missing; replace ??? by a value"))
+        except OmegaConfBaseException as error:
+            problems.append(Problem(here, _first_line(error)))
+    return list(values.values()) if isinstance(node, ListConfig) else values
 
 
 def _first_line(error: OmegaConfBaseException) -> str:

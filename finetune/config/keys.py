@@ -105,13 +105,10 @@ def allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return f"mapping of {' | '.join(options(arguments[0])) or 'name'} to {allowed(arguments[1])}"
     if is_section(annotation):
         return "mapping of keys to values"
-    return " ".join([_WORDS[annotation], _range(metadata)]).strip()
-
-
-def _range(metadata: Sequence[Any]) -> str:
     marks = [mark for item in metadata for mark in (item.metadata if isinstance(item, FieldInfo) else [item])]
     bounds = [(_BOUNDS[type(mark)], mark) for mark in marks if type(mark) in _BOUNDS]
-    return " and ".join(f"{sign} {getattr(mark, name)}" for (sign, name), mark in bounds)
+    limits = " and ".join(f"{sign} {getattr(mark, name)}" for (sign, name), mark in bounds)
+    return f"{_WORDS[annotation]} {limits}".strip()
 
 
 def schema_help() -> str:

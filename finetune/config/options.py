@@ -97,9 +97,8 @@ def options_help(schema: type[Section], prefix: str = "") -> str:
             lines.append(options_help(field.annotation, f"{name}."))
         else:
             default = "" if field.is_required() else f" = {json.dumps(field.default).strip(chr(34))}"
-            lines.append(
-                f"  {prefix + name + default:<24} {allowed(field.annotation, field.metadata)}. {field.description}"
-            )
+            values = allowed(field.annotation, field.metadata)
+            lines.append(f"  {prefix + name + default:<24} {values}. {field.description}")
     return "\n".join(lines)
 
 

@@ -73,6 +73,12 @@ def read_value(text: str, kind: Any) -> Any:
         raise ValueError(str(error)) from error
 
 
+def quoted(text: str) -> str:
+    """Quote any text for Hydra's grammar."""
+    # Only backslashes before a quote are escapes there.
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+
+
 def _refuse(found: Overrides, key: str, text: str) -> None:
     found.problems.append(Problem(key, text, COMMAND_LINE))
 

@@ -21,10 +21,9 @@ class Problem(NamedTuple):
 
 def config_error(config: str, problems: Iterable[Problem], locate: Callable[[str], str]) -> ConfigError:
     """Return one error for all problems; `locate` returns the place of a key, or an empty text."""
-    lines = [_line(key, text, origin or (locate(key) if key else "")) for key, text, origin in dict.fromkeys(problems)]
+    lines = []
+    for key, text, origin in dict.fromkeys(problems):
+        place = origin or (locate(key) if key else "")
+        lines.append(f"{key} ({place}): {text}" if key and place else f"{key or place}: {text}")
     count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
     return ConfigError("\n  ".join(printable(line, one_line=True) for line in [f"{count} in {config}", *lines]))
-
-
-def _line(key: str, text: str, origin: str) -> str:
-    return f"{key} ({origin}): {text}" if key and origin else f"{key or origin}: {text}"

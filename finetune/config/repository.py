@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from hydra.version import VersionBase, setbase
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
 
+from finetune.config.overrides import quoted
 from finetune.config.problems import COMMAND_LINE, Problem
 from finetune.system.console import printable
 from finetune.system.errors import ConfigError
@@ -61,7 +64,7 @@ def compose_files(file: Path, folders: Sequence[Path], groups: Mapping[str, str]
     repository = _Repository([file.parent, *folders])
     try:
         with _hydra_1_3():
-            chosen = {group: option for group, option in groups.items() if repository.has(group, option)}
+            chosen = {name: option for name, option in groups.items() if repository.config_exists(f"{name}/{option}")}
             defaults = _defaults_list(repository, file.name, chosen)
             loader = ConfigLoaderImpl(ConfigSearchPathImpl())
             composed = loader._compose_config_from_defaults_list(defaults=defaults, repo=repository)
@@ -70,9 +73,7 @@ def compose_files(file: Path, folders: Sequence[Path], groups: Mapping[str, str]
         reason = str(error).partition("\n")[0][:_LONGEST_REASON] or type(error).__name__
         raise ConfigError(printable(f"{short(file)}: cannot be composed: {reason}", one_line=True)) from error
     refused = [
-        Problem(group, repository.no_option(group, option), COMMAND_LINE)
-        for group, option in groups.items()
-        if group not in chosen
+        Problem(name, repository.no_option(name, groups[name]), COMMAND_LINE) for name in groups if name not in chosen
     ]
     return Composed(tree, repository.lines_of(defaults), [*repository.problems, *repository.missing()], refused)
 
@@ -101,13 +102,15 @@ def _defaults_list(repository: _Repository, name: str, chosen: Mapping[str, str]
     """
     parser, unlisted = OverridesParser.create(), set()
     while True:
-        texts = [f"{'+' * (group in unlisted)}{group}={_quoted(option)}" for group, option in chosen.items()]
+        texts = [f"{'+' * (group in unlisted)}{group}={quoted(option)}" for group, option in chosen.items()]
         overrides = Overrides(repository, [parser.parse_override(text) for text in texts])
         try:
             defaults, _ = _create_defaults_list(repository, name, overrides, prepend_hydra=False, skip_missing=False)
         except MissingConfigException as error:
-            if error.missing_cfg_file is None or not repository.stand_in(error.missing_cfg_file):
+            path = error.missing_cfg_file
+            if path is None or path in repository.absent:
                 raise
+            repository.absent.append(path)
             continue
         unused = {group for group in chosen if group not in unlisted and not overrides.override_metadata[group].used}
         if not unused:
@@ -116,38 +119,25 @@ def _defaults_list(repository: _Repository, name: str, chosen: Mapping[str, str]
         unlisted |= unused
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "\\'") + "'"
-
-
 class _Repository(ConfigRepository):
     """Hydra's view of the folders. An empty config stands in for a file that is missing or not sound."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.sources: list[ConfigSource] = [FileConfigSource("folder", f"file://{folder}") for folder in folders]
         self.problems: list[Problem] = []
+        self.absent: list[str] = []
         self._loaded: dict[str, ConfigResult | None] = {}
         self._nodes: dict[str, tuple[Path, yaml.MappingNode]] = {}
-        self._absent: list[str] = []
 
     def get_schema_source(self) -> ConfigSource:
         return StructuredConfigSource("schema", "structured://")
 
     def load_config(self, config_path: str) -> ConfigResult | None:
+        if config_path in self.absent:
+            return _empty()
         if config_path not in self._loaded:
             self._loaded[config_path] = self._read(config_path)
         return self._loaded[config_path]
-
-    def has(self, group: str, option: str) -> bool:
-        return self.config_exists(f"{group}/{option}")
-
-    def stand_in(self, config_path: str) -> bool:
-        """Put an empty config in the place of a missing one; false if one is there already."""
-        if config_path in self._absent:
-            return False
-        self._absent.append(config_path)
-        self._loaded[config_path] = _empty()
-        return True
 
     def lines_of(self, defaults: Sequence[ResultDefault]) -> dict[str, str]:
         """Return `file:line` of every key; of two files that set it, the one that Hydra merges later."""
@@ -160,13 +150,15 @@ class _Repository(ConfigRepository):
 
     def missing(self) -> Iterator[Problem]:
         """Yield a problem for each file that a defaults list names and that does not exist."""
-        for path in self._absent:
+        for path in self.absent:
             group, _, option = path.rpartition("/")
             items = [
                 _place(file, item)
                 for file, node in self._nodes.values()
-                for item in _defaults_of(node)
-                if any(str(leaf.value).removesuffix(".yaml").endswith(option) for leaf in _leaves(item))
+                for name, value in node.value
+                if name.value == "defaults"
+                for item in value.value
+                if any(str(leaf.value).removesuffix(".yaml").endswith(option) for leaf, _ in _walk(item, ""))
             ]
             yield Problem(group or "defaults", self.no_option(group, option), items[0] if items else "")
 
@@ -228,7 +220,7 @@ def _faults(file: Path, node: yaml.Node | None) -> Iterator[Problem]:
     if not isinstance(node, yaml.MappingNode):
         yield Problem("", "a config is a mapping of keys to values", short(file))
         return
-    if _size(node, {}) > _MOST_NODES:
+    if next(islice(_walk(node, ""), _MOST_NODES, None), None) is not None:
         yield Problem("", f"holds more than {_MOST_NODES} values, or an alias of itself", short(file))
         return
     for inner, key in _walk(node, ""):
@@ -236,16 +228,15 @@ def _faults(file: Path, node: yaml.Node | None) -> Iterator[Problem]:
         if inner.tag not in _PLAIN:
             yield Problem(key, f"the tag {inner.tag} is refused; write a plain value", place)
         elif isinstance(inner, yaml.MappingNode):
-            names = [str(name.value) for name, _ in inner.value]
-            for name in sorted({name for name in names if names.count(name) > 1}):
+            names = Counter(_name(name) for name, _ in inner.value)
+            for name in sorted(name for name in names if names[name] > 1):
                 yield Problem(key, f"{name} is given twice", place)
         elif isinstance(inner, yaml.ScalarNode) and "${" in inner.value:
             try:
                 OmegaConf.create({"value": inner.value})
             except GrammarParseError as error:
                 reason = str(error).partition("\n")[0]
-                hint = "a ${ that is text is written \\${"
-                yield Problem(key, f"not an interpolation: {reason}; {hint}", place)
+                yield Problem(key, f"not an interpolation: {reason}; a ${{ that is text is written \\${{", place)
     for name, value in node.value:
         if name.value == "hydra":
             yield Problem("hydra", "unknown key; a run has no Hydra settings", _place(file, name))
@@ -254,29 +245,18 @@ def _faults(file: Path, node: yaml.Node | None) -> Iterator[Problem]:
 
 
 def _walk(node: yaml.Node, key: str) -> Iterator[tuple[yaml.Node, str]]:
-    yield node, key
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            yield from _walk(value, f"{key}.{name.value}" if key else str(name.value))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield from _walk(value, f"{key}.{index}")
+    """Yield a node and all values in it, each with its key; without end for an alias of itself."""
+    stack = [(node, key)]
+    while stack:
+        node, key = stack.pop()
+        yield node, key
+        parts: list[tuple[yaml.Node, Any]] = []
+        if isinstance(node, yaml.MappingNode):
+            parts = [(value, _name(name)) for name, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            parts = [(value, index) for index, value in enumerate(node.value)]
+        stack += [(value, f"{key}.{name}" if key else str(name)) for value, name in reversed(parts)]
 
 
-def _leaves(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
-    return (inner for inner, _ in _walk(node, "") if isinstance(inner, yaml.ScalarNode))
-
-
-def _defaults_of(node: yaml.MappingNode) -> list[yaml.Node]:
-    return next((value.value for name, value in node.value if name.value == "defaults"), [])
-
-
-def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Count the values of a tree with its aliases written out; one that holds itself is larger than any."""
-    if isinstance(node, yaml.ScalarNode):
-        return 1
-    if id(node) not in known:
-        known[id(node)] = _MOST_NODES + 1
-        parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
-        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
-    return known[id(node)]
+def _name(key: yaml.Node) -> str:
+    return key.value if isinstance(key, yaml.ScalarNode) else "?"

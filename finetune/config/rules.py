@@ -41,12 +41,12 @@ def contradictions(sections: Mapping[str, Any]) -> list[Problem]:
     ]
 
 
-def _attention(model: ModelConfig) -> Problems:
+def _model(model: ModelConfig) -> Problems:
     if model.attention == "flash_attention_2" and model.dtype == "float32":
         yield Problem("model.attention", "flash_attention_2 has no float32 kernel; set model.dtype=bfloat16")
 
 
-def _named_modules(quant: QuantConfig) -> Problems:
+def _quant(quant: QuantConfig) -> Problems:
     for key, patterns in (("quant.skip_modules", quant.skip_modules), ("quant.int8", quant.int8)):
         yield from _twice(key, patterns)
         for index, pattern in enumerate(patterns):
@@ -76,37 +76,26 @@ def _targets(lora: LoraConfig) -> Problems:
         yield Problem("lora.layers_to_transform", f"needs a list of names; put the layers into the regex of {key}")
 
 
-def _layers(lora: LoraConfig) -> Problems:
-    layers = lora.layers_to_transform
-    if layers is not None:
-        yield from _twice("lora.layers_to_transform", layers)
-        if not layers:
+def _lora(lora: LoraConfig) -> Problems:
+    if lora.layers_to_transform is not None:
+        yield from _twice("lora.layers_to_transform", lora.layers_to_transform)
+        if not lora.layers_to_transform:
             yield Problem("lora.layers_to_transform", "names no layer, found []; null: all layers")
-
-
-def _saved_modules(lora: LoraConfig) -> Problems:
     yield from _twice("lora.modules_to_save", lora.modules_to_save)
     targets = lora.target_modules if isinstance(lora.target_modules, list) else []
     for name in sorted(set(targets) & set(lora.modules_to_save)):
         yield Problem("lora.modules_to_save", f"{name} is also in lora.target_modules; name it in one of them")
-
-
-def _patterns(lora: LoraConfig) -> Problems:
     for key, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for name in pattern:
             yield from _bad_regex(f"lora.{key}.{name}", name)
-
-
-def _tokens(lora: LoraConfig) -> Problems:
     yield from _twice("lora.new_tokens", lora.new_tokens)
-    for token in lora.new_tokens:
-        if not token.strip():
-            yield Problem("lora.new_tokens", "a token is only white space")
+    if any(not token.strip() for token in lora.new_tokens):
+        yield Problem("lora.new_tokens", "a token is only white space")
     if lora.new_tokens and "embed_tokens" in lora.modules_to_save:
         yield Problem("lora.new_tokens", "lora.modules_to_save already trains embed_tokens; remove one of them")
 
 
-def _adapter_start(quant: QuantConfig, lora: LoraConfig) -> Problems:
+def _start(quant: QuantConfig, lora: LoraConfig) -> Problems:
     if lora.init.startswith(("pissa", "olora")) and quant.type != "none":
         yield Problem("lora.init", f"{lora.init} needs quant.type=none, found {quant.type}")
     if lora.init == "loftq" and quant.type != "nf4":
@@ -120,10 +109,17 @@ def _adapter_start(quant: QuantConfig, lora: LoraConfig) -> Problems:
         yield Problem("lora.init", f"{lora.init} starts a new adapter; remove it or lora.init_adapter")
 
 
-def _sources(data: DataConfig) -> Problems:
+def _data(data: DataConfig) -> Problems:
     for section, sources in (("train", data.train), ("eval", data.eval)):
         for index, source in enumerate(sources):
             yield from _source(f"data.{section}.{index}", source)
+    names = [source.name or source.split or PurePath(source.path).name.split(".")[0] for source in data.eval]
+    yield from _twice("data.eval", names, "two sets have the name {}; set a name for each item")
+    if data.held_out and "held_out" in names:
+        yield Problem("data.eval", "held_out is the name of the set that data.held_out makes; rename this one")
+    for index, source in enumerate(data.eval):
+        if source.weight != 1:
+            yield Problem(f"data.eval.{index}.weight", "only data.train has weights; remove it")
 
 
 def _source(key: str, source: SourceConfig) -> Problems:
@@ -133,7 +129,9 @@ def _source(key: str, source: SourceConfig) -> Problems:
                 yield Problem(f"{key}.{name}", f"belongs to a {owner}, and {source.path} is a file; set it to null")
     for name, ours in _given_twice(source.columns.items()):
         yield Problem(f"{key}.columns", f"column {name} cannot be {' and '.join(ours)} at once")
-    roles = [(role, name) for role, names in source.roles.items() for name in _listed(names)]
+    roles = [
+        (role, name) for role, names in source.roles.items() for name in ([names] if isinstance(names, str) else names)
+    ]
     for name, ours in _given_twice(roles):
         yield Problem(f"{key}.roles", f"role {name} cannot be {' and '.join(ours)} at once")
     if source.roles and source.format in ("alpaca", "text", "tokens"):
@@ -148,57 +146,29 @@ def _given_twice(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[s
     return ((name, names) for name, names in ours.items() if len(names) > 1)
 
 
-def _listed(value: list[str] | str) -> list[str]:
-    return [value] if isinstance(value, str) else value
-
-
-def _evaluation_sets(data: DataConfig) -> Problems:
-    names = [source.name or source.split or PurePath(source.path).name.split(".")[0] for source in data.eval]
-    for name in _repeated(names):
-        yield Problem("data.eval", f"two sets have the name {name}; set a name for each item")
-    if data.held_out and "held_out" in names:
-        yield Problem("data.eval", "held_out is the name of the set that data.held_out makes; rename this one")
-    for index, source in enumerate(data.eval):
-        if source.weight != 1:
-            yield Problem(f"data.eval.{index}.weight", "only data.train has weights; remove it")
-
-
-def _length(train: TrainConfig) -> Problems:
+def _train(train: TrainConfig) -> Problems:
     if train.max_steps is not None and train.epochs is not None:
         yield Problem("train.epochs", "train.max_steps is also set; set one of them to null")
     if train.max_steps is not None and (train.warmup_steps or 0) >= train.max_steps:
         yield Problem("train.warmup_steps", f"must be < train.max_steps={train.max_steps}, found {train.warmup_steps}")
-
-
-def _batch(train: TrainConfig) -> Problems:
     for name in ("micro_batch_size", "world_size"):
         if (value := getattr(train, name)) is not None and value > train.batch_size:
             yield Problem(f"train.{name}", f"must be at most train.batch_size={train.batch_size}, found {value}")
-
-
-def _stopping(train: TrainConfig) -> Problems:
     if train.early_stopping is not None and train.eval_every is None:
         yield Problem("train.early_stopping", "needs evaluations; set train.eval_every")
 
 
-def _stream(data: DataConfig, train: TrainConfig) -> Problems:
-    if data.stream_rows is None:
-        return
-    if train.max_steps is None:
+def _rows(data: DataConfig, train: TrainConfig) -> Problems:
+    if data.stream_rows is not None and train.max_steps is None:
         yield Problem("data.stream_rows", "the length of a stream is unknown; set train.max_steps")
-    if data.held_out:
+    if data.stream_rows is not None and data.held_out:
         yield Problem("data.held_out", "a stream (data.stream_rows) cannot hold out examples; set data.eval")
-
-
-def _held_out(data: DataConfig, train: TrainConfig) -> Problems:
-    if data.eval or data.held_out:
-        return
     for name in ("eval_every", "early_stopping"):
-        if getattr(train, name) is not None:
+        if getattr(train, name) is not None and not data.eval and not data.held_out:
             yield Problem(f"train.{name}", _NO_HELD_OUT)
 
 
-def _distillation(distill: DistillConfig, guard: GuardConfig) -> Problems:
+def _objective(distill: DistillConfig, guard: GuardConfig) -> Problems:
     teacher = distill.teacher
     other = teacher.name is not None or teacher.lora is not None
     changed = _changed(distill)
@@ -275,7 +245,7 @@ def _exactness(distill: DistillConfig, source: str) -> Problems:
         yield Problem("distill.hidden_weight", f"{source} has no hidden states; {exact}")
 
 
-def _cached_rows(data: DataConfig, distill: DistillConfig, guard: GuardConfig) -> Problems:
+def _streamed(data: DataConfig, distill: DistillConfig, guard: GuardConfig) -> Problems:
     if data.stream_rows is not None and (distill.objective != "none" or guard.max is not None):
         if distill.teacher.placement in ("cached", "server"):
             yield Problem("data.stream_rows", f"a stream cannot be cached, found placement={distill.teacher.placement}")
@@ -292,13 +262,9 @@ def _answers(data: DataConfig, generation: GenerationConfig) -> Problems:
         yield Problem("generation.every", "needs generation.samples of at least 1, found 0")
 
 
-def _twice(key: str, values: Sequence[Any]) -> Problems:
-    for value in _repeated(values):
-        yield Problem(key, f"{value} occurs twice")
-
-
-def _repeated(values: Sequence[Any]) -> list[Any]:
-    return sorted({value for value in values if values.count(value) > 1})
+def _twice(key: str, values: Sequence[Any], text: str = "{} occurs twice") -> Problems:
+    for value in sorted({value for value in values if values.count(value) > 1}):
+        yield Problem(key, text.format(value))
 
 
 def _bad_regex(key: str, pattern: str) -> Problems:
@@ -309,24 +275,17 @@ def _bad_regex(key: str, pattern: str) -> Problems:
 
 
 RULES: tuple[Callable[..., Problems], ...] = (
-    _attention,
-    _named_modules,
+    _model,
+    _quant,
     _targets,
-    _layers,
-    _saved_modules,
-    _patterns,
-    _tokens,
-    _adapter_start,
-    _sources,
-    _evaluation_sets,
-    _length,
-    _batch,
-    _stopping,
-    _stream,
-    _held_out,
-    _distillation,
+    _lora,
+    _start,
+    _data,
+    _train,
+    _rows,
+    _objective,
     _placement,
-    _cached_rows,
+    _streamed,
     _guard,
     _answers,
 )

@@ -35,17 +35,19 @@ NotNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Fraction = Annotated[Number, Field(gt=0, le=1)]
+QuantType = Literal["nf4", "int8", "none"]
+OnBadRow = Literal["error", "skip"]
 
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _LONG_DTYPES = {short: long for long, short in SHORT_DTYPES.items()}
 
-
-def _long_dtype(value: Any) -> Any:
-    return _LONG_DTYPES.get(value, value) if isinstance(value, str) else value
-
-
 # Accepts the short names as well; the value is always the long name.
-Dtype = Annotated[Literal["bfloat16", "float16", "float32"], BeforeValidator(_long_dtype)]
+Dtype = Annotated[
+    Literal["bfloat16", "float16", "float32"],
+    BeforeValidator(lambda value: _LONG_DTYPES.get(value, value) if isinstance(value, str) else value),
+]
 
 
 class Section(BaseModel):
@@ -69,19 +71,13 @@ class ModelConfig(Section):
 class QuantConfig(Section):
     """Storage of the frozen base model."""
 
-    type: Literal["nf4", "int8", "none"] = Field(
-        "nf4", description="Storage of the frozen linear weights: 4-bit NormalFloat, 8-bit integers, or as they are."
-    )
+    type: QuantType = Field("nf4", description="Storage of the linear weights: 4-bit NormalFloat, int8, or unchanged.")
     double: bool = Field(True, description="Quantize the scales of 4-bit weights too, which saves 0.4 bits per weight.")
     compute_dtype: Dtype = Field("bfloat16", description="Data type of matrix products with 4-bit weights.")
-    skip_modules: list[Text] = Field(
-        [], description="Modules to keep in 16 bit: names, globs or regexes; lm_head always is."
-    )
-    int8: list[Text] = Field([], description="Modules to keep in 8 bit in a 4-bit base, as names, globs or regexes.")
+    skip_modules: list[Text] = Field([], description="Modules in 16 bit, as lm_head always: names, globs or regexes.")
+    int8: list[Text] = Field([], description="Modules in 8 bit in a 4-bit base: names, globs or regexes.")
     cache: bool = Field(True, description="Cache the quantized weights in $FINETUNE_CACHE, else ~/.cache/finetune.")
-    keep_dequantized: bool = Field(
-        False, description="Keep 16-bit copies of 4-bit weights (more memory, same results)."
-    )
+    keep_dequantized: bool = Field(False, description="Keep 16-bit copies of 4-bit weights: more memory, same results.")
 
 
 class LoraConfig(Section):
@@ -115,11 +111,9 @@ class SourceConfig(Section):
     format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "tokens"] = Field(
         "auto", description="Format of an example; auto: recognized from the columns of the first one."
     )
-    columns: dict[Text, Text] = Field(
-        {}, description="Column names in your file, as {our name: your name}, for example {prompt: question}."
-    )
+    columns: dict[Text, Text] = Field({}, description="Your column names, as {our name: yours}: {prompt: question}.")
     roles: dict[Literal["system", "user", "assistant", "tool"], list[Text] | Text] = Field(
-        {}, description="Role names in your file, as {our name: your name}, for example {assistant: [agent, bot]}."
+        {}, description="Your role names, as {our name: yours}: {assistant: [agent, bot]}."
     )
     split: Text | None = Field(None, description="Split of a folder or hub dataset; null for a file.")
     subset: Text | None = Field(None, description="Subset (configuration) of a hub dataset; null: its default.")
@@ -143,7 +137,7 @@ class DataConfig(Section):
         "assistant",
         description="Trained tokens: assistant turns, the same without <think> parts, the last turn, or all tokens.",
     )
-    on_bad_row: Literal["error", "skip"] = Field("error", description="At invalid examples: list and stop, or skip.")
+    on_bad_row: OnBadRow = Field("error", description="At invalid examples: list and stop, or skip.")
     max_bad_share: Share = Field(0.05, description="Share of invalid examples above which a source is refused.")
     system: Text | None = Field(None, description="System message for examples without one; null: none.")
     chat_template: Text | None = Field(None, description="File with a Jinja chat template; null: the tokenizer's own.")
@@ -171,28 +165,20 @@ class TrainConfig(Section):
     neftune_alpha: NotNegative = Field(0.0, description="Strength of NEFTune noise on the embeddings; 0: no noise.")
     gradient_checkpointing: Literal["auto", "none", "all", "offload"] | Count = Field(
         "auto",
-        description="Layers to recompute in the backward pass: auto (as memory needs), none, all, offload (all, with "
-        "inputs in main memory), or a number.",
+        description="Layers to recompute in the backward pass: auto, none, all, offload (all, inputs in main memory), "
+        "or a number.",
     )
     kernels: Literal["fused", "peft"] = Field(
-        "fused", description="fused: the kernels of this package; peft: the modules of PEFT and transformers."
+        "fused", description="fused: this package's kernels; peft: those of PEFT."
     )
-    share_prefixes: bool = Field(
-        True, description="Skip tokens that no trained token needs, compute shared prefixes once (fused kernels)."
-    )
-    compile: bool | None = Field(
-        None,
-        description="Compile elementwise kernels; null: compile only if the run is long enough to recover the compile "
-        "time.",
-    )
+    share_prefixes: bool = Field(True, description="Skip unneeded tokens, compute shared prefixes once; fused only.")
+    compile: bool | None = Field(None, description="Compile elementwise kernels; null: if the run is long enough.")
     eval_every: Count | None = Field(None, description="Steps between evaluations; null: evaluate only at the end.")
     save_every: Count | None = Field(None, description="Steps between checkpoints; null: save only at the end.")
     keep_checkpoints: Count = Field(2, description="Newest checkpoints to keep; the best one is always kept.")
-    early_stopping: Count | None = Field(
-        None, description="Evaluations without improvement before stopping; null: off."
-    )
+    early_stopping: Count | None = Field(None, description="Evaluations without improvement before a stop; null: off.")
     resume: Text = Field("never", description="never, auto (the newest valid checkpoint), or a checkpoint folder.")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of all random numbers.")
+    seed: Seed = Field(0, description="Seed of all random numbers.")
     world_size: Count | None = Field(None, description="Required number of processes; null: any number.")
 
 
@@ -218,8 +204,8 @@ class DistillConfig(Section):
 
     objective: Literal["none", "recover", "sft+anchor", "distill"] = Field(
         "none",
-        description="none; recover: repair quantization loss from the 16-bit base; sft+anchor: learn the data and stay "
-        "close to the base; distill: learn from data and teacher.",
+        description="recover: repair the quantization loss; sft+anchor: learn the data and stay close to the 16-bit "
+        "base; distill: learn from data and teacher.",
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = Field(
         "forward_kl", description="Divergence between the probabilities of teacher and student."
@@ -228,8 +214,7 @@ class DistillConfig(Section):
     alpha: Annotated[Positive, Field(lt=1)] = Field(0.1, description="Share of the teacher in the mixture of skew_kl.")
     temperature: Positive = Field(1.0, description="Divisor of both models' logits in the divergence.")
     weight: NotNegative | None = Field(
-        None,
-        description="Weight of the divergence; cross-entropy has weight 1; null: 0.2 for sft+anchor, 1 for distill.",
+        None, description="Weight of the divergence beside cross-entropy; null: 0.2 for sft+anchor, 1 for distill."
     )
     hidden_weight: NotNegative = Field(0.0, description="Weight of the MSE of the final hidden states; 0: off.")
     on_policy: Annotated[Number, Field(ge=0, le=1)] = Field(0.0, description="Share of student-generated answers.")
@@ -242,7 +227,7 @@ class DistillConfig(Section):
     )
     top_k: Annotated[int, Field(ge=1, le=256)] = Field(32, description="Most probable tokens stored per trained token.")
     num_samples: Annotated[int, Field(ge=1, le=256)] = Field(16, description="Samples from the other tokens, unbiased.")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of the samples in a cache.")
+    seed: Seed = Field(0, description="Seed of the samples in a cache.")
     spot_check: Index = Field(2, description="Cached documents to compare with the teacher at the start, if present.")
     teacher: TeacherConfig = Field(TeacherConfig(), description="The teacher model and where it runs.")
 
@@ -250,10 +235,7 @@ class DistillConfig(Section):
 class GuardConfig(Section):
     """Limit on the divergence between the model and its teacher; the default teacher is the 16-bit base."""
 
-    metric: Literal["teacher_kl"] = Field(
-        "teacher_kl",
-        description="Metric to watch at each evaluation: mean KL(teacher || model) over the held-out sets.",
-    )
+    metric: Literal["teacher_kl"] = Field("teacher_kl", description="Mean KL(teacher || model) over the held-out sets.")
     max: Positive | None = Field(None, description="Limit in nats per trained token; null: no guard.")
     action: Literal["warn", "recover", "stop"] = Field(
         "warn",
@@ -265,9 +247,7 @@ class GuardConfig(Section):
 class GenerationConfig(Section):
     """Generated answers to held-out examples before, during and after training."""
 
-    num_examples: Index = Field(
-        0, description="Held-out examples to answer for exact match, before and after; 0: none."
-    )
+    num_examples: Index = Field(0, description="Held-out examples to answer before and after training; 0: none.")
     max_new_tokens: Count = Field(128, description="Longest answer in tokens.")
     batch_size: Count = Field(32, description="Answers to generate at a time.")
     samples: Index = Field(2, description="Answers to show before and after training.")

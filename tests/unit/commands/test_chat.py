@@ -10,9 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from finetune.cli import main
 from finetune.commands import chat
@@ -180,13 +177,6 @@ def test_model_is_a_folder_without_a_config_and_a_group_with_one(monkeypatch, wo
     assert main(["chat", *words, "quant.type=none"]) == 0
     overrides = ("quant.type=none",) if file is None else (words[1], "quant.type=none")
     assert seen == [(file, model, None, overrides)]
-
-
-@given(st.text(st.characters(exclude_categories=["C"]), min_size=1))
-@example("it's \\' a \\\\ 'test'\\")
-def test_a_model_folder_may_have_any_name(name: str):
-    override = OverridesParser.create().parse_override(f"model.name={chat._quoted(name)}")
-    assert override.value() == name
 
 
 def test_a_bare_adapter_brings_its_base_and_revision_and_the_default_quantization(tmp_path: Path):

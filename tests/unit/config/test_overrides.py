@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from finetune.config.keys import schema_fields, sections
-from finetune.config.overrides import parse_overrides
+from finetune.config.overrides import parse_overrides, quoted
 
 
 def value_of(override: str) -> Any:
@@ -85,6 +87,12 @@ def test_a_text_key_keeps_text_as_typed(text: str):
 )
 def test_quotes_and_null_keep_their_meaning_in_text(text: str, value: Any):
     assert value_of(f"lora.target_modules={text}") == value
+
+
+@given(st.text(st.characters(exclude_categories=["C"]), min_size=1))
+@example("it's \\' a \\\\ 'test'\\")
+def test_quoted_text_is_read_as_that_text(text: str):
+    assert value_of(f"model.name={quoted(text)}") == text
 
 
 def test_every_key_of_the_schema_can_be_overridden(load: Callable):
