@@ -97,7 +97,7 @@ def exam_of(adapter: Path, rows: int, max_new_tokens: int) -> Exam:
 
 def trained(adapter: Path) -> Any:
     from finetune.config.compose import saved_config
-    from finetune.models.adapters.attach import load_adapter
+    from finetune.models.adapters.files import load_adapter
     from finetune.models.load import load_base
 
     cfg = saved_config(adapter)

@@ -150,7 +150,7 @@ class Experiment:
         from finetune.distill.resident import load_resident
         from finetune.distill.teacher import teacher_model
         from finetune.evaluation.scoring import agreement, evaluate
-        from finetune.models.adapters.attach import load_adapter
+        from finetune.models.adapters.files import load_adapter
         from finetune.models.load import load_base, load_tokenizer
 
         cfg = self.config("measure", 0)

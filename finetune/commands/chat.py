@@ -125,7 +125,7 @@ def load_conversation(config: RunConfig, adapter: Path | None, options: ChatOpti
     from finetune.data.loader import load_chat_template
     from finetune.data.template.chat import ChatTemplate
     from finetune.evaluation.decoding import dequantize_once
-    from finetune.models.adapters.attach import load_adapter
+    from finetune.models.adapters.files import load_adapter
     from finetune.models.fused import fuse_layers
     from finetune.models.load import load_adapter_tokenizer, load_base, load_tokenizer
 

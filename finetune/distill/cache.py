@@ -19,7 +19,7 @@ from finetune.distill.codec import MOST_IDS, Columns, draw, teacher_samples, tea
 from finetune.distill.keys import key_of, keys_of
 from finetune.distill.shards import ShardReader, check_fingerprint, open_folder
 from finetune.losses.chunked import chunked_logits
-from finetune.losses.teacher_targets import Teacher, TeacherHidden, TeacherSamples, TeacherTargets, TeacherTopK
+from finetune.losses.distillation import Teacher, TeacherHidden, TeacherSamples, TeacherTargets, TeacherTopK
 from finetune.system.errors import ConfigError, DataError, IntegrityError
 
 # Tokens per forward pass without a backward pass.

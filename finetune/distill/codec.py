@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.losses.chunked import chunked_logits
-from finetune.losses.teacher_targets import TeacherHidden, TeacherSamples, TeacherTopK
+from finetune.losses.distillation import TeacherHidden, TeacherSamples, TeacherTopK
 
 Columns = dict[str, np.ndarray]
 

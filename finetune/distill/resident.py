@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.data.batch import Batch
 from finetune.losses.cross_entropy import head_of, target_rows
+from finetune.losses.distillation import TeacherHidden
 from finetune.losses.hidden_states import hidden_states
-from finetune.losses.teacher_targets import TeacherHidden
-from finetune.models.adapters.attach import load_adapter
+from finetune.models.adapters.files import load_adapter
 from finetune.models.fused import fuse_layers
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
 from finetune.models.load import load_base, quiet

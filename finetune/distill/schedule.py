@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from finetune.data.batch import Batch
-from finetune.losses.teacher_targets import Teacher, TeacherTargets
+from finetune.losses.distillation import Teacher, TeacherTargets
 
 
 class Schedule:

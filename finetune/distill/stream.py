@@ -26,7 +26,7 @@ from finetune.data.batch import Batch
 from finetune.distill.layer_reader import LayerPair, Reads
 from finetune.distill.meta_adapter import attach_adapter
 from finetune.losses.cross_entropy import target_rows
-from finetune.losses.hidden_states import DecoderRows, decoder_rows, token_of_row, token_states
+from finetune.losses.hidden_states import DecoderRows, decoder_rows, token_states
 from finetune.models.fused import fuse_layers
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
 from finetune.models.load import quiet
@@ -160,7 +160,7 @@ class StreamedModel:
 
     def _enter(self, batches: Sequence[Batch], reads: Reads) -> list[DecoderRows]:
         """Return the rows of each batch, with embeddings as hidden states."""
-        chosen = [token_of_row(batch).to(self.device) for batch in batches]
+        chosen = [attention.first_places(batch.row_of_token, batch.rows).to(self.device) for batch in batches]
         ids = [batch.input_ids[:, tokens] for batch, tokens in zip(batches, chosen, strict=True)]
         # Read rows of the file: the head of a tied model would bring more pages into memory.
         used = torch.unique(torch.cat(ids, dim=1))

@@ -21,7 +21,7 @@ from finetune.distill.resident import load_resident
 from finetune.distill.shards import vocabulary_of
 from finetune.distill.stream import StreamedModel
 from finetune.distill.vocabulary import check_same_tokens, shared_vocabulary
-from finetune.losses.teacher_targets import Teacher, TeacherHidden
+from finetune.losses.distillation import Teacher, TeacherHidden
 from finetune.models.hub import TEXT_FILES, fetch, read_config
 from finetune.models.load import load_tokenizer
 from finetune.system.console import Log

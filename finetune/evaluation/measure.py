@@ -25,7 +25,7 @@ from finetune.evaluation.intervals import Bootstrap, Figure, difference_of_share
 from finetune.evaluation.metrics import Metric
 from finetune.evaluation.scoring import TokenScores, score_tokens
 from finetune.losses.cross_entropy import head_of
-from finetune.losses.teacher_targets import TeacherHidden
+from finetune.losses.distillation import TeacherHidden
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.system.console import Log
 

@@ -19,9 +19,8 @@ from finetune.data.documents import Document, Documents
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.chunked import chunked_logits
 from finetune.losses.cross_entropy import head_of, score, target_rows
-from finetune.losses.divergence import compare
+from finetune.losses.distillation import Teacher, TeacherTargets, compare
 from finetune.losses.hidden_states import base_of, hidden_states
-from finetune.losses.teacher_targets import Teacher, TeacherTargets
 from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.limits import TEACHER_BATCHES
 from finetune.system.errors import FinetuneError

@@ -28,8 +28,16 @@ from finetune.config.compose import saved_config
 from finetune.export.copied_files import MODEL, copy_files
 from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.verify import OFFLINE, Verification, compare, source_answers
-from finetune.models.adapters.config import other_base, other_updates, scaling_of
-from finetune.models.adapters.files import CONFIG_FILE, PREFIX, TENSOR_FILE, check_adapter, load_adapter
+from finetune.models.adapters.files import (
+    CONFIG_FILE,
+    PREFIX,
+    TENSOR_FILE,
+    check_adapter,
+    load_adapter,
+    other_base,
+    other_updates,
+    scaling_of,
+)
 from finetune.models.adapters.trained import compensates_quantization
 from finetune.models.families import FAMILIES
 from finetune.models.hub import read_json

@@ -33,8 +33,7 @@ def chunked_loss(hidden_ND: Tensor, head: nn.Module, vocabulary: int, loss: Chun
     Args:
         hidden_ND: hidden states.
         head: output head. A frozen linear head costs two products of N * V * D. A trained one (LoRA, new tokens, a
-            saved
-            copy) runs as a module and also computes the gradients of its weights.
+            saved copy) runs as a module and also computes the gradients of its weights.
         vocabulary: V, the first rows of the head that are used.
         loss: the loss of a chunk.
     """
@@ -53,61 +52,57 @@ def chunked_logits(hidden_ND: Tensor, head: nn.Module, vocabulary: int) -> Itera
 
 @torch.no_grad()
 def logits_of(hidden_ND: Tensor, head: nn.Module, vocabulary: int, place_NV: Tensor | None = None) -> Tensor:
-    """Return logits [n, V] that the caller may overwrite, in the buffer `place_NV` if it fits."""
+    """Return logits [n, V] that the caller may overwrite, in the buffer `place_NV` if it fits.
+
+    Sums are fp32. A GPU returns fp32. On a CPU the result is rounded once to 16 bit, like in every PyTorch model:
+    torch has no 16-bit product with an fp32 result there, and fp32 takes three times as long. The loss stays within
+    2e-5 and the gradient within 0.4 % of float64.
+    """
     plain = _as_plain(head)
-    return head(hidden_ND)[:, :vocabulary] if plain is None else _product(hidden_ND, plain, vocabulary, place_NV)
+    if plain is None:
+        return head(hidden_ND)[:, :vocabulary]
+    weight_VD, bias = plain.weight[:vocabulary], None if plain.bias is None else plain.bias[:vocabulary]
+    if hidden_ND.is_cuda and torch.version.hip is None and hidden_ND.dtype != torch.float32:
+        logits_NV = torch.mm(hidden_ND, weight_VD.t(), out_dtype=torch.float32)
+        return logits_NV if bias is None else logits_NV.add_(bias)
+    fits = place_NV is not None and len(place_NV) == len(hidden_ND)
+    return matmul(hidden_ND, weight_VD.t(), bias, place_NV if fits else None)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND: Tensor, head: nn.Module, vocabulary: int, loss: ChunkLoss, *trained: Tensor) -> Tensor:
+        total = hidden_ND.new_zeros((), dtype=torch.float32)
+        gradient_ND = torch.empty_like(hidden_ND)
+        gradients = [torch.zeros_like(parameter) for parameter in trained]
         plain = None if trained else _as_plain(head)
-        if plain is None:
-            total, gradients = _through_module(hidden_ND, head, vocabulary, loss, trained)
+        if plain is not None:
+            for logits_NV, rows in chunked_logits(hidden_ND, plain, vocabulary):
+                nats, dlogits_NV = loss(logits_NV, rows)
+                total += nats
+                matmul(dlogits_NV.to(hidden_ND.dtype), plain.weight[:vocabulary], out_MN=gradient_ND[rows])
         else:
-            total, gradients = _through_frozen(hidden_ND, plain, vocabulary, loss)
-        ctx.save_for_backward(*gradients)
+            # A trained copy of the head has fp32 weights and rounds the whole matrix at each read: cached, once.
+            with parametrize.cached():
+                for rows in _chunks(len(hidden_ND), vocabulary, hidden_ND.device):
+                    with torch.enable_grad():
+                        leaf_ND = hidden_ND[rows].detach().requires_grad_()
+                        logits_NV = head(leaf_ND)[:, :vocabulary]
+                    nats, dlogits_NV = loss(logits_NV.detach(), rows)
+                    total += nats
+                    gradient_ND[rows], *parts = torch.autograd.grad(
+                        logits_NV, [leaf_ND, *trained], dlogits_NV.to(logits_NV.dtype), allow_unused=True
+                    )
+                    for gradient, part in zip(gradients, parts, strict=True):
+                        if part is not None:
+                            gradient += part
+        ctx.save_for_backward(gradient_ND, *gradients)
         return total
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *trained = (gradient * grad_outputs[0].to(gradient.dtype) for gradient in ctx.saved_tensors)
         return hidden, None, None, None, *trained
-
-
-def _through_frozen(
-    hidden_ND: Tensor, head: nn.Linear, vocabulary: int, loss: ChunkLoss
-) -> tuple[Tensor, list[Tensor]]:
-    total = hidden_ND.new_zeros((), dtype=torch.float32)
-    gradient_ND = torch.empty_like(hidden_ND)
-    for logits_NV, rows in chunked_logits(hidden_ND, head, vocabulary):
-        nats, dlogits_NV = loss(logits_NV, rows)
-        total += nats
-        matmul(dlogits_NV.to(hidden_ND.dtype), head.weight[:vocabulary], out_MN=gradient_ND[rows])
-    return total, [gradient_ND]
-
-
-def _through_module(
-    hidden_ND: Tensor, head: nn.Module, vocabulary: int, loss: ChunkLoss, trained: tuple[Tensor, ...]
-) -> tuple[Tensor, list[Tensor]]:
-    total = hidden_ND.new_zeros((), dtype=torch.float32)
-    gradient_ND = torch.empty_like(hidden_ND)
-    gradients = [torch.zeros_like(parameter) for parameter in trained]
-    # A trained copy of the head has fp32 weights and rounds the whole matrix at each read: cached, once.
-    with parametrize.cached():
-        for rows in _chunks(len(hidden_ND), vocabulary, hidden_ND.device):
-            with torch.enable_grad():
-                leaf_ND = hidden_ND[rows].detach().requires_grad_()
-                logits_NV = head(leaf_ND)[:, :vocabulary]
-            nats, dlogits_NV = loss(logits_NV.detach(), rows)
-            total += nats
-            gradient_ND[rows], *parts = torch.autograd.grad(
-                logits_NV, [leaf_ND, *trained], dlogits_NV.to(logits_NV.dtype), allow_unused=True
-            )
-            for gradient, part in zip(gradients, parts, strict=True):
-                if part is not None:
-                    gradient += part
-    return total, [gradient_ND, *gradients]
 
 
 def _as_plain(head: nn.Module) -> nn.Linear | None:
@@ -122,20 +117,3 @@ def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]
     count = math.ceil(rows / max(1, limit // vocabulary))
     for i in range(count):
         yield slice(rows * i // count, rows * (i + 1) // count)
-
-
-def _product(hidden_ND: Tensor, head: nn.Linear, vocabulary: int, place_NV: Tensor | None) -> Tensor:
-    """Compute hidden @ weight.T + bias of the first `vocabulary` rows, in `place_NV` if it fits.
-
-    Sums are fp32. A GPU returns fp32. On a CPU the result is rounded once to 16 bit, like in every PyTorch model:
-    torch has no 16-bit product with an fp32 result there, and fp32 takes three times as long. The loss stays within
-    2e-5 and the gradient within 0.4 % of float64.
-    """
-    weight_VD, bias = head.weight[:vocabulary], None if head.bias is None else head.bias[:vocabulary]
-    wide = hidden_ND.is_cuda and torch.version.hip is None and hidden_ND.dtype != torch.float32
-    if wide:
-        logits_NV = torch.mm(hidden_ND, weight_VD.t(), out_dtype=torch.float32)
-        return logits_NV if bias is None else logits_NV.add_(bias)
-    if place_NV is not None and len(place_NV) != len(hidden_ND):
-        place_NV = None
-    return matmul(hidden_ND, weight_VD.t(), bias, place_NV)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.data.batch import Batch
-from finetune.ops.attention import SEGMENTED, Segments, plan_segments, round_up
+from finetune.ops.attention import SEGMENTED, Segments, first_places, plan_segments, round_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,26 +35,23 @@ def hidden_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
 
     Under segmented attention each row of the batch is computed once, however many tokens share it.
 
-    Args:
-        model: transformers or PEFT model.
-        batch: packed batch.
-        neftune_alpha: adds uniform noise to the embeddings in training mode, scaled by alpha / sqrt(document length *
-            D).
-
+    neftune_alpha: adds uniform noise to the embeddings in training mode, scaled by alpha / sqrt(document length * D).
     Source: Jain et al. 2023, arXiv:2310.05914.
     """
     base = base_of(model)
     backbone = getattr(base, base.base_model_prefix)
     noise_alpha = neftune_alpha if model.training else 0.0
     embed = base.get_input_embeddings()
+    lengths = torch.tensor(batch.segment_lengths)
+    lengths_T = lengths.repeat_interleave(lengths)  # of each token's document
     if base.config._attn_implementation != SEGMENTED:
         # transformers detects document borders where positions restart.
-        embeddings = _with_noise(embed(batch.input_ids), _lengths_of_tokens(batch), noise_alpha)
+        embeddings = _with_noise(embed(batch.input_ids), lengths_T, noise_alpha)
         outputs = backbone(inputs_embeds=embeddings, position_ids=batch.position_ids, use_cache=False)
         return outputs.last_hidden_state[0]
-    first_tokens = token_of_row(batch)
+    first_tokens = first_places(batch.row_of_token, batch.rows)
     chosen = first_tokens.to(batch.input_ids.device)
-    embeddings = _with_noise(embed(batch.input_ids[:, chosen]), _lengths_of_tokens(batch)[first_tokens], noise_alpha)
+    embeddings = _with_noise(embed(batch.input_ids[:, chosen]), lengths_T[first_tokens], noise_alpha)
     rows = decoder_rows(embeddings, batch, chosen)
     outputs = backbone(
         inputs_embeds=rows.states,
@@ -67,20 +64,10 @@ def hidden_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
     return token_states(outputs.last_hidden_state[0], batch)
 
 
-def token_of_row(batch: Batch) -> Tensor:
-    """Return the first token [U] of each row in use, on the CPU; its embedding is the input of the row."""
-    return torch.full((batch.rows,), batch.tokens).scatter_reduce_(
-        0, batch.row_of_token, torch.arange(batch.tokens), "amin"
-    )
-
-
 def decoder_rows(embeddings_1UD: Tensor, batch: Batch, chosen_U: Tensor) -> DecoderRows:
     """Build the padded rows of a forward pass.
 
-    Args:
-        embeddings_1UD: embeddings of the tokens `chosen_U`.
-        batch: packed batch.
-        chosen_U: the result of `token_of_row`, on the device of the embeddings.
+    embeddings_1UD: of the tokens `chosen_U`, the first of each row: `first_places(batch.row_of_token, batch.rows)`.
     """
     rows = round_up(batch.rows)
     padding, device = rows - batch.rows, embeddings_1UD.device
@@ -96,12 +83,6 @@ def token_states(rows_RD: Tensor, batch: Batch) -> Tensor:
     if batch.rows == batch.tokens:
         return rows_RD[: batch.rows]
     return rows_RD[batch.row_of_token.to(rows_RD.device)]
-
-
-def _lengths_of_tokens(batch: Batch) -> Tensor:
-    """Return the length of each token's document."""
-    lengths = torch.tensor(batch.segment_lengths)
-    return lengths.repeat_interleave(lengths)
 
 
 def _with_noise(embeddings_1TD: Tensor, lengths_T: Tensor, alpha: float) -> Tensor:

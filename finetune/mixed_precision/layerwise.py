@@ -20,9 +20,9 @@ from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.data.batch import Batch
 from finetune.distill.resident import load_resident
 from finetune.losses.cross_entropy import target_rows
-from finetune.losses.hidden_states import DecoderRows, decoder_rows, token_of_row, token_states
+from finetune.losses.hidden_states import DecoderRows, decoder_rows, token_states
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, weight_files
-from finetune.models.load import quantization_of, quiet
+from finetune.models.load import quiet
 from finetune.models.quant.eight_bit import put_rows, quantize_rows, replace_eight_bit_linears
 from finetune.models.quant.four_bit_weights import QuantizedWeights
 from finetune.models.quant.quantize import head_name, linear_names
@@ -56,12 +56,10 @@ class LayerwiseModel:
         plain = quant.model_copy(update={"skip_modules": [], "int8": [], "type": "nf4"})
         source = fetch(cfg.name, cfg.revision, TEXT_FILES + WEIGHT_FILES, "model.name")
         with quiet():
-            settings: Any = quantization_of(source.folder, cfg, plain)
             files = weight_files(source.folder, cfg.name)
             self._quantized = QuantizedWeights(
-                source.folder, files, model=cfg, quant=plain, settings=settings, device=device, log=lambda _: None
+                source.folder, files, model=cfg, quant=plain, device=device, log=lambda _: None
             )
-        self._threshold: float = settings.llm_int8_threshold
         self._layer: Any = None
         self._index = -1
         backbone = model.base_model
@@ -103,7 +101,7 @@ class LayerwiseModel:
     def enter(self, batch: Batch) -> DecoderRows:
         """Return a batch's rows before the first layer."""
         batch = batch.to(self.device)
-        chosen = token_of_row(batch).to(self.device)
+        chosen = attention.first_places(batch.row_of_token, batch.rows).to(self.device)
         table: Tensor = self.model.get_input_embeddings().weight
         return decoder_rows(F.embedding(batch.input_ids[:, chosen], table).float(), batch, chosen)
 
@@ -140,7 +138,7 @@ class LayerwiseModel:
         short = self._short(name)
         original: Any = self.model.get_submodule(name)
         if kind == "int8":
-            replace_eight_bit_linears(self._layer, [short], self._threshold)
+            replace_eight_bit_linears(self._layer, [short])
             put_rows(self._layer.get_submodule(short), *quantize_rows(original.weight.data))
             return
         rows = self._quantized.dequantized(f"{name}.weight", lambda: original.weight.data)

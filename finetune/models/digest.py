@@ -14,7 +14,6 @@ from typing import Any
 from finetune.system.atomic import write_text
 from finetune.system.locks import locked
 
-_BLOCK_BYTES = 1 << 22
 # hashlib releases the GIL. More readers only slow a disk down.
 _THREADS = 4
 # A file that changed more recently may change again within one tick of the file system's clock.
@@ -24,12 +23,8 @@ _SETTLED_NANOSECONDS = 2_000_000_000
 def weights_digest(files: Iterable[Path], memory: Path) -> dict[str, str]:
     """Return the SHA-256 of each file's content, by file name.
 
-    Args:
-        files: the weight files.
-        memory: a folder of known sums. A file with unchanged size, inode, modification and change time is not read
-            again.
-            The change time cannot be set back, except by the machine's clock; some network file systems do not store
-            it.
+    memory: a folder of known sums. A file with unchanged size, inode, modification and change time is not read again.
+    The change time cannot be set back, except by the machine's clock; some network file systems do not store it.
 
     Raises:
         OSError: a file cannot be read, or `memory` cannot be written.
@@ -43,11 +38,8 @@ def weights_digest(files: Iterable[Path], memory: Path) -> dict[str, str]:
 
 def sha256_of(file: Path) -> str:
     """Return the hex SHA-256 of a file's content, read in blocks."""
-    digest, block = hashlib.sha256(), bytearray(_BLOCK_BYTES)
     with file.open("rb", buffering=0) as stream:
-        while count := stream.readinto(block):
-            digest.update(memoryview(block)[:count])
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def base_fingerprint(model_name: str) -> str | None:

@@ -15,20 +15,13 @@ from finetune.system.errors import ConfigError
 class ModelFamily:
     """One supported architecture. To add a family, add a record here and a tiny random model to the tests."""
 
-    model_type: str  # model_type in config.json
-    block_class: str  # class of a decoder layer
     linear_modules: tuple[str, ...]  # linear layers of a block: the targets of `lora.target_modules=all-linear`
     head: str = "lm_head"  # full name of the output layer, which is never quantized
     end_of_turn: str = "<|im_end|>"
 
 
-FAMILIES = {
-    "qwen2": ModelFamily(
-        model_type="qwen2",
-        block_class="Qwen2DecoderLayer",
-        linear_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    )
-}
+# By model_type in config.json.
+FAMILIES = {"qwen2": ModelFamily(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))}
 
 
 def family_of(model_type: object, where: str) -> ModelFamily:
@@ -40,15 +33,9 @@ def family_of(model_type: object, where: str) -> ModelFamily:
 
 # Keys of config.json; head_dim is hidden_size // num_attention_heads where the file has none.
 SHAPE_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "tie_word_embeddings",
-    "head_dim",
-)
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "vocab_size tie_word_embeddings head_dim"
+).split()
 # From the config.json of Qwen/Qwen2.5-<size>. Instruct, Coder and Math variants of a size have the same shapes.
 _ROWS = {
     "0.5B": (896, 4864, 24, 14, 2, 151936, True, 64),
@@ -69,11 +56,8 @@ _HUB_NAME = re.compile(r"(?:.*/)?Qwen2\.5(?:-Coder|-Math)?-(?P<size>[\d.]+B)(?:-
 def shape_of(model_name: str) -> dict[str, Any] | None:
     """Return the shape of a model without loading it: the keys of SHAPE_KEYS and model_type.
 
-    Args:
-        model_name: a local folder (config.json is read) or a hub id of a Qwen2.5 model (the name contains the size).
-
-    Returns:
-        None if the folder's config.json is invalid or incomplete, or the hub id is unknown.
+    A local folder has a config.json; a hub id of a Qwen2.5 model contains the size. None if the file is invalid or
+    incomplete, or the hub id is unknown.
     """
     config_file = Path(model_name).expanduser() / "config.json"
     if config_file.is_file():

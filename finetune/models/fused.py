@@ -37,13 +37,6 @@ Heads = tuple[Tensor, Tensor, Tensor]
 class FusedDecoderLayer(Qwen2DecoderLayer):
     """A Qwen2 decoder layer that computes with the kernels in ops/ where they support the call."""
 
-    @classmethod
-    def from_module(cls, layer: Qwen2DecoderLayer) -> FusedDecoderLayer:
-        """Build a fused layer that shares parameters, children, hooks and flags with `layer`."""
-        fused = cls.__new__(cls)
-        fused.__dict__ = layer.__dict__
-        return fused
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -86,7 +79,9 @@ def fuse_layers(model: nn.Module) -> tuple[int, int]:
         if isinstance(module, nn.ModuleList):
             for i, layer in enumerate(module):
                 if type(layer) is Qwen2DecoderLayer:
-                    module[i] = FusedDecoderLayer.from_module(layer)
+                    # It shares parameters, children, hooks and flags with the replaced layer.
+                    module[i] = FusedDecoderLayer.__new__(FusedDecoderLayer)
+                    module[i].__dict__ = layer.__dict__
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     fused = sum(isinstance(layer, FusedDecoderLayer) for layer in layers)
     if not fused:
@@ -145,7 +140,7 @@ def _norm(module: Qwen2RMSNorm, x_TD: Tensor) -> Tensor:
     return rms_norm(x_TD, module.weight, module.variance_epsilon)
 
 
-def read_projection(layer: nn.Module, dtype: torch.dtype) -> Projection | None:
+def read_projection(layer: Any, dtype: torch.dtype) -> Projection | None:
     """Return a linear layer and its active adapter as the kernels take them; None if they do not support it."""
     base, adapter = layer, None
     if isinstance(layer, LoraLayer):
@@ -156,28 +151,20 @@ def read_projection(layer: nn.Module, dtype: torch.dtype) -> Projection | None:
             active = [name for name in layer.active_adapters if name in layer.lora_A]
             if len(active) > 1 or any(name in layer.lora_variant for name in active):
                 return None
-            adapter = _read_adapter(layer, active[0]) if active else None
-    return _read_frozen(base, adapter, dtype)
-
-
-def _read_adapter(layer: LoraLayer, name: str) -> Adapter:
-    dropout, factors = layer.lora_dropout[name], (layer.lora_A[name], layer.lora_B[name])
-    probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    a, b = (cast(nn.Linear, factor).weight for factor in factors)
-    return Adapter(a, b, layer.scaling[name], probability)
-
-
-def _read_frozen(layer: Any, adapter: Adapter | None, dtype: torch.dtype) -> Projection | None:
-    if any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
+            for name in active:
+                dropout = layer.lora_dropout[name]
+                probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+                a, b = (cast(nn.Linear, factors[name]).weight for factors in (layer.lora_A, layer.lora_B))
+                adapter = Adapter(a, b, layer.scaling[name], probability)
+    if any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
         return None
-    if type(layer) is nn.Linear:
-        return Projection(layer.weight, layer.bias, None, adapter) if layer.weight.dtype == dtype else None
-    if type(layer).__name__ == "Linear4bit":
-        state = layer.weight.quant_state
-        if state is None or state.dtype != dtype or layer.compute_dtype != dtype:
+    if type(base) is nn.Linear:
+        return Projection(base.weight, base.bias, None, adapter) if base.weight.dtype == dtype else None
+    if type(base).__name__ == "Linear4bit":
+        state = base.weight.quant_state
+        if state is None or state.dtype != dtype or base.compute_dtype != dtype:
             return None
-        resident = getattr(layer, "resident_weight", None)
-        if resident is not None:
-            return Projection(resident, layer.bias, None, adapter)
-        return Projection(layer.weight.data, layer.bias, state, adapter)
+        if (resident := getattr(base, "resident_weight", None)) is not None:
+            return Projection(resident, base.bias, None, adapter)
+        return Projection(base.weight.data, base.bias, state, adapter)
     return None

@@ -134,22 +134,15 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
         ConfigError: a file is missing or the weights are a pickle.
         IntegrityError: a file is corrupt.
     """
-    index = folder / INDEX_FILE
+    index, files = folder / INDEX_FILE, [folder / SINGLE_FILE]
     if index.is_file():
         shards = set(read_json(index, f"model.name={name}").get("weight_map", {}).values())
         files = [folder / shard for shard in sorted(shards)]
-    else:
-        files = [folder / SINGLE_FILE]
     if missing := [file.name for file in files if not file.is_file()]:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         advice = f"\nhelp: {pickles[0]} is a pickle, which can run code: convert it to safetensors" if pickles else ""
         raise ConfigError(f"model.name={name}: {folder} lacks {', '.join(missing)}{advice}")
-    return {tensor: file for file in files for tensor in tensor_names(file)}
-
-
-def tensor_names(file: Path) -> list[str]:
-    """Return the tensor names of a safetensors file. Raises: IntegrityError if it is corrupt."""
-    return list(read_header(file)[1])
+    return {tensor: file for file in files for tensor in read_header(file)[1]}
 
 
 def read_tensor(file: Path, name: str) -> Tensor:

@@ -10,13 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from finetune.config.schema import ModelConfig, QuantConfig
@@ -43,16 +37,14 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
 
     Raises:
         ConfigError: it cannot be downloaded, its files are missing or invalid, it names code to run, or its ids do not
-            fit
-            the model.
+            fit the model.
     """
-    own = fetch(cfg.name, cfg.revision, TEXT_FILES, "model.name")
+    own = fetch(cfg.name, cfg.revision, TEXT_FILES, "model.name").folder
     if cfg.tokenizer is None:
-        return _read_tokenizer(own.folder, cfg.name, "model.name")
-    given = _read_tokenizer(
-        fetch(cfg.tokenizer, None, TEXT_FILES, "model.tokenizer").folder, cfg.tokenizer, "model.tokenizer"
-    )
-    _check_rows(cfg, given, own.folder)
+        return _read_tokenizer(own, cfg.name, "model.name")
+    folder = fetch(cfg.tokenizer, None, TEXT_FILES, "model.tokenizer").folder
+    given = _read_tokenizer(folder, cfg.tokenizer, "model.tokenizer")
+    _check_rows(cfg, given, own)
     return given
 
 
@@ -83,17 +75,14 @@ def _check_rows(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Pa
             f"{shape['vocab_size'] - 1:,}, found {last:,}\nhelp: name a tokenizer of the same vocabulary"
         )
     if all((folder / file).is_file() for file in TOKENIZER_FILES):
-        own = _words(_read_tokenizer(folder, cfg.name, "model.name"))
-        if moved := [token for token, i in _words(tokenizer).items() if own.get(token, i) != i]:
+        # Without added tokens: transformers may add some itself.
+        both: Any = (_read_tokenizer(folder, cfg.name, "model.name"), tokenizer)
+        own, given = (each.backend_tokenizer.get_vocab(with_added_tokens=False) for each in both)
+        if moved := [token for token, i in given.items() if own.get(token, i) != i]:
             raise ConfigError(
                 f"model.tokenizer={cfg.tokenizer}: does not fit model.name={cfg.name}, found {len(moved):,} tokens "
                 f"with another id, like {moved[0]!r}\nhelp: name a tokenizer of the same vocabulary"
             )
-
-
-def _words(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the vocabulary without added tokens; transformers may add some itself."""
-    return tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)  # type: ignore[attr-defined]
 
 
 def load_base(
@@ -102,8 +91,7 @@ def load_base(
     """Load the frozen base model in eval mode, quantized while loading; nothing is cast to fp32.
 
     Args:
-        model: `model` of the config.
-        quant: `quant` of the config.
+        model, quant: sections of the config.
         device: default is this rank's GPU (`cuda:LOCAL_RANK`), or the CPU without one.
         log: called with a line if the cache of quantized weights cannot be used; the model is loaded in any case.
 
@@ -124,24 +112,13 @@ def load_base(
     kernel = attention.SEGMENTED if model.attention == "auto" else model.attention
     place = default_device() if device is None else torch.device(device)
     with quiet(), _readable_errors(model, quant):
-        settings = quantization_of(source.folder, model, quant)
         base: Any = None
-        if settings is not None and quant.type == "nf4":
+        if quant.type == "nf4":
             base = load_four_bit(
-                source.folder,
-                files,
-                model=model,
-                quant=quant,
-                settings=settings,
-                attention=kernel,
-                device=place,
-                log=log,
+                source.folder, files, model=model, quant=quant, attention=kernel, device=place, log=log
             )
         if base is None:
-            base = _load_by_transformers(source.folder, model, kernel, settings, place)
-            if settings is not None and quant.type == "nf4" and quant.int8:
-                eight = [name for name, kind in storage_in(base, quant).items() if kind == "int8"]
-                quantize_loaded(base, eight, settings.llm_int8_threshold)
+            base = _load_by_transformers(source.folder, model, quant, kernel, place)
         base.requires_grad_(False)
         if quant.type != "none":
             keep_weights_trainable_after_eval(base)
@@ -155,13 +132,15 @@ def load_base(
 
 
 def _load_by_transformers(
-    folder: Path, model: ModelConfig, kernel: str, settings: BitsAndBytesConfig | None, device: torch.device
+    folder: Path, model: ModelConfig, quant: QuantConfig, kernel: str, device: torch.device
 ) -> PreTrainedModel:
     """Load plain or 8-bit weights, or files whose tensor names differ from those of the model."""
+    # "eager": the configured attention kernel may not be installed, which `from_pretrained` reports.
+    storage = storage_in(build_skeleton(folder, getattr(torch, model.dtype), "eager"), quant)
     base, found = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, model.dtype),
-        quantization_config=settings,
+        quantization_config=quantization_config(quant, storage),
         device_map={"": device},
         attn_implementation=kernel,
         use_safetensors=True,
@@ -171,7 +150,20 @@ def _load_by_transformers(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    _check_complete(found, model.name)
+    # transformers fills missing tensors with random values and drops unknown ones.
+    problems = [
+        f"{len(names)} {what}: {', '.join(sorted(map(str, names))[:5])}{' …' if len(names) > 5 else ''}"
+        for what, key in (
+            ("tensors are missing", "missing_keys"),
+            ("tensors are not part of the model", "unexpected_keys"),
+            ("tensors have another shape than in config.json", "mismatched_keys"),
+        )
+        if (names := found[key])
+    ]
+    if problems:
+        raise IntegrityError(f"model.name={model.name}: weights do not match config.json: {'; '.join(problems)}")
+    if quant.type == "nf4":
+        quantize_loaded(base, [name for name, kind in storage.items() if kind == "int8"])
     return base
 
 
@@ -194,13 +186,6 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def quantization_of(folder: Path, model: ModelConfig, quant: QuantConfig) -> BitsAndBytesConfig | None:
-    """Return the quantization settings, with the names in `quant` resolved on a model without weights."""
-    # "eager": the configured attention kernel may not be installed, which the loading reports.
-    skeleton = build_skeleton(folder, getattr(torch, model.dtype), "eager")
-    return quantization_config(quant, storage_in(skeleton, quant))
 
 
 @contextmanager
@@ -228,18 +213,3 @@ def _readable_errors(model: ModelConfig, quant: QuantConfig) -> Iterator[None]:
             f"quant.type={quant.type}: bitsandbytes does not work here ({error})\n"
             'help: pip install --upgrade "bitsandbytes>=0.49", or set quant.type=none'
         ) from error
-
-
-def _check_complete(found: dict[str, Any], name: str) -> None:
-    """Raise IntegrityError, because transformers fills missing tensors with random values and drops unknown ones."""
-    problems = [
-        f"{len(names)} {what}: {', '.join(sorted(map(str, names))[:5])}{' …' if len(names) > 5 else ''}"
-        for what, key in (
-            ("tensors are missing", "missing_keys"),
-            ("tensors are not part of the model", "unexpected_keys"),
-            ("tensors have another shape than in config.json", "mismatched_keys"),
-        )
-        if (names := found[key])
-    ]
-    if problems:
-        raise IntegrityError(f"model.name={name}: weights do not match config.json: {'; '.join(problems)}")

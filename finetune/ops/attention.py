@@ -8,6 +8,11 @@ kernels are compiled for each shape.
 A layout may use a row several times: documents with a common prefix share its rows, whose hidden states are equal, and
 all other parts of the model compute them once.
 
+On a CPU, torch's fused kernel computes the forward pass and plain matrix products the backward pass: that of the fused
+kernel is slow and, with grouped heads in bf16, less exact. Scores and their gradients are fp32: the key biases of
+Qwen2.5 make scores too large for bf16. A block of queries is multiplied with all its keys at once; keys after the block
+are skipped. A CPU without 16-bit matrix products uses the fused kernel in fp32 both ways, which is faster.
+
 Shapes: B batch (1 when packed), H heads, T tokens, R rows computed, P places of the layout, L length, D head width.
 """
 
@@ -28,8 +33,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from finetune.ops import cpu_attention
-from finetune.ops.limits import DOCUMENT_TOKENS_MULTIPLE, FUSED_ATTENTION_FROM_TOKENS, ROWS_MULTIPLE
+from finetune.ops.dispatch import fused
+from finetune.ops.limits import (
+    DOCUMENT_TOKENS_MULTIPLE,
+    FUSED_ATTENTION_FROM_TOKENS,
+    QUERIES_PER_BLOCK,
+    ROWS_MULTIPLE,
+)
 from finetune.ops.matmul import uses_fp32_matmul
 
 SEGMENTED = "segmented"
@@ -42,8 +52,7 @@ class Segments:
     rows: R; the first U hold tokens, the others are padding. source [P]: the row at each of P places (any row, for
     padding). place [U]: the first place of each row. identical: rows and layout are equal. shared: some row has several
     places. groups: (documents, padded length) of each group. With a kernel for documents of any length the layout has
-    no
-    padding: cumulative [S + 1] int32 holds the document borders, longest the tokens of the longest document.
+    no padding: cumulative [S + 1] int32 holds the document borders, longest the tokens of the longest document.
     """
 
     rows: int
@@ -66,14 +75,13 @@ def plan_segments(
         row_of_token: [T] on the CPU, the row of each token, of U rows in use; documents with a common prefix share
             rows.
         rows: R, the number of rows with padding.
-        device: where attention runs.
-        dtype: of queries, keys and values.
+        device, dtype: of queries, keys and values.
     """
     used = int(row_of_token.max()) + 1
     shared = len(row_of_token) > used
     if varlen_kernel(device, dtype) is not None:
         borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
-        place = _first_places(row_of_token, used).to(device)
+        place = first_places(row_of_token, used).to(device)
         identical = rows == used == len(row_of_token)
         return Segments(rows, row_of_token.to(device), place, identical, shared, (), borders, max(lengths))
     grouped: dict[int, list[Tensor]] = {}
@@ -83,7 +91,7 @@ def plan_segments(
         grouped.setdefault(rounded, []).append(document[torch.arange(rounded).clamp_(max=len(document) - 1)])
     source = torch.cat([document for group in grouped.values() for document in group])
     groups = tuple((len(group), rounded) for rounded, group in grouped.items())
-    return Segments(rows, source.to(device), _first_places(source, used).to(device), False, shared, groups)
+    return Segments(rows, source.to(device), first_places(source, used).to(device), False, shared, groups)
 
 
 def round_up(length: int, multiple: int = ROWS_MULTIPLE) -> int:
@@ -91,7 +99,8 @@ def round_up(length: int, multiple: int = ROWS_MULTIPLE) -> int:
     return -(-length // multiple) * multiple
 
 
-def _first_places(source: Tensor, rows: int) -> Tensor:
+def first_places(source: Tensor, rows: int) -> Tensor:
+    """Return the first place [rows] of each row in `source`, which holds the row at each place."""
     places = torch.arange(len(source))
     return torch.full((rows,), len(source)).scatter_reduce_(0, source, places, "amin")
 
@@ -170,18 +179,73 @@ def attend(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, segments: Segm
         outputs = []
         for group, *qkv in parts:
             q, k, v = (part.unflatten(0, group).transpose(1, 2) for part in qkv)
-            outputs.append(_causal_attention(q, k, v, scale).flatten(0, 1))
+            short = q.device.type == "cpu" and group[1] < FUSED_ATTENTION_FROM_TOKENS
+            causal = _CpuAttention.apply if short or uses_fp32_matmul(q.device, q.dtype) else _fused_attention
+            outputs.append(causal(q, k, v, scale).transpose(1, 2).flatten(0, 1))
         output = torch.cat(outputs)
     return output if segments.identical else _Gather.apply(output, segments)
 
 
-def _causal_attention(query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, scale: float) -> Tensor:
-    """Attention of documents of one length [B, L, H, D], by the fastest kernel for that length."""
-    short = query_BHLD.device.type == "cpu" and query_BHLD.shape[2] < FUSED_ATTENTION_FROM_TOKENS
-    if short or uses_fp32_matmul(query_BHLD.device, query_BHLD.dtype):
-        return cpu_attention.causal_attention(query_BHLD, key_BHLD, value_BHLD, scale).transpose(1, 2)
-    grouped, fused = query_BHLD.shape[1] != key_BHLD.shape[1], F.scaled_dot_product_attention
-    return fused(query_BHLD, key_BHLD, value_BHLD, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+
+
+@fused
+def _softmax_backward(
+    scores: Tensor, grad_probs: Tensor, first: int, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the recomputed probabilities and the gradient of the unscaled scores, both [.., Q, L] in `dtype`.
+
+    scores, grad_probs: fp32 [.., Q, L] of Q queries. first: key position of the first query. scale: of the scores.
+    """
+    queries, keys = scores.shape[-2:]
+    hidden = torch.arange(keys)[None] > torch.arange(queries)[:, None] + first
+    probs = (scores * scale).masked_fill(hidden, float("-inf")).softmax(-1)
+    delta = (probs * grad_probs).sum(-1, keepdim=True)
+    return probs.to(dtype), (probs * (grad_probs - delta) * scale).to(dtype)
+
+
+class _CpuAttention(torch.autograd.Function):
+    """softmax(q k^T * scale) v, causal; saves queries, keys and values [B, H, L, D] for backward."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        if uses_fp32_matmul(query.device, query.dtype):
+            return _fused_attention(query.float(), key.float(), value.float(), scale).to(query.dtype)
+        return _fused_attention(query, key, value, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        query, key, value = ctx.saved_tensors
+        if uses_fp32_matmul(query.device, query.dtype):
+            # The fused kernel in fp32, after a second forward pass.
+            with torch.enable_grad():
+                q, k, v = (x.detach().float().requires_grad_() for x in (query, key, value))
+                grads = torch.autograd.grad(_fused_attention(q, k, v, ctx.scale), (q, k, v), grad_outputs[0].float())
+            return grads[0].to(query.dtype), grads[1].to(key.dtype), grads[2].to(value.dtype), None
+        q, grad = (x.unflatten(1, (key.shape[1], -1)) for x in (query, grad_outputs[0]))
+        k, v = (x.flatten(0, 1) for x in (key, value))
+        k_wide, v_wide = k.float(), v.float()
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k_wide), torch.zeros_like(v_wide)
+        for first in range(0, q.shape[3], QUERIES_PER_BLOCK):
+            rows = slice(first, min(first + QUERIES_PER_BLOCK, q.shape[3]))
+            seen = slice(0, rows.stop)
+            q_block, grad_block = (x[..., rows, :].reshape(len(k), -1, x.shape[-1]) for x in (q, grad))
+            scores, grad_probs = (
+                x.float().bmm(y[:, seen].mT).unflatten(1, (-1, rows.stop - first))
+                for x, y in ((q_block, k_wide), (grad_block, v_wide))
+            )
+            probs, grad_scores = (
+                x.flatten(1, 2) for x in _softmax_backward(scores, grad_probs, first, ctx.scale, query.dtype)
+            )
+            grad_v[:, seen] += probs.mT.bmm(grad_block)
+            grad_k[:, seen] += grad_scores.mT.bmm(q_block)
+            grad_q[..., rows, :] = grad_scores.bmm(k[:, seen]).view_as(grad_q[..., rows, :])
+        return grad_q.view_as(query), grad_k.view_as(key).to(key.dtype), grad_v.view_as(value).to(value.dtype), None
 
 
 def segmented_attention(
@@ -194,13 +258,9 @@ def segmented_attention(
     segments: Segments | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Compute attention within each segment; plain SDPA without segments. An attention function of transformers.
+    """Compute attention [B, T, H, D] within each segment; plain SDPA without segments.
 
-    Args:
-        segments: a keyword argument of the model's forward.
-
-    Returns:
-        [B, T, H, D] and None instead of attention weights.
+    An attention function of transformers. segments: a keyword argument of the model's forward.
 
     Raises:
         ValueError: the segments do not cover the T tokens, or there is a mask or dropout.

@@ -17,10 +17,7 @@ def cross_entropy_(logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None
 
     Overwrites the logits with d(sum of weight * nats) / d(logits), in their dtype. Arithmetic is fp32.
 
-    Args:
-        logits_NV: logits.
-        labels_N: int64, each in [0, V).
-        weights_N: fp32 weight of each row's gradient; None is 1 everywhere.
+    labels_N: int64, each in [0, V). weights_N: fp32 weight of each row's gradient; None is 1 everywhere.
     """
     weights_N = torch.ones(len(labels_N), device=logits_NV.device) if weights_N is None else weights_N
     at_label = torch.arange(len(labels_N), device=logits_NV.device), labels_N
@@ -46,9 +43,8 @@ def softmax_(logits_NV: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
 
 def rows_per_block(logits_NV: Tensor) -> int:
     """Return how many rows of logits one block holds, at least 1."""
-    values = (
-        SOFTMAX_BLOCK_VALUES["cuda"] if logits_NV.is_cuda else SOFTMAX_BLOCK_VALUES["cpu"] * torch.get_num_threads()
-    )
+    on_gpu = logits_NV.is_cuda
+    values = SOFTMAX_BLOCK_VALUES["cuda"] if on_gpu else SOFTMAX_BLOCK_VALUES["cpu"] * torch.get_num_threads()
     return max(1, values // logits_NV.shape[1])
 
 

@@ -21,9 +21,7 @@ _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 def dequantize(packed: Tensor, state: Any) -> Tensor:
     """Return the weight [O, D] in the dtype of its state; on a GPU, in a buffer that the next call overwrites.
 
-    Args:
-        packed: uint8, two values per byte.
-        state: bitsandbytes QuantState.
+    packed: uint8, two values per byte. state: QuantState of bitsandbytes.
     """
     from bitsandbytes.functional import dequantize_4bit
 

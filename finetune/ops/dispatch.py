@@ -10,7 +10,7 @@ import functools
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -20,43 +20,26 @@ from finetune.ops.limits import COMPILE_FROM_FLOPS
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Whether this process compiles its kernels.
+STATE = SimpleNamespace(compiled=False)
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class CompileState:
-    """Whether this process compiles its kernels."""
-
-    compiled: bool = False
-
-
-STATE = CompileState()
 
 
 def configure_compile(device: torch.device, flops: float, wanted: bool | None = None) -> str:
     """Choose compiled or plain kernels for this process, once and before the first step.
 
-    Args:
-        device: where the run computes.
-        flops: floating-point operations of the whole run.
-        wanted: `train.compile`; None decides by `flops`.
-
-    Returns:
-        A log line with the choice and the reason.
+    flops: floating-point operations of the whole run. wanted: `train.compile`; None decides by `flops`.
+    Returns: a log line with the choice and the reason.
     """
-    reason = _reason_against(device, flops, wanted)
+    reason = None
+    if wanted is False:
+        reason = "train.compile=false"
+    elif wanted is None and flops < COMPILE_FROM_FLOPS:
+        reason = "the run is too short to recover the compile time"
+    elif device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        reason = "no C++ compiler on PATH"
     STATE.compiled = reason is None
     return "compile: on" if STATE.compiled else f"compile: off ({reason})"
-
-
-def _reason_against(device: torch.device, flops: float, wanted: bool | None) -> str | None:
-    if wanted is False:
-        return "train.compile=false"
-    if wanted is None and flops < COMPILE_FROM_FLOPS:
-        return "the run is too short to recover the compile time"
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        return "no C++ compiler on PATH"
-    return None
 
 
 def fused(function: Callable[P, R]) -> Callable[P, R]:
@@ -78,9 +61,7 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
             return compiled(*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
-        except (
-            RuntimeError
-        ) as error:  # base class of compiler errors; an error of the kernel itself is raised again below
+        except RuntimeError as error:  # of the compiler; an error of the kernel itself is raised again below
             failed = True
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             _log.warning("%s could not be compiled and runs as plain torch: %s", function.__name__, first_line)

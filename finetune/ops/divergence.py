@@ -3,7 +3,8 @@
 Nats are those of the distributions at the temperature, without Hinton's factor temperature squared, as in TRL.
 Shapes: N rows, V vocabulary rows, K ids of a sparse teacher.
 Sources: Agarwal et al. 2024, arXiv:2306.13649 (generalized JSD); Ko et al. 2024, arXiv:2402.03898 (skew KL);
-Anshumann et al. 2025, arXiv:2503.16870 (a sampled teacher leaves the gradient of forward KL unbiased).
+Anshumann et al. 2025, arXiv:2503.16870 (a sampled teacher leaves the gradient of forward KL unbiased); Cover and Thomas
+2006, section 2.8 (data processing inequality: merging outcomes cannot increase a KL).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from torch import Tensor
 from finetune.ops.cross_entropy import rows_per_block, softmax_
 from finetune.ops.dispatch import fused
 from finetune.ops.limits import SOFTMAX_BLOCK_VALUES
+
+# Below this, 1 - (mass of the K tokens) is rounding error in fp32.
+_LEAST_MASS = 1e-6
 
 
 def divergence_(
@@ -56,17 +60,40 @@ def sampled_kl_(logits_NV: Tensor, ids_NK: Tensor, probs_NK: Tensor, weights_N: 
     mass_N1 = probs_NK.sum(-1, keepdim=True)
     highest_N, log_sum_N = softmax_(logits_NV, weights_N * mass_N1.squeeze(1))
     log_probs_NK = (logits_NK - highest_N[:, None]) - log_sum_N[:, None]
+    # The sum of probs of each id in its row: repeated ids have the same sum.
+    rows = max(1, SOFTMAX_BLOCK_VALUES["cpu"] // ids_NK.shape[1] ** 2)
+    blocks = zip(ids_NK.split(rows), probs_NK.split(rows), strict=True)
+    totals = [((ids[:, :, None] == ids[:, None, :]) * probs[:, None, :]).sum(-1) for ids, probs in blocks]
     # Near the teacher's softmax, the difference of two values rounded to bf16 would be noise.
-    difference_NK = mass_N1 * log_probs_NK.exp() - _totals(ids_NK, probs_NK)
+    difference_NK = mass_N1 * log_probs_NK.exp() - torch.cat(totals)
     logits_NV[at_ids] = (difference_NK * weights_N[:, None]).to(logits_NV.dtype)
     return -(probs_NK * log_probs_NK).sum(-1)
 
 
-def _totals(ids_NK: Tensor, probs_NK: Tensor) -> Tensor:
-    """Return the sum of probs of each id in its row [N, K]; repeated ids have the same sum."""
-    rows = max(1, SOFTMAX_BLOCK_VALUES["cpu"] // ids_NK.shape[1] ** 2)
-    blocks = zip(ids_NK.split(rows), probs_NK.split(rows), strict=True)
-    return torch.cat([((ids[:, :, None] == ids[:, None, :]) * probs[:, None, :]).sum(-1) for ids, probs in blocks])
+def bucketed_kl_(logits_NV: Tensor, ids_NK: Tensor, log_probs_NK: Tensor, weights_N: Tensor) -> Tensor:
+    """Return forward KL in nats [N], fp32, unweighted, where all tokens but the K are one outcome on both sides.
+
+    This is a lower bound of the exact KL, and 0 where both distributions agree. Overwrites the student's logits with
+    the weighted gradient, in their dtype. Arithmetic is fp32.
+
+    Args:
+        logits_NV: the student's logits.
+        ids_NK: int64, each in [0, V), without repetition in a row.
+        log_probs_NK: fp32; the probabilities sum to at most 1.
+        weights_N: fp32 weight of each row's gradient.
+    """
+    at_ids = torch.arange(len(ids_NK), device=ids_NK.device)[:, None], ids_NK
+    logits_NK = logits_NV[at_ids].float()
+    probs_NK = log_probs_NK.exp()
+    rest_N = (1 - probs_NK.sum(-1)).clamp_min(0)
+    highest_N, log_sum_N = softmax_(logits_NV, weights_N)
+    log_q_NK = (logits_NK - highest_N[:, None]) - log_sum_N[:, None]
+    q_NK = log_q_NK.exp()
+    rest_q_N = (1 - q_NK.sum(-1)).clamp_min(_LEAST_MASS)
+    # Gradient of a token outside the K: q_j * (1 - rest / rest_q).
+    logits_NV.mul_((1 - rest_N / rest_q_N)[:, None])
+    logits_NV[at_ids] = ((q_NK - probs_NK) * weights_N[:, None]).to(logits_NV.dtype)
+    return (probs_NK * (log_probs_NK - log_q_NK)).sum(-1) + torch.special.xlogy(rest_N, rest_N / rest_q_N)
 
 
 @fused

@@ -15,9 +15,9 @@ LOGITS_VALUES = {"cpu": 2**25, "cuda": 2**26}
 SOFTMAX_BLOCK_VALUES = {"cpu": 2**19, "cuda": 2**24}
 # Rows of a forward pass and tokens of a document are padded to a multiple. CPU kernels are compiled for each shape.
 ROWS_MULTIPLE, DOCUMENT_TOKENS_MULTIPLE = 64, 32
-# From this document length in tokens on, torch's fused attention backward is as fast as ops/cpu_attention.py.
+# From this document length in tokens on, torch's fused attention backward is as fast as that of ops/attention.py.
 FUSED_ATTENTION_FROM_TOKENS = 513
-# Queries per block in ops/cpu_attention.py.
+# Queries per block of the attention backward pass on a CPU.
 QUERIES_PER_BLOCK = 128
 # Rows per pass of the fused MLP on a CPU. With more, the allocator maps the inner matrices anew each time (10 % of a
 # layer's time at 16,384 rows), and a backward pass holds up to 17 of them.

@@ -62,17 +62,13 @@ def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
 
 def swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
     """down(silu(gate(x)) * up(x)); x: [..., D]."""
-    if _passes_in_blocks(x, gate, up, down):
+    plain = all(p.quant_state is None and not (p.adapter and p.adapter.dropout) for p in (gate, up, down))
+    if plain and x.device.type == "cpu" and x.is_contiguous() and not torch.is_grad_enabled():
         y = torch.empty_like(x)
         for x_BD, y_BD in zip(*(t.view(-1, x.shape[-1]).split(MLP_FORWARD_ROWS) for t in (x, y)), strict=True):
             y_BD.copy_(_swiglu_mlp(x_BD, gate, up, down))
         return y
     return _swiglu_mlp(x, gate, up, down)
-
-
-def _passes_in_blocks(x: Tensor, *projections: Projection) -> bool:
-    plain = all(p.quant_state is None and not (p.adapter and p.adapter.dropout) for p in projections)
-    return plain and x.device.type == "cpu" and x.is_contiguous() and not torch.is_grad_enabled()
 
 
 def _swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
@@ -81,16 +77,13 @@ def _swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -
     # A frozen down saves nothing. Outside the function, gradient checkpointing does not recompute it.
     inside = projections if down.adapter else projections[:2]
     x_TD = x.reshape(-1, x.shape[-1])
-    outputs = [_SwigluMlp.apply(x_BD, inside, *factors) for x_BD in x_TD.split(_rows_at_once(x_TD, projections))]
+    # All rows on a GPU, and with dropout: blocks would draw other masks from the same seed.
+    whole = x.device.type != "cpu" or any(p.adapter and p.adapter.dropout for p in projections)
+    blocks = x_TD.split(len(x_TD) if whole else MLP_ROWS)
+    outputs = [_SwigluMlp.apply(x_BD, inside, *factors) for x_BD in blocks]
     if not down.adapter:
         outputs = [project(y_BI, (down,))[0] for y_BI in outputs]
     return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).view(x.shape)
-
-
-def _rows_at_once(x_TD: Tensor, projections: Sequence[Projection]) -> int:
-    """All rows on a GPU, and with dropout: blocks would draw other masks from the same seed."""
-    drops = any(p.adapter and p.adapter.dropout for p in projections)
-    return len(x_TD) if drops or x_TD.device.type != "cpu" else MLP_ROWS
 
 
 class _Project(torch.autograd.Function):

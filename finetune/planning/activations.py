@@ -24,7 +24,7 @@ _FUSED_GROUPS = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"o_proj"}
 _SOFTMAX_VALUES = {"cuda": limits.SOFTMAX_BLOCK_VALUES["cuda"], "cpu": 2 * limits.SOFTMAX_BLOCK_VALUES["cpu"]}
 # Temporaries of a softmax block: three fp32 values per logit; with a teacher four more (ops/divergence.py).
 _SOFTMAX_BYTES, _DIVERGENCE_BYTES = 12, 28
-# ops/cpu_attention.py: fp32 values alive per pair of query and key.
+# ops/attention.py: fp32 values alive per pair of query and key.
 _SCORE_BYTES = 20
 # Bytes alive per value [T, I] in the MLP's backward pass, per kind of elementwise kernel. Plain torch: eight fp32
 # values of swiglu_backward_ (gate, up, gradient, sigmoid, four products) and the 16-bit gradient. Compiled: one pass.

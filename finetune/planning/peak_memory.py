@@ -44,7 +44,7 @@ CONTEXT_BYTES = 512 * MIB
 # Added to everything but weights before a run counts as fitting: the error of predictions, and on a GPU, which has not
 # been measured yet, blocks that the allocator cannot reuse.
 MARGIN = {"cuda": 0.18, "cpu": 0.10}
-# losses/teacher_targets.py: bytes of a sampled token, its id and its probability.
+# losses/distillation.py: bytes of a sampled token, its id and its probability.
 _SAMPLED_BYTES = 8 + 4
 
 _FIXED = {"process and libraries", "tokenizers", "teacher"}

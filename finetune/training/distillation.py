@@ -25,9 +25,7 @@ from finetune.distill.schedule import Schedule
 from finetune.distill.teacher import build_teacher, check_vocabulary, check_width
 from finetune.evaluation.sampling import sample_answers
 from finetune.evaluation.scoring import agreement
-from finetune.losses.distillation import Distillation
-from finetune.losses.divergence import DistillLossWeights
-from finetune.losses.teacher_targets import Teacher
+from finetune.losses.distillation import Distillation, DistillLossWeights, Teacher
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.system.console import Log
 

@@ -12,7 +12,8 @@ from bitsandbytes.functional import dequantize_4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
-from finetune.models.adapters.attach import attach_lora, check_adapter, save_adapter
+from finetune.models.adapters.attach import attach_lora
+from finetune.models.adapters.files import check_adapter, save_adapter
 from finetune.models.adapters.inits import lora_layers
 from finetune.models.load import load_base, quiet
 from finetune.models.quant import four_bit

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
-from finetune.models.adapters.attach import attach_lora, check_adapter, save_adapter
+from finetune.models.adapters.attach import attach_lora
+from finetune.models.adapters.files import check_adapter, save_adapter
 from finetune.models.adapters.inits import lora_layers
 from finetune.models.load import load_base, quiet
 from tests.models import save_tiny_base

@@ -18,7 +18,8 @@ from finetune.data.encoded import IGNORE_INDEX
 from finetune.evaluation.decoding import Decoding
 from finetune.losses.cross_entropy import CrossEntropy, score
 from finetune.models import fused as fused_module
-from finetune.models.adapters.attach import attach_lora, check_adapter, save_adapter
+from finetune.models.adapters.attach import attach_lora
+from finetune.models.adapters.files import check_adapter, save_adapter
 from finetune.models.fused import FusedDecoderLayer, fuse_layers
 from finetune.models.load import load_base
 from finetune.system.errors import ConfigError

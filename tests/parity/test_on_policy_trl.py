@@ -13,8 +13,7 @@ from finetune.data.encoded import IGNORE_INDEX
 from finetune.distill.on_policy import OnPolicySampler
 from finetune.distill.resident import ResidentTeacher
 from finetune.evaluation.sampling import sample_answers
-from finetune.losses.distillation import Distillation
-from finetune.losses.divergence import DistillLossWeights
+from finetune.losses.distillation import Distillation, DistillLossWeights
 from tests.models import random_qwen2
 
 WORDS, STOP = 97, 5

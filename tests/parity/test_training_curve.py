@@ -18,7 +18,8 @@ from finetune.data.encoded import IGNORE_INDEX
 from finetune.data.loader import load_chat_template, load_data
 from finetune.data.packing import SequenceOrder
 from finetune.data.tokens.prepare import Preparation
-from finetune.models.adapters.attach import attach_lora, save_adapter
+from finetune.models.adapters.attach import attach_lora
+from finetune.models.adapters.files import save_adapter
 from finetune.models.load import load_base, load_tokenizer
 from tests.runs import metrics, small_run
 

@@ -12,8 +12,7 @@ from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.gguf.file import PlannedTensor, count_types, start_writer, write_file
 from finetune.export.gguf.names import ARCHITECTURE, linear_name
 from finetune.export.gguf.types import NumberType, number_type, storage_type
-from finetune.models.adapters.config import scaling_of
-from finetune.models.adapters.files import PREFIX, SavedAdapter, fetch_adapter
+from finetune.models.adapters.files import PREFIX, SavedAdapter, fetch_adapter, scaling_of
 from finetune.system.errors import ConfigError
 from finetune.system.format import format_bytes
 

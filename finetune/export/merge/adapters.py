@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from finetune.export.merge.deltas import Delta, LowRank, NewRows, Replaced
-from finetune.models.adapters.config import other_base, other_updates, scaling_of
-from finetune.models.adapters.files import PREFIX, SavedAdapter, token_ids
+from finetune.models.adapters.files import PREFIX, SavedAdapter, other_base, other_updates, scaling_of, token_ids
 from finetune.models.safetensors_index import Stored
 from finetune.system.errors import ConfigError
 

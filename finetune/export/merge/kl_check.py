@@ -25,7 +25,7 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.distill.resident import ResidentTeacher, load_resident
 from finetune.evaluation.scoring import Perplexity, agreement, evaluate
-from finetune.losses.teacher_targets import TeacherHidden
+from finetune.losses.distillation import TeacherHidden
 from finetune.models.adapters.files import SavedAdapter, load_adapter
 from finetune.models.adapters.trained import Trained
 from finetune.models.fused import fuse_layers

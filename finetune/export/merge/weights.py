@@ -19,7 +19,7 @@ from finetune.export.merge.deltas import Delta, combine_deltas
 from finetune.export.shards import Content, Planned
 from finetune.models.adapters.trained import Trained
 from finetune.models.hub import read_config
-from finetune.models.load import default_device, quantization_of, quiet
+from finetune.models.load import default_device, quiet
 from finetune.models.quant.four_bit_weights import QuantizedWeights, Rows
 from finetune.models.safetensors_index import Stored, read_rows
 from finetune.system.console import Log
@@ -80,17 +80,10 @@ def plan_merge(trained: Trained, base: str, options: MergeOptions, log: Log) -> 
 
 
 def _quantized(trained: Trained, log: Log) -> QuantizedWeights:
-    settings = quantization_of(trained.folder, trained.model, trained.quant)
-    assert settings is not None, "choose_base refuses a base that was not in 4 bit"
+    model, quant = trained.model, trained.quant
     with quiet():
         return QuantizedWeights(
-            trained.folder,
-            trained.files,
-            model=trained.model,
-            quant=trained.quant,
-            settings=settings,
-            device=default_device(),
-            log=log,
+            trained.folder, trained.files, model=model, quant=quant, device=default_device(), log=log
         )
 
 
@@ -130,7 +123,7 @@ def content_of(plan: MergePlan, tensor: Planned) -> Content:
         IntegrityError: while it is read, if the base's file is corrupt.
     """
     stored, delta = plan.stored[tensor.name], plan.deltas.get(tensor.name)
-    quantized = plan.quantized is not None and tensor.name in plan.quantized
+    quantized = plan.quantized is not None and tensor.name in plan.quantized.names
     if delta is None and not quantized and (tensor.shape, tensor.dtype) == (stored.shape, stored.dtype):
         return stored
     return _blocks(plan, tensor, stored, delta)
@@ -144,7 +137,7 @@ def _blocks(plan: MergePlan, tensor: Planned, stored: Stored, delta: Delta | Non
     height, width = tensor.shape[0], math.prod(tensor.shape[1:])
     step = max(_BLOCK // width, 1)
     read = _original(stored)
-    if plan.quantized is not None and tensor.name in plan.quantized:
+    if plan.quantized is not None and tensor.name in plan.quantized.names:
         read = plan.quantized.dequantized(tensor.name, lambda: read_rows(stored, 0, stored.shape[0]))
         # A block of rows must end where a block of the quantization ends.
         unit = plan.quantized.row_unit(tensor.name, width)

@@ -15,35 +15,23 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.config.schema import LoraConfig
-from finetune.models.adapters.files import (
-    AdapterKind,
-    check_adapter,
-    fetch_adapter,
-    load_adapter,
-    load_weights,
-    save_adapter,
-)
+from finetune.models.adapters.files import fetch_adapter, load_weights
 from finetune.models.adapters.inits import ADAPTER, INITS, initial_factors, initialize, measure_magnitudes
 from finetune.models.adapters.targets import Targets, plan_targets
 from finetune.models.hub import WEIGHT_FILES, fetch, read_tensor, weight_files
 from finetune.models.tokens import add_tokens, plan_token_ids
 from finetune.system.errors import ConfigError, IntegrityError
 
-__all__ = ["adapter_state", "attach_lora", "check_adapter", "load_adapter", "load_adapter_state", "save_adapter"]
-
 _INITIAL = "initial."  # prefix of factors before the first step (PiSSA, OLoRA)
 
 
 def attach_lora(model: PreTrainedModel, cfg: LoraConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PeftModel:
-    """Attach trainable adapters to a frozen base, in place. Trained weights are fp32 for every dtype of the base.
+    """Attach a trainable adapter, `default`, to a frozen base, in place. Trained weights are fp32 for every base.
 
     Args:
         model: the base, from `load_base`.
         cfg: `lora` of the config.
         tokenizer: required by `lora.new_tokens`, which are added to it.
-
-    Returns:
-        A PEFT model with one adapter, `default`.
 
     Raises:
         ConfigError: lists every problem, before model or tokenizer change.
@@ -56,7 +44,15 @@ def attach_lora(model: PreTrainedModel, cfg: LoraConfig, tokenizer: PreTrainedTo
     start = None
     if cfg.init_adapter is not None:
         start = fetch_adapter(cfg.init_adapter)
-        start.check_same_kind(_kind(model, cfg, targets, token_ids))
+        start.check_same_kind(
+            base=str(model.name_or_path),
+            ranks=targets.ranks,
+            alpha=cfg.alpha,
+            alpha_pattern=cfg.alpha_pattern,
+            rslora=cfg.rslora,
+            dora=cfg.dora,
+            new_tokens=token_ids,
+        )
     if tokenizer is not None and token_ids:
         add_tokens(model, tokenizer, cfg.new_tokens)
     config = _peft_config(model, cfg, targets, token_ids)
@@ -72,18 +68,6 @@ def attach_lora(model: PreTrainedModel, cfg: LoraConfig, tokenizer: PreTrainedTo
     if start is not None:
         load_weights(peft_model, start)
     return peft_model
-
-
-def _kind(model: PreTrainedModel, cfg: LoraConfig, targets: Targets, token_ids: dict[str, list[int]]) -> AdapterKind:
-    return AdapterKind(
-        base=str(model.name_or_path),
-        ranks=targets.ranks,
-        alpha=cfg.alpha,
-        alpha_pattern=cfg.alpha_pattern,
-        rslora=cfg.rslora,
-        dora=cfg.dora,
-        new_tokens=token_ids,
-    )
 
 
 def _peft_config(

@@ -1,11 +1,11 @@
-"""Adapters on disk: PEFT folders, written offline and read back for verification."""
+"""Adapters on disk: PEFT folders, written offline and read back for verification; what their config says."""
 
 from __future__ import annotations
 
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.models.adapters.inits import ADAPTER, initial_factors
-from finetune.models.hub import TEXT_FILES, fetch, read_json, tensor_names
+from finetune.models.hub import TEXT_FILES, fetch, read_json
+from finetune.models.module_matching import matches_key
+from finetune.models.safetensors_index import read_header
 from finetune.models.tokens import embedding_rows
 from finetune.system.errors import ConfigError, IntegrityError
 
@@ -25,6 +27,14 @@ CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MASTER = ".parametrizations.weight.original"  # name of a parametrized weight in torch
 _MASTER_BIAS = ".parametrizations.bias.original"
 PREFIX = "base_model.model."  # of every tensor in an adapter file
+# Settings of PEFT with another update. This package writes none of them.
+_OTHER_UPDATES = (
+    "alora_invocation_tokens arrow_config fan_in_fan_out kasa_config layer_replication lora_bias megatron_config "
+    "monteclora_config target_parameters use_bdlora use_qalora velora_config"
+).split()
+# Inits that do not change the base. After other inits the base holds the residual; this package saves such an adapter
+# as the difference to its start, with init True.
+_KEEPS_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal")
 
 
 def save_adapter(
@@ -44,8 +54,7 @@ def save_adapter(
         model: the trained model.
         folder: an existing folder.
         tokenizer: saved too, with its chat template and new tokens.
-        base_name: replaces the base's name from `load_base`.
-        revision: replaces the base's revision.
+        base_name, revision: replace those of the base from `load_base`.
     """
     folder = Path(folder)
     save_file(file_tensors(model), folder / TENSOR_FILE, metadata={"format": "pt"})
@@ -121,7 +130,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if not file.is_file():
         pickle = "\nhelp: a pickle (adapter_model.bin) can run code: convert it" if any(folder.glob("*.bin")) else ""
         raise ConfigError(f"{folder}: not an adapter, it has no {TENSOR_FILE}{pickle}")
-    tensor_names(file)
+    read_header(file)  # refuses a corrupt file
     tensors = load_file(file)
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise IntegrityError(f"{file}: NaN or infinity in {len(bad)} tensors: {', '.join(bad[:5])}")
@@ -134,10 +143,11 @@ def _incomplete(tensors: dict[str, Tensor]) -> Iterator[str]:
     if not factors:
         yield "no lora_A and lora_B"
     for name in factors:
-        partner = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
+        is_A = ".lora_A." in name
+        partner = name.replace(".lora_A.", ".lora_B.") if is_A else name.replace(".lora_B.", ".lora_A.")
         if partner not in tensors:
             yield f"{partner} is missing"
-        elif ".lora_A." in name and tensors[name].shape[0] != tensors[partner].shape[1]:
+        elif is_A and tensors[name].shape[0] != tensors[partner].shape[1]:
             yield f"{name} has rank {tensors[name].shape[0]}, its lora_B has {tensors[partner].shape[1]}"
 
 
@@ -150,9 +160,25 @@ class SavedAdapter:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
 
-    def check_same_kind(self, wanted: AdapterKind) -> None:
-        """Raise ConfigError with both values of every property that differs from the configured adapter."""
-        there, here = vars(self._kind()), vars(wanted)
+    def check_same_kind(self, **here: Any) -> None:
+        """Raise ConfigError with both values of every property that differs from the configured adapter.
+
+        here: base, ranks by full name of the adapted module, alpha, alpha_pattern, rslora, dora, and new_tokens: token
+        ids by name of the embedding module.
+        """
+        there = {
+            "base": str(self.config.get("base_model_name_or_path")),
+            "ranks": {
+                name.removeprefix(PREFIX).partition(".lora_A.")[0]: len(tensor)
+                for name, tensor in self.tensors.items()
+                if ".lora_A." in name
+            },
+            "alpha": self.config.get("lora_alpha", 8),
+            "alpha_pattern": self.config.get("alpha_pattern") or {},
+            "rslora": bool(self.config.get("use_rslora")),
+            "dora": bool(self.config.get("use_dora")),
+            "new_tokens": token_ids(self.config),
+        }
         differing = [key for key in here if here[key] != there[key]]
         # A hub id and a local copy of it differ in all but the last part.
         if "base" in differing and Path(there["base"]).name.lower() == Path(here["base"]).name.lower():
@@ -160,36 +186,6 @@ class SavedAdapter:
         if differing:
             shown = [f"{key}: found {_show(there[key])}, the config has {_show(here[key])}" for key in differing]
             raise ConfigError(f"lora.init_adapter={self.name}: another kind of adapter; {'; '.join(shown)}")
-
-    def _kind(self) -> AdapterKind:
-        config = self.config
-        ranks = {
-            name.removeprefix(PREFIX).partition(".lora_A.")[0]: len(tensor)
-            for name, tensor in self.tensors.items()
-            if ".lora_A." in name
-        }
-        return AdapterKind(
-            base=str(config.get("base_model_name_or_path")),
-            ranks=ranks,
-            alpha=config.get("lora_alpha", 8),
-            alpha_pattern=config.get("alpha_pattern") or {},
-            rslora=bool(config.get("use_rslora")),
-            dora=bool(config.get("use_dora")),
-            new_tokens=token_ids(config),
-        )
-
-
-@dataclass(frozen=True)
-class AdapterKind:
-    """The properties that two adapters must share to load the weights of one into the other."""
-
-    base: str
-    ranks: dict[str, int]  # by full name of the adapted module
-    alpha: float
-    alpha_pattern: dict[str, float]
-    rslora: bool
-    dora: bool
-    new_tokens: dict[str, list[int]]  # token ids by name of the embedding module
 
 
 def token_ids(config: dict[str, Any]) -> dict[str, list[int]]:
@@ -206,12 +202,26 @@ def _show(value: Any) -> str:
     return str(value)
 
 
-def fetch_adapter(name: str, key: str = "lora.init_adapter") -> SavedAdapter:
-    """Read an adapter from a local folder or the hub.
+def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """Return PEFT's factor of B A for a module: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((alpha for key, alpha in patterns.items() if matches_key(key, module)), config.get("lora_alpha", 8))
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
-    Args:
-        name: folder or hub id.
-        key: the config key of `name`, for messages.
+
+def other_updates(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the settings of an adapter whose update is not scaling * B A."""
+    return (f"{key}={config[key]}: the update is not scaling * B A" for key in _OTHER_UPDATES if config.get(key))
+
+
+def other_base(config: Mapping[str, Any]) -> str | None:
+    """Return the init after which an adapter needs other weights than its base, else None."""
+    init = str(config.get("init_lora_weights")).lower()
+    return None if init in _KEEPS_BASE else init
+
+
+def fetch_adapter(name: str, key: str = "lora.init_adapter") -> SavedAdapter:
+    """Read an adapter from a local folder or the hub. key: the config key of `name`, for messages.
 
     Raises:
         ConfigError: there is no adapter.

@@ -43,44 +43,31 @@ def plan_targets(model: PreTrainedModel, cfg: LoraConfig) -> Targets:
     if spec == ALL_LINEAR:
         spec = list(family_of(model.config.model_type, "the model").linear_modules)
     every = [name for name, _ in model.named_modules() if name]
-    names = [name for name in every if _matches_spec(spec, name) and _in_layers(name, cfg.layers_to_transform)]
+    if isinstance(spec, list):
+        matched = {wanted: [name for name in every if ends_with(name, wanted)] for wanted in spec}
+    else:
+        matched = {spec: [name for name in every if re.fullmatch(spec, name)]}
+    names = [name for name in every if any(name in found for found in matched.values())]
+    if (layers := cfg.layers_to_transform) is not None:
+        names = [name for name in names if (number := _LAYER_NUMBER.search(name)) and int(number[1]) in layers]
+    patterns = cfg.rank_pattern.items()
+    ranks = {name: next((rank for key, rank in patterns if matches_key(key, name)), cfg.rank) for name in names}
     # PEFT matches any suffix, so that `norm` would mean every input_layernorm as well.
     saved = [name for name in every if any(ends_with(name, suffix) for suffix in cfg.modules_to_save)]
-    targets = Targets(spec, {name: _rank(cfg, name) for name in names}, saved)
+    targets = Targets(spec, ranks, saved)
     problems = [
-        *_unmatched(model, spec, every),
-        *_layers(model, cfg),
-        *_not_linear(model, names),
-        *_patterns(cfg, names),
-        *_saved(model, cfg, targets, every),
-        *_init(model, cfg, targets),
+        f"lora.target_modules: {wanted!r} matches no module; {close_names(wanted, linear_names(model))}"
+        for wanted, found in matched.items()
+        if not found
     ]
+    problems += _layers(model, cfg)
+    problems += _not_linear(model, names)
+    problems += _patterns(cfg, names)
+    problems += _saved(model, cfg, targets, every)
+    problems += _init(model, cfg, targets)
     if problems:
         raise ConfigError("\n".join(problems))
     return targets
-
-
-def _matches_spec(spec: list[str] | str, name: str) -> bool:
-    if isinstance(spec, list):
-        return any(ends_with(name, wanted) for wanted in spec)
-    return re.fullmatch(spec, name) is not None
-
-
-def _in_layers(name: str, layers: list[int] | None) -> bool:
-    number = _LAYER_NUMBER.search(name)
-    return layers is None or (number is not None and int(number[1]) in layers)
-
-
-def _rank(cfg: LoraConfig, name: str) -> int:
-    return next((rank for key, rank in cfg.rank_pattern.items() if matches_key(key, name)), cfg.rank)
-
-
-def _unmatched(model: nn.Module, spec: list[str] | str, every: list[str]) -> Iterator[str]:
-    patterns: list[list[str] | str] = [[name] for name in spec] if isinstance(spec, list) else [spec]
-    for pattern in patterns:
-        if not any(_matches_spec(pattern, name) for name in every):
-            shown = pattern[0] if isinstance(pattern, list) else pattern
-            yield f"lora.target_modules: {shown!r} matches no module; {close_names(shown, linear_names(model))}"
 
 
 def _layers(model: PreTrainedModel, cfg: LoraConfig) -> Iterator[str]:

@@ -24,11 +24,9 @@ from finetune.system.errors import ConfigError
 
 @dataclass(frozen=True)
 class Trained:
-    """Adapters on one base.
+    """Adapters on one base. cfg: config of the first adapter's run; None if another program trained it.
 
-    cfg: config of the first adapter's run; None if another program trained it.
-    model, quant: how training loaded the base; defaults without a run.
-    folder: the base's files.
+    model, quant: how training loaded the base; defaults without a run. folder, weights: of the base.
     """
 
     adapters: list[SavedAdapter]
@@ -107,10 +105,9 @@ def kept_in_training(trained: Trained) -> dict[str, list[str]]:
     if trained.quant.type == "none" or not (trained.quant.skip_modules or trained.quant.int8):
         return {}
     skeleton = build_skeleton(trained.folder, torch.bfloat16, "eager")
-    head = head_name(skeleton)
     kept: dict[str, list[str]] = {}
     for name, kind in storage_in(skeleton, trained.quant).items():
-        if kind != trained.quant.type and name != head:
+        if kind != trained.quant.type and name != head_name(skeleton):
             kept.setdefault(kind, []).append(name)
     return kept
 
@@ -123,20 +120,14 @@ def compensates_quantization(cfg: RunConfig | None) -> bool:
 
 
 def choose_base(trained: Trained, wanted: Base) -> tuple[str, str]:
-    """Return `original` or `dequantized`, and the reason.
-
-    Raises:
-        ConfigError: dequantized weights of a base that was not in 4 bit.
-    """
+    """Return `original` or `dequantized`, and the reason. Raises: ConfigError if `wanted` needs a 4-bit base."""
     four_bit = trained.quant.type == "nf4"
     if wanted == "dequantized" and not four_bit:
         raise ConfigError(
             f"base=dequantized: needs an adapter trained on a 4-bit base, found quant.type={trained.quant.type}"
         )
-    compensates = four_bit and (
-        compensates_quantization(trained.cfg)
-        or str(trained.adapters[0].config.get("init_lora_weights")).lower() == "loftq"
-    )
+    init = str(trained.adapters[0].config.get("init_lora_weights")).lower()
+    compensates = four_bit and (compensates_quantization(trained.cfg) or init == "loftq")
     if wanted == "auto":
         if compensates:
             return "dequantized", "the adapter compensates the error of quantization"

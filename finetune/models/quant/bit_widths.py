@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from finetune.config.schema import QuantConfig
 from finetune.models.module_matching import close_names, matches
 from finetune.system.errors import ConfigError
-
-if TYPE_CHECKING:
-    from finetune.config.schema import QuantConfig
 
 # Weights per scale, and scales per second-level scale with double quantization.
 _BLOCK, _OUTER_BLOCK = 64, 256
@@ -20,15 +17,11 @@ _SHOWN = 3
 def storage_of(cfg: QuantConfig, linears: Sequence[str], head: str) -> dict[str, str]:
     """Return the storage of each linear layer as a value of `quant.type`; none is the model's own dtype.
 
-    Args:
-        cfg: `quant` of the config.
-        linears: full names of all linear layers.
-        head: the output layer, which is never quantized.
+    linears: full names of all linear layers. head: the output layer, which is never quantized.
 
     Raises:
         ConfigError: lists every entry of `quant.skip_modules` and `quant.int8` that matches no layer, and every layer
-            that
-            both name.
+            that both name.
     """
     kept = {pattern: [name for name in linears if matches(pattern, name)] for pattern in cfg.skip_modules}
     # A glob over all layers excludes the head, which is never in 8 bit.
@@ -57,13 +50,8 @@ def stored_bytes(kind: str, shape: tuple[int, int], double: bool, dtype: str) ->
     """Return the bytes of a weight [out, in] and its scales.
 
     Lookup tables shared by all 4-bit weights, 1 kB each, do not count.
+    kind: from `storage_of`. double: whether scales are quantized too. dtype: of the model.
     Source: Dettmers et al. 2023, arXiv:2305.14314 (4 bit); 2022, arXiv:2208.07339 (8 bit, one scale per row).
-
-    Args:
-        kind: from `storage_of`.
-        shape: [out, in].
-        double: whether scales are quantized too.
-        dtype: of the model.
     """
     weights = shape[0] * shape[1]
     if kind == "none":

@@ -16,15 +16,15 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.models.digest import sha256_of
@@ -32,8 +32,6 @@ from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.format import format_bytes
 from finetune.system.locks import locked, try_lock
-
-Tensors = Mapping[str, Tensor]
 
 _LAYOUT = 1
 _MANIFEST = "manifest.json"
@@ -64,10 +62,11 @@ class QuantizedCache:
         text = json.dumps({"layout": _LAYOUT, **self.made_from}, sort_keys=True)
         return self.folder / hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def find(self) -> dict[str, Tensor] | None:
-        """Return all tensors, memory-mapped and verified, or None. Ranks on one machine share the pages.
+    def find(self) -> dict[str, dict[str, Tensor]] | None:
+        """Return the tensors of each layer, memory-mapped and verified, or None. Ranks on one machine share the pages.
 
-        They stay valid if the entry is removed. A write to a tensor does not change the file.
+        Keys of a layer: "" for its weight, the others are parts of its scales. The tensors stay valid if the entry is
+        removed. A write to a tensor does not change the file.
         """
         if not self.entry.is_dir():
             return None
@@ -80,7 +79,11 @@ class QuantizedCache:
                 sums = threads.map(sha256_of, [self.entry / name for name in parts])
                 if damaged := [name for name, found in zip(parts, sums, strict=True) if found != parts[name]]:
                     raise ValueError(f"{damaged[0]}: wrong SHA-256")
-            tensors = dict(item for name in parts for item in _read_part(self.entry / name))
+            layers: dict[str, dict[str, Tensor]] = {}
+            for part in parts:
+                for name, tensor in load_file(self.entry / part).items():
+                    layer, _, key = name.partition(".weight")
+                    layers.setdefault(layer, {})[key.removeprefix(".")] = tensor
             os.utime(self.entry)  # last use, for cleaning
         except PermissionError as error:
             self.log(f"quant.cache: {self.entry} cannot be read ({error.strerror}); quantizing again")
@@ -88,7 +91,7 @@ class QuantizedCache:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
             self.log(f"quant.cache: {self.entry} is corrupt ({error}); quantizing again")
             return None
-        return tensors
+        return layers
 
     @contextmanager
     def claim(self) -> Iterator[bool]:
@@ -111,8 +114,9 @@ class QuantizedCache:
             if lock is not None:
                 lock.release()
 
-    def write(self, modules: Iterable[Tensors], size_bytes: int) -> None:
-        """Write the tensors of all modules if the disk has space; call it inside a granted `claim`."""
+    def write(self, layers: Sequence[Mapping[str, Tensor]]) -> None:
+        """Write the tensors of all layers if the disk has space; call it inside a granted `claim`."""
+        size_bytes = sum(tensor.nbytes for tensors in layers for tensor in tensors.values())
         temporary = self.entry.with_name(f".{self.entry.name}.{os.getpid()}")
         try:
             self._clean()
@@ -120,7 +124,7 @@ class QuantizedCache:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             temporary.mkdir()
             sums = {}
-            for number, part in enumerate(_parts(modules)):
+            for number, part in enumerate(_parts(layers)):
                 file = temporary / f"part-{number:05d}.safetensors"
                 save_file(part, file)
                 sums[file.name] = sha256_of(file)
@@ -146,11 +150,11 @@ class QuantizedCache:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _parts(modules: Iterable[Tensors]) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors of whole modules on the CPU, in dicts of about `_PART_BYTES`."""
+def _parts(layers: Sequence[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of whole layers on the CPU, in dicts of about `_PART_BYTES`."""
     part: dict[str, Tensor] = {}
     size_bytes = 0
-    for tensors in modules:
+    for tensors in layers:
         for name, tensor in tensors.items():
             # safetensors rejects tensors that share memory (a table of all layers).
             part[name] = tensor.cpu().contiguous() if tensor.is_cuda else tensor.clone()
@@ -160,9 +164,3 @@ def _parts(modules: Iterable[Tensors]) -> Iterator[dict[str, Tensor]]:
             part, size_bytes = {}, 0
     if part:
         yield part
-
-
-def _read_part(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118, the handle is not a mapping
-            yield name, tensors.get_tensor(name)

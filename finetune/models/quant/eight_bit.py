@@ -7,33 +7,22 @@ Source: Dettmers et al. 2022, arXiv:2208.07339.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
 # Weights quantized at once on a CPU, in whole rows, with copies in fp16 and fp32.
 _CHUNK = 1 << 16
 
 
-def eight_bit_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield every 8-bit layer with its full name."""
+def replace_eight_bit_linears(base: nn.Module, names: Iterable[str]) -> None:
+    """Replace linear layers by 8-bit layers of bitsandbytes, whose weights follow later."""
     import bitsandbytes as bnb
 
-    for name, module in base.named_modules():
-        if isinstance(module, bnb.nn.Linear8bitLt):
-            yield name, module
-
-
-def replace_eight_bit_linears(base: nn.Module, names: Iterable[str], threshold: float) -> None:
-    """Replace linear layers by 8-bit layers of bitsandbytes, whose weights follow later.
-
-    threshold: inputs above it are outliers; from the settings of transformers for quant.type=int8.
-    """
-    import bitsandbytes as bnb
-
-    given = False
+    threshold = BitsAndBytesConfig().llm_int8_threshold  # of quant.type=int8
     for name in names:
         old: Any = base.get_submodule(name)
         with torch.device("meta"):
@@ -43,8 +32,6 @@ def replace_eight_bit_linears(base: nn.Module, names: Iterable[str], threshold: 
         new.bias, new.source_cls = old.bias, type(old)
         new.requires_grad_(False)
         base.set_submodule(name, new.train(old.training))
-        given = True
-    if given:
         # PEFT checks this before it adapts an 8-bit layer.
         vars(base)["is_loaded_in_8bit"] = True
 
@@ -93,11 +80,9 @@ def dequantize_rows(codes: Tensor, largest: Tensor, dtype: torch.dtype) -> Tenso
     return codes.to(dtype).mul_(largest[:, None] * (1.0 / 127.0))
 
 
-def quantize_loaded(base: nn.Module, names: Iterable[str], threshold: float) -> None:
+def quantize_loaded(base: nn.Module, names: Iterable[str]) -> None:
     """Convert plain linear layers with weights to 8-bit layers."""
-    names = list(names)
-    weights = {name: base.get_submodule(name).weight for name in names}
-    replace_eight_bit_linears(base, names, threshold)
     for name in names:
-        weight: Any = weights.pop(name)
+        weight: Any = base.get_submodule(name).weight
+        replace_eight_bit_linears(base, [name])
         put_rows(base.get_submodule(name), *quantize_rows(weight.data))

@@ -16,23 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models.digest import identity, weights_digest
 from finetune.models.hub import read_tensor
 from finetune.models.quant.cache import Log, QuantizedCache
-from finetune.models.quant.eight_bit import (
-    eight_bit_modules,
-    put_rows,
-    quantize_rows,
-    replace_eight_bit_linears,
-    rows_of,
-)
-from finetune.models.quant.quantize import storage_in
+from finetune.models.quant.eight_bit import put_rows, quantize_rows, replace_eight_bit_linears, rows_of
+from finetune.models.quant.quantize import quantization_config, quantized_layers, storage_in
+from finetune.models.safetensors_index import read_header
 from finetune.system.machine import malloc_trim
 from finetune.system.resources import cache_home
 
@@ -48,32 +42,22 @@ def load_four_bit(
     *,
     model: ModelConfig,
     quant: QuantConfig,
-    settings: BitsAndBytesConfig,
     attention: str,
     device: torch.device,
     log: Log,
 ) -> PreTrainedModel | None:
     """Load the base in 4 bit and eval mode, bit-identical to `from_pretrained`.
 
-    Args:
-        folder: the model folder.
-        files: the file of each tensor.
-        model: `model` of the config.
-        quant: `quant` of the config.
-        settings: from `quantization_config`.
-        attention: name of the attention kernel in transformers.
-        device: where the model is placed.
-        log: called with a line if the cache cannot be used.
-
-    Returns:
-        None if the files do not hold exactly the tensors of config.json. transformers may know their old names, or
-        reports what is wrong.
+    files: the file of each tensor. attention: name of the attention kernel in transformers. log: called with a line if
+    the cache cannot be used.
+    Returns: None if the files do not hold exactly the tensors of config.json. transformers may know their old names, or
+    reports what is wrong.
     """
     base = build_skeleton(folder, getattr(torch, model.dtype), attention)
     if not holds_all(files, base):
         return None
     storage = storage_in(base, quant)
-    quantizer = replace_linears(base, settings, storage, device)
+    quantizer = replace_linears(base, quant, storage, device)
     fill_plain(base, files, device)
     _fill_quantized(base, files, cache_of(files, model, quant, storage, device, log=log), device)
     base.hf_quantizer = quantizer
@@ -81,20 +65,18 @@ def load_four_bit(
     return base.eval()
 
 
-def replace_linears(
-    base: PreTrainedModel, settings: BitsAndBytesConfig, storage: Mapping[str, str], device: torch.device
-) -> Any:
+def replace_linears(base: PreTrainedModel, quant: QuantConfig, storage: Mapping[str, str], device: torch.device) -> Any:
     """Replace the linear layers of a skeleton by those of bitsandbytes; return the quantizer of transformers.
 
     storage: from `storage_of`. transformers supports one type per model, so the 8-bit layers are replaced afterwards.
     """
+    settings: Any = quantization_config(quant, storage)
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     placement = {"": device}
     quantizer.validate_environment(device_map=placement)
     base.config.quantization_config = settings
     quantizer.preprocess_model(model=base, dtype=base.dtype, device_map=placement, checkpoint_files=[])
-    eight = [name for name, kind in storage.items() if kind == "int8"]
-    replace_eight_bit_linears(base, eight, settings.llm_int8_threshold)
+    replace_eight_bit_linears(base, [name for name, kind in storage.items() if kind == "int8"])
     return quantizer
 
 
@@ -108,20 +90,10 @@ def build_skeleton(folder: Path, dtype: torch.dtype, attention: str) -> PreTrain
     return base
 
 
-def quantized_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield every 4-bit layer with its full name."""
-    import bitsandbytes as bnb
-
-    for name, module in base.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            yield name, module
-
-
 def resident_bytes(base: nn.Module) -> int:
     """Return the bytes that `keep_resident` needs."""
-    return sum(
-        module.weight.quant_state.shape.numel() * module.compute_dtype.itemsize for _, module in quantized_modules(base)
-    )
+    layers = [layer for _, layer in quantized_layers(base, "nf4")]
+    return sum(layer.weight.quant_state.shape.numel() * layer.compute_dtype.itemsize for layer in layers)
 
 
 def keep_resident(base: nn.Module) -> None:
@@ -131,7 +103,7 @@ def keep_resident(base: nn.Module) -> None:
     """
     from bitsandbytes.functional import dequantize_4bit
 
-    for _, module in quantized_modules(base):
+    for _, module in quantized_layers(base, "nf4"):
         # Dequantized to the dtype of the matmul, like the forward of bitsandbytes.
         state = copy(module.weight.quant_state)
         state.dtype = module.compute_dtype
@@ -144,10 +116,7 @@ def quantize(weight: Tensor, like: Any, each: Callable[..., Iterable[Any]] = map
     On a CPU this works in pieces. Blocks are independent, so the bits are the same at a fraction of the memory. A GPU
     kernel needs no copies and takes the whole matrix.
 
-    Args:
-        weight: the matrix.
-        like: the Params4bit with the options.
-        each: applies a function to pieces, like `map`.
+    like: the Params4bit with the options. each: applies a function to pieces, like `map`.
     """
     from bitsandbytes.functional import quantize_4bit, quantize_blockwise
 
@@ -204,11 +173,8 @@ def holds_all(files: Mapping[str, Path], base: PreTrainedModel) -> bool:
         wanted.pop(tied, None)
     if wanted.keys() != files.keys():
         return False
-    found = {}
-    for file in set(files.values()):
-        with safe_open(file, framework="pt") as tensors:
-            found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    return found == wanted
+    entries = (item for file in set(files.values()) for item in read_header(file)[1].items())
+    return {name: tuple(entry["shape"]) for name, entry in entries} == wanted
 
 
 def fill_plain(base: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
@@ -216,86 +182,79 @@ def fill_plain(base: PreTrainedModel, files: Mapping[str, Path], device: torch.d
 
     The cache does not copy them: at 0.5B the embedding alone would double its size.
     """
-    quantized = {f"{name}.weight" for name, _ in (*quantized_modules(base), *eight_bit_modules(base))}
-    for name in files.keys() - quantized:
+    quantized = [*quantized_layers(base, "nf4"), *quantized_layers(base, "int8")]
+    for name in files.keys() - {f"{layer}.weight" for layer, _ in quantized}:
         stored = read_tensor(files[name], name)
         tensor = stored.to(device=device, dtype=base.dtype)
         if tensor is stored and tensor.nbytes < _WORTH_MAPPING_BYTES:
             tensor = tensor.clone()
-        _put(base, name, nn.Parameter(tensor, requires_grad=False))
+        owner, _, key = name.rpartition(".")
+        setattr(base.get_submodule(owner), key, nn.Parameter(tensor, requires_grad=False))
     for name, module in list(base.named_modules()):
         # Tables computed from the config, like rotary frequencies; always computed on the CPU.
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            owner: Any = type(module)
-            base.set_submodule(name, owner(base.config).to(device))
+            kind: Any = type(module)
+            base.set_submodule(name, kind(base.config).to(device))
     base.tie_weights()
 
 
 def _fill_quantized(
     base: PreTrainedModel, files: Mapping[str, Path], cache: QuantizedCache | None, device: torch.device
 ) -> None:
-    if cache is None:
-        _quantize_all(base, files, device)
-    elif (stored := cache.find()) is not None:
-        _use(base, stored, device)
-    else:
-        before = [identity(file) for file in sorted(set(files.values()))]
+    stored = None if cache is None else cache.find()
+    if cache is not None and stored is None:
+        originals = sorted(set(files.values()))
+        before = [identity(file) for file in originals]
         with cache.claim() as mine:
-            # Another process may have written it meanwhile.
-            stored = cache.find()
+            stored = cache.find()  # another process may have written it meanwhile
             if stored is None and mine:
                 _quantize_all(base, files, device)
-                if before == [identity(file) for file in sorted(set(files.values()))]:
-                    states = dict(_states(base))
-                    size_bytes = sum(tensor.nbytes for tensors in states.values() for tensor in tensors.values())
-                    cache.write(states.values(), size_bytes)
-        if stored is not None:
-            _use(base, stored, device)
-        elif not mine:
-            _quantize_all(base, files, device)
+                if before == [identity(file) for file in originals]:
+                    cache.write(list(_states(base)))
+                return
+    if stored is None:
+        _quantize_all(base, files, device)
+    else:
+        _use(base, stored, device)
 
 
 def _quantize_all(base: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
     import bitsandbytes as bnb
 
     with quantizing_workers() as workers:
-        for name, module in quantized_modules(base):
+        for name, module in quantized_layers(base, "nf4"):
             # Each tensor has its own file mapping, which is freed with it.
             weight = read_tensor(files[f"{name}.weight"], f"{name}.weight").to(device=device, dtype=base.dtype)
             packed, state = quantize(weight, module.weight, workers.map)
             options: dict[str, Any] = {**module.weight.__dict__, "quant_state": state, "bnb_quantized": True}
             module.weight = bnb.nn.Params4bit(packed, requires_grad=False, **options)
             module.quant_state = state
-        for name, module in eight_bit_modules(base):
+        for name, module in quantized_layers(base, "int8"):
             weight = read_tensor(files[f"{name}.weight"], f"{name}.weight").to(device=device, dtype=base.dtype)
             put_rows(module, *quantize_rows(weight, workers.map))
 
 
-def _states(base: PreTrainedModel) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _states(base: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     """Yield the tensors of each quantized layer under their state-dict names; `SCB` follows its weight."""
-    for name, module in quantized_modules(base):
+    for name, module in quantized_layers(base, "nf4"):
         parts = module.weight.quant_state.as_dict(packed=True)
-        yield name, {f"{name}.weight": module.weight.data, **{f"{name}.weight.{key}": v for key, v in parts.items()}}
-    for name, module in eight_bit_modules(base):
+        yield {f"{name}.weight": module.weight.data, **{f"{name}.weight.{key}": part for key, part in parts.items()}}
+    for name, module in quantized_layers(base, "int8"):
         codes, largest = rows_of(module)
-        yield name, {f"{name}.weight": codes, f"{name}.weight.SCB": largest}
+        yield {f"{name}.weight": codes, f"{name}.weight.SCB": largest}
 
 
-def _use(base: PreTrainedModel, stored: dict[str, Tensor], device: torch.device) -> None:
+def _use(base: PreTrainedModel, stored: dict[str, dict[str, Tensor]], device: torch.device) -> None:
     """Put cached tensors into the model; on a CPU they stay mapped files."""
     import bitsandbytes as bnb
 
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in stored.items():
-        owner, _, key = name.partition(".weight")
-        parts.setdefault(owner, {})[key.removeprefix(".")] = tensor
-    for name, module in quantized_modules(base):
-        state = parts[name]
+    for name, module in quantized_layers(base, "nf4"):
+        state = stored[name]
         module.weight = bnb.nn.Params4bit.from_prequantized(
             state.pop(""), state, requires_grad=False, device=device, module=module
         )
-    for name, module in eight_bit_modules(base):
-        put_rows(module, parts[name][""].to(device), parts[name]["SCB"].to(device))
+    for name, module in quantized_layers(base, "int8"):
+        put_rows(module, stored[name][""].to(device), stored[name]["SCB"].to(device))
 
 
 def cache_of(
@@ -331,8 +290,3 @@ def cache_of(
     if eight := sorted(name for name, kind in storage.items() if kind == "int8"):
         made_from["int8"] = eight
     return QuantizedCache(folder, made_from, log)
-
-
-def _put(base: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, key = name.rpartition(".")
-    setattr(base.get_submodule(owner), key, parameter)

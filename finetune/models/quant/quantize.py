@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,11 +24,7 @@ def quantization_config(cfg: QuantConfig, storage: Mapping[str, str]) -> BitsAnd
     """Build the settings with which transformers quantizes a model while loading; None for 16 or 32 bit.
 
     Layers stored differently from `quant.type` are listed by full name: transformers matches a shorter name as a
-    prefix or suffix, and its own list (the head) is replaced by this one.
-
-    Args:
-        cfg: `quant` of the config.
-        storage: from `storage_of`.
+    prefix or suffix, and its own list (the head) is replaced by this one. storage: from `storage_of`.
 
     Raises:
         MissingExtra: bitsandbytes cannot be imported.
@@ -59,19 +55,12 @@ def keep_weights_trainable_after_eval(model: nn.Module) -> None:
     packed in train mode. The packed matmul has no autograd, so the gradient through the base weight would silently be
     missing after the first evaluation. Remove this when the packed path of bitsandbytes has a backward.
     """
-    import bitsandbytes as bnb
-
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    for _, module in quantized_layers(model, "nf4"):
+        module.support_avx512bf16_for_cpu = False
 
 
 def check_quantized(model: PreTrainedModel, cfg: QuantConfig) -> None:
-    """Check that exactly the configured layers are quantized, and that all others have the model's dtype.
-
-    Raises:
-        FinetuneError: names every module that differs.
-    """
+    """Raise FinetuneError unless exactly the configured layers are quantized and all others have the model's dtype."""
     storage = storage_in(model, cfg)
     wrong = []
     for name, module in model.named_modules():
@@ -94,6 +83,16 @@ def linear_names(model: nn.Module) -> list[str]:
 def head_name(model: PreTrainedModel) -> str:
     """Return the full name of the output layer."""
     return family_of(model.config.model_type, "the model").head
+
+
+def quantized_layers(model: nn.Module, kind: str) -> Iterator[tuple[str, Any]]:
+    """Yield every layer of bitsandbytes of a kind, nf4 or int8, with its full name; its weight may be missing yet."""
+    import bitsandbytes as bnb
+
+    wanted = bnb.nn.Linear4bit if kind == "nf4" else bnb.nn.Linear8bitLt
+    for name, module in model.named_modules():
+        if isinstance(module, wanted):
+            yield name, module
 
 
 def stored_as(module: nn.Module) -> str:

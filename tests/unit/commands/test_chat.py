@@ -20,7 +20,7 @@ from finetune.data.formats.messages import Message
 from finetune.evaluation import decoding
 from finetune.models.fused import FusedDecoderLayer
 from finetune.models.load import load_base
-from finetune.models.quant.four_bit import quantized_modules
+from finetune.models.quant.quantize import quantized_layers
 from finetune.system.errors import ConfigError, DataError
 from finetune.system.resources import packaged
 
@@ -231,7 +231,7 @@ def test_weights_are_dequantized_once_if_they_fit_into_memory(monkeypatch, free,
     monkeypatch.setattr(decoding, "available_memory", lambda: free)
     config = load_config(str(packaged("configs") / "quickstart.yaml"), settings)
     talking = chat.load_conversation(config, None, ChatOptions(max_new_tokens=8))
-    layers = [module for _, module in quantized_modules(talking.model)]
+    layers = [module for _, module in quantized_layers(talking.model, "nf4")]
     assert layers and {hasattr(layer, "resident_weight") for layer in layers} == {kept}
     assert {isinstance(module, FusedDecoderLayer) for module in talking.model.model.layers} == {
         "train.kernels=peft" not in settings

@@ -29,8 +29,14 @@ from finetune.distill.server import TopTokens
 from finetune.distill.shards import COMPLETE
 from finetune.losses.chunked import chunked_loss
 from finetune.losses.cross_entropy import target_rows
-from finetune.losses.divergence import DistillLossWeights, distillation_loss
-from finetune.losses.teacher_targets import Teacher, TeacherHidden, TeacherTargets, TeacherTopK
+from finetune.losses.distillation import (
+    DistillLossWeights,
+    Teacher,
+    TeacherHidden,
+    TeacherTargets,
+    TeacherTopK,
+    distillation_loss,
+)
 from finetune.models.fused import fuse_layers
 from finetune.system.errors import ConfigError, DataError, IntegrityError
 from finetune.system.resources import packaged

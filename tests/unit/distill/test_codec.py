@@ -11,8 +11,13 @@ from finetune.distill.codec import MOST_IDS, draw, encode_top, teacher_samples, 
 from finetune.distill.keys import KEY_BYTES
 from finetune.distill.shards import open_folder
 from finetune.losses.chunked import chunked_loss
-from finetune.losses.divergence import DistillLossWeights, distillation_loss
-from finetune.losses.teacher_targets import TeacherHidden, TeacherSamples, TeacherTargets
+from finetune.losses.distillation import (
+    DistillLossWeights,
+    TeacherHidden,
+    TeacherSamples,
+    TeacherTargets,
+    distillation_loss,
+)
 
 CPU = torch.device("cpu")
 # Half a step of a log-probability in 16 bit, and half a step of fp32 there.

@@ -19,7 +19,8 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation.compare import evaluate_gap
 from finetune.evaluation.gap_table import GapTable
 from finetune.evaluation.generation import answer_rows
-from finetune.models.adapters.attach import attach_lora, save_adapter
+from finetune.models.adapters.attach import attach_lora
+from finetune.models.adapters.files import save_adapter
 from finetune.models.load import load_base, load_tokenizer
 from finetune.system.resources import packaged
 

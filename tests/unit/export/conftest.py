@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
-from finetune.models.adapters.attach import attach_lora, save_adapter
+from finetune.models.adapters.attach import attach_lora
+from finetune.models.adapters.files import save_adapter
 from finetune.models.load import load_base
 
 

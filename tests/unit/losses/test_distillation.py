@@ -15,9 +15,7 @@ from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.distill.resident import ResidentTeacher
 from finetune.losses.cross_entropy import CrossEntropy
-from finetune.losses.distillation import Distillation
-from finetune.losses.divergence import DistillLossWeights
-from finetune.losses.teacher_targets import TeacherTargets
+from finetune.losses.distillation import Distillation, DistillLossWeights, TeacherTargets
 from tests.models import random_qwen2
 
 CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from finetune.mixed_precision.divergences import MeanKl
 from finetune.mixed_precision.journal import Sensitivities
 from finetune.models.families import shape_of
 from finetune.models.load import load_base
-from finetune.models.quant.eight_bit import eight_bit_modules, rows_of
-from finetune.models.quant.four_bit import quantized_modules
+from finetune.models.quant.eight_bit import rows_of
+from finetune.models.quant.quantize import quantized_layers
 from finetune.planning.static_memory import plan_memory
 from finetune.system.errors import ConfigError
 
@@ -118,9 +118,9 @@ def test_sizes_equal_the_planned_and_the_loaded_ones(base_folder: Path, share: f
 
     base = load_base(cfg, quant.model_copy(update={"cache": False}), "cpu")
     in_memory = 0
-    for _, module in quantized_modules(base):
+    for _, module in quantized_layers(base, "nf4"):
         state = module.weight.quant_state
         in_memory += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
-    in_memory += sum(rows_of(module)[1].nbytes for _, module in eight_bit_modules(base))
+    in_memory += sum(rows_of(module)[1].nbytes for _, module in quantized_layers(base, "int8"))
     in_memory += sum(parameter.nbytes for parameter in base.parameters())
     assert in_memory == choices.bytes_of(storage)

@@ -16,7 +16,7 @@ from finetune.planning.static_memory import linear_shapes
 from finetune.system.errors import ConfigError
 
 
-def test_shapes_are_those_of_the_reference_configs(shared: Path) -> None:
+def test_shapes_equal_those_of_the_reference_configs(shared: Path) -> None:
     files = sorted((shared / "qwen2.5" / "configs").glob("*.json"))
     assert {file.stem.removeprefix("qwen2.5-") for file in files} == set(QWEN25_SHAPES)
     for file in files:
@@ -26,14 +26,13 @@ def test_shapes_are_those_of_the_reference_configs(shared: Path) -> None:
         assert QWEN25_SHAPES[file.stem.removeprefix("qwen2.5-")] == expected
 
 
-def test_the_family_names_what_a_model_really_has() -> None:
+def test_the_family_names_the_linear_layers_of_the_model() -> None:
     family = FAMILIES["qwen2"]
     config = Qwen2Config(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
     assert linear == {*family.linear_modules, family.head}
-    assert type(model.model.layers[0]).__name__ == family.block_class
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from finetune.data.batch import Batch, build_batch
 from finetune.losses.cross_entropy import CrossEntropy
 from finetune.models.fused import fuse_layers
-from finetune.models.gradient_checkpointing import apply_gradient_checkpointing, checkpointed_layers
+from finetune.models.gradient_checkpointing import HostOffload, apply_gradient_checkpointing, checkpointed_layers
 from finetune.ops import attention
-from finetune.ops.offload import HostOffload
 from finetune.system.errors import ConfigError
 from tests.parity.test_cross_entropy import documents
 

@@ -30,17 +30,17 @@ def rewrite_config(folder: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_a_folder_is_itself(copy: Path) -> None:
+def test_a_local_folder_is_its_own_source(copy: Path) -> None:
     assert fetch(str(copy), None, TEXT_FILES, "model.name") == hub.Source(copy, None)
 
 
-def test_a_folder_has_no_revision(copy: Path) -> None:
+def test_a_revision_of_a_local_folder_is_an_error(copy: Path) -> None:
     with pytest.raises(ConfigError, match="no revisions, found"):
         fetch(str(copy), "main", TEXT_FILES, "model.name")
 
 
 @pytest.mark.parametrize("name", ["./missing", "/missing/folder", "a/b/c"])
-def test_a_missing_folder_is_no_hub_id(name: str) -> None:
+def test_a_missing_folder_is_an_error(name: str) -> None:
     with pytest.raises(ConfigError, match="not a folder"):
         fetch(name, None, TEXT_FILES, "model.name")
 
@@ -58,7 +58,7 @@ def test_a_hub_id_is_read_from_the_cache(copy: Path, tmp_path: Path, monkeypatch
     assert model.base_revision == COMMIT
 
 
-def test_offline_and_not_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_outside_the_cache_is_an_error_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match=r"(?s)not a local folder.*HF_HUB_OFFLINE is set.*local folder"):
         fetch("no/such", None, TEXT_FILES, "model.name")
@@ -144,7 +144,7 @@ def test_truncated_weights_are_an_error_with_the_file_name(copy: Path, keep: flo
         weight_files(copy, "base")
 
 
-def test_shards_and_a_single_file_hold_the_same(make_base) -> None:
+def test_shards_and_a_single_file_hold_the_same_tensors(make_base) -> None:
     whole, shards = weight_files(make_base(), "a"), weight_files(make_base(max_shard_size="60KB"), "b")
     assert whole.keys() == shards.keys()
     assert len(set(shards.values())) > 1

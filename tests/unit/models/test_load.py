@@ -24,14 +24,14 @@ PLAIN = QuantConfig(type="none")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_every_weight_is_frozen_and_of_the_dtype_asked_for(load, dtype: Any) -> None:
+def test_every_weight_is_frozen_and_has_the_configured_dtype(load, dtype: Any) -> None:
     model = load("none", dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
 
 
-def test_the_weights_are_those_of_the_file(load, make_base) -> None:
+def test_the_weights_equal_those_of_the_file(load, make_base) -> None:
     tensors = load_file(make_base() / "model.safetensors")
     for name, tensor in load("none").state_dict().items():
         if name != "lm_head.weight":
@@ -45,12 +45,12 @@ def test_a_tied_head_shares_the_embedding(load) -> None:
 
 
 @pytest.mark.parametrize(("asked", "given"), [("auto", "segmented"), ("sdpa", "sdpa"), ("eager", "eager")])
-def test_attention(make_base, asked: Any, given: str) -> None:
+def test_the_config_chooses_the_attention_kernel(make_base, asked: Any, given: str) -> None:
     model = load_base(ModelConfig(name=str(make_base()), attention=asked), PLAIN, device="cpu")
     assert model.config._attn_implementation == given
 
 
-def test_the_attention_kernel_changes_nothing_but_rounding(make_base) -> None:
+def test_the_attention_kernel_changes_only_rounding(make_base) -> None:
     ids = torch.arange(30)[None] * 7 % 300
     logits = [
         load_base(ModelConfig(name=str(make_base()), attention=kind, dtype="float32"), PLAIN, device="cpu")(ids).logits
@@ -59,7 +59,7 @@ def test_the_attention_kernel_changes_nothing_but_rounding(make_base) -> None:
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-6)
 
 
-def test_flash_attention_that_is_not_there(make_base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_flash_attention_is_an_error_with_the_command(make_base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(MissingExtra, match="pip install flash-attn"):
         load_base(ModelConfig(name=str(make_base()), attention="flash_attention_2"), PLAIN, device="cpu")
@@ -72,7 +72,7 @@ def test_generate_works_and_uses_its_cache(load) -> None:
     assert model.config.use_cache
 
 
-def test_loading_says_nothing(make_base) -> None:
+def test_loading_prints_nothing(make_base) -> None:
     script = (
         "import sys; from finetune.config.schema import ModelConfig, QuantConfig, LoraConfig\n"
         "from finetune.models.load import load_base; from finetune.models.adapters.attach import attach_lora\n"
@@ -84,7 +84,7 @@ def test_loading_says_nothing(make_base) -> None:
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "none"])
-def test_weights_of_another_model_are_refused(make_base, tmp_path: Path, quant_type: Any) -> None:
+def test_weights_of_another_model_are_an_error(make_base, tmp_path: Path, quant_type: Any) -> None:
     folder = Path(shutil.copytree(make_base(), tmp_path / "base"))
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -97,7 +97,7 @@ def test_weights_of_another_model_are_refused(make_base, tmp_path: Path, quant_t
         assert name in str(error.value)
 
 
-def test_a_missing_head_is_no_random_head(make_base, tmp_path: Path) -> None:
+def test_a_missing_head_is_an_error(make_base, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(make_base(tied=False), tmp_path / "base"))
     tensors = load_file(folder / "model.safetensors")
     del tensors["lm_head.weight"]
@@ -106,7 +106,7 @@ def test_a_missing_head_is_no_random_head(make_base, tmp_path: Path) -> None:
         load_base(ModelConfig(name=str(folder)), PLAIN, device="cpu")
 
 
-def test_unknown_modules_to_keep_are_named_all_at_once(make_base) -> None:
+def test_all_unknown_modules_are_reported_together(make_base) -> None:
     with pytest.raises(ConfigError) as error:
         load_base(ModelConfig(name=str(make_base())), QuantConfig(skip_modules=["upproj", "attn.9"]), device="cpu")
     assert "'upproj' matches no linear layer; did you mean up_proj" in str(error.value)
@@ -122,7 +122,9 @@ def test_unknown_modules_to_keep_are_named_all_at_once(make_base) -> None:
         (RuntimeError("something else"), RuntimeError, "something else"),
     ],
 )
-def test_failures_while_loading(make_base, monkeypatch, raised: Exception, expected: type, says: str) -> None:
+def test_a_failure_while_loading_is_an_error_with_its_cause(
+    make_base, monkeypatch, raised: Exception, expected: type, says: str
+) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise raised
 
@@ -150,7 +152,7 @@ def test_each_rank_has_its_own_device(monkeypatch, cuda: bool, rank: str | None,
     assert load_module.default_device() == torch.device(expected)
 
 
-def test_a_saved_tokenizer_comes_back(tokenizer, tmp_path: Path) -> None:
+def test_a_loaded_tokenizer_equals_the_saved_one(tokenizer, tmp_path: Path) -> None:
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(ModelConfig(name=str(tmp_path)))
@@ -158,7 +160,7 @@ def test_a_saved_tokenizer_comes_back(tokenizer, tmp_path: Path) -> None:
     assert (loaded.chat_template, loaded.name_or_path) == ("{{ messages }}", str(tmp_path))
 
 
-def test_the_real_tokenizer(shared: Path) -> None:
+def test_the_tokenizer_of_qwen_has_its_ids_and_template(shared: Path) -> None:
     tokenizer = load_tokenizer(ModelConfig(name=str(shared / "qwen2.5" / "tokenizer")))
     assert len(tokenizer) == 151665
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 151645
@@ -167,7 +169,7 @@ def test_the_real_tokenizer(shared: Path) -> None:
     )
 
 
-def test_a_tokenizer_with_code_or_without_files_is_refused(tokenizer, tmp_path: Path) -> None:
+def test_a_tokenizer_with_code_or_without_files_is_an_error(tokenizer, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     file = tmp_path / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["evil.T", None]}}))

@@ -36,7 +36,7 @@ def write(tmp_path: Path) -> Write:
     return write_folder
 
 
-def test_another_models_tokenizer_takes_the_place_of_the_models_own(write: Write):
+def test_model_tokenizer_replaces_the_tokenizer_of_the_base(write: Write):
     # As R1-Distill's: what both have stands where it stood, a row that had another name has a new one.
     own = write("base", {"a": 0, "b": 1, "old": 2}, rows=4)
     other = write("other", {"a": 0, "b": 1, "new": 2, "more": 3})
@@ -45,25 +45,25 @@ def test_another_models_tokenizer_takes_the_place_of_the_models_own(write: Write
     assert load_tokenizer(ModelConfig(name=own)).convert_tokens_to_ids("old") == 2
 
 
-def test_ids_beyond_the_embedding_are_refused_with_both_numbers(write: Write):
+def test_ids_beyond_the_embedding_are_an_error_with_both_numbers(write: Write):
     own, other = write("base", rows=1000), write("other", {"a": 0, "b": 1000})
     with pytest.raises(ConfigError, match=r"model\.tokenizer=.*other: .*base is 999, found 1,000"):
         load_tokenizer(ModelConfig(name=own, tokenizer=other))
 
 
-def test_a_tokenizer_whose_ids_mean_something_else_is_refused_with_a_token(write: Write):
+def test_a_tokenizer_with_other_ids_is_an_error_with_one_token(write: Write):
     own, other = write("base", {"a": 0, "b": 1, "c": 2}, rows=8), write("other", {"a": 0, "c": 1, "b": 2})
     with pytest.raises(ConfigError, match=r"other: does not fit model\.name=.*base, found 2 tokens .* like '[bc]'"):
         load_tokenizer(ModelConfig(name=own, tokenizer=other))
 
 
 @pytest.mark.parametrize("rows", [None, 2])
-def test_a_base_without_a_tokenizer_of_its_own_takes_one(write: Write, rows: int | None):
+def test_a_base_without_a_tokenizer_accepts_another(write: Write, rows: int | None):
     own, other = write("base", rows=rows), write("other", {"a": 0, "b": 1})
     assert len(load_tokenizer(ModelConfig(name=own, tokenizer=other))) == 2
 
 
-def test_the_other_tokenizer_is_read_with_the_same_caution(write: Write):
+def test_another_tokenizer_with_code_or_without_files_is_an_error(write: Write):
     own, other = write("base", rows=2), write("other", {"a": 0})
     file = Path(other) / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["evil.T", None]}}))

@@ -23,7 +23,7 @@ def written(file: Path, **tensors: torch.Tensor) -> dict[str, Stored]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (70, 97), (2, 3, 4)])
-def test_a_mapped_tensor_is_what_was_written(dtype, shape, tmp_path):
+def test_a_mapped_tensor_equals_the_saved_one(dtype, shape, tmp_path):
     tensors = {name: torch.randn(shape).to(dtype) for name in "abc"}
     stored = written(tmp_path / "some.safetensors", **tensors)
     assert len({place.offset for place in stored.values()}) == 3
@@ -41,7 +41,7 @@ def test_a_tensor_may_begin_at_any_byte(shift, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 4095, 4096, 5000])
-def test_a_file_that_ends_too_early_is_refused_before_it_is_touched(kept, tmp_path):
+def test_a_truncated_file_is_an_error_before_its_pages_are_read(kept, tmp_path):
     file = tmp_path / "some.safetensors"
     place = written(file, a=torch.randn(100, 100))["a"]
     with file.open("r+b") as stream:
@@ -76,7 +76,7 @@ print(*(now - then for now, then in zip(during + after, before + before)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_it_takes_pages_of_the_file_alone_and_gives_them_back(repo_root, tmp_path):
+def test_a_mapped_tensor_uses_only_pages_of_its_file_and_frees_them(repo_root, tmp_path):
     place = written(tmp_path / "some.safetensors", a=torch.randn(4096, 4096))["a"]
     size = math.prod(place.shape) * 4
     command = [sys.executable, "-c", MAPPED, str(place.file)]

@@ -49,7 +49,7 @@ def test_new_tokens_are_ordinary_and_split_text_like_words(load, tokenizer) -> N
     ("tokens", "says"),
     [(["t7", "<x>"], r"lora\.new_tokens: .*found \['t7'\]"), (["<x>", "<x>"], r"lora\.new_tokens: .*found \['<x>'\]")],
 )
-def test_known_and_doubled_tokens_are_refused(untouched, tokenizer, tokens: list[str], says: str) -> None:
+def test_known_and_repeated_tokens_are_an_error(untouched, tokenizer, tokens: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         attach_lora(untouched("nf4"), LoraConfig(new_tokens=tokens), tokenizer)
     assert len(tokenizer) == 300

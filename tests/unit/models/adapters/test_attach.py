@@ -42,7 +42,7 @@ def test_trained_weights_are_fp32_and_the_base_is_frozen(load, quant_type: Any, 
     assert len(trained) == 2 * 14 + 1
 
 
-def test_the_settings_reach_the_layers(load) -> None:
+def test_layers_get_the_configured_settings(load) -> None:
     cfg = LoraConfig(
         rank=4,
         alpha=6.0,
@@ -72,7 +72,7 @@ def test_a_saved_embedding_stays_tied_to_its_head(load) -> None:
 
 
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
-def test_the_state_comes_back_exactly(load, tokenizer, settings: dict[str, Any]) -> None:
+def test_a_loaded_state_equals_the_saved_one(load, tokenizer, settings: dict[str, Any]) -> None:
     cfg = LoraConfig(rank=4, target_modules="all-linear", **settings)
     first, second = (attach_lora(load("nf4"), cfg, copy.deepcopy(tokenizer)) for _ in range(2))
     disturb(first)
@@ -92,7 +92,7 @@ def test_the_state_is_a_copy(load) -> None:
     assert all(state[name].equal(before[name]) for name in state)
 
 
-def test_a_state_that_does_not_fit_is_refused_whole(load) -> None:
+def test_a_state_that_does_not_fit_is_an_error_and_loads_nothing(load) -> None:
     model = attach_lora(load("nf4"), LoraConfig(rank=4))
     before = adapter_state(model)
     state = {name: tensor + 1 for name, tensor in before.items()}
@@ -109,7 +109,7 @@ def test_a_state_that_does_not_fit_is_refused_whole(load) -> None:
     assert all(after[name].equal(before[name]) for name in before)
 
 
-def test_a_pissa_state_belongs_to_its_own_start(load) -> None:
+def test_a_pissa_state_of_another_start_is_an_error(load) -> None:
     """The randomized SVD of another seed leaves another base behind: its factors would not add up."""
 
     def attach(seed: int):
@@ -127,13 +127,13 @@ def test_a_pissa_state_belongs_to_its_own_start(load) -> None:
         load_adapter_state(attach(1), state)
 
 
-def test_an_adapter_is_attached_once(load) -> None:
+def test_a_second_adapter_is_an_error(load) -> None:
     model: Any = attach_lora(load("nf4"), LoraConfig())
     with pytest.raises(ConfigError, match="has an adapter already"):
         attach_lora(model, LoraConfig())
 
 
-def test_an_adapter_works_without_the_package(load) -> None:
+def test_an_adapter_can_be_disabled_and_generate_works(load) -> None:
     """What attach_lora gives is PEFT's: its adapter can be switched off, and generate works."""
     model = load("nf4")
     base = model(IDS).logits

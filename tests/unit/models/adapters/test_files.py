@@ -52,7 +52,7 @@ def saved(saved_once: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved_once, tmp_path / "adapter"))
 
 
-def test_the_folder_is_plain_peft(saved: Path, make_base) -> None:
+def test_the_folder_has_the_format_of_peft(saved: Path, make_base) -> None:
     assert sorted(file.name for file in saved.iterdir()) == ["adapter_config.json", TENSOR_FILE]
     config = json.loads((saved / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(make_base())
@@ -73,7 +73,7 @@ def test_the_revision_of_the_base_is_written(load, tmp_path: Path) -> None:
     assert (config["revision"], config["base_model_name_or_path"]) == ("v2", "someone/base")
 
 
-def test_the_same_adapter_gives_the_same_bytes(load, tmp_path: Path) -> None:
+def test_equal_adapters_give_equal_bytes(load, tmp_path: Path) -> None:
     files = []
     for number in (0, 1):
         folder = tmp_path / str(number)
@@ -87,7 +87,7 @@ def test_the_same_adapter_gives_the_same_bytes(load, tmp_path: Path) -> None:
     assert len(names) == 7 and names == sorted(names)
 
 
-def test_saving_asks_no_hub_even_for_a_hub_base(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_does_not_use_the_hub(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: object, **kwargs: object) -> None:
         raise AssertionError("the hub was asked")
 
@@ -99,7 +99,7 @@ def test_saving_asks_no_hub_even_for_a_hub_base(load, tmp_path: Path, monkeypatc
     save_adapter(attach_lora(model, LoraConfig(modules_to_save=["lm_head"])), tmp_path)
 
 
-def test_a_tokenizer_goes_along_with_template_and_new_tokens(load, tokenizer, tmp_path: Path) -> None:
+def test_the_tokenizer_is_saved_with_template_and_new_tokens(load, tokenizer, tmp_path: Path) -> None:
     tokenizer.chat_template = "{{ messages }}"
     save_adapter(attach_lora(load("nf4"), LoraConfig(new_tokens=["<call>"]), tokenizer), tmp_path, tokenizer)
     again = load_tokenizer(ModelConfig(name=str(tmp_path)))
@@ -108,7 +108,7 @@ def test_a_tokenizer_goes_along_with_template_and_new_tokens(load, tokenizer, tm
     assert (tmp_path / "chat_template.jinja").is_file()
 
 
-def test_a_good_adapter_passes(load, tmp_path: Path) -> None:
+def test_a_trained_adapter_passes_the_check(load, tmp_path: Path) -> None:
     model = trained(attach_lora(load("nf4"), LoraConfig(dora=True)))
     save_adapter(model, tmp_path)
     check_adapter(tmp_path, model)
@@ -137,20 +137,20 @@ SPOILED = {
 
 
 @pytest.mark.parametrize(("change", "kind", "says"), SPOILED.values(), ids=SPOILED)
-def test_a_spoiled_adapter_is_named(saved: Path, change, kind: type, says: str) -> None:
+def test_a_corrupt_adapter_is_an_error_with_its_cause(saved: Path, change, kind: type, says: str) -> None:
     rewrite(saved, change)
     with pytest.raises(kind, match=says):
         check_adapter(saved)
 
 
-def test_a_fresh_adapter_passes_when_nothing_was_trained_yet(load, tmp_path: Path) -> None:
+def test_an_untrained_adapter_passes_the_check_only_on_request(load, tmp_path: Path) -> None:
     save_adapter(attach_lora(load("nf4"), LoraConfig()), tmp_path)
     check_adapter(tmp_path, trained=False)
     with pytest.raises(IntegrityError, match="nothing was trained"):
         check_adapter(tmp_path)
 
 
-def test_one_changed_bit_is_noticed_against_the_model(load, tmp_path: Path) -> None:
+def test_one_changed_bit_is_an_error_if_the_model_is_given(load, tmp_path: Path) -> None:
     model = trained(attach_lora(load("nf4"), LoraConfig()))
     save_adapter(model, tmp_path)
     rewrite(tmp_path, lambda tensors: tensors[next(iter(tensors))].view(torch.int32)[0, 0].bitwise_xor_(1))
@@ -159,7 +159,7 @@ def test_one_changed_bit_is_noticed_against_the_model(load, tmp_path: Path) -> N
         check_adapter(tmp_path, model)
 
 
-def test_torn_missing_and_pickled_files(saved: Path) -> None:
+def test_truncated_missing_and_pickled_files_are_errors(saved: Path) -> None:
     file = saved / TENSOR_FILE
     content = file.read_bytes()
     file.write_bytes(content[:-10])
@@ -170,7 +170,7 @@ def test_torn_missing_and_pickled_files(saved: Path) -> None:
         check_adapter(saved)
 
 
-def test_init_adapter_takes_the_old_weights(load, saved: Path) -> None:
+def test_init_adapter_loads_the_weights(load, saved: Path) -> None:
     model = attach_lora(load("nf4"), LoraConfig(rank=4, init_adapter=str(saved)))
     old = load_file(saved / TENSOR_FILE)
     new = file_tensors(model)
@@ -194,7 +194,7 @@ def test_init_adapter_takes_the_old_weights(load, saved: Path) -> None:
         ({"rank": 4, "new_tokens": ["<x>"]}, "new_tokens: found {}, the config has {'embed_tokens': [300]}"),
     ],
 )
-def test_init_adapter_of_another_kind_is_refused(
+def test_init_adapter_of_another_kind_is_an_error(
     untouched, saved: Path, tokenizer, settings: dict[str, Any], says: str
 ) -> None:
     model = untouched("nf4")
@@ -205,7 +205,7 @@ def test_init_adapter_of_another_kind_is_refused(
     assert [name for name, _ in model.named_modules()] == before and len(tokenizer) == 300
 
 
-def test_init_adapter_of_another_base_is_refused(load, saved: Path, make_base) -> None:
+def test_init_adapter_of_another_base_is_an_error(load, saved: Path, make_base) -> None:
     model = load("nf4")
     model.name_or_path = "someone/other"
     with pytest.raises(ConfigError) as error:
@@ -216,13 +216,13 @@ def test_init_adapter_of_another_base_is_refused(load, saved: Path, make_base) -
 
 
 @pytest.mark.parametrize("change", [SPOILED["NaN"][0], SPOILED["a partner is missing"][0]], ids=["NaN", "incomplete"])
-def test_init_adapter_that_is_broken_is_refused(untouched, saved: Path, change) -> None:
+def test_a_corrupt_init_adapter_is_an_error(untouched, saved: Path, change) -> None:
     rewrite(saved, change)
     with pytest.raises(IntegrityError):
         attach_lora(untouched("nf4"), LoraConfig(rank=4, init_adapter=str(saved)))
 
 
-def test_init_adapter_without_an_adapter(untouched, tmp_path: Path) -> None:
+def test_an_init_adapter_folder_without_an_adapter_is_an_error(untouched, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no adapter_config\.json"):
         attach_lora(untouched("nf4"), LoraConfig(init_adapter=str(tmp_path)))
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
@@ -234,7 +234,7 @@ def test_init_adapter_without_an_adapter(untouched, tmp_path: Path) -> None:
     "settings", [{"modules_to_save": ["norm", "lm_head"]}, {"new_tokens": ["<call>"]}, {"dora": True}]
 )
 @pytest.mark.parametrize("tied", [True, False])
-def test_init_adapter_takes_every_kind_of_weight(
+def test_init_adapter_loads_every_kind_of_weight(
     load, tokenizer, tmp_path: Path, settings: dict[str, Any], tied: bool
 ) -> None:
     cfg = LoraConfig(rank=4, **settings)
@@ -244,7 +244,7 @@ def test_init_adapter_takes_every_kind_of_weight(
     assert new(IDS).logits.equal(old(IDS).logits)
 
 
-def test_an_adapter_whose_tokens_had_no_room_is_loaded(make_base, tokenizer, tmp_path: Path) -> None:
+def test_loading_an_adapter_grows_the_embedding_for_new_tokens(make_base, tokenizer, tmp_path: Path) -> None:
     name = ModelConfig(name=str(make_base(vocab_size=301)))
     model = trained(
         attach_lora(load_base(name, QuantConfig(), "cpu"), LoraConfig(new_tokens=["<a>", "<b>"]), tokenizer)
@@ -254,7 +254,7 @@ def test_an_adapter_whose_tokens_had_no_room_is_loaded(make_base, tokenizer, tmp
     assert load_adapter(load_base(name, QuantConfig(), "cpu"), tmp_path)(ids).logits.equal(model.eval()(ids).logits)
 
 
-def test_token_ids_may_be_a_list_of_peft(load, tokenizer, tmp_path: Path) -> None:
+def test_token_ids_may_be_a_list(load, tokenizer, tmp_path: Path) -> None:
     cfg = LoraConfig(new_tokens=["<call>"])
     old = trained(attach_lora(load("nf4"), cfg, copy.deepcopy(tokenizer)))
     save_adapter(old, tmp_path)

@@ -29,7 +29,7 @@ def test_principal_is_the_best_approximation_of_its_rank(weight) -> None:
     torch.testing.assert_close(error, torch.linalg.svdvals(weight)[5:].square().sum(), rtol=1e-5, atol=1e-5)
 
 
-def test_randomized_principal_leaves_hardly_more(weight) -> None:
+def test_the_randomized_svd_has_almost_the_least_error(weight) -> None:
     torch.manual_seed(0)
     lora_A, lora_B = INITS["pissa_niter_16"](weight, 5, 2.0)
     error = (weight - 2.0 * lora_B @ lora_A).square().sum()
@@ -42,7 +42,7 @@ def test_qr_factors_are_orthonormal_columns_and_their_rows(weight) -> None:
     torch.testing.assert_close(lora_B @ lora_A, weight, rtol=1e-5, atol=1e-5)
 
 
-def test_orthogonal_factors_cancel(weight) -> None:
+def test_the_product_of_orthogonal_factors_is_zero(weight) -> None:
     torch.manual_seed(0)
     lora_A, lora_B = orthogonal(weight, rank=6, scaling=1.0)
     assert (lora_A.shape, lora_B.shape) == ((6, 16), (24, 6))
@@ -52,7 +52,7 @@ def test_orthogonal_factors_cancel(weight) -> None:
 
 @pytest.mark.parametrize("quant_type", ["nf4", "none"])
 @pytest.mark.parametrize("settings", [{}, {"init": "gaussian"}, {"dora": True}, {"dora": True, "rslora": True}])
-def test_a_fresh_adapter_is_the_base_bit_for_bit(load, quant_type: Any, settings: dict[str, Any]) -> None:
+def test_a_new_adapter_does_not_change_a_bit_of_the_output(load, quant_type: Any, settings: dict[str, Any]) -> None:
     model = load(quant_type)
     with torch.no_grad():
         before = model(IDS).logits
@@ -62,7 +62,7 @@ def test_a_fresh_adapter_is_the_base_bit_for_bit(load, quant_type: Any, settings
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "orthogonal"])
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_start_with_a_part_of_the_base_is_the_base(load, init: Any, dora: bool) -> None:
+def test_an_init_from_the_base_changes_only_rounding(load, init: Any, dora: bool) -> None:
     """fp32 leaves only rounding."""
     model = load("none", dtype="float32")
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_a_start_with_a_part_of_the_base_is_the_base(load, init: Any, dora: bool
 
 
 @pytest.mark.parametrize("alpha", [8.0, 40.0])
-def test_loftq_makes_up_for_quantizing_whatever_alpha_is(load, make_base, alpha: float) -> None:
+def test_loftq_compensates_the_quantization_error_for_every_alpha(load, make_base, alpha: float) -> None:
     model, original = load("nf4", skip_modules=["layers.0.self_attn.q_proj"]), load("none")
     torch.manual_seed(0)
     adapted = attach_lora(model, LoraConfig(init="loftq", rank=8, alpha=alpha, target_modules="all-linear"))

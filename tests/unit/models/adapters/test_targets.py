@@ -27,18 +27,20 @@ def leaves(names) -> set[str]:
         ({"target_modules": ["layers.1.mlp.up_proj"]}, {"up_proj"}, 1),
     ],
 )
-def test_targets(untouched, settings: dict[str, Any], modules: set[str], count: int) -> None:
+def test_names_regexes_and_layers_choose_the_targets(
+    untouched, settings: dict[str, Any], modules: set[str], count: int
+) -> None:
     targets = plan_targets(untouched("none"), LoraConfig(**settings))
     assert (leaves(targets.ranks), len(targets.ranks)) == (modules, count)
 
 
-def test_patterns_give_ranks(untouched) -> None:
+def test_rank_pattern_sets_the_ranks(untouched) -> None:
     targets = plan_targets(untouched("none"), LoraConfig(rank=2, rank_pattern={"q_proj": 6, r"layers\.1\..*": 4}))
     given = {name.removeprefix("model.layers."): rank for name, rank in targets.ranks.items()}
     assert given == {"0.self_attn.q_proj": 6, "0.self_attn.v_proj": 2, "1.self_attn.q_proj": 6, "1.self_attn.v_proj": 4}
 
 
-def test_a_name_to_save_matches_whole_parts_only(untouched) -> None:
+def test_modules_to_save_match_whole_parts_of_names(untouched) -> None:
     assert plan_targets(untouched("none"), LoraConfig(modules_to_save=["norm"])).modules_to_save == ["model.norm"]
 
 
@@ -63,7 +65,7 @@ def test_a_name_to_save_matches_whole_parts_only(untouched) -> None:
         ("int8", {"dora": True}, "set quant.type=nf4"),
     ],
 )
-def test_each_problem_is_refused_and_the_model_stays_as_it_is(
+def test_each_problem_is_an_error_and_the_model_does_not_change(
     untouched, quant_type: Any, settings: dict[str, Any], token: str
 ) -> None:
     model = untouched(quant_type)

@@ -79,7 +79,7 @@ def test_the_second_start_quantizes_nothing(start, home: Path) -> None:
     assert not list(home.glob(".*"))
 
 
-def test_a_change_to_a_loaded_weight_stays_in_memory(start) -> None:
+def test_a_change_of_a_loaded_weight_does_not_change_the_cache(start) -> None:
     start()
     cached = start()[0]
     before = cached.model.layers[0].mlp.up_proj.weight.data.clone()
@@ -88,7 +88,7 @@ def test_a_change_to_a_loaded_weight_stays_in_memory(start) -> None:
     assert again.model.layers[0].mlp.up_proj.weight.data.equal(before) and (count, said) == (0, [])
 
 
-def test_without_the_cache_nothing_is_read_or_written(start, home: Path) -> None:
+def test_without_the_cache_no_file_is_read_or_written(start, home: Path) -> None:
     for _ in range(2):
         assert start(cache=False)[1:] == (14, [])
     assert not home.exists()
@@ -99,14 +99,14 @@ def test_without_the_cache_nothing_is_read_or_written(start, home: Path) -> None
     [{"double": False}, {"skip_modules": ["o_proj"]}],
     ids=str,
 )
-def test_other_options_are_another_entry(start, home: Path, options: dict[str, Any]) -> None:
+def test_other_options_use_another_entry(start, home: Path, options: dict[str, Any]) -> None:
     start()
     assert start(**options)[1] > 0
     assert len(entries(home)) == 2
     assert start()[1] == start(**options)[1] == 0
 
 
-def test_the_type_it_is_computed_in_is_no_matter_of_the_stored_bits(start) -> None:
+def test_another_compute_dtype_uses_the_same_entry(start) -> None:
     start()
     model, count, _ = start(compute_dtype="float32")
     assert count == 0 and model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
@@ -120,7 +120,7 @@ def change_one_weight(folder: Path) -> None:
     file.write_bytes(content)
 
 
-def test_changed_weights_are_never_served_stale(start, base: Path) -> None:
+def test_changed_weights_are_quantized_again(start, base: Path) -> None:
     """Even where size and time of writing are put back as they were."""
     start()
     file = base / "model.safetensors"
@@ -134,12 +134,12 @@ def test_changed_weights_are_never_served_stale(start, base: Path) -> None:
     assert same(changed, start(cache=False)[0])
 
 
-def test_a_copy_of_the_weights_is_the_same_model(start, base: Path, tmp_path: Path) -> None:
+def test_a_copy_of_the_weights_uses_the_same_entry(start, base: Path, tmp_path: Path) -> None:
     start()
     assert start(Path(shutil.copytree(base, tmp_path / "copy")))[1] == 0
 
 
-def test_an_untouched_file_is_hashed_once(start, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unchanged_file_is_hashed_once(start, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one that was written a moment ago: within a tick of the clock it could change again unseen."""
     from finetune.models import digest
 
@@ -188,7 +188,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("damage", list(DAMAGE))
-def test_damage_is_seen_said_and_mended(start, home: Path, damage: str) -> None:
+def test_a_corrupt_entry_is_logged_and_replaced(start, home: Path, damage: str) -> None:
     first = start()[0]
     DAMAGE[damage](home)
     second, count, said = start()
@@ -197,7 +197,7 @@ def test_damage_is_seen_said_and_mended(start, home: Path, damage: str) -> None:
     assert start()[1:] == (0, [])
 
 
-def test_a_full_disk_ends_no_run(start, home: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_end_the_run(start, home: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system refuses the bytes in the middle of a file."""
     home.mkdir(parents=True)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -211,13 +211,13 @@ def test_a_full_disk_ends_no_run(start, home: Path, base: Path, monkeypatch: pyt
     assert not entries(home) and not list(home.glob(".*"))
 
 
-def test_the_cache_is_not_what_fills_the_disk(start, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_leaves_space_on_the_disk(start, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 1 << 30))
     _, count, said = start()
     assert count == 14 and "No space left on device" in said[0] and not entries(home)
 
 
-def test_a_place_that_cannot_be_written_to_ends_no_run(start, home: Path) -> None:
+def test_an_unwritable_folder_does_not_end_the_run(start, home: Path) -> None:
     home.parent.mkdir(parents=True)
     home.write_text("a file in the way")
     _, count, said = start()
@@ -253,7 +253,7 @@ print(*sorted(map(end, [start(False), start(False)])))
 """
 
 
-def test_a_killed_writer_leaves_nothing_that_counts_and_two_starters_share_the_work(start, home, base) -> None:
+def test_a_killed_writer_leaves_no_entry_and_two_processes_quantize_once(start, home, base) -> None:
     """Exit codes: how many matrices each quantized."""
     command = [sys.executable, "-c", SCRIPT, str(base), str(home)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=200)
@@ -262,7 +262,7 @@ def test_a_killed_writer_leaves_nothing_that_counts_and_two_starters_share_the_w
     assert start()[1:] == (0, [])
 
 
-def test_nobody_waits_forever(start, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_stops_waiting_and_quantizes_itself(start, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start()
     entry = entries(home)[0]
     shutil.rmtree(entry)
@@ -272,7 +272,7 @@ def test_nobody_waits_forever(start, home: Path, monkeypatch: pytest.MonkeyPatch
     assert count == 14 and "another process holds" in said[0] and not entries(home)
 
 
-def test_old_leftovers_of_other_models_go_and_young_ones_stay(start, home: Path) -> None:
+def test_only_old_leftovers_of_other_models_are_removed(start, home: Path) -> None:
     old, young = home / ".other.1", home / ".other.2"
     old.mkdir(parents=True)
     young.mkdir()
@@ -281,7 +281,9 @@ def test_old_leftovers_of_other_models_go_and_young_ones_stay(start, home: Path)
     assert not old.exists() and young.exists()
 
 
-def test_the_original_is_not_touched_while_it_changes(start, home, base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_from_files_that_change_meanwhile_are_not_cached(
+    start, home, base, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was quantized from a file that changed meanwhile belongs to no digest, and is not kept."""
     real = four_bit._quantize_all
 
@@ -294,7 +296,7 @@ def test_the_original_is_not_touched_while_it_changes(start, home, base, monkeyp
     assert not entries(home)
 
 
-def test_a_tensor_at_a_time_is_in_memory(make_base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_16_bit_matrix_at_a_time_is_in_memory(make_base, monkeypatch: pytest.MonkeyPatch) -> None:
     """16-bit matrices that are alive when the next is read: none."""
     import gc
     import weakref
@@ -319,7 +321,7 @@ def test_a_tensor_at_a_time_is_in_memory(make_base, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
-def test_a_resident_weight_is_what_dequantizing_gives(start, compute_dtype: Any) -> None:
+def test_a_resident_weight_equals_the_dequantized_one(start, compute_dtype: Any) -> None:
     """As bitsandbytes does it where a gradient is wanted."""
     model, _, _ = start(keep_dequantized=True, compute_dtype=compute_dtype)
     layer = model.model.layers[1].mlp.down_proj
@@ -334,7 +336,7 @@ def test_a_resident_weight_is_what_dequantizing_gives(start, compute_dtype: Any)
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
 
 
-def test_a_checkpoint_that_names_its_tensors_otherwise_goes_through_transformers(start, base: Path) -> None:
+def test_files_with_other_tensor_names_are_loaded_by_transformers(start, base: Path) -> None:
     """As one saved from the model without its head."""
     expected = start(cache=False)[0]
     tensors = load_file(base / "model.safetensors")

@@ -15,8 +15,8 @@ from finetune.models import load as loading
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.load import load_base
 from finetune.models.quant import eight_bit, four_bit
-from finetune.models.quant.eight_bit import dequantize_rows, eight_bit_modules, quantize_rows, rows_of
-from finetune.models.quant.quantize import check_quantized, stored_as
+from finetune.models.quant.eight_bit import dequantize_rows, quantize_rows, rows_of
+from finetune.models.quant.quantize import check_quantized, quantized_layers, stored_as
 from finetune.system.errors import FinetuneError
 
 IDS = torch.arange(12).reshape(1, 12) * 5 % 300
@@ -26,9 +26,9 @@ EIGHT = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"] +
 ]
 
 
-def test_each_layer_is_what_its_own_type_makes_of_it(load, untouched) -> None:
+def test_each_layer_equals_that_of_a_base_of_its_type(load, untouched) -> None:
     mixed, eight, four = load("nf4", **MIXED), untouched("int8"), untouched("nf4")
-    assert sorted(name for name, _ in eight_bit_modules(mixed)) == sorted(EIGHT)
+    assert sorted(name for name, _ in quantized_layers(mixed, "int8")) == sorted(EIGHT)
     for name, module in mixed.named_modules():
         kind = stored_as(module)
         if kind == "int8":
@@ -43,7 +43,7 @@ def test_each_layer_is_what_its_own_type_makes_of_it(load, untouched) -> None:
     assert stored_as(mixed.model.layers[0].self_attn.o_proj) == "none"
 
 
-def test_rows_quantized_in_pieces_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_quantized_in_pieces_equal_those_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(37, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     codes, largest, _ = bnb.functional.int8_vectorwise_quant(weight.half())
     monkeypatch.setattr(eight_bit, "_CHUNK", 24 * 5)
@@ -73,7 +73,7 @@ def test_the_second_start_quantizes_nothing(load, home: Path, monkeypatch: pytes
     assert first(IDS).logits.equal(second(IDS).logits)
 
 
-def test_layers_in_8_bit_are_part_of_the_entry(load, home: Path) -> None:
+def test_other_8_bit_layers_use_another_entry(load, home: Path) -> None:
     def entries() -> int:
         return len(
             [path for path in home.iterdir() if path.is_dir() and path.name != "digests" and path.name[0] != "."]
@@ -86,20 +86,20 @@ def test_layers_in_8_bit_are_part_of_the_entry(load, home: Path) -> None:
         assert entries() == count
 
 
-def test_files_of_other_names_give_the_same_model(load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_with_other_tensor_names_give_the_same_model(load, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = load("nf4", **MIXED)
     monkeypatch.setattr(loading, "load_four_bit", lambda *_, **__: None)
     assert same(ours, load("nf4", **MIXED))
 
 
-def test_a_model_that_was_quantized_otherwise_is_refused(load) -> None:
+def test_a_model_quantized_differently_is_an_error(load) -> None:
     with pytest.raises(FinetuneError, match=r"layers\.0\.self_attn\.q_proj is stored as int8, not nf4"):
         check_quantized(load("nf4", **MIXED), QuantConfig())
     with pytest.raises(FinetuneError, match=r"layers\.1\.mlp\.up_proj is stored as nf4, not int8"):
         check_quantized(load("nf4"), QuantConfig(**MIXED))
 
 
-def test_adapters_learn_through_every_kind_and_an_evaluation_changes_nothing(make_base) -> None:
+def test_all_adapters_get_gradients_and_an_evaluation_does_not_change_them(make_base) -> None:
     """Gradients of all adapters, bit for bit, with and without an evaluation before."""
 
     def gradients(evaluate: bool) -> dict[str, torch.Tensor]:

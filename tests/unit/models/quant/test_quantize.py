@@ -30,7 +30,7 @@ def test_every_linear_layer_but_the_head_is_quantized(load, quant_type: Any) -> 
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_the_settings_reach_the_weights(load, double: bool) -> None:
+def test_weights_get_the_configured_settings(load, double: bool) -> None:
     layer = load("nf4", double=double, compute_dtype="float32").model.layers[0].mlp.up_proj
     assert layer.weight.quant_state.quant_type == "nf4"
     assert layer.weight.quant_state.nested is double
@@ -47,7 +47,9 @@ def test_the_settings_reach_the_weights(load, double: bool) -> None:
         (["lm_head"], []),
     ],
 )
-def test_modules_to_keep_are_kept_and_no_others(load, quant_type: Any, keep: list[str], kept: list[str] | None) -> None:
+def test_exactly_the_skipped_modules_stay_in_16_bit(
+    load, quant_type: Any, keep: list[str], kept: list[str] | None
+) -> None:
     model = load(quant_type, skip_modules=keep)
     if kept is None:
         kept = [name for name in linear_names(model) if name.startswith("model.layers.1.")]
@@ -55,7 +57,7 @@ def test_modules_to_keep_are_kept_and_no_others(load, quant_type: Any, keep: lis
     assert all(model.get_submodule(name).weight.dtype == torch.bfloat16 for name in kept)
 
 
-def test_the_head_is_kept_whatever_else_is_named() -> None:
+def test_the_head_always_stays_in_16_bit() -> None:
     names = ["a.q_proj", "a.v_proj", "lm_head"]
     stored = storage_of(QuantConfig(skip_modules=["q_proj"]), names, "lm_head")
     assert stored == {"a.q_proj": "none", "a.v_proj": "nf4", "lm_head": "none"}
@@ -63,13 +65,13 @@ def test_the_head_is_kept_whatever_else_is_named() -> None:
         storage_of(QuantConfig(skip_modules=["k_proj"]), names, "lm_head")
 
 
-def test_computing_in_fp32_is_never_a_default() -> None:
+def test_the_default_compute_dtype_is_never_fp32() -> None:
     config = quantization_config(QuantConfig(), {"lm_head": "none"})
     assert config is not None and config.bnb_4bit_compute_dtype == torch.bfloat16
     assert quantization_config(QuantConfig(type="none"), {}) is None
 
 
-def test_a_model_that_was_quantized_otherwise_is_refused(load) -> None:
+def test_a_model_quantized_differently_is_an_error(load) -> None:
     model = load("nf4")
     with pytest.raises(FinetuneError, match=r"layers\.0\.self_attn\.q_proj is stored as nf4, not int8"):
         check_quantized(model, QuantConfig(type="int8"))
@@ -104,7 +106,7 @@ def test_an_evaluation_changes_no_gradient(load, quant_type: Any) -> None:
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "int8"])
-def test_gradients_are_those_of_the_dequantized_weight(load, quant_type: Any) -> None:
+def test_gradients_equal_those_of_the_dequantized_weight(load, quant_type: Any) -> None:
     """Against float64; an fp32 model leaves only rounding."""
     layer = load(quant_type, dtype="float32", compute_dtype="float32").model.layers[0].mlp.up_proj.train()
     generator = torch.Generator().manual_seed(0)

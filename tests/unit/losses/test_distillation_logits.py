@@ -10,8 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.losses.chunked import chunked_loss
-from finetune.losses.divergence import DistillLossWeights, compare, distillation_loss
-from finetune.losses.teacher_targets import TeacherHidden, TeacherSamples, TeacherTargets, TeacherTopK
+from finetune.losses.distillation import (
+    DistillLossWeights,
+    TeacherHidden,
+    TeacherSamples,
+    TeacherTargets,
+    TeacherTopK,
+    compare,
+    distillation_loss,
+)
 from finetune.ops.limits import LOGITS_VALUES
 
 N, D, V, ROWS = 9, 16, 61, 53  # V ids take part of the tables' 64 and 67 rows
