@@ -124,7 +124,7 @@ def in_onnxruntime(folder: Path, exam: Exam) -> float:
 def one_export(name: str, adapter: Path, out: Path, exam: Exam) -> dict[str, Any]:
     """Write one format, and generate its answers."""
     from finetune.config.command_options import ExportOptions
-    from finetune.config.options import read_options
+    from finetune.config.overrides import read_options
     from finetune.export.export import export_model
     from finetune.system.console import progress_bar
     from finetune.system.errors import FinetuneError

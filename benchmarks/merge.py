@@ -76,7 +76,7 @@ def write_adapter(model: Path, folder: Path, targets: list[str], rank: int) -> P
 
 def ours(options: dict[str, str], base: str = "original") -> None:
     from finetune.config.command_options import MergeOptions
-    from finetune.config.options import read_options
+    from finetune.config.overrides import read_options
     from finetune.export.merge.merge import merge
     from finetune.system.console import progress_bar
 
@@ -140,7 +140,7 @@ def one_run(options: dict[str, str]) -> dict[str, float]:
 
     (torch.ones(64, 64) @ torch.ones(64, 64)).sum().item()
     if options["limit"]:
-        from finetune.config.options import parse_size
+        from finetune.system.format import parse_size
 
         allowed = memory()["VmData"] - memory()["RssAnon"] + parse_size("limit", options["limit"])
         resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from finetune.system.arguments import Arguments, parse_arguments
 from finetune.system.errors import InputError
+from finetune.system.resources import packaged_configs
 
 if TYPE_CHECKING:
     from finetune.config.schema import Section
@@ -73,7 +74,7 @@ class Command:
         """Return the text of `--help`."""
         parts = [(self.usage or "").rstrip("\n")]
         if schema := self.schema():
-            from finetune.config.options import options_help
+            from finetune.config.overrides import options_help
 
             parts.append(options_help(schema))
         if self.details:
@@ -106,7 +107,7 @@ class Command:
             raise InputError(f"finetune {self.name}: takes no {refused}, found {found}\nhelp: {self._example()}")
         if (schema := self.schema()) is None:
             return arguments
-        from finetune.config.options import read_beside_config, read_options
+        from finetune.config.overrides import read_beside_config, read_options
 
         command = f"finetune {self.name}"
         if self.config == "none":
@@ -118,10 +119,3 @@ class Command:
 def load_command(name: str) -> Command:
     """Import the module of a command and return its record."""
     return importlib.import_module(f"finetune.commands.{name.replace(' ', '_')}").COMMAND
-
-
-def packaged_configs() -> list[str]:
-    """Return the file names of the packaged configs of whole runs."""
-    from finetune.system.resources import packaged
-
-    return sorted(file.name for file in packaged("configs").glob("*.yaml"))

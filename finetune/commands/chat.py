@@ -35,11 +35,7 @@ if TYPE_CHECKING:
     from finetune.data.formats.messages import Message
     from finetune.data.template.chat import ChatTemplate
 
-SLASH_COMMANDS = {
-    "/reset": "forget the conversation",
-    "/help": "list these commands",
-    "/exit": "leave (so does Ctrl+D)",
-}
+SLASH_COMMANDS = {"/reset": "forget the conversation", "/help": "list these commands", "/exit": "leave, as Ctrl+D"}
 
 
 @dataclass

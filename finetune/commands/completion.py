@@ -10,9 +10,10 @@ Examples
 
 from __future__ import annotations
 
-from finetune.commands.base import COMMANDS, Command, load_command, packaged_configs
+from finetune.commands.base import COMMANDS, Command, load_command
 from finetune.system.arguments import Arguments
 from finetune.system.errors import InputError
+from finetune.system.resources import packaged_configs
 
 _BASH = """\
 _finetune() {{

@@ -28,7 +28,7 @@ from finetune.system.errors import InputError
 if TYPE_CHECKING:
     from finetune.config.command_options import DataOptions
     from finetune.config.schema import RunConfig
-    from finetune.data.loader import LoadedData
+
 _PAGE_ROWS = 10
 
 
@@ -54,6 +54,7 @@ def _inspect(cfg: RunConfig, options: DataOptions, files: dict[str, IO[str]]) ->
 
     check_sources(cfg.data)
 
+    from finetune.data.sources.paths import resolve_source
     from finetune.data.template.chat import advice_on_end_token
     from finetune.data.tokens.prepare import Preparation, console_progress
     from finetune.models.load import load_tokenizer
@@ -71,7 +72,10 @@ def _inspect(cfg: RunConfig, options: DataOptions, files: dict[str, IO[str]]) ->
     # Reads all rows, also where training streams them.
     whole = cfg.data.model_copy(update={"stream_rows": None})
     data = load_data(Preparation(whole, chat, progress=console_progress(log)))
-    _protect_rows(data, options)
+    read = {file.resolve() for s in (*data.train, *data.eval) for file in resolve_source(s.config).files}
+    for word, path in (("html", options.html), ("dump", options.dump)):
+        if path is not None and Path(path).expanduser().resolve() in read:
+            raise InputError(f"{word}={path}: holds rows of the config\nhelp: name another file")
     decoder = Decoder.of(tokenizer)
     report = build_report(data, cfg, chat)
     advice = advise(report, cfg, advice_on_end_token(chat))
@@ -87,16 +91,6 @@ def _inspect(cfg: RunConfig, options: DataOptions, files: dict[str, IO[str]]) ->
         write_page(files["html"], report, advice, rows)
     if "dump" in files:
         write_dump(files["dump"], data)
-
-
-def _protect_rows(data: LoadedData, options: DataOptions) -> None:
-    """Raise InputError if a file to write holds rows of the config."""
-    from finetune.data.sources.paths import resolve_source
-
-    read = {file.resolve() for s in (*data.train, *data.eval) for file in resolve_source(s.config).files}
-    for word, path in (("html", options.html), ("dump", options.dump)):
-        if path is not None and Path(path).expanduser().resolve() in read:
-            raise InputError(f"{word}={path}: holds rows of the config\nhelp: name another file")
 
 
 COMMAND = Command("data", __doc__, run, options="DataOptions", config="required")

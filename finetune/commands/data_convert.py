@@ -24,6 +24,7 @@ from finetune.system.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from finetune.config.command_options import ConvertOptions
+
 _SHOWN_ERRORS = 10
 
 

@@ -132,15 +132,18 @@ def check_four_bit() -> Finding:
     return Finding("ok", f"bitsandbytes {bitsandbytes.__version__}: NF4 forward and backward on {device}")
 
 
+def _space(folder: Path, where: str, least_bytes: int, status: str, advice: str) -> Finding:
+    """Report the free space of a folder, with this status and advice below `least_bytes`."""
+    free_bytes = shutil.disk_usage(folder).free
+    found = f"{format_bytes(free_bytes)} free {where}"
+    if not os.access(folder, os.W_OK):
+        return Finding("warn", f"{found}, not writable", advice)
+    return Finding("ok", found) if free_bytes >= least_bytes else Finding(status, found, advice)
+
+
 def check_disk() -> Finding:
     """Check the space of the current folder."""
-    free_bytes = shutil.disk_usage(".").free
-    found = f"{format_bytes(free_bytes)} free in {Path.cwd()}"
-    if not os.access(".", os.W_OK):
-        return Finding("warn", f"{found}, not writable", "run from another folder, or set output_dir")
-    if free_bytes < GB:
-        return Finding("fail", found, "free at least 1 GB, or run from another disk")
-    return Finding("ok", found)
+    return _space(Path.cwd(), f"in {Path.cwd()}", GB, "fail", "run from a folder with 1 GB free, or set output_dir")
 
 
 def check_hub_cache() -> Finding:
@@ -148,12 +151,8 @@ def check_hub_cache() -> Finding:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     existing = next(folder for folder in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if folder.exists())
-    found = f"{format_bytes(shutil.disk_usage(existing).free)} free for {HF_HUB_CACHE}"
-    if not os.access(existing, os.W_OK):
-        return Finding("warn", f"{found}, not writable", "set HF_HOME to a folder of yours")
-    if shutil.disk_usage(existing).free < 20 * GB:
-        return Finding("warn", found, "a 7B model has 15 GB; set HF_HOME to a larger disk for models of that size")
-    return Finding("ok", found)
+    advice = "a 7B model has 15 GB; set HF_HOME to a folder of yours on a larger disk for models of that size"
+    return _space(existing, f"for {HF_HUB_CACHE}", 20 * GB, "warn", advice)
 
 
 def check_hub() -> Finding:
@@ -193,11 +192,8 @@ def check_shared_memory() -> Finding:
     folder = Path("/dev/shm")
     if not folder.is_dir():
         return Finding("note", "this system has no /dev/shm")
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < GB // 4:
-        advice = "several ranks may hang or crash; in a container start it with --shm-size=2g"
-        return Finding("warn", f"{format_bytes(free_bytes)} free in /dev/shm", advice)
-    return Finding("ok", f"{format_bytes(free_bytes)} free in /dev/shm")
+    advice = "several ranks may hang or crash; in a container start it with --shm-size=2g"
+    return _space(folder, "in /dev/shm", GB // 4, "warn", advice)
 
 
 CHECKS: dict[str, Callable[[], Finding]] = {

@@ -32,7 +32,6 @@ from finetune.system.format import format_bytes, format_duration
 if TYPE_CHECKING:
     from finetune.config.command_options import PlanOptions
     from finetune.config.schema import RunConfig
-DOES_NOT_FIT = 3
 
 
 def run(arguments: Arguments) -> int:
@@ -58,10 +57,8 @@ def _check_options(options: PlanOptions, cfg: RunConfig) -> None:
     if options.table and (idle := sorted(options.model_fields_set - {"table", "calibrate"})):
         raise InputError(f"table=true: covers all models and GPUs\nhelp: drop {', '.join(idle)}, or drop table=true")
     if (options.document_tokens or 0) > cfg.data.max_length:
-        raise InputError(
-            f"document_tokens={options.document_tokens}: is more than data.max_length={cfg.data.max_length}\n"
-            "help: lower it, or raise data.max_length"
-        )
+        wrong = f"document_tokens={options.document_tokens}: is more than data.max_length={cfg.data.max_length}"
+        raise InputError(f"{wrong}\nhelp: lower it, or raise data.max_length")
 
 
 def calibrate(clock: Callable[[], float] = time.perf_counter) -> str:
@@ -152,7 +149,7 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
         print(json.dumps(content, indent=1))
     else:
         _describe(cfg, content, options.auto)
-    return DOES_NOT_FIT if fits is False else 0
+    return 3 if fits is False else 0
 
 
 def _shape_of(model_name: str) -> Mapping[str, Any]:
@@ -163,10 +160,8 @@ def _shape_of(model_name: str) -> Mapping[str, Any]:
     if shape is None and (Path(model_name).expanduser() / "config.json").is_file():
         raise ConfigError(f"{where}: its config.json is corrupt or lacks one of {', '.join(SHAPE_KEYS)}")
     if shape is None:
-        raise ConfigError(
-            f"{where}: has unknown shapes, and a plan downloads nothing\n"
-            "help: name a local folder with its config.json, or a Qwen2.5 size"
-        )
+        advice = "help: name a local folder with its config.json, or a Qwen2.5 size"
+        raise ConfigError(f"{where}: has unknown shapes, and a plan downloads nothing\n{advice}")
     family_of(shape["model_type"], where)
     sizes = [key for key in SHAPE_KEYS if key != "tie_word_embeddings"]
     if wrong := [key for key in sizes if not isinstance(shape[key], int) or shape[key] < 1]:
@@ -219,12 +214,10 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
         alone = "" if change["fits"] else " (not enough by itself)"
         print(f"  {' '.join(change['overrides'])}   saves {format_bytes(change['saved_bytes'])}{alone}")
     if auto:
-        found = content["auto"]
-        print(
-            f"fastest that fits: {' '.join(found['overrides'])}   needs {format_bytes(found['needed_bytes'])}"
-            if found
-            else "fastest that fits: none, at any sequence length"
-        )
+        answer = "none, at any sequence length"
+        if found := content["auto"]:
+            answer = f"{' '.join(found['overrides'])}   needs {format_bytes(found['needed_bytes'])}"
+        print(f"fastest that fits: {answer}")
 
 
 def _print_columns(rows: Sequence[Sequence[str]]) -> None:

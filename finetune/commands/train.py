@@ -11,8 +11,9 @@ Examples
 
 from __future__ import annotations
 
-from finetune.commands.base import Command, packaged_configs
+from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
+from finetune.system.resources import packaged_configs
 
 
 def run(arguments: Arguments) -> int:

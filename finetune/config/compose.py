@@ -29,7 +29,7 @@ from finetune.config.repository import compose_files, short
 from finetune.config.schema import RunConfig, Section
 from finetune.system.console import printable
 from finetune.system.errors import ConfigError
-from finetune.system.resources import packaged
+from finetune.system.resources import packaged, packaged_configs
 
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 _INTERPOLATION = re.compile(r"(\\*)(\$\{)")
@@ -119,8 +119,7 @@ def _find(name: str) -> Path:
         for file in (folder / name, folder / f"{name}.yaml"):
             if file.suffix == ".yaml" and os.path.isfile(file):
                 return file.resolve()
-    known = sorted(file.name for file in packaged("configs").glob("*.yaml"))
-    near = get_close_matches(f"{Path(name).stem}.yaml", known, n=3) or known
+    near = get_close_matches(f"{Path(name).stem}.yaml", packaged_configs(), n=3) or packaged_configs()
     looked = ", ".join(short(folder) for folder in places)
     message = f"no config {name} (a .yaml file) in {looked}; packaged: {', '.join(near)}"
     raise ConfigError(printable(message, one_line=True))

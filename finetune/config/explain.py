@@ -14,8 +14,7 @@ from pydantic import ValidationError
 from finetune.config.keys import allowed, find, options, schema_fields, sections, takes
 from finetune.config.peers import PEERS, REFUSED, RENAMED
 from finetune.config.problems import Problem
-from finetune.config.rules import contradictions
-from finetune.config.schema import RunConfig
+from finetune.config.schema import RunConfig, contradictions
 from finetune.config.sections import NUMBER, ModelConfig, Section, SourceConfig
 
 _LONGEST = 60
@@ -31,7 +30,7 @@ def problems_of(tree: dict[str, Any], error: ValidationError) -> list[Problem]:
 
     A rule names the keys that it reads in its key or text. It is skipped if one of them has an invalid value.
     """
-    found = schema_problems(error)
+    found = list(schema_problems(error))
     wrong = {".".join(problem.key.split(".")[:2]) for problem in found if "." in problem.key}
     sound = {}
     for name, section in sections().items():
@@ -43,27 +42,24 @@ def problems_of(tree: dict[str, Any], error: ValidationError) -> list[Problem]:
     return list(dict.fromkeys([*found, *rules]))
 
 
-def schema_problems(error: ValidationError, root: type[Section] = RunConfig) -> list[Problem]:
-    """Return every problem that pydantic found in one schema, in words."""
-    return [problem for item in error.errors(include_url=False) for problem in _problems(item, root)]
-
-
-def _problems(item: Any, root: type[Section]) -> Iterator[Problem]:
-    path, kind = _place(item["loc"], root)
-    if item["type"] == "contradiction":
-        yield from item["ctx"]["problems"]
-    elif item["type"] == "extra_forbidden":
-        yield unknown_key(".".join(map(str, item["loc"])), root)
-    elif item["type"] == "missing":
-        yield Problem(path, f"is missing: {_description(path, root)}")
-    elif item["type"] == "value_error":
-        yield Problem(path, str(item["ctx"]["error"]))
-    elif item["type"] == "invalid_key":
-        yield Problem(".".join(str(part) for part in item["loc"] if part != "[key]"), "a key must be text")
-    elif item["loc"][-1] == "[key]":
-        yield unknown_key(".".join(map(str, item["loc"][:-1])), root)
-    else:
-        yield Problem(path, f"found {shown(item['input'])}; allowed: {allowed(kind)}{_hint(item['input'], kind)}")
+def schema_problems(error: ValidationError, root: type[Section] = RunConfig) -> Iterator[Problem]:
+    """Yield every problem that pydantic found in one schema, in words."""
+    for item in error.errors(include_url=False):
+        path, kind = _place(item["loc"], root)
+        if item["type"] == "contradiction":
+            yield from item["ctx"]["problems"]
+        elif item["type"] == "extra_forbidden":
+            yield unknown_key(".".join(map(str, item["loc"])), root)
+        elif item["type"] == "missing":
+            yield Problem(path, f"is missing: {_description(path, root)}")
+        elif item["type"] == "value_error":
+            yield Problem(path, str(item["ctx"]["error"]))
+        elif item["type"] == "invalid_key":
+            yield Problem(".".join(str(part) for part in item["loc"] if part != "[key]"), "a key must be text")
+        elif item["loc"][-1] == "[key]":
+            yield unknown_key(".".join(map(str, item["loc"][:-1])), root)
+        else:
+            yield Problem(path, f"found {shown(item['input'])}; allowed: {allowed(kind)}{_hint(item['input'], kind)}")
 
 
 def _place(loc: Sequence[Any], root: type[Section]) -> tuple[str, Any]:

@@ -1,108 +1,95 @@
-"""Parse `key=value` on the command line with Hydra's grammar; the schema gives the type of a key."""
+"""Read `key=value` words by the schema and Hydra's grammar: overrides of a run, and options of a command.
+
+Options follow the rules of a run's config: types, ranges, no unknown keys, and one error that lists every problem.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import suppress
+from difflib import get_close_matches
+from typing import Any, NamedTuple, TypeVar
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import HydraException
+from pydantic import ValidationError
 
-from finetune.config.explain import shown, unknown_key
-from finetune.config.keys import find, is_section, takes
-from finetune.config.problems import COMMAND_LINE, Problem
+from finetune.config.explain import schema_problems, shown, unknown_key
+from finetune.config.keys import allowed, find, is_section, takes
+from finetune.config.problems import COMMAND_LINE, Problem, config_error
+from finetune.config.schema import RunConfig, Section
+from finetune.system.arguments import Arguments
 
+Options = TypeVar("Options", bound=Section)
 _SHAPE = re.compile(r"\s*\+{0,2}(?P<key>[^=\s]+?)\s*=(?P<value>.*)", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Overrides:
+class Overrides(NamedTuple):
     """Group options (`model=qwen2.5-7b-instruct`), values by key, and problems."""
 
-    groups: dict[str, str] = field(default_factory=dict)
-    values: list[tuple[str, Any]] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    groups: dict[str, str]
+    values: list[tuple[str, Any]]
+    problems: list[Problem]
 
 
 def parse_overrides(lines: Sequence[str]) -> Overrides:
-    """Parse every override; the last one for a key wins."""
-    found = Overrides()
+    """Parse every override of a run; the last one for a key wins."""
+    groups, values, problems = {}, [], []
     for line in lines:
         shape = _SHAPE.fullmatch(line)
+        key, text = (shape["key"], shape["value"].strip()) if shape else ("", "")
+        kind = find(key)
         if line.lstrip().startswith("~"):
-            _refuse(found, line.strip(), "deleting a key is not supported; set it to its default")
+            problems.append(Problem(line.strip(), "deleting a key is not supported; set it to its default"))
         elif shape is None:
-            _refuse(found, line.strip(), "expected key=value, such as train.max_steps=10")
+            problems.append(Problem(line.strip(), "expected key=value, such as train.max_steps=10"))
+        elif kind is None:
+            problems.append(unknown_key(key))
+        elif is_section(kind) and not text.startswith(("{", "[", "$")) and "." not in key:
+            groups[key] = text
         else:
-            _read(shape["key"], shape["value"].strip(), found)
-    return found
-
-
-def _read(key: str, text: str, found: Overrides) -> None:
-    kind = find(key)
-    if kind is None:
-        found.problems.append(unknown_key(key)._replace(origin=COMMAND_LINE))
-    elif is_section(kind) and not text.startswith(("{", "[", "$")) and "." not in key:
-        found.groups[key] = text
-    else:
-        try:
-            value = read_value(text, kind)
-        except ValueError as error:
-            hint = f"""quote text with special characters, in the shell '{key}=["a b"]'"""
-            _refuse(found, key, f"cannot read {shown(text)}: {error}; {hint}")
-            return
-        for leaf, part in _leaves(key, value):
-            if find(leaf) is None:
-                found.problems.append(unknown_key(leaf)._replace(origin=COMMAND_LINE))
-            else:
-                found.values.append((leaf, part))
+            try:
+                parts = list(_leaves(key, read_value(text, kind)))
+            except ValueError as error:
+                hint = f"""quote text with special characters, in the shell '{key}=["a b"]'"""
+                problems.append(Problem(key, f"cannot read {shown(text)}: {error}; {hint}"))
+                continue
+            values += [(leaf, part) for leaf, part in parts if find(leaf) is not None]
+            problems += [unknown_key(leaf) for leaf, _ in parts if find(leaf) is None]
+    return Overrides(groups, values, [problem._replace(origin=COMMAND_LINE) for problem in problems])
 
 
 def read_value(text: str, kind: Any) -> Any:
-    """Return the value of a text for a key of type `kind`.
+    """Return the value of a text for a key of type `kind`; keep text as typed: `output_dir=out (2)`.
 
     Raises:
         ValueError: the text does not fit the grammar; the message gives the reason.
     """
-    try:
-        return _as_text(text, kind) if takes(str, kind) else _by_grammar(text)
-    except HydraException as error:
-        raise ValueError(str(error)) from error
-
-
-def quoted(text: str) -> str:
-    """Quote any text for Hydra's grammar."""
-    # Only backslashes before a quote are escapes there.
-    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
-
-
-def _refuse(found: Overrides, key: str, text: str) -> None:
-    found.problems.append(Problem(key, text, COMMAND_LINE))
-
-
-def _as_text(text: str, kind: Any) -> Any:
-    """Keep text as typed: `model.revision=1234567`, `output_dir=out (2)`."""
+    if not takes(str, kind):
+        return _by_grammar(text)
     if text == "null":
         return None
     if text.startswith(("'", '"', "[") if takes(list, kind) else ("'", '"')):
-        try:
+        with suppress(ValueError):  # A regex, for example [qv]_proj, can look like a list.
             return _by_grammar(text)
-        except HydraException:  # A regex, for example [qv]_proj, can look like a list.
-            return text
     return text
 
 
 def _by_grammar(text: str) -> Any:
+    # Hydra is imported here, because --help does without it.
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+    from hydra.errors import HydraException
+
     try:
-        override: Override = OverridesParser.create().parse_override(f"key={text}")
+        override = OverridesParser.create().parse_override(f"key={text}")
+        if override.type is OverrideType.CHANGE and not override.is_sweep_override():
+            return override.value()
     except RecursionError as error:
-        raise HydraException("nested too deeply") from error
-    if override.type is not OverrideType.CHANGE or override.is_sweep_override():
-        raise HydraException("expected one value; a list is written [a, b]")
-    return override.value()
+        raise ValueError("nested too deeply") from error
+    except HydraException as error:
+        raise ValueError(str(error)) from error
+    raise ValueError("expected one value; a list is written [a, b]")
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -112,3 +99,87 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(f"{key}.{name}", part)
     else:
         yield key, value
+
+
+def quoted(text: str) -> str:
+    """Quote any text for Hydra's grammar."""
+    # Only backslashes before a quote are escapes there.
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+
+
+def read_options(schema: type[Options], words: Sequence[str], command: str) -> Options:
+    """Read `key=value` words into a schema.
+
+    Args:
+        schema: one of command_options.py.
+        words: the words in their order; the last of a key counts.
+        command: how messages name the command, as `finetune merge`.
+
+    Raises:
+        ConfigError: lists every problem.
+    """
+    tree: dict[str, Any] = {}
+    problems = []
+    for word in words:
+        key, _, text = word.partition("=")
+        if (kind := find(key, schema)) is None:
+            problems.append(unknown_key(key, schema))
+            continue
+        *parents, last = key.split(".")
+        node: Any = tree
+        for part in parents:
+            node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        try:
+            if not isinstance(node, dict):
+                raise ValueError(f"give the whole list, as {parents[0]}=[…]")
+            node[last] = read_value(text, kind)
+        except ValueError as error:
+            problems.append(Problem(key, f"cannot read {shown(text)}: {error}"))
+    options = None
+    try:
+        options = schema.model_validate(tree)
+    except ValidationError as error:
+        known = {problem.key for problem in problems}
+        problems += [problem for problem in schema_problems(error, schema) if problem.key not in known]
+    if options is None or problems:
+        raise config_error(command, problems, lambda key: "")
+    return options
+
+
+def read_beside_config(schema: type[Options], arguments: Arguments, command: str) -> tuple[Options, list[str]]:
+    """Read a command's options among the overrides of a run.
+
+    Returns:
+        The options, and the overrides of the run. An unknown key belongs to the schema with the nearest key.
+        With config=, a key of both schemas belongs to the run.
+
+    Raises:
+        ConfigError: as `read_options`.
+    """
+    own, others = [], []
+    for word in arguments.overrides:
+        key = word.partition("=")[0]
+        in_run = find(key) is not None and arguments.config is not None
+        (own if not in_run and _is_option(schema, key) else others).append(word)
+    return read_options(schema, own, command), others
+
+
+def _is_option(schema: type[Section], key: str) -> bool:
+    field, fields = schema.model_fields.get(key.partition(".")[0]), schema.model_fields
+    if find(key, schema) is not None or (field is not None and is_section(field.annotation)):
+        return True
+    near = get_close_matches(key, [*fields, *RunConfig.model_fields], n=1, cutoff=0.6)
+    return find(key) is None and bool(near) and near[0] in fields
+
+
+def options_help(schema: type[Section], prefix: str = "") -> str:
+    """Return one line for every key of a command: its default, its allowed values and its meaning."""
+    lines = []
+    for name, field in schema.model_fields.items():
+        if is_section(field.annotation):
+            lines.append(options_help(field.annotation, f"{name}."))
+        else:
+            default = "" if field.is_required() else f" = {json.dumps(field.default).strip(chr(34))}"
+            values = allowed(field.annotation, field.metadata)
+            lines.append(f"  {prefix + name + default:<24} {values}. {field.description}")
+    return "\n".join(lines)

@@ -1,6 +1,6 @@
 """The sections of a run's config: every key with its type, range, default and meaning.
 
-The path of a key on the command line is section.field: `train.max_steps=10`. rules.py checks combinations of keys.
+The path of a key on the command line is section.field: `train.max_steps=10`. schema.py checks combinations of keys.
 """
 
 from __future__ import annotations

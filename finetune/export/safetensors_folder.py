@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from finetune.config.command_options import ExportOptions
-from finetune.config.options import parse_size
 from finetune.config.schema import QuantConfig
 from finetune.export.copied_files import MODEL, copy_files
 from finetune.export.exporter import EXPORTERS, Exported, ExportRequest
@@ -37,6 +36,7 @@ from finetune.models.quant.quantize import head_name, linear_names, quantization
 from finetune.models.safetensors_index import Stored, WeightFiles, read_rows
 from finetune.system.atomic import write_text
 from finetune.system.errors import ConfigError, IntegrityError, MissingExtra
+from finetune.system.format import parse_size
 
 PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _BLOCK_ELEMENTS = 1 << 22  # rounded at once

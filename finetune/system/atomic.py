@@ -45,7 +45,6 @@ def replaced_file(path: Path, durable: bool = True, buffering: int = -1) -> Iter
     """Yield a stream that replaces the file at the end of the block, and nothing if the block fails.
 
     Args:
-        path: the file.
         durable: wait until the bytes are on the disk before the rename.
         buffering: as for `open`.
     """
@@ -81,7 +80,6 @@ def whole_file(word: str, path: str, replace: bool = True) -> Iterator[IO[str]]:
 
     Args:
         word: name of the path on the command line, for messages.
-        path: the file.
         replace: whether an existing file is replaced.
 
     Raises:

@@ -1,6 +1,8 @@
-"""Format sizes and durations for people."""
+"""Sizes and durations as text."""
 
 from __future__ import annotations
+
+from finetune.system.errors import ConfigError
 
 
 def format_bytes(size_bytes: float) -> str:
@@ -19,3 +21,17 @@ def format_duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size} {unit} {whole % size // smaller_size} {smaller}"
     raise AssertionError("60 seconds or more have minutes")
+
+
+def parse_size(key: str, text: str) -> int:
+    """Return the bytes of `4GB`, `500MB` or `1GiB`; key names the option in the ConfigError of any other text."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.strip().upper().rstrip("KMGIB")
+    unit = text.strip().upper()[len(number) :]
+    try:
+        size = int(float(number) * units[unit])
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise ConfigError(f"{key}={text}: write a size as 4GB or 500MB")
+    return size

@@ -14,6 +14,11 @@ def packaged(kind: Literal["configs", "data"]) -> Path:
     return inside if inside.is_dir() else package.parent / kind
 
 
+def packaged_configs() -> list[str]:
+    """Return the file names of the packaged configs of whole runs."""
+    return sorted(file.name for file in packaged("configs").glob("*.yaml"))
+
+
 def cache_home(kind: Literal["tokens", "quantized", "rates"]) -> Path:
     """Return $FINETUNE_CACHE/kind, else $XDG_CACHE_HOME/finetune/kind, else ~/.cache/finetune/kind."""
     base = os.environ.get("FINETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "finetune"

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.commands.eval import write_merged
 from finetune.config.command_options import EvalOptions
-from finetune.config.options import read_options
+from finetune.config.overrides import read_options
 from finetune.evaluation.compare import evaluate_gap
 from finetune.models.load import default_device
 from finetune.system.resources import packaged

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from finetune.config.command_options import MergeOptions
-from finetune.config.options import parse_size
 from finetune.config.schema import Dtype
 from finetune.export.merge.card import merged_card
 from finetune.export.merge.kl_check import KlCheck, held_out_set, measure_merged, measure_trained
@@ -23,7 +22,7 @@ from finetune.models.adapters.trained import Trained, choose_base, find_trained,
 from finetune.models.digest import identity
 from finetune.system.console import Log, log, progress_bar
 from finetune.system.errors import ConfigError
-from finetune.system.format import format_bytes
+from finetune.system.format import format_bytes, parse_size
 
 REPORT = "merge_report.json"
 _NAME_EXAMPLES = "'kl_check.data=[{path: rows.jsonl}]'"

@@ -1,6 +1,6 @@
 """Resolve the module names of `lora.*` in a loaded model; report every problem before anything changes.
 
-config/rules.py has already checked what the config alone shows: regexes, even ranks, the base that an init needs.
+config/schema.py has already checked what the config alone shows: regexes, even ranks, the base that an init needs.
 """
 
 from __future__ import annotations

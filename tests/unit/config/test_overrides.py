@@ -1,4 +1,4 @@
-"""`key=value`: every key of the schema without `+`, values in Hydra's grammar, text as typed."""
+"""`key=value`: every key of the schema without `+`, values in Hydra's grammar, text as typed, options of commands."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from finetune.config.command_options import AllocateOptions, PlanOptions, SensitivityOptions
 from finetune.config.keys import schema_fields, sections
-from finetune.config.overrides import parse_overrides, quoted
+from finetune.config.overrides import parse_overrides, quoted, read_beside_config
+from finetune.system.arguments import Arguments
+from finetune.system.errors import ConfigError
 
 
 def value_of(override: str) -> Any:
@@ -184,3 +187,40 @@ def test_an_invalid_override_is_refused_with_help(override: str, words: str):
 )
 def test_an_override_that_does_not_fit_the_config_is_refused(complaint: Callable, override: str, words: str):
     assert words in complaint("", override)
+
+
+def arguments(*words: str) -> Arguments:
+    return Arguments("lora.yaml", words, frozenset())
+
+
+def test_words_of_the_command_and_of_the_run_are_separated_and_the_last_counts():
+    words = ("model=qwen2.5-7b", "gpu_gb=8", "lora.rank=16", "~distill", "gpu_gb=16", "auto=true")
+    options, others = read_beside_config(PlanOptions, arguments(*words), "finetune plan")
+    assert (options.gpu_gb, options.auto) == (16, True)
+    assert others == ["model=qwen2.5-7b", "lora.rank=16", "~distill"]
+
+
+@pytest.mark.parametrize("kind", [PlanOptions, SensitivityOptions])
+def test_every_section_of_a_run_belongs_to_the_run(kind):
+    words = [f"{name}=anything" for name in sections() if name not in kind.model_fields]
+    assert read_beside_config(kind, arguments(*words), "finetune")[1] == words
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "meant"),
+    [
+        (PlanOptions, "gpu=16", "gpu_gb"),
+        (PlanOptions, "calibrat=true", "calibrate"),
+        (SensitivityOptions, "row=3", "rows"),
+        (AllocateOptions, "budget=6", "budget_gb"),
+    ],
+)
+def test_a_typo_in_an_option_gets_the_nearest_option(kind, word, meant):
+    with pytest.raises(ConfigError) as raised:
+        read_beside_config(kind, arguments(word), "finetune")
+    assert f"{word.partition('=')[0]}: unknown key; did you mean {meant}?" in str(raised.value)
+
+
+@pytest.mark.parametrize("word", ["modl=qwen2.5-7b", "lora_r=16", "train.max_step=3", "nonsense=1"])
+def test_an_unknown_word_is_left_to_the_config(word):
+    assert read_beside_config(PlanOptions, arguments(word), "finetune plan")[1] == [word]

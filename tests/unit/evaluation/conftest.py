@@ -12,7 +12,7 @@ import yaml
 
 from finetune.commands.eval import write_merged
 from finetune.config.command_options import EvalOptions
-from finetune.config.options import read_options
+from finetune.config.overrides import read_options
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.data.formats.messages import Conversation, Message
 from finetune.data.template.chat import ChatTemplate

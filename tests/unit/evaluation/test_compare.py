@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.commands.eval import write_merged
 from finetune.config.command_options import EvalOptions, KlCheckOptions, MergeOptions
-from finetune.config.options import read_options
+from finetune.config.overrides import read_options
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.evaluation.compare import evaluate_gap
 from finetune.evaluation.gap_table import GapTable, load_gap

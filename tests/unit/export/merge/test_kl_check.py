@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from finetune.config.command_options import MergeOptions
-from finetune.config.options import read_options
+from finetune.config.overrides import read_options
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.export.merge import merge as merging
 from finetune.export.merge.merge import KlCheckFailed, MergeReport, merge

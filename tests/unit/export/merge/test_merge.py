@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.config.command_options import MergeOptions
-from finetune.config.options import read_options
+from finetune.config.overrides import read_options
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.export import shards
 from finetune.export.merge import merge as merging
