@@ -6,7 +6,6 @@ Data goes to stdout, messages to stderr. A command is imported when it runs: hel
 from __future__ import annotations
 
 import atexit
-import errno
 import functools
 import gc
 import os
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from finetune import __version__
 from finetune.commands.base import COMMANDS, load_command
 from finetune.system.arguments import nearest
+from finetune.system.atomic import is_disk_full
 from finetune.system.console import printable
 from finetune.system.errors import FinetuneError, InputError
 from finetune.system.libraries import configure_libraries
@@ -97,7 +97,7 @@ def _resource_advice(error: BaseException) -> str | None:
     # torch's CPU allocator raises a plain RuntimeError.
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
         return f"memory ran out; {smaller}, or choose a smaller model"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         return "the disk is full; free space or set output_dir to another disk, then continue with train.resume=auto"
     return None
 

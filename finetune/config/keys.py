@@ -60,8 +60,7 @@ def find(path: str, root: type[Section] = RunConfig) -> Any | None:
 @cache
 def sections() -> dict[str, type[Section]]:
     """Return the sections of a run by name: model, quant, …"""
-    annotations = {name: field.annotation for name, field in RunConfig.model_fields.items()}
-    return {name: annotation for name, annotation in annotations.items() if is_section(annotation)}
+    return {name: field.annotation for name, field in RunConfig.model_fields.items() if is_section(field.annotation)}
 
 
 def is_section(annotation: Any) -> TypeGuard[type[Section]]:

@@ -152,15 +152,13 @@ class _Repository(ConfigRepository):
         """Yield a problem for each file that a defaults list names and that does not exist."""
         for path in self.absent:
             group, _, option = path.rpartition("/")
-            items = [
-                _place(file, item)
+            places = [
+                _place(file, leaf)
                 for file, node in self._nodes.values()
-                for name, value in node.value
-                if name.value == "defaults"
-                for item in value.value
-                if any(str(leaf.value).removesuffix(".yaml").endswith(option) for leaf, _ in _walk(item, ""))
+                for leaf, key in _walk(node, "")
+                if key.startswith("defaults.") and str(leaf.value).removesuffix(".yaml").endswith(option)
             ]
-            yield Problem(group or "defaults", self.no_option(group, option), items[0] if items else "")
+            yield Problem(group or "defaults", self.no_option(group, option), places[0] if places else "")
 
     def no_option(self, group: str, option: str) -> str:
         options = self.get_group_options(group)

@@ -111,9 +111,9 @@ class SourceConfig(Section):
     format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "tokens"] = Field(
         "auto", description="Format of an example; auto: recognized from the columns of the first one."
     )
-    columns: dict[Text, Text] = Field({}, description="Your column names, as {our name: yours}: {prompt: question}.")
+    columns: dict[Text, Text] = Field({}, description="Your columns as {our name: yours}, like {prompt: question}.")
     roles: dict[Literal["system", "user", "assistant", "tool"], list[Text] | Text] = Field(
-        {}, description="Your role names, as {our name: yours}: {assistant: [agent, bot]}."
+        {}, description="Your role names as {our name: yours}, like {assistant: [agent, bot]}."
     )
     split: Text | None = Field(None, description="Split of a folder or hub dataset; null for a file.")
     subset: Text | None = Field(None, description="Subset (configuration) of a hub dataset; null: its default.")
@@ -165,8 +165,8 @@ class TrainConfig(Section):
     neftune_alpha: NotNegative = Field(0.0, description="Strength of NEFTune noise on the embeddings; 0: no noise.")
     gradient_checkpointing: Literal["auto", "none", "all", "offload"] | Count = Field(
         "auto",
-        description="Layers to recompute in the backward pass: auto, none, all, offload (all, inputs in main memory), "
-        "or a number.",
+        description="Layers to recompute in the backward pass: auto (as memory needs), none, all, offload (all, with "
+        "inputs in main memory), or a number.",
     )
     kernels: Literal["fused", "peft"] = Field(
         "fused", description="fused: this package's kernels; peft: those of PEFT."
