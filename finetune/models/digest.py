@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ _THREADS = 4
 _SETTLED_NANOSECONDS = 2_000_000_000
 
 
-def weights_digest(files: Iterable[Path], memory: Path) -> dict[str, str]:
+def weights_digest(files: Sequence[Path], memory: Path) -> dict[str, str]:
     """Return the SHA-256 of each file's content, by file name.
 
     memory: a folder of known sums. A file with unchanged size, inode, modification and change time is not read again.
@@ -29,7 +29,6 @@ def weights_digest(files: Iterable[Path], memory: Path) -> dict[str, str]:
     Raises:
         OSError: a file cannot be read, or `memory` cannot be written.
     """
-    files = list(files)
     memory.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(_THREADS) as threads:
         digests = list(threads.map(lambda file: _remembered(file, memory), files))

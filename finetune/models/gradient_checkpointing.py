@@ -56,21 +56,18 @@ def apply_gradient_checkpointing(model: nn.Module, setting: CheckpointSetting) -
             above = (number for number, layer in enumerate(found) if name.startswith(f"{layer}."))
             first = min(first, next(above, 0))
     chosen = checkpointed_layers(setting, len(found), first)
-    run = partial(_offloaded, HostOffload()) if setting == "offload" and _on_gpu(model) else _checkpointed
+    offloads = setting == "offload" and _on_gpu(model)
+    run = partial(_offloaded, HostOffload()) if offloads else partial(checkpoint, use_reentrant=False)
     for number, layer in enumerate(found.values()):
         layer.gradient_checkpointing = number in chosen
         setattr(layer, "_gradient_checkpointing_func", run)  # noqa: B010 - set so, it needs no declared type
     return chosen
 
 
-def _checkpointed(function, *inputs: Tensor):
-    return checkpoint(function, *inputs, use_reentrant=False)
-
-
 def _offloaded(offload: HostOffload, function, *inputs: Tensor):
     """Offload the layer's inputs, the only tensors that checkpoint itself saves."""
     with offload.hooks():
-        return _checkpointed(function, *inputs)
+        return checkpoint(function, *inputs, use_reentrant=False)
 
 
 def _on_gpu(model: nn.Module) -> bool:
