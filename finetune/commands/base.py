@@ -74,9 +74,9 @@ class Command:
         """Return the text of `--help`."""
         parts = [(self.usage or "").rstrip("\n")]
         if schema := self.schema():
-            from finetune.config.overrides import options_help
+            from finetune.config.keys import schema_help
 
-            parts.append(options_help(schema))
+            parts.append(schema_help(schema, width=24))
         if self.details:
             parts.append(self.details())
         elif self.config != "none":

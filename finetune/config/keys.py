@@ -110,16 +110,19 @@ def allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     return f"{_WORDS[annotation]} {limits}".strip()
 
 
-def schema_help() -> str:
-    """Return the help text of a run's config: one line per key, with its default, its type and its meaning."""
+def schema_help(root: type[Section] = RunConfig, width: int = 38) -> str:
+    """Return the help text of a schema: one line per key, with its default, its type and its meaning.
+
+    The items of data.train stand for all lists of sources. width: of the column of keys, in characters.
+    """
     lines = []
-    for path, field in schema_fields().items():
+    for path, field in schema_fields(root).items():
         if is_section(field.annotation):
             lines += ["", f"{path}: {field.description}"]
-        elif not path.startswith("data.eval.*"):  # The items of data.eval are those of data.train.
+        elif "*" not in path or path.startswith("data.train.*"):
             default = default_of(path, field)
             key = path.replace("*", "0") + (f" = {default}" if default else "")
-            lines.append(f"  {key:<38} {allowed(field.annotation, field.metadata)}. {field.description}")
+            lines.append(f"  {key:<{width}} {allowed(field.annotation, field.metadata)}. {field.description}")
     return "\n".join(lines).strip("\n")
 
 

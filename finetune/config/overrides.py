@@ -5,7 +5,6 @@ Options follow the rules of a run's config: types, ranges, no unknown keys, and 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import ValidationError
 
 from finetune.config.explain import schema_problems, shown, unknown_key
-from finetune.config.keys import allowed, find, is_section, takes
+from finetune.config.keys import find, is_section, takes
 from finetune.config.problems import COMMAND_LINE, Problem, config_error
 from finetune.config.schema import RunConfig, Section
 from finetune.system.arguments import Arguments
@@ -170,16 +169,3 @@ def _is_option(schema: type[Section], key: str) -> bool:
         return True
     near = get_close_matches(key, [*fields, *RunConfig.model_fields], n=1, cutoff=0.6)
     return find(key) is None and bool(near) and near[0] in fields
-
-
-def options_help(schema: type[Section], prefix: str = "") -> str:
-    """Return one line for every key of a command: its default, its allowed values and its meaning."""
-    lines = []
-    for name, field in schema.model_fields.items():
-        if is_section(field.annotation):
-            lines.append(options_help(field.annotation, f"{name}."))
-        else:
-            default = "" if field.is_required() else f" = {json.dumps(field.default).strip(chr(34))}"
-            values = allowed(field.annotation, field.metadata)
-            lines.append(f"  {prefix + name + default:<24} {values}. {field.description}")
-    return "\n".join(lines)
