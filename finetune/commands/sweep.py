@@ -25,7 +25,7 @@ def run(arguments: Arguments) -> int:
     """Check every combination, then run the sweep and print its table."""
     from finetune.report.compare import text_table
     from finetune.sweep import sweep
-    from finetune.sweep.outcome import PAGE, table
+    from finetune.sweep.record import PAGE, table
 
     settings = arguments.options.sweep
     plan = sweep.plan_sweep(str(arguments.config), arguments.overrides, settings)

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from finetune.system.locks import locked
@@ -20,6 +21,7 @@ _KEPT_CHARACTERS = 20_000
 _POLL_SECONDS = 0.1
 _LONGEST_ERROR = 2000
 _LONGEST_WAIT_SECONDS = 60
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Stop(StopSignals):
@@ -66,6 +68,9 @@ def run_process(command: Sequence[str], log: Path, stop: Stop) -> tuple[int, str
     Raises:
         OSError: the command cannot be started.
     """
+    # Linux sends the process SIGTERM when this one ends, so that `kill -9` on a sweep leaves no run behind.
+    on_linux = sys.platform == "linux"
+    die_with_parent = partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG, signal.SIGTERM) if on_linux else None
     with log.open("ab") as file:
         begin = file.tell()
         process = subprocess.Popen(
@@ -74,22 +79,24 @@ def run_process(command: Sequence[str], log: Path, stop: Stop) -> tuple[int, str
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_terminate_with_parent(),
+            preexec_fn=die_with_parent,
         )
     stop.watch(process)
-    output = _follow(log, begin, process)
+    lines = _follow(log, begin, process).splitlines()
     stop.watch(None)
     code = process.wait()
-    return (code if code >= 0 else 128 - code), _error_in(output.splitlines())
+    # The last message that starts with `error:`, to its end; otherwise the last line.
+    start = max((i for i, line in enumerate(lines) if line.startswith("error")), default=-1)
+    message = "\n".join(lines[start:]).removeprefix("error: ").strip()[:_LONGEST_ERROR]
+    return (code if code >= 0 else 128 - code), message
 
 
 def _follow(log: Path, begin: int, process: subprocess.Popen[bytes]) -> str:
     """Copy the log to stderr until the process ends, and return the end of it."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    output = ""
+    output, ended = "", False
     with log.open("rb") as file:
         file.seek(begin)
-        ended = False
         while not ended:
             ended = process.poll() is not None  # polled first, so that the read below is complete
             text = decoder.decode(file.read(), final=ended)
@@ -99,19 +106,3 @@ def _follow(log: Path, begin: int, process: subprocess.Popen[bytes]) -> str:
             if not ended:
                 time.sleep(_POLL_SECONDS)
     return output
-
-
-def _error_in(lines: Sequence[str]) -> str:
-    """Return the last message that starts with `error:`, to its end; otherwise the last line."""
-    starts = [i for i, line in enumerate(lines) if line.startswith("error")]
-    found = lines[starts[-1] :] if starts else lines[-1:]
-    return "\n".join(found).removeprefix("error: ").strip()[:_LONGEST_ERROR]
-
-
-def _terminate_with_parent() -> Callable[[], None] | None:
-    """Let Linux send the process SIGTERM when this one ends, so that `kill -9` on a sweep leaves no run behind."""
-    if sys.platform != "linux":
-        return None
-    library = ctypes.CDLL(None)
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG in linux/prctl.h
-    return lambda: library.prctl(set_parent_death_signal, signal.SIGTERM)

@@ -1,21 +1,26 @@
-"""sweep.json: the settings of a sweep and the state of its runs, from which it resumes."""
+"""The files of a sweep's folder: sweep.json, from which it resumes, and the table, picture and page of its runs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from finetune.report.compare import text_table
+from finetune.report.facts import FIGURES, figure_named
+from finetune.report.run import Run, read_run
 from finetune.report.settings import shown
+from finetune.report.sweep import SweepResults, effects_figure, write_sweep_page
 from finetune.system.atomic import write_text
-from finetune.system.errors import ConfigError, IntegrityError
+from finetune.system.errors import ConfigError, InputError, IntegrityError
+from finetune.system.plotting import save_png
 
-RECORD = "sweep.json"
-Status = Literal["waiting", "running", "finished", "stopped", "failed"]
+RECORD, TABLE, PICTURE, PAGE = "sweep.json", "sweep.md", "sweep.png", "sweep.html"
+_MORE_FIGURES = ("eval_loss", "exact_match_after", "final_loss", "train_seconds", "peak_bytes")
 
 
 @dataclass
@@ -32,14 +37,14 @@ class Trial:
 
     number: int
     values: dict[str, str]
-    status: Status = "waiting"
+    status: Literal["waiting", "running", "finished", "stopped", "failed"] = "waiting"
     metric: float | None = None
     error: str | None = None
     same_as: int | None = None
 
     @property
     def folder_name(self) -> str:
-        return f"trial-{self.number if self.same_as is None else self.same_as:03d}"
+        return f"trial-{self.same_as or self.number:03d}"
 
     @property
     def described(self) -> str:
@@ -57,14 +62,17 @@ class Record:
 
     def ranked(self) -> list[Trial]:
         """Return the runs, best first; those without a metric are last, in their order."""
-        judged = [trial for trial in self.trials if trial.metric is not None]
-        rest = [trial for trial in self.trials if trial.metric is None]
         sign = 1 if self.minimize else -1
-        return [*sorted(judged, key=lambda trial: (sign * (trial.metric or 0.0), trial.number)), *rest]
+        return sorted(self.trials, key=lambda t: (t.metric is None, sign * (t.metric or 0.0), t.number))
+
+    def results(self) -> SweepResults | None:
+        """Return the settings and metrics of the measured runs, or None if there are none."""
+        runs = [(t.values, t.metric) for t in self.trials if t.metric is not None and t.same_as is None]
+        return SweepResults(figure_named(self.metric).label, self.minimize, runs) if runs else None
 
     def save(self, folder: Path) -> None:
-        ranked = self.ranked()
-        best = ranked[0].number if ranked and ranked[0].metric is not None else None
+        """Write sweep.json."""
+        best = next((trial.number for trial in self.ranked() if trial.metric is not None), None)
         write_text(folder / RECORD, json.dumps({**asdict(self), "best": best}, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -90,20 +98,81 @@ def load_record(folder: Path) -> Record | None:
 
 def check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raise ConfigError with every difference between a sweep and the one in the folder."""
-    plain = json.loads(json.dumps(new))
-    keys: Sequence[str] = sorted(old.keys() | plain.keys())
-    lines = [
-        f"  {key}: {_shown(old.get(key))} there, found {_shown(plain.get(key))}"
-        for key in keys
-        if old.get(key) != plain.get(key)
-    ]
+    plain, lines = json.loads(json.dumps(new)), []
+    for key in sorted(old.keys() | plain.keys()):
+        there, here = old.get(key), plain.get(key)
+        if there != here:
+            texts = ("nothing" if value is None else shown(value) for value in (there, here))
+            lines.append(f"  {key}: {' there, found '.join(texts)}")
     if lines:
-        head, advice = (
-            f"sweep.out={folder}: holds another sweep",
-            "help: repeat its command, or choose another sweep.out",
+        help_line = "help: repeat its command, or choose another sweep.out"
+        raise ConfigError("\n".join([f"sweep.out={folder}: holds another sweep", *lines, help_line]))
+
+
+def table(folder: Path, record: Record) -> list[list[str]]:
+    """Return the head, then one row per run: its settings, the metric, other figures and its status."""
+    keys = list(dict.fromkeys(key for trial in record.trials for key in trial.values))
+    metric = figure_named(record.metric)
+    runs = {trial.number: _run_of(folder, trial) for trial in record.trials}
+    more = [
+        figure
+        for figure in FIGURES
+        if figure.name in _MORE_FIGURES
+        and figure.name != record.metric
+        and any(run is not None and run.figure(figure.name) is not None for run in runs.values())
+    ]
+    rows = [["run", *keys, metric.label, *(figure.label for figure in more), "status"]]
+    for trial in record.ranked():
+        run = runs[trial.number]
+        values = [None if run is None else run.figure(figure.name) for figure in more]
+        status = trial.status if trial.same_as is None else f"as {trial.folder_name}"
+        if trial.error and trial.same_as is None:
+            status += f": {trial.error.splitlines()[0]}"
+        rows.append(
+            [
+                f"trial-{trial.number:03d}",
+                *(trial.values.get(key, "") for key in keys),
+                "" if trial.metric is None else metric.form(trial.metric),
+                *("" if value is None else figure.form(value) for figure, value in zip(more, values, strict=True)),
+                status,
+            ]
         )
-        raise ConfigError("\n".join([head, *lines, advice]))
+    return rows
 
 
-def _shown(value: Any) -> str:
-    return "nothing" if value is None else shown(value)
+def _run_of(folder: Path, trial: Trial) -> Run | None:
+    try:
+        return read_run(folder / trial.folder_name)
+    except InputError:
+        return None  # not started
+
+
+def write_table(folder: Path, record: Record) -> None:
+    """Write sweep.md."""
+    write_text(folder / TABLE, text_table(table(folder, record)) + "\n")
+
+
+def write_outcome(folder: Path, name: str, record: Record) -> None:
+    """Write sweep.md, sweep.png and sweep.html."""
+    write_table(folder, record)
+    ranked, results = record.ranked(), record.results()
+    finished = sum(trial.status == "finished" for trial in record.trials)
+    cards = []
+    if results is not None:
+        save_png(effects_figure(results), folder / PICTURE)
+        best, metric = ranked[0], figure_named(record.metric)
+        cards = [(f"best {metric.label}", metric.form(best.metric or 0.0), best.folder_name)]
+        cards += [(key, value, "") for key, value in best.values.items()]
+    write_sweep_page(
+        folder / PAGE,
+        f"{name}: sweep",
+        f"{len(record.trials)} runs, {finished} finished",
+        best=cards,
+        results=results,
+        rows=table(folder, record),
+        runs=[
+            (f"trial-{trial.number:03d}: {trial.described}", run)
+            for trial in ranked
+            if trial.same_as is None and (run := _run_of(folder, trial)) is not None and run.metrics
+        ],
+    )

@@ -1,4 +1,4 @@
-"""Read Hydra's sweep syntax on the command line: `lora.rank=8,16` or `interval(1e-5,1e-3)`."""
+"""The settings that vary: Hydra's syntax (`lora.rank=8,16`, `interval(1e-5,1e-3)`), and Optuna's suggestions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from hydra.errors import HydraException
 
 from finetune.config.keys import find
 from finetune.config.problems import COMMAND_LINE, Problem, config_error
+from finetune.sweep.record import Trial
 from finetune.system.resources import packaged
 
 MOST_RUNS = 1000
+_SEED_STRIDE = 1_000_003  # neighboring seeds share no runs
 _OURS = {
     "output_dir": "set by the sweep; set sweep.out instead",
     "train.resume": "set by the sweep, which resumes by itself",
@@ -159,3 +161,50 @@ def _text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return value if isinstance(value, str) else str(Override._get_value_element_as_str(value))
+
+
+def suggest(space: Space, past: Sequence[Trial], minimize: bool, seed: int) -> dict[str, str]:
+    """Return the override texts by key for the next run, from Optuna's tree-structured Parzen estimator.
+
+    The suggestion for the n-th run is a function of the seed, n and the metrics of the runs before. No state is saved,
+    so an interrupted search resumes exactly. Runs without a metric are ignored.
+    Source: Bergstra et al. 2011.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(seed=(seed * _SEED_STRIDE + len(past)) % 2**32)
+    study = optuna.create_study(direction="minimize" if minimize else "maximize", sampler=sampler)
+    distributions = {parameter.key: _distribution(parameter) for parameter in space.parameters}
+    for trial in past:
+        if trial.metric is not None:
+            values = {parameter.key: _value(parameter, trial.values[parameter.key]) for parameter in space.parameters}
+            study.add_trial(optuna.trial.create_trial(params=values, distributions=distributions, value=trial.metric))
+    drawn = study.ask(distributions).params
+    return {parameter.key: _override(parameter, drawn[parameter.key]) for parameter in space.parameters}
+
+
+def _distribution(parameter: Parameter) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if parameter.step is not None:
+        numbers = sorted(map(int, parameter.choices))
+        return IntDistribution(numbers[0], numbers[-1], step=abs(parameter.step))
+    if parameter.choices:
+        return CategoricalDistribution(parameter.choices)
+    if parameter.whole:
+        return IntDistribution(int(parameter.low), int(parameter.high), log=parameter.logarithmic)
+    return FloatDistribution(parameter.low, parameter.high, log=parameter.logarithmic)
+
+
+def _value(parameter: Parameter, text: str) -> Any:
+    if parameter.choices and parameter.step is None:
+        return text
+    return float(text) if parameter.step is None and not parameter.whole else int(text)
+
+
+def _override(parameter: Parameter, value: Any) -> str:
+    """Format a value as an override; a drawn number has four digits."""
+    if isinstance(value, float):
+        value = min(max(float(f"{value:.4g}"), parameter.low), parameter.high)
+    return value if isinstance(value, str) else repr(value)

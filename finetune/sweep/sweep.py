@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,15 @@ from finetune.config.schema import RunConfig
 from finetune.report.facts import FIGURES, figure_named
 from finetune.report.run import RESULT, read_run
 from finetune.report.settings import flat
-from finetune.sweep.outcome import write_outcome, write_table
 from finetune.sweep.process import Stop, run_process, wait_until_free
-from finetune.sweep.record import Record, Trial, check_same, load_record
-from finetune.sweep.search import check_optuna, suggest
-from finetune.sweep.space import Space, read_space
+from finetune.sweep.record import Record, Trial, check_same, load_record, write_outcome, write_table
+from finetune.sweep.space import Space, read_space, suggest
 from finetune.system.console import Log
-from finetune.system.errors import ConfigError, FinetuneError, Interrupted
+from finetune.system.errors import ConfigError, FinetuneError, Interrupted, MissingExtra
 from finetune.system.locks import locked
 
 _SHOWN_PROBLEMS = 10
 _METRICS = sorted(figure.name for figure in FIGURES if figure.lower_is_better is not None)
-_METRIC_KEYS = ("sweep.metric", "sweep.minimize")
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,13 @@ class Plan:
         """Return the command that starts or resumes a trial."""
         default = [sys.executable, "-m", "finetune.cli", "train"]
         launch = shlex.split(self.settings.launch) if self.settings.launch else default
-        values = [f"{key}={value}" for key, value in trial.values.items()]
         folder = self.folder / trial.folder_name
         ours = [f"name={self.first.name}-{trial.number:03d}", f"output_dir={folder}", "train.resume=auto"]
-        return [*launch, f"config={self.config}", *self.space.fixed, *values, *ours]
+        return [*launch, f"config={self.config}", *self.space.fixed, *_words(trial.values), *ours]
+
+
+def _words(values: Mapping[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in values.items()]
 
 
 def plan_sweep(config: str, words: Sequence[str], settings: SweepSettings) -> Plan:
@@ -71,17 +72,18 @@ def plan_sweep(config: str, words: Sequence[str], settings: SweepSettings) -> Pl
     Raises:
         ConfigError: with every problem.
     """
-    if settings.trials is not None:
-        check_optuna()
-    space = read_space(words, config, settings.trials is not None)
+    searching = settings.trials is not None
+    if searching and find_spec("optuna") is None:
+        raise MissingExtra('sweep.trials: needs Optuna\nhelp: pip install "finetune-qlora[sweep]"')
+    space = read_space(words, config, searching)
     first: RunConfig | None = None
     problems: dict[str, str] = {}
-    for values in _tried(space, settings.trials is not None):
+    for values in _tried(space) if searching else space.grid():
         try:
-            cfg = load_config(config, [*space.fixed, *(f"{key}={value}" for key, value in values.items())])
+            cfg = load_config(config, [*space.fixed, *_words(values)])
             first = first or cfg
         except ConfigError as error:
-            problems.setdefault(str(error), " ".join(f"{key}={value}" for key, value in values.items()))
+            problems.setdefault(str(error), " ".join(_words(values)))
     if problems or first is None:
         shown = [f"with {values}: {message}" for message, values in list(problems.items())[:_SHOWN_PROBLEMS]]
         more = [f"… and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
@@ -90,11 +92,8 @@ def plan_sweep(config: str, words: Sequence[str], settings: SweepSettings) -> Pl
     return Plan(config, space, settings, first)
 
 
-def _tried(space: Space, searching: bool) -> Iterator[dict[str, str]]:
-    """Yield the combinations to check: all of a grid; of a search, each value with the first ones of the others."""
-    if not searching:
-        yield from space.grid()
-        return
+def _tried(space: Space) -> Iterator[dict[str, str]]:
+    """Yield the combinations that a search checks: each value with the first ones of the other settings."""
     ends = {
         p.key: p.choices or tuple(repr(int(end) if p.whole else end) for end in (p.low, p.high))
         for p in space.parameters
@@ -108,17 +107,14 @@ def _tried(space: Space, searching: bool) -> Iterator[dict[str, str]]:
 def _check_metric(metric: str, cfg: RunConfig) -> None:
     held_out = bool(cfg.data.eval or cfg.data.held_out)
     needs = {
+        "eval/": (held_out, "needs a held-out set; set data.eval or data.held_out"),
         "eval_loss": (held_out, "needs a held-out set; set data.eval or data.held_out, or sweep.metric=final_loss"),
         "exact_match_after": (cfg.generation.num_examples > 0, "needs answers; set generation.num_examples=100"),
         "teacher_kl_after": (cfg.distill.objective != "none", "needs a teacher; set distill.objective"),
         "recovered": (cfg.distill.objective == "recover", "needs distill.objective=recover"),
     }
-    if metric.startswith("eval/"):
-        fits, text = held_out, "needs a held-out set; set data.eval or data.held_out"
-    elif metric not in _METRICS:
-        fits, text = False, f"unknown; choose from {', '.join(_METRICS)}, eval/SET/accuracy"
-    else:
-        fits, text = needs.get(metric, (True, ""))
+    known = (metric in _METRICS, f"unknown; choose from {', '.join(_METRICS)}, eval/SET/accuracy")
+    fits, text = needs.get("eval/" if metric.startswith("eval/") else metric, known)
     if not fits:
         raise ConfigError(f"sweep.metric={metric}: {text}")
 
@@ -151,16 +147,17 @@ def run_sweep(plan: Plan, log: Log) -> Record:
 
 def _open(plan: Plan) -> Record:
     """Return the folder's record, or a new one."""
-    found = load_record(plan.folder)
-    spec = _spec(plan)
-    if found is None:
+    found, spec = load_record(plan.folder), _spec(plan)
+    if found is not None:
+        # The metric may change until it is measured.
+        measured = any(trial.metric is not None for trial in found.trials)
+        free = () if measured else ("sweep.metric", "sweep.minimize")
+        old, new = ({key: value for key, value in one.items() if key not in free} for one in (found.spec, spec))
+        check_same(plan.folder, old, new)
+        trials = found.trials
+    else:
         trials = [] if plan.settings.trials else [Trial(i, values) for i, values in enumerate(plan.space.grid(), 1)]
-        return Record(spec, plan.settings.metric, plan.minimize, trials)
-    # The metric may change until it is measured.
-    measured = any(trial.metric is not None for trial in found.trials)
-    old, new = ({k: v for k, v in one.items() if measured or k not in _METRIC_KEYS} for one in (found.spec, spec))
-    check_same(plan.folder, old, new)
-    return Record(spec, plan.settings.metric, plan.minimize, found.trials)
+    return Record(spec, plan.settings.metric, plan.minimize, trials)
 
 
 def _spec(plan: Plan) -> dict[str, Any]:
@@ -175,7 +172,7 @@ def _spec(plan: Plan) -> dict[str, Any]:
     spec = {**fixed, **swept, "sweep": "grid"}
     if plan.settings.trials:
         spec |= {"sweep": "search", "sweep.seed": plan.settings.seed}
-        spec |= dict(zip(_METRIC_KEYS, (plan.settings.metric, plan.minimize), strict=True))
+        spec |= {"sweep.metric": plan.settings.metric, "sweep.minimize": plan.minimize}
     return spec
 
 
@@ -190,13 +187,15 @@ def _run_all(plan: Plan, record: Record, stop: Stop, log: Log) -> None:
         if _settle(trial, plan, record):
             log(f"{heading}: finished before")
         elif earlier is not None:
-            trial.same_as, trial.status, trial.error = earlier.number, earlier.status, earlier.error
-            trial.metric = earlier.metric
+            trial.same_as, trial.metric = earlier.number, earlier.metric
+            trial.status, trial.error = earlier.status, earlier.error
             log(f"{heading}: the same as run {earlier.number}")
         else:
             log(f"\n{heading}")
             _run(trial, plan, record, stop)
-            log(f"{heading}: {_ending(trial, record)}")
+            metric = figure_named(record.metric)
+            measured = "" if trial.metric is None else f", {metric.label}={metric.form(trial.metric)}"
+            log(f"{heading}: {trial.status}{measured}{f', {trial.error}' if trial.error else ''}")
         record.save(plan.folder)
         write_table(plan.folder, record)
         if trial.status == "finished" and trial.metric is None:
@@ -204,12 +203,6 @@ def _run_all(plan: Plan, record: Record, stop: Stop, log: Log) -> None:
         if stop.received:
             write_outcome(plan.folder, plan.first.name, record)
             raise Interrupted(stop.received, f"stopped in run {number}/{plan.runs}\nhelp: repeat the command to resume")
-
-
-def _ending(trial: Trial, record: Record) -> str:
-    metric = figure_named(record.metric)
-    value = "" if trial.metric is None else f", {metric.label}={metric.form(trial.metric)}"
-    return f"{trial.status}{value}{f', {trial.error}' if trial.error else ''}"
 
 
 def _check_measured(folder: Path, metric: str) -> None:
@@ -246,10 +239,7 @@ def _settle(trial: Trial, plan: Plan, record: Record) -> bool:
     folder = plan.folder / trial.folder_name
     if trial.same_as is not None:
         return trial.status == "finished"
-    if not (folder / RESULT).is_file():
-        return False
-    run = read_run(folder)
-    if run.status != "finished":
+    if not (folder / RESULT).is_file() or (run := read_run(folder)).status != "finished":
         return False
     trial.status, trial.metric = "finished", run.figure(record.metric)
     trial.error = None if trial.metric is not None else f"{record.metric} is {run.value(record.metric)}"

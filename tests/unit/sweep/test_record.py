@@ -1,4 +1,4 @@
-"""sweep.json is read back unchanged, ranks the best run first, and refuses another sweep."""
+"""sweep.json is read back unchanged and refuses another sweep; the table has the best run first."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.sweep.record import RECORD, Record, Trial, check_same, load_record
+from finetune.sweep.record import RECORD, Record, Trial, check_same, load_record, table
 from finetune.system.errors import ConfigError, IntegrityError
+from tests.run_folders import write_run
 
 TRIALS = [
     Trial(1, {"lora.rank": "4"}, "finished", 2.0),
@@ -55,3 +56,25 @@ def test_every_difference_from_the_sweep_of_a_folder_is_named(tmp_path: Path):
         check_same(tmp_path, old, {"a": "1,3", "b": [1], "d": 4, "same": {"x": 1}})
     lines = str(caught.value).splitlines()[1:-1]
     assert lines == ["  a: 1,2 there, found 1,3", "  c: 3 there, found nothing", "  d: nothing there, found 4"]
+
+
+def test_the_table_has_each_runs_own_results(tmp_path: Path):
+    trials = [Trial(i, {"lora.rank": rank}, "finished", metric) for i, rank, metric in ((1, "4", 1.0), (2, "8", 0.0))]
+    record = Record({}, "eval_loss", True, trials)
+    for trial, final_loss in zip(record.trials, (1.5, 0.5), strict=True):
+        write_run(tmp_path / trial.folder_name, eval_loss=trial.metric, final_loss=final_loss, peak_bytes=2**31)
+    record.trials.append(Trial(3, {"lora.rank": "16"}, "failed", error="no memory\nof any kind"))
+    record.trials.append(Trial(4, {"lora.rank": "8"}, "finished", record.trials[1].metric, same_as=2))
+    assert table(tmp_path, record) == [
+        ["run", "lora.rank", "held-out loss", "training loss", "training time", "peak memory", "status"],
+        ["trial-002", "8", "0.0000", "0.5000", "1 min 1 s", "2.15 GB", "finished"],
+        ["trial-004", "8", "0.0000", "0.5000", "1 min 1 s", "2.15 GB", "as trial-002"],
+        ["trial-001", "4", "1.0000", "1.5000", "1 min 1 s", "2.15 GB", "finished"],
+        ["trial-003", "16", "", "", "", "", "failed: no memory"],
+    ]
+    results = record.results()
+    assert results is not None and results.runs == [({"lora.rank": "4"}, 1.0), ({"lora.rank": "8"}, 0.0)]
+
+
+def test_a_sweep_without_a_measured_run_has_no_results():
+    assert Record({}, "eval_loss", True, [Trial(1, {"a": "1"}, "failed")]).results() is None

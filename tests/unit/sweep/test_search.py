@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finetune.sweep.record import Trial
-from finetune.sweep.search import suggest
-from finetune.sweep.space import read_space
+from finetune.sweep.space import read_space, suggest
 
 pytest.importorskip("optuna")
 WORDS = [
