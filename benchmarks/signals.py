@@ -25,7 +25,7 @@ def asked(cfg: Any) -> dict[str, int]:
     """Count the different documents of a config that have a target, their tokens and their targets."""
     from finetune.data.loader import load_chat_template, load_data
     from finetune.data.tokens.prepare import Preparation
-    from finetune.distill.keys import key_of
+    from finetune.distill.fingerprint import key_of
     from finetune.models.load import load_tokenizer
 
     chat = load_chat_template(cfg.data, load_tokenizer(cfg.model))

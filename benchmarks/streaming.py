@@ -70,18 +70,18 @@ def layers_of(folder: Path) -> list[dict[str, Any]]:
     return [layers[number] for number in range(len(layers))]
 
 
-def read_alone(layers: list[dict[str, Any]], pair: Any) -> None:
+def read_alone(layers: list[dict[str, Any]], buffers: list[Any]) -> None:
     """Read every layer as a pass does, without computing."""
     from finetune.distill.layer_reader import Reads
 
     with Reads() as reads:
         for i, layer in enumerate(layers[:2]):
-            pair.begin(i, layer, reads)
+            buffers[i].begin(layer, reads)
         for i in range(len(layers)):
-            pair.take(i)
-            pair.release(i)
+            buffers[i % 2].take()
+            buffers[i % 2].release()
             if i + 2 < len(layers):
-                pair.begin(i + 2, layers[i + 2], reads)
+                buffers[i % 2].begin(layers[i + 2], reads)
 
 
 def resident(folder: str, batches: list[Any], place: Any) -> Callable[[], None]:
@@ -130,7 +130,7 @@ def one_size(options: dict[str, str]) -> dict[str, Any]:
     import torch
 
     from finetune.config.schema import ModelConfig
-    from finetune.distill.layer_reader import LayerPair
+    from finetune.distill.layer_reader import layer_buffers
     from finetune.distill.stream import StreamedModel
 
     place = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -147,21 +147,21 @@ def one_size(options: dict[str, str]) -> dict[str, Any]:
     head_bytes = sum(parameter.nbytes for parameter in model.head.parameters())
     gpu_peak_bytes = torch.cuda.max_memory_allocated() if place.type == "cuda" else None
     layers = layers_of(folder)
-    pair = LayerPair({name: torch.Size(stored.shape) for name, stored in layers[0].items()}, model.dtype, place)
+    buffers = layer_buffers({name: torch.Size(stored.shape) for name, stored in layers[0].items()}, model.dtype, place)
     compute = resident(options["model"], batches, place)
     turns: list[dict[str, Any]] = []
     for disk in ("cold", "warm") * int(options["repeats"]):
         seconds: dict[str, float] = {}
-        read_alone(layers, pair)  # fills the system's cache
+        read_alone(layers, buffers)  # fills the system's cache
         for kind, function in (
             ("wall", lambda: model.hidden_states(batches)),
-            ("read", lambda: read_alone(layers, pair)),
+            ("read", lambda: read_alone(layers, buffers)),
             ("compute", compute),
         ):
             if disk == "cold":
                 forget(folder)
             seconds[f"{kind}_seconds"] = timed(function, place)
-        turns.append({"disk": disk, **seconds, "share_told": model.last_pass.achieved_share})
+        turns.append({"disk": disk, **seconds})
     return {
         "tokens": sum(batch.tokens for batch in batches),
         "turns": turns,

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finetune.config.schema import DistillConfig
 from finetune.data.batch import Batch, build_batch, groups_of
 from finetune.data.documents import Document
 from finetune.distill.codec import MOST_IDS, Columns, draw, teacher_samples, teacher_top_k
-from finetune.distill.keys import key_of, keys_of
+from finetune.distill.fingerprint import key_of, keys_of
 from finetune.distill.shards import ShardReader, check_fingerprint, open_folder
 from finetune.losses.chunked import chunked_logits
-from finetune.losses.distillation import Teacher, TeacherHidden, TeacherSamples, TeacherTargets, TeacherTopK
+from finetune.losses.distillation import Teacher, TeacherHidden, TeacherTargets, TeacherTopK
 from finetune.system.errors import ConfigError, DataError, IntegrityError
 
 # Tokens per forward pass without a backward pass.
@@ -84,29 +84,23 @@ def build_encoder(teacher: Teacher, cfg: DistillConfig, vocabulary: int) -> Enco
         for batch, targets in zip(batches, teacher.targets_for(batches), strict=True):
             assert isinstance(targets, TeacherHidden)
             keys = list(keys_of(batch))
-            columns = (
-                {"hidden": _as_numpy(targets.hidden_ND)}
-                if cfg.cache_kind == "hidden"
-                else draw(targets, vocabulary, cfg.top_k, _uniforms(keys, cfg.num_samples, cfg.seed))
-            )
+            if cfg.cache_kind == "hidden":
+                hidden_ND = targets.hidden_ND.contiguous()
+                # numpy has no bfloat16: 16-bit values are stored as their bits.
+                bits = hidden_ND.view(torch.uint16) if hidden_ND.dtype.itemsize == 2 else hidden_ND
+                columns = {"hidden": bits.cpu().numpy()}
+            else:
+                # Draws depend on the document and the seed alone, not on the batch.
+                rngs = ((np.random.default_rng([cfg.seed, int.from_bytes(key)]), count) for key, count in keys)
+                uniforms = [rng.random((count, cfg.num_samples)) for rng, count in rngs]
+                uniforms_NS = np.concatenate([np.empty((0, cfg.num_samples)), *uniforms])
+                columns = draw(targets, vocabulary, cfg.top_k, uniforms_NS)
             start = 0
             for _, count in keys:
                 yield {name: column[start : start + count] for name, column in columns.items()}
                 start += count
 
     return encode
-
-
-def _uniforms(keys: Sequence[tuple[bytes, int]], samples: int, seed: int) -> np.ndarray:
-    """Draw numbers in [0, 1), [N, S], that depend on the document and the seed alone, not on the batch."""
-    rngs = (np.random.default_rng([seed, int.from_bytes(key)]).random((count, samples)) for key, count in keys)
-    return np.concatenate([np.empty((0, samples)), *rngs])
-
-
-def _as_numpy(hidden_ND: Tensor) -> np.ndarray:
-    """Return fp32 as it is, and 16-bit values as uint16 bits, because numpy has no bfloat16."""
-    bits = hidden_ND.contiguous().view(torch.uint16) if hidden_ND.dtype.itemsize == 2 else hidden_ND
-    return bits.cpu().numpy()
 
 
 class CachedTeacher:
@@ -132,23 +126,14 @@ class CachedTeacher:
             IntegrityError: names a corrupt shard.
         """
         check_fingerprint(folder, fingerprint)
-        self.folder = folder
+        self.folder, self.device, self._head, self._dtype = folder, device, head, dtype
         self.kind: str = fingerprint["kept"]["cache_kind"]
-        self.device = device
-        self._head, self._dtype = head, dtype
         self._reader = ShardReader(folder)
 
     def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherTargets]:
-        """Yield the targets of each batch. Raises: DataError if the folder lacks a document."""
+        """Yield the targets of each batch, whose documents `check_holds` has found."""
         for batch in batches:
-            keys = [key for key, _ in keys_of(batch)]
-            if len(missing := self._reader.missing(keys)):
-                raise DataError(
-                    f"distill.cache: {self.folder} lacks {len(missing)} of the {len(keys)} documents from "
-                    f"{batch.locations[0]} to {batch.locations[-1]}\n"
-                    "help: run finetune cache with this config; it adds them"
-                )
-            yield self._targets(self._reader.read(keys))
+            yield self._targets(self._reader.read([key for key, _ in keys_of(batch)]))
 
     def check_holds(self, documents: Iterable[Document]) -> None:
         """Raises: DataError with the number of missing documents and the locations of the first ones."""
@@ -181,33 +166,24 @@ class CachedTeacher:
         return difference
 
     def _targets(self, columns: Columns) -> TeacherTargets:
-        if self.kind == "sampled":
-            return teacher_samples(columns, self.device)
-        if self.kind == "top":
-            return teacher_top_k(columns, self.device)
+        if self.kind != "hidden":
+            return {"sampled": teacher_samples, "top": teacher_top_k}[self.kind](columns, self.device)
         assert self._head is not None
-        hidden_ND = torch.from_numpy(columns["hidden"]).view(self._dtype).to(self.device)
-        return TeacherHidden(hidden_ND, self._head)
+        return TeacherHidden(torch.from_numpy(columns["hidden"]).view(self._dtype).to(self.device), self._head)
 
 
 def _difference(mine: TeacherTargets, theirs: TeacherHidden, vocabulary: int) -> float:
     """Return the mean difference of log-probabilities per target, weighted by the cached probabilities, in nats."""
     total = 0.0
-    cached = chunked_logits(mine.hidden_ND, mine.head, vocabulary) if isinstance(mine, TeacherHidden) else None
+    cached = chunked_logits(mine.hidden_ND, mine.head, vocabulary) if isinstance(mine, TeacherHidden) else iter(())
     for logits_NV, rows in chunked_logits(theirs.hidden_ND, theirs.head, vocabulary):
         log_probs = torch.log_softmax(logits_NV.float(), -1)
-        if cached is not None:
+        if isinstance(mine, TeacherHidden):
             mine_log_probs = torch.log_softmax(next(cached)[0].float(), -1)
-        else:
-            ids, mine_log_probs = _kept(mine, rows)
-            log_probs = log_probs.gather(1, ids)
+        elif isinstance(mine, TeacherTopK):
+            mine_log_probs, log_probs = mine.log_probs_NK[rows], log_probs.gather(1, mine.ids_NK[rows])
+        else:  # drawn tokens are not stored with their own probability
+            mine_log_probs = mine.probs_NK[rows, : mine.top_k].log()
+            log_probs = log_probs.gather(1, mine.ids_NK[rows, : mine.top_k])
         total += ((mine_log_probs - log_probs).abs() * mine_log_probs.exp()).sum().item()
     return total / max(1, len(theirs.hidden_ND))
-
-
-def _kept(targets: TeacherTargets, rows: slice) -> tuple[Tensor, Tensor]:
-    """Return ids and log-probabilities of the tokens stored with their own probability."""
-    if isinstance(targets, TeacherSamples):
-        return targets.ids_NK[rows, : targets.top_k], targets.probs_NK[rows, : targets.top_k].log()
-    assert isinstance(targets, TeacherTopK)
-    return targets.ids_NK[rows], targets.log_probs_NK[rows]

@@ -14,6 +14,7 @@ from contextlib import suppress
 from threading import Event, Lock
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 import httpx
 
@@ -56,7 +57,7 @@ class Cancellation:
     def __init__(self) -> None:
         self._cancelled = Event()
         self._lock = Lock()
-        self._open: set[socket.socket] = set()
+        self._open: WeakSet[socket.socket] = WeakSet()  # a connection leaves it with its request
 
     def cancel(self) -> None:
         with self._lock:
@@ -76,18 +77,24 @@ class Cancellation:
             self._open.add(connected)
         self.wait(0)
 
-    def discard(self, connected: socket.socket) -> None:
-        with self._lock:
-            self._open.discard(connected)
-
 
 class Endpoint:
     """One HTTP API, reached without a proxy, with one connection per request.
 
     Only this host receives the key in OPENAI_API_KEY: redirects are not followed, and no message contains the key.
+    A request is limited to `timeout_seconds` and retried up to `attempts` times. The wait starts at `backoff_seconds`
+    and doubles; a Retry-After of the server extends it. Several threads call `log`.
     """
 
-    def __init__(self, url: str, *, timeout_seconds: float, attempts: int, backoff_seconds: float, log: Log):
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_seconds: float = 60.0,
+        attempts: int = 6,
+        backoff_seconds: float = 1.0,
+        log: Log = lambda line: None,
+    ):
         """Raises: ConfigError if the URL or the key is invalid."""
         self.url = _api_root(url)
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
@@ -116,7 +123,7 @@ class Endpoint:
         body: Mapping[str, Any] | None,
         *,
         most_bytes: int,
-        cancellation: Cancellation,
+        cancellation: Cancellation | None = None,
         reduce: Callable[[dict[str, Any]], Any] | None = None,
     ) -> Any:
         """Send a GET, or a POST of `body`, and return the parsed JSON with all numbers as floats.
@@ -130,12 +137,16 @@ class Endpoint:
             FinetuneError: the last attempt failed, or the answer is larger than `most_bytes`.
             Cancelled: see Cancellation.
         """
-        reason = ""
+        reason, cancellation = "", cancellation or Cancellation()
         for attempt in range(1, self._attempts + 1):
             try:
-                return self._parse(self._attempt(path, body, most_bytes, cancellation), reduce)
+                answer = self._attempt(path, body, most_bytes, cancellation)
+                # An integer of any length has a float, possibly infinite.
+                return json.loads(answer, parse_int=float, object_hook=reduce)
             except _Transient as failure:
                 reason, wait_seconds = str(failure), failure.wait_seconds
+            except (ValueError, RecursionError) as error:
+                reason, wait_seconds = f"the answer is corrupt or not JSON ({self.quote(str(error))})", 0.0
             cancellation.wait(0)
             if attempt < self._attempts:
                 backoff = min(self._backoff_seconds * 2 ** (attempt - 1), _LONGEST_BACKOFF_SECONDS)
@@ -160,8 +171,10 @@ class Endpoint:
         except httpx.TimeoutException:
             raise _Transient(f"no answer within {self._timeout_seconds:g} s") from None
         except httpx.TransportError as error:
-            shown = self.quote(str(error))
-            if isinstance(_root_cause(error), ssl.SSLCertVerificationError):
+            shown, cause = self.quote(str(error)), error
+            while (inner := cause.__cause__ or cause.__context__) is not None:
+                cause = inner
+            if isinstance(cause, ssl.SSLCertVerificationError):
                 raise ConfigError(f"{self.url}: its certificate is not trusted ({shown})") from None
             raise _Transient(f"connection failed ({type(error).__name__}: {shown})") from None
         if status != 200:
@@ -173,41 +186,28 @@ class Endpoint:
             raise FinetuneError(f"{self.url}: the answer is larger than the limit of {most_bytes:,} bytes")
         return answer
 
-    def _parse(self, answer: bytes, reduce: Callable[[dict[str, Any]], Any] | None) -> Any:
-        try:
-            # An integer of any length has a float, possibly infinite.
-            return json.loads(answer, parse_int=float, object_hook=reduce)
-        except (ValueError, RecursionError) as error:
-            raise _Transient(f"the answer is corrupt or not JSON ({self.quote(str(error))})") from None
-
     def _exchange(
         self, path: str, body: Mapping[str, Any] | None, most_bytes: int, cancellation: Cancellation
     ) -> tuple[int, httpx.Headers, bytes]:
         """Return status, headers, and at most `most_bytes` + 1 bytes of the body."""
         deadline = time.monotonic() + self._timeout_seconds
-        opened: list[socket.socket] = []
 
         def on_event(event: str, info: dict[str, Any]) -> None:
             if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-                opened.append(info["return_value"].get_extra_info("socket"))
-                cancellation.add(opened[-1])
+                cancellation.add(info["return_value"].get_extra_info("socket"))
 
         method = "GET" if body is None else "POST"
-        try:
-            with self._client.stream(method, self.url + path, json=body, extensions={"trace": on_event}) as response:
-                most_bytes = most_bytes if response.status_code == 200 else _ERROR_BYTES
-                answer = bytearray()
-                for piece in response.iter_raw():
-                    answer += piece
-                    if len(answer) > most_bytes:
-                        break
-                    # The client limits each read only, which never ends for a server that sends byte by byte.
-                    if time.monotonic() > deadline:
-                        raise httpx.ReadTimeout("the answer is not complete")
-                return response.status_code, response.headers, bytes(answer[: most_bytes + 1])
-        finally:
-            for connected in opened:
-                cancellation.discard(connected)
+        with self._client.stream(method, self.url + path, json=body, extensions={"trace": on_event}) as response:
+            most_bytes = most_bytes if response.status_code == 200 else _ERROR_BYTES
+            answer = bytearray()
+            for piece in response.iter_raw():
+                answer += piece
+                if len(answer) > most_bytes:
+                    break
+                # The client limits each read only, which never ends for a server that sends byte by byte.
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the answer is not complete")
+            return response.status_code, response.headers, bytes(answer[: most_bytes + 1])
 
 
 def _api_root(url: str) -> str:
@@ -227,12 +227,6 @@ def _api_root(url: str) -> str:
         raise invalid from None
     path = parts.path.rstrip("/")
     return parts._replace(path=path if path.endswith("/v1") else path + "/v1").geturl()
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return error
 
 
 def _retry_after_seconds(value: str | None) -> float:

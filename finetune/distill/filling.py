@@ -28,9 +28,10 @@ from finetune.system.machine import available_memory
 
 # Tokens per pass of a streamed teacher: there a GPU computes as long as a fast disk reads. At 7B they are 1.1 GB of
 # hidden states.
-_PASS_TOKENS = {"cuda": 131_072, "cpu": 16_384}
+_PASS_TOKENS, _CPU_PASS_TOKENS = 131_072, 16_384
 # Share of the free memory that a teacher may take.
 _FREE_SHARE = 0.6
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 def write_cache(
@@ -59,21 +60,19 @@ def write_cache(
             return _server_encoder(cfg, vocabulary, log)
         if placement == "streamed":
             return build_encoder(streamed_teacher(cfg, device, log), cfg.distill, vocabulary)
-        lora = cfg.distill.teacher.lora
-        resident = load_resident(teacher_model(cfg), None if lora is None else adapter_folder(lora), device)
+        resident = load_resident(teacher_model(cfg), adapter_folder(cfg.distill.teacher.lora), device)
         return build_encoder(resident, cfg.distill, vocabulary)
 
     placement = cfg.distill.teacher.placement
     if placement == "cached":
         placement = "resident" if _fits(cfg, device) else "streamed"
-    group_tokens = _PASS_TOKENS.get(device.type, _PASS_TOKENS["cuda"]) if placement == "streamed" else 8 * BATCH_TOKENS
-    origin = cache_fingerprint(cfg, chat, vocabulary, log)
+    streamed_tokens = _CPU_PASS_TOKENS if device.type == "cpu" else _PASS_TOKENS
     return fill_cache(
         cache_path(cfg),
-        origin,
+        cache_fingerprint(cfg, chat, vocabulary, log),
         documents,
         lambda some: teacher()(some),
-        group_tokens=group_tokens,
+        group_tokens=streamed_tokens if placement == "streamed" else 8 * BATCH_TOKENS,
         progress=_log_progress(placement, log),
     )
 
@@ -86,7 +85,7 @@ def _fits(cfg: RunConfig, device: torch.device) -> bool:
     # The files hold 16-bit weights, as all of Qwen2.5 do.
     size = sum(file.stat().st_size for file in files) * DTYPE_BYTES[model.dtype] / 2
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    return free is None or size < _FREE_SHARE * free
+    return size < _FREE_SHARE * free
 
 
 def _server_encoder(cfg: RunConfig, vocabulary: int, log: Log) -> Encode:
@@ -101,7 +100,7 @@ def _server_encoder(cfg: RunConfig, vocabulary: int, log: Log) -> Encode:
             positions = np.flatnonzero(document.labels != IGNORE_INDEX)
             requests.append((document.ids[: positions[-1] + 2], positions))
         for answer in server.score_many(requests, teacher.requests):
-            yield encode_top(*_known(answer.ids, answer.log_probs, vocabulary))
+            yield encode_top(*_known(*answer, vocabulary))
 
     return encode
 
@@ -117,7 +116,7 @@ def _known(ids_NK: np.ndarray, log_probs_NK: np.ndarray, vocabulary: int) -> tup
     return ids_NK, log_probs_NK
 
 
-def _log_progress(placement: str, log: Log, every_seconds: float = 10.0) -> Callable[[int, int], None]:
+def _log_progress(placement: str, log: Log) -> Callable[[int, int], None]:
     began: float | None = None
     first, last = 0, 0.0
 
@@ -128,7 +127,7 @@ def _log_progress(placement: str, log: Log, every_seconds: float = 10.0) -> Call
             began, first, last = now, done, now
             if done < total:
                 log(f"cache: teacher={placement}, to_write={total - done:,} of {total:,} documents")
-        elif now - last >= every_seconds and done < total:
+        elif now - last >= _SECONDS_BETWEEN_LINES and done < total:
             last = now
             left = (total - done) * (now - began) / (done - first)
             log(f"cache: {done:,} of {total:,} documents, {format_duration(left)} left")

@@ -116,30 +116,7 @@ class Reads:
             self.bytes += count
 
 
-class LayerPair:
-    """Two layers of a model: one computes while the next is read. Layer i uses half i % 2."""
-
-    def __init__(self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device):
-        """shapes: of one layer's tensors by name, the same for every layer."""
-        if device.type == "cuda":
-            self._halves = [_PinnedHalf(shapes, dtype, device) for _ in range(2)]
-        else:
-            self._halves = [_MappedHalf(dtype) for _ in range(2)]
-
-    def begin(self, layer: int, tensors: Mapping[str, Stored], reads: Reads) -> None:
-        """Begin to read a layer. The layer that used this half must be released."""
-        self._halves[layer % 2].begin(tensors, reads)
-
-    def take(self, layer: int) -> dict[str, Tensor]:
-        """Wait for a layer's tensors on the device, valid until `release`. Raises: errors of its reads."""
-        return self._halves[layer % 2].take()
-
-    def release(self, layer: int) -> None:
-        """Free the half of a layer, once all its computation is queued and nothing refers to its tensors."""
-        self._halves[layer % 2].release()
-
-
-class _MappedHalf:
+class MappedLayer:
     """A layer on the CPU, mapped from the system's page cache without a copy."""
 
     def __init__(self, dtype: torch.dtype):
@@ -148,30 +125,33 @@ class _MappedHalf:
         self._pending: list[Future[None]] = []
 
     def begin(self, tensors: Mapping[str, Stored], reads: Reads) -> None:
+        """Begin to read a layer. The layer before it must be released."""
         weights = {name: reads.weight(stored, self._dtype) for name, stored in tensors.items()}
         self._tensors = {name: tensor for name, (tensor, _) in weights.items()}
         self._pending = [piece for _, pieces in weights.values() for piece in pieces]
 
     def take(self) -> dict[str, Tensor]:
+        """Wait for the layer's tensors on the device, valid until `release`. Raises: errors of its reads."""
         for piece in self._pending:
             piece.result()
         return self._tensors
 
     def release(self) -> None:
+        """Free the layer, once all its computation is queued and nothing refers to its tensors."""
         self._tensors, self._pending = {}, []
 
 
-class _PinnedHalf:
-    """Pinned memory of a layer, and its copy on the GPU, made on a separate stream."""
+class PinnedLayer:
+    """Pinned memory of a layer, and its copy on the GPU, made on a separate stream. Methods as of MappedLayer."""
 
     def __init__(self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device):
-        room = {name: _aligned(shape.numel() * dtype.itemsize) for name, shape in shapes.items()}
-        self._memory = torch.empty(sum(room.values()), dtype=torch.uint8, pin_memory=True)
+        room = [-(-shape.numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for shape in shapes.values()]
+        self._memory = torch.empty(sum(room), dtype=torch.uint8, pin_memory=True)
         self._on_gpu = torch.empty_like(self._memory, device=device)
         self._tensors, self._gpu_tensors = (
             {
                 name: part[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
-                for part, (name, shape) in zip(memory.split(list(room.values())), shapes.items(), strict=True)
+                for part, (name, shape) in zip(memory.split(room), shapes.items(), strict=True)
             }
             for memory in (self._memory, self._on_gpu)
         )
@@ -202,5 +182,14 @@ class _PinnedHalf:
         self._computed.record(torch.cuda.current_stream(self._on_gpu.device))
 
 
-def _aligned(size_bytes: int) -> int:
-    return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
+def layer_buffers(
+    shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
+) -> list[MappedLayer] | list[PinnedLayer]:
+    """Return room for two layers of a model: one computes while the next is read.
+
+    Args:
+        shapes: of one layer's tensors by name, the same for every layer.
+    """
+    if device.type == "cuda":
+        return [PinnedLayer(shapes, dtype, device) for _ in range(2)]
+    return [MappedLayer(dtype) for _ in range(2)]

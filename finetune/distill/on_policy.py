@@ -63,11 +63,9 @@ class OnPolicySampler:
         return [part for s in sequences for part in groups_of(islice(written, len(s)), self.max_length)]
 
     def steps_for(self, epochs: float) -> int:
-        """Return the optimizer steps of this number of epochs."""
         return self.sampler.steps_for(epochs)
 
     def close(self) -> None:
-        """Stop background work."""
         self.sampler.close()
 
     def _answers(self, step: int, documents: Sequence[Document]) -> dict[int, tuple[int, np.ndarray]]:

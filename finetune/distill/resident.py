@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,15 +23,13 @@ from finetune.models.load import load_base, quiet
 from finetune.models.quant.four_bit import build_skeleton, fill_plain, holds_all
 from finetune.ops import attention
 
-_PLAIN = QuantConfig(type="none", double=False)
 
-
+@dataclass(frozen=True)
 class ResidentTeacher:
     """A whole model in evaluation mode, computed batch by batch on demand."""
 
-    def __init__(self, model: nn.Module, device: torch.device):
-        self.model = model
-        self.device = device
+    model: nn.Module
+    device: torch.device
 
     def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherHidden]:
         """Yield the hidden states of each batch's targets, with the teacher's head."""
@@ -50,34 +50,36 @@ def load_resident(
 
     Raises: as `load_base` and `load_adapter`.
     """
-    model = _mapped(cfg, device, student) or load_base(cfg, _PLAIN, device)
+    model = _mapped(cfg, device, student) or load_base(cfg, QuantConfig(type="none", double=False), device)
     model.requires_grad_(False)
     teacher = model if adapter is None else load_adapter(model, adapter)
     fuse_layers(teacher)
     return ResidentTeacher(teacher.eval(), device)
 
 
-def _mapped(cfg: ModelConfig, device: torch.device, student: PreTrainedModel | None) -> PreTrainedModel | None:
-    """Map the model from its files; None if the tensors have other names."""
+def open_skeleton(cfg: ModelConfig) -> tuple[dict[str, Path], PreTrainedModel | None]:
+    """Return the file of each tensor, and the model without storage; None if its tensors have other names or shapes."""
     source = fetch(cfg.name, cfg.revision, TEXT_FILES + WEIGHT_FILES, "distill.teacher.name")
     read_config(source.folder, cfg.name)
     files = weight_files(source.folder, cfg.name)
     attention.register()
     with quiet():
         model = build_skeleton(source.folder, getattr(torch, cfg.dtype), attention.SEGMENTED)
-        if not holds_all(files, model):
-            return None
-        shared = {} if student is None else _shared_tables(student, getattr(torch, cfg.dtype))
+    return files, model if holds_all(files, model) else None
+
+
+def _mapped(cfg: ModelConfig, device: torch.device, student: PreTrainedModel | None) -> PreTrainedModel | None:
+    """Map the model from its files, with the student's embedding and head if they have the teacher's dtype."""
+    files, model = open_skeleton(cfg)
+    if model is None:
+        return None
+    tables: dict[str, Any] = {} if student is None else dict(student.named_parameters())
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    shared = [name for name in names if name in tables and tables[name].dtype == getattr(torch, cfg.dtype)]
+    with quiet():
         fill_plain(model, {name: file for name, file in files.items() if name not in shared}, device)
-        for name, table in shared.items():
+        for name in shared:
             module, _, key = name.rpartition(".")
-            setattr(model.get_submodule(module), key, table)
+            setattr(model.get_submodule(module), key, tables[name])
         model.tie_weights()
     return model
-
-
-def _shared_tables(student: PreTrainedModel, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """Return the student's embedding and head by name, if they have the teacher's dtype."""
-    names = ("model.embed_tokens.weight", "lm_head.weight")
-    tables = dict(student.named_parameters())
-    return {name: tables[name] for name in names if name in tables and tables[name].dtype == dtype}  # type: ignore[misc]

@@ -6,15 +6,13 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from finetune.distill.endpoint import KEY_VARIABLE, Cancellation, Endpoint, Refusal
-from finetune.system.console import Log
 from finetune.system.errors import ConfigError, FinetuneError
 
 # Limit of one token's entry: id, log-probability, rank, and escaped text.
@@ -27,10 +25,11 @@ _POLL_SECONDS = 1.0
 _MASS_SLACK = 1e-3
 
 # (status or None for any, pattern of the server's message, help)
-_ADVICE: list[tuple[int | None, str, str]] = [
-    (401, "", f"set {KEY_VARIABLE} to the server's key"),
-    (403, "", f"set {KEY_VARIABLE} to a key that may use this model"),
-    (404, "", "set distill.teacher.url to the API's root (ends in /v1), distill.teacher.name to one of its models"),
+_ADVICE: list[tuple[Sequence[int] | None, str, str]] = [
+    (range(300, 400), "", "redirects are not followed; set distill.teacher.url to the target"),
+    ([401], "", f"set {KEY_VARIABLE} to the server's key"),
+    ([403], "", f"set {KEY_VARIABLE} to a key that may use this model"),
+    ([404], "", "set distill.teacher.url to the API's root (ends in /v1), distill.teacher.name to one of its models"),
     (None, r"greater than max allowed|max[_-]logprobs", "start vLLM with --max-logprobs {top} or lower distill.top_k"),
     (
         None,
@@ -42,56 +41,35 @@ _ADVICE: list[tuple[int | None, str, str]] = [
 ]
 
 
-@dataclass(frozen=True)
-class TopTokens:
-    """The teacher's most probable tokens at the targets of a document.
+class TopTokens(NamedTuple):
+    """The teacher's most probable tokens at the targets of a document. Its table may exceed the tokenizer."""
 
-    Attributes:
-        ids: [N, K] int64; the teacher's table may have more rows than the tokenizer.
-        log_probs: [N, K] fp32, natural log, descending.
-    """
-
-    ids: np.ndarray
-    log_probs: np.ndarray
+    ids: np.ndarray  # [N, K] int64
+    log_probs: np.ndarray  # [N, K] fp32, natural log, descending
 
 
 class LogprobServer:
-    """Query a server for the `top` most probable tokens at positions of documents.
+    """Query a server for the `top` most probable tokens at positions of documents."""
 
-    A request is limited to `timeout_seconds` and retried up to `attempts` times. The wait starts at `backoff_seconds`
-    and doubles; a Retry-After of the server extends it. Several threads call `log`.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        model: str | None,
-        top: int,
-        *,
-        timeout_seconds: float = 60.0,
-        attempts: int = 6,
-        backoff_seconds: float = 1.0,
-        log: Log = lambda line: None,
-    ):
+    def __init__(self, url: str, model: str | None, top: int, **settings: Any):
         """Build a client; nothing is sent yet.
 
         Args:
             url: root of the API, with or without /v1.
             model: None for the only model that the server has, which `check` finds.
+            settings: of `Endpoint`.
 
         Raises:
             ConfigError: the URL is invalid.
         """
-        self._endpoint = Endpoint(
-            url, timeout_seconds=timeout_seconds, attempts=attempts, backoff_seconds=backoff_seconds, log=log
-        )
+        self._endpoint = Endpoint(url, **settings)
         self._model, self._top = model, top
 
     def check(self) -> None:
         """Check that the server has the model."""
         url = self._endpoint.url
         try:
-            answer = self._endpoint.request("/models", None, most_bytes=_SLACK_BYTES, cancellation=Cancellation())
+            answer = self._endpoint.request("/models", None, most_bytes=_SLACK_BYTES)
         except Refusal as refusal:
             raise self._refused(refusal, 0) from None
         match answer:
@@ -110,15 +88,6 @@ class LogprobServer:
                 f"{url} serves {listed}, {wanted}\nhelp: set distill.teacher.served_as to a model that it serves"
             )
 
-    def score(self, ids: np.ndarray, positions: np.ndarray) -> TopTokens:
-        """Return the most probable tokens after each position of one document.
-
-        Args:
-            ids: [T], up to and including the last predicted token.
-            positions: [N], below T - 1.
-        """
-        return self._score(ids, positions, Cancellation())
-
     def score_many(self, documents: Sequence[tuple[np.ndarray, np.ndarray]], workers: int = 8) -> Iterator[TopTokens]:
         """Yield `score` of each (ids, positions), in order, with `workers` requests in flight.
 
@@ -130,7 +99,7 @@ class LogprobServer:
         def work() -> None:
             for future, ids, positions in iter(tasks.get, None):
                 try:
-                    future.set_result(self._score(ids, positions, cancellation))
+                    future.set_result(self.score(ids, positions, cancellation))
                 except Exception as error:  # noqa: BLE001 - any error is raised where its document is awaited
                     future.set_exception(error)
 
@@ -153,7 +122,13 @@ class LogprobServer:
             for _ in threads:
                 tasks.put(None)
 
-    def _score(self, ids: np.ndarray, positions: np.ndarray, cancellation: Cancellation) -> TopTokens:
+    def score(self, ids: np.ndarray, positions: np.ndarray, cancellation: Cancellation | None = None) -> TopTokens:
+        """Return the most probable tokens after each position of one document.
+
+        Args:
+            ids: [T], up to and including the last predicted token.
+            positions: [N], below T - 1.
+        """
         if len(positions) == 0:
             return TopTokens(np.empty((0, self._top), np.int64), np.empty((0, self._top), np.float32))
         if positions.min() < 0 or positions.max() + 1 >= len(ids):
@@ -161,11 +136,14 @@ class LogprobServer:
         prompt = ids.tolist()
         # A completion of one token, because older servers refuse zero.
         body = {"model": self._model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
-        body["prompt_logprobs"] = self._top
-        most_bytes = _SLACK_BYTES + len(prompt) * (self._top + 1) * _ENTRY_BYTES
         try:
             answer = self._endpoint.request(
-                "/completions", body, most_bytes=most_bytes, cancellation=cancellation, reduce=_log_prob
+                "/completions",
+                {**body, "prompt_logprobs": self._top},
+                most_bytes=_SLACK_BYTES + len(prompt) * (self._top + 1) * _ENTRY_BYTES,
+                cancellation=cancellation,
+                # Of a token's entry, the log-probability alone takes a fifth of the memory and parses faster.
+                reduce=lambda entry: entry.get("logprob", entry),
             )
         except Refusal as refusal:
             raise self._refused(refusal, len(prompt)) from None
@@ -226,18 +204,13 @@ class LogprobServer:
         )
 
     def _refused(self, refusal: Refusal, prompt_tokens: int) -> ConfigError:
-        where = f"{self._endpoint.url} ({self._model})"
-        if 300 <= refusal.status < 400:
-            return ConfigError(
-                f"{where} answers with a redirect (HTTP {refusal.status}), which is not followed\n"
-                "help: set distill.teacher.url to the target of the redirect"
-            )
         message = str(refusal)
         advice = next(
             advice
             for status, pattern, advice in _ADVICE
-            if status in (None, refusal.status) and re.search(pattern, message, re.IGNORECASE)
+            if (status is None or refusal.status in status) and re.search(pattern, message, re.IGNORECASE)
         ).format(top=self._top, needed=prompt_tokens + 1)
+        where = f"{self._endpoint.url} ({self._model})"
         return ConfigError(f"{where} refuses: HTTP {refusal.status}: {message}\nhelp: {advice}")
 
 
@@ -246,8 +219,3 @@ def _answer(awaited: Future[TopTokens]) -> TopTokens:
     while not awaited.done():
         wait([awaited], timeout=_POLL_SECONDS)
     return awaited.result()
-
-
-def _log_prob(entry: dict[str, Any]) -> Any:
-    """Keep only the log-probability of a token's entry, which takes a fifth of the memory and parses faster."""
-    return entry.get("logprob", entry)

@@ -11,13 +11,12 @@ Each file appears by a rename. A killed writer can continue, and a corrupt shard
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,11 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from finetune.distill.codec import Columns
-from finetune.distill.keys import KEY_BYTES
+from finetune.distill.fingerprint import KEY_BYTES
 from finetune.models.digest import sha256_of
-from finetune.system.atomic import write_bytes, write_text
+from finetune.system.atomic import is_disk_full, write_bytes, write_text
 from finetune.system.errors import ConfigError, IntegrityError, ResourceError
-from finetune.system.locks import Lock, try_lock
+from finetune.system.locks import locked
 
 FINGERPRINT, COMPLETE = "fingerprint.json", "complete.json"
 _KEYS, _COUNTS = "keys", "counts"
@@ -44,12 +43,17 @@ _REMOVE_SHARD = "remove both files with this number and run finetune cache again
 @contextmanager
 def open_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[ShardWriter]:
     """Begin a cache, or continue one of the same origin. On exit, the documents added are written."""
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    lock = _claim(folder)
-    try:
+    with ExitStack() as stack:
         with _writing(folder):
-            _clean(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not stack.enter_context(locked(folder / ".lock", 0)):
+                raise ConfigError(
+                    f"distill.cache: another process is writing to {folder}\nhelp: wait for it, or set another folder"
+                )
+            # Incomplete files of a killed writer.
+            half = [shard for shard in folder.glob("shard-*.safetensors") if not shard.with_suffix(".json").exists()]
+            for left in (*folder.glob(".*.tmp"), *half):
+                left.unlink()
             if not (folder / FINGERPRINT).exists():
                 if any(not file.name.startswith(".") for file in folder.iterdir()):
                     raise ConfigError(f"distill.cache: {folder} holds other files; name an empty or a new folder")
@@ -57,30 +61,12 @@ def open_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[ShardW
         check_fingerprint(folder, fingerprint)
         notes = {file.with_suffix(".safetensors"): _read(file) for file in sorted(folder.glob("shard-*.json"))}
         _verify(notes)
-        writer = ShardWriter(folder, {key for shard in notes for key in _keys_of(shard)})
-        try:
-            yield writer
-        finally:
-            writer.flush()
-    finally:
-        lock.release()
-
-
-def _claim(folder: Path) -> Lock:
-    with _writing(folder):
-        lock = try_lock(folder / ".lock")
-    if lock is None:
-        raise ConfigError(
-            f"distill.cache: another process is writing to {folder}\nhelp: wait for it, or set another folder"
-        )
-    return lock
-
-
-def _clean(folder: Path) -> None:
-    """Remove incomplete files of a killed writer."""
-    half = [shard for shard in folder.glob("shard-*.safetensors") if not shard.with_suffix(".json").exists()]
-    for left in (*folder.glob(".*.tmp"), *half):
-        left.unlink()
+        writer = ShardWriter(folder)
+        for shard in notes:
+            with safe_open(shard, framework="np") as tensors:
+                writer.stored.update(key.tobytes() for key in tensors.get_tensor(_KEYS))
+        stack.callback(writer.flush)
+        yield writer
 
 
 @contextmanager
@@ -89,7 +75,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise ResourceError(
                 f"distill.cache: the disk of {folder} is full\nhelp: free some space and start again; it continues"
             ) from error
@@ -101,7 +87,7 @@ class ShardWriter:
     """Add documents to a folder opened by `open_folder`. stored: keys of the documents in it."""
 
     folder: Path
-    stored: set[bytes]
+    stored: set[bytes] = field(default_factory=set)
     _keys: list[bytes] = field(default_factory=list)
     _columns: list[Columns] = field(default_factory=list)
     _size_bytes: int = 0
@@ -181,7 +167,7 @@ class ShardReader:
     def read(self, keys: Sequence[bytes]) -> Columns:
         """Return the columns of these documents, concatenated. The cache must have them."""
         places = self._find(keys)
-        assert (places >= 0).all(), "call `missing` first"
+        assert (places >= 0).all(), "the cache lacks a document: call check_holds first"
         if not len(places):
             return {name: column[:0] for name, column in self._columns_at(0).items()} if len(self._order) else {}
         parts = [self._columns_at(place) for place in places]
@@ -209,11 +195,7 @@ def _as_words(keys: bytes) -> np.ndarray:
 
 def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     """Compare the origin of a cache, without None values. Raises: ConfigError naming the fields that differ."""
-    file = folder / FINGERPRINT
-    try:
-        there = _flat(_read(file))
-    except FileNotFoundError as error:
-        raise _no_cache(folder) from error
+    there = _flat(_fingerprint_of(folder))
     here = _flat(json.loads(json.dumps(fingerprint)))
     open_fields = tuple(f"{name}." for name, value in fingerprint.items() if value is None)
     differing = [
@@ -222,29 +204,23 @@ def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
         if there.get(name) != here.get(name) and not f"{name}.".startswith(open_fields)
     ]
     if differing:
-        raise ConfigError(
-            "\n".join(
-                [
-                    f"distill.cache: {folder} was made with other settings than this config:",
-                    *differing,
-                    f"help: change the config, or {_NEW_FOLDER}",
-                ]
-            )
-        )
+        first = f"distill.cache: {folder} was made with other settings than this config:"
+        raise ConfigError("\n".join([first, *differing, f"help: change the config, or {_NEW_FOLDER}"]))
 
 
 def vocabulary_of(folder: Path) -> int:
     """Return the vocabulary size of a cache. Raises: as `check_fingerprint`."""
     try:
-        return int(_read(folder / FINGERPRINT)["vocabulary"])
-    except FileNotFoundError as error:
-        raise _no_cache(folder) from error
+        return int(_fingerprint_of(folder)["vocabulary"])
     except (LookupError, TypeError, ValueError) as error:
         raise _corrupt(folder / FINGERPRINT, f"lacks {error}") from error
 
 
-def _no_cache(folder: Path) -> ConfigError:
-    return ConfigError(f"distill.cache: {folder} is not a cache\nhelp: write it with finetune cache")
+def _fingerprint_of(folder: Path) -> dict[str, Any]:
+    try:
+        return _read(folder / FINGERPRINT)
+    except FileNotFoundError as error:
+        raise ConfigError(f"distill.cache: {folder} is not a cache\nhelp: write it with finetune cache") from error
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -285,13 +261,6 @@ def _verify(notes: Mapping[Path, Mapping[str, Any]]) -> None:
 
 
 def _corrupt(file: Path, what: str) -> IntegrityError:
-    advice = {FINGERPRINT: _NEW_FOLDER, COMPLETE: "remove it and run finetune cache again"}.get(
-        file.name, _REMOVE_SHARD
-    )
+    others = {FINGERPRINT: _NEW_FOLDER, COMPLETE: "remove it and run finetune cache again"}
+    advice = others.get(file.name, _REMOVE_SHARD)
     return IntegrityError(f"distill.cache: {file} is corrupt: {what}\nhelp: {advice}")
-
-
-def _keys_of(shard: Path) -> Iterator[bytes]:
-    with safe_open(shard, framework="np") as tensors:
-        for key in tensors.get_tensor(_KEYS):
-            yield key.tobytes()

@@ -8,63 +8,62 @@ Source: Sheng et al. 2023, arXiv:2303.06865 (one read of a layer for many batche
 
 from __future__ import annotations
 
+import re
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.config.schema import ModelConfig
 from finetune.data.batch import Batch
-from finetune.distill.layer_reader import LayerPair, Reads
-from finetune.distill.meta_adapter import attach_adapter
+from finetune.distill.layer_reader import MappedLayer, PinnedLayer, Reads, layer_buffers
+from finetune.distill.resident import open_skeleton
 from finetune.losses.cross_entropy import target_rows
+from finetune.losses.distillation import TeacherHidden
 from finetune.losses.hidden_states import DecoderRows, decoder_rows, token_states
+from finetune.models.adapters.files import CONFIG_FILE, TENSOR_FILE, check_adapter
 from finetune.models.fused import fuse_layers
-from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
-from finetune.models.load import quiet
-from finetune.models.quant.four_bit import build_skeleton, holds_all
+from finetune.models.hub import read_json
 from finetune.models.safetensors_index import WeightFiles, map_tensor
 from finetune.ops import attention
+from finetune.system.console import Log
 from finetune.system.errors import ConfigError, IntegrityError
+from finetune.system.format import format_bytes
 from finetune.system.machine import malloc_trim
 
+_RESIDENT = "\nhelp: set distill.teacher.placement=resident"
+# Inits that keep the base as it is. The others (PiSSA, OLoRA, …) subtract a part from it.
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal")
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class PassFigures:
-    """Times of one pass. read_seconds, compute_seconds: with a read in progress, with the device busy; they overlap."""
-
-    read_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    read_bytes: int = 0
-
-    @property
-    def achieved_share(self) -> float:
-        """Return the share of the speed that the slower of both would reach alone; 1 before the first pass."""
-        return max(self.read_seconds, self.compute_seconds) / self.wall_seconds if self.wall_seconds else 1.0
 
 
 class StreamedModel:
     """A frozen model in evaluation mode that reads its decoder layers from files in each pass."""
 
     def __init__(
-        self, cfg: ModelConfig, device: torch.device, adapter: Path | None = None, head: nn.Module | None = None
+        self,
+        cfg: ModelConfig,
+        device: torch.device,
+        adapter: Path | None = None,
+        head: nn.Module | None = None,
+        log: Log = lambda text: None,
     ):
         """Open a model.
 
         Args:
             adapter: a PEFT folder; its tensors stay in memory.
             head: the model's head, if it is in memory already.
+            log: receives the speed of the first pass.
 
         Raises:
             ConfigError: not found, not supported, or an adapter on more than decoder layers.
@@ -75,10 +74,16 @@ class StreamedModel:
                 f"model.attention: a streamed teacher has segmented attention only, found {cfg.attention}\n"
                 "help: set auto, or distill.teacher.placement=resident"
             )
+        files, base = open_skeleton(cfg)
+        if base is None:
+            raise IntegrityError(
+                f"distill.teacher.name={cfg.name}: its files have other tensors than its config.json declares"
+                f"{_RESIDENT}, which loads other names or describes the problem"
+            )
         self.device, self.dtype = device, getattr(torch, cfg.dtype)
-        self.last_pass = PassFigures()
-        self._files, self._base = _open(cfg, self.dtype)
-        self._head = head
+        self.read_bytes = 0  # by the last pass
+        self._files, self._base, self._head = WeightFiles(files), base, head
+        self._log: Log | None = log
         self._head_name = _EMBEDDING if self._base.config.tie_word_embeddings else _HEAD
         on_cpu, in_its_type = device.type == "cpu", self._files.tensors[self._head_name].dtype == self.dtype
         self._maps_head = head is None and on_cpu and in_its_type
@@ -86,7 +91,7 @@ class StreamedModel:
         # By module, because an adapter renames modules.
         self._slots = [_slots_of(layer) for layer in backbone.layers]
         if adapter is not None:
-            attach_adapter(self._base, adapter, device)
+            _attach_adapter(self._base, adapter, device)
         fuse_layers(self._base)
         self._base.eval().requires_grad_(False)
         self._layers, self._norm = list(backbone.layers), backbone.norm
@@ -102,61 +107,67 @@ class StreamedModel:
         _put(head, "weight", self._weight(self._head_name))
         return head
 
-    def _unload_head(self) -> None:
-        """Map a mapped head again, which frees its pages for the layers."""
-        if "head" in vars(self) and self._maps_head:
-            _put(self.head, "weight", self._weight(self._head_name))
-
     @cached_property
-    def _pair(self) -> LayerPair:
+    def _buffers(self) -> list[MappedLayer] | list[PinnedLayer]:
         shapes = {name: getattr(module, key).shape for name, (module, key) in self._slots[0].items()}
-        return LayerPair(shapes, self.dtype, self.device)
+        return layer_buffers(shapes, self.dtype, self.device)
+
+    def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherHidden]:
+        """Return the hidden states of each batch's targets, with the teacher's head."""
+        return (TeacherHidden(hidden_ND, self.head) for hidden_ND in self.hidden_states(batches))
 
     @torch.no_grad()
     def hidden_states(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Return the final normed hidden states [N, D] of each batch's targets, as a resident model does."""
-        began, watch = time.perf_counter(), _Stopwatch(self.device)
+        began = time.perf_counter()
         self._files.check_unchanged()
-        self._unload_head()
+        if "head" in vars(self) and self._maps_head:  # mapped again, which frees its pages for the layers
+            _put(self.head, "weight", self._weight(self._head_name))
         batches = [batch.to(self.device) for batch in batches]
         with Reads() as reads:
             self._begin(0, reads)
             rows = self._enter(batches, reads)
             self._begin(1, reads)
             for i, layer in enumerate(self._layers):
-                with self._filled(i), watch:
+                with self._filled(i):
                     for batch_rows in rows:
                         self._advance(layer, batch_rows)
                 self._begin(i + 2, reads)
-        with watch:
-            hidden = [self._leave(rows.pop(0), batch) for batch in batches]
+        hidden = []
+        for batch in batches:
+            normed_TD = token_states(self._norm(rows.pop(0).states)[0], batch)
+            hidden.append(target_rows(normed_TD, batch)[0])
         self._files.check_unchanged()
         malloc_trim()  # free the layers' temporaries before the head is used
-        compute_seconds = watch.seconds()
-        self.last_pass = PassFigures(reads.seconds(), compute_seconds, time.perf_counter() - began, reads.bytes)
+        self.read_bytes = reads.bytes
+        if self._log is not None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self._log(
+                f"teacher: read={format_bytes(reads.bytes)}, read_time={reads.seconds():.1f} s, "
+                f"total_time={time.perf_counter() - began:.1f} s"
+            )
+            self._log = None
         return hidden
 
     def _begin(self, index: int, reads: Reads) -> None:
         """Begin to read a layer, if it exists."""
         if index < len(self._layers):
             stored = {name: self._files.tensors[f"model.layers.{index}.{name}"] for name in self._slots[index]}
-            self._pair.begin(index, stored, reads)
+            self._buffers[index % 2].begin(stored, reads)
 
     @contextmanager
     def _filled(self, index: int) -> Iterator[None]:
         """Give a layer its weights inside the block, and take them away afterwards."""
-        slots, empty = self._slots[index], {}
+        slots = self._slots[index]
         try:
-            for name, tensor in self._pair.take(index).items():
-                module, key = slots[name]
-                empty[name] = getattr(module, key)
-                _put(module, key, tensor)
+            for name, tensor in self._buffers[index % 2].take().items():
+                _put(*slots[name], tensor)
             yield
         finally:
-            for name, placeholder in empty.items():
-                module, key = slots[name]
-                setattr(module, key, placeholder)
-            self._pair.release(index)
+            for module, key in slots.values():
+                _put(module, key, getattr(module, key).to("meta"))
+            self._buffers[index % 2].release()
 
     def _enter(self, batches: Sequence[Batch], reads: Reads) -> list[DecoderRows]:
         """Return the rows of each batch, with embeddings as hidden states."""
@@ -180,56 +191,9 @@ class StreamedModel:
         )
         rows.states.copy_(after)
 
-    def _leave(self, rows: DecoderRows, batch: Batch) -> Tensor:
-        hidden_ND, _, _ = target_rows(token_states(self._norm(rows.states)[0], batch), batch)
-        return hidden_ND
-
     def _weight(self, name: str) -> Tensor:
         """Return one tensor on the device, mapped on a CPU if the file has the model's dtype."""
         return map_tensor(self._files.tensors[name]).to(self.device, self.dtype)
-
-
-class _Stopwatch:
-    """Measure how long a device is busy with the calls inside `with`. Only `seconds` waits for a GPU."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._spans: list[tuple[Any, Any]] = []
-
-    def _now(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def __enter__(self) -> None:
-        self._began = self._now()
-
-    def __exit__(self, *failure: object) -> None:
-        self._spans.append((self._began, self._now()))
-
-    def seconds(self) -> float:
-        if self._device.type != "cuda":
-            return sum(end - start for start, end in self._spans)
-        torch.cuda.synchronize(self._device)
-        return sum(start.elapsed_time(end) for start, end in self._spans) / 1000
-
-
-def _open(cfg: ModelConfig, dtype: torch.dtype) -> tuple[WeightFiles, PreTrainedModel]:
-    """Open the model's files, and build the model without storage."""
-    source = fetch(cfg.name, cfg.revision, TEXT_FILES + WEIGHT_FILES, "distill.teacher.name")
-    read_config(source.folder, cfg.name)
-    files = weight_files(source.folder, cfg.name)
-    attention.register()
-    with quiet():
-        base = build_skeleton(source.folder, dtype, attention.SEGMENTED)
-    if not holds_all(files, base):
-        raise IntegrityError(
-            f"distill.teacher.name={cfg.name}: its files have other tensors than its config.json declares\n"
-            "help: set distill.teacher.placement=resident, which loads other names or describes the problem"
-        )
-    return WeightFiles(files), base
 
 
 def _slots_of(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -240,3 +204,39 @@ def _slots_of(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 def _put(module: nn.Module, key: str, tensor: Tensor) -> None:
     setattr(module, key, nn.Parameter(tensor, requires_grad=False))
+
+
+def _attach_adapter(base: PreTrainedModel, folder: Path, device: torch.device) -> None:
+    """Attach a frozen adapter to the decoder layers of a model on the meta device: only its tensors are in memory."""
+    where = f"adapter {folder}"
+    config = read_json(folder / CONFIG_FILE, where)
+    if config.get("peft_type") != "LORA":
+        raise ConfigError(f"{where}: expected a LoRA adapter, found {config.get('peft_type')}")
+    check_adapter(folder, trained=False)
+    tensors = load_file(folder / TENSOR_FILE)
+    if outside := [name for name in tensors if not re.search(r"\.layers\.\d+\.", name)]:
+        raise ConfigError(
+            f"{where}: changes more than decoder layers ({', '.join(sorted(outside)[:3])}), which a streamed teacher "
+            f"does not keep in memory{_RESIDENT}"
+        )
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS or config.get("layer_replication"):
+        raise ConfigError(f"{where}: changes the base's weights or layers, which are not in memory{_RESIDENT}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        settings = peft.PeftConfig.from_pretrained(str(folder))
+        settings.inference_mode = True
+        model = peft.PeftModel(base, settings)
+    # PEFT puts the adapter of a meta weight on the meta device too, where copying has no effect.
+    places = {
+        id(parameter): (module, key)
+        for module in model.modules()
+        for key, parameter in module.named_parameters(recurse=False)
+    }
+    named = dict(model.named_parameters(remove_duplicate=False))
+    expected = peft.get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
+    shapes = {name: parameter.shape for name, parameter in expected.items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if wrong := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
+        raise IntegrityError(f"{where}: does not fit the teacher, first at {', '.join(wrong[:5])}")
+    for name, parameter in expected.items():
+        _put(*places[id(parameter)], tensors[name].to(device, parameter.dtype))

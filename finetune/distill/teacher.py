@@ -1,8 +1,8 @@
-"""Build the teacher in the config: resident, streamed, cached or on a server."""
+"""Build the teacher in the config, and check that student and teacher share the meaning of token ids."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.config.schema import ModelConfig, RunConfig
-from finetune.data.batch import Batch
 from finetune.data.documents import Document
 from finetune.data.template.chat import ChatTemplate
 from finetune.distill.cache import CachedTeacher
@@ -20,33 +19,13 @@ from finetune.distill.fingerprint import adapter_folder, fingerprint, teacher_ad
 from finetune.distill.resident import load_resident
 from finetune.distill.shards import vocabulary_of
 from finetune.distill.stream import StreamedModel
-from finetune.distill.vocabulary import check_same_tokens, shared_vocabulary
-from finetune.losses.distillation import Teacher, TeacherHidden
+from finetune.losses.distillation import Teacher
 from finetune.models.hub import TEXT_FILES, fetch, read_config
 from finetune.models.load import load_tokenizer
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
-from finetune.system.format import format_bytes
 
-
-class StreamedTeacher:
-    """A model that is read layer by layer, once for all batches of a request. The first pass logs its speed."""
-
-    def __init__(self, model: StreamedModel, device: torch.device, log: Log):
-        self.model, self.device = model, device
-        self._log: Log | None = log
-
-    def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherHidden]:
-        states = self.model.hidden_states(batches)
-        if self._log is not None:
-            figures = self.model.last_pass
-            self._log(
-                f"teacher: read={format_bytes(figures.read_bytes)}, read_time={figures.read_seconds:.1f} s, "
-                f"compute_time={figures.compute_seconds:.1f} s, total_time={figures.wall_seconds:.1f} s, "
-                f"efficiency={figures.achieved_share:.0%}"
-            )
-            self._log = None
-        return (TeacherHidden(hidden_ND, self.model.head) for hidden_ND in states)
+_SHOWN = 8
 
 
 def teacher_model(cfg: RunConfig) -> ModelConfig:
@@ -68,27 +47,56 @@ def teacher_is_base(cfg: RunConfig) -> bool:
 def check_vocabulary(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, used: np.ndarray) -> int:
     """Return the number of ids, from 0 on, that student and teacher share, before any weight is loaded.
 
+    Qwen2.5 models have tables of 151,936 or 152,064 rows for one tokenizer of 151,665 tokens: both are cut to the
+    tokens. DeepSeek-R1-Distill-Qwen has the same tables with other control tokens, so it is refused.
+
     Args:
         used: unique ids of the rows.
 
     Raises:
         ConfigError: an id has another meaning for the teacher, or no row in its table.
     """
-    model, server = teacher_model(cfg), cfg.distill.teacher.placement == "server"
-    student_rows = max(_rows(cfg.model), len(tokenizer))
+    model, teacher = teacher_model(cfg), cfg.distill.teacher
     if teacher_is_base(cfg):
-        return _enough(shared_vocabulary(tokenizer, student_rows, _rows(cfg.model)), used, model.name)
-    if server and cfg.distill.teacher.name is None:
-        return shared_vocabulary(tokenizer, student_rows, student_rows)
-    try:
-        teachers, teacher_rows = load_tokenizer(model), _rows(model)
-    except ConfigError:
-        if cfg.distill.teacher.placement != "cached":
-            raise
-        # The cache was written with this check, and its fingerprint contains the tokenizer.
-        return vocabulary_of(cache_path(cfg))
-    check_same_tokens(tokenizer, teachers, used, model.name)
-    return _enough(shared_vocabulary(tokenizer, student_rows, teacher_rows), used, model.name)
+        teacher_rows = _config(model)["vocab_size"]
+    elif teacher.placement == "server" and teacher.name is None:
+        return len(tokenizer)
+    else:
+        try:
+            teachers, teacher_rows = load_tokenizer(model), _config(model)["vocab_size"]
+        except ConfigError:
+            if teacher.placement != "cached":
+                raise
+            # The cache was written with this check, and its fingerprint contains the tokenizer.
+            return vocabulary_of(cache_path(cfg))
+        check_same_tokens(tokenizer, teachers, used, model.name)
+    vocabulary = min(len(tokenizer), int(teacher_rows))
+    if unknown := [int(i) for i in used if i >= vocabulary]:
+        raise ConfigError(
+            f"distill.teacher: {model.name} has no embedding for {len(unknown):,} token ids of the rows, first "
+            f"{unknown[0]}\nhelp: a teacher cannot be combined with lora.new_tokens"
+        )
+    return vocabulary
+
+
+def check_same_tokens(
+    tokenizer: PreTrainedTokenizerBase, teachers: PreTrainedTokenizerBase, used: np.ndarray, teacher: str
+) -> None:
+    """Compare the tokens of the ids in use. Raises: ConfigError naming the ids that differ, with both tokens."""
+    different = []
+    for i in used.tolist():
+        ours, theirs = (each.convert_ids_to_tokens(i) if i < len(each) else None for each in (tokenizer, teachers))
+        if ours != theirs:
+            different.append(f"  {i}: {ours!r} here, {theirs!r} for the teacher")
+    if different:
+        more = [f"  … and {len(different) - _SHOWN:,} more"] if len(different) > _SHOWN else []
+        what = f"{len(different):,} of the {len(used):,} token ids in the rows have another meaning"
+        help_line = (
+            f"help: set model.tokenizer={teacher} and a matching data.chat_template, or choose a teacher with the "
+            "student's tokenizer"
+        )
+        lines = [f"distill.teacher.name={teacher}: {what}:", *different[:_SHOWN], *more, help_line]
+        raise ConfigError("\n".join(lines))
 
 
 def check_width(cfg: RunConfig) -> None:
@@ -102,22 +110,8 @@ def check_width(cfg: RunConfig) -> None:
         )
 
 
-def _rows(model: ModelConfig) -> int:
-    """Return the rows of a model's embedding."""
-    return int(_config(model)["vocab_size"])
-
-
 def _config(model: ModelConfig) -> dict[str, Any]:
     return read_config(fetch(model.name, model.revision, TEXT_FILES, "model.name").folder, model.name)
-
-
-def _enough(vocabulary: int, used: np.ndarray, teacher: str) -> int:
-    if unknown := [int(i) for i in used if i >= vocabulary]:
-        raise ConfigError(
-            f"distill.teacher: {teacher} has no embedding for {len(unknown):,} token ids of the rows, first "
-            f"{unknown[0]}\nhelp: a teacher cannot be combined with lora.new_tokens"
-        )
-    return vocabulary
 
 
 def build_teacher(
@@ -144,8 +138,7 @@ def build_teacher(
     """
     model, teacher = teacher_model(cfg), cfg.distill.teacher
     if teacher.placement == "resident":
-        adapter = None if teacher.lora is None else adapter_folder(teacher.lora)
-        return load_resident(model, adapter, device, base if teacher_is_base(cfg) else None)
+        return load_resident(model, adapter_folder(teacher.lora), device, base if teacher_is_base(cfg) else None)
     if teacher.placement == "streamed":
         return streamed_teacher(cfg, device, log, _shared_head(cfg, base))
     origin = cache_fingerprint(cfg, chat, vocabulary, log, download=False)
@@ -162,11 +155,9 @@ def build_teacher(
     return cached
 
 
-def streamed_teacher(cfg: RunConfig, device: torch.device, log: Log, head: nn.Module | None = None) -> StreamedTeacher:
+def streamed_teacher(cfg: RunConfig, device: torch.device, log: Log, head: nn.Module | None = None) -> StreamedModel:
     """Build a streamed teacher. head: the teacher's head, if it is in memory already."""
-    name = cfg.distill.teacher.lora
-    adapter = None if name is None else adapter_folder(name)
-    return StreamedTeacher(StreamedModel(teacher_model(cfg), device, adapter, head), device, log)
+    return StreamedModel(teacher_model(cfg), device, adapter_folder(cfg.distill.teacher.lora), head, log)
 
 
 def _shared_head(cfg: RunConfig, base: PreTrainedModel) -> nn.Module | None:

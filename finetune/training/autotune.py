@@ -32,11 +32,10 @@ def apply_batch_plan(inputs: PlanInputs, model: nn.Module, accelerator: Accelera
     if accelerator.device.type == "cpu":
         install_malloc_trim(model)
     accelerator.wait_for_everyone()
-    known = _free_bytes(inputs, model, accelerator.device)
-    free = torch.tensor([known], dtype=torch.float64, device=accelerator.device)
-    least = accelerator.gather(free).min().item() if accelerator.num_processes > 1 else free.item()
+    free_bytes = [_free_bytes(inputs, model, accelerator.device)]
+    of_ranks = accelerator.gather(torch.tensor(free_bytes, dtype=torch.float64, device=accelerator.device))
     inputs = inputs.with_model_config(base_of(model).config.to_dict())
-    plan = choose_micro_batch(inputs, None if least < 0 else least)
+    plan = choose_micro_batch(inputs, of_ranks.min().item())
     apply_gradient_checkpointing(model, plan.recompute)
     log(plan.text)
     return plan
@@ -70,16 +69,12 @@ def install_malloc_trim(model: nn.Module) -> None:
 
 
 def _free_bytes(inputs: PlanInputs, model: nn.Module, device: torch.device) -> float:
-    """Return the memory left for activations next to gradients and optimizer; -1 if unknown."""
+    """Return the memory left for activations next to gradients and optimizer."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
-        known = available_memory()
-        if known is None:
-            return -1.0
-        free = known // ranks_here(os.environ)
+        free = available_memory() // ranks_here(os.environ)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    margin = MARGIN[inputs.device_kind]
     each = _BYTES_PER_TRAINED_LATER + (_BYTES_IN_A_RECOVERY if inputs.may_recover else 0)
-    return max(0.0, (free - trained * each) / (1 + margin))
+    return max(0.0, (free - trained * each) / (1 + MARGIN[inputs.device_kind]))

@@ -14,12 +14,10 @@ There is no random state to store: the loop seeds every generator from (seed, st
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune.system.atomic import commit_folder, is_disk_full, sync
+from finetune.models.digest import sha256_of
+from finetune.system.atomic import commit_folder, is_disk_full
 from finetune.system.console import Log
 from finetune.system.errors import IntegrityError, ResourceError
 
@@ -71,11 +70,6 @@ class TrainState:
     breaches: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary folder, then rename it to `folder`."""
     temporary = folder.with_name(_TEMPORARY + folder.name)
@@ -100,10 +94,8 @@ def write_checkpoint(
         write_adapter(temporary)
         save_file(training_tensors(optimizer), temporary / TRAINING)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=2))
-        files = sorted(p.name for p in temporary.iterdir())
-        entries = {
-            name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in files
-        }
+        files = sorted(temporary.iterdir())
+        entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
         (temporary / MANIFEST).write_text(json.dumps(entries, indent=2))
 
     write_folder(folder, write)
@@ -123,7 +115,7 @@ def verify_checkpoint(folder: Path) -> None:
             problems.append(f"{name} is missing")
         elif file.stat().st_size != size:
             problems.append(f"{name} has {file.stat().st_size} bytes, not {size}")
-        elif _sha256(file) != digest:
+        elif sha256_of(file) != digest:
             problems.append(f"{name} was altered")
     if missing := {TRAINING, STATE} - set(manifest):
         problems.append(f"{MANIFEST} lists no {', '.join(sorted(missing))}")
@@ -158,22 +150,18 @@ def read_state(folder: Path) -> TrainState:
 
 def training_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return every trained parameter and its optimizer state, as `NAME/value|step|exp_avg|exp_avg_sq`."""
-    tensors = {}
-    for name, parameter in _named(optimizer):
-        for key, value in {"value": parameter, **optimizer.state[parameter]}.items():
-            tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
-    return tensors
+    return {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, parameter in _named(optimizer)
+        for key, value in {"value": parameter, **optimizer.state[parameter]}.items()
+    }
 
 
 def load_training(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """Restore saved parameters and moments bit for bit."""
     saved = load_file(folder / TRAINING)
     wanted = {f"{name}/{key}": parameter for name, parameter in _named(optimizer) for key in _STATE_KEYS}
-    unfit = [
-        key
-        for key, parameter in wanted.items()
-        if key not in saved or saved[key].shape not in (parameter.shape, torch.Size())
-    ]
+    unfit = [key for key, p in wanted.items() if key not in saved or saved[key].shape not in (p.shape, ())]
     if problems := [*unfit, *sorted(saved.keys() - wanted.keys())]:
         raise IntegrityError(f"{folder / TRAINING} does not fit this run's parameters: {', '.join(problems[:5])}")
     for name, parameter in _named(optimizer):
@@ -190,20 +178,11 @@ def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Par
 
 def prune_checkpoints(run: Path, keep: int, best_step: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and the best one, and leftovers of interrupted writes."""
-    folders = list_checkpoints(run)
-    protected = {f"checkpoint-{best_step}"}
-    for folder in folders[:-keep]:
-        if folder.name not in protected:
+    for folder in list_checkpoints(run)[:-keep]:
+        if folder.name != f"checkpoint-{best_step}":
             # Rename first: an interrupted deletion must not leave half a checkpoint under its own name.
             doomed = folder.with_name(_TEMPORARY + folder.name)
             shutil.rmtree(doomed, ignore_errors=True)
             folder.rename(doomed)
     for leftover in run.glob(f"{_TEMPORARY}checkpoint-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def replace_files(source: Path, names: Iterable[str], target: Path) -> None:
-    """Move files into a folder, each in one rename that replaces the old file; then fsync the folder."""
-    for name in names:
-        os.replace(source / name, target / name)
-    sync(target)

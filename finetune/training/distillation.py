@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.config.schema import RunConfig
@@ -21,18 +21,36 @@ from finetune.data.sampler import Sampler
 from finetune.data.template.chat import ChatTemplate
 from finetune.distill.filling import write_cache
 from finetune.distill.on_policy import OnPolicySampler
-from finetune.distill.schedule import Schedule
 from finetune.distill.teacher import build_teacher, check_vocabulary, check_width
 from finetune.evaluation.sampling import sample_answers
-from finetune.evaluation.scoring import agreement
-from finetune.losses.distillation import Distillation, DistillLossWeights, Teacher
-from finetune.ops.limits import EVALUATION_TOKENS
+from finetune.losses.distillation import Distillation, Teacher, TeacherTargets
 from finetune.system.console import Log
 
 _RECOVER_LIMITS = (
     "distill: objective=recover restores what quantization changed in this base; it cannot teach a new task\n"
     "help: for a new task, set distill.objective=distill with a larger or tuned teacher, or sft+anchor"
 )
+
+
+class Schedule:
+    """Request a teacher's targets for `steps_ahead` steps at a time, up to `total_steps`.
+
+    A resident teacher still computes batch by batch, because it returns an iterator.
+    """
+
+    def __init__(self, teacher: Teacher, steps_ahead: int, total_steps: int):
+        self.teacher, self.steps_ahead, self.total_steps = teacher, steps_ahead, total_steps
+        self._counts: dict[int, int] = {}  # batches of each requested step that is still to come
+        self._targets: Iterator[TeacherTargets] = iter(())
+
+    def targets_for(self, step: int, batches_of: Callable[[int], list[Batch]]) -> Iterable[TeacherTargets]:
+        """Return the targets of a step's batches, in order. Callers take all targets of each step, step by step."""
+        if step not in self._counts:
+            steps = range(step, min(step + self.steps_ahead, self.total_steps + 1))
+            batches = {later: batches_of(later) for later in steps}
+            self._counts = {later: len(some) for later, some in batches.items()}
+            self._targets = iter(self.teacher.targets_for([batch for some in batches.values() for batch in some]))
+        return islice(self._targets, self._counts.pop(step))
 
 
 @dataclass(frozen=True)
@@ -42,21 +60,6 @@ class DistillationSetup:
     cfg: RunConfig
     teacher: Teacher
     vocabulary: int
-
-    @property
-    def trains_from_teacher(self) -> bool:
-        """Return whether the teacher gives the loss; if not, it is only measured against."""
-        return self.cfg.distill.objective != "none"
-
-    def build_loss(self, model: PeftModel) -> Distillation:
-        """Build the training loss."""
-        return Distillation(
-            model, DistillLossWeights.of(self.cfg.distill), self.vocabulary, self.cfg.train.neftune_alpha
-        )
-
-    def build_recovery_loss(self, model: PeftModel) -> Distillation:
-        """Build the loss of a guard's recovery: forward KL from the teacher alone."""
-        return Distillation(model, DistillLossWeights(), self.vocabulary)
 
     def before_step(self, loss: Distillation, total_steps: int) -> Callable[[int, Callable[[int], list[Batch]]], None]:
         """Build the hook that gives `loss` the teacher's targets for the batches of a step."""
@@ -91,31 +94,6 @@ class DistillationSetup:
             ranks=accelerator.num_processes,
             gather=gather_object,
         )
-
-    def figures(
-        self, model: PeftModel, data: LoadedData, part: slice, sum_over_ranks: Callable[[Tensor], Tensor]
-    ) -> dict[str, float]:
-        """Measure the distance from the teacher on every held-out set.
-
-        Args:
-            part: documents of each set that this rank scores.
-
-        Returns:
-            `eval/NAME/teacher_kl` in nats per target, and `eval/NAME/teacher_agreement` in [0, 1].
-        """
-        figures: dict[str, float] = {}
-        for source in data.eval:
-            found = agreement(
-                model,
-                self.teacher,
-                source.documents[part],
-                self.vocabulary,
-                limit_tokens=max(EVALUATION_TOKENS, self.cfg.data.max_length),
-                sum_over_ranks=sum_over_ranks,
-            )
-            figures[f"eval/{source.name}/teacher_kl"] = found.kl
-            figures[f"eval/{source.name}/teacher_agreement"] = found.top1
-        return figures
 
 
 def check_distillation(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, data: LoadedData, log: Log) -> int:
@@ -174,12 +152,13 @@ def mean_teacher_kl(figures: Mapping[str, float]) -> float | None:
 
 def teacher_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     """Build a Markdown table of the distance from the teacher before and after training, one line per held-out set."""
-    found = [name for name in after if name.endswith("/teacher_kl") and name in before]
     lines = [
         "| held-out set | KL from the teacher before (nats/target) | after | recovered | agreement before | after |",
         "|---|---|---|---|---|---|",
     ]
-    for name in found:
+    for name in after:
+        if not name.endswith("/teacher_kl") or name not in before:
+            continue
         kl, kl_after = before[name], after[name]
         top1, top1_after = (figures[name.replace("/teacher_kl", "/teacher_agreement")] for figures in (before, after))
         recovered = f"{1 - kl_after / kl:.1%}" if kl > 0 else ""

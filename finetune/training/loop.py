@@ -7,15 +7,16 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
+from torch.nn import Parameter
 
 from finetune.config.schema import TrainConfig
 from finetune.data.batch import Batch, build_batch, dummy_batch
@@ -26,12 +27,43 @@ from finetune.system.console import log
 from finetune.system.errors import FinetuneError, Interrupted
 from finetune.system.signals import StopSignals
 from finetune.training.checkpoint import TrainState
-from finetune.training.optim import learning_rate_at
-from finetune.training.track import SilentTracker, Tracker
+from finetune.training.track import SilentTracker
 
 Figures = dict[str, float]
 BatchesOf = Callable[[int], list[Batch]]
 _PLACES_SHOWN = 8
+
+
+def build_optimizer(cfg: TrainConfig, named_parameters: Iterable[tuple[str, Parameter]]) -> torch.optim.AdamW:
+    """Build AdamW over the trainable parameters, in the order given. Their names label its saved state.
+
+    Source: Loshchilov & Hutter 2019, arXiv:1711.05101.
+    """
+    trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    return torch.optim.AdamW(
+        trainable, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay
+    )
+
+
+def warmup_steps(cfg: TrainConfig, total_steps: int) -> int:
+    """Return the number of warm-up steps."""
+    if cfg.warmup_steps is None:
+        return math.ceil(cfg.warmup_ratio * total_steps)
+    return min(cfg.warmup_steps, total_steps)
+
+
+def learning_rate_at(cfg: TrainConfig, step: int, total_steps: int) -> float:
+    """Return the learning rate of step `step` (1 to total_steps), a pure function of the step.
+
+    Warm-up rises linearly and reaches the peak at its last step. Cosine and linear then fall, and would reach 0 one
+    step after the last, so that every update has an effect.
+    """
+    warmup = warmup_steps(cfg, total_steps)
+    if step <= warmup:
+        return cfg.learning_rate * step / warmup
+    progress = (step - warmup - 1) / max(1, total_steps - warmup)
+    shares = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return cfg.learning_rate * shares[cfg.schedule]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,20 +127,18 @@ def fit(
     inputs: StepInputs,
     state: TrainState,
     *,
-    tracker: Tracker | SilentTracker,
+    tracker: SilentTracker,
     save: Callable[[TrainState], None],
-    evaluate: Callable[[], Figures] | None = None,
-    after_eval: Callable[[TrainState, Figures], tuple[Figures, bool]] | None = None,
+    evaluate: Callable[[TrainState], tuple[Figures, bool]] | None = None,
     sample: Callable[[], None] | None = None,
     sample_every: int | None = None,
 ) -> None:
-    """Train from `state.step` to the last step, to early stopping, or until `after_eval` ends the run.
+    """Train from `state.step` to the last step, to early stopping, or until `evaluate` ends the run.
 
     Args:
         state: updated in place after each step.
         save: writes the checkpoint of a state on the main rank.
-        evaluate: returns the figures of the held-out sets, `eval_loss` among them.
-        after_eval: receives these figures. Returns the figures to record, and whether the run ends.
+        evaluate: returns the figures of the held-out sets, `eval_loss` among them, and whether the run ends.
         sample: shows answers of the model, every `sample_every` steps.
 
     Raises:
@@ -118,20 +148,20 @@ def fit(
     cfg, halted = inputs.cfg, False
     with StopSignals(_announce_stop) as stop:
         while state.step < inputs.total_steps and not halted and not _stopped_early(cfg, state):
-            start = time.perf_counter()
-            step = state.step + 1
+            start, step = time.perf_counter(), state.step + 1
             result = train_step(inputs, step, stop.received)
             seconds = time.perf_counter() - start
-            _advance(state, result, seconds)
+            state.step, state.last_loss = step, result.loss
+            state.tokens += result.tokens
+            state.target_tokens += result.target_tokens
+            state.seconds += seconds
             figures: Figures = {}
             improved = False
             if evaluate is not None and (step == inputs.total_steps or _is_due(cfg.eval_every, step)):
-                figures = evaluate()
-                if after_eval is not None:
-                    figures, halted = after_eval(state, figures)
+                figures, halted = evaluate(state)
                 improved = _record_evaluation(state, figures)
             seconds_left = state.seconds / state.step * (inputs.total_steps - state.step)
-            tracker.step({**_metrics(step, result, seconds), **figures}, seconds_left)
+            tracker.step({"step": step, **_metrics(result, seconds), **figures}, seconds_left)
             if sample is not None and _is_due(sample_every, step):
                 sample()
             last = step == inputs.total_steps or halted or _stopped_early(cfg, state)
@@ -199,8 +229,7 @@ def _rank_batches(inputs: StepInputs, sequences: list[list[Document]]) -> list[B
     mine = split_among_ranks([sum(map(len, sequence)) for sequence in sequences], ranks)[rank]
     if not mine:
         return [dummy_batch(sequences[0][0])]
-    size = inputs.micro_batch
-    groups = [mine[start : start + size] for start in range(0, len(mine), size)]
+    groups = (mine[start : start + inputs.micro_batch] for start in range(0, len(mine), inputs.micro_batch))
     documents = ([document for i in group for document in sequences[i]] for group in groups)
     return [build_batch(some, share_prefixes=inputs.share_prefixes) for some in documents]
 
@@ -209,8 +238,9 @@ def _check_finite(inputs: StepInputs, name: str, value: float, step: int, docume
     if math.isfinite(value):
         return
     places = sorted({document.location for document in documents})
-    more = len(places) - _PLACES_SHOWN
-    shown = ", ".join(places[:_PLACES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    shown = ", ".join(places[:_PLACES_SHOWN])
+    if (more := len(places) - _PLACES_SHOWN) > 0:
+        shown += f" and {more} more"
     raise FinetuneError(
         f"step {step}: the {name} is {value}; the update was not made. Rows in the batch: {shown}. "
         f"Last good checkpoint: {inputs.last_checkpoint() or 'none'}\n"
@@ -226,14 +256,6 @@ def _stopped_early(cfg: TrainConfig, state: TrainState) -> bool:
     return cfg.early_stopping is not None and state.evaluations_since_best >= cfg.early_stopping
 
 
-def _advance(state: TrainState, result: StepResult, seconds: float) -> None:
-    state.step += 1
-    state.tokens += result.tokens
-    state.target_tokens += result.target_tokens
-    state.seconds += seconds
-    state.last_loss = result.loss
-
-
 def _record_evaluation(state: TrainState, figures: Figures) -> bool:
     """Store an evaluation and return whether it is the best so far."""
     state.evaluations = figures
@@ -245,17 +267,8 @@ def _record_evaluation(state: TrainState, figures: Figures) -> bool:
     return improved
 
 
-def _metrics(step: int, result: StepResult, seconds: float) -> Figures:
-    """Build one line of metrics.jsonl: the counts and seconds of this step over all ranks."""
-    return {
-        "step": step,
-        "loss": result.loss,
-        "learning_rate": result.learning_rate,
-        "grad_norm": result.grad_norm,
-        "tokens": result.tokens,
-        "computed_tokens": result.computed_tokens,
-        "target_tokens": result.target_tokens,
-        "tokens_per_second": result.tokens / seconds,
-        "peak_bytes": peak_bytes(),
-        "seconds": seconds,
-    }
+def _metrics(result: StepResult, seconds: float) -> Figures:
+    """Return the figures of a step for metrics.jsonl."""
+    figures: Figures = asdict(result)
+    del figures["stop_signal"]
+    return {**figures, "tokens_per_second": result.tokens / seconds, "peak_bytes": peak_bytes(), "seconds": seconds}

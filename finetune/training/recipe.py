@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+import os
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from finetune.data.template.chat import advice_on_end_token
 from finetune.data.tokens.prepare import Preparation, console_progress
 from finetune.evaluation.generation import Answer, exact_match
 from finetune.losses.cross_entropy import CrossEntropy
-from finetune.losses.distillation import Distillation
+from finetune.losses.distillation import Distillation, DistillLossWeights
 from finetune.losses.hidden_states import base_of
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.adapters.files import check_adapter, save_adapter
@@ -41,9 +40,10 @@ from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan
 from finetune.planning.inputs import PlanInputs, plan_inputs
 from finetune.report.dataset.stored import store_report
+from finetune.report.run import TEACHER
 from finetune.report.run_page import try_report
 from finetune.system import console
-from finetune.system.atomic import write_text
+from finetune.system.atomic import sync, write_text
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError, Interrupted
 from finetune.system.machine import use_all_cores
@@ -55,14 +55,12 @@ from finetune.training.checkpoint import (
     load_training,
     prune_checkpoints,
     read_state,
-    replace_files,
     write_checkpoint,
     write_folder,
 )
 from finetune.training.distillation import build_distillation, check_distillation, mean_teacher_kl, teacher_table
 from finetune.training.guard import build_guard
-from finetune.training.loop import StepInputs, fit, peak_bytes
-from finetune.training.optim import build_optimizer
+from finetune.training.loop import StepInputs, build_optimizer, fit, peak_bytes
 from finetune.training.run_context import RunContext, answer_held_out, evaluate_run, log_samples
 from finetune.training.run_folder import RunResult
 from finetune.training.summary import describe_result, model_card
@@ -81,15 +79,19 @@ def train(cfg: RunConfig) -> RunResult:
     """
     # cpu=True makes accelerate start ranks over gloo; otherwise torchrun on CPU gives each process a single rank.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    _check_world_size(cfg, accelerator)
+    if cfg.train.world_size not in (None, accelerator.num_processes):
+        raise ConfigError(
+            f"train.world_size: expected {cfg.train.world_size} ranks, found {accelerator.num_processes}\n"
+            "help: use a launch command of launch/accelerate/"
+        )
     set_seed(cfg.train.seed)
-    log: Log = console.log if accelerator.is_main_process else (lambda text: None)
-    if message := use_all_cores(accelerator.device.type):
+    is_main, kind = accelerator.is_main_process, accelerator.device.type
+    log: Log = console.log if is_main else (lambda text: None)
+    if message := use_all_cores(kind):
         log(message)
-    lock = run_folder.claim_folder(cfg) if accelerator.is_main_process else None
+    lock = run_folder.claim_folder(cfg) if is_main else None
     try:
-        checkpoint = _on_main(accelerator, lambda: run_folder.find_checkpoint(cfg, log))
-        kind = accelerator.device.type
+        [checkpoint] = broadcast_object_list([run_folder.find_checkpoint(cfg, log) if is_main else None])
         inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=kind, ranks=accelerator.num_processes)
         log(describe_plan(inputs, free_memory(kind)))
         context = _load(cfg, inputs, accelerator, checkpoint, log)
@@ -113,9 +115,7 @@ def _load(
         warnings = [*warnings, advice]
     for line in (*map(describe_source, (*data.train, *data.eval)), *(f"WARNING: {warning}" for warning in warnings)):
         log(line)
-    sampler = _build_sampler(cfg, preparation, data)
-    if cfg.data.stream_rows:
-        log(f"data: training rows are streamed, {cfg.data.stream_rows:,} at a time")
+    sampler = _build_sampler(cfg, preparation, data, log)
     if checkpoint is not None:
         run_folder.check_continuation(cfg, sampler.digest, checkpoint)
     if accelerator.is_main_process:
@@ -140,16 +140,12 @@ def _load(
     return RunContext(cfg, accelerator, tokenizer, preparation, data, sampler, model, batch_plan, distillation)
 
 
-def _build_sampler(cfg: RunConfig, preparation: Preparation, data: LoadedData) -> Sampler:
+def _build_sampler(cfg: RunConfig, preparation: Preparation, data: LoadedData, log: Log) -> Sampler:
     if cfg.data.stream_rows:
+        log(f"data: training rows are streamed, {cfg.data.stream_rows:,} at a time")
         return StreamingSampler(preparation, cfg.train.batch_size, cfg.train.seed, Path(cfg.output_dir) / "stream")
-    order = SequenceOrder(
-        data.documents.lengths,
-        data.weights,
-        cfg.data.max_length if cfg.data.packing else None,
-        cfg.train.batch_size,
-        cfg.train.seed,
-    )
+    pack_to = cfg.data.max_length if cfg.data.packing else None
+    order = SequenceOrder(data.documents.lengths, data.weights, pack_to, cfg.train.batch_size, cfg.train.seed)
     return MapSampler(data.documents, order, data.digest)
 
 
@@ -159,8 +155,7 @@ def _run(context: RunContext, checkpoint: Path | None, log: Log) -> RunResult:
     state = _first_state(context, optimizer, checkpoint, log)
     inputs = _build_step_inputs(context, optimizer, state, log)
     tracker = Tracker(cfg, context.folder, inputs.total_steps, state.step) if context.is_main else SilentTracker()
-    evaluate = partial(evaluate_run, context)
-    guard = build_guard(context, inputs, evaluate, tracker.message) if cfg.guard.max is not None else None
+    guard = None if cfg.guard.max is None else build_guard(context, inputs, tracker.message)
     result = RunResult(
         "failed", world_size=accelerator.num_processes, predicted_peak_bytes=context.batch_plan.predicted_peak_bytes
     )
@@ -171,8 +166,7 @@ def _run(context: RunContext, checkpoint: Path | None, log: Log) -> RunResult:
                 state,
                 tracker=tracker,
                 save=partial(_save_checkpoint, context, optimizer),
-                evaluate=evaluate if context.data.eval else None,
-                after_eval=guard,
+                evaluate=(guard or (lambda state: (evaluate_run(context), False))) if context.data.eval else None,
                 sample=partial(log_samples, context, tracker.message),
                 sample_every=cfg.generation.every,
             )
@@ -217,14 +211,17 @@ def _build_step_inputs(
     _configure_kernels(context, total_steps - state.step, log)
     loss: CrossEntropy | Distillation
     before_step, sampler = None, context.sampler
-    if distillation is not None and distillation.trains_from_teacher:
-        loss = distillation.build_loss(context.model)
+    if distillation is not None and cfg.distill.objective != "none":
+        weights = DistillLossWeights.of(cfg.distill)
+        loss = Distillation(context.model, weights, distillation.vocabulary, cfg.train.neftune_alpha)
         before_step = distillation.before_step(loss, total_steps)
         sampler = distillation.build_sampler(
             sampler, context.model, context.preparation.chat, accelerator=accelerator, log=log
         )
-    else:
+    else:  # no teacher, or one that is only measured against
         loss = CrossEntropy(context.model, cfg.train.neftune_alpha)
+    # Noise is drawn per token of each document, so documents cannot share computed prefixes under it.
+    noisy = bool(cfg.lora.dropout or cfg.train.neftune_alpha)
     return StepInputs(
         cfg=cfg.train,
         accelerator=accelerator,
@@ -233,7 +230,7 @@ def _build_step_inputs(
         sampler=sampler,
         total_steps=total_steps,
         micro_batch=context.batch_plan.micro_batch,
-        share_prefixes=_can_share_prefixes(cfg),
+        share_prefixes=cfg.train.kernels == "fused" and cfg.train.share_prefixes and not noisy,
         last_checkpoint=lambda: next(reversed(list_checkpoints(context.folder)), None),
         before_step=before_step,
     )
@@ -276,22 +273,22 @@ def _finish(
     context: RunContext, optimizer: torch.optim.Optimizer, state: TrainState, result: RunResult, log: Log
 ) -> None:
     """Restore the best adapter after early stopping, evaluate, save and print the results."""
-    cfg = context.cfg
-    if cfg.train.early_stopping is not None and state.best_step not in (None, state.step):
+    generation = context.cfg.generation
+    if context.cfg.train.early_stopping is not None and state.best_step not in (None, state.step):
         load_training(context.folder / f"checkpoint-{state.best_step}", optimizer)
         state.evaluations = evaluate_run(context)
         log(f"early stopping: final adapter=step {state.best_step} (the best one)")
     after: list[Answer] = []
-    if cfg.generation.num_examples:
-        after = answer_held_out(context, cfg.generation.num_examples)
+    if generation.num_examples:
+        after = answer_held_out(context, generation.num_examples)
         result.exact_match_after = exact_match(after)
     _fill(result, state)
     if context.is_main:
         _save_final(context, result)
         result.adapter = str(context.folder)
         if (before := state.before.get("evaluations")) and context.distillation is not None:
-            write_text(context.folder / run_folder.TEACHER_TABLE, teacher_table(before, state.evaluations))
-        answers_before, shown = state.before.get("answers", []), after[: cfg.generation.samples]
+            write_text(context.folder / TEACHER, teacher_table(before, state.evaluations))
+        answers_before, shown = state.before.get("answers", []), after[: generation.samples]
         run_folder.write_samples(context.folder, answers_before, shown)
         print(describe_result(result, answers_before, shown))
     context.accelerator.wait_for_everyone()
@@ -330,25 +327,7 @@ def _save_final(context: RunContext, result: RunResult) -> None:
 
     staged = context.folder / ".adapter"
     write_folder(staged, write)
-    replace_files(staged, sorted(p.name for p in staged.iterdir()), context.folder)
-    shutil.rmtree(staged)
-
-
-def _can_share_prefixes(cfg: RunConfig) -> bool:
-    """Return whether documents may share computed prefixes: not with noise drawn per token of each document."""
-    train = cfg.train
-    return train.kernels == "fused" and train.share_prefixes and not cfg.lora.dropout and not train.neftune_alpha
-
-
-def _check_world_size(cfg: RunConfig, accelerator: Accelerator) -> None:
-    if cfg.train.world_size not in (None, accelerator.num_processes):
-        raise ConfigError(
-            f"train.world_size: expected {cfg.train.world_size} ranks, found {accelerator.num_processes}\n"
-            "help: use a launch command of launch/accelerate/"
-        )
-
-
-def _on_main(accelerator: Accelerator, compute: Callable[[], Path | None]) -> Path | None:
-    """Compute on the main rank and return the result on every rank."""
-    found = [compute() if accelerator.is_main_process else None]
-    return broadcast_object_list(found)[0] if accelerator.num_processes > 1 else found[0]
+    for file in sorted(staged.iterdir()):
+        os.replace(file, context.folder / file.name)
+    sync(context.folder)
+    staged.rmdir()

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import RunConfig
 from finetune.data.loader import LoadedData, first_conversations
 from finetune.data.sampler import Sampler
 from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.generation import Answer, answer_rows
-from finetune.evaluation.scoring import evaluate
+from finetune.evaluation.scoring import agreement, evaluate
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.planning.auto_batch import BatchPlan
 from finetune.system.console import Log
 from finetune.training.distillation import DistillationSetup
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -54,31 +52,30 @@ def evaluate_run(context: RunContext) -> dict[str, float]:
 
     Returns:
         `eval/NAME/METRIC` of each set, and `eval_loss`: the mean over the sets of the objective that the run minimizes.
+        `teacher_kl` is in nats per target, `teacher_agreement` in [0, 1].
     """
-    accelerator = context.accelerator
-    rank, ranks = accelerator.process_index, accelerator.num_processes
+    accelerator, distillation = context.accelerator, context.distillation
+    part = slice(accelerator.process_index, None, accelerator.num_processes)
     figures: dict[str, float] = {}
     losses = []
 
     def sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:
         return accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
 
+    limit_tokens = max(EVALUATION_TOKENS, context.cfg.data.max_length)
+    options: Any = {"limit_tokens": limit_tokens, "sum_over_ranks": sum_over_ranks}
     for source in context.data.eval:
-        measured = evaluate(
-            context.model,
-            source.documents[rank::ranks],
-            limit_tokens=max(EVALUATION_TOKENS, context.cfg.data.max_length),
-            sum_over_ranks=sum_over_ranks,
-        )
-        losses.append(measured.loss)
-        figures |= {
-            f"eval/{source.name}/loss": measured.loss,
-            f"eval/{source.name}/perplexity": measured.perplexity,
-            f"eval/{source.name}/accuracy": measured.accuracy,
-        }
-    if context.distillation is not None:
-        part = slice(rank, None, ranks)
-        figures |= context.distillation.figures(context.model, context.data, part, sum_over_ranks)
+        found = evaluate(context.model, source.documents[part], **options)
+        losses.append(found.loss)
+        for name in ("loss", "perplexity", "accuracy"):
+            figures[f"eval/{source.name}/{name}"] = getattr(found, name)
+    if distillation is not None:
+        for source in context.data.eval:
+            scores = agreement(
+                context.model, distillation.teacher, source.documents[part], distillation.vocabulary, **options
+            )
+            figures[f"eval/{source.name}/teacher_kl"] = scores.kl
+            figures[f"eval/{source.name}/teacher_agreement"] = scores.top1
         if context.cfg.distill.objective == "recover":  # it minimizes the KL, not the loss on the rows
             losses = [value for name, value in figures.items() if name.endswith("/teacher_kl")]
     return {"eval_loss": sum(losses) / len(losses), **figures}
@@ -86,19 +83,17 @@ def evaluate_run(context: RunContext) -> dict[str, float]:
 
 def answer_held_out(context: RunContext, rows: int) -> list[Answer]:
     """Answer the first held-out rows greedily, in order; each rank answers a part."""
-    generation, ranks = context.cfg.generation, context.accelerator.num_processes
     conversations = first_conversations(context.data.eval[0], context.preparation, rows)
-    mine = list(range(len(conversations)))[context.accelerator.process_index :: ranks]
+    mine = range(context.accelerator.process_index, len(conversations), context.accelerator.num_processes)
     answers = answer_rows(
         context.model,
         context.tokenizer,
         context.preparation.chat,
         [conversations[i] for i in mine],
-        max_new_tokens=generation.max_new_tokens,
-        batch_size=generation.batch_size,
+        max_new_tokens=context.cfg.generation.max_new_tokens,
+        batch_size=context.cfg.generation.batch_size,
     )
-    pairs = list(zip(mine, answers, strict=True))
-    gathered = gather_object(pairs) if ranks > 1 else pairs
+    gathered = gather_object(list(zip(mine, answers, strict=True)))
     return [answer for _, answer in sorted(gathered, key=lambda pair: pair[0])]
 
 

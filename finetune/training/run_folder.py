@@ -14,14 +14,13 @@ from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
 from finetune.evaluation.generation import Answer
 from finetune.models.digest import base_fingerprint
+from finetune.report.run import ADAPTER, CONFIG, FACTS, RESULT, SAMPLES
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 from finetune.system.locks import Lock, try_lock
 from finetune.training.checkpoint import list_checkpoints, newest_valid, read_state, verify_checkpoint
 
-RESULT, RUN, CONFIG, ADAPTER = "result.json", "run.json", "config.yaml", "adapter_model.safetensors"
-TEACHER_TABLE, SAMPLES = "teacher.md", "samples.json"
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors")
 # Settings that may change between a run and its continuation, because they do not decide its result.
 _FREE = {
@@ -165,19 +164,16 @@ def check_continuation(cfg: RunConfig, data_digest: str, checkpoint: Path) -> No
 def describe_run(cfg: RunConfig, folder: Path, data_digest: str, world_size: int) -> None:
     """Write config.yaml (resolved) and run.json (versions, seed, digests)."""
     write_text(folder / CONFIG, to_yaml(cfg))
+    model = cfg.model
     facts = {
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
         "platform": platform.platform(),
         "seed": cfg.train.seed,
-        "base": {
-            "name": cfg.model.name,
-            "revision": cfg.model.revision,
-            "fingerprint": base_fingerprint(cfg.model.name),
-        },
+        "base": {"name": model.name, "revision": model.revision, "fingerprint": base_fingerprint(model.name)},
         "data_digest": data_digest,
         "world_size": world_size,
     }
-    write_text(folder / RUN, json.dumps(facts, indent=2) + "\n")
+    write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
 
 
 def write_samples(folder: Path, before: Sequence[Sequence[str]], after: Sequence[Answer] = ()) -> None:
@@ -186,15 +182,13 @@ def write_samples(folder: Path, before: Sequence[Sequence[str]], after: Sequence
     Args:
         before: [prompt, expected, given] of the untrained model.
     """
-    samples = {
-        (prompt, expected): {"prompt": prompt, "expected": expected, "before": given}
-        for prompt, expected, given in before
-    }
-    for answer in after:
-        row = {"prompt": answer.prompt, "expected": answer.expected}
-        samples.setdefault((answer.prompt, answer.expected), row)["after"] = answer.given
-    if samples:
-        rows = [{"before": None, "after": None, **sample} for sample in samples.values()]
+    before_of = {(prompt, expected): given for prompt, expected, given in before}
+    after_of = {(answer.prompt, answer.expected): answer.given for answer in after}
+    rows = [
+        {"before": before_of.get(row), "after": after_of.get(row), "prompt": row[0], "expected": row[1]}
+        for row in before_of | after_of
+    ]
+    if rows:
         write_text(folder / SAMPLES, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
 

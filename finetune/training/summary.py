@@ -27,33 +27,34 @@ def describe_result(result: RunResult, before: Sequence[Sequence[str]], after: S
     peak = format_bytes(result.peak_bytes)
     if result.predicted_peak_bytes is not None:
         peak += f" measured, {format_bytes(result.predicted_peak_bytes)} predicted"
+    breaches = [f"step {each['step']} ({each['teacher_kl']:.4f}, {each['action']})" for each in result.breaches]
     figures = {
         "training loss": _number(result.final_loss, ".4f"),
         "held-out loss": _number(result.eval_loss, ".4f"),
         "held-out exact match": _change(result.exact_match_before, result.exact_match_after, ".1%"),
         "KL from teacher": _change(result.teacher_kl_before, result.teacher_kl_after, ".5f")
         + ("" if result.recovered is None else f", recovered {result.recovered:.1%}"),
-        "guard breaches": _breaches(result),
+        "guard breaches": ", ".join(breaches[:_MOST_BREACHES]) + (" …" if len(breaches) > _MOST_BREACHES else ""),
         "speed": _number(result.tokens_per_second, ",.0f", " tokens/s"),
         "peak memory": peak,
     }
     lines += [f"  {name:<22}{value}" for name, value in figures.items() if value]
     for (prompt, expected, given), answer in zip(before, after, strict=False):
         texts = {"prompt": prompt, "expected": expected, "before": given, "after": answer.given}
-        lines += ["", *(f"  {name:<10}{_shorten(text)}" for name, text in texts.items())]
+        lines.append("")
+        for name, text in texts.items():
+            cut = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} … ({len(text):,} characters)"
+            lines.append(f"  {name:<10}{cut!r}")  # on one line, with control characters escaped
     return "\n".join([*lines, "", f"adapter: {result.adapter}", f"next:    finetune chat adapter={result.adapter}"])
 
 
 def model_card(cfg: RunConfig, result: RunResult) -> str:
     """Build the README.md of an adapter folder: hub metadata, loading, figures, settings."""
-    hub_base = not Path(cfg.model.name).exists()
-    metadata = [
-        "library_name: peft",
-        *([f"base_model: {cfg.model.name}", "pipeline_tag: text-generation"] if hub_base else []),
-        "tags:",
-        "- lora",
-        *([f"- base_model:adapter:{cfg.model.name}"] if hub_base else []),
-    ]
+    base, tags = cfg.model.name, ["tags:", "- lora"]
+    metadata = ["library_name: peft", *tags]
+    if not Path(base).exists():  # a hub id
+        found = [f"base_model: {base}", "pipeline_tag: text-generation"]
+        metadata = ["library_name: peft", *found, *tags, f"- base_model:adapter:{base}"]
     figures = {
         "steps": f"{result.steps:,}",
         "target tokens": f"{result.target_tokens:,}",
@@ -61,13 +62,10 @@ def model_card(cfg: RunConfig, result: RunResult) -> str:
         "held-out loss": _number(result.eval_loss, ".4g"),
         "held-out exact match before": _number(result.exact_match_before, ".1%"),
         "held-out exact match after": _number(result.exact_match_after, ".1%"),
+        "KL from the teacher before, nats per target": _number(result.teacher_kl_before, ".4g"),
+        "KL from the teacher after, nats per target": _number(result.teacher_kl_after, ".4g"),
+        "recovered": _number(result.recovered, ".1%"),
     }
-    if result.teacher_kl_after is not None:
-        figures |= {
-            "KL from the teacher before, nats per target": _number(result.teacher_kl_before, ".4g"),
-            "KL from the teacher after, nats per target": _number(result.teacher_kl_after, ".4g"),
-            "recovered": _number(result.recovered, ".1%"),
-        }
     revision = f" at revision `{cfg.model.revision}`" if cfg.model.revision else ""
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items() if value)
     return f"""---
@@ -103,13 +101,3 @@ def _number(value: float | None, spec: str, unit: str = "") -> str:
 
 def _change(before: float | None, after: float | None, spec: str) -> str:
     return "" if before is None or after is None else f"{before:{spec}} before, {after:{spec}} after"
-
-
-def _breaches(result: RunResult) -> str:
-    found = [f"step {breach['step']} ({breach['teacher_kl']:.4f}, {breach['action']})" for breach in result.breaches]
-    return ", ".join(found[:_MOST_BREACHES]) + (" …" if len(found) > _MOST_BREACHES else "")
-
-
-def _shorten(text: str) -> str:
-    """Quote a text on one line, with control characters escaped, and cut it if it is long."""
-    return repr(text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} … ({len(text):,} characters)")

@@ -6,30 +6,27 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from finetune.config.schema import RunConfig, TrackConfig
+from finetune.config.schema import RunConfig
+from finetune.report.run import METRICS
 from finetune.system.atomic import write_bytes
 from finetune.system.console import in_notebook
 from finetune.system.errors import MissingExtra
 from finetune.system.format import format_bytes, format_duration
-from finetune.training.notebook import NotebookView
+from finetune.system.plotting import curve, svg
 
-METRICS = "metrics.jsonl"
 _SECONDS_BETWEEN_LINES = 10.0
-
-
-class Backend(Protocol):
-    """A destination of metrics."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
+# Limit of the share of time spent drawing.
+_DRAWING_SHARE = 0.05
+_SECONDS_BETWEEN_DRAWINGS = 1.0
+_MOST_POINTS = 500
+_LOSS, _HELD_OUT = "training loss", "held-out loss"
 
 
 class WandbBackend:
@@ -78,14 +75,19 @@ class TensorboardBackend:
         self._writer.close()
 
 
-class View(Protocol):
-    """Progress for the user."""
-
-    def step(self, metrics: Mapping[str, float], text: str, time_left: str) -> None: ...
-
-    def message(self, message: str) -> None: ...
-
-    def close(self) -> None: ...
+def build_backends(cfg: RunConfig, folder: Path) -> list[WandbBackend | TensorboardBackend]:
+    """Start the backends enabled in `cfg.track`. If wandb fails to start, warn and train without it."""
+    backends: list[WandbBackend | TensorboardBackend] = []
+    if cfg.track.tensorboard:
+        backends.append(TensorboardBackend(folder))
+    if cfg.track.wandb:
+        try:
+            backends.append(WandbBackend(cfg, folder))
+        except MissingExtra:
+            raise
+        except Exception as error:  # noqa: BLE001 - a tracker must not end a run, however it fails
+            print(f"WARNING: track.wandb: wandb did not start ({error}); metrics.jsonl is complete", file=sys.stderr)
+    return backends
 
 
 class ConsoleView:
@@ -97,14 +99,9 @@ class ConsoleView:
         self._last_line = 0.0
         self._bar: Progress | None = None
         if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
+            text, left = TextColumn("{task.description}"), TimeRemainingColumn()
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), text, left)
+            self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task("", total=total_steps)
             self._bar.start()
 
@@ -124,8 +121,61 @@ class ConsoleView:
             self._bar.stop()
 
 
+class NotebookView:
+    """A progress bar and the loss curve in one output of the cell, redrawn in place; messages appear above it."""
+
+    def __init__(self, total_steps: int, past: Iterable[Mapping[str, Any]]):
+        """Show the first drawing. past: metrics of earlier steps, for a resumed run."""
+        from IPython.display import HTML, display
+
+        self._html, self._total, self._text, self._next_drawing = HTML, total_steps, "starting", 0.0
+        self._points: dict[str, dict[int, float]] = {_LOSS: {}, _HELD_OUT: {}}
+        for metrics in past:
+            self._note(metrics)
+        self._shown: Any = display(HTML(self._page()), display_id=True)
+
+    def step(self, metrics: Mapping[str, float], text: str, time_left: str) -> None:
+        self._note(metrics)
+        self._text = f"{text} · {time_left} left"
+        if time.monotonic() >= self._next_drawing or metrics["step"] == self._total:
+            self._draw()
+
+    def message(self, message: str) -> None:
+        print(message, flush=True)
+
+    def close(self) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        start = time.monotonic()
+        self._shown.update(self._html(self._page()))
+        end = time.monotonic()
+        self._next_drawing = end + max(_SECONDS_BETWEEN_DRAWINGS, (end - start) / _DRAWING_SHARE)
+
+    def _note(self, metrics: Mapping[str, Any]) -> None:
+        step = int(metrics["step"])
+        self._points[_LOSS][step] = metrics["loss"]
+        if "eval_loss" in metrics:
+            self._points[_HELD_OUT][step] = metrics["eval_loss"]
+
+    def _page(self) -> str:
+        step = max(self._points[_LOSS], default=0)
+        bar = f'<progress value="{step}" max="{self._total}" style="width: 20em"></progress>'
+        text = f"<div>{bar} step {step} of {self._total} · {self._text}</div>"
+        lines = {name: _thinned(points) for name, points in self._points.items() if points}
+        picture = svg(curve("", lines, "step")) if lines else ""
+        return f'{text}<div style="max-width: 44em">{picture}</div>'
+
+
+def _thinned(points: Mapping[int, float]) -> tuple[list[float], list[float]]:
+    """Keep every n-th point and the last one."""
+    stride = max(1, len(points) // _MOST_POINTS)
+    kept = list(points.items())[::-1][::stride][::-1]
+    return [float(step) for step, _ in kept], [value for _, value in kept]
+
+
 class MetricsFile:
-    """metrics.jsonl: one complete line per step, readable while the run goes on."""
+    """metrics.jsonl: one complete line per step, readable while the run goes on. past: steps before a resumed one."""
 
     def __init__(self, folder: Path, resumed_step: int):
         path = folder / METRICS
@@ -144,16 +194,28 @@ class MetricsFile:
         self._stream.close()
 
 
-class Tracker:
+class SilentTracker:
+    """The tracker of the other ranks, which records nothing."""
+
+    def step(self, metrics: Mapping[str, float], seconds_left: float) -> None:
+        """Record the figures of one step, with those of an evaluation if there was one."""
+
+    def message(self, message: str) -> None:
+        """Show a message."""
+
+    def close(self) -> None:
+        """End the recording."""
+
+
+class Tracker(SilentTracker):
     """Send the main rank's figures and messages to metrics.jsonl, the backends and the user."""
 
     def __init__(self, cfg: RunConfig, folder: Path, total_steps: int, resumed_step: int):
         self._file = MetricsFile(folder, resumed_step)
-        self._backends = build_backends(cfg, cfg.track, folder)
-        self._view: View = NotebookView(total_steps, self._file.past) if in_notebook() else ConsoleView(total_steps)
+        self._backends = build_backends(cfg, folder)
+        self._view = NotebookView(total_steps, self._file.past) if in_notebook() else ConsoleView(total_steps)
 
     def step(self, metrics: Mapping[str, float], seconds_left: float) -> None:
-        """Record the figures of one step, with those of an evaluation if there was one."""
         self._file.log(metrics)
         values = {name: value for name, value in metrics.items() if name != "step"}
         for backend in self._backends:
@@ -168,35 +230,5 @@ class Tracker:
         self._view.message(message)
 
     def close(self) -> None:
-        self._view.close()
-        self._file.close()
-        for backend in self._backends:
-            backend.close()
-
-
-class SilentTracker:
-    """A tracker for the other ranks, which records nothing."""
-
-    def step(self, metrics: Mapping[str, float], seconds_left: float) -> None:
-        pass
-
-    def message(self, message: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def build_backends(cfg: RunConfig, track: TrackConfig, folder: Path) -> list[Backend]:
-    """Start the backends enabled in `track`. If wandb fails to start, warn and train without it."""
-    backends: list[Backend] = []
-    if track.tensorboard:
-        backends.append(TensorboardBackend(folder))
-    if track.wandb:
-        try:
-            backends.append(WandbBackend(cfg, folder))
-        except MissingExtra:
-            raise
-        except Exception as error:  # noqa: BLE001 - a tracker must not end a run, however it fails
-            print(f"WARNING: track.wandb: wandb did not start ({error}); metrics.jsonl is complete", file=sys.stderr)
-    return backends
+        for part in (self._view, self._file, *self._backends):
+            part.close()

@@ -143,7 +143,7 @@ def test_a_mistake_in_a_config_is_its_message_without_a_traceback(stopped):
 
 
 def test_the_curve_of_a_long_run_keeps_its_ends():
-    from finetune.training.notebook import _thinned
+    from finetune.training.track import _thinned
 
     steps, values = _thinned({step: step * 0.5 for step in range(1, 100_001)})
     assert len(steps) <= 501

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from finetune.data.batch import assign_rows, build_batch
 from finetune.data.documents import Document
-from finetune.distill.keys import key_of, keys_of
+from finetune.distill.fingerprint import key_of, keys_of
 
 # Few distinct tokens: random documents then share prefixes of every length, and some are equal or a prefix of another.
 DOCUMENTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=8)

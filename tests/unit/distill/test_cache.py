@@ -23,7 +23,7 @@ from finetune.distill import cache as cache_module
 from finetune.distill import filling
 from finetune.distill.cache import CachedTeacher, build_encoder, fill_cache
 from finetune.distill.codec import MOST_IDS
-from finetune.distill.keys import key_of
+from finetune.distill.fingerprint import key_of
 from finetune.distill.resident import ResidentTeacher
 from finetune.distill.server import TopTokens
 from finetune.distill.shards import COMPLETE
@@ -204,9 +204,7 @@ def test_missing_documents_are_counted_and_the_first_are_named(tmp_path, documen
     assert "lacks 7 of 37 documents" in str(failure.value) and "finetune cache" in str(failure.value)
     named = ", ".join(each.location for each in lacking[:5])
     assert f"first {named}\n" in str(failure.value) and lacking[5].location not in str(failure.value)
-    with pytest.raises(
-        DataError, match=rf"lacks 7 of the 37 documents from {documents[0].location} to {documents[36].location}"
-    ):
+    with pytest.raises(AssertionError, match="check_holds"):
         list(folder.targets_for([build_batch(documents[:37])]))
 
 
@@ -283,7 +281,7 @@ def test_all_placements_write_the_same_and_a_complete_cache_loads_no_teacher(tmp
 def test_a_teacher_that_does_not_fit_into_memory_is_streamed(monkeypatch):
     cfg = load_config("quickstart.yaml", ["distill.objective=recover", "distill.teacher.dtype=float32"])
     size_bytes = 2 * (packaged("data") / "tiny-qwen2.5" / "model.safetensors").stat().st_size
-    for free, fits in ((size_bytes / 0.61, False), (size_bytes / 0.59, True), (None, True)):
+    for free, fits in ((size_bytes / 0.61, False), (size_bytes / 0.59, True)):
         monkeypatch.setattr(filling, "available_memory", lambda free=free: free)
         assert filling._fits(cfg, CPU) == fits
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.distill.codec import MOST_IDS, draw, encode_top, teacher_samples, teacher_top_k
-from finetune.distill.keys import KEY_BYTES
+from finetune.distill.fingerprint import KEY_BYTES
 from finetune.distill.shards import open_folder
 from finetune.losses.chunked import chunked_loss
 from finetune.losses.distillation import (

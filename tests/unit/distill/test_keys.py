@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from finetune.data.batch import build_batch, dummy_batch
 from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
-from finetune.distill.keys import KEY_BYTES, key_of, keys_of
+from finetune.distill.fingerprint import KEY_BYTES, key_of, keys_of
 
 
 def document(ids: list[int], targets: list[int]) -> Document:

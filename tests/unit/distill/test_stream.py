@@ -130,8 +130,7 @@ def test_a_pass_reads_each_layer_once_and_only_the_needed_embedding_rows(tmp_pat
     layers = sum(size for name, size in sizes.items() if ".layers." in name)
     used = len(torch.unique(torch.cat([batch.input_ids for batch in batches], dim=1)))
     assert used < WORDS
-    assert model.last_pass.read_bytes == layers + used * WIDTH * 2
-    assert 0 < model.last_pass.achieved_share <= 1
+    assert model.read_bytes == layers + used * WIDTH * 2
 
 
 def test_the_next_layer_is_read_while_this_one_computes(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from tests.runs import small_run
 def test_tensorboard_files_hold_what_was_logged(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     cfg = small_run(tmp_path, "track.tensorboard=true")
-    [backend] = build_backends(cfg, cfg.track, tmp_path)
+    [backend] = build_backends(cfg, tmp_path)
     backend.log(1, {"loss": 0.5})
     backend.log(2, {"loss": 0.25})
     backend.close()
@@ -30,7 +30,7 @@ def test_wandb_records_offline_without_a_key_and_writes_no_secret(tmp_path, monk
     monkeypatch.setenv("SOME_API_KEY", "s3cr3t-value")
     monkeypatch.setenv("HF_TOKEN", "s3cr3t-value")
     cfg = small_run(tmp_path, "track.wandb=true", "track.project=tests")
-    [backend] = build_backends(cfg, cfg.track, tmp_path)
+    [backend] = build_backends(cfg, tmp_path)
     backend.log(1, {"loss": 0.5})
     backend.close()
     written = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
@@ -42,7 +42,7 @@ def test_a_tracker_that_fails_to_start_is_named_and_left_out(tmp_path, monkeypat
     wandb = pytest.importorskip("wandb")
     monkeypatch.setattr(wandb, "init", lambda **settings: (_ for _ in ()).throw(RuntimeError("no service")))
     cfg = small_run(tmp_path, "track.wandb=true")
-    assert build_backends(cfg, cfg.track, tmp_path) == []
+    assert build_backends(cfg, tmp_path) == []
     logged = capsys.readouterr().err
     assert "wandb" in logged and "no service" in logged
 
@@ -51,5 +51,5 @@ def test_a_missing_wandb_names_the_command_that_installs_it(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "wandb", None)
     cfg = small_run(tmp_path, "track.wandb=true")
     with pytest.raises(MissingExtra, match=r"track\.wandb.*finetune-qlora\[wandb\]"):
-        build_backends(cfg, cfg.track, tmp_path)
-    assert build_backends(cfg, small_run(tmp_path).track, tmp_path) == []
+        build_backends(cfg, tmp_path)
+    assert build_backends(small_run(tmp_path), tmp_path) == []

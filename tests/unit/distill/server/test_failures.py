@@ -92,7 +92,7 @@ REFUSED = {
     "403": (faults.status(403, "no"), "HTTP 403: no\nhelp: set OPENAI_API_KEY"),
     "404": (faults.status(404, "no"), "HTTP 404: no\nhelp: set distill.teacher.url"),
     "422": (faults.status(422, "unknown field prompt_logprobs"), "HTTP 422: .*\nhelp: .*prompt_logprobs"),
-    "redirect": (faults.redirect("http://127.0.0.1:9/v1/completions"), "redirect [(]HTTP 307[)]"),
+    "redirect": (faults.redirect("http://127.0.0.1:9/v1/completions"), "HTTP 307: .*\nhelp: redirects"),
     "without": (faults.edited(lambda a: a["choices"][0].pop("prompt_logprobs")), "answers without prompt_logprobs"),
     "list": (faults.raw(b"[]"), "answers without prompt_logprobs"),
 }
