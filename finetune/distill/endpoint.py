@@ -44,11 +44,7 @@ class Cancelled(Exception):
 
 
 class _Transient(Exception):
-    """A failure that a retry may overcome, after at least wait_seconds."""
-
-    def __init__(self, reason: str, wait_seconds: float = 0.0):
-        super().__init__(reason)
-        self.wait_seconds = wait_seconds
+    """A failure that a retry may overcome. Its arguments: the reason, and the least seconds to wait."""
 
 
 class Cancellation:
@@ -144,7 +140,7 @@ class Endpoint:
                 # An integer of any length has a float, possibly infinite.
                 return json.loads(answer, parse_int=float, object_hook=reduce)
             except _Transient as failure:
-                reason, wait_seconds = str(failure), failure.wait_seconds
+                reason, wait_seconds = failure.args
             except (ValueError, RecursionError) as error:
                 reason, wait_seconds = f"the answer is corrupt or not JSON ({self.quote(str(error))})", 0.0
             cancellation.wait(0)
@@ -169,14 +165,14 @@ class Endpoint:
         try:
             status, headers, answer = self._exchange(path, body, most_bytes, cancellation)
         except httpx.TimeoutException:
-            raise _Transient(f"no answer within {self._timeout_seconds:g} s") from None
+            raise _Transient(f"no answer within {self._timeout_seconds:g} s", 0.0) from None
         except httpx.TransportError as error:
             shown, cause = self.quote(str(error)), error
             while (inner := cause.__cause__ or cause.__context__) is not None:
                 cause = inner
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise ConfigError(f"{self.url}: its certificate is not trusted ({shown})") from None
-            raise _Transient(f"connection failed ({type(error).__name__}: {shown})") from None
+            raise _Transient(f"connection failed ({type(error).__name__}: {shown})", 0.0) from None
         if status != 200:
             message = self.quote(_error_message(answer))
             if status in _TRANSIENT_STATUS:

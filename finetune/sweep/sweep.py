@@ -199,19 +199,15 @@ def _run_all(plan: Plan, record: Record, stop: Stop, log: Log) -> None:
         record.save(plan.folder)
         write_table(plan.folder, record)
         if trial.status == "finished" and trial.metric is None:
-            _check_measured(plan.folder / trial.folder_name, record.metric)
+            # A run that has finished without the metric shows that no other run will measure it.
+            run = read_run(plan.folder / trial.folder_name)
+            if run.value(record.metric) is None:
+                there = [*_METRICS, *(run.result.get("evaluations") or {})]
+                known = ", ".join(dict.fromkeys(name for name in there if run.figure(name) is not None))
+                raise ConfigError(f"sweep.metric={record.metric}: not measured by {run.folder}; choose from {known}")
         if stop.received:
             write_outcome(plan.folder, plan.first.name, record)
             raise Interrupted(stop.received, f"stopped in run {number}/{plan.runs}\nhelp: repeat the command to resume")
-
-
-def _check_measured(folder: Path, metric: str) -> None:
-    """Raise ConfigError if a finished run has not measured the metric: no other run would."""
-    run = read_run(folder)
-    if run.value(metric) is None:
-        there = [*_METRICS, *(run.result.get("evaluations") or {})]
-        known = ", ".join(dict.fromkeys(name for name in there if run.figure(name) is not None))
-        raise ConfigError(f"sweep.metric={metric}: not measured by {folder}; choose from {known}")
 
 
 def _run(trial: Trial, plan: Plan, record: Record, stop: Stop) -> None:

@@ -67,12 +67,10 @@ class DistillationSetup:
         return lambda step, batches_of: loss.expect(schedule.targets_for(step, batches_of))
 
     def build_sampler(
-        self, sampler: Sampler, model: PeftModel, chat: ChatTemplate, *, accelerator: Accelerator, log: Log
+        self, sampler: Sampler, model: PeftModel, chat: ChatTemplate, accelerator: Accelerator, log: Log
     ) -> Sampler:
         """Let the student write the answers of a share of the documents (`distill.on_policy`)."""
         distill = self.cfg.distill
-        if not distill.on_policy:
-            return sampler
         log(
             f"distill: on_policy={distill.on_policy:.0%} of the rows, max_tokens={distill.on_policy_tokens}, "
             f"temperature={distill.on_policy_temperature:g}; only the teacher scores these answers"

@@ -12,14 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
 from finetune.config.schema import RunConfig
-from finetune.data.loader import (
-    LoadedData,
-    copy_bad_rows,
-    describe_leaks,
-    describe_source,
-    load_chat_template,
-    load_data,
-)
+from finetune.data import loader
 from finetune.data.packing import SequenceOrder
 from finetune.data.sampler import MapSampler, Sampler
 from finetune.data.stream import StreamingSampler
@@ -95,7 +88,7 @@ def train(cfg: RunConfig) -> RunResult:
         inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=kind, ranks=accelerator.num_processes)
         log(describe_plan(inputs, free_memory(kind)))
         context = _load(cfg, inputs, accelerator, checkpoint, log)
-        return _run(context, checkpoint, log)
+        return _run(context, checkpoint)
     finally:
         if lock is not None:
             run_folder.release_folder(lock)
@@ -106,14 +99,17 @@ def _load(
 ) -> RunContext:
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
-    chat = load_chat_template(cfg.data, tokenizer)
+    chat = loader.load_chat_template(cfg.data, tokenizer)
     # Ranks of one machine share its disk: one of them tokenizes, the others wait for its files.
     preparation = Preparation(cfg.data, chat, accelerator.is_local_main_process, console_progress(log))
-    data = load_data(preparation)
-    warnings = describe_leaks(data)
+    data = loader.load_data(preparation)
+    warnings = loader.describe_leaks(data)
     if (advice := advice_on_end_token(chat)) and "lm_head" not in cfg.lora.modules_to_save:
         warnings = [*warnings, advice]
-    for line in (*map(describe_source, (*data.train, *data.eval)), *(f"WARNING: {warning}" for warning in warnings)):
+    for line in (
+        *map(loader.describe_source, (*data.train, *data.eval)),
+        *(f"WARNING: {warning}" for warning in warnings),
+    ):
         log(line)
     sampler = _build_sampler(cfg, preparation, data, log)
     if checkpoint is not None:
@@ -122,7 +118,7 @@ def _load(
         folder = Path(cfg.output_dir)
         run_folder.describe_run(cfg, folder, sampler.digest, accelerator.num_processes)
         store_report(folder, data, cfg, chat, tokenizer)
-        if listed := copy_bad_rows(data, folder):
+        if listed := loader.copy_bad_rows(data, folder):
             log(f"data: skipped rows are listed in {listed}")
     vocabulary = check_distillation(cfg, tokenizer, data, log)
     base = load_base(cfg.model, cfg.quant, accelerator.device, log)
@@ -137,10 +133,10 @@ def _load(
         log(f"kernels: fused, layers={fused} of {layers}")
     model.train()
     batch_plan = apply_batch_plan(inputs, model, accelerator, log)
-    return RunContext(cfg, accelerator, tokenizer, preparation, data, sampler, model, batch_plan, distillation)
+    return RunContext(cfg, accelerator, log, tokenizer, preparation, data, sampler, model, batch_plan, distillation)
 
 
-def _build_sampler(cfg: RunConfig, preparation: Preparation, data: LoadedData, log: Log) -> Sampler:
+def _build_sampler(cfg: RunConfig, preparation: Preparation, data: loader.LoadedData, log: Log) -> Sampler:
     if cfg.data.stream_rows:
         log(f"data: training rows are streamed, {cfg.data.stream_rows:,} at a time")
         return StreamingSampler(preparation, cfg.train.batch_size, cfg.train.seed, Path(cfg.output_dir) / "stream")
@@ -149,11 +145,11 @@ def _build_sampler(cfg: RunConfig, preparation: Preparation, data: LoadedData, l
     return MapSampler(data.documents, order, data.digest)
 
 
-def _run(context: RunContext, checkpoint: Path | None, log: Log) -> RunResult:
+def _run(context: RunContext, checkpoint: Path | None) -> RunResult:
     cfg, accelerator = context.cfg, context.accelerator
     optimizer = build_optimizer(cfg.train, context.model.named_parameters())
-    state = _first_state(context, optimizer, checkpoint, log)
-    inputs = _build_step_inputs(context, optimizer, state, log)
+    state = _first_state(context, optimizer, checkpoint)
+    inputs = _build_step_inputs(context, optimizer, state)
     tracker = Tracker(cfg, context.folder, inputs.total_steps, state.step) if context.is_main else SilentTracker()
     guard = None if cfg.guard.max is None else build_guard(context, inputs, tracker.message)
     result = RunResult(
@@ -170,7 +166,7 @@ def _run(context: RunContext, checkpoint: Path | None, log: Log) -> RunResult:
                 sample=partial(log_samples, context, tracker.message),
                 sample_every=cfg.generation.every,
             )
-        _finish(context, optimizer, state, result, log)
+        _finish(context, optimizer, state, result)
         result.status = "finished"
     except Interrupted as error:
         result.status, result.error = "stopped", str(error)
@@ -182,42 +178,38 @@ def _run(context: RunContext, checkpoint: Path | None, log: Log) -> RunResult:
         _fill(result, state)
         if context.is_main:
             run_folder.write_result(context.folder, result)
-            try_report(context.folder, log)
+            try_report(context.folder, context.log)
     return result
 
 
-def _first_state(
-    context: RunContext, optimizer: torch.optim.Optimizer, checkpoint: Path | None, log: Log
-) -> TrainState:
+def _first_state(context: RunContext, optimizer: torch.optim.Optimizer, checkpoint: Path | None) -> TrainState:
     """Load the checkpoint, or evaluate the untrained model."""
     if checkpoint is not None:
         state = read_state(checkpoint)
         load_training(checkpoint, optimizer)
-        log(f"continuing from {checkpoint}")
+        context.log(f"continuing from {checkpoint}")
     else:
         state = TrainState(run_folder.trajectory(context.cfg), context.sampler.digest)
-        _evaluate_before_training(context, state, log)
+        _evaluate_before_training(context, state)
     if context.is_main:
         run_folder.write_samples(context.folder, state.before.get("answers", []))
     return state
 
 
-def _build_step_inputs(
-    context: RunContext, optimizer: torch.optim.Optimizer, state: TrainState, log: Log
-) -> StepInputs:
+def _build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainState) -> StepInputs:
     """Build the loss and all else that a step needs."""
     cfg, accelerator, distillation = context.cfg, context.accelerator, context.distillation
     total_steps = cfg.train.max_steps or context.sampler.steps_for(cfg.train.epochs or 1)
-    _configure_kernels(context, total_steps - state.step, log)
+    _configure_kernels(context, total_steps - state.step)
     loss: CrossEntropy | Distillation
     before_step, sampler = None, context.sampler
     if distillation is not None and cfg.distill.objective != "none":
         weights = DistillLossWeights.of(cfg.distill)
         loss = Distillation(context.model, weights, distillation.vocabulary, cfg.train.neftune_alpha)
         before_step = distillation.before_step(loss, total_steps)
-        sampler = distillation.build_sampler(
-            sampler, context.model, context.preparation.chat, accelerator=accelerator, log=log
-        )
+        if cfg.distill.on_policy:
+            chat = context.preparation.chat
+            sampler = distillation.build_sampler(sampler, context.model, chat, accelerator, context.log)
     else:  # no teacher, or one that is only measured against
         loss = CrossEntropy(context.model, cfg.train.neftune_alpha)
     # Noise is drawn per token of each document, so documents cannot share computed prefixes under it.
@@ -236,22 +228,22 @@ def _build_step_inputs(
     )
 
 
-def _configure_kernels(context: RunContext, steps: int, log: Log) -> None:
+def _configure_kernels(context: RunContext, steps: int) -> None:
     """Choose between eager and compiled kernels for the steps to come."""
     cfg, device = context.cfg, context.accelerator.device
     fused = cfg.train.kernels == "fused"
     all_fused = fused and not cfg.lora.dora and not cfg.quant.int8 and cfg.quant.type != "int8"
     if message := matmul.describe(device, getattr(torch, cfg.model.dtype), all_fused):
-        log(message)
+        context.log(message)
     if fused:
         most_tokens = steps * cfg.train.batch_size * cfg.data.max_length
         flops = 4.0 * base_of(context.model).num_parameters() * most_tokens
-        log(dispatch.configure_compile(device, flops, cfg.train.compile))
+        context.log(dispatch.configure_compile(device, flops, cfg.train.compile))
 
 
-def _evaluate_before_training(context: RunContext, state: TrainState, log: Log) -> None:
+def _evaluate_before_training(context: RunContext, state: TrainState) -> None:
     """Answer held-out rows, and measure the distance from the teacher."""
-    generation = context.cfg.generation
+    generation, log = context.cfg.generation, context.log
     if generation.num_examples:
         answers = answer_held_out(context, generation.num_examples)
         state.before |= {
@@ -269,15 +261,13 @@ def _evaluate_before_training(context: RunContext, state: TrainState, log: Log) 
             log(f"before training: set={source.name}, teacher_kl={kl:.5f} nats/target, teacher_agreement={top1:.1%}")
 
 
-def _finish(
-    context: RunContext, optimizer: torch.optim.Optimizer, state: TrainState, result: RunResult, log: Log
-) -> None:
+def _finish(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainState, result: RunResult) -> None:
     """Restore the best adapter after early stopping, evaluate, save and print the results."""
     generation = context.cfg.generation
     if context.cfg.train.early_stopping is not None and state.best_step not in (None, state.step):
         load_training(context.folder / f"checkpoint-{state.best_step}", optimizer)
         state.evaluations = evaluate_run(context)
-        log(f"early stopping: final adapter=step {state.best_step} (the best one)")
+        context.log(f"early stopping: final adapter=step {state.best_step} (the best one)")
     after: list[Answer] = []
     if generation.num_examples:
         after = answer_held_out(context, generation.num_examples)

@@ -26,10 +26,16 @@ from finetune.training.distillation import DistillationSetup
 
 @dataclass(frozen=True)
 class RunContext:
-    """The parts of one run, fixed once it is loaded. distillation: None for a run without a teacher."""
+    """The parts of one run, fixed once it is loaded.
+
+    Attributes:
+        log: prints on the main rank alone.
+        distillation: None for a run without a teacher.
+    """
 
     cfg: RunConfig
     accelerator: Accelerator
+    log: Log
     tokenizer: PreTrainedTokenizerBase
     preparation: Preparation
     data: LoadedData
