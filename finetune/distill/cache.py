@@ -133,7 +133,14 @@ class CachedTeacher:
     def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherTargets]:
         """Yield the targets of each batch, whose documents `check_holds` has found."""
         for batch in batches:
-            yield self._targets(self._reader.read([key for key, _ in keys_of(batch)]))
+            columns = self._reader.read([key for key, _ in keys_of(batch)])
+            if self.kind == "hidden":
+                assert self._head is not None
+                hidden_ND = torch.from_numpy(columns["hidden"]).view(self._dtype).to(self.device)
+                yield TeacherHidden(hidden_ND, self._head)
+            else:
+                decode = teacher_samples if self.kind == "sampled" else teacher_top_k
+                yield decode(columns, self.device)
 
     def check_holds(self, documents: Iterable[Document]) -> None:
         """Raises: DataError with the number of missing documents and the locations of the first ones."""
@@ -164,12 +171,6 @@ class CachedTeacher:
                 "help: write it again into a new folder"
             )
         return difference
-
-    def _targets(self, columns: Columns) -> TeacherTargets:
-        if self.kind != "hidden":
-            return {"sampled": teacher_samples, "top": teacher_top_k}[self.kind](columns, self.device)
-        assert self._head is not None
-        return TeacherHidden(torch.from_numpy(columns["hidden"]).view(self._dtype).to(self.device), self._head)
 
 
 def _difference(mine: TeacherTargets, theirs: TeacherHidden, vocabulary: int) -> float:

@@ -176,7 +176,7 @@ class Endpoint:
         if status != 200:
             message = self.quote(_error_message(answer))
             if status in _TRANSIENT_STATUS:
-                raise _Transient(f"HTTP {status}: {message}", _retry_after_seconds(headers.get("Retry-After")))
+                raise _Transient(f"HTTP {status}: {message}", _retry_after_seconds(headers.get("Retry-After", "")))
             raise Refusal(status, message)
         if len(answer) > most_bytes:
             raise FinetuneError(f"{self.url}: the answer is larger than the limit of {most_bytes:,} bytes")
@@ -225,15 +225,11 @@ def _api_root(url: str) -> str:
     return parts._replace(path=path if path.endswith("/v1") else path + "/v1").geturl()
 
 
-def _retry_after_seconds(value: str | None) -> float:
-    """Return seconds of a number or an HTTP date (RFC 9110, 10.2.3); 0 if absent or invalid."""
-    if value is None:
-        return 0.0
+def _retry_after_seconds(value: str) -> float:
+    """Return seconds of a number or an HTTP date (RFC 9110, 10.2.3); 0 if empty or invalid."""
     try:
-        if value.strip().isdecimal():
-            seconds = float(value)
-        else:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        is_number = value.strip().isdecimal()
+        seconds = float(value) if is_number else email.utils.parsedate_to_datetime(value).timestamp() - time.time()
     except (TypeError, ValueError, OverflowError):
         return 0.0
     return min(max(seconds, 0.0), _LONGEST_WAIT_SECONDS)

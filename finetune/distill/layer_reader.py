@@ -6,9 +6,6 @@ copy would take a core from the matrix products. For a GPU they are read into pi
 
 from __future__ import annotations
 
-import math
-import threading
-import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
@@ -30,12 +27,10 @@ _ALIGNMENT = 64
 
 
 class Reads:
-    """Threads that fill tensors from files. On exit, reads that have not begun are dropped. bytes: read so far."""
+    """Threads that fill tensors from files. On exit, reads that have not begun are dropped. bytes: requested so far."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="teacher-reader")
-        self._lock = threading.Lock()
-        self._spans: list[tuple[float, float]] = []
         self.bytes = 0
 
     def __enter__(self) -> Self:
@@ -53,6 +48,7 @@ class Reads:
         if stored.dtype != dtype:
             out = torch.empty(stored.shape, dtype=dtype)
             return out, self.tensor(stored, out)
+        self.bytes += stored.nbytes
         mapped = map_tensor(stored)
         raw = mapped.view(-1).view(torch.uint8)
         starts = range(0, len(raw), _PIECE_BYTES)
@@ -63,6 +59,7 @@ class Reads:
 
         Raises, from each future: IntegrityError if the file is too short; OSError.
         """
+        self.bytes += stored.nbytes
         flat, size = out.view(-1), stored.dtype.itemsize
         step = _PIECE_BYTES // size
         return [
@@ -74,6 +71,7 @@ class Reads:
         """Read some rows [N, D] of a stored table [V, D] now."""
         out_ND = torch.empty(len(rows_N), stored.shape[1], dtype=dtype)
         row_bytes = stored.shape[1] * stored.dtype.itemsize
+        self.bytes += len(rows_N) * row_bytes
         places = [(stored.offset + row * row_bytes, out_D) for row, out_D in zip(rows_N.tolist(), out_ND, strict=True)]
         pending = [
             self._threads.submit(self._fill, stored, places[start : start + _ROWS])
@@ -83,37 +81,20 @@ class Reads:
             future.result()
         return out_ND
 
-    def seconds(self) -> float:
-        """Return the time with at least one read in progress."""
-        total, until = 0.0, -math.inf
-        for start, end in sorted(self._spans):
-            total += max(0.0, end - max(start, until))
-            until = max(until, end)
-        return total
-
     def _fill(self, stored: Stored, places: list[tuple[int, Tensor]]) -> None:
-        began, count = time.perf_counter(), 0
         with stored.file.open("rb", buffering=0) as stream:
             for offset, out in places:
                 raw = out if out.dtype == stored.dtype else torch.empty(out.shape, dtype=stored.dtype)
                 read_exactly(stream, offset, raw.view(torch.uint8).numpy().data, stored.file)
                 if raw is not out:
                     out.copy_(raw)
-                count += raw.nbytes
-        self._note(began, count)
 
     def _touch(self, stored: Stored, raw: Tensor, start: int) -> None:
         """Bring the pages of one piece of a mapped tensor into memory."""
-        began, piece = time.perf_counter(), raw[start : start + _PIECE_BYTES]
+        piece = raw[start : start + _PIECE_BYTES]
         # Touching a page beyond the end of the file kills the process, without an exception.
         check_reaches(stored.file, stored.offset + start + len(piece))
         piece[::_PAGE_BYTES].sum()
-        self._note(began, len(piece))
-
-    def _note(self, began: float, count: int) -> None:
-        with self._lock:
-            self._spans.append((began, time.perf_counter()))
-            self.bytes += count
 
 
 class MappedLayer:

@@ -81,7 +81,7 @@ class StreamedModel:
                 f"{_RESIDENT}, which loads other names or describes the problem"
             )
         self.device, self.dtype = device, getattr(torch, cfg.dtype)
-        self.read_bytes = 0  # by the last pass
+        self.read_bytes, self._wait_seconds = 0, 0.0  # of the last pass; the wait is for reads
         self._files, self._base, self._head = WeightFiles(files), base, head
         self._log: Log | None = log
         self._head_name = _EMBEDDING if self._base.config.tie_word_embeddings else _HEAD
@@ -119,7 +119,7 @@ class StreamedModel:
     @torch.no_grad()
     def hidden_states(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Return the final normed hidden states [N, D] of each batch's targets, as a resident model does."""
-        began = time.perf_counter()
+        began, self._wait_seconds = time.perf_counter(), 0.0
         self._files.check_unchanged()
         if "head" in vars(self) and self._maps_head:  # mapped again, which frees its pages for the layers
             _put(self.head, "weight", self._weight(self._head_name))
@@ -144,7 +144,7 @@ class StreamedModel:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self._log(
-                f"teacher: read={format_bytes(reads.bytes)}, read_time={reads.seconds():.1f} s, "
+                f"teacher: read={format_bytes(reads.bytes)}, wait_for_reads={self._wait_seconds:.1f} s, "
                 f"total_time={time.perf_counter() - began:.1f} s"
             )
             self._log = None
@@ -159,9 +159,11 @@ class StreamedModel:
     @contextmanager
     def _filled(self, index: int) -> Iterator[None]:
         """Give a layer its weights inside the block, and take them away afterwards."""
-        slots = self._slots[index]
+        slots, began = self._slots[index], time.perf_counter()
         try:
-            for name, tensor in self._buffers[index % 2].take().items():
+            tensors = self._buffers[index % 2].take()
+            self._wait_seconds += time.perf_counter() - began
+            for name, tensor in tensors.items():
                 _put(*slots[name], tensor)
             yield
         finally:

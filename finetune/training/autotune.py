@@ -32,8 +32,16 @@ def apply_batch_plan(inputs: PlanInputs, model: nn.Module, accelerator: Accelera
     if accelerator.device.type == "cpu":
         install_malloc_trim(model)
     accelerator.wait_for_everyone()
-    free_bytes = [_free_bytes(inputs, model, accelerator.device)]
-    of_ranks = accelerator.gather(torch.tensor(free_bytes, dtype=torch.float64, device=accelerator.device))
+    device = accelerator.device
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        free = available_memory() // ranks_here(os.environ)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    each = _BYTES_PER_TRAINED_LATER + (_BYTES_IN_A_RECOVERY if inputs.may_recover else 0)
+    for_activations = max(0.0, (free - trained * each) / (1 + MARGIN[inputs.device_kind]))
+    of_ranks = accelerator.gather(torch.tensor([for_activations], dtype=torch.float64, device=device))
     inputs = inputs.with_model_config(base_of(model).config.to_dict())
     plan = choose_micro_batch(inputs, of_ranks.min().item())
     apply_gradient_checkpointing(model, plan.recompute)
@@ -66,15 +74,3 @@ def install_malloc_trim(model: nn.Module) -> None:
     decoder = getattr(base, base.base_model_prefix)
     decoder.register_forward_pre_hook(before_forward)
     decoder.register_forward_hook(after_forward)
-
-
-def _free_bytes(inputs: PlanInputs, model: nn.Module, device: torch.device) -> float:
-    """Return the memory left for activations next to gradients and optimizer."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    else:
-        free = available_memory() // ranks_here(os.environ)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    each = _BYTES_PER_TRAINED_LATER + (_BYTES_IN_A_RECOVERY if inputs.may_recover else 0)
-    return max(0.0, (free - trained * each) / (1 + MARGIN[inputs.device_kind]))

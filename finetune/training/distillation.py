@@ -26,11 +26,6 @@ from finetune.evaluation.sampling import sample_answers
 from finetune.losses.distillation import Distillation, Teacher, TeacherTargets
 from finetune.system.console import Log
 
-_RECOVER_LIMITS = (
-    "distill: objective=recover restores what quantization changed in this base; it cannot teach a new task\n"
-    "help: for a new task, set distill.objective=distill with a larger or tuned teacher, or sft+anchor"
-)
-
 
 class Schedule:
     """Request a teacher's targets for `steps_ahead` steps at a time, up to `total_steps`.
@@ -106,7 +101,10 @@ def check_distillation(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, data:
     if not cfg.has_teacher:
         return 0
     if cfg.distill.objective == "recover":
-        log(_RECOVER_LIMITS)
+        log(
+            "distill: objective=recover restores what quantization changed in this base; it cannot teach a new task\n"
+            "help: for a new task, set distill.objective=distill with a larger or tuned teacher, or sft+anchor"
+        )
     check_width(cfg)
     # The rows of a stream are not known yet, and the student may write any token.
     any_id = cfg.data.stream_rows or cfg.distill.on_policy
