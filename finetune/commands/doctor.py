@@ -180,7 +180,7 @@ def check_wandb() -> Finding:
         return Finding("note", f"WANDB_MODE={mode}")
     host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     login = None
-    with contextlib.suppress(FileNotFoundError, netrc.NetrcParseError):
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
         login = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
     if login or os.environ.get("WANDB_API_KEY"):
         return Finding("ok", "logged in")
