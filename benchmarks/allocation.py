@@ -46,10 +46,9 @@ class Bench:
         from finetune import load_config
         from finetune.mixed_precision.allocation import Choices
         from finetune.mixed_precision.choose import rest_bytes
-        from finetune.mixed_precision.examples import batches_of, load_rows, sample
         from finetune.mixed_precision.journal import Sensitivities
         from finetune.mixed_precision.layerwise import LayerwiseModel
-        from finetune.mixed_precision.measure import working_device
+        from finetune.mixed_precision.measure import batches_of, load_rows, sample, working_device
         from finetune.mixed_precision.sensitivity import Sensitivity
 
         write_text(folder, rows, held_out)

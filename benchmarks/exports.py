@@ -115,7 +115,7 @@ def in_transformers(folder: Path, exam: Exam) -> float:
 
 
 def in_onnxruntime(folder: Path, exam: Exam) -> float:
-    from finetune.export.onnx.reader import OnnxModel
+    from finetune.export.onnx.model import OnnxModel
 
     model = OnnxModel(folder)
     return exam.of_answers(lambda ids: model.generate(ids, exam.max_new_tokens))

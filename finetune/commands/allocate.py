@@ -33,10 +33,10 @@ def run(arguments: Arguments) -> int:
     check_place(file)
     allocation = choose(cfg, options, log)
     write_allocation(allocation, file, shlex.join(["finetune", "allocate", *arguments.words]), cfg.model.name)
-    counts = ", ".join(f"{kind} {count}" for kind, count in Counter(allocation.storage.values()).items())
+    counts = ", ".join(f"{kind}={count}" for kind, count in Counter(allocation.storage.values()).items())
     log(
-        f"{allocation.choice}: {allocation.size_bytes / 1e9:.6g} GB of {options.budget_gb:.6g}; layers: {counts} "
-        f"(none is 16 bit); KL summed over single layers: {allocation.predicted:.2e} nats per target"
+        f"allocation: storage={allocation.choice}, size={allocation.size_bytes / 1e9:.6g} GB of {options.budget_gb:.6g}"
+        f", layers: {counts} (none is 16 bit), sum of single kl={allocation.predicted:.2e} nats per target"
     )
     print(options.out)
     words = ["finetune", "train", f"config={arguments.config}", *arguments.overrides, f"quant={file.stem}"]

@@ -31,7 +31,7 @@ def run(arguments: Arguments) -> int:
 
     found = measure_sensitivity(cfg, options, log)
     for kind in found.kinds:
-        log(f"all layers in {kind}: KL {found.measured[ALL, kind].kl:.2e} nats per target")
+        log(f"sensitivity: layers=all, storage={kind}, kl={found.measured[ALL, kind]} nats per target")
     print(options.out)
     words = [f"config={arguments.config}", f"sensitivity={options.out}", *arguments.overrides]
     log(f"next: {shlex.join(['finetune', 'allocate', *words])} budget_gb=…")

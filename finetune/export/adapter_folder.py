@@ -18,21 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
-from finetune.config.command_options import ExportOptions
 from finetune.config.compose import saved_config
-from finetune.export.copied_files import MODEL, copy_files
 from finetune.export.exporter import Exported, ExportRequest
+from finetune.export.staging import MODEL_COPIES, copy_files
 from finetune.export.verify import OFFLINE, Verification, compare, source_answers
 from finetune.models.adapters.files import (
     CONFIG_FILE,
     PREFIX,
     TENSOR_FILE,
     check_adapter,
+    fetch_adapter,
     load_adapter,
     other_base,
     other_updates,
@@ -68,10 +68,8 @@ def merge_reasons(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"init_lora_weights={init}: the adapter needs other weights than those of the base in its config"
 
 
-def check_ready(options: ExportOptions) -> None:
-    """Raise ConfigError if a number type is given."""
-    if options.type is not None:
-        raise ConfigError(f"type: format=adapter keeps the adapter's own values, found {options.type}\nhelp: remove it")
+def check_libraries(kind: str) -> None:
+    """Need no library of an extra."""
 
 
 def write(request: ExportRequest) -> Exported:
@@ -83,11 +81,19 @@ def write(request: ExportRequest) -> Exported:
         ConfigError: lists everything that servers do not support.
         IntegrityError: the adapter is corrupt, or the written one computes something else.
     """
-    check_ready(request.options)
-    config, tensors = _read(request.source)
+    adapter = fetch_adapter(str(request.source), "adapter")
+    check_adapter(request.source)
+    config, tensors = adapter.config, adapter.tensors
+    if reasons := list(_obstacles(config, tensors)):
+        raise ConfigError(
+            f"adapter={adapter.name}: servers do not support {'; '.join(reasons)}\n"
+            "help: merge it into its base: finetune export format=safetensors, or finetune merge"
+        )
     base = request.options.model or str(config["base_model_name_or_path"])
     revision = None if request.options.model else config.get("revision")
-    folded = not _uniform(config, tensors)
+    common = (config["r"], config["lora_alpha"] / config["r"])
+    same = all((rank, scaling_of(config, layer, rank)) == common for layer, rank in _ranks(tensors).items())
+    folded = not same or bool(config.get("use_rslora") and config["r"] > 1)
     if folded:
         tensors = _fold(config, tensors)
         save_file(tensors, request.out / TENSOR_FILE, metadata={"format": "pt"})
@@ -98,7 +104,7 @@ def write(request: ExportRequest) -> Exported:
     if folded:
         written |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
     write_text(request.out / CONFIG_FILE, json.dumps(written, indent=2, sort_keys=True) + "\n")
-    copy_files(request.source, request.out, MODEL)
+    copy_files(request.source, request.out, MODEL_COPIES)
     check_adapter(request.out)
     checks = []
     if request.options.verify:
@@ -111,21 +117,6 @@ def write(request: ExportRequest) -> Exported:
         request.log("adapter: it compensates the error of quantization; the command serves it over the base in 4 bit")
     notes = {"rank": rank, "folded": folded, "base": base, "four_bit_base": four_bit}
     return Exported(checks, [_serve(request, base, revision, rank, four_bit)], notes)
-
-
-def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the config and the factors of an adapter that servers support."""
-    config = read_json(source / CONFIG_FILE, f"adapter {source}")
-    if config.get("peft_type") != "LORA":
-        raise ConfigError(f"adapter {source}: peft_type must be LORA, found {config.get('peft_type')}")
-    check_adapter(source)
-    tensors = load_file(source / TENSOR_FILE)
-    if reasons := list(_obstacles(config, tensors)):
-        raise ConfigError(
-            f"adapter {source}: servers do not support {'; '.join(reasons)}\n"
-            "help: merge it into its base: finetune export format=safetensors, or finetune merge"
-        )
-    return config, tensors
 
 
 def _obstacles(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
@@ -144,14 +135,6 @@ def _ranks(tensors: dict[str, Tensor]) -> dict[str, int]:
     """Return the rank of each layer."""
     matches = ((_FACTOR.fullmatch(name), tensor) for name, tensor in tensors.items())
     return {match["layer"]: len(tensor) for match, tensor in matches if match and match["side"] == "A"}
-
-
-def _uniform(config: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
-    """Return whether `r` and `lora_alpha` are the rank and scale of every layer."""
-    common = (config["r"], config["lora_alpha"] / config["r"])
-    return all((rank, scaling_of(config, layer, rank)) == common for layer, rank in _ranks(tensors).items()) and not (
-        config.get("use_rslora") and config["r"] > 1
-    )
 
 
 def _fold(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -190,7 +173,7 @@ def _beside_base(adapter: Path, base: Path, folder: Path) -> Path:
     write_text(folder / CONFIG_FILE, json.dumps(written))
     (folder / TENSOR_FILE).symlink_to((adapter / TENSOR_FILE).resolve())
     owner = adapter if (adapter / "tokenizer.json").is_file() else base
-    for name in MODEL:
+    for name in MODEL_COPIES:
         if (owner / name).is_file():
             (folder / name).symlink_to((owner / name).resolve())
     return folder

@@ -34,12 +34,16 @@ def export_model(options: ExportOptions, log: Log = log, progress: Progress = pr
         IntegrityError: the export does not compute what its source computes; nothing is kept.
     """
     exporter = _exporter(options)
-    number_type = exporter.number_type(options)
+    kind = exporter.number_type(options)
+    module = exporter.load()
+    module.check_libraries(kind)
     out = Path(options.out).expanduser()
     # `staged` comes first: it refuses an existing folder before a merge of an hour.
     with staged(out, 0) as folder, _source(exporter, options, out, log, progress) as (source, kl_checks):
-        check_room(folder, out, round(_count_weights(source) * exporter.types[number_type]))
-        exported = exporter.write(ExportRequest(source, folder, options, log))
+        entries = [entry for file in source.glob("*.safetensors") for entry in read_header(file)[1].values()]
+        weights = sum(math.prod(entry["shape"]) for entry in entries)
+        check_room(folder, out, round(weights * exporter.types[kind]))
+        exported = module.write(ExportRequest(source, folder, options, log))
         for check in exported.checks:
             log(check.describe())
         report = {
@@ -72,7 +76,6 @@ def _exporter(options: ExportOptions) -> Exporter:
         problems.append(f"base={options.base}: nothing is merged here; remove it")
     if problems:
         raise ConfigError("\n".join(problems))
-    exporter.check_ready(options)
     return exporter
 
 
@@ -87,7 +90,7 @@ def _source(
     elif not (exporter.merges and options.merge):
         yield fetch_adapter(options.adapter, "adapter").folder, []
     else:
-        with scratch(out, "merged") as folder:
+        with scratch(out) as folder:
             chosen = MergeOptions(
                 adapter=options.adapter,
                 out=str(folder / "model"),
@@ -109,8 +112,3 @@ def _plain_model(name: str) -> Path:
     if missing := [file for file in TOKENIZER_FILES if not (folder / file).is_file()]:
         raise ConfigError(f"model={name}: an export needs the tokenizer's files, and {', '.join(missing)} is missing")
     return folder
-
-
-def _count_weights(folder: Path) -> int:
-    entries = (entry for file in folder.glob("*.safetensors") for entry in read_header(file)[1].values())
-    return sum(math.prod(entry["shape"]) for entry in entries)

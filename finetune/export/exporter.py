@@ -1,6 +1,9 @@
 """The interface of an export format, and the table of formats.
 
-To add a format: write a module with `check_ready(options)` and `write(request)`, and add an entry to EXPORTERS.
+To add a format, write a module with two functions and add an entry to EXPORTERS:
+`check_libraries(kind)` raises MissingExtra without the libraries that write this number type;
+`write(request)` fills `request.out`, reads it back, compares it with the source and returns `Exported`. It raises
+ConfigError if the format cannot represent the source, IntegrityError if the export computes something else.
 """
 
 from __future__ import annotations
@@ -13,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config.command_options import ExportOptions
 from finetune.system.console import Log
+from finetune.system.errors import ConfigError
 
 if TYPE_CHECKING:
     from finetune.export.verify import Verification
-
 
 # The formats spell the same types differently; each spelling is accepted.
 _SPELLINGS = ({"bf16", "bfloat16"}, {"fp16", "f16", "float16"}, {"fp32", "f32", "float32"})
@@ -36,6 +39,11 @@ class ExportRequest:
     log: Log
 
     @property
+    def kind(self) -> str:
+        """The number type, in the format's own spelling."""
+        return EXPORTERS[self.options.format].number_type(self.options)
+
+    @property
     def final_folder(self) -> Path:
         """The folder that `out` is renamed to."""
         return Path(self.options.out).expanduser()
@@ -43,99 +51,82 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class Exported:
-    """The result of an exporter.
+    """The result of an exporter."""
 
-    checks: one comparison with the source for each reader.
-    serve: commands that use the export.
-    notes: facts for export_report.json.
-    """
-
-    checks: list[Verification]
-    serve: list[str]
-    notes: dict[str, Any] = field(default_factory=dict)
+    checks: list[Verification]  # one comparison with the source for each reader
+    serve: list[str]  # commands that use the export
+    notes: dict[str, Any] = field(default_factory=dict)  # facts for export_report.json
 
 
 @dataclass(frozen=True)
 class Exporter:
     """One export format.
 
-    module: address of its module, imported on use, since its libraries are optional.
+    module: address of its module.
     summary: its line of `finetune export --help`.
-    reader: programs that read the export back and compute the answers that are compared with the source's.
     types: by number type, the bytes that a weight takes on the disk during the export; the first is the default.
     adapter_types: number types of an adapter alone (merge=false); none if the format cannot hold one.
     merges: False for a format of adapters only.
-    extra: the extra of finetune-qlora with its libraries.
+    advice: help for a number type that the format does not have.
     """
 
     module: str
     summary: str
-    reader: str
     types: Mapping[str, float]
     adapter_types: tuple[str, ...] = ()
     merges: bool = True
-    extra: str | None = None
+    advice: str = "choose one of these"
 
     def number_type(self, options: ExportOptions) -> str:
-        """Return `options.type` in the format's own spelling, or the default."""
-        if options.type is None:
-            return next(iter(self.types)) if options.merge and self.merges else self.adapter_types[0]
-        spellings = next((names for names in _SPELLINGS if options.type in names), ())
-        return next((name for name in spellings if name in self.types), options.type)
+        """Return `options.type` in the format's own spelling, or the default; raise ConfigError for an unknown one."""
+        known = tuple(self.types) if options.merge and self.merges else self.adapter_types
+        spellings = next((names for names in _SPELLINGS if options.type in names), {options.type})
+        for name in known:
+            if options.type is None or name in spellings:
+                return name
+        raise ConfigError(
+            f"type: format={options.format} writes {', '.join(known)}, found {options.type}\nhelp: {self.advice}"
+        )
 
-    def check_ready(self, options: ExportOptions) -> None:
-        """Raise ConfigError for options that the format does not take, MissingExtra without its libraries."""
-        importlib.import_module(self.module).check_ready(options)
-
-    def write(self, request: ExportRequest) -> Exported:
-        """Fill `request.out`, read it back, and compare it with the source.
-
-        Raises:
-            ConfigError: the format cannot represent the source.
-            IntegrityError: the source is corrupt, or the export does not compute what its source computes.
-        """
-        return importlib.import_module(self.module).write(request)
+    def load(self) -> Any:
+        """Import the module, whose libraries may be missing."""
+        return importlib.import_module(self.module)
 
 
 # GGUF's types below 8 bits keep the embedding in 8 bits.
 _GGUF_TYPES = {"q8_0": 1.1, "f32": 4, "f16": 2, "bf16": 2, "q5_1": 1.1, "q5_0": 1.1, "q4_1": 1.1, "q4_0": 1.1}
+_GGUF_ADVICE = "for another type export f32, then run llama.cpp's `llama-quantize model-f32.gguf model.gguf TYPE`"
 EXPORTERS = {
     "safetensors": Exporter(
         "finetune.export.safetensors_folder",
         "a transformers folder; nf4, int8 and fp8 are for servers",
-        reader="transformers",
         types={"bf16": 2, "fp16": 2.1, "fp32": 4.1, "nf4": 1.3, "int8": 2.2, "fp8": 2.2},
-        extra="serve",
     ),
     "adapter": Exporter(
         "finetune.export.adapter_folder",
         "the adapter alone, for servers that load adapters over a base",
-        reader="PEFT",
-        types={"fp32": 4.1},
-        adapter_types=("fp32",),
+        types={"unchanged": 4.1},
+        adapter_types=("unchanged",),
         merges=False,
+        advice="remove it: the adapter keeps its own values",
     ),
     "gguf": Exporter(
         "finetune.export.gguf.model",
         "one file for llama.cpp; merge=false writes a GGUF LoRA: f32 f16 bf16 q8_0",
-        reader="transformers, llama.cpp",
         types=_GGUF_TYPES,
         adapter_types=("f32", "f16", "bf16", "q8_0"),
-        extra="gguf",
+        advice=_GGUF_ADVICE,
     ),
     "ollama": Exporter(
         "finetune.export.gguf.ollama",
         "a GGUF file with a Modelfile",
-        reader="transformers, llama.cpp",
         types=_GGUF_TYPES,
-        extra="gguf",
+        advice=_GGUF_ADVICE,
     ),
     "onnx": Exporter(
         "finetune.export.onnx.model",
         "a graph with its key-value cache, for onnxruntime-genai",
-        reader="onnxruntime-genai",
         types={"fp32": 4.1, "fp16": 2.1, "int8": 2.2, "int4": 1.7, "int8-dynamic": 7.6},
-        extra="onnx",
     ),
 }
 

@@ -22,13 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from finetune.config.command_options import ExportOptions
 from finetune.config.schema import QuantConfig
-from finetune.export.copied_files import MODEL, copy_files
-from finetune.export.exporter import EXPORTERS, Exported, ExportRequest
+from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.merge.merge import REPORT
 from finetune.export.shards import Content, Planned, plan_shards, write_index, write_shard
-from finetune.export.verify import OFFLINE, Reader, Verification, compare, source_answers
+from finetune.export.staging import MODEL_COPIES, copy_files
+from finetune.export.verify import OFFLINE, Reader, compare, source_answers
 from finetune.models.hub import read_config, read_tensor, weight_files
 from finetune.models.load import quiet
 from finetune.models.quant.four_bit import build_skeleton, quantize, quantizing_workers
@@ -48,24 +47,15 @@ Quantize = Callable[[Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Storage:
-    """The storage of a number type.
+    """The storage of a number type."""
 
-    dtype: of everything that is not quantized.
-    settings: quantization_config of config.json.
-    advice: hardware that it suits.
-    """
-
-    dtype: torch.dtype
+    dtype: torch.dtype  # of everything that is not quantized
     quantize: Quantize | None = None
-    settings: dict[str, Any] | None = None
-    advice: str | None = None
+    settings: dict[str, Any] | None = None  # quantization_config of config.json
 
 
-def check_ready(options: ExportOptions) -> None:
-    """Raise ConfigError for an unknown number type, MissingExtra if its library is missing."""
-    kind = EXPORTERS["safetensors"].number_type(options)
-    if kind not in TYPES:
-        raise ConfigError(f"type: format=safetensors writes {', '.join(TYPES)}, found {kind}")
+def check_libraries(kind: str) -> None:
+    """Raise MissingExtra if the library of a number type is missing."""
     TYPES[kind](["lm_head"])
 
 
@@ -76,31 +66,30 @@ def write(request: ExportRequest) -> Exported:
         ConfigError: the source is quantized, or a value exceeds fp16.
         IntegrityError: transformers does not read back what was written.
     """
-    check_ready(request.options)
-    kind = EXPORTERS["safetensors"].number_type(request.options)
-    limit_bytes = parse_size("shard_size", request.options.shard_size)
+    kind = request.kind
     config = dict(read_config(request.source, str(request.source)))
     skeleton = build_skeleton(request.source, torch.bfloat16, "eager")
     head = head_name(skeleton)
     kept = _kept_in_training(request.source, kind)
     storage = TYPES[kind]([head, *kept])
-    blocks = [name for name in linear_names(skeleton) if name != head and name not in set(kept)]
+    blocks = [name for name in linear_names(skeleton) if name not in {head, *kept}]
     quantized = [f"{name}.weight" for name in blocks] if storage.quantize else []
-    lossless = _write_weights(request, storage, quantized, limit_bytes)
+    lossless = _write_weights(request, storage, quantized)
     config.pop("torch_dtype", None)
     config["dtype"] = str(storage.dtype).removeprefix("torch.")
     if storage.settings is not None:
         config["quantization_config"] = storage.settings
     write_text(request.out / "config.json", json.dumps(config, indent=2) + "\n")
-    copy_files(request.source, request.out, MODEL)
-    checks = [_verify(request, lossless)] if request.options.verify else []
+    copy_files(request.source, request.out, MODEL_COPIES)
+    checks = []
+    if request.options.verify:
+        answers = source_answers(request.source, request.options)
+        checks.append(compare(answers, transformers_reader(request.out), "transformers", exact=lossless))
     notes: dict[str, Any] = {
         "type": kind,
         "quantized_tensors": len(quantized),
         "bytes": sum(file.stat().st_size for file in request.out.glob("*.safetensors")),
     }
-    if storage.advice:
-        notes["hardware"] = storage.advice
     if kept:
         notes["kept_in_bf16"] = kept
         request.log(
@@ -143,7 +132,7 @@ def _nf4(kept: Sequence[str]) -> Storage:
     return Storage(torch.bfloat16, store, settings.to_dict())
 
 
-def _compressed(preset: str, form: str, advice: str, kept: Sequence[str]) -> Storage:
+def _compressed(preset: str, form: str, kept: Sequence[str]) -> Storage:
     """Return the storage of a scheme of compressed-tensors; form: its storage format."""
     try:
         from compressed_tensors.compressors import BaseCompressor
@@ -167,25 +156,21 @@ def _compressed(preset: str, form: str, advice: str, kept: Sequence[str]) -> Sto
         config_groups={"group_0": scheme}, format=form, quantization_status="compressed", ignore=list(kept)
     )
     # An older version refuses unknown entries of a newer one, so empty entries are left out.
-    return Storage(torch.bfloat16, store, settings.model_dump(mode="json", exclude_none=True), advice)
+    return Storage(torch.bfloat16, store, settings.model_dump(mode="json", exclude_none=True))
 
 
 # Each gets the full names of the linear layers that stay bf16.
 TYPES: dict[str, Callable[[Sequence[str]], Storage]] = {
     **{kind: lambda kept, dtype=dtype: Storage(dtype) for kind, dtype in PLAIN.items()},
     "nf4": _nf4,
-    "int8": partial(_compressed, "W8A8", "int-quantized", "8-bit products on NVIDIA GPUs from Turing to Hopper"),
-    "fp8": partial(
-        _compressed,
-        "FP8_DYNAMIC",
-        "float-quantized",
-        "8-bit products from Ada and Hopper on; older GPUs unpack weights",
-    ),
+    "int8": partial(_compressed, "W8A8", "int-quantized"),
+    "fp8": partial(_compressed, "FP8_DYNAMIC", "float-quantized"),
 }
 
 
-def _write_weights(request: ExportRequest, storage: Storage, quantized: list[str], limit_bytes: int) -> bool:
+def _write_weights(request: ExportRequest, storage: Storage, quantized: list[str]) -> bool:
     """Write all tensors in shards, and return whether every one kept its value."""
+    limit_bytes = parse_size("shard_size", request.options.shard_size)
     files = weight_files(request.source, str(request.source))
     weights = WeightFiles(files)
     if lost := sorted(set(quantized) - files.keys()):
@@ -203,7 +188,7 @@ def _write_weights(request: ExportRequest, storage: Storage, quantized: list[str
                     plan.append(Planned(layer + key, stored.dtype, stored.shape))
     shards = plan_shards(sorted(plan, key=lambda planned: planned.name), limit_bytes)
     for file, members in shards.items():
-        write_shard(request.out / file, members, lambda planned: _rounded(planned, parts[planned.name]), lambda _: None)
+        write_shard(request.out / file, members, lambda planned: _content(planned, parts[planned.name]), lambda _: None)
     write_index(request.out, shards)
     scratch.unlink(missing_ok=True)
     weights.check_unchanged()
@@ -218,12 +203,11 @@ def _append(stream: IO[bytes], file: Path, tensor: Tensor) -> Stored:
     return stored
 
 
-def _rounded(planned: Planned, stored: Stored) -> Content:
-    """Return the content of a tensor in its planned dtype."""
-    return stored if stored.dtype == planned.dtype else _round(planned, stored)
+def _content(planned: Planned, stored: Stored) -> Content:
+    return stored if stored.dtype == planned.dtype else _rounded(planned, stored)
 
 
-def _round(planned: Planned, stored: Stored) -> Iterator[Tensor]:
+def _rounded(planned: Planned, stored: Stored) -> Iterator[Tensor]:
     rows = stored.shape[0]
     step = max(1, _BLOCK_ELEMENTS * rows // max(1, stored.nbytes // stored.dtype.itemsize))
     for start in range(0, rows, step):
@@ -235,11 +219,6 @@ def _round(planned: Planned, stored: Stored) -> Iterator[Tensor]:
                 f"{planned.dtype}, found {block.abs().max():.3g}\nhelp: use type=bf16 or type=fp32"
             )
         yield rounded
-
-
-def _verify(request: ExportRequest, lossless: bool) -> Verification:
-    answers = source_answers(request.source, request.options)
-    return compare(answers, transformers_reader(request.out), "transformers", exact=lossless)
 
 
 def transformers_reader(folder: Path) -> Reader:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from finetune.models.load import TOKENIZER_FILES
 from finetune.system.atomic import commit_folder, is_disk_full
 from finetune.system.errors import ConfigError, FinetuneError, ResourceError
 from finetune.system.format import format_bytes
-from finetune.system.locks import Lock, try_lock
+from finetune.system.locks import try_lock
 
 _MADE_FROM, _LOCK = ".made_from.json", ".lock"
 # For text files and the file system itself.
 _SPARE_BYTES = 32 << 20
+# vocab.json and merges.txt belong to slow tokenizers.
+_SLOW_FILES = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+TOKENIZER_COPIES = (*TOKENIZER_FILES, *_SLOW_FILES, "chat_template.jinja")
+# Files of a model that are copied unchanged.
+MODEL_COPIES = ("generation_config.json", *TOKENIZER_COPIES, "README.md")
 
 
 class KeepPartial(FinetuneError):
@@ -40,12 +46,22 @@ def staged(out: Path, needed_bytes: int, made_from: dict[str, Any] | None = None
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise ConfigError(f"out={out}: already exists; name a new folder, or remove that one")
     temporary = out.with_name(f".{out.name}.partial")
-    lock = _claim(temporary, out)
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        lock = try_lock(temporary / _LOCK)
+    except OSError as error:
+        raise ConfigError(f"out={out}: cannot be written: {error.strerror}") from error
+    if lock is None:
+        raise ConfigError(f"out={out}: another process writes it; wait for it or name another folder")
     try:
         _prepare(temporary, made_from)
         check_room(temporary, out, needed_bytes)
         yield temporary
-        _put_in_place(temporary, out)
+        for name in (_MADE_FROM, _LOCK):
+            (temporary / name).unlink(missing_ok=True)
+        if out.exists():
+            out.rmdir()  # It is empty.
+        commit_folder(temporary, out)
     except BaseException as error:
         if not (made_from is not None and isinstance(error, KeyboardInterrupt | KeepPartial)):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -59,15 +75,22 @@ def staged(out: Path, needed_bytes: int, made_from: dict[str, Any] | None = None
 
 
 @contextmanager
-def scratch(out: Path, what: str) -> Iterator[Path]:
+def scratch(out: Path) -> Iterator[Path]:
     """Yield an empty folder beside `out` that is removed after the block; use it inside `staged`, which locks it."""
-    folder = out.with_name(f".{out.name}.{what}")
+    folder = out.with_name(f".{out.name}.scratch")
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def copy_files(source: Path, out: Path, names: Sequence[str]) -> None:
+    """Copy the named files that exist in source."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
 
 
 def check_room(folder: Path, out: Path, needed_bytes: int) -> None:
@@ -79,18 +102,6 @@ def check_room(folder: Path, out: Path, needed_bytes: int) -> None:
             f"out={out}: {format_bytes(missing)} are needed, found {format_bytes(free)} free; free space or name a "
             "folder on another disk"
         )
-
-
-def _claim(folder: Path, out: Path) -> Lock:
-    """Lock the temporary folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = try_lock(folder / _LOCK)
-    except OSError as error:
-        raise ConfigError(f"out={out}: cannot be written: {error.strerror}") from error
-    if lock is None:
-        raise ConfigError(f"out={out}: another process writes it; wait for it or name another folder")
-    return lock
 
 
 def _prepare(folder: Path, made_from: dict[str, Any] | None) -> None:
@@ -105,11 +116,3 @@ def _prepare(folder: Path, made_from: dict[str, Any] | None) -> None:
                 path.unlink()
     if made_from is not None:
         record.write_text(text, encoding="utf-8")
-
-
-def _put_in_place(temporary: Path, out: Path) -> None:
-    for name in (_MADE_FROM, _LOCK):
-        (temporary / name).unlink(missing_ok=True)
-    if out.exists():
-        out.rmdir()  # It is empty.
-    commit_folder(temporary, out)

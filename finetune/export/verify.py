@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from finetune.config.command_options import ExportOptions
+from finetune.models.hub import read_json
 from finetune.models.load import quiet
 from finetune.system.errors import IntegrityError
 
@@ -71,6 +72,11 @@ def open_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a model folder, offline."""
     with quiet():
         return AutoTokenizer.from_pretrained(folder, **OFFLINE)
+
+
+def read_settings(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON file of a model folder; a missing one is empty."""
+    return read_json(folder / name, f"model {folder}") if (folder / name).is_file() else {}
 
 
 @torch.no_grad()

@@ -18,8 +18,7 @@ from finetune.mixed_precision.journal import Sensitivities, layer_of
 from finetune.models.quant.bit_widths import stored_bytes
 from finetune.system.errors import ConfigError, FinetuneError
 
-_RELATIVE_GAP, _TIME_LIMIT_SECONDS = 1e-6, 60.0  # 588 variables take a second.
-_GB = 1e9
+_TIME_LIMIT_SECONDS = 60.0  # 588 variables take a second.
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,18 @@ def allocate(choices: Choices, budget_bytes: float) -> dict[str, str]:
         ConfigError: no allocation fits the budget, or the base fits it in 16 bit.
         FinetuneError: the solver finds no solution.
     """
-    _check_budget(choices, budget_bytes)
+    # The smallest kind of each layer: 8 bits of a narrow one, with a scale per row, can exceed 16 bits.
+    least = choices.rest_bytes + int(choices.size_bytes.min(1).sum())
+    most = choices.bytes_of(choices.uniform("none"))
+    given, smallest, largest, rest = (f"{size / 1e9:.6g}" for size in (budget_bytes, least, most, choices.rest_bytes))
+    sizes = f"every layer in {choices.kinds[0]}={smallest} GB, every layer in 16 bit={largest} GB"
+    if budget_bytes < least:
+        raise ConfigError(
+            f"budget_gb={given}: too small for the base ({sizes}; embedding, head, norms and biases stay in 16 bit, "
+            f"{rest} GB)\nhelp: choose a budget between the two"
+        )
+    if budget_bytes >= most:
+        raise ConfigError(f"budget_gb={given}: the base fits in 16 bit ({sizes})\nhelp: set quant.type=none")
     count, kinds = choices.size_bytes.shape
     # Both are scaled, because HiGHS takes values below 1e-6 for zero.
     nats = choices.nats.ravel() * (1e3 / max(choices.nats.sum(), np.finfo(float).tiny))
@@ -107,7 +117,7 @@ def allocate(choices: Choices, budget_bytes: float) -> dict[str, str]:
         integrality=np.ones(count * kinds),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one_kind_per_layer, 1, 1), LinearConstraint(share_of_budget, -np.inf, 1)],
-        options={"mip_rel_gap": _RELATIVE_GAP, "time_limit": _TIME_LIMIT_SECONDS},
+        options={"mip_rel_gap": 1e-6, "time_limit": _TIME_LIMIT_SECONDS},
     )
     if solved.x is None:
         raise FinetuneError(f"allocation: no solution within {_TIME_LIMIT_SECONDS:.0f} s ({solved.message})")
@@ -116,18 +126,3 @@ def allocate(choices: Choices, budget_bytes: float) -> dict[str, str]:
     if choices.bytes_of(storage) > budget_bytes:
         raise FinetuneError(f"allocation: the solution exceeds the budget ({solved.message})")
     return storage
-
-
-def _check_budget(choices: Choices, budget_bytes: float) -> None:
-    # The smallest kind of each layer: 8 bits of a narrow one, with a scale per row, can exceed 16 bits.
-    least = choices.rest_bytes + int(choices.size_bytes.min(1).sum())
-    most = choices.bytes_of(choices.uniform("none"))
-    given, smallest, largest, rest = (f"{size / _GB:.6g}" for size in (budget_bytes, least, most, choices.rest_bytes))
-    sizes = f"every layer in {choices.kinds[0]}={smallest} GB, every layer in 16 bit={largest} GB"
-    if budget_bytes < least:
-        raise ConfigError(
-            f"budget_gb={given}: too small for the base ({sizes}; embedding, head, norms and biases stay in 16 bit, "
-            f"{rest} GB)\nhelp: choose a budget between the two"
-        )
-    if budget_bytes >= most:
-        raise ConfigError(f"budget_gb={given}: the base fits in 16 bit ({sizes})\nhelp: set quant.type=none")

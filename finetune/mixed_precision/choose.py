@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +22,13 @@ from finetune.evaluation.scoring import evaluating
 from finetune.losses.cross_entropy import head_of, target_rows
 from finetune.losses.hidden_states import base_of, hidden_states
 from finetune.mixed_precision.allocation import Choices, allocate
-from finetune.mixed_precision.divergences import MeanKl, divergences, mean_kl
-from finetune.mixed_precision.examples import batches_of, load_rows, sample
 from finetune.mixed_precision.journal import Sensitivities
-from finetune.mixed_precision.measure import working_device
+from finetune.mixed_precision.measure import batches_of, load_rows, sample, working_device
+from finetune.mixed_precision.sensitivity import MeanKl, divergences, mean_kl
 from finetune.models.fused import fuse_layers
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, weight_files
 from finetune.models.load import load_base
-from finetune.models.quant.bit_widths import stored_bytes
+from finetune.models.quant.bit_widths import DTYPE_BYTES
 from finetune.models.safetensors_index import WeightFiles
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
@@ -83,30 +83,27 @@ def choose(cfg: RunConfig, options: AllocateOptions, log: Log) -> Allocation:
     best = min(measured, key=lambda name: measured[name].kl, default=_ALLOCATED)
     storage = storages[best]
     return Allocation(
-        storage,
-        quant_of(storage, cfg.quant),
-        budget_bytes,
-        choices.bytes_of(storage),
-        choices.nats_of(storage),
-        measured,
-        best,
+        storage=storage,
+        quant=quant_of(storage, cfg.quant),
+        budget_bytes=budget_bytes,
+        size_bytes=choices.bytes_of(storage),
+        predicted=choices.nats_of(storage),
+        measured=measured,
+        choice=best,
     )
 
 
 def _check_made_from(found: Sensitivities, cfg: RunConfig, folder: str) -> None:
-    now = {
-        "weights": teacher_weights(cfg.model),
-        "double": cfg.quant.double,
-        "compute_dtype": cfg.quant.compute_dtype,
-        "dtype": cfg.model.dtype,
-    }
-    keys = {"double": "quant.double", "compute_dtype": "quant.compute_dtype", "dtype": "model.dtype"}
-    problems = [
-        f"{keys.get(key, 'model.name')}: sensitivity={folder} was measured "
-        + (f"with {found.made_from.get(key)}, found {value}" if key in keys else f"on other weights ({found.model})")
-        for key, value in now.items()
-        if found.made_from.get(key) != value
-    ]
+    problems = []
+    if found.made_from.get("weights") != teacher_weights(cfg.model):
+        problems.append(f"model.name: sensitivity={folder} was measured on other weights ({found.model})")
+    for key, value in {
+        "quant.double": cfg.quant.double,
+        "quant.compute_dtype": cfg.quant.compute_dtype,
+        "model.dtype": cfg.model.dtype,
+    }.items():
+        if (then := found.made_from.get(key.partition(".")[2])) != value:
+            problems.append(f"{key}: sensitivity={folder} was measured with {then}, found {value}")
     if problems:
         raise ConfigError("\n".join([*problems, "help: measure again, or use the same config"]))
 
@@ -115,8 +112,8 @@ def rest_bytes(model: ModelConfig, linears: Mapping[str, object]) -> int:
     """Return the size of everything except the linear layers of the blocks, in the model's dtype."""
     folder = fetch(model.name, model.revision, TEXT_FILES + WEIGHT_FILES, "model.name").folder
     tensors = WeightFiles(weight_files(folder, model.name)).tensors
-    rest = [stored for name, stored in tensors.items() if name.removesuffix(".weight") not in linears]
-    return sum(stored_bytes("none", (1, torch.Size(stored.shape).numel()), False, model.dtype) for stored in rest)
+    rest = [stored.shape for name, stored in tensors.items() if name.removesuffix(".weight") not in linears]
+    return DTYPE_BYTES[model.dtype] * sum(map(math.prod, rest))
 
 
 def quant_of(storage: Mapping[str, str], like: QuantConfig) -> QuantConfig:
@@ -151,7 +148,7 @@ def measure_quants(
         found = _final_states(base, batches, device)
         nats = [divergences(a_ND, [b_ND], head, vocabulary)[0] for a_ND, b_ND in zip(wanted, found, strict=True)]
         measured[name] = mean_kl(nats, batches)
-        log(f"allocation: {name}: kl={measured[name].kl:.2e} ± {measured[name].error:.0e} nats per target")
+        log(f"allocation: storage={name}, kl={measured[name]} nats per target")
     return measured
 
 
@@ -187,8 +184,7 @@ def check_place(file: Path) -> None:
 def as_yaml(allocation: Allocation, command: str, model: str) -> str:
     """Format the settings as YAML, with their origin and their KL as comments."""
     counts = {kind: list(allocation.storage.values()).count(kind) for kind in ("nf4", "int8", "none")}
-    names = {"none": "16 bit"}
-    layers = ", ".join(f"{count} in {names.get(kind, kind)}" for kind, count in counts.items() if count)
+    layers = ", ".join(f"{count} in {'16 bit' if kind == 'none' else kind}" for kind, count in counts.items() if count)
     header = [
         f"{_HEADER} {__version__}:",
         f"#   {command}",
@@ -198,7 +194,7 @@ def as_yaml(allocation: Allocation, command: str, model: str) -> str:
     ]
     for name, mean in allocation.measured.items():
         chosen = " (this one)" if name == allocation.choice else ""
-        header.append(f"#   {mean.kl:.2e} ± {mean.error:.0e} measured on {mean.tokens:,} targets: {name}{chosen}")
+        header.append(f"#   {mean} measured on {mean.tokens:,} targets: {name}{chosen}")
     quant = allocation.quant
     content = {key: getattr(quant, key) for key in ("type", "double", "compute_dtype", "skip_modules", "int8")}
     return "\n".join(header) + "\n" + yaml.safe_dump(content, sort_keys=False)

@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.mixed_precision.divergences import MeanKl
-from finetune.mixed_precision.sensitivity import ALL, Measured
+from finetune.mixed_precision.sensitivity import ALL, MeanKl, Measured
 from finetune.system.atomic import write_text
 from finetune.system.errors import ConfigError, IntegrityError
 

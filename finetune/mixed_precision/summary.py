@@ -36,34 +36,26 @@ def as_markdown(found: Sensitivities, double: bool, dtype: str) -> str:
     ]
     for kind in found.kinds:
         total = sum(found.measured[name, kind].kl for name in found.shapes)
-        everything = found.measured[ALL, kind]
         lines += [
             "",
             f"## {kind}",
             "",
-            f"All layers at once: {everything.kl:.2e} ± {everything.error:.0e}; the sum of all single ones: "
-            f"{total:.2e}.",
+            f"All layers at once: {found.measured[ALL, kind]}; the sum of all single ones: {total:.2e}.",
             "",
             f"| layer | {' | '.join(parts)} |",
             f"|---|{'---|' * len(parts)}",
         ]
         for layer in range(found.layers):
             cells = {part_of(name): found.measured[name, kind] for name in found.shapes if layer_of(name) == layer}
-            texts = [f"{cells[part].kl:.2e} ± {cells[part].error:.0e}" if part in cells else "" for part in parts]
-            lines.append(f"| {layer} | {' | '.join(texts)} |")
-        lines += ["", *_ranking(found, kind, double, dtype)]
+            lines.append(f"| {layer} | {' | '.join(str(cells.get(part, '')) for part in parts)} |")
+        gains = {}
+        for name, shape in found.shapes.items():
+            saved_bytes = stored_bytes("none", shape, double, dtype) - stored_bytes(kind, shape, double, dtype)
+            gains[name] = found.measured[name, kind].kl / saved_bytes * 1e6
+        lines += ["", "Layers where 16 bits gain most per byte:", "", "| layer | nats per MB |", "|---|---|"]
+        best = sorted(gains, key=gains.__getitem__, reverse=True)[:_RANKED]
+        lines += [f"| {name} | {gains[name]:.2e} |" for name in best]
     return "\n".join(lines) + "\n"
-
-
-def _ranking(found: Sensitivities, kind: str, double: bool, dtype: str) -> list[str]:
-    def gain(name: str) -> float:
-        shape = found.shapes[name]
-        saved_bytes = stored_bytes("none", shape, double, dtype) - stored_bytes(kind, shape, double, dtype)
-        return found.measured[name, kind].kl / saved_bytes * 1e6
-
-    best = sorted(found.shapes, key=gain, reverse=True)[:_RANKED]
-    rows = [f"| {name} | {gain(name):.2e} |" for name in best]
-    return ["Layers where 16 bits gain most per byte:", "", "| layer | nats per MB |", "|---|---|", *rows]
 
 
 def as_picture(found: Sensitivities) -> Figure:

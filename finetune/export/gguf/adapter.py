@@ -5,16 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
-from torch import Tensor
-
 from finetune.export.adapter_folder import merge_reasons
 from finetune.export.exporter import Exported, ExportRequest
-from finetune.export.gguf.file import PlannedTensor, count_types, start_writer, write_file
-from finetune.export.gguf.names import ARCHITECTURE, linear_name
-from finetune.export.gguf.types import NumberType, number_type, storage_type
+from finetune.export.gguf.file import PlannedTensor, start_writer, write_file
+from finetune.export.gguf.names import linear_name
+from finetune.export.gguf.types import TYPES
 from finetune.models.adapters.files import PREFIX, SavedAdapter, fetch_adapter, scaling_of
 from finetune.system.errors import ConfigError
-from finetune.system.format import format_bytes
 
 
 def write_adapter(request: ExportRequest) -> Exported:
@@ -27,42 +24,38 @@ def write_adapter(request: ExportRequest) -> Exported:
         ConfigError: lists everything of the adapter that the file cannot hold.
         IntegrityError: the adapter is corrupt, or the file was not written correctly.
     """
-    kind = number_type(request.options)
     adapter = fetch_adapter(str(request.source), "adapter")
     if problems := list(_obstacles(adapter)):
         listed = "\n  ".join(problems)
         raise ConfigError(f"adapter={adapter.name}: cannot be a GGUF adapter:\n  {listed}\nhelp: use merge=true")
     alpha = float(adapter.config.get("lora_alpha", 8)) or 1.0  # llama.cpp reads 0 as: do not scale.
-    tensors = list(_plan(adapter, alpha, kind))
-    writer = start_writer(request, ARCHITECTURE, "adapter", kind)
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", alpha)
-    if base := adapter.config.get("base_model_name_or_path"):
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, str(base).rstrip("/").rpartition("/")[2])
-    path = write_file(request, writer, tensors, kind)
-    size = path.stat().st_size
-    request.log(f"gguf: file={path.name}, size={format_bytes(size)}, adapted matrices={len(tensors) // 2}")
-    notes = {"file": path.name, "bytes": size, "type": kind.name, "alpha": alpha, "tensors": count_types(tensors)}
-    final = shlex.quote(str(request.final_folder / path.name))
-    return Exported([], [f"llama-server -m BASE.gguf --lora {final}"], notes)
-
-
-def _plan(adapter: SavedAdapter, alpha: float, kind: NumberType) -> Iterator[PlannedTensor]:
+    tensors = []
     for name_A, lora_A in adapter.tensors.items():
         if ".lora_A." not in name_A:
             continue
         module, name_B = _module(name_A), name_A.replace(".lora_A.", ".lora_B.")
         factor = scaling_of(adapter.config, module, len(lora_A)) * len(lora_A) / alpha
         lora_B = adapter.tensors[name_B]
-        yield _planned(f"{linear_name(module)}.lora_a", name_A, lora_A, kind)
         scaled_B = lora_B if factor == 1 else lora_B.float() * factor
-        yield _planned(f"{linear_name(module)}.lora_b", name_B, scaled_B, kind)
-
-
-def _planned(name: str, source: str, tensor: Tensor, kind: NumberType) -> PlannedTensor:
-    shape = tuple(tensor.shape)
-    return PlannedTensor(name, source, shape, storage_type(kind, shape, False), lambda start, stop: tensor[start:stop])
+        for end, source, tensor in (("a", name_A, lora_A), ("b", name_B, scaled_B)):
+            tensors.append(
+                PlannedTensor(
+                    f"{linear_name(module)}.lora_{end}",
+                    source,
+                    tuple(tensor.shape),
+                    TYPES[request.kind],
+                    lambda start, stop, tensor=tensor: tensor[start:stop],
+                )
+            )
+    writer = start_writer(request, "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    if base := adapter.config.get("base_model_name_or_path"):
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, str(base).rstrip("/").rpartition("/")[2])
+    path, notes = write_file(request, writer, tensors)
+    final = shlex.quote(str(request.final_folder / path.name))
+    return Exported([], [f"llama-server -m BASE.gguf --lora {final}"], {**notes, "alpha": alpha})
 
 
 def _module(name: str) -> str:

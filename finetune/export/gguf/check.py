@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from finetune.export.exporter import ExportRequest
-from finetune.export.gguf.types import NumberType
 from finetune.export.verify import (
     OFFLINE,
     Answers,
@@ -44,7 +43,7 @@ _TURNS = [
 ]
 
 
-def check_model(request: ExportRequest, path: Path, kind: NumberType) -> list[Verification]:
+def check_model(request: ExportRequest, path: Path) -> list[Verification]:
     """Compare the ids and logits of every installed reader with the source's.
 
     Raises:
@@ -53,7 +52,7 @@ def check_model(request: ExportRequest, path: Path, kind: NumberType) -> list[Ve
     texts = sample_texts(request.source)
     require_transformers_ids(path, request.source, texts)
     answers = source_answers(request.source, request.options)
-    exact = kind.name == "f32"
+    exact = request.kind == "f32"
     found = [_in_transformers(path, request.source, answers, exact)]
     if (llama := open_llama(path, max(map(len, answers.ids)))) is None:
         request.log("gguf: not compared in llama.cpp (llama-cpp-python is not installed)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from finetune.export.exporter import ExportRequest
-from finetune.export.gguf.types import NumberType, decode, encode, gguf_package
+from finetune.export.gguf.names import ARCHITECTURE, EMBEDDING, HEAD
+from finetune.export.gguf.types import NumberType, decode, encode, gguf_package, storage_type
 from finetune.system.errors import IntegrityError
+from finetune.system.format import format_bytes
 
 _CHUNK_VALUES = 1 << 22
 # Rounding a scale to f16 loses this share of the largest value, and this much where the scale is subnormal.
@@ -24,18 +27,17 @@ _SCALE_SHARE, _SCALE_FLOOR = 2.0**-10, 127 * 2.0**-24
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to write.
-
-    name: in the file.
-    source: name of the source tensor, for errors.
-    rows: returns rows [start, stop) of the source.
-    """
+    """A tensor to write."""
 
     name: str
-    source: str
+    source: str  # name of the source tensor, for errors
     shape: tuple[int, ...]
-    kind: NumberType
-    rows: Callable[[int, int], Tensor]
+    wanted: NumberType
+    rows: Callable[[int, int], Tensor]  # returns rows [start, stop) of the source
+
+    @property
+    def kind(self) -> NumberType:
+        return storage_type(self.wanted, self.shape, vocabulary=self.name in (EMBEDDING, HEAD))
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows of at most 16 MiB in fp32."""
@@ -58,26 +60,28 @@ class PlannedTensor:
 
 def model_name(request: ExportRequest) -> str:
     """Return the output folder's name, in characters that file names and Ollama accept."""
-    name = "".join(
-        sign if sign.isascii() and (sign.isalnum() or sign in "._-") else "-" for sign in request.final_folder.name
-    )
-    return name.strip(".-") or "model"
+    return re.sub(r"[^A-Za-z0-9._-]", "-", request.final_folder.name).strip(".-") or "model"
 
 
-def start_writer(request: ExportRequest, architecture: str, form: str, kind: NumberType) -> Any:
+def start_writer(request: ExportRequest, form: str) -> Any:
     """Return a `gguf.GGUFWriter` with the general entries; form: `model` or `adapter`."""
     gguf = gguf_package()
-    writer = gguf.GGUFWriter(None, architecture)
+    writer = gguf.GGUFWriter(None, ARCHITECTURE)
     writer.add_type(form)
     writer.add_name(model_name(request))
-    writer.add_file_type(kind.file_type)
+    kind = request.kind.upper()
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     return writer
 
 
-def write_file(request: ExportRequest, writer: Any, tensors: list[PlannedTensor], kind: NumberType) -> Path:
-    """Write `NAME-TYPE.gguf`, one encoded tensor in memory at a time, and verify it if `options.verify`."""
-    path = request.out / f"{model_name(request)}-{kind.name}.gguf"
+def write_file(request: ExportRequest, writer: Any, tensors: list[PlannedTensor]) -> tuple[Path, dict[str, Any]]:
+    """Write `NAME-TYPE.gguf`, one encoded tensor in memory at a time, and verify it if `options.verify`.
+
+    Returns:
+        The file, and facts for the report.
+    """
+    path = request.out / f"{model_name(request)}-{request.kind}.gguf"
     entries = {key: value.value for key, value in writer.kv_data[0].items()}
     for tensor in tensors:
         size = math.prod(tensor.byte_shape)
@@ -92,7 +96,10 @@ def write_file(request: ExportRequest, writer: Any, tensors: list[PlannedTensor]
         writer.close()
     if request.options.verify:
         check_file(path, entries, tensors)
-    return path
+    size, types = path.stat().st_size, Counter(tensor.kind.name for tensor in tensors)
+    counts = ", ".join(f"{name}={count}" for name, count in types.items())
+    request.log(f"gguf: file={path.name}, size={format_bytes(size)}, tensors: {counts}")
+    return path, {"file": path.name, "bytes": size, "type": request.kind, "tensors": dict(types)}
 
 
 def check_file(path: Path, entries: dict[str, Any], tensors: list[PlannedTensor]) -> None:
@@ -106,7 +113,12 @@ def check_file(path: Path, entries: dict[str, Any], tensors: list[PlannedTensor]
     """
     reader = gguf_package().GGUFReader(path)
     there = {tensor.name: tensor for tensor in reader.tensors}
-    problems = [f"entry {key} differs" for key, value in entries.items() if not _has_entry(reader, key, value)]
+    problems = []
+    for key, value in entries.items():
+        field = reader.get_field(key)
+        found = None if field is None else field.contents()
+        if found != (float(np.float32(value)) if isinstance(value, float) else value):
+            problems.append(f"entry {key} differs")
     problems += [f"tensor {name} is unexpected" for name in sorted(there.keys() - {tensor.name for tensor in tensors})]
     for tensor in tensors:
         if tensor.name not in there:
@@ -115,12 +127,6 @@ def check_file(path: Path, entries: dict[str, Any], tensors: list[PlannedTensor]
             problems.append(f"tensor {tensor.name} is not {tensor.source} in {tensor.kind.name}")
     if problems:
         raise IntegrityError(f"{path.name}: was not written correctly: {'; '.join(problems[:10])}; nothing was kept")
-
-
-def _has_entry(reader: Any, key: str, value: Any) -> bool:
-    field = reader.get_field(key)
-    found = None if field is None else field.contents()
-    return found == (float(np.float32(value)) if isinstance(value, float) else value)
 
 
 def _holds(found: Any, planned: PlannedTensor) -> bool:
@@ -142,8 +148,3 @@ def _close(found: Tensor, source: Tensor, kind: NumberType) -> bool:
     blocks = source.view(-1, kind.block)
     limit = blocks.abs().amax(dim=1, keepdim=True) * (kind.worst + _SCALE_SHARE) + _SCALE_FLOOR
     return bool(((found.view(-1, kind.block) - blocks).abs() <= limit).all())
-
-
-def count_types(tensors: list[PlannedTensor]) -> dict[str, int]:
-    """Return the number of tensors of each type."""
-    return dict(Counter(tensor.kind.name for tensor in tensors))

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from finetune.config.command_options import ExportOptions
 from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.gguf.adapter import write_adapter
 from finetune.export.gguf.check import check_model
-from finetune.export.gguf.file import PlannedTensor, count_types, start_writer, write_file
-from finetune.export.gguf.names import ARCHITECTURE, EMBEDDING, HEAD, check_tensors, settings, tensor_names
+from finetune.export.gguf.file import PlannedTensor, start_writer, write_file
+from finetune.export.gguf.names import ARCHITECTURE, check_tensors, settings, tensor_names
 from finetune.export.gguf.tokenizer import UNUSED, read_vocabulary
-from finetune.export.gguf.types import NumberType, gguf_package, number_type, storage_type
+from finetune.export.gguf.types import TYPES, NumberType, gguf_package
 from finetune.models.hub import weight_files
-from finetune.models.safetensors_index import Stored, WeightFiles, read_rows
+from finetune.models.safetensors_index import WeightFiles, read_rows
 from finetune.system.errors import IntegrityError
-from finetune.system.format import format_bytes
 
 _LISTED_TENSORS = 5
 
 
-def check_ready(options: ExportOptions) -> None:
-    """Raise ConfigError for an unknown number type, MissingExtra without the gguf package."""
-    number_type(options)
+def check_libraries(kind: str) -> None:
+    """Raise MissingExtra without the gguf package."""
     gguf_package()
 
 
@@ -38,22 +35,13 @@ def write(request: ExportRequest) -> Exported:
         ConfigError: GGUF cannot represent the tokenizer, the model or the adapter.
         IntegrityError: the source is corrupt, or the file does not compute what its source computes.
     """
-    check_ready(request.options)
     if not request.options.merge:
         return write_adapter(request)
-    kind = number_type(request.options)
-    path, notes = write_model(request, kind)
-    checks = check_model(request, path, kind) if request.options.verify else []
-    final = shlex.quote(str(request.final_folder / path.name))
-    return Exported(checks, [f"llama-server -m {final}", f"llama-cli -m {final} -cnv"], notes)
-
-
-def write_model(request: ExportRequest, kind: NumberType) -> tuple[Path, dict[str, Any]]:
-    """Write the file of a model and return its path with facts for the report."""
+    kind = TYPES[request.kind]
     config = AutoConfig.from_pretrained(request.source, trust_remote_code=False, local_files_only=True)
     tensors = plan_tensors(request.source, config.num_hidden_layers, config.tie_word_embeddings, kind)
     vocabulary = read_vocabulary(request.source, tensors[0].shape[0])
-    writer = start_writer(request, ARCHITECTURE, "model", kind)
+    writer = start_writer(request, "model")
     total = sum(torch.Size(tensor.shape).numel() for tensor in tensors)
     writer.add_size_label(gguf_package().size_label(total, total, 0, 0))
     add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
@@ -61,23 +49,16 @@ def write_model(request: ExportRequest, kind: NumberType) -> tuple[Path, dict[st
         add[type(value)](f"{ARCHITECTURE}.{key}", value)
     writer.add_vocab_size(len(vocabulary.tokens))
     vocabulary.write(writer)
-    path = write_file(request, writer, tensors, kind)
-    size, types = path.stat().st_size, count_types(tensors)
+    path, notes = write_file(request, writer, tensors)
     wider = [tensor.name for tensor in tensors if len(tensor.shape) > 1 and tensor.kind != kind]
-    counts = ", ".join(f"{name}={count}" for name, count in types.items())
-    request.log(f"gguf: file={path.name}, size={format_bytes(size)}, tensors: {counts}")
     if wider:
         shown = ", ".join(wider[:_LISTED_TENSORS]) + (", …" if len(wider) > _LISTED_TENSORS else "")
         request.log(f"gguf: wider than {kind.name} (vocabulary, or rows that blocks do not fill): {shown}")
-    return path, {
-        "file": path.name,
-        "bytes": size,
-        "type": kind.name,
-        "tensors": types,
-        "wider": wider,
-        "tokens": len(vocabulary.tokens),
-        "unused_tokens": vocabulary.kinds.count(UNUSED),
-    }
+    tokens, unused = len(vocabulary.tokens), vocabulary.kinds.count(UNUSED)
+    notes |= {"wider": wider, "tokens": tokens, "unused_tokens": unused}
+    checks = check_model(request, path) if request.options.verify else []
+    final = shlex.quote(str(request.final_folder / path.name))
+    return Exported(checks, [f"llama-server -m {final}", f"llama-cli -m {final} -cnv"], notes)
 
 
 def plan_tensors(folder: Path, layers: int, tied: bool, kind: NumberType) -> list[PlannedTensor]:
@@ -89,7 +70,10 @@ def plan_tensors(folder: Path, layers: int, tied: bool, kind: NumberType) -> lis
     stored = WeightFiles(weight_files(folder, str(folder))).tensors
     names = tensor_names(layers, tied)
     check_tensors(stored, names, str(folder))
-    planned = [_planned(theirs, ours, stored[ours], kind) for ours, theirs in names.items()]
+    planned = [
+        PlannedTensor(theirs, ours, stored[ours].shape, kind, partial(read_rows, stored[ours]))
+        for ours, theirs in names.items()
+    ]
     if tied and (head := stored.get("lm_head.weight")):
         embedding = planned[0]
         same = head.shape == embedding.shape and all(
@@ -101,8 +85,3 @@ def plan_tensors(folder: Path, layers: int, tied: bool, kind: NumberType) -> lis
                 "help: correct one of them"
             )
     return planned
-
-
-def _planned(name: str, source: str, stored: Stored, kind: NumberType) -> PlannedTensor:
-    fitting = storage_type(kind, stored.shape, vocabulary=name in (EMBEDDING, HEAD))
-    return PlannedTensor(name, source, stored.shape, fitting, lambda start, stop: read_rows(stored, start, stop))

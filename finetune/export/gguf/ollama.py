@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.config.command_options import ExportOptions
 from finetune.data.template.sandbox import Renderer
 from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.gguf import model
 from finetune.export.gguf.file import model_name
-from finetune.export.verify import open_tokenizer
-from finetune.models.hub import read_json
+from finetune.export.verify import open_tokenizer, read_settings
 from finetune.system.errors import ConfigError, DataError
 
 Turn = dict[str, str]
@@ -42,9 +40,7 @@ _DEFAULT_SYSTEM = """
 {{ end }}"""
 
 
-def check_ready(options: ExportOptions) -> None:
-    """Raise ConfigError for an unknown number type, MissingExtra without the gguf package."""
-    model.check_ready(options)
+check_libraries = model.check_libraries
 
 
 def write(request: ExportRequest) -> Exported:
@@ -59,7 +55,7 @@ def write(request: ExportRequest) -> Exported:
     """
     tokenizer = open_tokenizer(request.source)
     template = go_template(tokenizer)
-    settings = _generation_config(request.source)
+    settings = read_settings(request.source, "generation_config.json")
     gguf = model.write(request)
     lines = [f"FROM ./{gguf.notes['file']}", f'TEMPLATE """{template}"""']
     lines += [f'PARAMETER stop "{token}"' for token in _stop_tokens(request.source, tokenizer, settings)]
@@ -144,15 +140,10 @@ def _default_system(source: str, tokenizer: Any) -> str | None:
     return default
 
 
-def _generation_config(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    return read_json(path, f"model {folder}") if path.is_file() else {}
-
-
 def _stop_tokens(folder: Path, tokenizer: Any, settings: dict[str, Any]) -> list[str]:
     ids = settings.get("eos_token_id")
     if ids is None:
-        ids = read_json(folder / "config.json", f"model {folder}").get("eos_token_id")
+        ids = read_settings(folder, "config.json").get("eos_token_id")
     listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
     tokens = [tokenizer.convert_ids_to_tokens(id) for id in listed] + [tokenizer.eos_token, "<|im_end|>"]
     return list(dict.fromkeys(token for token in tokens if token))

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.config.command_options import ExportOptions
-from finetune.export.exporter import EXPORTERS
 from finetune.system.errors import ConfigError, IntegrityError, MissingExtra
 
 _LARGEST_F16 = 65504.0
@@ -18,28 +16,17 @@ _LARGEST_F16 = 65504.0
 
 @dataclass(frozen=True)
 class NumberType:
-    """A number type of GGUF.
+    """A number type of GGUF."""
 
-    name: in lower case, as llama.cpp's tools spell it.
-    block: values of a row that share a scale.
-    worst: the largest rounding error, as a share of the block's largest value; 0 for types without blocks.
-    small: below 8 bits per weight.
-    """
-
-    name: str
-    block: int = 1
-    worst: float = 0.0
-    small: bool = False
+    name: str  # in lower case, as llama.cpp's tools spell it
+    block: int = 1  # values of a row that share a scale
+    worst: float = 0.0  # largest rounding error, as a share of the block's largest value; 0 for types without blocks
+    small: bool = False  # below 8 bits per weight
 
     @property
     def ggml(self) -> Any:
         """The `gguf.GGMLQuantizationType`."""
         return gguf_package().GGMLQuantizationType[self.name.upper()]
-
-    @property
-    def file_type(self) -> Any:
-        """The `gguf.LlamaFileType`."""
-        return gguf_package().LlamaFileType["ALL_F32" if self.name == "f32" else f"MOSTLY_{self.name.upper()}"]
 
     def row_bytes(self, columns: int) -> int:
         """Return the bytes of a row; columns is a multiple of `block`."""
@@ -71,18 +58,6 @@ def gguf_package() -> Any:
     except ImportError as error:
         raise MissingExtra('GGUF export needs: pip install "finetune-qlora[gguf]"') from error
     return gguf
-
-
-def number_type(options: ExportOptions) -> NumberType:
-    """Return the number type of an export, or raise ConfigError with all that can be written."""
-    exporter = EXPORTERS["gguf"]
-    name, allowed = exporter.number_type(options), tuple(exporter.types) if options.merge else exporter.adapter_types
-    if name not in allowed:
-        raise ConfigError(
-            f"type: GGUF is written here as {', '.join(allowed)}, found {name}\n"
-            "help: for another type export f32, then run llama.cpp's `llama-quantize model-f32.gguf model.gguf TYPE`"
-        )
-    return TYPES[name]
 
 
 def storage_type(wanted: NumberType, shape: tuple[int, ...], vocabulary: bool) -> NumberType:

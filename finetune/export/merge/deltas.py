@@ -1,4 +1,4 @@
-"""Deltas: the changes of an adapter to a tensor of its base, as functions of a block of rows.
+"""Deltas: the changes of adapters to the tensors of their base, as functions of a block of rows.
 
 A matrix is merged one block of rows at a time, so it is never in memory in fp32 as a whole.
 Shapes: weight_OI [rows of the block, in]; lora_A [R, in], lora_B [out, R], both fp32.
@@ -7,34 +7,44 @@ Shapes: weight_OI [rows of the block, in]; lora_A [R, in], lora_B [out, R], both
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
+from peft.utils import merge_utils
 from torch import Tensor
 
+from finetune.models.adapters.files import PREFIX, SavedAdapter, other_base, other_updates, scaling_of, token_ids
+from finetune.models.safetensors_index import Stored
+from finetune.system.errors import ConfigError
 
-class Delta(Protocol):
-    """The change of one tensor.
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+_FROZEN = ".base_layer."
+_LISTED_PROBLEMS = 10
 
-    rows: number of rows of the changed tensor; None keeps the base's.
-    whole: `apply` must get all rows at once.
-    """
+
+class Delta(ABC):
+    """The change of one tensor."""
 
     @property
-    def rows(self) -> int | None: ...
+    def rows(self) -> int | None:
+        """Number of rows of the changed tensor; None keeps the base's."""
+        return None
 
     @property
-    def whole(self) -> bool: ...
+    def whole(self) -> bool:
+        """Whether `apply` must get all rows at once."""
+        return False
 
+    @abstractmethod
     def apply(self, block: Tensor, start: int) -> Tensor:
         """Return the changed rows in fp32 from the base's fp32 rows, the first of them row `start`."""
-        ...
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Delta):
     """W + scaling B A; DoRA's magnitudes then give each row its learned length.
 
     Source: LoRA, Hu et al. 2021, arXiv:2106.09685; DoRA, Liu et al. 2024, arXiv:2402.09353.
@@ -44,8 +54,6 @@ class LowRank:
     lora_B: Tensor
     scaling: float
     magnitude: Tensor | None = None
-    rows: int | None = None
-    whole: bool = False
 
     def apply(self, block: Tensor, start: int) -> Tensor:
         factors_OR = self.lora_B[start : start + len(block)]
@@ -57,11 +65,10 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Replaced:
+class Replaced(Delta):
     """A tensor that was trained in full."""
 
     tensor: Tensor
-    whole: bool = False
 
     @property
     def rows(self) -> int:
@@ -72,12 +79,11 @@ class Replaced:
 
 
 @dataclass(frozen=True)
-class NewRows:
+class NewRows(Delta):
     """Trained rows of a table of tokens; rows beyond its end make it grow."""
 
     ids: Tensor  # int64 [N]
     values: Tensor  # [N, D]
-    whole: bool = False
 
     @property
     def rows(self) -> int:
@@ -95,7 +101,7 @@ Combine = Callable[[list[Tensor], Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
-class Combined:
+class Combined(Delta):
     """Several deltas of one tensor with weights: W + sum of w (changed - W).
 
     combine: None is that sum; otherwise a function of PEFT. TIES and DARE get the whole update of the tensor. PEFT's
@@ -143,20 +149,92 @@ def combine_deltas(
     """Combine the deltas of several adapters, by tensor; an adapter without a delta of a tensor adds nothing to it."""
     if len(parts) == 1 and weights[0] == 1.0:
         return parts[0]
-    from peft.utils import merge_utils
-
-    functions: dict[str, Combine | None] = {
-        "linear": None,
-        "ties": merge_utils.ties,
-        "dare_linear": merge_utils.dare_linear,
-        "dare_ties": merge_utils.dare_ties,
-    }
+    combine = None if combination == "linear" else getattr(merge_utils, combination)
     combined: dict[str, Delta] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         own = [(part[name], weight) for part, weight in zip(parts, weights, strict=True) if name in part]
         # One seed for each tensor, independent of the other tensors.
         tensor_seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "little")
         combined[name] = Combined(
-            [delta for delta, _ in own], [weight for _, weight in own], functions[combination], density, tensor_seed
+            [delta for delta, _ in own], [weight for _, weight in own], combine, density, tensor_seed
         )
     return combined
+
+
+def read_deltas(adapter: SavedAdapter, base: Mapping[str, Stored]) -> dict[str, Delta]:
+    """Return the delta of each tensor that the adapter changes; `base` lists a tied head under its own name.
+
+    Raises:
+        ConfigError: lists everything that does not fit the base or cannot be merged.
+    """
+    problems = list(other_updates(adapter.config))
+    if (init := other_base(adapter.config)) and init != "loftq":  # LoftQ's other base is the dequantized one.
+        problems.append(
+            f"init_lora_weights={init}: the adapter needs other base weights; let PEFT convert it "
+            "(save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    deltas: dict[str, Delta] = {}
+    left = {name.removeprefix(PREFIX): tensor for name, tensor in adapter.tensors.items()}
+    for name in [name for name in left if name.endswith(".lora_A.weight")]:
+        module = name.removesuffix(".lora_A.weight")
+        lora_A, lora_B = left.pop(name).float(), left.pop(f"{module}.lora_B.weight").float()
+        magnitudes = (f"{module}.lora_magnitude_vector", f"{module}.lora_magnitude_vector.weight")
+        magnitude = next((left.pop(key).float().flatten() for key in magnitudes if key in left), None)
+        deltas[f"{module}.weight"] = LowRank(lora_A, lora_B, scaling_of(adapter.config, module, len(lora_A)), magnitude)
+    ids = token_ids(adapter.config)
+    for name in [name for name in left if name.endswith(_TOKEN_ROWS)]:
+        module = name.removesuffix(_TOKEN_ROWS)
+        rows = next((rows for key, rows in ids.items() if f".{module}".endswith(f".{key}")), [])
+        deltas[f"{module}.weight"] = NewRows(torch.tensor(rows, dtype=torch.int64), left.pop(name))
+    for name in [name for name in left if _FROZEN in name]:
+        # PEFT saves the frozen weight of an adapted head, and the bias, which it may have trained.
+        tensor, plain = left.pop(name), name.replace(_FROZEN, ".")
+        if plain not in deltas:
+            left[plain] = tensor
+    for name in [name for name in left if name in base]:
+        deltas[name] = Replaced(left.pop(name))
+    problems += [f"{name}: the base has no such tensor, or its kind cannot be merged" for name in left]
+    problems += _misfits(deltas, base)
+    if problems:
+        listed = problems[:_LISTED_PROBLEMS]
+        if len(problems) > _LISTED_PROBLEMS:
+            listed.append(f"… {len(problems)} problems in total")
+        raise ConfigError(f"adapter={adapter.name}: cannot be merged into this base:\n  " + "\n  ".join(listed))
+    return deltas
+
+
+def _misfits(deltas: Mapping[str, Delta], base: Mapping[str, Stored]) -> Iterator[str]:
+    for name, delta in deltas.items():
+        if name not in base:
+            yield f"{name}: the base has no such tensor"
+            continue
+        shape = base[name].shape
+        match delta:
+            case LowRank():
+                wanted = (len(delta.lora_B), delta.lora_A.shape[1])
+                fits = wanted == shape
+            case Replaced():
+                wanted = tuple(delta.tensor.shape)
+                fits = wanted[1:] == shape[1:] and wanted[0] >= shape[0]  # Tables of tokens may grow.
+            case NewRows():
+                wanted = (delta.rows, delta.values.shape[1])
+                fits = wanted[1:] == shape[1:]
+            case _:
+                continue
+        if not fits:
+            yield f"{name}: the base has shape {list(shape)}, the adapter needs {list(wanted)}"
+
+
+def untie(deltas: dict[str, Delta], tied: bool) -> bool:
+    """Return whether the adapter changed a tied head alone, so that the head becomes a tensor of its own.
+
+    PEFT saves equal deltas of the head and the embedding for tied modules; the head's delta is then dropped.
+    """
+    if not tied or HEAD not in deltas:
+        return False
+    head, embedding = deltas[HEAD], deltas.get(EMBEDDING)
+    same_kind = isinstance(head, Replaced | NewRows) and type(head) is type(embedding)
+    if same_kind and all(map(torch.equal, vars(head).values(), vars(embedding).values())):
+        del deltas[HEAD]
+        return False
+    return True

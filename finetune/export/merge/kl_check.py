@@ -30,9 +30,8 @@ from finetune.models.adapters.files import SavedAdapter, load_adapter
 from finetune.models.adapters.trained import Trained
 from finetune.models.fused import fuse_layers
 from finetune.models.load import default_device, load_adapter_tokenizer, load_base
+from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.system.errors import ConfigError, DataError
-
-_LIMIT_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -127,9 +126,9 @@ def measure_trained(trained: Trained, held_out: HeldOutSet) -> Reference:
     fuse_layers(model)
     teacher = ResidentTeacher(model.eval(), device)
     documents = held_out.documents
-    batches = [build_batch(group, share_prefixes=True) for group in groups_of(documents, _LIMIT_TOKENS)]
+    batches = [build_batch(group, share_prefixes=True) for group in groups_of(documents, EVALUATION_TOKENS)]
     outputs = list(teacher.targets_for(batches))
-    reference = Reference(held_out, outputs, evaluate(model, documents, limit_tokens=_LIMIT_TOKENS))
+    reference = Reference(held_out, outputs, evaluate(model, documents, limit_tokens=EVALUATION_TOKENS))
     del model, teacher
     gc.collect()
     return reference
@@ -143,9 +142,9 @@ def measure_merged(folder: Path, dtype: Dtype, references: Sequence[Reference]) 
     for reference in references:
         held_out = reference.held_out
         found = agreement(
-            model, _Replay(reference), held_out.documents, held_out.vocabulary, limit_tokens=_LIMIT_TOKENS
+            model, _Replay(reference), held_out.documents, held_out.vocabulary, limit_tokens=EVALUATION_TOKENS
         )
-        merged = evaluate(model, held_out.documents, limit_tokens=_LIMIT_TOKENS)
+        merged = evaluate(model, held_out.documents, limit_tokens=EVALUATION_TOKENS)
         checks.append(
             KlCheck(
                 adapter=held_out.adapter.name,

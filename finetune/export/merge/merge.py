@@ -8,18 +8,18 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from finetune.config.command_options import MergeOptions
 from finetune.config.schema import Dtype
 from finetune.export.merge.card import merged_card
 from finetune.export.merge.kl_check import KlCheck, held_out_set, measure_merged, measure_trained
-from finetune.export.merge.metadata import write_metadata
 from finetune.export.merge.weights import MergePlan, content_of, plan_merge
 from finetune.export.shards import Advance, plan_shards, write_index, write_shard
-from finetune.export.staging import KeepPartial, staged
+from finetune.export.staging import TOKENIZER_COPIES, KeepPartial, copy_files, staged
 from finetune.models.adapters.trained import Trained, choose_base, find_trained, kept_in_training
 from finetune.models.digest import identity
+from finetune.models.load import TOKENIZER_FILES
 from finetune.system.console import Log, log, progress_bar
 from finetune.system.errors import ConfigError
 from finetune.system.format import format_bytes, parse_size
@@ -70,7 +70,10 @@ def merge(options: MergeOptions, log: Log = log, progress: Progress = progress_b
     trained = find_trained(names, options.model, log)
     base, reason = choose_base(trained, options.base)
     plan = plan_merge(trained, base, options, log)
-    dtype = _main_dtype(plan)
+    sizes: Counter[Any] = Counter()
+    for tensor in plan.tensors:
+        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    dtype: Dtype = sizes.most_common(1)[0][0]
     held_out = [found for adapter in trained.adapters if (found := held_out_set(trained, adapter, options.kl_check))]
     if options.kl_check.max_kl is not None and not held_out:
         raise ConfigError(
@@ -125,12 +128,17 @@ def _write_merged(trained: Trained, plan: MergePlan, folder: Path, limit_bytes: 
     write_index(folder, shards)
 
 
-def _main_dtype(plan: MergePlan) -> Dtype:
-    """Return the dtype of most of the bytes."""
-    sizes: Counter[str] = Counter()
-    for tensor in plan.tensors:
-        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
-    return cast(Dtype, sizes.most_common(1)[0][0])
+def write_metadata(trained: Trained, plan: MergePlan, dtype: str, folder: Path) -> None:
+    """Write config.json, generation_config.json and the tokenizer: the adapter's own if it has one, else the base's."""
+    config = json.loads((trained.folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"dtype": dtype, "vocab_size": plan.vocabulary}
+    config.pop("torch_dtype", None)
+    if plan.unties:
+        config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_files(trained.folder, folder, ("generation_config.json",))
+    adapter = trained.adapters[0].folder
+    copy_files(adapter if (adapter / TOKENIZER_FILES[0]).is_file() else trained.folder, folder, TOKENIZER_COPIES)
 
 
 def _require_near(checks: Sequence[KlCheck], options: MergeOptions) -> None:

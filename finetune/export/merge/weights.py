@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from finetune.config.command_options import MergeOptions
-from finetune.export.merge.adapters import EMBEDDING, HEAD, read_deltas, untie
-from finetune.export.merge.deltas import Delta, combine_deltas
+from finetune.export.merge.deltas import EMBEDDING, HEAD, Delta, combine_deltas, read_deltas, untie
 from finetune.export.shards import Content, Planned
 from finetune.models.adapters.trained import Trained
 from finetune.models.hub import read_config

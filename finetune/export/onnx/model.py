@@ -1,4 +1,4 @@
-"""format=onnx: a Qwen2 model folder as an ONNX graph with a key-value cache, for onnxruntime-genai."""
+"""format=onnx: a Qwen2 model folder as an ONNX graph with a key-value cache, for onnxruntime-genai, which reads it."""
 
 from __future__ import annotations
 
@@ -6,27 +6,31 @@ import json
 import shlex
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from finetune.config.command_options import ExportOptions
-from finetune.export.exporter import EXPORTERS, Exported, ExportRequest
-from finetune.export.onnx.builder import build, runtime
-from finetune.export.onnx.int8 import quantize
-from finetune.export.onnx.reader import OnnxModel
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.export.exporter import Exported, ExportRequest
+from finetune.export.onnx.builder import build, quantize, runtime
 from finetune.export.verify import (
     PROMPTS,
     Answers,
     Verification,
     compare,
     open_tokenizer,
+    read_settings,
     require_same_ids,
     source_answers,
 )
 from finetune.system.atomic import write_text
-from finetune.system.errors import ConfigError, IntegrityError
+from finetune.system.errors import IntegrityError
 
 GRAPH = "model.onnx"
 
@@ -35,7 +39,6 @@ GRAPH = "model.onnx"
 class NumberFormat:
     """The builder's options of a number type; dynamic: onnxruntime quantizes the graph afterwards."""
 
-    meaning: str
     precision: str
     provider: str = "cpu"
     options: tuple[str, ...] = ()
@@ -43,28 +46,23 @@ class NumberFormat:
 
 
 TYPES = {
-    "fp32": NumberFormat("every bit; all answers must be the source's", "fp32"),
+    "fp32": NumberFormat("fp32"),
     # The builder's fp16 graph for CPUs splits attention, and onnxruntime 1.32 fails on its second token. The graph for
     # CUDA does not, and runs on CPUs once its config names no provider.
-    "fp16": NumberFormat("16 bits, for GPUs", "fp16", "cuda"),
-    "int8": NumberFormat("weights in int8 by blocks of 32", "int8"),
+    "fp16": NumberFormat("fp16", "cuda"),
+    "int8": NumberFormat("int8"),
     # KL is 0.06 nats per token on the embedded base, and 0.16 with the builder's defaults, which are 16 % smaller.
     "int4": NumberFormat(
-        "weights in int4 by blocks of 32, the most sensitive in int8",
         "int4",
         options=("algo_config=k_quant", "matmul_mixed_precision=last_matmul:int8,mixed_layers:int8"),
     ),
-    "int8-dynamic": NumberFormat("weights and activations in int8, by onnxruntime's quantizer", "fp32", dynamic=True),
+    "int8-dynamic": NumberFormat("fp32", dynamic=True),
 }
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
-def check_ready(options: ExportOptions) -> None:
-    """Raise ConfigError for an unknown number type, MissingExtra without the libraries."""
-    kind = EXPORTERS["onnx"].number_type(options)
-    if kind not in TYPES:
-        listed = "; ".join(f"{name}: {each.meaning}" for name, each in TYPES.items())
-        raise ConfigError(f"type: unknown number type of ONNX, found {kind}\nhelp: choose from {listed}")
+def check_libraries(kind: str) -> None:
+    """Raise MissingExtra without the libraries of the extra."""
     runtime()
 
 
@@ -77,9 +75,8 @@ def write(request: ExportRequest) -> Exported:
         IntegrityError: the export or its tokenizer does not compute what its source computes.
         FinetuneError, ResourceError: as `build`.
     """
-    check_ready(request.options)
-    kind = EXPORTERS["onnx"].number_type(request.options)
-    request.log(f"onnx: building the graph, type={kind} ({TYPES[kind].meaning})")
+    kind = request.kind
+    request.log(f"onnx: building the graph, type={kind}")
     _build(request, TYPES[kind])
     settings = settle(request.source, request.out)
     checks, notes = _verify(request, kind) if request.options.verify else ([], {})
@@ -110,14 +107,14 @@ def settle(source: Path, folder: Path) -> dict[str, Any]:
     path = folder / "genai_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     model, search = settings["model"], settings["search"]
-    generation = _read(source / "generation_config.json")
+    generation = read_settings(source, "generation_config.json")
     # The builder adds the tokenizer's eos token to the stop ids, and omits the repetition penalty.
     model["eos_token_id"] = generation.get("eos_token_id") or model["eos_token_id"]
     search |= {key: generation[key] for key in _SEARCH if generation.get(key) is not None}
     named = (
         generation.get("bos_token_id"),
-        _read(source / "config.json").get("bos_token_id"),
-        _read(source / "tokenizer_config.json").get("bos_token"),
+        read_settings(source, "config.json").get("bos_token_id"),
+        read_settings(source, "tokenizer_config.json").get("bos_token"),
     )
     if all(value is None for value in named):
         # The file needs an id, and the builder writes 1, an ordinary token. Qwen2.5 itself uses its pad token.
@@ -129,16 +126,17 @@ def settle(source: Path, folder: Path) -> dict[str, Any]:
     return {"context_tokens": model["context_length"], "stop_ids": stops if isinstance(stops, list) else [stops]}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def _verify(request: ExportRequest, kind: str) -> tuple[list[Verification], dict[str, Any]]:
     """Compare logits over the source's answers, generated answers, and the tokenizer."""
     answers = source_answers(request.source, request.options)
     model = OnnxModel(request.out)
+    tokenizer, texts = open_tokenizer(request.source), list(PROMPTS)
+    if tokenizer.chat_template is not None:
+        turns = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+        texts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     # onnxruntime-genai has its own tokenizer.
-    require_same_ids(model.name, _prompts(request.source), model.encode)
+    ids = {text: tokenizer.encode(text, add_special_tokens=False) for text in texts}
+    require_same_ids(model.name, ids, model.encode)
     found = compare(answers, model.logits, f"{model.name} ({kind})", exact=kind == "fp32")
     generated = _generated(answers, model, request.options.tokens)
     request.log(f"onnx: generated answers equal to the source's: {generated['same_answers']}/{generated['answers']}")
@@ -161,16 +159,6 @@ def _generated(answers: Answers, model: OnnxModel, tokens: int) -> dict[str, int
     return counts
 
 
-def _prompts(source: Path) -> dict[str, list[int]]:
-    """Return the rendered prompts and their ids."""
-    tokenizer = open_tokenizer(source)
-    texts = list(PROMPTS)
-    if tokenizer.chat_template is not None:
-        turns = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-        texts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return {text: tokenizer.encode(text, add_special_tokens=False) for text in texts}
-
-
 def serving_command(folder: Path, chat: bool) -> str:
     """Return a shell command that generates one answer; chat: the folder has a chat template."""
     prompt = '"Hello"'
@@ -184,3 +172,68 @@ def serving_command(folder: Path, chat: bool) -> str:
         "[g.generate_next_token() for _ in iter(g.is_done, True)]; print(t.decode(g.get_sequence(0)))"
     )
     return f"ORT_DISABLE_TELEMETRY=1 python -c {shlex.quote(code)}"
+
+
+class OnnxModel:
+    """An ONNX folder, opened on the CPU.
+
+    Raises:
+        MissingExtra: onnxruntime-genai is missing.
+        IntegrityError: onnxruntime-genai cannot open or run the folder.
+    """
+
+    def __init__(self, folder: Path):
+        self._genai = runtime()
+        self.name = f"onnxruntime-genai {self._genai.__version__}"
+        self._folder = folder
+        with self._readable_errors():
+            self._model: Any = self._genai.Model(str(folder))
+            self._tokenizer: Any = self._genai.Tokenizer(self._model)
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """Return fp32 logits [T, V] of ids [T], from one pass."""
+        with self._readable_errors():
+            generator = self._started(ids, 1)
+            # get_logits returns the last token's only; the graph's output has all, in the graph's precision.
+            return torch.from_numpy(np.array(generator.get_output("logits"), dtype=np.float32))[0]
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Return the new ids of a greedy answer, generated with the cache; a stop token is included."""
+        new: list[int] = []
+        with self._readable_errors():
+            generator = self._started(ids, max_new_tokens)
+            while len(new) < max_new_tokens and not generator.is_done():
+                generator.generate_next_token()
+                # The generator's own sequence omits the stop token.
+                new.append(int(generator.get_next_tokens()[0]))
+        return new
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids by onnxruntime-genai's tokenizer; control tokens in the text become control tokens.
+
+        That tokenizer does not normalize Unicode: give it text in NFC.
+        """
+        with self._readable_errors():
+            return self._tokenizer.encode(text).tolist()
+
+    def _started(self, ids: Sequence[int], more: int) -> Any:
+        parameters = self._genai.GeneratorParams(self._model)
+        # The sampling of genai_config.json is for chats; a comparison needs the arg max.
+        parameters.set_search_options(
+            do_sample=False,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            num_beams=1,
+            min_length=0,
+            max_length=len(ids) + more,
+        )
+        generator = self._genai.Generator(self._model, parameters)
+        generator.append_tokens(np.array(ids, dtype=np.int32))
+        return generator
+
+    @contextmanager
+    def _readable_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # The library raises no other error.
+            raise IntegrityError(f"{self._folder}: {self.name} cannot run it, found {error}") from error

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.adapters.files import save_adapter
 from finetune.models.load import load_base
+from tests.models import save_tiny_base
 
 
 @contextmanager
@@ -68,25 +69,9 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
     def make(tied: bool = True, max_shard_size: str = "5GB", seed: int = 0) -> Path:
         key = (tied, max_shard_size, seed)
         if key not in made:
-            torch.manual_seed(seed)
-            config = Qwen2Config(
-                vocab_size=320,
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=256,
-                tie_word_embeddings=tied,
-                eos_token_id=1,
-            )
-            model = Qwen2ForCausalLM(config)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(0.05 * torch.randn_like(parameter))
-            made[key] = tmp_path_factory.mktemp("base")
-            model.bfloat16().save_pretrained(made[key], max_shard_size=max_shard_size)
-            tokenizer().save_pretrained(made[key])
+            folder = tmp_path_factory.mktemp("base")
+            made[key] = save_tiny_base(folder, tied, 320, max_shard_size, noise=0.05, seed=seed, eos_token_id=1)
+            tokenizer().save_pretrained(folder)
         return made[key]
 
     return make

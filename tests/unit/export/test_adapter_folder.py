@@ -251,19 +251,13 @@ def test_wrong_folding_is_refused(
 def test_a_changed_copy_is_refused(make_adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_adapter("q,v")
 
-    def spoilt(config: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
-        change_config(source, lora_alpha=8.0001)
-        return True
-
-    monkeypatch.setattr(adapter_folder, "_uniform", spoilt)
+    monkeypatch.setattr(adapter_folder, "copy_files", lambda *_: change_config(source, lora_alpha=8.0001))
     with pytest.raises(IntegrityError, match="PEFT"):
         export(source, tmp_path / "out")
 
 
 def test_corrupt_untrained_and_other_adapters_are_refused(make_adapter, tmp_path: Path) -> None:
     source = make_adapter("q,v")
-    with pytest.raises(ConfigError, match="found bf16"):
-        export(source, tmp_path / "0", type="bf16")
     tensors = load_file(source / TENSOR_FILE)
     save_file({n: t * 0 if ".lora_B." in n else t for n, t in tensors.items()}, source / TENSOR_FILE)
     with pytest.raises(IntegrityError, match=f"{source}.*lora_B"):
@@ -272,5 +266,5 @@ def test_corrupt_untrained_and_other_adapters_are_refused(make_adapter, tmp_path
     with pytest.raises(IntegrityError, match="is missing"):
         export(source, tmp_path / "2")
     change_config(source, peft_type="IA3")
-    with pytest.raises(ConfigError, match="LORA, found IA3"):
+    with pytest.raises(ConfigError, match="LoRA adapter, found IA3"):
         export(source, tmp_path / "3")

@@ -34,7 +34,6 @@ def test_the_table_has_the_number_types_of_each_module(name, types):
         ("gguf", "fp16", "f16"),
         ("onnx", "float32", "fp32"),
         ("safetensors", "f16", "fp16"),
-        ("gguf", "q3_k", "q3_k"),
         ("gguf", None, "q8_0"),
     ],
 )
@@ -47,8 +46,8 @@ def test_a_module_and_an_entry_are_a_format(make_base, tmp_path: Path, monkeypat
         (request.out / "names.json").write_text(json.dumps(sorted(file.name for file in request.source.iterdir())))
         return Exported([], [f"cat {request.final_folder}/names.json"])
 
-    monkeypatch.setitem(sys.modules, "listing", SimpleNamespace(write=write, check_ready=lambda options: None))
-    entry = Exporter("listing", "the names of the files", reader="json", types={"text": 0.0})
+    monkeypatch.setitem(sys.modules, "listing", SimpleNamespace(write=write, check_libraries=lambda kind: None))
+    entry = Exporter("listing", "the names of the files", types={"text": 0.0})
     monkeypatch.setitem(EXPORTERS, "listing", entry)
     options = ExportOptions(model=str(make_base()), format="listing", out=str(tmp_path / "out"))
     assert export_model(options, log=lambda text: None).serve == [f"cat {tmp_path}/out/names.json"]
@@ -65,6 +64,8 @@ def test_a_module_and_an_entry_are_a_format(make_base, tmp_path: Path, monkeypat
         ({"format": "ollama", "adapter": "x", "merge": False}, "merge"),
         ({"format": "onnx", "adapter": "x", "merge": False}, "merge"),
         ({"format": "gguf", "adapter": "x", "merge": False, "base": "original"}, "base"),
+        ({"format": "gguf", "adapter": "x", "type": "q3_k"}, "type"),
+        ({"format": "adapter", "adapter": "x", "type": "bf16"}, "type"),
     ],
 )
 def test_contradicting_options_are_refused_before_anything_is_written(options, key, tmp_path: Path):

@@ -12,8 +12,8 @@ import torch
 from finetune import load_config
 from finetune.config.schema import RunConfig
 from finetune.data.batch import Batch
-from finetune.mixed_precision.examples import batches_of, load_rows, sample
 from finetune.mixed_precision.layerwise import LayerwiseModel
+from finetune.mixed_precision.measure import batches_of, load_rows, sample
 
 ROWS = 6
 

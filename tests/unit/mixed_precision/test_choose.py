@@ -20,9 +20,8 @@ from finetune.mixed_precision.choose import (
     quant_of,
     write_allocation,
 )
-from finetune.mixed_precision.divergences import MeanKl
 from finetune.mixed_precision.journal import Sensitivities
-from finetune.mixed_precision.sensitivity import ALL
+from finetune.mixed_precision.sensitivity import ALL, MeanKl
 from finetune.models.quant.bit_widths import storage_of
 from finetune.system.errors import ConfigError
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.mixed_precision.divergences import MeanKl
 from finetune.mixed_precision.journal import JOURNAL, RESULT, Journal, Sensitivities
-from finetune.mixed_precision.sensitivity import ALL, Measured
+from finetune.mixed_precision.sensitivity import ALL, MeanKl, Measured
 from finetune.mixed_precision.summary import MARKDOWN, PICTURE, write_summary
 from finetune.system.errors import ConfigError, IntegrityError
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config.command_options import ExportOptions
 from finetune.export.exporter import ExportRequest
+from tests.models import save_tiny_base
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -19,23 +19,8 @@ def save_model(
     folder: Path, tokenizer: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **config: Any
 ) -> Path:
     """Save a small random model with the tokenizer of a folder; config: fields of Qwen2Config."""
-    small = {
-        "vocab_size": 896,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-        "eos_token_id": 882,
-        "max_position_embeddings": 512,
-    }
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**(small | config)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    small = {"vocab_size": 896, "intermediate_size": 96, "eos_token_id": 882, "max_position_embeddings": 512}
+    save_tiny_base(folder, max_shard_size=shard, noise=0.1, dtype=dtype, **small | config)
     for name in TOKENIZER_FILES:
         shutil.copy(tokenizer / name, folder)
     return folder

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finetune.config.command_options import ExportOptions
+from finetune.export.export import export_model
 from finetune.export.gguf import file as gguf_file
 from finetune.export.gguf import names as gguf_names
 from finetune.export.gguf.check import llama_logits, open_llama
@@ -101,7 +103,7 @@ def test_the_default_type_is_q8_0_and_commands_name_the_final_folder(tiny: Path,
 def test_a_missing_package_is_reported_first(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingExtra, match=r'pip install "finetune-qlora\[gguf\]"'):
-        to_gguf(request(tmp_path / "nothing there", tmp_path / "out", **options))
+        export_model(ExportOptions(adapter=str(tmp_path / "nothing there"), format="gguf", out="x", **options))
 
 
 def test_the_entries_describe_the_model(tiny: Path, tmp_path: Path):

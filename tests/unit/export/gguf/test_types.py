@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from finetune.config.command_options import ExportOptions
-from finetune.export.gguf.types import TYPES, decode, encode, gguf_package, number_type, storage_type
+from finetune.export.exporter import EXPORTERS
+from finetune.export.gguf.types import TYPES, decode, encode, gguf_package, storage_type
 from finetune.system.errors import ConfigError, IntegrityError
 
 pytest.importorskip("gguf", reason="needs the gguf extra")
@@ -73,7 +74,7 @@ def test_every_type_of_the_gguf_package_for_16_bit_models_is_known():
 def test_an_unknown_type_is_refused_with_the_list():
     options = ExportOptions(format="gguf", out="x", type="q4_k_m")
     with pytest.raises(ConfigError, match=r"(?s)type: .*q5_0, .*found q4_k_m.*llama-quantize"):
-        number_type(options)
+        EXPORTERS["gguf"].number_type(options)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
