@@ -85,8 +85,15 @@ def _source(
 ) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
     """Yield the folder to export, and the KL checks of the merge if there was one."""
     if options.adapter is None:
-        assert options.model is not None
-        yield _plain_model(options.model), []
+        name = str(options.model)
+        folder = fetch(name, None, TEXT_FILES + WEIGHT_FILES, "model").folder
+        if (folder / CONFIG_FILE).is_file() and (folder / TENSOR_FILE).is_file():
+            raise ConfigError(f"model={name}: is an adapter\nhelp: write adapter={name}")
+        read_config(folder, name)
+        weight_files(folder, name)
+        if missing := [file for file in TOKENIZER_FILES if not (folder / file).is_file()]:
+            raise ConfigError(f"model={name}: an export needs the tokenizer's files; {', '.join(missing)} is missing")
+        yield folder, []
     elif not (exporter.merges and options.merge):
         yield fetch_adapter(options.adapter, "adapter").folder, []
     else:
@@ -101,14 +108,3 @@ def _source(
             )
             report = merge(chosen, log, progress)
             yield folder / "model", [asdict(check) for check in report.kl_checks]
-
-
-def _plain_model(name: str) -> Path:
-    folder = fetch(name, None, TEXT_FILES + WEIGHT_FILES, "model").folder
-    if (folder / CONFIG_FILE).is_file() and (folder / TENSOR_FILE).is_file():
-        raise ConfigError(f"model={name}: is an adapter\nhelp: write adapter={name}")
-    read_config(folder, name)
-    weight_files(folder, name)
-    if missing := [file for file in TOKENIZER_FILES if not (folder / file).is_file()]:
-        raise ConfigError(f"model={name}: an export needs the tokenizer's files, and {', '.join(missing)} is missing")
-    return folder

@@ -70,7 +70,14 @@ def write_shard(
     with replaced_file(file, buffering=0) as stream:
         stream.write(_header(ordered))
         for tensor in ordered:
-            written = _write(stream, content(tensor), advance)
+            found, written = content(tensor), 0
+            if isinstance(found, Stored):
+                written = _copy(stream, found, advance)
+            else:
+                for block in found:
+                    _write_all(stream, block.contiguous().view(-1).view(torch.uint8).numpy().data)
+                    written += block.nbytes
+                    advance(block.nbytes)
             if written != tensor.nbytes:
                 raise AssertionError(f"{tensor.name} has {tensor.nbytes:,} bytes, not {written:,}")
 
@@ -96,17 +103,6 @@ def _header(tensors: Sequence[Planned]) -> bytes:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write(stream: IO[bytes], content: Content, advance: Advance) -> int:
-    if isinstance(content, Stored):
-        return _copy(stream, content, advance)
-    total = 0
-    for block in content:
-        _write_all(stream, block.contiguous().view(-1).view(torch.uint8).numpy().data)
-        total += block.nbytes
-        advance(block.nbytes)
-    return total
 
 
 def _copy(stream: IO[bytes], stored: Stored, advance: Advance) -> int:

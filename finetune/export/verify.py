@@ -47,19 +47,13 @@ class Answers:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of a comparison.
-
-    tokens: compared tokens of the answers.
-    same: share of them that are the export's top token.
-    kl: mean KL(source || export) in nats per token.
-    largest: largest difference of a logit.
-    """
+    """The result of a comparison."""
 
     reader: str
-    tokens: int
-    same: float
-    kl: float
-    largest: float
+    tokens: int  # compared tokens of the answers
+    same: float  # share of them that are the export's top token
+    kl: float  # mean KL(source || export) in nats per token
+    largest: float  # largest difference of a logit
 
     def describe(self) -> str:
         return (
@@ -94,20 +88,18 @@ def source_answers(source: Path, options: ExportOptions) -> Answers:
     )
     answers = Answers([], [], [])
     for number in range(options.prompts):
-        prompt = _encode(tokenizer, PROMPTS[number % len(PROMPTS)])
+        text = PROMPTS[number % len(PROMPTS)]
+        if tokenizer.chat_template is not None:
+            turns = [{"role": "user", "content": text}]
+            prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        else:
+            prompt = tokenizer(text)["input_ids"]
         with quiet():
             ids = model.generate(torch.tensor([prompt]), generation_config=greedy)[0].tolist()
         answers.ids.append(ids)
         answers.begins.append(len(prompt))
         answers.logits.append(model(torch.tensor([ids])).logits[0].float())
     return answers
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    if tokenizer.chat_template is None:
-        return tokenizer(text)["input_ids"]
-    message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 @torch.no_grad()

@@ -15,8 +15,10 @@ from finetune.export.gguf.file import model_name
 from finetune.export.verify import open_tokenizer, read_settings
 from finetune.system.errors import ConfigError, DataError
 
-Turn = dict[str, str]
-
+_HELP = (
+    "help: only ChatML templates can be rebuilt for Ollama; use format=gguf, which keeps the template "
+    "(llama-server --jinja)"
+)
 # Keys of generation_config.json, as Ollama spells them.
 _PARAMETERS = {
     "temperature": "temperature",
@@ -34,6 +36,20 @@ _TEMPLATE = """{{- range $i, $_ := .Messages }}
 {{- if and $last (ne .Role "assistant") }}<|im_start|>assistant
 {{ end }}
 {{- end }}"""
+# Conversations in which templates differ: the first letter of a turn is its role.
+_ROLES = {"s": "system", "u": "user", "a": "assistant"}
+_PROBES = [
+    ["uA"],
+    ["sS", "uA"],
+    ["s", "uA"],
+    ["uA", "aB", "uC"],
+    ["uA", "aB", "uC", "aD", "uE"],
+    ["sS", "uA", "aB", "sT", "uC", "aD"],
+    ["uA", "aB"],
+    ["u  A \n", "a\n B\n\n", "u", "a"],
+    ["uA", "a<think>\nx\n</think>\n\nB", "uC", "a<think>\n\n</think>\n\nD"],
+    ["sS {{ .System }}", "u<|im_start|>'\"\\", "uB", "aC", "aD"],
+]
 _DEFAULT_SYSTEM = """
 {{- if and (eq $i 0) (ne .Role "system") }}<|im_start|>system
 %s<|im_end|>
@@ -88,39 +104,12 @@ def go_template(tokenizer: Any) -> str:
     return _TEMPLATE % (_DEFAULT_SYSTEM % default.replace("{{", '{{ "{{" }}'))
 
 
-_HELP = (
-    "help: only ChatML templates can be rebuilt for Ollama; use format=gguf, which keeps the template "
-    "(llama-server --jinja)"
-)
-
-
-def chatml(turns: Sequence[Turn], default: str | None, prompt: bool) -> str:
+def _chatml(turns: Sequence[dict[str, str]], default: str | None, prompt: bool) -> str:
     """Render ChatML; default: system prompt of conversations without one; prompt: open the assistant's turn."""
     if default is not None and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": default}, *turns]
     text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
     return text + "<|im_start|>assistant\n" * prompt
-
-
-def _probes() -> list[list[Turn]]:
-    """Return conversations in which templates differ."""
-
-    def conversation(*contents: str) -> list[Turn]:
-        roles = {"s": "system", "u": "user", "a": "assistant"}
-        return [{"role": roles[content[0]], "content": content[1:]} for content in contents]
-
-    return [
-        conversation("uA"),
-        conversation("sS", "uA"),
-        conversation("s", "uA"),
-        conversation("uA", "aB", "uC"),
-        conversation("uA", "aB", "uC", "aD", "uE"),
-        conversation("sS", "uA", "aB", "sT", "uC", "aD"),
-        conversation("uA", "aB"),
-        conversation("u  A \n", "a\n B\n\n", "u", "a"),
-        conversation("uA", "a<think>\nx\n</think>\n\nB", "uC", "a<think>\n\n</think>\n\nD"),
-        conversation("sS {{ .System }}", "u<|im_start|>'\"\\", "uB", "aC", "aD"),
-    ]
 
 
 def _default_system(source: str, tokenizer: Any) -> str | None:
@@ -129,9 +118,10 @@ def _default_system(source: str, tokenizer: Any) -> str | None:
     opening = template.render([{"role": "user", "content": "A"}], None, False)
     before, _, _ = opening.rpartition("<|im_start|>user\nA<|im_end|>\n")
     default = before.removeprefix("<|im_start|>system\n").removesuffix("<|im_end|>\n") if before else None
-    for turns in _probes():
+    for contents in _PROBES:
+        turns = [{"role": _ROLES[content[0]], "content": content[1:]} for content in contents]
         for prompt in (False, True):
-            found, wanted = template.render(turns, None, prompt), chatml(turns, default, prompt)
+            found, wanted = template.render(turns, None, prompt), _chatml(turns, default, prompt)
             if found != wanted:
                 raise ConfigError(
                     f"format=ollama: the chat template is not ChatML: expected {wanted[:300]!r}, "

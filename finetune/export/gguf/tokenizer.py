@@ -24,17 +24,13 @@ _FILL_IN = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The vocabulary of a GGUF file.
+    """The vocabulary of a GGUF file."""
 
-    tokens, kinds: one for each row of the embedding.
-    adds_bos: the tokenizer puts the bos token before every text.
-    """
-
-    tokens: list[str]
-    kinds: list[int]
+    tokens: list[str]  # one for each row of the embedding
+    kinds: list[int]  # of the tokens
     merges: list[str]
-    special_ids: dict[str, int]  # bos, eos, padding, eot
-    adds_bos: bool
+    special_ids: dict[str, int]  # bos, eos, padding, eot, which ends a turn
+    adds_bos: bool  # the tokenizer puts the bos token before every text
     chat_template: str | None
 
     def write(self, writer: Any) -> None:
@@ -71,29 +67,18 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
         control = token["special"] or token["content"] in _FILL_IN
         kinds[token["id"]] = CONTROL if control else USER_DEFINED
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    plain, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    if full not in (plain, [bos, *plain]):
+        raise ConfigError(f"{folder}: GGUF supports tokenizers that add a bos token alone, found {full} for {plain}")
+    # Qwen2.5 has no bos. Readers invent one if the file has none, so it is the pad token, as in Qwen's own files.
+    bos = next((id for id in (bos, pad) if id is not None), eos)
+    special_ids = {"bos": bos, "eos": eos, "padding": pad, "eot": ids.get(FAMILIES["qwen2"].end_of_turn)}
+    special_ids = {name: id for name, id in special_ids.items() if id is not None}
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    return Vocabulary(tokens, kinds, merges, _special_ids(tokenizer, ids), _adds_bos(tokenizer, folder), template)
-
-
-def _special_ids(tokenizer: Any, ids: dict[str, int]) -> dict[str, int]:
-    """Return the special ids; eot ends a turn.
-
-    Qwen2.5 has no bos. Readers invent one if the file has none, so it is the pad token, as in Qwen's own files.
-    """
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    found = {"bos": tokenizer.bos_token_id, "eos": eos, "padding": pad, "eot": ids.get(FAMILIES["qwen2"].end_of_turn)}
-    if found["bos"] is None:
-        found["bos"] = pad if pad is not None else eos
-    return {name: id for name, id in found.items() if id is not None}
-
-
-def _adds_bos(tokenizer: Any, folder: Path) -> bool:
-    plain, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    if full not in (plain, [tokenizer.bos_token_id, *plain]):
-        raise ConfigError(f"{folder}: GGUF supports tokenizers that add a bos token alone, found {full} for {plain}")
-    return full != plain
+    return Vocabulary(tokens, kinds, merges, special_ids, full != plain, template)
 
 
 def _check_qwen2(content: dict[str, Any], folder: Path) -> None:

@@ -110,8 +110,7 @@ class Combined(Delta):
     Yu et al. 2023, arXiv:2311.03099.
     """
 
-    deltas: Sequence[Delta]
-    weights: Sequence[float]
+    parts: Sequence[tuple[Delta, float]]
     combine: Combine | None
     density: float
     seed: int
@@ -122,18 +121,18 @@ class Combined(Delta):
 
     @property
     def rows(self) -> int | None:
-        return max((delta.rows for delta in self.deltas if delta.rows is not None), default=None)
+        return max((delta.rows for delta, _ in self.parts if delta.rows is not None), default=None)
 
     def apply(self, block: Tensor, start: int) -> Tensor:
         if self.combine is None:
             changed = block.clone()
-            for delta, weight in zip(self.deltas, self.weights, strict=True):
+            for delta, weight in self.parts:
                 changed += weight * _update(delta, block, start)
             return changed
-        updates = [_update(delta, block, start) for delta in self.deltas]
+        updates = [_update(delta, block, start) for delta, _ in self.parts]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return block + self.combine(updates, torch.tensor(list(self.weights)), self.density)
+            return block + self.combine(updates, torch.tensor([weight for _, weight in self.parts]), self.density)
 
 
 def _update(delta: Delta, block: Tensor, start: int) -> Tensor:
@@ -155,9 +154,7 @@ def combine_deltas(
         own = [(part[name], weight) for part, weight in zip(parts, weights, strict=True) if name in part]
         # One seed for each tensor, independent of the other tensors.
         tensor_seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "little")
-        combined[name] = Combined(
-            [delta for delta, _ in own], [weight for _, weight in own], combine, density, tensor_seed
-        )
+        combined[name] = Combined(own, combine, density, tensor_seed)
     return combined
 
 

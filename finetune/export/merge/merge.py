@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune import __version__
 from finetune.config.command_options import MergeOptions
+from finetune.config.compose import to_yaml
 from finetune.config.schema import Dtype
-from finetune.export.merge.card import merged_card
 from finetune.export.merge.kl_check import KlCheck, held_out_set, measure_merged, measure_trained
 from finetune.export.merge.weights import MergePlan, content_of, plan_merge
 from finetune.export.shards import Advance, plan_shards, write_index, write_shard
@@ -26,6 +27,33 @@ from finetune.system.format import format_bytes, parse_size
 
 REPORT = "merge_report.json"
 _NAME_EXAMPLES = "'kl_check.data=[{path: rows.jsonl}]'"
+_CARD = """\
+---
+{metadata}
+---
+
+# {name}
+
+`{base}`{revision} with a LoRA adapter merged into its weights by finetune {version}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("<this folder>")
+tokenizer = AutoTokenizer.from_pretrained("<this folder>")
+```
+
+| | |
+|---|---|
+{facts}
+"""
+_SETTINGS = """
+## Settings of the run
+
+```yaml
+{yaml}
+```
+"""
 # Gets a task's name and its bytes; the function that it yields gets the bytes that are done.
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
@@ -36,25 +64,20 @@ class KlCheckFailed(KeepPartial):
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The content of merge_report.json.
-
-    base: `original` or `dequantized`.
-    changed: number of tensors that differ from the base's.
-    kl_checks: one for each adapter with held-out examples.
-    kept: layers that training stored in more bits than the others, by storage; a quantizing export keeps them in bf16.
-    """
+    """The content of merge_report.json."""
 
     adapters: list[str]
     model: str
-    base: str
+    base: str  # original or dequantized
     reason: str
     dtype: str
     tensors: int
-    changed: int
+    changed: int  # tensors that differ from the base's
     bytes: int
     combination: str
     weights: list[float]
-    kl_checks: list[KlCheck]
+    kl_checks: list[KlCheck]  # one for each adapter with held-out examples
+    # Layers that training stored in more bits than the others, by storage; a quantizing export keeps them in bf16.
     kept: dict[str, list[str]]
 
 
@@ -163,3 +186,43 @@ def _made_from(trained: Trained, base: str, options: MergeOptions) -> dict[str, 
         "loaded": trained.model.dtype,
         **options.model_dump(exclude={"adapter", "out", "kl_check", "base", "model"}),
     }
+
+
+def merged_card(trained: Trained, report: MergeReport) -> str:
+    """Return README.md: hub metadata, the merge, its distance from the trained model, the run's settings."""
+    metadata = ["library_name: transformers", "pipeline_tag: text-generation"]
+    if not Path(trained.model.name).exists():
+        metadata += [f"base_model: {trained.model.name}", "base_model_relation: finetune"]
+    card = _CARD.format(
+        metadata="\n".join(metadata),
+        name=trained.cfg.name if trained.cfg is not None else Path(report.adapters[0]).name,
+        base=trained.model.name,
+        revision=f" at revision `{trained.model.revision}`" if trained.model.revision else "",
+        version=__version__,
+        facts="\n".join(f"| {key} | {value} |" for key, value in _facts(trained, report)),
+    )
+    return card + _SETTINGS.format(yaml=to_yaml(trained.cfg).strip()) if trained.cfg else card
+
+
+def _facts(trained: Trained, report: MergeReport) -> list[tuple[str, str]]:
+    into = {"original": "the original weights", "dequantized": f"the dequantized {trained.quant.type} weights"}
+    weights = [f"{name} × {weight:g}" for name, weight in zip(report.adapters, report.weights, strict=True)]
+    facts = [
+        ("adapter", ", ".join(f"`{name}`" for name in (weights if len(weights) > 1 else report.adapters))),
+        ("merged into", f"{into[report.base]}: {report.reason}"),
+        ("dtype", report.dtype),
+        ("tensors changed", f"{report.changed} of {report.tensors}"),
+    ]
+    if len(weights) > 1:
+        facts.append(("combination", report.combination))
+    if trained.cfg is not None:
+        facts.append(("trained on", ", ".join(f"`{Path(source.path).name}`" for source in trained.cfg.data.train)))
+    for check in report.kl_checks:
+        of = f" ({check.adapter})" if len(report.kl_checks) > 1 else ""
+        perplexity = f"{check.perplexity_trained:.4f} trained, {check.perplexity_merged:.4f} merged"
+        facts += [
+            (f"KL(trained, merged){of}", f"{check.kl:.6f} nats per token, {check.tokens:,} held-out tokens"),
+            (f"same top token{of}", f"{check.top1:.2%}"),
+            (f"perplexity{of}", perplexity),
+        ]
+    return facts

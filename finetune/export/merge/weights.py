@@ -7,7 +7,7 @@ quantized form of one matrix too.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from finetune.export.shards import Content, Planned
 from finetune.models.adapters.trained import Trained
 from finetune.models.hub import read_config
 from finetune.models.load import default_device, quiet
-from finetune.models.quant.four_bit_weights import QuantizedWeights, Rows
+from finetune.models.quant.four_bit_weights import QuantizedWeights
 from finetune.models.safetensors_index import Stored, read_rows
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
@@ -30,19 +30,13 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class MergePlan:
-    """The tensors to write, and their sources.
+    """The tensors to write, and their sources."""
 
-    tensors: in the order of the base's files.
-    stored: the base's tensors.
-    quantized: gives the weights as 4-bit training saw them; None takes the original ones.
-    unties: the head becomes a tensor of its own.
-    """
-
-    tensors: list[Planned]
-    stored: dict[str, Stored]
+    tensors: list[Planned]  # in the order of the base's files
+    stored: dict[str, Stored]  # the base's tensors
     deltas: dict[str, Delta]
-    quantized: QuantizedWeights | None
-    unties: bool
+    quantized: QuantizedWeights | None  # the weights as 4-bit training saw them; None takes the original ones
+    unties: bool  # the head becomes a tensor of its own
 
     @property
     def nbytes(self) -> int:
@@ -65,53 +59,45 @@ def plan_merge(trained: Trained, base: str, options: MergeOptions, log: Log) -> 
     Raises:
         ConfigError: an adapter does not fit the base, or the options contradict each other.
     """
-    stored = dict(trained.weights.tensors)
-    tied = bool(read_config(trained.folder, trained.model.name).get("tie_word_embeddings")) and HEAD not in stored
-    named = {**stored, HEAD: stored[EMBEDDING]} if tied else stored
-    weights = _weights(len(trained.adapters), options)
-    parts = [read_deltas(adapter, named) for adapter in trained.adapters]
-    deltas = combine_deltas(parts, weights, options.combination, options.density or 1.0, options.seed)
-    unties = untie(deltas, tied)
-    if unties:
-        stored[HEAD] = stored[EMBEDDING]
-    quantized = _quantized(trained, log) if base == "dequantized" else None
-    return MergePlan(_planned(stored, deltas, options.dtype), stored, deltas, quantized, unties)
-
-
-def _quantized(trained: Trained, log: Log) -> QuantizedWeights:
-    model, quant = trained.model, trained.quant
-    with quiet():
-        return QuantizedWeights(
-            trained.folder, trained.files, model=model, quant=quant, device=default_device(), log=log
-        )
-
-
-def _weights(adapters: int, options: MergeOptions) -> Sequence[float]:
-    weights = options.weights or [1.0] * adapters
+    weights = options.weights or [1.0] * len(trained.adapters)
     problems = []
-    if len(weights) != adapters:
-        problems.append(f"weights: expected one for each adapter, {adapters} in total, found {len(weights)}")
+    if len(weights) != len(trained.adapters):
+        problems.append(f"weights: expected one for each of {len(trained.adapters)} adapters, found {len(weights)}")
     if options.combination != "linear" and options.density is None:
         problems.append(f"density: combination={options.combination} needs the share to keep, as density=0.5")
     if options.combination == "linear" and options.density is not None:
         problems.append("density: only ties and dare use it, found combination=linear; remove it")
     if problems:
         raise ConfigError("\n".join(problems))
-    return weights
+    stored = dict(trained.weights.tensors)
+    tied = bool(read_config(trained.folder, trained.model.name).get("tie_word_embeddings")) and HEAD not in stored
+    named = {**stored, HEAD: stored[EMBEDDING]} if tied else stored
+    parts = [read_deltas(adapter, named) for adapter in trained.adapters]
+    deltas = combine_deltas(parts, weights, options.combination, options.density or 1.0, options.seed)
+    unties = untie(deltas, tied)
+    if unties:
+        stored[HEAD] = stored[EMBEDDING]
+    quantized = None
+    if base == "dequantized":
+        model, quant, device = trained.model, trained.quant, default_device()
+        with quiet():
+            quantized = QuantizedWeights(
+                trained.folder, trained.files, model=model, quant=quant, device=device, log=log
+            )
+    return MergePlan(_planned(stored, deltas, options.dtype), stored, deltas, quantized, unties)
 
 
 def _planned(stored: dict[str, Stored], deltas: dict[str, Delta], dtype: str) -> list[Planned]:
-    tensors = []
-    for name, source in stored.items():
-        delta = deltas.get(name)
-        rows = source.shape[0] if delta is None or delta.rows is None else max(delta.rows, source.shape[0])
-        tensors.append(
-            Planned(name, source.dtype if dtype == "auto" else getattr(torch, dtype), (rows, *source.shape[1:]))
-        )
+    rows = {name: source.shape[0] for name, source in stored.items()}
+    for name in deltas.keys() & rows.keys():
+        rows[name] = max(rows[name], deltas[name].rows or 0)
     # The head and the embedding keep the same number of rows.
-    tables = (EMBEDDING, HEAD)
-    most = max(tensor.shape[0] for tensor in tensors if tensor.name in tables)
-    return [Planned(t.name, t.dtype, (most, *t.shape[1:])) if t.name in tables else t for t in tensors]
+    tables = rows.keys() & {EMBEDDING, HEAD}
+    rows |= dict.fromkeys(tables, max(rows[name] for name in tables))
+    return [
+        Planned(name, source.dtype if dtype == "auto" else getattr(torch, dtype), (rows[name], *source.shape[1:]))
+        for name, source in stored.items()
+    ]
 
 
 def content_of(plan: MergePlan, tensor: Planned) -> Content:
@@ -122,31 +108,30 @@ def content_of(plan: MergePlan, tensor: Planned) -> Content:
         IntegrityError: while it is read, if the base's file is corrupt.
     """
     stored, delta = plan.stored[tensor.name], plan.deltas.get(tensor.name)
-    quantized = plan.quantized is not None and tensor.name in plan.quantized.names
-    if delta is None and not quantized and (tensor.shape, tensor.dtype) == (stored.shape, stored.dtype):
+    quantized = plan.quantized if plan.quantized is not None and tensor.name in plan.quantized.names else None
+    if delta is None and quantized is None and (tensor.shape, tensor.dtype) == (stored.shape, stored.dtype):
         return stored
-    return _blocks(plan, tensor, stored, delta)
+    return _blocks(tensor, stored, quantized, delta)
 
 
-def _original(stored: Stored) -> Rows:
-    return lambda start, stop: read_rows(stored, start, stop).float()
-
-
-def _blocks(plan: MergePlan, tensor: Planned, stored: Stored, delta: Delta | None) -> Iterator[Tensor]:
+def _blocks(
+    tensor: Planned, stored: Stored, quantized: QuantizedWeights | None, delta: Delta | None
+) -> Iterator[Tensor]:
     height, width = tensor.shape[0], math.prod(tensor.shape[1:])
     step = max(_BLOCK // width, 1)
-    read = _original(stored)
-    if plan.quantized is not None and tensor.name in plan.quantized.names:
-        read = plan.quantized.dequantized(tensor.name, lambda: read_rows(stored, 0, stored.shape[0]))
+    dequantized = None
+    if quantized is not None:
+        dequantized = quantized.dequantized(tensor.name, lambda: read_rows(stored, 0, stored.shape[0]))
         # A block of rows must end where a block of the quantization ends.
-        unit = plan.quantized.row_unit(tensor.name, width)
+        unit = quantized.row_unit(tensor.name, width)
         step = -(-step // unit) * unit
     if delta is not None and delta.whole:
         step = height
     for start in range(0, height, step):
         stop = min(start + step, height)
         with torch.no_grad():
-            block = read(min(start, stored.shape[0]), min(stop, stored.shape[0]))
+            there = (min(start, stored.shape[0]), min(stop, stored.shape[0]))
+            block = read_rows(stored, *there).float() if dequantized is None else dequantized(*there)
             if stop > stored.shape[0]:  # Rows of new tokens start from zero.
                 new = stop - max(start, stored.shape[0])
                 block = torch.cat([block, torch.zeros(new, *stored.shape[1:])])
