@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from finetune.data.encoded import IGNORE_INDEX
 
 # Sharing repays its cost up to this ratio of rows to tokens.
 _SHARED_FROM = 0.97
+_ON_DEVICE = ("input_ids", "position_ids", "labels", "weights", "student_generated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +51,15 @@ class Batch:
         return int(self.row_of_token.max()) + 1
 
     def to(self, device: torch.device) -> Batch:
-        def move(x: Tensor | None) -> Any:
-            return None if x is None else x.to(device, non_blocking=True)
-
-        return replace(
-            self,
-            input_ids=move(self.input_ids),
-            position_ids=move(self.position_ids),
-            labels=move(self.labels),
-            weights=move(self.weights),
-            student_generated=move(self.student_generated),
-        )
+        tensors = {name: getattr(self, name) for name in _ON_DEVICE if getattr(self, name) is not None}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def build_batch(documents: Sequence[Document], *, share_prefixes: bool = False) -> Batch:
     """Lay documents end to end, in their order.
 
-    Args:
-        documents: at least one.
-        share_prefixes: skip tokens after the last target, and compute equal prefixes once where it saves work.
-            Loss and gradients stay the same.
+    share_prefixes: skip tokens after the last target, and compute equal prefixes once where it saves work. Loss and
+        gradients stay the same.
     """
     if share_prefixes:
         documents = [_up_to_last_target(document) for document in documents]
@@ -114,11 +103,9 @@ def assign_rows(documents: Sequence[Document], share_prefixes: bool = True) -> n
     if not share_prefixes or len(documents) < 2:
         return rows
 
-    def sort_key(i: int) -> tuple[bytes, bytes]:
-        return documents[i].media_digest, documents[i].ids.astype(">i4").tobytes()
-
     # In sorted order, a document shares with its neighbor all that it shares with any document before it.
-    for before, after in itertools.pairwise(sorted(range(len(documents)), key=sort_key)):
+    keys = [(document.media_digest, document.ids.astype(">i4").tobytes()) for document in documents]
+    for before, after in itertools.pairwise(sorted(range(len(documents)), key=keys.__getitem__)):
         first, second = documents[before], documents[after]
         if first.media_digest != second.media_digest:
             continue

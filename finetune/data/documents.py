@@ -11,7 +11,7 @@ from typing import overload
 import numpy as np
 
 from finetune.config.schema import DataConfig
-from finetune.data.encoded import IGNORE_INDEX, Encoded
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.data.tokens.store import TokenStore
 
 
@@ -75,12 +75,15 @@ class Documents(Sequence[Document]):
             return self.select(np.arange(len(self))[i])
         store, row = self.stores[self.source[i]], int(self.rows[i])
         piece = store.piece(row, int(self.starts[i]), int(self.lengths[i]))
-        labels, weights = _shifted(piece)
+        # Position t predicts token t + 1, and the last position predicts nothing.
+        weights = np.append(piece.weights[1:], np.float32(0))
+        labels = np.full(len(piece.ids), IGNORE_INDEX, dtype=np.int32)
+        labels[:-1] = np.where(weights[:-1] > 0, piece.ids[1:], IGNORE_INDEX)
         return Document(
             piece.ids,
             labels,
             store.location(row),
-            weights,
+            None if np.isin(weights, (0, 1)).all() else weights,
             row=int(store.indices[row]),
             media_digest=piece.media_digest,
         )
@@ -94,15 +97,15 @@ class Documents(Sequence[Document]):
     def join(parts: Iterable[Documents]) -> Documents:
         """Concatenate documents."""
         parts = list(parts)
-        first_store = np.cumsum([0, *(len(part.stores) for part in parts)])
-        columns = zip(
-            *(
-                (p.source + first, p.rows, p.starts, p.lengths, p.targets)
-                for p, first in zip(parts, first_store[:-1], strict=True)
-            ),
-            strict=True,
+        first_store = np.cumsum([0, *(len(part.stores) for part in parts)])[:-1]
+        return Documents(
+            tuple(store for part in parts for store in part.stores),
+            np.concatenate([part.source + first for part, first in zip(parts, first_store, strict=True)]),
+            np.concatenate([part.rows for part in parts]),
+            np.concatenate([part.starts for part in parts]),
+            np.concatenate([part.lengths for part in parts]),
+            np.concatenate([part.targets for part in parts]),
         )
-        return Documents(tuple(store for part in parts for store in part.stores), *map(np.concatenate, columns))
 
     def digest(self) -> str:
         """Return the SHA-256 of tokens, loss weights and order; names and places of files do not count."""
@@ -112,15 +115,6 @@ class Documents(Sequence[Document]):
         for array in (self.source, self.rows, self.starts, self.lengths):
             digest.update(np.ascontiguousarray(array, dtype=np.int64).data)
         return digest.hexdigest()
-
-
-def _shifted(piece: Encoded) -> tuple[np.ndarray, np.ndarray | None]:
-    """Labels and their weights: position t predicts token t + 1, and the last position predicts nothing."""
-    weights = np.zeros(len(piece.ids), dtype=np.float32)
-    weights[:-1] = piece.weights[1:]
-    labels = np.full(len(piece.ids), IGNORE_INDEX, dtype=np.int32)
-    labels[:-1] = np.where(weights[:-1] > 0, piece.ids[1:], IGNORE_INDEX)
-    return labels, None if np.isin(weights, (0, 1)).all() else weights
 
 
 @dataclass(frozen=True)
@@ -138,29 +132,20 @@ def cut_to_length(store: TokenStore, rows: np.ndarray, cfg: DataConfig) -> Cut:
     limit = cfg.max_length
     short = rows[store.lengths[rows] <= limit]
     too_long = rows[store.lengths[rows] > limit]
-    pieces = [piece for row in too_long for piece in _pieces(int(row), int(store.lengths[row]), cfg)]
-    cut = np.array(pieces, dtype=np.int64).reshape(-1, 3)
-    targets = np.array([store.piece(*piece).targets for piece in pieces], dtype=np.int64)
-    kept = cut[targets > 0]
-    rows_all = np.concatenate([short, kept[:, 0]])
-    in_order = np.argsort(rows_all, kind="stable")
-    documents = Documents(
-        (store,),
-        np.zeros(len(rows_all), dtype=np.int64),
-        rows_all,
-        np.concatenate([np.zeros_like(short), kept[:, 1]]),
-        np.concatenate([store.lengths[short], kept[:, 2]]),
-        np.concatenate([store.targets[short], targets[targets > 0]]),
-    ).select(in_order)
+    # Columns: row, start, length, targets.
+    whole = np.stack([short, np.zeros_like(short), store.lengths[short], store.targets[short]], axis=1)
+    pieces: list[tuple[int, int, int, int]] = []
+    for row, length in zip(too_long.tolist(), store.lengths[too_long].tolist(), strict=True):
+        starts = {"left": [length - limit], "right": [0], "split": range(0, length, limit)}.get(cfg.truncation, [])
+        cuts = [(row, start, min(limit, length - start)) for start in starts]
+        pieces += [(*piece, store.piece(*piece).targets) for piece in cuts]
+    cut = np.array(pieces, dtype=np.int64).reshape(-1, 4)
+    kept = cut[cut[:, 3] > 0]
+    used = np.concatenate([whole, kept])
+    used = used[np.argsort(used[:, 0], kind="stable")]
+    documents = Documents((store,), np.zeros(len(used), dtype=np.int64), *used.T.copy())
     counts = Counter({f"longer than {limit} tokens ({cfg.truncation})": len(too_long)} if len(too_long) else {})
     lost = np.setdiff1d(np.unique(cut[:, 0]), kept[:, 0])
     if silent := len(cut) - len(kept) - len(lost):
         counts["pieces without a target left out"] = silent
     return Cut(documents, counts, too_long, lost)
-
-
-def _pieces(row: int, length: int, cfg: DataConfig) -> list[tuple[int, int, int]]:
-    """(row, start, length) of each piece kept of a row that is too long."""
-    limit = cfg.max_length
-    starts = {"left": [length - limit], "right": [0], "split": range(0, length, limit)}.get(cfg.truncation, [])
-    return [(row, start, min(limit, length - start)) for start in starts]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.documents import Cut, Documents, cut_to_length
-from finetune.data.formats.messages import Conversation, Example
+from finetune.data.formats.messages import Conversation
 from finetune.data.sources.paths import resolve_source
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation, with_format
@@ -41,12 +40,10 @@ class Source:
     """
 
     name: str
-    path: str
     config: SourceConfig
-    weight: float
     store: TokenStore
     documents: Documents
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str]
 
     @property
     def rows(self) -> np.ndarray:
@@ -69,7 +66,12 @@ class LoadedData:
     @cached_property
     def weights(self) -> np.ndarray:
         """Copies [M] of each training document per epoch."""
-        return np.concatenate([np.full(len(source.documents), source.weight) for source in self.train])
+        return np.concatenate([np.full(len(source.documents), source.config.weight) for source in self.train])
+
+    @property
+    def stores(self) -> list[TokenStore]:
+        """Each store once: held-out rows are in the store of their source."""
+        return list({source.store.folder: source.store for source in (*self.train, *self.eval)}.values())
 
 
 def load_chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
@@ -117,11 +119,9 @@ def load_data(preparation: Preparation) -> LoadedData:
             try:
                 store = preparation.store(source)
                 check_bad_rows(store, cfg)
-                if section == "eval":
-                    evaluation.append(_source(source, store, np.arange(len(store)), cfg))
-                    continue
-                out = is_held_out(store.hashes, cfg.held_out)
-                train.append(_source(source, store, np.flatnonzero(~out), cfg))
+                out = is_held_out(store.hashes, cfg.held_out if section == "train" else 0)
+                used = train if section == "train" else evaluation
+                used.append(_source(source, store, np.flatnonzero(~out), cfg))
                 if out.any():
                     name = HELD_OUT if len(sources) == 1 else f"{HELD_OUT}-{resolve_source(source).name}"
                     held_out.append(_source(source, store, np.flatnonzero(out), cfg, name))
@@ -132,7 +132,8 @@ def load_data(preparation: Preparation) -> LoadedData:
         problems.append(f"data.held_out={cfg.held_out} keeps none of the {rows:,} training rows; raise it")
     if problems:
         raise DataError("\n".join(problems))
-    return LoadedData(train, evaluation + held_out, _digest(train))
+    tokens = "".join(f"{source.config.weight}:{source.documents.digest()};" for source in train)
+    return LoadedData(train, evaluation + held_out, hashlib.sha256(tokens.encode()).hexdigest())
 
 
 def is_held_out(hashes: np.ndarray, share: float) -> np.ndarray:
@@ -147,19 +148,17 @@ def check_bad_rows(store: TokenStore, cfg: DataConfig) -> None:
     """Raise DataError if bad rows are an error, or are too many to skip."""
     bad, rows = store.meta.bad_rows, len(store) + store.meta.bad_rows
     if bad and cfg.on_bad_row == "error":
-        raise DataError("\n".join(["bad rows (set data.on_bad_row=skip to leave them out):", *_first_bad(store)]))
-    if bad > cfg.max_bad_share * rows:
-        found = f"{bad:,} of {rows:,} rows are bad ({bad / rows:.1%})"
+        problem = "bad rows (set data.on_bad_row=skip to leave them out)"
+    elif bad > cfg.max_bad_share * rows:
         allowed = f"data.max_bad_share allows {cfg.max_bad_share:.1%}"
-        raise DataError("\n".join([f"{found}, {allowed}:", *_first_bad(store)]))
-
-
-def _first_bad(store: TokenStore) -> list[str]:
+        problem = f"{bad:,} of {rows:,} rows are bad ({bad / rows:.1%}), {allowed}"
+    else:
+        return
     with store.bad_rows.open(encoding="utf-8") as lines:
         shown = [json.loads(line) for line in islice(lines, _SHOWN_ERRORS)]
-    more = store.meta.bad_rows - len(shown)
     listed = [f"  {row['place']}: {row['reason']}" for row in shown]
-    return [*listed, f"  … and {more:,} more, all listed in {store.bad_rows}"] if more else listed
+    more = [f"  … and {bad - len(shown):,} more, all listed in {store.bad_rows}"] if bad > len(shown) else []
+    raise DataError("\n".join([f"{problem}:", *listed, *more]))
 
 
 def _source(
@@ -180,7 +179,7 @@ def _source(
             f"{source.path} has no usable {kind} ({_describe(counts) or 'it is empty'}); see data.max_length and "
             "data.truncation"
         )
-    return Source(name or resolve_source(source).name, source.path, source, source.weight, store, cut.documents, counts)
+    return Source(name or resolve_source(source).name, source, store, cut.documents, counts)
 
 
 def _check_cut(cut: Cut, store: TokenStore, cfg: DataConfig) -> None:
@@ -198,40 +197,33 @@ def _check_cut(cut: Cut, store: TokenStore, cfg: DataConfig) -> None:
         raise DataError("\n".join([f"{len(rows):,} rows are {problem}:", *shown, *more]))
 
 
-def read_examples(source: Source, preparation: Preparation) -> Iterator[tuple[int, Example]]:
-    """Yield (row of the store, example) of the source's rows, read from its files again."""
-    encoder = preparation.encoder(source.config, source.store.format)
-    wanted = {int(source.store.indices[row]): int(row) for row in source.rows}
-    for batch in resolve_source(source.config).batches(source.config.limit):
-        for row, example in encoder.examples(batch):
-            if row.index in wanted and not isinstance(example, DataError):
-                yield wanted[row.index], example
-
-
 def first_conversations(source: Source, preparation: Preparation, rows: int) -> list[Conversation]:
-    """Return the source's first rows as conversations.
+    """Return the source's first rows as conversations, read from its files again.
 
     Raises: DataError if they are raw text or tokens.
     """
-    examples = [example for _, example in islice(read_examples(source, preparation), rows)]
-    chats = [example for example in examples if isinstance(example, Conversation)]
-    if len(chats) < len(examples):
+    encoder = preparation.encoder(source.config, source.store.meta.format)
+    wanted = set(source.store.indices[source.rows].tolist())
+    batches = resolve_source(source.config).batches(source.config.limit)
+    examples = (example for batch in batches for row, example in encoder.examples(batch) if row.index in wanted)
+    first = list(islice((example for example in examples if not isinstance(example, DataError)), rows))
+    chats = [example for example in first if isinstance(example, Conversation)]
+    if len(chats) < len(first):
         raise DataError(
-            f"{source.path}: {source.store.format} rows have no assistant turn; set generation.num_examples=0"
+            f"{source.config.path}: {source.store.meta.format} rows have no assistant turn; "
+            "set generation.num_examples=0"
         )
     return chats
 
 
 def used_ids(data: LoadedData) -> np.ndarray:
     """Return the distinct token ids [U] int32 of all rows, before any cut."""
-    stores = {source.store.folder: source.store for source in (*data.train, *data.eval)}
-    return np.unique(np.concatenate([np.empty(0, np.int32), *(store.used_ids() for store in stores.values())]))
+    return np.unique(np.concatenate([np.empty(0, np.int32), *(store.used_ids() for store in data.stores)]))
 
 
 def copy_bad_rows(data: LoadedData, folder: Path) -> Path | None:
     """Write every skipped row to `bad_rows.jsonl` in a run's folder; return None if no row is bad."""
-    stores = {source.store.folder: source.store for source in (*data.train, *data.eval)}
-    listed = [store.bad_rows.read_text(encoding="utf-8") for store in stores.values() if store.meta.bad_rows]
+    listed = [store.bad_rows.read_text(encoding="utf-8") for store in data.stores if store.meta.bad_rows]
     if not listed:
         return None
     file = folder / BAD_ROWS
@@ -247,7 +239,7 @@ def describe_source(source: Source) -> str:
     """Return one line for the console: rows, tokens, targets, and rows left out."""
     tokens, targets = int(source.documents.lengths.sum()), int(source.documents.targets.sum())
     line = (
-        f"data: {source.name}: format={source.store.format}, rows={len(source.rows):,}, tokens={tokens:,}, "
+        f"data: {source.name}: format={source.store.meta.format}, rows={len(source.rows):,}, tokens={tokens:,}, "
         f"targets={targets:,}"
     )
     return f"{line}; {notes}" if (notes := _describe(source.counts)) else line
@@ -262,10 +254,3 @@ def describe_leaks(data: LoadedData) -> list[str]:
         for source, count in shared
         if count
     ]
-
-
-def _digest(sources: Sequence[Source]) -> str:
-    digest = hashlib.sha256()
-    for source in sources:
-        digest.update(f"{source.weight}:{source.documents.digest()};".encode())
-    return digest.hexdigest()

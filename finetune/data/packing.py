@@ -2,7 +2,6 @@
 
 There is no state, so a resumed run repeats and skips nothing, and other numbers of ranks see the same batches.
 TRL's `pack_dataset` also packs best-fit decreasing, but it copies the tokens and cannot repack per epoch from a seed.
-This module reads lengths only.
 """
 
 from __future__ import annotations
@@ -10,8 +9,12 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+
+from finetune.data.documents import Document
 
 
 def pack_best_fit(lengths: np.ndarray, capacity: int, order: np.ndarray) -> list[list[int]]:
@@ -19,14 +22,9 @@ def pack_best_fit(lengths: np.ndarray, capacity: int, order: np.ndarray) -> list
 
     Time: O(n log n + n · capacity / 1000) for n documents, since at most `capacity` distinct rooms are searched.
 
-    Args:
-        lengths: [N] tokens of each document, at most `capacity`.
-        capacity: tokens of a bin.
-        order: indices of the documents to pack, repeats allowed. Documents of one length keep this order.
-
-    Returns:
-        Bins of document indices.
-
+    lengths: [N] tokens of each document, at most `capacity`.
+    order: indices of the documents to pack, repeats allowed. Documents of one length keep this order.
+    Returns: bins of document indices, of at most `capacity` tokens.
     Source: Johnson 1974, the 11/9 bound of best-fit decreasing.
     """
     longest_first = order[np.argsort(-lengths[order], kind="stable")]
@@ -82,20 +80,19 @@ class SequenceOrder:
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """Return the sequences of an epoch in order, each a list of document indices."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, self._make_epoch(epoch))
-        return self._epoch[1]
-
-    def _make_epoch(self, epoch: int) -> list[list[int]]:
+        if self._epoch is not None and self._epoch[0] == epoch:
+            return self._epoch[1]
         rng = np.random.default_rng([self.seed, epoch])
         whole = np.floor(self.weights)
         copies = (whole + (rng.random(len(whole)) < self.weights - whole)).astype(np.int64)
         order = np.repeat(np.arange(len(copies)), copies)
         rng.shuffle(order)
-        if self.capacity is None:
-            return [[i] for i in order.tolist()]
-        bins = pack_best_fit(self.lengths, self.capacity, order)
-        return [bins[i] for i in rng.permutation(len(bins))]
+        sequences = [[i] for i in order.tolist()]
+        if self.capacity is not None:
+            bins = pack_best_fit(self.lengths, self.capacity, order)
+            sequences = [bins[i] for i in rng.permutation(len(bins))]
+        self._epoch = epoch, sequences
+        return sequences
 
     def steps_in(self, epoch: int) -> int:
         """Return the optimizer steps of an epoch, at least 1."""
@@ -109,18 +106,48 @@ class SequenceOrder:
         steps = sum(self.steps_in(e) for e in range(whole))
         return steps + math.ceil((epochs - whole) * self.steps_in(whole)) if epochs > whole else steps
 
-    def locate(self, step: int) -> tuple[int, int]:
-        """Return (epoch, step within it) of a step from 0."""
+    def batch(self, step: int) -> list[list[int]]:
+        """Return the sequences of a step (from 0), of all ranks."""
         epoch = 0
         while step >= self.steps_in(epoch):
             step -= self.steps_in(epoch)
             epoch += 1
-        return epoch, step
+        return self.epoch(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
 
-    def batch(self, step: int) -> list[list[int]]:
-        """Return the sequences of a step (from 0), of all ranks."""
-        epoch, index = self.locate(step)
-        return self.epoch(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+
+class Sampler(Protocol):
+    """The order of the training documents: a pure function of the step, without state to save."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides the order and the tokens."""
+
+    def step_batches(self, step: int) -> list[list[Document]]:
+        """Return the packed sequences of a step (from 0), of all ranks."""
+
+    def steps_for(self, epochs: float) -> int:
+        """Return the optimizer steps of `epochs` passes over the rows."""
+
+    def close(self) -> None:
+        """Stop background work."""
+
+
+@dataclass(frozen=True)
+class MapSampler:
+    """Samples documents that are all available before the first step."""
+
+    documents: Sequence[Document]
+    order: SequenceOrder
+    digest: str = ""
+
+    def step_batches(self, step: int) -> list[list[Document]]:
+        return [[self.documents[i] for i in sequence] for sequence in self.order.batch(step)]
+
+    def steps_for(self, epochs: float) -> int:
+        return self.order.steps_for(epochs)
+
+    def close(self) -> None:
+        """Do nothing: there is no background work."""
 
 
 def split_among_ranks(tokens: Sequence[int], ranks: int) -> list[list[int]]:

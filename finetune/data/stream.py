@@ -13,29 +13,21 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import count, takewhile
 from pathlib import Path
 from threading import Event
 
 import numpy as np
 
-from finetune.config.schema import DataConfig
 from finetune.data.documents import Document, Documents, cut_to_length
 from finetune.data.loader import check_bad_rows
-from finetune.data.packing import SequenceOrder
-from finetune.data.sampler import MapSampler
+from finetune.data.packing import MapSampler, SequenceOrder
 from finetune.data.sources.paths import SourceFiles, resolve_source
 from finetune.data.sources.readers import RawBatch
-from finetune.data.tokens.prepare import Preparation, fingerprint, no_progress, with_format
+from finetune.data.tokens.prepare import Preparation, fingerprint, with_format
 from finetune.data.tokens.store import BAD_ROWS, TokenStore
 from finetune.system.atomic import write_text
 from finetune.system.errors import ConfigError, DataError
-
-
-def rows_of_window(cfg: DataConfig) -> list[int]:
-    """Return the rows of each source in a window, in proportion to its weight, at least 1."""
-    total = sum(source.weight for source in cfg.train)
-    return [max(1, round((cfg.stream_rows or 0) * source.weight / total)) for source in cfg.train]
 
 
 @dataclass
@@ -53,38 +45,19 @@ class _Tape:
         """Yield rows [start, start + rows) of the tape."""
         if start < self.position or self._batches is None:
             self.position, self._batches, self._rest = 0, self._all(), None
-        for _ in self._take(start - self.position):
-            pass
-        yield from self._take(rows)
-
-    def identity(self) -> list[list]:
-        """Return names and sizes of the files; hashing a large source would cost what streaming saves."""
-        return [[label, file.stat().st_size] for label, file in zip(self.files.labels, self.files.files, strict=True)]
-
-    def _take(self, rows: int) -> Iterator[RawBatch]:
-        while rows:
-            batch = self._rest or next(self._batches)  # type: ignore[arg-type]
-            piece, self._rest = _split(batch, rows)
+        while self.position < start + rows:
+            ahead = start - self.position
+            piece, rest = (self._rest or next(self._batches)).split(ahead if ahead > 0 else ahead + rows)
+            self._rest = rest if rest.items else None
             self.position += len(piece.items)
-            rows -= len(piece.items)
-            yield piece
+            if ahead <= 0:
+                yield piece
 
     def _all(self) -> Iterator[RawBatch]:
-        turn = 0
-        while True:
+        for turn in count():
             order = np.random.default_rng([self.seed, turn]).permutation(len(self.files.files))
             files, labels = (tuple(names[i] for i in order) for names in (self.files.files, self.files.labels))
             yield from replace(self.files, files=files, labels=labels).batches(self.limit)
-            turn += 1
-
-
-def _split(batch: RawBatch, rows: int) -> tuple[RawBatch, RawBatch | None]:
-    """Split a batch after `rows` rows."""
-    if rows >= len(batch.items):
-        return batch, None
-    head = replace(batch, numbers=batch.numbers[:rows], items=batch.items[:rows])
-    first = batch.first_index + rows
-    return head, replace(batch, first_index=first, numbers=batch.numbers[rows:], items=batch.items[rows:])
 
 
 class StreamingSampler:
@@ -95,12 +68,16 @@ class StreamingSampler:
     """
 
     def __init__(self, preparation: Preparation, batch_size: int, seed: int, folder: Path):
-        self.preparation = replace(preparation, progress=no_progress)
+        self.preparation = Preparation(preparation.cfg, preparation.chat, preparation.main)
         self.cfg, self.batch_size, self.seed = preparation.cfg, batch_size, seed
         self._tapes = [_Tape(resolve_source(source), source.limit, seed) for source in self.cfg.train]
+        total, rows = sum(source.weight for source in self.cfg.train), self.cfg.stream_rows or 0
+        self._rows = [max(1, round(rows * source.weight / total)) for source in self.cfg.train]  # of a window
+        # Names and sizes of the files: hashing a large source would cost what streaming saves.
+        files = [zip(tape.files.labels, tape.files.files, strict=True) for tape in self._tapes]
+        sizes = [[[label, file.stat().st_size] for label, file in pairs] for pairs in files]
         self._made_from = [
-            {**preparation.made_from(source), "rows": tape.identity()}
-            for source, tape in zip(self.cfg.train, self._tapes, strict=True)
+            {**preparation.made_from(source), "rows": rows} for source, rows in zip(self.cfg.train, sizes, strict=True)
         ]
         self.digest = fingerprint(
             {
@@ -179,7 +156,7 @@ class StreamingSampler:
 
     def _make(self, window: int) -> None:
         """Make the stores of a window that are missing; only the main process writes."""
-        for i, (folder, rows) in enumerate(zip(self._folders(window), rows_of_window(self.cfg), strict=True)):
+        for i, (folder, rows) in enumerate(zip(self._folders(window), self._rows, strict=True)):
             self.preparation.provide(folder, lambda temporary, i=i, rows=rows: self._write(temporary, i, window, rows))
 
     def _write(self, folder: Path, i: int, window: int, rows: int) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from finetune.data.batch import groups_of
 from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
-from finetune.data.sampler import Sampler
+from finetune.data.packing import Sampler
 
 # Prompts and the draws of each answer -> ids of the answers, in order. One draw in [0, 1) decides one token, so the
 # number of draws limits the answer; an answer has at least one token.

@@ -134,7 +134,7 @@ def _set(source: Source, preparation: Preparation, options: EvalOptions, forgett
     documents = source.documents
     if options.limit is not None:
         documents = documents.select(np.isin(documents.rows, source.rows[: options.limit]))
-    has_question = not forgetting and source.store.format not in _NO_QUESTION
+    has_question = not forgetting and source.store.meta.format not in _NO_QUESTION
     count = min(options.answers, options.limit or options.answers)
     conversations = first_conversations(source, preparation, count) if has_question and count else []
     return RowSet(source.name, documents, conversations, forgetting)

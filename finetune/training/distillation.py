@@ -17,7 +17,7 @@ from finetune.config.schema import RunConfig
 from finetune.data.batch import Batch
 from finetune.data.documents import Documents
 from finetune.data.loader import LoadedData, used_ids
-from finetune.data.sampler import Sampler
+from finetune.data.packing import Sampler
 from finetune.data.template.chat import ChatTemplate
 from finetune.distill.filling import write_cache
 from finetune.distill.on_policy import OnPolicySampler

@@ -21,8 +21,7 @@ from torch.nn import Parameter
 from finetune.config.schema import TrainConfig
 from finetune.data.batch import Batch, build_batch, dummy_batch
 from finetune.data.documents import Document
-from finetune.data.packing import split_among_ranks
-from finetune.data.sampler import Sampler
+from finetune.data.packing import Sampler, split_among_ranks
 from finetune.system.console import log
 from finetune.system.errors import FinetuneError, Interrupted
 from finetune.system.signals import StopSignals

@@ -13,8 +13,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from finetune.config.schema import RunConfig
 from finetune.data import loader
-from finetune.data.packing import SequenceOrder
-from finetune.data.sampler import MapSampler, Sampler
+from finetune.data.packing import MapSampler, Sampler, SequenceOrder
 from finetune.data.stream import StreamingSampler
 from finetune.data.template.chat import advice_on_end_token
 from finetune.data.tokens.prepare import Preparation, console_progress

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import RunConfig
 from finetune.data.loader import LoadedData, first_conversations
-from finetune.data.sampler import Sampler
+from finetune.data.packing import Sampler
 from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.generation import Answer, answer_rows
 from finetune.evaluation.scoring import agreement, evaluate

@@ -138,7 +138,7 @@ def test_no_config_can_name_code_and_nothing_is_unpickled():
     remote = re.compile(r"trust_remote_code\s*=\s*(?!False)")
     found = [m.name for m in MODULES if calls.search(m.read_text()) or remote.search(m.read_text())]
     # The tokenizing processes and their parent speak pickle over pipes that nobody else can write to.
-    assert found == ["workers.py"]
+    assert found == ["encode.py"]
 
 
 def test_no_file_names_a_package_host_a_home_path_or_unfinished_work():

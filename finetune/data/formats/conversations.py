@@ -28,7 +28,6 @@ KNOWN_KEYS = MESSAGE_KEYS | METADATA_KEYS
 _LOST_KEYS = frozenset(
     "reasoning reasoning_content thinking thoughts refusal image images audio audios video videos file files".split()
 )
-_EXAMPLES = {"role": "speaker", "content": "text"}
 # Role of ShareGPT's turns of function calls: they become tool calls of the assistant.
 _CALL = "function_call"
 # Loss weights are summed in 32 bits.
@@ -78,14 +77,8 @@ def read_turns(items: Any, column: str, spelling: Spelling, assistant_weight: fl
     ShareGPT's function calls become tool calls of the assistant turn directly before them, if it has the same weight:
     a model speaks and calls in one turn. Otherwise they become an assistant turn.
 
-    Args:
-        items: the list, not yet checked.
-        column: its name, for errors.
-        spelling: the source's names of keys and roles.
-        assistant_weight: of assistant messages without `train` and `weight`.
-
-    Raises:
-        DataError: naming the column and the message.
+    assistant_weight: of assistant messages without `train` and `weight`.
+    Raises: DataError naming the column and the message.
     """
     if not isinstance(items, list) or not items:
         raise DataError(f"{column} must be a list of at least one message, found {kind(items) if items else 'nothing'}")
@@ -148,8 +141,6 @@ def read_tools(row: Fields) -> tuple[Mapping[str, Any], ...]:
 
 
 def _refuse_what_would_be_lost(fields: Fields) -> None:
-    if KNOWN_KEYS.issuperset(fields.values):
-        return
     for key in sorted(key for key, value in fields.values.items() if key not in KNOWN_KEYS and not is_empty(value)):
         name, found = printable_name(key), kind(fields.values[key])
         location = fields.named(name)
@@ -177,7 +168,10 @@ def _role(fields: Fields, roles: Mapping[str, str]) -> str:
 
 
 def _message(fields: Fields, role: str, weight: float) -> Message:
-    calls = _tool_calls(fields)
+    given = [key for key in ("tool_calls", "function_call") if not is_empty(fields.get(key))]
+    if len(given) == 2:
+        raise DataError(f"{fields.location} has both tool_calls and function_call; keep tool_calls")
+    calls = _calls(fields.get(given[0]), fields.named(given[0])) if given else ()
     if role == _CALL:
         if calls:
             raise DataError(f"{fields.location} is a function call and has tool calls; keep one of them")
@@ -195,9 +189,11 @@ def _message(fields: Fields, role: str, weight: float) -> Message:
 
 
 def _missing(fields: Fields, key: str) -> str:
+    keys = listed(fields.names.get(found, found) for found in fields.values)
+    example = {"role": "speaker", "content": "text"}[key]
     return (
-        f"{fields.named(key)} is missing; the message has the keys {listed(fields.keys())}; if one of them is "
-        f"intended, map it, as columns: {{{key}: {_EXAMPLES[key]}}}"
+        f"{fields.named(key)} is missing; the message has the keys {keys}; if one of them is intended, map it, as "
+        f"columns: {{{key}: {example}}}"
     )
 
 
@@ -207,13 +203,6 @@ def _part(part: Any, location: str) -> str:
     if part.get("type") != "text":
         raise DataError(f"{location}.type is {shown(part.get('type'))}; only parts of type 'text' can be trained on")
     return as_text(part.get("text"), f"{location}.text")
-
-
-def _tool_calls(fields: Fields) -> tuple[ToolCall, ...]:
-    given = [key for key in ("tool_calls", "function_call") if not is_empty(fields.get(key))]
-    if len(given) == 2:
-        raise DataError(f"{fields.location} has both tool_calls and function_call; keep tool_calls")
-    return _calls(fields.get(given[0]), fields.named(given[0])) if given else ()
 
 
 def _calls(value: Any, location: str) -> tuple[ToolCall, ...]:

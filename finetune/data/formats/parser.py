@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from finetune.config.schema import SourceConfig
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.data.formats.conversations import (
     KNOWN_KEYS,
     METADATA_KEYS,
@@ -22,10 +23,8 @@ from finetune.data.formats.conversations import (
     read_tools,
     read_turns,
 )
-from finetune.data.formats.messages import Conversation, Example, Message, RawText
-from finetune.data.formats.token_rows import COLUMNS as TOKEN_COLUMNS
-from finetune.data.formats.token_rows import parse_tokens
-from finetune.data.formats.values import Fields, as_json, as_text, is_empty, kind, listed
+from finetune.data.formats.messages import Conversation, Example, Message, RawText, TokenRow
+from finetune.data.formats.values import Fields, as_json, as_text, is_empty, kind, listed, shown
 from finetune.system.errors import DataError
 
 _PREFERENCE = (
@@ -33,6 +32,9 @@ _PREFERENCE = (
     "columns: {completion: chosen}, or {messages: chosen} if they hold the whole conversation"
 )
 _TOOLS = {"tools": "functions"}
+# Masks with 1 for each target.
+_TARGET_MASKS = ("assistant_masks", "completion_mask")
+_TOKEN_COLUMNS = ("labels", "attention_mask", *_TARGET_MASKS, "position_ids", "seq_lengths")
 
 
 @dataclass(frozen=True)
@@ -41,44 +43,35 @@ class RowFormat:
 
     required: columns that every row has; `format: auto` recognizes the format by them.
     aliases: another name of a column.
-    messages: the rows hold lists of messages.
+    keys: our names of the keys of a message, if the rows hold lists of messages.
     """
 
     parse: Callable[[Fields, Spelling], Example]
     required: tuple[str, ...]
     optional: tuple[str, ...] = ("system", "tools")
     aliases: Mapping[str, str] = field(default_factory=lambda: _TOOLS)
-    messages: bool = False
+    keys: frozenset[str] = frozenset()
 
     @property
     def columns(self) -> frozenset[str]:
         """Our names of all columns."""
         return frozenset({*self.required, *self.optional})
 
-    @property
-    def keys(self) -> frozenset[str]:
-        """Our names of the keys of a message."""
-        return KNOWN_KEYS if self.messages else frozenset()
-
     def is_in(self, columns: frozenset[str]) -> bool:
         """Return whether a row with these columns can have this format."""
         return all(column in columns or self.aliases.get(column) in columns for column in self.required)
 
 
-def parse_messages(row: Fields, spelling: Spelling) -> Conversation:
-    """Parse OpenAI's rows: `{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}`."""
-    return _chat(row, read_turns(_decoded(row, "messages"), row.named("messages"), spelling))
+def parse_messages(row: Fields, spelling: Spelling, column: str = "messages") -> Conversation:
+    """Parse OpenAI's rows, or ShareGPT's with the column `conversations`.
 
-
-def parse_sharegpt(row: Fields, spelling: Spelling) -> Conversation:
-    """Parse ShareGPT's rows: `{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}`."""
-    return _chat(row, read_turns(_decoded(row, "conversations"), row.named("conversations"), spelling))
-
-
-def _decoded(row: Fields, column: str) -> Any:
-    """A column of messages; in a CSV file it is their JSON text."""
-    value = row.get(column)
-    return as_json(value, row.named(column)) if isinstance(value, str) else value
+    `{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}`
+    `{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}`
+    """
+    items, location = row.get(column), row.named(column)
+    if isinstance(items, str):  # in a CSV file
+        items = as_json(items, location)
+    return _chat(row, read_turns(items, location, spelling))
 
 
 def parse_prompt_completion(row: Fields, spelling: Spelling) -> Conversation:
@@ -136,36 +129,116 @@ def _chat(row: Fields, turns: list[Turn]) -> Conversation:
     return conversation(turns, read_tools(row))
 
 
+def parse_tokens(row: Fields, _: Spelling) -> TokenRow:
+    """Parse `{"input_ids": […]}` with optional labels, attention_mask, assistant_masks and completion_mask.
+
+    A token is a target if labels and all masks agree. attention_mask marks padding, which is cut off at both ends.
+
+    Raises: DataError naming the column and the token; also for a row that packs several documents.
+    """
+    ids = _whole_numbers(row, "input_ids")
+    _refuse_packed(row, len(ids))
+    selections: list[list[bool]] = []
+    if (labels := _column(row, "labels", len(ids))) is not None:
+        for i, (label, token) in enumerate(zip(labels, ids, strict=True)):
+            if type(label) is not int or label not in (token, IGNORE_INDEX):
+                raise DataError(
+                    f"{row.named('labels')}[{i}] is {shown(label)}, but its token is {token}; labels are not "
+                    f"shifted: each is its token or {IGNORE_INDEX}"
+                )
+        selections.append([label != IGNORE_INDEX for label in labels])
+    selections += [mask for name in _TARGET_MASKS if (mask := _mask(row, name, len(ids))) is not None]
+    kept = _unpadded(row, len(ids))
+    if not selections:
+        return TokenRow(tuple(ids[kept]))
+    targets = [token if all(selected) else IGNORE_INDEX for token, *selected in zip(ids, *selections, strict=True)]
+    return TokenRow(tuple(ids[kept]), tuple(targets[kept]))
+
+
+def _whole_numbers(row: Fields, name: str) -> list[int]:
+    values, location = row.get(name), row.named(name)
+    if not isinstance(values, list) or not values:
+        raise DataError(f"{location} must be a list of whole numbers, found {kind(values) if values != [] else 'none'}")
+    # bool is a subclass of int, and no token id.
+    if set(map(type, values)) != {int} or min(values) < 0:
+        wrong = next(i for i, value in enumerate(values) if type(value) is not int or value < 0)
+        raise DataError(f"{location}[{wrong}] must be a whole number from 0 on, found {shown(values[wrong])}")
+    return values
+
+
+def _column(row: Fields, name: str, length: int) -> list[Any] | None:
+    values, location = row.get(name), row.named(name)
+    if values is None:
+        return None
+    if not isinstance(values, list):
+        raise DataError(f"{location} must be a list as long as {row.named('input_ids')}, found {kind(values)}")
+    if len(values) != length:
+        raise DataError(f"{location} has {len(values)} entries, {row.named('input_ids')} has {length}; they must agree")
+    return values
+
+
+def _mask(row: Fields, name: str, length: int) -> list[bool] | None:
+    if (values := _column(row, name, length)) is None:
+        return None
+    for i, value in enumerate(values):
+        if not isinstance(value, int) or value not in (0, 1):
+            raise DataError(f"{row.named(name)}[{i}] must be 0 or 1, found {shown(value)}")
+    return [bool(value) for value in values]
+
+
+def _unpadded(row: Fields, length: int) -> slice:
+    if (mask := _mask(row, "attention_mask", length)) is None:
+        return slice(0, length)
+    location = row.named("attention_mask")
+    if True not in mask:
+        raise DataError(f"{location} is 0 everywhere, so every token is padding")
+    start, end = mask.index(True), length - mask[::-1].index(True)
+    if False in mask[start:end]:
+        hole = mask.index(False, start)
+        raise DataError(f"{location}[{hole}] is 0 between tokens that are not padding; only the ends can be cut off")
+    return slice(start, end)
+
+
+def _refuse_packed(row: Fields, length: int) -> None:
+    if _column(row, "position_ids", length) is not None:
+        positions = _whole_numbers(row, "position_ids")
+        # Left padding repeats a position; a packed row goes back to 0 at its next document.
+        if falls := [i for i in range(1, length) if positions[i] < positions[i - 1]]:
+            raise DataError(
+                f"{row.named('position_ids')}[{falls[0]}] starts again, so the row packs several documents; write one "
+                "document per row"
+            )
+    lengths = row.get("seq_lengths")
+    if isinstance(lengths, list) and len(lengths) > 1:
+        raise DataError(f"{row.named('seq_lengths')} names {len(lengths)} documents; write one document per row")
+
+
 FORMATS: dict[str, RowFormat] = {
-    "messages": RowFormat(parse_messages, ("messages",), messages=True),
+    "messages": RowFormat(parse_messages, ("messages",), keys=KNOWN_KEYS),
     "sharegpt": RowFormat(
-        parse_sharegpt, ("conversations",), aliases={"conversations": "conversation"} | _TOOLS, messages=True
+        lambda row, spelling: parse_messages(row, spelling, "conversations"),
+        ("conversations",),
+        aliases={"conversations": "conversation"} | _TOOLS,
+        keys=KNOWN_KEYS,
     ),
-    "prompt_completion": RowFormat(parse_prompt_completion, ("prompt", "completion"), messages=True),
+    "prompt_completion": RowFormat(parse_prompt_completion, ("prompt", "completion"), keys=KNOWN_KEYS),
     "alpaca": RowFormat(parse_alpaca, ("instruction", "output"), ("input", "system", "history", "tools")),
     "text": RowFormat(parse_text, ("text",), (), {}),
-    "tokens": RowFormat(lambda row, _: parse_tokens(row), ("input_ids",), TOKEN_COLUMNS, {}),
+    "tokens": RowFormat(parse_tokens, ("input_ids",), _TOKEN_COLUMNS, {}),
 }
-# Many datasets of other formats also have a column of rendered text.
-_LEAST = "text"
 
 
 def detect_format(columns: frozenset[str], source: str, mapped: Mapping[str, str] | None = None) -> str:
     """Return the one format whose columns are all there; `text` only if no other fits.
 
-    Args:
-        columns: of the first row.
-        source: its name, for errors.
-        mapped: our names of columns and message keys to the file's; a format must know all of them.
-
-    Raises:
-        DataError: no format fits, or several do.
+    mapped: our names of columns and message keys to the file's; a format must know all of them.
+    Raises: DataError if no format fits, or several do.
     """
     mapped = mapped or {}
     renamed = (columns - set(mapped.values())) | {ours for ours, theirs in mapped.items() if theirs in columns}
     fitting = [name for name, fmt in FORMATS.items() if fmt.is_in(renamed) and set(mapped) <= fmt.columns | fmt.keys]
-    if len(fitting) > 1:
-        fitting = [name for name in fitting if name != _LEAST]
+    if len(fitting) > 1:  # many datasets of other formats also have a column of rendered text
+        fitting = [name for name in fitting if name != "text"]
     if len(fitting) == 1:
         return fitting[0]
     found = f"{source}: rows with the columns {listed(columns)}"
@@ -196,7 +269,7 @@ def resolve_format(cfg: SourceConfig, first_value: Any, source: str) -> str:
     of_rows = frozenset().union(*(fmt.columns for fmt in FORMATS.values()))
     _require_mapped({ours: theirs for ours, theirs in cfg.columns.items() if ours in of_rows}, first_value, source)
     name = detect_format(frozenset(map(str, first_value)), source, cfg.columns)
-    if cfg.roles and not FORMATS[name].messages:
+    if cfg.roles and not FORMATS[name].keys:
         raise DataError(f"{source}: rows of the format {name} have no roles; remove roles")
     return name
 

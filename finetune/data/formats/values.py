@@ -86,14 +86,9 @@ class Fields:
     ) -> Fields:
         """Rename the keys of `values`.
 
-        Args:
-            values: the object as decoded.
-            mapped: our name to the file's, from the config; a key that has our name by chance gives way.
-            aliases: our name to another known name.
-            location: of the object in its row.
-
-        Raises:
-            DataError: the object has a key under both names.
+        mapped: our name to the file's, from the config; a key that has our name by chance gives way.
+        aliases: our name to another known name.
+        Raises: DataError if the object has a key under both names.
         """
         names = {ours: theirs for ours, theirs in mapped.items() if theirs in values}
         for ours, theirs in aliases.items():
@@ -112,10 +107,6 @@ class Fields:
     def get(self, key: str) -> Any:
         """Return the value; None if the key is missing or null."""
         return self.values.get(key)
-
-    def keys(self) -> list[str]:
-        """Return the object's keys under the file's names."""
-        return [self.names.get(key, key) for key in self.values]
 
     def named(self, key: str) -> str:
         """Return the file's name of the key, with its location."""

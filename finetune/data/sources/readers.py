@@ -25,16 +25,9 @@ TABLES = (".parquet", ".arrow")
 _MOST_ROWS = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
-    """The file and line of a row, or its number in a list or table; both count from 1."""
-
-    file: str
-    number: int
-    unit: Unit
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.number}" if self.unit == "line" else f"{self.file}:row {self.number}"
+def location_of(file: str, unit: str, number: int) -> str:
+    """Return `file:line`, or `file:row N` in a list or table; both count from 1."""
+    return f"{file}:{number}" if unit == "line" else f"{file}:row {number}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +35,13 @@ class Row:
     """One row.
 
     index: from 0 over all files of a source, bad rows included.
+    number: in its file, from 1.
     value: the decoded row, or its error.
     """
 
     index: int
-    location: Location
+    number: int
+    location: str
     value: dict[str, Any] | DataError
 
 
@@ -82,7 +77,7 @@ class RawBatch:
                 item = decode_row(item)
             elif isinstance(item, dict):
                 item = checked({column: _without_nulls(value) for column, value in item.items()})
-            yield Row(self.first_index + offset, Location(self.file, number, self.unit), item)
+            yield Row(self.first_index + offset, number, location_of(self.file, self.unit, number), item)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -112,22 +107,17 @@ def kind_of(path: Path) -> tuple[str, str]:
 def read_batches(path: Path, label: str, first_index: int, bytes_before: int) -> Iterator[RawBatch]:
     """Read the rows of one file, in order.
 
-    Args:
-        path: the file.
-        label: its name in locations.
-        first_index: index of its first row in the source.
-        bytes_before: bytes of the files before it.
-
-    Raises:
-        DataError: the file cannot be read, or cannot be read further.
+    label: the file's name in locations.
+    first_index, bytes_before: rows and bytes of the source's files before it.
+    Raises: DataError if the file cannot be read, or cannot be read further.
     """
     kind, compression = kind_of(path)
     try:
         with path.open("rb") as raw:
-            for group in _read_table(raw, kind) if kind in TABLES else read_text(raw, kind, compression):
-                bytes_read = bytes_before + group.bytes_read
-                yield RawBatch(label, group.unit, first_index, group.numbers, group.contents, bytes_read)
-                first_index += len(group.contents)
+            groups = _read_table(raw, kind) if kind in TABLES else read_text(raw, kind, compression)
+            for unit, numbers, contents, bytes_read in groups:
+                yield RawBatch(label, unit, first_index, numbers, contents, bytes_before + bytes_read)
+                first_index += len(contents)
     except DataError as error:
         raise DataError(f"{label} {error}") from error
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
@@ -151,7 +141,7 @@ def _read_table(raw: BinaryIO, kind: str) -> Iterator[Group]:
             at_once = max(1, BATCH_BYTES * batch.num_rows // max(batch.nbytes, 1))
             for start in range(0, batch.num_rows, at_once):
                 rows = tuple(_rows(batch.slice(start, at_once)))
-                yield Group("row", tuple(range(number, number + len(rows))), rows, int(share * size))
+                yield "row", tuple(range(number, number + len(rows))), rows, int(share * size)
                 number += len(rows)
     # ValueError: a name that is not text. MemoryError: a damaged length.
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:

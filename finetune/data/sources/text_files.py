@@ -10,7 +10,7 @@ import lzma
 import re
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
 
 from finetune.data.sources.json_rows import checked, decode_row
 from finetune.system.errors import DataError
@@ -26,16 +26,9 @@ PIECE_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 
 
-class Group(NamedTuple):
-    """About BATCH_BYTES of rows, not decoded, their numbers in the file, and the bytes of it read so far."""
-
-    unit: Unit
-    numbers: tuple[int, ...]
-    contents: tuple[Content, ...]
-    bytes_read: int
-
-
 Found = Iterator[tuple[Unit, int, Content]]
+# About BATCH_BYTES of rows, not decoded: their unit, their numbers in the file, the rows, and the bytes read so far.
+Group = tuple[Unit, tuple[int, ...], tuple[Content, ...], int]
 
 
 def read_text(raw: io.BufferedReader, kind: str, compression: str) -> Iterator[Group]:
@@ -45,8 +38,11 @@ def read_text(raw: io.BufferedReader, kind: str, compression: str) -> Iterator[G
     """
     stream = io.BufferedReader(COMPRESSIONS[compression](raw), PIECE_BYTES) if compression else raw
     head = stream.peek(64)[:64]
-    if found := looks_like(head):
-        raise DataError(f"is named {kind}{compression}, but looks like {found}")
+    found = [meaning for signature, meaning in _SIGNATURES.items() if head.startswith(signature)]
+    if [byte == 0 for byte in head[:4]] in ([False, True, False, True], [True, False, True, False]):
+        found.append(_UTF16)
+    if found:
+        raise DataError(f"is named {kind}{compression}, but looks like {found[0]}")
     if head.startswith(_BOM):
         stream.read(len(_BOM))
     unit: Unit = "row"
@@ -59,12 +55,13 @@ def read_text(raw: io.BufferedReader, kind: str, compression: str) -> Iterator[G
         cells = content.values() if isinstance(content, dict) else [content]
         size += sum(len(cell) if isinstance(cell, str | bytes) else 100 for cell in cells)
         if size >= BATCH_BYTES:
-            yield Group(unit, tuple(numbers), tuple(contents), raw.tell())
+            yield unit, tuple(numbers), tuple(contents), raw.tell()
             numbers, contents, size = [], [], 0
     if contents:
-        yield Group(unit, tuple(numbers), tuple(contents), raw.tell())
+        yield unit, tuple(numbers), tuple(contents), raw.tell()
 
 
+_UTF16 = "UTF-16 text; save it as UTF-8"
 # First bytes of a file, and its true format.
 _SIGNATURES = {
     b"PAR1": "a parquet file; name it .parquet",
@@ -75,23 +72,12 @@ _SIGNATURES = {
     b"\xfd7zXZ": "xz; its name must end in .xz",
     b"\x28\xb5\x2f\xfd": "zstandard; its name must end in .zst",
     b"PK\x03\x04": "a zip archive; unpack it",
-    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
-    b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+    b"\xff\xfe": _UTF16,
+    b"\xfe\xff": _UTF16,
     b"version https://git-lfs": "a Git LFS pointer without its file; run git lfs pull",
     b"<!DOCTYPE": "a web page; download the file itself",
     b"<html": "a web page; download the file itself",
 }
-
-
-def looks_like(head: bytes) -> str | None:
-    """Return the format of a file with these first bytes if it is certainly not UTF-8 text."""
-    for signature, meaning in _SIGNATURES.items():
-        if head.startswith(signature):
-            return meaning
-    zeros = [byte == 0 for byte in head[:4]]
-    if zeros in ([False, True, False, True], [True, False, True, False]):
-        return "UTF-16 text; save it as UTF-8"
-    return None
 
 
 def _open_zstd(raw: BinaryIO) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,8 @@ from tokenizers import Encoding, Tokenizer
 
 from finetune.data.encoded import Encoded
 from finetune.data.formats.messages import Conversation, Message
-from finetune.data.template.layout import FilledRun, Run, check_complete, control_pattern, lay_out
+from finetune.data.template.layout import THINK_TAGS, FilledRun, Reasoning, Run, control_pattern, lay_out, reasoning_in
 from finetune.data.template.markers import CLOSE, OPEN, MarkedRow
-from finetune.data.template.reasoning import TAGS, Stretch, reasoning_in
 from finetune.data.template.sandbox import Renderer
 from finetune.system.errors import DataError
 
@@ -48,21 +47,15 @@ class _Row:
     contents: dict[int, int]  # of MarkedRow
     loss: dict[int, float] = field(default_factory=dict)
     rest: float = 0.0
-    reasoning: dict[int, list[Stretch]] = field(default_factory=dict)
-
-    def to_tokenize(self) -> list[str]:
-        return [filled.text for filled in self.runs if filled.run.fixed is None]
+    reasoning: dict[int, list[Reasoning]] = field(default_factory=dict)
 
 
 class ChatTemplate:
     """Encodes conversations for one tokenizer and one template. Picklable; keeps no reference to the tokenizer.
 
-    Args:
-        tokenizer: a fast tokenizer of transformers.
-        template: jinja source; None takes the tokenizer's own.
-
-    Raises:
-        DataError: there is no template, or it cannot be compiled.
+    tokenizer: a fast tokenizer of transformers.
+    template: jinja source; None takes the tokenizer's own.
+    Raises: DataError if there is no template, or it cannot be compiled.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None):
@@ -80,7 +73,10 @@ class ChatTemplate:
         self._prepare()
         if found := self._unmarked_control_tokens({str(token): i for i, token in added if not token.special}):
             self._control_id |= found
-            self._definition = _with_special(self._definition, found)
+            definition = json.loads(self._definition)
+            for token in definition["added_tokens"]:  # special, so that texts that spell them stay texts
+                token["special"] |= token["content"] in found
+            self._definition = json.dumps(definition)
             self._prepare()
 
     def _prepare(self) -> None:
@@ -100,7 +96,8 @@ class ChatTemplate:
             plain = self._renderer.render(turns, None, False)
         except DataError:
             return {}
-        return {token: ordinary[token] for token in control_pattern(list(ordinary)).findall(plain) if token not in TAGS}
+        found = control_pattern(list(ordinary)).findall(plain)
+        return {token: ordinary[token] for token in found if token not in THINK_TAGS}
 
     @cached_property
     def _backend(self) -> Tokenizer:
@@ -174,17 +171,17 @@ class ChatTemplate:
         The header before it and the newline after it are no targets. A target has the weight of its message; other
         tokens have weight 0, or 1 under `all`.
 
-        Args:
-            conversations: any number.
-            train_on: `assistant` trains every assistant turn, `answer` the same without reasoning, `last` the last
-                assistant turn, `all` every token.
-
-        Returns:
-            Tokens and weights of each conversation, in order; a DataError for one that cannot be encoded.
+        train_on: `assistant` trains every assistant turn, `answer` the same without reasoning, `last` the last
+            assistant turn, `all` every token.
+        Returns: tokens and weights of each conversation, in order; a DataError for one that cannot be encoded.
         """
-        rows = [self._compose_or_error(conversation, train_on) for conversation in conversations]
-        good = [row for row in rows if isinstance(row, _Row)]
-        encodings = iter(self._tokenize([text for row in good for text in row.to_tokenize()]))
+        rows: list[_Row | DataError] = []
+        for conversation in conversations:
+            try:
+                rows.append(self._compose(conversation, train_on))
+            except DataError as error:
+                rows.append(error)
+        encodings = self._encodings(row for row in rows if isinstance(row, _Row))
         return [row if isinstance(row, DataError) else self._assemble(row, encodings) for row in rows]
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -203,7 +200,7 @@ class ChatTemplate:
         Raises: DataError if the template refuses the conversation or changes its texts.
         """
         row = self._fill(Conversation(tuple(messages), tuple(tools)), frozenset(), prompt=True)
-        return self._assemble(row, iter(self._tokenize(row.to_tokenize()))).ids.tolist()
+        return self._assemble(row, self._encodings([row])).ids.tolist()
 
     def answer_text(self, conversation: Conversation) -> str:
         """Return the last assistant turn as the template writes it, with tool calls, without control tokens.
@@ -212,12 +209,6 @@ class ChatTemplate:
         """
         row = self._compose(conversation, "last")
         return "".join(filled.text[filled.offsets[filled.run.spans[0][0]] :] for filled in row.runs if filled.run.spans)
-
-    def _compose_or_error(self, conversation: Conversation, train_on: str) -> _Row | DataError:
-        try:
-            return self._compose(conversation, train_on)
-        except DataError as error:
-            return error
 
     def _compose(self, conversation: Conversation, train_on: str) -> _Row:
         loss = _loss_weights(conversation.messages, train_on)
@@ -249,7 +240,11 @@ class ChatTemplate:
         inner_key = (*outer_key, marked.mark_inner())
         if (row := self._filled(inner_key, marked, rendered)) is not None:
             return row
-        runs = self._lay_out(marked, turns, complete, prompt)
+
+        def render(end: int, header: bool) -> str:
+            return self._renderer.render(marked.messages[:end], marked.tools, header)
+
+        runs = lay_out(render, marked, turns, self._control, complete=complete, prompt=prompt)
         if len(self._layouts) >= _MOST_LAYOUTS:
             self._layouts.clear()
             self._fixed.clear()
@@ -271,17 +266,10 @@ class ChatTemplate:
         whole = "".join(each.text + (each.run.control or "") for each in filled)
         return _Row(filled, marked.contents) if whole == rendered else None
 
-    def _lay_out(self, marked: MarkedRow, turns: frozenset[int], complete: bool, prompt: bool) -> list[Run]:
-        def render(end: int, add_generation_prompt: bool) -> str:
-            return self._renderer.render(marked.messages[:end], marked.tools, add_generation_prompt)
-
-        runs = lay_out(render, marked, turns, self._control, prompt)
-        if complete:
-            check_complete(marked, runs)
-        return runs
-
-    def _tokenize(self, texts: list[str]) -> list[Encoding]:
-        return self._backend.encode_batch(texts, add_special_tokens=False) if texts else []
+    def _encodings(self, rows: Iterable[_Row]) -> Iterator[Encoding]:
+        """The tokens of all runs that are not fixed, in order."""
+        texts = [filled.text for row in rows for filled in row.runs if filled.run.fixed is None]
+        return iter(self._backend.encode_batch(texts, add_special_tokens=False) if texts else ())
 
     def _assemble(self, row: _Row, encodings: Iterator[Encoding]) -> Encoded:
         """Join the tokens of the row's runs, and set their weights. Takes from `encodings` what it needs."""
@@ -291,7 +279,9 @@ class ChatTemplate:
         for number, filled in enumerate(row.runs):
             run, start = filled.run, len(ids)
             if run.fixed is not None:
-                ids += self._fixed_ids(run.fixed)
+                if run.fixed not in self._fixed:
+                    self._fixed[run.fixed] = self._backend.encode(run.fixed, add_special_tokens=False).ids
+                ids += self._fixed[run.fixed]
                 changes += [(start, row.loss[turn]) for _, turn in run.spans]
             else:
                 encoding, length = next(encodings), len(filled.text)
@@ -299,9 +289,11 @@ class ChatTemplate:
                 for piece, turn in run.spans:
                     first = _first_token(encoding, filled.offsets[piece], length)
                     changes.append((start + first, row.loss[turn]))
-                for stretch in row.reasoning.get(number, ()):
-                    first, end = _tokens_of(encoding, stretch, length)
-                    reasoning.append(slice(start + first, start + end))
+                for before, first, last, after in row.reasoning.get(number, ()):
+                    # A token of a blank and the start of the answer (` Four`) belongs to the answer.
+                    begin = min(_first_token(encoding, before, length), _token_at(encoding, first, length))
+                    end = max(_first_token(encoding, last, length), _token_at(encoding, after, length))
+                    reasoning.append(slice(start + begin, start + end))
             if run.control is not None:
                 ids.append(self._control_id[run.control])
             if run.spans:
@@ -312,11 +304,6 @@ class ChatTemplate:
         for tokens in reasoning:
             weights[tokens] = 0
         return Encoded(np.array(ids, dtype=np.int32), weights)
-
-    def _fixed_ids(self, text: str) -> list[int]:
-        if text not in self._fixed:
-            self._fixed[text] = self._backend.encode(text, add_special_tokens=False).ids
-        return self._fixed[text]
 
 
 def advice_on_end_token(chat: ChatTemplate) -> str | None:
@@ -333,14 +320,6 @@ def advice_on_end_token(chat: ChatTemplate) -> str | None:
         "stop; start from an Instruct model, or train the head as well: lora.modules_to_save=[lm_head] (a tied "
         "embedding learns with it)"
     )
-
-
-def _with_special(definition: str, tokens: Collection[str]) -> str:
-    """A tokenizer's definition with these added tokens special, so that texts that spell them stay texts."""
-    content = json.loads(definition)
-    for token in content["added_tokens"]:
-        token["special"] |= token["content"] in tokens
-    return json.dumps(content)
 
 
 def _first_token(encoding: Encoding, start: int, length: int) -> int:
@@ -360,15 +339,6 @@ def _token_at(encoding: Encoding, start: int, length: int) -> int:
         return 0
     tokens = (encoding.char_to_token(character) for character in range(start, length))
     return next((token for token in tokens if token is not None), len(encoding))
-
-
-def _tokens_of(encoding: Encoding, stretch: Stretch, length: int) -> tuple[int, int]:
-    """The tokens [first, end) that hold reasoning, or only blanks beside it.
-
-    A token of a blank and the start of the answer (` Four`) belongs to the answer.
-    """
-    first = min(_first_token(encoding, stretch.before, length), _token_at(encoding, stretch.first, length))
-    return first, max(_first_token(encoding, stretch.last, length), _token_at(encoding, stretch.after, length))
 
 
 def _check_unicode(text: str) -> None:

@@ -1,18 +1,20 @@
-"""Find where a chat template puts a row's texts, its control tokens, and the parts that the model generates."""
+"""Find where a chat template puts a row's texts, its control tokens, what the model generates, and its reasoning."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, NamedTuple
 
+from finetune.data.formats.messages import Message
 from finetune.data.template.markers import MARKER, MarkedRow, written
 from finetune.system.errors import DataError
 
 # (number of messages, with the header of the next answer) -> marked text
 Render = Callable[[int, bool], str]
+THINK_TAGS = THINK, END_THINK = "<think>", "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +42,7 @@ class Run:
         """Put a row's values into the slots."""
         if self.fixed is not None:
             return FilledRun(self, self.fixed, [0])  # its spans begin with its first piece
-        parts = [
-            piece if isinstance(piece, str) else written(values[piece.number], piece.letters) for piece in self.pieces
-        ]
+        parts = [p if isinstance(p, str) else written(values[p.number], p.letters) for p in self.pieces]
         return FilledRun(self, "".join(parts), [*accumulate(map(len, parts), initial=0)])
 
     def numbers(self) -> list[int]:
@@ -65,19 +65,13 @@ def control_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
 
 
 def lay_out(
-    render: Render, marked: MarkedRow, turns: frozenset[int], control: re.Pattern[str], prompt: bool
+    render: Render, marked: MarkedRow, turns: frozenset[int], control: re.Pattern[str], *, complete: bool, prompt: bool
 ) -> list[Run]:
     """Cut a marked rendering at its control tokens, and find the targets of the given turns.
 
-    Args:
-        render: renders the first n marked messages.
-        marked: the row.
-        turns: messages with targets.
-        control: pattern of the control tokens.
-        prompt: end with the header of the next answer.
-
-    Raises:
-        DataError: the targets differ from what the model generates, or the template leaves out a text.
+    complete: the template must write a text or tool call of every message.
+    prompt: end with the header of the next answer.
+    Raises: DataError if the targets differ from what the model generates, or the template leaves out a text.
     """
     whole = render(len(marked.messages), prompt)
     written_turns = {marked.owners[int(found[2])] for found in MARKER.finditer(whole)}
@@ -89,20 +83,17 @@ def lay_out(
             raise DataError(f"the chat template leaves out message {turn} ({marked.messages[turn]['role']})")
         if marked.messages[turn]["role"] == "assistant":
             regions.append((*_generated_region(render, marked, turn, control, whole), turn))
-        else:
-            regions.append((*_text_region(marked, turn, control, whole), turn))
-    return _cut(whole, regions, control)
-
-
-def check_complete(marked: MarkedRow, runs: Sequence[Run]) -> None:
-    """Raise DataError if a message's text or tool call is nowhere in the runs."""
-    written_turns = {marked.owners[number] for run in runs for number in run.numbers()}
-    if left_out := sorted(set(marked.owners) - written_turns):
+        else:  # from its text to the control token after it
+            texts = [found for found in MARKER.finditer(whole) if marked.owners[int(found[2])] == turn]
+            end = control.search(whole, texts[-1].end())
+            regions.append((texts[0].start(), end.end() if end else len(whole), turn))
+    if complete and (left_out := sorted(set(marked.owners) - written_turns)):
         i = left_out[0]
         raise DataError(
             f"the chat template leaves out message {i} ({marked.messages[i]['role']}); set data.chat_template to one "
             "that writes every message, or data.train_on=last to train on what it does write"
         )
+    return _cut(whole, regions, control)
 
 
 def _generated_region(
@@ -111,7 +102,8 @@ def _generated_region(
     """The characters [start, end) of an assistant turn that the model generates."""
     header = render(turn, True)
     until = render(turn + 1, False)
-    common = _common_length(until, whole)
+    differs = (i for i, (a, b) in enumerate(zip(until, whole, strict=False)) if a != b)
+    common = next(differs, min(len(until), len(whole)))
     start = len(header)
     texts = [found for found in MARKER.finditer(until) if marked.owners[int(found[2])] == turn]
     last_text = max(found.end() for found in texts) if texts else start
@@ -144,22 +136,6 @@ def _left_out(marked: MarkedRow, turn: int, inside: set[int]) -> list[str]:
     return lost
 
 
-def _common_length(a: str, b: str) -> int:
-    """The length of the common prefix."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
-    return low
-
-
-def _text_region(marked: MarkedRow, turn: int, control: re.Pattern[str], whole: str) -> tuple[int, int]:
-    """The characters [start, end) from the text of a message to the control token after it."""
-    texts = [found for found in MARKER.finditer(whole) if marked.owners[int(found[2])] == turn]
-    end = control.search(whole, texts[-1].end())
-    return texts[0].start(), end.end() if end else len(whole)
-
-
 def _cut(whole: str, regions: list[tuple[int, int, int]], control: re.Pattern[str]) -> list[Run]:
     """Cut a marked rendering at its control tokens. regions: (start, end, message) of the targets."""
     waiting = sorted(regions, reverse=True)
@@ -181,12 +157,66 @@ def _cut(whole: str, regions: list[tuple[int, int, int]], control: re.Pattern[st
             run.pieces.append(Slot(int(found[3]), found[2]))
             continue
         run.control = found["control"]
-        runs.append(_fixed(run))
+        runs.append(run)
         run = Run(spans=[(0, turn)] if at < end else [])
-    return [*runs, _fixed(run)]
+    runs.append(run)
+    for run in runs:
+        if not run.numbers() and not any(piece for piece, _ in run.spans):
+            run.fixed = "".join(piece for piece in run.pieces if isinstance(piece, str))
+    return runs
 
 
-def _fixed(run: Run) -> Run:
-    if not any(isinstance(piece, Slot) for piece in run.pieces) and not any(piece for piece, _ in run.spans):
-        run.fixed = "".join(p for p in run.pieces if isinstance(p, str))
-    return run
+class Reasoning(NamedTuple):
+    """Reasoning from tag to tag: characters [first, last); [before, after) with the blanks around it."""
+
+    before: int
+    first: int
+    last: int
+    after: int
+
+
+def reasoning_in(filled: FilledRun, contents: Mapping[int, int], messages: Sequence[Message]) -> list[Reasoning]:
+    """Return the reasoning in the assistant turns of a run, in their texts and in what the template writes before.
+
+    contents: of MarkedRow.
+    Raises: DataError if a turn's tags do not pair up, or it is all reasoning.
+    """
+    slots = {piece.number: i for i, piece in enumerate(filled.run.pieces) if isinstance(piece, Slot)}
+    reasoning = []
+    for piece, turn in filled.run.spans:
+        if (content := slots.get(contents.get(turn, -1))) is None:
+            continue
+        begin = filled.offsets[piece]
+        text = filled.text[begin : filled.offsets[content + 1]]
+        tags = _paired_tags(text, turn)
+        edges = [0, *tags, len(text)]
+        answer = "".join(text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True))
+        if tags and not messages[turn].tool_calls and not answer.strip():
+            raise DataError(
+                f"message {turn} (assistant) is all reasoning, so data.train_on=answer would teach it to stop without "
+                "an answer; add the answer, give the message weight 0, or set data.train_on=assistant"
+            )
+        for first, last in zip(tags[::2], tags[1::2], strict=True):
+            around = len(text[:first].rstrip()), first, last, len(text) - len(text[last:].lstrip())
+            reasoning.append(Reasoning(*(begin + character for character in around)))
+    return reasoning
+
+
+def _paired_tags(text: str, turn: int) -> list[int]:
+    """Where reasoning begins and ends, by turns. Some templates open it in the header: then the first tag ends it."""
+    tags = [(found.start(), found.end(), found[0]) for found in re.finditer("|".join(THINK_TAGS), text)]
+    if tags and tags[0][2] == END_THINK:
+        tags.insert(0, (0, 0, THINK))
+    problem = [
+        f"the {tag} at character {at} {'is inside another' if tag == THINK else 'closes nothing'}"
+        for number, (at, _, tag) in enumerate(tags)
+        if tag != THINK_TAGS[number % 2]
+    ]
+    if not problem and len(tags) % 2:
+        problem = [f"the {THINK} at character {tags[-1][0]} is never closed"]
+    if problem:
+        raise DataError(
+            f"message {turn} (assistant): {problem[0]}, so data.train_on=answer cannot separate reasoning and answer; "
+            "fix the row, give the message weight 0, or set data.train_on=assistant"
+        )
+    return [end if number % 2 else start for number, (start, end, _) in enumerate(tags)]

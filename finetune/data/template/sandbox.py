@@ -44,12 +44,8 @@ _WRITABLE = (str, int, float, type(None), list, tuple, dict, Undefined)
 class Renderer:
     """A compiled chat template. Picklable, and usable in any thread.
 
-    Args:
-        source: jinja source.
-        variables: names that the template sees in addition to the conversation, such as `bos_token`.
-
-    Raises:
-        DataError: the source cannot be compiled.
+    variables: names that the template sees in addition to the conversation, such as `bos_token`.
+    Raises: DataError if the source cannot be compiled.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any]):
@@ -67,14 +63,15 @@ class Renderer:
 
         Raises: DataError if the template refuses it, fails, or exceeds a limit.
         """
-        environment, template, known = self._compiled()
+        environment, template = self._compiled()
         budget = environment.budget
         budget.refill(_SIZE_OF_INPUT * sum(len(message["content"]) for message in messages))
-        values = {**known, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        row = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        # shared: a context that merges the globals itself costs more than the rendering of a short row.
+        context = template.new_context(environment.globals | row, shared=True)
         parts: list[str] = []
         try:
-            # shared: `values` already holds the environment's globals.
-            for part in template.root_render_func(template.new_context(values, shared=True)):
+            for part in template.root_render_func(context):
                 budget.spend(len(part))
                 parts.append(part)
         except (SecurityError, OverflowError, RecursionError, MemoryError) as error:
@@ -85,21 +82,16 @@ class Renderer:
             raise DataError(f"the chat template fails on the row: {type(error).__name__}: {error}") from error
         return "".join(parts)
 
-    def _compiled(self) -> tuple[_Environment, Template, dict[str, Any]]:
-        """This thread's environment, its template, and the variables other than the conversation."""
+    def _compiled(self) -> tuple[_Environment, Template]:
+        """This thread's environment, and its template."""
         if not hasattr(self._of_thread, "compiled"):
-            environment = _Environment()
+            environment = _Environment(self.variables)
             try:
-                template = environment.from_string(self.source)
+                self._of_thread.compiled = environment, environment.from_string(self.source)
             except TemplateSyntaxError as error:
                 raise DataError(f"data.chat_template: line {error.lineno} of the template: {error.message}") from error
             except (TemplateError, RecursionError, ValueError, TypeError) as error:
                 raise DataError(f"data.chat_template: the template cannot be compiled: {error}") from error
-            self._of_thread.compiled = (
-                environment,
-                template,
-                {**environment.globals, **self.variables, "documents": None},
-            )
         return self._of_thread.compiled
 
 
@@ -107,9 +99,6 @@ class _Budget:
     """What one render may still use."""
 
     __slots__ = ("end", "left", "steps")
-
-    def __init__(self) -> None:
-        self.refill(0)
 
     def refill(self, more: int) -> None:
         self.left, self.steps = _RENDER_SIZE + more, 0
@@ -149,8 +138,24 @@ def _size(value: Any, most: int) -> int:
     return size
 
 
+def _paid(visit: Callable[..., None]) -> Callable[..., None]:
+    def visit_and_pay(generator: CodeGenerator, node: nodes.Expr, frame: Any) -> None:
+        if getattr(node, "ctx", "load") == "store":
+            visit(generator, node, frame)
+        else:
+            generator.write("environment.budget.pay(")
+            visit(generator, node, frame)
+            generator.write(")")
+
+    return visit_and_pay
+
+
 class _Generator(CodeGenerator):
     """Compiles loops, concatenations and literals with a charge to the budget."""
+
+    visit_List, visit_Dict, visit_Tuple = map(
+        _paid, (CodeGenerator.visit_List, CodeGenerator.visit_Dict, CodeGenerator.visit_Tuple)
+    )
 
     def visit_Template(self, node: nodes.Template, frame: Any = None) -> None:
         for loop in node.find_all(nodes.For):
@@ -158,28 +163,11 @@ class _Generator(CodeGenerator):
         super().visit_Template(node, frame)
 
     def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
-        self.write("environment.join_all((")
+        self.write("environment.concat((")
         for part in node.nodes:
             self.visit(part, frame)
             self.write(", ")
         self.write("))")
-
-    def _paid(self, visit: Callable[..., None], node: nodes.Node, frame: Any) -> None:
-        self.write("environment.budget.pay(")
-        visit(node, frame)
-        self.write(")")
-
-    def visit_List(self, node: nodes.List, frame: Any) -> None:
-        self._paid(super().visit_List, node, frame)
-
-    def visit_Dict(self, node: nodes.Dict, frame: Any) -> None:
-        self._paid(super().visit_Dict, node, frame)
-
-    def visit_Tuple(self, node: nodes.Tuple, frame: Any) -> None:
-        if node.ctx == "store":
-            super().visit_Tuple(node, frame)
-        else:
-            self._paid(super().visit_Tuple, node, frame)
 
 
 class _GenerationTag(Extension):
@@ -198,15 +186,11 @@ class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Generator
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self) -> None:
+    def __init__(self, variables: Mapping[str, Any]) -> None:
         self.budget = _Budget()
-        super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_GenerationTag, LoopControlExtension],
-            finalize=_writable,
-            cache_size=0,
-        )
+        extensions = [_GenerationTag, LoopControlExtension]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=_writable, cache_size=0)
+        self.budget.refill(0)
         self.filters = {n: self._limited(n, f) for n, f in self.filters.items() if n not in _NOT_OFFERED}
         self.filters |= {"tojson": self._limited("tojson", to_json), "each": self._each}
         self.globals.pop("lipsum")
@@ -215,16 +199,14 @@ class _Environment(ImmutableSandboxedEnvironment):
             "strftime_now": _strftime_now,
             "dict": lambda *pairs, **named: dict(*pairs, **named),
             "namespace": _Namespace,
+            "documents": None,
         }
-        self.globals = self.globals | offered
+        self.globals = self.globals | offered | {**variables}
 
-    def concat(self, parts: Iterable[str]) -> str:
-        parts = list(parts)
+    def concat(self, parts: Iterable[Any]) -> str:
+        parts = [str(part) for part in parts]
         self.budget.spend(sum(map(len, parts)))
         return "".join(parts)
-
-    def join_all(self, parts: Sequence[Any]) -> str:
-        return self.concat([str(part) for part in parts])
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "+" and type(left) is type(right) is str:
@@ -240,9 +222,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if isinstance(obj, str) and attr in ("translate", "format_map"):
-            return False
-        return super().is_safe_attribute(obj, attr, value)
+        costly = isinstance(obj, str) and attr in ("translate", "format_map")
+        return not costly and super().is_safe_attribute(obj, attr, value)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(__obj, "__self__", None)
@@ -317,12 +298,8 @@ def _joined_size(parts: Any, separator: Any) -> int:
     return _size(parts, _RENDER_SIZE) + items * _size(separator, _RENDER_SIZE)
 
 
-def _indented_size(text: Any, arguments: Sequence[Any]) -> int:
-    return str(text).count("\n") * _size(list(arguments), _RENDER_SIZE)
-
-
 def _json_size(value: Any, arguments: Sequence[Any]) -> int:
-    if _check_numbers(arguments) > 100 or sum(len(a) for part in arguments for a in _texts(part)) > 100:
+    if _check_numbers(arguments) > 100 or len(str(list(arguments))) > 200:
         raise SecurityError("it indents JSON too far")
     return 0
 
@@ -341,14 +318,10 @@ _RESULT_SIZE: dict[str, Callable[[Any, Sequence[Any]], int]] = {
     ".join": lambda separator, arguments: _joined_size(arguments[0], separator),
     "format": _formatted_size,
     ".format": _formatted_size,
-    "indent": _indented_size,
+    "indent": lambda text, arguments: str(text).count("\n") * _size(list(arguments), _RENDER_SIZE),
     "tojson": _json_size,
     "sum": _summed_size,
 }
-
-
-def _texts(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
 
 
 def _writable(value: Any) -> Any:
@@ -370,11 +343,10 @@ def _strftime_now(pattern: str) -> str:
 class _Namespace(Namespace):
     """jinja's namespace without names that start with an underscore: those reach into Python."""
 
-    def __init__(*arguments: Any, **named: Any) -> None:  # a field may be called self
-        self, *pairs = arguments
+    def __init__(self, /, *pairs: Any, **named: Any) -> None:  # a field may be called self
         for name in (fields := dict(*pairs, **named)):
             _check_field(name)
-        Namespace.__init__(self, fields)
+        super().__init__(fields)
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_field(name)

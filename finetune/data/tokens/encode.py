@@ -1,12 +1,26 @@
-"""Encode rows as tokens and loss weights, in one process and without torch."""
+"""Encode rows as tokens and loss weights, in this process or in child processes, without torch.
+
+The children are plain processes that exchange pickles over pipes, not `multiprocessing`. So no process with a GPU and
+threads is forked, and the user's script or notebook is not imported again. A child whose parent died reads the end of
+its pipe and exits.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import pickle
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from threading import local
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -16,8 +30,12 @@ from finetune.data.formats.parser import RowParser
 from finetune.data.sources.readers import RawBatch, Row
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.store import ROW, BadRow, EncodedBatch
-from finetune.system.errors import DataError
+from finetune.system.errors import DataError, ResourceError
 
+_PARENT = Path(__file__).resolve().parents[3]
+_CHILD = f"import sys; sys.path.insert(0, {str(_PARENT)!r}); from finetune.data.tokens.encode import serve; serve()"
+# Batches per worker: one in work, one waiting in its pipe.
+_AHEAD = 2
 # Part of every cache's fingerprint: raise it when the same rows give other tokens, weights or hashes.
 ENCODING_VERSION = 1
 
@@ -58,12 +76,15 @@ class RowEncoder:
                 case DataError():
                     encoded = example
             if isinstance(encoded, DataError) or isinstance(example, DataError):
-                bad.append(BadRow(row.index, str(row.location), str(encoded)))
+                bad.append(BadRow(row.index, row.location, str(encoded)))
                 continue
-            control_tokens = sum(map(self.chat.control_tokens_in, texts_of(example)))
-            content = content_hash(example, encoded.media_digest)
-            number = row.location.number
-            rows.append((len(encoded.ids), encoded.targets, row.index, number, 0, control_tokens, content))
+            content = _content(example)
+            texts_of_row = () if isinstance(example, TokenRow) else _strings(content)
+            control_tokens = sum(map(self.chat.control_tokens_in, texts_of_row))
+            text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=dict)
+            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass") + encoded.media_digest, digest_size=8)
+            hashed = int.from_bytes(digest.digest(), "little")
+            rows.append((len(encoded.ids), encoded.targets, row.index, row.number, 0, control_tokens, hashed))
             good.append(encoded)
         none = [np.empty(0)]
         return EncodedBatch(
@@ -97,14 +118,12 @@ class RowEncoder:
         return Encoded(ids, trained.astype(np.float32))
 
 
-def texts_of(example: Example) -> Iterator[str]:
-    """Yield every text of a row."""
-    if isinstance(example, RawText):
-        yield example.text
+def _content(example: Conversation | RawText | TokenRow) -> Any:
+    """A row's texts, or tokens; spelling in the file and loss weights do not count."""
     if isinstance(example, Conversation):
-        for message in example.messages:
-            yield from _strings([message.content, *({call.name: call.arguments} for call in message.tool_calls)])
-        yield from _strings(example.tools)
+        turns = [(m.role, m.content, *map(ToolCall.as_dict, m.tool_calls)) for m in example.messages]
+        return [turns, example.tools]
+    return example.text if isinstance(example, RawText) else example.input_ids
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -119,14 +138,81 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def content_hash(example: Example, media_digest: bytes = b"") -> int:
-    """Return 64 bits of a hash of a row's texts and media; spelling in the file and loss weights do not count."""
-    if isinstance(example, Conversation):
-        turns = [(m.role, m.content, *map(ToolCall.as_dict, m.tool_calls)) for m in example.messages]
-        content: Any = [turns, example.tools]
-    else:
-        content = example.text if isinstance(example, RawText) else example.input_ids
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=dict)
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
-    digest.update(media_digest)
-    return int.from_bytes(digest.digest(), "little")
+def encode_all(encoder: RowEncoder, batches: Iterable[RawBatch], workers: int) -> Iterator[EncodedBatch]:
+    """Encode batches in child processes, and yield them in order. Memory: two batches per worker.
+
+    workers: number of processes; 0 encodes in this process.
+    Raises: ResourceError if a worker dies.
+    """
+    if workers == 0:
+        yield from map(encoder, batches)
+        return
+    children: list[_Child] = []
+    mine = local()
+
+    def encode(batch: RawBatch) -> EncodedBatch:
+        if not hasattr(mine, "child"):
+            mine.child = _Child(encoder)
+            children.append(mine.child)
+        return mine.child(batch)
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="encode") as threads:
+        try:
+            pending: deque[Future[EncodedBatch]] = deque()
+            for batch in batches:
+                pending.append(threads.submit(encode, batch))
+                if len(pending) >= _AHEAD * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                child.stop()
+
+
+class _Child:
+    def __init__(self, encoder: RowEncoder):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        )
+        self._requests = cast(IO[bytes], self._process.stdin)
+        self._answers = cast(IO[bytes], self._process.stdout)
+        self._send(encoder)
+
+    def __call__(self, batch: RawBatch) -> EncodedBatch:
+        try:
+            self._send(batch)
+            return pickle.load(self._answers)  # noqa: S301 - our own child's answer
+        except (EOFError, BrokenPipeError) as error:
+            code = self._process.wait()
+            raise ResourceError(
+                f"a tokenizing process died (exit code {code}); if memory is short, set data.workers=1"
+            ) from error
+
+    def _send(self, message: RowEncoder | RawBatch) -> None:
+        pickle.dump(message, self._requests, protocol=pickle.HIGHEST_PROTOCOL)
+        self._requests.flush()
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        with suppress(BrokenPipeError):
+            self._requests.close()
+        self._answers.close()
+
+
+def serve() -> None:
+    """Run a child: read an encoder, then answer each batch, until the parent closes the pipe."""
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), 1)  # keep prints out of the answers
+    try:
+        encoder: RowEncoder = pickle.load(requests)  # noqa: S301 - from the parent that started this process
+        while True:
+            pickle.dump(encoder(pickle.load(requests)), answers, protocol=pickle.HIGHEST_PROTOCOL)  # noqa: S301
+            answers.flush()
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return

@@ -13,18 +13,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tokenizers
 
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.formats.parser import RowParser, resolve_format
-from finetune.data.sources.paths import SourceFiles, resolve_source
+from finetune.data.sources.paths import resolve_source
 from finetune.data.sources.readers import RawBatch
 from finetune.data.template.chat import ChatTemplate
-from finetune.data.tokens.encode import ENCODING_VERSION, RowEncoder
+from finetune.data.tokens.encode import ENCODING_VERSION, RowEncoder, encode_all
 from finetune.data.tokens.store import StoreWriter, TokenStore, is_valid
-from finetune.data.tokens.workers import encode_all
 from finetune.system.console import Log
 from finetune.system.errors import DataError, ResourceError
 from finetune.system.locks import locked
@@ -34,16 +33,8 @@ from finetune.system.resources import cache_home
 _WORTH_WORKERS_BYTES = 8_000_000
 # How long other ranks wait for a store on which no process works.
 _PATIENCE_SECONDS = 60.0
-
-
-class Progress(Protocol):
-    """Called with the progress of tokenization."""
-
-    def __call__(self, name: str, done_bytes: int, total_bytes: int, rows: int) -> None: ...
-
-
-def no_progress(name: str, done_bytes: int, total_bytes: int, rows: int) -> None:
-    """Show nothing."""
+# Called with a source's name, its bytes done, all its bytes, and its rows done.
+Progress = Callable[[str, int, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -56,12 +47,7 @@ class Preparation:
     cfg: DataConfig
     chat: ChatTemplate
     main: bool = True
-    progress: Progress = no_progress
-
-    @property
-    def cache(self) -> Path:
-        """Folder with one store per tokenized source."""
-        return Path(self.cfg.cache).expanduser() if self.cfg.cache else cache_home("tokens")
+    progress: Progress = lambda name, done_bytes, total_bytes, rows: None
 
     def encoder(self, source: SourceConfig, format_name: str) -> RowEncoder:
         """Build the encoder of a source's rows."""
@@ -74,7 +60,8 @@ class Preparation:
         """
         files = resolve_source(source)
         made_from = {**self.made_from(source), "rows": files.digest()}
-        folder = self.cache / fingerprint(made_from)
+        cache = Path(self.cfg.cache).expanduser() if self.cfg.cache else cache_home("tokens")
+        folder = cache / fingerprint(made_from)
 
         def write(temporary: Path) -> None:
             format_name, batches = with_format(source, files.batches(source.limit))
@@ -102,13 +89,20 @@ class Preparation:
 
         write: writes the store into a temporary folder, which is then renamed to `folder`.
         """
+        lock = folder.with_name(f"{folder.name}.lock")
+        idle_since = time.monotonic()
+        while not self.main and not is_valid(folder):
+            if time.monotonic() - idle_since > _PATIENCE_SECONDS:
+                raise ResourceError(f"the main rank did not finish {folder}; see its error")
+            time.sleep(0.2)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(lock, 0) as free:
+                if not free:
+                    idle_since = time.monotonic()
         if is_valid(folder):
             return
-        if not self.main:
-            _wait_for(folder)
-            return
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(_lock_of(folder)):
+        with locked(lock):
             if is_valid(folder):
                 return
             # Nobody else writes under the lock: these folders are left from a killed process.
@@ -135,19 +129,15 @@ class Preparation:
         files = resolve_source(source)
         writer = StoreWriter(folder)
         rows = 0
-        encoder = self.encoder(source, format_name)
-        for batch in encode_all(encoder, batches, self._workers(files)):
+        small = self.cfg.workers is None and files.size_bytes < _WORTH_WORKERS_BYTES
+        workers = 0 if small else self.cfg.workers or len(os.sched_getaffinity(0))
+        for batch in encode_all(self.encoder(source, format_name), batches, workers):
             writer.append(batch)
             rows += len(batch.rows) + len(batch.bad)
             # The end of a compressed file is read before its last rows are encoded.
             self.progress(files.name, min(batch.bytes_read, files.size_bytes - 1), files.size_bytes, rows)
         self.progress(files.name, files.size_bytes, files.size_bytes, rows)  # also if a limit stops earlier
         writer.finish(format_name, made_from)
-
-    def _workers(self, files: SourceFiles) -> int:
-        if self.cfg.workers is None and files.size_bytes < _WORTH_WORKERS_BYTES:
-            return 0
-        return self.cfg.workers or len(os.sched_getaffinity(0))
 
 
 def with_format(source: SourceConfig, batches: Iterator[RawBatch]) -> tuple[str, Iterator[RawBatch]]:
@@ -164,23 +154,6 @@ def with_format(source: SourceConfig, batches: Iterator[RawBatch]) -> tuple[str,
 def fingerprint(made_from: Mapping[str, Any]) -> str:
     """Return a folder name for everything that a store is made from."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _lock_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.lock")
-
-
-def _wait_for(folder: Path) -> None:
-    """Wait until another process has made the store; give up if no process works on it."""
-    idle_since = time.monotonic()
-    while not is_valid(folder):
-        if time.monotonic() - idle_since > _PATIENCE_SECONDS:
-            raise ResourceError(f"the main rank did not finish {folder}; see its error")
-        time.sleep(0.2)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(_lock_of(folder), 0) as free:
-            if not free:
-                idle_since = time.monotonic()
 
 
 def console_progress(log: Log, every_seconds: float = 10.0) -> Progress:

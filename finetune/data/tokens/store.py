@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from finetune.data.encoded import Encoded
+from finetune.data.sources.readers import location_of
 from finetune.system.errors import DataError
 
 # One entry per row; 32 bits suffice for 2^31 rows, and for rows of 2^31 tokens.
@@ -126,17 +127,12 @@ class TokenStore:
 
     def location(self, row: int) -> str:
         """Return the row's location: `file:line`, or `file:row N` in files without lines."""
-        file, number = int(self._files[row]), int(self._numbers[row])
-        return f"{self.meta.files[file]}:{'' if self.meta.units[file] == 'line' else 'row '}{number}"
+        file = int(self._files[row])
+        return location_of(self.meta.files[file], self.meta.units[file], int(self._numbers[row]))
 
     def used_ids(self) -> np.ndarray:
         """Return the distinct token ids [U] int32."""
         return np.unique(self._ids)
-
-    @property
-    def format(self) -> str:
-        """The rows' format."""
-        return self.meta.format
 
     @property
     def bad_rows(self) -> Path:

@@ -21,7 +21,7 @@ def write_dump(stream: IO[str], data: LoadedData) -> None:
 
 def _rows(source: Source) -> Iterator[dict[str, Any]]:
     # Labels are not shifted; rows count from 0 in the source.
-    name, documents = source.config.name or source.path, source.documents
+    name, documents = source.config.name or source.config.path, source.documents
     for row, start, length in zip(documents.rows, documents.starts, documents.lengths, strict=True):
         piece = source.store.piece(int(row), int(start), int(length))
         labels = np.where(piece.weights > 0, piece.ids, IGNORE_INDEX)

@@ -144,9 +144,9 @@ def build_report(data: LoadedData, cfg: RunConfig, chat: ChatTemplate) -> Report
         PartReport(
             part.section,
             part.source.name,
-            part.source.path,
-            part.source.store.format,
-            part.source.weight,
+            part.source.config.path,
+            part.source.store.meta.format,
+            part.source.config.weight,
             str(part.source.store.bad_rows),
             _figures(part, parts, cfg),
         )

@@ -198,7 +198,7 @@ def test_every_format_reaches_the_tokens(tmp_path, chat):
         "prompt_completion": {"prompt": "question", "completion": "answer"},
     }
     loaded = {name: load(config(write(tmp_path, line, name=f"{name}.jsonl")), chat) for name, line in sources.items()}
-    assert {name: data.train[0].store.format for name, data in loaded.items()} == {name: name for name in sources}
+    assert {name: data.train[0].store.meta.format for name, data in loaded.items()} == {name: name for name in sources}
     assert len({data.digest for data in loaded.values()}) == 1
     [text] = load(config(write(tmp_path, {"text": "once upon"}, name="text.jsonl")), chat).documents
     assert text.ids.tolist() == [*chat.encode_texts(["once upon"])[0], chat.end_of_text_id]

@@ -42,7 +42,7 @@ def test_a_step_does_not_depend_on_the_steps_computed_before():
 
     walked = make()
     in_turn = [walked.batch(step) for step in range(200)]
-    assert walked.locate(199)[0] >= 1, "the test must cross an epoch"
+    assert walked.steps_in(0) < 199, "the test must cross an epoch"
     for step in (199, 0, 150, 57):
         assert make().batch(step) == in_turn[step]
 

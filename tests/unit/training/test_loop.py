@@ -13,8 +13,7 @@ from torch import nn
 
 from finetune.config.schema import TrainConfig
 from finetune.data.documents import Document
-from finetune.data.packing import SequenceOrder
-from finetune.data.sampler import MapSampler
+from finetune.data.packing import MapSampler, SequenceOrder
 from finetune.system.errors import FinetuneError
 from finetune.training.checkpoint import TrainState
 from finetune.training.loop import StepInputs, build_optimizer, fit, learning_rate_at, train_step, warmup_steps

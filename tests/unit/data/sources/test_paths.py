@@ -68,7 +68,7 @@ def test_a_glob_reads_its_files_in_the_order_of_their_names(tmp_path):
     rows = list(read_rows(SourceConfig(path=f"{tmp_path}/*")))
     assert [row.value["text"] for row in rows if isinstance(row.value, dict)] == ["a1", "b1", "b2", "b3", "c1", "c2"]
     assert [row.index for row in rows] == list(range(7))
-    assert [str(row.location).removeprefix(f"{tmp_path}/") for row in rows] == [
+    assert [row.location.removeprefix(f"{tmp_path}/") for row in rows] == [
         "a.jsonl.gz:1",
         "b.jsonl:1",
         "b.jsonl:2",
@@ -423,7 +423,7 @@ def test_a_hub_dataset_is_read_by_subset_and_split(hub):
     rows = list(read_rows(SourceConfig(path="someone/rows", subset="two", split="test", limit=2)))
     assert [row.value["text"] for row in rows] == ["two test 0", "two test 1"]
     assert [row.index for row in rows] == [0, 1]
-    assert str(rows[1].location).startswith("someone/rows/") and str(rows[1].location).endswith("-test.arrow:row 2")
+    assert rows[1].location.startswith("someone/rows/") and rows[1].location.endswith("-test.arrow:row 2")
     assert name_of("someone/rows", subset="two", split="test") == "test"
 
 

@@ -212,7 +212,7 @@ BAD_LINES = {
 def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, line):
     rows = read(save(tmp_path / "rows.jsonl", as_lines([GOOD]) + b"\n" + line.encode() + b"\r\n" + as_lines([GOOD])))
     assert [row.value for row in (rows[0], rows[2])] == [GOOD, GOOD]
-    assert [(row.index, str(row.location)) for row in rows] == [
+    assert [(row.index, row.location) for row in rows] == [
         (i, f"{tmp_path}/rows.jsonl:{n}") for i, n in enumerate((1, 3, 4))
     ]
     with pytest.raises(DataError, match=BAD_LINES[line]):
@@ -243,7 +243,7 @@ def test_a_bad_row_in_a_list_is_named_and_the_others_are_read(tmp_path):
     rows = read(
         save(tmp_path / "rows.json", '[{"text": "whole"}, {"text": tru}, {"text": "}]"}, 7,\n{"text": "whole"}]')
     )
-    assert [str(row.location) for row in rows] == [f"{tmp_path}/rows.json:row {n}" for n in range(1, 6)]
+    assert [row.location for row in rows] == [f"{tmp_path}/rows.json:row {n}" for n in range(1, 6)]
     assert [rows[i].value for i in (0, 2, 4)] == [GOOD, {"text": "}]"}, GOOD]
     assert "is not JSON" in str(rows[1].value) and "must be an object" in str(rows[3].value)
 
@@ -337,7 +337,7 @@ BAD_CELLS = {
 def test_a_bad_record_is_named_by_its_first_line(tmp_path, content):
     index, place, reason = BAD_CELLS[content]
     rows = read(save(tmp_path / "rows.csv", content))
-    assert str(rows[index].location).endswith(place)
+    assert rows[index].location.endswith(place)
     with pytest.raises(DataError, match=reason):
         raise rows[index].value
     assert all(isinstance(row.value, dict) for i, row in enumerate(rows) if i != index)
@@ -348,7 +348,7 @@ def test_a_record_without_an_end_is_cut_at_the_limit(tmp_path, monkeypatch, endl
     monkeypatch.setattr(text_files, "LONGEST_RECORD_BYTES", 100)
     rows = read(save(tmp_path / "rows.csv", "text,more\nwhole,1\n" + endless + "whole,1\n" * 40))
     bad = [row for row in rows if isinstance(row.value, DataError)]
-    assert bad[0].location.number == 3 and "bytes long; a row may have 100" in str(bad[0].value)
+    assert bad[0].number == 3 and "bytes long; a row may have 100" in str(bad[0].value)
     assert [row.value for row in rows[-25:]] == [{"text": "whole", "more": "1"}] * 25
 
 
@@ -358,7 +358,7 @@ def test_a_cell_may_be_as_long_as_a_document(tmp_path):
 
 def test_empty_cells_are_empty_texts_and_blank_lines_are_no_rows(tmp_path):
     path = save(tmp_path / "rows.csv", 'a,b\r\n\r\n,""\r\n" ",1\r\n')
-    assert [(row.location.number, row.value) for row in read(path)] == [
+    assert [(row.number, row.value) for row in read(path)] == [
         (3, {"a": "", "b": ""}),
         (4, {"a": " ", "b": "1"}),
     ]

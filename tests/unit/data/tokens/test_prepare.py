@@ -171,7 +171,7 @@ def test_waiting_for_a_store_that_no_process_makes_is_an_error(tmp_path, chat, m
 
 
 def test_a_dead_worker_is_an_error_with_advice(tmp_path, chat, monkeypatch):
-    monkeypatch.setattr("finetune.data.tokens.workers._CHILD", "import os; os._exit(137)")
+    monkeypatch.setattr("finetune.data.tokens.encode._CHILD", "import os; os._exit(137)")
     with pytest.raises(ResourceError, match=r"exit code 137.*data.workers"):
         store_of(preparation(tmp_path, chat, rows(tmp_path, 2_000), workers=2))
 
