@@ -119,7 +119,10 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
     rates = None if options.gpu_gb or options.tflops else read_rates(device_type)
     timing = estimate_time(inputs, found, rates=rates, options=options, gpu_name=gpu_name)
     changes = changes_that_fit(inputs, free) if free is not None and not fits else []
-    fastest = fastest_that_fits(inputs, free, rates) if free is not None and options.auto else None
+    auto = None
+    if options.auto and free is not None and (fastest := fastest_that_fits(inputs, free, rates)) is not None:
+        overrides, memory = fastest
+        auto = {"overrides": overrides, "peak_bytes": memory.peak_bytes, "needed_bytes": memory.needed_bytes}
     content = {
         "fits": fits,
         "ranks": ranks,
@@ -137,12 +140,7 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
         "layers": found.activations.layers,
         **timing,
         "changes": [{"overrides": c.overrides, "saved_bytes": c.saved_bytes, "fits": c.fits} for c in changes],
-        "auto": fastest
-        and {
-            "overrides": fastest.overrides,
-            "peak_bytes": fastest.memory.peak_bytes,
-            "needed_bytes": fastest.memory.needed_bytes,
-        },
+        "auto": auto,
         "teacher_unknown": found.teacher_unknown,
     }
     if as_json:

@@ -49,7 +49,7 @@ class ActivationPlan:
     """Activation bytes of one micro-batch on one rank.
 
     kept: per layer that backward reaches, from the lowest on, what it holds if it is not recomputed.
-    input: what a recomputed layer holds. first: number of the lowest layer in `kept`. layers: all layers of the model.
+    input: what a recomputed layer holds. layers: all layers of the model.
     head: workspace of the loss. work: temporaries of a layer's backward pass.
     hole: lost in a CPU's heap per kept layer until the forward pass ends (then training calls malloc_trim).
     garbage: free but held by a CPU's heap while recomputed layers run.
@@ -57,7 +57,6 @@ class ActivationPlan:
 
     kept: tuple[float, ...]
     input: float
-    first: int
     head: float
     work: float
     layers: int
@@ -96,11 +95,12 @@ def plan_activations(inputs: PlanInputs, micro_batch: int, document_tokens: int 
     document_tokens: length of the documents in a sequence; None takes each sequence as one document.
     """
     tokens, inner = micro_batch * inputs.data.max_length, inputs.shape["intermediate_size"]
-    width, first = inputs.value_bytes, inputs.first_trained_layer
-    kinds = [(inputs.adapted[layer], _int8_linears(inputs, layer)) for layer in range(first, len(inputs.adapted))]
+    width, kinds = inputs.value_bytes, []
+    for layer in range(inputs.first_trained_layer, len(inputs.adapted)):
+        stored = layer_precisions(layer, inputs.model, inputs.quant)
+        kinds.append((inputs.adapted[layer], frozenset(name for name in stored if stored[name] == "int8")))
     token_bytes = {
-        (adapted, int8): sum(kept_bytes(inputs, adapted, document_tokens, int8).values())
-        for adapted, int8 in dict.fromkeys(kinds)
+        kind: sum(kept_bytes(inputs, *kind, document_tokens=document_tokens).values()) for kind in set(kinds)
     }
     kept = tuple(tokens * token_bytes[kind] for kind in kinds)
     hidden = tokens * inputs.shape["hidden_size"] * width
@@ -112,7 +112,6 @@ def plan_activations(inputs: PlanInputs, micro_batch: int, document_tokens: int 
     return ActivationPlan(
         kept=kept,
         input=hidden,
-        first=first,
         # With the logits: the last hidden states, their normed copy, the rows with a target, and their gradient.
         head=loss_bytes(inputs, tokens, inputs.trains_on_teacher) + 4 * hidden,
         work=_layer_work(inputs, tokens, document_tokens) + 2 * hidden,
@@ -120,16 +119,6 @@ def plan_activations(inputs: PlanInputs, micro_batch: int, document_tokens: int 
         hole=block if in_heap else 0.0,
         garbage=_GARBAGE_LAYERS * max(0.0, layer_in_heap) if on_cpu else 0.0,
     )
-
-
-def evaluation_bytes(inputs: PlanInputs, tokens: int) -> dict[str, float]:
-    """Return the largest workspace of scoring held-out rows: of a layer, or of the loss and the comparison."""
-    plain = inputs.quant.type == "none" or inputs.quant.keep_dequantized
-    in_blocks = inputs.device_type == "cpu" and inputs.train.kernels == "fused" and plain
-    layer = forward_bytes(inputs, inputs.shape, tokens, in_blocks=in_blocks)
-    hidden = tokens * inputs.shape["hidden_size"] * inputs.value_bytes
-    loss = loss_bytes(inputs, tokens, inputs.has_teacher) + 3 * hidden
-    return {"layer workspace": layer} if layer > loss else {"loss workspace": loss}
 
 
 def forward_bytes(inputs: PlanInputs, shape: Mapping[str, Any], tokens: int, *, in_blocks: bool) -> float:
@@ -189,7 +178,8 @@ def _layer_work(inputs: PlanInputs, tokens: int, document_tokens: int | None) ->
         queries = min(limits.QUERIES_PER_BLOCK, document)
         attention = tokens * inputs.shape["num_attention_heads"] * queries * _SCORE_BYTES
     largest = max(out * size for out, size in inputs.linears.values())
-    weight = largest * DTYPE_BYTES[inputs.quant.compute_dtype] if inputs.dequantizes else 0
+    dequantizes = inputs.quant.type == "nf4" and not inputs.quant.keep_dequantized
+    weight = largest * DTYPE_BYTES[inputs.quant.compute_dtype] if dequantizes else 0
     if inputs.device_type == "cuda":
         held = weight  # ops/linear.py keeps one buffer of the largest matrix
     else:
@@ -206,13 +196,8 @@ def _mlp_rows(inputs: PlanInputs, tokens: int) -> int:
     return tokens if inputs.device_type != "cpu" or unfused or special else min(tokens, limits.MLP_ROWS)
 
 
-def _int8_linears(inputs: PlanInputs, layer: int) -> frozenset[str]:
-    precisions = layer_precisions(layer, inputs.model, inputs.quant)
-    return frozenset(name for name, precision in precisions.items() if precision == "int8")
-
-
 def kept_bytes(
-    inputs: PlanInputs, adapted: frozenset[str], document_tokens: int | None = None, int8: frozenset[str] = frozenset()
+    inputs: PlanInputs, adapted: frozenset[str], int8: frozenset[str] = frozenset(), document_tokens: int | None = None
 ) -> dict[str, float]:
     """Return the bytes per token and purpose that a layer keeps for its backward pass.
 

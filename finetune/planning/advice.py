@@ -5,15 +5,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+
+import yaml
 
 from finetune.models.families import QWEN25_SHAPES
 from finetune.planning.activations import plan_activations
 from finetune.planning.auto_batch import estimate_memory, largest_micro_batch, recomputed_layers
-from finetune.planning.flops import step_work
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.peak_memory import PeakMemory, predict_peak
-from finetune.planning.timing import Rates, assumed_effort, step_seconds
+from finetune.planning.timing import Rates, cost_of_token
 from finetune.system.format import format_bytes
 
 BUDGETS_GB = (8, 12, 16, 24, 48, 80)
@@ -32,15 +32,6 @@ class Change:
     fits: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """overrides: as on the command line. seconds_per_token: None without measured rates."""
-
-    overrides: tuple[str, ...]
-    memory: PeakMemory
-    seconds_per_token: float | None
-
-
 def describe_change(change: Change) -> str:
     """Return a change as one line of text."""
     alone = "" if change.fits else " (not enough by itself)"
@@ -54,17 +45,17 @@ def changes_that_fit(inputs: PlanInputs, free_bytes: float) -> list[Change]:
     """
     needed = estimate_memory(inputs, free_bytes).needed_bytes
     singles: list[Change] = []
-    together, combined, joint = inputs, (), None
-    for overrides, changed in _candidates(inputs, free_bytes):
-        left = estimate_memory(changed, free_bytes).needed_bytes
+    together, joint = inputs, None
+    for override in _candidates(inputs, free_bytes):
+        left = estimate_memory(_changed(inputs, override), free_bytes).needed_bytes
         if left >= needed:
             continue
-        singles.append(Change(overrides, needed - left, left <= free_bytes))
+        singles.append(Change((override,), needed - left, left <= free_bytes))
         if joint is None:
-            together, combined = _merged(together, changed, overrides), (*combined, *overrides)
+            together = _changed(together, override)
             left = estimate_memory(together, free_bytes).needed_bytes
             if left <= free_bytes and len(singles) > 1:
-                joint = Change(combined, needed - left, True)
+                joint = Change(tuple(word for single in singles for word in single.overrides), needed - left, True)
     if found := [change for change in singles if change.fits]:
         return found[:_SHOWN_CHANGES]
     joint = joint or _smaller_model(inputs, free_bytes, needed)
@@ -81,49 +72,37 @@ def _smaller_model(inputs: PlanInputs, free_bytes: float, needed: float) -> Chan
     return None
 
 
-def _candidates(inputs: PlanInputs, free_bytes: float) -> Iterator[tuple[tuple[str, ...], PlanInputs]]:
-    """Changes, from those that do not alter the result to those that do."""
+def _candidates(inputs: PlanInputs, free_bytes: float) -> list[str]:
+    """Return the overrides that may help, from those that do not alter the result to those that do."""
     quant, train, lora, length = inputs.quant, inputs.train, inputs.lora, inputs.data.max_length
-
-    def change(section: str, key: str, value: Any, text: str | None = None) -> tuple[tuple[str, ...], PlanInputs]:
-        return (text or f"{section}.{key}={value}",), inputs.with_settings(**{section: {key: value}})
-
-    if quant.keep_dequantized:
-        yield change("quant", "keep_dequantized", False, "quant.keep_dequantized=false")
-    if train.micro_batch_size not in (None, 1):
-        yield change("train", "micro_batch_size", 1)
-    if train.gradient_checkpointing not in ("auto", "all", "offload"):
-        yield change("train", "gradient_checkpointing", "all")
-    if train.kernels == "peft":
-        yield change("train", "kernels", "fused")
-    if train.gradient_checkpointing != "offload" and inputs.device_type == "cuda":
-        yield change("train", "gradient_checkpointing", "offload")
-    if inputs.has_teacher and inputs.distill.teacher.placement == "resident":
-        streamed = inputs.distill.teacher.model_copy(update={"placement": "streamed"})
-        yield change("distill", "teacher", streamed, "distill.teacher.placement=streamed")
-    if not quant.double and quant.type == "nf4":
-        yield change("quant", "double", True, "quant.double=true")
-    if quant.type in ("none", "int8"):
-        yield change("quant", "type", "nf4")
-    shorter = longest_that_fits(inputs, free_bytes)
-    if shorter and shorter < length:
-        yield change("data", "max_length", shorter)
-    elif length > 2 * _STEP_TOKENS:
-        yield change("data", "max_length", length // 2)
-    if lora.modules_to_save:
-        yield change("lora", "modules_to_save", [])
-    if lora.rank > 8:
-        yield change("lora", "rank", 8)
-    if lora.target_modules != ["q_proj", "v_proj"]:
-        yield change("lora", "target_modules", ["q_proj", "v_proj"], "'lora.target_modules=[q_proj,v_proj]'")
+    recompute, on_gpu = train.gradient_checkpointing, inputs.device_type == "cuda"
+    resident = inputs.has_teacher and inputs.distill.teacher.placement == "resident"
+    longest = longest_that_fits(inputs, free_bytes)
+    shorter = longest if 0 < longest < length else length // 2
+    overrides = {
+        "quant.keep_dequantized=false": quant.keep_dequantized,
+        "train.micro_batch_size=1": train.micro_batch_size not in (None, 1),
+        "train.gradient_checkpointing=all": recompute not in ("auto", "all", "offload"),
+        "train.kernels=fused": train.kernels == "peft",
+        "train.gradient_checkpointing=offload": recompute != "offload" and on_gpu,
+        "distill.teacher.placement=streamed": resident,
+        "quant.double=true": not quant.double and quant.type == "nf4",
+        "quant.type=nf4": quant.type in ("none", "int8"),
+        f"data.max_length={shorter}": 0 < longest < length or length > 2 * _STEP_TOKENS,
+        "lora.modules_to_save=[]": lora.modules_to_save,
+        "lora.rank=8": lora.rank > 8,
+        "'lora.target_modules=[q_proj,v_proj]'": lora.target_modules != ["q_proj", "v_proj"],
+    }
+    return [override for override, helps in overrides.items() if helps]
 
 
-def _merged(before: PlanInputs, change: PlanInputs, overrides: tuple[str, ...]) -> PlanInputs:
-    """`before` with the settings that a change touches."""
-    for override in overrides:
-        section, key = override.strip("'").partition("=")[0].split(".")[:2]
-        before = before.with_settings(**{section: {key: getattr(getattr(change, section), key)}})
-    return before
+def _changed(inputs: PlanInputs, override: str) -> PlanInputs:
+    key, _, text = override.strip("'").partition("=")
+    section, name, *inner = key.split(".")
+    value = yaml.safe_load(text)
+    if inner:
+        value = getattr(getattr(inputs, section), name).model_copy(update={inner[0]: value})
+    return inputs.with_settings(**{section: {name: value}})
 
 
 def longest_that_fits(inputs: PlanInputs, free_bytes: float) -> int:
@@ -148,12 +127,14 @@ def length_table(inputs: PlanInputs) -> dict[str, dict[int, int]]:
     }
 
 
-def fastest_that_fits(inputs: PlanInputs, free_bytes: float, rates: Rates | None) -> Settings | None:
+def fastest_that_fits(
+    inputs: PlanInputs, free_bytes: float, rates: Rates | None
+) -> tuple[tuple[str, ...], PeakMemory] | None:
     """Find the settings with the least time per token that fit.
 
     Gradient checkpointing, micro-batch and `quant.keep_dequantized` may change; the length only if nothing else fits.
 
-    Returns: None if nothing fits.
+    Returns: overrides as on the command line, and the memory with them; None if nothing fits.
     """
     fitting = []
     for tried in _ways(inputs, free_bytes):
@@ -162,16 +143,15 @@ def fastest_that_fits(inputs: PlanInputs, free_bytes: float, rates: Rates | None
             fitting.append((cost_of_token(tried, memory, rates), tried, memory))
     if not fitting:
         return None
-    cost, chosen, memory = min(fitting, key=lambda way: way[0])
+    _, chosen, memory = min(fitting, key=lambda way: way[0])
     length, recompute = chosen.data.max_length, chosen.train.gradient_checkpointing
+    if recompute == "auto":
+        recompute = memory.recomputed or "none"
     overrides = [f"data.max_length={length}"] if length != inputs.data.max_length else []
-    overrides.append(f"train.micro_batch_size={memory.micro_batch}")
-    overrides.append(
-        f"train.gradient_checkpointing={(memory.recomputed or 'none') if recompute == 'auto' else recompute}"
-    )
+    overrides += [f"train.micro_batch_size={memory.micro_batch}", f"train.gradient_checkpointing={recompute}"]
     if inputs.quant.type == "nf4":
         overrides.append(f"quant.keep_dequantized={str(chosen.quant.keep_dequantized).lower()}")
-    return Settings(tuple(overrides), memory, None if rates is None else cost)
+    return tuple(overrides), memory
 
 
 def _ways(inputs: PlanInputs, free_bytes: float) -> Iterator[PlanInputs]:
@@ -184,12 +164,3 @@ def _ways(inputs: PlanInputs, free_bytes: float) -> Iterator[PlanInputs]:
     for keep_dequantized in (False, True) if inputs.quant.type == "nf4" else (False,):
         for micro in sorted({most, *(2**power for power in range(most.bit_length()))}):
             yield auto.with_settings(quant={"keep_dequantized": keep_dequantized}, train={"micro_batch_size": micro})
-
-
-def cost_of_token(inputs: PlanInputs, memory: PeakMemory, rates: Rates | None) -> float:
-    """Return the cost of a training token: seconds with measured rates, else operations."""
-    work = step_work(inputs, memory.micro_batch, memory.recomputed)
-    tokens = inputs.rank_sequences * inputs.data.max_length
-    if rates is None:
-        return assumed_effort(inputs, work) / tokens
-    return sum(step_seconds(inputs, work, rates, inputs.data.max_length).values()) / tokens

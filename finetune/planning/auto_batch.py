@@ -58,37 +58,35 @@ def choose_micro_batch(inputs: PlanInputs, free_bytes: float | None) -> BatchPla
     Args:
         free_bytes: memory for activations; None if unknown.
     """
-    setting, micro = inputs.train.gradient_checkpointing, largest_micro_batch(inputs)
+    setting, given = inputs.train.gradient_checkpointing, inputs.train.micro_batch_size
+    wanted = micro = largest_micro_batch(inputs)
     plan = plan_activations(inputs, micro)
-    if free_bytes is None:
-        recompute = "all" if setting == "auto" else setting
-        text = f"memory: gradient_checkpointing={recompute}, micro_batch={micro} (the free memory is unknown)"
-        return BatchPlan(predict_peak(inputs, micro, _layers_of(recompute, len(plan.kept))), recompute, text)
-    wanted = micro
-    while (
-        plan.peak_bytes(recomputed_layers(inputs, plan, free_bytes=0.0), _offloads(inputs)) > free_bytes
-        and micro > 1
-        and inputs.train.micro_batch_size is None
-    ):
+    while free_bytes is not None and micro > 1 and given is None:
+        if plan.peak_bytes(recomputed_layers(inputs, plan, free_bytes=0.0), _offloads(inputs)) <= free_bytes:
+            break
         micro //= 2
         plan = plan_activations(inputs, micro)
     count = recomputed_layers(inputs, plan, free_bytes)
-    recompute = setting if setting != "auto" else count or "none"
+    memory = predict_peak(inputs, micro, count)
+    if free_bytes is None:
+        recompute = "all" if setting == "auto" else setting
+        text = f"memory: gradient_checkpointing={recompute}, micro_batch={micro} (the free memory is unknown)"
+        return BatchPlan(memory, recompute, text)
     text = f"memory: micro_batch={micro}"
     if micro < wanted:
         text += f" (reduced from {wanted} to fit)"
     text += _describe_activations(inputs, plan, count, free_bytes)
-    return BatchPlan(predict_peak(inputs, micro, count), recompute, text)
+    return BatchPlan(memory, setting if setting != "auto" else count or "none", text)
 
 
-def recomputed_layers(inputs: PlanInputs, plan: ActivationPlan, free_bytes: float = math.inf) -> int:
-    """Return the number of layers that the setting recomputes; for auto, as many as it takes to fit."""
-    setting = inputs.train.gradient_checkpointing
-    return plan.fewest(free_bytes) if setting == "auto" else _layers_of(setting, len(plan.kept))
+def recomputed_layers(inputs: PlanInputs, plan: ActivationPlan, free_bytes: float | None = math.inf) -> int:
+    """Return the number of layers that the setting recomputes; for auto, as many as it takes to fit.
 
-
-def _layers_of(setting: str | int, reached: int) -> int:
-    """Layers that a setting other than auto recomputes. reached: layers that backward reaches."""
+    If the free memory is unknown (None), auto recomputes like all.
+    """
+    setting, reached = inputs.train.gradient_checkpointing, len(plan.kept)
+    if setting == "auto" and free_bytes is not None:
+        return plan.fewest(free_bytes)
     if isinstance(setting, int):
         return min(setting, reached)
     return 0 if setting == "none" else max(0, reached - 1)

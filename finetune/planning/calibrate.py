@@ -8,13 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from bitsandbytes.functional import quantize_4bit
+from torch.nn.functional import scaled_dot_product_attention
+
+from finetune.ops import elementwise as ops
+from finetune.ops.attention import attend, plan_segments
+from finetune.ops.cross_entropy import cross_entropy_
+from finetune.ops.dequantize import dequantize
+from finetune.ops.linear import Adapter, Projection, project, swiglu_mlp
+from finetune.ops.matmul import matmul
 from finetune.planning.timing import Rates
 from finetune.system.console import Log
-
-if TYPE_CHECKING:
-    import torch
 
 # (inputs, outputs) of the linears of 0.5B, 1.5B and 7B, from the smallest to the largest.
 _MATRICES = ((896, 128), (896, 896), (896, 4864), (1536, 8960), (3584, 18944))
@@ -37,30 +44,16 @@ def measure_rates(device: torch.device, name: str, log: Log, clock: Callable[[],
         name: the device's name in messages.
         clock: returns seconds.
     """
-    import torch
-
     watch = _Watch(device, clock)
     log("calibrate: products")
-    products = [
-        [float(inputs * outputs), float(rows), _product(watch, rows, inputs, outputs)]
-        for inputs, outputs in _MATRICES
-        for rows in _ROWS
-    ]
+    products = [[float(i * o), float(rows), _product(watch, rows, i, o)] for i, o in _MATRICES for rows in _ROWS]
     log("calibrate: attention, elementwise steps, loss, 4-bit weights, optimizer")
     attention = [[float(length), _attention(watch, length)] for length in _DOCUMENTS]
     with torch.no_grad():
         elementwise, logits = _elementwise(watch), _logits(watch)
         dequantized = [[float(i * o), _dequantize(watch, i, o)] for i, o in _DEQUANTIZED]
-    return Rates(
-        name,
-        products,
-        attention,
-        elementwise,
-        dequantized,
-        logits,
-        trained=_optimizer(watch),
-        layer_seconds=_calls(watch),
-    )
+    trained, layer_seconds = _optimizer(watch), _calls(watch)
+    return Rates(name, products, attention, elementwise, dequantized, logits, trained, layer_seconds)
 
 
 class _Watch:
@@ -69,7 +62,6 @@ class _Watch:
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """Return the median time of repeated calls after a warm-up; two calls if one is slow."""
-        import torch
 
         def once() -> float:
             start = self.clock()
@@ -82,15 +74,11 @@ class _Watch:
         return median(once() for _ in range(2 if warm > _LONG_SECONDS else _REPEATS))
 
     def normal(self, *sizes: int) -> torch.Tensor:
-        import torch
-
         return torch.randn(*sizes, device=self.device).to(torch.bfloat16)
 
 
 def _product(watch: _Watch, rows: int, inputs: int, outputs: int) -> float:
     """Operations per second of a frozen linear, forward and backward."""
-    from finetune.ops.matmul import matmul
-
     x, weight, grad = watch.normal(rows, inputs), watch.normal(outputs, inputs), watch.normal(rows, outputs)
     seconds = watch.seconds(lambda: matmul(x, weight.T)) + watch.seconds(lambda: matmul(grad, weight))
     return 4.0 * rows * inputs * outputs / seconds
@@ -98,10 +86,6 @@ def _product(watch: _Watch, rows: int, inputs: int, outputs: int) -> float:
 
 def _attention(watch: _Watch, length: int) -> float:
     """Operations per second of attention in documents of this length, forward and backward."""
-    import torch
-
-    from finetune.ops.attention import attend, plan_segments
-
     documents = max(1, _TOKENS // length)
     tokens = documents * length
     segments = plan_segments([length] * documents, torch.arange(tokens), tokens, watch.device, torch.bfloat16)
@@ -114,10 +98,6 @@ def _attention(watch: _Watch, length: int) -> float:
 
 def _elementwise(watch: _Watch) -> float:
     """Values per second of a layer's elementwise steps, forward and backward: two passes of T * I values."""
-    import torch
-
-    from finetune.ops import elementwise as ops
-
     x, weight = watch.normal(_TOKENS, _HIDDEN), watch.normal(_HIDDEN)
     gate, up, grad = (watch.normal(_TOKENS, _INNER) for _ in range(3))
     query, angle = watch.normal(_TOKENS, _HEADS + _KEY_HEADS, _WIDTH), watch.normal(_TOKENS, _WIDTH)
@@ -137,54 +117,35 @@ def _elementwise(watch: _Watch) -> float:
 
 
 def _logits(watch: _Watch) -> float:
-    import torch
-
-    from finetune.ops.cross_entropy import cross_entropy_
-
     logits = watch.normal(_CHUNK, _VOCABULARY)
     labels = torch.arange(_CHUNK, device=watch.device)
     return logits.numel() / watch.seconds(lambda: cross_entropy_(logits, labels))
 
 
 def _dequantize(watch: _Watch, inputs: int, outputs: int) -> float:
-    from bitsandbytes.functional import quantize_4bit
-
-    from finetune.ops.dequantize import dequantize
-
     packed, state = quantize_4bit(watch.normal(outputs, inputs), compress_statistics=True, quant_type="nf4")
     return inputs * outputs / watch.seconds(lambda: dequantize(packed, state))
 
 
 def _optimizer(watch: _Watch) -> float:
-    import torch
-
     weights = [torch.zeros(64, _HIDDEN, device=watch.device, requires_grad=True) for _ in range(16)]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    optimizer = torch.optim.AdamW(weights)
-    return sum(weight.numel() for weight in weights) / watch.seconds(optimizer.step)
+    return sum(weight.numel() for weight in weights) / watch.seconds(torch.optim.AdamW(weights).step)
 
 
 def _calls(watch: _Watch) -> float:
     """Seconds of a layer's pass over very few values: the cost of Python and kernel launches."""
-    import torch
-
-    from finetune.ops.elementwise import apply_rope, rms_norm
-    from finetune.ops.linear import Adapter, Projection, project, swiglu_mlp
-
     width, rows = 64, 32
     x = watch.normal(rows, width).requires_grad_()
     weight, norm, angle = watch.normal(width, width), watch.normal(width), watch.normal(rows, width)
-    factors = (
-        torch.zeros(8, width, device=watch.device, requires_grad=True),
-        torch.zeros(width, 8, device=watch.device, requires_grad=True),
-    )
-    frozen, adapted = Projection(weight), Projection(weight, adapter=Adapter(*factors, scale=1.0))
+    a, b = (torch.zeros(*size, device=watch.device, requires_grad=True) for size in ((8, width), (width, 8)))
+    frozen, adapted = Projection(weight), Projection(weight, adapter=Adapter(a, b, scale=1.0))
 
     def layer() -> None:
-        q, k, v = project(rms_norm(x, norm, 1e-6), (adapted, frozen, adapted))
-        q, k = (apply_rope(y[:, None], angle, angle) for y in (q, k))
-        y = x + project(torch.nn.functional.scaled_dot_product_attention(q, k, v[:, None])[:, 0], (frozen,))[0]
-        (y + swiglu_mlp(rms_norm(y, norm, 1e-6), frozen, frozen, frozen)).sum().backward()
+        q, k, v = project(ops.rms_norm(x, norm, 1e-6), (adapted, frozen, adapted))
+        q, k = (ops.apply_rope(y[:, None], angle, angle) for y in (q, k))
+        y = x + project(scaled_dot_product_attention(q, k, v[:, None])[:, 0], (frozen,))[0]
+        (y + swiglu_mlp(ops.rms_norm(y, norm, 1e-6), frozen, frozen, frozen)).sum().backward()
 
     return watch.seconds(layer) / 2

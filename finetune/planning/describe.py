@@ -10,17 +10,13 @@ from finetune.models.families import shape_of
 from finetune.planning.advice import changes_that_fit, describe_change
 from finetune.planning.auto_batch import estimate_memory, free_memory, largest_micro_batch
 from finetune.planning.inputs import PlanInputs, plan_inputs
-from finetune.planning.peak_memory import PeakMemory, streamed_bytes, teacher_bytes
+from finetune.planning.peak_memory import streamed_bytes, teacher_bytes
 from finetune.system.format import format_bytes
 from finetune.system.machine import device_type_here, ranks_of_run
 
 
 def describe_plan(inputs: PlanInputs, free_bytes: float | None = None) -> str:
-    """Return the plan as lines of text, with a WARNING and changes that help if the run does not fit.
-
-    Args:
-        free_bytes: as for `estimate_memory`.
-    """
+    """Return the plan as lines of text, with a WARNING and changes that help if the run does not fit."""
     train = inputs.train
     lines = [
         f"batch: sequences={train.batch_size}, max_length={inputs.data.max_length}, ranks={inputs.ranks}, "
@@ -29,10 +25,11 @@ def describe_plan(inputs: PlanInputs, free_bytes: float | None = None) -> str:
     ]
     if not inputs.shape:
         return "\n".join([*lines, f"model: the sizes of {inputs.model.name} are unknown, so memory is not planned"])
-    found = estimate_memory(inputs, free_bytes)
-    static, teacher = found.static, describe_teacher(inputs)
-    activations = found.activations
+    found, teacher = estimate_memory(inputs, free_bytes), describe_teacher(inputs)
+    static, activations = found.static, found.activations
     kept, recomputed = (activations.peak_bytes(n) for n in (0, max(0, len(activations.kept) - 1)))
+    largest = sorted(found.parts.items(), key=lambda part: -part[1])[:3]
+    most = ", ".join(f"{name} {format_bytes(size)}" for name, size in largest)
     lines += [
         f"model: parameters={static.parameters:,}, trained={static.trained:,} "
         f"({static.trained / static.parameters:.3%})",
@@ -42,7 +39,7 @@ def describe_plan(inputs: PlanInputs, free_bytes: float | None = None) -> str:
         f"memory of activations: {format_bytes(kept)} per rank if no layer is recomputed, "
         f"{format_bytes(recomputed)} if all are (train.gradient_checkpointing={train.gradient_checkpointing})",
         f"predicted peak: {format_bytes(found.peak_bytes)} per rank, {found.moment}, "
-        f"recomputed_layers={found.recomputed}, micro_batch={found.micro_batch} (most of it: {_largest_parts(found)})",
+        f"recomputed_layers={found.recomputed}, micro_batch={found.micro_batch} (most of it: {most})",
     ]
     if free_bytes is not None and found.needed_bytes > free_bytes:
         needed, free = format_bytes(found.needed_bytes), format_bytes(free_bytes)
@@ -60,9 +57,8 @@ def describe_teacher(inputs: PlanInputs) -> str | None:
     if teacher.placement == "cached":
         return f"teacher: {name}, not loaded; its targets are read from {cache}"
     if teacher.placement == "server":
-        return (
-            f"teacher: {teacher.served_as or teacher.name or 'the model'} at {teacher.url}; its targets go to {cache}"
-        )
+        served = teacher.served_as or teacher.name or "the model"
+        return f"teacher: {served} at {teacher.url}; its targets go to {cache}"
     size = teacher_bytes(inputs)
     if size is None:
         return f"teacher: {name}, {teacher.placement}; its sizes are unknown, so its memory is not planned"
@@ -70,11 +66,6 @@ def describe_teacher(inputs: PlanInputs) -> str | None:
     if teacher.placement == "streamed":
         size, parts = size + streamed_bytes(inputs), "two layers, and its head if the student has another one"
     return f"teacher: {name}, {teacher.placement}: {format_bytes(size)} per rank for {parts}"
-
-
-def _largest_parts(found: PeakMemory) -> str:
-    largest = sorted(found.parts.items(), key=lambda part: -part[1])[:3]
-    return ", ".join(f"{name} {format_bytes(size)}" for name, size in largest)
 
 
 def dry_run(cfg: RunConfig) -> str:

@@ -8,17 +8,7 @@ from functools import cached_property
 from math import ceil
 from typing import Any
 
-from finetune.config.schema import (
-    DataConfig,
-    DistillConfig,
-    GenerationConfig,
-    GuardConfig,
-    LoraConfig,
-    ModelConfig,
-    QuantConfig,
-    RunConfig,
-    TrainConfig,
-)
+from finetune.config import schema
 from finetune.models.families import SHAPE_KEYS, shape_of
 from finetune.planning.static_memory import DTYPE_BYTES, StaticMemory, adapted_linears, linear_shapes, plan_memory
 
@@ -33,28 +23,24 @@ class PlanInputs:
     """
 
     shape: Mapping[str, Any]
-    model: ModelConfig
-    quant: QuantConfig
-    lora: LoraConfig
-    data: DataConfig
-    train: TrainConfig
-    distill: DistillConfig
-    guard: GuardConfig
-    generation: GenerationConfig
+    model: schema.ModelConfig
+    quant: schema.QuantConfig
+    lora: schema.LoraConfig
+    data: schema.DataConfig
+    train: schema.TrainConfig
+    distill: schema.DistillConfig
+    guard: schema.GuardConfig
+    generation: schema.GenerationConfig
     has_teacher: bool
     device_type: str
     ranks: int
 
     def with_settings(self, **sections: Mapping[str, Any]) -> PlanInputs:
         """Return a copy with some settings changed. Nothing is validated again."""
-        changed = {name: getattr(self, name).model_copy(update=values) for name, values in sections.items()}
-        return replace(self, **changed)
+        return replace(self, **{name: getattr(self, name).model_copy(update=new) for name, new in sections.items()})
 
     def with_model_config(self, config: Mapping[str, Any]) -> PlanInputs:
-        """Return the inputs of a loaded model, which may have a larger vocabulary; `self` if its sizes are equal.
-
-        config: keys as in config.json.
-        """
+        """Return the inputs of a loaded model (config.json), whose vocabulary may be larger; `self` if it is equal."""
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         shape = {key: config[key] for key in SHAPE_KEYS if key != "head_dim"} | {"head_dim": head_dim}
         same = all(self.shape.get(key) == value for key, value in shape.items())
@@ -83,11 +69,6 @@ class PlanInputs:
     @property
     def evaluates(self) -> bool:
         return bool(self.data.eval or self.data.held_out)
-
-    @property
-    def dequantizes(self) -> bool:
-        """Whether 4-bit weights are dequantized in each pass."""
-        return self.quant.type == "nf4" and not self.quant.keep_dequantized
 
     @cached_property
     def static(self) -> StaticMemory:
@@ -134,25 +115,10 @@ class PlanInputs:
         return self.shape if name in (None, self.model.name) else shape_of(str(name))
 
 
-def plan_inputs(cfg: RunConfig, shape: Mapping[str, Any] | None, *, device_type: str, ranks: int = 1) -> PlanInputs:
-    """Build the inputs of a run's plan.
-
-    Args:
-        shape: sizes of the student, keys as in config.json; None if they are unknown without a download.
-        device_type: torch's type of the device that trains.
-        ranks: processes of the run.
-    """
-    return PlanInputs(
-        shape=shape or {},
-        model=cfg.model,
-        quant=cfg.quant,
-        lora=cfg.lora,
-        data=cfg.data,
-        train=cfg.train,
-        distill=cfg.distill,
-        guard=cfg.guard,
-        generation=cfg.generation,
-        has_teacher=cfg.has_teacher,
-        device_type=device_type,
-        ranks=ranks,
-    )
+def plan_inputs(
+    cfg: schema.RunConfig, shape: Mapping[str, Any] | None, *, device_type: str, ranks: int = 1
+) -> PlanInputs:
+    """Build the inputs of a run's plan; shape is None if the student's sizes are unknown without a download."""
+    names = ("model", "quant", "lora", "data", "train", "distill", "guard", "generation", "has_teacher")
+    sections = {name: getattr(cfg, name) for name in names}
+    return PlanInputs(shape=shape or {}, **sections, device_type=device_type, ranks=ranks)

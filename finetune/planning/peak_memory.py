@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.ops import limits
-from finetune.planning.activations import ActivationPlan, evaluation_bytes, forward_bytes, plan_activations
+from finetune.planning.activations import ActivationPlan, forward_bytes, loss_bytes, plan_activations
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.static_memory import DTYPE_BYTES, StaticMemory, linear_shapes
 from finetune.system import machine
@@ -120,30 +120,27 @@ class PeakMemory:
 def predict_peak(
     inputs: PlanInputs, micro_batch: int, recomputed: int, *, document_tokens: int | None = None
 ) -> PeakMemory:
-    """Predict the memory of a run.
+    """Predict the memory of a run with `micro_batch` sequences per forward pass and `recomputed` layers.
 
-    Args:
-        micro_batch: sequences per forward pass.
-        recomputed: layers with gradient checkpointing.
-        document_tokens: as for `plan_activations`.
+    document_tokens: as for `plan_activations`.
     """
     static, cuda = inputs.static, inputs.device_type == "cuda"
     activations = plan_activations(inputs, micro_batch, document_tokens)
     teacher = teacher_bytes(inputs)
     # A GPU keeps buffers for a streamed teacher's layers. A CPU maps them from their files while they run.
     held = _held(inputs, (teacher or 0.0) + (streamed_bytes(inputs) if cuda else 0.0))
+    # The base with one matrix in 16 bit, before the optimizer exists.
+    loading = {name: size for name, size in held.items() if name != "optimizer"}
+    if inputs.quant.type == "nf4":
+        loading["a matrix before it is quantized"] = max(map(math.prod, inputs.linears.values())) * inputs.value_bytes
+    moments = {"loading": loading}
     from_teacher = _teacher_parts(inputs, micro_batch)
-    moments = {"loading": _loading(inputs, held)}
-    for name, parts in activations.moments(
-        recomputed, inputs.train.gradient_checkpointing == "offload" and cuda
-    ).items():
+    offload = inputs.train.gradient_checkpointing == "offload" and cuda
+    for name, parts in activations.moments(recomputed, offload).items():
         moments[_MOMENTS[name]] = {**held, **from_teacher, **parts}
     if from_teacher and inputs.runs_teacher:
-        moments["asking the teacher"] = {
-            **held,
-            **from_teacher,
-            **_teacher_pass(inputs, micro_batch * inputs.data.max_length),
-        }
+        asking = _teacher_pass(inputs, micro_batch * inputs.data.max_length)
+        moments["asking the teacher"] = {**held, **from_teacher, **asking}
     if inputs.evaluates:
         moments["evaluation"] = {**held, **_evaluation(inputs, held["teacher"])}
     gradients = static.parts.get("gradients", 0.0)
@@ -163,7 +160,8 @@ def _held(inputs: PlanInputs, teacher: float) -> dict[str, float]:
         held["gradients exchanged between ranks"] = gradients
     if inputs.device_type != "cuda":
         held["process and libraries"] = _PROCESS_BYTES
-        held["tokenizers"] = _TOKENIZER_SHARE * _tokenizer_bytes(inputs)
+        file = Path(inputs.model.tokenizer or inputs.model.name).expanduser() / "tokenizer.json"
+        held["tokenizers"] = _TOKENIZER_SHARE * (file.stat().st_size if file.is_file() else _QWEN_TOKENIZER_BYTES)
         held["allocator slack"] = _HEAP_BYTES
         held["code for shapes"] = _code_for_shapes(inputs)
         if "embedding" in held:
@@ -193,15 +191,6 @@ def _touched_bytes(inputs: PlanInputs, table_bytes: float) -> float:
     return min(table_bytes, float(tokens * _FAULT_AROUND))
 
 
-def _loading(inputs: PlanInputs, held: Mapping[str, float]) -> dict[str, float]:
-    """The base with one matrix in 16 bit, before the optimizer exists."""
-    parts = {name: size for name, size in held.items() if name != "optimizer"}
-    if inputs.quant.type == "nf4":
-        largest = max(out * size for out, size in inputs.linears.values())
-        parts["a matrix before it is quantized"] = largest * inputs.value_bytes
-    return parts
-
-
 def _teacher_parts(inputs: PlanInputs, micro_batch: int) -> dict[str, float]:
     """What training steps with a teacher hold: its targets, and the optimizer's moments of a recovery."""
     if not inputs.trains_on_teacher:
@@ -227,18 +216,18 @@ def _teacher_pass(inputs: PlanInputs, tokens: int) -> dict[str, float]:
 def _evaluation(inputs: PlanInputs, teacher: float) -> dict[str, float]:
     """Parts of scoring held-out rows, with the comparison with a teacher. teacher: bytes that it always holds."""
     tokens = max(limits.EVALUATION_TOKENS, inputs.data.max_length)
-    parts = evaluation_bytes(inputs, tokens)
+    plain = inputs.quant.type == "none" or inputs.quant.keep_dequantized
+    in_blocks = inputs.device_type == "cpu" and inputs.train.kernels == "fused" and plain
+    layer = forward_bytes(inputs, inputs.shape, tokens, in_blocks=in_blocks)
+    hidden = tokens * inputs.shape["hidden_size"] * inputs.value_bytes
+    loss = loss_bytes(inputs, tokens, inputs.has_teacher) + 3 * hidden
+    parts = {"layer workspace": layer} if layer > loss else {"loss workspace": loss}
     if not inputs.has_teacher:
         return parts
     batches = limits.TEACHER_BATCHES if inputs.distill.teacher.placement == "streamed" else 1
     phases = [parts, _teacher_pass(inputs, tokens)] if inputs.runs_teacher else [parts]
     widest = max(phases, key=lambda phase: sum({"teacher": teacher, **phase}.values()))
     return {**widest, "teacher's signal": signal_bytes(inputs, batches * tokens)}
-
-
-def _tokenizer_bytes(inputs: PlanInputs) -> int:
-    file = Path(inputs.model.tokenizer or inputs.model.name).expanduser() / "tokenizer.json"
-    return file.stat().st_size if file.is_file() else _QWEN_TOKENIZER_BYTES
 
 
 def signal_bytes(inputs: PlanInputs, tokens: int) -> float:
@@ -276,5 +265,4 @@ def streamed_bytes(inputs: PlanInputs) -> float:
 
 
 def _teacher_layer_bytes(inputs: PlanInputs, shape: Mapping[str, Any]) -> float:
-    weights = sum(out * size for out, size in linear_shapes(shape).values())
-    return weights * DTYPE_BYTES[inputs.distill.teacher.dtype]
+    return sum(map(math.prod, linear_shapes(shape).values())) * DTYPE_BYTES[inputs.distill.teacher.dtype]

@@ -6,6 +6,7 @@ Source: Dettmers et al. 2023, arXiv:2305.14314 (4-bit blocks of 64 weights, 8-bi
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,8 +19,6 @@ from finetune.models.quant.bit_widths import DTYPE_BYTES
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _BIASED = ("q_proj", "k_proj", "v_proj")
 _BLOCK, _OUTER_BLOCK = 64, 256
-# fp32: a trained value; its gradient; AdamW's two moments.
-_VALUE, _GRADIENT, _MOMENTS = 4, 4, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +54,18 @@ def linear_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 def plan_memory(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig, lora: LoraConfig) -> StaticMemory:
     """Compute the static memory of a Qwen2 model. shape: keys as in config.json."""
     linears, layers, hidden = linear_shapes(shape), shape["num_hidden_layers"], shape["hidden_size"]
-    width, table = DTYPE_BYTES[model.dtype], shape["vocab_size"] * hidden
+    width, tied, trained = DTYPE_BYTES[model.dtype], shape.get("tie_word_embeddings"), trained_parameters(shape, lora)
+    table_bytes = shape["vocab_size"] * hidden * width
     vectors = layers * sum(linears[name][0] for name in _BIASED) + (2 * layers + 1) * hidden
-    tied = bool(shape.get("tie_word_embeddings"))
-    trained = trained_parameters(shape, lora)
-    parts = _base_parts(shape, model, quant)
-    parts |= {
-        "embedding" if not tied else "embedding and head (tied)": table * width,
-        "head": 0 if tied else table * width,
+    parts = _base_parts(shape, model, quant) | {
+        "embedding and head (tied)" if tied else "embedding": table_bytes,
+        "head": 0 if tied else table_bytes,
         "norms and biases": vectors * width,
-        "adapter": trained * _VALUE,
-        "gradients": trained * _GRADIENT,
-        "optimizer": trained * _MOMENTS,
+        "adapter": trained * 4,  # fp32, as the gradients and AdamW's two moments
+        "gradients": trained * 4,
+        "optimizer": trained * 8,
     }
-    return StaticMemory(
-        parameters=parameters_of(shape),
-        trained=trained,
-        parts={name: float(size) for name, size in parts.items() if size},
-    )
+    return StaticMemory(parameters_of(shape), trained, {name: float(size) for name, size in parts.items() if size})
 
 
 def parameters_of(shape: Mapping[str, Any]) -> int:
@@ -89,8 +82,7 @@ def _base_parts(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig
     linears = linear_shapes(shape)
     for layer in range(shape["num_hidden_layers"]):
         for name, precision in layer_precisions(layer, model, quant).items():
-            weights = linears[name][0] * linears[name][1]
-            key = f"linears in {precision}"
+            weights, key = math.prod(linears[name]), f"linears in {precision}"
             parts[key] = parts.get(key, 0.0) + weights * bytes_per_weight(precision, quant)
             if precision == "int8":
                 parts[key] += 4 * linears[name][0]  # one scale per row
@@ -102,14 +94,13 @@ def _base_parts(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig
 
 def layer_precisions(layer: int, model: ModelConfig, quant: QuantConfig) -> dict[str, str]:
     """Return how each linear of a layer is stored: nf4, int8, or the model's own dtype."""
-    return {name: precision_of(module_path(layer, name), model, quant) for name in LINEARS}
 
+    def precision_of(path: str) -> str:
+        if quant.type == "none" or any(matches(pattern, path) for pattern in quant.skip_modules):
+            return model.dtype
+        return "int8" if any(matches(pattern, path) for pattern in quant.int8) else quant.type
 
-def precision_of(path: str, model: ModelConfig, quant: QuantConfig) -> str:
-    """Return how one linear is stored. path: its full name."""
-    if quant.type == "none" or any(matches(pattern, path) for pattern in quant.skip_modules):
-        return model.dtype
-    return "int8" if any(matches(pattern, path) for pattern in quant.int8) else quant.type
+    return {name: precision_of(module_path(layer, name)) for name in LINEARS}
 
 
 def bytes_per_weight(precision: str, quant: QuantConfig) -> float:
@@ -136,12 +127,8 @@ def trained_parameters(shape: Mapping[str, Any], lora: LoraConfig) -> int:
             total += rank_of(module_path(layer, name), lora) * (out + inputs) + (out if lora.dora else 0)
     tables = 1 if shape.get("tie_word_embeddings") else 2
     total += len(lora.new_tokens) * shape["hidden_size"] * tables
-    return total + sum(size for path, size in _modules(shape) if is_saved(path, lora))
-
-
-def is_saved(path: str, lora: LoraConfig) -> bool:
-    """Whether a module is trained in full (`lora.modules_to_save`)."""
-    return any(ends_with(path, wanted) for wanted in lora.modules_to_save)
+    saved = lora.modules_to_save
+    return total + sum(size for path, size in _modules(shape) if any(ends_with(path, wanted) for wanted in saved))
 
 
 def _modules(shape: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -9,7 +9,7 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Rates:
     logits: float
     trained: float
     layer_seconds: float
-    layout: int = field(default=_LAYOUT)
+    layout: int = _LAYOUT
 
 
 def estimate_time(
@@ -88,23 +88,18 @@ def estimate_time(
     Returns:
         Figures of `finetune plan --json`. "steps" and "total_seconds" are None if the number of tokens is unknown.
     """
-    work = step_work(
-        inputs,
-        memory.micro_batch,
-        memory.recomputed,
-        document_tokens=options.document_tokens,
-        target_share=options.target_share,
-    )
-    if options.tflops:
-        seconds = assumed_seconds(work, options.tflops * 1e12, inputs.device_kind)
-        source = f"given: {options.tflops:g} TFLOP/s"
-    elif rates is not None:
-        seconds = step_seconds(inputs, work, rates, options.document_tokens or inputs.data.max_length)
+    document, share = options.document_tokens, options.target_share
+    work = step_work(inputs, memory.micro_batch, memory.recomputed, document_tokens=document, target_share=share)
+    if rates is not None:
+        seconds = step_seconds(inputs, work, rates, document or inputs.data.max_length)
         source = f"measured on {rates.device}"
     else:
         ceiling, source = assumed_ceiling(inputs.device_kind, gpu_name)
-        seconds = assumed_seconds(work, ceiling, inputs.device_kind)
         source += "; finetune plan calibrate=true measures it, tflops=N sets it"
+        if options.tflops:
+            ceiling, source = options.tflops * 1e12, f"given: {options.tflops:g} TFLOP/s"
+        products = work.flops / ceiling
+        seconds = {"products": products, "all else": products * _ASSUMED_REST[inputs.device_kind]}
     total = sum(seconds.values())
     steps, steps_source = steps_of(inputs, options.tokens)
     return {
@@ -128,8 +123,7 @@ def steps_of(inputs: PlanInputs, tokens: int | None) -> tuple[int | None, str]:
         return inputs.train.max_steps, ""
     source = ""
     if tokens is None:
-        tokens = _tokens_in_files(inputs)
-        source = " (estimated from the size of the files)"
+        tokens, source = _tokens_in_files(inputs), " (estimated from the size of the files)"
     if tokens is None:
         return None, ""
     step_tokens = inputs.train.batch_size * inputs.data.max_length
@@ -151,13 +145,11 @@ def step_seconds(inputs: PlanInputs, work: StepWork, rates: Rates, document_toke
     """Compute the seconds of one step per purpose, from measured rates."""
     sizes = {name: math.prod(linear) for name, linear in inputs.linears.items()}
     sizes["head"] = inputs.shape["vocab_size"] * inputs.shape["hidden_size"]
-    products = sum(
-        flops / _rate_of_product(rates.products, sizes[name], work.rows) for name, flops in work.products.items()
-    )
+    grid = rates.products
     return {
-        "products": products,
+        "products": sum(n / _rate_of_product(grid, sizes[name], work.rows) for name, n in work.products.items()),
         # Two thin products per pass, which move as much as they compute: at the rate of the smallest matrix.
-        "adapters": work.adapters / _rate_of_product(rates.products, 0, work.rows),
+        "adapters": work.adapters / _rate_of_product(grid, 0, work.rows),
         "attention": work.attention / _interpolate(rates.attention, document_tokens),
         "elementwise steps": work.elementwise / rates.elementwise,
         "dequantizing": sum(n / _interpolate(rates.dequantized, sizes[name]) for name, n in work.dequantized.items()),
@@ -167,16 +159,15 @@ def step_seconds(inputs: PlanInputs, work: StepWork, rates: Rates, document_toke
     }
 
 
-def assumed_seconds(work: StepWork, flops_per_second: float, device_kind: str) -> dict[str, float]:
-    """Compute the seconds of one step if only the rate of products is known, given or assumed."""
-    products = work.flops / flops_per_second
-    return {"products": products, "all else": products * _ASSUMED_REST[device_kind]}
-
-
-def assumed_effort(inputs: PlanInputs, work: StepWork) -> float:
-    """Return a step's work in operations of products, to compare settings without measured rates."""
-    passes = work.layer_passes(inputs.shape["intermediate_size"]) * _ASSUMED_PASS[inputs.device_kind]
-    return work.flops + _ASSUMED_DEQUANTIZED * sum(work.dequantized.values()) + passes
+def cost_of_token(inputs: PlanInputs, memory: PeakMemory, rates: Rates | None) -> float:
+    """Return the cost of a training token: seconds with measured rates, else operations of products."""
+    work = step_work(inputs, memory.micro_batch, memory.recomputed)
+    if rates is not None:
+        cost = sum(step_seconds(inputs, work, rates, inputs.data.max_length).values())
+    else:
+        passes = work.layer_passes(inputs.shape["intermediate_size"]) * _ASSUMED_PASS[inputs.device_kind]
+        cost = work.flops + _ASSUMED_DEQUANTIZED * sum(work.dequantized.values()) + passes
+    return cost / (inputs.rank_sequences * inputs.data.max_length)
 
 
 def assumed_ceiling(device_kind: str, gpu_name: str | None) -> tuple[float, str]:
@@ -184,12 +175,10 @@ def assumed_ceiling(device_kind: str, gpu_name: str | None) -> tuple[float, str]
     if device_kind != "cuda":
         cores = usable_cores()
         return cores * _ASSUMED_CORE, f"assumed: {_ASSUMED_CORE / 1e9:.0f} GFLOP/s per core, cores={cores}"
-    peak = next((value for name, value in GPU_PEAKS.items() if gpu_name and name in gpu_name), None)
-    if peak is None:
-        text = f"assumed: {_ASSUMED_SHARE:.0%} of {_ASSUMED_GPU_PEAK / 1e12:g} TFLOP/s"
-        return _ASSUMED_GPU_PEAK * _ASSUMED_SHARE, text
-    text = f"assumed: {_ASSUMED_SHARE:.0%} of the {peak / 1e12:g} TFLOP/s of {gpu_name}'s data sheet"
-    return peak * _ASSUMED_SHARE, text
+    peak, source = _ASSUMED_GPU_PEAK, f"{_ASSUMED_GPU_PEAK / 1e12:g} TFLOP/s"
+    if known := [value for name, value in GPU_PEAKS.items() if gpu_name and name in gpu_name]:
+        peak, source = known[0], f"the {known[0] / 1e12:g} TFLOP/s of {gpu_name}'s data sheet"
+    return peak * _ASSUMED_SHARE, f"assumed: {_ASSUMED_SHARE:.0%} of {source}"
 
 
 def _rate_of_product(grid: Sequence[Sequence[float]], weights: float, rows: float) -> float:
@@ -219,8 +208,7 @@ def calibration_file() -> Path:
 def read_rates(device_type: str) -> Rates | None:
     """Read the rates that `finetune plan calibrate=true` measured; None if there are none, or no valid ones."""
     try:
-        stored = json.loads(calibration_file().read_text(encoding="utf-8"))[device_type]
-        rates = Rates(**stored)
+        rates = Rates(**json.loads(calibration_file().read_text(encoding="utf-8"))[device_type])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return rates if rates.layout == _LAYOUT else None

@@ -120,7 +120,7 @@ def test_what_a_layer_keeps_is_within_a_tenth_of_what_autograd_saves(overrides, 
     model = model_of(cfg)
     measured = saved_bytes(model, lengths)[1] / sum(lengths)  # the first layer's input needs no gradient
     inputs = plan_inputs(cfg, SHAPE, device_type="cpu")
-    terms = kept_bytes(inputs, inputs.adapted[1], lengths[0])
+    terms = kept_bytes(inputs, inputs.adapted[1], document_tokens=lengths[0])
     assert sum(terms.values()) == pytest.approx(measured, rel=0.1), (terms, targets)
 
 
@@ -129,7 +129,7 @@ def test_transformers_own_attention_is_counted_too(kind):
     cfg = run("train.kernels=peft", f"model.attention={kind}")
     measured = saved_bytes(model_of(cfg), [320, 320])[1] / 640
     inputs = plan_inputs(cfg, SHAPE, device_type="cpu")
-    planned = sum(kept_bytes(inputs, inputs.adapted[1], 320).values())
+    planned = sum(kept_bytes(inputs, inputs.adapted[1], document_tokens=320).values())
     assert planned == pytest.approx(measured, rel=0.1)
 
 
@@ -144,22 +144,22 @@ def test_a_recomputed_layer_keeps_its_input_alone(kernels):
 
 
 def test_the_peak_falls_with_every_layer_recomputed_but_the_last():
-    plan = ActivationPlan(kept=(10.0,) * 4, input=1.0, first=0, head=3.0, work=5.0, layers=4)
+    plan = ActivationPlan(kept=(10.0,) * 4, input=1.0, head=3.0, work=5.0, layers=4)
     assert [plan.peak_bytes(count) for count in range(5)] == [45, 36, 27, 18, 19]
     assert plan.peak_bytes(3, offload=True) == 17
 
 
 @pytest.mark.parametrize(("budget", "layers"), [(45, 0), (44.9, 1), (27, 2), (18, 3), (17, 3), (0, 3)])
 def test_as_many_layers_keep_their_activations_as_the_budget_allows(budget, layers):
-    plan = ActivationPlan(kept=(10.0,) * 4, input=1.0, first=0, head=3.0, work=5.0, layers=4)
+    plan = ActivationPlan(kept=(10.0,) * 4, input=1.0, head=3.0, work=5.0, layers=4)
     assert plan.fewest(budget) == layers
 
 
 def test_layers_that_build_no_graph_keep_nothing():
-    cfg = run("lora.layers_to_transform=[2]")
-    plan = plan_activations(plan_inputs(cfg, SHAPE, device_type="cpu"), 1)
-    assert plan.first == 2 and len(plan.kept) == 1
-    assert plan_activations(inputs_of("lora.layers_to_transform=[2]", "lora.new_tokens=['<a>']"), 1).first == 0
+    inputs = plan_inputs(run("lora.layers_to_transform=[2]"), SHAPE, device_type="cpu")
+    plan = plan_activations(inputs, 1)
+    assert inputs.first_trained_layer == 2 and len(plan.kept) == 1
+    assert inputs_of("lora.layers_to_transform=[2]", "lora.new_tokens=['<a>']").first_trained_layer == 0
 
 
 def test_bytes_grow_with_the_tokens_and_fused_layers_keep_less():
@@ -172,7 +172,7 @@ def test_bytes_grow_with_the_tokens_and_fused_layers_keep_less():
 
 
 def test_holes_last_until_the_forward_pass_is_done_and_garbage_while_layers_run_again():
-    plan = ActivationPlan(kept=(10.0,) * 4, input=1.0, first=0, head=0.0, work=5.0, layers=4, hole=2.0, garbage=7.0)
+    plan = ActivationPlan(kept=(10.0,) * 4, input=1.0, head=0.0, work=5.0, layers=4, hole=2.0, garbage=7.0)
     assert plan.peak_bytes(0) == 40 + 4 * 2  # as the forward pass ends: more than backward's 45
     assert plan.peak_bytes(3) == 3 + 10 + 5 + 7
 

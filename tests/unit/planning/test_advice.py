@@ -12,7 +12,6 @@ from finetune.planning.advice import (
     BUDGETS_GB,
     LONGEST,
     changes_that_fit,
-    cost_of_token,
     describe_change,
     fastest_that_fits,
     length_table,
@@ -20,6 +19,7 @@ from finetune.planning.advice import (
 )
 from finetune.planning.auto_batch import estimate_memory
 from finetune.planning.inputs import PlanInputs, plan_inputs
+from finetune.planning.timing import cost_of_token
 
 SHAPE = QWEN25_SHAPES["7B"]
 
@@ -87,9 +87,10 @@ def test_changes_and_fastest_settings_do_what_they_say_whatever_the_config(overr
         if (fastest := fastest_that_fits(inputs, free, None)) is None:
             assert not fits
             continue
-        pasted = on_device(*fastest.overrides)
+        words, memory = fastest
+        pasted = on_device(*words)
         after = estimate_memory(pasted, free)
-        assert after.needed_bytes == pytest.approx(fastest.memory.needed_bytes) and after.needed_bytes <= free
+        assert after.needed_bytes == pytest.approx(memory.needed_bytes) and after.needed_bytes <= free
         if fits:
             costs = [cost_of_token(tried, memory, None) for tried, memory in ((pasted, after), (inputs, before))]
             assert costs[0] <= costs[1] * (1 + 1e-9), (fastest, kind, gigabytes)
@@ -133,10 +134,10 @@ def test_the_table_grows_with_memory_and_shrinks_with_the_model():
 def test_the_fastest_settings_fit_and_use_what_memory_there_is():
     rich, poor = (fastest_that_fits(run(), size * 1e9, None) for size in (80, 10))
     assert rich is not None and poor is not None
-    assert "train.gradient_checkpointing=none" in rich.overrides and "quant.keep_dequantized=true" in rich.overrides
-    assert "train.micro_batch_size=4" in rich.overrides  # 8,192 tokens, from which more are no faster
-    assert "quant.keep_dequantized=false" in poor.overrides and poor.memory.needed_bytes <= 10e9
-    assert needed(run(*poor.overrides), 10e9) == pytest.approx(poor.memory.needed_bytes)
+    assert "train.gradient_checkpointing=none" in rich[0] and "quant.keep_dequantized=true" in rich[0]
+    assert "train.micro_batch_size=4" in rich[0]  # 8,192 tokens, from which more are no faster
+    assert "quant.keep_dequantized=false" in poor[0] and poor[1].needed_bytes <= 10e9
+    assert needed(run(*poor[0]), 10e9) == pytest.approx(poor[1].needed_bytes)
     shorter = fastest_that_fits(run("data.max_length=65536"), 10e9, None)
-    assert shorter is not None and any(word.startswith("data.max_length=") for word in shorter.overrides)
+    assert shorter is not None and any(word.startswith("data.max_length=") for word in shorter[0])
     assert fastest_that_fits(run(), 4e9, None) is None

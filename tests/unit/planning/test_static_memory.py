@@ -21,7 +21,6 @@ from finetune.planning.static_memory import (
     linear_shapes,
     parameters_of,
     plan_memory,
-    precision_of,
     trained_parameters,
 )
 
@@ -100,7 +99,7 @@ def test_each_module_is_counted_in_its_own_precision():
     assert set(layer_precisions(0, cfg.model, cfg.quant).values()) == {"bfloat16"}
     kinds = layer_precisions(1, cfg.model, cfg.quant)
     assert (kinds["q_proj"], kinds["v_proj"], kinds["down_proj"]) == ("nf4", "int8", "bfloat16")
-    assert precision_of("model.layers.1.mlp.up_proj", cfg.model, run("quant.type=none").quant) == "bfloat16"
+    assert layer_precisions(1, cfg.model, run("quant.type=none").quant)["up_proj"] == "bfloat16"
     linears = linear_shapes(SHAPE)
     size = {name: out * inputs for name, (out, inputs) in linears.items()}
     parts = plan_memory(SHAPE, cfg.model, cfg.quant, cfg.lora).parts
