@@ -59,7 +59,7 @@ def by_us(folder: str, resident: bool) -> Write:
     from peft import LoraConfig, get_peft_model
 
     from finetune.config.schema import ModelConfig, QuantConfig
-    from finetune.evaluation.decoding import Decoding, greedy
+    from finetune.evaluation.generation import decode, greedy
     from finetune.models.fused import fuse_layers
     from finetune.models.load import load_base
 
@@ -79,7 +79,7 @@ def by_us(folder: str, resident: bool) -> Write:
 
         with torch.no_grad():
             rows = prompts_BL.tolist()
-            Decoding(model, rows, [tokens] * len(rows)).write(choose, frozenset(), vocabulary)
+            decode(model, rows, [tokens] * len(rows), choose, stop_ids=frozenset(), vocabulary=vocabulary)
         return moments
 
     return write

@@ -120,7 +120,7 @@ def load_conversation(config: RunConfig, adapter: Path | None, options: ChatOpti
     """Load the base of a config, its tokenizer and template, and the adapter."""
     from finetune.data.loader import load_chat_template
     from finetune.data.template.chat import ChatTemplate
-    from finetune.evaluation.decoding import dequantize_once
+    from finetune.evaluation.generation import dequantize_once
     from finetune.models.adapters.files import load_adapter
     from finetune.models.fused import fuse_layers
     from finetune.models.load import load_adapter_tokenizer, load_base, load_tokenizer

@@ -60,9 +60,8 @@ def _inspect(cfg: RunConfig, options: DataOptions, files: dict[str, IO[str]]) ->
     from finetune.models.load import load_tokenizer
     from finetune.models.tokens import extend_tokenizer
     from finetune.report.dataset.advice import advise
-    from finetune.report.dataset.dump import write_dump
     from finetune.report.dataset.examples import Decoder, shown_rows
-    from finetune.report.dataset.html import write_page
+    from finetune.report.dataset.files import write_dump, write_page
     from finetune.report.dataset.statistics import build_report
     from finetune.report.dataset.terminal import console_for, print_report, print_rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import shutil
 import tempfile
@@ -15,18 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from finetune import __version__
 from finetune.config.command_options import EvalOptions
 from finetune.data.template.chat import ChatTemplate
-from finetune.evaluation.examples import RowSet, data_warnings, load_sets
+from finetune.evaluation.examples import data_warnings, load_sets
 from finetune.evaluation.gap_table import GapTable, ModelFigures, Variant
-from finetune.evaluation.intervals import Bootstrap
 from finetune.evaluation.lm_eval import load_tasks, run_tasks
 from finetune.evaluation.measure import Evaluator, Progress, stored_bytes
-from finetune.evaluation.metrics import Metric, find_metric
-from finetune.evaluation.variants import Variants, find_variants, option_problems
+from finetune.evaluation.variants import Variants, check_options, find_variants
 from finetune.models.adapters.files import TENSOR_FILE
 from finetune.models.digest import sha256_of
 from finetune.models.hub import TEXT_FILES, fetch, read_config
@@ -55,43 +51,37 @@ def evaluate_gap(options: EvalOptions, log: Log, merge: Merge, place: Path | Non
     """
     started = time.monotonic()
     use_all_cores(default_device().type)
-    metric = _check_options(options)
+    metric = check_options(options)
     variants = find_variants(options, log)
     tasks = load_tasks(options.tasks) if options.tasks else None
-    tokenizer = _load_tokenizer(variants)
+    base, adapter, cfg = variants.model, variants.adapter, variants.cfg
+    tokenizer = load_tokenizer(base) if adapter is None else load_adapter_tokenizer(base, adapter)
     chat = ChatTemplate(tokenizer)
-    sets = load_sets(options, variants.cfg, chat)
-    base_rows = _base_rows(variants)
+    sets = load_sets(options, cfg, chat)
+    config = read_config(fetch(base.name, base.revision, TEXT_FILES, "model").folder, base.name)
+    base_rows = int(config["vocab_size"])
+    vocabulary = min(len(tokenizer), base_rows)
     if max(tokenizer.get_vocab().values()) >= base_rows:
         variants = _with_new_tokens(variants, log)
-    vocabulary = min(len(tokenizer), base_rows)
     if options.merged is not None and "merged" in variants.variants:
         _check_merged(options.merged, vocabulary)
-    for line in (*map(_describe, sets), *(f"warning: {text}" for text in data_warnings(options, variants.cfg, sets))):
-        log(line)
-    resample = functools.partial(Bootstrap, resamples=options.resamples, seed=options.seed)
+    for rows in sets:
+        log(rows.describe())
+    for text in data_warnings(options, cfg, sets):
+        log(f"warning: {text}")
+    most = options.max_new_tokens or (_MAX_NEW_TOKENS if cfg is None else cfg.generation.max_new_tokens)
     with _scratch_folder(place) as scratch:
-        merged = _merged_folder(options, variants, scratch, merge)
-        max_new_tokens = _MAX_NEW_TOKENS if variants.cfg is None else variants.cfg.generation.max_new_tokens
-        evaluator = Evaluator(
-            sets=sets,
-            tokenizer=tokenizer,
-            chat=chat,
-            metric=metric,
-            vocabulary=vocabulary,
-            max_new_tokens=options.max_new_tokens or max_new_tokens,
-            batch_size=options.batch_size,
-            bootstraps=[resample(rows.rows) for rows in sets],
-            answer_bootstraps=[resample(max(1, len(rows.conversations))) for rows in sets],
-            scratch=scratch,
-        )
+        merged = scratch / "merged" if options.merged is None else Path(options.merged).expanduser()
+        if "merged" in variants.variants and options.merged is None:
+            merge(str(options.adapter), merged)
+        evaluator = Evaluator(options, sets, tokenizer, chat, metric, vocabulary, most, scratch)
         models = [
-            _evaluate_variant(variants, variant, evaluator, options=options, merged=merged, tasks=tasks, log=log)
+            _evaluate_variant(variants, variant, evaluator, merged=merged, tasks=tasks, log=log)
             for variant in variants.variants
         ]
     return GapTable(
         adapter=options.adapter,
-        model=variants.model.name,
+        model=base.name,
         reference="base" if "base" in variants.variants else None,
         metric=metric.name if any(rows.conversations for rows in sets) else None,
         resamples=options.resamples,
@@ -99,35 +89,18 @@ def evaluate_gap(options: EvalOptions, log: Log, merge: Merge, place: Path | Non
         seconds=round(time.monotonic() - started, 1),
         made_with=_made_with(),
         models=models,
-        adapter_files={} if variants.adapter is None else {TENSOR_FILE: sha256_of(variants.adapter / TENSOR_FILE)},
+        adapter_files={} if adapter is None else {TENSOR_FILE: sha256_of(adapter / TENSOR_FILE)},
     )
 
 
 def _evaluate_variant(
-    variants: Variants,
-    variant: Variant,
-    evaluator: Evaluator,
-    *,
-    options: EvalOptions,
-    merged: Path | None,
-    tasks: Any,
-    log: Log,
+    variants: Variants, variant: Variant, evaluator: Evaluator, *, merged: Path, tasks: Any, log: Log
 ) -> ModelFigures:
-    name = variants.name(variant)
-    started = time.monotonic()
+    name, started = variants.name(variant), time.monotonic()
     with _explain_out_of_memory(name, variant, variants.variants):
         model = variants.load(variant, merged, log)
         sets = evaluator.evaluate(model, is_reference=variant == "base", progress=Progress(name, log))
-        task_figures = []
-        if tasks is not None:
-            task_figures = run_tasks(
-                model,
-                evaluator.tokenizer,
-                tasks,
-                limit=options.limit,
-                batch_size=options.batch_size,
-                as_chat=options.tasks_as_chat,
-            )
+        task_figures = [] if tasks is None else run_tasks(model, evaluator.tokenizer, tasks, evaluator.options)
         figures = ModelFigures(variant, name, stored_bytes(model), sets, task_figures)
     del model
     gc.collect()
@@ -154,24 +127,6 @@ def _explain_out_of_memory(name: str, variant: Variant, variants: tuple[Variant,
         raise
 
 
-def _check_options(options: EvalOptions) -> Metric:
-    """Return the metric. Raises: ConfigError with all problems of the options."""
-    problems, metric = option_problems(options), None
-    try:
-        metric = find_metric(options.metric, options.pattern)
-    except ConfigError as error:
-        problems.append(str(error))
-    if problems or metric is None:
-        raise ConfigError("\n".join(problems))
-    return metric
-
-
-def _load_tokenizer(variants: Variants) -> PreTrainedTokenizerBase:
-    if variants.adapter is None:
-        return load_tokenizer(variants.model)
-    return load_adapter_tokenizer(variants.model, variants.adapter)
-
-
 def _with_new_tokens(variants: Variants, log: Log) -> Variants:
     """Leave out the variants without embeddings for tokens that the adapter added."""
     kept: tuple[Variant, ...] = tuple(v for v in variants.variants if v in ("trained", "merged"))
@@ -180,24 +135,6 @@ def _with_new_tokens(variants: Variants, log: Log) -> Variants:
     if kept != variants.variants:
         log(f"variants: {','.join(kept)} (the others lack the tokens that the adapter added)")
     return replace(variants, variants=kept)
-
-
-def _base_rows(variants: Variants) -> int:
-    """Rows of the base's embedding."""
-    model = variants.model
-    return int(read_config(fetch(model.name, model.revision, TEXT_FILES, "model").folder, model.name)["vocab_size"])
-
-
-def _merged_folder(options: EvalOptions, variants: Variants, scratch: Path, merge: Merge) -> Path | None:
-    """The folder of the merged model, merged into `scratch` unless the user has one."""
-    if "merged" not in variants.variants:
-        return None
-    if options.merged is not None:
-        return Path(options.merged).expanduser()
-    assert options.adapter is not None, "only an adapter has a merged model"
-    out = scratch / "merged"
-    merge(options.adapter, out)
-    return out
 
 
 def _check_merged(word: str, vocabulary: int) -> None:
@@ -226,12 +163,6 @@ def _scratch_folder(place: Path | None) -> Iterator[Path]:
         raise ConfigError(f"{place or 'temporary files'}: cannot be written to: {error.strerror}") from error
     with made as folder, locked(Path(folder) / ".lock", 0):
         yield Path(folder)
-
-
-def _describe(rows: RowSet) -> str:
-    forgetting = ", forgetting=true" if rows.forgetting else ""
-    targets = int(rows.documents.targets.sum())
-    return f"{rows.name}: rows={rows.rows:,}, answered={len(rows.conversations):,}, targets={targets:,}{forgetting}"
 
 
 def _made_with() -> dict[str, str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from finetune.config.command_options import EvalOptions
 from finetune.config.schema import DataConfig, RunConfig, SourceConfig
 from finetune.data.documents import Documents
 from finetune.data.formats.messages import Conversation
-from finetune.data.loader import Source, first_conversations, load_data
+from finetune.data.loader import first_conversations, load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.system.errors import ConfigError, DataError
@@ -37,6 +38,12 @@ class RowSet:
     def rows(self) -> int:
         return len(np.unique(self.documents.rows))
 
+    def describe(self) -> str:
+        """Return a line for the log."""
+        targets, forgetting = int(self.documents.targets.sum()), ", forgetting=true" if self.forgetting else ""
+        answered = len(self.conversations)
+        return f"{self.name}: rows={self.rows:,}, answered={answered:,}, targets={targets:,}{forgetting}"
+
 
 def load_sets(options: EvalOptions, cfg: RunConfig | None, chat: ChatTemplate) -> list[RowSet]:
     """Load the sets of `data` and `forgetting`, tokenized as in the adapter's run.
@@ -49,17 +56,14 @@ def load_sets(options: EvalOptions, cfg: RunConfig | None, chat: ChatTemplate) -
         DataError: a row is invalid.
     """
     chosen = options.data
-    own = _own_sources(cfg) if chosen is None and cfg is not None else None
-    parts = [
-        ("data.eval", own, False),
-        ("data", _alone(_limited(chosen or [], options.limit)), False),
-        ("forgetting", _alone(_limited(options.forgetting, options.limit)), True),
-    ]
+    parts = [("data", _alone(chosen or [], options.limit)), ("forgetting", _alone(options.forgetting, options.limit))]
+    if chosen is None and cfg is not None:  # The files that it was trained on may be gone.
+        parts.insert(0, ("data.eval", _alone(cfg.data.eval, None) or ({} if cfg.data.held_out else None)))
     sets, problems = [], []
-    for word, changes, forgetting in parts:
+    for word, changes in parts:
         if changes is not None:
             try:
-                sets += _sets(changes, cfg, chat, options, forgetting)
+                sets += _sets(changes, cfg, chat, options, word == "forgetting")
             except DataError as error:
                 problems.append(str(error).replace("data.eval[", f"{word}[").replace("data.on_bad_row", "on_bad_row"))
     if problems:
@@ -72,7 +76,12 @@ def load_sets(options: EvalOptions, cfg: RunConfig | None, chat: ChatTemplate) -
         else:
             problem = "data.eval: the run that trained this adapter has no held-out set"
         raise ConfigError(f"{problem}\nhelp: pass data=[{{path: heldout.jsonl}}]")
-    return _with_unique_names(sets)
+    seen: Counter[str] = Counter()
+    for i, rows in enumerate(sets):
+        seen[rows.name] += 1
+        if seen[rows.name] > 1:
+            sets[i] = replace(rows, name=f"{rows.name}-{seen[rows.name]}")
+    return sets
 
 
 def data_warnings(options: EvalOptions, cfg: RunConfig | None, sets: Sequence[RowSet]) -> Iterator[str]:
@@ -101,22 +110,11 @@ def _file(source: SourceConfig) -> tuple[str, str | None]:
     return os.path.realpath(os.path.expanduser(source.path)), source.split
 
 
-def _alone(sources: list[SourceConfig]) -> dict[str, Any] | None:
+def _alone(sources: list[SourceConfig], limit: int | None) -> dict[str, Any] | None:
     """Changes of a run's data section that leave these sources only; streamed training rows are not read."""
+    if limit is not None:
+        sources = [source.model_copy(update={"limit": min(limit, source.limit or limit)}) for source in sources]
     return {"train": sources, "eval": sources, "held_out": 0.0, "stream_rows": 1} if sources else None
-
-
-def _own_sources(cfg: RunConfig) -> dict[str, Any] | None:
-    """Changes of a run's data section that leave its held-out data only; None if it has none."""
-    if cfg.data.eval:  # the training files may be gone
-        return _alone(cfg.data.eval)
-    return {} if cfg.data.held_out else None
-
-
-def _limited(sources: Sequence[SourceConfig], limit: int | None) -> list[SourceConfig]:
-    if limit is None:
-        return list(sources)
-    return [source.model_copy(update={"limit": min(limit, source.limit or limit)}) for source in sources]
 
 
 def _sets(
@@ -126,26 +124,13 @@ def _sets(
     if options.on_bad_row is not None:
         plain |= {"on_bad_row": options.on_bad_row, "max_bad_share": 1.0}
     data = DataConfig(**{**plain, **changes}) if cfg is None else cfg.data.model_copy(update={**plain, **changes})
-    preparation = Preparation(data, chat)
-    return [_set(source, preparation, options, forgetting) for source in load_data(preparation).eval]
-
-
-def _set(source: Source, preparation: Preparation, options: EvalOptions, forgetting: bool) -> RowSet:
-    documents = source.documents
-    if options.limit is not None:
-        documents = documents.select(np.isin(documents.rows, source.rows[: options.limit]))
-    has_question = not forgetting and source.store.meta.format not in _NO_QUESTION
-    count = min(options.answers, options.limit or options.answers)
-    conversations = first_conversations(source, preparation, count) if has_question and count else []
-    return RowSet(source.name, documents, conversations, forgetting)
-
-
-def _with_unique_names(sets: Sequence[RowSet]) -> list[RowSet]:
-    """Number sets of equal names."""
-    seen: dict[str, int] = {}
-    named = []
-    for rows in sets:
-        seen[rows.name] = number = seen.get(rows.name, 0) + 1
-        name = rows.name if number == 1 else f"{rows.name}-{number}"
-        named.append(RowSet(name, rows.documents, rows.conversations, rows.forgetting))
-    return named
+    preparation, count = Preparation(data, chat), min(options.answers, options.limit or options.answers)
+    sets = []
+    for source in load_data(preparation).eval:
+        documents = source.documents
+        if options.limit is not None:
+            documents = documents.select(np.isin(documents.rows, source.rows[: options.limit]))
+        has_question = not forgetting and source.store.meta.format not in _NO_QUESTION
+        conversations = first_conversations(source, preparation, count) if has_question and count else []
+        sets.append(RowSet(source.name, documents, conversations, forgetting))
+    return sets

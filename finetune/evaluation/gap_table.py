@@ -11,7 +11,6 @@ from pydantic import TypeAdapter
 
 from finetune.evaluation.intervals import Estimate
 from finetune.models.digest import sha256_of
-from finetune.system.atomic import write_text
 from finetune.system.errors import IntegrityError
 
 JSON, MARKDOWN, PICTURE = "gap.json", "gap.md", "gap.png"
@@ -86,11 +85,6 @@ class GapTable:
     models: list[ModelFigures]
     adapter_files: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
-
-
-def save_gap(table: GapTable, folder: Path) -> None:
-    """Write gap.json in one rename."""
-    write_text(folder / JSON, to_json(table))
 
 
 def to_json(table: GapTable) -> str:

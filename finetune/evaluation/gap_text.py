@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finetune.evaluation.gap_table import JSON, MARKDOWN, PICTURE, GapTable, ModelFigures, SetFigures, save_gap
+from finetune.evaluation.gap_table import JSON, MARKDOWN, PICTURE, GapTable, ModelFigures, to_json
 from finetune.evaluation.intervals import Estimate
 from finetune.system.atomic import write_text
-from finetune.system.format import format_bytes
+from finetune.system.format import format_bytes, markdown_table
 from finetune.system.plotting import COLORS, figure, save_png
 
 if TYPE_CHECKING:
@@ -17,14 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Format = Callable[[float], str]
+_nats: Format = "{:.4f}".format
 
 
 def _share(value: float) -> str:
     return f"{100 * value:.1f}"
-
-
-def _nats(value: float) -> str:
-    return f"{value:.4f}"
 
 
 def _short(value: float) -> str:
@@ -43,6 +40,14 @@ FIGURES: dict[str, tuple[str, Format]] = {
 }
 
 
+class Block(NamedTuple):
+    """A part of the table's text; `rows` has the head first, and is empty for text alone."""
+
+    title: str
+    text: str
+    rows: list[list[str]]
+
+
 def write_gap(table: GapTable, folder: Path) -> list[Path]:
     """Write gap.md, gap.png and gap.json, each in one rename, and return the files.
 
@@ -53,36 +58,79 @@ def write_gap(table: GapTable, folder: Path) -> list[Path]:
     write_text(folder / MARKDOWN, gap_markdown(table))
     if any(model.sets for model in table.models):
         save_png(gap_figure(table), folder / PICTURE)
-    save_gap(table, folder)
+    write_text(folder / JSON, to_json(table))
     return [folder / name for name in (JSON, MARKDOWN, PICTURE) if (folder / name).exists()]
 
 
 def gap_markdown(table: GapTable) -> str:
     """Render the table with its intervals: a column per model, a section per dataset, one for the tasks."""
-    subject = table.model if table.adapter is None else f"{table.adapter} on {table.model}"
-    parts = [f"# {subject}", f"In brackets are 95 % intervals ({table.resamples:,} resamples of the rows, paired)."]
+    parts = [f"# {table.model}" if table.adapter is None else f"# {table.adapter} on {table.model}"]
+    for title, text, rows in gap_blocks(table):
+        parts += [f"## {title}"] if title else []
+        parts += [text] if text else []
+        parts += [markdown_table(rows)] if rows else []
+    return "\n\n".join(parts) + "\n"
+
+
+def gap_blocks(table: GapTable) -> list[Block]:
+    """Return the parts of the table's text."""
+    intervals = f"In brackets are 95 % intervals ({table.resamples:,} resamples of the rows, paired)."
+    blocks = [Block("", intervals, [])]
     for i, rows in enumerate(table.models[0].sets if table.models else []):
-        parts.append(_title(rows))
-        parts.append(_figures(table, i))
-        if any(model.sets[i].differences for model in table.models):
-            parts.append(f"Difference from {_reference(table)} on the same rows:")
-            parts.append(_differences(table, i))
+        kind = " (other tasks: what training may have harmed)" if rows.forgetting else ""
+        answered = f", {rows.answered:,} answered" if rows.answered else ""
+        text = f"{rows.rows:,} rows, {rows.tokens:,} target tokens{answered}."
+        head, *lines = _lines(table, table.models, [model.sets[i].figures for model in table.models])
+        stored = ["bytes", *(format_bytes(model.stored_bytes) for model in table.models)]
+        blocks.append(Block(f"{rows.name}{kind}", text, [head, stored, *lines]))
+        if others := [model for model in table.models if model.sets[i].differences]:
+            lines = _lines(table, others, [model.sets[i].differences for model in others], sign=True)
+            blocks.append(Block("", f"Difference from {_reference(table)} on the same rows:", lines))
     if any(model.tasks for model in table.models):
-        parts += ["## Tasks of lm-evaluation-harness", _tasks(table.models)]
+        lines = [["task", "metric", "rows", *(model.name for model in table.models)]]
+        for k, task in enumerate(table.models[0].tasks):
+            cells = [_cell(model.tasks[k].estimate, _nats) for model in table.models]
+            lines.append([task.task, task.metric, f"{task.rows:,}", *cells])
+        blocks.append(Block("Tasks of lm-evaluation-harness", "", lines))
     date, device = table.made_with.get("date", "")[:10], table.made_with.get("device", "")
     versions = ", ".join(f"{name} {table.made_with[name]}" for name in ("finetune", "torch") if name in table.made_with)
-    parts.append(f"Measured {date} in {table.seconds:,.0f} s on {device} with {versions}, seed {table.seed}.")
-    return "\n\n".join(parts) + "\n"
+    made = f"Measured {date} in {table.seconds:,.0f} s on {device} with {versions}, seed {table.seed}."
+    return [*blocks, Block("", made, [])]
+
+
+def _lines(
+    table: GapTable, models: Sequence[ModelFigures], found: Sequence[Mapping[str, Estimate]], sign: bool = False
+) -> list[list[str]]:
+    """A line per figure that a model has. found: the figures of each model."""
+    lines = [["", *(model.name for model in models)]]
+    for name, (_, form) in FIGURES.items():
+        if any(name in figures for figures in found):
+            lines.append([_label(table, name), *(_cell(figures.get(name), form, sign) for figures in found)])
+    return lines
+
+
+def _label(table: GapTable, name: str) -> str:
+    return FIGURES[name][0].format(metric=table.metric, reference=_reference(table))
+
+
+def _reference(table: GapTable) -> str:
+    return next((model.name for model in table.models if model.variant == table.reference), "nothing")
+
+
+def _cell(estimate: Estimate | None, form: Format, sign: bool = False) -> str:
+    if estimate is None:
+        return ""
+    value, low, high = (
+        ("+" if sign and number > 0 else "") + form(number) for number in (estimate.value, estimate.low, estimate.high)
+    )
+    return f"{value} [{low}, {high}]"
 
 
 def gap_figure(table: GapTable) -> Figure:
     """Draw a panel per figure, a line per model, a color per dataset."""
     sets = [f"{rows.name} (forgetting)" if rows.forgetting else rows.name for rows in table.models[0].sets]
-    names = [
-        name
-        for name in ("loss", "accuracy", "score", "kl")
-        if any(name in rows.figures for model in table.models for rows in model.sets)
-    ]
+    known = {name for model in table.models for rows in model.sets for name in rows.figures}
+    names = [name for name in ("loss", "accuracy", "score", "kl") if name in known]
     lines = len(table.models) * max(1.6, len(sets))
     height = 1.2 + 0.26 * lines + (0.3 if len(sets) > 1 else 0)
     drawn, panels = figure(2.6 * len(names) + 1.4, height, panels=max(1, len(names)))
@@ -95,18 +143,12 @@ def gap_figure(table: GapTable) -> Figure:
         panel.grid(False, axis="y")
         for border in range(1, len(table.models)):
             panel.axhline(border - 0.5, color="black", alpha=0.2, linewidth=0.8)
-    panels[0].set_yticks(
-        range(len(table.models)), [f"{model.name}\n{format_bytes(model.stored_bytes)}" for model in table.models]
-    )
+    labels = [f"{model.name}\n{format_bytes(model.stored_bytes)}" for model in table.models]
+    panels[0].set_yticks(range(len(table.models)), labels)
     if len(sets) > 1:
-        drawn.legend(
-            handles=[
-                panels[0].plot([], [], "o", color=COLORS[i % len(COLORS)], label=name)[0] for i, name in enumerate(sets)
-            ],
-            loc="outside lower center",
-            ncols=len(sets),
-            frameon=False,
-        )
+        for i, name in enumerate(sets):
+            panels[0].plot([], [], "o", color=COLORS[i % len(COLORS)], label=name)
+        drawn.legend(loc="outside lower center", ncols=len(sets), frameon=False)
     return drawn
 
 
@@ -115,28 +157,18 @@ def _draw(panel: Axes, table: GapTable, name: str, i: int) -> None:
     sets = len(table.models[0].sets)
     spread = min(0.4, 0.8 / sets)
     color = COLORS[i % len(COLORS)]
+    above: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "color": "black"}
     for line, model in enumerate(table.models):
         found = model.sets[i].figures.get(name)
         if found is None:
             continue
-        y = line + spread * (i - (sets - 1) / 2)
+        x, y = scale * found.value, line + spread * (i - (sets - 1) / 2)
         ends = [[scale * max(0.0, found.value - found.low)], [scale * max(0.0, found.high - found.value)]]
-        panel.errorbar(
-            [scale * found.value], [y], xerr=ends, fmt="o", color=color, markersize=4, capsize=2, linewidth=1.2
-        )
+        panel.errorbar([x], [y], xerr=ends, fmt="o", color=color, markersize=4, capsize=2, linewidth=1.2)
         far = model.sets[i].figures.get("kl_p99") if name == "kl" else None
         if far is not None:
             panel.plot([far.value], [y], "D", markerfacecolor="none", markersize=4, color=color)
-        panel.annotate(
-            FIGURES[name][1](found.value),
-            (scale * found.value, y),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=7,
-            color="black",
-        )
+        panel.annotate(FIGURES[name][1](found.value), (x, y), xytext=(0, 4), fontsize=7, **above)
     if name == "kl":
         panel.set_xscale("symlog", linthresh=1e-4)
         panel.margins(x=0.15)
@@ -146,61 +178,3 @@ def _draw(panel: Axes, table: GapTable, name: str, i: int) -> None:
         panel.set_xticks(range(0, 101, 25))
     else:
         panel.margins(x=0.18)
-
-
-def _title(rows: SetFigures) -> str:
-    answered = f", {rows.answered:,} answered" if rows.answered else ""
-    kind = " (other tasks: what training may have harmed)" if rows.forgetting else ""
-    return f"## {rows.name}{kind}\n\n{rows.rows:,} rows, {rows.tokens:,} target tokens{answered}."
-
-
-def _label(table: GapTable, name: str) -> str:
-    return FIGURES[name][0].format(metric=table.metric, reference=_reference(table))
-
-
-def _reference(table: GapTable) -> str:
-    return next((model.name for model in table.models if model.variant == table.reference), "nothing")
-
-
-def _figures(table: GapTable, i: int) -> str:
-    sets = [model.sets[i] for model in table.models]
-    lines = [
-        ["", *(model.name for model in table.models)],
-        ["bytes", *(format_bytes(model.stored_bytes) for model in table.models)],
-    ]
-    for name in [name for name in FIGURES if any(name in rows.figures for rows in sets)]:
-        lines.append([_label(table, name), *(_cell(rows.figures.get(name), FIGURES[name][1]) for rows in sets)])
-    return _grid(lines)
-
-
-def _differences(table: GapTable, i: int) -> str:
-    others = [model for model in table.models if model.sets[i].differences]
-    lines = [["", *(model.name for model in others)]]
-    for name in [name for name in FIGURES if any(name in model.sets[i].differences for model in others)]:
-        cells = (_cell(model.sets[i].differences.get(name), FIGURES[name][1], sign=True) for model in others)
-        lines.append([_label(table, name), *cells])
-    return _grid(lines)
-
-
-def _tasks(models: Sequence[ModelFigures]) -> str:
-    lines = [["task", "metric", "rows", *(model.name for model in models)]]
-    for k, task in enumerate(models[0].tasks):
-        cells = [_cell(model.tasks[k].estimate, _nats) for model in models]
-        lines.append([task.task, task.metric, f"{task.rows:,}", *cells])
-    return _grid(lines)
-
-
-def _cell(estimate: Estimate | None, form: Format, sign: bool = False) -> str:
-    if estimate is None:
-        return ""
-    value, low, high = (
-        ("+" if sign and number > 0 else "") + form(number) for number in (estimate.value, estimate.low, estimate.high)
-    )
-    return f"{value} [{low}, {high}]"
-
-
-def _grid(lines: Sequence[Sequence[str]]) -> str:
-    """Render a markdown table with aligned columns."""
-    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
-    head, *body = [[cell.ljust(width) for cell, width in zip(cells, widths, strict=True)] for cells in lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["-" * width for width in widths], *body))

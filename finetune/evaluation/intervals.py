@@ -9,7 +9,7 @@ that of Agresti and Min (2005).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -71,7 +71,9 @@ class Bootstrap:
     def ratio(self, sums_R: np.ndarray, weights_R: np.ndarray) -> Figure:
         """Divide the total of `sums_R` by that of `weights_R`: nats per token, or a mean if all weights are 1."""
         both_R2 = np.stack([sums_R, weights_R], 1).astype(np.float64)
-        totals_B2 = np.concatenate([counts.astype(np.float64) @ both_R2 for counts in self._blocks(self.rows)])
+        step = max(1, _BLOCK_VALUES // self.rows)
+        blocks = [self._counts_BR[start : start + step] for start in range(0, self.resamples, step)]
+        totals_B2 = np.concatenate([counts.astype(np.float64) @ both_R2 for counts in blocks])
         return Figure(float(sums_R.sum() / weights_R.sum()), totals_B2[:, 0] / totals_B2[:, 1])
 
     def quantile(self, values_N: np.ndarray, row_N: np.ndarray, share: float) -> Figure:
@@ -93,11 +95,6 @@ class Bootstrap:
         resampled = [smallest(counts_R.astype(np.int64)) for counts_R in self._counts_BR]
         return Figure(smallest(np.ones(self.rows, np.int64)), np.array(resampled))
 
-    def _blocks(self, width: int) -> Iterator[np.ndarray]:
-        step = max(1, _BLOCK_VALUES // width)
-        for start in range(0, self.resamples, step):
-            yield self._counts_BR[start : start + step]
-
 
 def share_of(values_R: np.ndarray, figure: Figure) -> Estimate:
     """Return the mean of a score with its interval: Wilson's if every row scores 0 or 1, else the bootstrap's."""
@@ -116,8 +113,7 @@ def difference_of_shares(values_R: np.ndarray, reference_R: np.ndarray, differen
     """
     if not np.isin([values_R, reference_R], (0, 1)).all():
         return difference.estimate()
-    gained = float((values_R > reference_R).sum()) + 0.5
-    lost = float((values_R < reference_R).sum()) + 0.5
+    gained, lost = float((values_R > reference_R).sum()) + 0.5, float((values_R < reference_R).sum()) + 0.5
     rows = len(values_R) + 2.0
     middle = (gained - lost) / rows
     half = NORMAL_95 * math.sqrt(gained + lost - (gained - lost) ** 2 / rows) / rows

@@ -21,6 +21,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from finetune.config.command_options import EvalOptions
 from finetune.evaluation.gap_table import TaskFigures
 from finetune.evaluation.intervals import NORMAL_95, Bootstrap, Estimate, share_of
 from finetune.system.errors import ConfigError, FinetuneError, MissingExtra
@@ -64,20 +65,9 @@ def load_tasks(words: Sequence[str]) -> Any:
 
 
 def run_tasks(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Any,
-    *,
-    limit: int | None,
-    batch_size: int,
-    as_chat: bool,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: Any, options: EvalOptions
 ) -> list[TaskFigures]:
-    """Evaluate a model on tasks, and return every metric of every task.
-
-    Args:
-        tasks: from `load_tasks`.
-        limit: rows per task; None uses all.
-        as_chat: apply the tokenizer's chat template to the questions.
+    """Evaluate a model on tasks from `load_tasks`, and return every metric of every task.
 
     Raises:
         FinetuneError: the harness fails, for example at an unknown metric.
@@ -86,17 +76,11 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     with _silent():
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)  # type: ignore[arg-type]
+        settings = {"limit": options.limit, "apply_chat_template": options.tasks_as_chat, "bootstrap_iters": 0}
         try:
             # simple_evaluate also searches for a git repository and reseeds all random generators.
-            found = evaluate(
-                lm=wrapped,
-                task_dict=tasks,
-                limit=limit,
-                bootstrap_iters=0,
-                log_samples=True,
-                apply_chat_template=as_chat,
-            )
+            found = evaluate(lm=wrapped, task_dict=tasks, log_samples=True, **settings)
         except (TypeError, LookupError, ValueError, AttributeError, AssertionError, ArithmeticError) as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise FinetuneError(

@@ -5,6 +5,9 @@ Shapes: N target tokens of a batch, D hidden width, R rows.
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from finetune.config.command_options import EvalOptions
 from finetune.data.batch import Batch
 from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation.examples import RowSet
@@ -39,34 +43,25 @@ class ReferenceCache:
 
     def __init__(self, folder: Path, device: torch.device):
         self._folder, self._device = folder, device
-        self._batches = 0
+        self._files = (folder / f"{batch}.safetensors" for batch in itertools.count())
         self.head: nn.Module | None = None
         folder.mkdir()
 
     def keep(self, hidden_ND: Tensor) -> None:
         """Store the states of the next batch."""
-        save_file({"hidden": hidden_ND.contiguous()}, self._folder / f"{self._batches}.safetensors")
-        self._batches += 1
+        save_file({"hidden": hidden_ND.contiguous()}, next(self._files))
 
-    def replay(self) -> _Replay:
+    def replay(self) -> ReferenceCache:
         """Return a teacher with these states, for the same batches in the same order."""
-        return _Replay(self)
-
-    def batch(self, i: int) -> TeacherHidden:
-        """Load the states of one batch."""
-        assert self.head is not None, "the reference was never evaluated"
-        hidden = load_file(self._folder / f"{i}.safetensors", device=str(self._device))["hidden"]
-        return TeacherHidden(hidden, self.head)
-
-
-class _Replay:
-    def __init__(self, cache: ReferenceCache):
-        self._cache, self._next = cache, 0
+        again = copy.copy(self)
+        again._files = (self._folder / f"{batch}.safetensors" for batch in itertools.count())
+        return again
 
     def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherHidden]:
+        """Load the states of the next batches."""
+        assert self.head is not None, "the reference was never evaluated"
         for _ in batches:
-            self._next += 1
-            yield self._cache.batch(self._next - 1)
+            yield TeacherHidden(load_file(next(self._files), device=str(self._device))["hidden"], self.head)
 
 
 class Progress:
@@ -92,37 +87,48 @@ class Evaluator:
     """Evaluates one model after the other on the same datasets.
 
     vocabulary: number of token ids that all models have. scratch: a folder for temporary files.
-    bootstraps, answer_bootstraps: resamples of the rows, and of the answered rows, per dataset.
     references, reference_figures, reference_scores_R: per dataset, of the reference; empty until it is evaluated.
     """
 
+    options: EvalOptions
     sets: list[RowSet]
     tokenizer: PreTrainedTokenizerBase
     chat: ChatTemplate
     metric: Metric
     vocabulary: int
     max_new_tokens: int
-    batch_size: int
-    bootstraps: list[Bootstrap]
-    answer_bootstraps: list[Bootstrap]
     scratch: Path
     references: list[ReferenceCache] = field(default_factory=list)
     reference_figures: list[dict[str, Figure]] = field(default_factory=list)
     reference_scores_R: list[np.ndarray] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # Per dataset, resamples of the rows, and of the answered rows.
+        draw = functools.partial(Bootstrap, resamples=self.options.resamples, seed=self.options.seed)
+        self.bootstraps = [(draw(rows.rows), draw(max(1, len(rows.conversations)))) for rows in self.sets]
 
     def evaluate(self, model: nn.Module, *, is_reference: bool, progress: Progress) -> list[SetFigures]:
         """Return a model's figures per dataset. is_reference: later models are compared with this one."""
         return [self._on_set(model, i, is_reference, progress) for i in range(len(self.sets))]
 
     def _on_set(self, model: nn.Module, i: int, is_reference: bool, progress: Progress) -> SetFigures:
-        rows = self.sets[i]
+        rows, (bootstrap, of_answers) = self.sets[i], self.bootstraps[i]
         scores = self._score_tokens(model, i, is_reference, progress.of(rows.name, "scored"))
-        figures = token_figures(scores, self.bootstraps[i])
+        figures = token_figures(scores, bootstrap)
         estimates = {name: figure.estimate() for name, figure in figures.items()}
         scores_R = np.empty(0)
         if rows.conversations:
-            scores_R = self._score_answers(model, rows, progress)
-            figures["score"] = self.answer_bootstraps[i].ratio(scores_R, np.ones(len(scores_R)))
+            answers = answer_rows(
+                model,
+                self.tokenizer,
+                self.chat,
+                rows.conversations,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.options.batch_size,
+                progress=progress.of(rows.name, "answered"),
+            )
+            scores_R = self.metric.scores(answers)
+            figures["score"] = of_answers.ratio(scores_R, np.ones(len(scores_R)))
             estimates["score"] = share_of(scores_R, figures["score"])
         reference = self.reference_figures[i] if i < len(self.reference_figures) else {}
         gaps = {name: figures[name] - reference[name] for name in ("loss", "accuracy", "score") if name in reference}
@@ -139,34 +145,17 @@ class Evaluator:
     def _score_tokens(
         self, model: nn.Module, i: int, is_reference: bool, progress: Callable[[int, int], None]
     ) -> TokenScores:
-        documents = self.sets[i].documents
+        score = functools.partial(
+            score_tokens, model, self.sets[i].documents, limit_tokens=EVALUATION_TOKENS, progress=progress
+        )
         if is_reference:
             cache = ReferenceCache(self.scratch / str(i), next(model.parameters()).device)
-            scores = score_tokens(model, documents, limit_tokens=EVALUATION_TOKENS, keep=cache.keep, progress=progress)
+            scores = score(keep=cache.keep)
             cache.head = head_of(model)
             self.references.append(cache)
             return scores
-        return score_tokens(
-            model,
-            documents,
-            limit_tokens=EVALUATION_TOKENS,
-            teacher=self.references[i].replay() if i < len(self.references) else None,
-            vocabulary=self.vocabulary,
-            progress=progress,
-        )
-
-    def _score_answers(self, model: nn.Module, rows: RowSet, progress: Progress) -> np.ndarray:
-        answers = answer_rows(
-            model,
-            self.tokenizer,
-            self.chat,
-            rows.conversations,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-            progress=progress.of(rows.name, "answered"),
-        )
-        self.metric.check(answers)
-        return self.metric.scores(answers)
+        teacher = self.references[i].replay() if i < len(self.references) else None
+        return score(teacher=teacher, vocabulary=self.vocabulary)
 
 
 def token_figures(scores: TokenScores, bootstrap: Bootstrap) -> dict[str, Figure]:

@@ -29,19 +29,19 @@ class Metric:
     score: Callable[[Answer], float]
     part: Callable[[str], Any] | None = None
 
-    def check(self, answers: Sequence[Answer]) -> None:
-        """Raise DataError if the expected answers of rows have nothing to compare."""
-        if self.part is None:
-            return
-        empty = [answer.expected for answer in answers if self.part(answer.expected) is None]
-        if empty:
+    def scores(self, answers: Sequence[Answer]) -> np.ndarray:
+        """Return the scores [R] float64.
+
+        Raises:
+            DataError: expected answers of rows have nothing to compare.
+            ConfigError: a user's function fails or returns no finite number.
+        """
+        expected = [answer.expected for answer in answers]
+        if self.part is not None and (empty := [text for text in expected if self.part(text) is None]):
             raise DataError(
                 f"metric={self.name}: no value in {len(empty):,} of {len(answers):,} expected answers, first in "
                 f"{empty[0][:_SHOWN]!r}\nhelp: choose another metric or other rows"
             )
-
-    def scores(self, answers: Sequence[Answer]) -> np.ndarray:
-        """Return the scores [R] float64. Raises: ConfigError if a user's function fails or returns no finite number."""
         return np.array([self.score(answer) for answer in answers], dtype=np.float64)
 
 
@@ -65,18 +65,16 @@ def find_metric(word: str, pattern: str | None) -> Metric:
     file, found, name = word.rpartition(":")
     if not found or not file.endswith(".py"):
         raise ConfigError(f"metric: unknown, found {word}; choose exact, number, regex, or FILE.py:FUNCTION")
-    return Metric(name, _checked(word, _load(word, Path(file).expanduser(), name)))
+    return Metric(name, _user_function(word, Path(file).expanduser(), name))
 
 
 def number_in(text: str) -> Decimal | None:
     """Return the number after `####` (the format of GSM8K), else the last number of the text; None without one."""
     _, mark, after = text.rpartition(_GSM8K_MARK)
     found = _NUMBER.findall(after if mark else text)
-    if not found:
-        return None
     try:
         return Decimal((found[0] if mark else found[-1]).replace(",", ""))
-    except InvalidOperation:
+    except (IndexError, InvalidOperation):
         return None
 
 
@@ -96,14 +94,12 @@ def _group(pattern: str) -> Callable[[str], str | None]:
 
     def part(text: str) -> str | None:
         found = compiled.search(text)
-        if found is None:
-            return None
-        return (found[1] if compiled.groups else found[0]) or ""
+        return found and ((found[1] if compiled.groups else found[0]) or "")
 
     return part
 
 
-def _load(word: str, file: Path, name: str) -> Callable[..., Any]:
+def _user_function(word: str, file: Path, name: str) -> Callable[[Answer], float]:
     if not file.is_file():
         raise ConfigError(f"metric={word}: the file {file} does not exist")
     spec = importlib.util.spec_from_file_location("finetune_metric", file)
@@ -116,10 +112,7 @@ def _load(word: str, file: Path, name: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"metric={word}: {file} has no function {name}(prompt, expected, given)")
-    return function
 
-
-def _checked(word: str, function: Callable[..., Any]) -> Callable[[Answer], float]:
     def score(answer: Answer) -> float:
         try:
             value = float(function(answer.prompt, answer.expected, answer.given))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune.data.batch import Batch, build_batch, groups_of
+from finetune.data.batch import build_batch, groups_of
 from finetune.data.documents import Document, Documents
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.chunked import chunked_logits
@@ -24,9 +24,6 @@ from finetune.losses.hidden_states import base_of, hidden_states
 from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.limits import TEACHER_BATCHES
 from finetune.system.errors import FinetuneError
-
-# Percentiles over all ranks come from a histogram of log KL: bins 2 % wide, from 1e-9 to 4e8 nats.
-_LOWEST, _BIN_LOG, _BINS = 1e-9, math.log(1.02), 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +77,11 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """kl: KL(teacher || model) in nats per target. top1: share of targets with the same first choice. tokens: targets.
-
-    kl_p99: 99th percentile of KL over targets, within 1 %.
-    """
+    """kl: KL(teacher || model), nats per target. top1: share of targets with the same first choice. tokens: targets."""
 
     kl: float
     top1: float
     tokens: int
-    kl_p99: float
 
 
 @torch.no_grad()
@@ -101,15 +94,9 @@ def agreement(
     limit_tokens: int,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Agreement:
-    """Compare a model with a teacher on documents.
-
-    Args:
-        vocabulary: number of token ids that both have.
-        limit_tokens: as for `evaluate`.
-        sum_over_ranks: as for `evaluate`.
-    """
+    """Compare a model with a teacher on documents. vocabulary: number of ids that both have; else as `evaluate`."""
     device = next(model.parameters()).device
-    sums = torch.zeros(3 + _BINS, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64)
     batches = [build_batch(group, share_prefixes=True) for group in groups_of(documents, limit_tokens)]
     with evaluating(model):
         for start in range(0, len(batches), TEACHER_BATCHES):
@@ -119,24 +106,9 @@ def agreement(
                 hidden_ND, _, _ = target_rows(hidden_states(model, here), here)
                 for logits_NV, rows in chunked_logits(hidden_ND, head_of(model), vocabulary):
                     kl_N, agree_N = compare(teacher_targets, logits_NV, rows, vocabulary)
-                    totals = torch.stack([kl_N.sum().cpu(), agree_N.sum().cpu(), torch.tensor(len(kl_N))])
-                    sums += torch.cat([totals.double(), _histogram(kl_N.cpu())])
-    sums = sum_over_ranks(sums)
-    kl, top1, tokens = sums[:3].tolist()
-    return Agreement(kl / tokens, top1 / tokens, int(tokens), _percentile(sums[3:], 0.99))
-
-
-def _histogram(kl_N: Tensor) -> Tensor:
-    """Count the values per bin of their logarithm."""
-    places_N = ((kl_N.double().clamp(min=_LOWEST) / _LOWEST).log() / _BIN_LOG).long().clamp_(max=_BINS - 1)
-    return torch.bincount(places_N, minlength=_BINS).double()
-
-
-def _percentile(counts: Tensor, share: float) -> float:
-    """The middle of the percentile's bin; 0 for the lowest bin."""
-    reached = counts.cumsum(0)
-    place = int(torch.searchsorted(reached, share * reached[-1] - 1e-9))
-    return _LOWEST * math.exp((place + 0.5) * _BIN_LOG) if place else 0.0
+                    sums += torch.stack([kl_N.sum().cpu(), agree_N.sum().cpu(), torch.tensor(len(kl_N))]).double()
+    kl, top1, tokens = sum_over_ranks(sums).tolist()
+    return Agreement(kl / tokens, top1 / tokens, int(tokens))
 
 
 @dataclass(frozen=True)
@@ -183,7 +155,8 @@ def score_tokens(
     with evaluating(model):
         for group in groups_of(documents, limit_tokens):
             batch = build_batch(group, share_prefixes=True)
-            row_N = _rows_of_targets(batch, rows_of_documents[done : done + len(group)])
+            row_T = np.repeat(rows_of_documents[done : done + len(group)], batch.segment_lengths)
+            row_N = row_T[(batch.labels[0] != IGNORE_INDEX).numpy()]
             done += len(group)
             here = batch.to(device)
             hidden_ND, labels_N, _ = target_rows(hidden_states(model, here), here)
@@ -197,11 +170,6 @@ def score_tokens(
     if not all(np.isfinite(column).all() for column in (nll_N, *rest)):
         raise FinetuneError("the loss is NaN or infinite: the weights of the model or the adapter are corrupt")
     return TokenScores(row_N, nll_N, correct_N, *(rest or (None, None)))
-
-
-def _rows_of_targets(batch: Batch, rows: np.ndarray) -> np.ndarray:
-    row_T = np.repeat(rows, batch.segment_lengths)
-    return row_T[(batch.labels[0] != IGNORE_INDEX).numpy()]
 
 
 def _chunks(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -11,8 +11,9 @@ from torch import nn
 from finetune.config.command_options import EvalOptions
 from finetune.config.schema import Dtype, ModelConfig, QuantConfig, RunConfig
 from finetune.distill.resident import load_resident
-from finetune.evaluation.decoding import dequantize_once
 from finetune.evaluation.gap_table import Variant
+from finetune.evaluation.generation import dequantize_once
+from finetune.evaluation.metrics import Metric, find_metric
 from finetune.models.adapters.files import CONFIG_FILE, load_adapter
 from finetune.models.adapters.trained import find_trained
 from finetune.models.fused import fuse_layers
@@ -52,13 +53,12 @@ class Variants:
             "merged": "merged",
         }[variant]
 
-    def load(self, variant: Variant, merged: Path | None, log: Log) -> nn.Module:
+    def load(self, variant: Variant, merged: Path, log: Log) -> nn.Module:
         """Load a variant, frozen, in evaluation mode, on this machine's device. merged: folder of the merged model."""
         device = default_device()
         if variant == "base":
             return load_resident(self.model, None, device).model
         if variant == "merged":
-            assert merged is not None, "the merged model exists before it is loaded"
             return load_resident(ModelConfig(name=str(merged), dtype=own_dtype(str(merged))), None, device).model
         model: nn.Module = load_base(self.model, self.quant, device, log)
         if variant == "trained":
@@ -79,9 +79,12 @@ def find_variants(options: EvalOptions, log: Log) -> Variants:
         trained = find_trained([options.adapter], None, log)
         found = Variants(trained.adapters[0].folder, trained.cfg, trained.model, trained.quant, ())
     else:
-        assert options.model is not None
-        _check_no_adapter(options.model)
-        found = Variants(None, None, _own_model(options.model), QuantConfig(type="none"), ())
+        name = str(options.model)
+        folder = Path(name).expanduser()
+        if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+            raise ConfigError(f"model={name}: is an adapter\nhelp: pass adapter={name}")
+        fetch(name, None, TEXT_FILES + WEIGHT_FILES, "model")
+        found = Variants(None, None, ModelConfig(name=name, dtype=own_dtype(name)), QuantConfig(type="none"), ())
     quant = found.quant
     if options.quant is not None:
         quant = quant.model_copy(update={"type": options.quant, "int8": []})
@@ -90,20 +93,19 @@ def find_variants(options: EvalOptions, log: Log) -> Variants:
     wanted = options.variants or available
     if unknown := [variant for variant in wanted if variant not in available]:
         raise ConfigError(f"variants: found {', '.join(unknown)}, but only {', '.join(available)} exist here")
-    chosen = tuple(variant for variant in available if variant in wanted)
-    return Variants(found.adapter, found.cfg, found.model, quant, chosen)
+    return replace(found, quant=quant, variants=tuple(variant for variant in available if variant in wanted))
 
 
-def own_dtype(name: str, revision: str | None = None) -> Dtype:
+def own_dtype(name: str) -> Dtype:
     """Return the dtype in a model's config.json; bfloat16 if it has none, or one without compute kernels."""
-    config = read_config(fetch(name, revision, TEXT_FILES, "model").folder, name)
+    config = read_config(fetch(name, None, TEXT_FILES, "model").folder, name)
     named = config.get("dtype") or config.get("torch_dtype")
     return cast(Dtype, named) if named in _SHORT else "bfloat16"
 
 
-def option_problems(options: EvalOptions) -> list[str]:
-    """Return the contradictions between options, one per line."""
-    problems = []
+def check_options(options: EvalOptions) -> Metric:
+    """Return the metric. Raises: ConfigError with the contradictions between options, one per line."""
+    problems, metric = [], None
     if (options.adapter is None) == (options.model is None):
         found = "both" if options.adapter is not None else "neither"
         problems.append(f"adapter, model: exactly one is needed, found {found}; an adapter names its base itself")
@@ -113,15 +115,10 @@ def option_problems(options: EvalOptions) -> list[str]:
         problems.append("merged: needs adapter=; evaluate a merged model alone with model=DIR")
     if options.merged is not None and options.variants is not None and "merged" not in options.variants:
         problems.append("merged: not in variants; add it there, or drop merged=")
-    return problems
-
-
-def _check_no_adapter(name: str) -> None:
-    folder = Path(name).expanduser()
-    if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(f"model={name}: is an adapter\nhelp: pass adapter={name}")
-
-
-def _own_model(name: str) -> ModelConfig:
-    fetch(name, None, TEXT_FILES + WEIGHT_FILES, "model")
-    return ModelConfig(name=name, dtype=own_dtype(name))
+    try:
+        metric = find_metric(options.metric, options.pattern)
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems or metric is None:
+        raise ConfigError("\n".join(problems))
+    return metric

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import cycle, product
+from itertools import accumulate, cycle, product
 from typing import TYPE_CHECKING
 
-from finetune.report.run import Run
-from finetune.report.series import Series, smoothed, spread, thinned
+from finetune.report.run import Run, Series
 from finetune.system.plotting import COLORS, figure, svg
 
 if TYPE_CHECKING:
@@ -111,7 +110,8 @@ def overlaid(runs: Sequence[tuple[str, Run]]) -> list[Picture]:
 
 def _line(label: str, run: Run, name: str, quantity: Quantity, style: tuple[str, str]) -> Line:
     held_out = name.startswith("eval")
-    series = run.metrics[name].scaled(quantity.factor)
+    steps, values = run.metrics[name]
+    series = Series(steps, [value * quantity.factor for value in values])
     return Line(label, series, *style, noisy=quantity.noisy and not held_out, dots=held_out)
 
 
@@ -122,7 +122,7 @@ def draw(title: str, lines: Sequence[Line], quantity: Quantity, last_step: int, 
     values = [value for line in lines for value in line.series.values]
     note = "The strong line is a moving average." if alone and any(means) else ""
     low, high = min(values), max(values)
-    if quantity.wide and low > 0 and spread(values) > _LOGARITHMIC:
+    if quantity.wide and low > 0 and high / low > _LOGARITHMIC:
         axes.set_yscale("log")
     else:
         # A constant curve becomes a line across the middle instead of magnified noise.
@@ -181,3 +181,29 @@ def _set_of(name: str) -> str:
     """Return the data that a metric is measured on, or an empty text."""
     known = {"loss": "training", "eval_loss": "held out"}
     return known.get(name, name.removeprefix("eval/").rpartition("/")[0])
+
+
+def thinned(series: Series, most: int = 800) -> Series:
+    """Keep at most `most` points: the first, the last, and the lowest and highest of every interval of steps.
+
+    A spike of one step among 100,000 stays visible.
+    """
+    count = len(series.steps)
+    if count <= most:
+        return series
+    buckets = (most - 2) // 2
+    kept = {0, count - 1}
+    for bucket in range(buckets):
+        places = range(bucket * count // buckets, (bucket + 1) * count // buckets)
+        kept |= {min(places, key=series.values.__getitem__), max(places, key=series.values.__getitem__)}
+    places = sorted(kept)
+    return Series([series.steps[i] for i in places], [series.values[i] for i in places])
+
+
+def smoothed(series: Series, share: float = 0.05) -> Series:
+    """Return the moving average over a window of `share` of the run."""
+    count = len(series.values)
+    half = max(1, round(count * share / 2))
+    sums = list(accumulate(series.values, initial=0.0))
+    ends = [(max(0, i - half), min(count, i + half + 1)) for i in range(count)]
+    return Series(series.steps, [(sums[end] - sums[start]) / (end - start) for start, end in ends])

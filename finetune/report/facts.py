@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from finetune.report.run import Run
-from finetune.report.series import is_figure
+from finetune.report.run import Run, is_figure
 from finetune.system.format import format_bytes, format_duration
 
 

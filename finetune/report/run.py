@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from finetune.report.series import Series, is_figure, read_metrics
 from finetune.system.errors import InputError
 
 CONFIG, METRICS, RESULT, FACTS = "config.yaml", "metrics.jsonl", "result.json", "run.json"
 SAMPLES, TEACHER, ADAPTER = "samples.json", "teacher.md", "adapter_model.safetensors"
 Content = TypeVar("Content")
+
+
+class Series(NamedTuple):
+    """Finite values [N] of a metric by ascending steps [N]."""
+
+    steps: list[int]
+    values: list[float]
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def read_run(folder: Path) -> Run:
         facts=read(FACTS, _json, {}),
         metrics=read(METRICS, read_metrics, {}),
         samples=[sample for sample in read(SAMPLES, _json, []) if isinstance(sample, Mapping)],
-        teacher=read(TEACHER, lambda file: table_rows(_text(file)), []),
+        teacher=read(TEACHER, _rows, []),
         has_adapter=(folder / ADAPTER).is_file(),
         problems=tuple(problems),
     )
@@ -119,6 +126,30 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
+def read_metrics(file: Path) -> dict[str, Series]:
+    """Read every metric of metrics.jsonl by name. Raises OSError.
+
+    The last line of a step counts (a resumed run repeats steps). Incomplete lines and non-finite values are left out.
+    """
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for text in _text(file).split("\n"):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            for name, value in line.items():
+                if name != "step" and is_figure(value):
+                    found[name][line["step"]] = float(value)
+    return {name: Series(*map(list, zip(*sorted(values.items()), strict=True))) for name, values in found.items()}
+
+
+def is_figure(value: Any) -> bool:
+    """Return whether a value is a number that can be drawn."""
+    # False for nan; a Python integer can exceed every float.
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
 def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace")
 
@@ -127,8 +158,8 @@ def _json(file: Path) -> Any:
     return json.loads(_text(file))
 
 
-def table_rows(markdown: str) -> list[list[str]]:
+def _rows(file: Path) -> list[list[str]]:
     """Return the rows of a markdown table, its head first."""
-    lines = [line.strip() for line in markdown.splitlines() if line.strip().startswith("|")]
+    lines = [line.strip() for line in _text(file).splitlines() if line.strip().startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [row for row in rows if not all(set(cell) <= set("-: ") for cell in row)]

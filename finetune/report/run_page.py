@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from finetune.evaluation.gap_table import load_gap
+from finetune.evaluation.gap_text import gap_blocks, gap_figure
 from finetune.report.curves import run_pictures
-from finetune.report.dataset.html import row_functions
-from finetune.report.dataset.stored import DATA, read_stored
+from finetune.report.dataset.files import DATA, read_stored
 from finetune.report.environment import render_page
 from finetune.report.facts import breaches, cards, environment, headline, next_commands, predictions
-from finetune.report.gap_section import read_gap
 from finetune.report.run import Run, read_run
 from finetune.report.settings import changes
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.errors import IntegrityError
+from finetune.system.plotting import svg
 
 REPORT = "report.html"
 _STATUS = {
@@ -48,7 +49,7 @@ def render(run: Run) -> str:
     problems = list(run.problems)
     gap = stored = None
     try:
-        gap = read_gap(run.folder)
+        gap = load_gap(run.folder)
     except (IntegrityError, OSError) as error:
         problems.append(str(error))
     if (run.folder / DATA).exists():
@@ -58,7 +59,6 @@ def render(run: Run) -> str:
             problems.append(f"{DATA}: cannot be read ({str(error).splitlines()[0]})")
     return render_page(
         "run.html",
-        **row_functions(),
         title=f"{run.name}: run report",
         run=run,
         status=_STATUS.get(run.status, run.status),
@@ -67,7 +67,8 @@ def render(run: Run) -> str:
         cards=cards(run),
         pictures=run_pictures(run),
         stored=stored,
-        gap=gap,
+        gap_blocks=[] if gap is None else gap_blocks(gap),
+        gap_svg=svg(gap_figure(gap)) if gap is not None and any(model.sets for model in gap.models) else "",
         streamed=bool(run.setting("data.stream_rows")),
         changes=changes(run.config),
         environment=environment(run),

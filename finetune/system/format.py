@@ -1,6 +1,8 @@
-"""Sizes and durations as text."""
+"""Sizes, durations and tables as text."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from finetune.system.errors import ConfigError
 
@@ -35,3 +37,10 @@ def parse_size(key: str, text: str) -> int:
     if size <= 0:
         raise ConfigError(f"{key}={text}: write a size as 4GB or 500MB")
     return size
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Format rows, the head first, as a markdown table with aligned columns."""
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)

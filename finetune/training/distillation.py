@@ -22,7 +22,7 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.distill.filling import write_cache
 from finetune.distill.on_policy import OnPolicySampler
 from finetune.distill.teacher import build_teacher, check_vocabulary, check_width
-from finetune.evaluation.sampling import sample_answers
+from finetune.evaluation.generation import sample_answers
 from finetune.losses.distillation import Distillation, Teacher, TeacherTargets
 from finetune.system.console import Log
 

@@ -31,7 +31,7 @@ from finetune.ops import dispatch, matmul
 from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan
 from finetune.planning.inputs import PlanInputs, plan_inputs
-from finetune.report.dataset.stored import store_report
+from finetune.report.dataset.files import store_report
 from finetune.report.run import TEACHER
 from finetune.report.run_page import try_report
 from finetune.system import console

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.data.batch import Batch, build_batch
 from finetune.data.encoded import IGNORE_INDEX
-from finetune.evaluation.decoding import Decoding
+from finetune.evaluation.generation import decode
 from finetune.losses.cross_entropy import CrossEntropy, score
 from finetune.models import fused as fused_module
 from finetune.models.adapters.attach import attach_lora
@@ -219,7 +219,7 @@ def test_generation_from_padded_prompts_equals_peft(kind: str, attention: str, k
             seen.append(logits_NV.clone())
             return torch.arange(len(logits_NV)) + len(seen)  # fixed, so that both models read the same tokens
 
-        Decoding(model, prompts, [4, 4, 2]).write(choose, frozenset(), 97)
+        decode(model, prompts, [4, 4, 2], choose, stop_ids=frozenset(), vocabulary=97)
     projects, mlps = BY_KERNEL.get(kind, (4, 2))
     assert kernel_calls == Counter({"project": 4 * projects, "swiglu_mlp": 4 * mlps, "rms_norm": 4 * 4}) - Counter()
     assert [len(step) for step in logits[True]] == [3, 3, 2, 2]

@@ -12,7 +12,7 @@ from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.distill.on_policy import OnPolicySampler
 from finetune.distill.resident import ResidentTeacher
-from finetune.evaluation.sampling import sample_answers
+from finetune.evaluation.generation import sample_answers
 from finetune.losses.distillation import Distillation, DistillLossWeights
 from tests.models import random_qwen2
 

@@ -45,6 +45,11 @@ class ShownRow:
     cut_from: int
     spans: tuple[Span, ...]
 
+    @property
+    def runs(self) -> list[tuple[float, list[Span]]]:
+        """The spans, grouped by loss weight."""
+        return weighted_runs(self.spans)
+
 
 @dataclass(frozen=True)
 class Decoder:

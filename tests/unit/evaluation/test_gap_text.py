@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from finetune.evaluation.gap_table import GapTable, ModelFigures, SetFigures, TaskFigures, load_gap, save_gap
+from finetune.evaluation.gap_table import GapTable, ModelFigures, SetFigures, TaskFigures, load_gap, to_json
 from finetune.evaluation.gap_text import gap_figure, gap_markdown
 from finetune.evaluation.intervals import Estimate
 from finetune.models.digest import sha256_of
@@ -105,7 +105,8 @@ def test_a_table_of_tasks_alone_has_no_sets(table):
 def test_a_table_of_an_earlier_training_is_none_of_this_adapter(table, tmp_path):
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes(b"first")
-    save_gap(replace(table, adapter_files={weights.name: sha256_of(weights)}), tmp_path)
+    of_these = replace(table, adapter_files={weights.name: sha256_of(weights)})
+    (tmp_path / "gap.json").write_text(to_json(of_these))
     assert load_gap(tmp_path) is not None
     weights.write_bytes(b"trained on")
     assert load_gap(tmp_path) is None

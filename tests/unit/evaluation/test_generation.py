@@ -11,8 +11,7 @@ from transformers import AutoTokenizer
 from finetune.data.formats.messages import Conversation, Message, ToolCall
 from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation import generation
-from finetune.evaluation.decoding import Decoding, greedy
-from finetune.evaluation.generation import answer_rows, exact_match
+from finetune.evaluation.generation import answer_rows, decode, exact_match
 from finetune.system.resources import packaged
 from tests.models import random_qwen2
 
@@ -34,24 +33,10 @@ class Echo:
 
     batches: ClassVar[list[list[int]]] = []
 
-    def __init__(self, model, prompts, limits):
+    def __call__(self, model, prompts, limits, **_):
         assert not model.training and limits == [4] * len(prompts)
         self.batches.append([len(prompt) for prompt in prompts])
-        self.prompts = prompts
-
-    def write(self, choose, stop_ids, vocabulary):
-        return self.prompts
-
-
-class Counting:
-    """A decoder that counts the rows it computes."""
-
-    def __init__(self, backbone):
-        self.backbone, self.rows = backbone, []
-
-    def __call__(self, **inputs):
-        self.rows.append(len(inputs["input_ids"]))
-        return self.backbone(**inputs)
+        return prompts
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +46,7 @@ def tokenizer():
 
 @pytest.fixture
 def ask(tokenizer, monkeypatch):
-    monkeypatch.setattr(generation, "Decoding", Echo)
+    monkeypatch.setattr(generation, "decode", Echo())
     monkeypatch.setattr(Echo, "batches", [])
 
     def ask(rows: list[Conversation], batch_size: int = 2):
@@ -111,7 +96,7 @@ PROMPTS = [[7, 8, 9], [11] * 9, [3, 60, 2, 41, 5], [90, 1]]
 def test_greedy_answers_are_those_of_transformers_own_generate_row_by_row():
     model = random_qwen2().eval()
     ends = [13, 60]
-    written = Decoding(model, PROMPTS, [12] * 4).write(greedy, frozenset(ends), 97)
+    written = decode(model, PROMPTS, [12] * 4, stop_ids=frozenset(ends), vocabulary=97)
     for prompt, answer in zip(PROMPTS, written, strict=True):
         expected = model.generate(
             torch.tensor([prompt]),
@@ -126,8 +111,8 @@ def test_greedy_answers_are_those_of_transformers_own_generate_row_by_row():
 
 @torch.no_grad()
 def test_a_row_that_has_ended_is_computed_no_further():
-    batch = Decoding(random_qwen2().eval(), PROMPTS, [1, 5, 3, 5])
-    batch.backbone = counting = Counting(batch.backbone)
-    answers = batch.write(greedy, frozenset(), 97)
+    model, rows = random_qwen2().eval(), []
+    model.model.register_forward_pre_hook(lambda _, __, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True)
+    answers = decode(model, PROMPTS, [1, 5, 3, 5], stop_ids=frozenset(), vocabulary=97)
     assert [len(answer) for answer in answers] == [1, 5, 3, 5]
-    assert counting.rows == [4, 3, 3, 2, 2]
+    assert rows == [4, 3, 3, 2, 2]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from finetune.config.command_options import EvalOptions
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.data.formats.messages import Conversation, Message
 from finetune.data.template.chat import ChatTemplate
@@ -83,8 +84,8 @@ def task(tmp_path: Path) -> Callable[..., str]:
 
 
 def scores(model: nn.Module, tokenizer: Any, file: str, as_chat: bool = True, **limits: Any) -> list[TaskFigures]:
-    given = {"limit": None, "batch_size": 4, **limits}
-    return run_tasks(model, tokenizer, load_tasks([file]), as_chat=as_chat, **given)
+    options = EvalOptions(tasks_as_chat=as_chat, **{"limit": None, "batch_size": 4, **limits})
+    return run_tasks(model, tokenizer, load_tasks([file]), options)
 
 
 @torch.no_grad()

@@ -90,4 +90,4 @@ def test_unknown_metrics_and_wrong_patterns_are_refused(word, pattern, message):
 
 def test_rows_without_a_value_to_compare_are_refused():
     with pytest.raises(DataError, match=r"1 of 2.*'blue'"):
-        find_metric("number", None).check([Answer("", "3", ""), Answer("", "blue", "")])
+        find_metric("number", None).scores([Answer("", "3", ""), Answer("", "blue", "")])

@@ -7,8 +7,8 @@ import peft
 import pytest
 import torch
 
-from finetune.evaluation import sampling
-from finetune.evaluation.sampling import draw_tokens, sample_answers
+from finetune.evaluation import generation
+from finetune.evaluation.generation import draw_tokens, sample_answers
 from finetune.models.fused import fuse_layers
 from tests.models import random_qwen2
 
@@ -72,17 +72,17 @@ def test_an_answer_is_that_of_its_prompt_alone_without_a_cache(model, vocabulary
 def test_batches_change_no_answer(model, monkeypatch, limits):
     prompts, draws = prompts_and_draws(20)
     together = answer(model, prompts, draws)
-    monkeypatch.setattr(sampling, "_PROMPTS", limits[0])
-    monkeypatch.setattr(sampling, "_TOKENS", limits[1])
+    monkeypatch.setattr(generation, "_PROMPTS", limits[0])
+    monkeypatch.setattr(generation, "_TOKENS", limits[1])
     assert answer(model, prompts, draws) == together
     assert answer(model, prompts[::-1], draws[::-1]) == together[::-1]
     assert answer(model, prompts[4:9], draws[4:9]) == together[4:9]
 
 
 def test_batches_hold_what_the_limits_allow(monkeypatch):
-    monkeypatch.setattr(sampling, "_PROMPTS", 3)
-    monkeypatch.setattr(sampling, "_TOKENS", 40)
-    batches = list(sampling._batches([9, 3, 50, 3, 4, 3, 11], [2, 2, 2, 2, 7, 2, 2]))
+    monkeypatch.setattr(generation, "_PROMPTS", 3)
+    monkeypatch.setattr(generation, "_TOKENS", 40)
+    batches = list(generation._batches([9, 3, 50, 3, 4, 3, 11], [2, 2, 2, 2, 7, 2, 2]))
     assert batches == [[1, 3, 5], [4, 0], [6], [2]]
 
 
@@ -134,7 +134,7 @@ def test_rows_that_are_drawn_block_by_block_are_the_same(monkeypatch):
         torch.rand(50, dtype=torch.float64, generator=generator),
     )
     whole = draw_tokens(logits, draws, 1.0)
-    monkeypatch.setattr(sampling, "_DRAWN_AT_ONCE", 7)
+    monkeypatch.setattr(generation, "_DRAWN_AT_ONCE", 7)
     assert torch.equal(draw_tokens(logits, draws, 1.0), whole)
 
 

@@ -159,8 +159,6 @@ def test_what_training_watches_is_what_is_measured_afterwards(reference, documen
     found = agreement(fast(other=True), reference[1].replay(), documents, words, limit_tokens=ALL)
     kl_N = (expected.log_probs_NV.exp() * (expected.log_probs_NV - other.log_probs_NV)).sum(-1).numpy()
     assert found.tokens == len(kl_N) and found.kl == pytest.approx(kl_N.mean(), rel=1e-3)
-    # From counts in bins 2 % wide.
-    assert found.kl_p99 == pytest.approx(np.quantile(kl_N, 0.99, method="inverted_cdf"), rel=0.015)
     assert found.top1 == (expected.log_probs_NV.argmax(-1) == other.log_probs_NV.argmax(-1)).double().mean()
 
 

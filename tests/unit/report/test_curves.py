@@ -7,8 +7,7 @@ import re
 import pytest
 
 from finetune.report.curves import overlaid, run_pictures
-from finetune.report.run import Run
-from finetune.report.series import Series
+from finetune.report.run import Run, Series
 
 
 def run_of(tmp_path, steps: int = 20, **metrics: float) -> Run:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.report.series import Series, read_metrics, smoothed, thinned
+from finetune.report.curves import smoothed, thinned
+from finetune.report.run import Series, read_metrics
 
 
 def write(file: Path, *lines: object) -> Path:
