@@ -46,10 +46,7 @@ class RowSet:
 
 
 def load_sets(options: EvalOptions, cfg: RunConfig | None, chat: ChatTemplate) -> list[RowSet]:
-    """Load the sets of `data` and `forgetting`, tokenized as in the adapter's run.
-
-    Args:
-        cfg: config of that run; None if there is none.
+    """Load the sets of `data` and `forgetting`, tokenized as in the adapter's run. cfg: of that run, if there is one.
 
     Raises:
         ConfigError: there are no rows.

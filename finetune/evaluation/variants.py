@@ -72,8 +72,7 @@ class Variants:
 def find_variants(options: EvalOptions, log: Log) -> Variants:
     """Find the models named in the options, reading only text files and an adapter.
 
-    Raises:
-        ConfigError: a variant does not exist.
+    Raises: ConfigError if a variant does not exist.
     """
     if options.adapter is not None:
         trained = find_trained([options.adapter], None, log)

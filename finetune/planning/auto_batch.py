@@ -53,10 +53,7 @@ def choose_micro_batch(inputs: PlanInputs, free_bytes: float | None) -> BatchPla
     """Choose the fewest recomputed layers, then the largest micro-batch, whose activations fit.
 
     A given `train.micro_batch_size` and a `train.gradient_checkpointing` other than auto stay as they are. If nothing
-    fits, the text has a warning.
-
-    Args:
-        free_bytes: memory for activations; None if unknown.
+    fits, the text has a warning. free_bytes: memory for activations; None if unknown.
     """
     setting, given = inputs.train.gradient_checkpointing, inputs.train.micro_batch_size
     wanted = micro = largest_micro_batch(inputs)
@@ -95,8 +92,7 @@ def recomputed_layers(inputs: PlanInputs, plan: ActivationPlan, free_bytes: floa
 def estimate_memory(inputs: PlanInputs, free_bytes: float | None) -> PeakMemory:
     """Predict the memory of a run that fits itself into the free memory.
 
-    Args:
-        free_bytes: device memory that is free before the run loads, see `free_memory`; None if unknown.
+    free_bytes: device memory that is free before the run loads, see `free_memory`; None if unknown.
     """
     first = predict_peak(inputs, largest_micro_batch(inputs), 0)
     return choose_micro_batch(inputs, None if free_bytes is None else first.usable_bytes(free_bytes)).memory
@@ -105,7 +101,7 @@ def estimate_memory(inputs: PlanInputs, free_bytes: float | None) -> PeakMemory:
 def free_memory(device_type: str) -> float | None:
     """Return the bytes of device memory that a rank can have, with those that this process holds of main memory.
 
-    Returns: None if they cannot be read without starting the device.
+    None if they cannot be read without starting the device.
     """
     if device_type == "cuda":
         found = device_memory()

@@ -40,9 +40,7 @@ _REPEATS, _LONG_SECONDS = 5, 0.4
 def measure_rates(device: torch.device, name: str, log: Log, clock: Callable[[], float] = time.perf_counter) -> Rates:
     """Measure the rates of a device with torch's current threads, in about half a minute on two CPU cores.
 
-    Args:
-        name: the device's name in messages.
-        clock: returns seconds.
+    name: of the device, in messages. clock: returns seconds.
     """
     watch = _Watch(device, clock)
     log("calibrate: products")

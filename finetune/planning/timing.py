@@ -82,8 +82,7 @@ def estimate_time(
     Args:
         memory: the run's prediction, with the micro-batch and the number of recomputed layers.
         rates: measured rates; None if there are none or the options replace them.
-        options: tflops, tokens, document_tokens and target_share of the command.
-        gpu_name: name of the GPU; None for a CPU or an unknown GPU.
+        gpu_name: None for a CPU or an unknown GPU.
 
     Returns:
         Figures of `finetune plan --json`. "steps" and "total_seconds" are None if the number of tokens is unknown.

@@ -13,9 +13,17 @@ from finetune.report.run import Run
 from finetune.report.settings import differing
 from finetune.system.atomic import write_text
 from finetune.system.console import printable
+from finetune.system.format import markdown_table
 
 _LONGEST_CELL = 40
 _MOST_COLUMNS = 5  # more runs are rows
+# Beginnings of settings whose difference makes results not comparable.
+_NOT_COMPARABLE = {
+    ("data.eval", "data.held_out", "data.train_on"): "differs, so held-out results are not comparable",
+    ("distill.objective",): "differs; the held-out loss of recover is KL to the teacher",
+    ("generation.num_examples",): "differs, so exact match covers different numbers of examples",
+    ("model.name", "model.tokenizer"): "differs; nats per token are comparable only with the same tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -47,12 +55,16 @@ def compare(runs: Sequence[Run]) -> Comparison:
         if any(value is not None for value in values):
             cells = tuple("" if value is None else figure.form(value) for value in values)
             figures.append(Row(figure.label, cells, best_places(figure, values)))
+    notes = []
+    for keys, note in _NOT_COMPARABLE.items():
+        if found := [key for key in settings if key.startswith(keys)]:
+            notes.append(f"{', '.join(found)}: {note}")
     return Comparison(
         labels_of([run.folder for run in runs]),
         tuple(runs),
         tuple(Row(key, tuple(values)) for key, values in settings.items()),
         tuple(figures),
-        _notes(settings),
+        tuple(notes),
     )
 
 
@@ -75,20 +87,6 @@ def labels_of(folders: Sequence[Path]) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def _notes(settings: dict[str, list[str]]) -> tuple[str, ...]:
-    notes = []
-    held_out = [key for key in settings if key.startswith(("data.eval", "data.held_out", "data.train_on"))]
-    if held_out:
-        notes.append(f"{', '.join(held_out)}: differs, so held-out results are not comparable")
-    if "distill.objective" in settings:
-        notes.append("distill.objective: differs; the held-out loss of recover is KL to the teacher")
-    if "generation.num_examples" in settings:
-        notes.append("generation.num_examples: differs, so exact match covers different numbers of examples")
-    if base := [key for key in ("model.name", "model.tokenizer") if key in settings]:
-        notes.append(f"{', '.join(base)}: differs; nats per token are comparable only with the same tokens")
-    return tuple(notes)
-
-
 def as_text(comparison: Comparison) -> str:
     """Format a markdown table for the terminal, with a star at the best results."""
     rows = [["", *comparison.labels]]
@@ -101,18 +99,12 @@ def as_text(comparison: Comparison) -> str:
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Format an aligned markdown table; `rows` has the head first, and long cells are cut."""
-    cells = [[_cell(text) for text in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
 
+    def shown(text: str) -> str:
+        text = printable(" ".join(text.split())).replace("|", "\\|")
+        return text if len(text) <= _LONGEST_CELL else f"{text[: _LONGEST_CELL - 1]}…"
 
-def _cell(text: str) -> str:
-    text = printable(" ".join(text.split())).replace("|", "\\|")
-    return text if len(text) <= _LONGEST_CELL else f"{text[: _LONGEST_CELL - 1]}…"
+    return markdown_table([[shown(cell) for cell in row] for row in rows])
 
 
 def write_comparison(file: Path, title: str, comparison: Comparison) -> None:

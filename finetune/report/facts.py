@@ -27,12 +27,7 @@ def number(value: float) -> str:
     return f"{value:.4f}" if 1e-3 <= abs(value) < 100 or value == 0 else f"{value:.4g}"
 
 
-def share(value: float) -> str:
-    return f"{value:.1%}"
-
-
-def whole(value: float) -> str:
-    return f"{value:,.0f}"
+share, whole = "{:.1%}".format, "{:,.0f}".format
 
 
 @dataclass(frozen=True)

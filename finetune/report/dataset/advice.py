@@ -28,17 +28,14 @@ def advise(report: Report, cfg: RunConfig, end_token: str | None) -> list[Advice
     chats = {part.format for part in report.parts if part.section == "train"} - UNTEMPLATED
     looks = [text for part in report.parts for text in _about_part(part)]
     looks += [end_token] if end_token and chats else []
-    looks += [*_about_length(report), *_about_duplicates(report), *_about_order(report, cfg)]
-    return [Advice("leak", text) for text in _leaks(report)] + [Advice("look", text) for text in looks]
-
-
-def _leaks(report: Report) -> Iterator[str]:
-    for part in report.parts:
-        for name, rows in part.figures.shared if part.section != "train" else ():
-            yield (
-                f"{part.name}: {rows:,} of {_rows(part.figures.rows)} are also training rows of {name}, so its metrics "
-                "are optimistic; remove them from one of the two"
-            )
+    looks += [*_about_rows(report), *_about_order(report, cfg)]
+    leaks = [
+        f"{part.name}: {rows:,} of {_rows(part.figures.rows)} are also training rows of {name}, so its metrics are "
+        "optimistic; remove them from one of the two"
+        for part in report.parts
+        for name, rows in (part.figures.shared if part.section != "train" else ())
+    ]
+    return [Advice("leak", text) for text in leaks] + [Advice("look", text) for text in looks]
 
 
 def _about_part(part: PartReport) -> Iterator[str]:
@@ -57,27 +54,22 @@ def _about_part(part: PartReport) -> Iterator[str]:
         )
 
 
-def _about_length(report: Report) -> Iterator[str]:
-    figures, limit = report.training, report.max_length
-    if not figures.too_long:
-        return
-    lost = figures.tokens - figures.kept_tokens
-    effect = {
-        "drop": f"left out, with {lost:,} tokens",
-        "left": f"cut at the beginning, {lost:,} tokens in all",
-        "right": f"cut at the end, {lost:,} tokens in all",
-        "split": f"split, into {figures.documents:,} documents in all",
-    }.get(report.truncation, "refused")
-    rows = f"{_rows(figures.too_long)} ({figures.too_long / figures.rows:.1%})"
-    yield (
-        f"data.max_length={limit}: {rows} longer and {effect}; "
-        f"the longest has {figures.lengths.longest.tokens:,} tokens, 95 % have at most {figures.lengths.most:,}"
-    )
-
-
-def _about_duplicates(report: Report) -> Iterator[str]:
+def _about_rows(report: Report) -> Iterator[str]:
     figures = report.training
-    if figures.duplicates >= _MANY_DUPLICATES * figures.rows and figures.duplicates:
+    if figures.too_long:
+        lost = figures.tokens - figures.kept_tokens
+        effect = {
+            "drop": f"left out, with {lost:,} tokens",
+            "left": f"cut at the beginning, {lost:,} tokens in all",
+            "right": f"cut at the end, {lost:,} tokens in all",
+            "split": f"split, into {figures.documents:,} documents in all",
+        }.get(report.truncation, "refused")
+        rows = f"{_rows(figures.too_long)} ({figures.too_long / figures.rows:.1%})"
+        yield (
+            f"data.max_length={report.max_length}: {rows} longer and {effect}; "
+            f"the longest has {figures.lengths.longest.tokens:,} tokens, 95 % have at most {figures.lengths.most:,}"
+        )
+    if figures.duplicates and figures.duplicates >= _MANY_DUPLICATES * figures.rows:
         yield (
             f"duplicates: {figures.duplicates:,} of {_rows(figures.rows)} ({figures.duplicates / figures.rows:.1%}) "
             "repeat an earlier training row"

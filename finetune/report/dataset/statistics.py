@@ -140,6 +140,7 @@ def parts_of(data: LoadedData, held_out: float) -> list[Part]:
 def build_report(data: LoadedData, cfg: RunConfig, chat: ChatTemplate) -> Report:
     """Compute all statistics of a run's data."""
     parts = parts_of(data, cfg.data.held_out)
+    trained = [part for part in parts if part.section == "train"]
     reports = [
         PartReport(
             part.section,
@@ -148,52 +149,63 @@ def build_report(data: LoadedData, cfg: RunConfig, chat: ChatTemplate) -> Report
             part.source.store.meta.format,
             part.source.config.weight,
             str(part.source.store.bad_rows),
-            _figures(part, parts, cfg),
+            _figures([part], [other.source for other in trained if other is not part], cfg),
         )
         for part in parts
     ]
-    trained = [report.figures for report in reports if report.section == "train"]
+    formats = {report.format for report in reports}
+    ends = [("a turn", chat.turn_end_id)] if formats - UNTEMPLATED else []
+    ends += [("a document", chat.end_of_text_id)] if "text" in formats else []
     return Report(
         name=cfg.name,
         model=cfg.model.name,
         max_length=cfg.data.max_length,
         truncation=cfg.data.truncation,
         template=cfg.data.chat_template or "the tokenizer's own",
-        ends=_ends(reports, chat),
+        ends=tuple((what, chat.token_of(token) or "nothing") for what, token in ends),
         parts=tuple(reports),
-        training=_total([part for part in parts if part.section == "train"], trained, cfg.data.max_length),
+        training=_figures(trained, [], cfg),
         order=_order(data, cfg),
     )
 
 
-def _ends(parts: Sequence[PartReport], chat: ChatTemplate) -> tuple[tuple[str, str], ...]:
-    formats = {part.format for part in parts}
-    ends = [("a turn", chat.turn_end_id)] if formats - UNTEMPLATED else []
-    ends += [("a document", chat.end_of_text_id)] if "text" in formats else []
-    return tuple((what, chat.token_of(token) or "nothing") for what, token in ends)
-
-
-def _figures(part: Part, parts: Sequence[Part], cfg: RunConfig) -> Figures:
-    store, used = part.source.store, part.source.rows
-    lengths, spelled = store.lengths[part.rows], store.control_tokens[part.rows]
-    too_long = int((lengths > cfg.data.max_length).sum())
-    hashes = store.hashes[used]
-    others = [other.source for other in parts if other.section == "train" and other is not part]
+def _figures(parts: Sequence[Part], others: Sequence[Source], cfg: RunConfig) -> Figures:
+    """Compute the statistics of the rows [R] of all parts, one part after another. others: see Figures.shared."""
+    limit, sources = cfg.data.max_length, [part.source for part in parts]
+    lengths_R = np.concatenate([part.source.store.lengths[part.rows] for part in parts])
+    spelled_R = np.concatenate([part.source.store.control_tokens[part.rows] for part in parts])
+    hashes = np.concatenate([source.store.hashes[source.rows] for source in sources])
     shared = [(other.name, int(np.isin(hashes, other.store.hashes[other.rows]).sum())) for other in others]
+
+    def place(index: int) -> str:
+        for part in parts:
+            if index < len(part.rows):
+                return part.source.store.location(int(part.rows[index]))
+            index -= len(part.rows)
+        raise IndexError(index)
+
+    shortest, longest = int(lengths_R.argmin()), int(lengths_R.argmax())
+    median, most = np.percentile(lengths_R, [50, 95], method="inverted_cdf")
     return Figures(
-        rows=len(part.rows),
-        tokens=int(lengths.sum()),
-        targets=int(store.targets[part.rows].sum()),
-        lengths=_lengths(lengths, [part], cfg.data.max_length),
-        documents=len(part.source.documents),
-        kept_tokens=int(part.source.documents.lengths.sum()),
-        too_long=too_long,
-        left_out=_left_out(part, cfg),
+        rows=len(lengths_R),
+        tokens=int(lengths_R.sum()),
+        targets=sum(int(part.source.store.targets[part.rows].sum()) for part in parts),
+        lengths=Lengths(
+            length_bins(lengths_R, limit),
+            Extreme(int(lengths_R[shortest]), place(shortest)),
+            Extreme(int(lengths_R[longest]), place(longest)),
+            int(median),
+            int(most),
+        ),
+        documents=sum(len(source.documents) for source in sources),
+        kept_tokens=sum(int(source.documents.lengths.sum()) for source in sources),
+        too_long=int((lengths_R > limit).sum()),
+        left_out=sum((_left_out(part, cfg) for part in parts), Counter()),
         duplicates=len(hashes) - len(np.unique(hashes)),
         shared=tuple((name, rows) for name, rows in shared if rows),
-        control_tokens=int(spelled.sum()),
-        control_rows=int((spelled > 0).sum()),
-        control_place=store.location(int(part.rows[np.flatnonzero(spelled)[0]])) if spelled.any() else "",
+        control_tokens=int(spelled_R.sum()),
+        control_rows=int((spelled_R > 0).sum()),
+        control_place=place(int(np.flatnonzero(spelled_R)[0])) if spelled_R.any() else "",
     )
 
 
@@ -205,47 +217,6 @@ def _left_out(part: Part, cfg: RunConfig) -> Counter[str]:
     # Bad rows have no hash to be held out by.
     bad = 0 if part.section == "held out" else part.source.store.meta.bad_rows
     return +Counter({"bad rows": bad, why: len(part.rows) - len(part.source.rows)})
-
-
-def _total(parts: Sequence[Part], figures: Sequence[Figures], limit: int) -> Figures:
-    lengths = np.concatenate([part.source.store.lengths[part.rows] for part in parts])
-    hashes = np.concatenate([part.source.store.hashes[part.source.rows] for part in parts])
-    return Figures(
-        rows=len(lengths),
-        tokens=int(lengths.sum()),
-        targets=sum(one.targets for one in figures),
-        lengths=_lengths(lengths, parts, limit),
-        documents=sum(one.documents for one in figures),
-        kept_tokens=sum(one.kept_tokens for one in figures),
-        too_long=sum(one.too_long for one in figures),
-        left_out=sum((one.left_out for one in figures), Counter()),
-        duplicates=len(hashes) - len(np.unique(hashes)),
-        shared=(),
-        control_tokens=sum(one.control_tokens for one in figures),
-        control_rows=sum(one.control_rows for one in figures),
-        control_place=next((one.control_place for one in figures if one.control_place), ""),
-    )
-
-
-def _lengths(lengths: np.ndarray, parts: Sequence[Part], limit: int) -> Lengths:
-    """Summarize the lengths [N] of the rows of all parts, one part after another."""
-
-    def extreme(index: int) -> Extreme:
-        for part in parts:
-            if index < len(part.rows):
-                row = int(part.rows[index])
-                return Extreme(int(part.source.store.lengths[row]), part.source.store.location(row))
-            index -= len(part.rows)
-        raise IndexError(index)
-
-    median, most = np.percentile(lengths, [50, 95], method="inverted_cdf")
-    return Lengths(
-        length_bins(lengths, limit),
-        extreme(int(lengths.argmin())),
-        extreme(int(lengths.argmax())),
-        int(median),
-        int(most),
-    )
 
 
 def length_bins(lengths: np.ndarray, limit: int) -> tuple[Bin, ...]:

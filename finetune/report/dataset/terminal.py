@@ -17,7 +17,7 @@ from finetune.system.console import printable
 
 _BAR_WIDTH, _INDENT = 40, 6
 _COLUMNS = (9, 13, 13, 8, 12, 12)
-_EIGHTHS = "▏▎▍▌▋▊▉█"
+_EIGHTHS = ("", *"▏▎▍▌▋▊▉")
 _HEIGHTS = "▁▂▃▄▅▆▇█"
 _STYLES = {"control": "dim", "spelled": "bold red", "text": ""}
 _TARGET, _WEIGHTED = "green", "yellow"
@@ -39,8 +39,14 @@ def console_for(stream: IO[str]) -> Console:
 
 def print_report(console: Console, report: Report, advice: Sequence[Advice]) -> None:
     """Print the table, the histogram, every source and the warnings."""
-    for text in (*_head(report), *_table(report), *_histogram(report), *_sources(report), *_epoch(report.order)):
-        console.print(text)
+    console.print(Text.assemble((printable(report.name), "bold"), (f"  for {printable(report.model)}", "dim")))
+    console.print(Text(printable(describe_template(report))))
+    epoch = [Text.assemble((f"{label:<10}", "bold"), text) for label, text in describe_order(report.order).items()]
+    for paragraph in (_table(report), _histogram(report), _sources(report), epoch):
+        console.print()
+        for text in paragraph:
+            console.print(text)
+    console.print()
     for item in advice:
         word, style = ("LEAK", "bold red") if item.level == "leak" else ("look", "bold yellow")
         text = printable(item.text)
@@ -63,15 +69,12 @@ def print_rows(console: Console, rows: Sequence[ShownRow]) -> None:
     )
     console.print(key if colored else f"targets are between {OPEN} and {CLOSE}, with ×w for a loss weight w")
     for number, row in enumerate(rows, 1):
+        cut = f" (of {row.cut_from:,})" if row.cut_from else ""
+        caption = printable(f"{row.source} · {row.place} · {row.tokens:,} tokens{cut}, {row.targets:,} targets")
         console.print()
-        console.print(Text(f"── row {number} of {len(rows)} · {_caption(row)}", "bold"))
+        console.print(Text(f"── row {number} of {len(rows)} · {caption}", "bold"))
         text = _colored(row.spans) if colored else Text(marked(row.spans))
         console.print(text, end="" if text.plain.endswith("\n") else "\n")
-
-
-def _caption(row: ShownRow) -> str:
-    cut = f" (of {row.cut_from:,})" if row.cut_from else ""
-    return printable(f"{row.source} · {row.place} · {row.tokens:,} tokens{cut}, {row.targets:,} targets")
 
 
 def _colored(spans: Sequence[Span]) -> Text:
@@ -82,12 +85,6 @@ def _colored(spans: Sequence[Span]) -> Text:
         for span in run:
             text.append(visible(span), f"{_STYLES[span.kind]} {color}".strip())
     return text
-
-
-def _head(report: Report) -> Iterator[Text]:
-    yield Text.assemble((printable(report.name), "bold"), (f"  for {printable(report.model)}", "dim"))
-    yield Text(printable(describe_template(report)))
-    yield Text()
 
 
 def describe_template(report: Report) -> str:
@@ -111,15 +108,11 @@ def _table(report: Report) -> Iterator[Text]:
         before = section
         cells = (f"{figures.rows:,}", f"{figures.tokens:,}", f"{figures.targets:,}", f"{figures.target_share:.1%}")
         marks = (f"{figures.duplicates:,}", f"{figures.too_long:,}")
-        yield Text.assemble(
-            f"  {printable(name):<{width}}",
-            *map(str.rjust, cells, _COLUMNS),
-            *(
-                (mark.rjust(columns), "" if mark == "0" else "yellow")
-                for mark, columns in zip(marks, _COLUMNS[len(cells) :], strict=True)
-            ),
-        )
-    yield Text()
+        marked = [
+            (mark.rjust(columns), "" if mark == "0" else "yellow")
+            for mark, columns in zip(marks, _COLUMNS[len(cells) :], strict=True)
+        ]
+        yield Text.assemble(f"  {printable(name):<{width}}", *map(str.rjust, cells, _COLUMNS), *marked)
 
 
 def _histogram(report: Report) -> Iterator[Text]:
@@ -132,19 +125,14 @@ def _histogram(report: Report) -> Iterator[Text]:
             yield Text(f"  {f'─ data.max_length={limit} ':─<{_BAR_WIDTH + 30}}", "yellow")
             marked_limit = True
         style = "yellow" if item.first > limit else "cyan"
+        # In eighths of a character; one row is still visible.
+        whole, rest = divmod(max(1, round(item.rows / most * _BAR_WIDTH * 8)) if item.rows else 0, 8)
+        bar = "█" * whole + _EIGHTHS[rest]
         yield Text.assemble(
             f"  {item.first:>9,} – {item.last:<9,}  ",
-            (f"{_bar(item.rows, most):<{_BAR_WIDTH}}", style),
+            (f"{bar:<{_BAR_WIDTH}}", style),
             f"{item.rows:>9,}",
         )
-    yield Text()
-
-
-def _bar(rows: int, most: int) -> str:
-    """Draw a bar in eighths of a character; one row is still visible."""
-    eighths = max(1, round(rows / most * _BAR_WIDTH * 8)) if rows else 0
-    whole, rest = divmod(eighths, 8)
-    return "█" * whole + (_EIGHTHS[rest - 1] if rest else "")
 
 
 def _sources(report: Report) -> Iterator[Text]:
@@ -160,7 +148,6 @@ def _sources(report: Report) -> Iterator[Text]:
             facts = {"histogram": sparkline(part.figures.lengths.bins, report.max_length)} | facts
         for label, text in facts.items():
             yield Text.assemble((f"  {label:<11}", "dim"), printable(text))
-    yield Text()
 
 
 def sparkline(bins: Sequence[Bin], limit: int) -> str:
@@ -183,12 +170,6 @@ def describe_part(part: PartReport) -> dict[str, str]:
         "shared": ", ".join(f"{rows:,} rows with {name}" for name, rows in figures.shared),
     }
     return {label: text for label, text in facts.items() if text}
-
-
-def _epoch(order: Order) -> Iterator[Text]:
-    for label, text in describe_order(order).items():
-        yield Text.assemble((f"{label:<10}", "bold"), text)
-    yield Text()
 
 
 def describe_order(order: Order) -> dict[str, str]:
