@@ -17,7 +17,7 @@ from finetune.commands.chat import Conversation, respond, talk
 from finetune.config.command_options import ChatOptions
 from finetune.config.compose import load_config, to_yaml
 from finetune.data.formats.messages import Message
-from finetune.evaluation import decoding
+from finetune.evaluation import generation
 from finetune.models.fused import FusedDecoderLayer
 from finetune.models.load import load_base
 from finetune.models.quant.quantize import quantized_layers
@@ -228,7 +228,7 @@ def test_a_pipe_gives_one_answer_per_line_and_nothing_else(monkeypatch, capsys):
 )
 def test_weights_are_dequantized_once_if_they_fit_into_memory(monkeypatch, free, settings, kept):
     """And the answers are those of weights dequantized for each token."""
-    monkeypatch.setattr(decoding, "available_memory", lambda: free)
+    monkeypatch.setattr(generation, "available_memory", lambda: free)
     config = load_config(str(packaged("configs") / "quickstart.yaml"), settings)
     talking = chat.load_conversation(config, None, ChatOptions(max_new_tokens=8))
     layers = [module for _, module in quantized_layers(talking.model, "nf4")]
