@@ -31,11 +31,9 @@ class Change:
     saved_bytes: float
     fits: bool
 
-
-def describe_change(change: Change) -> str:
-    """Return a change as one line of text."""
-    alone = "" if change.fits else " (not enough by itself)"
-    return f"  {' '.join(change.overrides)} saves {format_bytes(change.saved_bytes)}{alone}"
+    def __str__(self) -> str:
+        alone = "" if self.fits else " (not enough by itself)"
+        return f"{' '.join(self.overrides)} saves {format_bytes(self.saved_bytes)}{alone}"
 
 
 def changes_that_fit(inputs: PlanInputs, free_bytes: float) -> list[Change]:

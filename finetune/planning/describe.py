@@ -7,7 +7,7 @@ import os
 from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
 from finetune.models.families import shape_of
-from finetune.planning.advice import changes_that_fit, describe_change
+from finetune.planning.advice import changes_that_fit
 from finetune.planning.auto_batch import estimate_memory, free_memory, largest_micro_batch
 from finetune.planning.inputs import PlanInputs, plan_inputs
 from finetune.planning.peak_memory import streamed_bytes, teacher_bytes
@@ -44,7 +44,7 @@ def describe_plan(inputs: PlanInputs, free_bytes: float | None = None) -> str:
     if free_bytes is not None and found.needed_bytes > free_bytes:
         needed, free = format_bytes(found.needed_bytes), format_bytes(free_bytes)
         lines.append(f"WARNING: the run needs {needed} with a margin, {free} is free")
-        lines += map(describe_change, changes_that_fit(inputs, free_bytes))
+        lines += (f"  {change}" for change in changes_that_fit(inputs, free_bytes))
     return "\n".join(lines)
 
 

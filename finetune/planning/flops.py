@@ -84,17 +84,11 @@ def step_work(
     targets = target_share * tokens
     products["head"] = 4.0 * (shape["vocab_size"] * shape["hidden_size"]) * targets
     forward_passes, backward_passes = layers + recomputed, layers - first
-    document = document_tokens or inputs.data.max_length
-    work = StepWork(
-        products,
-        adapters,
-        _attention(shape, tokens, document, forward_passes + 2 * backward_passes),
-        float(tokens * shape["intermediate_size"] * (forward_passes + backward_passes)),
-        dequantized,
-        targets * shape["vocab_size"],
-        inputs.static.trained,
-        micro_batch * inputs.data.max_length,
-    )
+    document, rows = document_tokens or inputs.data.max_length, micro_batch * inputs.data.max_length
+    attention = _attention(shape, tokens, document, forward_passes + 2 * backward_passes)
+    elementwise = float(tokens * shape["intermediate_size"] * (forward_passes + backward_passes))
+    logits, trained = targets * shape["vocab_size"], inputs.static.trained
+    work = StepWork(products, adapters, attention, elementwise, dequantized, logits, trained, rows)
     return _with_teacher(inputs, work, tokens, targets, document)
 
 

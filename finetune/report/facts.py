@@ -102,20 +102,13 @@ def predictions(run: Run) -> list[tuple[str, ...]]:
 def breaches(run: Run) -> list[tuple[str, ...]]:
     """Return the breaches of the guard's limit: step, nats from the teacher, action, nats after it."""
     found = run.result.get("breaches")
-    entries = [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
-
-    def distance(value: Any) -> str:
-        return number(value) if is_figure(value) else ""
-
-    return [
-        (
-            str(entry.get("step", "")),
-            distance(entry.get("teacher_kl")),
-            _ACTIONS.get(str(entry.get("action")), ""),
-            distance(entry.get("after")),
-        )
-        for entry in entries
-    ]
+    rows: list[tuple[str, ...]] = []
+    for entry in found if isinstance(found, list) else ():
+        if isinstance(entry, Mapping):
+            nats: list[Any] = [entry.get(key) for key in ("teacher_kl", "after")]
+            before, after = (number(value) if is_figure(value) else "" for value in nats)
+            rows.append((str(entry.get("step", "")), before, _ACTIONS.get(str(entry.get("action")), ""), after))
+    return rows
 
 
 def environment(run: Run) -> list[tuple[str, str]]:

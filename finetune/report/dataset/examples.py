@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -55,43 +56,29 @@ class ShownRow:
 class Decoder:
     """Decode tokens; `control` maps ids to control tokens."""
 
-    decode: Callable[[Sequence[int]], str]
+    decode: Callable[[list[int]], Any]
     control: Mapping[int, str]
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Decoder:
         """Build the decoder of a tokenizer."""
-
-        def decode(ids: Sequence[int]) -> str:
-            return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
+        decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return cls(decode, {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special})
 
     def spans(self, encoded: Encoded) -> tuple[Span, ...]:
         """Decode a row into spans of one loss weight and kind."""
-        spelled = re.compile("|".join(map(re.escape, sorted(self.control.values(), key=len, reverse=True))) or "(?!)")
-
-        def spans() -> Iterator[Span]:
-            tokens = zip(encoded.ids.tolist(), encoded.weights.tolist(), strict=True)
-            for (weight, control), group in groupby(tokens, lambda token: (token[1], token[0] in self.control)):
-                ids = [token for token, _ in group]
-                if control:
-                    yield from (Span(self.control[token], weight, "control") for token in ids)
-                else:
-                    yield from _split_spelled(self.decode(ids), weight, spelled)
-
-        return tuple(spans())
-
-
-def _split_spelled(text: str, weight: float, spelled: re.Pattern[str]) -> Iterator[Span]:
-    start = 0
-    for found in spelled.finditer(text):
-        if found.start() > start:
-            yield Span(text[start : found.start()], weight, "text")
-        yield Span(found[0], weight, "spelled")
-        start = found.end()
-    if start < len(text):
-        yield Span(text[start:], weight, "text")
+        spelled = "|".join(map(re.escape, sorted(self.control.values(), key=len, reverse=True))) or "(?!)"
+        spans: list[Span] = []
+        tokens = zip(encoded.ids.tolist(), encoded.weights.tolist(), strict=True)
+        for (weight, control), group in groupby(tokens, lambda token: (token[1], token[0] in self.control)):
+            ids = [token for token, _ in group]
+            if control:
+                spans += (Span(self.control[token], weight, "control") for token in ids)
+                continue
+            for i, text in enumerate(re.split(f"({spelled})", self.decode(ids))):
+                if text:  # every second one is what the pattern found
+                    spans.append(Span(text, weight, "spelled" if i % 2 else "text"))
+        return tuple(spans)
 
 
 def shown_rows(names: Sequence[str], documents: Documents, decoder: Decoder, count: int) -> list[ShownRow]:

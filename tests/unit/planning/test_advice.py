@@ -12,7 +12,6 @@ from finetune.planning.advice import (
     BUDGETS_GB,
     LONGEST,
     changes_that_fit,
-    describe_change,
     fastest_that_fits,
     length_table,
     longest_that_fits,
@@ -54,7 +53,7 @@ def test_a_change_that_is_said_to_fit_fits(overrides, gigabytes):
         after = needed(run(*overrides, *words), free)
         assert (after <= free) == change.fits
         assert after == pytest.approx(before - change.saved_bytes, rel=1e-9)
-        assert describe_change(change).endswith("GB" if change.fits else "by itself)")
+        assert str(change).endswith("GB" if change.fits else "by itself)")
 
 
 HARD = (
