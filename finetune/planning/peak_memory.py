@@ -164,8 +164,12 @@ def _held(inputs: PlanInputs, teacher: float) -> dict[str, float]:
         held["tokenizers"] = _TOKENIZER_SHARE * (file.stat().st_size if file.is_file() else _QWEN_TOKENIZER_BYTES)
         held["allocator slack"] = _HEAP_BYTES
         held["code for shapes"] = _code_for_shapes(inputs)
-        if "embedding" in held:
-            held["embedding"] = _touched_bytes(inputs, held["embedding"])
+        train, lora = inputs.train, inputs.lora
+        trained = lora.new_tokens or "embed_tokens" in lora.modules_to_save
+        if "embedding" in held and train.max_steps is not None and not trained:
+            # The pages that the run's tokens can touch of an untied table, which is mapped from its file.
+            tokens = train.max_steps * train.batch_size * inputs.data.max_length
+            held["embedding"] = min(held["embedding"], float(tokens * _FAULT_AROUND))
     return held
 
 
@@ -180,15 +184,6 @@ def _code_for_shapes(inputs: PlanInputs) -> float:
     if rows := inputs.generation.num_examples:
         size += _CODE_OF_ANSWERS + _CODE_BY_ANSWER * min(rows, _CODE_ANSWERS)
     return size
-
-
-def _touched_bytes(inputs: PlanInputs, table_bytes: float) -> float:
-    """Pages that the run's tokens can touch of an untied embedding that is mapped from its file."""
-    train, lora = inputs.train, inputs.lora
-    if train.max_steps is None or lora.new_tokens or "embed_tokens" in lora.modules_to_save:
-        return table_bytes
-    tokens = train.max_steps * train.batch_size * inputs.data.max_length
-    return min(table_bytes, float(tokens * _FAULT_AROUND))
 
 
 def _teacher_parts(inputs: PlanInputs, micro_batch: int) -> dict[str, float]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, cycle, product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.report.run import Run, Series
 from finetune.system.plotting import COLORS, figure, svg
@@ -62,16 +62,14 @@ class Picture:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Line:
-    """A curve; `dots` marks its points, for values measured now and then."""
+class Line(NamedTuple):
+    """A curve; `held_out` values are measured now and then, so they have dots and no moving average."""
 
     name: str
     series: Series
+    held_out: bool
     color: str
-    dashes: str = "-"
-    noisy: bool = False
-    dots: bool = False
+    dashes: str
 
 
 def run_pictures(run: Run) -> list[Picture]:
@@ -109,16 +107,15 @@ def overlaid(runs: Sequence[tuple[str, Run]]) -> list[Picture]:
 
 
 def _line(label: str, run: Run, name: str, quantity: Quantity, style: tuple[str, str]) -> Line:
-    held_out = name.startswith("eval")
     steps, values = run.metrics[name]
     series = Series(steps, [value * quantity.factor for value in values])
-    return Line(label, series, *style, noisy=quantity.noisy and not held_out, dots=held_out)
+    return Line(label, series, name.startswith("eval"), *style)
 
 
 def draw(title: str, lines: Sequence[Line], quantity: Quantity, last_step: int, alone: bool = True) -> Picture:
     """Draw curves over the steps from 0 to `last_step`; `alone`: of one run, with a legend and the noisy values."""
     drawn, (axes,) = figure(_WIDTH_INCHES, _HEIGHT_INCHES)
-    means = [_draw_line(axes, line, alone) for line in lines]
+    means = [_draw_line(axes, line, quantity.noisy, alone) for line in lines]
     values = [value for line in lines for value in line.series.values]
     note = "The strong line is a moving average." if alone and any(means) else ""
     low, high = min(values), max(values)
@@ -140,14 +137,14 @@ def draw(title: str, lines: Sequence[Line], quantity: Quantity, last_step: int, 
     return Picture(title, svg(drawn), note)
 
 
-def _draw_line(axes: Axes, line: Line, faint: bool) -> bool:
+def _draw_line(axes: Axes, line: Line, noisy: bool, faint: bool) -> bool:
     """Return whether a moving average was drawn."""
-    noisy = line.noisy and len(line.series.steps) > _NOISY
+    noisy = noisy and not line.held_out and len(line.series.steps) > _NOISY
     shown = thinned(line.series)
     style = {"color": line.color, "linestyle": line.dashes}
     if noisy and faint:
         axes.plot(*shown, linewidth=0.7, alpha=0.4, **style)
-    marker = "o" if line.dots or len(shown.steps) == 1 else None
+    marker = "o" if line.held_out or len(shown.steps) == 1 else None
     best = thinned(smoothed(line.series)) if noisy else shown
     few = len(best.steps) <= 30
     axes.plot(*best, label=line.name, linewidth=1.5, marker=marker if few else None, markersize=3.5, **style)
