@@ -74,12 +74,16 @@ class ActivationPlan:
         """
         inputs = min(recomputed, 2 if offload else recomputed) * self.input
         held = {"inputs of recomputed layers": inputs, "activations kept": sum(self.kept[recomputed:])}
-        moments = {"loss": {**held, "loss workspace": self.head}, "backward": {**held, "layer workspace": self.work}}
+        moments = {
+            "training step, at the loss": {**held, "loss workspace": self.head},
+            "training step, as backward begins": {**held, "layer workspace": self.work},
+        }
         if holes := (len(self.kept) - recomputed) * self.hole:
-            moments["forward"] = {**held, "holes in the heap": holes}
+            moments["training step, as the forward pass ends"] = {**held, "holes in the heap": holes}
         if recomputed:
             again = {"activations kept": self.kept[recomputed - 1], "layer workspace": self.work}
-            moments["recomputing"] = {"inputs of recomputed layers": inputs, **again, "holes in the heap": self.garbage}
+            parts = {"inputs of recomputed layers": inputs, **again, "holes in the heap": self.garbage}
+            moments["training step, while a layer is recomputed"] = parts
         return moments
 
     def fewest(self, budget_bytes: float) -> int:

@@ -55,12 +55,6 @@ _ACTIVATIONS = {
     "loss workspace",
     "holes in the heap",
 }
-_MOMENTS = {
-    "loss": "training step, at the loss",
-    "backward": "training step, as backward begins",
-    "forward": "training step, as the forward pass ends",
-    "recomputing": "training step, while a layer is recomputed",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +106,7 @@ class PeakMemory:
 
         The result does not depend on the number of recomputed layers.
         """
-        step = self.moments[_MOMENTS["backward"]]
+        step = self.moments["training step, as backward begins"]
         other = {name: size for name, size in step.items() if name not in _ACTIVATIONS}
         return max(0.0, (free_bytes - self._needed(other)) / self._with_margin)
 
@@ -137,7 +131,7 @@ def predict_peak(
     from_teacher = _teacher_parts(inputs, micro_batch)
     offload = inputs.train.gradient_checkpointing == "offload" and cuda
     for name, parts in activations.moments(recomputed, offload).items():
-        moments[_MOMENTS[name]] = {**held, **from_teacher, **parts}
+        moments[name] = {**held, **from_teacher, **parts}
     if from_teacher and inputs.runs_teacher:
         asking = _teacher_pass(inputs, micro_batch * inputs.data.max_length)
         moments["asking the teacher"] = {**held, **from_teacher, **asking}

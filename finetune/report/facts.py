@@ -5,21 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from finetune.report.run import Run, is_figure
 from finetune.system.format import format_bytes, format_duration
-
-
-class Card(NamedTuple):
-    label: str
-    value: str
-    detail: str = ""
-
-
-class Command(NamedTuple):
-    what: str
-    line: str
 
 
 def number(value: float) -> str:
@@ -75,19 +64,19 @@ def headline(run: Run) -> str:
     return ", ".join(filter(None, parts))
 
 
-def cards(run: Run) -> list[Card]:
-    """Return the measured results; for a run without a result, its last step and loss."""
+def cards(run: Run) -> list[tuple[str, str, str]]:
+    """Return label, value and detail of each measured result; for a run without a result, its last step and loss."""
     found = []
     for figure in FIGURES:
         value = run.figure(figure.name)
         if value is None or (value == 0 and figure.name == "peak_bytes"):
             continue
         before = run.figure(_BEFORE[figure.name]) if figure.name in _BEFORE else None
-        found.append(Card(figure.label, figure.form(value), "" if before is None else f"{figure.form(before)} before"))
+        found.append((figure.label, figure.form(value), "" if before is None else f"{figure.form(before)} before"))
     loss = run.metrics.get("loss")
     if found or loss is None:
         return found
-    return [Card("steps so far", whole(loss.steps[-1])), Card("training loss", number(loss.values[-1]))]
+    return [("steps so far", whole(loss.steps[-1]), ""), ("training loss", number(loss.values[-1]), "")]
 
 
 def predictions(run: Run) -> list[tuple[str, ...]]:
@@ -122,17 +111,17 @@ def environment(run: Run) -> list[tuple[str, str]]:
     return walk(run.facts, "")
 
 
-def next_commands(run: Run) -> list[Command]:
-    """Return the commands that continue from this run."""
+def next_commands(run: Run) -> list[tuple[str, str]]:
+    """Return the purpose and the line of each command that continues from this run."""
     folder = shlex.quote(str(run.folder))
-    resume = Command("resume", f"finetune train config={shlex.quote(f'{run.folder}/config.yaml')} train.resume=auto")
+    resume = ("resume", f"finetune train config={shlex.quote(f'{run.folder}/config.yaml')} train.resume=auto")
     if not run.has_adapter:
         return [resume]
     found = [
-        Command("chat", f"finetune chat adapter={folder}"),
-        Command("compare with the base", f"finetune eval adapter={folder}"),
-        Command("merge into the base", f"finetune merge adapter={folder} out=merged"),
-        Command("export for llama.cpp", f"finetune export adapter={folder} format=gguf out=gguf"),
-        Command("compare with another run", f"finetune compare {folder} OTHER_RUN out=compare.html"),
+        ("chat", f"finetune chat adapter={folder}"),
+        ("compare with the base", f"finetune eval adapter={folder}"),
+        ("merge into the base", f"finetune merge adapter={folder} out=merged"),
+        ("export for llama.cpp", f"finetune export adapter={folder} format=gguf out=gguf"),
+        ("compare with another run", f"finetune compare {folder} OTHER_RUN out=compare.html"),
     ]
     return found if run.status == "finished" else [resume, *found]

@@ -44,21 +44,17 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     return {key: values for key, values in table.items() if len(set(values)) > 1}
 
 
-def flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def flat(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of every setting. Lists of sections (data.train) are split; other lists are values."""
-    fields = schema_fields()
-
-    def walk(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(node, Mapping) and (not key or any(name.startswith(f"{_starred(key)}.") for name in fields)):
-            for name, inner in node.items():
-                yield from walk(inner, f"{key}.{name}" if key else str(name))
-        elif isinstance(node, list) and node and all(isinstance(item, Mapping) for item in node):
-            for index, inner in enumerate(node):
-                yield from walk(inner, f"{key}.{index}")
-        else:
-            yield key, node
-
-    return walk(config, "")
+    is_section = not key or any(name.startswith(f"{_starred(key)}.") for name in schema_fields())
+    if isinstance(config, Mapping) and is_section:
+        for name, inner in config.items():
+            yield from flat(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(config, list) and config and all(isinstance(item, Mapping) for item in config):
+        for index, inner in enumerate(config):
+            yield from flat(inner, f"{key}.{index}")
+    else:
+        yield key, config
 
 
 def _starred(key: str) -> str:
