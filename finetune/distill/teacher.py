@@ -83,11 +83,13 @@ def check_same_tokens(
     tokenizer: PreTrainedTokenizerBase, teachers: PreTrainedTokenizerBase, used: np.ndarray, teacher: str
 ) -> None:
     """Compare the tokens of the ids in use. Raises: ConfigError naming the ids that differ, with both tokens."""
-    different = []
-    for i in used.tolist():
-        ours, theirs = (each.convert_ids_to_tokens(i) if i < len(each) else None for each in (tokenizer, teachers))
-        if ours != theirs:
-            different.append(f"  {i}: {ours!r} here, {theirs!r} for the teacher")
+
+    def meanings(which: PreTrainedTokenizerBase) -> list[Any]:
+        size = len(which)
+        return [which.convert_ids_to_tokens(i) if i < size else None for i in used.tolist()]
+
+    pairs = zip(used.tolist(), meanings(tokenizer), meanings(teachers), strict=True)
+    different = [f"  {i}: {ours!r} here, {theirs!r} for the teacher" for i, ours, theirs in pairs if ours != theirs]
     if different:
         more = [f"  … and {len(different) - _SHOWN:,} more"] if len(different) > _SHOWN else []
         what = f"{len(different):,} of the {len(used):,} token ids in the rows have another meaning"
