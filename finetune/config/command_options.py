@@ -52,6 +52,15 @@ class ConvertOptions(SourceConfig):
     max_bad_share: Share = Field(0.05, description="Share of skipped rows above which nothing is written.")
 
 
+class MigrateOptions(Section):
+    """`finetune migrate`."""
+
+    out: Text = Field("migrated.yaml", description="Config to write; it must not exist.")
+    framework: Literal["auto", "axolotl", "llama-factory", "ms-swift", "trl", "unsloth"] = Field(
+        "auto", description="Framework of the file; auto: recognized by its keys."
+    )
+
+
 class ChatOptions(Section):
     """`finetune chat`, beside the keys of a run's config."""
 

@@ -1,0 +1,45 @@
+"""usage: finetune migrate FILE [out=migrated.yaml] [framework=…]
+
+Writes a config with the same training, and lists the settings without a counterpart. FILE is a YAML or JSON config, or
+a shell script with `swift sft` or `trl sft`. The arguments of an Unsloth notebook are read from a JSON file. Never
+replaces an existing file.
+
+Examples
+  finetune migrate qlora.yml
+  finetune migrate train.sh out=mine.yaml
+  finetune migrate unsloth.json framework=unsloth
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune.commands.base import Command
+from finetune.system.arguments import Arguments
+from finetune.system.atomic import whole_file
+from finetune.system.console import log
+from finetune.system.errors import InputError
+
+
+def run(arguments: Arguments) -> int:
+    """Write the config, and print what was lost."""
+    from finetune.migration.files import read_peer_config
+    from finetune.migration.migrate import as_yaml, migrate
+
+    if len(arguments.paths) != 1:
+        raise InputError(f"finetune migrate: expected one FILE, found {' '.join(arguments.paths) or 'none'}")
+    options = arguments.options
+    if not options.out.endswith(".yaml"):
+        raise InputError(f"out={options.out}: the name of a config ends in .yaml")
+    config = read_peer_config(Path(arguments.paths[0]).expanduser(), options.framework)
+    migration = migrate(config)
+    with whole_file("out", options.out, replace=False) as stream:
+        stream.write(as_yaml(migration, config, options.out))
+    log(f"{options.out}: framework={config.peer}, settings={len(migration.settings)}, lost={len(migration.lost)}")
+    for line in migration.lost:
+        log(f"lost: {line}")
+    log(f"next: finetune data config={options.out} show=3\n      finetune train config={options.out}")
+    return 0
+
+
+COMMAND = Command("migrate", __doc__, run, options="MigrateOptions", takes_paths=True)

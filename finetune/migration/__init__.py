@@ -1,0 +1,1 @@
+"""Write the config of a run from the config of another framework."""

@@ -1,0 +1,200 @@
+"""Translate the settings of another framework, and write them as the config of a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from finetune.config.compose import escaped
+from finetune.config.explain import problems_of, shown
+from finetune.config.keys import find
+from finetune.config.schema import RunConfig
+from finetune.migration.datasets import DATASET_NAMES, read_sources
+from finetune.migration.files import PeerConfig
+from finetune.migration.settings import (
+    DEFAULTS,
+    MICRO_BATCH,
+    OBJECTIVES,
+    OF_ONE_FRAMEWORK,
+    RULES,
+    UNNEEDED,
+    Rule,
+    reason,
+    same_meaning,
+)
+from finetune.system.errors import InputError
+
+_MICRO = ("micro_batch_size", "per_device_train_batch_size", "batch_size")
+_ACCUMULATION = ("gradient_accumulation_steps", "grad_accum")
+_TRACKERS = ("report_to", "wandb_project", "use_wandb")
+_KERNELS = re.compile("cut_cross_entropy|liger")
+_HANDLED = DATASET_NAMES | {*_MICRO, *_ACCUMULATION, *_TRACKERS}
+
+
+@dataclass
+class Migration:
+    """The result.
+
+    Attributes:
+        settings: our keys and values.
+        lost: a line for each of their settings without a counterpart.
+        unneeded: names of their settings that a run does not need.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
+    unneeded: list[str] = field(default_factory=list)
+
+    def tree(self) -> dict[str, Any]:
+        """Return the settings as sections."""
+        tree: dict[str, Any] = {}
+        for key in sorted(self.settings, key=_place):
+            *parents, last = key.split(".")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = self.settings[key]
+        return tree
+
+
+def migrate(config: PeerConfig) -> Migration:
+    """Translate a config; the result is valid.
+
+    Raises:
+        InputError: the config names no base model, or an objective that a run does not have.
+    """
+    for name in OBJECTIVES:
+        if (objective := config.settings.get(name)) and str(objective) not in ("sft", "pt"):
+            raise InputError(f"{config.file}: {name}: runs learn from examples or a teacher, found {objective}")
+    migration = Migration(dict(DEFAULTS[config.peer]))
+    for name, value in config.settings.items():
+        if name not in _HANDLED and value not in (None, "", [], {}):
+            _translate(name, value, OF_ONE_FRAMEWORK[config.peer].get(name) or RULES.get(name), migration)
+    _finish(config, migration)
+    _drop_invalid(migration)
+    return migration
+
+
+def _translate(name: str, value: Any, rule: Rule | None, migration: Migration) -> None:
+    key, found, note = "", None, reason(name)
+    if isinstance(value, str) and "$" in value:
+        migration.lost.append(f"{name}: {value} is a value of the shell")
+        return
+    if rule:
+        key, note = rule.key, rule.note
+        if rule.convert:
+            found = rule.convert(value)
+        elif isinstance(value, str | int | float) and value in (rule.values or {}):
+            found, note = (rule.values or {})[value], ""
+    elif name in UNNEEDED or (name == "plugins" and all(map(_KERNELS.search, map(str, value)))):
+        migration.unneeded.append(name)
+        return
+    elif same := same_meaning(name):
+        key, found = same[0], same[1] or value
+        if same[1] and value in (False, 0):
+            return
+        if isinstance(found, str) and not isinstance(find(key), type(None)) and same[1] is None:
+            found = yaml.safe_load(found) if found.strip("-+").replace(".", "", 1).isdecimal() else found
+    elif value is False:
+        return
+    if key and found is not None:
+        if migration.settings.get(key) != "int8" or key != "quant.type":
+            migration.settings[key] = found
+    elif note and not _is_off(value):
+        migration.lost.append(f"{name}: {shown(value)}: {note}")
+
+
+def _is_off(value: Any) -> bool:
+    return value in (False, 0, "none", "no", "0", -1)
+
+
+def _finish(config: PeerConfig, migration: Migration) -> None:
+    """Set what depends on several settings."""
+    theirs, ours = config.settings, migration.settings
+    if not ours.get("model.name"):
+        raise InputError(f"{config.file}: names no base model\nhelp: add model_name_or_path: HUB_ID_OR_FOLDER")
+    ours.setdefault("quant.type", "none")
+    if "lora.alpha" not in ours:
+        ours["lora.alpha"] = 2.0 * ours.get("lora.rank", 8)
+    if "train.max_steps" in ours:
+        ours.pop("train.epochs", None)
+    if "train.warmup_steps" in ours:
+        ours.pop("train.warmup_ratio", None)
+    micro = next((int(theirs[name]) for name in _MICRO if theirs.get(name)), MICRO_BATCH[config.peer])
+    # ms-swift fills a step up to 16 sequences.
+    unnamed = max(16 // (micro * config.processes), 1) if config.peer == "ms-swift" else 1
+    accumulation = next((str(theirs[name]) for name in _ACCUMULATION if theirs.get(name)), str(unnamed))
+    if not accumulation.isdecimal():
+        migration.lost.append(f"gradient_accumulation_steps: {shown(accumulation)}: set train.batch_size")
+        accumulation = "1"
+    ours["train.micro_batch_size"] = micro
+    ours["train.batch_size"] = micro * int(accumulation) * config.processes
+    trackers = theirs.get("report_to") or ""
+    trackers = {str(name) for name in (trackers if isinstance(trackers, list) else [trackers])} - {"", "none"}
+    if theirs.get("wandb_project"):
+        ours |= {"track.wandb": True, "track.project": str(theirs["wandb_project"])}
+    for tracker in sorted(trackers):
+        if tracker in ("wandb", "tensorboard"):
+            ours[f"track.{tracker}"] = True
+        else:
+            migration.lost.append(f"report_to: {tracker}: wandb and tensorboard are there")
+    train, held_out = read_sources(config, migration.lost)
+    if limit := theirs.get("max_samples"):
+        train = [{**source, "limit": int(limit)} for source in train]
+    if not train:
+        raise InputError(
+            f"{config.file}: names no dataset\nhelp: add one there, or write data.train in a config of your own"
+        )
+    ours["data.train"] = train
+    if held_out:
+        ours["data.eval"] = held_out
+    if not held_out and not ours.get("data.held_out"):
+        for key in ("train.eval_every", "train.early_stopping"):
+            ours.pop(key, None)
+
+
+def _drop_invalid(migration: Migration) -> None:
+    """Take settings out that the schema or a rule refuses, each with a line that says why."""
+    for _ in range(10):
+        try:
+            RunConfig.model_validate(migration.tree())
+            return
+        except ValidationError as error:
+            problems = problems_of(migration.tree(), error)
+        for problem in problems:
+            key = next((key for key in migration.settings if f"{problem.key}.".startswith(f"{key}.")), None)
+            if key is None or key in ("model.name", "data.train"):
+                raise InputError(f"cannot migrate: {problem.key}: {problem.text}")
+            value = migration.settings.pop(key)
+            migration.lost.append(f"{key}: {shown(value)}: {problem.text}")
+    raise InputError("cannot migrate: the settings contradict each other: " + "; ".join(p.text for p in problems))
+
+
+def as_yaml(migration: Migration, config: PeerConfig, name: str) -> str:
+    """Return the config file with a comment that lists what was lost."""
+    lines = [f"# finetune train config={name}", "#", f"# Written from {config.file.name}, a config of {config.peer}."]
+    lost = [f"#   {' '.join(line.split())}" for line in migration.lost]
+    lines += ["# Not carried over:", *lost] if lost else ["# Every setting has a counterpart."]
+    if migration.unneeded:
+        lines.append(f"# Not needed: {', '.join(sorted(migration.unneeded))}.")
+    body = yaml.safe_dump(escaped(_plain(migration.tree())), sort_keys=False, allow_unicode=True, width=110)
+    return "\n".join(lines) + "\n" + body
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _place(key: str) -> tuple[int, int]:
+    section, _, name = key.partition(".")
+    sections = list(RunConfig.model_fields)
+    annotation = RunConfig.model_fields[section].annotation
+    names = list(getattr(annotation, "model_fields", {}))
+    return sections.index(section), names.index(name) if name in names else 0
