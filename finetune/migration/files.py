@@ -104,12 +104,13 @@ def _script(file: Path, text: str) -> tuple[str, dict[str, Any]]:
     if config is not None:
         raise InputError(f"{file}: the settings are in {config}\nhelp: finetune migrate {config}")
     settings: dict[str, list[Any]] = {}
+    values: list[Any] = []
     for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             values = settings.setdefault(name.replace("-", "_"), [])
             values += [_scalar(value)] if equals else []
-        elif settings:
+        else:
             values.append(_scalar(word))
     return found[1], {
         name: True if not values else values[0] if len(values) == 1 else values for name, values in settings.items()

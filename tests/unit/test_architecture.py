@@ -32,6 +32,7 @@ LAYERS = [
     "mixed_precision",
     "training",
     "sweep",
+    "migration",
     "commands",
     "cli",
     "train",
