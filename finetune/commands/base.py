@@ -35,6 +35,7 @@ COMMANDS = {
     "sweep": "train with every combination of settings, or search for the best",
     "chat": "chat with a base model or a trained adapter",
     "doctor": "check this machine and its packages",
+    "schema": "print the JSON Schema of a config, for editors",
     "completion": "print a script that completes words in bash, zsh or fish",
 }
 
