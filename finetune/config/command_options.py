@@ -20,6 +20,7 @@ from finetune.config.sections import (
     Seed,
     Share,
     SourceConfig,
+    Sources,
     Text,
 )
 
@@ -31,7 +32,7 @@ Combination = Literal["linear", "ties", "dare_linear", "dare_ties"]
 class KlCheckOptions(Section):
     """Comparison of the merged model with the trained one, and the limit of their distance."""
 
-    data: list[SourceConfig] | None = Field(None, description="Examples to compare on; null: the run's data.eval.")
+    data: Sources | None = Field(None, description="Examples to compare on; null: the run's data.eval.")
     num_examples: Index = Field(64, description="Number of held-out examples, from the first on; 0: no comparison.")
     max_kl: NotNegative | None = Field(None, description="Limit on KL(trained || merged), nats per target; null: none.")
 
@@ -118,8 +119,8 @@ class EvalOptions(Section):
 
     adapter: Text | None = Field(None, description="Run folder, checkpoint, adapter folder or hub id to evaluate.")
     model: Text | None = Field(None, description="Model to evaluate without an adapter: folder or hub id.")
-    data: list[SourceConfig] | None = Field(None, description="Held-out rows; null: the held-out rows of the run.")
-    forgetting: list[SourceConfig] = Field([], description="Other held-out rows, on which the adapter should not lose.")
+    data: Sources | None = Field(None, description="Held-out rows; null: the held-out rows of the run.")
+    forgetting: Sources = Field([], description="Other held-out rows, on which the adapter should not lose.")
     variants: list[Literal["base", "quantized", "trained", "merged"]] | None = Field(
         None, description="Models to compare; null: all that exist."
     )

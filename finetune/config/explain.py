@@ -21,7 +21,6 @@ _LONGEST = 60
 _SHORTHANDS: list[tuple[Any, str]] = [  # A single text where a mapping belongs.
     (ModelConfig, "{{name: {}}}"),
     (SourceConfig, "{{path: {}}}"),
-    (list[SourceConfig], "[{{path: {}}}]"),
 ]
 
 

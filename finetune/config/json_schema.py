@@ -10,6 +10,7 @@ from finetune.config.sections import SHORT_DTYPES
 # pydantic writes the bounds of a value with a validator under its own names.
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 _INTERPOLATION = {"type": "string", "pattern": r"\$\{"}
+_SOURCE = {"$ref": "#/$defs/SourceConfig"}
 _GROUPS = {
     "description": "Configs and options of groups to start from, as - model: qwen2.5-7b-instruct.",
     "type": "array",
@@ -38,6 +39,11 @@ def _adapted(node: Any) -> Any:
     found = {_BOUNDS.get(key, key): _adapted(value) for key, value in node.items()}
     if "properties" in found:
         found["properties"] = {name: _with_interpolation(value) for name, value in found["properties"].items()}
+    if found.get("items") == _SOURCE:  # A path stands for a source.
+        path = {"type": "string", "minLength": 1}
+        source = {"anyOf": [path, _SOURCE]}
+        kept = {key: found.pop(key) for key in ("description", "default") if key in found}
+        return kept | {"anyOf": [*source["anyOf"], found | {"items": source}]}
     if found.get("enum") == list(SHORT_DTYPES):
         found["enum"] += SHORT_DTYPES.values()
     return found

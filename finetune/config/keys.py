@@ -98,7 +98,7 @@ def allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return " | ".join(f"{SHORT_DTYPES[word]} | {word}" if word in SHORT_DTYPES else word for word in arguments)
     if origin is list:
         count = "non-empty list" if any(isinstance(mark, MinLen) for mark in metadata) else "list"
-        items = "mappings" if is_section(arguments[0]) else allowed(arguments[0])
+        items = "paths or mappings" if is_section(arguments[0]) else allowed(arguments[0])
         return f"{count} of {items}"
     if origin is dict:
         return f"mapping of {' | '.join(options(arguments[0])) or 'name'} to {allowed(arguments[1])}"

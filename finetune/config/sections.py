@@ -122,11 +122,20 @@ class SourceConfig(Section):
     limit: Count | None = Field(None, description="Number of examples to read, from the start; null: all.")
 
 
+def _sources(value: Any) -> Any:
+    """Convert a path, or paths in a list, to sources."""
+    items = [value] if isinstance(value, str | dict) else value
+    return [{"path": item} if isinstance(item, str) else item for item in items] if isinstance(items, list) else value
+
+
+Sources = Annotated[list[SourceConfig], BeforeValidator(_sources)]
+
+
 class DataConfig(Section):
     """Training and evaluation data."""
 
-    train: Annotated[list[SourceConfig], Field(min_length=1)] = Field(description="Sources of training examples.")
-    eval: list[SourceConfig] = Field([], description="Sources of held-out examples; each source gets its own metrics.")
+    train: Annotated[Sources, Field(min_length=1)] = Field(description="Sources of training examples.")
+    eval: Sources = Field([], description="Sources of held-out examples; each source gets its own metrics.")
     held_out: Share = Field(0.0, description="Share of data.train to hold out, by a hash of the content; 0: none.")
     max_length: Annotated[int, Field(ge=2)] = Field(2048, description="Longest sequence in tokens.")
     packing: bool = Field(True, description="Put several examples into one sequence; attention stays inside each.")
