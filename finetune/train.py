@@ -1,4 +1,4 @@
-"""The script that a launcher runs: `accelerate launch finetune/train.py config=lora.yaml [key=value …]`.
+"""The script that a launcher runs: `accelerate launch finetune/train.py config=X.yaml [key=value …]`.
 
 It runs `finetune train` for accelerate and torchrun, which start a file. In Python use `from finetune import train`.
 """

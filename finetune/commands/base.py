@@ -102,7 +102,9 @@ class Command:
 
     def _read_options(self, arguments: Arguments) -> Arguments:
         if arguments.config is None and self.config == "required":
-            raise self.missing_config()
+            if (config := default_config(arguments.overrides)) is None:
+                raise self.missing_config()
+            arguments = replace(arguments, config=config)
         refused = "config" if arguments.config is not None else "settings" if arguments.overrides else ""
         if self.config == "none" and (refused == "config" or (refused and not self.options)):
             found = f"config={arguments.config}" if refused == "config" else arguments.overrides[0]
@@ -116,6 +118,11 @@ class Command:
             return replace(arguments, options=read_options(schema, arguments.overrides, command), overrides=())
         options, overrides = read_beside_config(schema, arguments, command)
         return replace(arguments, options=options, overrides=tuple(overrides))
+
+
+def default_config(overrides: Sequence[str]) -> str | None:
+    """Return lora.yaml if the words name a model, else None: a model and data are all that a run needs."""
+    return "lora.yaml" if any(word.startswith(("model=", "model.name=")) for word in overrides) else None
 
 
 def load_command(name: str) -> Command:

@@ -8,8 +8,8 @@ rows, it adds the missing ones. The folder serves any order, packing, batch size
   distill.teacher.placement=…     resident, streamed or server; cached: resident if it fits, else streamed
 
 Examples
-  finetune cache config=distill.yaml distill.cache=teacher 'data.train=[{path: rows.jsonl}]'
-  finetune train config=distill.yaml distill.cache=teacher 'data.train=[{path: rows.jsonl}]' \\
+  finetune cache config=distill.yaml distill.cache=teacher data.train=rows.jsonl
+  finetune train config=distill.yaml distill.cache=teacher data.train=rows.jsonl \\
     distill.teacher.placement=cached
 """
 

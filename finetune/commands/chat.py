@@ -189,7 +189,7 @@ def _find_config(file: str | None, model: str | None, adapter: Path | None, over
     from finetune.system.resources import packaged
 
     if file is not None:
-        return load_config(file, overrides)
+        return load_config(file, overrides, needs_data=False)
     if model is None and adapter is None:
         raise InputError("finetune chat: adapter=FOLDER, model=NAME or config=X.yaml is missing")
     chosen = [] if model is None else [f"model.name={quoted(model)}", "model.revision=null"]
@@ -204,7 +204,7 @@ def _find_config(file: str | None, model: str | None, adapter: Path | None, over
                 raise ConfigError(f"adapter={adapter}: adapter_config.json names no base model\nhelp: add model=NAME")
             revision = quoted(str(config["revision"])) if config.get("revision") else "null"
             chosen = [f"model.name={quoted(str(base))}", f"model.revision={revision}"]
-    return load_config(str(packaged("configs") / "lora.yaml"), [*chosen, *overrides])
+    return load_config(str(packaged("configs") / "lora.yaml"), [*chosen, *overrides], needs_data=False)
 
 
 def _terminal_streamer(tokenizer: Any) -> Any:

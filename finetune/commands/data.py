@@ -8,8 +8,8 @@ dump= writes every row of data.train, then of data.eval, truncated to data.max_l
 
 Examples
   finetune data config=quickstart.yaml
-  finetune data config=your-data.yaml 'data.train=[{path: rows.jsonl}]' show=3
-  finetune data config=lora.yaml data.max_length=4096 html=report.html
+  finetune data config=your-data.yaml data.train=rows.jsonl show=3
+  finetune data config=lora.yaml data.train=rows.jsonl data.max_length=4096 html=report.html
 """
 
 from __future__ import annotations

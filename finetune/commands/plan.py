@@ -1,4 +1,4 @@
-"""usage: finetune plan config=X.yaml [key=value …] [gpu_gb=24] [auto=true] [--json]
+"""usage: finetune plan config=X.yaml|model=NAME [key=value …] [gpu_gb=24] [auto=true] [--json]
        finetune plan table=true [config=X.yaml] [key=value …]
        finetune plan calibrate=true [config=X.yaml]
 
@@ -8,7 +8,7 @@ Exit code 0: it fits; 3: it does not.
   --json   print the plan as JSON
 
 Examples
-  finetune plan config=lora.yaml gpu_gb=16
+  finetune plan model=qwen2.5-7b-instruct gpu_gb=16
   finetune plan config=lora.yaml model=qwen2.5-14b gpu_gb=24 data.max_length=8192 auto=true
   finetune plan table=true quant.type=none
   finetune plan calibrate=true config=quickstart.yaml
@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.commands.base import Command
+from finetune.commands.base import Command, default_config
 from finetune.system.arguments import Arguments
 from finetune.system.console import log
 from finetune.system.errors import ConfigError, InputError
@@ -39,12 +39,13 @@ def run(arguments: Arguments) -> int:
     from finetune.config.compose import load_config
 
     options = arguments.options
-    if arguments.config is None and not options.table:
+    config = arguments.config or default_config(arguments.overrides)
+    if config is None and not options.table:
         if not options.calibrate:
             raise COMMAND.missing_config()
         log(f"rates: file={calibrate()}")
         return 0
-    cfg = load_config(arguments.config or "lora.yaml", arguments.overrides)
+    cfg = load_config(config or "lora.yaml", arguments.overrides, needs_data=False)
     as_json = "--json" in arguments.flags
     _check_options(options, cfg)
     if options.calibrate:  # After every check: it takes half a minute.

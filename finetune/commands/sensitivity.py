@@ -7,7 +7,7 @@ DIR gets sensitivity.json, sensitivity.md and sensitivity.png.
 
 Examples
   finetune sensitivity config=quickstart.yaml
-  finetune sensitivity config=lora.yaml model=qwen2.5-0.5b-instruct 'data.train=[{path: rows.jsonl}]' rows=64
+  finetune sensitivity config=lora.yaml model=qwen2.5-0.5b-instruct data.train=rows.jsonl rows=64
 """
 
 from __future__ import annotations

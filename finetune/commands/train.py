@@ -6,7 +6,7 @@ Fine-tunes a model as the config describes. X.yaml is searched here, in ./config
 
 Examples
   finetune train config=quickstart.yaml
-  finetune train config=lora.yaml model=qwen2.5-0.5b-instruct 'data.train=[{path: rows.jsonl}]'
+  finetune train config=lora.yaml model=qwen2.5-0.5b-instruct data.train=rows.jsonl
 """
 
 from __future__ import annotations

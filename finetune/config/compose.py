@@ -38,13 +38,14 @@ _WORD = re.compile(r"[A-Za-z/][A-Za-z0-9_/.-]*")
 _NOT_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "nan", "inf"}
 
 
-def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path_or_name: str, overrides: Sequence[str] = (), needs_data: bool = True) -> RunConfig:
     """Load the config of a run.
 
     Args:
         path_or_name: a file, looked up in the working directory, its `configs/` and the packaged configs; `.yaml` may
             be left out.
         overrides: `key=value` words.
+        needs_data: whether data.train must be set; a plan and a chat do without.
 
     Raises:
         ConfigError: lists every problem with its key and place.
@@ -73,6 +74,8 @@ def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> RunConfig:
             problems += _assign(tree, "", key, value)
         values = resolved(tree, unresolved)
     problems += unresolved
+    if needs_data and isinstance(values.get("data"), dict) and values["data"].get("train") == []:
+        problems.append(Problem("data.train", "is missing: the training examples; set data.train=rows.jsonl"))
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:

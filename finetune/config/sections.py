@@ -134,7 +134,7 @@ Sources = Annotated[list[SourceConfig], BeforeValidator(_sources)]
 class DataConfig(Section):
     """Training and evaluation data."""
 
-    train: Annotated[Sources, Field(min_length=1)] = Field(description="Sources of training examples.")
+    train: Sources = Field([], description="Sources of training examples; every training needs one.")
     eval: Sources = Field([], description="Sources of held-out examples; each source gets its own metrics.")
     held_out: Share = Field(0.0, description="Share of data.train to hold out, by a hash of the content; 0: none.")
     max_length: Annotated[int, Field(ge=2)] = Field(2048, description="Longest sequence in tokens.")

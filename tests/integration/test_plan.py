@@ -40,6 +40,8 @@ def test_a_plan_is_printed_and_its_exit_code_says_whether_it_fits(finetune_comma
 
 
 def test_a_dry_run_warns_of_what_does_not_fit(finetune_command):
-    done = finetune_command("train", "config=lora.yaml", "model=qwen2.5-72b", "data.max_length=131072", "--dry-run")
+    done = finetune_command(
+        "train", "config=lora.yaml", "model=qwen2.5-72b", "data.train=a.jsonl", "data.max_length=131072", "--dry-run"
+    )
     assert done.returncode == 0
     assert "# predicted peak:" in done.stdout and "WARNING" in done.stdout and "saves" in done.stdout

@@ -25,7 +25,7 @@ lora:
   layers_to_transform: [0, -1]
   rank_pattern: {q_proj: x}
 data:
-  train: rows.jsonl
+  train: [rows.jsonl, 5]
   eval: [rows.jsonl, {path: a.jsonl, weigth: 2}]
 train:
   max_steps: ten
@@ -53,8 +53,7 @@ EXPECTED = [
     "lora.target_modules (run.yaml:9): text is a regex",
     "lora.layers_to_transform.1 (run.yaml:10): found -1; allowed: whole number >= 0",
     'lora.rank_pattern.q_proj (run.yaml:11): found "x"; allowed: whole number >= 1',
-    'data.train (run.yaml:13): found "rows.jsonl"; allowed: non-empty list of mappings; write [{path: rows.jsonl}]',
-    'data.eval.0 (run.yaml:14): found "rows.jsonl"; allowed: mapping of keys to values; write {path: rows.jsonl}',
+    "data.train.1 (run.yaml:13): found 5; allowed: mapping of keys to values",
     "data.eval.1.weigth (run.yaml:14): unknown key; did you mean data.eval.1.weight?",
     'train.max_steps (run.yaml:16): found "ten"; allowed: whole number >= 1 or null',
     'train.schedule (run.yaml:17): found "cosin"; allowed: cosine | linear | constant; did you mean cosine?',

@@ -35,7 +35,7 @@ def test_the_shipped_schema_is_that_of_the_command(capsys):
 @pytest.mark.parametrize("file", RUNS, ids=lambda file: file.stem)
 def test_every_shipped_config_is_valid_and_names_the_schema(file, tmp_path):
     assert errors_of(file) == []
-    (tmp_path / "resolved.yaml").write_text(to_yaml(load_config(str(file))))
+    (tmp_path / "resolved.yaml").write_text(to_yaml(load_config(str(file), needs_data=False)))
     assert errors_of(tmp_path / "resolved.yaml") == []
     assert "# yaml-language-server: $schema=schema.json" in file.read_text().splitlines()
 

@@ -24,7 +24,9 @@ SHAPE = QWEN25_SHAPES["7B"]
 
 
 def run(*overrides: str, shape=SHAPE, device_type: str = "cuda", ranks: int = 1) -> PlanInputs:
-    return plan_inputs(load_config("lora.yaml", overrides), shape, device_type=device_type, ranks=ranks)
+    return plan_inputs(
+        load_config("lora.yaml", overrides, needs_data=False), shape, device_type=device_type, ranks=ranks
+    )
 
 
 def needed(inputs: PlanInputs, free_bytes: float) -> float:

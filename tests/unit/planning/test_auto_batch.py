@@ -15,7 +15,9 @@ SHAPE = QWEN25_SHAPES["0.5B"]
 
 
 def run(*overrides: str, shape=SHAPE, device_type: str = "cpu", ranks: int = 1) -> PlanInputs:
-    cfg = load_config("lora.yaml", ["data.max_length=512", "train.gradient_checkpointing=auto", *overrides])
+    cfg = load_config(
+        "lora.yaml", ["data.max_length=512", "train.gradient_checkpointing=auto", *overrides], needs_data=False
+    )
     return plan_inputs(cfg, shape, device_type=device_type, ranks=ranks)
 
 

@@ -24,7 +24,7 @@ SHAPE = QWEN25_SHAPES["0.5B"]
 
 
 def run(*overrides: str, shape=SHAPE, kind: str = "cuda", ranks: int = 1) -> PlanInputs:
-    cfg = load_config("lora.yaml", ["data.max_length=1024", "train.max_steps=2", *overrides])
+    cfg = load_config("lora.yaml", ["data.max_length=1024", "train.max_steps=2", *overrides], needs_data=False)
     return plan_inputs(cfg, shape, device_type=kind, ranks=ranks)
 
 

@@ -37,7 +37,7 @@ SHAPE: dict[str, Any] = {
 
 
 def run(*overrides: str) -> RunConfig:
-    return load_config("lora.yaml", [*overrides])
+    return load_config("lora.yaml", [*overrides], needs_data=False)
 
 
 def static_of(cfg: RunConfig, shape: dict[str, Any]) -> StaticMemory:

@@ -31,7 +31,7 @@ RATES = Rates(
 
 
 def run(*overrides: str, shape=SHAPE) -> PlanInputs:
-    cfg = load_config("lora.yaml", ["data.max_length=1024", "train.batch_size=4", *overrides])
+    cfg = load_config("lora.yaml", ["data.max_length=1024", "train.batch_size=4", *overrides], needs_data=False)
     return plan_inputs(cfg, shape, device_type="cpu")
 
 
