@@ -1,4 +1,4 @@
-"""usage: finetune schema
+"""usage: finetune schema [> FILE]
 
 Prints the JSON Schema of a run's config. An editor with a YAML language server uses it for completion and checks: start
 a config with `# yaml-language-server: $schema=finetune.schema.json`.

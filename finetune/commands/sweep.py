@@ -10,8 +10,8 @@ its checkpoint, and tries failed runs again.
 
 Examples
   finetune sweep config=lora.yaml data.train=rows.jsonl train.learning_rate=1e-4,2e-4 lora.rank=8,16
-  finetune sweep config=lora.yaml data.train=rows.jsonl 'train.learning_rate=tag(log,interval(1e-5,1e-3))' lora.rank=8,16,32 sweep.trials=20
-  finetune sweep config=lora.yaml data.train=rows.jsonl 'lora.target_modules=[q_proj,v_proj],all-linear' sweep.metric=exact_match_after
+  finetune sweep config=mine.yaml 'train.learning_rate=tag(log,interval(1e-5,1e-3))' lora.rank=8,16,32 sweep.trials=20
+  finetune sweep config=mine.yaml 'lora.target_modules=[q_proj,v_proj],all-linear' sweep.metric=exact_match_after
 """
 
 from __future__ import annotations

@@ -190,9 +190,8 @@ def test_a_bare_adapter_brings_its_base_and_revision_and_the_default_quantizatio
 
 @pytest.mark.parametrize("where", [".", "checkpoint-3"])
 def test_an_adapter_of_a_run_is_loaded_as_it_was_trained(tmp_path: Path, where: str):
-    trained = load_config(
-        "lora.yaml", ["model.name=my/base", "quant.type=int8", "quant.double=false"], needs_data=False
-    )
+    words = ["model.name=my/base", "quant.type=int8", "quant.double=false", "data.train=a.jsonl"]
+    trained = load_config("lora.yaml", words)
     (tmp_path / "config.yaml").write_text(to_yaml(trained))
     folder = tmp_path / where
     folder.mkdir(exist_ok=True)

@@ -30,7 +30,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_name_is_looked_up_here_then_in_configs_then_among_the_packaged(here: Path):
-    assert load_config("lora").model.name == "Qwen/Qwen2.5-7B-Instruct"
+    assert load_config("lora", needs_data=False).model.name == "Qwen/Qwen2.5-7B-Instruct"
     write(here / "configs/lora.yaml", RUN.replace("base", "in-configs"))
     assert load_config("lora").model.name == "in-configs"
     write(here / "lora.yaml", RUN.replace("base", "here"))
@@ -98,7 +98,7 @@ def test_a_group_can_be_chosen_that_the_file_does_not_name(here: Path):
 
 def test_a_whole_run_can_build_on_another(here: Path):
     write(here / "run.yaml", "defaults: [lora]\nlora: {rank: 4}\n")
-    config = load_config("run", ["model=qwen2.5-3b"])
+    config = load_config("run", ["model=qwen2.5-3b", "data.train=a.jsonl"])
     assert (config.name, config.lora.rank, config.model.name) == ("run", 4, "Qwen/Qwen2.5-3B")
 
 

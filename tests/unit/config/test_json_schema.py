@@ -64,7 +64,7 @@ def test_every_key_has_a_description():
         "lora: {ranks: 8}",
         "modell: {}",
         "quant: {double: maybe}",
-        "data: {train: []}",
+        "data: {train: 5}",
         "data: {train: [{format: text}]}",
         "model: {dtype: fp8}",
     ],
@@ -89,5 +89,5 @@ def test_what_a_run_refuses_the_editor_marks(text, tmp_path):
 def test_what_a_run_accepts_the_editor_accepts(text, tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text(f"defaults:\n  - lora\n{text}\n")
-    load_config(str(file))
+    load_config(str(file), ["data.train=rows.jsonl"])
     assert errors_of(file) == []

@@ -23,7 +23,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "lora.layers_to_transform": ([[0]], [[-1]]),
     "lora.rank_pattern": ([{"q_proj": 1}], [{"q_proj": 0}]),
     "lora.alpha_pattern": ([{"q_proj": 0.5}], [{"q_proj": 0}]),
-    "data.train": ([[{"path": "x", "weight": 0.1, "limit": 1}]], [[], [{"path": ""}]]),
+    "data.train": ([[{"path": "x", "weight": 0.1, "limit": 1}], "x", ["x"]], [5, [{"path": ""}]]),
     "data.train.0.weight": ([0.5, 3], [0, -1]),
     "data.train.0.limit": ([1, None], [0]),
     "data.max_length": ([2], [1]),
