@@ -16,7 +16,7 @@ from finetune.planning.peak_memory import PeakMemory, predict_peak
 from finetune.planning.timing import Rates, cost_of_token
 from finetune.system.format import format_bytes
 
-BUDGETS_GB = (8, 12, 16, 24, 48, 80)
+BUDGETS_GB = (8, 12, 16, 24, 48, 80, 141)
 _STEP_TOKENS = 64
 # The longest sequence that the models support (YaRN): the search ends here.
 LONGEST = 131_072

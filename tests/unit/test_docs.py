@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -11,17 +13,67 @@ import pytest
 import yaml
 
 from finetune.commands.base import COMMANDS, load_command
-from finetune.config.keys import is_section, schema_fields
+from finetune.config.keys import find, is_section, schema_fields
+from finetune.system.arguments import parse_arguments
+from finetune.system.resources import packaged
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    return script("reference")
+
+
+def test_the_tables_are_those_of_the_planner_and_the_packaged_models():
+    tables = script("tables")
+    places = [place[2] for page in tables.PAGES for place in tables._PLACE.finditer(page.read_text())]
+    assert set(places) == set(tables.TABLES)
+    stale = [page.name for page in tables.PAGES if tables.with_tables(page.read_text()) != page.read_text()]
+    assert stale == [], "run: python docs/tables.py"
+
+
+def commands_of(page: Path) -> Iterator[str]:
+    """The command lines of finetune in the shell blocks of a page."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if "finetune/train.py" in words:
+                yield shlex.join(["train", *words[words.index("finetune/train.py") + 1 :]])
+            elif words[:1] == ["finetune"]:
+                yield shlex.join(words[1:])
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_has_known_options(page):
+    """Read each command's words with its own reader: no unknown command, flag or key, no wrong value."""
+    for words in map(shlex.split, commands_of(page)):
+        name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
+        command = load_command(name)
+        arguments = parse_arguments(words[len(name.split()) :], command.flags, command.takes_paths)
+        if "--help" in arguments.flags:
+            continue
+        arguments = command._read_options(arguments)
+        unknown = [word for word in arguments.overrides if find(word.partition("=")[0].lstrip("+~")) is None]
+        groups = {folder.name for folder in packaged("configs").iterdir() if folder.is_dir()}
+        assert [word for word in unknown if word.partition("=")[0] not in groups] == [], words
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 250
+    links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", text)
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_the_settings_page_has_each_key_once_with_its_meaning(reference):
