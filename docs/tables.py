@@ -21,14 +21,23 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "support.md")
 _PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n)(?:.*?\n)??(<!-- end -->)", re.DOTALL)
 
 
-def context_table(*overrides: str) -> str:
-    """Return the longest packed sequence per model size and memory of the GPU, in thousands of tokens."""
-    inputs = plan_inputs(load_config("lora.yaml", overrides, needs_data=False), None, device_type="cuda")
+def context_table() -> str:
+    """Return the longest packed sequence per model size and memory of the GPU, for a small and a large adapter."""
+    small, large = _lengths("lora.rank=8"), _lengths("lora.rank=16", "lora.target_modules=all-linear")
     lines = ["| model | " + " | ".join(f"{gb} GB" for gb in BUDGETS_GB) + " |", "|---" * (len(BUDGETS_GB) + 1) + "|"]
-    for size, lengths in length_table(inputs).items():
-        cells = [_thousands(lengths[gb]) for gb in BUDGETS_GB]
+    for size, lengths in small.items():
+        cells = [_cell(lengths[gb], large[size][gb]) for gb in BUDGETS_GB]
         lines.append(f"| Qwen2.5-{size} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _lengths(*overrides: str) -> dict[str, dict[int, int]]:
+    return length_table(plan_inputs(load_config("lora.yaml", overrides, needs_data=False), None, device_type="cuda"))
+
+
+def _cell(small: int, large: int) -> str:
+    first, second = _thousands(small), _thousands(large)
+    return first if first == second else f"{first} · {second}"
 
 
 def _thousands(tokens: int) -> str:
@@ -54,8 +63,7 @@ def models_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "context-qv": lambda: context_table("lora.rank=8"),
-    "context-all-linear": lambda: context_table("lora.rank=16", "lora.target_modules=all-linear"),
+    "context": context_table,
     "models": models_table,
 }
 
