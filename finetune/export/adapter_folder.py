@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
@@ -42,6 +41,7 @@ from finetune.models.adapters.trained import compensates_quantization
 from finetune.models.families import FAMILIES
 from finetune.models.hub import read_json
 from finetune.models.load import quiet
+from finetune.models.safetensors_index import save_tensors
 from finetune.system.atomic import write_text
 from finetune.system.errors import ConfigError, IntegrityError
 
@@ -96,7 +96,7 @@ def write(request: ExportRequest) -> Exported:
     folded = not same or bool(config.get("use_rslora") and config["r"] > 1)
     if folded:
         tensors = _fold(config, tensors)
-        save_file(tensors, request.out / TENSOR_FILE, metadata={"format": "pt"})
+        save_tensors(tensors, request.out / TENSOR_FILE, metadata={"format": "pt"})
     else:
         shutil.copyfile(request.source / TENSOR_FILE, request.out / TENSOR_FILE)
     rank = max(_ranks(tensors).values())

@@ -1,4 +1,4 @@
-"""The positions of tensors in safetensors files, so that each can be read or mapped alone."""
+"""Safetensors files: write them, and find the position of each tensor, so that it can be read or mapped alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.models.digest import identity
@@ -22,6 +23,14 @@ _LONGEST_HEADER = 100_000_000  # the limit of the safetensors package
 # Names of dtypes in the format. The first ones are written only.
 NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}
 NAMES |= {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a file that others may read as the umask says; the library alone makes it readable by its owner only."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata=metadata)
+    file.chmod(mode)
 
 
 @dataclass(frozen=True, slots=True)

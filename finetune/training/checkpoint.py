@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.models.digest import sha256_of
+from finetune.models.safetensors_index import save_tensors
 from finetune.system.atomic import commit_folder, is_disk_full
 from finetune.system.console import Log
 from finetune.system.errors import IntegrityError, ResourceError
@@ -92,7 +93,7 @@ def write_checkpoint(
 
     def write(temporary: Path) -> None:
         write_adapter(temporary)
-        save_file(training_tensors(optimizer), temporary / TRAINING)
+        save_tensors(training_tensors(optimizer), temporary / TRAINING)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=2))
         files = sorted(temporary.iterdir())
         entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.models.adapters.inits import ADAPTER, initial_factors
 from finetune.models.hub import TEXT_FILES, fetch, read_json
 from finetune.models.module_matching import matches_key
-from finetune.models.safetensors_index import read_header
+from finetune.models.safetensors_index import read_header, save_tensors
 from finetune.models.tokens import embedding_rows
 from finetune.system.errors import ConfigError, IntegrityError
 
@@ -57,7 +57,7 @@ def save_adapter(
         base_name, revision: replace those of the base from `load_base`.
     """
     folder = Path(folder)
-    save_file(file_tensors(model), folder / TENSOR_FILE, metadata={"format": "pt"})
+    save_tensors(file_tensors(model), folder / TENSOR_FILE, metadata={"format": "pt"})
     config = _file_config(model)
     config["base_model_name_or_path"] = base_name or config["base_model_name_or_path"]
     config["revision"] = revision or config["revision"]

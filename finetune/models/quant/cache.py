@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.models.digest import sha256_of
+from finetune.models.safetensors_index import save_tensors
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.format import format_bytes
@@ -126,7 +127,7 @@ class QuantizedCache:
             sums = {}
             for number, part in enumerate(_parts(layers)):
                 file = temporary / f"part-{number:05d}.safetensors"
-                save_file(part, file)
+                save_tensors(part, file)
                 sums[file.name] = sha256_of(file)
             write_text(temporary / _MANIFEST, json.dumps({"made_from": self.made_from, "parts": sums}, indent=1))
             os.rename(temporary, self.entry)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from finetune.models.safetensors_index import Stored, WeightFiles, map_tensor
+from finetune.models.safetensors_index import Stored, WeightFiles, map_tensor, save_tensors
 from finetune.system.errors import IntegrityError
 
 
@@ -87,3 +89,14 @@ def test_a_mapped_tensor_uses_only_pages_of_its_file_and_frees_them(repo_root, t
     assert mapped_left < size / 8 and anonymous_left < size / 8
     # PyTorch warns of buffers that are not writable; nobody can act on that.
     assert "writable" not in done.stderr
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_a_written_file_has_the_mode_of_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        save_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == mode
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], torch.ones(2))
