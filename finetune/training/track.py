@@ -214,17 +214,35 @@ class Tracker(SilentTracker):
         self._file = MetricsFile(folder, resumed_step)
         self._backends = build_backends(cfg, folder)
         self._view = NotebookView(total_steps, self._file.past) if in_notebook() else ConsoleView(total_steps)
+        self._total = total_steps
+        self._eval_losses = [line["eval_loss"] for line in self._file.past if "eval_loss" in line]
 
     def step(self, metrics: Mapping[str, float], seconds_left: float) -> None:
         self._file.log(metrics)
         values = {name: value for name, value in metrics.items() if name != "step"}
         for backend in self._backends:
             backend.log(int(metrics["step"]), values)
+        if "eval_loss" in metrics:
+            self._eval_losses.append(metrics["eval_loss"])
+            self._view.message(self._evaluation(metrics))
+        held_out = f"held-out {self._eval_losses[-1]:.4f}  " if self._eval_losses else ""
         text = (
-            f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  grad {metrics['grad_norm']:.3f}  "
-            f"{metrics['tokens_per_second']:,.0f} tokens/s  {format_bytes(metrics['peak_bytes'])}"
+            f"loss {metrics['loss']:.4f}  {held_out}lr {metrics['learning_rate']:.2e}  "
+            f"grad {metrics['grad_norm']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+            f"{format_bytes(metrics['peak_bytes'])}"
         )
         self._view.step(metrics, text, format_duration(seconds_left))
+
+    def _evaluation(self, metrics: Mapping[str, float]) -> str:
+        best = min(self._eval_losses)
+        note = "best so far" if self._eval_losses[-1] == best else f"best {best:.4f}"
+        others = "".join(
+            f", {name.removeprefix('eval/')}={value:.4g}"
+            for name, value in metrics.items()
+            if name.startswith("eval/") and not name.endswith(("/loss", "/tokens"))
+        )
+        step = f"{int(metrics['step'])}/{self._total}"
+        return f"evaluation: step={step}, eval_loss={metrics['eval_loss']:.4f} ({note}){others}"
 
     def message(self, message: str) -> None:
         self._view.message(message)
