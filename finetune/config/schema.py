@@ -196,6 +196,10 @@ def _train(train: TrainConfig) -> Problems:
     for name in ("micro_batch_size", "world_size"):
         if (value := getattr(train, name)) is not None and value > train.batch_size:
             yield Problem(f"train.{name}", f"must be at most train.batch_size={train.batch_size}, found {value}")
+    if train.min_lr_ratio and train.schedule not in ("cosine", "linear", "wsd"):
+        yield Problem("train.min_lr_ratio", f"needs train.schedule=cosine, linear or wsd, found {train.schedule}")
+    if train.decay_ratio != type(train).model_fields["decay_ratio"].default and train.schedule != "wsd":
+        yield Problem("train.decay_ratio", f"needs train.schedule=wsd, found {train.schedule}")
     if train.early_stopping is not None and train.eval_every is None:
         yield Problem("train.early_stopping", "needs evaluations; set train.eval_every")
 

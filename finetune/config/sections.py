@@ -161,7 +161,17 @@ class TrainConfig(Section):
     max_steps: Count | None = Field(None, description="Number of optimizer steps; null: train.epochs decides.")
     epochs: Positive | None = Field(None, description="Passes over the data; null: max_steps decides, else 1.")
     learning_rate: Annotated[Positive, Field(le=1)] = Field(2e-4, description="Peak learning rate.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = Field(
+        "cosine", description="Learning rate after the warm-up; wsd: constant, then a fall over train.decay_ratio."
+    )
+    min_lr_ratio: Share = Field(0.0, description="Share of the peak that cosine, linear and wsd fall to.")
+    decay_ratio: Fraction = Field(0.1, description="Share of the steps in which wsd falls.")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw", description="AdamW; 8bit: moments in 8 bits; paged: moments move to main memory if the GPU is full."
+    )
+    lora_plus_ratio: Annotated[Number, Field(ge=1)] | None = Field(
+        None, description="Learning rate of LoRA's B matrices over that of A (LoRA+); null: the same."
+    )
     warmup_ratio: Share = Field(0.03, description="Share of the steps in which the learning rate rises to its peak.")
     warmup_steps: Count | None = Field(None, description="Steps in which it rises; null: train.warmup_ratio decides.")
     batch_size: Count = Field(16, description="Sequences per optimizer step, over all processes.")

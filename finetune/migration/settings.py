@@ -17,7 +17,7 @@ from finetune.config.peers import REFUSED
 from finetune.config.sections import NUMBER
 from finetune.migration.files import Peer
 
-ADAMW = "AdamW with 32-bit state is used"
+ADAMW = "AdamW is used"
 TEMPLATE = "the template of the tokenizer is used (data.chat_template)"
 STEPS = "give a number of steps here"
 FULL = "every run trains a LoRA adapter; set lora.rank"
@@ -79,13 +79,15 @@ def _unquantized(name: Any) -> str:
 _YES = {True: True, False: False}
 _SWITCH_ON: dict[Any, Any] = {False: None}
 _DTYPES = {name: name for name in ("bfloat16", "float16", "float32", "bf16", "fp16", "fp32")} | {"auto": None}
-_OPTIMIZERS = dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"))
-_SMALL_OPTIMIZERS = dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"))
+_OPTIMIZERS: dict[Any, Any] = dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"))
+_OPTIMIZERS |= {"adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+_OPTIMIZERS |= {"paged_adamw": "paged_adamw", "paged_adamw_32bit": "paged_adamw"}
 _TEMPLATES = dict.fromkeys(
     "qwen qwen2 qwen2_5 qwen_25 qwen3 qwen3_nothink chatml tokenizer_default tokenizer_default_fallback_chatml".split()
 )
 _CHECKPOINTING = {True: "all", False: "none", "unsloth": "offload", "offload": "offload", "selective": "auto"}
-_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
+_SCHEDULES = {name: name for name in ("cosine", "linear", "constant", "inverse_sqrt")}
+_SCHEDULES |= {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd", "cosine_with_min_lr": "cosine"}
 _STRATEGIES = {"steps": None, "no": None, False: None}
 _ADAPTERS = {"lora": None, "qlora": "nf4"}
 
@@ -144,8 +146,9 @@ RULES: dict[str, Rule] = {
     "lr_scheduler_type": Rule("train.schedule", _SCHEDULES),
     "warmup_steps": Rule("train.warmup_steps", convert=_steps),
     "warmup_ratio": Rule("train.warmup_ratio", convert=_number),
-    "optim": Rule(values=_OPTIMIZERS, note=ADAMW),
-    "optimizer": Rule(values=_OPTIMIZERS, note=ADAMW),
+    "optim": Rule("train.optimizer", _OPTIMIZERS, note=ADAMW),
+    "optimizer": Rule("train.optimizer", _OPTIMIZERS, note=ADAMW),
+    "loraplus_lr_ratio": Rule("train.lora_plus_ratio", convert=_positive),
     "gradient_checkpointing": Rule("train.gradient_checkpointing", _CHECKPOINTING),
     "use_gradient_checkpointing": Rule("train.gradient_checkpointing", _CHECKPOINTING),
     "disable_gradient_checkpointing": Rule("train.gradient_checkpointing", {True: "none", False: None}),

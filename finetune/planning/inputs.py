@@ -73,7 +73,7 @@ class PlanInputs:
     @cached_property
     def static(self) -> StaticMemory:
         """Memory that does not depend on the batch."""
-        return plan_memory(self.shape, self.model, self.quant, self.lora)
+        return plan_memory(self.shape, self.model, self.quant, self.lora, self.train.optimizer)
 
     @cached_property
     def adapted(self) -> tuple[frozenset[str], ...]:

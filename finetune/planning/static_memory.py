@@ -19,6 +19,8 @@ from finetune.models.quant.bit_widths import DTYPE_BYTES
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _BIASED = ("q_proj", "k_proj", "v_proj")
 _BLOCK, _OUTER_BLOCK = 64, 256
+# 8-bit moments have a fp32 scale for each block of 256. Paged moments are counted as if they stayed on the GPU.
+_MOMENTS = {"adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +53,10 @@ def linear_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     }
 
 
-def plan_memory(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig, lora: LoraConfig) -> StaticMemory:
-    """Compute the static memory of a Qwen2 model. shape: keys as in config.json."""
+def plan_memory(
+    shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig, lora: LoraConfig, optimizer: str = "adamw"
+) -> StaticMemory:
+    """Compute the static memory of a Qwen2 model. shape: keys as in config.json. optimizer: of TrainConfig."""
     linears, layers, hidden = linear_shapes(shape), shape["num_hidden_layers"], shape["hidden_size"]
     width, tied, trained = DTYPE_BYTES[model.dtype], shape.get("tie_word_embeddings"), trained_parameters(shape, lora)
     table_bytes = shape["vocab_size"] * hidden * width
@@ -61,9 +65,9 @@ def plan_memory(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig
         "embedding and head (tied)" if tied else "embedding": table_bytes,
         "head": 0 if tied else table_bytes,
         "norms and biases": vectors * width,
-        "adapter": trained * 4,  # fp32, as the gradients and AdamW's two moments
+        "adapter": trained * 4,  # fp32, as the gradients
         "gradients": trained * 4,
-        "optimizer": trained * 8,
+        "optimizer": trained * _MOMENTS[optimizer],
     }
     return StaticMemory(parameters_of(shape), trained, {name: float(size) for name, size in parts.items() if size})
 

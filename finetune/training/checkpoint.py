@@ -2,7 +2,7 @@
 
 A checkpoint folder is a PEFT adapter folder with three more files:
 
-- `training.safetensors`: value, first and second moment of every trained parameter, by name
+- `training.safetensors`: value and optimizer state of every trained parameter, by name
 - `state.json`: counters
 - `manifest.json`: size and SHA-256 of every other file
 
@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import Parameter
 
 from finetune.models.digest import sha256_of
 from finetune.models.safetensors_index import save_tensors
@@ -36,7 +37,12 @@ from finetune.system.errors import IntegrityError, ResourceError
 TRAINING, STATE, MANIFEST = "training.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TEMPORARY = ".incomplete-"
-_STATE_KEYS = ("value", "step", "exp_avg", "exp_avg_sq")
+# The state of a parameter in torch's AdamW, and in those of bitsandbytes, which keep small parameters in 32 bits.
+_STATES = (
+    {"step", "exp_avg", "exp_avg_sq"},
+    {"step", "state1", "state2"},
+    {"step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"},
+)
 
 
 @dataclass
@@ -150,29 +156,51 @@ def read_state(folder: Path) -> TrainState:
 
 
 def training_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return every trained parameter and its optimizer state, as `NAME/value|step|exp_avg|exp_avg_sq`."""
+    """Return every trained parameter and its optimizer state, as `NAME/value`, `NAME/step`, `NAME/exp_avg` …"""
     return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
+        f"{name}/{key}": torch.as_tensor(value).detach().cpu().clone().contiguous()  # 8-bit states share their tables
         for name, parameter in _named(optimizer)
         for key, value in {"value": parameter, **optimizer.state[parameter]}.items()
     }
 
 
 def load_training(folder: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Restore saved parameters and moments bit for bit."""
-    saved = load_file(folder / TRAINING)
-    wanted = {f"{name}/{key}": parameter for name, parameter in _named(optimizer) for key in _STATE_KEYS}
-    unfit = [key for key, p in wanted.items() if key not in saved or saved[key].shape not in (p.shape, ())]
+    """Restore saved parameters and optimizer states bit for bit."""
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / TRAINING).items():
+        name, _, part = key.rpartition("/")
+        saved.setdefault(name, {})[part] = tensor
+    wanted = dict(_named(optimizer))
+    unfit = [name for name, parameter in wanted.items() if not _fits(saved.get(name, {}), parameter, optimizer)]
     if problems := [*unfit, *sorted(saved.keys() - wanted.keys())]:
         raise IntegrityError(f"{folder / TRAINING} does not fit this run's parameters: {', '.join(problems[:5])}")
-    for name, parameter in _named(optimizer):
-        value, step, *moments = (saved[f"{name}/{key}"] for key in _STATE_KEYS)
-        parameter.data.copy_(value)
-        first, second = (moment.to(parameter.device) for moment in moments)
-        optimizer.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+    for name, parameter in wanted.items():
+        parameter.data.copy_(saved[name].pop("value"))
+        optimizer.state[parameter] = {
+            key: _restored(key, tensor, parameter, optimizer) for key, tensor in saved[name].items()
+        }
 
 
-def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def _fits(tensors: dict[str, Tensor], parameter: Parameter, optimizer: torch.optim.Optimizer) -> bool:
+    states = _STATES[:1] if isinstance(optimizer, torch.optim.AdamW) else _STATES[1:]
+    moments = ("value", "exp_avg", "exp_avg_sq", "state1", "state2")
+    return tensors.keys() - {"value"} in states and all(
+        tensors[key].shape == parameter.shape for key in moments if key in tensors
+    )
+
+
+def _restored(key: str, tensor: Tensor, parameter: Parameter, optimizer: torch.optim.Optimizer) -> Tensor | int:
+    """Return a part of the state as its optimizer keeps it."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return tensor if key == "step" else tensor.to(parameter.device)
+    if key == "step":
+        return int(tensor)
+    if getattr(optimizer, "is_paged", False) and key in ("state1", "state2") and parameter.is_cuda:
+        return optimizer.get_state_buffer(parameter, dtype=tensor.dtype).copy_(tensor)  # type: ignore[attr-defined]
+    return tensor.to(parameter.device)
+
+
+def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Parameter]]:
     for group in optimizer.param_groups:
         yield from zip(group["param_names"], group["params"], strict=True)
 

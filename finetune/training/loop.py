@@ -7,7 +7,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
-from torch.nn import Parameter
 
 from finetune.config.schema import TrainConfig
 from finetune.data.batch import Batch, build_batch, dummy_batch
@@ -26,43 +25,12 @@ from finetune.system.console import log
 from finetune.system.errors import FinetuneError, Interrupted
 from finetune.system.signals import StopSignals
 from finetune.training.checkpoint import TrainState
+from finetune.training.optimizer import learning_rate_at
 from finetune.training.track import SilentTracker
 
 Figures = dict[str, float]
 BatchesOf = Callable[[int], list[Batch]]
 _PLACES_SHOWN = 8
-
-
-def build_optimizer(cfg: TrainConfig, named_parameters: Iterable[tuple[str, Parameter]]) -> torch.optim.AdamW:
-    """Build AdamW over the trainable parameters, in the order given. Their names label its saved state.
-
-    Source: Loshchilov & Hutter 2019, arXiv:1711.05101.
-    """
-    trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-    return torch.optim.AdamW(
-        trainable, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay
-    )
-
-
-def warmup_steps(cfg: TrainConfig, total_steps: int) -> int:
-    """Return the number of warm-up steps."""
-    if cfg.warmup_steps is None:
-        return math.ceil(cfg.warmup_ratio * total_steps)
-    return min(cfg.warmup_steps, total_steps)
-
-
-def learning_rate_at(cfg: TrainConfig, step: int, total_steps: int) -> float:
-    """Return the learning rate of step `step` (1 to total_steps), a pure function of the step.
-
-    Warm-up rises linearly and reaches the peak at its last step. Cosine and linear then fall, and would reach 0 one
-    step after the last, so that every update has an effect.
-    """
-    warmup = warmup_steps(cfg, total_steps)
-    if step <= warmup:
-        return cfg.learning_rate * step / warmup
-    progress = (step - warmup - 1) / max(1, total_steps - warmup)
-    shares = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-    return cfg.learning_rate * shares[cfg.schedule]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +176,7 @@ def train_step(inputs: StepInputs, step: int, stop_signal: int = 0) -> StepResul
     _check_finite(inputs, "gradient norm", grad_norm, step, documents)
     learning_rate = learning_rate_at(inputs.cfg, step, inputs.total_steps)
     for group in inputs.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["rate_factor"]
     inputs.optimizer.step()
     inputs.optimizer.zero_grad(set_to_none=True)
     return StepResult(

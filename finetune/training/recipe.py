@@ -52,7 +52,8 @@ from finetune.training.checkpoint import (
 )
 from finetune.training.distillation import build_distillation, check_distillation, mean_teacher_kl, teacher_table
 from finetune.training.guard import build_guard
-from finetune.training.loop import StepInputs, build_optimizer, fit, peak_bytes
+from finetune.training.loop import StepInputs, fit, peak_bytes
+from finetune.training.optimizer import build_optimizer
 from finetune.training.run_context import RunContext, answer_held_out, evaluate_run, log_samples
 from finetune.training.run_folder import RunResult
 from finetune.training.summary import describe_result, model_card

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.compose import to_yaml
+from finetune.config.keys import schema_fields
 from finetune.config.schema import RunConfig
 from finetune.evaluation.generation import Answer
 from finetune.models.digest import base_fingerprint
@@ -149,10 +150,12 @@ def check_continuation(cfg: RunConfig, data_digest: str, checkpoint: Path) -> No
     """Compare a run with its checkpoint. Raises: ConfigError naming every setting that differs."""
     state = read_state(checkpoint)
     current = json.loads(json.dumps(trajectory(cfg)))
+    # A checkpoint of an older version lacks newer keys: it was trained with what is their default now.
+    before = {key: schema_fields()[key].default for key in current if key in schema_fields()} | state.trajectory
     differing = [
-        f"{key}: {state.trajectory.get(key)!r} then, {current.get(key)!r} now"
-        for key in sorted(current.keys() | state.trajectory.keys())
-        if current.get(key) != state.trajectory.get(key)
+        f"{key}: {before.get(key)!r} then, {current.get(key)!r} now"
+        for key in sorted(current.keys() | before.keys())
+        if current.get(key) != before.get(key)
     ]
     if state.data_digest != data_digest:
         differing.append("data.train: the rows, their weights, the chat template or their tokens differ")

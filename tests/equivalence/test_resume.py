@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import random
 import shutil
@@ -15,8 +16,9 @@ import torch
 
 from finetune import train
 from finetune.cli import main
+from finetune.models.digest import sha256_of
 from finetune.system.errors import ConfigError
-from finetune.training.checkpoint import list_checkpoints
+from finetune.training.checkpoint import MANIFEST, STATE, list_checkpoints
 from tests.runs import SMALL_RUN, adapter, differing, metrics, reference_run, result, small_run
 
 # Each start is a process forked from one that has imported the package, which saves the import time.
@@ -89,6 +91,30 @@ def test_a_run_may_be_lengthened_but_not_changed(tmp_path):
     assert all(part in str(refused.value) for part in ("train.learning_rate", "lora.rank: 8 then, 4 now", "data.train"))
     assert train(small_run(tmp_path, "train.resume=auto", "train.max_steps=6")).steps == 6
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resumed_run_with_8_bit_moments_and_lora_plus_equals_an_unbroken_one(tmp_path):
+    words = ("train.optimizer=paged_adamw_8bit", "train.lora_plus_ratio=4", "train.schedule=wsd", "lora.rank=32")
+    train(small_run(tmp_path / "unbroken", *words))
+    train(small_run(tmp_path / "resumed", *words, "train.save_every=2"))
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
+    assert train(small_run(tmp_path / "resumed", *words, "train.save_every=2", "train.resume=auto")).steps == 4
+    assert differing(tmp_path / "unbroken", tmp_path / "resumed") == []
+    assert metrics(tmp_path / "unbroken") == metrics(tmp_path / "resumed")
+
+
+def test_a_checkpoint_of_a_version_with_fewer_settings_is_continued(tmp_path):
+    train(small_run(tmp_path, "train.save_every=2", "train.max_steps=2"))
+    folder = tmp_path / "checkpoint-2"
+    state, manifest = json.loads((folder / STATE).read_text()), json.loads((folder / MANIFEST).read_text())
+    for key in ("train.optimizer", "train.lora_plus_ratio", "train.min_lr_ratio"):
+        del state["trajectory"][key]
+    (folder / STATE).write_text(json.dumps(state))
+    manifest[STATE] = {"bytes": (folder / STATE).stat().st_size, "sha256": sha256_of(folder / STATE)}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=r"train\.optimizer"):
+        train(small_run(tmp_path, "train.resume=auto", "train.optimizer=adamw_8bit"))
+    assert train(small_run(tmp_path, "train.resume=auto", "train.max_steps=3")).steps == 3
 
 
 def test_an_existing_run_is_never_overwritten(tmp_path):

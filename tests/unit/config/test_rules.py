@@ -92,6 +92,8 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["distill.objective=recover", "distill.teacher.steps_ahead=2"], "distill.teacher.steps_ahead", "streamed"),
     (["data.eval=[{path: a/x.jsonl},{path: b/x.jsonl}]"], "data.eval", " x;"),
     (["data.eval=[{path: a/x.jsonl.gz},{path: b/x.csv}]"], "data.eval", " x;"),
+    (["train.min_lr_ratio=0.1", "train.schedule=constant"], "train.min_lr_ratio", "constant"),
+    (["train.decay_ratio=0.5"], "train.decay_ratio", "wsd"),
     (["data.eval=[{path: a, weight: 2}]"], "data.eval.0.weight", "data.train"),
     (["data.eval=[{path: a, name: held_out}]", "data.held_out=0.1"], "data.eval", "held_out"),
     (["data.eval=[{path: a, split: held_out}]", "data.held_out=0.1"], "data.eval", "held_out"),

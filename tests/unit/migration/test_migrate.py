@@ -54,8 +54,9 @@ EXPECTED = {
             "track.wandb": True,
             "track.project": "support",
             "track.run_name": "support-r32",
+            "train.optimizer": "adamw_8bit",
         },
-        ["optimizer"],
+        [],
     ),
     "axolotl-sharegpt-kernels.yml": (
         {
@@ -92,8 +93,9 @@ EXPECTED = {
             "data.train": [{"path": f"{CONFIGS}/glaive_toolcall_en_demo.json", "format": "sharegpt"}],
             "data.held_out": 0.1,
             "train.eval_every": 500,
+            "train.lora_plus_ratio": 16.0,
         },
-        ["loraplus_lr_ratio"],
+        [],
     ),
     "llama-factory-pissa.yaml": (
         {
@@ -177,7 +179,7 @@ EXPECTED = {
             "train.gradient_checkpointing": "offload",
             "train.seed": 3407,
         },
-        ["optim", "data.train"],
+        ["data.train"],
     ),
 }
 

@@ -150,6 +150,6 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
 def test_the_training_state_of_another_model_is_refused_by_name(tmp_path):
     folder = write(tmp_path, 1, trained()[1])
     other = torch.optim.AdamW([("weight", nn.Parameter(torch.zeros(5, 5))), ("extra", nn.Parameter(torch.zeros(1)))])
-    with pytest.raises(IntegrityError, match=r"weight/value.*, "):
+    with pytest.raises(IntegrityError, match=r"weight, extra, bias"):
         ck.load_training(folder, other)
     assert not other.state, "nothing may be half loaded"
