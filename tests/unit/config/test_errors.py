@@ -56,7 +56,8 @@ EXPECTED = [
     "data.train.1 (run.yaml:13): found 5; allowed: mapping of keys to values",
     "data.eval.1.weigth (run.yaml:14): unknown key; did you mean data.eval.1.weight?",
     'train.max_steps (run.yaml:16): found "ten"; allowed: whole number >= 1 or null',
-    'train.schedule (run.yaml:17): found "cosin"; allowed: cosine | linear | constant; did you mean cosine?',
+    'train.schedule (run.yaml:17): found "cosin"; allowed: cosine | linear | constant | inverse_sqrt | wsd; '
+    "did you mean cosine?",
     "train.resume (run.yaml:18): found true; allowed: text; in quotes it is text",
     "train.per_device_train_batch_size (run.yaml:19): unknown key; here it is train.micro_batch_size",
     "train.early_stopping (run.yaml:20): needs evaluations; set train.eval_every",

@@ -94,6 +94,8 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["data.eval=[{path: a/x.jsonl.gz},{path: b/x.csv}]"], "data.eval", " x;"),
     (["train.min_lr_ratio=0.1", "train.schedule=constant"], "train.min_lr_ratio", "constant"),
     (["train.decay_ratio=0.5"], "train.decay_ratio", "wsd"),
+    (["train.schedule=wsd", "train.decay_ratio=0"], "train.decay_ratio", "> 0"),
+    (["train.schedule=wsd", "train.decay_ratio=1.1"], "train.decay_ratio", "<= 1"),
     (["data.eval=[{path: a, weight: 2}]"], "data.eval.0.weight", "data.train"),
     (["data.eval=[{path: a, name: held_out}]", "data.held_out=0.1"], "data.eval", "held_out"),
     (["data.eval=[{path: a, split: held_out}]", "data.held_out=0.1"], "data.eval", "held_out"),

@@ -39,6 +39,8 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "train.beta1": ([0, 0.9], [1, -0.1]),
     "train.beta2": ([0, 0.999], [1, -0.1]),
     "train.eps": ([1e-12], [0]),
+    "train.min_lr_ratio": ([0, 0.999], [-0.1, 1]),
+    "train.lora_plus_ratio": ([1, 16, None], [0.9]),
     "train.neftune_alpha": ([0, 5], [-1]),
     "train.gradient_checkpointing": (["auto", "none", "all", "offload", 1], [0, -1]),
     "data.held_out": ([0, 0.5, 0.999], [-0.1, 1]),
@@ -119,7 +121,13 @@ def test_a_number_is_accepted_up_to_its_limit_and_not_beyond(key: str):
 
 def test_every_bounded_key_is_tested_at_its_limits():
     # These need other keys; test_rules.py tests them.
-    elsewhere = {"train.eval_every", "train.early_stopping", "generation.every", "data.stream_rows"}
+    elsewhere = {
+        "train.eval_every",
+        "train.early_stopping",
+        "generation.every",
+        "data.stream_rows",
+        "train.decay_ratio",
+    }
     tested = {key.replace(".0", ".*") for key in RANGES}
     missing = {key for key in bounded_keys() - tested - elsewhere if not key.startswith("data.eval.*")}
     assert missing == set()
