@@ -9,7 +9,6 @@ import io
 import lzma
 import re
 from collections.abc import Callable, Iterator
-from itertools import count
 from typing import Any, BinaryIO, Literal
 
 from finetune.data.sources.json_rows import checked, decode_row
@@ -52,8 +51,10 @@ def read_text(raw: io.BufferedReader, kind: str, compression: str) -> Iterator[G
     for unit, number, content in TEXTS[kind](stream):
         numbers.append(number)
         contents.append(content)
-        cells = content.values() if isinstance(content, dict) else [content]
-        size += sum(len(cell) if isinstance(cell, str | bytes) else 100 for cell in cells)
+        if isinstance(content, dict):
+            size += sum(map(len, content.values()))
+        else:
+            size += len(content) if isinstance(content, bytes) else 100
         if size >= BATCH_BYTES:
             yield unit, tuple(numbers), tuple(contents), raw.tell()
             numbers, contents, size = [], [], 0
@@ -100,15 +101,15 @@ def _too_long(length_bytes: int, longest_bytes: int | None = None) -> DataError:
 
 def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataError]]:
     """Lines with their ends and numbers from 1; a line that is too long becomes an error."""
-    for number in count(1):
-        pieces, length = [b""], 0
+    number = 0
+    while line := stream.readline(PIECE_BYTES):
+        number += 1
+        pieces, length = [line], len(line)
         while not pieces[-1].endswith(b"\n") and (piece := stream.readline(PIECE_BYTES)):
             length += len(piece)
             if length > LONGEST_ROW_BYTES:
                 pieces.clear()
             pieces.append(piece)
-        if length == 0:
-            return
         yield number, b"".join(pieces) if length <= LONGEST_ROW_BYTES else _too_long(length)
 
 
