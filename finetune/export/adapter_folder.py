@@ -12,7 +12,6 @@ import json
 import re
 import shlex
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,6 @@ from finetune.models.adapters.files import (
 )
 from finetune.models.adapters.trained import compensates_quantization
 from finetune.models.families import FAMILIES
-from finetune.models.hub import read_json
 from finetune.models.load import quiet
 from finetune.models.safetensors_index import save_tensors
 from finetune.system.atomic import write_text
@@ -153,8 +151,7 @@ def _fold(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def _verify(request: ExportRequest, base: Path, folded: bool) -> Verification:
-    with tempfile.TemporaryDirectory() as name:
-        answers = source_answers(_beside_base(request.source, base, Path(name)), request.options)
+    answers = source_answers(base, request.options, request.source)
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **OFFLINE)
         served = load_adapter(model, request.out)
@@ -164,19 +161,6 @@ def _verify(request: ExportRequest, base: Path, folded: bool) -> Verification:
     if found.largest > allowed:
         raise IntegrityError(f"the written adapter differs from its source: {found.describe()}; nothing was kept")
     return found
-
-
-def _beside_base(adapter: Path, base: Path, folder: Path) -> Path:
-    """Fill a folder that transformers opens as a model: the adapter with this base and a tokenizer."""
-    config = read_json(adapter / CONFIG_FILE, f"adapter {adapter}")
-    written = {**config, "base_model_name_or_path": str(base.resolve()), "revision": None}
-    write_text(folder / CONFIG_FILE, json.dumps(written))
-    (folder / TENSOR_FILE).symlink_to((adapter / TENSOR_FILE).resolve())
-    owner = adapter if (adapter / "tokenizer.json").is_file() else base
-    for name in MODEL_COPIES:
-        if (owner / name).is_file():
-            (folder / name).symlink_to((owner / name).resolve())
-    return folder
 
 
 def _serve(request: ExportRequest, base: str, revision: str | None, rank: int, four_bit: bool) -> str:

@@ -60,22 +60,14 @@ class Exported:
 
 @dataclass(frozen=True)
 class Exporter:
-    """One export format.
+    """One export format."""
 
-    module: address of its module.
-    summary: its line of `finetune export --help`.
-    types: by number type, the bytes that a weight takes on the disk during the export; the first is the default.
-    adapter_types: number types of an adapter alone (merge=false); none if the format cannot hold one.
-    merges: False for a format of adapters only.
-    advice: help for a number type that the format does not have.
-    """
-
-    module: str
-    summary: str
-    types: Mapping[str, float]
-    adapter_types: tuple[str, ...] = ()
-    merges: bool = True
-    advice: str = "choose one of these"
+    module: str  # its address
+    summary: str  # its line of `finetune export --help`
+    types: Mapping[str, float]  # number types with the bytes of a weight on the disk during the export, default first
+    adapter_types: tuple[str, ...] = ()  # of an adapter alone (merge=false); none if the format cannot hold one
+    merges: bool = True  # False for a format of adapters only
+    advice: str = "choose one of these"  # for a number type that the format does not have
 
     def number_type(self, options: ExportOptions) -> str:
         """Return `options.type` in the format's own spelling, or the default; raise ConfigError for an unknown one."""

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from finetune.config.command_options import ExportOptions
+from finetune.models.adapters.files import load_adapter
 from finetune.models.hub import read_json
-from finetune.models.load import quiet
+from finetune.models.load import TOKENIZER_FILES, quiet
 from finetune.system.errors import IntegrityError
 
 OFFLINE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -74,11 +75,16 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def source_answers(source: Path, options: ExportOptions) -> Answers:
-    """Answer prompts greedily with a model folder in fp32, and compute the logits of one pass over each answer."""
-    tokenizer = open_tokenizer(source)
+def source_answers(source: Path, options: ExportOptions, adapter: Path | None = None) -> Answers:
+    """Answer prompts greedily with a model folder in fp32, and compute the logits of one pass over each answer.
+
+    With an adapter, its folder is loaded over the model; its tokenizer is used if it has one.
+    """
+    owner = adapter if adapter is not None and (adapter / TOKENIZER_FILES[0]).is_file() else source
+    tokenizer = open_tokenizer(owner)
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **OFFLINE).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **OFFLINE).eval()
+        model = model if adapter is None else load_adapter(model, adapter)
     greedy = GenerationConfig(
         max_new_tokens=options.tokens,
         do_sample=False,

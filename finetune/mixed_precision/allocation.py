@@ -23,21 +23,13 @@ _TIME_LIMIT_SECONDS = 60.0  # 588 variables take a second.
 
 @dataclass(frozen=True)
 class Choices:
-    """The kinds of storage of each linear layer, with their sizes and KLs.
+    """The kinds of storage of each linear layer, with their sizes and KLs."""
 
-    Attributes:
-        names: full names of the linear layers [M].
-        kinds: kinds of storage [K], in the terms of `quant.type`; the last is none (16 bit).
-        size_bytes: [M, K].
-        nats: KL to the 16-bit model of each change alone [M, K], 0 in 16 bit.
-        rest_bytes: size of everything except the linear layers of the blocks.
-    """
-
-    names: list[str]
-    kinds: list[str]
-    size_bytes: np.ndarray
-    nats: np.ndarray
-    rest_bytes: int
+    names: list[str]  # of the linear layers [M], in full
+    kinds: list[str]  # of storage [K], in the terms of `quant.type`; the last is none (16 bit)
+    size_bytes: np.ndarray  # [M, K]
+    nats: np.ndarray  # KL to the 16-bit model of each change alone [M, K], 0 in 16 bit
+    rest_bytes: int  # of everything except the linear layers of the blocks
 
     @staticmethod
     def of(found: Sensitivities, rest_bytes: int, double: bool, dtype: str) -> Choices:

@@ -41,23 +41,15 @@ _ALLOCATED = "the allocation"
 
 @dataclass(frozen=True)
 class Allocation:
-    """A chosen allocation.
+    """A chosen allocation; sizes are those of the whole base."""
 
-    Attributes:
-        storage: kind of storage of each linear layer.
-        budget_bytes, size_bytes: of the whole base.
-        predicted: sum of the single KLs, in nats per target.
-        measured: KLs of whole allocations by description; empty with measure=false.
-        choice: the description of this one.
-    """
-
-    storage: dict[str, str]
+    storage: dict[str, str]  # the kind of each linear layer
     quant: QuantConfig
     budget_bytes: float
     size_bytes: int
-    predicted: float
-    measured: dict[str, MeanKl]
-    choice: str = _ALLOCATED
+    predicted: float  # sum of the single KLs, in nats per target
+    measured: dict[str, MeanKl]  # of whole allocations by description; empty with measure=false
+    choice: str = _ALLOCATED  # the description of this one
 
 
 def choose(cfg: RunConfig, options: AllocateOptions, log: Log) -> Allocation:

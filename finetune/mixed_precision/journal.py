@@ -73,29 +73,18 @@ class Journal:
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """The measurements of a model.
+    """The measurements of a model."""
 
-    Attributes:
-        model: as the config names it.
-        shapes: (out, in) of each linear layer, in the model's order.
-        measured: by (name, kind); the name is ALL for all layers at once.
-        made_from: everything that decided the values.
-    """
-
-    model: str
+    model: str  # as the config names it
     kinds: list[str]
     rows: int
-    shapes: dict[str, tuple[int, int]]
-    measured: dict[tuple[str, str], MeanKl]
-    made_from: dict[str, Any]
+    shapes: dict[str, tuple[int, int]]  # (out, in) of each linear layer, in the model's order
+    measured: dict[tuple[str, str], MeanKl]  # by (name, kind); the name is ALL for all layers at once
+    made_from: dict[str, Any]  # everything that decided the values
 
     @property
     def layers(self) -> int:
         return 1 + max(layer_of(name) for name in self.shapes)
-
-    @property
-    def targets(self) -> int:
-        return next(iter(self.measured.values())).tokens
 
     def save(self, folder: Path) -> None:
         """Write sensitivity.json."""

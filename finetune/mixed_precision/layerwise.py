@@ -61,7 +61,7 @@ class LayerwiseModel:
                 source.folder, files, model=cfg, quant=plain, device=device, log=lambda _: None
             )
         self._layer: Any = None
-        self._index = -1
+        self._prefix = ""
         backbone = model.base_model
         self._rotary, self._norm = backbone.rotary_emb, copy.deepcopy(backbone.norm).float()
         weight: Tensor = model.get_output_embeddings().weight
@@ -82,7 +82,7 @@ class LayerwiseModel:
         layer = self.model.base_model.layers[index]
         # All layers share the config.
         self._layer = copy.deepcopy(layer, {id(layer.self_attn.config): layer.self_attn.config}).float()
-        self._index = index
+        self._prefix = f"model.layers.{index}."
         for name in self.linears_of(index):
             if storage.get(name, "none") != "none":
                 self._store(name, storage[name])
@@ -90,12 +90,13 @@ class LayerwiseModel:
     @contextmanager
     def stored(self, name: str, kind: str) -> Iterator[None]:
         """Store a linear layer of the loaded layer as another kind within a `with` block."""
-        before = self._layer.get_submodule(self._short(name))
+        short = name.removeprefix(self._prefix)
+        before = self._layer.get_submodule(short)
         try:
             self._store(name, kind)
             yield
         finally:
-            self._layer.set_submodule(self._short(name), before)
+            self._layer.set_submodule(short, before)
 
     @torch.no_grad()
     def enter(self, batch: Batch) -> DecoderRows:
@@ -131,11 +132,8 @@ class LayerwiseModel:
             states = [self.advance(*pair) for pair in zip(rows, states, strict=True)]
         return [self.leave(*pair) for pair in zip(states, batches, strict=True)]
 
-    def _short(self, name: str) -> str:
-        return name.removeprefix(f"model.layers.{self._index}.")
-
     def _store(self, name: str, kind: str) -> None:
-        short = self._short(name)
+        short = name.removeprefix(self._prefix)
         original: Any = self.model.get_submodule(name)
         if kind == "int8":
             replace_eight_bit_linears(self._layer, [short])

@@ -27,10 +27,11 @@ def write_summary(found: Sensitivities, folder: Path, double: bool, dtype: str) 
 def as_markdown(found: Sensitivities, double: bool, dtype: str) -> str:
     """Format tables by layer and part, and the layers where 16 bits gain most per byte."""
     parts = list(dict.fromkeys(part_of(name) for name in found.shapes))
+    targets = next(iter(found.measured.values())).tokens
     lines = [
         f"# Sensitivity of {found.model}",
         "",
-        f"KL(16 bit || changed) in nats per target token on {found.rows:,} rows ({found.targets:,} targets), computed "
+        f"KL(16 bit || changed) in nats per target token on {found.rows:,} rows ({targets:,} targets), computed "
         "in fp32; ± is one standard error over rows. Each layer alone is stored as in the heading, all others in 16 "
         "bit.",
     ]
