@@ -27,14 +27,10 @@ _SPELLINGS = ({"bf16", "bfloat16"}, {"fp16", "f16", "float16"}, {"fp32", "f32", 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """The input of an exporter.
+    """The input of an exporter."""
 
-    source: a model folder (safetensors, config, tokenizer, chat template); for an adapter, its folder. Read-only.
-    out: an empty folder to fill; it is renamed to `options.out` after the comparison.
-    """
-
-    source: Path
-    out: Path
+    source: Path  # a model folder (safetensors, config, tokenizer, template), or that of an adapter; read-only
+    out: Path  # an empty folder to fill; it is renamed to `options.out` after the comparison
     options: ExportOptions
     log: Log
 

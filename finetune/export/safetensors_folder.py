@@ -41,16 +41,14 @@ PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _BLOCK_ELEMENTS = 1 << 22  # rounded at once
 _ALIGNMENT = 16
 
-# A weight [out, in] -> the stored tensors, by the part of their name after the layer's.
-Quantize = Callable[[Tensor], dict[str, Tensor]]
-
 
 @dataclass(frozen=True)
 class Storage:
     """The storage of a number type."""
 
     dtype: torch.dtype  # of everything that is not quantized
-    quantize: Quantize | None = None
+    # A weight [out, in] -> the stored tensors, by the part of their name after the layer's.
+    quantize: Callable[[Tensor], dict[str, Tensor]] | None = None
     settings: dict[str, Any] | None = None  # quantization_config of config.json
 
 
@@ -187,8 +185,13 @@ def _write_weights(request: ExportRequest, storage: Storage, quantized: list[str
                     parts[layer + key] = stored = _append(stream, scratch, tensor)
                     plan.append(Planned(layer + key, stored.dtype, stored.shape))
     shards = plan_shards(sorted(plan, key=lambda planned: planned.name), limit_bytes)
+
+    def content(planned: Planned) -> Content:
+        stored = parts[planned.name]
+        return stored if stored.dtype == planned.dtype else _rounded(planned, stored)
+
     for file, members in shards.items():
-        write_shard(request.out / file, members, lambda planned: _content(planned, parts[planned.name]), lambda _: None)
+        write_shard(request.out / file, members, content, lambda _: None)
     write_index(request.out, shards)
     scratch.unlink(missing_ok=True)
     weights.check_unchanged()
@@ -201,10 +204,6 @@ def _append(stream: IO[bytes], file: Path, tensor: Tensor) -> Stored:
     stored = Stored(file, stream.tell(), tensor.dtype, tuple(tensor.shape))
     stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return stored
-
-
-def _content(planned: Planned, stored: Stored) -> Content:
-    return stored if stored.dtype == planned.dtype else _rounded(planned, stored)
 
 
 def _rounded(planned: Planned, stored: Stored) -> Iterator[Tensor]:

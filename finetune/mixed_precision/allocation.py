@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -68,15 +69,14 @@ class Choices:
         These are uniform storage, and the largest number of outer layers in more bits.
         """
         found = {f"all {kind}": self.uniform(kind) for kind in self.kinds}
-        for place, inner in enumerate(self.kinds):
-            for outer in self.kinds[place + 1 :]:
-                # As many layers at the front as at the back, or one more.
-                for count in range(self.layers - 1, 0, -1):
-                    first, last = (count + 1) // 2, count // 2
-                    storage = self.outer(outer, inner, first, last)
-                    if self.bytes_of(storage) <= budget_bytes:
-                        found[f"first {first} and last {last} layers {outer}, others {inner}"] = storage
-                        break
+        for inner, outer in combinations(self.kinds, 2):
+            # As many layers at the front as at the back, or one more.
+            for count in range(self.layers - 1, 0, -1):
+                first, last = (count + 1) // 2, count // 2
+                storage = self.outer(outer, inner, first, last)
+                if self.bytes_of(storage) <= budget_bytes:
+                    found[f"first {first} and last {last} layers {outer}, others {inner}"] = storage
+                    break
         return {name: storage for name, storage in found.items() if self.bytes_of(storage) <= budget_bytes}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from finetune.export.adapter_folder import merge_reasons
 from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.gguf.file import PlannedTensor, start_writer, write_file
-from finetune.export.gguf.names import linear_name
+from finetune.export.gguf.qwen2 import linear_name
 from finetune.export.gguf.types import TYPES
 from finetune.models.adapters.files import PREFIX, SavedAdapter, fetch_adapter, scaling_of
 from finetune.system.errors import ConfigError

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.export.exporter import ExportRequest
-from finetune.export.gguf.names import ARCHITECTURE, EMBEDDING, HEAD
+from finetune.export.gguf.qwen2 import ARCHITECTURE, EMBEDDING, HEAD
 from finetune.export.gguf.types import NumberType, decode, encode, gguf_package, storage_type
 from finetune.system.errors import IntegrityError
 from finetune.system.format import format_bytes

@@ -13,8 +13,7 @@ from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.gguf.adapter import write_adapter
 from finetune.export.gguf.check import check_model
 from finetune.export.gguf.file import PlannedTensor, start_writer, write_file
-from finetune.export.gguf.names import ARCHITECTURE, check_tensors, settings, tensor_names
-from finetune.export.gguf.tokenizer import UNUSED, read_vocabulary
+from finetune.export.gguf.qwen2 import ARCHITECTURE, UNUSED, check_tensors, read_vocabulary, settings, tensor_names
 from finetune.export.gguf.types import TYPES, NumberType, gguf_package
 from finetune.models.hub import weight_files
 from finetune.models.safetensors_index import WeightFiles, read_rows

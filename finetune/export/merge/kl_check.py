@@ -17,7 +17,7 @@ import torch
 
 from finetune.config.command_options import KlCheckOptions
 from finetune.config.compose import saved_config
-from finetune.config.schema import DataConfig, Dtype, ModelConfig, RunConfig
+from finetune.config.schema import DataConfig, Dtype, ModelConfig
 from finetune.data.batch import Batch, build_batch, groups_of
 from finetune.data.documents import Document
 from finetune.data.loader import load_data
@@ -96,9 +96,14 @@ def held_out_set(trained: Trained, adapter: SavedAdapter, options: KlCheckOption
     cfg = saved_config(adapter.folder)
     if options.num_examples == 0 or (options.data is None and not (cfg and (cfg.data.eval or cfg.data.held_out))):
         return None
+    sources = options.data or (cfg.data.eval if cfg is not None else [])
+    changes: dict[str, Any] = {"stream_rows": None, "chat_template": None}
+    if sources:  # The training data may be gone.
+        changes |= {"train": sources, "eval": [], "held_out": 0.0}
+    section = DataConfig(train=sources) if cfg is None else cfg.data.model_copy(update=changes)
     tokenizer = load_adapter_tokenizer(trained.model, adapter.folder)
     try:
-        data = load_data(Preparation(_data_config(cfg, options), ChatTemplate(tokenizer)))
+        data = load_data(Preparation(section, ChatTemplate(tokenizer)))
     except DataError as error:
         raise ConfigError(
             f"adapter={adapter.name}: its held-out examples cannot be read: {error}\n"
@@ -106,17 +111,6 @@ def held_out_set(trained: Trained, adapter: SavedAdapter, options: KlCheckOption
         ) from error
     source = (data.eval or data.train)[0]
     return HeldOutSet(adapter, source.name, source.documents[: options.num_examples], len(tokenizer))
-
-
-def _data_config(cfg: RunConfig | None, options: KlCheckOptions) -> DataConfig:
-    """Return the run's data section without what the check does not read."""
-    sources = options.data or (cfg.data.eval if cfg is not None else [])
-    if cfg is None:
-        return DataConfig(train=sources)
-    changes: dict[str, Any] = {"stream_rows": None, "chat_template": None}
-    if sources:  # The training data may be gone.
-        changes |= {"train": sources, "eval": [], "held_out": 0.0}
-    return cfg.data.model_copy(update=changes)
 
 
 def measure_trained(trained: Trained, held_out: HeldOutSet) -> Reference:

@@ -199,30 +199,28 @@ def merged_card(trained: Trained, report: MergeReport) -> str:
         base=trained.model.name,
         revision=f" at revision `{trained.model.revision}`" if trained.model.revision else "",
         version=__version__,
-        facts="\n".join(f"| {key} | {value} |" for key, value in _facts(trained, report)),
+        facts="\n".join(f"| {key} | {value} |" for key, value in _facts(trained, report).items()),
     )
     return card + _SETTINGS.format(yaml=to_yaml(trained.cfg).strip()) if trained.cfg else card
 
 
-def _facts(trained: Trained, report: MergeReport) -> list[tuple[str, str]]:
+def _facts(trained: Trained, report: MergeReport) -> dict[str, str]:
     into = {"original": "the original weights", "dequantized": f"the dequantized {trained.quant.type} weights"}
-    weights = [f"{name} × {weight:g}" for name, weight in zip(report.adapters, report.weights, strict=True)]
-    facts = [
-        ("adapter", ", ".join(f"`{name}`" for name in (weights if len(weights) > 1 else report.adapters))),
-        ("merged into", f"{into[report.base]}: {report.reason}"),
-        ("dtype", report.dtype),
-        ("tensors changed", f"{report.changed} of {report.tensors}"),
-    ]
-    if len(weights) > 1:
-        facts.append(("combination", report.combination))
+    several = len(report.adapters) > 1
+    weights = zip(report.adapters, report.weights, strict=True)
+    facts = {
+        "adapter": ", ".join(f"`{name} × {weight:g}`" if several else f"`{name}`" for name, weight in weights),
+        "merged into": f"{into[report.base]}: {report.reason}",
+        "dtype": report.dtype,
+        "tensors changed": f"{report.changed} of {report.tensors}",
+    }
+    if several:
+        facts["combination"] = report.combination
     if trained.cfg is not None:
-        facts.append(("trained on", ", ".join(f"`{Path(source.path).name}`" for source in trained.cfg.data.train)))
+        facts["trained on"] = ", ".join(f"`{Path(source.path).name}`" for source in trained.cfg.data.train)
     for check in report.kl_checks:
         of = f" ({check.adapter})" if len(report.kl_checks) > 1 else ""
-        perplexity = f"{check.perplexity_trained:.4f} trained, {check.perplexity_merged:.4f} merged"
-        facts += [
-            (f"KL(trained, merged){of}", f"{check.kl:.6f} nats per token, {check.tokens:,} held-out tokens"),
-            (f"same top token{of}", f"{check.top1:.2%}"),
-            (f"perplexity{of}", perplexity),
-        ]
+        facts[f"KL(trained, merged){of}"] = f"{check.kl:.6f} nats per token, {check.tokens:,} held-out tokens"
+        facts[f"same top token{of}"] = f"{check.top1:.2%}"
+        facts[f"perplexity{of}"] = f"{check.perplexity_trained:.4f} trained, {check.perplexity_merged:.4f} merged"
     return facts

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.export.gguf.check import llama_logits, open_llama
 from finetune.export.gguf.model import write as to_gguf
-from finetune.export.gguf.names import linear_name
+from finetune.export.gguf.qwen2 import linear_name
 from finetune.system.errors import ConfigError, IntegrityError
 from tests.unit.export.gguf.models import request
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.config.command_options import ExportOptions
 from finetune.export.export import export_model
 from finetune.export.gguf import file as gguf_file
-from finetune.export.gguf import names as gguf_names
+from finetune.export.gguf import qwen2 as gguf_qwen2
 from finetune.export.gguf.check import llama_logits, open_llama
 from finetune.export.gguf.model import write as to_gguf
 from finetune.export.gguf.types import TYPES
@@ -237,7 +237,7 @@ def test_a_changed_byte_is_found(tiny: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_swapped_tensors_are_found(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    swapped = gguf_names.LINEAR | {"mlp.gate_proj": "ffn_up", "mlp.up_proj": "ffn_gate"}
-    monkeypatch.setattr(gguf_names, "LINEAR", swapped)
+    swapped = gguf_qwen2.LINEAR | {"mlp.gate_proj": "ffn_up", "mlp.up_proj": "ffn_gate"}
+    monkeypatch.setattr(gguf_qwen2, "LINEAR", swapped)
     with pytest.raises(IntegrityError):
         to_gguf(request(tiny, tmp_path / "out", type="f32"))

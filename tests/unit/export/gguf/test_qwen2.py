@@ -17,7 +17,7 @@ from finetune.export.gguf.check import (
     sample_texts,
 )
 from finetune.export.gguf.model import write as to_gguf
-from finetune.export.gguf.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
+from finetune.export.gguf.qwen2 import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
 from finetune.export.verify import require_same_ids
 from finetune.system.errors import ConfigError, IntegrityError
 from tests.unit.export.gguf.models import TOKENIZER_FILES, request, save_model
