@@ -27,7 +27,7 @@ from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.merge.merge import REPORT
 from finetune.export.shards import Content, Planned, plan_shards, write_index, write_shard
 from finetune.export.staging import MODEL_COPIES, copy_files
-from finetune.export.verify import OFFLINE, Reader, compare, source_answers
+from finetune.export.verify import OFFLINE, Reader, compare, read_settings, source_answers
 from finetune.models.hub import read_config, read_tensor, weight_files
 from finetune.models.load import quiet
 from finetune.models.quant.four_bit import build_skeleton, quantize, quantizing_workers
@@ -68,7 +68,9 @@ def write(request: ExportRequest) -> Exported:
     config = dict(read_config(request.source, str(request.source)))
     skeleton = build_skeleton(request.source, torch.bfloat16, "eager")
     head = head_name(skeleton)
-    kept = _kept_in_training(request.source, kind)
+    # Layers that the run of a merged adapter stored in more bits than this type.
+    more = {} if kind in PLAIN else read_settings(request.source, REPORT).get("kept", {})
+    kept = sorted([*more.get("none", []), *(more.get("int8", []) if kind == "nf4" else [])])
     storage = TYPES[kind]([head, *kept])
     blocks = [name for name in linear_names(skeleton) if name not in {head, *kept}]
     quantized = [f"{name}.weight" for name in blocks] if storage.quantize else []
@@ -97,15 +99,6 @@ def write(request: ExportRequest) -> Exported:
     out = Path(request.options.out)
     serve = f"vllm serve {shlex.quote(str(out))} --served-model-name {shlex.quote(out.resolve().name)}"
     return Exported(checks, [serve], notes)
-
-
-def _kept_in_training(source: Path, kind: str) -> list[str]:
-    """Return the linear layers that the run of a merged adapter stored in more bits than this type."""
-    file = source / REPORT
-    if kind in PLAIN or not file.is_file():
-        return []
-    kept = json.loads(file.read_text(encoding="utf-8")).get("kept", {})
-    return sorted([*kept.get("none", []), *(kept.get("int8", []) if kind == "nf4" else [])])
 
 
 def _nf4(kept: Sequence[str]) -> Storage:

@@ -124,15 +124,13 @@ class Sensitivities:
             for module in content["modules"]:
                 measured |= {(module["name"], kind): MeanKl(**mean) for kind, mean in module["measured"].items()}
                 shapes[module["name"]] = (int(module["shape"][0]), int(module["shape"][1]))
-            kept = content.get("mode") == "keep"
-            found = Sensitivities(
-                content["model"], content["kinds"], content["rows"], shapes, measured, content["made_from"]
-            )
+            if content.get("mode") == "keep":
+                removed = "measured with mode=keep, which was removed"
+                raise ConfigError(f"sensitivity={folder}: {removed}\nhelp: measure again")
+            made_from = content["made_from"]
+            return Sensitivities(content["model"], content["kinds"], content["rows"], shapes, measured, made_from)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise IntegrityError(f"{file}: corrupt ({error})\nhelp: remove it and measure again") from error
-        if kept:
-            raise ConfigError(f"sensitivity={folder}: measured with mode=keep, which was removed\nhelp: measure again")
-        return found
 
 
 def layer_of(name: str) -> int:

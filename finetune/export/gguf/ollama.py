@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from finetune.data.template.sandbox import Renderer
@@ -74,7 +73,12 @@ def write(request: ExportRequest) -> Exported:
     settings = read_settings(request.source, "generation_config.json")
     gguf = model.write(request)
     lines = [f"FROM ./{gguf.notes['file']}", f'TEMPLATE """{template}"""']
-    lines += [f'PARAMETER stop "{token}"' for token in _stop_tokens(request.source, tokenizer, settings)]
+    ids = settings.get("eos_token_id")
+    if ids is None:
+        ids = read_settings(request.source, "config.json").get("eos_token_id")
+    tokens = [tokenizer.convert_ids_to_tokens(id) for id in (ids if isinstance(ids, list) else [ids]) if id is not None]
+    stops = dict.fromkeys(token for token in (*tokens, tokenizer.eos_token, "<|im_end|>") if token)
+    lines += [f'PARAMETER stop "{token}"' for token in stops]
     lines += [f"PARAMETER {name} {value}" for name, value in _sampling(settings).items()]
     (request.out / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     name = model_name(request).lower()
@@ -128,15 +132,6 @@ def _default_system(source: str, tokenizer: Any) -> str | None:
                     f"found {found[:300]!r}\n{_HELP}"
                 )
     return default
-
-
-def _stop_tokens(folder: Path, tokenizer: Any, settings: dict[str, Any]) -> list[str]:
-    ids = settings.get("eos_token_id")
-    if ids is None:
-        ids = read_settings(folder, "config.json").get("eos_token_id")
-    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    tokens = [tokenizer.convert_ids_to_tokens(id) for id in listed] + [tokenizer.eos_token, "<|im_end|>"]
-    return list(dict.fromkeys(token for token in tokens if token))
 
 
 def _sampling(settings: dict[str, Any]) -> dict[str, str]:

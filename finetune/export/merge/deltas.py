@@ -15,6 +15,7 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
+from finetune.config.command_options import MergeOptions
 from finetune.models.adapters.files import PREFIX, SavedAdapter, other_base, other_updates, scaling_of, token_ids
 from finetune.models.safetensors_index import Stored
 from finetune.system.errors import ConfigError
@@ -143,18 +144,18 @@ def _update(delta: Delta, block: Tensor, start: int) -> Tensor:
 
 
 def combine_deltas(
-    parts: Sequence[dict[str, Delta]], weights: Sequence[float], combination: str, density: float, seed: int
+    parts: Sequence[dict[str, Delta]], weights: Sequence[float], options: MergeOptions
 ) -> dict[str, Delta]:
     """Combine the deltas of several adapters, by tensor; an adapter without a delta of a tensor adds nothing to it."""
     if len(parts) == 1 and weights[0] == 1.0:
         return parts[0]
-    combine = None if combination == "linear" else getattr(merge_utils, combination)
+    combine = None if options.combination == "linear" else getattr(merge_utils, options.combination)
     combined: dict[str, Delta] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         own = [(part[name], weight) for part, weight in zip(parts, weights, strict=True) if name in part]
         # One seed for each tensor, independent of the other tensors.
-        tensor_seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "little")
-        combined[name] = Combined(own, combine, density, tensor_seed)
+        tensor_seed = int.from_bytes(hashlib.sha256(f"{options.seed}:{name}".encode()).digest()[:6], "little")
+        combined[name] = Combined(own, combine, options.density or 1.0, tensor_seed)
     return combined
 
 

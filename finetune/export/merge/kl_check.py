@@ -46,21 +46,14 @@ class HeldOutSet:
 
 @dataclass(frozen=True)
 class Reference:
-    """The outputs of a trained model on its held-out set, in the order of its batches."""
+    """A teacher that returns the outputs of a trained model on its held-out set once, batch by batch."""
 
     held_out: HeldOutSet
-    outputs: list[TeacherHidden]
+    outputs: Iterator[TeacherHidden]
     scored: Perplexity
 
-
-class _Replay:
-    """A teacher that returns the outputs of a reference for the same batches in the same order."""
-
-    def __init__(self, reference: Reference):
-        self._next = iter(reference.outputs)
-
     def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherHidden]:
-        return islice(self._next, len(batches))
+        return islice(self.outputs, len(batches))
 
 
 @dataclass(frozen=True)
@@ -122,7 +115,7 @@ def measure_trained(trained: Trained, held_out: HeldOutSet) -> Reference:
     documents = held_out.documents
     batches = [build_batch(group, share_prefixes=True) for group in groups_of(documents, EVALUATION_TOKENS)]
     outputs = list(teacher.targets_for(batches))
-    reference = Reference(held_out, outputs, evaluate(model, documents, limit_tokens=EVALUATION_TOKENS))
+    reference = Reference(held_out, iter(outputs), evaluate(model, documents, limit_tokens=EVALUATION_TOKENS))
     del model, teacher
     gc.collect()
     return reference
@@ -135,10 +128,9 @@ def measure_merged(folder: Path, dtype: Dtype, references: Sequence[Reference]) 
     checks = []
     for reference in references:
         held_out = reference.held_out
-        found = agreement(
-            model, _Replay(reference), held_out.documents, held_out.vocabulary, limit_tokens=EVALUATION_TOKENS
-        )
-        merged = evaluate(model, held_out.documents, limit_tokens=EVALUATION_TOKENS)
+        documents = held_out.documents
+        found = agreement(model, reference, documents, held_out.vocabulary, limit_tokens=EVALUATION_TOKENS)
+        merged = evaluate(model, documents, limit_tokens=EVALUATION_TOKENS)
         checks.append(
             KlCheck(
                 adapter=held_out.adapter.name,

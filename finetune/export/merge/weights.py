@@ -73,7 +73,7 @@ def plan_merge(trained: Trained, base: str, options: MergeOptions, log: Log) -> 
     tied = bool(read_config(trained.folder, trained.model.name).get("tie_word_embeddings")) and HEAD not in stored
     named = {**stored, HEAD: stored[EMBEDDING]} if tied else stored
     parts = [read_deltas(adapter, named) for adapter in trained.adapters]
-    deltas = combine_deltas(parts, weights, options.combination, options.density or 1.0, options.seed)
+    deltas = combine_deltas(parts, weights, options)
     unties = untie(deltas, tied)
     if unties:
         stored[HEAD] = stored[EMBEDDING]
@@ -84,20 +84,15 @@ def plan_merge(trained: Trained, base: str, options: MergeOptions, log: Log) -> 
             quantized = QuantizedWeights(
                 trained.folder, trained.files, model=model, quant=quant, device=device, log=log
             )
-    return MergePlan(_planned(stored, deltas, options.dtype), stored, deltas, quantized, unties)
-
-
-def _planned(stored: dict[str, Stored], deltas: dict[str, Delta], dtype: str) -> list[Planned]:
     rows = {name: source.shape[0] for name, source in stored.items()}
     for name in deltas.keys() & rows.keys():
         rows[name] = max(rows[name], deltas[name].rows or 0)
     # The head and the embedding keep the same number of rows.
     tables = rows.keys() & {EMBEDDING, HEAD}
     rows |= dict.fromkeys(tables, max(rows[name] for name in tables))
-    return [
-        Planned(name, source.dtype if dtype == "auto" else getattr(torch, dtype), (rows[name], *source.shape[1:]))
-        for name, source in stored.items()
-    ]
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    tensors = [Planned(name, dtype or source.dtype, (rows[name], *source.shape[1:])) for name, source in stored.items()]
+    return MergePlan(tensors, stored, deltas, quantized, unties)
 
 
 def content_of(plan: MergePlan, tensor: Planned) -> Content:
