@@ -16,6 +16,9 @@ SLOW: dict[str, str] = {
     ),
     "tests/integration/test_mixed_precision.py": "tests/unit/mixed_precision/test_choose.py",
     "tests/integration/test_tiny_base.py": "tests/unit/test_sample_data.py",
+    "tests/unit/migration/test_migrate.py::test_the_written_config_trains_a_step": (
+        "tests/unit/migration/test_migrate.py::test_a_config_becomes_the_same_training"
+    ),
     "tests/integration/test_sweep.py": "tests/unit/sweep/test_sweep.py",
     "tests/parity/test_training_curve.py": "tests/parity/test_fused_layers.py",
     "tests/equivalence/test_resume.py::test_kills_at_random_moments_give_the_same_adapter_and_metrics[10-40]": (
