@@ -63,7 +63,7 @@ class Exporter:
     types: Mapping[str, float]  # number types with the bytes of a weight on the disk during the export, default first
     adapter_types: tuple[str, ...] = ()  # of an adapter alone (merge=false); none if the format cannot hold one
     merges: bool = True  # False for a format of adapters only
-    advice: str = "choose one of these"  # for a number type that the format does not have
+    advice: str = "set type to one of these"  # for a number type that the format does not have
 
     def number_type(self, options: ExportOptions) -> str:
         """Return `options.type` in the format's own spelling, or the default; raise ConfigError for an unknown one."""

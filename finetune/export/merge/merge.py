@@ -193,18 +193,6 @@ def merged_card(trained: Trained, report: MergeReport) -> str:
     metadata = ["library_name: transformers", "pipeline_tag: text-generation"]
     if not Path(trained.model.name).exists():
         metadata += [f"base_model: {trained.model.name}", "base_model_relation: finetune"]
-    card = _CARD.format(
-        metadata="\n".join(metadata),
-        name=trained.cfg.name if trained.cfg is not None else Path(report.adapters[0]).name,
-        base=trained.model.name,
-        revision=f" at revision `{trained.model.revision}`" if trained.model.revision else "",
-        version=__version__,
-        facts="\n".join(f"| {key} | {value} |" for key, value in _facts(trained, report).items()),
-    )
-    return card + _SETTINGS.format(yaml=to_yaml(trained.cfg).strip()) if trained.cfg else card
-
-
-def _facts(trained: Trained, report: MergeReport) -> dict[str, str]:
     into = {"original": "the original weights", "dequantized": f"the dequantized {trained.quant.type} weights"}
     several = len(report.adapters) > 1
     weights = zip(report.adapters, report.weights, strict=True)
@@ -223,4 +211,12 @@ def _facts(trained: Trained, report: MergeReport) -> dict[str, str]:
         facts[f"KL(trained, merged){of}"] = f"{check.kl:.6f} nats per token, {check.tokens:,} held-out tokens"
         facts[f"same top token{of}"] = f"{check.top1:.2%}"
         facts[f"perplexity{of}"] = f"{check.perplexity_trained:.4f} trained, {check.perplexity_merged:.4f} merged"
-    return facts
+    card = _CARD.format(
+        metadata="\n".join(metadata),
+        name=trained.cfg.name if trained.cfg is not None else Path(report.adapters[0]).name,
+        base=trained.model.name,
+        revision=f" at revision `{trained.model.revision}`" if trained.model.revision else "",
+        version=__version__,
+        facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+    )
+    return card + _SETTINGS.format(yaml=to_yaml(trained.cfg).strip()) if trained.cfg else card
