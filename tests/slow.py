@@ -19,6 +19,9 @@ SLOW: dict[str, str] = {
     "tests/unit/migration/test_migrate.py::test_the_written_config_trains_a_step": (
         "tests/unit/migration/test_migrate.py::test_a_config_becomes_the_same_training"
     ),
+    "tests/unit/planning/test_starter.py::test_the_config_of_any_file_trains_a_step": (
+        "tests/unit/planning/test_starter.py::test_the_config_of_any_file_loads_and_fits"
+    ),
     "tests/integration/test_sweep.py": "tests/unit/sweep/test_sweep.py",
     "tests/parity/test_training_curve.py": "tests/parity/test_fused_layers.py",
     "tests/equivalence/test_resume.py::test_kills_at_random_moments_give_the_same_adapter_and_metrics[10-40]": (

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Each name with its summary; the module of `data convert` is finetune.commands.data_convert.
 COMMANDS = {
     "train": "fine-tune a model as a config describes",
+    "init": "write a first config for a dataset and this machine",
     "migrate": "write a config from one of Axolotl, LLaMA-Factory, ms-swift, TRL or Unsloth",
     "data": "report on the rows of a config",
     "data convert": "write rows of any format as messages",

@@ -53,6 +53,15 @@ class ConvertOptions(SourceConfig):
     max_bad_share: Share = Field(0.05, description="Share of skipped rows above which nothing is written.")
 
 
+class InitOptions(SourceConfig):
+    """`finetune init`: the keys of an item of data.train, and what to plan for."""
+
+    path: Text = Field("", description="The dataset; the word without a key.")  # type: ignore[assignment]
+    out: Text = Field("finetune.yaml", description="Config to write; it must not exist.")
+    model: Text | None = Field(None, description="Option of the group model; null: the largest up to 7B that fits.")
+    gpu_gb: Positive | None = Field(None, description="Plan for a GPU with this much free memory; null: this machine.")
+
+
 class MigrateOptions(Section):
     """`finetune migrate`."""
 

@@ -49,7 +49,7 @@ _ASSUMED_REST = {"cpu": 0.5, "cuda": 0.2}
 _ASSUMED_DEQUANTIZED, _ASSUMED_PASS = 200.0, {"cuda": 1e10, "cpu": 1e8}
 _LAYOUT = 2
 # Bytes of a text file per token: English chat rows in JSON with Qwen2.5's vocabulary (GSM8K: 4.3).
-_BYTES_PER_TOKEN = 4.3
+BYTES_PER_TOKEN = 4.3
 _TEXT_FILES = (".jsonl", ".json", ".csv")
 
 
@@ -136,7 +136,7 @@ def _tokens_in_files(inputs: PlanInputs) -> int | None:
         file = Path(source.path).expanduser()
         if not file.is_file() or file.suffix not in _TEXT_FILES or source.limit is not None:
             return None
-        total += file.stat().st_size / _BYTES_PER_TOKEN * source.weight
+        total += file.stat().st_size / BYTES_PER_TOKEN * source.weight
     return round(total)
 
 

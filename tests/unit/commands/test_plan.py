@@ -53,7 +53,7 @@ def test_the_overrides_of_auto_give_a_run_that_fits(capsys):
 def test_the_table_has_every_size_and_budget(capsys):
     code, lengths = plan(capsys, "table=true")
     assert code == 0 and list(lengths) == ["0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"]
-    assert list(lengths["7B"]) == ["8", "12", "16", "24", "48", "80"]
+    assert list(lengths["7B"]) == ["8", "12", "16", "24", "48", "80", "141"]
     assert main(["plan", "table=true"]) == 0
     text = capsys.readouterr().out
     assert f"{lengths['7B']['24']:,}" in text and "\x1b" not in text and "base=nf4" in text
