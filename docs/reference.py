@@ -7,11 +7,18 @@ from mkdocs.structure.files import File, Files
 
 from finetune.commands.base import COMMANDS, load_command
 from finetune.config.keys import allowed, default_of, is_section, schema_fields
+from finetune.config.peers import PEERS, REFUSED
+from finetune.migration.settings import RULES, UNNEEDED
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages to the site (a hook of mkdocs)."""
-    for path, write in {"reference/settings.md": settings_page, "reference/commands.md": commands_page}.items():
+    pages = {
+        "reference/settings.md": settings_page,
+        "reference/commands.md": commands_page,
+        "reference/migration.md": migration_page,
+    }
+    for path, write in pages.items():
         files.append(File.generated(config, path, content=write()))
     return files
 
@@ -60,6 +67,48 @@ def _code(text: str) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def migration_page() -> str:
+    """Return the page with our setting for each setting of other frameworks."""
+    lines = [
+        "# Coming from Axolotl, LLaMA-Factory, ms-swift, TRL or Unsloth",
+        "",
+        "```bash",
+        "finetune migrate qlora.yml out=mine.yaml      # YAML, JSON, or a shell script with swift sft or trl sft",
+        "finetune data config=mine.yaml show=3",
+        "finetune train config=mine.yaml",
+        "```",
+        "",
+        "The command writes a config of the same training. Settings that a file leaves out get the default of its",
+        "framework. What has no counterpart is printed, and listed at the top of the new file.",
+        "",
+        "## Settings",
+        "",
+        "| here | there |",
+        "|---|---|",
+    ]
+    theirs: dict[str, set[str]] = {}
+    for name, key in PEERS.items():
+        theirs.setdefault(key, set()).add(name)
+    for name, rule in RULES.items():
+        if rule.key:
+            theirs.setdefault(rule.key, set()).add(name)
+    known = list(schema_fields())
+    for key in sorted(theirs, key=lambda key: (_order(key, known), key)):
+        lines.append(f"| `{_cell(key)}` | {', '.join(f'`{_cell(name)}`' for name in sorted(theirs[key]))} |")
+    lines += ["", "## Not needed", "", ", ".join(f"`{name}`" for name in sorted(UNNEEDED)) + "."]
+    lines += ["", "## Without a counterpart", "", "| there | reason |", "|---|---|"]
+    reasons: dict[str, list[str]] = {}
+    for name, why in REFUSED.items():
+        reasons.setdefault(why, []).append(f"`{name}`")
+    lines += [f"| {', '.join(names)} | {_cell(why)} |" for why, names in reasons.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _order(key: str, known: list[str]) -> int:
+    plain = key.partition("=")[0].partition(" ")[0].strip(",;")
+    return known.index(plain) if plain in known else len(known)
 
 
 def commands_page() -> str:

@@ -14,6 +14,8 @@ import yaml
 
 from finetune.commands.base import COMMANDS, load_command
 from finetune.config.keys import find, is_section, schema_fields
+from finetune.config.peers import PEERS, REFUSED
+from finetune.migration.settings import RULES, UNNEEDED
 from finetune.system.arguments import parse_arguments
 from finetune.system.resources import packaged
 
@@ -94,8 +96,14 @@ def test_the_commands_page_has_what_help_prints(reference):
         assert load_command(name).help().splitlines()[0] in page
 
 
+def test_the_migration_page_has_every_name(reference):
+    page = reference.migration_page()
+    missing = [name for name in [*PEERS, *RULES, *REFUSED, *UNNEEDED] if f"`{name}`" not in page]
+    assert [name for name in missing if not (name in RULES and not RULES[name].key)] == []
+
+
 def test_the_site_leads_to_every_page():
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     listed = set(re.findall(r"[\w/-]+\.md", str(site["nav"])))
     written = {file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs").rglob("*.md")}
-    assert listed - {"reference/settings.md", "reference/commands.md"} == written
+    assert listed - {"reference/settings.md", "reference/commands.md", "reference/migration.md"} == written
