@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+import finetune
 from finetune.commands.base import COMMANDS, load_command
 from finetune.config.keys import allowed, default_of, is_section, schema_fields
 from finetune.config.peers import PEERS, REFUSED
@@ -17,6 +20,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/settings.md": settings_page,
         "reference/commands.md": commands_page,
         "reference/migration.md": migration_page,
+        "reference/api.md": api_page,
     }
     for path, write in pages.items():
         files.append(File.generated(config, path, content=write()))
@@ -103,6 +107,16 @@ def migration_page() -> str:
     for name, why in REFUSED.items():
         reasons.setdefault(why, []).append(f"`{name}`")
     lines += [f"| {', '.join(names)} | {_cell(why)} |" for why, names in reasons.items()]
+    return "\n".join(lines) + "\n"
+
+
+def api_page() -> str:
+    """Return the page with the signature and docstring of every public name."""
+    lines = ["# Python API", "", "`import finetune` loads no torch; each name is loaded on first use."]
+    for name in finetune.__all__:
+        if callable(thing := getattr(finetune, name)):
+            text = inspect.getdoc(thing) or ""
+            lines += ["", f"## {name}", "", "```text", f"{name}{inspect.signature(thing)}", "", text, "```"]
     return "\n".join(lines) + "\n"
 
 

@@ -19,7 +19,7 @@ def packaged_configs() -> list[str]:
     return sorted(file.name for file in packaged("configs").glob("*.yaml"))
 
 
-def cache_home(kind: Literal["tokens", "quantized", "rates"]) -> Path:
+def cache_home(kind: Literal["tokens", "quantized", "rates", "rows"]) -> Path:
     """Return $FINETUNE_CACHE/kind, else $XDG_CACHE_HOME/finetune/kind, else ~/.cache/finetune/kind."""
     base = os.environ.get("FINETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "finetune"
     return Path(base).expanduser() / kind

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
-from finetune.config.schema import RunConfig
+from finetune.config.schema import RunConfig, SourceConfig
 from finetune.data import loader
 from finetune.data.packing import MapSampler, Sampler, SequenceOrder
+from finetune.data.sources.memory import write_rows
 from finetune.data.stream import StreamingSampler
 from finetune.data.template.chat import advice_on_end_token
 from finetune.data.tokens.prepare import Preparation, console_progress
@@ -60,8 +63,12 @@ from finetune.training.summary import describe_result, model_card
 from finetune.training.track import SilentTracker, Tracker
 
 
-def train(cfg: RunConfig) -> RunResult:
+def train(cfg: RunConfig, rows: Iterable[Mapping[str, Any]] | None = None) -> RunResult:
     """Run one config from its files to a saved, verified adapter, or continue it as `train.resume` allows.
+
+    Args:
+        cfg: from `load_config`.
+        rows: training examples in memory (a list of mappings, a Dataset, a DataFrame), in place of data.train.
 
     Returns:
         The content of result.json.
@@ -70,6 +77,9 @@ def train(cfg: RunConfig) -> RunResult:
         InputError: the config or the data is wrong; wherever possible, before any weight is loaded.
         Interrupted: SIGTERM or Ctrl+C stopped the run, and its checkpoint is saved.
     """
+    if rows is not None:
+        source = SourceConfig(path=str(write_rows(rows)), name="rows")
+        cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": [source]})})
     # cpu=True makes accelerate start ranks over gloo; otherwise torchrun on CPU gives each process a single rank.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     if cfg.train.world_size not in (None, accelerator.num_processes):

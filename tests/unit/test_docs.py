@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import yaml
 
+import finetune
 from finetune.commands.base import COMMANDS, load_command
 from finetune.config.keys import find, is_section, schema_fields
 from finetune.config.peers import PEERS, REFUSED
@@ -96,6 +97,12 @@ def test_the_commands_page_has_what_help_prints(reference):
         assert load_command(name).help().splitlines()[0] in page
 
 
+def test_the_api_page_documents_every_public_name(reference):
+    page = reference.api_page()
+    assert [name for name in finetune.__all__ if name != "__version__" and f"\n## {name}\n" not in page] == []
+    assert "rows: training examples in memory" in page
+
+
 def test_the_migration_page_has_every_name(reference):
     page = reference.migration_page()
     missing = [name for name in [*PEERS, *RULES, *REFUSED, *UNNEEDED] if f"`{name}`" not in page]
@@ -106,4 +113,7 @@ def test_the_site_leads_to_every_page():
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     listed = set(re.findall(r"[\w/-]+\.md", str(site["nav"])))
     written = {file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs").rglob("*.md")}
-    assert listed - {"reference/settings.md", "reference/commands.md", "reference/migration.md"} == written
+    assert (
+        listed - {"reference/settings.md", "reference/commands.md", "reference/migration.md", "reference/api.md"}
+        == written
+    )
