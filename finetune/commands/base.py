@@ -32,6 +32,7 @@ COMMANDS = {
     "merge": "add an adapter to the weights of its base",
     "export": "write a model for llama.cpp, Ollama, ONNX Runtime or a server",
     "report": "draw the report of a run again",
+    "watch": "serve the report of a run while it trains",
     "compare": "show runs side by side: settings, metrics, curves",
     "sweep": "train with every combination of settings, or search for the best",
     "chat": "chat with a base model or a trained adapter",

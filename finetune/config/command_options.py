@@ -149,6 +149,13 @@ class EvalOptions(Section):
     out: Text | None = Field(None, description="Folder for gap.json, gap.md and gap.png; null: the adapter's run.")
 
 
+class WatchOptions(Section):
+    """`finetune watch`."""
+
+    port: Annotated[int, Field(ge=0, lt=2**16)] = Field(8765, description="Port on this machine; 0: any free one.")
+    every: Count = Field(10, description="Seconds after which a browser loads the page again, while the run goes on.")
+
+
 class CompareOptions(Section):
     """`finetune compare`."""
 
