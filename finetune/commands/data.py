@@ -63,7 +63,8 @@ def _inspect(cfg: RunConfig, options: DataOptions, files: dict[str, IO[str]]) ->
     from finetune.report.dataset.examples import Decoder, shown_rows
     from finetune.report.dataset.files import write_dump, write_page
     from finetune.report.dataset.statistics import build_report
-    from finetune.report.dataset.terminal import console_for, print_report, print_rows
+    from finetune.report.dataset.terminal import print_report, print_rows
+    from finetune.system.console import console_for
 
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)

@@ -19,7 +19,7 @@ from finetune.system.arguments import Arguments
 from finetune.system.atomic import whole_file
 from finetune.system.console import log
 from finetune.system.errors import InputError
-from finetune.system.format import format_bytes, format_duration
+from finetune.system.format import format_bytes, format_estimate
 
 if TYPE_CHECKING:
     from finetune.planning.starter import DataFacts, Starter
@@ -78,10 +78,10 @@ def _device(gpu_gb: float | None) -> tuple[str, float, str | None, str]:
 
 
 def _prediction(starter: Starter, machine: str) -> str:
-    seconds = float(f"{starter.steps * starter.step_seconds:.2g}")
+    time = format_estimate(starter.steps * starter.step_seconds)
     return (
         f"peak={format_bytes(starter.peak_bytes)} ({machine}), steps={starter.steps:,}, "
-        f"time={format_duration(seconds)} ({starter.time_source})"
+        f"time={time} ({starter.time_source})"
     )
 
 

@@ -1,14 +1,14 @@
-"""usage: finetune plan config=X.yaml|model=NAME [key=value …] [gpu_gb=24] [auto=true] [--json]
+"""usage: finetune plan config=X.yaml|model=NAME [key=value …] [gpu=4090] [auto=true] [--json]
        finetune plan table=true [config=X.yaml] [key=value …]
        finetune plan calibrate=true [config=X.yaml]
 
-Predicts the memory of a run by part, its peak, whether that fits into this machine or a GPU of gpu_gb, the time of a
-step and of the run, and the smallest changes that make it fit. Loads and downloads nothing.
+Predicts the memory of a run by part, its peak, whether that fits into this machine or another GPU (gpu=, gpu_gb=),
+the time of a step and of the run, and the smallest changes that make it fit. Loads and downloads nothing.
 Exit code 0: it fits; 3: it does not.
   --json   print the plan as JSON
 
 Examples
-  finetune plan model=qwen2.5-7b-instruct gpu_gb=16
+  finetune plan model=qwen2.5-7b-instruct gpu=t4
   finetune plan config=lora.yaml model=qwen2.5-14b gpu_gb=24 data.max_length=8192 auto=true
   finetune plan table=true quant.type=none
   finetune plan calibrate=true config=quickstart.yaml
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.commands.base import Command, default_config
 from finetune.system.arguments import Arguments
-from finetune.system.console import log
+from finetune.system.console import console_for, log
 from finetune.system.errors import ConfigError, InputError
-from finetune.system.format import format_bytes, format_duration
+from finetune.system.format import format_bytes, format_estimate
 
 if TYPE_CHECKING:
     from finetune.config.command_options import PlanOptions
@@ -57,6 +58,9 @@ def _check_options(options: PlanOptions, cfg: RunConfig) -> None:
     """Raise InputError for an option that has no effect or contradicts the config."""
     if options.table and (idle := sorted(options.model_fields_set - {"table", "calibrate"})):
         raise InputError(f"table=true: covers all models and GPUs\nhelp: drop {', '.join(idle)}, or drop table=true")
+    if options.gpu is not None and options.gpu_gb is not None:
+        wrong = f"gpu={options.gpu} and gpu_gb={options.gpu_gb:g}: the memory is given twice"
+        raise InputError(f"{wrong}\nhelp: drop gpu_gb, or drop gpu")
     if (options.document_tokens or 0) > cfg.data.max_length:
         wrong = f"document_tokens={options.document_tokens}: is more than data.max_length={cfg.data.max_length}"
         raise InputError(f"{wrong}\nhelp: lower it, or raise data.max_length")
@@ -117,7 +121,7 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
     inputs = plan_inputs(cfg, shape, device_type=device_type, ranks=ranks)
     found = estimate_memory(inputs, free)
     fits = None if free is None else found.needed_bytes <= free
-    rates = None if options.gpu_gb or options.tflops else read_rates(device_type)
+    rates = None if options.gpu or options.gpu_gb or options.tflops else read_rates(device_type)
     timing = estimate_time(inputs, found, rates=rates, options=options, gpu_name=gpu_name)
     changes = changes_that_fit(inputs, free) if free is not None and not fits else []
     auto = None
@@ -171,8 +175,12 @@ def _shape_of(model_name: str) -> Mapping[str, Any]:
 def _device(options: PlanOptions) -> tuple[str, float | None, str, str | None]:
     """Return the device type of torch, the free bytes, a description of the device, and the name of the GPU."""
     from finetune.planning.auto_batch import free_memory
+    from finetune.planning.gpus import find_gpu
     from finetune.system.machine import device_memory, device_type_here
 
+    if options.gpu is not None:
+        known = find_gpu(options.gpu)
+        return "cuda", known.memory_bytes, known.name, known.name
     if options.gpu_gb is not None:
         return "cuda", options.gpu_gb * 1e9, f"a GPU of {options.gpu_gb:g} GB", None
     kind = device_type_here()
@@ -183,7 +191,8 @@ def _device(options: PlanOptions) -> tuple[str, float | None, str, str | None]:
 
 
 def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
-    """Print the plan: memory by part, verdict, time, changes."""
+    """Print the plan: verdict, memory by part, time, changes."""
+    _print_verdict(content)
     moments = ", ".join(f"{name}={format_bytes(size)}" for name, size in content["moments"].items())
     recomputed = f"gradient checkpointing={content['recomputed_layers']} of {content['layers']} layers"
     print(
@@ -198,17 +207,14 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
     print(f"peaks: {moments}")
     if content["teacher_unknown"]:
         print("teacher: has unknown shapes, so its memory is not counted")
-    if content["fits"] is None:
-        print(f"may fit: the free memory of {content['device']} is unknown\nhelp: set gpu_gb=24")
-    else:
-        verdict = "fits" if content["fits"] else "DOES NOT FIT"
-        print(f"{verdict}: {content['device']} has {format_bytes(content['free_bytes'])} free")
     parts = ", ".join(f"{name} {share:.0%}" for name, share in content["seconds_shares"].items() if share >= 0.005)
+    assumed = "assumed " if content["rates"].startswith("assumed") else ""
+    speed = float(f"{content['tokens_per_second']:.2g}")
     print(f"work: {content['step_flops'] / 1e12:,.2f} TFLOP per step; {content['rates']}")
-    print(f"time: {content['step_seconds']:,.2f} s per step ({parts}), {content['tokens_per_second']:,.0f} tokens/s")
+    print(f"time: {assumed}{format_estimate(content['step_seconds'])} per step, {speed:,.0f} tokens/s; {parts}")
     if content["total_seconds"] is not None:
-        total = format_duration(content["total_seconds"])
-        print(f"      {content['steps']:,} steps{content['steps_from']}: {total} in total")
+        total = format_estimate(content["total_seconds"])
+        print(f"      {assumed}{total} in total, {content['steps']:,} steps{content['steps_from']}")
     for change in content["changes"]:
         alone = "" if change["fits"] else " (not enough by itself)"
         print(f"  {' '.join(change['overrides'])}   saves {format_bytes(change['saved_bytes'])}{alone}")
@@ -217,6 +223,21 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
         if found := content["auto"]:
             answer = f"{' '.join(found['overrides'])}   needs {format_bytes(found['needed_bytes'])}"
         print(f"fastest that fits: {answer}")
+
+
+def _print_verdict(content: Mapping[str, Any]) -> None:
+    peak, needed = content["peak_bytes"], content["needed_bytes"]
+    if content["fits"] is None:
+        print(f"may fit: {_gb(peak)} GB, {_gb(needed)} with margin; the free memory of {content['device']} is unknown")
+        print("help: set gpu_gb=24")
+        return
+    verdict, style = ("fits", "bold green") if content["fits"] else ("DOES NOT FIT", "bold red")
+    sizes = f"{_gb(peak)} of {_gb(content['free_bytes'])} GB, {_gb(needed)} with margin ({content['device']})"
+    console_for(sys.stdout).print(f"{verdict}: {sizes}", style=style)
+
+
+def _gb(size_bytes: float) -> str:
+    return f"{size_bytes / 1e9:,.{1 if size_bytes >= 1e9 else 2}f}"
 
 
 def _print_columns(rows: Sequence[Sequence[str]]) -> None:

@@ -206,6 +206,7 @@ class SweepOptions(Section):
 class PlanOptions(Section):
     """`finetune plan`, beside the keys of a run's config."""
 
+    gpu: Text | None = Field(None, description="A known GPU, as 4090, t4 or a100-80; null: the device here.")
     gpu_gb: Positive | None = Field(None, description="Free GB (10^9 bytes) of a GPU; null: the device here.")
     tflops: Positive | None = Field(None, description="Speed in 10^12 operations/s; null: measured or assumed.")
     tokens: Count | None = Field(None, description="Training tokens of an epoch; null: estimated from local files.")

@@ -15,27 +15,14 @@ from typing import Any
 
 from finetune.config.command_options import PlanOptions
 from finetune.planning.flops import StepWork, step_work
+from finetune.planning.gpus import peak_of
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.peak_memory import PeakMemory
 from finetune.system.atomic import write_text
 from finetune.system.machine import usable_cores
 from finetune.system.resources import cache_home
 
-# Dense bf16 operations per second with fp32 sums, from data sheets; fp16 if a card has no bf16.
-GPU_PEAKS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A6000": 155e12,
-    "A10": 125e12,
-    "L4": 121e12,
-    "4090": 165e12,
-    "3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
-# Share of such a peak that products reach: an assumption, named in the output.
+# Share of a data sheet's peak that products reach: an assumption, named in the output.
 _ASSUMED_SHARE = 0.45
 _ASSUMED_GPU_PEAK = 100e12
 # bf16 operations per second of one CPU core with AVX-512 and without AMX: an assumption. A core with AVX2 reaches
@@ -94,7 +81,8 @@ def estimate_time(
         source = f"measured on {rates.device}"
     else:
         ceiling, source = assumed_ceiling(inputs.device_kind, gpu_name)
-        source += "; finetune plan calibrate=true measures it, tflops=N sets it"
+        here = options.gpu is None and options.gpu_gb is None
+        source += f"; {'finetune plan calibrate=true measures it, ' if here else ''}tflops=N sets it"
         if options.tflops:
             ceiling, source = options.tflops * 1e12, f"given: {options.tflops:g} TFLOP/s"
         products = work.flops / ceiling
@@ -130,14 +118,14 @@ def steps_of(inputs: PlanInputs, tokens: int | None) -> tuple[int | None, str]:
 
 
 def _tokens_in_files(inputs: PlanInputs) -> int | None:
-    """About the tokens of an epoch; None unless all sources are local text files without a limit."""
+    """About the tokens of an epoch; None unless all sources (at least one) are local text files without a limit."""
     total = 0.0
     for source in inputs.data.train:
         file = Path(source.path).expanduser()
         if not file.is_file() or file.suffix not in _TEXT_FILES or source.limit is not None:
             return None
         total += file.stat().st_size / BYTES_PER_TOKEN * source.weight
-    return round(total)
+    return round(total) or None
 
 
 def step_seconds(inputs: PlanInputs, work: StepWork, rates: Rates, document_tokens: int) -> dict[str, float]:
@@ -175,8 +163,8 @@ def assumed_ceiling(device_kind: str, gpu_name: str | None) -> tuple[float, str]
         cores = usable_cores()
         return cores * _ASSUMED_CORE, f"assumed: {_ASSUMED_CORE / 1e9:.0f} GFLOP/s per core, cores={cores}"
     peak, source = _ASSUMED_GPU_PEAK, f"{_ASSUMED_GPU_PEAK / 1e12:g} TFLOP/s"
-    if known := [value for name, value in GPU_PEAKS.items() if gpu_name and name in gpu_name]:
-        peak, source = known[0], f"the {known[0] / 1e12:g} TFLOP/s of {gpu_name}'s data sheet"
+    if known := peak_of(gpu_name):
+        peak, source = known, f"the {known / 1e12:g} TFLOP/s of {gpu_name}'s data sheet"
     return peak * _ASSUMED_SHARE, f"assumed: {_ASSUMED_SHARE:.0%} of {source}"
 
 

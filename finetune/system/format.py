@@ -25,6 +25,12 @@ def format_duration(seconds: float) -> str:
     raise AssertionError("60 seconds or more have minutes")
 
 
+def format_estimate(seconds: float) -> str:
+    """Format an estimated duration with two significant digits: `0.034 s`, `32 s`, `3 min 20 s`."""
+    rounded = float(f"{seconds:.2g}")
+    return f"{rounded:g} s" if rounded < 60 else format_duration(rounded)
+
+
 def parse_size(key: str, text: str) -> int:
     """Return the bytes of `4GB`, `500MB` or `1GiB`; key names the option in the ConfigError of any other text."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -34,7 +34,7 @@ def test_a_run_that_will_not_fit_says_so_before_it_loads_and_what_would(tmp_path
 
 def test_a_plan_is_printed_and_its_exit_code_says_whether_it_fits(finetune_command):
     fits = finetune_command("plan", "config=lora.yaml", "gpu_gb=24")
-    assert fits.returncode == 0 and "fits: a GPU of 24 GB" in fits.stdout
+    assert fits.returncode == 0 and fits.stdout.startswith("fits: ")
     too_large = finetune_command("plan", "config=lora.yaml", "model=qwen2.5-72b", "gpu_gb=24", "--json")
     assert too_large.returncode == 3 and json.loads(too_large.stdout)["changes"]
 

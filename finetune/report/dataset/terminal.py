@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import IO
 
 from rich.console import Console
 from rich.text import Text
@@ -21,20 +19,6 @@ _EIGHTHS = ("", *"▏▎▍▌▋▊▉")
 _HEIGHTS = "▁▂▃▄▅▆▇█"
 _STYLES = {"control": "dim", "spelled": "bold red", "text": ""}
 _TARGET, _WEIGHTED = "green", "yellow"
-
-
-def console_for(stream: IO[str]) -> Console:
-    """Build a console that wraps no line, and is plain with NO_COLOR, TERM=dumb or a pipe."""
-    plain = not stream.isatty() or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") in (None, "", "dumb")
-    return Console(
-        file=stream,
-        color_system=None if plain else "auto",
-        force_terminal=not plain,
-        highlight=False,
-        markup=False,
-        emoji=False,
-        soft_wrap=True,
-    )
 
 
 def print_report(console: Console, report: Report, advice: Sequence[Advice]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -85,6 +86,33 @@ def test_the_text_lists_the_memory_the_verdict_and_the_changes(capsys):
         assert words in text
 
 
+def test_the_first_line_is_the_verdict_in_color_on_a_terminal_alone(capsys, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for gb, verdict, color in ((16, "fits: 13.3 of 16.0 GB, 15.3 with margin", "32"), (4, "DOES NOT FIT: ", "31")):
+        words = ["plan", "model=qwen2.5-7b", f"gpu_gb={gb}"]
+        main(words)
+        plain = capsys.readouterr().out
+        assert plain.startswith(verdict) and "\x1b" not in plain
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdout.isatty", lambda: True)
+            main(words)
+        first, *others = capsys.readouterr().out.splitlines()
+        assert re.search(rf"\x1b\[[\d;]*{color}m", first) and "\x1b" not in "".join(others)
+
+
+def test_a_known_gpu_gives_memory_and_speed(capsys):
+    plans = {word: plan(capsys, "config=lora.yaml", f"gpu={word}")[1] for word in ("4090", "t4", "RTX 3090", "a100-40")}
+    assert [content["free_bytes"] for content in plans.values()] == [24e9, 16e9, 24e9, 40e9]
+    speed = {word: content["step_flops"] / content["step_seconds"] for word, content in plans.items()}
+    assert speed["a100-40"] > speed["4090"] > speed["RTX 3090"] > speed["t4"]
+    main(["plan", "config=lora.yaml", "gpu=t4", "train.max_steps=9"])
+    times = [line for line in capsys.readouterr().out.splitlines() if " s per step" in line or "in total" in line]
+    assert len(times) == 2 and all("assumed" in line for line in times)
+    main(["plan", "config=lora.yaml", "gpu=t4", "train.max_steps=9", "tflops=30"])
+    assert "assumed" not in capsys.readouterr().out
+
+
 def test_the_time_names_its_source_measured_given_or_assumed(capsys):
     words = ("config=quickstart.yaml", "train.max_steps=10")
     assert "assumed" in plan(capsys, *words)[1]["rates"]
@@ -106,6 +134,11 @@ def test_the_time_names_its_source_measured_given_or_assumed(capsys):
         (("config=lora.yaml", "tokens=-1"), "tokens"),
         (("config=lora.yaml", "document_tokens=4096"), "data.max_length=2048"),
         (("table=true", "gpu_gb=16"), "drop gpu_gb"),
+        (("config=lora.yaml", "gpu_gb=16", "gpu=t4"), "gpu_gb=16"),
+        (("config=lora.yaml", "gpu=a100"), "help: gpu=a100-80"),
+        (("config=lora.yaml", "gpu=a100-24"), "help: gpu=a100-80"),
+        (("config=lora.yaml", "gpu=16"), "help: gpu_gb=16"),
+        (("config=lora.yaml", "gpu=voodoo"), "gpu=voodoo"),
         (("config=lora.yaml", "model.name=somebody/model"), "model.name=somebody/model"),
     ],
 )

@@ -209,7 +209,7 @@ def test_every_section_of_a_run_belongs_to_the_run(kind):
 @pytest.mark.parametrize(
     ("kind", "word", "meant"),
     [
-        (PlanOptions, "gpu=16", "gpu_gb"),
+        (PlanOptions, "gpu_g=16", "gpu_gb"),
         (PlanOptions, "calibrat=true", "calibrate"),
         (SensitivityOptions, "row=3", "rows"),
         (AllocateOptions, "budget=6", "budget_gb"),

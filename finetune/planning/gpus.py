@@ -1,0 +1,70 @@
+"""Known GPUs: memory and peak rate, from data sheets."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from finetune.system.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU that is sold.
+
+    name: with the size of its memory if the card comes with several. memory_bytes: as sold, in 10^9 bytes per GB.
+    flops_per_second: dense bf16 products with fp32 sums; fp16 if the card has no bf16.
+    """
+
+    name: str
+    memory_bytes: float
+    flops_per_second: float
+
+
+# Name -> sizes in GB, peak in 10^12 operations per second. A name stands before its beginnings: L40S before L4.
+_KNOWN = {
+    "H200": ((141,), 989),
+    "H100": ((80,), 989),
+    "A100": ((40, 80), 312),
+    "L40S": ((48,), 362),
+    "A6000": ((48,), 155),
+    "A10": ((24,), 125),
+    "L4": ((24,), 121),
+    "4090": ((24,), 165),
+    "3090": ((24,), 71),
+    "V100": ((16, 32), 125),
+    "T4": ((16,), 65),
+}
+# A driver reports more bytes than are sold, and keeps a part for itself: the sold size is close to what is free.
+_BYTES_PER_GB = 1e9
+_WORD = re.compile(r"(?:NVIDIA|GEFORCE|TESLA|RTX|[ _-])*([A-Z]*\d+S?)(?:[ _-]*(\d+)(?:GB)?)?")
+
+
+def find_gpu(word: str) -> Gpu:
+    """Return the GPU of a word such as `4090`, `t4`, `RTX 3090` or `a100-80`.
+
+    Raises: InputError if no GPU or several have this name.
+    """
+    found = _WORD.fullmatch(word.strip().upper())
+    name, size = (found[1], found[2]) if found else ("", None)
+    if name not in _KNOWN:
+        known = ", ".join(choice for each in _KNOWN for choice in _choices(each))
+        size_gb = word if word.isdecimal() and int(word) < 1000 else "24"
+        raise InputError(f"gpu={word}: unknown; known are {known}\nhelp: gpu_gb={size_gb}")
+    sizes, peak = _KNOWN[name]
+    if (size is None and len(sizes) > 1) or (size is not None and int(size) not in sizes):
+        each = " or ".join(f"{gb} GB" for gb in sizes)
+        raise InputError(f"gpu={word}: this card has {each}\nhelp: gpu={_choices(name)[-1]}")
+    memory_gb = int(size or sizes[0])
+    full_name = f"{name} {memory_gb}GB" if len(sizes) > 1 else name
+    return Gpu(full_name, memory_gb * _BYTES_PER_GB, peak * 1e12)
+
+
+def peak_of(gpu_name: str | None) -> float | None:
+    """Return the operations per second of a GPU by its driver's name, as `Tesla T4`; None if it is unknown."""
+    return next((peak * 1e12 for name, (_, peak) in _KNOWN.items() if gpu_name and name in gpu_name), None)
+
+
+def _choices(name: str) -> list[str]:
+    sizes, _ = _KNOWN[name]
+    return [f"{name.lower()}-{gb}" for gb in sizes] if len(sizes) > 1 else [name.lower()]
