@@ -5,6 +5,6 @@
 # One process per core, four at most. `-n 0` runs all tests in one process, for a debugger.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=$(bash "$root/launch/setup.sh")
+python=$(bash "$root/launch/setup.sh" dev)
 cd "$root"
 exec "$python" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"

@@ -130,7 +130,7 @@ def _compressed(preset: str, form: str, kept: Sequence[str]) -> Storage:
         from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
         from compressed_tensors.quantization.utils import calculate_qparams
     except ImportError as error:
-        raise MissingExtra('types int8 and fp8 need: pip install "finetune-qlora[serve]"') from error
+        raise MissingExtra('types int8 and fp8 need: pip install "finetune-qlora[export]"') from error
     scheme: Any = preset_name_to_scheme(preset, ["Linear"])
     scheme.format = form
     compressor: Any = BaseCompressor.get_value_from_registry(form)

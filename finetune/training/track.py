@@ -37,7 +37,7 @@ class WandbBackend:
         try:
             import wandb
         except ImportError as error:
-            raise MissingExtra('track.wandb needs: pip install "finetune-qlora[wandb]"') from error
+            raise MissingExtra('track.wandb needs: pip install "finetune-qlora[tracking]"') from error
         configured = "WANDB_MODE" in os.environ or wandb.api.api_key
         self._run = wandb.init(
             project=cfg.track.project,
@@ -64,7 +64,7 @@ class TensorboardBackend:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise MissingExtra('track.tensorboard needs: pip install "finetune-qlora[tensorboard]"') from error
+            raise MissingExtra('track.tensorboard needs: pip install "finetune-qlora[tracking]"') from error
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -39,9 +39,9 @@ def wait_for(file: Path, seconds: float = 60) -> str:
 
 
 def test_setup_takes_the_python_it_is_given_and_installs_nothing_twice(tmp_path: Path):
-    first = run_script("setup.sh", cwd=tmp_path, FINETUNE_PYTHON=sys.executable)
+    first = run_script("setup.sh", "dev", cwd=tmp_path, FINETUNE_PYTHON=sys.executable)
     assert first.returncode == 0, first.stderr
-    second = run_script("setup.sh", cwd=tmp_path, FINETUNE_PYTHON=sys.executable)
+    second = run_script("setup.sh", "dev", cwd=tmp_path, FINETUNE_PYTHON=sys.executable)
     assert second.stdout == f"{sys.executable}\n" and second.stderr == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -54,6 +54,31 @@ def test_setup_refuses_an_old_python_and_a_missing_one(tmp_path: Path):
     assert refused.returncode == 2 and "Python 3.9.1; Python 3.11 or newer is needed" in refused.stderr
     missing = run_script("setup.sh", FINETUNE_PYTHON=str(tmp_path / "none"))
     assert missing.returncode == 2 and "not an executable" in missing.stderr
+
+
+@pytest.mark.parametrize("uv", [False, True])
+@pytest.mark.parametrize(("script", "group"), [("quickstart.sh", ""), ("test.sh", "[dev]")])
+def test_each_script_installs_its_packages_with_uv_or_pip_and_torch_with_pip(
+    tmp_path: Path, script: str, group: str, uv: bool
+):
+    """The stand-in Python has no packages, and notes what it is asked to run."""
+    noted, python = tmp_path / "noted", tmp_path / "python"
+    note = f'echo "$(basename "$0") $@" >> {noted}\n'
+    python.write_text(f'#!/bin/sh\nif [ "$1" != -m ]; then exec {sys.executable} -S "$@"; fi\n{note}')
+    commands = [python]
+    if uv:
+        commands.append(tmp_path / "uv")
+        commands[-1].write_text(f"#!/bin/sh\n{note}")
+    for command in commands:
+        command.chmod(0o755)
+    system = "/usr/local/bin:/usr/bin:/bin"
+    done = run_script(script, cwd=tmp_path, FINETUNE_PYTHON=str(python), PATH=f"{tmp_path}:{system}")
+    assert done.returncode == 0, done.stderr
+    *installs, last = [line for line in noted.read_text().splitlines() if "--version" not in line]
+    ours = f"--editable {ROOT}{group} --constraint {ROOT}/constraints.txt"
+    assert installs[-1].startswith("uv " if uv else "python -m pip ") and installs[-1].endswith(ours)
+    assert [line.split()[:3] for line in installs[:-1]] == [["python", "-m", "pip"]] * uv
+    assert all(" torch " in line for line in installs[:-1]) and " pip " not in last
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])

@@ -74,7 +74,7 @@ def test_a_wrong_export_is_refused_before_the_merge(words, token, finetune_comma
 
 
 def test_a_merged_model_is_exported_and_read_back(finetune_command, run_folder, tmp_path):
-    pytest.importorskip("gguf", reason="needs the gguf extra")
+    pytest.importorskip("gguf", reason="needs the export extra")
     assert finetune_command("merge", f"adapter={run_folder}", "out=merged", "kl_check.num_examples=0").returncode == 0
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()}
     done = finetune_command("export", "model=merged", "format=gguf", "type=bf16", "out=gguf", "prompts=2")
@@ -88,7 +88,7 @@ def test_a_merged_model_is_exported_and_read_back(finetune_command, run_folder, 
 def test_a_missing_extra_is_reported_with_the_install_command(finetune_command, run_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     done = finetune_command("export", f"adapter={run_folder}", "format=gguf", "out=x", "verify=false")
-    assert done.returncode == 2 and 'pip install "finetune-qlora[gguf]"' in done.stderr, done.stderr
+    assert done.returncode == 2 and 'pip install "finetune-qlora[export]"' in done.stderr, done.stderr
     assert "merge: base=" not in done.stderr, "merged before it was refused"
     assert not list(tmp_path.iterdir())
 
@@ -260,7 +260,7 @@ def test_the_merged_model_answers_as_the_adapter_over_the_base(finetune_command,
 def test_64_greedy_tokens_of_the_trained_model_are_the_same(kind, finetune_command, run_folder, tmp_path):
     """Both formats keep every bit, so no token may differ. Without a stop token, every answer has all tokens."""
     form, number = kind.split()
-    pytest.importorskip({"gguf": "gguf", "onnx": "onnxruntime_genai"}[form], reason=f"needs the {form} extra")
+    pytest.importorskip({"gguf": "gguf", "onnx": "onnxruntime_genai"}[form], reason="needs the export extra")
     assert (
         finetune_command(
             "merge", f"adapter={run_folder}", "out=merged", "dtype=fp32", "kl_check.num_examples=0"

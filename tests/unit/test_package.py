@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = [Requirement(line) for line in PROJECT["dependencies"]]
 EXTRAS = {name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()}
+[OTHER_GROUPS] = [requirement.extras for requirement in EXTRAS["dev"] if requirement.name == PROJECT["name"]]
 PINS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
 
 
@@ -111,8 +112,21 @@ def test_every_pin_is_plain_and_every_requirement_has_one_inside_its_range():
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.]+", line) for line in PINS)
     pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in PINS)}
     assert len(pins) == len(PINS)
-    for requirement in [*CORE, *(r for requirements in EXTRAS.values() for r in requirements)]:
+    wanted = [*CORE, *(r for requirements in EXTRAS.values() for r in requirements)]
+    for requirement in (each for each in wanted if each.name != PROJECT["name"]):
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+def test_the_dev_extra_has_every_group():
+    assert set(EXTRAS) - {"dev"} == OTHER_GROUPS
+
+
+def test_every_install_command_names_groups_that_exist():
+    files = [ROOT / "README.md", *(f for top in ("finetune", "docs", "notebooks") for f in (ROOT / top).rglob("*.*"))]
+    texts = [file.read_text() for file in files if file.suffix in (".py", ".md", ".ipynb")]
+    commands = [re.findall(r"(?:finetune-qlora|install -e ['\"\\]+\.)\[([a-z,]+)\]", text) for text in texts]
+    named = {group for found in commands for groups in found for group in groups.split(",")}
+    assert named >= OTHER_GROUPS and named <= set(EXTRAS)
 
 
 def test_the_public_names_are_the_functions_they_say():

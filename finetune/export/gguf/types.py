@@ -56,7 +56,7 @@ def gguf_package() -> Any:
         import gguf
         import gguf.quants
     except ImportError as error:
-        raise MissingExtra('GGUF export needs: pip install "finetune-qlora[gguf]"') from error
+        raise MissingExtra('GGUF export needs: pip install "finetune-qlora[export]"') from error
     return gguf
 
 

@@ -37,7 +37,7 @@ def runtime() -> Any:
             importlib.import_module(module)
         return importlib.import_module("onnxruntime_genai")
     except ImportError as error:
-        raise MissingExtra(f'ONNX export needs: pip install "finetune-qlora[onnx]" ({error})') from error
+        raise MissingExtra(f'ONNX export needs: pip install "finetune-qlora[export]" ({error})') from error
 
 
 def build(

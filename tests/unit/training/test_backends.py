@@ -50,6 +50,6 @@ def test_a_tracker_that_fails_to_start_is_named_and_left_out(tmp_path, monkeypat
 def test_a_missing_wandb_names_the_command_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     cfg = small_run(tmp_path, "track.wandb=true")
-    with pytest.raises(MissingExtra, match=r"track\.wandb.*finetune-qlora\[wandb\]"):
+    with pytest.raises(MissingExtra, match=r"track\.wandb.*finetune-qlora\[tracking\]"):
         build_backends(cfg, tmp_path)
     assert build_backends(small_run(tmp_path), tmp_path) == []

@@ -16,7 +16,7 @@ from finetune.export.gguf.qwen2 import linear_name
 from finetune.system.errors import ConfigError, IntegrityError
 from tests.unit.export.gguf.models import request
 
-gguf = pytest.importorskip("gguf", reason="needs the gguf extra")
+gguf = pytest.importorskip("gguf", reason="needs the export extra")
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = {

@@ -20,7 +20,7 @@ from finetune.export.gguf.types import TYPES
 from finetune.system.errors import ConfigError, IntegrityError, MissingExtra
 from tests.unit.export.gguf.models import request, save_model
 
-gguf = pytest.importorskip("gguf", reason="needs the gguf extra")
+gguf = pytest.importorskip("gguf", reason="needs the export extra")
 
 ENDS = [880, 882]
 PROMPT = [{"role": "user", "content": "Write the numbers 3, 1 and 2 in rising order."}]
@@ -102,7 +102,7 @@ def test_the_default_type_is_q8_0_and_commands_name_the_final_folder(tiny: Path,
 @pytest.mark.parametrize("options", [{}, {"merge": False}])
 def test_a_missing_package_is_reported_first(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(MissingExtra, match=r'pip install "finetune-qlora\[gguf\]"'):
+    with pytest.raises(MissingExtra, match=r'pip install "finetune-qlora\[export\]"'):
         export_model(ExportOptions(adapter=str(tmp_path / "nothing there"), format="gguf", out="x", **options))
 
 

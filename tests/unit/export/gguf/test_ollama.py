@@ -15,7 +15,7 @@ from finetune.system.errors import ConfigError
 from tests.unit.export.gguf.go_template import render
 from tests.unit.export.gguf.models import TOKENIZER_FILES, request, save_model
 
-pytest.importorskip("gguf", reason="needs the gguf extra")
+pytest.importorskip("gguf", reason="needs the export extra")
 
 CONVERSATIONS = {
     "one": [("user", "Hi")],

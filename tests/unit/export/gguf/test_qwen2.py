@@ -22,7 +22,7 @@ from finetune.export.verify import require_same_ids
 from finetune.system.errors import ConfigError, IntegrityError
 from tests.unit.export.gguf.models import TOKENIZER_FILES, request, save_model
 
-pytest.importorskip("gguf", reason="needs the gguf extra")
+pytest.importorskip("gguf", reason="needs the export extra")
 
 
 @pytest.fixture

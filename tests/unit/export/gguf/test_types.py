@@ -9,7 +9,7 @@ from finetune.export.exporter import EXPORTERS
 from finetune.export.gguf.types import TYPES, decode, encode, gguf_package, storage_type
 from finetune.system.errors import ConfigError, IntegrityError
 
-pytest.importorskip("gguf", reason="needs the gguf extra")
+pytest.importorskip("gguf", reason="needs the export extra")
 
 
 def numbers(dtype: torch.dtype = torch.float32) -> torch.Tensor:

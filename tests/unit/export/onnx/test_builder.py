@@ -65,9 +65,9 @@ def test_a_missing_library_is_reported_with_the_install_command(module: str, mon
 
 @pytest.fixture(scope="module")
 def graphs(repo_root: Path, tmp_path_factory: pytest.TempPathFactory):
-    onnx = pytest.importorskip("onnx", reason='needs pip install "finetune-qlora[onnx]"')
+    onnx = pytest.importorskip("onnx", reason='needs pip install "finetune-qlora[export]"')
     for module in ("onnx_ir", "onnxruntime", "onnxruntime_genai"):
-        pytest.importorskip(module, reason='needs pip install "finetune-qlora[onnx]"')
+        pytest.importorskip(module, reason='needs pip install "finetune-qlora[export]"')
     source, target, scratch = (tmp_path_factory.mktemp(name) for name in ("fp32", "int8", "scratch"))
     build(repo_root / "data" / "tiny-qwen2.5", source, scratch, precision="fp32")
     quantize(source / "model.onnx", target / "model.onnx", scratch)

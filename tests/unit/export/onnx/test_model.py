@@ -51,7 +51,7 @@ FILES = {
 @pytest.fixture(scope="module", autouse=True)
 def _extra() -> None:
     for module in EXTRA:
-        pytest.importorskip(module, reason='needs pip install "finetune-qlora[onnx]"')
+        pytest.importorskip(module, reason='needs pip install "finetune-qlora[export]"')
 
 
 @pytest.fixture(scope="module")
