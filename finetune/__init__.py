@@ -9,7 +9,10 @@ The steps of a run, for notebooks:
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING
+
+from finetune.system.other_finetune import ADVICE, other_distribution
 
 if TYPE_CHECKING:
     from finetune.config.command_options import ExportOptions as ExportOptions
@@ -36,6 +39,9 @@ _HOMES = {
     "train": "finetune.training.recipe",
 }
 __all__ = ["__version__", *_HOMES]
+
+if found := other_distribution():
+    warnings.warn(f"{found}\nhelp: {ADVICE}", stacklevel=2)
 
 
 def __getattr__(name: str) -> object:

@@ -23,13 +23,14 @@ import sys
 import threading
 import tomllib
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
 from finetune.system.format import format_bytes
+from finetune.system.other_finetune import ADVICE, other_distribution
 
 GB = 10**9
 HUB_TIMEOUT_SECONDS = 3.0
@@ -45,7 +46,7 @@ class Finding:
 
 
 def run(arguments: Arguments) -> int:
-    """Print every finding; return 1 if training cannot run here."""
+    """Print every finding as soon as it is made, then what to type next; return 1 if training cannot run here."""
     as_json = "--json" in arguments.flags
     findings = {}
     for name, finding in diagnose():
@@ -58,8 +59,16 @@ def run(arguments: Arguments) -> int:
         checks = [{"name": name, **asdict(finding)} for name, finding in findings.items()]
         print(json.dumps({"ok": ok, "checks": checks}, indent=2))
     else:
-        print("\nTraining can run here." if ok else "\nTraining cannot run here; see the lines marked fail.")
+        print(f"\n{_next(findings)}")
     return 0 if ok else 1
+
+
+def _next(findings: Mapping[str, Finding]) -> str:
+    """Return what to type next: the remedy of the first failed check, else the first command with data."""
+    for name, finding in findings.items():
+        if finding.status == "fail":
+            return f"training cannot run here ({name}); next: {finding.advice}"
+    return "training can run here; next: finetune init rows.jsonl"
 
 
 def diagnose() -> Iterator[tuple[str, Finding]]:
@@ -92,6 +101,12 @@ def check_packages() -> Finding:
         return Finding("fail", "; ".join(wrong), "bash launch/setup.sh, or: pip install --upgrade finetune-qlora")
     named = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "hydra-core")
     return Finding("ok", ", ".join(f"{name} {versions[name]}" for name in named))
+
+
+def check_import_name() -> Finding:
+    """Check that no other distribution is imported as `finetune`."""
+    found = other_distribution()
+    return Finding("ok", "finetune is finetune-qlora") if found is None else Finding("warn", found, ADVICE)
 
 
 def check_device() -> Finding:
@@ -174,7 +189,7 @@ def check_hub() -> Finding:
 def check_wandb() -> Finding:
     """Check whether Weights & Biases uploads, without showing the key."""
     if importlib.util.find_spec("wandb") is None:
-        return Finding("note", "not installed", 'for track.wandb=true: pip install "finetune-qlora[wandb]"')
+        return Finding("note", "not installed", 'for track.wandb=true: pip install "finetune-qlora[tracking]"')
     mode = os.environ.get("WANDB_MODE", "online")
     if mode != "online":
         return Finding("note", f"WANDB_MODE={mode}")
@@ -199,6 +214,7 @@ def check_shared_memory() -> Finding:
 CHECKS: dict[str, Callable[[], Finding]] = {
     "python": lambda: Finding("ok", f"{platform.python_version()} on {platform.platform()} ({sys.executable})"),
     "packages": check_packages,
+    "import name": check_import_name,
     "device": check_device,
     "4-bit": check_four_bit,
     "disk": check_disk,

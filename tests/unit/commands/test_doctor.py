@@ -35,6 +35,30 @@ def test_only_a_failed_check_fails_the_machine(quick, monkeypatch, capsys, statu
     assert "found this" in out and "do that" in out
 
 
+def test_the_last_line_says_what_to_type_next(quick, monkeypatch, capsys):
+    doctor.run(PLAIN)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("finetune init rows.jsonl")
+    monkeypatch.setitem(CHECKS, "disk", lambda: Finding("fail", "found this", "do that"))
+    doctor.run(PLAIN)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("next: do that")
+
+
+def test_each_finding_is_printed_before_the_next_check_starts(quick, monkeypatch, capsys):
+    monkeypatch.setitem(CHECKS, "python", lambda: Finding("ok", "found first"))
+    printed = []
+    monkeypatch.setitem(CHECKS, "packages", lambda: printed.append(capsys.readouterr().out) or Finding("ok", ""))
+    doctor.run(PLAIN)
+    assert "found first" in printed[0]
+
+
+def test_another_distribution_of_the_name_is_a_warning(monkeypatch, tmp_path):
+    assert doctor.check_import_name().status == "ok"
+    (tmp_path / "finetune-0.10.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finding = doctor.check_import_name()
+    assert finding.status == "warn" and "finetune-0.10.0" in finding.found and "pip uninstall" in finding.advice
+
+
 def test_json_holds_every_check_and_nothing_else(quick, monkeypatch, capsys):
     def noisy() -> Finding:
         print("a library says hello")
