@@ -26,7 +26,6 @@ COMMANDS = {
         "output_dir={folder}/outputs/quickstart",
     ],
 }
-_LEFT_OUT = ("memory before", "memory of activations", "predicted peak", "memory:", "matmul", "compile", "threads")
 
 
 def record() -> None:
@@ -38,9 +37,8 @@ def record() -> None:
             command = [sys.executable, "-m", "finetune", *(word.format(folder=folder) for word in words)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             for line in (done.stderr + done.stdout).replace(f"{folder}/", "").splitlines():
-                if not line.startswith(_LEFT_OUT):
-                    style = "cyan" if line.startswith("evaluation") else ""
-                    console.print(Text(line, style=style, no_wrap=True, overflow="ellipsis"))
+                style = "cyan" if line.startswith("evaluation") else ""
+                console.print(Text(line, style=style, no_wrap=True, overflow="ellipsis"))
     picture = re.sub(
         r"@font-face \{.*?\}\s*", "", console.export_svg(title="finetune"), flags=re.DOTALL
     )  # no downloads

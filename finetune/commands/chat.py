@@ -4,7 +4,8 @@
 
 The folder of a run, or a checkpoint in it, brings its own config. A bare adapter or model is loaded as in lora.yaml
 (4-bit); quant.type=none loads it in 16 bit.
-In the chat: /reset starts a new conversation, /help lists the commands, /exit or Ctrl+D leaves, Ctrl+C stops an answer.
+In the chat: /system TEXT and /temperature NUMBER change the settings, /reset starts a new conversation, /help lists the
+commands, /exit or Ctrl+D leaves, Ctrl+C stops an answer.
 With a pipe as input, every line is one prompt.
 
 Examples
@@ -15,6 +16,7 @@ Examples
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +37,15 @@ if TYPE_CHECKING:
     from finetune.data.formats.messages import Message
     from finetune.data.template.chat import ChatTemplate
 
-SLASH_COMMANDS = {"/reset": "forget the conversation", "/help": "list these commands", "/exit": "leave, as Ctrl+D"}
+SLASH_COMMANDS = {
+    "/system": "set the system message; alone: show it",
+    "/temperature": "set the sampling temperature; 0: the most probable token; alone: show it",
+    "/reset": "forget the conversation",
+    "/help": "list these commands",
+    "/exit": "leave, as Ctrl+D",
+}
+# One word after the slash: a path or a fraction is text for the model.
+_COMMAND = re.compile(r"(/[A-Za-z_-]+)(?:\s+(.*))?", re.DOTALL)
 
 
 @dataclass
@@ -140,29 +150,48 @@ def load_conversation(config: RunConfig, adapter: Path | None, options: ChatOpti
 
 
 def talk(conversation: Conversation, lines: Iterable[str]) -> None:
-    """Answer line by line until the end or /exit; log the error of a line that has no answer."""
+    """Answer line by line until the end or /exit; log the error of a line that is wrong or has no answer."""
     for text in lines:
         try:
             if not respond(conversation, text):
                 return
-        except DataError as error:
+        except InputError as error:
             log(f"error: {printable(str(error))}")
 
 
 def respond(conversation: Conversation, text: str) -> bool:
     """Answer one line or run its command; return False for /exit."""
-    match text.strip():
+    found = _COMMAND.fullmatch(text.strip())
+    if found is None:
+        conversation.answer(text)
+        return True
+    name, value = found[1], found[2]
+    match name:
         case "/exit":
             return False
         case "/reset":
             conversation.turns.clear()
         case "/help":
-            log("\n".join(f"  {name:<7} {summary}" for name, summary in SLASH_COMMANDS.items()))
-        case word if word.startswith("/") and (close := nearest(word, SLASH_COMMANDS)):
-            log(f"unknown command {printable(word)}{close}")
+            log("\n".join(f"  {name:<13} {summary}" for name, summary in SLASH_COMMANDS.items()))
+        case "/system" | "/temperature":
+            _set_option(conversation, name.removeprefix("/"), value)
         case _:
-            conversation.answer(text)
+            advice = nearest(name, SLASH_COMMANDS) or "; /help lists the commands"
+            log(f"unknown command {printable(name)}{advice}")
     return True
+
+
+def _set_option(conversation: Conversation, name: str, value: str | None) -> None:
+    """Change an option of the conversation for the next answers, as on the command line, and show its value."""
+    from finetune.config.command_options import ChatOptions
+    from finetune.config.overrides import quoted, read_options
+
+    if value is not None:
+        text = quoted(value) if name == "system" else value
+        read = read_options(ChatOptions, [f"{name}={text}"], f"/{name}")
+        conversation.options = conversation.options.model_copy(update={name: getattr(read, name)})
+    shown = getattr(conversation.options, name)
+    log(f"{name}: {'the one of the template' if shown is None else printable(str(shown))}")
 
 
 def _typed_lines() -> Iterator[str]:

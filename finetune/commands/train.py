@@ -1,8 +1,9 @@
-"""usage: finetune train config=X.yaml [key=value …] [--dry-run]
+"""usage: finetune train config=X.yaml [key=value …] [--dry-run] [--verbose]
        accelerate launch finetune/train.py config=X.yaml [key=value …]
 
 Fine-tunes a model as the config describes. X.yaml is searched here, in ./configs, then among the packaged configs.
   --dry-run   print the resolved config and the plan, then stop
+  --verbose   print the whole plan, threads and kernels too
 
 Examples
   finetune train config=quickstart.yaml
@@ -10,6 +11,8 @@ Examples
 """
 
 from __future__ import annotations
+
+import textwrap
 
 from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
@@ -33,7 +36,7 @@ def run(arguments: Arguments) -> int:
 
     from finetune.training.recipe import train
 
-    train(config)
+    train(config, verbose="--verbose" in arguments.flags)
     return 0
 
 
@@ -41,7 +44,8 @@ def config_help() -> str:
     """Return the names of the packaged configs and every key of a config."""
     from finetune.config.keys import schema_help
 
-    return f"Packaged configs: {', '.join(packaged_configs())}\n\n{schema_help()}"
+    configs = textwrap.fill(f"Packaged configs: {', '.join(packaged_configs())}", 120, subsequent_indent="  ")
+    return f"{configs}\n\n{schema_help()}"
 
 
-COMMAND = Command("train", __doc__, run, flags=("--dry-run",), config="required", details=config_help)
+COMMAND = Command("train", __doc__, run, flags=("--dry-run", "--verbose"), config="required", details=config_help)

@@ -112,9 +112,9 @@ class ExportOptions(Section):
 
     adapter: Text | None = Field(None, description="Run folder, checkpoint, adapter folder or hub id to merge first.")
     model: Text | None = Field(None, description="Base of the adapter; without an adapter, the model to export.")
-    format: Text = Field(description="Format to write; --help lists them.")
+    format: Text = Field(description="Format to write: safetensors, adapter, gguf, ollama or onnx.")
     out: Text = Field(description="Folder to write; it must not exist.")
-    type: Text | None = Field(None, description="Number type within the format; --help lists them.")
+    type: Text | None = Field(None, description="Number type within the format; null: the format's default.")
     merge: bool = Field(True, description="false: write the adapter itself, not the merged model (gguf).")
     base: Base = Field("auto", description="Weights to add the update to, as for merge.")
     shard_size: Text = Field("4GB", description="Maximum size of a safetensors file.")

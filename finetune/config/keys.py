@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import types
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -15,6 +16,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.sections import SHORT_DTYPES, Section
 
 _BOUNDS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
+_LINE = 120  # Characters of a line of help.
 _WORDS = {bool: "true | false", int: "whole number", float: "number", str: "text", type(None): "null"}
 
 
@@ -93,7 +95,9 @@ def allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is Annotated:
         return allowed(arguments[0], [*arguments[1:], *metadata])
     if origin in (Union, types.UnionType):
-        return " or ".join(allowed(part) for part in arguments)
+        # A list reads best after a single value, and null last.
+        parts = sorted(arguments, key=lambda part: (part is type(None), get_origin(part) in (list, dict)))
+        return " or ".join(allowed(part) for part in parts)
     if origin is Literal:
         return " | ".join(f"{SHORT_DTYPES[word]} | {word}" if word in SHORT_DTYPES else word for word in arguments)
     if origin is list:
@@ -101,7 +105,7 @@ def allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         items = "paths or mappings" if is_section(arguments[0]) else allowed(arguments[0])
         return f"{count} of {items}"
     if origin is dict:
-        return f"mapping of {' | '.join(options(arguments[0])) or 'name'} to {allowed(arguments[1])}"
+        return f"mapping as {{{' | '.join(options(arguments[0])) or 'name'}: {allowed(arguments[1])}}}"
     if is_section(annotation):
         return "mapping of keys to values"
     marks = [mark for item in metadata for mark in (item.metadata if isinstance(item, FieldInfo) else [item])]
@@ -111,7 +115,7 @@ def allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 
 
 def schema_help(root: type[Section] = RunConfig, width: int = 38) -> str:
-    """Return the help text of a schema: one line per key, with its default, its type and its meaning.
+    """Return the help text of a schema: each key with its default, its type and its meaning, in aligned lines.
 
     The items of data.train stand for all lists of sources. width: of the column of keys, in characters.
     """
@@ -122,8 +126,18 @@ def schema_help(root: type[Section] = RunConfig, width: int = 38) -> str:
         elif "*" not in path or path.startswith("data.train.*"):
             default = default_of(path, field)
             key = path.replace("*", "0") + (f" = {default}" if default else "")
-            lines.append(f"  {key:<{width}} {allowed(field.annotation, field.metadata)}. {field.description}")
+            meaning = f"{allowed(field.annotation, field.metadata)}. {field.description}"
+            lines += _in_columns(key, meaning, width)
     return "\n".join(lines).strip("\n")
+
+
+def _in_columns(key: str, meaning: str, width: int) -> list[str]:
+    """Return lines of two columns; a key that is wider than its column has a line of its own."""
+    wrapped = textwrap.wrap(meaning, _LINE - width - 3, break_long_words=False, break_on_hyphens=False)
+    lines = [f"  {'':<{width}} {line}" for line in wrapped]
+    if len(key) > width:
+        return [f"  {key}", *lines]
+    return [f"  {key:<{width}} {wrapped[0]}", *lines[1:]]
 
 
 def default_of(path: str, field: FieldInfo) -> str:

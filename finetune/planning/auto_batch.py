@@ -72,6 +72,7 @@ def choose_micro_batch(inputs: PlanInputs, free_bytes: float | None) -> BatchPla
     text = f"memory: micro_batch={micro}"
     if micro < wanted:
         text += f" (reduced from {wanted} to fit)"
+    text += f", predicted_peak={format_bytes(memory.peak_bytes)}"
     text += _describe_activations(inputs, plan, count, free_bytes)
     return BatchPlan(memory, setting if setting != "auto" else count or "none", text)
 

@@ -1,4 +1,4 @@
-"""The plan as text: for `--dry-run` and for the first log lines of a run."""
+"""The plan as text: all of it for `--dry-run` and `--verbose`, and the part that every run logs first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune.models.families import shape_of
 from finetune.planning.advice import changes_that_fit
 from finetune.planning.auto_batch import estimate_memory, free_memory, largest_micro_batch
 from finetune.planning.inputs import PlanInputs, plan_inputs
-from finetune.planning.peak_memory import streamed_bytes, teacher_bytes
+from finetune.planning.peak_memory import PeakMemory, streamed_bytes, teacher_bytes
 from finetune.system.format import format_bytes
 from finetune.system.machine import device_type_here, ranks_of_run
 
@@ -24,28 +24,50 @@ def describe_plan(inputs: PlanInputs, free_bytes: float | None = None) -> str:
         f"length: {f'steps={train.max_steps}' if train.max_steps else f'epochs={train.epochs or 1:g}'}",
     ]
     if not inputs.shape:
-        return "\n".join([*lines, f"model: the sizes of {inputs.model.name} are unknown, so memory is not planned"])
-    found, teacher = estimate_memory(inputs, free_bytes), describe_teacher(inputs)
+        return "\n".join([*lines, describe_start(inputs)])
+    found = estimate_memory(inputs, free_bytes)
     static, activations = found.static, found.activations
     kept, recomputed = (activations.peak_bytes(n) for n in (0, max(0, len(activations.kept) - 1)))
     largest = sorted(found.parts.items(), key=lambda part: -part[1])[:3]
     most = ", ".join(f"{name} {format_bytes(size)}" for name, size in largest)
     lines += [
-        f"model: parameters={static.parameters:,}, trained={static.trained:,} "
-        f"({static.trained / static.parameters:.3%})",
+        _model_line(found),
         f"memory before activations: {format_bytes(static.total_bytes)} per rank "
         f"({', '.join(f'{name} {format_bytes(size)}' for name, size in static.parts.items())})",
-        *([teacher] if teacher else []),
+        *_teacher_lines(inputs),
         f"memory of activations: {format_bytes(kept)} per rank if no layer is recomputed, "
         f"{format_bytes(recomputed)} if all are (train.gradient_checkpointing={train.gradient_checkpointing})",
         f"predicted peak: {format_bytes(found.peak_bytes)} per rank, {found.moment}, "
         f"recomputed_layers={found.recomputed}, micro_batch={found.micro_batch} (most of it: {most})",
     ]
-    if free_bytes is not None and found.needed_bytes > free_bytes:
-        needed, free = format_bytes(found.needed_bytes), format_bytes(free_bytes)
-        lines.append(f"WARNING: the run needs {needed} with a margin, {free} is free")
-        lines += (f"  {change}" for change in changes_that_fit(inputs, free_bytes))
-    return "\n".join(lines)
+    return "\n".join([*lines, *_shortage_lines(inputs, found, free_bytes)])
+
+
+def describe_start(inputs: PlanInputs, free_bytes: float | None = None) -> str:
+    """Return the lines of the plan that every run logs: its model, its teacher, and a WARNING if it does not fit."""
+    if not inputs.shape:
+        return f"model: the sizes of {inputs.model.name} are unknown, so memory is not planned"
+    found = estimate_memory(inputs, free_bytes)
+    return "\n".join([_model_line(found), *_teacher_lines(inputs), *_shortage_lines(inputs, found, free_bytes)])
+
+
+def _model_line(found: PeakMemory) -> str:
+    parameters, trained = found.static.parameters, found.static.trained
+    return f"model: parameters={parameters:,}, trained={trained:,} ({trained / parameters:.3%})"
+
+
+def _teacher_lines(inputs: PlanInputs) -> list[str]:
+    teacher = describe_teacher(inputs)
+    return [teacher] if teacher else []
+
+
+def _shortage_lines(inputs: PlanInputs, found: PeakMemory, free_bytes: float | None) -> list[str]:
+    """Return a WARNING and the changes that help if the run does not fit, else nothing."""
+    if free_bytes is None or found.needed_bytes <= free_bytes:
+        return []
+    needed, free = format_bytes(found.needed_bytes), format_bytes(free_bytes)
+    changes = (f"  {change}" for change in changes_that_fit(inputs, free_bytes))
+    return [f"WARNING: the run needs {needed} with a margin, {free} is free", *changes]
 
 
 def describe_teacher(inputs: PlanInputs) -> str | None:

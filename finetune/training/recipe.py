@@ -32,7 +32,7 @@ from finetune.models.load import load_base, load_tokenizer
 from finetune.models.tokens import extend_tokenizer
 from finetune.ops import dispatch, matmul
 from finetune.planning.auto_batch import free_memory
-from finetune.planning.describe import describe_plan
+from finetune.planning.describe import describe_plan, describe_start
 from finetune.planning.inputs import PlanInputs, plan_inputs
 from finetune.report.dataset.files import store_report
 from finetune.report.run import TEACHER
@@ -63,12 +63,13 @@ from finetune.training.summary import describe_result, model_card
 from finetune.training.track import SilentTracker, Tracker
 
 
-def train(cfg: RunConfig, rows: Iterable[Mapping[str, Any]] | None = None) -> RunResult:
+def train(cfg: RunConfig, rows: Iterable[Mapping[str, Any]] | None = None, verbose: bool = False) -> RunResult:
     """Run one config from its files to a saved, verified adapter, or continue it as `train.resume` allows.
 
     Args:
         cfg: from `load_config`.
         rows: training examples in memory (a list of mappings, a Dataset, a DataFrame), in place of data.train.
+        verbose: log the whole plan, threads and kernels too, not only model, data and memory.
 
     Returns:
         The content of result.json.
@@ -89,23 +90,28 @@ def train(cfg: RunConfig, rows: Iterable[Mapping[str, Any]] | None = None) -> Ru
         )
     set_seed(cfg.train.seed)
     is_main, kind = accelerator.is_main_process, accelerator.device.type
-    log: Log = console.log if is_main else (lambda text: None)
+    log: Log = console.log if is_main else _drop
+    detail = log if verbose else _drop
     if message := use_all_cores(kind):
-        log(message)
+        detail(message)
     lock = run_folder.claim_folder(cfg) if is_main else None
     try:
         [checkpoint] = broadcast_object_list([run_folder.find_checkpoint(cfg, log) if is_main else None])
         inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=kind, ranks=accelerator.num_processes)
-        log(describe_plan(inputs, free_memory(kind)))
-        context = _load(cfg, inputs, accelerator, checkpoint, log)
+        log((describe_plan if verbose else describe_start)(inputs, free_memory(kind)))
+        context = _load(cfg, inputs, accelerator, checkpoint, log=log, detail=detail)
         return _run(context, checkpoint)
     finally:
         if lock is not None:
             run_folder.release_folder(lock)
 
 
+def _drop(text: str) -> None:
+    """Print nothing: the log of the other ranks, and of details."""
+
+
 def _load(
-    cfg: RunConfig, inputs: PlanInputs, accelerator: Accelerator, checkpoint: Path | None, log: Log
+    cfg: RunConfig, inputs: PlanInputs, accelerator: Accelerator, checkpoint: Path | None, *, log: Log, detail: Log
 ) -> RunContext:
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
@@ -140,10 +146,12 @@ def _load(
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model) if cfg.lora.new_tokens else None)
     if cfg.train.kernels == "fused":
         fused, layers = fuse_layers(model)
-        log(f"kernels: fused, layers={fused} of {layers}")
+        detail(f"kernels: fused, layers={fused} of {layers}")
     model.train()
     batch_plan = apply_batch_plan(inputs, model, accelerator, log)
-    return RunContext(cfg, accelerator, log, tokenizer, preparation, data, sampler, model, batch_plan, distillation)
+    return RunContext(
+        cfg, accelerator, log, detail, tokenizer, preparation, data, sampler, model, batch_plan, distillation
+    )
 
 
 def _build_sampler(cfg: RunConfig, preparation: Preparation, data: loader.LoadedData, log: Log) -> Sampler:
@@ -244,11 +252,11 @@ def _configure_kernels(context: RunContext, steps: int) -> None:
     fused = cfg.train.kernels == "fused"
     all_fused = fused and not cfg.lora.dora and not cfg.quant.int8 and cfg.quant.type != "int8"
     if message := matmul.describe(device, getattr(torch, cfg.model.dtype), all_fused):
-        context.log(message)
+        (context.detail if all_fused else context.log)(message)
     if fused:
         most_tokens = steps * cfg.train.batch_size * cfg.data.max_length
         flops = 4.0 * base_of(context.model).num_parameters() * most_tokens
-        context.log(dispatch.configure_compile(device, flops, cfg.train.compile))
+        context.detail(dispatch.configure_compile(device, flops, cfg.train.compile))
 
 
 def _evaluate_before_training(context: RunContext, state: TrainState) -> None:

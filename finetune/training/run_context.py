@@ -30,12 +30,14 @@ class RunContext:
 
     Attributes:
         log: prints on the main rank alone.
+        detail: prints there what only --verbose shows.
         distillation: None for a run without a teacher.
     """
 
     cfg: RunConfig
     accelerator: Accelerator
     log: Log
+    detail: Log
     tokenizer: PreTrainedTokenizerBase
     preparation: Preparation
     data: LoadedData

@@ -14,6 +14,7 @@ from finetune.training.run_folder import RunResult
 
 _LONGEST_TEXT = 300
 _MOST_BREACHES = 5
+_LONGEST_QUESTION = 100
 
 
 def describe_result(result: RunResult, before: Sequence[Sequence[str]], after: Sequence[Answer]) -> str:
@@ -45,7 +46,15 @@ def describe_result(result: RunResult, before: Sequence[Sequence[str]], after: S
         for name, text in texts.items():
             cut = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} … ({len(text):,} characters)"
             lines.append(f"  {name:<10}{cut!r}")  # on one line, with control characters escaped
-    return "\n".join([*lines, "", f"adapter: {result.adapter}", f"next:    finetune chat adapter={result.adapter}"])
+    lines += ["", f"adapter: {result.adapter}", f"next:    finetune chat adapter={result.adapter}"]
+    # A question that the adapter has learned to answer, to paste into the chat.
+    if question := next((prompt for prompt, _, _ in before if _fits_on_a_line(prompt)), None):
+        lines.append(f"ask it:  {question}")
+    return "\n".join(lines)
+
+
+def _fits_on_a_line(text: str) -> bool:
+    return 0 < len(text) <= _LONGEST_QUESTION and text.isprintable() and not text.startswith("/")
 
 
 def model_card(cfg: RunConfig, result: RunResult) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from finetune import train
 from finetune.training import recipe
 from tests.runs import SMALL_RUN, small_run
@@ -20,13 +22,16 @@ def test_a_run_tells_what_it_expected_and_what_it_took(finetune_command, tmp_pat
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["peak_bytes"] > 0 and result["predicted_peak_bytes"] > 0
     assert "GB measured" in done.stdout and "GB predicted" in done.stdout
-    assert "predicted peak:" in done.stderr and "WARNING" not in done.stderr
+    topics = [line.partition(":")[0] for line in done.stderr.partition("\nstep ")[0].splitlines()]
+    assert topics == ["model", "data", "data", "memory", "evaluation"] and "predicted_peak=" in done.stderr
 
 
-def test_a_run_that_will_not_fit_says_so_before_it_loads_and_what_would(tmp_path: Path, monkeypatch, capsys):
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_run_that_will_not_fit_says_so_before_it_loads_and_what_would(tmp_path, monkeypatch, capsys, verbose: bool):
     monkeypatch.setattr(recipe, "free_memory", lambda kind: 680e6)
-    train(small_run(tmp_path / "run", "train.max_steps=1", *WIDE))
+    train(small_run(tmp_path / "run", "train.max_steps=1", *WIDE), verbose=verbose)
     logged = capsys.readouterr().err
+    assert ("predicted peak:" in logged) == ("compile:" in logged) == ("kernels:" in logged) == verbose
     warning = logged.index("WARNING: ")
     assert "0.68 GB is free" in logged
     assert warning < logged.index(" saves ") < logged.index("memory: micro_batch=")  # logged after loading

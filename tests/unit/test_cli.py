@@ -137,11 +137,14 @@ def test_train_without_a_config_lists_the_packaged_ones(capsys):
 
 def test_train_hands_the_config_to_the_recipe_and_dry_run_does_not(monkeypatch, capsys):
     trained = []
-    monkeypatch.setattr("finetune.training.recipe.train", trained.append)
+    monkeypatch.setattr(
+        "finetune.training.recipe.train", lambda cfg, verbose: trained.append((cfg.train.seed, verbose))
+    )
     assert main(["train", "config=quickstart.yaml", "train.seed=7"]) == 0
-    assert trained[0].train.seed == 7
+    assert main(["train", "config=quickstart.yaml", "train.seed=7", "--verbose"]) == 0
+    assert trained == [(7, False), (7, True)]
     assert main(["train", "config=quickstart.yaml", "train.seed=8", "--dry-run"]) == 0
-    assert len(trained) == 1 and "seed: 8" in capsys.readouterr().out
+    assert len(trained) == 2 and "seed: 8" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

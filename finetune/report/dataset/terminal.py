@@ -16,6 +16,7 @@ from finetune.system.console import printable
 _BAR_WIDTH, _INDENT = 40, 6
 _COLUMNS = (9, 13, 13, 8, 12, 12)
 _EIGHTHS = ("", *"▏▎▍▌▋▊▉")
+_FEWEST_BINS = 4  # Fewer say no more than the lines of shortest and longest.
 _HEIGHTS = "▁▂▃▄▅▆▇█"
 _STYLES = {"control": "dim", "spelled": "bold red", "text": ""}
 _TARGET, _WEIGHTED = "green", "yellow"
@@ -128,10 +129,15 @@ def _sources(report: Report) -> Iterator[Text]:
             f", weight {part.weight:g}" if part.section == "train" and part.weight != 1 else "",
         )
         facts = describe_part(part)
-        if len(report.parts) > 1:
+        if _adds_to_the_chart(part.figures.lengths.bins, report):
             facts = {"histogram": sparkline(part.figures.lengths.bins, report.max_length)} | facts
         for label, text in facts.items():
             yield Text.assemble((f"  {label:<11}", "dim"), printable(text))
+
+
+def _adds_to_the_chart(bins: Sequence[Bin], report: Report) -> bool:
+    """Return whether a source's histogram is not the chart of all training rows, and more than a few bins."""
+    return bins != report.training.lengths.bins and len(bins) >= _FEWEST_BINS
 
 
 def sparkline(bins: Sequence[Bin], limit: int) -> str:

@@ -86,11 +86,37 @@ def test_reset_forgets_and_exit_ends(capsys):
     assert capsys.readouterr().out == "fine\nfine\n"
 
 
-@pytest.mark.parametrize(("line", "shown"), [("/rest", "/reset"), ("/ext", "/exit"), ("/help", "/reset")])
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("/rest", "/reset"),
+        ("/ext", "/exit"),
+        ("/help", "/reset"),
+        ("/quit", "/exit"),
+        ("/zzz", "/help"),
+        ("/save it", "/save"),
+    ],
+)
 def test_slash_commands_and_their_typos_never_reach_the_model(line: str, shown: str, capsys):
     talking = conversation("fine")
     assert respond(talking, line)
     assert talking.chat.seen == [] and shown in capsys.readouterr().err
+
+
+def test_system_message_and_temperature_change_in_the_chat(capsys):
+    talking = conversation("fine")
+    talk(talking, ["/system be: short", "/temperature 0.7", "hi", "/temperature 0", "bye", "/system"])
+    assert [m.content for m in talking.chat.seen[-1]] == ["be: short", "hi", "fine", "bye"]
+    assert (talking.options.temperature, talking.model.generation_config.do_sample) == (0.0, False)
+    assert "be: short" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["-1", "warm", "[1]"])
+def test_a_wrong_temperature_is_an_error_and_the_chat_goes_on(value: str, capsys):
+    talking = conversation("fine", temperature=0.5)
+    talk(talking, [f"/temperature {value}", "hi"])
+    captured = capsys.readouterr()
+    assert talking.options.temperature == 0.5 and value in captured.err and captured.out == "fine\n"
 
 
 @pytest.mark.parametrize("line", ["/usr/bin/env: what is it?", "a/b", "exit", "reset /reset"])

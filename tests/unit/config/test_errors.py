@@ -175,8 +175,8 @@ def test_an_unknown_key_is_answered_with_the_probable_one(key: str, meant: str):
 def test_an_unknown_role_is_one_problem_that_lists_the_four_roles(complaint: Callable):
     text = complaint("data: {train: [{path: x, roles: {bot: assistant, user: 5}}]}\n")
     assert text.startswith("2 problems")
-    assert "data.train.0.roles.bot (run.yaml:1): unknown key; allowed: mapping of system | user | assistant" in text
-    assert "data.train.0.roles.user (run.yaml:1): found 5; allowed: list of text or text" in text
+    assert "data.train.0.roles.bot (run.yaml:1): unknown key; allowed: mapping as {system | user | assistant" in text
+    assert "data.train.0.roles.user (run.yaml:1): found 5; allowed: text or list of text" in text
 
 
 def test_the_fp4_of_peers_is_answered_with_nf4(complaint: Callable):

@@ -180,9 +180,9 @@ def test_an_invalid_override_is_refused_with_help(override: str, words: str):
         ("train.seed=ten", "train.seed (command line)"),
         ("output_dir=", 'found ""'),
         ("data.train.0.roles={bot: assistant}", "system | user | assistant | tool"),
-        ("data.train.0.columns=question", "mapping of name to text"),
+        ("data.train.0.columns=question", "mapping as {name: text}"),
         ("data.train.0.columns={prompt: 5}", "in quotes it is text"),
-        ("data.train.0.roles.user=[5]", "list of text or text"),
+        ("data.train.0.roles.user=[5]", "text or list of text"),
     ],
 )
 def test_an_override_that_does_not_fit_the_config_is_refused(complaint: Callable, override: str, words: str):

@@ -197,14 +197,18 @@ def test_two_configs_share_no_list():
     assert second.lora.modules_to_save == RunConfig.model_validate(MINIMAL).lora.modules_to_save == []
 
 
-def test_help_describes_every_key_in_one_line():
-    lines = schema_help().splitlines()
+@pytest.mark.parametrize("width", [24, 38])
+def test_help_describes_every_key_in_aligned_lines(width: int):
+    lines = schema_help(width=width).splitlines()
+    assert max(map(len, lines)) <= 120
     for key, field in schema_fields().items():
         assert field.description, key
         if not is_section(field.annotation) and not key.startswith("data.eval.*"):
-            found = [line for line in lines if line.split(maxsplit=1)[0:1] == [key.replace("*", "0")]]
-            assert len(found) == 1, key
-            assert found[0].endswith(field.description)
+            [start] = [n for n, line in enumerate(lines) if line.split(maxsplit=1)[0:1] == [key.replace("*", "0")]]
+            end = next((n for n in range(start + 1, len(lines)) if lines[n][2:3].strip()), len(lines))
+            below = [line for line in lines[start + 1 : end] if line.startswith("   ")]
+            assert all(line[: width + 3].isspace() and line[width + 3] != " " for line in below)
+            assert " ".join(" ".join([lines[start], *below]).split()).endswith(" ".join(field.description.split()))
 
 
 def test_help_names_types_ranges_and_defaults():

@@ -72,3 +72,8 @@ def test_contradicting_options_are_refused_before_anything_is_written(options, k
     with pytest.raises(ConfigError, match=rf"^{key}[:=]"):
         export_model(ExportOptions(out=str(tmp_path / "out"), **options), log=lambda text: None)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_help_of_format_names_every_format():
+    described = ExportOptions.model_fields["format"].description or ""
+    assert set(EXPORTERS) <= {word.strip(",.") for word in described.split()}
