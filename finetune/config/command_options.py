@@ -149,6 +149,16 @@ class EvalOptions(Section):
     out: Text | None = Field(None, description="Folder for gap.json, gap.md and gap.png; null: the adapter's run.")
 
 
+class PushOptions(Section):
+    """`finetune push`."""
+
+    adapter: Text | None = Field(None, description="Run folder, checkpoint or adapter folder to upload.")
+    model: Text | None = Field(None, description="Or a folder that merge or export wrote.")
+    repo: Text = Field(description="Repository, as USER/NAME.")
+    private: bool = Field(True, description="Whether a new repository is private.")
+    message: Text = Field("Upload with finetune", description="Message of the commit.")
+
+
 class WatchOptions(Section):
     """`finetune watch`."""
 
