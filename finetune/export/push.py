@@ -47,11 +47,13 @@ def push(options: PushOptions) -> str:
     folder = _folder(options)
     if not _REPO.fullmatch(options.repo):
         raise InputError(f"repo={options.repo}: write it as USER/NAME")
+    # Names, not patterns: those would match the files of checkpoint folders too.
+    names = [file.name for file in folder.iterdir() if any(file.match(pattern) for pattern in _PATTERNS)]
     api = HfApi(library_name="finetune")
     try:
         address = api.create_repo(options.repo, private=options.private, exist_ok=True)
         api.upload_folder(
-            repo_id=options.repo, folder_path=folder, allow_patterns=_PATTERNS, commit_message=options.message
+            repo_id=options.repo, folder_path=folder, allow_patterns=names, commit_message=options.message
         )
     except HfHubHTTPError as error:
         advice = "hf auth login, or set HF_TOKEN to a token that may write" if _is_refusal(error) else "try again"
