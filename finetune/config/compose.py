@@ -70,6 +70,10 @@ def load_config(path_or_name: str, overrides: Sequence[str] = (), needs_data: bo
         tree: dict[Any, Any] = {"name": escaped(file.stem), "output_dir": "outputs/${name}"}
         tree |= {name: section.model_construct().model_dump() for name, section in sections().items()}
         _merge(tree, composed.tree, RunConfig)
+        given = {key for key, value in edits.values if value is not None}
+        for key, other in (("train.max_steps", "train.epochs"), ("train.epochs", "train.max_steps")):
+            if key in given and other not in given and isinstance(tree["train"], dict):
+                tree["train"][other.partition(".")[2]] = None  # The command line wins over the other one of the file.
         for key, value in edits.values:
             problems += _assign(tree, "", key, value)
         values = resolved(tree, unresolved)

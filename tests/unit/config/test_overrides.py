@@ -224,3 +224,14 @@ def test_a_typo_in_an_option_gets_the_nearest_option(kind, word, meant):
 @pytest.mark.parametrize("word", ["modl=qwen2.5-7b", "lora_r=16", "train.max_step=3", "nonsense=1"])
 def test_an_unknown_word_is_left_to_the_config(word):
     assert read_beside_config(PlanOptions, arguments(word), "finetune plan")[1] == [word]
+
+
+def test_a_length_on_the_command_line_replaces_the_other_one_of_the_file(load):
+    by_steps, by_epochs = "train: {max_steps: 5}", "train: {epochs: 2}"
+    assert (load(by_steps, "train.epochs=1").train.epochs, load(by_steps, "train.epochs=1").train.max_steps) == (
+        1,
+        None,
+    )
+    assert load(by_epochs, "train.max_steps=7").train.epochs is None
+    with pytest.raises(ConfigError, match=r"train\.epochs"):
+        load(by_steps, "train.epochs=1", "train.max_steps=7")
