@@ -168,6 +168,7 @@ def _source(
     _check_cut(cut, store, cfg)
     counts = cut.counts + Counter(
         {
+            **store.meta.notes,
             "bad rows skipped": store.meta.bad_rows,
             "left without a target": len(cut.without_target),
             "control tokens kept as text": int(store.control_tokens[rows].sum()),

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -72,3 +73,10 @@ def progress_bar(what: str, size_bytes: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=size_bytes)
         yield lambda count: progress.advance(task, count)
+
+
+@lru_cache(maxsize=1024)
+def log_once(text: str) -> None:
+    """Print a message the first time, and only in the main process of a launch."""
+    if os.environ.get("RANK", "0") == "0":
+        log(text)

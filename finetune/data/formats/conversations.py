@@ -7,12 +7,13 @@ calls as a separate turn.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.config.schema import SourceConfig
-from finetune.data.formats.messages import Conversation, Message, ToolCall
+from finetune.data.formats.messages import ROLES, Conversation, Message, ToolCall
 from finetune.data.formats.values import Fields, as_json, as_text, is_empty, kind, listed, printable_name, shown
 from finetune.system.errors import DataError
 
@@ -34,11 +35,22 @@ _CALL = "function_call"
 _LARGEST_WEIGHT = 1_000_000
 # OpenAI's name of a key to ShareGPT's.
 ALIASES = {"role": "from", "content": "value"}
+# And other trainers' names of the loss mask.
+_ALL_ALIASES = ALIASES | {"train": "loss", "weight": "loss_weight"}
+# In lower case; a role in a file matches without case, and with a space or hyphen for an underscore.
 ROLE_NAMES = (
-    dict.fromkeys(("system", "developer"), "system")
-    | dict.fromkeys(("user", "human"), "user")
-    | dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
-    | dict.fromkeys(("tool", "function", "observation", "tool_response", "function_response"), "tool")
+    dict.fromkeys(("system", "developer", "system_prompt", "system_message"), "system")
+    | dict.fromkeys(("user", "human", "prompter", "customer", "user_message", "human_message"), "user")
+    | dict.fromkeys(
+        "assistant gpt chatgpt gpt4 gpt_4 bing bard claude gemini model ai bot chatbot llm assistant_message "
+        "ai_message".split(),
+        "assistant",
+    )
+    | dict.fromkeys(
+        "tool function observation tool_response function_response tool_result tool_output tool_message "
+        "function_result function_output".split(),
+        "tool",
+    )
     | dict.fromkeys(("function_call", "tool_call"), _CALL)
 )
 
@@ -87,7 +99,7 @@ def read_turns(items: Any, column: str, spelling: Spelling, assistant_weight: fl
         location = f"{column}[{i}]"
         if not isinstance(item, Mapping):
             raise DataError(f"{location} must be an object with a role and a content, found {kind(item)}")
-        fields = Fields.of(item, spelling.keys, ALIASES, location)
+        fields = Fields.of(item, spelling.keys, _ALL_ALIASES, location)
         _refuse_what_would_be_lost(fields)
         role = _role(fields, spelling.roles)
         weight = _weight(fields, assistant_weight if role in ("assistant", _CALL) else 1.0)
@@ -99,6 +111,17 @@ def read_turns(items: Any, column: str, spelling: Spelling, assistant_weight: fl
         else:
             turns.append(Turn(location, message))
     return turns
+
+
+def answer(content: Any, location: str, calls: tuple[ToolCall, ...] = (), weight: float = 1.0) -> Message:
+    """Return an assistant turn. A number or a boolean, often a class label, becomes its JSON text.
+
+    Raises: DataError naming the location, for other values that are no text.
+    """
+    if not isinstance(content, bool | int | float):
+        return Message("assistant", as_text(content, location), calls, weight)
+    as_json(content, location)  # refuses nan, and integers that Python does not print
+    return Message("assistant", json.dumps(content), calls, weight, note="numbers or booleans as answers, read as text")
 
 
 def conversation(turns: Sequence[Turn], tools: tuple[Mapping[str, Any], ...]) -> Conversation:
@@ -159,12 +182,15 @@ def _role(fields: Fields, roles: Mapping[str, str]) -> str:
     role, location = fields.get("role"), fields.named("role")
     if role is None:
         raise DataError(_missing(fields, "role"))
-    if not isinstance(role, str) or role not in roles:
-        raise DataError(
-            f"{location} is {shown(role)}; it must be one of {listed(roles)}, or mapped to one, as roles: "
-            f"{{assistant: {printable_name(role) if isinstance(role, str) else 'bot'}}}"
-        )
-    return roles[role]
+    if isinstance(role, str):
+        known = role if role in roles else re.sub(r"[\s-]+", "_", role.strip()).lower()
+        if known in roles:
+            return roles[known]
+    example = printable_name(role) if isinstance(role, str) else "bot"
+    raise DataError(
+        f"{location} is {shown(role)}; it must be {', '.join(ROLES)} or a common name of one, or mapped to one, as "
+        f"roles: {{assistant: {example}}}"
+    )
 
 
 def _message(fields: Fields, role: str, weight: float) -> Message:
@@ -183,8 +209,12 @@ def _message(fields: Fields, role: str, weight: float) -> Message:
         content = "".join(_part(part, f"{location}[{i}]") for i, part in enumerate(content))
     elif content is None and calls:
         content = ""
+    elif content is None and role == "tool" and "content" in fields.values:
+        return Message(role, "", weight=weight, note="tools answered null, read as empty text")
     elif content is None and "content" not in fields.values:
         raise DataError(_missing(fields, "content"))
+    if role == "assistant":
+        return answer(content, location, calls, weight)
     return Message(role, as_text(content, location), calls, weight)
 
 
@@ -220,13 +250,16 @@ def _call(call: Any, location: str) -> ToolCall:
         call, location = call["function"], f"{location}.function"
     if not isinstance(call, Mapping):
         raise DataError(f"{location} must be an object with name and arguments, found {kind(call)}")
-    if missing := [key for key in ("name", "arguments") if call.get(key) is None]:
+    if missing := [key for key in ("name", "arguments") if key not in call]:
         raise DataError(f"{location} lacks {listed(missing)}; it has the keys {listed(call)}")
     name = as_text(call["name"], f"{location}.name")
     # Templates write the name between quotes as it is.
     if not name or json.dumps(name, ensure_ascii=False) != f'"{name}"':
         raise DataError(f"{location}.name must be text without quotes, backslashes, newlines, found {shown(name)}")
-    arguments = as_json(call["arguments"], f"{location}.arguments")
+    arguments = call["arguments"]
+    # A call without arguments: null, or text without a character.
+    empty = arguments is None or (isinstance(arguments, str) and not arguments.strip())
+    arguments = {} if empty else as_json(arguments, f"{location}.arguments")
     if not isinstance(arguments, Mapping):
         raise DataError(f"{location}.arguments must be an object or its JSON text, found {kind(arguments)}")
     return ToolCall(name, arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -27,12 +27,14 @@ class Message:
     role: one of ROLES.
     tool_calls: of an assistant turn, after its text.
     weight: factor of its loss if `data.train_on` selects the turn; 0 leaves it untrained.
+    note: what was read in another form than it is written; the log counts equal notes.
     """
 
     role: str
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     weight: float = 1.0
+    note: str = field(default="", compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the turn with OpenAI's keys, as chat templates take it; the weight is left out."""

@@ -7,6 +7,7 @@ file's names for errors.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,17 +15,20 @@ from typing import Any
 
 from finetune.config.schema import SourceConfig
 from finetune.data.encoded import IGNORE_INDEX
+from finetune.data.formats.columns import Reading, meanings, recognize
 from finetune.data.formats.conversations import (
     KNOWN_KEYS,
     METADATA_KEYS,
     Spelling,
     Turn,
+    answer,
     conversation,
     read_tools,
     read_turns,
 )
 from finetune.data.formats.messages import Conversation, Example, Message, RawText, TokenRow
-from finetune.data.formats.values import Fields, as_json, as_text, is_empty, kind, listed, shown
+from finetune.data.formats.values import Fields, as_json, as_text, is_empty, kind, listed, printable_name, shown
+from finetune.system.console import log_once
 from finetune.system.errors import DataError
 
 _PREFERENCE = (
@@ -83,7 +87,10 @@ def parse_prompt_completion(row: Fields, spelling: Spelling) -> Conversation:
     def side(column: str, role: str, assistant_weight: float) -> list[Turn]:
         if isinstance(row.get(column), list):
             return read_turns(row.get(column), row.named(column), spelling, assistant_weight)
-        return [Turn(row.named(column), Message(role, row.text(column)))]
+        location = row.named(column)
+        if role == "assistant":
+            return [Turn(location, answer(row.get(column), location))]
+        return [Turn(location, Message(role, row.text(column)))]
 
     prompt, completion = side("prompt", "user", 0.0), side("completion", "assistant", 1.0)
     if prompt[-1].message.role == completion[0].message.role == "assistant":
@@ -106,7 +113,7 @@ def parse_alpaca(row: Fields, _: Spelling) -> Conversation:
             turns.append(Turn(f"{location}[{i}][{j}]", Message(role, as_text(pair[j], f"{location}[{i}][{j}]"))))
     asked = "\n".join(filter(None, (row.text("instruction"), row.text("input", default=""))))
     turns.append(Turn(row.named("instruction"), Message("user", asked)))
-    turns.append(Turn(row.named("output"), Message("assistant", row.text("output"))))
+    turns.append(Turn(row.named("output"), answer(row.get("output"), row.named("output"))))
     return _chat(row, turns)
 
 
@@ -227,9 +234,13 @@ FORMATS: dict[str, RowFormat] = {
     "tokens": RowFormat(parse_tokens, ("input_ids",), _TOKEN_COLUMNS, {}),
 }
 
+_ROW_COLUMNS = frozenset().union(*(fmt.columns for fmt in FORMATS.values()))
+
 
 def detect_format(columns: frozenset[str], source: str, mapped: Mapping[str, str] | None = None) -> str:
-    """Return the one format whose columns are all there; `text` only if no other fits.
+    """Return the one format whose columns are all there, or that other widely used names of them mean.
+
+    `text` is returned only if no other format fits.
 
     mapped: our names of columns and message keys to the file's; a format must know all of them.
     Raises: DataError if no format fits, or several do.
@@ -241,11 +252,22 @@ def detect_format(columns: frozenset[str], source: str, mapped: Mapping[str, str
         fitting = [name for name in fitting if name != "text"]
     if len(fitting) == 1:
         return fitting[0]
+    if {"custom_id", "body"} <= columns:
+        raise DataError(
+            f"{source}: holds requests of a batch API, not rows; add the answers after converting them\n"
+            f"help: jq -c '{{messages: .body.messages}}' {shlex.quote(source)} > rows.jsonl"
+        )
     found = f"{source}: rows with the columns {listed(columns)}"
     if fitting:
         raise DataError(f"{found} fit several formats; set format to {' or '.join(fitting)}")
     if "chosen" in renamed:
         raise DataError(f"{found}: {_PREFERENCE}")
+    if not mapped.keys() & _ROW_COLUMNS:
+        readings = [reading for reading in recognize(columns) if set(mapped) <= FORMATS[reading.format].keys]
+        if len(readings) > 1:
+            raise DataError(f"{source}: {meanings(columns)}")
+        if readings:
+            return readings[0].format
     known = "; ".join(f"{name}: {', '.join(fmt.required)}" for name, fmt in FORMATS.items())
     raise DataError(f"{found} fit no format ({known}); map them, as columns: {{prompt: question, completion: answer}}")
 
@@ -264,14 +286,34 @@ def resolve_format(cfg: SourceConfig, first_value: Any, source: str) -> str:
             f"{source}: columns maps {listed(unknown)}, which {' or '.join(candidates)} rows do not have; map one "
             f"of {listed(known - METADATA_KEYS)}"
         )
+    if isinstance(first_value, Mapping):
+        _refuse_no_row(first_value, source)
     if cfg.format != "auto":
         return cfg.format
-    of_rows = frozenset().union(*(fmt.columns for fmt in FORMATS.values()))
-    _require_mapped({ours: theirs for ours, theirs in cfg.columns.items() if ours in of_rows}, first_value, source)
-    name = detect_format(frozenset(map(str, first_value)), source, cfg.columns)
+    _require_mapped({ours: theirs for ours, theirs in cfg.columns.items() if ours in _ROW_COLUMNS}, first_value, source)
+    columns = frozenset(map(str, first_value))
+    name = detect_format(columns, source, cfg.columns)
     if cfg.roles and not FORMATS[name].keys:
         raise DataError(f"{source}: rows of the format {name} have no roles; remove roles")
+    if (reading := RowParser(cfg, name).reading(columns)) is not None:
+        ignored = columns - FORMATS[name].columns - set(reading.columns.values())
+        log_once(f"{source}: read with {reading}" + (f"; ignored: {listed(ignored)}" if ignored else ""))
     return name
+
+
+def _refuse_no_row(value: Mapping[str, Any], source: str) -> None:
+    """Raise DataError for files of other tools that hold one object, but no rows."""
+    values = list(value.values())
+    by_index = [isinstance(item, Mapping) and "0" in item for item in values]
+    texts = [isinstance(item, list) and len(item) > 0 and all(isinstance(x, str) for x in item) for item in values]
+    if values and (all(by_index) or (len(values) > 1 and all(texts))):
+        code = f'import pandas; pandas.read_json({source!r}).to_json("rows.jsonl", orient="records", lines=True)'
+        raise DataError(f"{source}: holds a table by columns, not by rows\nhelp: python -c {shlex.quote(code)}")
+    if registered := [item for item in values if isinstance(item, Mapping) and "file_name" in item]:
+        raise DataError(
+            f"{source}: is LLaMA-Factory's list of datasets ({listed(value)}), not rows; finetune migrate converts a "
+            f"config that names one\nhelp: data.train={shlex.quote(printable_name(registered[0]['file_name']))}"
+        )
 
 
 def _require_mapped(mapped: Mapping[str, str], row: Mapping[str, Any], source: str = "") -> None:
@@ -301,7 +343,8 @@ class RowParser:
         if not isinstance(value, Mapping):
             raise DataError(f"a row must be an object, found {kind(value)}")
         _require_mapped(self._columns, value)
-        row = Fields.of(value, self._columns, self._format.aliases, "")
+        reading = self.reading(frozenset(map(str, value)))
+        row = Fields.of(value, reading.columns if reading else self._columns, self._format.aliases, "")
         if missing := [column for column in self._format.required if column not in row.values]:
             raise DataError(
                 f"the row lacks {listed(missing)}, which {self.format} rows need; its columns: {listed(value)}"
@@ -312,6 +355,13 @@ class RowParser:
         if self.system is not None and isinstance(example, Conversation) and example.messages[0].role != "system":
             return replace(example, messages=(Message("system", self.system), *example.messages))
         return example
+
+    def reading(self, columns: frozenset[str]) -> Reading | None:
+        """Return what a row's columns mean, if they have other names than ours and the source maps none."""
+        if self._columns or self._format.is_in(columns):
+            return None
+        readings = [reading for reading in recognize(columns) if reading.format == self.format]
+        return readings[0] if len(readings) == 1 else None
 
     @property
     def _format(self) -> RowFormat:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def as_json(value: Any, location: str) -> Any:
     """
     try:
         if isinstance(value, str):
-            value = DECODER.decode(value)
+            value = _decoded(value)
         json.dumps(value, allow_nan=False)
     except DataError as error:
         raise DataError(f"{location} {error}") from error
@@ -66,6 +67,36 @@ def as_json(value: Any, location: str) -> Any:
     if isinstance(flaw := checked(value, location), DataError):
         raise flaw
     return value
+
+
+def _decoded(text: str) -> Any:
+    """Decode JSON, or what Python's `str` makes of lists and objects, as pandas writes them into CSV files."""
+    try:
+        return DECODER.decode(text)
+    except json.JSONDecodeError:
+        if "'" not in text or not text.lstrip().startswith(("[", "{")):
+            raise
+        try:
+            return _literal(ast.parse(text.strip(), mode="eval").body)
+        except (SyntaxError, ValueError, MemoryError):
+            pass  # the reason why it is not JSON says more
+        raise
+
+
+def _literal(node: ast.expr) -> Any:
+    """Return the value of a Python literal that JSON has, too. Raises: ValueError for others."""
+    match node:
+        case ast.Constant(value=value) if value is None or isinstance(value, str | bool | int | float):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+            return -value
+        case ast.List(elts=items):
+            return [_literal(item) for item in items]
+        case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) for key in keys):
+            names = [_literal(key) for key in keys if key is not None]
+            if all(isinstance(name, str) for name in names) and len(set(names)) == len(values):
+                return dict(zip(names, map(_literal, values), strict=True))
+    raise ValueError("no JSON value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +123,7 @@ class Fields:
         """
         names = {ours: theirs for ours, theirs in mapped.items() if theirs in values}
         for ours, theirs in aliases.items():
-            if theirs not in values or ours in mapped:
+            if theirs not in values or ours in mapped or theirs in mapped.values():
                 continue
             if values.get(ours) is None:
                 names[ours] = theirs

@@ -12,6 +12,7 @@ from finetune.system.errors import DataError
 DEEPEST = 100
 # A row without these bytes, and with few brackets, always passes `checked`.
 _SUSPICIOUS = (b"\\u0000", b"\\ud", b"\\uD")
+BOM = b"\xef\xbb\xbf"
 _WALKED = (str, dict, list)
 _KINDS = {
     type(None): "null",
@@ -32,7 +33,7 @@ def kind(value: Any) -> str:
 def decode_row(line: bytes) -> dict[str, Any] | DataError:
     """Decode a line of JSON; return an error if it is not one valid object."""
     try:
-        row = DECODER.decode(str(line, "utf-8"))
+        row = DECODER.decode(_without_marks(str(line, "utf-8")))
     except DataError as error:
         return error
     except UnicodeDecodeError as error:
@@ -48,6 +49,11 @@ def decode_row(line: bytes) -> dict[str, Any] | DataError:
         return DataError(f"must be an object, found {kind(row)}{hint}")
     brackets = line.count(b"[") + line.count(b"{")
     return checked(row) if brackets > DEEPEST or any(mark in line for mark in _SUSPICIOUS) else row
+
+
+def _without_marks(text: str) -> str:
+    """Cut byte-order marks at both ends: joined files have them anywhere between rows."""
+    return text.strip("\ufeff \t\r\n") if text[:1] == "\ufeff" or "\ufeff" in text[-4:] else text
 
 
 def checked(decoded: Any, location: str = "") -> Any:
@@ -93,6 +99,8 @@ def _not_json(line: bytes, error: json.JSONDecodeError) -> str:
         return "is empty; remove the extra comma"
     if line.strip() == b"[":
         return "opens a list; name the file .json"
+    if line.lstrip().startswith((b"//", b"#")):
+        return "is a comment, which JSON lines have none of; remove the line"
     reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
     ends_early = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip())
     return f"is cut off: {reason}" if ends_early else f"is not JSON: {reason}"

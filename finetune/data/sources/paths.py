@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,14 @@ class SourceFiles:
 
     path: as in the config.
     labels: the name of each file in locations.
+    split: of one JSON file with a list of rows under each of several keys.
     """
 
     path: str
     name: str
     files: tuple[Path, ...]
     labels: tuple[str, ...]
+    split: str | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -69,7 +71,7 @@ class SourceFiles:
         """
         rows, bytes_before = 0, 0
         for file, label in zip(self.files, self.labels, strict=True):
-            for batch in read_batches(file, label, rows, bytes_before):
+            for batch in read_batches(file, label, rows, bytes_before, self.split):
                 if limit is not None and rows + len(batch.items) >= limit:
                     yield batch.split(limit - rows)[0]
                     return
@@ -99,8 +101,9 @@ def resolve_source(source: SourceConfig) -> SourceFiles:
         if path.is_dir():
             return _local(source, source.split or path.name, _folder_files(source, path))
         if path.exists():
-            _refuse(source, "file", "split", "subset", "revision")
-            return _local(source, _stem(path), [path])
+            has_keys = kind_of(path)[0] == ".json"
+            _refuse(source, "file", *(() if has_keys else ("split",)), "subset", "revision")
+            return replace(_local(source, source.split or _stem(path), [path]), split=source.split)
         if _MAGIC.search(source.path):
             _refuse(source, "glob", "split", "subset", "revision")
             found = {Path(name) for name in glob.glob(str(path), recursive=True)}

@@ -6,6 +6,7 @@ to its end, raises a DataError. Memory does not grow with the size of the file.
 
 from __future__ import annotations
 
+import io
 import lzma
 import os
 import zlib
@@ -15,7 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from finetune.data.sources.json_rows import checked, decode_row
-from finetune.data.sources.text_files import BATCH_BYTES, COMPRESSIONS, TEXTS, Content, Group, Unit, read_text
+from finetune.data.sources.text_files import (
+    BATCH_BYTES,
+    COMPRESSIONS,
+    TEXTS,
+    Content,
+    Group,
+    Layout,
+    Unit,
+    read_text,
+)
+from finetune.system.console import log_once
 from finetune.system.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,6 +34,8 @@ if TYPE_CHECKING:
 
 TABLES = (".parquet", ".arrow")
 _MOST_ROWS = 10_000
+# The start of a text file shows its layout: line ends, one list, or objects over several lines.
+_PEEKED_BYTES = 1 << 17
 
 
 def location_of(file: str, unit: str, number: int) -> str:
@@ -104,17 +117,23 @@ def kind_of(path: Path) -> tuple[str, str]:
     )
 
 
-def read_batches(path: Path, label: str, first_index: int, bytes_before: int) -> Iterator[RawBatch]:
+def read_batches(
+    path: Path, label: str, first_index: int, bytes_before: int, split: str | None = None
+) -> Iterator[RawBatch]:
     """Read the rows of one file, in order.
 
     label: the file's name in locations.
     first_index, bytes_before: rows and bytes of the source's files before it.
+    split: a key of a JSON file with a list of rows under each of several keys.
     Raises: DataError if the file cannot be read, or cannot be read further.
     """
     kind, compression = kind_of(path)
     try:
-        with path.open("rb") as raw:
-            groups = _read_table(raw, kind) if kind in TABLES else read_text(raw, kind, compression)
+        with io.BufferedReader(io.FileIO(path), _PEEKED_BYTES) as raw:
+            if kind in TABLES:
+                groups = _read_table(raw, kind)
+            else:
+                groups = read_text(raw, kind, compression, Layout(split, lambda text: log_once(f"{label}: {text}")))
             for unit, numbers, contents, bytes_read in groups:
                 yield RawBatch(label, unit, first_index, numbers, contents, bytes_before + bytes_read)
                 first_index += len(contents)

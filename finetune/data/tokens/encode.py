@@ -13,7 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -65,6 +65,7 @@ class RowEncoder:
         rows: list[tuple[int, ...]] = []
         good: list[Encoded] = []
         bad: list[BadRow] = []
+        notes: Counter[str] = Counter()
         for row, example in parsed:
             match example:
                 case Conversation():
@@ -78,6 +79,8 @@ class RowEncoder:
             if isinstance(encoded, DataError) or isinstance(example, DataError):
                 bad.append(BadRow(row.index, row.location, str(encoded)))
                 continue
+            if isinstance(example, Conversation):
+                notes.update(message.note for message in example.messages if message.note)
             content = _content(example)
             texts_of_row = () if isinstance(example, TokenRow) else _strings(content)
             control_tokens = sum(map(self.chat.control_tokens_in, texts_of_row))
@@ -96,6 +99,7 @@ class RowEncoder:
             media_digests=tuple(encoded.media_digest for encoded in good),
             bad=tuple(bad),
             bytes_read=batch.bytes_read,
+            notes=notes,
         )
 
     def _encode_texts(self, texts: Sequence[str]) -> Iterator[Encoded | DataError]:

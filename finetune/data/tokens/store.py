@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +59,7 @@ class EncodedBatch:
     ids, weights: [sum of lengths] int32 and float32.
     media_digests: of each row.
     bytes_read: of the source's files, up to the last of these rows.
+    notes: how many messages have each note.
     """
 
     file: str
@@ -68,6 +70,7 @@ class EncodedBatch:
     media_digests: tuple[bytes, ...]
     bad: tuple[BadRow, ...]
     bytes_read: int
+    notes: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class StoreMeta:
     content: SHA-256 of tokens and weights, whatever files the rows came from.
     weights: loss weight of each code.
     sizes: bytes of every other file.
+    notes: how many messages have each note.
     """
 
     rows: int
@@ -89,6 +93,7 @@ class StoreMeta:
     weights: list[float]
     sizes: dict[str, int]
     made_from: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
 
 
 class TokenStore:
@@ -171,6 +176,7 @@ class StoreWriter:
         self._rows = [np.empty(0, ROW)]
         self._media: list[str] = []
         self._bad_rows = 0
+        self._notes: Counter[str] = Counter()
 
     def append(self, batch: EncodedBatch) -> None:
         """Append rows; batches must come in the order of the source."""
@@ -186,6 +192,7 @@ class StoreWriter:
         self._media += [digest.hex() for digest in batch.media_digests]
         self._bad.writelines(json.dumps(bad._asdict(), ensure_ascii=False) + "\n" for bad in batch.bad)
         self._bad_rows += len(batch.bad)
+        self._notes += batch.notes
 
     def finish(self, format_name: str, made_from: dict[str, Any]) -> None:
         """Write and sync all files; then the folder can be renamed."""
@@ -212,6 +219,7 @@ class StoreWriter:
             weights=list(self._weights),
             sizes={name: (self.folder / name).stat().st_size for name in (_IDS, _CODES, _ROWS, BAD_ROWS)},
             made_from=made_from,
+            notes=dict(self._notes),
         )
         with (self.folder / _META).open("w", encoding="utf-8") as stream:
             json.dump(asdict(meta), stream, ensure_ascii=False, indent=1)

@@ -64,6 +64,15 @@ def test_skipped_bad_rows_are_counted(tmp_path, chat):
     assert "bad rows skipped: 1" in describe_source(data.train[0])
 
 
+@pytest.mark.parametrize("workers", [None, 1])
+def test_answers_that_are_numbers_are_trained_as_text_and_counted(tmp_path, chat, workers):
+    rows = [{"prompt": "q", "completion": answer} for answer in (4, True, "x")]
+    texts = [{"prompt": "q", "completion": answer} for answer in ("4", "true", "x")]
+    data = load(config(write(tmp_path, *rows), workers=workers), chat)
+    assert "numbers or booleans as answers, read as text: 2" in describe_source(data.train[0])
+    assert data.digest == load(config(write(tmp_path, *texts, name="texts.jsonl")), chat).digest
+
+
 @pytest.mark.parametrize(("policy", "documents"), [("drop", 0), ("left", 1), ("right", 1), ("split", 3)])
 def test_long_rows_are_truncated_and_counted(tmp_path, chat, policy, documents):
     long = row("q", "a " * 100)

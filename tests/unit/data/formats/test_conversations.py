@@ -18,6 +18,7 @@ Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 CALL = {"name": "add", "arguments": {"x": 1}}
 WITH_CALL = Message("assistant", "", (ToolCall("add", {"x": 1}),))
+WITH_EMPTY_CALL = Message("assistant", "", (ToolCall("add", {}),))
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
 
@@ -56,6 +57,22 @@ def calling(**fields) -> dict:
         ([Q, {"role": "assistant", "tool_calls": [CALL]}], (USER, WITH_CALL)),
         ([Q, calling(function_call=CALL | {"arguments": '{"x": 1}'})], (USER, WITH_CALL)),
         ([Q, A, {"role": "tool", "content": "3", "tool_call_id": "1"}], (USER, ASSISTANT, Message("tool", "3"))),
+        (
+            [Q, calling(tool_calls=[CALL | {"arguments": " "}])],
+            (USER, Message("assistant", "", (ToolCall("add", {}),))),
+        ),
+        (
+            [Q, calling(tool_calls=[CALL | {"arguments": None}])],
+            (USER, Message("assistant", "", (ToolCall("add", {}),))),
+        ),
+        ([Q, A, {"role": "tool", "content": None}], (USER, ASSISTANT, Message("tool", ""))),
+        ([Q, A | {"loss": False}], (USER, Message("assistant", "a", weight=0.0))),
+        ([Q, A | {"loss": True, "loss_weight": 2}], (USER, Message("assistant", "a", weight=2.0))),
+        ([Q, A | {"content": 4}], (USER, Message("assistant", "4"))),
+        ([Q, A | {"content": True}], (USER, Message("assistant", "true"))),
+        ([Q | {"role": "Human"}, A | {"role": " AI "}], (USER, ASSISTANT)),
+        ([Q | {"role": "USER"}, A | {"role": "bot"}], (USER, ASSISTANT)),
+        ([Q, A, {"role": "Tool Result", "content": "3"}], (USER, ASSISTANT, Message("tool", "3"))),
         (
             [Q, calling(function_call=CALL), {"role": "function", "name": "add", "content": "3"}, A],
             (USER, WITH_CALL, Message("tool", "3"), ASSISTANT),
@@ -149,7 +166,7 @@ HOSTILE_TURNS = [
     (None, "messages must be a list", "found nothing"),
     (["hi"], "messages[0] must be an object", "found text"),
     ([Q, None], "messages[1] must be an object", "found null"),
-    ([Q | {"role": "bot"}], "messages[0].role is 'bot'", "assistant", "roles: {assistant: bot}"),
+    ([Q | {"role": "Agent"}], "messages[0].role is 'Agent'", "assistant", "roles: {assistant: Agent}"),
     ([Q | {"role": "x" * 300}], "messages[0].role is 'xxx", "…"),
     ([Q | {"role": 3}], "messages[0].role is 3", "roles:"),
     ([Q | {"role": ["user"]}], "messages[0].role is a list"),
@@ -199,7 +216,14 @@ HOSTILE_TURNS = [
     ([Q, calling(tool_calls=[CALL | {"name": 'a"b'}])], "tool_calls[0].name", "found 'a\"b'"),
     ([Q, calling(tool_calls=[CALL | {"name": ""}])], "tool_calls[0].name", "found ''"),
     ([Q, calling(tool_calls=[CALL | {"arguments": "x=1"}])], "tool_calls[0].arguments must be JSON"),
-    ([Q, calling(tool_calls=[CALL | {"arguments": ""}])], "tool_calls[0].arguments must be JSON"),
+    ([Q, A | {"loss": 0.5}], "messages[1].loss must be true or false"),
+    ([Q, A | {"loss": False, "train": True}], "messages[1] has both loss and train"),
+    ([Q, A | {"loss_weight": -1}], "messages[1].loss_weight", "found -1"),
+    ([Q, A | {"content": float("nan")}], "messages[1].content must be JSON"),
+    ([Q, A | {"content": {"label": 1}}], "messages[1].content must be text, found an object"),
+    ("[{'role': open('x')}]", "messages must be JSON"),
+    ("[{'role': 'user', 'role': 'user'}]", "messages must be JSON"),
+    ("[{'role': 'user', 'content': ('q',)}]", "messages must be JSON"),
     ([Q, calling(tool_calls=[CALL | {"arguments": "[1]"}])], "tool_calls[0].arguments must be an object", "a list"),
     ([Q, calling(tool_calls=[CALL | {"arguments": [1]}])], "tool_calls[0].arguments must be an object", "a list"),
     ([Q, calling(tool_calls=[CALL | {"arguments": '{"x": NaN}'}])], "tool_calls[0].arguments", "NaN"),
@@ -223,7 +247,7 @@ def test_the_error_of_a_bad_message_names_location_and_problem(turns, words):
 @pytest.mark.parametrize(
     ("turns", "words"),
     [
-        ([HUMAN | {"from": "bot"}], ["conversations[0].from is 'bot'", "human", "gpt"]),
+        ([HUMAN | {"from": "agent"}], ["conversations[0].from is 'agent'", "roles: {assistant: agent}"]),
         ([HUMAN | {"value": None}], ["conversations[0].value must be text, found null"]),
         ([{"from": "human"}], ["conversations[0].content is missing", "from"]),
         ([HUMAN, GPT | {"content": "b"}], ["conversations[1] has both value and content"]),
@@ -300,3 +324,18 @@ def test_a_conversation_written_as_messages_reads_back_equal(conversation):
     row = messages_row(conversation)
     assert parse(row) == conversation
     assert parse(json.loads(json.dumps(row))) == conversation
+
+
+def test_a_mapped_key_that_has_the_name_of_a_mask_stays_what_the_source_says():
+    row = {"messages": [Q, A | {"loss": 0.25}]}
+    assert parse(row, columns={"id": "loss"}).messages == (USER, ASSISTANT)
+
+
+def test_python_lists_in_a_csv_cell_are_read_as_their_json():
+    turns = [Q | {"name": None}, A | {"weight": 0.5, "content": "it's"}]
+    assert parse({"messages": str(turns)}) == parse({"messages": json.dumps(turns)})
+
+
+def test_what_was_read_in_another_form_is_noted_at_its_message():
+    notes = [message.note for message in messages(Q, A | {"content": 4}, {"role": "tool", "content": None}, A)]
+    assert [bool(note) for note in notes] == [False, True, True, False]

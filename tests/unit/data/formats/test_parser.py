@@ -89,8 +89,8 @@ def test_every_format_that_a_config_can_name_is_read():
     ("columns", "words"),
     [
         (
-            {"question", "answer"},
-            ["fit no format", "columns answer, question", "prompt_completion: prompt, completion"],
+            {"riddle", "way"},
+            ["fit no format", "columns riddle, way", "prompt_completion: prompt, completion"],
         ),
         (set(), ["columns none fit no format"]),
         ({"messages", "instruction", "output"}, ["fit several formats", "set format to messages or alpaca"]),
