@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -24,7 +25,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     for path, write in pages.items():
         files.append(File.generated(config, path, content=write()))
+    files.append(File.generated(config, "llms.txt", content=llms_page(config.nav or [], str(config.site_description))))
     return files
+
+
+def llms_page(nav: list[Any], description: str) -> str:
+    """Return the list of pages for language models (llmstxt.org): a link and a title per line."""
+    lines = ["# finetune", "", f"> {description}", ""]
+    for entry in nav:
+        [(title, target)] = entry.items()
+        if isinstance(target, str):
+            lines.append(f"- [{title}]({target})")
+        else:
+            lines += ["", f"## {title}", "", *(f"- [{name}]({page})" for item in target for name, page in item.items())]
+    return "\n".join(lines) + "\n"
 
 
 def settings_page() -> str:

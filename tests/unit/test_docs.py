@@ -109,6 +109,12 @@ def test_the_migration_page_has_every_name(reference):
     assert [name for name in missing if not (name in RULES and not RULES[name].key)] == []
 
 
+def test_the_list_for_language_models_has_every_page_of_the_site(reference):
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    page = reference.llms_page(site["nav"], site["site_description"])
+    assert set(re.findall(r"\]\(([\w/-]+\.md)\)", page)) == set(re.findall(r"[\w/-]+\.md", str(site["nav"])))
+
+
 def test_the_site_leads_to_every_page():
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     listed = set(re.findall(r"[\w/-]+\.md", str(site["nav"])))
