@@ -110,7 +110,8 @@ def build_step(options: dict[str, str], device: Any) -> Callable[[int], None]:
     from finetune.models.adapters.attach import attach_lora
     from finetune.models.fused import fuse_layers
     from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
-    from finetune.models.load import load_base, load_tokenizer
+    from finetune.models.load import load_base
+    from finetune.models.tokenizer import load_tokenizer
 
     targets = options["targets"]
     cfg = ModelConfig(name=options["model"])

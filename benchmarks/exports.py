@@ -84,7 +84,7 @@ def exam_of(adapter: Path, rows: int, max_new_tokens: int) -> Exam:
     from finetune.data.loader import first_conversations, load_data
     from finetune.data.template.chat import ChatTemplate
     from finetune.data.tokens.prepare import Preparation
-    from finetune.models.load import load_adapter_tokenizer
+    from finetune.models.tokenizer import load_adapter_tokenizer
 
     cfg = saved_config(adapter)
     if cfg is None:

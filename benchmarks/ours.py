@@ -85,7 +85,7 @@ def square_mean_length(cfg: Any) -> float:
     """Return the sum of squared row lengths over the sum of lengths, in tokens, from the run's token cache."""
     from finetune.data.loader import load_chat_template
     from finetune.data.tokens.prepare import Preparation
-    from finetune.models.load import load_tokenizer
+    from finetune.models.tokenizer import load_tokenizer
 
     chat = load_chat_template(cfg.data, load_tokenizer(cfg.model))
     lengths = Preparation(cfg.data, chat).store(cfg.data.train[0]).lengths

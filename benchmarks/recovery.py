@@ -151,7 +151,8 @@ class Experiment:
         from finetune.distill.teacher import teacher_model
         from finetune.evaluation.scoring import agreement, evaluate
         from finetune.models.adapters.files import load_adapter
-        from finetune.models.load import load_base, load_tokenizer
+        from finetune.models.load import load_base
+        from finetune.models.tokenizer import load_tokenizer
 
         cfg = self.config("measure", 0)
         tokenizer = load_tokenizer(cfg.model)

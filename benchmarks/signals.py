@@ -26,7 +26,7 @@ def asked(cfg: Any) -> dict[str, int]:
     from finetune.data.loader import load_chat_template, load_data
     from finetune.data.tokens.prepare import Preparation
     from finetune.distill.fingerprint import key_of
-    from finetune.models.load import load_tokenizer
+    from finetune.models.tokenizer import load_tokenizer
 
     chat = load_chat_template(cfg.data, load_tokenizer(cfg.model))
     documents = {

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from finetune.export.merge.merge import merge as merge
     from finetune.models.adapters.attach import attach_lora as attach_lora
     from finetune.models.load import load_base as load_base
-    from finetune.models.load import load_tokenizer as load_tokenizer
+    from finetune.models.tokenizer import load_tokenizer as load_tokenizer
     from finetune.training.recipe import train as train
 
 __version__ = "0.1.0"
@@ -34,7 +34,7 @@ _HOMES = {
     "export_model": "finetune.export.export",
     "load_base": "finetune.models.load",
     "load_config": "finetune.config.compose",
-    "load_tokenizer": "finetune.models.load",
+    "load_tokenizer": "finetune.models.tokenizer",
     "merge": "finetune.export.merge.merge",
     "train": "finetune.training.recipe",
 }

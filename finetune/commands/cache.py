@@ -51,8 +51,8 @@ def run(arguments: Arguments) -> int:
     from finetune.data.tokens.prepare import Preparation, console_progress
     from finetune.distill.filling import size_of, write_cache
     from finetune.distill.teacher import cache_path, check_vocabulary
-    from finetune.models.load import default_device, load_tokenizer
-    from finetune.models.tokens import extend_tokenizer
+    from finetune.models.load import default_device
+    from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
     from finetune.system.machine import use_all_cores
 
     tokenizer = load_tokenizer(cfg.model)

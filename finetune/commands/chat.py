@@ -80,7 +80,7 @@ class Conversation:
         import torch
         from transformers import GenerationConfig
 
-        from finetune.models.load import quiet
+        from finetune.models.tokenizer import quiet
 
         # Sampled answers use the penalties of the model's generation_config.json; greedy answers use none.
         sampled: dict[str, Any] = {"do_sample": True, "temperature": self.options.temperature}
@@ -111,8 +111,13 @@ class Conversation:
 
 def run(arguments: Arguments) -> int:
     """Load the model, then answer the lines of a terminal or a pipe."""
+    from finetune.models.adapters.folder import check_adapter_folder
+
     options = arguments.options
     adapter = None if options.adapter is None else Path(options.adapter).expanduser()
+    # Before torch is imported, which takes ten times as long.
+    if adapter is not None:
+        check_adapter_folder(adapter, "adapter")
     config = _find_config(arguments.config, options.model, adapter, arguments.overrides)
     conversation = load_conversation(config, adapter, options)
     if sys.stdin.isatty():
@@ -128,12 +133,17 @@ def run(arguments: Arguments) -> int:
 
 def load_conversation(config: RunConfig, adapter: Path | None, options: ChatOptions) -> Conversation:
     """Load the base of a config, its tokenizer and template, and the adapter."""
+    from finetune.models.hub import check_model
+
+    check_model(config.model)  # Takes a tenth of the time of importing torch.
+
     from finetune.data.loader import load_chat_template
     from finetune.data.template.chat import ChatTemplate
     from finetune.evaluation.generation import dequantize_once
     from finetune.models.adapters.files import load_adapter
     from finetune.models.fused import fuse_layers
-    from finetune.models.load import load_adapter_tokenizer, load_base, load_tokenizer
+    from finetune.models.load import load_base
+    from finetune.models.tokenizer import load_adapter_tokenizer, load_tokenizer
 
     if adapter is None:
         tokenizer = load_tokenizer(config.model)

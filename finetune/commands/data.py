@@ -57,8 +57,7 @@ def _inspect(cfg: RunConfig, options: DataOptions, files: dict[str, IO[str]]) ->
     from finetune.data.sources.paths import resolve_source
     from finetune.data.template.chat import advice_on_end_token
     from finetune.data.tokens.prepare import Preparation, console_progress
-    from finetune.models.load import load_tokenizer
-    from finetune.models.tokens import extend_tokenizer
+    from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
     from finetune.report.dataset.advice import advise
     from finetune.report.dataset.examples import Decoder, shown_rows
     from finetune.report.dataset.files import write_dump, write_page

@@ -13,6 +13,7 @@ Examples
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
@@ -21,9 +22,19 @@ from finetune.system.console import log
 
 def run(arguments: Arguments) -> int:
     """Merge, then print the folder and the next command."""
-    from finetune.export.merge.merge import merge
+    from finetune.models.adapters.folder import find_adapter
+    from finetune.system.atomic import refuse_existing
+    from finetune.system.format import parse_size
 
     options = arguments.options
+    # Before torch is imported, which takes ten times as long.
+    parse_size("shard_size", options.shard_size)
+    refuse_existing(Path(options.out).expanduser())
+    for name in [options.adapter] if isinstance(options.adapter, str) else options.adapter:
+        find_adapter(name, "adapter")
+
+    from finetune.export.merge.merge import merge
+
     merge(options)
     print(options.out)
     log(f"next: finetune export model={shlex.quote(options.out)} format=gguf out=DIR, or serve it as it is")

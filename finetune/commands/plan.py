@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 def run(arguments: Arguments) -> int:
     """Print the plan; return 3 if the run does not fit."""
     from finetune.config.compose import load_config
+    from finetune.data.sources.paths import check_local_sources
 
     options = arguments.options
     config = arguments.config or default_config(arguments.overrides)
@@ -49,6 +50,8 @@ def run(arguments: Arguments) -> int:
     cfg = load_config(config or "lora.yaml", arguments.overrides, needs_data=False)
     as_json = "--json" in arguments.flags
     _check_options(options, cfg)
+    if not options.table:  # It covers all models, with rows of every length.
+        check_local_sources(cfg.data)
     if options.calibrate:  # After every check: it takes half a minute.
         log(f"rates: file={calibrate()}")
     return _print_lengths(cfg, as_json) if options.table else _print_plan(cfg, options, as_json)

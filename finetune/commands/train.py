@@ -25,14 +25,19 @@ def run(arguments: Arguments) -> int:
 
     config = load_config(str(arguments.config), arguments.overrides)
     if "--dry-run" in arguments.flags:
+        from finetune.data.sources.paths import check_local_sources
         from finetune.planning.describe import dry_run
 
+        check_local_sources(config.data)
         print(dry_run(config))
         return 0
 
     from finetune.data.loader import check_sources
+    from finetune.training.output_folder import check_run
 
-    check_sources(config.data)  # Takes a tenth of the time of importing torch.
+    # These take a tenth of the time of importing torch.
+    check_sources(config.data)
+    check_run(config)
 
     from finetune.training.recipe import train
 

@@ -16,7 +16,7 @@ import numpy as np
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.documents import Cut, Documents, cut_to_length
 from finetune.data.formats.messages import Conversation
-from finetune.data.sources.paths import resolve_source
+from finetune.data.sources.paths import check_each, resolve_source
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation, with_format
 from finetune.data.tokens.store import BAD_ROWS, TokenStore
@@ -92,15 +92,7 @@ def check_sources(cfg: DataConfig) -> None:
 
     Raises: DataError listing the problem of each source.
     """
-    problems = []
-    for section, sources in (("train", cfg.train), ("eval", cfg.eval)):
-        for i, source in enumerate(sources):
-            try:
-                with_format(source, resolve_source(source).batches(source.limit))
-            except DataError as error:
-                problems.append(f"data.{section}[{i}]: {error}")
-    if problems:
-        raise DataError("\n".join(problems))
+    check_each(cfg, lambda source: with_format(source, resolve_source(source).batches(source.limit)))
 
 
 def load_data(preparation: Preparation) -> LoadedData:

@@ -14,7 +14,7 @@ from finetune.data.batch import Batch
 from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.data.template.chat import ChatTemplate
-from finetune.models.adapters.files import CONFIG_FILE, TENSOR_FILE
+from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE
 from finetune.models.digest import sha256_of, weights_digest
 from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
 from finetune.system.resources import cache_home

@@ -19,8 +19,9 @@ from finetune.losses.hidden_states import hidden_states
 from finetune.models.adapters.files import load_adapter
 from finetune.models.fused import fuse_layers
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
-from finetune.models.load import load_base, quiet
+from finetune.models.load import load_base
 from finetune.models.quant.four_bit import build_skeleton, fill_plain, holds_all
+from finetune.models.tokenizer import quiet
 from finetune.ops import attention
 
 

@@ -31,7 +31,8 @@ from finetune.distill.resident import open_skeleton
 from finetune.losses.cross_entropy import target_rows
 from finetune.losses.distillation import TeacherHidden
 from finetune.losses.hidden_states import DecoderRows, decoder_rows, token_states
-from finetune.models.adapters.files import CONFIG_FILE, TENSOR_FILE, check_adapter
+from finetune.models.adapters.files import check_adapter
+from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE
 from finetune.models.fused import fuse_layers
 from finetune.models.hub import read_json
 from finetune.models.safetensors_index import WeightFiles, map_tensor

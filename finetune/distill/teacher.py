@@ -21,7 +21,7 @@ from finetune.distill.shards import vocabulary_of
 from finetune.distill.stream import StreamedModel
 from finetune.losses.distillation import Teacher
 from finetune.models.hub import TEXT_FILES, fetch, read_config
-from finetune.models.load import load_tokenizer
+from finetune.models.tokenizer import load_tokenizer
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 

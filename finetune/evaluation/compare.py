@@ -23,10 +23,11 @@ from finetune.evaluation.gap_table import GapTable, ModelFigures, Variant
 from finetune.evaluation.lm_eval import load_tasks, run_tasks
 from finetune.evaluation.measure import Evaluator, Progress, stored_bytes
 from finetune.evaluation.variants import Variants, check_options, find_variants
-from finetune.models.adapters.files import TENSOR_FILE
+from finetune.models.adapters.folder import TENSOR_FILE
 from finetune.models.digest import sha256_of
 from finetune.models.hub import TEXT_FILES, fetch, read_config
-from finetune.models.load import default_device, load_adapter_tokenizer, load_tokenizer
+from finetune.models.load import default_device
+from finetune.models.tokenizer import load_adapter_tokenizer, load_tokenizer
 from finetune.system.atomic import is_disk_full
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError, ResourceError

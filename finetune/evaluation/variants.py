@@ -14,7 +14,8 @@ from finetune.distill.resident import load_resident
 from finetune.evaluation.gap_table import Variant
 from finetune.evaluation.generation import dequantize_once
 from finetune.evaluation.metrics import Metric, find_metric
-from finetune.models.adapters.files import CONFIG_FILE, load_adapter
+from finetune.evaluation.options import contradictions, find_source
+from finetune.models.adapters.files import load_adapter
 from finetune.models.adapters.trained import find_trained
 from finetune.models.fused import fuse_layers
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config
@@ -79,9 +80,7 @@ def find_variants(options: EvalOptions, log: Log) -> Variants:
         found = Variants(trained.adapters[0].folder, trained.cfg, trained.model, trained.quant, ())
     else:
         name = str(options.model)
-        folder = Path(name).expanduser()
-        if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
-            raise ConfigError(f"model={name}: is an adapter\nhelp: pass adapter={name}")
+        find_source(options)
         fetch(name, None, TEXT_FILES + WEIGHT_FILES, "model")
         found = Variants(None, None, ModelConfig(name=name, dtype=own_dtype(name)), QuantConfig(type="none"), ())
     quant = found.quant
@@ -104,16 +103,7 @@ def own_dtype(name: str) -> Dtype:
 
 def check_options(options: EvalOptions) -> Metric:
     """Return the metric. Raises: ConfigError with the contradictions between options, one per line."""
-    problems, metric = [], None
-    if (options.adapter is None) == (options.model is None):
-        found = "both" if options.adapter is not None else "neither"
-        problems.append(f"adapter, model: exactly one is needed, found {found}; an adapter names its base itself")
-    if options.model is not None and options.data is None and not options.tasks:
-        problems.append("data: missing, and a model alone has no run; pass data=[{path: heldout.jsonl}]")
-    if options.merged is not None and options.adapter is None:
-        problems.append("merged: needs adapter=; evaluate a merged model alone with model=DIR")
-    if options.merged is not None and options.variants is not None and "merged" not in options.variants:
-        problems.append("merged: not in variants; add it there, or drop merged=")
+    problems, metric = list(contradictions(options)), None
     try:
         metric = find_metric(options.metric, options.pattern)
     except ConfigError as error:

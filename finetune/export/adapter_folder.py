@@ -38,8 +38,8 @@ from finetune.models.adapters.files import (
 )
 from finetune.models.adapters.trained import compensates_quantization
 from finetune.models.families import FAMILIES
-from finetune.models.load import quiet
 from finetune.models.safetensors_index import save_tensors
+from finetune.models.tokenizer import quiet
 from finetune.system.atomic import write_text
 from finetune.system.errors import ConfigError, IntegrityError
 

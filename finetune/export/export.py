@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.command_options import ExportOptions, KlCheckOptions, MergedType, MergeOptions
-from finetune.export.exporter import EXPORTERS, Exported, Exporter, ExportRequest
+from finetune.export.exporter import Exported, Exporter, ExportRequest, find_exporter, find_model
 from finetune.export.merge.merge import Progress, merge
 from finetune.export.staging import check_room, scratch, staged
-from finetune.models.adapters.files import CONFIG_FILE, TENSOR_FILE, fetch_adapter
-from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
-from finetune.models.load import TOKENIZER_FILES
-from finetune.models.safetensors_index import read_header
+from finetune.models.adapters.files import fetch_adapter
+from finetune.models.safetensors_header import read_header
 from finetune.system.console import Log, log, progress_bar
-from finetune.system.errors import ConfigError
 
 REPORT = "export_report.json"
 # The merge rounds to a 16-bit type of the format. For all other types it keeps fp32, and the exporter rounds.
@@ -33,7 +30,7 @@ def export_model(options: ExportOptions, log: Log = log, progress: Progress = pr
         ConfigError, MissingExtra, ResourceError.
         IntegrityError: the export does not compute what its source computes; nothing is kept.
     """
-    exporter = _exporter(options)
+    exporter = find_exporter(options)
     kind = exporter.number_type(options)
     module = exporter.load()
     module.check_libraries(kind)
@@ -58,42 +55,13 @@ def export_model(options: ExportOptions, log: Log = log, progress: Progress = pr
     return exported
 
 
-def _exporter(options: ExportOptions) -> Exporter:
-    """Return the exporter of the format, if it takes the options."""
-    exporter = EXPORTERS.get(options.format)
-    if exporter is None:
-        raise ConfigError(f"format: unknown format, found {options.format}\nhelp: choose from {', '.join(EXPORTERS)}")
-    merges = options.merge and exporter.merges
-    problems = []
-    if options.adapter is None and options.model is None:
-        problems.append("adapter: is missing; give adapter=RUN_OR_ADAPTER, or model=FOLDER for a merged model")
-    elif options.adapter is None and not merges:
-        problems.append(f"adapter: is missing; format={options.format} writes the adapter itself")
-    if not merges and not exporter.adapter_types:
-        holds = [name for name, other in EXPORTERS.items() if other.adapter_types]
-        problems.append(f"merge=false: format={options.format} cannot hold an adapter; use format={' or '.join(holds)}")
-    if not merges and options.base != "auto":
-        problems.append(f"base={options.base}: nothing is merged here; remove it")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return exporter
-
-
 @contextmanager
 def _source(
     exporter: Exporter, options: ExportOptions, out: Path, log: Log, progress: Progress
 ) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
     """Yield the folder to export, and the KL checks of the merge if there was one."""
     if options.adapter is None:
-        name = str(options.model)
-        folder = fetch(name, None, TEXT_FILES + WEIGHT_FILES, "model").folder
-        if (folder / CONFIG_FILE).is_file() and (folder / TENSOR_FILE).is_file():
-            raise ConfigError(f"model={name}: is an adapter\nhelp: write adapter={name}")
-        read_config(folder, name)
-        weight_files(folder, name)
-        if missing := [file for file in TOKENIZER_FILES if not (folder / file).is_file()]:
-            raise ConfigError(f"model={name}: an export needs the tokenizer's files; {', '.join(missing)} is missing")
-        yield folder, []
+        yield find_model(str(options.model)), []
     elif not (exporter.merges and options.merge):
         yield fetch_adapter(options.adapter, "adapter").folder, []
     else:

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.command_options import ExportOptions
+from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE, find_adapter
+from finetune.models.hub import TEXT_FILES, TOKENIZER_FILES, WEIGHT_FILES, fetch, find_texts, read_config, weight_files
+from finetune.system.atomic import refuse_existing
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 
@@ -127,3 +130,49 @@ def formats_help() -> str:
         if exporter.merges:
             lines.append(f"  {'':<13} type={' '.join(exporter.types)}")
     return "\n".join(lines)
+
+
+def check_export(options: ExportOptions) -> None:
+    """Check the options and the files that they name, before torch is imported.
+
+    Raises: ConfigError, or IntegrityError for a corrupt file of weights.
+    """
+    find_exporter(options).number_type(options)
+    refuse_existing(Path(options.out).expanduser())
+    if options.adapter is not None:
+        find_adapter(options.adapter, "adapter")
+    elif find_texts(str(options.model), None, "model").revision is None:  # a local folder
+        find_model(str(options.model))
+
+
+def find_exporter(options: ExportOptions) -> Exporter:
+    """Return the exporter of the format. Raises: ConfigError if there is none, or it does not take the options."""
+    exporter = EXPORTERS.get(options.format)
+    if exporter is None:
+        raise ConfigError(f"format: unknown format, found {options.format}\nhelp: choose from {', '.join(EXPORTERS)}")
+    merges = options.merge and exporter.merges
+    problems = []
+    if options.adapter is None and options.model is None:
+        problems.append("adapter: is missing; give adapter=RUN_OR_ADAPTER, or model=FOLDER for a merged model")
+    elif options.adapter is None and not merges:
+        problems.append(f"adapter: is missing; format={options.format} writes the adapter itself")
+    if not merges and not exporter.adapter_types:
+        holds = [name for name, other in EXPORTERS.items() if other.adapter_types]
+        problems.append(f"merge=false: format={options.format} cannot hold an adapter; use format={' or '.join(holds)}")
+    if not merges and options.base != "auto":
+        problems.append(f"base={options.base}: nothing is merged here; remove it")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return exporter
+
+
+def find_model(name: str) -> Path:
+    """Return the folder of a complete model, downloaded if `name` is a hub id. Raises: ConfigError, IntegrityError."""
+    folder = fetch(name, None, TEXT_FILES + WEIGHT_FILES, "model").folder
+    if all((folder / file).is_file() for file in (CONFIG_FILE, TENSOR_FILE)):
+        raise ConfigError(f"model={name}: is an adapter\nhelp: write adapter={name}")
+    read_config(folder, name)
+    weight_files(folder, name)
+    if missing := [file for file in TOKENIZER_FILES if not (folder / file).is_file()]:
+        raise ConfigError(f"model={name}: an export needs the tokenizer's files; {', '.join(missing)} is missing")
+    return folder

@@ -28,11 +28,11 @@ from finetune.export.merge.merge import REPORT
 from finetune.export.shards import Content, Planned, plan_shards, write_index, write_shard
 from finetune.export.staging import MODEL_COPIES, copy_files
 from finetune.export.verify import OFFLINE, Reader, compare, read_settings, source_answers
-from finetune.models.hub import read_config, read_tensor, weight_files
-from finetune.models.load import quiet
+from finetune.models.hub import read_config, weight_files
 from finetune.models.quant.four_bit import build_skeleton, quantize, quantizing_workers
 from finetune.models.quant.quantize import head_name, linear_names, quantization_config
-from finetune.models.safetensors_index import Stored, WeightFiles, read_rows
+from finetune.models.safetensors_index import Stored, WeightFiles, read_rows, read_tensor
+from finetune.models.tokenizer import quiet
 from finetune.system.atomic import write_text
 from finetune.system.errors import ConfigError, IntegrityError, MissingExtra
 from finetune.system.format import parse_size

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finetune.models.load import TOKENIZER_FILES
-from finetune.system.atomic import commit_folder, is_disk_full
+from finetune.models.hub import TOKENIZER_FILES
+from finetune.system.atomic import commit_folder, is_disk_full, refuse_existing
 from finetune.system.errors import ConfigError, FinetuneError, ResourceError
 from finetune.system.format import format_bytes
 from finetune.system.locks import try_lock
@@ -43,8 +43,7 @@ def staged(out: Path, needed_bytes: int, made_from: dict[str, Any] | None = None
         ConfigError: `out` exists, or another process writes it.
         ResourceError: the disk has too little room, or is full.
     """
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise ConfigError(f"out={out}: already exists; name a new folder, or remove that one")
+    refuse_existing(out)
     temporary = out.with_name(f".{out.name}.partial")
     try:
         temporary.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from finetune.config.command_options import ExportOptions
 from finetune.models.adapters.files import load_adapter
-from finetune.models.hub import read_json
-from finetune.models.load import TOKENIZER_FILES, quiet
+from finetune.models.hub import TOKENIZER_FILES, read_json
+from finetune.models.tokenizer import quiet
 from finetune.system.errors import IntegrityError
 
 OFFLINE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}

@@ -22,10 +22,10 @@ from finetune.distill.resident import load_resident
 from finetune.losses.cross_entropy import target_rows
 from finetune.losses.hidden_states import DecoderRows, decoder_rows, token_states
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, weight_files
-from finetune.models.load import quiet
 from finetune.models.quant.eight_bit import put_rows, quantize_rows, replace_eight_bit_linears
 from finetune.models.quant.four_bit_weights import QuantizedWeights
 from finetune.models.quant.quantize import head_name, linear_names
+from finetune.models.tokenizer import quiet
 from finetune.ops import attention
 from finetune.system.errors import ConfigError
 

@@ -20,8 +20,8 @@ from finetune.mixed_precision.journal import SENSITIVITY_VERSION, Journal, Sensi
 from finetune.mixed_precision.layerwise import LayerwiseModel
 from finetune.mixed_precision.sensitivity import Sensitivity
 from finetune.mixed_precision.summary import write_summary
-from finetune.models.load import default_device, load_tokenizer
-from finetune.models.tokens import extend_tokenizer
+from finetune.models.load import default_device
+from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
 from finetune.system.console import Log
 from finetune.system.format import format_duration
 from finetune.system.machine import use_all_cores

@@ -1,6 +1,6 @@
 """Model files: from a local folder, or from a hub repository downloaded into the hub cache.
 
-Both give a folder. Only text and safetensors files are downloaded: no pickle, no code.
+Both give a folder. Only text and safetensors files are downloaded: no pickle, no code. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
-from torch import Tensor
 
+from finetune.config.schema import ModelConfig
 from finetune.models.families import family_of
-from finetune.models.safetensors_index import read_header
+from finetune.models.safetensors_header import read_header
 from finetune.system.errors import ConfigError, FinetuneError, ResourceError
 
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 TEXT_FILES = ("*.json", "*.jinja", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -98,6 +98,29 @@ def _hub_error(error: Exception, name: str, revision: str | None, key: str) -> F
     return ConfigError(f"{key}={name}: {message}")
 
 
+def check_model(cfg: ModelConfig) -> None:
+    """Check `model` before torch is imported. At most text files are downloaded.
+
+    Raises:
+        ConfigError: the model or its tokenizer is not found, is not supported, or lacks files.
+        IntegrityError: a local weight file is corrupt.
+    """
+    source = find_texts(cfg.name, cfg.revision, "model.name")
+    read_config(source.folder, cfg.name)
+    if source.revision is None:
+        weight_files(source.folder, cfg.name)
+    if cfg.tokenizer is not None:
+        find_texts(cfg.tokenizer, None, "model.tokenizer")
+
+
+def find_texts(name: str, revision: str | None, key: str) -> Source:
+    """Return the text files of a model: from the cache if they are there, so that a check needs no network."""
+    try:
+        return fetch(name, revision, TEXT_FILES, key, download=False)
+    except ConfigError:
+        return fetch(name, revision, TEXT_FILES, key)
+
+
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """Read the config.json of a base model.
 
@@ -143,9 +166,3 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
         advice = f"\nhelp: {pickles[0]} is a pickle, which can run code: convert it to safetensors" if pickles else ""
         raise ConfigError(f"model.name={name}: {folder} lacks {', '.join(missing)}{advice}")
     return {tensor: file for file in files for tensor in read_header(file)[1]}
-
-
-def read_tensor(file: Path, name: str) -> Tensor:
-    """Read one tensor of a safetensors file onto the CPU."""
-    with safe_open(file, framework="pt") as tensors:
-        return tensors.get_tensor(name)

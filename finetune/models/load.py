@@ -1,4 +1,4 @@
-"""Load the tokenizer and the frozen base model, from a local folder or the hub."""
+"""Load the frozen base model, from a local folder or the hub."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finetune.config.schema import ModelConfig, QuantConfig
-from finetune.models.families import shape_of
-from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, read_json, weight_files
+from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
 from finetune.models.quant.cache import Log
 from finetune.models.quant.eight_bit import quantize_loaded
 from finetune.models.quant.four_bit import build_skeleton, keep_resident, load_four_bit
@@ -25,64 +23,11 @@ from finetune.models.quant.quantize import (
     quantization_config,
     storage_in,
 )
+from finetune.models.tokenizer import quiet
 from finetune.ops import attention
-from finetune.system.errors import ConfigError, IntegrityError, MissingExtra, ResourceError
+from finetune.system.errors import IntegrityError, MissingExtra, ResourceError
 
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 _log = logging.getLogger(__name__)
-
-
-def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load `model.tokenizer`, or the tokenizer of `model.name`, with its chat template.
-
-    Raises:
-        ConfigError: it cannot be downloaded, its files are missing or invalid, it names code to run, or its ids do not
-            fit the model.
-    """
-    own = fetch(cfg.name, cfg.revision, TEXT_FILES, "model.name").folder
-    if cfg.tokenizer is None:
-        return _read_tokenizer(own, cfg.name, "model.name")
-    folder = fetch(cfg.tokenizer, None, TEXT_FILES, "model.tokenizer").folder
-    given = _read_tokenizer(folder, cfg.tokenizer, "model.tokenizer")
-    _check_rows(cfg, given, own)
-    return given
-
-
-def load_adapter_tokenizer(cfg: ModelConfig, adapter: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer saved with an adapter, with its template and new tokens; else that of the base."""
-    if not (adapter / TOKENIZER_FILES[0]).is_file():
-        return load_tokenizer(cfg)
-    return load_tokenizer(cfg.model_copy(update={"name": str(adapter), "revision": None, "tokenizer": None}))
-
-
-def _read_tokenizer(folder: Path, name: str, key: str) -> PreTrainedTokenizerBase:
-    for file in TOKENIZER_FILES:
-        if "auto_map" in read_json(folder / file, f"{key}={name}"):
-            raise ConfigError(f"{key}={name}: {file} names code to run (auto_map), which is never executed")
-    with quiet():
-        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    tokenizer = cast(PreTrainedTokenizerBase, found)
-    tokenizer.name_or_path = name
-    return tokenizer
-
-
-def _check_rows(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Check that the embedding has a row for each id, and that ids agree with those of the model's own tokenizer."""
-    shape, last = shape_of(str(folder)), max(tokenizer.get_vocab().values())
-    if shape is not None and last >= shape["vocab_size"]:
-        raise ConfigError(
-            f"model.tokenizer={cfg.tokenizer}: the last id of the embedding of model.name={cfg.name} is "
-            f"{shape['vocab_size'] - 1:,}, found {last:,}\nhelp: name a tokenizer of the same vocabulary"
-        )
-    if all((folder / file).is_file() for file in TOKENIZER_FILES):
-        # Without added tokens: transformers may add some itself.
-        both: Any = (_read_tokenizer(folder, cfg.name, "model.name"), tokenizer)
-        own, given = (each.backend_tokenizer.get_vocab(with_added_tokens=False) for each in both)
-        if moved := [token for token, i in given.items() if own.get(token, i) != i]:
-            raise ConfigError(
-                f"model.tokenizer={cfg.tokenizer}: does not fit model.name={cfg.name}, found {len(moved):,} tokens "
-                f"with another id, like {moved[0]!r}\nhelp: name a tokenizer of the same vocabulary"
-            )
 
 
 def load_base(
@@ -172,20 +117,6 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hide the progress bars and warnings of transformers; relevant ones are errors here."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
+
+from finetune.config.schema import LoraConfig
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -32,5 +34,30 @@ def close_names(wanted: str, names: Iterable[str]) -> str:
     """Return `did you mean q_proj?`, or the available names."""
     full = sorted(names)
     short = sorted({name.rpartition(".")[2] for name in full})
-    close = difflib.get_close_matches(wanted, [*short, *full], n=3)
+    close = difflib.get_close_matches(wanted, dict.fromkeys([*short, *full]), n=3)
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(short)}"
+
+
+def targeted(targets: list[str] | str, names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the full names that each item of a list of targets matches, or that one regex matches."""
+    if isinstance(targets, str):
+        return {targets: [name for name in names if re.fullmatch(targets, name)]}
+    return {wanted: [name for name in names if ends_with(name, wanted)] for wanted in targets}
+
+
+def absent_modules(cfg: LoraConfig, names: Collection[str], linears: Iterable[str], layers: int) -> Iterator[str]:
+    """Yield an error for each name in `lora` that the model does not have.
+
+    Args:
+        names: full names of all modules. linears: of the linear layers, for advice.
+        layers: number of layers.
+    """
+    targets = [] if cfg.target_modules == "all-linear" else cfg.target_modules
+    for wanted, found in targeted(targets, names).items():
+        if not found:
+            yield f"lora.target_modules: {wanted!r} matches no module; {close_names(wanted, linears)}"
+    if absent := [number for number in cfg.layers_to_transform or [] if number >= layers]:
+        yield f"lora.layers_to_transform: the model has layers 0 to {layers - 1}, found {absent}"
+    for wanted in cfg.modules_to_save:
+        if not any(ends_with(name, wanted) for name in names):
+            yield f"lora.modules_to_save: {wanted!r} matches no module; {close_names(wanted, names)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import warnings
@@ -12,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.models.digest import identity
+from finetune.models.safetensors_header import read_header
 from finetune.system.errors import ConfigError, IntegrityError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_LONGEST_HEADER = 100_000_000  # the limit of the safetensors package
 # Names of dtypes in the format. The first ones are written only.
 NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}
 NAMES |= {dtype: name for name, dtype in _DTYPES.items()}
@@ -69,32 +69,6 @@ class WeightFiles:
                 )
 
 
-def read_header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Return where the tensors of a safetensors file begin, and the header entry of each tensor by name.
-
-    Raises:
-        IntegrityError: the file is corrupt or of another format.
-
-    Source: the safetensors format: 8 bytes of length, a JSON header, the data.
-    """
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > min(size, _LONGEST_HEADER):
-                raise ValueError(f"invalid header length, found {length:,}")
-            entries: dict[str, Any] = json.loads(stream.read(length))
-        entries.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        if end != size:
-            raise ValueError(f"the header needs {end:,} bytes, found {size:,}")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise IntegrityError(
-            f"{file}: not a complete safetensors file ({error})\nhelp: fetch or copy it again"
-        ) from error
-    return 8 + length, entries
-
-
 def _stored(file: Path) -> list[tuple[str, Stored]]:
     begin, entries = read_header(file)
     if strange := sorted({entry["dtype"] for entry in entries.values()} - _DTYPES.keys()):
@@ -103,6 +77,12 @@ def _stored(file: Path) -> list[tuple[str, Stored]]:
         (name, Stored(file, begin + entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"])))
         for name, entry in entries.items()
     ]
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """Read one tensor of a safetensors file onto the CPU."""
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(name)
 
 
 def read_rows(stored: Stored, start: int, stop: int) -> Tensor:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from finetune.models.tokenizer import check_new, extend_tokenizer
 from finetune.system.errors import ConfigError
 
 
@@ -23,7 +24,7 @@ def plan_token_ids(
         return {}
     if tokenizer is None:
         raise ConfigError("lora.new_tokens: needs the tokenizer\nhelp: attach_lora(model, cfg, tokenizer)")
-    _check_new(tokenizer, tokens)
+    check_new(tokenizer, tokens)
     first = max(tokenizer.get_vocab().values()) + 1
     return {name: list(range(first, first + len(tokens))) for name in _token_rows(model)}
 
@@ -43,26 +44,6 @@ def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token
         model.requires_grad_(False)
     for weight_VD in _token_rows(model).values():
         weight_VD[ids] = weight_VD[:used_rows].float().mean(dim=0).to(weight_VD.dtype)
-
-
-def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
-    """Add tokens to a tokenizer only, like `attach_lora` does, so that text can be encoded before the model is loaded.
-
-    Raises:
-        ConfigError: a token is already in the vocabulary or listed twice.
-    """
-    _check_new(tokenizer, tokens)
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
-
-
-def _check_new(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
-    vocabulary = tokenizer.get_vocab()
-    known = [token for token in tokens if token in vocabulary]
-    doubled = sorted({token for token in tokens if tokens.count(token) > 1})
-    if known or doubled:
-        raise ConfigError(
-            f"lora.new_tokens: already in the vocabulary or listed twice, found {known + doubled}\nhelp: remove them"
-        )
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

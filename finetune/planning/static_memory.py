@@ -147,6 +147,12 @@ def _modules(shape: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield module_path(layer, name), out * inputs + (out if name in _BIASED else 0)
 
 
+def module_names(shape: Mapping[str, Any]) -> set[str]:
+    """Return the full names of all modules of a Qwen2 model with weights, and of the modules around them."""
+    parts = [path.split(".") for path, _ in _modules(shape)]
+    return {".".join(steps[:count]) for steps in parts for count in range(1, len(steps) + 1)}
+
+
 def rank_of(path: str, lora: LoraConfig) -> int:
     """Return the adapter's rank on a module: the first match in `lora.rank_pattern`, else `lora.rank`."""
     return next((rank for key, rank in lora.rank_pattern.items() if matches_key(key, path)), lora.rank)

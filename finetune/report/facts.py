@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from finetune.report.run import Run, is_figure
@@ -111,10 +112,15 @@ def environment(run: Run) -> list[tuple[str, str]]:
     return walk(run.facts, "")
 
 
+def resume_command(folder: Path) -> str:
+    """Return the line that continues the run of a folder."""
+    return f"finetune train config={shlex.quote(str(folder / 'config.yaml'))} train.resume=auto"
+
+
 def next_commands(run: Run) -> list[tuple[str, str]]:
     """Return the purpose and the line of each command that continues from this run."""
     folder = shlex.quote(str(run.folder))
-    resume = ("resume", f"finetune train config={shlex.quote(f'{run.folder}/config.yaml')} train.resume=auto")
+    resume = ("resume", resume_command(run.folder))
     if not run.has_adapter:
         return [resume]
     found = [

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from finetune.system.errors import InputError
+from finetune.system.errors import ConfigError, InputError
 
 
 def sync(path: Path) -> None:
@@ -59,6 +59,12 @@ def replaced_file(path: Path, durable: bool = True, buffering: int = -1) -> Iter
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise ConfigError if `out` exists and is not an empty folder."""
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise ConfigError(f"out={out}: already exists; name a new folder, or remove that one")
 
 
 def commit_folder(temporary: Path, folder: Path) -> None:

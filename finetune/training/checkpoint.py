@@ -15,7 +15,6 @@ There is no random state to store: the loop seeds every generator from (seed, st
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Parameter
 
+from finetune.models.adapters.folder import list_checkpoints
 from finetune.models.digest import sha256_of
 from finetune.models.safetensors_index import save_tensors
 from finetune.system.atomic import commit_folder, is_disk_full
@@ -35,7 +35,6 @@ from finetune.system.console import Log
 from finetune.system.errors import IntegrityError, ResourceError
 
 TRAINING, STATE, MANIFEST = "training.safetensors", "state.json", "manifest.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
 _TEMPORARY = ".incomplete-"
 # The state of a parameter in torch's AdamW, and in those of bitsandbytes, which keep small parameters in 32 bits.
 _STATES = (
@@ -128,12 +127,6 @@ def verify_checkpoint(folder: Path) -> None:
         problems.append(f"{MANIFEST} lists no {', '.join(sorted(missing))}")
     if problems:
         raise IntegrityError(f"{folder}: {'; '.join(problems)}")
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """Return the finished checkpoint folders of a run, oldest first."""
-    found = [(int(match[1]), p) for p in run.glob("checkpoint-*") if (match := _NAME.fullmatch(p.name)) and p.is_dir()]
-    return [path for _, path in sorted(found)]
 
 
 def newest_valid(run: Path, warn: Log) -> Path | None:

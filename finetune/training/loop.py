@@ -41,6 +41,7 @@ class StepInputs:
         loss: module from a Batch to the summed loss in nats, wrapped for DDP.
         micro_batch: sequences per forward pass.
         share_prefixes: skip tokens after the last target, and compute shared prefixes once.
+        resume_command: continues the run after a stop.
         last_checkpoint: returns the newest checkpoint for error messages, None before the first.
         before_step: `before_step(step, batches_of)`: called before the first forward pass of `step`.
             `batches_of(s)` returns this rank's batches of step `s`.
@@ -54,6 +55,7 @@ class StepInputs:
     total_steps: int
     micro_batch: int
     share_prefixes: bool
+    resume_command: str
     last_checkpoint: Callable[[], Path | None]
     before_step: Callable[[int, BatchesOf], None] | None = None
 
@@ -135,9 +137,8 @@ def fit(
             if last or improved or result.stop_signal or _is_due(cfg.save_every, step):
                 save(state)
             if result.stop_signal and not last:
-                raise Interrupted(
-                    result.stop_signal, f"stopped by a signal after step {step}\nhelp: continue with train.resume=auto"
-                )
+                advice = f"help: {inputs.resume_command}"
+                raise Interrupted(result.stop_signal, f"stopped by a signal after step {step}\n{advice}")
     if _stopped_early(cfg, state):
         tracker.message(f"early stopping: step={state.step}, best_step={state.best_step}")
 

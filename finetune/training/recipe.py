@@ -26,15 +26,17 @@ from finetune.losses.distillation import Distillation, DistillLossWeights
 from finetune.losses.hidden_states import base_of
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.adapters.files import check_adapter, save_adapter
+from finetune.models.adapters.folder import list_checkpoints
 from finetune.models.families import shape_of
 from finetune.models.fused import fuse_layers
-from finetune.models.load import load_base, load_tokenizer
-from finetune.models.tokens import extend_tokenizer
+from finetune.models.load import load_base
+from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
 from finetune.ops import dispatch, matmul
 from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan, describe_start
 from finetune.planning.inputs import PlanInputs, plan_inputs
 from finetune.report.dataset.files import store_report
+from finetune.report.facts import resume_command
 from finetune.report.run import TEACHER
 from finetune.report.run_page import try_report
 from finetune.system import console
@@ -42,11 +44,10 @@ from finetune.system.atomic import sync, write_text
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError, Interrupted
 from finetune.system.machine import use_all_cores
-from finetune.training import run_folder
+from finetune.training import output_folder, run_folder
 from finetune.training.autotune import apply_batch_plan
 from finetune.training.checkpoint import (
     TrainState,
-    list_checkpoints,
     load_training,
     prune_checkpoints,
     read_state,
@@ -94,7 +95,7 @@ def train(cfg: RunConfig, rows: Iterable[Mapping[str, Any]] | None = None, verbo
     detail = log if verbose else _drop
     if message := use_all_cores(kind):
         detail(message)
-    lock = run_folder.claim_folder(cfg) if is_main else None
+    lock = output_folder.claim_folder(cfg) if is_main else None
     try:
         [checkpoint] = broadcast_object_list([run_folder.find_checkpoint(cfg, log) if is_main else None])
         inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=kind, ranks=accelerator.num_processes)
@@ -103,7 +104,7 @@ def train(cfg: RunConfig, rows: Iterable[Mapping[str, Any]] | None = None, verbo
         return _run(context, checkpoint)
     finally:
         if lock is not None:
-            run_folder.release_folder(lock)
+            output_folder.release_folder(lock)
 
 
 def _drop(text: str) -> None:
@@ -241,6 +242,7 @@ def _build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, st
         total_steps=total_steps,
         micro_batch=context.batch_plan.micro_batch,
         share_prefixes=cfg.train.kernels == "fused" and cfg.train.share_prefixes and not noisy,
+        resume_command=resume_command(context.folder),
         last_checkpoint=lambda: next(reversed(list_checkpoints(context.folder)), None),
         before_step=before_step,
     )

@@ -1,4 +1,4 @@
-"""A run's folder: its lock, its description and results, and the checkpoint to continue from."""
+"""A run's folder: its description and results, and the checkpoint to continue from."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from finetune.config.compose import to_yaml
 from finetune.config.keys import schema_fields
 from finetune.config.schema import RunConfig
 from finetune.evaluation.generation import Answer
+from finetune.models.adapters.folder import list_checkpoints
 from finetune.models.digest import base_fingerprint
-from finetune.report.run import ADAPTER, CONFIG, FACTS, RESULT, SAMPLES
+from finetune.report.run import CONFIG, FACTS, RESULT, SAMPLES
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
-from finetune.system.locks import Lock, try_lock
-from finetune.training.checkpoint import list_checkpoints, newest_valid, read_state, verify_checkpoint
+from finetune.training.checkpoint import newest_valid, read_state, verify_checkpoint
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors")
 # Settings that may change between a run and its continuation, because they do not decide its result.
@@ -84,36 +84,6 @@ class RunResult:
     world_size: int = 1
     adapter: str | None = None
     error: str | None = None
-
-
-def claim_folder(cfg: RunConfig) -> Lock:
-    """Create and lock the run's folder. The lock ends with `release()` or with the process."""
-    folder = Path(cfg.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = try_lock(folder / ".lock")
-    except OSError as error:
-        raise ConfigError(f"output_dir: {folder} cannot be written to: {error.strerror}") from error
-    if lock is None:
-        raise ConfigError(
-            f"output_dir: another process is training into {folder}\nhelp: wait for it, or set another output_dir"
-        )
-    if cfg.train.resume == "never" and ((folder / ADAPTER).exists() or list_checkpoints(folder)):
-        lock.release()
-        raise ConfigError(
-            f"output_dir: {folder} already holds a run\n"
-            "help: set train.resume=auto to continue it, or another output_dir"
-        )
-    return lock
-
-
-def release_folder(lock: Lock) -> None:
-    """Unlock a run's folder, and remove it if it is empty."""
-    path = Path(lock.lock_file)
-    if [file.name for file in path.parent.iterdir()] == [path.name]:
-        path.unlink()
-        path.parent.rmdir()
-    lock.release()
 
 
 def find_checkpoint(cfg: RunConfig, warn: Log) -> Path | None:

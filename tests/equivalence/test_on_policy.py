@@ -15,7 +15,7 @@ from finetune import train
 from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.distill.on_policy import OnPolicySampler
-from finetune.models.load import load_tokenizer
+from finetune.models.tokenizer import load_tokenizer
 from tests.commands import train_on_ranks
 from tests.runs import SMALL_RUN, adapter, differing, metrics, small_run
 

@@ -15,8 +15,9 @@ from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.adapters.files import check_adapter, save_adapter
 from finetune.models.adapters.inits import lora_layers
-from finetune.models.load import load_base, quiet
+from finetune.models.load import load_base
 from finetune.models.quant import four_bit
+from finetune.models.tokenizer import quiet
 from finetune.system.errors import ResourceError
 
 pytestmark = pytest.mark.gpu

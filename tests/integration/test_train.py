@@ -114,7 +114,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number
     _, errors = process.communicate(timeout=60)
     steps = result(run)["steps"]
     assert process.returncode == code
-    assert "train.resume=auto" in errors and f"step {steps}" in errors
+    assert f"help: finetune train config={run}/config.yaml train.resume=auto\n" in errors and f"step {steps}" in errors
     assert result(run)["status"] == "stopped"
     assert (run / f"checkpoint-{steps}").is_dir() and metrics(run)[-1]["step"] == steps
 

@@ -18,7 +18,8 @@ from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.adapters.files import check_adapter, save_adapter
 from finetune.models.adapters.inits import lora_layers
-from finetune.models.load import load_base, quiet
+from finetune.models.load import load_base
+from finetune.models.tokenizer import quiet
 from tests.models import save_tiny_base
 
 Load = Callable[..., PreTrainedModel]

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, 
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.models.adapters.attach import attach_lora
-from finetune.models.load import load_base, quiet
+from finetune.models.load import load_base
 from finetune.models.quant import four_bit
 from finetune.models.quant.quantize import keep_weights_trainable_after_eval
+from finetune.models.tokenizer import quiet
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 90
 Load = Callable[[Path], Any]

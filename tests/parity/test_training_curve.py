@@ -20,7 +20,8 @@ from finetune.data.packing import SequenceOrder
 from finetune.data.tokens.prepare import Preparation
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.adapters.files import save_adapter
-from finetune.models.load import load_base, load_tokenizer
+from finetune.models.load import load_base
+from finetune.models.tokenizer import load_tokenizer
 from tests.runs import metrics, small_run
 
 STEPS, ROWS = 50, 4

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from finetune.config.schema import SourceConfig
+from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.sources.readers import RawBatch, Row, kind_of, read_batches
 from finetune.data.sources.text_files import COMPRESSIONS
 from finetune.system.errors import DataError
@@ -112,11 +112,38 @@ def resolve_source(source: SourceConfig) -> SourceFiles:
                 raise DataError(f"{path} matches no file{_near(path)}")
             fixed = [part for part in path.parts if not _MAGIC.search(part)]
             return _local(source, fixed[-1] if fixed else "rows", files)
-        if _HUB_ID.fullmatch(source.path) and not _is_rows(path):
+        if is_on_hub(source):
             return _from_hub(source)
         raise DataError(f"{source.path} does not exist{_near(path)}")
     except OSError as error:
         raise DataError(f"{source.path} cannot be read: {error.strerror}") from error
+
+
+def check_local_sources(cfg: DataConfig) -> None:
+    """Check that the files of every source exist, except those of hub datasets: nothing is read or downloaded.
+
+    Raises: DataError listing the problem of each source.
+    """
+    check_each(cfg, lambda source: None if is_on_hub(source) else resolve_source(source))
+
+
+def check_each(cfg: DataConfig, check: Callable[[SourceConfig], object]) -> None:
+    """Check every source of a config. Raises: DataError listing the problem of each source."""
+    problems = []
+    for section, sources in (("train", cfg.train), ("eval", cfg.eval)):
+        for i, source in enumerate(sources):
+            try:
+                check(source)
+            except DataError as error:
+                problems.append(f"data.{section}[{i}]: {error}")
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+def is_on_hub(source: SourceConfig) -> bool:
+    """Return whether a source is a hub dataset: its path has the form of a hub id, and no such file exists."""
+    path = Path(os.path.expanduser(source.path))
+    return bool(_HUB_ID.fullmatch(source.path)) and not path.exists() and not _is_rows(path)
 
 
 def _local(source: SourceConfig, name: str, files: list[Path]) -> SourceFiles:

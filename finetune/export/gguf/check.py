@@ -23,7 +23,7 @@ from finetune.export.verify import (
     require_same_ids,
     source_answers,
 )
-from finetune.models.load import quiet
+from finetune.models.tokenizer import quiet
 
 # All in NFC: Qwen2's tokenizer normalizes text to NFC, llama.cpp does not.
 TEXTS = (

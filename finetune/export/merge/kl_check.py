@@ -29,7 +29,8 @@ from finetune.losses.distillation import TeacherHidden
 from finetune.models.adapters.files import SavedAdapter, load_adapter
 from finetune.models.adapters.trained import Trained
 from finetune.models.fused import fuse_layers
-from finetune.models.load import default_device, load_adapter_tokenizer, load_base
+from finetune.models.load import default_device, load_base
+from finetune.models.tokenizer import load_adapter_tokenizer
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.system.errors import ConfigError, DataError
 

@@ -20,7 +20,7 @@ from finetune.export.shards import Advance, plan_shards, write_index, write_shar
 from finetune.export.staging import TOKENIZER_COPIES, KeepPartial, copy_files, staged
 from finetune.models.adapters.trained import Trained, choose_base, find_trained, kept_in_training
 from finetune.models.digest import identity
-from finetune.models.load import TOKENIZER_FILES
+from finetune.models.hub import TOKENIZER_FILES
 from finetune.system.console import Log, log, progress_bar
 from finetune.system.errors import ConfigError
 from finetune.system.format import format_bytes, parse_size

@@ -18,9 +18,10 @@ from finetune.export.merge.deltas import EMBEDDING, HEAD, Delta, combine_deltas,
 from finetune.export.shards import Content, Planned
 from finetune.models.adapters.trained import Trained
 from finetune.models.hub import read_config
-from finetune.models.load import default_device, quiet
+from finetune.models.load import default_device
 from finetune.models.quant.four_bit_weights import QuantizedWeights
 from finetune.models.safetensors_index import Stored, read_rows
+from finetune.models.tokenizer import quiet
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 

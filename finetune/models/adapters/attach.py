@@ -18,7 +18,8 @@ from finetune.config.schema import LoraConfig
 from finetune.models.adapters.files import fetch_adapter, load_weights
 from finetune.models.adapters.inits import ADAPTER, INITS, initial_factors, initialize, measure_magnitudes
 from finetune.models.adapters.targets import Targets, plan_targets
-from finetune.models.hub import WEIGHT_FILES, fetch, read_tensor, weight_files
+from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
+from finetune.models.safetensors_index import read_tensor
 from finetune.models.tokens import add_tokens, plan_token_ids
 from finetune.system.errors import ConfigError, IntegrityError
 

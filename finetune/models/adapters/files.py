@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE, check_adapter_folder, find_adapter
 from finetune.models.adapters.inits import ADAPTER, initial_factors
-from finetune.models.hub import TEXT_FILES, fetch, read_json
+from finetune.models.hub import read_json
 from finetune.models.module_matching import matches_key
-from finetune.models.safetensors_index import read_header, save_tensors
+from finetune.models.safetensors_header import read_header
+from finetune.models.safetensors_index import save_tensors
 from finetune.models.tokens import embedding_rows
 from finetune.system.errors import ConfigError, IntegrityError
 
-CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MASTER = ".parametrizations.weight.original"  # name of a parametrized weight in torch
 _MASTER_BIAS = ".parametrizations.bias.original"
 PREFIX = "base_model.model."  # of every tensor in an adapter file
@@ -126,10 +127,8 @@ def check_adapter(folder: Path | str, model: PeftModel | None = None, *, trained
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read all tensors of an adapter. Raises: ConfigError if there is none, IntegrityError if corrupt or not finite."""
+    check_adapter_folder(folder, "adapter")
     file = folder / TENSOR_FILE
-    if not file.is_file():
-        pickle = "\nhelp: a pickle (adapter_model.bin) can run code: convert it" if any(folder.glob("*.bin")) else ""
-        raise ConfigError(f"{folder}: not an adapter, it has no {TENSOR_FILE}{pickle}")
     read_header(file)  # refuses a corrupt file
     tensors = load_file(file)
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
@@ -227,7 +226,7 @@ def fetch_adapter(name: str, key: str = "lora.init_adapter") -> SavedAdapter:
         ConfigError: there is no adapter.
         IntegrityError: it is corrupt, not finite or incomplete.
     """
-    folder = fetch(name, None, (CONFIG_FILE, TENSOR_FILE, *TEXT_FILES), key).folder
+    folder = find_adapter(name, key)
     config = read_json(folder / CONFIG_FILE, f"{key}={name}")
     if config.get("peft_type") != "LORA":
         raise ConfigError(f"{key}={name}: not a LoRA adapter, found {config.get('peft_type')}")
@@ -262,8 +261,8 @@ def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
         IntegrityError: it is corrupt.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG_FILE, f"adapter {folder}")
     check_adapter(folder, trained=False)
+    config = read_json(folder / CONFIG_FILE, f"adapter={folder}")
     ids = [id for rows in token_ids(config).values() for id in rows]
     if ids and max(ids) >= embedding_rows(model):
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from finetune.config.schema import LoraConfig
 from finetune.models.families import family_of
-from finetune.models.module_matching import close_names, ends_with, matches_key
+from finetune.models.module_matching import absent_modules, close_names, ends_with, matches_key, targeted
 from finetune.models.quant.quantize import head_name, linear_names, stored_as
 from finetune.system.errors import ConfigError
 
@@ -43,10 +43,7 @@ def plan_targets(model: PreTrainedModel, cfg: LoraConfig) -> Targets:
     if spec == ALL_LINEAR:
         spec = list(family_of(model.config.model_type, "the model").linear_modules)
     every = [name for name, _ in model.named_modules() if name]
-    if isinstance(spec, list):
-        matched = {wanted: [name for name in every if ends_with(name, wanted)] for wanted in spec}
-    else:
-        matched = {spec: [name for name in every if re.fullmatch(spec, name)]}
+    matched = targeted(spec, every)
     names = [name for name in every if any(name in found for found in matched.values())]
     if (layers := cfg.layers_to_transform) is not None:
         names = [name for name in names if (number := _LAYER_NUMBER.search(name)) and int(number[1]) in layers]
@@ -55,25 +52,14 @@ def plan_targets(model: PreTrainedModel, cfg: LoraConfig) -> Targets:
     # PEFT matches any suffix, so that `norm` would mean every input_layernorm as well.
     saved = [name for name in every if any(ends_with(name, suffix) for suffix in cfg.modules_to_save)]
     targets = Targets(spec, ranks, saved)
-    problems = [
-        f"lora.target_modules: {wanted!r} matches no module; {close_names(wanted, linear_names(model))}"
-        for wanted, found in matched.items()
-        if not found
-    ]
-    problems += _layers(model, cfg)
+    problems = list(absent_modules(cfg, every, linear_names(model), model.config.num_hidden_layers))
     problems += _not_linear(model, names)
     problems += _patterns(cfg, names)
-    problems += _saved(model, cfg, targets, every)
+    problems += _saved(model, cfg, targets)
     problems += _init(model, cfg, targets)
     if problems:
         raise ConfigError("\n".join(problems))
     return targets
-
-
-def _layers(model: PreTrainedModel, cfg: LoraConfig) -> Iterator[str]:
-    count = model.config.num_hidden_layers
-    if absent := [number for number in cfg.layers_to_transform or [] if number >= count]:
-        yield f"lora.layers_to_transform: the model has layers 0 to {count - 1}, found {absent}"
 
 
 def _not_linear(model: PreTrainedModel, names: list[str]) -> Iterator[str]:
@@ -94,10 +80,7 @@ def _patterns(cfg: LoraConfig, names: list[str]) -> Iterator[str]:
                 yield f"lora.{setting}: {key!r} matches no targeted module; {close_names(key, names)}"
 
 
-def _saved(model: PreTrainedModel, cfg: LoraConfig, targets: Targets, every: list[str]) -> Iterator[str]:
-    for wanted in cfg.modules_to_save:
-        if not any(ends_with(name, wanted) for name in every):
-            yield f"lora.modules_to_save: {wanted!r} matches no module; {close_names(wanted, every)}"
+def _saved(model: PreTrainedModel, cfg: LoraConfig, targets: Targets) -> Iterator[str]:
     for name in targets.modules_to_save:
         parts = {f"{name}.{part}".rstrip("."): module for part, module in model.get_submodule(name).named_modules()}
         if quantized := [part for part, module in parts.items() if stored_as(module) != "none"]:

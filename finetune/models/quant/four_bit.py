@@ -22,11 +22,11 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models.digest import identity, weights_digest
-from finetune.models.hub import read_tensor
 from finetune.models.quant.cache import Log, QuantizedCache
 from finetune.models.quant.eight_bit import put_rows, quantize_rows, replace_eight_bit_linears, rows_of
 from finetune.models.quant.quantize import quantization_config, quantized_layers, storage_in
-from finetune.models.safetensors_index import read_header
+from finetune.models.safetensors_header import read_header
+from finetune.models.safetensors_index import read_tensor
 from finetune.system.machine import malloc_trim
 from finetune.system.resources import cache_home
 

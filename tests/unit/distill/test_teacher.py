@@ -11,8 +11,7 @@ import pytest
 from finetune import load_config
 from finetune.config.schema import RunConfig
 from finetune.distill.teacher import check_same_tokens, check_vocabulary
-from finetune.models.load import load_tokenizer
-from finetune.models.tokens import extend_tokenizer
+from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
 from finetune.system.errors import ConfigError
 from finetune.system.resources import packaged
 

@@ -21,7 +21,8 @@ from finetune.evaluation.gap_table import GapTable
 from finetune.evaluation.generation import answer_rows
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.adapters.files import save_adapter
-from finetune.models.load import load_base, load_tokenizer
+from finetune.models.load import load_base
+from finetune.models.tokenizer import load_tokenizer
 from finetune.system.resources import packaged
 
 BASE = packaged("data") / "tiny-qwen2.5"

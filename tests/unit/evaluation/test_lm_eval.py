@@ -22,7 +22,8 @@ from finetune.evaluation.generation import answer_rows
 from finetune.evaluation.lm_eval import load_tasks, run_tasks
 from finetune.models.adapters.files import load_adapter
 from finetune.models.fused import fuse_layers
-from finetune.models.load import load_base, load_tokenizer
+from finetune.models.load import load_base
+from finetune.models.tokenizer import load_tokenizer
 from finetune.system.errors import ConfigError, FinetuneError, MissingExtra
 from tests.unit.evaluation.conftest import BASE
 

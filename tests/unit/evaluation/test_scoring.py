@@ -24,7 +24,8 @@ from finetune.evaluation.measure import ReferenceCache, token_figures
 from finetune.evaluation.scoring import TokenScores, agreement, score_tokens
 from finetune.losses.cross_entropy import head_of
 from finetune.models.fused import fuse_layers
-from finetune.models.load import load_base, load_tokenizer
+from finetune.models.load import load_base
+from finetune.models.tokenizer import load_tokenizer
 from finetune.ops.limits import LOGITS_VALUES
 from finetune.system.errors import FinetuneError
 from finetune.system.resources import packaged

@@ -12,8 +12,9 @@ from huggingface_hub import errors as hub_errors
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models import hub
-from finetune.models.hub import TEXT_FILES, fetch, read_config, read_tensor, weight_files
+from finetune.models.hub import TEXT_FILES, fetch, read_config, weight_files
 from finetune.models.load import load_base
+from finetune.models.safetensors_index import read_tensor
 from finetune.system.errors import ConfigError, IntegrityError, ResourceError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models import load as load_module
-from finetune.models.load import load_base, load_tokenizer
+from finetune.models.load import load_base
 from finetune.models.quant import four_bit
+from finetune.models.tokenizer import load_tokenizer
 from finetune.system.errors import ConfigError, IntegrityError, MissingExtra, ResourceError
 
 PLAIN = QuantConfig(type="none")

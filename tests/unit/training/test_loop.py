@@ -51,6 +51,7 @@ def step_inputs(loss: nn.Module, saved: list[int], **train) -> StepInputs:
         sampler=MapSampler(documents, SequenceOrder([2] * 8, [1.0] * 8, None, cfg.batch_size, 0)),
         total_steps=4,
         share_prefixes=False,
+        resume_command="",
         micro_batch=1,
         last_checkpoint=lambda: saved[-1] if saved else None,
     )

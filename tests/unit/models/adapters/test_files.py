@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.adapters.files import TENSOR_FILE, check_adapter, file_tensors, load_adapter, save_adapter
-from finetune.models.load import load_base, load_tokenizer
+from finetune.models.load import load_base
+from finetune.models.tokenizer import load_tokenizer
 from finetune.system.errors import ConfigError, IntegrityError
 
 IDS = torch.arange(20)[None] * 7 % 300
@@ -226,6 +227,7 @@ def test_an_init_adapter_folder_without_an_adapter_is_an_error(untouched, tmp_pa
     with pytest.raises(ConfigError, match=r"has no adapter_config\.json"):
         attach_lora(untouched("nf4"), LoraConfig(init_adapter=str(tmp_path)))
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    (tmp_path / TENSOR_FILE).write_bytes(b"")
     with pytest.raises(ConfigError, match="not a LoRA adapter, found IA3"):
         attach_lora(untouched("nf4"), LoraConfig(init_adapter=str(tmp_path)))
 

@@ -1,0 +1,46 @@
+"""Adapter folders and the checkpoints of a run, found without torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from finetune.models.hub import TEXT_FILES, fetch
+from finetune.system.errors import ConfigError
+
+CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def find_adapter(name: str, key: str) -> Path:
+    """Return the folder of an adapter, downloaded if `name` is a hub id. key: the config key of `name`, for messages.
+
+    Raises:
+        ConfigError: there is no adapter; for a run without one, the help line names its newest checkpoint.
+    """
+    folder = fetch(name, None, (CONFIG_FILE, TENSOR_FILE, *TEXT_FILES), key).folder
+    check_adapter_folder(folder, key)
+    return folder
+
+
+def check_adapter_folder(folder: Path, key: str) -> None:
+    """Raise ConfigError if a folder has no adapter. key: the config key of the folder, for messages."""
+    missing = [name for name in (CONFIG_FILE, TENSOR_FILE) if not (folder / name).is_file()]
+    if not missing:
+        return
+    if checkpoints := list_checkpoints(folder):
+        raise ConfigError(f"{key}={folder}: the run has no final adapter yet\nhelp: {key}={checkpoints[-1]}")
+    if not folder.is_dir():
+        raise ConfigError(f"{key}={folder}: not a folder (looked in {Path.cwd()})")
+    pickle = "\nhelp: a pickle (adapter_model.bin) can run code: convert it" if any(folder.glob("*.bin")) else ""
+    raise ConfigError(f"{key}={folder}: not an adapter, it has no {' and no '.join(missing)}{pickle}")
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the finished checkpoint folders of a run, oldest first."""
+    found = [
+        (int(match[1]), path)
+        for path in run.glob("checkpoint-*")
+        if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
