@@ -115,7 +115,7 @@ class SourceConfig(Section):
     roles: dict[Literal["system", "user", "assistant", "tool"], list[Text] | Text] = Field(
         {}, description="Your role names as {our name: yours}, like {assistant: [agent, bot]}."
     )
-    split: Text | None = Field(None, description="Split of a folder or hub dataset; null for a file.")
+    split: Text | None = Field(None, description="Split of a folder or hub dataset, or key of a .json file.")
     subset: Text | None = Field(None, description="Subset (configuration) of a hub dataset; null: its default.")
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub dataset; null: the main branch.")
     weight: Positive = Field(1.0, description="How often one epoch takes each example, on average (training only).")

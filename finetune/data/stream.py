@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 
@@ -74,8 +75,10 @@ class StreamingSampler:
         total, rows = sum(source.weight for source in self.cfg.train), self.cfg.stream_rows or 0
         self._rows = [max(1, round(rows * source.weight / total)) for source in self.cfg.train]  # of a window
         # Names and sizes of the files: hashing a large source would cost what streaming saves.
-        files = [zip(tape.files.labels, tape.files.files, strict=True) for tape in self._tapes]
-        sizes = [[[label, file.stat().st_size] for label, file in pairs] for pairs in files]
+        sizes: list[list[Any]] = []
+        for files in (tape.files for tape in self._tapes):
+            pairs = zip(files.labels, files.files, strict=True)
+            sizes.append([[label, file.stat().st_size] for label, file in pairs] + [files.split] * bool(files.split))
         self._made_from = [
             {**preparation.made_from(source), "rows": rows} for source, rows in zip(self.cfg.train, sizes, strict=True)
         ]

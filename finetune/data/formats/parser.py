@@ -35,6 +35,8 @@ _PREFERENCE = (
     "chosen and rejected answers are not a supported format; to train on the chosen answers set "
     "columns: {completion: chosen}, or {messages: chosen} if they hold the whole conversation"
 )
+# Columns that mark an answer as good or bad.
+_VERDICTS = frozenset({"label", "kto_tag"})
 _TOOLS = {"tools": "functions"}
 # Masks with 1 for each target.
 _TARGET_MASKS = ("assistant_masks", "completion_mask")
@@ -125,7 +127,7 @@ def parse_text(row: Fields, _: Spelling) -> RawText:
 
 
 def _chat(row: Fields, turns: list[Turn]) -> Conversation:
-    for column in ("label", "kto_tag"):
+    for column in _VERDICTS:
         if row.get(column) is False:
             raise DataError(f"{column} is false, which marks a bad answer; remove the row")
     for column in ("images", "audios", "videos"):
@@ -296,7 +298,7 @@ def resolve_format(cfg: SourceConfig, first_value: Any, source: str) -> str:
     if cfg.roles and not FORMATS[name].keys:
         raise DataError(f"{source}: rows of the format {name} have no roles; remove roles")
     if (reading := RowParser(cfg, name).reading(columns)) is not None:
-        ignored = columns - FORMATS[name].columns - set(reading.columns.values())
+        ignored = columns - FORMATS[name].columns - set(reading.columns.values()) - _VERDICTS
         log_once(f"{source}: read with {reading}" + (f"; ignored: {listed(ignored)}" if ignored else ""))
     return name
 

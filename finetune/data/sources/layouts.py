@@ -7,6 +7,7 @@ import csv
 import io
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import BinaryIO
 
 from finetune.data.sources.json_rows import BOM, decode_row
@@ -81,11 +82,10 @@ def delimiter(head: bytes, usual: str) -> tuple[str, str]:
     """Return the delimiter of the line of column names, and its name. The usual one wins if it splits the line."""
     line = head.removeprefix(BOM).splitlines()[0].decode("utf-8", "replace") if head.strip() else ""
     for candidate in (usual, *_DELIMITERS):
-        try:
+        # Quoted names are no cells with another delimiter; a name over several lines is none with any.
+        with suppress(csv.Error):
             if len(next(csv.reader([line], delimiter=candidate, strict=True), [])) > 1:
                 return candidate, _DELIMITERS[candidate]
-        except csv.Error:  # a name over several lines
-            break
     return usual, _DELIMITERS[usual]
 
 

@@ -53,8 +53,8 @@ class SourceFiles:
         return sum(file.stat().st_size for file in self.files)
 
     def digest(self) -> str:
-        """Return the SHA-256 of all names and contents, which decide the rows and their locations."""
-        digest = hashlib.sha256()
+        """Return the SHA-256 of the split and all names and contents, which decide the rows and their locations."""
+        digest = hashlib.sha256(b"" if self.split is None else json.dumps({"split": self.split}).encode())
         for file, label in zip(self.files, self.labels, strict=True):
             try:
                 with file.open("rb") as content:

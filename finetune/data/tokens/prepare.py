@@ -23,7 +23,7 @@ from finetune.data.sources.paths import resolve_source
 from finetune.data.sources.readers import RawBatch
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.encode import ENCODING_VERSION, RowEncoder, encode_all
-from finetune.data.tokens.store import StoreWriter, TokenStore, is_valid
+from finetune.data.tokens.store import StoreWriter, TokenStore, has_outdated_bad_rows, is_valid
 from finetune.system.console import Log
 from finetune.system.errors import DataError, ResourceError
 from finetune.system.locks import locked
@@ -67,6 +67,10 @@ class Preparation:
             format_name, batches = with_format(source, files.batches(source.limit))
             self.write(temporary, source, format_name, batches, made_from)
 
+        # Where bad rows are skipped, the store stays: a run that continues needs the same rows.
+        if self.main and self.cfg.on_bad_row == "error" and has_outdated_bad_rows(folder):
+            with locked(folder.with_name(f"{folder.name}.lock")):
+                shutil.rmtree(folder, ignore_errors=True)
         self.provide(folder, write)
         with suppress(PermissionError):  # another user's cache
             os.utime(folder)  # the time of last use, for cleaning

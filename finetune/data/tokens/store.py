@@ -40,6 +40,8 @@ ROW = np.dtype(
 )
 _IDS, _CODES, _ROWS, _META, BAD_ROWS = "ids.bin", "codes.bin", "rows.npz", "meta.json", "bad_rows.jsonl"
 _MEDIA = "media_digests"  # column of rows.npz, as hexadecimal text; missing where every row is text
+# Raise it when rows are read that were bad before.
+READER_VERSION = 1
 _MOST_WEIGHTS = 256  # a code is one byte
 
 
@@ -81,6 +83,7 @@ class StoreMeta:
     weights: loss weight of each code.
     sizes: bytes of every other file.
     notes: how many messages have each note.
+    reader: READER_VERSION of the code that wrote it.
     """
 
     rows: int
@@ -94,6 +97,7 @@ class StoreMeta:
     sizes: dict[str, int]
     made_from: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
+    reader: int = 0
 
 
 class TokenStore:
@@ -154,6 +158,15 @@ def is_valid(folder: Path) -> bool:
     try:
         sizes = json.loads((folder / _META).read_text(encoding="utf-8"))["sizes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def has_outdated_bad_rows(folder: Path) -> bool:
+    """Return whether a store lists bad rows that a newer reader may read."""
+    try:
+        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        return bool(meta["bad_rows"]) and meta.get("reader", 0) < READER_VERSION
     except (OSError, ValueError, KeyError):
         return False
 
@@ -220,6 +233,7 @@ class StoreWriter:
             sizes={name: (self.folder / name).stat().st_size for name in (_IDS, _CODES, _ROWS, BAD_ROWS)},
             made_from=made_from,
             notes=dict(self._notes),
+            reader=READER_VERSION,
         )
         with (self.folder / _META).open("w", encoding="utf-8") as stream:
             json.dump(asdict(meta), stream, ensure_ascii=False, indent=1)

@@ -9,7 +9,7 @@ import pytest
 
 from finetune.config.schema import SourceConfig
 from finetune.data.sources import text_files
-from finetune.data.sources.paths import read_rows
+from finetune.data.sources.paths import read_rows, resolve_source
 from finetune.system.errors import DataError
 
 ROWS = [{"text": 'a "quote", ü\n]}', "n": [1, {"x": []}]}, {"text": "b", "n": []}, {"text": "\ufeff", "n": [2]}]
@@ -35,6 +35,8 @@ LAYOUTS = {
     "carriage returns": ("a.jsonl", "\r".join(LINES) + "\r", ROWS),
     "carriage returns in cells": ("a.csv", CSV.replace(";", "\t").replace("\r\n", "\r"), CELLS),
     "semicolons": ("a.csv", CSV, CELLS),
+    "semicolons and quotes": ("a.csv", '"prompt";"completion"\n"Grüße, du";"née 0"\n"x";"y"\n', CELLS),
+    "names over lines": ("a.csv", '"a\nb",c\nx;y,z\n', [{"a\nb": "x;y", "c": "z"}]),
     "tabs": ("a.csv", CSV.replace(";", "\t"), CELLS),
     "commas in .tsv": ("a.tsv", 'prompt,completion\n"Grüße, du",née 0\nx,y\n', CELLS),
 }
@@ -84,6 +86,13 @@ def test_lists_under_split_names_are_splits(tmp_path, monkeypatch, piece_bytes, 
         read(path)
     with pytest.raises(DataError, match=r"no split 'dev' \(available: train, test\)"):
         read(path, split="dev")
+
+
+def test_splits_of_one_file_have_digests_of_their_own(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"train": ROWS, "test": ROWS[:1]}))
+    digests = {resolve_source(SourceConfig(path=str(path), split=split)).digest() for split in (None, "train", "test")}
+    assert len(digests) == 3
 
 
 def test_a_split_of_a_file_without_keys_is_refused(tmp_path):
