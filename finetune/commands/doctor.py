@@ -15,14 +15,12 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import netrc
 import os
 import platform
 import shutil
 import sys
 import threading
 import tomllib
-import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
 from finetune.system.format import format_bytes
 from finetune.system.other_finetune import ADVICE, other_distribution
+from finetune.system.wandb_login import has_wandb_key
 
 GB = 10**9
 HUB_TIMEOUT_SECONDS = 3.0
@@ -193,11 +192,7 @@ def check_wandb() -> Finding:
     mode = os.environ.get("WANDB_MODE", "online")
     if mode != "online":
         return Finding("note", f"WANDB_MODE={mode}")
-    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    login = None
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        login = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
-    if login or os.environ.get("WANDB_API_KEY"):
+    if has_wandb_key():
         return Finding("ok", "logged in")
     return Finding("note", "not logged in: track.wandb=true records offline", "to upload: wandb login")
 

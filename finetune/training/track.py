@@ -20,6 +20,7 @@ from finetune.system.console import in_notebook
 from finetune.system.errors import MissingExtra
 from finetune.system.format import format_bytes, format_duration
 from finetune.system.plotting import curve, svg
+from finetune.system.wandb_login import has_wandb_key
 
 _SECONDS_BETWEEN_LINES = 10.0
 # Limit of the share of time spent drawing.
@@ -38,7 +39,7 @@ class WandbBackend:
             import wandb
         except ImportError as error:
             raise MissingExtra('track.wandb needs: pip install "finetune-qlora[tracking]"') from error
-        configured = "WANDB_MODE" in os.environ or wandb.api.api_key
+        configured = "WANDB_MODE" in os.environ or has_wandb_key()
         self._run = wandb.init(
             project=cfg.track.project,
             name=cfg.track.run_name or cfg.name,

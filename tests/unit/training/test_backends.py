@@ -22,7 +22,7 @@ def test_tensorboard_files_hold_what_was_logged(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
 
 
-def test_wandb_records_offline_without_a_key_and_writes_no_secret(tmp_path, monkeypatch):
+def test_wandb_records_offline_without_a_key_and_writes_no_secret(tmp_path, monkeypatch, capfd):
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -33,6 +33,7 @@ def test_wandb_records_offline_without_a_key_and_writes_no_secret(tmp_path, monk
     [backend] = build_backends(cfg, tmp_path)
     backend.log(1, {"loss": 0.5})
     backend.close()
+    assert "deprecated" not in capfd.readouterr().err
     written = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in written)
     assert not [path for path in written if b"s3cr3t-value" in path.read_bytes()]
