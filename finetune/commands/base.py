@@ -56,6 +56,7 @@ class Command:
         config: whether config=X.yaml and the keys of a run's config are taken.
         takes_paths: whether words without `=` are taken.
         details: returns text that follows the options in `--help`.
+        all_details: returns that text for `--help-all`, a flag of a command that has it.
     """
 
     name: str
@@ -66,10 +67,14 @@ class Command:
     config: Literal["required", "optional", "none"] = "none"
     takes_paths: bool = False
     details: Callable[[], str] | None = None
+    all_details: Callable[[], str] | None = None
 
     def execute(self, words: Sequence[str]) -> int:
         """Run the command with the words that follow its name, and return the exit code."""
         arguments = parse_arguments(words, self.flags, self.takes_paths)
+        if "--help-all" in arguments.flags:
+            print(replace(self, details=self.all_details).help())
+            return 0
         if "--help" in arguments.flags:
             print(self.help())
             return 0
@@ -85,7 +90,7 @@ class Command:
         if self.details:
             parts.append(self.details())
         elif self.config != "none":
-            parts.append("Every key of a run's config can be given as well: finetune train --help")
+            parts.append("Every key of a run's config can be given as well: finetune train --help-all")
         return "\n\n".join(parts)
 
     def schema(self) -> type[Section] | None:

@@ -4,6 +4,7 @@
 Fine-tunes a model as the config describes. X.yaml is searched here, in ./configs, then among the packaged configs.
   --dry-run   print the resolved config and the plan, then stop
   --verbose   print the whole plan, threads and kernels too
+  --help-all  describe every key of a config
 
 Examples
   finetune train config=quickstart.yaml
@@ -13,10 +14,32 @@ Examples
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
 from finetune.system.resources import packaged_configs
+
+# The keys that most runs set, in the order of the schema.
+COMMON = (
+    "output_dir",
+    "model.name",
+    "quant.type",
+    "lora.rank",
+    "lora.alpha",
+    "lora.target_modules",
+    "data.train",
+    "data.held_out",
+    "data.max_length",
+    "data.packing",
+    "train.epochs",
+    "train.max_steps",
+    "train.batch_size",
+    "train.learning_rate",
+    "train.eval_every",
+    "train.save_every",
+    "train.resume",
+)
 
 
 def run(arguments: Arguments) -> int:
@@ -45,12 +68,29 @@ def run(arguments: Arguments) -> int:
     return 0
 
 
-def config_help() -> str:
+def common_keys() -> str:
+    """Return the names of the packaged configs and the keys that most runs set."""
+    return f"{_keys(COMMON)}\n\nEvery key: finetune train --help-all"
+
+
+def all_keys() -> str:
     """Return the names of the packaged configs and every key of a config."""
+    return _keys(())
+
+
+def _keys(only: Sequence[str]) -> str:
     from finetune.config.keys import schema_help
 
     configs = textwrap.fill(f"Packaged configs: {', '.join(packaged_configs())}", 120, subsequent_indent="  ")
-    return f"{configs}\n\n{schema_help()}"
+    return f"{configs}\n\n{schema_help(only=only)}"
 
 
-COMMAND = Command("train", __doc__, run, flags=("--dry-run", "--verbose"), config="required", details=config_help)
+COMMAND = Command(
+    "train",
+    __doc__,
+    run,
+    flags=("--dry-run", "--verbose", "--help-all"),
+    config="required",
+    details=common_keys,
+    all_details=all_keys,
+)

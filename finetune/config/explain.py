@@ -115,7 +115,7 @@ def unknown_key(path: str, root: type[Section] = RunConfig) -> Problem:
     elsewhere = [field for field in schema_fields(root) if field.split(".")[-1] == name]
     if meant := " or ".join(elsewhere) or _nearest(path, name, root):
         return Problem(path, f"unknown key; did you mean {meant}?")
-    known = "see finetune --help" if root is RunConfig else f"there are {', '.join(schema_fields(root))}"
+    known = "see finetune train --help-all" if root is RunConfig else f"there are {', '.join(schema_fields(root))}"
     return Problem(path, f"unknown key; {known}")
 
 

@@ -114,13 +114,15 @@ def allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     return f"{_WORDS[annotation]} {limits}".strip()
 
 
-def schema_help(root: type[Section] = RunConfig, width: int = 38) -> str:
+def schema_help(root: type[Section] = RunConfig, width: int = 38, only: Sequence[str] = ()) -> str:
     """Return the help text of a schema: each key with its default, its type and its meaning, in aligned lines.
 
     The items of data.train stand for all lists of sources. width: of the column of keys, in characters.
+    only: keys to describe, without headings; empty: all of them.
     """
-    lines = []
-    for path, field in schema_fields(root).items():
+    lines: list[str] = []
+    fields = schema_fields(root)
+    for path, field in ((path, fields[path]) for path in only or fields):
         if is_section(field.annotation):
             lines += ["", f"{path}: {field.description}"]
         elif "*" not in path or path.startswith("data.train.*"):

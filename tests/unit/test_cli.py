@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from finetune import __version__
 from finetune.cli import main
 from finetune.commands.base import COMMANDS
+from finetune.commands.train import COMMON
+from finetune.config.keys import is_section, schema_fields
 from finetune.system.arguments import parse_arguments
 from finetune.system.errors import (
     ConfigError,
@@ -127,6 +129,17 @@ def test_every_command_explains_itself(command: str, capsys):
     assert main([*command.split(), "--help"]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith(f"usage: finetune {command} ") and captured.err == ""
+
+
+def test_the_help_of_train_has_the_common_keys_and_help_all_has_every_key(capsys):
+    shown = []
+    for flag in ("--help", "--help-all"):
+        assert main(["train", flag]) == 0
+        words = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+        shown.append({word[0] for word in words if word})
+    every = {key.replace("*", "0") for key, field in schema_fields().items() if not is_section(field.annotation)}
+    assert shown[0] & every == set(COMMON)
+    assert shown[1] >= {key for key in every if not key.startswith("data.eval.0")}
 
 
 def test_train_without_a_config_lists_the_packaged_ones(capsys):

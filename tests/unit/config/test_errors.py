@@ -184,7 +184,7 @@ def test_the_fp4_of_peers_is_answered_with_nf4(complaint: Callable):
 
 
 def test_a_key_without_a_near_match_gets_no_guess():
-    assert unknown_key("zzzz").text == "unknown key; see finetune --help"
+    assert unknown_key("zzzz").text == "unknown key; see finetune train --help-all"
 
 
 FAMILIAR = """lora_r lora_alpha lora_dropout lora_target lora_target_modules use_dora use_rslora adapter
