@@ -249,7 +249,7 @@ def test_the_schema_a_plan_and_a_wrong_config_need_no_torch(words: list[str], ex
 
 @pytest.mark.parametrize("command", [["train"], ["cache", "distill.cache=teacher"], ["data"]])
 def test_rows_that_cannot_be_meant_are_all_told_before_torch_is_loaded(command: list[str], tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2", "response": "two"}\n')
     sources = "[{path: rows.jsonl}, {path: missing.jsonl}]"
     words = [*command, "config=distill.yaml", f"data.train={sources}"]
     code = f"import os; os.chdir({str(tmp_path)!r}); from finetune.cli import main; assert main({words}) == 2"
