@@ -37,6 +37,8 @@ _PREFERENCE = (
 )
 # Columns that mark an answer as good or bad.
 _VERDICTS = frozenset({"label", "kto_tag"})
+# Keys of an entry of LLaMA-Factory's dataset_info.json that hold a path or a name on the hub.
+_REGISTRY_KEYS = ("file_name", "hf_hub_url")
 _TOOLS = {"tools": "functions"}
 # Masks with 1 for each target.
 _TARGET_MASKS = ("assistant_masks", "completion_mask")
@@ -311,10 +313,12 @@ def _refuse_no_row(value: Mapping[str, Any], source: str) -> None:
     if values and (all(by_index) or (len(values) > 1 and all(texts))):
         code = f'import pandas; pandas.read_json({source!r}).to_json("rows.jsonl", orient="records", lines=True)'
         raise DataError(f"{source}: holds a table by columns, not by rows\nhelp: python -c {shlex.quote(code)}")
-    if registered := [item for item in values if isinstance(item, Mapping) and "file_name" in item]:
+    if not all(isinstance(item, Mapping) and any(key in item for key in _REGISTRY_KEYS) for item in values):
+        return
+    if path := next((item[key] for item in values for key in _REGISTRY_KEYS if key in item), None):
         raise DataError(
             f"{source}: is LLaMA-Factory's list of datasets ({listed(value)}), not rows; finetune migrate converts a "
-            f"config that names one\nhelp: data.train={shlex.quote(printable_name(registered[0]['file_name']))}"
+            f"config that names one\nhelp: data.train={shlex.quote(printable_name(path))}"
         )
 
 

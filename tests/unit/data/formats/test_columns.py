@@ -112,6 +112,7 @@ def test_our_own_names_win_over_the_table():
     [
         ({"custom_id": "1", "method": "POST", "url": "/v1", "body": {"messages": []}}, ["batch API", "help: jq "]),
         ({"mine": {"file_name": "a.json"}}, ["finetune migrate", "\nhelp: data.train=a.json"]),
+        ({"a": {"hf_hub_url": "b/c"}, "d": {"file_name": "e.json"}}, ["(a, d)", "\nhelp: data.train=b/c"]),
         ({"instruction": {"0": "x"}, "output": {"0": "y"}}, ["by columns", "help: python -c "]),
         ({"instruction": ["x", "z"], "output": ["y", "z"]}, ["by columns", "help: python -c "]),
     ],
@@ -120,6 +121,11 @@ def test_files_of_other_tools_are_named_with_a_command(row, words):
     with pytest.raises(DataError) as error:
         parser_of(row)
     assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_a_column_about_a_file_is_no_list_of_datasets():
+    row = {"prompt": "q", "completion": "a", "meta": {"file_name": "x.pdf", "0": "x"}, "tags": ["x"]}
+    assert parser_of(row).parse(row) == chat("q", "a")
 
 
 def test_a_name_that_yaml_reads_as_another_type_is_quoted():
