@@ -88,6 +88,8 @@ def load_config(path_or_name: str, overrides: Sequence[str] = (), needs_data: bo
         raise config_error(short(file), problems, locate) from None
     if problems:
         raise config_error(short(file), problems, locate)
+    if "output_dir" not in composed.tree and "output_dir" not in dict(edits.values):
+        config.model_fields_set.discard("output_dir")  # So that a run knows whether the user chose the folder.
     return config
 
 

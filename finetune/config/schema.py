@@ -48,7 +48,8 @@ class RunConfig(Section):
     name: Name = Field("", description="Name of the run; empty: the name of the config file without .yaml.")
     output_dir: Text = Field(
         default_factory=lambda fields: f"outputs/{fields.get('name') or 'run'}",
-        description="Folder for the adapter, the checkpoints and the metrics.",
+        description="Folder for the adapter, the checkpoints and the metrics; not given: outputs/NAME, then "
+        "outputs/NAME-2 …, and outputs/NAME-latest links to the newest.",
     )
     model: ModelConfig = Field(description="The base model.")
     quant: QuantConfig = Field(QuantConfig(), description="Storage of the frozen base model.")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 
 from finetune.config.schema import RunConfig
@@ -22,7 +26,8 @@ def check_run(cfg: RunConfig) -> None:
         ConfigError: the folder holds a run, the model or adapter is not found, or the model has no such modules.
         IntegrityError: a local weight file is corrupt.
     """
-    refuse_other_run(cfg)
+    if is_given(cfg):
+        refuse_other_run(cfg)
     check_model(cfg.model)
     if cfg.lora.init_adapter is not None:
         find_adapter(cfg.lora.init_adapter, "lora.init_adapter")
@@ -35,11 +40,57 @@ def check_run(cfg: RunConfig) -> None:
 def refuse_other_run(cfg: RunConfig) -> None:
     """Raise ConfigError if the folder holds a run that this one does not continue."""
     folder = Path(cfg.output_dir)
-    if cfg.train.resume == "never" and ((folder / ADAPTER).exists() or list_checkpoints(folder)):
+    if cfg.train.resume == "never" and holds_run(folder):
         raise ConfigError(
             f"output_dir: {folder} already holds a run\n"
             "help: set train.resume=auto to continue it, or another output_dir"
         )
+
+
+def is_given(cfg: RunConfig) -> bool:
+    """Return whether the user chose the folder of a run."""
+    return "output_dir" in cfg.model_fields_set
+
+
+def choose_folder(cfg: RunConfig) -> str:
+    """Return the folder of a run: `output_dir` if it is given, else outputs/NAME, outputs/NAME-2 … for new runs.
+
+    Without a given folder, `train.resume=auto` continues the run that outputs/NAME-latest links to, and a checkpoint of
+    one of these folders continues there.
+    """
+    folder = Path(cfg.output_dir)
+    if is_given(cfg):
+        return cfg.output_dir
+    if cfg.train.resume == "auto":
+        latest = _latest(folder)
+        return str(latest.with_name(os.readlink(latest)) if latest.is_symlink() and latest.is_dir() else folder)
+    if cfg.train.resume != "never":
+        parent = Path(cfg.train.resume).parent
+        is_ours = parent.parent == folder.parent and re.fullmatch(rf"{re.escape(folder.name)}-\d+", parent.name)
+        return str(parent if is_ours else folder)
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(str(place) for place in chain([folder], numbered) if not holds_run(place))
+
+
+def link_latest(cfg: RunConfig, folder: str) -> None:
+    """Let outputs/NAME-latest link to the folder of a run, if the user did not choose it."""
+    latest = _latest(Path(cfg.output_dir))
+    temporary = latest.with_name(f".{latest.name}.{os.getpid()}")
+    # Some file systems have no links, and a folder of this name is the user's: the run goes on without a link.
+    if not is_given(cfg):
+        with suppress(OSError):
+            temporary.symlink_to(Path(folder).name)
+            os.replace(temporary, latest)
+        temporary.unlink(missing_ok=True)
+
+
+def _latest(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-latest")
+
+
+def holds_run(folder: Path) -> bool:
+    """Return whether a folder has an adapter or a checkpoint."""
+    return (folder / ADAPTER).exists() or bool(list_checkpoints(folder))
 
 
 def claim_folder(cfg: RunConfig) -> Lock:

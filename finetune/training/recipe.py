@@ -95,12 +95,18 @@ def train(cfg: RunConfig, rows: Iterable[Mapping[str, Any]] | None = None, verbo
     detail = log if verbose else _drop
     if message := use_all_cores(kind):
         detail(message)
+    [folder] = broadcast_object_list([output_folder.choose_folder(cfg) if is_main else None])
+    given, cfg = cfg, cfg.model_copy(update={"output_dir": folder})
     lock = output_folder.claim_folder(cfg) if is_main else None
+    if cfg.output_dir != given.output_dir:
+        log(f"output_dir: {folder} ({given.output_dir} holds a run)")
     try:
         [checkpoint] = broadcast_object_list([run_folder.find_checkpoint(cfg, log) if is_main else None])
         inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=kind, ranks=accelerator.num_processes)
         log((describe_plan if verbose else describe_start)(inputs, free_memory(kind)))
         context = _load(cfg, inputs, accelerator, checkpoint, log=log, detail=detail)
+        if is_main:
+            output_folder.link_latest(given, folder)
         return _run(context, checkpoint)
     finally:
         if lock is not None:

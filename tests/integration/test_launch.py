@@ -179,7 +179,7 @@ def test_quickstart_trains_from_any_folder(tmp_path: Path):
     settings = ["train.max_steps=2", "train.batch_size=2", "generation.num_examples=4", "generation.max_new_tokens=8"]
     done = run_script("quickstart.sh", *settings, cwd=tmp_path, FINETUNE_PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "outputs").glob("quickstart-*")
+    folder = tmp_path / "outputs" / "quickstart"
     result = json.loads((folder / "result.json").read_text())
     assert result["status"] == "finished" and result["steps"] == 2
     assert result["exact_match_before"] is not None and result["exact_match_after"] is not None

@@ -178,3 +178,14 @@ def test_every_kind_of_adapter_trains_saves_resumes_and_reloads_to_the_same_loss
     longer = finetune.train(load_config("quickstart.yaml", [*settings, "train.schedule=constant", "train.resume=auto"]))
     assert (outcome.steps, longer.steps) == (2, 4)
     assert reloaded_loss(run) == pytest.approx(longer.eval_loss, rel=1e-4)
+
+
+def test_a_second_run_of_a_config_gets_a_folder_of_its_own_and_auto_continues_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*SMALL_RUN, "train.max_steps=1", "train.schedule=constant"]
+    assert finetune.train(load_config("quickstart.yaml", words)).adapter == "outputs/quickstart"
+    assert finetune.train(load_config("quickstart.yaml", words)).adapter == "outputs/quickstart-2"
+    more = [*words, "train.max_steps=2", "train.resume=auto"]
+    assert finetune.train(load_config("quickstart.yaml", more)).adapter == "outputs/quickstart-2"
+    assert result(tmp_path / "outputs" / "quickstart")["steps"] == 1
+    assert result(tmp_path / "outputs" / "quickstart-2")["steps"] == 2
