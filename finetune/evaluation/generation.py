@@ -5,6 +5,7 @@ Shapes: N unfinished rows of a batch, L tokens so far with padding, V vocabulary
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,17 @@ class Answer:
 def exact_match(answers: Sequence[Answer]) -> float:
     """Return the share of answers equal to the expected ones, ignoring outer white space."""
     return sum(answer.exact for answer in answers) / len(answers)
+
+
+def worst_answers(answers: Sequence[Answer], most: int) -> list[Answer]:
+    """Return the answers least like the expected ones, worst first; equally bad ones in their order."""
+    return sorted(answers, key=lambda answer: _likeness(answer.given.strip(), answer.expected.strip()))[:most]
+
+
+def _likeness(first: str, second: str) -> float:
+    """Return the Dice coefficient of the pairs of characters, in [0, 1]: it needs no words and takes linear time."""
+    pairs = [Counter(zip(f" {text}", f"{text} ", strict=True)) for text in (first, second)]
+    return 2 * (pairs[0] & pairs[1]).total() / (pairs[0].total() + pairs[1].total())
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate, cycle, product
 from typing import TYPE_CHECKING, NamedTuple
 
+from finetune.report.facts import number
 from finetune.report.run import Run, Series
 from finetune.system.plotting import COLORS, figure, svg
 
@@ -55,11 +56,15 @@ QUANTITIES = (
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG element with its title and a note, which may be empty."""
+    """An SVG element with its title and a note, which may be empty.
+
+    numbers: label and value of each curve, in place of the SVG if every curve has a single point.
+    """
 
     title: str
-    svg: str
+    svg: str = ""
     note: str = ""
+    numbers: tuple[tuple[str, str], ...] = ()
 
 
 class Line(NamedTuple):
@@ -72,9 +77,10 @@ class Line(NamedTuple):
     dashes: str
 
 
-def run_pictures(run: Run) -> list[Picture]:
-    """Draw every quantity of a run."""
+def run_pictures(run: Run, steps_per_epoch: int | None = None) -> list[Picture]:
+    """Draw every quantity of a run; steps_per_epoch: None if it is unknown."""
     pictures = []
+    x_label = f"step ({steps_per_epoch:,} per epoch)" if steps_per_epoch else "step"
     for quantity in QUANTITIES:
         names = _names(run, quantity)
         if not names or (quantity is _BY_SET and _is_only_set(names, run)):
@@ -83,7 +89,7 @@ def run_pictures(run: Run) -> list[Picture]:
             _line(_set_of(name) or name, run, name, quantity, (color, "-"))
             for name, color in zip(names, cycle(COLORS), strict=False)
         ]
-        pictures.append(draw(quantity.title, lines, quantity, _last_step([run])))
+        pictures.append(draw(quantity.title, lines, quantity, _last_step([run]), x_label=x_label))
     return pictures
 
 
@@ -112,8 +118,21 @@ def _line(label: str, run: Run, name: str, quantity: Quantity, style: tuple[str,
     return Line(label, series, name.startswith("eval"), *style)
 
 
-def draw(title: str, lines: Sequence[Line], quantity: Quantity, last_step: int, alone: bool = True) -> Picture:
-    """Draw curves over the steps from 0 to `last_step`; `alone`: of one run, with a legend and the noisy values."""
+def draw(
+    title: str,
+    lines: Sequence[Line],
+    quantity: Quantity,
+    last_step: int,
+    *,
+    alone: bool = True,
+    x_label: str = "step",
+) -> Picture:
+    """Draw curves over the steps from 0 to `last_step`, or return the numbers of curves with a single point.
+
+    alone: of one run, with a legend and the noisy values.
+    """
+    if all(len(line.series.steps) == 1 for line in lines):
+        return Picture(title, numbers=tuple(_number_of(line, quantity, len(lines) > 1) for line in lines))
     drawn, (axes,) = figure(_WIDTH_INCHES, _HEIGHT_INCHES)
     means = [_draw_line(axes, line, quantity.noisy, alone) for line in lines]
     values = [value for line in lines for value in line.series.values]
@@ -131,10 +150,18 @@ def draw(title: str, lines: Sequence[Line], quantity: Quantity, last_step: int, 
     axes.set_xlim(-0.02 * last_step, 1.02 * last_step)
     axes.locator_params(axis="x", integer=True, nbins=6)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("step")
+    axes.set_xlabel(x_label)
     if alone and len(lines) > 1:
         axes.legend(frameon=False, fontsize=8)
     return Picture(title, svg(drawn), note)
+
+
+def _number_of(line: Line, quantity: Quantity, several: bool) -> tuple[str, str]:
+    [step], [value] = line.series
+    label = f"{line.name}, step {step:,}" if several else f"step {step:,}"
+    if quantity.share:
+        return label, f"{value:.1%}"
+    return label, f"{value:,.0f}" if abs(value) >= 1000 else number(value)
 
 
 def _draw_line(axes: Axes, line: Line, noisy: bool, faint: bool) -> bool:

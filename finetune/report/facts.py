@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from finetune.report.run import Run, is_figure
@@ -42,8 +46,14 @@ FIGURES = (
     Figure("tokens_per_second", "tokens/s", whole, False),
     Figure("peak_bytes", "peak memory", format_bytes, True),
 )
+_LARGEST_LOSS = 700.0  # exp() of more is no number
+_LONGEST_TEXT = 1000
 _ACTIONS = {"warn": "warning", "recover": "trained on the teacher alone", "stop": "run stopped"}
-_BEFORE = {"exact_match_after": "exact_match_before", "teacher_kl_after": "teacher_kl_before"}
+_BEFORE = {
+    "eval_loss": "eval_loss_before",
+    "exact_match_after": "exact_match_before",
+    "teacher_kl_after": "teacher_kl_before",
+}
 
 
 def figure_named(name: str) -> Figure:
@@ -73,20 +83,68 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
         if value is None or (value == 0 and figure.name == "peak_bytes"):
             continue
         before = run.figure(_BEFORE[figure.name]) if figure.name in _BEFORE else None
-        found.append((figure.label, figure.form(value), "" if before is None else f"{figure.form(before)} before"))
+        detail = "" if before is None else f"{figure.form(before)} before"
+        if figure.name == "final_loss" and (first := run.metrics.get("loss")) and first.steps[0] == 1:
+            detail = f"{number(first.values[0])} at step 1"
+        found.append((figure.label, figure.form(value), detail))
+        if figure.name == "eval_loss" and (perplexity := _perplexity(run)):
+            found.append(("held-out perplexity", number(perplexity), ""))
     loss = run.metrics.get("loss")
     if found or loss is None:
         return found
     return [("steps so far", whole(loss.steps[-1]), ""), ("training loss", number(loss.values[-1]), "")]
 
 
+def _perplexity(run: Run) -> float | None:
+    """Return the perplexity at the mean loss of the held-out sets; None without a loss."""
+    evaluations = run.result.get("evaluations")
+    names = evaluations if isinstance(evaluations, Mapping) else ()
+    losses = [run.figure(name) for name in names if str(name).startswith("eval/") and str(name).endswith("/loss")]
+    known = [loss for loss in losses if loss is not None and abs(loss) < _LARGEST_LOSS]
+    return math.exp(fmean(known)) if known else None
+
+
+def origin(run: Run) -> str:
+    """Return start, duration and hardware of a run, as far as they are known."""
+    found, started, duration = run.facts.get("hardware"), run.facts.get("started"), run.figure("duration_seconds")
+    try:
+        start = f"started {datetime.fromisoformat(str(started)).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except (ValueError, OverflowError):
+        start = ""
+    machine: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+    counts = [f"{name}={machine[name]}" for name in ("cores", "threads") if name in machine and "gpu" not in machine]
+    name = [str(machine[kind]) for kind in ("gpu", "cpu") if machine.get(kind)][:1]
+    parts = [start, "" if duration is None else f"took {format_duration(duration)}", ", ".join([*name, *counts])]
+    return " · ".join(filter(None, parts))
+
+
+def worst_answers(run: Run) -> tuple[str, list[dict[str, str]]]:
+    """Return a sentence about the wrong answers, and the worst of them: prompt, expected, after."""
+    rows, answered, wrong = (run.worst.get(name) for name in ("rows", "answered", "wrong"))
+    shown = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+    if not (shown and is_figure(answered) and is_figure(wrong)):
+        return "", []
+    which = "All wrong answers" if len(shown) == wrong else f"The {len(shown)} least like the expected answers"
+    text = f"{wrong:,} of {answered:,} held-out answers differ from the expected ones. {which}, worst first."
+    return text, [{key: _cut(str(row.get(key, ""))) for key in ("prompt", "expected", "after")} for row in shown]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} … ({len(text):,} characters)"
+
+
 def predictions(run: Run) -> list[tuple[str, ...]]:
-    """Return the planner's predictions that were measured: quantity, prediction, measurement, relative error."""
-    predicted, measured = run.figure("predicted_peak_bytes"), run.figure("peak_bytes")
-    if not predicted or not measured:
-        return []
-    error = f"{predicted / measured - 1:+.1%}"
-    return [("peak memory", format_bytes(predicted), format_bytes(measured), error)]
+    """Return the predictions that were measured: quantity, prediction, measurement, relative error, source of rates."""
+    source = str(run.value("predicted_time_source") or "").partition(",")[0]
+    rows: list[tuple[str, ...]] = []
+    for label, name, form, note in (
+        ("peak memory", "peak_bytes", format_bytes, "computed"),
+        ("training time", "train_seconds", format_duration, source),
+    ):
+        predicted, measured = run.figure(f"predicted_{name}"), run.figure(name)
+        if predicted and measured:
+            rows.append((label, form(predicted), form(measured), f"{predicted / measured - 1:+.1%}", note))
+    return rows
 
 
 def breaches(run: Run) -> list[tuple[str, ...]]:
@@ -107,7 +165,7 @@ def environment(run: Run) -> list[tuple[str, str]]:
     def walk(node: Any, key: str) -> list[tuple[str, str]]:
         if isinstance(node, Mapping):
             return [row for name, inner in node.items() for row in walk(inner, f"{key} {name}".strip())]
-        return [(key.removeprefix("versions ").replace("_", " "), "none" if node is None else str(node))]
+        return [(re.sub("^(versions|hardware) ", "", key).replace("_", " "), "none" if node is None else str(node))]
 
     return walk(run.facts, "")
 

@@ -14,7 +14,8 @@ import yaml
 from finetune.system.errors import InputError
 
 CONFIG, METRICS, RESULT, FACTS = "config.yaml", "metrics.jsonl", "result.json", "run.json"
-SAMPLES, TEACHER, ADAPTER = "samples.json", "teacher.md", "adapter_model.safetensors"
+SAMPLES, WORST, TEACHER = "samples.json", "worst_answers.json", "teacher.md"
+ADAPTER = "adapter_model.safetensors"
 Content = TypeVar("Content")
 
 
@@ -33,8 +34,9 @@ class Run:
         config: sections of config.yaml.
         result: content of result.json.
         facts: content of run.json.
-        metrics: metrics.jsonl by name.
+        metrics: metrics.jsonl by name, and at step 0 the evaluation before training.
         samples: prompt, expected, before and after of each.
+        worst: content of worst_answers.json: answered, wrong, rows.
         teacher: rows of the table in teacher.md.
         problems: the files that cannot be read, and why.
     """
@@ -46,6 +48,7 @@ class Run:
     facts: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Series] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
+    worst: Mapping[str, Any] = field(default_factory=dict)
     teacher: Sequence[Sequence[str]] = ()
     has_adapter: bool = False
     problems: tuple[str, ...] = ()
@@ -99,14 +102,16 @@ def read_run(folder: Path) -> Run:
             problems.append(f"{name}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})")
             return empty
 
+    result, metrics = read(RESULT, _json, {}), read(METRICS, read_metrics, {})
     return Run(
         folder,
         config=read(CONFIG, lambda file: yaml.safe_load(_text(file)), {}),
         config_text=read(CONFIG, _text, ""),
-        result=read(RESULT, _json, {}),
+        result=result,
         facts=read(FACTS, _json, {}),
-        metrics=read(METRICS, read_metrics, {}),
+        metrics=_with_start(metrics, result.get("evaluations_before")),
         samples=[sample for sample in read(SAMPLES, _json, []) if isinstance(sample, Mapping)],
+        worst=read(WORST, _json, {}),
         teacher=read(TEACHER, _rows, []),
         has_adapter=(folder / ADAPTER).is_file(),
         problems=tuple(problems),
@@ -142,6 +147,17 @@ def read_metrics(file: Path) -> dict[str, Series]:
                 if name != "step" and is_figure(value):
                     found[name][line["step"]] = float(value)
     return {name: Series(*map(list, zip(*sorted(values.items()), strict=True))) for name, values in found.items()}
+
+
+def _with_start(metrics: dict[str, Series], before: Any) -> dict[str, Series]:
+    """Put an evaluation of the untrained model at step 0 of its metrics."""
+    known = before if isinstance(before, Mapping) else {}
+    return {
+        name: Series([0, *series.steps], [float(known[name]), *series.values])
+        if is_figure(known.get(name)) and series.steps[0] > 0
+        else series
+        for name, series in metrics.items()
+    }
 
 
 def is_figure(value: Any) -> bool:

@@ -9,7 +9,16 @@ from finetune.evaluation.gap_text import gap_blocks, gap_figure
 from finetune.report.curves import run_pictures
 from finetune.report.dataset.files import DATA, read_stored
 from finetune.report.environment import render_page
-from finetune.report.facts import breaches, cards, environment, headline, next_commands, predictions
+from finetune.report.facts import (
+    breaches,
+    cards,
+    environment,
+    headline,
+    next_commands,
+    origin,
+    predictions,
+    worst_answers,
+)
 from finetune.report.run import Run, read_run
 from finetune.report.settings import changes
 from finetune.system.atomic import write_text
@@ -57,15 +66,19 @@ def render(run: Run) -> str:
             stored = read_stored(run.folder / DATA)
         except (OSError, ValueError) as error:
             problems.append(f"{DATA}: cannot be read ({str(error).splitlines()[0]})")
+    worst_text, worst = worst_answers(run)
     return render_page(
         "run.html",
         title=f"{run.name}: run report",
         run=run,
         status=_STATUS.get(run.status, run.status),
         headline=headline(run),
+        origin=origin(run),
         error=run.value("error"),
         cards=cards(run),
-        pictures=run_pictures(run),
+        pictures=run_pictures(run, steps_per_epoch=stored.report.order.steps if stored else None),
+        worst_text=worst_text,
+        worst=worst,
         stored=stored,
         gap_blocks=[] if gap is None else gap_blocks(gap),
         gap_svg=svg(gap_figure(gap)) if gap is not None and any(model.sets for model in gap.models) else "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import platform
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -88,6 +89,12 @@ def has_bf16_products() -> bool:
     """Return whether torch has fast bfloat16 products for this CPU (as ops/matmul.py), without importing torch."""
     flags = next((line for line in _read(_PROCESSOR).splitlines() if line.startswith("flags")), "").split()
     return not flags or {"avx512bw", "avx512vl", "avx512dq"} <= set(flags) or "avx_ne_convert" in flags
+
+
+def processor_name() -> str:
+    """Return the name of the CPU, or of its architecture if the system has no name for it."""
+    named = (line.partition(":")[2].strip() for line in _read(_PROCESSOR).splitlines() if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 def device_type_here() -> str:

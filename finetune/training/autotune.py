@@ -1,4 +1,4 @@
-"""Fit a run to the memory of its machine: recomputed layers, sequences per forward pass."""
+"""Fit a run to the memory of its machine: recomputed layers, sequences per forward pass; and predict its speed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from finetune.config.command_options import PlanOptions
+from finetune.data.loader import LoadedData
 from finetune.losses.hidden_states import base_of
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.planning.auto_batch import BatchPlan, choose_micro_batch
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.peak_memory import MARGIN
+from finetune.planning.timing import estimate_time, read_rates
 from finetune.system.console import Log
 from finetune.system.machine import available_memory, malloc_trim, ranks_here
 
@@ -47,6 +50,26 @@ def apply_batch_plan(inputs: PlanInputs, model: nn.Module, accelerator: Accelera
     apply_gradient_checkpointing(model, plan.recompute)
     log(plan.text)
     return plan
+
+
+def predict_speed(inputs: PlanInputs, model: nn.Module, plan: BatchPlan, data: LoadedData) -> tuple[float, str]:
+    """Predict the tokens per second of training, from rates that were measured or are assumed.
+
+    The real lengths and trained tokens of the examples count, unless they are streamed.
+
+    Returns:
+        The speed of all ranks, and the source of the rates.
+    """
+    inputs = inputs.with_model_config(base_of(model).config.to_dict())
+    options = PlanOptions()
+    if data.train:
+        documents = data.documents
+        tokens, targets = int(documents.lengths.sum()), int(documents.targets.sum())
+        options = PlanOptions(document_tokens=round(tokens / len(documents)), target_share=max(1, targets) / tokens)
+    gpu_name = torch.cuda.get_device_name() if inputs.device_type == "cuda" else None
+    rates = read_rates(inputs.device_type)
+    timing = estimate_time(inputs, plan.memory, rates=rates, options=options, gpu_name=gpu_name)
+    return timing["tokens_per_second"], timing["rates"].partition(";")[0]
 
 
 def install_malloc_trim(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import closing, nullcontext
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from transformers import PreTrainedTokenizerBase
 
 from finetune.config.schema import RunConfig, SourceConfig
 from finetune.data import loader
@@ -45,7 +47,7 @@ from finetune.system.console import Log
 from finetune.system.errors import ConfigError, Interrupted
 from finetune.system.machine import use_all_cores
 from finetune.training import output_folder, run_folder
-from finetune.training.autotune import apply_batch_plan
+from finetune.training.autotune import apply_batch_plan, predict_speed
 from finetune.training.checkpoint import (
     TrainState,
     load_training,
@@ -79,6 +81,7 @@ def train(cfg: RunConfig, rows: Iterable[Mapping[str, Any]] | None = None, verbo
         InputError: the config or the data is wrong; wherever possible, before any weight is loaded.
         Interrupted: SIGTERM or Ctrl+C stopped the run, and its checkpoint is saved.
     """
+    started = datetime.now(UTC)
     if rows is not None:
         source = SourceConfig(path=str(write_rows(rows)), name="rows")
         cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": [source]})})
@@ -104,7 +107,7 @@ def train(cfg: RunConfig, rows: Iterable[Mapping[str, Any]] | None = None, verbo
         [checkpoint] = broadcast_object_list([run_folder.find_checkpoint(cfg, log) if is_main else None])
         inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=kind, ranks=accelerator.num_processes)
         log((describe_plan if verbose else describe_start)(inputs, free_memory(kind)))
-        context = _load(cfg, inputs, accelerator, checkpoint, log=log, detail=detail)
+        context = _load(cfg, inputs, accelerator, checkpoint, log=log, detail=detail, started=started)
         if is_main:
             output_folder.link_latest(given, folder)
         return _run(context, checkpoint)
@@ -118,7 +121,14 @@ def _drop(text: str) -> None:
 
 
 def _load(
-    cfg: RunConfig, inputs: PlanInputs, accelerator: Accelerator, checkpoint: Path | None, *, log: Log, detail: Log
+    cfg: RunConfig,
+    inputs: PlanInputs,
+    accelerator: Accelerator,
+    checkpoint: Path | None,
+    *,
+    log: Log,
+    detail: Log,
+    started: datetime,
 ) -> RunContext:
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
@@ -138,11 +148,9 @@ def _load(
     if checkpoint is not None:
         run_folder.check_continuation(cfg, sampler.digest, checkpoint)
     if accelerator.is_main_process:
-        folder = Path(cfg.output_dir)
-        run_folder.describe_run(cfg, folder, sampler.digest, accelerator.num_processes)
-        store_report(folder, data, cfg, chat, tokenizer)
-        if listed := loader.copy_bad_rows(data, folder):
-            log(f"data: skipped rows are listed in {listed}")
+        kind, ranks = accelerator.device.type, accelerator.num_processes
+        run_folder.describe_run(cfg, sampler.digest, started=started, device_type=kind, world_size=ranks)
+        _store_data(cfg, preparation, data, tokenizer, log)
     vocabulary = check_distillation(cfg, tokenizer, data, log)
     base = load_base(cfg.model, cfg.quant, accelerator.device, log)
     # Before the adapter is attached: student and teacher share one copy of equal tensors.
@@ -157,8 +165,34 @@ def _load(
     model.train()
     batch_plan = apply_batch_plan(inputs, model, accelerator, log)
     return RunContext(
-        cfg, accelerator, log, detail, tokenizer, preparation, data, sampler, model, batch_plan, distillation
+        cfg=cfg,
+        accelerator=accelerator,
+        log=log,
+        detail=detail,
+        tokenizer=tokenizer,
+        preparation=preparation,
+        data=data,
+        sampler=sampler,
+        model=model,
+        batch_plan=batch_plan,
+        distillation=distillation,
+        started=started,
+        predicted_speed=predict_speed(inputs, model, batch_plan, data),
     )
+
+
+def _store_data(
+    cfg: RunConfig,
+    preparation: Preparation,
+    data: loader.LoadedData,
+    tokenizer: PreTrainedTokenizerBase,
+    log: Log,
+) -> None:
+    """Write the report on the data, and the list of skipped rows, into the run's folder."""
+    folder = Path(cfg.output_dir)
+    store_report(folder, data, cfg, preparation.chat, tokenizer)
+    if listed := loader.copy_bad_rows(data, folder):
+        log(f"data: skipped rows are listed in {listed}")
 
 
 def _build_sampler(cfg: RunConfig, preparation: Preparation, data: loader.LoadedData, log: Log) -> Sampler:
@@ -200,7 +234,7 @@ def _run(context: RunContext, checkpoint: Path | None) -> RunResult:
         result.error = str(error) or type(error).__name__
         raise
     finally:
-        _fill(result, state)
+        _fill(result, state, context)
         if context.is_main:
             run_folder.write_result(context.folder, result)
             try_report(context.folder, context.log)
@@ -298,7 +332,7 @@ def _finish(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainS
     if generation.num_examples:
         after = answer_held_out(context, generation.num_examples)
         result.exact_match_after = exact_match(after)
-    _fill(result, state)
+    _fill(result, state, context)
     if context.is_main:
         _save_final(context, result)
         result.adapter = str(context.folder)
@@ -306,17 +340,24 @@ def _finish(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainS
             write_text(context.folder / TEACHER, teacher_table(before, state.evaluations))
         answers_before, shown = state.before.get("answers", []), after[: generation.samples]
         run_folder.write_samples(context.folder, answers_before, shown)
+        if after:
+            run_folder.write_worst(context.folder, after)
         print(describe_result(result, answers_before, shown))
     context.accelerator.wait_for_everyone()
 
 
-def _fill(result: RunResult, state: TrainState) -> None:
+def _fill(result: RunResult, state: TrainState, context: RunContext) -> None:
+    speed, result.predicted_time_source = context.predicted_speed
+    result.predicted_train_seconds = state.tokens / speed
+    result.duration_seconds = (datetime.now(UTC) - context.started).total_seconds()
     result.steps, result.target_tokens = state.step, state.target_tokens
     result.final_loss, result.train_seconds = state.last_loss, state.seconds
     result.tokens_per_second = state.tokens / state.seconds if state.seconds else None
     result.evaluations, result.eval_loss = state.evaluations, state.evaluations.get("eval_loss")
+    result.evaluations_before = state.before.get("evaluations", {})
+    result.eval_loss_before = result.evaluations_before.get("eval_loss")
     result.exact_match_before = state.before.get("exact_match")
-    result.teacher_kl_before = mean_teacher_kl(state.before.get("evaluations", {}))
+    result.teacher_kl_before = mean_teacher_kl(result.evaluations_before)
     result.teacher_kl_after = mean_teacher_kl(state.evaluations)
     recovers = state.trajectory.get("distill.objective") == "recover"
     if recovers and result.teacher_kl_before and result.teacher_kl_after is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ class RunContext:
         log: prints on the main rank alone.
         detail: prints there what only --verbose shows.
         distillation: None for a run without a teacher.
+        started: start of this process's part of the run.
+        predicted_speed: tokens per second of training, and the source of the rates.
     """
 
     cfg: RunConfig
@@ -45,6 +48,8 @@ class RunContext:
     model: PeftModel
     batch_plan: BatchPlan
     distillation: DistillationSetup | None
+    started: datetime
+    predicted_speed: tuple[float, str]
 
     @property
     def folder(self) -> Path:

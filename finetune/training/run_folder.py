@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,18 @@ from typing import Any
 from finetune.config.compose import to_yaml
 from finetune.config.keys import schema_fields
 from finetune.config.schema import RunConfig
-from finetune.evaluation.generation import Answer
+from finetune.evaluation.generation import Answer, worst_answers
 from finetune.models.adapters.folder import list_checkpoints
 from finetune.models.digest import base_fingerprint
-from finetune.report.run import CONFIG, FACTS, RESULT, SAMPLES
+from finetune.report.run import CONFIG, FACTS, RESULT, SAMPLES, WORST
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
+from finetune.system.origin import command_line, git_commit, hardware
 from finetune.training.checkpoint import newest_valid, read_state, verify_checkpoint
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors")
+_MOST_WORST = 10
 # Settings that may change between a run and its continuation, because they do not decide its result.
 _FREE = {
     "train": {
@@ -55,13 +59,16 @@ class RunResult:
     Attributes:
         status: finished | stopped | failed.
         final_loss: training loss of the last step in nats per target token; eval_loss likewise on the held-out sets.
+        evaluations_before: of the untrained model, empty if not measured.
         exact_match_before: share of held-out rows answered exactly, in [0, 1]; None if not measured.
         teacher_kl_before: KL(teacher || model) in nats per target, mean of the held-out sets; None if not measured.
         recovered: share of teacher_kl_before that is gone, for objective=recover.
         breaches: entries of guard.py: step, teacher_kl, action, and teacher_kl `after` a recovery.
+        duration_seconds: from the start of this process's part of the run to its end, with loading and evaluations.
         tokens_per_second: all tokens over training time.
         peak_bytes: CUDA's maximum allocated, or the peak resident size on CPU.
-        predicted_peak_bytes: the plan's prediction of peak_bytes.
+        predicted_peak_bytes: the plan's prediction of peak_bytes; predicted_train_seconds likewise of train_seconds.
+        predicted_time_source: the rates of the time: measured on a device, or assumed.
         adapter: folder of the final adapter, None if there is none yet.
     """
 
@@ -71,6 +78,8 @@ class RunResult:
     final_loss: float | None = None
     eval_loss: float | None = None
     evaluations: dict[str, float] = field(default_factory=dict)
+    eval_loss_before: float | None = None
+    evaluations_before: dict[str, float] = field(default_factory=dict)
     exact_match_before: float | None = None
     exact_match_after: float | None = None
     teacher_kl_before: float | None = None
@@ -78,9 +87,12 @@ class RunResult:
     recovered: float | None = None
     breaches: list[dict[str, Any]] = field(default_factory=list)
     train_seconds: float = 0.0
+    duration_seconds: float | None = None
     tokens_per_second: float | None = None
     peak_bytes: int = 0
     predicted_peak_bytes: int | None = None
+    predicted_train_seconds: float | None = None
+    predicted_time_source: str | None = None
     world_size: int = 1
     adapter: str | None = None
     error: str | None = None
@@ -134,11 +146,19 @@ def check_continuation(cfg: RunConfig, data_digest: str, checkpoint: Path) -> No
         raise ConfigError("\n".join([f"train.resume: this run differs from {checkpoint}:", *differing, help_line]))
 
 
-def describe_run(cfg: RunConfig, folder: Path, data_digest: str, world_size: int) -> None:
-    """Write config.yaml (resolved) and run.json (versions, seed, digests)."""
+def describe_run(cfg: RunConfig, data_digest: str, *, started: datetime, device_type: str, world_size: int) -> None:
+    """Write config.yaml (resolved) and run.json (start, command, commit, hardware, versions, seed, digests).
+
+    started: of this process, with a time zone.
+    """
+    folder = Path(cfg.output_dir)
     write_text(folder / CONFIG, to_yaml(cfg))
     model = cfg.model
     facts = {
+        "started": started.isoformat(timespec="seconds"),
+        "command": command_line(sys.argv),
+        "commit": git_commit(Path.cwd()),
+        "hardware": hardware(device_type),
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
         "platform": platform.platform(),
         "seed": cfg.train.seed,
@@ -163,6 +183,14 @@ def write_samples(folder: Path, before: Sequence[Sequence[str]], after: Sequence
     ]
     if rows:
         write_text(folder / SAMPLES, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_worst(folder: Path, answers: Sequence[Answer]) -> None:
+    """Write worst_answers.json: how many held-out rows were answered, how many wrongly, and the worst answers."""
+    wrong = [answer for answer in answers if not answer.exact]
+    rows = [{"prompt": a.prompt, "expected": a.expected, "after": a.given} for a in worst_answers(wrong, _MOST_WORST)]
+    content = {"answered": len(answers), "wrong": len(wrong), "rows": rows}
+    write_text(folder / WORST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_result(folder: Path, result: RunResult) -> None:

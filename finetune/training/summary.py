@@ -9,7 +9,7 @@ from finetune import __version__
 from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
 from finetune.evaluation.generation import Answer
-from finetune.system.format import format_bytes, format_duration
+from finetune.system.format import format_bytes, format_duration, format_estimate
 from finetune.training.run_folder import RunResult
 
 _LONGEST_TEXT = 300
@@ -29,6 +29,10 @@ def describe_result(result: RunResult, before: Sequence[Sequence[str]], after: S
     if result.predicted_peak_bytes is not None:
         peak += f" measured, {format_bytes(result.predicted_peak_bytes)} predicted"
     breaches = [f"step {each['step']} ({each['teacher_kl']:.4f}, {each['action']})" for each in result.breaches]
+    time = ""
+    if result.predicted_train_seconds is not None:
+        predicted = format_estimate(result.predicted_train_seconds)
+        time = f"{duration} measured, {predicted} predicted ({result.predicted_time_source})"
     figures = {
         "training loss": _number(result.final_loss, ".4f"),
         "held-out loss": _number(result.eval_loss, ".4f"),
@@ -37,6 +41,7 @@ def describe_result(result: RunResult, before: Sequence[Sequence[str]], after: S
         + ("" if result.recovered is None else f", recovered {result.recovered:.1%}"),
         "guard breaches": ", ".join(breaches[:_MOST_BREACHES]) + (" …" if len(breaches) > _MOST_BREACHES else ""),
         "speed": _number(result.tokens_per_second, ",.0f", " tokens/s"),
+        "training time": time,
         "peak memory": peak,
     }
     lines += [f"  {name:<22}{value}" for name, value in figures.items() if value]

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from finetune import train
+from finetune.planning import timing
+from finetune.report.run import ADAPTER
 from finetune.training import recipe
 from tests.runs import SMALL_RUN, small_run
+from tests.unit.planning.test_timing import RATES
 
 WIDE = ("data.max_length=512", "train.batch_size=8", "train.micro_batch_size=8")
 
@@ -24,6 +27,20 @@ def test_a_run_tells_what_it_expected_and_what_it_took(finetune_command, tmp_pat
     assert "GB measured" in done.stdout and "GB predicted" in done.stdout
     topics = [line.partition(":")[0] for line in done.stderr.partition("\nstep ")[0].splitlines()]
     assert topics == ["model", "data", "data", "memory", "evaluation"] and "predicted_peak=" in done.stderr
+
+
+def test_rates_change_the_predicted_time_and_no_bit_of_the_run(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    results = []
+    for name in ("assumed", "measured"):
+        train(small_run(tmp_path / name, "train.max_steps=1"))
+        results.append(json.loads((tmp_path / name / "result.json").read_text()))
+        timing.write_rates("cpu", RATES)
+        timing.write_rates("cuda", RATES)
+    assert [result["predicted_time_source"].split()[0].strip(":") for result in results] == ["assumed", "measured"]
+    assert results[0]["predicted_train_seconds"] != results[1]["predicted_train_seconds"] > 0
+    first, second = ((tmp_path / name / ADAPTER).read_bytes() for name in ("assumed", "measured"))
+    assert first == second
 
 
 @pytest.mark.parametrize("verbose", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def test_the_page_has_every_section(read: Reader):
     assert read.texts("h2") == [
         "Curves",
         "Answers before and after",
+        "Worst answers",
         "Quantization gap and gain of training",
         "Predicted and measured",
         "Data",
@@ -84,6 +86,11 @@ def test_the_page_shows_the_results(read: Reader, folder: Path):
     cells = read.texts("td")
     measured = [f"{result[key] / 1e9:.2f} GB" for key in ("predicted_peak_bytes", "peak_bytes")]
     assert cells[cells.index("peak memory") + 1 :][:2] == measured
+    assert "training time" in cells and result["predicted_train_seconds"] > 0
+    facts = stored(folder, "run.json")
+    assert shown["cpu"] == facts["hardware"]["cpu"] and shown["threads"] == str(facts["hardware"]["threads"])
+    assert result["duration_seconds"] > result["train_seconds"]
+    assert shown["held-out perplexity"] == f"{math.exp(result['eval_loss']):.4f}"
     assert cells[cells.index("lora.dropout") + 1 :][:2] == ["0.1", "0.0"]
     assert shown["torch"] == stored(folder, "run.json")["versions"]["torch"]
 

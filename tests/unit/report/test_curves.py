@@ -29,9 +29,24 @@ def test_only_measured_quantities_are_drawn(tmp_path):
 
 def test_all_pictures_of_a_run_share_their_steps(tmp_path):
     run = run_of(tmp_path, 40, loss=1.0)
-    once = Run(tmp_path, metrics={**run.metrics, "learning_rate": Series([40], [1e-4])})
+    once = Run(tmp_path, metrics={**run.metrics, "learning_rate": Series([39, 40], [1e-4, 0.0])})
     for picture in run_pictures(once):
         assert numbers_below(picture.svg)[:3] == ["0", "10", "20"]
+
+
+def test_the_axis_names_the_steps_of_an_epoch(tmp_path):
+    run = run_of(tmp_path, loss=1.0)
+    assert "step (12 per epoch)" in run_pictures(run, 12)[0].svg and "epoch" not in run_pictures(run)[0].svg
+
+
+def test_single_points_are_numbers(tmp_path):
+    metrics = {"loss": Series([1, 2], [2.0, 1.0]), "eval/a/accuracy": Series([2], [0.5])}
+    loss, accuracy = run_pictures(Run(tmp_path, metrics=metrics))
+    assert loss.svg and not loss.numbers
+    assert not accuracy.svg and accuracy.numbers == (("step 2", "50.0%"),)
+    metrics = {"tokens_per_second": Series([7], [1234.5])}
+    (several,) = overlaid([(name, Run(tmp_path, metrics=metrics)) for name in "xy"])
+    assert several.numbers == (("x, step 7", "1,234"), ("y, step 7", "1,234"))
 
 
 def test_only_several_held_out_sets_have_their_own_picture(tmp_path):

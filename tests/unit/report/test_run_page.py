@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
 import pytest
 
 from finetune.cli import main
+from finetune.evaluation.generation import Answer
+from finetune.report.facts import cards, origin
 from finetune.report.run import read_run
 from finetune.report.run_page import REPORT, render, try_report, write_report
+from finetune.training.run_folder import write_worst
 from tests.html_reader import Reader
 from tests.run_folders import metric, write_run
 
@@ -40,7 +44,9 @@ def test_a_folder_with_nothing_but_metrics_has_a_page(tmp_path: Path, metrics: s
     folder.mkdir()
     (folder / "metrics.jsonl").write_text(metrics)
     read = page_of(folder)
-    assert read.texts("h1") == ["bare"] and len(figures_in(read)) == int('"loss": 2' in metrics)
+    assert read.texts("h1") == ["bare"] and figures_in(read) == []
+    numbers = dict(zip(read.texts("dt"), read.texts("dd"), strict=True))
+    assert numbers.get("step 1") == ("2.0000" if '"loss": 2' in metrics else None)
 
 
 def test_a_nan_loss_leaves_the_rest(tmp_path: Path):
@@ -55,10 +61,10 @@ def test_a_nan_loss_leaves_the_rest(tmp_path: Path):
 def test_unexpected_types_break_nothing(tmp_path: Path):
     folder = write_run(tmp_path / "a", breaches=[1, {"step": None}], evaluations=[1], status=3)
     (folder / "config.yaml").write_text("lora: 3\nmodel: {name: x}\nquant: {}\ndistill: {}\nguard: {}\ndata: []\n")
-    for name in ("samples.json", "data.json", "gap.json"):
+    for name in ("samples.json", "data.json", "gap.json", "worst_answers.json"):
         (folder / name).write_text('[{"prompt": "only"}, 3]')
     read = page_of(folder)
-    assert read.texts("p")[0] == "x" and len(read.texts("li")) == 2  # data.json and gap.json
+    assert read.texts("p")[0] == "x" and len(read.texts("li")) == 3  # data.json, gap.json, worst_answers.json
     assert "only" in read.texts("dd")
 
 
@@ -99,7 +105,54 @@ def test_breaches_of_the_guard_limit_are_listed(tmp_path: Path):
 def test_predictions_are_beside_the_measurements(tmp_path: Path):
     read = page_of(write_run(tmp_path / "a", predicted_peak_bytes=3 * 2**29))
     assert read.texts("td")[:4] == ["peak memory", "1.61 GB", "1.07 GB", "+50.0%"]
+    times = {"predicted_train_seconds": 30.5, "predicted_time_source": "assumed: 100 GFLOP/s per core, cores=2"}
+    read = page_of(write_run(tmp_path / "c", **times))
+    assert read.texts("td")[:5] == ["training time", "30 s", "1 min 1 s", "-50.0%", "assumed: 100 GFLOP/s per core"]
     assert "Predicted and measured" not in page_of(write_run(tmp_path / "b")).texts("h2")
+
+
+def test_the_origin_of_a_run_is_shown(tmp_path: Path):
+    folder = write_run(tmp_path / "a", duration_seconds=75.0)
+    facts = {
+        "started": "2026-11-29T13:05:00+01:00",
+        "command": "finetune train config=a.yaml",
+        "commit": None,
+        "hardware": {"cpu": "Z80", "cores": 2, "threads": 4},
+    }
+    (folder / "run.json").write_text(json.dumps(facts))
+    assert origin(read_run(folder)) == "started 2026-11-29 12:05 UTC · took 1 min 15 s · Z80, cores=2, threads=4"
+    read = page_of(folder)
+    shown = dict(zip(read.texts("dt"), read.texts("dd"), strict=True))
+    assert (shown["command"], shown["commit"], shown["threads"]) == ("finetune train config=a.yaml", "none", "4")
+    (folder / "run.json").write_text(json.dumps({"started": 3, "hardware": []}))
+    assert origin(read_run(folder)) == "took 1 min 15 s"
+
+
+def test_perplexity_and_the_losses_before_training_are_on_the_cards(tmp_path: Path):
+    before = {"eval_loss": 5.0, "eval/heldout/loss": 5.0}
+    after = {"eval/a/loss": 1.0, "eval/b/loss": 2.0, "eval/b/accuracy": 0.5}
+    folder = write_run(tmp_path / "a", evaluations=after, eval_loss_before=5.0, evaluations_before=before)
+    run = read_run(folder)
+    shown = {label: (value, detail) for label, value, detail in cards(run)}
+    assert shown["held-out perplexity"] == (f"{math.exp(1.5):.4f}", "")
+    assert shown["held-out loss"][1] == "5.0000 before" and shown["training loss"][1] == "1.5000 at step 1"
+    assert run.metrics["eval_loss"].steps == [0, 10, 20] and run.metrics["eval_loss"].values[0] == 5.0
+    assert "held-out perplexity" not in [label for label, *_ in cards(read_run(write_run(tmp_path / "b")))]
+
+
+def test_the_worst_answers_are_shown_worst_first(tmp_path: Path):
+    folder = write_run(tmp_path / "a")
+    right = Answer("p", "four apples", " four apples ")
+    wrong = [Answer(f"q{i}", "four apples", "four apples"[:i]) for i in (8, 0, 3)]
+    write_worst(folder, [right, *wrong])
+    read = page_of(folder)
+    assert "Worst answers" in read.texts("h2") and any(text.startswith("3 of 4 ") for text in read.texts("p"))
+    pairs = zip(read.texts("dt"), read.texts("dd"), strict=True)
+    assert [text for label, text in pairs if label == "after"] == ["(nothing)", "fou", "four app"]
+    write_worst(folder, [Answer("p", "x" * 30, str(i)) for i in range(12)])
+    assert page_of(folder).texts("dt").count("expected") == 10
+    write_worst(folder, [right])
+    assert "Worst answers" not in page_of(folder).texts("h2")
 
 
 def test_untrusted_text_is_escaped(tmp_path: Path):

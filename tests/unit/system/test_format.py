@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.system.format import format_bytes, format_duration
+from finetune.system.format import format_bytes, format_duration, format_estimate
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,18 @@ def test_sizes_are_powers_of_ten(size: float, text: str):
 )
 def test_durations_have_two_units_at_most(seconds: float, text: str):
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0341, "0.034 s"),
+        (4.21, "4.2 s"),
+        (32.41, "32 s"),
+        (204, "3 min 20 s"),
+        (7544, "2 h 5 min"),
+        (59.9, "1 min 0 s"),
+    ],
+)
+def test_estimates_have_two_digits(seconds: float, text: str):
+    assert format_estimate(seconds) == text
