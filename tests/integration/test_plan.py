@@ -61,9 +61,15 @@ def test_a_plan_is_printed_and_its_exit_code_says_whether_it_fits(finetune_comma
     assert too_large.returncode == 3 and json.loads(too_large.stdout)["changes"]
 
 
-def test_a_dry_run_warns_of_what_does_not_fit(finetune_command):
+def test_a_dry_run_warns_of_what_does_not_fit(finetune_command, tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     done = finetune_command(
-        "train", "config=lora.yaml", "model=qwen2.5-72b", "data.train=a.jsonl", "data.max_length=131072", "--dry-run"
+        "train",
+        "config=lora.yaml",
+        "model=qwen2.5-72b",
+        f"data.train={tmp_path}/a.jsonl",
+        "data.max_length=131072",
+        "--dry-run",
     )
     assert done.returncode == 0
     assert "# predicted peak:" in done.stdout and "WARNING" in done.stdout and "saves" in done.stdout
