@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from finetune.evaluation.generation import Answer
+from finetune.evaluation.options import pattern_problem
 from finetune.system.errors import ConfigError, DataError
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
@@ -53,9 +54,8 @@ def find_metric(word: str, pattern: str | None) -> Metric:
     Raises:
         ConfigError: there is no such metric.
     """
-    if (word == "regex") != (pattern is not None):
-        problem = "missing; metric=regex needs pattern='answer: (.*)'" if word == "regex" else "needs metric=regex"
-        raise ConfigError(f"pattern: {problem}")
+    if problem := pattern_problem(word, pattern):
+        raise ConfigError(problem)
     if word == "exact":
         return Metric("exact match", lambda answer: float(answer.exact))
     if word == "number":

@@ -28,10 +28,19 @@ def contradictions(options: EvalOptions) -> Iterator[str]:
         yield f"adapter, model: exactly one is needed, found {found}; an adapter names its base itself"
     if options.model is not None and options.data is None and not options.tasks:
         yield "data: missing, and a model alone has no run; pass data=[{path: heldout.jsonl}]"
+    if problem := pattern_problem(options.metric, options.pattern):
+        yield problem
     if options.merged is not None and options.adapter is None:
         yield "merged: needs adapter=; evaluate a merged model alone with model=DIR"
     if options.merged is not None and options.variants is not None and "merged" not in options.variants:
         yield "merged: not in variants; add it there, or drop merged="
+
+
+def pattern_problem(metric: str, pattern: str | None) -> str | None:
+    """Return what is wrong with the pair of options, if anything."""
+    if (metric == "regex") == (pattern is not None):
+        return None
+    return f"pattern: {'missing; metric=regex needs pattern=(.*)' if pattern is None else 'needs metric=regex'}"
 
 
 def find_source(options: EvalOptions) -> Path:

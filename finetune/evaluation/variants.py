@@ -109,5 +109,5 @@ def check_options(options: EvalOptions) -> Metric:
     except ConfigError as error:
         problems.append(str(error))
     if problems or metric is None:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
     return metric

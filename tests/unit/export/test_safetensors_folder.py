@@ -293,7 +293,7 @@ def test_types_and_sources_that_cannot_be_written_are_refused(
     request = ExportRequest(
         make_base(), tmp_path / "4", ExportOptions(format="safetensors", out="x", type="int8"), print
     )
-    with pytest.raises(MissingExtra, match=r"finetune-qlora\[serve\]"):
+    with pytest.raises(MissingExtra, match=r"finetune-qlora\[export\]"):
         to_safetensors(request)
 
 

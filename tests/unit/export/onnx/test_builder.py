@@ -59,7 +59,7 @@ def test_a_full_disk_is_a_resource_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("module", ["onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai"])
 def test_a_missing_library_is_reported_with_the_install_command(module: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtra, match=r"finetune-qlora\[onnx\]"):
+    with pytest.raises(MissingExtra, match=r"finetune-qlora\[export\]"):
         runtime()
 
 
