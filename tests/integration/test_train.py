@@ -128,7 +128,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number
         (
             ["data.train=[{path: bad.jsonl}]"],
             2,
-            ["bad.jsonl:2", "is not JSON", "bad.jsonl:3", "'bot'", "on_bad_row=skip"],
+            ["bad.jsonl:2", "is not JSON", "bad.jsonl:3", "'droid'", "on_bad_row=skip"],
         ),
         (["data.max_length=8"], 2, ["data.max_length"]),
         (["lora.target_modules=[q_prj]"], 2, ["q_prj", "q_proj"]),
@@ -141,7 +141,7 @@ def test_what_a_user_does_wrong_ends_in_one_message_and_its_exit_code(
     finetune_command, tmp_path, overrides, code, words
 ):
     row = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
-    (tmp_path / "bad.jsonl").write_text(f"{row}\nnot json\n{row.replace('assistant', 'bot')}\n")
+    (tmp_path / "bad.jsonl").write_text(f"{row}\nnot json\n{row.replace('assistant', 'droid')}\n")
     copy_of_the_base_with_half_its_weights(tmp_path / "torn")
     done = finetune_command("train", "config=quickstart.yaml", *SMALL_RUN, f"output_dir={tmp_path}/run", *overrides)
     assert done.returncode == code, done.stderr[-3000:]
