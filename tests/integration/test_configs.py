@@ -67,7 +67,8 @@ def test_a_whole_run_opens_with_its_launch_command(file: Path):
 
 @pytest.mark.parametrize("file", GROUPS, ids=label)
 def test_every_group_option_composes_with_lora(file: Path):
-    load_config("lora", [f"{file.parent.name}={file.stem}", *COMPANIONS.get(label(file), [])], needs_data=False)
+    words = [f"{file.parent.name}={file.stem}", *COMPANIONS.get(label(file), [])]
+    assert load_config("lora", words, needs_data=False).name == "lora"
 
 
 @pytest.mark.parametrize("file", [*RUNS, *GROUPS], ids=label)
