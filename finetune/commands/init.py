@@ -1,13 +1,13 @@
-"""usage: finetune init DATA [out=finetune.yaml] [model=NAME] [gpu_gb=24] [key=value …]
+"""usage: finetune init DATA [out=finetune.yaml] [model=NAME] [gpu=4090] [key=value …]
 
-Reads a dataset, and writes a commented config for it: format, a model that fits this machine (or a GPU of gpu_gb), the
-packed length, the number of epochs, evaluations. Prints the predicted memory and time. Asks nothing, loads no model.
+Reads a dataset, and writes a commented config for it: format, a model that fits this machine (or the GPU of gpu= or
+gpu_gb=), the packed length, epochs, evaluations. Prints the predicted memory and time. Asks nothing, loads no model.
 Keys of a source describe a dataset with its own columns or roles.
 
 Examples
   finetune init rows.jsonl
   finetune init faq.csv 'columns={prompt: question, completion: answer}' out=faq.yaml
-  finetune init rows.jsonl gpu_gb=16 model=qwen2.5-3b-instruct
+  finetune init rows.jsonl gpu=t4 model=qwen2.5-3b-instruct
 """
 
 from __future__ import annotations
@@ -38,13 +38,17 @@ def run(arguments: Arguments) -> int:
         raise InputError(f"model={options.model}: unknown\nhelp: models: {', '.join(known)}")
 
     from finetune.config.schema import SourceConfig
+    from finetune.planning.gpus import planned_device
     from finetune.planning.starter import propose, read_facts
+    from finetune.system.machine import available_memory
 
     with whole_file("out", options.out, replace=False) as stream:
         given = options.model_dump(include=set(SourceConfig.model_fields))
         source = SourceConfig(**given | {"path": options.path or arguments.paths[0]})
+        kind, free_bytes, machine, gpu_name = planned_device(options.gpu, options.gpu_gb)
+        free_bytes = free_bytes or available_memory()
+        machine = f"{machine}, {format_bytes(free_bytes)} free"
         facts = read_facts(source)
-        kind, free_bytes, gpu_name, machine = _device(options.gpu_gb)
         starter = propose(facts, kind, free_bytes, model=options.model, gpu_name=gpu_name)
         stream.write(_yaml(source, facts, starter, options.out, machine))
     more = "" if facts.complete else "more than "
@@ -62,19 +66,6 @@ def _models() -> list[str]:
     from finetune.system.resources import packaged
 
     return sorted(file.stem for file in packaged("configs").glob("model/*.yaml"))
-
-
-def _device(gpu_gb: float | None) -> tuple[str, float, str | None, str]:
-    """Return the device type, its free bytes, the name of the GPU, and a description."""
-    from finetune.planning.auto_batch import free_memory
-    from finetune.system.machine import available_memory, device_memory, device_type_here
-
-    if gpu_gb is not None:
-        return "cuda", gpu_gb * 1e9, None, f"a GPU of {gpu_gb:g} GB"
-    kind, gpu = device_type_here(), device_memory()
-    free_bytes = free_memory(kind) or available_memory()
-    name = gpu.name if gpu and kind == "cuda" else None
-    return kind, free_bytes, name, f"{name or 'this CPU'}, {format_bytes(free_bytes)} free"
 
 
 def _prediction(starter: Starter, machine: str) -> str:

@@ -61,9 +61,6 @@ def _check_options(options: PlanOptions, cfg: RunConfig) -> None:
     """Raise InputError for an option that has no effect or contradicts the config."""
     if options.table and (idle := sorted(options.model_fields_set - {"table", "calibrate"})):
         raise InputError(f"table=true: covers all models and GPUs\nhelp: drop {', '.join(idle)}, or drop table=true")
-    if options.gpu is not None and options.gpu_gb is not None:
-        wrong = f"gpu={options.gpu} and gpu_gb={options.gpu_gb:g}: the memory is given twice"
-        raise InputError(f"{wrong}\nhelp: drop gpu_gb, or drop gpu")
     if (options.document_tokens or 0) > cfg.data.max_length:
         wrong = f"document_tokens={options.document_tokens}: is more than data.max_length={cfg.data.max_length}"
         raise InputError(f"{wrong}\nhelp: lower it, or raise data.max_length")
@@ -114,12 +111,13 @@ def _print_lengths(cfg: RunConfig, as_json: bool) -> int:
 def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
     from finetune.planning.advice import changes_that_fit, fastest_that_fits
     from finetune.planning.auto_batch import estimate_memory
+    from finetune.planning.gpus import planned_device
     from finetune.planning.inputs import plan_inputs
     from finetune.planning.timing import estimate_time, read_rates
     from finetune.system.machine import ranks_of_run
 
     shape = _shape_of(cfg.model.name)
-    device_type, free, what, gpu_name = _device(options)
+    device_type, free, what, gpu_name = planned_device(options.gpu, options.gpu_gb)
     ranks = ranks_of_run(os.environ)
     inputs = plan_inputs(cfg, shape, device_type=device_type, ranks=ranks)
     found = estimate_memory(inputs, free)
@@ -173,24 +171,6 @@ def _shape_of(model_name: str) -> Mapping[str, Any]:
     if wrong := [key for key in sizes if not isinstance(shape[key], int) or shape[key] < 1]:
         raise ConfigError(f"{where}: config.json: {wrong[0]} must be a positive integer, found {shape[wrong[0]]!r}")
     return shape
-
-
-def _device(options: PlanOptions) -> tuple[str, float | None, str, str | None]:
-    """Return the device type of torch, the free bytes, a description of the device, and the name of the GPU."""
-    from finetune.planning.auto_batch import free_memory
-    from finetune.planning.gpus import find_gpu
-    from finetune.system.machine import device_memory, device_type_here
-
-    if options.gpu is not None:
-        known = find_gpu(options.gpu)
-        return "cuda", known.memory_bytes, known.name, known.name
-    if options.gpu_gb is not None:
-        return "cuda", options.gpu_gb * 1e9, f"a GPU of {options.gpu_gb:g} GB", None
-    kind = device_type_here()
-    if kind == "cpu":
-        return kind, free_memory(kind), "this machine's memory", None
-    gpu = device_memory()
-    return kind, free_memory(kind), gpu.name if gpu else "this machine's GPU", gpu.name if gpu else None
 
 
 def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:

@@ -59,7 +59,8 @@ class InitOptions(SourceConfig):
     path: Text = Field("", description="The dataset; the word without a key.")  # type: ignore[assignment]
     out: Text = Field("finetune.yaml", description="Config to write; it must not exist.")
     model: Text | None = Field(None, description="Option of the group model; null: the largest up to 7B that fits.")
-    gpu_gb: Positive | None = Field(None, description="Plan for a GPU with this much free memory; null: this machine.")
+    gpu: Text | None = Field(None, description="A known GPU, as 4090, t4 or a100-80; null: the device here.")
+    gpu_gb: Positive | None = Field(None, description="Free GB (10^9 bytes) of a GPU; null: the device here.")
 
 
 class MigrateOptions(Section):

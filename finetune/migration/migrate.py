@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from finetune.config.compose import escaped
 from finetune.config.explain import problems_of, shown
-from finetune.config.keys import find
 from finetune.config.schema import RunConfig
 from finetune.migration.datasets import DATASET_NAMES, read_sources
 from finetune.migration.files import PeerConfig
@@ -98,8 +97,6 @@ def _translate(name: str, value: Any, rule: Rule | None, migration: Migration) -
         key, found = same[0], same[1] or value
         if same[1] and value in (False, 0):
             return
-        if isinstance(found, str) and not isinstance(find(key), type(None)) and same[1] is None:
-            found = yaml.safe_load(found) if found.strip("-+").replace(".", "", 1).isdecimal() else found
     elif value is False:
         return
     if key and found is not None:
@@ -119,6 +116,8 @@ def _finish(config: PeerConfig, migration: Migration) -> None:
     if not ours.get("model.name"):
         raise InputError(f"{config.file}: names no base model\nhelp: add model_name_or_path: HUB_ID_OR_FOLDER")
     ours.setdefault("quant.type", "none")
+    if ours.get("model.dtype") in ("float16", "fp16"):  # A card without bfloat16.
+        ours.setdefault("quant.compute_dtype", "float16")
     if "lora.alpha" not in ours:
         ours["lora.alpha"] = 2.0 * ours.get("lora.rank", 8)
     if "train.max_steps" in ours:

@@ -112,7 +112,7 @@ RULES: dict[str, Rule] = {
     "tuner_type": Rule(values={"lora": None}, note=FULL),
     "sft_type": Rule(values={"lora": None}, note=FULL),
     "use_peft": Rule(values={True: None}, note=FULL),
-    "stage": Rule(values={"sft": None}),
+    "stage": Rule(values={"sft": None, "pt": None}),
     "lora_target": Rule("lora.target_modules", convert=_regex),
     "lora_target_modules": Rule("lora.target_modules", convert=_regex),
     "target_modules": Rule("lora.target_modules", convert=_regex),

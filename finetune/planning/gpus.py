@@ -1,11 +1,14 @@
-"""Known GPUs: memory and peak rate, from data sheets."""
+"""The device that a plan is for: a known GPU by its data sheet, a size of memory, or this machine."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from finetune.planning.auto_batch import free_memory
 from finetune.system.errors import InputError
+from finetune.system.machine import device_memory, device_type_here
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +71,33 @@ def peak_of(gpu_name: str | None) -> float | None:
 def _choices(name: str) -> list[str]:
     sizes, _ = _KNOWN[name]
     return [f"{name.lower()}-{gb}" for gb in sizes] if len(sizes) > 1 else [name.lower()]
+
+
+class PlannedDevice(NamedTuple):
+    """kind: device type of torch. free_bytes: None if unknown. gpu_name: None for a CPU or an unnamed GPU."""
+
+    kind: str
+    free_bytes: float | None
+    description: str
+    gpu_name: str | None
+
+
+def planned_device(gpu: str | None, gpu_gb: float | None) -> PlannedDevice:
+    """Return the device of the options gpu= and gpu_gb=; without them, that of this machine.
+
+    Raises: InputError if both are given, or the GPU is unknown.
+    """
+    if gpu is not None and gpu_gb is not None:
+        wrong = f"gpu={gpu} and gpu_gb={gpu_gb:g}: the memory is given twice"
+        raise InputError(f"{wrong}\nhelp: drop gpu_gb, or drop gpu")
+    if gpu is not None:
+        known = find_gpu(gpu)
+        return PlannedDevice("cuda", known.memory_bytes, known.name, known.name)
+    if gpu_gb is not None:
+        return PlannedDevice("cuda", gpu_gb * 1e9, f"a GPU of {gpu_gb:g} GB", None)
+    kind = device_type_here()
+    if kind == "cpu":
+        return PlannedDevice(kind, free_memory(kind), "this machine's memory", None)
+    here = device_memory()
+    name = here.name if here else None
+    return PlannedDevice(kind, free_memory(kind), name or "this machine's GPU", name)

@@ -16,7 +16,7 @@ from finetune.models.families import QWEN25_SHAPES
 from finetune.planning.advice import longest_that_fits
 from finetune.planning.auto_batch import estimate_memory
 from finetune.planning.inputs import plan_inputs
-from finetune.planning.timing import BYTES_PER_TOKEN, estimate_time, read_rates
+from finetune.planning.timing import BYTES_PER_TOKEN, estimate_time, read_rates, tokens_in_files
 from finetune.system.errors import DataError
 
 _ROWS_READ = 20_000
@@ -29,18 +29,19 @@ _ENOUGH_STEPS = 60
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the first rows of a source show. tokens: estimates from the bytes of each text, sorted."""
+    """What the first rows of a source show.
+
+    tokens: estimates of the rows read, from the bytes of each text, sorted. total_tokens: of the whole source, as far
+    as it is known. complete: whether all rows were read.
+    """
 
     path: str
     format: str
     rows: int
     bad_rows: int
     tokens: list[int]
+    total_tokens: int
     complete: bool
-
-    @property
-    def total_tokens(self) -> int:
-        return sum(self.tokens)
 
     @property
     def longest_tokens(self) -> int:
@@ -85,7 +86,10 @@ def read_facts(source: SourceConfig) -> DataFacts:
             bad, last = bad + 1, str(error)
     if not tokens:
         raise DataError(f"{source.path}: no usable row" + f": {last}" * bool(bad))
-    return DataFacts(source.path, parser.format if parser else "auto", len(tokens), bad, sorted(tokens), complete)
+    read = sum(tokens)
+    total = read if complete else max(read, tokens_in_files([source]) or 0)
+    kind = parser.format if parser else "auto"
+    return DataFacts(source.path, kind, len(tokens), bad, sorted(tokens), total, complete)
 
 
 def _tokens(example: Any) -> int:

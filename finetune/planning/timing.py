@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.command_options import PlanOptions
+from finetune.config.schema import SourceConfig
 from finetune.planning.flops import StepWork, step_work
 from finetune.planning.gpus import peak_of
 from finetune.planning.inputs import PlanInputs
@@ -110,17 +111,17 @@ def steps_of(inputs: PlanInputs, tokens: int | None) -> tuple[int | None, str]:
         return inputs.train.max_steps, ""
     source = ""
     if tokens is None:
-        tokens, source = _tokens_in_files(inputs), " (estimated from the size of the files)"
+        tokens, source = tokens_in_files(inputs.data.train), " (estimated from the size of the files)"
     if tokens is None:
         return None, ""
     step_tokens = inputs.train.batch_size * inputs.data.max_length
     return max(1, math.ceil((inputs.train.epochs or 1) * tokens / step_tokens)), source
 
 
-def _tokens_in_files(inputs: PlanInputs) -> int | None:
-    """About the tokens of an epoch; None unless all sources (at least one) are local text files without a limit."""
+def tokens_in_files(sources: Sequence[SourceConfig]) -> int | None:
+    """Estimate the tokens of an epoch; None unless all sources (at least one) are local text files without a limit."""
     total = 0.0
-    for source in inputs.data.train:
+    for source in sources:
         file = Path(source.path).expanduser()
         if not file.is_file() or file.suffix not in _TEXT_FILES or source.limit is not None:
             return None

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from finetune.cli import main
-from finetune.planning import auto_batch, timing
+from finetune.planning import gpus, timing
 from finetune.system.resources import packaged
 from tests.unit.planning.test_timing import RATES
 
@@ -198,7 +198,7 @@ def test_ranks_share_a_step_and_each_holds_the_whole_model(capsys, monkeypatch):
 
 
 def test_unknown_free_memory_gives_no_verdict(capsys, monkeypatch):
-    monkeypatch.setattr(auto_batch, "free_memory", lambda kind: None)
+    monkeypatch.setattr(gpus, "free_memory", lambda kind: None)
     code, content = plan(capsys, "config=lora.yaml")
     assert code == 0 and content["fits"] is None and content["changes"] == []
     main(["plan", "config=lora.yaml"])

@@ -319,3 +319,11 @@ def test_interpolations_of_the_file_stay_text(tmp_path, monkeypatch):
     Path("a.yaml").write_text("base_model: q\nadapter: qlora\ndatasets: [{path: 'a${oc.env:HOME}.jsonl'}]\n")
     assert main(["migrate", "a.yaml"]) == 0
     assert load_config("migrated.yaml").data.train[0].path == "a${oc.env:HOME}.jsonl"
+
+
+def test_half_precision_without_bfloat16_also_computes_in_half_precision(tmp_path):
+    file = tmp_path / "a.yaml"
+    settings = {"base_model": "q", "adapter": "qlora", "fp16": True, "datasets": [{"path": "a.jsonl"}]}
+    file.write_text(yaml.safe_dump(settings))
+    found = migrate(read_peer_config(file)).settings
+    assert (found["model.dtype"], found["quant.compute_dtype"]) == ("float16", "float16")

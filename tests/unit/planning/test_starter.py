@@ -16,6 +16,7 @@ from finetune import load_config, train
 from finetune.cli import main
 from finetune.config.schema import SourceConfig
 from finetune.models.families import shape_of
+from finetune.planning import starter as starter_module
 from finetune.planning.auto_batch import estimate_memory
 from finetune.planning.inputs import plan_inputs
 from finetune.planning.starter import propose, read_facts
@@ -137,6 +138,17 @@ def test_the_model_is_the_largest_that_fits(gpu_gb, size, tmp_path):
     starter = propose(read_facts(SourceConfig(path=str(tmp_path / "a.jsonl"))), "cuda", gpu_gb * 1e9)
     assert starter.model == f"qwen2.5-{size.lower()}-instruct"
     assert starter.peak_bytes <= gpu_gb * 1e9
+
+
+def test_the_steps_of_a_large_file_count_its_unread_rows(tmp_path, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", messages() * 50)
+    source = SourceConfig(path=str(tmp_path / "a.jsonl"))
+    whole = read_facts(source).total_tokens
+    monkeypatch.setattr(starter_module, "_ROWS_READ", 100)
+    facts = read_facts(source)
+    assert (facts.rows, facts.complete) == (100, False)
+    # By the size of the file, whose JSON counts too: never fewer than the rows have.
+    assert facts.total_tokens >= whole > sum(facts.tokens)
 
 
 def test_a_handful_of_examples_is_trained_whole(tmp_path):
