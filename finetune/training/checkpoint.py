@@ -150,11 +150,13 @@ def read_state(folder: Path) -> TrainState:
 
 def training_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return every trained parameter and its optimizer state, as `NAME/value`, `NAME/step`, `NAME/exp_avg` …"""
-    return {
-        f"{name}/{key}": torch.as_tensor(value).detach().cpu().clone().contiguous()  # 8-bit states share their tables
+    tensors = {
+        f"{name}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
         for name, parameter in _named(optimizer)
         for key, value in {"value": parameter, **optimizer.state[parameter]}.items()
     }
+    # 8-bit states share their small tables, and safetensors stores no tensor twice.
+    return {key: tensor.clone() if "/qmap" in key else tensor for key, tensor in tensors.items()}
 
 
 def load_training(folder: Path, optimizer: torch.optim.Optimizer) -> None:
