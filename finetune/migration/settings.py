@@ -112,6 +112,8 @@ RULES: dict[str, Rule] = {
     "tuner_type": Rule(values={"lora": None}, note=FULL),
     "sft_type": Rule(values={"lora": None}, note=FULL),
     "use_peft": Rule(values={True: None}, note=FULL),
+    "full_finetuning": Rule(values=_SWITCH_ON, note=FULL),
+    "load_best_model_at_end": Rule(values=_SWITCH_ON, note="the adapter is the last one; the best checkpoint is kept"),
     "stage": Rule(values={"sft": None, "pt": None}),
     "lora_target": Rule("lora.target_modules", convert=_regex),
     "lora_target_modules": Rule("lora.target_modules", convert=_regex),
@@ -182,15 +184,15 @@ UNNEEDED = frozenset(
     "attn_impl attn_implementation bf16_full_eval bnb_4bit_quant_storage dataloader_num_workers "
     "dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor dataset_num_proc "
     "dataset_prepared_path ddp_find_unused_parameters ddp_timeout debug do_eval do_train enable_liger_kernel "
-    "eval_batch_size eval_sample_packing eval_table_size flash_attention flash_attn full_finetuning "
+    "eval_batch_size eval_sample_packing eval_table_size flash_attention flash_attn "
     "gradient_checkpointing_kwargs greater_is_better group_by_length include_num_input_tokens_seen "
-    "include_tokens_per_second is_qwen_derived_model lazy_tokenize load_best_model_at_end local_rank logging_dir "
-    "logging_first_step logging_steps logging_strategy lora_fan_in_fan_out lora_mlp_kernel lora_o_kernel "
-    "lora_qkv_kernel metric_for_best_model model_author model_type overwrite_cache overwrite_output_dir "
-    "pad_to_sequence_len per_device_eval_batch_size plot_loss preprocessing_num_workers remove_unused_columns "
-    "s2_attention save_only_model save_safetensors sdp_attention special_tokens strict task_type tf32 "
-    "tokenizer_type torch_compile trust_remote_code use_fast_tokenizer use_liger_kernel use_reentrant "
-    "use_unsloth wandb_log_model wandb_watch xformers_attention".split()
+    "include_tokens_per_second is_qwen_derived_model lazy_tokenize local_rank logging_dir logging_first_step "
+    "logging_steps logging_strategy lora_fan_in_fan_out lora_mlp_kernel lora_o_kernel lora_qkv_kernel "
+    "metric_for_best_model model_author model_type overwrite_cache overwrite_output_dir pad_to_sequence_len "
+    "per_device_eval_batch_size plot_loss preprocessing_num_workers remove_unused_columns s2_attention "
+    "save_only_model save_safetensors sdp_attention special_tokens strict task_type tf32 tokenizer_type "
+    "torch_compile trust_remote_code use_fast_tokenizer use_liger_kernel use_reentrant use_unsloth "
+    "wandb_log_model wandb_watch xformers_attention".split()
 )
 # Objectives that a run does not have.
 OBJECTIVES = ("stage", "rlhf_type", "rl")

@@ -327,3 +327,13 @@ def test_half_precision_without_bfloat16_also_computes_in_half_precision(tmp_pat
     file.write_text(yaml.safe_dump(settings))
     found = migrate(read_peer_config(file)).settings
     assert (found["model.dtype"], found["quant.compute_dtype"]) == ("float16", "float16")
+
+
+@pytest.mark.parametrize("name", ["full_finetuning", "load_best_model_at_end"])
+def test_what_would_give_another_adapter_is_never_called_unneeded(name, tmp_path):
+    file = tmp_path / "a.yaml"
+    settings = {"base_model": "q", "adapter": "qlora", "datasets": [{"path": "a.jsonl"}]}
+    for value, lost in ((True, [name]), (False, [])):
+        file.write_text(yaml.safe_dump(settings | {name: value}))
+        migration = migrate(read_peer_config(file))
+        assert [line.partition(":")[0] for line in migration.lost] == lost and name not in migration.unneeded
