@@ -5,7 +5,7 @@
 Every run is a fresh process. Dequantized merges quantize the base first, unless training left it in the cache. Time is
 from imported libraries to a complete folder on the disk. Peak: the highest resident size above that of the interpreter
 with its libraries. `bound` is the bound for ours: the largest adapted matrix in fp32, the adapter, and 300 MB. `limit`
-is the memory of one more run of ours.
+is the memory of one more run of ours, above the same start.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def one_run(options: dict[str, str]) -> dict[str, float]:
     if options["limit"]:
         from finetune.system.format import parse_size
 
-        allowed = memory()["VmData"] - memory()["RssAnon"] + parse_size("limit", options["limit"])
+        allowed = memory()["VmData"] + parse_size("limit", options["limit"])
         resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
     os.sync()  # writes of the previous run do not count for this one
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
