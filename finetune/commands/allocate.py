@@ -27,6 +27,13 @@ def run(arguments: Arguments) -> int:
     options = arguments.options
     cfg = load_config(str(arguments.config), arguments.overrides)
 
+    from finetune.mixed_precision.journal import Sensitivities
+    from finetune.models.hub import check_model
+
+    # Before torch is imported, which takes ten times as long.
+    check_model(cfg.model)
+    Sensitivities.read(Path(options.sensitivity).expanduser())
+
     from finetune.mixed_precision.choose import check_place, choose, write_allocation
 
     file = Path(options.out).expanduser()

@@ -43,7 +43,9 @@ def run(arguments: Arguments) -> int:
     load_config(str(arguments.config), training)  # Refuses what the cache cannot serve before the cache is written.
 
     from finetune.data.loader import check_sources
+    from finetune.models.hub import check_model
 
+    check_model(cfg.model)
     check_sources(cfg.data)
 
     from finetune.data.documents import Documents

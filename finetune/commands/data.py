@@ -38,6 +38,12 @@ def run(arguments: Arguments) -> int:
 
     options = arguments.options
     cfg = load_config(str(arguments.config), arguments.overrides)
+
+    from finetune.data.loader import check_sources
+    from finetune.models.hub import check_model
+
+    check_model(cfg.model)
+    check_sources(cfg.data)
     # Rows hold characters that some terminals cannot show.
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     paths = {word: path for word, path in (("html", options.html), ("dump", options.dump)) if path is not None}
@@ -50,10 +56,7 @@ def run(arguments: Arguments) -> int:
 
 
 def _inspect(cfg: RunConfig, options: DataOptions, files: dict[str, IO[str]]) -> None:
-    from finetune.data.loader import check_sources, load_chat_template, load_data
-
-    check_sources(cfg.data)
-
+    from finetune.data.loader import load_chat_template, load_data
     from finetune.data.sources.paths import resolve_source
     from finetune.data.template.chat import advice_on_end_token
     from finetune.data.tokens.prepare import Preparation, console_progress

@@ -26,8 +26,15 @@ def run(arguments: Arguments) -> int:
     options = arguments.options
     cfg = load_config(str(arguments.config), arguments.overrides)
 
+    from finetune.data.loader import check_sources
+    from finetune.models.hub import check_model
+
+    # Before torch is imported, which takes ten times as long.
+    check_model(cfg.model)
+    check_sources(cfg.data)
+
+    from finetune.mixed_precision.journal import ALL
     from finetune.mixed_precision.measure import measure_sensitivity
-    from finetune.mixed_precision.sensitivity import ALL
 
     found = measure_sensitivity(cfg, options, log)
     for kind in found.kinds:

@@ -16,7 +16,7 @@ import numpy as np
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.documents import Cut, Documents, cut_to_length
 from finetune.data.formats.messages import Conversation
-from finetune.data.sources.paths import check_each, resolve_source
+from finetune.data.sources.paths import by_key, check_each, resolve_source
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation, with_format
 from finetune.data.tokens.store import BAD_ROWS, TokenStore
@@ -92,7 +92,12 @@ def check_sources(cfg: DataConfig) -> None:
 
     Raises: DataError listing the problem of each source.
     """
-    check_each(cfg, lambda source: with_format(source, resolve_source(source).batches(source.limit)))
+    check_each(by_key(cfg), check_source)
+
+
+def check_source(source: SourceConfig) -> None:
+    """Check the path and format of one source. Raises: DataError."""
+    with_format(source, resolve_source(source).batches(source.limit))
 
 
 def load_data(preparation: Preparation) -> LoadedData:

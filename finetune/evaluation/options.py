@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.config.command_options import EvalOptions
+from finetune.data.loader import check_source
+from finetune.data.sources.paths import check_each
 from finetune.models.adapters.folder import CONFIG_FILE, find_adapter
 from finetune.models.hub import find_texts
 from finetune.system.errors import ConfigError
@@ -14,11 +16,14 @@ from finetune.system.errors import ConfigError
 def check_options(options: EvalOptions) -> None:
     """Check the options and the folders that they name, before torch is imported.
 
-    Raises: ConfigError with the contradictions between options, one per line.
+    Raises:
+        ConfigError: the contradictions between options, one per line, or a folder that does not exist.
+        DataError: the problem of each source.
     """
     if problems := list(contradictions(options)):
         raise ConfigError("\n".join(problems))
     find_source(options)
+    check_each({"data": options.data or [], "forgetting": options.forgetting}, check_source)
 
 
 def contradictions(options: EvalOptions) -> Iterator[str]:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from finetune.config.command_options import PushOptions
-from finetune.models.adapters.files import CONFIG_FILE, check_adapter
+from finetune.models.adapters.folder import CONFIG_FILE, check_adapter_folder
 from finetune.models.hub import read_json
 from finetune.system.errors import ConfigError, InputError, ResourceError
 
@@ -44,9 +44,9 @@ def push(options: PushOptions) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    folder = _folder(options)
     if not _REPO.fullmatch(options.repo):
         raise InputError(f"repo={options.repo}: write it as USER/NAME")
+    folder = _folder(options)
     # Names, not patterns: those would match the files of checkpoint folders too.
     names = [file.name for file in folder.iterdir() if any(file.match(pattern) for pattern in _PATTERNS)]
     api = HfApi(library_name="finetune")
@@ -75,13 +75,16 @@ def _folder(options: PushOptions) -> Path:
     if key == "model" and not [file for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf", ".onnx")]:
         raise ConfigError(f"model={folder}: holds no model (safetensors, gguf or onnx)")
     if key == "adapter":
-        check_adapter(folder)
+        check_adapter_folder(folder, "adapter")
         base = str(read_json(folder / CONFIG_FILE, f"adapter={folder}").get("base_model_name_or_path"))
         if Path(base).expanduser().exists() or not _REPO.fullmatch(base):
             raise ConfigError(
                 f"adapter={folder}: its base {base} is a folder of this machine, which others cannot load\n"
                 "help: put the base's hub id into adapter_config.json, or push the merged model"
             )
+        from finetune.models.adapters.files import check_adapter  # imports torch
+
+        check_adapter(folder)
     return folder
 
 

@@ -22,9 +22,9 @@ from finetune.evaluation.scoring import evaluating
 from finetune.losses.cross_entropy import head_of, target_rows
 from finetune.losses.hidden_states import base_of, hidden_states
 from finetune.mixed_precision.allocation import Choices, allocate
-from finetune.mixed_precision.journal import Sensitivities
+from finetune.mixed_precision.journal import MeanKl, Sensitivities
 from finetune.mixed_precision.measure import batches_of, load_rows, sample, working_device
-from finetune.mixed_precision.sensitivity import MeanKl, divergences, mean_kl
+from finetune.mixed_precision.sensitivity import divergences, mean_kl
 from finetune.models.fused import fuse_layers
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, weight_files
 from finetune.models.load import load_base

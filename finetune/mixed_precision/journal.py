@@ -12,13 +12,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.mixed_precision.sensitivity import ALL, MeanKl, Measured
 from finetune.system.atomic import write_text
 from finetune.system.errors import ConfigError, IntegrityError
 
 JOURNAL, RESULT = "measured.jsonl", "sensitivity.json"
 # Increment when the measurement or its rows change.
 SENSITIVITY_VERSION = 1
+ALL = "*"  # stands for a layer's name: all linear layers at once
+
+
+@dataclass(frozen=True, slots=True)
+class MeanKl:
+    """kl: KL(16 bit || changed) in nats per target token. error: its standard error over documents. tokens: targets."""
+
+    kl: float
+    error: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.kl:.2e} ± {self.error:.0e}"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The KL when the linear layer `name` alone is stored as `kind`."""
+
+    name: str
+    kind: str
+    mean: MeanKl
 
 
 class Journal:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,30 +16,8 @@ from finetune.data.batch import Batch
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.chunked import chunked_logits, logits_of
 from finetune.losses.hidden_states import DecoderRows
+from finetune.mixed_precision.journal import ALL, MeanKl, Measured
 from finetune.mixed_precision.layerwise import LayerwiseModel
-
-ALL = "*"  # stands for a layer's name: all linear layers at once
-
-
-@dataclass(frozen=True, slots=True)
-class MeanKl:
-    """kl: KL(16 bit || changed) in nats per target token. error: its standard error over documents. tokens: targets."""
-
-    kl: float
-    error: float
-    tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.kl:.2e} ± {self.error:.0e}"
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """The KL when the linear layer `name` alone is stored as `kind`."""
-
-    name: str
-    kind: str
-    mean: MeanKl
 
 
 class Sensitivity:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.mixed_precision.journal import Sensitivities, layer_of, part_of
-from finetune.mixed_precision.sensitivity import ALL
+from finetune.mixed_precision.journal import ALL, Sensitivities, layer_of, part_of
 from finetune.models.quant.bit_widths import stored_bytes
 from finetune.system.atomic import write_text
 from finetune.system.plotting import COLORS, figure, save_png

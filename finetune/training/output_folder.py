@@ -20,14 +20,15 @@ from finetune.system.locks import Lock, try_lock
 
 
 def check_run(cfg: RunConfig) -> None:
-    """Check the folder, the model, the first adapter and the names of modules of a run, before torch is imported.
+    """Check the folders, the model, the first adapter and the names of modules of a run, before torch is imported.
 
     Raises:
-        ConfigError: the folder holds a run, the model or adapter is not found, or the model has no such modules.
+        ConfigError: the folder holds a run, or a checkpoint, model, adapter or module is not found.
         IntegrityError: a local weight file is corrupt.
     """
     if is_given(cfg):
         refuse_other_run(cfg)
+    check_resume(cfg)
     check_model(cfg.model)
     if cfg.lora.init_adapter is not None:
         find_adapter(cfg.lora.init_adapter, "lora.init_adapter")
@@ -44,6 +45,16 @@ def refuse_other_run(cfg: RunConfig) -> None:
         raise ConfigError(
             f"output_dir: {folder} already holds a run\n"
             "help: set train.resume=auto to continue it, or another output_dir"
+        )
+
+
+def check_resume(cfg: RunConfig) -> None:
+    """Raise ConfigError if `train.resume` names a folder that does not exist."""
+    if cfg.train.resume not in ("auto", "never") and not Path(cfg.train.resume).is_dir():
+        known = ", ".join(str(place) for place in list_checkpoints(Path(cfg.output_dir))) or "none"
+        raise ConfigError(
+            f"train.resume: not a folder, found {cfg.train.resume}\n"
+            f"help: set auto, never or a checkpoint; existing: {known}"
         )
 
 

@@ -16,7 +16,6 @@ from finetune.config.compose import to_yaml
 from finetune.config.keys import schema_fields
 from finetune.config.schema import RunConfig
 from finetune.evaluation.generation import Answer, worst_answers
-from finetune.models.adapters.folder import list_checkpoints
 from finetune.models.digest import base_fingerprint
 from finetune.report.run import CONFIG, FACTS, RESULT, SAMPLES, WORST
 from finetune.system.atomic import write_text
@@ -24,6 +23,7 @@ from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 from finetune.system.origin import command_line, git_commit, hardware
 from finetune.training.checkpoint import newest_valid, read_state, verify_checkpoint
+from finetune.training.output_folder import check_resume
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors")
 _MOST_WORST = 10
@@ -104,12 +104,8 @@ def find_checkpoint(cfg: RunConfig, warn: Log) -> Path | None:
         return None
     if cfg.train.resume == "auto":
         return newest_valid(Path(cfg.output_dir), warn)
+    check_resume(cfg)
     folder = Path(cfg.train.resume)
-    if not folder.is_dir():
-        known = ", ".join(str(p) for p in list_checkpoints(Path(cfg.output_dir))) or "none"
-        raise ConfigError(
-            f"train.resume: not a folder, found {folder}\nhelp: set auto, never or a checkpoint; existing: {known}"
-        )
     verify_checkpoint(folder)
     return folder
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -124,18 +124,23 @@ def check_local_sources(cfg: DataConfig) -> None:
 
     Raises: DataError listing the problem of each source.
     """
-    check_each(cfg, lambda source: None if is_on_hub(source) else resolve_source(source))
+    check_each(by_key(cfg), lambda source: None if is_on_hub(source) else resolve_source(source))
 
 
-def check_each(cfg: DataConfig, check: Callable[[SourceConfig], object]) -> None:
-    """Check every source of a config. Raises: DataError listing the problem of each source."""
+def by_key(cfg: DataConfig) -> dict[str, list[SourceConfig]]:
+    """Return the sources of a config, by their keys."""
+    return {"data.train": cfg.train, "data.eval": cfg.eval}
+
+
+def check_each(sources: Mapping[str, Sequence[SourceConfig]], check: Callable[[SourceConfig], object]) -> None:
+    """Check every source. sources: by key. Raises: DataError listing the problem of each source."""
     problems = []
-    for section, sources in (("train", cfg.train), ("eval", cfg.eval)):
-        for i, source in enumerate(sources):
+    for key, listed in sources.items():
+        for i, source in enumerate(listed):
             try:
                 check(source)
             except DataError as error:
-                problems.append(f"data.{section}[{i}]: {error}")
+                problems.append(f"{key}[{i}]: {error}")
     if problems:
         raise DataError("\n".join(problems))
 

@@ -20,8 +20,7 @@ from finetune.mixed_precision.choose import (
     quant_of,
     write_allocation,
 )
-from finetune.mixed_precision.journal import Sensitivities
-from finetune.mixed_precision.sensitivity import ALL, MeanKl
+from finetune.mixed_precision.journal import ALL, MeanKl, Sensitivities
 from finetune.models.quant.bit_widths import storage_of
 from finetune.system.errors import ConfigError
 

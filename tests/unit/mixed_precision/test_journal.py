@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.mixed_precision.journal import JOURNAL, RESULT, Journal, Sensitivities
-from finetune.mixed_precision.sensitivity import ALL, MeanKl, Measured
+from finetune.mixed_precision.journal import ALL, JOURNAL, RESULT, Journal, MeanKl, Measured, Sensitivities
 from finetune.mixed_precision.summary import MARKDOWN, PICTURE, write_summary
 from finetune.system.errors import ConfigError, IntegrityError
 
