@@ -45,8 +45,8 @@ def run(arguments: Arguments) -> int:
     from finetune.data.loader import check_sources
     from finetune.models.hub import check_model
 
-    check_model(cfg.model)
     check_sources(cfg.data)
+    check_model(cfg.model)
 
     from finetune.data.documents import Documents
     from finetune.data.loader import load_chat_template, load_data, used_ids

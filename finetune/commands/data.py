@@ -42,8 +42,8 @@ def run(arguments: Arguments) -> int:
     from finetune.data.loader import check_sources
     from finetune.models.hub import check_model
 
-    check_model(cfg.model)
     check_sources(cfg.data)
+    check_model(cfg.model)
     # Rows hold characters that some terminals cannot show.
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     paths = {word: path for word, path in (("html", options.html), ("dump", options.dump)) if path is not None}

@@ -30,8 +30,8 @@ def run(arguments: Arguments) -> int:
     from finetune.models.hub import check_model
 
     # Before torch is imported, which takes ten times as long.
-    check_model(cfg.model)
     check_sources(cfg.data)
+    check_model(cfg.model)
 
     from finetune.mixed_precision.journal import ALL
     from finetune.mixed_precision.measure import measure_sensitivity

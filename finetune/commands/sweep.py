@@ -39,8 +39,8 @@ def run(arguments: Arguments) -> int:
     from finetune.data.loader import check_sources
     from finetune.models.hub import check_model
 
-    check_model(plan.first.model)
     check_sources(plan.first.data)
+    check_model(plan.first.model)
     log(f"sweep: {plan.runs} runs, folder={plan.folder}")
     record = sweep.run_sweep(plan, log)
     print(text_table(table(plan.folder, record)))

@@ -2,8 +2,8 @@
        accelerate launch finetune/train.py config=X.yaml [key=value …]
 
 Fine-tunes a model as the config describes. X.yaml is searched here, in ./configs, then among the packaged configs.
-  --dry-run   print the resolved config and the plan, then stop
-  --verbose   print the whole plan, threads and kernels too
+  --dry-run   print the settings that differ from the defaults, and the plan, then stop
+  --verbose   print the whole plan, threads and kernels too; with --dry-run every setting
   --help-all  describe every key of a config
 
 Examples
@@ -46,13 +46,13 @@ def run(arguments: Arguments) -> int:
     """Run the training recipe on a config."""
     from finetune.config.compose import load_config
 
-    config = load_config(str(arguments.config), arguments.overrides)
+    config, verbose = load_config(str(arguments.config), arguments.overrides), "--verbose" in arguments.flags
     if "--dry-run" in arguments.flags:
         from finetune.data.sources.paths import check_local_sources
         from finetune.planning.describe import dry_run
 
         check_local_sources(config.data)
-        print(dry_run(config))
+        print(dry_run(config, verbose))
         return 0
 
     from finetune.data.loader import check_sources
@@ -64,7 +64,7 @@ def run(arguments: Arguments) -> int:
 
     from finetune.training.recipe import train
 
-    train(config, verbose="--verbose" in arguments.flags)
+    train(config, verbose=verbose)
     return 0
 
 

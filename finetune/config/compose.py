@@ -105,9 +105,13 @@ def saved_config(adapter: Path, overrides: Sequence[str] = ()) -> RunConfig | No
     return None
 
 
-def to_yaml(config: RunConfig) -> str:
-    """Return the resolved config as YAML; load_config reads an equal RunConfig from it."""
-    return yaml.dump(escaped(config.model_dump()), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def to_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
+    """Return the resolved config as YAML; load_config reads an equal RunConfig from it.
+
+    changed_only: without the settings that have their default value.
+    """
+    settings = config.model_dump(exclude_defaults=changed_only)
+    return yaml.dump(escaped(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -90,9 +90,14 @@ def describe_teacher(inputs: PlanInputs) -> str | None:
     return f"teacher: {name}, {teacher.placement}: {format_bytes(size)} per rank for {parts}"
 
 
-def dry_run(cfg: RunConfig) -> str:
-    """Return the resolved YAML and, as comments, the plan. Nothing is loaded or written."""
+def dry_run(cfg: RunConfig, verbose: bool = False) -> str:
+    """Return the settings as YAML and, as comments, the plan. Nothing is loaded or written.
+
+    verbose: with the settings that have their default value.
+    """
     device_type = device_type_here()
     inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=device_type, ranks=ranks_of_run(os.environ))
     plan = describe_plan(inputs, free_memory(device_type))
-    return "\n".join([to_yaml(cfg).rstrip(), "", *(f"# {line}" for line in plan.splitlines())])
+    return "\n".join(
+        [to_yaml(cfg, changed_only=not verbose).rstrip(), "", *(f"# {line}" for line in plan.splitlines())]
+    )

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune import __version__
 from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
+from finetune.data.sources.paths import is_on_hub
 from finetune.evaluation.generation import Answer
 from finetune.system.format import format_bytes, format_duration, format_estimate
 from finetune.training.run_folder import RunResult
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 _LONGEST_TEXT = 300
 _MOST_BREACHES = 5
@@ -64,11 +69,6 @@ def _fits_on_a_line(text: str) -> bool:
 
 def model_card(cfg: RunConfig, result: RunResult) -> str:
     """Build the README.md of an adapter folder: hub metadata, loading, figures, settings."""
-    base, tags = cfg.model.name, ["tags:", "- lora"]
-    metadata = ["library_name: peft", *tags]
-    if not Path(base).exists():  # a hub id
-        found = [f"base_model: {base}", "pipeline_tag: text-generation"]
-        metadata = ["library_name: peft", *found, *tags, f"- base_model:adapter:{base}"]
     figures = {
         "steps": f"{result.steps:,}",
         "target tokens": f"{result.target_tokens:,}",
@@ -83,7 +83,7 @@ def model_card(cfg: RunConfig, result: RunResult) -> str:
     revision = f" at revision `{cfg.model.revision}`" if cfg.model.revision else ""
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items() if value)
     return f"""---
-{chr(10).join(metadata)}
+{_card_data(cfg, result).to_yaml()}
 ---
 
 # {cfg.name}
@@ -101,12 +101,35 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{cfg.mod
 |---|---|
 {rows}
 
-## Settings
+## Settings that differ from the defaults
 
 ```yaml
-{to_yaml(cfg).strip()}
+{to_yaml(cfg, changed_only=True).strip()}
 ```
 """
+
+
+def _card_data(cfg: RunConfig, result: RunResult) -> ModelCardData:
+    """Return what the hub reads from a card. License and language are the owner's to add: no setting has them."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    base, sources = cfg.model.name, [source for source in cfg.data.train if is_on_hub(source)]
+    on_hub = not Path(base).exists()
+    return ModelCardData(
+        library_name="peft",
+        base_model=base if on_hub else None,
+        pipeline_tag="text-generation" if on_hub else None,
+        tags=["lora", f"base_model:adapter:{base}"] if on_hub else ["lora"],
+        datasets=list(dict.fromkeys(source.path for source in sources)) or None,
+        model_name=cfg.name,
+        eval_results=[
+            EvalResult("text-generation", dataset, dataset, metric, value)
+            for name, value in result.evaluations.items()
+            if name.startswith("eval/")
+            for dataset, metric in [name.removeprefix("eval/").rsplit("/", 1)]
+        ]
+        or None,
+    )
 
 
 def _number(value: float | None, spec: str, unit: str = "") -> str:

@@ -16,6 +16,7 @@ from finetune import __version__
 from finetune.cli import main
 from finetune.commands.base import COMMANDS
 from finetune.commands.train import COMMON
+from finetune.config.compose import load_config, to_yaml
 from finetune.config.keys import is_section, schema_fields
 from finetune.system.arguments import parse_arguments
 from finetune.system.errors import (
@@ -157,7 +158,19 @@ def test_train_hands_the_config_to_the_recipe_and_dry_run_does_not(monkeypatch, 
     assert main(["train", "config=quickstart.yaml", "train.seed=7", "--verbose"]) == 0
     assert trained == [(7, False), (7, True)]
     assert main(["train", "config=quickstart.yaml", "train.seed=8", "--dry-run"]) == 0
-    assert len(trained) == 2 and "seed: 8" in capsys.readouterr().out
+    short = capsys.readouterr().out
+    assert main(["train", "config=quickstart.yaml", "train.seed=8", "--dry-run", "--verbose"]) == 0
+    assert len(trained) == 2 and "seed: 8" in short
+    # The default of lora.rank is shown among all settings only, and both are the same config.
+    every = capsys.readouterr().out
+    assert "rank:" in every and "rank:" not in short
+
+
+def test_the_settings_of_a_dry_run_are_the_config(tmp_path, capsys):
+    words = ["model=qwen2.5-0.5b-instruct", "lora=dora", "data.train=[{path: a.jsonl, weight: 2.0}]", "distill=anchor"]
+    config = load_config("lora.yaml", words)
+    (tmp_path / "again.yaml").write_text(to_yaml(config, changed_only=True))
+    assert load_config(str(tmp_path / "again.yaml")) == config
 
 
 @pytest.mark.parametrize(
