@@ -1,6 +1,9 @@
 """Run the baseline: QLoRA with TRL, PEFT and bitsandbytes as in their documentation, without our code.
 
     python -m benchmarks.stock model=FOLDER rows=MESSAGES.jsonl variant=padded [steps=4] [length=512] [batch=4]
+                               [fused=true]
+
+`fused=true` calls `finetune.fuse_layers` on the trainer's model: one line of our code.
 
 Seconds are those of `training_step` (forward and backward): the optimizer and the data loader do not count.
 
@@ -32,6 +35,7 @@ DEFAULTS = {
     "targets": "q_proj,v_proj",
     "lora_dropout": "0.0",
     "seed": "0",
+    "fused": "false",
 }
 # Keys of SFTConfig for each variant (GKDConfig for gkd).
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -211,6 +215,10 @@ def main(words: list[str]) -> None:
     peaks = Peaks()
     with tempfile.TemporaryDirectory() as output:
         trainer = build_trainer(options, device, output)
+        if options["fused"] == "true":
+            from finetune import fuse_layers
+
+            print(fuse_layers(trainer.model), file=sys.stderr)
         steps = watch_steps(trainer, device)
         start_seconds = time.perf_counter() - began
         peaks.training_begins()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from finetune.export.export import export_model as export_model
     from finetune.export.merge.merge import merge as merge
     from finetune.models.adapters.attach import attach_lora as attach_lora
+    from finetune.models.fused import fuse_layers as fuse_layers
     from finetune.models.load import load_base as load_base
     from finetune.models.tokenizer import load_tokenizer as load_tokenizer
     from finetune.training.recipe import train as train
@@ -32,6 +33,7 @@ _HOMES = {
     "MergeOptions": "finetune.config.command_options",
     "attach_lora": "finetune.models.adapters.attach",
     "export_model": "finetune.export.export",
+    "fuse_layers": "finetune.models.fused",
     "load_base": "finetune.models.load",
     "load_config": "finetune.config.compose",
     "load_tokenizer": "finetune.models.tokenizer",

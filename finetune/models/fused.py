@@ -1,8 +1,9 @@
 """Fused decoder layers: the same results as PEFT and transformers, computed by the kernels in ops/.
 
 A layer is replaced by an instance of a subclass with the same children under the same names, so the model stays an
-ordinary PeftModel: saving, loading, merging, disabling the adapter and generating work as before. The kernels run for
-packed batches with segments, and on a CPU without gradients (generation). Every other call runs the inherited forward.
+ordinary PeftModel: saving, loading, merging, disabling the adapter and generating work as before. Attention is that of
+ops/ for packed batches with segments, and that of transformers for every other batch. On a GPU, a model in eval mode
+without gradients runs the inherited forward: bitsandbytes has its own kernels for a few tokens.
 A projection that the kernels do not know (DoRA, int8, several active adapters, trained weights) runs as its own module.
 
 Shapes: B rows of L tokens each, 1 row when packed; T = B * L; D hidden width, H heads, W head width.
@@ -10,6 +11,9 @@ Shapes: B rows of L tokens each, 1 row when packed; T = B * L; D hidden width, H
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,10 +29,10 @@ from transformers.models.qwen2.modeling_qwen2 import (
     eager_attention_forward,
 )
 
+from finetune.models.quant.quantize import keep_weights_trainable_after_eval
 from finetune.ops.attention import Segments, attend
 from finetune.ops.elementwise import apply_rope, rms_norm
 from finetune.ops.linear import Adapter, Projection, project, swiglu_mlp
-from finetune.system.errors import ConfigError
 
 # Queries, keys and values: [T, H, W] each. Keys and values have fewer heads.
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -48,10 +52,10 @@ class FusedDecoderLayer(Qwen2DecoderLayer):
         **kwargs: Any,
     ) -> Tensor:
         attention = self.self_attn
-        # On a GPU, bitsandbytes has its own kernels for a few tokens without gradients.
-        generating = hidden_states.device.type == "cpu" and not torch.is_grad_enabled()
-        known = segments is not None or generating
-        if not known or position_embeddings is None or attention.config.attention_dropout:
+        generating = not (self.training or torch.is_grad_enabled() or hidden_states.device.type == "cpu")
+        wants_weights = kwargs.get("output_attentions") or attention.config.output_attentions
+        inherited = (generating or wants_weights) and segments is None
+        if inherited or position_embeddings is None or attention.config.attention_dropout:
             kwargs |= {"position_embeddings": position_embeddings, "past_key_values": past_key_values}
             kwargs |= {} if segments is None else {"segments": segments}
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -66,31 +70,78 @@ class FusedDecoderLayer(Qwen2DecoderLayer):
         return x_TD.view_as(hidden_states)
 
 
-def fuse_layers(model: nn.Module) -> tuple[int, int]:
-    """Replace the decoder layers of a model by fused ones, in place. A second call changes nothing.
+@dataclass(frozen=True, slots=True)
+class FusedLayers:
+    """The decoder layers of a model after `fuse_layers`.
+
+    fused, layers: number of fused decoder layers, and of all. unfused: name of each module that runs as PEFT or
+    transformers made it -> the reason.
+    """
+
+    fused: int
+    layers: int
+    unfused: dict[str, str]
+
+    def __str__(self) -> str:
+        reasons = Counter(self.unfused.values())
+        parts = [f"fused layers={self.fused} of {self.layers}"]
+        return "; ".join([*parts, *(f"unfused modules={count} ({why})" for why, count in reasons.items())])
+
+
+def fuse_layers(model: nn.Module) -> FusedLayers:
+    """Replace the decoder layers of a Qwen2 model by fused ones, in place. A second call changes nothing.
+
+    The model may be a base or a PeftModel, in 4-bit (bitsandbytes) or 16 and 32-bit weights. It trains in any trainer,
+    with the losses and gradients of PEFT; gradient checkpointing, autocast, DDP, saving, merging and `generate` work as
+    before. A base may get its adapter afterwards, for example from `peft_config` of TRL's SFTTrainer.
+
+    Args:
+        model: a transformers model, or a PEFT model around one.
 
     Returns:
-        The number of fused layers and the number of all decoder layers.
-
-    Raises:
-        ConfigError: no decoder layer is of a class that has a fused version.
+        The number of fused layers, and every module that the kernels do not support now, with the reason. A layer
+        reads its modules at each call, so a later adapter or a frozen weight counts too.
     """
+    if getattr(model, "is_loaded_in_4bit", False):
+        keep_weights_trainable_after_eval(model)
+    unfused: dict[str, str] = {}
     for module in list(model.modules()):
         if isinstance(module, nn.ModuleList):
             for i, layer in enumerate(module):
-                if type(layer) is Qwen2DecoderLayer:
+                if type(layer) is Qwen2DecoderLayer and not _replaced_forward(layer):
                     # It shares parameters, children, hooks and flags with the replaced layer.
                     module[i] = FusedDecoderLayer.__new__(FusedDecoderLayer)
                     module[i].__dict__ = layer.__dict__
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    fused = sum(isinstance(layer, FusedDecoderLayer) for layer in layers)
-    if not fused:
-        found = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
-        raise ConfigError(
-            f"train.kernels: fused kernels exist for Qwen2DecoderLayer only, found decoder layers: {found}\n"
-            "help: set train.kernels=peft"
-        )
-    return fused, len(layers)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, GradientCheckpointingLayer)}
+    for name, layer in layers.items():
+        unfused |= {f"{name}.{part}".removesuffix("."): reason for part, reason in _unsupported(layer)}
+    return FusedLayers(sum(isinstance(layer, FusedDecoderLayer) for layer in layers.values()), len(layers), unfused)
+
+
+def _replaced_forward(layer: nn.Module) -> bool:
+    """Return whether another library replaced the forward of a module, as accelerate does to move offloaded weights."""
+    return any("forward" in vars(module) for module in layer.modules())
+
+
+def _unsupported(layer: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the name of each module in a layer that runs as its own module, and the reason; "" is the layer itself."""
+    if not isinstance(layer, FusedDecoderLayer):
+        replaced = type(layer) is Qwen2DecoderLayer
+        yield "", "another library replaced its forward" if replaced else f"no kernels for {type(layer).__name__}"
+        return
+    if layer.self_attn.config.attention_dropout:
+        yield "", "attention_dropout"
+        return
+    dtype = layer.input_layernorm.weight.dtype  # of the hidden states
+    for parent, names in (
+        ("self_attn", ("q_proj", "k_proj", "v_proj")),
+        ("self_attn", ("o_proj",)),
+        ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    ):
+        found = {name: read_projection(getattr(getattr(layer, parent), name), dtype) for name in names}
+        # One unsupported module leaves those of the same input or MLP with it.
+        if reason := next((f"{name}: {why}" for name, why in found.items() if isinstance(why, str)), None):
+            yield from ((f"{parent}.{name}", why if isinstance(why, str) else reason) for name, why in found.items())
 
 
 def _heads(module: Qwen2Attention, x_TD: Tensor, angles: tuple[Tensor, Tensor], rows: int) -> Heads:
@@ -118,20 +169,34 @@ def _attend_cached(
 
 
 def _mlp(module: Qwen2MLP, x_TD: Tensor) -> Tensor:
-    layers = (module.gate_proj, module.up_proj, module.down_proj)
-    projections = [read_projection(layer, x_TD.dtype) for layer in layers]
-    if all(projections) and module.config.hidden_act == "silu":
-        gate, up, down = projections
-        return swiglu_mlp(x_TD, gate, up, down)  # type: ignore[arg-type]
+    dtype = _product_dtype(x_TD)
+    projections = _projections((module.gate_proj, module.up_proj, module.down_proj), dtype)
+    if projections and module.config.hidden_act == "silu":
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return swiglu_mlp(x_TD.to(dtype), *projections)
     return module(x_TD)
 
 
 def _apply(x_TD: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """Apply several linear layers to one input: by the kernel if it knows all of them, else each module alone."""
-    projections = [read_projection(layer, x_TD.dtype) for layer in layers]
-    if all(projections):
-        return project(x_TD, projections)  # type: ignore[arg-type]
+    dtype = _product_dtype(x_TD)
+    if projections := _projections(layers, dtype):
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return project(x_TD.to(dtype), projections)
     return tuple(layer(x_TD) for layer in layers)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products with x: that of autocast, or of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _projections(layers: Sequence[nn.Module], dtype: torch.dtype) -> list[Projection] | None:
+    """Return linear layers as the kernels take them; None if one is not supported."""
+    found = [read_projection(layer, dtype) for layer in layers]
+    supported = [projection for projection in found if isinstance(projection, Projection)]
+    return supported if len(supported) == len(found) else None
 
 
 def _norm(module: Qwen2RMSNorm, x_TD: Tensor) -> Tensor:
@@ -140,31 +205,41 @@ def _norm(module: Qwen2RMSNorm, x_TD: Tensor) -> Tensor:
     return rms_norm(x_TD, module.weight, module.variance_epsilon)
 
 
-def read_projection(layer: Any, dtype: torch.dtype) -> Projection | None:
-    """Return a linear layer and its active adapter as the kernels take them; None if they do not support it."""
+def read_projection(layer: Any, dtype: torch.dtype) -> Projection | str:
+    """Return a linear layer and its active adapter as the kernels take them, or the reason why they do not.
+
+    dtype: of the products.
+    """
     base, adapter = layer, None
     if isinstance(layer, LoraLayer):
         base = layer.get_base_layer()
         if layer.merged:
-            return None
+            return "merged adapter"
         if not layer.disable_adapters:
             active = [name for name in layer.active_adapters if name in layer.lora_A]
-            if len(active) > 1 or any(name in layer.lora_variant for name in active):
-                return None
+            if len(active) > 1:
+                return "several active adapters"
             for name in active:
+                if name in layer.lora_variant:
+                    return "DoRA" if layer.use_dora.get(name) else type(layer.lora_variant[name]).__name__
                 dropout = layer.lora_dropout[name]
                 probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
                 a, b = (cast(nn.Linear, factors[name]).weight for factors in (layer.lora_A, layer.lora_B))
                 adapter = Adapter(a, b, layer.scaling[name], probability)
     if any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
-        return None
+        return "trained weights"
+    autocast = torch.is_autocast_enabled(base.weight.device.type)
     if type(base) is nn.Linear:
-        return Projection(base.weight, base.bias, None, adapter) if base.weight.dtype == dtype else None
+        if base.weight.dtype != dtype and not autocast:
+            return f"weights in {base.weight.dtype}, hidden states in {dtype}; fused under autocast"
+        return Projection(base.weight, base.bias, None, adapter)
     if type(base).__name__ == "Linear4bit":
         state = base.weight.quant_state
-        if state is None or state.dtype != dtype or base.compute_dtype != dtype:
-            return None
+        if state is None or getattr(state, "packing_format_for_cpu", False):
+            return "4-bit weights in another layout"
+        if base.compute_dtype != dtype and not autocast:
+            return f"products in {base.compute_dtype}, hidden states in {dtype}; fused under autocast"
         if (resident := getattr(base, "resident_weight", None)) is not None:
             return Projection(resident, base.bias, None, adapter)
         return Projection(base.weight.data, base.bias, state, adapter)
-    return None
+    return f"no kernels for {type(base).__name__}"

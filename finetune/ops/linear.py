@@ -38,9 +38,9 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A frozen linear layer.
+    """A frozen linear layer. Weight and bias are rounded to the dtype of the input, as autocast does.
 
-    weight: [O, D], or packed 4-bit with the `quant_state` of bitsandbytes, which then determines the dtype.
+    weight: [O, D], or packed 4-bit with the `quant_state` of bitsandbytes.
     """
 
     weight: Tensor
@@ -48,13 +48,13 @@ class Projection:
     quant_state: Any = None
     adapter: Adapter | None = None
 
-    def dequantized(self) -> Tensor:
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Return the weight [O, D]; on a GPU, in a buffer that the next call overwrites."""
-        return self.weight if self.quant_state is None else dequantize(self.weight, self.quant_state)
+        return (self.weight if self.quant_state is None else dequantize(self.weight, self.quant_state)).to(dtype)
 
 
 def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
-    """Apply several linear layers to x [..., D], in the weights' dtype; returns one [..., O] each."""
+    """Apply several linear layers to x [..., D], in its dtype; returns one [..., O] each."""
     factors = [factor for p in projections if p.adapter for factor in (p.adapter.a, p.adapter.b)]
     outputs = _Project.apply(x.reshape(-1, x.shape[-1]), tuple(projections), *factors)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
@@ -150,8 +150,8 @@ def _dropped(x_TD: Tensor, p: Projection, mask: Tensor | None) -> Tensor:
 
 
 def _forward(x_TD: Tensor, p: Projection, mask: Tensor | None) -> Tensor:
-    weight_OD = p.dequantized()
-    y_TO = matmul(x_TD, weight_OD.T, p.bias)
+    weight_OD, bias_O = p.dequantized(x_TD.dtype), None if p.bias is None else p.bias.to(x_TD.dtype)
+    y_TO = matmul(x_TD, weight_OD.T, bias_O)
     if p.adapter:
         a_RD, b_OR = p.adapter.a.to(x_TD.dtype), p.adapter.b.to(x_TD.dtype)
         add_matmul_(y_TO, matmul(_dropped(x_TD, p, mask), a_RD.T), b_OR.T, p.adapter.scale)
@@ -167,7 +167,7 @@ def _backward(
 
 
 def _grad_input(grad_TO: Tensor, p: Projection, mask: Tensor | None, grad_x: Tensor | None) -> Tensor:
-    weight_OD = p.dequantized()
+    weight_OD = p.dequantized(grad_TO.dtype)
     grad_x = matmul(grad_TO, weight_OD) if grad_x is None else add_matmul_(grad_x, grad_TO, weight_OD)
     if p.adapter:
         grad_TR = matmul(grad_TO, p.adapter.b.to(grad_TO.dtype))

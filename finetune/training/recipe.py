@@ -160,8 +160,7 @@ def _load(
     # A second tokenizer, because attach_lora adds the new tokens itself.
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model) if cfg.lora.new_tokens else None)
     if cfg.train.kernels == "fused":
-        fused, layers = fuse_layers(model)
-        detail(f"kernels: fused, layers={fused} of {layers}")
+        detail(f"kernels: {fuse_layers(model)}")
     model.train()
     batch_plan = apply_batch_plan(inputs, model, accelerator, log)
     return RunContext(

@@ -1,0 +1,19 @@
+"""Fixtures of the parity tests."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from finetune.models import fused
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count the calls of each kernel."""
+    calls: Counter[str] = Counter()
+    for name in ("project", "swiglu_mlp", "attend", "rms_norm"):
+        real = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *a, real=real, name=name: (calls.update([name]), real(*a))[1])
+    return calls
