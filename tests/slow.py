@@ -24,6 +24,9 @@ SLOW: dict[str, str] = {
     ),
     "tests/integration/test_sweep.py": "tests/unit/sweep/test_sweep.py",
     "tests/parity/test_training_curve.py": "tests/parity/test_fused_layers.py",
+    "tests/parity/test_trainers.py::test_two_ranks_equal_one_without_fused_layers": (
+        "tests/parity/test_trainers.py::test_sft_trainer_gives_the_same_losses_and_weights"
+    ),
     "tests/equivalence/test_resume.py::test_kills_at_random_moments_give_the_same_adapter_and_metrics[10-40]": (
         "tests/equivalence/test_resume.py::test_kills_at_random_moments_give_the_same_adapter_and_metrics"
     ),
