@@ -51,6 +51,7 @@ def _shared_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     os.environ["FINETUNE_CACHE"] = str(session / "cache")
     os.environ["FINETUNE_TEST_RUNS"] = str(session / "reference-runs")
+    os.environ["TRACKIO_DIR"] = str(session / "trackio")
 
 
 @pytest.fixture(autouse=True)

@@ -278,5 +278,7 @@ class TrackConfig(Section):
 
     wandb: bool = Field(False, description="Log to Weights & Biases (offline without an API key).")
     tensorboard: bool = Field(False, description="Write TensorBoard event files.")
-    project: Text = Field("finetune", description="Project name in Weights & Biases.")
-    run_name: Text | None = Field(None, description="Run name in Weights & Biases; null: the name of the run.")
+    mlflow: bool = Field(False, description="Log to MLflow: MLFLOW_TRACKING_URI, else mlflow.db in the run's folder.")
+    trackio: bool = Field(False, description="Log to trackio (a local folder without TRACKIO_SPACE_ID).")
+    project: Text = Field("finetune", description="Name of the project, or of MLflow's experiment.")
+    run_name: Text | None = Field(None, description="Name of the run in the trackers; null: the name of the config.")

@@ -31,6 +31,7 @@ from finetune.system.errors import InputError
 _MICRO = ("micro_batch_size", "per_device_train_batch_size", "batch_size")
 _ACCUMULATION = ("gradient_accumulation_steps", "grad_accum")
 _TRACKERS = ("report_to", "wandb_project", "use_wandb")
+_OUR_TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
 _KERNELS = re.compile("cut_cross_entropy|liger")
 _HANDLED = DATASET_NAMES | {*_MICRO, *_ACCUMULATION, *_TRACKERS}
 
@@ -138,10 +139,10 @@ def _finish(config: PeerConfig, migration: Migration) -> None:
     if theirs.get("wandb_project"):
         ours |= {"track.wandb": True, "track.project": str(theirs["wandb_project"])}
     for tracker in sorted(trackers):
-        if tracker in ("wandb", "tensorboard"):
+        if tracker in _OUR_TRACKERS:
             ours[f"track.{tracker}"] = True
         else:
-            migration.lost.append(f"report_to: {tracker}: wandb and tensorboard are there")
+            migration.lost.append(f"report_to: {tracker}: {', '.join(_OUR_TRACKERS)} are there")
     train, held_out = read_sources(config, migration.lost)
     if limit := theirs.get("max_samples"):
         train = [{**source, "limit": int(limit)} for source in train]

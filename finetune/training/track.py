@@ -1,10 +1,8 @@
-"""Record a run: metrics.jsonl always, Weights & Biases and TensorBoard on request, and progress for the user."""
+"""Record a run: metrics.jsonl always, experiment trackers on request, and progress for the user."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,11 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from finetune.config.schema import RunConfig
 from finetune.report.run import METRICS
 from finetune.system.atomic import write_bytes
-from finetune.system.console import in_notebook
-from finetune.system.errors import MissingExtra
+from finetune.system.console import in_notebook, log
 from finetune.system.format import format_bytes, format_duration
 from finetune.system.plotting import curve, svg
-from finetune.system.wandb_login import has_wandb_key
+from finetune.training.trackers import Trackers
 
 _SECONDS_BETWEEN_LINES = 10.0
 # Limit of the share of time spent drawing.
@@ -28,67 +25,6 @@ _DRAWING_SHARE = 0.05
 _SECONDS_BETWEEN_DRAWINGS = 1.0
 _MOST_POINTS = 500
 _LOSS, _HELD_OUT = "training loss", "held-out loss"
-
-
-class WandbBackend:
-    """Weights & Biases, offline without a key."""
-
-    def __init__(self, cfg: RunConfig, folder: Path):
-        """Raises: MissingExtra if wandb is not installed."""
-        try:
-            import wandb
-        except ImportError as error:
-            raise MissingExtra('track.wandb needs: pip install "finetune-qlora[tracking]"') from error
-        configured = "WANDB_MODE" in os.environ or has_wandb_key()
-        self._run = wandb.init(
-            project=cfg.track.project,
-            name=cfg.track.run_name or cfg.name,
-            dir=str(folder),
-            config=cfg.model_dump(),
-            resume="allow",
-            mode=None if configured else "offline",
-            settings=wandb.Settings(init_timeout=30, silent=True, console="off"),
-        )
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class TensorboardBackend:
-    """TensorBoard event files in `<run>/tensorboard`."""
-
-    def __init__(self, folder: Path):
-        """Raises: MissingExtra if tensorboard is not installed."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise MissingExtra('track.tensorboard needs: pip install "finetune-qlora[tracking]"') from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def build_backends(cfg: RunConfig, folder: Path) -> list[WandbBackend | TensorboardBackend]:
-    """Start the backends enabled in `cfg.track`. If wandb fails to start, warn and train without it."""
-    backends: list[WandbBackend | TensorboardBackend] = []
-    if cfg.track.tensorboard:
-        backends.append(TensorboardBackend(folder))
-    if cfg.track.wandb:
-        try:
-            backends.append(WandbBackend(cfg, folder))
-        except MissingExtra:
-            raise
-        except Exception as error:  # noqa: BLE001 - a tracker must not end a run, however it fails
-            print(f"WARNING: track.wandb: wandb did not start ({error}); metrics.jsonl is complete", file=sys.stderr)
-    return backends
 
 
 class ConsoleView:
@@ -176,15 +112,22 @@ def _thinned(points: Mapping[int, float]) -> tuple[list[float], list[float]]:
 
 
 class MetricsFile:
-    """metrics.jsonl: one complete line per step, readable while the run goes on. past: steps before a resumed one."""
+    """metrics.jsonl: one complete line per step, readable while the run goes on.
+
+    Attributes:
+        past: the steps up to `resumed_step`.
+        last_step: of the run before this part of it, which repeats the steps after `resumed_step`; 0 for a new run.
+    """
 
     def __init__(self, folder: Path, resumed_step: int):
         path = folder / METRICS
         written = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        # A resumed run repeats the steps after its checkpoint. A crash may have cut the last line short.
-        lines = [line for line in written if line.endswith(b"\n") and json.loads(line)["step"] <= resumed_step]
+        # A crash may have cut the last line short.
+        steps = [(json.loads(line)["step"], line) for line in written if line.endswith(b"\n")]
+        lines = [line for step, line in steps if step <= resumed_step]
         write_bytes(path, b"".join(lines))
         self.past: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.last_step = max((step for step, _ in steps), default=0) if resumed_step else 0
         self._stream = path.open("a", encoding="utf-8")
 
     def log(self, values: Mapping[str, Any]) -> None:
@@ -209,11 +152,11 @@ class SilentTracker:
 
 
 class Tracker(SilentTracker):
-    """Send the main rank's figures and messages to metrics.jsonl, the backends and the user."""
+    """Send the main rank's figures and messages to metrics.jsonl, the trackers and the user."""
 
     def __init__(self, cfg: RunConfig, folder: Path, total_steps: int, resumed_step: int):
         self._file = MetricsFile(folder, resumed_step)
-        self._backends = build_backends(cfg, folder)
+        self._trackers = Trackers(cfg, folder, self._file.last_step, log)
         self._view = NotebookView(total_steps, self._file.past) if in_notebook() else ConsoleView(total_steps)
         self._total = total_steps
         self._eval_losses = [line["eval_loss"] for line in self._file.past if "eval_loss" in line]
@@ -221,8 +164,7 @@ class Tracker(SilentTracker):
     def step(self, metrics: Mapping[str, float], seconds_left: float) -> None:
         self._file.log(metrics)
         values = {name: value for name, value in metrics.items() if name != "step"}
-        for backend in self._backends:
-            backend.log(int(metrics["step"]), values)
+        self._trackers.log(int(metrics["step"]), values)
         if "eval_loss" in metrics:
             self._eval_losses.append(metrics["eval_loss"])
             self._view.message(self._evaluation(metrics))
@@ -249,5 +191,5 @@ class Tracker(SilentTracker):
         self._view.message(message)
 
     def close(self) -> None:
-        for part in (self._view, self._file, *self._backends):
+        for part in (self._view, self._file, self._trackers):
             part.close()
