@@ -4,8 +4,9 @@
 
 The folder of a run, or a checkpoint in it, brings its own config. A bare adapter or model is loaded as in lora.yaml
 (4-bit); quant.type=none loads it in 16 bit.
-In the chat: /system TEXT and /temperature NUMBER change the settings, /reset starts a new conversation, /help lists the
-commands, /exit or Ctrl+D leaves, Ctrl+C stops an answer.
+In the chat: /system TEXT and /temperature NUMBER change the settings, /reset starts a new conversation, /save FILE
+keeps it as a row, /help lists the commands, /exit or Ctrl+D leaves, Ctrl+C stops an answer. A line that ends in a
+backslash continues on the next one.
 With a pipe as input, every line is one prompt.
 
 Examples
@@ -16,8 +17,10 @@ Examples
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.commands.base import Command
 from finetune.system.arguments import Arguments, nearest
-from finetune.system.console import log, printable
+from finetune.system.console import log, printable, silent_keys
 from finetune.system.errors import ConfigError, DataError, InputError
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ SLASH_COMMANDS = {
     "/system": "set the system message; alone: show it",
     "/temperature": "set the sampling temperature; 0: the most probable token; alone: show it",
     "/reset": "forget the conversation",
+    "/save": "add the conversation to a file of rows, as /save rows.jsonl",
     "/help": "list these commands",
     "/exit": "leave, as Ctrl+D",
 }
@@ -67,14 +71,20 @@ class Conversation:
         from finetune.data.formats.messages import Message
 
         turns = [*self.turns, Message("user", text)]
-        system = [] if self.options.system is None else [Message("system", self.options.system)]
-        ids = self.chat.prompt_ids([*system, *turns])
+        ids = self.chat.prompt_ids([*self.messages(), turns[-1]])
         room_tokens = self.model.config.max_position_embeddings - len(ids)
         if room_tokens < 1:
             raise DataError(f"the conversation has {len(ids)} tokens, more than the model's context; /reset clears it")
         answer = self._stream(ids, min(self.options.max_new_tokens, room_tokens))
         if answer:
             self.turns = [*turns, Message("assistant", answer)]
+
+    def messages(self) -> list[Message]:
+        """Return the system message, if there is one, and the turns so far."""
+        from finetune.data.formats.messages import Message
+
+        system = [] if self.options.system is None else [Message("system", self.options.system)]
+        return [*system, *self.turns]
 
     def _stream(self, ids: list[int], max_new_tokens: int) -> str:
         import torch
@@ -92,9 +102,9 @@ class Conversation:
             **(sampled if self.options.temperature > 0 else greedy),
         )
         streamer = _terminal_streamer(self.tokenizer)
-        prompt = torch.tensor([ids], device=self.model.device)
+        prompt, began = torch.tensor([ids], device=self.model.device), time.monotonic()
         try:
-            with torch.no_grad(), quiet():
+            with torch.no_grad(), quiet(), silent_keys():
                 self.model.generate(  # type: ignore[operator]
                     input_ids=prompt,
                     attention_mask=torch.ones_like(prompt),
@@ -106,6 +116,8 @@ class Conversation:
                 raise
             print(" [stopped]", file=sys.stderr)
         print(flush=True)
+        if sys.stdin.isatty():
+            log(f"({streamer.tokens} tokens, {streamer.tokens / (time.monotonic() - began):.1f} tokens/s)")
         return streamer.written
 
 
@@ -183,6 +195,8 @@ def respond(conversation: Conversation, text: str) -> bool:
             conversation.turns.clear()
         case "/help":
             log("\n".join(f"  {name:<13} {summary}" for name, summary in SLASH_COMMANDS.items()))
+        case "/save":
+            _save(conversation, value)
         case "/system" | "/temperature":
             _set_option(conversation, name.removeprefix("/"), value)
         case _:
@@ -204,13 +218,31 @@ def _set_option(conversation: Conversation, name: str, value: str | None) -> Non
     log(f"{name}: {'the one of the template' if shown is None else printable(str(shown))}")
 
 
+def _save(conversation: Conversation, name: str | None) -> None:
+    """Append the conversation to a file as one training row. Raises: InputError if there is nothing, or no file."""
+    if not name or not conversation.turns:
+        raise InputError("/save: " + ("the conversation is empty" if name else "needs a file, as /save rows.jsonl"))
+    messages, file = [turn.as_dict() for turn in conversation.messages()], Path(name).expanduser()
+    try:
+        with file.open("a", encoding="utf-8") as rows:
+            rows.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InputError(f"/save: {file} cannot be written: {error.strerror}") from error
+    log(f"saved: {len(messages)} messages in {file}")
+
+
 def _typed_lines() -> Iterator[str]:
-    """Yield the lines typed at a prompt until Ctrl+D, without empty ones; Ctrl+C drops a line."""
+    """Yield the texts typed at a prompt until Ctrl+D, without empty ones; Ctrl+C drops a text.
+
+    A line that ends in a backslash continues on the next one.
+    """
     import readline  # noqa: F401 - gives input() its editing and history
 
     while True:
         try:
             text = input("> ")
+            while text.endswith("\\"):
+                text = f"{text[:-1]}\n{input('. ')}"
         except EOFError:
             log("")
             return
@@ -252,6 +284,11 @@ def _terminal_streamer(tokenizer: Any) -> Any:
 
     class TerminalStreamer(TextStreamer):
         written = ""
+        tokens = -1  # The prompt comes first, then each token.
+
+        def put(self, value: Any) -> None:
+            super().put(value)
+            self.tokens += 1
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.written += text

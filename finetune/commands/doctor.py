@@ -24,15 +24,23 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
+from finetune.system.console import colored
 from finetune.system.format import format_bytes
 from finetune.system.other_finetune import ADVICE, other_distribution
 from finetune.system.wandb_login import has_wandb_key
 
 GB = 10**9
 HUB_TIMEOUT_SECONDS = 3.0
+_COLORS: dict[str, Literal["red", "green", "yellow"]] = {
+    "ok": "green",
+    "note": "green",
+    "warn": "yellow",
+    "fail": "red",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,8 @@ def run(arguments: Arguments) -> int:
         findings[name] = finding
         if not as_json:
             advice = f"\n{'':21}-> {finding.advice}" if finding.advice else ""
-            print(f"{finding.status:<5} {name:<14} {finding.found}{advice}", flush=True)
+            status = colored(f"{finding.status:<5}", _COLORS[finding.status], sys.stdout)
+            print(f"{status} {name:<14} {finding.found}{advice}", flush=True)
     ok = all(finding.status != "fail" for finding in findings.values())
     if as_json:
         checks = [{"name": name, **asdict(finding)} for name, finding in findings.items()]

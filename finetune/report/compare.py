@@ -69,12 +69,12 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def best_places(figure: Figure, values: Sequence[float | None]) -> frozenset[int]:
-    """Return the places of the best value; none if all are equal, or no direction is better."""
+    """Return the places of the best value as it is shown; none if all are equal, or no direction is better."""
     known = [value for value in values if value is not None]
-    if figure.lower_is_better is None or len(set(known)) < 2:
+    if figure.lower_is_better is None or len(set(map(figure.form, known))) < 2:
         return frozenset()
-    best = min(known) if figure.lower_is_better else max(known)
-    return frozenset(place for place, value in enumerate(values) if value == best)
+    best = figure.form(min(known) if figure.lower_is_better else max(known))
+    return frozenset(place for place, value in enumerate(values) if value is not None and figure.form(value) == best)
 
 
 def labels_of(folders: Sequence[Path]) -> tuple[str, ...]:

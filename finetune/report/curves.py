@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, cycle, product
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _WIDTH_INCHES, _HEIGHT_INCHES = 4.4, 2.5  # 9-point letters stay legible in the width of a phone.
-_NOISY = 40  # from this many points on, a moving average is drawn
+_NOISY = 40  # of a curve with more points, a moving average is drawn
 _LOGARITHMIC = 100.0  # from this ratio of largest to smallest on, the axis is logarithmic
 STYLES = tuple((color, dashes) for dashes, color in product(("-", "--", ":"), COLORS))
 
@@ -31,6 +31,7 @@ class Quantity:
         noisy: measured at every step, so drawn with a moving average.
         wide: may span powers of ten.
         share: at most 1.
+        from_zero: the axis starts at 0, so that small changes look small.
     """
 
     title: str
@@ -39,6 +40,7 @@ class Quantity:
     noisy: bool = False
     wide: bool = False
     share: bool = False
+    from_zero: bool = False
 
 
 _BY_SET = Quantity("Held-out loss by set, nats per target token", r"eval/.*/loss", wide=True)
@@ -50,7 +52,7 @@ QUANTITIES = (
     Quantity("Learning rate", r"learning_rate"),
     Quantity("Gradient norm before clipping", r"grad_norm", noisy=True, wide=True),
     Quantity("Throughput, tokens/s", r"tokens_per_second", noisy=True),
-    Quantity("Peak memory, GB", r"peak_bytes", 1e-9),
+    Quantity("Peak memory, GB", r"peak_bytes", 1e-9, from_zero=True),
 )
 
 
@@ -79,7 +81,7 @@ class Line(NamedTuple):
 
 def run_pictures(run: Run, steps_per_epoch: int | None = None) -> list[Picture]:
     """Draw every quantity of a run; steps_per_epoch: None if it is unknown."""
-    pictures = []
+    pictures: list[Picture] = []
     x_label = f"step ({steps_per_epoch:,} per epoch)" if steps_per_epoch else "step"
     for quantity in QUANTITIES:
         names = _names(run, quantity)
@@ -89,7 +91,9 @@ def run_pictures(run: Run, steps_per_epoch: int | None = None) -> list[Picture]:
             _line(_set_of(name) or name, run, name, quantity, (color, "-"))
             for name, color in zip(names, cycle(COLORS), strict=False)
         ]
-        pictures.append(draw(quantity.title, lines, quantity, _last_step([run]), x_label=x_label))
+        picture = draw(quantity.title, lines, quantity, _last_step([run]), x_label=x_label)
+        # The first picture explains the strong line.
+        pictures.append(replace(picture, note="") if any(other.note for other in pictures) else picture)
     return pictures
 
 
@@ -134,9 +138,12 @@ def draw(
     if all(len(line.series.steps) == 1 for line in lines):
         return Picture(title, numbers=tuple(_number_of(line, quantity, len(lines) > 1) for line in lines))
     drawn, (axes,) = figure(_WIDTH_INCHES, _HEIGHT_INCHES)
-    means = [_draw_line(axes, line, quantity.noisy, alone) for line in lines]
+    # All curves of a picture or none, so that they can be compared.
+    averaged = quantity.noisy and any(len(line.series.steps) > _NOISY for line in lines if not line.held_out)
+    for line in lines:
+        _draw_line(axes, line, averaged and not line.held_out, alone)
     values = [value for line in lines for value in line.series.values]
-    note = "The strong line is a moving average." if alone and any(means) else ""
+    note = "The strong line is a moving average." if alone and averaged else ""
     low, high = min(values), max(values)
     if quantity.wide and low > 0 and high / low > _LOGARITHMIC:
         axes.set_yscale("log")
@@ -145,6 +152,8 @@ def draw(
         if high - low <= 0.02 * abs(high):
             axes.set_ylim(min(0.9 * low, 1.1 * low), max(1.1 * high, 0.9 * high) or 1.0)
         axes.yaxis.set_major_formatter(_numbers(max(map(abs, values))))
+    if quantity.from_zero:
+        axes.set_ylim(bottom=0)
     if quantity.share:
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))
     axes.set_xlim(-0.02 * last_step, 1.02 * last_step)
@@ -164,18 +173,16 @@ def _number_of(line: Line, quantity: Quantity, several: bool) -> tuple[str, str]
     return label, f"{value:,.0f}" if abs(value) >= 1000 else number(value)
 
 
-def _draw_line(axes: Axes, line: Line, noisy: bool, faint: bool) -> bool:
-    """Return whether a moving average was drawn."""
-    noisy = noisy and not line.held_out and len(line.series.steps) > _NOISY
+def _draw_line(axes: Axes, line: Line, averaged: bool, faint: bool) -> None:
+    """Draw a curve, or its moving average; faint: over the values themselves."""
     shown = thinned(line.series)
     style = {"color": line.color, "linestyle": line.dashes}
-    if noisy and faint:
+    if averaged and faint:
         axes.plot(*shown, linewidth=0.7, alpha=0.4, **style)
     marker = "o" if line.held_out or len(shown.steps) == 1 else None
-    best = thinned(smoothed(line.series)) if noisy else shown
+    best = thinned(smoothed(line.series)) if averaged else shown
     few = len(best.steps) <= 30
     axes.plot(*best, label=line.name, linewidth=1.5, marker=marker if few else None, markersize=3.5, **style)
-    return noisy
 
 
 def _numbers(largest: float) -> Callable[[float, object], str]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Log = Callable[[str], None]
 """Receives one message for the user."""
 
+_COLORS = {"red": 31, "green": 32, "yellow": 33}
 _VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
 _VISIBLE |= {0x7F: 0x2421}
 _VISIBLE |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
@@ -46,11 +47,38 @@ def in_notebook() -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
+def is_plain(stream: IO[str]) -> bool:
+    """Return whether a stream takes no colors: a pipe or file, or with NO_COLOR or TERM=dumb."""
+    return not stream.isatty() or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") in (None, "", "dumb")
+
+
+def colored(text: str, color: Literal["red", "green", "yellow"], stream: IO[str]) -> str:
+    """Return a text bold and in a color, if the stream takes colors."""
+    return text if is_plain(stream) else f"\x1b[1;{_COLORS[color]}m{text}\x1b[0m"
+
+
+@contextmanager
+def silent_keys(terminal: int = 0) -> Iterator[None]:
+    """Let the terminal echo no key; keys that are typed meanwhile stay for the next `input()`. terminal: its file."""
+    if not os.isatty(terminal):
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(terminal)
+    changed = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(terminal, termios.TCSANOW, changed)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
+
+
 def console_for(stream: IO[str]) -> Console:
     """Build a console that wraps no line, and is plain with NO_COLOR, TERM=dumb or a pipe."""
     from rich.console import Console
 
-    plain = not stream.isatty() or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") in (None, "", "dumb")
+    plain = is_plain(stream)
     return Console(
         file=stream,
         color_system=None if plain else "auto",

@@ -86,6 +86,29 @@ def test_reset_forgets_and_exit_ends(capsys):
     assert capsys.readouterr().out == "fine\nfine\n"
 
 
+def test_a_saved_conversation_is_a_training_row(tmp_path: Path, capsys):
+    talking = conversation("fine", system="short")
+    talk(talking, [f"/save {tmp_path}/none.jsonl", "hi", "/save", f"/save {tmp_path}/rows.jsonl"])
+    row = {
+        "messages": [{"role": r, "content": c} for r, c in (("system", "short"), ("user", "hi"), ("assistant", "fine"))]
+    }
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == [row]
+    assert not (tmp_path / "none.jsonl").exists() and capsys.readouterr().err.count("error: /save") == 2
+
+
+def test_a_line_that_ends_in_a_backslash_continues(monkeypatch):
+    typed = iter(["one\\", "two", "", "three"])
+
+    def line(prompt: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", line)
+    assert list(chat._typed_lines()) == ["one\ntwo", "three"]
+
+
 @pytest.mark.parametrize(
     ("line", "shown"),
     [
@@ -94,7 +117,6 @@ def test_reset_forgets_and_exit_ends(capsys):
         ("/help", "/reset"),
         ("/quit", "/exit"),
         ("/zzz", "/help"),
-        ("/save it", "/save"),
     ],
 )
 def test_slash_commands_and_their_typos_never_reach_the_model(line: str, shown: str, capsys):

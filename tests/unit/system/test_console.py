@@ -1,0 +1,40 @@
+"""Colors on terminals that take them, and keys typed while an answer streams."""
+
+from __future__ import annotations
+
+import os
+import pty
+import termios
+
+import pytest
+
+from finetune.system.console import colored, silent_keys
+
+
+@pytest.fixture
+def terminal():
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb"), os.fdopen(theirs, "w") as stream:
+        yield stream
+
+
+def test_a_terminal_gets_colors_unless_it_or_the_user_refuses(terminal, tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert colored("text", "red", terminal) != "text"
+    with (tmp_path / "file").open("w") as file:
+        assert colored("text", "red", file) == "text"
+    monkeypatch.setenv("TERM", "dumb")
+    assert colored("text", "red", terminal) == "text"
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert colored("text", "red", terminal) == "text"
+
+
+def test_keys_are_not_echoed_inside_and_are_again_after_an_error(terminal):
+    echo = lambda: bool(termios.tcgetattr(terminal)[3] & termios.ECHO)  # noqa: E731
+    assert echo()
+    with pytest.raises(KeyboardInterrupt), silent_keys(terminal.fileno()):
+        assert not echo()
+        raise KeyboardInterrupt
+    assert echo()
