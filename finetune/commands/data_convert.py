@@ -70,6 +70,7 @@ def _converted(source: ConvertOptions, rows: _Rows) -> Iterator[dict[str, Any]]:
     """Yield one row of messages per conversation; count bad rows in `rows`."""
     from finetune.data.formats.messages import Conversation
     from finetune.data.formats.parser import RowParser, messages_row, resolve_format
+    from finetune.data.formats.rules import RowRules
     from finetune.data.sources.paths import read_rows
 
     parser = None
@@ -81,7 +82,7 @@ def _converted(source: ConvertOptions, rows: _Rows) -> Iterator[dict[str, Any]]:
             name = resolve_format(source, row.value, source.path)
             if name in ("text", "tokens"):
                 raise DataError(f"{source.path}: has no turns to write as messages, found format={name}")
-            parser = RowParser(source, name)
+            parser = RowParser(source, name, rules=RowRules.of(source))
         try:
             if not isinstance(conversation := parser.parse(row.value), Conversation):
                 raise DataError("is not a conversation")

@@ -12,6 +12,7 @@ Examples
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from finetune.commands.base import Command
@@ -38,6 +39,7 @@ def run(arguments: Arguments) -> int:
         raise InputError(f"model={options.model}: unknown\nhelp: models: {', '.join(known)}")
 
     from finetune.config.schema import SourceConfig
+    from finetune.data.formats.rules import RowRules
     from finetune.planning.gpus import planned_device
     from finetune.planning.starter import propose, read_facts
     from finetune.system.machine import available_memory
@@ -48,8 +50,11 @@ def run(arguments: Arguments) -> int:
         kind, free_bytes, machine, gpu_name = planned_device(options.gpu, options.gpu_gb)
         free_bytes = free_bytes or available_memory()
         machine = f"{machine}, {format_bytes(free_bytes)} free"
-        facts = read_facts(source)
+        rules = RowRules.of(options)
+        facts = read_facts(source, rules)
         starter = propose(facts, kind, free_bytes, model=options.model, gpu_name=gpu_name)
+        settings = {f"data.{key}": (value, "as given to finetune init") for key, value in rules.changed().items()}
+        starter = replace(starter, settings=starter.settings | settings)
         stream.write(_yaml(source, facts, starter, options.out, machine))
     more = "" if facts.complete else "more than "
     log(
@@ -89,7 +94,7 @@ def _yaml(source: Any, facts: DataFacts, starter: Starter, name: str, machine: s
         f"  - model: {starter.model}",
     ]
     section = ""
-    for key, (value, reason) in starter.settings.items():
+    for key, (value, reason) in sorted(starter.settings.items(), key=lambda setting: setting[0].partition(".")[0]):
         if key.partition(".")[0] != section:
             section = key.partition(".")[0]
             lines.append(f"{section}:")

@@ -7,6 +7,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from finetune.config.sections import (
+    ON_OBJECT_HELP,
+    REASONING_HELP,
+    TURN_ORDER_HELP,
     Count,
     Dtype,
     Fraction,
@@ -14,14 +17,17 @@ from finetune.config.sections import (
     NotNegative,
     Number,
     OnBadRow,
+    OnObject,
     Positive,
     QuantType,
+    ReasoningRule,
     Section,
     Seed,
     Share,
     SourceConfig,
     Sources,
     Text,
+    TurnOrder,
 )
 
 Base = Literal["auto", "original", "dequantized"]
@@ -45,7 +51,15 @@ class DataOptions(Section):
     dump: Text | None = Field(None, description="JSONL file to write: every row as tokens and labels.")
 
 
-class ConvertOptions(SourceConfig):
+class RowOptions(SourceConfig):
+    """The keys of an item of data.train, and the settings of the data section that decide what a row means."""
+
+    reasoning: ReasoningRule = Field("error", description=REASONING_HELP)
+    on_object: OnObject = Field("error", description=ON_OBJECT_HELP)
+    turn_order: TurnOrder = Field("any", description=TURN_ORDER_HELP)
+
+
+class ConvertOptions(RowOptions):
     """`finetune data convert`: the keys of an item of data.train, and what to do with bad rows."""
 
     out: Text = Field(description="File to write; it must not exist.")
@@ -53,7 +67,7 @@ class ConvertOptions(SourceConfig):
     max_bad_share: Share = Field(0.05, description="Share of skipped rows above which nothing is written.")
 
 
-class InitOptions(SourceConfig):
+class InitOptions(RowOptions):
     """`finetune init`: the keys of an item of data.train, and what to plan for."""
 
     path: Text = Field("", description="The dataset; the word without a key.")  # type: ignore[assignment]

@@ -39,6 +39,12 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[Number, Field(gt=0, le=1)]
 QuantType = Literal["nf4", "int8", "none"]
 OnBadRow = Literal["error", "skip"]
+ReasoningRule = Literal["error", "think", "drop"]
+OnObject = Literal["error", "json"]
+TurnOrder = Literal["any", "strict"]
+REASONING_HELP = "Reasoning in a field of a message, as reasoning_content: refuse, write as <think> text, or leave out."
+ON_OBJECT_HELP = "Objects and lists instead of texts: refuse, or write as JSON text."
+TURN_ORDER_HELP = "Unusual orders of turns: all that the chat template writes unchanged, or none."
 
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _LONG_DTYPES = {short: long for long, short in SHORT_DTYPES.items()}
@@ -148,6 +154,9 @@ class DataConfig(Section):
     )
     on_bad_row: OnBadRow = Field("error", description="At invalid examples: list and stop, or skip.")
     max_bad_share: Share = Field(0.05, description="Share of invalid examples above which a source is refused.")
+    reasoning: ReasoningRule = Field("error", description=REASONING_HELP)
+    on_object: OnObject = Field("error", description=ON_OBJECT_HELP)
+    turn_order: TurnOrder = Field("any", description=TURN_ORDER_HELP)
     system: Text | None = Field(None, description="System message for examples without one; null: none.")
     chat_template: Text | None = Field(None, description="File with a Jinja chat template; null: the tokenizer's own.")
     stream_rows: Count | None = Field(None, description="Examples to tokenize at a time; null: all before training.")

@@ -11,6 +11,7 @@ from finetune.config.compose import load_config
 from finetune.config.schema import RunConfig, SourceConfig
 from finetune.data.formats.messages import Conversation, RawText
 from finetune.data.formats.parser import RowParser, resolve_format
+from finetune.data.formats.rules import DEFAULT_RULES, RowRules
 from finetune.data.sources.paths import read_rows
 from finetune.models.families import QWEN25_SHAPES
 from finetune.planning.advice import longest_that_fits
@@ -64,7 +65,7 @@ class Starter:
     time_source: str
 
 
-def read_facts(source: SourceConfig) -> DataFacts:
+def read_facts(source: SourceConfig, rules: RowRules = DEFAULT_RULES) -> DataFacts:
     """Read up to 20,000 rows of a source.
 
     Raises: DataError if the file cannot be read, its format is not recognized, or no row is usable.
@@ -78,7 +79,7 @@ def read_facts(source: SourceConfig) -> DataFacts:
             if isinstance(row.value, DataError):
                 raise row.value
             if parser is None:
-                parser = RowParser(source, resolve_format(source, row.value, source.path))
+                parser = RowParser(source, resolve_format(source, row.value, source.path), rules=rules)
             tokens.append(_tokens(parser.parse(row.value)))
         except DataError as error:
             if parser is None:

@@ -13,21 +13,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.config.schema import SourceConfig
-from finetune.data.formats.messages import ROLES, Conversation, Message, ToolCall
+from finetune.data.formats.messages import ROLES, Conversation, Message, ToolCall, out_of_order
+from finetune.data.formats.rules import REASONING_KEYS, RowRules, reasoning_of, with_reasoning
 from finetune.data.formats.values import Fields, as_json, as_text, is_empty, kind, listed, printable_name, shown
 from finetune.system.errors import DataError
 
 # Keys of a message that have a meaning; `columns` can map each.
-MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "tool_calls", "function_call", "train", "weight"})
+MESSAGE_KEYS = frozenset(
+    {"role", "content", "from", "value", "tool_calls", "function_call", "train", "weight", "reasoning"}
+)
 # Keys that only describe a message; they are ignored.
 METADATA_KEYS = frozenset(
     "name id tool_call_id call_id message_id parent_id turn_id turn_identifier index idx timestamp created created_at "
     "date time author user_id model source url language lang country state hashed_ip header toxic redacted type".split()
 )
 KNOWN_KEYS = MESSAGE_KEYS | METADATA_KEYS
+_READ_KEYS = KNOWN_KEYS | frozenset(REASONING_KEYS)
 # Keys with content that a chat template leaves out.
-_LOST_KEYS = frozenset(
-    "reasoning reasoning_content thinking thoughts refusal image images audio audios video videos file files".split()
+_LOST_KEYS = frozenset("refusal image images audio audios video videos file files".split())
+# Types of the parts of a content. Other lists of objects are data.
+_PARTS = frozenset(
+    "text image image_url input_image audio audio_url input_audio video video_url file input_file refusal".split()
 )
 # Role of ShareGPT's turns of function calls: they become tool calls of the assistant.
 _CALL = "function_call"
@@ -57,13 +63,17 @@ ROLE_NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """A source's names. keys: our key of a message to the file's. roles: the file's role to ours."""
+    """A source's names, and the rules for its values.
+
+    keys: our key of a message to the file's. roles: the file's role to ours.
+    """
 
     keys: Mapping[str, str]
     roles: Mapping[str, str]
+    rules: RowRules
 
     @classmethod
-    def of(cls, source: SourceConfig) -> Spelling:
+    def of(cls, source: SourceConfig, rules: RowRules) -> Spelling:
         """Build it from the source's `columns` and `roles`; common role names stay known."""
         ours_of = {theirs: ours for ours, theirs in ALIASES.items()}
         keys = {ours_of.get(ours, ours): theirs for ours, theirs in source.columns.items() if ours in KNOWN_KEYS}
@@ -72,7 +82,14 @@ class Spelling:
             for role, names in source.roles.items()
             for theirs in ([names] if isinstance(names, str) else names)
         }
-        return cls(keys, ROLE_NAMES | named)
+        return cls(keys, ROLE_NAMES | named, rules)
+
+    def are_turns(self, value: Any) -> bool:
+        """Return whether a value is to be read as messages: it is a list, and no object that becomes JSON text."""
+        if not isinstance(value, list) or self.rules.on_object == "error":
+            return isinstance(value, list)
+        names = {"role", "from", self.keys.get("role", "role")}
+        return bool(value) and all(isinstance(item, Mapping) and not names.isdisjoint(item) for item in value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +120,7 @@ def read_turns(items: Any, column: str, spelling: Spelling, assistant_weight: fl
         _refuse_what_would_be_lost(fields)
         role = _role(fields, spelling.roles)
         weight = _weight(fields, assistant_weight if role in ("assistant", _CALL) else 1.0)
-        message = _message(fields, role, weight)
+        message = _message(fields, role, weight, spelling.rules)
         before = turns[-1].message if turns else None
         if role == _CALL and before and before.role == "assistant" and before.weight == weight:
             joined = replace(before, tool_calls=before.tool_calls + message.tool_calls)
@@ -113,40 +130,20 @@ def read_turns(items: Any, column: str, spelling: Spelling, assistant_weight: fl
     return turns
 
 
-def answer(content: Any, location: str, calls: tuple[ToolCall, ...] = (), weight: float = 1.0) -> Message:
-    """Return an assistant turn. A number or a boolean, often a class label, becomes its JSON text.
-
-    Raises: DataError naming the location, for other values that are no text.
-    """
-    if not isinstance(content, bool | int | float):
-        return Message("assistant", as_text(content, location), calls, weight)
-    as_json(content, location)  # refuses nan, and integers that Python does not print
-    return Message("assistant", json.dumps(content), calls, weight, note="numbers or booleans as answers, read as text")
-
-
-def conversation(turns: Sequence[Turn], tools: tuple[Mapping[str, Any], ...]) -> Conversation:
-    """Build a conversation from turns in an order that chat templates support.
-
-    - At most one system turn, at the start.
-    - A user turn before the first assistant turn.
-    - A tool turn after an assistant turn or another tool turn. The call may be in `tool_calls` or in the text.
-    - Several turns of one role in a row are kept.
+def conversation(turns: Sequence[Turn], tools: tuple[Mapping[str, Any], ...], rules: RowRules) -> Conversation:
+    """Build a conversation; `data.turn_order` decides whether its turns may have an unusual order.
 
     Raises: DataError naming the turn.
     """
-    before = None
-    for i, turn in enumerate(turns):
-        role = turn.message.role
-        if role == "system" and i > 0:
-            first = turns[0]
-            found = f"found after {first.location}" if first.message.role == "system" else "not at the start"
-            raise DataError(f"{turn.location} is a system turn, {found}; a conversation has one, at the start")
-        if role in ("assistant", "tool") and before in (None, "system"):
-            raise DataError(f"{turn.location} is of the {role}, with no user turn before it; remove it")
-        if role == "tool" and before == "user":
-            raise DataError(f"{turn.location} is a tool's answer without an assistant turn before it")
-        before = role
-    return Conversation(tuple(turn.message for turn in turns), tools)
+    messages = [turn.message for turn in turns]
+    if (found := out_of_order([message.role for message in messages])) is not None:
+        i, reason = found
+        if rules.turn_order == "strict":
+            raise DataError(f"{turns[i].location} {reason}; to keep this order, set data.turn_order=any")
+        if max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1) == 0:
+            raise DataError(f"{turns[0].location} is the only answer, and nothing comes before it; remove the row")
+        messages[i] = replace(messages[i], notes=(*messages[i].notes, "rows with an unusual order of turns"))
+    return Conversation(tuple(messages), tools)
 
 
 def read_tools(row: Fields) -> tuple[Mapping[str, Any], ...]:
@@ -164,7 +161,7 @@ def read_tools(row: Fields) -> tuple[Mapping[str, Any], ...]:
 
 
 def _refuse_what_would_be_lost(fields: Fields) -> None:
-    for key in sorted(key for key, value in fields.values.items() if key not in KNOWN_KEYS and not is_empty(value)):
+    for key in sorted(key for key, value in fields.values.items() if key not in _READ_KEYS and not is_empty(value)):
         name, found = printable_name(key), kind(fields.values[key])
         location = fields.named(name)
         if key in _LOST_KEYS:
@@ -193,29 +190,34 @@ def _role(fields: Fields, roles: Mapping[str, str]) -> str:
     )
 
 
-def _message(fields: Fields, role: str, weight: float) -> Message:
+def _message(fields: Fields, role: str, weight: float, rules: RowRules) -> Message:
     given = [key for key in ("tool_calls", "function_call") if not is_empty(fields.get(key))]
     if len(given) == 2:
         raise DataError(f"{fields.location} has both tool_calls and function_call; keep tool_calls")
-    calls = _calls(fields.get(given[0]), fields.named(given[0])) if given else ()
+    notes: list[str] = []
+    calls = _calls(fields.get(given[0]), fields.named(given[0]), notes) if given else ()
+    content, location = fields.get("content"), fields.named("content")
+    reasoning = reasoning_of(fields, rules, notes)
     if role == _CALL:
         if calls:
             raise DataError(f"{fields.location} is a function call and has tool calls; keep one of them")
-        return Message("assistant", "", _calls(fields.get("content"), fields.named("content")), weight)
+        role, content, calls = "assistant", None, _calls(content, location, notes)
     if calls and role != "assistant":
         raise DataError(f"{fields.location} is of the {role} and calls a tool; only the assistant can")
-    content, location = fields.get("content"), fields.named("content")
-    if isinstance(content, list):
-        content = "".join(_part(part, f"{location}[{i}]") for i, part in enumerate(content))
-    elif content is None and calls:
-        content = ""
+    if reasoning and role != "assistant":
+        raise DataError(f"{fields.location} is of the {role} and holds reasoning; only the assistant can")
+    if content is None and calls:
+        text = ""
     elif content is None and role == "tool" and "content" in fields.values:
-        return Message(role, "", weight=weight, note="tools answered null, read as empty text")
+        text = ""
+        notes.append("tools answered null, read as empty text")
     elif content is None and "content" not in fields.values:
         raise DataError(_missing(fields, "content"))
-    if role == "assistant":
-        return answer(content, location, calls, weight)
-    return Message(role, as_text(content, location), calls, weight)
+    elif isinstance(content, list) and (rules.on_object == "error" or _are_parts(content)):
+        text = "".join(_part(part, f"{location}[{i}]") for i, part in enumerate(content))
+    else:
+        text = rules.text(content, location, notes)
+    return Message(role, with_reasoning(text, reasoning, location), calls, weight, tuple(notes))
 
 
 def _missing(fields: Fields, key: str) -> str:
@@ -227,6 +229,10 @@ def _missing(fields: Fields, key: str) -> str:
     )
 
 
+def _are_parts(content: list[Any]) -> bool:
+    return not content or any(isinstance(part, Mapping) and part.get("type") in _PARTS for part in content)
+
+
 def _part(part: Any, location: str) -> str:
     if not isinstance(part, Mapping):
         raise DataError(f"{location} must be an object with type and text, found {kind(part)}")
@@ -235,17 +241,17 @@ def _part(part: Any, location: str) -> str:
     return as_text(part.get("text"), f"{location}.text")
 
 
-def _calls(value: Any, location: str) -> tuple[ToolCall, ...]:
+def _calls(value: Any, location: str, notes: list[str]) -> tuple[ToolCall, ...]:
     """One call or a list of calls, decoded or as JSON text: `{"name", "arguments"}`, or this under `function`."""
     decoded = as_json(value, location)
     if not isinstance(decoded, list):
-        return (_call(decoded, location),)
+        return (_call(decoded, location, notes),)
     if not decoded:
         raise DataError(f"{location} must hold at least one call, found an empty list")
-    return tuple(_call(call, f"{location}[{i}]") for i, call in enumerate(decoded))
+    return tuple(_call(call, f"{location}[{i}]", notes) for i, call in enumerate(decoded))
 
 
-def _call(call: Any, location: str) -> ToolCall:
+def _call(call: Any, location: str, notes: list[str]) -> ToolCall:
     if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
         call, location = call["function"], f"{location}.function"
     if not isinstance(call, Mapping):
@@ -259,6 +265,7 @@ def _call(call: Any, location: str) -> ToolCall:
     arguments = call["arguments"]
     # A call without arguments: null, or text without a character.
     empty = arguments is None or (isinstance(arguments, str) and not arguments.strip())
+    notes += ["calls with empty arguments, read as {}"] * empty
     arguments = {} if empty else as_json(arguments, f"{location}.arguments")
     if not isinstance(arguments, Mapping):
         raise DataError(f"{location}.arguments must be an object or its JSON text, found {kind(arguments)}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
+# Around the reasoning in a content.
+THINK_TAGS = "<think>", "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +29,14 @@ class Message:
     role: one of ROLES.
     tool_calls: of an assistant turn, after its text.
     weight: factor of its loss if `data.train_on` selects the turn; 0 leaves it untrained.
-    note: what was read in another form than it is written; the log counts equal notes.
+    notes: what was read in another form than it is written; the log counts equal notes.
     """
 
     role: str
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     weight: float = 1.0
-    note: str = field(default="", compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the turn with OpenAI's keys, as chat templates take it; the weight is left out."""
@@ -48,6 +50,24 @@ class Conversation:
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+
+
+def out_of_order(roles: Sequence[str]) -> tuple[int, str] | None:
+    """Return the first turn out of the usual order and what is unusual about it; None if there is none.
+
+    The usual order: at most one system turn, at the start; a user turn before the first assistant turn; a tool turn
+    after an assistant turn or another tool turn. Several turns of one role in a row are usual.
+    """
+    before = None
+    for i, role in enumerate(roles):
+        if role == "system" and i > 0:
+            return i, "is a system turn that is not the first turn"
+        if role in ("assistant", "tool") and before in (None, "system"):
+            return i, f"is of the {role}, with no user turn before it"
+        if role == "tool" and before == "user":
+            return i, "is a tool's answer without an assistant turn before it"
+        before = role
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,13 @@ from finetune.data.formats.conversations import (
     METADATA_KEYS,
     Spelling,
     Turn,
-    answer,
     conversation,
     read_tools,
     read_turns,
 )
 from finetune.data.formats.messages import Conversation, Example, Message, RawText, TokenRow
-from finetune.data.formats.values import Fields, as_json, as_text, is_empty, kind, listed, printable_name, shown
+from finetune.data.formats.rules import DEFAULT_RULES, RowRules
+from finetune.data.formats.values import Fields, as_json, is_empty, kind, listed, printable_name, shown
 from finetune.system.console import log_once
 from finetune.system.errors import DataError
 
@@ -79,7 +79,7 @@ def parse_messages(row: Fields, spelling: Spelling, column: str = "messages") ->
     items, location = row.get(column), row.named(column)
     if isinstance(items, str):  # in a CSV file
         items = as_json(items, location)
-    return _chat(row, read_turns(items, location, spelling))
+    return _chat(row, read_turns(items, location, spelling), spelling.rules)
 
 
 def parse_prompt_completion(row: Fields, spelling: Spelling) -> Conversation:
@@ -89,24 +89,29 @@ def parse_prompt_completion(row: Fields, spelling: Spelling) -> Conversation:
     """
 
     def side(column: str, role: str, assistant_weight: float) -> list[Turn]:
-        if isinstance(row.get(column), list):
-            return read_turns(row.get(column), row.named(column), spelling, assistant_weight)
-        location = row.named(column)
-        if role == "assistant":
-            return [Turn(location, answer(row.get(column), location))]
-        return [Turn(location, Message(role, row.text(column)))]
+        value, location = row.get(column), row.named(column)
+        if spelling.are_turns(value):
+            return read_turns(value, location, spelling, assistant_weight)
+        notes: list[str] = []
+        return [Turn(location, Message(role, spelling.rules.text(value, location, notes), notes=tuple(notes)))]
 
     prompt, completion = side("prompt", "user", 0.0), side("completion", "assistant", 1.0)
     if prompt[-1].message.role == completion[0].message.role == "assistant":
         raise DataError(
             f"{prompt[-1].location} and {completion[0].location} are both of the assistant; make them one turn"
         )
-    return _chat(row, [*prompt, *completion])
+    return _chat(row, [*prompt, *completion], spelling.rules)
 
 
-def parse_alpaca(row: Fields, _: Spelling) -> Conversation:
+def parse_alpaca(row: Fields, spelling: Spelling) -> Conversation:
     """Parse Alpaca's rows: instruction, output, and optional input (on a line of its own), system and history."""
     turns = []
+
+    def turn(role: str, *values: tuple[Any, str]) -> Turn:
+        notes: list[str] = []
+        text = "\n".join(filter(None, (spelling.rules.text(value, location, notes) for value, location in values)))
+        return Turn(values[0][1], Message(role, text, notes=tuple(notes)))
+
     history, location = row.get("history") or [], row.named("history")
     if not isinstance(history, list):
         raise DataError(f"{location} must be a list of pairs of texts, found {kind(history)}")
@@ -114,11 +119,11 @@ def parse_alpaca(row: Fields, _: Spelling) -> Conversation:
         if not (isinstance(pair, list) and len(pair) == 2):
             raise DataError(f"{location}[{i}] must be a pair of texts, found {kind(pair)}")
         for j, role in enumerate(("user", "assistant")):
-            turns.append(Turn(f"{location}[{i}][{j}]", Message(role, as_text(pair[j], f"{location}[{i}][{j}]"))))
-    asked = "\n".join(filter(None, (row.text("instruction"), row.text("input", default=""))))
-    turns.append(Turn(row.named("instruction"), Message("user", asked)))
-    turns.append(Turn(row.named("output"), answer(row.get("output"), row.named("output"))))
-    return _chat(row, turns)
+            turns.append(turn(role, (pair[j], f"{location}[{i}][{j}]")))
+    about = "" if row.get("input") is None else row.get("input")
+    turns.append(turn("user", (row.get("instruction"), row.named("instruction")), (about, row.named("input"))))
+    turns.append(turn("assistant", (row.get("output"), row.named("output"))))
+    return _chat(row, turns, spelling.rules)
 
 
 def parse_text(row: Fields, _: Spelling) -> RawText:
@@ -128,7 +133,7 @@ def parse_text(row: Fields, _: Spelling) -> RawText:
     return RawText(text)
 
 
-def _chat(row: Fields, turns: list[Turn]) -> Conversation:
+def _chat(row: Fields, turns: list[Turn], rules: RowRules) -> Conversation:
     for column in _VERDICTS:
         if row.get(column) is False:
             raise DataError(f"{column} is false, which marks a bad answer; remove the row")
@@ -136,8 +141,10 @@ def _chat(row: Fields, turns: list[Turn]) -> Conversation:
         if not is_empty(row.get(column)):
             raise DataError(f"{column} would be lost: the model reads text only; remove the column or the row")
     if system := row.text("system", default=""):
+        if turns[0].message.role == "system":
+            raise DataError(f"{turns[0].location} and {row.named('system')} are both system texts; keep one of them")
         turns = [Turn(row.named("system"), Message("system", system)), *turns]
-    return conversation(turns, read_tools(row))
+    return conversation(turns, read_tools(row), rules)
 
 
 def parse_tokens(row: Fields, _: Spelling) -> TokenRow:
@@ -335,11 +342,13 @@ class RowParser:
 
     format: a key of FORMATS, from `resolve_format`.
     system: text of the system turn that is added to conversations without one.
+    rules: for values that can be read in more than one way.
     """
 
     source: SourceConfig
     format: str
     system: str | None = None
+    rules: RowRules = DEFAULT_RULES
 
     def parse(self, value: Any) -> Example:
         """Parse a decoded row.
@@ -379,7 +388,7 @@ class RowParser:
 
     @cached_property
     def _spelling(self) -> Spelling:
-        return Spelling.of(self.source)
+        return Spelling.of(self.source, self.rules)
 
 
 def messages_row(conversation: Conversation) -> dict[str, Any]:

@@ -23,8 +23,8 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from finetune.data.encoded import Encoded
-from finetune.data.formats.messages import Conversation, Message
-from finetune.data.template.layout import THINK_TAGS, FilledRun, Reasoning, Run, control_pattern, lay_out, reasoning_in
+from finetune.data.formats.messages import THINK_TAGS, Conversation, Message
+from finetune.data.template.layout import FilledRun, Reasoning, Run, control_pattern, lay_out, reasoning_in
 from finetune.data.template.markers import CLOSE, OPEN, MarkedRow
 from finetune.data.template.sandbox import Renderer
 from finetune.system.errors import DataError

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
-from finetune.data.formats.messages import Message
-from finetune.data.template.markers import MARKER, MarkedRow, written
+from finetune.data.formats.messages import THINK_TAGS, Message, out_of_order
+from finetune.data.template.markers import MARKER, OPEN, MarkedRow, written
 from finetune.system.errors import DataError
 
 # (number of messages, with the header of the next answer) -> marked text
 Render = Callable[[int, bool], str]
-THINK_TAGS = THINK, END_THINK = "<think>", "</think>"
+THINK, END_THINK = THINK_TAGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,9 @@ def lay_out(
     """
     whole = render(len(marked.messages), prompt)
     written_turns = {marked.owners[int(found[2])] for found in MARKER.finditer(whole)}
+    if out_of_order([message["role"] for message in marked.messages]):
+        _check_order(marked, whole)
+        complete = True
     if marked.tools and -1 not in written_turns:
         raise DataError("the chat template leaves out the row's tools; set data.chat_template to one that writes them")
     regions = []
@@ -100,8 +103,8 @@ def _generated_region(
     render: Render, marked: MarkedRow, turn: int, control: re.Pattern[str], whole: str
 ) -> tuple[int, int]:
     """The characters [start, end) of an assistant turn that the model generates."""
-    header = render(turn, True)
     until = render(turn + 1, False)
+    header = render(turn, True) if turn else _first_header(render, until)
     differs = (i for i, (a, b) in enumerate(zip(until, whole, strict=False)) if a != b)
     common = next(differs, min(len(until), len(whole)))
     start = len(header)
@@ -122,6 +125,31 @@ def _generated_region(
             "stop; set data.chat_template"
         )
     return start, ends[-1]
+
+
+def _first_header(render: Render, until: str) -> str:
+    """Return what precedes the text of a first turn: everything up to the header that the template puts before answers.
+
+    Raises: DataError if this header is not there, or more than once.
+    """
+    prompt = render(1, True)
+    opening = prompt[len(until) :] if prompt.startswith(until) else ""
+    before = until[: until.index(OPEN)] if OPEN in until else until
+    if not opening or before.count(opening) != 1:
+        raise DataError(
+            "the chat template writes message 0 (assistant) otherwise than an answer; give it weight 0, or remove it"
+        )
+    return before[: before.index(opening) + len(opening)]
+
+
+def _check_order(marked: MarkedRow, whole: str) -> None:
+    """Raise DataError if the template moves turns."""
+    owners = [marked.owners[int(found[2])] for found in MARKER.finditer(whole)]
+    owners = [owner for owner in owners if owner >= 0]
+    if moved := [b for a, b in pairwise(owners) if b < a]:
+        raise DataError(
+            f"the chat template moves message {moved[0]} before others; remove the row, or reorder its turns"
+        )
 
 
 def _left_out(marked: MarkedRow, turn: int, inside: set[int]) -> list[str]:

@@ -80,7 +80,7 @@ class RowEncoder:
                 bad.append(BadRow(row.index, row.location, str(encoded)))
                 continue
             if isinstance(example, Conversation):
-                notes.update(message.note for message in example.messages if message.note)
+                notes.update(note for message in example.messages for note in message.notes)
             content = _content(example)
             texts_of_row = () if isinstance(example, TokenRow) else _strings(content)
             control_tokens = sum(map(self.chat.control_tokens_in, texts_of_row))

@@ -19,6 +19,7 @@ import tokenizers
 
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.formats.parser import RowParser, resolve_format
+from finetune.data.formats.rules import RowRules
 from finetune.data.sources.paths import resolve_source
 from finetune.data.sources.readers import RawBatch
 from finetune.data.template.chat import ChatTemplate
@@ -51,7 +52,8 @@ class Preparation:
 
     def encoder(self, source: SourceConfig, format_name: str) -> RowEncoder:
         """Build the encoder of a source's rows."""
-        return RowEncoder(RowParser(source, format_name, self.cfg.system), self.chat, self.cfg.train_on)
+        parser = RowParser(source, format_name, self.cfg.system, RowRules.of(self.cfg))
+        return RowEncoder(parser, self.chat, self.cfg.train_on)
 
     def store(self, source: SourceConfig) -> TokenStore:
         """Return the source's tokens, from the cache if they are there. Bad rows are listed in the store.
@@ -86,6 +88,8 @@ class Preparation:
             "train_on": self.cfg.train_on,
             "system": self.cfg.system,
             **source.model_dump(include={"format", "columns", "roles", "limit"}),
+            # Rows that older versions read keep their tokens, and so their cache.
+            **RowRules.of(self.cfg).changed(),
         }
 
     def provide(self, folder: Path, write: Callable[[Path], None]) -> None:

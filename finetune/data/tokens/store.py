@@ -41,7 +41,7 @@ ROW = np.dtype(
 _IDS, _CODES, _ROWS, _META, BAD_ROWS = "ids.bin", "codes.bin", "rows.npz", "meta.json", "bad_rows.jsonl"
 _MEDIA = "media_digests"  # column of rows.npz, as hexadecimal text; missing where every row is text
 # Raise it when rows are read that were bad before.
-READER_VERSION = 1
+READER_VERSION = 2
 _MOST_WEIGHTS = 256  # a code is one byte
 
 

@@ -69,7 +69,7 @@ def test_answers_that_are_numbers_are_trained_as_text_and_counted(tmp_path, chat
     rows = [{"prompt": "q", "completion": answer} for answer in (4, True, "x")]
     texts = [{"prompt": "q", "completion": answer} for answer in ("4", "true", "x")]
     data = load(config(write(tmp_path, *rows), workers=workers), chat)
-    assert "numbers or booleans as answers, read as text: 2" in describe_source(data.train[0])
+    assert "numbers or booleans, read as text: 2" in describe_source(data.train[0])
     assert data.digest == load(config(write(tmp_path, *texts, name="texts.jsonl")), chat).digest
 
 

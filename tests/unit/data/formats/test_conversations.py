@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from finetune.config.schema import SourceConfig
 from finetune.data.formats.messages import Conversation, Message, ToolCall
 from finetune.data.formats.parser import RowParser, messages_row
+from finetune.data.formats.rules import RowRules
 from finetune.system.errors import DataError
 
 SYSTEM, USER, ASSISTANT = Message("system", "s"), Message("user", "q"), Message("assistant", "a")
@@ -19,11 +20,12 @@ HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 CALL = {"name": "add", "arguments": {"x": 1}}
 WITH_CALL = Message("assistant", "", (ToolCall("add", {"x": 1}),))
 WITH_EMPTY_CALL = Message("assistant", "", (ToolCall("add", {}),))
+STRICT = RowRules(turn_order="strict")
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
 
-def parse(row, name: str = "messages", system: str | None = None, **source):
-    return RowParser(SourceConfig(path="rows.jsonl", **source), name, system).parse(row)
+def parse(row, name: str = "messages", system: str | None = None, rules: RowRules | None = None, **source):
+    return RowParser(SourceConfig(path="rows.jsonl", **source), name, system, rules or RowRules()).parse(row)
 
 
 def messages(*turns) -> tuple[Message, ...]:
@@ -173,9 +175,7 @@ HOSTILE_TURNS = [
     ([{"content": "q"}], "messages[0].role is missing", "content"),
     ([{"role": "user"}], "messages[0].content is missing", "role"),
     ([Q | {"content": None}], "messages[0].content must be text, found null"),
-    ([Q | {"content": 3}], "messages[0].content must be text, found a number"),
-    ([Q | {"content": True}], "messages[0].content must be text, found true or false"),
-    ([Q | {"content": {"a": 1}}], "messages[0].content must be text, found an object"),
+    ([Q | {"content": {"a": 1}}], "messages[0].content must be text, found an object", "data.on_object=json"),
     ([Q, A | {"content": None}], "messages[1].content must be text, found null"),
     ([Q | {"content": "a\0b"}], "messages[0].content", "NUL", "character 2"),
     ([Q | {"content": "a\ud800"}], "messages[0].content", "surrogate", "character 2"),
@@ -183,8 +183,10 @@ HOSTILE_TURNS = [
     ([Q | {"content": [{"type": "image_url"}]}], "messages[0].content[0].type is 'image_url'", "'text'"),
     ([Q | {"content": [{"text": "q"}]}], "messages[0].content[0].type is null"),
     ([Q | {"content": [{"type": "text", "text": 1}]}], "messages[0].content[0].text must be text, found a number"),
-    ([Q, A | {"reasoning_content": "hm"}], "messages[1].reasoning_content", "lost"),
-    ([Q, A | {"thinking": "hm"}], "messages[1].thinking", "lost"),
+    ([Q, A | {"reasoning_content": "hm"}], "messages[1].reasoning_content", "data.reasoning=think", "=drop"),
+    ([Q, A | {"thinking": "hm"}], "messages[1].thinking holds reasoning"),
+    ([Q, A | {"thinking": ["hm"]}], "messages[1].thinking must be text, found a list"),
+    ([Q, A | {"thinking": "hm", "reasoning": "ha"}], "messages[1].reasoning and messages[1].thinking differ"),
     ([Q, A | {"refusal": "no"}], "messages[1].refusal", "lost"),
     ([Q | {"images": ["x.png"]}], "messages[0].images", "lost"),
     ([Q | {"audio": {"id": 1}}], "messages[0].audio", "lost"),
@@ -203,8 +205,8 @@ HOSTILE_TURNS = [
     ([{"role": "system", "content": "s"}, A], "messages[1] is of the assistant", "no user turn before"),
     ([{"role": "tool", "content": "3"}, A], "messages[0] is of the tool", "no user turn before"),
     ([Q, {"role": "tool", "content": "3"}], "messages[1]", "tool"),
-    ([Q, {"role": "system", "content": "s"}], "messages[1] is a system turn", "not at the start"),
-    ([{"role": "system", "content": "s"}] * 2 + [Q], "messages[1] is a system turn", "after messages[0]"),
+    ([Q, {"role": "system", "content": "s"}], "messages[1] is a system turn", "data.turn_order=any"),
+    ([{"role": "system", "content": "s"}] * 2 + [Q], "messages[1] is a system turn", "not the first"),
     ([Q | {"tool_calls": [CALL]}], "messages[0] is of the user and calls a tool"),
     ([Q, calling(tool_calls=[CALL], function_call=CALL)], "messages[1] has both tool_calls and function_call"),
     ([Q, calling(tool_calls=["add"])], "messages[1].tool_calls[0] must be an object", "found text"),
@@ -239,7 +241,7 @@ HOSTILE_TURNS = [
 @pytest.mark.parametrize(("turns", "words"), [(turns, words) for turns, *words in HOSTILE_TURNS])
 def test_the_error_of_a_bad_message_names_location_and_problem(turns, words):
     with pytest.raises(DataError) as error:
-        parse({"messages": turns})
+        parse({"messages": turns}, rules=STRICT)
     assert [word for word in words if word not in str(error.value)] == []
     assert len(str(error.value)) < 500
 
@@ -264,7 +266,7 @@ def test_the_error_of_a_bad_message_names_location_and_problem(turns, words):
 )
 def test_the_error_of_a_bad_sharegpt_turn_uses_the_files_names(turns, words):
     with pytest.raises(DataError) as error:
-        sharegpt(*turns)
+        parse({"conversations": list(turns)}, "sharegpt", rules=STRICT)
     assert [word for word in words if word not in str(error.value)] == []
 
 
@@ -291,7 +293,7 @@ def test_the_error_of_a_bad_tools_or_system_column_names_it(columns, words):
 
 
 def test_a_system_column_and_a_system_turn_contradict_each_other():
-    with pytest.raises(DataError, match=r"messages\[0\] is a system turn, .*after system"):
+    with pytest.raises(DataError, match=r"messages\[0\] and system are both system texts"):
         parse({"system": "s", "messages": [{"role": "system", "content": "t"}, Q, A]})
 
 
@@ -337,5 +339,5 @@ def test_python_lists_in_a_csv_cell_are_read_as_their_json():
 
 
 def test_what_was_read_in_another_form_is_noted_at_its_message():
-    notes = [message.note for message in messages(Q, A | {"content": 4}, {"role": "tool", "content": None}, A)]
+    notes = [message.notes for message in messages(Q, A | {"content": 4}, {"role": "tool", "content": None}, A)]
     assert [bool(note) for note in notes] == [False, True, True, False]
