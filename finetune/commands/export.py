@@ -6,6 +6,7 @@ probabilities on fixed prompts. A folder that answers differently from its sourc
 
 Examples
   finetune export adapter=outputs/quickstart format=gguf type=q8_0 out=gguf
+  finetune export adapter=outputs/lora format=gguf type=q4_k_m imatrix=rows.jsonl out=gguf
   finetune export adapter=outputs/lora format=adapter out=served
   finetune export model=merged format=onnx type=int4 out=onnx
 """

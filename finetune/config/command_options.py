@@ -132,10 +132,14 @@ class ExportOptions(Section):
     type: Text | None = Field(None, description="Number type within the format; null: the format's default.")
     merge: bool = Field(True, description="false: write the adapter itself, not the merged model (gguf).")
     base: Base = Field("auto", description="Weights to add the update to, as for merge.")
+    imatrix: Sources | None = Field(
+        None, description="Rows whose activations weight the rounding of GGUF's k- and iq-types; null: no weights."
+    )
     shard_size: Text = Field("4GB", description="Maximum size of a safetensors file.")
     verify: bool = Field(True, description="Read the result with the reader of its format, and compare.")
     prompts: Count = Field(4, description="Prompts to compare on.")
     tokens: Count = Field(64, description="Tokens of the source model's answer to each prompt.")
+    kl_check: KlCheckOptions = Field(KlCheckOptions(), description="Comparison on held-out examples.")
 
 
 class EvalOptions(Section):

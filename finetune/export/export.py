@@ -72,7 +72,7 @@ def _source(
                 model=options.model,
                 base=options.base,
                 dtype=_MERGE_DTYPES.get(exporter.number_type(options), "float32"),
-                kl_check=KlCheckOptions() if options.verify else KlCheckOptions(num_examples=0),
+                kl_check=options.kl_check if options.verify else KlCheckOptions(num_examples=0),
             )
             report = merge(chosen, log, progress)
             yield folder / "model", [asdict(check) for check in report.kl_checks]

@@ -9,23 +9,33 @@ ConfigError if the format cannot represent the source, IntegrityError if the exp
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.command_options import ExportOptions
+from finetune.config.schema import DataConfig
+from finetune.data.loader import check_sources
+from finetune.export.gguf.quantizer import QUANTIZER_TYPES, find_quantizer
 from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE, find_adapter
 from finetune.models.hub import TEXT_FILES, TOKENIZER_FILES, WEIGHT_FILES, fetch, find_texts, read_config, weight_files
 from finetune.system.atomic import refuse_existing
 from finetune.system.console import Log
-from finetune.system.errors import ConfigError
+from finetune.system.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from finetune.export.verify import Verification
 
 # The formats spell the same types differently; each spelling is accepted.
-_SPELLINGS = ({"bf16", "bfloat16"}, {"fp16", "f16", "float16"}, {"fp32", "f32", "float32"})
+_SPELLINGS = (
+    {"bf16", "bfloat16"},
+    {"fp16", "f16", "float16"},
+    {"fp32", "f32", "float32"},
+    *({f"{name}_k", f"{name}_k_m"} for name in ("q3", "q4", "q5")),  # as in llama.cpp
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,8 @@ class Exporter:
     def number_type(self, options: ExportOptions) -> str:
         """Return `options.type` in the format's own spelling, or the default; raise ConfigError for an unknown one."""
         known = tuple(self.types) if options.merge and self.merges else self.adapter_types
-        spellings = next((names for names in _SPELLINGS if options.type in names), {options.type})
+        wanted = options.type and options.type.lower()
+        spellings = next((names for names in _SPELLINGS if wanted in names), {wanted})
         for name in known:
             if options.type is None or name in spellings:
                 return name
@@ -86,7 +97,8 @@ class Exporter:
 
 # GGUF's types below 8 bits keep the embedding in 8 bits.
 _GGUF_TYPES = {"q8_0": 1.1, "f32": 4, "f16": 2, "bf16": 2, "q5_1": 1.1, "q5_0": 1.1, "q4_1": 1.1, "q4_0": 1.1}
-_GGUF_ADVICE = "for another type export f32, then run llama.cpp's `llama-quantize model-f32.gguf model.gguf TYPE`"
+# An f32 file, and up to two quantized ones with the embedding in 6 bits.
+_GGUF_TYPES |= dict.fromkeys(QUANTIZER_TYPES, 5.7)
 EXPORTERS = {
     "safetensors": Exporter(
         "finetune.export.safetensors_folder",
@@ -106,13 +118,11 @@ EXPORTERS = {
         "one file for llama.cpp; merge=false writes a GGUF LoRA: f32 f16 bf16 q8_0",
         types=_GGUF_TYPES,
         adapter_types=("f32", "f16", "bf16", "q8_0"),
-        advice=_GGUF_ADVICE,
     ),
     "ollama": Exporter(
         "finetune.export.gguf.ollama",
         "a GGUF file with a Modelfile",
         types=_GGUF_TYPES,
-        advice=_GGUF_ADVICE,
     ),
     "onnx": Exporter(
         "finetune.export.onnx.model",
@@ -128,7 +138,7 @@ def formats_help() -> str:
     for name, exporter in EXPORTERS.items():
         lines.append(f"  {name:<13} {exporter.summary}")
         if exporter.merges:
-            lines.append(f"  {'':<13} type={' '.join(exporter.types)}")
+            lines += wrap(f"type={' '.join(exporter.types)}", 120, initial_indent=" " * 16, subsequent_indent=" " * 21)
     return "\n".join(lines)
 
 
@@ -137,12 +147,26 @@ def check_export(options: ExportOptions) -> None:
 
     Raises: ConfigError, or IntegrityError for a corrupt file of weights.
     """
-    find_exporter(options).number_type(options)
+    kind = find_exporter(options).number_type(options)
+    if kind in QUANTIZER_TYPES:
+        find_quantizer(kind, options.imatrix is not None)
+    if options.imatrix is not None:
+        with imatrix_errors():
+            check_sources(DataConfig(train=options.imatrix))
     refuse_existing(Path(options.out).expanduser())
     if options.adapter is not None:
         find_adapter(options.adapter, "adapter")
     elif find_texts(str(options.model), None, "model").revision is None:  # a local folder
         find_model(str(options.model))
+
+
+@contextmanager
+def imatrix_errors() -> Iterator[None]:
+    """Name `imatrix` as the key of errors in its rows."""
+    try:
+        yield
+    except DataError as error:
+        raise ConfigError(str(error).replace("data.train[", "imatrix[")) from error
 
 
 def find_exporter(options: ExportOptions) -> Exporter:
@@ -163,7 +187,18 @@ def find_exporter(options: ExportOptions) -> Exporter:
         problems.append(f"base={options.base}: nothing is merged here; remove it")
     if problems:
         raise ConfigError("\n".join(problems))
+    _check_imatrix(exporter.number_type(options), options)
     return exporter
+
+
+def _check_imatrix(kind: str, options: ExportOptions) -> None:
+    if options.imatrix is not None and kind not in QUANTIZER_TYPES:
+        raise ConfigError(
+            f"imatrix: type={kind} rounds every value to the nearest, so importance changes nothing\n"
+            f"help: remove it, or use format=gguf with {', '.join(QUANTIZER_TYPES)}"
+        )
+    if options.imatrix is None and QUANTIZER_TYPES.get(kind):
+        raise ConfigError(f"imatrix: is missing; type={kind} needs it\nhelp: pass imatrix=rows.jsonl")
 
 
 def find_model(name: str) -> Path:

@@ -61,7 +61,7 @@ def test_a_wrong_merge_is_refused_and_nothing_is_written(words, token, finetune_
     [
         (["format=gguf", "out=x"], "adapter: is missing"),
         (["adapter={run}", "format=exe", "out=x"], "found exe"),
-        (["adapter={run}", "format=gguf", "type=q3_k", "out=x"], "q3_k"),
+        (["adapter={run}", "format=gguf", "type=q9_k", "out=x"], "q9_k"),
         (["adapter={run}", "format=onnx", "merge=false", "out=x"], "merge=false"),
         (["model={run}", "format=gguf", "out=x"], "write adapter="),
     ],

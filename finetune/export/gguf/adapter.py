@@ -9,7 +9,7 @@ from finetune.export.adapter_folder import merge_reasons
 from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.gguf.file import PlannedTensor, start_writer, write_file
 from finetune.export.gguf.qwen2 import linear_name
-from finetune.export.gguf.types import TYPES
+from finetune.export.gguf.types import TYPES, storage_type
 from finetune.models.adapters.files import PREFIX, SavedAdapter, fetch_adapter, scaling_of
 from finetune.system.errors import ConfigError
 
@@ -43,7 +43,7 @@ def write_adapter(request: ExportRequest) -> Exported:
                     f"{linear_name(module)}.lora_{end}",
                     source,
                     tuple(tensor.shape),
-                    TYPES[request.kind],
+                    storage_type(TYPES[request.kind], tuple(tensor.shape), vocabulary=False),
                     lambda start, stop, tensor=tensor: tensor[start:stop],
                 )
             )

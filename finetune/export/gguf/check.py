@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from finetune.export.exporter import ExportRequest
+from finetune.export.gguf.quantizer import llama_package
 from finetune.export.verify import (
     OFFLINE,
     Answers,
@@ -89,22 +89,25 @@ def require_llama_ids(llama: Any, texts: dict[str, list[int]]) -> None:
     require_same_ids("llama.cpp", texts, lambda text: llama.tokenize(text.encode(), add_bos=False, special=True))
 
 
-def _in_transformers(path: Path, source: Path, answers: Answers, exact: bool) -> Verification:
+def load_gguf(path: Path, source: Path) -> Any:
+    """Load a GGUF file with transformers, in fp32; source: the model folder that it was written from."""
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # Hides its progress bar.
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **OFFLINE)
         # transformers does not read rope scaling from GGUF; check_file has compared those entries.
         config.rope_parameters = AutoConfig.from_pretrained(source, **OFFLINE).rope_parameters
-        model = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             path.parent, config=config, dtype=torch.float32, gguf_file=path.name, **OFFLINE
         ).eval()
+
+
+def _in_transformers(path: Path, source: Path, answers: Answers, exact: bool) -> Verification:
+    model = load_gguf(path, source)
     return compare(answers, lambda ids: model(torch.tensor([ids])).logits[0], "transformers", exact=exact)
 
 
 def open_llama(path: Path, length: int, adapter: Path | None = None) -> Any | None:
     """Open a model file in llama.cpp for texts of `length` tokens; return None if its package does not load."""
-    try:
-        llama_cpp = import_module("llama_cpp")
-    except (ImportError, OSError, RuntimeError):
+    if (llama_cpp := llama_package()) is None:
         return None
     over = {} if adapter is None else {"lora_path": str(adapter)}
     return llama_cpp.Llama(

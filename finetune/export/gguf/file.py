@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor
 
 from finetune.export.exporter import ExportRequest
-from finetune.export.gguf.qwen2 import ARCHITECTURE, EMBEDDING, HEAD
-from finetune.export.gguf.types import NumberType, decode, encode, gguf_package, storage_type
+from finetune.export.gguf.qwen2 import ARCHITECTURE
+from finetune.export.gguf.types import ROUNDED_BY_LLAMA, TYPES, NumberType, decode, encode, gguf_package
 from finetune.system.errors import IntegrityError
 from finetune.system.format import format_bytes
 
 _CHUNK_VALUES = 1 << 22
 # Rounding a scale to f16 loses this share of the largest value, and this much where the scale is subnormal.
 _SCALE_SHARE, _SCALE_FLOOR = 2.0**-10, 127 * 2.0**-24
+# Entries that llama.cpp's quantizer sets itself.
+_OF_THE_QUANTIZER = ("general.file_type", "general.quantization_version")
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,8 @@ class PlannedTensor:
     name: str
     source: str  # name of the source tensor, for errors
     shape: tuple[int, ...]
-    wanted: NumberType
+    kind: NumberType
     rows: Callable[[int, int], Tensor]  # returns rows [start, stop) of the source
-
-    @property
-    def kind(self) -> NumberType:
-        return storage_type(self.wanted, self.shape, vocabulary=self.name in (EMBEDDING, HEAD))
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows of at most 16 MiB in fp32."""
@@ -129,6 +128,40 @@ def check_file(path: Path, entries: dict[str, Any], tensors: list[PlannedTensor]
         raise IntegrityError(f"{path.name}: was not written correctly: {'; '.join(problems[:10])}; nothing was kept")
 
 
+def check_rounded(path: Path, plain: Path) -> None:
+    """Compare every entry and every row of a file of llama.cpp's quantizer with the f32 file that it read.
+
+    Raises:
+        IntegrityError: lists everything that differs.
+    """
+    package = gguf_package()
+    reader, source = package.GGUFReader(path), package.GGUFReader(plain)
+    there = {tensor.name: tensor for tensor in reader.tensors}
+    problems = []
+    for key, field in source.fields.items():
+        if key.startswith("GGUF.") or key in _OF_THE_QUANTIZER:
+            continue
+        if key not in reader.fields or reader.fields[key].contents() != field.contents():
+            problems.append(f"entry {key} differs")
+    wanted = {tensor.name: tensor for tensor in source.tensors}
+    problems += [f"tensor {name} is unexpected" for name in sorted(there.keys() - wanted.keys())]
+    for name, tensor in wanted.items():
+        if name not in there:
+            problems.append(f"tensor {name} is missing")
+            continue
+        kind = ROUNDED_BY_LLAMA.get(there[name].tensor_type.name.lower())
+        shape = tuple(int(size) for size in tensor.shape[::-1])
+        planned = PlannedTensor(name, name, shape, kind or TYPES["f32"], partial(_rows, tensor.data))
+        if kind is None or not _holds(there[name], planned):
+            problems.append(f"tensor {name} is not the model's in {there[name].tensor_type.name.lower()}")
+    if problems:
+        raise IntegrityError(f"{path.name}: llama.cpp wrote other values: {'; '.join(problems[:10])}; nothing was kept")
+
+
+def _rows(data: np.ndarray, start: int, stop: int) -> Tensor:
+    return torch.from_numpy(np.array(data[start:stop]))
+
+
 def _holds(found: Any, planned: PlannedTensor) -> bool:
     if found.tensor_type != planned.kind.ggml or tuple(int(size) for size in found.shape[::-1]) != planned.shape:
         return False
@@ -142,6 +175,8 @@ def _holds(found: Any, planned: PlannedTensor) -> bool:
 
 def _close(found: Tensor, source: Tensor, kind: NumberType) -> bool:
     found = found.reshape(source.shape)
+    if kind.row_error is not None:
+        return bool(((found - source).norm(dim=-1) <= source.norm(dim=-1) * kind.row_error + _SCALE_FLOOR).all())
     if kind.block == 1:
         rounded = {"f32": source, "f16": source.half().float(), "bf16": source.bfloat16().float()}[kind.name]
         return torch.equal(found, rounded)

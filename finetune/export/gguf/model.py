@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -13,8 +15,19 @@ from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.gguf.adapter import write_adapter
 from finetune.export.gguf.check import check_model
 from finetune.export.gguf.file import PlannedTensor, start_writer, write_file
-from finetune.export.gguf.qwen2 import ARCHITECTURE, UNUSED, check_tensors, read_vocabulary, settings, tensor_names
-from finetune.export.gguf.types import TYPES, NumberType, gguf_package
+from finetune.export.gguf.quantized import quantize
+from finetune.export.gguf.quantizer import QUANTIZER_TYPES, find_quantizer
+from finetune.export.gguf.qwen2 import (
+    ARCHITECTURE,
+    EMBEDDING,
+    HEAD,
+    UNUSED,
+    check_tensors,
+    read_vocabulary,
+    settings,
+    tensor_names,
+)
+from finetune.export.gguf.types import TYPES, NumberType, gguf_package, storage_type
 from finetune.models.hub import weight_files
 from finetune.models.safetensors_index import WeightFiles, read_rows
 from finetune.system.errors import IntegrityError
@@ -23,8 +36,10 @@ _LISTED_TENSORS = 5
 
 
 def check_libraries(kind: str) -> None:
-    """Raise MissingExtra without the gguf package."""
+    """Raise MissingExtra without the gguf package, or without the quantizer that writes this type."""
     gguf_package()
+    if kind in QUANTIZER_TYPES:
+        find_quantizer(kind, imatrix=False)
 
 
 def write(request: ExportRequest) -> Exported:
@@ -33,9 +48,24 @@ def write(request: ExportRequest) -> Exported:
     Raises:
         ConfigError: GGUF cannot represent the tokenizer, the model or the adapter.
         IntegrityError: the source is corrupt, or the file does not compute what its source computes.
+        FinetuneError: llama.cpp's quantizer failed.
     """
     if not request.options.merge:
         return write_adapter(request)
+    if request.kind in QUANTIZER_TYPES:
+        full = replace(request, options=request.options.model_copy(update={"type": "f32"}), log=lambda text: None)
+        plain, notes = _write_model(full)
+        path, more = quantize(request, plain)
+        notes |= more
+    else:
+        path, notes = _write_model(request)
+    checks = check_model(request, path) if request.options.verify else []
+    final = shlex.quote(str(request.final_folder / path.name))
+    return Exported(checks, [f"llama-server -m {final}", f"llama-cli -m {final} -cnv"], notes)
+
+
+def _write_model(request: ExportRequest) -> tuple[Path, dict[str, Any]]:
+    """Write the model in a type of the gguf package; return the file and facts for the report."""
     kind = TYPES[request.kind]
     config = AutoConfig.from_pretrained(request.source, trust_remote_code=False, local_files_only=True)
     tensors = plan_tensors(request.source, config.num_hidden_layers, config.tie_word_embeddings, kind)
@@ -54,10 +84,7 @@ def write(request: ExportRequest) -> Exported:
         shown = ", ".join(wider[:_LISTED_TENSORS]) + (", …" if len(wider) > _LISTED_TENSORS else "")
         request.log(f"gguf: wider than {kind.name} (vocabulary, or rows that blocks do not fill): {shown}")
     tokens, unused = len(vocabulary.tokens), vocabulary.kinds.count(UNUSED)
-    notes |= {"wider": wider, "tokens": tokens, "unused_tokens": unused}
-    checks = check_model(request, path) if request.options.verify else []
-    final = shlex.quote(str(request.final_folder / path.name))
-    return Exported(checks, [f"llama-server -m {final}", f"llama-cli -m {final} -cnv"], notes)
+    return path, notes | {"wider": wider, "tokens": tokens, "unused_tokens": unused}
 
 
 def plan_tensors(folder: Path, layers: int, tied: bool, kind: NumberType) -> list[PlannedTensor]:
@@ -70,7 +97,13 @@ def plan_tensors(folder: Path, layers: int, tied: bool, kind: NumberType) -> lis
     names = tensor_names(layers, tied)
     check_tensors(stored, names, str(folder))
     planned = [
-        PlannedTensor(theirs, ours, stored[ours].shape, kind, partial(read_rows, stored[ours]))
+        PlannedTensor(
+            theirs,
+            ours,
+            stored[ours].shape,
+            storage_type(kind, stored[ours].shape, vocabulary=theirs in (EMBEDDING, HEAD)),
+            partial(read_rows, stored[ours]),
+        )
         for ours, theirs in names.items()
     ]
     if tied and (head := stored.get("lm_head.weight")):

@@ -22,6 +22,7 @@ class NumberType:
     block: int = 1  # values of a row that share a scale
     worst: float = 0.0  # largest rounding error, as a share of the block's largest value; 0 for types without blocks
     small: bool = False  # below 8 bits per weight
+    row_error: float | None = None  # root mean square error of a row that llama.cpp rounds, as a share of the row's
 
     @property
     def ggml(self) -> Any:
@@ -34,7 +35,7 @@ class NumberType:
         return columns // block * size
 
 
-# The gguf package rounds to these. k- and i-types need llama.cpp's own llama-quantize.
+# The gguf package rounds to these.
 TYPES = {
     kind.name: kind
     for kind in (
@@ -46,6 +47,31 @@ TYPES = {
         NumberType("q5_0", 32, 1 / 16, small=True),
         NumberType("q4_1", 32, 1 / 15, small=True),
         NumberType("q4_0", 32, 1 / 8, small=True),
+    )
+}
+# llama.cpp rounds to these; an importance matrix moves the errors within a row. The limits are three times the error of
+# normally distributed values, at most 0.8: two different tensors of one size differ by 1.4.
+ROUNDED_BY_LLAMA = {
+    kind.name: kind
+    for kind in (
+        NumberType("f32"),
+        NumberType("f16"),
+        NumberType("q8_0", 32, row_error=0.02),
+        NumberType("q6_k", 256, row_error=0.08),
+        NumberType("q5_k", 256, row_error=0.15),
+        NumberType("q5_1", 32, row_error=0.15),
+        NumberType("q5_0", 32, row_error=0.15),
+        NumberType("q4_k", 256, row_error=0.3),
+        NumberType("q4_0", 32, row_error=0.3),
+        NumberType("iq4_nl", 32, row_error=0.3),
+        NumberType("iq4_xs", 256, row_error=0.3),
+        NumberType("q3_k", 256, row_error=0.6),
+        NumberType("iq3_s", 256, row_error=0.6),
+        NumberType("iq3_xxs", 256, row_error=0.6),
+        NumberType("q2_k", 256, row_error=0.8),
+        NumberType("iq2_s", 256, row_error=0.8),
+        NumberType("iq2_xs", 256, row_error=0.8),
+        NumberType("iq2_xxs", 256, row_error=0.8),
     )
 }
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from finetune.config.command_options import KlCheckOptions
 from finetune.config.compose import saved_config
-from finetune.config.schema import DataConfig, Dtype, ModelConfig
+from finetune.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
 from finetune.data.batch import Batch, build_batch, groups_of
 from finetune.data.documents import Document
-from finetune.data.loader import load_data
+from finetune.data.loader import Source, load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.distill.resident import ResidentTeacher, load_resident
@@ -46,15 +47,22 @@ class HeldOutSet:
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A teacher that returns the outputs of a trained model on its held-out set once, batch by batch."""
+class Recorded:
+    """A teacher that returns recorded outputs once, batch by batch."""
 
-    held_out: HeldOutSet
     outputs: Iterator[TeacherHidden]
-    scored: Perplexity
 
     def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherHidden]:
         return islice(self.outputs, len(batches))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The outputs and the perplexity of a trained model on its held-out set."""
+
+    held_out: HeldOutSet
+    outputs: list[TeacherHidden]
+    scored: Perplexity
 
 
 @dataclass(frozen=True)
@@ -87,24 +95,43 @@ def held_out_set(trained: Trained, adapter: SavedAdapter, options: KlCheckOption
     Raises:
         ConfigError: the examples cannot be read.
     """
-    cfg = saved_config(adapter.folder)
+    section = held_out_section(saved_config(adapter.folder), options)
+    if section is None:
+        return None
+    tokenizer = load_adapter_tokenizer(trained.model, adapter.folder)
+    source = load_examples(section, tokenizer, f"adapter={adapter.name}")
+    return HeldOutSet(adapter, source.name, source.documents[: options.num_examples], len(tokenizer))
+
+
+def held_out_section(cfg: RunConfig | None, options: KlCheckOptions) -> DataConfig | None:
+    """Return the data section of the held-out examples; None if there are none. cfg: of the adapter's run."""
     if options.num_examples == 0 or (options.data is None and not (cfg and (cfg.data.eval or cfg.data.held_out))):
         return None
-    sources = options.data or (cfg.data.eval if cfg is not None else [])
+    return data_section(cfg, options.data or (cfg.data.eval if cfg is not None else []))
+
+
+def data_section(cfg: RunConfig | None, sources: list[SourceConfig]) -> DataConfig:
+    """Return the data section that reads sources, or without any the run's own, with the settings of a run."""
     changes: dict[str, Any] = {"stream_rows": None, "chat_template": None}
     if sources:  # The training data may be gone.
         changes |= {"train": sources, "eval": [], "held_out": 0.0}
-    section = DataConfig(train=sources) if cfg is None else cfg.data.model_copy(update=changes)
-    tokenizer = load_adapter_tokenizer(trained.model, adapter.folder)
+    return DataConfig(train=sources) if cfg is None else cfg.data.model_copy(update=changes)
+
+
+def load_examples(section: DataConfig, tokenizer: Any, owner: str) -> Source:
+    """Load the held-out examples of a data section, else those of its first source.
+
+    Raises:
+        ConfigError: they cannot be read. owner: `adapter=NAME` or `model=NAME`, for its message.
+    """
     try:
         data = load_data(Preparation(section, ChatTemplate(tokenizer)))
     except DataError as error:
         raise ConfigError(
-            f"adapter={adapter.name}: its held-out examples cannot be read: {error}\n"
+            f"{owner}: its held-out examples cannot be read: {error}\n"
             "help: name others with 'kl_check.data=[{path: rows.jsonl}]', or skip the check: kl_check.num_examples=0"
         ) from error
-    source = (data.eval or data.train)[0]
-    return HeldOutSet(adapter, source.name, source.documents[: options.num_examples], len(tokenizer))
+    return (data.eval or data.train)[0]
 
 
 def measure_trained(trained: Trained, held_out: HeldOutSet) -> Reference:
@@ -112,14 +139,18 @@ def measure_trained(trained: Trained, held_out: HeldOutSet) -> Reference:
     device = default_device()
     model = load_adapter(load_base(trained.model, trained.quant, device), held_out.adapter.folder)
     fuse_layers(model)
-    teacher = ResidentTeacher(model.eval(), device)
     documents = held_out.documents
-    batches = [build_batch(group, share_prefixes=True) for group in groups_of(documents, EVALUATION_TOKENS)]
-    outputs = list(teacher.targets_for(batches))
-    reference = Reference(held_out, iter(outputs), evaluate(model, documents, limit_tokens=EVALUATION_TOKENS))
-    del model, teacher
+    outputs = outputs_of(model.eval(), documents)
+    reference = Reference(held_out, outputs, evaluate(model, documents, limit_tokens=EVALUATION_TOKENS))
+    del model
     gc.collect()
     return reference
+
+
+def outputs_of(model: nn.Module, documents: Sequence[Document]) -> list[TeacherHidden]:
+    """Return a model's outputs on the batches in which `agreement` compares documents."""
+    batches = [build_batch(group, share_prefixes=True) for group in groups_of(documents, EVALUATION_TOKENS)]
+    return list(ResidentTeacher(model, next(model.parameters()).device).targets_for(batches))
 
 
 @torch.no_grad()
@@ -130,7 +161,8 @@ def measure_merged(folder: Path, dtype: Dtype, references: Sequence[Reference]) 
     for reference in references:
         held_out = reference.held_out
         documents = held_out.documents
-        found = agreement(model, reference, documents, held_out.vocabulary, limit_tokens=EVALUATION_TOKENS)
+        teacher = Recorded(iter(reference.outputs))
+        found = agreement(model, teacher, documents, held_out.vocabulary, limit_tokens=EVALUATION_TOKENS)
         merged = evaluate(model, documents, limit_tokens=EVALUATION_TOKENS)
         checks.append(
             KlCheck(

@@ -12,6 +12,7 @@ import pytest
 from finetune.config.command_options import ExportOptions
 from finetune.export.export import export_model
 from finetune.export.exporter import EXPORTERS, Exported, Exporter, ExportRequest, formats_help
+from finetune.export.gguf.quantizer import QUANTIZER_TYPES
 from finetune.export.gguf.types import TYPES as GGUF_TYPES
 from finetune.export.onnx.model import TYPES as ONNX_TYPES
 from finetune.export.safetensors_folder import TYPES as SAFETENSORS_TYPES
@@ -20,7 +21,12 @@ from finetune.system.errors import ConfigError
 
 @pytest.mark.parametrize(
     ("name", "types"),
-    [("safetensors", SAFETENSORS_TYPES), ("gguf", GGUF_TYPES), ("ollama", GGUF_TYPES), ("onnx", ONNX_TYPES)],
+    [
+        ("safetensors", SAFETENSORS_TYPES),
+        ("gguf", [*GGUF_TYPES, *QUANTIZER_TYPES]),
+        ("ollama", [*GGUF_TYPES, *QUANTIZER_TYPES]),
+        ("onnx", ONNX_TYPES),
+    ],
 )
 def test_the_table_has_the_number_types_of_each_module(name, types):
     assert set(EXPORTERS[name].types) == set(types)
@@ -35,6 +41,8 @@ def test_the_table_has_the_number_types_of_each_module(name, types):
         ("onnx", "float32", "fp32"),
         ("safetensors", "f16", "fp16"),
         ("gguf", None, "q8_0"),
+        ("gguf", "Q4_K", "q4_k_m"),
+        ("ollama", "Q6_K", "q6_k"),
     ],
 )
 def test_every_spelling_of_a_type_is_accepted(name, typed, found):
@@ -64,7 +72,12 @@ def test_a_module_and_an_entry_are_a_format(make_base, tmp_path: Path, monkeypat
         ({"format": "ollama", "adapter": "x", "merge": False}, "merge"),
         ({"format": "onnx", "adapter": "x", "merge": False}, "merge"),
         ({"format": "gguf", "adapter": "x", "merge": False, "base": "original"}, "base"),
-        ({"format": "gguf", "adapter": "x", "type": "q3_k"}, "type"),
+        ({"format": "gguf", "adapter": "x", "type": "q9_k"}, "type"),
+        ({"format": "gguf", "adapter": "x", "merge": False, "type": "q4_k_m"}, "type"),
+        ({"format": "gguf", "adapter": "x", "merge": False, "imatrix": "x.jsonl"}, "imatrix"),
+        ({"format": "gguf", "model": "x", "type": "q4_0", "imatrix": "x.jsonl"}, "imatrix"),
+        ({"format": "onnx", "model": "x", "imatrix": "x.jsonl"}, "imatrix"),
+        ({"format": "gguf", "model": "x", "type": "iq2_xs"}, "imatrix"),
         ({"format": "adapter", "adapter": "x", "type": "bf16"}, "type"),
     ],
 )

@@ -1,0 +1,123 @@
+"""llama.cpp's own quantizer, for the types that the gguf package cannot write. This module imports no torch.
+
+The command `llama-quantize` on PATH is used, else the package llama-cpp-python in a process of its own: its C++ code
+ends the process at an error. `python -m finetune.export.gguf.quantizer` takes the arguments of `llama-quantize`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from finetune.system.errors import FinetuneError, MissingExtra
+from finetune.system.machine import usable_cores
+
+# File types by llama.cpp's names, with True if they need an importance matrix.
+QUANTIZER_TYPES = {
+    "q4_k_m": False,
+    "q4_k_s": False,
+    "q5_k_m": False,
+    "q5_k_s": False,
+    "q6_k": False,
+    "q3_k_l": False,
+    "q3_k_m": False,
+    "q3_k_s": False,
+    "q2_k": False,
+    "iq4_nl": False,
+    "iq4_xs": False,
+    "iq3_m": False,
+    "iq3_s": False,
+    "iq3_xs": True,
+    "iq3_xxs": True,
+    "iq2_m": True,
+    "iq2_s": True,
+    "iq2_xs": True,
+    "iq2_xxs": True,
+}
+_INSTALL = "put llama.cpp's `llama-quantize` on PATH, or run: pip install llama-cpp-python"
+_SHOWN_LINES = 5
+
+
+def llama_package() -> Any | None:
+    """Import llama-cpp-python; return None if it is not installed or does not load."""
+    try:
+        return import_module("llama_cpp")
+    except (ImportError, OSError, RuntimeError):
+        return None
+
+
+def find_quantizer(kind: str, imatrix: bool) -> list[str]:
+    """Return the command of the quantizer, without its arguments.
+
+    Raises:
+        MissingExtra: neither the command nor the package is installed, or the package is too old for `imatrix`.
+    """
+    if (command := shutil.which("llama-quantize")) is not None:
+        return [command]
+    if (package := llama_package()) is None:
+        raise MissingExtra(f"type={kind}: llama.cpp's quantizer writes it, found none\nhelp: {_INSTALL}")
+    if imatrix and not hasattr(package, "llama_model_imatrix_data"):
+        raise MissingExtra(
+            f"imatrix: llama-cpp-python is too old for it, found {package.__version__}\n"
+            "help: pip install --upgrade llama-cpp-python"
+        )
+    return [sys.executable, "-m", "finetune.export.gguf.quantizer"]
+
+
+def quantize_file(source: Path, out: Path, kind: str, imatrix: Path | None) -> None:
+    """Write a GGUF model in another file type.
+
+    Raises:
+        MissingExtra: as `find_quantizer`.
+        FinetuneError: the quantizer failed; the message has the end of its output.
+    """
+    command = find_quantizer(kind, imatrix is not None)
+    weighted = [] if imatrix is None else ["--imatrix", str(imatrix)]
+    words = [*command, *weighted, str(source), str(out), kind.upper(), str(usable_cores())]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode != 0 or not out.is_file():
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()][-_SHOWN_LINES:]
+        listed = "".join(f"\n  {line}" for line in lines)
+        raise FinetuneError(f"type={kind}: {command[0]} failed, found exit code {done.returncode}{listed}")
+
+
+def _quantize_with_package(source: str, out: str, kind: str, threads: int, imatrix: str | None) -> int:
+    import gguf
+
+    llama_cpp: Any = import_module("llama_cpp")
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = gguf.LlamaFileType[f"MOSTLY_{kind}"].value
+    settings.nthread = threads
+    if imatrix is not None:
+        matrices = read_imatrix(Path(imatrix))
+        entry = llama_cpp.llama_model_imatrix_data
+        entries = [
+            entry(name.encode(), values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size)
+            for name, values in matrices.items()
+        ]
+        settings.imatrix = (entry * (len(entries) + 1))(*entries)  # An empty entry ends the list.
+    return llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(settings))
+
+
+def read_imatrix(path: Path) -> dict[str, Any]:
+    """Return the mean squares fp32 [C] of the inputs of each tensor, from llama.cpp's GGUF format."""
+    import gguf
+
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    names = [name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")]
+    return {name: (tensors[f"{name}.in_sum2"] / tensors[f"{name}.counts"].item()).ravel() for name in names}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--imatrix")
+    for word in ("source", "out", "kind"):
+        parser.add_argument(word)
+    parser.add_argument("threads", type=int)
+    sys.exit(_quantize_with_package(**vars(parser.parse_args())))
