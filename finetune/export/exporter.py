@@ -9,22 +9,21 @@ ConfigError if the format cannot represent the source, IntegrityError if the exp
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.command_options import ExportOptions
-from finetune.config.schema import DataConfig
-from finetune.data.loader import check_sources
+from finetune.data.loader import check_source
+from finetune.data.sources.paths import check_each
 from finetune.export.gguf.quantizer import QUANTIZER_TYPES, find_quantizer
 from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE, find_adapter
 from finetune.models.hub import TEXT_FILES, TOKENIZER_FILES, WEIGHT_FILES, fetch, find_texts, read_config, weight_files
 from finetune.system.atomic import refuse_existing
 from finetune.system.console import Log
-from finetune.system.errors import ConfigError, DataError
+from finetune.system.errors import ConfigError
 
 if TYPE_CHECKING:
     from finetune.export.verify import Verification
@@ -151,22 +150,12 @@ def check_export(options: ExportOptions) -> None:
     if kind in QUANTIZER_TYPES:
         find_quantizer(kind, options.imatrix is not None)
     if options.imatrix is not None:
-        with imatrix_errors():
-            check_sources(DataConfig(train=options.imatrix))
+        check_each({"imatrix": options.imatrix}, check_source)
     refuse_existing(Path(options.out).expanduser())
     if options.adapter is not None:
         find_adapter(options.adapter, "adapter")
     elif find_texts(str(options.model), None, "model").revision is None:  # a local folder
         find_model(str(options.model))
-
-
-@contextmanager
-def imatrix_errors() -> Iterator[None]:
-    """Name `imatrix` as the key of errors in its rows."""
-    try:
-        yield
-    except DataError as error:
-        raise ConfigError(str(error).replace("data.train[", "imatrix[")) from error
 
 
 def find_exporter(options: ExportOptions) -> Exporter:

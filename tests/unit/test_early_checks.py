@@ -19,6 +19,7 @@ TRAIN, EXPORT = ("train", *QUICK), ("export", "format=gguf")
 CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "export_type": ((*EXPORT, "adapter=run", "type=q9_9", "out=new"), "type: "),
     "export_out": ((*EXPORT, "adapter=run", "out=run"), "out=run: "),
+    "export_imatrix": ((*EXPORT, "model=run", "type=q8_0", "imatrix=rows.jsonl", "out=new"), "imatrix: "),
     "export_nothing": ((*EXPORT, "out=new"), "adapter: "),
     "export_adapter": ((*EXPORT, "adapter=nope", "out=new"), "adapter=nope: "),
     "export_model": ((*EXPORT, "model=run", "out=new"), "model=run: "),

@@ -15,7 +15,7 @@ from finetune.data.loader import load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.scoring import agreement
-from finetune.export.exporter import ExportRequest, imatrix_errors
+from finetune.export.exporter import ExportRequest
 from finetune.export.gguf.check import load_gguf
 from finetune.export.gguf.file import check_rounded, model_name
 from finetune.export.gguf.imatrix import importance_matrix
@@ -27,6 +27,7 @@ from finetune.losses.distillation import TeacherHidden
 from finetune.models.adapters.files import fetch_adapter
 from finetune.models.load import default_device, load_base
 from finetune.ops.limits import EVALUATION_TOKENS
+from finetune.system.errors import ConfigError, DataError
 from finetune.system.format import format_bytes
 
 IMATRIX_FILE = "imatrix.gguf"
@@ -138,8 +139,10 @@ def _measure_inputs(request: ExportRequest, sources: list[SourceConfig], path: P
     options = request.options
     cfg = None if options.adapter is None else saved_config(fetch_adapter(options.adapter, "adapter").folder)
     tokenizer = open_tokenizer(request.source)
-    with imatrix_errors():
+    try:
         rows = load_data(Preparation(data_section(cfg, sources), ChatTemplate(tokenizer)))
+    except DataError as error:
+        raise ConfigError(str(error).replace("data.train[", "imatrix[")) from error
     # Segmented attention pads rows, and padding is no input.
     base = ModelConfig(name=str(request.source), dtype="float32", attention="sdpa")
     model = load_base(base, QuantConfig(type="none", double=False), default_device())

@@ -49,8 +49,8 @@ TYPES = {
         NumberType("q4_0", 32, 1 / 8, small=True),
     )
 }
-# llama.cpp rounds to these; an importance matrix moves the errors within a row. The limits are three times the error of
-# normally distributed values, at most 0.8: two different tensors of one size differ by 1.4.
+# llama.cpp rounds to these; an importance matrix moves the errors within a row. The limits are about four times the
+# error of normally distributed values, at most 0.8. Two different tensors of one size differ by 1.4.
 ROUNDED_BY_LLAMA = {
     kind.name: kind
     for kind in (

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from finetune.config.command_options import ExportOptions
 from finetune.export.export import export_model
 from finetune.export.exporter import check_export
 from finetune.export.gguf.quantizer import read_imatrix
-from finetune.system.errors import ConfigError, FinetuneError, IntegrityError, MissingExtra
+from finetune.system.errors import DataError, FinetuneError, IntegrityError, MissingExtra
 
 gguf = pytest.importorskip("gguf", reason="needs the export extra")
 
 from tests.unit.export.gguf import fake_quantizer  # noqa: E402  (imports gguf)
+from tests.unit.export.gguf.models import save_model  # noqa: E402
 
 
 @pytest.fixture
@@ -121,5 +125,62 @@ def test_rows_of_the_importance_matrix_are_not_held_out(tiny_base, calls, tmp_pa
 
 
 def test_unreadable_rows_are_reported_first(tiny_base, calls, tmp_path):
-    with pytest.raises(ConfigError, match=r"^imatrix\[0\]: .*gone\.jsonl"):
+    with pytest.raises(DataError, match=r"^imatrix\[0\]: .*gone\.jsonl"):
         check_export(options(tiny_base, tmp_path / "run", imatrix=str(tmp_path / "gone.jsonl")))
+
+
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Use the quantizer of llama-cpp-python; return the package."""
+    package = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+    monkeypatch.setattr(shutil, "which", lambda command: None)
+    return package
+
+
+@pytest.mark.parametrize("kind", ["q4_k_m", "q6_k"])
+def test_llama_cpp_answers_as_the_model(kind, tiny_base, real, tmp_path):
+    export_model(options(tiny_base, tmp_path / "run", type=kind), log=lambda text: None)
+    report = report_of(tmp_path / "run")
+    assert [check["reader"] for check in report["checks"]] == ["transformers", "llama.cpp"]
+    assert all(check["kl"] < 0.1 for check in report["checks"]) and kind.removesuffix("_m") in report["tensors"]
+
+
+def test_the_gguf_package_reads_the_values_that_llama_cpp_reads(tiny_base, real, tmp_path):
+    export_model(options(tiny_base, tmp_path / "run", verify=False), log=lambda text: None)
+    library = ctypes.CDLL(str(next(Path(real.__file__).parent.rglob("libggml-base.so"))))
+    seen = set()
+    for tensor in gguf.GGUFReader(tmp_path / "run" / "run-q4_k_m.gguf").tensors:
+        if (name := tensor.tensor_type.name) not in ("Q4_K", "Q6_K"):
+            continue
+        data, values = np.ascontiguousarray(tensor.data), np.empty(tensor.n_elements, np.float32)
+        pointer = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        read = getattr(library, f"dequantize_row_{name.replace('Q', 'q', 1)}")
+        read(data.ctypes.data_as(ctypes.c_void_p), pointer, ctypes.c_int64(values.size))
+        assert np.array_equal(gguf.quants.dequantize(data, tensor.tensor_type).ravel(), values), tensor.name
+        seen.add(name)
+    assert seen == {"Q4_K", "Q6_K"}
+
+
+def test_importance_lowers_the_weighted_error(tiny_base, real, tmp_path):
+    imatrix = rows(tmp_path / "rows.jsonl", 0, 6)
+    for name, changes in {"plain": {}, "weighted": {"imatrix": imatrix}, "full": {"type": "f32"}}.items():
+        export_model(options(tiny_base, tmp_path / name, **{"type": "q3_k_m", "verify": False, **changes}), log=print)
+    plain, weighted, full = (
+        {tensor.name: tensor for tensor in gguf.GGUFReader(next((tmp_path / name).glob(f"{name}-*.gguf"))).tensors}
+        for name in ("plain", "weighted", "full")
+    )
+    for name, importance in read_imatrix(tmp_path / "weighted" / "imatrix.gguf").items():
+        errors = []
+        for tensor in (plain[name], weighted[name]):
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            errors.append(float(((values - full[name].data) ** 2 * importance).sum()))
+        assert errors[1] < errors[0], name
+
+
+def test_rows_that_blocks_of_256_do_not_fill_are_reported(tiny_base, real, tmp_path):
+    source, logged = save_model(tmp_path / "source", tiny_base), []
+    export_model(options(source, tmp_path / "run", verify=False), log=logged.append)
+    wider = report_of(tmp_path / "run")["wider"]
+    assert len(wider) == 15 and any("15 of 15 matrices" in line and "64, 96" in line for line in logged), logged
+    export_model(options(source, tmp_path / "iq4", type="iq4_nl", verify=False), log=lambda text: None)
+    assert report_of(tmp_path / "iq4")["wider"] == ["token_embd.weight"]
