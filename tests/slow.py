@@ -23,6 +23,9 @@ SLOW: dict[str, str] = {
         "tests/unit/planning/test_starter.py::test_the_config_of_any_file_loads_and_fits"
     ),
     "tests/integration/test_sweep.py": "tests/unit/sweep/test_sweep.py",
+    "tests/equivalence/test_busy_machine.py": (
+        "tests/unit/ops/test_attention.py::test_gradients_of_shared_rows_have_the_same_bits_with_many_threads"
+    ),
     "tests/parity/test_training_curve.py": "tests/parity/test_fused_layers.py",
     "tests/parity/test_trainers.py::test_two_ranks_equal_one_without_fused_layers": (
         "tests/parity/test_trainers.py::test_sft_trainer_gives_the_same_losses_and_weights"

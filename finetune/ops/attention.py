@@ -131,10 +131,19 @@ class _Scatter(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (grad,), segments = grad_outputs, ctx.segments
         if ctx.summed:
-            # Unlike index_add_, this sums in a fixed order on a GPU too.
-            total = torch.zeros(segments.rows, *grad.shape[1:], dtype=torch.float32, device=grad.device)
-            return total.index_put_((segments.source,), grad.float(), accumulate=True).to(grad.dtype), None, None
+            return _sum_of_places(grad, segments).to(grad.dtype), None, None
         return _padded(grad.index_select(0, segments.place), segments.rows), None, None
+
+
+def _sum_of_places(grad: Tensor, segments: Segments) -> Tensor:
+    """Return the fp32 sum of each row's places, added in a fixed order.
+
+    index_add_ is serial on a CPU and atomic on a GPU; index_put_ sorts on a GPU and is atomic on the threads of a CPU.
+    """
+    total = torch.zeros(segments.rows, *grad.shape[1:], dtype=torch.float32, device=grad.device)
+    if grad.device.type == "cpu":
+        return total.index_add_(0, segments.source, grad.float())
+    return total.index_put_((segments.source,), grad.float(), accumulate=True)
 
 
 class _Gather(torch.autograd.Function):

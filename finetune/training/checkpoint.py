@@ -51,6 +51,7 @@ class TrainState:
     Attributes:
         trajectory: settings that decide the run's result, by dotted key.
         data_digest: SHA-256 of the training tokens and labels.
+        choices: what the run chose by itself and its last bits depend on; see recipe.py.
         step: optimizer steps done.
         tokens: all tokens so far, over all ranks; target_tokens likewise.
         seconds: training time so far.
@@ -63,6 +64,7 @@ class TrainState:
 
     trajectory: dict[str, Any]
     data_digest: str
+    choices: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     tokens: int = 0
     target_tokens: int = 0

@@ -56,6 +56,7 @@ from finetune.training.checkpoint import (
     write_checkpoint,
     write_folder,
 )
+from finetune.training.choices import current_choices, repeat_choices
 from finetune.training.distillation import build_distillation, check_distillation, mean_teacher_kl, teacher_table
 from finetune.training.guard import build_guard
 from finetune.training.loop import StepInputs, fit, peak_bytes
@@ -105,7 +106,10 @@ def train(cfg: RunConfig, rows: Iterable[Mapping[str, Any]] | None = None, verbo
         log(f"output_dir: {folder} ({given.output_dir} holds a run)")
     try:
         [checkpoint] = broadcast_object_list([run_folder.find_checkpoint(cfg, log) if is_main else None])
-        inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=kind, ranks=accelerator.num_processes)
+        ranks = accelerator.num_processes
+        stored = {} if checkpoint is None else read_state(checkpoint).choices
+        inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=kind, ranks=ranks)
+        inputs = inputs.with_settings(train=repeat_choices(cfg.train, stored, ranks, log))
         log((describe_plan if verbose else describe_start)(inputs, free_memory(kind)))
         context = _load(cfg, inputs, accelerator, checkpoint, log=log, detail=detail, started=started)
         if is_main:
@@ -208,6 +212,7 @@ def _run(context: RunContext, checkpoint: Path | None) -> RunResult:
     optimizer = build_optimizer(cfg.train, context.model.named_parameters())
     state = _first_state(context, optimizer, checkpoint)
     inputs = _build_step_inputs(context, optimizer, state)
+    state.choices = current_choices(context.batch_plan, accelerator.num_processes)
     tracker = Tracker(cfg, context.folder, inputs.total_steps, state.step) if context.is_main else SilentTracker()
     guard = None if cfg.guard.max is None else build_guard(context, inputs, tracker.message)
     result = RunResult(
@@ -258,7 +263,7 @@ def _build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, st
     """Build the loss and all else that a step needs."""
     cfg, accelerator, distillation = context.cfg, context.accelerator, context.distillation
     total_steps = cfg.train.max_steps or context.sampler.steps_for(cfg.train.epochs or 1)
-    _configure_kernels(context, total_steps - state.step)
+    _configure_kernels(context, total_steps, state.choices.get("compiled"))
     loss: CrossEntropy | Distillation
     before_step, sampler = None, context.sampler
     if distillation is not None and cfg.distill.objective != "none":
@@ -287,8 +292,8 @@ def _build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, st
     )
 
 
-def _configure_kernels(context: RunContext, steps: int) -> None:
-    """Choose between eager and compiled kernels for the steps to come."""
+def _configure_kernels(context: RunContext, steps: int, before: bool | None) -> None:
+    """Choose between eager and compiled kernels for the whole run, as before if a checkpoint continues it."""
     cfg, device = context.cfg, context.accelerator.device
     fused = cfg.train.kernels == "fused"
     all_fused = fused and not cfg.lora.dora and not cfg.quant.int8 and cfg.quant.type != "int8"
@@ -297,7 +302,8 @@ def _configure_kernels(context: RunContext, steps: int) -> None:
     if fused:
         most_tokens = steps * cfg.train.batch_size * cfg.data.max_length
         flops = 4.0 * base_of(context.model).num_parameters() * most_tokens
-        context.detail(dispatch.configure_compile(device, flops, cfg.train.compile))
+        wanted = before if cfg.train.compile is None else cfg.train.compile
+        context.detail(dispatch.configure_compile(device, flops, wanted))
 
 
 def _evaluate_before_training(context: RunContext, state: TrainState) -> None:

@@ -77,3 +77,21 @@ def test_segments_that_do_not_cover_the_rows_are_an_error():
     segments = plan_segments([3], torch.arange(3), 64, CPU, torch.float32)
     with pytest.raises(ValueError, match="segments: cover 64 rows, found 3"):
         attend(*(torch.zeros(3, 1, 4) for _ in range(3)), segments, 1.0)
+
+
+def test_gradients_of_shared_rows_have_the_same_bits_with_many_threads():
+    row_of_token = torch.cat([torch.cat([torch.arange(64), torch.arange(64 + 8 * i, 72 + 8 * i)]) for i in range(24)])
+    rows = int(row_of_token.max()) + 1
+    segments = plan_segments([72] * 24, row_of_token, rows, torch.device("cpu"), torch.float32)
+    inputs = [torch.randn(rows, heads, 64, requires_grad=True) for heads in (4, 2, 2)]
+
+    def gradients():
+        return torch.autograd.grad(attend(*inputs, segments, 0.125).square().sum(), inputs)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first = gradients()
+        assert all(torch.equal(a, b) for _ in range(30) for a, b in zip(first, gradients(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
