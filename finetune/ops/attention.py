@@ -108,14 +108,22 @@ def first_places(source: Tensor, rows: int) -> Tensor:
 @functools.cache
 def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
     """Return torch's attention over documents of any length; None if device, dtype or this torch do not have it."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    if device.type != "cuda" or not half or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.version.hip or not _has_flash_attention(device, dtype):
         return None
     from torch.nn.attention.varlen import varlen_attn
 
-    # Older versions of torch lack grouped heads and a scale, which Qwen2 needs.
-    required = {"enable_gqa", "scale", "window_size"}
-    return varlen_attn if required <= inspect.signature(varlen_attn).parameters.keys() else None
+    parameters = inspect.signature(varlen_attn).parameters.keys()
+    if not {"scale", "window_size"} <= parameters:
+        return None
+    # From torch 2.12 on, grouped heads need this flag. torch 2.11 passes any number of key heads on to the same kernel.
+    grouped = {"enable_gqa": True} if "enable_gqa" in parameters else {}
+    return functools.partial(varlen_attn, **grouped)
+
+
+def _has_flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch has flash attention for a GPU and dtype: 16 bits, from NVIDIA's Ampere on."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class _Scatter(torch.autograd.Function):
@@ -181,7 +189,7 @@ def attend(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, segments: Segm
     if segments.cumulative is not None:
         kernel, borders, longest = varlen_kernel(q.device, q.dtype), segments.cumulative, segments.longest
         assert kernel is not None  # plan_segments used the same device and dtype
-        output = kernel(q, k, v, borders, borders, longest, longest, window_size=(-1, 0), scale=scale, enable_gqa=True)
+        output = kernel(q, k, v, borders, borders, longest, longest, window_size=(-1, 0), scale=scale)
     else:
         sizes = [documents * length for documents, length in segments.groups]
         parts = zip(segments.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
@@ -196,8 +204,12 @@ def attend(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, segments: Segm
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    heads = query.shape[1] // key.shape[1]
+    if heads > 1 and query.is_cuda and not _has_flash_attention(query.device, query.dtype):
+        # torch's memory-efficient kernel has no grouped heads; with the flag, torch would keep the scores [B, H, L, L].
+        key, value = (x.repeat_interleave(heads, dim=1) for x in (key, value))
+        heads = 1
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=heads > 1)
 
 
 @fused

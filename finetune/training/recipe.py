@@ -44,9 +44,10 @@ from finetune.report.run_page import try_report
 from finetune.system import console
 from finetune.system.atomic import sync, write_text
 from finetune.system.console import Log
-from finetune.system.errors import ConfigError, Interrupted
+from finetune.system.errors import Interrupted
 from finetune.system.machine import use_all_cores
 from finetune.training import output_folder, run_folder
+from finetune.training.accelerator import build_accelerator, describe_ignored_settings, wrap_ranks
 from finetune.training.autotune import apply_batch_plan, predict_speed
 from finetune.training.checkpoint import (
     TrainState,
@@ -86,17 +87,12 @@ def train(cfg: RunConfig, rows: Iterable[Mapping[str, Any]] | None = None, verbo
     if rows is not None:
         source = SourceConfig(path=str(write_rows(rows)), name="rows")
         cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": [source]})})
-    # cpu=True makes accelerate start ranks over gloo; otherwise torchrun on CPU gives each process a single rank.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    if cfg.train.world_size not in (None, accelerator.num_processes):
-        raise ConfigError(
-            f"train.world_size: expected {cfg.train.world_size} ranks, found {accelerator.num_processes}\n"
-            "help: use a launch command of launch/accelerate/"
-        )
+    accelerator = build_accelerator(cfg)
     set_seed(cfg.train.seed)
     is_main, kind = accelerator.is_main_process, accelerator.device.type
     log: Log = console.log if is_main else _drop
     detail = log if verbose else _drop
+    describe_ignored_settings(cfg, log)
     if message := use_all_cores(kind):
         detail(message)
     [folder] = broadcast_object_list([output_folder.choose_folder(cfg) if is_main else None])
@@ -280,7 +276,7 @@ def _build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, st
     return StepInputs(
         cfg=cfg.train,
         accelerator=accelerator,
-        loss=accelerator.prepare_model(loss, device_placement=False),
+        loss=wrap_ranks(loss, accelerator),
         optimizer=optimizer,
         sampler=sampler,
         total_steps=total_steps,
