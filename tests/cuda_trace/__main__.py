@@ -1,0 +1,60 @@
+"""Trace one training step of a Qwen2.5 size and print memory, kernels and synchronizations.
+
+python -m tests.cuda_trace [size=7B] [tokens=2048] [count=1] [targets=q_proj,v_proj|all-linear] [rank=8]
+                           [recompute=none|all|offload|N] [share=1.0] [compiled=true] [capability=9.0] [layers=]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tests.cuda_trace.stub import load_stub
+
+load_stub()
+
+from finetune.config.schema import LoraConfig  # noqa: E402 - the stub comes before torch
+from finetune.models.families import QWEN25_SHAPES  # noqa: E402
+from tests.cuda_trace.trace import trace_step  # noqa: E402
+
+
+def main(words: list[str]) -> None:
+    options = {
+        "size": "7B",
+        "tokens": "2048",
+        "count": "1",
+        "targets": "q_proj,v_proj",
+        "rank": "8",
+        "recompute": "none",
+        "share": "1.0",
+        "compiled": "true",
+        "capability": "9.0",
+        "layers": "",
+    } | dict(word.split("=", 1) for word in words)
+    shape = dict(QWEN25_SHAPES[options["size"]]) | {"rms_norm_eps": 1e-6}
+    if options["layers"]:
+        shape["num_hidden_layers"] = int(options["layers"])
+    targets = "all-linear" if options["targets"] == "all-linear" else options["targets"].split(",")
+    recompute = int(options["recompute"]) if options["recompute"].isdecimal() else options["recompute"]
+    major, minor = options["capability"].split(".")
+    began = time.perf_counter()
+    step = trace_step(
+        shape,
+        tokens=int(options["tokens"]),
+        count=int(options["count"]),
+        share=float(options["share"]),
+        lora=LoraConfig(rank=int(options["rank"]), target_modules=targets),
+        recompute=recompute,
+        compiled=options["compiled"] == "true",
+        capability=(int(major), int(minor)),
+    )
+    print({key: options[key] for key in ("size", "tokens", "targets", "rank", "recompute", "compiled")})
+    print(
+        f"traced in {time.perf_counter() - began:.0f} s; GB: static {step.static / 1e9:.3f}, peak {step.peak / 1e9:.3f}"
+    )
+    print(f"host {step.host_peak / 1e9:.2f} GB; kernels {step.launches}; synchronizations {step.syncs}")
+    for label, size in step.largest:
+        print(f"  {size / 1e6:9.1f} MB  {label}")
+
+
+main(sys.argv[1:])
