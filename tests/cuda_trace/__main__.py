@@ -49,10 +49,9 @@ def main(words: list[str]) -> None:
         capability=(int(major), int(minor)),
     )
     print({key: options[key] for key in ("size", "tokens", "targets", "rank", "recompute", "compiled")})
-    print(
-        f"traced in {time.perf_counter() - began:.0f} s; GB: static {step.static / 1e9:.3f}, peak {step.peak / 1e9:.3f}"
-    )
-    print(f"host {step.host_peak / 1e9:.2f} GB; kernels {step.launches}; synchronizations {step.syncs}")
+    gb = {"static": step.static / 1e9, "peak": step.peak / 1e9, "host": step.host_peak / 1e9}
+    print(f"traced in {time.perf_counter() - began:.0f} s; GB: {', '.join(f'{k} {v:.3f}' for k, v in gb.items())}")
+    print(f"kernels {step.launches}; synchronizations {step.syncs}")
     for label, size in step.largest:
         print(f"  {size / 1e6:9.1f} MB  {label}")
 
