@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
+from finetune.system.console import line_width
 from finetune.system.resources import packaged_configs
 
 # The keys that most runs set, in the order of the schema.
@@ -81,7 +82,7 @@ def all_keys() -> str:
 def _keys(only: Sequence[str]) -> str:
     from finetune.config.keys import schema_help
 
-    configs = textwrap.fill(f"Packaged configs: {', '.join(packaged_configs())}", 120, subsequent_indent="  ")
+    configs = textwrap.fill(f"Packaged configs: {', '.join(packaged_configs())}", line_width(), subsequent_indent="  ")
     return f"{configs}\n\n{schema_help(only=only)}"
 
 

@@ -14,9 +14,9 @@ from pydantic.fields import FieldInfo
 
 from finetune.config.schema import RunConfig
 from finetune.config.sections import SHORT_DTYPES, Section
+from finetune.system.console import line_width
 
 _BOUNDS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
-_LINE = 120  # Characters of a line of help.
 _WORDS = {bool: "true | false", int: "whole number", float: "number", str: "text", type(None): "null"}
 
 
@@ -135,7 +135,7 @@ def schema_help(root: type[Section] = RunConfig, width: int = 38, only: Sequence
 
 def _in_columns(key: str, meaning: str, width: int) -> list[str]:
     """Return lines of two columns; a key that is wider than its column has a line of its own."""
-    wrapped = textwrap.wrap(meaning, _LINE - width - 3, break_long_words=False, break_on_hyphens=False)
+    wrapped = textwrap.wrap(meaning, line_width() - width - 3, break_long_words=False, break_on_hyphens=False)
     lines = [f"  {'':<{width}} {line}" for line in wrapped]
     if len(key) > width:
         return [f"  {key}", *lines]

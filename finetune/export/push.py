@@ -17,6 +17,7 @@ _PATTERNS = [
     "*.gguf",
     "*.onnx",
     "*.onnx.data",
+    "run.py",
     "*config.json",
     "tokenizer*",
     "vocab.json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,11 @@ def is_plain(stream: IO[str]) -> bool:
 def colored(text: str, color: Literal["red", "green", "yellow"], stream: IO[str]) -> str:
     """Return a text bold and in a color, if the stream takes colors."""
     return text if is_plain(stream) else f"\x1b[1;{_COLORS[color]}m{text}\x1b[0m"
+
+
+def line_width(longest: int = 120) -> int:
+    """Return the characters of a line: those of the terminal from 80 to `longest`, elsewhere `longest`."""
+    return min(longest, max(80, shutil.get_terminal_size().columns)) if sys.stdout.isatty() else longest
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from finetune.export.exporter import Exported, ExportRequest
+from finetune.export.onnx import run
 from finetune.export.onnx.builder import build, quantize, runtime
 from finetune.export.verify import (
     PROMPTS,
@@ -32,7 +33,7 @@ from finetune.export.verify import (
 from finetune.system.atomic import write_text
 from finetune.system.errors import IntegrityError
 
-GRAPH = "model.onnx"
+GRAPH, SCRIPT = "model.onnx", "run.py"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def check_libraries(kind: str) -> None:
 
 
 def write(request: ExportRequest) -> Exported:
-    """Write model.onnx, model.onnx.data, genai_config.json and the tokenizer's files.
+    """Write model.onnx, model.onnx.data, genai_config.json, the tokenizer's files and a script that answers a prompt.
 
     Memory: see `build`; int8-dynamic needs about 12 bytes per weight.
 
@@ -81,7 +82,8 @@ def write(request: ExportRequest) -> Exported:
     settings = settle(request.source, request.out)
     checks, notes = _verify(request, kind) if request.options.verify else ([], {})
     size = sum(path.stat().st_size for path in request.out.glob(f"{GRAPH}*"))
-    serve = serving_command(Path(request.options.out), chat=open_tokenizer(request.source).chat_template is not None)
+    shutil.copyfile(run.__file__, request.out / SCRIPT)
+    serve = shlex.join(["python", str(Path(request.options.out) / SCRIPT), "Hello"])
     return Exported(checks, [serve], {"type": kind, "bytes": size, **settings, **notes})
 
 
@@ -157,21 +159,6 @@ def _generated(answers: Answers, model: OnnxModel, tokens: int) -> dict[str, int
         pairs = zip(theirs, ours, strict=False)
         counts["same_tokens"] += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return counts
-
-
-def serving_command(folder: Path, chat: bool) -> str:
-    """Return a shell command that generates one answer; chat: the folder has a chat template."""
-    prompt = '"Hello"'
-    if chat:
-        messages = json.dumps(json.dumps([{"role": "user", "content": "Hello"}]))
-        prompt = f"t.apply_chat_template({messages}, add_generation_prompt=True)"
-    code = (
-        f"import onnxruntime_genai as og; m = og.Model({json.dumps(str(folder))}); t = og.Tokenizer(m); "
-        "p = og.GeneratorParams(m); p.set_search_options(max_length=512); g = og.Generator(m, p); "
-        f"g.append_tokens(t.encode({prompt})); "
-        "[g.generate_next_token() for _ in iter(g.is_done, True)]; print(t.decode(g.get_sequence(0)))"
-    )
-    return f"ORT_DISABLE_TELEMETRY=1 python -c {shlex.quote(code)}"
 
 
 class OnnxModel:

@@ -8,7 +8,8 @@ import termios
 
 import pytest
 
-from finetune.system.console import colored, silent_keys
+from finetune.config.keys import schema_help
+from finetune.system.console import colored, line_width, silent_keys
 
 
 @pytest.fixture
@@ -29,6 +30,18 @@ def test_a_terminal_gets_colors_unless_it_or_the_user_refuses(terminal, tmp_path
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
     assert colored("text", "red", terminal) == "text"
+
+
+def test_help_fits_a_terminal_of_at_least_80_characters(terminal, monkeypatch):
+    found = {}
+    for columns in (40, 100, 300):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr("sys.stdout", terminal)
+        found[columns] = line_width()
+        lines = schema_help().splitlines()
+        monkeypatch.undo()
+        assert max(map(len, lines)) <= found[columns]
+    assert found == {40: 80, 100: 100, 300: 120}
 
 
 def test_keys_are_not_echoed_inside_and_are_again_after_an_error(terminal):

@@ -43,6 +43,7 @@ FILES = {
     "genai_config.json",
     "model.onnx",
     "model.onnx.data",
+    "run.py",
     "tokenizer.json",
     "tokenizer_config.json",
 }
@@ -201,7 +202,7 @@ def test_the_serving_command_runs(exports, tmp_path: Path) -> None:
     (tmp_path / "python").chmod(0o755)
     done = subprocess.run(["bash", "-c", f"PATH={tmp_path}:$PATH; {command}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "user\nHello\nassistant\n" in done.stdout
+    assert done.stdout.strip() and "python -c" not in command
 
 
 @pytest.fixture
