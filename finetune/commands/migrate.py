@@ -1,13 +1,18 @@
 """usage: finetune migrate FILE [out=migrated.yaml] [framework=…]
+       finetune migrate adapter_model.bin out=FOLDER
 
 Writes a config with the same training, and lists the settings without a counterpart. FILE is a YAML or JSON config, or
 a shell script with `swift sft` or `trl sft`. The arguments of an Unsloth notebook are read from a JSON file. Never
 replaces an existing file.
 
+An adapter_model.bin with its adapter_config.json becomes a folder with adapter_model.safetensors. Only weights are
+loaded from the pickle: one that holds code is refused.
+
 Examples
   finetune migrate qlora.yml
   finetune migrate train.sh out=mine.yaml
   finetune migrate unsloth.json framework=unsloth
+  finetune migrate old/adapter_model.bin out=adapter
 """
 
 from __future__ import annotations
@@ -28,10 +33,16 @@ def run(arguments: Arguments) -> int:
 
     if len(arguments.paths) != 1:
         raise InputError(f"finetune migrate: expected one FILE, found {' '.join(arguments.paths) or 'none'}")
-    options = arguments.options
+    options, file = arguments.options, Path(arguments.paths[0]).expanduser()
+    if file.suffix == ".bin":
+        from finetune.migration.adapters import convert_pickle
+
+        convert_pickle(file, Path(options.out).expanduser())
+        log(f"adapter: {options.out}")
+        return 0
     if not options.out.endswith(".yaml"):
         raise InputError(f"out={options.out}: the name of a config ends in .yaml")
-    config = read_peer_config(Path(arguments.paths[0]).expanduser(), options.framework)
+    config = read_peer_config(file, options.framework)
     migration = migrate(config)
     with whole_file("out", options.out, replace=False) as stream:
         stream.write(as_yaml(migration, config, options.out))

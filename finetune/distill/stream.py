@@ -20,7 +20,6 @@ from typing import Any
 import peft
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,8 +30,8 @@ from finetune.distill.resident import open_skeleton
 from finetune.losses.cross_entropy import target_rows
 from finetune.losses.distillation import TeacherHidden
 from finetune.losses.hidden_states import DecoderRows, decoder_rows, token_states
-from finetune.models.adapters.files import check_adapter
-from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE
+from finetune.models.adapters.files import check_adapter, read_tensors
+from finetune.models.adapters.folder import CONFIG_FILE
 from finetune.models.fused import fuse_layers
 from finetune.models.hub import read_json
 from finetune.models.safetensors_index import WeightFiles, map_tensor
@@ -216,7 +215,7 @@ def _attach_adapter(base: PreTrainedModel, folder: Path, device: torch.device) -
     if config.get("peft_type") != "LORA":
         raise ConfigError(f"{where}: expected a LoRA adapter, found {config.get('peft_type')}")
     check_adapter(folder, trained=False)
-    tensors = load_file(folder / TENSOR_FILE)
+    tensors = read_tensors(folder)
     if outside := [name for name in tensors if not re.search(r"\.layers\.\d+\.", name)]:
         raise ConfigError(
             f"{where}: changes more than decoder layers ({', '.join(sorted(outside)[:3])}), which a streamed teacher "

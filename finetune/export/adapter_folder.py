@@ -27,7 +27,6 @@ from finetune.export.staging import MODEL_COPIES, copy_files
 from finetune.export.verify import OFFLINE, Verification, compare, source_answers
 from finetune.models.adapters.files import (
     CONFIG_FILE,
-    PREFIX,
     TENSOR_FILE,
     check_adapter,
     fetch_adapter,
@@ -36,8 +35,10 @@ from finetune.models.adapters.files import (
     other_updates,
     scaling_of,
 )
+from finetune.models.adapters.names import PREFIX
 from finetune.models.adapters.trained import compensates_quantization
 from finetune.models.families import FAMILIES
+from finetune.models.safetensors_header import read_header
 from finetune.models.safetensors_index import save_tensors
 from finetune.models.tokenizer import quiet
 from finetune.system.atomic import write_text
@@ -92,8 +93,11 @@ def write(request: ExportRequest) -> Exported:
     common = (config["r"], config["lora_alpha"] / config["r"])
     same = all((rank, scaling_of(config, layer, rank)) == common for layer, rank in _ranks(tensors).items())
     folded = not same or bool(config.get("use_rslora") and config["r"] > 1)
+    # Another program's names were converted.
+    renamed = tensors.keys() != read_header(request.source / TENSOR_FILE)[1].keys()
     if folded:
         tensors = _fold(config, tensors)
+    if folded or renamed:
         save_tensors(tensors, request.out / TENSOR_FILE, metadata={"format": "pt"})
     else:
         shutil.copyfile(request.source / TENSOR_FILE, request.out / TENSOR_FILE)

@@ -10,7 +10,8 @@ from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.gguf.file import PlannedTensor, start_writer, write_file
 from finetune.export.gguf.qwen2 import linear_name
 from finetune.export.gguf.types import TYPES, storage_type
-from finetune.models.adapters.files import PREFIX, SavedAdapter, fetch_adapter, scaling_of
+from finetune.models.adapters.files import SavedAdapter, fetch_adapter, scaling_of
+from finetune.models.adapters.names import PREFIX
 from finetune.system.errors import ConfigError
 
 

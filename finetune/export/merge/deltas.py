@@ -16,7 +16,8 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from finetune.config.command_options import MergeOptions
-from finetune.models.adapters.files import PREFIX, SavedAdapter, other_base, other_updates, scaling_of, token_ids
+from finetune.models.adapters.files import SavedAdapter, other_base, other_updates, scaling_of, token_ids
+from finetune.models.adapters.names import PREFIX
 from finetune.models.safetensors_index import Stored
 from finetune.system.errors import ConfigError
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE, check_adapter_folder, find_adapter
 from finetune.models.adapters.inits import ADAPTER, initial_factors
+from finetune.models.adapters.names import PREFIX, as_peft_names
 from finetune.models.hub import read_json
 from finetune.models.module_matching import matches_key
 from finetune.models.safetensors_header import read_header
@@ -27,7 +28,6 @@ from finetune.system.errors import ConfigError, IntegrityError
 
 _MASTER = ".parametrizations.weight.original"  # name of a parametrized weight in torch
 _MASTER_BIAS = ".parametrizations.bias.original"
-PREFIX = "base_model.model."  # of every tensor in an adapter file
 # Settings of PEFT with another update. This package writes none of them.
 _OTHER_UPDATES = (
     "alora_invocation_tokens arrow_config fan_in_fan_out kasa_config layer_replication lora_bias megatron_config "
@@ -108,7 +108,7 @@ def check_adapter(folder: Path | str, model: PeftModel | None = None, *, trained
         IntegrityError: names the tensors that are missing, not finite, zero or different.
     """
     folder = Path(folder)
-    tensors = _read_tensors(folder)
+    tensors = read_tensors(folder)
     problems = list(_incomplete(tensors))
     if trained and all(not tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
         problems.append("every lora_B is zero: nothing was trained")
@@ -125,12 +125,15 @@ def check_adapter(folder: Path | str, model: PeftModel | None = None, *, trained
         raise IntegrityError(f"{folder}: the adapter is corrupt: {'; '.join(sorted(problems)[:10])}")
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of an adapter. Raises: ConfigError if there is none, IntegrityError if corrupt or not finite."""
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read all tensors of an adapter, under PEFT's names whatever program wrote them.
+
+    Raises: ConfigError if there is none, IntegrityError if corrupt or not finite.
+    """
     check_adapter_folder(folder, "adapter")
     file = folder / TENSOR_FILE
     read_header(file)  # refuses a corrupt file
-    tensors = load_file(file)
+    tensors = as_peft_names(load_file(file), str(file))
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise IntegrityError(f"{file}: NaN or infinity in {len(bad)} tensors: {', '.join(bad[:5])}")
     return tensors
@@ -230,7 +233,7 @@ def fetch_adapter(name: str, key: str = "lora.init_adapter") -> SavedAdapter:
     config = read_json(folder / CONFIG_FILE, f"{key}={name}")
     if config.get("peft_type") != "LORA":
         raise ConfigError(f"{key}={name}: not a LoRA adapter, found {config.get('peft_type')}")
-    tensors = _read_tensors(folder)
+    tensors = read_tensors(folder)
     if problems := list(_incomplete(tensors)):
         raise IntegrityError(f"{key}={name}: the adapter is corrupt: {'; '.join(problems[:10])}")
     return SavedAdapter(name, folder, config, tensors)
@@ -254,7 +257,8 @@ def load_weights(model: PeftModel, adapter: SavedAdapter) -> None:
 def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
     """Load a frozen adapter onto its base in eval mode, like `PeftModel.from_pretrained`.
 
-    The embedding grows if it has no spare rows for the adapter's new tokens.
+    PEFT would ignore tensors with another program's names. The embedding grows if it has no spare rows for the
+    adapter's new tokens.
 
     Raises:
         ConfigError: there is no adapter.
@@ -268,4 +272,11 @@ def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        tensors = read_tensors(folder)
+        if tensors.keys() == read_header(folder / TENSOR_FILE)[1].keys():
+            return PeftModel.from_pretrained(model, str(folder)).eval()
+        settings = PeftConfig.from_pretrained(str(folder))
+        settings.inference_mode = True
+        loaded = PeftModel(model, settings)  # type: ignore[arg-type]
+        set_peft_model_state_dict(loaded, tensors)
+        return loaded.eval()

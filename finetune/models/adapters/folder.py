@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from finetune.models.hub import TEXT_FILES, fetch
 from finetune.system.errors import ConfigError
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -32,7 +34,10 @@ def check_adapter_folder(folder: Path, key: str) -> None:
         raise ConfigError(f"{key}={folder}: the run has no final adapter yet\nhelp: {key}={checkpoints[-1]}")
     if not folder.is_dir():
         raise ConfigError(f"{key}={folder}: not a folder (looked in {Path.cwd()})")
-    pickle = "\nhelp: a pickle (adapter_model.bin) can run code: convert it" if any(folder.glob("*.bin")) else ""
+    file, pickle = folder / PICKLE_FILE, ""
+    if file.is_file() and missing == [TENSOR_FILE]:
+        out = f"{folder}-safetensors"
+        pickle = f", only a pickle\nhelp: finetune migrate {shlex.quote(str(file))} out={shlex.quote(out)}"
     raise ConfigError(f"{key}={folder}: not an adapter, it has no {' and no '.join(missing)}{pickle}")
 
 

@@ -19,7 +19,8 @@ from finetune.config.schema import DataConfig, LoraConfig, ModelConfig, RunConfi
 from finetune.export import adapter_folder
 from finetune.export.adapter_folder import write as to_adapter
 from finetune.export.exporter import Exported, ExportRequest
-from finetune.models.adapters.files import CONFIG_FILE, PREFIX, TENSOR_FILE, load_adapter
+from finetune.models.adapters.files import CONFIG_FILE, TENSOR_FILE, load_adapter
+from finetune.models.adapters.names import PREFIX
 from finetune.system.errors import ConfigError, IntegrityError
 from tests.unit.export.conftest import KINDS
 

@@ -16,7 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.models.adapters.attach import attach_lora
-from finetune.models.adapters.files import TENSOR_FILE, check_adapter, file_tensors, load_adapter, save_adapter
+from finetune.models.adapters.files import (
+    TENSOR_FILE,
+    check_adapter,
+    fetch_adapter,
+    file_tensors,
+    load_adapter,
+    save_adapter,
+)
+from finetune.models.adapters.names import PREFIX
 from finetune.models.load import load_base
 from finetune.models.tokenizer import load_tokenizer
 from finetune.system.errors import ConfigError, IntegrityError
@@ -167,7 +175,39 @@ def test_truncated_missing_and_pickled_files_are_errors(saved: Path) -> None:
     with pytest.raises(IntegrityError, match="not a complete safetensors file"):
         check_adapter(saved)
     file.rename(saved / "adapter_model.bin")
-    with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors\nhelp: a pickle"):
+    with pytest.raises(
+        ConfigError, match=r"adapter_model\.safetensors.*\nhelp: finetune migrate .*adapter_model.bin out="
+    ):
+        check_adapter(saved)
+
+
+# Names that other programs write, by PEFT's name.
+SPELLINGS = {
+    "state dict": lambda name: name.replace(".weight", ".default.weight"),
+    "other adapter name": lambda name: name.replace(".weight", ".mine.weight"),
+    "no prefix": lambda name: name.removeprefix(PREFIX),
+    "two prefixes": lambda name: PREFIX + name,
+    "wrapped": lambda name: f"module._orig_mod.{name}",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_names_of_other_programs_give_the_same_adapter_wherever_it_is_read(load, saved: Path, spelling: str) -> None:
+    own = load_file(saved / TENSOR_FILE)
+    expected = load_adapter(load("none"), saved)(IDS).logits
+    base = {"base_model.model.model.norm.weight": torch.ones(3)} if "state dict" in spelling else {}
+    named = {SPELLINGS[spelling](name): tensor for name, tensor in own.items()} | base
+    save_file(named, saved / TENSOR_FILE)
+    check_adapter(saved)
+    assert load_adapter(load("none"), saved)(IDS).logits.equal(expected)
+    assert fetch_adapter(str(saved)).tensors.keys() == own.keys()
+    started = file_tensors(attach_lora(load("nf4"), LoraConfig(rank=4, init_adapter=str(saved))))
+    assert all(started[name].equal(own[name]) for name in own)
+
+
+def test_a_file_with_several_adapters_is_an_error(saved: Path) -> None:
+    rewrite(saved, lambda tensors: tensors.update({f"{PREFIX}q.lora_A.{n}.weight": torch.ones(1) for n in "ab"}))
+    with pytest.raises(IntegrityError, match="several adapters"):
         check_adapter(saved)
 
 
