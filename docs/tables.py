@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune import load_config
+from finetune.config.recipes import read_recipe, recipe_names, recipe_table
 from finetune.planning.advice import BUDGETS_GB, LONGEST, length_table
 from finetune.planning.inputs import plan_inputs
 from finetune.system.resources import packaged
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "support.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "support.md", ROOT / "docs" / "recipes.md")
 _PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n)(?:.*?\n)??(<!-- end -->)", re.DOTALL)
 
 
@@ -62,9 +63,20 @@ def models_table() -> str:
     return "\n".join(lines)
 
 
+def trainings_table() -> str:
+    """Return the measured trainings of the recipes, with the command of each."""
+    lines = ["| command | measured |", "|---|---|"]
+    for recipe in map(read_recipe, recipe_names()):
+        if recipe.measured:
+            lines.append(f"| `{recipe.measured['command']}` | {recipe.measured_text()} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "context": context_table,
     "models": models_table,
+    "recipes": recipe_table,
+    "recipe-trainings": trainings_table,
 }
 
 

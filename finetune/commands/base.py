@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "fine-tune a model as a config describes",
     "init": "write a first config for a dataset and this machine",
+    "recipes": "list ready configs by task and card, and copy one",
     "migrate": "write a config from one of Axolotl, LLaMA-Factory, ms-swift, TRL or Unsloth",
     "data": "report on the rows of a config",
     "data convert": "write rows of any format as messages",

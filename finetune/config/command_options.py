@@ -67,6 +67,12 @@ class ConvertOptions(RowOptions):
     max_bad_share: Share = Field(0.05, description="Share of skipped rows above which nothing is written.")
 
 
+class RecipesOptions(Section):
+    """`finetune recipes`."""
+
+    out: Text | None = Field(None, description="Config to write; it must not exist. null: print the recipe.")
+
+
 class InitOptions(RowOptions):
     """`finetune init`: the keys of an item of data.train, and what to plan for."""
 

@@ -15,8 +15,10 @@ def packaged(kind: Literal["configs", "data"]) -> Path:
 
 
 def packaged_configs() -> list[str]:
-    """Return the file names of the packaged configs of whole runs."""
-    return sorted(file.name for file in packaged("configs").glob("*.yaml"))
+    """Return the packaged configs of whole runs, as config= takes them: `lora.yaml`, `recipes/math.yaml`."""
+    folder = packaged("configs")
+    files = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("recipes/*.yaml"))]
+    return [file.relative_to(folder).as_posix() for file in files]
 
 
 def cache_home(kind: Literal["tokens", "quantized", "rates", "rows"]) -> Path:

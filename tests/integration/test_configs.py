@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from omegaconf import OmegaConf
 
 from finetune.config.compose import load_config, to_yaml
 from finetune.config.keys import schema_fields, sections
-from finetune.system.resources import packaged
+from finetune.system.resources import packaged, packaged_configs
 
 CONFIGS = packaged("configs")
-RUNS = sorted(CONFIGS.glob("*.yaml"))
-GROUPS = sorted(file for folder in CONFIGS.iterdir() if folder.is_dir() for file in folder.glob("*.yaml"))
-MODELS = [file for file in GROUPS if file.parent.name == "model"]
+RUNS = [CONFIGS / name for name in packaged_configs()]
+GROUPS = sorted(file for file in CONFIGS.glob("*/*.yaml") if file not in RUNS)
+MODELS = sorted(CONFIGS.glob("model/qwen2.5-*.yaml"))
 # A group option that only goes together with another choice.
 COMPANIONS = {
     "lora/pissa": ["quant=none"],
@@ -61,8 +62,8 @@ def test_a_whole_run_composes_and_reads_back(file: Path, tmp_path: Path):
 @pytest.mark.parametrize("file", RUNS, ids=label)
 def test_a_whole_run_opens_with_its_launch_command(file: Path):
     first = file.read_text().splitlines()[0]
-    data = "".join(f" {word}" for word in _data(file))
-    assert first == f"# accelerate launch finetune/train.py config={file.name}{data}"
+    command = f"# accelerate launch finetune/train.py config={file.relative_to(CONFIGS)}"
+    assert re.fullmatch(re.escape(command) + r" data.train=\w+\.jsonl" * bool(_data(file)), first)
 
 
 @pytest.mark.parametrize("file", GROUPS, ids=label)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -14,14 +15,18 @@ import pytest
 DATA = Path(__file__).resolve().parents[2] / "data"
 
 
-@pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    """data/generate.py, which is a script and no part of the package."""
-    spec = importlib.util.spec_from_file_location("generate", DATA / "generate.py")
+def script(name: str) -> ModuleType:
+    """A script of data/, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["generate"] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up, and a script imports another
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    return script("generate")
 
 
 def rows(name: str) -> list[dict]:
@@ -43,6 +48,14 @@ def test_the_generator_writes_the_committed_files_byte_for_byte(generate: Module
     generate.write_sample(tmp_path)
     for name in ("train.jsonl", "heldout.jsonl"):
         assert (tmp_path / name).read_bytes() == (DATA / "sample" / name).read_bytes()
+
+
+def test_the_labels_are_those_of_their_script_and_each_is_common(generate: ModuleType, tmp_path: Path) -> None:
+    script("labels").write_labels(tmp_path)
+    assert (tmp_path / "labels.jsonl").read_bytes() == (DATA / "sample" / "labels.jsonl").read_bytes()
+    labels = [row["completion"] for row in rows("labels")]
+    assert len(labels) == len({row["prompt"] for row in rows("labels")}) == 600
+    assert set(labels) == set(script("labels").LINES) and min(Counter(labels).values()) > 100
 
 
 def test_every_row_is_a_bare_order_and_its_record() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import jsonschema
@@ -15,9 +16,9 @@ from finetune.config.compose import to_yaml
 from finetune.config.json_schema import json_schema
 from finetune.config.keys import schema_fields
 from finetune.system.errors import ConfigError
-from finetune.system.resources import packaged
+from finetune.system.resources import packaged, packaged_configs
 
-RUNS = sorted(packaged("configs").glob("*.yaml"))
+RUNS = [packaged("configs") / name for name in packaged_configs()]
 VALIDATOR = jsonschema.Draft202012Validator(json_schema())
 
 
@@ -43,7 +44,8 @@ def test_every_shipped_config_is_valid_and_names_the_schema(file, tmp_path):
     assert errors_of(file) == []
     (tmp_path / "resolved.yaml").write_text(to_yaml(load_config(str(file), needs_data=False)))
     assert errors_of(tmp_path / "resolved.yaml") == []
-    assert "# yaml-language-server: $schema=schema.json" in file.read_text().splitlines()
+    schema = Path(os.path.relpath(packaged("configs") / "schema.json", file.parent)).as_posix()
+    assert f"# yaml-language-server: $schema={schema}" in file.read_text().splitlines()
 
 
 def test_every_key_has_a_description():
