@@ -91,14 +91,14 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
 
 def run(options: Mapping[str, str]) -> None:
     """Write the figures; those of trainings that are not measured again stay."""
-    figures: dict[str, dict[str, Any]] = json.loads(FILE.read_text())
+    old: dict[str, dict[str, Any]] = json.loads(FILE.read_text())
+    figures = {name: old.get(name, {}) for name in recipe_names()}
     with tempfile.TemporaryDirectory() as folder:
-        again = {name: measured(name, Path(folder)) for name in filter(None, options["measure"].split(","))}
-    for name in recipe_names():
-        old = figures.get(name, {}).get("measured")
-        parts = {"predicted": predicted(name) if name in CARDS else None, "measured": again.get(name, old)}
-        figures[name] = {word: part for word, part in parts.items() if part}
-    FILE.write_text(json.dumps(dict(sorted(figures.items())), indent=1) + "\n")
+        for name in filter(None, options["measure"].split(",")):
+            figures[name]["measured"] = measured(name, Path(folder))
+    for name in CARDS:
+        figures[name]["predicted"] = predicted(name)
+    FILE.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
     print(f"figures: {FILE.relative_to(ROOT)}")
 
 
