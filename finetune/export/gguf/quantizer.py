@@ -1,13 +1,14 @@
 """llama.cpp's own quantizer, for the types that the gguf package cannot write. This module imports no torch.
 
 The command `llama-quantize` on PATH is used, else the package llama-cpp-python in a process of its own: its C++ code
-ends the process at an error. `python -m finetune.export.gguf.quantizer` takes the arguments of `llama-quantize`.
+ends the process at an error. `main` takes the arguments of `llama-quantize`.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import shutil
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def find_quantizer(kind: str, imatrix: bool) -> list[str]:
         MissingExtra: neither the command nor the package is installed, or the package is too old for `imatrix`.
     """
     if (command := shutil.which("llama-quantize")) is not None:
-        return [command]
+        return [os.path.abspath(command)]
     if (package := llama_package()) is None:
         raise MissingExtra(f"type={kind}: llama.cpp's quantizer writes it, found none\nhelp: {_INSTALL}")
     if imatrix and not hasattr(package, "llama_model_imatrix_data"):
@@ -67,20 +68,24 @@ def find_quantizer(kind: str, imatrix: bool) -> list[str]:
             f"imatrix: llama-cpp-python is too old for it, found {package.__version__}\n"
             "help: pip install --upgrade llama-cpp-python"
         )
-    return [sys.executable, "-m", "finetune.export.gguf.quantizer"]
+    paths = [os.path.abspath(path) for path in sys.path]
+    return [sys.executable, "-c", f"import sys; sys.path[:] = {paths}; from {__name__} import main; sys.exit(main())"]
 
 
 def quantize_file(source: Path, out: Path, kind: str, imatrix: Path | None) -> None:
-    """Write a GGUF model in another file type.
+    """Write a GGUF model in another file type. source, out and imatrix are in one folder.
 
     Raises:
         MissingExtra: as `find_quantizer`.
         FinetuneError: the quantizer failed; the message has the end of its output.
     """
     command = find_quantizer(kind, imatrix is not None)
-    weighted = [] if imatrix is None else ["--imatrix", str(imatrix)]
-    words = [*command, *weighted, str(source), str(out), kind.upper(), str(usable_cores())]
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    weighted = [] if imatrix is None else ["--imatrix", imatrix.name]
+    words = [*command, *weighted, source.name, out.name, kind.upper(), str(usable_cores())]
+    # The file records the name of the importance matrix, which holds no path of this machine.
+    done = subprocess.run(
+        words, cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     if done.returncode != 0 or not out.is_file():
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()][-_SHOWN_LINES:]
         listed = "".join(f"\n  {line}" for line in lines)
@@ -114,10 +119,11 @@ def read_imatrix(path: Path) -> dict[str, Any]:
     return {name: (tensors[f"{name}.in_sum2"] / tensors[f"{name}.counts"].item()).ravel() for name in names}
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Quantize with the package and the arguments of this process; return 0, or another number after an error."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--imatrix")
     for word in ("source", "out", "kind"):
         parser.add_argument(word)
     parser.add_argument("threads", type=int)
-    sys.exit(_quantize_with_package(**vars(parser.parse_args())))
+    return _quantize_with_package(**vars(parser.parse_args()))
