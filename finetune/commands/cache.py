@@ -3,7 +3,7 @@
 Runs the teacher of a config on every row of data.train and data.eval and writes its outputs to DIR. Training with
 distill.teacher.placement=cached then needs no teacher. After an interruption, the same command continues; with more
 rows, it adds the missing ones. The folder serves any order, packing, batch size, number of processes and seed.
-  distill.cache_kind=sampled      the 32 most probable tokens and 16 sampled others: 180 bytes per target
+  distill.cache_kind=sampled      the 32 most probable tokens and 16 sampled others: 178 bytes per target
   distill.cache_kind=hidden       the final hidden states: every divergence, exact; 2 bytes x width per target
   distill.teacher.placement=…     resident, streamed or server; cached: resident if it fits, else streamed
 

@@ -127,8 +127,15 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
     changes = changes_that_fit(inputs, free) if free is not None and not fits else []
     auto = None
     if options.auto and free is not None and (fastest := fastest_that_fits(inputs, free, rates)) is not None:
-        overrides, memory = fastest
-        auto = {"overrides": overrides, "peak_bytes": memory.peak_bytes, "needed_bytes": memory.needed_bytes}
+        overrides, memory, chosen = fastest
+        auto = {
+            "overrides": overrides,
+            "peak_bytes": memory.peak_bytes,
+            "needed_bytes": memory.needed_bytes,
+            "tokens_per_second": estimate_time(chosen, memory, rates=rates, options=options, gpu_name=gpu_name)[
+                "tokens_per_second"
+            ],
+        }
     content = {
         "fits": fits,
         "ranks": ranks,
@@ -204,7 +211,9 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
     if auto:
         answer = "none, at any sequence length"
         if found := content["auto"]:
-            answer = f"{' '.join(found['overrides'])}   needs {format_bytes(found['needed_bytes'])}"
+            faster = found["tokens_per_second"] / content["tokens_per_second"]
+            needs = f"needs {format_bytes(found['needed_bytes'])}, {assumed}{faster:.2f} times as fast"
+            answer = f"{' '.join(found['overrides'])}   {needs}"
         print(f"fastest that fits: {answer}")
 
 

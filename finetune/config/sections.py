@@ -251,7 +251,7 @@ class DistillConfig(Section):
     cache: Text | None = Field(None, description="Folder of teacher outputs, written by `finetune cache`; null: none.")
     cache_kind: Literal["sampled", "hidden"] = Field(
         "sampled",
-        description="What a cache holds: sampled probabilities (180 bytes per trained token) or exact hidden states.",
+        description="What a cache holds: sampled probabilities (178 bytes per trained token) or exact hidden states.",
     )
     top_k: Annotated[int, Field(ge=1, le=256)] = Field(32, description="Most probable tokens stored per trained token.")
     num_samples: Annotated[int, Field(ge=1, le=256)] = Field(16, description="Samples from the other tokens, unbiased.")

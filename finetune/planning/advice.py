@@ -127,12 +127,12 @@ def length_table(inputs: PlanInputs) -> dict[str, dict[int, int]]:
 
 def fastest_that_fits(
     inputs: PlanInputs, free_bytes: float, rates: Rates | None
-) -> tuple[tuple[str, ...], PeakMemory] | None:
+) -> tuple[tuple[str, ...], PeakMemory, PlanInputs] | None:
     """Find the settings with the least time per token that fit.
 
     Gradient checkpointing, micro-batch and `quant.keep_dequantized` may change; the length only if nothing else fits.
 
-    Returns: overrides as on the command line, and the memory with them; None if nothing fits.
+    Returns: overrides as on the command line, the memory with them, and the run with them; None if nothing fits.
     """
     fitting = []
     for tried in _ways(inputs, free_bytes):
@@ -149,7 +149,7 @@ def fastest_that_fits(
     overrides += [f"train.micro_batch_size={memory.micro_batch}", f"train.gradient_checkpointing={recompute}"]
     if inputs.quant.type == "nf4":
         overrides.append(f"quant.keep_dequantized={str(chosen.quant.keep_dequantized).lower()}")
-    return tuple(overrides), memory
+    return tuple(overrides), memory, chosen
 
 
 def _ways(inputs: PlanInputs, free_bytes: float) -> Iterator[PlanInputs]:

@@ -52,6 +52,7 @@ def test_the_overrides_of_auto_give_a_run_that_fits(capsys):
     assert code == 3
     code, again = plan(capsys, *words, *content["auto"]["overrides"])
     assert code == 0 and again["needed_bytes"] == pytest.approx(content["auto"]["needed_bytes"])
+    assert again["tokens_per_second"] == pytest.approx(content["auto"]["tokens_per_second"])
 
 
 def test_the_table_has_every_size_and_budget(capsys):

@@ -88,7 +88,7 @@ def test_changes_and_fastest_settings_do_what_they_say_whatever_the_config(overr
         if (fastest := fastest_that_fits(inputs, free, None)) is None:
             assert not fits
             continue
-        words, memory = fastest
+        words, memory, _ = fastest
         pasted = on_device(*words)
         after = estimate_memory(pasted, free)
         assert after.needed_bytes == pytest.approx(memory.needed_bytes) and after.needed_bytes <= free

@@ -76,6 +76,8 @@ def test_settings_that_make_results_incomparable_are_noted(tmp_path: Path):
         ("eval_loss", [1.0, 1.0], set()),
         ("eval_loss", [None, None], set()),
         ("steps", [1.0, 2.0], set()),
+        ("peak_bytes", [500_100_000, 500_200_000, 500_300_000], set()),  # All are shown as 0.50 GB.
+        ("peak_bytes", [500_100_000, 500_200_000, 600_000_000], {0, 1}),
     ],
 )
 def test_best_is_lowest_or_highest_by_figure(name: str, values: list[float | None], best: set[int]):

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.report.curves import smoothed, thinned
+from finetune.report import curves
+from finetune.report.curves import QUANTITIES, Line, smoothed, thinned
 from finetune.report.run import Series, read_metrics
 
 
@@ -73,3 +74,16 @@ def test_a_moving_average_stays_within_its_values(values: list[float]):
 def test_the_moving_average_of_a_line_is_the_line():
     series = Series(list(range(100)), [float(i) for i in range(100)])
     assert smoothed(series).values[10:90] == pytest.approx(series.values[10:90])
+
+
+@pytest.mark.parametrize(("longest", "averaged"), [(40, []), (41, [40, 41])])
+def test_the_curves_of_a_picture_are_all_averaged_or_none(monkeypatch, longest: int, averaged: list[int]):
+    seen = []
+    monkeypatch.setattr(curves, "smoothed", lambda series: seen.append(len(series.steps)) or series)
+    lines = [
+        Line(str(count), Series(list(range(count)), [1.0 + step for step in range(count)]), False, color, "-")
+        for count, color in ((40, "#0072B2"), (longest, "#D55E00"))
+    ]
+    (gradient,) = (quantity for quantity in QUANTITIES if "grad_norm" in quantity.names)
+    curves.draw("title", lines, gradient, longest)
+    assert seen == averaged
