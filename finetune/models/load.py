@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finetune.config.schema import ModelConfig, QuantConfig
+from finetune.models.digest import base_fingerprint
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
 from finetune.models.quant.cache import Log
 from finetune.models.quant.eight_bit import quantize_loaded
@@ -25,7 +27,7 @@ from finetune.models.quant.quantize import (
 )
 from finetune.models.tokenizer import quiet
 from finetune.ops import attention
-from finetune.system.errors import IntegrityError, MissingExtra, ResourceError
+from finetune.system.errors import ConfigError, IntegrityError, MissingExtra, ResourceError
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +75,37 @@ def load_base(
     # The base in adapter_config.json: not the local cache folder.
     base.name_or_path = base.config.name_or_path = model.name
     base.base_revision = source.revision
+    base.loaded_as = _identity(model, quant, source.revision)
     return base
+
+
+def check_loaded(base: PreTrainedModel, model: ModelConfig, quant: QuantConfig, device: torch.device) -> None:
+    """Check that a base in memory is what `load_base` would load now: same files, settings, device, and no adapter.
+
+    Raises:
+        ConfigError: lists every difference.
+    """
+    found = getattr(base, "loaded_as", None)
+    if not isinstance(base, PreTrainedModel) or found is None:
+        raise ConfigError(f"model: expected a base from load_base, found {type(base).__name__}\nhelp: leave it out")
+    revision = fetch(model.name, model.revision, TEXT_FILES, "model.name").revision
+    wanted = _identity(model, quant, revision)
+    device = torch.empty(0, device=device).device  # with the number of the GPU
+    adapters = sum(isinstance(module, BaseTunerLayer) for module in base.modules())
+    wanted, found = {**wanted, "device": device, "adapters": 0}, {**found, "device": base.device, "adapters": adapters}
+    differing = [
+        f"{key}: {wanted[key]} in the config, {found[key]} in memory" for key in wanted if wanted[key] != found[key]
+    ]
+    if differing:
+        help_line = "help: load the base again with load_base(cfg.model, cfg.quant), or leave it out"
+        raise ConfigError("\n".join(["model: the base differs from the config:", *differing, help_line]))
+
+
+def _identity(model: ModelConfig, quant: QuantConfig, revision: str | None) -> dict[str, Any]:
+    """Return what decides the weights and arithmetic of a loaded base, by key of the config."""
+    settings = {f"model.{key}": value for key, value in model.model_dump(exclude={"tokenizer", "revision"}).items()}
+    settings |= {f"quant.{key}": value for key, value in quant.model_dump(exclude={"cache"}).items()}
+    return settings | {"model.revision": revision, "weights": base_fingerprint(model.name)}
 
 
 def _load_by_transformers(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.config.schema import RunConfig, SourceConfig
 from finetune.data import loader
@@ -31,7 +31,7 @@ from finetune.models.adapters.files import check_adapter, save_adapter
 from finetune.models.adapters.folder import list_checkpoints
 from finetune.models.families import shape_of
 from finetune.models.fused import fuse_layers
-from finetune.models.load import load_base
+from finetune.models.load import check_loaded, load_base
 from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
 from finetune.ops import dispatch, matmul
 from finetune.planning.auto_batch import free_memory
@@ -68,13 +68,19 @@ from finetune.training.summary import describe_result, model_card
 from finetune.training.track import SilentTracker, Tracker
 
 
-def train(cfg: RunConfig, rows: Iterable[Mapping[str, Any]] | None = None, verbose: bool = False) -> RunResult:
+def train(
+    cfg: RunConfig,
+    rows: Iterable[Mapping[str, Any]] | None = None,
+    verbose: bool = False,
+    model: PreTrainedModel | None = None,
+) -> RunResult:
     """Run one config from its files to a saved, verified adapter, or continue it as `train.resume` allows.
 
     Args:
         cfg: from `load_config`.
         rows: training examples in memory (a list of mappings, a Dataset, a DataFrame), in place of data.train.
         verbose: log the whole plan, threads and kernels too, not only model, data and memory.
+        model: the base, from `load_base(cfg.model, cfg.quant)`, in place of loading it. It gets the trained adapter.
 
     Returns:
         The content of result.json.
@@ -88,6 +94,8 @@ def train(cfg: RunConfig, rows: Iterable[Mapping[str, Any]] | None = None, verbo
         source = SourceConfig(path=str(write_rows(rows)), name="rows")
         cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": [source]})})
     accelerator = build_accelerator(cfg)
+    if model is not None:
+        check_loaded(model, cfg.model, cfg.quant, accelerator.device)
     set_seed(cfg.train.seed)
     is_main, kind = accelerator.is_main_process, accelerator.device.type
     log: Log = console.log if is_main else _drop
@@ -107,7 +115,7 @@ def train(cfg: RunConfig, rows: Iterable[Mapping[str, Any]] | None = None, verbo
         inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=kind, ranks=ranks)
         inputs = inputs.with_settings(train=repeat_choices(cfg.train, stored, ranks, log))
         log((describe_plan if verbose else describe_start)(inputs, free_memory(kind)))
-        context = _load(cfg, inputs, accelerator, checkpoint, log=log, detail=detail, started=started)
+        context = _load(cfg, inputs, accelerator, checkpoint, model, log=log, detail=detail, started=started)
         if is_main:
             output_folder.link_latest(given, folder)
         return _run(context, checkpoint)
@@ -125,6 +133,7 @@ def _load(
     inputs: PlanInputs,
     accelerator: Accelerator,
     checkpoint: Path | None,
+    base: PreTrainedModel | None,
     *,
     log: Log,
     detail: Log,
@@ -152,7 +161,7 @@ def _load(
         run_folder.describe_run(cfg, sampler.digest, started=started, device_type=kind, world_size=ranks)
         _store_data(cfg, preparation, data, tokenizer, log)
     vocabulary = check_distillation(cfg, tokenizer, data, log)
-    base = load_base(cfg.model, cfg.quant, accelerator.device, log)
+    base = base or load_base(cfg.model, cfg.quant, accelerator.device, log)
     # Before the adapter is attached: student and teacher share one copy of equal tensors.
     distillation = build_distillation(
         cfg, base=base, chat=chat, data=data, vocabulary=vocabulary, accelerator=accelerator, log=log

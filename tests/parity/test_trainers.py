@@ -272,3 +272,15 @@ def test_two_ranks_equal_one_without_fused_layers(base: Path, tmp_path: Path):
         for name, gradient in torch.load(tmp_path / f"{rank}.pt").items():
             distance = (gradient - expected[name]).abs().max() / expected[name].abs().max()
             assert distance <= 2e-5, f"{name}: {distance:.1e}"
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Path, repo_root: Path, monkeypatch, capsys):
+    section = (repo_root / "docs" / "speed.md").read_text().partition("## Fused layers in TRL's SFTTrainer")[2]
+    code = section.partition("```python\n")[2].partition("```")[0]
+    folder, steps = 'output_dir="outputs/trl"', "max_steps=10"
+    assert folder in code and steps in code
+    monkeypatch.chdir(repo_root)
+    code = code.replace(folder, f'output_dir="{tmp_path}", report_to=[]').replace(steps, "max_steps=1")
+    exec(code, {})  # noqa: S102 - our own documentation
+    assert "fused layers=4 of 4\n" in capsys.readouterr().out
+    assert (tmp_path / "adapter_model.safetensors").exists()
