@@ -6,6 +6,7 @@ Interpolations are resolved after that. A config can neither import nor instanti
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Generator, Mapping, Sequence
@@ -27,7 +28,7 @@ from finetune.config.overrides import parse_overrides
 from finetune.config.problems import COMMAND_LINE, Problem, config_error
 from finetune.config.repository import compose_files, short
 from finetune.config.schema import RunConfig, Section
-from finetune.system.console import printable
+from finetune.system.console import log_once, printable
 from finetune.system.errors import ConfigError
 from finetune.system.resources import packaged, packaged_configs
 
@@ -88,9 +89,25 @@ def load_config(path_or_name: str, overrides: Sequence[str] = (), needs_data: bo
         raise config_error(short(file), problems, locate) from None
     if problems:
         raise config_error(short(file), problems, locate)
+    config = _with_files_beside(config, file.parent)
     if "output_dir" not in composed.tree and "output_dir" not in dict(edits.values):
         config.model_fields_set.discard("output_dir")  # So that a run knows whether the user chose the folder.
     return config
+
+
+def _with_files_beside(config: RunConfig, folder: Path) -> RunConfig:
+    """Replace paths of datasets that the working directory lacks by files of this name beside the config."""
+    found: dict[str, Any] = {}
+    for name in ("train", "eval"):
+        sources = list(getattr(config.data, name))
+        for i, source in enumerate(sources):
+            path = os.path.expanduser(source.path)
+            beside = folder / path
+            if not os.path.isabs(path) and not glob.glob(path) and glob.glob(str(beside)):
+                log_once(f"data.{name}[{i}].path: {source.path} is not in {Path.cwd()}; read from {folder}")
+                sources[i] = source.model_copy(update={"path": str(beside)})
+                found[name] = sources
+    return config.model_copy(update={"data": config.data.model_copy(update=found)}) if found else config
 
 
 def saved_config(adapter: Path, overrides: Sequence[str] = ()) -> RunConfig | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -37,6 +37,7 @@ class Source:
     store: every usable row, before any cut.
     documents: for training or evaluation.
     counts: rows left out or changed, by reason.
+    held_out: what `data.held_out` took, for held-out rows of a training source.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Source:
     store: TokenStore
     documents: Documents
     counts: Counter[str]
+    held_out: str = ""
 
     @property
     def rows(self) -> np.ndarray:
@@ -121,7 +123,9 @@ def load_data(preparation: Preparation) -> LoadedData:
                 used.append(_source(source, store, np.flatnonzero(~out), cfg))
                 if out.any():
                     name = HELD_OUT if len(sources) == 1 else f"{HELD_OUT}-{resolve_source(source).name}"
-                    held_out.append(_source(source, store, np.flatnonzero(out), cfg, name))
+                    share = f"{out.sum():,} of {len(out):,} ({out.mean():.1%}; data.held_out={cfg.held_out:.1%})"
+                    kept = _source(source, store, np.flatnonzero(out), cfg, name)
+                    held_out.append(replace(kept, held_out=share))
             except DataError as error:
                 problems.append(f"data.{section}[{i}]: {error}")
     if cfg.held_out and not held_out and not problems:
@@ -238,7 +242,7 @@ def describe_source(source: Source) -> str:
     tokens, targets = int(source.documents.lengths.sum()), int(source.documents.targets.sum())
     line = (
         f"data: {source.name}: format={source.store.meta.format}, rows={len(source.rows):,}, tokens={tokens:,}, "
-        f"targets={targets:,}"
+        f"targets={targets:,}" + (f", held out: {source.held_out}" if source.held_out else "")
     )
     return f"{line}; {notes}" if (notes := _describe(source.counts)) else line
 

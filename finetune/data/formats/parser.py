@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import SourceConfig
@@ -323,9 +324,10 @@ def _refuse_no_row(value: Mapping[str, Any], source: str) -> None:
     if not all(isinstance(item, Mapping) and any(key in item for key in _REGISTRY_KEYS) for item in values):
         return
     if path := next((item[key] for item in values for key in _REGISTRY_KEYS if key in item), None):
+        file = Path(source).parent / printable_name(path)
         raise DataError(
             f"{source}: is LLaMA-Factory's list of datasets ({listed(value)}), not rows; finetune migrate converts a "
-            f"config that names one\nhelp: data.train={shlex.quote(printable_name(path))}"
+            f"config that names one\nhelp: data.train={shlex.quote(str(file if file.exists() else path))}"
         )
 
 

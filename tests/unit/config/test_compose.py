@@ -184,3 +184,17 @@ def test_nothing_is_printed_or_warned(here: Path):
     root = str(packaged("configs").parent)
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": root, "PATH": ""})
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+
+def test_a_dataset_beside_the_config_is_read_if_the_working_directory_lacks_it(tmp_path, monkeypatch):
+    (tmp_path / "project").mkdir()
+    file = tmp_path / "project" / "mine.yaml"
+    file.write_text("model: {name: m}\ndata: {train: [rows.jsonl, nowhere.jsonl], eval: ['held*.jsonl']}\n")
+    for name in ("rows.jsonl", "held-1.jsonl"):
+        (tmp_path / "project" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    data = load_config(str(file)).data
+    assert [source.path for source in data.train] == [str(file.with_name("rows.jsonl")), "nowhere.jsonl"]
+    assert data.eval[0].path == str(file.with_name("held*.jsonl"))
+    (tmp_path / "rows.jsonl").touch()
+    assert load_config(str(file)).data.train[0].path == "rows.jsonl"

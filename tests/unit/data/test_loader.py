@@ -231,3 +231,12 @@ def test_the_weight_of_a_message_reaches_its_tokens(tmp_path, chat):
 def chat_text(document) -> str:
     tokenizer = AutoTokenizer.from_pretrained(packaged("data") / "tiny-qwen2.5")
     return tokenizer.decode(document.labels[document.labels >= 0])
+
+
+def test_held_out_rows_are_described_with_the_share_that_was_taken(tmp_path, chat):
+    rows = [{"prompt": f"q {i}", "completion": "a"} for i in range(40)]
+    data = load(config(write(tmp_path, *rows), held_out=0.3), chat)
+    [held_out] = data.eval
+    count = len(held_out.rows)
+    assert f"{count} of 40 ({count / 40:.1%}; data.held_out=30.0%)" in describe_source(held_out)
+    assert "data.held_out" not in describe_source(data.train[0])
