@@ -163,7 +163,10 @@ class EvalOptions(Section):
     limit: Count | None = Field(None, description="Rows of each set, from the first on; null: all.")
     on_bad_row: OnBadRow | None = Field(None, description="At invalid rows: stop or skip; null: the run's, else error.")
     answers: Index = Field(200, description="Rows of each set of data to answer; 0: none.")
-    metric: Text = Field("exact", description="Check of answers: exact, number, regex, or FILE.py:FUNCTION (executed).")
+    metric: Text = Field(
+        "exact_match",
+        description="Score of answers: a name of generation.metrics, regex, or FILE.py:FUNCTION (executed).",
+    )
     pattern: Text | None = Field(None, description="For metric=regex: its first group, or all of it, is compared.")
     max_new_tokens: Count | None = Field(None, description="Longest answer in tokens; null: the run's, else 256.")
     batch_size: Count = Field(32, description="Answers to generate at a time.")

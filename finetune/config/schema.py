@@ -300,11 +300,14 @@ def _streamed(data: DataConfig, distill: DistillConfig, guard: GuardConfig) -> P
 
 def _answers(data: DataConfig, generation: GenerationConfig) -> Problems:
     if not data.eval and not data.held_out:
-        for name in ("num_examples", "every"):
+        for name in ("num_examples", "every", "metrics"):
             if getattr(generation, name):
                 yield Problem(f"generation.{name}", _NO_HELD_OUT)
     if generation.every is not None and not generation.samples:
         yield Problem("generation.every", "needs generation.samples of at least 1, found 0")
+    if generation.metrics and not generation.num_examples:
+        yield Problem("generation.metrics", "needs answers, found generation.num_examples=0; set it to 100")
+    yield from _twice("generation.metrics", generation.metrics)
 
 
 def _twice(key: str, values: Sequence[Any], text: str = "{} occurs twice") -> Problems:

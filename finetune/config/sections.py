@@ -280,6 +280,9 @@ class GenerationConfig(Section):
     batch_size: Count = Field(32, description="Answers to generate at a time.")
     samples: Index = Field(2, description="Answers to show before and after training.")
     every: Count | None = Field(None, description="Steps between sample answers during training; null: never.")
+    metrics: list[Literal["exact_match", "contains", "number", "token_f1", "rouge_l", "json_valid"]] = Field(
+        [], description="Scores of the answers to generation.num_examples examples, at each evaluation."
+    )
 
 
 class TrackConfig(Section):

@@ -1,10 +1,12 @@
-"""Metrics of an answer: exact match, equal number, equal part by a pattern, or a user's function."""
+"""Metrics of an answer: named ones, equal part by a pattern, or a user's function."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -14,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from finetune.evaluation.generation import Answer
-from finetune.evaluation.options import pattern_problem
+from finetune.evaluation.options import ANSWER_METRICS, pattern_problem
 from finetune.system.errors import ConfigError, DataError
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
+_WORD = re.compile(r"\w+")
 _GSM8K_MARK = "####"
 _SHOWN = 60
 
@@ -47,7 +50,7 @@ class Metric:
 
 
 def find_metric(word: str, pattern: str | None) -> Metric:
-    """Return the metric `exact`, `number`, `regex` with its pattern, or `FILE.py:FUNCTION`.
+    """Return a metric of METRICS, `regex` with its pattern, or `FILE.py:FUNCTION`.
 
     Security: the file is run, so the word must come from the command line, never from a config or data.
 
@@ -57,14 +60,14 @@ def find_metric(word: str, pattern: str | None) -> Metric:
     if problem := pattern_problem(word, pattern):
         raise ConfigError(problem)
     if word == "exact":
-        return Metric("exact match", lambda answer: float(answer.exact))
-    if word == "number":
-        return _comparing("number", number_in)
+        raise ConfigError("metric=exact: renamed; pass metric=exact_match")
+    if word in METRICS:
+        return METRICS[word]
     if pattern is not None:
         return _comparing("regex", _group(pattern))
     file, found, name = word.rpartition(":")
     if not found or not file.endswith(".py"):
-        raise ConfigError(f"metric: unknown, found {word}; choose exact, number, regex, or FILE.py:FUNCTION")
+        raise ConfigError(f"metric: unknown, found {word}; choose {', '.join(METRICS)}, regex, or FILE.py:FUNCTION")
     return Metric(name, _user_function(word, Path(file).expanduser(), name))
 
 
@@ -78,12 +81,63 @@ def number_in(text: str) -> Decimal | None:
         return None
 
 
+def token_f1(answer: Answer) -> float:
+    """Return the F1 score of the words that both texts have, in [0, 1]. Source: SQuAD, arXiv:1606.05250."""
+    given, expected = _words(answer.given), _words(answer.expected)
+    return _f1((Counter(given) & Counter(expected)).total(), len(given), len(expected))
+
+
+def rouge_l(answer: Answer) -> float:
+    """Return the F1 score of the longest common subsequence of words, in [0, 1]. Source: Lin 2004, W04-1013."""
+    given, expected = _words(answer.given), _words(answer.expected)
+    lengths = [0] * (len(expected) + 1)  # of the common subsequence with each beginning of `expected`
+    for word in given:
+        before = lengths.copy()
+        for i, other in enumerate(expected):
+            lengths[i + 1] = before[i] + 1 if word == other else max(lengths[i], before[i + 1])
+    return _f1(lengths[-1], len(given), len(expected))
+
+
+def contains(answer: Answer) -> float:
+    """Return 1 if the answer contains the expected text, ignoring case and runs of white space."""
+    given, expected = (" ".join(text.casefold().split()) for text in (answer.given, answer.expected))
+    return float(expected in given)
+
+
+def json_valid(answer: Answer) -> float:
+    """Return 1 if the answer is one JSON value; the expected answer is not looked at."""
+    try:
+        json.loads(answer.given)
+    except (ValueError, RecursionError):
+        return 0.0
+    return 1.0
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+def _f1(common: int, given: int, expected: int) -> float:
+    """Return the harmonic mean of precision and recall; two empty texts are equal."""
+    return 2 * common / (given + expected) if given + expected else 1.0
+
+
 def _comparing(name: str, part: Callable[[str], Any]) -> Metric:
     def score(answer: Answer) -> float:
         given = part(answer.given)
         return float(given is not None and given == part(answer.expected))
 
     return Metric(name, score, part)
+
+
+METRICS = {
+    "exact_match": Metric(ANSWER_METRICS["exact_match"], lambda answer: float(answer.exact)),
+    "contains": Metric(ANSWER_METRICS["contains"], contains),
+    "number": _comparing(ANSWER_METRICS["number"], number_in),
+    "token_f1": Metric(ANSWER_METRICS["token_f1"], token_f1),
+    "rouge_l": Metric(ANSWER_METRICS["rouge_l"], rouge_l),
+    "json_valid": Metric(ANSWER_METRICS["json_valid"], json_valid),
+}
 
 
 def _group(pattern: str) -> Callable[[str], str | None]:

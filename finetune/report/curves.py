@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, cycle, product
 from typing import TYPE_CHECKING, NamedTuple
 
+from finetune.evaluation.options import ANSWER_METRICS
 from finetune.report.facts import number
 from finetune.report.run import Run, Series
 from finetune.system.plotting import COLORS, figure, svg
@@ -49,6 +50,10 @@ QUANTITIES = (
     _BY_SET,
     Quantity("KL to the teacher, nats per target token", r"eval/.*/teacher_kl", wide=True),
     Quantity("Held-out token accuracy", r"eval/.*/accuracy", share=True),
+    *(
+        Quantity(f"Generated answers: {label}", rf"eval/.*/{name}", share=True)
+        for name, label in ANSWER_METRICS.items()
+    ),
     Quantity("Learning rate", r"learning_rate"),
     Quantity("Gradient norm before clipping", r"grad_norm", noisy=True, wide=True),
     Quantity("Throughput, tokens/s", r"tokens_per_second", noisy=True),

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from finetune.evaluation.options import ANSWER_METRICS
 from finetune.report.run import Run, is_figure
 from finetune.system.format import format_bytes, format_duration
 
@@ -59,7 +60,7 @@ _BEFORE = {
 def figure_named(name: str) -> Figure:
     """Return one of FIGURES, or the figure of an evaluation set (`eval/NAME/accuracy`)."""
     known = {figure.name: figure for figure in FIGURES}
-    higher_is_better = name.rpartition("/")[2] in ("accuracy", "teacher_agreement")
+    higher_is_better = name.rpartition("/")[2] in ("accuracy", "teacher_agreement", *ANSWER_METRICS)
     return known.get(name) or Figure(name, name, share if higher_is_better else number, not higher_is_better)
 
 

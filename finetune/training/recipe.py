@@ -62,7 +62,14 @@ from finetune.training.distillation import build_distillation, check_distillatio
 from finetune.training.guard import build_guard
 from finetune.training.loop import StepInputs, fit, peak_bytes
 from finetune.training.optimizer import build_optimizer
-from finetune.training.run_context import RunContext, answer_held_out, evaluate_run, log_samples
+from finetune.training.run_context import (
+    RunContext,
+    answer_held_out,
+    evaluate_run,
+    log_samples,
+    score_answers,
+    score_held_out,
+)
 from finetune.training.run_folder import RunResult
 from finetune.training.summary import describe_result, model_card
 from finetune.training.track import SilentTracker, Tracker
@@ -319,13 +326,15 @@ def _evaluate_before_training(context: RunContext, state: TrainState) -> None:
         state.before |= {
             "exact_match": exact_match(answers),
             "answers": [[a.prompt, a.expected, a.given] for a in answers[: generation.samples]],
+            "evaluations": score_answers(context, answers),
         }
         log(f"before training: held-out exact_match={state.before['exact_match']:.1%}, answers={len(answers)}")
     if context.distillation is not None and context.data.eval:
         # Quantization loss is a property of the base: a LoftQ adapter already holds a part of the correction.
         recovers = context.cfg.distill.objective == "recover"
         with context.model.disable_adapter() if recovers else nullcontext():
-            state.before["evaluations"] = figures = evaluate_run(context)
+            figures = score_held_out(context)
+        state.before["evaluations"] = {**state.before.get("evaluations", {}), **figures}
         for source in context.data.eval:
             kl, top1 = (figures[f"eval/{source.name}/{name}"] for name in ("teacher_kl", "teacher_agreement"))
             log(f"before training: set={source.name}, teacher_kl={kl:.5f} nats/target, teacher_agreement={top1:.1%}")
@@ -340,7 +349,8 @@ def _finish(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainS
         context.log(f"early stopping: final adapter=step {state.best_step} (the best one)")
     after: list[Answer] = []
     if generation.num_examples:
-        after = answer_held_out(context, generation.num_examples)
+        # The last evaluation may have answered them.
+        after = context.answers or answer_held_out(context, generation.num_examples)
         result.exact_match_after = exact_match(after)
     _fill(result, state, context)
     if context.is_main:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from finetune.data.loader import LoadedData, first_conversations
 from finetune.data.packing import Sampler
 from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.generation import Answer, answer_rows
+from finetune.evaluation.metrics import METRICS
 from finetune.evaluation.scoring import agreement, evaluate
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.planning.auto_batch import BatchPlan
@@ -35,6 +37,7 @@ class RunContext:
         distillation: None for a run without a teacher.
         started: start of this process's part of the run.
         predicted_speed: tokens per second of training, and the source of the rates.
+        answers: of the latest evaluation, replaced by the next one; empty without `generation.metrics`.
     """
 
     cfg: RunConfig
@@ -50,6 +53,7 @@ class RunContext:
     distillation: DistillationSetup | None
     started: datetime
     predicted_speed: tuple[float, str]
+    answers: list[Answer] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -61,6 +65,23 @@ class RunContext:
 
 
 def evaluate_run(context: RunContext) -> dict[str, float]:
+    """Score every held-out set, and with `generation.metrics` the answers to the first rows."""
+    figures = score_held_out(context)
+    if context.cfg.generation.metrics:
+        context.answers[:] = answer_held_out(context, context.cfg.generation.num_examples)
+    return {**figures, **score_answers(context, context.answers)}
+
+
+def score_answers(context: RunContext, answers: Sequence[Answer]) -> dict[str, float]:
+    """Return `eval/NAME/METRIC`, the mean over the answers, of each metric in `generation.metrics`.
+
+    Raises: DataError if a metric finds nothing to compare in an expected answer.
+    """
+    names = context.cfg.generation.metrics
+    return {f"eval/{context.data.eval[0].name}/{name}": METRICS[name].scores(answers).mean().item() for name in names}
+
+
+def score_held_out(context: RunContext) -> dict[str, float]:
     """Score every held-out set: loss, perplexity, accuracy and, with a teacher, the distance from it.
 
     Returns:

@@ -12,6 +12,7 @@ def test_evaluating_sampling_and_saving_at_every_step_change_no_bit(tmp_path):
     """bitsandbytes re-packs weights after an evaluation on some CPUs, and sampling could draw from the same stream."""
     plain, watched = reference_run(), tmp_path / "watched"
     every = ("train.eval_every=1", "generation.every=1", "generation.num_examples=4", "train.save_every=1")
+    every += ("generation.metrics=[exact_match,rouge_l]", "generation.max_new_tokens=8")
     train(small_run(watched, *every))
     assert differing(plain, watched) == []
     assert [line["loss"] for line in metrics(plain)] == [line["loss"] for line in metrics(watched)]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
+from typing import get_args
 
 import pytest
 
+from finetune.config.sections import GenerationConfig
 from finetune.evaluation.generation import Answer
-from finetune.evaluation.metrics import find_metric, number_in
+from finetune.evaluation.metrics import METRICS, find_metric, number_in, rouge_l
+from finetune.evaluation.options import ANSWER_METRICS
+from finetune.report.curves import QUANTITIES
 from finetune.system.errors import ConfigError, DataError
 
 
@@ -32,8 +37,18 @@ def test_the_number_of_a_text(text, number):
 @pytest.mark.parametrize(
     ("metric", "pattern", "expected", "given", "score"),
     [
-        ("exact", None, "yes", " yes\n", 1),
-        ("exact", None, "yes", "Yes", 0),
+        ("exact_match", None, "yes", " yes\n", 1),
+        ("exact_match", None, "yes", "Yes", 0),
+        ("contains", None, "Blue  sky", "the blue sky!", 1),
+        ("contains", None, "blue sky", "a blue, clear sky", 0),
+        ("token_f1", None, "the cat sat", "Sat, the dog", 2 / 3),
+        ("token_f1", None, "a a b", "a", 0.5),
+        ("token_f1", None, "yes", "", 0),
+        ("rouge_l", None, "the cat sat down", "sat the cat", 4 / 7),
+        ("rouge_l", None, "...", "!", 1),
+        ("json_valid", None, "", '{"a": [1]}', 1),
+        ("json_valid", None, "{}", "{'a': 1}", 0),
+        ("json_valid", None, "{}", "[" * 100_000, 0),
         ("number", None, "#### 42", "that makes 42.0", 1),
         ("number", None, "#### 42", "no idea", 0),
         ("regex", r"answer: (\w+)", "answer: red.", "so the answer: red", 1),
@@ -43,7 +58,21 @@ def test_the_number_of_a_text(text, number):
     ],
 )
 def test_built_in_metrics(metric, pattern, expected, given, score):
-    assert find_metric(metric, pattern).scores([Answer("q", expected, given)]).tolist() == [score]
+    assert find_metric(metric, pattern).scores([Answer("q", expected, given)]).tolist() == pytest.approx([score])
+
+
+def test_every_name_of_the_config_is_a_metric_and_has_a_curve():
+    names = list(get_args(get_args(GenerationConfig.model_fields["metrics"].annotation)[0]))
+    assert names == list(METRICS) == list(ANSWER_METRICS)
+    for name in names:
+        (quantity,) = [q for q in QUANTITIES if re.fullmatch(q.names, f"eval/a/{name}")]
+        assert quantity.share
+
+
+@pytest.mark.parametrize(("given", "expected"), [("a b c a", "c a b"), ("x y", "z"), ("one two three", "one three")])
+def test_rouge_l_is_that_of_the_reference_package(given: str, expected: str):
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    assert rouge_l(Answer("", expected, given)) == pytest.approx(scorer.score(expected, given)["rougeL"].fmeasure)
 
 
 def test_a_function_of_the_users_own_file_scores(tmp_path):
@@ -77,7 +106,7 @@ def test_a_function_that_returns_no_number_is_reported_with_its_error(source, me
     ("word", "pattern", "message"),
     [
         ("regex", None, "pattern: "),
-        ("exact", "x", "pattern: "),
+        ("exact_match", "x", "pattern: "),
         ("regex", "(", r"pattern=\("),
         ("f1", None, "f1"),
         ("nowhere.py:f", None, "nowhere.py"),
