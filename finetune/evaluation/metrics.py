@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from finetune.evaluation.generation import Answer
-from finetune.evaluation.options import ANSWER_METRICS, pattern_problem
+from finetune.evaluation.metric_names import ANSWER_METRICS
+from finetune.evaluation.options import pattern_problem
 from finetune.system.errors import ConfigError, DataError
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")

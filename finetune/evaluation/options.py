@@ -12,16 +12,6 @@ from finetune.models.adapters.folder import CONFIG_FILE, find_adapter
 from finetune.models.hub import find_texts
 from finetune.system.errors import ConfigError
 
-# Metrics of one answer from 0 to 1, by the names in `generation.metrics`, as tables and curves call them.
-ANSWER_METRICS = {
-    "exact_match": "exact match",
-    "contains": "contains",
-    "number": "number",
-    "token_f1": "token F1",
-    "rouge_l": "ROUGE-L",
-    "json_valid": "valid JSON",
-}
-
 
 def check_options(options: EvalOptions) -> None:
     """Check the options and the folders that they name, before torch is imported.

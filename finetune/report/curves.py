@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, cycle, product
 from typing import TYPE_CHECKING, NamedTuple
 
-from finetune.evaluation.options import ANSWER_METRICS
+from finetune.evaluation.metric_names import ANSWER_METRICS
 from finetune.report.facts import number
 from finetune.report.run import Run, Series
 from finetune.system.plotting import COLORS, figure, svg

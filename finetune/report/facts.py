@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from finetune.evaluation.options import ANSWER_METRICS
+from finetune.evaluation.metric_names import ANSWER_METRICS
 from finetune.report.run import Run, is_figure
 from finetune.system.format import format_bytes, format_duration
 

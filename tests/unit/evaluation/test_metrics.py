@@ -10,8 +10,8 @@ import pytest
 
 from finetune.config.sections import GenerationConfig
 from finetune.evaluation.generation import Answer
+from finetune.evaluation.metric_names import ANSWER_METRICS
 from finetune.evaluation.metrics import METRICS, find_metric, number_in, rouge_l
-from finetune.evaluation.options import ANSWER_METRICS
 from finetune.report.curves import QUANTITIES
 from finetune.system.errors import ConfigError, DataError
 
