@@ -47,6 +47,7 @@ TRAININGS = {
     "extract-json": (
         "model=tiny data=sample data.held_out=0 train.learning_rate=5e-3 data.max_length=256 train.max_steps=60"
     ),
+    "laptop": f"model.name={RANDOM} data=labels data.held_out=0 train.eval_every=null train.max_steps=2",
 }
 
 
