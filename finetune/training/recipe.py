@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import closing, nullcontext
+from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -65,10 +65,9 @@ from finetune.training.optimizer import build_optimizer
 from finetune.training.run_context import (
     RunContext,
     answer_held_out,
+    evaluate_before_training,
     evaluate_run,
     log_samples,
-    score_answers,
-    score_held_out,
 )
 from finetune.training.run_folder import RunResult
 from finetune.training.summary import describe_result, model_card
@@ -265,7 +264,7 @@ def _first_state(context: RunContext, optimizer: torch.optim.Optimizer, checkpoi
         context.log(f"continuing from {checkpoint}")
     else:
         state = TrainState(run_folder.trajectory(context.cfg), context.sampler.digest)
-        _evaluate_before_training(context, state)
+        evaluate_before_training(context, state)
     if context.is_main:
         run_folder.write_samples(context.folder, state.before.get("answers", []))
     return state
@@ -316,28 +315,6 @@ def _configure_kernels(context: RunContext, steps: int, before: bool | None) -> 
         flops = 4.0 * base_of(context.model).num_parameters() * most_tokens
         wanted = before if cfg.train.compile is None else cfg.train.compile
         context.detail(dispatch.configure_compile(device, flops, wanted))
-
-
-def _evaluate_before_training(context: RunContext, state: TrainState) -> None:
-    """Answer held-out rows, and measure the distance from the teacher."""
-    generation, log = context.cfg.generation, context.log
-    if generation.num_examples:
-        answers = answer_held_out(context, generation.num_examples)
-        state.before |= {
-            "exact_match": exact_match(answers),
-            "answers": [[a.prompt, a.expected, a.given] for a in answers[: generation.samples]],
-            "evaluations": score_answers(context, answers),
-        }
-        log(f"before training: held-out exact_match={state.before['exact_match']:.1%}, answers={len(answers)}")
-    if context.distillation is not None and context.data.eval:
-        # Quantization loss is a property of the base: a LoftQ adapter already holds a part of the correction.
-        recovers = context.cfg.distill.objective == "recover"
-        with context.model.disable_adapter() if recovers else nullcontext():
-            figures = score_held_out(context)
-        state.before["evaluations"] = {**state.before.get("evaluations", {}), **figures}
-        for source in context.data.eval:
-            kl, top1 = (figures[f"eval/{source.name}/{name}"] for name in ("teacher_kl", "teacher_agreement"))
-            log(f"before training: set={source.name}, teacher_kl={kl:.5f} nats/target, teacher_agreement={top1:.1%}")
 
 
 def _finish(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainState, result: RunResult) -> None:

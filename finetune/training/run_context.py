@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -18,12 +19,13 @@ from finetune.config.schema import RunConfig
 from finetune.data.loader import LoadedData, first_conversations
 from finetune.data.packing import Sampler
 from finetune.data.tokens.prepare import Preparation
-from finetune.evaluation.generation import Answer, answer_rows
+from finetune.evaluation.generation import Answer, answer_rows, exact_match
 from finetune.evaluation.metrics import METRICS
 from finetune.evaluation.scoring import agreement, evaluate
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.planning.auto_batch import BatchPlan
 from finetune.system.console import Log
+from finetune.training.checkpoint import TrainState
 from finetune.training.distillation import DistillationSetup
 
 
@@ -135,3 +137,25 @@ def log_samples(context: RunContext, log: Log) -> None:
     """Log the model's answers to the first `generation.samples` held-out rows."""
     for answer in answer_held_out(context, context.cfg.generation.samples):
         log(f"  {answer.prompt!r} -> {answer.given!r}")
+
+
+def evaluate_before_training(context: RunContext, state: TrainState) -> None:
+    """Answer held-out rows, and measure the distance from the teacher."""
+    generation, log = context.cfg.generation, context.log
+    if generation.num_examples:
+        answers = answer_held_out(context, generation.num_examples)
+        state.before |= {
+            "exact_match": exact_match(answers),
+            "answers": [[a.prompt, a.expected, a.given] for a in answers[: generation.samples]],
+            "evaluations": score_answers(context, answers),
+        }
+        log(f"before training: held-out exact_match={state.before['exact_match']:.1%}, answers={len(answers)}")
+    if context.distillation is not None and context.data.eval:
+        # Quantization loss is a property of the base: a LoftQ adapter already holds a part of the correction.
+        recovers = context.cfg.distill.objective == "recover"
+        with context.model.disable_adapter() if recovers else nullcontext():
+            figures = score_held_out(context)
+        state.before["evaluations"] = {**state.before.get("evaluations", {}), **figures}
+        for source in context.data.eval:
+            kl, top1 = (figures[f"eval/{source.name}/{name}"] for name in ("teacher_kl", "teacher_agreement"))
+            log(f"before training: set={source.name}, teacher_kl={kl:.5f} nats/target, teacher_agreement={top1:.1%}")
