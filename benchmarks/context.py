@@ -132,7 +132,7 @@ def build_step(options: dict[str, str], device: Any) -> Callable[[int], None]:
     def step(length: int) -> None:
         ids = random.integers(words, size=length + 1, dtype=np.int32)
         batch = build_batch([Document(ids[:-1], ids[1:], "random")])
-        (loss(batch.to(device)) / length).backward()
+        (loss(batch) / length).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -89,7 +89,7 @@ def resident(folder: str, batches: list[Any], place: Any) -> Callable[[], None]:
     import torch
 
     from finetune.config.schema import ModelConfig, QuantConfig
-    from finetune.losses.hidden_states import hidden_states
+    from finetune.losses.hidden_states import target_states
     from finetune.models.fused import fuse_layers
     from finetune.models.load import load_base
 
@@ -101,7 +101,7 @@ def resident(folder: str, batches: list[Any], place: Any) -> Callable[[], None]:
     @torch.no_grad()
     def compute() -> None:
         for batch in batches:
-            hidden_states(model, batch.to(place))
+            target_states(model, batch)
 
     compute()
     return compute

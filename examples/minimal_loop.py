@@ -38,7 +38,6 @@ def main(overrides: list[str]) -> None:
 
     # 3. The model: a frozen base in 4 bits (NF4), LoRA adapters on some of its linear layers, fused kernels.
     base = load_base(cfg.model, cfg.quant)
-    device = next(base.parameters()).device
     model = attach_lora(base, cfg.lora)
     fuse_layers(model)
     model.train()
@@ -72,7 +71,7 @@ def main(overrides: list[str]) -> None:
         for start in range(0, len(mine), size):
             packed = [document for i in mine[start : start + size] for document in sequences[i]]
             batch = build_batch(packed, share_prefixes=share_prefixes)
-            loss = loss_of(batch.to(device))
+            loss = loss_of(batch)
             (loss * (1 / target_tokens)).backward()
             loss_sum += loss.item()
 

@@ -15,18 +15,17 @@ from finetune.data.encoded import IGNORE_INDEX
 
 # Sharing repays its cost up to this ratio of rows to tokens.
 _SHARED_FROM = 0.97
-_ON_DEVICE = ("input_ids", "position_ids", "labels", "weights", "student_generated")
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Documents packed into one sequence of T tokens.
+    """Documents packed into one sequence of T tokens, on the CPU.
 
     input_ids, position_ids, labels: [1, T] int64. Positions restart at 0 in each document; labels are shifted.
     segment_lengths: length of each document, summing to T.
     locations: of each document, for messages.
-    row_of_token: [T] int64, on the CPU: the row of the forward pass that computes each token. Documents with equal
-        prefixes and equal media may share rows, since the hidden states are equal.
+    row_of_token: [T] int64, the row of the forward pass that computes each token. Documents with equal prefixes and
+        equal media may share rows, since the hidden states are equal.
     media_digests: of each document.
     weights: [1, T] float32, of the targets; None is 1 everywhere.
     student_generated: [T] bool, tokens of documents that the model in training wrote; None if there are none.
@@ -50,9 +49,10 @@ class Batch:
     def rows(self) -> int:
         return int(self.row_of_token.max()) + 1
 
-    def to(self, device: torch.device) -> Batch:
-        tensors = {name: getattr(self, name) for name in _ON_DEVICE if getattr(self, name) is not None}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+    @property
+    def targets(self) -> Tensor:
+        """The tokens [N] int64 that carry a target."""
+        return (self.labels[0] != IGNORE_INDEX).nonzero().squeeze(1)
 
 
 def build_batch(documents: Sequence[Document], *, share_prefixes: bool = False) -> Batch:

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.data.batch import Batch
-from finetune.losses.cross_entropy import head_of, target_rows
+from finetune.losses.cross_entropy import head_of
 from finetune.losses.distillation import TeacherHidden
-from finetune.losses.hidden_states import hidden_states
+from finetune.losses.hidden_states import target_states
 from finetune.models.adapters.files import load_adapter
 from finetune.models.fused import fuse_layers
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
@@ -36,8 +36,7 @@ class ResidentTeacher:
         """Yield the hidden states of each batch's targets, with the teacher's head."""
         for batch in batches:
             with torch.no_grad():
-                hidden_TD = hidden_states(self.model, batch.to(self.device))
-                hidden_ND, _, _ = target_rows(hidden_TD, batch.to(self.device))
+                hidden_ND = target_states(self.model, batch).hidden_ND
             yield TeacherHidden(hidden_ND, head_of(self.model))
 
 

@@ -27,9 +27,8 @@ from finetune.config.schema import ModelConfig
 from finetune.data.batch import Batch
 from finetune.distill.layer_reader import MappedLayer, PinnedLayer, Reads, layer_buffers
 from finetune.distill.resident import open_skeleton
-from finetune.losses.cross_entropy import target_rows
 from finetune.losses.distillation import TeacherHidden
-from finetune.losses.hidden_states import DecoderRows, decoder_rows, token_states
+from finetune.losses.hidden_states import PackedRows, final_states, packed_rows, padded, run_layer
 from finetune.models.adapters.files import check_adapter, read_tensors
 from finetune.models.adapters.folder import CONFIG_FILE
 from finetune.models.fused import fuse_layers
@@ -123,20 +122,20 @@ class StreamedModel:
         self._files.check_unchanged()
         if "head" in vars(self) and self._maps_head:  # mapped again, which frees its pages for the layers
             _put(self.head, "weight", self._weight(self._head_name))
-        batches = [batch.to(self.device) for batch in batches]
         with Reads() as reads:
             self._begin(0, reads)
             rows = self._enter(batches, reads)
             self._begin(1, reads)
             for i, layer in enumerate(self._layers):
                 with self._filled(i):
-                    for batch_rows in rows:
-                        self._advance(layer, batch_rows)
+                    for some, states in rows:
+                        angles = self._rotary(states, some.position_ids)  # cheaper to compute than to keep
+                        states.copy_(run_layer(layer, states, some, angles))
                 self._begin(i + 2, reads)
         hidden = []
-        for batch in batches:
-            normed_TD = token_states(self._norm(rows.pop(0).states)[0], batch)
-            hidden.append(target_rows(normed_TD, batch)[0])
+        while rows:
+            some, states = rows.pop(0)
+            hidden.append(final_states(self._norm, states, some))
         self._files.check_unchanged()
         malloc_trim()  # free the layers' temporaries before the head is used
         self.read_bytes = reads.bytes
@@ -171,27 +170,14 @@ class StreamedModel:
                 _put(module, key, getattr(module, key).to("meta"))
             self._buffers[index % 2].release()
 
-    def _enter(self, batches: Sequence[Batch], reads: Reads) -> list[DecoderRows]:
-        """Return the rows of each batch, with embeddings as hidden states."""
-        chosen = [attention.first_places(batch.row_of_token, batch.rows).to(self.device) for batch in batches]
-        ids = [batch.input_ids[:, tokens] for batch, tokens in zip(batches, chosen, strict=True)]
+    def _enter(self, batches: Sequence[Batch], reads: Reads) -> list[tuple[PackedRows, Tensor]]:
+        """Return the rows of each batch, and their embeddings as hidden states."""
+        rows = [packed_rows(batch, self.device, self.dtype)[0] for batch in batches]
         # Read rows of the file: the head of a tied model would bring more pages into memory.
-        used = torch.unique(torch.cat(ids, dim=1))
+        used = torch.unique(torch.cat([some.ids for some in rows]))
         table = reads.rows(self._files.tensors[_EMBEDDING], used.cpu(), self.dtype).to(self.device)
-        embeddings = (F.embedding(torch.searchsorted(used, ids_1U), table) for ids_1U in ids)
-        return [decoder_rows(*each) for each in zip(embeddings, batches, chosen, strict=True)]
-
-    def _advance(self, layer: nn.Module, rows: DecoderRows) -> None:
-        """Apply the layer to a batch's hidden states, in place."""
-        angles = self._rotary(rows.states, rows.position_ids)  # cheaper to compute than to keep
-        after = layer(
-            rows.states,
-            attention_mask=None,
-            position_ids=rows.position_ids,
-            position_embeddings=angles,
-            segments=rows.segments,
-        )
-        rows.states.copy_(after)
+        embeddings = (F.embedding(torch.searchsorted(used, some.ids[None]), table) for some in rows)
+        return [(some, padded(embedding, some)) for some, embedding in zip(rows, embeddings, strict=True)]
 
     def _weight(self, name: str) -> Tensor:
         """Return one tensor on the device, mapped on a CPU if the file has the model's dtype."""

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from finetune.data.batch import build_batch, groups_of
 from finetune.data.documents import Document, Documents
-from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.chunked import chunked_logits
-from finetune.losses.cross_entropy import head_of, score, target_rows
+from finetune.losses.cross_entropy import head_of, score
 from finetune.losses.distillation import Teacher, TeacherTargets, compare
-from finetune.losses.hidden_states import base_of, hidden_states
+from finetune.losses.hidden_states import base_of, target_states
 from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.limits import TEACHER_BATCHES
 from finetune.system.errors import FinetuneError
@@ -65,11 +64,10 @@ def evaluate(
         limit_tokens: the most tokens per batch; a longer document is a batch by itself.
         sum_over_ranks: sums a tensor over all ranks, of which each has a part of the documents.
     """
-    device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64)
     with evaluating(model):
         for batch in groups_of(documents, limit_tokens):
-            result = score(model, build_batch(batch).to(device))
+            result = score(model, build_batch(batch))
             sums += torch.tensor([float(result.nll), float(result.correct), result.tokens], dtype=torch.float64)
     nll, correct, tokens = sum_over_ranks(sums).tolist()
     return Perplexity(nll / tokens, correct / tokens, int(tokens))
@@ -95,15 +93,13 @@ def agreement(
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Agreement:
     """Compare a model with a teacher on documents. vocabulary: number of ids that both have; else as `evaluate`."""
-    device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64)
     batches = [build_batch(group, share_prefixes=True) for group in groups_of(documents, limit_tokens)]
     with evaluating(model):
         for start in range(0, len(batches), TEACHER_BATCHES):
             some = batches[start : start + TEACHER_BATCHES]
             for batch, teacher_targets in zip(some, teacher.targets_for(some), strict=True):
-                here = batch.to(device)
-                hidden_ND, _, _ = target_rows(hidden_states(model, here), here)
+                hidden_ND = target_states(model, batch).hidden_ND
                 for logits_NV, rows in chunked_logits(hidden_ND, head_of(model), vocabulary):
                     kl_N, agree_N = compare(teacher_targets, logits_NV, rows, vocabulary)
                     sums += torch.stack([kl_N.sum().cpu(), agree_N.sum().cpu(), torch.tensor(len(kl_N))]).double()
@@ -148,7 +144,6 @@ def score_tokens(
     Raises:
         FinetuneError: a loss is NaN or infinite.
     """
-    device = next(model.parameters()).device
     parts: list[list[np.ndarray]] = []
     rows_of_documents = np.unique(documents.rows + (documents.source << 40), return_inverse=True)[1]
     done = 0
@@ -156,10 +151,10 @@ def score_tokens(
         for group in groups_of(documents, limit_tokens):
             batch = build_batch(group, share_prefixes=True)
             row_T = np.repeat(rows_of_documents[done : done + len(group)], batch.segment_lengths)
-            row_N = row_T[(batch.labels[0] != IGNORE_INDEX).numpy()]
+            row_N = row_T[batch.targets.numpy()]
             done += len(group)
-            here = batch.to(device)
-            hidden_ND, labels_N, _ = target_rows(hidden_states(model, here), here)
+            targets = target_states(model, batch)
+            hidden_ND, labels_N = targets.hidden_ND, targets.labels_N
             keep(hidden_ND)
             teacher_targets = None if teacher is None else next(iter(teacher.targets_for([batch])))
             chunks = _chunks(model, hidden_ND, labels_N, teacher_targets, vocabulary)

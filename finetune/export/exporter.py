@@ -16,8 +16,6 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.command_options import ExportOptions
-from finetune.data.loader import check_source
-from finetune.data.sources.paths import check_each
 from finetune.export.gguf.quantizer import QUANTIZER_TYPES, find_quantizer
 from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE, find_adapter
 from finetune.models.hub import TEXT_FILES, TOKENIZER_FILES, WEIGHT_FILES, fetch, find_texts, read_config, weight_files
@@ -150,6 +148,10 @@ def check_export(options: ExportOptions) -> None:
     if kind in QUANTIZER_TYPES:
         find_quantizer(kind, options.imatrix is not None)
     if options.imatrix is not None:
+        # The readers of rows load numpy, which the help of the command does not need.
+        from finetune.data.loader import check_source
+        from finetune.data.sources.paths import check_each
+
         check_each({"imatrix": options.imatrix}, check_source)
     refuse_existing(Path(options.out).expanduser())
     if options.adapter is not None:

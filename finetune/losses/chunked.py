@@ -63,7 +63,12 @@ def logits_of(hidden_ND: Tensor, head: nn.Module, vocabulary: int, place_NV: Ten
         return head(hidden_ND)[:, :vocabulary]
     weight_VD, bias = plain.weight[:vocabulary], None if plain.bias is None else plain.bias[:vocabulary]
     if hidden_ND.is_cuda and torch.version.hip is None and hidden_ND.dtype != torch.float32:
-        logits_NV = torch.mm(hidden_ND, weight_VD.t(), out_dtype=torch.float32)
+        rows = len(hidden_ND)
+        whole_NV = None if place_NV is None else place_NV if place_NV._base is None else place_NV._base
+        if whole_NV is None or len(whole_NV) < rows:
+            # Chunks differ by one row at most: a spare row serves them all.
+            whole_NV = torch.empty(rows + 1, len(weight_VD), dtype=torch.float32, device=hidden_ND.device)
+        logits_NV = torch.mm(hidden_ND, weight_VD.t(), out_dtype=torch.float32, out=whole_NV[:rows])
         return logits_NV if bias is None else logits_NV.add_(bias)
     fits = place_NV is not None and len(place_NV) == len(hidden_ND)
     return matmul(hidden_ND, weight_VD.t(), bias, place_NV if fits else None)

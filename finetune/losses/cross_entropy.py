@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.batch import Batch
-from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.chunked import ChunkLoss, chunked_logits, chunked_loss
-from finetune.losses.hidden_states import base_of, hidden_states
+from finetune.losses.hidden_states import base_of, target_states
 from finetune.ops.cross_entropy import cross_entropy_
 
 
@@ -32,13 +31,6 @@ def head_of(model: nn.Module) -> nn.Module:
     if head is None:
         raise TypeError(f"{type(base_of(model)).__name__} has no output head, so it has no language-model loss")
     return head
-
-
-def target_rows(hidden_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return hidden states [N, D], labels [N] and loss weights [N] (None: all 1) of the rows that carry a target."""
-    labels_T = batch.labels[0]
-    rows = (labels_T != IGNORE_INDEX).nonzero().squeeze(1)
-    return hidden_TD[rows], labels_T[rows], None if batch.weights is None else batch.weights[0][rows]
 
 
 def _nats_of(labels_N: Tensor, weights_N: Tensor | None) -> ChunkLoss:
@@ -63,16 +55,17 @@ class CrossEntropy(nn.Module):
         self.neftune_alpha = neftune_alpha
 
     def forward(self, batch: Batch) -> Tensor:
-        hidden_TD = hidden_states(self.model, batch, self.neftune_alpha)
-        hidden_ND, labels_N, weights_N = target_rows(hidden_TD, batch)
+        targets = target_states(self.model, batch, self.neftune_alpha)
         vocabulary = base_of(self.model).config.vocab_size
-        return chunked_loss(hidden_ND, head_of(self.model), vocabulary, _nats_of(labels_N, weights_N))
+        nats = _nats_of(targets.labels_N, targets.weights_N)
+        return chunked_loss(targets.hidden_ND, head_of(self.model), vocabulary, nats)
 
 
 @torch.no_grad()
 def score(model: nn.Module, batch: Batch) -> Score:
     """Return unweighted negative log-likelihood and correct predictions over the targets of a batch."""
-    hidden_ND, labels_N, _ = target_rows(hidden_states(model, batch), batch)
+    targets = target_states(model, batch)
+    hidden_ND, labels_N = targets.hidden_ND, targets.labels_N
     nll = hidden_ND.new_zeros((), dtype=torch.float32)
     correct = hidden_ND.new_zeros((), dtype=torch.float32)
     for logits_NV, rows in chunked_logits(hidden_ND, head_of(model), base_of(model).config.vocab_size):

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from finetune.config.schema import DistillConfig
 from finetune.data.batch import Batch
-from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.chunked import ChunkLoss, chunked_loss, logits_of
-from finetune.losses.cross_entropy import head_of, target_rows
-from finetune.losses.hidden_states import hidden_states
+from finetune.losses.cross_entropy import head_of
+from finetune.losses.hidden_states import target_states
 from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.divergence import bucketed_kl_, divergence_, sampled_kl_
 
@@ -173,12 +172,12 @@ class Distillation(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         targets = next(self._teacher_targets)
-        hidden_TD = hidden_states(self.model, batch, self.neftune_alpha)
-        hidden_ND, labels_N, weights_N = target_rows(hidden_TD, batch)
+        student = target_states(self.model, batch, self.neftune_alpha)
+        hidden_ND, labels_N, weights_N = student.hidden_ND, student.labels_N, student.weights_N
         kl_weight_N = torch.ones(len(labels_N), device=hidden_ND.device) if weights_N is None else weights_N
         ce_weight_N = torch.ones_like(kl_weight_N)
         if batch.student_generated is not None:  # the student does not learn its own samples as labels
-            ce_weight_N -= batch.student_generated[batch.labels[0] != IGNORE_INDEX].float()
+            ce_weight_N -= batch.student_generated[batch.targets].to(hidden_ND.device).float()
         loss = distillation_loss(
             targets, self.terms, labels_N, kl_weight_N=kl_weight_N, ce_weight_N=ce_weight_N, vocabulary=self.vocabulary
         )

@@ -1,8 +1,10 @@
-"""Final hidden states of a packed batch: the input of every loss and every evaluation."""
+"""Final hidden states of the targets of a packed batch: the input of every loss and every evaluation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,19 +12,33 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.data.batch import Batch
-from finetune.ops.attention import SEGMENTED, Segments, first_places, plan_segments, round_up
+from finetune.models.fused import apply_norm
+from finetune.ops.attention import SEGMENTED, Segments, first_places, plan_segments, round_up, take_rows
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderRows:
-    """Input of the decoder layers under segmented attention: R rows, of which the last are padding.
+class PackedRows:
+    """What one pass of the decoder layers reads, on their device.
 
-    states [1, R, D]: embeddings. position_ids [1, R]. segments: which rows attend to each other.
+    R rows are computed; the first U hold tokens, the last are padding.
+
+    ids: [U], the token of each row. position_ids: [1, R]. segments: which rows attend to each other.
+    targets: [N], the row of each target.
     """
 
-    states: Tensor
+    ids: Tensor
     position_ids: Tensor
     segments: Segments
+    targets: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TargetStates:
+    """Final normed hidden states [N, D] of a batch's targets, their labels [N], and weights [N] (None: all 1)."""
+
+    hidden_ND: Tensor
+    labels_N: Tensor
+    weights_N: Tensor | None
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -30,8 +46,8 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value]
 
 
-def hidden_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) -> Tensor:
-    """Return final normed hidden states [T, D] of a packed batch; each document attends to itself only.
+def target_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) -> TargetStates:
+    """Return the final hidden states of a batch's targets; each document attends to itself only.
 
     Under segmented attention each row of the batch is computed once, however many tokens share it.
 
@@ -39,50 +55,84 @@ def hidden_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
     Source: Jain et al. 2023, arXiv:2310.05914.
     """
     base = base_of(model)
-    backbone = getattr(base, base.base_model_prefix)
+    backbone: Any = getattr(base, base.base_model_prefix)
     noise_alpha = neftune_alpha if model.training else 0.0
     embed = base.get_input_embeddings()
+    device = next(backbone.norm.parameters()).device
     lengths = torch.tensor(batch.segment_lengths)
     lengths_T = lengths.repeat_interleave(lengths)  # of each token's document
+    targets, labels_T = batch.targets, batch.labels[0]
+    weights_N = None if batch.weights is None else copy_together([batch.weights[0][targets]], device)[0]
     if base.config._attn_implementation != SEGMENTED:
+        ids, positions, tokens, labels_N = copy_together(
+            [batch.input_ids[0], batch.position_ids[0], targets, labels_T[targets]], device
+        )
         # transformers detects document borders where positions restart.
-        embeddings = _with_noise(embed(batch.input_ids), lengths_T, noise_alpha)
-        outputs = backbone(inputs_embeds=embeddings, position_ids=batch.position_ids, use_cache=False)
-        return outputs.last_hidden_state[0]
+        embeddings = _with_noise(embed(ids[None]), lengths_T, noise_alpha)
+        outputs = backbone(inputs_embeds=embeddings, position_ids=positions[None], use_cache=False)
+        return TargetStates(take_rows(outputs.last_hidden_state[0], tokens, repeat=False), labels_N, weights_N)
+    rows, labels_N = packed_rows(batch, device, base.dtype)
     first_tokens = first_places(batch.row_of_token, batch.rows)
-    chosen = first_tokens.to(batch.input_ids.device)
-    embeddings = _with_noise(embed(batch.input_ids[:, chosen]), lengths_T[first_tokens], noise_alpha)
-    rows = decoder_rows(embeddings, batch, chosen)
-    outputs = backbone(
-        inputs_embeds=rows.states,
+    embeddings = _with_noise(embed(rows.ids[None]), lengths_T[first_tokens], noise_alpha)
+    states = padded(embeddings, rows)
+    angles = backbone.rotary_emb(states, rows.position_ids)
+    for layer in backbone.layers:
+        states = run_layer(layer, states, rows, angles)
+    return TargetStates(final_states(backbone.norm, states, rows), labels_N, weights_N)
+
+
+def packed_rows(batch: Batch, device: torch.device, dtype: torch.dtype) -> tuple[PackedRows, Tensor]:
+    """Build what a pass reads, in one copy to the device; and the labels [N] of its targets.
+
+    dtype: of queries, keys and values.
+    """
+    rows, targets = round_up(batch.rows), batch.targets
+    first_tokens = first_places(batch.row_of_token, batch.rows)
+    segments = plan_segments(batch.segment_lengths, batch.row_of_token, rows, device, dtype)
+    ids, positions, target_rows, labels_N, *indices = copy_together(
+        [
+            batch.input_ids[0][first_tokens],
+            F.pad(batch.position_ids[0][first_tokens], (0, rows - batch.rows)),
+            batch.row_of_token[targets],
+            batch.labels[0][targets],
+            *segments.indices(),
+        ],
+        device,
+    )
+    return PackedRows(ids, positions[None], segments.with_indices(indices), target_rows), labels_N
+
+
+def padded(embeddings_1UD: Tensor, rows: PackedRows) -> Tensor:
+    """Return the states [1, R, D] before the first layer from the embeddings of the rows' tokens."""
+    return F.pad(embeddings_1UD, (0, 0, 0, rows.segments.rows - embeddings_1UD.shape[1]))
+
+
+def run_layer(layer: nn.Module, states_1RD: Tensor, rows: PackedRows, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply a decoder layer. angles: of `rotary_emb(states, rows.position_ids)`."""
+    return layer(
+        states_1RD,
+        attention_mask=None,
         position_ids=rows.position_ids,
-        use_cache=False,
-        # transformers takes a mapping as finished masks and builds no dense block mask.
-        attention_mask={"full_attention": None},
+        position_embeddings=angles,
         segments=rows.segments,
     )
-    return token_states(outputs.last_hidden_state[0], batch)
 
 
-def decoder_rows(embeddings_1UD: Tensor, batch: Batch, chosen_U: Tensor) -> DecoderRows:
-    """Build the padded rows of a forward pass.
-
-    embeddings_1UD: of the tokens `chosen_U`, the first of each row: `first_places(batch.row_of_token, batch.rows)`.
-    """
-    rows = round_up(batch.rows)
-    padding, device = rows - batch.rows, embeddings_1UD.device
-    return DecoderRows(
-        states=F.pad(embeddings_1UD, (0, 0, 0, padding)),
-        position_ids=F.pad(batch.position_ids[:, chosen_U], (0, padding)),
-        segments=plan_segments(batch.segment_lengths, batch.row_of_token, rows, device, embeddings_1UD.dtype),
-    )
+def final_states(norm: nn.Module, states_1RD: Tensor, rows: PackedRows) -> Tensor:
+    """Return the final normed states [N, D] of the targets: only their rows are normed."""
+    hidden_ND = take_rows(states_1RD[0], rows.targets, repeat=rows.segments.shared)
+    # The kernel saves one tensor where the module saves five in fp32. On a CPU it would change the bits of old runs.
+    return apply_norm(norm, hidden_ND) if hidden_ND.is_cuda else norm(hidden_ND)
 
 
-def token_states(rows_RD: Tensor, batch: Batch) -> Tensor:
-    """Return the state of each token [T, D] from the computed rows."""
-    if batch.rows == batch.tokens:
-        return rows_RD[: batch.rows]
-    return rows_RD[batch.row_of_token.to(rows_RD.device)]
+def copy_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy tensors [n] of one dtype to a device in one piece, without waiting for it."""
+    if device.type == "cpu":
+        return list(tensors)
+    whole = torch.cat(list(tensors))
+    if device.type == "cuda":
+        whole = whole.pin_memory()
+    return list(whole.to(device, non_blocking=True).split([len(tensor) for tensor in tensors]))
 
 
 def _with_noise(embeddings_1TD: Tensor, lengths_T: Tensor, alpha: float) -> Tensor:

@@ -19,8 +19,8 @@ from finetune.data.batch import Batch
 from finetune.distill.fingerprint import teacher_weights
 from finetune.distill.resident import load_resident
 from finetune.evaluation.scoring import evaluating
-from finetune.losses.cross_entropy import head_of, target_rows
-from finetune.losses.hidden_states import base_of, hidden_states
+from finetune.losses.cross_entropy import head_of
+from finetune.losses.hidden_states import base_of, target_states
 from finetune.mixed_precision.allocation import Choices, allocate
 from finetune.mixed_precision.journal import MeanKl, Sensitivities
 from finetune.mixed_precision.measure import batches_of, load_rows, sample, working_device
@@ -130,23 +130,23 @@ def measure_quants(
     device = working_device()
     reference = load_resident(model, None, device).model
     head, vocabulary = head_of(reference), int(base_of(reference).config.vocab_size)
-    wanted = _final_states(reference, batches, device)
+    wanted = _final_states(reference, batches)
     measured = {}
     for name, quant in quants.items():
         # Used once, so not written to the cache on disk.
         plain = quant.model_copy(update={"cache": False, "keep_dequantized": False})
         base = load_base(model, plain, device)
         fuse_layers(base)
-        found = _final_states(base, batches, device)
+        found = _final_states(base, batches)
         nats = [divergences(a_ND, [b_ND], head, vocabulary)[0] for a_ND, b_ND in zip(wanted, found, strict=True)]
         measured[name] = mean_kl(nats, batches)
         log(f"allocation: storage={name}, kl={measured[name]} nats per target")
     return measured
 
 
-def _final_states(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> list[Tensor]:
+def _final_states(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
     with evaluating(model):
-        return [target_rows(hidden_states(model, here), here)[0] for here in (batch.to(device) for batch in batches)]
+        return [target_states(model, batch).hidden_ND for batch in batches]
 
 
 def write_allocation(allocation: Allocation, file: Path, command: str, model: str) -> None:

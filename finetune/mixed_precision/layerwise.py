@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.data.batch import Batch
 from finetune.distill.resident import load_resident
-from finetune.losses.cross_entropy import target_rows
-from finetune.losses.hidden_states import DecoderRows, decoder_rows, token_states
+from finetune.losses.hidden_states import PackedRows, final_states, packed_rows, padded, run_layer
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, weight_files
 from finetune.models.quant.eight_bit import put_rows, quantize_rows, replace_eight_bit_linears
 from finetune.models.quant.four_bit_weights import QuantizedWeights
@@ -99,38 +98,29 @@ class LayerwiseModel:
             self._layer.set_submodule(short, before)
 
     @torch.no_grad()
-    def enter(self, batch: Batch) -> DecoderRows:
-        """Return a batch's rows before the first layer."""
-        batch = batch.to(self.device)
-        chosen = attention.first_places(batch.row_of_token, batch.rows).to(self.device)
+    def enter(self, batch: Batch) -> tuple[PackedRows, Tensor]:
+        """Return a batch's rows, and their states [1, R, D] before the first layer."""
+        rows, _ = packed_rows(batch, self.device, torch.float32)
         table: Tensor = self.model.get_input_embeddings().weight
-        return decoder_rows(F.embedding(batch.input_ids[:, chosen], table).float(), batch, chosen)
+        return rows, padded(F.embedding(rows.ids[None], table).float(), rows)
 
     @torch.no_grad()
-    def advance(self, rows: DecoderRows, states: Tensor) -> Tensor:
+    def advance(self, rows: PackedRows, states: Tensor) -> Tensor:
         """Return the loaded layer's output for states [1, R, D] of these rows."""
-        return self._layer(
-            states,
-            attention_mask=None,
-            position_ids=rows.position_ids,
-            position_embeddings=self._rotary(states, rows.position_ids),
-            segments=rows.segments,
-        )
+        return run_layer(self._layer, states, rows, self._rotary(states, rows.position_ids))
 
     @torch.no_grad()
-    def leave(self, states: Tensor, batch: Batch) -> Tensor:
-        """Return the final normed states [N, D] of a batch's targets."""
-        hidden_ND, _, _ = target_rows(token_states(self._norm(states)[0], batch), batch.to(self.device))
-        return hidden_ND
+    def leave(self, states: Tensor, rows: PackedRows) -> Tensor:
+        """Return the final normed states [N, D] of the rows' targets."""
+        return final_states(self._norm, states, rows)
 
     def run(self, batches: Sequence[Batch], storage: Mapping[str, str]) -> list[Tensor]:
         """Return the final states [N, D] of each batch's targets, with linear layers stored as in `storage`."""
-        rows = [self.enter(batch) for batch in batches]
-        states = [each.states for each in rows]
+        rows, states = map(list, zip(*map(self.enter, batches), strict=True))
         for index in range(self.layers):
             self.load(index, storage)
             states = [self.advance(*pair) for pair in zip(rows, states, strict=True)]
-        return [self.leave(*pair) for pair in zip(states, batches, strict=True)]
+        return [self.leave(*pair) for pair in zip(states, rows, strict=True)]
 
     def _store(self, name: str, kind: str) -> None:
         short = name.removeprefix(self._prefix)

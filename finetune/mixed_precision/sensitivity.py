@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.batch import Batch
-from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.chunked import chunked_logits, logits_of
-from finetune.losses.hidden_states import DecoderRows
+from finetune.losses.hidden_states import PackedRows
 from finetune.mixed_precision.journal import ALL, MeanKl, Measured
 from finetune.mixed_precision.layerwise import LayerwiseModel
 
@@ -55,8 +54,7 @@ class Sensitivity:
     def _measure_single(
         self, changes: Sequence[Sequence[tuple[str, str]]], reference: list[Tensor]
     ) -> Iterator[Measured]:
-        rows = [self.model.enter(batch) for batch in self.batches]
-        states = [each.states for each in rows]
+        rows, states = map(list, zip(*map(self.model.enter, self.batches), strict=True))
         for index, here in enumerate(changes):
             self.model.load(index, {})
             changed = []
@@ -67,11 +65,11 @@ class Sensitivity:
             for later in range(index + 1, self.model.layers) if here else ():
                 self.model.load(later, {})
                 changed = [self._advance(rows, each) for each in changed]
-            hidden = [[self.model.leave(*p) for p in zip(each, self.batches, strict=True)] for each in changed]
+            hidden = [[self.model.leave(*p) for p in zip(each, rows, strict=True)] for each in changed]
             for (name, kind), mean in zip(here, self._mean(reference, hidden), strict=True):
                 yield Measured(name, kind, mean)
 
-    def _advance(self, rows: Sequence[DecoderRows], states: Sequence[Tensor]) -> list[Tensor]:
+    def _advance(self, rows: Sequence[PackedRows], states: Sequence[Tensor]) -> list[Tensor]:
         self.share += 1 / self._passes
         return [self.model.advance(*pair) for pair in zip(rows, states, strict=True)]
 
@@ -115,7 +113,7 @@ def mean_kl(nats: Sequence[Tensor], batches: Sequence[Batch]) -> MeanKl:
     for nats_N, batch in zip(nats, batches, strict=True):
         documents = len(batch.segment_lengths)
         owner_T = torch.repeat_interleave(torch.arange(documents), torch.tensor(batch.segment_lengths))
-        owner_N = owner_T[batch.labels[0].cpu() != IGNORE_INDEX]
+        owner_N = owner_T[batch.targets]
         sums.append(torch.zeros(documents, dtype=torch.float64).index_add_(0, owner_N, nats_N.double()))
         counts.append(torch.bincount(owner_N, minlength=documents).double())
     sum_D, count_D = torch.cat(sums), torch.cat(counts)

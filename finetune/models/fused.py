@@ -60,13 +60,13 @@ class FusedDecoderLayer(Qwen2DecoderLayer):
             kwargs |= {} if segments is None else {"segments": segments}
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         x_TD, rows = hidden_states.flatten(0, 1), len(hidden_states)
-        heads = _heads(attention, _norm(self.input_layernorm, x_TD), position_embeddings, rows)
+        heads = _heads(attention, apply_norm(self.input_layernorm, x_TD), position_embeddings, rows)
         if segments is None:
             mixed_THW = _attend_cached(attention, heads, rows, attention_mask, cache=past_key_values, **kwargs)
         else:
             mixed_THW = attend(*heads, segments, attention.scaling)
         x_TD = x_TD + _apply(mixed_THW.flatten(1), attention.o_proj)[0]
-        x_TD = x_TD + _mlp(self.mlp, _norm(self.post_attention_layernorm, x_TD))
+        x_TD = x_TD + _mlp(self.mlp, apply_norm(self.post_attention_layernorm, x_TD))
         return x_TD.view_as(hidden_states)
 
 
@@ -199,7 +199,8 @@ def _projections(layers: Sequence[nn.Module], dtype: torch.dtype) -> list[Projec
     return supported if len(supported) == len(found) else None
 
 
-def _norm(module: Qwen2RMSNorm, x_TD: Tensor) -> Tensor:
+def apply_norm(module: nn.Module, x_TD: Tensor) -> Tensor:
+    """Apply RMSNorm by the kernel, or any other module as it is."""
     if type(module) is not Qwen2RMSNorm or module.weight.requires_grad:  # PEFT wraps a trained norm
         return module(x_TD)
     return rms_norm(x_TD, module.weight, module.variance_epsilon)
@@ -228,7 +229,8 @@ def read_projection(layer: Any, dtype: torch.dtype) -> Projection | str:
                 adapter = Adapter(a, b, layer.scaling[name], probability)
     if any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
         return "trained weights"
-    autocast = torch.is_autocast_enabled(base.weight.device.type)
+    kind = base.weight.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # a streamed layer has no device between its passes
     if type(base) is nn.Linear:
         if base.weight.dtype != dtype and not autocast:
             return f"weights in {base.weight.dtype}, hidden states in {dtype}; fused under autocast"

@@ -22,7 +22,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ class Segments:
 
     rows: R; the first U hold tokens, the others are padding. source [P]: the row at each of P places (any row, for
     padding). place [U]: the first place of each row. identical: rows and layout are equal. shared: some row has several
-    places. groups: (documents, padded length) of each group. With a kernel for documents of any length the layout has
-    no padding: cumulative [S + 1] int32 holds the document borders, longest the tokens of the longest document.
+    places. groups: (documents, padded length) of each group. With a kernel for documents of any length, the padding is
+    a document of its own and U is R: cumulative [S + 1] int32 holds the borders, longest the tokens of the longest one.
     """
 
     rows: int
@@ -64,11 +64,24 @@ class Segments:
     cumulative: Tensor | None = None
     longest: int = 0
 
+    def indices(self) -> list[Tensor]:
+        """Return the int64 tensors."""
+        borders = [] if self.cumulative is None else [self.cumulative.long()]
+        return [self.source, self.place, *borders]
+
+    def with_indices(self, indices: Sequence[Tensor]) -> Segments:
+        """Return the segments with their tensors on another device."""
+        source, place, *borders = indices
+        return replace(self, source=source, place=place, cumulative=borders[0].int() if borders else None)
+
+    def to(self, device: torch.device) -> Segments:
+        return self.with_indices([index.to(device) for index in self.indices()])
+
 
 def plan_segments(
     lengths: Sequence[int], row_of_token: Tensor, rows: int, device: torch.device, dtype: torch.dtype
 ) -> Segments:
-    """Build the layout of packed documents.
+    """Build the layout of packed documents, with its tensors on the CPU.
 
     Args:
         lengths: tokens of each document, T in total.
@@ -77,13 +90,14 @@ def plan_segments(
         rows: R, the number of rows with padding.
         device, dtype: of queries, keys and values.
     """
-    used = int(row_of_token.max()) + 1
-    shared = len(row_of_token) > used
+    tokens, used = len(row_of_token), int(row_of_token.max()) + 1
+    shared = tokens > used
     if varlen_kernel(device, dtype) is not None:
-        borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
-        place = first_places(row_of_token, used).to(device)
-        identical = rows == used == len(row_of_token)
-        return Segments(rows, row_of_token.to(device), place, identical, shared, (), borders, max(lengths))
+        padding = [rows - used] if rows > used else []
+        source = torch.cat([row_of_token, torch.arange(used, rows)])
+        place = torch.cat([first_places(row_of_token, used), torch.arange(tokens, tokens + rows - used)])
+        borders = torch.tensor([0, *itertools.accumulate([*lengths, *padding])], dtype=torch.int32)
+        return Segments(rows, source, place, not shared, shared, (), borders, max(*lengths, *padding, 0))
     grouped: dict[int, list[Tensor]] = {}
     for document in row_of_token.split(list(lengths)):
         rounded = round_up(len(document), DOCUMENT_TOKENS_MULTIPLE)
@@ -91,7 +105,7 @@ def plan_segments(
         grouped.setdefault(rounded, []).append(document[torch.arange(rounded).clamp_(max=len(document) - 1)])
     source = torch.cat([document for group in grouped.values() for document in group])
     groups = tuple((len(group), rounded) for rounded, group in grouped.items())
-    return Segments(rows, source.to(device), first_places(source, used).to(device), False, shared, groups)
+    return Segments(rows, source, first_places(source, used), False, shared, groups)
 
 
 def round_up(length: int, multiple: int = ROWS_MULTIPLE) -> int:
@@ -139,19 +153,39 @@ class _Scatter(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (grad,), segments = grad_outputs, ctx.segments
         if ctx.summed:
-            return _sum_of_places(grad, segments).to(grad.dtype), None, None
+            total = torch.zeros(segments.rows, *grad.shape[1:], dtype=torch.float32, device=grad.device)
+            return _add_rows_(total, segments.source, grad.float()).to(grad.dtype), None, None
         return _padded(grad.index_select(0, segments.place), segments.rows), None, None
 
 
-def _sum_of_places(grad: Tensor, segments: Segments) -> Tensor:
-    """Return the fp32 sum of each row's places, added in a fixed order.
+def _add_rows_(total: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """Add values to rows of `total`, which may repeat, in a fixed order.
 
     index_add_ is serial on a CPU and atomic on a GPU; index_put_ sorts on a GPU and is atomic on the threads of a CPU.
     """
-    total = torch.zeros(segments.rows, *grad.shape[1:], dtype=torch.float32, device=grad.device)
-    if grad.device.type == "cpu":
-        return total.index_add_(0, segments.source, grad.float())
-    return total.index_put_((segments.source,), grad.float(), accumulate=True)
+    if total.device.type == "cpu":
+        return total.index_add_(0, rows, values)
+    return total.index_put_((rows,), values, accumulate=True)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor, repeat: bool) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.length, ctx.repeat = len(x), repeat
+        return x.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (rows,), grad = ctx.saved_tensors, grad_outputs[0]
+        total = grad.new_zeros(ctx.length, *grad.shape[1:])
+        return _add_rows_(total, rows, grad) if ctx.repeat else total.index_copy_(0, rows, grad), None, None
+
+
+def take_rows(x: Tensor, rows: Tensor, repeat: bool) -> Tensor:
+    """Return some rows of x; the gradients of a row add up in a fixed order. repeat: whether a row may occur twice."""
+    return _TakeRows.apply(x, rows, repeat)
 
 
 class _Gather(torch.autograd.Function):

@@ -87,6 +87,7 @@ def _attention(watch: _Watch, length: int) -> float:
     documents = max(1, _TOKENS // length)
     tokens = documents * length
     segments = plan_segments([length] * documents, torch.arange(tokens), tokens, watch.device, torch.bfloat16)
+    segments = segments.to(watch.device)
     heads = (_HEADS, _KEY_HEADS, _KEY_HEADS)
     q, k, v = (watch.normal(tokens, count, _WIDTH).requires_grad_() for count in heads)
     grad = watch.normal(tokens, _HEADS, _WIDTH)

@@ -94,6 +94,7 @@ def install_malloc_trim(model: nn.Module) -> None:
             malloc_trim()
 
     base = base_of(model)
-    decoder = getattr(base, base.base_model_prefix)
-    decoder.register_forward_pre_hook(before_forward)
-    decoder.register_forward_hook(after_forward)
+    backbone: Any = getattr(base, base.base_model_prefix)
+    # The first and the last module that a pass calls outside the decoder layers, which checkpointing calls again.
+    backbone.rotary_emb.register_forward_pre_hook(before_forward)
+    backbone.norm.register_forward_hook(after_forward)

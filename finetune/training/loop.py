@@ -165,7 +165,7 @@ def train_step(inputs: StepInputs, step: int, stop_signal: int = 0) -> StepResul
         )
     for i, batch in enumerate(batches):
         with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(inputs.loss):
-            loss = inputs.loss(batch.to(accelerator.device))
+            loss = inputs.loss(batch)
             accelerator.backward(loss * (ranks / target_tokens))
         loss_sum += loss.item()
     sums = [[loss_sum, stop_signal, sum(batch.rows for batch in batches)]]

@@ -133,6 +133,7 @@ def fake_gpu(
             (nn.Module, "to", _to),
             (torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
             (torch.Tensor, "record_stream", lambda self, stream: None),
+            (torch.Tensor, "pin_memory", lambda self: self),
             (torch, "compile", _compile),
             (dispatch.STATE, "compiled", compiled),
             (bnb.nn, "Params4bit", _parameter),
@@ -261,7 +262,7 @@ def trace_step(
 def train_step(tracker: Tracker, loss: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Document]) -> None:
     """One step of one batch, as training/loop.py makes it."""
     tracker.phase = "batch"
-    batch = build_batch(rows).to(GPU)
+    batch = build_batch(rows)
     tracker.phase = "forward"
     value = loss(batch)
     tracker.phase = "backward"

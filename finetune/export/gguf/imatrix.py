@@ -18,7 +18,7 @@ from finetune.data.batch import build_batch, groups_of
 from finetune.data.documents import Document
 from finetune.export.gguf.qwen2 import ARCHITECTURE, linear_name
 from finetune.export.gguf.types import gguf_package
-from finetune.losses.hidden_states import hidden_states
+from finetune.losses.hidden_states import target_states
 from finetune.ops.limits import EVALUATION_TOKENS
 
 
@@ -58,10 +58,10 @@ def importance_matrix(model: nn.Module, documents: Iterable[Document]) -> Import
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0])) for name, module in linears
     ]
-    device, tokens = next(model.parameters()).device, 0
+    tokens = 0
     try:
         for group in groups_of(documents, EVALUATION_TOKENS):
-            hidden_states(model, build_batch(group).to(device))
+            target_states(model, build_batch(group))
             tokens += sum(map(len, group))
     finally:
         for hook in hooks:

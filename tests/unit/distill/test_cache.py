@@ -28,7 +28,6 @@ from finetune.distill.resident import ResidentTeacher
 from finetune.distill.server import TopTokens
 from finetune.distill.shards import COMPLETE
 from finetune.losses.chunked import chunked_loss
-from finetune.losses.cross_entropy import target_rows
 from finetune.losses.distillation import (
     DistillLossWeights,
     Teacher,
@@ -84,7 +83,7 @@ class TableTeacher:
     def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherHidden]:
         for batch in batches:
             states_TV = self.table_VV[batch.input_ids[0]]
-            yield TeacherHidden(target_rows(states_TV, batch)[0], nn.Identity())
+            yield TeacherHidden(states_TV[batch.targets], nn.Identity())
 
 
 def write(folder: Path, teacher: Teacher, documents: Sequence[Document], group_tokens: int = 500, **keys) -> dict:

@@ -23,7 +23,7 @@ from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.distill import layer_reader
 from finetune.distill.stream import StreamedModel
-from finetune.losses.hidden_states import hidden_states
+from finetune.losses.hidden_states import target_states
 from finetune.models.adapters.files import load_adapter
 from finetune.models.fused import fuse_layers
 from finetune.models.load import load_base
@@ -82,7 +82,7 @@ def resident_states(cfg: ModelConfig, batches: list[Batch], adapter: Path | None
         model = load_adapter(model, adapter)
     fuse_layers(model)
     with torch.no_grad():
-        return [hidden_states(model, batch)[batch.labels[0] != IGNORE_INDEX] for batch in batches]
+        return [target_states(model, batch).hidden_ND for batch in batches]
 
 
 def streamed(cfg: ModelConfig, adapter: Path | None = None) -> StreamedModel:

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from finetune.config.schema import QuantConfig
-from finetune.losses.cross_entropy import target_rows
-from finetune.losses.hidden_states import hidden_states
+from finetune.losses.hidden_states import target_states
 from finetune.mixed_precision.layerwise import LayerwiseModel
 from finetune.models.load import load_base
 from finetune.models.quant.bit_widths import storage_of
@@ -22,7 +21,7 @@ def states_of(bench, quant: QuantConfig) -> list[torch.Tensor]:
     """Compute the states of the whole model in fp32."""
     model = load_base(bench.cfg.model.model_copy(update={"dtype": "float32"}), quant, "cpu").eval()
     with torch.no_grad():
-        return [target_rows(hidden_states(model, batch), batch)[0] for batch in bench.batches]
+        return [target_states(model, batch).hidden_ND for batch in bench.batches]
 
 
 @pytest.mark.parametrize("quant", [QuantConfig(type="none"), MIXED], ids=["16 bit", "mixed"])
@@ -38,14 +37,14 @@ def test_states_equal_those_of_the_whole_model(bench, quant: QuantConfig) -> Non
 
 def test_a_layer_is_restored_after_a_change(bench) -> None:
     model, batch = bench.model, bench.batches[0]
-    rows = model.enter(batch)
+    rows, states = model.enter(batch)
     model.load(0, {})
-    before = model.advance(rows, rows.states)
+    before = model.advance(rows, states)
     changed = {}
     for kind in ("nf4", "int8"):
         with model.stored("model.layers.0.mlp.up_proj", kind):
-            changed[kind] = model.advance(rows, rows.states)
-    assert model.advance(rows, rows.states).equal(before)
+            changed[kind] = model.advance(rows, states)
+    assert model.advance(rows, states).equal(before)
     assert 0 < (changed["int8"] - before).norm() < 0.2 * (changed["nf4"] - before).norm()
 
 

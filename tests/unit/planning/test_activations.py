@@ -13,7 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from finetune import load_config
 from finetune.config.schema import RunConfig
 from finetune.data.batch import build_batch
-from finetune.losses.hidden_states import hidden_states
+from finetune.losses.hidden_states import target_states
 from finetune.models.families import QWEN25_SHAPES
 from finetune.models.fused import fuse_layers
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
@@ -90,7 +90,7 @@ def saved_bytes(model: nn.Module, lengths: list[int]) -> list[int]:
         layer.register_forward_pre_hook(lambda *_, number=number: enter(number))
         layer.register_forward_hook(lambda *_: enter(-1))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden_states(model, build_batch(documents(lengths)))
+        target_states(model, build_batch(documents(lengths)))
     return sums
 
 

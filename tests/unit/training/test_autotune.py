@@ -57,9 +57,10 @@ def test_the_heap_is_trimmed_after_training_passes_only(model, monkeypatch):
     calls = []
     monkeypatch.setattr(autotune, "malloc_trim", lambda: calls.append(0))
     decoder = model.get_base_model().model
-    handles, pre_handles = dict(decoder._forward_hooks), dict(decoder._forward_pre_hooks)
-    decoder._forward_hooks.clear()
-    decoder._forward_pre_hooks.clear()
+    tables = decoder.rotary_emb._forward_pre_hooks, decoder.norm._forward_hooks
+    before = [dict(hooks) for hooks in tables]
+    for hooks in tables:
+        hooks.clear()
     install_malloc_trim(model)
     assert calls == [0]
     ids = torch.arange(8)[None]
@@ -72,6 +73,6 @@ def test_the_heap_is_trimmed_after_training_passes_only(model, monkeypatch):
     assert calls == [0] * 4
     model(input_ids=ids)
     assert calls == [0] * 5
-    for hooks, before in ((decoder._forward_hooks, handles), (decoder._forward_pre_hooks, pre_handles)):
+    for hooks, saved in zip(tables, before, strict=True):
         hooks.clear()
-        hooks.update(before)
+        hooks.update(saved)
