@@ -13,6 +13,8 @@ LOGITS_VALUES = {"cpu": 2**25, "cuda": 2**26}
 # [220, 151665] takes 140 ms (79 ms compiled); half this size 147 (86), twice this size 190 (79).
 # A GPU has no such cache: there a block only bounds the temporary.
 SOFTMAX_BLOCK_VALUES = {"cpu": 2**19, "cuda": 2**24}
+# Values per block of an elementwise kernel that runs as plain torch on a GPU, where it holds up to 34 bytes per value.
+PLAIN_BLOCK_VALUES = 2**22
 # Rows of a forward pass and tokens of a document are padded to a multiple. CPU kernels are compiled for each shape.
 ROWS_MULTIPLE, DOCUMENT_TOKENS_MULTIPLE = 64, 32
 # From this document length in tokens on, torch's fused attention backward is as fast as that of ops/attention.py.

@@ -131,8 +131,7 @@ def forward_bytes(inputs: PlanInputs, shape: Mapping[str, Any], tokens: int, *, 
     shape: of the student or the teacher. in_blocks: the MLP processes some rows at a time (16-bit weights, CPU).
     """
     rows = min(tokens, limits.MLP_FORWARD_ROWS) if in_blocks else tokens
-    kernels = elementwise_kernels(inputs, shape)
-    mlp = rows * shape["intermediate_size"] * _MLP_FORWARD_BYTES[kernels] * inputs.value_bytes / 2
+    mlp = _mlp_bytes(inputs, rows * shape["intermediate_size"], _MLP_FORWARD_BYTES, shape)
     hidden = tokens * shape["hidden_size"] * inputs.value_bytes
     return max(mlp + 3 * hidden, _ATTENTION_FORWARD * hidden)
 
@@ -175,7 +174,7 @@ def _layer_work(inputs: PlanInputs, tokens: int, document_tokens: int | None) ->
     rows, inner = _mlp_rows(inputs, tokens), inputs.shape["intermediate_size"]
     # Gradients of down_proj's input are computed for all blocks of rows before the first block goes on.
     waiting = (tokens - rows) * inner * inputs.value_bytes
-    mlp = waiting + rows * inner * inputs.value_bytes * _MLP_BACKWARD_BYTES[elementwise_kernels(inputs)] / 2
+    mlp = waiting + _mlp_bytes(inputs, rows * inner, _MLP_BACKWARD_BYTES)
     attention, on_cpu = 0.0, inputs.device_type == "cpu"
     document = document_tokens or inputs.data.max_length
     if on_cpu and inputs.model.attention == "auto" and document < limits.FUSED_ATTENTION_FROM_TOKENS:
@@ -190,6 +189,21 @@ def _layer_work(inputs: PlanInputs, tokens: int, document_tokens: int | None) ->
         held, mlp = 0.0, max(mlp, weight + waiting + 4 * rows * inner)
     dora = max((_DORA_BYTES * math.prod(inputs.linears[name]) for name in adapted), default=0) * inputs.lora.dora
     return held + max(mlp, attention, dora)
+
+
+def _mlp_bytes(
+    inputs: PlanInputs, values: int, table: Mapping[str, int], shape: Mapping[str, Any] | None = None
+) -> float:
+    """Return the workspace of an MLP whose matrices [T, I] have `values` each.
+
+    On a GPU, plain torch runs in blocks (ops/dispatch.py).
+    """
+    kernels = elementwise_kernels(inputs, shape)
+    total = values * table[kernels]
+    if kernels == "plain torch" and inputs.device_type == "cuda":
+        block = min(values, limits.PLAIN_BLOCK_VALUES)
+        total = values * table["compiled"] + block * (table[kernels] - table["compiled"])
+    return total * inputs.value_bytes / 2
 
 
 def _mlp_rows(inputs: PlanInputs, tokens: int) -> int:

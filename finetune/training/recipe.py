@@ -34,6 +34,7 @@ from finetune.models.fused import fuse_layers
 from finetune.models.load import check_loaded, load_base
 from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
 from finetune.ops import dispatch, matmul
+from finetune.planning.activations import elementwise_kernels
 from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan, describe_start
 from finetune.planning.inputs import PlanInputs, plan_inputs
@@ -120,6 +121,9 @@ def train(
         stored = {} if checkpoint is None else read_state(checkpoint).choices
         inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=kind, ranks=ranks)
         inputs = inputs.with_settings(train=repeat_choices(cfg.train, stored, ranks, log))
+        compiles = kind == "cuda" and elementwise_kernels(inputs) == "compiled"
+        if compiles and dispatch.compile_problem(accelerator.device):
+            inputs = inputs.with_settings(train={"compile": False})
         log((describe_plan if verbose else describe_start)(inputs, free_memory(kind)))
         context = _load(cfg, inputs, accelerator, checkpoint, model, log=log, detail=detail, started=started)
         if is_main:
@@ -314,7 +318,8 @@ def _configure_kernels(context: RunContext, steps: int, before: bool | None) -> 
         most_tokens = steps * cfg.train.batch_size * cfg.data.max_length
         flops = 4.0 * base_of(context.model).num_parameters() * most_tokens
         wanted = before if cfg.train.compile is None else cfg.train.compile
-        context.detail(dispatch.configure_compile(device, flops, wanted))
+        choice = dispatch.configure_compile(device, flops, wanted)
+        (context.detail if dispatch.STATE.compiled or device.type == "cpu" else context.log)(choice)
 
 
 def _finish(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainState, result: RunResult) -> None:

@@ -199,6 +199,17 @@ def test_kernels_are_compiled_where_training_compiles_them():
         assert elementwise_kernels(inputs_of(*settings, shape=QWEN25_SHAPES["0.5B"])) == kernels
 
 
+def test_plain_kernels_on_a_gpu_take_a_block_more_than_compiled_ones():
+    shape = QWEN25_SHAPES["7B"]
+    compiled, plain = (
+        plan_activations(
+            inputs_of("data.max_length=8192", f"train.compile={on}", shape=shape, device_type="cuda"), 1
+        ).peak_bytes(28)
+        for on in ("true", "false")
+    )
+    assert 0 < plain - compiled <= 2**22 * 34
+
+
 def test_a_teacher_in_memory_doubles_the_logits_and_a_sample_of_it_does_not():
     shape = QWEN25_SHAPES["0.5B"]
     cached = ("distill=recover", "distill.teacher.placement=cached", "distill.cache=folder")
