@@ -1,12 +1,15 @@
 """usage: finetune data convert path=ROWS out=messages.jsonl [key=value …]
+       finetune data convert path=REQUESTS answers=ANSWERS out=messages.jsonl
 
 Writes the conversations of a source as messages JSONL, one row per line:
 {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}. Never replaces an existing file.
+answers: joins the requests of OpenAI's batch API with its answers, by their custom_id.
 
 Examples
   finetune data convert path=alpaca.json out=messages.jsonl
   finetune data convert path=rows.csv out=messages.jsonl 'columns={prompt: question, completion: answer}'
   finetune data convert path=chats.jsonl.gz out=messages.jsonl 'roles={assistant: [agent, bot]}' limit=1000
+  finetune data convert path=requests.jsonl answers=batch_output.jsonl out=messages.jsonl
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from finetune.system.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from finetune.config.command_options import ConvertOptions
+    from finetune.data.sources.readers import RawBatch
 
 _SHOWN_ERRORS = 10
 
@@ -69,28 +73,31 @@ def run(arguments: Arguments) -> int:
 def _converted(source: ConvertOptions, rows: _Rows) -> Iterator[dict[str, Any]]:
     """Yield one row of messages per conversation; count bad rows in `rows`."""
     from finetune.data.formats.messages import Conversation
-    from finetune.data.formats.parser import RowParser, messages_row, resolve_format
+    from finetune.data.formats.parser import RowParser, messages_row
     from finetune.data.formats.rules import RowRules
-    from finetune.data.sources.paths import read_rows
 
-    parser = None
-    for row in read_rows(source):
-        if isinstance(row.value, DataError):
-            rows.refuse(f"{row.location}: {row.value}")
-            continue
-        if parser is None:
-            name = resolve_format(source, row.value, source.path)
-            if name in ("text", "tokens"):
-                raise DataError(f"{source.path}: has no turns to write as messages, found format={name}")
-            parser = RowParser(source, name, rules=RowRules.of(source))
-        try:
-            if not isinstance(conversation := parser.parse(row.value), Conversation):
-                raise DataError("is not a conversation")
-        except DataError as error:
-            rows.refuse(f"{row.location}: {error}")
-            continue
-        rows.good += 1
-        yield messages_row(conversation)
+    parser = RowParser(source, rules=RowRules.of(source))
+    for batch in _batches(source):
+        if batch.format in ("text", "tokens"):
+            raise DataError(f"{batch.file}: has no turns to write as messages, found format={batch.format}")
+        for row, example in parser.rows(batch):
+            if isinstance(example, Conversation):
+                rows.good += 1
+                yield messages_row(example)
+            else:
+                rows.refuse(f"{row.location}: {example}")
+
+
+def _batches(source: ConvertOptions) -> Iterator[RawBatch]:
+    from finetune.data.formats.detection import with_formats
+    from finetune.data.sources.paths import resolve_source
+
+    batches = resolve_source(source).batches(source.limit)
+    if source.answers is None:
+        return with_formats(source, batches)
+    from finetune.migration.batch_api import join_answers
+
+    return join_answers(batches, source.answers)
 
 
 COMMAND = Command("data convert", __doc__, run, options="ConvertOptions")

@@ -63,6 +63,7 @@ class ConvertOptions(RowOptions):
     """`finetune data convert`: the keys of an item of data.train, and what to do with bad rows."""
 
     out: Text = Field(description="File to write; it must not exist.")
+    answers: Text | None = Field(None, description="Output file of a batch API for the requests of path.")
     on_bad_row: OnBadRow = Field("error", description="At invalid rows: list and stop, or skip.")
     max_bad_share: Share = Field(0.05, description="Share of skipped rows above which nothing is written.")
 

@@ -166,9 +166,9 @@ def _data(data: DataConfig) -> Problems:
 
 
 def _source(key: str, source: SourceConfig) -> Problems:
-    if _FILE.search(source.path):
+    if file := _FILE.search(source.path):
         for name, owner in (("split", "folder or hub dataset"), ("subset", "hub dataset"), ("revision", "hub dataset")):
-            if getattr(source, name) is not None:
+            if getattr(source, name) is not None and (name, file[1]) != ("split", "json"):
                 yield Problem(f"{key}.{name}", f"belongs to a {owner}, and {source.path} is a file; set it to null")
     for name, ours in _given_twice(source.columns.items()):
         yield Problem(f"{key}.columns", f"column {name} cannot be {' and '.join(ours)} at once")

@@ -110,12 +110,12 @@ class LoraConfig(Section):
 
 
 class SourceConfig(Section):
-    """One dataset: a file, a glob of files, a folder or a hub dataset; all its examples have one format."""
+    """One dataset: a file, a glob of files, a folder or a hub dataset; all examples of a file have one format."""
 
     path: Text = Field(description="File (jsonl, json, csv, parquet, arrow; also compressed), glob, folder or hub id.")
     name: Text | None = Field(None, description="Name in messages and metrics; null: name of the split or file.")
     format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "tokens"] = Field(
-        "auto", description="Format of an example; auto: recognized from the columns of the first one."
+        "auto", description="Format of an example; auto: recognized from the columns of each file's first one."
     )
     columns: dict[Text, Text] = Field({}, description="Your columns as {our name: yours}, like {prompt: question}.")
     roles: dict[Literal["system", "user", "assistant", "tool"], list[Text] | Text] = Field(

@@ -15,10 +15,11 @@ import numpy as np
 
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.documents import Cut, Documents, cut_to_length
+from finetune.data.formats.detection import with_formats
 from finetune.data.formats.messages import Conversation
 from finetune.data.sources.paths import by_key, check_each, resolve_source
 from finetune.data.template.chat import ChatTemplate
-from finetune.data.tokens.prepare import Preparation, with_format
+from finetune.data.tokens.prepare import Preparation
 from finetune.data.tokens.store import BAD_ROWS, TokenStore
 from finetune.system.atomic import write_text
 from finetune.system.errors import DataError
@@ -99,7 +100,7 @@ def check_sources(cfg: DataConfig) -> None:
 
 def check_source(source: SourceConfig) -> None:
     """Check the path and format of one source. Raises: DataError."""
-    with_format(source, resolve_source(source).batches(source.limit))
+    next(with_formats(source, resolve_source(source).batches(source.limit)))
 
 
 def load_data(preparation: Preparation) -> LoadedData:
@@ -204,15 +205,15 @@ def first_conversations(source: Source, preparation: Preparation, rows: int) -> 
 
     Raises: DataError if they are raw text or tokens.
     """
-    encoder = preparation.encoder(source.config, source.store.meta.format)
+    encoder = preparation.encoder(source.config)
     wanted = set(source.store.indices[source.rows].tolist())
-    batches = resolve_source(source.config).batches(source.config.limit)
-    examples = (example for batch in batches for row, example in encoder.examples(batch) if row.index in wanted)
+    batches = with_formats(source.config, resolve_source(source.config).batches(source.config.limit))
+    examples = (example for batch in batches for row, example in encoder.parser.rows(batch) if row.index in wanted)
     first = list(islice((example for example in examples if not isinstance(example, DataError)), rows))
     chats = [example for example in first if isinstance(example, Conversation)]
     if len(chats) < len(first):
         raise DataError(
-            f"{source.config.path}: {source.store.meta.format} rows have no assistant turn; "
+            f"{source.config.path}: {source.store.meta.format()} rows have no assistant turn; "
             "set generation.num_examples=0"
         )
     return chats
@@ -241,7 +242,7 @@ def describe_source(source: Source) -> str:
     """Return one line for the console: rows, tokens, targets, and rows left out."""
     tokens, targets = int(source.documents.lengths.sum()), int(source.documents.targets.sum())
     line = (
-        f"data: {source.name}: format={source.store.meta.format}, rows={len(source.rows):,}, tokens={tokens:,}, "
+        f"data: {source.name}: format={source.store.meta.format()}, rows={len(source.rows):,}, tokens={tokens:,}, "
         f"targets={targets:,}" + (f", held out: {source.held_out}" if source.held_out else "")
     )
     return f"{line}; {notes}" if (notes := _describe(source.counts)) else line

@@ -20,12 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from finetune.config.schema import SourceConfig
 from finetune.data.documents import Document, Documents, cut_to_length
+from finetune.data.formats.detection import with_formats
 from finetune.data.loader import check_bad_rows
 from finetune.data.packing import MapSampler, SequenceOrder
 from finetune.data.sources.paths import SourceFiles, resolve_source
 from finetune.data.sources.readers import RawBatch
-from finetune.data.tokens.prepare import Preparation, fingerprint, with_format
+from finetune.data.tokens.prepare import Preparation, fingerprint
 from finetune.data.tokens.store import BAD_ROWS, TokenStore
 from finetune.system.atomic import write_text
 from finetune.system.errors import ConfigError, DataError
@@ -35,8 +37,8 @@ from finetune.system.errors import ConfigError, DataError
 class _Tape:
     """A source's rows as an endless tape: repeated passes over its files, each in another order."""
 
+    source: SourceConfig
     files: SourceFiles
-    limit: int | None
     seed: int
     position: int = 0  # rows read so far
     _batches: Iterator[RawBatch] | None = None
@@ -55,10 +57,12 @@ class _Tape:
                 yield piece
 
     def _all(self) -> Iterator[RawBatch]:
+        usual = next(with_formats(self.source, self.files.batches(1000))).format
         for turn in count():
             order = np.random.default_rng([self.seed, turn]).permutation(len(self.files.files))
             files, labels = (tuple(names[i] for i in order) for names in (self.files.files, self.files.labels))
-            yield from replace(self.files, files=files, labels=labels).batches(self.limit)
+            batches = replace(self.files, files=files, labels=labels).batches(self.source.limit)
+            yield from with_formats(self.source, batches, usual)
 
 
 class StreamingSampler:
@@ -71,7 +75,7 @@ class StreamingSampler:
     def __init__(self, preparation: Preparation, batch_size: int, seed: int, folder: Path):
         self.preparation = Preparation(preparation.cfg, preparation.chat, preparation.main)
         self.cfg, self.batch_size, self.seed = preparation.cfg, batch_size, seed
-        self._tapes = [_Tape(resolve_source(source), source.limit, seed) for source in self.cfg.train]
+        self._tapes = [_Tape(source, resolve_source(source), seed) for source in self.cfg.train]
         total, rows = sum(source.weight for source in self.cfg.train), self.cfg.stream_rows or 0
         self._rows = [max(1, round(rows * source.weight / total)) for source in self.cfg.train]  # of a window
         # Names and sizes of the files: hashing a large source would cost what streaming saves.
@@ -92,7 +96,6 @@ class StreamingSampler:
             }
         )
         self.folder = folder / self.digest
-        self._formats: dict[int, str] = {}
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="stream")
         self._closed = Event()
         self._coming: tuple[int, Future[None]] | None = None
@@ -164,10 +167,8 @@ class StreamingSampler:
 
     def _write(self, folder: Path, i: int, window: int, rows: int) -> None:
         source, tape = self.cfg.train[i], self._tapes[i]
-        if i not in self._formats:  # from the start of the tape, also after a resume
-            self._formats[i], _ = with_format(source, resolve_source(source).batches(1000))
         batches = takewhile(lambda batch: not self._closed.is_set(), tape.take(window * rows, rows))
-        self.preparation.write(folder, source, self._formats[i], batches, {**self._made_from[i], "window": window})
+        self.preparation.write(folder, source, batches, {**self._made_from[i], "window": window})
         if self._closed.is_set():
             raise CancelledError(f"window {window} is not needed anymore")
 

@@ -21,7 +21,7 @@ from finetune.data.tokens.prepare import Preparation
 from finetune.system.errors import ConfigError, DataError
 
 # Formats of rows without a question.
-_NO_QUESTION = ("text", "tokens")
+_NO_QUESTION = frozenset({"text", "tokens"})
 _FEW_ROWS = 20
 
 
@@ -127,7 +127,7 @@ def _sets(
         documents = source.documents
         if options.limit is not None:
             documents = documents.select(np.isin(documents.rows, source.rows[: options.limit]))
-        has_question = not forgetting and source.store.meta.format not in _NO_QUESTION
+        has_question = not forgetting and not _NO_QUESTION & {*source.store.meta.formats}
         conversations = first_conversations(source, preparation, count) if has_question and count else []
         sets.append(RowSet(source.name, documents, conversations, forgetting))
     return sets

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from finetune.config.command_options import PlanOptions
 from finetune.config.compose import load_config
 from finetune.config.schema import RunConfig, SourceConfig
+from finetune.data.formats.detection import with_formats
 from finetune.data.formats.messages import Conversation, RawText
-from finetune.data.formats.parser import RowParser, resolve_format
+from finetune.data.formats.parser import RowParser
 from finetune.data.formats.rules import DEFAULT_RULES, RowRules
-from finetune.data.sources.paths import read_rows
+from finetune.data.sources.paths import resolve_source
 from finetune.models.families import QWEN25_SHAPES
 from finetune.planning.advice import longest_that_fits
 from finetune.planning.auto_batch import estimate_memory
@@ -70,27 +72,22 @@ def read_facts(source: SourceConfig, rules: RowRules = DEFAULT_RULES) -> DataFac
 
     Raises: DataError if the file cannot be read, its format is not recognized, or no row is usable.
     """
-    parser, tokens, bad, last, complete = None, [], 0, "", True
-    for count, row in enumerate(read_rows(source)):
-        if count == _ROWS_READ:
-            complete = False
-            break
-        try:
-            if isinstance(row.value, DataError):
-                raise row.value
-            if parser is None:
-                parser = RowParser(source, resolve_format(source, row.value, source.path), rules=rules)
-            tokens.append(_tokens(parser.parse(row.value)))
-        except DataError as error:
-            if parser is None:
-                raise
-            bad, last = bad + 1, str(error)
+    tokens, bad, last, formats = list[int](), 0, "", dict[str, None]()
+    parser = RowParser(source, rules=rules)
+    batches = with_formats(source, resolve_source(source).batches(source.limit))
+    rows = ((batch.format, example) for batch in batches for _, example in parser.rows(batch))
+    for name, example in islice(rows, _ROWS_READ):
+        if isinstance(example, DataError):
+            bad, last = bad + 1, str(example)
+        else:
+            tokens.append(_tokens(example))
+            formats[name] = None
+    complete = next(rows, None) is None
     if not tokens:
         raise DataError(f"{source.path}: no usable row" + f": {last}" * bool(bad))
     read = sum(tokens)
     total = read if complete else max(read, tokens_in_files([source]) or 0)
-    kind = parser.format if parser else "auto"
-    return DataFacts(source.path, kind, len(tokens), bad, sorted(tokens), total, complete)
+    return DataFacts(source.path, ", ".join(formats), len(tokens), bad, sorted(tokens), total, complete)
 
 
 def _tokens(example: Any) -> int:

@@ -77,6 +77,21 @@ def test_windows_mix_the_sources_by_weight_and_a_pass_visits_every_row_once(tmp_
     assert {count for place, count in seen.items() if "single" in place} == {3}
 
 
+def test_every_file_of_a_stream_has_its_own_format(tmp_path, chat):
+    for name, rows in (
+        ("a", [{"text": f"text {i}"} for i in range(15)]),
+        ("b", [{"question": f"{i}", "answer": "x"} for i in range(15)]),
+        ("c", [{"unknown": 1}, *({"text": f"more {i}"} for i in range(15))]),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = SourceConfig(path=f"{tmp_path}/*.jsonl")
+    stream = sampler(tmp_path, [source], chat, packing=False, on_bad_row="skip", max_bad_share=0.2)
+    steps = [stream.step_batches(step) for step in range(45)]
+    stream.close()
+    seen = Counter(document.location for sequences in steps for sequence in sequences for document in sequence)
+    assert {place.rpartition("/")[2][0] for place in seen} == {"a", "b", "c"} and len(seen) == 45
+
+
 def test_another_seed_is_another_order(tmp_path, chat):
     train = sources(tmp_path)
     orders = []

@@ -138,7 +138,7 @@ NO_SOURCE: dict[str, tuple[Callable[[Path], object], str]] = {
     "rows.jsonl": (lambda file: None, "does not exist"),
     "empty.jsonl": (lambda file: file.touch(), "has no rows"),
     "blank.jsonl": (lambda file: file.write_text("\n\n \n"), "has no rows"),
-    "folder.jsonl": (lambda file: file.mkdir(), "is a folder; set split"),
+    "folder.jsonl": (lambda file: file.mkdir(), "is a folder without rows"),
     "utf16.jsonl": (lambda file: file.write_text(json.dumps(GOOD), "utf-16-le"), "looks like UTF-16 text"),
     "cut.jsonl.gz": (lambda file: file.write_bytes(gzip.compress(b"{}" * 999)[:-9]), "is broken or cut off"),
     "table.jsonl": (lambda file: parquet.write_table(pyarrow.table({"a": [1]}), file), "looks like a parquet file"),

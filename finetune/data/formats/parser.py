@@ -7,19 +7,16 @@ file's names for errors.
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import SourceConfig
 from finetune.data.encoded import IGNORE_INDEX
-from finetune.data.formats.columns import Reading, meanings, recognize
+from finetune.data.formats.columns import Reading, recognize
 from finetune.data.formats.conversations import (
     KNOWN_KEYS,
-    METADATA_KEYS,
     Spelling,
     Turn,
     conversation,
@@ -28,18 +25,16 @@ from finetune.data.formats.conversations import (
 )
 from finetune.data.formats.messages import Conversation, Example, Message, RawText, TokenRow
 from finetune.data.formats.rules import DEFAULT_RULES, RowRules
-from finetune.data.formats.values import Fields, as_json, is_empty, kind, listed, printable_name, shown
-from finetune.system.console import log_once
+from finetune.data.formats.values import Fields, as_json, is_empty, kind, listed, shown
+from finetune.data.sources.readers import RawBatch, Row
 from finetune.system.errors import DataError
 
-_PREFERENCE = (
+PREFERENCE = (
     "chosen and rejected answers are not a supported format; to train on the chosen answers set "
     "columns: {completion: chosen}, or {messages: chosen} if they hold the whole conversation"
 )
 # Columns that mark an answer as good or bad.
-_VERDICTS = frozenset({"label", "kto_tag"})
-# Keys of an entry of LLaMA-Factory's dataset_info.json that hold a path or a name on the hub.
-_REGISTRY_KEYS = ("file_name", "hf_hub_url")
+VERDICTS = frozenset({"label", "kto_tag"})
 _TOOLS = {"tools": "functions"}
 # Masks with 1 for each target.
 _TARGET_MASKS = ("assistant_masks", "completion_mask")
@@ -135,7 +130,7 @@ def parse_text(row: Fields, _: Spelling) -> RawText:
 
 
 def _chat(row: Fields, turns: list[Turn], rules: RowRules) -> Conversation:
-    for column in _VERDICTS:
+    for column in VERDICTS:
         if row.get(column) is False:
             raise DataError(f"{column} is false, which marks a bad answer; remove the row")
     for column in ("images", "audios", "videos"):
@@ -246,92 +241,8 @@ FORMATS: dict[str, RowFormat] = {
     "tokens": RowFormat(parse_tokens, ("input_ids",), _TOKEN_COLUMNS, {}),
 }
 
-_ROW_COLUMNS = frozenset().union(*(fmt.columns for fmt in FORMATS.values()))
 
-
-def detect_format(columns: frozenset[str], source: str, mapped: Mapping[str, str] | None = None) -> str:
-    """Return the one format whose columns are all there, or that other widely used names of them mean.
-
-    `text` is returned only if no other format fits.
-
-    mapped: our names of columns and message keys to the file's; a format must know all of them.
-    Raises: DataError if no format fits, or several do.
-    """
-    mapped = mapped or {}
-    renamed = (columns - set(mapped.values())) | {ours for ours, theirs in mapped.items() if theirs in columns}
-    fitting = [name for name, fmt in FORMATS.items() if fmt.is_in(renamed) and set(mapped) <= fmt.columns | fmt.keys]
-    if len(fitting) > 1:  # many datasets of other formats also have a column of rendered text
-        fitting = [name for name in fitting if name != "text"]
-    if len(fitting) == 1:
-        return fitting[0]
-    if {"custom_id", "body"} <= columns:
-        raise DataError(
-            f"{source}: holds requests of a batch API, not rows; add the answers after converting them\n"
-            f"help: jq -c '{{messages: .body.messages}}' {shlex.quote(source)} > rows.jsonl"
-        )
-    found = f"{source}: rows with the columns {listed(columns)}"
-    if fitting:
-        raise DataError(f"{found} fit several formats; set format to {' or '.join(fitting)}")
-    if "chosen" in renamed:
-        raise DataError(f"{found}: {_PREFERENCE}")
-    if not mapped.keys() & _ROW_COLUMNS:
-        readings = [reading for reading in recognize(columns) if set(mapped) <= FORMATS[reading.format].keys]
-        if len(readings) > 1:
-            raise DataError(f"{source}: {meanings(columns)}")
-        if readings:
-            return readings[0].format
-    known = "; ".join(f"{name}: {', '.join(fmt.required)}" for name, fmt in FORMATS.items())
-    raise DataError(f"{found} fit no format ({known}); map them, as columns: {{prompt: question, completion: answer}}")
-
-
-def resolve_format(cfg: SourceConfig, first_value: Any, source: str) -> str:
-    """Return the format of a source: the configured one, or the one that its first row fits.
-
-    Raises: DataError if no format or several fit, or if `columns` or `roles` name something that the format lacks.
-    """
-    if cfg.format == "auto" and not isinstance(first_value, Mapping):
-        raise DataError(f"{source}: its first row must be an object, found {kind(first_value)}")
-    candidates = FORMATS if cfg.format == "auto" else {cfg.format: FORMATS[cfg.format]}
-    known = frozenset().union(*(fmt.columns | fmt.keys for fmt in candidates.values()))
-    if unknown := cfg.columns.keys() - known:
-        raise DataError(
-            f"{source}: columns maps {listed(unknown)}, which {' or '.join(candidates)} rows do not have; map one "
-            f"of {listed(known - METADATA_KEYS)}"
-        )
-    if isinstance(first_value, Mapping):
-        _refuse_no_row(first_value, source)
-    if cfg.format != "auto":
-        return cfg.format
-    _require_mapped({ours: theirs for ours, theirs in cfg.columns.items() if ours in _ROW_COLUMNS}, first_value, source)
-    columns = frozenset(map(str, first_value))
-    name = detect_format(columns, source, cfg.columns)
-    if cfg.roles and not FORMATS[name].keys:
-        raise DataError(f"{source}: rows of the format {name} have no roles; remove roles")
-    if (reading := RowParser(cfg, name).reading(columns)) is not None:
-        ignored = columns - FORMATS[name].columns - set(reading.columns.values()) - _VERDICTS
-        log_once(f"{source}: read with {reading}" + (f"; ignored: {listed(ignored)}" if ignored else ""))
-    return name
-
-
-def _refuse_no_row(value: Mapping[str, Any], source: str) -> None:
-    """Raise DataError for files of other tools that hold one object, but no rows."""
-    values = list(value.values())
-    by_index = [isinstance(item, Mapping) and "0" in item for item in values]
-    texts = [isinstance(item, list) and len(item) > 0 and all(isinstance(x, str) for x in item) for item in values]
-    if values and (all(by_index) or (len(values) > 1 and all(texts))):
-        code = f'import pandas; pandas.read_json({source!r}).to_json("rows.jsonl", orient="records", lines=True)'
-        raise DataError(f"{source}: holds a table by columns, not by rows\nhelp: python -c {shlex.quote(code)}")
-    if not all(isinstance(item, Mapping) and any(key in item for key in _REGISTRY_KEYS) for item in values):
-        return
-    if path := next((item[key] for item in values for key in _REGISTRY_KEYS if key in item), None):
-        file = Path(source).parent / printable_name(path)
-        raise DataError(
-            f"{source}: is LLaMA-Factory's list of datasets ({listed(value)}), not rows; finetune migrate converts a "
-            f"config that names one\nhelp: data.train={shlex.quote(str(file if file.exists() else path))}"
-        )
-
-
-def _require_mapped(mapped: Mapping[str, str], row: Mapping[str, Any], source: str = "") -> None:
+def require_mapped(mapped: Mapping[str, str], row: Mapping[str, Any], source: str = "") -> None:
     prefix = f"{source}: " if source else ""
     for ours, theirs in mapped.items():
         if theirs not in row:
@@ -342,13 +253,13 @@ def _require_mapped(mapped: Mapping[str, str], row: Mapping[str, Any], source: s
 class RowParser:
     """Parses the rows of one source. Picklable.
 
-    format: a key of FORMATS, from `resolve_format`.
+    format: a key of FORMATS; `rows` takes that of the batch.
     system: text of the system turn that is added to conversations without one.
     rules: for values that can be read in more than one way.
     """
 
     source: SourceConfig
-    format: str
+    format: str = "auto"
     system: str | None = None
     rules: RowRules = DEFAULT_RULES
 
@@ -359,7 +270,7 @@ class RowParser:
         """
         if not isinstance(value, Mapping):
             raise DataError(f"a row must be an object, found {kind(value)}")
-        _require_mapped(self._columns, value)
+        require_mapped(self._columns, value)
         reading = self.reading(frozenset(map(str, value)))
         row = Fields.of(value, reading.columns if reading else self._columns, self._format.aliases, "")
         if missing := [column for column in self._format.required if column not in row.values]:
@@ -367,11 +278,20 @@ class RowParser:
                 f"the row lacks {listed(missing)}, which {self.format} rows need; its columns: {listed(value)}"
             )
         if not is_empty(row.get("chosen")):
-            raise DataError(_PREFERENCE)
+            raise DataError(PREFERENCE)
         example = self._format.parse(row, self._spelling)
         if self.system is not None and isinstance(example, Conversation) and example.messages[0].role != "system":
             return replace(example, messages=(Message("system", self.system), *example.messages))
         return example
+
+    def rows(self, batch: RawBatch) -> Iterator[tuple[Row, Example | DataError]]:
+        """Yield each row of a batch with its example or its error."""
+        parser = replace(self, format=batch.format)
+        for row in batch.rows():
+            try:
+                yield row, row.value if isinstance(row.value, DataError) else parser.parse(row.value)
+            except DataError as error:
+                yield row, error
 
     def reading(self, columns: frozenset[str]) -> Reading | None:
         """Return what a row's columns mean, if they have other names than ours and the source maps none."""

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.data.sources.readers import RawBatch, Row, kind_of, read_batches
+from finetune.data.sources.layouts import SPLITS
+from finetune.data.sources.readers import RawBatch, kind_of, read_batches
 from finetune.data.sources.text_files import COMPRESSIONS
 from finetune.system.errors import DataError
 
@@ -80,15 +81,6 @@ class SourceFiles:
             bytes_before += file.stat().st_size
         if rows == 0:
             raise DataError(f"{self.path} has no rows")
-
-
-def read_rows(source: SourceConfig) -> Iterator[Row]:
-    """Read the rows of a source, at most its limit. The value of a bad row is its DataError.
-
-    Raises: DataError if the source cannot be read.
-    """
-    for batch in resolve_source(source).batches(source.limit):
-        yield from batch.rows()
 
 
 def resolve_source(source: SourceConfig) -> SourceFiles:
@@ -175,7 +167,8 @@ def _from_hub(source: SourceConfig) -> SourceFiles:
         near = _near(path) if path.parent.is_dir() else ""
         raise DataError(f"{path}: {_hub_advice(source, error)}{near}") from error
     if isinstance(loaded, dict):
-        raise DataError(f"{path}: set split to one of {', '.join(map(str, loaded))}")
+        splits = [*map(str, loaded)]
+        raise DataError(f"{path}: set split to one of {', '.join(splits)}\nhelp: set split: {_first_split(splits)}")
     files = tuple(Path(file["filename"]) for file in loaded.cache_files)
     labels = tuple(f"{path}/{file.name}" for file in files)
     return SourceFiles(source.path, source.name or source.split or source.path, files, labels)
@@ -263,11 +256,18 @@ def _split_files(folder: Path, split: str | None) -> list[Path]:
 
 
 def _choose(folder: Path, split: str | None, splits: list[str]) -> None:
-    available = f"available: {', '.join(splits) or _listing(folder)}"
-    if split is None:
-        raise DataError(f"{folder} is a folder; set split ({available}), or name a file or glob, as {folder}/*.jsonl")
+    if split is None and splits:
+        one = f"set {{path: {folder}, split: {_first_split(splits)}}}"
+        every = "" if {*SPLITS} & {*splits} else f"set {{path: {folder}/*.*}}, or for one of them "
+        raise DataError(f"{folder} is a folder; set split (available: {', '.join(splits)})\nhelp: {every}{one}")
     if split not in splits:
-        raise DataError(f"{folder} has no split {split!r} ({available})")
+        missing = "is a folder without rows" if split is None else f"has no split {split!r}"
+        raise DataError(f"{folder} {missing} (available: {', '.join(splits) or _listing(folder)})")
+
+
+def _first_split(splits: Sequence[str]) -> str:
+    """Return the training split, or the first one if none has such a name."""
+    return next((name for name in SPLITS if name in splits), splits[0])
 
 
 def _near(path: Path) -> str:

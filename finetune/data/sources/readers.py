@@ -64,6 +64,7 @@ class RawBatch:
 
     numbers: of each item in its file.
     bytes_read: of all files of the source, up to the end of this batch.
+    format: of the rows of its file; auto before it is recognized.
     """
 
     file: str
@@ -72,6 +73,7 @@ class RawBatch:
     numbers: tuple[int, ...]
     items: tuple[Content, ...]
     bytes_read: int
+    format: str = "auto"
 
     def split(self, rows: int) -> tuple[RawBatch, RawBatch]:
         """Return the first `rows` rows, and the others."""

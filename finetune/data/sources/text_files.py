@@ -260,13 +260,14 @@ def _json_objects(stream: io.BufferedReader[Any]) -> Found:
         yield "row", number, row.take()
 
 
+_TRAINING = ("train", "training")
 _KEY = re.compile(rb'"([^"\\]*)"\s*:\s*\Z')
 
 
 def _json_keyed(stream: io.BufferedReader[Any], layout: Layout) -> Found:
-    """The rows of one object's only list, or of the list under the key `split`.
+    """The rows of the list under the key `split`; without it, of the only list or of a first list named train.
 
-    Raises: DataError if there are several lists and no split, or the object does not end.
+    Raises: DataError if several lists can be meant, or the object does not end.
     """
     number, row, depth, before = 1, _Part(), 0, b""
     key, read, lists = "", "", list[str]()
@@ -276,9 +277,10 @@ def _json_keyed(stream: io.BufferedReader[Any], layout: Layout) -> Found:
             key = match[1].decode("utf-8", "replace") if match else ""
             if key in layouts.ROW_KEYS:
                 lists.append(key)
-                read = key if layout.split in (None, key) else read
-            if layout.split is None and len(lists) > 1:
-                raise DataError(f"holds several lists of rows ({', '.join(lists)})\nhelp: set split: {lists[0]}")
+                if layout.split is None and len(lists) > 1 and lists[0] not in _TRAINING:
+                    best = next((name for name in lists if name in _TRAINING), lists[0])
+                    raise DataError(f"holds several lists of rows ({', '.join(lists)})\nhelp: set split: {best}")
+                read = key if key == (layout.split or lists[0]) else read
         elif key:
             closed = mark == b"]" and depth == 1
             ended = closed or (mark == b"," and depth == 2)

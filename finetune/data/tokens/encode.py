@@ -25,9 +25,9 @@ from typing import IO, Any, cast
 import numpy as np
 
 from finetune.data.encoded import IGNORE_INDEX, Encoded
-from finetune.data.formats.messages import Conversation, Example, RawText, TokenRow, ToolCall
+from finetune.data.formats.messages import Conversation, RawText, TokenRow, ToolCall
 from finetune.data.formats.parser import RowParser
-from finetune.data.sources.readers import RawBatch, Row
+from finetune.data.sources.readers import RawBatch
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.store import ROW, BadRow, EncodedBatch
 from finetune.system.errors import DataError, ResourceError
@@ -37,7 +37,7 @@ _CHILD = f"import sys; sys.path.insert(0, {str(_PARENT)!r}); from finetune.data.
 # Batches per worker: one in work, one waiting in its pipe.
 _AHEAD = 2
 # Part of every cache's fingerprint: raise it when the same rows give other tokens, weights or hashes.
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,9 @@ class RowEncoder:
     chat: ChatTemplate
     train_on: str
 
-    def examples(self, batch: RawBatch) -> Iterator[tuple[Row, Example | DataError]]:
-        """Yield each row of the batch with its example or its error."""
-        for row in batch.rows():
-            try:
-                yield row, row.value if isinstance(row.value, DataError) else self.parser.parse(row.value)
-            except DataError as error:
-                yield row, error
-
     def __call__(self, batch: RawBatch) -> EncodedBatch:
         """Encode a batch; rows that cannot be used are listed in it."""
-        parsed = list(self.examples(batch))
+        parsed = list(self.parser.rows(batch))
         conversations = [example for _, example in parsed if isinstance(example, Conversation)]
         chats = iter(self.chat.encode(conversations, self.train_on))
         texts = self._encode_texts([example.text for _, example in parsed if isinstance(example, RawText)])
@@ -100,6 +92,7 @@ class RowEncoder:
             bad=tuple(bad),
             bytes_read=batch.bytes_read,
             notes=notes,
+            format=batch.format,
         )
 
     def _encode_texts(self, texts: Sequence[str]) -> Iterator[Encoded | DataError]:

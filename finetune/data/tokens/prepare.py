@@ -8,17 +8,17 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.data.formats.parser import RowParser, resolve_format
+from finetune.data.formats.detection import with_formats
+from finetune.data.formats.parser import RowParser
 from finetune.data.formats.rules import RowRules
 from finetune.data.sources.paths import resolve_source
 from finetune.data.sources.readers import RawBatch
@@ -26,7 +26,7 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.encode import ENCODING_VERSION, RowEncoder, encode_all
 from finetune.data.tokens.store import StoreWriter, TokenStore, has_outdated_bad_rows, is_valid
 from finetune.system.console import Log
-from finetune.system.errors import DataError, ResourceError
+from finetune.system.errors import ResourceError
 from finetune.system.locks import locked
 from finetune.system.resources import cache_home
 
@@ -50,9 +50,9 @@ class Preparation:
     main: bool = True
     progress: Progress = lambda name, done_bytes, total_bytes, rows: None
 
-    def encoder(self, source: SourceConfig, format_name: str) -> RowEncoder:
+    def encoder(self, source: SourceConfig) -> RowEncoder:
         """Build the encoder of a source's rows."""
-        parser = RowParser(source, format_name, self.cfg.system, RowRules.of(self.cfg))
+        parser = RowParser(source, system=self.cfg.system, rules=RowRules.of(self.cfg))
         return RowEncoder(parser, self.chat, self.cfg.train_on)
 
     def store(self, source: SourceConfig) -> TokenStore:
@@ -66,8 +66,7 @@ class Preparation:
         folder = cache / fingerprint(made_from)
 
         def write(temporary: Path) -> None:
-            format_name, batches = with_format(source, files.batches(source.limit))
-            self.write(temporary, source, format_name, batches, made_from)
+            self.write(temporary, source, with_formats(source, files.batches(source.limit)), made_from)
 
         # Where bad rows are skipped, the store stays: a run that continues needs the same rows.
         if self.main and self.cfg.on_bad_row == "error" and has_outdated_bad_rows(folder):
@@ -125,38 +124,20 @@ class Preparation:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
 
-    def write(
-        self,
-        folder: Path,
-        source: SourceConfig,
-        format_name: str,
-        batches: Iterable[RawBatch],
-        made_from: dict[str, Any],
-    ) -> None:
-        """Encode batches of a source into a new store in `folder`."""
+    def write(self, folder: Path, source: SourceConfig, batches: Iterable[RawBatch], made_from: dict[str, Any]) -> None:
+        """Encode batches of a source, with their formats, into a new store in `folder`."""
         files = resolve_source(source)
         writer = StoreWriter(folder)
         rows = 0
         small = self.cfg.workers is None and files.size_bytes < _WORTH_WORKERS_BYTES
         workers = 0 if small else self.cfg.workers or len(os.sched_getaffinity(0))
-        for batch in encode_all(self.encoder(source, format_name), batches, workers):
+        for batch in encode_all(self.encoder(source), batches, workers):
             writer.append(batch)
             rows += len(batch.rows) + len(batch.bad)
             # The end of a compressed file is read before its last rows are encoded.
             self.progress(files.name, min(batch.bytes_read, files.size_bytes - 1), files.size_bytes, rows)
         self.progress(files.name, files.size_bytes, files.size_bytes, rows)  # also if a limit stops earlier
-        writer.finish(format_name, made_from)
-
-
-def with_format(source: SourceConfig, batches: Iterator[RawBatch]) -> tuple[str, Iterator[RawBatch]]:
-    """Return the rows' format, from the first readable row, and all batches, including those already read."""
-    seen: list[RawBatch] = []
-    for batch in batches:
-        seen.append(batch)
-        first = next((row.value for row in batch.rows() if not isinstance(row.value, DataError)), None)
-        if first is not None:
-            return resolve_format(source, first, source.path), chain(seen, batches)
-    return source.format, iter(seen)
+        writer.finish(made_from)
 
 
 def fingerprint(made_from: Mapping[str, Any]) -> str:

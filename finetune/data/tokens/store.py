@@ -62,6 +62,7 @@ class EncodedBatch:
     media_digests: of each row.
     bytes_read: of the source's files, up to the last of these rows.
     notes: how many messages have each note.
+    format: of the rows in their file.
     """
 
     file: str
@@ -73,6 +74,7 @@ class EncodedBatch:
     bad: tuple[BadRow, ...]
     bytes_read: int
     notes: Counter[str] = field(default_factory=Counter)
+    format: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class StoreMeta:
     """The content of meta.json.
 
     content: SHA-256 of tokens and weights, whatever files the rows came from.
+    files, units, formats: of each file with rows.
     weights: loss weight of each code.
     sizes: bytes of every other file.
     notes: how many messages have each note.
@@ -90,14 +93,24 @@ class StoreMeta:
     tokens: int
     bad_rows: int
     content: str
-    format: str
     files: list[str]
     units: list[str]
+    formats: list[str]
     weights: list[float]
     sizes: dict[str, int]
     made_from: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     reader: int = 0
+
+    def format(self) -> str:
+        """Return the format of the rows; where files differ, each format with its files."""
+        files: dict[str, list[str]] = {}
+        for name, file in zip(self.formats, self.files, strict=True):
+            files.setdefault(name, []).append(Path(file).name)
+        if len(files) < 2:
+            return "".join(files)
+        more = {name: f" and {len(named) - 2} more" if len(named) > 2 else "" for name, named in files.items()}
+        return ", ".join(f"{name} ({', '.join(named[:2])}{more[name]})" for name, named in files.items())
 
 
 class TokenStore:
@@ -185,7 +198,7 @@ class StoreWriter:
         self._bad = (folder / BAD_ROWS).open("w", encoding="utf-8")
         self._content = [hashlib.sha256() for _ in ("ids", "codes", "lengths")]
         self._weights: dict[float, int] = {0.0: 0, 1.0: 1}
-        self._files: dict[tuple[str, str], int] = {}
+        self._files: dict[tuple[str, str, str], int] = {}
         self._rows = [np.empty(0, ROW)]
         self._media: list[str] = []
         self._bad_rows = 0
@@ -200,14 +213,14 @@ class StoreWriter:
             self._content, (batch.ids, codes, batch.rows["lengths"].astype(np.int64)), strict=True
         ):
             digest.update(values.data)
-        batch.rows["files"] = self._files.setdefault((batch.file, batch.unit), len(self._files))
+        batch.rows["files"] = self._files.setdefault((batch.file, batch.unit, batch.format), len(self._files))
         self._rows.append(batch.rows)
         self._media += [digest.hex() for digest in batch.media_digests]
         self._bad.writelines(json.dumps(bad._asdict(), ensure_ascii=False) + "\n" for bad in batch.bad)
         self._bad_rows += len(batch.bad)
         self._notes += batch.notes
 
-    def finish(self, format_name: str, made_from: dict[str, Any]) -> None:
+    def finish(self, made_from: dict[str, Any]) -> None:
         """Write and sync all files; then the folder can be renamed."""
         table = np.concatenate(self._rows)
         columns = {name: table[name] for name in ROW.names or ()}
@@ -226,9 +239,9 @@ class StoreWriter:
             tokens=int(table["lengths"].sum(dtype=np.int64)),
             bad_rows=self._bad_rows,
             content=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
-            format=format_name,
-            files=[file for file, _ in self._files],
-            units=[unit for _, unit in self._files],
+            files=[file for file, _, _ in self._files],
+            units=[unit for _, unit, _ in self._files],
+            formats=[name for _, _, name in self._files],
             weights=list(self._weights),
             sizes={name: (self.folder / name).stat().st_size for name in (_IDS, _CODES, _ROWS, BAD_ROWS)},
             made_from=made_from,

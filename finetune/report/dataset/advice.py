@@ -25,7 +25,8 @@ class Advice:
 
 def advise(report: Report, cfg: RunConfig, end_token: str | None) -> list[Advice]:
     """Return all warnings, leaks first; `end_token` is the warning about the token that ends a turn, if any."""
-    chats = {part.format for part in report.parts if part.section == "train"} - UNTEMPLATED
+    trained = [part.formats for part in report.parts if part.section == "train"]
+    chats = frozenset().union(*trained) - UNTEMPLATED
     looks = [text for part in report.parts for text in _about_part(part)]
     looks += [end_token] if end_token and chats else []
     looks += [*_about_rows(report), *_about_order(report, cfg)]

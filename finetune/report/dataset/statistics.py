@@ -90,12 +90,17 @@ class Part:
 
 @dataclass(frozen=True)
 class PartReport:
-    """The statistics of one part of a source; `bad_rows` is the file that lists unusable rows."""
+    """The statistics of one part of a source.
+
+    formats: of its files; `format` says which.
+    bad_rows: the file that lists unusable rows.
+    """
 
     section: Section
     name: str
     path: str
     format: str
+    formats: frozenset[str]
     weight: float
     bad_rows: str
     figures: Figures
@@ -146,14 +151,15 @@ def build_report(data: LoadedData, cfg: RunConfig, chat: ChatTemplate) -> Report
             part.section,
             part.source.name,
             part.source.config.path,
-            part.source.store.meta.format,
+            part.source.store.meta.format(),
+            frozenset(part.source.store.meta.formats),
             part.source.config.weight,
             str(part.source.store.bad_rows),
             _figures([part], [other.source for other in trained if other is not part], cfg),
         )
         for part in parts
     ]
-    formats = {report.format for report in reports}
+    formats = frozenset().union(*(report.formats for report in reports))
     ends = [("a turn", chat.turn_end_id)] if formats - UNTEMPLATED else []
     ends += [("a document", chat.end_of_text_id)] if "text" in formats else []
     return Report(

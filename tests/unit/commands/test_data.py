@@ -11,7 +11,7 @@ from finetune.cli import main
 from finetune.config.schema import SourceConfig
 from finetune.data.formats.messages import Conversation
 from finetune.data.formats.parser import RowParser
-from finetune.data.sources.paths import read_rows
+from tests.source_rows import rows_of
 
 CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
@@ -228,7 +228,7 @@ def test_a_text_with_half_a_surrogate_pair_is_a_bad_row_or_comes_back(folder):
     write(folder / "in.jsonl", chat('a\\b \u2028 "q" \x00 é', "x"), chat("漢", "字"))
     assert main(["data", "convert", "path=in.jsonl", "out=out.jsonl"]) in (0, 2)
     if (folder / "out.jsonl").exists():
-        assert [row.value for row in read_rows(SourceConfig(path="out.jsonl"))] == lines(folder / "in.jsonl")
+        assert [row.value for row in rows_of(SourceConfig(path="out.jsonl"))] == lines(folder / "in.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ MARK = codecs.BOM_UTF8.decode()
 READ = [
     *(read("columns.jsonl", lines(row, row), said=said, format=name) for row, name, said in COLUMNS),
     read("data-key.json", json.dumps({"data": [XY, XY]}), said="'data'"),
-    read("split.json", json.dumps({"train": [XY, XY], "test": [XY]}), said="'train'", settings={"split": "train"}),
+    read("split.json", json.dumps({"train": [XY, XY], "test": [XY]}), said="'train'"),
+    read("test.json", json.dumps({"train": [XY], "test": [XY, XY]}), said="'test'", settings={"split": "test"}),
     read("array.jsonl", json.dumps([XY, XY], indent=1), said="one list"),
     read("pretty.jsonl", "\n".join([json.dumps(XY, indent=1)] * 2), said="several lines"),
     read("mark.jsonl", f"{MARK}{lines(XY)}{MARK}{lines(XY)}{MARK}"),
@@ -124,7 +125,7 @@ READ = [
     read("null.jsonl", lines(tools("{}", None)), f"<now {{}}>{END}36{END}", format="messages", rows=1, notes=(1,)),
 ]
 REFUSED = [
-    ("split.json", json.dumps({"train": [XY], "test": [XY]}), {}, "split: train"),
+    ("split.json", json.dumps({"test": [XY], "train": [XY]}), {}, "split: train"),
     ("columns.json", json.dumps({"instruction": {"0": "x"}, "output": {"0": "y"}}), {}, "table by columns"),
     ("comment.jsonl", "// rows\n" + lines(XY), {}, "is a comment"),
     ("object.jsonl", lines(OBJECT), {}, "set data.on_object=json"),
@@ -164,7 +165,7 @@ def test_a_file_with_one_meaning_is_read_and_the_reading_is_counted(tmp_path: Pa
     data, tokenizer = load(write(tmp_path, case.name, case.content), case.settings)
     [source] = data.train
     rows = [source.store[i] for i in range(len(source.store))]
-    assert source.store.meta.format == case.format
+    assert source.store.meta.format() == case.format
     assert [tokenizer.decode(row.ids[row.trained]) for row in rows] == list(case.trained)
     assert tuple(Counter(source.store.meta.notes).values()) == case.notes
     said = capsys.readouterr().err
@@ -194,7 +195,6 @@ def test_rules_change_the_name_of_the_cache_and_their_defaults_do_not(tmp_path: 
 # What the shared files give, where they differ from a file that is read without settings.
 SHARED = {
     "d09_dict_out": {"on_object": "json"},
-    "d13_train_key": {"split": "train"},
     "d26_reasoning": {"reasoning": "think"},
 }
 SHARED_REFUSED = {"d13_cols", "d13_comment", "d26_batchapi", "dataset_info"}

@@ -199,6 +199,33 @@ def test_too_many_skipped_bad_rows_are_an_error(tmp_path, chat):
     assert copy_bad_rows(load(config(write(tmp_path, row(), name="good.jsonl")), chat), tmp_path) is None
 
 
+def test_each_file_of_a_source_has_the_format_of_its_own_rows(tmp_path, chat):
+    alpaca = {"instruction": "question", "output": "answer"}
+    one = write(tmp_path, row(), name="a.jsonl")
+    two = write(tmp_path, "{broken", alpaca, alpaca, name="b.jsonl")
+    write(tmp_path, {"unknown": 1}, row(), name="c.jsonl")
+    cfg = DataConfig(train=[SourceConfig(path=f"{tmp_path}/*.jsonl", name="all")], on_bad_row="skip", max_bad_share=0.5)
+    [source] = load(cfg, chat).train
+    assert source.store.meta.formats == ["messages", "alpaca", "messages"]
+    assert "format=messages (a.jsonl, c.jsonl), alpaca (b.jsonl)" in describe_source(source)
+    single = [load(config(file, on_bad_row="skip", max_bad_share=0.5), chat).train[0] for file in (one, two)]
+    pieces = [part.store[i].ids.tolist() for part in single for i in range(len(part.store))]
+    assert [source.store[i].ids.tolist() for i in range(3)] == pieces and len(source.store) == 4
+    listed = [json.loads(line)["place"] for line in source.store.bad_rows.read_text().splitlines()]
+    assert listed == [f"{two}:1", f"{tmp_path / 'c.jsonl'}:1"]
+    assert (
+        first_conversations(source, Preparation(cfg, chat), 9)[1].messages
+        == first_conversations(single[1], Preparation(cfg, chat), 1)[0].messages
+    )
+
+
+def test_a_given_format_is_that_of_every_file(tmp_path, chat):
+    write(tmp_path, row(), name="a.jsonl")
+    bad = write(tmp_path, {"instruction": "question", "output": "answer"}, name="b.jsonl")
+    with pytest.raises(DataError, match=f"{bad}:1: "):
+        load(DataConfig(train=[SourceConfig(path=f"{tmp_path}/*.jsonl", format="messages")]), chat)
+
+
 def test_every_format_reaches_the_tokens(tmp_path, chat):
     sources = {
         "messages": row(),
@@ -207,7 +234,9 @@ def test_every_format_reaches_the_tokens(tmp_path, chat):
         "prompt_completion": {"prompt": "question", "completion": "answer"},
     }
     loaded = {name: load(config(write(tmp_path, line, name=f"{name}.jsonl")), chat) for name, line in sources.items()}
-    assert {name: data.train[0].store.meta.format for name, data in loaded.items()} == {name: name for name in sources}
+    assert {name: data.train[0].store.meta.format() for name, data in loaded.items()} == {
+        name: name for name in sources
+    }
     assert len({data.digest for data in loaded.values()}) == 1
     [text] = load(config(write(tmp_path, {"text": "once upon"}, name="text.jsonl")), chat).documents
     assert text.ids.tolist() == [*chat.encode_texts(["once upon"])[0], chat.end_of_text_id]

@@ -7,8 +7,9 @@ import yaml
 
 from finetune.config.schema import SourceConfig
 from finetune.data.formats.columns import columns_line, recognize
+from finetune.data.formats.detection import resolve_format
 from finetune.data.formats.messages import Conversation, Message, RawText
-from finetune.data.formats.parser import RowParser, resolve_format
+from finetune.data.formats.parser import RowParser
 from finetune.system.errors import DataError
 
 
@@ -110,7 +111,11 @@ def test_our_own_names_win_over_the_table():
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"custom_id": "1", "method": "POST", "url": "/v1", "body": {"messages": []}}, ["batch API", "help: jq "]),
+        (
+            {"custom_id": "1", "body": {"messages": []}},
+            ["finetune data convert path=rows.jsonl answers="],
+        ),
+        ({"id": "1", "custom_id": "1", "response": {}, "error": None}, ["answers=rows.jsonl out="]),
         ({"mine": {"file_name": "a.json"}}, ["finetune migrate", "\nhelp: data.train=a.json"]),
         ({"a": {"hf_hub_url": "b/c"}, "d": {"file_name": "e.json"}}, ["(a, d)", "\nhelp: data.train=b/c"]),
         ({"instruction": {"0": "x"}, "output": {"0": "y"}}, ["by columns", "help: python -c "]),

@@ -10,7 +10,8 @@ import yaml
 
 from finetune.config.schema import SourceConfig
 from finetune.data.formats.conversations import METADATA_KEYS, ROLE_NAMES
-from finetune.data.formats.parser import FORMATS, RowParser, resolve_format
+from finetune.data.formats.detection import resolve_format
+from finetune.data.formats.parser import FORMATS, RowParser
 from finetune.system.errors import DataError
 
 FENCE = re.compile(r"^```(json refused|json|yaml)\n(.*?)^```$|^#+ ([^\n]+)$", re.MULTILINE | re.DOTALL)

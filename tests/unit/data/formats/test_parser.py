@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from finetune.config.schema import SourceConfig
 from finetune.data.formats.conversations import KNOWN_KEYS
+from finetune.data.formats.detection import detect_format, resolve_format
 from finetune.data.formats.messages import Conversation, Message, RawText, TokenRow
-from finetune.data.formats.parser import FORMATS, RowParser, detect_format, resolve_format
+from finetune.data.formats.parser import FORMATS, RowParser
 from finetune.system.errors import DataError
 
 SYSTEM, USER, ASSISTANT = Message("system", "s"), Message("user", "q"), Message("assistant", "a")

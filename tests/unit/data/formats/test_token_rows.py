@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from finetune.config.schema import SourceConfig
+from finetune.data.formats.detection import detect_format
 from finetune.data.formats.messages import TokenRow
-from finetune.data.formats.parser import RowParser, detect_format
+from finetune.data.formats.parser import RowParser
 from finetune.system.errors import DataError
 
 IDS = [5, 6, 7, 8]

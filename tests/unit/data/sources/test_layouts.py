@@ -9,8 +9,9 @@ import pytest
 
 from finetune.config.schema import SourceConfig
 from finetune.data.sources import text_files
-from finetune.data.sources.paths import read_rows, resolve_source
+from finetune.data.sources.paths import resolve_source
 from finetune.system.errors import DataError
+from tests.source_rows import rows_of
 
 ROWS = [{"text": 'a "quote", ü\n]}', "n": [1, {"x": []}]}, {"text": "b", "n": []}, {"text": "\ufeff", "n": [2]}]
 CELLS = [{"prompt": "Grüße, du", "completion": "née 0"}, {"prompt": "x", "completion": "y"}]
@@ -43,7 +44,7 @@ LAYOUTS = {
 
 
 def read(path, **settings):
-    return [row.value for row in read_rows(SourceConfig(path=str(path), **settings))]
+    return [row.value for row in rows_of(SourceConfig(path=str(path), **settings))]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "gzip"])
@@ -82,10 +83,19 @@ def test_lists_under_split_names_are_splits(tmp_path, monkeypatch, piece_bytes, 
     path.write_text(json.dumps({"train": ROWS, "test": ROWS[:1]}, indent=indent))
     assert read(path, split="train") == ROWS
     assert read(path, split="test") == ROWS[:1]
-    with pytest.raises(DataError, match="help: set split: train"):
-        read(path)
+    assert read(path) == ROWS
     with pytest.raises(DataError, match=r"no split 'dev' \(available: train, test\)"):
         read(path, split="dev")
+
+
+def test_of_several_lists_only_a_first_one_named_train_is_read_without_a_question(tmp_path):
+    path = tmp_path / "a.json"
+    for lists, best in ((("test", "train"), "train"), (("test", "dev"), "test"), (("data", "rows"), "data")):
+        path.write_text(json.dumps(dict.fromkeys(lists, ROWS)))
+        with pytest.raises(DataError, match=f"help: set split: {best}"):
+            read(path)
+    path.write_text(json.dumps({"training": ROWS, "data": ROWS[:1]}))
+    assert read(path) == ROWS
 
 
 def test_splits_of_one_file_have_digests_of_their_own(tmp_path):

@@ -20,8 +20,9 @@ import pytest
 from pyarrow import parquet
 
 from finetune.config.schema import SourceConfig
-from finetune.data.sources.paths import read_rows, resolve_source
+from finetune.data.sources.paths import resolve_source
 from finetune.system.errors import DataError
+from tests.source_rows import rows_of
 
 
 def lines(*names: str) -> bytes:
@@ -35,13 +36,13 @@ def save(path: Path, content: bytes) -> Path:
 
 
 def texts_of(path: Path | str, **settings) -> list[str]:
-    return [row.value["text"] for row in read_rows(SourceConfig(path=str(path), **settings))]
+    return [row.value["text"] for row in rows_of(SourceConfig(path=str(path), **settings))]
 
 
 def refused(path: Path | str, **settings) -> str:
     """Return the text of the DataError; any other error fails the test."""
     with pytest.raises(DataError) as error:
-        for _ in read_rows(SourceConfig(path=str(path), **settings)):
+        for _ in rows_of(SourceConfig(path=str(path), **settings)):
             pass
     return str(error.value)
 
@@ -65,7 +66,7 @@ def test_a_glob_reads_its_files_in_the_order_of_their_names(tmp_path):
     write_parquet(tmp_path / "c.parquet", "c1", "c2")
     save(tmp_path / "d.jsonl", b"")
     save(tmp_path / "e" / "e.csv", b"text\ne1\n")
-    rows = list(read_rows(SourceConfig(path=f"{tmp_path}/*")))
+    rows = list(rows_of(SourceConfig(path=f"{tmp_path}/*")))
     assert [row.value["text"] for row in rows if isinstance(row.value, dict)] == ["a1", "b1", "b2", "b3", "c1", "c2"]
     assert [row.index for row in rows] == list(range(7))
     assert [row.location.removeprefix(f"{tmp_path}/") for row in rows] == [
@@ -109,8 +110,8 @@ def test_suffixes_match_in_any_case_and_after_dots(tmp_path):
 def test_a_limit_counts_rows_over_files_bad_ones_included(tmp_path, limit):
     save(tmp_path / "a.jsonl", lines("a") + b"\n{broken\n" + lines("c"))
     save(tmp_path / "b.jsonl", lines("d", "e"))
-    whole = [(row.index, row.location) for row in read_rows(SourceConfig(path=f"{tmp_path}/*"))]
-    limited = [(row.index, row.location) for row in read_rows(SourceConfig(path=f"{tmp_path}/*", limit=limit))]
+    whole = [(row.index, row.location) for row in rows_of(SourceConfig(path=f"{tmp_path}/*"))]
+    limited = [(row.index, row.location) for row in rows_of(SourceConfig(path=f"{tmp_path}/*", limit=limit))]
     assert len(whole) == 5 and limited == whole[:limit]
 
 
@@ -131,9 +132,16 @@ def test_a_folder_has_splits_by_name(tmp_path):
     assert texts_of(tmp_path, split="test") == ["test"]
     assert texts_of(tmp_path, split="valid") == ["valid0", "valid1", "valid2"]
     assert texts_of(tmp_path.parent, subset=tmp_path.name, split="train") == ["train"]
-    assert "test, train, valid" in refused(tmp_path)
+    assert f"(available: test, train, valid)\nhelp: set {{path: {tmp_path}, split: train}}" in refused(tmp_path)
     assert "no split 'vald' (available: test, train, valid)" in refused(tmp_path, split="vald")
     assert "did you mean" in refused(tmp_path.parent, subset=tmp_path.name + "x", split="train")
+
+
+def test_a_folder_of_files_without_names_of_splits_has_a_glob_for_all(tmp_path):
+    save(tmp_path / "one.jsonl", lines("one"))
+    save(tmp_path / "two.csv", b"text\ntwo\n")
+    assert f"help: set {{path: {tmp_path}/*.*}}" in refused(tmp_path)
+    assert texts_of(f"{tmp_path}/*.*") == ["one", "two"]
 
 
 def test_an_incomplete_or_duplicate_split_is_refused(tmp_path):
@@ -361,7 +369,7 @@ def test_a_file_that_holds_no_rows_is_refused(tmp_path, name):
 
 def test_a_folder_in_the_place_of_a_file_and_a_file_in_the_place_of_a_folder(tmp_path):
     (tmp_path / "rows.jsonl").mkdir()
-    assert "is a folder; set split" in refused(tmp_path / "rows.jsonl")
+    assert "is a folder without rows" in refused(tmp_path / "rows.jsonl")
     save(tmp_path / "file", b"x")
     refused(tmp_path / "file" / "rows.jsonl")
 
@@ -421,7 +429,7 @@ configs:
 
 
 def test_a_hub_dataset_is_read_by_subset_and_split(hub):
-    rows = list(read_rows(SourceConfig(path="someone/rows", subset="two", split="test", limit=2)))
+    rows = list(rows_of(SourceConfig(path="someone/rows", subset="two", split="test", limit=2)))
     assert [row.value["text"] for row in rows] == ["two test 0", "two test 1"]
     assert [row.index for row in rows] == [0, 1]
     assert rows[1].location.startswith("someone/rows/") and rows[1].location.endswith("-test.arrow:row 2")
@@ -485,8 +493,9 @@ def test_reading_text_loads_no_heavy_library(tmp_path):
     save(tmp_path / "rows.jsonl", lines("x"))
     code = (
         "import sys; from finetune.config.schema import SourceConfig;"
-        "from finetune.data.sources.paths import read_rows;"
-        f"assert len(list(read_rows(SourceConfig(path={str(tmp_path / 'rows.jsonl')!r})))) == 1;"
+        "from finetune.data.sources.paths import resolve_source;"
+        f"source = SourceConfig(path={str(tmp_path / 'rows.jsonl')!r});"
+        "assert len(list(resolve_source(source).batches())) == 1;"
         "print(sorted({'torch', 'transformers', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

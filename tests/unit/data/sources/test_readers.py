@@ -21,15 +21,16 @@ from pyarrow import parquet
 
 from finetune.config.schema import SourceConfig
 from finetune.data.sources import readers, text_files
-from finetune.data.sources.paths import read_rows, resolve_source
+from finetune.data.sources.paths import resolve_source
 from finetune.data.sources.readers import Row
 from finetune.system.errors import DataError
+from tests.source_rows import rows_of
 
 GOOD = {"text": "whole"}
 
 
 def read(path: Path) -> list[Row]:
-    return list(read_rows(SourceConfig(path=str(path))))
+    return rows_of(SourceConfig(path=str(path)))
 
 
 def values(path: Path) -> list[Any]:

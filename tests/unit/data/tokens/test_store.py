@@ -43,7 +43,7 @@ def write(folder: Path, *batches: EncodedBatch) -> TokenStore:
     writer = StoreWriter(folder)
     for part in batches:
         writer.append(part)
-    writer.finish("messages", {"made": "here"})
+    writer.finish({"made": "here"})
     return TokenStore(folder)
 
 

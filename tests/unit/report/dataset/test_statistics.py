@@ -225,5 +225,5 @@ def test_the_end_token_warning_needs_trained_turns(tmp_path, chat):
     cfg = config(tmp_path)
     report, _ = report_of(cfg, chat)
     assert "untrained" not in advice(report, cfg, "untrained end")  # rows of tokens have no turns
-    chats = replace(report, parts=(replace(report.parts[0], format="messages"),))
+    chats = replace(report, parts=(replace(report.parts[0], formats=frozenset({"messages"})),))
     assert "look: untrained end" in advice(chats, cfg, "untrained end")
