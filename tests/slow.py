@@ -4,6 +4,13 @@ from __future__ import annotations
 
 # A test file, a test, or one case of a test -> the fast test that holds the same law in every run of the suite.
 SLOW: dict[str, str] = {
+    "tests/cuda_trace/test_trace.py::test_other_paths_keep_the_laws": (
+        "tests/cuda_trace/test_trace.py::test_a_path_keeps_the_laws"
+    ),
+    "tests/cuda_trace/test_trace.py::test_launches_a_layer": (
+        "tests/cuda_trace/test_trace.py::test_a_path_keeps_the_laws"
+    ),
+    "tests/cuda_trace/test_trace.py::test_bytes_a_token": "tests/cuda_trace/test_trace.py::test_a_path_keeps_the_laws",
     "tests/integration/test_benchmarks.py": "tests/unit/benchmarks/test_accounting.py",
     "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom[02_your_own_data]": (
         "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom"

@@ -93,7 +93,7 @@ def agreement(
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Agreement:
     """Compare a model with a teacher on documents. vocabulary: number of ids that both have; else as `evaluate`."""
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums, count = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device), 0
     batches = [build_batch(group, share_prefixes=True) for group in groups_of(documents, limit_tokens)]
     with evaluating(model):
         for start in range(0, len(batches), TEACHER_BATCHES):
@@ -102,8 +102,9 @@ def agreement(
                 hidden_ND = target_states(model, batch).hidden_ND
                 for logits_NV, rows in chunked_logits(hidden_ND, head_of(model), vocabulary):
                     kl_N, agree_N = compare(teacher_targets, logits_NV, rows, vocabulary)
-                    sums += torch.stack([kl_N.sum().cpu(), agree_N.sum().cpu(), torch.tensor(len(kl_N))]).double()
-    kl, top1, tokens = sum_over_ranks(sums).tolist()
+                    sums += torch.stack([kl_N.sum(), agree_N.sum()]).double()
+                    count += len(kl_N)
+    kl, top1, tokens = sum_over_ranks(torch.tensor([*sums.tolist(), count], dtype=torch.float64)).tolist()
     return Agreement(kl / tokens, top1 / tokens, int(tokens))
 
 

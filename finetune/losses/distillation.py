@@ -16,7 +16,7 @@ from finetune.config.schema import DistillConfig
 from finetune.data.batch import Batch
 from finetune.losses.chunked import ChunkLoss, chunked_loss, logits_of
 from finetune.losses.cross_entropy import head_of
-from finetune.losses.hidden_states import target_states
+from finetune.losses.hidden_states import copy_together, target_states
 from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.divergence import bucketed_kl_, divergence_, sampled_kl_
 
@@ -177,7 +177,7 @@ class Distillation(nn.Module):
         kl_weight_N = torch.ones(len(labels_N), device=hidden_ND.device) if weights_N is None else weights_N
         ce_weight_N = torch.ones_like(kl_weight_N)
         if batch.student_generated is not None:  # the student does not learn its own samples as labels
-            ce_weight_N -= batch.student_generated[batch.targets].to(hidden_ND.device).float()
+            ce_weight_N -= copy_together([batch.student_generated[batch.targets].float()], hidden_ND.device)[0]
         loss = distillation_loss(
             targets, self.terms, labels_N, kl_weight_N=kl_weight_N, ce_weight_N=ce_weight_N, vocabulary=self.vocabulary
         )

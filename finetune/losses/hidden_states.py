@@ -138,6 +138,6 @@ def copy_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tenso
 def _with_noise(embeddings_1TD: Tensor, lengths_T: Tensor, alpha: float) -> Tensor:
     if not alpha:
         return embeddings_1TD
-    bound_T = alpha / (lengths_T * embeddings_1TD.shape[-1]).float().sqrt().to(embeddings_1TD.device)
+    bound_T = copy_together([alpha / (lengths_T * embeddings_1TD.shape[-1]).float().sqrt()], embeddings_1TD.device)[0]
     noise = torch.rand_like(embeddings_1TD, dtype=torch.float32).mul_(2).sub_(1) * bound_T[None, :, None]
     return embeddings_1TD + noise.to(embeddings_1TD.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,15 +35,34 @@ _LAUNCHES = {
 _ALLOCATION = 512
 
 
+def _indices(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int64, device=like.device)
+
+
+# Operations whose result's shape depends on data -> an answer. The CPU waits for some.
+_WAITS = {"nonzero", "_unique2", "int8_vectorwise_quant"}
+_ANSWERS: dict[str, Callable[..., Any]] = {
+    "nonzero": lambda x: _indices(x, len(x), x.dim()),
+    "_unique2": lambda x, *_: (torch.empty_like(x), _indices(x, 0), _indices(x, 0)),
+    # The product, and the columns of its input with an outlier: eight of them.
+    "int8_mixed_scaled_mm": lambda x, codes, weight, *_: (
+        x.new_empty(*x.shape[:-1], len(weight)),
+        x.new_empty(*x.shape[:-1], 8),
+    ),
+    # Codes and scales of rows, and the columns with an outlier.
+    "int8_vectorwise_quant": lambda x, *_: (
+        torch.empty_like(x, dtype=torch.int8),
+        torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device),
+        _indices(x, 8),
+    ),
+}
+
+
 class Tracker(TorchDispatchMode):
-    """Counts by phase, which the caller names. Operations whose result depends on data get an answer.
+    """Counts by phase, which the caller names."""
 
-    nonzero_rows: the rows that `nonzero` finds.
-    """
-
-    def __init__(self, nonzero_rows: int = 0):
+    def __init__(self) -> None:
         super().__init__()
-        self.nonzero_rows = nonzero_rows
         self.phase = "setup"
         self.live: dict[int, tuple[int, str]] = {}
         self.now = self.peak = self.host_now = self.host_peak = 0
@@ -121,11 +140,13 @@ class Tracker(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         name, place = func.overloadpacket.__name__, _place()
-        if name == "nonzero":
-            self.syncs[f"{self.phase}: nonzero {place}"] += 1
+        if name in _ANSWERS and (name != "int8_vectorwise_quant" or any(args[1:])):
+            if name in _WAITS:
+                self.syncs[f"{self.phase}: {name} {place}"] += 1
             self._count(name, place)
-            found = torch.empty(self.nonzero_rows, tensors[0].dim(), dtype=torch.int64, device=tensors[0].device)
-            self.note(found, place)
+            found = _ANSWERS[name](*args)
+            for x in found if isinstance(found, tuple) else (found,):
+                self.note(x, place)
             return found
         if name in ("_local_scalar_dense", "item", "equal", "is_nonzero"):
             self.syncs[f"{self.phase}: {name} {place}"] += 1

@@ -1,0 +1,35 @@
+"""Trace cases in this process and write their figures.
+
+python -m tests.cuda_trace.run OUT.json [NAME ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tests.cuda_trace.stub import load_stub
+
+load_stub()
+
+from tests.cuda_trace.cases import CASES  # noqa: E402 - the stub comes before torch
+
+
+def main(out: Path, names: list[str]) -> None:
+    results: dict[str, Any] = {}
+    for name in names or CASES:
+        began = time.perf_counter()
+        try:
+            results[name] = asdict(CASES[name]())
+        except Exception as error:  # noqa: BLE001 - the test of this case shows it
+            results[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+        results[name]["seconds"] = round(time.perf_counter() - began, 2)
+    out.write_text(json.dumps(results, indent=1))
+
+
+main(Path(sys.argv[1]), sys.argv[2:])

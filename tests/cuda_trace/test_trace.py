@@ -1,0 +1,100 @@
+"""Laws of the CUDA path, traced in a process of its own without a GPU: see cases.py for the paths."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from finetune.ops.limits import LOGITS_VALUES
+from tests.cuda_trace.cases import CASES, SMALL, SMALL_TOKENS
+from tests.cuda_trace.stub import has_compiler
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs g++, which builds the stub of a CUDA device")
+Results = dict[str, dict[str, Any]]
+
+# The cases of a quick run of the suite; tests/slow.py holds the others.
+_QUICK = ["q and v", "not compiled, all-linear", "offload", "head trained", "teacher jsd", "sampled answers"]
+# What a training step waits for: its loss, and the norm of its gradient.
+_OF_A_STEP = {"loss: _local_scalar_dense": 1, "optimizer: _local_scalar_dense": 1}
+_OF_OTHERS = {
+    # bitsandbytes finds the outliers of each int8 layer on the CPU.
+    "some in int8": {"forward: int8_vectorwise_quant": 2, **_OF_A_STEP},
+    # Reading a small model into GPU memory: its norm, its head, one layer after the other.
+    "teacher streamed": {
+        "batch: copy": 3,
+        "forward: copy": 3,
+        "forward: _unique2": 1,
+        "forward: _local_scalar_dense": 128,
+    },
+    "evaluation": {"forward: _local_scalar_dense": 2},
+    "evaluation, peft kernels": {"forward: _local_scalar_dense": 2},
+    "evaluation with a teacher": {"forward: copy": 2, "forward: _local_scalar_dense": 2},
+    # Each token goes to the CPU, which finds out whether its answer ends.
+    "greedy answers": {"forward: copy": 8, "forward: _local_scalar_dense": 5},
+    "sampled answers": {"forward: copy": 11, "forward: _local_scalar_dense": 5},
+}
+# The most kernels of a decoder layer, forward and backward: lower them with the code.
+_LAUNCHES = {"7B": (45, 72), "7B all-linear": (65, 143), "7B recompute all": (45, 112)}
+# The most bytes per further token of a document, of three layers: lower them with the code.
+_BYTES_A_TOKEN = {"7B": 383_886, "7B offload": 211_616, "7B all-linear offload": 171_805}
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest, repo_root: Path) -> Results:
+    """Return the figures of the selected tests' cases by name, traced once per session for all processes."""
+    tests = [item for item in request.session.items if item.path == request.path]
+    selected = {item.callspec.params["name"] for item in tests if isinstance(item, pytest.Function)}
+    names = [name for name in CASES if any(name == word or name.startswith(f"{word}, ") for word in selected)]
+    folder = Path(os.environ["FINETUNE_TEST_RUNS"])
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / "cuda_trace.json"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            command = [sys.executable, "-m", "tests.cuda_trace.run", str(out), *names]
+            done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+def _figures(results: Results, name: str) -> dict[str, Any]:
+    assert "error" not in results[name], results[name]["trace"]
+    return results[name]
+
+
+@pytest.mark.parametrize("name", _QUICK)
+def test_a_path_keeps_the_laws(results: Results, name: str) -> None:
+    """Each runs on a GPU, waits for it only where known, and has no tensor of tokens x vocabulary."""
+    figures, waits = _figures(results, name), Counter[str]()
+    for place, count in figures["syncs"].items():
+        phase, operation, *_ = place.split(" ")
+        waits[f"{phase} {'copy' if operation == 'pageable' else operation}"] += count
+    assert dict(waits) == _OF_OTHERS.get(name, _OF_A_STEP)
+    chunk = LOGITS_VALUES["cuda"] + SMALL["vocab_size"]
+    assert chunk < SMALL_TOKENS * SMALL["vocab_size"] / 2
+    assert name.startswith("7B") or figures["widest"] <= chunk
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in _QUICK])
+def test_other_paths_keep_the_laws(results: Results, name: str) -> None:
+    test_a_path_keeps_the_laws(results, name)
+
+
+@pytest.mark.parametrize("name", _LAUNCHES)
+def test_launches_a_layer(results: Results, name: str) -> None:
+    one, three = (_figures(results, f"{name}, layers={layers}")["launches"] for layers in (1, 3))
+    found = tuple((three[phase] - one[phase]) / 2 for phase in ("forward", "backward"))
+    assert all(now <= most for now, most in zip(found, _LAUNCHES[name], strict=True)), found
+
+
+@pytest.mark.parametrize("name", _BYTES_A_TOKEN)
+def test_bytes_a_token(results: Results, name: str) -> None:
+    short, long = (_figures(results, f"{name}, tokens={tokens}")["peak"] for tokens in (8192, 16_384))
+    assert (long - short) / 8192 <= _BYTES_A_TOKEN[name]
