@@ -39,7 +39,12 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 
 class FusedDecoderLayer(Qwen2DecoderLayer):
-    """A Qwen2 decoder layer that computes with the kernels in ops/ where they support the call."""
+    """A Qwen2 decoder layer that computes with the kernels in ops/ where they support the call.
+
+    mlp_tile_rows: see `swiglu_mlp`; gradient checkpointing sets it.
+    """
+
+    mlp_tile_rows: int | None = None
 
     def forward(
         self,
@@ -66,7 +71,7 @@ class FusedDecoderLayer(Qwen2DecoderLayer):
         else:
             mixed_THW = attend(*heads, segments, attention.scaling)
         x_TD = x_TD + _apply(mixed_THW.flatten(1), attention.o_proj)[0]
-        x_TD = x_TD + _mlp(self.mlp, apply_norm(self.post_attention_layernorm, x_TD))
+        x_TD = x_TD + _mlp(self.mlp, apply_norm(self.post_attention_layernorm, x_TD), self.mlp_tile_rows)
         return x_TD.view_as(hidden_states)
 
 
@@ -168,12 +173,12 @@ def _attend_cached(
     return mixed_BLHW.flatten(0, 1)
 
 
-def _mlp(module: Qwen2MLP, x_TD: Tensor) -> Tensor:
+def _mlp(module: Qwen2MLP, x_TD: Tensor, tile_rows: int | None) -> Tensor:
     dtype = _product_dtype(x_TD)
     projections = _projections((module.gate_proj, module.up_proj, module.down_proj), dtype)
     if projections and module.config.hidden_act == "silu":
         with torch.autocast(x_TD.device.type, enabled=False):
-            return swiglu_mlp(x_TD.to(dtype), *projections)
+            return swiglu_mlp(x_TD.to(dtype), *projections, tile_rows=tile_rows)
     return module(x_TD)
 
 

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from finetune.ops.limits import MLP_TILE_ROWS
 from finetune.system.errors import ConfigError
 
 # `train.gradient_checkpointing` with auto already resolved: none, all, offload or a number of layers.
@@ -58,8 +59,13 @@ def apply_gradient_checkpointing(model: nn.Module, setting: CheckpointSetting) -
     chosen = checkpointed_layers(setting, len(found), first)
     offloads = setting == "offload" and _on_gpu(model)
     run = partial(_offloaded, HostOffload()) if offloads else partial(checkpoint, use_reentrant=False)
+    # Backward starts with the last layer, whose kept gate and up would be the largest tensors of a checkpointed model.
+    tiled = range(chosen.start, len(found)) if setting in ("all", "offload") else chosen
+    tiled = tiled if _on_gpu(model) else range(0)  # a CPU runs every MLP in blocks
+    rows = MLP_TILE_ROWS["offload" if setting == "offload" else "all"]
     for number, layer in enumerate(found.values()):
         layer.gradient_checkpointing = number in chosen
+        setattr(layer, "mlp_tile_rows", rows if number in tiled else None)  # noqa: B010 - read by fused layers
         setattr(layer, "_gradient_checkpointing_func", run)  # noqa: B010 - set so, it needs no declared type
     return chosen
 

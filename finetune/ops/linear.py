@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from finetune.ops.dequantize import dequantize
 from finetune.ops.elementwise import swiglu_backward_, swiglu_forward
-from finetune.ops.limits import MLP_FORWARD_ROWS, MLP_ROWS
+from finetune.ops.limits import MLP_FORWARD_ROWS, MLP_MOST_TILE_ROWS, MLP_ROWS, MLP_TILES
 from finetune.ops.matmul import add_matmul_, matmul
 
 
@@ -60,8 +60,19 @@ def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
-def swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
-    """down(silu(gate(x)) * up(x)); x: [..., D]."""
+def swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection, tile_rows: int | None = None) -> Tensor:
+    """down(silu(gate(x)) * up(x)); x: [..., D].
+
+    tile_rows: compute at least so many rows at a time and save x alone; backward computes gate and up again. None saves
+    them. Dropout needs all rows at once: blocks would draw other masks from the same seed.
+    """
+    dropout = any(p.adapter and p.adapter.dropout for p in (gate, up, down))
+    if tile_rows is not None and not dropout:
+        projections = (gate, up, down)
+        factors = [factor for p in projections if p.adapter for factor in (p.adapter.a, p.adapter.b)]
+        x_TD = _Keep.apply(x.reshape(-1, x.shape[-1]))
+        rows = max(tile_rows, min(len(x_TD) // MLP_TILES, MLP_MOST_TILE_ROWS))
+        return _TiledMlp.apply(x_TD, projections, x_TD.grad_fn, rows, *factors).view(x.shape)
     plain = all(p.quant_state is None and not (p.adapter and p.adapter.dropout) for p in (gate, up, down))
     if plain and x.device.type == "cpu" and x.is_contiguous() and not torch.is_grad_enabled():
         y = torch.empty_like(x)
@@ -136,6 +147,66 @@ class _SwigluMlp(torch.autograd.Function):
         grad_x, gate_factors = _backward(gate_TI, x_TD, gate, masks[0], None, wants_x=ctx.needs_input_grad[0])
         grad_x, up_factors = _backward(up_TI, x_TD, up, masks[1], grad_x, wants_x=ctx.needs_input_grad[0])
         return grad_x, None, *gate_factors, *up_factors, *down_factors
+
+
+class _Keep(torch.autograd.Function):
+    """The identity; its node keeps x for a later node that saves nothing itself.
+
+    Gradient checkpointing recomputes up to the last saved tensor. A node saves after its forward pass, so the whole MLP
+    would run again for its own input.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD)
+        return x_TD.view_as(x_TD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs: Tensor) -> Tensor:  # type: ignore[override]
+        return grad_outputs[0]
+
+
+class _TiledMlp(torch.autograd.Function):
+    """An MLP some rows at a time, so that no matrix [T, I] exists. kept: the node that keeps x, if x has a gradient.
+
+    Source: Arctic long sequence training, Bekman et al. 2025, arXiv:2506.13996 (tiled MLP).
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x_TD: Tensor, projections: tuple[Projection, ...], kept: Any, tile_rows: int, *factors: Tensor
+    ) -> Tensor:
+        ctx.projections, ctx.kept, ctx.tile_rows = projections, kept, tile_rows
+        if kept is None:
+            ctx.save_for_backward(x_TD)
+        gate, up, down = projections
+        y_TD = torch.empty_like(x_TD)
+        for x_BD, y_BD in zip(x_TD.split(tile_rows), y_TD.split(tile_rows), strict=True):
+            inner_BI = swiglu_forward(_forward(x_BD, gate, None), _forward(x_BD, up, None))
+            y_BD.copy_(_forward(inner_BI, down, None))
+        return y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gate, up, down = ctx.projections
+        (x_TD,), wants_x = (ctx.kept or ctx).saved_tensors, ctx.needs_input_grad[0]
+        grad_x_TD = torch.empty_like(x_TD) if wants_x else None
+        sums: list[Tensor] = []
+        for first in range(0, len(x_TD), ctx.tile_rows):
+            rows = slice(first, first + ctx.tile_rows)
+            x_BD, grad_BD = x_TD[rows], grad_outputs[0][rows]
+            gate_BI, up_BI = _forward(x_BD, gate, None), _forward(x_BD, up, None)
+            parts = _grad_factors(grad_BD, swiglu_forward(gate_BI, up_BI), down, None) if down.adapter else []
+            swiglu_backward_(_grad_input(grad_BD, down, None, None), gate_BI, up_BI)
+            grad_x_BD, gate_parts = _backward(gate_BI, x_BD, gate, None, None, wants_x=wants_x)
+            grad_x_BD, up_parts = _backward(up_BI, x_BD, up, None, grad_x_BD, wants_x=wants_x)
+            if grad_x_TD is not None and grad_x_BD is not None:
+                grad_x_TD[rows] = grad_x_BD
+            parts = [*gate_parts, *up_parts, *parts]
+            sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)] if sums else parts
+        return grad_x_TD, None, None, None, *sums
 
 
 def _draw_mask(x_TD: Tensor, p: Projection) -> Tensor | None:

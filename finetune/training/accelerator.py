@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,13 +40,12 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
         help_line = "help: use a file of launch/accelerate/: accelerate launch --config_file launch/accelerate/ddp.yaml"
         raise ConfigError("\n".join([*problems, help_line]))
     # cpu=True makes accelerate start ranks over gloo; otherwise torchrun on CPU gives each process a single rank.
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision="no",
-        dynamo_backend="no",
-        # A gradient is stored once, in its bucket. Buffers are constants: rotary frequencies.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+    on_cpu = not torch.accelerator.is_available()
+    try:
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", dynamo_backend="no")
+    except ValueError:
+        # Another trainer of this process chose a precision, which is global. Nothing here uses it.
+        accelerator = Accelerator(cpu=on_cpu)
     if cfg.train.world_size not in (None, accelerator.num_processes):
         raise ConfigError(
             f"train.world_size: expected {cfg.train.world_size} ranks, found {accelerator.num_processes}\n"
@@ -67,7 +66,21 @@ def wrap_ranks(loss: nn.Module, accelerator: Accelerator) -> nn.Module:
 
     At its start, data parallelism copies rank 0's tensors to all ranks. Frozen weights are equal, and stay out of it.
     """
+    if accelerator.num_processes == 1:
+        return loss
     frozen = [name for name, parameter in loss.named_parameters() if not parameter.requires_grad]
     constants = [*frozen, *(name for name, _ in loss.named_buffers())]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, constants)
-    return accelerator.prepare_model(loss, device_placement=False)
+    device = accelerator.device
+    # A gradient is stored once, in its bucket. Buffers are constants: rotary frequencies.
+    return DistributedDataParallel(
+        loss,
+        device_ids=None if device.type == "cpu" else [device],
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def without_exchange(loss: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which a backward pass adds to the gradients of this rank alone."""
+    return loss.no_sync() if isinstance(loss, DistributedDataParallel) else nullcontext()

@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.losses.distillation import Distillation, DistillLossWeights
 from finetune.system.console import Log
+from finetune.training.accelerator import wrap_ranks
 from finetune.training.checkpoint import TrainState
 from finetune.training.distillation import mean_teacher_kl
 from finetune.training.loop import Figures, StepInputs, train_step
@@ -31,7 +32,7 @@ def build_guard(context: RunContext, inputs: StepInputs, log: Log) -> Callable[[
     assert distillation is not None and cfg.max is not None, "guard.max needs a teacher"
     limit = cfg.max
     loss = Distillation(context.model, DistillLossWeights(), distillation.vocabulary)
-    wrapped = context.accelerator.prepare_model(loss, device_placement=False)
+    wrapped = wrap_ranks(loss, context.accelerator)
 
     def recover(step: int) -> None:
         recovery = replace(

@@ -24,6 +24,7 @@ from finetune.data.packing import Sampler, split_among_ranks
 from finetune.system.console import log
 from finetune.system.errors import FinetuneError, Interrupted
 from finetune.system.signals import StopSignals
+from finetune.training.accelerator import without_exchange
 from finetune.training.checkpoint import TrainState
 from finetune.training.optimizer import learning_rate_at
 from finetune.training.track import SilentTracker
@@ -164,9 +165,9 @@ def train_step(inputs: StepInputs, step: int, stop_signal: int = 0) -> StepResul
             step, lambda s: batches if s == step else _rank_batches(inputs, inputs.sampler.step_batches(s - 1))
         )
     for i, batch in enumerate(batches):
-        with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(inputs.loss):
+        with nullcontext() if i == len(batches) - 1 else without_exchange(inputs.loss):
             loss = inputs.loss(batch)
-            accelerator.backward(loss * (ranks / target_tokens))
+            (loss * (ranks / target_tokens)).backward()
         loss_sum += loss.item()
     sums = [[loss_sum, stop_signal, sum(batch.rows for batch in batches)]]
     of_ranks = accelerator.gather(torch.tensor(sums, dtype=torch.float64, device=accelerator.device))

@@ -15,5 +15,5 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     calls: Counter[str] = Counter()
     for name in ("project", "swiglu_mlp", "attend", "rms_norm"):
         real = getattr(fused, name)
-        monkeypatch.setattr(fused, name, lambda *a, real=real, name=name: (calls.update([name]), real(*a))[1])
+        monkeypatch.setattr(fused, name, lambda *a, real=real, name=name, **k: (calls.update([name]), real(*a, **k))[1])
     return calls

@@ -145,9 +145,7 @@ def test_neftune_noise_is_bounded_by_each_documents_own_length_and_off_in_evalua
     batch = build_batch(docs)
     model = random_qwen2()
     seen = []
-    model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"][:, : batch.rows]), with_kwargs=True
-    )
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0][:, : batch.rows]))
     clean = model.get_input_embeddings()(batch.input_ids)
     for mode in (True, False):
         model.train(mode)

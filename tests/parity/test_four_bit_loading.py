@@ -132,7 +132,7 @@ def test_attributes_that_peft_and_accelerate_read_are_set(folders, cached: bool)
     )
     # The hub's commit is ours; the rest are notes of transformers' loading to itself, each read with a default.
     notes = {"_is_hf_initialized", "_weight_conversions", "_use_kernels"}
-    assert vars(ours).keys() - {"base_revision"} == vars(theirs).keys() - notes
+    assert vars(ours).keys() - {"base_revision", "loaded_as"} == vars(theirs).keys() - notes
     for name in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "training", "name_or_path", "dtype"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert type(ours.hf_quantizer) is type(theirs.hf_quantizer) and ours.hf_quantizer.is_trainable

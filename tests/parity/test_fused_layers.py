@@ -21,6 +21,7 @@ from finetune.models.adapters.attach import attach_lora
 from finetune.models.adapters.files import check_adapter, save_adapter
 from finetune.models.fused import FusedDecoderLayer, FusedLayers, fuse_layers
 from finetune.models.load import load_base
+from finetune.ops import linear
 from tests.models import random_qwen2
 from tests.parity.test_cross_entropy import documents
 
@@ -101,6 +102,30 @@ def test_loss_and_gradients_equal_those_of_peft(kind: str, recompute: bool, kern
 
 def checkpointed(function, *inputs):
     return torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", ["q and v", "all linears", "down alone"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_mlp_in_tiles_has_the_gradients_of_a_whole_one(kind: str, recompute: bool, monkeypatch: pytest.MonkeyPatch):
+    rows: list[int] = []
+    real = linear.swiglu_forward
+    monkeypatch.setattr(linear, "swiglu_forward", lambda gate, up: (rows.append(len(gate)), real(gate, up))[1])
+    monkeypatch.setattr(linear, "MLP_TILES", 1000)  # the tiles of a long pack
+    batch, gradients, computed = build_batch(documents(LENGTHS)), [], []
+    for tile_rows in (None, 16):
+        model = adapted(kind)
+        fuse_layers(model)
+        for layer in (m for m in model.modules() if isinstance(m, FusedDecoderLayer)):
+            layer.mlp_tile_rows = tile_rows
+            if recompute:
+                layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, checkpointed
+        rows.clear()
+        gradients.append(step(model, batch)[1])
+        computed.append(sum(rows))
+    assert max(rows) == 16
+    check_close(gradients[1], gradients[0], 1e-5)
+    if kind == "q and v" and recompute:  # up to the input of the MLP, not the MLP
+        assert computed[1] < computed[0]
 
 
 @pytest.mark.usefixtures("sixteen_bit_products")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from finetune import train
@@ -36,3 +37,9 @@ def test_other_engines_are_refused_together(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as refused:
         build_accelerator(small_run(tmp_path))
     assert all(name in str(refused.value) for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+
+
+def test_the_precision_of_another_trainer_in_the_process_has_no_effect(tmp_path):
+    assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+    train(small_run(tmp_path))
+    assert differing(reference_run(), tmp_path) == []
