@@ -189,7 +189,8 @@ def _fits(tensors: dict[str, Tensor], parameter: Parameter, optimizer: torch.opt
 def _restored(key: str, tensor: Tensor, parameter: Parameter, optimizer: torch.optim.Optimizer) -> Tensor | int:
     """Return a part of the state as its optimizer keeps it."""
     if isinstance(optimizer, torch.optim.AdamW):
-        return tensor if key == "step" else tensor.to(parameter.device)
+        on_device = key != "step" or optimizer.defaults["fused"]
+        return tensor.to(parameter.device) if on_device else tensor
     if key == "step":
         return int(tensor)
     if getattr(optimizer, "is_paged", False) and key in ("state1", "state2") and parameter.is_cuda:

@@ -29,7 +29,9 @@ def build_optimizer(cfg: TrainConfig, named_parameters: Iterable[tuple[str, Para
     settings = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
     settings["weight_decay"] = cfg.weight_decay
     if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **settings)
+        # On a GPU torch's own choice makes temporaries of the size of all moments; the fused one makes none.
+        fused = bool(trainable) and all(parameter.is_cuda for _, parameter in trainable)
+        return torch.optim.AdamW(groups, **settings, fused=fused or None)
     import bitsandbytes
 
     kinds = {
