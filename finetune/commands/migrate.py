@@ -1,9 +1,12 @@
 """usage: finetune migrate FILE [out=migrated.yaml] [framework=…]
+       finetune migrate dataset_info.json out=datasets.yaml
        finetune migrate adapter_model.bin out=FOLDER
 
 Writes a config with the same training, and lists the settings without a counterpart. FILE is a YAML or JSON config, or
 a shell script with `swift sft` or `trl sft`. The arguments of an Unsloth notebook are read from a JSON file. Never
 replaces an existing file.
+
+LLaMA-Factory's dataset_info.json becomes a config with each dataset as an item of data.train.
 
 An adapter_model.bin with its adapter_config.json becomes a folder with adapter_model.safetensors. Only weights are
 loaded from the pickle: one that holds code is refused.
@@ -12,6 +15,7 @@ Examples
   finetune migrate qlora.yml
   finetune migrate train.sh out=mine.yaml
   finetune migrate unsloth.json framework=unsloth
+  finetune migrate data/dataset_info.json out=datasets.yaml
   finetune migrate old/adapter_model.bin out=adapter
 """
 
@@ -49,7 +53,9 @@ def run(arguments: Arguments) -> int:
     log(f"{options.out}: framework={config.peer}, settings={len(migration.settings)}, lost={len(migration.lost)}")
     for line in migration.lost:
         log(f"lost: {line}")
-    log(f"next: finetune data config={options.out} show=3\n      finetune train config={options.out}")
+    log(
+        f"next: finetune data {migration.words(options.out)} show=3\n      finetune train {migration.words(options.out)}"
+    )
     return 0
 
 

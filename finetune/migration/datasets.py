@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from finetune.config.schema import SourceConfig
 from finetune.migration.files import PeerConfig
 
 Source = dict[str, Any]
@@ -59,6 +62,24 @@ def read_sources(config: PeerConfig, notes: Notes) -> tuple[list[Source], list[S
     wants_eval = settings.get("eval_strategy", "no") not in ("no", False)
     held_out = [source | {"split": settings.get("dataset_test_split", "test")}] if wants_eval else []
     return train, held_out
+
+
+def read_registry(config: PeerConfig, notes: Notes) -> list[Source]:
+    """Return each dataset of a dataset_info.json as a source; `notes` gets a line for each one that is left out."""
+    sources = []
+    for name, entry in config.settings.items():
+        before = len(notes)
+        source = {"name": name} | _registry_entry(entry, config.file.parent, name, notes)
+        if len(notes) > before:
+            notes[-1] += ", so it is left out"
+            continue
+        try:
+            SourceConfig(**source)
+        except ValidationError as error:
+            notes.append(f"dataset: {name}: {'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}")
+        else:
+            sources.append(source)
+    return sources
 
 
 DATASET_NAMES = frozenset(

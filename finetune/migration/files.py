@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from finetune.data.formats.detection import is_registry
 from finetune.system.errors import InputError
 
 Peer = Literal["axolotl", "llama-factory", "ms-swift", "trl", "unsloth"]
@@ -77,6 +78,8 @@ def read_peer_config(file: Path, framework: str = "auto") -> PeerConfig:
 
 
 def _recognized(settings: Mapping[str, Any]) -> Peer | None:
+    if is_registry(settings):
+        return "llama-factory"
     return next((peer for peer, names in _TELLING.items() if not names.isdisjoint(settings)), None)
 
 

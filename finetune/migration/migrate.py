@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from finetune.config.compose import escaped
 from finetune.config.explain import problems_of, shown
 from finetune.config.schema import RunConfig
-from finetune.migration.datasets import DATASET_NAMES, read_sources
+from finetune.data.formats.detection import is_registry
+from finetune.migration.datasets import DATASET_NAMES, read_registry, read_sources
 from finetune.migration.files import PeerConfig
 from finetune.migration.settings import (
     DEFAULTS,
@@ -50,6 +51,10 @@ class Migration:
     lost: list[str] = field(default_factory=list)
     unneeded: list[str] = field(default_factory=list)
 
+    def words(self, name: str) -> str:
+        """Return the words of a command that takes the config `name`; a list of datasets needs a model."""
+        return f"config={name}" + ("" if "model.name" in self.settings else " model=qwen2.5-7b-instruct")
+
     def tree(self) -> dict[str, Any]:
         """Return the settings as sections."""
         tree: dict[str, Any] = {}
@@ -63,11 +68,13 @@ class Migration:
 
 
 def migrate(config: PeerConfig) -> Migration:
-    """Translate a config; the result is valid.
+    """Translate a config, or a list of datasets; the result is valid. Settings of a list name no base model.
 
     Raises:
         InputError: the config names no base model, or an objective that a run does not have.
     """
+    if is_registry(config.settings):
+        return _of_registry(config)
     for name in OBJECTIVES:
         if (objective := config.settings.get(name)) and str(objective) not in ("sft", "pt"):
             raise InputError(f"{config.file}: {name}: runs learn from examples or a teacher, found {objective}")
@@ -77,6 +84,14 @@ def migrate(config: PeerConfig) -> Migration:
             _translate(name, value, OF_ONE_FRAMEWORK[config.peer].get(name) or RULES.get(name), migration)
     _finish(config, migration)
     _drop_invalid(migration)
+    return migration
+
+
+def _of_registry(config: PeerConfig) -> Migration:
+    migration = Migration()
+    migration.settings["data.train"] = read_registry(config, migration.lost)
+    if not migration.settings["data.train"]:
+        raise InputError("\n".join([f"{config.file}: has no dataset that a run can read", *migration.lost]))
     return migration
 
 
@@ -177,7 +192,11 @@ def _drop_invalid(migration: Migration) -> None:
 
 def as_yaml(migration: Migration, config: PeerConfig, name: str) -> str:
     """Return the config file with a comment that lists what was lost."""
-    lines = [f"# finetune train config={name}", "#", f"# Written from {config.file.name}, a config of {config.peer}."]
+    lines = [
+        f"# finetune train {migration.words(name)}",
+        "#",
+        f"# Written from {config.file.name}, a config of {config.peer}.",
+    ]
     lost = [f"#   {' '.join(line.split())}" for line in migration.lost]
     lines += ["# Not carried over:", *lost] if lost else ["# Every setting has a counterpart."]
     if migration.unneeded:

@@ -18,7 +18,7 @@ from finetune.system.console import log_once
 from finetune.system.errors import DataError
 
 # Keys of an entry of LLaMA-Factory's dataset_info.json that hold a path or a name on the hub.
-_REGISTRY_KEYS = ("file_name", "hf_hub_url")
+_REGISTRY_KEYS = ("file_name", "hf_hub_url", "ms_hub_url")
 _ROW_COLUMNS = frozenset().union(*(fmt.columns for fmt in FORMATS.values()))
 
 
@@ -127,11 +127,17 @@ def _refuse_no_row(value: Mapping[str, Any], source: str) -> None:
     if values and (all(by_index) or (len(values) > 1 and all(texts))):
         code = f'import pandas; pandas.read_json({source!r}).to_json("rows.jsonl", orient="records", lines=True)'
         raise DataError(f"{source}: holds a table by columns, not by rows\nhelp: python -c {shlex.quote(code)}")
-    if not all(isinstance(item, Mapping) and any(key in item for key in _REGISTRY_KEYS) for item in values):
-        return
-    if path := next((item[key] for item in values for key in _REGISTRY_KEYS if key in item), None):
+    if is_registry(value):
+        path = next(item[key] for item in values for key in _REGISTRY_KEYS if key in item)
         file = Path(source).parent / printable_name(path)
         raise DataError(
-            f"{source}: is LLaMA-Factory's list of datasets ({listed(value)}), not rows; finetune migrate converts a "
-            f"config that names one\nhelp: data.train={shlex.quote(str(file if file.exists() else path))}"
+            f"{source}: is LLaMA-Factory's list of datasets ({listed(value)}), not rows\n"
+            f"help: for all of them, finetune migrate {shlex.quote(source)} out=datasets.yaml\n"
+            f"help: for the first one, data.train={shlex.quote(str(file if file.exists() else path))}"
         )
+
+
+def is_registry(value: Mapping[str, Any]) -> bool:
+    """Return whether an object is LLaMA-Factory's dataset_info.json: every value describes a dataset."""
+    known = [isinstance(item, Mapping) and any(key in item for key in _REGISTRY_KEYS) for item in value.values()]
+    return bool(known) and all(known)

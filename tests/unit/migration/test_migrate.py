@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ import yaml
 from finetune import load_config, train
 from finetune.cli import main
 from finetune.config.keys import schema_fields
+from finetune.config.schema import SourceConfig
+from finetune.data.formats.detection import with_formats
+from finetune.data.formats.messages import RawText
+from finetune.data.formats.parser import RowParser
+from finetune.data.sources.paths import resolve_source
 from finetune.migration.files import PEERS, read_peer_config
 from finetune.migration.migrate import migrate
 from finetune.migration.settings import DEFAULTS, OF_ONE_FRAMEWORK, RULES, UNNEEDED
@@ -337,3 +343,44 @@ def test_what_would_give_another_adapter_is_never_called_unneeded(name, tmp_path
         file.write_text(yaml.safe_dump(settings | {name: value}))
         migration = migrate(read_peer_config(file))
         assert [line.partition(":")[0] for line in migration.lost] == lost and name not in migration.unneeded
+
+
+def test_a_list_of_datasets_becomes_sources_that_read_the_same_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    turns = [{"speaker": "client", "said": "a"}, {"speaker": "agent", "said": "b"}]
+    for name, row in {
+        "ask": {"q": "a", "ctx": "", "r": "b"},
+        "chats": {"dialog": turns},
+        "docs": {"body": "a"},
+    }.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps([row]))
+    tags = {"role_tag": "speaker", "content_tag": "said", "user_tag": "client", "assistant_tag": "agent"}
+    registry = {
+        "ask": {"file_name": "ask.json", "columns": {"prompt": "q", "query": "ctx", "response": "r"}},
+        "chats": {"file_name": "chats.json", "formatting": "sharegpt", "columns": {"messages": "dialog"}, "tags": tags},
+        "docs": {"file_name": "docs.json", "columns": {"prompt": "body"}, "num_samples": 5},
+        "hub": {"hf_hub_url": "someone/rows", "split": "test"},
+        "pairs": {"file_name": "pairs.json", "ranking": True},
+        "code": {"script_url": "code.py", "file_name": "code.py", "columns": {"prompt": 7}},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(registry))
+    assert main(["migrate", "dataset_info.json", "out=datasets.yaml"]) == 0
+    cfg = load_config("datasets.yaml", ["model=tiny"])
+    assert [source.name for source in cfg.data.train] == ["ask", "chats", "docs", "hub"]
+    assert cfg.data.train[2].limit == 5 and cfg.data.train[3].split == "test"
+    pair = ("a", "b")
+    assert [_texts(source) for source in cfg.data.train[:3]] == [pair, pair, ("a",)]
+    lost = [line for line in Path("datasets.yaml").read_text().splitlines() if line.startswith("#   ")]
+    assert [name for name in ("pairs", "code") if not any(f" {name}: " in line for line in lost)] == []
+
+
+def _texts(source: SourceConfig) -> tuple[str, ...]:
+    [batch] = with_formats(source, resolve_source(source).batches())
+    [(_, example)] = RowParser(source).rows(batch)
+    return (example.text,) if isinstance(example, RawText) else tuple(m.content for m in example.messages)  # type: ignore[union-attr]
+
+
+def test_a_list_without_a_dataset_that_can_be_read_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataset_info.json").write_text('{"pairs": {"file_name": "a.json", "ranking": true}}')
+    assert main(["migrate", "dataset_info.json"]) == 2 and not Path("migrated.yaml").exists()
