@@ -53,9 +53,8 @@ def run(arguments: Arguments) -> int:
     log(f"{options.out}: framework={config.peer}, settings={len(migration.settings)}, lost={len(migration.lost)}")
     for line in migration.lost:
         log(f"lost: {line}")
-    log(
-        f"next: finetune data {migration.words(options.out)} show=3\n      finetune train {migration.words(options.out)}"
-    )
+    words = migration.words(options.out)
+    log(f"next: finetune data {words} show=3\n      finetune train {words}")
     return 0
 
 

@@ -74,7 +74,7 @@ def read_registry(config: PeerConfig, notes: Notes) -> list[Source]:
             notes[-1] += ", so it is left out"
             continue
         try:
-            SourceConfig(**source)
+            SourceConfig.model_validate(source)
         except ValidationError as error:
             notes.append(f"dataset: {name}: {'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}")
         else:

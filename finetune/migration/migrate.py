@@ -192,11 +192,8 @@ def _drop_invalid(migration: Migration) -> None:
 
 def as_yaml(migration: Migration, config: PeerConfig, name: str) -> str:
     """Return the config file with a comment that lists what was lost."""
-    lines = [
-        f"# finetune train {migration.words(name)}",
-        "#",
-        f"# Written from {config.file.name}, a config of {config.peer}.",
-    ]
+    origin = f"# Written from {config.file.name}, a config of {config.peer}."
+    lines = [f"# finetune train {migration.words(name)}", "#", origin]
     lost = [f"#   {' '.join(line.split())}" for line in migration.lost]
     lines += ["# Not carried over:", *lost] if lost else ["# Every setting has a counterpart."]
     if migration.unneeded:

@@ -348,11 +348,8 @@ def test_what_would_give_another_adapter_is_never_called_unneeded(name, tmp_path
 def test_a_list_of_datasets_becomes_sources_that_read_the_same_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     turns = [{"speaker": "client", "said": "a"}, {"speaker": "agent", "said": "b"}]
-    for name, row in {
-        "ask": {"q": "a", "ctx": "", "r": "b"},
-        "chats": {"dialog": turns},
-        "docs": {"body": "a"},
-    }.items():
+    rows = {"ask": {"q": "a", "ctx": "", "r": "b"}, "chats": {"dialog": turns}, "docs": {"body": "a"}}
+    for name, row in rows.items():
         (tmp_path / f"{name}.json").write_text(json.dumps([row]))
     tags = {"role_tag": "speaker", "content_tag": "said", "user_tag": "client", "assistant_tag": "agent"}
     registry = {
