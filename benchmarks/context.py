@@ -4,7 +4,9 @@
 
 The budget limits the memory reserved by torch's allocator, minus CUDA's own. Peaks grow linearly, so the next length is
 where the line through the last two meets the budget. A length whose step would exceed `seconds` is not tried: then
-`predicted_tokens` is the length on the line, and `tokens` the longest trained one.
+`predicted_tokens` is the length on the line, `tokens` the longest trained one, and `extrapolated` is true.
+The kernels are those of a run, compiled where they repay it; `rank=32 targets=all-linear` are the defaults, because
+published contexts are of such adapters.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ DEFAULTS = {
     "recompute": "offload",
     "seconds": "60",
     "most": "400000",
-    "rank": "8",
-    "targets": "q_proj,v_proj",
+    "rank": "32",
+    "targets": "all-linear",
     "first": "2048",
     "fast": "true",
 }
 _CUDA_CONTEXT_BYTES = 5e8
+# Steps of a run whose kernels are chosen.
+_RUN_STEPS = 1000
 _CLOSE_ENOUGH = 1.03
 _GROWTH = 8
 
@@ -75,12 +79,12 @@ def search(
 ) -> dict[str, Any]:
     """Search with attempt(length) -> (peak bytes, seconds) of a step, or None if it does not fit."""
     began = time.perf_counter()
-    found = Search()
+    found, stopped = Search(), False
     while (length := found.next_length(budget_bytes, first, most)) is not None:
         left = limit_seconds - (time.perf_counter() - began)
         # Attention grows with the square of the length; nothing grows faster.
         expected = found.seconds * (length / found.longest) ** 2 if found.fits else 0.0
-        if expected > left or left < 0:
+        if stopped := expected > left or left < 0:
             break
         outcome = attempt(length)
         if outcome is None:
@@ -90,6 +94,7 @@ def search(
     return {
         "tokens": found.longest,
         "predicted_tokens": found.predicted(budget_bytes),
+        "extrapolated": stopped and found.predicted(budget_bytes) is not None,
         "tried": found.fits,
         "failed_at": sorted(found.fails),
         "step_seconds": found.seconds,
@@ -101,9 +106,8 @@ def search(
 def build_step(options: dict[str, str], device: Any) -> Callable[[int], None]:
     """Return a function that runs a training step over one random document of a length; all its tokens are trained."""
     import numpy as np
-    import torch
 
-    from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
+    from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig, TrainConfig
     from finetune.data.batch import build_batch
     from finetune.data.documents import Document
     from finetune.losses.cross_entropy import CrossEntropy
@@ -112,6 +116,8 @@ def build_step(options: dict[str, str], device: Any) -> Callable[[int], None]:
     from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
     from finetune.models.load import load_base
     from finetune.models.tokenizer import load_tokenizer
+    from finetune.ops.dispatch import configure_compile
+    from finetune.training.optimizer import build_optimizer
 
     targets = options["targets"]
     cfg = ModelConfig(name=options["model"])
@@ -121,11 +127,13 @@ def build_step(options: dict[str, str], device: Any) -> Callable[[int], None]:
     model = attach_lora(load_base(cfg, QuantConfig(), device), lora, load_tokenizer(cfg))
     if options["fast"] == "true":
         fuse_layers(model)
+        flops = 4.0 * model.num_parameters() * int(options["first"]) * _RUN_STEPS
+        print(configure_compile(device, flops), file=sys.stderr)
     model.train()
     policy = options["recompute"]
     apply_gradient_checkpointing(model, int(policy) if policy.isdecimal() else policy)
     loss = CrossEntropy(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = build_optimizer(TrainConfig(), model.named_parameters())
     words = json.loads((Path(options["model"]) / "config.json").read_text())["vocab_size"]
     random = np.random.default_rng(0)
 
@@ -168,7 +176,9 @@ def main(words: list[str]) -> None:
         try:
             step(length)
             peak = torch.cuda.max_memory_reserved() if cuda else peak_bytes()
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            # Pinned memory that main memory cannot give is an AcceleratorError.
+            print(f"{length} tokens: {str(error).splitlines()[0]}", file=sys.stderr)
             return None
         # On a CPU nothing limits the allocation: the resident size is compared with the budget afterwards.
         return (peak, time.perf_counter() - start) if peak <= budget_bytes else None

@@ -8,6 +8,7 @@ One random layer is written under every layer's name, so a 7B takes only the tim
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ TINY = {
     "tie_word_embeddings": True,
 }
 DEFAULTS = {"size": "0.5B", "tokenizer": "data/tiny-qwen2.5", "folder": "", "layers": ""}
+# Random values per tensor, repeated if it has more: drawing a billion takes 10 seconds.
+_DRAWN_VALUES = 2**24
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
 
@@ -62,7 +65,9 @@ def write_random_model(size: str, tokenizer: Path, folder: Path, seed: int = 0, 
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*sizes: int) -> torch.Tensor:
-        return (0.02 * torch.randn(*sizes, generator=generator)).to(torch.bfloat16)
+        count = math.prod(sizes)
+        drawn = (0.02 * torch.randn(min(count, _DRAWN_VALUES), generator=generator)).to(torch.bfloat16)
+        return drawn.repeat(-(-count // len(drawn)))[:count].clone().view(sizes)
 
     layer = {
         name: torch.ones(sizes, dtype=torch.bfloat16) if "norm" in name else normal(*sizes)

@@ -93,6 +93,13 @@ def square_mean_length(cfg: Any) -> float:
     return float((lengths**2).sum() / lengths.sum())
 
 
+def kernels() -> dict[str, Any]:
+    """Return whether the kernels of this process are compiled, and the names of those that failed."""
+    from finetune.ops.dispatch import STATE
+
+    return {"compiled": STATE.compiled, "failed": sorted(STATE.failed)}
+
+
 def main(words: list[str]) -> None:
     began = time.perf_counter()
     options = parse(words, DEFAULTS)
@@ -113,7 +120,8 @@ def main(words: list[str]) -> None:
         spread = square_mean_length(cfg)
     # Time outside the steps: imports, loading, quantizing, tokenizing, saving the adapter.
     start_seconds = seconds - sum(step["seconds"] for step in steps)
-    print(json.dumps({"steps": steps, "start_seconds": start_seconds, "square_mean_length": spread, **figures}))
+    figures |= {"steps": steps, "start_seconds": start_seconds, "square_mean_length": spread, "kernels": kernels()}
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

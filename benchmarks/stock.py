@@ -223,7 +223,8 @@ def main(words: list[str]) -> None:
         start_seconds = time.perf_counter() - began
         peaks.training_begins()
         trainer.train()
-    print(json.dumps({"steps": steps, "start_seconds": start_seconds, **peaks.figures()}))
+    attention = trainer.model.config._attn_implementation
+    print(json.dumps({"steps": steps, "start_seconds": start_seconds, "attention": attention, **peaks.figures()}))
 
 
 if __name__ == "__main__":

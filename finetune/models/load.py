@@ -113,7 +113,8 @@ def _load_by_transformers(
 ) -> PreTrainedModel:
     """Load plain or 8-bit weights, or files whose tensor names differ from those of the model."""
     # "eager": the configured attention kernel may not be installed, which `from_pretrained` reports.
-    storage = storage_in(build_skeleton(folder, getattr(torch, model.dtype), "eager"), quant)
+    skeleton = build_skeleton(folder, getattr(torch, model.dtype), "eager")
+    storage = storage_in(skeleton, quant)
     base, found = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, model.dtype),
@@ -127,7 +128,9 @@ def _load_by_transformers(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    # transformers fills missing tensors with random values and drops unknown ones.
+    # transformers fills missing tensors with random values and drops unknown ones. Where it quantizes, version 5.17
+    # keeps tensors of another shape and reports none.
+    found["mismatched_keys"] = found["mismatched_keys"] or _misshapen(base, skeleton)
     problems = [
         f"{len(names)} {what}: {', '.join(sorted(map(str, names))[:5])}{' …' if len(names) > 5 else ''}"
         for what, key in (
@@ -142,6 +145,13 @@ def _load_by_transformers(
     if quant.type == "nf4":
         quantize_loaded(base, [name for name, kind in storage.items() if kind == "int8"])
     return base
+
+
+def _misshapen(base: PreTrainedModel, skeleton: PreTrainedModel) -> list[str]:
+    """Return the names of parameters whose shape, before quantization, differs from that of the skeleton."""
+    expected = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+    states = {name: getattr(parameter, "quant_state", None) or parameter for name, parameter in base.named_parameters()}
+    return [name for name, state in states.items() if state.shape != expected.get(name, state.shape)]
 
 
 def default_device() -> torch.device:

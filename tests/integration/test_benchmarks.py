@@ -102,11 +102,11 @@ def test_writing_answers_is_timed_side_by_side(repo_root: Path, work: Path, tmp_
 
 def test_a_run_that_fails_is_recorded_and_the_rest_goes_on(repo_root: Path, work: Path, tmp_path: Path):
     words = (*SMALL, f"work={work}", f"results={tmp_path}", "lengths=64", "stock=none")
-    words += ("parts=throughput,context", "ours=broken,uncompiled", "ours.broken=train.nonsense=1")
+    words += ("parts=throughput,context", "ours=broken,uncompiled", "ours.broken=train.nonsense=1", "adapters=v_proj:2")
     told, _ = benchmark(repo_root, "gpu", *words, "budgets=4", "context_seconds=30", "context_most=256")
     assert "nonsense" in told["ours"]["failed"] and told["ratio"] is None
-    assert told["table"]["ours uncompiled 64"]["tokens_per_second"] > 0
-    assert told["contexts"]["4"]["tokens"] == 256
+    assert told["table"]["ours uncompiled v_proj:2 64"]["tokens_per_second"] > 0
+    assert told["contexts"]["4"]["tokens"] == 256 and not told["contexts"]["4"]["extrapolated"]
     (file,) = tmp_path.glob("gpu-*.json")
     assert json.loads(file.read_text())["table"] == told["table"]
 
@@ -115,6 +115,7 @@ def test_a_gpu_benchmark_without_time_says_so_and_ends(repo_root: Path, work: Pa
     words = ("size=tiny", f"work={work}", f"results={tmp_path}", "lengths=64", "minutes=0.001")
     told, _ = benchmark(repo_root, "gpu", *words)
     assert {figures["failed"] for figures in told["table"].values()} == {"no time left"}
+    assert {told["distill"]["ours"]["failed"], told["load"]["loads"]["first"]["failed"]} == {"no time left"}
 
 
 def test_a_process_that_hangs_is_ended_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import gpu
 from benchmarks.context import search
 from benchmarks.distill import judged, needed_price, prices
 from benchmarks.figures import ceiling_of, compare, medians, run_figures
@@ -107,6 +108,25 @@ def test_the_search_tries_no_step_that_would_outlast_its_time_but_tells_what_to_
     found = search(lambda length: (length, length**2 / 4096**2), 1e5, 1024, 400_000, limit_seconds=10)
     assert max(found["tried"]) < 4096 * 10**0.5 * 1.01
     assert found["tokens"] == max(found["tried"]) < found["predicted_tokens"] == 100_000
+    assert found["extrapolated"]
+
+
+def test_a_longest_context_that_was_trained_is_not_extrapolated():
+    found = search(lambda length: (length, 0.0) if length <= 5000 else None, 1e5, 1024, 400_000, limit_seconds=60)
+    assert 4750 <= found["tokens"] <= 5000 and not found["extrapolated"]
+
+
+def test_a_gpu_benchmark_measures_the_most_important_first_in_steps_of_equal_tokens():
+    names = [name for name, _ in gpu.planned(gpu.OPTIONS)]
+    first, small = "all-linear:16 8192", "q_proj+v_proj:8"
+    assert names[:3] == [f"ours fast {first}", f"stock packing {first}", f"ours fast {small} 8192"]
+    order = [f"ours fast {small} 2048", "ours whole", "context 16", "distill ours", "load first", "ours fast/all"]
+    order.append("context 24")
+    places = [next(i for i, name in enumerate(names) if name.startswith(begin)) for begin in order]
+    assert places == sorted(places) and len(set(names)) == len(names)
+    assert [gpu.step_batch(gpu.OPTIONS, length) for length in (8192, 2048)] == [1, 4]
+    with pytest.raises(SystemExit, match="parts=nonsense"):
+        list(gpu.planned({**gpu.OPTIONS, "parts": "nonsense"}))
 
 
 def test_ratios_compare_with_the_best_of_each_and_ignore_what_failed():

@@ -85,7 +85,8 @@ def test_layers_below_the_first_adapter_build_no_graph_and_run_once(setting, exp
     for layer in model.get_base_model().model.layers:
         layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].requires_grad))
     gradients(model, batch)
-    assert inputs == [False, False, False, True]
+    # transformers 5.17 also calls the hooks of a layer that it recomputes.
+    assert inputs[:LAYERS] == [False, False, False, True]
     assert counts == {number: 1 + (number in expected) for number in range(LAYERS)}
 
 
@@ -183,7 +184,10 @@ def test_evaluation_recomputes_nothing(batch):
 
 
 def test_offloading_stores_only_the_input_of_each_recomputed_layer(batch, monkeypatch):
-    """torch's checkpoint passes its inputs through the hooks around it, and nothing that a layer saves."""
+    """torch's checkpoint passes its inputs through the hooks around it, and nothing that a layer saves.
+
+    torch 2.11 also passes an empty tensor.
+    """
     stored = []
     store = HostOffload._store
     monkeypatch.setattr(HostOffload, "_store", lambda self, tensor: stored.append(tensor.shape) or store(self, tensor))
@@ -191,7 +195,7 @@ def test_offloading_stores_only_the_input_of_each_recomputed_layer(batch, monkey
     model, kept = adapted(dropout=0.3), adapted(dropout=0.3)
     apply_gradient_checkpointing(model, "offload")
     found = gradients(model, batch)
-    assert stored == [(1, attention.round_up(batch.rows), 64)] * (LAYERS - 1)
+    assert [shape for shape in stored if shape.numel()] == [(1, attention.round_up(batch.rows), 64)] * (LAYERS - 1)
     for name, expected in gradients(kept, batch).items():
         assert torch.equal(found[name], expected), name
 
