@@ -243,7 +243,9 @@ def _starts(runs: Mapping[str, list[dict[str, Any]]], side: str) -> dict[str, fl
 
 def measure_all(work: Workload, machine: Mapping[str, Any], deadline: float) -> dict[str, Any]:
     """Run the planned runs until `deadline` (time.monotonic), and write the results after each."""
-    file = report.results_file("gpu", work.options, machine)
+    parts = work.options["parts"]
+    name = "gpu" if parts == OPTIONS["parts"] else f"gpu-{parts.replace(',', '-')}"
+    file = report.results_file(name, work.options, machine)
     runs: dict[str, list[dict[str, Any]]] = {}
     ceilings: list[dict[str, float]] = []
     summary: dict[str, Any] = {}

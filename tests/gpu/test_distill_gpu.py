@@ -19,8 +19,8 @@ def test_a_streamed_and_a_resident_teacher_give_the_same_run(tmp_path):
         settings = ("distill.objective=recover", f"distill.teacher.placement={placement}")
         train(small_run(tmp_path / placement, *FEW, *settings))
     for a, b in zip(metrics(tmp_path / "resident"), metrics(tmp_path / "streamed"), strict=True):
-        # bf16 states of other batch shapes: 2**-8 of a small loss.
-        assert a["loss"] == pytest.approx(b["loss"], rel=2**-7)
+        # bf16 states of other batch shapes, in a KL of few nats.
+        assert a["loss"] == pytest.approx(b["loss"], rel=2**-5)
     assert result(tmp_path / "resident")["teacher_kl_before"] > 0
 
 
@@ -43,6 +43,6 @@ def test_a_divergence_equals_float64(kind):
         "skew_kl": (log_p.exp() * (log_p - log_m)).sum(-1),
     }[kind]
     expected.sum().backward()
-    nats = divergence_(student, teacher, torch.ones(64, device="cuda"), kind, 0.3, 1.0)
+    nats = divergence_(student, teacher, torch.ones(64, device="cuda"), kind, mix=0.3, temperature=1.0)
     torch.testing.assert_close(nats.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(teacher.double(), exact.grad, rtol=1e-4, atol=1e-5 * exact.grad.abs().max().item())

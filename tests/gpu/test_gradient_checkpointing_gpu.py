@@ -36,7 +36,7 @@ def step(setting: str | int, fused: bool) -> tuple[int, dict[str, torch.Tensor]]
     if fused:
         fuse_layers(model)
     apply_gradient_checkpointing(model, setting)
-    batch = build_batch(documents([2000, 1500, 500])).to(torch.device("cuda"))
+    batch = build_batch(documents([2000, 1500, 500]))
     for _ in range(2):
         model.zero_grad()
         torch.manual_seed(1)

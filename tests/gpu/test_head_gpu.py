@@ -31,6 +31,7 @@ def test_loss_and_gradient_equal_float64(compiled, dtype, bias, monkeypatch):
     leaf = hidden.clone().requires_grad_()
     try:
         dispatch.configure_compile(torch.device("cuda"), 0, wanted=compiled)
+        assert dispatch.STATE.compiled == compiled
         nats = chunked_loss(leaf, head, vocabulary, _nats_of(labels, weights))
     finally:
         dispatch.configure_compile(torch.device("cuda"), 0, wanted=False)
