@@ -76,6 +76,16 @@ def _compile(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
     return call
 
 
+def _nf4_kernel(*_: Any) -> Callable[..., None]:
+    """Stand in for the Triton kernel, which takes no fake tensor: one launch that allocates nothing."""
+
+    def call(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None:
+        with _TRACKERS[-1].compiled("dequantize_nf4", 1):
+            pass
+
+    return call
+
+
 class Params4bit(FakeTensor):
     """A fake tensor with the name and the attributes of bitsandbytes' parameter."""
 
@@ -150,6 +160,7 @@ def fake_gpu(
             (torch.Tensor, "pin_memory", lambda self: self),
             (torch, "compile", _compile),
             (dispatch.STATE, "compiled", compiled),
+            (dequantize, "nf4_kernel", _nf4_kernel),
             (bnb.nn, "Params4bit", _parameter(Params4bit)),
             (bnb.nn, "Int8Params", _parameter(Int8Params)),
         ):

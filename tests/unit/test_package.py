@@ -104,6 +104,7 @@ def test_every_import_is_declared_and_every_dependency_is_imported():
     core = {canonicalize_name(requirement.name) for requirement in CORE}
     optional = {canonicalize_name(r.name) for name, rs in EXTRAS.items() if name != "dev" for r in rs}
     imported = imported_distributions()
+    assert imported.pop("triton") == {"dequantize_nf4.py"}  # the CUDA builds of torch bring it
     assert not {name: files for name, files in imported.items() if name not in core | optional}
     assert not core - set(imported)
 
