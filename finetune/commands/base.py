@@ -56,6 +56,7 @@ class Command:
         flags: words such as `--json`.
         config: whether config=X.yaml and the keys of a run's config are taken.
         takes_paths: whether words without `=` are taken.
+        names: returns such words that a shell completes.
         details: returns text that follows the options in `--help`.
         all_details: returns that text for `--help-all`, a flag of a command that has it.
     """
@@ -67,6 +68,7 @@ class Command:
     flags: tuple[str, ...] = ()
     config: Literal["required", "optional", "none"] = "none"
     takes_paths: bool = False
+    names: Callable[[], list[str]] | None = None
     details: Callable[[], str] | None = None
     all_details: Callable[[], str] | None = None
 

@@ -1,6 +1,6 @@
 """usage: finetune completion bash|zsh|fish
 
-Prints a script for the shell. It completes commands, flags, keys and the names of packaged configs.
+Prints a script for the shell. It completes commands, flags, keys and the names of packaged configs and recipes.
 
 Examples
   finetune completion bash >> ~/.bashrc
@@ -73,6 +73,7 @@ def _candidates() -> dict[str, list[str]]:
     for name in sorted(COMMANDS, key=len, reverse=True):
         command = load_command(name)
         words = [other.removeprefix(f"{name} ") for other in COMMANDS if other.startswith(f"{name} ")]
+        words += command.names() if command.names else []
         words += ["--help", *command.flags]
         keys = list(schema_fields(schema)) if (schema := command.schema()) else []
         if command.config != "none":
@@ -83,4 +84,4 @@ def _candidates() -> dict[str, list[str]]:
     return found
 
 
-COMMAND = Command("completion", __doc__, run, takes_paths=True)
+COMMAND = Command("completion", __doc__, run, takes_paths=True, names=lambda: list(_SHELLS))

@@ -46,4 +46,10 @@ def run(arguments: Arguments) -> int:
     return 0
 
 
-COMMAND = Command("recipes", __doc__, run, options="RecipesOptions", takes_paths=True)
+def _names() -> list[str]:
+    from finetune.config.recipes import recipe_names
+
+    return recipe_names()
+
+
+COMMAND = Command("recipes", __doc__, run, options="RecipesOptions", takes_paths=True, names=_names)

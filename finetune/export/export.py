@@ -26,8 +26,18 @@ _MERGE_DTYPES: dict[str, MergedType] = {"bf16": "bfloat16", "fp16": "float16", "
 def export_model(options: ExportOptions, log: Log = log, progress: Progress = progress_bar) -> Exported:
     """Write an adapter or a model in another format, and compare what was written with its source.
 
+    Args:
+        options: the keys of `finetune export`: adapter or model, format, number type, the new folder.
+        log: receives each line about the export.
+        progress: opens a progress bar over bytes, for the merge.
+
+    Returns:
+        The comparisons with the source, commands that serve the export, and facts for its report.
+
     Raises:
-        ConfigError, MissingExtra, ResourceError.
+        ConfigError: the folder exists, the source is missing, or options contradict each other.
+        MissingExtra: a library of the format is not installed; the message has the command.
+        ResourceError: the disk or the memory is too small.
         IntegrityError: the export does not compute what its source computes; nothing is kept.
     """
     exporter = find_exporter(options)

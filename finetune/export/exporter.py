@@ -179,7 +179,19 @@ def find_exporter(options: ExportOptions) -> Exporter:
     if problems:
         raise ConfigError("\n".join(problems))
     _check_imatrix(exporter.number_type(options), options)
+    _check_kl_check(merges and options.adapter is not None, options)
     return exporter
+
+
+def _check_kl_check(merges: bool, options: ExportOptions) -> None:
+    """Refuse settings of the comparison that nothing reads; num_examples=0 asks for no comparison."""
+    read = {"data", "num_examples", "max_kl"} if merges else {"data", "num_examples"} if options.imatrix else set()
+    given = options.kl_check.model_dump(exclude_defaults=True)
+    unread = [key for key in given if not (options.verify and key in read) and (key, given[key]) != ("num_examples", 0)]
+    if unread:
+        problems = [f"kl_check.{key}: nothing reads it in this export, found {given[key]}" for key in unread]
+        help_line = "help: remove it; only a merge of adapter= compares (verify=true), or imatrix= without max_kl"
+        raise ConfigError("\n".join([*problems, help_line]))
 
 
 def _check_imatrix(kind: str, options: ExportOptions) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from finetune.config.command_options import SweepSettings
 from finetune.config.compose import load_config
 from finetune.config.schema import RunConfig
+from finetune.evaluation.metric_names import ANSWER_METRICS
 from finetune.report.facts import FIGURES, figure_named
 from finetune.report.run import RESULT, read_run
 from finetune.report.settings import flat
@@ -105,18 +106,25 @@ def _tried(space: Space) -> Iterator[dict[str, str]]:
 
 
 def _check_metric(metric: str, cfg: RunConfig) -> None:
+    """Raise ConfigError for a metric that no run computes."""
     held_out = bool(cfg.data.eval or cfg.data.held_out)
+    teacher = ("teacher_kl", "teacher_agreement") if cfg.has_teacher else ()
+    of_set = ("loss", "perplexity", "accuracy", *teacher, *cfg.generation.metrics)
+    name = metric.rpartition("/")[2]
+    advice = f"; set generation.metrics=[{name}]" if name in ANSWER_METRICS else ""
     needs = {
         "eval/": (held_out, "needs a held-out set; set data.eval or data.held_out"),
+        "eval/SET/": (name in of_set, f"is not computed by these runs, which have {', '.join(of_set)}{advice}"),
         "eval_loss": (held_out, "needs a held-out set; set data.eval or data.held_out, or sweep.metric=final_loss"),
         "exact_match_after": (cfg.generation.num_examples > 0, "needs answers; set generation.num_examples=100"),
         "teacher_kl_after": (cfg.distill.objective != "none", "needs a teacher; set distill.objective"),
         "recovered": (cfg.distill.objective == "recover", "needs distill.objective=recover"),
     }
     known = (metric in _METRICS, f"unknown; choose from {', '.join(_METRICS)}, eval/SET/accuracy")
-    fits, text = needs.get("eval/" if metric.startswith("eval/") else metric, known)
-    if not fits:
-        raise ConfigError(f"sweep.metric={metric}: {text}")
+    rules = ("eval/", "eval/SET/") if metric.startswith("eval/") else (metric,)
+    for fits, text in (needs.get(rule, known) for rule in rules):
+        if not fits:
+            raise ConfigError(f"sweep.metric={metric}: {text}")
 
 
 def run_sweep(plan: Plan, log: Log) -> Record:

@@ -84,8 +84,18 @@ class MergeReport:
 def merge(options: MergeOptions, log: Log = log, progress: Progress = progress_bar) -> MergeReport:
     """Merge adapters into their base and write a complete model folder.
 
+    Args:
+        options: the keys of `finetune merge`: adapters, the new folder, base, data type, limit of the comparison.
+        log: receives each line about the merge.
+        progress: opens a progress bar over bytes.
+
+    Returns:
+        What was merged into what, and the comparison of the merged model with the trained one.
+
     Raises:
-        ConfigError, IntegrityError, ResourceError.
+        ConfigError: the folder exists, an adapter or base is missing, or options contradict each other.
+        IntegrityError: a file of weights is corrupt, or does not fit the base.
+        ResourceError: the disk or the memory is too small.
         KlCheckFailed: the weights stay, and the next start with a higher `kl_check.max_kl` reuses them.
     """
     names = [options.adapter] if isinstance(options.adapter, str) else options.adapter

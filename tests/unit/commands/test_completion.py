@@ -48,6 +48,8 @@ def test_every_command_is_offered(script):
         ("finetune merge kl_check.max", {"kl_check.max_kl="}),
         ("finetune merge config=", {""}),
         ("finetune sweep sweep.tri", {"sweep.trials="}),
+        ("finetune recipes lap", {"laptop"}),
+        ("finetune completion f", {"fish"}),
         ("finetune train config=quick", {"quickstart.yaml"}),
     ],
 )

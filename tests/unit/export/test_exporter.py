@@ -79,6 +79,13 @@ def test_a_module_and_an_entry_are_a_format(make_base, tmp_path: Path, monkeypat
         ({"format": "onnx", "model": "x", "imatrix": "x.jsonl"}, "imatrix"),
         ({"format": "gguf", "model": "x", "type": "iq2_xs"}, "imatrix"),
         ({"format": "adapter", "adapter": "x", "type": "bf16"}, "type"),
+        ({"format": "adapter", "adapter": "x", "kl_check": {"max_kl": 0.1}}, r"kl_check\.max_kl"),
+        ({"format": "onnx", "model": "x", "kl_check": {"num_examples": 8}}, r"kl_check\.num_examples"),
+        ({"format": "onnx", "adapter": "x", "verify": False, "kl_check": {"data": "x.jsonl"}}, r"kl_check\.data"),
+        (
+            {"format": "gguf", "model": "x", "type": "q4_k_m", "imatrix": "x.jsonl", "kl_check": {"max_kl": 0.1}},
+            r"kl_check\.max_kl",
+        ),
     ],
 )
 def test_contradicting_options_are_refused_before_anything_is_written(options, key, tmp_path: Path):
