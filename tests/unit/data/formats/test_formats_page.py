@@ -14,7 +14,7 @@ from finetune.data.formats.detection import resolve_format
 from finetune.data.formats.parser import FORMATS, RowParser
 from finetune.system.errors import DataError
 
-FENCE = re.compile(r"^```(json refused|json|yaml)\n(.*?)^```$|^#+ ([^\n]+)$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r'^```(json title="refused"|json|yaml)\n(.*?)^```$|^#+ ([^\n]+)$', re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_every_row_on_the_page_is_read_or_refused_as_marked(page):
 def test_every_format_has_an_example_and_refusals_are_shown(page):
     shown = [(heading, refused) for heading, _, _, refused in examples(page)]
     assert {heading for heading, _ in shown} >= set(FORMATS)
-    assert sum(refused for _, refused in shown) == page.count("```json refused") >= 5
+    assert sum(refused for _, refused in shown) == page.count('```json title="refused"') >= 5
     assert len(shown) == page.count("```json")
 
 
