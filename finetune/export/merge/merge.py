@@ -85,17 +85,15 @@ def merge(options: MergeOptions, log: Log = log, progress: Progress = progress_b
     """Merge adapters into their base and write a complete model folder.
 
     Args:
-        options: the keys of `finetune merge`: adapters, the new folder, base, data type, limit of the comparison.
-        log: receives each line about the merge.
-        progress: opens a progress bar over bytes.
+        options: the keys of `finetune merge`.
+        log, progress: receive the lines about the merge, and open a progress bar over bytes.
 
     Returns:
         What was merged into what, and the comparison of the merged model with the trained one.
 
     Raises:
         ConfigError: the folder exists, an adapter or base is missing, or options contradict each other.
-        IntegrityError: a file of weights is corrupt, or does not fit the base.
-        ResourceError: the disk or the memory is too small.
+        IntegrityError, ResourceError: a file is corrupt; the disk or the memory is too small.
         KlCheckFailed: the weights stay, and the next start with a higher `kl_check.max_kl` reuses them.
     """
     names = [options.adapter] if isinstance(options.adapter, str) else options.adapter
@@ -108,11 +106,8 @@ def merge(options: MergeOptions, log: Log = log, progress: Progress = progress_b
         sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     dtype: Dtype = sizes.most_common(1)[0][0]
     held_out = [found for adapter in trained.adapters if (found := held_out_set(trained, adapter, options.kl_check))]
-    if options.kl_check.max_kl is not None and not held_out:
-        raise ConfigError(
-            f"kl_check.max_kl={options.kl_check.max_kl:g}: there are no held-out examples to measure on\n"
-            f"help: pass {_NAME_EXAMPLES} and kl_check.num_examples above 0"
-        )
+    if not held_out:
+        _refuse_limit(options)
     log(
         f"merge: base={base} ({reason}), tensors={len(plan.tensors):,}, changed={plan.changed:,}, "
         f"size={format_bytes(plan.nbytes)}, dtype={dtype}"
@@ -196,6 +191,14 @@ def _made_from(trained: Trained, base: str, options: MergeOptions) -> dict[str, 
         "loaded": trained.model.dtype,
         **options.model_dump(exclude={"adapter", "out", "kl_check", "base", "model"}),
     }
+
+
+def _refuse_limit(options: MergeOptions) -> None:
+    if options.kl_check.max_kl is not None:
+        raise ConfigError(
+            f"kl_check.max_kl={options.kl_check.max_kl:g}: there are no held-out examples to measure on\n"
+            f"help: pass {_NAME_EXAMPLES} and kl_check.num_examples above 0"
+        )
 
 
 def merged_card(trained: Trained, report: MergeReport) -> str:
