@@ -10,6 +10,7 @@ from finetune.data.batch import build_batch
 from finetune.losses.cross_entropy import CrossEntropy
 from tests.models import random_qwen2
 from tests.parity.test_cross_entropy import documents
+from tests.parity.test_fused_layers import check_close
 from tests.runs import differing, metrics, small_run
 
 pytestmark = pytest.mark.gpu
@@ -22,9 +23,8 @@ def test_loss_and_gradients_on_the_gpu_equal_the_cpus():
         model = random_qwen2().to(device)
         CrossEntropy(model)(batch).backward()
         gradients[device] = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-    for name, expected in gradients["cpu"].items():
-        # fp32 without TF32, sums in another order: 2**-24 over thousands of terms.
-        torch.testing.assert_close(gradients["cuda"][name], expected, rtol=1e-3, atol=1e-4, msg=name)
+    # fp32 without TF32, sums over thousands of terms in another order.
+    check_close(gradients["cuda"], gradients["cpu"], 1e-4)
 
 
 @pytest.mark.parametrize("recompute", ["none", "all", "offload", "auto"])
