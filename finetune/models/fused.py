@@ -232,21 +232,23 @@ def read_projection(layer: Any, dtype: torch.dtype) -> Projection | str:
                 probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
                 a, b = (cast(nn.Linear, factors[name]).weight for factors in (layer.lora_A, layer.lora_B))
                 adapter = Adapter(a, b, layer.scaling[name], probability)
-    if any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
+    # Dictionaries in place of `parameters()` and getattr: every layer reads seven projections in every pass.
+    if any(parameter is not None and parameter.requires_grad for parameter in base._parameters.values()):
         return "trained weights"
-    kind = base.weight.device.type
+    weight = base.weight
+    kind = weight.device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # a streamed layer has no device between its passes
     if type(base) is nn.Linear:
-        if base.weight.dtype != dtype and not autocast:
-            return f"weights in {base.weight.dtype}, hidden states in {dtype}; fused under autocast"
-        return Projection(base.weight, base.bias, None, adapter)
+        if weight.dtype != dtype and not autocast:
+            return f"weights in {weight.dtype}, hidden states in {dtype}; fused under autocast"
+        return Projection(weight, base.bias, None, adapter)
     if type(base).__name__ == "Linear4bit":
-        state = base.weight.quant_state
+        state = weight.quant_state
         if state is None or getattr(state, "packing_format_for_cpu", False):
             return "4-bit weights in another layout"
         if base.compute_dtype != dtype and not autocast:
             return f"products in {base.compute_dtype}, hidden states in {dtype}; fused under autocast"
-        if (resident := getattr(base, "resident_weight", None)) is not None:
+        if (resident := vars(base).get("resident_weight")) is not None:
             return Projection(resident, base.bias, None, adapter)
-        return Projection(base.weight.data, base.bias, state, adapter)
+        return Projection(weight.data, base.bias, state, adapter)
     return f"no kernels for {type(base).__name__}"
