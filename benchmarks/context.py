@@ -156,6 +156,7 @@ def main(words: list[str]) -> None:
     import torch
 
     from benchmarks.peaks import peak_bytes
+    from finetune.system.errors import ResourceError
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
@@ -176,8 +177,8 @@ def main(words: list[str]) -> None:
         try:
             step(length)
             peak = torch.cuda.max_memory_reserved() if cuda else peak_bytes()
-        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
-            # Pinned memory that main memory cannot give is an AcceleratorError.
+        except (torch.OutOfMemoryError, torch.AcceleratorError, ResourceError) as error:
+            # Pinned memory that main memory cannot give is one of the last two.
             print(f"{length} tokens: {str(error).splitlines()[0]}", file=sys.stderr)
             return None
         # On a CPU nothing limits the allocation: the resident size is compared with the budget afterwards.

@@ -94,6 +94,9 @@ def _resource_advice(error: BaseException) -> str | None:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return f"the GPU ran out of memory; {smaller} (offload saves more)"
+    if torch is not None and isinstance(error, torch.AcceleratorError) and "out of memory" in str(error):
+        # torch's allocator raises the other error: this one is of main memory that CUDA pins, or of its context.
+        return f"CUDA ran out of memory or of main memory to pin; {smaller} (offload pins main memory)"
     # torch's CPU allocator raises a plain RuntimeError.
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
         return f"memory ran out; {smaller}, or choose a smaller model"

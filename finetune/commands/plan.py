@@ -110,7 +110,7 @@ def _print_lengths(cfg: RunConfig, as_json: bool) -> int:
 
 def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
     from finetune.planning.advice import changes_that_fit, fastest_that_fits
-    from finetune.planning.auto_batch import estimate_memory
+    from finetune.planning.auto_batch import estimate_memory, host_shortage
     from finetune.planning.gpus import planned_device
     from finetune.planning.inputs import plan_inputs
     from finetune.planning.timing import estimate_time, read_rates
@@ -121,7 +121,9 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
     ranks = ranks_of_run(os.environ)
     inputs = plan_inputs(cfg, shape, device_type=device_type, ranks=ranks)
     found = estimate_memory(inputs, free)
-    fits = None if free is None else found.needed_bytes <= free
+    # The main memory of a machine with another GPU is unknown.
+    shortage = None if options.gpu or options.gpu_gb else host_shortage(found)
+    fits = None if free is None else found.needed_bytes <= free and shortage is None
     rates = None if options.gpu or options.gpu_gb or options.tflops else read_rates(device_type)
     timing = estimate_time(inputs, found, rates=rates, options=options, gpu_name=gpu_name)
     changes = changes_that_fit(inputs, free) if free is not None and not fits else []
@@ -143,6 +145,7 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
         "free_bytes": free,
         "peak_bytes": found.peak_bytes,
         "needed_bytes": found.needed_bytes,
+        "pinned_bytes": found.pinned_bytes,
         "moment": found.moment,
         "parts": dict(found.parts),
         "moments": {name: sum(parts.values()) for name, parts in found.moments.items()},
@@ -160,6 +163,8 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
         print(json.dumps(content, indent=1))
     else:
         _describe(cfg, content, options.auto)
+        if shortage:
+            print(shortage)
     return 3 if fits is False else 0
 
 
@@ -195,6 +200,8 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
     head = (f"memory at the peak ({content['moment']})", "GB")
     _print_columns([head, *((name, f"{size / 1e9:.3f}") for name, size in sizes.items())])
     print(f"peaks: {moments}")
+    if content["pinned_bytes"]:
+        print(f"main memory: {format_bytes(content['pinned_bytes'])} pinned per process for offloaded inputs")
     if content["teacher_unknown"]:
         print("teacher: has unknown shapes, so its memory is not counted")
     parts = ", ".join(f"{name} {share:.0%}" for name, share in content["seconds_shares"].items() if share >= 0.005)

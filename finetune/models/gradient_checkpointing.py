@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from finetune.models.offload import HostOffload
 from finetune.ops.limits import MLP_TILE_ROWS
 from finetune.system.errors import ConfigError
 
@@ -58,7 +54,7 @@ def apply_gradient_checkpointing(model: nn.Module, setting: CheckpointSetting) -
             first = min(first, next(above, 0))
     chosen = checkpointed_layers(setting, len(found), first)
     offloads = setting == "offload" and _on_gpu(model)
-    run = partial(_offloaded, HostOffload()) if offloads else partial(checkpoint, use_reentrant=False)
+    run = partial(_offloaded, HostOffload(len(chosen))) if offloads else partial(checkpoint, use_reentrant=False)
     # Backward starts with the last layer, whose kept gate and up would be the largest tensors of a checkpointed model.
     tiled = range(chosen.start, len(found)) if setting in ("all", "offload") else chosen
     tiled = tiled if _on_gpu(model) else range(0)  # a CPU runs every MLP in blocks
@@ -78,71 +74,3 @@ def _offloaded(offload: HostOffload, function, *inputs: Tensor):
 
 def _on_gpu(model: nn.Module) -> bool:
     return any(parameter.is_cuda for parameter in model.parameters())
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """A tensor in main memory, its copy on the device while it is fetched, and the tensor stored before it."""
-
-    host: Tensor
-    device: torch.device
-    before: Callable[[], _Waiting | None]
-    fetched: Tensor | None = None
-    arrived: torch.Event | None = None
-
-
-class HostOffload:
-    """Keep in main memory what autograd saves inside `with offload.hooks():`, until backward needs it.
-
-    On CUDA, copies run on their own stream to and from pinned memory. A fetch also starts the fetch of the tensor
-    stored before, which backward needs next. Tensors of other devices are copied synchronously.
-    """
-
-    def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._last: Callable[[], _Waiting | None] = lambda: None
-
-    def hooks(self) -> saved_tensors_hooks:
-        return saved_tensors_hooks(self._store, self._fetch)
-
-    def _store(self, tensor: Tensor) -> _Waiting:
-        if tensor.device.type != "cuda":
-            host = tensor.to("cpu", copy=True)
-        else:
-            side = self._stream(tensor.device)
-            side.wait_stream(torch.cuda.current_stream(tensor.device))
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            with torch.cuda.stream(side):
-                host.copy_(tensor.detach(), non_blocking=True)
-            # The allocator reuses its memory only after the copy has read it.
-            tensor.record_stream(side)
-        waiting = _Waiting(host, tensor.device, self._last)
-        # Only the graph holds it, so it is freed with the graph.
-        self._last = weakref.ref(waiting)
-        return waiting
-
-    def _fetch(self, waiting: _Waiting) -> Tensor:
-        if waiting.device.type != "cuda":
-            return waiting.host.to(waiting.device)
-        self._start_fetching(waiting)
-        tensor, arrived = waiting.fetched, waiting.arrived
-        assert tensor is not None and arrived is not None
-        waiting.fetched = waiting.arrived = None
-        if (before := waiting.before()) is not None:
-            self._start_fetching(before)
-        current = torch.cuda.current_stream(waiting.device)
-        current.wait_event(arrived)
-        tensor.record_stream(current)
-        return tensor
-
-    def _start_fetching(self, waiting: _Waiting) -> None:
-        if waiting.fetched is None:
-            side = self._stream(waiting.device)
-            with torch.cuda.stream(side):
-                waiting.fetched = waiting.host.to(waiting.device, non_blocking=True)
-            waiting.arrived = side.record_event()
-
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return self._streams[device]

@@ -70,7 +70,7 @@ class ActivationPlan:
     def moments(self, recomputed: int, offload: bool = False) -> dict[str, dict[str, float]]:
         """Return the bytes per part at each moment that can be the peak.
 
-        offload: inputs are in main memory; two are on the device, one in use and one on its way.
+        offload: inputs are in main memory; at most two are on the device (models/offload.py).
         """
         inputs = min(recomputed, 2 if offload else recomputed) * self.input
         held = {"inputs of recomputed layers": inputs, "activations kept": sum(self.kept[recomputed:])}

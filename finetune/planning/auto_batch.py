@@ -111,6 +111,15 @@ def free_memory(device_type: str) -> float | None:
     return None if free is None else free / ranks_here(os.environ) + resident_memory()
 
 
+def host_shortage(memory: PeakMemory) -> str | None:
+    """Return a warning if the main memory of this machine cannot hold the offloaded inputs of its ranks; else None."""
+    free = available_memory() / ranks_here(os.environ)
+    if memory.pinned_bytes <= free:
+        return None
+    pinned = f"pins {format_bytes(memory.pinned_bytes)} of main memory per rank"
+    return f"WARNING: train.gradient_checkpointing=offload {pinned}, {format_bytes(free)} is free"
+
+
 def _offloads(inputs: PlanInputs) -> bool:
     return inputs.train.gradient_checkpointing == "offload" and inputs.device_type != "cpu"
 
@@ -119,7 +128,7 @@ def _describe_activations(inputs: PlanInputs, plan: ActivationPlan, count: int, 
     setting, peak = inputs.train.gradient_checkpointing, plan.peak_bytes(count, _offloads(inputs))
     text = f", recomputed_layers={count} of {plan.layers}"
     if _offloads(inputs):
-        text += " (inputs in main memory)"
+        text += f" (inputs in main memory: {format_bytes(count * plan.input)}, pinned)"
     elif setting == "offload":
         text += " (on a CPU offload is the same as all)"
     text += f", activations={format_bytes(peak)}, free={format_bytes(free_bytes)}"

@@ -8,7 +8,7 @@ from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
 from finetune.models.families import shape_of
 from finetune.planning.advice import changes_that_fit
-from finetune.planning.auto_batch import estimate_memory, free_memory, largest_micro_batch
+from finetune.planning.auto_batch import estimate_memory, free_memory, host_shortage, largest_micro_batch
 from finetune.planning.inputs import PlanInputs, plan_inputs
 from finetune.planning.peak_memory import PeakMemory, streamed_bytes, teacher_bytes
 from finetune.system.format import format_bytes
@@ -40,6 +40,8 @@ def describe_plan(inputs: PlanInputs, free_bytes: float | None = None) -> str:
         f"predicted peak: {format_bytes(found.peak_bytes)} per rank, {found.moment}, "
         f"recomputed_layers={found.recomputed}, micro_batch={found.micro_batch} (most of it: {most})",
     ]
+    if found.pinned_bytes:
+        lines.append(f"main memory: {format_bytes(found.pinned_bytes)} pinned per rank for offloaded inputs")
     return "\n".join([*lines, *_shortage_lines(inputs, found, free_bytes)])
 
 
@@ -62,12 +64,14 @@ def _teacher_lines(inputs: PlanInputs) -> list[str]:
 
 
 def _shortage_lines(inputs: PlanInputs, found: PeakMemory, free_bytes: float | None) -> list[str]:
-    """Return a WARNING and the changes that help if the run does not fit, else nothing."""
+    """Return WARNINGs, and the changes that help, if the run does not fit, else nothing."""
+    host = host_shortage(found)
+    lines = [] if host is None else [host]
     if free_bytes is None or found.needed_bytes <= free_bytes:
-        return []
+        return lines
     needed, free = format_bytes(found.needed_bytes), format_bytes(free_bytes)
     changes = (f"  {change}" for change in changes_that_fit(inputs, free_bytes))
-    return [f"WARNING: the run needs {needed} with a margin, {free} is free", *changes]
+    return [*lines, f"WARNING: the run needs {needed} with a margin, {free} is free", *changes]
 
 
 def describe_teacher(inputs: PlanInputs) -> str | None:

@@ -31,6 +31,7 @@ from finetune.models.adapters.files import check_adapter, save_adapter
 from finetune.models.adapters.folder import list_checkpoints
 from finetune.models.families import shape_of
 from finetune.models.fused import fuse_layers
+from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.models.load import check_loaded, load_base
 from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
 from finetune.ops import dispatch, matmul
@@ -244,6 +245,7 @@ def _run(context: RunContext, checkpoint: Path | None) -> RunResult:
                 sample=partial(log_samples, context, tracker.message),
                 sample_every=cfg.generation.every,
             )
+        apply_gradient_checkpointing(context.model, "none")  # frees the main memory that offloading pins
         _finish(context, optimizer, state, result)
         result.status = "finished"
     except Interrupted as error:

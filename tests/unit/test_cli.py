@@ -67,6 +67,7 @@ def test_an_expected_error_is_one_line_and_its_exit_code(monkeypatch, capsys, er
         (MemoryError(), "memory ran out"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), "memory ran out"),
         (torch.OutOfMemoryError("CUDA out of memory"), "train.gradient_checkpointing=all"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "offload"),
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
     ],

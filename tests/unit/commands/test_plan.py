@@ -37,6 +37,18 @@ def test_a_run_that_fits_ends_with_0_and_one_that_does_not_with_3(capsys):
     assert any(change["fits"] for change in content["changes"])
 
 
+def test_too_little_main_memory_for_offloading_does_not_fit_on_this_machine(capsys, monkeypatch):
+    here = gpus.PlannedDevice("cuda", 80e9, "this GPU", None)
+    monkeypatch.setattr(gpus, "planned_device", lambda *_: here)
+    monkeypatch.setattr("finetune.planning.auto_batch.available_memory", lambda: 1e6)
+    words = ("config=lora.yaml", "train.gradient_checkpointing=offload")
+    code, content = plan(capsys, *words)
+    assert code == 3 and not content["fits"] and content["pinned_bytes"] > 1e6
+    assert main(["plan", *words]) == 3 and "WARNING" in capsys.readouterr().out
+    code, content = plan(capsys, *words, "gpu_gb=80")
+    assert code == 0 and content["fits"]
+
+
 def test_every_packaged_config_can_be_planned(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("traces", "train", "heldout"):  # Two configs name rows that the user makes first.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 
 import pytest
@@ -12,7 +13,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from finetune.data.batch import Batch, build_batch
 from finetune.losses.cross_entropy import CrossEntropy
 from finetune.models.fused import fuse_layers
-from finetune.models.gradient_checkpointing import HostOffload, apply_gradient_checkpointing, checkpointed_layers
+from finetune.models.gradient_checkpointing import apply_gradient_checkpointing, checkpointed_layers
+from finetune.models.offload import HostOffload
 from finetune.ops import attention
 from finetune.system.errors import ConfigError
 from tests.parity.test_cross_entropy import documents
@@ -200,14 +202,16 @@ def test_offloading_stores_only_the_input_of_each_recomputed_layer(batch, monkey
         assert torch.equal(found[name], expected), name
 
 
-def test_offloaded_tensors_are_copies_and_are_freed_with_their_graph():
-    offload = HostOffload()
-    x = torch.ones(3, requires_grad=True)
-    with offload.hooks():
-        y = (x * 2).pow(2)
-    last = offload._last()
-    assert last is not None and last.host.tolist() == [2, 2, 2]
-    y.sum().backward()
-    assert x.grad is not None and x.grad.tolist() == [8, 8, 8]
-    del y, last
-    assert offload._last() is None
+def test_switching_it_off_frees_what_offloading_holds(monkeypatch):
+    monkeypatch.setattr("finetune.models.gradient_checkpointing._on_gpu", lambda model: True)
+    made = []
+    init = HostOffload.__init__
+    monkeypatch.setattr(
+        HostOffload, "__init__", lambda self, tensors: made.append((weakref.ref(self), tensors)) or init(self, tensors)
+    )
+    model = adapted()
+    apply_gradient_checkpointing(model, "offload")
+    [(offload, tensors)] = made
+    assert tensors == LAYERS - 1 and offload() is not None
+    apply_gradient_checkpointing(model, "none")
+    assert offload() is None

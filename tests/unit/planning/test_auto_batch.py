@@ -52,7 +52,7 @@ def test_given_settings_stay():
 def test_offload_on_a_cpu_is_the_same_as_all():
     cpu, gpu = (run("train.gradient_checkpointing=offload", device_type=device) for device in ("cpu", "cuda"))
     assert "the same as all" in choose_micro_batch(cpu, 2**40).text
-    assert "recomputed_layers=23 of 24 (inputs in main memory)" in choose_micro_batch(gpu, 2**40).text
+    assert "recomputed_layers=23 of 24 (inputs in main memory: " in choose_micro_batch(gpu, 2**40).text
 
 
 def test_unknown_memory_counts_as_short():
@@ -65,6 +65,16 @@ def test_the_plan_names_the_memory_with_and_without_recomputing(device):
     text = describe_plan(run(device_type=device))
     assert "memory of activations" in text and "train.gradient_checkpointing=auto" in text
     assert "unknown" in describe_plan(run(shape=None, device_type=device))
+
+
+def test_too_little_main_memory_for_offloading_is_a_warning(monkeypatch):
+    offload = run("train.gradient_checkpointing=offload", device_type="cuda")
+    monkeypatch.setattr("finetune.planning.auto_batch.available_memory", lambda: 1e6)
+    assert "WARNING: train.gradient_checkpointing=offload" in describe_plan(offload)
+    assert "WARNING" not in describe_plan(run(device_type="cuda"))
+    monkeypatch.setattr("finetune.planning.auto_batch.available_memory", lambda: 1e12)
+    text = describe_plan(offload)
+    assert "WARNING" not in text and "main memory: " in text
 
 
 def test_the_plan_names_the_largest_parts_of_the_peak():

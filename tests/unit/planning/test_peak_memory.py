@@ -86,6 +86,14 @@ def test_recomputing_offloading_and_fewer_sequences_lower_the_peak(kind):
         assert found("train.gradient_checkpointing=offload", micro=4, recomputed=23).peak_bytes < peaks[-1]
 
 
+def test_offloaded_inputs_are_counted_in_main_memory():
+    offload, micro, recomputed = "train.gradient_checkpointing=offload", 4, 23
+    plan = found(offload, micro=micro, recomputed=recomputed)
+    assert plan.pinned_bytes == recomputed * plan.activations.input
+    assert found(micro=micro, recomputed=recomputed).pinned_bytes == 0
+    assert found(offload, kind="cpu", micro=micro, recomputed=recomputed).pinned_bytes == 0
+
+
 def test_ranks_exchange_gradients_in_buckets():
     assert found(ranks=2).parts["gradients exchanged between ranks"] == run().static.parts["gradients"]
 
