@@ -33,6 +33,16 @@ def uses_fp32_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not _has_native_matmul(dtype)
 
 
+def require_fp32_sums() -> None:
+    """Let a GPU add the parts of a 16-bit product in fp32.
+
+    By default cuBLAS may split a long sum with few results, as for the gradient of a LoRA factor, and add its parts in
+    16 bit.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def describe(device: torch.device, dtype: torch.dtype, all_here: bool) -> str | None:
     """Return a log line about matrix products; None if the device computes them natively.
 

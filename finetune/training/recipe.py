@@ -314,6 +314,8 @@ def _configure_kernels(context: RunContext, steps: int, before: bool | None) -> 
     cfg, device = context.cfg, context.accelerator.device
     fused = cfg.train.kernels == "fused"
     all_fused = fused and not cfg.lora.dora and not cfg.quant.int8 and cfg.quant.type != "int8"
+    if device.type == "cuda":
+        matmul.require_fp32_sums()
     if message := matmul.describe(device, getattr(torch, cfg.model.dtype), all_fused):
         (context.detail if all_fused else context.log)(message)
     if fused:

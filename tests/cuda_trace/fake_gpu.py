@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from finetune.config.schema import LoraConfig, QuantConfig
+from finetune.models import offload
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.fused import fuse_layers
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
@@ -110,6 +111,11 @@ def _parameter(kind: type[FakeTensor]) -> Callable[..., nn.Parameter]:
     return make
 
 
+def _pin_memory(_: torch.device, size_bytes: int) -> tuple[torch.Tensor, Callable[[], None]]:
+    """Stand in for memory that CUDA pins: the tracker follows a fake tensor in its place."""
+    return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True), lambda: None
+
+
 _module_to = nn.Module.to
 
 
@@ -156,12 +162,12 @@ def fake_gpu(
         for owner, name, value in (
             (nn.Module, "to", _to),
             (torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
-            (torch.Tensor, "record_stream", lambda self, stream: None),
             (torch.Tensor, "pin_memory", lambda self: self),
             (torch, "compile", _compile),
             (dispatch.STATE, "compiled", compiled),
             (dequantize, "nf4_kernel", _nf4_kernel),
             (bnb.nn, "Params4bit", _parameter(Params4bit)),
+            (offload, "pin_memory", _pin_memory),
             (bnb.nn, "Int8Params", _parameter(Int8Params)),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))

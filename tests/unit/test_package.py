@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import finetune
+from finetune.system.libraries import configure_libraries
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -153,6 +154,20 @@ def test_threads_that_wait_give_their_core_up_unless_the_user_says_how_they_wait
     environment = {**unset, **own, "OMP_DISPLAY_ENV": "verbose"}
     done = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and found in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}),
+    ],
+)
+def test_gpu_memory_grows_in_place_unless_the_user_configures_the_allocator(own, found, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(own))
+    configure_libraries()
+    assert {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name} == found
 
 
 def test_importing_the_package_changes_neither_the_environment_nor_any_logger():

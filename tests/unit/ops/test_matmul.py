@@ -141,3 +141,15 @@ def test_the_log_line_names_the_dtype_of_matrix_products(monkeypatch):
     assert module.describe(CPU, torch.float32, all_here=False) is None
     monkeypatch.setattr(module, "_has_native_matmul", lambda dtype: True)
     assert module.describe(CPU, torch.bfloat16, all_here=True) is None
+
+
+def test_a_gpu_adds_partial_sums_in_fp32():
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction
+    try:
+        settings.allow_bf16_reduced_precision_reduction = settings.allow_fp16_reduced_precision_reduction = True
+        module.require_fp32_sums()
+        assert not settings.allow_bf16_reduced_precision_reduction
+        assert not settings.allow_fp16_reduced_precision_reduction
+    finally:
+        settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction = before
