@@ -175,8 +175,9 @@ class TrainConfig(Section):
     )
     min_lr_ratio: Share = Field(0.0, description="Share of the peak that cosine, linear and wsd fall to.")
     decay_ratio: Fraction = Field(0.1, description="Share of the steps in which wsd falls.")
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
-        "adamw", description="AdamW; 8bit: moments in 8 bits; paged: moments move to main memory if the GPU is full."
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "lion_8bit"] = Field(
+        "adamw",
+        description="AdamW or Lion; 8bit: moments in 8 bits; paged: moments move to main memory if the GPU is full.",
     )
     lora_plus_ratio: Annotated[Number, Field(ge=1)] | None = Field(
         None, description="Learning rate of LoRA's B matrices over that of A (LoRA+); null: the same."

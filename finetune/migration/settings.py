@@ -82,6 +82,7 @@ _DTYPES = {name: name for name in ("bfloat16", "float16", "float32", "bf16", "fp
 _OPTIMIZERS: dict[Any, Any] = dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"))
 _OPTIMIZERS |= {"adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 _OPTIMIZERS |= {"paged_adamw": "paged_adamw", "paged_adamw_32bit": "paged_adamw"}
+_OPTIMIZERS |= {"lion_32bit": "lion", "lion_8bit": "lion_8bit"}
 _TEMPLATES = dict.fromkeys(
     "qwen qwen2 qwen2_5 qwen_25 qwen3 qwen3_nothink chatml tokenizer_default tokenizer_default_fallback_chatml".split()
 )

@@ -20,7 +20,9 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 _BIASED = ("q_proj", "k_proj", "v_proj")
 _BLOCK, _OUTER_BLOCK = 64, 256
 # 8-bit moments have a fp32 scale for each block of 256. Paged moments are counted as if they stayed on the GPU.
+# Lion has one moment.
 _MOMENTS = {"adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256}
+_MOMENTS |= {"lion": 4.0, "lion_8bit": 1 + 4 / 256}
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,12 +36,11 @@ from finetune.system.errors import IntegrityError, ResourceError
 
 TRAINING, STATE, MANIFEST = "training.safetensors", "state.json", "manifest.json"
 _TEMPORARY = ".incomplete-"
-# The state of a parameter in torch's AdamW, and in those of bitsandbytes, which keep small parameters in 32 bits.
-_STATES = (
-    {"step", "exp_avg", "exp_avg_sq"},
-    {"step", "state1", "state2"},
-    {"step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"},
-)
+# The state of a parameter in torch's AdamW, in AdamW of bitsandbytes and in its Lion. The latter two keep small parameters
+# in 32 bits.
+_TORCH_STATES = ({"step", "exp_avg", "exp_avg_sq"},)
+_TWO_MOMENTS = ({"step", "state1", "state2"}, {"step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"})
+_ONE_MOMENT = ({"step", "state1"}, {"step", "state1", "qmap1", "absmax1"})
 
 
 @dataclass
@@ -179,7 +178,11 @@ def load_training(folder: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _fits(tensors: dict[str, Tensor], parameter: Parameter, optimizer: torch.optim.Optimizer) -> bool:
-    states = _STATES[:1] if isinstance(optimizer, torch.optim.AdamW) else _STATES[1:]
+    states = _TORCH_STATES
+    if not isinstance(optimizer, torch.optim.AdamW):
+        from bitsandbytes.optim.optimizer import Optimizer1State
+
+        states = _ONE_MOMENT if isinstance(optimizer, Optimizer1State) else _TWO_MOMENTS
     moments = ("value", "exp_avg", "exp_avg_sq", "state1", "state2")
     return tensors.keys() - {"value"} in states and all(
         tensors[key].shape == parameter.shape for key in moments if key in tensors

@@ -13,12 +13,13 @@ from finetune.config.schema import TrainConfig
 
 
 def build_optimizer(cfg: TrainConfig, named_parameters: Iterable[tuple[str, Parameter]]) -> torch.optim.Optimizer:
-    """Build AdamW over the trainable parameters, in the order given. Their names label its saved state.
+    """Build AdamW or Lion over the trainable parameters, in the order given. Their names label its saved state.
 
     With `train.lora_plus_ratio` the B matrices of LoRA form a group with a `rate_factor`.
 
     Sources: AdamW, Loshchilov & Hutter 2019, arXiv:1711.05101. 8-bit moments, Dettmers et al. 2022, arXiv:2110.02861.
-    Paged moments, Dettmers et al. 2023, arXiv:2305.14314. LoRA+, Hayou et al. 2024, arXiv:2402.12354.
+    Paged moments, Dettmers et al. 2023, arXiv:2305.14314. LoRA+, Hayou et al. 2024, arXiv:2402.12354. Lion, Chen et al.
+    2023, arXiv:2302.06675.
     """
     trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     groups = [{"params": trainable, "rate_factor": 1.0}]
@@ -26,8 +27,9 @@ def build_optimizer(cfg: TrainConfig, named_parameters: Iterable[tuple[str, Para
         of_b = [(name, parameter) for name, parameter in trainable if ".lora_B." in name]
         rest = [(name, parameter) for name, parameter in trainable if ".lora_B." not in name]
         groups = [{"params": rest, "rate_factor": 1.0}, {"params": of_b, "rate_factor": cfg.lora_plus_ratio}]
-    settings = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
-    settings["weight_decay"] = cfg.weight_decay
+    settings = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
+    if not cfg.optimizer.startswith("lion"):  # which divides by nothing
+        settings["eps"] = cfg.eps
     if cfg.optimizer == "adamw":
         # On a GPU torch's own choice makes temporaries of the size of all moments; the fused one makes none.
         fused = bool(trainable) and all(parameter.is_cuda for _, parameter in trainable)
@@ -38,6 +40,8 @@ def build_optimizer(cfg: TrainConfig, named_parameters: Iterable[tuple[str, Para
         "adamw_8bit": bitsandbytes.optim.AdamW8bit,
         "paged_adamw": bitsandbytes.optim.PagedAdamW32bit,
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+        "lion": bitsandbytes.optim.Lion32bit,
+        "lion_8bit": bitsandbytes.optim.Lion8bit,
     }
     # A CPU has no other memory to page to.
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU", category=UserWarning)

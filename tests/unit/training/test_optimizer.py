@@ -114,7 +114,7 @@ def run(net: Net, optimizer: torch.optim.Optimizer, steps: range) -> list[float]
     return losses
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "lion", "lion_8bit"])
 def test_a_restored_state_continues_to_the_same_bits(kind, tmp_path: Path):
     cfg = TrainConfig(optimizer=kind, learning_rate=1e-2, weight_decay=0.01)
     unbroken = Net()
@@ -131,7 +131,9 @@ def test_a_restored_state_continues_to_the_same_bits(kind, tmp_path: Path):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [("adamw", "adamw_8bit"), ("adamw_8bit", "adamw")])
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [("adamw", "adamw_8bit"), ("adamw_8bit", "adamw"), ("lion", "adamw"), ("lion", "adamw_8bit")]
+)
 def test_the_state_of_another_optimizer_is_refused(saved, loaded, tmp_path: Path):
     net = Net()
     optimizer = build_optimizer(TrainConfig(optimizer=saved), net.named_parameters())
@@ -151,6 +153,18 @@ def test_a_smaller_state_follows_the_loss_of_adamw(kind):
         losses[name] = run(net, optimizer, range(100))
     assert losses["adamw"][-1] < 0.5 * losses["adamw"][0]
     assert losses[kind] == pytest.approx(losses["adamw"], rel=0.02 if "8bit" in kind else 1e-5)
+
+
+def test_lion_moves_every_value_by_the_rate():
+    """The first step by hand, Chen et al. 2023, algorithm 2: the sign of the gradient, and decoupled weight decay."""
+    net = nn.Linear(3, 1, bias=False)
+    cfg = TrainConfig(optimizer="lion", learning_rate=0.1, weight_decay=0.2)
+    optimizer = build_optimizer(cfg, net.named_parameters())
+    before = net.weight.detach().clone()
+    net.weight.grad = torch.tensor([[1.0, -2.0, 0.5]])
+    optimizer.step()
+    torch.testing.assert_close(net.weight.detach(), before * (1 - 0.1 * 0.2) - 0.1 * torch.tensor([[1.0, -1.0, 1.0]]))
+    assert _MOMENTS["lion"] == optimizer.state[net.weight]["state1"].itemsize
 
 
 def test_lora_plus_raises_the_rate_of_the_b_matrices_alone():
