@@ -36,7 +36,7 @@ from finetune.system.errors import IntegrityError, ResourceError
 
 TRAINING, STATE, MANIFEST = "training.safetensors", "state.json", "manifest.json"
 _TEMPORARY = ".incomplete-"
-# The state of a parameter in torch's AdamW, in AdamW of bitsandbytes and in its Lion. The latter two keep small parameters
+# The state of a parameter in torch's AdamW, in AdamW of bitsandbytes and in its Lion; the latter two keep small ones
 # in 32 bits.
 _TORCH_STATES = ({"step", "exp_avg", "exp_avg_sq"},)
 _TWO_MOMENTS = ({"step", "state1", "state2"}, {"step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"})
