@@ -1,0 +1,129 @@
+"""Runs whose predicted peak memory is compared with the traced one: one document per step, every token a target.
+
+python -m tests.cuda_trace.plans [NAME ...] prints both. Few layers, so that a trace takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from finetune import load_config
+from finetune.config.schema import LoraConfig, QuantConfig
+from finetune.models.families import QWEN25_SHAPES
+from finetune.planning.inputs import PlanInputs, plan_inputs
+from finetune.planning.peak_memory import PeakMemory, predict_peak
+
+_Q_AND_V = ("q_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run of a Qwen2.5 size with some layers. documents: in the sequence, of equal length."""
+
+    size: str
+    layers: int
+    tokens: int
+    rank: int = 8
+    targets: tuple[str, ...] | str = _Q_AND_V
+    recompute: str | int = "none"
+    compiled: bool = True
+    kernels: str = "fused"
+    quant: str = "nf4"
+    keep_dequantized: bool = False
+    dora: bool = False
+    dropout: float = 0.0
+    documents: int = 1
+
+    @property
+    def name(self) -> str:
+        targets = self.targets if isinstance(self.targets, str) else "+".join(self.targets)
+        words = [f"plan {self.size}x{self.layers}", f"{self.tokens}", f"r={self.rank}", targets, str(self.recompute)]
+        options = {
+            "plain": not self.compiled,
+            "peft": self.kernels == "peft",
+            self.quant: self.quant != "nf4",
+            "keep_dequantized": self.keep_dequantized,
+            "DoRA": self.dora,
+            "dropout": self.dropout,
+            f"documents={self.documents}": self.documents > 1,
+        }
+        return " ".join([*words, *(word for word, on in options.items() if on)])
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        return QWEN25_SHAPES[self.size] | {"rms_norm_eps": 1e-6, "num_hidden_layers": self.layers}
+
+    @property
+    def _targets(self) -> list[str] | str:
+        return self.targets if isinstance(self.targets, str) else list(self.targets)
+
+    def inputs(self) -> PlanInputs:
+        targets = self.targets if isinstance(self.targets, str) else f"[{','.join(self.targets)}]"
+        overrides = {
+            "data.train": "rows.jsonl",
+            "data.max_length": self.tokens,
+            "train.batch_size": 1,
+            "lora.rank": self.rank,
+            "lora.target_modules": targets,
+            "lora.dora": self.dora,
+            "lora.dropout": self.dropout,
+            "train.gradient_checkpointing": self.recompute,
+            "train.compile": self.compiled,
+            "train.kernels": self.kernels,
+            "quant.type": self.quant,
+            "quant.double": self.quant == "nf4",
+            "quant.keep_dequantized": self.keep_dequantized,
+        }
+        cfg = load_config("lora.yaml", [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in overrides.items()])
+        return plan_inputs(cfg, self.shape, device_type="cuda")
+
+    def predicted(self) -> PeakMemory:
+        recomputed = {"none": 0, "all": self.layers - 1, "offload": self.layers - 1}.get(self.recompute, self.recompute)
+        return predict_peak(self.inputs(), 1, recomputed, document_tokens=self.tokens // self.documents)
+
+    def trace(self) -> Any:
+        from tests.cuda_trace.trace import trace_step
+
+        return trace_step(
+            self.shape,
+            tokens=self.tokens,
+            count=self.documents,
+            lora=LoraConfig(rank=self.rank, target_modules=self._targets, dora=self.dora, dropout=self.dropout),
+            quant=QuantConfig(type=self.quant, double=self.quant == "nf4", keep_dequantized=self.keep_dequantized),
+            recompute=self.recompute,
+            compiled=self.compiled,
+            kernels=self.kernels,
+        )
+
+
+_RUNS = [
+    Plan("7B", 2, 2048),
+    Plan("7B", 2, 2048, recompute="all"),
+    Plan("7B", 2, 2048, compiled=False),
+    Plan("7B", 4, 8192, recompute="none"),
+    Plan("7B", 4, 8192, recompute="all"),
+    Plan("7B", 4, 8192, recompute="offload"),
+    Plan("7B", 4, 8192, recompute=2),
+    Plan("7B", 3, 8192, recompute="all", compiled=False),
+    Plan("7B", 2, 2048, 64, "all-linear"),
+    Plan("7B", 3, 8192, 64, "all-linear", "all"),
+    Plan("7B", 3, 8192, 64, "all-linear", "offload"),
+    Plan("7B", 3, 40_960, 32, "all-linear", "offload"),
+    Plan("3B", 3, 4096),
+    Plan("3B", 3, 4096, 16, "all-linear", "all"),
+    Plan("3B", 3, 16_384, 16, "all-linear", "offload"),
+    Plan("1.5B", 3, 2048, quant="none"),
+    Plan("1.5B", 3, 8192, 16, "all-linear"),
+    Plan("1.5B", 3, 8192, keep_dequantized=True, recompute="all"),
+    Plan("1.5B", 2, 2048, 16, "all-linear", dora=True),
+    Plan("0.5B", 4, 2048, 16, "all-linear"),
+    Plan("0.5B", 4, 8192, recompute="all"),
+    Plan("0.5B", 2, 2048, kernels="peft"),
+    Plan("0.5B", 2, 4096, 16, "all-linear", "all", kernels="peft"),
+    Plan("0.5B", 4, 2048, 16, "all-linear", dropout=0.1),
+    Plan("14B", 2, 4096, 16, "all-linear", "all"),
+]
+PLANS = {run.name: run for run in _RUNS}
