@@ -73,8 +73,7 @@ def target_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
         return TargetStates(take_rows(outputs.last_hidden_state[0], tokens, repeat=False), labels_N, weights_N)
     rows, labels_N = packed_rows(batch, device, base.dtype)
     first_tokens = first_places(batch.row_of_token, batch.rows)
-    embeddings = _with_noise(embed(rows.ids[None]), lengths_T[first_tokens], noise_alpha)
-    states = padded(embeddings, rows)
+    states = padded(_with_noise(embed(rows.ids[None]), lengths_T[first_tokens], noise_alpha), rows)
     angles = backbone.rotary_emb(states, rows.position_ids)
     for layer in backbone.layers:
         states = run_layer(layer, states, rows, angles)

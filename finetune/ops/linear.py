@@ -183,8 +183,8 @@ class _TiledMlp(torch.autograd.Function):
         gate, up, down = projections
         y_TD = torch.empty_like(x_TD)
         for x_BD, y_BD in zip(x_TD.split(tile_rows), y_TD.split(tile_rows), strict=True):
-            inner_BI = swiglu_forward(_forward(x_BD, gate, None), _forward(x_BD, up, None))
-            y_BD.copy_(_forward(inner_BI, down, None))
+            # Without a name, the product is free before the next tile makes its own.
+            y_BD.copy_(_forward(swiglu_forward(_forward(x_BD, gate, None), _forward(x_BD, up, None)), down, None))
         return y_TD
 
     @staticmethod
@@ -202,6 +202,7 @@ class _TiledMlp(torch.autograd.Function):
             swiglu_backward_(_grad_input(grad_BD, down, None, None), gate_BI, up_BI)
             grad_x_BD, gate_parts = _backward(gate_BI, x_BD, gate, None, None, wants_x=wants_x)
             grad_x_BD, up_parts = _backward(up_BI, x_BD, up, None, grad_x_BD, wants_x=wants_x)
+            del gate_BI, up_BI  # before the next tile makes its own
             if grad_x_TD is not None and grad_x_BD is not None:
                 grad_x_TD[rows] = grad_x_BD
             parts = [*gate_parts, *up_parts, *parts]

@@ -14,14 +14,15 @@ from functools import lru_cache
 from typing import Any
 
 from finetune.ops import limits
+from finetune.planning import gpu_layers
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.static_memory import DTYPE_BYTES, layer_precisions, parameters_of
 
 # Linears that one fused kernel computes together. The kernel handles all of a group or none.
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 _FUSED_GROUPS = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"o_proj"}), _MLP)
-# Logits of softmax blocks alive at once: one block per thread of a CPU, of two threads.
-_SOFTMAX_VALUES = {"cuda": limits.SOFTMAX_BLOCK_VALUES["cuda"], "cpu": 2 * limits.SOFTMAX_BLOCK_VALUES["cpu"]}
+# Logits of softmax blocks alive at once on a CPU: one block per thread, of two threads.
+_SOFTMAX_VALUES = 2 * limits.SOFTMAX_BLOCK_VALUES["cpu"]
 # Temporaries of a softmax block: three fp32 values per logit; with a teacher four more (ops/divergence.py).
 _SOFTMAX_BYTES, _DIVERGENCE_BYTES = 12, 28
 # ops/attention.py: fp32 values alive per pair of query and key.
@@ -53,6 +54,7 @@ class ActivationPlan:
     head: workspace of the loss. work: temporaries of a layer's backward pass.
     hole: lost in a CPU's heap per kept layer until the forward pass ends (then training calls malloc_trim).
     garbage: free but held by a CPU's heap while recomputed layers run.
+    again, work_again: `kept` and `work` of a layer that is recomputed; None if they are the same.
     """
 
     kept: tuple[float, ...]
@@ -62,6 +64,8 @@ class ActivationPlan:
     layers: int
     hole: float = 0.0
     garbage: float = 0.0
+    again: float | None = None
+    work_again: float | None = None
 
     def peak_bytes(self, recomputed: int, offload: bool = False) -> float:
         """Return the peak if the first `recomputed` of the layers in `kept` are recomputed."""
@@ -81,7 +85,9 @@ class ActivationPlan:
         if holes := (len(self.kept) - recomputed) * self.hole:
             moments["training step, as the forward pass ends"] = {**held, "holes in the heap": holes}
         if recomputed:
-            again = {"activations kept": self.kept[recomputed - 1], "layer workspace": self.work}
+            kept = self.kept[recomputed - 1] if self.again is None else self.again
+            work = self.work if self.work_again is None else self.work_again
+            again = {"activations kept": kept, "layer workspace": work}
             parts = {"inputs of recomputed layers": inputs, **again, "holes in the heap": self.garbage}
             moments["training step, while a layer is recomputed"] = parts
         return moments
@@ -109,6 +115,8 @@ def plan_activations(inputs: PlanInputs, micro_batch: int, document_tokens: int 
     kept = tuple(tokens * token_bytes[kind] for kind in kinds)
     hidden = tokens * inputs.shape["hidden_size"] * width
     on_cpu = inputs.device_type == "cpu"
+    if inputs.device_type == "cuda":
+        return _plan_on_gpu(inputs, tokens, kept)
     block = _mlp_rows(inputs, tokens) * inner * width
     in_heap = on_cpu and block < _MAPPED_FROM_BYTES
     # Gate and up are such blocks.
@@ -122,6 +130,32 @@ def plan_activations(inputs: PlanInputs, micro_batch: int, document_tokens: int 
         layers=len(inputs.adapted),
         hole=block if in_heap else 0.0,
         garbage=_GARBAGE_LAYERS * max(0.0, layer_in_heap) if on_cpu else 0.0,
+    )
+
+
+def _plan_on_gpu(inputs: PlanInputs, tokens: int, kept: tuple[float, ...]) -> ActivationPlan:
+    """Build the plan of a GPU. kept: of layers that run their MLP on all rows at once."""
+    hidden = tokens * inputs.shape["hidden_size"] * inputs.value_bytes
+    compiled, rows = elementwise_kernels(inputs) != "plain torch", gpu_layers.tile_rows(inputs, tokens)
+    tiled, dora = rows is not None and gpu_layers.tiles_last_layer(inputs), _dora_bytes(inputs)
+    # A tiled MLP keeps its input in place of gate and up, like one whose gate or up has an adapter.
+    adapted = any({"gate_proj", "up_proj"} & names for names in inputs.adapted)
+    saved = 2 * tokens * inputs.shape["intermediate_size"] * inputs.value_bytes - (0 if adapted else hidden)
+    # The first norm of a recomputed layer keeps the layer's input, which is counted already.
+    again = max(kept, default=0.0) - (saved if rows is not None else 0.0) - hidden
+    if kept and not inputs.trains_embedding:
+        kept = (kept[0] - hidden, *kept[1:])  # the lowest input has no gradient, so its norm keeps nothing
+    if kept and tiled:
+        kept = (*kept[:-1], kept[-1] - saved)
+    return ActivationPlan(
+        kept=kept,
+        input=hidden,
+        # With the logits: the rows with a target, their normed copy, and its gradient.
+        head=loss_bytes(inputs, tokens, inputs.trains_on_teacher) + 3 * hidden,
+        work=max(dora, gpu_layers.layer_work(inputs, tokens, compiled=compiled, tiled=tiled)),
+        layers=len(inputs.adapted),
+        again=again,
+        work_again=max(dora, gpu_layers.layer_work(inputs, tokens, compiled=compiled, tiled=rows is not None)),
     )
 
 
@@ -146,9 +180,16 @@ def loss_bytes(inputs: PlanInputs, tokens: int, teacher: bool) -> float:
     # losses/chunked.py makes chunks of nearly equal length, here of a sequence whose every token is a target.
     chunks = math.ceil(tokens / max(1, limits.LOGITS_VALUES[kind] // vocabulary))
     values = math.ceil(tokens / chunks) * vocabulary
-    logits = values * (4 + width if kind == "cuda" and width < 4 else width)
-    block = min(values, _SOFTMAX_VALUES[kind])
-    if not teacher or inputs.teacher_is_sampled:
+    sampled = not teacher or inputs.teacher_is_sampled
+    if kind == "cuda":
+        # One row more than a chunk (losses/chunked.py), in fp32. A compiled softmax has no temporaries. The copy of the
+        # gradient in the model's dtype comes after the softmax.
+        buffer, copied = 4 * (values + vocabulary), values * width if width < 4 else 0
+        temporary = _SOFTMAX_BYTES if sampled else _DIVERGENCE_BYTES
+        block = 0 if elementwise_kernels(inputs) == "compiled" else min(values, limits.PLAIN_BLOCK_VALUES)
+        return (1 if sampled else 2) * buffer + max(copied, block * temporary)
+    logits, block = values * width, min(values, _SOFTMAX_VALUES)
+    if sampled:
         return logits + block * _SOFTMAX_BYTES
     return 2 * logits + block * _DIVERGENCE_BYTES
 
@@ -170,7 +211,6 @@ def elementwise_kernels(inputs: PlanInputs, shape: Mapping[str, Any] | None = No
 
 def _layer_work(inputs: PlanInputs, tokens: int, document_tokens: int | None) -> float:
     """The largest temporaries of a layer's backward pass: of its MLP, attention, or a dequantized weight."""
-    adapted = frozenset().union(*inputs.adapted)
     rows, inner = _mlp_rows(inputs, tokens), inputs.shape["intermediate_size"]
     # Gradients of down_proj's input are computed for all blocks of rows before the first block goes on.
     waiting = (tokens - rows) * inner * inputs.value_bytes
@@ -183,12 +223,14 @@ def _layer_work(inputs: PlanInputs, tokens: int, document_tokens: int | None) ->
     largest = max(out * size for out, size in inputs.linears.values())
     dequantizes = inputs.quant.type == "nf4" and not inputs.quant.keep_dequantized
     weight = largest * DTYPE_BYTES[inputs.quant.compute_dtype] if dequantizes else 0
-    if inputs.device_type == "cuda":
-        held = weight  # ops/linear.py keeps one buffer of the largest matrix
-    else:
-        held, mlp = 0.0, max(mlp, weight + waiting + 4 * rows * inner)
-    dora = max((_DORA_BYTES * math.prod(inputs.linears[name]) for name in adapted), default=0) * inputs.lora.dora
-    return held + max(mlp, attention, dora)
+    mlp = max(mlp, weight + waiting + 4 * rows * inner)
+    return max(mlp, attention, _dora_bytes(inputs))
+
+
+def _dora_bytes(inputs: PlanInputs) -> float:
+    """Return the temporaries of the largest matrix with DoRA; 0 without it."""
+    adapted = frozenset().union(*inputs.adapted)
+    return max((_DORA_BYTES * math.prod(inputs.linears[name]) for name in adapted), default=0) * inputs.lora.dora
 
 
 def _mlp_bytes(
@@ -224,6 +266,8 @@ def kept_bytes(
     width, linears, lora = inputs.value_bytes, inputs.linears, inputs.lora
     hidden, inner = inputs.shape["hidden_size"], inputs.shape["intermediate_size"]
     peft = inputs.train.kernels == "peft"
+    # The input of o_proj is the output of attention. On a CPU it is a copy in another order.
+    keeps_output = inputs.device_type == "cuda" and inputs.model.attention == "auto"
     terms = {
         # transformers' norm keeps fp32 copies of both of its inputs, and their scales.
         "norms": 2 * (hidden * 4 + 4) if peft else 2 * hidden * width,
@@ -246,7 +290,8 @@ def kept_bytes(
         else:
             # gate and up, from which down_proj's input is recomputed; one copy of a shared input; a mask.
             terms["mlp"] += 2 * inner * width if group is _MLP else 0
-            terms["adapters"] += width * max((linears[name][1] for name in mine - {"down_proj"}), default=0)
+            copied = mine - ({"down_proj", "o_proj"} if keeps_output else {"down_proj"})
+            terms["adapters"] += width * max((linears[name][1] for name in copied), default=0)
             terms["dropout"] += sum(sizes) if lora.dropout else 0
     return terms
 

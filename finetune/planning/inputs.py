@@ -81,9 +81,13 @@ class PlanInputs:
         return tuple(adapted_linears(layer, self.lora) for layer in range(self.shape["num_hidden_layers"]))
 
     @property
+    def trains_embedding(self) -> bool:
+        return bool(self.lora.new_tokens) or any("embed" in name for name in self.lora.modules_to_save)
+
+    @property
     def first_trained_layer(self) -> int:
         """The lowest layer that backward reaches: no graph is built below the first trained weight."""
-        if self.lora.new_tokens or any("embed" in name for name in self.lora.modules_to_save):
+        if self.trains_embedding:
             return 0
         return next((layer for layer, names in enumerate(self.adapted) if names), len(self.adapted))
 

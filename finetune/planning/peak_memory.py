@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.ops import limits
+from finetune.planning import gpu_layers
 from finetune.planning.activations import ActivationPlan, forward_bytes, loss_bytes, plan_activations
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.static_memory import DTYPE_BYTES, StaticMemory, linear_shapes
@@ -47,7 +48,7 @@ MARGIN = {"cuda": 0.18, "cpu": 0.10}
 # losses/distillation.py: bytes of a sampled token, its id and its probability.
 _SAMPLED_BYTES = 8 + 4
 
-_FIXED = {"process and libraries", "tokenizers", "teacher"}
+_FIXED = {"process and libraries", "tokenizers", "teacher", "a dequantized matrix"}
 _ACTIVATIONS = {
     "inputs of recomputed layers",
     "activations kept",
@@ -126,13 +127,18 @@ def predict_peak(
     # A GPU keeps buffers for a streamed teacher's layers. A CPU maps them from their files while they run.
     held = _held(inputs, (teacher or 0.0) + (streamed_bytes(inputs) if cuda else 0.0))
     # The base with one matrix in 16 bit, before the optimizer exists.
-    loading = {name: size for name, size in held.items() if name != "optimizer"}
+    loading = {name: size for name, size in held.items() if name not in ("optimizer", "a dequantized matrix")}
     if inputs.quant.type == "nf4":
         loading["a matrix before it is quantized"] = max(map(math.prod, inputs.linears.values())) * inputs.value_bytes
     moments = {"loading": loading}
     from_teacher = _teacher_parts(inputs, micro_batch)
     offload = inputs.train.gradient_checkpointing == "offload" and cuda
-    for name, parts in activations.moments(recomputed, offload).items():
+    steps = activations.moments(recomputed, offload)
+    if cuda and (again := steps.get("training step, while a layer is recomputed")):
+        # Backward ends with the lowest layer: its input is alive, and all gradients.
+        ends = {"inputs of recomputed layers": activations.input, "gradients": static.parts.get("gradients", 0.0)}
+        steps["training step, while the lowest layer is recomputed"] = {**again, **ends}
+    for name, parts in steps.items():
         moments[name] = {**held, **from_teacher, **parts}
     if from_teacher and inputs.runs_teacher:
         asking = _teacher_pass(inputs, micro_batch * inputs.data.max_length)
@@ -157,7 +163,9 @@ def _held(inputs: PlanInputs, teacher: float) -> dict[str, float]:
     held["teacher"] = teacher
     if inputs.ranks > 1:
         held["gradients exchanged between ranks"] = gradients
-    if inputs.device_type != "cuda":
+    if inputs.device_type == "cuda":
+        held["a dequantized matrix"] = gpu_layers.weight_buffer_bytes(inputs)
+    else:
         held["process and libraries"] = _PROCESS_BYTES
         file = Path(inputs.model.tokenizer or inputs.model.name).expanduser() / "tokenizer.json"
         held["tokenizers"] = _TOKENIZER_SHARE * (file.stat().st_size if file.is_file() else _QWEN_TOKENIZER_BYTES)

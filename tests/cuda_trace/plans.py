@@ -1,13 +1,8 @@
-"""Runs whose predicted peak memory is compared with the traced one: one document per step, every token a target.
-
-python -m tests.cuda_trace.plans [NAME ...] prints both. Few layers, so that a trace takes seconds.
-"""
+"""Runs whose predicted peak memory is compared with the traced one: every token a target, few layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from finetune import load_config
@@ -15,13 +10,14 @@ from finetune.config.schema import LoraConfig, QuantConfig
 from finetune.models.families import QWEN25_SHAPES
 from finetune.planning.inputs import PlanInputs, plan_inputs
 from finetune.planning.peak_memory import PeakMemory, predict_peak
+from tests.cuda_trace.trace import Step, trace_step
 
 _Q_AND_V = ("q_proj", "v_proj")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run of a Qwen2.5 size with some layers. documents: in the sequence, of equal length."""
+    """One run of a Qwen2.5 size with some layers, one document per step."""
 
     size: str
     layers: int
@@ -35,7 +31,6 @@ class Plan:
     keep_dequantized: bool = False
     dora: bool = False
     dropout: float = 0.0
-    documents: int = 1
 
     @property
     def name(self) -> str:
@@ -48,7 +43,6 @@ class Plan:
             "keep_dequantized": self.keep_dequantized,
             "DoRA": self.dora,
             "dropout": self.dropout,
-            f"documents={self.documents}": self.documents > 1,
         }
         return " ".join([*words, *(word for word, on in options.items() if on)])
 
@@ -77,20 +71,20 @@ class Plan:
             "quant.double": self.quant == "nf4",
             "quant.keep_dequantized": self.keep_dequantized,
         }
-        cfg = load_config("lora.yaml", [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in overrides.items()])
+        cfg = load_config(
+            "lora.yaml",
+            [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in overrides.items()],
+        )
         return plan_inputs(cfg, self.shape, device_type="cuda")
 
     def predicted(self) -> PeakMemory:
         recomputed = {"none": 0, "all": self.layers - 1, "offload": self.layers - 1}.get(self.recompute, self.recompute)
-        return predict_peak(self.inputs(), 1, recomputed, document_tokens=self.tokens // self.documents)
+        return predict_peak(self.inputs(), 1, recomputed)
 
-    def trace(self) -> Any:
-        from tests.cuda_trace.trace import trace_step
-
+    def trace(self) -> Step:
         return trace_step(
             self.shape,
             tokens=self.tokens,
-            count=self.documents,
             lora=LoraConfig(rank=self.rank, target_modules=self._targets, dora=self.dora, dropout=self.dropout),
             quant=QuantConfig(type=self.quant, double=self.quant == "nf4", keep_dequantized=self.keep_dequantized),
             recompute=self.recompute,

@@ -18,14 +18,16 @@ from tests.cuda_trace.stub import load_stub
 load_stub()
 
 from tests.cuda_trace.cases import CASES  # noqa: E402 - the stub comes before torch
+from tests.cuda_trace.plans import PLANS  # noqa: E402
 
 
 def main(out: Path, names: list[str]) -> None:
     results: dict[str, Any] = {}
-    for name in names or CASES:
+    work = CASES | {name: plan.trace for name, plan in PLANS.items()}
+    for name in names or work:
         began = time.perf_counter()
         try:
-            results[name] = asdict(CASES[name]())
+            results[name] = asdict(work[name]())
         except Exception as error:  # noqa: BLE001 - the test of this case shows it
             results[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
         results[name]["seconds"] = round(time.perf_counter() - began, 2)
