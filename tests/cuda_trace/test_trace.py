@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from finetune.ops.limits import LOGITS_VALUES
 from tests.cuda_trace.cases import CASES, SMALL, SMALL_TOKENS
+from tests.cuda_trace.plans import PLANS
 from tests.cuda_trace.stub import has_compiler
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs g++, which builds the stub of a CUDA device")
@@ -44,7 +45,7 @@ _OF_OTHERS = {
 # The most kernels of a decoder layer, forward and backward: lower them with the code.
 _LAUNCHES = {"7B": (31, 58), "7B all-linear": (51, 129), "7B recompute all": (32, 85)}
 # The most bytes per further token of a document, of three layers: lower them with the code.
-_BYTES_A_TOKEN = {"7B": 383_886, "7B offload": 211_616, "7B all-linear offload": 171_805}
+_BYTES_A_TOKEN = {"7B": 369_550, "7B offload": 67_232, "7B all-linear offload": 67_540}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,9 @@ def results(request: pytest.FixtureRequest, repo_root: Path) -> Results:
     """Return the figures of the selected tests' cases by name, traced once per session for all processes."""
     tests = [item for item in request.session.items if item.path == request.path]
     selected = {item.callspec.params["name"] for item in tests if isinstance(item, pytest.Function)}
-    names = [name for name in CASES if any(name == word or name.startswith(f"{word}, ") for word in selected)]
+    names = [
+        name for name in (*CASES, *PLANS) if any(name == word or name.startswith(f"{word}, ") for word in selected)
+    ]
     folder = Path(os.environ["FINETUNE_TEST_RUNS"])
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "cuda_trace.json"
@@ -98,3 +101,10 @@ def test_launches_a_layer(results: Results, name: str) -> None:
 def test_bytes_a_token(results: Results, name: str) -> None:
     short, long = (_figures(results, f"{name}, tokens={tokens}")["peak"] for tokens in (8192, 16_384))
     assert (long - short) / 8192 <= _BYTES_A_TOKEN[name]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_plan_is_what_is_allocated(results: Results, name: str) -> None:
+    predicted, traced = PLANS[name].predicted().peak_bytes, _figures(results, name)["peak"]
+    print(f"{name}: predicted {predicted / 1e9:.3f} GB, traced {traced / 1e9:.3f} GB, {predicted / traced - 1:+.1%}")
+    assert predicted == pytest.approx(traced, rel=0.03)
