@@ -74,10 +74,12 @@ class ActivationPlan:
     def moments(self, recomputed: int, offload: bool = False) -> dict[str, dict[str, float]]:
         """Return the bytes per part at each moment that can be the peak.
 
-        offload: inputs are in main memory; at most two are on the device (models/offload.py).
+        offload: inputs are in main memory. At most two are on the device, and the last one as backward begins
+            (models/offload.py).
         """
         inputs = min(recomputed, 2 if offload else recomputed) * self.input
-        held = {"inputs of recomputed layers": inputs, "activations kept": sum(self.kept[recomputed:])}
+        stored = min(inputs, self.input) if offload else inputs
+        held = {"inputs of recomputed layers": stored, "activations kept": sum(self.kept[recomputed:])}
         moments = {
             "training step, at the loss": {**held, "loss workspace": self.head},
             "training step, as backward begins": {**held, "layer workspace": self.work},
