@@ -59,7 +59,8 @@ PY
 }
 
 install() {
-  local pip=("$1" -m pip install --disable-pip-version-check --quiet)
+  # Python compiles a module at its first import; pip would compile every one: 12 of 13 s for transformers and sympy.
+  local pip=("$1" -m pip install --disable-pip-version-check --quiet --no-compile)
   if ! command -v uv >/dev/null; then "${pip[@]}" "${@:2}"; return; fi
   # pip's settings name the build of torch that fits this machine, and uv does not read them.
   if "$1" -m pip --version >/dev/null 2>&1; then "${pip[@]}" torch --constraint "$root/constraints.txt"; fi
