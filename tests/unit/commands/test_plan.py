@@ -105,7 +105,7 @@ def test_the_text_lists_the_memory_the_verdict_and_the_changes(capsys):
 def test_the_first_line_is_the_verdict_in_color_on_a_terminal_alone(capsys, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
-    for gb, verdict, color in ((16, "fits: 13.3 of 16.0 GB, 15.3 with margin", "32"), (4, "DOES NOT FIT: ", "31")):
+    for gb, verdict, color in ((16, "fits: 13.2 of 16.0 GB, 15.0 with margin", "32"), (4, "DOES NOT FIT: ", "31")):
         words = ["plan", "model=qwen2.5-7b", f"gpu_gb={gb}"]
         main(words)
         plain = capsys.readouterr().out
