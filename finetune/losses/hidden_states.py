@@ -23,13 +23,14 @@ class PackedRows:
     R rows are computed; the first U hold tokens, the last are padding.
 
     ids: [U], the token of each row. position_ids: [1, R]. segments: which rows attend to each other.
-    targets: [N], the row of each target.
+    targets: [N], the row of each target. first_tokens: [U] on the CPU, the first token that each row computes.
     """
 
     ids: Tensor
     position_ids: Tensor
     segments: Segments
     targets: Tensor
+    first_tokens: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,7 @@ def target_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
         outputs = backbone(inputs_embeds=embeddings, position_ids=positions[None], use_cache=False)
         return TargetStates(take_rows(outputs.last_hidden_state[0], tokens, repeat=False), labels_N, weights_N)
     rows, labels_N = packed_rows(batch, device, base.dtype)
-    first_tokens = first_places(batch.row_of_token, batch.rows)
-    states = padded(_with_noise(embed(rows.ids[None]), lengths_T[first_tokens], noise_alpha), rows)
+    states = padded(_with_noise(embed(rows.ids[None]), lengths_T[rows.first_tokens], noise_alpha), rows)
     angles = backbone.rotary_emb(states, rows.position_ids)
     for layer in backbone.layers:
         states = run_layer(layer, states, rows, angles)
@@ -98,7 +98,7 @@ def packed_rows(batch: Batch, device: torch.device, dtype: torch.dtype) -> tuple
         ],
         device,
     )
-    return PackedRows(ids, positions[None], segments.with_indices(indices), target_rows), labels_N
+    return PackedRows(ids, positions[None], segments.with_indices(indices), target_rows, first_tokens), labels_N
 
 
 def padded(embeddings_1UD: Tensor, rows: PackedRows) -> Tensor:
