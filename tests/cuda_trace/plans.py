@@ -101,7 +101,7 @@ _RUNS = [
     Plan("7B", 4, 8192, recompute="all"),
     Plan("7B", 4, 8192, recompute="offload"),
     Plan("7B", 4, 8192, recompute=2),
-    Plan("7B", 3, 8192, recompute="all", compiled=False),
+    Plan("7B", 2, 4096, recompute="all", compiled=False),
     Plan("7B", 2, 2048, 64, "all-linear"),
     Plan("7B", 3, 8192, 64, "all-linear", "all"),
     Plan("7B", 3, 8192, 64, "all-linear", "offload"),
