@@ -145,7 +145,7 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
         "free_bytes": free,
         "peak_bytes": found.peak_bytes,
         "needed_bytes": found.needed_bytes,
-        "pinned_bytes": found.pinned_bytes,
+        "host_bytes": found.host_bytes,
         "moment": found.moment,
         "parts": dict(found.parts),
         "moments": {name: sum(parts.values()) for name, parts in found.moments.items()},
@@ -200,8 +200,8 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
     head = (f"memory at the peak ({content['moment']})", "GB")
     _print_columns([head, *((name, f"{size / 1e9:.3f}") for name, size in sizes.items())])
     print(f"peaks: {moments}")
-    if content["pinned_bytes"]:
-        print(f"main memory: {format_bytes(content['pinned_bytes'])} pinned per process for offloaded inputs")
+    if content["host_bytes"]:
+        print(f"main memory: {format_bytes(content['host_bytes'])} per process for offloaded inputs and embedding")
     if content["teacher_unknown"]:
         print("teacher: has unknown shapes, so its memory is not counted")
     parts = ", ".join(f"{name} {share:.0%}" for name, share in content["seconds_shares"].items() if share >= 0.005)

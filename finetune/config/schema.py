@@ -89,6 +89,12 @@ def _model(model: ModelConfig) -> Problems:
         yield Problem("model.attention", "flash_attention_2 has no float32 kernel; set model.dtype=bfloat16")
 
 
+def _embedding(model: ModelConfig, lora: LoraConfig) -> Problems:
+    if model.embedding == "host" and (lora.new_tokens or any("embed" in name for name in lora.modules_to_save)):
+        key = "new_tokens" if lora.new_tokens else "modules_to_save"
+        yield Problem("model.embedding", f"host: lora.{key} trains the embedding; set model.embedding=auto")
+
+
 def _quant(quant: QuantConfig) -> Problems:
     for key, patterns in (("quant.skip_modules", quant.skip_modules), ("quant.int8", quant.int8)):
         yield from _twice(key, patterns)
@@ -324,6 +330,7 @@ def _bad_regex(key: str, pattern: str) -> Problems:
 
 RULES: tuple[Callable[..., Problems], ...] = (
     _model,
+    _embedding,
     _quant,
     _targets,
     _lora,

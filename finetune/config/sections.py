@@ -72,6 +72,11 @@ class ModelConfig(Section):
     attention: Literal["auto", "segmented", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="Attention kernel; auto: the fastest kernel that works on this machine."
     )
+    embedding: Literal["auto", "device", "host"] = Field(
+        "auto",
+        description="Where a GPU run keeps the input embedding; host: main memory, same results; auto: host where "
+        "layers are recomputed or memory is short, unless it is trained or tied to the head.",
+    )
 
 
 class QuantConfig(Section):

@@ -17,6 +17,7 @@ from finetune.losses.cross_entropy import head_of
 from finetune.losses.distillation import TeacherHidden
 from finetune.losses.hidden_states import target_states
 from finetune.models.adapters.files import load_adapter
+from finetune.models.embedding import EMBEDDING, HostEmbedding
 from finetune.models.fused import fuse_layers
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
 from finetune.models.load import load_base
@@ -74,10 +75,15 @@ def _mapped(cfg: ModelConfig, device: torch.device, student: PreTrainedModel | N
     if model is None:
         return None
     tables: dict[str, Any] = {} if student is None else dict(student.named_parameters())
-    names = ("model.embed_tokens.weight", "lm_head.weight")
+    names = (EMBEDDING, "lm_head.weight")
     shared = [name for name in names if name in tables and tables[name].dtype == getattr(torch, cfg.dtype)]
+    files = {name: file for name, file in files.items() if name not in shared}
+    embedding = None if student is None else student.get_input_embeddings()
     with quiet():
-        fill_plain(model, {name: file for name, file in files.items() if name not in shared}, device)
+        if isinstance(embedding, HostEmbedding) and embedding.weight.dtype == model.dtype:
+            model.set_input_embeddings(embedding)
+            del files[EMBEDDING]
+        fill_plain(model, files, device)
         for name in shared:
             module, _, key = name.rpartition(".")
             setattr(model.get_submodule(module), key, tables[name])

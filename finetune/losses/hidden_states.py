@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.data.batch import Batch
+from finetune.models.embedding import HostEmbedding
 from finetune.models.fused import apply_norm
 from finetune.ops.attention import SEGMENTED, Segments, first_places, plan_segments, round_up, take_rows
 
@@ -58,7 +59,6 @@ def target_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
     base = base_of(model)
     backbone: Any = getattr(base, base.base_model_prefix)
     noise_alpha = neftune_alpha if model.training else 0.0
-    embed = base.get_input_embeddings()
     device = next(backbone.norm.parameters()).device
     lengths = torch.tensor(batch.segment_lengths)
     lengths_T = lengths.repeat_interleave(lengths)  # of each token's document
@@ -69,11 +69,12 @@ def target_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
             [batch.input_ids[0], batch.position_ids[0], targets, labels_T[targets]], device
         )
         # transformers detects document borders where positions restart.
-        embeddings = _with_noise(embed(ids[None]), lengths_T, noise_alpha)
+        embeddings = _with_noise(_embed(base, ids, batch.input_ids[0]), lengths_T, noise_alpha)
         outputs = backbone(inputs_embeds=embeddings, position_ids=positions[None], use_cache=False)
         return TargetStates(take_rows(outputs.last_hidden_state[0], tokens, repeat=False), labels_N, weights_N)
     rows, labels_N = packed_rows(batch, device, base.dtype)
-    states = padded(_with_noise(embed(rows.ids[None]), lengths_T[rows.first_tokens], noise_alpha), rows)
+    embeddings = _embed(base, rows.ids, batch.input_ids[0][rows.first_tokens])
+    states = padded(_with_noise(embeddings, lengths_T[rows.first_tokens], noise_alpha), rows)
     angles = backbone.rotary_emb(states, rows.position_ids)
     for layer in backbone.layers:
         states = run_layer(layer, states, rows, angles)
@@ -132,6 +133,12 @@ def copy_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tenso
     if device.type == "cuda":
         whole = whole.pin_memory()
     return list(whole.to(device, non_blocking=True).split([len(tensor) for tensor in tensors]))
+
+
+def _embed(base: PreTrainedModel, ids_U: Tensor, host_ids_U: Tensor) -> Tensor:
+    """Return the embeddings [1, U, D] of ids that are on the device and on the CPU."""
+    embed: Any = base.get_input_embeddings()
+    return embed((host_ids_U if isinstance(embed, HostEmbedding) else ids_U)[None])
 
 
 def _with_noise(embeddings_1TD: Tensor, lengths_T: Tensor, alpha: float) -> Tensor:

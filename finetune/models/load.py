@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models.digest import base_fingerprint
+from finetune.models.embedding import move_embedding_to_host
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
 from finetune.models.quant.cache import Log
 from finetune.models.quant.eight_bit import quantize_loaded
@@ -47,26 +48,41 @@ def load_base(
         layer has a 16-bit copy `resident_weight`.
 
     Raises:
-        ConfigError: not found, unsupported, or files are missing.
+        ConfigError: not found, unsupported, or files are missing; model.embedding=host with a tied head.
         IntegrityError: files are corrupt, or tensors are missing, superfluous or of another shape.
         ResourceError: out of memory.
         MissingExtra: bitsandbytes or flash-attn is missing.
     """
     source = fetch(model.name, model.revision, TEXT_FILES + WEIGHT_FILES, "model.name")
-    read_config(source.folder, model.name)
+    config = read_config(source.folder, model.name)
     files = weight_files(source.folder, model.name)
     attention.register()
     kernel = attention.SEGMENTED if model.attention == "auto" else model.attention
     place = default_device() if device is None else torch.device(device)
+    on_host = model.embedding == "host" and place.type == "cuda"
+    if on_host and config.get("tie_word_embeddings"):
+        raise ConfigError(
+            f"model.embedding=host: {model.name} uses its embedding as output head, which a GPU must hold\n"
+            "help: set model.embedding=auto"
+        )
     with quiet(), _readable_errors(model, quant):
         base: Any = None
         if quant.type == "nf4":
             base = load_four_bit(
-                source.folder, files, model=model, quant=quant, attention=kernel, device=place, log=log
+                source.folder,
+                files,
+                model=model,
+                quant=quant,
+                attention=kernel,
+                device=place,
+                host_embedding=on_host,
+                log=log,
             )
         if base is None:
             base = _load_by_transformers(source.folder, model, quant, kernel, place)
         base.requires_grad_(False)
+        if on_host:
+            move_embedding_to_host(base)
         if quant.type != "none":
             keep_weights_trainable_after_eval(base)
         check_quantized(base, quant)
@@ -103,7 +119,8 @@ def check_loaded(base: PreTrainedModel, model: ModelConfig, quant: QuantConfig, 
 
 def _identity(model: ModelConfig, quant: QuantConfig, revision: str | None) -> dict[str, Any]:
     """Return what decides the weights and arithmetic of a loaded base, by key of the config."""
-    settings = {f"model.{key}": value for key, value in model.model_dump(exclude={"tokenizer", "revision"}).items()}
+    unrelated = {"tokenizer", "revision", "embedding"}
+    settings = {f"model.{key}": value for key, value in model.model_dump(exclude=unrelated).items()}
     settings |= {f"quant.{key}": value for key, value in quant.model_dump(exclude={"cache"}).items()}
     return settings | {"model.revision": revision, "weights": base_fingerprint(model.name)}
 

@@ -10,7 +10,7 @@ import yaml
 
 from finetune.models.families import QWEN25_SHAPES
 from finetune.planning.activations import plan_activations
-from finetune.planning.auto_batch import estimate_memory, largest_micro_batch, recomputed_layers
+from finetune.planning.auto_batch import estimate_memory, largest_micro_batch, place_embedding, recomputed_layers
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.peak_memory import PeakMemory, predict_peak
 from finetune.planning.timing import Rates, cost_of_token
@@ -82,6 +82,7 @@ def _candidates(inputs: PlanInputs, free_bytes: float) -> list[str]:
         "train.micro_batch_size=1": train.micro_batch_size not in (None, 1),
         "train.gradient_checkpointing=all": recompute not in ("auto", "all", "offload"),
         "train.kernels=fused": train.kernels == "peft",
+        "model.embedding=host": inputs.model.embedding == "device" and inputs.can_move_embedding,
         "train.gradient_checkpointing=offload": recompute != "offload" and on_gpu,
         "distill.teacher.placement=streamed": resident,
         "quant.double=true": not quant.double and quant.type == "nf4",
@@ -112,7 +113,7 @@ def longest_that_fits(inputs: PlanInputs, free_bytes: float) -> int:
     def needed(steps: int) -> float:
         tried = inputs.with_settings(data={"max_length": steps * _STEP_TOKENS}, train={"micro_batch_size": 1})
         count = recomputed_layers(tried, plan_activations(tried, 1), free_bytes=0.0)
-        return predict_peak(tried, 1, count).needed_bytes
+        return predict_peak(place_embedding(tried, 0.0), 1, count).needed_bytes
 
     return _STEP_TOKENS * bisect_right(range(1, LONGEST // _STEP_TOKENS + 1), free_bytes, key=needed)
 

@@ -95,6 +95,20 @@ def estimate_memory(inputs: PlanInputs, free_bytes: float | None) -> PeakMemory:
 
     free_bytes: device memory that is free before the run loads, see `free_memory`; None if unknown.
     """
+    return _estimate(place_embedding(inputs, free_bytes), free_bytes)
+
+
+def place_embedding(inputs: PlanInputs, free_bytes: float | None) -> PlanInputs:
+    """Resolve `model.embedding` to host or device. free_bytes: as for `estimate_memory`."""
+    if inputs.model.embedding != "auto" or not inputs.shape:
+        return inputs
+    found = _estimate(inputs, free_bytes)
+    short = free_bytes is not None and found.needed_bytes > free_bytes
+    host = inputs.can_move_embedding and bool(found.recomputed or short)
+    return inputs.with_settings(model={"embedding": "host" if host else "device"})
+
+
+def _estimate(inputs: PlanInputs, free_bytes: float | None) -> PeakMemory:
     first = predict_peak(inputs, largest_micro_batch(inputs), 0)
     return choose_micro_batch(inputs, None if free_bytes is None else first.usable_bytes(free_bytes)).memory
 
@@ -112,12 +126,12 @@ def free_memory(device_type: str) -> float | None:
 
 
 def host_shortage(memory: PeakMemory) -> str | None:
-    """Return a warning if the main memory of this machine cannot hold the offloaded inputs of its ranks; else None."""
+    """Return a warning if the main memory of this machine cannot hold what its ranks keep there; else None."""
     free = available_memory() / ranks_here(os.environ)
-    if memory.pinned_bytes <= free:
+    if memory.host_bytes <= free:
         return None
-    pinned = f"pins {format_bytes(memory.pinned_bytes)} of main memory per rank"
-    return f"WARNING: train.gradient_checkpointing=offload {pinned}, {format_bytes(free)} is free"
+    needed = f"offloaded inputs and embedding need {format_bytes(memory.host_bytes)} per rank"
+    return f"WARNING: main memory: {needed}, {format_bytes(free)} is free"
 
 
 def _offloads(inputs: PlanInputs) -> bool:

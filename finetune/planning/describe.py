@@ -40,8 +40,8 @@ def describe_plan(inputs: PlanInputs, free_bytes: float | None = None) -> str:
         f"predicted peak: {format_bytes(found.peak_bytes)} per rank, {found.moment}, "
         f"recomputed_layers={found.recomputed}, micro_batch={found.micro_batch} (most of it: {most})",
     ]
-    if found.pinned_bytes:
-        lines.append(f"main memory: {format_bytes(found.pinned_bytes)} pinned per rank for offloaded inputs")
+    if found.host_bytes:
+        lines.append(f"main memory: {format_bytes(found.host_bytes)} per rank for offloaded inputs and embedding")
     return "\n".join([*lines, *_shortage_lines(inputs, found, free_bytes)])
 
 

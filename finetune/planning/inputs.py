@@ -72,8 +72,11 @@ class PlanInputs:
 
     @cached_property
     def static(self) -> StaticMemory:
-        """Memory that does not depend on the batch."""
-        return plan_memory(self.shape, self.model, self.quant, self.lora, self.train.optimizer)
+        """Memory of the device that does not depend on the batch."""
+        memory = plan_memory(self.shape, self.model, self.quant, self.lora, self.train.optimizer)
+        if not self.embedding_on_host:
+            return memory
+        return replace(memory, parts={name: size for name, size in memory.parts.items() if name != "embedding"})
 
     @cached_property
     def adapted(self) -> tuple[frozenset[str], ...]:
@@ -83,6 +86,16 @@ class PlanInputs:
     @property
     def trains_embedding(self) -> bool:
         return bool(self.lora.new_tokens) or any("embed" in name for name in self.lora.modules_to_save)
+
+    @property
+    def can_move_embedding(self) -> bool:
+        """Whether the input embedding of a GPU run may stay in main memory."""
+        tied = self.shape.get("tie_word_embeddings")
+        return self.device_type == "cuda" and not tied and not self.trains_embedding
+
+    @property
+    def embedding_on_host(self) -> bool:
+        return self.model.embedding == "host" and self.can_move_embedding
 
     @property
     def first_trained_layer(self) -> int:

@@ -64,7 +64,7 @@ class PeakMemory:
 
     moments: by name, the bytes per part. activations: of the planned micro-batch.
     teacher_unknown: the run loads a teacher of unknown shape, which is not counted.
-    pinned_bytes: main memory for the inputs of recomputed layers, if they are offloaded.
+    host_bytes: of a GPU run, main memory for offloaded inputs of recomputed layers and for the input embedding.
     """
 
     device_type: str
@@ -74,7 +74,7 @@ class PeakMemory:
     recomputed: int
     moments: Mapping[str, Mapping[str, float]]
     teacher_unknown: bool = False
-    pinned_bytes: float = 0.0
+    host_bytes: float = 0.0
 
     @property
     def moment(self) -> str:
@@ -150,10 +150,10 @@ def predict_peak(
     update = {"gradients": gradients, "update of the weights": gradients * (2 if cuda else 0)}
     moments["optimizer step"] = {**held, **update}
     moments = {name: {part: size for part, size in parts.items() if size} for name, parts in moments.items()}
-    pinned = recomputed * activations.input if offload else 0.0
-    return PeakMemory(
-        inputs.device_type, static, activations, micro_batch, recomputed, moments, teacher is None, pinned
-    )
+    host = recomputed * activations.input if offload else 0.0
+    if inputs.embedding_on_host:
+        host += inputs.shape["vocab_size"] * inputs.shape["hidden_size"] * inputs.value_bytes + activations.input
+    return PeakMemory(inputs.device_type, static, activations, micro_batch, recomputed, moments, teacher is None, host)
 
 
 def _held(inputs: PlanInputs, teacher: float) -> dict[str, float]:

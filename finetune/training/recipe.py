@@ -29,6 +29,7 @@ from finetune.losses.hidden_states import base_of
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.adapters.files import check_adapter, save_adapter
 from finetune.models.adapters.folder import list_checkpoints
+from finetune.models.embedding import move_embedding_to_host
 from finetune.models.families import shape_of
 from finetune.models.fused import fuse_layers
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
@@ -36,7 +37,7 @@ from finetune.models.load import check_loaded, load_base
 from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
 from finetune.ops import dispatch, matmul
 from finetune.planning.activations import elementwise_kernels
-from finetune.planning.auto_batch import free_memory
+from finetune.planning.auto_batch import free_memory, place_embedding
 from finetune.planning.describe import describe_plan, describe_start
 from finetune.planning.inputs import PlanInputs, plan_inputs
 from finetune.report.dataset.files import store_report
@@ -125,7 +126,10 @@ def train(
         compiles = kind == "cuda" and elementwise_kernels(inputs) == "compiled"
         if compiles and dispatch.compile_problem(accelerator.device):
             inputs = inputs.with_settings(train={"compile": False})
+        inputs = place_embedding(inputs, free_memory(kind))
         log((describe_plan if verbose else describe_start)(inputs, free_memory(kind)))
+        if model is not None and inputs.embedding_on_host:
+            move_embedding_to_host(model)
         context = _load(cfg, inputs, accelerator, checkpoint, model, log=log, detail=detail, started=started)
         if is_main:
             output_folder.link_latest(given, folder)
@@ -172,7 +176,7 @@ def _load(
         run_folder.describe_run(cfg, sampler.digest, started=started, device_type=kind, world_size=ranks)
         _store_data(cfg, preparation, data, tokenizer, log)
     vocabulary = check_distillation(cfg, tokenizer, data, log)
-    base = base or load_base(cfg.model, cfg.quant, accelerator.device, log)
+    base = base or load_base(inputs.model, cfg.quant, accelerator.device, log)
     # Before the adapter is attached: student and teacher share one copy of equal tensors.
     distillation = build_distillation(
         cfg, base=base, chat=chat, data=data, vocabulary=vocabulary, accelerator=accelerator, log=log

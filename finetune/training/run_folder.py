@@ -47,7 +47,7 @@ _FREE = {
     "quant": {"cache", "keep_dequantized"},
     # The digest of the tokens is compared instead.
     "data": {"train", "eval", "workers", "cache", "on_bad_row", "max_bad_share"},
-    "model": {"attention"},
+    "model": {"attention", "embedding"},
     "distill": {"cache", "spot_check"},
 }
 

@@ -1,7 +1,8 @@
 """Trace one training step of a Qwen2.5 size and print memory, kernels and synchronizations.
 
 python -m tests.cuda_trace [size=7B] [tokens=2048] [count=1] [targets=q_proj,v_proj|all-linear] [rank=8]
-                           [recompute=none|all|offload|N] [share=1.0] [compiled=true] [capability=9.0] [layers=]
+                           [recompute=none|all|offload|N] [embedding=device|host] [share=1.0] [compiled=true]
+                           [capability=9.0] [layers=]
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def main(words: list[str]) -> None:
         "targets": "q_proj,v_proj",
         "rank": "8",
         "recompute": "none",
+        "embedding": "device",
         "share": "1.0",
         "compiled": "true",
         "capability": "9.0",
@@ -45,10 +47,11 @@ def main(words: list[str]) -> None:
         share=float(options["share"]),
         lora=LoraConfig(rank=int(options["rank"]), target_modules=targets),
         recompute=recompute,
+        embedding=options["embedding"],
         compiled=options["compiled"] == "true",
         capability=(int(major), int(minor)),
     )
-    print({key: options[key] for key in ("size", "tokens", "targets", "rank", "recompute", "compiled")})
+    print({key: options[key] for key in ("size", "tokens", "targets", "rank", "recompute", "embedding", "compiled")})
     gb = {"static": step.static / 1e9, "peak": step.peak / 1e9, "host": step.host_peak / 1e9}
     print(f"traced in {time.perf_counter() - began:.0f} s; GB: {', '.join(f'{k} {v:.3f}' for k, v in gb.items())}")
     print(f"kernels {step.launches}; synchronizations {step.syncs}")

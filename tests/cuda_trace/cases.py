@@ -136,14 +136,14 @@ def _evaluation(teacher: bool = False, **options: Any) -> Step:
 _PROMPTS = [np.array([1, 2, 3]), np.array([4, 5, 6, 7])]
 
 
-def _greedy() -> Step:
+def _greedy(**options: Any) -> Step:
     def work(model: nn.Module, batch: Batch, tracker: Tracker) -> None:
         model.eval()
         tracker.phase = "forward"
         with torch.no_grad():
             decode(model, _PROMPTS, [2, 3], stop_ids=(), vocabulary=SMALL["vocab_size"])
 
-    return trace(SMALL, work)
+    return trace(SMALL, work, **options)
 
 
 def _sampled() -> Step:
@@ -208,6 +208,11 @@ CASES: dict[str, Callable[[], Step]] = {
     "recompute 1": partial(_step, recompute=1),
     "offload": partial(_step, recompute="offload"),
     "offload, not compiled": partial(_step, recompute="offload", lora=ALL, compiled=False),
+    "embedding on host": partial(_step, embedding="host"),
+    "embedding on host, peft kernels": partial(_step, embedding="host", kernels="peft", attention="sdpa"),
+    "embedding on host, NEFTune": partial(_step, embedding="host", build_loss=_noisy),
+    "embedding on host, evaluation": partial(_evaluation, embedding="host"),
+    "embedding on host, greedy answers": partial(_greedy, embedding="host"),
     "peft kernels": partial(_step, kernels="peft"),
     "peft kernels, offload": partial(_step, kernels="peft", recompute="offload"),
     "attention sdpa": partial(_step, attention="sdpa"),

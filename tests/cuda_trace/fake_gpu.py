@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 from finetune.config.schema import LoraConfig, QuantConfig
 from finetune.models import offload
 from finetune.models.adapters.attach import attach_lora
+from finetune.models.embedding import move_embedding_to_host
 from finetune.models.fused import fuse_layers
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.models.quant import eight_bit, four_bit
@@ -178,9 +179,10 @@ def fake_gpu(
 
 
 def build_base(
-    shape: Mapping[str, Any], quant: QuantConfig, kind: str = attention.SEGMENTED, dtype: torch.dtype = torch.bfloat16
+    shape: Mapping[str, Any], quant: QuantConfig, kind: str = attention.SEGMENTED, embedding: str = "device"
 ) -> PreTrainedModel:
     """Build a frozen base as `load_base` does, from shapes in place of files. kind: of attention in transformers."""
+    dtype = torch.bfloat16
     attention.register()
     with unset_fake_temporarily(), torch.device("meta"):
         config = Qwen2Config(**shape)
@@ -196,6 +198,8 @@ def build_base(
     base.eval().requires_grad_(False)
     if quant.keep_dequantized:
         four_bit.keep_resident(base)
+    if embedding == "host":
+        move_embedding_to_host(base)
     base.name_or_path = "traced"
     return base
 

@@ -25,6 +25,7 @@ class Plan:
     rank: int = 8
     targets: tuple[str, ...] | str = _Q_AND_V
     recompute: str | int = "none"
+    embedding: str = "device"
     compiled: bool = True
     kernels: str = "fused"
     quant: str = "nf4"
@@ -37,6 +38,7 @@ class Plan:
         targets = self.targets if isinstance(self.targets, str) else "+".join(self.targets)
         words = [f"plan {self.size}x{self.layers}", f"{self.tokens}", f"r={self.rank}", targets, str(self.recompute)]
         options = {
+            "host": self.embedding == "host",
             "plain": not self.compiled,
             "peft": self.kernels == "peft",
             self.quant: self.quant != "nf4",
@@ -66,6 +68,7 @@ class Plan:
             "lora.dropout": self.dropout,
             "train.gradient_checkpointing": self.recompute,
             "train.compile": self.compiled,
+            "model.embedding": self.embedding,
             "train.kernels": self.kernels,
             "quant.type": self.quant,
             "quant.double": self.quant == "nf4",
@@ -88,6 +91,7 @@ class Plan:
             lora=LoraConfig(rank=self.rank, target_modules=self._targets, dora=self.dora, dropout=self.dropout),
             quant=QuantConfig(type=self.quant, double=self.quant == "nf4", keep_dequantized=self.keep_dequantized),
             recompute=self.recompute,
+            embedding=self.embedding,
             compiled=self.compiled,
             kernels=self.kernels,
         )
@@ -101,6 +105,8 @@ _RUNS = [
     Plan("7B", 4, 8192, recompute="all"),
     Plan("7B", 4, 8192, recompute="offload"),
     Plan("7B", 4, 8192, recompute=2),
+    Plan("7B", 3, 2048, recompute="offload", embedding="host"),
+    Plan("7B", 3, 8192, recompute="all", embedding="host"),
     Plan("7B", 2, 4096, recompute="all", compiled=False),
     Plan("7B", 2, 2048, 64, "all-linear"),
     Plan("7B", 3, 8192, 64, "all-linear", "all"),

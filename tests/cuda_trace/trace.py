@@ -71,6 +71,7 @@ def trace(
     lora: LoraConfig | None = None,
     quant: QuantConfig | None = None,
     recompute: str | int = "none",
+    embedding: str = "device",
     kernels: str = "fused",
     attention: str = SEGMENTED,
     compiled: bool = True,
@@ -82,7 +83,7 @@ def trace(
     """
     rows, tracker = documents(tokens, count, share), Tracker()
     with fake_gpu(tracker, capability, compiled):
-        base = build_base(shape, quant or QuantConfig(), attention)
+        base = build_base(shape, quant or QuantConfig(), attention, embedding)
         model = build_model(base, lora or LoraConfig(), recompute, kernels)
         gc.collect()
         static = tracker.now

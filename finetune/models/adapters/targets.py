@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finetune.config.schema import LoraConfig
+from finetune.models.embedding import HostEmbedding
 from finetune.models.families import family_of
 from finetune.models.module_matching import absent_modules, close_names, ends_with, matches_key, targeted
 from finetune.models.quant.quantize import head_name, linear_names, stored_as
@@ -81,13 +82,18 @@ def _patterns(cfg: LoraConfig, names: list[str]) -> Iterator[str]:
 
 
 def _saved(model: PreTrainedModel, cfg: LoraConfig, targets: Targets) -> Iterator[str]:
+    embedding = model.get_input_embeddings()
+    saved = [model.get_submodule(name) for name in targets.modules_to_save]
+    if isinstance(embedding, HostEmbedding) and (cfg.new_tokens or embedding in saved):
+        key = "new_tokens" if cfg.new_tokens else "modules_to_save"
+        yield f"lora.{key}: trains the embedding, which is in main memory; set model.embedding=device"
     for name in targets.modules_to_save:
         parts = {f"{name}.{part}".rstrip("."): module for part, module in model.get_submodule(name).named_modules()}
         if quantized := [part for part, module in parts.items() if stored_as(module) != "none"]:
             yield f"lora.modules_to_save: {quantized[0]} is quantized, so it cannot train; add it to quant.skip_modules"
         if adapted := sorted(set(parts) & set(targets.ranks)):
             yield f"lora.modules_to_save: {adapted[0]} is also in lora.target_modules; name it in one of them"
-        vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
+        vocabulary = (embedding, model.get_output_embeddings())
         if cfg.new_tokens and model.get_submodule(name) in vocabulary:
             yield f"lora.new_tokens: lora.modules_to_save already trains {name}; remove one of them"
 

@@ -22,6 +22,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models.digest import identity, weights_digest
+from finetune.models.embedding import EMBEDDING, HostEmbedding
 from finetune.models.quant.cache import Log, QuantizedCache
 from finetune.models.quant.eight_bit import put_rows, quantize_rows, replace_eight_bit_linears, rows_of
 from finetune.models.quant.quantize import quantization_config, quantized_layers, storage_in
@@ -44,12 +45,13 @@ def load_four_bit(
     quant: QuantConfig,
     attention: str,
     device: torch.device,
+    host_embedding: bool,
     log: Log,
 ) -> PreTrainedModel | None:
     """Load the base in 4 bit and eval mode, bit-identical to `from_pretrained`.
 
-    files: the file of each tensor. attention: name of the attention kernel in transformers. log: called with a line if
-    the cache cannot be used.
+    files: the file of each tensor. attention: name of the attention kernel in transformers. host_embedding: keep the
+    input embedding in main memory. log: called with a line if the cache cannot be used.
     Returns: None if the files do not hold exactly the tensors of config.json. transformers may know their old names, or
     reports what is wrong.
     """
@@ -58,7 +60,11 @@ def load_four_bit(
         return None
     storage = storage_in(base, quant)
     quantizer = replace_linears(base, quant, storage, device)
-    fill_plain(base, files, device)
+    plain = dict(files)
+    if host_embedding:  # it never is on the device
+        table = read_tensor(plain.pop(EMBEDDING), EMBEDDING)
+        base.set_input_embeddings(HostEmbedding(table.to(base.dtype), device))
+    fill_plain(base, plain, device)
     _fill_quantized(base, files, cache_of(files, model, quant, storage, device, log=log), device)
     base.hf_quantizer = quantizer
     quantizer.postprocess_model(base)

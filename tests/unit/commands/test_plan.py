@@ -43,7 +43,7 @@ def test_too_little_main_memory_for_offloading_does_not_fit_on_this_machine(caps
     monkeypatch.setattr("finetune.planning.auto_batch.available_memory", lambda: 1e6)
     words = ("config=lora.yaml", "train.gradient_checkpointing=offload")
     code, content = plan(capsys, *words)
-    assert code == 3 and not content["fits"] and content["pinned_bytes"] > 1e6
+    assert code == 3 and not content["fits"] and content["host_bytes"] > 1e6
     assert main(["plan", *words]) == 3 and "WARNING" in capsys.readouterr().out
     code, content = plan(capsys, *words, "gpu_gb=80")
     assert code == 0 and content["fits"]
@@ -105,7 +105,7 @@ def test_the_text_lists_the_memory_the_verdict_and_the_changes(capsys):
 def test_the_first_line_is_the_verdict_in_color_on_a_terminal_alone(capsys, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
-    for gb, verdict, color in ((16, "fits: 13.2 of 16.0 GB, 15.0 with margin", "32"), (4, "DOES NOT FIT: ", "31")):
+    for gb, verdict, color in ((16, "fits: 13.0 of 16.0 GB, 15.0 with margin", "32"), (4, "DOES NOT FIT: ", "31")):
         words = ["plan", "model=qwen2.5-7b", f"gpu_gb={gb}"]
         main(words)
         plain = capsys.readouterr().out

@@ -26,6 +26,8 @@ SERVER = [
 # Settings that contradict each other, the key of the problem, and a stable word of its text.
 BROKEN: list[tuple[list[str], str, str]] = [
     (["model.attention=flash_attention_2", "model.dtype=float32"], "model.attention", "float32"),
+    (["model.embedding=host", "lora.new_tokens=[<a>]"], "model.embedding", "lora.new_tokens"),
+    (["model.embedding=host", "lora.modules_to_save=[embed_tokens]"], "model.embedding", "lora.modules_to_save"),
     (["quant.skip_modules=[a,a]"], "quant.skip_modules", "twice"),
     (["quant.skip_modules=['(a']"], "quant.skip_modules.0", "regular expression"),
     (["quant.int8=[a,a]"], "quant.int8", "twice"),
@@ -123,6 +125,7 @@ BROKEN: list[tuple[list[str], str, str]] = [
 
 SOUND: list[list[str]] = [
     ["model.attention=flash_attention_2"],
+    ["model.embedding=host", "lora.modules_to_save=[lm_head]"],
     ["quant.skip_modules=['*.mlp.*', 'model\\.layers\\.(0|1)\\..*', lm_head]"],
     ["lora.target_modules=all-linear", "lora.layers_to_transform=[0,1]"],
     ["lora.target_modules=.*\\.(q|v)_proj"],

@@ -37,7 +37,7 @@ def needed(inputs: PlanInputs, free_bytes: float) -> float:
     ("overrides", "gigabytes"),
     [
         (("train.gradient_checkpointing=none", "train.micro_batch_size=4"), 12),
-        (("quant.type=none",), 16),
+        (("quant.type=none",), 14),
         (("quant.keep_dequantized=true", "data.max_length=4096"), 16),
         (("lora.target_modules=all-linear", "lora.rank=256", "data.max_length=8192"), 12),
         (("distill=recover",), 16),

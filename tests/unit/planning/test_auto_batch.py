@@ -7,9 +7,10 @@ import pytest
 from finetune import load_config
 from finetune.models.families import QWEN25_SHAPES
 from finetune.planning.activations import plan_activations
-from finetune.planning.auto_batch import choose_micro_batch, largest_micro_batch
+from finetune.planning.auto_batch import choose_micro_batch, largest_micro_batch, place_embedding
 from finetune.planning.describe import describe_plan
 from finetune.planning.inputs import PlanInputs, plan_inputs
+from finetune.planning.peak_memory import predict_peak
 
 SHAPE = QWEN25_SHAPES["0.5B"]
 
@@ -70,7 +71,7 @@ def test_the_plan_names_the_memory_with_and_without_recomputing(device):
 def test_too_little_main_memory_for_offloading_is_a_warning(monkeypatch):
     offload = run("train.gradient_checkpointing=offload", device_type="cuda")
     monkeypatch.setattr("finetune.planning.auto_batch.available_memory", lambda: 1e6)
-    assert "WARNING: train.gradient_checkpointing=offload" in describe_plan(offload)
+    assert "WARNING: main memory: " in describe_plan(offload)
     assert "WARNING" not in describe_plan(run(device_type="cuda"))
     monkeypatch.setattr("finetune.planning.auto_batch.available_memory", lambda: 1e12)
     text = describe_plan(offload)
@@ -85,3 +86,31 @@ def test_the_plan_names_the_largest_parts_of_the_peak():
     )
     assert small.startswith("process and libraries 0.47 GB, ")
     assert large.startswith("linears in nf4 ") and large.count(" GB") == 3
+
+
+def test_the_embedding_stays_in_main_memory_where_layers_are_recomputed_or_memory_is_short():
+    shape = QWEN25_SHAPES["7B"]
+
+    def placed(*overrides: str, free_gb: float = 40, device_type: str = "cuda", **options) -> str:
+        inputs = run(*overrides, device_type=device_type, **{"shape": shape, **options})
+        return place_embedding(inputs, free_gb * 1e9).model.embedding
+
+    assert placed() == placed("train.gradient_checkpointing=none") == "device"
+    assert placed(free_gb=8) == placed("train.gradient_checkpointing=none", free_gb=8) == "host"
+    for recomputing in ("all", "offload", "3"):
+        assert placed(f"train.gradient_checkpointing={recomputing}") == "host"
+        assert placed(f"train.gradient_checkpointing={recomputing}", "model.embedding=device") == "device"
+        for cannot in (["lora.new_tokens=['<a>']"], ["lora.modules_to_save=[embed_tokens]"]):
+            assert placed(f"train.gradient_checkpointing={recomputing}", *cannot) == "device"
+    assert placed(free_gb=1, shape=SHAPE) == placed(free_gb=1, device_type="cpu") == "device"
+    assert placed("model.embedding=host", free_gb=40) == "host"
+
+
+def test_an_embedding_in_main_memory_is_counted_there():
+    settings = {"shape": QWEN25_SHAPES["7B"], "device_type": "cuda"}
+    on_device, on_host = (run(f"model.embedding={place}", **settings) for place in ("device", "host"))
+    table = 152_064 * 3584 * 2
+    before, after = (predict_peak(inputs, 1, 3) for inputs in (on_device, on_host))
+    assert before.peak_bytes - after.peak_bytes == table
+    assert after.host_bytes == table + 512 * 3584 * 2 and before.host_bytes == 0
+    assert predict_peak(run("model.embedding=host", **settings | {"device_type": "cpu"}), 1, 3).host_bytes == 0

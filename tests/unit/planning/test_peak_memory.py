@@ -89,9 +89,9 @@ def test_recomputing_offloading_and_fewer_sequences_lower_the_peak(kind):
 def test_offloaded_inputs_are_counted_in_main_memory():
     offload, micro, recomputed = "train.gradient_checkpointing=offload", 4, 23
     plan = found(offload, micro=micro, recomputed=recomputed)
-    assert plan.pinned_bytes == recomputed * plan.activations.input
-    assert found(micro=micro, recomputed=recomputed).pinned_bytes == 0
-    assert found(offload, kind="cpu", micro=micro, recomputed=recomputed).pinned_bytes == 0
+    assert plan.host_bytes == recomputed * plan.activations.input
+    assert found(micro=micro, recomputed=recomputed).host_bytes == 0
+    assert found(offload, kind="cpu", micro=micro, recomputed=recomputed).host_bytes == 0
 
 
 def test_ranks_exchange_gradients_in_buckets():
