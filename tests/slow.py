@@ -14,6 +14,9 @@ SLOW: dict[str, str] = {
         "tests/cuda_trace/test_trace.py::test_a_path_keeps_the_laws"
     ),
     "tests/cuda_trace/test_trace.py::test_bytes_a_token": "tests/cuda_trace/test_trace.py::test_a_path_keeps_the_laws",
+    "tests/cuda_trace/test_roofline.py::test_the_modeled_share_of_an_h200": (
+        "tests/cuda_trace/test_roofline.py::test_operations_and_bytes"
+    ),
     "tests/integration/test_benchmarks.py": "tests/unit/benchmarks/test_accounting.py",
     "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom[02_your_own_data]": (
         "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom"

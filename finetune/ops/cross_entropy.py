@@ -35,6 +35,8 @@ def softmax_(logits_NV: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The maximum logit of each row [N], and log of the sum of exp(logit - maximum) [N], fp32.
     """
+    if logits_NV.is_cuda:  # one kernel, or plain torch in blocks
+        return _softmax_rows_(logits_NV, weights_N)
     rows = rows_per_block(logits_NV)
     blocks = zip(logits_NV.split(rows), weights_N.split(rows), strict=True)
     highest, log_sum = zip(*(_softmax_rows_(*block) for block in blocks), strict=True)

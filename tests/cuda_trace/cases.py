@@ -196,6 +196,14 @@ def _noise(model: nn.Module, batch: Batch) -> nn.Module:
 
 _noisy: BuildLoss = _noise
 
+# Steps whose ideal time is computed, with two and three layers: half of the tokens are targets, documents have 410.
+_TIMED = {
+    "7B timed 8192": {"tokens": 8192, "count": 20},
+    "7B timed 8192 recompute all": {"tokens": 8192, "count": 20, "recompute": "all"},
+    "7B timed 2048": {"tokens": 2048, "count": 5},
+    "7B timed 2048 recompute all": {"tokens": 2048, "count": 5, "recompute": "all"},
+}
+
 CASES: dict[str, Callable[[], Step]] = {
     "q and v": _step,
     "all-linear": partial(_step, lora=ALL),
@@ -262,4 +270,9 @@ CASES: dict[str, Callable[[], Step]] = {
         for tokens in (8192, 16_384)
     },
     **{f"7B, tokens={tokens}": _seven(3, tokens=tokens) for tokens in (8192, 16_384)},
+    **{
+        f"{name}, layers={layers}": _seven(layers, share=0.5, **options)
+        for name, options in _TIMED.items()
+        for layers in (2, 3)
+    },
 }

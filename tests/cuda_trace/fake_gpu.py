@@ -12,7 +12,6 @@ import bitsandbytes.functional as bnb_functional
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from finetune.config.schema import LoraConfig, QuantConfig
@@ -27,8 +26,8 @@ from finetune.ops import attention, dequantize, dispatch
 from tests.cuda_trace.tracker import Tracker
 
 GPU = torch.device("cuda", 0)
-# Kernels that Inductor emits for a compiled function: a softmax reads its rows twice.
-_TWO_KERNELS = ("softmax", "kl")
+# Compiled functions in whose name one of these is read each row twice: for its maximum and sum, and for the result.
+_READ_TWICE = ("softmax", "kl")
 _TRACKERS: list[Tracker] = []
 
 
@@ -64,28 +63,19 @@ def _on_stream(stream: Any) -> Iterator[None]:
 
 def _compile(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
     """Stand in for torch.compile: one or two kernels, and only the results take memory."""
-    launches = 2 if any(word in function.__name__ for word in _TWO_KERNELS) else 1
-
-    def call(*args: Any) -> Any:
-        tracker = _TRACKERS[-1]  # the package keeps what torch.compile returned
-        with tracker.compiled(function.__name__, launches):
-            out = function(*args)
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                tracker.note(x, f"compiled {function.__name__} {tuple(x.shape)} {str(x.dtype)[6:]}")
-        return out
-
-    return call
+    # The package keeps what torch.compile returned: the tracker is that of the call.
+    passes = 2 if any(word in function.__name__ for word in _READ_TWICE) else 1
+    return lambda *args: _TRACKERS[-1].run_compiled(function, args, launches=passes, passes=passes)
 
 
 def _nf4_kernel(*_: Any) -> Callable[..., None]:
     """Stand in for the Triton kernel, which takes no fake tensor: one launch that allocates nothing."""
 
-    def call(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None:
-        with _TRACKERS[-1].compiled("dequantize_nf4", 1):
-            pass
+    def dequantize_nf4(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:
+        packed.sum(), absmax.sum()
+        out.zero_()
 
-    return call
+    return lambda packed, state, out: _TRACKERS[-1].run_compiled(dequantize_nf4, (packed, state.absmax, out), 1)
 
 
 class Params4bit(FakeTensor):

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ load_stub()
 
 from tests.cuda_trace.cases import CASES  # noqa: E402 - the stub comes before torch
 from tests.cuda_trace.plans import PLANS  # noqa: E402
+from tests.cuda_trace.roofline import DEVICES, seconds_by  # noqa: E402
 
 
 def main(out: Path, names: list[str]) -> None:
@@ -31,7 +32,9 @@ def main(out: Path, names: list[str]) -> None:
     for name in names or work:
         began = time.perf_counter()
         try:
-            results[name] = asdict(work[name]())
+            step = work[name]()
+            ideal = {device: seconds_by("phase", step.kernels, rates) for device, rates in DEVICES.items()}
+            results[name] = asdict(replace(step, kernels={})) | {"ideal_seconds": ideal}
         except Exception as error:  # noqa: BLE001 - the test of this case shows it
             results[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
         results[name]["seconds"] = round(time.perf_counter() - began, 2)

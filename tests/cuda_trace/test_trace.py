@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from finetune.ops.limits import LOGITS_VALUES
 from tests.cuda_trace.cases import CASES, SMALL, SMALL_TOKENS
+from tests.cuda_trace.conftest import Results
 from tests.cuda_trace.plans import PLANS
 from tests.cuda_trace.stub import has_compiler
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs g++, which builds the stub of a CUDA device")
-Results = dict[str, dict[str, Any]]
 
 # The cases of a quick run of the suite; tests/slow.py holds the others.
 _QUICK = ["q and v", "not compiled, all-linear", "offload", "head trained", "teacher jsd", "sampled answers"]
@@ -51,30 +44,6 @@ _LAUNCHES = {"7B": (31, 58), "7B all-linear": (51, 129), "7B recompute all": (32
 _BYTES_A_TOKEN = {"7B": 369_550, "7B offload": 74_400, "7B all-linear offload": 74_400}
 
 
-@pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest, repo_root: Path) -> Results:
-    """Return the figures of the selected tests' cases by name, traced once per session for all processes."""
-    tests = [item for item in request.session.items if item.path == request.path]
-    selected = {item.callspec.params["name"] for item in tests if isinstance(item, pytest.Function)}
-    names = [
-        name for name in (*CASES, *PLANS) if any(name == word or name.startswith(f"{word}, ") for word in selected)
-    ]
-    folder = Path(os.environ["FINETUNE_TEST_RUNS"])
-    folder.mkdir(parents=True, exist_ok=True)
-    out = folder / "cuda_trace.json"
-    with FileLock(f"{out}.lock"):
-        if not out.exists():
-            command = [sys.executable, "-m", "tests.cuda_trace.run", str(out), *names]
-            done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-    return json.loads(out.read_text())
-
-
-def _figures(results: Results, name: str) -> dict[str, Any]:
-    assert "error" not in results[name], results[name]["trace"]
-    return results[name]
-
-
 @pytest.mark.parametrize("name", _QUICK)
 def test_a_path_keeps_the_laws(results: Results, name: str) -> None:
     _check_laws(results, name)
@@ -87,7 +56,7 @@ def test_other_paths_keep_the_laws(results: Results, name: str) -> None:
 
 def _check_laws(results: Results, name: str) -> None:
     """Assert that a path runs on a GPU, waits for it only where known, and has no tensor of tokens x vocabulary."""
-    figures, waits = _figures(results, name), Counter[str]()
+    figures, waits = results.of(name), Counter[str]()
     for place, count in figures["syncs"].items():
         phase, operation, *_ = place.split(" ")
         waits[f"{phase} {'copy' if operation == 'pageable' else operation}"] += count
@@ -99,20 +68,20 @@ def _check_laws(results: Results, name: str) -> None:
 
 @pytest.mark.parametrize("name", _LAUNCHES)
 def test_launches_a_layer(results: Results, name: str) -> None:
-    one, three = (_figures(results, f"{name}, layers={layers}")["launches"] for layers in (1, 3))
+    one, three = (results.of(f"{name}, layers={layers}")["launches"] for layers in (1, 3))
     found = tuple((three[phase] - one[phase]) / 2 for phase in ("forward", "backward"))
     assert all(now <= most for now, most in zip(found, _LAUNCHES[name], strict=True)), found
 
 
 @pytest.mark.parametrize("name", _BYTES_A_TOKEN)
 def test_bytes_a_token(results: Results, name: str) -> None:
-    short, long = (_figures(results, f"{name}, tokens={tokens}")["peak"] for tokens in (8192, 16_384))
+    short, long = (results.of(f"{name}, tokens={tokens}")["peak"] for tokens in (8192, 16_384))
     assert (long - short) / 8192 <= _BYTES_A_TOKEN[name]
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_the_plan_is_what_is_allocated(results: Results, name: str) -> None:
-    plan, figures = PLANS[name].predicted(), _figures(results, name)
+    plan, figures = PLANS[name].predicted(), results.of(name)
     predicted, traced = plan.peak_bytes, figures["peak"]
     print(f"{name}: predicted {predicted / 1e9:.3f} GB, traced {traced / 1e9:.3f} GB, {predicted / traced - 1:+.1%}")
     assert predicted == pytest.approx(traced, rel=0.03)

@@ -23,6 +23,7 @@ from finetune.losses.cross_entropy import CrossEntropy
 from finetune.ops.attention import SEGMENTED
 from finetune.training.optimizer import build_optimizer
 from tests.cuda_trace.fake_gpu import build_base, build_model, fake_gpu
+from tests.cuda_trace.roofline import Kernel
 from tests.cuda_trace.tracker import Tracker
 
 # Builds the loss of a model, which is called with this batch at every step.
@@ -49,6 +50,7 @@ class Step:
 
     static: after loading. peak: highest of the step. host_peak: likewise in main memory. largest: at the peak, by line.
     launches: kernels by phase. syncs: places where the CPU waits for the GPU. widest: values of the largest new tensor.
+    kernels: how often each one runs.
     """
 
     static: int
@@ -58,6 +60,7 @@ class Step:
     launches: dict[str, int]
     syncs: dict[str, int]
     widest: int
+    kernels: dict[Kernel, int]
 
 
 def trace(
@@ -102,6 +105,7 @@ def trace(
         launches=dict(tracker.launches),
         syncs=dict(tracker.syncs),
         widest=tracker.widest,
+        kernels=dict(tracker.kernels),
     )
 
 

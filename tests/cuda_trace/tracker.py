@@ -6,13 +6,13 @@ import sys
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from tests.cuda_trace.roofline import Cost, Kernel, bytes_of, cost_of, gpu_tensors, read_and_written
 
 # These launch nothing.
 _VIEWS = set(
@@ -71,12 +71,14 @@ class Tracker(TorchDispatchMode):
         self.ops: dict[str, Counter[str]] = defaultdict(Counter)
         self.launches: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
+        self.kernels: Counter[Kernel] = Counter()
         self.widest = 0
         self._hidden = 0
+        self._touched: dict[str, set[int]] = {}
 
     def start_measuring(self) -> None:
         """Forget counts and peak, not what is alive."""
-        for counter in (self.ops, self.launches, self.syncs):
+        for counter in (self.ops, self.launches, self.syncs, self.kernels):
             counter.clear()
         self.peak, self.at_peak, self.workspace_at_peak, self.host_peak = self.now, dict(self.live), 0, self.host_now
         self.widest = 0
@@ -90,8 +92,8 @@ class Tracker(TorchDispatchMode):
 
     def note(self, tensor: torch.Tensor, label: str) -> None:
         """Follow a tensor's storage."""
-        storage = tensor.untyped_storage()
-        key, size, kind = storage._cdata, storage.nbytes(), tensor.device.type
+        storage, key, kind = tensor.untyped_storage(), _key(tensor), tensor.device.type
+        size = storage.nbytes()
         if key in self.live or (kind != "cuda" and not isinstance(tensor, FakeTensor)):
             return
         if kind == "cuda":
@@ -116,21 +118,26 @@ class Tracker(TorchDispatchMode):
         if self.now + workspace > self.peak:
             self.peak, self.workspace_at_peak, self.at_peak = self.now + workspace, workspace, dict(self.live)
 
-    @contextmanager
-    def compiled(self, name: str, launches: int) -> Iterator[None]:
-        """Count what is done inside as a few kernels that leave nothing but their results."""
+    def run_compiled(self, function: Callable[..., Any], args: tuple[Any, ...], launches: int, passes: int = 1) -> Any:
+        """Run a function as a few kernels that leave nothing but their results, and read a tensor `passes` times."""
         self._hidden += 1
+        self._touched = {"read": set(), "written": set()}
         try:
-            yield
+            out = function(*args)
         finally:
             self._hidden -= 1
-            if not self._hidden:
-                self.ops[self.phase][f"compiled {name}"] += 1
-                self.launches[self.phase] += launches
+        place, name = _place(), f"compiled {function.__name__}"
+        inputs, results = list(gpu_tensors(args)), list(gpu_tensors((out,)))
+        touched = {kind: sum(bytes_of(x) for x in inputs if _key(x) in keys) for kind, keys in self._touched.items()}
+        cost = Cost(0.0, passes * touched["read"], touched["written"] + sum(map(bytes_of, results)))
+        self._count(name, place, cost, launches)
+        for x in results:
+            self.note(x, f"{name} {tuple(x.shape)} {str(x.dtype)[6:]}")
+        return out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        leaves = tree_leaves((args, kwargs))
+        leaves = list(_leaves((args, tuple(kwargs.values()))))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         kinds = {x.device.type for x in tensors} | {x.type for x in leaves if isinstance(x, torch.device)}
         pinned = kwargs.pop("pin_memory", None)
@@ -143,8 +150,8 @@ class Tracker(TorchDispatchMode):
         if name in _ANSWERS and (name != "int8_vectorwise_quant" or any(args[1:])):
             if name in _WAITS:
                 self.syncs[f"{self.phase}: {name} {place}"] += 1
-            self._count(name, place)
             found = _ANSWERS[name](*args)
+            self._count(name, place, cost_of(func, args, kwargs, found))
             for x in found if isinstance(found, tuple) else (found,):
                 self.note(x, place)
             return found
@@ -154,20 +161,30 @@ class Tracker(TorchDispatchMode):
         if name in ("_to_copy", "copy_") and kinds == {"cuda", "cpu"} and not _non_blocking(name, args, kwargs):
             self.syncs[f"{self.phase}: pageable copy {place}"] += 1
         out = func(*args, **kwargs)
-        if not self._hidden:
-            if "cuda" in kinds:
-                self._count(name, place)
-            for x in tree_leaves(out):
+        if self._hidden:
+            self._touch(func, args, kwargs)
+        else:
+            if "cuda" in kinds and name not in _VIEWS:
+                self._count(name, place, cost_of(func, args, kwargs, out))
+            for x in _leaves((out,)):
                 if isinstance(x, torch.Tensor):
                     self.note(x, f"{place} {name} {tuple(x.shape)} {str(x.dtype)[6:]}")
         if name == "_varlen_attn_backward":
             self._mark(_flash_workspace(tensors))
         return out
 
-    def _count(self, name: str, place: str) -> None:
-        if name not in _VIEWS and not self._hidden:
-            self.ops[self.phase][f"{name} {place}"] += 1
-            self.launches[self.phase] += _LAUNCHES.get(name, 1)
+    def _count(self, name: str, place: str, cost: Cost, launches: int | None = None) -> None:
+        launches = _LAUNCHES.get(name, 1) if launches is None else launches
+        self.ops[self.phase][f"{name} {place}"] += 1
+        self.launches[self.phase] += launches
+        self.kernels[Kernel(self.phase, name, place, launches, cost)] += 1
+
+    def _touch(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Note the storages that an operation inside a compiled function reads and writes."""
+        if func.overloadpacket.__name__ in _VIEWS:
+            return
+        for kind, tensors in zip(("read", "written"), read_and_written(func, args, kwargs), strict=True):
+            self._touched[kind] |= {_key(x) for x in tensors}
 
 
 def _non_blocking(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
@@ -181,6 +198,18 @@ def _flash_workspace(tensors: list[torch.Tensor]) -> int:
     rounded = rows + 128 * (len(borders) - 1)
     expanded = 2 * rows * heads * width * 2 if key.shape[1] != heads else 0
     return rounded * heads * width * 4 + heads * rounded * 4 + expanded
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _leaves(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _leaves(value)
+        else:
+            yield value
 
 
 def _place() -> str:
