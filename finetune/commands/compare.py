@@ -12,10 +12,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune.commands.base import Command
-from finetune.commands.report import run_folders, write_page
+from finetune.commands.report import run_folders
 from finetune.system.arguments import Arguments
 from finetune.system.console import log
-from finetune.system.errors import InputError
+from finetune.system.errors import InputError, os_errors_as
 
 
 def run(arguments: Arguments) -> int:
@@ -39,7 +39,8 @@ def run(arguments: Arguments) -> int:
         file = Path(out).expanduser()
         if file.is_dir():
             raise InputError(f"out={out}: is a folder\nhelp: name a file in it, as {file / 'compare.html'}")
-        write_page(lambda target: write_comparison(target, "Runs compared", comparison), file)
+        with os_errors_as(InputError, f"{file}: cannot be written"):
+            write_comparison(file, "Runs compared", comparison)
         log(f"page: {file}")
     return 0
 

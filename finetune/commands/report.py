@@ -10,40 +10,31 @@ Example
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
-from finetune.system.errors import InputError
+from finetune.system.errors import InputError, os_errors_as
 
 
 def run(arguments: Arguments) -> int:
     """Draw each report and print its path."""
     from finetune.report.run import read_runs
-    from finetune.report.run_page import REPORT, write_report
+    from finetune.report.run_page import write_report
 
     folders = run_folders(arguments)
     if not folders:
         raise InputError("finetune report: the folder of a run is missing\nhelp: finetune report outputs/quickstart")
     read_runs(folders)
     for folder in folders:
-        write_page(write_report, folder)
-        print(folder / REPORT)
+        with os_errors_as(InputError, f"{folder}: cannot be written"):
+            print(write_report(folder))
     return 0
 
 
 def run_folders(arguments: Arguments) -> list[Path]:
     """Return the folders on the command line, each once."""
     return list(dict.fromkeys(Path(os.path.normpath(Path(path).expanduser())) for path in arguments.paths))
-
-
-def write_page(write: Callable[[Path], object], target: Path) -> None:
-    """Call `write(target)`; an OSError becomes an InputError."""
-    try:
-        write(target)
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written: {error.strerror}") from error
 
 
 COMMAND = Command("report", __doc__, run, takes_paths=True)

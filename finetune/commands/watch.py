@@ -15,7 +15,7 @@ from finetune.commands.base import Command
 from finetune.commands.report import run_folders
 from finetune.system.arguments import Arguments
 from finetune.system.console import log
-from finetune.system.errors import InputError
+from finetune.system.errors import InputError, os_errors_as
 
 
 def run(arguments: Arguments) -> int:
@@ -26,10 +26,8 @@ def run(arguments: Arguments) -> int:
     if len(folders) != 1:
         found = ", ".join(map(str, folders)) or "none"
         raise InputError(f"finetune watch: expected the folder of one run, found {found}")
-    try:
+    with os_errors_as(InputError, f"port={options.port}: cannot be used; name another, as port=8766"):
         server = build_server(folders[0], options.port, options.every)
-    except OSError as error:
-        raise InputError(f"port={options.port}: {error.strerror}\nhelp: name another, as port=8766") from error
     log(f"watching: {folders[0]} at http://127.0.0.1:{server.server_address[1]} (Ctrl+C ends it)")
     with server, suppress(KeyboardInterrupt):
         server.serve_forever()

@@ -54,7 +54,6 @@ def compose_files(file: Path, folders: Sequence[Path], groups: Mapping[str, str]
     """Compose a config file.
 
     Args:
-        file: the config.
         folders: where the options of a group are looked up, after the config's own folder.
         groups: option of each group that the command line chooses, as {model: qwen2.5-7b}.
 

@@ -22,7 +22,7 @@ from finetune.distill.server import LogprobServer
 from finetune.distill.teacher import cache_fingerprint, cache_path, streamed_teacher, teacher_model
 from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
 from finetune.models.quant.bit_widths import DTYPE_BYTES
-from finetune.system.console import Log
+from finetune.system.console import Log, Pace
 from finetune.system.format import format_duration
 from finetune.system.machine import available_memory
 
@@ -31,7 +31,6 @@ from finetune.system.machine import available_memory
 _PASS_TOKENS, _CPU_PASS_TOKENS = 131_072, 16_384
 # Share of the free memory that a teacher may take.
 _FREE_SHARE = 0.6
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 def write_cache(
@@ -117,19 +116,16 @@ def _known(ids_NK: np.ndarray, log_probs_NK: np.ndarray, vocabulary: int) -> tup
 
 
 def _log_progress(placement: str, log: Log) -> Callable[[int, int], None]:
-    began: float | None = None
-    first, last = 0, 0.0
+    began, first, pace = 0.0, -1, Pace()
 
     def progress(done: int, total: int) -> None:
-        nonlocal began, first, last
-        now = time.monotonic()
-        if began is None:
-            began, first, last = now, done, now
+        nonlocal began, first
+        if first < 0:
+            began, first = time.monotonic(), done
             if done < total:
                 log(f"cache: teacher={placement}, to_write={total - done:,} of {total:,} documents")
-        elif now - last >= _SECONDS_BETWEEN_LINES and done < total:
-            last = now
-            left = (total - done) * (now - began) / (done - first)
+        elif done < total and pace.is_due():
+            left = (total - done) * (time.monotonic() - began) / (done - first)
             log(f"cache: {done:,} of {total:,} documents, {format_duration(left)} left")
 
     return progress

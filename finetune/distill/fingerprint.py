@@ -37,8 +37,7 @@ def fingerprint(
 
     Args:
         vocabulary: ids below it take part in the divergence.
-        weights: of `teacher_weights`.
-        adapter: of `teacher_adapter`.
+        weights, adapter: of `teacher_weights` and `teacher_adapter`.
     """
     server = cfg.teacher.placement == "server"
     kept: dict[str, Any] = {"cache_kind": "top" if server else cfg.cache_kind}

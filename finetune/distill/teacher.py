@@ -24,6 +24,7 @@ from finetune.models.hub import TEXT_FILES, fetch, read_config
 from finetune.models.tokenizer import load_tokenizer
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
+from finetune.system.format import first_lines
 
 _SHOWN = 8
 
@@ -91,14 +92,13 @@ def check_same_tokens(
     pairs = zip(used.tolist(), meanings(tokenizer), meanings(teachers), strict=True)
     different = [f"  {i}: {ours!r} here, {theirs!r} for the teacher" for i, ours, theirs in pairs if ours != theirs]
     if different:
-        more = [f"  … and {len(different) - _SHOWN:,} more"] if len(different) > _SHOWN else []
         what = f"{len(different):,} of the {len(used):,} token ids in the rows have another meaning"
         help_line = (
             f"help: set model.tokenizer={teacher} and a matching data.chat_template, or choose a teacher with the "
             "student's tokenizer"
         )
-        lines = [f"distill.teacher.name={teacher}: {what}:", *different[:_SHOWN], *more, help_line]
-        raise ConfigError("\n".join(lines))
+        first = f"distill.teacher.name={teacher}: {what}:"
+        raise ConfigError("\n".join([first, *first_lines(different, len(different), _SHOWN), help_line]))
 
 
 def check_width(cfg: RunConfig) -> None:

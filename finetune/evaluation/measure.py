@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from finetune.evaluation.scoring import TokenScores, score_tokens
 from finetune.losses.cross_entropy import head_of
 from finetune.losses.distillation import TeacherHidden
 from finetune.ops.limits import EVALUATION_TOKENS
-from finetune.system.console import Log
+from finetune.system.console import Log, Pace
 
 PACE_SECONDS = 10.0
 # exp() of more nats is more than JSON holds.
@@ -68,15 +67,13 @@ class Progress:
     """Log the progress of a model, at most once in `PACE_SECONDS`."""
 
     def __init__(self, name: str, log: Log):
-        self._name, self._log = name, log
-        self._next = time.monotonic() + PACE_SECONDS
+        self._name, self._log, self._pace = name, log, Pace(PACE_SECONDS)
 
     def of(self, dataset: str, action: str) -> Callable[[int, int], None]:
         """Return a function of (done, total) for one dataset. action: "scored" or "answered"."""
 
         def progress(done: int, total: int) -> None:
-            if done < total and (now := time.monotonic()) >= self._next:
-                self._next = now + PACE_SECONDS
+            if done < total and self._pace.is_due():
                 self._log(f"{self._name}: {dataset}, {action} {done:,} of {total:,}")
 
         return progress

@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.models.hub import TOKENIZER_FILES
 from finetune.system.atomic import commit_folder, is_disk_full, refuse_existing
-from finetune.system.errors import ConfigError, FinetuneError, ResourceError
+from finetune.system.errors import ConfigError, FinetuneError, ResourceError, os_errors_as
 from finetune.system.format import format_bytes
 from finetune.system.locks import try_lock
 
@@ -34,8 +34,6 @@ def staged(out: Path, needed_bytes: int, made_from: dict[str, Any] | None = None
     """Yield a folder beside `out` that is renamed to `out` after the block, and removed if the block fails.
 
     Args:
-        out: the final folder.
-        needed_bytes: bytes that will be written.
         made_from: everything that decides the content. The folder then still holds the files of an interrupted start
             with an equal value. None: it is empty.
 
@@ -45,11 +43,9 @@ def staged(out: Path, needed_bytes: int, made_from: dict[str, Any] | None = None
     """
     refuse_existing(out)
     temporary = out.with_name(f".{out.name}.partial")
-    try:
+    with os_errors_as(ConfigError, f"out={out}: cannot be written"):
         temporary.mkdir(parents=True, exist_ok=True)
         lock = try_lock(temporary / _LOCK)
-    except OSError as error:
-        raise ConfigError(f"out={out}: cannot be written: {error.strerror}") from error
     if lock is None:
         raise ConfigError(f"out={out}: another process writes it; wait for it or name another folder")
     try:

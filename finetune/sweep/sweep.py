@@ -21,7 +21,8 @@ from finetune.sweep.process import Stop, run_process, wait_until_free
 from finetune.sweep.record import Record, Trial, check_same, load_record, write_outcome, write_table
 from finetune.sweep.space import Space, read_space, suggest
 from finetune.system.console import Log
-from finetune.system.errors import ConfigError, FinetuneError, Interrupted, MissingExtra
+from finetune.system.errors import ConfigError, FinetuneError, Interrupted, MissingExtra, os_errors_as
+from finetune.system.format import first_lines
 from finetune.system.locks import locked
 
 _SHOWN_PROBLEMS = 10
@@ -86,9 +87,9 @@ def plan_sweep(config: str, words: Sequence[str], settings: SweepSettings) -> Pl
         except ConfigError as error:
             problems.setdefault(str(error), " ".join(_words(values)))
     if problems or first is None:
-        shown = [f"with {values}: {message}" for message, values in list(problems.items())[:_SHOWN_PROBLEMS]]
-        more = [f"… and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-        raise ConfigError("\n".join(["some combinations of this sweep are invalid:", *shown, *more]))
+        listed = (f"with {values}: {message}" for message, values in problems.items())
+        shown = first_lines(listed, len(problems), _SHOWN_PROBLEMS)
+        raise ConfigError("\n".join(["some combinations of this sweep are invalid:", *shown]))
     _check_metric(settings.metric, first)
     return Plan(config, space, settings, first)
 
@@ -136,7 +137,7 @@ def run_sweep(plan: Plan, log: Log) -> Record:
         FinetuneError: every run failed.
     """
     folder = plan.folder
-    try:
+    with os_errors_as(ConfigError, f"sweep.out={folder}: cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock", 0) as free, Stop() as stop:
             if not free:
@@ -145,8 +146,6 @@ def run_sweep(plan: Plan, log: Log) -> Record:
             record.save(folder)
             _run_all(plan, record, stop, log)
             write_outcome(folder, plan.first.name, record)
-    except OSError as error:
-        raise ConfigError(f"sweep.out={folder}: cannot be written ({error.strerror or error})") from error
     if all(trial.status == "failed" for trial in record.trials):
         errors = dict.fromkeys(trial.error or "" for trial in record.trials)
         raise FinetuneError("\n".join(["every run of the sweep failed:", *errors]))

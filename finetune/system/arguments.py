@@ -39,7 +39,6 @@ def parse_arguments(words: Sequence[str], flags: Collection[str], takes_paths: b
     """Sort the words after a command.
 
     Args:
-        words: as typed.
         flags: the flags of the command; `--help` is always known.
         takes_paths: take words without `=`, and names of folders, as paths.
 

@@ -46,7 +46,6 @@ def replaced_file(path: Path, durable: bool = True, buffering: int = -1) -> Iter
 
     Args:
         durable: wait until the bytes are on the disk before the rename.
-        buffering: as for `open`.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -28,7 +29,6 @@ def printable(text: str, one_line: bool = False) -> str:
     Answers of a model and rows of a file can hold escape sequences that control a terminal.
 
     Args:
-        text: any text.
         one_line: escape every character that is not printable, newlines too, as in a Python string.
     """
     if one_line:
@@ -58,9 +58,9 @@ def colored(text: str, color: Literal["red", "green", "yellow"], stream: IO[str]
     return text if is_plain(stream) else f"\x1b[1;{_COLORS[color]}m{text}\x1b[0m"
 
 
-def line_width(longest: int = 120) -> int:
-    """Return the characters of a line: those of the terminal from 80 to `longest`, elsewhere `longest`."""
-    return min(longest, max(80, shutil.get_terminal_size().columns)) if sys.stdout.isatty() else longest
+def line_width() -> int:
+    """Return the characters of a line: those of the terminal from 80 to 120, elsewhere 120."""
+    return min(120, max(80, shutil.get_terminal_size().columns)) if sys.stdout.isatty() else 120
 
 
 @contextmanager
@@ -107,6 +107,20 @@ def progress_bar(what: str, size_bytes: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=size_bytes)
         yield lambda count: progress.advance(task, count)
+
+
+class Pace:
+    """Limits lines about progress to one in `seconds`."""
+
+    def __init__(self, seconds: float = 10.0):
+        self._seconds, self._last = seconds, time.monotonic()
+
+    def is_due(self) -> bool:
+        """Return whether a line is due; if so, the next one is due `seconds` later."""
+        now = time.monotonic()
+        due = now - self._last >= self._seconds
+        self._last = now if due else self._last
+        return due
 
 
 @lru_cache(maxsize=1024)

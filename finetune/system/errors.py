@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class FinetuneError(Exception):
     """A command failed; the message names the place, what was found and what to do."""
@@ -53,3 +56,12 @@ class Interrupted(FinetuneError):
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+@contextmanager
+def os_errors_as(kind: type[FinetuneError], problem: str) -> Iterator[None]:
+    """Turn an OSError of the block into an error of this kind; problem: as `out=merged: cannot be written`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{problem}: {error.strerror or error}") from error

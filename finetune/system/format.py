@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from finetune.system.errors import ConfigError
 
@@ -43,6 +44,11 @@ def parse_size(key: str, text: str) -> int:
     if size <= 0:
         raise ConfigError(f"{key}={text}: write a size as 4GB or 500MB")
     return size
+
+
+def first_lines(lines: Iterable[str], count: int, most: int) -> list[str]:
+    """Return the first of `count` lines, and how many more there are."""
+    return [*islice(lines, most), *([f"  … and {count - most:,} more"] if count > most else [])]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

@@ -18,7 +18,7 @@ from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.sources.layouts import SPLITS
 from finetune.data.sources.readers import RawBatch, kind_of, read_batches
 from finetune.data.sources.text_files import COMPRESSIONS
-from finetune.system.errors import DataError
+from finetune.system.errors import DataError, os_errors_as
 
 _MAGIC = re.compile(r"[*?[]")
 _SHARD = re.compile(r"(?P<split>.+)-\d+-of-(?P<count>\d+)", re.DOTALL)
@@ -57,11 +57,8 @@ class SourceFiles:
         """Return the SHA-256 of the split and all names and contents, which decide the rows and their locations."""
         digest = hashlib.sha256(b"" if self.split is None else json.dumps({"split": self.split}).encode())
         for file, label in zip(self.files, self.labels, strict=True):
-            try:
-                with file.open("rb") as content:
-                    inner = hashlib.file_digest(content, "sha256").hexdigest()
-            except OSError as error:
-                raise DataError(f"{label} cannot be read: {error.strerror}") from error
+            with os_errors_as(DataError, f"{label} cannot be read"), file.open("rb") as content:
+                inner = hashlib.file_digest(content, "sha256").hexdigest()
             digest.update(json.dumps([label, inner]).encode())
         return digest.hexdigest()
 
@@ -89,7 +86,7 @@ def resolve_source(source: SourceConfig) -> SourceFiles:
     Raises: DataError with what exists instead.
     """
     path = Path(os.path.expanduser(source.path))  # Path.expanduser raises where a user is unknown
-    try:
+    with os_errors_as(DataError, f"{source.path} cannot be read"):
         if path.is_dir():
             return _local(source, source.split or path.name, _folder_files(source, path))
         if path.exists():
@@ -107,8 +104,6 @@ def resolve_source(source: SourceConfig) -> SourceFiles:
         if is_on_hub(source):
             return _from_hub(source)
         raise DataError(f"{source.path} does not exist{_near(path)}")
-    except OSError as error:
-        raise DataError(f"{source.path} cannot be read: {error.strerror}") from error
 
 
 def check_local_sources(cfg: DataConfig) -> None:
@@ -279,6 +274,6 @@ def _near(path: Path) -> str:
     return f"; did you mean {folder / close[0]}?" if close else f"; {folder} holds {_listing(folder)}"
 
 
-def _listing(folder: Path, most: int = 8) -> str:
+def _listing(folder: Path) -> str:
     names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"

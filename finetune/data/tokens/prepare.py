@@ -25,7 +25,7 @@ from finetune.data.sources.readers import RawBatch
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.encode import ENCODING_VERSION, RowEncoder, encode_all
 from finetune.data.tokens.store import StoreWriter, TokenStore, has_outdated_bad_rows, is_valid
-from finetune.system.console import Log
+from finetune.system.console import Log, Pace
 from finetune.system.errors import ResourceError
 from finetune.system.locks import locked
 from finetune.system.resources import cache_home
@@ -145,19 +145,17 @@ def fingerprint(made_from: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def console_progress(log: Log, every_seconds: float = 10.0) -> Progress:
-    """Show one updated line on a terminal; elsewhere log a line every `every_seconds`."""
-    started = last = time.monotonic()
+def console_progress(log: Log) -> Progress:
+    """Show one updated line on a terminal; elsewhere log a line every 10 seconds."""
+    started, pace = time.monotonic(), Pace()
 
     def progress(name: str, done_bytes: int, total_bytes: int, rows: int) -> None:
-        nonlocal last
-        now = time.monotonic()
+        speed = rows / max(time.monotonic() - started, 1e-9)
         share = done_bytes / total_bytes if total_bytes else 1.0
-        text = f"tokenizing {name}: {share:4.0%}, {rows:,} rows, {rows / max(now - started, 1e-9):,.0f} rows/s"
+        text = f"tokenizing {name}: {share:4.0%}, {rows:,} rows, {speed:,.0f} rows/s"
         if sys.stderr.isatty():
             print(f"\r{text}", end="\n" if share >= 1 else "", file=sys.stderr, flush=True)
-        elif now - last > every_seconds:
-            last = now
+        elif pace.is_due():
             log(text)
 
     return progress

@@ -20,6 +20,7 @@ from finetune.models.adapters.files import SavedAdapter, other_base, other_updat
 from finetune.models.adapters.names import PREFIX
 from finetune.models.safetensors_index import Stored
 from finetune.system.errors import ConfigError
+from finetune.system.format import first_lines
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
@@ -195,10 +196,8 @@ def read_deltas(adapter: SavedAdapter, base: Mapping[str, Stored]) -> dict[str, 
     problems += [f"{name}: the base has no such tensor, or its kind cannot be merged" for name in left]
     problems += _misfits(deltas, base)
     if problems:
-        listed = problems[:_LISTED_PROBLEMS]
-        if len(problems) > _LISTED_PROBLEMS:
-            listed.append(f"… {len(problems)} problems in total")
-        raise ConfigError(f"adapter={adapter.name}: cannot be merged into this base:\n  " + "\n  ".join(listed))
+        listed = first_lines((f"  {problem}" for problem in problems), len(problems), _LISTED_PROBLEMS)
+        raise ConfigError("\n".join([f"adapter={adapter.name}: cannot be merged into this base:", *listed]))
     return deltas
 
 
