@@ -49,18 +49,13 @@ def run(arguments: Arguments) -> int:
     check_model(cfg.model)
 
     from finetune.data.documents import Documents
-    from finetune.data.loader import load_chat_template, load_data, used_ids
-    from finetune.data.tokens.prepare import Preparation, console_progress
+    from finetune.data.loader import load_all_rows, used_ids
     from finetune.distill.filling import size_of, write_cache
     from finetune.distill.teacher import cache_path, check_vocabulary
     from finetune.models.load import default_device
-    from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
     from finetune.system.machine import use_all_cores
 
-    tokenizer = load_tokenizer(cfg.model)
-    extend_tokenizer(tokenizer, cfg.lora.new_tokens)
-    chat = load_chat_template(cfg.data, tokenizer)
-    data = load_data(Preparation(cfg.data, chat, progress=console_progress(log)))
+    tokenizer, chat, data = load_all_rows(cfg, log)
     vocabulary = check_vocabulary(cfg, tokenizer, used_ids(data))
     device = default_device()
     use_all_cores(device.type)

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.commands.base import Command
+from finetune.data.formats.messages import Message
 from finetune.system.arguments import Arguments, nearest
 from finetune.system.console import log, printable, silent_keys
-from finetune.system.errors import ConfigError, DataError, InputError
+from finetune.system.errors import ConfigError, DataError, InputError, os_errors_as
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
     from finetune.config.command_options import ChatOptions
     from finetune.config.schema import RunConfig
-    from finetune.data.formats.messages import Message
     from finetune.data.template.chat import ChatTemplate
 
 SLASH_COMMANDS = {
@@ -68,8 +68,6 @@ class Conversation:
         Raises:
             DataError: the text cannot be encoded, or the conversation is longer than the model's context.
         """
-        from finetune.data.formats.messages import Message
-
         turns = [*self.turns, Message("user", text)]
         ids = self.chat.prompt_ids([*self.messages(), turns[-1]])
         room_tokens = self.model.config.max_position_embeddings - len(ids)
@@ -81,8 +79,6 @@ class Conversation:
 
     def messages(self) -> list[Message]:
         """Return the system message, if there is one, and the turns so far."""
-        from finetune.data.formats.messages import Message
-
         system = [] if self.options.system is None else [Message("system", self.options.system)]
         return [*system, *self.turns]
 
@@ -223,11 +219,8 @@ def _save(conversation: Conversation, name: str | None) -> None:
     if not name or not conversation.turns:
         raise InputError("/save: " + ("the conversation is empty" if name else "needs a file, as /save rows.jsonl"))
     messages, file = [turn.as_dict() for turn in conversation.messages()], Path(name).expanduser()
-    try:
-        with file.open("a", encoding="utf-8") as rows:
-            rows.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise InputError(f"/save: {file} cannot be written: {error.strerror}") from error
+    with os_errors_as(InputError, f"/save: {file} cannot be written"), file.open("a", encoding="utf-8") as rows:
+        rows.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     log(f"saved: {len(messages)} messages in {file}")
 
 

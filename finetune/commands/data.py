@@ -56,11 +56,9 @@ def run(arguments: Arguments) -> int:
 
 
 def _inspect(cfg: RunConfig, options: DataOptions, files: dict[str, IO[str]]) -> None:
-    from finetune.data.loader import load_chat_template, load_data
+    from finetune.data.loader import load_all_rows
     from finetune.data.sources.paths import resolve_source
     from finetune.data.template.chat import advice_on_end_token
-    from finetune.data.tokens.prepare import Preparation, console_progress
-    from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
     from finetune.report.dataset.advice import advise
     from finetune.report.dataset.examples import Decoder, shown_rows
     from finetune.report.dataset.files import write_dump, write_page
@@ -68,12 +66,7 @@ def _inspect(cfg: RunConfig, options: DataOptions, files: dict[str, IO[str]]) ->
     from finetune.report.dataset.terminal import print_report, print_rows
     from finetune.system.console import console_for
 
-    tokenizer = load_tokenizer(cfg.model)
-    extend_tokenizer(tokenizer, cfg.lora.new_tokens)
-    chat = load_chat_template(cfg.data, tokenizer)
-    # Reads all rows, also where training streams them.
-    whole = cfg.data.model_copy(update={"stream_rows": None})
-    data = load_data(Preparation(whole, chat, progress=console_progress(log)))
+    tokenizer, chat, data = load_all_rows(cfg, log)
     read = {file.resolve() for s in (*data.train, *data.eval) for file in resolve_source(s.config).files}
     for word, path in (("html", options.html), ("dump", options.dump)):
         if path is not None and Path(path).expanduser().resolve() in read:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from finetune.commands.base import Command
@@ -24,6 +23,7 @@ from finetune.system.arguments import Arguments
 from finetune.system.atomic import whole_file
 from finetune.system.console import log
 from finetune.system.errors import DataError, InputError
+from finetune.system.format import first_lines
 
 if TYPE_CHECKING:
     from finetune.config.command_options import ConvertOptions
@@ -32,46 +32,32 @@ if TYPE_CHECKING:
 _SHOWN_ERRORS = 10
 
 
-@dataclass
-class _Rows:
-    """Counts of rows, and the first errors."""
-
-    good: int = 0
-    bad: int = 0
-    errors: list[str] = field(default_factory=list)
-
-    def refuse(self, error: str) -> None:
-        self.bad += 1
-        if self.bad <= _SHOWN_ERRORS:
-            self.errors.append(error)
-
-    def listed(self) -> str:
-        more = f"\n  … and {self.bad - len(self.errors):,} more" if self.bad > len(self.errors) else ""
-        return "\n  ".join(["", *self.errors]) + more
-
-
 def run(arguments: Arguments) -> int:
     """Write the file and print the number of its rows."""
     options = arguments.options
     if options.weight != 1:
         raise InputError(f"weight: has no effect on a conversion, found {options.weight:g}")
-    rows = _Rows()
+    good, bad, errors = 0, 0, list[str]()
     with whole_file("out", options.out, replace=False) as stream:
-        for row in _converted(options, rows):
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        total = rows.good + rows.bad
-        wrong = f"{rows.bad:,} of {total:,} rows are bad"
-        if rows.bad and options.on_bad_row == "error":
-            raise DataError(f"{wrong} (on_bad_row=skip leaves them out):{rows.listed()}")
-        if rows.bad > options.max_bad_share * total:
-            raise DataError(f"{wrong}, more than max_bad_share={options.max_bad_share:g}:{rows.listed()}")
-    skipped = f", {rows.bad:,} bad rows left out:{rows.listed()}" if rows.bad else ""
-    log(f"{options.out}: {rows.good:,} rows{skipped}")
+        for row in _converted(options):
+            if isinstance(row, str):
+                bad += 1
+                errors += [f"  {row}"] if bad <= _SHOWN_ERRORS else []
+            else:
+                good += 1
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        listed = "\n".join(["", *first_lines(errors, bad, _SHOWN_ERRORS)])
+        wrong = f"{bad:,} of {good + bad:,} rows are bad"
+        if bad and options.on_bad_row == "error":
+            raise DataError(f"{wrong} (on_bad_row=skip leaves them out):{listed}")
+        if bad > options.max_bad_share * (good + bad):
+            raise DataError(f"{wrong}, more than max_bad_share={options.max_bad_share:g}:{listed}")
+    log(f"{options.out}: {good:,} rows" + (f", {bad:,} bad rows left out:{listed}" if bad else ""))
     return 0
 
 
-def _converted(source: ConvertOptions, rows: _Rows) -> Iterator[dict[str, Any]]:
-    """Yield one row of messages per conversation; count bad rows in `rows`."""
+def _converted(source: ConvertOptions) -> Iterator[dict[str, Any] | str]:
+    """Yield one row of messages per conversation, or the error of a bad row."""
     from finetune.data.formats.messages import Conversation
     from finetune.data.formats.parser import RowParser, messages_row
     from finetune.data.formats.rules import RowRules
@@ -81,11 +67,8 @@ def _converted(source: ConvertOptions, rows: _Rows) -> Iterator[dict[str, Any]]:
         if batch.format in ("text", "tokens"):
             raise DataError(f"{batch.file}: has no turns to write as messages, found format={batch.format}")
         for row, example in parser.rows(batch):
-            if isinstance(example, Conversation):
-                rows.good += 1
-                yield messages_row(example)
-            else:
-                rows.refuse(f"{row.location}: {example}")
+            is_good = isinstance(example, Conversation)
+            yield messages_row(example) if is_good else f"{row.location}: {example}"
 
 
 def _batches(source: ConvertOptions) -> Iterator[RawBatch]:

@@ -23,23 +23,9 @@ from finetune.system.resources import packaged_configs
 
 # The keys that most runs set, in the order of the schema.
 COMMON = (
-    "output_dir",
-    "model.name",
-    "quant.type",
-    "lora.rank",
-    "lora.alpha",
-    "lora.target_modules",
-    "data.train",
-    "data.held_out",
-    "data.max_length",
-    "data.packing",
-    "train.epochs",
-    "train.max_steps",
-    "train.batch_size",
-    "train.learning_rate",
-    "train.eval_every",
-    "train.save_every",
-    "train.resume",
+    "output_dir model.name quant.type lora.rank lora.alpha lora.target_modules data.train data.held_out "
+    "data.max_length data.packing train.epochs train.max_steps train.batch_size train.learning_rate train.eval_every "
+    "train.save_every train.resume".split()
 )
 
 

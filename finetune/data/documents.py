@@ -11,7 +11,7 @@ from typing import overload
 import numpy as np
 
 from finetune.config.schema import DataConfig
-from finetune.data.encoded import IGNORE_INDEX
+from finetune.data.encoded import IGNORE_INDEX, Encoded
 from finetune.data.tokens.store import TokenStore
 
 
@@ -73,8 +73,7 @@ class Documents(Sequence[Document]):
     def __getitem__(self, i: int | slice) -> Document | Documents:
         if isinstance(i, slice):
             return self.select(np.arange(len(self))[i])
-        store, row = self.stores[self.source[i]], int(self.rows[i])
-        piece = store.piece(row, int(self.starts[i]), int(self.lengths[i]))
+        store, row, piece = self.piece(i)
         # Position t predicts token t + 1, and the last position predicts nothing.
         weights = np.append(piece.weights[1:], np.float32(0))
         labels = np.full(len(piece.ids), IGNORE_INDEX, dtype=np.int32)
@@ -88,6 +87,11 @@ class Documents(Sequence[Document]):
             media_digest=piece.media_digest,
         )
 
+    def piece(self, i: int) -> tuple[TokenStore, int, Encoded]:
+        """Return the store of a document, its row there, and its tokens."""
+        store, row = self.stores[self.source[i]], int(self.rows[i])
+        return store, row, store.piece(row, int(self.starts[i]), int(self.lengths[i]))
+
     def select(self, which: np.ndarray) -> Documents:
         """Return the documents with these indices, or where this mask is true."""
         arrays = (self.source, self.rows, self.starts, self.lengths, self.targets)
@@ -96,16 +100,12 @@ class Documents(Sequence[Document]):
     @staticmethod
     def join(parts: Iterable[Documents]) -> Documents:
         """Concatenate documents."""
-        parts = list(parts)
-        first_store = np.cumsum([0, *(len(part.stores) for part in parts)])[:-1]
-        return Documents(
-            tuple(store for part in parts for store in part.stores),
-            np.concatenate([part.source + first for part, first in zip(parts, first_store, strict=True)]),
-            np.concatenate([part.rows for part in parts]),
-            np.concatenate([part.starts for part in parts]),
-            np.concatenate([part.lengths for part in parts]),
-            np.concatenate([part.targets for part in parts]),
-        )
+        stores: list[TokenStore] = []
+        columns = []
+        for part in parts:
+            columns.append((part.source + len(stores), part.rows, part.starts, part.lengths, part.targets))
+            stores += part.stores
+        return Documents(tuple(stores), *map(np.concatenate, zip(*columns, strict=True)))
 
     def digest(self) -> str:
         """Return the SHA-256 of tokens, loss weights and order; names and places of files do not count."""
@@ -149,3 +149,10 @@ def cut_to_length(store: TokenStore, rows: np.ndarray, cfg: DataConfig) -> Cut:
     if silent := len(cut) - len(kept) - len(lost):
         counts["pieces without a target left out"] = silent
     return Cut(documents, counts, too_long, lost)
+
+
+def evenly_spaced(count: int, wanted: int) -> list[int]:
+    """Return at most `wanted` indices below `count`, with the first and the last."""
+    if wanted >= count:
+        return list(range(count))
+    return [round(i * (count - 1) / max(1, wanted - 1)) for i in range(wanted)]

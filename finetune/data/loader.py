@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from finetune.config.schema import DataConfig, SourceConfig
+from finetune.config.schema import DataConfig, RunConfig, SourceConfig
 from finetune.data.documents import Cut, Documents, cut_to_length
 from finetune.data.formats.detection import with_formats
 from finetune.data.formats.messages import Conversation
 from finetune.data.sources.paths import by_key, check_each, resolve_source
 from finetune.data.template.chat import ChatTemplate
-from finetune.data.tokens.prepare import Preparation
+from finetune.data.tokens.prepare import Preparation, console_progress
 from finetune.data.tokens.store import BAD_ROWS, TokenStore
 from finetune.system.atomic import write_text
+from finetune.system.console import Log
 from finetune.system.errors import DataError
+from finetune.system.format import first_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,6 +77,20 @@ class LoadedData:
     def stores(self) -> list[TokenStore]:
         """Each store once: held-out rows are in the store of their source."""
         return list({source.store.folder: source.store for source in (*self.train, *self.eval)}.values())
+
+
+def load_all_rows(cfg: RunConfig, log: Log) -> tuple[PreTrainedTokenizerBase, ChatTemplate, LoadedData]:
+    """Load the tokenizer, the template and every row of a run's config, also rows that training streams.
+
+    Raises: as `load_data`.
+    """
+    from finetune.models.tokenizer import extend_tokenizer, load_tokenizer  # imports transformers
+
+    tokenizer = load_tokenizer(cfg.model)
+    extend_tokenizer(tokenizer, cfg.lora.new_tokens)
+    chat = load_chat_template(cfg.data, tokenizer)
+    whole = cfg.data.model_copy(update={"stream_rows": None})
+    return tokenizer, chat, load_data(Preparation(whole, chat, progress=console_progress(log)))
 
 
 def load_chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
@@ -157,10 +173,9 @@ def check_bad_rows(store: TokenStore, cfg: DataConfig) -> None:
     else:
         return
     with store.bad_rows.open(encoding="utf-8") as lines:
-        shown = [json.loads(line) for line in islice(lines, _SHOWN_ERRORS)]
-    listed = [f"  {row['place']}: {row['reason']}" for row in shown]
-    more = [f"  … and {bad - len(shown):,} more, all listed in {store.bad_rows}"] if bad > len(shown) else []
-    raise DataError("\n".join([f"{problem}:", *listed, *more]))
+        listed = (f"  {row['place']}: {row['reason']}" for row in map(json.loads, lines))
+        shown = first_lines(listed, bad, _SHOWN_ERRORS)
+    raise DataError("\n".join([f"{problem}, listed in {store.bad_rows}:", *shown]))
 
 
 def _source(
@@ -195,9 +210,9 @@ def _check_cut(cut: Cut, store: TokenStore, cfg: DataConfig) -> None:
     else:
         return
     if len(rows):
-        shown = [f"  {store.location(row)}: {store.lengths[row]:,} tokens" for row in rows[:_SHOWN_ERRORS]]
-        more = [f"  … and {len(rows) - len(shown):,} more"] if len(rows) > len(shown) else []
-        raise DataError("\n".join([f"{len(rows):,} rows are {problem}:", *shown, *more]))
+        listed = (f"  {store.location(row)}: {store.lengths[row]:,} tokens" for row in rows)
+        shown = first_lines(listed, len(rows), _SHOWN_ERRORS)
+        raise DataError("\n".join([f"{len(rows):,} rows are {problem}:", *shown]))
 
 
 def first_conversations(source: Source, preparation: Preparation, rows: int) -> list[Conversation]:

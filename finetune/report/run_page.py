@@ -6,19 +6,10 @@ from pathlib import Path
 
 from finetune.evaluation.gap_table import load_gap
 from finetune.evaluation.gap_text import gap_blocks, gap_figure
+from finetune.report import facts
 from finetune.report.curves import run_pictures
 from finetune.report.dataset.files import DATA, read_stored
 from finetune.report.environment import render_page
-from finetune.report.facts import (
-    breaches,
-    cards,
-    environment,
-    headline,
-    next_commands,
-    origin,
-    predictions,
-    worst_answers,
-)
 from finetune.report.run import Run, read_run
 from finetune.report.settings import changes
 from finetune.system.atomic import write_text
@@ -66,16 +57,16 @@ def render(run: Run) -> str:
             stored = read_stored(run.folder / DATA)
         except (OSError, ValueError) as error:
             problems.append(f"{DATA}: cannot be read ({str(error).splitlines()[0]})")
-    worst_text, worst = worst_answers(run)
+    worst_text, worst = facts.worst_answers(run)
     return render_page(
         "run.html",
         title=f"{run.name}: run report",
         run=run,
         status=_STATUS.get(run.status, run.status),
-        headline=headline(run),
-        origin=origin(run),
+        headline=facts.headline(run),
+        origin=facts.origin(run),
         error=run.value("error"),
-        cards=cards(run),
+        cards=facts.cards(run),
         pictures=run_pictures(run, steps_per_epoch=stored.report.order.steps if stored else None),
         worst_text=worst_text,
         worst=worst,
@@ -84,10 +75,10 @@ def render(run: Run) -> str:
         gap_svg=svg(gap_figure(gap)) if gap is not None and any(model.sets for model in gap.models) else "",
         streamed=bool(run.setting("data.stream_rows")),
         changes=changes(run.config),
-        environment=environment(run),
-        predictions=predictions(run),
-        breaches=breaches(run),
+        environment=facts.environment(run),
+        predictions=facts.predictions(run),
+        breaches=facts.breaches(run),
         limit=run.setting("guard.max"),
-        commands=next_commands(run),
+        commands=facts.next_commands(run),
         problems=problems,
     )

@@ -37,15 +37,12 @@ def detect_format(columns: frozenset[str], source: str, mapped: Mapping[str, str
         fitting = [name for name in fitting if name != "text"]
     if len(fitting) == 1:
         return fitting[0]
-    if {"custom_id", "body"} <= columns:
+    if "custom_id" in columns and (columns & {"body", "response"}):
+        here, found = shlex.quote(source), "requests" if "body" in columns else "answers"
+        paths = {"requests": "requests.jsonl", "answers": "answers.jsonl"} | {found: here}
         raise DataError(
-            f"{source}: holds requests of a batch API, not rows\nhelp: join them with their answers, as finetune data "
-            f"convert path={shlex.quote(source)} answers=answers.jsonl out=rows.jsonl"
-        )
-    if {"custom_id", "response"} <= columns:
-        raise DataError(
-            f"{source}: holds answers of a batch API, not rows\nhelp: join them with their requests, as finetune data "
-            f"convert path=requests.jsonl answers={shlex.quote(source)} out=rows.jsonl"
+            f"{source}: holds {found} of a batch API, not rows\nhelp: join requests and answers, as finetune data "
+            f"convert path={paths['requests']} answers={paths['answers']} out=rows.jsonl"
         )
     found = f"{source}: rows with the columns {listed(columns)}"
     if fitting:

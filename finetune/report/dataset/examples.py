@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from finetune.data.documents import Documents
+from finetune.data.documents import Documents, evenly_spaced
 from finetune.data.encoded import Encoded
-from finetune.report.dataset.statistics import evenly_spaced
 from finetune.system.console import printable
 
 if TYPE_CHECKING:
@@ -85,8 +84,7 @@ def shown_rows(names: Sequence[str], documents: Documents, decoder: Decoder, cou
     """Return `count` documents, evenly spaced; `names` are those of the documents' stores."""
     rows = []
     for i in evenly_spaced(len(documents), count):
-        store, row = documents.stores[documents.source[i]], int(documents.rows[i])
-        piece = store.piece(row, int(documents.starts[i]), int(documents.lengths[i]))
+        store, row, piece = documents.piece(i)
         weights = np.concatenate([[0], piece.weights[1:]])  # The first token has no context to predict it from.
         cut = int(store.lengths[row]) if len(piece.ids) < store.lengths[row] else 0
         spans = decoder.spans(Encoded(piece.ids, weights))

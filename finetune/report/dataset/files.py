@@ -70,9 +70,8 @@ def write_dump(stream: IO[str], data: LoadedData) -> None:
     """Write every document of data.train, then of data.eval, as one JSON object per line; labels are not shifted."""
     for source in (*data.train, *data.eval):
         name, documents = source.config.name or source.config.path, source.documents
-        for row, start, length in zip(documents.rows, documents.starts, documents.lengths, strict=True):
-            piece = source.store.piece(int(row), int(start), int(length))
+        for store, row, piece in map(documents.piece, range(len(documents))):
             labels = np.where(piece.weights > 0, piece.ids, IGNORE_INDEX).tolist()
-            index = int(source.store.indices[row])  # from 0 in the source
+            index = int(store.indices[row])  # from 0 in the source
             content = {"source": name, "row": index, "input_ids": piece.ids.tolist(), "labels": labels}
             stream.write(json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n")

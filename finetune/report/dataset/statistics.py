@@ -250,10 +250,3 @@ def _order(data: LoadedData, cfg: RunConfig) -> Order:
         fill=tokens / (len(sequences) * capacity) if capacity and sequences else None,
         total_steps=cfg.train.max_steps or order.steps_for(cfg.train.epochs or 1),
     )
-
-
-def evenly_spaced(count: int, wanted: int) -> list[int]:
-    """Return at most `wanted` indices below `count`, with the first and the last."""
-    if wanted >= count:
-        return list(range(count))
-    return [round(i * (count - 1) / max(1, wanted - 1)) for i in range(wanted)]

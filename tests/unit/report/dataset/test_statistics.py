@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from finetune.config.schema import RunConfig
+from finetune.data.documents import evenly_spaced
 from finetune.data.loader import LoadedData, load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.report.dataset.advice import advise
-from finetune.report.dataset.statistics import Bin, Extreme, Report, build_report, evenly_spaced, length_bins, parts_of
+from finetune.report.dataset.statistics import Bin, Extreme, Report, build_report, length_bins, parts_of
 from finetune.report.dataset.terminal import sparkline
 from finetune.system.resources import packaged
 
