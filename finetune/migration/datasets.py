@@ -26,12 +26,11 @@ _FIELDS = {
     "field": "text",
 }
 # Columns of LLaMA-Factory's dataset_info.json.
-_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"} | {
-    name: name for name in ("system", "tools")
-}
+_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
+_COLUMNS |= {name: name for name in ("history", "system", "tools")}
 _TAGS = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system", "observation_tag": "tool"}
 _SLICE = re.compile(r"(?P<split>[^\[]+)\[:(?P<count>\d+)(?P<percent>%?)\]")
-_SHAREGPT_KEYS = ("from", "value")
+_OPENAI_KEYS, _SHAREGPT_KEYS = ("role", "content"), ("from", "value")
 
 
 def read_sources(config: PeerConfig, notes: Notes) -> tuple[list[Source], list[Source]]:
@@ -118,12 +117,8 @@ def _axolotl(entry: Any, notes: Notes) -> Source:
     described = {**(kind if isinstance(kind, Mapping) else {}), **entry}
     columns = {ours: described[theirs] for theirs, ours in _FIELDS.items() if described.get(theirs)}
     keys = dict(entry.get("message_property_mappings") or {})
-    keys |= {
-        ours: entry[theirs]
-        for theirs, ours in (("message_field_role", "role"), ("message_field_content", "content"))
-        if entry.get(theirs)
-    }
-    of_sharegpt = tuple(keys.get(name) for name in ("role", "content")) == _SHAREGPT_KEYS
+    keys |= {ours: theirs for ours in _OPENAI_KEYS if (theirs := entry.get(f"message_field_{ours}"))}
+    of_sharegpt = tuple(map(keys.get, _OPENAI_KEYS)) == _SHAREGPT_KEYS
     if not of_sharegpt:
         columns |= {ours: theirs for ours, theirs in keys.items() if ours != theirs}
     if turns := entry.get("field_messages"):
@@ -190,23 +185,16 @@ def _registry_entry(entry: Mapping[str, Any], folder: Path, dataset: str, notes:
         if entry.get(lost) or (entry.get("columns") or {}).get(lost):
             notes.append(f"dataset: {dataset}: {lost}: no counterpart")
     columns, tags = dict(entry.get("columns") or {}), dict(entry.get("tags") or {})
-    of_openai = (tags.get("role_tag"), tags.get("content_tag")) == ("role", "content")
-    mapped = {_COLUMNS[theirs]: column for theirs, column in columns.items() if theirs in _COLUMNS}
-    mapped = {ours: column for ours, column in mapped.items() if ours != column}
+    of_openai = (tags.get("role_tag"), tags.get("content_tag")) == _OPENAI_KEYS
+    mapped = {ours: columns[theirs] for theirs, ours in _COLUMNS.items() if columns.get(theirs, ours) != ours}
     source: Source = {"path": str(entry.get("hf_hub_url") or entry.get("ms_hub_url") or folder / entry["file_name"])}
     if entry.get("formatting") == "sharegpt":
-        ours = "messages" if of_openai else "conversations"
         source["format"] = "messages" if of_openai else "sharegpt"
-        turns = columns.get("messages", "conversations")
-        mapped = ({ours: turns} if turns != ours else {}) | {
-            k: v for k, v in mapped.items() if k in ("system", "tools")
-        }
-        keys = (
-            {"role_tag": "role", "content_tag": "content"}
-            if of_openai
-            else {"role_tag": "from", "content_tag": "value"}
-        )
-        mapped |= {key: tags[tag] for tag, key in keys.items() if tags.get(tag, key) != key}
+        turns, role, content = ("messages", *_OPENAI_KEYS) if of_openai else ("conversations", *_SHAREGPT_KEYS)
+        names = {turns: columns.get("messages", "conversations")}
+        names |= {role: tags.get("role_tag", role), content: tags.get("content_tag", content)}
+        mapped = {ours: column for ours, column in mapped.items() if ours in ("system", "tools")}
+        mapped |= {ours: theirs for ours, theirs in names.items() if theirs != ours}
         source["roles"] = {role: tags[tag] for tag, role in _TAGS.items() if tags.get(tag, role) != role}
     elif columns.get("prompt") and not columns.get("response"):
         source["format"], mapped = "text", {} if columns["prompt"] == "text" else {"text": columns["prompt"]}

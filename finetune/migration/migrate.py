@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from finetune.config.compose import escaped
 from finetune.config.explain import problems_of, shown
+from finetune.config.peers import REFUSED
 from finetune.config.schema import RunConfig
 from finetune.data.formats.detection import is_registry
 from finetune.migration.datasets import DATASET_NAMES, read_registry, read_sources
@@ -24,7 +25,6 @@ from finetune.migration.settings import (
     RULES,
     UNNEEDED,
     Rule,
-    reason,
     same_meaning,
 )
 from finetune.system.errors import InputError
@@ -81,7 +81,7 @@ def migrate(config: PeerConfig) -> Migration:
     migration = Migration(dict(DEFAULTS[config.peer]))
     for name, value in config.settings.items():
         if name not in _HANDLED and value not in (None, "", [], {}):
-            _translate(name, value, OF_ONE_FRAMEWORK[config.peer].get(name) or RULES.get(name), migration)
+            _translate(name, value, OF_ONE_FRAMEWORK.get(config.peer, {}).get(name) or RULES.get(name), migration)
     _finish(config, migration)
     _drop_invalid(migration)
     return migration
@@ -96,7 +96,7 @@ def _of_registry(config: PeerConfig) -> Migration:
 
 
 def _translate(name: str, value: Any, rule: Rule | None, migration: Migration) -> None:
-    key, found, note = "", None, reason(name)
+    key, found, note = "", None, REFUSED.get(name, "no counterpart")
     if isinstance(value, str) and "$" in value:
         migration.lost.append(f"{name}: {value} is a value of the shell")
         return
@@ -118,12 +118,8 @@ def _translate(name: str, value: Any, rule: Rule | None, migration: Migration) -
     if key and found is not None:
         if migration.settings.get(key) != "int8" or key != "quant.type":
             migration.settings[key] = found
-    elif note and not _is_off(value):
+    elif note and value not in (False, 0, "none", "no", "0", -1):
         migration.lost.append(f"{name}: {shown(value)}: {note}")
-
-
-def _is_off(value: Any) -> bool:
-    return value in (False, 0, "none", "no", "0", -1)
 
 
 def _finish(config: PeerConfig, migration: Migration) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 from finetune.config.keys import schema_fields
 from finetune.config.peers import PEERS as OUR_NAMES
-from finetune.config.peers import REFUSED
 from finetune.config.sections import NUMBER
 from finetune.migration.files import Peer
 
@@ -89,94 +88,66 @@ _TEMPLATES = dict.fromkeys(
 _CHECKPOINTING = {True: "all", False: "none", "unsloth": "offload", "offload": "offload", "selective": "auto"}
 _SCHEDULES = {name: name for name in ("cosine", "linear", "constant", "inverse_sqrt")}
 _SCHEDULES |= {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd", "cosine_with_min_lr": "cosine"}
+_INITS = {True: None, "true": None, "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
 _STRATEGIES = {"steps": None, "no": None, False: None}
 _ADAPTERS = {"lora": None, "qlora": "nf4"}
 
-RULES: dict[str, Rule] = {
-    "torch_dtype": Rule("model.dtype", _DTYPES),
-    "dtype": Rule("model.dtype", _DTYPES),
+# The names that share a rule -> the rule.
+_RULES = {
+    "torch_dtype dtype": Rule("model.dtype", _DTYPES),
     "bf16": Rule("model.dtype", _SWITCH_ON | {True: "bfloat16", "auto": None, "full": "bfloat16"}),
     "fp16": Rule("model.dtype", _SWITCH_ON | {True: "float16", "auto": None}),
-    "load_in_4bit": Rule("quant.type", _SWITCH_ON | {True: "nf4"}),
-    "load_in_8bit": Rule("quant.type", _SWITCH_ON | {True: "int8"}),
-    "quantization_bit": Rule("quant.type", {4: "nf4", 8: "int8"}),
-    "quant_bits": Rule("quant.type", {4: "nf4", 8: "int8"}),
-    "quantization_method": Rule(
+    "quantization_bit quant_bits": Rule("quant.type", {4: "nf4", 8: "int8"}),
+    "quantization_method quant_method": Rule(
         values={"bnb": None, "bitsandbytes": None}, note="weights are quantized as NF4 or int8"
     ),
-    "quant_method": Rule(values={"bnb": None, "bitsandbytes": None}, note="weights are quantized as NF4 or int8"),
     "bnb_4bit_quant_type": Rule("quant.type", {"nf4": "nf4"}, note="4-bit weights are NF4"),
     "bnb_4bit_compute_dtype": Rule("quant.compute_dtype", _DTYPES),
     "adapter": Rule("quant.type", _ADAPTERS, note=FULL),
-    "finetuning_type": Rule(values={"lora": None}, note=FULL),
-    "train_type": Rule(values={"lora": None}, note=FULL),
-    "tuner_type": Rule(values={"lora": None}, note=FULL),
-    "sft_type": Rule(values={"lora": None}, note=FULL),
+    "finetuning_type train_type tuner_type sft_type": Rule(values={"lora": None}, note=FULL),
     "use_peft": Rule(values={True: None}, note=FULL),
     "full_finetuning": Rule(values=_SWITCH_ON, note=FULL),
     "load_best_model_at_end": Rule(values=_SWITCH_ON, note="the adapter is the last one; the best checkpoint is kept"),
     "stage": Rule(values={"sft": None, "pt": None}),
-    "lora_target": Rule("lora.target_modules", convert=_regex),
-    "lora_target_modules": Rule("lora.target_modules", convert=_regex),
-    "target_modules": Rule("lora.target_modules", convert=_regex),
-    "lora_target_linear": Rule("lora.target_modules", _SWITCH_ON | {True: "all-linear"}),
-    "lora_modules_to_save": Rule("lora.modules_to_save", convert=_words),
-    "modules_to_save": Rule("lora.modules_to_save", convert=_words),
-    "additional_target": Rule("lora.modules_to_save", convert=_words),
-    "init_lora_weights": Rule("lora.init", {True: None, "true": None} | {n: n for n in ("gaussian", "pissa", "olora")}),
-    "init_weights": Rule("lora.init", {True: None, "true": None} | {n: n for n in ("gaussian", "pissa", "olora")}),
+    "lora_target lora_target_modules target_modules": Rule("lora.target_modules", convert=_regex),
+    "lora_modules_to_save modules_to_save additional_target": Rule("lora.modules_to_save", convert=_words),
+    "init_lora_weights init_weights": Rule("lora.init", _INITS),
     "pissa_iter": Rule("lora.init", {16: "pissa_niter_16", -1: "pissa"}, note="pissa_niter_16 is there"),
     "pissa_convert": Rule(values=_YES, note="`finetune merge` converts"),
-    "bias": Rule(values={"none": None}, note="biases are not trained"),
-    "lora_bias": Rule(values={"none": None}, note="biases are not trained"),
-    "sample_packing": Rule("data.packing", _YES),
-    "neat_packing": Rule("data.packing", _YES),
-    "packing": Rule("data.packing", _YES),
-    "padding_free": Rule("data.packing", _YES),
-    "train_on_inputs": Rule("data.train_on", {True: "all", False: "assistant"}),
-    "train_on_prompt": Rule("data.train_on", {True: "all", False: "assistant"}),
-    "mask_history": Rule("data.train_on", _SWITCH_ON | {True: "last"}),
-    "assistant_only_loss": Rule("data.train_on", _SWITCH_ON | {True: "assistant"}),
-    "completion_only_loss": Rule("data.train_on", _SWITCH_ON | {True: "assistant"}),
-    "template": Rule(values=_TEMPLATES, note=TEMPLATE),
-    "chat_template": Rule(values=_TEMPLATES, note=TEMPLATE),
-    "val_set_size": Rule("data.held_out", convert=_share, note="data.held_out is a share below 1"),
-    "val_size": Rule("data.held_out", convert=_share, note="data.held_out is a share below 1"),
-    "split_dataset_ratio": Rule("data.held_out", convert=_share, note="data.held_out is a share below 1"),
+    "bias lora_bias": Rule(values={"none": None}, note="biases are not trained"),
+    "sample_packing neat_packing packing padding_free": Rule("data.packing", _YES),
+    "train_on_inputs train_on_prompt": Rule("data.train_on", {True: "all", False: "assistant"}),
+    "template chat_template": Rule(values=_TEMPLATES, note=TEMPLATE),
+    "val_set_size val_size split_dataset_ratio": Rule(
+        "data.held_out", convert=_share, note="data.held_out is a share below 1"
+    ),
     "max_steps": Rule("train.max_steps", convert=_steps),
     "learning_rate": Rule("train.learning_rate", convert=_number),
-    "lr_scheduler": Rule("train.schedule", _SCHEDULES),
-    "lr_scheduler_type": Rule("train.schedule", _SCHEDULES),
+    "lr_scheduler lr_scheduler_type": Rule("train.schedule", _SCHEDULES),
     "warmup_steps": Rule("train.warmup_steps", convert=_steps),
     "warmup_ratio": Rule("train.warmup_ratio", convert=_number),
-    "optim": Rule("train.optimizer", _OPTIMIZERS, note=ADAMW),
-    "optimizer": Rule("train.optimizer", _OPTIMIZERS, note=ADAMW),
+    "optim optimizer": Rule("train.optimizer", _OPTIMIZERS, note=ADAMW),
     "loraplus_lr_ratio": Rule("train.lora_plus_ratio", convert=_positive),
-    "gradient_checkpointing": Rule("train.gradient_checkpointing", _CHECKPOINTING),
-    "use_gradient_checkpointing": Rule("train.gradient_checkpointing", _CHECKPOINTING),
+    "gradient_checkpointing use_gradient_checkpointing": Rule("train.gradient_checkpointing", _CHECKPOINTING),
     "disable_gradient_checkpointing": Rule("train.gradient_checkpointing", {True: "none", False: None}),
     "eval_steps": Rule("train.eval_every", convert=_steps, note=STEPS),
     "save_steps": Rule("train.save_every", convert=_steps, note=STEPS),
-    "eval_strategy": Rule(values=_STRATEGIES, note="train.eval_every counts steps"),
-    "evaluation_strategy": Rule(values=_STRATEGIES, note="train.eval_every counts steps"),
+    "eval_strategy evaluation_strategy": Rule(values=_STRATEGIES, note="train.eval_every counts steps"),
     "save_strategy": Rule(values=_STRATEGIES, note="train.save_every counts steps"),
     "evals_per_epoch": Rule(values={0: None}, note="train.eval_every counts steps"),
     "saves_per_epoch": Rule(values={0: None, 1: None}, note="train.save_every counts steps"),
-    "early_stop_interval": Rule("train.early_stopping", convert=_steps),
-    "early_stopping_patience": Rule("train.early_stopping", convert=_steps),
+    "early_stop_interval early_stopping_patience": Rule("train.early_stopping", convert=_steps),
     "neftune_noise_alpha": Rule("train.neftune_alpha", convert=_positive),
     "output_dir": Rule("output_dir", convert=lambda value: str(value).removeprefix("./")),
 }
+RULES = {name: rule for names, rule in _RULES.items() for name in names.split()}
 
 # Names that mean something else in one framework.
-OF_ONE_FRAMEWORK: dict[Peer, dict[str, Rule]] = {
-    "axolotl": {},
-    "llama-factory": {},
+OF_ONE_FRAMEWORK: dict[str, dict[str, Rule]] = {
     "ms-swift": {
         "model": Rule("model.name", convert=str),
         "model_name": Rule(values={}, note="names the assistant of swift/self-cognition"),
     },
-    "trl": {},
     "unsloth": {"model_name": Rule("model.name", convert=_unquantized)},
 }
 
@@ -261,8 +232,3 @@ def same_meaning(name: str) -> tuple[str, Any] | None:
         return (key, value or None) if key in schema_fields() and "[" not in value else None
     keys = (f"{section}{name}" for section in ("train.", "lora.", "data.", ""))
     return next(((key, None) for key in keys if key in schema_fields() and key != "data.train"), None)
-
-
-def reason(name: str) -> str:
-    """Return why a name has no counterpart."""
-    return REFUSED.get(name, "no counterpart")
