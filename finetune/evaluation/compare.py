@@ -8,31 +8,116 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from finetune import __version__
 from finetune.config.command_options import EvalOptions
+from finetune.config.schema import Dtype, ModelConfig, QuantConfig, RunConfig
+from finetune.config.sections import SHORT_DTYPES
 from finetune.data.template.chat import ChatTemplate
+from finetune.distill.resident import load_resident
 from finetune.evaluation.examples import data_warnings, load_sets
 from finetune.evaluation.gap_table import GapTable, ModelFigures, Variant
+from finetune.evaluation.generation import dequantize_once
 from finetune.evaluation.lm_eval import load_tasks, run_tasks
 from finetune.evaluation.measure import Evaluator, Progress, stored_bytes
-from finetune.evaluation.variants import Variants, check_options, find_variants
+from finetune.evaluation.metrics import find_metric
+from finetune.evaluation.options import check_options
+from finetune.models.adapters.files import load_adapter
 from finetune.models.adapters.folder import TENSOR_FILE
+from finetune.models.adapters.trained import find_trained
 from finetune.models.digest import sha256_of
-from finetune.models.hub import TEXT_FILES, fetch, read_config
-from finetune.models.load import default_device
+from finetune.models.fused import fuse_layers
+from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config
+from finetune.models.load import default_device, load_base
 from finetune.models.tokenizer import load_adapter_tokenizer, load_tokenizer
 from finetune.system.atomic import is_disk_full
 from finetune.system.console import Log
-from finetune.system.errors import ConfigError, ResourceError
+from finetune.system.errors import ConfigError, ResourceError, os_errors_as
 from finetune.system.locks import locked
 from finetune.system.machine import use_all_cores
+
+VARIANTS: tuple[Variant, ...] = ("base", "quantized", "trained", "merged")
+
+
+@dataclass(frozen=True)
+class Variants:
+    """The models to compare.
+
+    adapter: its folder; None for a model alone. cfg: config of the adapter's run; None if it has none.
+    model: the base, or the model alone, in its own dtype. quant: of the quantized base.
+    variants: in the order of the table.
+    """
+
+    adapter: Path | None
+    cfg: RunConfig | None
+    model: ModelConfig
+    quant: QuantConfig
+    variants: tuple[Variant, ...]
+
+    def name(self, variant: Variant) -> str:
+        """Return the name of a variant in tables: bf16 base, NF4 base, NF4 + adapter, merged."""
+        plain = SHORT_DTYPES[self.model.dtype]
+        stored = "mixed" if self.quant.int8 else self.quant.type.upper()
+        what = "model" if self.adapter is None else "base"
+        return {
+            "base": f"{plain} {what}",
+            "quantized": f"{stored} {what}",
+            "trained": f"{plain if self.quant.type == 'none' else stored} + adapter",
+            "merged": "merged",
+        }[variant]
+
+    def load(self, variant: Variant, merged: Path, log: Log) -> nn.Module:
+        """Load a variant, frozen, in evaluation mode, on this machine's device. merged: folder of the merged model."""
+        device = default_device()
+        if variant == "base":
+            return load_resident(self.model, None, device).model
+        if variant == "merged":
+            return load_resident(ModelConfig(name=str(merged), dtype=own_dtype(str(merged))), None, device).model
+        model: nn.Module = load_base(self.model, self.quant, device, log)
+        if variant == "trained":
+            assert self.adapter is not None, "only an adapter is trained"
+            model = load_adapter(model, self.adapter)  # type: ignore[arg-type]
+        fuse_layers(model)
+        dequantize_once(model, self.quant)
+        return model.eval()
+
+
+def find_variants(options: EvalOptions, log: Log) -> Variants:
+    """Find the models named in the options, reading only text files and an adapter.
+
+    Raises: ConfigError if a variant does not exist.
+    """
+    if options.adapter is not None:
+        trained = find_trained([options.adapter], None, log)
+        found = Variants(trained.adapters[0].folder, trained.cfg, trained.model, trained.quant, ())
+    else:
+        name = str(options.model)
+        fetch(name, None, TEXT_FILES + WEIGHT_FILES, "model")
+        found = Variants(None, None, ModelConfig(name=name, dtype=own_dtype(name)), QuantConfig(type="none"), ())
+    quant = found.quant
+    if options.quant is not None:
+        quant = quant.model_copy(update={"type": options.quant, "int8": []})
+    exists = {"base": True, "quantized": quant.type != "none", "trained": found.adapter, "merged": found.adapter}
+    available = [variant for variant in VARIANTS if exists[variant]]
+    wanted = options.variants or available
+    if unknown := [variant for variant in wanted if variant not in available]:
+        raise ConfigError(f"variants: found {', '.join(unknown)}, but only {', '.join(available)} exist here")
+    return replace(found, quant=quant, variants=tuple(variant for variant in available if variant in wanted))
+
+
+def own_dtype(name: str) -> Dtype:
+    """Return the dtype in a model's config.json; bfloat16 if it has none, or one without compute kernels."""
+    config = read_config(fetch(name, None, TEXT_FILES, "model").folder, name)
+    named = config.get("dtype") or config.get("torch_dtype")
+    return cast(Dtype, named) if named in SHORT_DTYPES else "bfloat16"
+
 
 _MAX_NEW_TOKENS = 256
 _SCRATCH = ".eval-"
@@ -52,7 +137,8 @@ def evaluate_gap(options: EvalOptions, log: Log, merge: Merge, place: Path | Non
     """
     started = time.monotonic()
     use_all_cores(default_device().type)
-    metric = check_options(options)
+    check_options(options)
+    metric = find_metric(options.metric, options.pattern)
     variants = find_variants(options, log)
     tasks = load_tasks(options.tasks) if options.tasks else None
     base, adapter, cfg = variants.model, variants.adapter, variants.cfg
@@ -154,14 +240,12 @@ def _check_merged(word: str, vocabulary: int) -> None:
 @contextmanager
 def _scratch_folder(place: Path | None) -> Iterator[Path]:
     """A locked temporary folder in `place`. Folders of killed processes are removed too."""
-    try:
+    with os_errors_as(ConfigError, f"{place or 'temporary files'}: cannot be written to"):
         for left in place.glob(f"{_SCRATCH}*") if place is not None else ():
             with suppress(OSError), locked(left / ".lock", 0) as abandoned:
                 if abandoned:
                     shutil.rmtree(left)
         made = tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=place)
-    except OSError as error:
-        raise ConfigError(f"{place or 'temporary files'}: cannot be written to: {error.strerror}") from error
     with made as folder, locked(Path(folder) / ".lock", 0):
         yield Path(folder)
 

@@ -21,10 +21,9 @@ from finetune.commands.eval import write_merged
 from finetune.config.command_options import EvalOptions, KlCheckOptions, MergeOptions
 from finetune.config.overrides import read_options
 from finetune.config.schema import ModelConfig, QuantConfig
-from finetune.evaluation.compare import evaluate_gap
+from finetune.evaluation.compare import Variants, evaluate_gap
 from finetune.evaluation.gap_table import GapTable, load_gap
 from finetune.evaluation.gap_text import write_gap
-from finetune.evaluation.variants import Variants
 from finetune.export.merge.merge import merge
 from finetune.losses.hidden_states import base_of
 from finetune.models.adapters.files import load_adapter
@@ -194,7 +193,7 @@ def test_a_table_comes_back_from_its_folder_as_it_was(table: GapTable, tmp_path)
 def test_invalid_options_are_refused_before_a_model_is_loaded(
     words, expected, run_folder, rows_file, measure, monkeypatch
 ):
-    monkeypatch.setattr("finetune.evaluation.variants.Variants.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("finetune.evaluation.compare.Variants.load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(InputError) as caught:
         measure(*(word.format(base=BASE, run=run_folder, rows=rows_file) for word in words))
     assert all(text in str(caught.value) for text in expected), caught.value
