@@ -44,12 +44,10 @@ class Bench:
 
     def __init__(self, rows: int, held_out: int, folder: Path):
         from finetune import load_config
-        from finetune.mixed_precision.allocation import Choices
-        from finetune.mixed_precision.choose import rest_bytes
+        from finetune.mixed_precision.choose import Choices, rest_bytes
         from finetune.mixed_precision.journal import Sensitivities
         from finetune.mixed_precision.layerwise import LayerwiseModel
-        from finetune.mixed_precision.measure import batches_of, load_rows, sample, working_device
-        from finetune.mixed_precision.sensitivity import Sensitivity
+        from finetune.mixed_precision.measure import Sensitivity, batches_of, load_rows, sample, working_device
 
         write_text(folder, rows, held_out)
         self.cfg = cfg = load_config(
@@ -123,7 +121,7 @@ def measure(options: Mapping[str, str]) -> dict[str, Any]:
 
 def _line(bench: Bench, simple: Mapping[str, dict[str, Any]], budget: int) -> dict[str, Any]:
     """Return the allocation within a budget of bytes, and the best simple one on the held-out rows."""
-    from finetune.mixed_precision.allocation import allocate
+    from finetune.mixed_precision.choose import allocate
 
     fitting = {name: figures for name, figures in simple.items() if figures["bytes"] <= budget}
     knapsack = bench.figures(allocate(bench.choices, budget))

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
-from finetune.mixed_precision.allocation import Choices, allocate
-from finetune.mixed_precision.choose import quant_of, rest_bytes
+from finetune.mixed_precision.choose import Choices, allocate, quant_of, rest_bytes
 from finetune.mixed_precision.journal import MeanKl, Sensitivities
 from finetune.models.families import shape_of
 from finetune.models.load import load_base

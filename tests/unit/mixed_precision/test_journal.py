@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from finetune.mixed_precision.journal import ALL, JOURNAL, RESULT, Journal, MeanKl, Measured, Sensitivities
-from finetune.mixed_precision.summary import MARKDOWN, PICTURE, write_summary
+from finetune.mixed_precision.journal import (
+    ALL,
+    JOURNAL,
+    MARKDOWN,
+    PICTURE,
+    RESULT,
+    Journal,
+    MeanKl,
+    Measured,
+    Sensitivities,
+    write_summary,
+)
 from finetune.system.errors import ConfigError, IntegrityError
 
 MADE_FROM = {"version": 1, "weights": {"a": "1"}, "dtype": "bfloat16"}

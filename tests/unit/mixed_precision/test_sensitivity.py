@@ -15,7 +15,7 @@ from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.mixed_precision.journal import ALL, MeanKl, Measured
 from finetune.mixed_precision.layerwise import LayerwiseModel
-from finetune.mixed_precision.sensitivity import Sensitivity, divergences, mean_kl
+from finetune.mixed_precision.measure import Sensitivity, divergences, mean_kl
 from finetune.ops.limits import LOGITS_VALUES
 
 CHANGED = ("model.layers.0.self_attn.v_proj", "model.layers.2.mlp.down_proj", "model.layers.3.mlp.up_proj")
