@@ -11,24 +11,10 @@ from finetune.models.hub import read_json
 from finetune.system.errors import ConfigError, InputError, ResourceError
 
 # What a server or a person loads; checkpoints, metrics and logs stay here.
-_PATTERNS = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.gguf",
-    "*.onnx",
-    "*.onnx.data",
-    "run.py",
-    "*config.json",
-    "tokenizer*",
-    "vocab.json",
-    "merges.txt",
-    "*.jinja",
-    "*.tiktoken",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "Modelfile",
-    "README.md",
-]
+_PATTERNS = (
+    "*.safetensors *.safetensors.index.json *.gguf *.onnx *.onnx.data run.py *config.json tokenizer* vocab.json "
+    "merges.txt *.jinja *.tiktoken special_tokens_map.json added_tokens.json Modelfile README.md".split()
+)
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -95,13 +95,18 @@ def write_file(request: ExportRequest, writer: Any, tensors: list[PlannedTensor]
         writer.close()
     if request.options.verify:
         check_file(path, entries, tensors)
-    size, types = path.stat().st_size, Counter(tensor.kind.name for tensor in tensors)
-    counts = ", ".join(f"{name}={count}" for name, count in types.items())
+    return path, describe_file(request, path, [tensor.kind.name for tensor in tensors])
+
+
+def describe_file(request: ExportRequest, path: Path, types: Sequence[str]) -> dict[str, Any]:
+    """Log the size of a file and the types of its tensors; return the facts for the report."""
+    size, counted = path.stat().st_size, Counter(types)
+    counts = ", ".join(f"{name}={count}" for name, count in counted.items())
     request.log(f"gguf: file={path.name}, size={format_bytes(size)}, tensors: {counts}")
-    return path, {"file": path.name, "bytes": size, "type": request.kind, "tensors": dict(types)}
+    return {"file": path.name, "bytes": size, "type": request.kind, "tensors": dict(counted)}
 
 
-def check_file(path: Path, entries: dict[str, Any], tensors: list[PlannedTensor]) -> None:
+def check_file(path: Path, entries: Mapping[str, Any], tensors: Sequence[PlannedTensor]) -> None:
     """Read a file with the gguf package and compare every entry and every value with the source.
 
     Types without blocks must equal torch's rounding of the source. Types with blocks may differ by half a step; at an
@@ -122,40 +127,29 @@ def check_file(path: Path, entries: dict[str, Any], tensors: list[PlannedTensor]
     for tensor in tensors:
         if tensor.name not in there:
             problems.append(f"tensor {tensor.name} is missing")
-        elif not _holds(there[tensor.name], tensor):
-            problems.append(f"tensor {tensor.name} is not {tensor.source} in {tensor.kind.name}")
+        elif not _holds(found := there[tensor.name], tensor):
+            problems.append(f"tensor {tensor.name} is not {tensor.source} in {found.tensor_type.name.lower()}")
     if problems:
         raise IntegrityError(f"{path.name}: was not written correctly: {'; '.join(problems[:10])}; nothing was kept")
 
 
 def check_rounded(path: Path, plain: Path) -> None:
-    """Compare every entry and every row of a file of llama.cpp's quantizer with the f32 file that it read.
-
-    Raises:
-        IntegrityError: lists everything that differs.
-    """
+    """Check a file of llama.cpp's quantizer as `check_file` does; its source is the f32 file `plain`."""
     package = gguf_package()
-    reader, source = package.GGUFReader(path), package.GGUFReader(plain)
-    there = {tensor.name: tensor for tensor in reader.tensors}
-    problems = []
-    for key, field in source.fields.items():
-        if key.startswith("GGUF.") or key in _OF_THE_QUANTIZER:
-            continue
-        if key not in reader.fields or reader.fields[key].contents() != field.contents():
-            problems.append(f"entry {key} differs")
-    wanted = {tensor.name: tensor for tensor in source.tensors}
-    problems += [f"tensor {name} is unexpected" for name in sorted(there.keys() - wanted.keys())]
-    for name, tensor in wanted.items():
-        if name not in there:
-            problems.append(f"tensor {name} is missing")
-            continue
-        kind = ROUNDED_BY_LLAMA.get(there[name].tensor_type.name.lower())
+    source = package.GGUFReader(plain)
+    kinds = {tensor.name: tensor.tensor_type.name.lower() for tensor in package.GGUFReader(path).tensors}
+    entries = {
+        key: field.contents()
+        for key, field in source.fields.items()
+        if not key.startswith("GGUF.") and key not in _OF_THE_QUANTIZER
+    }
+    tensors = []
+    for tensor in source.tensors:
         shape = tuple(int(size) for size in tensor.shape[::-1])
-        planned = PlannedTensor(name, name, shape, kind or TYPES["f32"], partial(_rows, tensor.data))
-        if kind is None or not _holds(there[name], planned):
-            problems.append(f"tensor {name} is not the model's in {there[name].tensor_type.name.lower()}")
-    if problems:
-        raise IntegrityError(f"{path.name}: llama.cpp wrote other values: {'; '.join(problems[:10])}; nothing was kept")
+        # A type that the quantizer does not write differs from f32.
+        kind = ROUNDED_BY_LLAMA.get(kinds.get(tensor.name, ""), TYPES["f32"])
+        tensors.append(PlannedTensor(tensor.name, tensor.name, shape, kind, partial(_rows, tensor.data)))
+    check_file(path, entries, tensors)
 
 
 def _rows(data: np.ndarray, start: int, stop: int) -> Tensor:

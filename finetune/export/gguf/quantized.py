@@ -1,34 +1,95 @@
-"""GGUF types that llama.cpp's quantizer rounds to, with an importance matrix if the user names rows for it."""
+"""GGUF types that llama.cpp's quantizer rounds to, with an importance matrix if the user names rows for it.
+
+The matrix holds, for each weight, the sum over tokens of the squared inputs [C], and the number of tokens. The
+quantizer weights the error of a column with their quotient. As with `llama-imatrix`, the embedding and the head have
+none.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from finetune.config.compose import saved_config
 from finetune.config.schema import ModelConfig, QuantConfig, SourceConfig
+from finetune.data.batch import build_batch, groups_of
 from finetune.data.documents import Document
 from finetune.data.loader import load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
-from finetune.evaluation.scoring import agreement
 from finetune.export.exporter import ExportRequest
 from finetune.export.gguf.check import load_gguf
-from finetune.export.gguf.file import check_rounded, model_name
-from finetune.export.gguf.imatrix import importance_matrix
+from finetune.export.gguf.file import check_rounded, describe_file, model_name
 from finetune.export.gguf.quantizer import QUANTIZER_TYPES, quantize_file
+from finetune.export.gguf.qwen2 import ARCHITECTURE, linear_name
 from finetune.export.gguf.types import gguf_package
-from finetune.export.merge.kl_check import Recorded, data_section, held_out_section, load_examples, outputs_of
+from finetune.export.merge.kl_check import (
+    HeldOutSet,
+    Reference,
+    data_section,
+    held_out_section,
+    load_examples,
+    outputs_of,
+)
 from finetune.export.verify import open_tokenizer
-from finetune.losses.distillation import TeacherHidden
+from finetune.losses.hidden_states import target_states
 from finetune.models.adapters.files import fetch_adapter
 from finetune.models.load import default_device, load_base
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.system.errors import ConfigError, DataError
-from finetune.system.format import format_bytes
+
+
+@dataclass(frozen=True)
+class ImportanceMatrix:
+    """sums: fp64 sum of the squared inputs [C] of each tensor of the file. tokens: number of tokens summed."""
+
+    sums: dict[str, Tensor]
+    tokens: int
+
+    def write(self, path: Path, dataset: str) -> None:
+        """Write llama.cpp's GGUF format. dataset: name of the rows in the file."""
+        writer: Any = gguf_package().GGUFWriter(None, ARCHITECTURE)
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", [dataset])
+        writer.add_uint32("imatrix.chunk_count", 1)
+        writer.add_uint32("imatrix.chunk_size", self.tokens)
+        for name, sums in sorted(self.sums.items()):
+            writer.add_tensor(f"{name}.in_sum2", sums.float().numpy()[None])
+            writer.add_tensor(f"{name}.counts", torch.tensor([[float(self.tokens)]]).numpy())
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+@torch.no_grad()
+def importance_matrix(model: nn.Module, documents: Iterable[Document]) -> ImportanceMatrix:
+    """Sum the squared inputs of a Qwen2's linear layers over all tokens of documents; its attention has no padding."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, inputs: Tensor) -> None:
+        squares = inputs.flatten(0, -2).double().square().sum(0)
+        sums[name] = squares + sums[name] if name in sums else squares
+
+    linears = [(found, module) for name, module in model.named_modules() if (found := linear_name(name))]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0])) for name, module in linears
+    ]
+    tokens = 0
+    try:
+        for group in groups_of(documents, EVALUATION_TOKENS):
+            target_states(model, build_batch(group))
+            tokens += sum(map(len, group))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ImportanceMatrix({name: total.cpu() for name, total in sums.items()}, tokens)
+
 
 IMATRIX_FILE = "imatrix.gguf"
 _BLOCK = 256  # values that share scales in k- and i-types
@@ -54,21 +115,11 @@ class TypeKl:
         )
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out examples that the importance matrix has not seen, and the model's outputs on them."""
-
-    source: str
-    documents: Sequence[Document]
-    outputs: list[TeacherHidden]
-    vocabulary: int
-
-    def compare(self, path: Path, request: ExportRequest, imatrix: bool) -> TypeKl:
-        """Measure a GGUF file that was written from `request.source`."""
-        file = load_gguf(path, request.source).to(default_device())
-        teacher = Recorded(iter(self.outputs))
-        found = agreement(file, teacher, self.documents, self.vocabulary, limit_tokens=EVALUATION_TOKENS)
-        return TypeKl(request.kind, imatrix, found.kl, found.top1, found.tokens, len(self.documents), self.source)
+def _compare(path: Path, request: ExportRequest, reference: Reference, imatrix: bool) -> TypeKl:
+    """Measure a GGUF file that was written from `request.source`."""
+    held_out = reference.held_out
+    found = reference.agreement(load_gguf(path, request.source).to(default_device()))
+    return TypeKl(request.kind, imatrix, found.kl, found.top1, found.tokens, len(held_out.documents), held_out.source)
 
 
 def quantize(request: ExportRequest, plain: Path) -> tuple[Path, dict[str, Any]]:
@@ -84,21 +135,21 @@ def quantize(request: ExportRequest, plain: Path) -> tuple[Path, dict[str, Any]]
     """
     kind, options = request.kind, request.options
     path = plain.with_name(f"{model_name(request)}-{kind}.gguf")
-    imatrix, held_out = None, None
+    imatrix, reference = None, None
     if options.imatrix is not None:
         imatrix = plain.with_name(IMATRIX_FILE)
-        held_out = _measure_inputs(request, options.imatrix, imatrix)
+        reference = _measure_inputs(request, options.imatrix, imatrix)
     table = []
-    if held_out is not None and not QUANTIZER_TYPES[kind]:
+    if reference is not None and not QUANTIZER_TYPES[kind]:
         unweighted = plain.with_name("unweighted.gguf")
         quantize_file(plain, unweighted, kind, None)
-        table.append(held_out.compare(unweighted, request, imatrix=False))
+        table.append(_compare(unweighted, request, reference, imatrix=False))
         unweighted.unlink()
     quantize_file(plain, path, kind, imatrix)
     if options.verify:
         check_rounded(path, plain)
-    if held_out is not None:
-        table.append(held_out.compare(path, request, imatrix=True))
+    if reference is not None:
+        table.append(_compare(path, request, reference, imatrix=True))
     plain.unlink()
     notes = _describe(request, path)
     for row in table:
@@ -113,10 +164,7 @@ def _describe(request: ExportRequest, path: Path) -> dict[str, Any]:
         for tensor in gguf_package().GGUFReader(path).tensors
         if len(tensor.shape) > 1
     ]
-    types = Counter(stored for _, stored, _ in matrices)
-    counts = ", ".join(f"{name}={count}" for name, count in types.items())
-    size = path.stat().st_size
-    request.log(f"gguf: file={path.name}, size={format_bytes(size)}, matrices: {counts}")
+    facts = describe_file(request, path, [stored for _, stored, _ in matrices])
     unfilled = [found for found in matrices if found[2] % _BLOCK and found[1] != request.kind]
     if unfilled:
         widths = ", ".join(str(width) for width in sorted({width for _, _, width in unfilled}))
@@ -125,17 +173,14 @@ def _describe(request: ExportRequest, path: Path) -> dict[str, Any]:
             f"gguf: {len(unfilled)} of {len(matrices)} matrices are {others} instead: blocks of {_BLOCK} do not fill "
             f"their rows of {widths}"
         )
-    return {
-        "file": path.name,
-        "bytes": size,
-        "type": request.kind,
-        "tensors": dict(types),
-        "wider": [name for name, _, _ in unfilled],
-    }
+    return facts | {"wider": [name for name, _, _ in unfilled]}
 
 
-def _measure_inputs(request: ExportRequest, sources: list[SourceConfig], path: Path) -> HeldOut | None:
-    """Write the importance matrix of the rows; return the held-out examples, or None if there are none or no check."""
+def _measure_inputs(request: ExportRequest, sources: list[SourceConfig], path: Path) -> Reference | None:
+    """Write the importance matrix of the rows; return the model's outputs on held-out examples that it has not seen.
+
+    None without a check or such examples.
+    """
     options = request.options
     cfg = None if options.adapter is None else saved_config(fetch_adapter(options.adapter, "adapter").folder)
     tokenizer = open_tokenizer(request.source)
@@ -161,4 +206,4 @@ def _measure_inputs(request: ExportRequest, sources: list[SourceConfig], path: P
     if not documents:
         request.log(f"kl_check: skipped, imatrix has all examples of {source.name}")
         return None
-    return HeldOut(source.name, documents, outputs_of(model, documents), len(tokenizer))
+    return Reference(HeldOutSet(source.name, documents, len(tokenizer)), outputs_of(model, documents))

@@ -20,27 +20,10 @@ from finetune.system.errors import FinetuneError, MissingExtra
 from finetune.system.machine import usable_cores
 
 # File types by llama.cpp's names, with True if they need an importance matrix.
-QUANTIZER_TYPES = {
-    "q4_k_m": False,
-    "q4_k_s": False,
-    "q5_k_m": False,
-    "q5_k_s": False,
-    "q6_k": False,
-    "q3_k_l": False,
-    "q3_k_m": False,
-    "q3_k_s": False,
-    "q2_k": False,
-    "iq4_nl": False,
-    "iq4_xs": False,
-    "iq3_m": False,
-    "iq3_s": False,
-    "iq3_xs": True,
-    "iq3_xxs": True,
-    "iq2_m": True,
-    "iq2_s": True,
-    "iq2_xs": True,
-    "iq2_xxs": True,
-}
+QUANTIZER_TYPES: dict[str, bool] = dict.fromkeys(
+    "q4_k_m q4_k_s q5_k_m q5_k_s q6_k q3_k_l q3_k_m q3_k_s q2_k iq4_nl iq4_xs iq3_m iq3_s".split(), False
+)
+QUANTIZER_TYPES |= dict.fromkeys("iq3_xs iq3_xxs iq2_m iq2_s iq2_xs iq2_xxs".split(), True)
 _INSTALL = "put llama.cpp's `llama-quantize` on PATH, or run: pip install llama-cpp-python"
 _SHOWN_LINES = 5
 

@@ -25,7 +25,7 @@ from finetune.data.loader import Source, load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.distill.resident import ResidentTeacher, load_resident
-from finetune.evaluation.scoring import Perplexity, agreement, evaluate
+from finetune.evaluation.scoring import Agreement, Perplexity, agreement, evaluate
 from finetune.losses.distillation import TeacherHidden
 from finetune.models.adapters.files import SavedAdapter, load_adapter
 from finetune.models.adapters.trained import Trained
@@ -40,7 +40,6 @@ from finetune.system.errors import ConfigError, DataError
 class HeldOutSet:
     """Examples to compare on; vocabulary: number of ids that the tokenizer knows."""
 
-    adapter: SavedAdapter
     source: str
     documents: Sequence[Document]
     vocabulary: int
@@ -58,10 +57,22 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Reference:
-    """The outputs and the perplexity of a trained model on its held-out set."""
+    """The outputs of a model on a held-out set, with which others are compared."""
 
     held_out: HeldOutSet
     outputs: list[TeacherHidden]
+
+    def agreement(self, model: nn.Module) -> Agreement:
+        """Compare a model with the reference."""
+        held_out, teacher = self.held_out, Recorded(iter(self.outputs))
+        return agreement(model, teacher, held_out.documents, held_out.vocabulary, limit_tokens=EVALUATION_TOKENS)
+
+
+@dataclass(frozen=True)
+class TrainedReference(Reference):
+    """The outputs and the perplexity of a trained model."""
+
+    adapter: str
     scored: Perplexity
 
 
@@ -86,21 +97,22 @@ class KlCheck:
         )
 
 
-def held_out_set(trained: Trained, adapter: SavedAdapter, options: KlCheckOptions) -> HeldOutSet | None:
-    """Load the first examples of `kl_check.data`, else of the data.eval or the held-out part of the adapter's run.
+def held_out_sets(trained: Trained, options: KlCheckOptions) -> list[tuple[SavedAdapter, HeldOutSet]]:
+    """Load for each adapter the examples of `kl_check.data`, else of the data.eval or the held-out part of its run.
 
-    Returns:
-        None if `kl_check.num_examples` is 0 or there are no held-out examples.
+    Adapters without examples are left out; with `kl_check.num_examples=0` all are.
 
     Raises:
         ConfigError: the examples cannot be read.
     """
-    section = held_out_section(saved_config(adapter.folder), options)
-    if section is None:
-        return None
-    tokenizer = load_adapter_tokenizer(trained.model, adapter.folder)
-    source = load_examples(section, tokenizer, f"adapter={adapter.name}")
-    return HeldOutSet(adapter, source.name, source.documents[: options.num_examples], len(tokenizer))
+    found = []
+    for adapter in trained.adapters:
+        if section := held_out_section(saved_config(adapter.folder), options):
+            tokenizer = load_adapter_tokenizer(trained.model, adapter.folder)
+            source = load_examples(section, tokenizer, f"adapter={adapter.name}")
+            examples = source.documents[: options.num_examples]
+            found.append((adapter, HeldOutSet(source.name, examples, len(tokenizer))))
+    return found
 
 
 def held_out_section(cfg: RunConfig | None, options: KlCheckOptions) -> DataConfig | None:
@@ -134,17 +146,17 @@ def load_examples(section: DataConfig, tokenizer: Any, owner: str) -> Source:
     return (data.eval or data.train)[0]
 
 
-def measure_trained(trained: Trained, held_out: HeldOutSet) -> Reference:
+def measure_trained(trained: Trained, adapter: SavedAdapter, held_out: HeldOutSet) -> TrainedReference:
     """Load the model as it was trained, and keep its outputs on the held-out set."""
     device = default_device()
-    model = load_adapter(load_base(trained.model, trained.quant, device), held_out.adapter.folder)
+    model = load_adapter(load_base(trained.model, trained.quant, device), adapter.folder)
     fuse_layers(model)
     documents = held_out.documents
     outputs = outputs_of(model.eval(), documents)
-    reference = Reference(held_out, outputs, evaluate(model, documents, limit_tokens=EVALUATION_TOKENS))
+    scored = evaluate(model, documents, limit_tokens=EVALUATION_TOKENS)
     del model
     gc.collect()
-    return reference
+    return TrainedReference(held_out, outputs, adapter.name, scored)
 
 
 def outputs_of(model: nn.Module, documents: Sequence[Document]) -> list[TeacherHidden]:
@@ -154,19 +166,16 @@ def outputs_of(model: nn.Module, documents: Sequence[Document]) -> list[TeacherH
 
 
 @torch.no_grad()
-def measure_merged(folder: Path, dtype: Dtype, references: Sequence[Reference]) -> list[KlCheck]:
+def measure_merged(folder: Path, dtype: Dtype, references: Sequence[TrainedReference]) -> list[KlCheck]:
     """Compare the merged model in a folder with the references of trained models."""
     model = load_resident(ModelConfig(name=str(folder), dtype=dtype), None, default_device()).model
     checks = []
     for reference in references:
-        held_out = reference.held_out
-        documents = held_out.documents
-        teacher = Recorded(iter(reference.outputs))
-        found = agreement(model, teacher, documents, held_out.vocabulary, limit_tokens=EVALUATION_TOKENS)
-        merged = evaluate(model, documents, limit_tokens=EVALUATION_TOKENS)
+        held_out, found = reference.held_out, reference.agreement(model)
+        merged = evaluate(model, held_out.documents, limit_tokens=EVALUATION_TOKENS)
         checks.append(
             KlCheck(
-                adapter=held_out.adapter.name,
+                adapter=reference.adapter,
                 rows=len(held_out.documents),
                 tokens=found.tokens,
                 source=held_out.source,

@@ -14,7 +14,7 @@ from finetune import __version__
 from finetune.config.command_options import MergeOptions
 from finetune.config.compose import to_yaml
 from finetune.config.schema import Dtype
-from finetune.export.merge.kl_check import KlCheck, held_out_set, measure_merged, measure_trained
+from finetune.export.merge.kl_check import KlCheck, held_out_sets, measure_merged, measure_trained
 from finetune.export.merge.weights import MergePlan, content_of, plan_merge
 from finetune.export.shards import Advance, plan_shards, write_index, write_shard
 from finetune.export.staging import TOKENIZER_COPIES, KeepPartial, copy_files, staged
@@ -105,7 +105,7 @@ def merge(options: MergeOptions, log: Log = log, progress: Progress = progress_b
     for tensor in plan.tensors:
         sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     dtype: Dtype = sizes.most_common(1)[0][0]
-    held_out = [found for adapter in trained.adapters if (found := held_out_set(trained, adapter, options.kl_check))]
+    held_out = held_out_sets(trained, options.kl_check)
     if not held_out:
         _refuse_limit(options)
     log(
@@ -117,7 +117,7 @@ def merge(options: MergeOptions, log: Log = log, progress: Progress = progress_b
     if not held_out and options.kl_check.num_examples:
         log(f"kl_check: skipped, no held-out examples; pass {_NAME_EXAMPLES}")
     with staged(Path(options.out).expanduser(), plan.nbytes, _made_from(trained, base, options)) as folder:
-        references = [measure_trained(trained, examples) for examples in held_out]
+        references = [measure_trained(trained, adapter, examples) for adapter, examples in held_out]
         _write_merged(trained, plan, folder, limit_bytes, progress)
         write_metadata(trained, plan, dtype, folder)
         checks = measure_merged(folder, dtype, references) if references else []

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune.data.documents import Document
-from finetune.export.gguf.imatrix import importance_matrix
+from finetune.export.gguf.quantized import importance_matrix
 from finetune.export.gguf.quantizer import read_imatrix
 from tests.models import random_qwen2
 
