@@ -111,7 +111,7 @@ def _print_lengths(cfg: RunConfig, as_json: bool) -> int:
 def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
     from finetune.planning.advice import changes_that_fit, fastest_that_fits
     from finetune.planning.auto_batch import estimate_memory, host_shortage
-    from finetune.planning.gpus import planned_device
+    from finetune.planning.gpus import planned_device, traits_of
     from finetune.planning.inputs import plan_inputs
     from finetune.planning.timing import estimate_time, read_rates
     from finetune.system.machine import ranks_of_run
@@ -119,7 +119,7 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
     shape = _shape_of(cfg.model.name)
     device_type, free, what, gpu_name = planned_device(options.gpu, options.gpu_gb)
     ranks = ranks_of_run(os.environ)
-    inputs = plan_inputs(cfg, shape, device_type=device_type, ranks=ranks)
+    inputs = plan_inputs(cfg, shape, device_type=device_type, ranks=ranks, gpu=traits_of(gpu_name))
     found = estimate_memory(inputs, free)
     # The main memory of a machine with another GPU is unknown.
     shortage = None if options.gpu or options.gpu_gb else host_shortage(found)

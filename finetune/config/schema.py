@@ -211,6 +211,12 @@ def _train(train: TrainConfig) -> Problems:
         yield Problem("train.early_stopping", "needs evaluations; set train.eval_every")
 
 
+def _order(model: ModelConfig, train: TrainConfig) -> Problems:
+    if train.deterministic and model.attention in ("sdpa", "flash_attention_2"):
+        text = f"model.attention={model.attention} adds in no fixed order on a GPU; set model.attention=auto"
+        yield Problem("train.deterministic", text)
+
+
 def _rows(data: DataConfig, train: TrainConfig) -> Problems:
     if data.stream_rows is not None and train.max_steps is None:
         yield Problem("data.stream_rows", "the length of a stream is unknown; set train.max_steps")
@@ -337,6 +343,7 @@ RULES: tuple[Callable[..., Problems], ...] = (
     _start,
     _data,
     _train,
+    _order,
     _rows,
     _objective,
     _placement,

@@ -207,6 +207,9 @@ class TrainConfig(Section):
     )
     share_prefixes: bool = Field(True, description="Skip unneeded tokens, compute shared prefixes once; fused only.")
     compile: bool | None = Field(None, description="Compile elementwise kernels; null: if the run is long enough.")
+    deterministic: bool = Field(
+        False, description="Same bits in every run on a GPU, for memory and time; runs on a CPU have them without."
+    )
     eval_every: Count | None = Field(None, description="Steps between evaluations; null: evaluate only at the end.")
     save_every: Count | None = Field(None, description="Steps between checkpoints; null: save only at the end.")
     keep_checkpoints: Count = Field(2, description="Newest checkpoints to keep; the best one is always kept.")

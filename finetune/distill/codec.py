@@ -25,6 +25,7 @@ from torch import Tensor
 
 from finetune.losses.chunked import chunked_logits
 from finetune.losses.distillation import TeacherHidden, TeacherSamples, TeacherTopK
+from finetune.ops.determinism import cumulative_sums
 
 Columns = dict[str, np.ndarray]
 
@@ -93,12 +94,12 @@ def _draw_others(parts_NV: Tensor, uniforms_NS: Tensor) -> tuple[Tensor, Tensor]
     count = uniforms_NS.shape[1]
     runs_NRW = _runs(parts_NV, 0.0)
     sums_NR = runs_NRW.sum(-1, dtype=torch.float64)
-    ends_NR = sums_NR.cumsum(-1)
+    ends_NR = cumulative_sums(sums_NR)
     mass_N = ends_NR[:, -1]
     strata = torch.arange(count, device=uniforms_NS.device, dtype=torch.float64)
     at_NS = (strata + uniforms_NS) / count * mass_N[:, None]
     run_NS = _find(ends_NR, at_NS)
-    within_NSW = runs_NRW.gather(1, run_NS[..., None].expand(-1, -1, _RUN)).double().cumsum(-1)
+    within_NSW = cumulative_sums(runs_NRW.gather(1, run_NS[..., None].expand(-1, -1, _RUN)).double())
     left_NS = at_NS - (ends_NR - sums_NR).gather(1, run_NS)
     return run_NS * _RUN + _find(within_NSW, left_NS[..., None])[..., 0], mass_N
 

@@ -22,6 +22,7 @@ from finetune.losses.chunked import logits_of
 from finetune.losses.cross_entropy import head_of
 from finetune.losses.hidden_states import base_of
 from finetune.models.quant.four_bit import keep_resident, resident_bytes
+from finetune.ops.determinism import cumulative_sums
 from finetune.system.machine import available_memory
 
 # Limits of a sampled batch. The key-value cache of so many tokens takes 0.9 GB at 7B; larger batches are hardly faster.
@@ -166,7 +167,7 @@ def draw_tokens(logits_NV: Tensor, draws_N: Tensor, temperature: float) -> Tenso
     """Return the tokens [N] int64 at which the cumulative softmax(logits / temperature) passes the draws (float64)."""
     found = []
     for logits, draws in zip(logits_NV.split(_DRAWN_AT_ONCE), draws_N.split(_DRAWN_AT_ONCE), strict=True):
-        cumulated = (logits.double() / temperature).softmax(-1).cumsum(-1)
+        cumulated = cumulative_sums((logits.double() / temperature).softmax(-1))
         places = draws[:, None] * cumulated[:, -1:]  # the sum is 1 up to rounding
         found.append(torch.searchsorted(cumulated, places, right=True).squeeze(1))
     # NaN logits give an id beyond the last one. They show up in the loss of training on the answer.

@@ -33,6 +33,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from finetune.ops.determinism import fix_backward
 from finetune.ops.dispatch import fused
 from finetune.ops.limits import (
     DOCUMENT_TOKENS_MULTIPLE,
@@ -223,7 +224,7 @@ def attend(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, segments: Segm
     if segments.cumulative is not None:
         kernel, borders, longest = varlen_kernel(q.device, q.dtype), segments.cumulative, segments.longest
         assert kernel is not None  # plan_segments used the same device and dtype
-        output = kernel(q, k, v, borders, borders, longest, longest, window_size=(-1, 0), scale=scale)
+        output = fix_backward(kernel(q, k, v, borders, borders, longest, longest, window_size=(-1, 0), scale=scale))
     else:
         sizes = [documents * length for documents, length in segments.groups]
         parts = zip(segments.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
@@ -243,7 +244,8 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         # torch's memory-efficient kernel has no grouped heads; with the flag, torch would keep the scores [B, H, L, L].
         key, value = (x.repeat_interleave(heads, dim=1) for x in (key, value))
         heads = 1
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=heads > 1)
+    options = {"is_causal": True, "scale": scale, "enable_gqa": heads > 1}
+    return fix_backward(F.scaled_dot_product_attention(query, key, value, **options))
 
 
 @fused

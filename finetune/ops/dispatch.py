@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from finetune.ops import determinism
 from finetune.ops.limits import COMPILE_FROM_FLOPS, PLAIN_BLOCK_VALUES
 
 P = ParamSpec("P")
@@ -78,18 +79,20 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
     kernel has no temporaries, and plain ones of whole tensors would need several times their memory. Rows are
     independent: arguments with the same first letter of their shape as the first one (x_TD, cos_TW) share them.
     """
-    compiled: Callable[P, R] | None = None
+    compiled: dict[bool, Callable[P, R]] = {}
     by_row = arguments_by_row(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        nonlocal compiled
         if not STATE.compiled or function.__name__ in STATE.failed:
             return _run_plain(function, by_row, *args, **kwargs)
-        if compiled is None:
-            compiled = torch.compile(function, dynamic=True, fullgraph=True)
+        fixed = determinism.STATE.on
+        if fixed not in compiled:
+            # Without this option, the block of a sum is the fastest of several, as measured.
+            options: dict[str, Any] | None = {"deterministic": True} if fixed else None
+            compiled[fixed] = torch.compile(function, dynamic=True, fullgraph=True, options=options)
         try:
-            return compiled(*args, **kwargs)
+            return compiled[fixed](*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
         except _COMPILER_ERRORS as error:  # of the compiler; an error of the kernel itself is raised again below

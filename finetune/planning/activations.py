@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from finetune.ops import limits
@@ -118,7 +118,7 @@ def plan_activations(inputs: PlanInputs, micro_batch: int, document_tokens: int 
     hidden = tokens * inputs.shape["hidden_size"] * width
     on_cpu = inputs.device_type == "cpu"
     if inputs.device_type == "cuda":
-        return _plan_on_gpu(inputs, tokens, kept)
+        return _plan_on_gpu(inputs, tokens, kept, document_tokens)
     block = _mlp_rows(inputs, tokens) * inner * width
     in_heap = on_cpu and block < _MAPPED_FROM_BYTES
     # Gate and up are such blocks.
@@ -135,11 +135,14 @@ def plan_activations(inputs: PlanInputs, micro_batch: int, document_tokens: int 
     )
 
 
-def _plan_on_gpu(inputs: PlanInputs, tokens: int, kept: tuple[float, ...]) -> ActivationPlan:
+def _plan_on_gpu(
+    inputs: PlanInputs, tokens: int, kept: tuple[float, ...], document_tokens: int | None
+) -> ActivationPlan:
     """Build the plan of a GPU. kept: of layers that run their MLP on all rows at once."""
     hidden = tokens * inputs.shape["hidden_size"] * inputs.value_bytes
     compiled, rows = elementwise_kernels(inputs) != "plain torch", gpu_layers.tile_rows(inputs, tokens)
     tiled, dora = rows is not None and gpu_layers.tiles_last_layer(inputs), _dora_bytes(inputs)
+    work = partial(gpu_layers.layer_work, inputs, tokens, document_tokens, compiled=compiled)
     # A tiled MLP keeps its input in place of gate and up, like one whose gate or up has an adapter.
     adapted = any({"gate_proj", "up_proj"} & names for names in inputs.adapted)
     saved = 2 * tokens * inputs.shape["intermediate_size"] * inputs.value_bytes - (0 if adapted else hidden)
@@ -154,10 +157,10 @@ def _plan_on_gpu(inputs: PlanInputs, tokens: int, kept: tuple[float, ...]) -> Ac
         input=hidden,
         # With the logits: the rows with a target, their normed copy, and its gradient.
         head=loss_bytes(inputs, tokens, inputs.trains_on_teacher) + 3 * hidden,
-        work=max(dora, gpu_layers.layer_work(inputs, tokens, compiled=compiled, tiled=tiled)),
+        work=max(dora, work(tiled=tiled)),
         layers=len(inputs.adapted),
         again=again,
-        work_again=max(dora, gpu_layers.layer_work(inputs, tokens, compiled=compiled, tiled=rows is not None)),
+        work_again=max(dora, work(tiled=rows is not None)),
     )
 
 

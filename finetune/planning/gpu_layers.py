@@ -6,6 +6,8 @@ Names: D hidden width, I intermediate width, H query heads, W head width, T toke
 
 from __future__ import annotations
 
+import math
+
 from finetune.ops import limits
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.static_memory import DTYPE_BYTES
@@ -43,8 +45,13 @@ def weight_buffer_bytes(inputs: PlanInputs) -> float:
     return max(out * size for out, size in inputs.linears.values()) * DTYPE_BYTES[inputs.quant.compute_dtype]
 
 
-def layer_work(inputs: PlanInputs, tokens: int, *, compiled: bool, tiled: bool) -> float:
-    """Return the largest temporaries of a layer's backward pass, beyond what the layer keeps."""
+def layer_work(
+    inputs: PlanInputs, tokens: int, document_tokens: int | None = None, *, compiled: bool, tiled: bool
+) -> float:
+    """Return the largest temporaries of a layer's backward pass, beyond what the layer keeps.
+
+    document_tokens: as for `plan_activations`.
+    """
     width, inner, hidden = inputs.value_bytes, inputs.shape["intermediate_size"], inputs.shape["hidden_size"]
     rows = tile_rows(inputs, tokens) if tiled else None
     if inputs.train.kernels == "peft":
@@ -59,18 +66,21 @@ def layer_work(inputs: PlanInputs, tokens: int, *, compiled: bool, tiled: bool) 
     mlp += (2 * tokens + (rows or tokens)) * hidden * width
     # When attention runs backward, the input of the second norm is free, and gate and up, or the input of a tiled MLP.
     free = tokens * (hidden + (2 * inner if rows is None else hidden)) * width
-    attention = _attention_work(inputs, tokens) - free
+    attention = _attention_work(inputs, tokens, document_tokens or inputs.data.max_length) - free
     plain = 0 if compiled else _PLAIN_BYTES * min(tokens * inner, limits.PLAIN_BLOCK_VALUES)
     return max(mlp, attention) + plain
 
 
-def _attention_work(inputs: PlanInputs, tokens: int) -> float:
+def _attention_work(inputs: PlanInputs, tokens: int, document_tokens: int) -> float:
     """Gradients of residual, output, queries, keys and values, and the workspace of flash attention.
 
-    It sums gradients of queries in fp32, and makes those of keys and values for every query head.
+    It sums gradients of queries in fp32, and makes those of keys and values for every query head. A deterministic one
+    divides the keys among all multiprocessors and has a sum for each part.
     """
     width, heads = inputs.value_bytes, inputs.shape["num_attention_heads"]
     queries, keys = inputs.linears["q_proj"][0], inputs.linears["k_proj"][0]
     gradients = (inputs.shape["hidden_size"] + 2 * queries + 2 * keys) * width
-    workspace = 4 * queries + 4 * heads + (2 * queries * width if keys < queries else 0)
+    documents = max(1, tokens // document_tokens)
+    sums = math.ceil(inputs.gpu.multiprocessors / (documents * heads)) if inputs.train.deterministic else 1
+    workspace = sums * 4 * queries + 4 * heads + (2 * queries * width if keys < queries else 0)
     return tokens * (gradients + workspace)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from finetune.planning.auto_batch import free_memory
+from finetune.planning.inputs import GpuTraits
 from finetune.system.errors import InputError
 from finetune.system.machine import device_memory, device_type_here
 
@@ -24,20 +25,22 @@ class Gpu:
     flops_per_second: float
 
 
-# Name -> sizes in GB, peak in 10^12 operations per second. A name stands before its beginnings: L40S before L4.
+# Name -> sizes in GB, peak in 10^12 operations per second, multiprocessors. A name stands before its beginnings: L40S
+# before L4.
 _KNOWN = {
-    "H200": ((141,), 989),
-    "H100": ((80,), 989),
-    "A100": ((40, 80), 312),
-    "L40S": ((48,), 362),
-    "A6000": ((48,), 155),
-    "A10": ((24,), 125),
-    "L4": ((24,), 121),
-    "4090": ((24,), 165),
-    "3090": ((24,), 71),
-    "V100": ((16, 32), 125),
-    "T4": ((16,), 65),
+    "H200": ((141,), 989, 132),
+    "H100": ((80,), 989, 132),
+    "A100": ((40, 80), 312, 108),
+    "L40S": ((48,), 362, 142),
+    "A6000": ((48,), 155, 84),
+    "A10": ((24,), 125, 72),
+    "L4": ((24,), 121, 58),
+    "4090": ((24,), 165, 128),
+    "3090": ((24,), 71, 82),
+    "V100": ((16, 32), 125, 80),
+    "T4": ((16,), 65, 40),
 }
+_BEFORE_AMPERE = ("V100", "T4")
 # A driver reports more bytes than are sold, and keeps a part for itself: the sold size is close to what is free.
 _BYTES_PER_GB = 1e9
 _WORD = re.compile(r"(?:NVIDIA|GEFORCE|TESLA|RTX|[ _-])*([A-Z]*\d+S?)(?:[ _-]*(\d+)(?:GB)?)?")
@@ -54,7 +57,7 @@ def find_gpu(word: str) -> Gpu:
         known = ", ".join(choice for each in _KNOWN for choice in _choices(each))
         size_gb = word if word.isdecimal() and int(word) < 1000 else "24"
         raise InputError(f"gpu={word}: unknown; known are {known}\nhelp: gpu_gb={size_gb}")
-    sizes, peak = _KNOWN[name]
+    sizes, peak, _ = _KNOWN[name]
     if (size is None and len(sizes) > 1) or (size is not None and int(size) not in sizes):
         each = " or ".join(f"{gb} GB" for gb in sizes)
         raise InputError(f"gpu={word}: this card has {each}\nhelp: gpu={_choices(name)[-1]}")
@@ -65,11 +68,22 @@ def find_gpu(word: str) -> Gpu:
 
 def peak_of(gpu_name: str | None) -> float | None:
     """Return the operations per second of a GPU by its driver's name, as `Tesla T4`; None if it is unknown."""
-    return next((peak * 1e12 for name, (_, peak) in _KNOWN.items() if gpu_name and name in gpu_name), None)
+    name = _known_name(gpu_name)
+    return None if name is None else _KNOWN[name][1] * 1e12
+
+
+def traits_of(gpu_name: str | None) -> GpuTraits:
+    """Return what the plan needs to know about a GPU by its driver's name; the defaults if it is unknown."""
+    name = _known_name(gpu_name)
+    return GpuTraits() if name is None else GpuTraits(name not in _BEFORE_AMPERE, _KNOWN[name][2])
+
+
+def _known_name(gpu_name: str | None) -> str | None:
+    return next((name for name in _KNOWN if gpu_name and name in gpu_name), None)
 
 
 def _choices(name: str) -> list[str]:
-    sizes, _ = _KNOWN[name]
+    sizes = _KNOWN[name][0]
     return [f"{name.lower()}-{gb}" for gb in sizes] if len(sizes) > 1 else [name.lower()]
 
 

@@ -13,6 +13,17 @@ from finetune.models.families import SHAPE_KEYS, shape_of
 from finetune.planning.static_memory import DTYPE_BYTES, StaticMemory, adapted_linears, linear_shapes, plan_memory
 
 
+@dataclass(frozen=True, slots=True)
+class GpuTraits:
+    """What the memory of attention depends on. The defaults are those of an H100 and an H200.
+
+    flash_attention: whether torch has flash attention for this GPU, from NVIDIA's Ampere on.
+    """
+
+    flash_attention: bool = True
+    multiprocessors: int = 132
+
+
 @dataclass(frozen=True, eq=False)
 class PlanInputs:
     """Everything that the plan of one rank depends on. Records compare by identity, so results can be cached.
@@ -34,6 +45,7 @@ class PlanInputs:
     has_teacher: bool
     device_type: str
     ranks: int
+    gpu: GpuTraits = GpuTraits()
 
     def with_settings(self, **sections: Mapping[str, Any]) -> PlanInputs:
         """Return a copy with some settings changed. Nothing is validated again."""
@@ -133,9 +145,14 @@ class PlanInputs:
 
 
 def plan_inputs(
-    cfg: schema.RunConfig, shape: Mapping[str, Any] | None, *, device_type: str, ranks: int = 1
+    cfg: schema.RunConfig,
+    shape: Mapping[str, Any] | None,
+    *,
+    device_type: str,
+    ranks: int = 1,
+    gpu: GpuTraits = GpuTraits(),
 ) -> PlanInputs:
     """Build the inputs of a run's plan; shape is None if the student's sizes are unknown without a download."""
     names = ("model", "quant", "lora", "data", "train", "distill", "guard", "generation", "has_teacher")
     sections = {name: getattr(cfg, name) for name in names}
-    return PlanInputs(shape=shape or {}, **sections, device_type=device_type, ranks=ranks)
+    return PlanInputs(shape=shape or {}, **sections, device_type=device_type, ranks=ranks, gpu=gpu)

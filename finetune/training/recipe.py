@@ -36,6 +36,7 @@ from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.models.load import check_loaded, load_base
 from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
 from finetune.ops import dispatch, matmul
+from finetune.ops.determinism import deterministic
 from finetune.planning.activations import elementwise_kernels
 from finetune.planning.auto_batch import free_memory, place_embedding
 from finetune.planning.describe import describe_plan, describe_start
@@ -50,7 +51,7 @@ from finetune.system.console import Log
 from finetune.system.errors import Interrupted
 from finetune.system.machine import use_all_cores
 from finetune.training import output_folder, run_folder
-from finetune.training.accelerator import build_accelerator, describe_ignored_settings, wrap_ranks
+from finetune.training.accelerator import build_accelerator, describe_ignored_settings, gpu_traits, wrap_ranks
 from finetune.training.autotune import apply_batch_plan, predict_speed
 from finetune.training.checkpoint import (
     TrainState,
@@ -121,7 +122,8 @@ def train(
         [checkpoint] = broadcast_object_list([run_folder.find_checkpoint(cfg, log) if is_main else None])
         ranks = accelerator.num_processes
         stored = {} if checkpoint is None else read_state(checkpoint).choices
-        inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=kind, ranks=ranks)
+        gpu = gpu_traits(accelerator.device)
+        inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=kind, ranks=ranks, gpu=gpu)
         inputs = inputs.with_settings(train=repeat_choices(cfg.train, stored, ranks, log))
         compiles = kind == "cuda" and elementwise_kernels(inputs) == "compiled"
         if compiles and dispatch.compile_problem(accelerator.device):
@@ -133,7 +135,8 @@ def train(
         context = _load(cfg, inputs, accelerator, checkpoint, model, log=log, detail=detail, started=started)
         if is_main:
             output_folder.link_latest(given, folder)
-        return _run(context, checkpoint)
+        with deterministic(cfg.train.deterministic and kind == "cuda"):
+            return _run(context, checkpoint)
     finally:
         if lock is not None:
             output_folder.release_folder(lock)

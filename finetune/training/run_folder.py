@@ -37,6 +37,7 @@ _FREE = {
         "kernels",
         "share_prefixes",
         "compile",
+        "deterministic",
         "eval_every",
         "save_every",
         "keep_checkpoints",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
@@ -107,6 +109,17 @@ def _pin_memory(_: torch.device, size_bytes: int) -> tuple[torch.Tensor, Callabl
     return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True), lambda: None
 
 
+_attention = F.scaled_dot_product_attention
+
+
+def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Call the memory-efficient kernel where a GPU does; a CPU build has no choice but plain products."""
+    if args or kwargs.get("attn_mask") is not None or kwargs.get("enable_gqa") or query.device != GPU:
+        return _attention(query, key, value, *args, **kwargs)
+    log_sums, options = torch.is_grad_enabled(), {"is_causal": kwargs["is_causal"], "scale": kwargs["scale"]}
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, log_sums, **options)[0]
+
+
 _module_to = nn.Module.to
 
 
@@ -136,6 +149,7 @@ def fake_gpu(
     answers: Mapping[str, Any] = {
         "is_available": lambda: True,
         "get_device_capability": lambda *_: capability,
+        "get_device_properties": lambda *_: SimpleNamespace(major=capability[0], multi_processor_count=132),
         "is_bf16_supported": lambda *_, **__: True,
         "Event": _Event,
         "Stream": _Stream,
@@ -155,6 +169,7 @@ def fake_gpu(
             (torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
             (torch.Tensor, "pin_memory", lambda self: self),
             (torch, "compile", _compile),
+            (F, "scaled_dot_product_attention", _sdpa),
             (dispatch.STATE, "compiled", compiled),
             (dequantize, "nf4_kernel", _nf4_kernel),
             (bnb.nn, "Params4bit", _parameter(Params4bit)),

@@ -32,6 +32,7 @@ class Plan:
     keep_dequantized: bool = False
     dora: bool = False
     dropout: float = 0.0
+    deterministic: bool = False
 
     @property
     def name(self) -> str:
@@ -45,6 +46,7 @@ class Plan:
             "keep_dequantized": self.keep_dequantized,
             "DoRA": self.dora,
             "dropout": self.dropout,
+            "deterministic": self.deterministic,
         }
         return " ".join([*words, *(word for word, on in options.items() if on)])
 
@@ -70,6 +72,7 @@ class Plan:
             "train.compile": self.compiled,
             "model.embedding": self.embedding,
             "train.kernels": self.kernels,
+            "train.deterministic": self.deterministic,
             "quant.type": self.quant,
             "quant.double": self.quant == "nf4",
             "quant.keep_dequantized": self.keep_dequantized,
@@ -94,6 +97,7 @@ class Plan:
             embedding=self.embedding,
             compiled=self.compiled,
             kernels=self.kernels,
+            fixed_order=self.deterministic,
         )
 
 
@@ -125,5 +129,7 @@ _RUNS = [
     Plan("0.5B", 2, 4096, 16, "all-linear", "all", kernels="peft"),
     Plan("0.5B", 4, 2048, 16, "all-linear", dropout=0.1),
     Plan("14B", 2, 4096, 16, "all-linear", "all"),
+    Plan("7B", 3, 40_960, 32, "all-linear", "offload", deterministic=True),
+    Plan("0.5B", 4, 2048, 16, "all-linear", deterministic=True),
 ]
 PLANS = {run.name: run for run in _RUNS}

@@ -15,7 +15,15 @@ from tests.cuda_trace.stub import has_compiler
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs g++, which builds the stub of a CUDA device")
 
 # The cases of a quick run of the suite; tests/slow.py holds the others.
-_QUICK = ["q and v", "not compiled, all-linear", "offload", "head trained", "teacher jsd", "sampled answers"]
+_QUICK = [
+    "q and v",
+    "deterministic",
+    "not compiled, all-linear",
+    "offload",
+    "head trained",
+    "teacher jsd",
+    "sampled answers",
+]
 # What a training step waits for: its loss, and the norm of its gradient.
 _OF_A_STEP = {"loss: _local_scalar_dense": 1, "optimizer: _local_scalar_dense": 1}
 _OF_OTHERS = {
@@ -43,6 +51,16 @@ _LAUNCHES = {"7B": (31, 58), "7B all-linear": (51, 129), "7B recompute all": (32
 # The most bytes per further token of a document, of three layers: lower them with the code.
 _BYTES_A_TOKEN = {"7B": 369_550, "7B offload": 74_400, "7B all-linear offload": 74_400}
 
+# Backward passes of attention, which add in no fixed order on CUDA unless torch's deterministic algorithms are on.
+_ATTENTION = {"_varlen_attn_backward", "_scaled_dot_product_efficient_attention_backward"}
+# Other operations that do, whatever `train.deterministic` says. index_put_ and embedding_dense_backward sort first.
+# Source: the documentation of torch.use_deterministic_algorithms, and ScanUtils.cuh of ATen for cumsum.
+_UNORDERED = set(
+    "index_add index_add_ index_reduce index_reduce_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ put put_ "
+    "histc bincount median kthvalue nll_loss2d_forward _embedding_bag_backward _ctc_loss_backward "
+    "_scaled_dot_product_flash_attention_backward _scaled_dot_product_cudnn_attention_backward".split()
+) | {"cumsum of one row"}
+
 
 @pytest.mark.parametrize("name", _QUICK)
 def test_a_path_keeps_the_laws(results: Results, name: str) -> None:
@@ -64,6 +82,16 @@ def _check_laws(results: Results, name: str) -> None:
     chunk = LOGITS_VALUES["cuda"] + SMALL["vocab_size"]
     assert chunk < SMALL_TOKENS * SMALL["vocab_size"] / 2
     assert name.startswith("7B") or figures["widest"] <= chunk
+    _check_order(figures, name.startswith("deterministic"))
+
+
+def _check_order(figures: dict[str, Any], deterministic: bool) -> None:
+    """Assert that attention alone adds in no fixed order, and not even attention where the run is deterministic."""
+    names, fixed = set(figures["names"]), set(figures["fixed"])
+    assert not _UNORDERED & (names | fixed)
+    assert fixed <= _ATTENTION | {"detach", "device", "zeros"}
+    assert bool(fixed & _ATTENTION) == deterministic
+    assert not (deterministic and names & _ATTENTION)
 
 
 @pytest.mark.parametrize("name", _LAUNCHES)

@@ -21,6 +21,7 @@ from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.cross_entropy import CrossEntropy
 from finetune.ops.attention import SEGMENTED
+from finetune.ops.determinism import deterministic
 from finetune.training.optimizer import build_optimizer
 from tests.cuda_trace.fake_gpu import build_base, build_model, fake_gpu
 from tests.cuda_trace.roofline import Kernel
@@ -51,6 +52,7 @@ class Step:
     static: after loading. peak: highest of the step. host_peak: likewise in main memory. largest: at the peak, by line.
     launches: kernels by phase. syncs: places where the CPU waits for the GPU. widest: values of the largest new tensor.
     kernels: how often each one runs.
+    names: of its operations. fixed: of those that run with torch's deterministic algorithms.
     """
 
     static: int
@@ -61,6 +63,8 @@ class Step:
     syncs: dict[str, int]
     widest: int
     kernels: dict[Kernel, int]
+    names: list[str]
+    fixed: list[str]
 
 
 def trace(
@@ -79,13 +83,14 @@ def trace(
     attention: str = SEGMENTED,
     compiled: bool = True,
     capability: tuple[int, int] = (9, 0),
+    fixed_order: bool = False,
 ) -> Step:
     """Trace work on a model, with a batch of `count` documents, `tokens` in total, of which a share are targets.
 
-    change: makes the rows of the batch from such documents.
+    change: makes the rows of the batch from such documents. fixed_order: `train.deterministic`.
     """
     rows, tracker = documents(tokens, count, share), Tracker()
-    with fake_gpu(tracker, capability, compiled):
+    with fake_gpu(tracker, capability, compiled), deterministic(fixed_order):
         base = build_base(shape, quant or QuantConfig(), attention, embedding)
         model = build_model(base, lora or LoraConfig(), recompute, kernels)
         gc.collect()
@@ -106,6 +111,8 @@ def trace(
         syncs=dict(tracker.syncs),
         widest=tracker.widest,
         kernels=dict(tracker.kernels),
+        names=sorted(tracker.names),
+        fixed=sorted(tracker.fixed),
     )
 
 

@@ -73,6 +73,9 @@ class Tracker(TorchDispatchMode):
         self.syncs: Counter[str] = Counter()
         self.kernels: Counter[Kernel] = Counter()
         self.widest = 0
+        # Names of operations on the GPU: with torch's own algorithms, and with its deterministic ones.
+        self.names: set[str] = set()
+        self.fixed: set[str] = set()
         self._hidden = 0
         self._touched: dict[str, set[int]] = {}
 
@@ -160,6 +163,10 @@ class Tracker(TorchDispatchMode):
             return True if name in ("equal", "is_nonzero") else 1.0 if tensors[0].dtype.is_floating_point else 1
         if name in ("_to_copy", "copy_") and kinds == {"cuda", "cpu"} and not _non_blocking(name, args, kwargs):
             self.syncs[f"{self.phase}: pageable copy {place}"] += 1
+        if "cuda" in kinds:
+            one_row = name == "cumsum" and tensors[0].is_floating_point() and tensors[0].numel() == tensors[0].shape[-1]
+            names = self.fixed if torch.are_deterministic_algorithms_enabled() else self.names
+            names.add("cumsum of one row" if one_row else name)
         out = func(*args, **kwargs)
         if self._hidden:
             self._touch(func, args, kwargs)
@@ -192,12 +199,18 @@ def _non_blocking(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _flash_workspace(tensors: list[torch.Tensor]) -> int:
-    """Return the bytes of flash attention's fp32 sums of dq, its row sums, and dk and dv of all query heads."""
+    """Return the bytes of flash attention's fp32 sums of dq, its row sums, and dk and dv of all query heads.
+
+    Source: `mha_varlen_bwd` in ATen's flash_api.cpp.
+    """
     query, key, borders = tensors[1], tensors[2], tensors[6]
     rows, heads, width = query.shape
-    rounded = rows + 128 * (len(borders) - 1)
+    documents = len(borders) - 1
+    rounded = rows + 128 * documents
     expanded = 2 * rows * heads * width * 2 if key.shape[1] != heads else 0
-    return rounded * heads * width * 4 + heads * rounded * 4 + expanded
+    multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    parts = -(-multiprocessors // (documents * heads)) if torch.are_deterministic_algorithms_enabled() else 1
+    return parts * rounded * heads * width * 4 + heads * rounded * 4 + expanded
 
 
 def _key(tensor: torch.Tensor) -> int:

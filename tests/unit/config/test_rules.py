@@ -28,6 +28,7 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["model.attention=flash_attention_2", "model.dtype=float32"], "model.attention", "float32"),
     (["model.embedding=host", "lora.new_tokens=[<a>]"], "model.embedding", "lora.new_tokens"),
     (["model.embedding=host", "lora.modules_to_save=[embed_tokens]"], "model.embedding", "lora.modules_to_save"),
+    (["train.deterministic=true", "model.attention=sdpa"], "train.deterministic", "model.attention=auto"),
     (["quant.skip_modules=[a,a]"], "quant.skip_modules", "twice"),
     (["quant.skip_modules=['(a']"], "quant.skip_modules.0", "regular expression"),
     (["quant.int8=[a,a]"], "quant.int8", "twice"),
