@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune.config.schema import RunConfig
-from finetune.planning.inputs import GpuTraits
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 
@@ -60,14 +59,6 @@ def describe_ignored_settings(cfg: RunConfig, log: Log) -> None:
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted not in ("no", ""):
         log(f"launcher: mixed_precision={wanted} has no effect, model.dtype={cfg.model.dtype} decides")
-
-
-def gpu_traits(device: torch.device) -> GpuTraits:
-    """Return what the plan needs to know about a GPU; the defaults for a CPU."""
-    if device.type != "cuda":
-        return GpuTraits()
-    properties = torch.cuda.get_device_properties(device)
-    return GpuTraits(properties.major >= 8, properties.multi_processor_count)
 
 
 def wrap_ranks(loss: nn.Module, accelerator: Accelerator) -> nn.Module:

@@ -10,18 +10,39 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.config.command_options import PlanOptions
+from finetune.config.schema import RunConfig
 from finetune.data.loader import LoadedData
 from finetune.losses.hidden_states import base_of
+from finetune.models.families import shape_of
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
-from finetune.planning.auto_batch import BatchPlan, choose_micro_batch
-from finetune.planning.inputs import PlanInputs
+from finetune.ops.dispatch import compile_problem
+from finetune.planning.activations import elementwise_kernels
+from finetune.planning.auto_batch import BatchPlan, choose_micro_batch, free_memory, place_embedding
+from finetune.planning.inputs import GpuTraits, PlanInputs, plan_inputs
 from finetune.planning.peak_memory import MARGIN
 from finetune.planning.timing import estimate_time, read_rates
 from finetune.system.console import Log
 from finetune.system.machine import available_memory, malloc_trim, ranks_here
+from finetune.training.choices import repeat_choices
 
 # Gradient and AdamW's moments come later; the weights are already loaded. A guard's recovery has moments of its own.
 _BYTES_PER_TRAINED_LATER, _BYTES_IN_A_RECOVERY = 12, 8
+
+
+def inputs_of_run(cfg: RunConfig, accelerator: Accelerator, stored: dict[str, Any], log: Log) -> PlanInputs:
+    """Build the inputs of a run's plan for the device of this process.
+
+    stored: the choices of an earlier part of the run, which are repeated; empty for a new run.
+    """
+    device, ranks, gpu = accelerator.device, accelerator.num_processes, GpuTraits()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = GpuTraits(properties.major >= 8, properties.multi_processor_count)
+    inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=device.type, ranks=ranks, gpu=gpu)
+    inputs = inputs.with_settings(train=repeat_choices(cfg.train, stored, ranks, log))
+    if device.type == "cuda" and elementwise_kernels(inputs) == "compiled" and compile_problem(device):
+        inputs = inputs.with_settings(train={"compile": False})
+    return place_embedding(inputs, free_memory(device.type))
 
 
 def apply_batch_plan(inputs: PlanInputs, model: nn.Module, accelerator: Accelerator, log: Log) -> BatchPlan:

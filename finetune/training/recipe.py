@@ -30,17 +30,15 @@ from finetune.models.adapters.attach import attach_lora
 from finetune.models.adapters.files import check_adapter, save_adapter
 from finetune.models.adapters.folder import list_checkpoints
 from finetune.models.embedding import move_embedding_to_host
-from finetune.models.families import shape_of
 from finetune.models.fused import fuse_layers
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.models.load import check_loaded, load_base
 from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
 from finetune.ops import dispatch, matmul
 from finetune.ops.determinism import deterministic
-from finetune.planning.activations import elementwise_kernels
-from finetune.planning.auto_batch import free_memory, place_embedding
+from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan, describe_start
-from finetune.planning.inputs import PlanInputs, plan_inputs
+from finetune.planning.inputs import PlanInputs
 from finetune.report.dataset.files import store_report
 from finetune.report.facts import resume_command
 from finetune.report.run import TEACHER
@@ -51,8 +49,8 @@ from finetune.system.console import Log
 from finetune.system.errors import Interrupted
 from finetune.system.machine import use_all_cores
 from finetune.training import output_folder, run_folder
-from finetune.training.accelerator import build_accelerator, describe_ignored_settings, gpu_traits, wrap_ranks
-from finetune.training.autotune import apply_batch_plan, predict_speed
+from finetune.training.accelerator import build_accelerator, describe_ignored_settings, wrap_ranks
+from finetune.training.autotune import apply_batch_plan, inputs_of_run, predict_speed
 from finetune.training.checkpoint import (
     TrainState,
     load_training,
@@ -61,7 +59,7 @@ from finetune.training.checkpoint import (
     write_checkpoint,
     write_folder,
 )
-from finetune.training.choices import current_choices, repeat_choices
+from finetune.training.choices import current_choices
 from finetune.training.distillation import build_distillation, check_distillation, mean_teacher_kl, teacher_table
 from finetune.training.guard import build_guard
 from finetune.training.loop import StepInputs, fit, peak_bytes
@@ -120,15 +118,8 @@ def train(
         log(f"output_dir: {folder} ({given.output_dir} holds a run)")
     try:
         [checkpoint] = broadcast_object_list([run_folder.find_checkpoint(cfg, log) if is_main else None])
-        ranks = accelerator.num_processes
         stored = {} if checkpoint is None else read_state(checkpoint).choices
-        gpu = gpu_traits(accelerator.device)
-        inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=kind, ranks=ranks, gpu=gpu)
-        inputs = inputs.with_settings(train=repeat_choices(cfg.train, stored, ranks, log))
-        compiles = kind == "cuda" and elementwise_kernels(inputs) == "compiled"
-        if compiles and dispatch.compile_problem(accelerator.device):
-            inputs = inputs.with_settings(train={"compile": False})
-        inputs = place_embedding(inputs, free_memory(kind))
+        inputs = inputs_of_run(cfg, accelerator, stored, log)
         log((describe_plan if verbose else describe_start)(inputs, free_memory(kind)))
         if model is not None and inputs.embedding_on_host:
             move_embedding_to_host(model)
