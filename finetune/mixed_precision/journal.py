@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.models.quant.bit_widths import stored_bytes
 from finetune.system.atomic import write_text
 from finetune.system.errors import ConfigError, IntegrityError, os_errors_as
+from finetune.system.format import markdown_table
 from finetune.system.plotting import COLORS, figure, save_png
 
 if TYPE_CHECKING:
@@ -43,25 +44,19 @@ def as_markdown(found: Sensitivities, double: bool, dtype: str) -> str:
     ]
     for kind in found.kinds:
         total = sum(found.measured[name, kind].kl for name in found.shapes)
-        lines += [
-            "",
-            f"## {kind}",
-            "",
-            f"All layers at once: {found.measured[ALL, kind]}; the sum of all single ones: {total:.2e}.",
-            "",
-            f"| layer | {' | '.join(parts)} |",
-            f"|---|{'---|' * len(parts)}",
-        ]
+        rows = [["layer", *parts]]
         for layer in range(found.layers):
             cells = {part_of(name): found.measured[name, kind] for name in found.shapes if layer_of(name) == layer}
-            lines.append(f"| {layer} | {' | '.join(str(cells.get(part, '')) for part in parts)} |")
+            rows.append([str(layer), *(str(cells.get(part, "")) for part in parts)])
+        both = f"All layers at once: {found.measured[ALL, kind]}; the sum of all single ones: {total:.2e}."
+        lines += ["", f"## {kind}", "", both, "", markdown_table(rows)]
         gains = {}
         for name, shape in found.shapes.items():
             saved_bytes = stored_bytes("none", shape, double, dtype) - stored_bytes(kind, shape, double, dtype)
             gains[name] = found.measured[name, kind].kl / saved_bytes * 1e6
-        lines += ["", "Layers where 16 bits gain most per byte:", "", "| layer | nats per MB |", "|---|---|"]
         best = sorted(gains, key=gains.__getitem__, reverse=True)[:_RANKED]
-        lines += [f"| {name} | {gains[name]:.2e} |" for name in best]
+        ranked = [["layer", "nats per MB"], *([name, f"{gains[name]:.2e}"] for name in best)]
+        lines += ["", "Layers where 16 bits gain most per byte:", "", markdown_table(ranked)]
     return "\n".join(lines) + "\n"
 
 
