@@ -42,11 +42,9 @@ def run(arguments: Arguments) -> int:
     training = _training_overrides(cfg, arguments.overrides)
     load_config(str(arguments.config), training)  # Refuses what the cache cannot serve before the cache is written.
 
-    from finetune.data.loader import check_sources
-    from finetune.models.hub import check_model
+    from finetune.data.loader import check_inputs
 
-    check_sources(cfg.data)
-    check_model(cfg.model)
+    check_inputs(cfg)
 
     from finetune.data.documents import Documents
     from finetune.data.loader import load_all_rows, used_ids

@@ -39,11 +39,9 @@ def run(arguments: Arguments) -> int:
     options = arguments.options
     cfg = load_config(str(arguments.config), arguments.overrides)
 
-    from finetune.data.loader import check_sources
-    from finetune.models.hub import check_model
+    from finetune.data.loader import check_inputs
 
-    check_sources(cfg.data)
-    check_model(cfg.model)
+    check_inputs(cfg)
     # Rows hold characters that some terminals cannot show.
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     paths = {word: path for word, path in (("html", options.html), ("dump", options.dump)) if path is not None}

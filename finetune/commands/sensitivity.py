@@ -26,12 +26,9 @@ def run(arguments: Arguments) -> int:
     options = arguments.options
     cfg = load_config(str(arguments.config), arguments.overrides)
 
-    from finetune.data.loader import check_sources
-    from finetune.models.hub import check_model
+    from finetune.data.loader import check_inputs
 
-    # Before torch is imported, which takes ten times as long.
-    check_sources(cfg.data)
-    check_model(cfg.model)
+    check_inputs(cfg)
 
     from finetune.mixed_precision.journal import ALL
     from finetune.mixed_precision.measure import measure_sensitivity

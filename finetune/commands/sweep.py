@@ -36,11 +36,9 @@ def run(arguments: Arguments) -> int:
             print(f"{settings.trials} runs, drawn from {' '.join(p.word for p in plan.space.parameters)}")
         return 0
 
-    from finetune.data.loader import check_sources
-    from finetune.models.hub import check_model
+    from finetune.data.loader import check_inputs
 
-    check_sources(plan.first.data)
-    check_model(plan.first.model)
+    check_inputs(plan.first)
     log(f"sweep: {plan.runs} runs, folder={plan.folder}")
     record = sweep.run_sweep(plan, log)
     print(text_table(table(plan.folder, record)))

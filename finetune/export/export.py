@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ def export_model(options: ExportOptions, log: Log = log, progress: Progress = pr
     """
     exporter = find_exporter(options)
     kind = exporter.number_type(options)
-    module = exporter.load()
+    module = importlib.import_module(exporter.module)
     module.check_libraries(kind)
     out = Path(options.out).expanduser()
     # `staged` comes first: it refuses an existing folder before a merge of an hour.

@@ -8,7 +8,6 @@ ConfigError if the format cannot represent the source, IntegrityError if the exp
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,10 +85,6 @@ class Exporter:
         raise ConfigError(
             f"type: format={options.format} writes {', '.join(known)}, found {options.type}\nhelp: {self.advice}"
         )
-
-    def load(self) -> Any:
-        """Import the module, whose libraries may be missing."""
-        return importlib.import_module(self.module)
 
 
 # GGUF's types below 8 bits keep the embedding in 8 bits.
