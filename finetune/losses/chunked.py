@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from finetune.ops.limits import LOGITS_VALUES
-from finetune.ops.matmul import matmul
+from finetune.ops.matmul import has_fp32_result, matmul
 
 # (logits [n, V], slice of the N rows) -> (sum of nats, fp32 scalar; gradient of the logits). Logits are fp32 or 16 bit.
 # The loss computes in fp32 without autograd. It may overwrite the logits and return them as the gradient.
@@ -62,7 +62,7 @@ def logits_of(hidden_ND: Tensor, head: nn.Module, vocabulary: int, place_NV: Ten
     if plain is None:
         return head(hidden_ND)[:, :vocabulary]
     weight_VD, bias = plain.weight[:vocabulary], None if plain.bias is None else plain.bias[:vocabulary]
-    if hidden_ND.is_cuda and torch.version.hip is None and hidden_ND.dtype != torch.float32:
+    if has_fp32_result(hidden_ND):
         rows = len(hidden_ND)
         whole_NV = None if place_NV is None else place_NV if place_NV._base is None else place_NV._base
         if whole_NV is None or len(whole_NV) < rows:

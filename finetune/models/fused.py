@@ -32,7 +32,8 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from finetune.models.quant.quantize import keep_weights_trainable_after_eval
 from finetune.ops.attention import Segments, attend
 from finetune.ops.elementwise import apply_rope, rms_norm
-from finetune.ops.linear import Adapter, Projection, project, swiglu_mlp
+from finetune.ops.linear import Projection, project, swiglu_mlp
+from finetune.ops.lora import Adapter
 
 # Queries, keys and values: [T, H, W] each. Keys and values have fewer heads.
 Heads = tuple[Tensor, Tensor, Tensor]

@@ -2,11 +2,10 @@
 
     y = x W^T + b + scale * dropout(x) A^T B^T
 
-W is frozen. It may be 4-bit: it is dequantized before each product and freed after it. A and B are fp32 masters,
-rounded to x's dtype inside. Saved for backward: x, once for all projections that read it, if one has an adapter; in
-the MLP also gate and up. Everything else is recomputed.
+W is frozen. It may be 4-bit: it is dequantized before each product and freed after it. Saved for backward: x, once for
+all projections that read it, if one has an adapter; in the MLP also gate and up. Everything else is recomputed.
 
-Shapes: T tokens, D inputs, O outputs, I intermediate width, R rank.
+Shapes: T tokens, D inputs, O outputs, I intermediate width.
 Source: Hu et al. 2021, arXiv:2106.09685; Dettmers et al. 2023, arXiv:2305.14314.
 """
 
@@ -23,17 +22,8 @@ from torch.autograd.function import once_differentiable
 from finetune.ops.dequantize import dequantize
 from finetune.ops.elementwise import swiglu_backward_, swiglu_forward
 from finetune.ops.limits import MLP_FORWARD_ROWS, MLP_MOST_TILE_ROWS, MLP_ROWS, MLP_TILES
+from finetune.ops.lora import Adapter, Stack, add_adapters_, add_input_gradient_, factor_gradients, stack_adapters
 from finetune.ops.matmul import add_matmul_, matmul
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """A trained LoRA adapter. a: [R, D], b: [O, R]. dropout: probability on its input, 0 in eval mode."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    dropout: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +80,7 @@ def _swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -
     x_TD = x.reshape(-1, x.shape[-1])
     # All rows on a GPU, and with dropout: blocks would draw other masks from the same seed.
     whole = x.device.type != "cpu" or any(p.adapter and p.adapter.dropout for p in projections)
-    blocks = x_TD.split(len(x_TD) if whole else MLP_ROWS)
+    blocks = (x_TD,) if whole or len(x_TD) <= MLP_ROWS else x_TD.split(MLP_ROWS)
     outputs = [_SwigluMlp.apply(x_BD, inside, *factors) for x_BD in blocks]
     if not down.adapter:
         outputs = [project(y_BI, (down,))[0] for y_BI in outputs]
@@ -100,20 +90,17 @@ def _swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, projections: tuple[Projection, ...], *factors: Tensor) -> tuple[Tensor, ...]:
-        masks = [_draw_mask(x_TD, p) for p in projections]
-        outputs = tuple(_forward(x_TD, p, mask) for p, mask in zip(projections, masks, strict=True))
+        masks = _draw_masks(x_TD, projections)
         ctx.projections = projections
         ctx.save_for_backward(x_TD if factors else None, *masks)
-        return outputs
+        return _forward(x_TD, projections, _stacks(projections, x_TD, masks))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_TD, *masks = ctx.saved_tensors
-        grad_x, factors = None, []
-        for p, grad_TO, mask in zip(ctx.projections, grad_outputs, masks, strict=True):
-            grad_x, grad_factors = _backward(grad_TO, x_TD, p, mask, grad_x, wants_x=ctx.needs_input_grad[0])
-            factors += grad_factors
+        stacks = _stacks(ctx.projections, grad_outputs[0], masks)
+        grad_x, factors = _backward(grad_outputs, x_TD, ctx.projections, stacks, wants_x=ctx.needs_input_grad[0])
         return grad_x, None, *factors
 
 
@@ -122,31 +109,32 @@ class _SwigluMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, projections: tuple[Projection, ...], *factors: Tensor) -> Tensor:
-        gate, up, *downs = projections
-        masks = [_draw_mask(x_TD, gate), _draw_mask(x_TD, up)]
-        gate_TI, up_TI = _forward(x_TD, gate, masks[0]), _forward(x_TD, up, masks[1])
+        inner, down = projections[:2], projections[2:]
+        masks = _draw_masks(x_TD, inner)
+        gate_TI, up_TI = _forward(x_TD, inner, _stacks(inner, x_TD, masks))
         y = swiglu_forward(gate_TI, up_TI)
-        for down in downs:
-            masks.append(_draw_mask(y, down))
-            y = _forward(y, down, masks[-1])
+        if down:
+            masks += _draw_masks(y, down)
+            (y,) = _forward(y, down, _stacks(down, y, masks[2:]))
         ctx.projections = projections
-        ctx.save_for_backward(x_TD if gate.adapter or up.adapter else None, gate_TI, up_TI, *masks)
+        ctx.save_for_backward(x_TD if any(p.adapter for p in inner) else None, gate_TI, up_TI, *masks)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gate, up, *downs = ctx.projections
+        inner, down = ctx.projections[:2], ctx.projections[2:]
         x_TD, gate_TI, up_TI, *masks = ctx.saved_tensors
         grad, down_factors = grad_outputs[0], []
-        for down in downs:
-            down_factors = _grad_factors(grad, swiglu_forward(gate_TI, up_TI), down, masks[2])
-            grad = _grad_input(grad, down, masks[2], None)
+        if down:
+            stacks = _stacks(down, grad, masks[2:])
+            lows, down_factors = _grad_factors([grad], swiglu_forward(gate_TI, up_TI), down, stacks)
+            grad = _grad_input([grad], down, stacks, lows)
         # Overwrites saved tensors: autograd's version check makes a second backward pass an error.
         swiglu_backward_(grad, gate_TI, up_TI)
-        grad_x, gate_factors = _backward(gate_TI, x_TD, gate, masks[0], None, wants_x=ctx.needs_input_grad[0])
-        grad_x, up_factors = _backward(up_TI, x_TD, up, masks[1], grad_x, wants_x=ctx.needs_input_grad[0])
-        return grad_x, None, *gate_factors, *up_factors, *down_factors
+        stacks = _stacks(inner, grad, masks[:2])
+        grad_x, factors = _backward((gate_TI, up_TI), x_TD, inner, stacks, wants_x=ctx.needs_input_grad[0])
+        return grad_x, None, *factors, *down_factors
 
 
 class _Keep(torch.autograd.Function):
@@ -180,83 +168,100 @@ class _TiledMlp(torch.autograd.Function):
         ctx.projections, ctx.kept, ctx.tile_rows = projections, kept, tile_rows
         if kept is None:
             ctx.save_for_backward(x_TD)
-        gate, up, down = projections
+        inner, down = projections[:2], projections[2:]
+        stacks, stacks_down = _stacks(inner, x_TD), _stacks(down, x_TD)
         y_TD = torch.empty_like(x_TD)
         for x_BD, y_BD in zip(x_TD.split(tile_rows), y_TD.split(tile_rows), strict=True):
             # Without a name, the product is free before the next tile makes its own.
-            y_BD.copy_(_forward(swiglu_forward(_forward(x_BD, gate, None), _forward(x_BD, up, None)), down, None))
+            y_BD.copy_(_forward(swiglu_forward(*_forward(x_BD, inner, stacks)), down, stacks_down)[0])
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gate, up, down = ctx.projections
+        inner, down = ctx.projections[:2], ctx.projections[2:]
         (x_TD,), wants_x = (ctx.kept or ctx).saved_tensors, ctx.needs_input_grad[0]
+        stacks, stacks_down = _stacks(inner, x_TD), _stacks(down, x_TD)
         grad_x_TD = torch.empty_like(x_TD) if wants_x else None
         sums: list[Tensor] = []
         for first in range(0, len(x_TD), ctx.tile_rows):
             rows = slice(first, first + ctx.tile_rows)
             x_BD, grad_BD = x_TD[rows], grad_outputs[0][rows]
-            gate_BI, up_BI = _forward(x_BD, gate, None), _forward(x_BD, up, None)
-            parts = _grad_factors(grad_BD, swiglu_forward(gate_BI, up_BI), down, None) if down.adapter else []
-            swiglu_backward_(_grad_input(grad_BD, down, None, None), gate_BI, up_BI)
-            grad_x_BD, gate_parts = _backward(gate_BI, x_BD, gate, None, None, wants_x=wants_x)
-            grad_x_BD, up_parts = _backward(up_BI, x_BD, up, None, grad_x_BD, wants_x=wants_x)
+            gate_BI, up_BI = _forward(x_BD, inner, stacks)
+            lows, down_parts = [], []
+            if stacks_down:
+                lows, down_parts = _grad_factors([grad_BD], swiglu_forward(gate_BI, up_BI), down, stacks_down)
+            swiglu_backward_(_grad_input([grad_BD], down, stacks_down, lows), gate_BI, up_BI)
+            grad_x_BD, parts = _backward((gate_BI, up_BI), x_BD, inner, stacks, wants_x=wants_x)
             del gate_BI, up_BI  # before the next tile makes its own
             if grad_x_TD is not None and grad_x_BD is not None:
                 grad_x_TD[rows] = grad_x_BD
-            parts = [*gate_parts, *up_parts, *parts]
-            sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)] if sums else parts
+            parts += down_parts
+            if sums:
+                torch._foreach_add_(sums, parts)
+            else:
+                sums = parts
         return grad_x_TD, None, None, None, *sums
 
 
-def _draw_mask(x_TD: Tensor, p: Projection) -> Tensor | None:
-    """Draw the dropout mask of an adapter like nn.Dropout, so that a seed gives the same mask."""
-    if not p.adapter or not p.adapter.dropout:
-        return None
-    return torch.empty_like(x_TD, dtype=torch.bool).bernoulli_(1 - p.adapter.dropout)
+def _draw_masks(x_TD: Tensor, projections: Sequence[Projection]) -> list[Tensor | None]:
+    return [p.adapter.draw_mask(x_TD) if p.adapter else None for p in projections]
 
 
-def _dropped(x_TD: Tensor, p: Projection, mask: Tensor | None) -> Tensor:
-    return x_TD if mask is None or not p.adapter else x_TD * mask / (1 - p.adapter.dropout)
+def _stacks(projections: Sequence[Projection], like: Tensor, masks: Sequence[Tensor | None] = ()) -> list[Stack]:
+    """Return the adapters of projections in the dtype of a tensor. masks: of dropout; empty without."""
+    return stack_adapters([p.adapter for p in projections], masks or [None] * len(projections), like.dtype)
 
 
-def _forward(x_TD: Tensor, p: Projection, mask: Tensor | None) -> Tensor:
-    weight_OD, bias_O = p.dequantized(x_TD.dtype), None if p.bias is None else p.bias.to(x_TD.dtype)
-    y_TO = matmul(x_TD, weight_OD.T, bias_O)
-    if p.adapter:
-        a_RD, b_OR = p.adapter.a.to(x_TD.dtype), p.adapter.b.to(x_TD.dtype)
-        add_matmul_(y_TO, matmul(_dropped(x_TD, p, mask), a_RD.T), b_OR.T, p.adapter.scale)
-    return y_TO
+def _forward(x_TD: Tensor, projections: Sequence[Projection], stacks: Sequence[Stack]) -> tuple[Tensor, ...]:
+    biases = (None if p.bias is None else p.bias.to(x_TD.dtype) for p in projections)
+    outputs = tuple(
+        matmul(x_TD, p.dequantized(x_TD.dtype).T, bias) for p, bias in zip(projections, biases, strict=True)
+    )
+    add_adapters_(outputs, x_TD, stacks)
+    return outputs
 
 
 def _backward(
-    grad_TO: Tensor, x_TD: Tensor | None, p: Projection, mask: Tensor | None, grad_x: Tensor | None, *, wants_x: bool
+    grads: Sequence[Tensor],
+    x_TD: Tensor | None,
+    projections: Sequence[Projection],
+    stacks: Sequence[Stack],
+    *,
+    wants_x: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Add this projection's gradient of x to `grad_x`; return it and the gradients of the adapter."""
-    factors = [] if x_TD is None else _grad_factors(grad_TO, x_TD, p, mask)
-    return _grad_input(grad_TO, p, mask, grad_x) if wants_x else None, factors
+    """Return the gradient of x, if wanted, and those of the adapters. x_TD: None without adapters."""
+    lows, factors = ([], []) if x_TD is None else _grad_factors(grads, x_TD, projections, stacks)
+    return _grad_input(grads, projections, stacks, lows) if wants_x else None, factors
 
 
-def _grad_input(grad_TO: Tensor, p: Projection, mask: Tensor | None, grad_x: Tensor | None) -> Tensor:
+def _grad_factors(
+    grads: Sequence[Tensor], x_TD: Tensor, projections: Sequence[Projection], stacks: Sequence[Stack]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what `_grad_input` needs of the adapters, and the gradients of A and B of one after the other."""
+    lows, found = factor_gradients(grads, x_TD, stacks)
+    factors = [
+        grad.to(master.dtype)
+        for i, p in enumerate(projections)
+        if p.adapter
+        for grad, master in zip(found[i], (p.adapter.a, p.adapter.b), strict=True)
+    ]
+    return lows, factors
+
+
+def _grad_input(
+    grads: Sequence[Tensor], projections: Sequence[Projection], stacks: Sequence[Stack], lows: Sequence[Tensor]
+) -> Tensor:
+    grad_x_TD: Tensor | None = None
+    for i, (grad_TO, p) in enumerate(zip(grads, projections, strict=True)):
+        grad_x_TD = _add_frozen_gradient(grad_x_TD, grad_TO, p)
+        for stack, grad_TS in zip(stacks, lows, strict=True):
+            if stack.members[-1][0] == i:
+                add_input_gradient_(grad_x_TD, grad_TS, stack)
+    assert grad_x_TD is not None
+    return grad_x_TD
+
+
+def _add_frozen_gradient(grad_x_TD: Tensor | None, grad_TO: Tensor, p: Projection) -> Tensor:
     weight_OD = p.dequantized(grad_TO.dtype)
-    grad_x = matmul(grad_TO, weight_OD) if grad_x is None else add_matmul_(grad_x, grad_TO, weight_OD)
-    if p.adapter:
-        grad_TR = matmul(grad_TO, p.adapter.b.to(grad_TO.dtype))
-        a_RD = p.adapter.a.to(grad_TO.dtype)
-        if mask is None:
-            add_matmul_(grad_x, grad_TR, a_RD, p.adapter.scale)
-        else:
-            grad_x += matmul(grad_TR, a_RD) * mask * (p.adapter.scale / (1 - p.adapter.dropout))
-    return grad_x
-
-
-def _grad_factors(grad_TO: Tensor, x_TD: Tensor, p: Projection, mask: Tensor | None) -> list[Tensor]:
-    """Return the gradients of A and B in fp32; none without an adapter."""
-    if not p.adapter:
-        return []
-    a, b, scale = p.adapter.a, p.adapter.b, p.adapter.scale
-    seen_TD = _dropped(x_TD, p, mask)
-    grad_a = matmul(matmul(grad_TO, b.to(grad_TO.dtype)).T, seen_TD)
-    grad_b = matmul(grad_TO.T, matmul(seen_TD, a.to(x_TD.dtype).T))
-    return [grad_a.to(a.dtype).mul_(scale), grad_b.to(b.dtype).mul_(scale)]
+    return matmul(grad_TO, weight_OD) if grad_x_TD is None else add_matmul_(grad_x_TD, grad_TO, weight_OD)

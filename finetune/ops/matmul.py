@@ -67,17 +67,43 @@ def _has_native_matmul(dtype: torch.dtype) -> bool:
     return supported is not None and bool(supported())
 
 
-def matmul(left_MK: Tensor, right_KN: Tensor, bias_N: Tensor | None = None, out_MN: Tensor | None = None) -> Tensor:
-    """Return left @ right + bias, summed in fp32 and rounded to the operands' dtype; written to `out_MN` if given."""
+def matmul(
+    left_MK: Tensor,
+    right_KN: Tensor,
+    bias_N: Tensor | None = None,
+    out_MN: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+) -> Tensor:
+    """Return alpha * left @ right + bias, summed in fp32 and rounded to the operands' dtype.
+
+    out_MN: the result, if given; it may be columns of a wider matrix.
+    """
     few = len(left_MK) <= _NATIVE_ROWS and right_KN.stride(0) == 1
     if few or not uses_fp32_matmul(left_MK.device, left_MK.dtype):
-        if bias_N is None:
+        if bias_N is not None:
+            return torch.addmm(bias_N, left_MK, right_KN, alpha=alpha, out=out_MN)
+        if alpha == 1:
             return torch.mm(left_MK, right_KN, out=out_MN)
-        return torch.addmm(bias_N, left_MK, right_KN, out=out_MN)
+        out_MN = left_MK.new_empty(len(left_MK), right_KN.shape[1]) if out_MN is None else out_MN
+        return out_MN.addmm_(left_MK, right_KN, beta=0, alpha=alpha)
     out_MN = left_MK.new_empty(len(left_MK), right_KN.shape[1]) if out_MN is None else out_MN
     for columns, part in _wide_parts(left_MK, right_KN):
+        part = part if alpha == 1 else part.mul_(alpha)
         out_MN[:, columns] = part if bias_N is None else part.add_(bias_N[columns])
     return out_MN
+
+
+def has_fp32_result(operand: Tensor) -> bool:
+    """Return whether the device has a product of such 16-bit operands with a result in fp32."""
+    return operand.is_cuda and torch.version.hip is None and operand.dtype in (torch.bfloat16, torch.float16)
+
+
+def matmul_fp32(left_MK: Tensor, right_KN: Tensor) -> Tensor:
+    """Return left @ right in fp32 where the device has such a product, else in the operands' dtype."""
+    if has_fp32_result(left_MK):
+        return torch.mm(left_MK, right_KN, out_dtype=torch.float32)
+    return matmul(left_MK, right_KN)
 
 
 def add_matmul_(sum_MN: Tensor, left_MK: Tensor, right_KN: Tensor, alpha: float = 1.0) -> Tensor:

@@ -18,7 +18,8 @@ from finetune.ops import elementwise as ops
 from finetune.ops.attention import attend, plan_segments
 from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.dequantize import dequantize
-from finetune.ops.linear import Adapter, Projection, project, swiglu_mlp
+from finetune.ops.linear import Projection, project, swiglu_mlp
+from finetune.ops.lora import Adapter
 from finetune.ops.matmul import matmul
 from finetune.planning.timing import Rates
 from finetune.system.console import Log

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.ops import linear
-from finetune.ops.linear import Adapter, Projection, project, swiglu_mlp
+from finetune.ops import linear, lora
+from finetune.ops.linear import Projection, project, swiglu_mlp
+from finetune.ops.lora import Adapter
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
@@ -53,6 +56,12 @@ def leaves_of(x: torch.Tensor, *projections: Projection) -> list[torch.Tensor]:
     return [x, *(factor for p in projections if p.adapter for factor in (p.adapter.a, p.adapter.b))]
 
 
+@pytest.fixture
+def shared_products(monkeypatch):
+    """Let adapters on one input share their products, as on a GPU."""
+    monkeypatch.setattr(lora, "_shares_products", lambda device: True)
+
+
 @pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1,), (7,), (2, 33)])
@@ -65,12 +74,34 @@ def test_projections_of_one_input_equal_float64(dtype, shape, ranks, bias):
     check(project(x, layers), [reference(x.double(), p) for p in layers], leaves_of(x, *layers), dtype)
 
 
+@pytest.mark.usefixtures("sixteen_bit_products", "shared_products")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [(4, None, 1), (1, 2, 3), (None, 8, None)])
+@pytest.mark.parametrize("scales", [(1.5, 1.5, 1.5), (0.7, 1.5, 0.7)])
+def test_adapters_that_share_products_equal_float64(dtype, ranks, scales):
+    torch.manual_seed(0)
+    x = torch.randn(19, 48).to(dtype).requires_grad_()
+    layers = [projection(outputs, 48, rank, dtype) for outputs, rank in zip((40, 8, 24), ranks, strict=True)]
+    layers = [
+        replace(p, adapter=p.adapter and replace(p.adapter, scale=scale))
+        for p, scale in zip(layers, scales, strict=True)
+    ]
+    adapters = [p.adapter for p in layers]
+    with torch.no_grad():
+        stacks = lora.stack_adapters(adapters, [None] * 3, dtype)
+    assert len(stacks) == len({adapter.scale for adapter in adapters if adapter})
+    outputs = project(x, layers)
+    check(outputs, [reference(x.double(), p) for p in layers], leaves_of(x, *layers), dtype)
+
+
 @pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [(None, None, None), (2, None, None), (None, 3, None), (None, None, 4), (1, 1, 1)])
 @pytest.mark.parametrize("most_rows", [64, 16])
-def test_the_gated_mlp_equals_float64(dtype, ranks, most_rows, monkeypatch):
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_gated_mlp_equals_float64(dtype, ranks, most_rows, shared, monkeypatch):
     """45 rows, at once and in blocks with a shorter last one."""
+    monkeypatch.setattr(lora, "_shares_products", lambda device: shared)
     monkeypatch.setattr(linear, "MLP_ROWS", most_rows)
     torch.manual_seed(0)
     x = torch.randn(5, 9, 32).to(dtype).requires_grad_()
@@ -126,6 +157,17 @@ def test_dropout_equals_that_of_torch():
     seen = F.dropout(x, p)
     expected = F.linear(x, layer.weight) + 1.5 * (seen @ layer.adapter.a.T @ layer.adapter.b.T)
     check(outputs, [expected], leaves_of(x, dropped), torch.float64)
+
+
+def test_factors_changed_without_a_new_version_are_used():
+    """The optimizers of bitsandbytes write so."""
+    layer = projection(16, 48, 2, torch.bfloat16)
+    assert layer.adapter is not None
+    x, version = torch.randn(5, 48).bfloat16(), layer.adapter.b._version
+    before = project(x, [layer])[0]
+    layer.adapter.b.detach().numpy()[:] = 3.0
+    assert layer.adapter.b._version == version
+    assert not torch.equal(project(x, [layer])[0], before)
 
 
 class WidestResult(TorchDispatchMode):
