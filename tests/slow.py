@@ -39,6 +39,9 @@ SLOW: dict[str, str] = {
     "tests/equivalence/test_busy_machine.py": (
         "tests/unit/ops/test_attention.py::test_gradients_of_shared_rows_have_the_same_bits_with_many_threads"
     ),
+    "tests/equivalence/test_deterministic_operations.py::test_other_trainings": (
+        "tests/equivalence/test_deterministic_operations.py::test_training_with_evaluations"
+    ),
     "tests/parity/test_training_curve.py": "tests/parity/test_fused_layers.py",
     "tests/parity/test_trainers.py::test_two_ranks_equal_one_without_fused_layers": (
         "tests/parity/test_trainers.py::test_sft_trainer_gives_the_same_losses_and_weights"
