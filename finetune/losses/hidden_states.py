@@ -73,8 +73,9 @@ def target_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
         outputs = backbone(inputs_embeds=embeddings, position_ids=positions[None], use_cache=False)
         return TargetStates(take_rows(outputs.last_hidden_state[0], tokens, repeat=False), labels_N, weights_N)
     rows, labels_N = packed_rows(batch, device, base.dtype)
-    embeddings = _embed(base, rows.ids, batch.input_ids[0][rows.first_tokens])
-    states = padded(_with_noise(embeddings, lengths_T[rows.first_tokens], noise_alpha), rows)
+    host_ids = batch.input_ids[0][rows.first_tokens]
+    # Without a name, the embeddings are free when their padded copy is made.
+    states = padded(_with_noise(_embed(base, rows.ids, host_ids), lengths_T[rows.first_tokens], noise_alpha), rows)
     angles = backbone.rotary_emb(states, rows.position_ids)
     for layer in backbone.layers:
         states = run_layer(layer, states, rows, angles)

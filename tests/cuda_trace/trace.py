@@ -32,6 +32,8 @@ BuildLoss = Callable[[nn.Module, Batch], nn.Module]
 # Runs a model on a batch; calls `start_measuring` where the figures begin.
 Work = Callable[[nn.Module, Batch, Tracker], None]
 
+_FIRST_STEP_TOKENS = 64
+
 
 def documents(tokens: int, count: int = 1, share: float = 1.0) -> list[Document]:
     """Return documents of nearly equal length; the last share of each one's tokens are targets."""
@@ -119,21 +121,24 @@ def trace(
 def trace_step(
     shape: Mapping[str, Any],
     *,
-    build_loss: BuildLoss = lambda model, batch: CrossEntropy(model),
+    build_loss: BuildLoss | None = None,
     train: TrainConfig | None = None,
     **settings: Any,
 ) -> Step:
-    """Trace the second step of a run: the first one allocates gradients and moments. settings: as for `trace`."""
+    """Trace the second step of a run: the first one allocates moments and buffers. settings: as for `trace`.
+
+    build_loss: its teacher may have targets of one batch only, the batch of both steps; without it the first is short.
+    """
 
     def work(model: nn.Module, batch: Batch, tracker: Tracker) -> None:
-        loss, optimizer = build_loss(model, batch), build_optimizer(train or TrainConfig(), model.named_parameters())
+        loss = build_loss(model, batch) if build_loss else CrossEntropy(model)
+        optimizer = build_optimizer(train or TrainConfig(), model.named_parameters())
         for group in optimizer.param_groups:
             group["foreach"] = not group.get("fused")  # torch's own choice on CUDA, which it does not make here
-        for number in range(2):
-            gc.collect()
-            if number == 1:
-                tracker.start_measuring()
-            _train_step(tracker, loss, optimizer, batch)
+        _train_step(tracker, loss, optimizer, batch if build_loss else build_batch(documents(_FIRST_STEP_TOKENS)))
+        gc.collect()
+        tracker.start_measuring()
+        _train_step(tracker, loss, optimizer, batch)
 
     return trace(shape, work, **settings)
 
