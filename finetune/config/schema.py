@@ -14,6 +14,12 @@ from typing import Any
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from finetune.config.preference_rules import (
+    preference_alone,
+    preference_policies,
+    preference_rows,
+    preference_settings,
+)
 from finetune.config.problems import Problem
 from finetune.config.sections import (
     DataConfig,
@@ -23,6 +29,7 @@ from finetune.config.sections import (
     LoraConfig,
     ModelConfig,
     Name,
+    PreferenceConfig,
     QuantConfig,
     Section,
     SourceConfig,
@@ -57,6 +64,7 @@ class RunConfig(Section):
     data: DataConfig = Field(description="Training and evaluation data.")
     train: TrainConfig = Field(TrainConfig(), description="Optimizer, length of training, checkpoints.")
     distill: DistillConfig = Field(DistillConfig(), description="Knowledge distillation.")
+    preference: PreferenceConfig = Field(PreferenceConfig(), description="Learning from preferences.")
     guard: GuardConfig = Field(GuardConfig(), description="Limit on the divergence between the model and its teacher.")
     generation: GenerationConfig = Field(GenerationConfig(), description="Generated answers to held-out examples.")
     track: TrackConfig = Field(TrackConfig(), description="Experiment trackers; metrics.jsonl is always written.")
@@ -350,4 +358,8 @@ RULES: tuple[Callable[..., Problems], ...] = (
     _streamed,
     _guard,
     _answers,
+    preference_settings,
+    preference_policies,
+    preference_rows,
+    preference_alone,
 )

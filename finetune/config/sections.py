@@ -119,8 +119,8 @@ class SourceConfig(Section):
 
     path: Text = Field(description="File (jsonl, json, csv, parquet, arrow; also compressed), glob, folder or hub id.")
     name: Text | None = Field(None, description="Name in messages and metrics; null: name of the split or file.")
-    format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "tokens"] = Field(
-        "auto", description="Format of an example; auto: recognized from the columns of each file's first one."
+    format: Literal["auto", "messages", "sharegpt", "prompt_completion", "preference", "alpaca", "text", "tokens"] = (
+        Field("auto", description="Format of an example; auto: recognized from the columns of each file's first one.")
     )
     columns: dict[Text, Text] = Field({}, description="Your columns as {our name: yours}, like {prompt: question}.")
     roles: dict[Literal["system", "user", "assistant", "tool"], list[Text] | Text] = Field(
@@ -267,6 +267,34 @@ class DistillConfig(Section):
     seed: Seed = Field(0, description="Seed of the samples in a cache.")
     spot_check: Index = Field(2, description="Cached documents to compare with the teacher at the start, if present.")
     teacher: TeacherConfig = Field(TeacherConfig(), description="The teacher model and where it runs.")
+
+
+class PreferenceConfig(Section):
+    """Learning from preferences: which of two answers is better, or whether an answer is good."""
+
+    objective: Literal["none", "dpo", "ipo", "orpo", "simpo", "kto"] = Field(
+        "none", description="Loss on pairs of a chosen and a rejected answer; kto: also on answers with a verdict."
+    )
+    beta: Positive | None = Field(
+        None, description="Strength of the preference, see docs/preference.md; null: 0.1, for simpo 2."
+    )
+    gamma: NotNegative = Field(1.0, description="Margin between the rewards of both answers (simpo only).")
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="Expected share of pairs whose sides are exchanged (dpo and simpo)."
+    )
+    desirable_weight: Positive = Field(1.0, description="Weight of desirable answers (kto only).")
+    undesirable_weight: Positive = Field(1.0, description="Weight of undesirable answers (kto only).")
+    sft_weight: NotNegative | None = Field(
+        None, description="Weight of the cross-entropy of chosen answers, per token; null: 1 for orpo, otherwise 0."
+    )
+    reference: Literal["base", "init_adapter", "cached"] | None = Field(
+        None,
+        description="The policy that training stays close to (dpo, ipo, kto); null: lora.init_adapter if it is set, "
+        "otherwise the base; cached: the log-probabilities in preference.cache.",
+    )
+    cache: Text | None = Field(
+        None, description="Folder of the reference's log-probabilities, written by `finetune cache`; null: none."
+    )
 
 
 class GuardConfig(Section):

@@ -29,6 +29,8 @@ class Batch:
     media_digests: of each document.
     weights: [1, T] float32, of the targets; None is 1 everywhere.
     student_generated: [T] bool, tokens of documents that the model in training wrote; None if there are none.
+    sides: of rows with preferences, the numbers of the documents with the desirable and the undesirable answer, -1 for
+        none. Empty for other rows.
     """
 
     input_ids: Tensor
@@ -40,6 +42,7 @@ class Batch:
     media_digests: tuple[bytes, ...]
     weights: Tensor | None = None
     student_generated: Tensor | None = None
+    sides: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -56,11 +59,12 @@ class Batch:
 
 
 def build_batch(documents: Sequence[Document], *, share_prefixes: bool = False) -> Batch:
-    """Lay documents end to end, in their order.
+    """Lay documents end to end, in their order; a row with preferences becomes a document for each of its sides.
 
     share_prefixes: skip tokens after the last target, and compute equal prefixes once where it saves work. Loss and
         gradients stay the same.
     """
+    documents, sides = _split_sides(documents)
     if share_prefixes:
         documents = [_up_to_last_target(document) for document in documents]
 
@@ -81,7 +85,23 @@ def build_batch(documents: Sequence[Document], *, share_prefixes: bool = False) 
         student_generated=row([np.full(len(d), d.student_generated) for d in documents], np.bool_)[0]
         if any(d.student_generated for d in documents)
         else None,
+        sides=sides,
     )
+
+
+def _split_sides(documents: Sequence[Document]) -> tuple[list[Document], tuple[tuple[int, int], ...]]:
+    """Return the documents of all rows, and `Batch.sides`."""
+    if all(document.chosen_tokens is None for document in documents):
+        return list(documents), ()
+    split: list[Document] = []
+    numbers = []
+    for document in documents:
+        pair = []
+        for side in document.sides:
+            pair.append(-1 if side is None else len(split))
+            split += [] if side is None else [side]
+        numbers.append((pair[0], pair[1]))
+    return split, tuple(numbers)
 
 
 def _up_to_last_target(document: Document) -> Document:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 import numpy as np
@@ -27,6 +27,7 @@ class Document:
     student_generated: the model in training wrote the targets, so only a teacher can judge them.
     media_digest: hash of the images, audio and video behind placeholder tokens; empty for text. Documents with equal
         ids and different media have different hidden states.
+    chosen_tokens: as in `Encoded`; None for a document that is one text.
     """
 
     ids: np.ndarray
@@ -36,6 +37,7 @@ class Document:
     row: int = 0
     student_generated: bool = False
     media_digest: bytes = b""
+    chosen_tokens: int | None = None
 
     @property
     def target_tokens(self) -> int:
@@ -43,6 +45,18 @@ class Document:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def sides(self) -> tuple[Document | None, Document | None]:
+        """The desirable and the undesirable answer of a row with preferences, each with its prompt."""
+        if self.chosen_tokens is None:
+            raise ValueError(f"{self.location}: the row has no preference")
+        return self._side(slice(0, self.chosen_tokens)), self._side(slice(self.chosen_tokens, len(self)))
+
+    def _side(self, part: slice) -> Document | None:
+        if part.start >= part.stop:
+            return None
+        return replace(self, ids=self.ids[part], labels=self.labels[part], chosen_tokens=None)
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,7 @@ class Documents(Sequence[Document]):
             None if np.isin(weights, (0, 1)).all() else weights,
             row=int(store.indices[row]),
             media_digest=piece.media_digest,
+            chosen_tokens=piece.chosen_tokens,
         )
 
     def piece(self, i: int) -> tuple[TokenStore, int, Encoded]:

@@ -16,11 +16,14 @@ class Encoded:
 
     ids [T] int32. weights [T] float32: a token's loss weight as a target, 0 where untrained.
     media_digest: hash of the row's images, audio and video; empty for text.
+    chosen_tokens: of a row with preferences: its first tokens are a desirable answer with its prompt, the others an
+        undesirable one with its prompt; either may be empty. None for rows without preferences.
     """
 
     ids: np.ndarray
     weights: np.ndarray
     media_digest: bytes = b""
+    chosen_tokens: int | None = None
 
     @property
     def trained(self) -> np.ndarray:

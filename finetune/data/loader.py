@@ -16,7 +16,7 @@ import numpy as np
 from finetune.config.schema import DataConfig, RunConfig, SourceConfig
 from finetune.data.documents import Cut, Documents, cut_to_length
 from finetune.data.formats.detection import with_formats
-from finetune.data.formats.messages import Conversation
+from finetune.data.formats.messages import Conversation, Preference
 from finetune.data.sources.paths import by_key, check_each, resolve_source
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation, console_progress
@@ -232,7 +232,8 @@ def first_conversations(source: Source, preparation: Preparation, rows: int) -> 
     batches = with_formats(source.config, resolve_source(source.config).batches(source.config.limit))
     examples = (example for batch in batches for row, example in encoder.parser.rows(batch) if row.index in wanted)
     first = list(islice((example for example in examples if not isinstance(example, DataError)), rows))
-    chats = [example for example in first if isinstance(example, Conversation)]
+    answers = [example.chosen if isinstance(example, Preference) else example for example in first]
+    chats = [example for example in answers if isinstance(example, Conversation)]
     if len(chats) < len(first):
         raise DataError(
             f"{source.config.path}: {source.store.meta.format()} rows have no assistant turn; "

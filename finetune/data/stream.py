@@ -73,7 +73,7 @@ class StreamingSampler:
     """
 
     def __init__(self, preparation: Preparation, batch_size: int, seed: int, folder: Path):
-        self.preparation = Preparation(preparation.cfg, preparation.chat, preparation.main)
+        self.preparation = replace(preparation, progress=lambda *_: None)
         self.cfg, self.batch_size, self.seed = preparation.cfg, batch_size, seed
         self._tapes = [_Tape(source, resolve_source(source), seed) for source in self.cfg.train]
         total, rows = sum(source.weight for source in self.cfg.train), self.cfg.stream_rows or 0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.limits import LOGITS_VALUES
 from finetune.ops.matmul import has_fp32_result, matmul
 
@@ -39,6 +40,22 @@ def chunked_loss(hidden_ND: Tensor, head: nn.Module, vocabulary: int, loss: Chun
     """
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     return _ChunkedLoss.apply(hidden_ND, head, vocabulary, loss, *trained)
+
+
+def target_nats(hidden_ND: Tensor, head: nn.Module, vocabulary: int, labels_N: Tensor) -> Tensor:
+    """Return the negative log-likelihood of each target [N], fp32, in nats, differentiable once.
+
+    The gradient of each row is kept until its factor is known, in backward: a frozen linear head costs no product
+    more than `chunked_loss`. A trained head computes its logits again in backward, chunk by chunk.
+
+    Args:
+        hidden_ND: hidden states.
+        head: output head.
+        vocabulary: V, the first rows of the head that are used.
+        labels_N: int64, each in [0, V).
+    """
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    return _TargetNats.apply(hidden_ND, head, vocabulary, labels_N, *trained)
 
 
 @torch.no_grad()
@@ -108,6 +125,39 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *trained = (gradient * grad_outputs[0].to(gradient.dtype) for gradient in ctx.saved_tensors)
         return hidden, None, None, None, *trained
+
+
+class _TargetNats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND: Tensor, head: nn.Module, vocabulary: int, labels_N: Tensor, *trained: Tensor) -> Tensor:
+        ctx.head, ctx.vocabulary = head, vocabulary
+        plain = None if trained else _as_plain(head)
+        wanted = plain is not None and hidden_ND.requires_grad
+        gradient_ND = torch.empty_like(hidden_ND) if wanted else None
+        nats_N = torch.empty(len(labels_N), dtype=torch.float32, device=hidden_ND.device)
+        for logits_NV, rows in chunked_logits(hidden_ND, head, vocabulary):
+            nats_N[rows] = cross_entropy_(logits_NV, labels_N[rows])
+            if gradient_ND is not None and plain is not None:
+                matmul(logits_NV.to(hidden_ND.dtype), plain.weight[:vocabulary], out_MN=gradient_ND[rows])
+        ctx.save_for_backward(hidden_ND, gradient_ND, labels_N)
+        return nats_N
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_ND, gradient_ND, labels_N = ctx.saved_tensors
+        factors_N = grad_outputs[0]
+        if gradient_ND is not None:
+            return gradient_ND * factors_N.to(gradient_ND.dtype)[:, None], None, None, None
+
+        def loss(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            return (cross_entropy_(logits_NV, labels_N[rows], factors_N[rows]) * factors_N[rows]).sum(), logits_NV
+
+        with torch.enable_grad():
+            leaf_ND = hidden_ND.detach().requires_grad_()
+            total = chunked_loss(leaf_ND, ctx.head, ctx.vocabulary, loss)
+            trained = [parameter for parameter in ctx.head.parameters() if parameter.requires_grad]
+            gradient, *parts = torch.autograd.grad(total, [leaf_ND, *trained])
+        return gradient, None, None, None, *parts
 
 
 def _as_plain(head: nn.Module) -> nn.Linear | None:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.config.schema import TrainConfig
 from finetune.data.batch import Batch, build_batch, dummy_batch
@@ -34,6 +35,22 @@ BatchesOf = Callable[[int], list[Batch]]
 _PLACES_SHOWN = 8
 
 
+class RowLoss(Protocol):
+    """A loss on whole rows, as a preference."""
+
+    def count(self, documents: Sequence[Document]) -> int:
+        """Return what the summed loss of documents is divided by."""
+        ...
+
+    def take_sums(self) -> Tensor:
+        """Return this rank's sums for figures since the last call, fp64 on the CPU."""
+        ...
+
+    def figures_of(self, sums: Tensor) -> Figures:
+        """Return the figures from the sums of all ranks."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepInputs:
     """The inputs of `train_step`, the same for all steps of a run.
@@ -44,6 +61,7 @@ class StepInputs:
         share_prefixes: skip tokens after the last target, and compute shared prefixes once.
         resume_command: continues the run after a stop.
         last_checkpoint: returns the newest checkpoint for error messages, None before the first.
+        row_loss: how a loss on rows is divided and described; None for a loss on tokens.
         before_step: `before_step(step, batches_of)`: called before the first forward pass of `step`.
             `batches_of(s)` returns this rank's batches of step `s`.
     """
@@ -58,6 +76,7 @@ class StepInputs:
     share_prefixes: bool
     resume_command: str
     last_checkpoint: Callable[[], Path | None]
+    row_loss: RowLoss | None = None
     before_step: Callable[[int, BatchesOf], None] | None = None
 
 
@@ -66,8 +85,9 @@ class StepResult:
     """Figures of one step over all ranks.
 
     Attributes:
-        loss: nats per target token.
+        loss: nats per target token; under `preference`, per row.
         computed_tokens: the part of `tokens` that some target needs, with shared prefixes counted once.
+        figures: further figures of the objective.
         stop_signal: 0, or the operating system's signal to stop for.
     """
 
@@ -77,6 +97,7 @@ class StepResult:
     tokens: int
     computed_tokens: int
     target_tokens: int
+    figures: Figures
     stop_signal: int
 
 
@@ -158,6 +179,7 @@ def train_step(inputs: StepInputs, step: int, stop_signal: int = 0) -> StepResul
     sequences = inputs.sampler.step_batches(step - 1)
     documents = [document for sequence in sequences for document in sequence]
     target_tokens = sum(document.target_tokens for document in documents)
+    count = target_tokens if inputs.row_loss is None else inputs.row_loss.count(documents)
     loss_sum = 0.0
     batches = _rank_batches(inputs, sequences)
     if inputs.before_step is not None:
@@ -167,11 +189,12 @@ def train_step(inputs: StepInputs, step: int, stop_signal: int = 0) -> StepResul
     for i, batch in enumerate(batches):
         with nullcontext() if i == len(batches) - 1 else without_exchange(inputs.loss):
             loss = inputs.loss(batch)
-            (loss * (ranks / target_tokens)).backward()
+            (loss * (ranks / count)).backward()
         loss_sum += loss.item()
-    sums = [[loss_sum, stop_signal, sum(batch.rows for batch in batches)]]
+    more = [] if inputs.row_loss is None else inputs.row_loss.take_sums().tolist()
+    sums = [[loss_sum, stop_signal, sum(batch.rows for batch in batches), *more]]
     of_ranks = accelerator.gather(torch.tensor(sums, dtype=torch.float64, device=accelerator.device))
-    loss_mean = of_ranks[:, 0].sum().item() / target_tokens
+    loss_mean = of_ranks[:, 0].sum().item() / count
     _check_finite(inputs, "loss", loss_mean, step, documents)
     parameters = [p for group in inputs.optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, inputs.cfg.max_grad_norm or math.inf).item()
@@ -188,6 +211,7 @@ def train_step(inputs: StepInputs, step: int, stop_signal: int = 0) -> StepResul
         tokens=sum(map(len, documents)),
         computed_tokens=int(of_ranks[:, 2].sum().item()),
         target_tokens=target_tokens,
+        figures={} if inputs.row_loss is None else inputs.row_loss.figures_of(of_ranks[:, 3:].sum(0).cpu()),
         stop_signal=int(of_ranks[:, 1].max().item()),
     )
 
@@ -238,6 +262,7 @@ def _record_evaluation(state: TrainState, figures: Figures) -> bool:
 
 def _metrics(result: StepResult, seconds: float) -> Figures:
     """Return the figures of a step for metrics.jsonl."""
-    figures: Figures = asdict(result)
+    figures: dict[str, Any] = asdict(result)
     del figures["stop_signal"]
+    figures |= {f"train/{name}": value for name, value in figures.pop("figures").items()}
     return {**figures, "tokens_per_second": result.tokens / seconds, "peak_bytes": peak_bytes(), "seconds": seconds}

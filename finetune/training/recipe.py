@@ -23,24 +23,18 @@ from finetune.data.stream import StreamingSampler
 from finetune.data.template.chat import advice_on_end_token
 from finetune.data.tokens.prepare import Preparation, console_progress
 from finetune.evaluation.generation import Answer, exact_match
-from finetune.losses.cross_entropy import CrossEntropy
-from finetune.losses.distillation import Distillation, DistillLossWeights
-from finetune.losses.hidden_states import base_of
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.adapters.files import check_adapter, save_adapter
-from finetune.models.adapters.folder import list_checkpoints
 from finetune.models.embedding import move_embedding_to_host
 from finetune.models.fused import fuse_layers
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.models.load import check_loaded, load_base
 from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
-from finetune.ops import dispatch, matmul
 from finetune.ops.determinism import deterministic
 from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan, describe_start
 from finetune.planning.inputs import PlanInputs
 from finetune.report.dataset.files import store_report
-from finetune.report.facts import resume_command
 from finetune.report.run import TEACHER
 from finetune.report.run_page import try_report
 from finetune.system import console
@@ -49,7 +43,7 @@ from finetune.system.console import Log
 from finetune.system.errors import Interrupted
 from finetune.system.machine import use_all_cores
 from finetune.training import output_folder, run_folder
-from finetune.training.accelerator import build_accelerator, describe_ignored_settings, wrap_ranks
+from finetune.training.accelerator import build_accelerator, describe_ignored_settings
 from finetune.training.autotune import apply_batch_plan, inputs_of_run, predict_speed
 from finetune.training.checkpoint import (
     TrainState,
@@ -62,8 +56,9 @@ from finetune.training.checkpoint import (
 from finetune.training.choices import current_choices
 from finetune.training.distillation import build_distillation, check_distillation, mean_teacher_kl, teacher_table
 from finetune.training.guard import build_guard
-from finetune.training.loop import StepInputs, fit, peak_bytes
+from finetune.training.loop import fit, peak_bytes
 from finetune.training.optimizer import build_optimizer
+from finetune.training.preference import build_preference
 from finetune.training.run_context import (
     RunContext,
     answer_held_out,
@@ -72,6 +67,7 @@ from finetune.training.run_context import (
     log_samples,
 )
 from finetune.training.run_folder import RunResult
+from finetune.training.step_inputs import build_step_inputs
 from finetune.training.summary import describe_result, model_card
 from finetune.training.track import SilentTracker, Tracker
 
@@ -152,7 +148,8 @@ def _load(
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
     chat = loader.load_chat_template(cfg.data, tokenizer)
     # Ranks of one machine share its disk: one of them tokenizes, the others wait for its files.
-    preparation = Preparation(cfg.data, chat, accelerator.is_local_main_process, console_progress(log))
+    main, objective = accelerator.is_local_main_process, cfg.preference.objective
+    preparation = Preparation(cfg.data, chat, main, console_progress(log), objective)
     data = loader.load_data(preparation)
     warnings = loader.describe_leaks(data)
     if (advice := advice_on_end_token(chat)) and "lm_head" not in cfg.lora.modules_to_save:
@@ -180,6 +177,7 @@ def _load(
     if cfg.train.kernels == "fused":
         detail(f"kernels: {fuse_layers(model)}")
     model.train()
+    preference = build_preference(cfg, model, log)
     batch_plan = apply_batch_plan(inputs, model, accelerator, log)
     return RunContext(
         cfg=cfg,
@@ -193,6 +191,7 @@ def _load(
         model=model,
         batch_plan=batch_plan,
         distillation=distillation,
+        preference=preference,
         started=started,
         predicted_speed=predict_speed(inputs, model, batch_plan, data),
     )
@@ -225,7 +224,7 @@ def _run(context: RunContext, checkpoint: Path | None) -> RunResult:
     cfg, accelerator = context.cfg, context.accelerator
     optimizer = build_optimizer(cfg.train, context.model.named_parameters())
     state = _first_state(context, optimizer, checkpoint)
-    inputs = _build_step_inputs(context, optimizer, state)
+    inputs = build_step_inputs(context, optimizer, state)
     state.choices = current_choices(context.batch_plan, accelerator.num_processes)
     tracker = Tracker(cfg, context.folder, inputs.total_steps, state.step) if context.is_main else SilentTracker()
     guard = None if cfg.guard.max is None else build_guard(context, inputs, tracker.message)
@@ -272,56 +271,6 @@ def _first_state(context: RunContext, optimizer: torch.optim.Optimizer, checkpoi
     if context.is_main:
         run_folder.write_samples(context.folder, state.before.get("answers", []))
     return state
-
-
-def _build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainState) -> StepInputs:
-    """Build the loss and all else that a step needs."""
-    cfg, accelerator, distillation = context.cfg, context.accelerator, context.distillation
-    total_steps = cfg.train.max_steps or context.sampler.steps_for(cfg.train.epochs or 1)
-    _configure_kernels(context, total_steps, state.choices.get("compiled"))
-    loss: CrossEntropy | Distillation
-    before_step, sampler = None, context.sampler
-    if distillation is not None and cfg.distill.objective != "none":
-        weights = DistillLossWeights.of(cfg.distill)
-        loss = Distillation(context.model, weights, distillation.vocabulary, cfg.train.neftune_alpha)
-        before_step = distillation.before_step(loss, total_steps)
-        if cfg.distill.on_policy:
-            chat = context.preparation.chat
-            sampler = distillation.build_sampler(sampler, context.model, chat, accelerator, context.log)
-    else:  # no teacher, or one that is only measured against
-        loss = CrossEntropy(context.model, cfg.train.neftune_alpha)
-    # Noise is drawn per token of each document, so documents cannot share computed prefixes under it.
-    noisy = bool(cfg.lora.dropout or cfg.train.neftune_alpha)
-    return StepInputs(
-        cfg=cfg.train,
-        accelerator=accelerator,
-        loss=wrap_ranks(loss, accelerator),
-        optimizer=optimizer,
-        sampler=sampler,
-        total_steps=total_steps,
-        micro_batch=context.batch_plan.micro_batch,
-        share_prefixes=cfg.train.kernels == "fused" and cfg.train.share_prefixes and not noisy,
-        resume_command=resume_command(context.folder),
-        last_checkpoint=lambda: next(reversed(list_checkpoints(context.folder)), None),
-        before_step=before_step,
-    )
-
-
-def _configure_kernels(context: RunContext, steps: int, before: bool | None) -> None:
-    """Choose between eager and compiled kernels for the whole run, as before if a checkpoint continues it."""
-    cfg, device = context.cfg, context.accelerator.device
-    fused = cfg.train.kernels == "fused"
-    all_fused = fused and not cfg.lora.dora and not cfg.quant.int8 and cfg.quant.type != "int8"
-    if device.type == "cuda":
-        matmul.require_fp32_sums()
-    if message := matmul.describe(device, getattr(torch, cfg.model.dtype), all_fused):
-        (context.detail if all_fused else context.log)(message)
-    if fused:
-        most_tokens = steps * cfg.train.batch_size * cfg.data.max_length
-        flops = 4.0 * base_of(context.model).num_parameters() * most_tokens
-        wanted = before if cfg.train.compile is None else cfg.train.compile
-        choice = dispatch.configure_compile(device, flops, wanted)
-        (context.detail if dispatch.STATE.compiled or device.type == "cpu" else context.log)(choice)
 
 
 def _finish(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainState, result: RunResult) -> None:

@@ -27,6 +27,7 @@ from finetune.planning.auto_batch import BatchPlan
 from finetune.system.console import Log
 from finetune.training.checkpoint import TrainState
 from finetune.training.distillation import DistillationSetup
+from finetune.training.preference import PreferenceSetup
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class RunContext:
         log: prints on the main rank alone.
         detail: prints there what only --verbose shows.
         distillation: None for a run without a teacher.
+        preference: None for a run that learns from answers alone.
         started: start of this process's part of the run.
         predicted_speed: tokens per second of training, and the source of the rates.
         answers: of the latest evaluation, replaced by the next one; empty without `generation.metrics`.
@@ -53,6 +55,7 @@ class RunContext:
     model: PeftModel
     batch_plan: BatchPlan
     distillation: DistillationSetup | None
+    preference: PreferenceSetup | None
     started: datetime
     predicted_speed: tuple[float, str]
     answers: list[Answer] = field(default_factory=list)
@@ -60,6 +63,20 @@ class RunContext:
     @property
     def folder(self) -> Path:
         return Path(self.cfg.output_dir)
+
+    @property
+    def part(self) -> slice:
+        """What this rank takes of documents that all ranks have."""
+        return slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+
+    def scoring_options(self) -> dict[str, Any]:
+        """Return the options that all functions which score documents take."""
+
+        def sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:
+            return self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
+
+        limit_tokens = max(EVALUATION_TOKENS, self.cfg.data.max_length)
+        return {"limit_tokens": limit_tokens, "sum_over_ranks": sum_over_ranks}
 
     @property
     def is_main(self) -> bool:
@@ -90,21 +107,17 @@ def score_held_out(context: RunContext) -> dict[str, float]:
         `eval/NAME/METRIC` of each set, and `eval_loss`: the mean over the sets of the objective that the run minimizes.
         `teacher_kl` is in nats per target, `teacher_agreement` in [0, 1].
     """
-    accelerator, distillation = context.accelerator, context.distillation
-    part = slice(accelerator.process_index, None, accelerator.num_processes)
+    distillation, part, options = context.distillation, context.part, context.scoring_options()
     figures: dict[str, float] = {}
     losses = []
-
-    def sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:
-        return accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
-
-    limit_tokens = max(EVALUATION_TOKENS, context.cfg.data.max_length)
-    options: Any = {"limit_tokens": limit_tokens, "sum_over_ranks": sum_over_ranks}
     for source in context.data.eval:
-        found = evaluate(context.model, source.documents[part], **options)
-        losses.append(found.loss)
-        for name in ("loss", "perplexity", "accuracy"):
-            figures[f"eval/{source.name}/{name}"] = getattr(found, name)
+        if context.preference is not None:
+            scores = context.preference.evaluate(source.documents, part, **options)
+        else:
+            found = evaluate(context.model, source.documents[part], **options)
+            scores = {name: getattr(found, name) for name in ("loss", "perplexity", "accuracy")}
+        losses.append(scores["loss"])
+        figures |= {f"eval/{source.name}/{name}": value for name, value in scores.items()}
     if distillation is not None:
         for source in context.data.eval:
             scores = agreement(

@@ -11,7 +11,7 @@ from typing import Any
 from finetune.config.schema import SourceConfig
 from finetune.data.formats.columns import meanings, recognize
 from finetune.data.formats.conversations import METADATA_KEYS
-from finetune.data.formats.parser import FORMATS, PREFERENCE, VERDICTS, RowParser, require_mapped
+from finetune.data.formats.parser import FORMATS, VERDICTS, RowParser, require_mapped
 from finetune.data.formats.values import kind, listed, printable_name
 from finetune.data.sources.readers import RawBatch
 from finetune.system.console import log_once
@@ -33,6 +33,8 @@ def detect_format(columns: frozenset[str], source: str, mapped: Mapping[str, str
     mapped = mapped or {}
     renamed = (columns - set(mapped.values())) | {ours for ours, theirs in mapped.items() if theirs in columns}
     fitting = [name for name, fmt in FORMATS.items() if fmt.is_in(renamed) and set(mapped) <= fmt.columns | fmt.keys]
+    if "preference" in fitting:  # pairs often have a column with the prompt or the chosen side as messages
+        return "preference"
     if len(fitting) > 1:  # many datasets of other formats also have a column of rendered text
         fitting = [name for name in fitting if name != "text"]
     if len(fitting) == 1:
@@ -48,7 +50,10 @@ def detect_format(columns: frozenset[str], source: str, mapped: Mapping[str, str
     if fitting:
         raise DataError(f"{found} fit several formats; set format to {' or '.join(fitting)}")
     if "chosen" in renamed:
-        raise DataError(f"{found}: {PREFERENCE}")
+        raise DataError(
+            f"{found}: chosen has no rejected beside it; map that column, as columns: {{rejected: other}}. To train on "
+            "the chosen answers alone set columns: {completion: chosen}, or {messages: chosen} for whole conversations"
+        )
     if not mapped.keys() & _ROW_COLUMNS:
         readings = [reading for reading in recognize(columns) if set(mapped) <= FORMATS[reading.format].keys]
         if len(readings) > 1:
@@ -85,7 +90,7 @@ def resolve_format(cfg: SourceConfig, first_value: Any, source: str) -> str:
     if cfg.roles and not FORMATS[name].keys:
         raise DataError(f"{source}: rows of the format {name} have no roles; remove roles")
     if (reading := RowParser(cfg, name).reading(columns)) is not None:
-        ignored = columns - FORMATS[name].columns - set(reading.columns.values()) - VERDICTS
+        ignored = columns - FORMATS[name].columns - set(reading.columns.values()) - set(VERDICTS)
         log_once(f"{cfg.path}: read with {reading}" + (f"; ignored: {listed(ignored)}" if ignored else ""))
     return name
 

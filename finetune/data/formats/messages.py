@@ -46,10 +46,23 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A row of a chat format. tools: JSON schemas of the available functions, as in the row."""
+    """A row of a chat format.
+
+    tools: JSON schemas of the available functions, as in the row.
+    verdict: what the row says of its last answer, as in the file: true or false; None if it says nothing.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    verdict: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A pair of conversations with the same prompt: the answer that is preferred, and another one."""
+
+    chosen: Conversation
+    rejected: Conversation
 
 
 def out_of_order(roles: Sequence[str]) -> tuple[int, str] | None:
@@ -85,4 +98,4 @@ class TokenRow:
     labels: tuple[int, ...] | None = None
 
 
-Example = Conversation | RawText | TokenRow
+Example = Conversation | Preference | RawText | TokenRow

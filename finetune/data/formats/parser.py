@@ -23,18 +23,20 @@ from finetune.data.formats.conversations import (
     read_tools,
     read_turns,
 )
-from finetune.data.formats.messages import Conversation, Example, Message, RawText, TokenRow
+from finetune.data.formats.messages import Conversation, Example, Message, Preference, RawText, TokenRow
+from finetune.data.formats.preferences import PROMPTS, SIDES, add_system, parse_preference, with_system
 from finetune.data.formats.rules import DEFAULT_RULES, RowRules
 from finetune.data.formats.values import Fields, as_json, is_empty, kind, listed, shown
 from finetune.data.sources.readers import RawBatch, Row
 from finetune.system.errors import DataError
 
+# What to do with pairs in a run that learns from answers.
 PREFERENCE = (
-    "chosen and rejected answers are not a supported format; to train on the chosen answers set "
-    "columns: {completion: chosen}, or {messages: chosen} if they hold the whole conversation"
+    "chosen and rejected answers need preference.objective=dpo (or ipo, orpo, simpo, kto); to train on the chosen "
+    "answers alone set columns: {completion: chosen}, or {messages: chosen} if they hold the whole conversation"
 )
 # Columns that mark an answer as good or bad.
-VERDICTS = frozenset({"label", "kto_tag"})
+VERDICTS = ("label", "kto_tag")
 _TOOLS = {"tools": "functions"}
 # Masks with 1 for each target.
 _TARGET_MASKS = ("assistant_masks", "completion_mask")
@@ -130,9 +132,6 @@ def parse_text(row: Fields, _: Spelling) -> RawText:
 
 
 def _chat(row: Fields, turns: list[Turn], rules: RowRules) -> Conversation:
-    for column in VERDICTS:
-        if row.get(column) is False:
-            raise DataError(f"{column} is false, which marks a bad answer; remove the row")
     for column in ("images", "audios", "videos"):
         if not is_empty(row.get(column)):
             raise DataError(f"{column} would be lost: the model reads text only; remove the column or the row")
@@ -140,7 +139,8 @@ def _chat(row: Fields, turns: list[Turn], rules: RowRules) -> Conversation:
         if turns[0].message.role == "system":
             raise DataError(f"{turns[0].location} and {row.named('system')} are both system texts; keep one of them")
         turns = [Turn(row.named("system"), Message("system", system)), *turns]
-    return conversation(turns, read_tools(row), rules)
+    verdict = next((row.get(column) for column in VERDICTS if row.get(column) is not None), None)
+    return replace(conversation(turns, read_tools(row), rules), verdict=verdict)
 
 
 def parse_tokens(row: Fields, _: Spelling) -> TokenRow:
@@ -236,6 +236,7 @@ FORMATS: dict[str, RowFormat] = {
         keys=KNOWN_KEYS,
     ),
     "prompt_completion": RowFormat(parse_prompt_completion, ("prompt", "completion"), keys=KNOWN_KEYS),
+    "preference": RowFormat(parse_preference, SIDES, (*PROMPTS, "input", "system", "tools"), keys=KNOWN_KEYS),
     "alpaca": RowFormat(parse_alpaca, ("instruction", "output"), ("input", "system", "history", "tools")),
     "text": RowFormat(parse_text, ("text",), (), {}),
     "tokens": RowFormat(parse_tokens, ("input_ids",), _TOKEN_COLUMNS, {}),
@@ -277,11 +278,14 @@ class RowParser:
             raise DataError(
                 f"the row lacks {listed(missing)}, which {self.format} rows need; its columns: {listed(value)}"
             )
-        if not is_empty(row.get("chosen")):
+        if "chosen" not in self._format.columns and not is_empty(row.get("chosen")):
             raise DataError(PREFERENCE)
         example = self._format.parse(row, self._spelling)
-        if self.system is not None and isinstance(example, Conversation) and example.messages[0].role != "system":
-            return replace(example, messages=(Message("system", self.system), *example.messages))
+        match example:
+            case Conversation() if self.system is not None:
+                return add_system(example, self.system)
+            case Preference() if self.system is not None:
+                return with_system(example, self.system)
         return example
 
     def rows(self, batch: RawBatch) -> Iterator[tuple[Row, Example | DataError]]:

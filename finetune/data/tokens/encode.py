@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import local
 from typing import IO, Any, cast
@@ -25,8 +25,9 @@ from typing import IO, Any, cast
 import numpy as np
 
 from finetune.data.encoded import IGNORE_INDEX, Encoded
-from finetune.data.formats.messages import Conversation, RawText, TokenRow, ToolCall
-from finetune.data.formats.parser import RowParser
+from finetune.data.formats.messages import Conversation, Example, Preference, RawText, TokenRow, ToolCall
+from finetune.data.formats.parser import PREFERENCE, VERDICTS, RowParser
+from finetune.data.formats.preferences import answer_alone, verdict_of
 from finetune.data.sources.readers import RawBatch
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.store import ROW, BadRow, EncodedBatch
@@ -42,16 +43,20 @@ ENCODING_VERSION = 2
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Decodes, parses and encodes rows. Picklable, for worker processes."""
+    """Decodes, parses and encodes rows. Picklable, for worker processes.
+
+    objective: `preference.objective`; it decides which rows the run can learn from.
+    """
 
     parser: RowParser
     chat: ChatTemplate
     train_on: str
+    objective: str = "none"
 
     def __call__(self, batch: RawBatch) -> EncodedBatch:
         """Encode a batch; rows that cannot be used are listed in it."""
-        parsed = list(self.parser.rows(batch))
-        conversations = [example for _, example in parsed if isinstance(example, Conversation)]
+        parsed = [(row, self._usable(example)) for row, example in self.parser.rows(batch)]
+        conversations = [chat for _, example in parsed for chat in _conversations(example)]
         chats = iter(self.chat.encode(conversations, self.train_on))
         texts = self._encode_texts([example.text for _, example in parsed if isinstance(example, RawText)])
         rows: list[tuple[int, ...]] = []
@@ -60,8 +65,10 @@ class RowEncoder:
         notes: Counter[str] = Counter()
         for row, example in parsed:
             match example:
+                case Preference():
+                    encoded = _joined(next(chats), next(chats))
                 case Conversation():
-                    encoded = next(chats)
+                    encoded = self._judged(next(chats), example)
                 case RawText():
                     encoded = next(texts)
                 case TokenRow():
@@ -71,8 +78,9 @@ class RowEncoder:
             if isinstance(encoded, DataError) or isinstance(example, DataError):
                 bad.append(BadRow(row.index, row.location, str(encoded)))
                 continue
-            if isinstance(example, Conversation):
-                notes.update(note for message in example.messages for note in message.notes)
+            notes.update(
+                note for chat in _conversations(example) for message in chat.messages for note in message.notes
+            )
             content = _content(example)
             texts_of_row = () if isinstance(example, TokenRow) else _strings(content)
             control_tokens = sum(map(self.chat.control_tokens_in, texts_of_row))
@@ -89,11 +97,40 @@ class RowEncoder:
             ids=np.concatenate([encoded.ids for encoded in good] or none).astype(np.int32, copy=False),
             weights=np.concatenate([encoded.weights for encoded in good] or none).astype(np.float32, copy=False),
             media_digests=tuple(encoded.media_digest for encoded in good),
+            chosen_tokens=tuple(encoded.chosen_tokens for encoded in good),
             bad=tuple(bad),
             bytes_read=batch.bytes_read,
             notes=notes,
             format=batch.format,
         )
+
+    def _usable(self, example: Example | DataError) -> Example | DataError:
+        """Return the example, or why `preference.objective` cannot use it."""
+        if isinstance(example, DataError):
+            return example
+        if self.objective == "none":
+            if isinstance(example, Preference):
+                return DataError(PREFERENCE)
+            if isinstance(example, Conversation) and example.verdict is False:
+                return DataError("its label is false, which marks a bad answer; remove the row, or learn with kto")
+            return example
+        if isinstance(example, Preference):
+            return example
+        if self.objective != "kto" or not isinstance(example, Conversation):
+            wanted = "chosen and rejected answers" + (", or a label" if self.objective == "kto" else "")
+            return DataError(f"preference.objective={self.objective} needs {wanted}; the row has none")
+        if example.verdict is None:
+            return DataError(f"preference.objective=kto needs {' or '.join(VERDICTS)}, or a rejected answer")
+        try:
+            return replace(answer_alone(example), verdict=verdict_of(example.verdict))
+        except DataError as error:
+            return error
+
+    def _judged(self, encoded: Encoded | DataError, example: Conversation) -> Encoded | DataError:
+        """Write the verdict of a row into its tokens, in a run that learns from verdicts."""
+        if self.objective == "none" or isinstance(encoded, DataError):
+            return encoded
+        return _unweighted(replace(encoded, chosen_tokens=len(encoded.ids) if example.verdict else 0))
 
     def _encode_texts(self, texts: Sequence[str]) -> Iterator[Encoded | DataError]:
         """Every token is a target, and so is the end token after them."""
@@ -115,8 +152,33 @@ class RowEncoder:
         return Encoded(ids, trained.astype(np.float32))
 
 
-def _content(example: Conversation | RawText | TokenRow) -> Any:
+def _conversations(example: Example | DataError) -> tuple[Conversation, ...]:
+    if isinstance(example, Preference):
+        return example.chosen, example.rejected
+    return (example,) if isinstance(example, Conversation) else ()
+
+
+def _joined(chosen: Encoded | DataError, rejected: Encoded | DataError) -> Encoded | DataError:
+    """Lay the tokens of both sides of a pair end to end."""
+    if isinstance(chosen, DataError) or isinstance(rejected, DataError):
+        return DataError(f"chosen: {chosen}" if isinstance(chosen, DataError) else f"rejected: {rejected}")
+    if np.array_equal(chosen.ids, rejected.ids):
+        return DataError("chosen and rejected are equal; remove the row")
+    ids, weights = (np.concatenate([getattr(side, key) for side in (chosen, rejected)]) for key in ("ids", "weights"))
+    return _unweighted(Encoded(ids, weights, chosen.media_digest, len(chosen.ids)))
+
+
+def _unweighted(encoded: Encoded) -> Encoded | DataError:
+    """Refuse weights of tokens: a log-probability of an answer has none."""
+    if np.isin(encoded.weights, (0, 1)).all():
+        return encoded
+    return DataError("weights other than 0 and 1 have no meaning for preferences; remove them")
+
+
+def _content(example: Example) -> Any:
     """A row's texts, or tokens; spelling in the file and loss weights do not count."""
+    if isinstance(example, Preference):
+        return [_content(example.chosen), _content(example.rejected)]
     if isinstance(example, Conversation):
         turns = [(m.role, m.content, *map(ToolCall.as_dict, m.tool_calls)) for m in example.messages]
         return [turns, example.tools]

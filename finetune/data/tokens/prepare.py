@@ -43,17 +43,19 @@ class Preparation:
     """Turns the rows of a config into tokens.
 
     main: this process fills the cache; the others wait for it.
+    objective: `preference.objective`.
     """
 
     cfg: DataConfig
     chat: ChatTemplate
     main: bool = True
     progress: Progress = lambda name, done_bytes, total_bytes, rows: None
+    objective: str = "none"
 
     def encoder(self, source: SourceConfig) -> RowEncoder:
         """Build the encoder of a source's rows."""
         parser = RowParser(source, system=self.cfg.system, rules=RowRules.of(self.cfg))
-        return RowEncoder(parser, self.chat, self.cfg.train_on)
+        return RowEncoder(parser, self.chat, self.cfg.train_on, self.objective)
 
     def store(self, source: SourceConfig) -> TokenStore:
         """Return the source's tokens, from the cache if they are there. Bad rows are listed in the store.
@@ -89,6 +91,7 @@ class Preparation:
             **source.model_dump(include={"format", "columns", "roles", "limit"}),
             # Rows that older versions read keep their tokens, and so their cache.
             **RowRules.of(self.cfg).changed(),
+            **({} if self.objective == "none" else {"preference": "kto" if self.objective == "kto" else "pairs"}),
         }
 
     def provide(self, folder: Path, write: Callable[[Path], None]) -> None:

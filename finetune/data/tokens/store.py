@@ -40,6 +40,7 @@ ROW = np.dtype(
 )
 _IDS, _CODES, _ROWS, _META, BAD_ROWS = "ids.bin", "codes.bin", "rows.npz", "meta.json", "bad_rows.jsonl"
 _MEDIA = "media_digests"  # column of rows.npz, as hexadecimal text; missing where every row is text
+_CHOSEN = "chosen_tokens"  # column of rows.npz; missing where rows have no preferences
 # Raise it when rows are read that were bad before.
 READER_VERSION = 2
 _MOST_WEIGHTS = 256  # a code is one byte
@@ -59,7 +60,7 @@ class EncodedBatch:
 
     rows: [N] ROW; the store sets their files.
     ids, weights: [sum of lengths] int32 and float32.
-    media_digests: of each row.
+    media_digests, chosen_tokens: of each row.
     bytes_read: of the source's files, up to the last of these rows.
     notes: how many messages have each note.
     format: of the rows in their file.
@@ -71,6 +72,7 @@ class EncodedBatch:
     ids: np.ndarray
     weights: np.ndarray
     media_digests: tuple[bytes, ...]
+    chosen_tokens: tuple[int | None, ...]
     bad: tuple[BadRow, ...]
     bytes_read: int
     notes: Counter[str] = field(default_factory=Counter)
@@ -127,7 +129,7 @@ class TokenStore:
             self.indices, self.hashes = rows["indices"], rows["hashes"]
             self.control_tokens = rows["control_tokens"]
             self._files, self._numbers = rows["files"], rows["numbers"]
-            self._media = rows.get(_MEDIA)
+            self._media, self._chosen = rows.get(_MEDIA), rows.get(_CHOSEN)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         self._ids = _mapped(folder / _IDS, np.int32, self.meta.tokens)
         self._codes = _mapped(folder / _CODES, np.uint8, self.meta.tokens)
@@ -145,7 +147,8 @@ class TokenStore:
         """Return the tokens [start, start + length) of a row."""
         where = slice(first := int(self.starts[row]) + start, first + length)
         media = b"" if self._media is None else bytes.fromhex(self._media[row].decode())
-        return Encoded(np.asarray(self._ids[where]), self._weights[self._codes[where]], media)
+        chosen = None if self._chosen is None else int(self._chosen[row])
+        return Encoded(np.asarray(self._ids[where]), self._weights[self._codes[where]], media, chosen)
 
     def location(self, row: int) -> str:
         """Return the row's location: `file:line`, or `file:row N` in files without lines."""
@@ -201,6 +204,7 @@ class StoreWriter:
         self._files: dict[tuple[str, str, str], int] = {}
         self._rows = [np.empty(0, ROW)]
         self._media: list[str] = []
+        self._chosen: list[int | None] = []
         self._bad_rows = 0
         self._notes: Counter[str] = Counter()
 
@@ -216,6 +220,7 @@ class StoreWriter:
         batch.rows["files"] = self._files.setdefault((batch.file, batch.unit, batch.format), len(self._files))
         self._rows.append(batch.rows)
         self._media += [digest.hex() for digest in batch.media_digests]
+        self._chosen += batch.chosen_tokens
         self._bad.writelines(json.dumps(bad._asdict(), ensure_ascii=False) + "\n" for bad in batch.bad)
         self._bad_rows += len(batch.bad)
         self._notes += batch.notes
@@ -228,6 +233,9 @@ class StoreWriter:
         if any(self._media):  # a store of text looks as it did before there was media
             columns[_MEDIA] = np.array(self._media, dtype=np.bytes_)
             content.append(self._media)
+        if any(tokens is not None for tokens in self._chosen):
+            columns[_CHOSEN] = np.array(self._chosen, dtype=np.int32)
+            content.append(self._chosen)
         with (self.folder / _ROWS).open("wb") as rows:
             np.savez(rows, allow_pickle=False, **columns)
             _sync(rows)

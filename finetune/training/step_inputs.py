@@ -1,0 +1,75 @@
+"""What every optimizer step of a run takes: its loss, its order of rows, and its kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from finetune.losses.cross_entropy import CrossEntropy
+from finetune.losses.distillation import Distillation, DistillLossWeights
+from finetune.losses.hidden_states import base_of
+from finetune.models.adapters.folder import list_checkpoints
+from finetune.ops import dispatch, matmul
+from finetune.report.facts import resume_command
+from finetune.training.accelerator import wrap_ranks
+from finetune.training.checkpoint import TrainState
+from finetune.training.loop import BatchesOf, StepInputs
+from finetune.training.preference import PreferenceLoss
+from finetune.training.run_context import RunContext
+
+
+def build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainState) -> StepInputs:
+    """Build the loss of a run and all else that a step needs; choose its kernels."""
+    cfg, accelerator, distillation = context.cfg, context.accelerator, context.distillation
+    total_steps = cfg.train.max_steps or context.sampler.steps_for(cfg.train.epochs or 1)
+    _configure_kernels(context, total_steps, state.choices.get("compiled"))
+    loss: CrossEntropy | Distillation | PreferenceLoss
+    before_step, sampler, preference = None, context.sampler, context.preference
+    if preference is not None:
+        loss, options = preference.loss, context.scoring_options()
+
+        def before_step(step: int, _: BatchesOf) -> None:
+            documents = [document for sequence in sampler.step_batches(step - 1) for document in sequence]
+            preference.estimate_divergence(documents, context.part, **options)
+
+    elif distillation is not None and cfg.distill.objective != "none":
+        weights = DistillLossWeights.of(cfg.distill)
+        loss = Distillation(context.model, weights, distillation.vocabulary, cfg.train.neftune_alpha)
+        before_step = distillation.before_step(loss, total_steps)
+        if cfg.distill.on_policy:
+            chat = context.preparation.chat
+            sampler = distillation.build_sampler(sampler, context.model, chat, accelerator, context.log)
+    else:  # no teacher, or one that is only measured against
+        loss = CrossEntropy(context.model, cfg.train.neftune_alpha)
+    # Noise is drawn per token of each document, so documents cannot share computed prefixes under it.
+    noisy = bool(cfg.lora.dropout or cfg.train.neftune_alpha)
+    return StepInputs(
+        cfg=cfg.train,
+        accelerator=accelerator,
+        loss=wrap_ranks(loss, accelerator),
+        optimizer=optimizer,
+        sampler=sampler,
+        total_steps=total_steps,
+        micro_batch=context.batch_plan.micro_batch,
+        share_prefixes=cfg.train.kernels == "fused" and cfg.train.share_prefixes and not noisy,
+        resume_command=resume_command(context.folder),
+        last_checkpoint=lambda: next(reversed(list_checkpoints(context.folder)), None),
+        row_loss=preference,
+        before_step=before_step,
+    )
+
+
+def _configure_kernels(context: RunContext, steps: int, before: bool | None) -> None:
+    """Choose between eager and compiled kernels for the whole run, as before if a checkpoint continues it."""
+    cfg, device = context.cfg, context.accelerator.device
+    fused = cfg.train.kernels == "fused"
+    all_fused = fused and not cfg.lora.dora and not cfg.quant.int8 and cfg.quant.type != "int8"
+    if device.type == "cuda":
+        matmul.require_fp32_sums()
+    if message := matmul.describe(device, getattr(torch, cfg.model.dtype), all_fused):
+        (context.detail if all_fused else context.log)(message)
+    if fused:
+        most_tokens = steps * cfg.train.batch_size * cfg.data.max_length
+        flops = 4.0 * base_of(context.model).num_parameters() * most_tokens
+        wanted = before if cfg.train.compile is None else cfg.train.compile
+        choice = dispatch.configure_compile(device, flops, wanted)
+        (context.detail if dispatch.STATE.compiled or device.type == "cpu" else context.log)(choice)
