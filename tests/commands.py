@@ -32,10 +32,10 @@ def run_process(*arguments: str, cwd: Path, **options) -> Done:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=500, **options)
 
 
-def train_on_ranks(ranks: int, *overrides: str) -> None:
-    """Train the quickstart in several processes, as torchrun starts them."""
+def train_on_ranks(ranks: int, *overrides: str, config: str = "quickstart.yaml") -> None:
+    """Train in several processes, as torchrun starts them."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [sys.executable, *launcher, str(ROOT / "finetune" / "train.py"), "config=quickstart.yaml", *overrides]
+    command = [sys.executable, *launcher, str(ROOT / "finetune" / "train.py"), f"config={config}", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -16,14 +16,15 @@ from finetune.config.sections import (
 
 Problems = Iterator[Problem]
 
+NEEDS_REFERENCE = ("dpo", "ipo", "kto")
 # Settings that belong to some objectives only.
 _OWNERS = {
     "gamma": ("simpo",),
     "label_smoothing": ("dpo", "simpo"),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
-    "reference": ("dpo", "ipo", "kto"),
-    "cache": ("dpo", "ipo", "kto"),
+    "reference": NEEDS_REFERENCE,
+    "cache": ("dpo", "ipo"),
 }
 # These change the weights of the base, so the model without its adapter is not the base.
 _CHANGES_BASE = ("pissa", "pissa_niter_16", "olora", "loftq")
@@ -42,6 +43,8 @@ def preference_settings(preference: PreferenceConfig) -> Problems:
         if owners and preference.objective not in owners:
             wanted = " or ".join(owners)
             yield Problem(f"preference.{key}", f"needs preference.objective={wanted}, found {preference.objective}")
+    if preference.reference == "cached" and preference.objective == "kto":
+        yield Problem("preference.reference", "kto scores new pairs in each step, which no cache has; set base")
     if preference.reference == "cached" and preference.cache is None:
         yield Problem("preference.cache", "is missing; preference.reference=cached needs a folder of `finetune cache`")
 
@@ -51,7 +54,7 @@ def preference_policies(preference: PreferenceConfig, lora: LoraConfig) -> Probl
         return
     if preference.reference == "init_adapter" and lora.init_adapter is None:
         yield Problem("preference.reference", "init_adapter needs lora.init_adapter; set it, or reference=base")
-    if lora.init in _CHANGES_BASE and preference.objective in _OWNERS["reference"]:
+    if lora.init in _CHANGES_BASE and preference.objective in NEEDS_REFERENCE:
         yield Problem("lora.init", f"{lora.init} changes the base, which is the reference; set lora.init=default")
 
 

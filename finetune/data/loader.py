@@ -69,6 +69,11 @@ class LoadedData:
     def documents(self) -> Documents:
         return Documents.join(source.documents for source in self.train)
 
+    @property
+    def every_document(self) -> Documents:
+        """The documents of training and evaluation."""
+        return Documents.join(source.documents for source in (*self.train, *self.eval))
+
     @cached_property
     def weights(self) -> np.ndarray:
         """Copies [M] of each training document per epoch."""
@@ -91,7 +96,8 @@ def load_all_rows(cfg: RunConfig, log: Log) -> tuple[PreTrainedTokenizerBase, Ch
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
     chat = load_chat_template(cfg.data, tokenizer)
     whole = cfg.data.model_copy(update={"stream_rows": None})
-    return tokenizer, chat, load_data(Preparation(whole, chat, progress=console_progress(log)))
+    progress, objective = console_progress(log), cfg.preference.objective
+    return tokenizer, chat, load_data(Preparation(whole, chat, progress=progress, objective=objective))
 
 
 def load_chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finetune.config.preference_rules import NEEDS_REFERENCE
 from finetune.config.schema import PreferenceConfig
 from finetune.data.batch import Batch
 from finetune.data.encoded import IGNORE_INDEX
@@ -19,7 +20,6 @@ from finetune.losses.chunked import target_nats
 from finetune.losses.cross_entropy import head_of
 from finetune.losses.hidden_states import base_of, copy_together, target_states
 
-NEEDS_REFERENCE = frozenset({"dpo", "ipo", "kto"})
 _DEFAULT_BETA = {"simpo": 2.0}
 
 

@@ -30,6 +30,8 @@ from finetune.models.fused import fuse_layers
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.models.load import check_loaded, load_base
 from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
+from finetune.objectives.distillation import build_distillation, check_distillation, mean_teacher_kl, teacher_table
+from finetune.objectives.preference import build_preference
 from finetune.ops.determinism import deterministic
 from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan, describe_start
@@ -54,11 +56,9 @@ from finetune.training.checkpoint import (
     write_folder,
 )
 from finetune.training.choices import current_choices
-from finetune.training.distillation import build_distillation, check_distillation, mean_teacher_kl, teacher_table
 from finetune.training.guard import build_guard
 from finetune.training.loop import fit, peak_bytes
 from finetune.training.optimizer import build_optimizer
-from finetune.training.preference import build_preference
 from finetune.training.run_context import (
     RunContext,
     answer_held_out,
@@ -177,7 +177,7 @@ def _load(
     if cfg.train.kernels == "fused":
         detail(f"kernels: {fuse_layers(model)}")
     model.train()
-    preference = build_preference(cfg, model, log)
+    preference = build_preference(cfg, model, chat, data, log)
     batch_plan = apply_batch_plan(inputs, model, accelerator, log)
     return RunContext(
         cfg=cfg,

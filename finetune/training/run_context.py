@@ -22,12 +22,12 @@ from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.generation import Answer, answer_rows, exact_match
 from finetune.evaluation.metrics import METRICS
 from finetune.evaluation.scoring import agreement, evaluate
+from finetune.objectives.distillation import DistillationSetup
+from finetune.objectives.preference import PreferenceSetup
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.planning.auto_batch import BatchPlan
 from finetune.system.console import Log
 from finetune.training.checkpoint import TrainState
-from finetune.training.distillation import DistillationSetup
-from finetune.training.preference import PreferenceSetup
 
 
 @dataclass(frozen=True)

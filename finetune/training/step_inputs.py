@@ -8,12 +8,12 @@ from finetune.losses.cross_entropy import CrossEntropy
 from finetune.losses.distillation import Distillation, DistillLossWeights
 from finetune.losses.hidden_states import base_of
 from finetune.models.adapters.folder import list_checkpoints
+from finetune.objectives.preference import PreferenceLoss
 from finetune.ops import dispatch, matmul
 from finetune.report.facts import resume_command
 from finetune.training.accelerator import wrap_ranks
 from finetune.training.checkpoint import TrainState
 from finetune.training.loop import BatchesOf, StepInputs
-from finetune.training.preference import PreferenceLoss
 from finetune.training.run_context import RunContext
 
 

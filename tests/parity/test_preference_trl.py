@@ -20,8 +20,8 @@ from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.preference import answer_log_probs
 from finetune.models.fused import fuse_layers
+from finetune.objectives.preference import PreferenceLoss, PreferenceSetup
 from finetune.ops import attention
-from finetune.training.preference import PreferenceLoss, PreferenceSetup
 from tests.models import save_tiny_base
 
 with warnings.catch_warnings():
@@ -39,6 +39,10 @@ VERDICTS = [
     for row in PAIRS
     for side in ("chosen", "rejected")
 ]
+# TRL's ORPO takes the cross-entropy over prompt and answer, by tokens of the batch; the paper over the answer. With one
+# pair and a prompt of one token, which nothing predicts, both are the same.
+ONE_TOKEN = [{"prompt": "x", "chosen": " It is red.", "rejected": " It is a very blue one."}]
+ROWS = {"kto": VERDICTS, "orpo": ONE_TOKEN}
 COMMON: dict[str, Any] = {
     "bf16": False,
     "use_cpu": True,
@@ -61,14 +65,21 @@ def base(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
     return folder
 
 
-def adapted(base: Path, attention_kernel: str) -> peft.PeftModel:
-    attention.register()
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation=attention_kernel)
+LORA = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Set an adapter that is neither new nor symmetric."""
     torch.manual_seed(3)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+    for _, parameter in sorted((n, p) for n, p in model.named_parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.05)
+
+
+def adapted(base: Path) -> peft.PeftModel:
+    attention.register()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation=attention.SEGMENTED)
+    model = peft.get_peft_model(model, LORA)
+    fill(model)
     return model
 
 
@@ -84,12 +95,17 @@ def trainer_of(kind: str, base: Path, folder: Path, rows: list[dict[str, Any]]) 
     }[kind]
     if kind == "kto":
         own["train_sampling_strategy"] = "sequential"
-    options = {k: v for k, v in {**settings, **own}.items() if k in {f for f in config.__dataclass_fields__}}
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    return trainer(
-        model=adapted(base, "sdpa"), args=config(**options), train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
+    options = {k: v for k, v in {**settings, **own}.items() if k in config.__dataclass_fields__}
+    # The reference of an adapter that TRL gets is that adapter; of one that TRL makes it is the base.
+    made = trainer(
+        model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa"),
+        args=config(**options),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(base),
+        peft_config=LORA,
     )
+    fill(made.model)
+    return made
 
 
 def document(prompt: list[int], answer: list[int]) -> Document:
@@ -125,7 +141,7 @@ def our_rows(kind: str, trainer: Any) -> list[Document]:
 
 
 def our_result(base: Path, cfg: PreferenceConfig, rows: list[Document], share: bool) -> tuple[float, dict[str, Any]]:
-    model = adapted(base, attention.SEGMENTED)
+    model = adapted(base)
     fuse_layers(model)
 
     def reference() -> Any:
@@ -145,7 +161,7 @@ def our_result(base: Path, cfg: PreferenceConfig, rows: list[Document], share: b
 @pytest.mark.parametrize("share", [False, True], ids=["alone", "shared"])
 @pytest.mark.parametrize("kind", ["dpo", "ipo", "orpo", "simpo", "kto"])
 def test_loss_and_gradients_are_those_of_trl(kind: str, share: bool, base: Path, tmp_path: Path):
-    rows = VERDICTS if kind == "kto" else PAIRS
+    rows = ROWS.get(kind, PAIRS)
     trainer = trainer_of(kind, base, tmp_path, rows)
     inputs = next(iter(trainer.get_train_dataloader()))
     expected = trainer.compute_loss(trainer.model, inputs)

@@ -30,6 +30,7 @@ LAYERS = [
     "export",
     "report",
     "mixed_precision",
+    "objectives",
     "training",
     "sweep",
     "migration",

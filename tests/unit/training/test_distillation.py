@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from finetune.training.distillation import Schedule
+from finetune.objectives.distillation import Schedule
 
 BATCHES = {1: ["1a", "1b"], 2: ["2a"], 3: ["3a", "3b", "3c"], 4: ["4a"], 5: ["5a"]}
 

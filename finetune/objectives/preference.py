@@ -5,8 +5,7 @@ Shapes: A answers, E rows with preferences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +14,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from finetune.config.preference_rules import NEEDS_REFERENCE
 from finetune.config.schema import PreferenceConfig, RunConfig
 from finetune.data.batch import Batch, build_batch, groups_of
 from finetune.data.documents import Document
+from finetune.data.loader import LoadedData
+from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation.scoring import evaluating
 from finetune.losses.preference import (
-    NEEDS_REFERENCE,
     PAIR_LOSSES,
     Answers,
     answer_log_probs,
@@ -28,11 +29,11 @@ from finetune.losses.preference import (
     rewards,
     sft_weight_of,
 )
+from finetune.objectives.policies import ReferencePolicy, base_policy, initial_policy
+from finetune.objectives.reference_cache import ReferenceCache, reference_adapter, reference_folder, reference_origin
 from finetune.system.console import Log
 
 SumOverRanks = Callable[[Tensor], Tensor]
-# A context in which the model is the reference policy.
-ReferencePolicy = Callable[[], AbstractContextManager[None]]
 # Sums over rows, in this order; the first is their number. Those of one side count the rows that have it.
 FIGURES = ("pairs", "reward_accuracy", "reward_margin")
 SIDE_FIGURES = ("answers", "reward", "log_prob", "tokens")
@@ -51,7 +52,7 @@ class PreferenceSetup:
         """Return what a summed loss is divided by: the pairs; under kto, the answers."""
         if self.cfg.objective != "kto":
             return len(documents)
-        return sum(side is not None for document in documents for side in document.sides)
+        return len(answers_of(documents))
 
     def take_sums(self) -> Tensor:
         """Return this rank's sums since the last call."""
@@ -125,11 +126,11 @@ class PreferenceLoss(nn.Module):
         self._sums = torch.zeros(_VALUES, dtype=torch.float64)
 
     def forward(self, batch: Batch) -> Tensor:
-        reference_A = None if self._reference is None else self._reference(batch)
+        reference_A = None if self._reference is None or not batch.sides else self._reference(batch)
         log_probs_A, tokens_A = answer_log_probs(self.model, batch, self.neftune_alpha)
         if not batch.sides:  # a rank without rows
             return log_probs_A.sum() * 0
-        reference_A = torch.zeros_like(log_probs_A) if reference_A is None else reference_A
+        reference_A = torch.zeros_like(log_probs_A) if reference_A is None else reference_A.to(log_probs_A.device)
         answers = Answers(log_probs_A, reference_A, tokens_A)
         chosen_E, rejected_E = torch.tensor(batch.sides).T
         self._count(answers, chosen_E, rejected_E)
@@ -182,7 +183,7 @@ def mismatched(documents: Sequence[Document]) -> list[Document]:
 
     Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1: the estimate of the divergence.
     """
-    answers = [side for document in documents for side in document.sides if side is not None]
+    answers = answers_of(documents)
     return [_with_answer(prompt, answer) for prompt, answer in zip(answers, [answers[-1], *answers[:-1]], strict=True)]
 
 
@@ -199,57 +200,41 @@ def _first_target(document: Document) -> int:
     return int(np.flatnonzero(document.labels >= 0)[0])
 
 
-def build_preference(cfg: RunConfig, model: PeftModel, log: Log) -> PreferenceSetup | None:
-    """Build the loss and the reference policy of a run; None for a run that learns from answers alone."""
+def build_preference(
+    cfg: RunConfig, model: PeftModel, chat: ChatTemplate, data: LoadedData, log: Log
+) -> PreferenceSetup | None:
+    """Build the loss and the reference policy of a run; None for a run that learns from answers alone.
+
+    Args:
+        model: with the adapter that training starts from.
+        data: all rows of the run, which a cache must hold.
+
+    Raises: as `ReferenceCache`; DataError if it lacks answers.
+    """
     preference = cfg.preference
     if preference.objective == "none":
         return None
-    reference: ReferencePolicy | None = None
-    if preference.objective in NEEDS_REFERENCE:
-        name = preference.reference or ("base" if cfg.lora.init_adapter is None else "init_adapter")
-        reference = _base_policy(model) if name == "base" else _initial_policy(model)
-        policy = cfg.model.name if name == "base" else f"{cfg.model.name} with {cfg.lora.init_adapter}"
-        log(f"preference: objective={preference.objective}, reference={name} ({policy})")
-    else:
+    alpha = cfg.train.neftune_alpha
+    if preference.objective not in NEEDS_REFERENCE:
         log(f"preference: objective={preference.objective}, reference=none")
+        return PreferenceSetup(preference, PreferenceLoss(model, preference, None, alpha), None)
+    name = reference_adapter(cfg)
+    policy_name = cfg.model.name if name is None else f"{cfg.model.name} with {name}"
+    if preference.reference == "cached":
+        cache = ReferenceCache(reference_folder(cfg), reference_origin(cfg, chat))
+        cache.check_holds(answers_of(data.every_document))
+        log(f"preference: objective={preference.objective}, reference={policy_name}, cached in {cache.file}")
+        return PreferenceSetup(preference, PreferenceLoss(model, preference, cache.log_probs, alpha), None)
+    policy = base_policy(model) if name is None else initial_policy(model)
+    log(f"preference: objective={preference.objective}, reference={policy_name}")
 
-    def reference_log_probs(batch: Batch) -> Tensor:
-        assert reference is not None
-        with torch.no_grad(), reference():
+    def log_probs(batch: Batch) -> Tensor:
+        with torch.no_grad(), policy():
             return answer_log_probs(model, batch)[0]
 
-    given = None if reference is None else reference_log_probs
-    return PreferenceSetup(preference, PreferenceLoss(model, preference, given, cfg.train.neftune_alpha), reference)
+    return PreferenceSetup(preference, PreferenceLoss(model, preference, log_probs, alpha), policy)
 
 
-def _base_policy(model: PeftModel) -> ReferencePolicy:
-    @contextmanager
-    def policy() -> Iterator[None]:
-        with evaluating(model), model.disable_adapter():
-            yield
-
-    return policy
-
-
-def _initial_policy(model: PeftModel) -> ReferencePolicy:
-    """The adapter as it is now, kept beside the one that is trained."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    initial = [parameter.detach().clone() for parameter in trained]
-
-    @contextmanager
-    def policy() -> Iterator[None]:
-        current = [parameter.detach().clone() for parameter in trained]
-        _set(trained, initial)
-        try:
-            with evaluating(model):
-                yield
-        finally:
-            _set(trained, current)
-
-    return policy
-
-
-@torch.no_grad()
-def _set(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+def answers_of(documents: Sequence[Document]) -> list[Document]:
+    """Return every answer of rows with preferences, with its prompt."""
+    return [side for document in documents for side in document.sides if side is not None]
