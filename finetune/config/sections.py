@@ -287,9 +287,9 @@ class PreferenceConfig(Section):
     sft_weight: NotNegative | None = Field(
         None, description="Weight of the cross-entropy of chosen answers, per token; null: 1 for orpo, otherwise 0."
     )
-    reference: Literal["base", "init_adapter", "cached"] | None = Field(
-        None,
-        description="The policy that training stays close to (dpo, ipo, kto); null: lora.init_adapter if it is set, "
+    reference: Literal["auto", "base", "init_adapter", "cached"] = Field(
+        "auto",
+        description="The policy that training stays close to (dpo, ipo, kto); auto: lora.init_adapter if it is set, "
         "otherwise the base; cached: the log-probabilities in preference.cache.",
     )
     cache: Text | None = Field(

@@ -49,6 +49,12 @@ QUANTITIES = (
     Quantity("Loss, nats per target token", r"loss|eval_loss", noisy=True, wide=True),
     _BY_SET,
     Quantity("KL to the teacher, nats per target token", r"eval/.*/teacher_kl", wide=True),
+    Quantity(
+        "Pairs with the higher reward for the chosen answer", r"(train|eval/.*)/reward_accuracy", noisy=True, share=True
+    ),
+    Quantity("Reward of the chosen answer over the rejected one", r"(train|eval/.*)/reward_margin", noisy=True),
+    Quantity("Log-probability of chosen answers, nats", r"(train|eval/.*)/chosen_log_prob", noisy=True),
+    Quantity("Log-probability of rejected answers, nats", r"(train|eval/.*)/rejected_log_prob", noisy=True),
     Quantity("Held-out token accuracy", r"eval/.*/accuracy", share=True),
     *(
         Quantity(f"Generated answers: {label}", rf"eval/.*/{name}", share=True)

@@ -20,7 +20,7 @@ from finetune.data import loader
 from finetune.data.packing import MapSampler, Sampler, SequenceOrder
 from finetune.data.sources.memory import write_rows
 from finetune.data.stream import StreamingSampler
-from finetune.data.template.chat import advice_on_end_token
+from finetune.data.template.chat import ChatTemplate, advice_on_end_token
 from finetune.data.tokens.prepare import Preparation, console_progress
 from finetune.evaluation.generation import Answer, exact_match
 from finetune.models.adapters.attach import attach_lora
@@ -151,14 +151,7 @@ def _load(
     main, objective = accelerator.is_local_main_process, cfg.preference.objective
     preparation = Preparation(cfg.data, chat, main, console_progress(log), objective)
     data = loader.load_data(preparation)
-    warnings = loader.describe_leaks(data)
-    if (advice := advice_on_end_token(chat)) and "lm_head" not in cfg.lora.modules_to_save:
-        warnings = [*warnings, advice]
-    for line in (
-        *map(loader.describe_source, (*data.train, *data.eval)),
-        *(f"WARNING: {warning}" for warning in warnings),
-    ):
-        log(line)
+    _describe_data(cfg, data, chat, log)
     sampler = _build_sampler(cfg, preparation, data, log)
     if checkpoint is not None:
         run_folder.check_continuation(cfg, sampler.digest, checkpoint)
@@ -195,6 +188,17 @@ def _load(
         started=started,
         predicted_speed=predict_speed(inputs, model, batch_plan, data),
     )
+
+
+def _describe_data(cfg: RunConfig, data: loader.LoadedData, chat: ChatTemplate, log: Log) -> None:
+    warnings = loader.describe_leaks(data)
+    if (advice := advice_on_end_token(chat)) and "lm_head" not in cfg.lora.modules_to_save:
+        warnings = [*warnings, advice]
+    for line in (
+        *map(loader.describe_source, (*data.train, *data.eval)),
+        *(f"WARNING: {warning}" for warning in warnings),
+    ):
+        log(line)
 
 
 def _store_data(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune import load_config, train
+from finetune import train
 from finetune.commands.cache import run as run_cache
 from finetune.system.arguments import Arguments
 from tests.runs import SMALL_RUN, differing, metrics, reference_run, small_run
@@ -75,7 +75,12 @@ def check_training(path, folder):
 @pytest.mark.usefixtures("deterministic_operations")
 @pytest.mark.parametrize("kind", ["hidden", "sampled"])
 def test_caching_and_training_from_the_cache(kind, tmp_path):
-    settings = (*SHORT, "distill.objective=recover", f"distill.cache_kind={kind}", f"distill.cache={tmp_path / 'cache'}")
+    settings = (
+        *SHORT,
+        "distill.objective=recover",
+        f"distill.cache_kind={kind}",
+        f"distill.cache={tmp_path / 'cache'}",
+    )
     words = [*SMALL_RUN, *settings, f"output_dir={tmp_path / 'none'}"]
     assert run_cache(Arguments("quickstart.yaml", tuple(words), frozenset())) == 0
     train(small_run(tmp_path / "run", *settings, "distill.teacher.placement=cached"))

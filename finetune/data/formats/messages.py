@@ -54,7 +54,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
-    verdict: Any = None
+    verdict: Any = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

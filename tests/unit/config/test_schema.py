@@ -47,6 +47,12 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "data.max_bad_share": ([0, 0.999], [-0.1, 1]),
     "data.workers": ([1, None], [0]),
     "distill.beta": ([1e-9, 0.999], [0, 1]),
+    "preference.beta": ([1e-9, 5], [0, -0.1]),
+    "preference.gamma": ([0, 2], [-0.1]),
+    "preference.label_smoothing": ([0, 0.49], [0.5, -0.1]),
+    "preference.desirable_weight": ([1e-9, 2], [0]),
+    "preference.undesirable_weight": ([1e-9, 2], [0]),
+    "preference.sft_weight": ([0, 2], [-0.1]),
     "distill.alpha": ([1e-9, 0.999], [0, 1]),
     "distill.temperature": ([1e-9], [0]),
     "distill.weight": ([0, 2, None], [-1]),
@@ -73,9 +79,12 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
 }
 
 
-# Other keys that a key of distill needs.
-DISTILLING: dict[str, dict[str, Any]] = {
+# Other keys that a key of distill or preference needs.
+OTHERS: dict[str, dict[str, Any]] = {
     "distill.beta": {"objective": "recover", "divergence": "jsd"},
+    "preference.gamma": {"objective": "simpo"},
+    "preference.desirable_weight": {"objective": "kto"},
+    "preference.undesirable_weight": {"objective": "kto"},
     "distill.alpha": {"objective": "recover", "divergence": "skew_kl"},
     "distill.weight": {"objective": "sft+anchor"},
     "distill.teacher.steps_ahead": {"objective": "recover", "teacher": {"placement": "streamed"}},
@@ -85,7 +94,9 @@ DISTILLING: dict[str, dict[str, Any]] = {
 def with_value(key: str, value: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {name: dict(part) for name, part in MINIMAL.items()}
     if key.startswith("distill."):
-        tree["distill"] = dict(DISTILLING.get(key, {"objective": "recover"}))
+        tree["distill"] = dict(OTHERS.get(key, {"objective": "recover"}))
+    if key.startswith("preference."):
+        tree["preference"] = dict(OTHERS.get(key, {"objective": "dpo"}))
     if key.startswith("guard."):
         tree |= {"guard": {"max": 0.1, "action": "recover"}, "train": {"eval_every": 5}}
         tree["data"]["eval"] = [{"path": "heldout.jsonl"}]

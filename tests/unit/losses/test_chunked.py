@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.losses.chunked import chunked_logits, chunked_loss
+from finetune.losses.chunked import chunked_logits, chunked_loss, target_nats
 from finetune.losses.cross_entropy import _nats_of
 from finetune.ops.limits import LOGITS_VALUES
 
@@ -163,3 +163,20 @@ def test_a_trained_copy_with_fp32_masters_is_rounded_once_however_many_chunks(mo
     nn.functional.cross_entropy(hidden.double() @ exact.T, labels, reduction="sum").backward()
     assert master.grad.dtype == torch.float32
     assert (master.grad - exact.grad).norm() < 2**-7 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("kind", ["frozen", "bias", "hooked", "trained", "lora"])
+def test_nats_of_each_target_have_the_gradients_of_float64(monkeypatch, kind):
+    """Whatever function of the nats is minimized, and for any chunk size."""
+    monkeypatch.setitem(LOGITS_VALUES, "cpu", 5 * V)
+    head, labels = head_of_kind(kind), torch.randint(V, (13,))
+    hidden = torch.randn(13, D, requires_grad=True)
+    inputs = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    found = target_nats(hidden, head, V, labels)
+    gradients = torch.autograd.grad(found.square().sum(), inputs)
+    exact_head, exact = head_of_kind(kind).double(), hidden.detach().double().requires_grad_()
+    expected = nn.functional.cross_entropy(exact_head(exact), labels, reduction="none")
+    exact_inputs = [exact, *(p for p in exact_head.parameters() if p.requires_grad)]
+    torch.testing.assert_close(found, expected.float())
+    for a, b in zip(gradients, torch.autograd.grad(expected.square().sum(), exact_inputs), strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from finetune.config.schema import SourceConfig
 from finetune.data.formats.conversations import KNOWN_KEYS
 from finetune.data.formats.detection import detect_format, resolve_format
-from finetune.data.formats.messages import Conversation, Message, RawText, TokenRow
+from finetune.data.formats.messages import Conversation, Message, Preference, RawText, TokenRow
 from finetune.data.formats.parser import FORMATS, RowParser
 from finetune.system.errors import DataError
 
@@ -35,6 +35,8 @@ def parse(row, name: str):
     return RowParser(SourceConfig(path="rows.jsonl"), name).parse(row)
 
 
+PROMPT = Message("user", "q", weight=0.0)
+PAIR = Preference(*(Conversation((PROMPT, Message("assistant", answer))) for answer in "ab"))
 EXAMPLES = [
     ({"messages": TURNS}, "messages", CHAT),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "sharegpt", CHAT),
@@ -53,6 +55,22 @@ EXAMPLES = [
         "prompt_completion",
         Conversation((USER, ASSISTANT) * 2),
     ),
+    *[
+        (row, "preference", PAIR)
+        for row in (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [TURNS[1] | {"content": "b"}]},
+            {"question": "q", "chosen": "a", "rejected": "b", "label": True},
+            {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},
+            {"messages": TURNS[:1], "chosen": TURNS[1], "rejected": "b"},
+            {
+                "conversations": [{"from": "human", "value": "q"}],
+                "chosen": {"from": "gpt", "value": "a"},
+                "rejected": {"from": "gpt", "value": "b"},
+            },
+            {"prompt": "q", "messages": TURNS, "chosen": TURNS, "rejected": [TURNS[0], TURNS[1] | {"content": "b"}]},
+        )
+    ],
     ({"instruction": "q", "output": "a"}, "alpaca", CHAT),
     ({"instruction": "q", "input": None, "history": None, "output": "a"}, "alpaca", CHAT),
     ({"instruction": "q", "input": "", "system": "", "history": [], "output": "a"}, "alpaca", CHAT),
@@ -95,7 +113,7 @@ def test_every_format_that_a_config_can_name_is_read():
         ),
         (set(), ["columns none fit no format"]),
         ({"messages", "instruction", "output"}, ["fit several formats", "set format to messages or alpaca"]),
-        ({"prompt", "chosen", "rejected"}, ["chosen and rejected", "columns: {completion: chosen}"]),
+        ({"prompt", "chosen"}, ["chosen has no rejected", "columns: {completion: chosen}"]),
         ({"prompt"}, ["fit no format", "columns: {prompt: question, completion: answer}"]),
         ({f"c{i}" for i in range(100)}, ["and 68 more"]),
     ],
@@ -204,8 +222,16 @@ HOSTILE = [
     ({"prompt": [{"role": "user"}], "completion": "a"}, "prompt_completion", "prompt[0].content is missing"),
     ({"prompt": TURNS, "completion": TURNS[1:]}, "prompt_completion", "prompt[1] and completion[0]"),
     ({"prompt": [TURNS[1]], "completion": [TURNS[0]]}, "prompt_completion", "prompt[0] is the only answer"),
-    ({"prompt": "q", "completion": "a", "label": False}, "prompt_completion", "label is false", "bad"),
-    ({"messages": TURNS, "kto_tag": False}, "messages", "kto_tag is false", "bad"),
+    ({"prompt": "q", "chosen": "a", "rejected": ""}, "preference", "rejected is empty"),
+    ({"prompt": "q", "chosen": "a"}, "preference", "lacks rejected"),
+    ({"chosen": "a", "rejected": "b"}, "preference", "no prompt"),
+    ({"prompt": "q", "question": "r", "chosen": "a", "rejected": "b"}, "preference", "prompt, question", "keep one"),
+    ({"chosen": TURNS, "rejected": TURNS}, "preference", "chosen and rejected are equal"),
+    ({"prompt": "q", "chosen": TURNS, "rejected": "b"}, "preference", "chosen holds a whole conversation"),
+    ({"chosen": TURNS, "rejected": [TURNS[0] | {"content": "r"}, TURNS[1]]}, "preference", "same prompt"),
+    ({"chosen": TURNS, "rejected": TURNS[:1]}, "preference", "end both sides with an answer"),
+    ({"prompt": TURNS, "chosen": "b", "rejected": "c"}, "preference", "prompt[1] is of the assistant"),
+    ({"prompt": [SYSTEM.as_dict(), *TURNS[:1]], "system": "s", "chosen": "a", "rejected": "b"}, "preference", "both"),
     ({"prompt": "q", "completion": "a", "chosen": "b"}, "prompt_completion", "chosen and rejected"),
     ({"instruction": "q", "output": None}, "alpaca", "output must be text, found null"),
     ({"instruction": None, "output": "a"}, "alpaca", "instruction must be text, found null"),

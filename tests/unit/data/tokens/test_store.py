@@ -23,7 +23,13 @@ def encoded(row: list[tuple[int, float]]) -> Encoded:
 
 
 def batch(
-    rows: list[list[tuple[int, float]]], first: int = 0, file: str = "a.jsonl", bad: tuple = (), media: tuple = ()
+    rows: list[list[tuple[int, float]]],
+    first: int = 0,
+    file: str = "a.jsonl",
+    *,
+    bad: tuple = (),
+    media: tuple = (),
+    chosen: tuple = (),
 ) -> EncodedBatch:
     pieces = [encoded(row) for row in rows]
     columns = [(len(piece.ids), piece.targets, first + i, i + 1, 0, 0, i) for i, piece in enumerate(pieces)]
@@ -34,6 +40,7 @@ def batch(
         ids=np.concatenate([np.empty(0, np.int32), *(piece.ids for piece in pieces)]),
         weights=np.concatenate([np.empty(0, np.float32), *(piece.weights for piece in pieces)]),
         media_digests=media or (b"",) * len(rows),
+        chosen_tokens=chosen or (None,) * len(rows),
         bad=bad,
         bytes_read=0,
     )

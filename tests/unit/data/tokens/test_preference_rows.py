@@ -1,0 +1,115 @@
+"""Rows with preferences: both sides in one row, with the answers as targets; what an objective cannot use is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finetune.config.schema import DataConfig, ModelConfig, SourceConfig
+from finetune.data.batch import build_batch
+from finetune.data.encoded import IGNORE_INDEX
+from finetune.data.loader import load_data
+from finetune.data.template.chat import ChatTemplate
+from finetune.data.tokens.prepare import Preparation
+from finetune.models.tokenizer import load_tokenizer
+from finetune.objectives.preference import mismatched
+from finetune.system.errors import DataError
+
+REAL = Path(__file__).resolve().parents[5] / "shared/datasets/preference"
+PAIR = {"prompt": "Two plus two?", "chosen": "4", "rejected": "It is five."}
+TALK = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "2+2"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(repo_root):
+    return load_tokenizer(ModelConfig(name=str(repo_root / "data/tiny-qwen2.5")))
+
+
+@pytest.fixture
+def load(tokenizer, tmp_path):
+    def load(objective: str, *rows: dict, **settings):
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        cfg = DataConfig(train=[SourceConfig(path=str(file))], cache=str(tmp_path / "cache"), **settings)
+        return load_data(Preparation(cfg, ChatTemplate(tokenizer), objective=objective)).documents
+
+    return load
+
+
+def answer(document, tokenizer) -> str:
+    return tokenizer.decode(document.labels[document.labels != IGNORE_INDEX])
+
+
+def test_a_pair_is_one_row_of_two_sides_with_the_answers_as_targets(load, tokenizer):
+    [document] = load("dpo", PAIR)
+    chosen, rejected = document.sides
+    assert [answer(side, tokenizer) for side in (chosen, rejected)] == ["4<|im_end|>", "It is five.<|im_end|>"]
+    assert np.concatenate([chosen.ids, rejected.ids]).tolist() == document.ids.tolist()
+    assert document.target_tokens == chosen.target_tokens + rejected.target_tokens
+    batch = build_batch([document, document], share_prefixes=True)
+    assert batch.sides == ((0, 1), (2, 3))
+    assert batch.rows < len(chosen) + len(rejected), "prompts are computed once"
+
+
+def test_a_verdict_makes_a_row_one_side(load, tokenizer):
+    labels = (True, False, 1, "false")
+    rows = [{"prompt": f"Say {i}", "completion": "4", "label": label} for i, label in enumerate(labels)]
+    talk = [*TALK, {"role": "assistant", "content": "4"}]
+    documents = load("kto", *rows)
+    sides = [[side is not None for side in document.sides] for document in documents]
+    assert sides == [[True, False], [False, True]] * 2
+    [document] = load("kto", {"messages": talk, "label": True})
+    assert answer(document.sides[0], tokenizer) == "4<|im_end|>", "only the last answer is judged"
+    batch = build_batch(list(load("kto", *rows[:2])))
+    assert batch.sides == ((0, -1), (-1, 1))
+
+
+@pytest.mark.parametrize(
+    ("objective", "row", "words"),
+    [
+        ("none", PAIR, "preference.objective=dpo"),
+        ("none", {"prompt": "q", "completion": "a", "label": False}, "learn with kto"),
+        ("dpo", {"prompt": "q", "completion": "a"}, "needs chosen and rejected answers"),
+        ("dpo", PAIR | {"rejected": "4"}, "equal"),
+        ("dpo", PAIR | {"chosen": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weights"),
+        ("dpo", PAIR | {"rejected": [{"role": "user", "content": "a"}]}, "whole conversation"),
+        ("kto", {"prompt": "q", "completion": "a"}, "label or kto_tag"),
+        ("kto", {"prompt": "q", "completion": "a", "label": "good"}, "true (a good answer) or false"),
+        ("kto", {"text": "words"}, "or a label"),
+    ],
+)
+def test_a_row_that_an_objective_cannot_use_is_named(load, objective, row, words):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1") as error:
+        load(objective, row)
+    assert words in str(error.value)
+
+
+def test_a_pair_too_long_is_dropped_whole(load):
+    long = PAIR | {"rejected": "word " * 200}
+    assert len(load("dpo", PAIR, long, max_length=120)) == 1
+
+
+def test_answers_move_to_the_prompt_of_the_next_one(load, tokenizer):
+    rows = [{"prompt": f"Say {i}", "completion": f"answer {i}", "label": True} for i in range(3)]
+    moved = mismatched(list(load("kto", *rows)))
+    assert [answer(document, tokenizer) for document in moved] == [f"answer {i}<|im_end|>" for i in (2, 0, 1)]
+    assert ["Say 0" in tokenizer.decode(moved[0].ids), "answer 2" in tokenizer.decode(moved[0].ids)] == [True, True]
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real rows are not on this machine")
+@pytest.mark.parametrize(("file", "objective"), [("dpo_en_demo.json", "dpo"), ("kto_en_demo.json", "kto")])
+def test_real_rows_are_read(tokenizer, tmp_path, file, objective):
+    cfg = DataConfig(train=[SourceConfig(path=str(REAL / file))], max_length=100_000, cache=str(tmp_path))
+    documents = load_data(Preparation(cfg, ChatTemplate(tokenizer), objective=objective)).documents
+    assert len(documents) == 300
+    sides = [document.sides for document in documents]
+    assert all(any(pair) for pair in sides)
+    if objective == "dpo":
+        assert all(None not in pair for pair in sides)
