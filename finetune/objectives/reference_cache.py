@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -121,7 +122,7 @@ class ReferenceCache:
             with np.load(self.file, allow_pickle=False) as stored:
                 keys, log_probs = stored["keys"], stored["log_probs"]
                 found = json.loads(str(stored["origin"]))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise IntegrityError(f"{self.file}: cannot be read; remove it and run finetune cache again") from error
         if different := [name for name in origin if found.get(name) != origin[name]]:
             raise ConfigError(
