@@ -9,7 +9,7 @@ import termios
 import pytest
 
 from finetune.config.keys import schema_help
-from finetune.system.console import colored, line_width, silent_keys
+from finetune.system.console import Pace, colored, line_width, silent_keys
 
 
 @pytest.fixture
@@ -51,3 +51,12 @@ def test_keys_are_not_echoed_inside_and_are_again_after_an_error(terminal):
         assert not echo()
         raise KeyboardInterrupt
     assert echo()
+
+
+def test_a_line_about_progress_is_due_once_in_some_seconds(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("finetune.system.console.time.monotonic", lambda: now[0])
+    pace, due = Pace(10.0), []
+    for now[0] in (1.0, 9.9, 10.0, 11.0, 25.0, 34.9, 35.0):
+        due.append(pace.is_due())
+    assert due == [False, False, True, False, True, False, True]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.system.format import format_bytes, format_duration, format_estimate
+from finetune.system.format import first_lines, format_bytes, format_duration, format_estimate
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,10 @@ def test_durations_have_two_units_at_most(seconds: float, text: str):
 )
 def test_estimates_have_two_digits(seconds: float, text: str):
     assert format_estimate(seconds) == text
+
+
+def test_the_first_lines_say_how_many_more_there_are_and_no_other_line_is_made():
+    lines = (f"row {number}" for number in range(1200))
+    assert first_lines(lines, 1200, 2) == ["row 0", "row 1", "  … and 1,198 more"]
+    assert next(lines) == "row 2"
+    assert first_lines(["a", "b"], 2, 2) == ["a", "b"]
