@@ -98,11 +98,22 @@ def _attention(shape: Mapping[str, Any], tokens: int, document: int, passes: int
 
 
 def _with_teacher(inputs: PlanInputs, work: StepWork, tokens: int, targets: float, document: int) -> StepWork:
-    """Add the forward pass of a teacher that runs in this process."""
+    """Add the forward pass of a teacher or of a reference policy that runs in this process."""
+    if inputs.runs_reference:
+        passes, layers = math.ceil(tokens / work.rows), len(inputs.adapted)
+        dequantized = {
+            name: weights and weights + math.prod(inputs.linears[name]) * passes * layers
+            for name, weights in work.dequantized.items()
+        }
+        return _with_forward(replace(work, dequantized=dequantized), inputs.shape, tokens, targets, document)
     shape = inputs.teacher_shape
     placement = inputs.distill.teacher.placement
     if inputs.distill.objective == "none" or placement in ("cached", "server") or shape is None:
         return work
+    return _with_forward(work, shape, tokens, targets, document)
+
+
+def _with_forward(work: StepWork, shape: Mapping[str, Any], tokens: int, targets: float, document: int) -> StepWork:
     products, layers = dict(work.products), shape["num_hidden_layers"]
     for name, (out, size) in linear_shapes(shape).items():
         products[name] += 2.0 * out * size * tokens * layers

@@ -9,6 +9,7 @@ from math import ceil
 from typing import Any
 
 from finetune.config import schema
+from finetune.config.preference_rules import NEEDS_REFERENCE
 from finetune.models.families import SHAPE_KEYS, shape_of
 from finetune.planning.static_memory import DTYPE_BYTES, StaticMemory, adapted_linears, linear_shapes, plan_memory
 
@@ -40,6 +41,7 @@ class PlanInputs:
     data: schema.DataConfig
     train: schema.TrainConfig
     distill: schema.DistillConfig
+    preference: schema.PreferenceConfig
     guard: schema.GuardConfig
     generation: schema.GenerationConfig
     has_teacher: bool
@@ -127,6 +129,17 @@ class PlanInputs:
         return self.distill.objective != "none" or self.may_recover
 
     @property
+    def runs_reference(self) -> bool:
+        """Whether a training step runs the model once more, as the reference of a preference."""
+        preference = self.preference
+        return preference.objective in NEEDS_REFERENCE and preference.reference != "cached"
+
+    @property
+    def copies_adapter(self) -> bool:
+        """Whether the reference is the adapter that training starts from, kept in a copy."""
+        return self.runs_reference and self.preference.reference != "base" and self.lora.init_adapter is not None
+
+    @property
     def runs_teacher(self) -> bool:
         """Whether the teacher's layers run in this process."""
         return self.has_teacher and self.distill.teacher.placement in ("resident", "streamed")
@@ -153,6 +166,6 @@ def plan_inputs(
     gpu: GpuTraits = GpuTraits(),
 ) -> PlanInputs:
     """Build the inputs of a run's plan; shape is None if the student's sizes are unknown without a download."""
-    names = ("model", "quant", "lora", "data", "train", "distill", "guard", "generation", "has_teacher")
+    names = ("model", "quant", "lora", "data", "train", "distill", "preference", "guard", "generation", "has_teacher")
     sections = {name: getattr(cfg, name) for name in names}
     return PlanInputs(shape=shape or {}, **sections, device_type=device_type, ranks=ranks, gpu=gpu)

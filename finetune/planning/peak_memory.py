@@ -161,6 +161,8 @@ def _held(inputs: PlanInputs, teacher: float) -> dict[str, float]:
     gradients = inputs.static.parts.get("gradients", 0.0)
     held = {name: size for name, size in inputs.static.parts.items() if name != "gradients"}
     held["teacher"] = teacher
+    if inputs.copies_adapter:  # the initial values; the current ones while the reference runs
+        held["reference adapter"] = 2 * gradients
     if inputs.ranks > 1:
         held["gradients exchanged between ranks"] = gradients
     if inputs.device_type == "cuda":

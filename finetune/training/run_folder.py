@@ -50,6 +50,7 @@ _FREE = {
     "data": {"train", "eval", "workers", "cache", "on_bad_row", "max_bad_share"},
     "model": {"attention", "embedding"},
     "distill": {"cache", "spot_check"},
+    "preference": {"cache"},
 }
 
 
@@ -115,6 +116,7 @@ def trajectory(cfg: RunConfig) -> dict[str, Any]:
     """Return the settings that decide the result of a run, by dotted key."""
     recovers = cfg.guard.max is not None and cfg.guard.action == "recover"
     names = {"model", "quant", "lora", "data", "train"} | ({"guard"} if recovers else set())
+    names |= {"preference"} if cfg.preference.objective != "none" else set()
     names |= {"distill"} if cfg.distill.objective != "none" or recovers else set()
     sections = cfg.model_dump(include=names)
     return {

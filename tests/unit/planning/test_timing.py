@@ -154,3 +154,15 @@ def test_steps_come_from_the_setting_the_user_or_the_files(tmp_path):
     assert steps == 8 and "estimated" in words  # 10,000 tokens an epoch, 4,096 a step
     assert steps_of(run("data.train=[{path: somebody/rows}]"), None) == (None, "")
     assert PlanOptions().tokens is None
+
+
+def test_a_reference_costs_a_forward_pass_and_a_cached_one_nothing():
+    plain, tokens = work(), 4 * 1024
+    found = work("preference.objective=dpo")
+    layers = SHAPE["num_hidden_layers"]
+    weights = sum(out * size for out, size in run().linears.values()) * layers
+    forward = 2.0 * tokens * (weights + SHAPE["vocab_size"] * SHAPE["hidden_size"])
+    assert sum(found.products.values()) - sum(plain.products.values()) == pytest.approx(forward)
+    assert sum(found.dequantized.values()) - sum(plain.dequantized.values()) == pytest.approx(4 * weights)
+    assert work("preference.objective=dpo", "preference.reference=cached", "preference.cache=c") == plain
+    assert work("preference.objective=simpo") == plain

@@ -24,6 +24,9 @@ def test_a_continued_run_may_change_how_it_computes(tmp_path, change):
     assert trajectory(small_run(tmp_path, change)) == trajectory(small_run(tmp_path))
 
 
-@pytest.mark.parametrize("change", ["quant.type=int8", "quant.double=false", "train.learning_rate=1e-3", "lora.rank=4"])
+@pytest.mark.parametrize(
+    "change",
+    ["quant.type=int8", "quant.double=false", "train.learning_rate=1e-3", "lora.rank=4", "preference.objective=orpo"],
+)
 def test_a_continued_run_may_not_change_its_result(tmp_path, change):
     assert trajectory(small_run(tmp_path, change)) != trajectory(small_run(tmp_path))
