@@ -12,7 +12,6 @@ published contexts are of such adapters.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import parse
+from finetune.system.libraries import configure_libraries
 
 DEFAULTS = {
     "model": "",
@@ -148,9 +148,8 @@ def build_step(options: dict[str, str], device: Any) -> Callable[[int], None]:
 
 
 def main(words: list[str]) -> None:
-    # Lengths differ, and without this setting cached blocks of one attempt are useless for the next.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     options = parse(words, DEFAULTS)
+    configure_libraries()
     import gc
 
     import torch

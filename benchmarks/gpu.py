@@ -164,9 +164,9 @@ def _context(budget: str) -> Run:
     return f"context {budget}", run
 
 
-def limited(work: Workload, name: str, left: float) -> Workload:
-    """Return the same workload with a time limit for its next run."""
-    seconds = float(work.options["run_seconds"])
+def limited(work: Workload, name: str, left: float, first: bool = False) -> Workload:
+    """Return the same workload with a time limit for its next run. first: it also compiles kernels and quantizes."""
+    seconds = float(work.options["run_seconds"]) * (2 if first else 1)
     if name.startswith("context"):  # the last step may take as long as all before it
         seconds += 2 * float(work.options["context_seconds"])
     return replace(work, options={**work.options, "minutes": str(min(left, seconds) / 60)})
@@ -252,10 +252,11 @@ def measure_all(work: Workload, machine: Mapping[str, Any], deadline: float) -> 
     for index, (name, run) in enumerate(planned(work.options)):
         left = deadline - time.monotonic()
         if index % _CEILING_EVERY == 0 and left > 60:
-            ceilings.append(work.ceiling(step_batch(work.options, 1), float(work.options["ceiling_seconds"])))
+            seconds = float(work.options["ceiling_seconds"])
+            ceilings.append(limited(work, "ceiling", left).ceiling(step_batch(work.options, 1), seconds))
             left = deadline - time.monotonic()
         began = time.monotonic()
-        outcome = run(limited(work, name, left)) if left > 5 else {"failed": "no time left"}
+        outcome = run(limited(work, name, left, first=index == 0)) if left > 5 else {"failed": "no time left"}
         runs.setdefault(name, []).append({**outcome, "wall_seconds": time.monotonic() - began})
         report.log(f"{max(0.0, deadline - time.monotonic()):>5.0f} s left  {name}: {_outcome(name, outcome)}")
         figures = summarize(runs, ceiling_of(ceilings), work)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,6 +15,7 @@ from benchmarks.distill import judged, needed_price, prices
 from benchmarks.figures import ceiling_of, compare, medians, run_figures
 from benchmarks.flops import attention_flops, step_flops, teacher_flops
 from benchmarks.memory import fit
+from benchmarks.workload import Workload
 from tests.models import random_qwen2
 
 TOKENS, TARGETS = 24, 5
@@ -127,6 +131,24 @@ def test_a_gpu_benchmark_measures_the_most_important_first_in_steps_of_equal_tok
     assert [gpu.step_batch(gpu.OPTIONS, length) for length in (8192, 2048)] == [1, 4]
     with pytest.raises(SystemExit, match="parts=nonsense"):
         list(gpu.planned({**gpu.OPTIONS, "parts": "nonsense"}))
+
+
+def test_no_run_of_a_gpu_benchmark_outlasts_its_time(monkeypatch: pytest.MonkeyPatch):
+    work = Workload({**gpu.OPTIONS, "run_seconds": "100", "context_seconds": "50"}, Path(), {}, Path(), Path())
+    assert gpu.limited(work, "ours", 500).limit_seconds == pytest.approx(100)
+    assert gpu.limited(work, "ours", 500, first=True).limit_seconds == pytest.approx(200)
+    assert gpu.limited(work, "context 16", 500).limit_seconds == pytest.approx(200)
+    assert gpu.limited(work, "context 16", 30, first=True).limit_seconds == pytest.approx(30)
+    limits: list[float] = []
+
+    def measured(module: str, options: object, limit_seconds: float) -> dict:
+        limits.append(limit_seconds)
+        return {}
+
+    monkeypatch.setattr("benchmarks.workload.measure", measured)
+    for left in (30, 500):
+        gpu.limited(replace(work, options={**work.options, "run_seconds": "1000"}), "ceiling", left).ceiling(64)
+    assert limits == pytest.approx([30, 120])
 
 
 def test_ratios_compare_with_the_best_of_each_and_ignore_what_failed():
