@@ -9,7 +9,7 @@ from itertools import accumulate, cycle, product
 from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.evaluation.metric_names import ANSWER_METRICS
-from finetune.report.facts import number
+from finetune.report.facts import learns_preferences, number
 from finetune.report.run import Run, Series
 from finetune.system.plotting import COLORS, figure, svg
 
@@ -44,9 +44,10 @@ class Quantity:
     from_zero: bool = False
 
 
-_BY_SET = Quantity("Held-out loss by set, nats per target token", r"eval/.*/loss", wide=True)
+_UNIT = ", nats per target token"
+_BY_SET = Quantity(f"Held-out loss by set{_UNIT}", r"eval/.*/loss", wide=True)
 QUANTITIES = (
-    Quantity("Loss, nats per target token", r"loss|eval_loss", noisy=True, wide=True),
+    Quantity(f"Loss{_UNIT}", r"loss|eval_loss", noisy=True, wide=True),
     _BY_SET,
     Quantity("KL to the teacher, nats per target token", r"eval/.*/teacher_kl", wide=True),
     Quantity(
@@ -102,7 +103,9 @@ def run_pictures(run: Run, steps_per_epoch: int | None = None) -> list[Picture]:
             _line(_set_of(name) or name, run, name, quantity, (color, "-"))
             for name, color in zip(names, cycle(COLORS), strict=False)
         ]
-        picture = draw(quantity.title, lines, quantity, _last_step([run]), x_label=x_label)
+        # A loss on pairs has no unit.
+        title = quantity.title.replace(_UNIT, "") if learns_preferences(run) else quantity.title
+        picture = draw(title, lines, quantity, _last_step([run]), x_label=x_label)
         # The first picture explains the strong line.
         pictures.append(replace(picture, note="") if any(other.note for other in pictures) else picture)
     return pictures

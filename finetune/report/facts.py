@@ -60,18 +60,18 @@ _BEFORE = {
 def figure_named(name: str) -> Figure:
     """Return one of FIGURES, or the figure of an evaluation set (`eval/NAME/accuracy`)."""
     known = {figure.name: figure for figure in FIGURES}
-    higher_is_better = name.rpartition("/")[2] in ("accuracy", "teacher_agreement", *ANSWER_METRICS)
+    higher_is_better = name.rpartition("/")[2] in ("accuracy", "teacher_agreement", "reward_accuracy", *ANSWER_METRICS)
     return known.get(name) or Figure(name, name, share if higher_is_better else number, not higher_is_better)
 
 
 def headline(run: Run) -> str:
     """Return the base, its storage, the adapter and the objective, as far as they are known."""
     base, storage, rank = run.setting("model.name"), run.setting("quant.type"), run.setting("lora.rank")
-    objective = run.setting("distill.objective")
+    objectives = [run.setting(f"{section}.objective") for section in ("distill", "preference")]
     parts = [
         f"{base} in {storage}" if base and storage else str(base or ""),
         f"adapters of rank {rank}" if rank else "",
-        str(objective) if objective not in (None, "none") else "",
+        *(str(objective) for objective in objectives if objective not in (None, "none")),
     ]
     return ", ".join(filter(None, parts))
 
@@ -88,21 +88,35 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
         if figure.name == "final_loss" and (first := run.metrics.get("loss")) and first.steps[0] == 1:
             detail = f"{number(first.values[0])} at step 1"
         found.append((figure.label, figure.form(value), detail))
-        if figure.name == "eval_loss" and (perplexity := _perplexity(run)):
-            found.append(("held-out perplexity", number(perplexity), ""))
+        if figure.name == "eval_loss":
+            found += _of_held_out(run)
     loss = run.metrics.get("loss")
     if found or loss is None:
         return found
     return [("steps so far", whole(loss.steps[-1]), ""), ("training loss", number(loss.values[-1]), "")]
 
 
-def _perplexity(run: Run) -> float | None:
-    """Return the perplexity at the mean loss of the held-out sets; None without a loss."""
+def learns_preferences(run: Run) -> bool:
+    """Return whether the loss of a run is one of preferences, not of tokens."""
+    return run.setting("preference.objective") not in (None, "none")
+
+
+def _of_held_out(run: Run) -> list[tuple[str, str, str]]:
+    """Return the card beside the held-out loss: pairs that the model ranks right, or the perplexity at the mean loss."""
+    if learns_preferences(run):
+        ranked = _means(run, "reward_accuracy")
+        return [("held-out pairs ranked right", share(ranked[0]), "")] if ranked else []
+    losses = [loss for loss in _means(run, "loss") if abs(loss) < _LARGEST_LOSS]
+    return [("held-out perplexity", number(math.exp(losses[0])), "")] if losses else []
+
+
+def _means(run: Run, metric: str) -> list[float]:
+    """Return the mean of a metric over the held-out sets, in a list that is empty without one."""
     evaluations = run.result.get("evaluations")
-    names = evaluations if isinstance(evaluations, Mapping) else ()
-    losses = [run.figure(name) for name in names if str(name).startswith("eval/") and str(name).endswith("/loss")]
-    known = [loss for loss in losses if loss is not None and abs(loss) < _LARGEST_LOSS]
-    return math.exp(fmean(known)) if known else None
+    names = map(str, evaluations) if isinstance(evaluations, Mapping) else ()
+    found = [run.figure(name) for name in names if name.startswith("eval/") and name.endswith(f"/{metric}")]
+    known = [value for value in found if value is not None]
+    return [fmean(known)] if known else []
 
 
 def origin(run: Run) -> str:
