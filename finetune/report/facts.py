@@ -102,7 +102,7 @@ def learns_preferences(run: Run) -> bool:
 
 
 def _of_held_out(run: Run) -> list[tuple[str, str, str]]:
-    """Return the card beside the held-out loss: pairs that the model ranks right, or the perplexity at the mean loss."""
+    """Return the card beside the held-out loss: pairs ranked right, or the perplexity at the mean loss."""
     if learns_preferences(run):
         ranked = _means(run, "reward_accuracy")
         return [("held-out pairs ranked right", share(ranked[0]), "")] if ranked else []
