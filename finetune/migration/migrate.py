@@ -19,6 +19,7 @@ from finetune.migration.datasets import DATASET_NAMES, read_registry, read_sourc
 from finetune.migration.files import PeerConfig
 from finetune.migration.settings import (
     DEFAULTS,
+    KNOWN_OBJECTIVES,
     MICRO_BATCH,
     OBJECTIVES,
     OF_ONE_FRAMEWORK,
@@ -76,10 +77,12 @@ def migrate(config: PeerConfig) -> Migration:
     if is_registry(config.settings):
         return _of_registry(config)
     for name in OBJECTIVES:
-        if (objective := config.settings.get(name)) and str(objective) not in ("sft", "pt"):
-            raise InputError(f"{config.file}: {name}: runs learn from examples or a teacher, found {objective}")
+        if (objective := config.settings.get(name)) and str(objective) not in KNOWN_OBJECTIVES:
+            text = "runs learn from examples, preferences or a teacher"
+            raise InputError(f"{config.file}: {name}: {text}, found {objective}")
     migration = Migration(dict(DEFAULTS[config.peer]))
-    for name, value in config.settings.items():
+    # What is special comes last: pref_loss is the loss of LLaMA-Factory's stage dpo.
+    for name, value in sorted(config.settings.items(), key=lambda item: item[0] == "pref_loss"):
         if name not in _HANDLED and value not in (None, "", [], {}):
             _translate(name, value, OF_ONE_FRAMEWORK.get(config.peer, {}).get(name) or RULES.get(name), migration)
     _finish(config, migration)
@@ -125,6 +128,8 @@ def _translate(name: str, value: Any, rule: Rule | None, migration: Migration) -
 def _finish(config: PeerConfig, migration: Migration) -> None:
     """Set what depends on several settings."""
     theirs, ours = config.settings, migration.settings
+    if "preference.objective" in ours and (length := ours.get("data.max_length")):
+        ours["data.max_length"] = 2 * length  # of both sides together
     if not ours.get("model.name"):
         raise InputError(f"{config.file}: names no base model\nhelp: add model_name_or_path: HUB_ID_OR_FOLDER")
     ours.setdefault("quant.type", "none")

@@ -90,6 +90,7 @@ _SCHEDULES = {name: name for name in ("cosine", "linear", "constant", "inverse_s
 _SCHEDULES |= {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd", "cosine_with_min_lr": "cosine"}
 _INITS = {True: None, "true": None, "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
 _STRATEGIES = {"steps": None, "no": None, False: None}
+_PREFERENCES = {name: name for name in ("dpo", "ipo", "orpo", "simpo", "kto")}
 _ADAPTERS = {"lora": None, "qlora": "nf4"}
 
 # The names that share a rule -> the rule.
@@ -108,7 +109,17 @@ _RULES = {
     "use_peft": Rule(values={True: None}, note=FULL),
     "full_finetuning": Rule(values=_SWITCH_ON, note=FULL),
     "load_best_model_at_end": Rule(values=_SWITCH_ON, note="the adapter is the last one; the best checkpoint is kept"),
-    "stage": Rule(values={"sft": None, "pt": None}),
+    # LLaMA-Factory's stage dpo covers several losses: pref_loss names the one.
+    "stage rlhf_type rl": Rule("preference.objective", {"sft": None, "pt": None, **_PREFERENCES}),
+    "pref_loss": Rule("preference.objective", {"sigmoid": "dpo", **_PREFERENCES}),
+    "pref_beta rl_beta": Rule("preference.beta", convert=_positive),
+    "pref_ftx rpo_alpha cpo_alpha": Rule("preference.sft_weight", convert=_positive),
+    "simpo_gamma": Rule("preference.gamma", convert=_positive),
+    "dpo_label_smoothing": Rule("preference.label_smoothing", convert=_share),
+    "kto_chosen_weight kto_desirable_weight desirable_weight": Rule("preference.desirable_weight", convert=_positive),
+    "kto_rejected_weight kto_undesirable_weight undesirable_weight": Rule(
+        "preference.undesirable_weight", convert=_positive
+    ),
     "lora_target lora_target_modules target_modules": Rule("lora.target_modules", convert=_regex),
     "lora_modules_to_save modules_to_save additional_target": Rule("lora.modules_to_save", convert=_words),
     "init_lora_weights init_weights": Rule("lora.init", _INITS),
@@ -166,8 +177,9 @@ UNNEEDED = frozenset(
     "torch_compile trust_remote_code use_fast_tokenizer use_liger_kernel use_reentrant use_unsloth "
     "wandb_log_model wandb_watch xformers_attention".split()
 )
-# Objectives that a run does not have.
+# What names the objective; a run does not have those of reinforcement learning.
 OBJECTIVES = ("stage", "rlhf_type", "rl")
+KNOWN_OBJECTIVES = frozenset({"sft", "pt", *_PREFERENCES})
 
 # Our settings that a config of the framework has if it does not name them.
 DEFAULTS: dict[Peer, dict[str, Any]] = {

@@ -273,8 +273,8 @@ def test_the_defaults_of_trl_are_those_of_the_library(tmp_path):
         ("other.yaml", "apiVersion: v1\nkind: Pod\n", "framework="),
         ("no-model.yaml", "sequence_len: 512\ndatasets: [{path: a.jsonl}]\n", "base model"),
         ("no-data.yaml", "base_model: Qwen/Qwen2.5-7B\nadapter: qlora\n", "dataset"),
-        ("dpo.yaml", "model_name_or_path: q\nstage: dpo\ndataset: a\n", "stage"),
-        ("rl.yaml", "base_model: q\nrl: dpo\ndatasets: [{path: a.jsonl}]\n", "rl"),
+        ("ppo.yaml", "model_name_or_path: q\nstage: ppo\ndataset: a\n", "stage"),
+        ("rl.yaml", "base_model: q\nrl: grpo\ndatasets: [{path: a.jsonl}]\n", "rl"),
         ("no-command.sh", "echo hello\n", "no-command.sh"),
         ("quotes.sh", "swift sft --model 'q\n", "quotes.sh"),
         ("elsewhere.sh", "llamafactory-cli train sft.yaml\n", "finetune migrate sft.yaml"),
@@ -381,3 +381,24 @@ def test_a_list_without_a_dataset_that_can_be_read_is_refused(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dataset_info.json").write_text('{"pairs": {"file_name": "a.json", "ranking": true}}')
     assert main(["migrate", "dataset_info.json"]) == 2 and not Path("migrated.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "model_name_or_path: q\npref_loss: orpo\nstage: dpo\npref_beta: 0.2\ncutoff_len: 1024\ndataset: a\n",
+            {"preference.objective": "orpo", "preference.beta": 0.2, "data.max_length": 2048},
+        ),
+        ("model_name_or_path: q\nstage: dpo\ndataset: a\n", {"preference.objective": "dpo"}),
+        (
+            "base_model: q\nrl: kto\nkto_desirable_weight: 0.2\nsequence_len: 512\ndatasets: [{path: a.jsonl}]\n",
+            {"preference.objective": "kto", "preference.desirable_weight": 0.2, "data.max_length": 1024},
+        ),
+    ],
+)
+def test_preferences_keep_their_loss_and_count_both_sides_of_a_pair(text, expected, tmp_path):
+    file = tmp_path / "peer.yaml"
+    file.write_text(text)
+    settings = migrate(read_peer_config(file)).settings
+    assert {key: settings[key] for key in expected} == expected
