@@ -62,7 +62,7 @@ def target_nats(hidden_ND: Tensor, head: nn.Module, vocabulary: int, labels_N: T
 def chunked_logits(hidden_ND: Tensor, head: nn.Module, vocabulary: int) -> Iterator[tuple[Tensor, slice]]:
     """Yield chunks of logits [n, V] and the slice of their rows; the next chunk overwrites the logits."""
     logits_NV = None
-    for rows in _chunks(len(hidden_ND), vocabulary, hidden_ND.device):
+    for rows in _chunks(len(hidden_ND), vocabulary, hidden_ND.device, head):
         logits_NV = logits_of(hidden_ND[rows], head, vocabulary, logits_NV)
         yield logits_NV, rows
 
@@ -106,7 +106,7 @@ class _ChunkedLoss(torch.autograd.Function):
         else:
             # A trained copy of the head has fp32 weights and rounds the whole matrix at each read: cached, once.
             with parametrize.cached():
-                for rows in _chunks(len(hidden_ND), vocabulary, hidden_ND.device):
+                for rows in _chunks(len(hidden_ND), vocabulary, hidden_ND.device, head):
                     with torch.enable_grad():
                         leaf_ND = hidden_ND[rows].detach().requires_grad_()
                         logits_NV = head(leaf_ND)[:, :vocabulary]
@@ -166,9 +166,10 @@ def _as_plain(head: nn.Module) -> nn.Linear | None:
     return head if type(head) is nn.Linear and not wrapped else None
 
 
-def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+def _chunks(rows: int, vocabulary: int, device: torch.device, head: nn.Module) -> Iterator[slice]:
     """Yield chunks of nearly equal length: a short last one would read the whole head for few rows."""
-    limit = LOGITS_VALUES["cuda" if device.type == "cuda" else "cpu"]
+    # Gradient checkpointing sets the attribute.
+    limit = getattr(head, "logits_values", None) or LOGITS_VALUES["cuda" if device.type == "cuda" else "cpu"]
     count = math.ceil(rows / max(1, limit // vocabulary))
     for i in range(count):
         yield slice(rows * i // count, rows * (i + 1) // count)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.models.offload import HostOffload
-from finetune.ops.limits import MLP_TILE_ROWS
+from finetune.ops.limits import LOGITS_VALUES, MLP_TILE_ROWS
 from finetune.system.errors import ConfigError
 
 # `train.gradient_checkpointing` with auto already resolved: none, all, offload or a number of layers.
@@ -55,10 +56,15 @@ def apply_gradient_checkpointing(model: nn.Module, setting: CheckpointSetting) -
     chosen = checkpointed_layers(setting, len(found), first)
     offloads = setting == "offload" and _on_gpu(model)
     run = partial(_offloaded, HostOffload(len(chosen))) if offloads else partial(checkpoint, use_reentrant=False)
+    saves_memory = setting in ("all", "offload") and _on_gpu(model)
     # Backward starts with the last layer, whose kept gate and up would be the largest tensors of a checkpointed model.
-    tiled = range(chosen.start, len(found)) if setting in ("all", "offload") else chosen
+    tiled = range(chosen.start, len(found)) if saves_memory else chosen
     tiled = tiled if _on_gpu(model) else range(0)  # a CPU runs every MLP in blocks
     rows = MLP_TILE_ROWS["offload" if setting == "offload" else "all"]
+    language_model: Any = model
+    if (head := language_model.get_output_embeddings()) is not None:
+        # losses/chunked.py reads it in training and evaluation.
+        head.logits_values = LOGITS_VALUES[str(setting)] if saves_memory else None
     for number, layer in enumerate(found.values()):
         layer.gradient_checkpointing = number in chosen
         setattr(layer, "mlp_tile_rows", rows if number in tiled else None)  # noqa: B010 - read by fused layers

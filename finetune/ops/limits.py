@@ -6,8 +6,10 @@ Dicts have a value per device type. "Values" are elements of a tensor, whatever 
 from __future__ import annotations
 
 # Logits alive at once (losses/chunked.py). 2**25 are 64 MB in bf16, 220 rows of Qwen2.5-0.5B. Half of it costs 5 % of
-# the step, twice of it gains next to nothing. A GPU needs more rows, or reading the head sets the pace.
-LOGITS_VALUES = {"cpu": 2**25, "cuda": 2**26}
+# the step, twice of it gains next to nothing. A GPU needs more rows, or reading the head sets the pace: 220 rows of
+# Qwen2.5-7B take 1.3 times as long for their product as for reading it, 110 rows 0.6 times (an H200, by bytes and
+# operations). Gradient checkpointing of a GPU, all and offload, trades that time for memory.
+LOGITS_VALUES = {"cpu": 2**25, "cuda": 2**26, "all": 2**25, "offload": 2**24}
 # Logits per block of softmax and divergence, per thread on a CPU: 2 MB in fp32, about one core's cache. A [128, 151936]
 # chunk in bf16 takes 115 ms on one thread in one piece, mostly page faults, and 30 ms in blocks. Forward KL on
 # [220, 151665] takes 140 ms (79 ms compiled); half this size 147 (86), twice this size 190 (79).
@@ -27,9 +29,9 @@ MLP_ROWS = 2048
 # The same without gradients and with 16-bit weights: five inner matrices are alive, the largest of a layer.
 MLP_FORWARD_ROWS = 256
 # On a GPU, the MLP of a checkpointed layer runs some rows at a time: at least these, by train.gradient_checkpointing,
-# and an eighth of long packs. A tile dequantizes eight matrices again: 5 % of its time with 4,096 rows on an H200, 20 %
+# and an eighth of long packs. A tile dequantizes eight matrices again: 7 % of its time with 3,072 rows on an H200, 20 %
 # with 1,024 (by their bytes and operations).
-MLP_TILE_ROWS, MLP_TILES, MLP_MOST_TILE_ROWS = {"all": 4096, "offload": 1024}, 8, 16384
+MLP_TILE_ROWS, MLP_TILES, MLP_MOST_TILE_ROWS = {"all": 3072, "offload": 1024}, 8, 16384
 # Work of a run, in floating-point operations, that repays the half minute of a first compilation: 0.5 billion
 # parameters and 100,000 tokens.
 COMPILE_FROM_FLOPS = 2e14

@@ -192,10 +192,9 @@ class _TiledMlp(torch.autograd.Function):
             if stacks_down:
                 lows, down_parts = _grad_factors([grad_BD], swiglu_forward(gate_BI, up_BI), down, stacks_down)
             swiglu_backward_(_grad_input([grad_BD], down, stacks_down, lows), gate_BI, up_BI)
-            grad_x_BD, parts = _backward((gate_BI, up_BI), x_BD, inner, stacks, wants_x=wants_x)
+            out_BD = None if grad_x_TD is None else grad_x_TD[rows]
+            _, parts = _backward((gate_BI, up_BI), x_BD, inner, stacks, wants_x=wants_x, out_TD=out_BD)
             del gate_BI, up_BI  # before the next tile makes its own
-            if grad_x_TD is not None and grad_x_BD is not None:
-                grad_x_TD[rows] = grad_x_BD
             parts += down_parts
             if sums:
                 torch._foreach_add_(sums, parts)
@@ -229,10 +228,14 @@ def _backward(
     stacks: Sequence[Stack],
     *,
     wants_x: bool,
+    out_TD: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Return the gradient of x, if wanted, and those of the adapters. x_TD: None without adapters."""
+    """Return the gradient of x, if wanted, and those of the adapters.
+
+    x_TD: None without adapters. out_TD: takes the gradient of x.
+    """
     lows, factors = ([], []) if x_TD is None else _grad_factors(grads, x_TD, projections, stacks)
-    return _grad_input(grads, projections, stacks, lows) if wants_x else None, factors
+    return _grad_input(grads, projections, stacks, lows, out_TD) if wants_x else None, factors
 
 
 def _grad_factors(
@@ -250,11 +253,15 @@ def _grad_factors(
 
 
 def _grad_input(
-    grads: Sequence[Tensor], projections: Sequence[Projection], stacks: Sequence[Stack], lows: Sequence[Tensor]
+    grads: Sequence[Tensor],
+    projections: Sequence[Projection],
+    stacks: Sequence[Stack],
+    lows: Sequence[Tensor],
+    out_TD: Tensor | None = None,
 ) -> Tensor:
     grad_x_TD: Tensor | None = None
     for i, (grad_TO, p) in enumerate(zip(grads, projections, strict=True)):
-        grad_x_TD = _add_frozen_gradient(grad_x_TD, grad_TO, p)
+        grad_x_TD = _add_frozen_gradient(grad_x_TD, grad_TO, p, out_TD)
         for stack, grad_TS in zip(stacks, lows, strict=True):
             if stack.members[-1][0] == i:
                 add_input_gradient_(grad_x_TD, grad_TS, stack)
@@ -262,6 +269,8 @@ def _grad_input(
     return grad_x_TD
 
 
-def _add_frozen_gradient(grad_x_TD: Tensor | None, grad_TO: Tensor, p: Projection) -> Tensor:
+def _add_frozen_gradient(grad_x_TD: Tensor | None, grad_TO: Tensor, p: Projection, out_TD: Tensor | None) -> Tensor:
     weight_OD = p.dequantized(grad_TO.dtype)
-    return matmul(grad_TO, weight_OD) if grad_x_TD is None else add_matmul_(grad_x_TD, grad_TO, weight_OD)
+    if grad_x_TD is None:
+        return matmul(grad_TO, weight_OD, out_MN=out_TD)
+    return add_matmul_(grad_x_TD, grad_TO, weight_OD)

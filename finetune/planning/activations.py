@@ -164,32 +164,33 @@ def _plan_on_gpu(
     )
 
 
-def forward_bytes(inputs: PlanInputs, shape: Mapping[str, Any], tokens: int, *, in_blocks: bool) -> float:
+def forward_bytes(inputs: PlanInputs, shape: Mapping[str, Any], tokens: int, *, mlp_rows: int) -> float:
     """Return the largest workspace of a layer without gradients: of its MLP, or of attention.
 
-    shape: of the student or the teacher. in_blocks: the MLP processes some rows at a time (16-bit weights, CPU).
+    shape: of the student or the teacher. mlp_rows: rows that the MLP processes at a time.
     """
-    rows = min(tokens, limits.MLP_FORWARD_ROWS) if in_blocks else tokens
-    mlp = _mlp_bytes(inputs, rows * shape["intermediate_size"], _MLP_FORWARD_BYTES, shape)
+    mlp = _mlp_bytes(inputs, min(tokens, mlp_rows) * shape["intermediate_size"], _MLP_FORWARD_BYTES, shape)
     hidden = tokens * shape["hidden_size"] * inputs.value_bytes
     return max(mlp + 3 * hidden, _ATTENTION_FORWARD * hidden)
 
 
-def loss_bytes(inputs: PlanInputs, tokens: int, teacher: bool) -> float:
+def loss_bytes(inputs: PlanInputs, tokens: int, teacher: bool, *, training: bool = True) -> float:
     """Return the bytes of a chunk of logits, its gradient, and a softmax block's temporaries.
 
     A GPU multiplies in fp32 and copies the gradient in the model's dtype. A CPU overwrites the logits.
-    teacher: its probabilities are compared.
+    teacher: its probabilities are compared. training: with the gradient.
     """
     kind, width, vocabulary = inputs.device_kind, inputs.value_bytes, inputs.shape["vocab_size"]
     # losses/chunked.py makes chunks of nearly equal length, here of a sequence whose every token is a target.
-    chunks = math.ceil(tokens / max(1, limits.LOGITS_VALUES[kind] // vocabulary))
+    setting = inputs.train.gradient_checkpointing
+    limit = limits.LOGITS_VALUES[str(setting) if kind == "cuda" and setting in ("all", "offload") else kind]
+    chunks = math.ceil(tokens / max(1, limit // vocabulary))
     values = math.ceil(tokens / chunks) * vocabulary
     sampled = not teacher or inputs.teacher_is_sampled
     if kind == "cuda":
         # One row more than a chunk (losses/chunked.py), in fp32. A compiled softmax has no temporaries. The copy of the
         # gradient in the model's dtype comes after the softmax.
-        buffer, copied = 4 * (values + vocabulary), values * width if width < 4 else 0
+        buffer, copied = 4 * (values + vocabulary), values * width if training and width < 4 else 0
         temporary = _SOFTMAX_BYTES if sampled else _DIVERGENCE_BYTES
         block = 0 if elementwise_kernels(inputs) == "compiled" else min(values, limits.PLAIN_BLOCK_VALUES)
         return (1 if sampled else 2) * buffer + max(copied, block * temporary)

@@ -62,8 +62,8 @@ def layer_work(
         mlp = tokens * inner * width  # the gradient of the product; those of gate and up overwrite them
     else:
         mlp = 3 * rows * inner * width  # gate, up and the gradient of the product; of a tile
-    # The gradients of the layer's output and of the MLP's input, and a tile of the latter.
-    mlp += (2 * tokens + (rows or tokens)) * hidden * width
+    # The gradients of the layer's output and of the MLP's input; a whole MLP makes the latter in two parts.
+    mlp += (3 if rows is None else 2) * tokens * hidden * width
     # When attention runs backward, the input of the second norm is free, and gate and up, or the input of a tiled MLP.
     free = tokens * (hidden + (2 * inner if rows is None else hidden)) * width
     attention = _attention_work(inputs, tokens, document_tokens or inputs.data.max_length) - free

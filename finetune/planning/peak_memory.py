@@ -211,7 +211,8 @@ def _teacher_parts(inputs: PlanInputs, micro_batch: int) -> dict[str, float]:
 def _teacher_pass(inputs: PlanInputs, tokens: int) -> dict[str, float]:
     """Parts of a teacher's forward pass that differ from those it always holds."""
     shape, on_cpu = inputs.teacher_shape or inputs.shape, inputs.device_type == "cpu"
-    parts = {"layer workspace": forward_bytes(inputs, shape, tokens, in_blocks=on_cpu)}
+    rows = limits.MLP_FORWARD_ROWS if on_cpu else tokens
+    parts = {"layer workspace": forward_bytes(inputs, shape, tokens, mlp_rows=rows)}
     if on_cpu and (streamed := streamed_bytes(inputs)):
         parts["teacher"] = streamed  # its mapped head leaves the memory to its layers
     return parts
@@ -221,10 +222,14 @@ def _evaluation(inputs: PlanInputs, teacher: float) -> dict[str, float]:
     """Parts of scoring held-out rows, with the comparison with a teacher. teacher: bytes that it always holds."""
     tokens = max(limits.EVALUATION_TOKENS, inputs.data.max_length)
     plain = inputs.quant.type == "none" or inputs.quant.keep_dequantized
-    in_blocks = inputs.device_type == "cpu" and inputs.train.kernels == "fused" and plain
-    layer = forward_bytes(inputs, inputs.shape, tokens, in_blocks=in_blocks)
+    rows = tokens
+    if inputs.device_type == "cpu" and inputs.train.kernels == "fused" and plain:
+        rows = limits.MLP_FORWARD_ROWS
+    elif inputs.device_type == "cuda" and gpu_layers.tiles_last_layer(inputs):
+        rows = gpu_layers.tile_rows(inputs, tokens) or tokens
+    layer = forward_bytes(inputs, inputs.shape, tokens, mlp_rows=rows)
     hidden = tokens * inputs.shape["hidden_size"] * inputs.value_bytes
-    loss = loss_bytes(inputs, tokens, inputs.has_teacher) + 3 * hidden
+    loss = loss_bytes(inputs, tokens, inputs.has_teacher, training=False) + 3 * hidden
     parts = {"layer workspace": layer} if layer > loss else {"loss workspace": loss}
     if not inputs.has_teacher:
         return parts

@@ -246,7 +246,7 @@ def _run(context: RunContext, checkpoint: Path | None) -> RunResult:
                 sample=partial(log_samples, context, tracker.message),
                 sample_every=cfg.generation.every,
             )
-        apply_gradient_checkpointing(context.model, "none")  # frees the main memory that offloading pins
+        apply_gradient_checkpointing(context.model, context.batch_plan.recompute)  # anew: unpins main memory
         _finish(context, optimizer, state, result)
         result.status = "finished"
     except Interrupted as error:

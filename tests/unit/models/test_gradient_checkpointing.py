@@ -11,11 +11,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from finetune.data.batch import Batch, build_batch
+from finetune.losses.chunked import chunked_logits
 from finetune.losses.cross_entropy import CrossEntropy
 from finetune.models.fused import fuse_layers
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing, checkpointed_layers
 from finetune.models.offload import HostOffload
 from finetune.ops import attention
+from finetune.ops.limits import LOGITS_VALUES
 from finetune.system.errors import ConfigError
 from tests.parity.test_cross_entropy import documents
 
@@ -215,3 +217,19 @@ def test_switching_it_off_frees_what_offloading_holds(monkeypatch):
     assert tensors == LAYERS - 1 and offload() is not None
     apply_gradient_checkpointing(model, "none")
     assert offload() is None
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_gpu_run_that_recomputes_all_layers_has_fewer_logits_at_a_time(monkeypatch, on_gpu: bool):
+    monkeypatch.setattr("finetune.models.gradient_checkpointing._on_gpu", lambda model: on_gpu)
+    model = adapted()
+    head, vocabulary = model.get_output_embeddings(), model.config.vocab_size
+    monkeypatch.setitem(LOGITS_VALUES, "offload", 2 * vocabulary)
+    monkeypatch.setitem(LOGITS_VALUES, "all", 3 * vocabulary)
+    states = torch.ones(5, model.config.hidden_size, dtype=head.weight.dtype)
+    rows: dict[str | int, list[int]] = {}
+    for setting in ("offload", "all", 2, "none"):
+        apply_gradient_checkpointing(model, setting)
+        rows[setting] = [len(logits) for logits, _ in chunked_logits(states, head, vocabulary)]
+    assert rows[2] == rows["none"] == [5]
+    assert (rows["all"], rows["offload"]) == (([2, 3], [1, 2, 2]) if on_gpu else ([5], [5]))
