@@ -11,7 +11,8 @@ all other parts of the model compute them once.
 On a CPU, torch's fused kernel computes the forward pass and plain matrix products the backward pass: that of the fused
 kernel is slow and, with grouped heads in bf16, less exact. Scores and their gradients are fp32: the key biases of
 Qwen2.5 make scores too large for bf16. A block of queries is multiplied with all its keys at once; keys after the block
-are skipped. A CPU without 16-bit matrix products uses the fused kernel in fp32 both ways, which is faster.
+are skipped. A CPU without 16-bit matrix products uses the fused kernel in fp32 both ways, which is faster. So does a
+GPU before Ampere in bf16.
 
 Shapes: B batch (1 when packed), H heads, T tokens, R rows computed, P places of the layout, L length, D head width.
 """
@@ -141,6 +142,16 @@ def _has_flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def _runs_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether 16-bit attention runs in fp32: without 16-bit products, and in bf16 on a GPU before Ampere.
+
+    torch's memory-efficient kernel takes fp16 and fp32 there. With bf16, torch would keep the scores [B, H, L, L].
+    """
+    if device.type == "cuda":
+        return dtype == torch.bfloat16 and not _has_flash_attention(device, dtype)
+    return uses_fp32_matmul(device, dtype)
+
+
 class _Scatter(torch.autograd.Function):
     """Rows to places. With `summed`, a row's gradient is the sum over its places, else that of its first place."""
 
@@ -232,7 +243,7 @@ def attend(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, segments: Segm
         for group, *qkv in parts:
             q, k, v = (part.unflatten(0, group).transpose(1, 2) for part in qkv)
             short = q.device.type == "cpu" and group[1] < FUSED_ATTENTION_FROM_TOKENS
-            causal = _CpuAttention.apply if short or uses_fp32_matmul(q.device, q.dtype) else _fused_attention
+            causal = _Attention.apply if short or _runs_in_fp32(q.device, q.dtype) else _fused_attention
             outputs.append(causal(q, k, v, scale).transpose(1, 2).flatten(0, 1))
         output = torch.cat(outputs)
     return output if segments.identical else _Gather.apply(output, segments)
@@ -263,14 +274,14 @@ def _softmax_backward(
     return probs.to(dtype), (probs * (grad_probs - delta) * scale).to(dtype)
 
 
-class _CpuAttention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     """softmax(q k^T * scale) v, causal; saves queries, keys and values [B, H, L, D] for backward."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
-        if uses_fp32_matmul(query.device, query.dtype):
+        if _runs_in_fp32(query.device, query.dtype):
             return _fused_attention(query.float(), key.float(), value.float(), scale).to(query.dtype)
         return _fused_attention(query, key, value, scale)
 
@@ -278,7 +289,7 @@ class _CpuAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         query, key, value = ctx.saved_tensors
-        if uses_fp32_matmul(query.device, query.dtype):
+        if _runs_in_fp32(query.device, query.dtype):
             # The fused kernel in fp32, after a second forward pass.
             with torch.enable_grad():
                 q, k, v = (x.detach().float().requires_grad_() for x in (query, key, value))

@@ -273,7 +273,7 @@ def kept_bytes(
     hidden, inner = inputs.shape["hidden_size"], inputs.shape["intermediate_size"]
     peft = inputs.train.kernels == "peft"
     # The input of o_proj is the output of attention. On a CPU it is a copy in another order.
-    keeps_output = inputs.device_type == "cuda" and inputs.model.attention == "auto"
+    keeps_output = inputs.flash_attention and inputs.model.attention == "auto"
     terms = {
         # transformers' norm keeps fp32 copies of both of its inputs, and their scales.
         "norms": 2 * (hidden * 4 + 4) if peft else 2 * hidden * width,
@@ -310,6 +310,11 @@ def _attention_bytes(inputs: PlanInputs, document: int) -> float:
         padded = math.ceil(document / limits.DOCUMENT_TOKENS_MULTIPLE) * limits.DOCUMENT_TOKENS_MULTIPLE
         output = queries * width + 4 * heads if padded >= limits.FUSED_ATTENTION_FROM_TOKENS else 0
         return padded / document * ((queries + 2 * keys) * width + output)
+    if kind == "auto" and not inputs.flash_attention:
+        if inputs.attention_in_fp32:
+            return (queries + 2 * keys) * width
+        # Keys and values for every query head, the output and its copy in the order of the rows.
+        return 4 * queries * width + 4 * heads
     if kind in ("auto", "flash_attention_2"):
         return (2 * queries + 2 * keys) * width + 4 * heads
     # transformers repeats keys and values for every head, and builds a mask per token of the row.

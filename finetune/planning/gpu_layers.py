@@ -80,7 +80,21 @@ def _attention_work(inputs: PlanInputs, tokens: int, document_tokens: int) -> fl
     width, heads = inputs.value_bytes, inputs.shape["num_attention_heads"]
     queries, keys = inputs.linears["q_proj"][0], inputs.linears["k_proj"][0]
     gradients = (inputs.shape["hidden_size"] + 2 * queries + 2 * keys) * width
+    if not inputs.flash_attention:
+        return tokens * (gradients + _grouped_attention_work(inputs))
     documents = max(1, tokens // document_tokens)
     sums = math.ceil(inputs.gpu.multiprocessors / (documents * heads)) if inputs.train.deterministic else 1
     workspace = sums * 4 * queries + 4 * heads + (2 * queries * width if keys < queries else 0)
     return tokens * (gradients + workspace)
+
+
+def _grouped_attention_work(inputs: PlanInputs) -> float:
+    """Bytes per token of the memory-efficient kernel's backward pass, with keys and values for every query head.
+
+    It gives gradients of repeated keys and values, and sums those of queries in fp32. In bf16, a second forward pass
+    comes first: copies of queries, keys and values in fp32, repeated keys and values, the output, its gradient.
+    """
+    queries, keys = inputs.linears["q_proj"][0], inputs.linears["k_proj"][0]
+    if inputs.attention_in_fp32:
+        return 4 * (queries + 2 * keys + 2 * queries + 2 * queries + 3 * queries + queries)
+    return 2 * queries * inputs.value_bytes + 4 * queries

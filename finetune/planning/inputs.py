@@ -76,6 +76,16 @@ class PlanInputs:
         return DTYPE_BYTES[self.model.dtype]
 
     @property
+    def flash_attention(self) -> bool:
+        """Whether attention is torch's flash attention: 16 bits, on a GPU that has it."""
+        return self.device_type == "cuda" and self.gpu.flash_attention and self.value_bytes == 2
+
+    @property
+    def attention_in_fp32(self) -> bool:
+        """Whether a GPU without flash attention computes attention of bf16 values in fp32."""
+        return self.device_type == "cuda" and not self.flash_attention and self.model.dtype == "bfloat16"
+
+    @property
     def rank_sequences(self) -> int:
         """Sequences per rank and optimizer step."""
         return ceil(self.train.batch_size / self.ranks)

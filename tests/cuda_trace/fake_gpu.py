@@ -184,10 +184,13 @@ def fake_gpu(
 
 
 def build_base(
-    shape: Mapping[str, Any], quant: QuantConfig, kind: str = attention.SEGMENTED, embedding: str = "device"
+    shape: Mapping[str, Any],
+    quant: QuantConfig,
+    kind: str = attention.SEGMENTED,
+    embedding: str = "device",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> PreTrainedModel:
     """Build a frozen base as `load_base` does, from shapes in place of files. kind: of attention in transformers."""
-    dtype = torch.bfloat16
     attention.register()
     with unset_fake_temporarily(), torch.device("meta"):
         config = Qwen2Config(**shape)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from finetune import load_config
 from finetune.config.schema import LoraConfig, QuantConfig
 from finetune.models.families import QWEN25_SHAPES
-from finetune.planning.inputs import PlanInputs, plan_inputs
+from finetune.planning.inputs import GpuTraits, PlanInputs, plan_inputs
 from finetune.planning.peak_memory import PeakMemory, predict_peak
 from tests.cuda_trace.trace import Step, trace_step
 
@@ -33,6 +35,8 @@ class Plan:
     dora: bool = False
     dropout: float = 0.0
     deterministic: bool = False
+    dtype: str = "bfloat16"
+    capability: tuple[int, int] = (9, 0)
 
     @property
     def name(self) -> str:
@@ -47,6 +51,8 @@ class Plan:
             "DoRA": self.dora,
             "dropout": self.dropout,
             "deterministic": self.deterministic,
+            self.dtype: self.dtype != "bfloat16",
+            "before Ampere": self.capability < (8, 0),
         }
         return " ".join([*words, *(word for word, on in options.items() if on)])
 
@@ -71,6 +77,8 @@ class Plan:
             "train.gradient_checkpointing": self.recompute,
             "train.compile": self.compiled,
             "model.embedding": self.embedding,
+            "model.dtype": self.dtype,
+            "quant.compute_dtype": self.dtype,
             "train.kernels": self.kernels,
             "train.deterministic": self.deterministic,
             "quant.type": self.quant,
@@ -81,7 +89,7 @@ class Plan:
             "lora.yaml",
             [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in overrides.items()],
         )
-        return plan_inputs(cfg, self.shape, device_type="cuda")
+        return plan_inputs(cfg, self.shape, device_type="cuda", gpu=GpuTraits(self.capability >= (8, 0)))
 
     def predicted(self) -> PeakMemory:
         recomputed = {"none": 0, "all": self.layers - 1, "offload": self.layers - 1}.get(self.recompute, self.recompute)
@@ -92,12 +100,19 @@ class Plan:
             self.shape,
             tokens=self.tokens,
             lora=LoraConfig(rank=self.rank, target_modules=self._targets, dora=self.dora, dropout=self.dropout),
-            quant=QuantConfig(type=self.quant, double=self.quant == "nf4", keep_dequantized=self.keep_dequantized),
+            quant=QuantConfig(
+                type=self.quant,
+                double=self.quant == "nf4",
+                keep_dequantized=self.keep_dequantized,
+                compute_dtype=self.dtype,
+            ),
             recompute=self.recompute,
             embedding=self.embedding,
             compiled=self.compiled,
             kernels=self.kernels,
             fixed_order=self.deterministic,
+            capability=self.capability,
+            dtype=getattr(torch, self.dtype),
         )
 
 
@@ -131,5 +146,11 @@ _RUNS = [
     Plan("14B", 2, 4096, 16, "all-linear", "all"),
     Plan("7B", 3, 40_960, 32, "all-linear", "offload", deterministic=True),
     Plan("0.5B", 4, 2048, 16, "all-linear", deterministic=True),
+    Plan("0.5B", 4, 8192, capability=(7, 5)),
+    Plan("1.5B", 3, 8192, 16, "all-linear", "all", capability=(7, 5)),
+    Plan("7B", 3, 8192, recompute="offload", capability=(7, 5)),
+    Plan("1.5B", 3, 8192, 16, "all-linear", dtype="float16", capability=(7, 5)),
+    Plan("7B", 3, 8192, recompute="all", dtype="float16", capability=(7, 5)),
+    Plan("0.5B", 3, 4096, 16, "all-linear", quant="none", dtype="float32"),
 ]
 PLANS = {run.name: run for run in _RUNS}

@@ -86,6 +86,7 @@ def trace(
     compiled: bool = True,
     capability: tuple[int, int] = (9, 0),
     fixed_order: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Step:
     """Trace work on a model, with a batch of `count` documents, `tokens` in total, of which a share are targets.
 
@@ -93,7 +94,7 @@ def trace(
     """
     rows, tracker = documents(tokens, count, share), Tracker()
     with fake_gpu(tracker, capability, compiled), deterministic(fixed_order):
-        base = build_base(shape, quant or QuantConfig(), attention, embedding)
+        base = build_base(shape, quant or QuantConfig(), attention, embedding, dtype)
         model = build_model(base, lora or LoraConfig(), recompute, kernels)
         gc.collect()
         static = tracker.now

@@ -178,6 +178,8 @@ class Tracker(TorchDispatchMode):
                     self.note(x, f"{place} {name} {tuple(x.shape)} {str(x.dtype)[6:]}")
         if name == "_varlen_attn_backward":
             self._mark(_flash_workspace(tensors))
+        if name == "_scaled_dot_product_efficient_attention_backward":
+            self._mark(4 * tensors[1].numel())  # sums of the gradients of queries in fp32
         return out
 
     def _count(self, name: str, place: str, cost: Cost, launches: int | None = None) -> None:
