@@ -151,6 +151,16 @@ _RUNS = [
     Plan("7B", 3, 8192, recompute="offload", capability=(7, 5)),
     Plan("1.5B", 3, 8192, 16, "all-linear", dtype="float16", capability=(7, 5)),
     Plan("7B", 3, 8192, recompute="all", dtype="float16", capability=(7, 5)),
-    Plan("0.5B", 3, 4096, 16, "all-linear", quant="none", dtype="float32"),
+    Plan("7B", 3, 4096, 16, "all-linear", keep_dequantized=True),
+    Plan("7B", 3, 4096, 16, "all-linear", quant="none", recompute="offload"),
 ]
 PLANS = {run.name: run for run in _RUNS}
+# Whole models take minutes: `python -m tests.cuda_trace.run OUT.json NAME`, figures in benchmarks/NOTES.md.
+_WHOLE = [
+    Plan("0.5B", 24, 2048),
+    Plan("0.5B", 24, 8192, 16, "all-linear", "all"),
+    Plan("1.5B", 28, 2048, 16, "all-linear"),
+    Plan("3B", 36, 2048, 16, "all-linear"),
+    Plan("3B", 36, 8192, 16, "all-linear", "offload"),
+]
+WHOLE = {run.name: run for run in _WHOLE}

@@ -19,7 +19,7 @@ from tests.cuda_trace.stub import load_stub
 load_stub()
 
 from tests.cuda_trace.cases import CASES  # noqa: E402 - the stub comes before torch
-from tests.cuda_trace.plans import PLANS  # noqa: E402
+from tests.cuda_trace.plans import PLANS, WHOLE  # noqa: E402
 from tests.cuda_trace.roofline import DEVICES, seconds_by  # noqa: E402
 
 
@@ -28,8 +28,8 @@ def main(out: Path, names: list[str]) -> None:
     gc.collect()
     gc.freeze()
     results: dict[str, Any] = {}
-    work = CASES | {name: plan.trace for name, plan in PLANS.items()}
-    for name in names or work:
+    work = CASES | {name: plan.trace for name, plan in (PLANS | WHOLE).items()}
+    for name in names or [*CASES, *PLANS]:
         began = time.perf_counter()
         try:
             step = work[name]()
