@@ -78,4 +78,4 @@ def test_a_shell_can_read_the_examples_of_the_help(capsys):
     out = capsys.readouterr().out
     assert out.startswith(cache.__doc__)
     examples = shlex.split(out[out.index("Examples\n") + len("Examples\n") : len(cache.__doc__)])
-    assert examples.count("finetune") == 2 and examples.count("data.train=rows.jsonl") == 2
+    assert examples.count("finetune") == 3 and examples.count("data.train=rows.jsonl") == 2
