@@ -21,9 +21,10 @@ from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.limits import LOGITS_VALUES
 from finetune.ops.matmul import has_fp32_result, matmul
 
-# (logits [n, V], slice of the N rows) -> (sum of nats, fp32 scalar; gradient of the logits). Logits are fp32 or 16 bit.
-# The loss computes in fp32 without autograd. It may overwrite the logits and return them as the gradient.
-ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+# (logits [n, V], slice of the N rows, dtype) -> (sum of nats, fp32 scalar; gradient of the logits). Logits are fp32 or
+# 16 bit. The loss computes in fp32 without autograd. It may overwrite the logits and return them as the gradient. The
+# gradient is rounded to the dtype next: a loss that writes it elsewhere does well to return it so.
+ChunkLoss = Callable[[Tensor, slice, torch.dtype], tuple[Tensor, Tensor]]
 
 
 def chunked_loss(hidden_ND: Tensor, head: nn.Module, vocabulary: int, loss: ChunkLoss) -> Tensor:
@@ -100,9 +101,10 @@ class _ChunkedLoss(torch.autograd.Function):
         plain = None if trained else _as_plain(head)
         if plain is not None:
             for logits_NV, rows in chunked_logits(hidden_ND, plain, vocabulary):
-                nats, dlogits_NV = loss(logits_NV, rows)
+                nats, dlogits_NV = loss(logits_NV, rows, hidden_ND.dtype)
                 total += nats
                 matmul(dlogits_NV.to(hidden_ND.dtype), plain.weight[:vocabulary], out_MN=gradient_ND[rows])
+                del dlogits_NV  # before the next chunk makes its own
         else:
             # A trained copy of the head has fp32 weights and rounds the whole matrix at each read: cached, once.
             with parametrize.cached():
@@ -110,7 +112,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     with torch.enable_grad():
                         leaf_ND = hidden_ND[rows].detach().requires_grad_()
                         logits_NV = head(leaf_ND)[:, :vocabulary]
-                    nats, dlogits_NV = loss(logits_NV.detach(), rows)
+                    nats, dlogits_NV = loss(logits_NV.detach(), rows, logits_NV.dtype)
                     total += nats
                     gradient_ND[rows], *parts = torch.autograd.grad(
                         logits_NV, [leaf_ND, *trained], dlogits_NV.to(logits_NV.dtype), allow_unused=True
@@ -149,7 +151,7 @@ class _TargetNats(torch.autograd.Function):
         if gradient_ND is not None:
             return gradient_ND * factors_N.to(gradient_ND.dtype)[:, None], None, None, None
 
-        def loss(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        def loss(logits_NV: Tensor, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             return (cross_entropy_(logits_NV, labels_N[rows], factors_N[rows]) * factors_N[rows]).sum(), logits_NV
 
         with torch.enable_grad():

@@ -34,10 +34,13 @@ def head_of(model: nn.Module) -> nn.Module:
 
 
 def _nats_of(labels_N: Tensor, weights_N: Tensor | None) -> ChunkLoss:
-    def loss(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        chunk_weights_N = None if weights_N is None else weights_N[rows]
-        nll_N = cross_entropy_(logits_NV, labels_N[rows], chunk_weights_N)
-        return (nll_N if chunk_weights_N is None else nll_N * chunk_weights_N).sum(), logits_NV
+    factors_N = torch.ones(len(labels_N), device=labels_N.device) if weights_N is None else weights_N
+
+    def loss(logits_NV: Tensor, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # A GPU's logits are wider than the product that reads their gradient.
+        gradient_NV = logits_NV if logits_NV.dtype == dtype else torch.empty_like(logits_NV, dtype=dtype)
+        nll_N = cross_entropy_(logits_NV, labels_N[rows], factors_N[rows], gradient_NV)
+        return (nll_N * factors_N[rows]).sum(), gradient_NV
 
     return loss
 

@@ -123,7 +123,7 @@ def distillation_loss(
     ce_weight_N = ce_weight_N * terms.rows
     teacher_NV: Tensor | None = None
 
-    def loss(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def loss(logits_NV: Tensor, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         nonlocal teacher_NV
         if isinstance(targets, TeacherSamples):
             # The label is one more sample of each row: both losses are cross-entropies with one softmax.

@@ -13,7 +13,7 @@ LOGITS_VALUES = {"cpu": 2**25, "cuda": 2**26, "all": 2**25, "offload": 2**24}
 # Logits per block of softmax and divergence, per thread on a CPU: 2 MB in fp32, about one core's cache. A [128, 151936]
 # chunk in bf16 takes 115 ms on one thread in one piece, mostly page faults, and 30 ms in blocks. Forward KL on
 # [220, 151665] takes 140 ms (79 ms compiled); half this size 147 (86), twice this size 190 (79).
-# A GPU has no such cache: there a block only bounds the temporary.
+# A GPU has no such cache: there a block only bounds the temporary of a divergence.
 SOFTMAX_BLOCK_VALUES = {"cpu": 2**19, "cuda": 2**24}
 # Values per block of an elementwise kernel that runs as plain torch on a GPU, where it holds up to 34 bytes per value.
 PLAIN_BLOCK_VALUES = 2**22

@@ -188,12 +188,14 @@ def loss_bytes(inputs: PlanInputs, tokens: int, teacher: bool, *, training: bool
     values = math.ceil(tokens / chunks) * vocabulary
     sampled = not teacher or inputs.teacher_is_sampled
     if kind == "cuda":
-        # One row more than a chunk (losses/chunked.py), in fp32. A compiled softmax has no temporaries. The copy of the
-        # gradient in the model's dtype comes after the softmax.
+        # One row more than a chunk (losses/chunked.py), in fp32. A compiled softmax has no temporaries. Cross-entropy
+        # writes its gradient in the model's dtype; that of a teacher is copied after the softmax.
         buffer, copied = 4 * (values + vocabulary), values * width if training and width < 4 else 0
         temporary = _SOFTMAX_BYTES if sampled else _DIVERGENCE_BYTES
         block = 0 if elementwise_kernels(inputs) == "compiled" else min(values, limits.PLAIN_BLOCK_VALUES)
-        return (1 if sampled else 2) * buffer + max(copied, block * temporary)
+        if teacher:
+            return (1 if sampled else 2) * buffer + max(copied, block * temporary)
+        return buffer + copied + block * temporary
     logits, block = values * width, min(values, _SOFTMAX_VALUES)
     if sampled:
         return logits + block * _SOFTMAX_BYTES

@@ -64,7 +64,7 @@ def _on_stream(stream: Any) -> Iterator[None]:
 
 
 def _compile(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
-    """Stand in for torch.compile: one or two kernels, and only the results take memory."""
+    """Stand in for torch.compile: one kernel (tests/inductor_kernels.py), and only the results take memory."""
     # The package keeps what torch.compile returned: the tracker is that of the call.
     passes = 2 if any(word in function.__name__ for word in _READ_TWICE) else 1
     return lambda *args: _TRACKERS[-1].run_compiled(function, args, launches=passes, passes=passes)

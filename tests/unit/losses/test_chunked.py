@@ -40,7 +40,7 @@ def head_of_kind(kind: str) -> nn.Module:
 def forward_kl(teacher_NV: Tensor):
     """Return KL(teacher || student) as a chunk loss."""
 
-    def loss(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def loss(logits_NV: Tensor, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         log_student = torch.log_softmax(logits_NV.float(), -1)
         log_teacher = torch.log_softmax(teacher_NV[rows], -1)
         nats = (log_teacher.exp() * (log_teacher - log_student)).sum()

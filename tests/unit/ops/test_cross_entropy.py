@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from finetune.ops import dispatch
-from finetune.ops.cross_entropy import cross_entropy_
+from finetune.ops.cross_entropy import _cross_entropy_rows_, cross_entropy_
 from finetune.ops.limits import SOFTMAX_BLOCK_VALUES
 
 
@@ -42,6 +42,20 @@ def test_nats_and_gradients_equal_float64(dtype, rows, vocabulary, weighted, mon
     logits = (5 * torch.randn(rows, vocabulary)).to(dtype)
     weights = torch.tensor([0.0, 1.0, 0.25, 3.0])[torch.arange(rows) % 4] if weighted else None
     check(logits, torch.randint(vocabulary, (rows,)), weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(0, 97), (1, 97), (1, 1), (13, 131)])
+def test_the_kernel_of_a_gpu_equals_float64(dtype, rows, vocabulary):
+    torch.manual_seed(rows)
+    logits, labels = 5 * torch.randn(rows, vocabulary), torch.randint(vocabulary, (rows,))
+    weights = torch.tensor([0.0, 1.0, 0.25, 3.0])[torch.arange(rows) % 4]
+    nats, expected = reference(logits, labels, weights)
+    gradient = torch.empty(rows, vocabulary, dtype=dtype)
+    found = _cross_entropy_rows_(logits, labels, weights, gradient)
+    torch.testing.assert_close(found.double(), nats, rtol=1e-5, atol=1e-6)
+    last_place = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(gradient.double(), expected, rtol=last_place, atol=1.2e-7)
 
 
 def test_huge_logits_do_not_overflow_and_a_certain_label_keeps_its_gradient():
