@@ -11,7 +11,7 @@ import inspect
 import logging
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeVar
 
@@ -86,11 +86,15 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if not STATE.compiled or function.__name__ in STATE.failed:
             return _run_plain(function, by_row, *args, **kwargs)
-        fixed = determinism.STATE.on
+        first: Any = args[0]
+        fixed, on_gpu = determinism.STATE.on, first.is_cuda
         if fixed not in compiled:
             # Without this option, the block of a sum is the fastest of several, as measured.
             options: dict[str, Any] | None = {"deterministic": True} if fixed else None
-            compiled[fixed] = torch.compile(function, dynamic=True, fullgraph=True, options=options)
+            # With known widths, a GPU's thread reads 16 bytes at once (benchmarks/NOTES.md).
+            compiled[fixed] = torch.compile(function, dynamic=not on_gpu, fullgraph=True, options=options)
+        if on_gpu:
+            mark_rows(by_row, args)
         try:
             return compiled[fixed](*args, **kwargs)
         except torch.OutOfMemoryError:
@@ -110,6 +114,12 @@ def arguments_by_row(function: Callable[..., Any]) -> frozenset[int]:
     shapes = [name.rpartition("_")[2] for name in inspect.signature(function).parameters]
     same = [i for i, shape in enumerate(shapes) if shape[0].isupper() and shape[0] == shapes[0][0]]
     return frozenset(same)
+
+
+def mark_rows(by_row: frozenset[int], args: Sequence[Any]) -> None:
+    """Let torch.compile take any number of rows, where it takes each width of its arguments by itself."""
+    for i in by_row:
+        torch._dynamo.maybe_mark_dynamic(args[i], 0)
 
 
 def _run_plain(function: Callable[..., Any], by_row: frozenset[int], *args: Any, **kwargs: Any) -> Any:

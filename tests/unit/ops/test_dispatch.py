@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from finetune.ops import attention, cross_entropy, dispatch, divergence, elementwise
 
@@ -79,3 +80,17 @@ def test_a_gpu_that_compiles_nothing_gets_plain_kernels_with_the_reason(failures
     line = dispatch.configure_compile(torch.device("meta"), 1e30)
     assert not dispatch.STATE.compiled and line.startswith("compile: off") and line.count("no compiler") == 1
     assert "\n" not in line
+
+
+def test_any_number_of_rows_is_one_graph_and_each_width_another():
+    """As kernels are compiled for a GPU."""
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    kernel = elementwise.swiglu_forward.plain
+    compiled = torch.compile(kernel, dynamic=False, fullgraph=True, backend=graphs)
+    for rows in (5, 64, 7, 128):
+        for width in (8, 16):
+            args = [torch.randn(rows, width) for _ in range(2)]
+            dispatch.mark_rows(dispatch.arguments_by_row(kernel), args)
+            compiled(*args)
+    assert graphs.frame_count == 2
