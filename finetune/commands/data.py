@@ -2,13 +2,16 @@
        finetune data convert path=FILE out=messages.jsonl      (finetune data convert --help)
 
 Reads the rows of a config as training does and reports formats, lengths, trained tokens, duplicates, rows in both
-training and evaluation, truncated and dropped rows, and the packing of an epoch. No model is loaded.
+training and evaluation, truncated and dropped rows, the packing of an epoch, and lengths and labels of preferences.
+No model is loaded.
 dump= writes every row of data.train, then of data.eval, truncated to data.max_length and not yet packed, as
-{"source", "row", "input_ids", "labels"}; labels are not shifted, and -100 for tokens that are not trained.
+{"source", "row", "input_ids", "labels"}; labels are not shifted, and -100 for tokens that are not trained. A pair is
+one row: its first "chosen_tokens" tokens are the chosen answer with its prompt, the others the rejected one.
 
 Examples
   finetune data config=quickstart.yaml
   finetune data config=your-data.yaml data.train=rows.jsonl show=3
+  finetune data config=dpo.yaml data.train=pairs.jsonl data.eval=[] show=3
   finetune data config=lora.yaml data.train=rows.jsonl data.max_length=4096 html=report.html
 """
 

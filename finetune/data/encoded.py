@@ -31,6 +31,13 @@ class Encoded:
         return self.weights > 0
 
     @property
+    def sides(self) -> tuple[slice, slice]:
+        """The tokens of the desirable and of the undesirable answer, each with its prompt; one may be empty."""
+        if self.chosen_tokens is None:
+            raise ValueError("the row has no preference")
+        return slice(0, self.chosen_tokens), slice(self.chosen_tokens, len(self.ids))
+
+    @property
     def targets(self) -> int:
         """The number of targets. The first token is not predicted, so it is never one."""
         return int(np.count_nonzero(self.trained[1:]))

@@ -12,6 +12,7 @@ from finetune.data.formats.values import Fields, is_empty, kind, listed, shown
 from finetune.system.errors import DataError
 
 SIDES = ("chosen", "rejected")
+EQUAL_SIDES = "are equal; remove the row"  # ends the message about such a pair
 # Columns that hold the prompt of both sides.
 PROMPTS = ("prompt", "question", "instruction", "conversations", "messages")
 _VERDICTS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
@@ -107,7 +108,7 @@ def _common_turns(chosen: list[Turn], rejected: list[Turn], row: Fields) -> int:
     pairs = list(zip(chosen, rejected, strict=False))
     common = next((i for i, (a, b) in enumerate(pairs) if a.message != b.message), len(pairs))
     if common == len(chosen) == len(rejected):
-        raise DataError(f"{row.named('chosen')} and {row.named('rejected')} are equal; remove the row")
+        raise DataError(f"{row.named('chosen')} and {row.named('rejected')} {EQUAL_SIDES}")
     for turns in (chosen, rejected):
         if common == len(turns):
             raise DataError(f"{turns[-1].location} ends where the other side goes on; end both sides with an answer")

@@ -148,6 +148,10 @@ class ChatTemplate:
         """Return the text of a token."""
         return None if token_id is None else self._backend.id_to_token(token_id)
 
+    def decode(self, ids: np.ndarray) -> str:
+        """Return the text of tokens [T], without control tokens."""
+        return self._backend.decode(ids.tolist(), skip_special_tokens=True)
+
     def stop_ids(self) -> list[int]:
         """Return the tokens that end an answer: the end of an assistant turn, and the tokenizer's end token.
 

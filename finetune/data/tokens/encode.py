@@ -27,7 +27,7 @@ import numpy as np
 from finetune.data.encoded import IGNORE_INDEX, Encoded
 from finetune.data.formats.messages import Conversation, Example, Preference, RawText, TokenRow, ToolCall
 from finetune.data.formats.parser import PREFERENCE, VERDICTS, RowParser
-from finetune.data.formats.preferences import answer_alone, verdict_of
+from finetune.data.formats.preferences import EQUAL_SIDES, answer_alone, verdict_of
 from finetune.data.sources.readers import RawBatch
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.store import ROW, BadRow, EncodedBatch
@@ -163,7 +163,7 @@ def _joined(chosen: Encoded | DataError, rejected: Encoded | DataError) -> Encod
     if isinstance(chosen, DataError) or isinstance(rejected, DataError):
         return DataError(f"chosen: {chosen}" if isinstance(chosen, DataError) else f"rejected: {rejected}")
     if np.array_equal(chosen.ids, rejected.ids):
-        return DataError("chosen and rejected are equal; remove the row")
+        return DataError(f"chosen and rejected {EQUAL_SIDES}")
     ids, weights = (np.concatenate([getattr(side, key) for side in (chosen, rejected)]) for key in ("ids", "weights"))
     return _unweighted(Encoded(ids, weights, chosen.media_digest, len(chosen.ids)))
 

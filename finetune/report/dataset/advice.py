@@ -13,6 +13,10 @@ _FEW_TARGETS = 0.01  # share of the tokens
 _MANY_DUPLICATES = 0.01  # share of the rows
 _POOR_FILL = 0.8  # share of the capacity of packed sequences
 _ENOUGH_SEQUENCES = 10  # to judge packing
+_LENGTH_BIAS = 0.8  # share of the pairs
+# Good over bad answers, each times its weight. Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.2.
+# The lower limit leaves room for weights of three digits.
+_BALANCED = (0.99, 4 / 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ def advise(report: Report, cfg: RunConfig, end_token: str | None) -> list[Advice
     chats = frozenset().union(*trained) - UNTEMPLATED
     looks = [text for part in report.parts for text in _about_part(part)]
     looks += [end_token] if end_token and chats else []
-    looks += [*_about_rows(report), *_about_order(report, cfg)]
+    looks += [*_about_preferences(report, cfg), *_about_rows(report), *_about_order(report, cfg)]
     leaks = [
         f"{part.name}: {rows:,} of {_rows(part.figures.rows)} are also training rows of {name}, so its metrics are "
         "optimistic; remove them from one of the two"
@@ -74,6 +78,48 @@ def _about_rows(report: Report) -> Iterator[str]:
         yield (
             f"duplicates: {figures.duplicates:,} of {_rows(figures.rows)} ({figures.duplicates / figures.rows:.1%}) "
             "repeat an earlier training row"
+        )
+
+
+def _about_preferences(report: Report, cfg: RunConfig) -> Iterator[str]:
+    figures = report.preferences
+    if figures is None:
+        return
+    if figures.chosen_longer_share > _LENGTH_BIAS:
+        good, bad = figures.mean_tokens
+        yield (
+            f"length: the chosen answer is longer in {figures.chosen_longer_share:.0%} of the pairs (mean tokens: "
+            f"chosen {good:.0f}, rejected {bad:.0f}), so the model learns to write longer; add pairs with a shorter "
+            "chosen answer, or set preference.objective=simpo, which compares means per token"
+        )
+    if figures.equal:
+        yield f"equal pairs: {_rows(figures.equal)} with two equal answers left out; remove them"
+    if figures.prefixes:
+        yield (
+            f"prefixes: in {_rows(figures.prefixes)} one answer begins with the other, so only their ends differ; "
+            "check that no answer was cut"
+        )
+    if cfg.preference.objective == "kto":
+        yield from _about_labels(report, cfg)
+
+
+def _about_labels(report: Report, cfg: RunConfig) -> Iterator[str]:
+    for part in report.parts:
+        found = part.preferences
+        if part.section == "train" and found is not None and 0 in (found.good, found.bad):
+            given, missing = ("good", "bad") if found.good else ("bad", "good")
+            yield f"{part.name}: every answer is {given}; kto learns from the difference, so add {missing} answers"
+    figures = report.preferences
+    if figures is None or 0 in (figures.good, figures.bad):
+        return
+    least, most = _BALANCED
+    ratio = figures.good / figures.bad
+    weighted = ratio * cfg.preference.desirable_weight / cfg.preference.undesirable_weight
+    if not least <= weighted <= most:
+        good, bad = (1, ratio) if ratio > 1 else (1 / ratio, 1)
+        yield (
+            f"labels: {figures.good:,} good and {figures.bad:,} bad answers; to give both the same total weight, set "
+            f"preference.desirable_weight={good:.3g} preference.undesirable_weight={bad:.3g}"
         )
 
 

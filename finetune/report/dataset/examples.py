@@ -9,8 +9,6 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from finetune.data.documents import Documents, evenly_spaced
 from finetune.data.encoded import Encoded
 from finetune.system.console import printable
@@ -35,20 +33,36 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class ShownRow:
-    """One document; `cut_from` is the number of tokens of its row if the document is shorter, else 0."""
+class Side:
+    """One text of a document; `name` says which answer of a preference it ends with, and is empty without one."""
 
-    source: str
-    place: str
+    name: str
     tokens: int
     targets: int
-    cut_from: int
     spans: tuple[Span, ...]
 
     @property
     def runs(self) -> list[tuple[float, list[Span]]]:
         """The spans, grouped by loss weight."""
         return weighted_runs(self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class ShownRow:
+    """One document; `cut_from` is the number of tokens of its row if the document is shorter, else 0."""
+
+    source: str
+    place: str
+    cut_from: int
+    sides: tuple[Side, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(side.tokens for side in self.sides)
+
+    @property
+    def targets(self) -> int:
+        return sum(side.targets for side in self.sides)
 
 
 @dataclass(frozen=True)
@@ -85,12 +99,23 @@ def shown_rows(names: Sequence[str], documents: Documents, decoder: Decoder, cou
     rows = []
     for i in evenly_spaced(len(documents), count):
         store, row, piece = documents.piece(i)
-        weights = np.concatenate([[0], piece.weights[1:]])  # The first token has no context to predict it from.
         cut = int(store.lengths[row]) if len(piece.ids) < store.lengths[row] else 0
-        spans = decoder.spans(Encoded(piece.ids, weights))
-        name = names[documents.source[i]]
-        rows.append(ShownRow(name, store.location(row), len(piece.ids), int((weights > 0).sum()), cut, spans))
+        rows.append(ShownRow(names[documents.source[i]], store.location(row), cut, _sides(piece, decoder)))
     return rows
+
+
+def _sides(piece: Encoded, decoder: Decoder) -> tuple[Side, ...]:
+    if piece.chosen_tokens is None:
+        return (_side("", piece, slice(None), decoder),)
+    pair = 0 < piece.chosen_tokens < len(piece.ids)
+    named = zip(("chosen", "rejected") if pair else ("good", "bad"), piece.sides, strict=True)
+    return tuple(_side(name, piece, part, decoder) for name, part in named if part.start < part.stop)
+
+
+def _side(name: str, piece: Encoded, part: slice, decoder: Decoder) -> Side:
+    ids, weights = piece.ids[part], piece.weights[part].copy()
+    weights[0] = 0  # The first token has no context to predict it from.
+    return Side(name, len(ids), int((weights > 0).sum()), decoder.spans(Encoded(ids, weights)))
 
 
 def marked(spans: Sequence[Span]) -> str:

@@ -74,4 +74,6 @@ def write_dump(stream: IO[str], data: LoadedData) -> None:
             labels = np.where(piece.weights > 0, piece.ids, IGNORE_INDEX).tolist()
             index = int(store.indices[row])  # from 0 in the source
             content = {"source": name, "row": index, "input_ids": piece.ids.tolist(), "labels": labels}
+            if piece.chosen_tokens is not None:
+                content["chosen_tokens"] = piece.chosen_tokens
             stream.write(json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n")

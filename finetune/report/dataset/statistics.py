@@ -13,6 +13,7 @@ from finetune.config.schema import RunConfig
 from finetune.data.loader import LoadedData, Source, is_held_out
 from finetune.data.packing import SequenceOrder
 from finetune.data.template.chat import ChatTemplate
+from finetune.report.dataset.preferences import PreferenceFigures, preference_figures
 
 UNTEMPLATED = frozenset({"text", "tokens"})  # formats whose rows no chat template touches
 Section = Literal["train", "eval", "held out"]
@@ -94,6 +95,7 @@ class PartReport:
 
     formats: of its files; `format` says which.
     bad_rows: the file that lists unusable rows.
+    preferences: None for rows without preferences.
     """
 
     section: Section
@@ -104,6 +106,7 @@ class PartReport:
     weight: float
     bad_rows: str
     figures: Figures
+    preferences: PreferenceFigures | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Report:
     parts: tuple[PartReport, ...]
     training: Figures
     order: Order
+    preferences: PreferenceFigures | None = None
 
 
 def parts_of(data: LoadedData, held_out: float) -> list[Part]:
@@ -156,6 +160,7 @@ def build_report(data: LoadedData, cfg: RunConfig, chat: ChatTemplate) -> Report
             part.source.config.weight,
             str(part.source.store.bad_rows),
             _figures([part], [other.source for other in trained if other is not part], cfg),
+            preference_figures([part.source], chat),
         )
         for part in parts
     ]
@@ -172,6 +177,7 @@ def build_report(data: LoadedData, cfg: RunConfig, chat: ChatTemplate) -> Report
         parts=tuple(reports),
         training=_figures(trained, [], cfg),
         order=_order(data, cfg),
+        preferences=preference_figures([part.source for part in trained], chat),
     )
 
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from finetune.report.dataset.advice import Advice
 from finetune.report.dataset.examples import CLOSE, OPEN, ShownRow, Span, factor_of, marked, visible, weighted_runs
+from finetune.report.dataset.preferences import describe_preferences
 from finetune.report.dataset.statistics import Bin, Order, PartReport, Report
 from finetune.system.console import printable
 
@@ -58,8 +59,11 @@ def print_rows(console: Console, rows: Sequence[ShownRow]) -> None:
         caption = printable(f"{row.source} · {row.place} · {row.tokens:,} tokens{cut}, {row.targets:,} targets")
         console.print()
         console.print(Text(f"── row {number} of {len(rows)} · {caption}", "bold"))
-        text = _colored(row.spans) if colored else Text(marked(row.spans))
-        console.print(text, end="" if text.plain.endswith("\n") else "\n")
+        for side in row.sides:
+            if side.name:
+                console.print(Text(f"{side.name}: {side.tokens:,} tokens, {side.targets:,} targets", "bold dim"))
+            text = _colored(side.spans) if colored else Text(marked(side.spans))
+            console.print(text, end="" if text.plain.endswith("\n") else "\n")
 
 
 def _colored(spans: Sequence[Span]) -> Text:
@@ -159,7 +163,8 @@ def describe_part(part: PartReport) -> dict[str, str]:
         "left out": ", ".join(f"{reason}: {rows:,}" for reason, rows in figures.left_out.items()),
         "shared": ", ".join(f"{rows:,} rows with {name}" for name, rows in figures.shared),
     }
-    return {label: text for label, text in facts.items() if text}
+    shown = {label: text for label, text in facts.items() if text}
+    return shown if part.preferences is None else shown | describe_preferences(part.preferences)
 
 
 def describe_order(order: Order) -> dict[str, str]:

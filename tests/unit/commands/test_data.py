@@ -76,6 +76,15 @@ def test_the_dump_holds_every_row_in_order_with_unshifted_labels(folder, capsys)
     assert capsys.readouterr().err == "dump: rows.jsonl\n"
 
 
+def test_the_dump_of_a_pair_says_where_its_rejected_side_begins(folder):
+    write(folder / "pairs.jsonl", {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"})
+    settings = ["data.train=[{path: pairs.jsonl}]", "data.eval=[]", "preference.objective=dpo"]
+    assert main(["data", "config=run.yaml", "dump=rows.jsonl", *settings]) == 0
+    [row] = lines(folder / "rows.jsonl")
+    ids, border = row["input_ids"], row["chosen_tokens"]
+    assert len(ids) == 2 * border and sum(a != b for a, b in zip(ids[:border], ids[border:], strict=True)) == 1
+
+
 def test_bad_rows_keep_their_number_and_held_out_rows_are_dumped_too(folder):
     write(folder / "a.jsonl", *(chat(f"{i}?", "x") if i != 3 else "{broken" for i in range(40)))
     settings = ["data.on_bad_row=skip", "data.held_out=0.3", "data.train=[{path: a.jsonl}]", "data.eval=[]"]

@@ -19,7 +19,7 @@ from finetune.data.formats.messages import Conversation, Message
 from finetune.data.loader import load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
-from finetune.report.dataset.examples import Decoder, ShownRow, Span, marked, shown_rows
+from finetune.report.dataset.examples import Decoder, ShownRow, Side, Span, marked, shown_rows
 from finetune.report.dataset.terminal import print_rows
 from finetune.system.resources import packaged
 
@@ -110,7 +110,7 @@ def test_a_cut_row_is_shown_as_cut_and_its_first_token_is_no_target(tmp_path, ch
     for row, document in zip(rows, documents, strict=True):
         assert (row.tokens, row.targets) == (len(document), document.target_tokens)
         assert row.cut_from == documents.stores[0].lengths[0] > 40
-        assert not row.spans[0].weight
+        assert not row.sides[0].spans[0].weight
 
 
 def printed(rows: list[ShownRow], color_system: str | None) -> str:
@@ -124,8 +124,8 @@ def printed(rows: list[ShownRow], color_system: str | None) -> str:
 
 def test_colors_and_marks_show_the_same_words(chat, decoder):
     encoded = encode(chat, "[red]q[/red] <|im_end|>", "an answer " * 30)
-    row = ShownRow("rows", "rows.jsonl:1", len(encoded.ids), int(np.count_nonzero(encoded.weights)), 99, ())
-    row = ShownRow(row.source, row.place, row.tokens, row.targets, row.cut_from, decoder.spans(encoded))
+    side = Side("", len(encoded.ids), int(np.count_nonzero(encoded.weights)), decoder.spans(encoded))
+    row = ShownRow("rows", "rows.jsonl:1", 99, (side,))
     plain, colored = printed([row], None), printed([row], "truecolor")
     assert "\x1b" not in plain and "an answer " * 30 in plain and "[red]q[/red]" in plain
     assert f"rows.jsonl:1 · {row.tokens} tokens (of 99), {row.targets} targets" in plain
