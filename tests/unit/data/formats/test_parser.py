@@ -356,7 +356,7 @@ def test_a_row_of_any_content_is_at_worst_a_bad_row(name, row):
         assert len(str(error)) < 800
         assert str(error).isprintable()
     else:
-        assert isinstance(example, Conversation | RawText | TokenRow)
+        assert isinstance(example, Conversation | Preference | RawText | TokenRow)
 
 
 @pytest.mark.parametrize(("column", "keys"), [("messages", ("role", "content")), ("conversations", ("from", "value"))])
