@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,8 @@ VARIANTS = {
     "anchor": Variant("distill.objective=sft+anchor;distill.teacher.placement=resident", passes="whole"),
 }
 # Variant, figure, side, bound.
-BARS = (
+Bar = tuple[str, str, str, float]
+BARS: tuple[Bar, ...] = (
     ("cached", "price", "at_most", 1.10),
     ("cached", "peak_price", "at_most", 1.05),
     ("cached-hidden", "price", "at_most", 1.10),
@@ -160,10 +161,10 @@ def prices(figures: Figures, plain: Figures) -> Figures:
     }
 
 
-def judged(found: Mapping[str, Figures]) -> list[dict[str, Any]]:
+def judged(found: Mapping[str, Figures], bars: Sequence[Bar] = BARS) -> list[dict[str, Any]]:
     """Return the bounds of the variants that ran: the value, and whether it is met (None if unknown)."""
     verdicts: list[dict[str, Any]] = []
-    for name, key, side, bound in BARS:
+    for name, key, side, bound in bars:
         if name in found:
             value = found[name].get(key)
             met = None if value is None else value <= bound if side == "at_most" else value >= bound
@@ -205,11 +206,17 @@ def describe(summary: Mapping[str, Any]) -> str:
     if summary["signals"]:
         caches = {f"cache {tier}": figures for tier, figures in summary["signals"].items()}
         text += ["distill.spot_check is 0 in cached and cached-hidden", "", report.table(caches, SIGNAL_COLUMNS), ""]
-    for bar in summary["bars"]:
+    return "\n".join([*text, *verdicts(summary["bars"])])
+
+
+def verdicts(bars: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return one line per bound of `judged`."""
+    lines = []
+    for bar in bars:
         bound = f"at most {bar['at_most']:g}" if "at_most" in bar else f"at least {bar['at_least']:g}"
         found = "not measured" if bar["found"] is None else f"{bar['found']:.3f}: {'met' if bar['met'] else 'MISSED'}"
-        text.append(f"{bar['variant']} {bar['figure']} {bound}: {found}")
-    return "\n".join(text)
+        lines.append(f"{bar['variant']} {bar['figure']} {bound}: {found}")
+    return lines
 
 
 def main(words: list[str]) -> None:

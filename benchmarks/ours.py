@@ -88,7 +88,7 @@ def square_mean_length(cfg: Any) -> float:
     from finetune.models.tokenizer import load_tokenizer
 
     chat = load_chat_template(cfg.data, load_tokenizer(cfg.model))
-    lengths = Preparation(cfg.data, chat).store(cfg.data.train[0]).lengths
+    lengths = Preparation(cfg.data, chat, objective=cfg.preference.objective).store(cfg.data.train[0]).lengths
     lengths = lengths.clip(max=cfg.data.max_length).astype("float64")
     return float((lengths**2).sum() / lengths.sum())
 

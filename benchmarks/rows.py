@@ -56,6 +56,33 @@ def write_long_rows(source: Path, target: Path, tokenizer: Path, tokens: int, co
     return _write(target, joined())
 
 
+def write_pairs(source: Path, folder: Path, tokenizer: Path, lengths: tuple[int, int], count: int) -> tuple[Path, Path]:
+    """Write `count` pairs of answers from the texts of `source`, and the same answers as two rows of messages each.
+
+    lengths: tokens of a prompt and of an answer, before the template, almost exact: a cut text may tokenize anew.
+    """
+    from tokenizers import Tokenizer
+
+    words = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    texts = itertools.cycle(message["content"] for turns in read_messages(source) for message in turns)
+    ids = itertools.chain.from_iterable(words.encode(f"{text} ").ids for text in texts)
+
+    def message(role: str, tokens: int) -> Message:
+        return {"role": role, "content": words.decode([*itertools.islice(ids, tokens)]).strip()}
+
+    pairs = []
+    for _ in range(count):
+        prompt, chosen, rejected = (
+            [message(role, tokens)]
+            for role, tokens in (("user", lengths[0]), ("assistant", lengths[1]), ("assistant", lengths[1]))
+        )
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+    answers = (pair["prompt"] + pair[side] for pair in pairs for side in ("chosen", "rejected"))
+    return file, _write(folder / "answers.jsonl", answers)
+
+
 def _token_counter(tokenizer: Path) -> Callable[[list[Message]], int]:
     """Return the number of tokens in the contents of a conversation."""
     from tokenizers import Tokenizer

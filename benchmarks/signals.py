@@ -3,6 +3,7 @@
     python -m benchmarks.signals model=FOLDER rows=MESSAGES.jsonl [length=2048]
                                  set=distill.objective=recover;distill.teacher.placement=cached;distill.cache=DIR
 
+With set=preference.objective=dpo;preference.cache=DIR it measures the cache of a reference: its documents are answers.
 Options are those of benchmarks.ours, so rows, truncation and loss mask are the same. Seconds are those of the whole
 command, with imports and loading. Equal documents are computed and counted once.
 """
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report
 from benchmarks.ours import DEFAULTS, write_config
 from benchmarks.peaks import Peaks
 from benchmarks.processes import parse
@@ -23,17 +25,13 @@ from benchmarks.processes import parse
 
 def asked(cfg: Any) -> dict[str, int]:
     """Count the different documents of a config that have a target, their tokens and their targets."""
-    from finetune.data.loader import load_chat_template, load_data
-    from finetune.data.tokens.prepare import Preparation
+    from finetune.data.loader import load_all_rows
     from finetune.distill.fingerprint import key_of
-    from finetune.models.tokenizer import load_tokenizer
+    from finetune.objectives.preference import answers_of
 
-    chat = load_chat_template(cfg.data, load_tokenizer(cfg.model))
-    documents = {
-        key: document
-        for document in load_data(Preparation(cfg.data, chat)).documents
-        if (key := key_of(document)) is not None
-    }.values()
+    rows = load_all_rows(cfg, report.log)[2].documents
+    given = rows if cfg.preference.objective == "none" else answers_of(rows)
+    documents = {key: document for document in given if (key := key_of(document)) is not None}.values()
     return {
         "documents": len(documents),
         "tokens": sum(map(len, documents)),
@@ -56,7 +54,8 @@ def main(words: list[str]) -> None:
         seconds, peak_bytes = time.perf_counter() - began, peaks.figures()["peak_bytes"]
         cfg = load_config(file, overrides)
         counts = asked(cfg)
-    size_bytes = sum(shard.stat().st_size for shard in Path(str(cfg.distill.cache)).glob("*.safetensors"))
+    folder = Path(cfg.preference.cache or cfg.distill.cache)
+    size_bytes = sum(file.stat().st_size for ending in ("safetensors", "npz") for file in folder.glob(f"*.{ending}"))
     print(
         json.dumps(
             {

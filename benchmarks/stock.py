@@ -10,6 +10,9 @@ Seconds are those of `training_step` (forward and backward): the optimizer and t
 `gkd` is TRL's experimental GKDTrainer, off-policy, with forward KL at temperature 1 from the same weights. It reads
 `messages`, pads them (it has no packing), and trains everything after the prompt: the last answer, its <|im_end|> and
 the newline after it. This is one more target per row than ours.
+
+`dpo` is TRL's DPOTrainer on rows of `prompt`, `chosen` and `rejected`; its reference is the base, scored in each step,
+or in `dpo+precomputed` before the first.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ DEFAULTS = {
     "seed": "0",
     "fused": "false",
 }
-# Keys of SFTConfig for each variant (GKDConfig for gkd).
+# Keys of SFTConfig for each variant (GKDConfig for gkd, DPOConfig for dpo).
 VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {"packing": False, "gradient_checkpointing": False},
     "packing": {"packing": True, "gradient_checkpointing": False},
@@ -49,8 +52,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "unsloth": {"packing": True, "gradient_checkpointing": False},  # has its own checkpointing
     "gkd": {"gradient_checkpointing": False, "lmbda": 0.0, "beta": 0.0, "temperature": 1.0},
     "gkd+checkpointing": {"gradient_checkpointing": True, "lmbda": 0.0, "beta": 0.0, "temperature": 1.0},
+    "dpo": {"gradient_checkpointing": False},
+    "dpo+checkpointing": {"gradient_checkpointing": True},
+    "dpo+precomputed": {"gradient_checkpointing": False, "precompute_ref_log_probs": True},
 }
-VARIANTS |= {f"{name}+fp32": {**VARIANTS[name], "bf16": False} for name in ("gkd", "gkd+checkpointing")}
+VARIANTS |= {f"{name}+fp32": {**VARIANTS[name], "bf16": False} for name in VARIANTS if name.startswith(("gkd", "dpo"))}
 # By trainer and dtype of matrix products: a stock step in bf16 takes half an hour on a CPU without bf16 instructions.
 STOCK = {
     "sft": {
@@ -58,6 +64,7 @@ STOCK = {
         "float32": ("padded+fp32", "packing+fp32", "packing+checkpointing+fp32"),
     },
     "gkd": {"bfloat16": ("gkd", "gkd+checkpointing"), "float32": ("gkd+fp32", "gkd+checkpointing+fp32")},
+    "dpo": {"bfloat16": ("dpo", "dpo+checkpointing"), "float32": ("dpo+fp32", "dpo+checkpointing+fp32")},
 }
 # Variants of other projects, with the package that each needs.
 PEERS = {"liger": "liger_kernel", "unsloth": "unsloth", "llama-factory": "llamafactory"}
@@ -106,8 +113,8 @@ def build_trainer(options: dict[str, str], device: str, output: str) -> Any:
         "seed": int(options["seed"]),
         **VARIANTS[options["variant"]],
     }
-    distilled = options["variant"].startswith("gkd")
-    return (distilling_trainer if distilled else tuning_trainer)(options, device, settings)
+    build = {"gkd": distilling_trainer, "dpo": preference_trainer}.get(options["variant"][:3], tuning_trainer)
+    return build(options, device, settings)
 
 
 def target_modules(options: dict[str, str]) -> Any:
@@ -182,6 +189,28 @@ def distilling_trainer(options: dict[str, str], device: str, settings: dict[str,
     )
 
 
+def preference_trainer(options: dict[str, str], device: str, settings: dict[str, Any]) -> Any:
+    """Build a DPOTrainer whose reference is the base."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from datasets import load_dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    model = load_model(options["model"], device, torch.bfloat16 if settings["bf16"] else torch.float32)
+    for module in model.modules():
+        # Else a CPU packs the weights for good at the first pass without gradients, which the reference is.
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return DPOTrainer(
+        model=model,
+        args=DPOConfig(**settings),
+        peft_config=lora_config(options),
+        train_dataset=load_dataset("json", data_files=options["rows"], split="train"),
+        processing_class=AutoTokenizer.from_pretrained(options["model"]),
+    )
+
+
 def watch_steps(trainer: Any, device: str) -> list[dict[str, float]]:
     """Wrap `training_step`, and append seconds, real tokens and target tokens of each step to the list."""
     import torch
@@ -190,9 +219,9 @@ def watch_steps(trainer: Any, device: str) -> list[dict[str, float]]:
     inner = trainer.training_step
 
     def timed(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        mask, labels = inputs.get("attention_mask"), inputs["labels"]
+        mask, answers = inputs.get("attention_mask"), inputs.get("completion_mask")
         tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        targets = int((labels != -100).sum())
+        targets = int((inputs["labels"] != -100).sum() if answers is None else answers.sum())
         start = time.perf_counter()
         loss = inner(model, inputs, *args, **kwargs)
         if device == "cuda":

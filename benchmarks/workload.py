@@ -18,6 +18,7 @@ from benchmarks.stock import PEERS, STOCK, VARIANTS, installed
 # Options of every benchmark of training.
 DEFAULTS = {
     "size": "0.5B",
+    "layers": "",
     "rows": "data/sample/train.jsonl",
     "tokenizer": "data/tiny-qwen2.5",
     "limit": "400",
@@ -62,16 +63,25 @@ class Workload:
         return 60 * float(self.options["minutes"])
 
     def ours(
-        self, variant: str, length: int, batch: int, settings: str = "", module: str = "benchmarks.ours", **changes: Any
+        self,
+        variant: str,
+        length: int,
+        batch: int,
+        settings: str = "",
+        module: str = "benchmarks.ours",
+        *,
+        rows: Path | None = None,
+        **changes: Any,
     ) -> dict[str, Any]:
         """Run steps of our trainer with packs of `length` tokens, `batch` of them per step.
 
-        settings: in addition to the variant's. module: another measurement with the same config. changes: of options.
+        settings: in addition to the variant's. module: another measurement with the same config. rows: other ones.
+        changes: of options.
         """
         steps = int(self.options["warmup"]) + int(self.options["steps"])
         options = {
             "model": self.model,
-            "rows": self.rows(steps * length * batch),
+            "rows": rows or self.rows(steps * length * batch),
             "steps": steps,
             "length": length,
             "batch": batch,
@@ -82,7 +92,9 @@ class Workload:
         }
         return measure(module, options, self.limit_seconds, self.cache)
 
-    def stock(self, variant: str, length: int, batch: int, **changes: Any) -> dict[str, Any]:
+    def stock(
+        self, variant: str, length: int, batch: int, *, rows: Path | None = None, **changes: Any
+    ) -> dict[str, Any]:
         """Run steps of the stock trainer on `batch` rows (or packs) of up to `length` tokens, after a warm-up step."""
         if variant in PEERS and not installed(PEERS[variant]):
             return {"failed": "not installed"}
@@ -91,7 +103,7 @@ class Workload:
         steps = 1 + int(self.options["steps"])
         options = {
             "model": self.model,
-            "rows": self.rows(steps * length * batch),
+            "rows": rows or self.rows(steps * length * batch),
             "steps": steps,
             "length": length,
             "batch": batch,
@@ -148,9 +160,10 @@ def prepared(options: Mapping[str, str]) -> Iterator[Workload]:
     """Yield the workload of these options; its random model is written at its first use, and kept."""
     options = {**options, "rows": _found(options["rows"]), "tokenizer": _found(options["tokenizer"])}
     work = work_folder(options["work"])
-    size = options["size"]
-    model = work / f"qwen2.5-{size}-{Path(options['tokenizer']).parent.name}-{Path(options['tokenizer']).name}"
-    made = measure("benchmarks.models", {"size": size, "tokenizer": options["tokenizer"], "folder": model}, 900)
+    shape = {key: options[key] for key in ("size", "layers")}
+    tokenizer = Path(options["tokenizer"])
+    model = work / "-".join(["qwen2.5", *filter(None, shape.values()), tokenizer.parent.name, tokenizer.name])
+    made = measure("benchmarks.models", {**shape, "tokenizer": tokenizer, "folder": model}, 900)
     if "failed" in made:
         raise SystemExit(f"model: cannot be written: {made['failed']}")
     shape = json.loads((model / "config.json").read_text())

@@ -88,6 +88,33 @@ def test_distilling_is_priced_on_the_rows_of_plain_fine_tuning(repo_root: Path, 
     assert max(losses["cached"], losses["resident"]) < losses["plain"] / 10
 
 
+def test_learning_from_pairs_is_priced_on_their_answers_as_rows(repo_root: Path, work: Path, tmp_path: Path):
+    words = ("size=tiny", "steps=2", "warmup=1", f"work={work}", f"results={tmp_path}", "repeats=1", "ours=uncompiled")
+    told, text = benchmark(repo_root, "preference", *words, "pairs=3", "prompt=24", "answer=16", "stock=dpo")
+    ours, dpo = told["variants"], told["stock"]["dpo"]
+    assert set(ours) == {"sft", "base", "cached"} and told["reference"]["documents"] == 6
+    assert all("failed" not in figures for figures in (*ours.values(), dpo)), text
+    assert ours["base"]["price"] == ours["base"]["step_seconds"] / ours["sft"]["step_seconds"]
+    assert ours["base"]["ratio"] == pytest.approx(ours["base"]["pairs_per_second"] / dpo["pairs_per_second"])
+    assert ours["base"]["peak_ratio"] == ours["base"]["peak_bytes"] / dpo["peak_bytes"]
+    assert {(bar["variant"], bar["figure"]) for bar in told["bars"]} == {
+        ("base", "ratio"),
+        ("base", "peak_ratio"),
+        ("base", "price"),
+        ("cached", "price"),
+    }
+    (file,) = tmp_path.glob("preference-*.json")
+    steps = {name: runs[0]["steps"] for name, runs in json.loads(file.read_text())["runs"].items()}
+    keys = ("tokens", "computed_tokens", "target_tokens")
+    counted = [[tuple(step[key] for key in keys) for step in steps[f"ours {name}"]] for name in ours]
+    assert counted[0] == counted[1] == counted[2] and len(counted[0]) == 3
+    # TRL trains the newline after each answer as well.
+    assert {step["target_tokens"] for step in steps["stock dpo"]} == {counted[0][0][2] + 6}
+    assert counted[0][0][1] < counted[0][0][0] == steps["stock dpo"][0]["tokens"]
+    base, cached = ([step["loss"] for step in steps[f"ours {name}"]] for name in ("base", "cached"))
+    assert base == pytest.approx(cached, rel=1e-4)
+
+
 def test_writing_answers_is_timed_side_by_side(repo_root: Path, work: Path, tmp_path: Path):
     words = ("size=tiny", "batches=1,3", "prompt=9", "tokens=16", "repeats=1", f"work={work}", f"results={tmp_path}")
     told, text = benchmark(repo_root, "decoding", *words)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu
@@ -15,10 +17,12 @@ from benchmarks.distill import judged, needed_price, prices
 from benchmarks.figures import ceiling_of, compare, medians, run_figures
 from benchmarks.flops import attention_flops, step_flops, teacher_flops
 from benchmarks.memory import fit
+from benchmarks.rows import write_pairs
 from benchmarks.workload import Workload
 from tests.models import random_qwen2
 
 TOKENS, TARGETS = 24, 5
+SIDES = ("chosen", "rejected")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,20 @@ def test_a_price_is_over_plain_and_a_bar_is_met_on_its_own_side():
         ("resident", "ratio", False),
         ("resident", "peak_ratio", None),
     ]
+
+
+def test_written_pairs_are_the_rows_of_plain_fine_tuning(tmp_path: Path, repo_root: Path):
+    source, tokenizer = repo_root / "data/sample/train.jsonl", repo_root / "data/tiny-qwen2.5"
+    pairs, answers = (
+        [json.loads(line) for line in file.read_text().splitlines()]
+        for file in write_pairs(source, tmp_path, tokenizer, (30, 20), 3)
+    )
+    assert [row["messages"] for row in answers] == [p["prompt"] + p[side] for p in pairs for side in SIDES]
+    words = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    sizes = {key: [len(words.encode(p[key][0]["content"]).ids) for p in pairs] for key in ("prompt", *SIDES)}
+    assert all(28 <= size <= 32 for size in sizes["prompt"])
+    assert all(18 <= size <= 22 for side in SIDES for size in sizes[side])
+    assert len({p[key][0]["content"] for p in pairs for key in sizes}) == 9
 
 
 def test_a_line_is_found_again():
