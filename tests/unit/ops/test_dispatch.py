@@ -22,8 +22,8 @@ KERNELS = {
     cross_entropy._softmax_rows_: ("TD", "T"),
     **{kernel: ("TD", "TD", "T", 0.3, 1.0) for kernel in divergence.DIVERGENCES.values()},
 }
-# D is T, so that a weight [D] has as many values as there are rows. Rows are whole vectors of every processor (two of 16
-# values under AVX-512): sigmoid of the values after the last ones has other last bits.
+# D is T, so that a weight [D] has as many values as there are rows. Rows are whole vectors, two of 16 values under
+# AVX-512: sigmoid of the values after the last whole vector has other last bits.
 SIZES = {"T": 32, "D": 32, "H": 3}
 
 
