@@ -23,7 +23,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from finetune.commands.base import Command
-from finetune.config.preference_rules import NEEDS_REFERENCE
 from finetune.system.arguments import Arguments
 from finetune.system.console import log
 from finetune.system.errors import ConfigError
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 def run(arguments: Arguments) -> int:
     """Write the cache, then print its size and the next command."""
     from finetune.config.compose import load_config
+    from finetune.config.preference_rules import NEEDS_REFERENCE
 
     cfg = load_config(str(arguments.config), arguments.overrides)
     learns_preferences = cfg.preference.objective in NEEDS_REFERENCE

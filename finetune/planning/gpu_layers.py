@@ -92,9 +92,9 @@ def _grouped_attention_work(inputs: PlanInputs) -> float:
     """Bytes per token of the memory-efficient kernel's backward pass, with keys and values for every query head.
 
     It gives gradients of repeated keys and values, and sums those of queries in fp32. In bf16, a second forward pass
-    comes first: copies of queries, keys and values in fp32, repeated keys and values, the output, its gradient.
+    comes first: a copy of the queries in fp32, repeated keys and values, the output, its gradient; then the gradients.
     """
-    queries, keys = inputs.linears["q_proj"][0], inputs.linears["k_proj"][0]
+    queries = inputs.linears["q_proj"][0]
     if inputs.attention_in_fp32:
-        return 4 * (queries + 2 * keys + 2 * queries + 2 * queries + 3 * queries + queries)
+        return 4 * (queries + 2 * queries + queries + queries + 3 * queries)
     return 2 * queries * inputs.value_bytes + 4 * queries

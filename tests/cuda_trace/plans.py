@@ -108,7 +108,8 @@ class Plan:
             ),
             recompute=self.recompute,
             embedding=self.embedding,
-            compiled=self.compiled,
+            # With PEFT's kernels, those of the loss run as plain torch too.
+            compiled=self.compiled and self.kernels == "fused",
             kernels=self.kernels,
             fixed_order=self.deterministic,
             capability=self.capability,

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from safetensors import safe_open
 from torch.nn.parallel import DistributedDataParallel
@@ -57,7 +58,11 @@ def stock_base(base: Path, nf4: bool, dtype: torch.dtype = torch.float32) -> Any
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=quantization if nf4 else None)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=quantization if nf4 else None)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):  # else it computes in bf16 without gradients, on processors that can
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def lora_config(**lora: Any) -> peft.LoraConfig:

@@ -75,8 +75,8 @@ def test_generate_works_and_uses_its_cache(load) -> None:
 
 def test_loading_prints_nothing(make_base) -> None:
     script = (
-        "import sys; from finetune.config.schema import ModelConfig, QuantConfig, LoraConfig\n"
-        "from finetune.models.load import load_base; from finetune.models.adapters.attach import attach_lora\n"
+        "import sys; from finetune import attach_lora, load_base\n"
+        "from finetune.config.schema import ModelConfig, QuantConfig, LoraConfig\n"
         "model = attach_lora(load_base(ModelConfig(name=sys.argv[1]), QuantConfig(), 'cpu'), LoraConfig())\n"
         "import torch; model(torch.arange(4)[None])"
     )

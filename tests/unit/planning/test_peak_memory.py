@@ -112,11 +112,13 @@ def test_what_is_trained_in_full_makes_the_optimizers_step_the_peak():
 
 
 def test_a_teacher_costs_by_where_it_is():
+    # Plain torch holds more in the loss of answers alone, which writes its gradient beside the logits.
+    compiled = ("train.compile=true", "distill.cache=folder")
     sizes = {
-        place: found("distill=recover", f"distill.teacher.placement={place}", "distill.cache=folder").peak_bytes
+        place: found("distill=recover", f"distill.teacher.placement={place}", *compiled).peak_bytes
         for place in ("resident", "streamed", "cached")
     }
-    assert sizes["resident"] > sizes["streamed"] > sizes["cached"] > found().peak_bytes
+    assert sizes["resident"] > sizes["streamed"] > sizes["cached"] > found("train.compile=true").peak_bytes
     unknown = found("distill=teacher", "distill.teacher.name=somebody/model")
     assert unknown.teacher_unknown and "teacher" not in unknown.parts
 
