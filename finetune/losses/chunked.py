@@ -80,13 +80,15 @@ def logits_of(hidden_ND: Tensor, head: nn.Module, vocabulary: int, place_NV: Ten
     if plain is None:
         return head(hidden_ND)[:, :vocabulary]
     weight_VD, bias = plain.weight[:vocabulary], None if plain.bias is None else plain.bias[:vocabulary]
-    if has_fp32_result(hidden_ND):
+    widens = has_fp32_result(hidden_ND)
+    if widens or (hidden_ND.is_cuda and hidden_ND.dtype == torch.float32):
         rows = len(hidden_ND)
         whole_NV = None if place_NV is None else place_NV if place_NV._base is None else place_NV._base
         if whole_NV is None or len(whole_NV) < rows:
             # Chunks differ by one row at most: a spare row serves them all.
             whole_NV = torch.empty(rows + 1, len(weight_VD), dtype=torch.float32, device=hidden_ND.device)
-        logits_NV = torch.mm(hidden_ND, weight_VD.t(), out_dtype=torch.float32, out=whole_NV[:rows])
+        options = {"out_dtype": torch.float32} if widens else {}
+        logits_NV = torch.mm(hidden_ND, weight_VD.t(), out=whole_NV[:rows], **options)
         return logits_NV if bias is None else logits_NV.add_(bias)
     fits = place_NV is not None and len(place_NV) == len(hidden_ND)
     return matmul(hidden_ND, weight_VD.t(), bias, place_NV if fits else None)
@@ -117,9 +119,10 @@ class _ChunkedLoss(torch.autograd.Function):
                     gradient_ND[rows], *parts = torch.autograd.grad(
                         logits_NV, [leaf_ND, *trained], dlogits_NV.to(logits_NV.dtype), allow_unused=True
                     )
-                    for gradient, part in zip(gradients, parts, strict=True):
-                        if part is not None:
+                    for gradient in gradients:
+                        if (part := parts.pop(0)) is not None:
                             gradient += part
+                        del part  # before the next chunk makes its own
         ctx.save_for_backward(gradient_ND, *gradients)
         return total
 

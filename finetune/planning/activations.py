@@ -41,8 +41,9 @@ _ATTENTION_FORWARD = 8
 _GARBAGE_LAYERS = 3.5
 # glibc maps blocks of this size one by one, so they leave no holes (DEFAULT_MMAP_THRESHOLD_MAX, 64-bit).
 _MAPPED_FROM_BYTES = 32 * 2**20
-# DoRA (peft 0.21) computes W + BA in fp32 to measure its norm: the weight, the product and the sum.
-_DORA_BYTES = 12
+# DoRA (peft 0.21) computes W + BA in fp32 to measure its norm: the weight, the product and the sum. A recomputed layer
+# does so in backward, with the unit matrix that B A multiplies; 14 bytes a weight beside it, by the trace of a GPU.
+_DORA_BYTES, _DORA_BYTES_RECOMPUTED = 12, 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ def _plan_on_gpu(
     """Build the plan of a GPU. kept: of layers that run their MLP on all rows at once."""
     hidden = tokens * inputs.shape["hidden_size"] * inputs.value_bytes
     compiled, rows = elementwise_kernels(inputs) != "plain torch", gpu_layers.tile_rows(inputs, tokens)
-    tiled, dora = rows is not None and gpu_layers.tiles_last_layer(inputs), _dora_bytes(inputs)
+    tiled = rows is not None and gpu_layers.tiles_last_layer(inputs)
     work = partial(gpu_layers.layer_work, inputs, tokens, document_tokens, compiled=compiled)
     # A tiled MLP keeps its input in place of gate and up, like one whose gate or up has an adapter.
     adapted = any({"gate_proj", "up_proj"} & names for names in inputs.adapted)
@@ -157,10 +158,10 @@ def _plan_on_gpu(
         input=hidden,
         # With the logits: the rows with a target, their normed copy, and its gradient.
         head=loss_bytes(inputs, tokens, inputs.trains_on_teacher) + 3 * hidden,
-        work=max(dora, work(tiled=tiled)),
+        work=max(_dora_bytes(inputs), work(tiled=tiled)),
         layers=len(inputs.adapted),
         again=again,
-        work_again=max(dora, work(tiled=rows is not None)),
+        work_again=max(_dora_bytes(inputs, recomputed=True), work(tiled=rows is not None)),
     )
 
 
@@ -235,10 +236,14 @@ def _layer_work(inputs: PlanInputs, tokens: int, document_tokens: int | None) ->
     return max(mlp, attention, _dora_bytes(inputs))
 
 
-def _dora_bytes(inputs: PlanInputs) -> float:
+def _dora_bytes(inputs: PlanInputs, *, recomputed: bool = False) -> float:
     """Return the temporaries of the largest matrix with DoRA; 0 without it."""
-    adapted = frozenset().union(*inputs.adapted)
-    return max((_DORA_BYTES * math.prod(inputs.linears[name]) for name in adapted), default=0) * inputs.lora.dora
+    if not inputs.lora.dora:
+        return 0.0
+    sizes = [inputs.linears[name] for name in frozenset().union(*inputs.adapted)]
+    if recomputed:
+        return float(max((_DORA_BYTES_RECOMPUTED * out * size + 4 * size**2 for out, size in sizes), default=0))
+    return float(max((_DORA_BYTES * out * size for out, size in sizes), default=0))
 
 
 def _mlp_bytes(

@@ -108,6 +108,15 @@ class PlanInputs:
         return tuple(adapted_linears(layer, self.lora) for layer in range(self.shape["num_hidden_layers"]))
 
     @property
+    def table_values(self) -> int:
+        """Values of the embedding, and of the head."""
+        return self.shape["vocab_size"] * self.shape["hidden_size"]
+
+    @property
+    def trains_head(self) -> bool:
+        return any("lm_head" in name for name in self.lora.modules_to_save)
+
+    @property
     def trains_embedding(self) -> bool:
         return bool(self.lora.new_tokens) or any("embed" in name for name in self.lora.modules_to_save)
 

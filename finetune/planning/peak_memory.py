@@ -140,15 +140,19 @@ def predict_peak(
         steps["training step, while the lowest layer is recomputed"] = {**again, **ends}
     for name, parts in steps.items():
         moments[name] = {**held, **from_teacher, **parts}
+    if cuda and inputs.trains_head:
+        # Its gradient in fp32, and that of one chunk, also before it is widened; and its rounded weight.
+        size = inputs.table_values * (8 + 2 * inputs.value_bytes)
+        moments["training step, at the loss"]["gradient of the head"] = size
     if from_teacher and inputs.runs_teacher:
         asking = _teacher_pass(inputs, micro_batch * inputs.data.max_length)
         moments["asking the teacher"] = {**held, **from_teacher, **asking}
     if inputs.evaluates:
         moments["evaluation"] = {**held, **_evaluation(inputs, held["teacher"])}
     gradients = static.parts.get("gradients", 0.0)
-    # torch updates all parameters at once on CUDA, one after the other on a CPU.
-    update = {"gradients": gradients, "update of the weights": gradients * (2 if cuda else 0)}
-    moments["optimizer step"] = {**held, **update}
+    # A trained embedding's gradient comes in the dtype of the products, and is widened to fp32.
+    narrow = inputs.table_values * inputs.value_bytes if cuda and inputs.trains_embedding else 0
+    moments["optimizer step"] = {**held, "gradients": gradients, "gradient of the embedding": narrow}
     moments = {name: {part: size for part, size in parts.items() if size} for name, parts in moments.items()}
     host = recomputed * activations.input if offload else 0.0
     if inputs.embedding_on_host:

@@ -33,6 +33,7 @@ class Plan:
     quant: str = "nf4"
     keep_dequantized: bool = False
     dora: bool = False
+    saved: tuple[str, ...] = ()
     dropout: float = 0.0
     deterministic: bool = False
     dtype: str = "bfloat16"
@@ -49,6 +50,7 @@ class Plan:
             self.quant: self.quant != "nf4",
             "keep_dequantized": self.keep_dequantized,
             "DoRA": self.dora,
+            f"trained {'+'.join(self.saved)}": bool(self.saved),
             "dropout": self.dropout,
             "deterministic": self.deterministic,
             self.dtype: self.dtype != "bfloat16",
@@ -73,6 +75,7 @@ class Plan:
             "lora.rank": self.rank,
             "lora.target_modules": targets,
             "lora.dora": self.dora,
+            "lora.modules_to_save": f"[{','.join(self.saved)}]",
             "lora.dropout": self.dropout,
             "train.gradient_checkpointing": self.recompute,
             "train.compile": self.compiled,
@@ -99,7 +102,13 @@ class Plan:
         return trace_step(
             self.shape,
             tokens=self.tokens,
-            lora=LoraConfig(rank=self.rank, target_modules=self._targets, dora=self.dora, dropout=self.dropout),
+            lora=LoraConfig(
+                rank=self.rank,
+                target_modules=self._targets,
+                dora=self.dora,
+                dropout=self.dropout,
+                modules_to_save=list(self.saved),
+            ),
             quant=QuantConfig(
                 type=self.quant,
                 double=self.quant == "nf4",
@@ -154,6 +163,11 @@ _RUNS = [
     Plan("7B", 3, 8192, recompute="all", dtype="float16", capability=(7, 5)),
     Plan("7B", 3, 4096, 16, "all-linear", keep_dequantized=True),
     Plan("7B", 3, 4096, 16, "all-linear", quant="none", recompute="offload"),
+    Plan("7B", 2, 2048, saved=("lm_head",)),
+    Plan("7B", 2, 2048, saved=("embed_tokens",)),
+    Plan("7B", 2, 2048, saved=("embed_tokens", "lm_head")),
+    Plan("7B", 3, 2048, 16, "all-linear", "all", dora=True),
+    Plan("0.5B", 3, 2048, dtype="float32"),
 ]
 PLANS = {run.name: run for run in _RUNS}
 # Whole models take minutes: `python -m tests.cuda_trace.run OUT.json NAME`, figures in benchmarks/NOTES.md.

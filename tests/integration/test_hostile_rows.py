@@ -110,7 +110,9 @@ def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path, name):
 
 def test_more_bad_rows_than_allowed_are_refused_however_they_are_skipped(tmp_path):
     file = file_of(tmp_path, BAD_LINES)
-    with pytest.raises(DataError, match=r"data.max_bad_share allows 5.0%, listed in .*:\n  .*rows.jsonl:2: holds a NUL"):
+    with pytest.raises(
+        DataError, match=r"data.max_bad_share allows 5.0%, listed in .*:\n  .*rows.jsonl:2: holds a NUL"
+    ):
         load_data(prepared(file, on_bad_row="skip"))
 
 
