@@ -60,10 +60,9 @@ def softmax_(logits_NV: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The maximum logit of each row [N], and log of the sum of exp(logit - maximum) [N], fp32.
     """
-    if logits_NV.is_cuda:  # one kernel, or plain torch in blocks
+    if logits_NV.is_cuda:  # a compiled kernel has no temporaries, and plain torch runs in blocks of its own
         return _softmax_rows_(logits_NV, weights_N)
-    # A compiled kernel has no temporaries, and plain torch runs in blocks of its own on a GPU.
-    rows = max(1, len(logits_NV)) if logits_NV.is_cuda else rows_per_block(logits_NV)
+    rows = rows_per_block(logits_NV)
     blocks = zip(logits_NV.split(rows), weights_N.split(rows), strict=True)
     highest, log_sum = zip(*(_softmax_rows_(*block) for block in blocks), strict=True)
     return torch.cat(highest), torch.cat(log_sum)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from finetune.losses.cross_entropy import CrossEntropy
 from finetune.losses.distillation import Distillation, DistillLossWeights
 from finetune.losses.hidden_states import base_of
 from finetune.models.adapters.folder import list_checkpoints
-from finetune.objectives.preference import PreferenceLoss
+from finetune.objectives.preference import PreferenceLoss, PreferenceSetup
 from finetune.ops import dispatch, matmul
 from finetune.report.facts import resume_command
 from finetune.training.accelerator import wrap_ranks
@@ -25,12 +27,8 @@ def build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, sta
     loss: CrossEntropy | Distillation | PreferenceLoss
     before_step, sampler, preference = None, context.sampler, context.preference
     if preference is not None:
-        loss, options = preference.loss, context.scoring_options()
-
-        def before_step(step: int, _: BatchesOf) -> None:
-            documents = [document for sequence in sampler.step_batches(step - 1) for document in sequence]
-            preference.estimate_divergence(documents, context.part, **options)
-
+        loss = preference.loss
+        before_step = _divergence_hook(context, preference) if cfg.preference.objective == "kto" else None
     elif distillation is not None and cfg.distill.objective != "none":
         weights = DistillLossWeights.of(cfg.distill)
         loss = Distillation(context.model, weights, distillation.vocabulary, cfg.train.neftune_alpha)
@@ -56,6 +54,17 @@ def build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, sta
         row_loss=preference,
         before_step=before_step,
     )
+
+
+def _divergence_hook(context: RunContext, preference: PreferenceSetup) -> Callable[[int, BatchesOf], None]:
+    """Build the hook that estimates the divergence from the reference over the rows of a step, for kto."""
+    options = context.scoring_options()
+
+    def before_step(step: int, _: BatchesOf) -> None:
+        documents = [document for sequence in context.sampler.step_batches(step - 1) for document in sequence]
+        preference.estimate_divergence(documents, context.part, **options)
+
+    return before_step
 
 
 def _configure_kernels(context: RunContext, steps: int, before: bool | None) -> None:

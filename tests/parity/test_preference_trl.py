@@ -22,7 +22,6 @@ from finetune.losses.preference import answer_log_probs
 from finetune.models.fused import fuse_layers
 from finetune.objectives.preference import PreferenceLoss, PreferenceSetup
 from finetune.ops import attention
-from tests.models import save_tiny_base
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -53,16 +52,6 @@ COMMON: dict[str, Any] = {
     "max_length": None,
     "beta": 0.3,
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
-    """A random two-layer Qwen2 in fp32 with the tokenizer of the sample base."""
-    tokenizer = AutoTokenizer.from_pretrained(repo_root / "data" / "tiny-qwen2.5")
-    folder = tmp_path_factory.mktemp("base")
-    save_tiny_base(folder, vocab_size=len(tokenizer), dtype=torch.float32, noise=0.1)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 LORA = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")

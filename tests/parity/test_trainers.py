@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from finetune import attach_lora, fuse_layers, load_base
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.models.fused import FusedLayers
-from tests.models import random_qwen2, save_tiny_base
+from tests.models import random_qwen2
 
 ROWS = [{"prompt": f"Say {i}", "completion": f"{i} is a number{' and so on' * (i % 4)}."} for i in range(24)]
 STEPS = 3
@@ -42,16 +42,6 @@ COMMON: dict[str, Any] = {
     "disable_tqdm": True,
 }
 Results = tuple[list[float], dict[str, torch.Tensor]]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
-    """A random two-layer Qwen2 in fp32 with the tokenizer of the sample base."""
-    tokenizer = AutoTokenizer.from_pretrained(repo_root / "data" / "tiny-qwen2.5")
-    folder = tmp_path_factory.mktemp("base")
-    save_tiny_base(folder, vocab_size=len(tokenizer), dtype=torch.float32, noise=0.1)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def stock_base(base: Path, nf4: bool, dtype: torch.dtype = torch.float32) -> Any:
