@@ -27,7 +27,7 @@ _OWNERS = {
     "cache": ("dpo", "ipo"),
 }
 # These change the weights of the base, so the model without its adapter is not the base.
-_CHANGES_BASE = ("pissa", "pissa_niter_16", "olora", "loftq")
+CHANGES_BASE = ("pissa", "pissa_niter_16", "olora", "loftq")
 
 
 def preference_settings(preference: PreferenceConfig) -> Problems:
@@ -54,7 +54,7 @@ def preference_policies(preference: PreferenceConfig, lora: LoraConfig) -> Probl
         return
     if preference.reference == "init_adapter" and lora.init_adapter is None:
         yield Problem("preference.reference", "init_adapter needs lora.init_adapter; set it, or reference=base")
-    if lora.init in _CHANGES_BASE and preference.objective in NEEDS_REFERENCE:
+    if lora.init in CHANGES_BASE and preference.objective in NEEDS_REFERENCE:
         yield Problem("lora.init", f"{lora.init} changes the base, which is the reference; set lora.init=default")
 
 

@@ -21,6 +21,7 @@ from finetune.config.preference_rules import (
     preference_settings,
 )
 from finetune.config.problems import Problem
+from finetune.config.reward_rules import reward_alone, reward_policies, reward_rows, reward_settings, reward_steps
 from finetune.config.sections import (
     DataConfig,
     DistillConfig,
@@ -31,6 +32,7 @@ from finetune.config.sections import (
     Name,
     PreferenceConfig,
     QuantConfig,
+    RewardConfig,
     Section,
     SourceConfig,
     Text,
@@ -65,6 +67,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(TrainConfig(), description="Optimizer, length of training, checkpoints.")
     distill: DistillConfig = Field(DistillConfig(), description="Knowledge distillation.")
     preference: PreferenceConfig = Field(PreferenceConfig(), description="Learning from preferences.")
+    reward: RewardConfig = Field(RewardConfig(), description="Reinforcement learning on rewarded answers.")
     guard: GuardConfig = Field(GuardConfig(), description="Limit on the divergence between the model and its teacher.")
     generation: GenerationConfig = Field(GenerationConfig(), description="Generated answers to held-out examples.")
     track: TrackConfig = Field(TrackConfig(), description="Experiment trackers; metrics.jsonl is always written.")
@@ -73,6 +76,11 @@ class RunConfig(Section):
     def has_teacher(self) -> bool:
         """Return whether the run learns from a teacher or is measured against one."""
         return self.distill.objective != "none" or self.guard.max is not None
+
+    @property
+    def row_objective(self) -> str:
+        """Return what the run learns from its rows: none (their answers), reward, or `preference.objective`."""
+        return "reward" if self.reward.loss != "none" else self.preference.objective
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -362,4 +370,9 @@ RULES: tuple[Callable[..., Problems], ...] = (
     preference_policies,
     preference_rows,
     preference_alone,
+    reward_settings,
+    reward_policies,
+    reward_rows,
+    reward_steps,
+    reward_alone,
 )

@@ -37,6 +37,7 @@ Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[Number, Field(gt=0, le=1)]
+RewardName = Literal["exact", "number", "regex", "json_schema", "length", "format"]
 QuantType = Literal["nf4", "int8", "none"]
 OnBadRow = Literal["error", "skip"]
 ReasoningRule = Literal["error", "think", "drop"]
@@ -295,6 +296,47 @@ class PreferenceConfig(Section):
     cache: Text | None = Field(
         None, description="Folder of the reference's log-probabilities, written by `finetune cache`; null: none."
     )
+
+
+class RewardConfig(Section):
+    """Reinforcement learning: the model writes a group of answers to each prompt, and rewards judge them (GRPO)."""
+
+    loss: Literal["none", "grpo", "dr_grpo", "dapo"] = Field(
+        "none", description="What the loss of a step is divided by: each answer's tokens, the longest answer, or all."
+    )
+    functions: dict[RewardName, Number] = Field({}, description="Rewards of an answer with their weights.")
+    group_size: Annotated[int, Field(ge=2)] = Field(8, description="Answers to each prompt; they are compared.")
+    max_new_tokens: Count = Field(128, description="Longest answer in tokens; data.max_length includes it.")
+    temperature: Positive = Field(1.0, description="Sampling temperature of the answers.")
+    updates: Count = Field(1, description="Optimizer steps on the same answers.")
+    clip_low: Annotated[Positive, Field(lt=1)] = Field(
+        0.2, description="How far below 1 the ratio of new to old probability may push an answer down."
+    )
+    clip_high: Positive | None = Field(None, description="The same above 1, pushing up; null: as reward.clip_low.")
+    beta: NotNegative = Field(0.0, description="Weight of the divergence from the reference, per token; 0: none.")
+    reference: Literal["auto", "base", "init_adapter"] = Field(
+        "auto",
+        description="The policy of reward.beta; auto: lora.init_adapter if it is set, otherwise the base.",
+    )
+    skip_unfinished: bool = Field(
+        False, description="Do not train on answers that reached reward.max_new_tokens; they are still compared."
+    )
+    pattern: Text | None = Field(
+        None, description="Regular expression of the reward `regex`: its group 1 (or match) must equal the row's."
+    )
+    format: Text | None = Field(
+        None,
+        description="Regular expression that the whole answer must match, of the reward `format`; null: "
+        "reasoning in <think> tags, then text.",
+    )
+    json_schema: Text | None = Field(None, description="File with the JSON schema of the reward `json_schema`.")
+    length: Count | None = Field(
+        None, description="Tokens from which the reward `length` falls, from 0 to -1 at reward.max_new_tokens."
+    )
+    engine: Literal["process", "server"] = Field(
+        "process", description="Where answers are sampled: in this process, or at a vLLM server."
+    )
+    url: Text | None = Field(None, description="The vLLM server, as http://host:8000 (engine=server only).")
 
 
 class GuardConfig(Section):

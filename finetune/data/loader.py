@@ -96,7 +96,7 @@ def load_all_rows(cfg: RunConfig, log: Log) -> tuple[PreTrainedTokenizerBase, Ch
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
     chat = load_chat_template(cfg.data, tokenizer)
     whole = cfg.data.model_copy(update={"stream_rows": None})
-    progress, objective = console_progress(log), cfg.preference.objective
+    progress, objective = console_progress(log), cfg.row_objective
     return tokenizer, chat, load_data(Preparation(whole, chat, progress=progress, objective=objective))
 
 

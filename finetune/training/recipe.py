@@ -148,7 +148,7 @@ def _load(
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
     chat = loader.load_chat_template(cfg.data, tokenizer)
     # Ranks of one machine share its disk: one of them tokenizes, the others wait for its files.
-    main, objective = accelerator.is_local_main_process, cfg.preference.objective
+    main, objective = accelerator.is_local_main_process, cfg.row_objective
     preparation = Preparation(cfg.data, chat, main, console_progress(log), objective)
     data = loader.load_data(preparation)
     _describe_data(cfg, data, chat, log)
