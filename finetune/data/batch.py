@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.data.documents import Document
@@ -31,6 +32,8 @@ class Batch:
     student_generated: [T] bool, tokens of documents that the model in training wrote; None if there are none.
     sides: of rows with preferences, the numbers of the documents with the desirable and the undesirable answer, -1 for
         none. Empty for other rows.
+    advantages: [A] float32, of the documents, and sampled_log_probs: [N] float32, of the targets, of answers that the
+        model sampled; None for other documents.
     """
 
     input_ids: Tensor
@@ -43,6 +46,8 @@ class Batch:
     weights: Tensor | None = None
     student_generated: Tensor | None = None
     sides: tuple[tuple[int, int], ...] = ()
+    advantages: Tensor | None = None
+    sampled_log_probs: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -56,6 +61,13 @@ class Batch:
     def targets(self) -> Tensor:
         """The tokens [N] int64 that carry a target."""
         return (self.labels[0] != IGNORE_INDEX).nonzero().squeeze(1)
+
+    @property
+    def target_counts(self) -> Tensor:
+        """The number of targets of each document [A] int64."""
+        ends = torch.tensor(self.segment_lengths).cumsum(0)
+        targets_before = F.pad((self.labels[0] != IGNORE_INDEX).cumsum(0), (1, 0))
+        return targets_before[F.pad(ends, (1, 0))].diff()
 
 
 def build_batch(documents: Sequence[Document], *, share_prefixes: bool = False) -> Batch:
@@ -72,6 +84,7 @@ def build_batch(documents: Sequence[Document], *, share_prefixes: bool = False) 
         return torch.from_numpy(np.concatenate(parts).astype(dtype))[None]
 
     weighted = any(d.weights is not None for d in documents)
+    judged = [d.judged for d in documents if d.judged is not None]
     weights = [np.ones(len(d), np.float32) if d.weights is None else d.weights for d in documents] if weighted else []
     return Batch(
         input_ids=row([d.ids for d in documents]),
@@ -86,6 +99,8 @@ def build_batch(documents: Sequence[Document], *, share_prefixes: bool = False) 
         if any(d.student_generated for d in documents)
         else None,
         sides=sides,
+        advantages=torch.tensor([each.advantage for each in judged]) if judged else None,
+        sampled_log_probs=torch.from_numpy(np.concatenate([each.log_probs for each in judged])) if judged else None,
     )
 
 

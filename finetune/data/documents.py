@@ -16,6 +16,18 @@ from finetune.data.tokens.store import TokenStore
 
 
 @dataclass(frozen=True, slots=True)
+class Judged:
+    """What a run knows of an answer that its model sampled.
+
+    log_probs: [N] float32, of the document's targets when they were sampled.
+    advantage: how much better the answer is than others to the same prompt.
+    """
+
+    log_probs: np.ndarray
+    advantage: float
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """Tokens and labels of one row, or of a piece of it.
 
@@ -28,6 +40,7 @@ class Document:
     media_digest: hash of the images, audio and video behind placeholder tokens; empty for text. Documents with equal
         ids and different media have different hidden states.
     chosen_tokens: as in `Encoded`; None for a document that is one text.
+    judged: of a sampled answer in reinforcement learning.
     """
 
     ids: np.ndarray
@@ -38,6 +51,12 @@ class Document:
     student_generated: bool = False
     media_digest: bytes = b""
     chosen_tokens: int | None = None
+    judged: Judged | None = None
+
+    @property
+    def first_target(self) -> int:
+        """The position that predicts the first target: the last token of the prompt."""
+        return int(np.flatnonzero(self.labels != IGNORE_INDEX)[0])
 
     @property
     def target_tokens(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +27,10 @@ from finetune.ops.determinism import cumulative_sums
 from finetune.system.machine import available_memory
 
 # Limits of a sampled batch. The key-value cache of so many tokens takes 0.9 GB at 7B; larger batches are hardly faster.
-_PROMPTS, _TOKENS = 64, 2**14
+_ANSWERS, _TOKENS = 64, 2**14
 # Rows with distributions in float64 at once: 40 MB with Qwen2.5's vocabulary, times three copies.
 _DRAWN_AT_ONCE = 32
-# (logits [N, V], index of each row's prompt [N], number of tokens generated for it [N]) -> ids [N] int64.
+# (logits [N, V], number of each row's answer [N], number of tokens generated for it [N]) -> ids [N] int64.
 Choose = Callable[[Tensor, list[int], list[int]], Tensor]
 
 
@@ -108,6 +109,14 @@ def answer_rows(
     return [answers[i] for i in range(len(prompts))]
 
 
+@dataclass(frozen=True, slots=True)
+class SampledIds:
+    """A sampled answer. ids: [n] int32. log_probs: [n] float32, of each id when it was drawn."""
+
+    ids: np.ndarray
+    log_probs: np.ndarray
+
+
 @torch.no_grad()
 def sample_answers(
     model: nn.Module,
@@ -117,45 +126,62 @@ def sample_answers(
     stop_ids: Collection[int],
     vocabulary: int,
     temperature: float,
-) -> list[np.ndarray]:
-    """Sample an answer to each prompt from the full softmax. No random generator is used.
+) -> list[list[SampledIds]]:
+    """Sample answers to each prompt from the full softmax. No random generator is used.
+
+    A prompt is computed once for all its answers.
 
     Args:
         prompts: ids, at least one each.
-        draws: per prompt, float64 in [0, 1). The t-th number decides the t-th token, by inverting the cumulative
-            probabilities. So an answer does not depend on the other prompts of its batch.
+        draws: per prompt [G, n] float64 in [0, 1), with as many answers G to each prompt. The t-th number of a row
+            decides the t-th token of an answer, by inverting the cumulative probabilities. So an answer does not
+            depend on the other answers of its batch.
         stop_ids: an answer ends with one of these ids, or when its draws are used up.
         vocabulary: V, number of ids to choose from.
 
     Returns:
-        Answers [int32], in the order of `prompts`.
+        The answers to each prompt, in the order of `prompts` and of the draws.
     """
-    answers: dict[int, np.ndarray] = {}
+    answers: dict[int, list[SampledIds]] = {}
+    copies = len(draws[0]) if len(draws) else 1
     with evaluating(model):
-        for rows in _batches([len(p) for p in prompts], [len(d) for d in draws]):
-            drawn = [draws[i] for i in rows]
+        for rows in _batches([len(p) for p in prompts], [d.shape[1] for d in draws], copies):
+            drawn = [answer for i in rows for answer in draws[i]]
+            log_probs: list[list[float]] = [[] for _ in drawn]
 
             def choose(
-                logits_NV: Tensor, prompts: list[int], written: list[int], drawn: list[np.ndarray] = drawn
+                logits_NV: Tensor,
+                numbers: list[int],
+                written: list[int],
+                drawn: list[np.ndarray] = drawn,
+                log_probs: list[list[float]] = log_probs,
             ) -> Tensor:
-                next_draws = [drawn[i][t] for i, t in zip(prompts, written, strict=True)]
+                next_draws = [drawn[i][t] for i, t in zip(numbers, written, strict=True)]
                 draws_N = torch.tensor(next_draws, dtype=torch.float64, device=logits_NV.device)
-                return draw_tokens(logits_NV, draws_N, temperature)
+                ids_N, log_probs_N = draw_tokens(logits_NV, draws_N, temperature)
+                for i, log_prob in zip(numbers, log_probs_N.tolist(), strict=True):
+                    log_probs[i].append(log_prob)
+                return ids_N
 
-            limits, stops = [len(d) for d in drawn], frozenset(stop_ids)
-            written = decode(model, [prompts[i] for i in rows], limits, choose, stop_ids=stops, vocabulary=vocabulary)
-            answers.update(zip(rows, (np.array(answer, dtype=np.int32) for answer in written), strict=True))
+            options: dict[str, Any] = {"stop_ids": frozenset(stop_ids), "vocabulary": vocabulary, "copies": copies}
+            written = decode(model, [prompts[i] for i in rows], [len(d) for d in drawn], choose, **options)
+            found = [
+                SampledIds(np.array(ids, dtype=np.int32), np.array(scores, dtype=np.float32))
+                for ids, scores in zip(written, log_probs, strict=True)
+            ]
+            for place, i in enumerate(rows):
+                answers[i] = found[place * copies : (place + 1) * copies]
     return [answers[i] for i in range(len(prompts))]
 
 
-def _batches(prompt_tokens: list[int], answer_tokens: list[int]) -> Iterator[list[int]]:
-    """Group prompts of similar length into batches within the limits."""
+def _batches(prompt_tokens: list[int], answer_tokens: list[int], copies: int) -> Iterator[list[int]]:
+    """Group prompts of similar length into batches within the limits. copies: answers to each prompt."""
     batch: list[int] = []
     longest_answer = 0
     for i in sorted(range(len(prompt_tokens)), key=lambda i: prompt_tokens[i]):
         longest_answer = max(longest_answer, answer_tokens[i])
-        full = (len(batch) + 1) * (prompt_tokens[i] + longest_answer) > _TOKENS
-        if batch and (full or len(batch) == _PROMPTS):
+        full = (len(batch) + 1) * copies * (prompt_tokens[i] + longest_answer) > _TOKENS
+        if batch and (full or (len(batch) + 1) * copies > _ANSWERS):
             yield batch
             batch, longest_answer = [], answer_tokens[i]
         batch.append(i)
@@ -163,15 +189,25 @@ def _batches(prompt_tokens: list[int], answer_tokens: list[int]) -> Iterator[lis
         yield batch
 
 
-def draw_tokens(logits_NV: Tensor, draws_N: Tensor, temperature: float) -> Tensor:
-    """Return the tokens [N] int64 at which the cumulative softmax(logits / temperature) passes the draws (float64)."""
-    found = []
+def draw_tokens(logits_NV: Tensor, draws_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the tokens at which the cumulative softmax(logits / temperature) passes the draws, and their log-probs.
+
+    Args:
+        draws_N: float64.
+
+    Returns:
+        Ids [N] int64 and log-probabilities [N] float64.
+    """
+    found, log_probs = [], []
     for logits, draws in zip(logits_NV.split(_DRAWN_AT_ONCE), draws_N.split(_DRAWN_AT_ONCE), strict=True):
-        cumulated = cumulative_sums((logits.double() / temperature).softmax(-1))
+        probs = (logits.double() / temperature).softmax(-1)
+        cumulated = cumulative_sums(probs)
         places = draws[:, None] * cumulated[:, -1:]  # the sum is 1 up to rounding
-        found.append(torch.searchsorted(cumulated, places, right=True).squeeze(1))
-    # NaN logits give an id beyond the last one. They show up in the loss of training on the answer.
-    return torch.cat(found).clamp_(max=logits_NV.shape[1] - 1)
+        # NaN logits give an id beyond the last one. They show up in the loss of training on the answer.
+        ids = torch.searchsorted(cumulated, places, right=True).clamp_(max=logits.shape[1] - 1)
+        found.append(ids.squeeze(1))
+        log_probs.append(probs.gather(1, ids).log().squeeze(1))
+    return torch.cat(found), torch.cat(log_probs)
 
 
 def greedy(logits_NV: Tensor, prompts: list[int], written: list[int]) -> Tensor:
@@ -187,6 +223,7 @@ def decode(
     *,
     stop_ids: Collection[int],
     vocabulary: int,
+    copies: int = 1,
 ) -> list[list[int]]:
     """Generate the answers of a batch of prompts, padded on the left, with a key-value cache.
 
@@ -194,14 +231,15 @@ def decode(
 
     Args:
         prompts: ids, at least one each.
-        limits: the most tokens to generate, per prompt; an answer also ends with one of `stop_ids`.
+        limits: the most tokens to generate, per answer; an answer also ends with one of `stop_ids`.
         vocabulary: V, number of ids to choose from.
+        copies: answers to each prompt, which is computed once for all of them.
     """
     base, device = base_of(model), next(model.parameters()).device
     head, backbone = head_of(model), getattr(base, base.base_model_prefix)
     cache = DynamicCache(config=base.config)
-    answers: list[list[int]] = [[] for _ in prompts]
-    unfinished = list(range(len(prompts)))  # the rows of all tensors
+    answers: list[list[int]] = [[] for _ in limits]
+    unfinished = list(range(len(answers)))  # the rows of all tensors
     longest = max(map(len, prompts))
     ids_NL = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask_NL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -209,6 +247,11 @@ def decode(
     while unfinished:
         inputs = {"input_ids": ids_NL, "attention_mask": mask_NL, "position_ids": positions_NL, "use_cache": True}
         logits_NV = logits_of(backbone(**inputs, past_key_values=cache).last_hidden_state[:, -1], head, vocabulary)
+        if len(logits_NV) < len(unfinished):  # after the prompts
+            cache.batch_repeat_interleave(copies)
+            logits_NV, mask_NL, positions_NL = (
+                x.repeat_interleave(copies, 0) for x in (logits_NV, mask_NL, positions_NL)
+            )
         ids_N = choose(logits_NV, unfinished, [len(answers[i]) for i in unfinished])
         for i, token in zip(unfinished, ids_N.tolist(), strict=True):
             answers[i].append(token)

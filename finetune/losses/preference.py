@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from finetune.config.preference_rules import NEEDS_REFERENCE
 from finetune.config.schema import PreferenceConfig
 from finetune.data.batch import Batch
-from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.chunked import target_nats
 from finetune.losses.cross_entropy import head_of
 from finetune.losses.hidden_states import base_of, copy_together, target_states
@@ -133,11 +132,7 @@ def answer_log_probs(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0)
     states = target_states(model, batch, neftune_alpha)
     vocabulary = base_of(model).config.vocab_size
     nats_N = target_nats(states.hidden_ND, head_of(model), vocabulary, states.labels_N)
-    lengths = torch.tensor(batch.segment_lengths)
-    starts = F.pad(lengths.cumsum(0), (1, 0))
-    targets_before = F.pad((batch.labels[0] != IGNORE_INDEX).cumsum(0), (1, 0))[starts]
-    counts = targets_before.diff()
-    [counts_A] = copy_together([counts], nats_N.device)
+    [counts_A] = copy_together([batch.target_counts], nats_N.device)
     # Sums each document's targets in their order, on every device.
     sums_A = torch.segment_reduce(nats_N, "sum", lengths=counts_A, unsafe=True)
     return -sums_A, counts_A.float()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -66,19 +65,25 @@ class DistillationSetup:
     ) -> Sampler:
         """Let the student write the answers of a share of the documents (`distill.on_policy`)."""
         distill = self.cfg.distill
+
+        def write(prompts: Sequence[np.ndarray], draws: Sequence[np.ndarray]) -> list[np.ndarray]:
+            answers = sample_answers(
+                model,
+                prompts,
+                [each[None] for each in draws],
+                stop_ids=chat.stop_ids(),
+                vocabulary=self.vocabulary,
+                temperature=distill.on_policy_temperature,
+            )
+            return [answer.ids for [answer] in answers]
+
         log(
             f"distill: on_policy={distill.on_policy:.0%} of the rows, max_tokens={distill.on_policy_tokens}, "
             f"temperature={distill.on_policy_temperature:g}; only the teacher scores these answers"
         )
         return OnPolicySampler(
             sampler,
-            write=partial(
-                sample_answers,
-                model,
-                stop_ids=chat.stop_ids(),
-                vocabulary=self.vocabulary,
-                temperature=distill.on_policy_temperature,
-            ),
+            write=write,
             share=distill.on_policy,
             tokens=distill.on_policy_tokens,
             max_length=self.cfg.data.max_length,

@@ -58,9 +58,9 @@ class PreferenceSetup:
         """Return this rank's sums since the last call."""
         return self.loss.take_sums()
 
-    def figures_of(self, sums: Tensor) -> dict[str, float]:
-        """Return means by name from the sums of all ranks; those of kinds of rows that did not occur are left out."""
-        figures = figures_of(sums)
+    def figures_of(self, of_ranks: Tensor) -> dict[str, float]:
+        """Return means by name from the sums of each rank; those of kinds of rows that did not occur are left out."""
+        figures = figures_of(of_ranks.sum(0))
         return figures | {"divergence": self.loss.divergence} if self.cfg.objective == "kto" else figures
 
     @torch.no_grad()
@@ -101,7 +101,7 @@ class PreferenceSetup:
                 loss = float(self.loss(build_batch(group, share_prefixes=True)))
                 total += torch.tensor([loss, self.count(group)], dtype=torch.float64)
         sums = sum_over_ranks(torch.cat([total, self.take_sums()]))
-        return {"loss": (sums[0] / sums[1]).item(), **self.figures_of(sums[2:])}
+        return {"loss": (sums[0] / sums[1]).item(), **self.figures_of(sums[None, 2:])}
 
 
 class PreferenceLoss(nn.Module):
@@ -189,15 +189,11 @@ def mismatched(documents: Sequence[Document]) -> list[Document]:
 
 def _with_answer(document: Document, other: Document) -> Document:
     """Return the prompt of a document with the answer of another one."""
-    start, other_start = (_first_target(part) for part in (document, other))
+    start, other_start = (part.first_target for part in (document, other))
     # Position t predicts token t + 1, so the label of the prompt's last token is the answer's first token.
     ids = np.concatenate([document.ids[: start + 1], other.ids[other_start + 1 :]])
     labels = np.concatenate([document.labels[:start], other.labels[other_start:]])
     return replace(document, ids=ids, labels=labels)
-
-
-def _first_target(document: Document) -> int:
-    return int(np.flatnonzero(document.labels >= 0)[0])
 
 
 def build_preference(

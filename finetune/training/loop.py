@@ -36,9 +36,9 @@ _PLACES_SHOWN = 8
 
 
 class RowLoss(Protocol):
-    """A loss on whole rows, as a preference."""
+    """A loss on whole rows, as a preference or a reward."""
 
-    def count(self, documents: Sequence[Document]) -> int:
+    def count(self, documents: Sequence[Document]) -> float:
         """Return what the summed loss of documents is divided by."""
         ...
 
@@ -46,8 +46,8 @@ class RowLoss(Protocol):
         """Return this rank's sums for figures since the last call, fp64 on the CPU."""
         ...
 
-    def figures_of(self, sums: Tensor) -> Figures:
-        """Return the figures from the sums of all ranks."""
+    def figures_of(self, of_ranks: Tensor) -> Figures:
+        """Return the figures from what `take_sums` returned on each rank [ranks, sums]."""
         ...
 
 
@@ -211,7 +211,7 @@ def train_step(inputs: StepInputs, step: int, stop_signal: int = 0) -> StepResul
         tokens=sum(map(len, documents)),
         computed_tokens=int(of_ranks[:, 2].sum().item()),
         target_tokens=target_tokens,
-        figures={} if inputs.row_loss is None else inputs.row_loss.figures_of(of_ranks[:, 3:].sum(0).cpu()),
+        figures={} if inputs.row_loss is None else inputs.row_loss.figures_of(of_ranks[:, 3:].cpu()),
         stop_signal=int(of_ranks[:, 1].max().item()),
     )
 

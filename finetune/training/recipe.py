@@ -32,6 +32,7 @@ from finetune.models.load import check_loaded, load_base
 from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
 from finetune.objectives.distillation import build_distillation, check_distillation, mean_teacher_kl, teacher_table
 from finetune.objectives.preference import build_preference
+from finetune.objectives.reinforcement import build_reinforcement
 from finetune.ops.determinism import deterministic
 from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan, describe_start
@@ -171,6 +172,7 @@ def _load(
         detail(f"kernels: {fuse_layers(model)}")
     model.train()
     preference = build_preference(cfg, model, chat, data, log)
+    reinforcement = build_reinforcement(cfg, model, chat, sampler, accelerator, log)
     batch_plan = apply_batch_plan(inputs, model, accelerator, log)
     return RunContext(
         cfg=cfg,
@@ -180,11 +182,12 @@ def _load(
         tokenizer=tokenizer,
         preparation=preparation,
         data=data,
-        sampler=sampler,
+        sampler=sampler if reinforcement is None else reinforcement.rollouts,
         model=model,
         batch_plan=batch_plan,
         distillation=distillation,
         preference=preference,
+        reinforcement=reinforcement,
         started=started,
         predicted_speed=predict_speed(inputs, model, batch_plan, data),
     )
@@ -219,7 +222,8 @@ def _build_sampler(cfg: RunConfig, preparation: Preparation, data: loader.Loaded
     if cfg.data.stream_rows:
         log(f"data: training rows are streamed, {cfg.data.stream_rows:,} at a time")
         return StreamingSampler(preparation, cfg.train.batch_size, cfg.train.seed, Path(cfg.output_dir) / "stream")
-    pack_to = cfg.data.max_length if cfg.data.packing else None
+    # A prompt is a sequence by itself: answers to it are packed.
+    pack_to = cfg.data.max_length if cfg.data.packing and cfg.reward.loss == "none" else None
     order = SequenceOrder(data.documents.lengths, data.weights, pack_to, cfg.train.batch_size, cfg.train.seed)
     return MapSampler(data.documents, order, data.digest)
 

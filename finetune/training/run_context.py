@@ -24,6 +24,7 @@ from finetune.evaluation.metrics import METRICS
 from finetune.evaluation.scoring import agreement, evaluate
 from finetune.objectives.distillation import DistillationSetup
 from finetune.objectives.preference import PreferenceSetup
+from finetune.objectives.reinforcement import PolicySetup
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.planning.auto_batch import BatchPlan
 from finetune.system.console import Log
@@ -38,7 +39,8 @@ class RunContext:
         log: prints on the main rank alone.
         detail: prints there what only --verbose shows.
         distillation: None for a run without a teacher.
-        preference: None for a run that learns from answers alone.
+        preference: None for a run that does not compare answers.
+        reinforcement: None for a run without rewards.
         started: start of this process's part of the run.
         predicted_speed: tokens per second of training, and the source of the rates.
         answers: of the latest evaluation, replaced by the next one; empty without `generation.metrics`.
@@ -56,6 +58,7 @@ class RunContext:
     batch_plan: BatchPlan
     distillation: DistillationSetup | None
     preference: PreferenceSetup | None
+    reinforcement: PolicySetup | None
     started: datetime
     predicted_speed: tuple[float, str]
     answers: list[Answer] = field(default_factory=list)
@@ -113,6 +116,8 @@ def score_held_out(context: RunContext) -> dict[str, float]:
     for source in context.data.eval:
         if context.preference is not None:
             scores = context.preference.evaluate(source.documents, part, **options)
+        elif context.reinforcement is not None:
+            scores = context.reinforcement.evaluate(source.documents)
         else:
             found = evaluate(context.model, source.documents[part], **options)
             scores = {name: getattr(found, name) for name in ("loss", "perplexity", "accuracy")}

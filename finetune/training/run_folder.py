@@ -117,6 +117,7 @@ def trajectory(cfg: RunConfig) -> dict[str, Any]:
     recovers = cfg.guard.max is not None and cfg.guard.action == "recover"
     names = {"model", "quant", "lora", "data", "train"} | ({"guard"} if recovers else set())
     names |= {"preference"} if cfg.preference.objective != "none" else set()
+    names |= {"reward"} if cfg.reward.loss != "none" else set()
     names |= {"distill"} if cfg.distill.objective != "none" or recovers else set()
     sections = cfg.model_dump(include=names)
     return {

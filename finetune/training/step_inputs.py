@@ -11,6 +11,7 @@ from finetune.losses.distillation import Distillation, DistillLossWeights
 from finetune.losses.hidden_states import base_of
 from finetune.models.adapters.folder import list_checkpoints
 from finetune.objectives.preference import PreferenceLoss, PreferenceSetup
+from finetune.objectives.reinforcement import PolicyLoss
 from finetune.ops import dispatch, matmul
 from finetune.report.facts import resume_command
 from finetune.training.accelerator import wrap_ranks
@@ -24,9 +25,11 @@ def build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, sta
     cfg, accelerator, distillation = context.cfg, context.accelerator, context.distillation
     total_steps = cfg.train.max_steps or context.sampler.steps_for(cfg.train.epochs or 1)
     _configure_kernels(context, total_steps, state.choices.get("compiled"))
-    loss: CrossEntropy | Distillation | PreferenceLoss
+    loss: CrossEntropy | Distillation | PreferenceLoss | PolicyLoss
     before_step, sampler, preference = None, context.sampler, context.preference
-    if preference is not None:
+    if context.reinforcement is not None:
+        loss, before_step = context.reinforcement.loss, context.reinforcement.before_step
+    elif preference is not None:
         loss = preference.loss
         before_step = _divergence_hook(context, preference) if cfg.preference.objective == "kto" else None
     elif distillation is not None and cfg.distill.objective != "none":
@@ -51,7 +54,7 @@ def build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, sta
         share_prefixes=cfg.train.kernels == "fused" and cfg.train.share_prefixes and not noisy,
         resume_command=resume_command(context.folder),
         last_checkpoint=lambda: next(reversed(list_checkpoints(context.folder)), None),
-        row_loss=preference,
+        row_loss=context.reinforcement or preference,
         before_step=before_step,
     )
 

@@ -149,7 +149,7 @@ def _greedy(**options: Any) -> Step:
 def _sampled() -> Step:
     def work(model: nn.Module, batch: Batch, tracker: Tracker) -> None:
         tracker.phase = "forward"
-        draws = [np.full(2, 0.5), np.full(3, 0.5)]
+        draws = [np.full((2, 2), 0.5), np.full((2, 3), 0.5)]
         sample_answers(model, _PROMPTS, draws, stop_ids=(), vocabulary=SMALL["vocab_size"], temperature=1.0)
 
     return trace(SMALL, work)

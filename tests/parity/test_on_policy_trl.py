@@ -42,7 +42,8 @@ class Rows:
 
 def written(student) -> list[list[Document]]:
     def write(prompts, draws):
-        return sample_answers(student, prompts, draws, stop_ids=(STOP,), vocabulary=WORDS, temperature=1.0)
+        options = {"stop_ids": (STOP,), "vocabulary": WORDS, "temperature": 1.0}
+        return [answer.ids for [answer] in sample_answers(student, prompts, [d[None] for d in draws], **options)]
 
     return OnPolicySampler(Rows(), write, 1.0, 8, 64, seed=3).step_batches(0)
 

@@ -57,7 +57,7 @@ class RowEncoder:
         """Encode a batch; rows that cannot be used are listed in it."""
         parsed = [(row, self._usable(example)) for row, example in self.parser.rows(batch)]
         conversations = [chat for _, example in parsed for chat in _conversations(example)]
-        chats = iter(self.chat.encode(conversations, self.train_on))
+        chats = iter(self.chat.encode(conversations, "last" if self.objective == "reward" else self.train_on))
         texts = self._encode_texts([example.text for _, example in parsed if isinstance(example, RawText)])
         rows: list[tuple[int, ...]] = []
         good: list[Encoded] = []
@@ -108,7 +108,7 @@ class RowEncoder:
         """Return the example, or why `preference.objective` cannot use it."""
         if isinstance(example, DataError):
             return example
-        if self.objective == "none":
+        if self.objective in ("none", "reward"):
             if isinstance(example, Preference):
                 return DataError(PREFERENCE)
             if isinstance(example, Conversation) and example.verdict is False:
@@ -128,7 +128,7 @@ class RowEncoder:
 
     def _judged(self, encoded: Encoded | DataError, example: Conversation) -> Encoded | DataError:
         """Write the verdict of a row into its tokens, in a run that learns from verdicts."""
-        if self.objective == "none" or isinstance(encoded, DataError):
+        if self.objective in ("none", "reward") or isinstance(encoded, DataError):
             return encoded
         return _unweighted(replace(encoded, chosen_tokens=len(encoded.ids) if example.verdict else 0))
 

@@ -32,9 +32,10 @@ def prompts_and_draws(count: int, seed: int = 0, tokens: int = 7) -> tuple[list[
 
 
 def answer(model, prompts, draws, stop_ids=(STOP,), vocabulary=WORDS, temperature=1.0) -> list[list[int]]:
-    answers = sample_answers(model, prompts, draws, stop_ids=stop_ids, vocabulary=vocabulary, temperature=temperature)
-    assert all(a.dtype == np.int32 for a in answers)
-    return [a.tolist() for a in answers]
+    options = {"stop_ids": stop_ids, "vocabulary": vocabulary, "temperature": temperature}
+    answers = sample_answers(model, prompts, [d[None] for d in draws], **options)
+    assert all(a.ids.dtype == np.int32 for [a] in answers)
+    return [a.ids.tolist() for [a] in answers]
 
 
 @torch.no_grad()
@@ -68,11 +69,32 @@ def test_an_answer_is_that_of_its_prompt_alone_without_a_cache(model, vocabulary
     assert len({len(a) for a in answers}) > 2
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("answers", [64, 8])
+def test_answers_to_one_prompt_are_those_to_copies_of_it(model, monkeypatch, answers, temperature):
+    """With the log-probability of every token, when the prompt is computed once."""
+    monkeypatch.setattr(generation, "_ANSWERS", answers)
+    prompts, _ = prompts_and_draws(6)
+    draws = list(np.random.default_rng(5).random((6, 5, 7)))
+    options = {"stop_ids": (STOP,), "vocabulary": WORDS, "temperature": temperature}
+    groups = sample_answers(model, prompts, draws, **options)
+    alone = answer(model, np.repeat(np.array(prompts, dtype=object), 5), list(np.concatenate(draws)), **options)
+    assert [a.ids.tolist() for group in groups for a in group] == alone
+    for prompt, group in zip(prompts, groups, strict=True):
+        for found in group:
+            contexts = [[*prompt.tolist(), *found.ids[:t].tolist()] for t in range(len(found.ids))]
+            expected = [
+                probabilities(model, context, temperature=temperature)[token]
+                for context, token in zip(contexts, found.ids, strict=True)
+            ]
+            assert found.log_probs == pytest.approx(np.log(expected), abs=1e-5)
+
+
 @pytest.mark.parametrize("limits", [(1, 10**6), (3, 10**6), (64, 1), (64, 60)])
 def test_batches_change_no_answer(model, monkeypatch, limits):
     prompts, draws = prompts_and_draws(20)
     together = answer(model, prompts, draws)
-    monkeypatch.setattr(generation, "_PROMPTS", limits[0])
+    monkeypatch.setattr(generation, "_ANSWERS", limits[0])
     monkeypatch.setattr(generation, "_TOKENS", limits[1])
     assert answer(model, prompts, draws) == together
     assert answer(model, prompts[::-1], draws[::-1]) == together[::-1]
@@ -80,9 +102,9 @@ def test_batches_change_no_answer(model, monkeypatch, limits):
 
 
 def test_batches_hold_what_the_limits_allow(monkeypatch):
-    monkeypatch.setattr(generation, "_PROMPTS", 3)
+    monkeypatch.setattr(generation, "_ANSWERS", 3)
     monkeypatch.setattr(generation, "_TOKENS", 40)
-    batches = list(generation._batches([9, 3, 50, 3, 4, 3, 11], [2, 2, 2, 2, 7, 2, 2]))
+    batches = list(generation._batches([9, 3, 50, 3, 4, 3, 11], [2, 2, 2, 2, 7, 2, 2], 1))
     assert batches == [[1, 3, 5], [4, 0], [6], [2]]
 
 
@@ -124,7 +146,7 @@ def test_a_draw_takes_the_stretch_it_lies_in():
     never = float("-inf")
     logits = torch.tensor([never, 0.0, never, 0.0, 0.0, never]).expand(5, 6)
     draws = torch.tensor([0.0, 1 / 3 - 1e-9, 1 / 3 + 1e-9, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert draw_tokens(logits, draws, 1.0).tolist() == [1, 1, 3, 3, 4]
+    assert draw_tokens(logits, draws, 1.0)[0].tolist() == [1, 1, 3, 3, 4]
 
 
 def test_rows_that_are_drawn_block_by_block_are_the_same(monkeypatch):
@@ -135,7 +157,7 @@ def test_rows_that_are_drawn_block_by_block_are_the_same(monkeypatch):
     )
     whole = draw_tokens(logits, draws, 1.0)
     monkeypatch.setattr(generation, "_DRAWN_AT_ONCE", 7)
-    assert torch.equal(draw_tokens(logits, draws, 1.0), whole)
+    assert all(map(torch.equal, draw_tokens(logits, draws, 1.0), whole))
 
 
 def test_nothing_of_the_model_or_of_chance_is_touched(model):

@@ -1,0 +1,210 @@
+"""Learning from rewards (GRPO): the loss module of a run, and the rewards of its answers to held-out rows.
+
+Shapes: N target tokens, A answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from peft import PeftModel
+from torch import Tensor, nn
+
+from finetune.config.schema import RewardConfig, RunConfig
+from finetune.data.batch import Batch
+from finetune.data.documents import Document
+from finetune.data.packing import Sampler
+from finetune.data.template.chat import ChatTemplate
+from finetune.evaluation.generation import decode, dequantize_once, sample_answers
+from finetune.evaluation.intervals import Bootstrap, share_of
+from finetune.evaluation.scoring import evaluating
+from finetune.losses.hidden_states import base_of, copy_together
+from finetune.losses.policy import PolicyTokens, normalization, policy_losses, token_log_probs, token_weights
+from finetune.objectives.policies import ReferencePolicy, base_policy, initial_policy
+from finetune.objectives.rollouts import Judge, Rollouts, prompt_of
+from finetune.system.console import Log
+
+_RESAMPLES = 1000
+
+
+class PolicyLoss(nn.Module):
+    """The training loss as a module, so that DDP can wrap model and loss together.
+
+    forward(batch) returns the weighted sum of the losses of the batch's tokens, fp32; the caller divides by
+    `normalization`. The first update on some answers stores their log-probabilities for the next ones, so later updates
+    must give the same batches in the same order.
+    """
+
+    def __init__(self, model: nn.Module, cfg: RewardConfig, reference: ReferencePolicy | None):
+        super().__init__()
+        self.model = model
+        self.cfg = cfg
+        self._reference = reference
+        self._first = True
+        self._stored: list[tuple[Tensor, Tensor | None]] = []  # of each batch: old and reference log-probs [N]
+        self._next = 0
+        self._sums = torch.zeros(4, dtype=torch.float64)  # clipped, divergence, tokens; the largest sampling gap
+
+    def start(self, update: int) -> None:
+        """Begin a step, the `update`-th (from 0) on the same answers."""
+        self._first, self._next = update == 0, 0
+        if self._first:
+            self._stored.clear()
+
+    def forward(self, batch: Batch) -> Tensor:
+        temperature = self.cfg.temperature
+        log_probs_N = token_log_probs(self.model, batch, temperature)
+        if batch.advantages is None or batch.sampled_log_probs is None:  # a rank without rows
+            return log_probs_N.sum() * 0
+        if self._first:
+            reference_N = None
+            if self._reference is not None:
+                with torch.no_grad(), self._reference():
+                    reference_N = token_log_probs(self.model, batch, temperature)
+            self._stored.append((log_probs_N.detach(), reference_N))
+        old_N, reference_N = self._stored[self._next]
+        self._next += 1
+        counts, device = batch.target_counts, log_probs_N.device
+        advantages_N, sampled_N = copy_together(
+            [batch.advantages.repeat_interleave(counts), batch.sampled_log_probs], device
+        )
+        tokens = PolicyTokens(log_probs_N, old_N, advantages_N, reference_N)
+        losses_N, clipped_N, divergence_N = policy_losses(tokens, self.cfg)
+        [counts_A] = copy_together([counts], device)
+        self._count(clipped_N, divergence_N, old_N - sampled_N)
+        return (losses_N * token_weights(counts_A, self.cfg)).sum()
+
+    def take_sums(self) -> Tensor:
+        """Return clipped tokens, divergence, tokens, and the largest sampling gap since the last call, on the CPU."""
+        sums, self._sums = self._sums, torch.zeros(4, dtype=torch.float64)
+        return sums
+
+    @torch.no_grad()
+    def _count(self, clipped_N: Tensor, divergence_N: Tensor, gap_N: Tensor) -> None:
+        sums = torch.stack([clipped_N.double().sum(), divergence_N.double().sum(), gap_N.abs().max().double()]).cpu()
+        tokens = torch.tensor([len(clipped_N)], dtype=torch.float64)
+        gap = torch.maximum(self._sums[3:], sums[2:])
+        self._sums = torch.cat([self._sums[:2] + sums[:2], self._sums[2:3] + tokens, gap])
+
+
+@dataclass(frozen=True)
+class PolicySetup:
+    """What a run needs to learn from rewards.
+
+    judge: rewards of answers to rows. rollouts: None until `sampler_of` builds them.
+    """
+
+    cfg: RunConfig
+    loss: PolicyLoss
+    model: PeftModel
+    chat: ChatTemplate
+    judge: Judge
+    weights: np.ndarray
+    rollouts: Rollouts
+
+    def count(self, documents: Sequence[Document]) -> float:
+        """Return what the summed loss is divided by: of all answers, also those that were left out."""
+        return normalization(self.rollouts.lengths_A, self.cfg.reward)
+
+    def take_sums(self) -> Tensor:
+        """Return this rank's sums since the last call."""
+        return self.loss.take_sums()
+
+    def figures_of(self, of_ranks: Tensor) -> dict[str, float]:
+        """Return the figures of the answers, and those of the update over all ranks.
+
+        `sampling_gap` is the largest difference, over all tokens, of the log-probability that sampling used and that
+        the first update computes, in nats.
+        """
+        clipped, divergence, tokens, _ = of_ranks.sum(0).tolist()
+        figures = {**self.rollouts.figures, "sampling_gap": of_ranks[:, 3].max().item()}
+        if tokens and self.cfg.reward.updates > 1:
+            figures["clipped"] = clipped / tokens
+        if tokens and self.cfg.reward.beta:
+            figures["divergence"] = divergence / tokens
+        return figures
+
+    @torch.no_grad()
+    def evaluate(self, documents: Sequence[Document]) -> dict[str, float]:
+        """Return the mean reward of greedy answers to the first held-out rows, with its 95 % interval.
+
+        `loss` is the negative reward: what training lowers.
+        """
+        cfg, rollouts = self.cfg, self.rollouts
+        by_length = sorted(range(min(len(documents), cfg.generation.num_examples)), key=lambda i: len(documents[i]))
+        mine = by_length[rollouts.rank :: rollouts.ranks]
+        rewards: list[tuple[int, np.ndarray]] = []
+        with evaluating(self.model):
+            for start in range(0, len(mine), cfg.generation.batch_size):
+                numbers = mine[start : start + cfg.generation.batch_size]
+                rows = [documents[i] for i in numbers]
+                options = {"stop_ids": rollouts.stop_ids, "vocabulary": base_of(self.model).config.vocab_size}
+                limits = [cfg.reward.max_new_tokens] * len(rows)
+                written = decode(self.model, [prompt_of(row) for row in rows], limits, **options)
+                rewards += zip(numbers, self.judge(rows, [[np.array(ids)] for ids in written]), strict=True)
+        totals = np.array([row @ self.weights for _, row in sorted(rollouts.gather(rewards), key=lambda each: each[0])])
+        reward = share_of(totals, Bootstrap(len(totals), _RESAMPLES, 0).ratio(totals, np.ones(len(totals))))
+        return {"loss": -reward.value, "reward": reward.value, "reward_low": reward.low, "reward_high": reward.high}
+
+    def before_step(self, step: int, _: object) -> None:
+        """Tell the loss which update on the same answers step `step` (from 1) is."""
+        self.loss.start((step - 1) % self.cfg.reward.updates)
+
+
+def _exact(chat):
+    def judge(documents, answers):
+        found = []
+        for document, group in zip(documents, answers, strict=True):
+            expected = chat.decode(document.ids[document.first_target + 1 :]).strip()
+            found += [[float(chat.decode(ids).strip() == expected)] for ids in group]
+        return np.array(found)
+
+    return judge
+
+
+def build_reinforcement(
+    cfg: RunConfig,
+    model: PeftModel,
+    chat: ChatTemplate,
+    prompts: Sampler,
+    accelerator: Accelerator,
+    log: Log,
+) -> PolicySetup | None:
+    """Build the loss, the sampler of answers and the reference policy of a run; None for one without rewards."""
+    reward = cfg.reward
+    if reward.loss == "none":
+        return None
+    judge, weights = _exact(chat), np.ones(1)
+    dequantize_once(model, cfg.quant)
+    initial = reward.reference != "base" and cfg.lora.init_adapter is not None
+    policy = None if not reward.beta else initial_policy(model) if initial else base_policy(model)
+    name = "none" if policy is None else f"{cfg.model.name} with {cfg.lora.init_adapter}" if initial else cfg.model.name
+    log(f"reward: loss={reward.loss}, answers={reward.group_size} to each prompt, reference={name}")
+    vocabulary = base_of(model).config.vocab_size
+    stop_ids = frozenset(chat.stop_ids())
+
+    def write(prompt_ids: Sequence[np.ndarray], draws: Sequence[np.ndarray]):
+        return sample_answers(
+            model, prompt_ids, draws, stop_ids=stop_ids, vocabulary=vocabulary, temperature=reward.temperature
+        )
+
+    rollouts = Rollouts(
+        prompts,
+        write,
+        judge,
+        weights,
+        reward,
+        max_length=cfg.data.max_length,
+        packing=cfg.data.packing,
+        stop_ids=stop_ids,
+        seed=cfg.train.seed,
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
+        gather=gather_object,
+    )
+    return PolicySetup(cfg, PolicyLoss(model, reward, policy), model, chat, judge, weights, rollouts)
