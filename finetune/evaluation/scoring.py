@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from finetune.data.batch import build_batch, groups_of
 from finetune.data.documents import Document, Documents
-from finetune.losses.chunked import chunked_logits
+from finetune.losses.chunked import chunked_logits, logits_of
 from finetune.losses.cross_entropy import head_of, score
 from finetune.losses.distillation import Teacher, TeacherTargets, compare
 from finetune.losses.hidden_states import base_of, target_states
 from finetune.ops.cross_entropy import cross_entropy_
+from finetune.ops.divergence import divergence_
 from finetune.ops.limits import TEACHER_BATCHES
 from finetune.system.errors import FinetuneError
 
@@ -106,6 +107,41 @@ def agreement(
                     count += len(kl_N)
     kl, top1, tokens = sum_over_ranks(torch.tensor([*sums.tolist(), count], dtype=torch.float64)).tolist()
     return Agreement(kl / tokens, top1 / tokens, int(tokens))
+
+
+@torch.no_grad()
+def reference_kl(
+    model: nn.Module,
+    reference: Callable[[], AbstractContextManager[None]],
+    documents: Sequence[Document],
+    *,
+    limit_tokens: int,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> float:
+    """Return KL(model || reference) of the next token in nats, exact over the vocabulary, as the mean over all targets.
+
+    Args:
+        reference: a context in which the model is its reference policy.
+
+    The others are as for `evaluate`.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    head, vocabulary = head_of(model), base_of(model).config.vocab_size
+    with evaluating(model):
+        for group in groups_of(documents, limit_tokens):
+            batch = build_batch(group, share_prefixes=True)
+            hidden_ND = target_states(model, batch).hidden_ND
+            with reference():
+                reference_ND = target_states(model, batch).hidden_ND
+            reference_NV: Tensor | None = None
+            for logits_NV, rows in chunked_logits(hidden_ND, head, vocabulary):
+                with reference():  # a trained head has other weights there
+                    reference_NV = logits_of(reference_ND[rows], head, vocabulary, reference_NV)
+                ones_N = torch.ones(len(logits_NV), device=logits_NV.device)
+                kl_N = divergence_(logits_NV, reference_NV, ones_N, "reverse_kl", mix=0.0, temperature=1.0)
+                sums += torch.tensor([kl_N.double().sum().item(), len(kl_N)], dtype=torch.float64)
+    kl, tokens = sum_over_ranks(sums).tolist()
+    return kl / tokens
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from finetune.data.batch import Batch, build_batch, groups_of
 from finetune.data.documents import Document
 from finetune.data.loader import LoadedData
 from finetune.data.template.chat import ChatTemplate
-from finetune.evaluation.scoring import evaluating
+from finetune.evaluation.scoring import evaluating, reference_kl
 from finetune.losses.preference import (
     PAIR_LOSSES,
     Answers,
@@ -90,7 +90,11 @@ class PreferenceSetup:
     def evaluate(
         self, documents: Sequence[Document], part: slice, *, limit_tokens: int, sum_over_ranks: SumOverRanks
     ) -> dict[str, float]:
-        """Return the loss and the figures of held-out rows, of which this rank scores a part."""
+        """Return the loss and the figures of held-out rows, of which this rank scores a part.
+
+        With a live reference, `reference_kl` is KL(policy || reference) in nats per token of the chosen answers. A row
+        with a rejected answer alone counts with that one.
+        """
         options: Any = {"limit_tokens": limit_tokens, "sum_over_ranks": sum_over_ranks}
         self.estimate_divergence(documents, part, **options)
         documents = documents[part]
@@ -101,7 +105,11 @@ class PreferenceSetup:
                 loss = float(self.loss(build_batch(group, share_prefixes=True)))
                 total += torch.tensor([loss, self.count(group)], dtype=torch.float64)
         sums = sum_over_ranks(torch.cat([total, self.take_sums()]))
-        return {"loss": (sums[0] / sums[1]).item(), **self.figures_of(sums[None, 2:])}
+        figures = {"loss": (sums[0] / sums[1]).item(), **self.figures_of(sums[None, 2:])}
+        if self.reference is not None:
+            answers = [next(side for side in document.sides if side is not None) for document in documents]
+            figures["reference_kl"] = reference_kl(self.loss.model, self.reference, answers, **options)
+        return figures
 
 
 class PreferenceLoss(nn.Module):
@@ -219,7 +227,10 @@ def build_preference(
     if preference.reference == "cached":
         cache = ReferenceCache(reference_folder(cfg), reference_origin(cfg, chat))
         cache.check_holds(answers_of(data.every_document))
-        log(f"preference: objective={preference.objective}, reference={policy_name}, cached in {cache.file}")
+        log(
+            f"preference: objective={preference.objective}, reference={policy_name}, cached in {cache.file}; "
+            "it holds no distributions, so evaluations leave out reference_kl"
+        )
         return PreferenceSetup(preference, PreferenceLoss(model, preference, cache.log_probs, alpha), None)
     policy = base_policy(model) if name is None else initial_policy(model)
     log(f"preference: objective={preference.objective}, reference={policy_name}")

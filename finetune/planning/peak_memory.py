@@ -223,7 +223,7 @@ def _teacher_pass(inputs: PlanInputs, tokens: int) -> dict[str, float]:
 
 
 def _evaluation(inputs: PlanInputs, teacher: float) -> dict[str, float]:
-    """Parts of scoring held-out rows, with the comparison with a teacher. teacher: bytes that it always holds."""
+    """Parts of scoring held-out rows, compared with a teacher or a reference. teacher: bytes that it always holds."""
     tokens = max(limits.EVALUATION_TOKENS, inputs.data.max_length)
     plain = inputs.quant.type == "none" or inputs.quant.keep_dequantized
     rows = tokens
@@ -233,7 +233,10 @@ def _evaluation(inputs: PlanInputs, teacher: float) -> dict[str, float]:
         rows = gpu_layers.tile_rows(inputs, tokens) or tokens
     layer = forward_bytes(inputs, inputs.shape, tokens, mlp_rows=rows)
     hidden = tokens * inputs.shape["hidden_size"] * inputs.value_bytes
-    loss = loss_bytes(inputs, tokens, inputs.has_teacher, training=False) + 3 * hidden
+    compared = inputs.has_teacher or inputs.runs_reference
+    loss = loss_bytes(inputs, tokens, compared, training=False) + 3 * hidden
+    if inputs.runs_reference:  # the policy's states, kept while the reference runs
+        layer, loss = layer + hidden, loss + hidden
     parts = {"layer workspace": layer} if layer > loss else {"loss workspace": loss}
     if not inputs.has_teacher:
         return parts

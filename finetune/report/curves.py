@@ -50,6 +50,7 @@ QUANTITIES = (
     Quantity(f"Loss{_UNIT}", r"loss|eval_loss", noisy=True, wide=True),
     _BY_SET,
     Quantity("KL to the teacher, nats per target token", r"eval/.*/teacher_kl", wide=True),
+    Quantity("KL from the reference, nats per token", r"eval/.*/reference_kl", wide=True),
     Quantity(
         "Pairs with the higher reward for the chosen answer", r"(train|eval/.*)/reward_accuracy", noisy=True, share=True
     ),

@@ -60,8 +60,10 @@ _BEFORE = {
 def figure_named(name: str) -> Figure:
     """Return one of FIGURES, or the figure of an evaluation set (`eval/NAME/accuracy`)."""
     known = {figure.name: figure for figure in FIGURES}
-    higher_is_better = name.rpartition("/")[2] in ("accuracy", "teacher_agreement", "reward_accuracy", *ANSWER_METRICS)
-    return known.get(name) or Figure(name, name, share if higher_is_better else number, not higher_is_better)
+    metric = name.rpartition("/")[2]
+    is_share = metric in ("accuracy", "teacher_agreement", "reward_accuracy", *ANSWER_METRICS)
+    higher_is_better = is_share or metric == "reward_margin"
+    return known.get(name) or Figure(name, name, share if is_share else number, not higher_is_better)
 
 
 def headline(run: Run) -> str:
@@ -102,10 +104,13 @@ def learns_preferences(run: Run) -> bool:
 
 
 def _of_held_out(run: Run) -> list[tuple[str, str, str]]:
-    """Return the card beside the held-out loss: pairs ranked right, or the perplexity at the mean loss."""
+    """Return the cards beside the held-out loss: what preferences changed, or the perplexity at the mean loss."""
     if learns_preferences(run):
-        ranked = _means(run, "reward_accuracy")
-        return [("held-out pairs ranked right", share(ranked[0]), "")] if ranked else []
+        shown = (
+            ("reward_accuracy", "held-out pairs ranked right", share),
+            ("reference_kl", "KL from the reference, nats per token", number),
+        )
+        return [(label, form(mean), "") for metric, label, form in shown for mean in _means(run, metric)]
     losses = [loss for loss in _means(run, "loss") if abs(loss) < _LARGEST_LOSS]
     return [("held-out perplexity", number(math.exp(losses[0])), "")] if losses else []
 

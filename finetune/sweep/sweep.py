@@ -110,7 +110,9 @@ def _check_metric(metric: str, cfg: RunConfig) -> None:
     """Raise ConfigError for a metric that no run computes."""
     held_out = bool(cfg.data.eval or cfg.data.held_out)
     teacher = ("teacher_kl", "teacher_agreement") if cfg.has_teacher else ()
-    of_set = ("loss", "perplexity", "accuracy", *teacher, *cfg.generation.metrics)
+    learns_preferences = cfg.preference.objective != "none"
+    scores = ("reward_accuracy", "reward_margin") if learns_preferences else ("perplexity", "accuracy")
+    of_set = ("loss", *scores, *teacher, *cfg.generation.metrics)
     name = metric.rpartition("/")[2]
     advice = f"; set generation.metrics=[{name}]" if name in ANSWER_METRICS else ""
     needs = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from finetune.models.fused import fuse_layers
 from finetune.models.load import load_base
 from finetune.models.tokenizer import load_tokenizer
 from finetune.objectives.preference import PreferenceLoss
+from finetune.system.resources import packaged
 from tests.commands import run_here, train_on_ranks
 from tests.runs import adapter, metrics, reference_run
 
@@ -37,6 +39,11 @@ FP32 = ("model.dtype=float32", "quant.compute_dtype=float32")
 
 def small(folder: Path, *overrides: str) -> RunConfig:
     return load_config("dpo.yaml", [*SMALL, f"output_dir={folder}", *overrides])
+
+
+def evaluated(folder: Path) -> dict[str, float]:
+    """The figures of the last evaluation."""
+    return {name: value for name, value in metrics(folder)[-1].items() if name.startswith("eval/")}
 
 
 def check_close(found: Path, expected: Path, rel: float) -> None:
@@ -101,13 +108,17 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
         assert torch.equal(adapter(broken)[name], tensor), name
 
 
-def test_a_cached_reference_trains_the_same_adapter(tmp_path):
+def test_a_cached_reference_trains_the_same_adapter(tmp_path, capsys):
     cache = f"preference.cache={tmp_path / 'reference'}"
     done = run_here("cache", "config=dpo.yaml", *SMALL, *FP32, cache, f"output_dir={tmp_path / 'x'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     train(small(tmp_path / "live", *FP32))
+    capsys.readouterr()
     train(small(tmp_path / "cached", *FP32, cache, "preference.reference=cached"))
     check_close(tmp_path / "cached", tmp_path / "live", 1e-4)
+    assert capsys.readouterr().err.count("reference_kl") == 1, "the figure that a cache cannot give is named once"
+    live, cached = (evaluated(tmp_path / name) for name in ("live", "cached"))
+    assert live.keys() - cached.keys() == {"eval/pairs-heldout/reference_kl"} and not cached.keys() - live.keys()
 
 
 def test_the_reference_of_a_continued_adapter_is_that_adapter(tmp_path):
@@ -117,3 +128,17 @@ def test_the_reference_of_a_continued_adapter_is_that_adapter(tmp_path):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6), "policy and reference are equal before the first step"
     train(small(tmp_path / "base", start, "preference.reference=base"))
     assert abs(metrics(tmp_path / "base")[0]["loss"] - math.log(2)) > 1e-3
+
+
+def test_the_distance_from_the_reference_is_0_until_something_is_learned(tmp_path):
+    """Pairs count with their chosen answer, verdicts with the answer that they have."""
+    pairs = packaged("data") / "sample" / "pairs-heldout.jsonl"
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()[:4]]
+    bad = [{"prompt": row["prompt"], "completion": row["rejected"], "label": False} for row in rows]
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, bad)))
+    sets = f"data.eval=[{{path: {pairs}, limit: 4}}, {{path: {tmp_path / 'bad.jsonl'}}}]"
+    start = f"lora.init_adapter={reference_run('lora.dropout=0', 'train.neftune_alpha=0')}"
+    words = ("preference.objective=kto", "train.eval_every=1", "train.max_steps=1", "train.learning_rate=1e-30")
+    train(small(tmp_path / "run", *words, start, sets))
+    found = {name: value for name, value in evaluated(tmp_path / "run").items() if name.endswith("/reference_kl")}
+    assert found == {"eval/pairs-heldout/reference_kl": 0.0, "eval/bad/reference_kl": 0.0}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.intervals import Bootstrap
 from finetune.evaluation.measure import ReferenceCache, token_figures
-from finetune.evaluation.scoring import TokenScores, agreement, score_tokens
+from finetune.evaluation.scoring import TokenScores, agreement, reference_kl, score_tokens
 from finetune.losses.cross_entropy import head_of
 from finetune.models.fused import fuse_layers
 from finetune.models.load import load_base
@@ -185,6 +187,30 @@ def test_no_more_logits_exist_at_once_than_a_chunk_holds(reference, documents, e
     with Widest(words) as widest:
         scores = score_tokens(model, documents, limit_tokens=ALL, teacher=reference[1].replay(), vocabulary=words)
     assert len(scores.nll_N) == targets > 300 and 1 < widest.rows <= 16
+
+
+@pytest.mark.parametrize("limit_tokens", [SMALL, ALL])
+def test_the_distance_from_a_reference_is_that_of_whole_distributions(
+    limit_tokens, documents, expected, other, monkeypatch
+):
+    """The reference has other weights everywhere, also in the head."""
+    words = expected.log_probs_NV.shape[1]
+    monkeypatch.setitem(LOGITS_VALUES, "cpu", 16 * words)
+    model, weights = fast(), fast(other=True).state_dict()
+
+    @contextmanager
+    def policy() -> Iterator[None]:
+        own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(weights)
+        yield
+        model.load_state_dict(own)
+
+    with Widest(words) as widest:
+        found = reference_kl(model, policy, documents, limit_tokens=limit_tokens)
+    kl_N = (expected.log_probs_NV.exp() * (expected.log_probs_NV - other.log_probs_NV)).sum(-1)
+    assert found == pytest.approx(kl_N.mean().item(), rel=1e-3)
+    # The weights that are swapped are as wide as the vocabulary in no dimension but the first.
+    assert 1 < widest.rows <= 16
 
 
 def test_a_loss_that_is_nan_is_an_error(documents):

@@ -73,6 +73,7 @@ def test_settings_that_make_results_incomparable_are_noted(tmp_path: Path):
         ("exact_match_after", [0.2, 0.9, 0.9], {1, 2}),
         ("eval/x/accuracy", [0.2, 0.9], {1}),
         ("eval/x/perplexity", [0.2, 0.9], {0}),
+        ("eval/x/reward_margin", [0.2, 0.9], {1}),
         ("eval_loss", [1.0, 1.0], set()),
         ("eval_loss", [None, None], set()),
         ("steps", [1.0, 2.0], set()),

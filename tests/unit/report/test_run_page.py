@@ -140,6 +140,23 @@ def test_perplexity_and_the_losses_before_training_are_on_the_cards(tmp_path: Pa
     assert "held-out perplexity" not in [label for label, *_ in cards(read_run(write_run(tmp_path / "b")))]
 
 
+def test_what_preferences_changed_is_on_the_cards(tmp_path: Path):
+    after = {
+        f"eval/{name}/{figure}": value
+        for figure, values in {"loss": (0.5, 0.7), "reward_accuracy": (0.5, 1.0), "reference_kl": (0.25, 0.75)}.items()
+        for name, value in zip("ab", values, strict=True)
+    }
+    folder = write_run(tmp_path / "a", "preference.objective=dpo", evaluations=after)
+    shown = {label: value for label, value, _ in cards(read_run(folder))}
+    assert (
+        shown["held-out pairs ranked right"] == "75.0%" and shown["KL from the reference, nats per token"] == "0.5000"
+    )
+    assert "held-out perplexity" not in shown
+    del after["eval/a/reference_kl"], after["eval/b/reference_kl"]
+    folder = write_run(tmp_path / "b", "preference.objective=dpo", evaluations=after)
+    assert "KL from the reference, nats per token" not in [label for label, *_ in cards(read_run(folder))]
+
+
 def test_the_worst_answers_are_shown_worst_first(tmp_path: Path):
     folder = write_run(tmp_path / "a")
     right = Answer("p", "four apples", " four apples ")

@@ -194,6 +194,7 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, capsys):
         (("lora.rank=4,8", "sweep.metric=recovered"), "needs distill.objective=recover"),
         (("lora.rank=4,8", "sweep.metric=eval/heldout/rouge_l"), "set generation.metrics=[rouge_l]"),
         (("lora.rank=4,8", "sweep.metric=eval/heldout/teacher_kl"), "sweep.metric=eval/heldout/teacher_kl"),
+        (("lora.rank=4,8", "preference.objective=dpo", "sweep.metric=eval/heldout/accuracy"), "loss, reward_accuracy"),
         (("lora.rank=4,8", "data.eval=[]", "generation.num_examples=0"), "data.held_out"),
         (("lora.rank=4,8", "sweep.metrc=a"), "did you mean sweep.metric?"),
         (("quant.type=nf4,none", "lora.init=default,loftq"), "with quant.type=none lora.init=loftq: 1 problem"),
