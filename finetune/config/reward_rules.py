@@ -69,6 +69,14 @@ def reward_policies(reward: RewardConfig, lora: LoraConfig) -> Problems:
         yield Problem("lora.init", f"{lora.init} changes the base, which is the reference; set lora.init=default")
 
 
+def reward_server(reward: RewardConfig, lora: LoraConfig) -> Problems:
+    if reward.loss == "none" or reward.engine != "server":
+        return
+    for key in ("dora", "modules_to_save", "new_tokens", "rank_pattern", "alpha_pattern"):
+        if getattr(lora, key):
+            yield Problem(f"lora.{key}", "servers ignore it in an adapter; remove it, or set reward.engine=process")
+
+
 def reward_rows(reward: RewardConfig, data: DataConfig, generation: GenerationConfig) -> Problems:
     if reward.loss == "none":
         return

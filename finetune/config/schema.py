@@ -21,7 +21,14 @@ from finetune.config.preference_rules import (
     preference_settings,
 )
 from finetune.config.problems import Problem
-from finetune.config.reward_rules import reward_alone, reward_policies, reward_rows, reward_settings, reward_steps
+from finetune.config.reward_rules import (
+    reward_alone,
+    reward_policies,
+    reward_rows,
+    reward_server,
+    reward_settings,
+    reward_steps,
+)
 from finetune.config.sections import (
     DataConfig,
     DistillConfig,
@@ -372,6 +379,7 @@ RULES: tuple[Callable[..., Problems], ...] = (
     preference_alone,
     reward_settings,
     reward_policies,
+    reward_server,
     reward_rows,
     reward_steps,
     reward_alone,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from finetune.config.schema import RewardConfig, RunConfig
 from finetune.data.batch import Batch
 from finetune.data.documents import Document
+from finetune.data.loader import LoadedData
 from finetune.data.packing import Sampler
 from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation.generation import decode, dequantize_once, sample_answers
@@ -28,6 +29,7 @@ from finetune.losses.policy import PolicyTokens, normalization, policy_losses, t
 from finetune.objectives.policies import ReferencePolicy, base_policy, initial_policy
 from finetune.objectives.rollouts import Judge, Rollouts, prompt_of
 from finetune.system.console import Log
+from finetune.system.errors import DataError
 
 _RESAMPLES = 1000
 
@@ -154,6 +156,26 @@ class PolicySetup:
     def before_step(self, step: int, _: object) -> None:
         """Tell the loss which update on the same answers step `step` (from 1) is."""
         self.loss.start((step - 1) % self.cfg.reward.updates)
+
+
+def prompts_with_room(cfg: RunConfig, data: LoadedData, log: Log) -> np.ndarray:
+    """Return which training prompts [M] leave room for an answer of `reward.max_new_tokens`; the others are left out.
+
+    Raises:
+        DataError: no prompt does; or one does not, and `data.truncation=error`.
+    """
+    # What follows the answer counts as prompt: at most a line break.
+    prompt_tokens = data.documents.lengths - data.documents.targets
+    kept = prompt_tokens + cfg.reward.max_new_tokens <= cfg.data.max_length
+    if kept.all():
+        return kept
+    settings = f"data.max_length={cfg.data.max_length} and reward.max_new_tokens={cfg.reward.max_new_tokens}"
+    text = f"{(~kept).sum():,} of {len(kept):,} prompts are too long for {settings} (longest: {prompt_tokens.max():,})"
+    if not kept.any() or cfg.data.truncation == "error":
+        first = data.documents[int(np.flatnonzero(~kept)[0])].location
+        raise DataError(f"data.train: {text}, first {first}\nhelp: raise data.max_length, or lower reward.max_new_tokens")
+    log(f"data: {text}; left out")
+    return kept
 
 
 def _exact(chat):

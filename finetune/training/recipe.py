@@ -32,7 +32,7 @@ from finetune.models.load import check_loaded, load_base
 from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
 from finetune.objectives.distillation import build_distillation, check_distillation, mean_teacher_kl, teacher_table
 from finetune.objectives.preference import build_preference
-from finetune.objectives.reinforcement import build_reinforcement
+from finetune.objectives.reinforcement import build_reinforcement, prompts_with_room
 from finetune.ops.determinism import deterministic
 from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan, describe_start
@@ -222,8 +222,12 @@ def _build_sampler(cfg: RunConfig, preparation: Preparation, data: loader.Loaded
     if cfg.data.stream_rows:
         log(f"data: training rows are streamed, {cfg.data.stream_rows:,} at a time")
         return StreamingSampler(preparation, cfg.train.batch_size, cfg.train.seed, Path(cfg.output_dir) / "stream")
-    # A prompt is a sequence by itself: answers to it are packed.
-    pack_to = cfg.data.max_length if cfg.data.packing and cfg.reward.loss == "none" else None
+    if cfg.reward.loss != "none":
+        kept = prompts_with_room(cfg, data, log)
+        documents, weights = data.documents.select(kept), data.weights[kept]
+        order = SequenceOrder(documents.lengths, weights, None, cfg.train.batch_size, cfg.train.seed)
+        return MapSampler(documents, order, data.digest)
+    pack_to = cfg.data.max_length if cfg.data.packing else None
     order = SequenceOrder(data.documents.lengths, data.weights, pack_to, cfg.train.batch_size, cfg.train.seed)
     return MapSampler(data.documents, order, data.digest)
 
