@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,13 +22,18 @@ from finetune.data.documents import Document
 from finetune.data.loader import LoadedData
 from finetune.data.packing import Sampler
 from finetune.data.template.chat import ChatTemplate
+from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.generation import decode, dequantize_once, sample_answers
 from finetune.evaluation.intervals import Bootstrap, share_of
 from finetune.evaluation.scoring import evaluating
 from finetune.losses.hidden_states import base_of, copy_together
 from finetune.losses.policy import PolicyTokens, normalization, policy_losses, token_log_probs, token_weights
+from finetune.models.adapters.files import save_adapter
 from finetune.objectives.policies import ReferencePolicy, base_policy, initial_policy
-from finetune.objectives.rollouts import Judge, Rollouts, prompt_of
+from finetune.objectives.prompts import Prompts, read_prompts
+from finetune.objectives.rewards import Rewards, SampledAnswers, UserReward, build_rewards, check_prompts
+from finetune.objectives.rollout_server import RolloutServer
+from finetune.objectives.rollouts import Rollouts, Writer, prompt_of
 from finetune.system.console import Log
 from finetune.system.errors import DataError
 
@@ -95,18 +101,30 @@ class PolicyLoss(nn.Module):
 
 
 @dataclass(frozen=True)
-class PolicySetup:
-    """What a run needs to learn from rewards.
+class AnswerJudge:
+    """Judges answers to rows, by the rewards of a run."""
 
-    judge: rewards of answers to rows. rollouts: None until `sampler_of` builds them.
-    """
+    rewards: Rewards
+    prompts: Prompts
+    chat: ChatTemplate
+
+    def __call__(self, documents: Sequence[Document], answers: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+        """Return the rewards [answers, functions], unweighted, in order. answers: ids, of each document."""
+        rows = [row for row, group in zip(documents, answers, strict=True) for _ in group]
+        ids = [each for group in answers for each in group]
+        texts = [self.chat.decode(each) for each in ids]
+        prompts = [self.prompts.of(row) for row in rows]
+        return self.rewards.judge(SampledAnswers.of(prompts, texts, [each.tolist() for each in ids]))
+
+
+@dataclass(frozen=True)
+class PolicySetup:
+    """What a run needs to learn from rewards. rollouts: the sampler of its answers."""
 
     cfg: RunConfig
     loss: PolicyLoss
     model: PeftModel
-    chat: ChatTemplate
-    judge: Judge
-    weights: np.ndarray
+    judge: AnswerJudge
     rollouts: Rollouts
 
     def count(self, documents: Sequence[Document]) -> float:
@@ -140,7 +158,7 @@ class PolicySetup:
         cfg, rollouts = self.cfg, self.rollouts
         by_length = sorted(range(min(len(documents), cfg.generation.num_examples)), key=lambda i: len(documents[i]))
         mine = by_length[rollouts.rank :: rollouts.ranks]
-        rewards: list[tuple[int, np.ndarray]] = []
+        judged: list[tuple[int, np.ndarray]] = []
         with evaluating(self.model):
             for start in range(0, len(mine), cfg.generation.batch_size):
                 numbers = mine[start : start + cfg.generation.batch_size]
@@ -148,10 +166,16 @@ class PolicySetup:
                 options = {"stop_ids": rollouts.stop_ids, "vocabulary": base_of(self.model).config.vocab_size}
                 limits = [cfg.reward.max_new_tokens] * len(rows)
                 written = decode(self.model, [prompt_of(row) for row in rows], limits, **options)
-                rewards += zip(numbers, self.judge(rows, [[np.array(ids)] for ids in written]), strict=True)
-        totals = np.array([row @ self.weights for _, row in sorted(rollouts.gather(rewards), key=lambda each: each[0])])
+                judged += zip(numbers, self.judge(rows, [[np.array(ids)] for ids in written]), strict=True)
+        rewards_RF = np.array([row for _, row in sorted(rollouts.gather(judged), key=lambda each: each[0])])
+        totals = self.judge.rewards.total(rewards_RF)
         reward = share_of(totals, Bootstrap(len(totals), _RESAMPLES, 0).ratio(totals, np.ones(len(totals))))
-        return {"loss": -reward.value, "reward": reward.value, "reward_low": reward.low, "reward_high": reward.high}
+        return {
+            "loss": 0.0 - reward.value,
+            "reward": reward.value,
+            "reward_low": reward.low,
+            "reward_high": reward.high,
+        }
 
     def before_step(self, step: int, _: object) -> None:
         """Tell the loss which update on the same answers step `step` (from 1) is."""
@@ -173,53 +197,64 @@ def prompts_with_room(cfg: RunConfig, data: LoadedData, log: Log) -> np.ndarray:
     text = f"{(~kept).sum():,} of {len(kept):,} prompts are too long for {settings} (longest: {prompt_tokens.max():,})"
     if not kept.any() or cfg.data.truncation == "error":
         first = data.documents[int(np.flatnonzero(~kept)[0])].location
-        raise DataError(f"data.train: {text}, first {first}\nhelp: raise data.max_length, or lower reward.max_new_tokens")
+        raise DataError(
+            f"data.train: {text}, first {first}\nhelp: raise data.max_length, or lower reward.max_new_tokens"
+        )
     log(f"data: {text}; left out")
     return kept
 
 
-def _exact(chat):
-    def judge(documents, answers):
-        found = []
-        for document, group in zip(documents, answers, strict=True):
-            expected = chat.decode(document.ids[document.first_target + 1 :]).strip()
-            found += [[float(chat.decode(ids).strip() == expected)] for ids in group]
-        return np.array(found)
+def prepare_judge(
+    cfg: RunConfig, own: Sequence[UserReward], data: LoadedData, preparation: Preparation
+) -> AnswerJudge | None:
+    """Build the rewards of a run, and read what they compare with; None for a run without rewards.
 
-    return judge
+    own: the user's functions.
+
+    Raises:
+        ConfigError: as `build_rewards`.
+        DataError: rows hold nothing to compare with.
+    """
+    if cfg.reward.loss == "none":
+        return None
+    rewards = build_rewards(cfg.reward, own)
+    prompts = read_prompts((*data.train, *data.eval), preparation)
+    check_prompts(rewards, prompts)
+    return AnswerJudge(rewards, prompts, preparation.chat)
 
 
 def build_reinforcement(
     cfg: RunConfig,
     model: PeftModel,
-    chat: ChatTemplate,
     prompts: Sampler,
+    judge: AnswerJudge,
+    *,
     accelerator: Accelerator,
     log: Log,
-) -> PolicySetup | None:
-    """Build the loss, the sampler of answers and the reference policy of a run; None for one without rewards."""
+) -> PolicySetup:
+    """Build the loss, the sampler of answers and the reference policy of a run with rewards.
+
+    prompts: rows whose tokens before the first target are a prompt; each sequence is one row.
+    """
     reward = cfg.reward
-    if reward.loss == "none":
-        return None
-    judge, weights = _exact(chat), np.ones(1)
     dequantize_once(model, cfg.quant)
     initial = reward.reference != "base" and cfg.lora.init_adapter is not None
     policy = None if not reward.beta else initial_policy(model) if initial else base_policy(model)
     name = "none" if policy is None else f"{cfg.model.name} with {cfg.lora.init_adapter}" if initial else cfg.model.name
     log(f"reward: loss={reward.loss}, answers={reward.group_size} to each prompt, reference={name}")
     vocabulary = base_of(model).config.vocab_size
-    stop_ids = frozenset(chat.stop_ids())
+    stop_ids = frozenset(judge.chat.stop_ids())
 
-    def write(prompt_ids: Sequence[np.ndarray], draws: Sequence[np.ndarray]):
-        return sample_answers(
-            model, prompt_ids, draws, stop_ids=stop_ids, vocabulary=vocabulary, temperature=reward.temperature
-        )
-
+    write: Writer = partial(
+        sample_answers, model, stop_ids=stop_ids, vocabulary=vocabulary, temperature=reward.temperature
+    )
+    if reward.engine == "server":
+        write = RolloutServer(cfg, partial(save_adapter, model), accelerator).write
     rollouts = Rollouts(
         prompts,
         write,
         judge,
-        weights,
+        judge.rewards,
         reward,
         max_length=cfg.data.max_length,
         packing=cfg.data.packing,
@@ -229,4 +264,4 @@ def build_reinforcement(
         ranks=accelerator.num_processes,
         gather=gather_object,
     )
-    return PolicySetup(cfg, PolicyLoss(model, reward, policy), model, chat, judge, weights, rollouts)
+    return PolicySetup(cfg, PolicyLoss(model, reward, policy), model, judge, rollouts)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 
 from finetune.config.schema import RunConfig
 from finetune.evaluation.generation import SampledIds
@@ -24,19 +25,19 @@ class RolloutServer:
     the `sampling_gap` of each step.
     """
 
-    def __init__(self, cfg: RunConfig, save: Callable[[Path], None], folder: Path, is_main: bool, wait: Callable[[], None]):
+    def __init__(self, cfg: RunConfig, save: Callable[[Path], None], accelerator: Accelerator):
         """Connect to `reward.url`.
 
         Args:
             save: writes the adapter in training into a folder.
-            folder: for adapters that the server reads.
-            is_main: whether this rank hands the adapter over; the others wait for it.
+            accelerator: its main rank hands the adapter over, and the others wait for it.
 
         Raises:
             ConfigError: TRL's client lacks vLLM.
             ResourceError: no server answers.
         """
-        self._cfg, self._save, self._folder, self._is_main, self._wait = cfg, save, folder, is_main, wait
+        self._cfg, self._save, self._accelerator = cfg, save, accelerator
+        self._folder = Path(cfg.output_dir) / "rollout-adapters"  # the server reads it
         self._client = connect(cfg)
         self._loaded = 0
 
@@ -62,14 +63,14 @@ class RolloutServer:
         """Give the server the current adapter, under a new name: it keeps no answer or cache of an older one."""
         before, self._loaded = self._loaded, self._loaded + 1
         name, folder = f"finetune-{self._loaded}", (self._folder / f"round-{self._loaded}").absolute()
-        if self._is_main:
+        if self._accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             self._save(folder)
             self._post("load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        self._wait()
+        self._accelerator.wait_for_everyone()
         self._client.model = name
-        if self._is_main and before:
+        if self._accelerator.is_main_process and before:
             self._post("unload_lora_adapter", {"lora_name": f"finetune-{before}"})
             shutil.rmtree(self._folder / f"round-{before}", ignore_errors=True)
 

@@ -18,6 +18,7 @@ from finetune.data.encoded import IGNORE_INDEX
 from finetune.data.packing import Sampler
 from finetune.evaluation.generation import SampledIds
 from finetune.losses.policy import group_advantages
+from finetune.objectives.rewards import Rewards
 
 # Prompts and the draws [G, n] of the answers to each -> the answers. One draw in [0, 1) decides one token.
 Writer = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], list[list[SampledIds]]]
@@ -44,7 +45,7 @@ class Rollouts:
 
     Attributes:
         prompts: rows whose tokens before the first target are a prompt; each sequence is one row.
-        weights: [functions], of the rewards.
+        rewards: their names and weights.
         max_length: limit of a sequence: a prompt, counted once, and answers to it.
         stop_ids: tokens that end an answer.
         gather: joins the lists of all ranks into one list on every rank.
@@ -53,7 +54,7 @@ class Rollouts:
     prompts: Sampler
     write: Writer
     judge: Judge
-    weights: np.ndarray
+    rewards: Rewards
     cfg: RewardConfig
     max_length: int
     packing: bool
@@ -98,7 +99,7 @@ class Rollouts:
         rewards = self.judge(documents, [[answer.ids for answer in group] for group in written])
         groups = [
             Group(answers, part, np.array([answer.ids[-1] in self.stop_ids for answer in answers]))
-            for answers, part in zip(written, rewards.reshape(len(written), -1, len(self.weights)), strict=True)
+            for answers, part in zip(written, rewards.reshape(len(written), -1, len(self.rewards.names)), strict=True)
         ]
         gathered = dict(self.gather(list(zip(mine, groups, strict=True))))
         return [gathered[i] for i in range(len(prompts))]
@@ -111,7 +112,7 @@ class Rollouts:
 
     def _judged(self, prompts: Sequence[Document], groups: Sequence[Group]) -> list[list[Document]]:
         rewards_PGF = np.stack([group.rewards for group in groups])
-        rewards_PG = rewards_PGF @ self.weights
+        rewards_PG = self.rewards.total(rewards_PGF)
         advantages_PG = group_advantages(rewards_PG, self.cfg.loss)
         finished_PG = np.stack([group.finished for group in groups])
         lengths_PG = np.array([[len(answer.ids) for answer in group.answers] for group in groups])
@@ -160,9 +161,12 @@ class Rollouts:
         finished_PG: np.ndarray,
         groups: Sequence[Group],
     ) -> dict[str, float]:
+        means_F = rewards_PGF.mean((0, 1)).tolist()
+        by_name = zip(self.rewards.names, means_F, strict=True) if len(means_F) > 1 else ()
         scores = np.concatenate([answer.log_probs for group in groups for answer in group.answers])
         return {
             "reward": rewards_PG.mean().item(),
+            **{f"reward_{name}": mean for name, mean in by_name},
             "reward_std": rewards_PG.std(1, ddof=1).mean().item(),
             "answer_tokens": lengths_PG.mean().item(),
             "unfinished": 1 - finished_PG.mean().item(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
@@ -32,7 +32,8 @@ from finetune.models.load import check_loaded, load_base
 from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
 from finetune.objectives.distillation import build_distillation, check_distillation, mean_teacher_kl, teacher_table
 from finetune.objectives.preference import build_preference
-from finetune.objectives.reinforcement import build_reinforcement, prompts_with_room
+from finetune.objectives.reinforcement import build_reinforcement, prepare_judge, prompts_with_room
+from finetune.objectives.rewards import RewardFunction, UserReward, check_rewards, user_rewards
 from finetune.ops.determinism import deterministic
 from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan, describe_start
@@ -78,6 +79,7 @@ def train(
     rows: Iterable[Mapping[str, Any]] | None = None,
     verbose: bool = False,
     model: PreTrainedModel | None = None,
+    reward_functions: Sequence[RewardFunction | UserReward] = (),
 ) -> RunResult:
     """Run one config from its files to a saved, verified adapter, or continue it as `train.resume` allows.
 
@@ -85,6 +87,7 @@ def train(
         cfg: from `load_config`.
         rows: training examples in memory (a list of mappings, a Dataset, a DataFrame), in place of data.train.
         verbose: log the whole plan, threads and kernels too, not only model, data and memory.
+        reward_functions: rewards of sampled answers beside `reward.functions`, each with weight 1; in TRL's signature.
         model: the base, from `load_base(cfg.model, cfg.quant)`, in place of loading it. It gets the trained adapter.
 
     Returns:
@@ -95,6 +98,8 @@ def train(
         Interrupted: SIGTERM or Ctrl+C stopped the run, and its checkpoint is saved.
     """
     started = datetime.now(UTC)
+    own_rewards = user_rewards(reward_functions)
+    check_rewards(cfg, own_rewards)
     if rows is not None:
         source = SourceConfig(path=str(write_rows(rows)), name="rows")
         cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": [source]})})
@@ -120,7 +125,8 @@ def train(
         log((describe_plan if verbose else describe_start)(inputs, free_memory(kind)))
         if model is not None and inputs.embedding_on_host:
             move_embedding_to_host(model)
-        context = _load(cfg, inputs, accelerator, checkpoint, model, log=log, detail=detail, started=started)
+        options: dict[str, Any] = {"own_rewards": own_rewards, "log": log, "detail": detail, "started": started}
+        context = _load(cfg, inputs, accelerator, checkpoint, model, **options)
         if is_main:
             output_folder.link_latest(given, folder)
         with deterministic(cfg.train.deterministic and kind == "cuda"):
@@ -141,6 +147,7 @@ def _load(
     checkpoint: Path | None,
     base: PreTrainedModel | None,
     *,
+    own_rewards: Sequence[UserReward],
     log: Log,
     detail: Log,
     started: datetime,
@@ -160,6 +167,7 @@ def _load(
         kind, ranks = accelerator.device.type, accelerator.num_processes
         run_folder.describe_run(cfg, sampler.digest, started=started, device_type=kind, world_size=ranks)
         _store_data(cfg, preparation, data, tokenizer, log)
+    judge = prepare_judge(cfg, own_rewards, data, preparation)
     vocabulary = check_distillation(cfg, tokenizer, data, log)
     base = base or load_base(inputs.model, cfg.quant, accelerator.device, log)
     # Before the adapter is attached: student and teacher share one copy of equal tensors.
@@ -172,7 +180,7 @@ def _load(
         detail(f"kernels: {fuse_layers(model)}")
     model.train()
     preference = build_preference(cfg, model, chat, data, log)
-    reinforcement = build_reinforcement(cfg, model, chat, sampler, accelerator, log)
+    reinforcement = build_reinforcement(cfg, model, sampler, judge, accelerator=accelerator, log=log) if judge else None
     batch_plan = apply_batch_plan(inputs, model, accelerator, log)
     return RunContext(
         cfg=cfg,

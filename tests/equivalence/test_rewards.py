@@ -1,4 +1,4 @@
-"""Laws of learning from rewards: sampled = trained probabilities, packed = alone, two ranks = one, resumed = unbroken."""
+"""Laws of learning from rewards: sampled = trained, packed = alone, two ranks = one, resumed = unbroken."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from finetune.models.load import load_base
 from finetune.models.tokenizer import load_tokenizer
 from finetune.objectives.policies import base_policy
 from finetune.objectives.reinforcement import PolicyLoss
+from finetune.objectives.rewards import Rewards
 from finetune.objectives.rollouts import Rollouts
 from tests.commands import train_on_ranks
-from tests.runs import differing, metrics
 from tests.equivalence.test_preference import FP32, check_close
+from tests.runs import differing, metrics
 
 STEPS = 4
 SMALL = (
@@ -81,7 +82,7 @@ def rollouts(cfg: RunConfig, model: PeftModel, ranks: int = 1) -> Rollouts:
         MapSampler(documents, order),
         write,
         judge,
-        np.ones(1),
+        Rewards(("made up",), (1.0,), ("",), ()),
         cfg.reward,
         max_length=cfg.data.max_length,
         packing=True,
