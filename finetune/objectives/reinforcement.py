@@ -32,7 +32,7 @@ from finetune.models.adapters.files import save_adapter
 from finetune.objectives.policies import ReferencePolicy, base_policy, initial_policy
 from finetune.objectives.prompts import Prompts, read_prompts
 from finetune.objectives.rewards import Rewards, SampledAnswers, UserReward, build_rewards, check_prompts
-from finetune.objectives.rollout_server import RolloutServer
+from finetune.objectives.rollout_server import RolloutServer, connect
 from finetune.objectives.rollouts import Rollouts, Writer, prompt_of
 from finetune.system.console import Log
 from finetune.system.errors import DataError
@@ -212,7 +212,8 @@ def prepare_judge(
     own: the user's functions.
 
     Raises:
-        ConfigError: as `build_rewards`.
+        ConfigError: as `build_rewards` and `connect`.
+        ResourceError: as `connect`.
         DataError: rows hold nothing to compare with.
     """
     if cfg.reward.loss == "none":
@@ -220,6 +221,8 @@ def prepare_judge(
     rewards = build_rewards(cfg.reward, own)
     prompts = read_prompts((*data.train, *data.eval), preparation)
     check_prompts(rewards, prompts)
+    if cfg.reward.engine == "server":
+        connect(cfg)  # fails now, before weights are loaded
     return AnswerJudge(rewards, prompts, preparation.chat)
 
 
