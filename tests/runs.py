@@ -27,8 +27,21 @@ SMALL_RUN = (
     "lora.dropout=0.1",
     "train.neftune_alpha=5",
 )
+# A few steps of reinforcement learning, whose reward falls with the length of an answer.
+REWARDED_RUN = (
+    "data.train.0.limit=24",
+    "data.eval.0.limit=6",
+    "generation.num_examples=6",
+    "reward.loss=grpo",
+    "reward.functions={length: 1}",
+    "reward.length=2",
+    "reward.max_new_tokens=12",
+    "reward.group_size=4",
+    "train.batch_size=3",
+    "train.learning_rate=2e-3",
+)
 # What a clock or the machine decides is no part of the mathematics.
-_MEASURED = {"tokens_per_second", "peak_bytes", "seconds"}
+_MEASURED = {"tokens_per_second", "peak_bytes", "seconds", "train/sampling_seconds"}
 
 
 def small_run(folder: Path, *overrides: str) -> RunConfig:

@@ -6,6 +6,7 @@ depend on the weights. So a resumed run needs no saved state, and each rank can 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -80,8 +81,10 @@ class Rollouts:
         """
         if step // self.cfg.updates != self._round:
             self._round = step // self.cfg.updates
+            start = time.perf_counter()
             prompts = [document for sequence in self.prompts.step_batches(self._round) for document in sequence]
             self._sequences = self._judged(prompts, self._groups(prompts))
+            self.figures["sampling_seconds"] = time.perf_counter() - start
         return self._sequences
 
     def steps_for(self, epochs: float) -> int:

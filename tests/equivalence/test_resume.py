@@ -7,7 +7,7 @@ import multiprocessing
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -19,22 +19,19 @@ from finetune.cli import main
 from finetune.models.digest import sha256_of
 from finetune.system.errors import ConfigError
 from finetune.training.checkpoint import MANIFEST, STATE, list_checkpoints
-from tests.runs import SMALL_RUN, adapter, differing, metrics, reference_run, result, small_run
+from tests.runs import REWARDED_RUN, SMALL_RUN, adapter, differing, metrics, reference_run, result, small_run
 
 # Each start is a process forked from one that has imported the package, which saves the import time.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["finetune.training.recipe"])
 
+PLAIN = (*SMALL_RUN, "train.save_every=1", "train.eval_every=10")
+# The answers of a round, on which two steps train, are sampled anew.
+REWARDS = (*REWARDED_RUN, "reward.updates=2", "train.save_every=2", "train.eval_every=null")
 
-def start(folder: Path, steps: int) -> BaseProcess:
-    settings = (
-        *SMALL_RUN,
-        f"train.max_steps={steps}",
-        "train.save_every=1",
-        "train.eval_every=10",
-        "train.resume=auto",
-        f"output_dir={folder}",
-    )
+
+def start(folder: Path, steps: int, settings: Sequence[str]) -> BaseProcess:
+    settings = (*settings, f"train.max_steps={steps}", "train.resume=auto", f"output_dir={folder}")
     process = PROCESSES.Process(target=main, args=(["train", "config=quickstart.yaml", *settings],))
     process.start()
     return process
@@ -51,12 +48,16 @@ def saved_steps(folder: Path) -> int:
     return max((int(path.name.removeprefix("checkpoint-")) for path in list_checkpoints(folder)), default=0)
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(2, 8), (10, 40)])
-def test_kills_at_random_moments_give_the_same_adapter_and_metrics(tmp_path, kills, steps):
-    start(tmp_path / "unbroken", steps).join()
+@pytest.mark.parametrize(
+    ("kills", "steps", "settings"),
+    [(2, 8, PLAIN), (10, 40, PLAIN), (2, 8, REWARDS)],
+    ids=["2-8", "10-40", "rewards"],
+)
+def test_kills_at_random_moments_give_the_same_adapter_and_metrics(tmp_path, kills, steps, settings):
+    start(tmp_path / "unbroken", steps, settings).join()
     broken, rng, mid_save = tmp_path / "broken", random.Random(0), 0
     for kill in range(kills):
-        process = start(broken, steps)
+        process = start(broken, steps, settings)
         goal = saved_steps(broken) + rng.randint(1, 3)
         wait_until(process, lambda goal=goal: saved_steps(broken) >= goal)
         if kill % 2:
@@ -66,7 +67,7 @@ def test_kills_at_random_moments_give_the_same_adapter_and_metrics(tmp_path, kil
         process.kill()
         process.join()
         mid_save += any(broken.glob(".incomplete-checkpoint-*"))
-    start(broken, steps).join()
+    start(broken, steps, settings).join()
     assert mid_save > 0, "at least one kill must have hit a save"
     assert differing(tmp_path / "unbroken", broken) == []
     assert metrics(broken) == metrics(tmp_path / "unbroken")
