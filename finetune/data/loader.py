@@ -16,7 +16,8 @@ import numpy as np
 from finetune.config.schema import DataConfig, RunConfig, SourceConfig
 from finetune.data.documents import Cut, Documents, cut_to_length
 from finetune.data.formats.detection import with_formats
-from finetune.data.formats.messages import Conversation, Preference
+from finetune.data.formats.messages import Conversation, Example, Preference
+from finetune.data.formats.preferences import verdict_of
 from finetune.data.sources.paths import by_key, check_each, resolve_source
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation, console_progress
@@ -229,23 +230,37 @@ def _check_cut(cut: Cut, store: TokenStore, cfg: DataConfig) -> None:
 
 
 def first_conversations(source: Source, preparation: Preparation, rows: int) -> list[Conversation]:
-    """Return the source's first rows as conversations, read from its files again.
+    """Return the source's first rows as conversations, read from its files again; of preferences, the good answers.
 
-    Raises: DataError if they are raw text or tokens.
+    Raises: DataError if they are raw text or tokens, or if all answers are bad ones.
     """
     encoder = preparation.encoder(source.config)
     wanted = set(source.store.indices[source.rows].tolist())
     batches = with_formats(source.config, resolve_source(source.config).batches(source.config.limit))
     examples = (example for batch in batches for row, example in encoder.parser.rows(batch) if row.index in wanted)
-    first = list(islice((example for example in examples if not isinstance(example, DataError)), rows))
-    answers = [example.chosen if isinstance(example, Preference) else example for example in first]
-    chats = [example for example in answers if isinstance(example, Conversation)]
+    parsed = (example for example in examples if not isinstance(example, DataError))
+    good = (answer for answer in (_good_answer(example, encoder.objective) for example in parsed) if answer)
+    first = list(islice(good, rows))
+    if rows and not first:
+        raise DataError(
+            f"{source.config.path}: every label is false, so no answer is one to compare with; "
+            "set generation.num_examples=0"
+        )
+    chats = [example for example in first if isinstance(example, Conversation)]
     if len(chats) < len(first):
         raise DataError(
             f"{source.config.path}: {source.store.meta.format()} rows have no assistant turn; "
             "set generation.num_examples=0"
         )
     return chats
+
+
+def _good_answer(example: Example, objective: str) -> Example | None:
+    """Return the row, or the chosen side of a pair; None for an answer that its label calls bad."""
+    if isinstance(example, Preference):
+        return example.chosen
+    judged = objective == "kto" and isinstance(example, Conversation)
+    return None if judged and not verdict_of(example.verdict) else example
 
 
 def used_ids(data: LoadedData) -> np.ndarray:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from finetune import load_config, train
+from finetune.report.run import read_run
+from finetune.report.run_page import write_report
 from finetune.system.errors import ConfigError
+from finetune.system.resources import packaged
+from tests.html_reader import Reader
 from tests.runs import differing, metrics, result, small_run
 
 SETTINGS = (
@@ -51,6 +56,28 @@ def test_answers_are_scored_at_each_evaluation_and_after_a_resume_as_without_one
     train(small_run(broken, *SETTINGS, "train.resume=auto"))
     assert scores(broken) == found and differing(unbroken, broken) == []
     assert result(broken)["evaluations_before"] == before
+
+
+def test_a_run_on_pairs_answers_their_prompts_and_expects_the_chosen_side(tmp_path):
+    rows = ("data.train.0.limit=12", "data.eval.0.limit=4", "train.batch_size=2")
+    settings = [
+        *SETTINGS,
+        *rows,
+        "train.max_steps=2",
+        "train.eval_every=1",
+        "generation.samples=4",
+        f"output_dir={tmp_path}",
+    ]
+    train(load_config("dpo.yaml", settings))
+    names = [f"eval/pairs-heldout/{name}" for name in ("exact_match", "rouge_l")]
+    last = metrics(tmp_path)[-1]
+    assert [result(tmp_path)["evaluations"][name] for name in names] == [last[name] for name in names]
+    pairs = [json.loads(line) for line in (packaged("data") / "sample" / "pairs-heldout.jsonl").open()][:4]
+    shown = read_run(tmp_path).samples
+    assert [(row["prompt"], row["expected"]) for row in shown] == [(pair["prompt"], pair["chosen"]) for pair in pairs]
+    page = Reader(write_report(tmp_path).read_text())
+    assert {"Generated answers: exact match", "Generated answers: ROUGE-L"} <= {*page.texts("h3")}
+    assert {"Answers before and after", "Worst answers"} <= {*page.texts("h2")}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from finetune.config.schema import DataConfig, ModelConfig, SourceConfig
 from finetune.data.batch import build_batch
 from finetune.data.encoded import IGNORE_INDEX
-from finetune.data.loader import load_data
+from finetune.data.loader import first_conversations, load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.models.tokenizer import load_tokenizer
@@ -101,6 +101,22 @@ def test_answers_move_to_the_prompt_of_the_next_one(load, tokenizer):
     moved = mismatched(list(load("kto", *rows)))
     assert [answer(document, tokenizer) for document in moved] == [f"answer {i}<|im_end|>" for i in (2, 0, 1)]
     assert ["Say 0" in tokenizer.decode(moved[0].ids), "answer 2" in tokenizer.decode(moved[0].ids)] == [True, True]
+
+
+def first_answers(tokenizer, tmp_path, *rows: dict) -> list[str]:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = DataConfig(train=[SourceConfig(path=str(tmp_path / "rows.jsonl"))], cache=str(tmp_path / "cache"))
+    preparation = Preparation(cfg, ChatTemplate(tokenizer), objective="kto")
+    [source] = load_data(preparation).train
+    return [chat.messages[-1].content for chat in first_conversations(source, preparation, 3)]
+
+
+def test_only_good_answers_are_expected_of_a_model(tokenizer, tmp_path):
+    rows = [{"prompt": "q", "completion": f"a{i}", "label": i % 2 == 0} for i in range(4)]
+    assert first_answers(tokenizer, tmp_path, *rows) == ["a0", "a2"]
+    assert first_answers(tokenizer, tmp_path, PAIR) == ["4"]
+    with pytest.raises(DataError, match=r"rows\.jsonl: every label is false"):
+        first_answers(tokenizer, tmp_path, rows[1], rows[3])
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real rows are not on this machine")
