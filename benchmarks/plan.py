@@ -186,15 +186,14 @@ def predict_case(case: Case, config: Path, settings: list[str], kind: str, targe
     cfg = load_config(str(config), settings)
     shape = shape_of(cfg.model.name)
     assert shape is not None, "a random model has a config.json"
-    inputs = plan_inputs(cfg, shape, device_type=kind)
-    found = predict_peak(inputs, case.batch, 0, document_tokens=case.document)
+    inputs = plan_inputs(cfg, shape, device_type=kind).with_rows(case.document, target_share)
+    found = predict_peak(inputs, case.batch, 0)
     count = recomputed_layers(inputs, found.activations)
-    found = predict_peak(inputs, case.batch, count, document_tokens=case.document)
+    found = predict_peak(inputs, case.batch, count)
     own = found.parts.get("process and libraries", 0.0)
     figures = {"predicted_bytes": found.peak_bytes - own, "moment": found.moment, "parts": dict(found.parts)}
     if rates := read_rates(kind):
-        work = step_work(inputs, case.batch, count, document_tokens=case.document, target_share=target_share)
-        seconds = step_seconds(inputs, work, rates, case.document or case.length)
+        seconds = step_seconds(inputs, step_work(inputs, case.batch, count), rates)
         figures |= {"predicted_seconds": sum(seconds.values()), "seconds_by_part": seconds}
     return figures
 

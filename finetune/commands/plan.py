@@ -120,6 +120,7 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
     device_type, free, what, gpu_name = planned_device(options.gpu, options.gpu_gb)
     ranks = ranks_of_run(os.environ)
     inputs = plan_inputs(cfg, shape, device_type=device_type, ranks=ranks, gpu=traits_of(gpu_name))
+    inputs = inputs.with_rows(options.document_tokens, options.target_share)
     found = estimate_memory(inputs, free)
     # The main memory of a machine with another GPU is unknown.
     shortage = None if options.gpu or options.gpu_gb else host_shortage(found)

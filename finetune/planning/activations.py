@@ -3,6 +3,7 @@
 Computed from shapes and config alone. Tests compare a layer's activations with the tensors that autograd saves.
 
 Names: D hidden width, I intermediate width, H query heads, K key-value heads, W head width, L tokens of a document.
+Tokens are rows of a sequence; attention runs over its places (sequences.py).
 """
 
 from __future__ import annotations
@@ -102,24 +103,19 @@ class ActivationPlan:
 
 
 @lru_cache(maxsize=64)
-def plan_activations(inputs: PlanInputs, micro_batch: int, document_tokens: int | None = None) -> ActivationPlan:
-    """Compute the activations of `micro_batch` full sequences.
-
-    document_tokens: length of the documents in a sequence; None takes each sequence as one document.
-    """
-    tokens, inner = micro_batch * inputs.data.max_length, inputs.shape["intermediate_size"]
+def plan_activations(inputs: PlanInputs, micro_batch: int) -> ActivationPlan:
+    """Compute the activations of `micro_batch` full sequences."""
+    tokens, inner = micro_batch * inputs.sequence.rows, inputs.shape["intermediate_size"]
     width, kinds = inputs.value_bytes, []
     for layer in range(inputs.first_trained_layer, len(inputs.adapted)):
         stored = layer_precisions(layer, inputs.model, inputs.quant)
         kinds.append((inputs.adapted[layer], frozenset(name for name in stored if stored[name] == "int8")))
-    token_bytes = {
-        kind: sum(kept_bytes(inputs, *kind, document_tokens=document_tokens).values()) for kind in set(kinds)
-    }
+    token_bytes = {kind: sum(kept_bytes(inputs, *kind).values()) for kind in set(kinds)}
     kept = tuple(tokens * token_bytes[kind] for kind in kinds)
     hidden = tokens * inputs.shape["hidden_size"] * width
     on_cpu = inputs.device_type == "cpu"
     if inputs.device_type == "cuda":
-        return _plan_on_gpu(inputs, tokens, kept, document_tokens)
+        return _plan_on_gpu(inputs, tokens, kept)
     block = _mlp_rows(inputs, tokens) * inner * width
     in_heap = on_cpu and block < _MAPPED_FROM_BYTES
     # Gate and up are such blocks.
@@ -129,21 +125,19 @@ def plan_activations(inputs: PlanInputs, micro_batch: int, document_tokens: int 
         input=hidden,
         # With the logits: the last hidden states, their normed copy, the rows with a target, and their gradient.
         head=loss_bytes(inputs, tokens, inputs.trains_on_teacher) + 4 * hidden,
-        work=_layer_work(inputs, tokens, document_tokens) + 2 * hidden,
+        work=_layer_work(inputs, tokens) + 2 * hidden,
         layers=len(inputs.adapted),
         hole=block if in_heap else 0.0,
         garbage=_GARBAGE_LAYERS * max(0.0, layer_in_heap) if on_cpu else 0.0,
     )
 
 
-def _plan_on_gpu(
-    inputs: PlanInputs, tokens: int, kept: tuple[float, ...], document_tokens: int | None
-) -> ActivationPlan:
+def _plan_on_gpu(inputs: PlanInputs, tokens: int, kept: tuple[float, ...]) -> ActivationPlan:
     """Build the plan of a GPU. kept: of layers that run their MLP on all rows at once."""
     hidden = tokens * inputs.shape["hidden_size"] * inputs.value_bytes
     compiled, rows = elementwise_kernels(inputs) != "plain torch", gpu_layers.tile_rows(inputs, tokens)
     tiled = rows is not None and gpu_layers.tiles_last_layer(inputs)
-    work = partial(gpu_layers.layer_work, inputs, tokens, document_tokens, compiled=compiled)
+    work = partial(gpu_layers.layer_work, inputs, tokens, compiled=compiled)
     # A tiled MLP keeps its input in place of gate and up, like one whose gate or up has an adapter.
     adapted = any({"gate_proj", "up_proj"} & names for names in inputs.adapted)
     saved = 2 * tokens * inputs.shape["intermediate_size"] * inputs.value_bytes - (0 if adapted else hidden)
@@ -218,17 +212,17 @@ def elementwise_kernels(inputs: PlanInputs, shape: Mapping[str, Any] | None = No
     return "compiled" if work >= limits.COMPILE_FROM_FLOPS else "plain torch"
 
 
-def _layer_work(inputs: PlanInputs, tokens: int, document_tokens: int | None) -> float:
+def _layer_work(inputs: PlanInputs, tokens: int) -> float:
     """The largest temporaries of a layer's backward pass: of its MLP, attention, or a dequantized weight."""
     rows, inner = _mlp_rows(inputs, tokens), inputs.shape["intermediate_size"]
     # Gradients of down_proj's input are computed for all blocks of rows before the first block goes on.
     waiting = (tokens - rows) * inner * inputs.value_bytes
     mlp = waiting + _mlp_bytes(inputs, rows * inner, _MLP_BACKWARD_BYTES)
     attention, on_cpu = 0.0, inputs.device_type == "cpu"
-    document = document_tokens or inputs.data.max_length
+    document, places = inputs.sequence.document, tokens * inputs.places_of_a_row
     if on_cpu and inputs.model.attention == "auto" and document < limits.FUSED_ATTENTION_FROM_TOKENS:
         queries = min(limits.QUERIES_PER_BLOCK, document)
-        attention = tokens * inputs.shape["num_attention_heads"] * queries * _SCORE_BYTES
+        attention = places * inputs.shape["num_attention_heads"] * queries * _SCORE_BYTES
     largest = max(out * size for out, size in inputs.linears.values())
     dequantizes = inputs.quant.type == "nf4" and not inputs.quant.keep_dequantized
     weight = largest * DTYPE_BYTES[inputs.quant.compute_dtype] if dequantizes else 0
@@ -269,9 +263,7 @@ def _mlp_rows(inputs: PlanInputs, tokens: int) -> int:
     return tokens if inputs.device_type != "cpu" or unfused or special else min(tokens, limits.MLP_ROWS)
 
 
-def kept_bytes(
-    inputs: PlanInputs, adapted: frozenset[str], int8: frozenset[str] = frozenset(), document_tokens: int | None = None
-) -> dict[str, float]:
+def kept_bytes(inputs: PlanInputs, adapted: frozenset[str], int8: frozenset[str] = frozenset()) -> dict[str, float]:
     """Return the bytes per token and purpose that a layer keeps for its backward pass.
 
     adapted: linears of the layer with an adapter. int8: its linears stored in int8, which the kernels do not handle.
@@ -279,12 +271,12 @@ def kept_bytes(
     width, linears, lora = inputs.value_bytes, inputs.linears, inputs.lora
     hidden, inner = inputs.shape["hidden_size"], inputs.shape["intermediate_size"]
     peft = inputs.train.kernels == "peft"
-    # The input of o_proj is the output of attention. On a CPU it is a copy in another order.
-    keeps_output = inputs.flash_attention and inputs.model.attention == "auto"
+    # The input of o_proj is the output of attention; a copy on a CPU, and where rows have several places.
+    keeps_output = inputs.flash_attention and inputs.model.attention == "auto" and inputs.places_of_a_row == 1
     terms = {
         # transformers' norm keeps fp32 copies of both of its inputs, and their scales.
         "norms": 2 * (hidden * 4 + 4) if peft else 2 * hidden * width,
-        "attention": _attention_bytes(inputs, document_tokens or inputs.data.max_length),
+        "attention": _attention_bytes(inputs),
         "mlp": 0.0,
         "adapters": 0.0,
         "dropout": 0.0,
@@ -309,21 +301,22 @@ def kept_bytes(
     return terms
 
 
-def _attention_bytes(inputs: PlanInputs, document: int) -> float:
-    """Queries, keys and values; where a kernel keeps them, its output and each head's log-sum in fp32."""
-    width, kind = inputs.value_bytes, inputs.model.attention
+def _attention_bytes(inputs: PlanInputs) -> float:
+    """Queries, keys and values; where a kernel keeps them, its output and each head's log-sum in fp32. Per row."""
+    width, kind, places = inputs.value_bytes, inputs.model.attention, inputs.places_of_a_row
     heads, queries, keys = inputs.shape["num_attention_heads"], inputs.linears["q_proj"][0], inputs.linears["k_proj"][0]
     if kind == "auto" and inputs.device_type == "cpu":
+        document = inputs.sequence.document
         padded = math.ceil(document / limits.DOCUMENT_TOKENS_MULTIPLE) * limits.DOCUMENT_TOKENS_MULTIPLE
         output = queries * width + 4 * heads if padded >= limits.FUSED_ATTENTION_FROM_TOKENS else 0
-        return padded / document * ((queries + 2 * keys) * width + output)
+        return places * padded / document * ((queries + 2 * keys) * width + output)
     if kind == "auto" and not inputs.flash_attention:
         if inputs.attention_in_fp32:
-            return (queries + 2 * keys) * width
+            return places * (queries + 2 * keys) * width
         # Keys and values for every query head, the output and its copy in the order of the rows.
-        return 4 * queries * width + 4 * heads
+        return 3 * places * queries * width + places * 4 * heads + queries * width
     if kind in ("auto", "flash_attention_2"):
-        return (2 * queries + 2 * keys) * width + 4 * heads
+        return places * ((2 * queries + 2 * keys) * width + 4 * heads)
     # transformers repeats keys and values for every head, and builds a mask per token of the row.
     row = inputs.data.max_length
     if kind == "eager":

@@ -46,24 +46,15 @@ class StepWork:
         return self.elementwise / (self.rows * inner)
 
 
-def step_work(
-    inputs: PlanInputs,
-    micro_batch: int,
-    recomputed: int,
-    *,
-    document_tokens: int | None = None,
-    target_share: float = 1.0,
-) -> StepWork:
+def step_work(inputs: PlanInputs, micro_batch: int, recomputed: int) -> StepWork:
     """Compute the work of a step of full sequences.
 
     Args:
         micro_batch: sequences per forward pass.
         recomputed: layers with gradient checkpointing.
-        document_tokens: L; None takes each sequence as one document.
-        target_share: share of the tokens that are trained on.
     """
-    sequences, shape, linears = inputs.rank_sequences, inputs.shape, inputs.linears
-    passes, tokens = math.ceil(sequences / micro_batch), sequences * inputs.data.max_length
+    sequences, sequence, shape, linears = inputs.step_sequences, inputs.sequence, inputs.shape, inputs.linears
+    passes, tokens = math.ceil(sequences / micro_batch), sequences * sequence.rows
     layers, first = len(inputs.adapted), inputs.first_trained_layer
     products, dequantized, adapters = dict.fromkeys(linears, 0.0), dict.fromkeys(linears, 0.0), 0.0
     for layer in range(layers):
@@ -81,23 +72,25 @@ def step_work(
             if adapted:
                 rank = rank_of(module_path(layer, name), inputs.lora)
                 adapters += 2.0 * rank * sum(linears[name]) * tokens * (forward + 2)
-    targets = target_share * tokens
+    targets = sequences * sequence.targets
     products["head"] = 4.0 * (shape["vocab_size"] * shape["hidden_size"]) * targets
     forward_passes, backward_passes = layers + recomputed, layers - first
-    document, rows = document_tokens or inputs.data.max_length, micro_batch * inputs.data.max_length
-    attention = _attention(shape, tokens, document, forward_passes + 2 * backward_passes)
+    rows = micro_batch * sequence.rows
+    attention = _attention(inputs, shape, forward_passes + 2 * backward_passes)
     elementwise = float(tokens * shape["intermediate_size"] * (forward_passes + backward_passes))
     logits, trained = targets * shape["vocab_size"], inputs.static.trained
     work = StepWork(products, adapters, attention, elementwise, dequantized, logits, trained, rows)
-    return _with_teacher(inputs, work, tokens, targets, document)
+    return _with_teacher(inputs, work, tokens, targets)
 
 
-def _attention(shape: Mapping[str, Any], tokens: int, document: int, passes: int) -> float:
+def _attention(inputs: PlanInputs, shape: Mapping[str, Any], passes: int) -> float:
     """2 L^2 d forward and 4 L^2 d backward per document, under the causal mask; d = heads times head width."""
-    return 2.0 * linear_shapes(shape)["q_proj"][0] * document * tokens * passes
+    sequence = inputs.sequence
+    places = inputs.step_sequences * sequence.places
+    return 2.0 * linear_shapes(shape)["q_proj"][0] * sequence.document * places * passes
 
 
-def _with_teacher(inputs: PlanInputs, work: StepWork, tokens: int, targets: float, document: int) -> StepWork:
+def _with_teacher(inputs: PlanInputs, work: StepWork, tokens: float, targets: float) -> StepWork:
     """Add the forward pass of a teacher or of a reference policy that runs in this process."""
     if inputs.runs_reference:
         passes, layers = math.ceil(tokens / work.rows), len(inputs.adapted)
@@ -105,15 +98,17 @@ def _with_teacher(inputs: PlanInputs, work: StepWork, tokens: int, targets: floa
             name: weights and weights + math.prod(inputs.linears[name]) * passes * layers
             for name, weights in work.dequantized.items()
         }
-        return _with_forward(replace(work, dequantized=dequantized), inputs.shape, tokens, targets, document)
+        return _with_forward(inputs, replace(work, dequantized=dequantized), inputs.shape, tokens, targets)
     shape = inputs.teacher_shape
     placement = inputs.distill.teacher.placement
     if inputs.distill.objective == "none" or placement in ("cached", "server") or shape is None:
         return work
-    return _with_forward(work, shape, tokens, targets, document)
+    return _with_forward(inputs, work, shape, tokens, targets)
 
 
-def _with_forward(work: StepWork, shape: Mapping[str, Any], tokens: int, targets: float, document: int) -> StepWork:
+def _with_forward(
+    inputs: PlanInputs, work: StepWork, shape: Mapping[str, Any], tokens: float, targets: float
+) -> StepWork:
     products, layers = dict(work.products), shape["num_hidden_layers"]
     for name, (out, size) in linear_shapes(shape).items():
         products[name] += 2.0 * out * size * tokens * layers
@@ -121,7 +116,7 @@ def _with_forward(work: StepWork, shape: Mapping[str, Any], tokens: int, targets
     return replace(
         work,
         products=products,
-        attention=work.attention + _attention(shape, tokens, document, layers),
+        attention=work.attention + _attention(inputs, shape, layers),
         elementwise=work.elementwise + tokens * shape["intermediate_size"] * layers,
         logits=2 * work.logits,
     )

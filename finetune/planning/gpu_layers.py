@@ -45,13 +45,8 @@ def weight_buffer_bytes(inputs: PlanInputs) -> float:
     return max(out * size for out, size in inputs.linears.values()) * DTYPE_BYTES[inputs.quant.compute_dtype]
 
 
-def layer_work(
-    inputs: PlanInputs, tokens: int, document_tokens: int | None = None, *, compiled: bool, tiled: bool
-) -> float:
-    """Return the largest temporaries of a layer's backward pass, beyond what the layer keeps.
-
-    document_tokens: as for `plan_activations`.
-    """
+def layer_work(inputs: PlanInputs, tokens: int, *, compiled: bool, tiled: bool) -> float:
+    """Return the largest temporaries of a layer's backward pass, beyond what the layer keeps."""
     width, inner, hidden = inputs.value_bytes, inputs.shape["intermediate_size"], inputs.shape["hidden_size"]
     rows = tile_rows(inputs, tokens) if tiled else None
     if inputs.train.kernels == "peft":
@@ -66,26 +61,28 @@ def layer_work(
     mlp += (3 if rows is None else 2) * tokens * hidden * width
     # When attention runs backward, the input of the second norm is free, and gate and up, or the input of a tiled MLP.
     free = tokens * (hidden + (2 * inner if rows is None else hidden)) * width
-    attention = _attention_work(inputs, tokens, document_tokens or inputs.data.max_length) - free
+    attention = _attention_work(inputs, tokens) - free
     plain = 0 if compiled else _PLAIN_BYTES * min(tokens * inner, limits.PLAIN_BLOCK_VALUES)
     return max(mlp, attention) + plain
 
 
-def _attention_work(inputs: PlanInputs, tokens: int, document_tokens: int) -> float:
+def _attention_work(inputs: PlanInputs, tokens: int) -> float:
     """Gradients of residual, output, queries, keys and values, and the workspace of flash attention.
 
     It sums gradients of queries in fp32, and makes those of keys and values for every query head. A deterministic one
     divides the keys among all multiprocessors and has a sum for each part.
     """
-    width, heads = inputs.value_bytes, inputs.shape["num_attention_heads"]
+    width, heads, places = inputs.value_bytes, inputs.shape["num_attention_heads"], tokens * inputs.places_of_a_row
     queries, keys = inputs.linears["q_proj"][0], inputs.linears["k_proj"][0]
-    gradients = (inputs.shape["hidden_size"] + 2 * queries + 2 * keys) * width
+    gradients = tokens * inputs.shape["hidden_size"] * width + places * (2 * queries + 2 * keys) * width
+    if places > tokens:
+        gradients += tokens * queries * width  # that of the output, per row
     if not inputs.flash_attention:
-        return tokens * (gradients + _grouped_attention_work(inputs))
-    documents = max(1, tokens // document_tokens)
+        return gradients + places * _grouped_attention_work(inputs)
+    documents = max(1, places // inputs.sequence.document)
     sums = math.ceil(inputs.gpu.multiprocessors / (documents * heads)) if inputs.train.deterministic else 1
     workspace = sums * 4 * queries + 4 * heads + (2 * queries * width if keys < queries else 0)
-    return tokens * (gradients + workspace)
+    return gradients + places * workspace
 
 
 def _grouped_attention_work(inputs: PlanInputs) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 from finetune.config import schema
 from finetune.config.preference_rules import NEEDS_REFERENCE
 from finetune.models.families import SHAPE_KEYS, shape_of
+from finetune.planning.sequences import FullSequence, plain_sequence, sequence_of_groups, sequence_of_pairs
 from finetune.planning.static_memory import DTYPE_BYTES, StaticMemory, adapted_linears, linear_shapes, plan_memory
 
 
@@ -32,6 +33,7 @@ class PlanInputs:
     shape: sizes of the student; keys as in config.json; empty if they are unknown without a download.
     model to generation: sections of the config.
     device_type: "cuda", "cpu" or another of torch's device types.
+    document_tokens: of an example; None takes each sequence as one. target_share: the trained part of them.
     """
 
     shape: Mapping[str, Any]
@@ -42,16 +44,23 @@ class PlanInputs:
     train: schema.TrainConfig
     distill: schema.DistillConfig
     preference: schema.PreferenceConfig
+    reward: schema.RewardConfig
     guard: schema.GuardConfig
     generation: schema.GenerationConfig
     has_teacher: bool
     device_type: str
     ranks: int
     gpu: GpuTraits = GpuTraits()
+    document_tokens: int | None = None
+    target_share: float = 1.0
 
     def with_settings(self, **sections: Mapping[str, Any]) -> PlanInputs:
         """Return a copy with some settings changed. Nothing is validated again."""
         return replace(self, **{name: getattr(self, name).model_copy(update=new) for name, new in sections.items()})
+
+    def with_rows(self, document_tokens: int | None, target_share: float) -> PlanInputs:
+        """Return the inputs of a run whose examples have so many tokens, of which so many are trained on."""
+        return replace(self, document_tokens=document_tokens, target_share=target_share)
 
     def with_model_config(self, config: Mapping[str, Any]) -> PlanInputs:
         """Return the inputs of a loaded model (config.json), whose vocabulary may be larger; `self` if it is equal."""
@@ -89,6 +98,11 @@ class PlanInputs:
     def rank_sequences(self) -> int:
         """Sequences per rank and optimizer step."""
         return ceil(self.train.batch_size / self.ranks)
+
+    @property
+    def step_sequences(self) -> float:
+        """Full sequences per rank and optimizer step: with rewards, `train.batch_size` counts prompts."""
+        return self.rank_sequences / self.sequence.prompts
 
     @property
     def evaluates(self) -> bool:
@@ -148,15 +162,45 @@ class PlanInputs:
         return self.distill.objective != "none" or self.may_recover
 
     @property
+    def learns_from_rewards(self) -> bool:
+        return self.reward.loss != "none"
+
+    @property
     def runs_reference(self) -> bool:
-        """Whether a training step runs the model once more, as the reference of a preference."""
+        """Whether a training step runs the model once more, as the reference of a preference or of rewards."""
+        if self.learns_from_rewards:
+            return self.reward.beta > 0
         preference = self.preference
         return preference.objective in NEEDS_REFERENCE and preference.reference != "cached"
 
     @property
     def copies_adapter(self) -> bool:
         """Whether the reference is the adapter that training starts from, kept in a copy."""
-        return self.runs_reference and self.preference.reference != "base" and self.lora.init_adapter is not None
+        named = (self.reward if self.learns_from_rewards else self.preference).reference
+        return self.runs_reference and named != "base" and self.lora.init_adapter is not None
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether answers to the same prompt compute it once: noise is drawn anew for each of them."""
+        train = self.train
+        return train.kernels == "fused" and train.share_prefixes and not (self.lora.dropout or train.neftune_alpha)
+
+    @cached_property
+    def sequence(self) -> FullSequence:
+        """A full sequence. Without a share of trained tokens, all tokens of an example can be prompt, or none."""
+        length, document, share = self.data.max_length, self.document_tokens, self.target_share
+        if self.learns_from_rewards:
+            prompt = document if document is None or share == 1 else ceil(document * (1 - share))
+            most = self.train.batch_size if self.data.packing else 1
+            return sequence_of_groups(self.reward, length, prompt, shared=self.shares_prompts, most_prompts=most)
+        if self.preference.objective in ("none", "kto"):
+            return plain_sequence(length, document, share)
+        return sequence_of_pairs(length, document, share, self.shares_prompts)
+
+    @property
+    def places_of_a_row(self) -> float:
+        """Places that attention has per row of a full sequence."""
+        return self.sequence.places / self.sequence.rows
 
     @property
     def runs_teacher(self) -> bool:
@@ -185,6 +229,6 @@ def plan_inputs(
     gpu: GpuTraits = GpuTraits(),
 ) -> PlanInputs:
     """Build the inputs of a run's plan; shape is None if the student's sizes are unknown without a download."""
-    names = ("model", "quant", "lora", "data", "train", "distill", "preference", "guard", "generation", "has_teacher")
-    sections = {name: getattr(cfg, name) for name in names}
-    return PlanInputs(shape=shape or {}, **sections, device_type=device_type, ranks=ranks, gpu=gpu)
+    sections = ("model", "quant", "lora", "data", "train", "distill", "preference", "reward", "guard", "generation")
+    parts = {name: getattr(cfg, name) for name in (*sections, "has_teacher")}
+    return PlanInputs(shape=shape or {}, **parts, device_type=device_type, ranks=ranks, gpu=gpu)

@@ -114,15 +114,10 @@ class PeakMemory:
         return max(0.0, (free_bytes - self._needed(other)) / self._with_margin)
 
 
-def predict_peak(
-    inputs: PlanInputs, micro_batch: int, recomputed: int, *, document_tokens: int | None = None
-) -> PeakMemory:
-    """Predict the memory of a run with `micro_batch` sequences per forward pass and `recomputed` layers.
-
-    document_tokens: as for `plan_activations`.
-    """
+def predict_peak(inputs: PlanInputs, micro_batch: int, recomputed: int) -> PeakMemory:
+    """Predict the memory of a run with `micro_batch` sequences per forward pass and `recomputed` layers."""
     static, cuda = inputs.static, inputs.device_type == "cuda"
-    activations = plan_activations(inputs, micro_batch, document_tokens)
+    activations = plan_activations(inputs, micro_batch)
     teacher = teacher_bytes(inputs)
     # A GPU keeps buffers for a streamed teacher's layers. A CPU maps them from their files while they run.
     held = _held(inputs, (teacher or 0.0) + (streamed_bytes(inputs) if cuda else 0.0))

@@ -75,10 +75,9 @@ def estimate_time(
     Returns:
         Figures of `finetune plan --json`. "steps" and "total_seconds" are None if the number of tokens is unknown.
     """
-    document, share = options.document_tokens, options.target_share
-    work = step_work(inputs, memory.micro_batch, memory.recomputed, document_tokens=document, target_share=share)
+    work = step_work(inputs, memory.micro_batch, memory.recomputed)
     if rates is not None:
-        seconds = step_seconds(inputs, work, rates, document or inputs.data.max_length)
+        seconds = step_seconds(inputs, work, rates)
         source = f"measured on {rates.device}"
     else:
         ceiling, source = assumed_ceiling(inputs.device_kind, gpu_name)
@@ -95,7 +94,7 @@ def estimate_time(
         "rates": source,
         "step_seconds": total,
         "seconds_shares": {name: part / total for name, part in seconds.items()},
-        "tokens_per_second": inputs.train.batch_size * inputs.data.max_length / total,
+        "tokens_per_second": inputs.train.batch_size / inputs.sequence.prompts * inputs.sequence.places / total,
         "steps": steps,
         "steps_from": steps_source,
         "total_seconds": None if steps is None else steps * total,
@@ -129,7 +128,7 @@ def tokens_in_files(sources: Sequence[SourceConfig]) -> int | None:
     return round(total) or None
 
 
-def step_seconds(inputs: PlanInputs, work: StepWork, rates: Rates, document_tokens: int) -> dict[str, float]:
+def step_seconds(inputs: PlanInputs, work: StepWork, rates: Rates) -> dict[str, float]:
     """Compute the seconds of one step per purpose, from measured rates."""
     sizes = {name: math.prod(linear) for name, linear in inputs.linears.items()}
     sizes["head"] = inputs.shape["vocab_size"] * inputs.shape["hidden_size"]
@@ -138,7 +137,7 @@ def step_seconds(inputs: PlanInputs, work: StepWork, rates: Rates, document_toke
         "products": sum(n / _rate_of_product(grid, sizes[name], work.rows) for name, n in work.products.items()),
         # Two thin products per pass, which move as much as they compute: at the rate of the smallest matrix.
         "adapters": work.adapters / _rate_of_product(grid, 0, work.rows),
-        "attention": work.attention / _interpolate(rates.attention, document_tokens),
+        "attention": work.attention / _interpolate(rates.attention, inputs.sequence.document),
         "elementwise steps": work.elementwise / rates.elementwise,
         "dequantizing": sum(n / _interpolate(rates.dequantized, sizes[name]) for name, n in work.dequantized.items()),
         "loss": work.logits / rates.logits,
@@ -151,11 +150,11 @@ def cost_of_token(inputs: PlanInputs, memory: PeakMemory, rates: Rates | None) -
     """Return the cost of a training token: seconds with measured rates, else operations of products."""
     work = step_work(inputs, memory.micro_batch, memory.recomputed)
     if rates is not None:
-        cost = sum(step_seconds(inputs, work, rates, inputs.data.max_length).values())
+        cost = sum(step_seconds(inputs, work, rates).values())
     else:
         passes = work.layer_passes(inputs.shape["intermediate_size"]) * _ASSUMED_PASS[inputs.device_kind]
         cost = work.flops + _ASSUMED_DEQUANTIZED * sum(work.dequantized.values()) + passes
-    return cost / (inputs.rank_sequences * inputs.data.max_length)
+    return cost / (inputs.step_sequences * inputs.sequence.places)
 
 
 def assumed_ceiling(device_kind: str, gpu_name: str | None) -> tuple[float, str]:

@@ -82,14 +82,13 @@ def predict_speed(inputs: PlanInputs, model: nn.Module, plan: BatchPlan, data: L
         The speed of all ranks, and the source of the rates.
     """
     inputs = inputs.with_model_config(base_of(model).config.to_dict())
-    options = PlanOptions()
     if data.train:
         documents = data.documents
         tokens, targets = int(documents.lengths.sum()), int(documents.targets.sum())
-        options = PlanOptions(document_tokens=round(tokens / len(documents)), target_share=max(1, targets) / tokens)
+        inputs = inputs.with_rows(round(tokens / len(documents)), max(1, targets) / tokens)
     gpu_name = torch.cuda.get_device_name() if inputs.device_type == "cuda" else None
     rates = read_rates(inputs.device_type)
-    timing = estimate_time(inputs, plan.memory, rates=rates, options=options, gpu_name=gpu_name)
+    timing = estimate_time(inputs, plan.memory, rates=rates, options=PlanOptions(), gpu_name=gpu_name)
     return timing["tokens_per_second"], timing["rates"].partition(";")[0]
 
 

@@ -119,8 +119,8 @@ def test_what_a_layer_keeps_is_within_a_tenth_of_what_autograd_saves(overrides, 
     targets = cfg.lora.target_modules
     model = model_of(cfg)
     measured = saved_bytes(model, lengths)[1] / sum(lengths)  # the first layer's input needs no gradient
-    inputs = plan_inputs(cfg, SHAPE, device_type="cpu")
-    terms = kept_bytes(inputs, inputs.adapted[1], document_tokens=lengths[0])
+    inputs = plan_inputs(cfg, SHAPE, device_type="cpu").with_rows(lengths[0], 1.0)
+    terms = kept_bytes(inputs, inputs.adapted[1])
     assert sum(terms.values()) == pytest.approx(measured, rel=0.1), (terms, targets)
 
 
@@ -128,8 +128,8 @@ def test_what_a_layer_keeps_is_within_a_tenth_of_what_autograd_saves(overrides, 
 def test_transformers_own_attention_is_counted_too(kind):
     cfg = run("train.kernels=peft", f"model.attention={kind}")
     measured = saved_bytes(model_of(cfg), [320, 320])[1] / 640
-    inputs = plan_inputs(cfg, SHAPE, device_type="cpu")
-    planned = sum(kept_bytes(inputs, inputs.adapted[1], document_tokens=320).values())
+    inputs = plan_inputs(cfg, SHAPE, device_type="cpu").with_rows(320, 1.0)
+    planned = sum(kept_bytes(inputs, inputs.adapted[1]).values())
     assert planned == pytest.approx(measured, rel=0.1)
 
 
