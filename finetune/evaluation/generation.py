@@ -36,11 +36,16 @@ Choose = Callable[[Tensor, list[int], list[int]], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answered row. prompt: the turn before the answer. expected: the row's answer. given: the model's answer."""
+    """An answered row.
+
+    prompt: the turn before the answer. expected: the row's answer, empty for a row without one. given: the model's
+    answer. reward: None in a run without rewards.
+    """
 
     prompt: str
     expected: str
     given: str
+    reward: float | None = None
 
     @property
     def exact(self) -> bool:

@@ -23,7 +23,7 @@ from finetune.data.loader import LoadedData
 from finetune.data.packing import Sampler
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
-from finetune.evaluation.generation import decode, dequantize_once, sample_answers
+from finetune.evaluation.generation import Answer, decode, dequantize_once, sample_answers
 from finetune.evaluation.intervals import Bootstrap, share_of
 from finetune.evaluation.scoring import evaluating
 from finetune.losses.hidden_states import base_of, copy_together
@@ -31,7 +31,7 @@ from finetune.losses.policy import PolicyTokens, normalization, policy_losses, t
 from finetune.models.adapters.files import save_adapter
 from finetune.objectives.policies import ReferencePolicy, base_policy, initial_policy
 from finetune.objectives.prompts import Prompts, read_prompts
-from finetune.objectives.rewards import Rewards, SampledAnswers, UserReward, build_rewards, check_prompts
+from finetune.objectives.rewards import Rewards, SampledAnswers, UserReward, build_rewards, check_prompts, solutions
 from finetune.objectives.rollout_server import RolloutServer, connect
 from finetune.objectives.rollouts import Rollouts, Writer, prompt_of
 from finetune.system.console import Log
@@ -116,6 +116,13 @@ class AnswerJudge:
         prompts = [self.prompts.of(row) for row in rows]
         return self.rewards.judge(SampledAnswers.of(prompts, texts, [each.tolist() for each in ids]))
 
+    def answer(self, document: Document, ids: np.ndarray, reward: float) -> Answer:
+        """Return an answer to a row in texts. reward: the total."""
+        prompt = self.prompts.of(document)
+        [expected] = solutions([prompt.expected], {"solution": [prompt.columns.get("solution")]})
+        question = prompt.messages[-1].get("content", "") if prompt.messages else ""
+        return Answer(str(question), str(expected), self.chat.decode(ids), float(reward))
+
 
 @dataclass(frozen=True)
 class PolicySetup:
@@ -150,15 +157,17 @@ class PolicySetup:
         return figures
 
     @torch.no_grad()
-    def evaluate(self, documents: Sequence[Document]) -> dict[str, float]:
-        """Return the mean reward of greedy answers to the first held-out rows, with its 95 % interval.
+    def evaluate(self, documents: Sequence[Document]) -> tuple[dict[str, float], list[Answer]]:
+        """Answer the first held-out rows greedily, and judge the answers.
 
-        `loss` is the negative reward: what training lowers.
+        Returns:
+            The mean reward with its 95 % interval; `loss` is the negative reward: what training lowers. And the answers
+            in the order of the rows.
         """
         cfg, rollouts = self.cfg, self.rollouts
         by_length = sorted(range(min(len(documents), cfg.generation.num_examples)), key=lambda i: len(documents[i]))
         mine = by_length[rollouts.rank :: rollouts.ranks]
-        judged: list[tuple[int, np.ndarray]] = []
+        judged: list[tuple[int, np.ndarray, np.ndarray]] = []
         with evaluating(self.model):
             for start in range(0, len(mine), cfg.generation.batch_size):
                 numbers = mine[start : start + cfg.generation.batch_size]
@@ -166,16 +175,22 @@ class PolicySetup:
                 options = {"stop_ids": rollouts.stop_ids, "vocabulary": base_of(self.model).config.vocab_size}
                 limits = [cfg.reward.max_new_tokens] * len(rows)
                 written = decode(self.model, [prompt_of(row) for row in rows], limits, **options)
-                judged += zip(numbers, self.judge(rows, [[np.array(ids)] for ids in written]), strict=True)
-        rewards_RF = np.array([row for _, row in sorted(rollouts.gather(judged), key=lambda each: each[0])])
-        totals = self.judge.rewards.total(rewards_RF)
+                answers = [np.array(ids) for ids in written]
+                judged += zip(numbers, answers, self.judge(rows, [[ids] for ids in answers]), strict=True)
+        _, ids, rewards = zip(*sorted(rollouts.gather(judged), key=lambda each: each[0]), strict=True)
+        totals = self.judge.rewards.total(np.array(rewards))
         reward = share_of(totals, Bootstrap(len(totals), _RESAMPLES, 0).ratio(totals, np.ones(len(totals))))
-        return {
+        figures = {
             "loss": 0.0 - reward.value,
             "reward": reward.value,
             "reward_low": reward.low,
             "reward_high": reward.high,
         }
+        return figures, [self.judge.answer(documents[i], ids[i], totals[i]) for i in range(len(ids))]
+
+    def best_and_worst(self) -> list[Answer]:
+        """Return the best and the worst answer to one prompt of this step: the one whose rewards differ most."""
+        return [self.judge.answer(*found) for found in self.rollouts.extremes]
 
     def before_step(self, step: int, _: object) -> None:
         """Tell the loss which update on the same answers step `step` (from 1) is."""

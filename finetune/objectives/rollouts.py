@@ -50,6 +50,9 @@ class Rollouts:
         max_length: limit of a sequence: a prompt, counted once, and answers to it.
         stop_ids: tokens that end an answer.
         gather: joins the lists of all ranks into one list on every rank.
+        figures: of this round's answers.
+        lengths_A: tokens of each answer of this round; 0 for those that do not count.
+        extremes: the prompt of this round whose rewards differ most, with its best and its worst answer: ids, reward.
     """
 
     prompts: Sampler
@@ -66,6 +69,7 @@ class Rollouts:
     gather: Callable[[list[Any]], list[Any]] = list
     figures: dict[str, float] = field(default_factory=dict)
     lengths_A: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    extremes: list[tuple[Document, np.ndarray, float]] = field(default_factory=list)
     _round: int = -1
     _sequences: list[list[Document]] = field(default_factory=list)
 
@@ -123,6 +127,9 @@ class Rollouts:
         # Of the answers that count: those left out have no tokens, as in TRL.
         self.lengths_A = (lengths_PG * trained_PG).flatten()
         self.figures = self._figures(rewards_PGF, rewards_PG, lengths_PG, finished_PG, groups)
+        widest = int(np.ptp(rewards_PG, axis=1).argmax())
+        ends = (rewards_PG[widest].argmax(), rewards_PG[widest].argmin())
+        self.extremes = [(prompts[widest], groups[widest].answers[i].ids, rewards_PG[widest, i]) for i in ends]
         equal_P = np.ptp(rewards_PG, axis=1) == 0
         used_PG = trained_PG & (~equal_P[:, None] | bool(self.cfg.beta))
         documents = [

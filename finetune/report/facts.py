@@ -22,6 +22,17 @@ def number(value: float) -> str:
     return f"{value:.4f}" if 1e-3 <= abs(value) < 100 or value == 0 else f"{value:.4g}"
 
 
+def with_interval(figures: Mapping[str, Any], name: str) -> str:
+    """Format a figure with the ends of its 95 % interval, which are called `NAME_low` and `NAME_high` if there are any.
+
+    Returns: an empty text without the figure.
+    """
+    value, *ends = (figures.get(key) for key in (name, f"{name}_low", f"{name}_high"))
+    if not is_figure(value):
+        return ""
+    return f"{value:.4g}" + (f" [{ends[0]:.4g}, {ends[1]:.4g}]" if all(map(is_figure, ends)) else "")
+
+
 share, whole = "{:.1%}".format, "{:,.0f}".format
 
 

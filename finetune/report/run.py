@@ -14,7 +14,7 @@ import yaml
 from finetune.system.errors import InputError
 
 CONFIG, METRICS, RESULT, FACTS = "config.yaml", "metrics.jsonl", "result.json", "run.json"
-SAMPLES, WORST, TEACHER = "samples.json", "worst_answers.json", "teacher.md"
+SAMPLES, WORST, REWARDED, TEACHER = "samples.json", "worst_answers.json", "rewarded_answers.json", "teacher.md"
 ADAPTER = "adapter_model.safetensors"
 Content = TypeVar("Content")
 
@@ -37,6 +37,7 @@ class Run:
         metrics: metrics.jsonl by name, and at step 0 the evaluation before training.
         samples: prompt, expected, before and after of each.
         worst: content of worst_answers.json: answered, wrong, rows.
+        rewarded: content of rewarded_answers.json: answered, best, worst.
         teacher: rows of the table in teacher.md.
         problems: the files that cannot be read, and why.
     """
@@ -49,6 +50,7 @@ class Run:
     metrics: Mapping[str, Series] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
     worst: Mapping[str, Any] = field(default_factory=dict)
+    rewarded: Mapping[str, Any] = field(default_factory=dict)
     teacher: Sequence[Sequence[str]] = ()
     has_adapter: bool = False
     problems: tuple[str, ...] = ()
@@ -112,6 +114,7 @@ def read_run(folder: Path) -> Run:
         metrics=_with_start(metrics, result.get("evaluations_before")),
         samples=[sample for sample in read(SAMPLES, _json, []) if isinstance(sample, Mapping)],
         worst=read(WORST, _json, {}),
+        rewarded=read(REWARDED, _json, {}),
         teacher=read(TEACHER, _rows, []),
         has_adapter=(folder / ADAPTER).is_file(),
         problems=tuple(problems),

@@ -258,7 +258,7 @@ def _run(context: RunContext, checkpoint: Path | None) -> RunResult:
                 state,
                 tracker=tracker,
                 save=partial(_save_checkpoint, context, optimizer),
-                evaluate=(guard or (lambda state: (evaluate_run(context), False))) if context.data.eval else None,
+                evaluate=(guard or partial(_evaluate, context)) if context.data.eval else None,
                 sample=partial(log_samples, context, tracker.message),
                 sample_every=cfg.generation.every,
             )
@@ -279,6 +279,25 @@ def _run(context: RunContext, checkpoint: Path | None) -> RunResult:
     return result
 
 
+def _evaluate(context: RunContext, state: TrainState) -> tuple[dict[str, float], bool]:
+    """Evaluate, and store the answers, so that the page of an unfinished run shows the latest."""
+    figures = evaluate_run(context)
+    if context.is_main and context.answers:
+        _write_answers(context, state, context.answers)
+    return figures, False
+
+
+def _write_answers(context: RunContext, state: TrainState, after: Sequence[Answer]) -> None:
+    shown = after[: context.cfg.generation.samples]
+    run_folder.write_samples(context.folder, _answers_before(state), shown)
+    if context.reinforcement is not None:
+        run_folder.write_rewarded(context.folder, after)
+
+
+def _answers_before(state: TrainState) -> list[Answer]:
+    return [Answer(*row) for row in state.before.get("answers", [])]
+
+
 def _first_state(context: RunContext, optimizer: torch.optim.Optimizer, checkpoint: Path | None) -> TrainState:
     """Load the checkpoint, or evaluate the untrained model."""
     if checkpoint is not None:
@@ -289,7 +308,7 @@ def _first_state(context: RunContext, optimizer: torch.optim.Optimizer, checkpoi
         state = TrainState(run_folder.trajectory(context.cfg), context.sampler.digest)
         evaluate_before_training(context, state)
     if context.is_main:
-        run_folder.write_samples(context.folder, state.before.get("answers", []))
+        run_folder.write_samples(context.folder, _answers_before(state))
     return state
 
 
@@ -304,18 +323,17 @@ def _finish(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainS
     if generation.num_examples:
         # The last evaluation may have answered them.
         after = context.answers or answer_held_out(context, generation.num_examples)
-        result.exact_match_after = exact_match(after)
+        result.exact_match_after = exact_match(after) if context.reinforcement is None else None
     _fill(result, state, context)
     if context.is_main:
         _save_final(context, result)
         result.adapter = str(context.folder)
         if (before := state.before.get("evaluations")) and context.distillation is not None:
             write_text(context.folder / TEACHER, teacher_table(before, state.evaluations))
-        answers_before, shown = state.before.get("answers", []), after[: generation.samples]
-        run_folder.write_samples(context.folder, answers_before, shown)
-        if after:
+        _write_answers(context, state, after)
+        if after and context.reinforcement is None:
             run_folder.write_worst(context.folder, after)
-        print(describe_result(result, answers_before, shown))
+        print(describe_result(result, _answers_before(state), after[: generation.samples]))
     context.accelerator.wait_for_everyone()
 
 
@@ -332,6 +350,10 @@ def _fill(result: RunResult, state: TrainState, context: RunContext) -> None:
     result.exact_match_before = state.before.get("exact_match")
     result.teacher_kl_before = mean_teacher_kl(result.evaluations_before)
     result.teacher_kl_after = mean_teacher_kl(state.evaluations)
+    if context.reinforcement is not None and result.eval_loss is not None:
+        # What training lowers is the negative reward; 0 - x is never -0.
+        result.reward_after = 0 - result.eval_loss
+        result.reward_before = None if result.eval_loss_before is None else 0 - result.eval_loss_before
     recovers = state.trajectory.get("distill.objective") == "recover"
     if recovers and result.teacher_kl_before and result.teacher_kl_after is not None:
         result.recovered = 1 - result.teacher_kl_after / result.teacher_kl_before

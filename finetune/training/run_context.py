@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from finetune.objectives.preference import PreferenceSetup
 from finetune.objectives.reinforcement import PolicySetup
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.planning.auto_batch import BatchPlan
+from finetune.report.facts import with_interval
 from finetune.system.console import Log
 from finetune.training.checkpoint import TrainState
 
@@ -43,7 +44,7 @@ class RunContext:
         reinforcement: None for a run without rewards.
         started: start of this process's part of the run.
         predicted_speed: tokens per second of training, and the source of the rates.
-        answers: of the latest evaluation, replaced by the next one; empty without `generation.metrics`.
+        answers: of the latest evaluation, replaced by the next one; empty if it needed none.
     """
 
     cfg: RunConfig
@@ -89,7 +90,7 @@ class RunContext:
 def evaluate_run(context: RunContext) -> dict[str, float]:
     """Score every held-out set, and with `generation.metrics` the answers to the first rows."""
     figures = score_held_out(context)
-    if context.cfg.generation.metrics:
+    if context.cfg.generation.metrics and context.reinforcement is None:
         context.answers[:] = answer_held_out(context, context.cfg.generation.num_examples)
     return {**figures, **score_answers(context, context.answers)}
 
@@ -106,6 +107,9 @@ def score_answers(context: RunContext, answers: Sequence[Answer]) -> dict[str, f
 def score_held_out(context: RunContext) -> dict[str, float]:
     """Score every held-out set: loss, perplexity, accuracy and, with a teacher, the distance from it.
 
+    A run with rewards has them in place of perplexity and accuracy; `context.answers` gets the judged answers to the
+    first set.
+
     Returns:
         `eval/NAME/METRIC` of each set, and `eval_loss`: the mean over the sets of the objective that the run minimizes.
         `teacher_kl` is in nats per target, `teacher_agreement` in [0, 1].
@@ -117,7 +121,9 @@ def score_held_out(context: RunContext) -> dict[str, float]:
         if context.preference is not None:
             scores = context.preference.evaluate(source.documents, part, **options)
         elif context.reinforcement is not None:
-            scores = context.reinforcement.evaluate(source.documents)
+            scores, judged = context.reinforcement.evaluate(source.documents)
+            if source is context.data.eval[0]:
+                context.answers[:] = judged
         else:
             found = evaluate(context.model, source.documents[part], **options)
             scores = {name: getattr(found, name) for name in ("loss", "perplexity", "accuracy")}
@@ -136,7 +142,12 @@ def score_held_out(context: RunContext) -> dict[str, float]:
 
 
 def answer_held_out(context: RunContext, rows: int) -> list[Answer]:
-    """Answer the first held-out rows greedily, in order; each rank answers a part."""
+    """Answer the first held-out rows greedily, in order, and judge the answers in a run with rewards.
+
+    Each rank answers a part.
+    """
+    if context.reinforcement is not None:
+        return context.reinforcement.evaluate(context.data.eval[0].documents[:rows])[1]
     conversations = first_conversations(context.data.eval[0], context.preparation, rows)
     mine = range(context.accelerator.process_index, len(conversations), context.accelerator.num_processes)
     answers = answer_rows(
@@ -152,19 +163,27 @@ def answer_held_out(context: RunContext, rows: int) -> list[Answer]:
 
 
 def log_samples(context: RunContext, log: Log) -> None:
-    """Log the model's answers to the first `generation.samples` held-out rows."""
-    for answer in answer_held_out(context, context.cfg.generation.samples):
-        log(f"  {answer.prompt!r} -> {answer.given!r}")
+    """Log the model's answers to the first `generation.samples` held-out rows, or with rewards the extremes of a step."""
+    policy, count = context.reinforcement, context.cfg.generation.samples
+    for answer in answer_held_out(context, count) if policy is None else policy.best_and_worst():
+        reward = "" if answer.reward is None else f"  reward {answer.reward:.4g}"
+        log(f"  {answer.prompt!r} -> {answer.given!r}{reward}")
 
 
 def evaluate_before_training(context: RunContext, state: TrainState) -> None:
-    """Answer held-out rows, and measure the distance from the teacher."""
+    """Answer held-out rows, and measure their rewards, or the distance from the teacher."""
     generation, log = context.cfg.generation, context.log
-    if generation.num_examples:
+    if context.reinforcement is not None and context.data.eval:
+        figures = evaluate_run(context)
+        shown = [list(astuple(answer)) for answer in context.answers[: generation.samples]]
+        state.before |= {"answers": shown, "evaluations": figures}
+        for source in context.data.eval:
+            log(f"before training: set={source.name}, reward={with_interval(figures, f'eval/{source.name}/reward')}")
+    elif generation.num_examples:
         answers = answer_held_out(context, generation.num_examples)
         state.before |= {
             "exact_match": exact_match(answers),
-            "answers": [[a.prompt, a.expected, a.given] for a in answers[: generation.samples]],
+            "answers": [list(astuple(answer)) for answer in answers[: generation.samples]],
             "evaluations": score_answers(context, answers),
         }
         log(f"before training: held-out exact_match={state.before['exact_match']:.1%}, answers={len(answers)}")

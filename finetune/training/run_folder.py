@@ -17,7 +17,7 @@ from finetune.config.keys import schema_fields
 from finetune.config.schema import RunConfig
 from finetune.evaluation.generation import Answer, worst_answers
 from finetune.models.digest import base_fingerprint
-from finetune.report.run import CONFIG, FACTS, RESULT, SAMPLES, WORST
+from finetune.report.run import CONFIG, FACTS, RESULT, REWARDED, SAMPLES, WORST
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
@@ -27,6 +27,7 @@ from finetune.training.output_folder import check_resume
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors")
 _MOST_WORST = 10
+_MOST_REWARDED = 4
 # Settings that may change between a run and its continuation, because they do not decide its result.
 _FREE = {
     "train": {
@@ -63,6 +64,7 @@ class RunResult:
         final_loss: training loss of the last step in nats per target token; eval_loss likewise on the held-out sets.
         evaluations_before: of the untrained model, empty if not measured.
         exact_match_before: share of held-out rows answered exactly, in [0, 1]; None if not measured.
+        reward_before: mean of the rewards of answers to held-out rows, mean of the sets; None if not measured.
         teacher_kl_before: KL(teacher || model) in nats per target, mean of the held-out sets; None if not measured.
         recovered: share of teacher_kl_before that is gone, for objective=recover.
         breaches: entries of guard.py: step, teacher_kl, action, and teacher_kl `after` a recovery.
@@ -84,6 +86,8 @@ class RunResult:
     evaluations_before: dict[str, float] = field(default_factory=dict)
     exact_match_before: float | None = None
     exact_match_after: float | None = None
+    reward_before: float | None = None
+    reward_after: float | None = None
     teacher_kl_before: float | None = None
     teacher_kl_after: float | None = None
     recovered: float | None = None
@@ -169,20 +173,43 @@ def describe_run(cfg: RunConfig, data_digest: str, *, started: datetime, device_
     write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
 
 
-def write_samples(folder: Path, before: Sequence[Sequence[str]], after: Sequence[Answer] = ()) -> None:
+def write_samples(folder: Path, before: Sequence[Answer], after: Sequence[Answer] = ()) -> None:
     """Write samples.json: a list of `{prompt, expected, before, after}`, null without an answer.
 
-    Args:
-        before: [prompt, expected, given] of the untrained model.
+    With rewards, also `before_reward` and `after_reward`. before: of the untrained model.
     """
-    before_of = {(prompt, expected): given for prompt, expected, given in before}
-    after_of = {(answer.prompt, answer.expected): answer.given for answer in after}
-    rows = [
-        {"before": before_of.get(row), "after": after_of.get(row), "prompt": row[0], "expected": row[1]}
-        for row in before_of | after_of
-    ]
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, answers in (("before", before), ("after", after)):
+        for answer in answers:
+            empty = {"before": None, "after": None, "prompt": answer.prompt, "expected": _expected(answer)}
+            row = rows.setdefault((answer.prompt, answer.expected), empty)
+            row[name] = answer.given
+            if answer.reward is not None:
+                row[f"{name}_reward"] = answer.reward
     if rows:
-        write_text(folder / SAMPLES, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        write_text(folder / SAMPLES, json.dumps(list(rows.values()), indent=1, ensure_ascii=False) + "\n")
+
+
+def write_rewarded(folder: Path, answers: Sequence[Answer]) -> None:
+    """Write rewarded_answers.json: how many held-out answers were judged, and those with the best and worst rewards.
+
+    answers: with rewards. `best` and `worst` have at most a half each.
+    """
+    ordered = sorted(answers, key=lambda answer: -(answer.reward or 0.0))
+    count = min(_MOST_REWARDED, len(ordered) // 2)
+
+    def rows(some: Sequence[Answer]) -> list[dict[str, Any]]:
+        return [
+            {"prompt": a.prompt, "expected": _expected(a), "after": a.given, "after_reward": a.reward} for a in some
+        ]
+
+    content = {"answered": len(answers), "best": rows(ordered[:count]), "worst": rows(ordered[::-1][:count])}
+    write_text(folder / REWARDED, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _expected(answer: Answer) -> str | None:
+    """Return the expected answer, None if a reward judges without one."""
+    return None if answer.reward is not None and not answer.expected else answer.expected
 
 
 def write_worst(folder: Path, answers: Sequence[Answer]) -> None:

@@ -11,6 +11,7 @@ from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
 from finetune.data.sources.paths import is_on_hub
 from finetune.evaluation.generation import Answer
+from finetune.report.facts import with_interval
 from finetune.system.format import format_bytes, format_duration, format_estimate
 from finetune.training.run_folder import RunResult
 
@@ -22,11 +23,10 @@ _MOST_BREACHES = 5
 _LONGEST_QUESTION = 100
 
 
-def describe_result(result: RunResult, before: Sequence[Sequence[str]], after: Sequence[Answer]) -> str:
+def describe_result(result: RunResult, before: Sequence[Answer], after: Sequence[Answer]) -> str:
     """Describe a run in plain text: figures, sample answers, and the folder of the adapter.
 
-    Args:
-        before: [prompt, expected, given] of the untrained model, in the order of `after`.
+    before: of the untrained model, in the order of `after`.
     """
     duration = format_duration(result.train_seconds)
     lines = ["", f"Trained {result.steps} steps on {result.target_tokens:,} target tokens in {duration}"]
@@ -38,9 +38,11 @@ def describe_result(result: RunResult, before: Sequence[Sequence[str]], after: S
     if result.predicted_train_seconds is not None:
         predicted = format_estimate(result.predicted_train_seconds)
         time = f"{duration} measured, {predicted} predicted ({result.predicted_time_source})"
+    training_loss, held_out_loss = _losses(result, ".4f")
     figures = {
-        "training loss": _number(result.final_loss, ".4f"),
-        "held-out loss": _number(result.eval_loss, ".4f"),
+        "training loss": training_loss,
+        "held-out loss": held_out_loss,
+        **_rewards(result),
         "held-out exact match": _change(result.exact_match_before, result.exact_match_after, ".1%"),
         "KL from teacher": _change(result.teacher_kl_before, result.teacher_kl_after, ".5f")
         + ("" if result.recovered is None else f", recovered {result.recovered:.1%}"),
@@ -50,17 +52,40 @@ def describe_result(result: RunResult, before: Sequence[Sequence[str]], after: S
         "peak memory": peak,
     }
     lines += [f"  {name:<22}{value}" for name, value in figures.items() if value]
-    for (prompt, expected, given), answer in zip(before, after, strict=False):
-        texts = {"prompt": prompt, "expected": expected, "before": given, "after": answer.given}
-        lines.append("")
-        for name, text in texts.items():
-            cut = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} … ({len(text):,} characters)"
-            lines.append(f"  {name:<10}{cut!r}")  # on one line, with control characters escaped
+    for first, answer in zip(before, after, strict=False):
+        lines += ["", _shown("prompt", answer.prompt)]
+        lines += [] if answer.reward is not None and not answer.expected else [_shown("expected", answer.expected)]
+        lines += [_shown("before", first.given, first.reward), _shown("after", answer.given, answer.reward)]
     lines += ["", f"adapter: {result.adapter}", f"next:    finetune chat adapter={result.adapter}"]
     # A question that the adapter has learned to answer, to paste into the chat.
-    if question := next((prompt for prompt, _, _ in before if _fits_on_a_line(prompt)), None):
+    if question := next((answer.prompt for answer in before if _fits_on_a_line(answer.prompt)), None):
         lines.append(f"ask it:  {question}")
     return "\n".join(lines)
+
+
+def _shown(name: str, text: str, reward: float | None = None) -> str:
+    """Format a text on one line, with control characters escaped."""
+    cut = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} … ({len(text):,} characters)"
+    return f"  {name:<10}{cut!r}" + ("" if reward is None else f"  reward {reward:.4g}")
+
+
+def _losses(result: RunResult, spec: str) -> tuple[str, str]:
+    """Return the training and the held-out loss; empty with rewards: the one is about 0, the other their negative."""
+    if result.reward_after is not None:
+        return "", ""
+    return _number(result.final_loss, spec), _number(result.eval_loss, spec)
+
+
+def _rewards(result: RunResult) -> dict[str, str]:
+    """Describe the reward on every held-out set before and after training; empty for a run without rewards."""
+    names = [name for name in result.evaluations if name.startswith("eval/") and name.endswith("/reward")]
+    described = {}
+    for name in names:
+        measured = {"before": result.evaluations_before, "after": result.evaluations}
+        texts = {when: with_interval(figures, name) for when, figures in measured.items()}
+        label = "held-out reward" + (f", {name[5:-7]}" if len(names) > 1 else "")
+        described[label] = ", ".join(f"{text} {when}" for when, text in texts.items() if text)
+    return described
 
 
 def _fits_on_a_line(text: str) -> bool:
@@ -69,11 +94,13 @@ def _fits_on_a_line(text: str) -> bool:
 
 def model_card(cfg: RunConfig, result: RunResult) -> str:
     """Build the README.md of an adapter folder: hub metadata, loading, figures, settings."""
+    training_loss, held_out_loss = _losses(result, ".4g")
     figures = {
         "steps": f"{result.steps:,}",
         "target tokens": f"{result.target_tokens:,}",
-        "final training loss": _number(result.final_loss, ".4g"),
-        "held-out loss": _number(result.eval_loss, ".4g"),
+        "final training loss": training_loss,
+        "held-out loss": held_out_loss,
+        **{f"{name}, with its 95 % interval": text for name, text in _rewards(result).items()},
         "held-out exact match before": _number(result.exact_match_before, ".1%"),
         "held-out exact match after": _number(result.exact_match_after, ".1%"),
         "KL from the teacher before, nats per target": _number(result.teacher_kl_before, ".4g"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from finetune.config.schema import RunConfig
+from finetune.report.facts import with_interval
 from finetune.report.run import METRICS
 from finetune.system.atomic import write_bytes
 from finetune.system.console import in_notebook, log
@@ -24,7 +26,28 @@ _SECONDS_BETWEEN_LINES = 10.0
 _DRAWING_SHARE = 0.05
 _SECONDS_BETWEEN_DRAWINGS = 1.0
 _MOST_POINTS = 500
-_LOSS, _HELD_OUT = "training loss", "held-out loss"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The figure that a run improves: a loss, or a reward, which rises.
+
+    name: for texts. metric: of the training rows; on held-out rows `eval_loss` is the loss, or the negative reward.
+    """
+
+    name: str
+    metric: str
+    rises: bool
+
+    @classmethod
+    def of(cls, cfg: RunConfig) -> Goal:
+        return cls("loss", "loss", False) if cfg.reward.loss == "none" else cls("reward", "train/reward", True)
+
+    def held_out(self, metrics: Mapping[str, float]) -> float:
+        return 0 - metrics["eval_loss"] if self.rises else metrics["eval_loss"]  # never -0
+
+    def best(self, values: Iterable[float]) -> float:
+        return max(values) if self.rises else min(values)
 
 
 class ConsoleView:
@@ -59,14 +82,16 @@ class ConsoleView:
 
 
 class NotebookView:
-    """A progress bar and the loss curve in one output of the cell, redrawn in place; messages appear above it."""
+    """A progress bar and the curve of loss or reward in one output of the cell, redrawn; messages appear above it."""
 
-    def __init__(self, total_steps: int, past: Iterable[Mapping[str, Any]]):
+    def __init__(self, goal: Goal, total_steps: int, past: Iterable[Mapping[str, Any]]):
         """Show the first drawing. past: metrics of earlier steps, for a resumed run."""
         from IPython.display import HTML, display
 
         self._html, self._total, self._text, self._next_drawing = HTML, total_steps, "starting", 0.0
-        self._points: dict[str, dict[int, float]] = {_LOSS: {}, _HELD_OUT: {}}
+        self._goal = goal
+        self._trained: dict[int, float] = {}
+        self._held_out: dict[int, float] = {}
         for metrics in past:
             self._note(metrics)
         self._shown: Any = display(HTML(self._page()), display_id=True)
@@ -91,15 +116,16 @@ class NotebookView:
 
     def _note(self, metrics: Mapping[str, Any]) -> None:
         step = int(metrics["step"])
-        self._points[_LOSS][step] = metrics["loss"]
+        self._trained[step] = metrics[self._goal.metric]
         if "eval_loss" in metrics:
-            self._points[_HELD_OUT][step] = metrics["eval_loss"]
+            self._held_out[step] = self._goal.held_out(metrics)
 
     def _page(self) -> str:
-        step = max(self._points[_LOSS], default=0)
+        step = max(self._trained, default=0)
         bar = f'<progress value="{step}" max="{self._total}" style="width: 20em"></progress>'
         text = f"<div>{bar} step {step} of {self._total} · {self._text}</div>"
-        lines = {name: _thinned(points) for name, points in self._points.items() if points}
+        points = {f"training {self._goal.name}": self._trained, f"held-out {self._goal.name}": self._held_out}
+        lines = {name: _thinned(some) for name, some in points.items() if some}
         picture = svg(curve("", lines, "step")) if lines else ""
         return f'{text}<div style="max-width: 44em">{picture}</div>'
 
@@ -157,35 +183,37 @@ class Tracker(SilentTracker):
     def __init__(self, cfg: RunConfig, folder: Path, total_steps: int, resumed_step: int):
         self._file = MetricsFile(folder, resumed_step)
         self._trackers = Trackers(cfg, folder, self._file.last_step, log)
-        self._view = NotebookView(total_steps, self._file.past) if in_notebook() else ConsoleView(total_steps)
+        past, self._goal = self._file.past, Goal.of(cfg)
+        self._view = NotebookView(self._goal, total_steps, past) if in_notebook() else ConsoleView(total_steps)
         self._total = total_steps
-        self._eval_losses = [line["eval_loss"] for line in self._file.past if "eval_loss" in line]
+        self._held_out = [self._goal.held_out(line) for line in past if "eval_loss" in line]
 
     def step(self, metrics: Mapping[str, float], seconds_left: float) -> None:
         self._file.log(metrics)
         values = {name: value for name, value in metrics.items() if name != "step"}
         self._trackers.log(int(metrics["step"]), values)
         if "eval_loss" in metrics:
-            self._eval_losses.append(metrics["eval_loss"])
+            self._held_out.append(self._goal.held_out(metrics))
             self._view.message(self._evaluation(metrics))
-        held_out = f"held-out {self._eval_losses[-1]:.4f}  " if self._eval_losses else ""
+        held_out = f"held-out {self._held_out[-1]:.4f}  " if self._held_out else ""
+        length = f"answers {metrics['train/answer_tokens']:.0f} tokens  " if "train/answer_tokens" in metrics else ""
         text = (
-            f"loss {metrics['loss']:.4f}  {held_out}lr {metrics['learning_rate']:.2e}  "
+            f"{self._goal.name} {metrics[self._goal.metric]:.4f}  {held_out}{length}lr {metrics['learning_rate']:.2e}  "
             f"grad {metrics['grad_norm']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
             f"{format_bytes(metrics['peak_bytes'])}"
         )
         self._view.step(metrics, text, format_duration(seconds_left))
 
     def _evaluation(self, metrics: Mapping[str, float]) -> str:
-        best = min(self._eval_losses)
-        note = "best so far" if self._eval_losses[-1] == best else f"best {best:.4f}"
+        last, best = self._held_out[-1], self._goal.best(self._held_out)
+        note = "best so far" if last == best else f"best {best:.4f}"
         others = "".join(
-            f", {name.removeprefix('eval/')}={value:.4g}"
-            for name, value in metrics.items()
-            if name.startswith("eval/") and not name.endswith(("/loss", "/tokens"))
+            f", {name.removeprefix('eval/')}={with_interval(metrics, name)}"
+            for name in metrics
+            if name.startswith("eval/") and not name.endswith(("/loss", "/tokens", "_low", "_high"))
         )
-        step = f"{int(metrics['step'])}/{self._total}"
-        return f"evaluation: step={step}, eval_loss={metrics['eval_loss']:.4f} ({note}){others}"
+        name, step = "reward" if self._goal.rises else "eval_loss", f"{int(metrics['step'])}/{self._total}"
+        return f"evaluation: step={step}, {name}={last:.4f} ({note}){others}"
 
     def message(self, message: str) -> None:
         self._view.message(message)
