@@ -163,7 +163,7 @@ def answer_held_out(context: RunContext, rows: int) -> list[Answer]:
 
 
 def log_samples(context: RunContext, log: Log) -> None:
-    """Log the model's answers to the first `generation.samples` held-out rows, or with rewards the extremes of a step."""
+    """Log the model's answers to the first `generation.samples` held-out rows; with rewards, a step's extremes."""
     policy, count = context.reinforcement, context.cfg.generation.samples
     for answer in answer_held_out(context, count) if policy is None else policy.best_and_worst():
         reward = "" if answer.reward is None else f"  reward {answer.reward:.4g}"

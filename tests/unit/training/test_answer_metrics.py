@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from finetune.report.run_page import write_report
 from finetune.system.errors import ConfigError
 from finetune.system.resources import packaged
 from tests.html_reader import Reader
-from tests.runs import differing, metrics, result, small_run
+from tests.runs import REWARDED_RUN, differing, metrics, result, small_run
 
 SETTINGS = (
     "train.eval_every=2",
@@ -23,6 +24,16 @@ SETTINGS = (
     "generation.num_examples=6",
     "generation.max_new_tokens=8",
     "generation.metrics=[exact_match,rouge_l]",
+)
+
+# Answers without a colon are right. Sampling and training must agree, so without noise.
+REWARDED = (
+    *REWARDED_RUN,
+    "reward.functions={format: 1}",
+    "reward.format='[^:]*'",
+    "reward.length=null",
+    "lora.dropout=0",
+    "train.neftune_alpha=0",
 )
 
 
@@ -92,3 +103,32 @@ def test_a_run_on_pairs_answers_their_prompts_and_expects_the_chosen_side(tmp_pa
 def test_metrics_without_answers_are_an_error_of_the_config(overrides: list[str], key: str):
     with pytest.raises(ConfigError, match=key):
         load_config("quickstart.yaml", overrides)
+
+
+def test_answers_are_judged_before_training_and_at_each_evaluation_and_kept_with_their_rewards(tmp_path, capfd):
+    """A row's reward is 1 for an answer without a colon: the mean of the kept rewards is the figure."""
+    words = (*REWARDED, "generation.samples=6", "generation.every=3", "train.eval_every=2")
+    train(small_run(tmp_path, *words))
+    found = result(tmp_path)
+    kept = json.loads((tmp_path / "samples.json").read_text())
+    assert len(kept) == 6
+    for when, figures in (("before", found["evaluations_before"]), ("after", found["evaluations"])):
+        assert all(row[f"{when}_reward"] == (":" not in row[when]) for row in kept)
+        (name,) = [name for name in figures if name.endswith("/reward")]
+        assert figures[name] == pytest.approx(sum(row[f"{when}_reward"] for row in kept) / 6)
+        assert found[f"reward_{when}"] == figures[name] and figures[f"{name}_low"] <= figures[name]
+    judged = json.loads((tmp_path / "rewarded_answers.json").read_text())
+    assert judged["answered"] == 6 and [len(judged[name]) for name in ("best", "worst")] == [3, 3]
+    assert min(row["after_reward"] for row in judged["best"]) >= max(row["after_reward"] for row in judged["worst"])
+    assert not (tmp_path / "worst_answers.json").exists()
+    shown = [re.findall(r"^  ('.*') -> .*  reward ([\d.]+)$", line) for line in capfd.readouterr().err.splitlines()]
+    (best, high), (worst, low) = [found for [found] in filter(None, shown)]
+    assert best == worst and float(high) >= float(low)
+
+
+def test_a_finished_run_that_is_continued_keeps_its_judged_answers(tmp_path):
+    train(small_run(tmp_path, *REWARDED))
+    names = ("samples.json", "rewarded_answers.json")
+    first = [(tmp_path / name).read_text() for name in names]
+    train(small_run(tmp_path, *REWARDED, "train.resume=auto"))
+    assert [(tmp_path / name).read_text() for name in names] == first
