@@ -144,9 +144,22 @@ def test_tokens_follow_the_softmax(model, temperature):
 
 def test_a_draw_takes_the_stretch_it_lies_in():
     never = float("-inf")
-    logits = torch.tensor([never, 0.0, never, 0.0, 0.0, never]).expand(5, 6)
+    logits = torch.tensor([never, 0.0, never, 0.0, 0.0, never]).repeat(5, 1)
     draws = torch.tensor([0.0, 1 / 3 - 1e-9, 1 / 3 + 1e-9, 0.5, 1 - 2**-53], dtype=torch.float64)
     assert draw_tokens(logits, draws, 1.0)[0].tolist() == [1, 1, 3, 3, 4]
+
+
+@pytest.mark.parametrize("block", [1, 7, WORDS - 1, WORDS, 512])
+def test_a_token_found_by_its_block_is_that_of_the_whole_row(monkeypatch, block):
+    monkeypatch.setattr(generation, "_DRAW_BLOCK", block)
+    generator = torch.Generator().manual_seed(1)
+    logits = 5 * torch.randn(2000, WORDS, generator=generator)
+    draws = torch.rand(2000, dtype=torch.float64, generator=generator)
+    probs = (logits.double() / 0.7).softmax(-1)
+    expected = torch.searchsorted(probs.cumsum(-1), draws[:, None], right=True)
+    ids, log_probs = draw_tokens(logits, draws, 0.7)
+    assert ids.tolist() == expected.squeeze(1).tolist()
+    assert log_probs == pytest.approx(probs.gather(1, expected).log().squeeze(1), abs=3e-6)
 
 
 def test_rows_that_are_drawn_block_by_block_are_the_same(monkeypatch):
@@ -155,7 +168,7 @@ def test_rows_that_are_drawn_block_by_block_are_the_same(monkeypatch):
         torch.randn(50, WORDS, generator=generator),
         torch.rand(50, dtype=torch.float64, generator=generator),
     )
-    whole = draw_tokens(logits, draws, 1.0)
+    whole = draw_tokens(logits.clone(), draws, 1.0)
     monkeypatch.setattr(generation, "_DRAWN_AT_ONCE", 7)
     assert all(map(torch.equal, draw_tokens(logits, draws, 1.0), whole))
 
