@@ -156,24 +156,28 @@ def sample_answers(
     with evaluating(model):
         for rows in _batches([len(p) for p in prompts], [d.shape[1] for d in draws], copies):
             drawn = [answer for i in rows for answer in draws[i]]
-            log_probs: list[list[float]] = [[] for _ in drawn]
+            scored: list[tuple[list[int], Tensor]] = []  # numbers of answers, and their tokens' log-probabilities
 
             def choose(
                 logits_NV: Tensor,
                 numbers: list[int],
                 written: list[int],
                 drawn: list[np.ndarray] = drawn,
-                log_probs: list[list[float]] = log_probs,
+                scored: list[tuple[list[int], Tensor]] = scored,
             ) -> Tensor:
                 next_draws = [drawn[i][t] for i, t in zip(numbers, written, strict=True)]
                 draws_N = torch.tensor(next_draws, dtype=torch.float64, device=logits_NV.device)
                 ids_N, log_probs_N = draw_tokens(logits_NV, draws_N, temperature)
-                for i, log_prob in zip(numbers, log_probs_N.tolist(), strict=True):
-                    log_probs[i].append(log_prob)
+                scored.append((numbers, log_probs_N))
                 return ids_N
 
             options: dict[str, Any] = {"stop_ids": frozenset(stop_ids), "vocabulary": vocabulary, "copies": copies}
             written = decode(model, [prompts[i] for i in rows], [len(d) for d in drawn], choose, **options)
+            # Read once: each read of a GPU waits for it.
+            every = iter(torch.cat([log_probs_N for _, log_probs_N in scored]).tolist())
+            log_probs: list[list[float]] = [[] for _ in drawn]
+            for number in (number for numbers, _ in scored for number in numbers):
+                log_probs[number].append(next(every))
             found = [
                 SampledIds(np.array(ids, dtype=np.int32), np.array(scores, dtype=np.float32))
                 for ids, scores in zip(written, log_probs, strict=True)
