@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune.report.curves import STYLES, overlaid
 from finetune.report.environment import render_page
-from finetune.report.facts import FIGURES, Figure
+from finetune.report.facts import FIGURES, Figure, figure_of
 from finetune.report.run import Run
 from finetune.report.settings import differing
 from finetune.system.atomic import write_text
@@ -20,8 +20,15 @@ _MOST_COLUMNS = 5  # more runs are rows
 # Beginnings of settings whose difference makes results not comparable.
 _NOT_COMPARABLE = {
     ("data.eval", "data.held_out", "data.train_on"): "differs, so held-out results are not comparable",
+    (
+        "reward.functions",
+        "reward.pattern",
+        "reward.format",
+        "reward.json_schema",
+        "reward.length",
+    ): "differs, so rewards measure different things",
     ("distill.objective",): "differs; the held-out loss of recover is KL to the teacher",
-    ("generation.num_examples",): "differs, so exact match covers different numbers of examples",
+    ("generation.num_examples",): "differs, so exact match and rewards cover different numbers of examples",
     ("model.name", "model.tokenizer"): "differs; nats per token are comparable only with the same tokens",
 }
 
@@ -51,7 +58,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     settings = differing([run.config for run in runs])
     figures = [Row("status", tuple(run.status for run in runs))]
     for figure in FIGURES:
-        values = [run.figure(figure.name) for run in runs]
+        values = [figure_of(run, figure) for run in runs]
         if any(value is not None for value in values):
             cells = tuple("" if value is None else figure.form(value) for value in values)
             figures.append(Row(figure.label, cells, best_places(figure, values)))

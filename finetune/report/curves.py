@@ -9,7 +9,7 @@ from itertools import accumulate, cycle, product
 from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.evaluation.metric_names import ANSWER_METRICS
-from finetune.report.facts import learns_preferences, number
+from finetune.report.facts import learns_from_rewards, learns_preferences, number
 from finetune.report.run import Run, Series
 from finetune.system.plotting import COLORS, figure, svg
 
@@ -33,6 +33,7 @@ class Quantity:
         wide: may span powers of ten.
         share: at most 1.
         from_zero: the axis starts at 0, so that small changes look small.
+        by_metric: the metrics of a picture have the same data, and different names.
     """
 
     title: str
@@ -42,13 +43,27 @@ class Quantity:
     wide: bool = False
     share: bool = False
     from_zero: bool = False
+    by_metric: bool = False
 
 
 _UNIT = ", nats per target token"
 _BY_SET = Quantity(f"Held-out loss by set{_UNIT}", r"eval/.*/loss", wide=True)
+_LOSS = Quantity(f"Loss{_UNIT}", r"loss|eval_loss", noisy=True, wide=True)
 QUANTITIES = (
-    Quantity(f"Loss{_UNIT}", r"loss|eval_loss", noisy=True, wide=True),
+    _LOSS,
     _BY_SET,
+    Quantity("Reward", r"(train|eval/.*)/reward", noisy=True),
+    Quantity("Mean of each reward", r"train/reward_(?!std|accuracy|margin).*", noisy=True, by_metric=True),
+    Quantity("Standard deviation of rewards in a group", r"train/reward_std", noisy=True, from_zero=True),
+    Quantity("Length of an answer, tokens", r"train/answer_tokens", noisy=True, from_zero=True),
+    Quantity(
+        "Unfinished answers, equal groups", r"train/(unfinished|equal_groups)", noisy=True, share=True, by_metric=True
+    ),
+    Quantity("Entropy, nats per token", r"train/entropy", noisy=True),
+    Quantity("Largest sampling gap, nats", r"train/sampling_gap", noisy=True, wide=True),
+    Quantity("Time to sample and judge answers, s", r"train/sampling_seconds", noisy=True, from_zero=True),
+    Quantity("Clipped tokens", r"train/clipped", noisy=True, share=True, from_zero=True),
+    Quantity("Divergence from the reference, nats", r"train/divergence", noisy=True, from_zero=True),
     Quantity("KL to the teacher, nats per target token", r"eval/.*/teacher_kl", wide=True),
     Quantity("KL from the reference, nats per token", r"eval/.*/reference_kl", wide=True),
     Quantity(
@@ -83,13 +98,17 @@ class Picture:
 
 
 class Line(NamedTuple):
-    """A curve; `held_out` values are measured now and then, so they have dots and no moving average."""
+    """A curve; `held_out` values are measured now and then, so they have dots and no moving average.
+
+    band: lower and upper ends of 95 % intervals, none if they are not measured.
+    """
 
     name: str
     series: Series
     held_out: bool
     color: str
     dashes: str
+    band: tuple[Series, ...] = ()
 
 
 def run_pictures(run: Run, steps_per_epoch: int | None = None) -> list[Picture]:
@@ -101,7 +120,7 @@ def run_pictures(run: Run, steps_per_epoch: int | None = None) -> list[Picture]:
         if not names or (quantity is _BY_SET and _is_only_set(names, run)):
             continue
         lines = [
-            _line(_set_of(name) or name, run, name, quantity, (color, "-"))
+            _line(_label_of(name, quantity), run, name, quantity, (color, "-"))
             for name, color in zip(names, cycle(COLORS), strict=False)
         ]
         # A loss on pairs has no unit.
@@ -120,21 +139,27 @@ def overlaid(runs: Sequence[tuple[str, Run]]) -> list[Picture]:
     for quantity in QUANTITIES:
         if quantity is _BY_SET and all(_is_only_set(_names(run, quantity), run) for _, run in runs):
             continue
-        for name in filter(re.compile(quantity.names).fullmatch, names):
+        for name in filter(set().union(*(_names(run, quantity) for _, run in runs)).__contains__, names):
             lines = [
                 _line(label, run, name, quantity, STYLES[i % len(STYLES)])
                 for i, (label, run) in enumerate(runs)
-                if name in run.metrics
+                if name in _names(run, quantity)
             ]
-            title = ", ".join(filter(None, (quantity.title, _set_of(name))))
+            part = _label_of(name, quantity) if quantity.by_metric else _set_of(name)
+            title = ", ".join(filter(None, (quantity.title, part)))
             pictures.append(draw(title, lines, quantity, last_step, alone=False))
     return pictures
 
 
 def _line(label: str, run: Run, name: str, quantity: Quantity, style: tuple[str, str]) -> Line:
-    steps, values = run.metrics[name]
-    series = Series(steps, [value * quantity.factor for value in values])
-    return Line(label, series, name.startswith("eval"), *style)
+    def scaled(metric: str) -> Series:
+        steps, values = run.metrics[metric]
+        return Series(steps, [value * quantity.factor for value in values])
+
+    ends = [f"{name}_low", f"{name}_high"]
+    band = tuple(scaled(end) for end in ends if end in run.metrics)
+    band = band if len(band) == 2 and band[0].steps == band[1].steps else ()
+    return Line(label, scaled(name), name.startswith("eval"), *style, band)
 
 
 def draw(
@@ -157,8 +182,9 @@ def draw(
     averaged = quantity.noisy and any(len(line.series.steps) > _NOISY for line in lines if not line.held_out)
     for line in lines:
         _draw_line(axes, line, averaged and not line.held_out, alone)
-    values = [value for line in lines for value in line.series.values]
-    note = "The strong line is a moving average." if alone and averaged else ""
+    values = [value for line in lines for series in (line.series, *line.band) for value in series.values]
+    notes = ["The strong line is a moving average."] if alone and averaged else []
+    notes += ["The band is the 95 % interval."] if alone and any(line.band for line in lines) else []
     low, high = min(values), max(values)
     if quantity.wide and low > 0 and high / low > _LOGARITHMIC:
         axes.set_yscale("log")
@@ -177,7 +203,7 @@ def draw(
     axes.set_xlabel(x_label)
     if alone and len(lines) > 1:
         axes.legend(frameon=False, fontsize=8)
-    return Picture(title, svg(drawn), note)
+    return Picture(title, svg(drawn), " ".join(notes))
 
 
 def _number_of(line: Line, quantity: Quantity, several: bool) -> tuple[str, str]:
@@ -192,6 +218,9 @@ def _draw_line(axes: Axes, line: Line, averaged: bool, faint: bool) -> None:
     """Draw a curve, or its moving average; faint: over the values themselves."""
     shown = thinned(line.series)
     style = {"color": line.color, "linestyle": line.dashes}
+    if line.band and faint:
+        low, high = line.band
+        axes.fill_between(low.steps, low.values, high.values, color=line.color, alpha=0.15, linewidth=0)
     if averaged and faint:
         axes.plot(*shown, linewidth=0.7, alpha=0.4, **style)
     marker = "o" if line.held_out or len(shown.steps) == 1 else None
@@ -215,6 +244,8 @@ def _last_step(runs: Sequence[Run]) -> int:
 
 
 def _names(run: Run, quantity: Quantity) -> list[str]:
+    if quantity in (_LOSS, _BY_SET) and learns_from_rewards(run):
+        return []
     return [name for name in run.metrics if re.fullmatch(quantity.names, name)]
 
 
@@ -225,8 +256,15 @@ def _is_only_set(names: Collection[str], run: Run) -> bool:
 
 def _set_of(name: str) -> str:
     """Return the data that a metric is measured on, or an empty text."""
-    known = {"loss": "training", "eval_loss": "held out"}
+    known = {"loss": "training", "eval_loss": "held out", "train/reward": "training"}
     return known.get(name, name.removeprefix("eval/").rpartition("/")[0])
+
+
+def _label_of(name: str, quantity: Quantity) -> str:
+    """Return how a curve of a picture is called."""
+    if quantity.by_metric:
+        return name.removeprefix("train/").removeprefix("reward_").replace("_", " ")
+    return _set_of(name) or name
 
 
 def thinned(series: Series, most: int = 800) -> Series:

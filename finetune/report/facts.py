@@ -47,6 +47,7 @@ class Figure:
 
 
 FIGURES = (
+    Figure("reward_after", "held-out reward", number, False),
     Figure("eval_loss", "held-out loss", number, True),
     Figure("exact_match_after", "held-out exact match", share, False),
     Figure("teacher_kl_after", "KL to the teacher, nats", number, True),
@@ -59,9 +60,12 @@ FIGURES = (
     Figure("peak_bytes", "peak memory", format_bytes, True),
 )
 _LARGEST_LOSS = 700.0  # exp() of more is no number
+# With rewards the one is about 0, and the other the negative reward.
+_LOSSES = ("eval_loss", "final_loss")
 _LONGEST_TEXT = 1000
 _ACTIONS = {"warn": "warning", "recover": "trained on the teacher alone", "stop": "run stopped"}
 _BEFORE = {
+    "reward_after": "reward_before",
     "eval_loss": "eval_loss_before",
     "exact_match_after": "exact_match_before",
     "teacher_kl_after": "teacher_kl_before",
@@ -73,45 +77,69 @@ def figure_named(name: str) -> Figure:
     known = {figure.name: figure for figure in FIGURES}
     metric = name.rpartition("/")[2]
     is_share = metric in ("accuracy", "teacher_agreement", "reward_accuracy", *ANSWER_METRICS)
-    higher_is_better = is_share or metric == "reward_margin"
+    higher_is_better = is_share or metric in ("reward", "reward_margin")
     return known.get(name) or Figure(name, name, share if is_share else number, not higher_is_better)
 
 
 def headline(run: Run) -> str:
     """Return the base, its storage, the adapter and the objective, as far as they are known."""
     base, storage, rank = run.setting("model.name"), run.setting("quant.type"), run.setting("lora.rank")
-    objectives = [run.setting(f"{section}.objective") for section in ("distill", "preference")]
+    objectives = [run.setting(key) for key in ("distill.objective", "preference.objective", "reward.loss")]
+    rewards = run.setting("reward.functions")
     parts = [
         f"{base} in {storage}" if base and storage else str(base or ""),
         f"adapters of rank {rank}" if rank else "",
         *(str(objective) for objective in objectives if objective not in (None, "none")),
+        f"rewards: {', '.join(map(str, rewards))}" if rewards and isinstance(rewards, Mapping) else "",
     ]
     return ", ".join(filter(None, parts))
 
 
 def cards(run: Run) -> list[tuple[str, str, str]]:
-    """Return label, value and detail of each measured result; for a run without a result, its last step and loss."""
+    """Return label, value and detail of each measured result; of a run without a result, those of its last step."""
     found = []
     for figure in FIGURES:
-        value = run.figure(figure.name)
+        value = figure_of(run, figure)
         if value is None or (value == 0 and figure.name == "peak_bytes"):
             continue
         before = run.figure(_BEFORE[figure.name]) if figure.name in _BEFORE else None
         detail = "" if before is None else f"{figure.form(before)} before"
+        if figure.name == "reward_after":
+            detail = "; ".join(filter(None, (detail, _interval(run))))
         if figure.name == "final_loss" and (first := run.metrics.get("loss")) and first.steps[0] == 1:
             detail = f"{number(first.values[0])} at step 1"
         found.append((figure.label, figure.form(value), detail))
         if figure.name == "eval_loss":
             found += _of_held_out(run)
-    loss = run.metrics.get("loss")
-    if found or loss is None:
+    name, label = ("train/reward", "reward") if learns_from_rewards(run) else ("loss", "loss")
+    last = run.metrics.get(name)
+    if found or last is None:
         return found
-    return [("steps so far", whole(loss.steps[-1]), ""), ("training loss", number(loss.values[-1]), "")]
+    return [("steps so far", whole(last.steps[-1]), ""), (f"training {label}", number(last.values[-1]), "")]
+
+
+def figure_of(run: Run, figure: Figure) -> float | None:
+    """Return the value of a figure; None for a loss that says nothing of its run."""
+    return None if figure.name in _LOSSES and learns_from_rewards(run) else run.figure(figure.name)
 
 
 def learns_preferences(run: Run) -> bool:
     """Return whether the loss of a run is one of preferences, not of tokens."""
     return run.setting("preference.objective") not in (None, "none")
+
+
+def learns_from_rewards(run: Run) -> bool:
+    """Return whether rewards judge the answers of a run: what it lowers is no loss to look at."""
+    return run.setting("reward.loss") not in (None, "none")
+
+
+def _interval(run: Run) -> str:
+    """Return the 95 % interval of the reward on the only held-out set, or an empty text."""
+    found = run.result.get("evaluations")
+    evaluations: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+    names = [name for name in evaluations if name.endswith("/reward")]
+    ends = with_interval(evaluations, names[0]).partition(" ")[2] if len(names) == 1 else ""
+    return f"95 % interval {ends}" if ends else ""
 
 
 def _of_held_out(run: Run) -> list[tuple[str, str, str]]:
@@ -147,6 +175,17 @@ def origin(run: Run) -> str:
     name = [str(machine[kind]) for kind in ("gpu", "cpu") if machine.get(kind)][:1]
     parts = [start, "" if duration is None else f"took {format_duration(duration)}", ", ".join([*name, *counts])]
     return " · ".join(filter(None, parts))
+
+
+def rewarded_answers(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return headings, and the held-out answers with the best and the worst rewards."""
+    found = []
+    for key, heading in (("best", "Highest rewards"), ("worst", "Lowest rewards")):
+        rows = run.rewarded.get(key)
+        shown = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+        cut = [{name: _cut(text) if isinstance(text, str) else text for name, text in row.items()} for row in shown]
+        found.append((heading, cut))
+    return [(heading, rows) for heading, rows in found if rows]
 
 
 def worst_answers(run: Run) -> tuple[str, list[dict[str, str]]]:

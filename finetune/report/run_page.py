@@ -70,6 +70,7 @@ def render(run: Run) -> str:
         pictures=run_pictures(run, steps_per_epoch=stored.report.order.steps if stored else None),
         worst_text=worst_text,
         worst=worst,
+        rewarded=facts.rewarded_answers(run),
         stored=stored,
         gap_blocks=[] if gap is None else gap_blocks(gap),
         gap_svg=svg(gap_figure(gap)) if gap is not None and any(model.sets for model in gap.models) else "",

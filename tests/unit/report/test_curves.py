@@ -100,3 +100,38 @@ def test_runs_differ_by_color_and_then_by_dashes(tmp_path):
         if (color := re.findall(r"stroke: (var\(--line-\d|currentColor)", style)) and "stroke-width: 1.5" in style
     ]
     assert len(styles) == len(set(styles)) == 9
+
+
+def rewarded(tmp_path, *names: str, **held_out: list[float]) -> Run:
+    """A run with rewards; its losses are minus the rewards."""
+    steps = {name: Series([1, 2], [0.25, 0.75]) for name in ("loss", *names)}
+    evaluations = {f"eval/{name.replace('__', '/')}": Series([0, 2], values) for name, values in held_out.items()}
+    config = {"reward": {"loss": "grpo"}}
+    return Run(tmp_path, config=config, metrics={"eval_loss": Series([2], [-0.5]), **steps, **evaluations})
+
+
+def test_a_run_with_rewards_has_curves_of_them_and_none_of_its_losses(tmp_path):
+    figures = ("reward", "reward_std", "answer_tokens", "entropy", "sampling_gap", "clipped", "divergence")
+    run = rewarded(tmp_path, *(f"train/{name}" for name in figures), a__reward=[0.1, 0.5], a__loss=[-0.1, -0.5])
+    titles = [picture.title for picture in run_pictures(run)]
+    assert len(titles) == len(figures) and not any("loss" in title.lower() for title in titles)
+    assert [picture.title for picture in overlaid([("x", run)])][:2] == ["Reward, training", "Reward, a"]
+    assert not any("loss" in picture.title.lower() for picture in overlaid([("x", run), ("y", run)]))
+
+
+def test_held_out_rewards_have_a_band_between_the_ends_of_their_intervals(tmp_path):
+    values = {"a__reward": [0.2, 0.5], "a__reward_low": [0.1, 0.4], "a__reward_high": [0.3, 0.9]}
+    (picture,) = run_pictures(rewarded(tmp_path, "train/reward", **values))
+    assert picture.note == "The band is the 95 % interval." and "opacity: 0.15" in picture.svg
+    del values["a__reward_high"]
+    (picture,) = run_pictures(rewarded(tmp_path, "train/reward", **values))
+    assert not picture.note and "opacity: 0.15" not in picture.svg
+
+
+def test_rewards_by_function_share_a_picture_and_have_their_names(tmp_path):
+    run = rewarded(tmp_path, "train/reward_exact", "train/reward_my_own", "train/equal_groups", "train/unfinished")
+    by_function, shares = run_pictures(run)
+    assert ">exact</text>" in by_function.svg and ">my own</text>" in by_function.svg
+    assert ">equal groups</text>" in shares.svg and ">unfinished</text>" in shares.svg
+    titles = [picture.title for picture in overlaid([("x", run)])]
+    assert titles[0].endswith(", exact") and titles[1].endswith(", my own") and len(set(titles)) == 4

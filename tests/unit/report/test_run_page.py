@@ -11,10 +11,10 @@ import pytest
 
 from finetune.cli import main
 from finetune.evaluation.generation import Answer
-from finetune.report.facts import cards, origin
+from finetune.report.facts import cards, headline, origin
 from finetune.report.run import read_run
 from finetune.report.run_page import REPORT, render, try_report, write_report
-from finetune.training.run_folder import write_worst
+from finetune.training.run_folder import write_rewarded, write_samples, write_worst
 from tests.html_reader import Reader
 from tests.run_folders import metric, write_run
 
@@ -204,3 +204,51 @@ def test_the_command_writes_every_report_once_or_none(tmp_path: Path, capsys):
 def test_a_page_is_the_same_each_time(tmp_path: Path):
     run = read_run(write_run(tmp_path / "a"))
     assert render(run) == render(run)
+
+
+REWARDS = ("reward.loss=dr_grpo", "reward.functions={exact: 1, length: 0.5}", "reward.length=9")
+
+
+def write_rewarded_run(folder: Path) -> Path:
+    """A finished run with rewards: its losses are minus the rewards."""
+    ends = {"eval/a/reward_low": 0.5, "eval/a/reward_high": 0.875}
+    evaluations = {"eval/a/loss": -0.75, "eval/a/reward": 0.75, **ends}
+    before = {"eval_loss": -0.25, "eval/a/reward": 0.25}
+    measured = {"evaluations": evaluations, "evaluations_before": before, "eval_loss": -0.75, "final_loss": 1e-9}
+    return write_run(folder, *REWARDS, reward_before=0.25, reward_after=0.75, **measured)
+
+
+def test_a_run_with_rewards_shows_the_held_out_reward_and_no_loss(tmp_path: Path):
+    run = read_run(write_rewarded_run(tmp_path / "a"))
+    shown = {label: (value, detail) for label, value, detail in cards(run)}
+    assert shown["held-out reward"] == ("0.7500", "0.2500 before; 95 % interval [0.5, 0.875]")
+    assert not any("loss" in label or "perplexity" in label for label in shown)
+    assert headline(run).endswith("dr_grpo, rewards: exact, length")
+
+
+def test_an_unfinished_run_with_rewards_shows_its_last_reward(tmp_path: Path):
+    folder = write_rewarded_run(tmp_path / "a")
+    (folder / "result.json").unlink()
+    lines = [metric(step, **{"train/reward": step / 4}) for step in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cards(read_run(folder)) == [("steps so far", "2", ""), ("training reward", "0.5000", "")]
+
+
+def test_answers_are_shown_with_their_rewards(tmp_path: Path):
+    folder = write_rewarded_run(tmp_path / "a")
+    answers = [Answer(f"q{i}", "", f"a{i}", i / 4) for i in range(5)]
+    write_samples(folder, [Answer("q1", "", "old", -0.5)], answers[1:2])
+    write_rewarded(folder, answers)
+    read = page_of(folder)
+    assert {"Answers before and after", "Highest rewards", "Lowest rewards"} <= set(read.texts("h2"))
+    pairs = list(zip(read.texts("dt"), read.texts("dd"), strict=True))
+    found = [(label, text) for label, text in pairs if text in ("old", *(f"a{i}" for i in range(5)))]
+    assert found == [
+        ("beforereward -0.5", "old"),
+        ("afterreward 0.25", "a1"),
+        ("afterreward 1", "a4"),
+        ("afterreward 0.75", "a3"),
+        ("afterreward 0", "a0"),
+        ("afterreward 0.25", "a1"),
+    ]
+    assert "expected" not in read.texts("dt")
