@@ -1,6 +1,6 @@
 """Measure everything on one GPU in ten minutes, without installing or downloading.
 
-    python -m benchmarks.gpu [size=7B] [minutes=9.5] [parts=throughput,context,distill,load,recompute,peers]
+    python -m benchmarks.gpu [size=7B] [minutes=9.5] [parts=throughput,context,distill,preference,load,recompute,peers]
                              [adapters=all-linear:16,q_proj+v_proj:8] [lengths=8192,2048]
 
 A step of every run has as many tokens as the longest pack. Each run is a process with a time limit. Failures are
@@ -28,6 +28,7 @@ from benchmarks.figures import Figures, ceiling_of, compare, medians, run_figure
 from benchmarks.load import RUNS as LOADS
 from benchmarks.load import summary_of as load_summary
 from benchmarks.models import shape_of_size
+from benchmarks.preference import SFT, pair_figures, prepare_pairs, run_ours
 from benchmarks.processes import device, measure, parse
 from benchmarks.stock import PEERS
 from benchmarks.workload import DEFAULTS, Workload, prepared
@@ -36,7 +37,7 @@ OPTIONS = {
     **{key: value for key, value in DEFAULTS.items() if key not in ("rank", "targets")},
     "size": "7B",
     "minutes": "9.5",
-    "parts": "throughput,context,distill,load,recompute,peers",
+    "parts": "throughput,context,distill,preference,load,recompute,peers",
     "adapters": "all-linear:16,q_proj+v_proj:8",
     "lengths": "8192,2048",
     # The first variant runs in every case, the others in the first case.
@@ -46,6 +47,9 @@ OPTIONS = {
     "warmup": "3",
     "repeats": "1",
     "recompute": "all,offload",
+    # Tokens of a pair's prompt, and of each answer.
+    "prompt": "512",
+    "answer": "512",
     "budgets": "16,24,80",
     "context_seconds": "60",
     "context_most": "400000",
@@ -82,6 +86,10 @@ def planned(options: Mapping[str, str]) -> Iterator[Run]:
         * int(options["repeats"]),
         "context": [_context(budgets[0])],
         "distill": [_distill(adapters[-1], lengths[0]), *(_gkd(adapters[-1]) for _ in stock[:1])],
+        "preference": [
+            *(_preference("ours", name, adapters[-1], lengths[0]) for name in (SFT, "base")),
+            *(_preference("stock", "dpo", adapters[-1], lengths[0]) for _ in stock[:1]),
+        ],
         "load": [_load(name) for name in LOADS],
         "recompute": [_ours(names[0], *first, policy) for policy in options["recompute"].split(",")],
         "peers": [_stock(name, *first, side="peer") for name in PEERS],
@@ -137,6 +145,28 @@ def _gkd(adapter: str) -> Run:
         return adapted(work, adapter).stock("gkd", length, tokens // length)
 
     return "distill gkd", run
+
+
+def _preference(side: str, name: str, adapter: str, length: str) -> Run:
+    """Return a run on pairs, or on their answers as rows (`sft`): as many as fill a step's tokens."""
+
+    def run(work: Workload) -> dict[str, Any]:
+        work = with_pairs(adapted(work, adapter), int(length))
+        pairs = prepare_pairs(work)
+        if side == "ours":
+            return run_ours(work, pairs, name)
+        return work.stock(name, pairs.length, pairs.count, rows=pairs.file)
+
+    return f"preference {side} {name}", run
+
+
+def with_pairs(work: Workload, length: int) -> Workload:
+    """Return the workload with the options of benchmarks.preference, for steps of the tokens of all other runs."""
+    options = work.options
+    tokens = 2 * (int(options["prompt"]) + int(options["answer"]))
+    pairs = max(1, step_batch(options, length) * length // tokens)
+    changes = {"pairs": str(pairs), "objective": "dpo", "ours": options["ours"].split(",")[0]}
+    return replace(work, options={**options, **changes})
 
 
 def _load(name: str) -> Run:
@@ -202,6 +232,7 @@ def summarize(runs: Mapping[str, list[dict[str, Any]]], ceiling: Figures, work: 
             if name.startswith("context")
         },
         "distill": _distillation(work, runs),
+        "preference": _preferences(work, runs),
         "load": _loading(runs),
         "ceiling": ceiling,
         "start_seconds": {side: _starts(runs, side) for side in ("ours", "stock")},
@@ -224,6 +255,19 @@ def _distillation(work: Workload, runs: Mapping[str, list[dict[str, Any]]]) -> d
     if plain and "ours" in done:
         done["ours"] |= prices(done["ours"], figures_of(work, "ours", plain[-1]))
     return {**done, **compare(done.get("ours", {"failed": "not run"}), stock)}
+
+
+def _preferences(work: Workload, runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return the figures of learning from pairs, its price over plain fine-tuning on the same answers, and TRL's."""
+    length = int(work.options["lengths"].split(",")[0])
+    done = {
+        name.removeprefix("preference "): pair_figures(with_pairs(work, length), name.split(" ")[1], found[-1])
+        for name, found in runs.items()
+        if name.startswith("preference")
+    }
+    ours, plain = (done.get(f"ours {name}", {"failed": "not run"}) for name in ("base", SFT))
+    stock = {name: figures for name, figures in done.items() if name.startswith("stock")}
+    return {**done, **prices(ours, plain), **compare(ours, stock)}
 
 
 def _loading(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
