@@ -334,11 +334,25 @@ def segmented_attention(
         ValueError: the segments do not cover the T tokens, or there is a mask or dropout.
     """
     if segments is None:
+        if query_BHTD.shape[2] == 1 < query_BHTD.shape[1] // key_BHTD.shape[1] and not torch.is_grad_enabled():
+            return _attend_one_token(query_BHTD, key_BHTD, value_BHTD, attention_mask, kwargs["scaling"]), None
         return sdpa_attention_forward(module, query_BHTD, key_BHTD, value_BHTD, attention_mask, **kwargs)
     if attention_mask is not None or kwargs.get("dropout"):
         raise ValueError("segments: attention supports no mask and no dropout")
     query, key, value = (x[0].transpose(0, 1) for x in (query_BHTD, key_BHTD, value_BHTD))
     return attend(query, key, value, segments, kwargs["scaling"])[None], None
+
+
+def _attend_one_token(
+    query_BH1D: Tensor, key_BKLD: Tensor, value_BKLD: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Compute the attention [B, 1, H, D] of a generated token: the heads of a group are the queries of their key head.
+
+    transformers copies all keys and values for every query head. mask: [B, 1, 1, L].
+    """
+    query_BKGD = query_BH1D.squeeze(2).unflatten(1, (key_BKLD.shape[1], -1))
+    output_BKGD = F.scaled_dot_product_attention(query_BKGD, key_BKLD, value_BKLD, mask, scale=scale)
+    return output_BKGD.flatten(1, 2)[:, None]
 
 
 def register() -> None:

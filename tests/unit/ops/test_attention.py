@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from finetune.ops.attention import attend, plan_segments, round_up
+from finetune.ops.attention import attend, plan_segments, round_up, segmented_attention
 
 CPU = torch.device("cpu")
 
@@ -95,3 +96,21 @@ def test_gradients_of_shared_rows_have_the_same_bits_with_many_threads():
         assert all(torch.equal(a, b) for _ in range(30) for a, b in zip(first, gradients(), strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("heads", [(6, 2), (4, 4), (3, 1)])
+@pytest.mark.parametrize("masked", [True, False])
+@torch.no_grad()
+def test_a_generated_token_attends_as_in_transformers(heads, masked):
+    """Whose kernel copies keys and values for every query head."""
+    generator, (queries, keys) = torch.Generator().manual_seed(0), heads
+    query = torch.randn(5, queries, 1, 8, generator=generator)
+    key, value = (torch.randn(5, keys, 11, 8, generator=generator) for _ in range(2))
+    mask = torch.arange(11)[None] >= torch.tensor([0, 3, 5, 1, 10])[:, None] if masked else None
+    module = torch.nn.Module()
+    module.num_key_value_groups = queries // keys
+    options = {"scaling": 0.3, "attention_mask": None if mask is None else mask[:, None, None]}
+    expected, _ = sdpa_attention_forward(module, query, key, value, **options)
+    found, _ = segmented_attention(module, query, key, value, **options)
+    assert found.shape == expected.shape == (5, 1, queries, 8)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
