@@ -1,7 +1,8 @@
-"""Generate the sample pairs of a preference: a record of an order, and the same record with one wrong fact.
+"""Generate the sample pairs of a preference: of two orders one is cancelled, and the record must be of the other one.
 
-Everything is a pure function of a seed, and all text comes from data/generate.py. Both answers have the same form, so
-neither length nor style tells them apart: only the order does.
+Everything is a pure function of a seed, and all text comes from data/generate.py. The embedded base writes the record
+of either order. Both answers of a pair have the same form, and draws decide which order is cancelled and which comes
+first. So neither length, style nor place tells the answers apart.
 
     python data/pairs.py     # writes data/sample/pairs.jsonl and data/sample/pairs-heldout.jsonl
 """
@@ -12,22 +13,22 @@ import json
 from pathlib import Path
 from random import Random
 
-from generate import COLOURS, DATED_LINES, DAYS, HOUSE_KEYS, ITEMS, NAMES, SAMPLE, order
+from generate import DATED_LINES, SAMPLE, order
 
 SEED, TRAIN_ROWS, HELDOUT_ROWS = 2027, 1200, 120
-OTHERS = {"item": ITEMS, "count": range(2, 13), "colour": COLOURS, "name": NAMES, "day": DAYS}
+FACTS = ("count", "colour", "item")
+INSTRUCTION = f"As JSON with {', '.join(FACTS)}."
 
 
 def pair(rng: Random) -> dict[str, str]:
-    """Draw an order with its record, and a record in which one fact is another one of its kind."""
-    subject = order(rng, DATED_LINES)
-    wrong = rng.choice(list(HOUSE_KEYS))
-    other = rng.choice([value for value in OTHERS[wrong] if value != subject.value[wrong]])
-    records = (
-        json.dumps({key: facts[fact] for fact, key in HOUSE_KEYS.items()})
-        for facts in (subject.value, {**subject.value, wrong: other})
-    )
-    return dict(zip(("prompt", "chosen", "rejected"), (subject.text, *records), strict=True))
+    """Draw two orders that differ in every fact of the record; the order of the rejected record is cancelled."""
+    valid, cancelled = order(rng, DATED_LINES), order(rng, DATED_LINES)
+    if any(valid.value[fact] == cancelled.value[fact] for fact in FACTS):
+        return pair(rng)
+    lines = [valid.text, f"Cancelled: {cancelled.text}"]
+    rng.shuffle(lines)
+    chosen, rejected = (json.dumps({fact: it.value[fact] for fact in FACTS}) for it in (valid, cancelled))
+    return {"prompt": "\n".join([*lines, INSTRUCTION]), "chosen": chosen, "rejected": rejected}
 
 
 def write_pairs(folder: Path) -> None:
