@@ -1,6 +1,6 @@
 """Measure what each preference objective learns from the sample pairs on the embedded base, beside plain fine-tuning.
 
-    python -m benchmarks.preference_learning [seeds=0,1,2] [only=dpo,ipo,orpo,simpo,kto,sft] [steps=60] [answers=60]
+    python -m benchmarks.preference_learning [seeds=0,1,2] [only=dpo,ipo,orpo,simpo,kto,sft] [steps=120] [answers=60]
 
 Each objective runs as its config has it, once per seed. `sft` trains on the chosen answers alone. All are measured on
 the same held-out pairs. `ranked` is the share of pairs whose chosen answer has the higher log-probability: the sum
@@ -44,13 +44,14 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
             "preference.objective=none",
             "preference.beta=null",
             "data.train.0.columns={completion: chosen}",
+            "train.batch_size=2",  # as many chosen answers per step: a sequence of pairs has room for half of them
         ),
     ),
 }
 DEFAULTS = {
     "seeds": "0,1,2",
     "only": ",".join(RUNS),
-    "steps": "60",
+    "steps": "120",
     "answers": "60",
     "results": "benchmarks/results",
 }

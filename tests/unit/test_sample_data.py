@@ -58,6 +58,33 @@ def test_the_labels_are_those_of_their_script_and_each_is_common(generate: Modul
     assert set(labels) == set(script("labels").LINES) and min(Counter(labels).values()) > 100
 
 
+def test_the_pairs_are_those_of_their_script_without_a_common_prompt(generate: ModuleType, tmp_path: Path) -> None:
+    script("pairs").write_pairs(tmp_path)
+    for name in ("pairs.jsonl", "pairs-heldout.jsonl"):
+        assert (tmp_path / name).read_bytes() == (DATA / "sample" / name).read_bytes()
+    train, heldout = rows("pairs"), rows("pairs-heldout")
+    assert (len(train), len(heldout)) == (1200, 120)
+    assert len({row["prompt"] for row in train + heldout}) == 1320
+
+
+def test_only_the_cancelled_order_tells_the_sides_of_a_pair_apart(generate: ModuleType) -> None:
+    """The answers have the same keys and no common fact; neither place nor length tells them apart."""
+    cancelled_first, longer = 0, Counter()
+    for row in rows("pairs") + rows("pairs-heldout"):
+        first, second, _ = row["prompt"].split("\n")
+        assert first.startswith("Cancelled: ") != second.startswith("Cancelled: ")
+        cancelled, valid = (first, second) if first.startswith("Cancelled: ") else (second, first)
+        records = [json.loads(row[side]) for side in ("chosen", "rejected")]
+        for line, record in zip((valid, cancelled), records, strict=True):
+            assert list(record) == ["count", "colour", "item"]
+            assert record["colour"] in line and record["item"] in line
+        assert not set(records[0].items()) & set(records[1].items())
+        cancelled_first += cancelled == first
+        longer[(len(row["chosen"]) > len(row["rejected"])) - (len(row["chosen"]) < len(row["rejected"]))] += 1
+    assert 0.45 < cancelled_first / 1320 < 0.55
+    assert 0.45 < longer[1] / (longer[1] + longer[-1]) < 0.55
+
+
 def test_every_row_is_a_bare_order_and_its_record() -> None:
     for row in rows("train") + rows("heldout"):
         user, assistant = row["messages"]
