@@ -85,6 +85,33 @@ def test_only_the_cancelled_order_tells_the_sides_of_a_pair_apart(generate: Modu
     assert 0.45 < longer[1] / (longer[1] + longer[-1]) < 0.55
 
 
+def test_the_prompts_are_those_of_their_script_and_no_order_occurs_twice(generate: ModuleType, tmp_path: Path) -> None:
+    script("prompts").write_prompts(tmp_path)
+    for name in ("prompts.jsonl", "prompts-heldout.jsonl"):
+        assert (tmp_path / name).read_bytes() == (DATA / "sample" / name).read_bytes()
+    train, heldout = rows("prompts"), rows("prompts-heldout")
+    assert (len(train), len(heldout)) == (800, 100)
+    assert len({row["prompt"].splitlines()[0] for row in train + heldout}) == 900
+
+
+def test_the_prompts_ask_each_question_equally_often_and_their_orders_answer_it(generate: ModuleType) -> None:
+    """So the expected answer follows from the prompt, and 100 % exact match can be reached."""
+    values = {"name": generate.NAMES, "item": generate.ITEMS, "city": generate.CITIES, "day": generate.DAYS}
+    questions = {question: fact for fact, question in script("prompts").NEW_QUESTIONS.items()}
+    for part in (rows("prompts"), rows("prompts-heldout")):
+        asked = [row["prompt"].splitlines()[1] for row in part]
+        assert Counter(asked) == dict.fromkeys(questions, len(part) // len(questions))
+        for row, question in zip(part, asked, strict=True):
+            order = row["prompt"].splitlines()[0]
+            assert [value for value in values[questions[question]] if value in order] == [row["completion"]]
+
+
+def test_pretraining_never_shows_the_questions_of_the_prompts(generate: ModuleType) -> None:
+    questions, rng = script("prompts").NEW_QUESTIONS.values(), Random(7)
+    for conversation in (generate.conversation(rng) for _ in range(3000)):
+        assert all(question not in message["content"] for message in conversation for question in questions)
+
+
 def test_every_row_is_a_bare_order_and_its_record() -> None:
     for row in rows("train") + rows("heldout"):
         user, assistant = row["messages"]
