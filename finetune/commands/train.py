@@ -46,7 +46,7 @@ def run(arguments: Arguments) -> int:
     from finetune.training.output_folder import check_run
 
     # These take a tenth of the time of importing torch.
-    check_sources(config.data)
+    check_sources(config)
     check_run(config)
 
     from finetune.training.recipe import train

@@ -38,6 +38,9 @@ Index = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[Number, Field(gt=0, le=1)]
 RewardName = Literal["exact", "number", "regex", "json_schema", "length", "format"]
+RowFormatName = Literal[
+    "auto", "messages", "sharegpt", "prompt_completion", "prompt", "preference", "alpaca", "text", "tokens"
+]
 QuantType = Literal["nf4", "int8", "none"]
 OnBadRow = Literal["error", "skip"]
 ReasoningRule = Literal["error", "think", "drop"]
@@ -120,8 +123,8 @@ class SourceConfig(Section):
 
     path: Text = Field(description="File (jsonl, json, csv, parquet, arrow; also compressed), glob, folder or hub id.")
     name: Text | None = Field(None, description="Name in messages and metrics; null: name of the split or file.")
-    format: Literal["auto", "messages", "sharegpt", "prompt_completion", "preference", "alpaca", "text", "tokens"] = (
-        Field("auto", description="Format of an example; auto: recognized from the columns of each file's first one.")
+    format: RowFormatName = Field(
+        "auto", description="Format of an example; auto: recognized from the columns of each file's first one."
     )
     columns: dict[Text, Text] = Field({}, description="Your columns as {our name: yours}, like {prompt: question}.")
     roles: dict[Literal["system", "user", "assistant", "tool"], list[Text] | Text] = Field(

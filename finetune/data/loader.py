@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,21 +116,21 @@ def load_chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> C
 
 def check_inputs(cfg: RunConfig) -> None:
     """Check the sources and the model of a run's config, before torch is imported, which takes ten times as long."""
-    check_sources(cfg.data)
+    check_sources(cfg)
     check_model(cfg.model)
 
 
-def check_sources(cfg: DataConfig) -> None:
-    """Check the path and format of every source, before torch and the tokenizer are loaded.
+def check_sources(cfg: RunConfig) -> None:
+    """Check the path and format of every source of a run, before torch and the tokenizer are loaded.
 
     Raises: DataError listing the problem of each source.
     """
-    check_each(by_key(cfg), check_source)
+    check_each(by_key(cfg.data), partial(check_source, objective=cfg.row_objective))
 
 
-def check_source(source: SourceConfig) -> None:
-    """Check the path and format of one source. Raises: DataError."""
-    next(with_formats(source, resolve_source(source).batches(source.limit)))
+def check_source(source: SourceConfig, objective: str = "none") -> None:
+    """Check the path and format of one source. objective: as in `Preparation`. Raises: DataError."""
+    next(with_formats(source, resolve_source(source).batches(source.limit), objective=objective))
 
 
 def load_data(preparation: Preparation) -> LoadedData:
@@ -236,7 +236,7 @@ def first_conversations(source: Source, preparation: Preparation, rows: int) -> 
     """
     encoder = preparation.encoder(source.config)
     wanted = set(source.store.indices[source.rows].tolist())
-    batches = with_formats(source.config, resolve_source(source.config).batches(source.config.limit))
+    batches = preparation.batches(source.config)
     examples = (example for batch in batches for row, example in encoder.parser.rows(batch) if row.index in wanted)
     parsed = (example for example in examples if not isinstance(example, DataError))
     good = (answer for answer in (_good_answer(example, encoder.objective) for example in parsed) if answer)

@@ -110,10 +110,8 @@ def answer_rows(
             limits = [max_new_tokens] * len(batch)
             written = decode(model, [prompts[i] for i in batch], limits, stop_ids=stop_ids, vocabulary=vocabulary)
             for i, text in zip(batch, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
-                *before, answer = rows[i].messages
-                # The template writes tool calls as a model does.
-                expected = chat.answer_text(rows[i]) if answer.tool_calls else answer.content
-                answers[i] = Answer(before[-1].content if before else "", expected, text)
+                before = rows[i].messages[:-1]
+                answers[i] = Answer(before[-1].content if before else "", chat.answer_text(rows[i]), text)
             progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
 

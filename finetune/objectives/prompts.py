@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.data.documents import Document
-from finetune.data.formats.detection import with_formats
 from finetune.data.formats.messages import Conversation
 from finetune.data.loader import Source
-from finetune.data.sources.paths import resolve_source
 from finetune.data.tokens.prepare import Preparation
 from finetune.distill.fingerprint import key_of
 
@@ -66,15 +64,13 @@ def _read_source(source: Source, preparation: Preparation) -> dict[int, Prompt]:
     """Return the prompts of the rows with a document, by their index in the source."""
     parser, chat = preparation.encoder(source.config).parser, preparation.chat
     wanted = set(source.store.indices[source.rows].tolist())
-    batches = with_formats(source.config, resolve_source(source.config).batches(source.config.limit))
     found: dict[int, Prompt] = {}
-    for batch in batches:
+    for batch in preparation.batches(source.config):
         for row, example in parser.rows(batch):
             if row.index in wanted and isinstance(example, Conversation) and isinstance(row.value, dict):
-                messages, answered = example.messages, example.messages[-1].role == "assistant"
                 found[row.index] = Prompt(
-                    [message.as_dict() for message in (messages[:-1] if answered else messages)],
-                    chat.answer_text(example) if answered else "",
+                    [message.as_dict() for message in example.prompt],
+                    chat.answer_text(example) if example.has_answer else "",
                     row.value,
                     row.location,
                 )

@@ -11,7 +11,7 @@ from typing import Any
 from finetune.config.schema import SourceConfig
 from finetune.data.formats.columns import meanings, recognize
 from finetune.data.formats.conversations import METADATA_KEYS
-from finetune.data.formats.parser import FORMATS, VERDICTS, RowParser, require_mapped
+from finetune.data.formats.parser import FORMATS, PROMPT, VERDICTS, RowParser, require_mapped
 from finetune.data.formats.values import kind, listed, printable_name
 from finetune.data.sources.readers import RawBatch
 from finetune.system.console import log_once
@@ -22,12 +22,15 @@ _REGISTRY_KEYS = ("file_name", "hf_hub_url", "ms_hub_url")
 _ROW_COLUMNS = frozenset().union(*(fmt.columns for fmt in FORMATS.values()))
 
 
-def detect_format(columns: frozenset[str], source: str, mapped: Mapping[str, str] | None = None) -> str:
+def detect_format(
+    columns: frozenset[str], source: str, mapped: Mapping[str, str] | None = None, objective: str = "none"
+) -> str:
     """Return the one format whose columns are all there, or that other widely used names of them mean.
 
-    `text` is returned only if no other format fits.
+    `text` is returned only if no other format fits, and `prompt` only for the objective `reward`, before `text`.
 
     mapped: our names of columns and message keys to the file's; a format must know all of them.
+    objective: of the rows, as in `Preparation`.
     Raises: DataError if no format fits, or several do.
     """
     mapped = mapped or {}
@@ -35,6 +38,9 @@ def detect_format(columns: frozenset[str], source: str, mapped: Mapping[str, str
     fitting = [name for name, fmt in FORMATS.items() if fmt.is_in(renamed) and set(mapped) <= fmt.columns | fmt.keys]
     if "preference" in fitting:  # pairs often have a column with the prompt or the chosen side as messages
         return "preference"
+    prompt_alone = PROMPT in fitting and objective == "reward"
+    others = FORMATS.keys() - {PROMPT, "text" if prompt_alone else PROMPT}
+    fitting = [name for name in fitting if name in others]
     if len(fitting) > 1:  # many datasets of other formats also have a column of rendered text
         fitting = [name for name in fitting if name != "text"]
     if len(fitting) == 1:
@@ -55,19 +61,24 @@ def detect_format(columns: frozenset[str], source: str, mapped: Mapping[str, str
             "the chosen answers alone set columns: {completion: chosen}, or {messages: chosen} for whole conversations"
         )
     if not mapped.keys() & _ROW_COLUMNS:
-        readings = [reading for reading in recognize(columns) if set(mapped) <= FORMATS[reading.format].keys]
+        of_others = [reading for reading in recognize(columns) if reading.format in others]
+        readings = [reading for reading in of_others if set(mapped) <= FORMATS[reading.format].keys]
         if len(readings) > 1:
             raise DataError(f"{source}: {meanings(columns)}")
         if readings:
             return readings[0].format
-    known = "; ".join(f"{name}: {', '.join(fmt.required)}" for name, fmt in FORMATS.items())
+    if prompt_alone:
+        return PROMPT
+    usual = {name: fmt for name, fmt in FORMATS.items() if name != PROMPT or objective == "reward"}
+    known = "; ".join(f"{name}: {', '.join(fmt.required)}" for name, fmt in usual.items())
     raise DataError(f"{found} fit no format ({known}); map them, as columns: {{prompt: question, completion: answer}}")
 
 
-def resolve_format(cfg: SourceConfig, first_value: Any, source: str) -> str:
+def resolve_format(cfg: SourceConfig, first_value: Any, source: str, objective: str = "none") -> str:
     """Return the format of a file: the configured one, or the one that its first row fits.
 
     source: the file's name in messages.
+    objective: of the rows, as in `Preparation`.
 
     Raises: DataError if no format or several fit, or if `columns` or `roles` name something that the format lacks.
     """
@@ -86,7 +97,7 @@ def resolve_format(cfg: SourceConfig, first_value: Any, source: str) -> str:
         return cfg.format
     require_mapped({ours: theirs for ours, theirs in cfg.columns.items() if ours in _ROW_COLUMNS}, first_value, source)
     columns = frozenset(map(str, first_value))
-    name = detect_format(columns, source, cfg.columns)
+    name = detect_format(columns, source, cfg.columns, objective)
     if cfg.roles and not FORMATS[name].keys:
         raise DataError(f"{source}: rows of the format {name} have no roles; remove roles")
     if (reading := RowParser(cfg, name).reading(columns)) is not None:
@@ -95,9 +106,12 @@ def resolve_format(cfg: SourceConfig, first_value: Any, source: str) -> str:
     return name
 
 
-def with_formats(source: SourceConfig, batches: Iterable[RawBatch], usual: str | None = None) -> Iterator[RawBatch]:
+def with_formats(
+    source: SourceConfig, batches: Iterable[RawBatch], usual: str | None = None, objective: str = "none"
+) -> Iterator[RawBatch]:
     """Set the format of each batch: the source's, or the one that the first readable row of its file fits.
 
+    objective: of the rows, as in `Preparation`.
     usual: the format of a file whose first row fits none, so that only the row is bad; None: that of the first file.
     Raises: DataError from `resolve_format`, if there is no usual format.
     """
@@ -108,7 +122,7 @@ def with_formats(source: SourceConfig, batches: Iterable[RawBatch], usual: str |
             file, name, waiting = batch.file, None, []
         if name is None and (first := next((row.value for row in batch.rows() if isinstance(row.value, dict)), None)):
             try:
-                name = resolve_format(source, first, batch.file)
+                name = resolve_format(source, first, batch.file, objective)
             except DataError:
                 if usual is None:
                     raise

@@ -56,6 +56,16 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
     verdict: Any = field(default=None, compare=False)
 
+    @property
+    def has_answer(self) -> bool:
+        """Whether the last turn is the assistant's."""
+        return self.messages[-1].role == "assistant"
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The messages before the last turn, if that is the assistant's; else all of them."""
+        return self.messages[:-1] if self.has_answer else self.messages
+
 
 @dataclass(frozen=True, slots=True)
 class Preference:

@@ -35,6 +35,8 @@ PREFERENCE = (
     "chosen and rejected answers need preference.objective=dpo (or ipo, orpo, simpo, kto); to train on the chosen "
     "answers alone set columns: {completion: chosen}, or {messages: chosen} if they hold the whole conversation"
 )
+# The format of rows without an answer.
+PROMPT = "prompt"
 # Columns that mark an answer as good or bad.
 VERDICTS = ("label", "kto_tag")
 _TOOLS = {"tools": "functions"}
@@ -86,19 +88,30 @@ def parse_prompt_completion(row: Fields, spelling: Spelling) -> Conversation:
     Only the completion is trained: assistant turns in a prompt have weight 0 unless they give another.
     """
 
-    def side(column: str, role: str, assistant_weight: float) -> list[Turn]:
-        value, location = row.get(column), row.named(column)
-        if spelling.are_turns(value):
-            return read_turns(value, location, spelling, assistant_weight)
-        notes: list[str] = []
-        return [Turn(location, Message(role, spelling.rules.text(value, location, notes), notes=tuple(notes)))]
-
-    prompt, completion = side("prompt", "user", 0.0), side("completion", "assistant", 1.0)
+    prompt = _turns(row, "prompt", spelling, "user", 0.0)
+    completion = _turns(row, "completion", spelling, "assistant", 1.0)
     if prompt[-1].message.role == completion[0].message.role == "assistant":
         raise DataError(
             f"{prompt[-1].location} and {completion[0].location} are both of the assistant; make them one turn"
         )
     return _chat(row, [*prompt, *completion], spelling.rules)
+
+
+def parse_prompt(row: Fields, spelling: Spelling) -> Conversation:
+    """Parse a prompt without an answer, a text or a list of messages, for a run that learns from rewards."""
+    turns = _turns(row, "prompt", spelling, "user", 0.0)
+    if turns[-1].message.role == "assistant":
+        raise DataError(f"{turns[-1].location} is of the assistant; end the prompt with a turn that it answers")
+    return _chat(row, turns, spelling.rules)
+
+
+def _turns(row: Fields, column: str, spelling: Spelling, role: str, assistant_weight: float) -> list[Turn]:
+    """Read a column as messages, or as the text of one message with this role."""
+    value, location = row.get(column), row.named(column)
+    if spelling.are_turns(value):
+        return read_turns(value, location, spelling, assistant_weight)
+    notes: list[str] = []
+    return [Turn(location, Message(role, spelling.rules.text(value, location, notes), notes=tuple(notes)))]
 
 
 def parse_alpaca(row: Fields, spelling: Spelling) -> Conversation:
@@ -236,6 +249,7 @@ FORMATS: dict[str, RowFormat] = {
         keys=KNOWN_KEYS,
     ),
     "prompt_completion": RowFormat(parse_prompt_completion, ("prompt", "completion"), keys=KNOWN_KEYS),
+    PROMPT: RowFormat(parse_prompt, ("prompt",), keys=KNOWN_KEYS),
     "preference": RowFormat(parse_preference, SIDES, (*PROMPTS, "input", "system", "tools"), keys=KNOWN_KEYS),
     "alpaca": RowFormat(parse_alpaca, ("instruction", "output"), ("input", "system", "history", "tools")),
     "text": RowFormat(parse_text, ("text",), (), {}),

@@ -207,10 +207,13 @@ class ChatTemplate:
         return self._assemble(row, self._encodings([row])).ids.tolist()
 
     def answer_text(self, conversation: Conversation) -> str:
-        """Return the last assistant turn as the template writes it, with tool calls, without control tokens.
+        """Return the last assistant turn without control tokens; its tool calls are as the template writes them.
 
-        Raises: DataError if the conversation cannot be encoded.
+        Raises: DataError if a turn with tool calls cannot be encoded.
         """
+        last = next(message for message in reversed(conversation.messages) if message.role == "assistant")
+        if not last.tool_calls:
+            return last.content
         row = self._compose(conversation, "last")
         return "".join(filled.text[filled.offsets[filled.run.spans[0][0]] :] for filled in row.runs if filled.run.spans)
 

@@ -45,7 +45,7 @@ ENCODING_VERSION = 2
 class RowEncoder:
     """Decodes, parses and encodes rows. Picklable, for worker processes.
 
-    objective: `preference.objective`; it decides which rows the run can learn from.
+    objective: as in `Preparation`; it decides which rows the run can learn from, and what of them are targets.
     """
 
     parser: RowParser
@@ -57,7 +57,7 @@ class RowEncoder:
         """Encode a batch; rows that cannot be used are listed in it."""
         parsed = [(row, self._usable(example)) for row, example in self.parser.rows(batch)]
         conversations = [chat for _, example in parsed for chat in _conversations(example)]
-        chats = iter(self.chat.encode(conversations, "last" if self.objective == "reward" else self.train_on))
+        chats = self._encode_chats(conversations)
         texts = self._encode_texts([example.text for _, example in parsed if isinstance(example, RawText)])
         rows: list[tuple[int, ...]] = []
         good: list[Encoded] = []
@@ -104,10 +104,34 @@ class RowEncoder:
             format=batch.format,
         )
 
+    def _encode_chats(self, conversations: Sequence[Conversation]) -> Iterator[Encoded | DataError]:
+        if self.objective == "reward":
+            return map(self._encode_prompt, conversations)
+        return iter(self.chat.encode(conversations, self.train_on))
+
+    def _encode_prompt(self, conversation: Conversation) -> Encoded | DataError:
+        """Lay out the prompt as a model gets it, then the row's answer; the answer and its end token are the targets.
+
+        A row without an answer has the end token as its only target.
+        """
+        try:
+            prompt = self.chat.prompt_ids(conversation.prompt, conversation.tools)
+            answer = self.chat.answer_text(conversation) if conversation.has_answer else ""
+            [ids] = self.chat.encode_texts([answer])
+        except DataError as error:
+            return error
+        if (end := self.chat.turn_end_id) is None:
+            return DataError("the chat template has no control token that ends an answer")
+        weights = np.repeat(np.array([0, 1], np.float32), [len(prompt), len(ids) + 1])
+        return Encoded(np.concatenate([prompt, ids, [end]]).astype(np.int32), weights)
+
     def _usable(self, example: Example | DataError) -> Example | DataError:
-        """Return the example, or why `preference.objective` cannot use it."""
+        """Return the example, or why the objective cannot use it."""
         if isinstance(example, DataError):
             return example
+        if self.objective == "reward" and not isinstance(example, Conversation):
+            kind = "a pair of answers" if isinstance(example, Preference) else "text or tokens without turns"
+            return DataError(f"reward.loss needs a prompt that ends with a user's turn; the row holds {kind}")
         if self.objective in ("none", "reward"):
             if isinstance(example, Preference):
                 return DataError(PREFERENCE)

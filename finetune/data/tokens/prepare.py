@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,8 @@ from finetune.system.resources import cache_home
 _WORTH_WORKERS_BYTES = 8_000_000
 # How long other ranks wait for a store on which no process works.
 _PATIENCE_SECONDS = 60.0
+# What differs between the tokens of objectives; those of two pairs are the same for all that compare pairs.
+_OF_OBJECTIVE = {"none": {}, "reward": {"objective": "reward"}, "kto": {"preference": "kto"}}
 # Called with a source's name, its bytes done, all its bytes, and its rows done.
 Progress = Callable[[str, int, int, int], None]
 
@@ -43,7 +45,7 @@ class Preparation:
     """Turns the rows of a config into tokens.
 
     main: this process fills the cache; the others wait for it.
-    objective: `preference.objective`.
+    objective: what the run learns from its rows, as `RunConfig.row_objective`.
     """
 
     cfg: DataConfig
@@ -57,6 +59,11 @@ class Preparation:
         parser = RowParser(source, system=self.cfg.system, rules=RowRules.of(self.cfg))
         return RowEncoder(parser, self.chat, self.cfg.train_on, self.objective)
 
+    def batches(self, source: SourceConfig) -> Iterator[RawBatch]:
+        """Read the rows of a source with the formats of their files. Raises: DataError as `with_formats`."""
+        batches = resolve_source(source).batches(source.limit)
+        return with_formats(source, batches, objective=self.objective)
+
     def store(self, source: SourceConfig) -> TokenStore:
         """Return the source's tokens, from the cache if they are there. Bad rows are listed in the store.
 
@@ -68,7 +75,7 @@ class Preparation:
         folder = cache / fingerprint(made_from)
 
         def write(temporary: Path) -> None:
-            self.write(temporary, source, with_formats(source, files.batches(source.limit)), made_from)
+            self.write(temporary, source, self.batches(source), made_from)
 
         # Where bad rows are skipped, the store stays: a run that continues needs the same rows.
         if self.main and self.cfg.on_bad_row == "error" and has_outdated_bad_rows(folder):
@@ -91,7 +98,7 @@ class Preparation:
             **source.model_dump(include={"format", "columns", "roles", "limit"}),
             # Rows that older versions read keep their tokens, and so their cache.
             **RowRules.of(self.cfg).changed(),
-            **({} if self.objective == "none" else {"preference": "kto" if self.objective == "kto" else "pairs"}),
+            **_OF_OBJECTIVE.get(self.objective, {"preference": "pairs"}),
         }
 
     def provide(self, folder: Path, write: Callable[[Path], None]) -> None:

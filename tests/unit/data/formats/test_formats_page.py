@@ -37,7 +37,8 @@ def examples(page: str):
 
 def test_every_row_on_the_page_is_read_or_refused_as_marked(page):
     for heading, source, row, refused in examples(page):
-        parser = RowParser(source, resolve_format(source, row, "the page"))
+        objective = "reward" if heading == "prompt" else "none"
+        parser = RowParser(source, resolve_format(source, row, "the page", objective))
         if heading in FORMATS:
             assert parser.format == heading
         if refused:

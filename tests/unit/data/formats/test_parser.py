@@ -25,10 +25,10 @@ CHAT = Conversation((USER, ASSISTANT))
 TURNS = [USER.as_dict(), ASSISTANT.as_dict()]
 
 
-def resolved(row, **source) -> RowParser:
+def resolved(row, objective: str = "none", **source) -> RowParser:
     """Build the parser of a source with this first row."""
     cfg = SourceConfig(path="rows.jsonl", **source)
-    return RowParser(cfg, resolve_format(cfg, row, "rows.jsonl"))
+    return RowParser(cfg, resolve_format(cfg, row, "rows.jsonl", objective))
 
 
 def parse(row, name: str):
@@ -55,6 +55,8 @@ EXAMPLES = [
         "prompt_completion",
         Conversation((USER, ASSISTANT) * 2),
     ),
+    ({"prompt": "q"}, "prompt", Conversation((USER,))),
+    ({"prompt": TURNS[:1], "system": "s"}, "prompt", Conversation((SYSTEM, USER))),
     *[
         (row, "preference", PAIR)
         for row in (
@@ -92,11 +94,13 @@ EXAMPLES = [
 
 @pytest.mark.parametrize(("row", "name", "example"), EXAMPLES)
 def test_rows_are_recognized_and_read(row, name, example):
-    parser = resolved(row, format="auto")
+    objective = "reward" if name == "prompt" else "none"
+    parser = resolved(row, objective, format="auto")
     assert parser.format == name
     assert parser.parse(row) == example
     assert resolved(row, format=name).parse(row) == example
-    assert resolved(row | {"source": "web", "score": 3}).parse(row | {"source": "web", "score": 3}) == example
+    longer = row | {"source": "web", "score": 3}
+    assert resolved(longer, objective).parse(longer) == example
 
 
 def test_every_format_that_a_config_can_name_is_read():
