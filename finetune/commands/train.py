@@ -9,6 +9,7 @@ Fine-tunes a model as the config describes. X.yaml is searched here, in ./config
 Examples
   finetune train config=quickstart.yaml
   finetune train config=lora.yaml model=qwen2.5-0.5b-instruct data.train=rows.jsonl
+  finetune train config=grpo.yaml reward_function=my_reward.py:score
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ COMMON = (
 def run(arguments: Arguments) -> int:
     """Run the training recipe on a config."""
     from finetune.config.compose import load_config
+    from finetune.objectives.rewards import check_rewards, load_reward_function, user_rewards
 
     config, verbose = load_config(str(arguments.config), arguments.overrides), "--verbose" in arguments.flags
+    named = arguments.options.reward_function
+    words = [named] if isinstance(named, str) else named
+    check_rewards(config, words)
     if "--dry-run" in arguments.flags:
         from finetune.data.sources.paths import check_local_sources
         from finetune.planning.describe import dry_run
@@ -48,10 +53,11 @@ def run(arguments: Arguments) -> int:
     # These take a tenth of the time of importing torch.
     check_sources(config)
     check_run(config)
+    functions = user_rewards([load_reward_function(word) for word in words])
 
     from finetune.training.recipe import train
 
-    train(config, verbose=verbose)
+    train(config, verbose=verbose, reward_functions=functions)
     return 0
 
 
@@ -76,6 +82,7 @@ COMMAND = Command(
     "train",
     __doc__,
     run,
+    options="TrainOptions",
     flags=("--dry-run", "--verbose", "--help-all"),
     config="required",
     details=common_keys,

@@ -43,6 +43,14 @@ class KlCheckOptions(Section):
     max_kl: NotNegative | None = Field(None, description="Limit on KL(trained || merged), nats per target; null: none.")
 
 
+class TrainOptions(Section):
+    """`finetune train`, beside its config: what a config cannot hold, because it runs the user's code."""
+
+    reward_function: list[Text] | Text = Field(
+        [], description="Functions that judge answers, with reward.loss: FILE.py:NAME or module:NAME, or a list."
+    )
+
+
 class DataOptions(Section):
     """`finetune data`, beside its config."""
 

@@ -161,6 +161,9 @@ PEERS = {name: ours for ours, names in _NAMES.items() for name in names.split()}
 # Why a run has no such setting -> the names of peers for it.
 _REASONS = {
     "a config names no code to run": "_target_ _recursive_ _partial_ _convert_ _args_",
+    "a config names no code to run; pass reward_function=FILE.py:NAME to finetune train": (
+        "reward_function reward_functions reward_funcs"
+    ),
     "a run never executes code from a model or dataset": "trust_remote_code custom_register_path plugins",
     "secrets come from the environment (HF_TOKEN, WANDB_API_KEY), never from a config": (
         "token use_auth_token hub_token hf_token hf_hub_token wandb_api_key api_key"

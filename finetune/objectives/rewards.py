@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import Parameter
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from finetune.config.schema import RunConfig
 from finetune.config.sections import RewardConfig
-from finetune.system.errors import ConfigError
+from finetune.system.errors import ConfigError, DataError
 from finetune.system.user_functions import digest_of, load_function
 
 if TYPE_CHECKING:
@@ -90,13 +91,13 @@ def solutions(expected: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> 
 class UserReward:
     """A reward function of the user.
 
-    word: loads it again on the command line; None if it is in no file.
+    word: loads it on the command line; of a function that is in no file, the form of such a word.
     digest: SHA-256 of the file that defines it; None if it is in no file.
     """
 
     name: str
     function: RewardFunction
-    word: str | None
+    word: str
     digest: str | None
 
 
@@ -155,8 +156,8 @@ def user_rewards(given: UserReward | RewardFunction | Sequence[UserReward | Rewa
     return found
 
 
-def check_rewards(cfg: RunConfig, functions: Sequence[UserReward]) -> None:
-    """Raise ConfigError if a run with `reward.loss` has no reward, or another run has reward functions."""
+def check_rewards(cfg: RunConfig, functions: Sequence[object]) -> None:
+    """Raise ConfigError if a run with `reward.loss` has no reward, or another run has functions of the user."""
     if cfg.reward.loss == "none" and functions:
         raise ConfigError(f"{OPTION}: needs reward.loss\nhelp: set reward.loss=grpo, or remove {OPTION}")
     if cfg.reward.loss != "none" and not functions and not cfg.reward.functions:
@@ -184,7 +185,7 @@ def build_rewards(
     return Rewards(
         names=(*cfg.functions, *(reward.name for reward in own)),
         weights=(*cfg.functions.values(), *(1.0 for _ in own)),
-        labels=(*labels, *(f"{OPTION}={reward.word or reward.name}" for reward in own)),
+        labels=(*labels, *(f"{OPTION}={reward.word}" for reward in own)),
         functions=(*(BUILT_IN[name](cfg) for name in cfg.functions), *(reward.function for reward in own)),
     )
 
@@ -196,9 +197,8 @@ def _from_python(function: Any) -> UserReward:
     name = getattr(inner, "__name__", type(inner).__name__)
     _check_callable(f"reward function {name}", function)
     module = sys.modules.get(getattr(inner, "__module__", ""))
-    found = getattr(module, name, None) is function
-    file = getattr(module, "__file__", None)
-    return UserReward(name, function, f"{file}:{name}" if found and file else None, digest_of(module))
+    file = getattr(module, "__file__", None) if getattr(module, name, None) is function else None
+    return UserReward(name, function, f"{file or 'FILE.py'}:{name}", digest_of(module))
 
 
 def _check_callable(label: str, function: Any) -> None:
@@ -207,14 +207,11 @@ def _check_callable(label: str, function: Any) -> None:
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         raise ConfigError(f"{label}: is async, which is not supported\nhelp: write it with def")
     try:
-        inspect.signature(function).bind(prompts=[], completions=[], completion_ids=[], solution=[], any_column=[])
-    except TypeError as error:
-        raise ConfigError(
-            f"{label}: cannot be called as a reward: {error}\n"
-            "help: write def NAME(completions, **columns); it also gets prompts, completion_ids, solution"
-        ) from error
-    except ValueError:  # Python knows no signature of functions written in C
-        pass
+        kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+    except ValueError as error:  # of functions in C
+        raise ConfigError(f"{label}: {error}\nhelp: write def NAME(completions, **columns)") from error
+    if Parameter.VAR_KEYWORD not in kinds:
+        raise ConfigError(f"{label}: takes no **columns\nhelp: write def NAME(completions, **columns)")
 
 
 def _judged(label: str, function: RewardFunction, answers: SampledAnswers) -> list[float]:
@@ -268,4 +265,28 @@ def _cut(text: str) -> str:
 
 
 def check_prompts(rewards: Rewards, prompts: Iterable[Prompt]) -> None:
-    """Raise DataError if a reward that compares finds nothing to compare with in some rows."""
+    """Check that the rows have what the rewards of a run need.
+
+    Raises:
+        ConfigError: a function takes a column that no row has.
+        DataError: a reward that compares answers finds nothing to compare with in some rows.
+    """
+    from finetune.objectives.reward_functions import Compared
+
+    rows = list(prompts)
+    empty = SampledAnswers.of(rows, [""] * len(rows), [[]] * len(rows)).arguments()
+    expected = empty["solution"]
+    for label, function in zip(rewards.labels, rewards.functions, strict=True):
+        try:
+            inspect.signature(function).bind(**empty)
+        except TypeError as error:
+            raise ConfigError(f"{label}: {error}\nhelp: a function gets {', '.join(sorted(empty))}") from error
+        if not isinstance(function, Compared):
+            continue
+        bad = [i for i, value in enumerate(expected) if not function.can_compare(str(value))]
+        if bad:
+            raise DataError(
+                f"{label}: nothing to compare with in the expected answers of {len(bad):,} of {len(rows):,} rows, "
+                f"first {rows[bad[0]].location}: {_cut(str(expected[bad[0]]))}\n"
+                "help: map the column that holds it, as columns: {completion: answer}, or choose another reward"
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -240,15 +240,22 @@ def environment(run: Run) -> list[tuple[str, str]]:
     return walk(run.facts, "")
 
 
-def resume_command(folder: Path) -> str:
-    """Return the line that continues the run of a folder."""
-    return f"finetune train config={shlex.quote(str(folder / 'config.yaml'))} train.resume=auto"
+def resume_command(folder: Path, reward_words: Sequence[str] = ()) -> str:
+    """Return the line that continues the run of a folder.
+
+    reward_words: of the user's functions that judge its answers, which no config holds.
+    """
+    words = ["finetune", "train", f"config={folder / 'config.yaml'}", "train.resume=auto"]
+    if reward_words:
+        listed = reward_words[0] if len(reward_words) == 1 else f"[{', '.join(reward_words)}]"
+        words.append(f"reward_function={listed}")
+    return shlex.join(words)
 
 
 def next_commands(run: Run) -> list[tuple[str, str]]:
     """Return the purpose and the line of each command that continues from this run."""
     folder = shlex.quote(str(run.folder))
-    resume = ("resume", resume_command(run.folder))
+    resume = ("resume", resume_command(run.folder, run.reward_words))
     if not run.has_adapter:
         return [resume]
     found = [

@@ -16,6 +16,8 @@ from finetune.system.errors import InputError
 CONFIG, METRICS, RESULT, FACTS = "config.yaml", "metrics.jsonl", "result.json", "run.json"
 SAMPLES, WORST, REWARDED, TEACHER = "samples.json", "worst_answers.json", "rewarded_answers.json", "teacher.md"
 ADAPTER = "adapter_model.safetensors"
+# The entry of run.json for the user's functions that judge answers: name -> word on the command line, digest.
+REWARD_FUNCTIONS = "reward_functions"
 Content = TypeVar("Content")
 
 
@@ -63,6 +65,13 @@ class Run:
     def status(self) -> str:
         """Return finished, stopped or failed; `unfinished` if the run has no result: it is running, or was killed."""
         return str(self.result.get("status") or "unfinished")
+
+    @property
+    def reward_words(self) -> list[str]:
+        """Return the word on the command line of each function of the user that judges answers."""
+        found = self.facts.get(REWARD_FUNCTIONS)
+        functions = found.values() if isinstance(found, Mapping) else ()
+        return [str(function["word"]) for function in functions if isinstance(function, Mapping) and "word" in function]
 
     def setting(self, key: str) -> Any:
         """Return a setting by its dotted key, or None."""

@@ -40,11 +40,12 @@ def load_function(key: str, word: str) -> UserFunction:
     if not place or not name.isidentifier():
         raise ConfigError(f"{key}: expected FILE.py:NAME or module:NAME, found {word}")
     module = _run_file(f"{key}={word}", place) if place.endswith(".py") else _import(f"{key}={word}", place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        functions = [other for other, value in vars(module).items() if callable(value) and not other.startswith("_")]
-        found = "has no function" if function is None else f"holds a {type(function).__name__}, not a function, as"
-        raise ConfigError(f"{key}={word}: {place} {found} {name}; it has {', '.join(functions) or 'none'}")
+    if not callable(function := getattr(module, name, None)):
+        has = [other for other, value in vars(module).items() if callable(value) and not other.startswith("_")]
+        found = "" if function is None else f", found {type(function).__name__}"
+        raise ConfigError(
+            f"{key}={word}: {place} has no function {name}{found}\nhelp: it has {', '.join(has) or 'none'}"
+        )
     return UserFunction(name, function, digest_of(module))
 
 
@@ -65,7 +66,7 @@ def _run_file(setting: str, place: str) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ConfigError(f"{setting}: {file} cannot be run: {type(error).__name__}: {error}") from error
     return module

@@ -162,10 +162,10 @@ def _load(
     _describe_data(cfg, data, chat, log)
     sampler = _build_sampler(cfg, preparation, data, log)
     if checkpoint is not None:
-        run_folder.check_continuation(cfg, sampler.digest, checkpoint)
+        run_folder.check_continuation(cfg, sampler.digest, checkpoint, own_rewards)
     if accelerator.is_main_process:
         kind, ranks = accelerator.device.type, accelerator.num_processes
-        run_folder.describe_run(cfg, sampler.digest, started=started, device_type=kind, world_size=ranks)
+        run_folder.describe_run(cfg, sampler.digest, own_rewards, started=started, device_type=kind, world_size=ranks)
         _store_data(cfg, preparation, data, tokenizer, log)
     judge = prepare_judge(cfg, own_rewards, data, preparation)
     vocabulary = check_distillation(cfg, tokenizer, data, log)
@@ -196,6 +196,7 @@ def _load(
         distillation=distillation,
         preference=preference,
         reinforcement=reinforcement,
+        own_rewards=own_rewards,
         started=started,
         predicted_speed=predict_speed(inputs, model, batch_plan, data),
     )
@@ -305,7 +306,7 @@ def _first_state(context: RunContext, optimizer: torch.optim.Optimizer, checkpoi
         load_training(checkpoint, optimizer)
         context.log(f"continuing from {checkpoint}")
     else:
-        state = TrainState(run_folder.trajectory(context.cfg), context.sampler.digest)
+        state = TrainState(run_folder.trajectory(context.cfg, context.own_rewards), context.sampler.digest)
         evaluate_before_training(context, state)
     if context.is_main:
         run_folder.write_samples(context.folder, _answers_before(state))

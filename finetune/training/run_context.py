@@ -25,6 +25,7 @@ from finetune.evaluation.scoring import agreement, evaluate
 from finetune.objectives.distillation import DistillationSetup
 from finetune.objectives.preference import PreferenceSetup
 from finetune.objectives.reinforcement import PolicySetup
+from finetune.objectives.rewards import UserReward
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.planning.auto_batch import BatchPlan
 from finetune.report.facts import with_interval
@@ -42,6 +43,7 @@ class RunContext:
         distillation: None for a run without a teacher.
         preference: None for a run that does not compare answers.
         reinforcement: None for a run without rewards.
+        own_rewards: functions of the user that judge answers.
         started: start of this process's part of the run.
         predicted_speed: tokens per second of training, and the source of the rates.
         answers: of the latest evaluation, replaced by the next one; empty if it needed none.
@@ -60,6 +62,7 @@ class RunContext:
     distillation: DistillationSetup | None
     preference: PreferenceSetup | None
     reinforcement: PolicySetup | None
+    own_rewards: Sequence[UserReward]
     started: datetime
     predicted_speed: tuple[float, str]
     answers: list[Answer] = field(default_factory=list)

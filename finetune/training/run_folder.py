@@ -17,7 +17,8 @@ from finetune.config.keys import schema_fields
 from finetune.config.schema import RunConfig
 from finetune.evaluation.generation import Answer, worst_answers
 from finetune.models.digest import base_fingerprint
-from finetune.report.run import CONFIG, FACTS, RESULT, REWARDED, SAMPLES, WORST
+from finetune.objectives.rewards import OPTION, UserReward
+from finetune.report.run import CONFIG, FACTS, RESULT, REWARD_FUNCTIONS, REWARDED, SAMPLES, WORST
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
@@ -116,26 +117,29 @@ def find_checkpoint(cfg: RunConfig, warn: Log) -> Path | None:
     return folder
 
 
-def trajectory(cfg: RunConfig) -> dict[str, Any]:
-    """Return the settings that decide the result of a run, by dotted key."""
+def trajectory(cfg: RunConfig, functions: Sequence[UserReward] = ()) -> dict[str, Any]:
+    """Return what decides the result of a run: settings by dotted key, and the user's functions with their digests."""
     recovers = cfg.guard.max is not None and cfg.guard.action == "recover"
     names = {"model", "quant", "lora", "data", "train"} | ({"guard"} if recovers else set())
     names |= {"preference"} if cfg.preference.objective != "none" else set()
     names |= {"reward"} if cfg.reward.loss != "none" else set()
     names |= {"distill"} if cfg.distill.objective != "none" or recovers else set()
     sections = cfg.model_dump(include=names)
-    return {
+    found = {
         f"{section}.{key}": value
         for section, values in sections.items()
         for key, value in values.items()
         if key not in _FREE.get(section, set())
     }
+    return found | ({OPTION: [f"{own.name} ({own.digest})" for own in functions]} if functions else {})
 
 
-def check_continuation(cfg: RunConfig, data_digest: str, checkpoint: Path) -> None:
+def check_continuation(
+    cfg: RunConfig, data_digest: str, checkpoint: Path, functions: Sequence[UserReward] = ()
+) -> None:
     """Compare a run with its checkpoint. Raises: ConfigError naming every setting that differs."""
     state = read_state(checkpoint)
-    current = json.loads(json.dumps(trajectory(cfg)))
+    current = json.loads(json.dumps(trajectory(cfg, functions)))
     # A checkpoint of an older version lacks newer keys: it was trained with what is their default now.
     before = {key: schema_fields()[key].default for key in current if key in schema_fields()} | state.trajectory
     differing = [
@@ -150,14 +154,24 @@ def check_continuation(cfg: RunConfig, data_digest: str, checkpoint: Path) -> No
         raise ConfigError("\n".join([f"train.resume: this run differs from {checkpoint}:", *differing, help_line]))
 
 
-def describe_run(cfg: RunConfig, data_digest: str, *, started: datetime, device_type: str, world_size: int) -> None:
+def describe_run(
+    cfg: RunConfig,
+    data_digest: str,
+    functions: Sequence[UserReward] = (),
+    *,
+    started: datetime,
+    device_type: str,
+    world_size: int,
+) -> None:
     """Write config.yaml (resolved) and run.json (start, command, commit, hardware, versions, seed, digests).
 
+    functions: of the user, that judge answers.
     started: of this process, with a time zone.
     """
     folder = Path(cfg.output_dir)
     write_text(folder / CONFIG, to_yaml(cfg))
     model = cfg.model
+    described = {own.name: {"word": own.word, "digest": own.digest} for own in functions}
     facts = {
         "started": started.isoformat(timespec="seconds"),
         "command": command_line(sys.argv),
@@ -168,6 +182,7 @@ def describe_run(cfg: RunConfig, data_digest: str, *, started: datetime, device_
         "seed": cfg.train.seed,
         "base": {"name": model.name, "revision": model.revision, "fingerprint": base_fingerprint(model.name)},
         "data_digest": data_digest,
+        **({REWARD_FUNCTIONS: described} if described else {}),
         "world_size": world_size,
     }
     write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")

@@ -52,7 +52,7 @@ def build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, sta
         total_steps=total_steps,
         micro_batch=context.batch_plan.micro_batch,
         share_prefixes=cfg.train.kernels == "fused" and cfg.train.share_prefixes and not noisy,
-        resume_command=resume_command(context.folder),
+        resume_command=resume_command(context.folder, [own.word for own in context.own_rewards]),
         last_checkpoint=lambda: next(reversed(list_checkpoints(context.folder)), None),
         row_loss=context.reinforcement or preference,
         before_step=before_step,
