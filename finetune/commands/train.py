@@ -33,7 +33,7 @@ COMMON = (
 def run(arguments: Arguments) -> int:
     """Run the training recipe on a config."""
     from finetune.config.compose import load_config
-    from finetune.objectives.rewards import check_rewards, load_reward_function, user_rewards
+    from finetune.objectives.user_rewards import check_rewards, load_reward_function, user_rewards
 
     config, verbose = load_config(str(arguments.config), arguments.overrides), "--verbose" in arguments.flags
     named = arguments.options.reward_function

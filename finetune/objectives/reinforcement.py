@@ -31,9 +31,10 @@ from finetune.losses.policy import PolicyTokens, normalization, policy_losses, t
 from finetune.models.adapters.files import save_adapter
 from finetune.objectives.policies import ReferencePolicy, base_policy, initial_policy
 from finetune.objectives.prompts import Prompts, read_prompts
-from finetune.objectives.rewards import Rewards, SampledAnswers, UserReward, build_rewards, check_prompts, solutions
+from finetune.objectives.rewards import Rewards, SampledAnswers, build_rewards, check_prompts, solutions
 from finetune.objectives.rollout_server import RolloutServer, connect
 from finetune.objectives.rollouts import Rollouts, Writer, prompt_of
+from finetune.objectives.user_rewards import UserReward
 from finetune.system.console import Log
 from finetune.system.errors import DataError
 

@@ -24,7 +24,7 @@ from finetune.config.sections import RewardConfig
 from finetune.data.sources.json_rows import DECODER
 from finetune.evaluation.generation import Answer
 from finetune.evaluation.metrics import Metric, find_metric
-from finetune.objectives.rewards import RewardFunction
+from finetune.objectives.user_rewards import RewardFunction
 from finetune.system.errors import ConfigError, DataError
 
 

@@ -33,7 +33,7 @@ from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
 from finetune.objectives.distillation import build_distillation, check_distillation, mean_teacher_kl, teacher_table
 from finetune.objectives.preference import build_preference
 from finetune.objectives.reinforcement import build_reinforcement, prepare_judge, prompts_with_room
-from finetune.objectives.rewards import RewardFunction, UserReward, check_rewards, user_rewards
+from finetune.objectives.user_rewards import RewardFunction, UserReward, check_rewards, user_rewards
 from finetune.ops.determinism import deterministic
 from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan, describe_start

@@ -25,7 +25,7 @@ from finetune.evaluation.scoring import agreement, evaluate
 from finetune.objectives.distillation import DistillationSetup
 from finetune.objectives.preference import PreferenceSetup
 from finetune.objectives.reinforcement import PolicySetup
-from finetune.objectives.rewards import UserReward
+from finetune.objectives.user_rewards import UserReward
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.planning.auto_batch import BatchPlan
 from finetune.report.facts import with_interval

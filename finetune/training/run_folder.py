@@ -17,7 +17,7 @@ from finetune.config.keys import schema_fields
 from finetune.config.schema import RunConfig
 from finetune.evaluation.generation import Answer, worst_answers
 from finetune.models.digest import base_fingerprint
-from finetune.objectives.rewards import OPTION, UserReward
+from finetune.objectives.user_rewards import OPTION, UserReward
 from finetune.report.run import CONFIG, FACTS, RESULT, REWARD_FUNCTIONS, REWARDED, SAMPLES, WORST
 from finetune.system.atomic import write_text
 from finetune.system.console import Log

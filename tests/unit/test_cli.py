@@ -153,7 +153,8 @@ def test_train_without_a_config_lists_the_packaged_ones(capsys):
 def test_train_hands_the_config_to_the_recipe_and_dry_run_does_not(monkeypatch, capsys):
     trained = []
     monkeypatch.setattr(
-        "finetune.training.recipe.train", lambda cfg, verbose: trained.append((cfg.train.seed, verbose))
+        "finetune.training.recipe.train",
+        lambda cfg, verbose, reward_functions: trained.append((cfg.train.seed, verbose)),
     )
     assert main(["train", "config=quickstart.yaml", "train.seed=7"]) == 0
     assert main(["train", "config=quickstart.yaml", "train.seed=7", "--verbose"]) == 0
@@ -254,7 +255,13 @@ def test_help_of_options_loads_pydantic_and_nothing_else_that_is_heavy():
 
 @pytest.mark.parametrize(
     ("words", "exit_code"),
-    [(["--help"], 0), (["config=quickstart.yaml", "--dry-run"], 0), (["config=quickstart.yaml", "train.seed=x"], 2)],
+    [
+        (["--help"], 0),
+        (["config=quickstart.yaml", "--dry-run"], 0),
+        (["config=quickstart.yaml", "train.seed=x"], 2),
+        (["config=quickstart.yaml", "reward.loss=grpo"], 2),
+        (["config=quickstart.yaml", "reward_function=a.py:b"], 2),
+    ],
 )
 def test_the_schema_a_plan_and_a_wrong_config_need_no_torch(words: list[str], exit_code: int):
     loaded = loaded_by(f"from finetune.cli import main; assert main(['train', *{words}]) == {exit_code}")
