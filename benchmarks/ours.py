@@ -1,7 +1,9 @@
 """Run `finetune.train` on a config for a benchmark.
 
     python -m benchmarks.ours model=FOLDER rows=MESSAGES.jsonl [steps=4] [length=2048] [batch=1] [micro=1]
-                              [set=key=value;…]
+                              [set=key=value;…] [reward=true]
+
+With `reward=true` it learns from the rewards of benchmarks/stock.py.
 
 Seconds and tokens come from the run's metrics.jsonl: a step is data, forward, backward, clipping and optimizer.
 """
@@ -20,6 +22,7 @@ import yaml
 
 from benchmarks.peaks import Peaks
 from benchmarks.processes import parse
+from benchmarks.stock import reward_by_number
 
 DEFAULTS = {
     "model": "",
@@ -33,6 +36,7 @@ DEFAULTS = {
     "train_on": "last",
     "seed": "0",
     "set": "",
+    "reward": "false",
 }
 
 
@@ -88,7 +92,7 @@ def square_mean_length(cfg: Any) -> float:
     from finetune.models.tokenizer import load_tokenizer
 
     chat = load_chat_template(cfg.data, load_tokenizer(cfg.model))
-    lengths = Preparation(cfg.data, chat, objective=cfg.preference.objective).store(cfg.data.train[0]).lengths
+    lengths = Preparation(cfg.data, chat, objective=cfg.row_objective).store(cfg.data.train[0]).lengths
     lengths = lengths.clip(max=cfg.data.max_length).astype("float64")
     return float((lengths**2).sum() / lengths.sum())
 
@@ -111,12 +115,14 @@ def main(words: list[str]) -> None:
         folder = Path(name)
         overrides = [word for word in options["set"].split(";") if word]
         cfg = load_config(str(write_config(options, folder)), overrides)
-        train(cfg)
+        train(cfg, reward_functions=[reward_by_number] if options["reward"] == "true" else ())
         seconds = time.perf_counter() - began
         figures = peaks.figures()
         lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-        kept = ("seconds", "tokens", "target_tokens", "computed_tokens", "loss")
-        steps = [{key: step[key] for key in kept if key in step} for step in map(json.loads, lines)]
+        kept = ("seconds", "tokens", "target_tokens", "computed_tokens", "loss", "train/sampling_seconds")
+        steps = [
+            {key.removeprefix("train/"): step[key] for key in kept if key in step} for step in map(json.loads, lines)
+        ]
         spread = square_mean_length(cfg)
     # Time outside the steps: imports, loading, quantizing, tokenizing, saving the adapter.
     start_seconds = seconds - sum(step["seconds"] for step in steps)

@@ -61,15 +61,7 @@ def write_pairs(source: Path, folder: Path, tokenizer: Path, lengths: tuple[int,
 
     lengths: tokens of a prompt and of an answer, before the template, almost exact: a cut text may tokenize anew.
     """
-    from tokenizers import Tokenizer
-
-    words = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    texts = itertools.cycle(message["content"] for turns in read_messages(source) for message in turns)
-    ids = itertools.chain.from_iterable(words.encode(f"{text} ").ids for text in texts)
-
-    def message(role: str, tokens: int) -> Message:
-        return {"role": role, "content": words.decode([*itertools.islice(ids, tokens)]).strip()}
-
+    message = _message_maker(source, tokenizer)
     pairs = []
     for _ in range(count):
         prompt, chosen, rejected = (
@@ -81,6 +73,26 @@ def write_pairs(source: Path, folder: Path, tokenizer: Path, lengths: tuple[int,
     file.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
     answers = (pair["prompt"] + pair[side] for pair in pairs for side in ("chosen", "rejected"))
     return file, _write(folder / "answers.jsonl", answers)
+
+
+def write_prompts(source: Path, target: Path, tokenizer: Path, tokens: int, count: int) -> Path:
+    """Write `count` prompts from the texts of `source` of about so many tokens, each with a short answer."""
+    message = _message_maker(source, tokenizer)
+    return _write(target, ([message("user", tokens), message("assistant", 4)] for _ in range(count)))
+
+
+def _message_maker(source: Path, tokenizer: Path) -> Callable[[str, int], Message]:
+    """Return what makes a message of a role and a number of tokens, from consecutive texts of `source`."""
+    from tokenizers import Tokenizer
+
+    words = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    texts = itertools.cycle(message["content"] for turns in read_messages(source) for message in turns)
+    ids = itertools.chain.from_iterable(words.encode(f"{text} ").ids for text in texts)
+
+    def message(role: str, tokens: int) -> Message:
+        return {"role": role, "content": words.decode([*itertools.islice(ids, tokens)]).strip()}
+
+    return message
 
 
 def _token_counter(tokenizer: Path) -> Callable[[list[Message]], int]:

@@ -11,6 +11,9 @@ Seconds are those of `training_step` (forward and backward): the optimizer and t
 `messages`, pads them (it has no packing), and trains everything after the prompt: the last answer, its <|im_end|> and
 the newline after it. This is one more target per row than ours.
 
+`grpo` is TRL's GRPOTrainer with transformers' `generate`, on the prompts of `messages`: `batch` answers of up to
+`answer` tokens in a step, `group` to each prompt. `sampling_seconds` are those of the answers and their rewards.
+
 `dpo` is TRL's DPOTrainer on rows of `prompt`, `chosen` and `rejected`; its reference is the base, scored in each step,
 or in `dpo+precomputed` before the first.
 """
@@ -39,8 +42,10 @@ DEFAULTS = {
     "lora_dropout": "0.0",
     "seed": "0",
     "fused": "false",
+    "group": "8",
+    "answer": "64",
 }
-# Keys of SFTConfig for each variant (GKDConfig for gkd, DPOConfig for dpo).
+# Keys of SFTConfig for each variant (GKDConfig for gkd, DPOConfig for dpo, GRPOConfig for grpo).
 VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {"packing": False, "gradient_checkpointing": False},
     "packing": {"packing": True, "gradient_checkpointing": False},
@@ -55,8 +60,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dpo": {"gradient_checkpointing": False},
     "dpo+checkpointing": {"gradient_checkpointing": True},
     "dpo+precomputed": {"gradient_checkpointing": False, "precompute_ref_log_probs": True},
+    "grpo": {"gradient_checkpointing": False},
+    "grpo+checkpointing": {"gradient_checkpointing": True},
 }
-VARIANTS |= {f"{name}+fp32": {**VARIANTS[name], "bf16": False} for name in VARIANTS if name.startswith(("gkd", "dpo"))}
+_ALSO_FP32 = ("gkd", "dpo", "grpo")
+VARIANTS |= {f"{name}+fp32": {**VARIANTS[name], "bf16": False} for name in VARIANTS if name.startswith(_ALSO_FP32)}
 # By trainer and dtype of matrix products: a stock step in bf16 takes half an hour on a CPU without bf16 instructions.
 STOCK = {
     "sft": {
@@ -65,6 +73,7 @@ STOCK = {
     },
     "gkd": {"bfloat16": ("gkd", "gkd+checkpointing"), "float32": ("gkd+fp32", "gkd+checkpointing+fp32")},
     "dpo": {"bfloat16": ("dpo", "dpo+checkpointing"), "float32": ("dpo+fp32", "dpo+checkpointing+fp32")},
+    "grpo": {"bfloat16": ("grpo", "grpo+checkpointing"), "float32": ("grpo+fp32", "grpo+checkpointing+fp32")},
 }
 # Variants of other projects, with the package that each needs.
 PEERS = {"liger": "liger_kernel", "unsloth": "unsloth", "llama-factory": "llamafactory"}
@@ -113,7 +122,8 @@ def build_trainer(options: dict[str, str], device: str, output: str) -> Any:
         "seed": int(options["seed"]),
         **VARIANTS[options["variant"]],
     }
-    build = {"gkd": distilling_trainer, "dpo": preference_trainer}.get(options["variant"][:3], tuning_trainer)
+    builders = {"gkd": distilling_trainer, "dpo": preference_trainer, "grpo": reward_trainer}
+    build = builders.get(options["variant"].partition("+")[0], tuning_trainer)
     return build(options, device, settings)
 
 
@@ -189,26 +199,85 @@ def distilling_trainer(options: dict[str, str], device: str, settings: dict[str,
     )
 
 
-def preference_trainer(options: dict[str, str], device: str, settings: dict[str, Any]) -> Any:
-    """Build a DPOTrainer whose reference is the base."""
+def unpacked_model(options: dict[str, str], device: str, settings: dict[str, Any]) -> Any:
+    """Load the model so that passes without gradients, as those of a reference or of sampling, leave it trainable."""
     import torch
     from bitsandbytes.nn import Linear4bit
+
+    model = load_model(options["model"], device, torch.bfloat16 if settings["bf16"] else torch.float32)
+    for module in model.modules():
+        # Else a CPU packs the weights for good at the first such pass.
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def preference_trainer(options: dict[str, str], device: str, settings: dict[str, Any]) -> Any:
+    """Build a DPOTrainer whose reference is the base."""
     from datasets import load_dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    model = load_model(options["model"], device, torch.bfloat16 if settings["bf16"] else torch.float32)
-    for module in model.modules():
-        # Else a CPU packs the weights for good at the first pass without gradients, which the reference is.
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
     return DPOTrainer(
-        model=model,
+        model=unpacked_model(options, device, settings),
         args=DPOConfig(**settings),
         peft_config=lora_config(options),
         train_dataset=load_dataset("json", data_files=options["rows"], split="train"),
         processing_class=AutoTokenizer.from_pretrained(options["model"]),
     )
+
+
+def reward_by_number(completions: list[Any], **_: Any) -> list[float]:
+    """Reward every second answer, since answers of a random model with equal rewards would not be learned from."""
+    return [float(number % 2) for number in range(len(completions))]
+
+
+def reward_trainer(options: dict[str, str], device: str, settings: dict[str, Any]) -> Any:
+    """Build a GRPOTrainer without a reference."""
+    from datasets import load_dataset
+    from transformers import AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    def prompt(row: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt": row["messages"][:-1]}
+
+    rows = load_dataset("json", data_files=options["rows"], split="train").map(prompt, remove_columns=["messages"])
+    settings = {key: value for key, value in settings.items() if key != "max_length"}
+    sampling = {"num_generations": int(options["group"]), "max_completion_length": int(options["answer"])}
+    return GRPOTrainer(
+        model=unpacked_model(options, device, settings),
+        reward_funcs=reward_by_number,
+        args=GRPOConfig(loss_type="grpo", beta=0.0, temperature=1.0, **sampling, **settings),
+        peft_config=lora_config(options),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(options["model"]),
+    )
+
+
+def watch_sampling(trainer: Any) -> list[dict[str, float]]:
+    """Wrap GRPOTrainer's sampling, and append seconds, tokens and answer tokens of each call to the list."""
+    calls: list[dict[str, float]] = []
+    inner = trainer._generate_and_score_completions
+
+    def timed(inputs: Any) -> Any:
+        start = time.perf_counter()
+        found = inner(inputs)
+        answers = int(found["completion_mask"].sum())  # waits for a GPU
+        seconds = time.perf_counter() - start
+        tokens = int(found["prompt_mask"].sum()) + answers
+        calls.append({"sampling_seconds": seconds, "tokens": tokens, "target_tokens": answers})
+        return found
+
+    trainer._generate_and_score_completions = timed
+    return calls
+
+
+def counts_of(inputs: Any) -> dict[str, float]:
+    """Return the real tokens and the target tokens of a batch."""
+    mask, answers = inputs.get("attention_mask"), inputs.get("completion_mask")
+    tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+    targets = int((inputs["labels"] != -100).sum() if answers is None else answers.sum())
+    return {"tokens": tokens, "target_tokens": targets}
 
 
 def watch_steps(trainer: Any, device: str) -> list[dict[str, float]]:
@@ -217,16 +286,15 @@ def watch_steps(trainer: Any, device: str) -> list[dict[str, float]]:
 
     steps: list[dict[str, float]] = []
     inner = trainer.training_step
+    sampled = watch_sampling(trainer) if hasattr(trainer, "_generate_and_score_completions") else None
 
     def timed(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        mask, answers = inputs.get("attention_mask"), inputs.get("completion_mask")
-        tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        targets = int((inputs["labels"] != -100).sum() if answers is None else answers.sum())
+        counts = counts_of(inputs) if sampled is None else {}
         start = time.perf_counter()
         loss = inner(model, inputs, *args, **kwargs)
         if device == "cuda":
             torch.cuda.synchronize()
-        steps.append({"seconds": time.perf_counter() - start, "tokens": tokens, "target_tokens": targets})
+        steps.append({"seconds": time.perf_counter() - start, **(counts if sampled is None else sampled[-1])})
         return loss
 
     trainer.training_step = timed

@@ -115,6 +115,23 @@ def test_learning_from_pairs_is_priced_on_their_answers_as_rows(repo_root: Path,
     assert base == pytest.approx(cached, rel=1e-4)
 
 
+def test_learning_from_rewards_is_timed_by_sampling_and_update(repo_root: Path, work: Path, tmp_path: Path):
+    words = ("size=tiny", "steps=2", "warmup=1", f"work={work}", f"results={tmp_path}", "repeats=1", "ours=uncompiled")
+    shape = ("prompts=2", "group=4", "prompt=24", "answer=8")
+    told, text = benchmark(repo_root, "grpo", *words, *shape, "stock=grpo")
+    ours, grpo = told["ours"], told["stock"]["grpo"]
+    assert "failed" not in ours and "failed" not in grpo, text
+    assert ours["step_ratio"] == grpo["step_seconds"] / ours["step_seconds"]
+    assert ours["update_ratio"] == grpo["update_seconds"] / ours["update_seconds"]
+    assert {bar["figure"] for bar in told["bars"]} == {"step_ratio", "update_ratio"}
+    # An answer of a random model may end before its limit.
+    assert all(32 <= side["answer_tokens"] <= 64 for side in (ours, grpo))
+    assert ours["computed_tokens"] < ours["tokens"] and grpo["computed_tokens"] == grpo["tokens"]
+    (file,) = tmp_path.glob("grpo-*.json")
+    for runs in json.loads(file.read_text())["runs"].values():
+        assert all(0 < step["sampling_seconds"] < step["seconds"] for step in runs[0]["steps"])
+
+
 def test_writing_answers_is_timed_side_by_side(repo_root: Path, work: Path, tmp_path: Path):
     words = ("size=tiny", "batches=1,3", "prompt=9", "tokens=16", "repeats=1", f"work={work}", f"results={tmp_path}")
     told, text = benchmark(repo_root, "decoding", *words)
