@@ -50,7 +50,7 @@ def run(arguments: Arguments) -> int:
         training = _training_overrides(cfg, arguments.overrides)
     load_config(str(arguments.config), training)  # Refuses what the cache cannot serve before the cache is written.
 
-    from finetune.data.loader import check_inputs
+    from finetune.data.early_checks import check_inputs
 
     check_inputs(cfg)
 

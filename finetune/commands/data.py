@@ -42,7 +42,7 @@ def run(arguments: Arguments) -> int:
     options = arguments.options
     cfg = load_config(str(arguments.config), arguments.overrides)
 
-    from finetune.data.loader import check_inputs
+    from finetune.data.early_checks import check_inputs
 
     check_inputs(cfg)
     # Rows hold characters that some terminals cannot show.

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def run(arguments: Arguments) -> int:
     """Print the plan; return 3 if the run does not fit."""
     from finetune.config.compose import load_config
-    from finetune.data.sources.paths import check_local_sources
+    from finetune.data.early_checks import check_sources
 
     options = arguments.options
     config = arguments.config or default_config(arguments.overrides)
@@ -51,7 +51,7 @@ def run(arguments: Arguments) -> int:
     as_json = "--json" in arguments.flags
     _check_options(options, cfg)
     if not options.table:  # It covers all models, with rows of every length.
-        check_local_sources(cfg.data)
+        check_sources(cfg, download=False)
     if options.calibrate:  # After every check: it takes half a minute.
         log(f"rates: file={calibrate()}")
     return _print_lengths(cfg, as_json) if options.table else _print_plan(cfg, options, as_json)

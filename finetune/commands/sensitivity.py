@@ -26,7 +26,7 @@ def run(arguments: Arguments) -> int:
     options = arguments.options
     cfg = load_config(str(arguments.config), arguments.overrides)
 
-    from finetune.data.loader import check_inputs
+    from finetune.data.early_checks import check_inputs
 
     check_inputs(cfg)
 

@@ -36,7 +36,7 @@ def run(arguments: Arguments) -> int:
             print(f"{settings.trials} runs, drawn from {' '.join(p.word for p in plan.space.parameters)}")
         return 0
 
-    from finetune.data.loader import check_inputs
+    from finetune.data.early_checks import check_inputs
 
     check_inputs(plan.first)
     log(f"sweep: {plan.runs} runs, folder={plan.folder}")

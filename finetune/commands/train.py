@@ -33,6 +33,7 @@ COMMON = (
 def run(arguments: Arguments) -> int:
     """Run the training recipe on a config."""
     from finetune.config.compose import load_config
+    from finetune.data.early_checks import check_sources
     from finetune.objectives.user_rewards import check_rewards, load_reward_function, user_rewards
 
     config, verbose = load_config(str(arguments.config), arguments.overrides), "--verbose" in arguments.flags
@@ -40,14 +41,12 @@ def run(arguments: Arguments) -> int:
     words = [named] if isinstance(named, str) else named
     check_rewards(config, words)
     if "--dry-run" in arguments.flags:
-        from finetune.data.sources.paths import check_local_sources
         from finetune.planning.describe import dry_run
 
-        check_local_sources(config.data)
+        check_sources(config, download=False)
         print(dry_run(config, verbose))
         return 0
 
-    from finetune.data.loader import check_sources
     from finetune.training.output_folder import check_run
 
     # These take a tenth of the time of importing torch.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 # torch.nn.functional.cross_entropy's default `ignore_index`.
 IGNORE_INDEX = -100
@@ -40,4 +42,4 @@ class Encoded:
     @property
     def targets(self) -> int:
         """The number of targets. The first token is not predicted, so it is never one."""
-        return int(np.count_nonzero(self.trained[1:]))
+        return int(self.trained[1:].sum())

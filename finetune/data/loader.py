@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,14 +15,12 @@ import numpy as np
 
 from finetune.config.schema import DataConfig, RunConfig, SourceConfig
 from finetune.data.documents import Cut, Documents, cut_to_length
-from finetune.data.formats.detection import with_formats
 from finetune.data.formats.messages import Conversation, Example, Preference
 from finetune.data.formats.preferences import verdict_of
-from finetune.data.sources.paths import by_key, check_each, resolve_source
+from finetune.data.sources.paths import resolve_source
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation, console_progress
 from finetune.data.tokens.store import BAD_ROWS, TokenStore
-from finetune.models.hub import check_model
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.errors import DataError
@@ -112,25 +110,6 @@ def load_chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> C
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"data.chat_template: {cfg.chat_template} cannot be read: {error}") from error
     return ChatTemplate(tokenizer)
-
-
-def check_inputs(cfg: RunConfig) -> None:
-    """Check the sources and the model of a run's config, before torch is imported, which takes ten times as long."""
-    check_sources(cfg)
-    check_model(cfg.model)
-
-
-def check_sources(cfg: RunConfig) -> None:
-    """Check the path and format of every source of a run, before torch and the tokenizer are loaded.
-
-    Raises: DataError listing the problem of each source.
-    """
-    check_each(by_key(cfg.data), partial(check_source, objective=cfg.row_objective))
-
-
-def check_source(source: SourceConfig, objective: str = "none") -> None:
-    """Check the path and format of one source. objective: as in `Preparation`. Raises: DataError."""
-    next(with_formats(source, resolve_source(source).batches(source.limit), objective=objective))
 
 
 def load_data(preparation: Preparation) -> LoadedData:

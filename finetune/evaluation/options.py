@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.config.command_options import EvalOptions
-from finetune.data.loader import check_source
+from finetune.data.early_checks import check_source
 from finetune.data.sources.paths import check_each
 from finetune.models.adapters.folder import CONFIG_FILE, find_adapter
 from finetune.models.hub import find_texts

@@ -144,7 +144,7 @@ def check_export(options: ExportOptions) -> None:
         find_quantizer(kind, options.imatrix is not None)
     if options.imatrix is not None:
         # The readers of rows load numpy, which the help of the command does not need.
-        from finetune.data.loader import check_source
+        from finetune.data.early_checks import check_source
         from finetune.data.sources.paths import check_each
 
         check_each({"imatrix": options.imatrix}, check_source)

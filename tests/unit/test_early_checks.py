@@ -13,6 +13,8 @@ import pytest
 from finetune.system.resources import packaged
 
 MODEL = packaged("data") / "tiny-qwen2.5"
+SAMPLE = packaged("data") / "sample"
+CHATS, PAIRS = f"data.train={SAMPLE / 'train.jsonl'}", f"data.train={SAMPLE / 'pairs.jsonl'}"
 QUICK = ("config=quickstart.yaml", "generation.num_examples=0")
 TRAIN, EXPORT = ("train", *QUICK), ("export", "format=gguf")
 # The words of a command that is refused, and what its message names.
@@ -57,6 +59,15 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "train_start": ((*TRAIN, "lora.init_adapter=nope"), "lora.init_adapter=nope: "),
     "train_rows": ((*TRAIN, "data.train=nope.jsonl"), "data.train[0]: nope.jsonl "),
     "dry_run_rows": ((*TRAIN, "data.train=nope.jsonl", "--dry-run"), "data.train[0]: nope.jsonl "),
+    "dpo_chats": (("train", "config=dpo.yaml", CHATS), "which preference.objective=dpo needs"),
+    "dpo_chats_dry_run": (("train", "config=dpo.yaml", CHATS, "--dry-run"), "which preference.objective=dpo needs"),
+    "dpo_chats_plan": (("plan", "config=dpo.yaml", CHATS), "which preference.objective=dpo needs"),
+    "dpo_chats_data": (("data", "config=dpo.yaml", CHATS), "which preference.objective=dpo needs"),
+    "orpo_labels": (("train", "config=orpo.yaml", "data.train=labels.jsonl"), "fit preference.objective=kto"),
+    "kto_chats": (("train", "config=kto.yaml", CHATS), "label or kto_tag"),
+    "kto_texts": (("train", "config=kto.yaml", "data.train=texts.jsonl"), "text rows have no label"),
+    "pairs_in_a_plain_run": ((*TRAIN, PAIRS), "need preference.objective=dpo"),
+    "pairs_in_a_plain_sweep": (("sweep", *QUICK, PAIRS, "lora.rank=8,16"), "need preference.objective=dpo"),
     "plan_rows": (("plan", *QUICK, "data.train=nope.jsonl"), "data.train[0]: nope.jsonl "),
 }
 RUNNER = """
@@ -89,10 +100,14 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str]]:
     adapter(here / "run")
     adapter(here / "stopped" / "checkpoint-9")
     adapter(here / "stopped" / "checkpoint-10")
+    (here / "labels.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a", "label": True}))
+    (here / "texts.jsonl").write_text(json.dumps({"text": "words", "label": True}))
     (here / "empty_model").mkdir()
     (here / "empty_model" / "config.json").write_bytes((MODEL / "config.json").read_bytes())
     words = {name: case[0] for name, case in CASES.items()}
     words["of_a_stopped_run"] = ("chat", "adapter=stopped")
+    rows = f"data.train=[{SAMPLE / 'train.jsonl'}, {SAMPLE / 'pairs.jsonl'}, labels.jsonl]"
+    words["of_several_sources"] = ("train", "config=dpo.yaml", rows, f"data.eval={SAMPLE / 'heldout.jsonl'}")
     command, environment = [sys.executable, "-c", RUNNER], os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, input=json.dumps(words), cwd=here, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -108,6 +123,17 @@ def test_a_wrong_word_or_file_is_answered_before_torch_is_imported(answers, name
 def test_a_run_without_an_adapter_names_its_newest_checkpoint(answers):
     exit_code, messages = answers["of_a_stopped_run"]
     assert exit_code == 2 and "adapter=stopped/checkpoint-10\n" in messages
+
+
+def test_every_source_that_an_objective_cannot_use_is_named_with_its_file(answers):
+    exit_code, messages = answers["of_several_sources"]
+    assert exit_code == 2
+    problems = [line.partition(": ") for line in messages.removeprefix("error: ").splitlines() if "needs" in line]
+    assert [(key, text.split(":")[0].rpartition("/")[2]) for key, _, text in problems] == [
+        ("data.train[0]", "train.jsonl"),
+        ("data.train[2]", "labels.jsonl"),
+        ("data.eval[0]", "heldout.jsonl"),
+    ]
 
 
 def test_the_report_on_rows_imports_a_tokenizer_and_no_model(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 from finetune.config.schema import SourceConfig
 from finetune.data.formats.columns import meanings, recognize
 from finetune.data.formats.conversations import METADATA_KEYS
-from finetune.data.formats.parser import FORMATS, PROMPT, VERDICTS, RowParser, require_mapped
+from finetune.data.formats.parser import FORMATS, PREFERENCE, PROMPT, VERDICTS, RowParser, require_mapped
 from finetune.data.formats.values import kind, listed, printable_name
 from finetune.data.sources.readers import RawBatch
 from finetune.system.console import log_once
@@ -133,6 +133,30 @@ def with_formats(
             yield from (replace(read, format=name) for read in waiting)
             waiting = []
     yield from waiting
+
+
+def check_serves(batch: RawBatch, objective: str) -> None:
+    """Raise DataError if a run cannot learn from rows like those of the first batch of a source.
+
+    objective: `RunConfig.row_objective`.
+    """
+    values = [row.value for row in batch.rows() if isinstance(row.value, Mapping)]
+    if not values:  # each row has its own error
+        return
+    is_pair, found = batch.format == "preference", f"{batch.file}: {batch.format} rows"
+    has_verdict = any(value.get(column) is not None for value in values for column in VERDICTS)
+    if objective in ("none", "reward") and is_pair:
+        raise DataError(f"{batch.file}: {PREFERENCE}")
+    if objective in ("none", "reward") or is_pair:
+        return
+    alone = "to learn from answers alone, use a config without preference.objective, such as lora.yaml"
+    if objective != "kto":
+        labels = "rows with a label fit preference.objective=kto; " if has_verdict else ""
+        text = f"{found} have no chosen and rejected answers, which preference.objective={objective} needs"
+        raise DataError(f"{text}\nhelp: {labels}{alone}")
+    if batch.format in ("text", "tokens") or not has_verdict:
+        text = f"{found} have no {' or '.join(VERDICTS)} and no rejected answers; preference.objective=kto needs one"
+        raise DataError(f"{text}\nhelp: {alone}")
 
 
 def _refuse_no_row(value: Mapping[str, Any], source: str) -> None:

@@ -106,14 +106,6 @@ def resolve_source(source: SourceConfig) -> SourceFiles:
         raise DataError(f"{source.path} does not exist{_near(path)}")
 
 
-def check_local_sources(cfg: DataConfig) -> None:
-    """Check that the files of every source exist, except those of hub datasets: nothing is read or downloaded.
-
-    Raises: DataError listing the problem of each source.
-    """
-    check_each(by_key(cfg), lambda source: None if is_on_hub(source) else resolve_source(source))
-
-
 def by_key(cfg: DataConfig) -> dict[str, list[SourceConfig]]:
     """Return the sources of a config, by their keys."""
     return {"data.train": cfg.train, "data.eval": cfg.eval}

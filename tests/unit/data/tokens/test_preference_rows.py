@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from finetune.config.schema import DataConfig, ModelConfig, SourceConfig
 from finetune.data.batch import build_batch
+from finetune.data.early_checks import check_source
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.data.loader import first_conversations, load_data
 from finetune.data.template.chat import ChatTemplate
@@ -117,6 +119,27 @@ def test_only_good_answers_are_expected_of_a_model(tokenizer, tmp_path):
     assert first_answers(tokenizer, tmp_path, PAIR) == ["4"]
     with pytest.raises(DataError, match=r"rows\.jsonl: every label is false"):
         first_answers(tokenizer, tmp_path, rows[1], rows[3])
+
+
+SINGLE, JUDGED = {"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "a", "label": False}
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows", "serves"),
+    [
+        *((objective, [PAIR | {"rejected": ""}, PAIR], True) for objective in ("dpo", "kto")),
+        *((objective, [PAIR], False) for objective in ("none", "reward")),
+        *((objective, [SINGLE], objective in ("none", "reward")) for objective in ("none", "reward", "simpo", "kto")),
+        *((objective, [SINGLE, JUDGED], objective != "dpo") for objective in ("none", "dpo", "kto")),
+        ("kto", [{"text": "words", "label": True}], False),
+        ("dpo", ["no row", "no row"], True),
+    ],
+)
+def test_only_rows_that_no_objective_like_this_can_use_are_refused_early(tmp_path, objective, rows, serves):
+    """One bad row is no reason: it is named with its line later, and may be skipped."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with contextlib.nullcontext() if serves else pytest.raises(DataError, match=r"rows\.jsonl: "):
+        check_source(SourceConfig(path=str(tmp_path / "rows.jsonl")), objective)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real rows are not on this machine")
