@@ -49,6 +49,9 @@ SLOW: dict[str, str] = {
     "tests/equivalence/test_resume.py::test_kills_at_random_moments_give_the_same_adapter_and_metrics[10-40]": (
         "tests/equivalence/test_resume.py::test_kills_at_random_moments_give_the_same_adapter_and_metrics"
     ),
+    "tests/equivalence/test_resume.py::test_a_killed_run_on_preferences_keeps_its_reference": (
+        "tests/equivalence/test_preference.py::test_a_resumed_run_equals_an_unbroken_one"
+    ),
     "tests/equivalence/test_on_policy.py::test_two_ranks_write_the_same_answers_as_one": (
         "tests/equivalence/test_ranks.py::test_two_ranks_equal_one"
     ),

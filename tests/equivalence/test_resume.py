@@ -18,6 +18,7 @@ from finetune import train
 from finetune.cli import main
 from finetune.models.digest import sha256_of
 from finetune.system.errors import ConfigError
+from finetune.system.resources import packaged
 from finetune.training.checkpoint import MANIFEST, STATE, list_checkpoints
 from tests.runs import REWARDED_RUN, SMALL_RUN, adapter, differing, metrics, reference_run, result, small_run
 
@@ -28,6 +29,19 @@ PROCESSES.set_forkserver_preload(["finetune.training.recipe"])
 PLAIN = (*SMALL_RUN, "train.save_every=1", "train.eval_every=10")
 # The answers of a round, on which two steps train, are sampled anew.
 REWARDS = (*REWARDED_RUN, "reward.updates=2", "train.save_every=2", "train.eval_every=null")
+
+
+SAMPLE = packaged("data") / "sample"
+PAIRS = (
+    *SMALL_RUN,
+    f"data.train=[{{path: {SAMPLE / 'pairs.jsonl'}, limit: 32}}]",
+    f"data.eval=[{{path: {SAMPLE / 'pairs-heldout.jsonl'}, limit: 4}}]",
+    "data.max_length=256",
+    "preference.objective=dpo",
+    "train.learning_rate=2e-3",
+    "train.save_every=1",
+    "train.eval_every=3",
+)
 
 
 def start(folder: Path, steps: int, settings: Sequence[str]) -> BaseProcess:
@@ -54,6 +68,16 @@ def saved_steps(folder: Path) -> int:
     ids=["2-8", "10-40", "rewards"],
 )
 def test_kills_at_random_moments_give_the_same_adapter_and_metrics(tmp_path, kills, steps, settings):
+    check_kills(tmp_path, kills, steps, settings)
+
+
+def test_a_killed_run_on_preferences_keeps_its_reference(tmp_path):
+    """The reference is the adapter that training started from, not that of the checkpoint."""
+    check_kills(tmp_path, 2, 6, (*PAIRS, f"lora.init_adapter={reference_run()}"))
+    assert metrics(tmp_path / "broken")[-1]["eval/pairs-heldout/reference_kl"] > 0
+
+
+def check_kills(tmp_path: Path, kills: int, steps: int, settings: Sequence[str]) -> None:
     start(tmp_path / "unbroken", steps, settings).join()
     broken, rng, mid_save = tmp_path / "broken", random.Random(0), 0
     for kill in range(kills):
