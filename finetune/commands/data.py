@@ -2,8 +2,8 @@
        finetune data convert path=FILE out=messages.jsonl      (finetune data convert --help)
 
 Reads the rows of a config as training does and reports formats, lengths, trained tokens, duplicates, rows in both
-training and evaluation, truncated and dropped rows, the packing of an epoch, and lengths and labels of preferences.
-No model is loaded.
+training and evaluation, truncated and dropped rows, the packing of an epoch, lengths and labels of preferences, and
+with rewards the prompts that leave no room for an answer. No model is loaded.
 dump= writes every row of data.train, then of data.eval, truncated to data.max_length and not yet packed, as
 {"source", "row", "input_ids", "labels"}; labels are not shifted, and -100 for tokens that are not trained. A pair is
 one row: its first "chosen_tokens" tokens are the chosen answer with its prompt, the others the rejected one.
@@ -82,7 +82,8 @@ def _inspect(cfg: RunConfig, options: DataOptions, files: dict[str, IO[str]]) ->
     rows = shown_rows(names, data.documents, decoder, options.show or _PAGE_ROWS)
     if options.show:
         console.print()
-        print_rows(console, rows)
+        # With rewards the model writes answers of its own.
+        print_rows(console, rows, "targets" if report.prompts is None else "expected answers")
     if "html" in files:
         write_page(files["html"], report, advice, rows)
     if "dump" in files:

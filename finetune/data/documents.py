@@ -126,6 +126,11 @@ class Documents(Sequence[Document]):
         store, row = self.stores[self.source[i]], int(self.rows[i])
         return store, row, store.piece(row, int(self.starts[i]), int(self.lengths[i]))
 
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """The tokens [M] without the targets: of a prompt. What follows the answer counts, at most a line break."""
+        return self.lengths - self.targets
+
     def select(self, which: np.ndarray) -> Documents:
         """Return the documents with these indices, or where this mask is true."""
         arrays = (self.source, self.rows, self.starts, self.lengths, self.targets)

@@ -35,6 +35,7 @@ from finetune.objectives.rewards import Rewards, SampledAnswers, build_rewards, 
 from finetune.objectives.rollout_server import RolloutServer, connect
 from finetune.objectives.rollouts import Rollouts, Writer, prompt_of
 from finetune.objectives.user_rewards import UserReward
+from finetune.report.dataset.prompts import leave_room
 from finetune.system.console import Log
 from finetune.system.errors import DataError
 
@@ -204,9 +205,7 @@ def prompts_with_room(cfg: RunConfig, data: LoadedData, log: Log) -> np.ndarray:
     Raises:
         DataError: no prompt does; or one does not, and `data.truncation=error`.
     """
-    # What follows the answer counts as prompt: at most a line break.
-    prompt_tokens = data.documents.lengths - data.documents.targets
-    kept = prompt_tokens + cfg.reward.max_new_tokens <= cfg.data.max_length
+    prompt_tokens, kept = data.documents.prompt_lengths, leave_room(data.documents, cfg)
     if kept.all():
         return kept
     settings = f"data.max_length={cfg.data.max_length} and reward.max_new_tokens={cfg.reward.max_new_tokens}"

@@ -33,7 +33,12 @@ def advise(report: Report, cfg: RunConfig, end_token: str | None) -> list[Advice
     chats = frozenset().union(*trained) - UNTEMPLATED
     looks = [text for part in report.parts for text in _about_part(part)]
     looks += [end_token] if end_token and chats else []
-    looks += [*_about_preferences(report, cfg), *_about_rows(report), *_about_order(report, cfg)]
+    looks += [
+        *_about_preferences(report, cfg),
+        *_about_prompts(report, cfg),
+        *_about_rows(report),
+        *_about_order(report, cfg),
+    ]
     leaks = [
         f"{part.name}: {rows:,} of {_rows(part.figures.rows)} are also training rows of {name}, so its metrics are "
         "optimistic; remove them from one of the two"
@@ -47,7 +52,7 @@ def _about_part(part: PartReport) -> Iterator[str]:
     figures = part.figures
     if bad := figures.left_out["bad rows"]:
         yield f"{part.name}: {_rows(bad)} skipped as unusable, listed in {part.bad_rows}"
-    if part.section == "train" and figures.target_share < _FEW_TARGETS:
+    if part.section == "train" and part.prompts is None and figures.target_share < _FEW_TARGETS:
         yield (
             f"{part.name}: only {figures.target_share:.2%} of the tokens are targets; shorten the prompts, or change "
             "data.train_on"
@@ -101,6 +106,24 @@ def _about_preferences(report: Report, cfg: RunConfig) -> Iterator[str]:
         )
     if cfg.preference.objective == "kto":
         yield from _about_labels(report, cfg)
+
+
+def _about_prompts(report: Report, cfg: RunConfig) -> Iterator[str]:
+    figures = report.prompts
+    if figures is None:
+        return
+    if figures.no_room:
+        answer, share = cfg.reward.max_new_tokens, figures.no_room / figures.rows
+        yield (
+            f"prompts: {_rows(figures.no_room)} ({share:.1%}) left out, because data.max_length={report.max_length} has "
+            f"no room for reward.max_new_tokens={answer} after them; the longest has {figures.longest:,} tokens: set "
+            f"data.max_length={figures.longest + answer}, or lower reward.max_new_tokens"
+        )
+    if figures.unanswered:
+        yield (
+            f"expected answers: missing in {_rows(figures.unanswered)} of {figures.rows:,}; rewards that compare, as "
+            "exact or number, need them"
+        )
 
 
 def _about_labels(report: Report, cfg: RunConfig) -> Iterator[str]:

@@ -14,6 +14,7 @@ from finetune.data.loader import LoadedData, Source, is_held_out
 from finetune.data.packing import SequenceOrder
 from finetune.data.template.chat import ChatTemplate
 from finetune.report.dataset.preferences import PreferenceFigures, preference_figures
+from finetune.report.dataset.prompts import PromptFigures, leave_room, prompt_figures
 
 UNTEMPLATED = frozenset({"text", "tokens"})  # formats whose rows no chat template touches
 Section = Literal["train", "eval", "held out"]
@@ -96,6 +97,7 @@ class PartReport:
     formats: of its files; `format` says which.
     bad_rows: the file that lists unusable rows.
     preferences: None for rows without preferences.
+    prompts: None for a run without rewards.
     """
 
     section: Section
@@ -107,6 +109,7 @@ class PartReport:
     bad_rows: str
     figures: Figures
     preferences: PreferenceFigures | None = None
+    prompts: PromptFigures | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class Report:
     training: Figures
     order: Order
     preferences: PreferenceFigures | None = None
+    prompts: PromptFigures | None = None
 
 
 def parts_of(data: LoadedData, held_out: float) -> list[Part]:
@@ -161,6 +165,7 @@ def build_report(data: LoadedData, cfg: RunConfig, chat: ChatTemplate) -> Report
             str(part.source.store.bad_rows),
             _figures([part], [other.source for other in trained if other is not part], cfg),
             preference_figures([part.source], chat),
+            prompt_figures([part.source], cfg, chat),
         )
         for part in parts
     ]
@@ -178,6 +183,7 @@ def build_report(data: LoadedData, cfg: RunConfig, chat: ChatTemplate) -> Report
         training=_figures(trained, [], cfg),
         order=_order(data, cfg),
         preferences=preference_figures([part.source for part in trained], chat),
+        prompts=prompt_figures([part.source for part in trained], cfg, chat),
     )
 
 
@@ -244,15 +250,19 @@ def length_bins(lengths: np.ndarray, limit: int) -> tuple[Bin, ...]:
 
 
 def _order(data: LoadedData, cfg: RunConfig) -> Order:
-    capacity = cfg.data.max_length if cfg.data.packing else None
-    lengths = data.documents.lengths
-    order = SequenceOrder(lengths, data.weights, capacity, cfg.train.batch_size, cfg.train.seed)
+    # With rewards, a sequence is a prompt: its answers do not exist yet. Several steps may use the same answers.
+    rewarded = cfg.reward.loss != "none"
+    capacity = cfg.data.max_length if cfg.data.packing and not rewarded else None
+    steps_of_a_batch = cfg.reward.updates if rewarded else 1
+    kept = leave_room(data.documents, cfg)
+    lengths, weights = data.documents.lengths[kept], data.weights[kept]
+    order = SequenceOrder(lengths, weights, capacity, cfg.train.batch_size, cfg.train.seed)
     sequences = order.epoch(0)
     tokens = int(sum(lengths[sequence].sum() for sequence in sequences))
     return Order(
         sequences=len(sequences),
         tokens=tokens,
-        steps=order.steps_in(0),
+        steps=order.steps_in(0) * steps_of_a_batch,
         fill=tokens / (len(sequences) * capacity) if capacity and sequences else None,
-        total_steps=cfg.train.max_steps or order.steps_for(cfg.train.epochs or 1),
+        total_steps=cfg.train.max_steps or order.steps_for(cfg.train.epochs or 1) * steps_of_a_batch,
     )

@@ -11,6 +11,7 @@ from rich.text import Text
 from finetune.report.dataset.advice import Advice
 from finetune.report.dataset.examples import CLOSE, OPEN, ShownRow, Span, factor_of, marked, visible, weighted_runs
 from finetune.report.dataset.preferences import describe_preferences
+from finetune.report.dataset.prompts import describe_prompts
 from finetune.report.dataset.statistics import Bin, Order, PartReport, Report
 from finetune.system.console import printable
 
@@ -43,17 +44,17 @@ def print_report(console: Console, report: Report, advice: Sequence[Advice]) -> 
         console.print(Text("no warnings", "green"))
 
 
-def print_rows(console: Console, rows: Sequence[ShownRow]) -> None:
-    """Print rows with their targets in color, or between marks on a plain console."""
+def print_rows(console: Console, rows: Sequence[ShownRow], targets: str = "targets") -> None:
+    """Print rows with their targets in color, or between marks on a plain console. targets: how to call them."""
     colored = console.color_system is not None
     key = Text.assemble(
-        ("targets are green", _TARGET),
+        (f"{targets} are green", _TARGET),
         ", ",
         (f"{factor_of(0.5)} yellow", _WEIGHTED),
         " with another loss weight, ",
         ("control tokens dim", "dim"),
     )
-    console.print(key if colored else f"targets are between {OPEN} and {CLOSE}, with ×w for a loss weight w")
+    console.print(key if colored else f"{targets} are between {OPEN} and {CLOSE}, with ×w for a loss weight w")
     for number, row in enumerate(rows, 1):
         cut = f" (of {row.cut_from:,})" if row.cut_from else ""
         caption = printable(f"{row.source} · {row.place} · {row.tokens:,} tokens{cut}, {row.targets:,} targets")
@@ -164,7 +165,9 @@ def describe_part(part: PartReport) -> dict[str, str]:
         "shared": ", ".join(f"{rows:,} rows with {name}" for name, rows in figures.shared),
     }
     shown = {label: text for label, text in facts.items() if text}
-    return shown if part.preferences is None else shown | describe_preferences(part.preferences)
+    if part.preferences is not None:
+        shown |= describe_preferences(part.preferences)
+    return shown if part.prompts is None else shown | describe_prompts(part.prompts)
 
 
 def describe_order(order: Order) -> dict[str, str]:
