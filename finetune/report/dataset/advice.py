@@ -115,7 +115,7 @@ def _about_prompts(report: Report, cfg: RunConfig) -> Iterator[str]:
     if figures.no_room:
         answer, share = cfg.reward.max_new_tokens, figures.no_room / figures.rows
         yield (
-            f"prompts: {_rows(figures.no_room)} ({share:.1%}) left out, because data.max_length={report.max_length} has "
+            f"prompts: {_rows(figures.no_room)} ({share:.1%}) left out: data.max_length={report.max_length} has "
             f"no room for reward.max_new_tokens={answer} after them; the longest has {figures.longest:,} tokens: set "
             f"data.max_length={figures.longest + answer}, or lower reward.max_new_tokens"
         )
