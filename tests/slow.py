@@ -27,6 +27,9 @@ SLOW: dict[str, str] = {
     "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom[04_merge_and_export]": (
         "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom"
     ),
+    "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom[05_preferences_and_rewards]": (
+        "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom"
+    ),
     "tests/integration/test_mixed_precision.py": "tests/unit/mixed_precision/test_choose.py",
     "tests/integration/test_tiny_base.py": "tests/unit/test_sample_data.py",
     "tests/unit/migration/test_migrate.py::test_the_written_config_trains_a_step": (
