@@ -13,6 +13,7 @@ of tokens and targets of the step, which it cannot predict. Bounds: memory withi
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -26,7 +27,7 @@ import yaml
 
 from benchmarks import report
 from benchmarks.processes import ROOT, device, measure, parse, work_folder
-from benchmarks.rows import write_long_rows, write_rows
+from benchmarks.rows import write_long_rows, write_pairs, write_prompts, write_rows
 
 OPTIONS = {
     "cases": "all",
@@ -51,8 +52,11 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Case:
-    """size, layers: of the model; layers=None: all. size=embedded: the packaged base. document: tokens per row;
-    None: one row fills the pack.
+    """One run.
+
+    size, layers: of the model; layers=None: all. size=embedded: the packaged base. document: tokens per row; None: one
+    row fills the pack. answers: tokens of a prompt and of an answer, before the template, of rows that are pairs, or
+    prompts to which answers are sampled. batch: sequences per step, or prompts.
     """
 
     size: str
@@ -61,11 +65,18 @@ class Case:
     layers: int | None = None
     document: int | None = None
     batch: int = 1
+    answers: tuple[int, int] | None = None
+
+    @property
+    def samples(self) -> bool:
+        return any(word.startswith("reward.") for word in self.settings)
 
     @property
     def name(self) -> str:
         size = self.size if self.layers is None else f"{self.size}, {self.layers} layers"
         rows = f", rows of {self.document}" if self.document else ""
+        if self.answers:
+            rows = f", prompts of {self.answers[0]}, answers of {self.answers[1]}"
         batch = f" x {self.batch}" if self.batch > 1 else ""
         return ", ".join([size, f"{self.length} tokens{batch}{rows}", *self.settings])
 
@@ -73,6 +84,9 @@ class Case:
 _ALL, _RECOVER = "lora.target_modules=all-linear", "distill.objective=recover"
 # Above its limit from the start: a recovery step follows each evaluation.
 _GUARD = ("train.eval_every=1", "guard.max=1e-9", "guard.action=recover", "guard.steps=1")
+_DPO = ("preference.objective=dpo", "data.truncation=error")
+_GRPO = ("reward.loss=grpo", "data.truncation=error")
+_FP32 = ("model.dtype=float32", "quant.type=none")
 # Some cases have fewer layers to save time; widths and vocabulary are always those of the size.
 CASES = (
     Case("0.5B", 512),
@@ -97,6 +111,17 @@ CASES = (
     Case("7B", 512, (_ALL,), layers=2),
     Case("embedded", 1024, batch=2),
     Case("0.5B", 8192, layers=4, document=512),
+    Case("0.5B", 1024, _DPO, layers=8, answers=(32, 475)),
+    Case("0.5B", 1024, _DPO, layers=8, answers=(400, 110)),
+    Case("0.5B", 1024, (*_DPO, "preference.reference=cached"), layers=8, answers=(160, 350)),
+    Case("0.5B", 1024, (*_DPO, "train.gradient_checkpointing=all"), layers=8, answers=(160, 350)),
+    Case("0.5B", 1024, (*_DPO, *_FP32), layers=4, answers=(160, 350)),
+    Case("0.5B", 1024, _GRPO, layers=8, answers=(160, 96)),
+    Case("0.5B", 1024, (*_GRPO, "train.gradient_checkpointing=all"), layers=8, answers=(160, 96)),
+    Case("0.5B", 1024, (*_GRPO, "reward.beta=0.04"), layers=8, answers=(400, 64)),
+    Case("0.5B", 2048, (*_GRPO, "quant.keep_dequantized=true"), layers=4, answers=(160, 96), batch=2),
+    Case("0.5B", 1024, (*_GRPO, *_FP32), layers=4, answers=(160, 96)),
+    Case("1.5B", 1024, (*_GRPO, _ALL, "train.gradient_checkpointing=all"), layers=4, answers=(160, 96)),
 )
 
 
@@ -140,6 +165,11 @@ class Bench:
         source, tokenizer = Path(self.options["rows"]), Path(self.options["tokenizer"])
         if file.exists():
             return file
+        if case.samples:
+            assert case.answers is not None
+            return write_prompts(source, file, tokenizer, case.answers[0], 2 * steps * case.batch)
+        if case.answers is not None:
+            return write_pairs(source, self.folder, tokenizer, case.answers, 2 * steps * case.batch)[0]
         if case.document is None:
             write_long_rows(source, file, tokenizer, case.length, 2 * steps * case.batch)
         else:
@@ -168,16 +198,19 @@ class Bench:
                 "warmup_ratio": 0,
             },
         }
+        if case.samples:
+            assert case.answers is not None
+            config["reward"] = {"max_new_tokens": case.answers[1], "functions": {"exact": 1}}
         file = folder / "case.yaml"
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
         return file
 
 
-def predict_case(case: Case, config: Path, settings: list[str], kind: str, target_share: float = 1.0) -> dict[str, Any]:
-    """Predict bytes above the process's own, and seconds per step if the machine is calibrated."""
+def predict_case(case: Case, config: Path, settings: list[str], kind: str, step: Mapping[str, Any]) -> dict[str, Any]:
+    """Predict bytes above the process's own, and seconds of a measured step if the machine is calibrated."""
     from finetune.config.compose import load_config
     from finetune.models.families import shape_of
-    from finetune.planning.auto_batch import recomputed_layers
+    from finetune.planning.auto_batch import free_memory, keep_copies, recomputed_layers
     from finetune.planning.flops import step_work
     from finetune.planning.inputs import plan_inputs
     from finetune.planning.peak_memory import predict_peak
@@ -186,16 +219,30 @@ def predict_case(case: Case, config: Path, settings: list[str], kind: str, targe
     cfg = load_config(str(config), settings)
     shape = shape_of(cfg.model.name)
     assert shape is not None, "a random model has a config.json"
-    inputs = plan_inputs(cfg, shape, device_type=kind).with_rows(case.document, target_share)
-    found = predict_peak(inputs, case.batch, 0)
+    inputs = plan_inputs(cfg, shape, device_type=kind).with_rows(*lengths(case, cfg.reward.group_size, step))
+    inputs = keep_copies(inputs, free_memory(kind))
+    micro = math.ceil(inputs.step_sequences)
+    found = predict_peak(inputs, micro, 0)
     count = recomputed_layers(inputs, found.activations)
-    found = predict_peak(inputs, case.batch, count)
+    found = predict_peak(inputs, micro, count)
     own = found.parts.get("process and libraries", 0.0)
     figures = {"predicted_bytes": found.peak_bytes - own, "moment": found.moment, "parts": dict(found.parts)}
     if rates := read_rates(kind):
-        seconds = step_seconds(inputs, step_work(inputs, case.batch, count), rates)
-        figures |= {"predicted_seconds": sum(seconds.values()), "seconds_by_part": seconds}
+        seconds = step_seconds(inputs, step_work(inputs, micro, count), rates)
+        planned = inputs.step_sequences * inputs.sequence.places
+        figures |= {
+            "predicted_seconds": sum(seconds.values()) * step["tokens"] / planned,
+            "seconds_by_part": seconds,
+        }
     return figures
+
+
+def lengths(case: Case, group_size: int, step: Mapping[str, Any]) -> tuple[int | None, float]:
+    """Return what the plan is given of a measured step: tokens of an example, and the trained share of them."""
+    tokens, targets = step["tokens"], step["target_tokens"]
+    if case.samples:  # an example is a prompt
+        return round((tokens - targets) / (case.batch * group_size)), 1.0
+    return tokens // case.batch if case.answers else case.document, targets / tokens
 
 
 def run_case(bench: Bench, case: Case) -> dict[str, Any]:
@@ -203,10 +250,11 @@ def run_case(bench: Bench, case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=bench.folder) as name:
         folder, settings = Path(name), list(case.settings)
         config = bench.config(case, folder)
-        if "distill.teacher.placement=cached" in settings:
-            settings.append(f"distill.cache={folder / 'signal'}")
+        if any(word.endswith("=cached") for word in settings):
+            section = "preference" if "preference.reference=cached" in settings else "distill"
+            settings.append(f"{section}.cache={folder / 'cache'}")
             # The cache is written with a resident teacher.
-            asked = [word for word in settings if "placement" not in word]
+            asked = [word for word in settings if not word.endswith("=cached")]
             options = {"config": config, "set": ";".join(asked), "do": "cache"}
             done = measure("benchmarks.plan_case", options, bench.limit_seconds, bench.cache)
             if "failed" in done:
@@ -217,8 +265,7 @@ def run_case(bench: Bench, case: Case) -> dict[str, Any]:
         if "failed" in run:
             return run
         step = run["steps"][-1]
-        target_share = step["target_tokens"] / step["tokens"]
-        figures: dict[str, Any] = predict_case(case, config, settings, bench.machine["kind"], target_share)
+        figures: dict[str, Any] = predict_case(case, config, settings, bench.machine["kind"], step)
     measured = run["peak_bytes"] - run["baseline_bytes"]
     figures |= {
         "measured_bytes": measured,
@@ -227,10 +274,10 @@ def run_case(bench: Bench, case: Case) -> dict[str, Any]:
         "baseline_bytes": run["baseline_bytes"],
         "measured_seconds": step["seconds"],
         "tokens": step["tokens"],
-        "target_share": target_share,
+        "target_share": step["target_tokens"] / step["tokens"],
+        "computed_share": step["computed_tokens"] / step["tokens"],
     }
     if "predicted_seconds" in figures:
-        figures["predicted_seconds"] *= step["tokens"] / (case.length * case.batch)
         figures["time_error"] = figures["predicted_seconds"] / figures["measured_seconds"] - 1
     return figures
 

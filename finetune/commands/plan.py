@@ -110,7 +110,7 @@ def _print_lengths(cfg: RunConfig, as_json: bool) -> int:
 
 def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
     from finetune.planning.advice import changes_that_fit, fastest_that_fits
-    from finetune.planning.auto_batch import estimate_memory, host_shortage
+    from finetune.planning.auto_batch import estimate_memory, host_shortage, keep_copies
     from finetune.planning.gpus import planned_device, traits_of
     from finetune.planning.inputs import plan_inputs
     from finetune.planning.timing import estimate_time, read_rates
@@ -120,7 +120,7 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
     device_type, free, what, gpu_name = planned_device(options.gpu, options.gpu_gb)
     ranks = ranks_of_run(os.environ)
     inputs = plan_inputs(cfg, shape, device_type=device_type, ranks=ranks, gpu=traits_of(gpu_name))
-    inputs = inputs.with_rows(options.document_tokens, options.target_share)
+    inputs = keep_copies(inputs.with_rows(options.document_tokens, options.target_share), free)
     found = estimate_memory(inputs, free)
     # The main memory of a machine with another GPU is unknown.
     shortage = None if options.gpu or options.gpu_gb else host_shortage(found)

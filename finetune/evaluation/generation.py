@@ -24,12 +24,9 @@ from finetune.losses.cross_entropy import head_of
 from finetune.losses.hidden_states import base_of
 from finetune.models.quant.four_bit import keep_resident, resident_bytes
 from finetune.ops.determinism import cumulative_sums
+from finetune.ops.limits import ROWS_DRAWN, SAMPLED_ANSWERS, SAMPLED_TOKENS
 from finetune.system.machine import available_memory
 
-# Limits of a sampled batch. The key-value cache of so many tokens takes 0.9 GB at 7B; larger batches are hardly faster.
-_ANSWERS, _TOKENS = 64, 2**14
-# Rows whose distributions are copied at once: 20 MB with Qwen2.5's vocabulary.
-_DRAWN_AT_ONCE = 32
 # Tokens of a block; a block is found first, then a token in it.
 _DRAW_BLOCK = 512
 # A draw times a total must stay below the total when it is rounded.
@@ -191,8 +188,8 @@ def _batches(prompt_tokens: list[int], answer_tokens: list[int], copies: int) ->
     longest_answer = 0
     for i in sorted(range(len(prompt_tokens)), key=lambda i: prompt_tokens[i]):
         longest_answer = max(longest_answer, answer_tokens[i])
-        full = (len(batch) + 1) * copies * (prompt_tokens[i] + longest_answer) > _TOKENS
-        if batch and (full or (len(batch) + 1) * copies > _ANSWERS):
+        full = (len(batch) + 1) * copies * (prompt_tokens[i] + longest_answer) > SAMPLED_TOKENS
+        if batch and (full or (len(batch) + 1) * copies > SAMPLED_ANSWERS):
             yield batch
             batch, longest_answer = [], answer_tokens[i]
         batch.append(i)
@@ -214,7 +211,7 @@ def draw_tokens(logits_NV: Tensor, draws_N: Tensor, temperature: float) -> tuple
         Ids [N] int64 and log-probabilities [N] float64.
     """
     found, log_probs = [], []
-    for logits, draws in zip(logits_NV.split(_DRAWN_AT_ONCE), draws_N.split(_DRAWN_AT_ONCE), strict=True):
+    for logits, draws in zip(logits_NV.split(ROWS_DRAWN), draws_N.split(ROWS_DRAWN), strict=True):
         scaled = logits.float() if temperature == 1 else logits.float().div_(temperature)
         weights = scaled.sub_(scaled.amax(1, keepdim=True)).exp_()
         vocabulary = weights.shape[1]

@@ -23,7 +23,7 @@ from finetune.data.loader import LoadedData
 from finetune.data.packing import Sampler
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
-from finetune.evaluation.generation import Answer, decode, dequantize_once, sample_answers
+from finetune.evaluation.generation import Answer, decode, sample_answers
 from finetune.evaluation.intervals import Bootstrap, share_of
 from finetune.evaluation.scoring import evaluating
 from finetune.losses.hidden_states import base_of, copy_together
@@ -255,7 +255,6 @@ def build_reinforcement(
     prompts: rows whose tokens before the first target are a prompt; each sequence is one row.
     """
     reward = cfg.reward
-    dequantize_once(model, cfg.quant)
     initial = reward.reference != "base" and cfg.lora.init_adapter is not None
     policy = None if not reward.beta else initial_policy(model) if initial else base_policy(model)
     name = "none" if policy is None else f"{cfg.model.name} with {cfg.lora.init_adapter}" if initial else cfg.model.name

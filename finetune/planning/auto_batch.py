@@ -23,12 +23,13 @@ class BatchPlan:
     """How a run fits into memory.
 
     memory: its prediction, with the micro-batch. text: the choice and its reason, for the log.
-    recompute: `train.gradient_checkpointing` with auto resolved.
+    recompute: `train.gradient_checkpointing` with auto resolved. keep_dequantized: of the run's inputs.
     """
 
     memory: PeakMemory
     recompute: str | int
     text: str
+    keep_dequantized: bool = False
 
     @property
     def micro_batch(self) -> int:
@@ -68,13 +69,14 @@ def choose_micro_batch(inputs: PlanInputs, free_bytes: float | None) -> BatchPla
     if free_bytes is None:
         recompute = "all" if setting == "auto" else setting
         text = f"memory: gradient_checkpointing={recompute}, micro_batch={micro} (the free memory is unknown)"
-        return BatchPlan(memory, recompute, text)
+        return BatchPlan(memory, recompute, text, inputs.quant.keep_dequantized)
     text = f"memory: micro_batch={micro}"
     if micro < wanted:
         text += f" (reduced from {wanted} to fit)"
     text += f", predicted_peak={format_bytes(memory.peak_bytes)}"
     text += _describe_activations(inputs, plan, count, free_bytes)
-    return BatchPlan(memory, setting if setting != "auto" else count or "none", text)
+    recompute = setting if setting != "auto" else count or "none"
+    return BatchPlan(memory, recompute, text, inputs.quant.keep_dequantized)
 
 
 def recomputed_layers(inputs: PlanInputs, plan: ActivationPlan, free_bytes: float | None = math.inf) -> int:
@@ -106,6 +108,20 @@ def place_embedding(inputs: PlanInputs, free_bytes: float | None) -> PlanInputs:
     short = free_bytes is not None and found.needed_bytes > free_bytes
     host = inputs.can_move_embedding and bool(found.recomputed or short)
     return inputs.with_settings(model={"embedding": "host" if host else "device"})
+
+
+def keep_copies(inputs: PlanInputs, free_bytes: float | None) -> PlanInputs:
+    """Set `quant.keep_dequantized` where a CPU samples answers of a model in 4 bits, if the run fits with these copies.
+
+    Otherwise each token dequantizes all weights, which takes most of its time. A GPU's kernels read 4-bit weights.
+
+    free_bytes: as for `estimate_memory`.
+    """
+    on_cpu = inputs.samples_answers and inputs.quant.type == "nf4" and inputs.device_type == "cpu"
+    if not on_cpu or not inputs.shape or free_bytes is None:
+        return inputs
+    kept = inputs.with_settings(quant={"keep_dequantized": True})
+    return kept if estimate_memory(kept, free_bytes).needed_bytes <= free_bytes else inputs
 
 
 def _estimate(inputs: PlanInputs, free_bytes: float | None) -> PeakMemory:

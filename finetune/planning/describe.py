@@ -8,9 +8,16 @@ from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
 from finetune.models.families import shape_of
 from finetune.planning.advice import changes_that_fit
-from finetune.planning.auto_batch import estimate_memory, free_memory, host_shortage, largest_micro_batch
+from finetune.planning.auto_batch import (
+    estimate_memory,
+    free_memory,
+    host_shortage,
+    keep_copies,
+    largest_micro_batch,
+)
 from finetune.planning.inputs import PlanInputs, plan_inputs
 from finetune.planning.peak_memory import PeakMemory, streamed_bytes, teacher_bytes
+from finetune.planning.sampling import sampled_batch
 from finetune.system.format import format_bytes
 from finetune.system.machine import device_type_here, ranks_of_run
 
@@ -35,6 +42,7 @@ def describe_plan(inputs: PlanInputs, free_bytes: float | None = None) -> str:
         f"memory before activations: {format_bytes(static.total_bytes)} per rank "
         f"({', '.join(f'{name} {format_bytes(size)}' for name, size in static.parts.items())})",
         *_teacher_lines(inputs),
+        *_sampling_lines(inputs, found),
         f"memory of activations: {format_bytes(kept)} per rank if no layer is recomputed, "
         f"{format_bytes(recomputed)} if all are (train.gradient_checkpointing={train.gradient_checkpointing})",
         f"predicted peak: {format_bytes(found.peak_bytes)} per rank, {found.moment}, "
@@ -50,7 +58,8 @@ def describe_start(inputs: PlanInputs, free_bytes: float | None = None) -> str:
     if not inputs.shape:
         return f"model: the sizes of {inputs.model.name} are unknown, so memory is not planned"
     found = estimate_memory(inputs, free_bytes)
-    return "\n".join([_model_line(found), *_teacher_lines(inputs), *_shortage_lines(inputs, found, free_bytes)])
+    lines = [*_teacher_lines(inputs), *_sampling_lines(inputs, found), *_shortage_lines(inputs, found, free_bytes)]
+    return "\n".join([_model_line(found), *lines])
 
 
 def _model_line(found: PeakMemory) -> str:
@@ -61,6 +70,16 @@ def _model_line(found: PeakMemory) -> str:
 def _teacher_lines(inputs: PlanInputs) -> list[str]:
     teacher = describe_teacher(inputs)
     return [teacher] if teacher else []
+
+
+def _sampling_lines(inputs: PlanInputs, found: PeakMemory) -> list[str]:
+    """Return a line about the batches in which answers are sampled, if they are."""
+    if not inputs.samples_answers:
+        return []
+    batch, size = sampled_batch(inputs), sum(found.moments["sampling answers"].values())
+    line = f"sampling: answers={batch.count} at a time, up to {batch.tokens} tokens with prompt, {format_bytes(size)}"
+    kept = found.static.parts.get("16-bit copies of 4-bit linears")
+    return [line if kept is None else f"{line} ({format_bytes(kept)} of them 16-bit copies of 4-bit weights)"]
 
 
 def _shortage_lines(inputs: PlanInputs, found: PeakMemory, free_bytes: float | None) -> list[str]:
@@ -101,7 +120,8 @@ def dry_run(cfg: RunConfig, verbose: bool = False) -> str:
     """
     device_type = device_type_here()
     inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=device_type, ranks=ranks_of_run(os.environ))
-    plan = describe_plan(inputs, free_memory(device_type))
+    free = free_memory(device_type)
+    plan = describe_plan(keep_copies(inputs, free), free)
     return "\n".join(
         [to_yaml(cfg, changed_only=not verbose).rstrip(), "", *(f"# {line}" for line in plan.splitlines())]
     )

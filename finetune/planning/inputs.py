@@ -166,6 +166,21 @@ class PlanInputs:
         return self.reward.loss != "none"
 
     @property
+    def row_objective(self) -> str:
+        """As that of the config."""
+        return "reward" if self.learns_from_rewards else self.preference.objective
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps on the same rows, or on the same answers to them."""
+        return self.reward.updates if self.learns_from_rewards else 1
+
+    @property
+    def samples_answers(self) -> bool:
+        """Whether answers to learn from are sampled in this process."""
+        return self.learns_from_rewards and self.reward.engine == "process"
+
+    @property
     def runs_reference(self) -> bool:
         """Whether a training step runs the model once more, as the reference of a preference or of rewards."""
         if self.learns_from_rewards:
@@ -190,12 +205,24 @@ class PlanInputs:
         """A full sequence. Without a share of trained tokens, all tokens of an example can be prompt, or none."""
         length, document, share = self.data.max_length, self.document_tokens, self.target_share
         if self.learns_from_rewards:
-            prompt = document if document is None or share == 1 else ceil(document * (1 - share))
             most = self.train.batch_size if self.data.packing else 1
-            return sequence_of_groups(self.reward, length, prompt, shared=self.shares_prompts, most_prompts=most)
-        if self.preference.objective in ("none", "kto"):
+            shared = self.shares_prompts
+            return sequence_of_groups(self.reward, length, self._prompt_tokens, shared=shared, most_prompts=most)
+        if self.row_objective in ("none", "kto"):
             return plain_sequence(length, document, share)
         return sequence_of_pairs(length, document, share, self.shares_prompts)
+
+    @property
+    def _prompt_tokens(self) -> int | None:
+        """Tokens of a prompt that answers are sampled to; None if they are unknown."""
+        document, share = self.document_tokens, self.target_share
+        return document if document is None or share == 1 else ceil(document * (1 - share))
+
+    @property
+    def answered_tokens(self) -> int:
+        """Tokens of a prompt with its longest sampled answer."""
+        prompt = self._prompt_tokens
+        return self.data.max_length if prompt is None else prompt + self.reward.max_new_tokens
 
     @property
     def places_of_a_row(self) -> float:

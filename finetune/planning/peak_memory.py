@@ -16,6 +16,7 @@ from finetune.ops import limits
 from finetune.planning import gpu_layers
 from finetune.planning.activations import ActivationPlan, forward_bytes, loss_bytes, plan_activations
 from finetune.planning.inputs import PlanInputs
+from finetune.planning.sampling import AnswerBatch, answer_bytes, cache_bytes, evaluated_batch, sampled_batch
 from finetune.planning.static_memory import DTYPE_BYTES, StaticMemory, linear_shapes
 from finetune.system import machine
 
@@ -135,6 +136,11 @@ def predict_peak(inputs: PlanInputs, micro_batch: int, recomputed: int) -> PeakM
         steps["training step, while the lowest layer is recomputed"] = {**again, **ends}
     for name, parts in steps.items():
         moments[name] = {**held, **from_teacher, **parts}
+    if inputs.learns_from_rewards and inputs.runs_reference:
+        # The reference runs after the policy, whose activations are kept.
+        workspace = _forward_layer(inputs, micro_batch * inputs.sequence.rows)
+        kept = {**moments["training step, as backward begins"], "layer workspace": workspace}
+        moments["training step, as the reference runs"] = kept
     if cuda and inputs.trains_head:
         # Its gradient in fp32, and that of one chunk, also before it is widened; and its rounded weight.
         size = inputs.table_values * (8 + 2 * inputs.value_bytes)
@@ -142,7 +148,11 @@ def predict_peak(inputs: PlanInputs, micro_batch: int, recomputed: int) -> PeakM
     if from_teacher and inputs.runs_teacher:
         asking = _teacher_pass(inputs, micro_batch * inputs.data.max_length)
         moments["asking the teacher"] = {**held, **from_teacher, **asking}
-    if inputs.evaluates:
+    if inputs.samples_answers:
+        moments["sampling answers"] = {**held, **_answers(inputs, sampled_batch(inputs))}
+    if inputs.evaluates and inputs.learns_from_rewards:
+        moments["evaluation"] = {**held, **_answers(inputs, evaluated_batch(inputs))}
+    elif inputs.evaluates:
         moments["evaluation"] = {**held, **_evaluation(inputs, held["teacher"])}
     gradients = static.parts.get("gradients", 0.0)
     # A trained embedding's gradient comes in the dtype of the products, and is widened to fp32.
@@ -189,8 +199,11 @@ def _code_for_shapes(inputs: PlanInputs) -> float:
     size = _CODE_BY_STEP * math.log(max(1.0, steps / 2))
     if inputs.evaluates:
         size += _CODE_OF_EVALUATION
-    if rows := inputs.generation.num_examples:
-        size += _CODE_OF_ANSWERS + _CODE_BY_ANSWER * min(rows, _CODE_ANSWERS)
+    answers = inputs.generation.num_examples
+    if inputs.samples_answers:
+        answers += steps * inputs.rank_sequences * inputs.reward.group_size
+    if answers:
+        size += _CODE_OF_ANSWERS + _CODE_BY_ANSWER * min(answers, _CODE_ANSWERS)
     return size
 
 
@@ -217,16 +230,30 @@ def _teacher_pass(inputs: PlanInputs, tokens: int) -> dict[str, float]:
     return parts
 
 
-def _evaluation(inputs: PlanInputs, teacher: float) -> dict[str, float]:
-    """Parts of scoring held-out rows, compared with a teacher or a reference. teacher: bytes that it always holds."""
-    tokens = max(limits.EVALUATION_TOKENS, inputs.data.max_length)
+def _answers(inputs: PlanInputs, batch: AnswerBatch) -> dict[str, float]:
+    """Parts of generating a batch of answers: as its prompts run, or as the longest answers end."""
+    prompts = {
+        "layer workspace": _forward_layer(inputs, batch.prompt_rows),
+        "key-value cache": cache_bytes(inputs, batch.prompt_rows),
+    }
+    return max(prompts, answer_bytes(inputs, batch), key=lambda parts: sum(parts.values()))
+
+
+def _forward_layer(inputs: PlanInputs, tokens: int) -> float:
+    """Return the workspace of a layer of the model in training, in a pass without gradients."""
     plain = inputs.quant.type == "none" or inputs.quant.keep_dequantized
     rows = tokens
     if inputs.device_type == "cpu" and inputs.train.kernels == "fused" and plain:
         rows = limits.MLP_FORWARD_ROWS
     elif inputs.device_type == "cuda" and gpu_layers.tiles_last_layer(inputs):
         rows = gpu_layers.tile_rows(inputs, tokens) or tokens
-    layer = forward_bytes(inputs, inputs.shape, tokens, mlp_rows=rows)
+    return forward_bytes(inputs, inputs.shape, tokens, mlp_rows=rows)
+
+
+def _evaluation(inputs: PlanInputs, teacher: float) -> dict[str, float]:
+    """Parts of scoring held-out rows, compared with a teacher or a reference. teacher: bytes that it always holds."""
+    tokens = max(limits.EVALUATION_TOKENS, inputs.data.max_length)
+    layer = _forward_layer(inputs, tokens)
     hidden = tokens * inputs.shape["hidden_size"] * inputs.value_bytes
     compared = inputs.has_teacher or inputs.runs_reference
     loss = loss_bytes(inputs, tokens, compared, training=False) + 3 * hidden

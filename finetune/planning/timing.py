@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from finetune.planning.flops import StepWork, step_work
 from finetune.planning.gpus import peak_of
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.peak_memory import PeakMemory
+from finetune.planning.sampling import sampling_work
 from finetune.system.atomic import write_text
 from finetune.system.machine import usable_cores
 from finetune.system.resources import cache_home
@@ -35,6 +36,9 @@ _ASSUMED_REST = {"cpu": 0.5, "cuda": 0.2}
 # Assumed cost of a dequantized weight and of a layer's pass, in operations of products: the operations of 100 tokens
 # with that weight; 0.2 ms of launches at 45 TFLOP/s, 1 ms of Python at 100 GFLOP/s.
 _ASSUMED_DEQUANTIZED, _ASSUMED_PASS = 200.0, {"cuda": 1e10, "cpu": 1e8}
+# Rows of a product that take as long as reading its matrix in 16 bit: a pass of fewer rows is not faster. Assumed, by
+# data sheets of GPUs.
+_READING_ROWS = {"cpu": 8, "cuda": 200}
 _LAYOUT = 2
 # Bytes of a text file per token: English chat rows in JSON with Qwen2.5's vocabulary (GSM8K: 4.3).
 BYTES_PER_TOKEN = 4.3
@@ -87,6 +91,8 @@ def estimate_time(
             ceiling, source = options.tflops * 1e12, f"given: {options.tflops:g} TFLOP/s"
         products = work.flops / ceiling
         seconds = {"products": products, "all else": products * _ASSUMED_REST[inputs.device_kind]}
+        if inputs.samples_answers:
+            seconds["sampling answers"] = sum(_sampling_operations(inputs).values()) / ceiling
     total = sum(seconds.values())
     steps, steps_source = steps_of(inputs, options.tokens)
     return {
@@ -114,7 +120,12 @@ def steps_of(inputs: PlanInputs, tokens: int | None) -> tuple[int | None, str]:
     if tokens is None:
         return None, ""
     step_tokens = inputs.train.batch_size * inputs.data.max_length
-    return max(1, math.ceil((inputs.train.epochs or 1) * tokens / step_tokens)), source
+    if inputs.learns_from_rewards:
+        if inputs.document_tokens is None:
+            return None, ""
+        step_tokens = inputs.train.batch_size * inputs.document_tokens
+    steps = max(1, math.ceil((inputs.train.epochs or 1) * tokens / step_tokens))
+    return steps * inputs.updates, source
 
 
 def tokens_in_files(sources: Sequence[SourceConfig]) -> int | None:
@@ -133,7 +144,7 @@ def step_seconds(inputs: PlanInputs, work: StepWork, rates: Rates) -> dict[str, 
     sizes = {name: math.prod(linear) for name, linear in inputs.linears.items()}
     sizes["head"] = inputs.shape["vocab_size"] * inputs.shape["hidden_size"]
     grid = rates.products
-    return {
+    seconds = {
         "products": sum(n / _rate_of_product(grid, sizes[name], work.rows) for name, n in work.products.items()),
         # Two thin products per pass, which move as much as they compute: at the rate of the smallest matrix.
         "adapters": work.adapters / _rate_of_product(grid, 0, work.rows),
@@ -144,6 +155,29 @@ def step_seconds(inputs: PlanInputs, work: StepWork, rates: Rates) -> dict[str, 
         "optimizer": work.trained / rates.trained,
         "calls": work.layer_passes(inputs.shape["intermediate_size"]) * rates.layer_seconds,
     }
+    if inputs.samples_answers:
+        seconds["sampling answers"] = _sampling_seconds(inputs, rates, sizes)
+    return seconds
+
+
+def _sampling_operations(inputs: PlanInputs) -> dict[str, float]:
+    """Return the operations per linear, and of the head, that take as long as sampling the answers of a step."""
+    work = sampling_work(inputs)
+    rows = max(work.rows, _READING_ROWS[inputs.device_kind])
+    return {name: 2.0 * weights * work.passes * rows for name, weights in work.weights.items()}
+
+
+def _sampling_seconds(inputs: PlanInputs, rates: Rates, sizes: Mapping[str, int]) -> float:
+    """Return the seconds of sampling the answers of a step. sizes: weights of each linear, and of the head."""
+    work, operations = sampling_work(inputs), _sampling_operations(inputs)
+    products = sum(n / _rate_of_product(rates.products, sizes[name], work.rows) for name, n in operations.items())
+    drawn = work.rows * work.passes * inputs.shape["vocab_size"] / rates.logits
+    calls = work.passes * len(inputs.adapted) * rates.layer_seconds
+    dequantized = 0.0
+    if inputs.quant.type == "nf4" and not inputs.quant.keep_dequantized:
+        linears = ((size, sizes[name]) for name, size in work.weights.items() if name != "head")
+        dequantized = work.passes * sum(size / _interpolate(rates.dequantized, matrix) for size, matrix in linears)
+    return products + drawn + calls + dequantized
 
 
 def cost_of_token(inputs: PlanInputs, memory: PeakMemory, rates: Rates | None) -> float:

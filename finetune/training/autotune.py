@@ -17,7 +17,7 @@ from finetune.models.families import shape_of
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.ops.dispatch import compile_problem
 from finetune.planning.activations import elementwise_kernels
-from finetune.planning.auto_batch import BatchPlan, choose_micro_batch, free_memory, place_embedding
+from finetune.planning.auto_batch import BatchPlan, choose_micro_batch, free_memory, keep_copies, place_embedding
 from finetune.planning.inputs import GpuTraits, PlanInputs, plan_inputs
 from finetune.planning.peak_memory import MARGIN
 from finetune.planning.timing import estimate_time, read_rates
@@ -42,7 +42,25 @@ def inputs_of_run(cfg: RunConfig, accelerator: Accelerator, stored: dict[str, An
     inputs = inputs.with_settings(train=repeat_choices(cfg.train, stored, ranks, log))
     if device.type == "cuda" and elementwise_kernels(inputs) == "compiled" and compile_problem(device):
         inputs = inputs.with_settings(train={"compile": False})
-    return place_embedding(inputs, free_memory(device.type))
+    inputs = place_embedding(inputs, free_memory(device.type))
+    if stored.get("ranks") != ranks:
+        return keep_copies(inputs, free_memory(device.type))
+    kept = cfg.quant.keep_dequantized or stored.get("keep_dequantized", False)
+    return inputs.with_settings(quant={"keep_dequantized": kept})
+
+
+def with_answers(inputs: PlanInputs, data: LoadedData) -> PlanInputs:
+    """Return the inputs with what limits the memory of answers that share a prompt, of rows that are not streamed.
+
+    With rewards that is the longest prompt, with pairs the largest share of trained tokens.
+    """
+    if not data.train or inputs.row_objective in ("none", "kto"):
+        return inputs
+    lengths, targets = data.documents.lengths, data.documents.targets
+    if not inputs.learns_from_rewards:
+        return inputs.with_rows(None, (targets / lengths).max().item())
+    prompts = lengths - targets
+    return inputs.with_rows(prompts[prompts <= inputs.data.max_length - inputs.reward.max_new_tokens].max().item(), 1.0)
 
 
 def apply_batch_plan(inputs: PlanInputs, model: nn.Module, accelerator: Accelerator, log: Log) -> BatchPlan:

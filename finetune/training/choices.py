@@ -21,18 +21,20 @@ from finetune.system.machine import pick_threads, usable_cores
 
 @dataclass(frozen=True)
 class Choices:
-    """Ranks and threads, sequences per forward pass, checkpointed layers, and whether kernels are compiled."""
+    """Ranks and threads, sequences per forward pass, checkpointed layers, compiled kernels, copies of 4-bit weights."""
 
     ranks: int
     threads: int
     micro_batch: int
     gradient_checkpointing: str | int
     compiled: bool
+    keep_dequantized: bool = False
 
 
 def current_choices(plan: BatchPlan, ranks: int) -> dict[str, Any]:
     """Return the choices of this process as a checkpoint stores them."""
-    return asdict(Choices(ranks, torch.get_num_threads(), plan.micro_batch, plan.recompute, STATE.compiled))
+    threads, kept = torch.get_num_threads(), plan.keep_dequantized
+    return asdict(Choices(ranks, threads, plan.micro_batch, plan.recompute, STATE.compiled, kept))
 
 
 def repeat_choices(train: TrainConfig, stored: dict[str, Any], ranks: int, log: Log) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from finetune.models.embedding import move_embedding_to_host
 from finetune.models.fused import fuse_layers
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.models.load import check_loaded, load_base
+from finetune.models.quant.four_bit import keep_resident
 from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
 from finetune.objectives.distillation import build_distillation, check_distillation, mean_teacher_kl, teacher_table
 from finetune.objectives.preference import build_preference
@@ -48,7 +49,7 @@ from finetune.system.errors import Interrupted
 from finetune.system.machine import use_all_cores
 from finetune.training import output_folder, run_folder
 from finetune.training.accelerator import build_accelerator, describe_ignored_settings
-from finetune.training.autotune import apply_batch_plan, inputs_of_run, predict_speed
+from finetune.training.autotune import apply_batch_plan, inputs_of_run, predict_speed, with_answers
 from finetune.training.checkpoint import (
     TrainState,
     load_training,
@@ -170,6 +171,9 @@ def _load(
     judge = prepare_judge(cfg, own_rewards, data, preparation)
     vocabulary = check_distillation(cfg, tokenizer, data, log)
     base = base or load_base(inputs.model, cfg.quant, accelerator.device, log)
+    if inputs.quant.keep_dequantized and not cfg.quant.keep_dequantized:
+        keep_resident(base)
+    inputs = with_answers(inputs, data)
     # Before the adapter is attached: student and teacher share one copy of equal tensors.
     distillation = build_distillation(
         cfg, base=base, chat=chat, data=data, vocabulary=vocabulary, accelerator=accelerator, log=log

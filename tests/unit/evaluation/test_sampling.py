@@ -73,7 +73,7 @@ def test_an_answer_is_that_of_its_prompt_alone_without_a_cache(model, vocabulary
 @pytest.mark.parametrize("answers", [64, 8])
 def test_answers_to_one_prompt_are_those_to_copies_of_it(model, monkeypatch, answers, temperature):
     """With the log-probability of every token, when the prompt is computed once."""
-    monkeypatch.setattr(generation, "_ANSWERS", answers)
+    monkeypatch.setattr(generation, "SAMPLED_ANSWERS", answers)
     prompts, _ = prompts_and_draws(6)
     draws = list(np.random.default_rng(5).random((6, 5, 7)))
     options = {"stop_ids": (STOP,), "vocabulary": WORDS, "temperature": temperature}
@@ -94,16 +94,16 @@ def test_answers_to_one_prompt_are_those_to_copies_of_it(model, monkeypatch, ans
 def test_batches_change_no_answer(model, monkeypatch, limits):
     prompts, draws = prompts_and_draws(20)
     together = answer(model, prompts, draws)
-    monkeypatch.setattr(generation, "_ANSWERS", limits[0])
-    monkeypatch.setattr(generation, "_TOKENS", limits[1])
+    monkeypatch.setattr(generation, "SAMPLED_ANSWERS", limits[0])
+    monkeypatch.setattr(generation, "SAMPLED_TOKENS", limits[1])
     assert answer(model, prompts, draws) == together
     assert answer(model, prompts[::-1], draws[::-1]) == together[::-1]
     assert answer(model, prompts[4:9], draws[4:9]) == together[4:9]
 
 
 def test_batches_hold_what_the_limits_allow(monkeypatch):
-    monkeypatch.setattr(generation, "_ANSWERS", 3)
-    monkeypatch.setattr(generation, "_TOKENS", 40)
+    monkeypatch.setattr(generation, "SAMPLED_ANSWERS", 3)
+    monkeypatch.setattr(generation, "SAMPLED_TOKENS", 40)
     batches = list(generation._batches([9, 3, 50, 3, 4, 3, 11], [2, 2, 2, 2, 7, 2, 2], 1))
     assert batches == [[1, 3, 5], [4, 0], [6], [2]]
 
@@ -169,7 +169,7 @@ def test_rows_that_are_drawn_block_by_block_are_the_same(monkeypatch):
         torch.rand(50, dtype=torch.float64, generator=generator),
     )
     whole = draw_tokens(logits.clone(), draws, 1.0)
-    monkeypatch.setattr(generation, "_DRAWN_AT_ONCE", 7)
+    monkeypatch.setattr(generation, "ROWS_DRAWN", 7)
     assert all(map(torch.equal, draw_tokens(logits, draws, 1.0), whole))
 
 

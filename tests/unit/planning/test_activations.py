@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,7 +14,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from finetune import load_config
 from finetune.config.schema import RunConfig
-from finetune.data.batch import build_batch
+from finetune.data.batch import Batch, build_batch
+from finetune.data.documents import Document
+from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.hidden_states import target_states
 from finetune.models.families import QWEN25_SHAPES
 from finetune.models.fused import fuse_layers
@@ -68,7 +72,7 @@ def model_of(cfg: RunConfig) -> nn.Module:
     return model.train()
 
 
-def saved_bytes(model: nn.Module, lengths: list[int]) -> list[int]:
+def saved_bytes(model: nn.Module, batch: Batch) -> list[int]:
     """Bytes of memory that autograd keeps for each layer, weights not counted, nothing counted twice."""
     seen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     alive, layers = [], model.get_base_model().model.layers  # type: ignore[operator]
@@ -90,7 +94,7 @@ def saved_bytes(model: nn.Module, lengths: list[int]) -> list[int]:
         layer.register_forward_pre_hook(lambda *_, number=number: enter(number))
         layer.register_forward_hook(lambda *_: enter(-1))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        target_states(model, build_batch(documents(lengths)))
+        target_states(model, batch)
     return sums
 
 
@@ -118,16 +122,55 @@ def test_what_a_layer_keeps_is_within_a_tenth_of_what_autograd_saves(overrides, 
     cfg = run(f"train.kernels={kernels}", *overrides)
     targets = cfg.lora.target_modules
     model = model_of(cfg)
-    measured = saved_bytes(model, lengths)[1] / sum(lengths)  # the first layer's input needs no gradient
+    measured = saved_bytes(model, build_batch(documents(lengths)))[1] / sum(
+        lengths
+    )  # the first layer's input needs no gradient
     inputs = plan_inputs(cfg, SHAPE, device_type="cpu").with_rows(lengths[0], 1.0)
     terms = kept_bytes(inputs, inputs.adapted[1])
     assert sum(terms.values()) == pytest.approx(measured, rel=0.1), (terms, targets)
 
 
+DPO, GRPO = ("preference.objective=dpo",), ("reward.loss=grpo", "reward.functions={exact: 1}")
+
+
+def sharing(count: int, prompt: int, answer: int) -> Batch:
+    """Answers to one prompt, which is computed once."""
+    start, *rows = documents([prompt, *[answer] * count])
+    joined = [replace(row, ids=np.concatenate([start.ids, row.ids]), labels=_after(prompt, row)) for row in rows]
+    return build_batch(joined, share_prefixes=True)
+
+
+def _after(prompt: int, row: Document) -> np.ndarray:
+    return np.concatenate([np.full(prompt, IGNORE_INDEX, dtype=np.int32), row.labels])
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), (ALL,), ("model.dtype=float32",)], ids=lambda words: " ".join(words) or "q,v"
+)
+@pytest.mark.parametrize(
+    ("settings", "rows", "batch"),
+    [
+        (DPO, (640, 160 / 320), (2, 160, 160)),
+        (DPO, (640, 32 / 320), (2, 288, 32)),
+        ((*GRPO, "reward.max_new_tokens=64"), (128, 1.0), (8, 128, 64)),
+        ((*GRPO, "reward.max_new_tokens=24"), (448, 1.0), (8, 448, 24)),
+        # A group of four answers that fill a sequence with their prompt: eight do not fit.
+        ((*GRPO, "reward.max_new_tokens=128"), (128, 1.0), (4, 128, 128)),
+    ],
+)
+def test_answers_keep_their_prompt_once_and_attention_keeps_it_for_each(settings, rows, batch, overrides):
+    cfg, sample = run(*settings, *overrides), sharing(*batch)
+    inputs = plan_inputs(cfg, SHAPE, device_type="cpu").with_rows(*rows)
+    assert inputs.sequence.rows == pytest.approx(sample.rows, rel=0.02)  # the last token of an answer needs no row
+    assert inputs.sequence.places == pytest.approx(sample.tokens, rel=0.02)
+    measured = saved_bytes(model_of(cfg), sample)[1] / sample.rows
+    assert sum(kept_bytes(inputs, inputs.adapted[1]).values()) == pytest.approx(measured, rel=0.1)
+
+
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
 def test_transformers_own_attention_is_counted_too(kind):
     cfg = run("train.kernels=peft", f"model.attention={kind}")
-    measured = saved_bytes(model_of(cfg), [320, 320])[1] / 640
+    measured = saved_bytes(model_of(cfg), build_batch(documents([320, 320])))[1] / 640
     inputs = plan_inputs(cfg, SHAPE, device_type="cpu").with_rows(320, 1.0)
     planned = sum(kept_bytes(inputs, inputs.adapted[1]).values())
     assert planned == pytest.approx(measured, rel=0.1)
@@ -138,7 +181,7 @@ def test_a_recomputed_layer_keeps_its_input_alone(kernels):
     model = model_of(cfg := run(f"train.kernels={kernels}"))
     apply_gradient_checkpointing(model, "all")
     plan = plan_activations(plan_inputs(cfg, SHAPE, device_type="cpu"), 1)
-    measured = saved_bytes(model, [320, 320])
+    measured = saved_bytes(model, build_batch(documents([320, 320])))
     assert measured[0] <= plan.input and measured[1] == plan.input
     assert measured[2] > 5 * plan.input
 
