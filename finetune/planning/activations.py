@@ -115,25 +115,29 @@ def plan_activations(inputs: PlanInputs, micro_batch: int) -> ActivationPlan:
     hidden = tokens * inputs.shape["hidden_size"] * width
     on_cpu = inputs.device_type == "cpu"
     if inputs.device_type == "cuda":
-        return _plan_on_gpu(inputs, tokens, kept)
+        return _plan_on_gpu(inputs, micro_batch, kept)
     block = _mlp_rows(inputs, tokens) * inner * width
     in_heap = on_cpu and block < _MAPPED_FROM_BYTES
     # Gate and up are such blocks.
+    # Scores of rows with several places do not fit into the blocks that the MLP left free.
+    gathered = _score_bytes(inputs, tokens) if on_cpu and inputs.places_of_a_row > 1 else 0.0
     layer_in_heap = max(kept, default=0.0) - (0 if in_heap else 2 * tokens * inner * width)
     return ActivationPlan(
         kept=kept,
         input=hidden,
         # With the logits: the last hidden states, their normed copy, the rows with a target, and their gradient.
-        head=loss_bytes(inputs, tokens, inputs.trains_on_teacher) + 4 * hidden,
-        work=_layer_work(inputs, tokens) + 2 * hidden,
+        head=_head_bytes(inputs, micro_batch, 4),
+        work=_layer_work(inputs, tokens) + gathered + 2 * hidden,
+        work_again=_layer_work(inputs, tokens) + 2 * hidden,
         layers=len(inputs.adapted),
         hole=block if in_heap else 0.0,
         garbage=_GARBAGE_LAYERS * max(0.0, layer_in_heap) if on_cpu else 0.0,
     )
 
 
-def _plan_on_gpu(inputs: PlanInputs, tokens: int, kept: tuple[float, ...]) -> ActivationPlan:
+def _plan_on_gpu(inputs: PlanInputs, micro_batch: int, kept: tuple[float, ...]) -> ActivationPlan:
     """Build the plan of a GPU. kept: of layers that run their MLP on all rows at once."""
+    tokens = micro_batch * inputs.sequence.rows
     hidden = tokens * inputs.shape["hidden_size"] * inputs.value_bytes
     compiled, rows = elementwise_kernels(inputs) != "plain torch", gpu_layers.tile_rows(inputs, tokens)
     tiled = rows is not None and gpu_layers.tiles_last_layer(inputs)
@@ -151,12 +155,20 @@ def _plan_on_gpu(inputs: PlanInputs, tokens: int, kept: tuple[float, ...]) -> Ac
         kept=kept,
         input=hidden,
         # With the logits: the rows with a target, their normed copy, and its gradient.
-        head=loss_bytes(inputs, tokens, inputs.trains_on_teacher) + 3 * hidden,
+        head=_head_bytes(inputs, micro_batch, 3),
         work=max(_dora_bytes(inputs), work(tiled=tiled)),
         layers=len(inputs.adapted),
         again=again,
         work_again=max(_dora_bytes(inputs, recomputed=True), work(tiled=rows is not None)),
     )
+
+
+def _head_bytes(inputs: PlanInputs, micro_batch: int, copies: int) -> float:
+    """Return the workspace of the loss: with answers that share a prompt, of their own tokens; else of all tokens."""
+    sequence = inputs.sequence
+    targets = micro_batch * (sequence.rows if sequence.rows == sequence.places else math.ceil(sequence.targets))
+    hidden = targets * inputs.shape["hidden_size"] * inputs.value_bytes
+    return loss_bytes(inputs, targets, inputs.trains_on_teacher) + copies * hidden
 
 
 def forward_bytes(inputs: PlanInputs, shape: Mapping[str, Any], tokens: int, *, mlp_rows: int) -> float:
@@ -218,16 +230,21 @@ def _layer_work(inputs: PlanInputs, tokens: int) -> float:
     # Gradients of down_proj's input are computed for all blocks of rows before the first block goes on.
     waiting = (tokens - rows) * inner * inputs.value_bytes
     mlp = waiting + _mlp_bytes(inputs, rows * inner, _MLP_BACKWARD_BYTES)
-    attention, on_cpu = 0.0, inputs.device_type == "cpu"
-    document, places = inputs.sequence.document, tokens * inputs.places_of_a_row
-    if on_cpu and inputs.model.attention == "auto" and document < limits.FUSED_ATTENTION_FROM_TOKENS:
-        queries = min(limits.QUERIES_PER_BLOCK, document)
-        attention = places * inputs.shape["num_attention_heads"] * queries * _SCORE_BYTES
+    attention = _score_bytes(inputs, tokens) if inputs.device_type == "cpu" else 0.0
     largest = max(out * size for out, size in inputs.linears.values())
     dequantizes = inputs.quant.type == "nf4" and not inputs.quant.keep_dequantized
     weight = largest * DTYPE_BYTES[inputs.quant.compute_dtype] if dequantizes else 0
     mlp = max(mlp, weight + waiting + 4 * rows * inner)
     return max(mlp, attention, _dora_bytes(inputs))
+
+
+def _score_bytes(inputs: PlanInputs, tokens: int) -> float:
+    """Return the scores of a block of queries of each document, and their gradients, in a layer's backward pass."""
+    document = inputs.sequence.document
+    if inputs.model.attention != "auto" or document >= limits.FUSED_ATTENTION_FROM_TOKENS:
+        return 0.0
+    queries = min(limits.QUERIES_PER_BLOCK, document)
+    return tokens * inputs.places_of_a_row * inputs.shape["num_attention_heads"] * queries * _SCORE_BYTES
 
 
 def _dora_bytes(inputs: PlanInputs, *, recomputed: bool = False) -> float:

@@ -30,9 +30,10 @@ _HEAP_BYTES = (44 + 45) * MIB
 # oneDNN compiles code per new shape of a bf16 product, half a megabyte of heap each, and keeps 1,024 of them. The
 # targets of a step, a batch of an evaluation and a generated token are such shapes. How often a new one comes up was
 # measured, not derived: the embedded base took 66, 100 and 173 MiB more by step 12, 60 and 400 than by step 2, two
-# layers of 0.5B 55 by step 60; the first evaluation took 60 more, answering 20 rows 34 and 200 rows 70.
+# layers of 0.5B 55 by step 60; the first evaluation took 60 more, answering 20 rows 34 and 200 rows 70; eight layers of
+# 0.5B with a reference 20 to 36 more than with a cached one.
 _CODE_BY_STEP, _CODE_STEPS = 22 * MIB, 400
-_CODE_OF_EVALUATION = 60 * MIB
+_CODE_OF_EVALUATION, _CODE_OF_REFERENCE = 60 * MIB, 25 * MIB
 _CODE_OF_ANSWERS, _CODE_BY_ANSWER, _CODE_ANSWERS = 30 * MIB, 0.2 * MIB, 200
 # A read of a mapped file brings in so many bytes around it (Linux, fault_around_bytes).
 _FAULT_AROUND = 65536
@@ -199,6 +200,8 @@ def _code_for_shapes(inputs: PlanInputs) -> float:
     size = _CODE_BY_STEP * math.log(max(1.0, steps / 2))
     if inputs.evaluates:
         size += _CODE_OF_EVALUATION
+    if inputs.runs_reference:
+        size += _CODE_OF_REFERENCE
     answers = inputs.generation.num_examples
     if inputs.samples_answers:
         answers += steps * inputs.rank_sequences * inputs.reward.group_size

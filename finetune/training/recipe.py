@@ -170,10 +170,7 @@ def _load(
         _store_data(cfg, preparation, data, tokenizer, log)
     judge = prepare_judge(cfg, own_rewards, data, preparation)
     vocabulary = check_distillation(cfg, tokenizer, data, log)
-    base = base or load_base(inputs.model, cfg.quant, accelerator.device, log)
-    if inputs.quant.keep_dequantized and not cfg.quant.keep_dequantized:
-        keep_resident(base)
-    inputs = with_answers(inputs, data)
+    base = _with_copies(base or load_base(inputs.model, cfg.quant, accelerator.device, log), cfg, inputs)
     # Before the adapter is attached: student and teacher share one copy of equal tensors.
     distillation = build_distillation(
         cfg, base=base, chat=chat, data=data, vocabulary=vocabulary, accelerator=accelerator, log=log
@@ -185,7 +182,7 @@ def _load(
     model.train()
     preference = build_preference(cfg, model, chat, data, log)
     reinforcement = build_reinforcement(cfg, model, sampler, judge, accelerator=accelerator, log=log) if judge else None
-    batch_plan = apply_batch_plan(inputs, model, accelerator, log)
+    batch_plan = apply_batch_plan(with_answers(inputs, data), model, accelerator, log)
     return RunContext(
         cfg=cfg,
         accelerator=accelerator,
@@ -204,6 +201,13 @@ def _load(
         started=started,
         predicted_speed=predict_speed(inputs, model, batch_plan, data),
     )
+
+
+def _with_copies(base: PreTrainedModel, cfg: RunConfig, inputs: PlanInputs) -> PreTrainedModel:
+    """Return the base, with copies of its 4-bit weights in 16 bit if the plan wants them and loading made none."""
+    if inputs.quant.keep_dequantized and not cfg.quant.keep_dequantized:
+        keep_resident(base)
+    return base
 
 
 def _describe_data(cfg: RunConfig, data: loader.LoadedData, chat: ChatTemplate, log: Log) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from finetune import load_config
 from finetune.config.schema import LoraConfig, QuantConfig
+from finetune.data.batch import Batch
+from finetune.data.documents import Document
+from finetune.data.encoded import IGNORE_INDEX
+from finetune.losses.policy import token_log_probs
 from finetune.models.families import QWEN25_SHAPES
 from finetune.planning.inputs import GpuTraits, PlanInputs, plan_inputs
 from finetune.planning.peak_memory import PeakMemory, predict_peak
@@ -38,6 +43,8 @@ class Plan:
     deterministic: bool = False
     dtype: str = "bfloat16"
     capability: tuple[int, int] = (9, 0)
+    answers: int = 0  # to one prompt of so many tokens, which they compute once; two are a pair
+    prompt: int = 0
 
     @property
     def name(self) -> str:
@@ -55,6 +62,7 @@ class Plan:
             "deterministic": self.deterministic,
             self.dtype: self.dtype != "bfloat16",
             "before Ampere": self.capability < (8, 0),
+            f"{self.answers} answers to {self.prompt}": bool(self.answers),
         }
         return " ".join([*words, *(word for word, on in options.items() if on)])
 
@@ -70,7 +78,7 @@ class Plan:
         targets = self.targets if isinstance(self.targets, str) else f"[{','.join(self.targets)}]"
         overrides = {
             "data.train": "rows.jsonl",
-            "data.max_length": self.tokens,
+            "data.max_length": self.prompt + self.answers * self.answer if self.answers > 2 else self.tokens,
             "train.batch_size": 1,
             "lora.rank": self.rank,
             "lora.target_modules": targets,
@@ -88,11 +96,38 @@ class Plan:
             "quant.double": self.quant == "nf4",
             "quant.keep_dequantized": self.keep_dequantized,
         }
+        if self.answers == 2:
+            overrides |= {"preference.objective": "simpo", "data.truncation": "error"}
+        elif self.answers:
+            overrides |= {
+                "reward.loss": "grpo",
+                "reward.functions": "{exact: 1}",
+                "reward.group_size": self.answers,
+                "reward.max_new_tokens": self.answer,
+                # Sampling is another moment.
+                "reward.engine": "server",
+                "reward.url": "http://localhost:8000",
+            }
         cfg = load_config(
             "lora.yaml",
             [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in overrides.items()],
         )
-        return plan_inputs(cfg, self.shape, device_type="cuda", gpu=GpuTraits(self.capability >= (8, 0)))
+        inputs = plan_inputs(cfg, self.shape, device_type="cuda", gpu=GpuTraits(self.capability >= (8, 0)))
+        if self.answers == 2:
+            return inputs.with_rows(self.tokens, self.answer / (self.prompt + self.answer))
+        return inputs.with_rows(self.prompt or None, 1.0)
+
+    @property
+    def answer(self) -> int:
+        """Tokens of an answer."""
+        return self.tokens // self.answers - self.prompt
+
+    def answer_of(self, row: Document) -> Document:
+        """Make an answer to the prompt of a document as long as both."""
+        ids, labels = row.ids.copy(), row.labels.copy()
+        ids[: self.prompt] = 1
+        labels[: self.prompt - 1] = IGNORE_INDEX
+        return replace(row, ids=ids, labels=labels)
 
     def predicted(self) -> PeakMemory:
         recomputed = {"none": 0, "all": self.layers - 1, "offload": self.layers - 1}.get(self.recompute, self.recompute)
@@ -102,6 +137,7 @@ class Plan:
         return trace_step(
             self.shape,
             tokens=self.tokens,
+            **({"count": self.answers, "change": self.answer_of, "build_loss": _answers} if self.answers else {}),
             lora=LoraConfig(
                 rank=self.rank,
                 target_modules=self._targets,
@@ -124,6 +160,20 @@ class Plan:
             capability=self.capability,
             dtype=getattr(torch, self.dtype),
         )
+
+
+def _answers(model: nn.Module, batch: Batch) -> nn.Module:
+    """Build what all losses on answers compute: the log-probability of each token."""
+
+    class Loss(nn.Module):
+        def __init__(self, model: nn.Module):
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch: Batch) -> torch.Tensor:
+            return -token_log_probs(self.model, batch).sum()
+
+    return Loss(model)
 
 
 _RUNS = [
@@ -168,6 +218,10 @@ _RUNS = [
     Plan("7B", 2, 2048, saved=("embed_tokens", "lm_head")),
     Plan("7B", 3, 2048, 16, "all-linear", "all", dora=True),
     Plan("0.5B", 3, 2048, dtype="float32"),
+    Plan("7B", 2, 3072, 16, "all-linear", answers=2, prompt=1024),
+    Plan("7B", 2, 10_240, 16, "all-linear", answers=8, prompt=1024),
+    Plan("7B", 3, 34_816, 16, "all-linear", "offload", answers=8, prompt=4096),
+    Plan("0.5B", 3, 17_408, answers=8, prompt=2048),
 ]
 PLANS = {run.name: run for run in _RUNS}
 # Whole models take minutes: `python -m tests.cuda_trace.run OUT.json NAME`, figures in benchmarks/NOTES.md.
