@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -165,7 +166,9 @@ def _failure(label: str, function: RewardFunction, answers: SampledAnswers, erro
         except Exception as again:  # noqa: BLE001 - the first of these is reported
             culprit, error = i, again
             break
-    return ConfigError(f"{label}: fails for {_described(answers, culprit)}: {type(error).__name__}: {error}")
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{frame.filename}:{frame.lineno}"
+    return ConfigError(f"{label}: fails for {_described(answers, culprit)}: {type(error).__name__}: {error} ({place})")
 
 
 def _described(answers: SampledAnswers, i: int) -> str:

@@ -16,7 +16,7 @@ from finetune.config.compose import to_yaml
 from finetune.config.keys import schema_fields
 from finetune.config.schema import RunConfig
 from finetune.evaluation.generation import Answer, worst_answers
-from finetune.models.digest import base_fingerprint
+from finetune.models.digest import base_fingerprint, sha256_of
 from finetune.objectives.user_rewards import OPTION, UserReward
 from finetune.report.run import CONFIG, FACTS, RESULT, REWARD_FUNCTIONS, REWARDED, SAMPLES, WORST
 from finetune.system.atomic import write_text
@@ -118,7 +118,7 @@ def find_checkpoint(cfg: RunConfig, warn: Log) -> Path | None:
 
 
 def trajectory(cfg: RunConfig, functions: Sequence[UserReward] = ()) -> dict[str, Any]:
-    """Return what decides the result of a run: settings by dotted key, and the user's functions with their digests."""
+    """Return what decides the result of a run: settings by dotted key, and digests of the files of its rewards."""
     recovers = cfg.guard.max is not None and cfg.guard.action == "recover"
     names = {"model", "quant", "lora", "data", "train"} | ({"guard"} if recovers else set())
     names |= {"preference"} if cfg.preference.objective != "none" else set()
@@ -131,7 +131,10 @@ def trajectory(cfg: RunConfig, functions: Sequence[UserReward] = ()) -> dict[str
         for key, value in values.items()
         if key not in _FREE.get(section, set())
     }
-    return found | ({OPTION: [f"{own.name} ({own.digest})" for own in functions]} if functions else {})
+    if "reward.json_schema" in found and (schema := Path(cfg.reward.json_schema or "").expanduser()).is_file():
+        found["reward.json_schema"] = f"sha256={sha256_of(schema)[:12]}"
+    own = [f"{function.name} sha256={(function.digest or '')[:12]}" for function in functions]
+    return found | ({OPTION: own} if own else {})
 
 
 def check_continuation(

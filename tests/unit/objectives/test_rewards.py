@@ -258,6 +258,7 @@ def test_an_error_in_a_function_names_the_answer_that_causes_it():
         judge(fails, answers("a", "b" * 500))
     message = str(error.value)
     assert all(word in message for word in (":fails", "ZeroDivisionError: division by zero", "'question 1'", "'bbb"))
+    assert "test_rewards.py:" in message
     assert "b" * 200 not in message
     assert isinstance(error.value.__cause__, ZeroDivisionError)
 

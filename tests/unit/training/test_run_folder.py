@@ -70,3 +70,12 @@ def test_the_command_that_continues_a_run_repeats_its_reward_functions(tmp_path,
     assert (name, words) == ("resume", [[], [f"reward_function={one}"], [f"reward_function={both}"]][len(functions)])
     recorded = {function.name: {"word": function.word, "digest": "1f"} for function in functions}
     assert run.facts.get("reward_functions", {}) == recorded
+
+
+def test_a_continued_run_has_the_same_json_schema_wherever_it_lies(tmp_path):
+    def found(name: str, text: str) -> dict[str, Any]:
+        (tmp_path / name).write_text(text)
+        options = ["reward.functions={json_schema: 1}", "reward.length=null", f"reward.json_schema={tmp_path / name}"]
+        return trajectory(load_config("quickstart.yaml", [*REWARDED_RUN, *options]))
+
+    assert found("a.json", "{}") == found("b.json", "{}") != found("a.json", "true")
