@@ -7,7 +7,8 @@ the same held-out pairs. `ranked` is the share of pairs whose chosen answer has 
 under objectives with a reference, the mean per token under the others. It exists before training too, where every
 reward with a reference is 0. `reward` is the share by the objective's own reward. Answers to the held-out prompts are
 greedy.
-A bar is on the worst seed, that of exact match on the means. The results file grows after each run.
+A bar is on the worst seed, that of exact match on the means. The results file grows after each run, and judges the
+bars when all runs are done.
 """
 
 from __future__ import annotations
@@ -171,12 +172,12 @@ def figures_of(name: str, cfg: RunConfig, before: Measured, after: Measured) -> 
     return figures
 
 
-def summarize(before: Measured, runs: Mapping[str, Sequence[Figures]]) -> dict[str, Any]:
-    """Return mean, least and greatest of each figure over the seeds, and the bars."""
+def summarize(before: Measured, runs: Mapping[str, Sequence[Figures]], complete: bool) -> dict[str, Any]:
+    """Return mean, least and greatest of each figure over the seeds, and the bars once all runs are done."""
     spreads = {
         name: {
             key: {"mean": mean(values), "least": min(values), "greatest": max(values)}
-            for key in done[0]
+            for key in done[0].keys() - {"seed"}
             for values in [[run[key] for run in done]]
         }
         for name, done in runs.items()
@@ -193,13 +194,14 @@ def summarize(before: Measured, runs: Mapping[str, Sequence[Figures]]) -> dict[s
         "base": base,
         "pair_tokens": lengths,
         "variants": spreads,
-        "bars": judged({"base": base, **worst}, BARS),
+        "complete": complete,
+        "bars": judged({"base": base, **worst}, BARS) if complete else [],
         "runs": dict(runs),
     }
 
 
 def describe(summary: Mapping[str, Any]) -> str:
-    seeds = {f"{name} {seed}": run for name, done in summary["runs"].items() for seed, run in enumerate(done)}
+    seeds = {f"{name} {run['seed']}": run for name, done in summary["runs"].items() for run in done}
     means = {
         f"{name} mean": {key: value["mean"] for key, value in found.items()}
         for name, found in summary["variants"].items()
@@ -229,9 +231,11 @@ def main(words: list[str]) -> None:
                 cfg = config_of(name, Path(work) / f"{name}-{seed}", int(seed), options, "data.eval=[]")
                 result = train(cfg)
                 figures = figures_of(name, cfg, before, measure(pairs, Path(cfg.output_dir), answers))
-                figures |= {"steps": result.steps, "seconds": result.train_seconds}
+                figures |= {"seed": int(seed), "steps": result.steps, "seconds": result.train_seconds}
                 runs.setdefault(name, []).append(figures)
-                summary = {**report.heading("preference-learning", options, machine), **summarize(before, runs)}
+                complete = sum(map(len, runs.values())) == len(seeds) * len(names)
+                heading = report.heading("preference-learning", options, machine)
+                summary = {**heading, **summarize(before, runs, complete)}
                 report.write(file, summary)
                 report.log(report.table({f"{name} {seed}": figures}, COLUMNS))
     report.log("\n" + describe(summary))
