@@ -76,7 +76,14 @@ class Wandb:
             settings=wandb.Settings(init_timeout=30, silent=True, console="off"),
         )
 
+        self._rewards: set[str] = set()
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name in values:
+            # A run is as good as its highest reward; the summary of other figures is the last value.
+            if name.endswith("/reward") and name not in self._rewards:
+                self._run.define_metric(name, summary="max,last")
+                self._rewards.add(name)
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:

@@ -126,6 +126,21 @@ def test_wandb_records_offline_without_a_key_and_writes_no_secret(tmp_path, monk
     assert not [path for path in written if b"s3cr3t-value" in path.read_bytes()]
 
 
+def test_wandb_summarizes_a_reward_by_its_maximum_and_a_loss_by_its_last_value(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    started, init = [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **options: started.append(init(**options)) or started[0])
+    tracking = Trackers(small_run(tmp_path, "track.wandb=true"), tmp_path, 0, print)
+    for step, value in enumerate((0.25, 0.75, 0.5, 0.5), 1):
+        tracking.log(step, {"loss": value, "train/reward": value})
+    summary = started[0].summary
+    assert dict(summary["train/reward"]) == {"max": 0.75, "last": 0.5} and summary["loss"] == 0.5
+    tracking.close()
+
+
 class Failing:
     """A tracker that fails where it is set to: "start", "log" or "close"."""
 
