@@ -1,4 +1,4 @@
-"""Generate the sample prompts of a reward: orders with questions in words that the embedded base has not seen.
+"""Generate the sample prompts of a reward: orders with questions that the embedded base has never seen.
 
 Everything is a pure function of a seed, and all text comes from this file and data/generate.py. The base can read each
 fact of an order, but these questions are new to it: it guesses which fact is meant, and is right in about a third.
