@@ -153,3 +153,19 @@ def test_wrong_arguments_are_refused(folders: list[Path], words: list[str], foun
     monkeypatch.chdir(folders[0].parent)
     assert main(["compare", *words]) == 2
     assert found in capsys.readouterr().err
+
+
+def test_runs_with_rewards_are_compared_by_them_and_not_by_losses(tmp_path: Path):
+    settings = ("reward.loss=grpo", "reward.functions={exact: 1}")
+    runs = [
+        read_run(write_run(tmp_path / name, *settings, *more, reward_after=reward, eval_loss=-reward))
+        for name, reward, more in (("a", 0.25, ()), ("b", 0.75, ("reward.functions={number: 1}",)))
+    ]
+    comparison = compare(runs)
+    rows = {row.label: row for row in comparison.figures}
+    assert rows["held-out reward"].cells == ("0.2500", "0.7500") and rows["held-out reward"].best == {1}
+    assert not any("loss" in label for label in rows)
+    assert any(note.startswith("reward.functions: ") for note in comparison.notes)
+    plain = read_run(write_run(tmp_path / "c", eval_loss=2.0))
+    rows = {row.label: row.cells for row in compare([runs[0], plain]).figures}
+    assert rows["held-out loss"] == ("", "2.0000") and rows["held-out reward"] == ("0.2500", "")
