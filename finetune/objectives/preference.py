@@ -32,6 +32,7 @@ from finetune.losses.preference import (
 from finetune.objectives.policies import ReferencePolicy, base_policy, initial_policy
 from finetune.objectives.reference_cache import ReferenceCache, reference_adapter, reference_folder, reference_origin
 from finetune.system.console import Log
+from finetune.system.errors import DataError
 
 SumOverRanks = Callable[[Tensor], Tensor]
 # Sums over rows, in this order; the first is their number. Those of one side count the rows that have it.
@@ -202,6 +203,22 @@ def _with_answer(document: Document, other: Document) -> Document:
     ids = np.concatenate([document.ids[: start + 1], other.ids[other_start + 1 :]])
     labels = np.concatenate([document.labels[:start], other.labels[other_start:]])
     return replace(document, ids=ids, labels=labels)
+
+
+def check_preference(cfg: RunConfig, data: LoadedData) -> None:
+    """Raise DataError if kto has only good or only bad answers to learn from, before any weight is loaded."""
+    if cfg.preference.objective != "kto":
+        return
+    found: set[int] = set()
+    for document in data.documents:
+        found |= {number for number, side in enumerate(document.sides) if side is not None}
+        if len(found) == 2:
+            return
+    given, missing = ("good", "bad") if 0 in found else ("bad", "good")
+    raise DataError(
+        f"data.train: every answer is {given}, and kto learns from the difference\nhelp: add {missing} answers"
+        + ("; to learn from good answers alone, use a config such as lora.yaml" if given == "good" else "")
+    )
 
 
 def build_preference(

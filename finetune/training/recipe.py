@@ -32,7 +32,7 @@ from finetune.models.load import check_loaded, load_base
 from finetune.models.quant.four_bit import keep_resident
 from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
 from finetune.objectives.distillation import build_distillation, check_distillation, mean_teacher_kl, teacher_table
-from finetune.objectives.preference import build_preference
+from finetune.objectives.preference import build_preference, check_preference
 from finetune.objectives.reinforcement import build_reinforcement, prepare_judge, prompts_with_room
 from finetune.objectives.user_rewards import RewardFunction, UserReward, check_rewards, user_rewards
 from finetune.ops.determinism import deterministic
@@ -244,6 +244,7 @@ def _build_sampler(cfg: RunConfig, preparation: Preparation, data: loader.Loaded
         documents, weights = data.documents.select(kept), data.weights[kept]
         order = SequenceOrder(documents.lengths, weights, None, cfg.train.batch_size, cfg.train.seed)
         return MapSampler(documents, order, data.digest)
+    check_preference(cfg, data)
     pack_to = cfg.data.max_length if cfg.data.packing else None
     order = SequenceOrder(data.documents.lengths, data.weights, pack_to, cfg.train.batch_size, cfg.train.seed)
     return MapSampler(data.documents, order, data.digest)

@@ -46,7 +46,14 @@ def parse_preference(row: Fields, spelling: Spelling) -> Preference:
     untrained = [replace(turn, message=replace(turn.message, weight=0.0)) for turn in [*first, *prompt]]
     tools = read_tools(row)
     chosen, rejected = (conversation([*untrained, *sides[name]], tools, spelling.rules) for name in SIDES)
+    if chosen != rejected and _without_outer_space(chosen) == _without_outer_space(rejected):
+        names = f"{row.named('chosen')} and {row.named('rejected')}"
+        raise DataError(f"{names}, but for white space at their ends, {EQUAL_SIDES}")
     return Preference(chosen, rejected)
+
+
+def _without_outer_space(chat: Conversation) -> list[Message]:
+    return [replace(message, content=message.content.strip()) for message in chat.messages]
 
 
 def verdict_of(value: Any) -> bool:
@@ -69,7 +76,7 @@ def answer_alone(chat: Conversation) -> Conversation:
 
 def _side(row: Fields, name: str, spelling: Spelling) -> list[Turn]:
     value, location = row.get(name), row.named(name)
-    if is_empty(value):
+    if is_empty(value) or (isinstance(value, str) and not value.strip()):
         raise DataError(f"{location} is empty; a pair needs both answers")
     if isinstance(value, Mapping) and not {"role", "from", *spelling.keys.values()}.isdisjoint(value):
         value = [value]

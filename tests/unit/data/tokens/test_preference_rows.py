@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from finetune.config.compose import load_config
 from finetune.config.schema import DataConfig, ModelConfig, SourceConfig
 from finetune.data.batch import build_batch
 from finetune.data.early_checks import check_source
@@ -17,7 +18,7 @@ from finetune.data.loader import first_conversations, load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.models.tokenizer import load_tokenizer
-from finetune.objectives.preference import mismatched
+from finetune.objectives.preference import check_preference, mismatched
 from finetune.system.errors import DataError
 
 REAL = Path(__file__).resolve().parents[5] / "shared/datasets/preference"
@@ -27,6 +28,7 @@ TALK = [
     {"role": "assistant", "content": "Hello"},
     {"role": "user", "content": "2+2"},
 ]
+SAID = {"role": "assistant", "content": "4"}
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,12 @@ def test_a_verdict_makes_a_row_one_side(load, tokenizer):
         ("none", {"prompt": "q", "completion": "a", "label": False}, "learn with kto"),
         ("dpo", {"prompt": "q", "completion": "a"}, "needs chosen and rejected answers"),
         ("dpo", PAIR | {"rejected": "4"}, "equal"),
+        ("dpo", PAIR | {"rejected": "4 \n"}, "white space at their ends, are equal"),
+        ("kto", {"chosen": [*TALK, SAID], "rejected": [*TALK, SAID | {"content": " 4"}]}, "white space at their ends"),
+        ("dpo", {"chosen": [*TALK, SAID], "rejected": [*TALK[:2], TALK[0], SAID]}, "both need the same prompt"),
+        ("dpo", {"prompt": "q", "chosen": "4", "rejected": None}, "rejected is empty"),
+        ("dpo", PAIR | {"rejected": " \n"}, "rejected is empty"),
+        ("dpo", PAIR | {"chosen": ""}, "chosen is empty"),
         ("dpo", PAIR | {"chosen": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weights"),
         ("dpo", PAIR | {"rejected": [{"role": "user", "content": "a"}]}, "whole conversation"),
         ("kto", {"prompt": "q", "completion": "a"}, "label or kto_tag"),
@@ -93,9 +101,35 @@ def test_a_row_that_an_objective_cannot_use_is_named(load, objective, row, words
     assert words in str(error.value)
 
 
-def test_a_pair_too_long_is_dropped_whole(load):
+def test_a_pair_without_its_rejected_side_is_named_among_good_ones(load):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: the row lacks rejected"):
+        load("dpo", PAIR, {"prompt": "q", "chosen": "a"}, PAIR)
+
+
+def test_sides_may_differ_in_the_white_space_within_them(load):
+    assert len(load("dpo", PAIR | {"chosen": "if a:\n    b", "rejected": "if a:\nb"})) == 1
+
+
+def test_a_pair_too_long_is_dropped_whole_or_named(load):
     long = PAIR | {"rejected": "word " * 200}
     assert len(load("dpo", PAIR, long, max_length=120)) == 1
+    with pytest.raises(DataError, match=r"longer than data\.max_length=120.*\n.*rows\.jsonl:2: "):
+        load("dpo", PAIR, long, max_length=120, truncation="error")
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_kto_needs_good_and_bad_answers_over_all_sources(tokenizer, tmp_path, label):
+    def check(*labels: bool) -> None:
+        files = [tmp_path / f"{given}.jsonl" for given in labels]
+        for file, given in zip(files, labels, strict=True):
+            file.write_text(json.dumps({"prompt": "q", "completion": str(given), "label": given}))
+        words = [f"data.train=[{', '.join(map(str, files))}]", "data.eval=[]", f"data.cache={tmp_path / 'cache'}"]
+        cfg = load_config("kto.yaml", words)
+        check_preference(cfg, load_data(Preparation(cfg.data, ChatTemplate(tokenizer), objective="kto")))
+
+    check(label, not label)
+    with pytest.raises(DataError, match=f"every answer is {'good' if label else 'bad'}"):
+        check(label)
 
 
 def test_answers_move_to_the_prompt_of_the_next_one(load, tokenizer):
