@@ -37,9 +37,14 @@ from finetune.objectives.rollouts import Rollouts, Writer, prompt_of
 from finetune.objectives.user_rewards import UserReward
 from finetune.report.dataset.prompts import leave_room
 from finetune.system.console import Log
-from finetune.system.errors import DataError
+from finetune.system.errors import DataError, FinetuneError
 
 _RESAMPLES = 1000
+_EQUAL_ROUNDS = 5
+_TEACH = (
+    "help: read the sampled answers in report.html; choose rewards that some answers get and others do not, raise "
+    "reward.group_size or reward.max_new_tokens, or train on answers first"
+)
 
 
 class PolicyLoss(nn.Module):
@@ -135,6 +140,7 @@ class PolicySetup:
     model: PeftModel
     judge: AnswerJudge
     rollouts: Rollouts
+    log: Log
 
     def count(self, documents: Sequence[Document]) -> float:
         """Return what the summed loss is divided by: of all answers, also those that were left out."""
@@ -195,8 +201,19 @@ class PolicySetup:
         return [self.judge.answer(*found) for found in self.rollouts.extremes]
 
     def before_step(self, step: int, _: object) -> None:
-        """Tell the loss which update on the same answers step `step` (from 1) is."""
-        self.loss.start((step - 1) % self.cfg.reward.updates)
+        """Tell the loss which update on the same answers a step (from 1) is; warn of rewards that teach nothing."""
+        update = (step - 1) % self.cfg.reward.updates
+        self.loss.start(update)
+        if not update and self.rollouts.equal_rounds == _EQUAL_ROUNDS:
+            self.log(f"WARNING: reward: all groups of the last {_EQUAL_ROUNDS} rounds have equal rewards\n{_TEACH}")
+
+    def check_taught(self) -> None:
+        """Raise FinetuneError if the adapter is as new: no reward ever differed within a group."""
+        factors = [parameter for name, parameter in self.model.named_parameters() if "lora_B" in name]
+        if not any(bool(factor.any()) for factor in factors):
+            raise FinetuneError(
+                f"reward: every group of every step has equal rewards, so nothing was learned\n{_TEACH}"
+            )
 
 
 def prompts_with_room(cfg: RunConfig, data: LoadedData, log: Log) -> np.ndarray:
@@ -281,4 +298,4 @@ def build_reinforcement(
         ranks=accelerator.num_processes,
         gather=gather_object,
     )
-    return PolicySetup(cfg, PolicyLoss(model, reward, policy), model, judge, rollouts)
+    return PolicySetup(cfg, PolicyLoss(model, reward, policy), model, judge, rollouts, log)

@@ -49,6 +49,8 @@ class Rollouts:
         rewards: their names and weights.
         max_length: limit of a sequence: a prompt, counted once, and answers to it.
         stop_ids: tokens that end an answer.
+        figures: of the current round. lengths_A: of its answers, 0 for those that do not count.
+        equal_rounds: how many rounds in a row, up to the current one, had equal rewards in every group.
         gather: joins the lists of all ranks into one list on every rank.
         figures: of this round's answers.
         lengths_A: tokens of each answer of this round; 0 for those that do not count.
@@ -70,6 +72,7 @@ class Rollouts:
     figures: dict[str, float] = field(default_factory=dict)
     lengths_A: np.ndarray = field(default_factory=lambda: np.zeros(0))
     extremes: list[tuple[Document, np.ndarray, float]] = field(default_factory=list)
+    equal_rounds: int = 0
     _round: int = -1
     _sequences: list[list[Document]] = field(default_factory=list)
 
@@ -130,6 +133,7 @@ class Rollouts:
         widest = int(np.ptp(rewards_PG, axis=1).argmax())
         ends = (rewards_PG[widest].argmax(), rewards_PG[widest].argmin())
         self.extremes = [(prompts[widest], groups[widest].answers[i].ids, rewards_PG[widest, i]) for i in ends]
+        self.equal_rounds = self.equal_rounds + 1 if self.figures["equal_groups"] == 1 else 0
         equal_P = np.ptp(rewards_PG, axis=1) == 0
         used_PG = trained_PG & (~equal_P[:, None] | bool(self.cfg.beta))
         documents = [

@@ -335,6 +335,8 @@ def _finish(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainS
         after = context.answers or answer_held_out(context, generation.num_examples)
         result.exact_match_after = exact_match(after) if context.reinforcement is None else None
     _fill(result, state, context)
+    if context.reinforcement is not None:
+        context.reinforcement.check_taught()
     if context.is_main:
         _save_final(context, result)
         result.adapter = str(context.folder)

@@ -28,6 +28,7 @@ from finetune.objectives.policies import base_policy
 from finetune.objectives.reinforcement import PolicyLoss
 from finetune.objectives.rewards import Rewards
 from finetune.objectives.rollouts import Rollouts
+from finetune.system.errors import FinetuneError
 from tests.commands import train_on_ranks
 from tests.equivalence.test_preference import FP32, check_close
 from tests.runs import REWARDED_RUN, differing, metrics
@@ -181,3 +182,18 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     later = metrics(whole)[2:]
     assert [line["train/reward"] for line in later] == [line["train/reward"] for line in metrics(broken)[2:]]
     assert later[1]["train/clipped"] >= 0 and later[0]["train/reward_std"] > 0
+
+
+def test_rewards_that_never_differ_are_warned_of_and_end_in_their_own_error(tmp_path, capsys):
+    """Not in a corrupt adapter: LoRA's B stays zero."""
+    cfg = small(tmp_path, "train.max_steps=6", "data.eval=[]", "train.eval_every=null", "generation.num_examples=0")
+    with pytest.raises(FinetuneError, match="equal rewards") as error:
+        train(
+            cfg.model_copy(update={"reward": cfg.reward.model_copy(update={"functions": {}})}), reward_functions=[same]
+        )
+    assert "help:" in str(error.value)
+    assert "WARNING: reward" in capsys.readouterr().err
+
+
+def same(completions, **columns):
+    return [1.0] * len(completions)
