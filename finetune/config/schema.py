@@ -89,6 +89,11 @@ class RunConfig(Section):
         """Return what the run learns from its rows: none (their answers), reward, or `preference.objective`."""
         return "reward" if self.reward.loss != "none" else self.preference.objective
 
+    @property
+    def scored_rows(self) -> str:
+        """Return how rows are read to score a model on answers: as `row_objective`, but of a pair its chosen answer."""
+        return "answers" if self.preference.objective != "none" else self.row_objective
+
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if problems := contradictions(dict(self)):

@@ -118,10 +118,16 @@ def _sets(
     changes: dict[str, Any], cfg: RunConfig | None, chat: ChatTemplate, options: EvalOptions, forgetting: bool
 ) -> list[RowSet]:
     plain: dict[str, Any] = {"stream_rows": None, "chat_template": None}  # the tokenizer has the run's template
+    if cfg is not None and cfg.preference.objective == "kto":  # bad answers are no examples
+        plain |= {"on_bad_row": "skip", "max_bad_share": 1.0}
     if options.on_bad_row is not None:
         plain |= {"on_bad_row": options.on_bad_row, "max_bad_share": 1.0}
     data = DataConfig(**{**plain, **changes}) if cfg is None else cfg.data.model_copy(update={**plain, **changes})
-    preparation, count = Preparation(data, chat), min(options.answers, options.limit or options.answers)
+    objective = "none" if cfg is None else cfg.scored_rows
+    preparation, count = (
+        Preparation(data, chat, objective=objective),
+        min(options.answers, options.limit or options.answers),
+    )
     sets = []
     for source in load_data(preparation).eval:
         documents = source.documents

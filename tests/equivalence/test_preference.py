@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import load_config, train
+from finetune import MergeOptions, load_config, merge, train
 from finetune.config.schema import PreferenceConfig, RunConfig
 from finetune.data.batch import build_batch
 from finetune.data.loader import load_chat_template, load_data
@@ -142,3 +142,10 @@ def test_the_distance_from_the_reference_is_0_until_something_is_learned(tmp_pat
     train(small(tmp_path / "run", *words, start, sets))
     found = {name: value for name, value in evaluated(tmp_path / "run").items() if name.endswith("/reference_kl")}
     assert found == {"eval/pairs-heldout/reference_kl": 0.0, "eval/bad/reference_kl": 0.0}
+
+
+def test_an_adapter_of_pairs_is_merged_and_compared_on_its_chosen_answers(tmp_path):
+    train(small(tmp_path / "run", "train.max_steps=2"))
+    report = merge(MergeOptions(adapter=str(tmp_path / "run"), out=str(tmp_path / "merged")))
+    [check] = report.kl_checks
+    assert check.source == "pairs-heldout" and check.kl < 0.05

@@ -66,7 +66,8 @@ class RowEncoder:
         for row, example in parsed:
             match example:
                 case Preference():
-                    encoded = _joined(next(chats), next(chats))
+                    chosen, rejected = next(chats), next(chats)
+                    encoded = chosen if self.objective == "answers" else _joined(chosen, rejected)
                 case Conversation():
                     encoded = self._judged(next(chats), example)
                 case RawText():
@@ -140,6 +141,8 @@ class RowEncoder:
             return example
         if isinstance(example, Preference):
             return example
+        if self.objective == "answers":
+            return self._good(example)
         if self.objective != "kto" or not isinstance(example, Conversation):
             wanted = "chosen and rejected answers" + (", or a label" if self.objective == "kto" else "")
             return DataError(f"preference.objective={self.objective} needs {wanted}; the row has none")
@@ -150,9 +153,20 @@ class RowEncoder:
         except DataError as error:
             return error
 
+    def _good(self, example: Example) -> Example | DataError:
+        """Return an example to score a model on: its verdict, if it has one, must be good."""
+        if not isinstance(example, Conversation) or example.verdict is None:
+            return example
+        try:
+            if verdict_of(example.verdict):
+                return replace(answer_alone(example), verdict=True)
+        except DataError as error:
+            return error
+        return DataError("its label is false: a bad answer is no example of a good one")
+
     def _judged(self, encoded: Encoded | DataError, example: Conversation) -> Encoded | DataError:
         """Write the verdict of a row into its tokens, in a run that learns from verdicts."""
-        if self.objective in ("none", "reward") or isinstance(encoded, DataError):
+        if isinstance(encoded, DataError) or self.objective in ("none", "reward", "answers"):
             return encoded
         return _unweighted(replace(encoded, chosen_tokens=len(encoded.ids) if example.verdict else 0))
 

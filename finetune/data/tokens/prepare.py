@@ -35,7 +35,12 @@ _WORTH_WORKERS_BYTES = 8_000_000
 # How long other ranks wait for a store on which no process works.
 _PATIENCE_SECONDS = 60.0
 # What differs between the tokens of objectives; those of two pairs are the same for all that compare pairs.
-_OF_OBJECTIVE = {"none": {}, "reward": {"objective": "reward"}, "kto": {"preference": "kto"}}
+_OF_OBJECTIVE = {
+    "none": {},
+    "reward": {"objective": "reward"},
+    "answers": {"preference": "answers"},
+    "kto": {"preference": "kto"},
+}
 # Called with a source's name, its bytes done, all its bytes, and its rows done.
 Progress = Callable[[str, int, int, int], None]
 
@@ -45,7 +50,8 @@ class Preparation:
     """Turns the rows of a config into tokens.
 
     main: this process fills the cache; the others wait for it.
-    objective: what the run learns from its rows, as `RunConfig.row_objective`.
+    objective: what the run learns from its rows, as `RunConfig.row_objective`, or how it is scored on them, as
+        `RunConfig.scored_rows`.
     """
 
     cfg: DataConfig

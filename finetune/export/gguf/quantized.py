@@ -34,6 +34,7 @@ from finetune.export.merge.kl_check import (
     data_section,
     held_out_section,
     load_examples,
+    objective_of,
     outputs_of,
 )
 from finetune.export.verify import open_tokenizer
@@ -185,7 +186,7 @@ def _measure_inputs(request: ExportRequest, sources: list[SourceConfig], path: P
     cfg = None if options.adapter is None else saved_config(fetch_adapter(options.adapter, "adapter").folder)
     tokenizer = open_tokenizer(request.source)
     try:
-        rows = load_data(Preparation(data_section(cfg, sources), ChatTemplate(tokenizer)))
+        rows = load_data(Preparation(data_section(cfg, sources), ChatTemplate(tokenizer), objective=objective_of(cfg)))
     except DataError as error:
         raise ConfigError(str(error).replace("data.train[", "imatrix[")) from error
     # Segmented attention pads rows, and padding is no input.
@@ -199,7 +200,7 @@ def _measure_inputs(request: ExportRequest, sources: list[SourceConfig], path: P
         if options.verify:
             request.log("kl_check: skipped, no held-out examples; pass 'kl_check.data=[{path: rows.jsonl}]'")
         return None
-    source = load_examples(section, tokenizer, f"model={options.adapter or options.model}")
+    source = load_examples(section, tokenizer, f"model={options.adapter or options.model}", cfg)
     seen = {document.ids.tobytes() for document in rows.documents}
     unseen = [document for document in source.documents if document.ids.tobytes() not in seen]
     documents = unseen[: options.kl_check.num_examples]

@@ -107,9 +107,10 @@ def held_out_sets(trained: Trained, options: KlCheckOptions) -> list[tuple[Saved
     """
     found = []
     for adapter in trained.adapters:
-        if section := held_out_section(saved_config(adapter.folder), options):
+        cfg = saved_config(adapter.folder)
+        if section := held_out_section(cfg, options):
             tokenizer = load_adapter_tokenizer(trained.model, adapter.folder)
-            source = load_examples(section, tokenizer, f"adapter={adapter.name}")
+            source = load_examples(section, tokenizer, f"adapter={adapter.name}", cfg)
             examples = source.documents[: options.num_examples]
             found.append((adapter, HeldOutSet(source.name, examples, len(tokenizer))))
     return found
@@ -122,22 +123,29 @@ def held_out_section(cfg: RunConfig | None, options: KlCheckOptions) -> DataConf
     return data_section(cfg, options.data or (cfg.data.eval if cfg is not None else []))
 
 
+def objective_of(cfg: RunConfig | None) -> str:
+    """Return how rows are read to score the model of a run on them, as `RunConfig.scored_rows`."""
+    return "none" if cfg is None else cfg.scored_rows
+
+
 def data_section(cfg: RunConfig | None, sources: list[SourceConfig]) -> DataConfig:
     """Return the data section that reads sources, or without any the run's own, with the settings of a run."""
     changes: dict[str, Any] = {"stream_rows": None, "chat_template": None}
+    if cfg is not None and cfg.preference.objective == "kto":  # bad answers are no examples
+        changes |= {"on_bad_row": "skip", "max_bad_share": 1.0}
     if sources:  # The training data may be gone.
         changes |= {"train": sources, "eval": [], "held_out": 0.0}
     return DataConfig(train=sources) if cfg is None else cfg.data.model_copy(update=changes)
 
 
-def load_examples(section: DataConfig, tokenizer: Any, owner: str) -> Source:
+def load_examples(section: DataConfig, tokenizer: Any, owner: str, cfg: RunConfig | None) -> Source:
     """Load the held-out examples of a data section, else those of its first source.
 
     Raises:
-        ConfigError: they cannot be read. owner: `adapter=NAME` or `model=NAME`, for its message.
+        ConfigError: they cannot be read. owner: `adapter=NAME` or `model=NAME`, for its message. cfg: of the run.
     """
     try:
-        data = load_data(Preparation(section, ChatTemplate(tokenizer)))
+        data = load_data(Preparation(section, ChatTemplate(tokenizer), objective=objective_of(cfg)))
     except DataError as error:
         raise ConfigError(
             f"{owner}: its held-out examples cannot be read: {error}\n"

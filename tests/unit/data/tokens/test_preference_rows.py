@@ -186,3 +186,27 @@ def test_real_rows_are_read(tokenizer, tmp_path, file, objective):
     assert all(any(pair) for pair in sides)
     if objective == "dpo":
         assert all(None not in pair for pair in sides)
+
+
+def test_a_model_is_scored_on_chosen_and_good_answers(load, tokenizer):
+    [pair] = load("dpo", PAIR)
+    [chosen] = load("answers", PAIR)
+    assert chosen.ids.tolist() == pair.sides[0].ids.tolist() and chosen.chosen_tokens is None
+    assert answer(chosen, tokenizer) == "4<|im_end|>"
+    rows = [{"messages": [*TALK, SAID], "label": good} for good in (True, False)]
+    [good] = load("answers", *rows, on_bad_row="skip", max_bad_share=0.9)
+    assert answer(good, tokenizer) == "4<|im_end|>"
+    plain = {"prompt": "Two plus two?", "completion": "4"}
+    assert load("answers", plain)[0].ids.tolist() == load("none", plain)[0].ids.tolist()
+
+
+def test_scoring_holds_out_the_rows_that_training_does(tokenizer, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{**PAIR, "prompt": f"{i} plus two?"} for i in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(train=[SourceConfig(path=str(file))], cache=str(tmp_path / "cache"), held_out=0.2)
+    held_out = [
+        load_data(Preparation(data, ChatTemplate(tokenizer), objective=objective)).eval[0].rows.tolist()
+        for objective in ("dpo", "answers")
+    ]
+    assert held_out[0] == held_out[1] and 0 < len(held_out[0]) < 40
