@@ -74,7 +74,7 @@ class PolicyLoss(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         temperature = self.cfg.temperature
         log_probs_N = token_log_probs(self.model, batch, temperature)
-        if batch.advantages is None or batch.sampled_log_probs is None:  # a rank without rows
+        if batch.advantages is None or batch.sampled_log_probs is None:  # no answer to learn from
             return log_probs_N.sum() * 0
         if self._first:
             reference_N = None
@@ -157,7 +157,9 @@ class PolicySetup:
         the first update computes, in nats.
         """
         clipped, divergence, tokens, _ = of_ranks.sum(0).tolist()
-        figures = {**self.rollouts.figures, "sampling_gap": of_ranks[:, 3].max().item()}
+        figures = dict(self.rollouts.figures)
+        if tokens:
+            figures["sampling_gap"] = of_ranks[:, 3].max().item()
         if tokens and self.cfg.reward.updates > 1:
             figures["clipped"] = clipped / tokens
         if tokens and self.cfg.reward.beta:
@@ -204,6 +206,8 @@ class PolicySetup:
         """Tell the loss which update on the same answers a step (from 1) is; warn of rewards that teach nothing."""
         update = (step - 1) % self.cfg.reward.updates
         self.loss.start(update)
+        if update:
+            self.rollouts.figures.pop("sampling_seconds", None)
         if not update and self.rollouts.equal_rounds == _EQUAL_ROUNDS:
             self.log(f"WARNING: reward: all groups of the last {_EQUAL_ROUNDS} rounds have equal rewards\n{_TEACH}")
 

@@ -49,7 +49,6 @@ class Rollouts:
         rewards: their names and weights.
         max_length: limit of a sequence: a prompt, counted once, and answers to it.
         stop_ids: tokens that end an answer.
-        figures: of the current round. lengths_A: of its answers, 0 for those that do not count.
         equal_rounds: how many rounds in a row, up to the current one, had equal rewards in every group.
         gather: joins the lists of all ranks into one list on every rank.
         figures: of this round's answers.
@@ -144,9 +143,9 @@ class Rollouts:
             ]
             for prompt, group, advantages, some in zip(prompts, groups, advantages_PG, used_PG, strict=True)
         ]
-        # A step needs a document. An answer of a group with equal rewards has no gradient.
+        # A step needs a document. One without an advantage has no loss.
         if not any(documents):
-            documents = [[_with_answer(prompts[0], groups[0].answers[0], 0.0)]]
+            documents = [[replace(_with_answer(prompts[0], groups[0].answers[0], 0.0), judged=None)]]
         return list(self._packed(documents))
 
     def _packed(self, groups: Sequence[Sequence[Document]]) -> Iterator[list[Document]]:

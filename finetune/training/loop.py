@@ -62,6 +62,7 @@ class StepInputs:
         resume_command: continues the run after a stop.
         last_checkpoint: returns the newest checkpoint for error messages, None before the first.
         row_loss: how a loss on rows is divided and described; None for a loss on tokens.
+        round_steps: steps that share sampled answers. A run is saved and stopped only between rounds.
         before_step: `before_step(step, batches_of)`: called before the first forward pass of `step`.
             `batches_of(s)` returns this rank's batches of step `s`.
     """
@@ -77,6 +78,7 @@ class StepInputs:
     resume_command: str
     last_checkpoint: Callable[[], Path | None]
     row_loss: RowLoss | None = None
+    round_steps: int = 1
     before_step: Callable[[int, BatchesOf], None] | None = None
 
 
@@ -156,9 +158,10 @@ def fit(
             if sample is not None and _is_due(sample_every, step):
                 sample()
             last = step == inputs.total_steps or halted or _stopped_early(cfg, state)
-            if last or improved or result.stop_signal or _is_due(cfg.save_every, step):
+            stopping = result.stop_signal and _is_due(inputs.round_steps, step)
+            if last or improved or stopping or _is_due(cfg.save_every, step):
                 save(state)
-            if result.stop_signal and not last:
+            if stopping and not last:
                 advice = f"help: {inputs.resume_command}"
                 raise Interrupted(result.stop_signal, f"stopped by a signal after step {step}\n{advice}")
     if _stopped_early(cfg, state):

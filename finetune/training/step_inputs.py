@@ -55,6 +55,7 @@ def build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, sta
         resume_command=resume_command(context.folder, [own.word for own in context.own_rewards]),
         last_checkpoint=lambda: next(reversed(list_checkpoints(context.folder)), None),
         row_loss=context.reinforcement or preference,
+        round_steps=cfg.reward.updates,
         before_step=before_step,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.generation import sample_answers
 from finetune.losses.hidden_states import base_of
 from finetune.models.adapters.attach import attach_lora
+from finetune.models.adapters.folder import list_checkpoints
 from finetune.models.fused import fuse_layers
 from finetune.models.load import load_base
 from finetune.models.tokenizer import load_tokenizer
@@ -28,7 +31,7 @@ from finetune.objectives.policies import base_policy
 from finetune.objectives.reinforcement import PolicyLoss
 from finetune.objectives.rewards import Rewards
 from finetune.objectives.rollouts import Rollouts
-from finetune.system.errors import FinetuneError
+from finetune.system.errors import FinetuneError, Interrupted
 from tests.commands import train_on_ranks
 from tests.equivalence.test_preference import FP32, check_close
 from tests.runs import REWARDED_RUN, differing, metrics
@@ -145,10 +148,15 @@ def test_a_group_in_several_sequences_is_the_group(tmp_path):
 
 def test_answers_that_cannot_teach_are_left_out_and_counted(tmp_path):
     cfg = small(tmp_path, *FP32)
-    sampler = rollouts(cfg, policy(cfg))
+    model = policy(cfg)
+    sampler = rollouts(cfg, model)
     equal = replace(sampler, judge=lambda rows, answers: np.ones((sum(map(len, answers)), 1)), _round=-1)
     [[only]] = equal.step_batches(0)
-    assert only.judged.advantage == 0 and equal.figures["equal_groups"] == 1
+    assert only.judged is None and equal.figures["equal_groups"] == 1
+    cfg_all = cfg.reward.model_copy(update={"skip_unfinished": True, "beta": 0.1, "max_new_tokens": 1})
+    cut = replace(sampler, cfg=cfg_all, stop_ids=frozenset(), _round=-1)
+    [[unfinished]] = cut.step_batches(0)
+    assert PolicyLoss(model, cfg_all, None)(build_batch([unfinished])).item() == 0
     assert len(equal.lengths_A) == 12
     kept = replace(equal, cfg=cfg.reward.model_copy(update={"beta": 0.1}), _round=-1)
     assert sum(map(len, kept.step_batches(0))) == 12, "the divergence from the reference needs every answer"
@@ -182,6 +190,29 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     later = metrics(whole)[2:]
     assert [line["train/reward"] for line in later] == [line["train/reward"] for line in metrics(broken)[2:]]
     assert later[1]["train/clipped"] >= 0 and later[0]["train/reward_std"] > 0
+
+
+def test_a_stop_waits_for_the_last_update_on_the_same_answers(tmp_path):
+    """Which only the weights before the first one could sample again."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    words = ("reward.updates=2", "train.eval_every=null", "data.eval=[]", "generation.num_examples=0")
+    train(small(whole, *words), reward_functions=[stopping])
+    STOPS.append(signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        train(small(broken, *words), reward_functions=[stopping])
+    assert [path.name for path in list_checkpoints(broken)] == ["checkpoint-2"]
+    train(small(broken, *words, "train.resume=auto"), reward_functions=[stopping])
+    assert not differing(whole, broken)
+
+
+STOPS: list[signal.Signals] = []
+
+
+def stopping(completions, **columns):
+    """Stop this process in the first round, if told so."""
+    while STOPS:
+        os.kill(os.getpid(), STOPS.pop())
+    return [0.0] * len(completions)
 
 
 def test_rewards_that_never_differ_are_warned_of_and_end_in_their_own_error(tmp_path, capsys):
