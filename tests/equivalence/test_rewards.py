@@ -195,12 +195,18 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
 def test_a_stop_waits_for_the_last_update_on_the_same_answers(tmp_path):
     """Which only the weights before the first one could sample again."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    words = ("reward.updates=2", "train.eval_every=null", "data.eval=[]", "generation.num_examples=0")
+    words = (
+        "reward.updates=3",
+        "train.max_steps=6",
+        "train.eval_every=null",
+        "data.eval=[]",
+        "generation.num_examples=0",
+    )
     train(small(whole, *words), reward_functions=[stopping])
     STOPS.append(signal.SIGTERM)
     with pytest.raises(Interrupted):
         train(small(broken, *words), reward_functions=[stopping])
-    assert [path.name for path in list_checkpoints(broken)] == ["checkpoint-2"]
+    assert [path.name for path in list_checkpoints(broken)] == ["checkpoint-3"]
     train(small(broken, *words, "train.resume=auto"), reward_functions=[stopping])
     assert not differing(whole, broken)
 
