@@ -122,11 +122,12 @@ def test_a_cached_reference_trains_the_same_adapter(tmp_path, capsys):
 
 
 def test_the_reference_of_a_continued_adapter_is_that_adapter(tmp_path):
-    start = f"lora.init_adapter={reference_run('lora.dropout=0', 'train.neftune_alpha=0')}"
-    train(small(tmp_path / "initial", start))
+    adapter_folder = reference_run("lora.dropout=0", "train.neftune_alpha=0")
+    start = (f"lora.init_adapter={adapter_folder}", "preference.sft_weight=null")
+    train(small(tmp_path / "initial", *start))
     first = metrics(tmp_path / "initial")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6), "policy and reference are equal before the first step"
-    train(small(tmp_path / "base", start, "preference.reference=base"))
+    train(small(tmp_path / "base", *start, "preference.reference=base"))
     assert abs(metrics(tmp_path / "base")[0]["loss"] - math.log(2)) > 1e-3
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 def test_a_run_on_pairs_starts_at_its_reference(tmp_path):
     settings = ("train.max_steps=4", "data.train.0.limit=24", "data.eval.0.limit=8", "train.eval_every=2")
-    train(load_config("dpo.yaml", [*settings, f"output_dir={tmp_path}"]))
+    train(load_config("dpo.yaml", [*settings, "preference.sft_weight=null", f"output_dir={tmp_path}"]))
     assert metrics(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
