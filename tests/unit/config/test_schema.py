@@ -53,6 +53,14 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "preference.desirable_weight": ([1e-9, 2], [0]),
     "preference.undesirable_weight": ([1e-9, 2], [0]),
     "preference.sft_weight": ([0, 2], [-0.1]),
+    "reward.group_size": ([2], [1, 0]),
+    "reward.max_new_tokens": ([1], [0]),
+    "reward.temperature": ([1e-9, 2], [0]),
+    "reward.updates": ([1, 4], [0]),
+    "reward.clip_low": ([1e-9, 0.99], [0, 1]),
+    "reward.clip_high": ([0.2, 3, None], [0]),
+    "reward.beta": ([0, 0.1], [-0.1]),
+    "reward.length": ([1], [0]),
     "distill.alpha": ([1e-9, 0.999], [0, 1]),
     "distill.temperature": ([1e-9], [0]),
     "distill.weight": ([0, 2, None], [-1]),
@@ -79,12 +87,13 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
 }
 
 
-# Other keys that a key of distill or preference needs.
+# Other keys that a key of distill, preference or reward needs.
 OTHERS: dict[str, dict[str, Any]] = {
     "distill.beta": {"objective": "recover", "divergence": "jsd"},
     "preference.gamma": {"objective": "simpo"},
     "preference.desirable_weight": {"objective": "kto"},
     "preference.undesirable_weight": {"objective": "kto"},
+    "reward.length": {"loss": "grpo", "functions": {"length": 1.0}},
     "distill.alpha": {"objective": "recover", "divergence": "skew_kl"},
     "distill.weight": {"objective": "sft+anchor"},
     "distill.teacher.steps_ahead": {"objective": "recover", "teacher": {"placement": "streamed"}},
@@ -97,6 +106,8 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
         tree["distill"] = dict(OTHERS.get(key, {"objective": "recover"}))
     if key.startswith("preference."):
         tree["preference"] = dict(OTHERS.get(key, {"objective": "dpo"}))
+    if key.startswith("reward."):
+        tree["reward"] = dict(OTHERS.get(key, {"loss": "grpo"}))
     if key.startswith("guard."):
         tree |= {"guard": {"max": 0.1, "action": "recover"}, "train": {"eval_every": 5}}
         tree["data"]["eval"] = [{"path": "heldout.jsonl"}]

@@ -75,7 +75,6 @@ def test_pairs_are_counted_with_the_lengths_of_their_answers(tmp_path, chat):
     [
         ("The answer is Paris.", "The answer is Paris. It lies in France.", True),
         ("The answer is Par", "The answer is Paris, in France.", True),  # the last word has other tokens
-        ("The answer is Paris.\n", "The answer is Paris.", True),
         ("The answer is Paris.", "The answer is London.", False),
         ("Paris. The answer is this.", "The answer is Paris. The answer is this.", False),
     ],

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from finetune.config.schema import RunConfig
+from finetune.data.formats.messages import Message
 from finetune.data.loader import load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
@@ -36,15 +37,8 @@ def report_of(
     return build_report(loaded, cfg, chat), cfg
 
 
-def prompt_tokens(chat: ChatTemplate, prompt: str, answer: str = "x") -> int:
-    [[encoded]] = [chat.encode([_conversation(prompt, answer)], "last")]
-    return len(encoded.ids) - encoded.targets
-
-
-def _conversation(prompt: str, answer: str):
-    from finetune.data.formats.messages import Conversation, Message
-
-    return Conversation((Message("user", prompt), Message("assistant", answer)))
+def prompt_tokens(chat: ChatTemplate, prompt: str) -> int:
+    return len(chat.prompt_ids([Message("user", prompt)]))
 
 
 GRPO = {"loss": "grpo", "functions": {"exact": 1}, "max_new_tokens": 20}
