@@ -58,6 +58,12 @@ SLOW: dict[str, str] = {
     "tests/equivalence/test_on_policy.py::test_two_ranks_write_the_same_answers_as_one": (
         "tests/equivalence/test_ranks.py::test_two_ranks_equal_one"
     ),
+    "tests/equivalence/test_preference.py::test_two_ranks_equal_one": (
+        "tests/equivalence/test_ranks.py::test_two_ranks_equal_one"
+    ),
+    "tests/equivalence/test_rewards.py::test_two_ranks_equal_one": (
+        "tests/equivalence/test_ranks.py::test_two_ranks_equal_one"
+    ),
     "tests/equivalence/test_distillation.py::test_two_ranks_equal_one": (
         "tests/equivalence/test_ranks.py::test_two_ranks_equal_one"
     ),
