@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.runs import differing, reference_run, small_run
 Points = list[tuple[int, float]]
 LIBRARIES = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "trackio": "trackio"}
 SET = "eval/rows (v2+)/loss"
+THIS_RUN = uuid.uuid4().hex[:8]
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +29,8 @@ def _local(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def project_of(folder: Path) -> str:
-    """Return a project of the test's own: trackio keeps one folder per process."""
-    return f"tests-{folder.name}"
+    """Return a project of the test's own: trackio keeps one folder per user, with what other test runs left there."""
+    return f"tests-{THIS_RUN}-{folder.name}"
 
 
 def read_tensorboard(folder: Path) -> list[dict[str, Points]]:
