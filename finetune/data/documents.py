@@ -10,7 +10,7 @@ from typing import overload
 
 import numpy as np
 
-from finetune.config.schema import DataConfig
+from finetune.config.schema import DataConfig, RunConfig
 from finetune.data.encoded import IGNORE_INDEX, Encoded
 from finetune.data.tokens.store import TokenStore
 
@@ -128,7 +128,7 @@ class Documents(Sequence[Document]):
 
     @property
     def prompt_lengths(self) -> np.ndarray:
-        """The tokens [M] without the targets: of a prompt. What follows the answer counts, at most a line break."""
+        """The tokens [M] without the targets: of a prompt, whose answer is the target."""
         return self.lengths - self.targets
 
     def select(self, which: np.ndarray) -> Documents:
@@ -154,6 +154,12 @@ class Documents(Sequence[Document]):
         for array in (self.source, self.rows, self.starts, self.lengths):
             digest.update(np.ascontiguousarray(array, dtype=np.int64).data)
         return digest.hexdigest()
+
+
+def leave_room(documents: Documents, cfg: RunConfig) -> np.ndarray:
+    """Return which prompts [M] leave room for an answer of `reward.max_new_tokens`; all do in a run without rewards."""
+    room = cfg.data.max_length - (0 if cfg.reward.loss == "none" else cfg.reward.max_new_tokens)
+    return documents.prompt_lengths <= room
 
 
 @dataclass(frozen=True)

@@ -114,20 +114,25 @@ def _alone(sources: list[SourceConfig], limit: int | None) -> dict[str, Any] | N
     return {"train": sources, "eval": sources, "held_out": 0.0, "stream_rows": 1} if sources else None
 
 
+def read_for_scoring(cfg: RunConfig | None) -> tuple[str, dict[str, Any]]:
+    """Return how rows are read to score the model of a run: the objective of `Preparation`, and changes of its data."""
+    if cfg is None:
+        return "none", {}
+    bad_answers_are_left_out = {"on_bad_row": "skip", "max_bad_share": 1.0}
+    return cfg.scored_rows, bad_answers_are_left_out if cfg.preference.objective == "kto" else {}
+
+
 def _sets(
     changes: dict[str, Any], cfg: RunConfig | None, chat: ChatTemplate, options: EvalOptions, forgetting: bool
 ) -> list[RowSet]:
     plain: dict[str, Any] = {"stream_rows": None, "chat_template": None}  # the tokenizer has the run's template
-    if cfg is not None and cfg.preference.objective == "kto":  # bad answers are no examples
-        plain |= {"on_bad_row": "skip", "max_bad_share": 1.0}
+    objective, changed = read_for_scoring(cfg)
+    plain |= changed
     if options.on_bad_row is not None:
         plain |= {"on_bad_row": options.on_bad_row, "max_bad_share": 1.0}
     data = DataConfig(**{**plain, **changes}) if cfg is None else cfg.data.model_copy(update={**plain, **changes})
-    objective = "none" if cfg is None else cfg.scored_rows
-    preparation, count = (
-        Preparation(data, chat, objective=objective),
-        min(options.answers, options.limit or options.answers),
-    )
+    preparation = Preparation(data, chat, objective=objective)
+    count = min(options.answers, options.limit or options.answers)
     sets = []
     for source in load_data(preparation).eval:
         documents = source.documents

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from finetune.config.schema import RewardConfig, RunConfig
 from finetune.data.batch import Batch
-from finetune.data.documents import Document
+from finetune.data.documents import Document, leave_room
 from finetune.data.loader import LoadedData
 from finetune.data.packing import Sampler
 from finetune.data.template.chat import ChatTemplate
@@ -35,7 +35,6 @@ from finetune.objectives.rewards import Rewards, SampledAnswers, build_rewards, 
 from finetune.objectives.rollout_server import RolloutServer, connect
 from finetune.objectives.rollouts import Rollouts, Writer, prompt_of
 from finetune.objectives.user_rewards import UserReward
-from finetune.report.dataset.prompts import leave_room
 from finetune.system.console import Log
 from finetune.system.errors import DataError, FinetuneError
 

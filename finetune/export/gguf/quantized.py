@@ -22,6 +22,7 @@ from finetune.data.documents import Document
 from finetune.data.loader import load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
+from finetune.evaluation.examples import read_for_scoring
 from finetune.export.exporter import ExportRequest
 from finetune.export.gguf.check import load_gguf
 from finetune.export.gguf.file import check_rounded, describe_file, model_name
@@ -34,7 +35,6 @@ from finetune.export.merge.kl_check import (
     data_section,
     held_out_section,
     load_examples,
-    objective_of,
     outputs_of,
 )
 from finetune.export.verify import open_tokenizer
@@ -186,7 +186,9 @@ def _measure_inputs(request: ExportRequest, sources: list[SourceConfig], path: P
     cfg = None if options.adapter is None else saved_config(fetch_adapter(options.adapter, "adapter").folder)
     tokenizer = open_tokenizer(request.source)
     try:
-        rows = load_data(Preparation(data_section(cfg, sources), ChatTemplate(tokenizer), objective=objective_of(cfg)))
+        rows = load_data(
+            Preparation(data_section(cfg, sources), ChatTemplate(tokenizer), objective=read_for_scoring(cfg)[0])
+        )
     except DataError as error:
         raise ConfigError(str(error).replace("data.train[", "imatrix[")) from error
     # Segmented attention pads rows, and padding is no input.

@@ -25,6 +25,7 @@ from finetune.data.loader import Source, load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.distill.resident import ResidentTeacher, load_resident
+from finetune.evaluation.examples import read_for_scoring
 from finetune.evaluation.scoring import Agreement, Perplexity, agreement, evaluate
 from finetune.losses.distillation import TeacherHidden
 from finetune.models.adapters.files import SavedAdapter, load_adapter
@@ -123,16 +124,9 @@ def held_out_section(cfg: RunConfig | None, options: KlCheckOptions) -> DataConf
     return data_section(cfg, options.data or (cfg.data.eval if cfg is not None else []))
 
 
-def objective_of(cfg: RunConfig | None) -> str:
-    """Return how rows are read to score the model of a run on them, as `RunConfig.scored_rows`."""
-    return "none" if cfg is None else cfg.scored_rows
-
-
 def data_section(cfg: RunConfig | None, sources: list[SourceConfig]) -> DataConfig:
     """Return the data section that reads sources, or without any the run's own, with the settings of a run."""
-    changes: dict[str, Any] = {"stream_rows": None, "chat_template": None}
-    if cfg is not None and cfg.preference.objective == "kto":  # bad answers are no examples
-        changes |= {"on_bad_row": "skip", "max_bad_share": 1.0}
+    changes: dict[str, Any] = {"stream_rows": None, "chat_template": None, **read_for_scoring(cfg)[1]}
     if sources:  # The training data may be gone.
         changes |= {"train": sources, "eval": [], "held_out": 0.0}
     return DataConfig(train=sources) if cfg is None else cfg.data.model_copy(update=changes)
@@ -145,7 +139,7 @@ def load_examples(section: DataConfig, tokenizer: Any, owner: str, cfg: RunConfi
         ConfigError: they cannot be read. owner: `adapter=NAME` or `model=NAME`, for its message. cfg: of the run.
     """
     try:
-        data = load_data(Preparation(section, ChatTemplate(tokenizer), objective=objective_of(cfg)))
+        data = load_data(Preparation(section, ChatTemplate(tokenizer), objective=read_for_scoring(cfg)[0]))
     except DataError as error:
         raise ConfigError(
             f"{owner}: its held-out examples cannot be read: {error}\n"

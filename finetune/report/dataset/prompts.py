@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetune.config.schema import RunConfig
-from finetune.data.documents import Documents
+from finetune.data.documents import Documents, leave_room
 from finetune.data.loader import Source
 from finetune.data.template.chat import ChatTemplate
 
@@ -33,12 +33,6 @@ class PromptFigures:
     most: int
     longest: int
     no_room: int
-
-
-def leave_room(documents: Documents, cfg: RunConfig) -> np.ndarray:
-    """Return which prompts [M] leave room for an answer of `reward.max_new_tokens`; all do in a run without rewards."""
-    room = cfg.data.max_length - (0 if cfg.reward.loss == "none" else cfg.reward.max_new_tokens)
-    return documents.prompt_lengths <= room
 
 
 def prompt_figures(sources: Sequence[Source], cfg: RunConfig, chat: ChatTemplate) -> PromptFigures | None:

@@ -10,11 +10,12 @@ from typing import Literal
 import numpy as np
 
 from finetune.config.schema import RunConfig
+from finetune.data.documents import leave_room
 from finetune.data.loader import LoadedData, Source, is_held_out
 from finetune.data.packing import SequenceOrder
 from finetune.data.template.chat import ChatTemplate
 from finetune.report.dataset.preferences import PreferenceFigures, preference_figures
-from finetune.report.dataset.prompts import PromptFigures, leave_room, prompt_figures
+from finetune.report.dataset.prompts import PromptFigures, prompt_figures
 
 UNTEMPLATED = frozenset({"text", "tokens"})  # formats whose rows no chat template touches
 Section = Literal["train", "eval", "held out"]
