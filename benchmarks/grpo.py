@@ -12,7 +12,6 @@ leave out the optimizer, ours are those of whole steps.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -143,9 +142,7 @@ def main(words: list[str]) -> None:
         if len(work.ours_variants()) != 1:
             raise SystemExit(f"ours={options['ours']}: set exactly one")
         summary = {**report.heading("grpo", work.options, machine), **summarize(work, alternate(work))}
-    report.log("\n" + describe(summary))
-    report.write(report.results_file("grpo", options, machine), summary)
-    print(json.dumps({key: value for key, value in summary.items() if key != "runs"}))
+    report.conclude("grpo", options, machine, summary, describe(summary))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ seconds are those of forward and backward; ours are those of whole steps.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -173,9 +172,7 @@ def main(words: list[str]) -> None:
         signals = run_ours(work, pairs, "cached", "benchmarks.signals") if cached else None
         runs = alternate(work, pairs)
         summary = {**report.heading("preference", work.options, machine), "reference": signals, **summarize(work, runs)}
-    report.log("\n" + describe(summary))
-    report.write(report.results_file("preference", options, machine), summary)
-    print(json.dumps({key: value for key, value in summary.items() if key != "runs"}))
+    report.conclude("preference", options, machine, summary, describe(summary))
 
 
 if __name__ == "__main__":

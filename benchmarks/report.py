@@ -84,3 +84,12 @@ def write(file: Path, summary: Mapping[str, Any]) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     temporary.replace(file)
+
+
+def conclude(
+    name: str, options: Mapping[str, str], machine: Mapping[str, Any], summary: Mapping[str, Any], text: str
+) -> None:
+    """Log the text, write the summary into the results file, and print it on one line without its single runs."""
+    log("\n" + text)
+    write(results_file(name, options, machine), summary)
+    print(json.dumps({key: value for key, value in summary.items() if key != "runs"}))

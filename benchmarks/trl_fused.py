@@ -8,7 +8,6 @@ Both sides train `batch` packs (or rows) of up to `length` tokens per step with 
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
@@ -66,9 +65,7 @@ def main(words: list[str]) -> None:
     with prepared(options) as work:
         # Stock's steps need no warm-up beyond the first, which `Workload.stock` adds.
         summary = {**report.heading("trl_fused", work.options, machine), **summarize(work, alternate(work))}
-    report.log("\n" + describe(summary))
-    report.write(report.results_file("trl-fused", options, machine), summary)
-    print(json.dumps({key: value for key, value in summary.items() if key != "runs"}))
+    report.conclude("trl-fused", options, machine, summary, describe(summary))
 
 
 if __name__ == "__main__":

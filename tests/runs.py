@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
@@ -75,6 +76,14 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     """Lines of metrics.jsonl, without measured times and memory."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in _MEASURED} for line in lines]
+
+
+def check_same_metrics(left: Path, right: Path, *apart: str) -> None:
+    """Compare two runs' figures to 1e-4. apart: those that differ between numbers of ranks, beside computed tokens."""
+    for a, b in zip(metrics(left), metrics(right), strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"computed_tokens", *apart}:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
 
 
 def differing(left: Path, right: Path) -> list[str]:
