@@ -1,0 +1,95 @@
+"""What a record of a model family holds. Nothing here imports torch: checks and plans read records before it is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Keys of config.json; head_dim is hidden_size // num_attention_heads where the file has none.
+SHAPE_KEYS = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "vocab_size tie_word_embeddings head_dim"
+).split()
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Linears that are part of attention; the others are part of the MLP.
+ATTENTION = LINEARS[:4]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The part of a model that turns media into embeddings.
+
+    module: its full name in the model. linears: targets of `lora.towers`, by the last part of their names.
+    placeholders: by kind of media, the token that stands for one embedding.
+    """
+
+    module: str
+    linears: tuple[str, ...]
+    placeholders: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """One supported architecture.
+
+    To add a family, add a file with its record, and a tiny random model to tests/families/.
+
+    title: for people. model_type: in config.json, and of its text settings where they are a part of their own.
+    classes: module of transformers with the classes of the model, of a decoder layer, and of its norms.
+    """
+
+    title: str
+    model_type: str
+    modeling: str
+    model: str
+    layer: str
+    norm: str
+    # Sizes by the part of a hub id that names them, in the order of SHAPE_KEYS; hub_id has a group `size`.
+    hub_id: str
+    sizes: Mapping[str, tuple[Any, ...]]
+    biased: tuple[str, ...] = ()  # linears with a bias
+    head_norms: bool = False  # queries and keys are normed per head
+    linear_modules: tuple[str, ...] = LINEARS  # of a decoder layer: the targets of `lora.target_modules=all-linear`
+    decoder: str = "model"  # full name of the module with embedding, layers and final norm
+    head: str = "lm_head"  # full name of the output layer, which is never quantized
+    end_of_turn: str = "<|im_end|>"
+    # Nested settings in config.json: of the model that is loaded, and within it of its decoder.
+    loaded_settings: tuple[str, ...] = ()
+    decoder_settings: tuple[str, ...] = ()
+    # From names in files to names in the model, in this order; None leaves a tensor out.
+    renamed: tuple[tuple[str, str | None], ...] = ()
+    towers: Mapping[str, Tower] = field(default_factory=dict)  # by the word in `lora.towers`
+    axes: int = 1  # of a position: 3 are time, height and width
+    # Architecture in GGUF, and the names there of pre-tokenizers; None: llama.cpp has none.
+    gguf: str | None = None
+
+    def shapes(self) -> dict[str, dict[str, Any]]:
+        """Return the shape of each size: the keys of SHAPE_KEYS and model_type."""
+        return {
+            size: {"model_type": self.model_type, **dict(zip(SHAPE_KEYS, row, strict=True))}
+            for size, row in self.sizes.items()
+        }
+
+    def shape_of_hub_id(self, name: str) -> dict[str, Any] | None:
+        """Return the shape of a hub id of this family; None for another name."""
+        match = re.fullmatch(rf"(?:.*/)?{self.hub_id}", name, re.IGNORECASE)
+        return self.shapes().get(match["size"].upper()) if match else None
+
+    def name_in_model(self, name: str) -> str | None:
+        """Return the name in the model of a tensor in its files; None if the model leaves it out."""
+        for pattern, replacement in self.renamed:
+            if re.match(pattern, name):
+                if replacement is None:
+                    return None
+                name = re.sub(pattern, replacement, name, count=1)
+        return name
+
+    def layer_name(self, number: int) -> str:
+        """Return the full name of a decoder layer."""
+        return f"{self.decoder}.layers.{number}"
+
+    def linear_path(self, number: int, linear: str) -> str:
+        """Return the full name of a linear of a decoder layer."""
+        return f"{self.layer_name(number)}.{'self_attn' if linear in ATTENTION else 'mlp'}.{linear}"

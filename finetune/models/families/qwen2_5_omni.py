@@ -1,0 +1,55 @@
+"""Qwen2.5-Omni's thinker, which reads text, pictures, sound and video; its talker, which speaks, is not trained.
+
+A checkpoint holds the whole model, or the thinker alone, which has a model type of its own.
+Source: arXiv:2503.20215, and the config.json of Qwen/Qwen2.5-Omni-<size>.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from finetune.models.families.family import ModelFamily, Tower
+from finetune.models.families.qwen2 import BIASED
+
+_VISION = Tower(
+    "model.visual",
+    ("q", "k", "v", "proj", "gate_proj", "up_proj", "down_proj"),
+    {"image": "<|IMAGE|>", "video": "<|VIDEO|>"},
+)
+_AUDIO = Tower(
+    "model.audio_tower", ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), {"audio": "<|AUDIO|>"}
+)
+_THINKER = ModelFamily(
+    title="Qwen2.5-Omni",
+    model_type="qwen2_5_omni_thinker",
+    modeling="transformers.models.qwen2_5_omni.modeling_qwen2_5_omni",
+    model="Qwen2_5OmniThinkerForConditionalGeneration",
+    layer="Qwen2_5OmniDecoderLayer",
+    norm="Qwen2_5OmniRMSNorm",
+    biased=BIASED,
+    decoder="model.language_model",
+    decoder_settings=("text_config",),
+    renamed=(
+        (r"^(?:talker|token2wav)\.", None),
+        (r"^thinker\.", ""),
+        (r"^(?=(?:visual|audio_tower)\.)", "model."),
+        (r"^model\.(?!language_model\.|visual\.|audio_tower\.)", "model.language_model."),
+    ),
+    towers={"vision": _VISION, "audio": _AUDIO},
+    axes=3,
+    hub_id=r"(?!)(?P<size>)",
+    sizes={},
+)
+FAMILIES = (
+    replace(
+        _THINKER,
+        model_type="qwen2_5_omni",
+        loaded_settings=("thinker_config",),
+        hub_id=r"Qwen2\.5-Omni-(?P<size>\d+B)(?:-.*)?",
+        sizes={
+            "3B": (2048, 11008, 36, 16, 2, 151936, False, 128),
+            "7B": (3584, 18944, 28, 28, 4, 152064, False, 128),
+        },
+    ),
+    _THINKER,
+)

@@ -1,0 +1,40 @@
+"""Qwen2.5-VL: Qwen2.5's layers behind a vision tower, with positions of three axes.
+
+Source: arXiv:2502.13923, and the config.json of Qwen/Qwen2.5-VL-<size>-Instruct.
+"""
+
+from __future__ import annotations
+
+from finetune.models.families.family import ModelFamily, Tower
+from finetune.models.families.qwen2 import BIASED
+
+VISION_LINEARS = ("qkv", "proj", "gate_proj", "up_proj", "down_proj")
+
+FAMILY = ModelFamily(
+    title="Qwen2.5-VL",
+    model_type="qwen2_5_vl",
+    modeling="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    model="Qwen2_5_VLForConditionalGeneration",
+    layer="Qwen2_5_VLDecoderLayer",
+    norm="Qwen2_5_VLRMSNorm",
+    biased=BIASED,
+    decoder="model.language_model",
+    decoder_settings=("text_config",),
+    # Qwen's own files, and those of older versions of transformers.
+    renamed=(
+        (r"^visual\.", "model.visual."),
+        (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
+    ),
+    towers={
+        "vision": Tower("model.visual", VISION_LINEARS, {"image": "<|image_pad|>", "video": "<|video_pad|>"}),
+    },
+    axes=3,
+    gguf="qwen2vl",
+    hub_id=r"Qwen2\.5-VL-(?P<size>\d+B)(?:-.*)?",
+    sizes={
+        "3B": (2048, 11008, 36, 16, 2, 151936, True, 128),
+        "7B": (3584, 18944, 28, 28, 4, 152064, False, 128),
+        "32B": (5120, 27648, 64, 40, 8, 152064, False, 128),
+        "72B": (8192, 29568, 80, 64, 8, 152064, False, 128),
+    },
+)
