@@ -6,27 +6,29 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune.config.sections import (
-    ON_OBJECT_HELP,
-    REASONING_HELP,
-    TURN_ORDER_HELP,
+from finetune.config.section import (
     Count,
     Dtype,
     Fraction,
     Index,
     NotNegative,
     Number,
-    OnBadRow,
-    OnObject,
     Positive,
-    QuantType,
-    ReasoningRule,
     Section,
     Seed,
     Share,
+    Text,
+)
+from finetune.config.sections import (
+    ON_OBJECT_HELP,
+    REASONING_HELP,
+    TURN_ORDER_HELP,
+    OnBadRow,
+    OnObject,
+    QuantType,
+    ReasoningRule,
     SourceConfig,
     Sources,
-    Text,
     TurnOrder,
 )
 

@@ -15,7 +15,8 @@ from finetune.config.keys import allowed, find, options, schema_fields, sections
 from finetune.config.peers import PEERS, REFUSED, RENAMED
 from finetune.config.problems import Problem
 from finetune.config.schema import RunConfig, contradictions
-from finetune.config.sections import NUMBER, ModelConfig, Section, SourceConfig
+from finetune.config.section import NUMBER, Section
+from finetune.config.sections import ModelConfig, SourceConfig
 
 _LONGEST = 60
 _SHORTHANDS: list[tuple[Any, str]] = [  # A single text where a mapping belongs.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.config.schema import RunConfig
-from finetune.config.sections import SHORT_DTYPES
+from finetune.config.section import SHORT_DTYPES
 
 # pydantic writes the bounds of a value with a validator under its own names.
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}

@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
 from finetune.config.schema import RunConfig
-from finetune.config.sections import SHORT_DTYPES, Section
+from finetune.config.section import SHORT_DTYPES, Section
 from finetune.system.console import line_width
 
 _BOUNDS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from finetune.config.media_rules import pixel_limits
 from finetune.config.preference_rules import (
     preference_alone,
     preference_policies,
@@ -29,6 +30,8 @@ from finetune.config.reward_rules import (
     reward_settings,
     reward_steps,
 )
+from finetune.config.section import Dtype as Dtype
+from finetune.config.section import Name, Section, Text
 from finetune.config.sections import (
     DataConfig,
     DistillConfig,
@@ -36,17 +39,13 @@ from finetune.config.sections import (
     GuardConfig,
     LoraConfig,
     ModelConfig,
-    Name,
     PreferenceConfig,
     QuantConfig,
     RewardConfig,
-    Section,
     SourceConfig,
-    Text,
     TrackConfig,
     TrainConfig,
 )
-from finetune.config.sections import Dtype as Dtype
 
 Problems = Iterator[Problem]
 
@@ -370,6 +369,7 @@ RULES: tuple[Callable[..., Problems], ...] = (
     _lora,
     _start,
     _data,
+    pixel_limits,
     _train,
     _order,
     _rows,

@@ -5,38 +5,24 @@ The path of a key on the command line is section.field: `train.max_steps=10`. sc
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BeforeValidator, Field
 
-NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+from finetune.config.section import (
+    Count,
+    Dtype,
+    Fraction,
+    Index,
+    NotNegative,
+    Number,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    Text,
+)
 
-
-def _number(value: Any) -> Any:
-    """Convert `2e-4`, which is text for PyYAML and a number for OmegaConf."""
-    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
-
-
-def _printable(text: str) -> str:
-    """Refuse text that does not survive a round trip through UTF-8 YAML; `???` marks a missing value."""
-    if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
-        raise ValueError("text cannot contain a NUL character or half of a surrogate pair")
-    if text == "???":
-        raise ValueError("a value is missing")
-    return text
-
-
-Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_printable)]
-Name = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00-\x1f]*$"), AfterValidator(_printable)]
-Number = Annotated[float, BeforeValidator(_number)]
-Positive = Annotated[Number, Field(gt=0)]
-NotNegative = Annotated[Number, Field(ge=0)]
-Share = Annotated[Number, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Fraction = Annotated[Number, Field(gt=0, le=1)]
 RewardName = Literal["exact", "number", "regex", "json_schema", "length", "format"]
 RowFormatName = Literal[
     "auto", "messages", "sharegpt", "prompt_completion", "prompt", "preference", "alpaca", "text", "tokens"
@@ -49,21 +35,6 @@ TurnOrder = Literal["any", "strict"]
 REASONING_HELP = "Reasoning in a field of a message, as reasoning_content: refuse, write as <think> text, or leave out."
 ON_OBJECT_HELP = "Objects and lists instead of texts: refuse, or write as JSON text."
 TURN_ORDER_HELP = "Unusual orders of turns: all that the chat template writes unchanged, or none."
-
-SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-_LONG_DTYPES = {short: long for long, short in SHORT_DTYPES.items()}
-
-# Accepts the short names as well; the value is always the long name.
-Dtype = Annotated[
-    Literal["bfloat16", "float16", "float32"],
-    BeforeValidator(lambda value: _LONG_DTYPES.get(value, value) if isinstance(value, str) else value),
-]
-
-
-class Section(BaseModel):
-    """A group of keys: frozen, strict about types, without unknown keys, without NaN."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -146,6 +117,28 @@ def _sources(value: Any) -> Any:
 Sources = Annotated[list[SourceConfig], BeforeValidator(_sources)]
 
 
+class ImageConfig(Section):
+    """Images of examples. An image has one token per 28 x 28 pixels, after it is resized."""
+
+    min_pixels: Count = Field(56 * 56, description="Pixels that a smaller image is enlarged to.")
+    max_pixels: Count = Field(1280 * 28 * 28, description="Pixels that a larger image is reduced to.")
+
+
+class VideoConfig(Section):
+    """Videos of examples. Two frames have one token per 28 x 28 pixels, after they are resized."""
+
+    fps: Positive = Field(2.0, description="Frames to read per second of video.")
+    max_frames: Annotated[int, Field(ge=2)] = Field(768, description="Most frames of a video; then fps is lower.")
+    min_pixels: Count = Field(128 * 28 * 28, description="Pixels that a smaller frame is enlarged to.")
+    max_pixels: Count = Field(768 * 28 * 28, description="Pixels that a larger frame is reduced to.")
+
+
+class AudioConfig(Section):
+    """Audio of examples: 25 tokens per second."""
+
+    max_seconds: Positive = Field(300.0, description="Longest audio; longer audio is an invalid example.")
+
+
 class DataConfig(Section):
     """Training and evaluation data."""
 
@@ -171,6 +164,11 @@ class DataConfig(Section):
     stream_rows: Count | None = Field(None, description="Examples to tokenize at a time; null: all before training.")
     workers: Count | None = Field(None, description="Number of tokenizing processes; null: one per CPU core.")
     cache: Text | None = Field(None, description="Token cache folder; null: $FINETUNE_CACHE or ~/.cache/finetune.")
+    image: ImageConfig = Field(ImageConfig(), description="Images of examples.")
+    video: VideoConfig = Field(VideoConfig(), description="Videos of examples.")
+    audio: AudioConfig = Field(AudioConfig(), description="Audio of examples.")
+    allow_urls: bool = Field(False, description="Download images, audio and videos that examples name by URL.")
+    media_cache: bool = Field(True, description="Cache the outputs of frozen towers: each file is computed once.")
 
 
 class TrainConfig(Section):

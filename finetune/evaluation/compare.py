@@ -19,7 +19,7 @@ from torch import nn
 from finetune import __version__
 from finetune.config.command_options import EvalOptions
 from finetune.config.schema import Dtype, ModelConfig, QuantConfig, RunConfig
-from finetune.config.sections import SHORT_DTYPES
+from finetune.config.section import SHORT_DTYPES
 from finetune.data.template.chat import ChatTemplate
 from finetune.distill.resident import load_resident
 from finetune.evaluation.examples import data_warnings, load_sets

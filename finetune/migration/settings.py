@@ -13,7 +13,7 @@ from typing import Any
 
 from finetune.config.keys import schema_fields
 from finetune.config.peers import PEERS as OUR_NAMES
-from finetune.config.sections import NUMBER
+from finetune.config.section import NUMBER
 from finetune.migration.files import Peer
 
 ADAMW = "AdamW is used"

@@ -154,6 +154,8 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["data.train=[{path: a, roles: {user: x, assistant: [y, x]}}]"], "data.train.0.roles", "user and assistant"),
     (["data.train=[{path: a, roles: {user: [x, x]}}]"], "data.train.0.roles", "role x"),
     (["data.train=[{path: a, format: alpaca, roles: {user: x}}]"], "data.train.0.roles", "alpaca"),
+    (["data.image.max_pixels=784"], "data.image.min_pixels", "data.image.max_pixels=784"),
+    (["data.video.min_pixels=700000"], "data.video.min_pixels", "data.video.max_pixels=602112"),
     (["data.stream_rows=10"], "data.stream_rows", "train.max_steps"),
     (["data.stream_rows=10", "train.max_steps=5", "data.held_out=0.1"], "data.held_out", "data.eval"),
     (["train.max_steps=3", "train.epochs=2"], "train.epochs", "train.max_steps"),

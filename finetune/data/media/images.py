@@ -1,0 +1,133 @@
+"""Read images with Pillow: sizes from the header, checked before pixels are decoded."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from finetune.system.errors import DataError, MissingExtra
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Formats of photographs and screenshots. Others of Pillow run programs (EPS) or are rarely written.
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+# 89 million, as Pillow's own warning: 340 MB of pixels.
+MOST_PIXELS = 2**30 // 12
+# What Pillow raises for damaged files.
+_DAMAGE = (OSError, SyntaxError, ValueError, LookupError, ArithmeticError, TypeError, EOFError, struct.error)
+_ORIENTATION = 0x0112  # tag of EXIF
+_SWAPS_SIDES = (5, 6, 7, 8)
+
+
+def image_size(file: BinaryIO) -> tuple[int, int]:
+    """Return height and width, turned as EXIF says, from the header. Raises: DataError; MissingExtra."""
+    with _opened(file) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) in _SWAPS_SIDES else (height, width)
+
+
+def read_image(file: BinaryIO) -> np.ndarray:
+    """Return the first frame as [H, W, 3] uint8: turned as EXIF says, transparent over white.
+
+    Raises: DataError; MissingExtra.
+    """
+    return np.asarray(_decoded(file))
+
+
+def resized(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return [height, width, 3] uint8, bicubic with antialiasing as Pillow resizes."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _decoded(file: BinaryIO) -> Image.Image:
+    from PIL import ImageOps
+
+    with _opened(file) as image:
+        image.load()
+        if _orientation(image) != 1:
+            image = ImageOps.exif_transpose(image)
+        return _rgb(image)
+
+
+@contextmanager
+def _opened(file: BinaryIO) -> Iterator[Image.Image]:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtra('images need: pip install "finetune-qlora[vision]"') from error
+
+    Image.init()  # otherwise `formats` knows only the most frequent ones
+    content = file.read()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata, and of sizes that are checked here
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+                width, height = image.size
+                if width * height > MOST_PIXELS:
+                    raise DataError(f"has {width} x {height} pixels, the limit is {MOST_PIXELS:,}; save it smaller")
+                if not width * height:
+                    raise DataError(f"has {width} x {height} pixels; replace the file")
+                yield image
+    except DataError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise DataError(f"is {_other_format(content)}; save it as PNG or JPEG") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"has too many pixels, the limit is {MOST_PIXELS:,}; save it smaller ({error})") from error
+    except MemoryError as error:
+        raise DataError("needs more memory than there is; save it smaller") from error
+    except _DAMAGE as error:
+        raise DataError(f"is broken or cut off ({type(error).__name__}: {error}); replace the file") from error
+
+
+def _other_format(content: bytes) -> str:
+    """Name what the content is instead of an image that is read here."""
+    start = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<svg", b"<?xml")) and b"<svg" in content[:4096].lower():
+        return "an SVG drawing, which has no pixels"
+    if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis"):
+        return "an HEIC image, which is not supported"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "a page of HTML, perhaps an error of a server"
+    if start.startswith(b"%pdf"):
+        return "a PDF"
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, without the file's content"
+    return "not an image of a supported format, or cut off"
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the orientation of EXIF, 1 where it is missing or damaged."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except _DAMAGE:
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Return an RGB image, transparent pixels over white. Source: `to_rgb` of Qwen's utilities."""
+    from PIL import Image
+
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise DataError(f"has values from {values.min()} to {values.max()}, expected 0 to 65535; save it in 8 bits")
+        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode == "F":
+        raise DataError("has floating-point pixels of an unknown range; save it in 8 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        background = Image.new("RGB", image.size, (255, 255, 255))
+        background.paste(image, mask=image.getchannel("A"))
+        return background
+    return image.convert("RGB")
