@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from finetune.export.exporter import ExportRequest
+from finetune.export.gguf.architecture import head_dim_of
 from finetune.export.gguf.quantizer import llama_package
 from finetune.export.verify import (
     OFFLINE,
@@ -93,8 +94,11 @@ def load_gguf(path: Path, source: Path) -> Any:
     """Load a GGUF file with transformers, in fp32; source: the model folder that it was written from."""
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # Hides its progress bar.
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **OFFLINE)
-        # transformers does not read rope scaling from GGUF; check_file has compared those entries.
-        config.rope_parameters = AutoConfig.from_pretrained(source, **OFFLINE).rope_parameters
+        # transformers reads neither rope scaling nor, in some families, the width of heads; check_file has compared
+        # those entries.
+        like = AutoConfig.from_pretrained(source, **OFFLINE)
+        config.rope_parameters = like.rope_parameters
+        config.head_dim = head_dim_of(like)
         return AutoModelForCausalLM.from_pretrained(
             path.parent, config=config, dtype=torch.float32, gguf_file=path.name, **OFFLINE
         ).eval()

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from finetune.export.exporter import ExportRequest
-from finetune.export.gguf.qwen2 import ARCHITECTURE
 from finetune.export.gguf.types import ROUNDED_BY_LLAMA, TYPES, NumberType, decode, encode, gguf_package
 from finetune.system.errors import IntegrityError
 from finetune.system.format import format_bytes
@@ -62,10 +61,10 @@ def model_name(request: ExportRequest) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", request.final_folder.name).strip(".-") or "model"
 
 
-def start_writer(request: ExportRequest, form: str) -> Any:
+def start_writer(request: ExportRequest, form: str, architecture: str) -> Any:
     """Return a `gguf.GGUFWriter` with the general entries; form: `model` or `adapter`."""
     gguf = gguf_package()
-    writer = gguf.GGUFWriter(None, ARCHITECTURE)
+    writer = gguf.GGUFWriter(None, architecture)
     writer.add_type(form)
     writer.add_name(model_name(request))
     kind = request.kind.upper()

@@ -1,6 +1,6 @@
 """format=gguf: one file for llama.cpp, Ollama, LM Studio and others.
 
-It holds a Qwen2 model, or with merge=false a LoRA adapter, which llama.cpp adds to a base at run time.
+It holds a model, or with merge=false a LoRA adapter, which llama.cpp adds to a base at run time.
 """
 
 from __future__ import annotations
@@ -13,29 +13,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from finetune.export.adapter_folder import merge_reasons
 from finetune.export.exporter import Exported, ExportRequest
+from finetune.export.gguf.architecture import (
+    EMBEDDING,
+    HEAD,
+    ROPE_FACTORS,
+    check_tensors,
+    gguf_of,
+    head_dim_of,
+    in_gguf,
+    linear_name,
+    rope_factors,
+    settings,
+    tensor_names,
+)
 from finetune.export.gguf.check import check_model
 from finetune.export.gguf.file import PlannedTensor, start_writer, write_file
 from finetune.export.gguf.quantized import quantize
 from finetune.export.gguf.quantizer import QUANTIZER_TYPES, find_quantizer
-from finetune.export.gguf.qwen2 import (
-    ARCHITECTURE,
-    EMBEDDING,
-    HEAD,
-    UNUSED,
-    check_tensors,
-    linear_name,
-    read_vocabulary,
-    settings,
-    tensor_names,
-)
 from finetune.export.gguf.types import TYPES, NumberType, gguf_package, storage_type
+from finetune.export.gguf.vocabulary import UNUSED, read_vocabulary
 from finetune.models.adapters.files import SavedAdapter, fetch_adapter, scaling_of
 from finetune.models.adapters.names import PREFIX
-from finetune.models.hub import weight_files
+from finetune.models.families import ModelFamily, family_of, shape_of, text_settings
+from finetune.models.families.known import complete_shape
+from finetune.models.hub import find_texts, read_config, weight_files
 from finetune.models.safetensors_index import WeightFiles, read_rows
 from finetune.system.errors import ConfigError, IntegrityError
 
@@ -51,7 +57,8 @@ def write_adapter(request: ExportRequest) -> Exported:
         IntegrityError: the adapter is corrupt, or the file was not written correctly.
     """
     adapter = fetch_adapter(str(request.source), "adapter")
-    if problems := list(_obstacles(adapter)):
+    family, head_dim = _base_of(adapter, request)
+    if problems := list(_obstacles(adapter, family)):
         listed = "\n  ".join(problems)
         raise ConfigError(f"adapter={adapter.name}: cannot be a GGUF adapter:\n  {listed}\nhelp: use merge=true")
     alpha = float(adapter.config.get("lora_alpha", 8)) or 1.0  # llama.cpp reads 0 as: do not scale.
@@ -63,17 +70,18 @@ def write_adapter(request: ExportRequest) -> Exported:
         factor = scaling_of(adapter.config, module, len(lora_A)) * len(lora_A) / alpha
         lora_B = adapter.tensors[name_B]
         scaled_B = lora_B if factor == 1 else lora_B.float() * factor
-        for end, source, tensor in (("a", name_A, lora_A), ("b", name_B, scaled_B)):
+        rows_B = in_gguf(family, module, partial(_rows, scaled_B), head_dim)
+        for end, source, tensor, rows in (("a", name_A, lora_A, partial(_rows, lora_A)), ("b", name_B, lora_B, rows_B)):
             tensors.append(
                 PlannedTensor(
-                    f"{linear_name(module)}.lora_{end}",
+                    f"{linear_name(family, module)}.weight.lora_{end}",
                     source,
                     tuple(tensor.shape),
                     storage_type(TYPES[request.kind], tuple(tensor.shape), vocabulary=False),
-                    lambda start, stop, tensor=tensor: tensor[start:stop],
+                    rows,
                 )
             )
-    writer = start_writer(request, "adapter")
+    writer = start_writer(request, "adapter", gguf_of(family).architecture)
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
     if base := adapter.config.get("base_model_name_or_path"):
@@ -84,17 +92,34 @@ def write_adapter(request: ExportRequest) -> Exported:
     return Exported([], [f"llama-server -m BASE.gguf --lora {final}"], {**notes, "alpha": alpha})
 
 
+def _base_of(adapter: SavedAdapter, request: ExportRequest) -> tuple[ModelFamily, int]:
+    """Return the family of an adapter's base, and the width of its heads; at most its text files are downloaded."""
+    name = str(request.options.model or adapter.config.get("base_model_name_or_path") or "")
+    if not name:
+        raise ConfigError(f"adapter={adapter.name}: adapter_config.json names no base model\nhelp: pass model=NAME")
+    if (shape := shape_of(name)) is None:
+        revision = None if request.options.model else adapter.config.get("revision")
+        shape = complete_shape(text_settings(read_config(find_texts(name, revision, "model").folder, name)))
+    if shape is None:
+        raise ConfigError(f"model={name}: its config.json has no shape of a decoder")
+    return family_of(shape["model_type"], f"model={name}"), shape["head_dim"]
+
+
+def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    return tensor[start:stop]
+
+
 def _module(name: str) -> str:
     return name.removeprefix(PREFIX).partition(".lora_")[0]
 
 
-def _obstacles(adapter: SavedAdapter) -> Iterator[str]:
+def _obstacles(adapter: SavedAdapter, family: ModelFamily) -> Iterator[str]:
     """Yield the reasons why a GGUF file cannot hold the adapter."""
     yield from merge_reasons(adapter.config)
     other = {
         _module(name)
         for name in adapter.tensors
-        if not name.endswith((".lora_A.weight", ".lora_B.weight")) or linear_name(_module(name)) is None
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")) or linear_name(family, _module(name)) is None
     }
     if other:
         shown = ", ".join(sorted(other)[:5]) + (", …" if len(other) > 5 else "")
@@ -137,14 +162,16 @@ def _write_model(request: ExportRequest) -> tuple[Path, dict[str, Any]]:
     """Write the model in a type of the gguf package; return the file and facts for the report."""
     kind = TYPES[request.kind]
     config = AutoConfig.from_pretrained(request.source, trust_remote_code=False, local_files_only=True)
-    tensors = plan_tensors(request.source, config.num_hidden_layers, config.tie_word_embeddings, kind)
-    vocabulary = read_vocabulary(request.source, tensors[0].shape[0])
-    writer = start_writer(request, "model")
+    family = family_of(config.model_type, "config.json")
+    architecture, entries = gguf_of(family).architecture, settings(family, config)
+    tensors = plan_tensors(request.source, family, config, kind)
+    vocabulary = read_vocabulary(family, request.source, tensors[0].shape[0])
+    writer = start_writer(request, "model", architecture)
     total = sum(torch.Size(tensor.shape).numel() for tensor in tensors)
     writer.add_size_label(gguf_package().size_label(total, total, 0, 0))
     add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    for key, value in settings(config).items():
-        add[type(value)](f"{ARCHITECTURE}.{key}", value)
+    for key, value in entries.items():
+        add[type(value)](f"{architecture}.{key}", value)
     writer.add_vocab_size(len(vocabulary.tokens))
     vocabulary.write(writer)
     path, notes = write_file(request, writer, tensors)
@@ -156,33 +183,41 @@ def _write_model(request: ExportRequest) -> tuple[Path, dict[str, Any]]:
     return path, notes | {"wider": wider, "tokens": tokens, "unused_tokens": unused}
 
 
-def plan_tensors(folder: Path, layers: int, tied: bool, kind: NumberType) -> list[PlannedTensor]:
+def plan_tensors(folder: Path, family: ModelFamily, config: Any, kind: NumberType) -> list[PlannedTensor]:
     """List the tensors of the file in their order, the embedding first; only headers are read.
 
+    Args:
+        config: transformers' config of the folder.
+        kind: of the matrices.
+
     Raises:
-        IntegrityError: the folder does not hold exactly the tensors of Qwen2.
+        IntegrityError: the folder does not hold exactly the tensors of the family.
     """
     stored = WeightFiles(weight_files(folder, str(folder))).tensors
-    names = tensor_names(layers, tied)
-    check_tensors(stored, names, str(folder))
+    names = tensor_names(family, config.num_hidden_layers, config.tie_word_embeddings)
+    check_tensors(family, stored, names, str(folder))
+    head_dim = head_dim_of(config)
     planned = [
         PlannedTensor(
             theirs,
             ours,
             stored[ours].shape,
             storage_type(kind, stored[ours].shape, vocabulary=theirs in (EMBEDDING, HEAD)),
-            partial(read_rows, stored[ours]),
+            in_gguf(family, ours, partial(read_rows, stored[ours]), head_dim),
         )
         for ours, theirs in names.items()
     ]
-    if tied and (head := stored.get("lm_head.weight")):
+    if config.tie_word_embeddings and (head := stored.get(f"{family.head}.weight")):
         embedding = planned[0]
         same = head.shape == embedding.shape and all(
             torch.equal(embedding.rows(*rows), read_rows(head, *rows)) for rows in embedding.chunks()
         )
         if not same:
             raise IntegrityError(
-                f"{head.file}: lm_head.weight differs from the embedding, but config.json has tie_word_embeddings\n"
-                "help: correct one of them"
+                f"{head.file}: {family.head}.weight differs from the embedding, but config.json has "
+                "tie_word_embeddings\nhelp: correct one of them"
             )
+    if (factors := rope_factors(config)) is not None:
+        rows = partial(_rows, factors)
+        planned.append(PlannedTensor(ROPE_FACTORS, "rope_parameters", tuple(factors.shape), TYPES["f32"], rows))
     return planned

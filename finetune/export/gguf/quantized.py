@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from finetune.config.compose import saved_config
 from finetune.config.schema import ModelConfig, QuantConfig, SourceConfig
@@ -24,10 +25,10 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.examples import read_for_scoring
 from finetune.export.exporter import ExportRequest
+from finetune.export.gguf.architecture import gguf_of, linear_name
 from finetune.export.gguf.check import load_gguf
 from finetune.export.gguf.file import check_rounded, describe_file, model_name
 from finetune.export.gguf.quantizer import QUANTIZER_TYPES, quantize_file
-from finetune.export.gguf.qwen2 import ARCHITECTURE, linear_name
 from finetune.export.gguf.types import gguf_package
 from finetune.export.merge.kl_check import (
     HeldOutSet,
@@ -40,6 +41,7 @@ from finetune.export.merge.kl_check import (
 from finetune.export.verify import open_tokenizer
 from finetune.losses.hidden_states import target_states
 from finetune.models.adapters.files import fetch_adapter
+from finetune.models.families import family_of
 from finetune.models.load import default_device, load_base
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.system.errors import ConfigError, DataError
@@ -47,14 +49,18 @@ from finetune.system.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class ImportanceMatrix:
-    """sums: fp64 sum of the squared inputs [C] of each tensor of the file. tokens: number of tokens summed."""
+    """sums: fp64 sum of the squared inputs [C] of each tensor of the file. tokens: number of tokens summed.
+
+    architecture: of the model, by its name in GGUF.
+    """
 
     sums: dict[str, Tensor]
     tokens: int
+    architecture: str
 
     def write(self, path: Path, dataset: str) -> None:
         """Write llama.cpp's GGUF format. dataset: name of the rows in the file."""
-        writer: Any = gguf_package().GGUFWriter(None, ARCHITECTURE)
+        writer: Any = gguf_package().GGUFWriter(None, self.architecture)
         writer.add_type("imatrix")
         writer.add_array("imatrix.datasets", [dataset])
         writer.add_uint32("imatrix.chunk_count", 1)
@@ -69,17 +75,19 @@ class ImportanceMatrix:
 
 
 @torch.no_grad()
-def importance_matrix(model: nn.Module, documents: Iterable[Document]) -> ImportanceMatrix:
-    """Sum the squared inputs of a Qwen2's linear layers over all tokens of documents; its attention has no padding."""
+def importance_matrix(model: PreTrainedModel, documents: Iterable[Document]) -> ImportanceMatrix:
+    """Sum the squared inputs of a decoder's linears over all tokens of documents; its attention has no padding."""
+    family = family_of(model.config.model_type, "the model")
     sums: dict[str, Tensor] = {}
 
     def add(name: str, inputs: Tensor) -> None:
         squares = inputs.flatten(0, -2).double().square().sum(0)
         sums[name] = squares + sums[name] if name in sums else squares
 
-    linears = [(found, module) for name, module in model.named_modules() if (found := linear_name(name))]
+    linears = [(found, module) for name, module in model.named_modules() if (found := linear_name(family, name))]
     hooks = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0])) for name, module in linears
+        module.register_forward_pre_hook(lambda _, inputs, name=f"{name}.weight": add(name, inputs[0]))
+        for name, module in linears
     ]
     tokens = 0
     try:
@@ -89,7 +97,7 @@ def importance_matrix(model: nn.Module, documents: Iterable[Document]) -> Import
     finally:
         for hook in hooks:
             hook.remove()
-    return ImportanceMatrix({name: total.cpu() for name, total in sums.items()}, tokens)
+    return ImportanceMatrix({name: total.cpu() for name, total in sums.items()}, tokens, gguf_of(family).architecture)
 
 
 IMATRIX_FILE = "imatrix.gguf"

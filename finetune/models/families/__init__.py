@@ -1,6 +1,19 @@
 """Supported model families: a file each, with everything that differs between them."""
 
-from finetune.models.families.family import SHAPE_KEYS, ModelFamily, Tower
-from finetune.models.families.known import FAMILIES, QWEN25_SHAPES, family_of, shape_of, text_settings
+from __future__ import annotations
 
-__all__ = ["FAMILIES", "QWEN25_SHAPES", "SHAPE_KEYS", "ModelFamily", "Tower", "family_of", "shape_of", "text_settings"]
+from finetune.models.families.family import SHAPE_KEYS, Gguf, ModelFamily, Tower
+from finetune.models.families.known import FAMILIES, QWEN25_SHAPES, attention_window, family_of, shape_of, text_settings
+
+__all__ = [
+    "FAMILIES",
+    "QWEN25_SHAPES",
+    "SHAPE_KEYS",
+    "Gguf",
+    "ModelFamily",
+    "Tower",
+    "attention_window",
+    "family_of",
+    "shape_of",
+    "text_settings",
+]

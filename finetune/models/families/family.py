@@ -1,11 +1,11 @@
-"""What a record of a model family holds. Nothing here imports torch: checks and plans read records before it is loaded."""
+"""The record of a model family. Nothing here imports torch: checks and plans read records before it is loaded."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 # Keys of config.json; head_dim is hidden_size // num_attention_heads where the file has none.
 SHAPE_KEYS = (
@@ -31,6 +31,23 @@ class Tower:
 
 
 @dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp holds a family.
+
+    architecture: its name in GGUF. splits: regex of a byte-level tokenizer, by the name of its pre-tokenizer in GGUF.
+    rope_types: scalings of positions that it computes. interleaved: in queries and keys the two values that rotate
+    together are neighbors; in transformers they are half a head apart. any_head_dim: heads may have another width than
+    hidden_size // num_attention_heads.
+    """
+
+    architecture: str
+    splits: Mapping[str, str]
+    rope_types: tuple[str, ...] = ("default", "linear", "yarn")
+    interleaved: bool = False
+    any_head_dim: bool = False
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """One supported architecture.
 
@@ -51,6 +68,8 @@ class ModelFamily:
     sizes: Mapping[str, tuple[Any, ...]]
     biased: tuple[str, ...] = ()  # linears with a bias
     head_norms: bool = False  # queries and keys are normed per head
+    # Whether `sliding_window` in config.json limits how far attention reaches back.
+    window: Literal["never", "always", "if use_sliding_window"] = "never"
     linear_modules: tuple[str, ...] = LINEARS  # of a decoder layer: the targets of `lora.target_modules=all-linear`
     decoder: str = "model"  # full name of the module with embedding, layers and final norm
     head: str = "lm_head"  # full name of the output layer, which is never quantized
@@ -62,8 +81,7 @@ class ModelFamily:
     renamed: tuple[tuple[str, str | None], ...] = ()
     towers: Mapping[str, Tower] = field(default_factory=dict)  # by the word in `lora.towers`
     axes: int = 1  # of a position: 3 are time, height and width
-    # Architecture in GGUF, and the names there of pre-tokenizers; None: llama.cpp has none.
-    gguf: str | None = None
+    gguf: Gguf | None = None  # None: llama.cpp has no such architecture
 
     def shapes(self) -> dict[str, dict[str, Any]]:
         """Return the shape of each size: the keys of SHAPE_KEYS and model_type."""

@@ -14,6 +14,8 @@ from finetune.system.errors import ConfigError
 _RECORDS = (qwen2.FAMILY, qwen3.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2_5_vl.FAMILY, *qwen2_5_omni.FAMILIES)
 # By model_type in config.json.
 FAMILIES = {family.model_type: family for family in _RECORDS}
+# Of transformers, where config.json has no such key.
+_DEFAULT_WINDOW, _DEFAULT_FULL_LAYERS = 4096, 28
 QWEN25_SHAPES = qwen2.FAMILY.shapes()
 
 
@@ -33,6 +35,19 @@ def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
             # Older files hold the decoder's settings at the top. A tied head is a setting of the model around it.
             settings = {**settings, **inner} if isinstance(inner, dict) else settings
     return settings | {key: config[key] for key in ("model_type",) if key in config}
+
+
+def attention_window(settings: Mapping[str, Any]) -> int | None:
+    """Return how many tokens attention reaches back, from a decoder's settings in config.json; None: no limit."""
+    kind = FAMILIES[settings["model_type"]].window
+    if kind == "never" or (kind == "if use_sliding_window" and not settings.get("use_sliding_window")):
+        return None
+    window, layers = settings.get("sliding_window", _DEFAULT_WINDOW), settings.get("layer_types")
+    if kind == "if use_sliding_window":
+        first, count = settings.get("max_window_layers", _DEFAULT_FULL_LAYERS), settings["num_hidden_layers"]
+        slides = first < count if layers is None else "sliding_attention" in layers
+        return window if slides else None
+    return window
 
 
 def shape_of(model_name: str) -> dict[str, Any] | None:

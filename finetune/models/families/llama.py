@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from finetune.models.families.family import ModelFamily
+from finetune.models.families.family import Gguf, ModelFamily
 
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 FAMILY = ModelFamily(
     title="Llama 3",
     model_type="llama",
@@ -12,7 +16,13 @@ FAMILY = ModelFamily(
     layer="LlamaDecoderLayer",
     norm="LlamaRMSNorm",
     end_of_turn="<|eot_id|>",
-    gguf="llama",
+    gguf=Gguf(
+        "llama",
+        {"llama-bpe": _SPLIT},
+        rope_types=("default", "linear", "yarn", "llama3"),
+        interleaved=True,
+        any_head_dim=True,
+    ),
     hub_id=r"(?:Meta-)?Llama-3(?:\.\d)?-(?P<size>\d+B)(?:-.*)?",
     sizes={
         "1B": (2048, 8192, 16, 32, 8, 128256, True, 64),

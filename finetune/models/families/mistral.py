@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from finetune.models.families.family import ModelFamily
+from finetune.models.families.family import Gguf, ModelFamily
 
+# NeMo's tokenizer, Tekken. That of the 7B is SentencePiece, which has no regex.
+_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 FAMILY = ModelFamily(
     title="Mistral",
     model_type="mistral",
@@ -11,8 +17,9 @@ FAMILY = ModelFamily(
     model="MistralForCausalLM",
     layer="MistralDecoderLayer",
     norm="MistralRMSNorm",
+    window="always",
     end_of_turn="</s>",
-    gguf="llama",
+    gguf=Gguf("llama", {"tekken": _SPLIT}, interleaved=True, any_head_dim=True),
     hub_id=r"Mistral-(?:(?P<size>7B)-.*v0\.3|Nemo-.*)",
     sizes={"7B": (4096, 14336, 32, 32, 8, 32768, False, 128)},
 )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from finetune.models.families.family import ModelFamily
+from finetune.models.families.family import Gguf, ModelFamily
 
 BIASED = ("q_proj", "k_proj", "v_proj")
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 FAMILY = ModelFamily(
     title="Qwen2.5",
@@ -14,7 +18,8 @@ FAMILY = ModelFamily(
     layer="Qwen2DecoderLayer",
     norm="Qwen2RMSNorm",
     biased=BIASED,
-    gguf="qwen2",
+    window="if use_sliding_window",
+    gguf=Gguf("qwen2", {"qwen2": SPLIT}),
     # Instruct, Coder and Math variants of a size have the same shapes.
     hub_id=r"Qwen2\.5(?:-Coder|-Math)?-(?P<size>[\d.]+B)(?:-.*)?",
     sizes={

@@ -16,9 +16,7 @@ _VISION = Tower(
     ("q", "k", "v", "proj", "gate_proj", "up_proj", "down_proj"),
     {"image": "<|IMAGE|>", "video": "<|VIDEO|>"},
 )
-_AUDIO = Tower(
-    "model.audio_tower", ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), {"audio": "<|AUDIO|>"}
-)
+_AUDIO = Tower("model.audio_tower", ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), {"audio": "<|AUDIO|>"})
 _THINKER = ModelFamily(
     title="Qwen2.5-Omni",
     model_type="qwen2_5_omni_thinker",
@@ -27,6 +25,7 @@ _THINKER = ModelFamily(
     layer="Qwen2_5OmniDecoderLayer",
     norm="Qwen2_5OmniRMSNorm",
     biased=BIASED,
+    window="if use_sliding_window",
     decoder="model.language_model",
     decoder_settings=("text_config",),
     renamed=(

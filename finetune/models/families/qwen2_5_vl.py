@@ -18,6 +18,7 @@ FAMILY = ModelFamily(
     layer="Qwen2_5_VLDecoderLayer",
     norm="Qwen2_5_VLRMSNorm",
     biased=BIASED,
+    window="if use_sliding_window",
     decoder="model.language_model",
     decoder_settings=("text_config",),
     # Qwen's own files, and those of older versions of transformers.
@@ -29,7 +30,6 @@ FAMILY = ModelFamily(
         "vision": Tower("model.visual", VISION_LINEARS, {"image": "<|image_pad|>", "video": "<|video_pad|>"}),
     },
     axes=3,
-    gguf="qwen2vl",
     hub_id=r"Qwen2\.5-VL-(?P<size>\d+B)(?:-.*)?",
     sizes={
         "3B": (2048, 11008, 36, 16, 2, 151936, True, 128),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from finetune.models.families.family import ModelFamily
+from finetune.models.families.family import Gguf, ModelFamily
+from finetune.models.families.qwen2 import SPLIT
 
 FAMILY = ModelFamily(
     title="Qwen3",
@@ -12,7 +13,8 @@ FAMILY = ModelFamily(
     layer="Qwen3DecoderLayer",
     norm="Qwen3RMSNorm",
     head_norms=True,
-    gguf="qwen3",
+    window="if use_sliding_window",
+    gguf=Gguf("qwen3", {"qwen2": SPLIT}, any_head_dim=True),
     hub_id=r"Qwen3-(?P<size>[\d.]+B)(?:-.*)?",
     sizes={
         "0.6B": (1024, 3072, 28, 16, 8, 151936, True, 128),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GemmaConfig, Qwen2Config
 
 from finetune.config.schema import LoraConfig
 from finetune.models.adapters.attach import attach_lora
@@ -48,7 +48,7 @@ def test_the_shape_of_a_hub_id_follows_from_its_size(name: str, size: str) -> No
     assert shape_of(name) == QWEN25_SHAPES[size]
 
 
-@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2-7B", "Qwen/Qwen2.5-8B", "no/such"])
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-VL-8B-Instruct", "Qwen/Qwen2-7B", "Qwen/Qwen2.5-8B", "no/such"])
 def test_other_hub_ids_have_no_known_shape(name: str) -> None:
     assert shape_of(name) is None
 
@@ -59,8 +59,16 @@ def test_an_invalid_config_has_no_shape(tmp_path: Path) -> None:
 
 
 def test_other_families_are_an_error() -> None:
-    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(ConfigError, match="found 'llama'; supported: qwen2"):
+    config = GemmaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    with pytest.raises(ConfigError, match="found 'gemma'; supported: qwen2"):
         attach_lora(AutoModelForCausalLM.from_config(config), LoraConfig())
 
 

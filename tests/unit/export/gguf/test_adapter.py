@@ -10,9 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from finetune.export.gguf.architecture import linear_name
 from finetune.export.gguf.check import llama_logits, open_llama
 from finetune.export.gguf.model import write as to_gguf
-from finetune.export.gguf.qwen2 import linear_name
+from finetune.models.families import FAMILIES
 from finetune.system.errors import ConfigError, IntegrityError
 from tests.unit.export.gguf.models import request
 
@@ -54,7 +55,9 @@ def save_adapter(base: Path, folder: Path, **config: Any) -> PeftModel:
 def updates(adapted: PeftModel) -> dict[str, torch.Tensor]:
     """Return PEFT's update of each matrix, by its name in a GGUF file."""
     return {
-        linear_name(name.removeprefix("base_model.model.")): module.get_delta_weight("default")
+        f"{linear_name(FAMILIES['qwen2'], name.removeprefix('base_model.model.'))}.weight": module.get_delta_weight(
+            "default"
+        )
         for name, module in adapted.named_modules()
         if hasattr(module, "get_delta_weight")
     }

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.config.command_options import ExportOptions
 from finetune.export.export import export_model
+from finetune.export.gguf import architecture
 from finetune.export.gguf import file as gguf_file
-from finetune.export.gguf import qwen2 as gguf_qwen2
 from finetune.export.gguf.check import llama_logits, open_llama
 from finetune.export.gguf.model import write as to_gguf
 from finetune.export.gguf.types import TYPES
@@ -203,10 +203,11 @@ def test_rope_scaling_is_kept(rope_type: str, tiny: Path, tmp_path: Path):
 def test_every_unsupported_setting_is_listed(tiny: Path, tmp_path: Path):
     source = save_model(tmp_path / "source", tiny)
     config = json.loads((source / "config.json").read_text())
-    config |= {"use_sliding_window": True, "hidden_act": "gelu"}
+    config |= {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 2}
+    config |= {"hidden_act": "gelu"}
     config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"use_sliding_window, hidden_act 'gelu', rope_type 'dynamic'"):
+    with pytest.raises(ConfigError, match=r"sliding_window 64, hidden_act 'gelu', rope_type 'dynamic'"):
         to_gguf(request(source, tmp_path / "out", type="f32"))
 
 
@@ -237,7 +238,7 @@ def test_a_changed_byte_is_found(tiny: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_swapped_tensors_are_found(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    swapped = gguf_qwen2.LINEAR | {"mlp.gate_proj": "ffn_up", "mlp.up_proj": "ffn_gate"}
-    monkeypatch.setattr(gguf_qwen2, "LINEAR", swapped)
+    swapped = architecture.LINEAR | {"mlp.gate_proj": "ffn_up", "mlp.up_proj": "ffn_gate"}
+    monkeypatch.setattr(architecture, "LINEAR", swapped)
     with pytest.raises(IntegrityError):
         to_gguf(request(tiny, tmp_path / "out", type="f32"))

@@ -17,8 +17,9 @@ from finetune.export.gguf.check import (
     sample_texts,
 )
 from finetune.export.gguf.model import write as to_gguf
-from finetune.export.gguf.qwen2 import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
+from finetune.export.gguf.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
 from finetune.export.verify import require_same_ids
+from finetune.models.families import FAMILIES
 from finetune.system.errors import ConfigError, IntegrityError
 from tests.unit.export.gguf.models import TOKENIZER_FILES, request, save_model
 
@@ -131,16 +132,21 @@ def test_new_tokens_keep_their_kind(tiny: Path, tmp_path: Path):
 
 
 def test_more_tokens_than_rows_are_refused(tiny: Path):
-    assert len(read_vocabulary(tiny, 883).tokens) == 883
+    assert len(read_vocabulary(FAMILIES["qwen2"], tiny, 883).tokens) == 883
     with pytest.raises(ConfigError, match="882 rows, found token 882"):
-        read_vocabulary(tiny, 882)
+        read_vocabulary(FAMILIES["qwen2"], tiny, 882)
 
 
 def test_the_end_of_a_turn_is_kept_beside_the_end_of_a_text(tiny: Path, tmp_path: Path):
     folder = copy_tokenizer(tiny, tmp_path / "base")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
-    assert read_vocabulary(folder, 896).special_ids == {"bos": 880, "eos": 880, "padding": 880, "eot": 882}
+    assert read_vocabulary(FAMILIES["qwen2"], folder, 896).special_ids == {
+        "bos": 880,
+        "eos": 880,
+        "padding": 880,
+        "eot": 882,
+    }
 
 
 @pytest.mark.parametrize(("pattern", "adds"), [("$A", False), ("<|im_start|> $A", True), ("$A <|im_end|>", None)])
@@ -152,9 +158,9 @@ def test_only_a_bos_token_may_be_added_to_every_text(pattern: str, adds: bool | 
     tokenizer.save_pretrained(folder)
     if adds is None:
         with pytest.raises(ConfigError, match="bos token"):
-            read_vocabulary(folder, 896)
+            read_vocabulary(FAMILIES["qwen2"], folder, 896)
     else:
-        vocabulary = read_vocabulary(folder, 896)
+        vocabulary = read_vocabulary(FAMILIES["qwen2"], folder, 896)
         assert vocabulary.adds_bos is adds and vocabulary.special_ids["bos"] == 881
 
 
@@ -170,4 +176,4 @@ def test_tokenizers_that_gguf_cannot_represent_are_refused(tiny: Path, tmp_path:
     # Qwen2Tokenizer would replace these rules by its own.
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
     with pytest.raises(ConfigError, match=r"pre_tokenizer: .*; normalizer: .*Lowercase; added_tokens: .*'<\|endof"):
-        read_vocabulary(folder, 896)
+        read_vocabulary(FAMILIES["qwen2"], folder, 896)
