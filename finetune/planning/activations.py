@@ -111,7 +111,7 @@ def plan_activations(inputs: PlanInputs, micro_batch: int) -> ActivationPlan:
     tokens, inner = micro_batch * inputs.sequence.rows, inputs.shape["intermediate_size"]
     width, kinds = inputs.value_bytes, []
     for layer in range(inputs.first_trained_layer, len(inputs.adapted)):
-        stored = layer_precisions(layer, inputs.model, inputs.quant)
+        stored = layer_precisions(inputs.family, layer, inputs.model, inputs.quant)
         kinds.append((inputs.adapted[layer], frozenset(name for name in stored if stored[name] == "int8")))
     token_bytes = {kind: sum(kept_bytes(inputs, *kind).values()) for kind in set(kinds)}
     kept = tuple(tokens * token_bytes[kind] for kind in kinds)
@@ -294,9 +294,11 @@ def kept_bytes(inputs: PlanInputs, adapted: frozenset[str], int8: frozenset[str]
     peft = inputs.train.kernels == "peft"
     # The input of o_proj is the output of attention; a copy on a CPU, and where rows have several places.
     keeps_output = inputs.flash_attention and inputs.model.attention == "auto" and inputs.places_of_a_row == 1
+    heads = inputs.shape["num_attention_heads"] + inputs.shape["num_key_value_heads"] if inputs.family.head_norms else 0
+    normed = linears["q_proj"][0] + linears["k_proj"][0] if inputs.family.head_norms else 0
     terms = {
         # transformers' norm keeps fp32 copies of both of its inputs, and their scales.
-        "norms": 2 * (hidden * 4 + 4) if peft else 2 * hidden * width,
+        "norms": 4 * (2 * hidden + normed) + 4 * (2 + heads) if peft else (2 * hidden + normed) * width,
         "attention": _attention_bytes(inputs),
         "mlp": 0.0,
         "adapters": 0.0,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.planning.inputs import PlanInputs
-from finetune.planning.static_memory import layer_precisions, linear_shapes, module_path, rank_of
+from finetune.planning.static_memory import layer_precisions, linear_shapes, rank_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def step_work(inputs: PlanInputs, micro_batch: int, recomputed: int) -> StepWork
     products, dequantized, adapters = dict.fromkeys(linears, 0.0), dict.fromkeys(linears, 0.0), 0.0
     for layer in range(layers):
         forward = 2 if first <= layer < first + recomputed else 1
-        for name, precision in layer_precisions(layer, inputs.model, inputs.quant).items():
+        for name, precision in layer_precisions(inputs.family, layer, inputs.model, inputs.quant).items():
             weights, adapted = math.prod(linears[name]), name in inputs.adapted[layer]
             # Recomputing ends with the last tensor that backward needs (models/gradient_checkpointing.py).
             runs = 1 if name == "down_proj" and not adapted else forward
@@ -70,7 +70,7 @@ def step_work(inputs: PlanInputs, micro_batch: int, recomputed: int) -> StepWork
             if precision == "nf4" and not inputs.quant.keep_dequantized:
                 dequantized[name] += weights * passes * runs
             if adapted:
-                rank = rank_of(module_path(layer, name), inputs.lora)
+                rank = rank_of(inputs.family.linear_path(layer, name), inputs.lora)
                 adapters += 2.0 * rank * sum(linears[name]) * tokens * (forward + 2)
     targets = sequences * sequence.targets
     products["head"] = 4.0 * (shape["vocab_size"] * shape["hidden_size"]) * targets

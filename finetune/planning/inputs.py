@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.config import schema
 from finetune.config.preference_rules import NEEDS_REFERENCE
-from finetune.models.families import SHAPE_KEYS, shape_of
+from finetune.models.families import FAMILIES, SHAPE_KEYS, ModelFamily, shape_of, text_settings
 from finetune.planning.sequences import FullSequence, plain_sequence, sequence_of_groups, sequence_of_pairs
 from finetune.planning.static_memory import DTYPE_BYTES, StaticMemory, adapted_linears, linear_shapes, plan_memory
 
@@ -64,8 +64,9 @@ class PlanInputs:
 
     def with_model_config(self, config: Mapping[str, Any]) -> PlanInputs:
         """Return the inputs of a loaded model (config.json), whose vocabulary may be larger; `self` if it is equal."""
-        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        shape = {key: config[key] for key in SHAPE_KEYS if key != "head_dim"} | {"head_dim": head_dim}
+        config = text_settings(config)
+        shape = {key: config[key] for key in ("model_type", *SHAPE_KEYS) if key != "head_dim"}
+        shape["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         same = all(self.shape.get(key) == value for key, value in shape.items())
         return self if same else replace(self, shape=shape)
 
@@ -73,6 +74,11 @@ class PlanInputs:
     def device_kind(self) -> str:
         """The key of tables with a value per device type: "cuda", or "cpu" for all others."""
         return "cuda" if self.device_type == "cuda" else "cpu"
+
+    @property
+    def family(self) -> ModelFamily:
+        """The record of the model's family."""
+        return FAMILIES[self.shape["model_type"]]
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -119,7 +125,7 @@ class PlanInputs:
     @cached_property
     def adapted(self) -> tuple[frozenset[str], ...]:
         """Names of the linears with an adapter, per layer."""
-        return tuple(adapted_linears(layer, self.lora) for layer in range(self.shape["num_hidden_layers"]))
+        return tuple(adapted_linears(self.family, layer, self.lora) for layer in range(self.shape["num_hidden_layers"]))
 
     @property
     def table_values(self) -> int:

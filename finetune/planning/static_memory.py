@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
+from finetune.models.families import FAMILIES, ModelFamily
+from finetune.models.families.family import LINEARS
 from finetune.models.module_matching import ends_with, matches, matches_key
 from finetune.models.quant.bit_widths import DTYPE_BYTES
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_BIASED = ("q_proj", "k_proj", "v_proj")
 _BLOCK, _OUTER_BLOCK = 64, 256
 # 8-bit moments have a fp32 scale for each block of 256. Paged moments are counted as if they stayed on the GPU.
 # Lion has one moment.
@@ -38,10 +38,14 @@ class StaticMemory:
         return sum(self.parts.values())
 
 
+def head_dim_of(shape: Mapping[str, Any]) -> int:
+    """Return the width of a head. shape: keys as in config.json."""
+    return shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]  # Most files leave it out.
+
+
 def linear_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Return the (out, in) features of each linear of a Qwen2 layer. shape: keys as in config.json."""
-    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
-    head = shape.get("head_dim") or hidden // heads  # Most config.json files leave it out.
+    """Return the (out, in) features of each linear of a decoder layer. shape: keys as in config.json."""
+    hidden, heads, head = shape["hidden_size"], shape["num_attention_heads"], head_dim_of(shape)
     kv = shape["num_key_value_heads"] * head
     inner = shape["intermediate_size"]
     return {
@@ -58,11 +62,10 @@ def linear_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 def plan_memory(
     shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig, lora: LoraConfig, optimizer: str = "adamw"
 ) -> StaticMemory:
-    """Compute the static memory of a Qwen2 model. shape: keys as in config.json. optimizer: of TrainConfig."""
-    linears, layers, hidden = linear_shapes(shape), shape["num_hidden_layers"], shape["hidden_size"]
+    """Compute the static memory of a model. shape: keys as in config.json. optimizer: of TrainConfig."""
     width, tied, trained = DTYPE_BYTES[model.dtype], shape.get("tie_word_embeddings"), trained_parameters(shape, lora)
-    table_bytes = shape["vocab_size"] * hidden * width
-    vectors = layers * sum(linears[name][0] for name in _BIASED) + (2 * layers + 1) * hidden
+    table_bytes = shape["vocab_size"] * shape["hidden_size"] * width
+    vectors = shape["num_hidden_layers"] * sum(_vectors(shape).values()) + shape["hidden_size"]
     parts = _base_parts(shape, model, quant) | {
         "embedding and head (tied)" if tied else "embedding": table_bytes,
         "head": 0 if tied else table_bytes,
@@ -75,19 +78,27 @@ def plan_memory(
 
 
 def parameters_of(shape: Mapping[str, Any]) -> int:
-    """Count the parameters of a Qwen2 model, a tied table once."""
-    linears, layers, hidden = linear_shapes(shape), shape["num_hidden_layers"], shape["hidden_size"]
-    block = sum(out * inputs for out, inputs in linears.values()) + sum(linears[name][0] for name in _BIASED)
-    tables = 1 if shape.get("tie_word_embeddings") else 2
-    return layers * (block + 2 * hidden) + hidden + tables * shape["vocab_size"] * hidden
+    """Count the parameters of a decoder and its head, a tied table once."""
+    hidden, tables = shape["hidden_size"], 1 if shape.get("tie_word_embeddings") else 2
+    layer = sum(out * inputs for out, inputs in linear_shapes(shape).values()) + sum(_vectors(shape).values())
+    return shape["num_hidden_layers"] * layer + hidden + tables * shape["vocab_size"] * hidden
+
+
+def _vectors(shape: Mapping[str, Any]) -> dict[str, int]:
+    """Return the values of a layer's norms, by their name in the layer, and of its biases, by that of their linear."""
+    family, linears, hidden = FAMILIES[shape["model_type"]], linear_shapes(shape), shape["hidden_size"]
+    vectors = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if family.head_norms:
+        vectors |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), head_dim_of(shape))
+    return vectors | {name: linears[name][0] for name in family.biased}
 
 
 def _base_parts(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig) -> dict[str, float]:
     """Bytes of the linears per precision, and of the 16-bit copies that `quant.keep_dequantized` keeps."""
     parts: dict[str, float] = {}
-    linears = linear_shapes(shape)
+    linears, family = linear_shapes(shape), FAMILIES[shape["model_type"]]
     for layer in range(shape["num_hidden_layers"]):
-        for name, precision in layer_precisions(layer, model, quant).items():
+        for name, precision in layer_precisions(family, layer, model, quant).items():
             weights, key = math.prod(linears[name]), f"linears in {precision}"
             parts[key] = parts.get(key, 0.0) + weights * bytes_per_weight(precision, quant)
             if precision == "int8":
@@ -98,7 +109,7 @@ def _base_parts(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig
     return parts
 
 
-def layer_precisions(layer: int, model: ModelConfig, quant: QuantConfig) -> dict[str, str]:
+def layer_precisions(family: ModelFamily, layer: int, model: ModelConfig, quant: QuantConfig) -> dict[str, str]:
     """Return how each linear of a layer is stored: nf4, int8, or the model's own dtype."""
 
     def precision_of(path: str) -> str:
@@ -106,7 +117,7 @@ def layer_precisions(layer: int, model: ModelConfig, quant: QuantConfig) -> dict
             return model.dtype
         return "int8" if any(matches(pattern, path) for pattern in quant.int8) else quant.type
 
-    return {name: precision_of(module_path(layer, name)) for name in LINEARS}
+    return {name: precision_of(family.linear_path(layer, name)) for name in LINEARS}
 
 
 def bytes_per_weight(precision: str, quant: QuantConfig) -> float:
@@ -118,19 +129,13 @@ def bytes_per_weight(precision: str, quant: QuantConfig) -> float:
     return 0.5 + (1 / _BLOCK + 4 / (_BLOCK * _OUTER_BLOCK) if quant.double else 4 / _BLOCK)
 
 
-def module_path(layer: int, name: str) -> str:
-    """Return the full name of a linear of a Qwen2 layer."""
-    room = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-    return f"model.layers.{layer}.{room}.{name}"
-
-
 def trained_parameters(shape: Mapping[str, Any], lora: LoraConfig) -> int:
     """Values that training moves: factors, DoRA's magnitudes, modules trained in full, rows of new tokens."""
-    linears, total = linear_shapes(shape), 0
+    linears, family, total = linear_shapes(shape), FAMILIES[shape["model_type"]], 0
     for layer in range(shape["num_hidden_layers"]):
-        for name in adapted_linears(layer, lora):
+        for name in adapted_linears(family, layer, lora):
             out, inputs = linears[name]
-            total += rank_of(module_path(layer, name), lora) * (out + inputs) + (out if lora.dora else 0)
+            total += rank_of(family.linear_path(layer, name), lora) * (out + inputs) + (out if lora.dora else 0)
     tables = 1 if shape.get("tie_word_embeddings") else 2
     total += len(lora.new_tokens) * shape["hidden_size"] * tables
     saved = lora.modules_to_save
@@ -139,18 +144,17 @@ def trained_parameters(shape: Mapping[str, Any], lora: LoraConfig) -> int:
 
 def _modules(shape: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Yield the full name and the number of values of every module with weights."""
-    linears, hidden = linear_shapes(shape), shape["hidden_size"]
+    family, vectors, hidden = FAMILIES[shape["model_type"]], _vectors(shape), shape["hidden_size"]
     table = shape["vocab_size"] * hidden
-    yield from (("model.embed_tokens", table), ("lm_head", table), ("model.norm", hidden))
+    yield from ((f"{family.decoder}.embed_tokens", table), (family.head, table), (f"{family.decoder}.norm", hidden))
     for layer in range(shape["num_hidden_layers"]):
-        yield f"model.layers.{layer}.input_layernorm", hidden
-        yield f"model.layers.{layer}.post_attention_layernorm", hidden
-        for name, (out, inputs) in linears.items():
-            yield module_path(layer, name), out * inputs + (out if name in _BIASED else 0)
+        yield from ((f"{family.layer_name(layer)}.{name}", vectors[name]) for name in vectors.keys() - LINEARS)
+        for name, (out, inputs) in linear_shapes(shape).items():
+            yield family.linear_path(layer, name), out * inputs + vectors.get(name, 0)
 
 
 def module_names(shape: Mapping[str, Any]) -> set[str]:
-    """Return the full names of all modules of a Qwen2 model with weights, and of the modules around them."""
+    """Return the full names of all modules of a decoder and its head with weights, and of the modules around them."""
     parts = [path.split(".") for path, _ in _modules(shape)]
     return {".".join(steps[:count]) for steps in parts for count in range(1, len(steps) + 1)}
 
@@ -160,17 +164,18 @@ def rank_of(path: str, lora: LoraConfig) -> int:
     return next((rank for key, rank in lora.rank_pattern.items() if matches_key(key, path)), lora.rank)
 
 
-def adapted_linears(layer: int, lora: LoraConfig) -> frozenset[str]:
-    """Return the names of the linears of a Qwen2 layer that get an adapter."""
+def adapted_linears(family: ModelFamily, layer: int, lora: LoraConfig) -> frozenset[str]:
+    """Return the names of the linears of a decoder layer that get an adapter."""
     if lora.layers_to_transform is not None and layer not in lora.layers_to_transform:
         return frozenset()
     targets = lora.target_modules
-    return _targets_in(layer, targets if isinstance(targets, str) else tuple(targets))
+    paths = tuple(family.linear_path(layer, name) for name in LINEARS)
+    return _targets_in(paths, targets if isinstance(targets, str) else tuple(targets))
 
 
 @functools.cache
-def _targets_in(layer: int, targets: tuple[str, ...] | str) -> frozenset[str]:
-    paths = {name: module_path(layer, name) for name in LINEARS}
+def _targets_in(paths: tuple[str, ...], targets: tuple[str, ...] | str) -> frozenset[str]:
+    named = dict(zip(LINEARS, paths, strict=True))
     if isinstance(targets, tuple):
-        return frozenset(n for n, path in paths.items() if any(ends_with(path, target) for target in targets))
-    return frozenset(n for n, path in paths.items() if targets == "all-linear" or re.fullmatch(targets, path))
+        return frozenset(n for n, path in named.items() if any(ends_with(path, target) for target in targets))
+    return frozenset(n for n, path in named.items() if targets == "all-linear" or re.fullmatch(targets, path))

@@ -11,9 +11,10 @@ from pathlib import Path
 from finetune.config.schema import RunConfig
 from finetune.models.adapters.folder import find_adapter, list_checkpoints
 from finetune.models.families import shape_of
+from finetune.models.families.family import LINEARS
 from finetune.models.hub import check_model
 from finetune.models.module_matching import absent_modules
-from finetune.planning.static_memory import LINEARS, module_names
+from finetune.planning.static_memory import module_names
 from finetune.report.run import ADAPTER
 from finetune.system.errors import ConfigError
 from finetune.system.locks import Lock, try_lock

@@ -33,6 +33,7 @@ from finetune.planning.inputs import PlanInputs, plan_inputs
 from tests.parity.test_cross_entropy import documents
 
 SHAPE: dict[str, Any] = {
+    "model_type": "qwen2",
     "vocab_size": 97,
     "hidden_size": 64,
     "intermediate_size": 224,

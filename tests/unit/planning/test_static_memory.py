@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from finetune import load_config
 from finetune.config.schema import RunConfig
 from finetune.models.adapters.attach import attach_lora
-from finetune.models.families import QWEN25_SHAPES
+from finetune.models.families import FAMILIES, QWEN25_SHAPES
 from finetune.planning.inputs import plan_inputs
 from finetune.planning.static_memory import (
     StaticMemory,
@@ -25,6 +25,7 @@ from finetune.planning.static_memory import (
 )
 
 SHAPE: dict[str, Any] = {
+    "model_type": "qwen2",
     "vocab_size": 97,
     "hidden_size": 64,
     "intermediate_size": 224,
@@ -96,10 +97,10 @@ def test_a_4_bit_weight_takes_what_bitsandbytes_stores(double):
 
 def test_each_module_is_counted_in_its_own_precision():
     cfg = run("quant.skip_modules=['layers.0','down_proj']", "quant.int8=[v_proj]")
-    assert set(layer_precisions(0, cfg.model, cfg.quant).values()) == {"bfloat16"}
-    kinds = layer_precisions(1, cfg.model, cfg.quant)
+    assert set(layer_precisions(FAMILIES["qwen2"], 0, cfg.model, cfg.quant).values()) == {"bfloat16"}
+    kinds = layer_precisions(FAMILIES["qwen2"], 1, cfg.model, cfg.quant)
     assert (kinds["q_proj"], kinds["v_proj"], kinds["down_proj"]) == ("nf4", "int8", "bfloat16")
-    assert layer_precisions(1, cfg.model, run("quant.type=none").quant)["up_proj"] == "bfloat16"
+    assert layer_precisions(FAMILIES["qwen2"], 1, cfg.model, run("quant.type=none").quant)["up_proj"] == "bfloat16"
     linears = linear_shapes(SHAPE)
     size = {name: out * inputs for name, (out, inputs) in linears.items()}
     parts = plan_memory(SHAPE, cfg.model, cfg.quant, cfg.lora).parts
