@@ -17,9 +17,11 @@ from finetune.losses.cross_entropy import head_of
 from finetune.losses.distillation import TeacherHidden
 from finetune.losses.hidden_states import target_states
 from finetune.models.adapters.files import load_adapter
-from finetune.models.embedding import EMBEDDING, HostEmbedding
+from finetune.models.decoder import family_in
+from finetune.models.embedding import HostEmbedding
+from finetune.models.families import family_of
 from finetune.models.fused import fuse_layers
-from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
+from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, TensorFile, fetch, named_in_model, read_config, weight_files
 from finetune.models.load import load_base
 from finetune.models.quant.four_bit import build_skeleton, fill_plain, holds_all
 from finetune.models.tokenizer import quiet
@@ -58,11 +60,11 @@ def load_resident(
     return ResidentTeacher(teacher.eval(), device)
 
 
-def open_skeleton(cfg: ModelConfig) -> tuple[dict[str, Path], PreTrainedModel | None]:
+def open_skeleton(cfg: ModelConfig) -> tuple[dict[str, TensorFile], PreTrainedModel | None]:
     """Return the file of each tensor, and the model without storage; None if its tensors have other names or shapes."""
     source = fetch(cfg.name, cfg.revision, TEXT_FILES + WEIGHT_FILES, "distill.teacher.name")
-    read_config(source.folder, cfg.name)
-    files = weight_files(source.folder, cfg.name)
+    family = family_of(read_config(source.folder, cfg.name)["model_type"], f"distill.teacher.name={cfg.name}")
+    files = named_in_model(weight_files(source.folder, cfg.name), family)
     attention.register()
     with quiet():
         model = build_skeleton(source.folder, getattr(torch, cfg.dtype), attention.SEGMENTED)
@@ -75,14 +77,16 @@ def _mapped(cfg: ModelConfig, device: torch.device, student: PreTrainedModel | N
     if model is None:
         return None
     tables: dict[str, Any] = {} if student is None else dict(student.named_parameters())
-    names = (EMBEDDING, "lm_head.weight")
+    family = family_in(model)
+    table = f"{family.decoder}.embed_tokens.weight"
+    names = (table, f"{family.head}.weight")
     shared = [name for name in names if name in tables and tables[name].dtype == getattr(torch, cfg.dtype)]
     files = {name: file for name, file in files.items() if name not in shared}
     embedding = None if student is None else student.get_input_embeddings()
     with quiet():
         if isinstance(embedding, HostEmbedding) and embedding.weight.dtype == model.dtype:
             model.set_input_embeddings(embedding)
-            del files[EMBEDDING]
+            del files[table]
         fill_plain(model, files, device)
         for name in shared:
             module, _, key = name.rpartition(".")

@@ -81,10 +81,15 @@ class StreamedModel:
             )
         self.device, self.dtype = device, getattr(torch, cfg.dtype)
         self.read_bytes, self._wait_seconds = 0, 0.0  # of the last pass; the wait is for reads
-        self._files, self._base, self._head = WeightFiles(files), base, head
+        self._files, self._base, self._head = (
+            WeightFiles({place.name: place.file for place in files.values()}),
+            base,
+            head,
+        )
+        self._tensors = {name: self._files.tensors[place.name] for name, place in files.items()}
         self._log: Log | None = log
         self._head_name = _EMBEDDING if self._base.config.tie_word_embeddings else _HEAD
-        on_cpu, in_its_type = device.type == "cpu", self._files.tensors[self._head_name].dtype == self.dtype
+        on_cpu, in_its_type = device.type == "cpu", self._tensors[self._head_name].dtype == self.dtype
         self._maps_head = head is None and on_cpu and in_its_type
         backbone: Any = self._base.base_model
         # By module, because an adapter renames modules.
@@ -152,7 +157,7 @@ class StreamedModel:
     def _begin(self, index: int, reads: Reads) -> None:
         """Begin to read a layer, if it exists."""
         if index < len(self._layers):
-            stored = {name: self._files.tensors[f"model.layers.{index}.{name}"] for name in self._slots[index]}
+            stored = {name: self._tensors[f"model.layers.{index}.{name}"] for name in self._slots[index]}
             self._buffers[index % 2].begin(stored, reads)
 
     @contextmanager
@@ -175,13 +180,13 @@ class StreamedModel:
         rows = [packed_rows(batch, self.device, self.dtype)[0] for batch in batches]
         # Read rows of the file: the head of a tied model would bring more pages into memory.
         used = torch.unique(torch.cat([some.ids for some in rows]))
-        table = reads.rows(self._files.tensors[_EMBEDDING], used.cpu(), self.dtype).to(self.device)
+        table = reads.rows(self._tensors[_EMBEDDING], used.cpu(), self.dtype).to(self.device)
         embeddings = (F.embedding(torch.searchsorted(used, some.ids[None]), table) for some in rows)
         return [(some, padded(embedding, some)) for some, embedding in zip(rows, embeddings, strict=True)]
 
     def _weight(self, name: str) -> Tensor:
         """Return one tensor on the device, mapped on a CPU if the file has the model's dtype."""
-        return map_tensor(self._files.tensors[name]).to(self.device, self.dtype)
+        return map_tensor(self._tensors[name]).to(self.device, self.dtype)
 
 
 def _slots_of(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -20,8 +20,9 @@ from finetune.data.formats.messages import Conversation
 from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation.scoring import evaluating
 from finetune.losses.chunked import logits_of
-from finetune.losses.cross_entropy import head_of
+from finetune.losses.cross_entropy import head_of, vocabulary_rows
 from finetune.losses.hidden_states import base_of
+from finetune.models.decoder import decoder_of
 from finetune.models.quant.four_bit import keep_resident, resident_bytes
 from finetune.ops.determinism import cumulative_sums
 from finetune.ops.limits import ROWS_DRAWN, SAMPLED_ANSWERS, SAMPLED_TOKENS
@@ -98,7 +99,7 @@ def answer_rows(
         last = max(i for i, message in enumerate(conversation.messages) if message.role == "assistant")
         rows.append(Conversation(conversation.messages[: last + 1], conversation.tools))
     prompts = [chat.prompt_ids(row.messages[:-1], row.tools) for row in rows]
-    stop_ids, vocabulary = frozenset(chat.stop_ids()), base_of(model).config.vocab_size
+    stop_ids, vocabulary = frozenset(chat.stop_ids()), vocabulary_rows(model)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
     with evaluating(model):
@@ -267,7 +268,7 @@ def decode(
         copies: answers to each prompt, which is computed once for all of them.
     """
     base, device = base_of(model), next(model.parameters()).device
-    head, backbone = head_of(model), getattr(base, base.base_model_prefix)
+    head, backbone = head_of(model), decoder_of(base)
     cache = DynamicCache(config=base.config)
     answers: list[list[int]] = [[] for _ in limits]
     unfinished = list(range(len(answers)))  # the rows of all tensors

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from finetune.data.batch import build_batch, groups_of
 from finetune.data.documents import Document, Documents
 from finetune.losses.chunked import chunked_logits, logits_of
-from finetune.losses.cross_entropy import head_of, score
+from finetune.losses.cross_entropy import head_of, score, vocabulary_rows
 from finetune.losses.distillation import Teacher, TeacherTargets, compare
-from finetune.losses.hidden_states import base_of, target_states
+from finetune.losses.hidden_states import target_states
 from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.divergence import divergence_
 from finetune.ops.limits import TEACHER_BATCHES
@@ -126,7 +126,7 @@ def reference_kl(
     The others are as for `evaluate`.
     """
     sums = torch.zeros(2, dtype=torch.float64)
-    head, vocabulary = head_of(model), base_of(model).config.vocab_size
+    head, vocabulary = head_of(model), vocabulary_rows(model)
     with evaluating(model):
         for group in groups_of(documents, limit_tokens):
             batch = build_batch(group, share_prefixes=True)
@@ -209,7 +209,7 @@ def _chunks(
 ) -> list[list[Tensor]]:
     """Per chunk of logits: nats, correct, and with teacher targets KL and agreement."""
     found = []
-    for logits_NV, rows in chunked_logits(hidden_ND, head_of(model), base_of(model).config.vocab_size):
+    for logits_NV, rows in chunked_logits(hidden_ND, head_of(model), vocabulary_rows(model)):
         correct_N = logits_NV.argmax(-1) == labels_N[rows]
         kept_NV = logits_NV[:, :vocabulary]
         against = [] if teacher_targets is None else compare(teacher_targets, kept_NV.clone(), rows, vocabulary)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from finetune.data.batch import Batch
 from finetune.losses.chunked import ChunkLoss, chunked_logits, chunked_loss
 from finetune.losses.hidden_states import base_of, target_states
+from finetune.models.decoder import text_config
 from finetune.ops.cross_entropy import cross_entropy_
 
 
@@ -31,6 +32,11 @@ def head_of(model: nn.Module) -> nn.Module:
     if head is None:
         raise TypeError(f"{type(base_of(model)).__name__} has no output head, so it has no language-model loss")
     return head
+
+
+def vocabulary_rows(model: nn.Module) -> int:
+    """Return the number of ids that the head of a model scores."""
+    return text_config(base_of(model)).vocab_size
 
 
 def _nats_of(labels_N: Tensor, weights_N: Tensor | None) -> ChunkLoss:
@@ -59,7 +65,7 @@ class CrossEntropy(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         targets = target_states(self.model, batch, self.neftune_alpha)
-        vocabulary = base_of(self.model).config.vocab_size
+        vocabulary = vocabulary_rows(self.model)
         nats = _nats_of(targets.labels_N, targets.weights_N)
         return chunked_loss(targets.hidden_ND, head_of(self.model), vocabulary, nats)
 
@@ -71,7 +77,7 @@ def score(model: nn.Module, batch: Batch) -> Score:
     hidden_ND, labels_N = targets.hidden_ND, targets.labels_N
     nll = hidden_ND.new_zeros((), dtype=torch.float32)
     correct = hidden_ND.new_zeros((), dtype=torch.float32)
-    for logits_NV, rows in chunked_logits(hidden_ND, head_of(model), base_of(model).config.vocab_size):
+    for logits_NV, rows in chunked_logits(hidden_ND, head_of(model), vocabulary_rows(model)):
         correct += (logits_NV.argmax(-1) == labels_N[rows]).sum()
         nll += cross_entropy_(logits_NV, labels_N[rows]).sum()
     return Score(nll, correct, len(labels_N))

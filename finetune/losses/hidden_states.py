@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.data.batch import Batch
+from finetune.models.decoder import decoder_of, text_config
 from finetune.models.embedding import HostEmbedding
 from finetune.models.fused import apply_norm
 from finetune.ops.attention import SEGMENTED, Segments, first_places, plan_segments, round_up, take_rows
@@ -57,14 +58,14 @@ def target_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
     Source: Jain et al. 2023, arXiv:2310.05914.
     """
     base = base_of(model)
-    backbone: Any = getattr(base, base.base_model_prefix)
+    backbone = decoder_of(base)
     noise_alpha = neftune_alpha if model.training else 0.0
     device = next(backbone.norm.parameters()).device
     lengths = torch.tensor(batch.segment_lengths)
     lengths_T = lengths.repeat_interleave(lengths)  # of each token's document
     targets, labels_T = batch.targets, batch.labels[0]
     weights_N = None if batch.weights is None else copy_together([batch.weights[0][targets]], device)[0]
-    if base.config._attn_implementation != SEGMENTED:
+    if text_config(base)._attn_implementation != SEGMENTED:
         ids, positions, tokens, labels_N = copy_together(
             [batch.input_ids[0], batch.position_ids[0], targets, labels_T[targets]], device
         )

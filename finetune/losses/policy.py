@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from finetune.config.schema import RewardConfig
 from finetune.data.batch import Batch
 from finetune.losses.chunked import target_nats
-from finetune.losses.cross_entropy import head_of
-from finetune.losses.hidden_states import base_of, target_states
+from finetune.losses.cross_entropy import head_of, vocabulary_rows
+from finetune.losses.hidden_states import target_states
 
 # TRL adds the same to the standard deviation of a group's rewards.
 _EPSILON = 1e-4
@@ -94,4 +94,4 @@ def token_log_probs(model: nn.Module, batch: Batch, temperature: float = 1.0) ->
     states = target_states(model, batch)
     # The head has no bias: logits of a scaled state are scaled logits.
     hidden_ND = states.hidden_ND if temperature == 1 else states.hidden_ND / temperature
-    return -target_nats(hidden_ND, head_of(model), base_of(model).config.vocab_size, states.labels_N)
+    return -target_nats(hidden_ND, head_of(model), vocabulary_rows(model), states.labels_N)

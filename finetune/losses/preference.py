@@ -16,8 +16,8 @@ from finetune.config.preference_rules import NEEDS_REFERENCE
 from finetune.config.schema import PreferenceConfig
 from finetune.data.batch import Batch
 from finetune.losses.chunked import target_nats
-from finetune.losses.cross_entropy import head_of
-from finetune.losses.hidden_states import base_of, copy_together, target_states
+from finetune.losses.cross_entropy import head_of, vocabulary_rows
+from finetune.losses.hidden_states import copy_together, target_states
 
 _DEFAULT_BETA = {"simpo": 2.0}
 
@@ -130,7 +130,7 @@ def answer_log_probs(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0)
     Documents share the computation of equal beginnings, in forward and backward, if the batch was built so.
     """
     states = target_states(model, batch, neftune_alpha)
-    vocabulary = base_of(model).config.vocab_size
+    vocabulary = vocabulary_rows(model)
     nats_N = target_nats(states.hidden_ND, head_of(model), vocabulary, states.labels_N)
     [counts_A] = copy_together([batch.target_counts], nats_N.device)
     # Sums each document's targets in their order, on every device.

@@ -28,8 +28,8 @@ from finetune.data.batch import Batch
 from finetune.distill.fingerprint import teacher_weights
 from finetune.distill.resident import load_resident
 from finetune.evaluation.scoring import evaluating
-from finetune.losses.cross_entropy import head_of
-from finetune.losses.hidden_states import base_of, target_states
+from finetune.losses.cross_entropy import head_of, vocabulary_rows
+from finetune.losses.hidden_states import target_states
 from finetune.mixed_precision.journal import MeanKl, Sensitivities, layer_of
 from finetune.mixed_precision.measure import batches_of, divergences, load_rows, mean_kl, sample, working_device
 from finetune.models.fused import fuse_layers
@@ -237,7 +237,7 @@ def measure_quants(
     """Measure KL(16 bit || quantized) of each of these settings, with the dtypes and kernels of a run."""
     device = working_device()
     reference = load_resident(model, None, device).model
-    head, vocabulary = head_of(reference), int(base_of(reference).config.vocab_size)
+    head, vocabulary = head_of(reference), vocabulary_rows(reference)
     wanted = _final_states(reference, batches)
     measured = {}
     for name, quant in quants.items():

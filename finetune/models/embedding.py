@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Name of the weight in the files of a base.
-EMBEDDING = "model.embed_tokens.weight"
 # Pinned memory comes in powers of two, so copies of this size waste little of it.
 _COPY_BYTES = 2**26
 

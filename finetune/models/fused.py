@@ -14,21 +14,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
+from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.qwen2.modeling_qwen2 import (
-    Qwen2Attention,
-    Qwen2DecoderLayer,
-    Qwen2MLP,
-    Qwen2RMSNorm,
-    eager_attention_forward,
-)
+from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
 
+from finetune.models.families import FAMILIES
 from finetune.models.quant.quantize import keep_weights_trainable_after_eval
 from finetune.ops.attention import Segments, attend
 from finetune.ops.elementwise import apply_rope, rms_norm
@@ -37,14 +34,25 @@ from finetune.ops.lora import Adapter
 
 # Queries, keys and values: [T, H, W] each. Keys and values have fewer heads.
 Heads = tuple[Tensor, Tensor, Tensor]
+# Classes of transformers by module and name, so that only those of the model in use are imported. The layers of all
+# families differ in biases, head norms and positions alone, which the modules of a layer show.
+_LAYERS = {(family.modeling, family.layer) for family in FAMILIES.values()}
+_MODELING = {family.modeling for family in FAMILIES.values()}
+_NORMS = {(family.modeling, family.norm) for family in FAMILIES.values()}
 
 
-class FusedDecoderLayer(Qwen2DecoderLayer):
-    """A Qwen2 decoder layer that computes with the kernels in ops/ where they support the call.
+class FusedDecoderLayer(GradientCheckpointingLayer):
+    """A decoder layer that computes with the kernels in ops/ where they support the call.
+
+    `_fused` makes the class of a family, which inherits from its layer in transformers.
 
     mlp_tile_rows: see `swiglu_mlp`; gradient checkpointing sets it.
     """
 
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
     mlp_tile_rows: int | None = None
 
     def forward(
@@ -77,6 +85,16 @@ class FusedDecoderLayer(Qwen2DecoderLayer):
         return x_TD.view_as(hidden_states)
 
 
+@cache
+def _fused(layer: type[nn.Module]) -> type[FusedDecoderLayer]:
+    """Return the fused class of a family's layer."""
+    return type(f"Fused{layer.__name__}", (FusedDecoderLayer, layer), {"__doc__": FusedDecoderLayer.__doc__})
+
+
+def _is_one_of(module: nn.Module, known: set[tuple[str, str]]) -> bool:
+    return (type(module).__module__, type(module).__qualname__) in known
+
+
 @dataclass(frozen=True, slots=True)
 class FusedLayers:
     """The decoder layers of a model after `fuse_layers`.
@@ -96,7 +114,7 @@ class FusedLayers:
 
 
 def fuse_layers(model: nn.Module) -> FusedLayers:
-    """Replace the decoder layers of a Qwen2 model by fused ones, in place. A second call changes nothing.
+    """Replace the decoder layers of a supported family by fused ones, in place. A second call changes nothing.
 
     The model may be a base or a PeftModel, in 4-bit (bitsandbytes) or 16 and 32-bit weights. It trains in any trainer,
     with the losses and gradients of PEFT; gradient checkpointing, autocast, DDP, saving, merging and `generate` work as
@@ -115,14 +133,23 @@ def fuse_layers(model: nn.Module) -> FusedLayers:
     for module in list(model.modules()):
         if isinstance(module, nn.ModuleList):
             for i, layer in enumerate(module):
-                if type(layer) is Qwen2DecoderLayer and not _replaced_forward(layer):
+                if _is_one_of(layer, _LAYERS) and not _replaced_forward(layer):
                     # It shares parameters, children, hooks and flags with the replaced layer.
-                    module[i] = FusedDecoderLayer.__new__(FusedDecoderLayer)
+                    kind = _fused(type(layer))
+                    module[i] = kind.__new__(kind)
                     module[i].__dict__ = layer.__dict__
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, GradientCheckpointingLayer)}
+    layers = dict(decoder_layers(model))
     for name, layer in layers.items():
         unfused |= {f"{name}.{part}".removesuffix("."): reason for part, reason in _unsupported(layer)}
     return FusedLayers(sum(isinstance(layer, FusedDecoderLayer) for layer in layers.values()), len(layers), unfused)
+
+
+def decoder_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the decoder layers of a model with their full names, fused or not; the layers of towers are none."""
+    for name, layer in model.named_modules():
+        of_tower = type(layer).__module__ in _MODELING and not _is_one_of(layer, _LAYERS)
+        if isinstance(layer, GradientCheckpointingLayer) and not of_tower:
+            yield name, layer
 
 
 def _replaced_forward(layer: nn.Module) -> bool:
@@ -133,7 +160,7 @@ def _replaced_forward(layer: nn.Module) -> bool:
 def _unsupported(layer: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield the name of each module in a layer that runs as its own module, and the reason; "" is the layer itself."""
     if not isinstance(layer, FusedDecoderLayer):
-        replaced = type(layer) is Qwen2DecoderLayer
+        replaced = _is_one_of(layer, _LAYERS)
         yield "", "another library replaced its forward" if replaced else f"no kernels for {type(layer).__name__}"
         return
     if layer.self_attn.config.attention_dropout:
@@ -151,17 +178,19 @@ def _unsupported(layer: nn.Module) -> Iterator[tuple[str, str]]:
             yield from ((f"{parent}.{name}", why if isinstance(why, str) else reason) for name, why in found.items())
 
 
-def _heads(module: Qwen2Attention, x_TD: Tensor, angles: tuple[Tensor, Tensor], rows: int) -> Heads:
+def _heads(module: Any, x_TD: Tensor, angles: tuple[Tensor, Tensor], rows: int) -> Heads:
     """Return queries and keys with position embeddings, and values."""
     query, key, value = (
         y.unflatten(-1, (-1, module.head_dim)) for y in _apply(x_TD, module.q_proj, module.k_proj, module.v_proj)
     )
+    if hasattr(module, "q_norm"):
+        query, key = apply_norm(module.q_norm, query), apply_norm(module.k_norm, key)
     cos_TW, sin_TW = (angle.expand(rows, -1, -1).flatten(0, 1) for angle in angles)
     return apply_rope(query, cos_TW, sin_TW), apply_rope(key, cos_TW, sin_TW), value
 
 
 def _attend_cached(
-    module: Qwen2Attention, heads: Heads, rows: int, mask: Tensor | None, *, cache: Cache | None, **kwargs: Any
+    module: Any, heads: Heads, rows: int, mask: Tensor | None, *, cache: Cache | None, **kwargs: Any
 ) -> Tensor:
     """Run the attention of transformers on these heads and the cached keys and values; returns [T, H, W]."""
     query, key, value = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in heads)
@@ -170,15 +199,22 @@ def _attend_cached(
     name = module.config._attn_implementation or "eager"
     kernel = AttentionInterface().get_interface(name, eager_attention_forward)
     mixed_BLHW, _ = kernel(
-        module, query, key, value, mask, scaling=module.scaling, sliding_window=module.sliding_window, **kwargs
+        module,
+        query,
+        key,
+        value,
+        mask,
+        scaling=module.scaling,
+        sliding_window=getattr(module, "sliding_window", None),
+        **kwargs,
     )
     return mixed_BLHW.flatten(0, 1)
 
 
-def _mlp(module: Qwen2MLP, x_TD: Tensor, tile_rows: int | None) -> Tensor:
+def _mlp(module: Any, x_TD: Tensor, tile_rows: int | None) -> Tensor:
     dtype = _product_dtype(x_TD)
     projections = _projections((module.gate_proj, module.up_proj, module.down_proj), dtype)
-    if projections and module.config.hidden_act == "silu":
+    if projections and isinstance(module.act_fn, SiLUActivation):
         with torch.autocast(x_TD.device.type, enabled=False):
             return swiglu_mlp(x_TD.to(dtype), *projections, tile_rows=tile_rows)
     return module(x_TD)
@@ -206,9 +242,9 @@ def _projections(layers: Sequence[nn.Module], dtype: torch.dtype) -> list[Projec
     return supported if len(supported) == len(found) else None
 
 
-def apply_norm(module: nn.Module, x_TD: Tensor) -> Tensor:
-    """Apply RMSNorm by the kernel, or any other module as it is."""
-    if type(module) is not Qwen2RMSNorm or module.weight.requires_grad:  # PEFT wraps a trained norm
+def apply_norm(module: Any, x_TD: Tensor) -> Tensor:
+    """Apply RMSNorm over the last dimension by the kernel, or any other module as it is."""
+    if not _is_one_of(module, _NORMS) or module.weight.requires_grad:  # PEFT wraps a trained norm
         return module(x_TD)
     return rms_norm(x_TD, module.weight, module.variance_epsilon)
 

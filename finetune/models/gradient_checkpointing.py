@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from finetune.models.fused import decoder_layers
 from finetune.models.offload import HostOffload
 from finetune.ops.limits import LOGITS_VALUES, MLP_TILE_ROWS
 from finetune.system.errors import ConfigError
@@ -45,7 +45,7 @@ def apply_gradient_checkpointing(model: nn.Module, setting: CheckpointSetting) -
     a layer is recomputed, so dropout draws the same mask. Recomputation stops at the last tensor that backward needs:
     a frozen down_proj saves none and is not recomputed.
     """
-    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, GradientCheckpointingLayer)}
+    found = dict(decoder_layers(model))
     # The lowest layer that backward reaches. Every trained parameter outside the layers and the head counts as an
     # embedding, before all layers.
     first = len(found)

@@ -9,15 +9,16 @@ import errno
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
 
 from finetune.config.schema import ModelConfig
-from finetune.models.families import family_of
+from finetune.models.families import ModelFamily, family_of
 from finetune.models.safetensors_header import read_header
 from finetune.system.errors import ConfigError, FinetuneError, ResourceError
 
@@ -35,6 +36,13 @@ class Source:
 
     folder: Path
     revision: str | None
+
+
+class TensorFile(NamedTuple):
+    """The file of a tensor, and its name there."""
+
+    file: Path
+    name: str
 
 
 def fetch(name: str, revision: str | None, patterns: tuple[str, ...], key: str, download: bool = True) -> Source:
@@ -166,3 +174,9 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
         advice = f"\nhelp: {pickles[0]} is a pickle, which can run code: convert it to safetensors" if pickles else ""
         raise ConfigError(f"model.name={name}: {folder} lacks {', '.join(missing)}{advice}")
     return {tensor: file for file in files for tensor in read_header(file)[1]}
+
+
+def named_in_model(files: Mapping[str, Path], family: ModelFamily) -> dict[str, TensorFile]:
+    """Return the tensors of `weight_files` by their names in the model; parts that it leaves out are not among them."""
+    names = {name: family.name_in_model(name) for name in files}
+    return {ours: TensorFile(files[name], name) for name, ours in names.items() if ours is not None}

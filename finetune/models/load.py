@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from finetune.config.schema import ModelConfig, QuantConfig
+from finetune.models.decoder import family_in
 from finetune.models.digest import base_fingerprint
 from finetune.models.embedding import move_embedding_to_host
-from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
+from finetune.models.families import FAMILIES, text_settings
+from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, named_in_model, read_config, weight_files
 from finetune.models.quant.cache import Log
 from finetune.models.quant.eight_bit import quantize_loaded
-from finetune.models.quant.four_bit import build_skeleton, keep_resident, load_four_bit
+from finetune.models.quant.four_bit import attention_of, build_skeleton, keep_resident, load_four_bit, model_class
 from finetune.models.quant.quantize import (
     check_quantized,
     keep_weights_trainable_after_eval,
@@ -55,12 +57,12 @@ def load_base(
     """
     source = fetch(model.name, model.revision, TEXT_FILES + WEIGHT_FILES, "model.name")
     config = read_config(source.folder, model.name)
-    files = weight_files(source.folder, model.name)
+    files = named_in_model(weight_files(source.folder, model.name), FAMILIES[config["model_type"]])
     attention.register()
     kernel = attention.SEGMENTED if model.attention == "auto" else model.attention
     place = default_device() if device is None else torch.device(device)
     on_host = model.embedding == "host" and place.type == "cuda"
-    if on_host and config.get("tie_word_embeddings"):
+    if on_host and text_settings(config).get("tie_word_embeddings"):
         raise ConfigError(
             f"model.embedding=host: {model.name} uses its embedding as output head, which a GPU must hold\n"
             "help: set model.embedding=auto"
@@ -132,12 +134,14 @@ def _load_by_transformers(
     # "eager": the configured attention kernel may not be installed, which `from_pretrained` reports.
     skeleton = build_skeleton(folder, getattr(torch, model.dtype), "eager")
     storage = storage_in(skeleton, quant)
-    base, found = AutoModelForCausalLM.from_pretrained(
+    family = family_in(skeleton)
+    base, found = model_class(family).from_pretrained(
         folder,
+        config=skeleton.config,
         dtype=getattr(torch, model.dtype),
         quantization_config=quantization_config(quant, storage),
         device_map={"": device},
-        attn_implementation=kernel,
+        attn_implementation=attention_of(family, kernel),
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
@@ -148,6 +152,7 @@ def _load_by_transformers(
     # transformers fills missing tensors with random values and drops unknown ones. Where it quantizes, version 5.17
     # keeps tensors of another shape and reports none.
     found["mismatched_keys"] = found["mismatched_keys"] or _misshapen(base, skeleton)
+    found["unexpected_keys"] = [name for name in found["unexpected_keys"] if family.name_in_model(name) is not None]
     problems = [
         f"{len(names)} {what}: {', '.join(sorted(map(str, names))[:5])}{' …' if len(names) > 5 else ''}"
         for what, key in (

@@ -26,7 +26,8 @@ from finetune.data.tokens.prepare import Preparation
 from finetune.evaluation.generation import Answer, decode, sample_answers
 from finetune.evaluation.intervals import Bootstrap, share_of
 from finetune.evaluation.scoring import evaluating
-from finetune.losses.hidden_states import base_of, copy_together
+from finetune.losses.cross_entropy import vocabulary_rows
+from finetune.losses.hidden_states import copy_together
 from finetune.losses.policy import PolicyTokens, normalization, policy_losses, token_log_probs, token_weights
 from finetune.models.adapters.files import save_adapter
 from finetune.objectives.policies import ReferencePolicy, base_policy, initial_policy
@@ -181,7 +182,7 @@ class PolicySetup:
             for start in range(0, len(mine), cfg.generation.batch_size):
                 numbers = mine[start : start + cfg.generation.batch_size]
                 rows = [documents[i] for i in numbers]
-                options = {"stop_ids": rollouts.stop_ids, "vocabulary": base_of(self.model).config.vocab_size}
+                options = {"stop_ids": rollouts.stop_ids, "vocabulary": vocabulary_rows(self.model)}
                 limits = [cfg.reward.max_new_tokens] * len(rows)
                 written = decode(self.model, [prompt_of(row) for row in rows], limits, **options)
                 answers = [np.array(ids) for ids in written]
@@ -279,7 +280,7 @@ def build_reinforcement(
     policy = None if not reward.beta else initial_policy(model) if initial else base_policy(model)
     name = "none" if policy is None else f"{cfg.model.name} with {cfg.lora.init_adapter}" if initial else cfg.model.name
     log(f"reward: loss={reward.loss}, answers={reward.group_size} to each prompt, reference={name}")
-    vocabulary = base_of(model).config.vocab_size
+    vocabulary = vocabulary_rows(model)
     stop_ids = frozenset(judge.chat.stop_ids())
 
     write: Writer = partial(

@@ -68,7 +68,7 @@ class PlanInputs:
         shape = {key: config[key] for key in ("model_type", *SHAPE_KEYS) if key != "head_dim"}
         shape["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         same = all(self.shape.get(key) == value for key, value in shape.items())
-        return self if same else replace(self, shape=shape)
+        return self if same else replace(self, shape={**self.shape, **shape})
 
     @property
     def device_kind(self) -> str:

@@ -13,7 +13,8 @@ from finetune.config.command_options import PlanOptions
 from finetune.config.schema import RunConfig
 from finetune.data.loader import LoadedData
 from finetune.losses.hidden_states import base_of
-from finetune.models.families import shape_of
+from finetune.models.decoder import decoder_of
+from finetune.models.families import shape_of, text_settings
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.ops.dispatch import compile_problem
 from finetune.planning.activations import elementwise_kernels
@@ -84,7 +85,7 @@ def apply_batch_plan(inputs: PlanInputs, model: nn.Module, accelerator: Accelera
     each = _BYTES_PER_TRAINED_LATER + (_BYTES_IN_A_RECOVERY if inputs.may_recover else 0)
     for_activations = max(0.0, (free - trained * each) / (1 + MARGIN[inputs.device_kind]))
     of_ranks = accelerator.gather(torch.tensor([for_activations], dtype=torch.float64, device=device))
-    inputs = inputs.with_model_config(base_of(model).config.to_dict())
+    inputs = inputs.with_model_config(text_settings(base_of(model).config.to_dict()))
     plan = choose_micro_batch(inputs, of_ranks.min().item())
     apply_gradient_checkpointing(model, plan.recompute)
     log(plan.text)
@@ -99,7 +100,7 @@ def predict_speed(inputs: PlanInputs, model: nn.Module, plan: BatchPlan, data: L
     Returns:
         The speed of all ranks, and the source of the rates.
     """
-    inputs = inputs.with_model_config(base_of(model).config.to_dict())
+    inputs = inputs.with_model_config(text_settings(base_of(model).config.to_dict()))
     if data.train:
         documents = data.documents
         tokens, targets = int(documents.lengths.sum()), int(documents.targets.sum())
@@ -132,7 +133,7 @@ def install_malloc_trim(model: nn.Module) -> None:
             malloc_trim()
 
     base = base_of(model)
-    backbone: Any = getattr(base, base.base_model_prefix)
+    backbone = decoder_of(base)
     # The first and the last module that a pass calls outside the decoder layers, which checkpointing calls again.
     backbone.rotary_emb.register_forward_pre_hook(before_forward)
     backbone.norm.register_forward_hook(after_forward)

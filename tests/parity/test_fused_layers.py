@@ -9,8 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers import Phi3Config, Phi3ForCausalLM
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig
 from finetune.data.batch import Batch, build_batch
@@ -187,13 +187,15 @@ def test_a_second_backward_pass_is_an_error():
 
 
 def test_layers_of_an_unknown_class_stay_and_are_reported():
-    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    llama = LlamaForCausalLM(config)
-    assert fuse_layers(llama) == FusedLayers(0, 1, {"model.layers.0": "no kernels for LlamaDecoderLayer"})
-    assert type(llama.model.layers[0]) is LlamaDecoderLayer
+    config = Phi3Config(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    other = Phi3ForCausalLM(config)
+    assert fuse_layers(other) == FusedLayers(0, 1, {"model.layers.0": "no kernels for Phi3DecoderLayer"})
+    assert type(other.model.layers[0]) is Phi3DecoderLayer
     mixed = random_qwen2().requires_grad_(False)
-    mixed.model.layers.append(LlamaDecoderLayer(config, 2))
-    assert fuse_layers(mixed) == FusedLayers(2, 3, {"model.layers.2": "no kernels for LlamaDecoderLayer"})
+    mixed.model.layers.append(Phi3DecoderLayer(config, 2))
+    assert fuse_layers(mixed) == FusedLayers(2, 3, {"model.layers.2": "no kernels for Phi3DecoderLayer"})
 
 
 def test_the_model_stays_an_ordinary_peft_model(tmp_path: Path, kernel_calls: Counter[str]):

@@ -18,7 +18,8 @@ from finetune.config.schema import LoraConfig
 from finetune.models.adapters.files import fetch_adapter, load_weights
 from finetune.models.adapters.inits import ADAPTER, INITS, initial_factors, initialize, measure_magnitudes
 from finetune.models.adapters.targets import Targets, plan_targets
-from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
+from finetune.models.decoder import family_in
+from finetune.models.hub import WEIGHT_FILES, fetch, named_in_model, weight_files
 from finetune.models.safetensors_index import read_tensor
 from finetune.models.tokens import add_tokens, plan_token_ids
 from finetune.system.errors import ConfigError, IntegrityError
@@ -103,7 +104,7 @@ def _original_weight(model: PreTrainedModel, name: str) -> Tensor:
     """Read a module's weight from the base's files, before quantization."""
     base_name, tensor = str(model.name_or_path), f"{name}.weight"
     folder = fetch(base_name, getattr(model, "base_revision", None), WEIGHT_FILES, "model.name").folder
-    return read_tensor(weight_files(folder, base_name)[tensor], tensor)
+    return read_tensor(*named_in_model(weight_files(folder, base_name), family_in(model))[tensor])
 
 
 class _Rounded(nn.Module):

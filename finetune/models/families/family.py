@@ -1,4 +1,4 @@
-"""The record of a model family. Nothing here imports torch: checks and plans read records before it is loaded."""
+"""What a record of a model family holds. Checks and plans read it before torch is imported."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ class ModelFamily:
     decoder_settings: tuple[str, ...] = ()
     # From names in files to names in the model, in this order; None leaves a tensor out.
     renamed: tuple[tuple[str, str | None], ...] = ()
+    tower_settings: tuple[str, ...] = ()  # nested settings of the towers
     towers: Mapping[str, Tower] = field(default_factory=dict)  # by the word in `lora.towers`
     axes: int = 1  # of a position: 3 are time, height and width
     gguf: Gguf | None = None  # None: llama.cpp has no such architecture

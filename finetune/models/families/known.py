@@ -29,11 +29,13 @@ def family_of(model_type: object, where: str) -> ModelFamily:
 def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a decoder from a whole config.json, with the model type of the whole."""
     settings = dict(config)
-    if family := FAMILIES.get(str(config.get("model_type"))):
-        for key in (*family.loaded_settings, *family.decoder_settings):
-            inner = settings.get(key)
-            # Older files hold the decoder's settings at the top. A tied head is a setting of the model around it.
-            settings = {**settings, **inner} if isinstance(inner, dict) else settings
+    family = FAMILIES.get(str(config.get("model_type")))
+    for key in (*family.loaded_settings, *family.decoder_settings) if family else ():
+        inner = settings.get(key)
+        if isinstance(inner, dict):  # older files hold the decoder's settings at the top
+            # A tied head is a setting of the model around the decoder, and false by default.
+            tied = settings.get("tie_word_embeddings", inner.get("tie_word_embeddings", False))
+            settings = {**settings, **inner, "tie_word_embeddings": tied}
     return settings | {key: config[key] for key in ("model_type",) if key in config}
 
 

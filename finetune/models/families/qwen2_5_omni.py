@@ -28,6 +28,7 @@ _THINKER = ModelFamily(
     window="if use_sliding_window",
     decoder="model.language_model",
     decoder_settings=("text_config",),
+    tower_settings=("vision_config", "audio_config"),
     renamed=(
         (r"^(?:talker|token2wav)\.", None),
         (r"^thinker\.", ""),

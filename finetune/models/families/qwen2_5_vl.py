@@ -21,6 +21,7 @@ FAMILY = ModelFamily(
     window="if use_sliding_window",
     decoder="model.language_model",
     decoder_settings=("text_config",),
+    tower_settings=("vision_config",),
     # Qwen's own files, and those of older versions of transformers.
     renamed=(
         (r"^visual\.", "model.visual."),

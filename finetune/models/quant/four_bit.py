@@ -8,6 +8,7 @@ Values and attributes are bit-identical to `from_pretrained`. Some layers may be
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -17,12 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from finetune.config.schema import ModelConfig, QuantConfig
+from finetune.models.decoder import family_in
 from finetune.models.digest import identity, weights_digest
-from finetune.models.embedding import EMBEDDING, HostEmbedding
+from finetune.models.embedding import HostEmbedding
+from finetune.models.families import ModelFamily, family_of
+from finetune.models.hub import TensorFile
 from finetune.models.quant.cache import Log, QuantizedCache
 from finetune.models.quant.eight_bit import put_rows, quantize_rows, replace_eight_bit_linears, rows_of
 from finetune.models.quant.quantize import quantization_config, quantized_layers, storage_in
@@ -39,7 +43,7 @@ _WORTH_MAPPING_BYTES = 1 << 20
 
 def load_four_bit(
     folder: Path,
-    files: Mapping[str, Path],
+    files: Mapping[str, TensorFile],
     *,
     model: ModelConfig,
     quant: QuantConfig,
@@ -50,8 +54,8 @@ def load_four_bit(
 ) -> PreTrainedModel | None:
     """Load the base in 4 bit and eval mode, bit-identical to `from_pretrained`.
 
-    files: the file of each tensor. attention: name of the attention kernel in transformers. host_embedding: keep the
-    input embedding in main memory. log: called with a line if the cache cannot be used.
+    files: of each tensor, by its name in the model. attention: name of the attention kernel in transformers.
+    host_embedding: keep the input embedding in main memory. log: called with a line if the cache cannot be used.
     Returns: None if the files do not hold exactly the tensors of config.json. transformers may know their old names, or
     reports what is wrong.
     """
@@ -62,10 +66,11 @@ def load_four_bit(
     quantizer = replace_linears(base, quant, storage, device)
     plain = dict(files)
     if host_embedding:  # it never is on the device
-        table = read_tensor(plain.pop(EMBEDDING), EMBEDDING)
+        table = read_tensor(*plain.pop(f"{family_in(base).decoder}.embed_tokens.weight"))
         base.set_input_embeddings(HostEmbedding(table.to(base.dtype), device))
     fill_plain(base, plain, device)
-    _fill_quantized(base, files, cache_of(files, model, quant, storage, device, log=log), device)
+    originals = {place.file for place in files.values()}
+    _fill_quantized(base, files, cache_of(originals, model, quant, storage, device, log=log), device)
     base.hf_quantizer = quantizer
     quantizer.postprocess_model(base)
     return base.eval()
@@ -86,11 +91,31 @@ def replace_linears(base: PreTrainedModel, quant: QuantConfig, storage: Mapping[
     return quantizer
 
 
+def model_class(family: ModelFamily) -> Any:
+    """Return the class of transformers that is loaded."""
+    return getattr(importlib.import_module(family.modeling), family.model)
+
+
+def attention_of(family: ModelFamily, kernel: str) -> Any:
+    """Return `attn_implementation` of a model: the kernel in the decoder, and torch's own in towers."""
+    if not family.towers:
+        return kernel
+    return {
+        "": kernel,
+        **dict.fromkeys(family.decoder_settings, kernel),
+        **dict.fromkeys(family.tower_settings, "sdpa"),
+    }
+
+
 def build_skeleton(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """Build the model of a folder's config.json, with shapes and without storage."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    family = family_of(config.model_type, str(folder))
+    for key in family.loaded_settings:
+        config = getattr(config, key)
+    attention = attention_of(family, attention)
     with torch.device("meta"):
-        base: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        base: PreTrainedModel = model_class(family)._from_config(config, dtype=dtype, attn_implementation=attention)
     with suppress(OSError):  # no file: the model keeps the one made from its config
         base.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return base
@@ -171,7 +196,7 @@ def quantizing_workers() -> Iterator[ThreadPoolExecutor]:
         malloc_trim()
 
 
-def holds_all(files: Mapping[str, Path], base: PreTrainedModel) -> bool:
+def holds_all(files: Mapping[str, TensorFile], base: PreTrainedModel) -> bool:
     """Return whether the files hold exactly the model's tensors, each with its shape."""
     # A tied weight counts once, by its name in the files.
     wanted = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
@@ -179,18 +204,18 @@ def holds_all(files: Mapping[str, Path], base: PreTrainedModel) -> bool:
         wanted.pop(tied, None)
     if wanted.keys() != files.keys():
         return False
-    entries = (item for file in set(files.values()) for item in read_header(file)[1].items())
-    return {name: tuple(entry["shape"]) for name, entry in entries} == wanted
+    headers = {file: read_header(file)[1] for file in {place.file for place in files.values()}}
+    return all(tuple(headers[file][stored]["shape"]) == wanted[name] for name, (file, stored) in files.items())
 
 
-def fill_plain(base: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
+def fill_plain(base: PreTrainedModel, files: Mapping[str, TensorFile], device: torch.device) -> None:
     """Load every tensor that is not quantized from the original files; on a CPU, large tensors stay mapped.
 
     The cache does not copy them: at 0.5B the embedding alone would double its size.
     """
     quantized = [*quantized_layers(base, "nf4"), *quantized_layers(base, "int8")]
     for name in files.keys() - {f"{layer}.weight" for layer, _ in quantized}:
-        stored = read_tensor(files[name], name)
+        stored = read_tensor(*files[name])
         tensor = stored.to(device=device, dtype=base.dtype)
         if tensor is stored and tensor.nbytes < _WORTH_MAPPING_BYTES:
             tensor = tensor.clone()
@@ -199,17 +224,25 @@ def fill_plain(base: PreTrainedModel, files: Mapping[str, Path], device: torch.d
     for name, module in list(base.named_modules()):
         # Tables computed from the config, like rotary frequencies; always computed on the CPU.
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            kind: Any = type(module)
-            base.set_submodule(name, kind(base.config).to(device))
+            base.set_submodule(name, _with_tables(base, module).to(device))
     base.tie_weights()
 
 
+def _with_tables(base: PreTrainedModel, module: nn.Module) -> nn.Module:
+    """Return a module with its tables on the CPU."""
+    if hasattr(module, "config"):
+        return type(module)(module.config)
+    module.to_empty(device="cpu", recurse=False)
+    base._init_weights(module)
+    return module
+
+
 def _fill_quantized(
-    base: PreTrainedModel, files: Mapping[str, Path], cache: QuantizedCache | None, device: torch.device
+    base: PreTrainedModel, files: Mapping[str, TensorFile], cache: QuantizedCache | None, device: torch.device
 ) -> None:
     stored = None if cache is None else cache.find()
     if cache is not None and stored is None:
-        originals = sorted(set(files.values()))
+        originals = sorted({place.file for place in files.values()})
         before = [identity(file) for file in originals]
         with cache.claim() as mine:
             stored = cache.find()  # another process may have written it meanwhile
@@ -224,19 +257,19 @@ def _fill_quantized(
         _use(base, stored, device)
 
 
-def _quantize_all(base: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
+def _quantize_all(base: PreTrainedModel, files: Mapping[str, TensorFile], device: torch.device) -> None:
     import bitsandbytes as bnb
 
     with quantizing_workers() as workers:
         for name, module in quantized_layers(base, "nf4"):
             # Each tensor has its own file mapping, which is freed with it.
-            weight = read_tensor(files[f"{name}.weight"], f"{name}.weight").to(device=device, dtype=base.dtype)
+            weight = read_tensor(*files[f"{name}.weight"]).to(device=device, dtype=base.dtype)
             packed, state = quantize(weight, module.weight, workers.map)
             options: dict[str, Any] = {**module.weight.__dict__, "quant_state": state, "bnb_quantized": True}
             module.weight = bnb.nn.Params4bit(packed, requires_grad=False, **options)
             module.quant_state = state
         for name, module in quantized_layers(base, "int8"):
-            weight = read_tensor(files[f"{name}.weight"], f"{name}.weight").to(device=device, dtype=base.dtype)
+            weight = read_tensor(*files[f"{name}.weight"]).to(device=device, dtype=base.dtype)
             put_rows(module, *quantize_rows(weight, workers.map))
 
 
@@ -264,7 +297,7 @@ def _use(base: PreTrainedModel, stored: dict[str, dict[str, Tensor]], device: to
 
 
 def cache_of(
-    files: Mapping[str, Path],
+    files: Iterable[Path],
     model: ModelConfig,
     quant: QuantConfig,
     storage: Mapping[str, str],
@@ -279,7 +312,7 @@ def cache_of(
 
     folder = cache_home("quantized")
     try:
-        digest = weights_digest(sorted(set(files.values())), folder / "digests")
+        digest = weights_digest(sorted(set(files)), folder / "digests")
     except (OSError, RuntimeError) as error:
         log(f"quant.cache: {folder} cannot be used ({error}); quantizing without it")
         return None

@@ -47,7 +47,7 @@ class QuantizedWeights:
         self._device = device
         self._dtype: torch.dtype = getattr(torch, model.dtype)
         self._computed_in: torch.dtype = getattr(torch, quant.compute_dtype)
-        cache = cache_of(files, model, quant, storage, device, log=log)
+        cache = cache_of(files.values(), model, quant, storage, device, log=log)
         cached = (cache.find() if cache is not None else None) or {}
         self._cached = {f"{layer}.weight": parts for layer, parts in cached.items()}
 

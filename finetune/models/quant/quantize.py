@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from finetune.config.schema import QuantConfig
-from finetune.models.families import family_of
+from finetune.models.decoder import family_in
 from finetune.models.quant.bit_widths import storage_of
 from finetune.system.errors import FinetuneError, MissingExtra
 
@@ -75,14 +75,19 @@ def check_quantized(model: PreTrainedModel, cfg: QuantConfig) -> None:
         raise FinetuneError("quant: the loaded model does not match quant and model.dtype: " + "; ".join(wrong))
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """Return the full names of all linear layers, quantized or not, including the head."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """Return the full names of all linear layers of the decoder, quantized or not, and of the head.
+
+    Those of vision and audio towers are not among them: towers stay in 16 bit.
+    """
+    towers = tuple(f"{tower.module}." for tower in family_in(model).towers.values())
+    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return [name for name in linears if not name.startswith(towers)]
 
 
 def head_name(model: PreTrainedModel) -> str:
     """Return the full name of the output layer."""
-    return family_of(model.config.model_type, "the model").head
+    return family_in(model).head
 
 
 def quantized_layers(model: nn.Module, kind: str) -> Iterator[tuple[str, Any]]:

@@ -72,7 +72,7 @@ def test_a_student_of_the_same_base_and_type_shares_its_tables(folder):
     assert not set(tables(other_type.model)) & set(tables(student))
     assert not any(p.requires_grad for p in teacher.model.parameters())
     assert {p.dtype for p in teacher.model.parameters()} == {torch.bfloat16}
-    assert all(type(layer) is FusedDecoderLayer for layer in base_of(teacher.model).model.layers)
+    assert all(isinstance(layer, FusedDecoderLayer) for layer in base_of(teacher.model).model.layers)
 
 
 def test_other_tensors_are_mapped_from_the_files(folder):

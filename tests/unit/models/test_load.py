@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models import load as load_module
@@ -138,7 +138,7 @@ def test_a_failure_while_loading_is_an_error_with_its_cause(
     def fail(*args: object, **kwargs: object) -> None:
         raise raised
 
-    for place, name in ((four_bit, "quantize"), (AutoModelForCausalLM, "from_pretrained")):
+    for place, name in ((four_bit, "quantize"), (PreTrainedModel, "from_pretrained")):
         monkeypatch.setattr(place, name, fail)
     for quant_type in ("nf4", "none"):
         with pytest.raises(expected, match=says.replace("nf4", quant_type)):
