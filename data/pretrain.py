@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,10 +25,12 @@ from generate import TASKS, conversation, first_turn
 from safetensors.torch import load_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -194,11 +196,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausal
 class Masters:
     """fp32 masters of a bf16 model, with Muon for the matrices of the blocks and AdamW for all other parameters."""
 
-    def __init__(self, model: Qwen2ForCausalLM) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[Parameter]) -> None:
         self.pairs = [(p, p.detach().float().clone()) for p in model.parameters()]
-        blocks = {id(p) for p in model.model.layers.parameters() if p.ndim == 2}
-        matrices = [master for p, master in self.pairs if id(p) in blocks]
-        others = [master for p, master in self.pairs if id(p) not in blocks]
+        chosen = {id(p) for p in blocks}
+        matrices = [master for p, master in self.pairs if id(p) in chosen]
+        others = [master for p, master in self.pairs if id(p) not in chosen]
         self.optimizers = [
             torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.01),
@@ -209,7 +211,7 @@ class Masters:
     def step(self, scale: float) -> None:
         """Step with the bf16 gradients at `scale` times the peak rates, and write the rounded weights."""
         for p, master in self.pairs:
-            master.grad, p.grad = p.grad.float(), None
+            master.grad, p.grad = None if p.grad is None else p.grad.float(), None
         torch.nn.utils.clip_grad_norm_([master for _, master in self.pairs], 1.0)
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["peak"] * scale
@@ -327,7 +329,11 @@ def main() -> None:
     if args.start:
         load_model(model, str(args.start / "model.safetensors"))
     # Rows that the first phase has not seen.
-    masters, stream = Masters(model), batches(tokenizer, Random(f"{args.seed} on" if args.start else args.seed))
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    masters, stream = (
+        Masters(model, matrices),
+        batches(tokenizer, Random(f"{args.seed} on" if args.start else args.seed)),
+    )
     curve, started = [], time.perf_counter()
     for step in range(args.steps):
         scale = rate(step, args.steps, 1.0 if args.start else DECAY_SHARE)
