@@ -8,17 +8,21 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import io
 import os
 import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
+import numpy as np
+
+from finetune.data.media.audio import to_wav
+from finetune.data.media.images import to_png
 from finetune.data.media.media import MediaKind
 from finetune.system.errors import DataError, os_errors_as
 from finetune.system.format import format_bytes
@@ -51,7 +55,7 @@ def shown(reference: object) -> str:
 
 
 @contextmanager
-def opened(path: str, kind: MediaKind) -> Iterator[BufferedReader]:
+def opened(path: str, kind: MediaKind) -> Iterator[io.FileIO]:
     """Open a regular file that is neither empty nor too large; a pipe or a device is refused without waiting.
 
     Raises: DataError.
@@ -64,7 +68,7 @@ def opened(path: str, kind: MediaKind) -> Iterator[BufferedReader]:
             raise DataError(f"does not exist, looked for {path}; correct the path, or add the file") from error
         except ValueError as error:  # a NUL character
             raise DataError(f"is not the name of a file ({error}); correct the path") from error
-    with open(descriptor, "rb") as file:
+    with io.FileIO(descriptor) as file:
         status = os.fstat(descriptor)
         _check_type(status)
         if status.st_size == 0:
@@ -73,7 +77,7 @@ def opened(path: str, kind: MediaKind) -> Iterator[BufferedReader]:
         yield file
 
 
-def digest_of(file: BufferedReader) -> bytes:
+def digest_of(file: io.FileIO) -> bytes:
     """Return the SHA-256 of an open file, and go back to its start."""
     digest = hashlib.file_digest(file, "sha256").digest()
     file.seek(0)
@@ -102,7 +106,8 @@ class Finder:
 
         Args:
             reference: a path, a file:// or http address, a data URI, bytes, or a mapping as hub datasets and OpenAI's
-                messages hold it: `bytes` (or base64 in `data`), `path` or `url`.
+                messages hold it: `bytes` (or base64 in `data`), `array` with `sampling_rate`, `path` or `url`. An
+                image of Pillow, too.
             folder: where relative paths start.
 
         Raises:
@@ -110,6 +115,8 @@ class Finder:
         """
         if isinstance(reference, Mapping):
             reference = _inner(reference)
+        if type(reference).__module__.startswith("PIL."):
+            reference = to_png(reference)
         if isinstance(reference, bytes | bytearray | memoryview):
             return _stored(bytes(reference))
         if not isinstance(reference, str | Path) or not str(reference).strip():
@@ -142,6 +149,9 @@ def _inner(reference: Mapping[str, Any]) -> Any:
         return reference["bytes"]
     if isinstance(data := reference.get("data"), str):
         return _base64(data)
+    if isinstance(array := reference.get("array"), list | np.ndarray):
+        samples = np.asarray(array) if isinstance(array, np.ndarray) else np.asarray(array, np.float32)
+        return to_wav(samples, reference.get("sampling_rate") or 0)
     for key in ("path", "url"):
         if reference.get(key):
             return reference[key]

@@ -7,10 +7,11 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from finetune.data.media.signatures import describe
 from finetune.system.errors import DataError, MissingExtra
 
 if TYPE_CHECKING:
@@ -23,20 +24,12 @@ MOST_PIXELS = 2**30 // 12
 # What Pillow raises for damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, LookupError, ArithmeticError, TypeError, EOFError, struct.error)
 _ORIENTATION = 0x0112  # tag of EXIF
-_SWAPS_SIDES = (5, 6, 7, 8)
 
 
-def image_size(file: BinaryIO) -> tuple[int, int]:
-    """Return height and width, turned as EXIF says, from the header. Raises: DataError; MissingExtra."""
-    with _opened(file) as image:
-        width, height = image.size
-        return (width, height) if _orientation(image) in _SWAPS_SIDES else (height, width)
-
-
-def read_image(file: BinaryIO) -> np.ndarray:
+def read_image(file: io.FileIO) -> np.ndarray:
     """Return the first frame as [H, W, 3] uint8: turned as EXIF says, transparent over white.
 
-    Raises: DataError; MissingExtra.
+    Raises: DataError, from the header where it is enough; MissingExtra.
     """
     return np.asarray(_decoded(file))
 
@@ -48,7 +41,17 @@ def resized(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _decoded(file: BinaryIO) -> Image.Image:
+def to_png(image: Image.Image) -> bytes:
+    """Return an image of Pillow as a PNG file. Raises: DataError."""
+    stream = io.BytesIO()
+    try:
+        image.save(stream, "PNG")
+    except _DAMAGE as error:
+        raise DataError(f"cannot be a PNG file ({error}); convert it to RGB") from error
+    return stream.getvalue()
+
+
+def _decoded(file: io.FileIO) -> Image.Image:
     from PIL import ImageOps
 
     with _opened(file) as image:
@@ -59,7 +62,7 @@ def _decoded(file: BinaryIO) -> Image.Image:
 
 
 @contextmanager
-def _opened(file: BinaryIO) -> Iterator[Image.Image]:
+def _opened(file: io.FileIO) -> Iterator[Image.Image]:
     try:
         from PIL import Image
     except ImportError as error:
@@ -80,29 +83,15 @@ def _opened(file: BinaryIO) -> Iterator[Image.Image]:
     except DataError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise DataError(f"is {_other_format(content)}; save it as PNG or JPEG") from error
+        raise DataError(
+            f"is {describe(content[:4096])}, not an image that is read here; save it as PNG or JPEG"
+        ) from error
     except Image.DecompressionBombError as error:
         raise DataError(f"has too many pixels, the limit is {MOST_PIXELS:,}; save it smaller ({error})") from error
     except MemoryError as error:
         raise DataError("needs more memory than there is; save it smaller") from error
     except _DAMAGE as error:
         raise DataError(f"is broken or cut off ({type(error).__name__}: {error}); replace the file") from error
-
-
-def _other_format(content: bytes) -> str:
-    """Name what the content is instead of an image that is read here."""
-    start = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"<svg", b"<?xml")) and b"<svg" in content[:4096].lower():
-        return "an SVG drawing, which has no pixels"
-    if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis"):
-        return "an HEIC image, which is not supported"
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "a page of HTML, perhaps an error of a server"
-    if start.startswith(b"%pdf"):
-        return "a PDF"
-    if start.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS, without the file's content"
-    return "not an image of a supported format, or cut off"
 
 
 def _orientation(image: Image.Image) -> int:
