@@ -36,9 +36,9 @@ PREPROCESSOR = {
     "sampling_rate": RATE,
     "hop_length": 160,
     "n_fft": 400,
-    "chunk_length": 30,
-    "n_samples": 30 * RATE,
-    "nb_max_frames": 3000,
+    "chunk_length": 300,
+    "n_samples": 300 * RATE,
+    "nb_max_frames": 30000,
     "dither": 0.0,
     "padding_side": "right",
     "padding_value": 0.0,
@@ -47,20 +47,21 @@ PREPROCESSOR = {
 
 
 class Processor:
-    """Turn pictures and sounds into the inputs of the towers, each alone: padding would change a spectrogram's end."""
+    """Turn pictures and sounds into the inputs of the towers, each alone."""
 
     def __init__(self) -> None:
         self.pixels = Qwen2VLImageProcessorPil(**{k: PREPROCESSOR[k] for k in ("min_pixels", "max_pixels")})
-        self.mel = WhisperFeatureExtractor(feature_size=MEL_BINS)
+        self.mel = WhisperFeatureExtractor(feature_size=MEL_BINS, chunk_length=300)
 
     def __call__(self, media: np.ndarray) -> Media:
         if media.ndim == 3:
             read = self.pixels(images=[media], return_tensors="pt")
             grid = read["image_grid_thw"]
             return Media("image", read["pixel_values"], grid, int(grid.prod()) // MERGE**2)
-        samples = (media / 32768).astype(np.float32)
-        mel = self.mel(samples, sampling_rate=RATE, padding=True, return_tensors="pt")["input_features"][0]
-        frames = mel.shape[1]
+        frames = -(-len(media) // self.mel.hop_length)
+        # The official processor pads to `chunk_length` with zeros; the last frame sees no more than these.
+        samples = np.pad((media / 32768).astype(np.float32), (0, self.mel.n_fft))
+        mel = self.mel(samples, sampling_rate=RATE, padding=True, return_tensors="pt")["input_features"][0, :, :frames]
         return Media("audio", mel.T, torch.tensor([frames]), ((frames - 1) // 2 + 1 - 2) // 2 + 1)
 
 

@@ -1,6 +1,6 @@
 """Pretrain the embedded base that sees and hears on data/scenes.py, and write its folder, card and loss curve.
 
-    python data/pretrain_omni.py --steps 1600 --seed 0 --out data/tiny-qwen2.5-omni
+    python data/pretrain_omni.py --steps 1300 --seed 0 --out data/tiny-qwen2.5-omni
 
 The language model starts from the text base (data/pretrain.py), the towers from nothing. The same seed, versions and
 machine give the same weights.
@@ -278,7 +278,7 @@ def write_card(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=0, help="steps between copies of the weights next to --out")
     parser.add_argument(
