@@ -76,6 +76,9 @@ class LoraConfig(Section):
         ["q_proj", "v_proj"],
         description="Linear layers that get an adapter: a list of names, one regex, or all-linear.",
     )
+    towers: list[Literal["vision", "audio"]] = Field(
+        [], description="Towers of a model that reads media which get an adapter too; they are frozen otherwise."
+    )
     layers_to_transform: list[Index] | None = Field(None, description="Decoder layers that get an adapter; null: all.")
     rslora: bool = Field(False, description="Scale the update by alpha / sqrt(rank) (rank-stabilized LoRA).")
     dora: bool = Field(False, description="Train magnitude and direction of the weights separately (DoRA).")

@@ -82,7 +82,7 @@ def _peft_config(
         lora_alpha=_whole(cfg.alpha),
         lora_dropout=cfg.dropout,
         target_modules=targets.spec,
-        layers_to_transform=cfg.layers_to_transform,
+        layers_to_transform=targets.layers,
         use_rslora=cfg.rslora,
         use_dora=cfg.dora,
         # Own inits follow later. A reloaded adapter must not be initialized again.

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finetune.config.schema import LoraConfig
+from finetune.models.decoder import family_in, text_config
 from finetune.models.embedding import HostEmbedding
-from finetune.models.families import family_of
+from finetune.models.families import ModelFamily
 from finetune.models.module_matching import absent_modules, close_names, ends_with, matches_key, targeted
 from finetune.models.quant.quantize import head_name, linear_names, stored_as
 from finetune.system.errors import ConfigError
@@ -29,6 +30,7 @@ class Targets:
     """The modules that a LoraConfig names in one model."""
 
     spec: list[str] | str  # for PEFT: names or one regex
+    layers: list[int] | None  # for PEFT: decoder layers with an adapter, if `spec` does not name them
     ranks: dict[str, int]  # rank of the adapter of each target, by full name
     modules_to_save: list[str]  # full names
 
@@ -40,27 +42,49 @@ def plan_targets(model: PreTrainedModel, cfg: LoraConfig) -> Targets:
         ConfigError: lists every problem, among them names that match no module, layers that the model does not have,
             targets that are not linear layers, and a rank that is too large for an init.
     """
+    family = family_in(model)
     spec: list[str] | str = cfg.target_modules
     if spec == ALL_LINEAR:
-        spec = list(family_of(model.config.model_type, "the model").linear_modules)
-    every = [name for name, _ in model.named_modules() if name]
+        spec = list(family.linear_modules)
+    towers = tuple(f"{tower.module}." for tower in family.towers.values())
+    every = [name for name, _ in model.named_modules() if name and not f"{name}.".startswith(towers)]
     matched = targeted(spec, every)
     names = [name for name in every if any(name in found for found in matched.values())]
     if (layers := cfg.layers_to_transform) is not None:
         names = [name for name in names if (number := _LAYER_NUMBER.search(name)) and int(number[1]) in layers]
+    in_towers = []
+    if towers:
+        spec, layers, decoder = _full_names(family, spec, cfg), None, names
+        names = [name for name, _ in model.named_modules() if re.fullmatch(spec, name)]
+        in_towers = [name for name in names if name not in decoder]
     patterns = cfg.rank_pattern.items()
     ranks = {name: next((rank for key, rank in patterns if matches_key(key, name)), cfg.rank) for name in names}
     # PEFT matches any suffix, so that `norm` would mean every input_layernorm as well.
     saved = [name for name in every if any(ends_with(name, suffix) for suffix in cfg.modules_to_save)]
-    targets = Targets(spec, ranks, saved)
-    problems = list(absent_modules(cfg, every, linear_names(model), model.config.num_hidden_layers))
-    problems += _not_linear(model, names)
+    targets = Targets(spec, layers, ranks, saved)
+    problems = list(absent_modules(cfg, every, linear_names(model), text_config(model).num_hidden_layers))
+    problems += _not_linear(model, [name for name in names if name not in in_towers])
+    problems += [
+        f"lora.towers: {family.title} has no {name} tower; it has {' and '.join(family.towers) or 'none'}"
+        for name in cfg.towers
+        if name not in family.towers
+    ]
     problems += _patterns(cfg, names)
     problems += _saved(model, cfg, targets)
     problems += _init(model, cfg, targets)
     if problems:
         raise ConfigError("\n".join(problems))
     return targets
+
+
+def _full_names(family: ModelFamily, spec: list[str] | str, cfg: LoraConfig) -> str:
+    """Return a regex of full names: a short name would match the layers of a tower as well."""
+    numbers = r"\d+" if cfg.layers_to_transform is None else f"(?:{'|'.join(map(str, cfg.layers_to_transform))})"
+    pattern = spec if isinstance(spec, str) else rf".*\.(?:{'|'.join(map(re.escape, spec))})"
+    parts = [rf"(?={re.escape(family.decoder)}\.layers\.{numbers}\.)(?:{pattern})"]
+    for tower in (tower for name, tower in family.towers.items() if name in cfg.towers):
+        parts.append(rf"{re.escape(tower.blocks)}\.\d+\..*\.(?:{'|'.join(map(re.escape, tower.linears))})")
+    return "|".join(parts)
 
 
 def _not_linear(model: PreTrainedModel, names: list[str]) -> Iterator[str]:

@@ -21,11 +21,13 @@ ATTENTION = LINEARS[:4]
 class Tower:
     """The part of a model that turns media into embeddings.
 
-    module: its full name in the model. linears: targets of `lora.towers`, by the last part of their names.
+    module: its full name in the model. blocks: the full name of its layers. linears: of a layer: targets of
+        `lora.towers`.
     placeholders: by kind of media, the token that stands for one embedding.
     """
 
     module: str
+    blocks: str
     linears: tuple[str, ...]
     placeholders: Mapping[str, str]
 

@@ -13,10 +13,16 @@ from finetune.models.families.qwen2 import BIASED
 
 _VISION = Tower(
     "model.visual",
+    "model.visual.blocks",
     ("q", "k", "v", "proj", "gate_proj", "up_proj", "down_proj"),
     {"image": "<|IMAGE|>", "video": "<|VIDEO|>"},
 )
-_AUDIO = Tower("model.audio_tower", ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), {"audio": "<|AUDIO|>"})
+_AUDIO = Tower(
+    "model.audio_tower",
+    "model.audio_tower.layers",
+    ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    {"audio": "<|AUDIO|>"},
+)
 _THINKER = ModelFamily(
     title="Qwen2.5-Omni",
     model_type="qwen2_5_omni_thinker",

@@ -28,7 +28,9 @@ FAMILY = ModelFamily(
         (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
     ),
     towers={
-        "vision": Tower("model.visual", VISION_LINEARS, {"image": "<|image_pad|>", "video": "<|video_pad|>"}),
+        "vision": Tower(
+            "model.visual", "model.visual.blocks", VISION_LINEARS, {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+        ),
     },
     axes=3,
     hub_id=r"Qwen2\.5-VL-(?P<size>\d+B)(?:-.*)?",

@@ -17,7 +17,9 @@ from finetune.system.errors import FinetuneError, MissingExtra
 
 def storage_in(model: PreTrainedModel, cfg: QuantConfig) -> dict[str, str]:
     """Return the storage of each linear layer of a model, by full name. Raises: as `storage_of`."""
-    return storage_of(cfg, linear_names(model), head_name(model))
+    decoder = linear_names(model)
+    towers = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return dict.fromkeys(towers, "none") | storage_of(cfg, decoder, head_name(model))
 
 
 def quantization_config(cfg: QuantConfig, storage: Mapping[str, str]) -> BitsAndBytesConfig | None:
