@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
+from finetune.data.media.media import Media
+from finetune.data.positions import AXES
 
 # Sharing repays its cost up to this ratio of rows to tokens.
 _SHARED_FROM = 0.97
@@ -22,12 +24,15 @@ _SHARED_FROM = 0.97
 class Batch:
     """Documents packed into one sequence of T tokens, on the CPU.
 
-    input_ids, position_ids, labels: [1, T] int64. Positions restart at 0 in each document; labels are shifted.
+    input_ids, labels: [1, T] int64; labels are shifted.
+    position_ids: [1, T] int64, or [3, T] (time, height, width) if a document has media. They restart at 0 in each
+        document.
     segment_lengths: length of each document, summing to T.
     locations: of each document, for messages.
     row_of_token: [T] int64, the row of the forward pass that computes each token. Documents with equal prefixes and
         equal media may share rows, since the hidden states are equal.
     media_digests: of each document.
+    media: of all documents, in the order of the tokens. media_tokens: [M] int64, those that hold their embeddings.
     weights: [1, T] float32, of the targets; None is 1 everywhere.
     student_generated: [T] bool, tokens of documents that the model in training wrote; None if there are none.
     sides: of rows with preferences, the numbers of the documents with the desirable and the undesirable answer, -1 for
@@ -43,6 +48,8 @@ class Batch:
     locations: tuple[str, ...]
     row_of_token: Tensor
     media_digests: tuple[bytes, ...]
+    media: tuple[Media, ...] = ()
+    media_tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     weights: Tensor | None = None
     student_generated: Tensor | None = None
     sides: tuple[tuple[int, int], ...] = ()
@@ -88,12 +95,14 @@ def build_batch(documents: Sequence[Document], *, share_prefixes: bool = False) 
     weights = [np.ones(len(d), np.float32) if d.weights is None else d.weights for d in documents] if weighted else []
     return Batch(
         input_ids=row([d.ids for d in documents]),
-        position_ids=row([np.arange(len(d)) for d in documents]),
+        position_ids=_positions(documents),
         labels=row([d.labels for d in documents]),
         segment_lengths=tuple(len(d) for d in documents),
         locations=tuple(d.location for d in documents),
         row_of_token=torch.from_numpy(assign_rows(documents, share_prefixes)),
         media_digests=tuple(d.media_digest for d in documents),
+        media=tuple(item for d in documents for item in d.media),
+        media_tokens=_media_tokens(documents),
         weights=row(weights, np.float32) if weighted else None,
         student_generated=row([np.full(len(d), d.student_generated) for d in documents], np.bool_)[0]
         if any(d.student_generated for d in documents)
@@ -121,9 +130,21 @@ def _split_sides(documents: Sequence[Document]) -> tuple[list[Document], tuple[t
 
 def _up_to_last_target(document: Document) -> Document:
     targets = np.flatnonzero(document.labels != IGNORE_INDEX)
-    end = int(targets[-1]) + 1 if len(targets) else 1
-    weights = None if document.weights is None else document.weights[:end]
-    return replace(document, ids=document.ids[:end], labels=document.labels[:end], weights=weights)
+    return document.cut(slice(0, int(targets[-1]) + 1 if len(targets) else 1))
+
+
+def _positions(documents: Sequence[Document]) -> Tensor:
+    """Return `Batch.position_ids`."""
+    axes = AXES if any(document.placed for document in documents) else 1
+    texts = (np.broadcast_to(np.arange(len(document)), (axes, len(document))) for document in documents)
+    parts = [d.placed.positions(len(d)) if d.placed else text for d, text in zip(documents, texts, strict=True)]
+    return torch.from_numpy(np.concatenate(parts, axis=1))
+
+
+def _media_tokens(documents: Sequence[Document]) -> Tensor:
+    starts = np.cumsum([0, *map(len, documents)])
+    parts = [d.placed.tokens() + start for d, start in zip(documents, starts, strict=False) if d.placed]
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]))
 
 
 def assign_rows(documents: Sequence[Document], share_prefixes: bool = True) -> np.ndarray:

@@ -12,6 +12,8 @@ import numpy as np
 
 from finetune.config.schema import DataConfig, RunConfig
 from finetune.data.encoded import IGNORE_INDEX, Encoded
+from finetune.data.media.media import Media
+from finetune.data.positions import PlacedMedia
 from finetune.data.tokens.store import TokenStore
 
 
@@ -37,8 +39,8 @@ class Document:
     weights: [T] float32, factor of the loss at each position; None is 1 everywhere.
     row: index in its source, from 0.
     student_generated: the model in training wrote the targets, so only a teacher can judge them.
-    media_digest: hash of the images, audio and video behind placeholder tokens; empty for text. Documents with equal
-        ids and different media have different hidden states.
+    placed: the images, audio and video behind placeholder tokens; None for text. Documents with equal ids and
+        different media have different hidden states.
     chosen_tokens: as in `Encoded`; None for a document that is one text.
     judged: of a sampled answer in reinforcement learning.
     """
@@ -49,7 +51,7 @@ class Document:
     weights: np.ndarray | None = None
     row: int = 0
     student_generated: bool = False
-    media_digest: bytes = b""
+    placed: PlacedMedia | None = None
     chosen_tokens: int | None = None
     judged: Judged | None = None
 
@@ -62,8 +64,24 @@ class Document:
     def target_tokens(self) -> int:
         return int((self.labels != IGNORE_INDEX).sum())
 
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """Its images, audio and video, in the order of the tokens."""
+        return () if self.placed is None else self.placed.items
+
+    @property
+    def media_digest(self) -> bytes:
+        """Hash of its images, audio and video; empty for text."""
+        return b"" if self.placed is None else self.placed.digest
+
     def __len__(self) -> int:
         return len(self.ids)
+
+    def cut(self, part: slice) -> Document:
+        """Return a part of the tokens, with the media in it. Raises: ValueError if that cuts through media."""
+        placed = None if self.placed is None else self.placed.within(part.start, part.stop)
+        weights = None if self.weights is None else self.weights[part]
+        return replace(self, ids=self.ids[part], labels=self.labels[part], weights=weights, placed=placed)
 
     @property
     def sides(self) -> tuple[Document | None, Document | None]:
@@ -75,7 +93,7 @@ class Document:
     def _side(self, part: slice) -> Document | None:
         if part.start >= part.stop:
             return None
-        return replace(self, ids=self.ids[part], labels=self.labels[part], chosen_tokens=None)
+        return replace(self.cut(part), chosen_tokens=None)
 
 
 @dataclass(frozen=True)
@@ -117,7 +135,7 @@ class Documents(Sequence[Document]):
             store.location(row),
             None if np.isin(weights, (0, 1)).all() else weights,
             row=int(store.indices[row]),
-            media_digest=piece.media_digest,
+            placed=piece.placed,
             chosen_tokens=piece.chosen_tokens,
         )
 
@@ -164,12 +182,16 @@ def leave_room(documents: Documents, cfg: RunConfig) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Cut:
-    """A store's documents after `data.max_length`. too_long, without_target: row indices."""
+    """A store's documents after `data.max_length`.
+
+    too_long, without_target, with_media: row indices. Rows with media are never cut: those too long are left out.
+    """
 
     documents: Documents
     counts: Counter[str]
     too_long: np.ndarray
     without_target: np.ndarray
+    with_media: np.ndarray
 
 
 def cut_to_length(store: TokenStore, rows: np.ndarray, cfg: DataConfig) -> Cut:
@@ -177,10 +199,12 @@ def cut_to_length(store: TokenStore, rows: np.ndarray, cfg: DataConfig) -> Cut:
     limit = cfg.max_length
     short = rows[store.lengths[rows] <= limit]
     too_long = rows[store.lengths[rows] > limit]
+    with_media = too_long[store.has_media[too_long]]
+    cuttable = too_long[~store.has_media[too_long]]
     # Columns: row, start, length, targets.
     whole = np.stack([short, np.zeros_like(short), store.lengths[short], store.targets[short]], axis=1)
     pieces: list[tuple[int, int, int, int]] = []
-    for row, length in zip(too_long.tolist(), store.lengths[too_long].tolist(), strict=True):
+    for row, length in zip(cuttable.tolist(), store.lengths[cuttable].tolist(), strict=True):
         starts = {"left": [length - limit], "right": [0], "split": range(0, length, limit)}.get(cfg.truncation, [])
         cuts = [(row, start, min(limit, length - start)) for start in starts]
         pieces += [(*piece, store.piece(*piece).targets) for piece in cuts]
@@ -189,11 +213,13 @@ def cut_to_length(store: TokenStore, rows: np.ndarray, cfg: DataConfig) -> Cut:
     used = np.concatenate([whole, kept])
     used = used[np.argsort(used[:, 0], kind="stable")]
     documents = Documents((store,), np.zeros(len(used), dtype=np.int64), *used.T.copy())
-    counts = Counter({f"longer than {limit} tokens ({cfg.truncation})": len(too_long)} if len(too_long) else {})
+    counts = Counter({f"longer than {limit} tokens ({cfg.truncation})": len(cuttable)} if len(cuttable) else {})
+    if len(with_media):
+        counts[f"longer than {limit} tokens (left out: media are never cut)"] = len(with_media)
     lost = np.setdiff1d(np.unique(cut[:, 0]), kept[:, 0])
     if silent := len(cut) - len(kept) - len(lost):
         counts["pieces without a target left out"] = silent
-    return Cut(documents, counts, too_long, lost)
+    return Cut(documents, counts, too_long, lost, with_media)
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
+    from finetune.data.media.media import Media
+    from finetune.data.positions import PlacedMedia
+
 # torch.nn.functional.cross_entropy's default `ignore_index`.
 IGNORE_INDEX = -100
 
@@ -17,15 +20,25 @@ class Encoded:
     """Tokens of one row.
 
     ids [T] int32. weights [T] float32: a token's loss weight as a target, 0 where untrained.
-    media_digest: hash of the row's images, audio and video; empty for text.
+    placed: its images, audio and video; None for text.
     chosen_tokens: of a row with preferences: its first tokens are a desirable answer with its prompt, the others an
         undesirable one with its prompt; either may be empty. None for rows without preferences.
     """
 
     ids: np.ndarray
     weights: np.ndarray
-    media_digest: bytes = b""
+    placed: PlacedMedia | None = None
     chosen_tokens: int | None = None
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """Its images, audio and video, in the order of the tokens."""
+        return () if self.placed is None else self.placed.items
+
+    @property
+    def media_digest(self) -> bytes:
+        """Hash of the row's images, audio and video; empty for text."""
+        return b"" if self.placed is None else self.placed.digest
 
     @property
     def trained(self) -> np.ndarray:

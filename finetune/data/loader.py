@@ -197,6 +197,12 @@ def _check_cut(cut: Cut, store: TokenStore, cfg: DataConfig) -> None:
     """Raise DataError if rows are too long, or without a target after the cut, and the config makes that an error."""
     if cfg.truncation == "error":
         rows, problem = cut.too_long, f"longer than data.max_length={cfg.max_length}; raise it or set data.truncation"
+    elif cfg.on_bad_row == "error" and cfg.truncation != "drop" and len(cut.with_media):
+        rows = cut.with_media
+        problem = (
+            f"longer than data.max_length={cfg.max_length} and hold media, which are never cut; raise it, lower "
+            "data.image.max_pixels, or set data.truncation=drop"
+        )
     elif cfg.on_bad_row == "error":
         rows = cut.without_target
         problem = f"without a target within {cfg.max_length} tokens; raise data.max_length or set data.truncation"

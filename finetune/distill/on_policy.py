@@ -95,4 +95,5 @@ def _answered(document: Document, prompt: int, answer: np.ndarray) -> Document:
     labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
     labels[prompt - 1 : -1] = answer
     weights = None if document.weights is None else np.full(len(ids), document.weights[prompt - 1], dtype=np.float32)
-    return replace(document, ids=ids, labels=labels, weights=weights, student_generated=True)
+    placed = document.cut(slice(0, prompt)).placed
+    return replace(document, ids=ids, labels=labels, weights=weights, placed=placed, student_generated=True)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.config.schema import SourceConfig
-from finetune.data.formats.messages import ROLES, Conversation, Message, ToolCall, out_of_order
+from finetune.data.formats.attachments import MEDIA_PARTS, read_parts
+from finetune.data.formats.messages import ROLES, Conversation, MediaPart, Message, ToolCall, Turn, out_of_order
 from finetune.data.formats.rules import REASONING_KEYS, RowRules, reasoning_of, with_reasoning
 from finetune.data.formats.values import Fields, as_json, as_text, is_empty, kind, listed, printable_name, shown
 from finetune.system.errors import DataError
@@ -32,9 +33,7 @@ _READ_KEYS = KNOWN_KEYS | frozenset(REASONING_KEYS)
 # Keys with content that a chat template leaves out.
 _LOST_KEYS = frozenset("refusal image images audio audios video videos file files".split())
 # Types of the parts of a content. Other lists of objects are data.
-_PARTS = frozenset(
-    "text image image_url input_image audio audio_url input_audio video video_url file input_file refusal".split()
-)
+_PARTS = frozenset({"text", "file", "input_file", "refusal", *MEDIA_PARTS})
 # Role of ShareGPT's turns of function calls: they become tool calls of the assistant.
 _CALL = "function_call"
 # Loss weights are summed in 32 bits.
@@ -90,14 +89,6 @@ class Spelling:
             return isinstance(value, list)
         names = {"role", "from", self.keys.get("role", "role")}
         return bool(value) and all(isinstance(item, Mapping) and not names.isdisjoint(item) for item in value)
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A message and its location in its row."""
-
-    location: str
-    message: Message
 
 
 def read_turns(items: Any, column: str, spelling: Spelling, assistant_weight: float = 1.0) -> list[Turn]:
@@ -198,6 +189,7 @@ def _message(fields: Fields, role: str, weight: float, rules: RowRules) -> Messa
     calls = _calls(fields.get(given[0]), fields.named(given[0]), notes) if given else ()
     content, location = fields.get("content"), fields.named("content")
     reasoning = reasoning_of(fields, rules, notes)
+    media: tuple[MediaPart, ...] = ()
     if role == _CALL:
         if calls:
             raise DataError(f"{fields.location} is a function call and has tool calls; keep one of them")
@@ -214,10 +206,10 @@ def _message(fields: Fields, role: str, weight: float, rules: RowRules) -> Messa
     elif content is None and "content" not in fields.values:
         raise DataError(_missing(fields, "content"))
     elif isinstance(content, list) and (rules.on_object == "error" or _are_parts(content)):
-        text = "".join(_part(part, f"{location}[{i}]") for i, part in enumerate(content))
+        text, media = read_parts(content, location)
     else:
         text = rules.text(content, location, notes)
-    return Message(role, with_reasoning(text, reasoning, location), calls, weight, tuple(notes))
+    return Message(role, with_reasoning(text, reasoning, location), calls, weight, tuple(notes), media)
 
 
 def _missing(fields: Fields, key: str) -> str:
@@ -231,14 +223,6 @@ def _missing(fields: Fields, key: str) -> str:
 
 def _are_parts(content: list[Any]) -> bool:
     return not content or any(isinstance(part, Mapping) and part.get("type") in _PARTS for part in content)
-
-
-def _part(part: Any, location: str) -> str:
-    if not isinstance(part, Mapping):
-        raise DataError(f"{location} must be an object with type and text, found {kind(part)}")
-    if part.get("type") != "text":
-        raise DataError(f"{location}.type is {shown(part.get('type'))}; only parts of type 'text' can be trained on")
-    return as_text(part.get("text"), f"{location}.text")
 
 
 def _calls(value: Any, location: str, notes: list[str]) -> tuple[ToolCall, ...]:

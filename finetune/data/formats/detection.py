@@ -101,7 +101,8 @@ def resolve_format(cfg: SourceConfig, first_value: Any, source: str, objective: 
     if cfg.roles and not FORMATS[name].keys:
         raise DataError(f"{source}: rows of the format {name} have no roles; remove roles")
     if (reading := RowParser(cfg, name).reading(columns)) is not None:
-        ignored = columns - FORMATS[name].columns - set(reading.columns.values()) - set(VERDICTS)
+        used = {*FORMATS[name].columns, *FORMATS[name].aliases.values(), *reading.columns.values(), *VERDICTS}
+        ignored = columns - used
         log_once(f"{cfg.path}: read with {reading}" + (f"; ignored: {listed(ignored)}" if ignored else ""))
     return name
 

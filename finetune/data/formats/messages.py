@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+MediaKind = Literal["image", "audio", "video"]
 ROLES = ("system", "user", "assistant", "tool")
 # Around the reasoning in a content.
 THINK_TAGS = "<think>", "</think>"
@@ -23,10 +24,25 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
+class MediaPart:
+    """A picture, a sound or a video in a turn.
+
+    reference: an absolute path, a data URI, or the bytes of a file.
+    offset: the character of the turn's content before which it stands.
+    """
+
+    kind: MediaKind
+    reference: str | bytes
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn.
 
     role: one of ROLES.
+    content: its text, without tags of media.
+    media: in order.
     tool_calls: of an assistant turn, after its text.
     weight: factor of its loss if `data.train_on` selects the turn; 0 leaves it untrained.
     notes: what was read in another form than it is written; the log counts equal notes.
@@ -37,11 +53,34 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     weight: float = 1.0
     notes: tuple[str, ...] = field(default=(), compare=False)
+    media: tuple[MediaPart, ...] = ()
+
+    @property
+    def parts(self) -> list[str | MediaPart]:
+        """Return texts and media in order, without empty texts."""
+        parts: list[str | MediaPart] = []
+        at = 0
+        for part in self.media:
+            parts += [self.content[at : part.offset], part]
+            at = part.offset
+        return [part for part in (*parts, self.content[at:]) if part]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the turn with OpenAI's keys, as chat templates take it; the weight is left out."""
+        """Return the turn with OpenAI's keys, as chat templates take it; weight and files are left out."""
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.media:
+            turn["content"] = [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind} for part in self.parts
+            ]
         return turn | {"tool_calls": [call.as_dict() for call in self.tool_calls]} if self.tool_calls else turn
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A message and its location in its row."""
+
+    location: str
+    message: Message
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,20 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import SourceConfig
 from finetune.data.encoded import IGNORE_INDEX
+from finetune.data.formats.attachments import MEDIA_COLUMNS, attach_media, file_name_column, located, write_parts
 from finetune.data.formats.columns import Reading, recognize
 from finetune.data.formats.conversations import (
     KNOWN_KEYS,
     Spelling,
-    Turn,
     conversation,
     read_tools,
     read_turns,
 )
-from finetune.data.formats.messages import Conversation, Example, Message, Preference, RawText, TokenRow
+from finetune.data.formats.messages import Conversation, Example, Message, Preference, RawText, TokenRow, Turn
 from finetune.data.formats.preferences import PROMPTS, SIDES, add_system, parse_preference, with_system
 from finetune.data.formats.rules import DEFAULT_RULES, RowRules
 from finetune.data.formats.values import Fields, as_json, is_empty, kind, listed, shown
@@ -39,7 +40,9 @@ PREFERENCE = (
 PROMPT = "prompt"
 # Columns that mark an answer as good or bad.
 VERDICTS = ("label", "kto_tag")
-_TOOLS = {"tools": "functions"}
+# Our names of optional columns to other names.
+_ALIASES = {"tools": "functions", **MEDIA_COLUMNS}
+_OPTIONAL = ("system", "tools", *MEDIA_COLUMNS)
 # Masks with 1 for each target.
 _TARGET_MASKS = ("assistant_masks", "completion_mask")
 _TOKEN_COLUMNS = ("labels", "attention_mask", *_TARGET_MASKS, "position_ids", "seq_lengths")
@@ -56,8 +59,8 @@ class RowFormat:
 
     parse: Callable[[Fields, Spelling], Example]
     required: tuple[str, ...]
-    optional: tuple[str, ...] = ("system", "tools")
-    aliases: Mapping[str, str] = field(default_factory=lambda: _TOOLS)
+    optional: tuple[str, ...] = _OPTIONAL
+    aliases: Mapping[str, str] = field(default_factory=lambda: _ALIASES)
     keys: frozenset[str] = frozenset()
 
     @property
@@ -145,15 +148,13 @@ def parse_text(row: Fields, _: Spelling) -> RawText:
 
 
 def _chat(row: Fields, turns: list[Turn], rules: RowRules) -> Conversation:
-    for column in ("images", "audios", "videos"):
-        if not is_empty(row.get(column)):
-            raise DataError(f"{column} would be lost: the model reads text only; remove the column or the row")
     if system := row.text("system", default=""):
         if turns[0].message.role == "system":
             raise DataError(f"{turns[0].location} and {row.named('system')} are both system texts; keep one of them")
         turns = [Turn(row.named("system"), Message("system", system)), *turns]
     verdict = next((row.get(column) for column in VERDICTS if row.get(column) is not None), None)
-    return replace(conversation(turns, read_tools(row), rules), verdict=verdict)
+    chat = conversation(attach_media(row, turns), read_tools(row), rules)
+    return replace(chat, verdict=verdict)
 
 
 def parse_tokens(row: Fields, _: Spelling) -> TokenRow:
@@ -245,13 +246,13 @@ FORMATS: dict[str, RowFormat] = {
     "sharegpt": RowFormat(
         lambda row, spelling: parse_messages(row, spelling, "conversations"),
         ("conversations",),
-        aliases={"conversations": "conversation"} | _TOOLS,
+        aliases={"conversations": "conversation"} | _ALIASES,
         keys=KNOWN_KEYS,
     ),
     "prompt_completion": RowFormat(parse_prompt_completion, ("prompt", "completion"), keys=KNOWN_KEYS),
     PROMPT: RowFormat(parse_prompt, ("prompt",), keys=KNOWN_KEYS),
-    "preference": RowFormat(parse_preference, SIDES, (*PROMPTS, "input", "system", "tools"), keys=KNOWN_KEYS),
-    "alpaca": RowFormat(parse_alpaca, ("instruction", "output"), ("input", "system", "history", "tools")),
+    "preference": RowFormat(parse_preference, SIDES, (*PROMPTS, "input", *_OPTIONAL), keys=KNOWN_KEYS),
+    "alpaca": RowFormat(parse_alpaca, ("instruction", "output"), ("input", "history", *_OPTIONAL)),
     "text": RowFormat(parse_text, ("text",), (), {}),
     "tokens": RowFormat(parse_tokens, ("input_ids",), _TOKEN_COLUMNS, {}),
 }
@@ -271,12 +272,14 @@ class RowParser:
     format: a key of FORMATS; `rows` takes that of the batch.
     system: text of the system turn that is added to conversations without one.
     rules: for values that can be read in more than one way.
+    file: with the rows; `rows` takes that of the batch.
     """
 
     source: SourceConfig
     format: str = "auto"
     system: str | None = None
     rules: RowRules = DEFAULT_RULES
+    file: str = ""
 
     def parse(self, value: Any) -> Example:
         """Parse a decoded row.
@@ -287,14 +290,15 @@ class RowParser:
             raise DataError(f"a row must be an object, found {kind(value)}")
         require_mapped(self._columns, value)
         reading = self.reading(frozenset(map(str, value)))
-        row = Fields.of(value, reading.columns if reading else self._columns, self._format.aliases, "")
+        columns = {**(reading.columns if reading else self._columns), **self._file_column(value)}
+        row = Fields.of(value, columns, self._format.aliases, "")
         if missing := [column for column in self._format.required if column not in row.values]:
             raise DataError(
                 f"the row lacks {listed(missing)}, which {self.format} rows need; its columns: {listed(value)}"
             )
         if "chosen" not in self._format.columns and not is_empty(row.get("chosen")):
             raise DataError(PREFERENCE)
-        example = self._format.parse(row, self._spelling)
+        example = self._located(self._format.parse(row, self._spelling))
         match example:
             case Conversation() if self.system is not None:
                 return add_system(example, self.system)
@@ -304,7 +308,7 @@ class RowParser:
 
     def rows(self, batch: RawBatch) -> Iterator[tuple[Row, Example | DataError]]:
         """Yield each row of a batch with its example or its error."""
-        parser = replace(self, format=batch.format)
+        parser = replace(self, format=batch.format, file=batch.file)
         for row in batch.rows():
             try:
                 yield row, row.value if isinstance(row.value, DataError) else parser.parse(row.value)
@@ -317,6 +321,25 @@ class RowParser:
             return None
         readings = [reading for reading in recognize(columns) if reading.format == self.format]
         return readings[0] if len(readings) == 1 else None
+
+    def _file_column(self, value: Mapping[str, Any]) -> dict[str, str]:
+        found = file_name_column(value, self.file)
+        if found and not found.keys() <= self._format.columns:
+            raise DataError(
+                f"{self.format} rows hold no file; to train on the texts of files, map columns: {{prompt: …, "
+                "completion: …}"
+            )
+        return found
+
+    def _located(self, example: Example) -> Example:
+        """Return the example with absolute paths of its media."""
+        folder = Path(self.file).parent
+        match example:
+            case Preference(chosen, rejected):
+                return Preference(located(chosen, folder), located(rejected, folder))
+            case Conversation():
+                return located(example, folder)
+        return example
 
     @property
     def _format(self) -> RowFormat:
@@ -333,6 +356,9 @@ class RowParser:
 
 def messages_row(conversation: Conversation) -> dict[str, Any]:
     """Return a conversation as a row in OpenAI's format; `parse_messages` gives the same conversation back."""
-    turns = [m.as_dict() | ({} if m.weight == 1 else {"weight": m.weight}) for m in conversation.messages]
+    turns = [
+        m.as_dict() | ({"content": write_parts(m)} if m.media else {}) | ({} if m.weight == 1 else {"weight": m.weight})
+        for m in conversation.messages
+    ]
     tools = {"tools": [dict(tool) for tool in conversation.tools]} if conversation.tools else {}
     return {"messages": turns, **tools}

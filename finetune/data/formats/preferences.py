@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from finetune.data.formats.conversations import Spelling, Turn, conversation, read_tools, read_turns
-from finetune.data.formats.messages import Conversation, Message, Preference
+from finetune.data.formats.attachments import attach_media, refuse_media
+from finetune.data.formats.conversations import Spelling, conversation, read_tools, read_turns
+from finetune.data.formats.messages import Conversation, Message, Preference, Turn
 from finetune.data.formats.values import Fields, is_empty, kind, listed, shown
 from finetune.system.errors import DataError
 
@@ -43,7 +44,10 @@ def parse_preference(row: Fields, spelling: Spelling) -> Preference:
     if system and prompt[0].message.role == "system":
         raise DataError(f"{prompt[0].location} and {row.named('system')} are both system texts; keep one of them")
     first = [Turn(row.named("system"), Message("system", system))] if system else []
-    untrained = [replace(turn, message=replace(turn.message, weight=0.0)) for turn in [*first, *prompt]]
+    for turns in sides.values():
+        refuse_media(row, turns)
+    asked = attach_media(row, [*first, *prompt])
+    untrained = [replace(turn, message=replace(turn.message, weight=0.0)) for turn in asked]
     tools = read_tools(row)
     chosen, rejected = (conversation([*untrained, *sides[name]], tools, spelling.rules) for name in SIDES)
     if chosen != rejected and _without_outer_space(chosen) == _without_outer_space(rejected):

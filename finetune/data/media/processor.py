@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,9 +23,9 @@ from finetune.data.media.files import Finder, digest_of, opened, shown
 from finetune.data.media.images import read_image, resized
 from finetune.data.media.media import KINDS, Media, MediaKind
 from finetune.data.media.patches import PatchSettings
-from finetune.data.media.settings import audio_settings, image_settings, video_settings
+from finetune.data.media.settings import audio_settings, image_settings, position_rule, video_settings
 from finetune.data.media.video import FrameSampling, VideoFacts, most_pixels, read_frames, video_facts
-from finetune.models.families import ModelFamily
+from finetune.models.families import ModelFamily, PositionRule
 from finetune.system.errors import DataError
 
 # Raise it when the same file and settings give other values.
@@ -37,10 +37,13 @@ class MediaProcessor:
     """Reads media for one model; picklable, equal settings give equal values.
 
     title: of the model's family. kinds: that its towers read.
+    placeholders: by kind, the token that stands for one embedding. positions: of the model's tokens.
     """
 
     title: str
     kinds: tuple[MediaKind, ...]
+    placeholders: Mapping[str, str]
+    positions: PositionRule
     image: PatchSettings
     video: PatchSettings
     sampling: FrameSampling
@@ -116,6 +119,10 @@ class MediaProcessor:
         seconds = self.sampling.seconds_per_grid(facts, len(indices), settings.temporal_patch_size)
         return Media("video", digest, path, settings.tokens(grid), grid, seconds)
 
+    def settings(self) -> dict[str, Any]:
+        """Return everything that decides what `measure` returns for a file, as JSON values."""
+        return {"version": MEDIA_VERSION, **asdict(self)}
+
     def _digest(self, kind: MediaKind, content: bytes) -> bytes:
         deciding = {
             "image": (self.image,),
@@ -152,6 +159,8 @@ def build_media_processor(family: ModelFamily, folder: Path | None, cfg: DataCon
     return MediaProcessor(
         title=family.title,
         kinds=tuple(kind for kind in KINDS if kind in kinds),
+        placeholders=family.placeholders,
+        positions=position_rule(family, folder),
         image=image_settings(folder, cfg),
         video=video_settings(folder, cfg),
         sampling=FrameSampling(cfg.video.fps, cfg.video.max_frames),

@@ -10,6 +10,7 @@ from typing import Any
 from finetune.config.schema import DataConfig
 from finetune.data.media.audio import AudioSettings
 from finetune.data.media.patches import PatchSettings
+from finetune.models.families import ModelFamily, PositionRule
 from finetune.system.errors import ConfigError
 
 # transformers 5 writes the first; checkpoints of Qwen have the others.
@@ -56,6 +57,17 @@ def video_settings(folder: Path | None, cfg: DataConfig) -> PatchSettings:
 def audio_settings(folder: Path | None, cfg: DataConfig) -> AudioSettings:
     """Return the settings of audio, as `image_settings`."""
     return AudioSettings(cfg.audio.max_seconds, **_saved(folder, "audio", _AUDIO_KEYS))
+
+
+def position_rule(family: ModelFamily, folder: Path | None) -> PositionRule:
+    """Return how positions count media, as `image_settings`; config.json has the steps of a second."""
+    if folder is None:
+        return family.positions
+    rule = family.positions_of(_content(folder / "config.json"))
+    if not 0 < rule.steps_per_second < 2**20:
+        key = ".".join(family.steps_setting)
+        raise ConfigError(f"{folder / 'config.json'}: {key} is not valid, found {rule.steps_per_second:g}")
+    return rule
 
 
 def _saved(folder: Path | None, kind: str, keys: _Keys) -> dict[str, Any]:

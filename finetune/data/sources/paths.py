@@ -20,6 +20,8 @@ from finetune.data.sources.readers import RawBatch, kind_of, read_batches
 from finetune.data.sources.text_files import COMPRESSIONS
 from finetune.system.errors import DataError, os_errors_as
 
+# A file of this name describes the other files of its folder, as for imagefolder and audiofolder of `datasets`.
+METADATA = "metadata"
 _MAGIC = re.compile(r"[*?[]")
 _SHARD = re.compile(r"(?P<split>.+)-\d+-of-(?P<count>\d+)", re.DOTALL)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -231,6 +233,9 @@ def _split_files(folder: Path, split: str | None) -> list[Path]:
             shard = _SHARD.fullmatch(_stem(file))
             name, count = (shard["split"], shard["count"]) if shard else (_stem(file), "1")
             found.setdefault(name, {}).setdefault((count, *kind_of(file)), []).append(file)
+    if split is not None and split not in found and (folder / split).is_dir():  # as imagefolder has them
+        return _split_files(folder / split, None)
+    split = METADATA if split is None and list(found) == [METADATA] else split
     _choose(folder, split, list(found))
     (shards, *others) = found[str(split)].items()
     if others:

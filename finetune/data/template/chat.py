@@ -24,13 +24,24 @@ from tokenizers import Encoding, Tokenizer
 
 from finetune.data.encoded import Encoded
 from finetune.data.formats.messages import THINK_TAGS, Conversation, Message
-from finetune.data.template.layout import FilledRun, Reasoning, Run, control_pattern, lay_out, reasoning_in
+from finetune.data.template.layout import (
+    FilledRun,
+    Reasoning,
+    Run,
+    control_pattern,
+    lay_out,
+    loss_weights,
+    reasoning_in,
+)
 from finetune.data.template.markers import CLOSE, OPEN, MarkedRow
+from finetune.data.template.placeholders import place_media
 from finetune.data.template.sandbox import Renderer
 from finetune.system.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from finetune.data.media.processor import MediaProcessor
 
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _MOST_LAYOUTS = 2048
@@ -55,6 +66,7 @@ class ChatTemplate:
 
     tokenizer: a fast tokenizer of transformers.
     template: jinja source; None takes the tokenizer's own.
+    control_ids: id of each control token.
     Raises: DataError if there is no template, or it cannot be compiled.
     """
 
@@ -68,11 +80,11 @@ class ChatTemplate:
             ) from error
         self.special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
         added = tokenizer.added_tokens_decoder.items()
-        self._control_id = {str(token): i for i, token in added if token.special}
+        self.control_ids = {str(token): i for i, token in added if token.special}
         self._definition: str = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
         self._prepare()
         if found := self._unmarked_control_tokens({str(token): i for i, token in added if not token.special}):
-            self._control_id |= found
+            self.control_ids |= found
             definition = json.loads(self._definition)
             for token in definition["added_tokens"]:  # special, so that texts that spell them stay texts
                 token["special"] |= token["content"] in found
@@ -81,7 +93,7 @@ class ChatTemplate:
 
     def _prepare(self) -> None:
         self._renderer = Renderer(self.template, self.special_tokens)
-        self._control = control_pattern(list(self._control_id))
+        self._control = control_pattern(list(self.control_ids))
         self._layouts: dict[tuple, list[Run]] = {}
         self._fixed: dict[str, list[int]] = {}
 
@@ -110,10 +122,10 @@ class ChatTemplate:
         return backend
 
     def __getstate__(self) -> tuple[str, dict[str, Any], dict[str, int], str]:
-        return self.template, self.special_tokens, self._control_id, self._definition
+        return self.template, self.special_tokens, self.control_ids, self._definition
 
     def __setstate__(self, state: tuple[str, dict[str, Any], dict[str, int], str]) -> None:
-        self.template, self.special_tokens, self._control_id, self._definition = state
+        self.template, self.special_tokens, self.control_ids, self._definition = state
         self._prepare()
 
     @cached_property
@@ -129,7 +141,7 @@ class ChatTemplate:
     @property
     def end_of_text_id(self) -> int:
         """The token that ends a raw document. Raises: DataError if the tokenizer has none."""
-        known = (self._backend.token_to_id(token) for token in _END_OF_TEXT if token in self._control_id)
+        known = (self._backend.token_to_id(token) for token in _END_OF_TEXT if token in self.control_ids)
         if (found := next(known, self.eos_id)) is None:
             raise DataError("the tokenizer has no token that ends a document, so it cannot train on raw text")
         return found
@@ -142,7 +154,7 @@ class ChatTemplate:
         except DataError:
             return None
         runs = [filled.run for filled in row.runs]
-        return next(self._control_id[run.control] for run in reversed(runs) if run.spans and run.control)
+        return next(self.control_ids[run.control] for run in reversed(runs) if run.spans and run.control)
 
     def token_of(self, token_id: int | None) -> str | None:
         """Return the text of a token."""
@@ -168,7 +180,12 @@ class ChatTemplate:
         parts = [self._definition, self.template, json.dumps(self.special_tokens, sort_keys=True, default=str)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def encode(self, conversations: Sequence[Conversation], train_on: str = "assistant") -> list[Encoded | DataError]:
+    def encode(
+        self,
+        conversations: Sequence[Conversation],
+        train_on: str = "assistant",
+        processor: MediaProcessor | None = None,
+    ) -> list[Encoded | DataError]:
         """Encode conversations.
 
         The targets of a turn are what the model writes: its text, its tool calls and the control token that ends it.
@@ -177,6 +194,7 @@ class ChatTemplate:
 
         train_on: `assistant` trains every assistant turn, `answer` the same without reasoning, `last` the last
             assistant turn, `all` every token.
+        processor: of the model's media, whose tokens are never targets; None if it reads text only.
         Returns: tokens and weights of each conversation, in order; a DataError for one that cannot be encoded.
         """
         rows: list[_Row | DataError] = []
@@ -186,7 +204,11 @@ class ChatTemplate:
             except DataError as error:
                 rows.append(error)
         encodings = self._encodings(row for row in rows if isinstance(row, _Row))
-        return [row if isinstance(row, DataError) else self._assemble(row, encodings) for row in rows]
+        encoded = (row if isinstance(row, DataError) else self._assemble(row, encodings) for row in rows)
+        return [
+            self._with_media(each, conversation.messages, processor)
+            for each, conversation in zip(encoded, conversations, strict=True)
+        ]
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode plain texts, control tokens in them as text: ids [T] int32 of each, without an end token.
@@ -198,13 +220,36 @@ class ChatTemplate:
         found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in found]
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Return the tokens of a prompt: the conversation, then the assistant's header.
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        processor: MediaProcessor | None = None,
+    ) -> Encoded:
+        """Encode a prompt: the conversation, then the assistant's header. No token is a target.
 
-        Raises: DataError if the template refuses the conversation or changes its texts.
+        processor: of the model's media; None if it reads text only.
+        Raises: DataError if the template refuses the conversation or changes its texts, or media cannot be read.
         """
         row = self._fill(Conversation(tuple(messages), tuple(tools)), frozenset(), prompt=True)
-        return self._assemble(row, self._encodings([row])).ids.tolist()
+        encoded = self._with_media(self._assemble(row, self._encodings([row])), messages, processor)
+        if isinstance(encoded, DataError):
+            raise encoded
+        return encoded
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Return the tokens of a prompt without media. Raises: as `prompt`."""
+        return self.prompt(messages, tools).ids.tolist()
+
+    def _with_media(
+        self, encoded: Encoded | DataError, messages: Sequence[Message], processor: MediaProcessor | None
+    ) -> Encoded | DataError:
+        if isinstance(encoded, DataError) or not any(message.media for message in messages):
+            return encoded
+        try:
+            return place_media(encoded, messages, processor, self.control_ids)
+        except DataError as error:
+            return error
 
     def answer_text(self, conversation: Conversation) -> str:
         """Return the last assistant turn without control tokens; its tool calls are as the template writes them.
@@ -218,7 +263,7 @@ class ChatTemplate:
         return "".join(filled.text[filled.offsets[filled.run.spans[0][0]] :] for filled in row.runs if filled.run.spans)
 
     def _compose(self, conversation: Conversation, train_on: str) -> _Row:
-        loss = _loss_weights(conversation.messages, train_on)
+        loss = loss_weights(conversation.messages, train_on)
         row = self._fill(conversation, frozenset(loss), complete=train_on != "last")
         row.loss, row.rest = loss, float(train_on == "all")
         if train_on == "answer":
@@ -302,7 +347,7 @@ class ChatTemplate:
                     end = max(_first_token(encoding, last, length), _token_at(encoding, after, length))
                     reasoning.append(slice(start + begin, start + end))
             if run.control is not None:
-                ids.append(self._control_id[run.control])
+                ids.append(self.control_ids[run.control])
             if run.spans:
                 changes.append((len(ids), row.rest))
         weights = np.full(len(ids), row.rest, dtype=np.float32)
@@ -353,19 +398,3 @@ def _check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"a text contains half a surrogate pair, found {text[error.start]!r}") from error
-
-
-def _loss_weights(messages: Sequence[Message], train_on: str) -> dict[int, float]:
-    """The weight of each message whose targets weigh otherwise than the rest of the row."""
-    turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    if not turns and train_on != "all":
-        raise DataError("the row has no assistant message, so it has no target")
-    if empty := [i for i in turns if not messages[i].content and not messages[i].tool_calls]:
-        raise DataError(f"assistant message {empty[0]} is empty, so it has no target")
-    if train_on == "all":
-        return {i: m.weight for i, m in enumerate(messages) if m.weight != 1 and (m.content or m.tool_calls)}
-    selected = {"assistant": turns, "answer": turns, "last": turns[-1:]}[train_on]
-    weights = {i: messages[i].weight for i in selected if messages[i].weight > 0}
-    if not weights:
-        raise DataError(f"every assistant message that data.train_on={train_on} selects has weight 0")
-    return weights

@@ -80,6 +80,7 @@ def lay_out(
         complete = True
     if marked.tools and -1 not in written_turns:
         raise DataError("the chat template leaves out the row's tools; set data.chat_template to one that writes them")
+    _check_parts(marked, whole)
     regions = []
     for turn in sorted(turns):
         if turn not in written_turns:
@@ -150,6 +151,14 @@ def _check_order(marked: MarkedRow, whole: str) -> None:
         raise DataError(
             f"the chat template moves message {moved[0]} before others; remove the row, or reorder its turns"
         )
+
+
+def _check_parts(marked: MarkedRow, whole: str) -> None:
+    """Raise DataError if the template leaves out a text of a message with media."""
+    inside = {int(found[2]) for found in MARKER.finditer(whole)}
+    for i, message in enumerate(marked.messages):
+        if isinstance(message["content"], list) and (lost := _left_out(marked, i, inside)):
+            raise DataError(f"the chat template leaves out a text of message {i} ({message['role']}): {lost[0]!r}")
 
 
 def _left_out(marked: MarkedRow, turn: int, inside: set[int]) -> list[str]:
@@ -248,3 +257,23 @@ def _paired_tags(text: str, turn: int) -> list[int]:
             "fix the row, give the message weight 0, or set data.train_on=assistant"
         )
     return [end if number % 2 else start for number, (start, end, _) in enumerate(tags)]
+
+
+def loss_weights(messages: Sequence[Message], train_on: str) -> dict[int, float]:
+    """Return the weight of each message whose targets weigh otherwise than the rest of the row.
+
+    train_on: as in `ChatTemplate.encode`.
+    Raises: DataError for a row without a target.
+    """
+    turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    if not turns and train_on != "all":
+        raise DataError("the row has no assistant message, so it has no target")
+    if empty := [i for i in turns if not messages[i].content and not messages[i].tool_calls]:
+        raise DataError(f"assistant message {empty[0]} is empty, so it has no target")
+    if train_on == "all":
+        return {i: m.weight for i, m in enumerate(messages) if m.weight != 1 and (m.content or m.tool_calls)}
+    selected = {"assistant": turns, "answer": turns, "last": turns[-1:]}[train_on]
+    weights = {i: messages[i].weight for i in selected if messages[i].weight > 0}
+    if not weights:
+        raise DataError(f"every assistant message that data.train_on={train_on} selects has weight 0")
+    return weights

@@ -59,7 +59,7 @@ class MarkedRow:
     values: texts, objects and lists that the markers stand for, by number.
     owners: the message of each value; -1 for tools.
     parents: the number of the value that contains each value; -1 for none.
-    contents: the number of each message's text, if it is not empty.
+    contents: the number of each message's text, if it is not empty; of several texts, the first.
     shape: rows of equal shape give equal numbers to their outer values, which are contents, names, whole arguments and
         whole tools. `mark_inner` marks what is inside these.
     """
@@ -75,7 +75,7 @@ class MarkedRow:
         for i, message in enumerate(messages):
             if message.content:
                 self.contents[i] = len(self.values)
-            turn: dict[str, Any] = {"role": message.role, "content": self._text(message.content, i, -1)}
+            turn: dict[str, Any] = {"role": message.role, "content": self._content(message, i)}
             if message.tool_calls:
                 turn["tool_calls"] = self._calls(message.as_dict()["tool_calls"], i)
             self.messages.append(turn)
@@ -85,7 +85,7 @@ class MarkedRow:
             self.tools._number = number
             self._unmarked += [(self.tools, k, self._add(tool, -1, number)) for k, tool in enumerate(tools)]
         names = [[call.name != "" for call in message.tool_calls] for message in messages]
-        roles = [(message.role, message.content != "", *named) for message, named in zip(messages, names, strict=True)]
+        roles = [(m.role, _shape_of_content(m), *named) for m, named in zip(messages, names, strict=True)]
         self.shape: tuple = (len(tools), *roles)
 
     def mark_inner(self) -> tuple:
@@ -105,6 +105,12 @@ class MarkedRow:
         self.owners.append(owner)
         self.parents.append(parent)
         return len(self.values) - 1
+
+    def _content(self, message: Message, owner: int) -> str | list[dict[str, str]]:
+        if not message.media:
+            return self._text(message.content, owner, -1)
+        parts = message.as_dict()["content"]
+        return [part | {"text": self._text(part["text"], owner, -1)} if "text" in part else part for part in parts]
 
     def _text(self, text: str, owner: int, parent: int) -> str:
         if not text:
@@ -141,6 +147,13 @@ class MarkedRow:
             marked = [self._inner(item, owner, parent) for item in value]
             return [item for item, _ in marked], ("[", *(shape for _, shape in marked))
         return value, repr(value)
+
+
+def _shape_of_content(message: Message) -> Any:
+    """Whether a text is not empty; of a message with media, the kinds of its parts."""
+    if not message.media:
+        return message.content != ""
+    return tuple("text" if isinstance(part, str) else part.kind for part in message.parts)
 
 
 def to_json(

@@ -65,7 +65,7 @@ class Renderer:
         """
         environment, template = self._compiled()
         budget = environment.budget
-        budget.refill(_SIZE_OF_INPUT * sum(len(message["content"]) for message in messages))
+        budget.refill(_SIZE_OF_INPUT * sum(_length(message["content"]) for message in messages))
         row = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         # shared: a context that merges the globals itself costs more than the rendering of a short row.
         context = template.new_context(environment.globals | row, shared=True)
@@ -93,6 +93,11 @@ class Renderer:
             except (TemplateError, RecursionError, ValueError, TypeError) as error:
                 raise DataError(f"data.chat_template: the template cannot be compiled: {error}") from error
         return self._of_thread.compiled
+
+
+def _length(content: str | list[dict[str, str]]) -> int:
+    """Return the characters of a content, a text or a list of parts."""
+    return len(content) if isinstance(content, str) else sum(len(part.get("text", "")) for part in content)
 
 
 class _Budget:

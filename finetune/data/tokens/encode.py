@@ -28,6 +28,7 @@ from finetune.data.encoded import IGNORE_INDEX, Encoded
 from finetune.data.formats.messages import Conversation, Example, Preference, RawText, TokenRow, ToolCall
 from finetune.data.formats.parser import PREFERENCE, VERDICTS, RowParser
 from finetune.data.formats.preferences import EQUAL_SIDES, answer_alone, verdict_of
+from finetune.data.media.processor import MediaProcessor
 from finetune.data.sources.readers import RawBatch
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.store import ROW, BadRow, EncodedBatch
@@ -46,12 +47,14 @@ class RowEncoder:
     """Decodes, parses and encodes rows. Picklable, for worker processes.
 
     objective: as in `Preparation`; it decides which rows the run can learn from, and what of them are targets.
+    media: reads the media of rows; None for a model that reads text only.
     """
 
     parser: RowParser
     chat: ChatTemplate
     train_on: str
     objective: str = "none"
+    media: MediaProcessor | None = None
 
     def __call__(self, batch: RawBatch) -> EncodedBatch:
         """Encode a batch; rows that cannot be used are listed in it."""
@@ -97,7 +100,7 @@ class RowEncoder:
             rows=np.array(rows, ROW),
             ids=np.concatenate([encoded.ids for encoded in good] or none).astype(np.int32, copy=False),
             weights=np.concatenate([encoded.weights for encoded in good] or none).astype(np.float32, copy=False),
-            media_digests=tuple(encoded.media_digest for encoded in good),
+            placed=tuple(encoded.placed for encoded in good),
             chosen_tokens=tuple(encoded.chosen_tokens for encoded in good),
             bad=tuple(bad),
             bytes_read=batch.bytes_read,
@@ -108,7 +111,7 @@ class RowEncoder:
     def _encode_chats(self, conversations: Sequence[Conversation]) -> Iterator[Encoded | DataError]:
         if self.objective == "reward":
             return map(self._encode_prompt, conversations)
-        return iter(self.chat.encode(conversations, self.train_on))
+        return iter(self.chat.encode(conversations, self.train_on, self.media))
 
     def _encode_prompt(self, conversation: Conversation) -> Encoded | DataError:
         """Lay out the prompt as a model gets it, then the row's answer; the answer and its end token are the targets.
@@ -116,15 +119,15 @@ class RowEncoder:
         A row without an answer has the end token as its only target.
         """
         try:
-            prompt = self.chat.prompt_ids(conversation.prompt, conversation.tools)
+            prompt = self.chat.prompt(conversation.prompt, conversation.tools, self.media)
             answer = self.chat.answer_text(conversation) if conversation.has_answer else ""
             [ids] = self.chat.encode_texts([answer])
         except DataError as error:
             return error
         if (end := self.chat.turn_end_id) is None:
             return DataError("the chat template has no control token that ends an answer")
-        weights = np.repeat(np.array([0, 1], np.float32), [len(prompt), len(ids) + 1])
-        return Encoded(np.concatenate([prompt, ids, [end]]).astype(np.int32), weights)
+        weights = np.repeat(np.array([0, 1], np.float32), [len(prompt.ids), len(ids) + 1])
+        return Encoded(np.concatenate([prompt.ids, ids, [end]]).astype(np.int32), weights, prompt.placed)
 
     def _usable(self, example: Example | DataError) -> Example | DataError:
         """Return the example, or why the objective cannot use it."""
@@ -183,6 +186,9 @@ class RowEncoder:
                 f"input_ids: the largest id of the tokenizer is {self.chat.vocabulary_size - 1}, found "
                 f"{max(row.input_ids)}; was the row tokenized for another model?"
             )
+        placeholders = () if self.media is None else self.media.placeholders.values()
+        if held := [token for token in placeholders if self.chat.control_ids.get(token) in row.input_ids]:
+            return DataError(f"input_ids hold {held[0]}, which stands for a file; a row of tokens has none")
         ids = np.asarray(row.input_ids, dtype=np.int32)
         trained = np.ones(len(ids), bool) if row.labels is None else np.asarray(row.labels) != IGNORE_INDEX
         if not trained[1:].any():
@@ -203,7 +209,10 @@ def _joined(chosen: Encoded | DataError, rejected: Encoded | DataError) -> Encod
     if np.array_equal(chosen.ids, rejected.ids):
         return DataError(f"chosen and rejected {EQUAL_SIDES}")
     ids, weights = (np.concatenate([getattr(side, key) for side in (chosen, rejected)]) for key in ("ids", "weights"))
-    return _unweighted(Encoded(ids, weights, chosen.media_digest, len(chosen.ids)))
+    placed = None
+    if chosen.placed and rejected.placed:  # both have the prompt's
+        placed = chosen.placed.joined(rejected.placed, len(chosen.ids))
+    return _unweighted(Encoded(ids, weights, placed, len(chosen.ids)))
 
 
 def _unweighted(encoded: Encoded) -> Encoded | DataError:
@@ -218,7 +227,10 @@ def _content(example: Example) -> Any:
     if isinstance(example, Preference):
         return [_content(example.chosen), _content(example.rejected)]
     if isinstance(example, Conversation):
-        turns = [(m.role, m.content, *map(ToolCall.as_dict, m.tool_calls)) for m in example.messages]
+        turns = [
+            (m.role, m.content, *map(ToolCall.as_dict, m.tool_calls), *((part.kind, part.offset) for part in m.media))
+            for m in example.messages
+        ]
         return [turns, example.tools]
     return example.text if isinstance(example, RawText) else example.input_ids
 

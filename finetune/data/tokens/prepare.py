@@ -20,6 +20,7 @@ from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.formats.detection import with_formats
 from finetune.data.formats.parser import RowParser
 from finetune.data.formats.rules import RowRules
+from finetune.data.media.processor import MediaProcessor
 from finetune.data.sources.paths import resolve_source
 from finetune.data.sources.readers import RawBatch
 from finetune.data.template.chat import ChatTemplate
@@ -52,6 +53,7 @@ class Preparation:
     main: this process fills the cache; the others wait for it.
     objective: what the run learns from its rows, as `RunConfig.row_objective`, or how it is scored on them, as
         `RunConfig.scored_rows`.
+    media: reads the media of rows; None for a model that reads text only.
     """
 
     cfg: DataConfig
@@ -59,11 +61,12 @@ class Preparation:
     main: bool = True
     progress: Progress = lambda name, done_bytes, total_bytes, rows: None
     objective: str = "none"
+    media: MediaProcessor | None = None
 
     def encoder(self, source: SourceConfig) -> RowEncoder:
         """Build the encoder of a source's rows."""
         parser = RowParser(source, system=self.cfg.system, rules=RowRules.of(self.cfg))
-        return RowEncoder(parser, self.chat, self.cfg.train_on, self.objective)
+        return RowEncoder(parser, self.chat, self.cfg.train_on, self.objective, self.media)
 
     def batches(self, source: SourceConfig) -> Iterator[RawBatch]:
         """Read the rows of a source with the formats of their files. Raises: DataError as `with_formats`."""
@@ -105,6 +108,7 @@ class Preparation:
             # Rows that older versions read keep their tokens, and so their cache.
             **RowRules.of(self.cfg).changed(),
             **_OF_OBJECTIVE.get(self.objective, {"preference": "pairs"}),
+            **({} if self.media is None else {"media": self.media.settings()}),
         }
 
     def provide(self, folder: Path, write: Callable[[Path], None]) -> None:

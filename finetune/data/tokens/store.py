@@ -6,6 +6,8 @@ A store is a folder with these files:
 - rows.npz: one entry per row.
 - meta.json: written last.
 - bad_rows.jsonl: rows that cannot be used.
+- media.jsonl: a line for each row with images, audio or video; missing where every row is text.
+- media_files.json: path, size and time of change of their files.
 
 It is written under a temporary name and renamed, so a folder under its final name is complete.
 """
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from finetune.data.encoded import Encoded
+from finetune.data.positions import PlacedMedia
 from finetune.data.sources.readers import location_of
 from finetune.system.errors import DataError
 
@@ -39,7 +42,8 @@ ROW = np.dtype(
     ]
 )
 _IDS, _CODES, _ROWS, _META, BAD_ROWS = "ids.bin", "codes.bin", "rows.npz", "meta.json", "bad_rows.jsonl"
-_MEDIA = "media_digests"  # column of rows.npz, as hexadecimal text; missing where every row is text
+_MEDIA, _MEDIA_FILES = "media.jsonl", "media_files.json"
+_MEDIA_ENDS = "media_ends"  # column of rows.npz: where the row's line in media.jsonl ends
 _CHOSEN = "chosen_tokens"  # column of rows.npz; missing where rows have no preferences
 # Raise it when rows are read that were bad before.
 READER_VERSION = 2
@@ -60,7 +64,7 @@ class EncodedBatch:
 
     rows: [N] ROW; the store sets their files.
     ids, weights: [sum of lengths] int32 and float32.
-    media_digests, chosen_tokens: of each row.
+    placed, chosen_tokens: of each row, as in `Encoded`.
     bytes_read: of the source's files, up to the last of these rows.
     notes: how many messages have each note.
     format: of the rows in their file.
@@ -71,7 +75,7 @@ class EncodedBatch:
     rows: np.ndarray
     ids: np.ndarray
     weights: np.ndarray
-    media_digests: tuple[bytes, ...]
+    placed: tuple[PlacedMedia | None, ...]
     chosen_tokens: tuple[int | None, ...]
     bad: tuple[BadRow, ...]
     bytes_read: int
@@ -119,6 +123,7 @@ class TokenStore:
     """Encoded rows of one source, before any is cut.
 
     lengths, targets, indices, hashes, control_tokens: [N], columns of ROW.
+    has_media: [N] bool.
     """
 
     def __init__(self, folder: Path):
@@ -129,11 +134,15 @@ class TokenStore:
             self.indices, self.hashes = rows["indices"], rows["hashes"]
             self.control_tokens = rows["control_tokens"]
             self._files, self._numbers = rows["files"], rows["numbers"]
-            self._media, self._chosen = rows.get(_MEDIA), rows.get(_CHOSEN)
+            self._media_ends, self._chosen = rows.get(_MEDIA_ENDS), rows.get(_CHOSEN)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         self._ids = _mapped(folder / _IDS, np.int32, self.meta.tokens)
         self._codes = _mapped(folder / _CODES, np.uint8, self.meta.tokens)
         self._weights = np.asarray(self.meta.weights, dtype=np.float32)
+        self.has_media = np.zeros(len(self), dtype=bool)
+        if self._media_ends is not None:
+            self._media = _mapped(folder / _MEDIA, np.uint8, int(self._media_ends[-1]))
+            self.has_media = np.diff(self._media_ends, prepend=0) > 0
 
     def __len__(self) -> int:
         return self.meta.rows
@@ -146,9 +155,18 @@ class TokenStore:
     def piece(self, row: int, start: int, length: int) -> Encoded:
         """Return the tokens [start, start + length) of a row."""
         where = slice(first := int(self.starts[row]) + start, first + length)
-        media = b"" if self._media is None else bytes.fromhex(self._media[row].decode())
+        placed = self.placed(row)
+        if placed is not None:
+            placed = placed.within(start, start + length)
         chosen = None if self._chosen is None else int(self._chosen[row])
-        return Encoded(np.asarray(self._ids[where]), self._weights[self._codes[where]], media, chosen)
+        return Encoded(np.asarray(self._ids[where]), self._weights[self._codes[where]], placed, chosen)
+
+    def placed(self, row: int) -> PlacedMedia | None:
+        """Return the images, audio and video of a row; None for text."""
+        if self._media_ends is None or not self.has_media[row]:
+            return None
+        start = int(self._media_ends[row - 1]) if row else 0
+        return PlacedMedia.from_dict(json.loads(self._media[start : int(self._media_ends[row])].tobytes()))
 
     def location(self, row: int) -> str:
         """Return the row's location: `file:line`, or `file:row N` in files without lines."""
@@ -170,12 +188,27 @@ def _mapped(file: Path, dtype: type, length: int) -> np.ndarray:
 
 
 def is_valid(folder: Path) -> bool:
-    """Return whether a folder holds a complete store: all files have their size in meta.json."""
+    """Return whether a folder holds a complete store, made from the files of media that are there now.
+
+    All files of the store have their size in meta.json.
+    """
     try:
         sizes = json.loads((folder / _META).read_text(encoding="utf-8"))["sizes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        complete = all((folder / name).stat().st_size == size for name, size in sizes.items())
+        return complete and (_MEDIA not in sizes or _are_unchanged(folder / _MEDIA_FILES))
     except (OSError, ValueError, KeyError):
         return False
+
+
+def _are_unchanged(listed: Path) -> bool:
+    """Return whether files have the sizes and times of a list. Raises: OSError if one is missing."""
+    stamps = json.loads(listed.read_text(encoding="utf-8"))
+    return all(_stamp(path) == stamp for path, stamp in stamps.items())
+
+
+def _stamp(path: str) -> list[int]:
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
 
 
 def has_outdated_bad_rows(folder: Path) -> bool:
@@ -188,7 +221,7 @@ def has_outdated_bad_rows(folder: Path) -> bool:
 
 
 class StoreWriter:
-    """Writes a store batch by batch into a new folder. Memory: about 40 bytes per row, and no tokens.
+    """Writes a store batch by batch into a new folder. Memory: about 50 bytes per row, the paths of media, no tokens.
 
     Raises: DataError for rows with more than 254 different loss weights.
     """
@@ -203,7 +236,10 @@ class StoreWriter:
         self._weights: dict[float, int] = {0.0: 0, 1.0: 1}
         self._files: dict[tuple[str, str, str], int] = {}
         self._rows = [np.empty(0, ROW)]
-        self._media: list[str] = []
+        self._media = (folder / _MEDIA).open("wb")
+        self._media_ends: list[int] = []
+        self._media_digests: list[str] = []
+        self._media_files: set[str] = set()
         self._chosen: list[int | None] = []
         self._bad_rows = 0
         self._notes: Counter[str] = Counter()
@@ -219,7 +255,12 @@ class StoreWriter:
             digest.update(values.data)
         batch.rows["files"] = self._files.setdefault((batch.file, batch.unit, batch.format), len(self._files))
         self._rows.append(batch.rows)
-        self._media += [digest.hex() for digest in batch.media_digests]
+        for placed in batch.placed:
+            if placed is not None:
+                self._media.write(json.dumps(placed.as_dict(), ensure_ascii=False).encode() + b"\n")
+                self._media_files.update(item.path for item in placed.items)
+            self._media_ends.append(self._media.tell())
+            self._media_digests.append("" if placed is None else placed.digest.hex())
         self._chosen += batch.chosen_tokens
         self._bad.writelines(json.dumps(bad._asdict(), ensure_ascii=False) + "\n" for bad in batch.bad)
         self._bad_rows += len(batch.bad)
@@ -230,16 +271,23 @@ class StoreWriter:
         table = np.concatenate(self._rows)
         columns = {name: table[name] for name in ROW.names or ()}
         content: list[Any] = [*(part.hexdigest() for part in self._content), list(self._weights)]
-        if any(self._media):  # a store of text looks as it did before there was media
-            columns[_MEDIA] = np.array(self._media, dtype=np.bytes_)
-            content.append(self._media)
+        files = [_IDS, _CODES, _ROWS, BAD_ROWS]
+        if any(self._media_digests):
+            columns[_MEDIA_ENDS] = np.array(self._media_ends, dtype=np.int64)
+            content.append(self._media_digests)
+            files += [_MEDIA, _MEDIA_FILES]
+            with (self.folder / _MEDIA_FILES).open("w", encoding="utf-8") as listed:
+                json.dump({path: _stamp(path) for path in sorted(self._media_files)}, listed)
+                _sync(listed)
+        else:  # a store of text looks as it did before there was media
+            (self.folder / _MEDIA).unlink()
         if any(tokens is not None for tokens in self._chosen):
             columns[_CHOSEN] = np.array(self._chosen, dtype=np.int32)
             content.append(self._chosen)
         with (self.folder / _ROWS).open("wb") as rows:
             np.savez(rows, allow_pickle=False, **columns)
             _sync(rows)
-        for stream in (self._ids, self._codes, self._bad):
+        for stream in (self._ids, self._codes, self._bad, self._media):
             _sync(stream)
             stream.close()
         meta = StoreMeta(
@@ -251,7 +299,7 @@ class StoreWriter:
             units=[unit for _, unit, _ in self._files],
             formats=[name for _, _, name in self._files],
             weights=list(self._weights),
-            sizes={name: (self.folder / name).stat().st_size for name in (_IDS, _CODES, _ROWS, BAD_ROWS)},
+            sizes={name: (self.folder / name).stat().st_size for name in files},
             made_from=made_from,
             notes=dict(self._notes),
             reader=READER_VERSION,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.models.families.family import SHAPE_KEYS, Gguf, ModelFamily, Tower
+from finetune.models.families.family import SHAPE_KEYS, Gguf, ModelFamily, PositionRule, Tower
 from finetune.models.families.known import FAMILIES, QWEN25_SHAPES, attention_window, family_of, shape_of, text_settings
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "SHAPE_KEYS",
     "Gguf",
     "ModelFamily",
+    "PositionRule",
     "Tower",
     "attention_window",
     "family_of",

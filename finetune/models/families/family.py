@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 # Keys of config.json; head_dim is hidden_size // num_attention_heads where the file has none.
@@ -49,6 +49,19 @@ class Gguf:
     any_head_dim: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class PositionRule:
+    """How positions of three axes (time, height, width) count media.
+
+    steps_per_second: of the time axis in a video.
+    text_follows_time: text after media continues after the largest position of all axes; else of height and width, so
+        that it may go back in time.
+    """
+
+    steps_per_second: float
+    text_follows_time: bool
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """One supported architecture.
@@ -84,6 +97,9 @@ class ModelFamily:
     tower_settings: tuple[str, ...] = ()  # nested settings of the towers
     towers: Mapping[str, Tower] = field(default_factory=dict)  # by the word in `lora.towers`
     axes: int = 1  # of a position: 3 are time, height and width
+    # Of media; steps_per_second as in transformers, unless config.json has them under this key.
+    positions: PositionRule = PositionRule(steps_per_second=1, text_follows_time=True)
+    steps_setting: tuple[str, ...] = ()
     gguf: Gguf | None = None  # None: llama.cpp has no such architecture
 
     def shapes(self) -> dict[str, dict[str, Any]]:
@@ -106,6 +122,18 @@ class ModelFamily:
                     return None
                 name = re.sub(pattern, replacement, name, count=1)
         return name
+
+    @property
+    def placeholders(self) -> dict[str, str]:
+        """The token that stands for one embedding, by kind of media."""
+        return {kind: token for tower in self.towers.values() for kind, token in tower.placeholders.items()}
+
+    def positions_of(self, config: Mapping[str, Any]) -> PositionRule:
+        """Return how a model with this config.json counts media."""
+        found: Any = config if self.steps_setting else None
+        for key in (*self.loaded_settings, *self.steps_setting):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return self.positions if found is None else replace(self.positions, steps_per_second=float(found))
 
     def layer_name(self, number: int) -> str:
         """Return the full name of a decoder layer."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from finetune.models.families.family import ModelFamily, Tower
+from finetune.models.families.family import ModelFamily, PositionRule, Tower
 from finetune.models.families.qwen2 import BIASED
 
 _VISION = Tower(
@@ -43,6 +43,8 @@ _THINKER = ModelFamily(
     ),
     towers={"vision": _VISION, "audio": _AUDIO},
     axes=3,
+    positions=PositionRule(steps_per_second=25, text_follows_time=True),
+    steps_setting=("position_id_per_seconds",),
     hub_id=r"(?!)(?P<size>)",
     sizes={},
 )

@@ -5,7 +5,7 @@ Source: arXiv:2502.13923, and the config.json of Qwen/Qwen2.5-VL-<size>-Instruct
 
 from __future__ import annotations
 
-from finetune.models.families.family import ModelFamily, Tower
+from finetune.models.families.family import ModelFamily, PositionRule, Tower
 from finetune.models.families.qwen2 import BIASED
 
 VISION_LINEARS = ("qkv", "proj", "gate_proj", "up_proj", "down_proj")
@@ -33,6 +33,8 @@ FAMILY = ModelFamily(
         ),
     },
     axes=3,
+    positions=PositionRule(steps_per_second=4, text_follows_time=False),
+    steps_setting=("vision_config", "tokens_per_second"),
     hub_id=r"Qwen2\.5-VL-(?P<size>\d+B)(?:-.*)?",
     sizes={
         "3B": (2048, 11008, 36, 16, 2, 151936, True, 128),

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.batch import assign_rows, build_batch
 from finetune.data.documents import Document
+from finetune.data.media.media import Media
+from finetune.data.positions import PlacedMedia
 from finetune.distill.fingerprint import key_of, keys_of
+from finetune.models.families import PositionRule
 
 # Few distinct tokens: random documents then share prefixes of every length, and some are equal or a prefix of another.
 DOCUMENTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=8)
 
 
-def document(ids: list[int], media_digest: bytes = b"") -> Document:
+def document(ids: list[int], image: bytes = b"") -> Document:
+    """Tokens that are all targets. image: digest of an image that stands for the first token; empty for none."""
     tokens = np.array(ids, dtype=np.int32)
-    return Document(tokens, tokens, "rows:1", media_digest=media_digest)
+    items = (Media("image", image, "i.png", 1, (1, 2, 2)),)
+    placed = PlacedMedia(items, (0,), PositionRule(25, True)) if image else None
+    return Document(tokens, tokens, "rows:1", placed=placed)
 
 
 @given(DOCUMENTS, st.data())
@@ -41,7 +45,7 @@ def test_large_ids_and_negative_differences_sort_like_any_others():
 
 def test_documents_with_equal_ids_and_different_media_share_no_row_and_no_teacher_key():
     text = document([5, 6, 7, 8])
-    images = [replace(text, media_digest=bytes([i]) * 32) for i in (1, 2)]
+    images = [document([5, 6, 7, 8], bytes([i]) * 16) for i in (1, 2)]
     batch = build_batch([text, *images, images[0]], share_prefixes=True)
     assert batch.row_of_token.tolist() == [*range(12), *range(4, 8)]
     assert len({key_of(each) for each in (text, *images)}) == 3

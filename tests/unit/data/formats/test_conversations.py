@@ -180,7 +180,7 @@ HOSTILE_TURNS = [
     ([Q | {"content": "a\0b"}], "messages[0].content", "NUL", "character 2"),
     ([Q | {"content": "a\ud800"}], "messages[0].content", "surrogate", "character 2"),
     ([Q | {"content": ["q"]}], "messages[0].content[0] must be an object with type and text, found text"),
-    ([Q | {"content": [{"type": "image_url"}]}], "messages[0].content[0].type is 'image_url'", "'text'"),
+    ([Q | {"content": [{"type": "file"}]}], "messages[0].content[0].type is 'file'", "'text'"),
     ([Q | {"content": [{"text": "q"}]}], "messages[0].content[0].type is null"),
     ([Q | {"content": [{"type": "text", "text": 1}]}], "messages[0].content[0].text must be text, found a number"),
     ([Q, A | {"reasoning_content": "hm"}], "messages[1].reasoning_content", "data.reasoning=think", "=drop"),
@@ -282,7 +282,7 @@ def test_the_error_of_a_bad_sharegpt_turn_uses_the_files_names(turns, words):
         ({"functions": "x"}, ["functions must be JSON"]),
         ({"functions": [TOOL], "tools": [TOOL]}, ["both functions and tools"]),
         ({"system": 3}, ["system must be text, found a number"]),
-        ({"images": ["x.png"]}, ["images would be lost"]),
+        ({"images": ["x.png"]}, ["images has 1 files and the texts 0 tags <image>"]),
         ({"chosen": "a"}, ["chosen and rejected", "columns: {completion: chosen}"]),
     ],
 )

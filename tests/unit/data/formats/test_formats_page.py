@@ -11,6 +11,7 @@ import yaml
 from finetune.config.schema import SourceConfig
 from finetune.data.formats.conversations import METADATA_KEYS, ROLE_NAMES
 from finetune.data.formats.detection import resolve_format
+from finetune.data.formats.messages import Conversation
 from finetune.data.formats.parser import FORMATS, RowParser
 from finetune.system.errors import DataError
 
@@ -38,14 +39,16 @@ def examples(page: str):
 def test_every_row_on_the_page_is_read_or_refused_as_marked(page):
     for heading, source, row, refused in examples(page):
         objective = "reward" if heading == "prompt" else "none"
-        parser = RowParser(source, resolve_format(source, row, "the page", objective))
+        parser = RowParser(source, resolve_format(source, row, "the page", objective), file=source.path)
         if heading in FORMATS:
             assert parser.format == heading
         if refused:
             with pytest.raises(DataError):
                 parser.parse(row)
         else:
-            parser.parse(row)
+            example = parser.parse(row)
+            has_media = isinstance(example, Conversation) and any(message.media for message in example.messages)
+            assert has_media == (heading == "Images, audio and video")
 
 
 def test_every_format_has_an_example_and_refusals_are_shown(page):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.encoded import Encoded
+from finetune.data.media.media import Media
+from finetune.data.positions import PlacedMedia
 from finetune.data.tokens.store import ROW, BadRow, EncodedBatch, StoreWriter, TokenStore, is_valid
+from finetune.models.families import PositionRule
 from finetune.system.errors import DataError
 
 WEIGHTS = st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.5, 2.25])
@@ -39,7 +43,7 @@ def batch(
         rows=np.array(columns, ROW),
         ids=np.concatenate([np.empty(0, np.int32), *(piece.ids for piece in pieces)]),
         weights=np.concatenate([np.empty(0, np.float32), *(piece.weights for piece in pieces)]),
-        media_digests=media or (b"",) * len(rows),
+        placed=media or (None,) * len(rows),
         chosen_tokens=chosen or (None,) * len(rows),
         bad=bad,
         bytes_read=0,
@@ -108,14 +112,40 @@ def test_the_content_digest_follows_tokens_weights_and_borders(tmp_path):
     assert apart.meta.content == digests[0]
 
 
-def test_media_digests_come_back_and_enter_the_content_digest(tmp_path):
+def placed(folder: Path, name: str, kind: str = "image") -> PlacedMedia:
+    (file := folder / name).write_text(name)
+    items = tuple(Media(kind, name.encode() * 16, str(file), 1, (1, 2, 2), 0.5 * i, i) for i in (1, 2))
+    return PlacedMedia(items, (0, 1), PositionRule(25, True))
+
+
+def test_media_come_back_and_enter_the_content_digest(tmp_path):
     rows = [[(1, 0.0), (2, 1.0)], [(3, 0.0), (4, 1.0)]]
     text = write(tmp_path / "text", batch(rows))
-    media = [write(tmp_path / digest.hex(), batch(rows, media=(b"", digest))) for digest in (b"a\0", b"a")]
-    assert [piece.media_digest for piece in (*text, *media[0], *media[1])] == [b"", b"", b"", b"a\0", b"", b"a"]
+    given = [placed(tmp_path, name) for name in "ab"]
+    media = [write(tmp_path / f"store {i}", batch(rows, media=(None, each))) for i, each in enumerate(given)]
+    assert [piece.placed for piece in (*text, *media[0], *media[1])] == [None, None, None, given[0], None, given[1]]
+    assert media[0].has_media.tolist() == [False, True]
     assert len({store.meta.content for store in (text, *media)}) == 3
-    # The digest of a text store never changes, so stores made by earlier versions stay valid.
+    # The digest and the files of a text store never change, so stores made by earlier versions stay valid.
     assert text.meta.content == "6edbaedc5521353df2d8c7d744b71d1f97f6ec67728042769dbbdc79df554a37"
+    files = {"ids.bin", "codes.bin", "rows.npz", "meta.json", "bad_rows.jsonl"}
+    assert {file.name for file in text.folder.iterdir()} == files
+    assert not np.load(text.folder / "rows.npz").keys() & {"media_ends"}
+
+
+@pytest.mark.parametrize("change", ["written", "longer", "deleted"])
+def test_a_store_is_not_valid_once_a_file_of_its_media_changed(tmp_path, change):
+    store = write(tmp_path / "s", batch([[(1, 0.0), (2, 1.0)]], media=(placed(tmp_path, "a"),)))
+    assert is_valid(store.folder)
+    file = tmp_path / "a"
+    match change:
+        case "written":
+            os.utime(file, ns=(0, 1))
+        case "longer":
+            file.write_text("longer")
+        case "deleted":
+            file.unlink()
+    assert not is_valid(store.folder)
 
 
 def test_more_weights_than_a_byte_can_index_are_refused(tmp_path):
