@@ -78,15 +78,14 @@ def _mapped(cfg: ModelConfig, device: torch.device, student: PreTrainedModel | N
         return None
     tables: dict[str, Any] = {} if student is None else dict(student.named_parameters())
     family = family_in(model)
-    table = f"{family.decoder}.embed_tokens.weight"
-    names = (table, f"{family.head}.weight")
+    names = (f"{family.embedding}.weight", f"{family.head}.weight")
     shared = [name for name in names if name in tables and tables[name].dtype == getattr(torch, cfg.dtype)]
     files = {name: file for name, file in files.items() if name not in shared}
     embedding = None if student is None else student.get_input_embeddings()
     with quiet():
         if isinstance(embedding, HostEmbedding) and embedding.weight.dtype == model.dtype:
             model.set_input_embeddings(embedding)
-            del files[table]
+            del files[names[0]]
         fill_plain(model, files, device)
         for name in shared:
             module, _, key = name.rpartition(".")

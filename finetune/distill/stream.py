@@ -31,6 +31,7 @@ from finetune.losses.distillation import TeacherHidden
 from finetune.losses.hidden_states import PackedRows, final_states, packed_rows, padded, run_layer
 from finetune.models.adapters.files import check_adapter, read_tensors
 from finetune.models.adapters.folder import CONFIG_FILE
+from finetune.models.decoder import decoder_of, family_in
 from finetune.models.fused import fuse_layers
 from finetune.models.hub import read_json
 from finetune.models.safetensors_index import WeightFiles, map_tensor
@@ -43,7 +44,6 @@ from finetune.system.machine import malloc_trim
 _RESIDENT = "\nhelp: set distill.teacher.placement=resident"
 # Inits that keep the base as it is. The others (PiSSA, OLoRA, …) subtract a part from it.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal")
-_EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 class StreamedModel:
@@ -81,17 +81,16 @@ class StreamedModel:
             )
         self.device, self.dtype = device, getattr(torch, cfg.dtype)
         self.read_bytes, self._wait_seconds = 0, 0.0  # of the last pass; the wait is for reads
-        self._files, self._base, self._head = (
-            WeightFiles({place.name: place.file for place in files.values()}),
-            base,
-            head,
-        )
+        self._files = WeightFiles({place.name: place.file for place in files.values()})
+        self._base, self._head = base, head
         self._tensors = {name: self._files.tensors[place.name] for name, place in files.items()}
         self._log: Log | None = log
-        self._head_name = _EMBEDDING if self._base.config.tie_word_embeddings else _HEAD
+        self._family = family_in(base)
+        tied = base.config.tie_word_embeddings
+        self._head_name = f"{self._family.embedding if tied else self._family.head}.weight"
         on_cpu, in_its_type = device.type == "cpu", self._tensors[self._head_name].dtype == self.dtype
         self._maps_head = head is None and on_cpu and in_its_type
-        backbone: Any = self._base.base_model
+        backbone: Any = decoder_of(base)
         # By module, because an adapter renames modules.
         self._slots = [_slots_of(layer) for layer in backbone.layers]
         if adapter is not None:
@@ -99,8 +98,8 @@ class StreamedModel:
         fuse_layers(self._base)
         self._base.eval().requires_grad_(False)
         self._layers, self._norm = list(backbone.layers), backbone.norm
-        self._rotary = type(backbone.rotary_emb)(self._base.config).to(device)
-        _put(self._norm, "weight", self._weight(_NORM))
+        self._rotary = type(backbone.rotary_emb)(backbone.config).to(device)
+        _put(self._norm, "weight", self._weight(f"{self._family.final_norm}.weight"))
 
     @cached_property
     def head(self) -> nn.Module:
@@ -157,7 +156,8 @@ class StreamedModel:
     def _begin(self, index: int, reads: Reads) -> None:
         """Begin to read a layer, if it exists."""
         if index < len(self._layers):
-            stored = {name: self._tensors[f"model.layers.{index}.{name}"] for name in self._slots[index]}
+            layer = self._family.layer_name(index)
+            stored = {name: self._tensors[f"{layer}.{name}"] for name in self._slots[index]}
             self._buffers[index % 2].begin(stored, reads)
 
     @contextmanager
@@ -180,7 +180,7 @@ class StreamedModel:
         rows = [packed_rows(batch, self.device, self.dtype)[0] for batch in batches]
         # Read rows of the file: the head of a tied model would bring more pages into memory.
         used = torch.unique(torch.cat([some.ids for some in rows]))
-        table = reads.rows(self._tensors[_EMBEDDING], used.cpu(), self.dtype).to(self.device)
+        table = reads.rows(self._tensors[f"{self._family.embedding}.weight"], used.cpu(), self.dtype).to(self.device)
         embeddings = (F.embedding(torch.searchsorted(used, some.ids[None]), table) for some in rows)
         return [(some, padded(embedding, some)) for some, embedding in zip(rows, embeddings, strict=True)]
 

@@ -20,6 +20,7 @@ from finetune.distill.resident import load_resident
 from finetune.distill.shards import vocabulary_of
 from finetune.distill.stream import StreamedModel
 from finetune.losses.distillation import Teacher
+from finetune.models.families import text_settings
 from finetune.models.hub import TEXT_FILES, fetch, read_config
 from finetune.models.tokenizer import load_tokenizer
 from finetune.system.console import Log
@@ -59,12 +60,12 @@ def check_vocabulary(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, used: n
     """
     model, teacher = teacher_model(cfg), cfg.distill.teacher
     if teacher_is_base(cfg):
-        teacher_rows = _config(model)["vocab_size"]
+        teacher_rows = text_settings(_config(model))["vocab_size"]
     elif teacher.placement == "server" and teacher.name is None:
         return len(tokenizer)
     else:
         try:
-            teachers, teacher_rows = load_tokenizer(model), _config(model)["vocab_size"]
+            teachers, teacher_rows = load_tokenizer(model), text_settings(_config(model))["vocab_size"]
         except ConfigError:
             if teacher.placement != "cached":
                 raise

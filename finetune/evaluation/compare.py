@@ -33,6 +33,7 @@ from finetune.models.adapters.files import load_adapter
 from finetune.models.adapters.folder import TENSOR_FILE
 from finetune.models.adapters.trained import find_trained
 from finetune.models.digest import sha256_of
+from finetune.models.families import text_settings
 from finetune.models.fused import fuse_layers
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config
 from finetune.models.load import default_device, load_base
@@ -146,7 +147,7 @@ def evaluate_gap(options: EvalOptions, log: Log, merge: Merge, place: Path | Non
     chat = ChatTemplate(tokenizer)
     sets = load_sets(options, cfg, chat)
     config = read_config(fetch(base.name, base.revision, TEXT_FILES, "model").folder, base.name)
-    base_rows = int(config["vocab_size"])
+    base_rows = int(text_settings(config)["vocab_size"])
     vocabulary = min(len(tokenizer), base_rows)
     if max(tokenizer.get_vocab().values()) >= base_rows:
         variants = _with_new_tokens(variants, log)

@@ -20,17 +20,18 @@ from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.data.batch import Batch
 from finetune.distill.resident import load_resident
 from finetune.losses.hidden_states import PackedRows, final_states, packed_rows, padded, run_layer
+from finetune.models.decoder import decoder_of, family_in
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, weight_files
 from finetune.models.quant.eight_bit import put_rows, quantize_rows, replace_eight_bit_linears
 from finetune.models.quant.four_bit_weights import QuantizedWeights
-from finetune.models.quant.quantize import head_name, linear_names
+from finetune.models.quant.quantize import linear_names
 from finetune.models.tokenizer import quiet
 from finetune.ops import attention
 from finetune.system.errors import ConfigError
 
 
 class LayerwiseModel:
-    """A frozen base; `linears` maps each linear layer except the head, in the model's order, to its shape (out, in)."""
+    """A frozen base; `linears` maps each linear layer of the decoder, in the model's order, to its shape (out, in)."""
 
     def __init__(self, cfg: ModelConfig, quant: QuantConfig, device: torch.device):
         """Load the base.
@@ -48,9 +49,12 @@ class LayerwiseModel:
         self.device = device
         model: Any = load_resident(cfg, None, device).model
         self.model = model
-        head = head_name(model)
+        self.family = family_in(model)
+        layers = f"{self.family.decoder}.layers."
         self.linears: dict[str, tuple[int, int]] = {
-            name: tuple(model.get_submodule(name).weight.shape) for name in linear_names(model) if name != head
+            name: tuple(model.get_submodule(name).weight.shape)
+            for name in linear_names(model)
+            if name.startswith(layers)
         }
         plain = quant.model_copy(update={"skip_modules": [], "int8": [], "type": "nf4"})
         source = fetch(cfg.name, cfg.revision, TEXT_FILES + WEIGHT_FILES, "model.name")
@@ -61,27 +65,31 @@ class LayerwiseModel:
             )
         self._layer: Any = None
         self._prefix = ""
-        backbone = model.base_model
+        backbone = self._decoder
         self._rotary, self._norm = backbone.rotary_emb, copy.deepcopy(backbone.norm).float()
         weight: Tensor = model.get_output_embeddings().weight
         self.head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         self.head.weight = nn.Parameter(weight.float(), requires_grad=False)
 
     @property
+    def _decoder(self) -> Any:
+        return decoder_of(self.model)
+
+    @property
     def layers(self) -> int:
-        return len(self.model.base_model.layers)
+        return len(self._decoder.layers)
 
     def linears_of(self, index: int) -> list[str]:
         """Return the full names of a decoder layer's linear layers."""
-        return [name for name in self.linears if name.startswith(f"model.layers.{index}.")]
+        return [name for name in self.linears if name.startswith(f"{self.family.layer_name(index)}.")]
 
     def load(self, index: int, storage: Mapping[str, str]) -> None:
         """Load the layer that `advance` computes; `storage` maps linear layers to their kind, others stay in 16 bit."""
         self._layer = None  # Frees the previous layer first.
-        layer = self.model.base_model.layers[index]
+        layer = self._decoder.layers[index]
         # All layers share the config.
         self._layer = copy.deepcopy(layer, {id(layer.self_attn.config): layer.self_attn.config}).float()
-        self._prefix = f"model.layers.{index}."
+        self._prefix = f"{self.family.layer_name(index)}."
         for name in self.linears_of(index):
             if storage.get(name, "none") != "none":
                 self._store(name, storage[name])

@@ -146,7 +146,7 @@ def _modules(shape: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Yield the full name and the number of values of every module with weights."""
     family, vectors, hidden = FAMILIES[shape["model_type"]], _vectors(shape), shape["hidden_size"]
     table = shape["vocab_size"] * hidden
-    yield from ((f"{family.decoder}.embed_tokens", table), (family.head, table), (f"{family.decoder}.norm", hidden))
+    yield from ((family.embedding, table), (family.head, table), (family.final_norm, hidden))
     for layer in range(shape["num_hidden_layers"]):
         yield from ((f"{family.layer_name(layer)}.{name}", vectors[name]) for name in vectors.keys() - LINEARS)
         for name, (out, inputs) in linear_shapes(shape).items():

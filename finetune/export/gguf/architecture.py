@@ -41,7 +41,7 @@ def gguf_of(family: ModelFamily) -> Gguf:
 
 def tensor_names(family: ModelFamily, layers: int, tied: bool) -> dict[str, str]:
     """Map the name of every tensor in transformers to its name in GGUF, in the order of the file."""
-    names = {f"{family.decoder}.embed_tokens.weight": EMBEDDING}
+    names = {f"{family.embedding}.weight": EMBEDDING}
     weights = _NORMS | (_HEAD_NORMS if family.head_norms else {}) | LINEAR
     for layer in range(layers):
         for ours, theirs in weights.items():
@@ -49,7 +49,7 @@ def tensor_names(family: ModelFamily, layers: int, tied: bool) -> dict[str, str]
         for linear in family.biased:
             ours = family.linear_path(layer, linear)
             names[f"{ours}.bias"] = f"{linear_name(family, ours)}.bias"
-    names[f"{family.decoder}.norm.weight"] = "output_norm.weight"
+    names[f"{family.final_norm}.weight"] = "output_norm.weight"
     if not tied:
         names[f"{family.head}.weight"] = HEAD
     return names

@@ -22,7 +22,6 @@ from finetune.models.safetensors_index import Stored
 from finetune.system.errors import ConfigError
 from finetune.system.format import first_lines
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 _FROZEN = ".base_layer."
 _LISTED_PROBLEMS = 10
@@ -162,7 +161,9 @@ def combine_deltas(
 
 
 def read_deltas(adapter: SavedAdapter, base: Mapping[str, Stored]) -> dict[str, Delta]:
-    """Return the delta of each tensor that the adapter changes; `base` lists a tied head under its own name.
+    """Return the delta of each tensor that the adapter changes.
+
+    base: the base's tensors by their names in the model; a tied head has its own name.
 
     Raises:
         ConfigError: lists everything that does not fit the base or cannot be merged.
@@ -223,16 +224,16 @@ def _misfits(deltas: Mapping[str, Delta], base: Mapping[str, Stored]) -> Iterato
             yield f"{name}: the base has shape {list(shape)}, the adapter needs {list(wanted)}"
 
 
-def untie(deltas: dict[str, Delta], tied: bool) -> bool:
+def untie(deltas: dict[str, Delta], head_name: str, embedding_name: str) -> bool:
     """Return whether the adapter changed a tied head alone, so that the head becomes a tensor of its own.
 
     PEFT saves equal deltas of the head and the embedding for tied modules; the head's delta is then dropped.
     """
-    if not tied or HEAD not in deltas:
+    if head_name not in deltas:
         return False
-    head, embedding = deltas[HEAD], deltas.get(EMBEDDING)
+    head, embedding = deltas[head_name], deltas.get(embedding_name)
     same_kind = isinstance(head, Replaced | NewRows) and type(head) is type(embedding)
     if same_kind and all(map(torch.equal, vars(head).values(), vars(embedding).values())):
-        del deltas[HEAD]
+        del deltas[head_name]
         return False
     return True

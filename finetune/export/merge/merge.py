@@ -20,6 +20,7 @@ from finetune.export.shards import Advance, plan_shards, write_index, write_shar
 from finetune.export.staging import TOKENIZER_COPIES, KeepPartial, copy_files, staged
 from finetune.models.adapters.trained import Trained, choose_base, find_trained, kept_in_training
 from finetune.models.digest import identity
+from finetune.models.families import FAMILIES
 from finetune.models.hub import TOKENIZER_FILES
 from finetune.system.console import Log, log, progress_bar
 from finetune.system.errors import ConfigError
@@ -159,10 +160,16 @@ def _write_merged(trained: Trained, plan: MergePlan, folder: Path, limit_bytes: 
 def write_metadata(trained: Trained, plan: MergePlan, dtype: str, folder: Path) -> None:
     """Write config.json, generation_config.json and the tokenizer: the adapter's own if it has one, else the base's."""
     config = json.loads((trained.folder / "config.json").read_text(encoding="utf-8"))
-    config |= {"dtype": dtype, "vocab_size": plan.vocabulary}
-    config.pop("torch_dtype", None)
-    if plan.unties:
-        config["tie_word_embeddings"] = False
+    family, parts = FAMILIES[config["model_type"]], [config]
+    for key in (*family.loaded_settings, *family.decoder_settings):
+        if isinstance(inner := parts[-1].get(key), dict):
+            parts.append(inner)
+    for part in parts:
+        part.pop("torch_dtype", None)
+        part["dtype"] = dtype
+        if plan.unties:
+            part["tie_word_embeddings"] = False
+    parts[-1]["vocab_size"] = plan.vocabulary
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_files(trained.folder, folder, ("generation_config.json",))
     adapter = trained.adapters[0].folder

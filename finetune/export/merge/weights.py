@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from finetune.config.command_options import MergeOptions
-from finetune.export.merge.deltas import EMBEDDING, HEAD, Delta, combine_deltas, read_deltas, untie
+from finetune.export.merge.deltas import Delta, combine_deltas, read_deltas, untie
 from finetune.export.shards import Content, Planned
 from finetune.models.adapters.trained import Trained
-from finetune.models.hub import read_config
+from finetune.models.families import family_of, text_settings
+from finetune.models.hub import named_in_model, read_config
 from finetune.models.load import default_device
 from finetune.models.quant.four_bit_weights import QuantizedWeights
 from finetune.models.safetensors_index import Stored, read_rows
@@ -38,6 +39,7 @@ class MergePlan:
     deltas: dict[str, Delta]
     quantized: QuantizedWeights | None  # the weights as 4-bit training saw them; None takes the original ones
     unties: bool  # the head becomes a tensor of its own
+    vocabulary: int  # rows of the written embedding
 
     @property
     def nbytes(self) -> int:
@@ -47,11 +49,6 @@ class MergePlan:
     def changed(self) -> int:
         """Number of tensors that differ from the base's."""
         return len(self.deltas.keys() | (self.quantized.names if self.quantized is not None else set()))
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of rows of the written embedding."""
-        return next(tensor.shape[0] for tensor in self.tensors if tensor.name == EMBEDDING)
 
 
 def plan_merge(trained: Trained, base: str, options: MergeOptions, log: Log) -> MergePlan:
@@ -70,14 +67,19 @@ def plan_merge(trained: Trained, base: str, options: MergeOptions, log: Log) -> 
         problems.append("density: only ties and dare use it, found combination=linear; remove it")
     if problems:
         raise ConfigError("\n".join(problems))
-    stored = dict(trained.weights.tensors)
-    tied = bool(read_config(trained.folder, trained.model.name).get("tie_word_embeddings")) and HEAD not in stored
-    named = {**stored, HEAD: stored[EMBEDDING]} if tied else stored
-    parts = [read_deltas(adapter, named) for adapter in trained.adapters]
-    deltas = combine_deltas(parts, weights, options)
-    unties = untie(deltas, tied)
+    config = read_config(trained.folder, trained.model.name)
+    family, stored = family_of(config["model_type"], trained.model.name), dict(trained.weights.tensors)
+    in_files = {name: place.name for name, place in named_in_model(trained.files, family).items()}
+    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
+    tied = bool(text_settings(config).get("tie_word_embeddings")) and head not in in_files
+    named = {name: stored[theirs] for name, theirs in in_files.items()}
+    parts = [read_deltas(adapter, {**named, head: named[embedding]} if tied else named) for adapter in trained.adapters]
+    changes = combine_deltas(parts, weights, options)
+    unties = tied and untie(changes, head, embedding)
     if unties:
-        stored[HEAD] = stored[EMBEDDING]
+        in_files[head] = head
+        stored[head] = named[embedding]
+    deltas = {in_files[name]: delta for name, delta in changes.items()}
     quantized = None
     if base == "dequantized":
         model, quant, device = trained.model, trained.quant, default_device()
@@ -89,11 +91,11 @@ def plan_merge(trained: Trained, base: str, options: MergeOptions, log: Log) -> 
     for name in deltas.keys() & rows.keys():
         rows[name] = max(rows[name], deltas[name].rows or 0)
     # The head and the embedding keep the same number of rows.
-    tables = rows.keys() & {EMBEDDING, HEAD}
+    tables = {in_files[name] for name in (embedding, head) if name in in_files}
     rows |= dict.fromkeys(tables, max(rows[name] for name in tables))
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     tensors = [Planned(name, dtype or source.dtype, (rows[name], *source.shape[1:])) for name, source in stored.items()]
-    return MergePlan(tensors, stored, deltas, quantized, unties)
+    return MergePlan(tensors, stored, deltas, quantized, unties, rows[in_files[embedding]])
 
 
 def content_of(plan: MergePlan, tensor: Planned) -> Content:

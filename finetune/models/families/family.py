@@ -135,6 +135,16 @@ class ModelFamily:
             found = found.get(key) if isinstance(found, Mapping) else None
         return self.positions if found is None else replace(self.positions, steps_per_second=float(found))
 
+    @property
+    def embedding(self) -> str:
+        """The full name of the input embedding."""
+        return f"{self.decoder}.embed_tokens"
+
+    @property
+    def final_norm(self) -> str:
+        """The full name of the norm after the last decoder layer."""
+        return f"{self.decoder}.norm"
+
     def layer_name(self, number: int) -> str:
         """Return the full name of a decoder layer."""
         return f"{self.decoder}.layers.{number}"
