@@ -64,9 +64,12 @@ def position_rule(family: ModelFamily, folder: Path | None) -> PositionRule:
     if folder is None:
         return family.positions
     rule = family.positions_of(_content(folder / "config.json"))
-    if not 0 < rule.steps_per_second < 2**20:
+    steps = rule.steps_per_second
+    if not (isinstance(steps, int | float) and 0 < steps < 2**20):
         key = ".".join(family.steps_setting)
-        raise ConfigError(f"{folder / 'config.json'}: {key} is not valid, found {rule.steps_per_second:g}")
+        raise ConfigError(
+            f"{folder / 'config.json'}: {key} is not valid, found {steps!r}; download the checkpoint again"
+        )
     return rule
 
 

@@ -133,7 +133,7 @@ class ModelFamily:
         found: Any = config if self.steps_setting else None
         for key in (*self.loaded_settings, *self.steps_setting):
             found = found.get(key) if isinstance(found, Mapping) else None
-        return self.positions if found is None else replace(self.positions, steps_per_second=float(found))
+        return self.positions if found is None else replace(self.positions, steps_per_second=found)
 
     @property
     def embedding(self) -> str:
