@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.data.batch import Batch
-from finetune.models.decoder import decoder_of, text_config
+from finetune.models.decoder import decoder_of, family_in, text_config
 from finetune.models.embedding import HostEmbedding
 from finetune.models.fused import apply_norm
 from finetune.ops.attention import SEGMENTED, Segments, first_places, plan_segments, round_up, take_rows
+from finetune.towers.towers import towers_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,8 @@ class PackedRows:
 
     R rows are computed; the first U hold tokens, the last are padding.
 
-    ids: [U], the token of each row. position_ids: [1, R]. segments: which rows attend to each other.
+    ids: [U], the token of each row. position_ids: [1, R], or [3, 1, R] for a batch with media.
+    segments: which rows attend to each other.
     targets: [N], the row of each target. first_tokens: [U] on the CPU, the first token that each row computes.
     """
 
@@ -66,17 +68,24 @@ def target_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
     targets, labels_T = batch.targets, batch.labels[0]
     weights_N = None if batch.weights is None else copy_together([batch.weights[0][targets]], device)[0]
     if text_config(base)._attn_implementation != SEGMENTED:
-        ids, positions, tokens, labels_N = copy_together(
-            [batch.input_ids[0], batch.position_ids[0], targets, labels_T[targets]], device
-        )
-        # transformers detects document borders where positions restart.
+        ids, tokens, labels_N = copy_together([batch.input_ids[0], targets, labels_T[targets]], device)
         embeddings = _with_noise(_embed(base, ids, batch.input_ids[0]), lengths_T, noise_alpha)
-        outputs = backbone(inputs_embeds=embeddings, position_ids=positions[None], use_cache=False)
+        embeddings = _with_media(base, embeddings, batch, torch.arange(batch.tokens))
+        positions = _with_borders(base, batch).to(device)
+        outputs = backbone(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
         return TargetStates(take_rows(outputs.last_hidden_state[0], tokens, repeat=False), labels_N, weights_N)
     rows, labels_N = packed_rows(batch, device, base.dtype)
     host_ids = batch.input_ids[0][rows.first_tokens]
     # Without a name, the embeddings are free when their padded copy is made.
-    states = padded(_with_noise(_embed(base, rows.ids, host_ids), lengths_T[rows.first_tokens], noise_alpha), rows)
+    states = padded(
+        _with_media(
+            base,
+            _with_noise(_embed(base, rows.ids, host_ids), lengths_T[rows.first_tokens], noise_alpha),
+            batch,
+            rows.first_tokens,
+        ),
+        rows,
+    )
     angles = backbone.rotary_emb(states, rows.position_ids)
     for layer in backbone.layers:
         states = run_layer(layer, states, rows, angles)
@@ -91,17 +100,19 @@ def packed_rows(batch: Batch, device: torch.device, dtype: torch.dtype) -> tuple
     rows, targets = round_up(batch.rows), batch.targets
     first_tokens = first_places(batch.row_of_token, batch.rows)
     segments = plan_segments(batch.segment_lengths, batch.row_of_token, rows, device, dtype)
+    position_ids = F.pad(batch.position_ids[:, first_tokens], (0, rows - batch.rows))
     ids, positions, target_rows, labels_N, *indices = copy_together(
         [
             batch.input_ids[0][first_tokens],
-            F.pad(batch.position_ids[0][first_tokens], (0, rows - batch.rows)),
+            position_ids.flatten(),
             batch.row_of_token[targets],
             batch.labels[0][targets],
             *segments.indices(),
         ],
         device,
     )
-    return PackedRows(ids, positions[None], segments.with_indices(indices), target_rows, first_tokens), labels_N
+    positions = positions.view(-1, 1, rows) if len(position_ids) > 1 else positions[None]
+    return PackedRows(ids, positions, segments.with_indices(indices), target_rows, first_tokens), labels_N
 
 
 def padded(embeddings_1UD: Tensor, rows: PackedRows) -> Tensor:
@@ -141,6 +152,36 @@ def _embed(base: PreTrainedModel, ids_U: Tensor, host_ids_U: Tensor) -> Tensor:
     """Return the embeddings [1, U, D] of ids that are on the device and on the CPU."""
     embed: Any = base.get_input_embeddings()
     return embed((host_ids_U if isinstance(embed, HostEmbedding) else ids_U)[None])
+
+
+def _with_borders(base: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the positions from which transformers detects document borders: where those of the text restart.
+
+    [1, T]; a model with positions of three axes takes [4, 1, T], the text's and then the axes'.
+    """
+    if family_in(base).axes == 1:
+        return batch.position_ids
+    text_T = torch.cat([torch.arange(length) for length in batch.segment_lengths])
+    return torch.cat([text_T[None], batch.position_ids.expand(3, -1)])[:, None]
+
+
+def _with_media(base: PreTrainedModel, embeddings_1UD: Tensor, batch: Batch, first_tokens_U: Tensor) -> Tensor:
+    """Put the embeddings of media at the rows of their placeholder tokens.
+
+    first_tokens_U: the first token that each row computes.
+    Raises: ValueError if the positions of a batch with media have one axis.
+    """
+    if not batch.media:
+        return embeddings_1UD
+    if len(batch.position_ids) != family_in(base).axes:
+        raise ValueError(f"position_ids: a batch with media needs 3 axes, found {len(batch.position_ids)}")
+    embedding_of_token_T = torch.full((batch.tokens,), -1)
+    embedding_of_token_T[batch.media_tokens] = torch.arange(len(batch.media_tokens))
+    embedding_of_row_U = embedding_of_token_T[first_tokens_U]
+    rows_K = (embedding_of_row_U >= 0).nonzero().squeeze(1)
+    media_MD = towers_of(base, batch.media).embeddings(batch.media)
+    rows_K, chosen_K = copy_together([rows_K, embedding_of_row_U[rows_K]], embeddings_1UD.device)
+    return embeddings_1UD.index_copy(1, rows_K, media_MD[chosen_K][None].to(embeddings_1UD.dtype))
 
 
 def _with_noise(embeddings_1TD: Tensor, lengths_T: Tensor, alpha: float) -> Tensor:

@@ -23,6 +23,7 @@ LAYERS = [
     "ops",
     "models",
     "data",
+    "towers",
     "losses",
     "distill",
     "planning",

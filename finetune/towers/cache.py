@@ -1,0 +1,93 @@
+"""A cache of embeddings on disk: the next epoch, and the next run, read them instead of running the towers.
+
+    $FINETUNE_CACHE/media/embeddings/<fingerprint>/<two digits>/<digest of the file and its settings>.safetensors
+
+The fingerprint covers everything besides the media that determines the bits: the base's weights, dtype, device type and
+library versions. A file appears by one rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finetune.config.schema import ModelConfig
+from finetune.data.media.media import Media
+from finetune.models.digest import weights_digest
+from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
+from finetune.models.safetensors_index import save_tensors
+from finetune.system.errors import ResourceError
+from finetune.system.resources import cache_home
+
+# Raise it when the same towers and media give other embeddings.
+_VERSION = 1
+_KEY = "embeddings"
+
+
+@dataclass(frozen=True)
+class EmbeddingCache:
+    """Embeddings of media by one base's towers."""
+
+    folder: Path
+
+    def find(self, media: Media) -> Tensor | None:
+        """Return the embeddings [tokens, D] of a file, mapped; None if they are not there, or torn."""
+        try:
+            found = load_file(self._file(media))[_KEY]
+        except (OSError, SafetensorError, KeyError):
+            return None
+        return found if len(found) == media.tokens else None
+
+    def write(self, media: Media, embeddings: Tensor) -> None:
+        """Keep the embeddings [tokens, D] of a file. Raises: ResourceError if the disk is full or read-only."""
+        file = self._file(media)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors({_KEY: embeddings.cpu().contiguous()}, temporary)
+            os.replace(temporary, file)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise ResourceError(
+                f"data.media_cache: cannot write {file} ({error})\n"
+                "help: free space, set FINETUNE_CACHE to another disk, or data.media_cache=false"
+            ) from error
+
+    def missing(self, media: Iterable[Media]) -> list[Media]:
+        """Return the distinct files whose embeddings are not there, in their order."""
+        distinct = {each.digest: each for each in media}
+        return [each for each in distinct.values() if not self._file(each).is_file()]
+
+    def _file(self, media: Media) -> Path:
+        name = media.digest.hex()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+
+def open_cache(model: ModelConfig, device: torch.device) -> EmbeddingCache:
+    """Return the cache of a base's frozen towers."""
+    folder = fetch(model.name, model.revision, WEIGHT_FILES, "model.name").folder
+    files = sorted(set(weight_files(folder, model.name).values()))
+    made_from: dict[str, Any] = {
+        "version": _VERSION,
+        "weights": weights_digest(files, cache_home("quantized") / "digests"),
+        "dtype": model.dtype,
+        # Kernels of other devices or versions may round differently.
+        "device": device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
+    return EmbeddingCache(cache_home("media") / "embeddings" / name)
