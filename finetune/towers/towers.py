@@ -48,14 +48,14 @@ class Towers:
         """Compute what the cache lacks, and keep it. Without a cache, do nothing."""
         if self._cache is None:
             return
-        missing, pace, tokens = self._cache.missing(media), Pace(), 0
+        missing, pace, kept_bytes = self._cache.missing(media), Pace(), 0
         for done, each in enumerate(missing):
-            tokens += len(self._one(each))
+            kept_bytes += self._one(each).nbytes
             if pace.is_due():
                 log(f"media: {done + 1:,} of {len(missing):,} files went through the towers")
         if missing:
-            size = tokens * self._base.get_input_embeddings().weight.shape[1] * self._base.dtype.itemsize
-            log(f"media: computed={len(missing):,} files, tokens={tokens:,}, kept={format_bytes(size)}")
+            tokens = sum(each.tokens for each in missing)
+            log(f"media: computed={len(missing):,} files, tokens={tokens:,}, kept={format_bytes(kept_bytes)}")
 
     def release(self) -> int:
         """Free the weights of frozen towers, whose embeddings are all in the cache; return their bytes."""
