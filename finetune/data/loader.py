@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from finetune.config.schema import DataConfig, RunConfig, SourceConfig
+from finetune.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig
 from finetune.data.documents import Cut, Documents, cut_to_length
 from finetune.data.formats.messages import Conversation, Example, Preference
 from finetune.data.formats.preferences import verdict_of
+from finetune.data.media.processor import MediaProcessor, build_media_processor
 from finetune.data.sources.paths import resolve_source
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation, console_progress
 from finetune.data.tokens.store import BAD_ROWS, TokenStore
+from finetune.models.families import FAMILIES
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.errors import DataError
@@ -95,8 +97,18 @@ def load_all_rows(cfg: RunConfig, log: Log) -> tuple[PreTrainedTokenizerBase, Ch
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
     chat = load_chat_template(cfg.data, tokenizer)
     whole = cfg.data.model_copy(update={"stream_rows": None})
-    progress, objective = console_progress(log), cfg.row_objective
-    return tokenizer, chat, load_data(Preparation(whole, chat, progress=progress, objective=objective))
+    media = load_media_processor(cfg.model, whole)
+    preparation = Preparation(whole, chat, progress=console_progress(log), objective=cfg.row_objective, media=media)
+    return tokenizer, chat, load_data(preparation)
+
+
+def load_media_processor(model: ModelConfig, data: DataConfig) -> MediaProcessor | None:
+    """Build what reads the media of rows for a model; None if the model reads text only. Raises: ConfigError."""
+    from finetune.models.hub import find_texts, read_config  # imports huggingface_hub
+
+    folder = find_texts(model.name, model.revision, "model.name").folder
+    family = FAMILIES[read_config(folder, model.name)["model_type"]]
+    return build_media_processor(family, folder, data) if family.towers else None
 
 
 def load_chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:

@@ -145,7 +145,7 @@ def evaluate_gap(options: EvalOptions, log: Log, merge: Merge, place: Path | Non
     base, adapter, cfg = variants.model, variants.adapter, variants.cfg
     tokenizer = load_tokenizer(base) if adapter is None else load_adapter_tokenizer(base, adapter)
     chat = ChatTemplate(tokenizer)
-    sets = load_sets(options, cfg, chat)
+    sets = load_sets(options, cfg, chat, base)
     config = read_config(fetch(base.name, base.revision, TEXT_FILES, "model").folder, base.name)
     base_rows = int(text_settings(config)["vocab_size"])
     vocabulary = min(len(tokenizer), base_rows)

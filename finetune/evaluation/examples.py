@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from finetune.config.command_options import EvalOptions
-from finetune.config.schema import DataConfig, RunConfig, SourceConfig
+from finetune.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig
 from finetune.data.documents import Documents
 from finetune.data.formats.messages import Conversation
-from finetune.data.loader import first_conversations, load_data
+from finetune.data.loader import first_conversations, load_data, load_media_processor
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.system.errors import ConfigError, DataError
@@ -45,9 +45,10 @@ class RowSet:
         return f"{self.name}: rows={self.rows:,}, answered={answered:,}, targets={targets:,}{forgetting}"
 
 
-def load_sets(options: EvalOptions, cfg: RunConfig | None, chat: ChatTemplate) -> list[RowSet]:
-    """Load the sets of `data` and `forgetting`, tokenized as in the adapter's run. cfg: of that run, if there is one.
+def load_sets(options: EvalOptions, cfg: RunConfig | None, chat: ChatTemplate, model: ModelConfig) -> list[RowSet]:
+    """Load the sets of `data` and `forgetting`, tokenized as in the adapter's run.
 
+    cfg: of that run, if there is one. model: whose rows they are.
     Raises:
         ConfigError: there are no rows.
         DataError: a row is invalid.
@@ -60,7 +61,7 @@ def load_sets(options: EvalOptions, cfg: RunConfig | None, chat: ChatTemplate) -
     for word, changes in parts:
         if changes is not None:
             try:
-                sets += _sets(changes, cfg, chat, options, word == "forgetting")
+                sets += _sets(changes, cfg, chat, options, model=model, forgetting=word == "forgetting")
             except DataError as error:
                 problems.append(str(error).replace("data.eval[", f"{word}[").replace("data.on_bad_row", "on_bad_row"))
     if problems:
@@ -123,7 +124,13 @@ def read_for_scoring(cfg: RunConfig | None) -> tuple[str, dict[str, Any]]:
 
 
 def _sets(
-    changes: dict[str, Any], cfg: RunConfig | None, chat: ChatTemplate, options: EvalOptions, forgetting: bool
+    changes: dict[str, Any],
+    cfg: RunConfig | None,
+    chat: ChatTemplate,
+    options: EvalOptions,
+    *,
+    model: ModelConfig,
+    forgetting: bool,
 ) -> list[RowSet]:
     plain: dict[str, Any] = {"stream_rows": None, "chat_template": None}  # the tokenizer has the run's template
     objective, changed = read_for_scoring(cfg)
@@ -131,7 +138,7 @@ def _sets(
     if options.on_bad_row is not None:
         plain |= {"on_bad_row": options.on_bad_row, "max_bad_share": 1.0}
     data = DataConfig(**{**plain, **changes}) if cfg is None else cfg.data.model_copy(update={**plain, **changes})
-    preparation = Preparation(data, chat, objective=objective)
+    preparation = Preparation(data, chat, objective=objective, media=load_media_processor(model, data))
     count = min(options.answers, options.limit or options.answers)
     sets = []
     for source in load_data(preparation).eval:

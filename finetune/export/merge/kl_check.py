@@ -21,7 +21,8 @@ from finetune.config.compose import saved_config
 from finetune.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
 from finetune.data.batch import Batch, build_batch, groups_of
 from finetune.data.documents import Document
-from finetune.data.loader import Source, load_data
+from finetune.data.loader import Source, load_data, load_media_processor
+from finetune.data.media.processor import MediaProcessor
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.distill.resident import ResidentTeacher, load_resident
@@ -111,7 +112,8 @@ def held_out_sets(trained: Trained, options: KlCheckOptions) -> list[tuple[Saved
         cfg = saved_config(adapter.folder)
         if section := held_out_section(cfg, options):
             tokenizer = load_adapter_tokenizer(trained.model, adapter.folder)
-            source = load_examples(section, tokenizer, f"adapter={adapter.name}", cfg)
+            media = load_media_processor(trained.model, section)
+            source = load_examples(section, tokenizer, f"adapter={adapter.name}", cfg, media=media)
             examples = source.documents[: options.num_examples]
             found.append((adapter, HeldOutSet(source.name, examples, len(tokenizer))))
     return found
@@ -132,14 +134,27 @@ def data_section(cfg: RunConfig | None, sources: list[SourceConfig]) -> DataConf
     return DataConfig(train=sources) if cfg is None else cfg.data.model_copy(update=changes)
 
 
-def load_examples(section: DataConfig, tokenizer: Any, owner: str, cfg: RunConfig | None) -> Source:
+def load_examples(
+    section: DataConfig,
+    tokenizer: Any,
+    owner: str,
+    cfg: RunConfig | None,
+    *,
+    media: MediaProcessor | None = None,
+) -> Source:
     """Load the held-out examples of a data section, else those of its first source.
 
+    Args:
+        owner: `adapter=NAME` or `model=NAME`, for messages.
+        cfg: of the run.
+        media: as in `Preparation`.
+
     Raises:
-        ConfigError: they cannot be read. owner: `adapter=NAME` or `model=NAME`, for its message. cfg: of the run.
+        ConfigError: they cannot be read.
     """
     try:
-        data = load_data(Preparation(section, ChatTemplate(tokenizer), objective=read_for_scoring(cfg)[0]))
+        objective = read_for_scoring(cfg)[0]
+        data = load_data(Preparation(section, ChatTemplate(tokenizer), objective=objective, media=media))
     except DataError as error:
         raise ConfigError(
             f"{owner}: its held-out examples cannot be read: {error}\n"
