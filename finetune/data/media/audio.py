@@ -20,11 +20,17 @@ if TYPE_CHECKING:
     import soundfile
 
 _FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "AIFF")
+# Second byte of a frame without an ID3 tag: MPEG 1, 2 or 2.5, layer III, with and without a checksum.
+_MP3_FRAMES = (0xFB, 0xFA, 0xF3, 0xF2, 0xE3, 0xE2)
 # libsndfile also reads raw and rare formats, whose headers it cannot check.
-_STARTS = ((0, b"RIFF"), (0, b"RF64"), (0, b"fLaC"), (0, b"OggS"), (0, b"ID3"), (0, b"FORM"))
+_STARTS = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM", b"ID3", *(bytes((0xFF, low)) for low in _MP3_FRAMES))
 _RATES = (1_000, 384_000)
 _MOST_CHANNELS = 32
+# Some programs count bytes at the end of a WAV file that they do not write.
+_PADDING_BYTES = 8
 _BLOCK_VALUES = 1 << 20
+# Of WAV, by the data type of samples.
+_SUBTYPES = {"float32": "FLOAT", "float64": "DOUBLE", "int16": "PCM_16", "int32": "PCM_32"}
 # Samples are between -1 and 1; a float file of 16-bit values holds thousands.
 _LOUDEST = 100.0
 
@@ -75,7 +81,8 @@ class AudioSettings:
             mel_filters=filters,
             log_mel="log10",
         )[:, :-1]
-        return ((np.maximum(values, values.max() - 8.0) + 4.0) / 4.0)[:, :frames]
+        scaled = (np.maximum(values, values.max() - 8.0) + 4.0) / 4.0
+        return np.ascontiguousarray(scaled[:, :frames])
 
 
 @lru_cache(maxsize=2)
@@ -125,17 +132,20 @@ def read_audio(file: io.FileIO, settings: AudioSettings) -> np.ndarray:
     return mono
 
 
-def to_wav(samples: np.ndarray, rate: int) -> bytes:
-    """Return [N] or [N, channels] as a WAV file of its data type. Raises: DataError; MissingExtra."""
+def to_wav(array: Any, rate: int) -> bytes:
+    """Return samples [N] or [N, channels] as a WAV file of their data type. Raises: DataError; MissingExtra."""
     library = _soundfile()
-    subtype = {"float32": "FLOAT", "float64": "DOUBLE", "int16": "PCM_16", "int32": "PCM_32"}.get(str(samples.dtype))
-    if subtype is None or samples.ndim not in (1, 2):
-        raise DataError(f"is an array {samples.dtype} {samples.shape}, expected float32 or int16 samples [N]")
     stream = io.BytesIO()
     try:
+        samples = np.asarray(array)
+        subtype = _SUBTYPES.get(str(samples.dtype))
+        if subtype is None or samples.ndim not in (1, 2):
+            raise DataError(f"is an array {samples.dtype} {samples.shape}, expected float32 or int16 samples [N]")
         library.write(stream, samples, rate, format="WAV", subtype=subtype)
     except (library.LibsndfileError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"cannot be a WAV file of {rate} samples/s {samples.shape} ({error})") from error
+        raise DataError(
+            f"cannot be a WAV file of {rate} samples/s ({error}); write samples [N] and their rate"
+        ) from error
     return stream.getvalue()
 
 
@@ -143,8 +153,7 @@ def to_wav(samples: np.ndarray, rate: int) -> bytes:
 def _opened(file: io.FileIO) -> Iterator[soundfile.SoundFile]:
     library = _soundfile()
     start = file.read(4096)
-    known = any(start.startswith(mark, at) for at, mark in _STARTS) or (start[0] == 0xFF and start[1:2] >= b"\xe0")
-    if not known:
+    if not start.startswith(_STARTS):
         raise DataError(f"is {describe(start)}, not audio that is read here; save it as WAV, FLAC, OGG or MP3")
     _check_length(start, file)
     file.seek(0)
@@ -172,7 +181,7 @@ def _check_length(start: bytes, file: io.FileIO) -> None:
     size = file.seek(0, io.SEEK_END)
     said = int.from_bytes(start[4:8], "little") + 8
     # Programs that write into a pipe cannot know the length; they leave the largest number there.
-    if start.startswith(b"RIFF") and size < said < 2**31:
+    if start.startswith(b"RIFF") and size + _PADDING_BYTES < said < 2**31:
         raise DataError(f"is cut off: its header says {said} bytes, it has {size}; replace the file")
 
 

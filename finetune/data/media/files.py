@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-import numpy as np
-
 from finetune.data.media.audio import to_wav
 from finetune.data.media.images import to_png
 from finetune.data.media.media import MediaKind
@@ -149,9 +147,8 @@ def _inner(reference: Mapping[str, Any]) -> Any:
         return reference["bytes"]
     if isinstance(data := reference.get("data"), str):
         return _base64(data)
-    if isinstance(array := reference.get("array"), list | np.ndarray):
-        samples = np.asarray(array) if isinstance(array, np.ndarray) else np.asarray(array, np.float32)
-        return to_wav(samples, reference.get("sampling_rate") or 0)
+    if reference.get("array") is not None:
+        return to_wav(reference["array"], reference.get("sampling_rate") or 0)
     for key in ("path", "url"):
         if reference.get(key):
             return reference[key]
@@ -184,9 +181,6 @@ def _base64(text: str) -> bytes:
 
 
 def _stored(content: bytes) -> str:
-    if not content:
-        raise DataError("is empty (0 bytes); remove it, or embed the file's content")
-    _check_size(len(content), _MOST_HELD_BYTES)
     path = cache_home("media") / "files" / hashlib.sha256(content).hexdigest()
     if not path.exists() or path.stat().st_size != len(content):
         _write(path, content)
@@ -195,6 +189,9 @@ def _stored(content: bytes) -> str:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file by one rename; several processes may write the same one."""
+    if not content:
+        raise DataError("is empty (0 bytes); embed the file's content, or remove it")
+    _check_size(len(content), _MOST_HELD_BYTES)
     with os_errors_as(DataError, f"cannot be kept in {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")

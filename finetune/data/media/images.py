@@ -7,7 +7,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,17 @@ _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG200
 # 89 million, as Pillow's own warning: 340 MB of pixels.
 MOST_PIXELS = 2**30 // 12
 # What Pillow raises for damaged files.
-_DAMAGE = (OSError, SyntaxError, ValueError, LookupError, ArithmeticError, TypeError, EOFError, struct.error)
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+)
 _ORIENTATION = 0x0112  # tag of EXIF
 
 
@@ -36,9 +46,8 @@ def read_image(file: io.FileIO) -> np.ndarray:
 
 def resized(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return [height, width, 3] uint8, bicubic with antialiasing as Pillow resizes."""
-    from PIL import Image
-
-    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+    pillow = _pillow()
+    return np.asarray(pillow.fromarray(frame).resize((width, height), pillow.Resampling.BICUBIC))
 
 
 def to_png(image: Image.Image) -> bytes:
@@ -52,28 +61,32 @@ def to_png(image: Image.Image) -> bytes:
 
 
 def _decoded(file: io.FileIO) -> Image.Image:
-    from PIL import ImageOps
-
     with _opened(file) as image:
         image.load()
         if _orientation(image) != 1:
+            from PIL import ImageOps
+
             image = ImageOps.exif_transpose(image)
         return _rgb(image)
 
 
-@contextmanager
-def _opened(file: io.FileIO) -> Iterator[Image.Image]:
+def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
         raise MissingExtra('images need: pip install "finetune-qlora[vision]"') from error
-
     Image.init()  # otherwise `formats` knows only the most frequent ones
+    return Image
+
+
+@contextmanager
+def _opened(file: io.FileIO) -> Iterator[Image.Image]:
+    pillow = _pillow()
     content = file.read()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata, and of sizes that are checked here
-            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            with pillow.open(io.BytesIO(content), formats=_FORMATS) as image:
                 width, height = image.size
                 if width * height > MOST_PIXELS:
                     raise DataError(f"has {width} x {height} pixels, the limit is {MOST_PIXELS:,}; save it smaller")
@@ -82,11 +95,10 @@ def _opened(file: io.FileIO) -> Iterator[Image.Image]:
                 yield image
     except DataError:
         raise
-    except Image.UnidentifiedImageError as error:
-        raise DataError(
-            f"is {describe(content[:4096])}, not an image that is read here; save it as PNG or JPEG"
-        ) from error
-    except Image.DecompressionBombError as error:
+    except pillow.UnidentifiedImageError as error:
+        found = describe(content[:4096])
+        raise DataError(f"is {found}, broken or not supported as an image; save it as PNG or JPEG") from error
+    except pillow.DecompressionBombError as error:
         raise DataError(f"has too many pixels, the limit is {MOST_PIXELS:,}; save it smaller ({error})") from error
     except MemoryError as error:
         raise DataError("needs more memory than there is; save it smaller") from error

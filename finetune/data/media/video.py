@@ -125,12 +125,16 @@ def _opened(file: io.FileIO) -> Iterator[tuple[InputContainer, VideoStream]]:
     start = file.read(4096)
     file.seek(0)
     try:
-        with library.open(file, options={"format_whitelist": _FORMATS, "protocol_whitelist": ""}) as container:
+        # Titles in other encodings than UTF-8 are no reason to refuse a file.
+        options = {"format_whitelist": _FORMATS, "protocol_whitelist": ""}
+        with library.open(file, options=options, metadata_errors="replace") as container:
             # A cover of a sound is a stream of one frame.
             streams = [each for each in container.streams.video if Disposition.attached_pic not in each.disposition]
             if not streams:
                 raise DataError(f"is {describe(start)} without video; use it as audio, or replace the file")
             stream = streams[0]
+            if stream.codec_context is None:
+                raise DataError(f"is {describe(start)} with a codec that FFmpeg does not have; save it as MP4")
             _check_size(stream.codec_context.height, stream.codec_context.width)
             stream.codec_context.thread_count = 1  # processes decode beside each other
             yield container, stream
@@ -151,10 +155,10 @@ def _library() -> Any:
 
 def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """Decode all frames. Raises: DataError where one is damaged, or the file ends before its header says."""
-    packets = count = 0
+    packets, count = -1, 0  # the last packet only ends the decoding
     height_width = None
     for packet in container.demux(stream):
-        packets += packet.size > 0
+        packets += 1
         if packet.is_corrupt:
             raise DataError(f"is cut off or damaged after {count} frames; replace the file")
         for frame in packet.decode():

@@ -65,6 +65,7 @@ def video_file(
         track.pix_fmt = {"ffv1": "bgr0", "gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
         if rotation:
             track.set_display_rotation(rotation)
+        container.start_encoding()
         for number, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
             picture.pts = number if times is None else times[number]
