@@ -27,9 +27,9 @@ from finetune.system.format import format_bytes
 from finetune.system.resources import cache_home
 
 # Far above what a tower reads, and small enough to hold an image in memory.
-MOST_BYTES: dict[MediaKind, int] = {"image": 256 * 2**20, "audio": 2**30, "video": 8 * 2**30}
+MOST_BYTES: dict[MediaKind, int] = {"image": 256 * 10**6, "audio": 10**9, "video": 8 * 10**9}
 # Embedded and downloaded content is held in memory while it is written.
-_MOST_HELD_BYTES = 2**30
+_MOST_HELD_BYTES = 10**9
 _DOWNLOAD_SECONDS = 60
 _MOST_REDIRECTS = 5
 _FILE_TYPES = {
