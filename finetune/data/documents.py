@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import overload
 
@@ -163,6 +163,12 @@ class Documents(Sequence[Document]):
             columns.append((part.source + len(stores), part.rows, part.starts, part.lengths, part.targets))
             stores += part.stores
         return Documents(tuple(stores), *map(np.concatenate, zip(*columns, strict=True)))
+
+    def media(self) -> Iterator[Media]:
+        """Yield the images, audio and videos of the documents, in their order."""
+        for source, row in zip(self.source.tolist(), self.rows.tolist(), strict=True):
+            if (placed := self.stores[source].placed(row)) is not None:
+                yield from placed.items
 
     def digest(self) -> str:
         """Return the SHA-256 of tokens, loss weights and order; names and places of files do not count."""

@@ -6,7 +6,7 @@ Shapes: N unfinished rows of a batch, L tokens so far with padding, V vocabulary
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +17,18 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.config.schema import QuantConfig
 from finetune.data.formats.messages import Conversation
+from finetune.data.positions import PlacedMedia
 from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation.scoring import evaluating
 from finetune.losses.chunked import logits_of
 from finetune.losses.cross_entropy import head_of, vocabulary_rows
 from finetune.losses.hidden_states import base_of
-from finetune.models.decoder import decoder_of
+from finetune.models.decoder import decoder_of, text_config
 from finetune.models.quant.four_bit import keep_resident, resident_bytes
 from finetune.ops.determinism import cumulative_sums
 from finetune.ops.limits import ROWS_DRAWN, SAMPLED_ANSWERS, SAMPLED_TOKENS
 from finetune.system.machine import available_memory
+from finetune.towers.towers import towers_of
 
 # Tokens of a block; a block is found first, then a token in it.
 _DRAW_BLOCK = 512
@@ -256,6 +258,7 @@ def decode(
     stop_ids: Collection[int],
     vocabulary: int,
     copies: int = 1,
+    placed: Sequence[PlacedMedia | None] = (),
 ) -> list[list[int]]:
     """Generate the answers of a batch of prompts, padded on the left, with a key-value cache.
 
@@ -266,37 +269,63 @@ def decode(
         limits: the most tokens to generate, per answer; an answer also ends with one of `stop_ids`.
         vocabulary: V, number of ids to choose from.
         copies: answers to each prompt, which is computed once for all of them.
+        placed: the media of each prompt; empty for prompts without.
     """
     base, device = base_of(model), next(model.parameters()).device
     head, backbone = head_of(model), decoder_of(base)
-    cache = DynamicCache(config=base.config)
+    cache = DynamicCache(config=text_config(base))
     answers: list[list[int]] = [[] for _ in limits]
     unfinished = list(range(len(answers)))  # the rows of all tensors
     longest = max(map(len, prompts))
     ids_NL = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask_NL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    positions_NL = (mask_NL.cumsum(1) - 1).clamp_(min=0)
+    positions = (mask_NL.cumsum(1) - 1).clamp_(min=0)  # [N, L], or [3, N, L] of prompts with media
+    inputs: dict[str, Any] = {"input_ids": ids_NL}
+    if any(placed):
+        positions = _positions(positions, prompts, placed)
+        inputs = {"inputs_embeds": _with_media(base, ids_NL, prompts, placed)}
     while unfinished:
-        inputs = {"input_ids": ids_NL, "attention_mask": mask_NL, "position_ids": positions_NL, "use_cache": True}
+        inputs |= {"attention_mask": mask_NL, "position_ids": positions, "use_cache": True}
         logits_NV = logits_of(backbone(**inputs, past_key_values=cache).last_hidden_state[:, -1], head, vocabulary)
         if len(logits_NV) < len(unfinished):  # after the prompts
             cache.batch_repeat_interleave(copies)
-            logits_NV, mask_NL, positions_NL = (
-                x.repeat_interleave(copies, 0) for x in (logits_NV, mask_NL, positions_NL)
-            )
+            logits_NV, mask_NL = (x.repeat_interleave(copies, 0) for x in (logits_NV, mask_NL))
+            positions = positions.repeat_interleave(copies, -2)
         ids_N = choose(logits_NV, unfinished, [len(answers[i]) for i in unfinished])
         for i, token in zip(unfinished, ids_N.tolist(), strict=True):
             answers[i].append(token)
         stays = [answers[i][-1] not in stop_ids and len(answers[i]) < limits[i] for i in unfinished]
-        positions_NL = positions_NL[:, -1:] + 1
+        positions = positions[..., -1:] + 1
         if not all(stays):
             kept = torch.tensor([k for k, stay in enumerate(stays) if stay], dtype=torch.long, device=device)
             unfinished = [i for i, stay in zip(unfinished, stays, strict=True) if stay]
             cache.batch_select_indices(kept)
-            ids_N, mask_NL, positions_NL = ids_N[kept], mask_NL[kept], positions_NL[kept]
-        ids_NL = ids_N[:, None]
+            ids_N, mask_NL, positions = ids_N[kept], mask_NL[kept], positions.index_select(-2, kept)
+        inputs = {"input_ids": ids_N[:, None]}
         mask_NL = torch.cat([mask_NL, mask_NL.new_ones(len(ids_N), 1)], 1)
     return answers
+
+
+def _positions(text_NL: Tensor, prompts: Sequence[Sized], placed: Sequence[PlacedMedia | None]) -> Tensor:
+    """Return the positions [3, N, L] of prompts, some with media; text_NL: of prompts without."""
+    positions = text_NL.expand(3, -1, -1).clone()
+    for row, (prompt, media) in enumerate(zip(prompts, placed, strict=True)):
+        if media is not None:
+            positions[:, row, -len(prompt) :] = torch.from_numpy(media.positions(len(prompt))).to(positions.device)
+    return positions
+
+
+def _with_media(
+    base: PreTrainedModel, ids_NL: Tensor, prompts: Sequence[Sized], placed: Sequence[PlacedMedia | None]
+) -> Tensor:
+    """Return the embeddings [N, L, D] of prompts that are padded on the left, with those of their media."""
+    embed: Any = base.get_input_embeddings()
+    embeddings_NLD = embed(ids_NL)
+    for row, (prompt, media) in enumerate(zip(prompts, placed, strict=True)):
+        if media is not None:
+            tokens = torch.from_numpy(media.tokens()) + embeddings_NLD.shape[1] - len(prompt)
+            embeddings_NLD[row, tokens.to(ids_NL.device)] = towers_of(base, media.items).embeddings(media.items)
+    return embeddings_NLD
 
 
 def dequantize_once(model: nn.Module, quant: QuantConfig) -> None:

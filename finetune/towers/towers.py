@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from finetune.config.schema import ModelConfig
 from finetune.data.media.media import Media
 from finetune.data.media.processor import MediaProcessor
 from finetune.models.decoder import family_in
 from finetune.system.console import Log, Pace
 from finetune.system.errors import FinetuneError
 from finetune.system.format import format_bytes
-from finetune.towers.cache import EmbeddingCache
+from finetune.towers.cache import EmbeddingCache, open_cache
 
 
 class Towers:
@@ -98,11 +99,19 @@ class Towers:
         return found
 
 
+def build_towers(base: PreTrainedModel, model: ModelConfig, processor: MediaProcessor, cached: bool = True) -> Towers:
+    """Attach towers to a base that was loaded from `model`.
+
+    cached: they are frozen, and what they compute is kept on disk.
+    """
+    return Towers(base, processor, open_cache(model, base.device) if cached else None)
+
+
 def towers_of(base: PreTrainedModel, media: Sequence[Media]) -> Towers:
     """Return the towers of a base. Raises: FinetuneError if it has none for these media."""
     found = getattr(base, "media_towers", None)
     if not isinstance(found, Towers):
         raise FinetuneError(
-            f"{media[0].path}: the model in memory has no towers for media\nhelp: build finetune.towers.Towers first"
+            f"{media[0].path}: the model in memory has no towers for media\nhelp: call build_towers first"
         )
     return found

@@ -11,35 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from finetune.config.schema import RunConfig, SourceConfig
-from finetune.data import loader
-from finetune.data.packing import MapSampler, Sampler, SequenceOrder
 from finetune.data.sources.memory import write_rows
-from finetune.data.stream import StreamingSampler
-from finetune.data.template.chat import ChatTemplate, advice_on_end_token
-from finetune.data.tokens.prepare import Preparation, console_progress
 from finetune.evaluation.generation import Answer, exact_match
-from finetune.models.adapters.attach import attach_lora
 from finetune.models.adapters.files import check_adapter, save_adapter
 from finetune.models.embedding import move_embedding_to_host
-from finetune.models.fused import fuse_layers
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
-from finetune.models.load import check_loaded, load_base
-from finetune.models.quant.four_bit import keep_resident
-from finetune.models.tokenizer import extend_tokenizer, load_tokenizer
-from finetune.objectives.distillation import build_distillation, check_distillation, mean_teacher_kl, teacher_table
-from finetune.objectives.preference import build_preference, check_preference
-from finetune.objectives.reinforcement import build_reinforcement, prepare_judge, prompts_with_room
+from finetune.models.load import check_loaded
+from finetune.objectives.distillation import mean_teacher_kl, teacher_table
 from finetune.objectives.user_rewards import RewardFunction, UserReward, check_rewards, user_rewards
 from finetune.ops.determinism import deterministic
 from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan, describe_start
-from finetune.planning.inputs import PlanInputs
-from finetune.report.dataset.files import store_report
 from finetune.report.run import TEACHER
 from finetune.report.run_page import try_report
 from finetune.system import console
@@ -49,7 +35,8 @@ from finetune.system.errors import Interrupted
 from finetune.system.machine import use_all_cores
 from finetune.training import output_folder, run_folder
 from finetune.training.accelerator import build_accelerator, describe_ignored_settings
-from finetune.training.autotune import apply_batch_plan, inputs_of_run, predict_speed, with_answers
+from finetune.training.assemble import assemble
+from finetune.training.autotune import inputs_of_run
 from finetune.training.checkpoint import (
     TrainState,
     load_training,
@@ -127,7 +114,7 @@ def train(
         if model is not None and inputs.embedding_on_host:
             move_embedding_to_host(model)
         options: dict[str, Any] = {"own_rewards": own_rewards, "log": log, "detail": detail, "started": started}
-        context = _load(cfg, inputs, accelerator, checkpoint, model, **options)
+        context = assemble(cfg, inputs, accelerator, checkpoint, model, **options)
         if is_main:
             output_folder.link_latest(given, folder)
         with deterministic(cfg.train.deterministic and kind == "cuda"):
@@ -139,115 +126,6 @@ def train(
 
 def _drop(text: str) -> None:
     """Print nothing: the log of the other ranks, and of details."""
-
-
-def _load(
-    cfg: RunConfig,
-    inputs: PlanInputs,
-    accelerator: Accelerator,
-    checkpoint: Path | None,
-    base: PreTrainedModel | None,
-    *,
-    own_rewards: Sequence[UserReward],
-    log: Log,
-    detail: Log,
-    started: datetime,
-) -> RunContext:
-    tokenizer = load_tokenizer(cfg.model)
-    extend_tokenizer(tokenizer, cfg.lora.new_tokens)
-    chat = loader.load_chat_template(cfg.data, tokenizer)
-    # Ranks of one machine share its disk: one of them tokenizes, the others wait for its files.
-    main, objective = accelerator.is_local_main_process, cfg.row_objective
-    preparation = Preparation(cfg.data, chat, main, console_progress(log), objective)
-    data = loader.load_data(preparation)
-    _describe_data(cfg, data, chat, log)
-    sampler = _build_sampler(cfg, preparation, data, log)
-    if checkpoint is not None:
-        run_folder.check_continuation(cfg, sampler.digest, checkpoint, own_rewards)
-    if accelerator.is_main_process:
-        kind, ranks = accelerator.device.type, accelerator.num_processes
-        run_folder.describe_run(cfg, sampler.digest, own_rewards, started=started, device_type=kind, world_size=ranks)
-        _store_data(cfg, preparation, data, tokenizer, log)
-    judge = prepare_judge(cfg, own_rewards, data, preparation)
-    vocabulary = check_distillation(cfg, tokenizer, data, log)
-    base = _with_copies(base or load_base(inputs.model, cfg.quant, accelerator.device, log), cfg, inputs)
-    # Before the adapter is attached: student and teacher share one copy of equal tensors.
-    distillation = build_distillation(
-        cfg, base=base, chat=chat, data=data, vocabulary=vocabulary, accelerator=accelerator, log=log
-    )
-    # A second tokenizer, because attach_lora adds the new tokens itself.
-    model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model) if cfg.lora.new_tokens else None)
-    if cfg.train.kernels == "fused":
-        detail(f"kernels: {fuse_layers(model)}")
-    model.train()
-    preference = build_preference(cfg, model, chat, data, log)
-    reinforcement = build_reinforcement(cfg, model, sampler, judge, accelerator=accelerator, log=log) if judge else None
-    batch_plan = apply_batch_plan(with_answers(inputs, data), model, accelerator, log)
-    return RunContext(
-        cfg=cfg,
-        accelerator=accelerator,
-        log=log,
-        detail=detail,
-        tokenizer=tokenizer,
-        preparation=preparation,
-        data=data,
-        sampler=sampler if reinforcement is None else reinforcement.rollouts,
-        model=model,
-        batch_plan=batch_plan,
-        distillation=distillation,
-        preference=preference,
-        reinforcement=reinforcement,
-        own_rewards=own_rewards,
-        started=started,
-        predicted_speed=predict_speed(inputs, model, batch_plan, data),
-    )
-
-
-def _with_copies(base: PreTrainedModel, cfg: RunConfig, inputs: PlanInputs) -> PreTrainedModel:
-    """Return the base, with copies of its 4-bit weights in 16 bit if the plan wants them and loading made none."""
-    if inputs.quant.keep_dequantized and not cfg.quant.keep_dequantized:
-        keep_resident(base)
-    return base
-
-
-def _describe_data(cfg: RunConfig, data: loader.LoadedData, chat: ChatTemplate, log: Log) -> None:
-    warnings = loader.describe_leaks(data)
-    if (advice := advice_on_end_token(chat)) and "lm_head" not in cfg.lora.modules_to_save:
-        warnings = [*warnings, advice]
-    for line in (
-        *map(loader.describe_source, (*data.train, *data.eval)),
-        *(f"WARNING: {warning}" for warning in warnings),
-    ):
-        log(line)
-
-
-def _store_data(
-    cfg: RunConfig,
-    preparation: Preparation,
-    data: loader.LoadedData,
-    tokenizer: PreTrainedTokenizerBase,
-    log: Log,
-) -> None:
-    """Write the report on the data, and the list of skipped rows, into the run's folder."""
-    folder = Path(cfg.output_dir)
-    store_report(folder, data, cfg, preparation.chat, tokenizer)
-    if listed := loader.copy_bad_rows(data, folder):
-        log(f"data: skipped rows are listed in {listed}")
-
-
-def _build_sampler(cfg: RunConfig, preparation: Preparation, data: loader.LoadedData, log: Log) -> Sampler:
-    if cfg.data.stream_rows:
-        log(f"data: training rows are streamed, {cfg.data.stream_rows:,} at a time")
-        return StreamingSampler(preparation, cfg.train.batch_size, cfg.train.seed, Path(cfg.output_dir) / "stream")
-    if cfg.reward.loss != "none":
-        kept = prompts_with_room(cfg, data, log)
-        documents, weights = data.documents.select(kept), data.weights[kept]
-        order = SequenceOrder(documents.lengths, weights, None, cfg.train.batch_size, cfg.train.seed)
-        return MapSampler(documents, order, data.digest)
-    check_preference(cfg, data)
-    pack_to = cfg.data.max_length if cfg.data.packing else None
-    order = SequenceOrder(data.documents.lengths, data.weights, pack_to, cfg.train.batch_size, cfg.train.seed)
-    return MapSampler(data.documents, order, data.digest)
 
 
 def _run(context: RunContext, checkpoint: Path | None) -> RunResult:
