@@ -28,7 +28,7 @@ from finetune.models.quant.four_bit import keep_resident, resident_bytes
 from finetune.ops.determinism import cumulative_sums
 from finetune.ops.limits import ROWS_DRAWN, SAMPLED_ANSWERS, SAMPLED_TOKENS
 from finetune.system.machine import available_memory
-from finetune.towers.towers import towers_of
+from finetune.towers.towers import processor_of, towers_of
 
 # Tokens of a block; a block is found first, then a token in it.
 _DRAW_BLOCK = 512
@@ -100,15 +100,18 @@ def answer_rows(
     for conversation in conversations:
         last = max(i for i, message in enumerate(conversation.messages) if message.role == "assistant")
         rows.append(Conversation(conversation.messages[: last + 1], conversation.tools))
-    prompts = [chat.prompt_ids(row.messages[:-1], row.tools) for row in rows]
+    processor = processor_of(base_of(model))
+    prompts = [chat.prompt(row.messages[:-1], row.tools, processor) for row in rows]
     stop_ids, vocabulary = frozenset(chat.stop_ids()), vocabulary_rows(model)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     answers: dict[int, Answer] = {}
     with evaluating(model):
         for start in range(0, len(by_length), batch_size):
             batch = by_length[start : start + batch_size]
             limits = [max_new_tokens] * len(batch)
-            written = decode(model, [prompts[i] for i in batch], limits, stop_ids=stop_ids, vocabulary=vocabulary)
+            placed = [prompts[i].placed for i in batch]
+            options: dict[str, Any] = {"stop_ids": stop_ids, "vocabulary": vocabulary, "placed": placed}
+            written = decode(model, [prompts[i].ids for i in batch], limits, **options)
             for i, text in zip(batch, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
                 before = rows[i].messages[:-1]
                 answers[i] = Answer(before[-1].content if before else "", chat.answer_text(rows[i]), text)

@@ -27,7 +27,7 @@ class Towers:
 
     def __init__(self, base: PreTrainedModel, processor: MediaProcessor, cache: EmbeddingCache | None):
         """Attach towers to a base. cache: None computes all embeddings anew, as trained towers need."""
-        self._base, self._processor, self._cache = base, processor, cache
+        self._base, self.processor, self._cache = base, processor, cache
         self._parts = {name: base.get_submodule(tower.module) for name, tower in family_in(base).towers.items()}
         base.media_towers = self  # type: ignore[assignment] - not a module: saved and moved by nobody
 
@@ -86,11 +86,11 @@ class Towers:
         model: Any = self._base.model
         device = self._base.device
         if media.kind == "audio":
-            mel = torch.from_numpy(self._processor.mel(media)).to(device, self._base.dtype)
+            mel = torch.from_numpy(self.processor.mel(media)).to(device, self._base.dtype)
             mask = torch.ones(1, mel.shape[1], dtype=torch.long, device=device)
             found = model.get_audio_features(mel[None], feature_attention_mask=mask).last_hidden_state
         else:
-            pixels = torch.from_numpy(self._processor.pixels(media)).to(device)
+            pixels = torch.from_numpy(self.processor.pixels(media)).to(device)
             grid = torch.tensor([media.grid], device=device)
             found = model.get_image_features(pixels, grid).pooler_output
         found = torch.cat(list(found)) if isinstance(found, tuple | list) else found
@@ -105,6 +105,12 @@ def build_towers(base: PreTrainedModel, model: ModelConfig, processor: MediaProc
     cached: they are frozen, and what they compute is kept on disk.
     """
     return Towers(base, processor, open_cache(model, base.device) if cached else None)
+
+
+def processor_of(base: PreTrainedModel) -> MediaProcessor | None:
+    """Return what reads the media of a base; None without towers."""
+    found = getattr(base, "media_towers", None)
+    return found.processor if isinstance(found, Towers) else None
 
 
 def towers_of(base: PreTrainedModel, media: Sequence[Media]) -> Towers:
