@@ -59,6 +59,7 @@ def by_us(folder: str, resident: bool) -> Write:
     from peft import LoraConfig, get_peft_model
 
     from finetune.config.schema import ModelConfig, QuantConfig
+    from finetune.data.encoded import Prompt
     from finetune.evaluation.generation import decode, greedy
     from finetune.models.fused import fuse_layers
     from finetune.models.load import load_base
@@ -78,7 +79,7 @@ def by_us(folder: str, resident: bool) -> Write:
             return chosen
 
         with torch.no_grad():
-            rows = prompts_BL.tolist()
+            rows = [Prompt(prompt.numpy()) for prompt in prompts_BL.cpu()]
             decode(model, rows, [tokens] * len(rows), choose, stop_ids=frozenset(), vocabulary=vocabulary)
         return moments
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from finetune.data.encoded import Prompt
 from finetune.ops import attention
 
 
@@ -35,6 +38,11 @@ def random_qwen2(
         for parameter in model.parameters() if noise else ():
             parameter.add_(noise * torch.randn_like(parameter))
     return model.to(dtype)
+
+
+def prompts_of(rows: Iterable[Sequence[int] | np.ndarray]) -> list[Prompt]:
+    """Return prompts of text."""
+    return [Prompt(np.asarray(ids, dtype=np.int32)) for ids in rows]
 
 
 def save_tiny_base(

@@ -11,7 +11,7 @@ from typing import overload
 import numpy as np
 
 from finetune.config.schema import DataConfig, RunConfig
-from finetune.data.encoded import IGNORE_INDEX, Encoded
+from finetune.data.encoded import IGNORE_INDEX, Encoded, Prompt
 from finetune.data.media.media import Media
 from finetune.data.positions import PlacedMedia
 from finetune.data.tokens.store import TokenStore
@@ -59,6 +59,11 @@ class Document:
     def first_target(self) -> int:
         """The position that predicts the first target: the last token of the prompt."""
         return int(np.flatnonzero(self.labels != IGNORE_INDEX)[0])
+
+    def prompt(self, tokens: int | None = None) -> Prompt:
+        """Return the first tokens, up to the first target if no number is given."""
+        part = self.cut(slice(0, self.first_target + 1 if tokens is None else tokens))
+        return Prompt(part.ids, part.placed)
 
     @property
     def target_tokens(self) -> int:

@@ -16,6 +16,17 @@ IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """Tokens to continue. ids [T] int32. placed: their images, audio and video."""
+
+    ids: np.ndarray
+    placed: PlacedMedia | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """Tokens of one row.
 

@@ -16,12 +16,12 @@ import numpy as np
 
 from finetune.data.batch import groups_of
 from finetune.data.documents import Document
-from finetune.data.encoded import IGNORE_INDEX
+from finetune.data.encoded import IGNORE_INDEX, Prompt
 from finetune.data.packing import Sampler
 
 # Prompts and the draws of each answer -> ids of the answers, in order. One draw in [0, 1) decides one token, so the
 # number of draws limits the answer; an answer has at least one token.
-Writer = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], list[np.ndarray]]
+Writer = Callable[[Sequence[Prompt], Sequence[np.ndarray]], list[np.ndarray]]
 # Separates these draws from the order of an epoch, which is seeded by (seed, epoch) padded with zeros.
 _STREAM = 1
 
@@ -74,7 +74,7 @@ class OnPolicySampler:
         if not plans:
             return {}
         mine = sorted(plans, key=lambda i: plans[i][0])[self.rank :: self.ranks]
-        answers = self.write([documents[i].ids[: plans[i][0]] for i in mine], [plans[i][1] for i in mine])
+        answers = self.write([documents[i].prompt(plans[i][0]) for i in mine], [plans[i][1] for i in mine])
         return {i: (plans[i][0], answer) for i, answer in self.gather(list(zip(mine, answers, strict=True)))}
 
     def _plan(self, step: int, number: int, document: Document) -> tuple[int, np.ndarray] | None:

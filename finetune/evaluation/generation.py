@@ -6,7 +6,7 @@ Shapes: N unfinished rows of a batch, L tokens so far with padding, V vocabulary
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.config.schema import QuantConfig
+from finetune.data.encoded import Prompt
 from finetune.data.formats.messages import Conversation
-from finetune.data.positions import PlacedMedia
 from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation.scoring import evaluating
 from finetune.losses.chunked import logits_of
@@ -101,17 +101,16 @@ def answer_rows(
         last = max(i for i, message in enumerate(conversation.messages) if message.role == "assistant")
         rows.append(Conversation(conversation.messages[: last + 1], conversation.tools))
     processor = processor_of(base_of(model))
-    prompts = [chat.prompt(row.messages[:-1], row.tools, processor) for row in rows]
+    encoded = [chat.prompt(row.messages[:-1], row.tools, processor) for row in rows]
+    prompts = [Prompt(prompt.ids, prompt.placed) for prompt in encoded]
     stop_ids, vocabulary = frozenset(chat.stop_ids()), vocabulary_rows(model)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
     with evaluating(model):
         for start in range(0, len(by_length), batch_size):
             batch = by_length[start : start + batch_size]
             limits = [max_new_tokens] * len(batch)
-            placed = [prompts[i].placed for i in batch]
-            options: dict[str, Any] = {"stop_ids": stop_ids, "vocabulary": vocabulary, "placed": placed}
-            written = decode(model, [prompts[i].ids for i in batch], limits, **options)
+            written = decode(model, [prompts[i] for i in batch], limits, stop_ids=stop_ids, vocabulary=vocabulary)
             for i, text in zip(batch, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
                 before = rows[i].messages[:-1]
                 answers[i] = Answer(before[-1].content if before else "", chat.answer_text(rows[i]), text)
@@ -130,7 +129,7 @@ class SampledIds:
 @torch.no_grad()
 def sample_answers(
     model: nn.Module,
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[Prompt],
     draws: Sequence[np.ndarray],
     *,
     stop_ids: Collection[int],
@@ -142,7 +141,7 @@ def sample_answers(
     A prompt is computed once for all its answers.
 
     Args:
-        prompts: ids, at least one each.
+        prompts: at least one token each.
         draws: per prompt [G, n] float64 in [0, 1), with as many answers G to each prompt. The t-th number of a row
             decides the t-th token of an answer, by inverting the cumulative probabilities. So an answer does not
             depend on the other answers of its batch.
@@ -254,25 +253,23 @@ def greedy(logits_NV: Tensor, prompts: list[int], written: list[int]) -> Tensor:
 
 def decode(
     model: nn.Module,
-    prompts: Sequence[np.ndarray | list[int]],
+    prompts: Sequence[Prompt],
     limits: Sequence[int],
     choose: Choose = greedy,
     *,
     stop_ids: Collection[int],
     vocabulary: int,
     copies: int = 1,
-    placed: Sequence[PlacedMedia | None] = (),
 ) -> list[list[int]]:
     """Generate the answers of a batch of prompts, padded on the left, with a key-value cache.
 
     Call it in evaluation mode and under `torch.no_grad`.
 
     Args:
-        prompts: ids, at least one each.
+        prompts: at least one token each.
         limits: the most tokens to generate, per answer; an answer also ends with one of `stop_ids`.
         vocabulary: V, number of ids to choose from.
         copies: answers to each prompt, which is computed once for all of them.
-        placed: the media of each prompt; empty for prompts without.
     """
     base, device = base_of(model), next(model.parameters()).device
     head, backbone = head_of(model), decoder_of(base)
@@ -280,13 +277,13 @@ def decode(
     answers: list[list[int]] = [[] for _ in limits]
     unfinished = list(range(len(answers)))  # the rows of all tensors
     longest = max(map(len, prompts))
-    ids_NL = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    ids_NL = torch.tensor([[0] * (longest - len(p)) + p.ids.tolist() for p in prompts], device=device)
     mask_NL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask_NL.cumsum(1) - 1).clamp_(min=0)  # [N, L], or [3, N, L] of prompts with media
     inputs: dict[str, Any] = {"input_ids": ids_NL}
-    if any(placed):
-        positions = _positions(positions, prompts, placed)
-        inputs = {"inputs_embeds": _with_media(base, ids_NL, prompts, placed)}
+    if any(prompt.placed for prompt in prompts):
+        positions = _positions(positions, prompts)
+        inputs = {"inputs_embeds": _with_media(base, ids_NL, prompts)}
     while unfinished:
         inputs |= {"attention_mask": mask_NL, "position_ids": positions, "use_cache": True}
         logits_NV = logits_of(backbone(**inputs, past_key_values=cache).last_hidden_state[:, -1], head, vocabulary)
@@ -309,25 +306,24 @@ def decode(
     return answers
 
 
-def _positions(text_NL: Tensor, prompts: Sequence[Sized], placed: Sequence[PlacedMedia | None]) -> Tensor:
+def _positions(text_NL: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """Return the positions [3, N, L] of prompts, some with media; text_NL: of prompts without."""
     positions = text_NL.expand(3, -1, -1).clone()
-    for row, (prompt, media) in enumerate(zip(prompts, placed, strict=True)):
-        if media is not None:
-            positions[:, row, -len(prompt) :] = torch.from_numpy(media.positions(len(prompt))).to(positions.device)
+    for row, prompt in enumerate(prompts):
+        if prompt.placed is not None:
+            of_prompt = torch.from_numpy(prompt.placed.positions(len(prompt)))
+            positions[:, row, -len(prompt) :] = of_prompt.to(positions.device)
     return positions
 
 
-def _with_media(
-    base: PreTrainedModel, ids_NL: Tensor, prompts: Sequence[Sized], placed: Sequence[PlacedMedia | None]
-) -> Tensor:
+def _with_media(base: PreTrainedModel, ids_NL: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """Return the embeddings [N, L, D] of prompts that are padded on the left, with those of their media."""
     embed: Any = base.get_input_embeddings()
     embeddings_NLD = embed(ids_NL)
-    for row, (prompt, media) in enumerate(zip(prompts, placed, strict=True)):
-        if media is not None:
-            tokens = torch.from_numpy(media.tokens()) + embeddings_NLD.shape[1] - len(prompt)
-            embeddings_NLD[row, tokens.to(ids_NL.device)] = towers_of(base, media.items).embeddings(media.items)
+    for row, prompt in enumerate(prompts):
+        if (placed := prompt.placed) is not None:
+            tokens = torch.from_numpy(placed.tokens()) + embeddings_NLD.shape[1] - len(prompt)
+            embeddings_NLD[row, tokens.to(ids_NL.device)] = towers_of(base, placed.items).embeddings(placed.items)
     return embeddings_NLD
 
 

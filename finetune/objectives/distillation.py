@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.config.schema import RunConfig
 from finetune.data.batch import Batch
 from finetune.data.documents import Documents
+from finetune.data.encoded import Prompt
 from finetune.data.loader import LoadedData, used_ids
 from finetune.data.packing import Sampler
 from finetune.data.template.chat import ChatTemplate
@@ -66,7 +67,7 @@ class DistillationSetup:
         """Let the student write the answers of a share of the documents (`distill.on_policy`)."""
         distill = self.cfg.distill
 
-        def write(prompts: Sequence[np.ndarray], draws: Sequence[np.ndarray]) -> list[np.ndarray]:
+        def write(prompts: Sequence[Prompt], draws: Sequence[np.ndarray]) -> list[np.ndarray]:
             answers = sample_answers(
                 model,
                 prompts,

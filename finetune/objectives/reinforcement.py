@@ -34,7 +34,7 @@ from finetune.objectives.policies import ReferencePolicy, base_policy, initial_p
 from finetune.objectives.prompts import Prompts, read_prompts
 from finetune.objectives.rewards import Rewards, SampledAnswers, build_rewards, check_prompts, solutions
 from finetune.objectives.rollout_server import RolloutServer, connect
-from finetune.objectives.rollouts import Rollouts, Writer, prompt_of
+from finetune.objectives.rollouts import Rollouts, Writer
 from finetune.objectives.user_rewards import UserReward
 from finetune.system.console import Log
 from finetune.system.errors import DataError, FinetuneError
@@ -184,7 +184,7 @@ class PolicySetup:
                 rows = [documents[i] for i in numbers]
                 options = {"stop_ids": rollouts.stop_ids, "vocabulary": vocabulary_rows(self.model)}
                 limits = [cfg.reward.max_new_tokens] * len(rows)
-                written = decode(self.model, [prompt_of(row) for row in rows], limits, **options)
+                written = decode(self.model, [row.prompt() for row in rows], limits, **options)
                 answers = [np.array(ids) for ids in written]
                 judged += zip(numbers, answers, self.judge(rows, [[ids] for ids in answers]), strict=True)
         _, ids, rewards = zip(*sorted(rollouts.gather(judged), key=lambda each: each[0]), strict=True)

@@ -11,6 +11,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from finetune.config.schema import RunConfig
+from finetune.data.encoded import Prompt
 from finetune.evaluation.generation import SampledIds
 from finetune.export.adapter_folder import MAX_RANKS
 from finetune.system.errors import ConfigError, ResourceError
@@ -41,13 +42,13 @@ class RolloutServer:
         self._client = connect(cfg)
         self._loaded = 0
 
-    def write(self, prompts: Sequence[np.ndarray], draws: Sequence[np.ndarray]) -> list[list[SampledIds]]:
+    def write(self, prompts: Sequence[Prompt], draws: Sequence[np.ndarray]) -> list[list[SampledIds]]:
         """Sample answers as `sample_answers` does; the first draw seeds the server."""
         reward, copies = self._cfg.reward, self._cfg.reward.group_size
         self._hand_over()
         found = self._ask(
             self._client.generate,
-            [prompt.tolist() for prompt in prompts],
+            [prompt.ids.tolist() for prompt in prompts],
             n=copies,
             temperature=reward.temperature,
             max_tokens=reward.max_new_tokens,

@@ -15,14 +15,14 @@ import numpy as np
 
 from finetune.config.schema import RewardConfig
 from finetune.data.documents import Document, Judged
-from finetune.data.encoded import IGNORE_INDEX
+from finetune.data.encoded import IGNORE_INDEX, Prompt
 from finetune.data.packing import Sampler
 from finetune.evaluation.generation import SampledIds
 from finetune.losses.policy import group_advantages
 from finetune.objectives.rewards import Rewards
 
 # Prompts and the draws [G, n] of the answers to each -> the answers. One draw in [0, 1) decides one token.
-Writer = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], list[list[SampledIds]]]
+Writer = Callable[[Sequence[Prompt], Sequence[np.ndarray]], list[list[SampledIds]]]
 # Documents with the answers to each -> unweighted rewards [answers, functions] in order.
 Judge = Callable[[Sequence[Document], Sequence[Sequence[np.ndarray]]], np.ndarray]
 # Separates these draws from those of on-policy distillation, which are seeded by four numbers.
@@ -104,7 +104,7 @@ class Rollouts:
         by_length = sorted(range(len(prompts)), key=lambda i: prompts[i].first_target)
         mine = by_length[self.rank :: self.ranks]
         documents = [prompts[i] for i in mine]
-        written = self.write([prompt_of(document) for document in documents], [self._draws(i) for i in mine])
+        written = self.write([document.prompt() for document in documents], [self._draws(i) for i in mine])
         rewards = self.judge(documents, [[answer.ids for answer in group] for group in written])
         groups = [
             Group(answers, part, np.array([answer.ids[-1] in self.stop_ids for answer in answers]))
@@ -187,10 +187,6 @@ class Rollouts:
             # The mean of -log p over sampled tokens estimates the entropy without bias.
             "entropy": -scores.mean(dtype=np.float64).item(),
         }
-
-
-def prompt_of(document: Document) -> np.ndarray:
-    return document.ids[: document.first_target + 1]
 
 
 def _with_answer(document: Document, answer: SampledIds, advantage: float) -> Document:

@@ -49,19 +49,11 @@ def assemble(
     detail: Log,
     started: datetime,
 ) -> RunContext:
-    """Load the parts of a run, in their order: tokenizer, data, base, towers, teacher, adapter, objective.
-
-    Raises:
-        InputError: the config or the data is wrong; wherever possible, before any weight is loaded.
-    """
+    """Load the parts of a run, in their order. Raises: InputError, wherever possible before any weight is loaded."""
     tokenizer = load_tokenizer(cfg.model)
     extend_tokenizer(tokenizer, cfg.lora.new_tokens)
-    chat = loader.load_chat_template(cfg.data, tokenizer)
-    # Ranks of one machine share its disk: one of them tokenizes, the others wait for its files.
-    main, objective = accelerator.is_local_main_process, cfg.row_objective
-    processor = loader.load_media_processor(cfg.model, cfg.data)
-    preparation = Preparation(cfg.data, chat, main, console_progress(log), objective, processor)
-    data = loader.load_data(preparation)
+    preparation = _preparation(cfg, tokenizer, accelerator, log)
+    data, chat = loader.load_data(preparation), preparation.chat
     _describe_data(cfg, data, chat, log)
     sampler = _build_sampler(cfg, preparation, data, log)
     if checkpoint is not None:
@@ -73,8 +65,8 @@ def assemble(
     judge = prepare_judge(cfg, own_rewards, data, preparation)
     vocabulary = check_distillation(cfg, tokenizer, data, log)
     base = _with_copies(base or load_base(inputs.model, cfg.quant, accelerator.device, log), cfg, inputs)
-    if processor is not None:
-        _build_towers(cfg, base, processor, data, accelerator=accelerator, log=log)
+    if preparation.media is not None:
+        _run_towers(cfg, base, preparation.media, data, accelerator=accelerator, log=log)
     # Before the adapter is attached: student and teacher share one copy of equal tensors.
     distillation = build_distillation(
         cfg, base=base, chat=chat, data=data, vocabulary=vocabulary, accelerator=accelerator, log=log
@@ -107,6 +99,13 @@ def assemble(
     )
 
 
+def _preparation(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, log: Log) -> Preparation:
+    chat = loader.load_chat_template(cfg.data, tokenizer)
+    # Ranks of one machine share its disk: one of them tokenizes, the others wait for its files.
+    main, processor = accelerator.is_local_main_process, loader.load_media_processor(cfg.model, cfg.data)
+    return Preparation(cfg.data, chat, main, console_progress(log), cfg.row_objective, processor)
+
+
 def _with_copies(base: PreTrainedModel, cfg: RunConfig, inputs: PlanInputs) -> PreTrainedModel:
     """Return the base, with copies of its 4-bit weights in 16 bit if the plan wants them and loading made none."""
     if inputs.quant.keep_dequantized and not cfg.quant.keep_dequantized:
@@ -114,7 +113,7 @@ def _with_copies(base: PreTrainedModel, cfg: RunConfig, inputs: PlanInputs) -> P
     return base
 
 
-def _build_towers(
+def _run_towers(
     cfg: RunConfig,
     base: PreTrainedModel,
     processor: MediaProcessor,

@@ -21,6 +21,7 @@ from torch import nn
 from finetune.config.schema import LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from finetune.data.batch import Batch
 from finetune.data.documents import Document
+from finetune.data.encoded import Prompt
 from finetune.distill.layer_reader import Reads
 from finetune.distill.resident import ResidentTeacher
 from finetune.distill.stream import StreamedModel
@@ -133,7 +134,7 @@ def _evaluation(teacher: bool = False, **options: Any) -> Step:
     return trace(SMALL, work, **options)
 
 
-_PROMPTS = [np.array([1, 2, 3]), np.array([4, 5, 6, 7])]
+_PROMPTS = [Prompt(np.array([1, 2, 3])), Prompt(np.array([4, 5, 6, 7]))]
 
 
 def _greedy(**options: Any) -> Step:

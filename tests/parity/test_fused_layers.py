@@ -22,7 +22,7 @@ from finetune.models.adapters.files import check_adapter, save_adapter
 from finetune.models.fused import FusedDecoderLayer, FusedLayers, fuse_layers
 from finetune.models.load import load_base
 from finetune.ops import linear
-from tests.models import random_qwen2
+from tests.models import prompts_of, random_qwen2
 from tests.parity.test_cross_entropy import documents
 
 LENGTHS = [5, 70, 2, 64, 9, 130, 1]
@@ -236,7 +236,7 @@ def test_generation_from_padded_prompts_equals_peft(kind: str, attention: str, k
             seen.append(logits_NV.clone())
             return torch.arange(len(logits_NV)) + len(seen)  # fixed, so that both models read the same tokens
 
-        decode(model, prompts, [4, 4, 2], choose, stop_ids=frozenset(), vocabulary=97)
+        decode(model, prompts_of(prompts), [4, 4, 2], choose, stop_ids=frozenset(), vocabulary=97)
     projects, mlps = BY_KERNEL.get(kind, (4, 2))
     assert kernel_calls == Counter({"project": 4 * projects, "swiglu_mlp": 4 * mlps, "rms_norm": 4 * 4}) - Counter()
     assert [len(step) for step in logits[True]] == [3, 3, 2, 2]

@@ -13,7 +13,7 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation import generation
 from finetune.evaluation.generation import answer_rows, decode, exact_match
 from finetune.system.resources import packaged
-from tests.models import random_qwen2
+from tests.models import prompts_of, random_qwen2
 
 TOOLS_TEMPLATE = """{%- for tool in tools or [] %}
     {{- '<|im_start|>system\\n' + tool | tojson + '<|im_end|>' }}
@@ -96,7 +96,7 @@ PROMPTS = [[7, 8, 9], [11] * 9, [3, 60, 2, 41, 5], [90, 1]]
 def test_greedy_answers_are_those_of_transformers_own_generate_row_by_row():
     model = random_qwen2().eval()
     ends = [13, 60]
-    written = decode(model, PROMPTS, [12] * 4, stop_ids=frozenset(ends), vocabulary=97)
+    written = decode(model, prompts_of(PROMPTS), [12] * 4, stop_ids=frozenset(ends), vocabulary=97)
     for prompt, answer in zip(PROMPTS, written, strict=True):
         expected = model.generate(
             torch.tensor([prompt]),
@@ -113,6 +113,6 @@ def test_greedy_answers_are_those_of_transformers_own_generate_row_by_row():
 def test_a_row_that_has_ended_is_computed_no_further():
     model, rows = random_qwen2().eval(), []
     model.model.register_forward_pre_hook(lambda _, __, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True)
-    answers = decode(model, PROMPTS, [1, 5, 3, 5], stop_ids=frozenset(), vocabulary=97)
+    answers = decode(model, prompts_of(PROMPTS), [1, 5, 3, 5], stop_ids=frozenset(), vocabulary=97)
     assert [len(answer) for answer in answers] == [1, 5, 3, 5]
     assert rows == [4, 3, 3, 2, 2]

@@ -7,10 +7,11 @@ import peft
 import pytest
 import torch
 
+from finetune.data.encoded import Prompt
 from finetune.evaluation import generation
 from finetune.evaluation.generation import draw_tokens, sample_answers
 from finetune.models.fused import fuse_layers
-from tests.models import random_qwen2
+from tests.models import prompts_of, random_qwen2
 
 WORDS, STOP = 97, 5
 
@@ -25,9 +26,9 @@ def model():
     return adapted.train()
 
 
-def prompts_and_draws(count: int, seed: int = 0, tokens: int = 7) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def prompts_and_draws(count: int, seed: int = 0, tokens: int = 7) -> tuple[list[Prompt], list[np.ndarray]]:
     rng = np.random.default_rng(seed)
-    prompts = [rng.integers(WORDS, size=rng.integers(1, 12), dtype=np.int32) for _ in range(count)]
+    prompts = prompts_of(rng.integers(WORDS, size=rng.integers(1, 12), dtype=np.int32) for _ in range(count))
     return prompts, [rng.random(rng.integers(1, tokens + 1)) for _ in range(count)]
 
 
@@ -48,9 +49,9 @@ def probabilities(model, ids: list[int], vocabulary: int = WORDS, temperature: f
     return (logits / temperature).softmax(-1).numpy()
 
 
-def reference(model, prompt: np.ndarray, draws: np.ndarray, vocabulary: int, temperature: float) -> list[int]:
+def reference(model, prompt: Prompt, draws: np.ndarray, vocabulary: int, temperature: float) -> list[int]:
     """One prompt by itself, without a cache."""
-    ids, written = prompt.tolist(), []
+    ids, written = prompt.ids.tolist(), []
     for draw in draws:
         cumulated = probabilities(model, ids + written, vocabulary, temperature).cumsum()
         written.append(int(np.searchsorted(cumulated, draw * cumulated[-1], side="right")))
@@ -78,11 +79,11 @@ def test_answers_to_one_prompt_are_those_to_copies_of_it(model, monkeypatch, ans
     draws = list(np.random.default_rng(5).random((6, 5, 7)))
     options = {"stop_ids": (STOP,), "vocabulary": WORDS, "temperature": temperature}
     groups = sample_answers(model, prompts, draws, **options)
-    alone = answer(model, np.repeat(np.array(prompts, dtype=object), 5), list(np.concatenate(draws)), **options)
+    alone = answer(model, [prompt for prompt in prompts for _ in range(5)], list(np.concatenate(draws)), **options)
     assert [a.ids.tolist() for group in groups for a in group] == alone
     for prompt, group in zip(prompts, groups, strict=True):
         for found in group:
-            contexts = [[*prompt.tolist(), *found.ids[:t].tolist()] for t in range(len(found.ids))]
+            contexts = [[*prompt.ids.tolist(), *found.ids[:t].tolist()] for t in range(len(found.ids))]
             expected = [
                 probabilities(model, context, temperature=temperature)[token]
                 for context, token in zip(contexts, found.ids, strict=True)
@@ -122,14 +123,14 @@ def test_it_ends_with_a_stop_token_or_when_its_draws_are_used_up(model):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_tokens_follow_the_softmax(model, temperature):
     """Chi-square of the first token of 4,000 answers to one prompt, and of the second after the commonest first."""
-    prompt = np.array([3, 14, 15, 92], dtype=np.int32)
+    [prompt] = prompts_of([[3, 14, 15, 92]])
     draws = list(np.random.default_rng(1).random((4000, 2)))
     answers = answer(model, [prompt] * 4000, draws, stop_ids=(), temperature=temperature)
     firsts = [first for first, _ in answers]
     common = max(set(firsts), key=firsts.count)
     seconds = [second for first, second in answers if first == common]
     assert len(seconds) > 200
-    for tokens, context in ((firsts, prompt.tolist()), (seconds, [*prompt.tolist(), common])):
+    for tokens, context in ((firsts, prompt.ids.tolist()), (seconds, [*prompt.ids.tolist(), common])):
         expected = probabilities(model, context, temperature=temperature) * len(tokens)
         counts = np.bincount(tokens, minlength=WORDS)
         frequent = expected >= 5

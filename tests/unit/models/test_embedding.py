@@ -18,7 +18,7 @@ from finetune.models.embedding import HostEmbedding, move_embedding_to_host
 from finetune.models.fused import fuse_layers
 from finetune.models.load import load_base
 from finetune.system.errors import ConfigError
-from tests.models import random_qwen2
+from tests.models import prompts_of, random_qwen2
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,7 @@ def test_loss_gradients_and_answers_have_the_same_bits(attention: str):
         loss.backward()
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
         with torch.no_grad():
-            answers = decode(model.eval(), [[1, 2], [3]], [4, 4], stop_ids=(), vocabulary=97)
+            answers = decode(model.eval(), prompts_of([[1, 2], [3]]), [4, 4], stop_ids=(), vocabulary=97)
         found.append(([loss, *gradients], answers))
     (plain, answers), (moved, moved_answers) = found
     assert all(a.equal(b) for a, b in zip(plain, moved, strict=True)) and answers == moved_answers
