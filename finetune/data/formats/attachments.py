@@ -142,11 +142,17 @@ def attach_media(row: Fields, turns: Sequence[Turn]) -> list[Turn]:
         attached[first] = replace(attached[first], message=replace(message, media=(part,)))
     elif left:
         found = next(found for found, files in columns.items() if files is left[0])
+        files = left[0]
         raise DataError(
-            f"{left[0].name} has {len(left[0].files)} files and the texts {left[0].used} tags <{found}>; write a tag "
-            "where each file stands"
+            f"{files.name}: file {files.used + 1} of {len(files.files)} has no tag <{found}> in the texts; write the "
+            "tag where it stands"
         )
     return attached
+
+
+def holds_files(row: Mapping[str, Any]) -> bool:
+    """Return whether a row has a column of files that is not empty, under our names."""
+    return any(not is_empty(row.get(name)) for pair in MEDIA_COLUMNS.items() for name in pair)
 
 
 def refuse_media(row: Fields, turns: Sequence[Turn]) -> None:
@@ -159,6 +165,8 @@ def refuse_media(row: Fields, turns: Sequence[Turn]) -> None:
 
 def _files(row: Fields, column: str) -> _Files:
     value, name = row.get(column), row.named(column)
+    if is_empty(value):
+        return _Files(name, [], False)
     if isinstance(value, str) and value.lstrip().startswith("["):  # in a CSV file
         value = as_json(value, name)
     if isinstance(value, list):

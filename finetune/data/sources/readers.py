@@ -81,6 +81,14 @@ class RawBatch:
         index = self.first_index + len(head.items)
         return head, replace(self, first_index=index, numbers=self.numbers[rows:], items=self.items[rows:])
 
+    def pieces(self, rows: int) -> Iterator[RawBatch]:
+        """Yield all rows in batches of at most `rows`."""
+        rest = self
+        while len(rest.items) > rows:
+            head, rest = rest.split(rows)
+            yield head
+        yield rest
+
     def rows(self) -> Iterator[Row]:
         """Decode the rows.
 

@@ -25,14 +25,15 @@ from typing import IO, Any, cast
 import numpy as np
 
 from finetune.data.encoded import IGNORE_INDEX, Encoded
+from finetune.data.formats.attachments import holds_files
 from finetune.data.formats.messages import Conversation, Example, Preference, RawText, TokenRow, ToolCall
 from finetune.data.formats.parser import PREFERENCE, VERDICTS, RowParser
 from finetune.data.formats.preferences import EQUAL_SIDES, answer_alone, verdict_of
 from finetune.data.media.processor import MediaProcessor
-from finetune.data.sources.readers import RawBatch
+from finetune.data.sources.readers import RawBatch, Row
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.store import ROW, BadRow, EncodedBatch
-from finetune.system.errors import DataError, ResourceError
+from finetune.system.errors import DataError, FinetuneError, ResourceError
 
 _PARENT = Path(__file__).resolve().parents[3]
 _CHILD = f"import sys; sys.path.insert(0, {str(_PARENT)!r}); from finetune.data.tokens.encode import serve; serve()"
@@ -58,7 +59,7 @@ class RowEncoder:
 
     def __call__(self, batch: RawBatch) -> EncodedBatch:
         """Encode a batch; rows that cannot be used are listed in it."""
-        parsed = [(row, self._usable(example)) for row, example in self.parser.rows(batch)]
+        parsed = [(row, self._usable(row, example)) for row, example in self.parser.rows(batch)]
         conversations = [chat for _, example in parsed for chat in _conversations(example)]
         chats = self._encode_chats(conversations)
         texts = self._encode_texts([example.text for _, example in parsed if isinstance(example, RawText)])
@@ -129,10 +130,15 @@ class RowEncoder:
         weights = np.repeat(np.array([0, 1], np.float32), [len(prompt.ids), len(ids) + 1])
         return Encoded(np.concatenate([prompt.ids, ids, [end]]).astype(np.int32), weights, prompt.placed)
 
-    def _usable(self, example: Example | DataError) -> Example | DataError:
-        """Return the example, or why the objective cannot use it."""
+    def _usable(self, row: Row, example: Example | DataError) -> Example | DataError:
+        """Return the example, or why the model or the objective cannot use it."""
         if isinstance(example, DataError):
             return example
+        if self.media is not None and isinstance(example, RawText) and holds_files(cast(dict, row.value)):
+            return DataError(
+                "rows of the format text hold no files, so the model would read the text alone; write rows with a "
+                "prompt, or map columns: {prompt: …, completion: …}"
+            )
         if self.objective == "reward" and not isinstance(example, Conversation):
             kind = "a pair of answers" if isinstance(example, Preference) else "text or tokens without turns"
             return DataError(f"reward.loss needs a prompt that ends with a user's turn; the row holds {kind}")
@@ -297,12 +303,15 @@ class _Child:
     def __call__(self, batch: RawBatch) -> EncodedBatch:
         try:
             self._send(batch)
-            return pickle.load(self._answers)  # noqa: S301 - our own child's answer
+            answer = pickle.load(self._answers)  # noqa: S301 - our own child's answer
         except (EOFError, BrokenPipeError) as error:
             code = self._process.wait()
             raise ResourceError(
                 f"a tokenizing process died (exit code {code}); if memory is short, set data.workers=1"
             ) from error
+        if isinstance(answer, FinetuneError):
+            raise answer
+        return answer
 
     def _send(self, message: RowEncoder | RawBatch) -> None:
         pickle.dump(message, self._requests, protocol=pickle.HIGHEST_PROTOCOL)
@@ -323,7 +332,12 @@ def serve() -> None:
     try:
         encoder: RowEncoder = pickle.load(requests)  # noqa: S301 - from the parent that started this process
         while True:
-            pickle.dump(encoder(pickle.load(requests)), answers, protocol=pickle.HIGHEST_PROTOCOL)  # noqa: S301
+            batch = pickle.load(requests)  # noqa: S301
+            try:
+                answer: EncodedBatch | FinetuneError = encoder(batch)
+            except FinetuneError as error:  # of the whole run, such as a library that is not installed
+                answer = error
+            pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
             answers.flush()
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return

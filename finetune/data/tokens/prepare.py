@@ -33,6 +33,9 @@ from finetune.system.resources import cache_home
 
 # Smaller sources are encoded by this process before others can start.
 _WORTH_WORKERS_BYTES = 8_000_000
+# Rows with media name files, which take far longer to read than the rows.
+_WORTH_WORKERS_WITH_MEDIA_BYTES = 100_000
+_ROWS_WITH_MEDIA = 64  # of a batch
 # How long other ranks wait for a store on which no process works.
 _PATIENCE_SECONDS = 60.0
 # What differs between the tokens of objectives; those of two pairs are the same for all that compare pairs.
@@ -149,7 +152,11 @@ class Preparation:
         files = resolve_source(source)
         writer = StoreWriter(folder)
         rows = 0
-        small = self.cfg.workers is None and files.size_bytes < _WORTH_WORKERS_BYTES
+        worth = _WORTH_WORKERS_BYTES
+        if self.media is not None:
+            worth = _WORTH_WORKERS_WITH_MEDIA_BYTES
+            batches = (piece for batch in batches for piece in batch.pieces(_ROWS_WITH_MEDIA))
+        small = self.cfg.workers is None and files.size_bytes < worth
         workers = 0 if small else self.cfg.workers or len(os.sched_getaffinity(0))
         for batch in encode_all(self.encoder(source), batches, workers):
             writer.append(batch)

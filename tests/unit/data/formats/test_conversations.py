@@ -282,7 +282,7 @@ def test_the_error_of_a_bad_sharegpt_turn_uses_the_files_names(turns, words):
         ({"functions": "x"}, ["functions must be JSON"]),
         ({"functions": [TOOL], "tools": [TOOL]}, ["both functions and tools"]),
         ({"system": 3}, ["system must be text, found a number"]),
-        ({"images": ["x.png"]}, ["images has 1 files and the texts 0 tags <image>"]),
+        ({"images": ["x.png"]}, ["images: file 1 of 1 has no tag <image>"]),
         ({"chosen": "a"}, ["chosen and rejected", "columns: {completion: chosen}"]),
     ],
 )

@@ -246,7 +246,7 @@ HOSTILE = [
     ({"instruction": "q", "output": "a", "history": ["x"]}, "alpaca", "history[0] must be a pair of texts, found text"),
     ({"instruction": "q", "output": "a", "history": [["x"]]}, "alpaca", "history[0] must be a pair of texts"),
     ({"instruction": "q", "output": "a", "history": [["x", None]]}, "alpaca", "history[0][1] must be text, found null"),
-    ({"instruction": "q", "output": "a", "images": ["x"]}, "alpaca", "images has 1 files and the texts 0 tags"),
+    ({"instruction": "q", "output": "a", "images": ["x"]}, "alpaca", "images: file 1 of 1 has no tag"),
     ({"text": ""}, "text", "text is empty"),
     ({"text": None}, "text", "text must be text, found null"),
     ({"text": 3}, "text", "text must be text, found a number"),
