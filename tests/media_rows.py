@@ -37,15 +37,24 @@ You are a helpful assistant.<|im_end|>
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 OMNI_TEMPLATE = """\
+{%- set seen = namespace(image=0, audio=0, video=0) -%}
 {%- for message in messages -%}
-<|im_start|>{{ message['role'] }}
+{%- if loop.first and message['role'] != 'system' %}<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}<|im_start|>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] }}
 {%- else %}
 {%- for part in message['content'] %}
-{%- if part['type'] == 'image' %}<|vision_bos|><|IMAGE|><|vision_eos|>
-{%- elif part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>
-{%- elif part['type'] == 'video' %}<|vision_bos|><|VIDEO|><|vision_eos|>
-{%- else %}{{ part['text'] }}{% endif %}
+{%- if part['type'] == 'image' or 'image' in part or 'image_url' in part %}
+{%- set seen.image = seen.image + 1 %}{% if add_vision_id %}Picture {{ seen.image }}: {% endif -%}
+<|vision_bos|><|IMAGE|><|vision_eos|>
+{%- elif part['type'] == 'audio' or 'audio' in part or 'audio_url' in part %}
+{%- set seen.audio = seen.audio + 1 %}{% if add_audio_id %}Audio {{ seen.audio }}: {% endif -%}
+<|audio_bos|><|AUDIO|><|audio_eos|>
+{%- elif part['type'] == 'video' or 'video' in part %}
+{%- set seen.video = seen.video + 1 %}{% if add_vision_id %}Video {{ seen.video }}: {% endif -%}
+<|vision_bos|><|VIDEO|><|vision_eos|>
+{%- elif 'text' in part %}{{ part['text'] }}{% endif %}
 {%- endfor %}
 {%- endif %}<|im_end|>
 {% endfor %}
