@@ -13,6 +13,9 @@ import numpy as np
 CELL = 28  # pixels: the vision tower merges a cell's four patches into one embedding
 # About the mean that the image processor subtracts: an empty patch is near zero, and the tower learns in fewer steps.
 GROUND = (123, 117, 104)
+# The ground is lighter to the right and bluer to the bottom, so that a patch shows its place: the positions of the
+# vision tower are relative alone.
+LIGHT, TINT = (30, 30, 30), (-30, 0, 30)
 COLOURS = {
     "red": (220, 30, 30),
     "blue": (30, 60, 220),
@@ -49,7 +52,9 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 def blank(rows: int, columns: int) -> np.ndarray:
     """Return an empty picture [height, width, 3] uint8 of that many cells."""
-    return np.full((rows * CELL, columns * CELL, 3), GROUND, dtype=np.uint8)
+    down, right = (np.linspace(-1, 1, cells * CELL) for cells in (rows, columns))
+    ground = GROUND + right[None, :, None] * np.array(LIGHT) + down[:, None, None] * np.array(TINT)
+    return np.rint(ground).astype(np.uint8)
 
 
 def paint(picture: np.ndarray, row: int, column: int, cover: np.ndarray, colour: str) -> None:

@@ -34,7 +34,7 @@ from media_rows import (
 )
 from pretrain import CHAT_TEMPLATE as TEXT_TEMPLATE
 from pretrain import DECAY_SHARE, TOKENIZER_CONFIG, Masters, rate, targets
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file
 from scenes import SIGHTS, SOUNDS, Conversation, Scene, about_both, asked, conversation
 from tokenizers import AddedToken
 from torch import Tensor
@@ -289,7 +289,7 @@ def main() -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.seed)
     if args.start:
-        load_model(model, str(args.start / "model.safetensors"))
+        model.load_state_dict(Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(args.start).state_dict())
     masters = Masters(model, matrices(model))
     # Rows that the first phase has not seen.
     stream = batches(tokenizer, Random(f"{args.seed} on" if args.start else args.seed))
