@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.config.schema import ModelConfig, RunConfig
-from finetune.data.documents import Document
+from finetune.data.documents import Document, Documents
 from finetune.data.template.chat import ChatTemplate
 from finetune.distill.cache import CachedTeacher
 from finetune.distill.fingerprint import adapter_folder, fingerprint, teacher_adapter, teacher_weights
@@ -20,12 +20,14 @@ from finetune.distill.resident import load_resident
 from finetune.distill.shards import vocabulary_of
 from finetune.distill.stream import StreamedModel
 from finetune.losses.distillation import Teacher
-from finetune.models.families import text_settings
+from finetune.losses.hidden_states import base_of
+from finetune.models.families import FAMILIES, text_settings
 from finetune.models.hub import TEXT_FILES, fetch, read_config
 from finetune.models.tokenizer import load_tokenizer
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 from finetune.system.format import first_lines
+from finetune.towers.towers import build_towers, processor_of
 
 _SHOWN = 8
 
@@ -113,6 +115,21 @@ def check_width(cfg: RunConfig) -> None:
         )
 
 
+def check_media(cfg: RunConfig) -> None:
+    """Raises: ConfigError if the teacher cannot read the images, audio or video of the rows."""
+    if (placement := cfg.distill.teacher.placement) != "resident":
+        raise ConfigError(
+            f"distill.teacher.placement={placement}: the rows hold media, which only a resident teacher reads\n"
+            "help: set distill.teacher.placement=resident"
+        )
+    ours, theirs = (FAMILIES[_config(model)["model_type"]] for model in (cfg.model, teacher_model(cfg)))
+    if {part.module for part in ours.towers.values()} != {part.module for part in theirs.towers.values()}:
+        raise ConfigError(
+            f"distill.teacher.name={cfg.distill.teacher.name}: the rows hold media for {ours.title}, found a teacher "
+            f"of {theirs.title}\nhelp: choose a teacher of the student's family"
+        )
+
+
 def _config(model: ModelConfig) -> dict[str, Any]:
     return read_config(fetch(model.name, model.revision, TEXT_FILES, "model.name").folder, model.name)
 
@@ -141,7 +158,11 @@ def build_teacher(
     """
     model, teacher = teacher_model(cfg), cfg.distill.teacher
     if teacher.placement == "resident":
-        return load_resident(model, adapter_folder(teacher.lora), device, base if teacher_is_base(cfg) else None)
+        found = load_resident(model, adapter_folder(teacher.lora), device, base if teacher_is_base(cfg) else None)
+        if towers := build_towers(base_of(found.model), model, processor_of(base)):
+            towers.fill(documents.media() if isinstance(documents, Documents) else (), log)
+            towers.release()
+        return found
     if teacher.placement == "streamed":
         return streamed_teacher(cfg, device, log, _shared_head(cfg, base))
     origin = cache_fingerprint(cfg, chat, vocabulary, log, download=False)

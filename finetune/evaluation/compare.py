@@ -18,8 +18,9 @@ from torch import nn
 
 from finetune import __version__
 from finetune.config.command_options import EvalOptions
-from finetune.config.schema import Dtype, ModelConfig, QuantConfig, RunConfig
+from finetune.config.schema import DataConfig, Dtype, ModelConfig, QuantConfig, RunConfig
 from finetune.config.section import SHORT_DTYPES
+from finetune.data.loader import load_media_processor
 from finetune.data.template.chat import ChatTemplate
 from finetune.distill.resident import load_resident
 from finetune.evaluation.examples import data_warnings, load_sets
@@ -29,6 +30,7 @@ from finetune.evaluation.lm_eval import load_tasks, run_tasks
 from finetune.evaluation.measure import Evaluator, Progress, stored_bytes
 from finetune.evaluation.metrics import find_metric
 from finetune.evaluation.options import check_options
+from finetune.losses.hidden_states import base_of
 from finetune.models.adapters.files import load_adapter
 from finetune.models.adapters.folder import TENSOR_FILE
 from finetune.models.adapters.trained import find_trained
@@ -43,6 +45,7 @@ from finetune.system.console import Log
 from finetune.system.errors import ConfigError, ResourceError, os_errors_as
 from finetune.system.locks import locked
 from finetune.system.machine import use_all_cores
+from finetune.towers.towers import build_towers
 
 VARIANTS: tuple[Variant, ...] = ("base", "quantized", "trained", "merged")
 
@@ -76,17 +79,21 @@ class Variants:
 
     def load(self, variant: Variant, merged: Path, log: Log) -> nn.Module:
         """Load a variant, frozen, in evaluation mode, on this machine's device. merged: folder of the merged model."""
-        device = default_device()
-        if variant == "base":
-            return load_resident(self.model, None, device).model
+        device, loaded = default_device(), self.model
         if variant == "merged":
-            return load_resident(ModelConfig(name=str(merged), dtype=own_dtype(str(merged))), None, device).model
-        model: nn.Module = load_base(self.model, self.quant, device, log)
-        if variant == "trained":
-            assert self.adapter is not None, "only an adapter is trained"
-            model = load_adapter(model, self.adapter)  # type: ignore[arg-type]
-        fuse_layers(model)
-        dequantize_once(model, self.quant)
+            loaded = ModelConfig(name=str(merged), dtype=own_dtype(str(merged)))
+        if variant in ("base", "merged"):
+            model = load_resident(loaded, None, device).model
+        else:
+            model = load_base(loaded, self.quant, device, log)
+            if variant == "trained":
+                assert self.adapter is not None, "only an adapter is trained"
+                model = load_adapter(model, self.adapter)
+            fuse_layers(model)
+            dequantize_once(model, self.quant)
+        data = DataConfig() if self.cfg is None else self.cfg.data
+        adapted = variant == "trained" and self.cfg is not None and self.cfg.lora.towers
+        build_towers(base_of(model), loaded, load_media_processor(loaded, data), cached=not adapted)
         return model.eval()
 
 

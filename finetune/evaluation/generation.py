@@ -113,7 +113,7 @@ def answer_rows(
             written = decode(model, [prompts[i] for i in batch], limits, stop_ids=stop_ids, vocabulary=vocabulary)
             for i, text in zip(batch, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
                 before = rows[i].messages[:-1]
-                answers[i] = Answer(before[-1].content if before else "", chat.answer_text(rows[i]), text)
+                answers[i] = Answer(before[-1].shown if before else "", chat.answer_text(rows[i]), text)
             progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
 

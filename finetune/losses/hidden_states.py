@@ -171,6 +171,9 @@ def _with_media(base: PreTrainedModel, embeddings_1UD: Tensor, batch: Batch, fir
     first_tokens_U: the first token that each row computes.
     Raises: ValueError if the positions of a batch with media have one axis.
     """
+    towers = getattr(base, "media_towers", None)
+    if towers is not None and towers.trained and torch.is_grad_enabled():
+        embeddings_1UD = embeddings_1UD + towers.no_media().to(embeddings_1UD.dtype)
     if not batch.media:
         return embeddings_1UD
     if len(batch.position_ids) != family_in(base).axes:

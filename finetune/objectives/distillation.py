@@ -21,7 +21,7 @@ from finetune.data.packing import Sampler
 from finetune.data.template.chat import ChatTemplate
 from finetune.distill.filling import write_cache
 from finetune.distill.on_policy import OnPolicySampler
-from finetune.distill.teacher import build_teacher, check_vocabulary, check_width
+from finetune.distill.teacher import build_teacher, check_media, check_vocabulary, check_width
 from finetune.evaluation.generation import sample_answers
 from finetune.losses.distillation import Distillation, Teacher, TeacherTargets
 from finetune.system.console import Log
@@ -112,6 +112,8 @@ def check_distillation(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, data:
             "help: for a new task, set distill.objective=distill with a larger or tuned teacher, or sft+anchor"
         )
     check_width(cfg)
+    if any(store.has_media.any() for store in data.stores):
+        check_media(cfg)
     # The rows of a stream are not known yet, and the student may write any token.
     any_id = cfg.data.stream_rows or cfg.distill.on_policy
     used = np.arange(len(tokenizer)) if any_id else used_ids(data)

@@ -70,6 +70,10 @@ class Towers:
             self._base.set_submodule(tower.module, nn.Identity())
         return freed
 
+    def no_media(self) -> Tensor:
+        """Return a zero that depends on all trained parameters: DDP waits for the gradient of each in every pass."""
+        return sum((0 * parameter.sum() for parameter in self.trained), torch.zeros((), device=self._base.device))
+
     def _one(self, media: Media) -> Tensor:
         if self._cache is None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.trained)):
@@ -99,11 +103,15 @@ class Towers:
         return found
 
 
-def build_towers(base: PreTrainedModel, model: ModelConfig, processor: MediaProcessor, cached: bool = True) -> Towers:
-    """Attach towers to a base that was loaded from `model`.
+def build_towers(
+    base: PreTrainedModel, model: ModelConfig, processor: MediaProcessor | None, cached: bool = True
+) -> Towers | None:
+    """Attach towers to a base that was loaded from `model`; None for a model that reads text only.
 
-    cached: they are frozen, and what they compute is kept on disk.
+    processor: from `load_media_processor`. cached: they are frozen, and what they compute is kept on disk.
     """
+    if processor is None:
+        return None
     return Towers(base, processor, open_cache(model, base.device) if cached else None)
 
 

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.config.schema import RunConfig
 from finetune.data import loader
-from finetune.data.media.processor import MediaProcessor
 from finetune.data.packing import MapSampler, Sampler, SequenceOrder
 from finetune.data.stream import StreamingSampler
 from finetune.data.template.chat import ChatTemplate, advice_on_end_token
@@ -28,8 +27,7 @@ from finetune.objectives.user_rewards import UserReward
 from finetune.planning.inputs import PlanInputs
 from finetune.report.dataset.files import store_report
 from finetune.system.console import Log
-from finetune.system.format import format_bytes
-from finetune.towers.towers import build_towers
+from finetune.towers.towers import Towers, build_towers
 from finetune.training import run_folder
 from finetune.training.autotune import apply_batch_plan, predict_speed, with_answers
 from finetune.training.run_context import (
@@ -64,9 +62,13 @@ def assemble(
         _store_data(cfg, preparation, data, tokenizer, log)
     judge = prepare_judge(cfg, own_rewards, data, preparation)
     vocabulary = check_distillation(cfg, tokenizer, data, log)
-    base = _with_copies(base or load_base(inputs.model, cfg.quant, accelerator.device, log), cfg, inputs)
-    if preparation.media is not None:
-        _run_towers(cfg, base, preparation.media, data, accelerator=accelerator, log=log)
+    given, base = base, _with_copies(base or load_base(inputs.model, cfg.quant, accelerator.device, log), cfg, inputs)
+    cached = cfg.data.media_cache and not cfg.lora.towers
+    if towers := build_towers(base, cfg.model, preparation.media, cached):
+        _run_towers(towers, data, accelerator, log)
+        # A stream brings media that are not known yet, and a base of the caller serves other runs too.
+        if given is None and not cfg.data.stream_rows:
+            towers.release()
     # Before the adapter is attached: student and teacher share one copy of equal tensors.
     distillation = build_distillation(
         cfg, base=base, chat=chat, data=data, vocabulary=vocabulary, accelerator=accelerator, log=log
@@ -113,23 +115,10 @@ def _with_copies(base: PreTrainedModel, cfg: RunConfig, inputs: PlanInputs) -> P
     return base
 
 
-def _run_towers(
-    cfg: RunConfig,
-    base: PreTrainedModel,
-    processor: MediaProcessor,
-    data: loader.LoadedData,
-    *,
-    accelerator: Accelerator,
-    log: Log,
-) -> None:
-    """Attach the towers. Frozen ones compute the media of all rows now, and free their weights."""
-    towers = build_towers(base, cfg.model, processor, cached=cfg.data.media_cache and not cfg.lora.towers)
-    # Ranks of one machine share its disk, and the work.
-    media = list(data.every_document.media())
-    towers.fill(media[accelerator.local_process_index :: accelerator.num_processes], log)
+def _run_towers(towers: Towers, data: loader.LoadedData, accelerator: Accelerator, log: Log) -> None:
+    """Let frozen towers compute the media of all rows. Each rank of a machine takes a share: they share its disk."""
+    towers.fill(list(data.every_document.media())[accelerator.local_process_index :: accelerator.num_processes], log)
     accelerator.wait_for_everyone()
-    if not cfg.data.stream_rows and (freed := towers.release()):
-        log(f"media: the towers are frozen and freed, {format_bytes(freed)}")
 
 
 def _describe_data(cfg: RunConfig, data: loader.LoadedData, chat: ChatTemplate, log: Log) -> None:

@@ -65,6 +65,11 @@ class Message:
             at = part.offset
         return [part for part in (*parts, self.content[at:]) if part]
 
+    @property
+    def shown(self) -> str:
+        """The content with a tag for each medium, for people to read."""
+        return "".join(part if isinstance(part, str) else f"<{part.kind}>" for part in self.parts)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the turn with OpenAI's keys, as chat templates take it; weight and files are left out."""
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
