@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finetune import load_config, train
-from finetune.system.errors import ConfigError
+from finetune.system.errors import ConfigError, IntegrityError
 from finetune.system.resources import packaged
 from tests.commands import train_on_ranks
 from tests.runs import adapter, metrics, result
@@ -78,8 +78,9 @@ def test_the_same_weights_teach_what_quantization_lost(tmp_path):
     folder = run(tmp_path, "distill.objective=recover", "train.max_steps=8")
     found = result(folder)
     assert 0 < found["teacher_kl_after"] < found["teacher_kl_before"]
-    plain = run(tmp_path / "16", "distill.objective=recover", "quant.type=none", "train.max_steps=1")
-    assert result(plain)["teacher_kl_before"] == pytest.approx(0, abs=1e-6)
+    # Unquantized, the student is the teacher: media and text give equal states, and no gradient.
+    with pytest.raises(IntegrityError, match="nothing was trained"):
+        run(tmp_path / "16", "distill.objective=recover", "quant.type=none", "train.max_steps=1")
 
 
 def test_a_streamed_teacher_is_refused(tmp_path):
@@ -117,6 +118,6 @@ def test_preferences_between_answers_to_media_are_learned(tmp_path):
 
 def test_rewards_of_sampled_answers_to_media_are_learned_from(tmp_path):
     rewards = ("reward.loss=grpo", "reward.functions={length: 1}", "reward.length=2", "reward.max_new_tokens=12")
-    folder = run(tmp_path, *rewards, "reward.group_size=4", "train.batch_size=2", "train.max_steps=3")
+    folder = run(tmp_path, *rewards, "reward.group_size=4", "lora.dropout=0", "train.batch_size=2", "train.max_steps=3")
     gaps = [line["train/sampling_gap"] for line in metrics(folder) if "train/sampling_gap" in line]
     assert gaps and max(gaps) < 0.08
