@@ -37,7 +37,7 @@ from finetune.models.adapters.trained import find_trained
 from finetune.models.digest import sha256_of
 from finetune.models.families import text_settings
 from finetune.models.fused import fuse_layers
-from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config
+from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, check_window, fetch, read_config
 from finetune.models.load import default_device, load_base
 from finetune.models.tokenizer import load_adapter_tokenizer, load_tokenizer
 from finetune.system.atomic import is_disk_full
@@ -154,6 +154,9 @@ def evaluate_gap(options: EvalOptions, log: Log, merge: Merge, place: Path | Non
     chat = ChatTemplate(tokenizer)
     sets = load_sets(options, cfg, chat, base)
     config = read_config(fetch(base.name, base.revision, TEXT_FILES, "model").folder, base.name)
+    longest = max((len(document) for rows in sets for document in rows.documents), default=0)
+    if base.attention in ("auto", "segmented"):
+        check_window(config, base.name, longest, "data.eval")
     base_rows = int(text_settings(config)["vocab_size"])
     vocabulary = min(len(tokenizer), base_rows)
     if max(tokenizer.get_vocab().values()) >= base_rows:

@@ -18,7 +18,7 @@ from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
 
 from finetune.config.schema import ModelConfig
-from finetune.models.families import ModelFamily, family_of
+from finetune.models.families import ModelFamily, attention_window, family_of, text_settings
 from finetune.models.safetensors_header import read_header
 from finetune.system.errors import ConfigError, FinetuneError, ResourceError
 
@@ -143,6 +143,22 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     if "quantization_config" in config:
         raise ConfigError(f"model.name={name}: already quantized\nhelp: name the 16-bit original and set quant.type")
     return config
+
+
+def check_window(config: Mapping[str, Any], name: str, tokens: int, key: str) -> None:
+    """Raise ConfigError if the attention of a model does not reach back `tokens` tokens; segmented attention does.
+
+    Args:
+        config: of `read_config`.
+        name: of the model.
+        key: what has this length, for the message.
+    """
+    window = attention_window(text_settings(config))
+    if window is not None and window < tokens:
+        raise ConfigError(
+            f"{key}: {name} attends to the last {window:,} tokens alone, found {tokens:,}\n"
+            f"help: set data.max_length={window}, or model.attention=sdpa, which has a window"
+        )
 
 
 def read_json(path: Path, where: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from finetune.config.schema import RunConfig
 from finetune.models.adapters.folder import find_adapter, list_checkpoints
 from finetune.models.families import shape_of
 from finetune.models.families.family import LINEARS
-from finetune.models.hub import check_model
+from finetune.models.hub import check_model, check_window, find_texts, read_config
 from finetune.models.module_matching import absent_modules
 from finetune.planning.static_memory import module_names
 from finetune.report.run import ADAPTER
@@ -31,6 +31,9 @@ def check_run(cfg: RunConfig) -> None:
         refuse_other_run(cfg)
     check_resume(cfg)
     check_model(cfg.model)
+    if cfg.model.attention in ("auto", "segmented"):
+        folder = find_texts(cfg.model.name, cfg.model.revision, "model.name").folder
+        check_window(read_config(folder, cfg.model.name), cfg.model.name, cfg.data.max_length, "data.max_length")
     if cfg.lora.init_adapter is not None:
         find_adapter(cfg.lora.init_adapter, "lora.init_adapter")
     if (shape := shape_of(cfg.model.name)) is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from finetune.data.template.layout import control_pattern
 from finetune.export.exporter import ExportRequest
 from finetune.export.gguf.architecture import head_dim_of
 from finetune.export.gguf.quantizer import llama_package
@@ -78,10 +81,16 @@ def require_transformers_ids(path: Path, source: Path, texts: dict[str, list[int
     with quiet():
         # AutoTokenizer would read the vocabulary a second time to find the class.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name, **OFFLINE)
-    # It does not find added tokens with characters outside the byte alphabet; llama.cpp does.
-    letters = set(bytes_to_unicode().values())
-    hidden = [token for token in open_tokenizer(source).get_added_vocab() if not set(token) <= letters]
-    readable = {text: ids for text, ids in texts.items() if not any(token in text for token in hidden)}
+    own = open_tokenizer(source)
+    added = control_pattern(list(own.get_added_vocab()))
+    if json.loads(own.backend_tokenizer.to_str())["model"].get("byte_fallback"):
+        # Its SentencePiece puts a space before a whole text that begins with none; llama.cpp also after special tokens.
+        unread = re.compile(rf"^ |(?:{added.pattern})(?!$)")
+    else:
+        # It does not find added tokens with characters outside the byte alphabet; llama.cpp does.
+        letters = set(bytes_to_unicode().values())
+        unread = control_pattern([token for token in own.get_added_vocab() if not set(token) <= letters])
+    readable = {text: ids for text, ids in texts.items() if not unread.search(text)}
     require_same_ids("transformers", readable, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
