@@ -13,12 +13,13 @@ from pathlib import Path
 
 from finetune import load_config
 from finetune.config.recipes import read_recipe, recipe_names, recipe_table
-from finetune.planning.advice import BUDGETS_GB, LONGEST, length_table
+from finetune.models.families import FAMILIES, ModelFamily
+from finetune.models.families.proven import PROVEN
+from finetune.planning.advice import BUDGETS_GB, LONGEST, length_table, packaged_models
 from finetune.planning.inputs import plan_inputs
-from finetune.system.resources import packaged
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "support.md", ROOT / "docs" / "recipes.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("models", "recipes")))
 _PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n)(?:.*?\n)??(<!-- end -->)", re.DOTALL)
 
 
@@ -48,19 +49,28 @@ def _thousands(tokens: int) -> str:
 
 
 def models_table() -> str:
-    """Return the packaged models: one line per series, with its sizes."""
-    series: dict[str, list[str]] = {}
-    for file in packaged("configs").glob("model/qwen2.5-*.yaml"):
-        name = file.stem.removesuffix("-instruct")
-        kind, size = name.rsplit("-", 1)
-        series.setdefault(kind, []).append(size)
-    titles = {"qwen2.5": "Qwen2.5", "qwen2.5-coder": "Qwen2.5-Coder", "qwen2.5-math": "Qwen2.5-Math"}
-    lines = ["| series | sizes, base and instruct | example |", "|---|---|---|"]
-    for kind, title in titles.items():
-        sizes = sorted(set(series[kind]), key=lambda size: float(size.removesuffix("b")))
-        shown = ", ".join(size.upper() for size in sizes)
-        lines.append(f"| {title} | {shown} | `model={kind}-{sizes[-1]}-instruct` |")
+    """Return the supported families: sizes, the option of the smallest packaged model, and what is refused."""
+    lines = ["| family | `model_type` | sizes | example |", "|---|---|---|---|"]
+    for family in _families():
+        options = packaged_models(family)
+        sizes = ", ".join(family.sizes)
+        lines.append(f"| {family.title} | `{family.model_type}` | {sizes} | `model={next(iter(options))}` |")
+    return "\n".join([*lines, "| any other | | refused | |"])
+
+
+def proven_table() -> str:
+    """Return what the gate of tests/families proves of each family."""
+    lines = ["| family | " + " | ".join(PROVEN) + " |", "|---" * (len(PROVEN) + 1) + "|"]
+    for family in _families():
+        types = {name for name, record in FAMILIES.items() if record.title == family.title}
+        cells = ["yes" if types & set(names) else "–" for names in PROVEN.values()]
+        lines.append(f"| {family.title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _families() -> list[ModelFamily]:
+    """Return a record of each family; a second one of the same title holds a part of its model."""
+    return list({family.title: family for family in reversed(FAMILIES.values())}.values())[::-1]
 
 
 def trainings_table() -> str:
@@ -75,6 +85,7 @@ def trainings_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "context": context_table,
     "models": models_table,
+    "proven": proven_table,
     "recipes": recipe_table,
     "recipe-trainings": trainings_table,
 }

@@ -70,7 +70,7 @@ def run(arguments: Arguments) -> int:
 def _models() -> list[str]:
     from finetune.system.resources import packaged
 
-    return sorted(file.stem for file in packaged("configs").glob("model/qwen2.5-*.yaml"))
+    return sorted(file.stem for file in packaged("configs").glob("model/*-*.yaml"))
 
 
 def _prediction(starter: Starter, machine: str) -> str:

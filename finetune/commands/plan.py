@@ -177,7 +177,7 @@ def _shape_of(model_name: str) -> Mapping[str, Any]:
     if shape is None and (Path(model_name).expanduser() / "config.json").is_file():
         raise ConfigError(f"{where}: its config.json is corrupt or lacks one of {', '.join(SHAPE_KEYS)}")
     if shape is None:
-        advice = "help: name a local folder with its config.json, or a Qwen2.5 size"
+        advice = "help: name a local folder with its config.json, or a hub id of a size on docs/models.md"
         raise ConfigError(f"{where}: has unknown shapes, and a plan downloads nothing\n{advice}")
     family_of(shape["model_type"], where)
     sizes = [key for key in SHAPE_KEYS if key != "tie_word_embeddings"]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import yaml
 
-from finetune.models.families import QWEN25_SHAPES
+from finetune.models.families import QWEN25_SHAPES, ModelFamily
 from finetune.planning.activations import plan_activations
 from finetune.planning.auto_batch import estimate_memory, largest_micro_batch, place_embedding, recomputed_layers
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.peak_memory import PeakMemory, predict_peak
+from finetune.planning.static_memory import parameters_of
 from finetune.planning.timing import Rates, cost_of_token
 from finetune.system.format import format_bytes
+from finetune.system.resources import packaged
 
 BUDGETS_GB = (8, 12, 16, 24, 48, 80, 141)
 _STEP_TOKENS = 64
@@ -61,13 +65,29 @@ def changes_that_fit(inputs: PlanInputs, free_bytes: float) -> list[Change]:
 
 
 def _smaller_model(inputs: PlanInputs, free_bytes: float, needed: float) -> Change | None:
-    """The largest packaged model that fits with these settings. needed: bytes of the run as it is."""
-    instruct = "-instruct" if "instruct" in inputs.model.name.lower() else ""
-    for size, shape in reversed(QWEN25_SHAPES.items()):
+    """The largest packaged model of the series that fits with these settings. needed: bytes of the run as it is."""
+    models = packaged_models(inputs.family)
+    title = _series(inputs.family.title) | ({"instruct"} & _series(inputs.model.name))
+    wanted = next((series for series in map(_series, models) if series == _series(inputs.model.name)), title)
+    for option, shape in models.items():
         left = estimate_memory(replace(inputs, shape=shape), free_bytes).needed_bytes
-        if left <= free_bytes:
-            return Change((f"model=qwen2.5-{size.lower()}{instruct}",), needed - left, True)
+        if _series(option) == wanted and left <= free_bytes:
+            return Change((f"model={option}",), needed - left, True)
     return None
+
+
+def packaged_models(family: ModelFamily) -> dict[str, Mapping[str, Any]]:
+    """Return the shapes of the packaged models of a family by their option of `model`, the largest first."""
+    files = packaged("configs").glob("model/*.yaml")
+    names = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))["name"] for file in sorted(files)}
+    shapes = {option: shape for option, name in names.items() if (shape := family.shape_of_hub_id(name)) is not None}
+    return dict(sorted(shapes.items(), key=lambda item: -parameters_of(item[1])))
+
+
+def _series(name: str) -> set[str]:
+    """Return the words of a model's name without its size and version."""
+    words = re.split(r"[ -]", name.lower().rstrip("/").rpartition("/")[2])
+    return {word for word in words if not re.fullmatch(r"v?[\d.]+b?", word)}
 
 
 def _candidates(inputs: PlanInputs, free_bytes: float) -> list[str]:

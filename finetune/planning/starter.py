@@ -15,7 +15,7 @@ from finetune.data.formats.messages import Conversation, RawText
 from finetune.data.formats.parser import RowParser
 from finetune.data.formats.rules import DEFAULT_RULES, RowRules
 from finetune.data.sources.paths import resolve_source
-from finetune.models.families import QWEN25_SHAPES
+from finetune.models.families import QWEN25_SHAPES, shape_of
 from finetune.planning.advice import longest_that_fits
 from finetune.planning.auto_batch import estimate_memory
 from finetune.planning.inputs import plan_inputs
@@ -126,7 +126,7 @@ def propose(
     batch = max(1, min(16, 2 ** int(math.log2(max(per_epoch * epochs / _ENOUGH_STEPS, 1)))))
     steps = max(1, math.ceil(per_epoch * epochs / batch))
     every = max(1, steps // 10)
-    small = QWEN25_SHAPES[_size(chosen)]["hidden_size"] < 2048
+    small = _inputs(chosen, device_type).shape["hidden_size"] < 2048
     settings: dict[str, tuple[Any, str]] = {
         "data.train": (facts.path, f"format: {facts.format}"),
         "data.held_out": (share, f"about {max(1, round(facts.rows * share)):,} examples measure the progress"),
@@ -159,11 +159,7 @@ def propose(
 def _inputs(model: str, device_type: str, *overrides: str) -> Any:
     words = [f"model={model}", "lora.target_modules=all-linear", "lora.rank=16", *overrides]
     cfg: RunConfig = load_config("lora.yaml", words, needs_data=False)
-    return plan_inputs(cfg, QWEN25_SHAPES[_size(model)], device_type=device_type)
-
-
-def _size(model: str) -> str:
-    return next(part for part in reversed(model.upper().split("-")) if part in QWEN25_SHAPES)
+    return plan_inputs(cfg, shape_of(cfg.model.name), device_type=device_type)
 
 
 def _rounded(tokens: float) -> int:

@@ -17,7 +17,11 @@ from finetune.system.resources import packaged, packaged_configs
 CONFIGS = packaged("configs")
 RUNS = [CONFIGS / name for name in packaged_configs()]
 GROUPS = sorted(file for file in CONFIGS.glob("*/*.yaml") if file not in RUNS)
-MODELS = sorted(CONFIGS.glob("model/qwen2.5-*.yaml"))
+MODELS = sorted(
+    file
+    for file in CONFIGS.glob("model/*.yaml")
+    if re.fullmatch(r"qwen2\.5(-coder|-math)?-[\d.]+b(-instruct)?", file.stem)
+)
 # A group option that only goes together with another choice.
 COMPANIONS = {
     "lora/pissa": ["quant=none"],

@@ -20,6 +20,10 @@ FAMILY = ModelFamily(
     window="always",
     end_of_turn="</s>",
     gguf=Gguf("llama", {"tekken": _SPLIT}, interleaved=True, any_head_dim=True),
-    hub_id=r"Mistral-(?:(?P<size>7B)-.*v0\.3|Nemo-.*)",
-    sizes={"7B": (4096, 14336, 32, 32, 8, 32768, False, 128)},
+    # Version 0.3 alone has this vocabulary, and no window.
+    hub_id=r"Mistral-(?P<size>7B(?=-.*v0\.3)|Nemo)-.*",
+    sizes={
+        "7B": (4096, 14336, 32, 32, 8, 32768, False, 128),
+        "NEMO": (5120, 14336, 40, 32, 8, 131072, False, 128),
+    },
 )
