@@ -24,6 +24,7 @@ from sounds import BEATS, INSTRUMENTS, NOTES, melody, rhythm, write_wav
 
 SAMPLE_SEED = 2026
 PICTURE_ROWS, SOUND_ROWS, BOTH_ROWS = (400, 100), (200, 60), (400, 100)  # rows for training, and held out
+MOST_SHAPES = 3  # of a sample's picture: the base counts more of them less well
 SIDE, STRIP = 3, 4  # cells of a board's side, and of a strip
 PLACES = [" ".join(words).strip() for words in product(("top", "", "bottom"), ("left", "", "right"))]
 PLACES[4] = "middle"
@@ -119,9 +120,9 @@ def how_many_beats(rng: Random, scene: Scene) -> tuple[str, str]:
 # --- pictures
 
 
-def group(rng: Random) -> Scene:
+def group(rng: Random, most: int = 5) -> Scene:
     """Draw one to five equal shapes on a board."""
-    count, colour, shape = rng.randint(1, 5), rng.choice(list(COLOURS)), rng.choice(list(SHAPES))
+    count, colour, shape = rng.randint(1, most), rng.choice(list(COLOURS)), rng.choice(list(SHAPES))
     board = blank(SIDE, SIDE)
     for cell in rng.sample(range(SIDE * SIDE), count):
         paint(board, *divmod(cell, SIDE), shape_cover(rng, shape), colour)
@@ -308,8 +309,10 @@ def write_rows(path: Path, rows: list[tuple[dict[str, list[str]], str]]) -> None
 
 def write_sample(folder: Path) -> None:
     """Write the rows, and their files in the folders `pictures` and `sounds`."""
-    rng = Random(SAMPLE_SEED)
-    pictures, sounds = drawn(rng, group, sum(PICTURE_ROWS)), drawn(rng, tune, sum(SOUND_ROWS))
+    # A generator for each, so that a change of one leaves the others' files as they are.
+    for_pictures, for_sounds, for_pairs = (Random(f"{kind} {SAMPLE_SEED}") for kind in ("pictures", "sounds", "pairs"))
+    pictures = drawn(for_pictures, lambda rng: group(rng, MOST_SHAPES), sum(PICTURE_ROWS))
+    sounds = drawn(for_sounds, tune, sum(SOUND_ROWS))
     names = ([f"pictures/{n:04}.png" for n in range(len(pictures))], [f"sounds/{n:04}.wav" for n in range(len(sounds))])
     for name in ("pictures", "sounds"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -326,9 +329,9 @@ def write_sample(folder: Path) -> None:
         )
         write_rows(folder / f"vision{suffix}.jsonl", [({"images": [n]}, card(s, SIGHT_KEYS)) for n, s in seen])
         write_rows(folder / f"audio{suffix}.jsonl", [({"audios": [n]}, card(s, SOUND_KEYS)) for n, s in played])
-        pairs = [(rng.choice(seen), rng.choice(played)) for _ in range(BOTH_ROWS[part])]
+        pairs = [(for_pairs.choice(seen), for_pairs.choice(played)) for _ in range(BOTH_ROWS[part])]
         both = [
-            ({"images": [image], "audios": [audio]}, card(joined(rng, sight, sound), BOTH_KEYS))
+            ({"images": [image], "audios": [audio]}, card(joined(for_pairs, sight, sound), BOTH_KEYS))
             for (image, sight), (audio, sound) in pairs
         ]
         write_rows(folder / f"both{suffix}.jsonl", both)
