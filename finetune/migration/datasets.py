@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune.config.schema import SourceConfig
+from finetune.data.formats.attachments import MEDIA_COLUMNS
 from finetune.migration.files import PeerConfig
 
 Source = dict[str, Any]
@@ -27,7 +28,7 @@ _FIELDS = {
 }
 # Columns of LLaMA-Factory's dataset_info.json.
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
-_COLUMNS |= {name: name for name in ("history", "system", "tools")}
+_COLUMNS |= {name: name for name in ("history", "system", "tools", *MEDIA_COLUMNS)}
 _TAGS = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system", "observation_tag": "tool"}
 _SLICE = re.compile(r"(?P<split>[^\[]+)\[:(?P<count>\d+)(?P<percent>%?)\]")
 _OPENAI_KEYS, _SHAREGPT_KEYS = ("role", "content"), ("from", "value")
@@ -181,7 +182,7 @@ def _registered(config: PeerConfig, name: str, notes: Notes) -> Iterator[Source]
 
 
 def _registry_entry(entry: Mapping[str, Any], folder: Path, dataset: str, notes: Notes) -> Source:
-    for lost in ("ranking", "kto_tag", "images", "videos", "audios"):
+    for lost in ("ranking", "kto_tag"):
         if entry.get(lost) or (entry.get("columns") or {}).get(lost):
             notes.append(f"dataset: {dataset}: {lost}: no counterpart")
     columns, tags = dict(entry.get("columns") or {}), dict(entry.get("tags") or {})
@@ -193,7 +194,7 @@ def _registry_entry(entry: Mapping[str, Any], folder: Path, dataset: str, notes:
         turns, role, content = ("messages", *_OPENAI_KEYS) if of_openai else ("conversations", *_SHAREGPT_KEYS)
         names = {turns: columns.get("messages", "conversations")}
         names |= {role: tags.get("role_tag", role), content: tags.get("content_tag", content)}
-        mapped = {ours: column for ours, column in mapped.items() if ours in ("system", "tools")}
+        mapped = {ours: column for ours, column in mapped.items() if ours in ("system", "tools", *MEDIA_COLUMNS)}
         mapped |= {ours: theirs for ours, theirs in names.items() if theirs != ours}
         source["roles"] = {role: tags[tag] for tag, role in _TAGS.items() if tags.get(tag, role) != role}
     elif columns.get("prompt") and not columns.get("response"):

@@ -11,8 +11,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-from finetune.data.formats.messages import Conversation, MediaKind, MediaPart, Message, Turn
+from finetune.data.formats.messages import Conversation, MediaPart, Message, Turn
 from finetune.data.formats.values import Fields, as_json, as_text, is_empty, kind, listed
+from finetune.data.media.media import MediaKind
 from finetune.data.sources.paths import METADATA
 from finetune.system.errors import DataError
 
@@ -129,6 +130,8 @@ def attach_media(row: Fields, turns: Sequence[Turn]) -> list[Turn]:
     Raises: DataError naming the turn, for a tag without a file, a file without a tag, and media of the assistant.
     """
     columns = {found: _files(row, column) for column, found in MEDIA_COLUMNS.items() if row.get(column) is not None}
+    if not columns and not any(turn.message.media for turn in turns):
+        return list(turns)
     attached = [Turn(turn.location, _attached(turn, columns)) for turn in turns]
     several = [turn for turn in attached if turn.message.media]
     left = [files for files in columns.values() if files.used < len(files.files)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import SourceConfig
+from finetune.data.formats.attachments import MEDIA_COLUMNS
 from finetune.data.formats.columns import meanings, recognize
 from finetune.data.formats.conversations import METADATA_KEYS
 from finetune.data.formats.parser import FORMATS, PREFERENCE, PROMPT, VERDICTS, RowParser, require_mapped
@@ -60,9 +61,10 @@ def detect_format(
             f"{found}: chosen has no rejected beside it; map that column, as columns: {{rejected: other}}. To train on "
             "the chosen answers alone set columns: {completion: chosen}, or {messages: chosen} for whole conversations"
         )
-    if not mapped.keys() & _ROW_COLUMNS:
+    if not (mapped.keys() & _ROW_COLUMNS) - MEDIA_COLUMNS.keys():
         of_others = [reading for reading in recognize(columns) if reading.format in others]
-        readings = [reading for reading in of_others if set(mapped) <= FORMATS[reading.format].keys]
+        mappable = {name: FORMATS[name].keys | (MEDIA_COLUMNS.keys() & FORMATS[name].columns) for name in others}
+        readings = [reading for reading in of_others if set(mapped) <= mappable[reading.format]]
         if len(readings) > 1:
             raise DataError(f"{source}: {meanings(columns)}")
         if readings:
@@ -101,7 +103,8 @@ def resolve_format(cfg: SourceConfig, first_value: Any, source: str, objective: 
     if cfg.roles and not FORMATS[name].keys:
         raise DataError(f"{source}: rows of the format {name} have no roles; remove roles")
     if (reading := RowParser(cfg, name).reading(columns)) is not None:
-        used = {*FORMATS[name].columns, *FORMATS[name].aliases.values(), *reading.columns.values(), *VERDICTS}
+        read = {*reading.columns.values(), *cfg.columns.values()}
+        used = {*FORMATS[name].columns, *FORMATS[name].aliases.values(), *read, *VERDICTS}
         ignored = columns - used
         log_once(f"{cfg.path}: read with {reading}" + (f"; ignored: {listed(ignored)}" if ignored else ""))
     return name

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-MediaKind = Literal["image", "audio", "video"]
+from finetune.data.media.media import MediaKind
+
 ROLES = ("system", "user", "assistant", "tool")
 # Around the reasoning in a content.
 THINK_TAGS = "<think>", "</think>"

@@ -290,7 +290,7 @@ class RowParser:
             raise DataError(f"a row must be an object, found {kind(value)}")
         require_mapped(self._columns, value)
         reading = self.reading(frozenset(map(str, value)))
-        columns = {**(reading.columns if reading else self._columns), **self._file_column(value)}
+        columns = {**(reading.columns if reading else {}), **self._columns, **self._file_column(value)}
         row = Fields.of(value, columns, self._format.aliases, "")
         if missing := [column for column in self._format.required if column not in row.values]:
             raise DataError(
@@ -316,8 +316,8 @@ class RowParser:
                 yield row, error
 
     def reading(self, columns: frozenset[str]) -> Reading | None:
-        """Return what a row's columns mean, if they have other names than ours and the source maps none."""
-        if self._columns or self._format.is_in(columns):
+        """Return what a row's columns mean, if they have other names than ours and the source maps none but media."""
+        if self._columns.keys() - MEDIA_COLUMNS.keys() or self._format.is_in(columns):
             return None
         readings = [reading for reading in recognize(columns) if reading.format == self.format]
         return readings[0] if len(readings) == 1 else None

@@ -65,7 +65,7 @@ def position_rule(family: ModelFamily, folder: Path | None) -> PositionRule:
         return family.positions
     rule = family.positions_of(_content(folder / "config.json"))
     steps = rule.steps_per_second
-    if not (isinstance(steps, int | float) and 0 < steps < 2**20):
+    if type(steps) not in (int, float) or not 0 < steps < 2**20:
         key = ".".join(family.steps_setting)
         raise ConfigError(
             f"{folder / 'config.json'}: {key} is not valid, found {steps!r}; download the checkpoint again"

@@ -14,16 +14,17 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from finetune.config.schema import DataConfig, SourceConfig
+from finetune.config.schema import DataConfig, ModelConfig, SourceConfig
 from finetune.data.batch import assign_rows, build_batch
 from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
-from finetune.data.loader import describe_leaks, first_conversations, load_data
+from finetune.data.loader import describe_leaks, first_conversations, load_data, load_media_processor
 from finetune.data.media.processor import MediaProcessor
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.distill.fingerprint import key_of, keys_of
-from finetune.system.errors import DataError, MissingExtra
+from finetune.models.families import PositionRule
+from finetune.system.errors import ConfigError, DataError, MissingExtra
 from tests.media_models import sound, video
 from tests.media_rows import media_processor, media_tokenizer, png
 
@@ -311,3 +312,21 @@ def test_processes_give_the_rows_of_one_process_and_pass_on_what_is_not_installe
     sound(folder / "s.wav", 1)
     with pytest.raises(MissingExtra, match="audio"):
         load(row("<audio>What?", audios=["s.wav"]), workers=1)
+
+
+def test_a_model_folder_decides_whether_and_how_media_are_read(folder, repo_root):
+    def processor(config: dict) -> MediaProcessor | None:
+        (folder / "config.json").write_text(json.dumps(config))
+        return load_media_processor(ModelConfig(name=str(folder)), DataConfig(image={"max_pixels": 7000}))
+
+    thinker = {"position_id_per_seconds": 13}
+    found = processor({"model_type": OMNI, "thinker_config": thinker})
+    assert found is not None and found.positions == PositionRule(13, text_follows_time=True)
+    assert found.kinds == ("image", "audio", "video") and found.image.max_pixels == 7000
+    assert processor({"model_type": "qwen2_5_omni_thinker", **thinker}).positions == found.positions
+    vision = processor({"model_type": "qwen2_5_vl", "vision_config": {"tokens_per_second": 2}})
+    assert vision.positions == PositionRule(2, text_follows_time=False) and vision.kinds == ("image", "video")
+    assert load_media_processor(ModelConfig(name=str(repo_root / "data/tiny-qwen2.5")), DataConfig()) is None
+    for wrong in (0, -1, "fast", True, [2]):
+        with pytest.raises(ConfigError, match=r"vision_config\.tokens_per_second is not valid"):
+            processor({"model_type": "qwen2_5_vl", "vision_config": {"tokens_per_second": wrong}})

@@ -349,6 +349,7 @@ def test_a_list_of_datasets_becomes_sources_that_read_the_same_rows(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     turns = [{"speaker": "client", "said": "a"}, {"speaker": "agent", "said": "b"}]
     rows = {"ask": {"q": "a", "ctx": "", "r": "b"}, "chats": {"dialog": turns}, "docs": {"body": "a"}}
+    rows["shapes"] = {"instruction": "<image>a", "output": "b", "pictures": ["a.png"]}
     for name, row in rows.items():
         (tmp_path / f"{name}.json").write_text(json.dumps([row]))
     tags = {"role_tag": "speaker", "content_tag": "said", "user_tag": "client", "assistant_tag": "agent"}
@@ -356,6 +357,7 @@ def test_a_list_of_datasets_becomes_sources_that_read_the_same_rows(tmp_path, mo
         "ask": {"file_name": "ask.json", "columns": {"prompt": "q", "query": "ctx", "response": "r"}},
         "chats": {"file_name": "chats.json", "formatting": "sharegpt", "columns": {"messages": "dialog"}, "tags": tags},
         "docs": {"file_name": "docs.json", "columns": {"prompt": "body"}, "num_samples": 5},
+        "shapes": {"file_name": "shapes.json", "columns": {"images": "pictures"}},
         "hub": {"hf_hub_url": "someone/rows", "split": "test"},
         "pairs": {"file_name": "pairs.json", "ranking": True},
         "code": {"script_url": "code.py", "file_name": "code.py", "columns": {"prompt": 7}},
@@ -363,10 +365,10 @@ def test_a_list_of_datasets_becomes_sources_that_read_the_same_rows(tmp_path, mo
     (tmp_path / "dataset_info.json").write_text(json.dumps(registry))
     assert main(["migrate", "dataset_info.json", "out=datasets.yaml"]) == 0
     cfg = load_config("datasets.yaml", ["model=tiny"])
-    assert [source.name for source in cfg.data.train] == ["ask", "chats", "docs", "hub"]
-    assert cfg.data.train[2].limit == 5 and cfg.data.train[3].split == "test"
+    assert [source.name for source in cfg.data.train] == ["ask", "chats", "docs", "shapes", "hub"]
+    assert cfg.data.train[2].limit == 5 and cfg.data.train[4].split == "test"
     pair = ("a", "b")
-    assert [_texts(source) for source in cfg.data.train[:3]] == [pair, pair, ("a",)]
+    assert [_texts(source) for source in cfg.data.train[:4]] == [pair, pair, ("a",), pair]
     lost = [line for line in Path("datasets.yaml").read_text().splitlines() if line.startswith("#   ")]
     assert [name for name in ("pairs", "code") if not any(f" {name}: " in line for line in lost)] == []
 

@@ -66,7 +66,9 @@ def test_every_form_is_the_same_conversation(row: dict, rules: RowRules):
 
 
 def test_columns_can_have_other_names_and_a_metadata_row_is_of_its_file():
-    assert parse(chat("<image>What?", pictures=["a.png"]), columns={"images": "pictures"}).messages == ASKED
+    asked = {"question": "What?", "answer": "A square."}
+    for row in (chat("<image>What?", pictures=["a.png"]), {**asked, "pictures": "a.png"}):
+        assert parse(row, columns={"images": "pictures"}).messages == ASKED
     row = {"file_name": "a.png", "prompt": "What?", "completion": "A square."}
     assert parse(row, "/data/metadata.jsonl").messages == ASKED
     assert parse({**row, "prompt": "<image>What?"}, "/data/metadata.csv").messages == ASKED
