@@ -132,6 +132,12 @@ def read_audio(file: io.FileIO, settings: AudioSettings) -> np.ndarray:
     return mono
 
 
+def audio_seconds(file: io.FileIO) -> float:
+    """Return how long audio lasts, from its header. Raises: DataError; MissingExtra."""
+    with _opened(file) as sound:
+        return sound.frames / max(sound.samplerate, 1)
+
+
 def to_wav(array: Any, rate: int) -> bytes:
     """Return samples [N] or [N, channels] as a WAV file of their data type. Raises: DataError; MissingExtra."""
     library = _soundfile()

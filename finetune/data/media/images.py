@@ -50,6 +50,14 @@ def resized(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(pillow.fromarray(frame).resize((width, height), pillow.Resampling.BICUBIC))
 
 
+def thumbnail(frame: np.ndarray, side: int) -> bytes:
+    """Return a JPEG file of [H, W, 3] uint8 with at most `side` pixels along each side."""
+    image, stream = _pillow().fromarray(frame), io.BytesIO()
+    image.thumbnail((side, side))
+    image.save(stream, "JPEG", quality=80)
+    return stream.getvalue()
+
+
 def to_png(image: Image.Image) -> bytes:
     """Return an image of Pillow as a PNG file. Raises: DataError."""
     stream = io.BytesIO()

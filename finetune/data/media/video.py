@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -92,11 +92,12 @@ def video_facts(file: io.FileIO) -> VideoFacts:
         return VideoFacts(count, _rate(count, seconds, stream.average_rate), *size)
 
 
-def read_frames(file: io.FileIO, indices: np.ndarray, height: int, width: int) -> np.ndarray:
+def read_frames(file: io.FileIO, indices: Iterable[int], height: int, width: int) -> np.ndarray:
     """Return frames by their numbers, resized, [n, height, width, 3] uint8. Raises: DataError; MissingExtra."""
     from finetune.data.media.images import resized
 
-    wanted = {int(index) for index in indices}
+    order = [int(index) for index in indices]
+    wanted = set(order)
     found: dict[int, np.ndarray] = {}
     with _opened(file) as (container, stream):
         for number, frame in enumerate(_frames(container, stream)):
@@ -106,7 +107,7 @@ def read_frames(file: io.FileIO, indices: np.ndarray, height: int, width: int) -
                 break
     if len(found) < len(wanted):
         raise DataError("has fewer frames than when it was measured; start the run again")
-    return np.stack([found[int(index)] for index in indices])
+    return np.stack([found[index] for index in order])
 
 
 def _rate(count: int, seconds: float, header: Fraction | None) -> float:

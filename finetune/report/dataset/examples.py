@@ -11,25 +11,29 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.data.documents import Documents, evenly_spaced
 from finetune.data.encoded import Encoded
+from finetune.data.media.preview import preview
 from finetune.system.console import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OPEN, CLOSE = "⟦", "⟧"
-_MARKS = re.compile(f"[{OPEN}{CLOSE}]")
+MEDIA_OPEN, MEDIA_CLOSE = "⟨", "⟩"
+_MARKS = re.compile(f"[{OPEN}{CLOSE}{MEDIA_OPEN}{MEDIA_CLOSE}]")
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """Neighboring tokens of one kind and loss weight (0: not targets), decoded.
 
-    Kind `control` is one control token, `spelled` is text that looks like one.
+    Kind `control` is one control token, `spelled` is text that looks like one. `media` is all tokens of one file; its
+    text names the file, and `picture` is a data URI, empty for audio.
     """
 
     text: str
     weight: float
-    kind: Literal["text", "control", "spelled"]
+    kind: Literal["text", "control", "spelled", "media"]
+    picture: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +86,28 @@ class Decoder:
         """Decode a row into spans of one loss weight and kind."""
         spelled = "|".join(map(re.escape, sorted(self.control.values(), key=len, reverse=True))) or "(?!)"
         spans: list[Span] = []
-        tokens = zip(encoded.ids.tolist(), encoded.weights.tolist(), strict=True)
-        for (weight, control), group in groupby(tokens, lambda token: (token[1], token[0] in self.control)):
-            ids = [token for token, _ in group]
-            if control:
+        tokens = zip(encoded.ids.tolist(), encoded.weights.tolist(), _files(encoded), strict=True)
+        for (weight, file, control), group in groupby(tokens, lambda token: (*token[1:], token[0] in self.control)):
+            ids = [token for token, *_ in group]
+            if file >= 0:
+                shown = preview(encoded.media[file])
+                spans.append(Span(shown.text, weight, "media", shown.picture))
+            elif control:
                 spans += (Span(self.control[token], weight, "control") for token in ids)
-                continue
-            for i, text in enumerate(re.split(f"({spelled})", self.decode(ids))):
-                if text:  # every second one is what the pattern found
-                    spans.append(Span(text, weight, "spelled" if i % 2 else "text"))
+            else:
+                parts = enumerate(re.split(f"({spelled})", self.decode(ids)))
+                # Every second one is what the pattern found.
+                spans += (Span(text, weight, "spelled" if i % 2 else "text") for i, text in parts if text)
         return tuple(spans)
+
+
+def _files(encoded: Encoded) -> list[int]:
+    """Return for each token the number of the file it belongs to, -1 for text."""
+    files = [-1] * len(encoded.ids)
+    if encoded.placed is not None:
+        for number, (media, start) in enumerate(zip(encoded.placed.items, encoded.placed.starts, strict=True)):
+            files[start : start + media.tokens] = [number] * media.tokens
+    return files
 
 
 def shown_rows(names: Sequence[str], documents: Documents, decoder: Decoder, count: int) -> list[ShownRow]:
@@ -115,7 +131,9 @@ def _sides(piece: Encoded, decoder: Decoder) -> tuple[Side, ...]:
 def _side(name: str, piece: Encoded, part: slice, decoder: Decoder) -> Side:
     ids, weights = piece.ids[part], piece.weights[part].copy()
     weights[0] = 0  # The first token has no context to predict it from.
-    return Side(name, len(ids), int((weights > 0).sum()), decoder.spans(Encoded(ids, weights)))
+    start, stop, _ = part.indices(len(piece.ids))
+    placed = None if piece.placed is None else piece.placed.within(start, stop)
+    return Side(name, len(ids), int((weights > 0).sum()), decoder.spans(Encoded(ids, weights, placed)))
 
 
 def marked(spans: Sequence[Span]) -> str:
@@ -139,6 +157,8 @@ def weighted_runs(spans: Sequence[Span]) -> list[tuple[float, list[Span]]]:
 def visible(span: Span) -> str:
     """Return a span's text, safe to print and unambiguous."""
     text = printable(span.text)
+    if span.kind == "media":
+        return f"{MEDIA_OPEN}{_MARKS.sub('?', text)}{MEDIA_CLOSE}"
     if span.kind == "text":
         return _MARKS.sub(lambda mark: f"\\{mark[0]}", text)
     return f"\\{text}" if span.kind == "spelled" else text

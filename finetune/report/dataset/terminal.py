@@ -20,7 +20,7 @@ _COLUMNS = (9, 13, 13, 8, 12, 12)
 _EIGHTHS = ("", *"▏▎▍▌▋▊▉")
 _FEWEST_BINS = 4  # Fewer say no more than the lines of shortest and longest.
 _HEIGHTS = "▁▂▃▄▅▆▇█"
-_STYLES = {"control": "dim", "spelled": "bold red", "text": ""}
+_STYLES = {"control": "dim", "spelled": "bold red", "text": "", "media": "cyan"}
 _TARGET, _WEIGHTED = "green", "yellow"
 
 

@@ -55,7 +55,12 @@ def clip(frames: int, height: int = 64, width: int = 96) -> np.ndarray:
 
 
 def video_file(
-    frames: np.ndarray, kind: str = "mp4", codec: str = "mpeg4", times: list[int] | None = None, rotation: int = 0
+    frames: np.ndarray,
+    kind: str = "mp4",
+    codec: str = "mpeg4",
+    *,
+    times: list[int] | None = None,
+    rotation: int = 0,
 ) -> bytes:
     """A video of 10 frames/s, or with the time of each frame in tenths of a second; lossless with ffv1 in matroska."""
     stream = io.BytesIO()

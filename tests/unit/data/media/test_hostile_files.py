@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import socket
 import threading
@@ -173,11 +174,17 @@ class Server(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         type(self).requests += 1
         routes = {"/image.png": self.image, "/loop": lambda: self.to("/loop"), "/local": lambda: self.to("file:///etc")}
-        routes |= {"/empty": lambda: self.body(b""), "/large": lambda: self.body(bytes(10**6)), "/short": self.short}
+        routes |= {"/empty": lambda: self.body(b""), "/endless": self.endless, "/short": self.short}
         routes.get(self.path, lambda: self.send_error(404))()
 
     def image(self) -> None:
         self.body(PNG)
+
+    def endless(self) -> None:
+        self.body(b"")
+        with contextlib.suppress(OSError):  # the client leaves
+            while True:
+                self.wfile.write(bytes(10_000))
 
     def short(self) -> None:
         self.send_response(200)
@@ -219,7 +226,7 @@ def test_a_url_is_downloaded_once(server: str):
 @pytest.mark.parametrize(
     ("path", "reason"),
     [("/none", "404"), ("/loop", "redirect"), ("/local", "cannot be downloaded"), ("/empty", "is empty")]
-    + [("/large", "the limit is"), ("/short", "cannot be downloaded")],
+    + [("/endless", "the limit is"), ("/short", "cannot be downloaded")],
 )
 def test_a_url_that_misbehaves_is_refused_and_not_kept(
     server: str, cache: Path, monkeypatch: pytest.MonkeyPatch, path: str, reason: str
@@ -239,4 +246,4 @@ def test_a_url_that_leads_nowhere_is_refused(url: str):
 def test_a_slow_server_is_given_up(server: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(files, "_DOWNLOAD_SECONDS", -1)
     with pytest.raises(DataError, match="to download"):
-        Finder(allow_urls=True).find(f"{server}/large", Path())
+        Finder(allow_urls=True).find(f"{server}/endless", Path())

@@ -97,6 +97,22 @@ def damaged_inside(content: bytes, start: float, end: float) -> bytes:
     return content[:a] + np.random.default_rng(0).bytes(b - a) + content[b:]
 
 
+def without_last_frame() -> bytes:
+    """An MP4 file with its index in front, as in web pages, that ends where its last frame would begin."""
+    at, index_at = MP4.index(b"mdat") - 4, MP4.rindex(b"moov") - 4
+    head, frames, index = MP4[:at], MP4[at:index_at], MP4[index_at:]
+    field = index.index(b"stco") + 12  # where the frames are, after the number of such places, which is one
+    moved = int.from_bytes(index[field : field + 4], "big") + len(index)
+    index = patched(index, field, struct.pack(">I", moved))
+    return (head + index + frames)[: -len(frames) + frames.rindex(b"\0\0\x01\xb6")]
+
+
+def with_gap() -> bytes:
+    """A recording of broadcasts that lost ten packets of 188 bytes."""
+    content = video_file(clip(40), "mpegts", "mpeg4")
+    return content[: 188 * 50] + content[188 * 60 :]
+
+
 def without_end(kind: str, codec: str, share: float) -> bytes:
     content = video_file(clip(40), kind, codec)
     return content[: int(len(content) * share)]
@@ -187,6 +203,8 @@ VIDEOS: dict[str, tuple[Callable[[], bytes], str]] = {
     "mp4-without-index": (lambda: MP4[: len(MP4) // 2], "cut off"),
     "mp4-header-only": (lambda: MP4[:32], "cut off"),
     "avi-cut-off": (lambda: without_end("avi", "mjpeg", 0.5), "cut off|damaged"),
+    "mp4-without-its-last-frame": (without_last_frame, "cut off"),
+    "transport-stream-with-a-gap": (with_gap, "damaged after 13 frames"),
     "mkv-of-noise": (lambda: b"\x1aE\xdf\xa3" + NOISE, "broken"),
     "mkv-of-endless-size": (lambda: b"\x1aE\xdf\xa3\x01\xff\xff\xff\xff\xff\xff\xfe" + bytes(2000), "broken"),
     "damaged-frames": (lambda: damaged_inside(MP4, 0.1, 0.6), "broken|damaged|cut off"),

@@ -105,7 +105,7 @@ def test_a_rotated_video_is_upright_as_players_show_it():
 def test_the_seconds_of_a_variable_rate_are_those_of_the_clock():
     times = [*range(10), *range(10, 100, 10)]  # a second at 10 frames/s, then 9 at 1
     ours = processor(video={**LIMITS, "fps": 1.0})
-    media = ours.measure("video", video_file(clip(19), "mp4", "libx264", times))
+    media = ours.measure("video", video_file(clip(19), "mp4", "libx264", times=times))
     seconds = media.seconds_per_grid * media.grid[0]
     assert 8.5 < seconds < 11
 

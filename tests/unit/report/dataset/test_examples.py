@@ -13,15 +13,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune.config.schema import DataConfig, SourceConfig
+from finetune.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig
 from finetune.data.encoded import Encoded
 from finetune.data.formats.messages import Conversation, Message
 from finetune.data.loader import load_data
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.report.dataset.examples import Decoder, ShownRow, Side, Span, marked, shown_rows
+from finetune.report.dataset.files import write_page
+from finetune.report.dataset.statistics import build_report
 from finetune.report.dataset.terminal import print_rows
 from finetune.system.resources import packaged
+from tests.media_rows import media_processor, media_tokenizer, png
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +134,24 @@ def test_colors_and_marks_show_the_same_words(chat, decoder):
     assert f"rows.jsonl:1 · {row.tokens} tokens (of 99), {row.targets} targets" in plain
     assert "\x1b[32man answer" in colored and "⟦" not in colored
     assert "\x1b[1;31m\\<|im_end|>" in colored
+
+
+def test_a_file_is_shown_once_with_its_name_and_thumbnail(tmp_path: Path, repo_root: Path):
+    tokenizer, processor = media_tokenizer("qwen2_5_vl", repo_root), media_processor("qwen2_5_vl")
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(png(56, 84))
+    row = {"prompt": "<image>⟨image x⟩ or <image>?", "completion": "One.", "images": ["a.png", "b.png"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    chat, cfg = ChatTemplate(tokenizer), DataConfig(train=[SourceConfig(path=str(tmp_path / "rows.jsonl"))])
+    run = RunConfig(model=ModelConfig(name="base"), data=cfg)
+    loaded = load_data(Preparation(cfg, chat, media=processor))
+    [shown] = shown_rows(["a"], loaded.documents, Decoder.of(tokenizer), 9)
+    files = [span for span in shown.sides[0].spans if span.kind == "media"]
+    assert [span.text for span in files] == ["image a.png, 6 tokens", "image b.png, 6 tokens"]
+    assert all(span.picture.startswith("data:image/jpeg;base64,") and not span.weight for span in files)
+    text = printed([shown], None)
+    assert r"<|vision_start|>⟨image a.png, 6 tokens⟩<|vision_end|>\⟨image x\⟩ or <|vision_start|>⟨image b.png" in text
+    assert "<|image_pad|>" not in text and "⟦One.<|im_end|>⟧" in text
+    page = io.StringIO()
+    write_page(page, build_report(loaded, run, chat), [], [shown])
+    assert page.getvalue().count('<img src="data:image/jpeg;base64,') == 2
