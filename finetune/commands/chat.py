@@ -6,13 +6,15 @@ The folder of a run, or a checkpoint in it, brings its own config. A bare adapte
 (4-bit); quant.type=none loads it in 16 bit.
 In the chat: /system TEXT and /temperature NUMBER change the settings, /reset starts a new conversation, /save FILE
 keeps it as a row, /help lists the commands, /exit or Ctrl+D leaves, Ctrl+C stops an answer. A line that ends in a
-backslash continues on the next one.
-With a pipe as input, every line is one prompt.
+backslash continues on the next one. /image FILE, /audio FILE and /video FILE put a file before the next text, if the
+model reads that kind; /send asks without a text.
+With a pipe as input, every line is one prompt or command.
 
 Examples
   finetune chat adapter=outputs/quickstart
   finetune chat model=Qwen/Qwen2.5-0.5B-Instruct temperature=0.7
   echo "Hello" | finetune chat adapter=outputs/quickstart
+  printf '/image cat.png\\nWhat is this?\\n' | finetune chat adapter=outputs/vision
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.commands.base import Command
-from finetune.data.formats.messages import Message
+from finetune.data.encoded import Prompt
+from finetune.data.formats.attachments import row_of
+from finetune.data.formats.messages import MediaPart, Message
+from finetune.data.media.media import KINDS, MediaKind
 from finetune.system.arguments import Arguments, nearest
 from finetune.system.console import log, printable, silent_keys
 from finetune.system.errors import ConfigError, DataError, InputError, os_errors_as
@@ -38,11 +43,16 @@ if TYPE_CHECKING:
 
     from finetune.config.command_options import ChatOptions
     from finetune.config.schema import RunConfig
+    from finetune.data.media.processor import MediaProcessor
     from finetune.data.template.chat import ChatTemplate
 
+# By command, the kind of its file.
+_MEDIA: dict[str, MediaKind] = {f"/{kind}": kind for kind in KINDS}
 SLASH_COMMANDS = {
     "/system": "set the system message; alone: show it",
     "/temperature": "set the sampling temperature; 0: the most probable token; alone: show it",
+    **{name: f"put {kind} before the next text, as {name} FILE" for name, kind in _MEDIA.items()},
+    "/send": "ask about the files, without a text",
     "/reset": "forget the conversation",
     "/save": "add the conversation to a file of rows, as /save rows.jsonl",
     "/help": "list these commands",
@@ -54,59 +64,72 @@ _COMMAND = re.compile(r"(/[A-Za-z_-]+)(?:\s+(.*))?", re.DOTALL)
 
 @dataclass
 class Conversation:
-    """A model, its tokenizer and template, and the turns so far."""
+    """A model, its tokenizer and template, and the turns so far.
+
+    context_tokens: the longest conversation, with its answer. processor: of the model's media; None if it reads text
+    only. files: they stand before the next text.
+    """
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     chat: ChatTemplate
     options: ChatOptions
+    context_tokens: int
+    processor: MediaProcessor | None = None
     turns: list[Message] = field(default_factory=list)
+    files: list[MediaPart] = field(default_factory=list)
 
     def answer(self, text: str) -> None:
         """Print the model's answer token by token and keep both turns. Ctrl+C stops the answer and keeps its start.
 
         Raises:
-            DataError: the text cannot be encoded, or the conversation is longer than the model's context.
+            DataError: the text cannot be encoded, a file cannot be read any more, or the conversation is longer than
+                the model's context.
         """
-        turns = [*self.turns, Message("user", text)]
-        ids = self.chat.prompt_ids([*self.messages(), turns[-1]])
-        room_tokens = self.model.config.max_position_embeddings - len(ids)
+        turns = [*self.turns, Message("user", text, media=tuple(self.files))]
+        self.files.clear()  # A file that the model cannot answer must not stay before every text.
+        encoded = self.chat.prompt([*self.messages(), turns[-1]], processor=self.processor)
+        prompt = Prompt(encoded.ids, encoded.placed)
+        room_tokens = self.context_tokens - len(prompt)
         if room_tokens < 1:
-            raise DataError(f"the conversation has {len(ids)} tokens, more than the model's context; /reset clears it")
-        answer = self._stream(ids, min(self.options.max_new_tokens, room_tokens))
+            raise DataError(
+                f"the conversation has {len(prompt)} tokens, more than the model's context; /reset clears it"
+            )
+        answer = self._stream(prompt, min(self.options.max_new_tokens, room_tokens))
         if answer:
             self.turns = [*turns, Message("assistant", answer)]
+
+    def add_file(self, kind: MediaKind, name: str) -> None:
+        """Put a file before the next text. Raises: InputError if it or its kind cannot be read."""
+        kinds = () if self.processor is None else self.processor.kinds
+        if self.processor is None or kind not in kinds:
+            raise InputError(f"/{kind}: the model reads text{''.join(f', {each}' for each in kinds) or ' only'}")
+        media = self.processor.measure(kind, name)
+        self.files.append(MediaPart(kind, media.path, 0))
+        log(f"{kind}: {printable(name)}, tokens={media.tokens:,}")
 
     def messages(self) -> list[Message]:
         """Return the system message, if there is one, and the turns so far."""
         system = [] if self.options.system is None else [Message("system", self.options.system)]
         return [*system, *self.turns]
 
-    def _stream(self, ids: list[int], max_new_tokens: int) -> str:
+    def _stream(self, prompt: Prompt, max_new_tokens: int) -> str:
         import torch
-        from transformers import GenerationConfig
 
-        from finetune.models.tokenizer import quiet
+        from finetune.evaluation.streaming import stream_answer
 
-        # Sampled answers use the penalties of the model's generation_config.json; greedy answers use none.
-        sampled: dict[str, Any] = {"do_sample": True, "temperature": self.options.temperature}
-        greedy: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
-        generation_config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.chat.stop_ids(),
-            pad_token_id=self.tokenizer.pad_token_id,
-            **(sampled if self.options.temperature > 0 else greedy),
-        )
-        streamer = _terminal_streamer(self.tokenizer)
-        prompt, began = torch.tensor([ids], device=self.model.device), time.monotonic()
+        streamer, began = _terminal_streamer(self.tokenizer), time.monotonic()
         try:
-            with torch.no_grad(), quiet(), silent_keys():
-                self.model.generate(  # type: ignore[operator]
-                    input_ids=prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    generation_config=generation_config,
-                    streamer=streamer,
+            with silent_keys():
+                stream_answer(
+                    self.model,
+                    prompt,
+                    lambda token: streamer.put(torch.tensor([token])),
+                    max_new_tokens=max_new_tokens,
+                    stop_ids=self.chat.stop_ids(),
+                    temperature=self.options.temperature,
                 )
+                streamer.end()
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
@@ -130,7 +153,7 @@ def run(arguments: Arguments) -> int:
     conversation = load_conversation(config, adapter, options)
     if sys.stdin.isatty():
         log(f"{printable(config.model.name)}{f' with {adapter}' if adapter else ''}. /help lists the commands.")
-        talk(conversation, _typed_lines())
+        talk(conversation, _typed_lines(conversation.files))
     else:
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         for text in filter(None, (line.rstrip("\r\n") for line in sys.stdin)):
@@ -145,13 +168,16 @@ def load_conversation(config: RunConfig, adapter: Path | None, options: ChatOpti
 
     check_model(config.model)  # Takes a tenth of the time of importing torch.
 
-    from finetune.data.loader import load_chat_template
+    from finetune.data.loader import load_chat_template, load_media_processor
     from finetune.data.template.chat import ChatTemplate
     from finetune.evaluation.generation import dequantize_once
+    from finetune.losses.hidden_states import base_of
     from finetune.models.adapters.files import load_adapter
+    from finetune.models.decoder import text_config
     from finetune.models.fused import fuse_layers
     from finetune.models.load import load_base
     from finetune.models.tokenizer import load_adapter_tokenizer, load_tokenizer
+    from finetune.towers.towers import build_towers
 
     if adapter is None:
         tokenizer = load_tokenizer(config.model)
@@ -164,7 +190,9 @@ def load_conversation(config: RunConfig, adapter: Path | None, options: ChatOpti
     if config.train.kernels == "fused":
         fuse_layers(model)
         dequantize_once(model, config.quant)
-    return Conversation(model, tokenizer, chat, options)
+    base, processor = base_of(model), load_media_processor(config.model, config.data)
+    build_towers(base, config.model, processor)
+    return Conversation(model, tokenizer, chat, options, text_config(base).max_position_embeddings, processor)
 
 
 def talk(conversation: Conversation, lines: Iterable[str]) -> None:
@@ -189,8 +217,17 @@ def respond(conversation: Conversation, text: str) -> bool:
             return False
         case "/reset":
             conversation.turns.clear()
+            conversation.files.clear()
         case "/help":
             log("\n".join(f"  {name:<13} {summary}" for name, summary in SLASH_COMMANDS.items()))
+        case "/image" | "/audio" | "/video":
+            if not value:
+                raise InputError(f"{name}: needs a file, as {name} FILE")
+            conversation.add_file(_MEDIA[name], value)
+        case "/send":
+            if not conversation.files:
+                raise InputError("/send: no file waits; add one with /image, /audio or /video")
+            conversation.answer("")
         case "/save":
             _save(conversation, value)
         case "/system" | "/temperature":
@@ -218,22 +255,22 @@ def _save(conversation: Conversation, name: str | None) -> None:
     """Append the conversation to a file as one training row. Raises: InputError if there is nothing, or no file."""
     if not name or not conversation.turns:
         raise InputError("/save: " + ("the conversation is empty" if name else "needs a file, as /save rows.jsonl"))
-    messages, file = [turn.as_dict() for turn in conversation.messages()], Path(name).expanduser()
+    messages, file = conversation.messages(), Path(name).expanduser()
     with os_errors_as(InputError, f"/save: {file} cannot be written"), file.open("a", encoding="utf-8") as rows:
-        rows.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        rows.write(json.dumps(row_of(messages), ensure_ascii=False) + "\n")
     log(f"saved: {len(messages)} messages in {file}")
 
 
-def _typed_lines() -> Iterator[str]:
+def _typed_lines(files: Sequence[MediaPart] = ()) -> Iterator[str]:
     """Yield the texts typed at a prompt until Ctrl+D, without empty ones; Ctrl+C drops a text.
 
-    A line that ends in a backslash continues on the next one.
+    A line that ends in a backslash continues on the next one. files: the prompt shows that they come first.
     """
     import readline  # noqa: F401 - gives input() its editing and history
 
     while True:
         try:
-            text = input("> ")
+            text = input("".join(f"<{file.kind}> " for file in files) + "> ")
             while text.endswith("\\"):
                 text = f"{text[:-1]}\n{input('. ')}"
         except EOFError:
@@ -277,7 +314,7 @@ def _terminal_streamer(tokenizer: Any) -> Any:
 
     class TerminalStreamer(TextStreamer):
         written = ""
-        tokens = -1  # The prompt comes first, then each token.
+        tokens = 0
 
         def put(self, value: Any) -> None:
             super().put(value)
@@ -287,7 +324,7 @@ def _terminal_streamer(tokenizer: Any) -> Any:
             self.written += text
             print(printable(text), end="", flush=True)
 
-    return TerminalStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return TerminalStreamer(tokenizer, skip_special_tokens=True)
 
 
 COMMAND = Command("chat", __doc__, run, options="ChatOptions", config="optional")

@@ -92,8 +92,7 @@ class Variants:
             fuse_layers(model)
             dequantize_once(model, self.quant)
         data = DataConfig() if self.cfg is None else self.cfg.data
-        adapted = variant == "trained" and self.cfg is not None and self.cfg.lora.towers
-        build_towers(base_of(model), loaded, load_media_processor(loaded, data), cached=not adapted)
+        build_towers(base_of(model), loaded, load_media_processor(loaded, data))
         return model.eval()
 
 

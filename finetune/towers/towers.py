@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -108,10 +109,16 @@ def build_towers(
 ) -> Towers | None:
     """Attach towers to a base that was loaded from `model`; None for a model that reads text only.
 
-    processor: from `load_media_processor`. cached: they are frozen, and what they compute is kept on disk.
+    processor: from `load_media_processor`. cached: they are frozen, and what they compute is kept on disk; never that
+    of towers with adapters.
     """
     if processor is None:
         return None
+    cached = cached and not any(
+        isinstance(module, BaseTunerLayer)
+        for tower in family_in(base).towers.values()
+        for module in base.get_submodule(tower.module).modules()
+    )
     return Towers(base, processor, open_cache(model, base.device) if cached else None)
 
 

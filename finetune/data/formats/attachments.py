@@ -63,6 +63,21 @@ def write_parts(message: Message) -> list[dict[str, Any]]:
     ]
 
 
+def row_of(messages: Sequence[Message]) -> dict[str, Any]:
+    """Return a training row of a conversation: tags in the texts, and the files in columns; `attach_media` reads it.
+
+    Where a text holds such a tag itself, the contents are lists of parts, which have no tags.
+    """
+    if any(_TAG.search(message.content) for message in messages):
+        contents = [{"content": write_parts(message)} if message.media else {} for message in messages]
+        return {"messages": [message.as_dict() | content for message, content in zip(messages, contents, strict=True)]}
+    row: dict[str, Any] = {"messages": [message.as_dict() | {"content": message.shown} for message in messages]}
+    for column, found in MEDIA_COLUMNS.items():
+        if files := [_text_of(part) for message in messages for part in message.media if part.kind == found]:
+            row[column] = files
+    return row
+
+
 def _text_of(part: MediaPart) -> str:
     if isinstance(part.reference, str):
         return part.reference

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,8 +19,13 @@ from finetune.commands import chat
 from finetune.commands.chat import Conversation, respond, talk
 from finetune.config.command_options import ChatOptions
 from finetune.config.compose import load_config, to_yaml
-from finetune.data.formats.messages import Message
-from finetune.evaluation import generation
+from finetune.config.schema import SourceConfig
+from finetune.data.encoded import Encoded
+from finetune.data.formats.detection import with_formats
+from finetune.data.formats.messages import MediaPart, Message
+from finetune.data.formats.parser import RowParser
+from finetune.data.sources.paths import resolve_source
+from finetune.evaluation import generation, streaming
 from finetune.models.fused import FusedDecoderLayer
 from finetune.models.load import load_base
 from finetune.models.quant.quantize import quantized_layers
@@ -33,9 +41,10 @@ class LetterTemplate:
     def __init__(self):
         self.seen: list[list[Message]] = []
 
-    def prompt_ids(self, messages: list[Message]) -> list[int]:
+    def prompt(self, messages: list[Message], processor=None) -> Encoded:
         self.seen.append(list(messages))
-        return [ord(c) for m in messages for c in m.content]
+        ids = np.array([ord(c) for m in messages for c in m.content], dtype=np.int32)
+        return Encoded(ids, np.zeros(len(ids), dtype=np.float32))
 
     def stop_ids(self) -> list[int]:
         return [0, 1]
@@ -44,25 +53,32 @@ class LetterTemplate:
 class Scripted:
     """A model that writes a given answer token by token; an exception in the script is raised there."""
 
-    device = "cpu"
-    config = SimpleNamespace(max_position_embeddings=64, model_type="qwen2")
-
     def __init__(self, *script):
         self.script = script
+        self.options: dict = {}
 
-    def generate(self, input_ids, generation_config, streamer, **_):
-        self.generation_config = generation_config
-        streamer.put(input_ids)
-        for part in self.script:
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """Models of a script write it; others generate."""
+    generate = streaming.stream_answer
+
+    def stream(model, prompt, put, **options):
+        if not isinstance(model, Scripted):
+            generate(model, prompt, put, **options)
+            return
+        model.options = options
+        for part in model.script:
             if isinstance(part, BaseException):
                 raise part
             for character in part:
-                streamer.put(torch.tensor([ord(character)]))
-        streamer.end()
+                put(ord(character))
+
+    monkeypatch.setattr(streaming, "stream_answer", stream)
 
 
 def conversation(*script, **options) -> Conversation:
-    return Conversation(Scripted(*script), LETTERS, LetterTemplate(), ChatOptions(**options))  # type: ignore[arg-type]
+    return Conversation(Scripted(*script), LETTERS, LetterTemplate(), ChatOptions(**options), 64)  # type: ignore[arg-type]
 
 
 def test_every_turn_sees_the_turns_before_it_and_the_system_message():
@@ -129,7 +145,7 @@ def test_system_message_and_temperature_change_in_the_chat(capsys):
     talking = conversation("fine")
     talk(talking, ["/system be: short", "/temperature 0.7", "hi", "/temperature 0", "bye", "/system"])
     assert [m.content for m in talking.chat.seen[-1]] == ["be: short", "hi", "fine", "bye"]
-    assert (talking.options.temperature, talking.model.generation_config.do_sample) == (0.0, False)
+    assert (talking.options.temperature, talking.model.options["temperature"]) == (0.0, 0.0)
     assert "be: short" in capsys.readouterr().err
 
 
@@ -189,16 +205,13 @@ def test_a_turn_beyond_the_context_is_refused_and_the_conversation_stays(capsys)
 def test_answers_stay_inside_the_context_and_stop_at_the_end_of_text_and_of_turn():
     talking = conversation("fine", max_new_tokens=500)
     talking.answer("x" * 60)
-    assert talking.model.generation_config.max_new_tokens == 4
-    assert talking.model.generation_config.eos_token_id == [0, 1]
-    assert talking.model.generation_config.do_sample is False
+    assert talking.model.options == {"max_new_tokens": 4, "stop_ids": [0, 1], "temperature": 0}
 
 
 def test_a_temperature_above_zero_samples():
     talking = conversation("fine", temperature=0.7)
     talking.answer("hi")
-    assert talking.model.generation_config.do_sample is True
-    assert talking.model.generation_config.temperature == 0.7
+    assert talking.model.options["temperature"] == 0.7
 
 
 def test_every_wrong_setting_is_named_at_once(capsys):
@@ -294,3 +307,92 @@ def test_weights_are_dequantized_once_if_they_fit_into_memory(monkeypatch, free,
         pad_token_id=0,
     )
     assert talking.turns[-1].content in talking.tokenizer.decode(expected[0], skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def reader() -> Conversation:
+    """The embedded model that reads pictures and sounds."""
+    base = str(packaged("data") / "tiny-qwen2.5-omni")
+    config = load_config("quickstart.yaml", [f"model.name={base}", "quant.type=none", "model.dtype=float32"])
+    return chat.load_conversation(config, None, ChatOptions(max_new_tokens=12))
+
+
+@pytest.fixture
+def fresh(reader: Conversation) -> Conversation:
+    reader.turns.clear()
+    reader.files.clear()
+    return reader
+
+
+SAMPLE = packaged("data") / "sample"
+
+
+def parsed(rows: Path) -> list[Any]:
+    """Return the conversations of a file of rows."""
+    source = SourceConfig(path=str(rows))
+    batches = with_formats(source, resolve_source(source).batches(None))
+    return [example for batch in batches for _, example in RowParser(source).rows(batch)]
+
+
+def test_what_chat_serves_is_what_training_measures(fresh: Conversation, capsys):
+    """A row's files and text, given in the chat, get the answer that `answer_rows` gives to the row."""
+    example = parsed(SAMPLE / "both-heldout.jsonl")[0]
+    [expected] = generation.answer_rows(
+        fresh.model, fresh.tokenizer, fresh.chat, [example], max_new_tokens=12, batch_size=1
+    )
+    question = example.messages[0]
+    talk(fresh, [*(f"/{part.kind} {part.reference}" for part in question.media), question.content])
+    assert {part.kind for part in question.media} == {"image", "audio"}
+    assert fresh.turns[1].content == expected.given and capsys.readouterr().out == f"{expected.given}\n"
+
+
+def test_a_conversation_with_files_is_saved_as_a_row_that_training_reads(fresh: Conversation, tmp_path: Path, capsys):
+    picture, sound = next(SAMPLE.glob("pictures/*")), next(SAMPLE.glob("sounds/*"))
+    file = tmp_path / "rows.jsonl"
+    lines = [f"/image {picture}", f"/audio {sound}", "What?", f"/image {picture}", "/send", f"/save {file}"]
+    talk(fresh, lines)
+    [row] = map(json.loads, file.read_text().splitlines())
+    assert [turn["content"] for turn in row["messages"] if turn["role"] == "user"] == ["<image><audio>What?", "<image>"]
+    assert (row["images"], row["audios"]) == ([str(picture), str(picture)], [str(sound)])
+    [read] = parsed(file)
+    assert list(read.messages) == fresh.messages()
+
+
+def test_tags_that_a_user_types_stay_text_in_a_saved_row(fresh: Conversation, tmp_path: Path):
+    fresh.turns[:] = [
+        Message("user", "Is <image> a tag?", media=(MediaPart("image", str(next(SAMPLE.glob("pictures/*"))), 0),)),
+        Message("assistant", "<image> is one."),
+    ]
+    respond(fresh, f"/save {tmp_path / 'rows.jsonl'}")
+    [read] = parsed(tmp_path / "rows.jsonl")
+    assert list(read.messages) == fresh.messages()
+
+
+@pytest.mark.parametrize("name", ["missing.png", "broken.png", "", "folder"])
+def test_a_file_that_cannot_be_read_is_an_error_and_the_chat_goes_on(fresh, tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    talk(fresh, [f"/image {name}".strip(), "/send", "hi"])
+    assert capsys.readouterr().err.count("error: ") == 2
+    assert fresh.files == [] and not any(turn.media for turn in fresh.turns)
+
+
+def test_a_model_without_towers_names_the_kinds_it_reads(fresh: Conversation, capsys):
+    picture = next(SAMPLE.glob("pictures/*"))
+    talking = conversation("fine")
+    talk(talking, [f"/image {picture}", "hi"])
+    err = capsys.readouterr().err
+    assert "text only" in err and [m.content for m in talking.chat.seen[0]] == ["hi"]
+    fresh.processor, whole = replace(fresh.processor, kinds=("audio",)), fresh.processor
+    talk(fresh, [f"/image {picture}"])
+    fresh.processor = whole
+    assert "text, audio" in capsys.readouterr().err and not fresh.files
+
+
+def test_reset_forgets_files_too_and_the_prompt_shows_them(fresh: Conversation, monkeypatch):
+    picture, prompts = next(SAMPLE.glob("pictures/*")), []
+    typed = iter([f"/image {picture}", "/reset", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: prompts.append(prompt) or next(typed))
+    talk(fresh, chat._typed_lines(fresh.files))
+    assert prompts == ["> ", "<image> > ", "> "]
