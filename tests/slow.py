@@ -42,6 +42,15 @@ SLOW: dict[str, str] = {
         "tests/unit/planning/test_starter.py::test_the_config_of_any_file_loads_and_fits"
     ),
     "tests/integration/test_sweep.py": "tests/unit/sweep/test_sweep.py",
+    **dict.fromkeys(
+        (
+            "tests/equivalence/test_media_runs.py::test_two_ranks_equal_one",
+            "tests/equivalence/test_media_runs.py::test_the_same_weights_teach_what_quantization_lost",
+            "tests/equivalence/test_media_runs.py::test_preferences_between_answers_to_media_are_learned",
+            "tests/equivalence/test_media_runs.py::test_rewards_of_sampled_answers_to_media_are_learned_from",
+        ),
+        "tests/parity/test_media_models.py::test_packed_documents_are_computed_as_if_alone",
+    ),
     "tests/equivalence/test_busy_machine.py": (
         "tests/unit/ops/test_attention.py::test_gradients_of_shared_rows_have_the_same_bits_with_many_threads"
     ),

@@ -68,8 +68,10 @@ def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], bound: float
 
 
 def stock_loss(model: PeftModel, documents: MediaDocuments, document: Document) -> Tensor:
-    logits = model(**documents.inputs(document), use_cache=False).logits[0].float()
-    return F.cross_entropy(logits, torch.from_numpy(document.labels).long(), reduction="sum")
+    place = next(model.parameters()).device
+    inputs = {name: x if x is None else x.to(place) for name, x in documents.inputs(document).items()}
+    logits = model(**inputs, use_cache=False).logits[0].float()
+    return F.cross_entropy(logits, torch.from_numpy(document.labels).long().to(place), reduction="sum")
 
 
 @pytest.mark.parametrize(
