@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5OmniConfig,
+    Qwen2_5OmniForConditionalGeneration,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
@@ -26,14 +31,15 @@ from finetune.data.media.media import Media
 from finetune.data.media.processor import MediaProcessor
 from finetune.data.positions import PlacedMedia
 from finetune.models.families import FAMILIES
-from tests.media_rows import media_processor
+from finetune.models.tokenizer import quiet
+from tests.media_rows import TEMPLATES, media_processor
 
 START, END, SOUND_START, SOUND_END = 90, 91, 92, 93
 PADS = {"image": 94, "video": 95, "audio": 96}
 _TEXT = {
     "vocab_size": 100,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,  # bitsandbytes on a CPU needs rows of whole blocks of 64
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -175,3 +181,84 @@ class MediaDocuments:
                 [[1] * mel.shape[1] + [0] * (longest - mel.shape[1]) for mel in mels]
             )
         return inputs
+
+
+# Checkpoints of models that read media, by the names of their tensors.
+LAYOUTS = ("VL in Qwen's names", "VL in transformers' names", "Omni's thinker", "whole Omni")
+_TALKER = {
+    "vocab_size": 60,
+    "embedding_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+}
+_TOKEN2WAV = {
+    "dit_config": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "ff_mult": 1,
+        "emb_dim": 16,
+        "num_embeds": 20,
+        "mel_dim": 8,
+        "enc_emb_dim": 8,
+        "enc_dim": 8,
+        "enc_channels": [8, 8, 8, 8, 24],
+        "enc_attention_channels": 4,
+        "enc_se_channels": 4,
+        "look_ahead_layers": [0],
+        "look_backward_layers": [0],
+    },
+    "bigvgan_config": {
+        "mel_dim": 8,
+        "upsample_initial_channel": 16,
+        "resblock_kernel_sizes": [3],
+        "resblock_dilation_sizes": [[1, 3, 5]],
+        "upsample_rates": [2, 2],
+        "upsample_kernel_sizes": [4, 4],
+    },
+}
+
+
+def family_of_layout(layout: str) -> str:
+    return "qwen2_5_vl" if layout.startswith("VL") else "qwen2_5_omni"
+
+
+def save_media_base(layout: str, folder: Path, seed: int = 0, **saving: Any) -> Path:
+    """Save a random checkpoint with its tokenizer and settings of media; saving: of `save_pretrained`."""
+    family = family_of_layout(layout)
+    model: Any = random_media_model(family, seed)
+    with quiet():
+        if layout == "whole Omni":
+            config = Qwen2_5OmniConfig(
+                thinker_config=model.config.to_dict(), talker_config=_TALKER, token2wav_config=_TOKEN2WAV
+            )
+            whole = Qwen2_5OmniForConditionalGeneration(config)
+            whole.thinker = model
+            whole.save_pretrained(folder, **saving)
+            torch.save({"Chelsie": {"bos_token": 1}}, folder / "spk_dict.pt")
+        else:
+            model.save_pretrained(folder, save_original_format=layout != "VL in transformers' names", **saving)
+    media_words(family).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 56 * 56, "max_pixels": 112 * 112}))
+    return folder
+
+
+def media_words(family: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of the words t0 to t89, with the control tokens and the template of a family."""
+    words = Tokenizer(models.WordLevel({f"t{number}": number for number in range(90)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", pad_token="t2")
+    kinds = FAMILIES[family].placeholders
+    marks = ["start", "end"] if family == "qwen2_5_vl" else ["bos", "eos"]
+    control = [*(f"<|vision_{mark}|>" for mark in marks), "<|audio_bos|>", "<|audio_eos|>"]
+    control += [kinds.get(kind, f"<|{kind}|>") for kind in PADS]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*control, "<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = TEMPLATES[family][0]
+    return tokenizer

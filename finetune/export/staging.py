@@ -21,8 +21,12 @@ _SPARE_BYTES = 32 << 20
 # vocab.json and merges.txt belong to slow tokenizers.
 _SLOW_FILES = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 TOKENIZER_COPIES = (*TOKENIZER_FILES, *_SLOW_FILES, "chat_template.jinja")
+# Settings with which a processor reads media.
+PROCESSOR_COPIES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+# The template of a processor in older checkpoints. transformers prefers chat_template.jinja.
+OLD_TEMPLATE = "chat_template.json"
 # Files of a model that are copied unchanged.
-MODEL_COPIES = ("generation_config.json", *TOKENIZER_COPIES, "README.md")
+MODEL_COPIES = ("generation_config.json", *PROCESSOR_COPIES, OLD_TEMPLATE, *TOKENIZER_COPIES, "README.md")
 
 
 class KeepPartial(FinetuneError):

@@ -30,21 +30,25 @@ from finetune.evaluation.examples import read_for_scoring
 from finetune.evaluation.scoring import Agreement, Perplexity, agreement, evaluate
 from finetune.losses.distillation import TeacherHidden
 from finetune.models.adapters.files import SavedAdapter, load_adapter
+from finetune.models.adapters.names import PREFIX
 from finetune.models.adapters.trained import Trained
+from finetune.models.decoder import family_in
 from finetune.models.fused import fuse_layers
 from finetune.models.load import default_device, load_base
 from finetune.models.tokenizer import load_adapter_tokenizer
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.system.errors import ConfigError, DataError
+from finetune.towers.towers import build_towers
 
 
 @dataclass(frozen=True)
 class HeldOutSet:
-    """Examples to compare on; vocabulary: number of ids that the tokenizer knows."""
+    """Examples to compare on; vocabulary: number of ids that the tokenizer knows. media: reads their media."""
 
     source: str
     documents: Sequence[Document]
     vocabulary: int
+    media: MediaProcessor | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def held_out_sets(trained: Trained, options: KlCheckOptions) -> list[tuple[Saved
             media = load_media_processor(trained.model, section)
             source = load_examples(section, tokenizer, f"adapter={adapter.name}", cfg, media=media)
             examples = source.documents[: options.num_examples]
-            found.append((adapter, HeldOutSet(source.name, examples, len(tokenizer))))
+            found.append((adapter, HeldOutSet(source.name, examples, len(tokenizer), media)))
     return found
 
 
@@ -166,12 +170,17 @@ def load_examples(
 def measure_trained(trained: Trained, adapter: SavedAdapter, held_out: HeldOutSet) -> TrainedReference:
     """Load the model as it was trained, and keep its outputs on the held-out set."""
     device = default_device()
-    model = load_adapter(load_base(trained.model, trained.quant, device), adapter.folder)
+    base = load_base(trained.model, trained.quant, device)
+    if held_out.media is not None:
+        towers = tuple(f"{PREFIX}{tower.module}." for tower in family_in(base).towers.values())
+        frozen = not any(name.startswith(towers) for name in adapter.tensors)
+        build_towers(base, trained.model, held_out.media, cached=frozen)
+    model = load_adapter(base, adapter.folder)
     fuse_layers(model)
     documents = held_out.documents
     outputs = outputs_of(model.eval(), documents)
     scored = evaluate(model, documents, limit_tokens=EVALUATION_TOKENS)
-    del model
+    del model, base
     gc.collect()
     return TrainedReference(held_out, outputs, adapter.name, scored)
 
@@ -185,10 +194,15 @@ def outputs_of(model: nn.Module, documents: Sequence[Document]) -> list[TeacherH
 @torch.no_grad()
 def measure_merged(folder: Path, dtype: Dtype, references: Sequence[TrainedReference]) -> list[KlCheck]:
     """Compare the merged model in a folder with the references of trained models."""
-    model = load_resident(ModelConfig(name=str(folder), dtype=dtype), None, default_device()).model
+    cfg = ModelConfig(name=str(folder), dtype=dtype)
+    model: Any = load_resident(cfg, None, default_device()).model
     checks = []
     for reference in references:
-        held_out, found = reference.held_out, reference.agreement(model)
+        held_out = reference.held_out
+        if held_out.media is not None:
+            # The folder is new: no later run would find its embeddings under this name.
+            build_towers(model, cfg, held_out.media, cached=False)
+        found = reference.agreement(model)
         merged = evaluate(model, held_out.documents, limit_tokens=EVALUATION_TOKENS)
         checks.append(
             KlCheck(

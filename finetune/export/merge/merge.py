@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -13,15 +12,14 @@ from typing import Any
 from finetune import __version__
 from finetune.config.command_options import MergeOptions
 from finetune.config.compose import to_yaml
-from finetune.config.schema import Dtype
 from finetune.export.merge.kl_check import KlCheck, held_out_sets, measure_merged, measure_trained
 from finetune.export.merge.weights import MergePlan, content_of, plan_merge
 from finetune.export.shards import Advance, plan_shards, write_index, write_shard
-from finetune.export.staging import TOKENIZER_COPIES, KeepPartial, copy_files, staged
+from finetune.export.staging import OLD_TEMPLATE, PROCESSOR_COPIES, TOKENIZER_COPIES, KeepPartial, copy_files, staged
 from finetune.models.adapters.trained import Trained, choose_base, find_trained, kept_in_training
 from finetune.models.digest import identity
-from finetune.models.families import FAMILIES
-from finetune.models.hub import TOKENIZER_FILES
+from finetune.models.families import FAMILIES, ModelFamily
+from finetune.models.hub import TOKENIZER_FILES, fetch, read_config
 from finetune.system.console import Log, log, progress_bar
 from finetune.system.errors import ConfigError
 from finetune.system.format import format_bytes, parse_size
@@ -38,10 +36,7 @@ _CARD = """\
 `{base}`{revision} with a LoRA adapter merged into its weights by finetune {version}.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("<this folder>")
-tokenizer = AutoTokenizer.from_pretrained("<this folder>")
+{snippet}
 ```
 
 | | |
@@ -55,6 +50,11 @@ _SETTINGS = """
 {yaml}
 ```
 """
+_SNIPPET = """\
+from transformers import {classes}
+
+model = {model}.from_pretrained("<this folder>")
+{words} = {reader}.from_pretrained("<this folder>")"""
 # Gets a task's name and its bytes; the function that it yields gets the bytes that are done.
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
@@ -102,10 +102,8 @@ def merge(options: MergeOptions, log: Log = log, progress: Progress = progress_b
     trained = find_trained(names, options.model, log)
     base, reason = choose_base(trained, options.base)
     plan = plan_merge(trained, base, options, log)
-    sizes: Counter[Any] = Counter()
-    for tensor in plan.tensors:
-        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
-    dtype: Dtype = sizes.most_common(1)[0][0]
+    _fetch_companions(trained, log)
+    dtype: Any = str(plan.dtype).removeprefix("torch.")
     held_out = held_out_sets(trained, options.kl_check)
     if not held_out:
         _refuse_limit(options)
@@ -158,22 +156,42 @@ def _write_merged(trained: Trained, plan: MergePlan, folder: Path, limit_bytes: 
 
 
 def write_metadata(trained: Trained, plan: MergePlan, dtype: str, folder: Path) -> None:
-    """Write config.json, generation_config.json and the tokenizer: the adapter's own if it has one, else the base's."""
+    """Write config.json, and copy the other files: the tokenizer is the adapter's own if it has one.
+
+    In config.json, only the dtype and what the adapter changed differ from the base.
+    """
     config = json.loads((trained.folder / "config.json").read_text(encoding="utf-8"))
     family, parts = FAMILIES[config["model_type"]], [config]
     for key in (*family.loaded_settings, *family.decoder_settings):
         if isinstance(inner := parts[-1].get(key), dict):
             parts.append(inner)
     for part in parts:
-        part.pop("torch_dtype", None)
-        part["dtype"] = dtype
+        if part is config or part.get("dtype", part.get("torch_dtype")) is not None:
+            part.pop("torch_dtype", None)
+            part["dtype"] = dtype
         if plan.unties:
             part["tie_word_embeddings"] = False
-    parts[-1]["vocab_size"] = plan.vocabulary
+        if part is parts[-1] or "vocab_size" in part:
+            part["vocab_size"] = plan.vocabulary
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    copy_files(trained.folder, folder, ("generation_config.json",))
+    copy_files(trained.folder, folder, ("generation_config.json", *PROCESSOR_COPIES, *family.companions))
     adapter = trained.adapters[0].folder
     copy_files(adapter if (adapter / TOKENIZER_FILES[0]).is_file() else trained.folder, folder, TOKENIZER_COPIES)
+    if not (folder / "chat_template.jinja").is_file():
+        copy_files(trained.folder, folder, (OLD_TEMPLATE,))
+
+
+def _fetch_companions(trained: Trained, log: Log) -> None:
+    """Download the other files of a checkpoint into the folder of its weights. Raises: ConfigError."""
+    family = _family(trained)
+    if family.companions:
+        fetch(trained.model.name, trained.model.revision, family.companions, "model")
+    if missing := [name for name in family.companions if not (trained.folder / name).is_file()]:
+        log(f"merge: the base has no {', '.join(missing)}; transformers' {family.opened_by} needs it to open a folder")
+
+
+def _family(trained: Trained) -> ModelFamily:
+    return FAMILIES[read_config(trained.folder, trained.model.name)["model_type"]]
 
 
 def _require_near(checks: Sequence[KlCheck], options: MergeOptions) -> None:
@@ -208,9 +226,17 @@ def _refuse_limit(options: MergeOptions) -> None:
         )
 
 
+def _snippet(family: ModelFamily) -> str:
+    words = "processor" if family.towers else "tokenizer"
+    reader = f"Auto{words.capitalize()}"
+    classes = ", ".join(sorted((family.opened_by, reader)))
+    return _SNIPPET.format(classes=classes, model=family.opened_by, words=words, reader=reader)
+
+
 def merged_card(trained: Trained, report: MergeReport) -> str:
     """Return README.md: hub metadata, the merge, its distance from the trained model, the run's settings."""
-    metadata = ["library_name: transformers", "pipeline_tag: text-generation"]
+    family = _family(trained)
+    metadata = ["library_name: transformers", f"pipeline_tag: {family.task}"]
     if not Path(trained.model.name).exists():
         metadata += [f"base_model: {trained.model.name}", "base_model_relation: finetune"]
     into = {"original": "the original weights", "dequantized": f"the dequantized {trained.quant.type} weights"}
@@ -237,6 +263,7 @@ def merged_card(trained: Trained, report: MergeReport) -> str:
         base=trained.model.name,
         revision=f" at revision `{trained.model.revision}`" if trained.model.revision else "",
         version=__version__,
+        snippet=_snippet(family),
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
     )
     return card + _SETTINGS.format(yaml=to_yaml(trained.cfg).strip()) if trained.cfg else card

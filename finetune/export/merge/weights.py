@@ -7,6 +7,7 @@ quantized form of one matrix too.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,7 +37,8 @@ class MergePlan:
 
     tensors: list[Planned]  # in the order of the base's files
     stored: dict[str, Stored]  # the base's tensors
-    deltas: dict[str, Delta]
+    in_model: dict[str, str]  # names in the model by those in the files; parts that were not loaded have none
+    deltas: dict[str, Delta]  # by names in the files
     quantized: QuantizedWeights | None  # the weights as 4-bit training saw them; None takes the original ones
     unties: bool  # the head becomes a tensor of its own
     vocabulary: int  # rows of the written embedding
@@ -46,9 +48,22 @@ class MergePlan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most bytes of the loaded model."""
+        sizes: Counter[torch.dtype] = Counter()
+        for tensor in self.tensors:
+            sizes[tensor.dtype] += tensor.nbytes * (tensor.name in self.in_model)
+        return sizes.most_common(1)[0][0]
+
+    @property
     def changed(self) -> int:
         """Number of tensors that differ from the base's."""
-        return len(self.deltas.keys() | (self.quantized.names if self.quantized is not None else set()))
+        dequantized = {name for name in self.stored if self.is_dequantized(name)}
+        return len(self.deltas.keys() | dequantized)
+
+    def is_dequantized(self, name: str) -> bool:
+        """Return whether a tensor of the files is written as 4-bit training saw it."""
+        return self.quantized is not None and self.in_model.get(name) in self.quantized.names
 
 
 def plan_merge(trained: Trained, base: str, options: MergeOptions, log: Log) -> MergePlan:
@@ -69,7 +84,8 @@ def plan_merge(trained: Trained, base: str, options: MergeOptions, log: Log) -> 
         raise ConfigError("\n".join(problems))
     config = read_config(trained.folder, trained.model.name)
     family, stored = family_of(config["model_type"], trained.model.name), dict(trained.weights.tensors)
-    in_files = {name: place.name for name, place in named_in_model(trained.files, family).items()}
+    places = named_in_model(trained.files, family)
+    in_files = {name: place.name for name, place in places.items()}
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
     tied = bool(text_settings(config).get("tie_word_embeddings")) and head not in in_files
     named = {name: stored[theirs] for name, theirs in in_files.items()}
@@ -84,18 +100,26 @@ def plan_merge(trained: Trained, base: str, options: MergeOptions, log: Log) -> 
     if base == "dequantized":
         model, quant, device = trained.model, trained.quant, default_device()
         with quiet():
-            quantized = QuantizedWeights(
-                trained.folder, trained.files, model=model, quant=quant, device=device, log=log
-            )
-    rows = {name: source.shape[0] for name, source in stored.items()}
+            loaded = {name: place.file for name, place in places.items()}
+            quantized = QuantizedWeights(trained.folder, loaded, model=model, quant=quant, device=device, log=log)
+    rows = {name: source.shape[0] for name, source in stored.items() if source.shape}
     for name in deltas.keys() & rows.keys():
         rows[name] = max(rows[name], deltas[name].rows or 0)
     # The head and the embedding keep the same number of rows.
     tables = {in_files[name] for name in (embedding, head) if name in in_files}
     rows |= dict.fromkeys(tables, max(rows[name] for name in tables))
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    tensors = [Planned(name, dtype or source.dtype, (rows[name], *source.shape[1:])) for name, source in stored.items()]
-    return MergePlan(tensors, stored, deltas, quantized, unties, rows[in_files[embedding]])
+    in_model = {theirs: name for name, theirs in in_files.items()}
+    # Parts that training did not load, like the talker of Qwen2.5-Omni, keep their bytes.
+    tensors = [
+        Planned(
+            name,
+            dtype if dtype and name in in_model else source.dtype,
+            (rows[name], *source.shape[1:]) if source.shape else (),
+        )
+        for name, source in stored.items()
+    ]
+    return MergePlan(tensors, stored, in_model, deltas, quantized, unties, rows[in_files[embedding]])
 
 
 def content_of(plan: MergePlan, tensor: Planned) -> Content:
@@ -106,22 +130,23 @@ def content_of(plan: MergePlan, tensor: Planned) -> Content:
         IntegrityError: while it is read, if the base's file is corrupt.
     """
     stored, delta = plan.stored[tensor.name], plan.deltas.get(tensor.name)
-    quantized = plan.quantized if plan.quantized is not None and tensor.name in plan.quantized.names else None
+    quantized = plan.quantized if plan.is_dequantized(tensor.name) else None
     if delta is None and quantized is None and (tensor.shape, tensor.dtype) == (stored.shape, stored.dtype):
         return stored
-    return _blocks(tensor, stored, quantized, delta)
+    return _blocks(tensor, stored, plan.in_model.get(tensor.name, ""), quantized, delta)
 
 
 def _blocks(
-    tensor: Planned, stored: Stored, quantized: QuantizedWeights | None, delta: Delta | None
+    tensor: Planned, stored: Stored, name: str, quantized: QuantizedWeights | None, delta: Delta | None
 ) -> Iterator[Tensor]:
+    """Yield blocks of rows of a merged tensor; name: in the model."""
     height, width = tensor.shape[0], math.prod(tensor.shape[1:])
     step = max(_BLOCK // width, 1)
     dequantized = None
     if quantized is not None:
-        dequantized = quantized.dequantized(tensor.name, lambda: read_rows(stored, 0, stored.shape[0]))
+        dequantized = quantized.dequantized(name, lambda: read_rows(stored, 0, stored.shape[0]))
         # A block of rows must end where a block of the quantization ends.
-        unit = quantized.row_unit(tensor.name, width)
+        unit = quantized.row_unit(name, width)
         step = -(-step // unit) * unit
     if delta is not None and delta.whole:
         step = height

@@ -94,6 +94,9 @@ class ModelFamily:
     decoder_settings: tuple[str, ...] = ()
     # From names in files to names in the model, in this order; None leaves a tensor out.
     renamed: tuple[tuple[str, str | None], ...] = ()
+    opened_by: str = "AutoModelForCausalLM"  # class of transformers for a whole checkpoint
+    task: str = "text-generation"  # on the hub
+    companions: tuple[str, ...] = ()  # other files of a checkpoint, which are copied and never opened
     tower_settings: tuple[str, ...] = ()  # nested settings of the towers
     towers: Mapping[str, Tower] = field(default_factory=dict)  # by the word in `lora.towers`
     axes: int = 1  # of a position: 3 are time, height and width

@@ -33,6 +33,8 @@ _THINKER = ModelFamily(
     biased=BIASED,
     window="if use_sliding_window",
     decoder="model.language_model",
+    opened_by="Qwen2_5OmniThinkerForConditionalGeneration",
+    task="any-to-any",
     decoder_settings=("text_config",),
     tower_settings=("vision_config", "audio_config"),
     renamed=(
@@ -53,6 +55,8 @@ FAMILIES = (
         _THINKER,
         model_type="qwen2_5_omni",
         loaded_settings=("thinker_config",),
+        opened_by="Qwen2_5OmniForConditionalGeneration",
+        companions=("spk_dict.pt",),  # the talker's voices
         hub_id=r"Qwen2\.5-Omni-(?P<size>\d+B)(?:-.*)?",
         sizes={
             "3B": (2048, 11008, 36, 16, 2, 151936, False, 128),

@@ -20,6 +20,8 @@ FAMILY = ModelFamily(
     biased=BIASED,
     window="if use_sliding_window",
     decoder="model.language_model",
+    opened_by="AutoModelForImageTextToText",
+    task="image-text-to-text",
     decoder_settings=("text_config",),
     tower_settings=("vision_config",),
     # Qwen's own files, and those of older versions of transformers.
