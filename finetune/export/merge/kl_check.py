@@ -171,10 +171,9 @@ def measure_trained(trained: Trained, adapter: SavedAdapter, held_out: HeldOutSe
     """Load the model as it was trained, and keep its outputs on the held-out set."""
     device = default_device()
     base = load_base(trained.model, trained.quant, device)
-    if held_out.media is not None:
-        towers = tuple(f"{PREFIX}{tower.module}." for tower in family_in(base).towers.values())
-        frozen = not any(name.startswith(towers) for name in adapter.tensors)
-        build_towers(base, trained.model, held_out.media, cached=frozen)
+    towers = tuple(f"{PREFIX}{tower.module}." for tower in family_in(base).towers.values())
+    frozen = not any(name.startswith(towers) for name in adapter.tensors)
+    build_towers(base, trained.model, held_out.media, cached=frozen)
     model = load_adapter(base, adapter.folder)
     fuse_layers(model)
     documents = held_out.documents
@@ -199,9 +198,8 @@ def measure_merged(folder: Path, dtype: Dtype, references: Sequence[TrainedRefer
     checks = []
     for reference in references:
         held_out = reference.held_out
-        if held_out.media is not None:
-            # The folder is new: no later run would find its embeddings under this name.
-            build_towers(model, cfg, held_out.media, cached=False)
+        # No other run would read embeddings of these weights from the cache.
+        build_towers(model, cfg, held_out.media, cached=False)
         found = reference.agreement(model)
         merged = evaluate(model, held_out.documents, limit_tokens=EVALUATION_TOKENS)
         checks.append(

@@ -23,7 +23,7 @@ from finetune.models.families import FAMILIES
 from finetune.models.load import load_base
 from finetune.models.tokenizer import quiet
 from finetune.system.errors import ConfigError
-from tests.media_models import LAYOUTS, MediaDocuments, family_of_layout, media_words, save_media_base
+from tests.media_models import LAYOUTS, MediaDocuments, family_of_layout, media_words, picture, save_media_base
 from tests.unit.export.conftest import no_progress
 
 
@@ -196,3 +196,27 @@ def test_missing_files_of_the_talker_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(shard)):
         run(adapter, tmp_path / "again")
     assert not list(tmp_path.glob("*again*"))
+
+
+@pytest.mark.parametrize("towers", [False, True], ids=["frozen towers", "adapted towers"])
+def test_the_kl_check_reads_the_media_of_its_rows(
+    towers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    base = save_media_base("VL in Qwen's names", tmp_path / "base")
+    adapter = save_random_adapter(base, tmp_path / "adapter", towers=towers)
+    picture(tmp_path / "a.png", 1)
+    turns = [{"role": "user", "content": "t5 <image> t6"}, {"role": "assistant", "content": "t7 t8 t9 t10"}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": turns, "images": ["a.png"]}) + "\n")
+    (adapter / "config.yaml").write_text(
+        f"model: {{name: {base}, dtype: float32}}\nquant: {{type: none}}\n"
+        f"data: {{train: [{{path: gone.jsonl}}], eval: [{{path: {rows}}}]}}\n"
+    )
+    (near,) = run(adapter, tmp_path / "near", "dtype=fp32", "kl_check.num_examples=8").kl_checks
+    (far,) = run(adapter, tmp_path / "far", "dtype=bf16", "kl_check.num_examples=8").kl_checks
+    assert near.tokens == 5 and near.kl < 1e-6 < far.kl
+    assert bool(list((tmp_path / "cache").rglob("embeddings/*/*/*.safetensors"))) == (not towers)
+    picture(tmp_path / "a.png", 2)
+    (other,) = run(adapter, tmp_path / "other", "dtype=fp32", "kl_check.num_examples=8").kl_checks
+    assert other.perplexity_trained != near.perplexity_trained, "the picture changes nothing"
