@@ -63,12 +63,9 @@ def assemble(
     judge = prepare_judge(cfg, own_rewards, data, preparation)
     vocabulary = check_distillation(cfg, tokenizer, data, log)
     given, base = base, _with_copies(base or load_base(inputs.model, cfg.quant, accelerator.device, log), cfg, inputs)
-    cached = cfg.data.media_cache and not cfg.lora.towers
-    if towers := build_towers(base, cfg.model, preparation.media, cached):
-        _run_towers(towers, data, accelerator, log)
-        # A stream brings media that are not known yet, and a base of the caller serves other runs too.
-        if given is None and not cfg.data.stream_rows:
-            towers.release()
+    towers = build_towers(base, cfg.model, preparation.media, cached=cfg.data.media_cache and not cfg.lora.towers)
+    if towers is not None:
+        _run_towers(towers, cfg, data, accelerator, log=log, keep=given is not None)
     # Before the adapter is attached: student and teacher share one copy of equal tensors.
     distillation = build_distillation(
         cfg, base=base, chat=chat, data=data, vocabulary=vocabulary, accelerator=accelerator, log=log
@@ -115,10 +112,17 @@ def _with_copies(base: PreTrainedModel, cfg: RunConfig, inputs: PlanInputs) -> P
     return base
 
 
-def _run_towers(towers: Towers, data: loader.LoadedData, accelerator: Accelerator, log: Log) -> None:
-    """Let frozen towers compute the media of all rows. Each rank of a machine takes a share: they share its disk."""
+def _run_towers(
+    towers: Towers, cfg: RunConfig, data: loader.LoadedData, accelerator: Accelerator, *, log: Log, keep: bool
+) -> None:
+    """Let frozen towers compute the media of all rows, and free them. Ranks of a machine share its disk and the work.
+
+    keep: the caller's base serves other runs too.
+    """
     towers.fill(list(data.every_document.media())[accelerator.local_process_index :: accelerator.num_processes], log)
     accelerator.wait_for_everyone()
+    if not keep and not cfg.data.stream_rows:  # a stream brings media that are not known yet
+        towers.release()
 
 
 def _describe_data(cfg: RunConfig, data: loader.LoadedData, chat: ChatTemplate, log: Log) -> None:
