@@ -33,8 +33,13 @@ SLOW: dict[str, str] = {
     "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom[05_preferences_and_rewards]": (
         "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom"
     ),
+    "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom[06_pictures_and_sounds]": (
+        "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom"
+    ),
+    "tests/integration/test_quickstart_media.py": "tests/unit/test_sample_media.py",
     "tests/integration/test_mixed_precision.py": "tests/unit/mixed_precision/test_choose.py",
     "tests/integration/test_tiny_base.py": "tests/unit/test_sample_data.py",
+    "tests/integration/test_tiny_omni.py": "tests/unit/test_sample_media.py",
     "tests/unit/migration/test_migrate.py::test_the_written_config_trains_a_step": (
         "tests/unit/migration/test_migrate.py::test_a_config_becomes_the_same_training"
     ),
