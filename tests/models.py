@@ -37,6 +37,7 @@ _TOWERS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"vision_config": _VISION},
     "qwen2_5_omni_thinker": {
         "vision_config": _VISION,
+        "vision_start_token_id": 151_652,
         "audio_config": {
             "d_model": 32,
             "encoder_layers": 1,

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM
 
 from finetune.config.compose import saved_config
 from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.staging import MODEL_COPIES, copy_files
-from finetune.export.verify import OFFLINE, Verification, compare, source_answers
+from finetune.export.verify import Verification, compare, open_model, source_answers
 from finetune.models.adapters.files import (
     CONFIG_FILE,
     TENSOR_FILE,
@@ -157,8 +156,7 @@ def _fold(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tenso
 def _verify(request: ExportRequest, base: Path, folded: bool) -> Verification:
     answers = source_answers(base, request.options, request.source)
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **OFFLINE)
-        served = load_adapter(model, request.out)
+        served = load_adapter(open_model(base), request.out)
     found = compare(answers, lambda ids: served(input_ids=torch.tensor([ids])).logits[0].float(), "PEFT", exact=True)
     # Folding changes the order of sums: some units in the last place of the largest logit.
     allowed = 1e-4 * max(float(logits.abs().max()) for logits in answers.logits) if folded else 0.0

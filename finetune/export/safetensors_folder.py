@@ -20,15 +20,15 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from finetune.config.schema import QuantConfig
 from finetune.export.exporter import Exported, ExportRequest
 from finetune.export.merge.merge import REPORT
 from finetune.export.shards import Content, Planned, plan_shards, write_index, write_shard
 from finetune.export.staging import MODEL_COPIES, copy_files
-from finetune.export.verify import OFFLINE, Reader, compare, read_settings, source_answers
-from finetune.models.hub import read_config, weight_files
+from finetune.export.verify import Reader, compare, open_model, read_settings, source_answers
+from finetune.models.decoder import family_in
+from finetune.models.hub import named_in_model, read_config, weight_files
 from finetune.models.quant.four_bit import build_skeleton, quantize, quantizing_workers
 from finetune.models.quant.quantize import head_name, linear_names, quantization_config
 from finetune.models.safetensors_index import Stored, WeightFiles, read_rows, read_tensor
@@ -73,7 +73,11 @@ def write(request: ExportRequest) -> Exported:
     kept = sorted([*more.get("none", []), *(more.get("int8", []) if kind == "nf4" else [])])
     storage = TYPES[kind]([head, *kept])
     blocks = [name for name in linear_names(skeleton) if name not in {head, *kept}]
-    quantized = [f"{name}.weight" for name in blocks] if storage.quantize else []
+    in_files = named_in_model(weight_files(request.source, str(request.source)), family_in(skeleton))
+    lost = sorted({f"{name}.weight" for name in blocks} - in_files.keys())
+    if lost:
+        raise IntegrityError(f"{request.source}: tensors of its config.json are missing: {', '.join(lost[:5])}")
+    quantized = [in_files[f"{name}.weight"].name for name in blocks] if storage.quantize else []
     lossless = _write_weights(request, storage, quantized)
     config.pop("torch_dtype", None)
     config["dtype"] = str(storage.dtype).removeprefix("torch.")
@@ -164,8 +168,6 @@ def _write_weights(request: ExportRequest, storage: Storage, quantized: list[str
     limit_bytes = parse_size("shard_size", request.options.shard_size)
     files = weight_files(request.source, str(request.source))
     weights = WeightFiles(files)
-    if lost := sorted(set(quantized) - files.keys()):
-        raise IntegrityError(f"{request.source}: tensors of its config.json are missing: {', '.join(lost[:5])}")
     parts = {name: stored for name, stored in weights.tensors.items() if name not in set(quantized)}
     plan = [Planned(name, storage.dtype, stored.shape) for name, stored in parts.items()]
     scratch = request.out / ".quantized"
@@ -220,9 +222,7 @@ def transformers_reader(folder: Path) -> Reader:
         IntegrityError: tensors are missing or unexpected.
     """
     with _silent():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **OFFLINE
-        )
+        model, report = open_model(folder, output_loading_info=True)
     if wrong := {kind: sorted(map(str, names))[:5] for kind, names in report.items() if names}:
         raise IntegrityError(f"{folder}: transformers expects other tensors, found {wrong}; nothing was kept")
     # In a model with 4-bit layers, transformers keeps the stored dtype of other layers, except a tied embedding.

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from finetune.config.command_options import ExportOptions
 from finetune.models.adapters.files import load_adapter
+from finetune.models.decoder import family_in
 from finetune.models.hub import TOKENIZER_FILES, read_json
+from finetune.models.quant.four_bit import build_skeleton, model_class
 from finetune.models.tokenizer import quiet
 from finetune.system.errors import IntegrityError
 
@@ -69,6 +71,17 @@ def open_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, **OFFLINE)
 
 
+def open_model(folder: Path, **options: Any) -> Any:
+    """Load a model folder with transformers alone, in fp32, by the class of its family.
+
+    options: of `from_pretrained`.
+    """
+    skeleton = build_skeleton(folder, torch.float32, "sdpa")
+    return model_class(family_in(skeleton)).from_pretrained(
+        folder, config=skeleton.config, dtype=torch.float32, use_safetensors=True, **OFFLINE, **options
+    )
+
+
 def read_settings(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON file of a model folder; a missing one is empty."""
     return read_json(folder / name, f"model {folder}") if (folder / name).is_file() else {}
@@ -83,7 +96,7 @@ def source_answers(source: Path, options: ExportOptions, adapter: Path | None = 
     owner = adapter if adapter is not None and (adapter / TOKENIZER_FILES[0]).is_file() else source
     tokenizer = open_tokenizer(owner)
     with quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **OFFLINE).eval()
+        model: Any = open_model(source).eval()
         model = model if adapter is None else load_adapter(model, adapter)
     greedy = GenerationConfig(
         max_new_tokens=options.tokens,

@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.config.schema import QuantConfig
+from finetune.export.adapter_folder import write as to_adapter
 from finetune.export.gguf.model import write as to_gguf
 from finetune.export.onnx.model import write as to_onnx
+from finetune.export.safetensors_folder import write as to_folder
+from finetune.export.verify import open_model
 from finetune.models.families import FAMILIES
 from finetune.models.families.proven import PROVEN
+from finetune.models.load import load_base
 from finetune.system.errors import ConfigError
-from tests.families.tiny import TinyFamily, save
+from tests.families.tiny import CPU, TinyFamily, save
 from tests.unit.export.gguf.models import request
 
 Get = Callable[[str], TinyFamily]
@@ -119,6 +124,24 @@ def test_what_llama_cpp_computes_otherwise_is_refused(change: str, tmp_path: Pat
         file.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=re.escape(says)):
         to_gguf(request(model.folder, tmp_path / "out", type="f32"))
+
+
+@pytest.mark.parametrize("name", PROVEN["servers"])
+def test_folders_for_servers_are_read_back(name: str, tiny: Get, tmp_path: Path):
+    source = tiny(name).folder
+    exported = to_folder(request(source, tmp_path / "fp32", format="safetensors", type="fp32"))
+    assert [(check.same, check.largest) for check in exported.checks] == [(1, 0)]
+    # The top tokens of a random model do not survive rounding to 4 bits, its bits are those of training.
+    to_folder(request(source, tmp_path / "nf4", format="safetensors", type="nf4", verify=False))
+    found = open_model(tmp_path / "nf4").state_dict()
+    wanted = load_base(tiny(name).config(dtype="bfloat16"), QuantConfig(), CPU).state_dict()
+    packed = [key for key, tensor in wanted.items() if tensor.dtype == torch.uint8 and key.endswith(".weight")]
+    assert len(packed) == 2 * 7 and all(torch.equal(found[key], wanted[key]) for key in packed)
+    base = tiny(name).stock()
+    base.name_or_path = base.config.name_or_path = str(source)
+    tiny(name).adapted(base).save_pretrained(tmp_path / "adapter")
+    exported = to_adapter(request(tmp_path / "adapter", tmp_path / "served", format="adapter"))
+    assert [(check.same, check.largest) for check in exported.checks] == [(1, 0)]
 
 
 @pytest.mark.parametrize("name", PROVEN["ONNX"])

@@ -12,6 +12,7 @@ PROVEN: dict[str, tuple[str, ...]] = {
     "distillation": _ALL,
     "merge": _ALL,
     "planner": _ALL,
+    "servers": _ALL,
     "GGUF": _TEXT,
     "ONNX": _TEXT,
 }
