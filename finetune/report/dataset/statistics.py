@@ -50,6 +50,16 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class MediaFigures:
+    """The files of one kind (image, audio or video) in rows, and their tokens; `most` is of one file."""
+
+    kind: str
+    files: int
+    tokens: int
+    most: int
+
+
+@dataclass(frozen=True)
 class Figures:
     """Statistics of one source, or of all training rows.
 
@@ -61,6 +71,7 @@ class Figures:
         duplicates: used rows that repeat an earlier one of the same source; in the total, of any source.
         shared: used rows that other training sources also hold, by source.
         control_tokens: control tokens in texts, in `control_rows` rows, first at `control_place`.
+        media: by kind, before truncation.
     """
 
     rows: int
@@ -76,6 +87,7 @@ class Figures:
     control_tokens: int
     control_rows: int
     control_place: str
+    media: tuple[MediaFigures, ...] = ()
 
     @property
     def target_share(self) -> float:
@@ -225,7 +237,19 @@ def _figures(parts: Sequence[Part], others: Sequence[Source], cfg: RunConfig) ->
         control_tokens=int(spelled_R.sum()),
         control_rows=int((spelled_R > 0).sum()),
         control_place=place(int(np.flatnonzero(spelled_R)[0])) if spelled_R.any() else "",
+        media=_media(parts),
     )
+
+
+def _media(parts: Sequence[Part]) -> tuple[MediaFigures, ...]:
+    tokens: dict[str, list[int]] = {}
+    for part in parts:
+        store = part.source.store
+        for row in part.rows[store.has_media[part.rows]]:
+            placed = store.placed(int(row))
+            for item in () if placed is None else placed.items:
+                tokens.setdefault(item.kind, []).append(item.tokens)
+    return tuple(MediaFigures(kind, len(each), sum(each), max(each)) for kind, each in sorted(tokens.items()))
 
 
 def _left_out(part: Part, cfg: RunConfig) -> Counter[str]:

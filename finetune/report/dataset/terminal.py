@@ -161,6 +161,10 @@ def describe_part(part: PartReport) -> dict[str, str]:
         "lengths": f"half of the rows have at most {lengths.median:,} tokens, 95 % at most {lengths.most:,}",
         "shortest": f"{lengths.shortest.tokens:,} tokens, {lengths.shortest.place}",
         "longest": f"{lengths.longest.tokens:,} tokens, {lengths.longest.place}",
+        "media": "; ".join(
+            f"{each.files:,} × {each.kind}, {each.tokens:,} tokens, at most {each.most:,} per file"
+            for each in figures.media
+        ),
         "left out": ", ".join(f"{reason}: {rows:,}" for reason, rows in figures.left_out.items()),
         "shared": ", ".join(f"{rows:,} rows with {name}" for name, rows in figures.shared),
     }

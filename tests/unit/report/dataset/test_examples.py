@@ -21,7 +21,7 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
 from finetune.report.dataset.examples import Decoder, ShownRow, Side, Span, marked, shown_rows
 from finetune.report.dataset.files import write_page
-from finetune.report.dataset.statistics import build_report
+from finetune.report.dataset.statistics import MediaFigures, build_report
 from finetune.report.dataset.terminal import print_rows
 from finetune.system.resources import packaged
 from tests.media_rows import media_processor, media_tokenizer, png
@@ -152,6 +152,8 @@ def test_a_file_is_shown_once_with_its_name_and_thumbnail(tmp_path: Path, repo_r
     text = printed([shown], None)
     assert r"<|vision_start|>⟨image a.png, 6 tokens⟩<|vision_end|>\⟨image x\⟩ or <|vision_start|>⟨image b.png" in text
     assert "<|image_pad|>" not in text and "⟦One.<|im_end|>⟧" in text
-    page = io.StringIO()
-    write_page(page, build_report(loaded, run, chat), [], [shown])
+    report, page = build_report(loaded, run, chat), io.StringIO()
+    assert report.training.media == (MediaFigures("image", files=2, tokens=12, most=6),)
+    write_page(page, report, [], [shown])
+    assert "2 × image, 12 tokens, at most 6 per file" in page.getvalue()
     assert page.getvalue().count('<img src="data:image/jpeg;base64,') == 2
