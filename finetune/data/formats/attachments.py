@@ -228,7 +228,7 @@ def file_name_column(values: Mapping[str, Any], file: str) -> dict[str, str]:
     Raises: DataError if the name of the described file does not say its kind.
     """
     name = values.get(_FILE_NAME)
-    if Path(file).name.split(".")[0] != METADATA or is_empty(name):
+    if is_empty(name) or Path(file).name.split(".")[0] != METADATA:
         return {}
     suffix = Path(as_text(name, _FILE_NAME)).suffix.lower()
     if column := next((column for column, known in _SUFFIXES.items() if suffix in known), None):
@@ -237,8 +237,11 @@ def file_name_column(values: Mapping[str, Any], file: str) -> dict[str, str]:
     raise DataError(f"{_FILE_NAME} must end in one of {', '.join(known)}, found {suffix or 'no such end'!r}")
 
 
-def located(chat: Conversation, folder: Path) -> Conversation:
+def located(chat: Conversation, file: str) -> Conversation:
     """Return the conversation with absolute paths; those in a row are relative to the folder of its file."""
+    if not any(message.media for message in chat.messages):
+        return chat
+    folder = Path(file).parent
 
     def absolute(reference: str | bytes) -> str | bytes:
         if isinstance(reference, str):
@@ -251,6 +254,4 @@ def located(chat: Conversation, folder: Path) -> Conversation:
         media = tuple(replace(part, reference=absolute(part.reference)) for part in message.media)
         return replace(message, media=media)
 
-    if not any(message.media for message in chat.messages):
-        return chat
     return replace(chat, messages=tuple(map(each, chat.messages)))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import SourceConfig
@@ -25,7 +24,7 @@ from finetune.data.formats.conversations import (
     read_turns,
 )
 from finetune.data.formats.messages import Conversation, Example, Message, Preference, RawText, TokenRow, Turn
-from finetune.data.formats.preferences import PROMPTS, SIDES, add_system, parse_preference, with_system
+from finetune.data.formats.preferences import PROMPTS, SIDES, add_system, parse_preference
 from finetune.data.formats.rules import DEFAULT_RULES, RowRules
 from finetune.data.formats.values import Fields, as_json, is_empty, kind, listed, shown
 from finetune.data.sources.readers import RawBatch, Row
@@ -298,13 +297,18 @@ class RowParser:
             )
         if "chosen" not in self._format.columns and not is_empty(row.get("chosen")):
             raise DataError(PREFERENCE)
-        example = self._located(self._format.parse(row, self._spelling))
-        match example:
-            case Conversation() if self.system is not None:
-                return add_system(example, self.system)
-            case Preference() if self.system is not None:
-                return with_system(example, self.system)
-        return example
+        match self._format.parse(row, self._spelling):
+            case Conversation() as chat:
+                return self._completed(chat)
+            case Preference(chosen, rejected):
+                return Preference(self._completed(chosen), self._completed(rejected))
+            case example:
+                return example
+
+    def _completed(self, chat: Conversation) -> Conversation:
+        """Return a conversation with absolute paths of its media, and a system turn."""
+        chat = located(chat, self.file)
+        return chat if self.system is None else add_system(chat, self.system)
 
     def rows(self, batch: RawBatch) -> Iterator[tuple[Row, Example | DataError]]:
         """Yield each row of a batch with its example or its error."""
@@ -330,16 +334,6 @@ class RowParser:
                 "completion: …}"
             )
         return found
-
-    def _located(self, example: Example) -> Example:
-        """Return the example with absolute paths of its media."""
-        folder = Path(self.file).parent
-        match example:
-            case Preference(chosen, rejected):
-                return Preference(located(chosen, folder), located(rejected, folder))
-            case Conversation():
-                return located(example, folder)
-        return example
 
     @property
     def _format(self) -> RowFormat:

@@ -130,11 +130,6 @@ def _common_turns(chosen: list[Turn], rejected: list[Turn], row: Fields) -> int:
     return common
 
 
-def with_system(pair: Preference, system: str) -> Preference:
-    """Return the pair with a system message before both sides, if they have none."""
-    return Preference(*(add_system(side, system) for side in (pair.chosen, pair.rejected)))
-
-
 def add_system(chat: Conversation, system: str) -> Conversation:
     """Return the conversation with a system message before it, if it has none."""
     if chat.messages[0].role == "system":
