@@ -63,8 +63,7 @@ def assemble(
     judge = prepare_judge(cfg, own_rewards, data, preparation)
     vocabulary = check_distillation(cfg, tokenizer, data, log)
     given, base = base, _with_copies(base or load_base(inputs.model, cfg.quant, accelerator.device, log), cfg, inputs)
-    towers = build_towers(base, cfg.model, preparation.media, cached=cfg.data.media_cache and not cfg.lora.towers)
-    if towers is not None:
+    if towers := build_towers(base, cfg.model, preparation.media, cfg.data.media_cache and not cfg.lora.towers):
         _run_towers(towers, cfg, data, accelerator, log=log, keep=given is not None)
     # Before the adapter is attached: student and teacher share one copy of equal tensors.
     distillation = build_distillation(
