@@ -71,7 +71,9 @@ def write(request: ExportRequest) -> Exported:
     # Layers that the run of a merged adapter stored in more bits than this type.
     more = {} if kind in PLAIN else read_settings(request.source, REPORT).get("kept", {})
     kept = sorted([*more.get("none", []), *(more.get("int8", []) if kind == "nf4" else [])])
-    storage = TYPES[kind]([head, *kept])
+    towers = tuple(f"{tower.module}." for tower in family_in(skeleton).towers.values())
+    of_towers = [n for n, module in skeleton.named_modules() if isinstance(module, nn.Linear) and n.startswith(towers)]
+    storage = TYPES[kind]([head, *kept, *of_towers])
     blocks = [name for name in linear_names(skeleton) if name not in {head, *kept}]
     in_files = named_in_model(weight_files(request.source, str(request.source)), family_in(skeleton))
     lost = sorted({f"{name}.weight" for name in blocks} - in_files.keys())

@@ -133,7 +133,10 @@ def test_folders_for_servers_are_read_back(name: str, tiny: Get, tmp_path: Path)
     assert [(check.same, check.largest) for check in exported.checks] == [(1, 0)]
     # The top tokens of a random model do not survive rounding to 4 bits, its bits are those of training.
     to_folder(request(source, tmp_path / "nf4", format="safetensors", type="nf4", verify=False))
-    found = open_model(tmp_path / "nf4").state_dict()
+    opened = open_model(tmp_path / "nf4")
+    in_4_bit = {key for key, module in opened.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert len(in_4_bit) == 2 * 7 and all(key.startswith(FAMILIES[name].decoder) for key in in_4_bit)
+    found = opened.state_dict()
     wanted = load_base(tiny(name).config(dtype="bfloat16"), QuantConfig(), CPU).state_dict()
     packed = [key for key, tensor in wanted.items() if tensor.dtype == torch.uint8 and key.endswith(".weight")]
     assert len(packed) == 2 * 7 and all(torch.equal(found[key], wanted[key]) for key in packed)
