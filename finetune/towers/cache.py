@@ -2,8 +2,8 @@
 
     $FINETUNE_CACHE/media/embeddings/<fingerprint>/<two digits>/<digest of the file and its settings>.safetensors
 
-The fingerprint covers everything besides the media that determines the bits: the base's weights, dtype, device type and
-library versions. A file appears by one rename.
+The fingerprint covers all else that decides the bits: weights, dtype and device type of the base, and versions of
+libraries. A file appears by one rename.
 """
 
 from __future__ import annotations
