@@ -92,7 +92,7 @@ class Variants:
             fuse_layers(model)
             dequantize_once(model, self.quant)
         data = DataConfig() if self.cfg is None else self.cfg.data
-        build_towers(base_of(model), loaded, load_media_processor(loaded, data))
+        build_towers(base_of(model), loaded, load_media_processor(self.model, data))
         return model.eval()
 
 

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from finetune.config.schema import QuantConfig
 from finetune.data.encoded import Prompt
 from finetune.data.formats.messages import Conversation
+from finetune.data.media.media import Media
 from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation.scoring import evaluating
 from finetune.losses.chunked import logits_of
@@ -42,18 +43,28 @@ Choose = Callable[[Tensor, list[int], list[int]], Tensor]
 class Answer:
     """An answered row.
 
-    prompt: the turn before the answer. expected: the row's answer, empty for a row without one. given: the model's
-    answer. reward: None in a run without rewards.
+    prompt: the turn before the answer, with a tag for each of its media. expected: the row's answer, empty for a row
+    without one. given: the model's answer. reward: None in a run without rewards. media: of all turns of the prompt.
     """
 
     prompt: str
     expected: str
     given: str
     reward: float | None = None
+    media: tuple[Media, ...] = ()
 
     @property
     def exact(self) -> bool:
         return self.given.strip() == self.expected.strip()
+
+    def as_row(self) -> list[Any]:
+        """Return the fields as JSON values, the media last."""
+        return [self.prompt, self.expected, self.given, self.reward, *(each.as_dict() for each in self.media)]
+
+    @classmethod
+    def from_row(cls, row: Sequence[Any]) -> Answer:
+        """Build an answer from the result of `as_row`."""
+        return cls(*row[:4], media=tuple(map(Media.from_dict, row[4:])))
 
 
 def exact_match(answers: Sequence[Answer]) -> float:
@@ -113,7 +124,8 @@ def answer_rows(
             written = decode(model, [prompts[i] for i in batch], limits, stop_ids=stop_ids, vocabulary=vocabulary)
             for i, text in zip(batch, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
                 before = rows[i].messages[:-1]
-                answers[i] = Answer(before[-1].shown if before else "", chat.answer_text(rows[i]), text)
+                question = before[-1].shown if before else ""
+                answers[i] = Answer(question, chat.answer_text(rows[i]), text, media=encoded[i].media)
             progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
 

@@ -21,12 +21,14 @@ class Prompt:
     expected: the row's last assistant turn; empty for a row without one.
     columns: of the row, as in its file.
     location: `file:line`, for messages to the user.
+    question: the last message, with a tag for each of its media.
     """
 
     messages: list[dict[str, Any]]
     expected: str
     columns: dict[str, Any]
     location: str
+    question: str = ""
 
 
 class Prompts:
@@ -73,5 +75,6 @@ def _read_source(source: Source, preparation: Preparation) -> dict[int, Prompt]:
                     chat.answer_text(example) if example.has_answer else "",
                     row.value,
                     row.location,
+                    example.prompt[-1].shown if example.prompt else "",
                 )
     return found

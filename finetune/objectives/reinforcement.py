@@ -127,8 +127,7 @@ class AnswerJudge:
         """Return an answer to a row in texts. reward: the total."""
         prompt = self.prompts.of(document)
         [expected] = solutions([prompt.expected], {"solution": [prompt.columns.get("solution")]})
-        question = prompt.messages[-1].get("content", "") if prompt.messages else ""
-        return Answer(str(question), str(expected), self.chat.decode(ids), float(reward))
+        return Answer(prompt.question, str(expected), self.chat.decode(ids), float(reward), document.media)
 
 
 @dataclass(frozen=True)

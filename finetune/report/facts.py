@@ -6,12 +6,15 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from finetune.data.media.media import Media
+from finetune.data.media.preview import Preview, preview
 from finetune.evaluation.metric_names import ANSWER_METRICS
 from finetune.report.run import Run, is_figure
 from finetune.system.format import format_bytes, format_duration
@@ -188,15 +191,31 @@ def rewarded_answers(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
     return [(heading, rows) for heading, rows in found if rows]
 
 
-def worst_answers(run: Run) -> tuple[str, list[dict[str, str]]]:
-    """Return a sentence about the wrong answers, and the worst of them: prompt, expected, after."""
+def worst_answers(run: Run) -> tuple[str, list[dict[str, Any]]]:
+    """Return a sentence about the wrong answers, and the worst of them: prompt, expected, after, media."""
     rows, answered, wrong = (run.worst.get(name) for name in ("rows", "answered", "wrong"))
     shown = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
     if not (shown and is_figure(answered) and is_figure(wrong)):
         return "", []
     which = "All wrong answers" if len(shown) == wrong else f"The {len(shown)} least like the expected answers"
     text = f"{wrong:,} of {answered:,} held-out answers differ from the expected ones. {which}, worst first."
-    return text, [{key: _cut(str(row.get(key, ""))) for key in ("prompt", "expected", "after")} for row in shown]
+    texts = ("prompt", "expected", "after")
+    return text, [
+        {key: _cut(str(row.get(key, ""))) for key in texts} | {"media": row.get("media", [])} for row in shown
+    ]
+
+
+def with_previews(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return answers with a preview of each file in place of its record; a damaged record is left out."""
+    return [{**answer, "media": _previews(answer.get("media"))} for answer in answers]
+
+
+def _previews(records: Any) -> list[Preview]:
+    found = []
+    for record in records if isinstance(records, list) else ():
+        with suppress(TypeError, ValueError, LookupError, AttributeError):
+            found.append(preview(Media.from_dict(record)))
+    return found
 
 
 def _cut(text: str) -> str:

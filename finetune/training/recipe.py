@@ -183,7 +183,7 @@ def _write_answers(context: RunContext, state: TrainState, after: Sequence[Answe
 
 
 def _answers_before(state: TrainState) -> list[Answer]:
-    return [Answer(*row) for row in state.before.get("answers", [])]
+    return [Answer.from_row(row) for row in state.before.get("answers", [])]
 
 
 def _first_state(context: RunContext, optimizer: torch.optim.Optimizer, checkpoint: Path | None) -> TrainState:

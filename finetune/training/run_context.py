@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ def evaluate_before_training(context: RunContext, state: TrainState) -> None:
     generation, log = context.cfg.generation, context.log
     if context.reinforcement is not None and context.data.eval:
         figures = evaluate_run(context)
-        shown = [list(astuple(answer)) for answer in context.answers[: generation.samples]]
+        shown = [answer.as_row() for answer in context.answers[: generation.samples]]
         state.before |= {"answers": shown, "evaluations": figures}
         for source in context.data.eval:
             log(f"before training: set={source.name}, reward={with_interval(figures, f'eval/{source.name}/reward')}")
@@ -186,7 +186,7 @@ def evaluate_before_training(context: RunContext, state: TrainState) -> None:
         answers = answer_held_out(context, generation.num_examples)
         state.before |= {
             "exact_match": exact_match(answers),
-            "answers": [list(astuple(answer)) for answer in answers[: generation.samples]],
+            "answers": [answer.as_row() for answer in answers[: generation.samples]],
             "evaluations": score_answers(context, answers),
         }
         log(f"before training: held-out exact_match={state.before['exact_match']:.1%}, answers={len(answers)}")

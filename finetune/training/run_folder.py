@@ -194,13 +194,13 @@ def describe_run(
 def write_samples(folder: Path, before: Sequence[Answer], after: Sequence[Answer] = ()) -> None:
     """Write samples.json: a list of `{prompt, expected, before, after}`, null without an answer.
 
-    With rewards, also `before_reward` and `after_reward`. before: of the untrained model.
+    With rewards, also `before_reward` and `after_reward`; with media, also `media`. before: of the untrained model.
     """
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, answers in (("before", before), ("after", after)):
         for answer in answers:
-            empty = {"before": None, "after": None, "prompt": answer.prompt, "expected": _expected(answer)}
-            row = rows.setdefault((answer.prompt, answer.expected), empty)
+            empty = {"before": None, "after": None, **_asked(answer)}
+            row = rows.setdefault((answer.prompt, answer.expected, answer.media), empty)
             row[name] = answer.given
             if answer.reward is not None:
                 row[f"{name}_reward"] = answer.reward
@@ -217,23 +217,23 @@ def write_rewarded(folder: Path, answers: Sequence[Answer]) -> None:
     count = min(_MOST_REWARDED, len(ordered) // 2)
 
     def rows(some: Sequence[Answer]) -> list[dict[str, Any]]:
-        return [
-            {"prompt": a.prompt, "expected": _expected(a), "after": a.given, "after_reward": a.reward} for a in some
-        ]
+        return [{**_asked(a), "after": a.given, "after_reward": a.reward} for a in some]
 
     content = {"answered": len(answers), "best": rows(ordered[:count]), "worst": rows(ordered[::-1][:count])}
     write_text(folder / REWARDED, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def _expected(answer: Answer) -> str | None:
-    """Return the expected answer, None if a reward judges without one."""
-    return None if answer.reward is not None and not answer.expected else answer.expected
+def _asked(answer: Answer) -> dict[str, Any]:
+    """Return the prompt, its media, and the expected answer: None if a reward judges without one."""
+    expected = None if answer.reward is not None and not answer.expected else answer.expected
+    media = {"media": [each.as_dict() for each in answer.media]} if answer.media else {}
+    return {"prompt": answer.prompt, "expected": expected, **media}
 
 
 def write_worst(folder: Path, answers: Sequence[Answer]) -> None:
     """Write worst_answers.json: how many held-out rows were answered, how many wrongly, and the worst answers."""
     wrong = [answer for answer in answers if not answer.exact]
-    rows = [{"prompt": a.prompt, "expected": a.expected, "after": a.given} for a in worst_answers(wrong, _MOST_WORST)]
+    rows = [{**_asked(a), "after": a.given} for a in worst_answers(wrong, _MOST_WORST)]
     content = {"answered": len(answers), "wrong": len(wrong), "rows": rows}
     write_text(folder / WORST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 

@@ -58,7 +58,7 @@ def describe_result(result: RunResult, before: Sequence[Answer], after: Sequence
         lines += [_shown("before", first.given, first.reward), _shown("after", answer.given, answer.reward)]
     lines += ["", f"adapter: {result.adapter}", f"next:    finetune chat adapter={result.adapter}"]
     # A question that the adapter has learned to answer, to paste into the chat.
-    if question := next((answer.prompt for answer in before if _fits_on_a_line(answer.prompt)), None):
+    if question := next((answer.prompt for answer in before if _fits_on_a_line(answer)), None):
         lines.append(f"ask it:  {question}")
     return "\n".join(lines)
 
@@ -88,8 +88,9 @@ def _rewards(result: RunResult) -> dict[str, str]:
     return described
 
 
-def _fits_on_a_line(text: str) -> bool:
-    return 0 < len(text) <= _LONGEST_QUESTION and text.isprintable() and not text.startswith("/")
+def _fits_on_a_line(answer: Answer) -> bool:
+    text = answer.prompt
+    return not answer.media and 0 < len(text) <= _LONGEST_QUESTION and text.isprintable() and not text.startswith("/")
 
 
 def model_card(cfg: RunConfig, result: RunResult) -> str:

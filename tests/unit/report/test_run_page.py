@@ -14,8 +14,10 @@ from finetune.evaluation.generation import Answer
 from finetune.report.facts import cards, headline, origin
 from finetune.report.run import read_run
 from finetune.report.run_page import REPORT, render, try_report, write_report
+from finetune.system.resources import packaged
 from finetune.training.run_folder import write_rewarded, write_samples, write_worst
 from tests.html_reader import Reader
+from tests.media_rows import media_processor, png
 from tests.run_folders import metric, write_run
 
 
@@ -170,6 +172,52 @@ def test_the_worst_answers_are_shown_worst_first(tmp_path: Path):
     assert page_of(folder).texts("dt").count("expected") == 10
     write_worst(folder, [right])
     assert "Worst answers" not in page_of(folder).texts("h2")
+
+
+def asked(*files: Path, given: str = "red") -> Answer:
+    """An answer about pictures and sounds of the sample rows."""
+    processor = media_processor("qwen2_5_omni")
+    kinds = {".png": "image", ".wav": "audio", ".flac": "audio"}
+    media = tuple(processor.measure(kinds.get(file.suffix, "image"), str(file)) for file in files)
+    return Answer("".join(f"<{each.kind}>" for each in media) + "Which?", "blue", given, media=media)
+
+
+def test_files_are_shown_beside_the_answers_about_them(tmp_path: Path):
+    folder, sample = write_run(tmp_path / "a"), packaged("data") / "sample"
+    one, other = sorted(sample.glob("pictures/*"))[:2]
+    sound = min(sample.glob("sounds/*"))
+    write_samples(folder, [asked(one), asked(other)], [asked(one, given="blue"), asked(other)])
+    write_worst(folder, [asked(other, sound)])
+    read = page_of(folder)
+    pictures = [attrs for tag, attrs, _ in read.elements if tag == "img"]
+    names = [f"image {file.name}, " for file in (one, other, other)]
+    assert [attrs["alt"][: len(name)] for attrs, name in zip(pictures, names, strict=True)] == names
+    assert all(attrs["src"].startswith("data:image/jpeg;base64,") for attrs in pictures)
+    [player] = [attrs for tag, attrs, _ in read.elements if tag == "audio"]
+    assert player["src"].startswith("data:audio/")
+    # The same question about two pictures is two rows.
+    assert read.texts("dd").count("<image>Which?") == 2 and "<image><audio>Which?" in read.texts("dd")
+    [policy] = [attrs["content"] for _, attrs, _ in read.elements if "http-equiv" in attrs]
+    assert "img-src data:" in policy and "media-src data:" in policy
+
+
+def test_a_file_that_is_gone_or_a_damaged_record_leaves_the_rest(tmp_path: Path):
+    folder, picture = write_run(tmp_path / "a"), tmp_path / "gone.png"
+    picture.write_bytes(png(28, 28))
+    write_samples(folder, [asked(picture)])
+    picture.unlink()
+    [row] = json.loads((folder / "samples.json").read_text())
+    row["media"] += [{}, 3, None, {**row["media"][0], "digest": "x"}]
+    (folder / "samples.json").write_text(json.dumps([row, {**row, "media": "none"}]))
+    read = page_of(folder)
+    assert [text for text in read.texts("small") if "gone.png" in text] == ["image gone.png, cannot be read, 4 tokens"]
+    assert read.texts("dd").count("<image>Which?") == 2
+
+
+def test_an_answer_keeps_its_files_in_a_checkpoint_and_older_ones_have_none():
+    answer = asked(min((packaged("data") / "sample").glob("pictures/*")))
+    assert Answer.from_row(json.loads(json.dumps(answer.as_row()))) == answer
+    assert Answer.from_row(["q", "a", "b", 0.5]) == Answer("q", "a", "b", 0.5)
 
 
 def test_untrusted_text_is_escaped(tmp_path: Path):

@@ -40,7 +40,8 @@ def test_of_a_video_the_first_frame_and_its_length_are_shown(tmp_path: Path):
 
 
 def test_of_audio_its_length_is_shown(tmp_path: Path):
-    assert shown("audio", audio_file(tone(3)), tmp_path, "tone.wav") == Preview("audio tone.wav, 3.0 s, 75 tokens", "")
+    found = shown("audio", audio_file(tone(3)), tmp_path, "tone.wav")
+    assert (found.text, found.picture) == ("audio tone.wav, 3.0 s, 75 tokens", "")
 
 
 def test_embedded_bytes_have_no_name():
@@ -53,3 +54,10 @@ def test_a_file_that_is_gone_is_named(left: bytes | None, tmp_path: Path):
     media = processor().measure("image", "a.png", tmp_path)
     (tmp_path / "a.png").unlink() if left is None else (tmp_path / "a.png").write_bytes(left)
     assert preview(media) == Preview("image a.png, cannot be read, 4 tokens", "")
+
+
+def test_a_small_sound_is_embedded_if_browsers_play_it(tmp_path: Path):
+    short = shown("audio", audio_file(tone(0.5)), tmp_path, "a.wav")
+    head, _, body = short.sound.partition(",")
+    assert head == "data:audio/wav;base64" and base64.b64decode(body) == (tmp_path / "a.wav").read_bytes()
+    assert shown("audio", audio_file(tone(20)), tmp_path, "long.wav").sound == ""
