@@ -39,7 +39,7 @@ def test_what_is_proven_is_of_known_families():
 
 def test_every_packaged_model_has_a_shape():
     files = list(packaged("configs").glob("model/*.yaml"))
-    names = [re.search(r"^name: (\S+)", file.read_text(), re.MULTILINE)[1] for file in files if file.stem != "tiny"]
+    names = [re.search(r"^name: (\S+)", file.read_text(), re.MULTILINE)[1] for file in files if "tiny" not in file.stem]
     assert len(names) > 40 and [name for name in names if shape_of(name) is None] == []
 
 
