@@ -187,7 +187,7 @@ def test_the_plan_of_a_local_model_uses_its_config(tmp_path, capsys):
     [
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"vocab_size": "many"}, "vocab_size"),
-        ({"model_type": "llama"}, "supported: qwen2"),
+        ({"model_type": "gemma"}, "supported: qwen2"),
         (None, "config.json"),
     ],
 )
