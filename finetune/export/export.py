@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.command_options import ExportOptions, KlCheckOptions, MergedType, MergeOptions
-from finetune.export.exporter import Exported, Exporter, ExportRequest, find_exporter, find_model
+from finetune.export.exporter import Exported, Exporter, ExportRequest, check_towers, find_exporter, find_model
 from finetune.export.merge.merge import Progress, merge
 from finetune.export.staging import check_room, scratch, staged
 from finetune.models.adapters.files import fetch_adapter
@@ -45,6 +45,7 @@ def export_model(options: ExportOptions, log: Log = log, progress: Progress = pr
     kind = exporter.number_type(options)
     module = importlib.import_module(exporter.module)
     module.check_libraries(kind)
+    check_towers(exporter, options)
     out = Path(options.out).expanduser()
     # `staged` comes first: it refuses an existing folder before a merge of an hour.
     with staged(out, 0) as folder, _source(exporter, options, out, log, progress) as (source, kl_checks):

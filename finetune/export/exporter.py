@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any
 from finetune.config.command_options import ExportOptions
 from finetune.export.gguf.quantizer import QUANTIZER_TYPES, find_quantizer
 from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE, find_adapter
-from finetune.models.hub import TEXT_FILES, TOKENIZER_FILES, WEIGHT_FILES, fetch, find_texts, read_config, weight_files
+from finetune.models.families import FAMILIES, shape_of
+from finetune.models.hub import (
+    TEXT_FILES,
+    TOKENIZER_FILES,
+    WEIGHT_FILES,
+    fetch,
+    find_texts,
+    read_config,
+    read_json,
+    weight_files,
+)
 from finetune.system.atomic import refuse_existing
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
@@ -73,6 +83,7 @@ class Exporter:
     adapter_types: tuple[str, ...] = ()  # of an adapter alone (merge=false); none if the format cannot hold one
     merges: bool = True  # False for a format of adapters only
     advice: str = "set type to one of these"  # for a number type that the format does not have
+    tower_types: tuple[str, ...] = ()  # number types of a model with towers, read back with them; none if no reader is
 
     def number_type(self, options: ExportOptions) -> str:
         """Return `options.type` in the format's own spelling, or the default; raise ConfigError for an unknown one."""
@@ -96,12 +107,14 @@ EXPORTERS = {
         "finetune.export.safetensors_folder",
         "a transformers folder; nf4, int8 and fp8 are for servers",
         types={"bf16": 2, "fp16": 2.1, "fp32": 4.1, "nf4": 1.3, "int8": 2.2, "fp8": 2.2},
+        tower_types=("bf16", "fp16", "fp32"),
     ),
     "adapter": Exporter(
         "finetune.export.adapter_folder",
         "the adapter alone, for servers that load adapters over a base",
         types={"unchanged": 4.1},
         adapter_types=("unchanged",),
+        tower_types=("unchanged",),
         merges=False,
         advice="remove it: the adapter keeps its own values",
     ),
@@ -139,7 +152,8 @@ def check_export(options: ExportOptions) -> None:
 
     Raises: ConfigError, or IntegrityError for a corrupt file of weights.
     """
-    kind = find_exporter(options).number_type(options)
+    exporter = find_exporter(options)
+    kind = exporter.number_type(options)
     if kind in QUANTIZER_TYPES:
         find_quantizer(kind, options.imatrix is not None)
     if options.imatrix is not None:
@@ -153,6 +167,27 @@ def check_export(options: ExportOptions) -> None:
         find_adapter(options.adapter, "adapter")
     elif find_texts(str(options.model), None, "model").revision is None:  # a local folder
         find_model(str(options.model))
+    check_towers(exporter, options)
+
+
+def check_towers(exporter: Exporter, options: ExportOptions) -> None:
+    """Raise ConfigError if the source has towers, and no reader opens them in this format and number type."""
+    kind, base = exporter.number_type(options), options.model
+    if kind in exporter.tower_types:
+        return
+    if base is None:
+        settings = find_adapter(str(options.adapter), "adapter") / CONFIG_FILE
+        base = str(read_json(settings, f"adapter={options.adapter}").get("base_model_name_or_path") or "")
+    shape = shape_of(base) if base else None
+    if shape is not None and (family := FAMILIES[shape["model_type"]]).towers:
+        found, advice = f"format={options.format}", "use format=safetensors"
+        if exporter.tower_types:
+            found = f"type={kind}"
+            advice = f"use type={' or '.join(exporter.tower_types)}; vllm serve --quantization fp8 rounds at loading"
+        raise ConfigError(
+            f"{found}: no reader here opens {family.title} with its towers in it, so it could not be compared with its "
+            f"source\nhelp: {advice}"
+        )
 
 
 def find_exporter(options: ExportOptions) -> Exporter:

@@ -3,7 +3,7 @@
 The linear layers of the blocks are quantized; embedding, head, norms and biases stay bf16. nf4 has the bits that
 bitsandbytes computes while it loads. int8 and fp8 are W8A8 and FP8_DYNAMIC of compressed-tensors: a scale for each row
 of a weight, and one for each token's activations, which the server computes. A folder has one kind of quantized
-layers. Layers that mixed precision stored in more bits stay bf16.
+layers. Layers that mixed precision stored in more bits stay bf16. A model with towers is written in 16 or 32 bit.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from finetune.export.shards import Content, Planned, plan_shards, write_index, w
 from finetune.export.staging import MODEL_COPIES, copy_files
 from finetune.export.verify import Reader, compare, open_model, read_settings, source_answers
 from finetune.models.decoder import family_in
+from finetune.models.families import FAMILIES, ModelFamily
 from finetune.models.hub import named_in_model, read_config, weight_files
 from finetune.models.quant.four_bit import build_skeleton, quantize, quantizing_workers
 from finetune.models.quant.quantize import head_name, linear_names, quantization_config
@@ -66,6 +67,7 @@ def write(request: ExportRequest) -> Exported:
     """
     kind = request.kind
     config = dict(read_config(request.source, str(request.source)))
+    family = FAMILIES[config["model_type"]]
     skeleton = build_skeleton(request.source, torch.bfloat16, "eager")
     head = head_name(skeleton)
     # Layers that the run of a merged adapter stored in more bits than this type.
@@ -75,18 +77,18 @@ def write(request: ExportRequest) -> Exported:
     of_towers = [n for n, module in skeleton.named_modules() if isinstance(module, nn.Linear) and n.startswith(towers)]
     storage = TYPES[kind]([head, *kept, *of_towers])
     blocks = [name for name in linear_names(skeleton) if name not in {head, *kept}]
-    in_files = named_in_model(weight_files(request.source, str(request.source)), family_in(skeleton))
+    in_files = named_in_model(weight_files(request.source, str(request.source)), family)
     lost = sorted({f"{name}.weight" for name in blocks} - in_files.keys())
     if lost:
         raise IntegrityError(f"{request.source}: tensors of its config.json are missing: {', '.join(lost[:5])}")
     quantized = [in_files[f"{name}.weight"].name for name in blocks] if storage.quantize else []
-    lossless = _write_weights(request, storage, quantized)
+    lossless = _write_weights(request, storage, quantized, family)
     config.pop("torch_dtype", None)
     config["dtype"] = str(storage.dtype).removeprefix("torch.")
     if storage.settings is not None:
         config["quantization_config"] = storage.settings
     write_text(request.out / "config.json", json.dumps(config, indent=2) + "\n")
-    copy_files(request.source, request.out, MODEL_COPIES)
+    copy_files(request.source, request.out, (*MODEL_COPIES, *family.companions))
     checks = []
     if request.options.verify:
         answers = source_answers(request.source, request.options)
@@ -165,13 +167,19 @@ TYPES: dict[str, Callable[[Sequence[str]], Storage]] = {
 }
 
 
-def _write_weights(request: ExportRequest, storage: Storage, quantized: list[str]) -> bool:
-    """Write all tensors in shards, and return whether every one kept its value."""
+def _write_weights(request: ExportRequest, storage: Storage, quantized: list[str], family: ModelFamily) -> bool:
+    """Write all tensors in shards, and return whether every one kept its value.
+
+    Parts that the family does not load, like a talker, keep their bytes.
+    """
     limit_bytes = parse_size("shard_size", request.options.shard_size)
     files = weight_files(request.source, str(request.source))
     weights = WeightFiles(files)
     parts = {name: stored for name, stored in weights.tensors.items() if name not in set(quantized)}
-    plan = [Planned(name, storage.dtype, stored.shape) for name, stored in parts.items()]
+    loaded = {name for name in parts if family.name_in_model(name) is not None}
+    plan = [
+        Planned(name, storage.dtype if name in loaded else stored.dtype, stored.shape) for name, stored in parts.items()
+    ]
     scratch = request.out / ".quantized"
     if storage.quantize is not None:
         # The header of a file needs the sizes first, so quantized tensors wait in a scratch file.
@@ -192,7 +200,7 @@ def _write_weights(request: ExportRequest, storage: Storage, quantized: list[str
     write_index(request.out, shards)
     scratch.unlink(missing_ok=True)
     weights.check_unchanged()
-    wider = {stored.dtype for stored in parts.values()} - {storage.dtype}
+    wider = {stored.dtype for name, stored in parts.items() if name in loaded} - {storage.dtype}
     return not quantized and (storage.dtype == torch.float32 or not wider) and torch.float64 not in wider
 
 
@@ -225,6 +233,8 @@ def transformers_reader(folder: Path) -> Reader:
     """
     with _silent():
         model, report = open_model(folder, output_loading_info=True)
+    family = family_in(model)
+    report["unexpected_keys"] = [name for name in report["unexpected_keys"] if family.name_in_model(name) is not None]
     if wrong := {kind: sorted(map(str, names))[:5] for kind, names in report.items() if names}:
         raise IntegrityError(f"{folder}: transformers expects other tensors, found {wrong}; nothing was kept")
     # In a model with 4-bit layers, transformers keeps the stored dtype of other layers, except a tied embedding.

@@ -34,7 +34,7 @@ def gguf_of(family: ModelFamily) -> Gguf:
     """Return how llama.cpp holds a family. Raises: ConfigError if it does not."""
     if family.gguf is None:
         raise ConfigError(
-            f"format=gguf: llama.cpp has no architecture for {family.title}\nhelp: use format=safetensors"
+            f"format=gguf: no reader here opens {family.title} with its towers in GGUF\nhelp: use format=safetensors"
         )
     return family.gguf
 

@@ -96,6 +96,9 @@ class ModelFamily:
     renamed: tuple[tuple[str, str | None], ...] = ()
     opened_by: str = "AutoModelForCausalLM"  # class of transformers for a whole checkpoint
     task: str = "text-generation"  # on the hub
+    # From names in the model to those that vLLM maps to its own; names without a rule it knows as they are.
+    served: tuple[tuple[str, str], ...] = ()
+    serves_towers: bool = False  # vLLM adapts the towers too, with --enable-tower-connector-lora
     companions: tuple[str, ...] = ()  # other files of a checkpoint, which are copied and never opened
     tower_settings: tuple[str, ...] = ()  # nested settings of the towers
     towers: Mapping[str, Tower] = field(default_factory=dict)  # by the word in `lora.towers`
@@ -125,6 +128,17 @@ class ModelFamily:
                     return None
                 name = re.sub(pattern, replacement, name, count=1)
         return name
+
+    def name_for_servers(self, name: str) -> str:
+        """Return the name under which vLLM finds a module of the model in an adapter."""
+        for pattern, replacement in self.served:
+            name = re.sub(pattern, replacement, name, count=1)
+        return name
+
+    @property
+    def tower_prefixes(self) -> tuple[str, ...]:
+        """How the full names of all modules in towers begin."""
+        return tuple(f"{tower.module}." for tower in self.towers.values())
 
     @property
     def placeholders(self) -> dict[str, str]:

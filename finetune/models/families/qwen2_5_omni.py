@@ -35,6 +35,9 @@ _THINKER = ModelFamily(
     decoder="model.language_model",
     opened_by="Qwen2_5OmniThinkerForConditionalGeneration",
     task="any-to-any",
+    # It has the names of Qwen's own files, and no adapters of towers.
+    # Source: hf_to_vllm_mapper in vLLM's models/qwen2_5_omni_thinker.py; vLLM PR #24231.
+    served=((r"^model\.language_model\.", "thinker.model."), (r"^model\.(?=visual\.|audio_tower\.)", "thinker.")),
     decoder_settings=("text_config",),
     tower_settings=("vision_config", "audio_config"),
     renamed=(

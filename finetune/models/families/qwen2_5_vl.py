@@ -22,6 +22,8 @@ FAMILY = ModelFamily(
     decoder="model.language_model",
     opened_by="AutoModelForImageTextToText",
     task="image-text-to-text",
+    # Its mapper has the names of transformers. Source: vLLM's models/qwen2_5_vl.py; towers: vLLM PR #26674.
+    serves_towers=True,
     decoder_settings=("text_config",),
     tower_settings=("vision_config",),
     # Qwen's own files, and those of older versions of transformers.
