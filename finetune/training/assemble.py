@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +28,7 @@ from finetune.objectives.user_rewards import UserReward
 from finetune.planning.inputs import PlanInputs
 from finetune.report.dataset.files import store_report
 from finetune.system.console import Log
+from finetune.system.machine import ranks_here
 from finetune.towers.towers import Towers, build_towers
 from finetune.training import run_folder
 from finetune.training.autotune import apply_batch_plan, predict_speed, with_answers
@@ -118,7 +120,8 @@ def _run_towers(
 
     keep: the caller's base serves other runs too.
     """
-    towers.fill(list(data.every_document.media())[accelerator.local_process_index :: accelerator.num_processes], log)
+    media = list(data.every_document.media())
+    towers.fill(media[accelerator.local_process_index :: ranks_here(os.environ)], log)
     accelerator.wait_for_everyone()
     if not keep and not cfg.data.stream_rows:  # a stream brings media that are not known yet
         towers.release()
