@@ -229,10 +229,13 @@ def family_of_layout(layout: str) -> str:
     return "qwen2_5_vl" if layout.startswith("VL") else "qwen2_5_omni"
 
 
-def save_media_base(layout: str, folder: Path, seed: int = 0, **saving: Any) -> Path:
+def save_media_base(layout: str, folder: Path, *, tied: bool = False, **saving: Any) -> Path:
     """Save a random checkpoint with its tokenizer and settings of media; saving: of `save_pretrained`."""
     family = family_of_layout(layout)
-    model: Any = random_media_model(family, seed)
+    model: Any = random_media_model(family)
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
     with quiet():
         if layout == "whole Omni":
             config = Qwen2_5OmniConfig(

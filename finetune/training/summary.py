@@ -11,6 +11,7 @@ from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
 from finetune.data.sources.paths import is_on_hub
 from finetune.evaluation.generation import Answer
+from finetune.models.families import FAMILIES, ModelFamily, shape_of
 from finetune.report.facts import with_interval
 from finetune.system.format import format_bytes, format_duration, format_estimate
 from finetune.training.run_folder import RunResult
@@ -108,6 +109,9 @@ def model_card(cfg: RunConfig, result: RunResult) -> str:
         "KL from the teacher after, nats per target": _number(result.teacher_kl_after, ".4g"),
         "recovered": _number(result.recovered, ".1%"),
     }
+    family = _family(cfg)
+    # The names of an adapter are those of this class, which may be a part of the checkpoint.
+    opener = family.model if family.towers else family.opened_by
     revision = f" at revision `{cfg.model.revision}`" if cfg.model.revision else ""
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items() if value)
     return f"""---
@@ -120,9 +124,9 @@ A LoRA adapter for `{cfg.model.name}`{revision}, trained with finetune {__versio
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {opener}
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{cfg.model.name}"), "<this folder>")
+model = PeftModel.from_pretrained({opener}.from_pretrained("{cfg.model.name}"), "<this folder>")
 ```
 
 | | |
@@ -137,6 +141,12 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{cfg.mod
 """
 
 
+def _family(cfg: RunConfig) -> ModelFamily:
+    """Return the family of the base; that of Qwen2.5 for a hub id that no family knows."""
+    shape = shape_of(cfg.model.name)
+    return FAMILIES["qwen2" if shape is None else shape["model_type"]]
+
+
 def _card_data(cfg: RunConfig, result: RunResult) -> ModelCardData:
     """Return what the hub reads from a card. License and language are the owner's to add: no setting has them."""
     from huggingface_hub import EvalResult, ModelCardData
@@ -146,7 +156,7 @@ def _card_data(cfg: RunConfig, result: RunResult) -> ModelCardData:
     return ModelCardData(
         library_name="peft",
         base_model=base if on_hub else None,
-        pipeline_tag="text-generation" if on_hub else None,
+        pipeline_tag=_family(cfg).task if on_hub else None,
         tags=["lora", f"base_model:adapter:{base}"] if on_hub else ["lora"],
         datasets=list(dict.fromkeys(source.path for source in sources)) or None,
         model_name=cfg.name,

@@ -100,6 +100,20 @@ def test_a_merged_checkpoint_computes_what_was_trained(layout: str, tmp_path: Pa
     assert not any(name.startswith(("talker", "token2wav")) for name in changed)
 
 
+@pytest.mark.parametrize(
+    "kind", [{"new_tokens": [f"<{i}>" for i in range(5)]}, {"dora": True, "rslora": True}], ids=str
+)
+def test_a_tied_head_stays_tied_under_other_names(kind: dict[str, Any], tmp_path: Path) -> None:
+    base = save_media_base(LAYOUTS[0], tmp_path / "base", tied=True)
+    adapter = save_random_adapter(base, tmp_path / "adapter", towers=True, **kind)
+    run(adapter, tmp_path / "out", "dtype=fp32")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert tensors_of(tmp_path / "out").keys() == tensors_of(base).keys() and "lm_head.weight" not in tensors_of(base)
+    expected = logits_of(load_adapter(base_of(base), adapter), LAYOUTS[0], tmp_path)
+    found = logits_of(opened(tmp_path / "out"), LAYOUTS[0], tmp_path)
+    assert all((ours - theirs).abs().max() <= 1e-4 for ours, theirs in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS[1:4:2])
 def test_only_layers_that_were_quantized_are_dequantized(layout: str, tmp_path: Path) -> None:
     base = save_media_base(layout, tmp_path / "base")
