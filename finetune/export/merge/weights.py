@@ -18,7 +18,7 @@ from finetune.config.command_options import MergeOptions
 from finetune.export.merge.deltas import Delta, combine_deltas, read_deltas, untie
 from finetune.export.shards import Content, Planned
 from finetune.models.adapters.trained import Trained
-from finetune.models.families import family_of, text_settings
+from finetune.models.families import FAMILIES, ModelFamily, family_of, shape_of, text_settings
 from finetune.models.hub import named_in_model, read_config
 from finetune.models.load import default_device
 from finetune.models.quant.four_bit_weights import QuantizedWeights
@@ -80,10 +80,11 @@ def plan_merge(trained: Trained, base: str, options: MergeOptions, log: Log) -> 
         problems.append(f"density: combination={options.combination} needs the share to keep, as density=0.5")
     if options.combination == "linear" and options.density is not None:
         problems.append("density: only ties and dare use it, found combination=linear; remove it")
-    if problems:
-        raise ConfigError("\n".join(problems))
     config = read_config(trained.folder, trained.model.name)
     family, stored = family_of(config["model_type"], trained.model.name), dict(trained.weights.tensors)
+    problems += _other_families(trained, family)
+    if problems:
+        raise ConfigError("\n".join(problems))
     places = named_in_model(trained.files, family)
     in_files = {name: place.name for name, place in places.items()}
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
@@ -120,6 +121,14 @@ def plan_merge(trained: Trained, base: str, options: MergeOptions, log: Log) -> 
         for name, source in stored.items()
     ]
     return MergePlan(tensors, stored, in_model, deltas, quantized, unties, rows[in_files[embedding]])
+
+
+def _other_families(trained: Trained, family: ModelFamily) -> Iterator[str]:
+    """Yield the adapters on a base of another class: its layers may have the same names and shapes."""
+    for adapter in trained.adapters:
+        shape = shape_of(str(adapter.config.get("base_model_name_or_path") or ""))
+        if shape is not None and (own := FAMILIES[shape["model_type"]]).model != family.model:
+            yield f"adapter={adapter.name}: was trained on {own.title}, found {family.title} in {trained.model.name}"
 
 
 def content_of(plan: MergePlan, tensor: Planned) -> Content:
