@@ -15,10 +15,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 import yaml
 
 from benchmarks import report
+from benchmarks.media_models import write_random_vl
 from benchmarks.processes import ROOT, device, measure, parse, work_folder
 from benchmarks.rows import write_long_rows, write_pairs, write_prompts, write_rows
 
@@ -34,11 +36,13 @@ OPTIONS = {
     "steps": "2",
     "rows": "data/sample/train.jsonl",
     "tokenizer": "data/tiny-qwen2.5",
+    "omni": "data/tiny-qwen2.5-omni",
     "minutes": "15",
     "calibrate": "true",
     "work": "",
     "results": "benchmarks/results",
 }
+_MEDIA_ROWS = 40
 MEMORY_BAR, TIME_BAR = 0.10, 0.25
 _COLUMNS = (
     ("predicted GB", "predicted_bytes", 1e-9, ".3f"),
@@ -56,7 +60,8 @@ class Case:
 
     size, layers: of the model; layers=None: all. size=embedded: the packaged base. document: tokens per row; None: one
     row fills the pack. answers: tokens of a prompt and of an answer, before the template, of rows that are pairs, or
-    prompts to which answers are sampled. batch: sequences per step, or prompts.
+    prompts to which answers are sampled. batch: sequences per step, or prompts. media: sample rows with images or sound
+        (vision, audio, both), for size=omni, the packaged base, or size=vl, random weights behind wider towers.
     """
 
     size: str
@@ -66,6 +71,7 @@ class Case:
     document: int | None = None
     batch: int = 1
     answers: tuple[int, int] | None = None
+    media: str | None = None
 
     @property
     def samples(self) -> bool:
@@ -77,6 +83,8 @@ class Case:
         rows = f", rows of {self.document}" if self.document else ""
         if self.answers:
             rows = f", prompts of {self.answers[0]}, answers of {self.answers[1]}"
+        if self.media:
+            rows = f", rows of {self.media}"
         batch = f" x {self.batch}" if self.batch > 1 else ""
         return ", ".join([size, f"{self.length} tokens{batch}{rows}", *self.settings])
 
@@ -87,6 +95,9 @@ _GUARD = ("train.eval_every=1", "guard.max=1e-9", "guard.action=recover", "guard
 _DPO = ("preference.objective=dpo", "data.truncation=error")
 _GRPO = ("reward.loss=grpo", "data.truncation=error")
 _FP32 = ("model.dtype=float32", "quant.type=none")
+# A sample picture has 36 patches; enlarged, it has 1,024.
+_LARGE = "data.image.min_pixels=200704"
+_STAY = "data.media_cache=false"
 # Some cases have fewer layers to save time; widths and vocabulary are always those of the size.
 CASES = (
     Case("0.5B", 512),
@@ -122,6 +133,15 @@ CASES = (
     Case("0.5B", 2048, (*_GRPO, "quant.keep_dequantized=true"), layers=4, answers=(160, 96), batch=2),
     Case("0.5B", 1024, (*_GRPO, *_FP32), layers=4, answers=(160, 96)),
     Case("1.5B", 1024, (*_GRPO, _ALL, "train.gradient_checkpointing=all"), layers=4, answers=(160, 96)),
+    Case("omni", 512, (_LARGE,), batch=2, media="vision"),
+    Case("omni", 512, (_ALL,), batch=2, media="audio"),
+    Case("omni", 512, (_LARGE, _STAY), batch=2, media="both"),
+    Case("omni", 512, (_LARGE, "lora.towers=[vision,audio]"), batch=2, media="both"),
+    Case("vl", 512, (_LARGE,), batch=2, media="vision"),
+    Case("vl", 512, (_LARGE, "quant.type=none"), batch=2, media="vision"),
+    Case("vl", 512, (_LARGE, _STAY), batch=2, media="vision"),
+    Case("vl", 512, (_LARGE, "lora.towers=[vision]"), batch=2, media="vision"),
+    Case("vl", 512, (_LARGE, "lora.towers=[vision]", "lora.dropout=0.05"), batch=2, media="vision"),
 )
 
 
@@ -147,6 +167,9 @@ class Bench:
         """Return the random model of a case, written at its first use."""
         if case.size == "embedded":
             return ROOT / "data/tiny-qwen2.5"
+        if case.media:
+            omni = Path(self.options["omni"]).resolve()
+            return omni if case.size == "omni" else write_random_vl(omni, self.work / "qwen2.5-vl-random")
         tokenizer = Path(self.options["tokenizer"]).resolve()
         layers = "" if case.layers is None else f"-{case.layers}"
         folder = self.work / f"qwen2.5-{case.size}{layers}-{tokenizer.parent.name}-{tokenizer.name}"
@@ -161,6 +184,8 @@ class Bench:
     def rows(self, case: Case) -> Path:
         """Write rows that fill every pack: long ones, or short ones of about `document` tokens."""
         steps = int(self.options["steps"])
+        if case.media:
+            return ROOT / f"data/sample/{case.media}.jsonl"
         file = self.folder / f"rows-{case.length}x{case.batch}-{case.document}.jsonl"
         source, tokenizer = Path(self.options["rows"]), Path(self.options["tokenizer"])
         if file.exists():
@@ -184,7 +209,7 @@ class Bench:
             "output_dir": str(folder / "run"),
             "model": {"name": str(self.model(case))},
             "data": {
-                "train": [{"path": str(self.rows(case))}],
+                "train": [{"path": str(self.rows(case)), "limit": _MEDIA_ROWS if case.media else None}],
                 "max_length": case.length,
                 "truncation": "right",
                 "workers": 1,
@@ -209,17 +234,25 @@ class Bench:
 def predict_case(case: Case, config: Path, settings: list[str], kind: str, step: Mapping[str, Any]) -> dict[str, Any]:
     """Predict bytes above the process's own, and seconds of a measured step if the machine is calibrated."""
     from finetune.config.compose import load_config
+    from finetune.data.loader import load_all_rows
     from finetune.models.families import shape_of
     from finetune.planning.auto_batch import free_memory, keep_copies, recomputed_layers
     from finetune.planning.flops import step_work
     from finetune.planning.inputs import plan_inputs
+    from finetune.planning.media import measured_media
     from finetune.planning.peak_memory import predict_peak
-    from finetune.planning.timing import read_rates, step_seconds
+    from finetune.planning.timing import read_rates, step_seconds, tower_seconds
+    from finetune.planning.towers import first_passes
 
     cfg = load_config(str(config), settings)
     shape = shape_of(cfg.model.name)
     assert shape is not None, "a random model has a config.json"
     inputs = plan_inputs(cfg, shape, device_type=kind).with_rows(*lengths(case, cfg.reward.group_size, step))
+    if case.media:
+        documents = load_all_rows(cfg, report.log)[2].documents
+        rows = zip(documents.lengths.tolist(), documents.media_of_each(), strict=True)
+        inputs = inputs.with_rows(round(documents.lengths.mean()), inputs.target_share)
+        inputs = replace(inputs, media=measured_media(inputs.towers, rows, ()))
     inputs = keep_copies(inputs, free_memory(kind))
     micro = math.ceil(inputs.step_sequences)
     found = predict_peak(inputs, micro, 0)
@@ -229,10 +262,12 @@ def predict_case(case: Case, config: Path, settings: list[str], kind: str, step:
     figures = {"predicted_bytes": found.peak_bytes - own, "moment": found.moment, "parts": dict(found.parts)}
     if rates := read_rates(kind):
         seconds = step_seconds(inputs, step_work(inputs, micro, count), rates)
+        media_seconds = sum(tower_seconds(each, rates) for each in first_passes(inputs, None))
         planned = inputs.step_sequences * inputs.sequence.places
         figures |= {
             "predicted_seconds": sum(seconds.values()) * step["tokens"] / planned,
             "seconds_by_part": seconds,
+            "predicted_media_seconds": media_seconds,
         }
     return figures
 
@@ -259,6 +294,8 @@ def run_case(bench: Bench, case: Case) -> dict[str, Any]:
             done = measure("benchmarks.plan_case", options, bench.limit_seconds, bench.cache)
             if "failed" in done:
                 return done
+        if case.media:  # an earlier case may have computed the same embeddings
+            shutil.rmtree(bench.cache / "media" / "embeddings", ignore_errors=True)
         run = measure(
             "benchmarks.plan_case", {"config": config, "set": ";".join(settings)}, bench.limit_seconds, bench.cache
         )
@@ -266,13 +303,16 @@ def run_case(bench: Bench, case: Case) -> dict[str, Any]:
             return run
         step = run["steps"][-1]
         figures: dict[str, Any] = predict_case(case, config, settings, bench.machine["kind"], step)
-    measured = run["peak_bytes"] - run["baseline_bytes"]
+    # Modules that only runs with media import are part of the plan's slack, not of its process.
+    own = figures["parts"].get("process and libraries", 0.0)
+    measured = run["peak_bytes"] - (own if case.media else run["baseline_bytes"])
     figures |= {
         "measured_bytes": measured,
         "memory_error": figures["predicted_bytes"] / measured - 1,
         "loading_bytes": (run["load_peak_bytes"] or 0) - run["baseline_bytes"],
         "baseline_bytes": run["baseline_bytes"],
         "measured_seconds": step["seconds"],
+        "measured_media_seconds": run["media_seconds"],
         "tokens": step["tokens"],
         "target_share": step["target_tokens"] / step["tokens"],
         "computed_share": step["computed_tokens"] / step["tokens"],

@@ -63,12 +63,14 @@ def run_training(config: str, overrides: list[str]) -> dict[str, Any]:
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
     from finetune import load_config
+    from finetune.towers.towers import Towers
     from finetune.training import loop
     from finetune.training.recipe import train
 
     baseline = resident_bytes()
     cfg = load_config(config, overrides)
     peaks, steps, train_step = Peaks(), [], loop.train_step
+    fill, media_seconds = Towers.fill, [0.0]
     split_training(peaks)
     vary_rewards()
 
@@ -79,9 +81,14 @@ def run_training(config: str, overrides: list[str]) -> dict[str, Any]:
         steps.append({"seconds": clock() - start, **counts})
         return result
 
-    loop.train_step = timed
+    def timed_fill(*arguments: Any) -> None:
+        start = clock()
+        fill(*arguments)
+        media_seconds[0] += clock() - start
+
+    loop.train_step, Towers.fill = timed, timed_fill
     train(cfg)
-    return {**peaks.figures(), "baseline_bytes": baseline, "steps": steps}
+    return {**peaks.figures(), "baseline_bytes": baseline, "steps": steps, "media_seconds": media_seconds[0]}
 
 
 def main(words: list[str]) -> None:

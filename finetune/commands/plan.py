@@ -33,6 +33,7 @@ from finetune.system.format import format_bytes, format_estimate
 if TYPE_CHECKING:
     from finetune.config.command_options import PlanOptions
     from finetune.config.schema import RunConfig
+    from finetune.planning.inputs import PlanInputs
 
 
 def run(arguments: Arguments) -> int:
@@ -120,7 +121,7 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
     device_type, free, what, gpu_name = planned_device(options.gpu, options.gpu_gb)
     ranks = ranks_of_run(os.environ)
     inputs = plan_inputs(cfg, shape, device_type=device_type, ranks=ranks, gpu=traits_of(gpu_name))
-    inputs = keep_copies(inputs.with_rows(options.document_tokens, options.target_share), free)
+    inputs = keep_copies(_with_rows(inputs, options), free)
     found = estimate_memory(inputs, free)
     # The main memory of a machine with another GPU is unknown.
     shortage = None if options.gpu or options.gpu_gb else host_shortage(found)
@@ -156,6 +157,7 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
         "recomputed_layers": found.recomputed,
         "layers": found.activations.layers,
         **timing,
+        "media": _media_of(inputs),
         "changes": [{"overrides": c.overrides, "saved_bytes": c.saved_bytes, "fits": c.fits} for c in changes],
         "auto": auto,
         "teacher_unknown": found.teacher_unknown,
@@ -167,6 +169,39 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
         if shortage:
             print(shortage)
     return 3 if fits is False else 0
+
+
+def _with_rows(inputs: PlanInputs, options: PlanOptions) -> PlanInputs:
+    """Return the inputs with the options' rows. Raises: InputError for media of a model that reads text only."""
+    if "media_share" in options.model_fields_set and not inputs.towers:
+        found = f"media_share={options.media_share:g}: {inputs.model.name} reads text only"
+        raise InputError(f"{found}\nhelp: drop it")
+    return inputs.with_rows(options.document_tokens, options.target_share, options.media_share)
+
+
+def _media_of(inputs: PlanInputs) -> Mapping[str, Any]:
+    """Return the lines about the towers, and the tokens of the largest file of each kind."""
+    from finetune.planning.describe import tower_lines
+    from finetune.planning.media import most_tokens
+
+    return {"towers": tower_lines(inputs), "largest_tokens": most_tokens(inputs.towers, inputs.data)}
+
+
+def _print_media(cfg: RunConfig, content: Mapping[str, Any]) -> None:
+    """Print the towers, the limits of files in tokens, and what frozen towers take before training."""
+    for line in content["media"]["towers"]:
+        print(line)
+    limits = {
+        "image": f"{cfg.data.image.max_pixels:,} pixels, 784 per token",
+        "video": f"{cfg.data.video.max_frames} frames",
+        "audio": f"{cfg.data.audio.max_seconds:g} s, 25 tokens/s",
+    }
+    for kind, tokens in content["media"]["largest_tokens"].items():
+        print(f"  {kind}: at most {tokens:,} tokens ({limits[kind]}; data.max_length={cfg.data.max_length})")
+    if content["media_seconds"]:
+        assumed = "assumed " if content["rates"].startswith("assumed") else ""
+        seconds, size = format_estimate(content["media_seconds"]), format_bytes(content["media_bytes"])
+        print(f"  before training: {assumed}{seconds}, embeddings on disk {size}")
 
 
 def _shape_of(model_name: str) -> Mapping[str, Any]:
@@ -201,6 +236,7 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
     head = (f"memory at the peak ({content['moment']})", "GB")
     _print_columns([head, *((name, f"{size / 1e9:.3f}") for name, size in sizes.items())])
     print(f"peaks: {moments}")
+    _print_media(cfg, content)
     if content["host_bytes"]:
         print(f"main memory: {format_bytes(content['host_bytes'])} per process for offloaded inputs and embedding")
     if content["teacher_unknown"]:

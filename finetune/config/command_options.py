@@ -261,6 +261,9 @@ class PlanOptions(Section):
     tokens: Count | None = Field(None, description="Training tokens of an epoch; null: estimated from local files.")
     document_tokens: Count | None = Field(None, description="Length of a row; null: a row fills a sequence.")
     target_share: Fraction = Field(1.0, description="Share of trained tokens; `finetune data` reports it.")
+    media_share: Annotated[Number, Field(ge=0, le=1)] = Field(
+        1.0, description="Share of tokens that are images, video or sound."
+    )
     calibrate: bool = Field(False, description="Measure the speed of this machine first (half a minute) and keep it.")
     auto: bool = Field(False, description="Find the fastest settings that fit, as overrides to paste.")
     table: bool = Field(False, description="Longest packed sequence for every Qwen2.5 size and common GPU sizes.")

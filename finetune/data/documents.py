@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import overload
 
 import numpy as np
@@ -171,9 +172,13 @@ class Documents(Sequence[Document]):
 
     def media(self) -> Iterator[Media]:
         """Yield the images, audio and videos of the documents, in their order."""
+        return chain.from_iterable(self.media_of_each())
+
+    def media_of_each(self) -> Iterator[tuple[Media, ...]]:
+        """Yield the images, audio and videos of each document."""
         for source, row in zip(self.source.tolist(), self.rows.tolist(), strict=True):
-            if (placed := self.stores[source].placed(row)) is not None:
-                yield from placed.items
+            placed = self.stores[source].placed(row)
+            yield () if placed is None else placed.items
 
     def digest(self) -> str:
         """Return the SHA-256 of tokens, loss weights and order; names and places of files do not count."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
 from finetune.ops import limits
-from finetune.planning import gpu_layers
+from finetune.planning import gpu_layers, towers
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.static_memory import DTYPE_BYTES, layer_precisions, parameters_of
 
@@ -60,6 +60,7 @@ class ActivationPlan:
     hole: lost in a CPU's heap per kept layer until the forward pass ends (then training calls malloc_trim).
     garbage: free but held by a CPU's heap while recomputed layers run.
     again, work_again: `kept` and `work` of a layer that is recomputed; None if they are the same.
+    media: embeddings of media, and what trained towers keep for backward.
     """
 
     kept: tuple[float, ...]
@@ -71,6 +72,7 @@ class ActivationPlan:
     garbage: float = 0.0
     again: float | None = None
     work_again: float | None = None
+    media: float = 0.0
 
     def peak_bytes(self, recomputed: int, offload: bool = False) -> float:
         """Return the peak if the first `recomputed` of the layers in `kept` are recomputed."""
@@ -84,7 +86,8 @@ class ActivationPlan:
         """
         inputs = min(recomputed, 2 if offload else recomputed) * self.input
         stored = min(inputs, self.input) if offload else inputs
-        held = {"inputs of recomputed layers": stored, "activations kept": sum(self.kept[recomputed:])}
+        media = {"activations of media": self.media} if self.media else {}
+        held = {"inputs of recomputed layers": stored, "activations kept": sum(self.kept[recomputed:]), **media}
         moments = {
             "training step, at the loss": {**held, "loss workspace": self.head},
             "training step, as backward begins": {**held, "layer workspace": self.work},
@@ -95,7 +98,7 @@ class ActivationPlan:
             kept = self.kept[recomputed - 1] if self.again is None else self.again
             work = self.work if self.work_again is None else self.work_again
             again = {"activations kept": kept, "layer workspace": work}
-            parts = {"inputs of recomputed layers": inputs, **again, "holes in the heap": self.garbage}
+            parts = {"inputs of recomputed layers": inputs, **again, **media, "holes in the heap": self.garbage}
             moments["training step, while a layer is recomputed"] = parts
         return moments
 
@@ -108,6 +111,13 @@ class ActivationPlan:
 @lru_cache(maxsize=64)
 def plan_activations(inputs: PlanInputs, micro_batch: int) -> ActivationPlan:
     """Compute the activations of `micro_batch` full sequences."""
+    tokens = micro_batch * inputs.sequence.rows
+    media = towers.embeddings_bytes(inputs, tokens) + towers.activation_bytes(inputs, tokens)
+    return replace(_plan_decoder(inputs, micro_batch), media=media)
+
+
+def _plan_decoder(inputs: PlanInputs, micro_batch: int) -> ActivationPlan:
+    """Build the plan of everything but media."""
     tokens, inner = micro_batch * inputs.sequence.rows, inputs.shape["intermediate_size"]
     width, kinds = inputs.value_bytes, []
     for layer in range(inputs.first_trained_layer, len(inputs.adapted)):

@@ -18,6 +18,7 @@ from finetune.planning.auto_batch import (
 from finetune.planning.inputs import PlanInputs, plan_inputs
 from finetune.planning.peak_memory import PeakMemory, streamed_bytes, teacher_bytes
 from finetune.planning.sampling import sampled_batch
+from finetune.planning.static_memory import trained_in_tower
 from finetune.system.format import format_bytes
 from finetune.system.machine import device_type_here, ranks_of_run
 
@@ -39,6 +40,7 @@ def describe_plan(inputs: PlanInputs, free_bytes: float | None = None) -> str:
     most = ", ".join(f"{name} {format_bytes(size)}" for name, size in largest)
     lines += [
         _model_line(found),
+        *tower_lines(inputs),
         f"memory before activations: {format_bytes(static.total_bytes)} per rank "
         f"({', '.join(f'{name} {format_bytes(size)}' for name, size in static.parts.items())})",
         *_teacher_lines(inputs),
@@ -58,13 +60,24 @@ def describe_start(inputs: PlanInputs, free_bytes: float | None = None) -> str:
     if not inputs.shape:
         return f"model: the sizes of {inputs.model.name} are unknown, so memory is not planned"
     found = estimate_memory(inputs, free_bytes)
-    lines = [*_teacher_lines(inputs), *_sampling_lines(inputs, found), *_shortage_lines(inputs, found, free_bytes)]
-    return "\n".join([_model_line(found), *lines])
+    lines = [_model_line(found), *tower_lines(inputs), *_teacher_lines(inputs), *_sampling_lines(inputs, found)]
+    return "\n".join([*lines, *_shortage_lines(inputs, found, free_bytes)])
 
 
 def _model_line(found: PeakMemory) -> str:
     parameters, trained = found.static.parameters, found.static.trained
     return f"model: parameters={parameters:,}, trained={trained:,} ({trained / parameters:.3%})"
+
+
+def tower_lines(inputs: PlanInputs) -> list[str]:
+    """Return a line about the towers of a model that reads media: their sizes, and when they run."""
+    towers = []
+    for name, tower in inputs.towers.items():
+        trained = trained_in_tower(tower, inputs.lora)
+        state = f"adapter {trained:,}" if trained else "frozen"
+        towers.append(f"{name} tower {tower.parameters:,} parameters ({state})")
+    when = "run in each step" if inputs.towers_stay else "read every file once before training"
+    return [f"media: {', '.join(towers)}; {when}"] if towers else []
 
 
 def _teacher_lines(inputs: PlanInputs) -> list[str]:

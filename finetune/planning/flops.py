@@ -9,12 +9,13 @@ Names: T tokens, D hidden width, I intermediate width, L tokens of a document.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.static_memory import layer_precisions, linear_shapes, rank_of
+from finetune.planning.towers import TowerWork, step_passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class StepWork:
     elementwise: values [T, I] that elementwise steps of layers process, forward and backward.
     dequantized: 4-bit weights converted to 16 bit, per linear. logits: values of softmax.
     trained: values that the optimizer updates. rows: tokens per forward pass.
+    towers: passes of towers that run in each step.
     """
 
     products: Mapping[str, float]
@@ -36,10 +38,12 @@ class StepWork:
     logits: float
     trained: int
     rows: int
+    towers: Sequence[TowerWork] = ()
 
     @property
     def flops(self) -> float:
-        return sum(self.products.values()) + self.adapters + self.attention
+        towers = sum(work.flops for work in self.towers)
+        return sum(self.products.values()) + self.adapters + self.attention + towers
 
     def layer_passes(self, inner: int) -> float:
         """Return how often a step runs a layer forward or backward. inner: I."""
@@ -79,7 +83,8 @@ def step_work(inputs: PlanInputs, micro_batch: int, recomputed: int) -> StepWork
     attention = _attention(inputs, shape, forward_passes + 2 * backward_passes)
     elementwise = float(tokens * shape["intermediate_size"] * (forward_passes + backward_passes))
     logits, trained = targets * shape["vocab_size"], inputs.static.trained
-    work = StepWork(products, adapters, attention, elementwise, dequantized, logits, trained, rows)
+    towers = step_passes(inputs)
+    work = StepWork(products, adapters, attention, elementwise, dequantized, logits, trained, rows, towers)
     return _with_teacher(inputs, work, tokens, targets)
 
 

@@ -11,8 +11,10 @@ from typing import Any
 from finetune.config import schema
 from finetune.config.preference_rules import NEEDS_REFERENCE
 from finetune.models.families import FAMILIES, SHAPE_KEYS, ModelFamily, shape_of, text_settings
+from finetune.planning.media import MediaLoad, largest_media
 from finetune.planning.sequences import FullSequence, plain_sequence, sequence_of_groups, sequence_of_pairs
 from finetune.planning.static_memory import DTYPE_BYTES, StaticMemory, adapted_linears, linear_shapes, plan_memory
+from finetune.planning.tower_shapes import TowerShape, tower_shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class PlanInputs:
     model to generation: sections of the config.
     device_type: "cuda", "cpu" or another of torch's device types.
     document_tokens: of an example; None takes each sequence as one. target_share: the trained part of them.
+    media: of known rows, by tower; None: the largest files, with `media_share` of all tokens.
     """
 
     shape: Mapping[str, Any]
@@ -53,20 +56,23 @@ class PlanInputs:
     gpu: GpuTraits = GpuTraits()
     document_tokens: int | None = None
     target_share: float = 1.0
+    media: Mapping[str, MediaLoad] | None = None
+    media_share: float = 1.0
 
     def with_settings(self, **sections: Mapping[str, Any]) -> PlanInputs:
         """Return a copy with some settings changed. Nothing is validated again."""
         return replace(self, **{name: getattr(self, name).model_copy(update=new) for name, new in sections.items()})
 
-    def with_rows(self, document_tokens: int | None, target_share: float) -> PlanInputs:
-        """Return the inputs of a run whose examples have so many tokens, of which so many are trained on."""
-        return replace(self, document_tokens=document_tokens, target_share=target_share)
+    def with_rows(self, document_tokens: int | None, target_share: float, media_share: float = 1.0) -> PlanInputs:
+        """Return the inputs of a run whose examples have so many tokens, so many of them trained, so many media."""
+        return replace(self, document_tokens=document_tokens, target_share=target_share, media_share=media_share)
 
     def with_model_config(self, config: Mapping[str, Any]) -> PlanInputs:
         """Return the inputs of a loaded model (config.json), whose vocabulary may be larger; `self` if it is equal."""
         config = text_settings(config)
         shape = {key: config[key] for key in ("model_type", *SHAPE_KEYS) if key != "head_dim"}
         shape["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        shape |= FAMILIES[shape["model_type"]].tower_shapes(shape["hidden_size"], config=config)
         same = all(self.shape.get(key) == value for key, value in shape.items())
         return self if same else replace(self, shape={**self.shape, **shape})
 
@@ -118,6 +124,8 @@ class PlanInputs:
     def static(self) -> StaticMemory:
         """Memory of the device that does not depend on the batch."""
         memory = plan_memory(self.shape, self.model, self.quant, self.lora, self.train.optimizer)
+        if self.towers_stay:
+            memory = replace(memory, parts={**memory.parts, **self.tower_bytes})
         if not self.embedding_on_host:
             return memory
         return replace(memory, parts={name: size for name, size in memory.parts.items() if name != "embedding"})
@@ -126,6 +134,33 @@ class PlanInputs:
     def adapted(self) -> tuple[frozenset[str], ...]:
         """Names of the linears with an adapter, per layer."""
         return tuple(adapted_linears(self.family, layer, self.lora) for layer in range(self.shape["num_hidden_layers"]))
+
+    @cached_property
+    def towers(self) -> dict[str, TowerShape]:
+        """The towers of the model by name."""
+        return tower_shapes(self.shape)
+
+    @property
+    def tower_bytes(self) -> dict[str, float]:
+        """The bytes of the towers' weights, which are never quantized, by part."""
+        return {f"{name} tower": float(tower.parameters * self.value_bytes) for name, tower in self.towers.items()}
+
+    @property
+    def trained_towers(self) -> list[str]:
+        """The towers with an adapter."""
+        return [name for name in self.towers if name in self.lora.towers]
+
+    @property
+    def towers_stay(self) -> bool:
+        """Whether the towers run during training; otherwise they compute all media before, and are freed."""
+        data = self.data
+        return bool(self.towers and (self.trained_towers or not data.media_cache or data.stream_rows))
+
+    @cached_property
+    def media_load(self) -> Mapping[str, MediaLoad]:
+        """What each tower reads."""
+        known = self.media
+        return largest_media(self.towers, self.data, self.lora, self.media_share) if known is None else known
 
     @property
     def table_values(self) -> int:
@@ -153,7 +188,7 @@ class PlanInputs:
     @property
     def first_trained_layer(self) -> int:
         """The lowest layer that backward reaches: no graph is built below the first trained weight."""
-        if self.trains_embedding:
+        if self.trains_embedding or self.trained_towers:
             return 0
         return next((layer for layer, names in enumerate(self.adapted) if names), len(self.adapted))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.ops import limits
-from finetune.planning import gpu_layers
+from finetune.planning import gpu_layers, towers
 from finetune.planning.activations import ActivationPlan, forward_bytes, loss_bytes, plan_activations
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.sampling import AnswerBatch, answer_bytes, cache_bytes, evaluated_batch, sampled_batch
@@ -54,6 +54,7 @@ _FIXED = {"process and libraries", "tokenizers", "teacher", "a dequantized matri
 _ACTIVATIONS = {
     "inputs of recomputed layers",
     "activations kept",
+    "activations of media",
     "layer workspace",
     "loss workspace",
     "holes in the heap",
@@ -127,7 +128,12 @@ def predict_peak(inputs: PlanInputs, micro_batch: int, recomputed: int) -> PeakM
     loading = {name: size for name, size in held.items() if name not in ("optimizer", "a dequantized matrix")}
     if inputs.quant.type == "nf4":
         loading["a matrix before it is quantized"] = max(map(math.prod, inputs.linears.values())) * inputs.value_bytes
+    loading |= inputs.tower_bytes
     moments = {"loading": loading}
+    if inputs.towers:
+        # Before training, and in each step of towers that stay.
+        present = held if inputs.towers_stay else {**held, **inputs.tower_bytes, "optimizer": 0.0, "adapter": 0.0}
+        moments["media in towers"] = {**present, "tower workspace": towers.work_bytes(inputs)}
     from_teacher = _teacher_parts(inputs, micro_batch)
     offload = inputs.train.gradient_checkpointing == "offload" and cuda
     steps = activations.moments(recomputed, offload)
@@ -142,6 +148,9 @@ def predict_peak(inputs: PlanInputs, micro_batch: int, recomputed: int) -> PeakM
         workspace = _forward_layer(inputs, micro_batch * inputs.sequence.rows)
         kept = {**moments["training step, as backward begins"], "layer workspace": workspace}
         moments["training step, as the reference runs"] = kept
+    if inputs.trained_towers:
+        works = {"activations of media": activations.media, "tower workspace": towers.backward_bytes(inputs)}
+        moments["training step, as towers train"] = {**held, **works, "gradients": static.parts.get("gradients", 0.0)}
     if cuda and inputs.trains_head:
         # Its gradient in fp32, and that of one chunk, also before it is widened; and its rounded weight.
         size = inputs.table_values * (8 + 2 * inputs.value_bytes)

@@ -17,6 +17,7 @@ from finetune.models.families import FAMILIES, ModelFamily
 from finetune.models.families.family import LINEARS
 from finetune.models.module_matching import ends_with, matches, matches_key
 from finetune.models.quant.bit_widths import DTYPE_BYTES
+from finetune.planning.tower_shapes import TowerShape, tower_shapes
 
 _BLOCK, _OUTER_BLOCK = 64, 256
 # 8-bit moments have a fp32 scale for each block of 256. Paged moments are counted as if they stayed on the GPU.
@@ -62,7 +63,10 @@ def linear_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 def plan_memory(
     shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig, lora: LoraConfig, optimizer: str = "adamw"
 ) -> StaticMemory:
-    """Compute the static memory of a model. shape: keys as in config.json. optimizer: of TrainConfig."""
+    """Compute the static memory of a model, without the weights of towers.
+
+    shape: keys as in config.json. optimizer: of TrainConfig.
+    """
     width, tied, trained = DTYPE_BYTES[model.dtype], shape.get("tie_word_embeddings"), trained_parameters(shape, lora)
     table_bytes = shape["vocab_size"] * shape["hidden_size"] * width
     vectors = shape["num_hidden_layers"] * sum(_vectors(shape).values()) + shape["hidden_size"]
@@ -74,7 +78,8 @@ def plan_memory(
         "gradients": trained * 4,
         "optimizer": trained * _MOMENTS[optimizer],
     }
-    return StaticMemory(parameters_of(shape), trained, {name: float(size) for name, size in parts.items() if size})
+    parameters = parameters_of(shape) + sum(tower.parameters for tower in tower_shapes(shape).values())
+    return StaticMemory(parameters, trained, {name: float(size) for name, size in parts.items() if size})
 
 
 def parameters_of(shape: Mapping[str, Any]) -> int:
@@ -136,10 +141,22 @@ def trained_parameters(shape: Mapping[str, Any], lora: LoraConfig) -> int:
         for name in adapted_linears(family, layer, lora):
             out, inputs = linears[name]
             total += rank_of(family.linear_path(layer, name), lora) * (out + inputs) + (out if lora.dora else 0)
+    total += sum(trained_in_tower(tower, lora) for tower in tower_shapes(shape).values())
     tables = 1 if shape.get("tie_word_embeddings") else 2
     total += len(lora.new_tokens) * shape["hidden_size"] * tables
     saved = lora.modules_to_save
     return total + sum(size for path, size in _modules(shape) if any(ends_with(path, wanted) for wanted in saved))
+
+
+def trained_in_tower(tower: TowerShape, lora: LoraConfig) -> int:
+    """Return the values of a tower's adapter; 0 if `lora.towers` does not name the tower."""
+    if tower.name not in lora.towers:
+        return 0
+    total = 0
+    for layer in range(tower.layers):
+        for name, (out, inputs) in tower.linears.items():
+            total += rank_of(f"{tower.blocks}.{layer}.{name}", lora) * (out + inputs) + (out if lora.dora else 0)
+    return total
 
 
 def _modules(shape: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -20,6 +20,7 @@ from finetune.planning.gpus import peak_of
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.peak_memory import PeakMemory
 from finetune.planning.sampling import sampling_work
+from finetune.planning.towers import TowerWork, cached_bytes, first_passes
 from finetune.system.atomic import write_text
 from finetune.system.machine import usable_cores
 from finetune.system.resources import cache_home
@@ -77,11 +78,15 @@ def estimate_time(
         gpu_name: None for a CPU or an unknown GPU.
 
     Returns:
-        Figures of `finetune plan --json`. "steps" and "total_seconds" are None if the number of tokens is unknown.
+        Figures of `finetune plan --json`. "steps" and "total_seconds" are None if the number of tokens is unknown;
+        "media_seconds" of frozen towers, which run once before the first step, is part of the total.
     """
     work = step_work(inputs, memory.micro_batch, memory.recomputed)
+    epoch_tokens = options.tokens or tokens_in_files(inputs.data.train)
+    media = first_passes(inputs, epoch_tokens)
     if rates is not None:
         seconds = step_seconds(inputs, work, rates)
+        media_seconds = sum(tower_seconds(each, rates) for each in media)
         source = f"measured on {rates.device}"
     else:
         ceiling, source = assumed_ceiling(inputs.device_kind, gpu_name)
@@ -93,7 +98,9 @@ def estimate_time(
         seconds = {"products": products, "all else": products * _ASSUMED_REST[inputs.device_kind]}
         if inputs.samples_answers:
             seconds["sampling answers"] = sum(_sampling_operations(inputs).values()) / ceiling
+        media_seconds = sum(each.flops for each in media) / ceiling * (1 + _ASSUMED_REST[inputs.device_kind])
     total = sum(seconds.values())
+    media_seconds /= inputs.ranks
     steps, steps_source = steps_of(inputs, options.tokens)
     return {
         "step_flops": work.flops * inputs.ranks,
@@ -103,7 +110,9 @@ def estimate_time(
         "tokens_per_second": inputs.train.batch_size / inputs.sequence.prompts * inputs.sequence.places / total,
         "steps": steps,
         "steps_from": steps_source,
-        "total_seconds": None if steps is None else steps * total,
+        "media_seconds": media_seconds,
+        "media_bytes": cached_bytes(inputs, epoch_tokens),
+        "total_seconds": None if steps is None else steps * total + media_seconds,
     }
 
 
@@ -155,9 +164,18 @@ def step_seconds(inputs: PlanInputs, work: StepWork, rates: Rates) -> dict[str, 
         "optimizer": work.trained / rates.trained,
         "calls": work.layer_passes(inputs.shape["intermediate_size"]) * rates.layer_seconds,
     }
+    if work.towers:
+        seconds["towers"] = sum(tower_seconds(each, rates) for each in work.towers)
     if inputs.samples_answers:
         seconds["sampling answers"] = _sampling_seconds(inputs, rates, sizes)
     return seconds
+
+
+def tower_seconds(work: TowerWork, rates: Rates) -> float:
+    """Return the seconds of a tower's passes. Elementwise steps are counted with the calls of its layers."""
+    attention = work.attention / _interpolate(rates.attention, work.reach)
+    products = work.products / _rate_of_product(rates.products, work.linear, work.rows)
+    return products + attention + work.layer_passes * rates.layer_seconds
 
 
 def _sampling_operations(inputs: PlanInputs) -> dict[str, float]:

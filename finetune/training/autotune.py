@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from finetune.ops.dispatch import compile_problem
 from finetune.planning.activations import elementwise_kernels
 from finetune.planning.auto_batch import BatchPlan, choose_micro_batch, free_memory, keep_copies, place_embedding
 from finetune.planning.inputs import GpuTraits, PlanInputs, plan_inputs
+from finetune.planning.media import measured_media
 from finetune.planning.peak_memory import MARGIN
 from finetune.planning.timing import estimate_time, read_rates
 from finetune.system.console import Log
@@ -51,10 +53,11 @@ def inputs_of_run(cfg: RunConfig, accelerator: Accelerator, stored: dict[str, An
 
 
 def with_answers(inputs: PlanInputs, data: LoadedData) -> PlanInputs:
-    """Return the inputs with what limits the memory of answers that share a prompt, of rows that are not streamed.
+    """Return the inputs with the media of rows, and what limits the memory of answers that share a prompt.
 
-    With rewards that is the longest prompt, with pairs the largest share of trained tokens.
+    Streamed rows are unknown. With rewards that is the longest prompt, with pairs the largest share of trained tokens.
     """
+    inputs = _with_media(inputs, data)
     if not data.train or inputs.row_objective in ("none", "kto"):
         return inputs
     lengths, targets = data.documents.lengths, data.documents.targets
@@ -62,6 +65,15 @@ def with_answers(inputs: PlanInputs, data: LoadedData) -> PlanInputs:
         return inputs.with_rows(None, (targets / lengths).max().item())
     prompts = lengths - targets
     return inputs.with_rows(prompts[prompts <= inputs.data.max_length - inputs.reward.max_new_tokens].max().item(), 1.0)
+
+
+def _with_media(inputs: PlanInputs, data: LoadedData) -> PlanInputs:
+    """Return the inputs with the measured media of all rows, unless they are streamed or the model has no towers."""
+    if not data.train or not inputs.towers:
+        return inputs
+    documents = data.documents
+    rows = zip(documents.lengths.tolist(), documents.media_of_each(), strict=True)
+    return replace(inputs, media=measured_media(inputs.towers, rows, data.every_document.media()))
 
 
 def apply_batch_plan(inputs: PlanInputs, model: nn.Module, accelerator: Accelerator, log: Log) -> BatchPlan:
@@ -105,6 +117,8 @@ def predict_speed(inputs: PlanInputs, model: nn.Module, plan: BatchPlan, data: L
         documents = data.documents
         tokens, targets = int(documents.lengths.sum()), int(documents.targets.sum())
         inputs = inputs.with_rows(round(tokens / len(documents)), max(1, targets) / tokens)
+        if inputs.towers_stay:
+            inputs = _with_media(inputs, data)
     gpu_name = torch.cuda.get_device_name() if inputs.device_type == "cuda" else None
     rates = read_rates(inputs.device_type)
     timing = estimate_time(inputs, plan.memory, rates=rates, options=PlanOptions(), gpu_name=gpu_name)

@@ -24,12 +24,29 @@ class Tower:
     module: its full name in the model. blocks: the full name of its layers. linears: of a layer: targets of
         `lora.towers`.
     placeholders: by kind of media, the token that stands for one embedding.
+    settings: its nested settings in config.json. sizes: of the published towers, by key of these settings; None is the
+        decoder's hidden size. changed_sizes: those that differ, by the size of the model.
     """
 
     module: str
     blocks: str
     linears: tuple[str, ...]
     placeholders: Mapping[str, str]
+    settings: str
+    sizes: Mapping[str, Any]
+    changed_sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def shape(self, hidden_size: int, size: str = "", settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the tower's sizes.
+
+        Args:
+            hidden_size: of the decoder.
+            size: of the model, as in its hub id.
+            settings: of the tower in config.json; keys that it lacks are those of the published tower.
+        """
+        sizes = {**self.sizes, **self.changed_sizes.get(size, {})}
+        sizes |= {key: found for key in sizes if (found := (settings or {}).get(key)) is not None}
+        return {key: hidden_size if value is None else value for key, value in sizes.items()}
 
 
 @dataclass(frozen=True)
@@ -100,7 +117,6 @@ class ModelFamily:
     served: tuple[tuple[str, str], ...] = ()
     serves_towers: bool = False  # vLLM adapts the towers too, with --enable-tower-connector-lora
     companions: tuple[str, ...] = ()  # other files of a checkpoint, which are copied and never opened
-    tower_settings: tuple[str, ...] = ()  # nested settings of the towers
     towers: Mapping[str, Tower] = field(default_factory=dict)  # by the word in `lora.towers`
     axes: int = 1  # of a position: 3 are time, height and width
     # Of media; steps_per_second as in transformers, unless config.json has them under this key.
@@ -109,11 +125,22 @@ class ModelFamily:
     gguf: Gguf | None = None  # None: llama.cpp has no such architecture
 
     def shapes(self) -> dict[str, dict[str, Any]]:
-        """Return the shape of each size: the keys of SHAPE_KEYS and model_type."""
-        return {
-            size: {"model_type": self.model_type, **dict(zip(SHAPE_KEYS, row, strict=True))}
-            for size, row in self.sizes.items()
+        """Return the shape of each size: the keys of SHAPE_KEYS, model_type, and `towers` if it has any."""
+        known = {}
+        for size, row in self.sizes.items():
+            shape: dict[str, Any] = {"model_type": self.model_type, **dict(zip(SHAPE_KEYS, row, strict=True))}
+            known[size] = shape | self.tower_shapes(shape["hidden_size"], size)
+        return known
+
+    def tower_shapes(
+        self, hidden_size: int, size: str = "", config: Mapping[str, Any] | None = None
+    ) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return {"towers": sizes by name}, as `Tower.shape` does; {} without towers. config: from `text_settings`."""
+        found = {
+            name: tower.shape(hidden_size, size, (config or {}).get(tower.settings))
+            for name, tower in self.towers.items()
         }
+        return {"towers": found} if found else {}
 
     def shape_of_hub_id(self, name: str) -> dict[str, Any] | None:
         """Return the shape of a hub id of this family; None for another name."""
@@ -139,6 +166,11 @@ class ModelFamily:
     def tower_prefixes(self) -> tuple[str, ...]:
         """How the full names of all modules in towers begin."""
         return tuple(f"{tower.module}." for tower in self.towers.values())
+
+    @property
+    def tower_settings(self) -> tuple[str, ...]:
+        """Nested settings of the towers in config.json."""
+        return tuple(tower.settings for tower in self.towers.values())
 
     @property
     def placeholders(self) -> dict[str, str]:

@@ -53,7 +53,7 @@ def attention_window(settings: Mapping[str, Any]) -> int | None:
 
 
 def shape_of(model_name: str) -> dict[str, Any] | None:
-    """Return the shape of a model without loading it: the keys of SHAPE_KEYS and model_type.
+    """Return the shape of a model without loading it: the keys of SHAPE_KEYS, model_type, and `towers` if it has any.
 
     A local folder has a config.json; a hub id of a supported family contains the size. None if the file is invalid or
     incomplete, or the hub id is unknown.
@@ -69,10 +69,13 @@ def shape_of(model_name: str) -> dict[str, Any] | None:
 
 
 def complete_shape(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the shape in a decoder's settings; None if a key is missing."""
+    """Return the shape in the settings that `text_settings` returns; None if a key is missing."""
     known = {key: config[key] for key in ("model_type", *SHAPE_KEYS) if config.get(key) is not None}
     if "head_dim" not in known:
         hidden, heads = (known.get(key) for key in ("hidden_size", "num_attention_heads"))
         # An invalid number of heads is reported by its own key.
         known["head_dim"] = hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else 1
-    return known if len(known) == len(SHAPE_KEYS) + 1 else None
+    if len(known) < len(SHAPE_KEYS) + 1:
+        return None
+    family = FAMILIES.get(str(known["model_type"]))
+    return known | (family.tower_shapes(known["hidden_size"], config=config) if family else {})

@@ -10,18 +10,31 @@ from dataclasses import replace
 
 from finetune.models.families.family import ModelFamily, PositionRule, Tower
 from finetune.models.families.qwen2 import BIASED
+from finetune.models.families.qwen2_5_vl import VISION_SIZES
 
 _VISION = Tower(
     "model.visual",
     "model.visual.blocks",
     ("q", "k", "v", "proj", "gate_proj", "up_proj", "down_proj"),
     {"image": "<|IMAGE|>", "video": "<|VIDEO|>"},
+    settings="vision_config",
+    sizes=VISION_SIZES,
 )
 _AUDIO = Tower(
     "model.audio_tower",
     "model.audio_tower.layers",
     ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     {"audio": "<|AUDIO|>"},
+    settings="audio_config",
+    sizes={
+        "encoder_layers": 32,
+        "d_model": 1280,
+        "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120,
+        "output_dim": None,
+        "num_mel_bins": 128,
+        "n_window": 100,
+    },
 )
 _THINKER = ModelFamily(
     title="Qwen2.5-Omni",
@@ -39,7 +52,6 @@ _THINKER = ModelFamily(
     # Source: hf_to_vllm_mapper in vLLM's models/qwen2_5_omni_thinker.py; vLLM PR #24231.
     served=((r"^model\.language_model\.", "thinker.model."), (r"^model\.(?=visual\.|audio_tower\.)", "thinker.")),
     decoder_settings=("text_config",),
-    tower_settings=("vision_config", "audio_config"),
     renamed=(
         (r"^(?:talker|token2wav)\.", None),
         (r"^thinker\.", ""),

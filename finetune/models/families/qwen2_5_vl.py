@@ -9,6 +9,20 @@ from finetune.models.families.family import ModelFamily, PositionRule, Tower
 from finetune.models.families.qwen2 import BIASED
 
 VISION_LINEARS = ("qkv", "proj", "gate_proj", "up_proj", "down_proj")
+VISION_SIZES = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "num_heads": 16,
+    "intermediate_size": 3420,
+    "out_hidden_size": None,
+    "in_channels": 3,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": (7, 15, 23, 31),
+}
+_LARGE = {"intermediate_size": 3456}
 
 FAMILY = ModelFamily(
     title="Qwen2.5-VL",
@@ -25,7 +39,6 @@ FAMILY = ModelFamily(
     # Its mapper has the names of transformers. Source: vLLM's models/qwen2_5_vl.py; towers: vLLM PR #26674.
     serves_towers=True,
     decoder_settings=("text_config",),
-    tower_settings=("vision_config",),
     # Qwen's own files, and those of older versions of transformers.
     renamed=(
         (r"^visual\.", "model.visual."),
@@ -33,7 +46,13 @@ FAMILY = ModelFamily(
     ),
     towers={
         "vision": Tower(
-            "model.visual", "model.visual.blocks", VISION_LINEARS, {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+            "model.visual",
+            "model.visual.blocks",
+            VISION_LINEARS,
+            {"image": "<|image_pad|>", "video": "<|video_pad|>"},
+            settings="vision_config",
+            sizes=VISION_SIZES,
+            changed_sizes={"32B": _LARGE, "72B": _LARGE},
         ),
     },
     axes=3,
