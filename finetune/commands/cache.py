@@ -48,7 +48,8 @@ def run(arguments: Arguments) -> int:
         training = _replaced(arguments.overrides, {"preference.reference": "cached"})
     else:
         training = _training_overrides(cfg, arguments.overrides)
-    load_config(str(arguments.config), training)  # Refuses what the cache cannot serve before the cache is written.
+    # Refuses what the cache cannot serve before the cache is written.
+    training_cfg = load_config(str(arguments.config), training)
 
     from finetune.data.early_checks import check_inputs
 
@@ -71,8 +72,10 @@ def run(arguments: Arguments) -> int:
     else:
         from finetune.data.loader import used_ids
         from finetune.distill.filling import size_of, write_cache
-        from finetune.distill.teacher import cache_path, check_vocabulary
+        from finetune.distill.teacher import cache_path, check_media, check_vocabulary
 
+        if any(store.has_media.any() for store in data.stores):
+            check_media(training_cfg)
         vocabulary = check_vocabulary(cfg, tokenizer, used_ids(data))
         written = write_cache(cfg, chat, vocabulary, data.every_document, device=device, log=log)
         folder, what = cache_path(cfg), "documents"

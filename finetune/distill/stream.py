@@ -176,7 +176,12 @@ class StreamedModel:
             self._buffers[index % 2].release()
 
     def _enter(self, batches: Sequence[Batch], reads: Reads) -> list[tuple[PackedRows, Tensor]]:
-        """Return the rows of each batch, and their embeddings as hidden states."""
+        """Return the rows of each batch, and their embeddings as hidden states.
+
+        Raises: ConfigError for a batch with media: the towers are not in memory.
+        """
+        if any(batch.media for batch in batches):
+            raise ConfigError(f"distill.teacher.placement: a streamed teacher reads no media{_RESIDENT}")
         rows = [packed_rows(batch, self.device, self.dtype)[0] for batch in batches]
         # Read rows of the file: the head of a tied model would bring more pages into memory.
         used = torch.unique(torch.cat([some.ids for some in rows]))

@@ -70,7 +70,7 @@ def target_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
     if text_config(base)._attn_implementation != SEGMENTED:
         ids, tokens, labels_N = copy_together([batch.input_ids[0], targets, labels_T[targets]], device)
         embeddings = _with_noise(_embed(base, ids, batch.input_ids[0]), lengths_T, noise_alpha)
-        embeddings = _with_media(base, embeddings, batch, torch.arange(batch.tokens))
+        embeddings = with_media(base, embeddings, batch, torch.arange(batch.tokens))
         positions = _with_borders(base, batch).to(device)
         outputs = backbone(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
         return TargetStates(take_rows(outputs.last_hidden_state[0], tokens, repeat=False), labels_N, weights_N)
@@ -78,7 +78,7 @@ def target_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
     host_ids = batch.input_ids[0][rows.first_tokens]
     # Without a name, the embeddings are free when their padded copy is made.
     states = padded(
-        _with_media(
+        with_media(
             base,
             _with_noise(_embed(base, rows.ids, host_ids), lengths_T[rows.first_tokens], noise_alpha),
             batch,
@@ -90,6 +90,28 @@ def target_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
     for layer in backbone.layers:
         states = run_layer(layer, states, rows, angles)
     return TargetStates(final_states(backbone.norm, states, rows), labels_N, weights_N)
+
+
+def with_media(base: PreTrainedModel, embeddings_1UD: Tensor, batch: Batch, first_tokens_U: Tensor) -> Tensor:
+    """Put the embeddings of media at the rows of their placeholder tokens.
+
+    first_tokens_U: the first token that each row computes.
+    Raises: ValueError if the positions of a batch with media have one axis.
+    """
+    towers = getattr(base, "media_towers", None)
+    if towers is not None and towers.trained and torch.is_grad_enabled():
+        embeddings_1UD = embeddings_1UD + towers.no_media().to(embeddings_1UD.dtype)
+    if not batch.media:
+        return embeddings_1UD
+    if len(batch.position_ids) != family_in(base).axes:
+        raise ValueError(f"position_ids: a batch with media needs 3 axes, found {len(batch.position_ids)}")
+    embedding_of_token_T = torch.full((batch.tokens,), -1)
+    embedding_of_token_T[batch.media_tokens] = torch.arange(len(batch.media_tokens))
+    embedding_of_row_U = embedding_of_token_T[first_tokens_U]
+    rows_K = (embedding_of_row_U >= 0).nonzero().squeeze(1)
+    media_MD = towers_of(base, batch.media).embeddings(batch.media)
+    rows_K, chosen_K = copy_together([rows_K, embedding_of_row_U[rows_K]], embeddings_1UD.device)
+    return embeddings_1UD.index_copy(1, rows_K, media_MD[chosen_K][None].to(embeddings_1UD.dtype))
 
 
 def packed_rows(batch: Batch, device: torch.device, dtype: torch.dtype) -> tuple[PackedRows, Tensor]:
@@ -163,28 +185,6 @@ def _with_borders(base: PreTrainedModel, batch: Batch) -> Tensor:
         return batch.position_ids
     text_T = torch.cat([torch.arange(length) for length in batch.segment_lengths])
     return torch.cat([text_T[None], batch.position_ids.expand(3, -1)])[:, None]
-
-
-def _with_media(base: PreTrainedModel, embeddings_1UD: Tensor, batch: Batch, first_tokens_U: Tensor) -> Tensor:
-    """Put the embeddings of media at the rows of their placeholder tokens.
-
-    first_tokens_U: the first token that each row computes.
-    Raises: ValueError if the positions of a batch with media have one axis.
-    """
-    towers = getattr(base, "media_towers", None)
-    if towers is not None and towers.trained and torch.is_grad_enabled():
-        embeddings_1UD = embeddings_1UD + towers.no_media().to(embeddings_1UD.dtype)
-    if not batch.media:
-        return embeddings_1UD
-    if len(batch.position_ids) != family_in(base).axes:
-        raise ValueError(f"position_ids: a batch with media needs 3 axes, found {len(batch.position_ids)}")
-    embedding_of_token_T = torch.full((batch.tokens,), -1)
-    embedding_of_token_T[batch.media_tokens] = torch.arange(len(batch.media_tokens))
-    embedding_of_row_U = embedding_of_token_T[first_tokens_U]
-    rows_K = (embedding_of_row_U >= 0).nonzero().squeeze(1)
-    media_MD = towers_of(base, batch.media).embeddings(batch.media)
-    rows_K, chosen_K = copy_together([rows_K, embedding_of_row_U[rows_K]], embeddings_1UD.device)
-    return embeddings_1UD.index_copy(1, rows_K, media_MD[chosen_K][None].to(embeddings_1UD.dtype))
 
 
 def _with_noise(embeddings_1TD: Tensor, lengths_T: Tensor, alpha: float) -> Tensor:

@@ -25,15 +25,18 @@ from finetune import __version__
 from finetune.config.command_options import AllocateOptions
 from finetune.config.schema import ModelConfig, QuantConfig, RunConfig
 from finetune.data.batch import Batch
+from finetune.data.loader import load_media_processor
+from finetune.data.media.processor import MediaProcessor
 from finetune.distill.fingerprint import teacher_weights
 from finetune.distill.resident import load_resident
 from finetune.evaluation.scoring import evaluating
 from finetune.losses.cross_entropy import head_of, vocabulary_rows
-from finetune.losses.hidden_states import target_states
+from finetune.losses.hidden_states import base_of, target_states
 from finetune.mixed_precision.journal import MeanKl, Sensitivities, layer_of
 from finetune.mixed_precision.measure import batches_of, divergences, load_rows, mean_kl, sample, working_device
+from finetune.models.families import FAMILIES
 from finetune.models.fused import fuse_layers
-from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, weight_files
+from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
 from finetune.models.load import load_base
 from finetune.models.quant.bit_widths import DTYPE_BYTES, stored_bytes
 from finetune.models.safetensors_index import WeightFiles
@@ -41,6 +44,7 @@ from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError, FinetuneError, os_errors_as
 from finetune.system.resources import packaged
+from finetune.towers.towers import build_towers
 
 _TIME_LIMIT_SECONDS = 60.0  # 588 variables take a second.
 
@@ -179,7 +183,8 @@ def choose(cfg: RunConfig, options: AllocateOptions, log: Log) -> Allocation:
         batches = batches_of(sample(held_out if len(held_out) else training, options.rows), cfg.data.max_length)
         storages |= choices.simple(budget_bytes)
         quants = {name: quant_of(storage, cfg.quant) for name, storage in storages.items()}
-        measured = measure_quants(cfg.model, quants, batches, log)
+        media = load_media_processor(cfg.model, cfg.data)
+        measured = measure_quants(cfg.model, quants, batches, log, media=media)
     best = min(measured, key=lambda name: measured[name].kl, default=_ALLOCATED)
     storage = storages[best]
     return Allocation(
@@ -212,7 +217,9 @@ def rest_bytes(model: ModelConfig, linears: Mapping[str, object]) -> int:
     """Return the size of everything except the linear layers of the blocks, in the model's dtype."""
     folder = fetch(model.name, model.revision, TEXT_FILES + WEIGHT_FILES, "model.name").folder
     tensors = WeightFiles(weight_files(folder, model.name)).tensors
-    rest = [stored.shape for name, stored in tensors.items() if name.removesuffix(".weight") not in linears]
+    family = FAMILIES[read_config(folder, model.name)["model_type"]]
+    named = ((family.name_in_model(name), stored.shape) for name, stored in tensors.items())
+    rest = [shape for name, shape in named if name is not None and name.removesuffix(".weight") not in linears]
     return DTYPE_BYTES[model.dtype] * sum(map(math.prod, rest))
 
 
@@ -232,11 +239,20 @@ def quant_of(storage: Mapping[str, str], like: QuantConfig) -> QuantConfig:
 
 @torch.no_grad()
 def measure_quants(
-    model: ModelConfig, quants: Mapping[str, QuantConfig], batches: Sequence[Batch], log: Log = lambda _: None
+    model: ModelConfig,
+    quants: Mapping[str, QuantConfig],
+    batches: Sequence[Batch],
+    log: Log = lambda _: None,
+    *,
+    media: MediaProcessor | None = None,
 ) -> dict[str, MeanKl]:
-    """Measure KL(16 bit || quantized) of each of these settings, with the dtypes and kernels of a run."""
+    """Measure KL(16 bit || quantized) of each of these settings, with the dtypes and kernels of a run.
+
+    media: from `load_media_processor`, for batches with media.
+    """
     device = working_device()
     reference = load_resident(model, None, device).model
+    build_towers(base_of(reference), model, media)
     head, vocabulary = head_of(reference), vocabulary_rows(reference)
     wanted = _final_states(reference, batches)
     measured = {}
@@ -245,6 +261,7 @@ def measure_quants(
         plain = quant.model_copy(update={"cache": False, "keep_dequantized": False})
         base = load_base(model, plain, device)
         fuse_layers(base)
+        build_towers(base, model, media)
         found = _final_states(base, batches)
         nats = [divergences(a_ND, [b_ND], head, vocabulary)[0] for a_ND, b_ND in zip(wanted, found, strict=True)]
         measured[name] = mean_kl(nats, batches)

@@ -228,7 +228,7 @@ class Sensitivities:
 
 def layer_of(name: str) -> int:
     """Return the number of the decoder layer that a linear layer is in."""
-    return int(name.split(".")[2])
+    return int(name.rpartition(".layers.")[2].partition(".")[0])
 
 
 def part_of(name: str) -> str:

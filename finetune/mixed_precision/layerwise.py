@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.data.batch import Batch
+from finetune.data.media.processor import MediaProcessor
 from finetune.distill.resident import load_resident
-from finetune.losses.hidden_states import PackedRows, final_states, packed_rows, padded, run_layer
+from finetune.losses.hidden_states import PackedRows, final_states, packed_rows, padded, run_layer, with_media
 from finetune.models.decoder import decoder_of, family_in
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, weight_files
 from finetune.models.quant.eight_bit import put_rows, quantize_rows, replace_eight_bit_linears
@@ -28,16 +29,18 @@ from finetune.models.quant.quantize import linear_names
 from finetune.models.tokenizer import quiet
 from finetune.ops import attention
 from finetune.system.errors import ConfigError
+from finetune.towers.towers import build_towers
 
 
 class LayerwiseModel:
     """A frozen base; `linears` maps each linear layer of the decoder, in the model's order, to its shape (out, in)."""
 
-    def __init__(self, cfg: ModelConfig, quant: QuantConfig, device: torch.device):
+    def __init__(self, cfg: ModelConfig, quant: QuantConfig, device: torch.device, media: MediaProcessor | None = None):
         """Load the base.
 
         Args:
             quant: the 4-bit kind, `double` and `compute_dtype` of a run; its lists of layers are ignored.
+            media: from `load_media_processor`, for batches with media. Towers stay in 16 bit.
 
         Raises:
             ConfigError: another attention than segmented; otherwise as `load_base`.
@@ -49,6 +52,7 @@ class LayerwiseModel:
         self.device = device
         model: Any = load_resident(cfg, None, device).model
         self.model = model
+        build_towers(model, cfg, media)
         self.family = family_in(model)
         layers = f"{self.family.decoder}.layers."
         self.linears: dict[str, tuple[int, int]] = {
@@ -110,7 +114,8 @@ class LayerwiseModel:
         """Return a batch's rows, and their states [1, R, D] before the first layer."""
         rows, _ = packed_rows(batch, self.device, torch.float32)
         table: Tensor = self.model.get_input_embeddings().weight
-        return rows, padded(F.embedding(rows.ids[None], table).float(), rows)
+        embeddings = F.embedding(rows.ids[None], table).float()
+        return rows, padded(with_media(self.model, embeddings, batch, rows.first_tokens), rows)
 
     @torch.no_grad()
     def advance(self, rows: PackedRows, states: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from finetune.config.command_options import SensitivityOptions
 from finetune.config.schema import RunConfig
 from finetune.data.batch import Batch, build_batch, groups_of
 from finetune.data.documents import Documents, evenly_spaced
-from finetune.data.loader import load_all_rows
+from finetune.data.loader import load_all_rows, load_media_processor
 from finetune.distill.fingerprint import teacher_weights
 from finetune.losses.chunked import chunked_logits, logits_of
 from finetune.losses.hidden_states import PackedRows
@@ -167,7 +167,8 @@ def measure_sensitivity(cfg: RunConfig, options: SensitivityOptions, log: Log) -
         "dtype": cfg.model.dtype,
     }
     journal = Journal(Path(options.out).expanduser(), made_from)
-    model = LayerwiseModel(cfg.model, cfg.quant, working_device())
+    media = load_media_processor(cfg.model, cfg.data)
+    model = LayerwiseModel(cfg.model, cfg.quant, working_device(), media)
     count = (1 + len(model.linears)) * len(kinds)
     if journal.measured:
         log(f"sensitivity: resumed={journal.folder}, measured={len(journal.measured)}/{count}")

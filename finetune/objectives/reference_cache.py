@@ -18,6 +18,7 @@ from torch import Tensor
 from finetune.config.schema import RunConfig
 from finetune.data.batch import Batch, build_batch, groups_of
 from finetune.data.documents import Document
+from finetune.data.loader import load_media_processor
 from finetune.data.template.chat import ChatTemplate
 from finetune.distill.fingerprint import KEY_BYTES, key_of, keys_of
 from finetune.evaluation.scoring import evaluating
@@ -34,6 +35,7 @@ from finetune.system.atomic import replaced_file
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError, DataError, IntegrityError
 from finetune.system.resources import cache_home
+from finetune.towers.towers import build_towers
 
 FILE = "log_probs.npz"
 # Raise it when the stored columns or the keys of documents change.
@@ -60,6 +62,7 @@ def write_reference_cache(
         # Without an adapter to continue from, a new one changes nothing.
         model = attach_lora(base, cfg.lora)
         fuse_layers(model)
+        build_towers(base, cfg.model, load_media_processor(cfg.model, cfg.data))
         with torch.no_grad(), evaluating(model):
             for group in groups_of(documents, max(EVALUATION_TOKENS, cfg.data.max_length)):
                 with base_policy(model)() if reference_adapter(cfg) is None else nullcontext():

@@ -37,7 +37,7 @@ from finetune.objectives.rollout_server import RolloutServer, connect
 from finetune.objectives.rollouts import Rollouts, Writer
 from finetune.objectives.user_rewards import UserReward
 from finetune.system.console import Log
-from finetune.system.errors import DataError, FinetuneError
+from finetune.system.errors import ConfigError, DataError, FinetuneError
 
 _RESAMPLES = 1000
 _EQUAL_ROUNDS = 5
@@ -257,6 +257,11 @@ def prepare_judge(
     prompts = read_prompts((*data.train, *data.eval), preparation)
     check_prompts(rewards, prompts)
     if cfg.reward.engine == "server":
+        if any(store.has_media.any() for store in data.stores):
+            raise ConfigError(
+                "reward.engine=server: the rows hold media, which only this process reads\n"
+                "help: set reward.engine=process"
+            )
         connect(cfg)  # fails now, before weights are loaded
     return AnswerJudge(rewards, prompts, preparation.chat)
 
