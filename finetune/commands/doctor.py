@@ -35,6 +35,8 @@ from finetune.system.wandb_login import has_wandb_key
 
 GB = 10**9
 HUB_TIMEOUT_SECONDS = 3.0
+# By extra, the modules that it installs.
+_MEDIA = {"vision": ("PIL",), "audio": ("soundfile",), "video": ("av", "PIL")}
 _COLORS: dict[str, Literal["red", "green", "yellow"]] = {
     "ok": "green",
     "note": "green",
@@ -206,6 +208,17 @@ def check_wandb() -> Finding:
     return Finding("note", "not logged in: track.wandb=true records offline", "to upload: wandb login")
 
 
+def check_media() -> Finding:
+    """Report which kinds of files in rows can be read: each kind is an extra."""
+    absent = [
+        kind for kind, modules in _MEDIA.items() if any(importlib.util.find_spec(name) is None for name in modules)
+    ]
+    found = ", ".join(f"{kind} {'is missing' if kind in absent else 'can be read'}" for kind in _MEDIA)
+    if not absent:
+        return Finding("ok", found)
+    return Finding("note", found, f'for rows with such files: pip install "finetune-qlora[{",".join(absent)}]"')
+
+
 def check_shared_memory() -> Finding:
     """Check /dev/shm, through which processes and data workers exchange data."""
     folder = Path("/dev/shm")
@@ -224,6 +237,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "disk": check_disk,
     "model cache": check_hub_cache,
     "model hub": check_hub,
+    "media": check_media,
     "wandb": check_wandb,
     "shared memory": check_shared_memory,
 }

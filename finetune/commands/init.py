@@ -57,8 +57,9 @@ def run(arguments: Arguments) -> int:
         starter = replace(starter, settings=starter.settings | settings)
         stream.write(_yaml(source, facts, starter, options.out, machine))
     more = "" if facts.complete else "more than "
+    files = "".join(f", {kind}={count:,}" for kind, count in facts.files.items())
     log(
-        f"data: format={facts.format}, rows={more}{facts.rows:,}, bad_rows={facts.bad_rows:,}, "
+        f"data: format={facts.format}, rows={more}{facts.rows:,}, bad_rows={facts.bad_rows:,}{files}, "
         f"tokens per example={facts.median_tokens:,} (median), {facts.longest_tokens:,} (longest), estimated"
     )
     log(f"plan: model={starter.model}, {_prediction(starter, machine)}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -11,11 +13,11 @@ from finetune.config.command_options import PlanOptions
 from finetune.config.compose import load_config
 from finetune.config.schema import RunConfig, SourceConfig
 from finetune.data.formats.detection import with_formats
-from finetune.data.formats.messages import Conversation, RawText
+from finetune.data.formats.messages import Conversation, MediaKind, RawText
 from finetune.data.formats.parser import RowParser
 from finetune.data.formats.rules import DEFAULT_RULES, RowRules
 from finetune.data.sources.paths import resolve_source
-from finetune.models.families import QWEN25_SHAPES, shape_of
+from finetune.models.families import FAMILIES, QWEN25_SHAPES, shape_of
 from finetune.planning.advice import longest_that_fits
 from finetune.planning.auto_batch import estimate_memory
 from finetune.planning.inputs import plan_inputs
@@ -24,6 +26,10 @@ from finetune.system.errors import DataError
 
 _ROWS_READ = 20_000
 _TEMPLATE_TOKENS = 5  # of the chat template, per message
+# Assumed of a file: an image of data.image.max_pixels, 30 s of audio, a short video.
+_FILE_TOKENS: dict[MediaKind, int] = {"image": 1280, "audio": 750, "video": 4096}
+# By the word in the name of a packaged model, the family whose towers it has.
+_READERS = {"vl": "qwen2_5_vl", "omni": "qwen2_5_omni"}
 # The largest model that is proposed: larger ones are slow to try, and one word chooses them.
 _LARGEST = "7B"
 _SHORTEST, _LONGEST = 512, 32_768
@@ -35,7 +41,7 @@ class DataFacts:
     """What the first rows of a source show.
 
     tokens: estimates of the rows read, from the bytes of each text, sorted. total_tokens: of the whole source, as far
-    as it is known. complete: whether all rows were read.
+    as it is known. complete: whether all rows were read. files: of all rows read, by their kind.
     """
 
     path: str
@@ -45,6 +51,7 @@ class DataFacts:
     tokens: list[int]
     total_tokens: int
     complete: bool
+    files: Mapping[MediaKind, int] = field(default_factory=dict)
 
     @property
     def longest_tokens(self) -> int:
@@ -72,7 +79,7 @@ def read_facts(source: SourceConfig, rules: RowRules = DEFAULT_RULES) -> DataFac
 
     Raises: DataError if the file cannot be read, its format is not recognized, or no row is usable.
     """
-    tokens, bad, last, formats = list[int](), 0, "", dict[str, None]()
+    tokens, bad, last, formats, files = list[int](), 0, "", dict[str, None](), Counter[MediaKind]()
     parser = RowParser(source, rules=rules)
     batches = with_formats(source, resolve_source(source).batches(source.limit))
     rows = ((batch.format, example) for batch in batches for _, example in parser.rows(batch))
@@ -80,14 +87,16 @@ def read_facts(source: SourceConfig, rules: RowRules = DEFAULT_RULES) -> DataFac
         if isinstance(example, DataError):
             bad, last = bad + 1, str(example)
         else:
-            tokens.append(_tokens(example))
+            kinds = [part.kind for message in getattr(example, "messages", ()) for part in message.media]
+            files.update(kinds)
+            tokens.append(_tokens(example) + sum(_FILE_TOKENS[kind] for kind in kinds))
             formats[name] = None
     complete = next(rows, None) is None
     if not tokens:
         raise DataError(f"{source.path}: no usable row" + f": {last}" * bool(bad))
     read = sum(tokens)
     total = read if complete else max(read, tokens_in_files([source]) or 0)
-    return DataFacts(source.path, ", ".join(formats), len(tokens), bad, sorted(tokens), total, complete)
+    return DataFacts(source.path, ", ".join(formats), len(tokens), bad, sorted(tokens), total, complete, files)
 
 
 def _tokens(example: Any) -> int:
@@ -112,8 +121,13 @@ def propose(
         gpu_name: for its assumed speed.
 
     Raises:
-        DataError: no model fits with sequences of 512 tokens.
+        DataError: no model fits with sequences of 512 tokens, or `model` does not read the rows' files.
     """
+    if model is not None and (unread := set(facts.files) - _kinds_of(model)):
+        raise DataError(
+            f"model={model}: does not read the {', '.join(sorted(unread))} of the rows\n"
+            f"help: model={_largest_model(facts, device_type, free_bytes, _SHORTEST)}"
+        )
     wanted = _rounded(facts.longest_tokens * 1.2)
     chosen = model or _largest_model(facts, device_type, free_bytes, wanted)
     fits = longest_that_fits(_inputs(chosen, device_type), free_bytes)
@@ -162,14 +176,22 @@ def _inputs(model: str, device_type: str, *overrides: str) -> Any:
     return plan_inputs(cfg, shape_of(cfg.model.name), device_type=device_type)
 
 
+def _kinds_of(model: str) -> set[str]:
+    """Return the kinds of files that a packaged model reads."""
+    return next((set(FAMILIES[name].placeholders) for part, name in _READERS.items() if f"-{part}-" in model), set())
+
+
 def _rounded(tokens: float) -> int:
     return max(_SHORTEST, math.ceil(tokens / 256) * 256)
 
 
 def _largest_model(facts: DataFacts, device_type: str, free_bytes: float, wanted: int) -> str:
-    suffix = "" if facts.format == "text" else "-instruct"
     sizes = list(QWEN25_SHAPES)
     sizes = sizes[:1] if device_type == "cpu" else sizes[: sizes.index(_LARGEST) + 1]
+    suffix = "" if facts.format == "text" else "-instruct"
     names = [f"qwen2.5-{size.lower()}{suffix}" for size in reversed(sizes)]
+    if facts.files:
+        pattern = "qwen2.5-omni-{}" if "audio" in facts.files else "qwen2.5-vl-{}-instruct"
+        names = [pattern.format(size) for size in (("3b",) if device_type == "cpu" else ("7b", "3b"))]
     needed = min(wanted, 2048)
     return next((n for n in names if longest_that_fits(_inputs(n, device_type), free_bytes) >= needed), names[-1])

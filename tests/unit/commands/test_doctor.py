@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import importlib.metadata
+import importlib.util
 import json
 import os
 import sys
@@ -171,3 +172,12 @@ def test_a_wandb_login_file_is_found(monkeypatch, tmp_path):
 def test_settings_are_refused(quick, capsys, word: str):
     assert main(["doctor", word]) == 2
     assert word in capsys.readouterr().err
+
+
+def test_missing_libraries_of_media_are_named_by_their_extras(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find(name) and name)
+    assert doctor.check_media().status == "ok"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else find(name))
+    finding = doctor.check_media()
+    assert finding.status == "note" and finding.advice.endswith('"finetune-qlora[video]"')

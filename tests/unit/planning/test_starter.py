@@ -14,12 +14,14 @@ import pytest
 
 from finetune import load_config, train
 from finetune.cli import main
+from finetune.commands.init import _models
 from finetune.config.schema import SourceConfig
 from finetune.models.families import shape_of
 from finetune.planning import starter as starter_module
 from finetune.planning.auto_batch import estimate_memory
 from finetune.planning.inputs import plan_inputs
 from finetune.planning.starter import propose, read_facts
+from finetune.system.errors import DataError
 
 PAIRS = [(f"What is {n} plus {n}?", f"It is {2 * n}.") for n in range(40)]
 SHAREGPT = [{"conversations": [{"from": "human", "value": a}, {"from": "gpt", "value": b}]} for a, b in PAIRS]
@@ -189,3 +191,30 @@ def test_what_cannot_be_planned_is_refused_and_nothing_is_written(words, key, tm
     error = capsys.readouterr().err
     assert key in error and "Traceback" not in error
     assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "odd.jsonl", "empty.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "device", "model"),
+    [
+        (["images"], "cuda", "qwen2.5-vl-7b-instruct"),
+        (["images", "audios"], "cuda", "qwen2.5-omni-7b"),
+        (["audios"], "cpu", "qwen2.5-omni-3b"),
+        (["videos"], "cpu", "qwen2.5-vl-3b-instruct"),
+    ],
+)
+def test_rows_with_files_get_a_model_that_reads_them(tmp_path: Path, kinds: list[str], device: str, model: str):
+    tags = "".join(f"<{kind[:-1]}>" for kind in kinds)
+    rows = [{"prompt": f"{tags}{a}", "completion": b, **{kind: ["file"] for kind in kinds}} for a, b in PAIRS]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    facts = read_facts(SourceConfig(path=str(tmp_path / "rows.jsonl")))
+    assert facts.files == {kind[:-1]: len(PAIRS) for kind in kinds} and facts.longest_tokens > 700
+    assert propose(facts, device, 80e9).model == model
+    with pytest.raises(DataError, match=model[:10]):
+        propose(facts, device, 80e9, model="qwen2.5-7b-instruct")
+
+
+def test_every_packaged_model_can_be_proposed(tmp_path: Path):
+    write_lines(tmp_path / "rows.jsonl", COMPLETIONS)
+    facts = read_facts(SourceConfig(path=str(tmp_path / "rows.jsonl")))
+    for name in _models():
+        assert propose(facts, "cuda", 600e9, model=name).model == name
