@@ -141,7 +141,6 @@ CASES = (
     Case("vl", 512, (_LARGE, "quant.type=none"), batch=2, media="vision"),
     Case("vl", 512, (_LARGE, _STAY), batch=2, media="vision"),
     Case("vl", 512, (_LARGE, "lora.towers=[vision]"), batch=2, media="vision"),
-    Case("vl", 512, (_LARGE, "lora.towers=[vision]", "lora.dropout=0.05"), batch=2, media="vision"),
 )
 
 
