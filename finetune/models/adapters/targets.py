@@ -83,7 +83,7 @@ def _full_names(family: ModelFamily, spec: list[str] | str, cfg: LoraConfig) -> 
     pattern = spec if isinstance(spec, str) else rf".*\.(?:{'|'.join(map(re.escape, spec))})"
     parts = [rf"(?={re.escape(family.decoder)}\.layers\.{numbers}\.)(?:{pattern})"]
     for tower in (tower for name, tower in family.towers.items() if name in cfg.towers):
-        parts.append(rf"{re.escape(tower.blocks)}\.\d+\..*\.(?:{'|'.join(map(re.escape, tower.linears))})")
+        parts.append(rf"{re.escape(tower.blocks)}\.\d+\.(?:.*\.)?(?:{'|'.join(map(re.escape, tower.linears))})")
     return "|".join(parts)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+import torch
 
 from finetune.config.schema import LoraConfig
 from finetune.models.adapters.targets import plan_targets
 from finetune.system.errors import ConfigError
+from tests.media_models import random_media_model
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -81,3 +84,22 @@ def test_all_problems_are_reported_together(untouched) -> None:
         plan_targets(untouched("nf4"), LoraConfig(target_modules=["qproj"], layers_to_transform=[9], dora=True))
     assert len(str(error.value).splitlines()) >= 2
     assert "'qproj'" in str(error.value) and "[9]" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "towers", "count"), [("qwen2_5_vl", ["vision"], 10), ("qwen2_5_omni", ["vision", "audio"], 26)]
+)
+def test_every_linear_of_the_layers_of_a_tower_gets_an_adapter_if_asked(family, towers, count) -> None:
+    """Names of the decoder never reach a tower: the audio tower has a q_proj too."""
+    model = random_media_model(family)
+    decoder = plan_targets(model, LoraConfig()).ranks
+    assert len(decoder) == 4 and all(name.startswith("model.language_model.layers.") for name in decoder)
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    blocks = {name for name in linears if re.match(r"model\.(?:visual\.blocks|audio_tower\.layers)\.", name)}
+    assert len(blocks) == count
+    assert plan_targets(model, LoraConfig(towers=towers)).ranks.keys() == decoder.keys() | blocks
+
+
+def test_a_tower_that_the_model_lacks_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"Qwen2\.5-VL has no audio tower; it has vision"):
+        plan_targets(random_media_model("qwen2_5_vl"), LoraConfig(towers=["audio"]))
