@@ -53,6 +53,15 @@ def test_ids_are_those_of_the_template(name: str, tiny: Get):
     assert chat.turn_end_id == end and end in encoded.ids[encoded.trained]
 
 
+@pytest.mark.parametrize("name", PROVEN["chat template"])
+def test_a_raw_text_begins_as_the_tokenizer_begins_it(name: str, tiny: Get):
+    tokenizer = AutoTokenizer.from_pretrained(tiny(name).folder)
+    chat = ChatTemplate(tokenizer)
+    [ids] = chat.encode_texts(["one two"])
+    assert [*chat.text_start, *ids] == tokenizer("one two")["input_ids"]
+    assert bool(chat.text_start) == (name in ("llama", "mistral"))
+
+
 @pytest.mark.parametrize("name", PROVEN["fused layers"])
 def test_loss_and_gradients_of_a_pack_are_those_of_peft_for_each_document_alone(name: str, tiny: Get):
     rows = documents([5, 70, 2, 64, 9])

@@ -133,6 +133,13 @@ class ChatTemplate:
         """The largest id plus 1."""
         return max(self._backend.get_vocab().values()) + 1
 
+    @cached_property
+    def text_start(self) -> list[int]:
+        """The tokens that the tokenizer puts before every text, as Llama's does; a template writes its own."""
+        whole = Tokenizer.from_str(self._definition)
+        plain, full = (whole.encode("a", add_special_tokens=special).ids for special in (False, True))
+        return full[: full.index(plain[0])] if plain[0] in full else []
+
     @property
     def eos_id(self) -> int | None:
         """The tokenizer's end token."""

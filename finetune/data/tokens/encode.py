@@ -40,7 +40,7 @@ _CHILD = f"import sys; sys.path.insert(0, {str(_PARENT)!r}); from finetune.data.
 # Batches per worker: one in work, one waiting in its pipe.
 _AHEAD = 2
 # Part of every cache's fingerprint: raise it when the same rows give other tokens, weights or hashes.
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,11 @@ class RowEncoder:
     def _encode_texts(self, texts: Sequence[str]) -> Iterator[Encoded | DataError]:
         """Every token is a target, and so is the end token after them."""
         for ids in self.chat.encode_texts(texts) if texts else ():
-            ids = np.append(ids, np.int32(self.chat.end_of_text_id))
-            weights = np.ones(len(ids), dtype=np.float32)
-            yield Encoded(ids, weights) if len(ids) > 1 else DataError("the text is empty")
+            if not len(ids):
+                yield DataError("the text is empty")
+                continue
+            ids = np.concatenate([self.chat.text_start, ids, [self.chat.end_of_text_id]]).astype(np.int32)
+            yield Encoded(ids, np.ones(len(ids), dtype=np.float32))
 
     def _encode_tokens(self, row: TokenRow) -> Encoded | DataError:
         if row.input_ids and max(row.input_ids) >= self.chat.vocabulary_size:
