@@ -68,11 +68,13 @@ def target_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
     targets, labels_T = batch.targets, batch.labels[0]
     weights_N = None if batch.weights is None else copy_together([batch.weights[0][targets]], device)[0]
     if text_config(base)._attn_implementation != SEGMENTED:
-        ids, tokens, labels_N = copy_together([batch.input_ids[0], targets, labels_T[targets]], device)
+        borders = _with_borders(base, batch)
+        ids, positions, tokens, labels_N = copy_together(
+            [batch.input_ids[0], borders.flatten(), targets, labels_T[targets]], device
+        )
         embeddings = _with_noise(_embed(base, ids, batch.input_ids[0]), lengths_T, noise_alpha)
         embeddings = with_media(base, embeddings, batch, torch.arange(batch.tokens))
-        positions = _with_borders(base, batch).to(device)
-        outputs = backbone(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
+        outputs = backbone(inputs_embeds=embeddings, position_ids=positions.view(borders.shape), use_cache=False)
         return TargetStates(take_rows(outputs.last_hidden_state[0], tokens, repeat=False), labels_N, weights_N)
     rows, labels_N = packed_rows(batch, device, base.dtype)
     host_ids = batch.input_ids[0][rows.first_tokens]

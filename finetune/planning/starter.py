@@ -28,8 +28,6 @@ _ROWS_READ = 20_000
 _TEMPLATE_TOKENS = 5  # of the chat template, per message
 # Assumed of a file: an image of data.image.max_pixels, 30 s of audio, a short video.
 _FILE_TOKENS: dict[MediaKind, int] = {"image": 1280, "audio": 750, "video": 4096}
-# By the word in the name of a packaged model, the family whose towers it has.
-_READERS = {"vl": "qwen2_5_vl", "omni": "qwen2_5_omni"}
 # The largest model that is proposed: larger ones are slow to try, and one word chooses them.
 _LARGEST = "7B"
 _SHORTEST, _LONGEST = 512, 32_768
@@ -178,7 +176,8 @@ def _inputs(model: str, device_type: str, *overrides: str) -> Any:
 
 def _kinds_of(model: str) -> set[str]:
     """Return the kinds of files that a packaged model reads."""
-    return next((set(FAMILIES[name].placeholders) for part, name in _READERS.items() if f"-{part}-" in model), set())
+    shape = shape_of(load_config("lora.yaml", [f"model={model}"], needs_data=False).model.name)
+    return set(FAMILIES[shape["model_type"]].placeholders) if shape else set()
 
 
 def _rounded(tokens: float) -> int:

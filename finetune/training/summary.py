@@ -11,7 +11,7 @@ from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
 from finetune.data.sources.paths import is_on_hub
 from finetune.evaluation.generation import Answer
-from finetune.models.families import FAMILIES, ModelFamily, shape_of
+from finetune.models.families import FAMILIES, QWEN25, ModelFamily, shape_of
 from finetune.report.facts import with_interval
 from finetune.system.format import format_bytes, format_duration, format_estimate
 from finetune.training.run_folder import RunResult
@@ -144,7 +144,7 @@ model = PeftModel.from_pretrained({opener}.from_pretrained("{cfg.model.name}"), 
 def _family(cfg: RunConfig) -> ModelFamily:
     """Return the family of the base; that of Qwen2.5 for a hub id that no family knows."""
     shape = shape_of(cfg.model.name)
-    return FAMILIES["qwen2" if shape is None else shape["model_type"]]
+    return QWEN25 if shape is None else FAMILIES[shape["model_type"]]
 
 
 def _card_data(cfg: RunConfig, result: RunResult) -> ModelCardData:

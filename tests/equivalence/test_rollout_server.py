@@ -69,7 +69,7 @@ def test_a_server_without_adapters_is_refused_with_its_command(client, tmp_path)
 
 
 def test_no_server_and_no_vllm_are_named_before_weights_are_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr("finetune.training.recipe.load_base", None)
+    monkeypatch.setattr("finetune.training.assemble.load_base", None)
     with pytest.raises(ConfigError, match=r"reward\.engine") as error:
         train(config(tmp_path / "1", "http://localhost:1"))
     assert "vllm serve" in str(error.value) and "--max-lora-rank 8" in str(error.value)

@@ -16,7 +16,8 @@ _RECORDS = (qwen2.FAMILY, qwen3.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2_5_vl
 FAMILIES = {family.model_type: family for family in _RECORDS}
 # Of transformers, where config.json has no such key.
 _DEFAULT_WINDOW, _DEFAULT_FULL_LAYERS = 4096, 28
-QWEN25_SHAPES = qwen2.FAMILY.shapes()
+QWEN25 = qwen2.FAMILY
+QWEN25_SHAPES = QWEN25.shapes()
 
 
 def family_of(model_type: object, where: str) -> ModelFamily:

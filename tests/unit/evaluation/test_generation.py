@@ -36,7 +36,7 @@ class Echo:
     def __call__(self, model, prompts, limits, **_):
         assert not model.training and limits == [4] * len(prompts)
         self.batches.append([len(prompt) for prompt in prompts])
-        return prompts
+        return [prompt.ids.tolist() for prompt in prompts]
 
 
 @pytest.fixture(scope="module")

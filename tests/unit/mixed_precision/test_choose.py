@@ -119,8 +119,8 @@ def test_the_best_measured_allocation_is_chosen(bench, folder: Path, monkeypatch
     alone = choose(bench.cfg, options.model_copy(update={"measure": False}), lambda _: None)
     assert alone.measured == {} and alone.size_bytes <= 3e6
 
-    def measured(model: Any, quants: dict[str, QuantConfig], batches: Any, log: Any) -> dict[str, MeanKl]:
-        assert quants["the allocation"] == alone.quant and len(batches) == 1
+    def measured(model: Any, quants: dict[str, QuantConfig], batches: Any, log: Any, media: Any) -> dict[str, MeanKl]:
+        assert quants["the allocation"] == alone.quant and len(batches) == 1 and media is None
         return {name: MeanKl(1.0 if name == "the allocation" else 0.5, 0.1, 4) for name in quants}
 
     monkeypatch.setattr(choose_module, "measure_quants", measured)
