@@ -7,10 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune.config.schema import DataConfig, LoraConfig
-from finetune.data.media.audio import AudioSettings
 from finetune.data.media.media import Media
-from finetune.data.media.patches import PatchSettings
-from finetune.data.media.video import most_pixels
 from finetune.planning.tower_shapes import UNITS_PER_TOKEN, TowerShape
 
 
@@ -42,7 +39,11 @@ class MediaLoad:
 def most_tokens(towers: Iterable[str], data: DataConfig) -> dict[str, int]:
     """Return the tokens of the largest file of each kind that the limits and `data.max_length` allow."""
     found: dict[str, int] = {}
+    # These modules import numpy, which takes longer than the plan of a text model.
     if "vision" in towers:
+        from finetune.data.media.patches import PatchSettings
+        from finetune.data.media.video import most_pixels
+
         side = PatchSettings(1, 1)
         pixels_of_token = (side.patch_size * side.merge_size) ** 2
         frames = data.video.max_frames
@@ -50,6 +51,8 @@ def most_tokens(towers: Iterable[str], data: DataConfig) -> dict[str, int]:
         found["image"] = data.image.max_pixels // pixels_of_token
         found["video"] = -(-frames // side.temporal_patch_size) * (of_frame // pixels_of_token)
     if "audio" in towers:
+        from finetune.data.media.audio import AudioSettings
+
         audio = AudioSettings(data.audio.max_seconds)
         found["audio"] = audio.tokens(audio.frames(round(data.audio.max_seconds * audio.sampling_rate)))
     return {kind: min(tokens, data.max_length) for kind, tokens in found.items()}

@@ -245,7 +245,7 @@ def rollouts_of(cfg: RewardConfig, groups: Sequence[Group]) -> Rollouts:
     by_prompt = {tuple(group.prompt): group for group in groups}
 
     def write(prompts: Sequence[np.ndarray], draws: Sequence[np.ndarray]) -> list[list[SampledIds]]:
-        found = [by_prompt[tuple(prompt.tolist())].answers for prompt in prompts]
+        found = [by_prompt[tuple(prompt.ids.tolist())].answers for prompt in prompts]
         return [[SampledIds(np.array(ids, np.int32), np.zeros(len(ids), np.float32)) for ids in some] for some in found]
 
     def judge(documents: Sequence[Document], answers: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
