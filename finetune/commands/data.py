@@ -57,9 +57,8 @@ def run(arguments: Arguments) -> int:
 
 
 def _inspect(cfg: RunConfig, options: DataOptions, files: dict[str, IO[str]]) -> None:
-    from finetune.data.loader import load_all_rows
+    from finetune.data.loader import advice_on_end_token, load_all_rows
     from finetune.data.sources.paths import resolve_source
-    from finetune.data.template.chat import advice_on_end_token
     from finetune.report.dataset.advice import advise
     from finetune.report.dataset.examples import Decoder, shown_rows
     from finetune.report.dataset.files import write_dump, write_page

@@ -124,6 +124,22 @@ def load_chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> C
     return ChatTemplate(tokenizer)
 
 
+def advice_on_end_token(chat: ChatTemplate) -> str | None:
+    """Return a warning if the template ends turns with a token that is not the tokenizer's end token, else None.
+
+    That is the case of base models: the row of this token in the head was never trained.
+    """
+    if chat.turn_end_id in (None, chat.eos_id):
+        return None
+    turn_end, eos = (chat.token_of(i) for i in (chat.turn_end_id, chat.eos_id))
+    return (
+        f"the chat template ends a turn with {turn_end}, but the tokenizer's end token is {eos}: this is a base model. "
+        f"Its head never learned to write {turn_end}, and adapters on its layers cannot teach it, so answers may not "
+        "stop; start from an Instruct model, or train the head as well: lora.modules_to_save=[lm_head] (a tied "
+        "embedding learns with it)"
+    )
+
+
 def load_data(preparation: Preparation) -> LoadedData:
     """Tokenize every source, or find it in the cache; cut and split it.
 

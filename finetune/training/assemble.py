@@ -14,7 +14,7 @@ from finetune.config.schema import RunConfig
 from finetune.data import loader
 from finetune.data.packing import MapSampler, Sampler, SequenceOrder
 from finetune.data.stream import StreamingSampler
-from finetune.data.template.chat import ChatTemplate, advice_on_end_token
+from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation, console_progress
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.fused import fuse_layers
@@ -129,7 +129,7 @@ def _run_towers(
 
 def _describe_data(cfg: RunConfig, data: loader.LoadedData, chat: ChatTemplate, log: Log) -> None:
     warnings = loader.describe_leaks(data)
-    if (advice := advice_on_end_token(chat)) and "lm_head" not in cfg.lora.modules_to_save:
+    if (advice := loader.advice_on_end_token(chat)) and "lm_head" not in cfg.lora.modules_to_save:
         warnings = [*warnings, advice]
     for line in (
         *map(loader.describe_source, (*data.train, *data.eval)),

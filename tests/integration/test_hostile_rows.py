@@ -73,7 +73,10 @@ BAD_LINES: dict[str, tuple[str | bytes, str]] = {
     "a message of another type": (chats(USER, 7), r"messages\[1\] must be an object"),  # type: ignore[arg-type]
     "null content": (chats(USER, {"role": "assistant", "content": None}), r"messages\[1\].content must be text"),
     "an object for content": (chats({"role": "user", "content": {}}, ASSISTANT), r"messages\[0\].content must be text"),
-    "an image": (chats({"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT), r"content\[0\] of type 'image_url' has no file"),
+    "an image": (
+        chats({"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT),
+        r"content\[0\] of type 'image_url' has no file",
+    ),
     "unknown role": (chats(USER, {"role": "robot", "content": "x"}), r"messages\[1\].role is 'robot'"),
     "a number for a role": (chats({"role": 1, "content": "x"}, ASSISTANT), r"messages\[0\].role"),
     "two system turns": (chats(*[{"role": "system", "content": "s"}] * 2, USER, ASSISTANT), "is a system turn"),

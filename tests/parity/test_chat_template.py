@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune.data.formats.messages import Conversation, Message, ToolCall
-from finetune.data.template.chat import ChatTemplate, advice_on_end_token
+from finetune.data.loader import advice_on_end_token
+from finetune.data.template.chat import ChatTemplate
 from finetune.system.errors import DataError
 from finetune.system.resources import packaged
 

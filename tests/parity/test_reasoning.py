@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from finetune.config.compose import load_config
 from finetune.config.schema import DataConfig, ModelConfig
 from finetune.data.formats.messages import Conversation, Message, ToolCall
-from finetune.data.loader import load_chat_template
-from finetune.data.template.chat import ChatTemplate, advice_on_end_token
+from finetune.data.loader import advice_on_end_token, load_chat_template
+from finetune.data.template.chat import ChatTemplate
 from finetune.models.tokenizer import load_tokenizer
 from finetune.system.errors import DataError
 from finetune.system.resources import packaged

@@ -365,22 +365,6 @@ class ChatTemplate:
         return Encoded(np.array(ids, dtype=np.int32), weights)
 
 
-def advice_on_end_token(chat: ChatTemplate) -> str | None:
-    """Return a warning if the template ends turns with a token that is not the tokenizer's end token, else None.
-
-    That is the case of base models: the row of this token in the head was never trained.
-    """
-    if chat.turn_end_id in (None, chat.eos_id):
-        return None
-    turn_end, eos = (chat.token_of(i) for i in (chat.turn_end_id, chat.eos_id))
-    return (
-        f"the chat template ends a turn with {turn_end}, but the tokenizer's end token is {eos}: this is a base model. "
-        f"Its head never learned to write {turn_end}, and adapters on its layers cannot teach it, so answers may not "
-        "stop; start from an Instruct model, or train the head as well: lora.modules_to_save=[lm_head] (a tied "
-        "embedding learns with it)"
-    )
-
-
 def _first_token(encoding: Encoding, start: int, length: int) -> int:
     """The first token that begins at the character `start` or after it.
 
