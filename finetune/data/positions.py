@@ -58,13 +58,6 @@ class PlacedMedia:
 
     def positions(self, length: int) -> np.ndarray:
         """Return the positions [3, T] int64 of the row's T tokens: time, height and width."""
-        return self._positions(length)[0]
-
-    def next_position(self, length: int) -> int:
-        """Return the position, on all axes, of a text token after the row's T tokens."""
-        return self._positions(length)[1]
-
-    def _positions(self, length: int) -> tuple[np.ndarray, int]:
         parts, position, token = [], 0, 0
         for item, start in zip(self.items, self.starts, strict=True):
             before, inside = start - token, _inside(item, self.rule.steps_per_second)
@@ -73,7 +66,7 @@ class PlacedMedia:
             position += before + int(counted.max()) + 1
             token = start + item.tokens
         parts.append(_text(position, length - token))
-        return np.concatenate(parts, axis=1), position + length - token
+        return np.concatenate(parts, axis=1)
 
     def as_dict(self) -> dict[str, Any]:
         """Return them as JSON; `from_dict` reads it."""
