@@ -161,7 +161,8 @@ def build_teacher(
         found = load_resident(model, adapter_folder(teacher.lora), device, base if teacher_is_base(cfg) else None)
         if towers := build_towers(base_of(found.model), model, processor_of(base)):
             towers.fill(documents.media() if isinstance(documents, Documents) else (), log)
-            towers.release()
+            if not cfg.data.stream_rows:  # a stream brings media that are not known yet
+                towers.release()
         return found
     if teacher.placement == "streamed":
         return streamed_teacher(cfg, device, log, _shared_head(cfg, base))
