@@ -240,7 +240,8 @@ def test_prompts_of_rewards_have_their_media_and_generation_gets_the_same(load, 
     assert prompt.media == document.media and not prompt.trained.any()
     assert np.array_equal(prompt.ids, document.ids[: document.first_target + 1])
     assert np.array_equal(prompt.placed.positions(len(prompt.ids)), document.placed.positions(len(prompt.ids)))
-    assert prompt.placed.positions(len(prompt.ids) + 1)[0, -1] == document.placed.positions(len(document))[0, len(prompt.ids)]
+    length = len(prompt.ids)
+    assert prompt.placed.positions(length + 1)[0, -1] == document.placed.positions(len(document))[0, length]
 
 
 def test_media_after_the_last_target_are_left_out_where_prefixes_are_shared(load):
