@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -314,6 +314,20 @@ def write_card(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, run:
     (out / "loss.svg").write_text(loss_svg(run.losses), encoding="utf-8")
 
 
+def run_steps(args: argparse.Namespace, step: Callable[[float], float], save: Callable[[Path], None]) -> list[float]:
+    """Train, each step at its share of the learning rate, and save the weights; return the losses."""
+    curve, started = [], time.perf_counter()
+    for done in range(args.steps):
+        curve.append(step(rate(done, args.steps, 1.0 if args.start else DECAY_SHARE)))
+        if args.save_every and (done + 1) % args.save_every == 0:
+            save(args.out.with_name(f"{args.out.name}-{done + 1}"))
+        if (done + 1) % 20 == 0:
+            seconds = time.perf_counter() - started
+            print(f"step {done + 1} loss {sum(curve[-20:]) / 20:.4f} {seconds:.0f} s", flush=True)
+    save(args.out)
+    return curve
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
@@ -334,15 +348,10 @@ def main() -> None:
         Masters(model, matrices),
         batches(tokenizer, Random(f"{args.seed} on" if args.start else args.seed)),
     )
-    curve, started = [], time.perf_counter()
-    for step in range(args.steps):
-        scale = rate(step, args.steps, 1.0 if args.start else DECAY_SHARE)
-        curve.append(train_step(model, masters, stream, scale))
-        if args.save_every and (step + 1) % args.save_every == 0:
-            save(model, tokenizer, args.out.with_name(f"{args.out.name}-{step + 1}"))
-        if (step + 1) % 20 == 0:
-            print(f"step {step + 1} loss {sum(curve[-20:]) / 20:.4f} {time.perf_counter() - started:.0f} s", flush=True)
-    save(model, tokenizer, args.out)
+    started = time.perf_counter()
+    curve = run_steps(
+        args, lambda scale: train_step(model, masters, stream, scale), lambda folder: save(model, tokenizer, folder)
+    )
     run = Training(
         config=model.config,
         parameters=model.num_parameters(),

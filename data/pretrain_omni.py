@@ -33,7 +33,7 @@ from media_rows import (
     tower_inputs,
 )
 from pretrain import CHAT_TEMPLATE as TEXT_TEMPLATE
-from pretrain import DECAY_SHARE, TOKENIZER_CONFIG, Masters, rate, targets
+from pretrain import TOKENIZER_CONFIG, Masters, run_steps, targets
 from safetensors.torch import load_file
 from scenes import SIGHTS, SOUNDS, Conversation, Scene, about_both, asked, conversation
 from tokenizers import AddedToken
@@ -293,14 +293,10 @@ def main() -> None:
     masters = Masters(model, matrices(model))
     # Rows that the first phase has not seen.
     stream = batches(tokenizer, Random(f"{args.seed} on" if args.start else args.seed))
-    curve, started = [], time.perf_counter()
-    for step in range(args.steps):
-        curve.append(train_step(model, masters, stream, rate(step, args.steps, 1.0 if args.start else DECAY_SHARE)))
-        if args.save_every and (step + 1) % args.save_every == 0:
-            save(model, tokenizer, args.out.with_name(f"{args.out.name}-{step + 1}"))
-        if (step + 1) % 20 == 0:
-            print(f"step {step + 1} loss {sum(curve[-20:]) / 20:.4f} {time.perf_counter() - started:.0f} s", flush=True)
-    save(model, tokenizer, args.out)
+    started = time.perf_counter()
+    curve = run_steps(
+        args, lambda scale: train_step(model, masters, stream, scale), lambda folder: save(model, tokenizer, folder)
+    )
     run = OmniTraining(
         config=model.config,
         parameters=model.num_parameters(),
