@@ -119,7 +119,11 @@ def test_other_ranks_wait_for_the_main_one_and_see_the_same(tmp_path, chat):
     def walk(rank: StreamingSampler) -> list:
         steps = []
         for step in range(30):
-            steps.append(shown(rank.step_batches(step)))
+            try:
+                steps.append(shown(rank.step_batches(step)))
+            except BaseException:
+                together.abort()  # or the other rank waits for ever
+                raise
             together.wait()
         return steps
 

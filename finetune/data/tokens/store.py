@@ -20,6 +20,7 @@ import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +49,9 @@ _CHOSEN = "chosen_tokens"  # column of rows.npz; missing where rows have no pref
 # Raise it when rows are read that were bad before.
 READER_VERSION = 2
 _MOST_WEIGHTS = 256  # a code is one byte
+# NumPy parses the header of each column as Python. CPython 3.11 counts the depth of all parsers together, so two threads
+# that parse at once fail with a SystemError (cpython issue 106905). A stream opens windows in threads.
+_PARSING = Lock()
 
 
 class BadRow(NamedTuple):
@@ -129,7 +133,7 @@ class TokenStore:
     def __init__(self, folder: Path):
         self.folder = folder
         self.meta = StoreMeta(**json.loads((folder / _META).read_text(encoding="utf-8")))
-        with np.load(folder / _ROWS, allow_pickle=False) as rows:
+        with _PARSING, np.load(folder / _ROWS, allow_pickle=False) as rows:
             self.lengths, self.targets = rows["lengths"], rows["targets"]
             self.indices, self.hashes = rows["indices"], rows["hashes"]
             self.control_tokens = rows["control_tokens"]
