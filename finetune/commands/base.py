@@ -37,6 +37,7 @@ COMMANDS = {
     "watch": "serve the report of a run while it trains",
     "compare": "show runs side by side: settings, metrics, curves",
     "sweep": "train with every combination of settings, or search for the best",
+    "serve": "answer requests of the OpenAI API with a model and its adapters",
     "chat": "chat with a base model or a trained adapter",
     "doctor": "check this machine and its packages",
     "schema": "print the JSON Schema of a config, for editors",

@@ -11,6 +11,7 @@ from finetune.config.section import (
     Dtype,
     Fraction,
     Index,
+    Name,
     NotNegative,
     Number,
     Positive,
@@ -111,6 +112,46 @@ class ChatOptions(Section):
     max_new_tokens: Count = Field(512, description="Longest answer in tokens.")
     temperature: NotNegative = Field(0.0, description="Sampling temperature; 0: always the most probable token.")
     system: str | None = Field(None, description="System message; null: the template's own.")
+
+
+class ServeSettings(Section):
+    """How requests are answered, and within which limits."""
+
+    max_batch: Count = Field(32, description="Most answers written at the same time.")
+    window_ms: Index = Field(100, description="Time that the first request of an idle server waits for others.")
+    prefill_tokens: Count = Field(512, description="Most tokens of prompts computed between two tokens of an answer.")
+    cache_tokens: Count | None = Field(None, description="Tokens of keys and values kept; null: by free memory.")
+    context_tokens: Count | None = Field(None, description="Longest prompt with its answer; null: the model's.")
+    queue: Index = Field(256, description="Most requests that wait; others are refused with 429.")
+    max_request: Text = Field("4MB", description="Largest body of a request.")
+    deadline_seconds: Positive = Field(600, description="Longest time of a request, whatever was measured.")
+    deadline_floor_seconds: Positive = Field(30, description="Shortest time that a request is given.")
+    deadline_factor: Positive = Field(4, description="Time of a request: this factor times the p99 of measured ones.")
+    drain_seconds: NotNegative = Field(30, description="Time for the running answers after SIGTERM.")
+    cache: Text = Field("memory", description="Answers of repeated requests: none, memory, or redis://HOST:PORT/DB.")
+    cache_entries: Count = Field(1024, description="Answers kept in memory.")
+    allow_adapters: bool = Field(False, description="Load and unload adapters by POST /v1/adapters.")
+    adapters_folder: Text | None = Field(None, description="Folder of the adapters that a request may load by name.")
+    max_adapters: Count = Field(16, description="Adapters in memory; the least recently used one leaves.")
+    check: Text | None = Field(None, description="Run whose trained model the answers must equal; null: the adapter's.")
+    check_rows: Index = Field(8, description="Held-out rows of that comparison; 0: none.")
+    max_kl: NotNegative = Field(0.02, description="Limit on KL(trained || served), nats per target.")
+    grpc_port: Annotated[int, Field(ge=0, lt=2**16)] | None = Field(None, description="Port for gRPC; null: none.")
+
+
+class ServeOptions(Section):
+    """`finetune serve`, beside the keys of a run's config."""
+
+    adapter: Text | None = Field(None, description="Run folder, checkpoint or adapter folder to serve on its base.")
+    adapters: dict[Name, Text] = Field({}, description="More adapters of the base, as {name: FOLDER, …}.")
+    model: Text | None = Field(None, description="Base: hub id or folder; without an adapter, the model to serve.")
+    engine: Literal["embedded", "vllm", "sglang", "llamacpp"] = Field(
+        "embedded", description="Program that computes: this package's own, or a server that it starts and watches."
+    )
+    engine_args: list[Text] = Field([], description="More arguments of that server, as it takes them.")
+    host: Text = Field("127.0.0.1", description="Address to listen at; 0.0.0.0: every one of this machine.")
+    port: Annotated[int, Field(ge=0, lt=2**16)] = Field(8000, description="Port to listen at; 0: any free one.")
+    serve: ServeSettings = Field(ServeSettings(), description="How requests are answered.")
 
 
 class MergeOptions(Section):

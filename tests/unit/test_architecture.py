@@ -29,6 +29,7 @@ LAYERS = [
     "planning",
     "evaluation",
     "export",
+    "serving",
     "report",
     "mixed_precision",
     "objectives",

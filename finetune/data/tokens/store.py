@@ -49,8 +49,8 @@ _CHOSEN = "chosen_tokens"  # column of rows.npz; missing where rows have no pref
 # Raise it when rows are read that were bad before.
 READER_VERSION = 2
 _MOST_WEIGHTS = 256  # a code is one byte
-# NumPy parses the header of each column as Python. CPython 3.11 counts the depth of all parsers together, so two threads
-# that parse at once fail with a SystemError (cpython issue 106905). A stream opens windows in threads.
+# NumPy parses the header of each column as Python. CPython 3.11 counts the depth of all parsers together, so two that
+# run at once in two threads fail with a SystemError (cpython issue 106905). A stream opens windows in threads.
 _PARSING = Lock()
 
 

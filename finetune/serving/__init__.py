@@ -1,0 +1,1 @@
+"""Serve a model with its adapters: requests in, tokens out, over HTTP and gRPC."""
