@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from finetune.config.schema import RunConfig, SourceConfig
 from finetune.data.sources.memory import write_rows
 from finetune.evaluation.generation import Answer, exact_match
+from finetune.evaluation.probe import text_rows, write_probe
 from finetune.models.adapters.files import check_adapter, save_adapter
 from finetune.models.embedding import move_embedding_to_host
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
@@ -217,6 +218,7 @@ def _finish(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainS
         context.reinforcement.check_taught()
     if context.is_main:
         _save_final(context, result)
+        _record_probe(context)
         result.adapter = str(context.folder)
         if (before := state.before.get("evaluations")) and context.distillation is not None:
             write_text(context.folder / TEACHER, teacher_table(before, state.evaluations))
@@ -273,3 +275,12 @@ def _save_final(context: RunContext, result: RunResult) -> None:
         os.replace(file, context.folder / file.name)
     sync(context.folder)
     staged.rmdir()
+
+
+def _record_probe(context: RunContext) -> None:
+    """Record what the trained model computes on a few rows, with which `finetune serve` compares its answers."""
+    data = context.data
+    rows = text_rows(data.eval[0].documents if data.eval else data.documents if data.train else ())
+    if rows:
+        source = "held-out rows of the run" if data.eval else "training rows of the run"
+        write_probe(context.folder, context.model, rows, source=source, base=context.cfg.model.name)
