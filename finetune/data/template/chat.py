@@ -112,8 +112,11 @@ class ChatTemplate:
         return {token: ordinary[token] for token in found if token not in THINK_TAGS}
 
     @cached_property
-    def _backend(self) -> Tokenizer:
-        """Built on first use: a process whose children encode saves its 100 MB."""
+    def backend(self) -> Tokenizer:
+        """The tokenizer, to which control tokens in a text are text.
+
+        Built on first use: a process whose children encode saves its 100 MB.
+        """
         backend = Tokenizer.from_str(self._definition)
         backend.no_padding()
         backend.no_truncation()
@@ -131,7 +134,7 @@ class ChatTemplate:
     @cached_property
     def vocabulary_size(self) -> int:
         """The largest id plus 1."""
-        return max(self._backend.get_vocab().values()) + 1
+        return max(self.backend.get_vocab().values()) + 1
 
     @cached_property
     def text_start(self) -> list[int]:
@@ -143,12 +146,12 @@ class ChatTemplate:
     @property
     def eos_id(self) -> int | None:
         """The tokenizer's end token."""
-        return self._backend.token_to_id(self.special_tokens.get("eos_token") or "")
+        return self.backend.token_to_id(self.special_tokens.get("eos_token") or "")
 
     @property
     def end_of_text_id(self) -> int:
         """The token that ends a raw document. Raises: DataError if the tokenizer has none."""
-        known = (self._backend.token_to_id(token) for token in _END_OF_TEXT if token in self.control_ids)
+        known = (self.backend.token_to_id(token) for token in _END_OF_TEXT if token in self.control_ids)
         if (found := next(known, self.eos_id)) is None:
             raise DataError("the tokenizer has no token that ends a document, so it cannot train on raw text")
         return found
@@ -165,11 +168,11 @@ class ChatTemplate:
 
     def token_of(self, token_id: int | None) -> str | None:
         """Return the text of a token."""
-        return None if token_id is None else self._backend.id_to_token(token_id)
+        return None if token_id is None else self.backend.id_to_token(token_id)
 
     def decode(self, ids: np.ndarray) -> str:
         """Return the text of tokens [T], without control tokens."""
-        return self._backend.decode(ids.tolist(), skip_special_tokens=True)
+        return self.backend.decode(ids.tolist(), skip_special_tokens=True)
 
     def stop_ids(self) -> list[int]:
         """Return the tokens that end an answer: the end of an assistant turn, and the tokenizer's end token.
@@ -224,7 +227,7 @@ class ChatTemplate:
         """
         for text in texts:
             _check_unicode(text)
-        found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in found]
 
     def prompt(
@@ -328,7 +331,7 @@ class ChatTemplate:
     def _encodings(self, rows: Iterable[_Row]) -> Iterator[Encoding]:
         """The tokens of all runs that are not fixed, in order."""
         texts = [filled.text for row in rows for filled in row.runs if filled.run.fixed is None]
-        return iter(self._backend.encode_batch(texts, add_special_tokens=False) if texts else ())
+        return iter(self.backend.encode_batch(texts, add_special_tokens=False) if texts else ())
 
     def _assemble(self, row: _Row, encodings: Iterator[Encoding]) -> Encoded:
         """Join the tokens of the row's runs, and set their weights. Takes from `encodings` what it needs."""
@@ -339,7 +342,7 @@ class ChatTemplate:
             run, start = filled.run, len(ids)
             if run.fixed is not None:
                 if run.fixed not in self._fixed:
-                    self._fixed[run.fixed] = self._backend.encode(run.fixed, add_special_tokens=False).ids
+                    self._fixed[run.fixed] = self.backend.encode(run.fixed, add_special_tokens=False).ids
                 ids += self._fixed[run.fixed]
                 changes += [(start, row.loss[turn]) for _, turn in run.spans]
             else:
