@@ -1,6 +1,9 @@
 """What a trained model computes on a few rows, recorded when training ends, and its comparison with a server.
 
-Shapes: N targets, D hidden width, V vocabulary rows, K recorded tokens per target.
+Prompts count as well as answers: a model that knows its task is sure of every token of an answer, whatever became of a
+part of its adapter. On prompts its probabilities show every change.
+
+Shapes: N scored tokens, D hidden width, V vocabulary rows, K recorded tokens for each.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ ROWS = 8
 TOP = 20  # vLLM reports at most 20 by default
 _ROW_TOKENS = 512
 _ROW_TARGETS = 64
+_ROW_SCORED = 96
 _MOST_DOCUMENTS = 1000  # read in search of rows without media
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 # Sums of rounded probabilities may reach 1: the rest keeps this much.
@@ -45,15 +49,20 @@ _LEAST_REST = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A prompt to score. targets: positions in `ids`, ascending from 1; position t is predicted from `ids[:t]`."""
+    """A text whose tokens `ids[first:]` are scored, each as predicted from those before it. first: 1 or more."""
 
     ids: tuple[int, ...]
-    targets: tuple[int, ...]
+    first: int
+
+    @property
+    def scored(self) -> int:
+        """Number of scored tokens."""
+        return len(self.ids) - self.first
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Natural log-probabilities at a target.
+    """Natural log-probabilities of a token.
 
     own: of the row's token; None if unknown. top: of the most probable ids.
     """
@@ -64,7 +73,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Probe:
-    """Rows, and what the trained model computes at each of their targets.
+    """Rows, and what the trained model computes at each of their scored tokens.
 
     source: the kind of rows, for messages. base: fingerprint of a local base. adapter: SHA-256 of its tensor file; None
     for a base alone. versions: of the packages that computed it.
@@ -78,15 +87,15 @@ class Probe:
     versions: Mapping[str, str] | None = None
 
 
-# Rows -> per row the scores of its targets; None where the server was not asked.
+# Rows -> per row the scores of its scored tokens; None where the server was not asked.
 Scorer = Callable[[Sequence[Row]], list[list[Scored | None]]]
 
 
 def text_rows(documents: Iterable[Document], count: int = ROWS) -> list[Row]:
-    """Return the first documents without media as rows of at most 512 tokens and 64 targets.
+    """Return the first documents without media as rows of at most 512 tokens, cut after 64 targets.
 
-    A row with preferences is its desirable answer, or the undesirable one if it has no other. A prompt without targets
-    predicts its own last tokens.
+    The last 96 tokens are scored. A row with preferences is its desirable answer, or the undesirable one if it has no
+    other.
     """
     rows: list[Row] = []
     for document in islice(documents, _MOST_DOCUMENTS):
@@ -100,23 +109,20 @@ def text_rows(documents: Iterable[Document], count: int = ROWS) -> list[Row]:
 
 
 def row_of_ids(ids: Sequence[int]) -> Row:
-    """Return a text as a row whose tokens are all targets, but the first."""
-    kept = tuple(ids[: _ROW_TARGETS + 1])
-    return Row(kept, tuple(range(1, len(kept))))
+    """Return the end of a text as a row."""
+    kept = tuple(ids[-_ROW_TOKENS:])
+    return Row(kept, max(1, len(kept) - _ROW_SCORED))
 
 
 def _row(document: Document) -> Row:
     targets_N = np.flatnonzero(document.labels != IGNORE_INDEX)[:_ROW_TARGETS] + 1
-    if not len(targets_N):
-        targets_N = np.arange(1, len(document))[-_ROW_TARGETS:]
-    end = int(targets_N[-1]) + 1
-    start = max(0, end - _ROW_TOKENS)
-    return Row(tuple(document.ids[start:end].tolist()), tuple((targets_N[targets_N > start] - start).tolist()))
+    end = int(targets_N[-1]) + 1 if len(targets_N) else len(document)
+    return row_of_ids(document.ids[:end].tolist())
 
 
 @torch.no_grad()
 def measure(model: nn.Module, rows: Sequence[Row], top: int = TOP) -> list[list[Scored]]:
-    """Score rows as an evaluation in training does, with the `top` most probable tokens of each target."""
+    """Score rows as an evaluation in training does, with the `top` most probable tokens at each place."""
     found: list[Scored] = []
     with evaluating(model):
         for group in groups_of(map(_document, rows), EVALUATION_TOKENS):
@@ -130,14 +136,13 @@ def measure(model: nn.Module, rows: Sequence[Row], top: int = TOP) -> list[list[
                     Scored(own, dict(zip(ids, values, strict=True))) for own, ids, values in zip(*columns, strict=True)
                 ]
     scores = iter(found)
-    return [list(islice(scores, len(row.targets))) for row in rows]
+    return [list(islice(scores, row.scored)) for row in rows]
 
 
 def _document(row: Row) -> Document:
     ids = np.array(row.ids, dtype=np.int32)
     labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
-    targets = np.array(row.targets)
-    labels[targets - 1] = ids[targets]
+    labels[row.first - 1 : -1] = ids[row.first :]
     return Document(ids, labels, "")
 
 
@@ -178,14 +183,14 @@ def read_probe(folder: Path) -> Probe | None:
 def _parse(file: Path) -> Probe:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        rows = [Row(tuple(row["ids"]), tuple(row["targets"])) for row in content["rows"]]
+        rows = [Row(tuple(row["ids"]), row["first"]) for row in content["rows"]]
         scores = [
             [Scored(own, {int(id): float(value) for id, value in top}) for own, top in row["scores"]]
             for row in content["rows"]
         ]
         for row, scored in zip(rows, scores, strict=True):
-            if len(row.targets) != len(scored) or not all(0 < target < len(row.ids) for target in row.targets):
-                raise ValueError("targets and scores differ")
+            if row.first < 1 or len(scored) != row.scored or not all(one.top for one in scored):
+                raise ValueError("tokens and scores differ")
         return Probe(rows, scores, *(content[key] for key in ("source", "base", "adapter", "versions")))
     except (ValueError, LookupError, TypeError) as error:
         help_line = "help: delete it, and another reference is computed"
@@ -196,13 +201,13 @@ def _parse(file: Path) -> Probe:
 class Comparison:
     """The distance of a served from a trained model.
 
-    kl: lower bound of KL(trained || served), nats per target. top1: share of targets with the same first choice.
-    nats_trained, nats_served: mean negative log-likelihood per target; None if the server reports none.
+    kl: lower bound of KL(trained || served), nats per token. top1: share of tokens with the same first choice.
+    nats_trained, nats_served: mean negative log-likelihood per token; None if the server reports none.
     """
 
     source: str
     rows: int
-    targets: int
+    tokens: int
     kl: float
     top1: float
     nats_trained: float | None
@@ -211,9 +216,9 @@ class Comparison:
     def describe(self) -> str:
         nats = ""
         if self.nats_trained is not None:
-            nats = f", nats per target={self.nats_trained:.4f} trained and {self.nats_served:.4f} served"
+            nats = f", nats per token={self.nats_trained:.4f} trained and {self.nats_served:.4f} served"
         return (
-            f"reference={self.source}, rows={self.rows}, targets={self.targets}, KL={self.kl:.5f}, "
+            f"reference={self.source}, rows={self.rows}, tokens={self.tokens}, KL={self.kl:.5f}, "
             f"same first choices={self.top1:.1%}{nats}"
         )
 
@@ -235,7 +240,7 @@ def compare(probe: Probe, scorer: Scorer) -> Comparison:
     return Comparison(
         probe.source,
         rows=len(probe.rows),
-        targets=len(pairs),
+        tokens=len(pairs),
         kl=sum(least_kl(trained.top, served.top) for trained, served in pairs) / len(pairs),
         top1=sum(_same_choice(trained.top, served.top) for trained, served in pairs) / len(pairs),
         nats_trained=nats[0],

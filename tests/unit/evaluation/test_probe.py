@@ -54,34 +54,31 @@ def random_log_probs(*, seed: int, sharp: float = 3.0, tokens: int = 50) -> torc
     return (sharp * torch.randn(tokens, generator=draw, dtype=torch.float64)).log_softmax(-1)
 
 
-def test_rows_hold_the_first_targets_and_the_text_before_them():
-    short, long = document(9, [4, 5, 8]), document(2000, [*range(1500, 1900)])
-    answerless = document(30, [])
-    rows = text_rows([short, long, answerless])
-    assert rows[0] == Row(tuple(range(9)), (4, 5, 8))
-    assert (len(rows[1].ids), rows[1].ids[-1]) == (512, 1563)
-    assert [rows[1].ids[t] for t in rows[1].targets] == list(range(1500, 1564))
-    assert rows[2].targets == tuple(range(1, 30))
+def test_rows_end_with_their_first_targets_and_hold_the_text_before_them():
+    short, long = document(9, [4, 5, 7]), document(2000, [*range(1500, 1900)])
+    rows = text_rows([short, long, document(30, [])])
+    assert rows[0] == Row(tuple(range(8)), 1)
+    assert (len(rows[1].ids), rows[1].ids[-1], rows[1].scored) == (512, 1563, 96)
+    assert rows[2] == Row(tuple(range(30)), 1)
     assert len(text_rows([short] * 20)) == 8
 
 
 def test_of_a_preference_the_desirable_answer_is_recorded():
     pair = document(20, [5, 6, 15, 16])
-    chosen = Document(pair.ids, pair.labels, pair.location, chosen_tokens=10)
-    only_rejected = Document(pair.ids, pair.labels, pair.location, chosen_tokens=0)
-    assert text_rows([chosen])[0] == Row(tuple(range(7)), (5, 6))
-    assert text_rows([only_rejected])[0].targets == (5, 6, 15, 16)
+    chosen, only_rejected = (Document(pair.ids, pair.labels, "", chosen_tokens=tokens) for tokens in (10, 0))
+    assert text_rows([chosen])[0].ids == tuple(range(7))
+    assert text_rows([only_rejected])[0].ids == tuple(range(17))
 
 
 def test_scores_are_those_of_transformers_in_float32():
     model = random_qwen2().eval()
-    rows = [row_of_ids([5, 6, 7, 8, 9]), Row((1, 2, 3, 4, 5, 6, 7), (3, 6))]
+    rows = [Row((5, 6, 7, 8, 9), 1), Row((1, 2, 3, 4, 5, 6, 7), 3)]
     with torch.no_grad():
         for row, scores in zip(rows, measure(model, rows, 4), strict=True):
             log_probs_TV = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
-            for target, scored in zip(row.targets, scores, strict=True):
-                assert scored.own == pytest.approx(float(log_probs_TV[target - 1, row.ids[target]]), abs=1e-5)
-                assert scored.top == pytest.approx(top_of(log_probs_TV[target - 1], 4), abs=1e-5)
+            for place, scored in zip(range(row.first, len(row.ids)), scores, strict=True):
+                assert scored.own == pytest.approx(float(log_probs_TV[place - 1, row.ids[place]]), abs=1e-5)
+                assert scored.top == pytest.approx(top_of(log_probs_TV[place - 1], 4), abs=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -110,10 +107,10 @@ def test_a_scorer_is_compared_where_it_has_scores():
     rows = [row_of_ids(range(4, 20)), row_of_ids(range(30, 50))]
     probe = probe_of(model, rows)
     same = compare(probe, lambda rows: measure(model, rows))
-    assert (same.kl, same.top1, same.rows, same.targets) == (pytest.approx(0, abs=1e-6), 1.0, 2, 15 + 19)
+    assert (same.kl, same.top1, same.rows, same.tokens) == (pytest.approx(0, abs=1e-6), 1.0, 2, 15 + 19)
     assert same.nats_trained == pytest.approx(same.nats_served)
     few = compare(probe, lambda rows: [[*scores[:2], *[None] * (len(scores) - 2)] for scores in measure(model, rows)])
-    assert few.targets == 4
+    assert few.tokens == 4
     far = compare(probe, lambda rows: measure(other, rows))
     require_close({"adapter=a": same}, 0.001)
     with pytest.raises(IntegrityError) as refused:
@@ -140,7 +137,7 @@ def test_a_run_records_its_held_out_rows_and_its_model_answers_them(tmp_path):
     config = small_run(tmp_path)
     model = load_adapter(load_base(config.model, config.quant, "cpu"), run)
     trained = compare(probe, lambda rows: measure(model, rows))
-    assert trained.kl < 1e-4 and trained.top1 == 1.0
+    assert trained.kl < 2e-4 and trained.top1 > 0.99
     with model.disable_adapter():
         base = compare(probe, lambda rows: measure(model, rows))
     assert base.kl > 100 * trained.kl
@@ -164,7 +161,7 @@ def test_a_corrupt_probe_is_refused(tmp_path):
     run = tmp_path / "run"
     shutil.copytree(reference_run(), run)
     content = json.loads((run / FILE).read_text())
-    content["rows"][0]["targets"][0] = 10_000
+    content["rows"][0]["first"] = 2
     for text in (json.dumps(content), "{", "[]", json.dumps({**content, "rows": [{"ids": 3}]})):
         (run / FILE).write_text(text)
         with pytest.raises(IntegrityError):
