@@ -1,0 +1,320 @@
+"""The embedded engine: one thread that answers all requests over a base in memory, with any of its adapters.
+
+transformers' continuous batching runs one adapter at a time and has no LoRA code, so this package has its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from finetune.config.command_options import ServeSettings
+from finetune.models.decoder import text_config
+from finetune.serving.engine.adapters import LoadedAdapter, load_lora
+from finetune.serving.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
+from finetune.serving.engine.forward import Part, RaggedDecoder
+from finetune.serving.engine.sampling import BatchSampler
+from finetune.serving.engine.scheduler import Answer, Scheduler, Span
+from finetune.serving.request import Finished, Load, PromptScores, Put, Request, Token, TokenScore
+from finetune.system.errors import ConfigError, InputError
+from finetune.system.machine import available_memory
+
+if TYPE_CHECKING:
+    from finetune.config.command_options import ServeOptions
+    from finetune.config.schema import RunConfig
+    from finetune.serving.engine.grammar import GrammarCompiler
+
+_log = logging.getLogger(__name__)
+# Share of the free memory for keys and values; a GPU shares its memory with nobody.
+_CACHE_SHARE = {"cpu": 0.5, "cuda": 0.8}
+
+
+class EmbeddedEngine:
+    """An `Engine` (serving/request.py) over a loaded base.
+
+    base: from `load_base`; a running engine reads its weights. grammars: None refuses requests with a grammar.
+    """
+
+    def __init__(self, base: PreTrainedModel, settings: ServeSettings, *, grammars: GrammarCompiler | None = None):
+        self.base, self.settings = base, settings
+        self.context_tokens = context_of(base, settings)
+        blocks = cache_blocks(base, settings, self.context_tokens)
+        self._decoder = RaggedDecoder(base, blocks)
+        self._sampler = BatchSampler(self._decoder.vocabulary, grammars)
+        self._scheduler = Scheduler(
+            BlockPool(blocks), max_batch=settings.max_batch, prefill_tokens=settings.prefill_tokens
+        )
+        self._counters: Counter[str] = Counter()
+        self._adapters: dict[str, LoadedAdapter] = {}  # the least recently used one first
+        self._number = 0
+        # Guards all above but the decoder, which only the thread uses.
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, put: Put) -> Answer:
+        """Start an answer; see `Engine`.
+
+        Raises:
+            InputError: the adapter is not loaded, or the request does not fit.
+        """
+        tokens = len(request.ids) + request.max_tokens
+        if not request.ids or not all(0 <= id < self._decoder.vocabulary for id in request.ids):
+            raise InputError(f"a prompt has one or more ids below {self._decoder.vocabulary}")
+        if tokens > self.context_tokens or not self._scheduler.fits(request):
+            most = min(self.context_tokens, self._scheduler.pool.blocks * BLOCK_TOKENS)
+            raise InputError(f"prompt and answer have {tokens} tokens; at most {most} fit")
+        row = self._sampler.start(request)
+        with self._changed:
+            if self._closing:
+                raise InputError("the engine is closed")
+            adapter = None if request.adapter is None else self._used(request.adapter)
+            self._number += 1
+            answer = Answer(request, put, self._number, adapter, adapter.origin if adapter else b"", row)
+            self._scheduler.add(answer)
+            self._changed.notify()
+        return answer
+
+    def cancel(self, handle: Any) -> None:
+        """End an answer; see `Engine`."""
+        with self._changed:
+            handle.cancelled = True
+            self._changed.notify()
+
+    def load(self) -> Load:
+        """Return what the engine does now. counters: since its start, in tokens, passes and answers."""
+        with self._changed:
+            scheduler = self._scheduler
+            pool = scheduler.pool
+            counters = dict.fromkeys(
+                (
+                    "steps",
+                    "tokens_written",
+                    "prompt_tokens_computed",
+                    "prompt_tokens_shared",
+                    "preemptions",
+                ),
+                0.0,
+            )
+            return Load(
+                len(scheduler.running),
+                len(scheduler.waiting),
+                pool.blocks * BLOCK_TOKENS,
+                (pool.blocks - pool.available) * BLOCK_TOKENS,
+                counters | self._counters | scheduler.counters,
+            )
+
+    def load_adapter(self, name: str, folder: str) -> None:
+        """Read an adapter; see `Engine`. With `max_adapters` in memory, the least recently used idle one is forgotten.
+
+        Raises:
+            ConfigError: it does not fit the base, its kind cannot be served, or all adapters in memory are in use.
+            IntegrityError: it is corrupt.
+        """
+        adapter = load_lora(name, Path(folder), self.base)
+        with self._changed:
+            others = [other for other in self._adapters if other != name]
+            if len(others) >= self.settings.max_adapters:
+                used = {answer.adapter for answer in self._unfinished()}
+                idle = next((other for other in others if self._adapters[other] not in used), None)
+                if idle is None:
+                    raise ConfigError(
+                        f"adapters.{name}: serve.max_adapters={self.settings.max_adapters} adapters are in use"
+                    )
+                del self._adapters[idle]
+            self._adapters.pop(name, None)
+            self._adapters[name] = adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; see `Engine`. Raises: InputError if it is not loaded."""
+        with self._changed:
+            self._used(name)
+            del self._adapters[name]
+
+    def adapters(self) -> list[str]:
+        """Return the names of the adapters in memory."""
+        with self._changed:
+            return list(self._adapters)
+
+    def close(self) -> None:
+        """End every answer as cancelled and stop the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _used(self, name: str) -> LoadedAdapter:
+        """Return a loaded adapter and note its use."""
+        if name not in self._adapters:
+            raise InputError(f"the adapter {name!r} is not loaded")
+        self._adapters[name] = adapter = self._adapters.pop(name)
+        return adapter
+
+    def _unfinished(self) -> list[Answer]:
+        return [*self._scheduler.running, *self._scheduler.waiting]
+
+    @torch.inference_mode()
+    def _work(self) -> None:
+        """Run pass after pass until `close`."""
+        while True:
+            with self._changed:
+                self._wait()
+                for answer in self._unfinished():
+                    if answer.cancelled or self._closing:
+                        self._end(answer, Finished("cancelled", answer.shared or 0))
+                if self._closing:
+                    return
+                spans = self._scheduler.plan()
+            if not spans:
+                continue
+            try:
+                self._step(spans)
+            except Exception as error:  # noqa: BLE001 - the thread serves all other requests
+                _log.exception("a pass over %d answers failed", len(spans))
+                with self._changed:
+                    for span in spans:
+                        if not span.answer.ended:
+                            self._end(span.answer, Finished("error", error=f"{type(error).__name__}: {error}"))
+
+    def _wait(self) -> None:
+        """Wait for a request; the first one of an idle engine waits for others."""
+        scheduler = self._scheduler
+        if scheduler.running or scheduler.waiting or self._closing:
+            return
+        self._changed.wait_for(lambda: self._closing or scheduler.waiting)
+        until = time.monotonic() + self.settings.window_ms / 1000
+
+        def full() -> bool:
+            return self._closing or len(scheduler.waiting) >= self.settings.max_batch
+
+        while not full() and (left := until - time.monotonic()) > 0:
+            self._changed.wait(left)
+
+    def _end(self, answer: Answer, last: Finished) -> None:
+        answer.ended = True
+        self._scheduler.remove(answer)
+        answer.put(last)
+
+    def _step(self, spans: list[Span]) -> None:
+        """Compute the tokens of a plan and put the events of their answers."""
+        spans.sort(key=lambda span: span.answer.origin)
+        parts = [Part(answer.tokens[start:stop], start, answer.blocks, answer.adapter) for answer, start, stop in spans]
+        hidden_TD, firsts = self._decoder.run(parts)
+        for span, first in zip(spans, firsts, strict=True):
+            if span.answer.wants_scores:
+                self._score_prompt(span, hidden_TD[first : first + span.stop - span.start])
+        writing = [
+            (span.answer, first + span.stop - span.start - 1)
+            for span, first in zip(spans, firsts, strict=True)
+            if span.writes
+        ]
+        chosen: list[Token | Finished] = []
+        asked = [(answer, row) for answer, row in writing if answer.request.max_tokens]
+        if asked:
+            index = torch.tensor([row for _, row in asked], device=hidden_TD.device)
+            logits_NV = self._decoder.logits(hidden_TD.index_select(0, index))
+            chosen = self._sampler.choose(logits_NV, [answer.row for answer, _ in asked])
+        with self._changed:
+            self._counters["steps"] += 1
+            self._scheduler.done(spans)
+            for (answer, _), event in zip(asked, chosen, strict=True):
+                self._write(answer, event)
+            for answer, _ in writing:
+                if not answer.request.max_tokens:
+                    self._end(answer, Finished("length", answer.shared or 0))
+
+    def _write(self, answer: Answer, event: Token | Finished) -> None:
+        """Add the next token of an answer, or end it."""
+        request, shared = answer.request, answer.shared or 0
+        if isinstance(event, Finished):
+            self._end(answer, Finished(event.reason, shared, event.error))
+            return
+        if event.id in request.stop_ids:
+            self._end(answer, Finished("stop", shared))
+            return
+        answer.tokens.append(event.id)
+        self._counters["tokens_written"] += 1
+        answer.put(event)
+        if answer.written == request.max_tokens:
+            self._end(answer, Finished("length", shared))
+
+    def _score_prompt(self, span: Span, hidden_CD: Tensor) -> None:
+        """Add the log-probabilities of the tokens of a prompt; after the last one, put them."""
+        answer, start, _ = span
+        request = answer.request
+        done = len(answer.scores)  # the next token to score is number done + 1, from the hidden state before it
+        stop = min(span.stop, len(request.ids) - 1)
+        chunk = max(1, 2**22 // self._decoder.vocabulary)
+        for first in range(max(start, done), stop, chunk):
+            rows = range(first, min(first + chunk, stop))
+            logits = self._decoder.logits(hidden_CD[rows.start - start : rows.stop - start])
+            log_probs = logits.float().log_softmax(-1)
+            targets = torch.tensor(request.ids[rows.start + 1 : rows.stop + 1], device=log_probs.device)
+            found = log_probs.gather(1, targets[:, None]).squeeze(1).tolist()
+            values, ids = (x.tolist() for x in log_probs.topk(request.prompt_log_probs or 0))
+            for target, score, top, best in zip(targets.tolist(), found, ids, values, strict=True):
+                answer.scores.append((TokenScore(target, score), tuple(map(TokenScore, top, best))))
+        if not answer.wants_scores:
+            answer.put(PromptScores([None, *(s for s, _ in answer.scores)], [(), *(top for _, top in answer.scores)]))
+
+
+def context_of(base: PreTrainedModel, settings: ServeSettings) -> int:
+    """Return the longest prompt with its answer: within the window of attention, where a model has one.
+
+    Raises:
+        ConfigError: serve.context_tokens is more.
+    """
+    config = text_config(base)
+    most = config.max_position_embeddings
+    if settings.context_tokens is not None and settings.context_tokens > most:
+        raise ConfigError(f"serve.context_tokens: the model has {most}, found {settings.context_tokens}")
+    return settings.context_tokens or most
+
+
+def cache_blocks(base: PreTrainedModel, settings: ServeSettings, context_tokens: int) -> int:
+    """Return the number of blocks of keys and values."""
+    config = text_config(base)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * width * base.dtype.itemsize
+    if settings.cache_tokens is not None:
+        return blocks_for(settings.cache_tokens)
+    kind = base.device.type
+    free = torch.cuda.mem_get_info(base.device)[0] if kind == "cuda" else available_memory()
+    return max(
+        1, min(int(free * _CACHE_SHARE[kind]) // token_bytes, settings.max_batch * context_tokens) // BLOCK_TOKENS
+    )
+
+
+def build_engine(
+    config: RunConfig, options: ServeOptions, *, grammars: GrammarCompiler | None = None
+) -> EmbeddedEngine:
+    """Load the base of a config and start an engine with the adapters of the options.
+
+    Raises:
+        ConfigError: lists the adapters that cannot be served.
+    """
+    from finetune.evaluation.generation import dequantize_once
+    from finetune.models.load import load_base
+
+    base = load_base(config.model, config.quant)
+    dequantize_once(base, config.quant)
+    engine = EmbeddedEngine(base, options.serve, grammars=grammars)
+    problems = []
+    for name, folder in options.adapters.items():
+        try:
+            engine.load_adapter(name, folder)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        engine.close()
+        raise ConfigError("\n".join(problems))
+    return engine
