@@ -23,7 +23,7 @@ class ScriptedEngine:
     def __init__(self, reply: Callable[[Request], Sequence[int]] | None = None, seconds: float = 0.0):
         self._reply = reply or (lambda request: request.ids)
         self._seconds = seconds
-        self.adapters: dict[str, str] = {}
+        self.folders: dict[str, str] = {}
         self.requests: list[Request] = []
         self.cancelled: list[int] = []
         self._new: SimpleQueue[tuple[int, Request, Put] | None] = SimpleQueue()
@@ -32,7 +32,7 @@ class ScriptedEngine:
         self._thread.start()
 
     def submit(self, request: Request, put: Put) -> int:
-        if request.adapter is not None and request.adapter not in self.adapters:
+        if request.adapter is not None and request.adapter not in self.folders:
             raise InputError(f"the adapter {request.adapter!r} is not loaded")
         self.requests.append(request)
         self._new.put((len(self.requests), request, put))
@@ -44,13 +44,16 @@ class ScriptedEngine:
     def load(self) -> Load:
         return Load(running=len(self._running), waiting=self._new.qsize())
 
+    def adapters(self) -> list[str]:
+        return list(self.folders)
+
     def load_adapter(self, name: str, folder: str) -> None:
-        self.adapters[name] = folder
+        self.folders[name] = folder
 
     def unload_adapter(self, name: str) -> None:
-        if name not in self.adapters:
+        if name not in self.folders:
             raise InputError(f"the adapter {name!r} is not loaded")
-        del self.adapters[name]
+        del self.folders[name]
 
     def close(self) -> None:
         self._new.put(None)

@@ -7,10 +7,10 @@ that is dead, slow, full or wrong costs a computation, never a request.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import time
 from collections import OrderedDict
@@ -21,9 +21,8 @@ from urllib.parse import urlsplit
 from finetune import __version__
 from finetune.config.command_options import ServeSettings
 from finetune.serving.request import Event, Finished, PromptScores, Request, Token, TokenScore
+from finetune.system.console import log
 from finetune.system.errors import ConfigError, MissingExtra
-
-log = logging.getLogger(__name__)
 
 _FORMAT = 1  # raise it when the bytes of an answer change
 _ANSWER_BYTES = 1 << 20  # longer answers are not kept
@@ -66,9 +65,8 @@ class AnswerCache:
             return None
         try:
             return decode(key, value)
-        except ValueError as error:
+        except ValueError:
             self._on_error()
-            log.debug("answer cache: key=%s, error=%s", key, error)
             return None
 
     async def put(self, key: str, events: Sequence[Event]) -> None:
@@ -183,7 +181,7 @@ class RedisStore:
             from redis.asyncio import Redis
             from redis.asyncio.retry import Retry
             from redis.backoff import NoBackoff
-            from redis.exceptions import RedisError, ResponseError
+            from redis.exceptions import ResponseError
         except ImportError as error:
             raise MissingExtra('serve.cache=redis:// needs: pip install "finetune-qlora[redis]"') from error
         try:
@@ -197,8 +195,6 @@ class RedisStore:
         except ValueError as error:
             # The text of redis may repeat the password.
             raise ConfigError("serve.cache: the address is not as redis://HOST:PORT/DB") from error
-        # ValueError, TypeError and the like: replies that are no Redis protocol.
-        self._failures = (RedisError, OSError, TimeoutError, ValueError, TypeError, LookupError, RuntimeError)
         self._refusal = ResponseError
         self._refusals: set[str] = set()
         self._on_error, self._clock = on_error, clock
@@ -217,10 +213,8 @@ class RedisStore:
 
     async def close(self) -> None:
         """Close the connections."""
-        try:
+        with contextlib.suppress(OSError):
             await self._client.aclose()
-        except self._failures:
-            log.debug("answer cache: closing failed")
 
     async def _call(self, *command: str | bytes | int) -> Any:
         if self._clock() < self._paused_until:
@@ -233,23 +227,23 @@ class RedisStore:
             self._on_error()
             self._log_refusal(type(error).__name__, str(command[0]))
             return None
-        except self._failures as error:
+        except Exception as error:  # noqa: BLE001 - replies that are no Redis protocol break the client in many ways
             self._on_error()
             self._paused_until = self._clock() + _REDIS_PAUSE_SECONDS
             if self._reachable:
                 # The class only: a message may hold the address with its password.
-                log.warning("answer cache: redis=failed, error=%s; answers are computed", type(error).__name__)
+                log(f"answer cache: redis=failed, error={type(error).__name__}; answers are computed")
             self._reachable = False
             return None
         if not self._reachable:
-            log.warning("answer cache: redis=back")
+            log("answer cache: redis=back")
         self._reachable = True
         return reply
 
     def _log_refusal(self, error: str, command: str) -> None:
         if command not in self._refusals:
             self._refusals.add(command)
-            log.warning("answer cache: redis=refused, command=%s, error=%s", command, error)
+            log(f"answer cache: redis=refused, command={command}, error={error}")
 
 
 def _name(key: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -123,8 +123,12 @@ class Engine(Protocol):
         """Return what the engine does now."""
         ...
 
+    def adapters(self) -> Collection[str]:
+        """Return the names of the adapters in memory."""
+        ...
+
     def load_adapter(self, name: str, folder: str) -> None:
-        """Read an adapter and serve it from now on; returns when it is loaded.
+        """Read an adapter and serve it from now on; returns when it is loaded. Another one may be forgotten for it.
 
         Raises:
             ConfigError: the adapter does not fit the base, or its kind cannot be served.

@@ -63,7 +63,6 @@ class Service:
         self._idle = asyncio.Event()
         self._idle.set()
         self._changing_adapters = asyncio.Lock()
-        # By adapter, in the order of their last use.
         self._adapters = {model.adapter: model for model in models if model.adapter is not None}
 
     def model(self, name: str) -> ServedModel:
@@ -147,7 +146,7 @@ class Service:
             await self._cache.close()
 
     async def load_adapter(self, name: str, folder: str) -> ServedModel:
-        """Serve an adapter under its name from now on; the least recently used one leaves beyond serve.max_adapters.
+        """Serve an adapter under its name from now on; for it, the engine may forget the least recently used one.
 
         Raises:
             InputError: the name is served already.
@@ -157,9 +156,9 @@ class Service:
             if name in self.models:
                 raise InputError(f"the model {name!r} is served already; unload it first")
             digest = await asyncio.to_thread(adapter_digest, Path(folder))
-            while len(self._adapters) >= self.settings.max_adapters:
-                self._forget(next(iter(self._adapters.values())))
             await asyncio.to_thread(self.engine.load_adapter, name, folder)
+            for forgotten in self._adapters.keys() - self.engine.adapters():
+                self._forget(forgotten)
             model = ServedModel(name, name, digest, int(time.time()))
             self.models[name] = self._adapters[name] = model
             return model
@@ -170,18 +169,15 @@ class Service:
             model = self.model(name)
             if model.adapter is None:
                 raise InputError(f"the model {name!r} is the base, which stays")
-            self._forget(model)
+            self.engine.unload_adapter(model.adapter)
+            self._forget(model.adapter)
 
-    def _forget(self, model: ServedModel) -> None:
-        assert model.adapter is not None
-        self.engine.unload_adapter(model.adapter)
-        del self.models[model.name], self._adapters[model.adapter]
+    def _forget(self, adapter: str) -> None:
+        del self.models[self._adapters.pop(adapter).name]
 
     def _key(self, request: Request) -> str | None:
-        """Return the key of an answer that may be kept or shared. Notes the use of the adapter."""
-        adapter = None
-        if request.adapter is not None and (adapter := self._adapters.pop(request.adapter, None)) is not None:
-            self._adapters[request.adapter] = adapter
+        """Return the key of an answer that may be kept or shared."""
+        adapter = None if request.adapter is None else self._adapters.get(request.adapter)
         base = next((model for model in self.models.values() if model.adapter is None), None)
         if self._cache is None or base is None or not request.sampling.deterministic:
             return None

@@ -42,7 +42,7 @@ class Held(ScriptedEngine):
 
 @asynccontextmanager
 async def running(engine: ScriptedEngine, **settings: Any) -> AsyncIterator[Service]:
-    models = [ServedModel(name, name, f"digest of {name}", 0) for name in engine.adapters]
+    models = [ServedModel(name, name, f"digest of {name}", 0) for name in engine.adapters()]
     models.append(ServedModel("base", None, "digest of the base", 0))
     service = Service(engine, None, models, ServeSettings(**settings))  # type: ignore[arg-type]
     service.ready = True
@@ -300,24 +300,31 @@ def write_adapter(folder: Path, content: bytes = b"x", settings: str = "{}") -> 
     return str(folder)
 
 
-def test_adapters_come_and_go_while_requests_run_and_the_least_recently_used_one_leaves(tmp_path: Path):
+def test_adapters_come_and_go_and_one_that_the_engine_forgets_is_no_model(tmp_path: Path):
+    class Small(ScriptedEngine):
+        def load_adapter(self, name: str, folder: str) -> None:
+            super().load_adapter(name, folder)
+            if len(self.folders) > 2:
+                del self.folders["b"]
+
     async def check() -> None:
-        engine = ScriptedEngine()
-        async with running(engine, max_adapters=2) as service:
+        engine = Small()
+        async with running(engine) as service:
             folders = {name: write_adapter(tmp_path / name, name.encode()) for name in "abc"}
             for name in "ab":
                 await service.load_adapter(name, folders[name])
             with pytest.raises(InputError, match="already"):
                 await service.load_adapter("a", folders["b"])
-            await read(service, request(adapter="a"))
             await service.load_adapter("c", folders["c"])
-            assert list(service.models) == ["base", "a", "c"] and set(engine.adapters) == {"a", "c"}
+            with pytest.raises(InputError):
+                await read(service, request(adapter="b"))
+            assert list(service.models) == ["base", "a", "c"] and set(engine.adapters()) == {"a", "c"}
             await service.unload_adapter("a")
             with pytest.raises(InputError, match="stays"):
                 await service.unload_adapter("base")
             with pytest.raises(ConfigError):
                 await service.load_adapter("d", str(tmp_path))
-            assert list(service.models) == ["base", "c"] and set(engine.adapters) == {"c"}
+            assert list(service.models) == ["base", "c"] and set(engine.adapters()) == {"c"}
 
     asyncio.run(check())
 
