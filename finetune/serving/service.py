@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,7 @@ class Service:
             raise InputError(f"the model {name!r} is not served; there are: {', '.join(self.models)}")
         return self.models[name]
 
-    async def answer(self, request: Request, *, seconds: float | None = None) -> AsyncIterator[Event]:
+    async def answer(self, request: Request, *, seconds: float | None = None) -> AsyncGenerator[Event, None]:
         """Yield the events of an answer. A consumer that stops early cancels it: close the iterator.
 
         A deadline that passes after the first event ends the answer with Finished("error").
