@@ -46,7 +46,7 @@ class Served:
         self.chat = chat
         script = (lambda request: self.ids(reply)) if isinstance(reply, str) else reply
         self.engine = engine or ScriptedEngine(script, seconds or 0.0)
-        self.engine.adapters["pirate"] = "outputs/pirate"
+        self.engine.load_adapter("pirate", "outputs/pirate")
         base = ServedModel("base", None, "b" * 64, 1)
         pirate = ServedModel("pirate", "pirate", "a" * 64, 2, {"max_kl": 0.001})
         self.service = Service(self.engine, chat, [base, pirate], ServeSettings(**options))
