@@ -217,9 +217,6 @@ def _batches(prompt_tokens: list[int], answer_tokens: list[int], copies: int) ->
 def draw_tokens(logits_NV: Tensor, draws_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return the tokens at which the cumulative softmax(logits / temperature) passes the draws, and their log-probs.
 
-    First the block of tokens that the draw falls into is found, then the token in it: cumulative sums of a whole row
-    take longer than the product that makes its logits.
-
     Args:
         logits_NV: fp32 or 16 bit; fp32 logits are overwritten.
         draws_N: float64 in [0, 1).
@@ -227,22 +224,41 @@ def draw_tokens(logits_NV: Tensor, draws_N: Tensor, temperature: float) -> tuple
     Returns:
         Ids [N] int64 and log-probabilities [N] float64.
     """
-    found, log_probs = [], []
+    found = []
     for logits, draws in zip(logits_NV.split(ROWS_DRAWN), draws_N.split(ROWS_DRAWN), strict=True):
         scaled = logits.float() if temperature == 1 else logits.float().div_(temperature)
-        weights = scaled.sub_(scaled.amax(1, keepdim=True)).exp_()
-        vocabulary = weights.shape[1]
-        whole = vocabulary // _DRAW_BLOCK * _DRAW_BLOCK
-        sums = [weights[:, :whole].unflatten(1, (-1, _DRAW_BLOCK)).sum(2), weights[:, whole:].sum(1, keepdim=True)]
-        blocks, share, total = _passed(torch.cat(sums, 1).double(), draws[:, None])
-        places = blocks * _DRAW_BLOCK + torch.arange(_DRAW_BLOCK, device=weights.device)
-        inside = weights.gather(1, places.clamp(max=vocabulary - 1)).masked_fill_(places >= vocabulary, 0)
-        tokens, _, _ = _passed(inside.double(), share)
-        # NaN logits give an id beyond the last one. They show up in the loss of training on the answer.
-        ids = (blocks * _DRAW_BLOCK + tokens).clamp_(max=vocabulary - 1)
-        found.append(ids.squeeze(1))
-        log_probs.append((weights.gather(1, ids).double() / total).log().squeeze(1))
-    return torch.cat(found), torch.cat(log_probs)
+        found.append(draw_by_weights(scaled.sub_(scaled.amax(1, keepdim=True)).exp_(), draws))
+    ids, log_probs = zip(*found, strict=True)
+    return torch.cat(ids), torch.cat(log_probs)
+
+
+def draw_by_weights(weights_NV: Tensor, draws_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tokens at which the cumulative weights pass a share of their sum, and the logarithms of their shares.
+
+    First the block of tokens that the draw falls into is found, then the token in it: cumulative sums of a whole row
+    take longer than the product that makes its logits.
+
+    Args:
+        weights_NV: fp32, not negative. A weight of 0 is never drawn.
+        draws_N: float64 in [0, 1).
+
+    Returns:
+        Ids [N] int64 and log-probabilities [N] float64.
+    """
+    vocabulary = weights_NV.shape[1]
+    blocks = vocabulary // _DRAW_BLOCK
+    whole = blocks * _DRAW_BLOCK
+    sums = [
+        weights_NV[:, :whole].unflatten(1, (blocks, _DRAW_BLOCK)).sum(2),
+        weights_NV[:, whole:].sum(1, keepdim=True),
+    ]
+    found, share, total = _passed(torch.cat(sums, 1).double(), draws_N[:, None])
+    places = found * _DRAW_BLOCK + torch.arange(_DRAW_BLOCK, device=weights_NV.device)
+    inside = weights_NV.gather(1, places.clamp(max=vocabulary - 1)).masked_fill_(places >= vocabulary, 0)
+    tokens, _, _ = _passed(inside.double(), share)
+    # NaN weights give an id beyond the last one. They show up in the loss of training on the answer.
+    ids = (found * _DRAW_BLOCK + tokens).clamp_(max=vocabulary - 1)
+    return ids.squeeze(1), (weights_NV.gather(1, ids).double() / total).log().squeeze(1)
 
 
 def _passed(weights: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
