@@ -35,7 +35,7 @@ from finetune.data.formats.messages import MediaPart, Message
 from finetune.data.media.media import KINDS, MediaKind
 from finetune.system.arguments import Arguments, nearest
 from finetune.system.console import log, printable, silent_keys
-from finetune.system.errors import ConfigError, DataError, InputError, os_errors_as
+from finetune.system.errors import DataError, InputError, os_errors_as
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -142,6 +142,7 @@ class Conversation:
 
 def run(arguments: Arguments) -> int:
     """Load the model, then answer the lines of a terminal or a pipe."""
+    from finetune.models.adapters.base_config import find_base_config
     from finetune.models.adapters.folder import check_adapter_folder
 
     options = arguments.options
@@ -149,7 +150,7 @@ def run(arguments: Arguments) -> int:
     # Before torch is imported, which takes ten times as long.
     if adapter is not None:
         check_adapter_folder(adapter, "adapter")
-    config = _find_config(arguments.config, options.model, adapter, arguments.overrides)
+    config = find_base_config("finetune chat", arguments.config, options.model, adapter, arguments.overrides)
     conversation = load_conversation(config, adapter, options)
     if sys.stdin.isatty():
         log(f"{printable(config.model.name)}{f' with {adapter}' if adapter else ''}. /help lists the commands.")
@@ -281,31 +282,6 @@ def _typed_lines(files: Sequence[MediaPart] = ()) -> Iterator[str]:
             continue
         if text.strip():
             yield text
-
-
-def _find_config(file: str | None, model: str | None, adapter: Path | None, overrides: Sequence[str]) -> RunConfig:
-    """Return the config to load the base with: the named one, the config of the adapter's run, or lora.yaml."""
-    from finetune.config.compose import load_config, saved_config
-    from finetune.config.overrides import quoted
-    from finetune.system.resources import packaged
-
-    if file is not None:
-        return load_config(file, overrides, needs_data=False)
-    if model is None and adapter is None:
-        raise InputError("finetune chat: adapter=FOLDER, model=NAME or config=X.yaml is missing")
-    chosen = [] if model is None else [f"model.name={quoted(model)}", "model.revision=null"]
-    if adapter is not None:
-        if (saved := saved_config(adapter, [*chosen, *overrides])) is not None:
-            return saved
-        if model is None:
-            from finetune.models.hub import read_json
-
-            config = read_json(adapter / "adapter_config.json", f"adapter={adapter}")
-            if not (base := config.get("base_model_name_or_path")):
-                raise ConfigError(f"adapter={adapter}: adapter_config.json names no base model\nhelp: add model=NAME")
-            revision = quoted(str(config["revision"])) if config.get("revision") else "null"
-            chosen = [f"model.name={quoted(str(base))}", f"model.revision={revision}"]
-    return load_config(str(packaged("configs") / "lora.yaml"), [*chosen, *overrides], needs_data=False)
 
 
 def _terminal_streamer(tokenizer: Any) -> Any:

@@ -14,15 +14,24 @@ from __future__ import annotations
 
 from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
-from finetune.system.errors import InputError
+from finetune.system.console import log
 
 
 def run(arguments: Arguments) -> int:
     """Load the model, compare it with the trained one, and answer until SIGTERM or Ctrl+C."""
-    options = arguments.options
-    if options.adapter is None and options.model is None and arguments.config is None:
-        raise InputError("finetune serve: adapter=FOLDER, model=NAME or config=X.yaml is missing")
-    raise NotImplementedError
+    from finetune.models.adapters.base_config import find_base_config
+    from finetune.serving.adapters import check_bases, find_adapters
+
+    # All of it before torch is imported, which takes ten times as long.
+    options, model = arguments.options, arguments.options.model
+    adapters = find_adapters(options)
+    first = next(iter(adapters.values()), None)
+    config = find_base_config("finetune serve", arguments.config, model, first, arguments.overrides)
+    chosen = model is not None or any(word.startswith("model.name=") for word in arguments.overrides)
+    check_bases(adapters, config.model, chosen=chosen, log=log)
+    from finetune.serving.server import serve
+
+    return serve(config, options, adapters)
 
 
 COMMAND = Command("serve", __doc__, run, options="ServeOptions", config="optional")

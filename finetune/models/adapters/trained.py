@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from finetune.config.command_options import Base
 from finetune.config.compose import saved_config
 from finetune.config.schema import ModelConfig, QuantConfig, RunConfig
+from finetune.models.adapters.base_config import recorded_fingerprint
 from finetune.models.adapters.files import SavedAdapter, fetch_adapter
 from finetune.models.digest import base_fingerprint
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
@@ -84,14 +84,7 @@ def _model(adapters: Sequence[SavedAdapter], cfg: RunConfig | None, base: str | 
 
 def _check_base(adapter: SavedAdapter, folder: Path, name: str, chosen: bool, log: Log) -> None:
     """Compare the base with the fingerprint in the run's run.json, if there is one."""
-    places = (adapter.folder, adapter.folder.parent)
-    run = next((place / "run.json" for place in places if (place / "run.json").is_file()), None)
-    if run is None:
-        return
-    try:
-        then = json.loads(run.read_text(encoding="utf-8"))["base"]["fingerprint"]
-    except (ValueError, LookupError, TypeError):
-        return  # Another program wrote it.
+    then = recorded_fingerprint(adapter.folder)
     if then is None or then == base_fingerprint(str(folder)):
         return
     found = f"{name}: has other weights than those that adapter={adapter.name} was trained on"

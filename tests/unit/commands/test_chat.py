@@ -26,6 +26,8 @@ from finetune.data.formats.messages import MediaPart, Message
 from finetune.data.formats.parser import RowParser
 from finetune.data.sources.paths import resolve_source
 from finetune.evaluation import generation, streaming
+from finetune.models.adapters import base_config
+from finetune.models.adapters.base_config import find_base_config
 from finetune.models.fused import FusedDecoderLayer
 from finetune.models.load import load_base
 from finetune.models.quant.quantize import quantized_layers
@@ -232,7 +234,9 @@ def test_a_model_an_adapter_or_a_config_is_needed(capsys):
 )
 def test_model_is_a_folder_without_a_config_and_a_group_with_one(monkeypatch, words, model, file):
     seen = []
-    monkeypatch.setattr(chat, "_find_config", lambda *found: seen.append(found) or load_config("quickstart.yaml"))
+    monkeypatch.setattr(
+        base_config, "find_base_config", lambda *found: seen.append(found[1:]) or load_config("quickstart.yaml")
+    )
     monkeypatch.setattr(chat, "load_conversation", lambda *_: conversation("fine"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     assert main(["chat", *words, "quant.type=none"]) == 0
@@ -243,10 +247,10 @@ def test_model_is_a_folder_without_a_config_and_a_group_with_one(monkeypatch, wo
 def test_a_bare_adapter_brings_its_base_and_revision_and_the_default_quantization(tmp_path: Path):
     base = {"base_model_name_or_path": "Qwen/Qwen2.5-0.5B", "revision": "abc"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(base))
-    config = chat._find_config(None, None, tmp_path, ["quant.double=false"])
+    config = find_base_config("finetune chat", None, None, tmp_path, ["quant.double=false"])
     assert (config.model.name, config.model.revision) == ("Qwen/Qwen2.5-0.5B", "abc")
     assert (config.quant.type, config.quant.double) == ("nf4", False)
-    assert chat._find_config(None, "elsewhere", tmp_path, []).model.name == "elsewhere"
+    assert find_base_config("finetune chat", None, "elsewhere", tmp_path, []).model.name == "elsewhere"
 
 
 @pytest.mark.parametrize("where", [".", "checkpoint-3"])
@@ -257,9 +261,9 @@ def test_an_adapter_of_a_run_is_loaded_as_it_was_trained(tmp_path: Path, where: 
     folder = tmp_path / where
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "other"}))
-    config = chat._find_config(None, None, folder, [])
+    config = find_base_config("finetune chat", None, None, folder, [])
     assert (config.model.name, config.quant.type) == ("my/base", "int8")
-    assert chat._find_config(None, "moved/base", folder, []).model.name == "moved/base"
+    assert find_base_config("finetune chat", None, "moved/base", folder, []).model.name == "moved/base"
 
 
 @pytest.mark.parametrize("content", [None, "{}", "[]", "no json"])
@@ -267,7 +271,7 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path: Path, content: str | N
     if content is not None:
         (tmp_path / "adapter_config.json").write_text(content)
     with pytest.raises(ConfigError, match="adapter"):
-        chat._find_config(None, None, tmp_path, [])
+        find_base_config("finetune chat", None, None, tmp_path, [])
 
 
 def test_a_pipe_gives_one_answer_per_line_and_nothing_else(monkeypatch, capsys):
