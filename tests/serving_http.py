@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import uvicorn
@@ -51,16 +53,29 @@ class Served:
         pirate = ServedModel("pirate", "pirate", "a" * 64, 2, {"max_kl": 0.001})
         self.service = Service(self.engine, chat, [base, pirate], ServeSettings(**options))
         self.service.ready = True
+        self._stack = ExitStack()
         self.app: FastAPI = build_app(self.service, api_key=api_key)
 
     def ids(self, text: str) -> list[int]:
         """Return the tokens of an answer, with its end."""
         return [*self.chat.encode_texts([text])[0].tolist(), self.chat.turn_end_id]
 
-    @property
+    @cached_property
     def client(self) -> TestClient:
-        """Return a client in this process."""
-        return TestClient(self.app, base_url="http://127.0.0.1", raise_server_exceptions=False)
+        """Return a client in this process; all its requests have one event loop."""
+        client = TestClient(self.app, base_url="http://127.0.0.1", raise_server_exceptions=False)
+        return self._stack.enter_context(client)
+
+    def close(self) -> None:
+        """Stop the engine and the client."""
+        self._stack.close()
+        self.engine.close()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until something is so; the time limit of a test ends what never is."""
+    while not condition():
+        time.sleep(0.01)
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
@@ -53,9 +54,11 @@ def build_app(service: Service, *, api_key: str | None) -> FastAPI:
     app = FastAPI(title="finetune serve", version="1", docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
     _add_error_handlers(app)
-    app.include_router(_state_routes(service))
-    app.include_router(_answer_routes(service))
-    app.include_router(_adapter_routes(service))
+    app.include_router(_open_routes(service))
+    # Only for the document: `Guard` checks the key, before a body is read.
+    guarded = [] if api_key is None else [Security(HTTPBearer(auto_error=False))]
+    for router in (_answer_routes(service), _adapter_routes(service), _metrics_route(service)):
+        app.include_router(router, dependencies=guarded)
     app.add_middleware(Guard, api_key=api_key, most_bytes=parse_size("serve.max_request", service.settings.max_request))
     return app
 
@@ -106,7 +109,7 @@ def _adapter_routes(service: Service) -> APIRouter:
     return router
 
 
-def _state_routes(service: Service) -> APIRouter:
+def _open_routes(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health", responses=_documented(State))
@@ -118,6 +121,12 @@ def _state_routes(service: Service) -> APIRouter:
         if not service.ready:
             raise Unavailable()
         return JsonReply({"status": "ready"})
+
+    return router
+
+
+def _metrics_route(service: Service) -> APIRouter:
+    router = APIRouter()
 
     @router.get("/metrics", response_class=PlainTextResponse, responses=_documented(None, 401, 403))
     async def metrics() -> Response:

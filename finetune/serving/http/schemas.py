@@ -15,7 +15,9 @@ _MOST_LOGPROBS = 20
 Text = Annotated[str, StringConstraints(min_length=1)]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=500)]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+Texts = Annotated[list[Text], Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
 def _null_for_absent(schema: dict[str, Any]) -> None:
@@ -63,7 +65,7 @@ Part = Annotated[Annotated[TextPart, Tag("text")] | Annotated[MediaPart, Tag("me
 
 
 def _content_type(content: Any) -> str:
-    return "parts" if isinstance(content, list | tuple) else "text"
+    return "parts" if isinstance(content, list) else "text"
 
 
 Content = Annotated[
@@ -265,7 +267,7 @@ class ChatBody(AnswerBody):
 class CompletionBody(AnswerBody):
     """A request to /v1/completions."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
+    prompt: Text | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1)] = Field(
         description="A text, or its tokens; or a list of such. Control tokens in a text are control tokens."
     )
     max_tokens: int | None = Field(16, ge=0)
@@ -284,8 +286,6 @@ class CompletionBody(AnswerBody):
             raise ValueError("best_of must equal n: all answers are returned")
         if self.prompt_logprobs is not None and self.stream:
             raise ValueError("prompt_logprobs is for requests without stream")
-        if not self.prompt or [] in (self.prompt if isinstance(self.prompt, list) else ()):
-            raise ValueError("prompt: it is empty; it needs one token at least")
         return self
 
 

@@ -24,13 +24,17 @@ async def event_stream(http: Request, chunks: AsyncGenerator[dict[str, Any], Non
 
     Raises: what the first chunk raises.
     """
-    first = await while_connected(http, anext(chunks))
+    first = await while_connected(http, _next(chunks))
     if first is None:
         await chunks.aclose()
         return Response(status_code=GONE)
     # nginx would collect a stream before it sends it on.
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(_frames(first, chunks), media_type="text/event-stream", headers=headers)
+
+
+async def _next(chunks: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
+    return await anext(chunks)
 
 
 async def _frames(first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:

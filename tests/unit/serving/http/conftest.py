@@ -28,7 +28,7 @@ def serve(templates: dict[bool, ChatTemplate]) -> Iterator[Callable[..., Served]
 
         def build(*, tools: bool = False, **options) -> Served:
             served = Served(templates[tools], **options)
-            stack.callback(served.engine.close)
+            stack.callback(served.close)
             return served
 
         yield build
