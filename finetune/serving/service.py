@@ -234,7 +234,7 @@ class Service:
                     self._note(running)
                 if event is None:
                     raise DeadlineExceeded(given) from error
-                event = Finished("error", error=f"the deadline of {given:.1f} s passed")
+                event = Finished("error", error=f"deadline: the request had {given:.1f} s")
             yield event
 
     def _note(self, running: RunningAnswer) -> None:
