@@ -21,23 +21,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(words: list[str]) -> None:
     """Serve until a signal. words: port=, seconds= and settings of `serve` by their names."""
-    from finetune.serving.server import listen, serve_until_signal
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast  # AutoTokenizer imports torch
 
     from finetune.config.command_options import ServeOptions, ServeSettings
     from finetune.data.template.chat import ChatTemplate
+    from finetune.serving.server import _serve, listen
     from finetune.serving.service import ServedModel, Service
     from tests.serving_engine import ScriptedEngine
 
     options = dict(word.split("=", 1) for word in words)
     port, seconds = int(options.pop("port")), float(options.pop("seconds", 0))
     settings = ServeSettings.model_validate_strings(options)
-    chat = ChatTemplate(AutoTokenizer.from_pretrained(ROOT / "data" / "tiny-qwen2.5"))
+    chat = ChatTemplate(PreTrainedTokenizerFast.from_pretrained(ROOT / "data" / "tiny-qwen2.5"))
 
     async def run() -> None:
         service = Service(ScriptedEngine(seconds=seconds), chat, [ServedModel("base", None, "b" * 64, 1)], settings)
         with listen("127.0.0.1", port) as listening:
-            await serve_until_signal(service, ServeOptions(serve=settings), listening, None, lambda: None)
+            await _serve(service, ServeOptions(serve=settings), listening, None, lambda: None)
 
     asyncio.run(run())
 

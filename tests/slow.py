@@ -105,6 +105,21 @@ SLOW: dict[str, str] = {
     "tests/integration/test_merge_export.py::test_a_layer_of_a_7b_is_merged_in_a_block_of_memory": (
         "tests/unit/export/merge/test_merge.py"
     ),
+    "tests/integration/test_serving_replicas.py::test_a_replica_killed_under_load_loses_no_request": (
+        "tests/integration/test_serving_replicas.py::test_sigterm_in_the_middle_of_32_streams_ends_none"
+    ),
+    "tests/integration/test_serving_replicas.py::test_a_stream_is_not_held_back_and_a_broken_one_is_not_continued": (
+        "tests/integration/test_serving_replicas.py::test_sigterm_in_the_middle_of_32_streams_ends_none"
+    ),
+    "tests/integration/test_serving_replicas.py::test_a_full_replica_passes_requests_on_and_two_full_ones_say_when_to_come_back": (
+        "tests/unit/serving/test_service.py::test_beyond_batch_and_queue_a_request_is_refused_and_a_repeat_is_not"
+    ),
+    "tests/integration/test_serving_replicas.py::test_redis_stopped_and_started_in_the_middle_is_not_seen": (
+        "tests/unit/serving/test_answer_cache.py::test_a_redis_that_stops_is_left_alone_and_found_again"
+    ),
+    "tests/integration/test_serving_replicas.py::test_nginx_refuses_what_concerns_one_replica_and_what_is_too_large": (
+        "tests/integration/test_serving_replicas.py::test_the_compose_file_names_services_and_options_that_exist"
+    ),
 }
 
 
