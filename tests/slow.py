@@ -111,7 +111,7 @@ SLOW: dict[str, str] = {
     "tests/integration/test_serving_replicas.py::test_a_stream_is_not_held_back_and_a_broken_one_is_not_continued": (
         "tests/integration/test_serving_replicas.py::test_sigterm_in_the_middle_of_32_streams_ends_none"
     ),
-    "tests/integration/test_serving_replicas.py::test_a_full_replica_passes_requests_on_and_two_full_ones_say_when_to_come_back": (
+    "tests/integration/test_serving_replicas.py::test_two_full_replicas_say_when_to_come_back": (
         "tests/unit/serving/test_service.py::test_beyond_batch_and_queue_a_request_is_refused_and_a_repeat_is_not"
     ),
     "tests/integration/test_serving_replicas.py::test_redis_stopped_and_started_in_the_middle_is_not_seen": (

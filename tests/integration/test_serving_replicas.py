@@ -150,7 +150,7 @@ def test_a_stream_is_not_held_back_and_a_broken_one_is_not_continued(tmp_path: P
     asyncio.run(check())
 
 
-def test_a_full_replica_passes_requests_on_and_two_full_ones_say_when_to_come_back(tmp_path: Path, stack: ExitStack):
+def test_two_full_replicas_say_when_to_come_back(tmp_path: Path, stack: ExitStack):
     replicas = start_replicas(stack, seconds=0.05, cache="none", max_batch=1, queue=0)
     url = start_nginx(stack, tmp_path, replicas)
 
