@@ -15,9 +15,9 @@ from finetune.config.schema import RunConfig
 from finetune.data.loader import load_chat_template
 from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation.probe import Comparison
-from finetune.models.digest import base_fingerprint
+from finetune.models.digest import weights_digest
 from finetune.models.families import shape_of
-from finetune.models.hub import TEXT_FILES, fetch
+from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, weight_files
 from finetune.models.tokenizer import load_adapter_tokenizer, load_tokenizer
 from finetune.serving.adapters import name_base
 from finetune.serving.engine.engine import build_engine
@@ -27,6 +27,7 @@ from finetune.serving.scorers import engine_scorer
 from finetune.serving.service import ServedModel, Service, adapter_digest
 from finetune.system.console import log
 from finetune.system.errors import ConfigError
+from finetune.system.resources import cache_home
 
 
 def load_service(config: RunConfig, options: ServeOptions, adapters: Mapping[str, Path]) -> Service:
@@ -56,7 +57,7 @@ def load_service(config: RunConfig, options: ServeOptions, adapters: Mapping[str
     if not probes:
         log("check: none (serve.check_rows=0)")
     now = int(time.time())
-    models = [ServedModel(base, None, _base_digest(config, source.revision), now, _details(checks.get(base)))]
+    models = [ServedModel(base, None, base_digest(config), now, _details(checks.get(base)))]
     for name, folder in adapters.items():
         models.append(ServedModel(name, name, adapter_digest(folder), now, _details(checks.get(name))))
     return Service(engine, chat, models, options.serve)
@@ -88,11 +89,18 @@ def load_template(config: RunConfig, adapters: Mapping[str, Path]) -> tuple[Any,
     return loaded[first], templates[first]
 
 
-def _base_digest(config: RunConfig, revision: str | None) -> str:
-    """Return a SHA-256 of what decides the answers of a base: its weights, how they are stored, and the version."""
-    weights = base_fingerprint(config.model.name) or [config.model.name, revision]
-    model = config.model.model_dump(exclude={"name", "revision"})
-    content = [__version__, weights, model, config.quant.model_dump(exclude={"cache"})]
+def base_digest(config: RunConfig) -> str:
+    """Return a SHA-256 of what decides the answers of a base: all of its weights, how they are stored, and the version.
+
+    A fingerprint of headers is too little: merged models of one base differ only in the middle of their files, and
+    replicas of both may share a Redis.
+    """
+    model = config.model
+    folder = fetch(model.name, model.revision, WEIGHT_FILES, "model.name").folder
+    files = sorted(set(weight_files(folder, model.name).values()))
+    weights = weights_digest(files, cache_home("quantized") / "digests")
+    settings = model.model_dump(exclude={"name", "revision"})
+    content = [__version__, weights, settings, config.quant.model_dump(exclude={"cache"})]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
