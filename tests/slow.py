@@ -21,6 +21,9 @@ SLOW: dict[str, str] = {
         "tests/cuda_trace/test_roofline.py::test_operations_and_bytes"
     ),
     "tests/integration/test_benchmarks.py": "tests/unit/benchmarks/test_accounting.py",
+    "tests/unit/serving/http/test_fuzz.py::test_requests_by_the_document": (
+        "tests/unit/serving/http/test_fuzz.py::test_bodies_with_a_part_replaced"
+    ),
     "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom[02_your_own_data]": (
         "tests/integration/test_notebooks.py::test_a_notebook_runs_from_top_to_bottom"
     ),

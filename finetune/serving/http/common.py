@@ -51,7 +51,7 @@ class Common:
         if needed + answer > context:
             raise ApiError(
                 400,
-                f"the context length is {context:,} tokens; the prompt needs {needed:,} of them and the answer {answer:,}",
+                f"the context length is {context:,} tokens, but the prompt needs {needed:,} and its answer {answer:,}",
                 code="context_length_exceeded",
                 param="messages" if "messages" in type(body).model_fields else "prompt",
             )
