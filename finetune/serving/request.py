@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class PromptScores:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of an answer. cached_tokens: of the prompt, not computed again. error: for the reason "error"."""
+    """The end of an answer. cached_tokens: of the prompt, not computed again. error: of a "deadline" or an "error"."""
 
     reason: FinishReason
     cached_tokens: int = 0

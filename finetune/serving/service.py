@@ -74,7 +74,7 @@ class Service:
     async def answer(self, request: Request, *, seconds: float | None = None) -> AsyncGenerator[Event, None]:
         """Yield the events of an answer. A consumer that stops early cancels it: close the iterator.
 
-        A deadline that passes after the first event ends the answer with Finished("error").
+        A deadline that passes after the first event ends the answer with Finished("deadline").
 
         Args:
             seconds: limit of the client, below that of the server.
@@ -234,7 +234,7 @@ class Service:
                     self._note(running)
                 if event is None:
                     raise DeadlineExceeded(given) from error
-                event = Finished("error", error=f"deadline: the request had {given:.1f} s")
+                event = Finished("deadline", error=f"the deadline of {given:.1f} s passed")
             yield event
 
     def _note(self, running: RunningAnswer) -> None:

@@ -103,9 +103,10 @@ async def pieces_of(service: Service, asked: Asked) -> AsyncGenerator[Piece | Pr
 def _check_end(end: Finished) -> None:
     if end.reason == "cancelled":
         raise ApiError(503, "the server ended the answer because it stops; ask again", code="unavailable")
+    if end.reason == "deadline":
+        raise ApiError(504, end.error, code="deadline_exceeded")
     if end.reason == "error":
-        late = end.error.startswith("deadline")
-        raise ApiError(504 if late else 500, end.error, code="deadline_exceeded" if late else "engine_error")
+        raise ApiError(500, end.error, code="engine_error")
 
 
 async def whole(service: Service, asked: Asked) -> Written:
