@@ -1,17 +1,14 @@
-"""The settings of an answer under OpenAI's names, with their limits: what every protocol reads into a `Request`."""
+"""The settings of an answer under OpenAI's names, with their limits: what every protocol reads into a `Sampling`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from finetune.serving.request import Request, Sampling
-from finetune.system.console import printable
-from finetune.system.errors import InputError
+from finetune.serving.request import Sampling
 
-_SHOWN_CHARACTERS = 100
 # Seeds are 64-bit integers in OpenAI's API.
 _SEED = 2**63
 
@@ -52,45 +49,6 @@ class AnswerSettings(BaseModel):
         """OpenAI's clients send null for a setting that is not given."""
         return {k: v for k, v in values.items() if v is not None} if isinstance(values, Mapping) else values
 
-    @classmethod
-    def read(cls, values: Mapping[str, Any]) -> Self:
-        """Check values by name. Raises: InputError naming every key that is wrong."""
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise InputError(described(error)) from error
-
-    def request(
-        self, ids: Sequence[int], *, stop_ids: Sequence[int], context_tokens: int, adapter: str | None = None
-    ) -> Request:
-        """Return the request of one answer.
-
-        Args:
-            ids: of the prompt.
-            stop_ids: tokens that end an answer; `ignore_eos` sets them aside.
-            context_tokens: most tokens of prompt and answer together.
-            adapter: its name; None: the base alone.
-
-        Raises:
-            InputError: the prompt is empty, or the context has no room for it and `max_tokens`.
-        """
-        if not ids:
-            raise InputError("the prompt is empty; it must have at least one token")
-        room_tokens = context_tokens - len(ids)
-        least_tokens = 1 if self.max_tokens is None else self.max_tokens
-        if room_tokens < least_tokens:
-            raise InputError(
-                f"max_tokens: the context has {context_tokens:,} tokens, the prompt needs {len(ids):,} of them and the "
-                f"answer {least_tokens:,}"
-            )
-        return Request(
-            ids=tuple(ids),
-            max_tokens=room_tokens if self.max_tokens is None else self.max_tokens,
-            adapter=adapter,
-            stop_ids=frozenset() if self.ignore_eos else frozenset(stop_ids),
-            sampling=self.sampling(),
-        )
-
     def sampling(self) -> Sampling:
         """Return how the tokens are chosen."""
         return Sampling(
@@ -102,14 +60,3 @@ class AnswerSettings(BaseModel):
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
         )
-
-
-def described(error: ValidationError) -> str:
-    """Return the problems of values, each as `key: what is wrong, found value`."""
-    problems = []
-    for found in error.errors(include_url=False, include_context=False):
-        key = ".".join(map(str, found["loc"]))
-        shown = repr(found["input"])[:_SHOWN_CHARACTERS]
-        text = "no setting has this name" if found["type"] == "extra_forbidden" else found["msg"].lower()
-        problems.append(printable(f"{key}: {text}, found {shown}", one_line=True))
-    return "; ".join(problems)
