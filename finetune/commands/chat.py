@@ -1,9 +1,11 @@
 """usage: finetune chat adapter=FOLDER [key=value …]     a trained adapter on its base
        finetune chat model=NAME [key=value …]         a base model: hub id or folder
        finetune chat config=X.yaml [adapter=FOLDER] [key=value …]
+       finetune chat url=http://HOST:PORT [model=NAME] [key=value …]     a model of any server with OpenAI's API
 
 The folder of a run, or a checkpoint in it, brings its own config. A bare adapter or model is loaded as in lora.yaml
-(4-bit); quant.type=none loads it in 16 bit.
+(4-bit); quant.type=none loads it in 16 bit. With url=, the environment variable FINETUNE_API_KEY, or else
+OPENAI_API_KEY, is the server's key.
 In the chat: /system TEXT and /temperature NUMBER change the settings, /reset starts a new conversation, /save FILE
 keeps it as a row, /help lists the commands, /exit or Ctrl+D leaves, Ctrl+C stops an answer. A line that ends in a
 backslash continues on the next one. /image FILE, /audio FILE and /video FILE put a file before the next text, if the
@@ -14,6 +16,7 @@ Examples
   finetune chat adapter=outputs/quickstart
   finetune chat model=Qwen/Qwen2.5-0.5B-Instruct temperature=0.7
   echo "Hello" | finetune chat adapter=outputs/quickstart
+  finetune chat url=http://127.0.0.1:8000 model=quickstart
   printf '/image cat.png\\nWhat is this?\\n' | finetune chat adapter=outputs/vision
 """
 
@@ -23,10 +26,11 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune.commands.base import Command
 from finetune.data.encoded import Prompt
@@ -35,7 +39,7 @@ from finetune.data.formats.messages import MediaPart, Message
 from finetune.data.media.media import KINDS, MediaKind
 from finetune.system.arguments import Arguments, nearest
 from finetune.system.console import log, printable, silent_keys
-from finetune.system.errors import DataError, InputError, os_errors_as
+from finetune.system.errors import ConfigError, DataError, InputError, os_errors_as
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -110,38 +114,91 @@ class Conversation:
 
     def messages(self) -> list[Message]:
         """Return the system message, if there is one, and the turns so far."""
-        system = [] if self.options.system is None else [Message("system", self.options.system)]
-        return [*system, *self.turns]
+        return with_system(self.options, self.turns)
 
     def _stream(self, prompt: Prompt, max_new_tokens: int) -> str:
         import torch
 
         from finetune.evaluation.streaming import stream_answer
 
-        streamer, began = _terminal_streamer(self.tokenizer), time.monotonic()
-        try:
-            with silent_keys():
-                stream_answer(
-                    self.model,
-                    prompt,
-                    lambda token: streamer.put(torch.tensor([token])),
-                    max_new_tokens=max_new_tokens,
-                    stop_ids=self.chat.stop_ids(),
-                    temperature=self.options.temperature,
-                )
-                streamer.end()
-        except KeyboardInterrupt:
-            if not sys.stdin.isatty():
-                raise
-            print(" [stopped]", file=sys.stderr)
-        print(flush=True)
-        if sys.stdin.isatty():
-            log(f"({streamer.tokens} tokens, {streamer.tokens / (time.monotonic() - began):.1f} tokens/s)")
+        streamer = _terminal_streamer(self.tokenizer)
+        with stoppable(lambda: streamer.tokens):
+            stream_answer(
+                self.model,
+                prompt,
+                lambda token: streamer.put(torch.tensor([token])),
+                max_new_tokens=max_new_tokens,
+                stop_ids=self.chat.stop_ids(),
+                temperature=self.options.temperature,
+            )
+            streamer.end()
         return streamer.written
 
 
+@contextmanager
+def stoppable(tokens: Callable[[], int]) -> Iterator[None]:
+    """Print an answer in the block, which Ctrl+C at a terminal ends; then its speed. tokens: those written so far."""
+    began = time.monotonic()
+    try:
+        with silent_keys():
+            yield
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        print(" [stopped]", file=sys.stderr)
+    print(flush=True)
+    if sys.stdin.isatty():
+        log(f"({tokens()} tokens, {tokens() / (time.monotonic() - began):.1f} tokens/s)")
+
+
+class Talk(Protocol):
+    """A conversation with a model, here or on a server."""
+
+    options: ChatOptions
+    turns: list[Message]
+    files: list[MediaPart]
+
+    def answer(self, text: str) -> None: ...
+
+    def add_file(self, kind: MediaKind, name: str) -> None: ...
+
+    def messages(self) -> list[Message]: ...
+
+
+def with_system(options: ChatOptions, turns: Sequence[Message]) -> list[Message]:
+    """Return the turns of a conversation after its system message, if there is one."""
+    return [*([] if options.system is None else [Message("system", options.system)]), *turns]
+
+
 def run(arguments: Arguments) -> int:
-    """Load the model, then answer the lines of a terminal or a pipe."""
+    """Load the model or reach its server, then answer the lines of a terminal or a pipe."""
+    conversation, name = _remote(arguments) if arguments.options.url is not None else _local(arguments)
+    if sys.stdin.isatty():
+        log(f"{printable(name)}. /help lists the commands.")
+        talk(conversation, _typed_lines(conversation.files))
+    else:
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+        for text in filter(None, (line.rstrip("\r\n") for line in sys.stdin)):
+            if not respond(conversation, text):
+                break
+    return 0
+
+
+def _remote(arguments: Arguments) -> tuple[Talk, str]:
+    """Return a conversation with a served model, and the model's name."""
+    from finetune.commands.chat_remote import RemoteConversation
+
+    options = arguments.options
+    extra = [f"adapter={options.adapter}"] if options.adapter is not None else []
+    extra += [f"config={arguments.config}"] if arguments.config is not None else []
+    if extra := [*extra, *arguments.overrides]:
+        raise ConfigError(f"{extra[0]}: has no effect with url=, where the server has loaded the model; remove it")
+    conversation = RemoteConversation.reach(options)
+    return conversation, conversation.model
+
+
+def _local(arguments: Arguments) -> tuple[Talk, str]:
+    """Return a conversation with a model loaded here, and the model's name."""
     from finetune.models.adapters.base_config import find_base_config
     from finetune.models.adapters.folder import check_adapter_folder
 
@@ -151,16 +208,7 @@ def run(arguments: Arguments) -> int:
     if adapter is not None:
         check_adapter_folder(adapter, "adapter")
     config = find_base_config("finetune chat", arguments.config, options.model, adapter, arguments.overrides)
-    conversation = load_conversation(config, adapter, options)
-    if sys.stdin.isatty():
-        log(f"{printable(config.model.name)}{f' with {adapter}' if adapter else ''}. /help lists the commands.")
-        talk(conversation, _typed_lines(conversation.files))
-    else:
-        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-        for text in filter(None, (line.rstrip("\r\n") for line in sys.stdin)):
-            if not respond(conversation, text):
-                break
-    return 0
+    return load_conversation(config, adapter, options), f"{config.model.name}{f' with {adapter}' if adapter else ''}"
 
 
 def load_conversation(config: RunConfig, adapter: Path | None, options: ChatOptions) -> Conversation:
@@ -196,7 +244,7 @@ def load_conversation(config: RunConfig, adapter: Path | None, options: ChatOpti
     return Conversation(model, tokenizer, chat, options, text_config(base).max_position_embeddings, processor)
 
 
-def talk(conversation: Conversation, lines: Iterable[str]) -> None:
+def talk(conversation: Talk, lines: Iterable[str]) -> None:
     """Answer line by line until the end or /exit; log the error of a line that is wrong or has no answer."""
     for text in lines:
         try:
@@ -206,7 +254,7 @@ def talk(conversation: Conversation, lines: Iterable[str]) -> None:
             log(f"error: {printable(str(error))}")
 
 
-def respond(conversation: Conversation, text: str) -> bool:
+def respond(conversation: Talk, text: str) -> bool:
     """Answer one line or run its command; return False for /exit."""
     found = _COMMAND.fullmatch(text.strip())
     if found is None:
@@ -239,7 +287,7 @@ def respond(conversation: Conversation, text: str) -> bool:
     return True
 
 
-def _set_option(conversation: Conversation, name: str, value: str | None) -> None:
+def _set_option(conversation: Talk, name: str, value: str | None) -> None:
     """Change an option of the conversation for the next answers, as on the command line, and show its value."""
     from finetune.config.command_options import ChatOptions
     from finetune.config.overrides import quoted, read_options
@@ -252,7 +300,7 @@ def _set_option(conversation: Conversation, name: str, value: str | None) -> Non
     log(f"{name}: {'the one of the template' if shown is None else printable(str(shown))}")
 
 
-def _save(conversation: Conversation, name: str | None) -> None:
+def _save(conversation: Talk, name: str | None) -> None:
     """Append the conversation to a file as one training row. Raises: InputError if there is nothing, or no file."""
     if not name or not conversation.turns:
         raise InputError("/save: " + ("the conversation is empty" if name else "needs a file, as /save rows.jsonl"))

@@ -108,7 +108,12 @@ class ChatOptions(Section):
     """`finetune chat`, beside the keys of a run's config."""
 
     adapter: Text | None = Field(None, description="Run folder, checkpoint or adapter folder to load onto its base.")
-    model: Text | None = Field(None, description="Base: hub id or folder. With config=, a model group as in training.")
+    model: Text | None = Field(
+        None,
+        description="Base: hub id or folder. With config=, a model group as in training. With url=, the name of a "
+        "served model; null: the first adapter, else the first model.",
+    )
+    url: Text | None = Field(None, description="Address of a server with OpenAI's API; nothing is loaded here.")
     max_new_tokens: Count = Field(512, description="Longest answer in tokens.")
     temperature: NotNegative = Field(0.0, description="Sampling temperature; 0: always the most probable token.")
     system: str | None = Field(None, description="System message; null: the template's own.")

@@ -92,7 +92,7 @@ class Endpoint:
         log: Log = lambda line: None,
     ):
         """Raises: ConfigError if the URL or the key is invalid."""
-        self.url = _api_root(url)
+        self.url = api_root(url, "distill.teacher.url")
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         if not self._key.isascii() or not self._key.isprintable():
             raise ConfigError(
@@ -174,7 +174,7 @@ class Endpoint:
                 raise ConfigError(f"{self.url}: its certificate is not trusted ({shown})") from None
             raise _Transient(f"connection failed ({type(error).__name__}: {shown})", 0.0) from None
         if status != 200:
-            message = self.quote(_error_message(answer))
+            message = self.quote(error_message(answer))
             if status in _TRANSIENT_STATUS:
                 raise _Transient(f"HTTP {status}: {message}", _retry_after_seconds(headers.get("Retry-After", "")))
             raise Refusal(status, message)
@@ -206,9 +206,13 @@ class Endpoint:
             return response.status_code, response.headers, bytes(answer[: most_bytes + 1])
 
 
-def _api_root(url: str) -> str:
-    """Return the root of the API, which ends in /v1. Messages omit parts that may be secret."""
-    expected = "distill.teacher.url: expected an address such as http://host:8000/v1"
+def api_root(url: str, key: str) -> str:
+    """Return the root of the API, which ends in /v1. Messages omit parts that may be secret.
+
+    key: the setting that holds the address.
+    Raises: ConfigError.
+    """
+    expected = f"{key}: expected an address such as http://host:8000/v1"
     if any(mark in url for mark in "@?#"):
         raise ConfigError(f"{expected} without user, password, query or fragment\nhelp: set the key in {KEY_VARIABLE}")
     invalid = ConfigError(f"{expected}, found {printable(url[:_QUOTED_CHARACTERS])!r}")
@@ -235,7 +239,7 @@ def _retry_after_seconds(value: str) -> float:
     return min(max(seconds, 0.0), _LONGEST_WAIT_SECONDS)
 
 
-def _error_message(body: bytes) -> str:
+def error_message(body: bytes) -> str:
     """Return the message of an error in OpenAI's, older vLLM's or FastAPI's form, else its text."""
     text = body.decode("utf-8", errors="replace")
     try:
