@@ -14,7 +14,7 @@ import torch
 from finetune.config.command_options import ServeSettings
 from finetune.models.adapters.files import save_adapter
 from finetune.serving.engine.engine import EmbeddedEngine
-from finetune.serving.request import Event, Finished, Request, Token
+from finetune.serving.request import Event, Finished, PromptScores, Request, Token
 from tests.models import random_model
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -87,3 +87,27 @@ def test_base_and_adapters_in_one_batch_answer_as_generate(model: tuple[Any, dic
         engine.close()
     expected = [generated(base, name and folders[name], prompt, 64) for name, prompt, _ in asked]
     assert found == expected
+
+
+@pytest.mark.parametrize("ids", [[5], [7, 3], list(range(40))])
+def test_scores_of_a_prompt_are_those_of_the_model(model: tuple[Any, dict[str, Path]], ids: list[int]) -> None:
+    base, _ = model
+    engine = EmbeddedEngine(base, ServeSettings(window_ms=0, prefill_tokens=7, cache_tokens=512))
+    try:
+        collector = Collector()
+        engine.submit(Request(tuple(ids), 2, prompt_log_probs=3), collector.put)
+        assert len(collector.ids) == 2
+    finally:
+        engine.close()
+    scores = collector.events[0]
+    assert isinstance(scores, PromptScores)
+    with torch.no_grad():
+        log_probs = base(torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert scores.tokens[0] is None and scores.top[0] == ()
+    assert len(scores.tokens) == len(scores.top) == len(ids)
+    for position, (score, top) in enumerate(zip(scores.tokens[1:], scores.top[1:], strict=True)):
+        expected = log_probs[position]
+        assert score is not None and score.id == ids[position + 1]
+        assert score.log_prob == pytest.approx(expected[score.id].item(), abs=1e-5)
+        assert [each.id for each in top] == expected.topk(3).indices.tolist()
+        assert [each.log_prob for each in top] == pytest.approx(expected.topk(3).values.tolist(), abs=1e-5)

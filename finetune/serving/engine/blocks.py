@@ -32,11 +32,13 @@ def digests(tokens: Sequence[int], before: bytes) -> Iterator[bytes]:
 class BlockPool:
     """A fixed number of blocks with reference counts. A block without a reference keeps its content until it is needed.
 
-    Blocks that lost their last reference long ago are overwritten first.
+    Blocks that lost their last reference long ago are overwritten first. taken: all that `take` gave; the owner of the
+    tensors clears them and the list.
     """
 
     def __init__(self, blocks: int):
         self.blocks = blocks
+        self.taken: list[int] = []
         self._references = [0] * blocks
         self._empty = list(range(blocks - 1, -1, -1))
         self._kept: dict[int, None] = {}  # without a reference, but with content; the first is overwritten first
@@ -62,6 +64,7 @@ class BlockPool:
                 del self._block_of[self._digest_of.pop(block)]
             self._references[block] = 1
             taken.append(block)
+        self.taken += taken
         return taken
 
     def share(self, wanted: Sequence[bytes]) -> list[int]:

@@ -20,10 +20,11 @@ from finetune.config.command_options import ServeSettings
 from finetune.models.decoder import text_config
 from finetune.serving.engine.adapters import LoadedAdapter, load_lora
 from finetune.serving.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
-from finetune.serving.engine.forward import Part, RaggedDecoder
+from finetune.serving.engine.forward import RaggedDecoder, context_limit
+from finetune.serving.engine.rows import Part
 from finetune.serving.engine.sampling import BatchSampler
 from finetune.serving.engine.scheduler import Answer, Scheduler, Span
-from finetune.serving.request import Finished, Load, PromptScores, Put, Request, Token, TokenScore
+from finetune.serving.request import Event, Finished, FinishReason, Load, PromptScores, Put, Request, Token, TokenScore
 from finetune.system.errors import ConfigError, InputError
 from finetune.system.machine import available_memory
 
@@ -35,23 +36,31 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # Share of the free memory for keys and values; a GPU shares its memory with nobody.
 _CACHE_SHARE = {"cpu": 0.5, "cuda": 0.8}
+# Logits of prompts at a time.
+_SCORED_VALUES = 2**23
+_COUNTERS = ("steps", "tokens_written", "prompt_tokens_computed", "prompt_tokens_shared", "preemptions")
 
 
 class EmbeddedEngine:
-    """An `Engine` (serving/request.py) over a loaded base.
+    """An `Engine` (serving/request.py) over a loaded base. One thread computes; all other methods only note requests.
 
-    base: from `load_base`; a running engine reads its weights. grammars: None refuses requests with a grammar.
+    base: from `load_base`. grammars: None refuses requests with a grammar. packed: see `RaggedDecoder`.
     """
 
-    def __init__(self, base: PreTrainedModel, settings: ServeSettings, *, grammars: GrammarCompiler | None = None):
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        settings: ServeSettings,
+        *,
+        grammars: GrammarCompiler | None = None,
+        packed: bool = False,
+    ):
         self.base, self.settings = base, settings
         self.context_tokens = context_of(base, settings)
-        blocks = cache_blocks(base, settings, self.context_tokens)
-        self._decoder = RaggedDecoder(base, blocks)
+        pool = BlockPool(cache_blocks(base, settings, self.context_tokens))
+        self._decoder = RaggedDecoder(base, pool.blocks, packed=packed)
         self._sampler = BatchSampler(self._decoder.vocabulary, grammars)
-        self._scheduler = Scheduler(
-            BlockPool(blocks), max_batch=settings.max_batch, prefill_tokens=settings.prefill_tokens
-        )
+        self._scheduler = Scheduler(pool, max_batch=settings.max_batch, prefill_tokens=settings.prefill_tokens)
         self._counters: Counter[str] = Counter()
         self._adapters: dict[str, LoadedAdapter] = {}  # the least recently used one first
         self._number = 0
@@ -67,9 +76,9 @@ class EmbeddedEngine:
         Raises:
             InputError: the adapter is not loaded, or the request does not fit.
         """
+        if not request.ids or not 0 <= min(request.ids) <= max(request.ids) < self._decoder.vocabulary:
+            raise InputError(f"a prompt has one or more ids, from 0 to {self._decoder.vocabulary - 1}")
         tokens = len(request.ids) + request.max_tokens
-        if not request.ids or not all(0 <= id < self._decoder.vocabulary for id in request.ids):
-            raise InputError(f"a prompt has one or more ids below {self._decoder.vocabulary}")
         if tokens > self.context_tokens or not self._scheduler.fits(request):
             most = min(self.context_tokens, self._scheduler.pool.blocks * BLOCK_TOKENS)
             raise InputError(f"prompt and answer have {tokens} tokens; at most {most} fit")
@@ -95,16 +104,7 @@ class EmbeddedEngine:
         with self._changed:
             scheduler = self._scheduler
             pool = scheduler.pool
-            counters = dict.fromkeys(
-                (
-                    "steps",
-                    "tokens_written",
-                    "prompt_tokens_computed",
-                    "prompt_tokens_shared",
-                    "preemptions",
-                ),
-                0.0,
-            )
+            counters = dict.fromkeys(_COUNTERS, 0.0)
             return Load(
                 len(scheduler.running),
                 len(scheduler.waiting),
@@ -146,11 +146,14 @@ class EmbeddedEngine:
             return list(self._adapters)
 
     def close(self) -> None:
-        """End every answer as cancelled and stop the thread."""
+        """End every answer as cancelled and free the memory; see `Engine`."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+        with self._changed:
+            self._adapters.clear()
+        self._decoder.close()
 
     def _used(self, name: str) -> LoadedAdapter:
         """Return a loaded adapter and note its use."""
@@ -170,20 +173,23 @@ class EmbeddedEngine:
                 self._wait()
                 for answer in self._unfinished():
                     if answer.cancelled or self._closing:
-                        self._end(answer, Finished("cancelled", answer.shared or 0))
+                        self._end(answer, "cancelled")
                 if self._closing:
                     return
                 spans = self._scheduler.plan()
+                taken, self._scheduler.pool.taken = self._scheduler.pool.taken, []
             if not spans:
                 continue
             try:
+                if taken:
+                    self._decoder.clear(taken)
                 self._step(spans)
             except Exception as error:  # noqa: BLE001 - the thread serves all other requests
                 _log.exception("a pass over %d answers failed", len(spans))
                 with self._changed:
                     for span in spans:
                         if not span.answer.ended:
-                            self._end(span.answer, Finished("error", error=f"{type(error).__name__}: {error}"))
+                            self._end(span.answer, "error", f"{type(error).__name__}: {error}")
 
     def _wait(self) -> None:
         """Wait for a request; the first one of an idle engine waits for others."""
@@ -199,82 +205,83 @@ class EmbeddedEngine:
         while not full() and (left := until - time.monotonic()) > 0:
             self._changed.wait(left)
 
-    def _end(self, answer: Answer, last: Finished) -> None:
+    def _end(self, answer: Answer, reason: FinishReason, error: str = "") -> None:
         answer.ended = True
         self._scheduler.remove(answer)
-        answer.put(last)
+        self._put(answer, Finished(reason, answer.shared or 0, error))
+
+    def _put(self, answer: Answer, event: Event) -> None:
+        try:
+            answer.put(event)
+        except Exception:  # noqa: BLE001 - a client that is gone must not end the answers of others
+            _log.exception("an event could not be delivered")
+            answer.cancelled = True
 
     def _step(self, spans: list[Span]) -> None:
         """Compute the tokens of a plan and put the events of their answers."""
-        spans.sort(key=lambda span: span.answer.origin)
-        parts = [Part(answer.tokens[start:stop], start, answer.blocks, answer.adapter) for answer, start, stop in spans]
+        spans.sort(key=lambda span: span.answer.origin)  # rows of one adapter side by side
+        parts = [Part(each.tokens[start:stop], start, each.blocks, each.adapter) for each, start, stop in spans]
         hidden_TD, firsts = self._decoder.run(parts)
         for span, first in zip(spans, firsts, strict=True):
-            if span.answer.wants_scores:
+            if span.answer.scores is not None:
                 self._score_prompt(span, hidden_TD[first : first + span.stop - span.start])
-        writing = [
-            (span.answer, first + span.stop - span.start - 1)
-            for span, first in zip(spans, firsts, strict=True)
-            if span.writes
-        ]
+        ready = [(span, first) for span, first in zip(spans, firsts, strict=True) if span.writes]
+        writing = [span.answer for span, _ in ready if span.answer.request.max_tokens]
         chosen: list[Token | Finished] = []
-        asked = [(answer, row) for answer, row in writing if answer.request.max_tokens]
-        if asked:
-            index = torch.tensor([row for _, row in asked], device=hidden_TD.device)
-            logits_NV = self._decoder.logits(hidden_TD.index_select(0, index))
-            chosen = self._sampler.choose(logits_NV, [answer.row for answer, _ in asked])
+        if writing:
+            last = [first + span.stop - span.start - 1 for span, first in ready if span.answer.request.max_tokens]
+            hidden_ND = hidden_TD.index_select(0, torch.tensor(last, device=hidden_TD.device))
+            chosen = self._sampler.choose(self._decoder.logits(hidden_ND), [answer.row for answer in writing])
         with self._changed:
             self._counters["steps"] += 1
             self._scheduler.done(spans)
-            for (answer, _), event in zip(asked, chosen, strict=True):
+            for answer, event in zip(writing, chosen, strict=True):
                 self._write(answer, event)
-            for answer, _ in writing:
-                if not answer.request.max_tokens:
-                    self._end(answer, Finished("length", answer.shared or 0))
+            for span, _ in ready:
+                if not span.answer.request.max_tokens:
+                    self._end(span.answer, "length")
 
     def _write(self, answer: Answer, event: Token | Finished) -> None:
         """Add the next token of an answer, or end it."""
-        request, shared = answer.request, answer.shared or 0
+        request = answer.request
         if isinstance(event, Finished):
-            self._end(answer, Finished(event.reason, shared, event.error))
-            return
-        if event.id in request.stop_ids:
-            self._end(answer, Finished("stop", shared))
-            return
-        answer.tokens.append(event.id)
-        self._counters["tokens_written"] += 1
-        answer.put(event)
-        if answer.written == request.max_tokens:
-            self._end(answer, Finished("length", shared))
+            self._end(answer, event.reason, event.error)
+        elif event.id in request.stop_ids:
+            self._end(answer, "stop")
+        else:
+            answer.tokens.append(event.id)
+            self._counters["tokens_written"] += 1
+            self._put(answer, event)
+            if answer.written == request.max_tokens:
+                self._end(answer, "length")
 
     def _score_prompt(self, span: Span, hidden_CD: Tensor) -> None:
-        """Add the log-probabilities of the tokens of a prompt; after the last one, put them."""
-        answer, start, _ = span
-        request = answer.request
-        done = len(answer.scores)  # the next token to score is number done + 1, from the hidden state before it
-        stop = min(span.stop, len(request.ids) - 1)
-        chunk = max(1, 2**22 // self._decoder.vocabulary)
-        for first in range(max(start, done), stop, chunk):
-            rows = range(first, min(first + chunk, stop))
-            logits = self._decoder.logits(hidden_CD[rows.start - start : rows.stop - start])
-            log_probs = logits.float().log_softmax(-1)
-            targets = torch.tensor(request.ids[rows.start + 1 : rows.stop + 1], device=log_probs.device)
-            found = log_probs.gather(1, targets[:, None]).squeeze(1).tolist()
-            values, ids = (x.tolist() for x in log_probs.topk(request.prompt_log_probs or 0))
-            for target, score, top, best in zip(targets.tolist(), found, ids, values, strict=True):
-                answer.scores.append((TokenScore(target, score), tuple(map(TokenScore, top, best))))
-        if not answer.wants_scores:
-            answer.put(PromptScores([None, *(s for s, _ in answer.scores)], [(), *(top for _, top in answer.scores)]))
+        """Add the log-probabilities of the tokens of a prompt; after the last one, put them. hidden_CD: of the span."""
+        answer, start, stop = span
+        ids, scores = answer.request.ids, answer.scores
+        assert scores is not None
+        most = min(answer.request.prompt_log_probs or 0, self._decoder.vocabulary)
+        hidden_ND = hidden_CD[: len(ids) - 1 - start]  # each scores the token after its own
+        targets = torch.tensor(ids[start + 1 : stop + 1], device=hidden_CD.device)
+        size = max(1, _SCORED_VALUES // self._decoder.vocabulary)
+        for some_ND, some in zip(hidden_ND.split(size), targets.split(size), strict=True):
+            log_probs_NV = self._decoder.logits(some_ND).float().log_softmax(-1)
+            found = log_probs_NV.gather(1, some[:, None]).squeeze(1).tolist()
+            top, top_ids = (values.tolist() for values in log_probs_NV.topk(most))
+            for target, score, best, best_ids in zip(some.tolist(), found, top, top_ids, strict=True):
+                scores.append((TokenScore(target, score), tuple(map(TokenScore, best_ids, best))))
+        if len(scores) == len(ids) - 1:
+            answer.scores = None
+            self._put(answer, PromptScores([None, *(score for score, _ in scores)], [(), *(top for _, top in scores)]))
 
 
 def context_of(base: PreTrainedModel, settings: ServeSettings) -> int:
-    """Return the longest prompt with its answer: within the window of attention, where a model has one.
+    """Return the longest prompt with its answer.
 
     Raises:
         ConfigError: serve.context_tokens is more.
     """
-    config = text_config(base)
-    most = config.max_position_embeddings
+    most = context_limit(base)
     if settings.context_tokens is not None and settings.context_tokens > most:
         raise ConfigError(f"serve.context_tokens: the model has {most}, found {settings.context_tokens}")
     return settings.context_tokens or most
@@ -299,15 +306,20 @@ def build_engine(
 ) -> EmbeddedEngine:
     """Load the base of a config and start an engine with the adapters of the options.
 
+    grammars: for requests with a JSON schema.
+
     Raises:
-        ConfigError: lists the adapters that cannot be served.
+        ConfigError: lists the adapters that cannot be served; or the base cannot.
     """
     from finetune.evaluation.generation import dequantize_once
     from finetune.models.load import load_base
 
+    most = options.serve.max_adapters
+    if len(options.adapters) > most:
+        raise ConfigError(f"serve.max_adapters: found {most}, and {len(options.adapters)} adapters to serve")
     base = load_base(config.model, config.quant)
     dequantize_once(base, config.quant)
-    engine = EmbeddedEngine(base, options.serve, grammars=grammars)
+    engine = EmbeddedEngine(base, options.serve, grammars=grammars, packed=True)
     problems = []
     for name, folder in options.adapters.items():
         try:

@@ -23,7 +23,8 @@ class Answer:
 
     number: of its arrival. adapter: None for the base; `origin` tells adapters apart in digests. row: of the sampler.
     tokens: of the prompt, then of the answer. computed: how many have keys and values in `blocks`.
-    scored: how many tokens of the prompt have their log-probability. shared: tokens of the prompt not computed again.
+    shared: tokens of the prompt that were not computed again. scores: of the tokens of the prompt after the first;
+    None if they are put, or not asked for.
     """
 
     request: Request
@@ -37,7 +38,7 @@ class Answer:
     blocks: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     shared: int | None = None
-    scores: list[Any] = field(default_factory=list)
+    scores: list[Any] | None = None
     preempted: bool = False
     cancelled: bool = False
     ended: bool = False
@@ -46,11 +47,6 @@ class Answer:
     def written(self) -> int:
         """Return how many tokens of the answer there are."""
         return len(self.tokens) - len(self.request.ids)
-
-    @property
-    def wants_scores(self) -> bool:
-        """Return whether tokens of the prompt still need their log-probabilities."""
-        return self.request.prompt_log_probs is not None and len(self.scores) < len(self.request.ids) - 1
 
 
 class Span(NamedTuple):
@@ -86,6 +82,7 @@ class Scheduler:
     def add(self, answer: Answer) -> None:
         """Let an answer wait for its turn."""
         answer.tokens = list(answer.request.ids)
+        answer.scores = None if answer.request.prompt_log_probs is None else []
         self.waiting.append(answer)
 
     def remove(self, answer: Answer) -> None:
@@ -137,6 +134,8 @@ class Scheduler:
         self.running.remove(answer)
         self._release(answer)
         answer.preempted = True
+        if answer.scores is not None:
+            answer.scores = []  # the prompt is computed again from its start
         insort(self.waiting, answer, key=lambda each: each.number)
         self.counters["preemptions"] += 1
 
@@ -164,7 +163,7 @@ class Scheduler:
 
     def _follows(self, answer: Answer, pending: set[bytes]) -> bool:
         """Return whether a running answer computes the next block of this one."""
-        if answer.wants_scores:
+        if answer.scores is not None:
             return False
         wanted = self._digests(answer, (len(answer.tokens) - 1) // BLOCK_TOKENS)
         missing = next((digest for digest in wanted if not self.pool.holds(digest)), None)
@@ -174,7 +173,7 @@ class Scheduler:
         """Take the blocks of all tokens so far; False if they are not available."""
         tokens = len(answer.tokens)
         # The last token is computed in any case: the next one follows from it.
-        wanted = [] if answer.wants_scores else self._digests(answer, (tokens - 1) // BLOCK_TOKENS)
+        wanted = [] if answer.scores is not None else self._digests(answer, (tokens - 1) // BLOCK_TOKENS)
         blocks = self.pool.share(wanted)
         missing = blocks_for(tokens) - len(blocks)
         # One block for each running answer: it would be preempted soon otherwise.
