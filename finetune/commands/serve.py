@@ -12,26 +12,55 @@ Examples
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
 from finetune.system.console import log
+from finetune.system.errors import InputError
+
+if TYPE_CHECKING:
+    from finetune.config.command_options import ServeOptions
 
 
 def run(arguments: Arguments) -> int:
     """Load the model, compare it with the trained one, and answer until SIGTERM or Ctrl+C."""
     from finetune.models.adapters.base_config import find_base_config
+    from finetune.models.adapters.folder import find_adapter
     from finetune.serving.adapters import check_bases, find_adapters
 
     # All of it before torch is imported, which takes ten times as long.
-    options, model = arguments.options, arguments.options.model
+    options, gguf = arguments.options, _gguf_of(arguments.options)
     adapters = find_adapters(options)
     first = next(iter(adapters.values()), None)
-    config = find_base_config("finetune serve", arguments.config, model, first, arguments.overrides)
-    chosen = model is not None or any(word.startswith("model.name=") for word in arguments.overrides)
+    if gguf is not None:
+        options = options.model_copy(update={"model": None})
+        first = first or find_adapter(options.serve.check, "serve.check")
+    config = find_base_config("finetune serve", arguments.config, options.model, first, arguments.overrides)
+    chosen = options.model is not None or any(word.startswith("model.name=") for word in arguments.overrides)
     check_bases(adapters, config.model, chosen=chosen, log=log)
+    if options.engine != "embedded":
+        from finetune.serving.external import serve_external
+
+        return serve_external(config, options, adapters, gguf)
     from finetune.serving.server import serve
 
     return serve(config, options, adapters)
+
+
+def _gguf_of(options: ServeOptions) -> Path | None:
+    """Return the GGUF file that is named as the model. Raises: InputError if it cannot be served."""
+    if options.model is None or not options.model.endswith(".gguf"):
+        return None
+    file = Path(options.model).expanduser()
+    if options.engine != "llamacpp":
+        raise InputError(f"model={file}: only engine=llamacpp serves GGUF, found engine={options.engine}")
+    if not file.is_file():
+        raise InputError(f"model={file}: is not a file")
+    if options.adapter is None and not options.adapters and options.serve.check is None:
+        raise InputError(f"model={file}: what it must answer is unknown\nhelp: add serve.check=RUN of its adapter")
+    return file
 
 
 COMMAND = Command("serve", __doc__, run, options="ServeOptions", config="optional")

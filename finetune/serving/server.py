@@ -203,15 +203,26 @@ async def _first_of(*awaited: Any) -> None:
 def _block(service: Service, listening: socket.socket, grpc_port: int | None, key: str | None) -> Sequence[str]:
     """Return the lines that say what is served where."""
     host, port = listening.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    host = f"[{host}]" if ":" in host else host
     model = next((name for name, one in service.models.items() if one.adapter is not None), next(iter(service.models)))
-    header = "" if key is None else f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
-    asks = f"-H 'Content-Type: application/json'{header} -d {shlex.quote(body)}"
+    lines = describe(address_of(host, port), list(service.models), model, key)
     return [
-        f"models:   {', '.join(service.models)}",
-        f"address:  http://{host}:{port}/v1",
-        *([] if grpc_port is None else [f"gRPC:     {host}:{grpc_port}"]),
-        f"try:      curl http://{host}:{port}/v1/chat/completions {asks}",
+        *lines,
+        *([] if grpc_port is None else [f"gRPC:     {address_of(host, grpc_port).removeprefix('http://')}"]),
+    ]
+
+
+def address_of(host: str, port: int) -> str:
+    """Return the URL at which this machine reaches a server that listens at a host."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def describe(url: str, models: Sequence[str], asked: str, key: str | None) -> list[str]:
+    """Return the lines about a server that is ready. asked: the model of the example."""
+    header = "" if key is None else f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
+    body = json.dumps({"model": asked, "messages": [{"role": "user", "content": "Hello"}]})
+    return [
+        f"models:   {', '.join(models)}",
+        f"address:  {url}/v1",
+        f"try:      curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} -d {shlex.quote(body)}",
     ]

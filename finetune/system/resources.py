@@ -21,7 +21,7 @@ def packaged_configs() -> list[str]:
     return [file.relative_to(folder).as_posix() for file in files]
 
 
-def cache_home(kind: Literal["tokens", "quantized", "rates", "rows", "media"]) -> Path:
+def cache_home(kind: Literal["tokens", "quantized", "rates", "rows", "media", "served"]) -> Path:
     """Return $FINETUNE_CACHE/kind, else $XDG_CACHE_HOME/finetune/kind, else ~/.cache/finetune/kind."""
     base = os.environ.get("FINETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "finetune"
     return Path(base).expanduser() / kind
