@@ -59,7 +59,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def generated(base: Any, folder: Path | None, prompt: Sequence[int], tokens: int) -> list[int]:
     """Return the greedy answer of transformers, with PEFT's adapter."""
     model = base if folder is None else peft.PeftModel.from_pretrained(base, str(folder)).eval()
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=base.device)
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None}
     try:
         ids = model.generate(ids, max_new_tokens=tokens, **options)
