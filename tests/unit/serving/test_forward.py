@@ -33,9 +33,7 @@ def ragged(base: Any, rows: list[list[int]], chunk: int, **options: Any) -> list
     found: list[list[torch.Tensor]] = [[] for _ in rows]
     for start in range(0, max(map(len, rows)), chunk):
         some = [i for i, ids in enumerate(rows) if start < len(ids)]
-        hidden_TD, firsts = decoder.run(
-            [Part(rows[i][start : start + chunk], start, blocks[i], None) for i in some]
-        )
+        hidden_TD, firsts = decoder.run([Part(rows[i][start : start + chunk], start, blocks[i], None) for i in some])
         for i, first in zip(some, firsts, strict=True):
             found[i].append(decoder.logits(hidden_TD[first : first + len(rows[i][start : start + chunk])]))
     return [torch.cat(parts) for parts in found]
