@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,10 +74,10 @@ class Page:
         assert "error" not in answer, answer
         return answer["result"]
 
-    def open(self, file: Path) -> None:
-        """Load a file and wait until it stands."""
+    def open(self, place: Path | str) -> None:
+        """Load a file or an address and wait until it stands."""
         self.events.clear()
-        self.call("Page.navigate", url=file.as_uri())
+        self.call("Page.navigate", url=place if isinstance(place, str) else place.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
 
@@ -90,6 +91,22 @@ class Page:
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def wait_for(self, expression: str) -> None:
+        """Wait until a JavaScript expression holds; the time limit of a test ends what never does."""
+        while not self.evaluate(expression):
+            time.sleep(0.02)
+
+    def type(self, text: str) -> None:
+        """Put a text where the focus is."""
+        self.call("Input.insertText", text=text)
+
+    def press(self, key: str, shift: bool = False) -> None:
+        """Press and release a key, as Enter."""
+        text = {"text": "\r"} if key == "Enter" else {}
+        codes = {"key": key, "code": key, "windowsVirtualKeyCode": {"Enter": 13, "Escape": 27}[key], **text}
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, modifiers=8 * shift, **codes)
 
     def look(self, width: int = 1000, scheme: str = "light", height: int = 1000) -> None:
         """Set the width of the window in pixels, and the light or dark that its user prefers."""

@@ -207,6 +207,7 @@ def _block(service: Service, listening: socket.socket, grpc_port: int | None, ke
     lines = describe(address_of(host, port), list(service.models), model, key)
     return [
         *lines,
+        f"page:     {address_of(host, port)}/",
         *([] if grpc_port is None else [f"gRPC:     {address_of(host, grpc_port).removeprefix('http://')}"]),
     ]
 

@@ -18,6 +18,7 @@ from finetune.serving.http.completions import answer_completion
 from finetune.serving.http.errors import ApiError, ErrorBody, as_api_error
 from finetune.serving.http.json_bodies import JsonReply, JsonRoute
 from finetune.serving.http.models import Adapters, all_models, model_of
+from finetune.serving.http.page import page_routes
 from finetune.serving.http.replies import ChatCompletion, Completion, Deleted, Model, Models, State
 from finetune.serving.http.schemas import ChatBody, CompletionBody, LoadAdapter, LoadLora, UnloadLora
 from finetune.serving.http.security import Guard
@@ -54,6 +55,7 @@ def build_app(service: Service, *, api_key: str | None) -> FastAPI:
     app = FastAPI(title="finetune serve", version="1", docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
     _add_error_handlers(app)
+    app.include_router(page_routes())
     app.include_router(_open_routes(service))
     # Only for the document: `Guard` checks the key, before a body is read.
     guarded = [] if api_key is None else [Security(HTTPBearer(auto_error=False))]

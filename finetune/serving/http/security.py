@@ -13,9 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune.serving.http.errors import ApiError
 from finetune.serving.http.json_bodies import JsonReply
+from finetune.serving.http.page import PAGE_PATHS
 
 # Probes of life have no key, and the page asks its user for one.
-OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+OPEN_PATHS = frozenset({*PAGE_PATHS, "/health", "/ready"})
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
