@@ -50,7 +50,7 @@ def draw_ids(logits_RV: Tensor, draws: list[Draw]) -> Tensor:
         if tied := torch.nonzero(ties).flatten().tolist():  # waits for the GPU
             rows = [few[f] for f in tied]
             logits_RV[rows] = logits_RV[rows].masked_fill_(logits_RV[rows] < least[tied], -torch.inf)
-            others += rows
+            others = sorted(others + rows)
     if others:
         cut = any(draws[r].top_p < 1 for r in others)
         ids_R[others] = _draw_from_all(_rows(logits_RV, others), settings_RX[others], cut)
