@@ -96,11 +96,7 @@ class _ByteDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        token = self._tokenizer.id_to_token(token_id) or ""
-        try:
-            return self._utf8.decode(bytes(map(_BYTES.__getitem__, token)))
-        except KeyError:  # an added token with other characters
-            return self._utf8.decode(token.encode())
+        return self._utf8.decode(byte_level_token(self._tokenizer, token_id))
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -115,6 +111,15 @@ def _bytes_of_characters() -> dict[str, int]:
 
 
 _BYTES = _bytes_of_characters()
+
+
+def byte_level_token(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """Return the bytes of a token of a byte-level BPE."""
+    token = tokenizer.id_to_token(token_id) or ""
+    try:
+        return bytes(map(_BYTES.__getitem__, token))
+    except KeyError:  # an added token with other characters
+        return token.encode()
 
 
 class _PartDecoder:

@@ -157,7 +157,9 @@ def _documented(body: Any, *errors: int, stream: bool = False) -> dict[int | str
     """Return what the OpenAPI document says of a route's answers."""
     found: dict[int | str, dict[str, Any]] = {} if body is None else {200: {"model": body}}
     if stream:
-        found[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        event = {"data": {"type": "string", "description": "JSON of a chunk or of an error, or [DONE]."}}
+        item = {"type": "object", "properties": event, "required": ["data"]}
+        found[200]["content"] = {"text/event-stream": {"itemSchema": item}}
         found[200]["description"] = "The answer; with stream=true, its chunks as server-sent events."
     return found | {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in errors}
 

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import Request as HttpRequest
 from fastapi import Response
 
+from finetune.serving.engine.grammar import JSON_OBJECT, check_schema
 from finetune.serving.http.answers import Asked, End, Piece, Written, all_whole, copies, merged, while_connected
 from finetune.serving.http.common import Common, usage
 from finetune.serving.http.errors import ApiError
@@ -27,7 +28,8 @@ from finetune.serving.tool_calls import ToolCallParser
 async def answer_chat(common: Common, http: HttpRequest, body: ChatBody) -> Response:
     """Answer a conversation. Raises: ApiError; as `Service.answer`."""
     model = common.model(body.model)
-    grammar = grammar_of(body)
+    if (grammar := grammar_of(body)) is not None:
+        await common.prompts.run(check_schema, grammar)
     forced = body.tool_choice == "required" or isinstance(body.tool_choice, ChosenTool)
     ids = await common.prompts.run(lambda: common.prompts.of_chat(body, forced=forced))
     log_probs = (body.top_logprobs or 0) if body.logprobs else None
@@ -43,11 +45,9 @@ async def answer_chat(common: Common, http: HttpRequest, body: ChatBody) -> Resp
 def grammar_of(body: ChatBody) -> str | None:
     """Return the JSON schema that the answer must obey. Raises: ApiError for two of them."""
     wanted = body.response_format
-    schema: Any = None
-    if isinstance(wanted, ObjectFormat):
-        schema = {"type": "object"}
-    elif isinstance(wanted, SchemaFormat):
-        schema = wanted.json_schema.schema_
+    schema = JSON_OBJECT if isinstance(wanted, ObjectFormat) else None
+    if isinstance(wanted, SchemaFormat):
+        schema = json.dumps(wanted.json_schema.schema_)
     tools = offered_tools(body)
     if schema is not None and tools:
         raise ApiError(
@@ -59,7 +59,7 @@ def grammar_of(body: ChatBody) -> str | None:
     if isinstance(chosen, ChosenTool):
         tools = [tool for tool in tools if tool.function.name == chosen.function.name]
     elif chosen != "required":
-        return None if schema is None else json.dumps(schema)
+        return schema
     calls = [
         {
             "type": "object",

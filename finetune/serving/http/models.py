@@ -9,6 +9,8 @@ from finetune.serving.http.replies import Deleted, Model, Models
 from finetune.serving.service import ServedModel, Service
 from finetune.system.errors import InputError
 
+_LONGEST_NAME_BYTES = 255  # of file systems
+
 
 def model_of(service: Service, model: ServedModel) -> Model:
     """Return a model as /v1/models shows it."""
@@ -82,7 +84,8 @@ class Adapters:
         """Return the folder of that plain name. Raises: ApiError for a path, or a link that leads elsewhere."""
         self._check_allowed()
         root = self._root()
-        if name in ("", ".", "..") or set(name) & {"/", "\\", ":"} or not name.isprintable():
+        plain = name not in ("", ".", "..") and not set(name) & {"/", "\\", ":"} and name.isprintable()
+        if not plain or len(name.encode()) > _LONGEST_NAME_BYTES:
             raise _forbidden("folder: it must be the plain name of a folder in serve.adapters_folder", "folder")
         folder = root / name
         if not folder.resolve().is_relative_to(root.resolve()):

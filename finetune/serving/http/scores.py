@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 from finetune.serving.request import PromptScores, Token, TokenScore
+from finetune.serving.text import byte_level_token
 
 # JSON has no infinity. OpenAI writes this for a token that cannot come.
 _LEAST = -9999.0
@@ -18,9 +19,7 @@ class Tokens:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        # Byte-level BPE writes each byte as a character of its own.
-        self._bytes = _byte_alphabet() if "ByteLevel" in repr(tokenizer.decoder) else None
-        self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items()}
+        self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         self._known: dict[int, tuple[str, bytes]] = {}
 
     def text(self, token: int) -> str:
@@ -38,21 +37,13 @@ class Tokens:
 
     def _both(self, token: int) -> tuple[str, bytes]:
         if token not in self._known:
-            written = self._tokenizer.id_to_token(token) or ""
-            if token in self._special or self._bytes is None or not all(each in self._bytes for each in written):
-                text = written if token in self._special else self._tokenizer.decode([token], skip_special_tokens=False)
-                self._known[token] = text, text.encode()
-            else:
-                raw = bytes(self._bytes[each] for each in written)
+            if self._byte_level:
+                raw = byte_level_token(self._tokenizer, token)
                 self._known[token] = raw.decode(errors="replace"), raw
+            else:
+                text = self._tokenizer.decode([token], skip_special_tokens=False)
+                self._known[token] = text, text.encode()
         return self._known[token]
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return the byte of each character that byte-level BPE writes (GPT-2): printable ones stand for themselves."""
-    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(256) if byte not in set(kept)]
-    return {chr(byte): byte for byte in kept} | {chr(256 + i): byte for i, byte in enumerate(moved)}
 
 
 def chat_scores(names: Tokens, tokens: Iterable[Token], top: int) -> dict[str, Any]:

@@ -45,7 +45,9 @@ def test_names_of_vllm_do_the_same(served, folder):
     assert served.engine.adapters() == ["pirate"]
 
 
-@pytest.mark.parametrize("name", ["..", "../elsewhere/secret", "/etc", "a/b", "a\\b", "link", ".", "a\0b", "sailor/."])
+@pytest.mark.parametrize(
+    "name", ["..", "../elsewhere/secret", "/etc", "a/b", "a\\b", "link", ".", "a\0b", "sailor/.", "é" * 200]
+)
 def test_a_folder_elsewhere_is_refused(served, folder, name):
     refused(served.client.post("/v1/adapters", json={"name": "x", "folder": name}), 403)
     refused(served.client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": name}), 403)
