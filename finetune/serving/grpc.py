@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,10 +138,11 @@ class InferenceServicer(_Refusals):
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         async with self._statuses(context):
-            read = await self._read(request, context)
-            if read.stream:
-                raise InputError("stream: ModelInfer has one response; call ModelStreamInfer")
-            return await self._whole(read)
+            with self._counted(request.model_name):
+                read = await self._read(request, context)
+                if read.stream:
+                    raise InputError("stream: ModelInfer has one response; call ModelStreamInfer")
+                return await self._whole(read)
 
     async def ModelStreamInfer(self, requests: Any, context: Any) -> None:
         """Answer the requests of a stream at the same time.
@@ -159,10 +160,11 @@ class InferenceServicer(_Refusals):
 
             async def answer(request: Any) -> None:
                 try:
-                    read = await self._read(request, context)
-                    async with aclosing(self._parts(read)) as responses:
-                        async for response in responses:
-                            await send(messages.ModelStreamInferResponse(infer_response=response))
+                    with self._counted(request.model_name):
+                        responses = self._parts(await self._read(request, context))
+                        async with aclosing(responses):
+                            async for response in responses:
+                                await send(messages.ModelStreamInferResponse(infer_response=response))
                 except Exception as error:
                     if ends:
                         raise
@@ -189,8 +191,22 @@ class InferenceServicer(_Refusals):
             # The pause that clients with a retry policy keep, in milliseconds.
             pause = failure.headers.get("Retry-After")
             trailing = () if pause is None else (("grpc-retry-pushback-ms", f"{pause}000"),)
-            code = _CODES.get(failure.status, grpc.StatusCode.INTERNAL)
-            await context.abort(code, _shown(failure), trailing)
+            await context.abort(_code(failure), _shown(failure), trailing)
+
+    @contextmanager
+    def _counted(self, model: str) -> Iterator[None]:
+        """Count a request by its status."""
+        code = grpc.StatusCode.CANCELLED
+        try:
+            yield
+            code = grpc.StatusCode.OK
+        except Exception as error:
+            code = _code(as_api_error(error))
+            raise
+        finally:
+            # Of a label there must be few: a name that a client invents is none.
+            name = model if model in self._service.models else ""
+            self._service.metrics.requests.labels("grpc", name, code.name).inc()
 
     def _authorize(self, context: grpc.aio.ServicerContext) -> None:
         if self._authorization is None:
@@ -263,6 +279,10 @@ def _failure(error: BaseException) -> ApiError:
     if failure.code == "internal_error":
         log(f"serve: a call over gRPC failed: {error!r}")
     return failure
+
+
+def _code(failure: ApiError) -> grpc.StatusCode:
+    return _CODES.get(failure.status, grpc.StatusCode.INTERNAL)
 
 
 def _shown(failure: ApiError) -> str:

@@ -52,7 +52,7 @@ class Metrics:
         self.answer_length = histogram("answer_length_tokens", "Tokens of an answer.", _TOKENS)
         self.deadline = Gauge("finetune_deadline_seconds", "Time given to the last request.", registry=registry)
         # Series that a dashboard divides by exist from the start.
-        for end in ("stop", "length", "cancelled", "error"):
+        for end in ("stop", "length", "cancelled", "deadline", "error"):
             self.answers.labels(end)
         for reason in ("queue", "unavailable"):
             self.refused.labels(reason)

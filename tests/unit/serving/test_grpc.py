@@ -55,7 +55,7 @@ def served(chat: ChatTemplate, engine: ScriptedEngine, api_key: str | None = Non
 
     async def start() -> Any:
         service = Service(engine, chat, models, ServeSettings(window_ms=0, **limits))
-        service.ready = True
+        engine.service, service.ready = service, True
         return await start_grpc(service, "127.0.0.1", 0, api_key)
 
     server = asyncio.run_coroutine_threadsafe(start(), loop).result()
@@ -231,6 +231,21 @@ def test_errors_are_statuses_that_name_the_key(client, request_, status, named):
     with pytest.raises(InferenceServerException) as error:
         client.infer(**{"model_name": "base", **request_, "inputs": inputs})
     assert error.value.status() == f"StatusCode.{status}" and named in error.value.message()
+
+
+def test_requests_are_counted_by_status(chat, engine):
+    with served(chat, engine) as address, triton.InferenceServerClient(address) as client:
+        client.infer("base", tensors(text_input="a"))
+        with pytest.raises(InferenceServerException):
+            client.infer("invented", tensors(text_input="a"))
+        streamed(address, [{"model_name": "skill", "inputs": tensors(text_input="a", stream=True)}] * 2)
+        counted = {
+            (sample.labels["model"], sample.labels["status"]): sample.value
+            for metric in engine.service.metrics.registry.collect()
+            for sample in metric.samples
+            if sample.name == "finetune_requests_total" and sample.labels["endpoint"] == "grpc"
+        }
+    assert counted == {("base", "OK"): 1, ("", "NOT_FOUND"): 1, ("skill", "OK"): 2}
 
 
 def test_files_named_in_messages_are_not_read(client):
