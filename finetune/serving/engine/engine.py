@@ -64,7 +64,8 @@ class EmbeddedEngine:
         self._counters: Counter[str] = Counter()
         self._adapters: dict[str, LoadedAdapter] = {}  # the least recently used one first
         self._number = 0
-        # Guards all above but the decoder, which only the thread uses.
+        self._events: list[tuple[Answer, Event]] = []  # of the thread, in the order to put them
+        # Guards all above but the decoder and the events, which only the thread uses.
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -174,22 +175,23 @@ class EmbeddedEngine:
                 for answer in self._unfinished():
                     if answer.cancelled or self._closing:
                         self._end(answer, "cancelled")
-                if self._closing:
-                    return
+                closing = self._closing
                 spans = self._scheduler.plan()
                 taken, self._scheduler.pool.taken = self._scheduler.pool.taken, []
-            if not spans:
-                continue
             try:
                 if taken:
                     self._decoder.clear(taken)
-                self._step(spans)
+                if spans:
+                    self._step(spans)
             except Exception as error:  # noqa: BLE001 - the thread serves all other requests
                 _log.exception("a pass over %d answers failed", len(spans))
                 with self._changed:
                     for span in spans:
                         if not span.answer.ended:
                             self._end(span.answer, "error", f"{type(error).__name__}: {error}")
+            self._deliver()
+            if closing:
+                return
 
     def _wait(self) -> None:
         """Wait for a request; the first one of an idle engine waits for others."""
@@ -208,17 +210,20 @@ class EmbeddedEngine:
     def _end(self, answer: Answer, reason: FinishReason, error: str = "") -> None:
         answer.ended = True
         self._scheduler.remove(answer)
-        self._put(answer, Finished(reason, answer.shared or 0, error))
+        self._events.append((answer, Finished(reason, answer.shared or 0, error)))
 
-    def _put(self, answer: Answer, event: Event) -> None:
-        try:
-            answer.put(event)
-        except Exception:  # noqa: BLE001 - a client that is gone must not end the answers of others
-            _log.exception("an event could not be delivered")
-            answer.cancelled = True
+    def _deliver(self) -> None:
+        """Put the events of a pass, without the lock: other threads do not wait for it."""
+        for answer, event in self._events:
+            try:
+                answer.put(event)
+            except Exception:  # noqa: BLE001 - a client that is gone must not end the answers of others
+                _log.exception("an event could not be delivered")
+                answer.cancelled = True
+        self._events.clear()
 
     def _step(self, spans: list[Span]) -> None:
-        """Compute the tokens of a plan and put the events of their answers."""
+        """Compute the tokens of a plan and note the events of their answers."""
         spans.sort(key=lambda span: span.answer.origin)  # rows of one adapter side by side
         parts = [Part(each.tokens[start:stop], start, each.blocks, each.adapter) for each, start, stop in spans]
         hidden_TD, firsts = self._decoder.run(parts)
@@ -251,12 +256,12 @@ class EmbeddedEngine:
         else:
             answer.tokens.append(event.id)
             self._counters["tokens_written"] += 1
-            self._put(answer, event)
+            self._events.append((answer, event))
             if answer.written == request.max_tokens:
                 self._end(answer, "length")
 
     def _score_prompt(self, span: Span, hidden_CD: Tensor) -> None:
-        """Add the log-probabilities of the tokens of a prompt; after the last one, put them. hidden_CD: of the span."""
+        """Add the log-probabilities of the tokens of a prompt; after the last one, note them. hidden_CD: of all."""
         answer, start, stop = span
         ids, scores = answer.request.ids, answer.scores
         assert scores is not None
@@ -272,7 +277,8 @@ class EmbeddedEngine:
                 scores.append((TokenScore(target, score), tuple(map(TokenScore, best_ids, best))))
         if len(scores) == len(ids) - 1:
             answer.scores = None
-            self._put(answer, PromptScores([None, *(score for score, _ in scores)], [(), *(top for _, top in scores)]))
+            tokens, tops = [score for score, _ in scores], [top for _, top in scores]
+            self._events.append((answer, PromptScores([None, *tokens], [(), *tops])))
 
 
 def context_of(base: PreTrainedModel, settings: ServeSettings) -> int:
@@ -320,13 +326,16 @@ def build_engine(
     base = load_base(config.model, config.quant)
     dequantize_once(base, config.quant)
     engine = EmbeddedEngine(base, options.serve, grammars=grammars, packed=True)
-    problems = []
-    for name, folder in options.adapters.items():
-        try:
-            engine.load_adapter(name, folder)
-        except ConfigError as error:
-            problems.append(str(error))
-    if problems:
+    try:
+        problems = []
+        for name, folder in options.adapters.items():
+            try:
+                engine.load_adapter(name, folder)
+            except ConfigError as error:
+                problems.append(str(error))
+        if problems:
+            raise ConfigError("\n".join(problems))
+    except BaseException:
         engine.close()
-        raise ConfigError("\n".join(problems))
+        raise
     return engine
