@@ -40,18 +40,21 @@ class Served:
     """A service and its parts.
 
     reply: text or tokens of the answers; by default the engine repeats the prompt.
-    options: seconds of the engine's tokens, engine, api_key, and settings of `serve`.
+    options: seconds of the engine's tokens, engine, the names of its adapters, api_key, and settings of `serve`.
     """
 
     def __init__(self, chat: ChatTemplate, reply: Callable[[Request], list[int]] | str | None = None, **options: Any):
         seconds, api_key, engine = (options.pop(name, None) for name in ("seconds", "api_key", "engine"))
+        adapters = options.pop("adapters", ())
         self.chat = chat
         script = (lambda request: self.ids(reply)) if isinstance(reply, str) else reply
         self.engine = engine or ScriptedEngine(script, seconds or 0.0)
-        self.engine.load_adapter("pirate", "outputs/pirate")
-        base = ServedModel("base", None, "b" * 64, 1)
-        pirate = ServedModel("pirate", "pirate", "a" * 64, 2, {"max_kl": 0.001})
-        self.service = Service(self.engine, chat, [base, pirate], ServeSettings(**options))
+        models = [ServedModel("base", None, "b" * 64, 1)]
+        if engine is None:
+            self.engine.load_adapter("pirate", "outputs/pirate")
+            models.append(ServedModel("pirate", "pirate", "a" * 64, 2, {"max_kl": 0.001}))
+        models += [ServedModel(name, name, name, 3) for name in adapters]
+        self.service = Service(self.engine, chat, models, ServeSettings(**options))
         self.service.ready = True
         self._stack = ExitStack()
         self.app: FastAPI = build_app(self.service, api_key=api_key)

@@ -28,9 +28,6 @@ class FailingEngine:
             put(Token(5))
         put(self.end)
 
-    def load_adapter(self, name: str, folder: str) -> None:
-        pass
-
     def cancel(self, handle) -> None:
         pass
 

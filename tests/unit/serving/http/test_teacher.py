@@ -32,9 +32,6 @@ class Scorer:
     def _score(self, before: int, token: int) -> TokenScore:
         return TokenScore(token, -abs(token - before) * math.log(2) if token > before else -math.inf)
 
-    def load_adapter(self, name: str, folder: str) -> None:
-        pass
-
     def cancel(self, handle) -> None:
         pass
 
