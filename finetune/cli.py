@@ -83,6 +83,7 @@ Examples
   finetune data config=quickstart.yaml show=3
   finetune train config=quickstart.yaml
   finetune chat adapter=outputs/quickstart
+  finetune serve adapter=outputs/quickstart
   finetune merge adapter=outputs/quickstart out=merged
 
 `finetune <command> --help` explains a command."""
