@@ -55,6 +55,14 @@ SLOW: dict[str, str] = {
     "tests/integration/test_sweep.py": "tests/unit/sweep/test_sweep.py",
     **dict.fromkeys(
         (
+            "tests/integration/test_serve.py::test_the_base_and_three_adapters_answer_as_they_were_trained",
+            "tests/integration/test_serve.py::test_two_commands_lead_from_data_to_an_answer",
+            "tests/integration/test_serve.py::test_a_drifted_gguf_and_a_wrong_adapter_are_refused_with_figures",
+        ),
+        "tests/unit/serving/test_probe.py::test_the_embedded_engine_answers_as_the_run_recorded",
+    ),
+    **dict.fromkeys(
+        (
             "tests/equivalence/test_media_runs.py::test_two_ranks_equal_one",
             "tests/equivalence/test_media_runs.py::test_the_same_weights_teach_what_quantization_lost",
             "tests/equivalence/test_media_runs.py::test_preferences_between_answers_to_media_are_learned",

@@ -20,10 +20,9 @@ from finetune.evaluation.probe import TOP, Scorer
 from finetune.export.adapter_folder import MAX_RANKS
 from finetune.export.export import export_model
 from finetune.models.adapters.folder import CONFIG_FILE
-from finetune.models.digest import base_fingerprint
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_json
 from finetune.serving.adapters import name_base
-from finetune.serving.loading import load_template
+from finetune.serving.loading import base_digest, load_template
 from finetune.serving.reference import check_served, references
 from finetune.serving.scorers import Ask, ask_completions, ask_llamacpp, ask_sglang, server_scorer
 from finetune.serving.server import address_of, api_key, describe, listen
@@ -226,13 +225,10 @@ def _exported(start: Start, adapter: Path | None, form: str, *, verify: bool) ->
 
     The comparison with the trained model follows in the server itself.
     """
-    model = start.config.model
-    made_from = [__version__, form, base_fingerprint(str(start.folder)) or f"{model.name} {model.revision}"]
-    made_from += [] if adapter is None else [adapter_digest(adapter)]
-    name = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:32]
-    out = cache_home("served") / name
+    made_from = [__version__, form, base_digest(start.config), "" if adapter is None else adapter_digest(adapter)]
+    out = cache_home("served") / hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:32]
     if not out.is_dir():
-        log(f"serve: exporting {adapter or model.name} for {start.options.engine}: {out}")
+        log(f"serve: exporting {adapter or start.config.model.name} for {start.options.engine}: {out}")
         out.parent.mkdir(parents=True, exist_ok=True)
         export_model(
             ExportOptions(
