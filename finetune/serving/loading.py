@@ -47,7 +47,8 @@ def load_service(config: RunConfig, options: ServeOptions, adapters: Mapping[str
     probes = references(config, options, adapters, base)
     named = options.model_copy(update={"adapters": {name: str(folder) for name, folder in adapters.items()}})
     shape = shape_of(str(source.folder)) or {}
-    engine = build_engine(config, named, grammars=GrammarCompiler(tokenizer, shape.get("vocab_size", len(tokenizer))))
+    grammars = GrammarCompiler(tokenizer, shape.get("vocab_size", len(tokenizer)))
+    engine = build_engine(config, named, grammars=grammars)
     try:
         scorers = {name: engine_scorer(engine, name if name in adapters else None) for name in probes}
         checks = check_served(probes, scorers, options.serve.max_kl)
@@ -60,7 +61,7 @@ def load_service(config: RunConfig, options: ServeOptions, adapters: Mapping[str
     models = [ServedModel(base, None, base_digest(config), now, _details(checks.get(base)))]
     for name, folder in adapters.items():
         models.append(ServedModel(name, name, adapter_digest(folder), now, _details(checks.get(name))))
-    return Service(engine, chat, models, options.serve)
+    return Service(engine, chat, models, options.serve, grammars=grammars)
 
 
 def load_template(config: RunConfig, adapters: Mapping[str, Path]) -> tuple[Any, ChatTemplate]:

@@ -23,6 +23,7 @@ from finetune.system.errors import FinetuneError, InputError
 
 if TYPE_CHECKING:
     from finetune.data.template.chat import ChatTemplate
+    from finetune.serving.engine.grammar import GrammarCompiler
 
 _WARM_TOKENS = 4
 
@@ -46,10 +47,20 @@ class Service:
     """Answers requests of all protocols in one event loop.
 
     ready: whether the warm-up and the comparison with the trained model are over, and no shutdown has begun.
+    grammars: of the engine; None: it refuses schemas, or compiles them elsewhere.
     """
 
-    def __init__(self, engine: Engine, chat: ChatTemplate, models: Sequence[ServedModel], settings: ServeSettings):
+    def __init__(
+        self,
+        engine: Engine,
+        chat: ChatTemplate,
+        models: Sequence[ServedModel],
+        settings: ServeSettings,
+        *,
+        grammars: GrammarCompiler | None = None,
+    ):
         self.engine, self.chat, self.settings = engine, chat, settings
+        self._grammars = grammars
         self.models = {model.name: model for model in models}
         self.ready = False
         self.metrics = Metrics(engine.load)
@@ -80,7 +91,7 @@ class Service:
             seconds: limit of the client, below that of the server.
 
         Raises:
-            InputError: the adapter is not loaded.
+            InputError: the adapter is not loaded, or the JSON schema cannot be obeyed.
             Overloaded: the queue is full; Unavailable, a kind of it: the service is starting or ending.
             DeadlineExceeded: the time passed before the first event.
         """
@@ -90,6 +101,8 @@ class Service:
         self._consumers += 1
         self._idle.clear()
         try:
+            if self._grammars is not None and (schema := request.sampling.grammar) is not None:
+                await asyncio.to_thread(self._grammars.prepare, schema)
             key = self._key(request)
             if key is not None and (kept := await self._kept(key, request)) is not None:
                 for event in kept:

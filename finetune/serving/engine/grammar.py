@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from finetune.serving.request import Finished
 from finetune.system.errors import InputError, MissingExtra
 
-# `response_format` json_object: any object.
+# Any object: `response_format` json_object.
 JSON_OBJECT = '{"type": "object"}'
 # Bounds the time of compilation: 0.2 s for the worst schemas found.
 _SCHEMA_CHARACTERS = 2**16
@@ -23,13 +22,14 @@ _BLANKS = r"[ \n\r\t]{1,32}"
 
 
 def check_schema(schema: str) -> None:
-    """Check a JSON schema for answers, in milliseconds. `GrammarCompiler.start` may still find it too complex.
+    """Check a JSON schema in milliseconds, without a tokenizer. `GrammarCompiler` may still find it too complex.
 
     Raises:
         InputError: it is not JSON, not a schema, too large, or has a keyword that cannot be obeyed.
         MissingExtra: the library is not installed.
     """
-    _refuse(_library().LLMatcher.validate_grammar(_grammar_of(schema), limits=_limits()))
+    library = _library()
+    _refuse(library.LLMatcher.validate_grammar(_grammar_of(schema), limits=_limits(library)))
 
 
 class AnswerGrammar:
@@ -65,41 +65,52 @@ class AnswerGrammar:
 class GrammarCompiler:
     """Compiles JSON schemas for one tokenizer, and keeps the most recent ones. Any thread may use it.
 
-    tokenizer: a fast one; it is prepared at the first schema, in 2 s. vocabulary: number of ids to choose from.
+    Args:
+        tokenizer: a fast one. Preparing it takes 2 s and 120 MB for 150,000 tokens.
+        vocabulary: number of ids to choose from.
+
+    Raises:
+        MissingExtra: the library is not installed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, vocabulary: int):
-        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+        self._library = _library()
+        from llguidance.hf import from_tokenizer
+
+        self._tokenizer = from_tokenizer(tokenizer, n_vocab=max(vocabulary, len(tokenizer)))
+        self._words = -(-self._tokenizer.vocab_size // 32)
+        self._end_ids = frozenset(self._tokenizer.eos_tokens)
         self._lock = Lock()
         self._kept: OrderedDict[str, Any] = OrderedDict()
 
-    @cached_property
-    def _prepared(self) -> Any:
-        """The tokenizer as the library reads it."""
-        _library()
-        from llguidance.hf import from_tokenizer
-
-        return from_tokenizer(self.tokenizer, n_vocab=max(self.vocabulary, len(self.tokenizer)))
-
-    def start(self, schema: str, stop_ids: frozenset[int]) -> AnswerGrammar:
-        """Return the grammar of a new answer.
+    def prepare(self, schema: str) -> None:
+        """Compile a schema, so that `start` takes no time: in a thread, since it may take 0.2 s.
 
         Raises:
-            InputError: as `check_schema`, or the grammar of the schema is too complex.
-            MissingExtra: the library is not installed.
+            InputError: it is not JSON, not a schema, too large or too complex, or has a keyword that cannot be obeyed.
         """
+        self._compiled(schema)
+
+    def start(self, schema: str, stop_ids: frozenset[int]) -> AnswerGrammar:
+        """Return the grammar of a new answer. Raises: as `prepare`."""
+        ids = frozenset(i for i in stop_ids if 0 <= i < 32 * self._words)
+        return AnswerGrammar(self._compiled(schema).deep_copy(), self._words, self._end_ids, ids)
+
+    def _compiled(self, schema: str) -> Any:
         with self._lock:
-            if schema not in self._kept:
-                self._kept[schema] = self._compile(schema)
-                if len(self._kept) > _KEPT_GRAMMARS:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(schema)
-            matcher = self._kept[schema].deep_copy()
-            prepared = self._prepared
-        return AnswerGrammar(matcher, -(-prepared.vocab_size // 32), frozenset(prepared.eos_tokens), stop_ids)
+            if schema in self._kept:
+                self._kept.move_to_end(schema)
+                return self._kept[schema]
+        matcher = self._compile(schema)
+        with self._lock:
+            self._kept[schema] = matcher
+            if len(self._kept) > _KEPT_GRAMMARS:
+                self._kept.popitem(last=False)
+        return matcher
 
     def _compile(self, schema: str) -> Any:
-        matcher = _library().LLMatcher(self._prepared, _grammar_of(schema), log_level=0, limits=_limits())
+        limits = _limits(self._library)
+        matcher = self._library.LLMatcher(self._tokenizer, _grammar_of(schema), log_level=0, limits=limits)
         matcher.compute_bitmask()  # some grammars are found too complex only here
         _refuse(matcher.get_error())
         return matcher
@@ -113,18 +124,17 @@ def _library() -> Any:
     return llguidance
 
 
-def _limits() -> Any:
-    """Return limits on work, below those of the library: a hostile regular expression could stop all answers for 3 s."""
-    return _library().LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=50_000, verbose_errors=False)
+def _limits(library: Any) -> Any:
+    """Allow less work than the library does: a hostile regular expression could stop all answers for 3 s."""
+    return library.LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=50_000, verbose_errors=False)
 
 
 def _grammar_of(schema: str) -> str:
     if len(schema) > _SCHEMA_CHARACTERS:
         raise InputError(f"the JSON schema has {len(schema)} characters; at most {_SCHEMA_CHARACTERS} are allowed")
+    options = {"whitespace_pattern": _BLANKS, "lenient": False}
     try:
-        return _library().LLMatcher.grammar_from_json_schema(
-            schema, overrides={"whitespace_pattern": _BLANKS, "lenient": False}
-        )
+        return _library().LLMatcher.grammar_from_json_schema(schema, overrides=options)
     except ValueError as error:
         raise InputError(f"the JSON schema is not JSON: {error}") from error
 

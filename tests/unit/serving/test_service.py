@@ -360,6 +360,24 @@ def test_an_answer_of_an_adapter_that_was_replaced_is_not_found_again(tmp_path: 
     asyncio.run(check())
 
 
+def test_a_schema_is_compiled_in_a_thread_before_its_request_is_queued():
+    class Grammars:
+        def prepare(self, schema: str) -> None:
+            assert threading.current_thread() is not threading.main_thread()
+            if schema != "{}":
+                raise InputError(schema)
+
+    async def check() -> None:
+        async with running(ScriptedEngine()) as service:
+            service._grammars = Grammars()  # type: ignore[assignment]
+            with pytest.raises(InputError):
+                await read(service, request(sampling=Sampling(grammar="[]")))
+            assert service.engine.requests == []  # type: ignore[attr-defined]
+            assert len(await read(service, request(sampling=Sampling(grammar="{}")))) == 4
+
+    asyncio.run(check())
+
+
 def test_a_digest_follows_tensors_and_settings(tmp_path: Path):
     digests = {
         adapter_digest(Path(write_adapter(tmp_path / "a", content, settings)))
