@@ -178,7 +178,7 @@ async def _serve(
     server.should_exit, server.force_exit = True, again.done()
     await serving
     if grpc is not None:
-        await grpc.stop(0)
+        await grpc.stop(0 if again.done() else _CLOSING_SECONDS)
     await service.close()
     if again.done():
         raise Interrupted(again.result(), "ended by a second signal; running answers were cut")

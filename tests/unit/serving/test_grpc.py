@@ -51,12 +51,14 @@ def served(chat: ChatTemplate, engine: ScriptedEngine, api_key: str | None = Non
     thread = Thread(target=loop.run_forever)
     thread.start()
     engine.load_adapter("skill", "")
+    engine.loop = loop
     models = [ServedModel("base", None, "1", 0), ServedModel("skill", "skill", "2", 0)]
 
     async def start() -> Any:
         service = Service(engine, chat, models, ServeSettings(window_ms=0, **limits))
         engine.service, service.ready = service, True
-        return await start_grpc(service, "127.0.0.1", 0, api_key)
+        engine.server = await start_grpc(service, "127.0.0.1", 0, api_key)
+        return engine.server
 
     server = asyncio.run_coroutine_threadsafe(start(), loop).result()
     try:
@@ -328,6 +330,33 @@ def test_a_full_queue_is_resource_exhausted_and_says_when_to_try_again(chat):
         assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert int(dict(error.value.trailing_metadata())["grpc-retry-pushback-ms"]) >= 1000
         running.cancel()
+
+
+def test_the_end_of_a_server_waits_for_running_calls_and_refuses_new_ones(chat):
+    engine = ScriptedEngine(lambda request: [70] * 30, seconds=0.02)
+
+    async def end() -> bool:
+        drained = await engine.service.drain(60)
+        await engine.server.stop(60)
+        return drained
+
+    with served(chat, engine) as address, triton.InferenceServerClient(address) as client:
+        answers: queue.Queue[Any] = queue.Queue()
+
+        def put(result: Any, error: Any) -> None:
+            answers.put((result, error))
+
+        for _ in range(8):
+            inputs = tensors(text_input="a", exclude_input_in_output=True)
+            client.async_infer("base", inputs, put, parameters={"max_tokens": 40})
+        wait_until(lambda: engine.load().running == 8)
+        ending = asyncio.run_coroutine_threadsafe(end(), engine.loop)
+        wait_until(lambda: not engine.service.ready)
+        with pytest.raises(InferenceServerException) as error:
+            client.infer("base", tensors(text_input="a"))
+        assert error.value.status() == "StatusCode.UNAVAILABLE" and ending.result()
+        found = [answers.get(timeout=60) for _ in range(8)]
+    assert [error for _, error in found] == [None] * 8 and len({tuple(texts(result)) for result, _ in found}) == 1
 
 
 def test_an_answer_that_the_engine_ends_is_no_answer(chat):
