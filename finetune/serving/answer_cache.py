@@ -27,7 +27,8 @@ from finetune.system.errors import ConfigError, MissingExtra
 _FORMAT = 1  # raise it when the bytes of an answer change
 _ANSWER_BYTES = 1 << 20  # longer answers are not kept
 _MEMORY_BYTES = 256 << 20
-_REDIS_SECONDS = 0.1  # for one call; an answer takes longer
+_REDIS_SECONDS = 0.25  # for one call
+_REDIS_CALLS = 32  # at the same time; more are not worth their wait
 _REDIS_LIFETIME_SECONDS = 24 * 3600
 _REDIS_PAUSE_SECONDS = 5.0  # after a failure no request waits for Redis
 _CHECK_BYTES = 16
@@ -185,12 +186,13 @@ class RedisStore:
         except ImportError as error:
             raise MissingExtra('serve.cache=redis:// needs: pip install "finetune-qlora[redis]"') from error
         try:
+            # `_call` bounds the time of all steps together.
             self._client = Redis.from_url(
                 url,
-                socket_connect_timeout=_REDIS_SECONDS,
-                socket_timeout=_REDIS_SECONDS,
+                socket_connect_timeout=None,
+                socket_timeout=None,
                 retry=Retry(NoBackoff(), 0),
-                max_connections=64,
+                max_connections=_REDIS_CALLS,
             )
         except ValueError as error:
             # The text of redis may repeat the password.
@@ -198,6 +200,7 @@ class RedisStore:
         self._refusal = ResponseError
         self._refusals: set[str] = set()
         self._on_error, self._clock = on_error, clock
+        self._calls = 0
         self._paused_until = -math.inf
         self._reachable = True
 
@@ -217,8 +220,9 @@ class RedisStore:
             await self._client.aclose()
 
     async def _call(self, *command: str | bytes | int) -> Any:
-        if self._clock() < self._paused_until:
+        if self._clock() < self._paused_until or self._calls >= _REDIS_CALLS:
             return None
+        self._calls += 1
         try:
             async with asyncio.timeout(_REDIS_SECONDS):
                 reply = await self._client.execute_command(*command)
@@ -235,6 +239,8 @@ class RedisStore:
                 log(f"answer cache: redis=failed, error={type(error).__name__}; answers are computed")
             self._reachable = False
             return None
+        finally:
+            self._calls -= 1
         if not self._reachable:
             log("answer cache: redis=back")
         self._reachable = True

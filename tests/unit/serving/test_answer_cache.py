@@ -133,6 +133,7 @@ def test_memory_keeps_the_most_recently_used_within_its_limits(moves: list[Any],
                 if name in model:
                     model.move_to_end(name)
                 assert await store.get(name) == model.get(name)
+            assert list(store._values.items()) == list(model.items())
 
     asyncio.run(check())
 
@@ -206,6 +207,16 @@ def test_redis_keeps_answers_for_a_while(redis: RedisServer):
     watch(redis.url, check)
 
 
+def test_a_crowd_of_requests_is_no_failure_of_redis(redis: RedisServer):
+    async def check(watched: Watched) -> None:
+        await watched.cache.put(KEY, ANSWER)
+        found = await asyncio.gather(*(watched.cache.get(KEY) for _ in range(300)))
+        assert ANSWER in found and watched.errors == 0
+        assert await watched.cache.get(KEY) == ANSWER
+
+    watch(redis.url, check)
+
+
 def test_wrong_values_in_redis_are_no_answers_and_are_replaced(redis: RedisServer):
     async def check(watched: Watched) -> None:
         client, name = watched.store._client, answer_cache._name(KEY)
@@ -265,6 +276,39 @@ def test_a_full_redis_still_answers_what_it_has(tmp_path: Path, capsys: pytest.C
     finally:
         redis.stop()
     assert capsys.readouterr().err.count("redis=refused") == 1
+
+
+def test_a_redis_that_trickles_is_as_good_as_dead(redis: RedisServer):
+    """Each byte comes in time, the whole reply does not."""
+
+    async def check() -> None:
+        async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            upstream, to_upstream = await asyncio.open_unix_connection(redis.url.removeprefix("unix://"))
+
+            async def forward() -> None:
+                while part := await reader.read(1000):
+                    to_upstream.write(part)
+
+            forwarding = asyncio.create_task(forward())
+            with contextlib.suppress(ConnectionError):
+                while part := await upstream.read(1):
+                    writer.write(part)
+                    await writer.drain()
+                    await asyncio.sleep(0.01)
+            forwarding.cancel()
+            to_upstream.close()
+            writer.close()
+
+        whole = Watched(redis.url)
+        await whole.cache.put(KEY, ANSWER)
+        await whole.cache.close()
+        server = await asyncio.start_server(trickle, "127.0.0.1", 0)
+        watched = Watched(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0")
+        assert await watched.cache.get(KEY) is None and watched.errors == 1
+        await watched.cache.close()
+        server.close()
+
+    asyncio.run(check())
 
 
 Reply = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

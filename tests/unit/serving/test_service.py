@@ -244,6 +244,31 @@ def test_a_deadline_raises_before_the_first_event_and_ends_the_stream_after_it()
     asyncio.run(check())
 
 
+def test_a_deadline_that_cuts_an_answer_is_longer_afterwards():
+    async def check() -> None:
+        engine = Held()
+        limits = {"deadline_floor_seconds": 0.02, "deadline_factor": 3}
+        async with running(engine, **limits, cache="none") as service:
+            for _ in range(30):
+                task = asyncio.create_task(read(service, request(max_tokens=1)))
+                await until(lambda: bool(engine.puts))
+                engine.release(Finished("length"))
+                await task
+                engine.puts.clear()
+            given = []
+            for _ in range(2):
+                with pytest.raises(DeadlineExceeded) as cut:
+                    await read(service, request(max_tokens=1))
+                given.append(cut.value.seconds)
+            assert given[1] >= 3 * given[0]
+            known = len(service._deadlines._first)
+            with pytest.raises(DeadlineExceeded):  # A client's own limit says nothing about the server.
+                await read(service, request(max_tokens=1), seconds=0.001)
+            assert len(service._deadlines._first) == known
+
+    asyncio.run(check())
+
+
 def test_drain_waits_for_running_answers_and_not_longer_than_it_may():
     async def check() -> None:
         engine = Held()
