@@ -10,11 +10,11 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from finetune.serving.http.answers import Asked
-from finetune.serving.http.chat import grammar_of
 from finetune.serving.http.common import Common
 from finetune.serving.http.errors import ApiError
 from finetune.serving.http.json_bodies import parse_json
 from finetune.serving.http.schemas import MOST_ANSWERS, ChatBody, CompletionBody
+from finetune.serving.http.tool_use import grammar_of
 from finetune.serving.tensors import OUTPUTS, read_inputs
 from finetune.system.errors import InputError
 
@@ -97,9 +97,8 @@ def _of_prompt(request: Any, common: Common, values: Mapping[str, Any], text: st
 
 def _of_messages(request: Any, common: Common, values: Mapping[str, Any], text: str, log_probs: int | None) -> Asked:
     body = _body(ChatBody, {**values, "model": request.model_name, "messages": _json("messages", text)})
-    ids = common.prompts.of_chat(body, forced=False)
-    limit = body.max_completion_tokens or body.max_tokens
-    return common.asked(body, common.model(body.model), ids, limit, log_probs=log_probs, grammar=grammar_of(body))
+    ids = common.prompts.of_chat(body)
+    return common.asked(body, common.model(body.model), ids, body.limit, log_probs=log_probs, grammar=grammar_of(body))
 
 
 def _body(kind: Any, values: Mapping[str, Any]) -> Any:

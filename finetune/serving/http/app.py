@@ -23,7 +23,7 @@ from finetune.serving.http.replies import ChatCompletion, Completion, Deleted, M
 from finetune.serving.http.schemas import ChatBody, CompletionBody, LoadAdapter, LoadLora, UnloadLora
 from finetune.serving.http.security import Guard
 from finetune.serving.service import Service
-from finetune.system.console import log
+from finetune.system.console import log, printable
 from finetune.system.errors import FinetuneError
 from finetune.system.format import parse_size
 
@@ -168,7 +168,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         failure = as_api_error(error)
         if failure.code == "internal_error":
-            log(f"serve: {request.method} {request.url.path} failed: {error!r}")
+            log(printable(f"serve: {request.method} {request.url.path} failed: {error!r}", one_line=True))
         return JsonReply(failure.body(), failure.status, failure.headers)
 
     for kind in (ApiError, FinetuneError, RequestValidationError, HTTPException, Exception):

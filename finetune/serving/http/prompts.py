@@ -14,10 +14,11 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.data.template.layout import control_pattern
 from finetune.serving.http.errors import ApiError
 from finetune.serving.http.schemas import AssistantTurn, Call, ChatBody, Content, Function, MediaPart, Tool, Turn
+from finetune.serving.tool_calls import OPEN
 from finetune.system.errors import DataError
 
 # The model's own words before a call, after which a grammar holds for the call's JSON.
-CALL_START = "<tool_call>\n"
+CALL_START = f"{OPEN}\n"
 
 
 class Prompts:
@@ -32,12 +33,12 @@ class Prompts:
         """Run work on long texts in the thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
-    def of_chat(self, body: ChatBody, *, forced: bool) -> tuple[int, ...]:
-        """Return the prompt of a conversation. forced: it ends with the start of a call.
+    def of_chat(self, body: ChatBody) -> tuple[int, ...]:
+        """Return the prompt of a conversation, with the start of a call that must follow.
 
         Raises: ApiError if the template refuses the conversation or has no tools, or a message has media.
         """
-        tools = [_schema(tool) for tool in offered_tools(body)]
+        tools = [_schema(tool) for tool in body.offered_tools]
         if tools and not self._has_tools:
             raise ApiError(400, f"tools: the chat template of {body.model} has no tools", param="tools")
         messages = [_message(turn, f"messages[{i}]", body.model) for i, turn in enumerate(body.messages)]
@@ -45,7 +46,7 @@ class Prompts:
             ids = self._chat.prompt_ids(messages, tools)
         except DataError as error:
             raise ApiError(400, f"messages: {error}", param="messages", code="invalid_value") from error
-        return (*ids, *(self._text_ids(CALL_START) if forced else ()))
+        return (*ids, *(self._text_ids(CALL_START) if body.must_call else ()))
 
     def of_completion(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """Return the tokens of one prompt. Raises: ApiError for an id that the vocabulary has not."""
@@ -80,11 +81,6 @@ class Prompts:
 
     def _plain_ids(self, text: str) -> list[int]:
         return self._chat.encode_texts([text])[0].tolist() if text else []
-
-
-def offered_tools(body: ChatBody) -> list[Tool]:
-    """Return the tools that the model may call."""
-    return [] if body.tool_choice == "none" else body.tools
 
 
 def _schema(tool: Tool) -> dict[str, Any]:

@@ -263,6 +263,21 @@ class ChatBody(AnswerBody):
             raise ValueError("tool_choice: required needs tools")
         return self
 
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of the answer; None: the rest of the context."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model may call."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer must be a call: the prompt then ends with its start, and a grammar holds for it."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, ChosenTool)
+
 
 class CompletionBody(AnswerBody):
     """A request to /v1/completions."""

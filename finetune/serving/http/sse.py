@@ -12,7 +12,7 @@ from starlette.responses import Response, StreamingResponse
 from finetune.serving.http.answers import while_connected
 from finetune.serving.http.errors import as_api_error
 from finetune.serving.http.json_bodies import as_json
-from finetune.system.console import log
+from finetune.system.console import log, printable
 
 # The client went away: nobody reads this.
 GONE = 499
@@ -46,7 +46,7 @@ async def _frames(first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any], 
     except Exception as error:  # noqa: BLE001 - the status is sent already: the stream says it
         failure = as_api_error(error)
         if failure.code == "internal_error":
-            log(f"serve: a stream failed: {error!r}")
+            log(printable(f"serve: a stream failed: {error!r}", one_line=True))
         yield _frame(failure.body())
     yield _DONE
 
