@@ -37,7 +37,8 @@ def run(arguments: Arguments) -> int:
 
     merge(options)
     print(options.out)
-    log(f"next: finetune export model={shlex.quote(options.out)} format=gguf out=DIR, or serve it as it is")
+    model = f"model={shlex.quote(options.out)}"
+    log(f"next: finetune export {model} format=gguf out=DIR, or finetune serve {model} quant.type=none")
     return 0
 
 

@@ -6,7 +6,7 @@ log-probabilities on held-out rows are compared with those of the trained model.
 Examples
   finetune serve adapter=outputs/quickstart
   finetune serve adapter=outputs/a 'adapters={b: outputs/b, c: outputs/c}' port=9000
-  finetune serve model=outputs/merged serve.check=outputs/quickstart
+  finetune serve model=outputs/merged quant.type=none serve.check=outputs/quickstart
   finetune chat url=http://127.0.0.1:8000
 """
 
