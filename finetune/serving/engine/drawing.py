@@ -45,7 +45,7 @@ def draw_ids(logits_RV: Tensor, draws: list[Draw]) -> Tensor:
     few = [r for r, draw in enumerate(draws) if 0 < draw.top_k < logits_RV.shape[1]]
     others = sorted(set(range(len(draws))) - set(few))
     if few:
-        logits, settings = _rows(logits_RV, few), settings_RX[few]
+        logits, settings = rows_of(logits_RV, few), settings_RX[few]
         ids_R[few], least, ties = _draw_from_top_k(logits, settings, max(draws[r].top_k for r in few))
         if tied := torch.nonzero(ties).flatten().tolist():  # waits for the GPU
             rows = [few[f] for f in tied]
@@ -53,7 +53,7 @@ def draw_ids(logits_RV: Tensor, draws: list[Draw]) -> Tensor:
             others = sorted(others + rows)
     if others:
         cut = any(draws[r].top_p < 1 for r in others)
-        ids_R[others] = _draw_from_all(_rows(logits_RV, others), settings_RX[others], cut)
+        ids_R[others] = _draw_from_all(rows_of(logits_RV, others), settings_RX[others], cut)
     return ids_R
 
 
@@ -85,7 +85,8 @@ def _draw_from_all(logits_RV: Tensor, settings_RX: Tensor, cut: bool) -> Tensor:
         least_R1, more_R = _nucleus(largest_RK, limits_R1)
         more_R &= top_p_R1.squeeze(1) < 1
         if more_R.any():  # waits for the GPU
-            least_R1[more_R] = _least_of_share(weights_RV[more_R], limits_R1[more_R])
+            parts = (each.split(_rows_at_once(weights_RV)) for each in (weights_RV[more_R], limits_R1[more_R]))
+            least_R1[more_R] = torch.cat([_least_of_share(*part) for part in zip(*parts, strict=True)])
         weights_RV.mul_(_reaches(weights_RV, least_R1.where(top_p_R1 < 1, 0)))
     return draw_by_weights(weights_RV, draw_R)[0]
 
@@ -121,6 +122,11 @@ def _least_of_share(weights_RV: Tensor, limits_R1: Tensor) -> Tensor:
         enough_R1 = sums_R1 >= limits_R1
         low_R1, high_R1 = middle_R1.where(enough_R1, low_R1), high_R1.where(enough_R1, middle_R1)
     return low_R1.view(torch.float32)
+
+
+def _rows_at_once(weights: Tensor) -> int:
+    """Return how many rows to read again and again: on a CPU one, which fits in the cache of a core."""
+    return 1 if weights.device.type == "cpu" else len(weights)
 
 
 def _reaches(weights: Tensor, least: Tensor) -> Tensor:
@@ -162,6 +168,6 @@ def _inside(values_NV: Tensor, blocks_NK: Tensor) -> tuple[Tensor, Tensor]:
     return values_NV.gather(1, places.clamp(max=last)).masked_fill_(places > last, -torch.inf), places
 
 
-def _rows(values: Tensor, rows: list[int]) -> Tensor:
-    """Return some rows; the tensor itself if they are all of its rows, in order."""
-    return values if len(rows) == len(values) else values[rows]
+def rows_of(values: Tensor, rows: list[int]) -> Tensor:
+    """Return some rows, in order; the tensor itself if they are all of its rows."""
+    return values if len(rows) == len(values) else values.index_select(0, torch.tensor(rows, device=values.device))

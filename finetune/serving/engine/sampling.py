@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from finetune.ops.limits import ROWS_DRAWN
-from finetune.serving.engine.drawing import Draw, draw_ids, largest, most_probable
+from finetune.serving.engine.drawing import Draw, draw_ids, largest, most_probable, rows_of
 from finetune.serving.request import Finished, Request, Token, TokenScore
 from finetune.system.errors import InputError
 
@@ -94,16 +94,20 @@ class BatchSampler:
             A token for each row, or Finished for one that cannot go on: "error" if its logits are not finite or its
             grammar failed; "stop" if its grammar is complete and it has no stop ids.
         """
-        best_N, ids_N = most_probable(logits_NW[:, : self.vocabulary])
+        logits_NV = logits_NW[:, : self.vocabulary]
+        best_N, ids_N = most_probable(logits_NV)
         ends: dict[int, Finished] = {}
         for chunk in _chunks([n for n, row in enumerate(rows) if not row.plain]):
-            logits_SV, some = logits_NW[chunk, : self.vocabulary].float(), [rows[n] for n in chunk]
+            some = [rows[n] for n in chunk]
+            logits_SV = logits_NV.index_select(0, torch.tensor(chunk, device=logits_NV.device)).float()
             ends |= {chunk[s]: end for s, end in _obey_grammars(logits_SV, some).items()}
             _penalize(logits_SV, some)
             ids_N[chunk] = _choose_by_settings(logits_SV, some)
         scored = [n for n, row in enumerate(rows) if row.request.log_probs is not None]
         most = min(max((rows[n].request.log_probs or 0 for n in scored), default=0), self.vocabulary)
-        scores = [_scores(logits_NW[chunk].float(), ids_N[chunk], self.vocabulary, most) for chunk in _chunks(scored)]
+        scores = [
+            _scores(rows_of(logits_NW, chunk).float(), ids_N[chunk], self.vocabulary, most) for chunk in _chunks(scored)
+        ]
         # Read in one copy: each one waits for the GPU.
         numbers = iter(torch.cat([ids_N.double(), best_N.double(), *(each.flatten() for each in scores)]).tolist())
         ids, best = list(islice(numbers, len(rows))), list(islice(numbers, len(rows)))
