@@ -84,11 +84,16 @@ def test_a_conversation_is_streamed_and_the_next_turn_has_it(browser: Page, open
     assert faults(browser) == []
 
 
-def test_the_text_of_a_model_is_never_html(browser: Page, opened):
-    opened(HOSTILE)
-    say(browser, HOSTILE.replace("\n", " "))
-    ended(browser)
-    assert texts(browser, ".turn.assistant .text") == [HOSTILE]
+def test_texts_of_models_and_errors_are_never_html(browser: Page, opened):
+    opened("fine")
+    chunk = {"choices": [{"delta": {"content": HOSTILE}}]}
+    replies = [f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n", json.dumps({"error": {"message": HOSTILE}})]
+    for status, reply in zip((200, 500), replies, strict=True):
+        # In one piece: single characters never were HTML.
+        browser.evaluate(f"window.fetch = async () => new Response({json.dumps(reply)}, {{status: {status}}})")
+        say(browser, HOSTILE.replace("\n", " "))
+        ended(browser)
+    assert texts(browser, ".turn.assistant .text") == [HOSTILE] and HOSTILE in texts(browser, ".error")[0]
     assert browser.evaluate("document.querySelectorAll('.log img, .log script').length") == 0
     assert browser.evaluate("document.title") == "finetune serve" and faults(browser) == []
 

@@ -73,6 +73,8 @@ def test_the_wheel_holds_every_config_and_sample_and_nothing_else(wheel: Path):
         pytest.skip("needs the git checkout to know which files are ours")
     wanted = {f"finetune/_packaged/{name}" for name in tracked.stdout.splitlines()}
     assert wanted and wanted <= names
+    code = subprocess.run(["git", "ls-files", "finetune"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(code.stdout.splitlines()) <= names  # also what is no Python, as the page of a server
 
 
 def test_the_metadata_says_who_we_are(wheel: Path):

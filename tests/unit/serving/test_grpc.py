@@ -379,6 +379,28 @@ def test_a_larger_message_than_allowed_is_refused(chat, engine):
         assert error.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
 
 
+@pytest.mark.parametrize(
+    ("shape", "raw", "contents"),
+    [
+        ([1], b"\x02\0\0\0a", []),  # ends within an element
+        ([1], b"\x01\0\0", []),  # ends within a length
+        ([2], b"\x01\0\0\0a", []),
+        ([1], b"\x01\0\0\0\xff", []),
+        ([0], b"", []),
+        ([], b"", [b"a", b"b"]),
+        ([1], b"\x01\0\0\0a", [b"a"]),
+    ],
+)
+def test_a_tensor_that_does_not_fit_its_content_is_refused(address, shape, raw, contents):
+    request = service_pb2.ModelInferRequest(model_name="base", raw_input_contents=[raw] if raw else [])
+    tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=shape)
+    if contents:
+        tensor.contents.bytes_contents.extend(contents)
+    with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as error:
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request)
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT and "text_input" in error.value.details()
+
+
 _NAMES = st.sampled_from([*INPUTS, *OUTPUTS, *AnswerSettings.model_fields, "timeout"]) | st.text(max_size=8)
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
