@@ -9,6 +9,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
+from finetune.serving.engine.grammar import check_schema
 from finetune.serving.http.answers import Asked
 from finetune.serving.http.common import Common
 from finetune.serving.http.errors import ApiError
@@ -97,8 +98,10 @@ def _of_prompt(request: Any, common: Common, values: Mapping[str, Any], text: st
 
 def _of_messages(request: Any, common: Common, values: Mapping[str, Any], text: str, log_probs: int | None) -> Asked:
     body = _body(ChatBody, {**values, "model": request.model_name, "messages": _json("messages", text)})
+    if (grammar := grammar_of(body)) is not None:
+        check_schema(grammar)
     ids = common.prompts.of_chat(body)
-    return common.asked(body, common.model(body.model), ids, body.limit, log_probs=log_probs, grammar=grammar_of(body))
+    return common.asked(body, common.model(body.model), ids, body.limit, log_probs=log_probs, grammar=grammar)
 
 
 def _body(kind: Any, values: Mapping[str, Any]) -> Any:

@@ -145,6 +145,20 @@ def test_messages_are_put_into_the_template(client, chat, engine):
     assert engine.requests[0].stop_ids == set(chat.stop_ids())
 
 
+def test_an_answer_can_obey_a_schema_and_a_wrong_schema_is_refused(client, engine):
+    messages = json.dumps([{"role": "user", "content": "Hello"}])
+
+    def ask(schema: Any) -> None:
+        form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        client.infer("base", tensors(messages=messages, sampling_parameters=json.dumps({"response_format": form})))
+
+    ask({"type": "object"})
+    assert json.loads(engine.requests[0].sampling.grammar) == {"type": "object"}
+    with pytest.raises(InferenceServerException) as error:
+        ask({"type": "nothing"})
+    assert error.value.status() == "StatusCode.INVALID_ARGUMENT" and len(engine.requests) == 1
+
+
 def test_requested_outputs_are_the_only_ones(client):
     wanted = [triton.InferRequestedOutput("num_input_tokens"), triton.InferRequestedOutput("cumulative_logprob")]
     response = client.infer("base", tensors(text_input="Hello"), outputs=wanted, request_id="r1").get_response()
