@@ -119,7 +119,7 @@ SLOW: dict[str, str] = {
     "tests/integration/test_merge_export.py::test_a_layer_of_a_7b_is_merged_in_a_block_of_memory": (
         "tests/unit/export/merge/test_merge.py"
     ),
-    "tests/integration/test_serving_replicas.py::test_a_replica_killed_under_load_loses_no_request": (
+    "tests/integration/test_serving_replicas.py::test_a_replica_that_ends_under_load_loses_no_request": (
         "tests/integration/test_serving_replicas.py::test_sigterm_in_the_middle_of_32_streams_ends_none"
     ),
     "tests/integration/test_serving_replicas.py::test_a_stream_is_not_held_back_and_a_broken_one_is_not_continued": (

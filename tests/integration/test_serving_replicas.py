@@ -91,8 +91,12 @@ async def in_turn(count: int, clients: int, one: Callable[[int], Awaitable[None]
     await asyncio.gather(*(work() for _ in range(clients)))
 
 
-def test_a_replica_killed_under_load_loses_no_request(tmp_path: Path, stack: ExitStack):
-    """In the middle of each block of requests one of two replicas is killed; the next block has both again."""
+@pytest.mark.parametrize("end", ["kill", "stop"])
+def test_a_replica_that_ends_under_load_loses_no_request(tmp_path: Path, stack: ExitStack, end: str):
+    """In the middle of each block of requests one of two replicas ends; the next block has both again.
+
+    One that is asked to end (a rolling update) also breaks no stream.
+    """
     replicas = start_replicas(stack, seconds=0.002, cache="none")
     url = start_nginx(stack, tmp_path, replicas)
     choose, answered, block_of = random.Random(0), list[int](), REQUESTS // KILLS
@@ -101,9 +105,9 @@ def test_a_replica_killed_under_load_loses_no_request(tmp_path: Path, stack: Exi
         back = [asyncio.Event() for _ in range(KILLS)]
         tasks = []
 
-        async def kill_and_restart(block: int) -> None:
+        async def restart(block: int) -> None:
             replica = choose.choice(replicas)
-            replica.kill()
+            await asyncio.to_thread(getattr(replica, end))
             replica.start()
             await asyncio.to_thread(replica.wait_ready)
             back[block].set()
@@ -115,8 +119,11 @@ def test_a_replica_killed_under_load_loses_no_request(tmp_path: Path, stack: Exi
                 if block:
                     await back[block - 1].wait()
                 if place == block_of // 2:
-                    tasks.append(asyncio.create_task(kill_and_restart(block)))
-                assert await ask(client, number) == text_of(number)
+                    tasks.append(asyncio.create_task(restart(block)))
+                if end == "stop" and number % 2:
+                    assert [line async for line in stream(client, number)][-1] == "data: [DONE]"
+                else:
+                    assert await ask(client, number) == text_of(number)
                 answered.append(number)
 
             await in_turn(REQUESTS, CLIENTS, one)
