@@ -70,6 +70,8 @@ SETTINGS = [
 def test_draws_in_the_interval_of_a_token_choose_it(of):
     """In the order of ids, each token has an interval of [0, 1) as long as its probability in transformers."""
     scores, written = logits(1)[0], (3, 3, 9)
+    scores -= scores.max()
+    scores[[3, 9, 300]] = torch.tensor([1.0, -0.5, -1.0])  # of answer and prompt: penalties of both signs show
     expected = distribution_by_transformers(scores, written, Sampling(**of))
     ends = expected.cumsum(0)
     kept = torch.nonzero(expected > 1e-5).flatten().tolist()
