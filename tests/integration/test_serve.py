@@ -87,7 +87,7 @@ def test_the_base_and_three_adapters_answer_as_they_were_trained(config, tmp_pat
     assert [model["id"] for model in models] == list(names)
     assert all(model["details"]["check"]["kl"] < 0.005 for model in models[1:])
     assert done.stderr.count("check: model=") == 3
-    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["models", "address", "try"]
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["models", "address", "try", "page"]
 
 
 def test_another_model_than_the_trained_one_is_refused_with_figures(tmp_path):
