@@ -218,7 +218,7 @@ class Comparison:
         if self.nats_trained is not None:
             nats = f", nats per token={self.nats_trained:.4f} trained and {self.nats_served:.4f} served"
         return (
-            f"reference={self.source}, rows={self.rows}, tokens={self.tokens}, KL={self.kl:.5f}, "
+            f"reference={self.source}, rows={self.rows}, tokens={self.tokens}, KL={self.kl:.2g}, "
             f"same first choices={self.top1:.1%}{nats}"
         )
 

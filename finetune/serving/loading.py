@@ -22,7 +22,7 @@ from finetune.models.tokenizer import load_adapter_tokenizer, load_tokenizer
 from finetune.serving.adapters import name_base
 from finetune.serving.engine.engine import build_engine
 from finetune.serving.engine.grammar import GrammarCompiler
-from finetune.serving.reference import check_served, references
+from finetune.serving.reference import check_served, recorded, references
 from finetune.serving.scorers import engine_scorer
 from finetune.serving.service import ServedModel, Service, adapter_digest
 from finetune.system.console import log
@@ -61,7 +61,14 @@ def load_service(config: RunConfig, options: ServeOptions, adapters: Mapping[str
     models = [ServedModel(base, None, base_digest(config), now, _details(checks.get(base)))]
     for name, folder in adapters.items():
         models.append(ServedModel(name, name, adapter_digest(folder), now, _details(checks.get(name))))
-    return Service(engine, chat, models, options.serve, grammars=grammars)
+
+    def check(name: str, folder: Path) -> dict[str, Any]:
+        """Compare an adapter that is loaded later, if its run left a record."""
+        if options.serve.check_rows == 0 or (probe := recorded(folder, options.serve.check_rows)) is None:
+            return {}
+        return _details(check_served({name: probe}, {name: engine_scorer(engine, name)}, options.serve.max_kl)[name])
+
+    return Service(engine, chat, models, options.serve, grammars=grammars, check=check)
 
 
 def load_template(config: RunConfig, adapters: Mapping[str, Path]) -> tuple[Any, ChatTemplate]:

@@ -71,10 +71,8 @@ def reference(config: RunConfig, adapter: Path | None, model: str | None, count:
         model: replaces the base of the adapter's run.
     """
     if adapter is not None:
-        if (probe := read_probe(adapter)) is not None:
-            return replace(
-                probe, rows=probe.rows[:count], scores=probe.scores[:count], source=f"recorded on {probe.source}"
-            )
+        if (probe := recorded(adapter, count)) is not None:
+            return probe
         config = find_base_config("finetune serve", None, model, adapter, ())
     rows, source = _rows(config, adapter, count)
     base = load_base(config.model, config.quant)
@@ -82,6 +80,13 @@ def reference(config: RunConfig, adapter: Path | None, model: str | None, count:
     del base
     gc.collect()
     return Probe(rows, scores, f"computed on {source}")
+
+
+def recorded(adapter: Path, count: int) -> Probe | None:
+    """Return the first `count` rows of what the run of an adapter recorded; None if there is no record."""
+    if (probe := read_probe(adapter)) is None:
+        return None
+    return replace(probe, rows=probe.rows[:count], scores=probe.scores[:count], source=f"recorded on {probe.source}")
 
 
 def _rows(config: RunConfig, adapter: Path | None, count: int) -> tuple[list[Row], str]:

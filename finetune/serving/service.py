@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,8 @@ class Service:
     """Answers requests of all protocols in one event loop.
 
     ready: whether the warm-up and the comparison with the trained model are over, and no shutdown has begun.
-    grammars: of the engine; None: it refuses schemas, or compiles them elsewhere.
+    grammars: of the engine; None: it refuses schemas, or compiles them elsewhere. check: compares a loaded adapter (its
+    name and folder) with the trained one, and returns what /v1/models shows of it.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class Service:
         settings: ServeSettings,
         *,
         grammars: GrammarCompiler | None = None,
+        check: Callable[[str, Path], dict[str, Any]] = lambda name, folder: {},
     ):
         self.engine, self.chat, self.settings = engine, chat, settings
-        self._grammars = grammars
+        self._grammars, self._check = grammars, check
         self.models = {model.name: model for model in models}
         self.ready = False
         self.metrics = Metrics(engine.load)
@@ -164,6 +166,7 @@ class Service:
         Raises:
             InputError: the name is served already.
             ConfigError: there is no adapter in the folder, or it does not fit the base.
+            IntegrityError: it is corrupt, or does not answer as its trained model did.
         """
         async with self._changing_adapters:
             if name in self.models:
@@ -172,7 +175,12 @@ class Service:
             await asyncio.to_thread(self.engine.load_adapter, name, folder)
             for forgotten in self._adapters.keys() - self.engine.adapters():
                 self._forget(forgotten)
-            model = ServedModel(name, name, digest, int(time.time()))
+            try:
+                details = await asyncio.to_thread(self._check, name, Path(folder))
+            except BaseException:
+                self.engine.unload_adapter(name)
+                raise
+            model = ServedModel(name, name, digest, int(time.time()), details)
             self.models[name] = self._adapters[name] = model
             return model
 

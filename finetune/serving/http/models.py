@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune.serving.http.errors import ApiError
 from finetune.serving.http.replies import Deleted, Model, Models
 from finetune.serving.service import ServedModel, Service
-from finetune.system.errors import InputError
+from finetune.system.errors import InputError, IntegrityError
 
 _LONGEST_NAME_BYTES = 255  # of file systems
 
@@ -49,7 +49,7 @@ class Adapters:
             raise ApiError(409, f"name: the model {name} is served already", code="model_exists", param="name")
         try:
             return model_of(self._service, await self._service.load_adapter(name, str(found)))
-        except InputError as error:
+        except (InputError, IntegrityError) as error:
             # The message names the folder on this machine, which a client need not know.
             text = str(error).replace(f"{found.parent}/", "")
             raise ApiError(400, text, code="invalid_adapter", param="folder") from error

@@ -15,7 +15,7 @@ from finetune.config.command_options import ServeSettings
 from finetune.serving.admission import DeadlineExceeded, Overloaded, Unavailable
 from finetune.serving.request import Event, Finished, Load, Put, Request, Sampling, Token
 from finetune.serving.service import ServedModel, Service, adapter_digest
-from finetune.system.errors import ConfigError, FinetuneError, InputError
+from finetune.system.errors import ConfigError, FinetuneError, InputError, IntegrityError
 from tests.serving_engine import ScriptedEngine
 
 
@@ -41,10 +41,12 @@ class Held(ScriptedEngine):
 
 
 @asynccontextmanager
-async def running(engine: ScriptedEngine, **settings: Any) -> AsyncIterator[Service]:
+async def running(
+    engine: ScriptedEngine, check: Callable[..., dict[str, Any]] = lambda name, folder: {}, **settings: Any
+) -> AsyncIterator[Service]:
     models = [ServedModel(name, name, f"digest of {name}", 0) for name in engine.adapters()]
     models.append(ServedModel("base", None, "digest of the base", 0))
-    service = Service(engine, None, models, ServeSettings(**settings))  # type: ignore[arg-type]
+    service = Service(engine, None, models, ServeSettings(**settings), check=check)  # type: ignore[arg-type]
     service.ready = True
     yield service
     await service.close()
@@ -348,6 +350,26 @@ def test_adapters_come_and_go_and_one_that_the_engine_forgets_is_no_model(tmp_pa
             with pytest.raises(ConfigError):
                 await service.load_adapter("d", str(tmp_path))
             assert list(service.models) == ["base", "c"] and set(engine.adapters()) == {"c"}
+
+    asyncio.run(check())
+
+
+def test_a_loaded_adapter_is_compared_and_one_that_differs_is_not_served(tmp_path: Path):
+    def compare(name: str, folder: Path) -> dict[str, Any]:
+        if folder.name == "far":
+            raise IntegrityError("far: KL=1.2")
+        return {"check": {"kl": 0.0}}
+
+    async def check() -> None:
+        engine = ScriptedEngine()
+        async with running(engine, check=compare) as service:
+            for name in ("near", "far"):
+                write_adapter(tmp_path / name, name.encode())
+            model = await service.load_adapter("near", str(tmp_path / "near"))
+            assert model.details == {"check": {"kl": 0.0}}
+            with pytest.raises(IntegrityError):
+                await service.load_adapter("far", str(tmp_path / "far"))
+            assert list(service.models) == ["base", "near"] and engine.adapters() == ["near"]
 
     asyncio.run(check())
 

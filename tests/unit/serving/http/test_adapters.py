@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE
+from finetune.system.errors import IntegrityError
 from tests.unit.serving.http.test_bodies import ASK, CHAT, refused
 
 
@@ -56,6 +57,10 @@ def test_a_folder_elsewhere_is_refused(served, folder, name):
     assert served.engine.adapters() == ["pirate"]
 
 
+def differs(name, folder):
+    raise IntegrityError("KL=1.2")
+
+
 def test_what_cannot_be_loaded(served):
     client = served.client
     refused(client.post("/v1/adapters", json={"name": "missing"}), 404)
@@ -63,6 +68,9 @@ def test_what_cannot_be_loaded(served):
     assert "empty" in error["message"] and "/adapters" not in error["message"]
     refused(client.post("/v1/adapters", json={"name": "pirate", "folder": "sailor"}), 409)
     refused(client.post("/v1/adapters", json={"name": "../x"}))
+    served.service._check = differs
+    error = refused(client.post("/v1/adapters", json={"name": "far", "folder": "sailor"}))
+    assert "KL=1.2" in error["message"]
     refused(client.delete("/v1/adapters/missing"), 404)
     refused(client.delete("/v1/adapters/base"))
     assert set(served.service.models) == {"base", "pirate"}
