@@ -42,7 +42,7 @@ def start(tmp_path: Path) -> Start:
 
 
 @pytest.fixture
-def exports(monkeypatch) -> list[Any]:
+def exports(monkeypatch, tmp_path_factory) -> list[Any]:
     """Stand-ins for exports: the adapters themselves, and empty files."""
     made: list[Any] = []
 
@@ -56,6 +56,8 @@ def exports(monkeypatch) -> list[Any]:
         (out / f"{out.name}.gguf").touch()
 
     monkeypatch.setattr(external, "export_model", export)
+    # Other tests serve what is exported.
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
     return made
 
 
