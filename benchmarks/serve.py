@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -141,10 +141,10 @@ def question(number: int, words: int) -> str:
     return " ".join(_WORDS[(number * 7 + i * (number % 5 + 1)) % len(_WORDS)] for i in range(words)) + f" {number}"
 
 
-async def ask(client: httpx.AsyncClient, url: str, model: str, text: str, answer: int) -> list[float]:
+async def ask(client: httpx.AsyncClient, url: str, body: Mapping[str, Any], text: str, answer: int) -> list[float]:
     """Send one request; return the times of its start and of each piece of its answer."""
     body = {
-        "model": model,
+        **body,
         "messages": [{"role": "user", "content": text}],
         "max_tokens": answer,
         "temperature": 0,
@@ -169,13 +169,15 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, text: str, answer
     return moments
 
 
-async def clients(url: str, model: str, texts: Sequence[Sequence[str]], answer: int) -> dict[str, float | None]:
+async def clients(
+    url: str, body: Mapping[str, Any], texts: Sequence[Sequence[str]], answer: int
+) -> dict[str, float | None]:
     """Let each client send its texts, all clients at once; return the figures."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
 
         async def one(own: Sequence[str]) -> list[list[float]]:
-            return [await ask(client, url, model, text, answer) for text in own]
+            return [await ask(client, url, body, text, answer) for text in own]
 
         began = time.perf_counter()
         answers = [each for own in await asyncio.gather(*map(one, texts)) for each in own]
@@ -205,12 +207,14 @@ def turn(server: str, model: Path, options: dict[str, str]) -> dict[str, dict[st
             # That of transformers lists its cache, not its model.
             loads_any = server.startswith("transformers")
             name = str(model) if loads_any else httpx.get(f"{url}/models", timeout=60).json()["data"][0]["id"]
-            asyncio.run(clients(url, name, [[question(0, words)]], answer))
+            # A trained model ends its answers; two of the servers can be told not to.
+            body = {"model": name} | ({"ignore_eos": True} if server.startswith(("ours", "vllm")) else {})
+            asyncio.run(clients(url, body, [[question(0, words)]], answer))
             found, number = {}, 1
             for count in counts:
                 texts = [[question(number + i * each + j, words) for j in range(each)] for i in range(count)]
                 number += count * each
-                found[f"{server} {count}"] = asyncio.run(clients(url, name, texts, answer))
+                found[f"{server} {count}"] = asyncio.run(clients(url, body, texts, answer))
             return found
     except (RuntimeError, OSError, httpx.HTTPError) as error:
         return {f"{server} {count}": {"failed": f"{type(error).__name__}: {error}"[:400]} for count in counts}
