@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from finetune.config.media_rules import pixel_limits
+from finetune.config.parallel_rules import shared_base
 from finetune.config.preference_rules import (
     preference_alone,
     preference_policies,
@@ -39,6 +40,7 @@ from finetune.config.sections import (
     GuardConfig,
     LoraConfig,
     ModelConfig,
+    ParallelConfig,
     PreferenceConfig,
     QuantConfig,
     RewardConfig,
@@ -71,6 +73,7 @@ class RunConfig(Section):
     lora: LoraConfig = Field(LoraConfig(), description="The adapter to train.")
     data: DataConfig = Field(description="Training and evaluation data.")
     train: TrainConfig = Field(TrainConfig(), description="Optimizer, length of training, checkpoints.")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="How ranks share the memory of the frozen base.")
     distill: DistillConfig = Field(DistillConfig(), description="Knowledge distillation.")
     preference: PreferenceConfig = Field(PreferenceConfig(), description="Learning from preferences.")
     reward: RewardConfig = Field(RewardConfig(), description="Reinforcement learning on rewarded answers.")
@@ -372,6 +375,7 @@ RULES: tuple[Callable[..., Problems], ...] = (
     pixel_limits,
     _train,
     _order,
+    shared_base,
     _rows,
     _objective,
     _placement,

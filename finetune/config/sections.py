@@ -224,6 +224,17 @@ class TrainConfig(Section):
     world_size: Count | None = Field(None, description="Required number of processes; null: any number.")
 
 
+class ParallelConfig(Section):
+    """How the ranks of a run share the memory of the frozen base."""
+
+    shard: Literal["auto", "none", "full", "hybrid"] = Field(
+        "auto",
+        description="Split the frozen base over the ranks: none (a whole copy each), full (over all ranks), hybrid "
+        "(over the ranks of each machine); auto: full where a whole copy does not fit.",
+    )
+    offload: bool = Field(False, description="Keep each rank's part of a sharded base in main memory.")
+
+
 class TeacherConfig(Section):
     """The teacher model and where it runs."""
 

@@ -25,7 +25,7 @@ from finetune.data.packing import Sampler, split_among_ranks
 from finetune.system.console import log
 from finetune.system.errors import FinetuneError, Interrupted
 from finetune.system.signals import StopSignals
-from finetune.training.accelerator import without_exchange
+from finetune.parallel.ranks import without_exchange
 from finetune.training.checkpoint import TrainState
 from finetune.training.optimizer import learning_rate_at
 from finetune.training.track import SilentTracker

@@ -35,7 +35,7 @@ from finetune.system.console import Log
 from finetune.system.errors import Interrupted
 from finetune.system.machine import use_all_cores
 from finetune.training import output_folder, run_folder
-from finetune.training.accelerator import build_accelerator, describe_ignored_settings
+from finetune.parallel.ranks import build_accelerator, describe_ignored_settings
 from finetune.training.assemble import assemble
 from finetune.training.autotune import inputs_of_run
 from finetune.training.checkpoint import (

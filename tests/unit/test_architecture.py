@@ -22,6 +22,7 @@ LAYERS = [
     "config",
     "ops",
     "models",
+    "parallel",
     "data",
     "towers",
     "losses",

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 
 from finetune import train
 from finetune.system.errors import ConfigError
-from finetune.training.accelerator import build_accelerator
+from finetune.parallel.ranks import build_accelerator
 from tests.runs import differing, reference_run, small_run
 
 
