@@ -8,8 +8,8 @@ from typing import Any
 
 from finetune.losses.distillation import Distillation, DistillLossWeights
 from finetune.objectives.distillation import mean_teacher_kl
-from finetune.system.console import Log
 from finetune.parallel.ranks import wrap_ranks
+from finetune.system.console import Log
 from finetune.training.checkpoint import TrainState
 from finetune.training.loop import Figures, StepInputs, train_step
 from finetune.training.optimizer import build_optimizer

@@ -22,10 +22,10 @@ from finetune.config.schema import TrainConfig
 from finetune.data.batch import Batch, build_batch, dummy_batch
 from finetune.data.documents import Document
 from finetune.data.packing import Sampler, split_among_ranks
+from finetune.parallel.ranks import without_exchange
 from finetune.system.console import log
 from finetune.system.errors import FinetuneError, Interrupted
 from finetune.system.signals import StopSignals
-from finetune.parallel.ranks import without_exchange
 from finetune.training.checkpoint import TrainState
 from finetune.training.optimizer import learning_rate_at
 from finetune.training.track import SilentTracker

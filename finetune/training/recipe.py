@@ -25,6 +25,7 @@ from finetune.models.load import check_loaded
 from finetune.objectives.distillation import mean_teacher_kl, teacher_table
 from finetune.objectives.user_rewards import RewardFunction, UserReward, check_rewards, user_rewards
 from finetune.ops.determinism import deterministic
+from finetune.parallel.ranks import build_accelerator, describe_ignored_settings
 from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan, describe_start
 from finetune.report.run import TEACHER
@@ -35,7 +36,6 @@ from finetune.system.console import Log
 from finetune.system.errors import Interrupted
 from finetune.system.machine import use_all_cores
 from finetune.training import output_folder, run_folder
-from finetune.parallel.ranks import build_accelerator, describe_ignored_settings
 from finetune.training.assemble import assemble
 from finetune.training.autotune import inputs_of_run
 from finetune.training.checkpoint import (

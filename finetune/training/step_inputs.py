@@ -13,8 +13,8 @@ from finetune.models.adapters.folder import list_checkpoints
 from finetune.objectives.preference import PreferenceLoss, PreferenceSetup
 from finetune.objectives.reinforcement import PolicyLoss
 from finetune.ops import dispatch, matmul
-from finetune.report.facts import resume_command
 from finetune.parallel.ranks import wrap_ranks
+from finetune.report.facts import resume_command
 from finetune.training.checkpoint import TrainState
 from finetune.training.loop import BatchesOf, StepInputs
 from finetune.training.run_context import RunContext

@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from finetune import train
-from finetune.system.errors import ConfigError
 from finetune.parallel.ranks import build_accelerator
+from finetune.system.errors import ConfigError
 from tests.runs import differing, reference_run, small_run
 
 
