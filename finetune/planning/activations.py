@@ -17,7 +17,7 @@ from typing import Any
 from finetune.ops import limits
 from finetune.planning import gpu_layers, towers
 from finetune.planning.inputs import PlanInputs
-from finetune.planning.static_memory import DTYPE_BYTES, layer_precisions, parameters_of
+from finetune.planning.static_memory import DTYPE_BYTES, gathered_layer_bytes, layer_precisions, parameters_of
 
 # Linears that one fused kernel computes together. The kernel handles all of a group or none.
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
@@ -61,6 +61,7 @@ class ActivationPlan:
     garbage: free but held by a CPU's heap while recomputed layers run.
     again, work_again: `kept` and `work` of a layer that is recomputed; None if they are the same.
     media: embeddings of media, and what trained towers keep for backward.
+    gathered, gathered_head: of a sharded base, two layers (the current and the next one) and the head's matrix.
     """
 
     kept: tuple[float, ...]
@@ -73,6 +74,8 @@ class ActivationPlan:
     again: float | None = None
     work_again: float | None = None
     media: float = 0.0
+    gathered: float = 0.0
+    gathered_head: float = 0.0
 
     def peak_bytes(self, recomputed: int, offload: bool = False) -> float:
         """Return the peak if the first `recomputed` of the layers in `kept` are recomputed."""
@@ -87,13 +90,17 @@ class ActivationPlan:
         inputs = min(recomputed, 2 if offload else recomputed) * self.input
         stored = min(inputs, self.input) if offload else inputs
         media = {"activations of media": self.media} if self.media else {}
+        if self.gathered:
+            media["gathered layers"] = self.gathered
         held = {"inputs of recomputed layers": stored, "activations kept": sum(self.kept[recomputed:]), **media}
         moments = {
-            "training step, at the loss": {**held, "loss workspace": self.head},
+            "training step, at the loss": {**held, "loss workspace": self.head, "gathered head": self.gathered_head},
             "training step, as backward begins": {**held, "layer workspace": self.work},
         }
         if holes := (len(self.kept) - recomputed) * self.hole:
             moments["training step, as the forward pass ends"] = {**held, "holes in the heap": holes}
+        if self.gathered_head:  # what comes from other ranks, and the matrix that it is copied into
+            moments["training step, as the head is gathered"] = {**held, "gathered head": 2 * self.gathered_head}
         if recomputed:
             kept = self.kept[recomputed - 1] if self.again is None else self.again
             work = self.work if self.work_again is None else self.work_again
@@ -113,7 +120,16 @@ def plan_activations(inputs: PlanInputs, micro_batch: int) -> ActivationPlan:
     """Compute the activations of `micro_batch` full sequences."""
     tokens = micro_batch * inputs.sequence.rows
     media = towers.embeddings_bytes(inputs, tokens) + towers.activation_bytes(inputs, tokens)
-    return replace(_plan_decoder(inputs, micro_batch), media=media)
+    layers, table = gathered_bytes(inputs)
+    return replace(_plan_decoder(inputs, micro_batch), media=media, gathered=layers, gathered_head=table)
+
+
+def gathered_bytes(inputs: PlanInputs) -> tuple[float, float]:
+    """Return the bytes that a rank of a sharded base gathers: of two layers, and of the head. (0, 0): nothing is."""
+    if inputs.shard_ranks == 1:
+        return 0.0, 0.0
+    sizes = gathered_layer_bytes(inputs.shape, inputs.model, inputs.quant)
+    return 2.0 * max(sizes), float(inputs.table_values * inputs.value_bytes)
 
 
 def _plan_decoder(inputs: PlanInputs, micro_batch: int) -> ActivationPlan:

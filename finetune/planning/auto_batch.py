@@ -118,6 +118,7 @@ def keep_copies(inputs: PlanInputs, free_bytes: float | None) -> PlanInputs:
     free_bytes: as for `estimate_memory`.
     """
     on_cpu = inputs.samples_answers and inputs.quant.type == "nf4" and inputs.device_type == "cpu"
+    on_cpu = on_cpu and inputs.shard_ranks == 1  # A sharded base keeps no whole weights.
     if not on_cpu or not inputs.shape or free_bytes is None:
         return inputs
     kept = inputs.with_settings(quant={"keep_dequantized": True})

@@ -37,6 +37,7 @@ class PlanInputs:
     device_type: "cuda", "cpu" or another of torch's device types.
     document_tokens: of an example; None takes each sequence as one. target_share: the trained part of them.
     media: of known rows, by tower; None: the largest files, with `media_share` of all tokens.
+    nodes: machines of the run. shard_ranks: ranks that hold one copy of the base together (`sharded_base.shard_group`).
     """
 
     shape: Mapping[str, Any]
@@ -50,6 +51,7 @@ class PlanInputs:
     reward: schema.RewardConfig
     guard: schema.GuardConfig
     generation: schema.GenerationConfig
+    parallel: schema.ParallelConfig
     has_teacher: bool
     device_type: str
     ranks: int
@@ -58,6 +60,8 @@ class PlanInputs:
     target_share: float = 1.0
     media: Mapping[str, MediaLoad] | None = None
     media_share: float = 1.0
+    nodes: int = 1
+    shard_ranks: int = 1
 
     def with_settings(self, **sections: Mapping[str, Any]) -> PlanInputs:
         """Return a copy with some settings changed. Nothing is validated again."""
@@ -123,12 +127,14 @@ class PlanInputs:
     @cached_property
     def static(self) -> StaticMemory:
         """Memory of the device that does not depend on the batch."""
-        memory = plan_memory(self.shape, self.model, self.quant, self.lora, self.train.optimizer)
-        if self.towers_stay:
-            memory = replace(memory, parts={**memory.parts, **self.tower_bytes})
-        if not self.embedding_on_host:
-            return memory
-        return replace(memory, parts={name: size for name, size in memory.parts.items() if name != "embedding"})
+        memory = plan_memory(
+            self.shape, self.model, self.quant, self.lora, self.train.optimizer, shard_ranks=self.shard_ranks
+        )
+        elsewhere = {"embedding"} if self.embedding_on_host else set()
+        if self.base_on_host:
+            elsewhere = memory.parts.keys() - {"adapter", "gradients", "optimizer"}
+        parts = {name: size for name, size in memory.parts.items() if name not in elsewhere}
+        return replace(memory, parts=parts | self.tower_bytes if self.towers_stay else parts)
 
     @cached_property
     def adapted(self) -> tuple[frozenset[str], ...]:
@@ -179,11 +185,17 @@ class PlanInputs:
     def can_move_embedding(self) -> bool:
         """Whether the input embedding of a GPU run may stay in main memory."""
         tied = self.shape.get("tie_word_embeddings")
-        return self.device_type == "cuda" and not tied and not self.trains_embedding
+        whole = self.shard_ranks == 1
+        return self.device_type == "cuda" and whole and not tied and not self.trains_embedding
 
     @property
     def embedding_on_host(self) -> bool:
         return self.model.embedding == "host" and self.can_move_embedding
+
+    @property
+    def base_on_host(self) -> bool:
+        """Whether the rank's part of a sharded base of a GPU run stays in main memory."""
+        return self.parallel.offload and self.shard_ranks > 1 and self.device_type == "cuda"
 
     @property
     def first_trained_layer(self) -> int:
@@ -295,8 +307,12 @@ def plan_inputs(
     device_type: str,
     ranks: int = 1,
     gpu: GpuTraits = GpuTraits(),
+    nodes: int = 1,
 ) -> PlanInputs:
-    """Build the inputs of a run's plan; shape is None if the student's sizes are unknown without a download."""
+    """Build the inputs of a run's plan; shape is None if the student's sizes are unknown without a download.
+
+    Every rank holds a whole base: `sharded_base.shard_group` decides about sharing it.
+    """
     sections = ("model", "quant", "lora", "data", "train", "distill", "preference", "reward", "guard", "generation")
-    parts = {name: getattr(cfg, name) for name in (*sections, "has_teacher")}
-    return PlanInputs(shape=shape or {}, **parts, device_type=device_type, ranks=ranks, gpu=gpu)
+    parts = {name: getattr(cfg, name) for name in (*sections, "parallel", "has_teacher")}
+    return PlanInputs(shape=shape or {}, **parts, device_type=device_type, ranks=ranks, gpu=gpu, nodes=nodes)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetune.config import schema
 from finetune.ops import limits
 from finetune.planning import gpu_layers, towers
-from finetune.planning.activations import ActivationPlan, forward_bytes, loss_bytes, plan_activations
+from finetune.planning.activations import ActivationPlan, forward_bytes, gathered_bytes, loss_bytes, plan_activations
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.sampling import AnswerBatch, answer_bytes, cache_bytes, evaluated_batch, sampled_batch
 from finetune.planning.static_memory import DTYPE_BYTES, StaticMemory, linear_shapes
@@ -58,6 +59,8 @@ _ACTIVATIONS = {
     "layer workspace",
     "loss workspace",
     "holes in the heap",
+    "gathered layers",
+    "gathered head",
 }
 
 
@@ -67,7 +70,8 @@ class PeakMemory:
 
     moments: by name, the bytes per part. activations: of the planned micro-batch.
     teacher_unknown: the run loads a teacher of unknown shape, which is not counted.
-    host_bytes: of a GPU run, main memory for offloaded inputs of recomputed layers and for the input embedding.
+    host_bytes: of a GPU run, main memory for offloaded inputs of recomputed layers, the input embedding, and the part
+        of a sharded base.
     """
 
     device_type: str
@@ -158,12 +162,14 @@ def predict_peak(inputs: PlanInputs, micro_batch: int, recomputed: int) -> PeakM
     if from_teacher and inputs.runs_teacher:
         asking = _teacher_pass(inputs, micro_batch * inputs.data.max_length)
         moments["asking the teacher"] = {**held, **from_teacher, **asking}
+    layers, table = gathered_bytes(inputs)
+    gathered = {"gathered layers": layers, "gathered head": table}
     if inputs.samples_answers:
-        moments["sampling answers"] = {**held, **_answers(inputs, sampled_batch(inputs))}
+        moments["sampling answers"] = {**held, **gathered, **_answers(inputs, sampled_batch(inputs))}
     if inputs.evaluates and inputs.learns_from_rewards:
-        moments["evaluation"] = {**held, **_answers(inputs, evaluated_batch(inputs))}
+        moments["evaluation"] = {**held, **gathered, **_answers(inputs, evaluated_batch(inputs))}
     elif inputs.evaluates:
-        moments["evaluation"] = {**held, **_evaluation(inputs, held["teacher"])}
+        moments["evaluation"] = {**held, **gathered, **_evaluation(inputs, held["teacher"])}
     gradients = static.parts.get("gradients", 0.0)
     # A trained embedding's gradient comes in the dtype of the products, and is widened to fp32.
     narrow = inputs.table_values * inputs.value_bytes if cuda and inputs.trains_embedding else 0
@@ -172,6 +178,8 @@ def predict_peak(inputs: PlanInputs, micro_batch: int, recomputed: int) -> PeakM
     host = recomputed * activations.input if offload else 0.0
     if inputs.embedding_on_host:
         host += inputs.shape["vocab_size"] * inputs.shape["hidden_size"] * inputs.value_bytes + activations.input
+    if inputs.base_on_host:
+        host += replace(inputs, parallel=schema.ParallelConfig()).static.total_bytes - static.total_bytes
     return PeakMemory(inputs.device_type, static, activations, micro_batch, recomputed, moments, teacher is None, host)
 
 
@@ -194,7 +202,8 @@ def _held(inputs: PlanInputs, teacher: float) -> dict[str, float]:
         held["code for shapes"] = _code_for_shapes(inputs)
         train, lora = inputs.train, inputs.lora
         trained = lora.new_tokens or "embed_tokens" in lora.modules_to_save
-        if "embedding" in held and train.max_steps is not None and not trained:
+        mapped = "embedding" in held and inputs.shard_ranks == 1
+        if mapped and train.max_steps is not None and not trained:
             # The pages that the run's tokens can touch of an untied table, which is mapped from its file.
             tokens = train.max_steps * train.batch_size * inputs.data.max_length
             held["embedding"] = min(held["embedding"], float(tokens * _FAULT_AROUND))

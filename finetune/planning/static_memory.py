@@ -61,16 +61,22 @@ def linear_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def plan_memory(
-    shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig, lora: LoraConfig, optimizer: str = "adamw"
+    shape: Mapping[str, Any],
+    model: ModelConfig,
+    quant: QuantConfig,
+    lora: LoraConfig,
+    optimizer: str = "adamw",
+    *,
+    shard_ranks: int = 1,
 ) -> StaticMemory:
-    """Compute the static memory of a model, without the weights of towers.
+    """Compute the static memory of a model on one rank, without the weights of towers.
 
-    shape: keys as in config.json. optimizer: of TrainConfig.
+    shape: keys as in config.json. optimizer: of TrainConfig. shard_ranks: ranks that hold one copy of the base.
     """
     width, tied, trained = DTYPE_BYTES[model.dtype], shape.get("tie_word_embeddings"), trained_parameters(shape, lora)
-    table_bytes = shape["vocab_size"] * shape["hidden_size"] * width
-    vectors = shape["num_hidden_layers"] * sum(_vectors(shape).values()) + shape["hidden_size"]
-    parts = _base_parts(shape, model, quant) | {
+    table_bytes = shape["vocab_size"] * shape["hidden_size"] * width / shard_ranks
+    vectors = shape["num_hidden_layers"] * sum(_vectors(shape).values()) / shard_ranks + shape["hidden_size"]
+    parts = _base_parts(shape, model, quant, shard_ranks) | {
         "embedding and head (tied)" if tied else "embedding": table_bytes,
         "head": 0 if tied else table_bytes,
         "norms and biases": vectors * width,
@@ -98,14 +104,30 @@ def _vectors(shape: Mapping[str, Any]) -> dict[str, int]:
     return vectors | {name: linears[name][0] for name in family.biased}
 
 
-def _base_parts(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig) -> dict[str, float]:
+def gathered_layer_bytes(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig) -> list[int]:
+    """Return the bytes of each decoder layer that ranks gather from one another where the base is sharded.
+
+    Those are all its frozen tensors but the second-level scales of 4-bit blocks, which every rank holds whole.
+    """
+    vectors, linears = sum(_vectors(shape).values()) * DTYPE_BYTES[model.dtype], linear_shapes(shape)
+    sizes = []
+    for layer in range(shape["num_hidden_layers"]):
+        stored = layer_precisions(FAMILIES[shape["model_type"]], layer, model, quant)
+        weights = (math.prod(linears[name]) * _sharded_bytes(kind, quant) for name, kind in stored.items())
+        sizes.append(round(sum(weights)) + vectors)
+    return sizes
+
+
+def _base_parts(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig, shard_ranks: int) -> dict[str, float]:
     """Bytes of the linears per precision, and of the 16-bit copies that `quant.keep_dequantized` keeps."""
     parts: dict[str, float] = {}
     linears, family = linear_shapes(shape), FAMILIES[shape["model_type"]]
     for layer in range(shape["num_hidden_layers"]):
         for name, precision in layer_precisions(family, layer, model, quant).items():
             weights, key = math.prod(linears[name]), f"linears in {precision}"
-            parts[key] = parts.get(key, 0.0) + weights * bytes_per_weight(precision, quant)
+            sharded = _sharded_bytes(precision, quant)
+            whole = bytes_per_weight(precision, quant) - sharded
+            parts[key] = parts.get(key, 0.0) + weights * (sharded / shard_ranks + whole)
             if precision == "int8":
                 parts[key] += 4 * linears[name][0]  # one scale per row
             if quant.keep_dequantized and precision == "nf4":
@@ -132,6 +154,12 @@ def bytes_per_weight(precision: str, quant: QuantConfig) -> float:
     if precision == "int8":
         return 1.0
     return 0.5 + (1 / _BLOCK + 4 / (_BLOCK * _OUTER_BLOCK) if quant.double else 4 / _BLOCK)
+
+
+def _sharded_bytes(precision: str, quant: QuantConfig) -> float:
+    """Return the bytes per weight of a linear that a sharded base splits: all but second-level scales."""
+    second_level = 4 / (_BLOCK * _OUTER_BLOCK) if precision == "nf4" and quant.double else 0.0
+    return bytes_per_weight(precision, quant) - second_level
 
 
 def trained_parameters(shape: Mapping[str, Any], lora: LoraConfig) -> int:
