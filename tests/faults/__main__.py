@@ -1,6 +1,7 @@
 """Run a campaign of faults and print its figures: JSON on stdout, one readable line on stderr.
 
 python -m tests.faults kill|damage|disk|fuzz|soak|all [seed=0] [count=N] [minutes=M]
+python -m tests.faults fuzz target=NAME [seed=0] [count=N] [minutes=M]
 
 seed: where and when faults happen. count: cases; steps for soak. minutes: stop early; `all` divides them.
 The exit code is 1 if a case was lost.
@@ -32,7 +33,8 @@ CAMPAIGNS = {
 def main(words: list[str]) -> int:
     command, *rest = words or [""]
     options = dict(word.partition("=")[::2] for word in rest)
-    if command not in (*CAMPAIGNS, "all") or options.keys() - {"seed", "count", "minutes"}:
+    allowed = {"seed", "count", "minutes"} | ({"target"} if command == "fuzz" else set())
+    if command not in (*CAMPAIGNS, "all") or options.keys() - allowed:
         print(__doc__, file=sys.stderr)
         return 2
     seed, minutes = int(options.get("seed", 0)), float(options["minutes"]) if "minutes" in options else None
@@ -41,7 +43,9 @@ def main(words: list[str]) -> int:
         module, full, share = CAMPAIGNS[name]
         budget = minutes if minutes is None or command != "all" else minutes * share
         began = time.monotonic()
-        figures = importlib.import_module(f"tests.faults.{module}").run(seed, int(options.get("count", full)), budget)
+        campaign = importlib.import_module(f"tests.faults.{module}")
+        own = {key: options[key] for key in options.keys() & {"target"}}
+        figures = campaign.run(seed, int(options.get("count", full)), budget, **own)
         figures = {"campaign": name, "seed": seed, **figures, "seconds": round(time.monotonic() - began)}
         print(json.dumps(figures), flush=True)
         print(f"{name}: " + ", ".join(f"{key}={value}" for key, value in figures.items()), file=sys.stderr)
