@@ -146,8 +146,11 @@ def _document(row: Row) -> Document:
     return Document(ids, labels, "")
 
 
-def write_probe(folder: Path, model: nn.Module, rows: Sequence[Row], *, source: str, base: str) -> None:
-    """Record in a run folder what its trained model computes on rows; `base`: as the config names it."""
+def write_probe(folder: Path, rows: Sequence[Row], measured: Sequence[list[Scored]], *, source: str, base: str) -> None:
+    """Record in a run folder what its trained model computes on rows, as `measure` returns it.
+
+    base: as the config names it.
+    """
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
     content = {
         "source": source,
@@ -156,7 +159,7 @@ def write_probe(folder: Path, model: nn.Module, rows: Sequence[Row], *, source: 
         "versions": versions,
         "rows": [
             {**asdict(row), "scores": [_as_json(scored) for scored in scores]}
-            for row, scores in zip(rows, measure(model, rows), strict=True)
+            for row, scores in zip(rows, measured, strict=True)
         ],
     }
     write_text(folder / FILE, json.dumps(content) + "\n")

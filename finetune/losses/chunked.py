@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.limits import LOGITS_VALUES
 from finetune.ops.matmul import has_fp32_result, matmul
+from finetune.parallel.sharding import is_plain_linear, whole
 
 # (logits [n, V], slice of the N rows, dtype) -> (sum of nats, fp32 scalar; gradient of the logits). Logits are fp32 or
 # 16 bit. The loss computes in fp32 without autograd. It may overwrite the logits and return them as the gradient. The
@@ -40,7 +41,8 @@ def chunked_loss(hidden_ND: Tensor, head: nn.Module, vocabulary: int, loss: Chun
         loss: the loss of a chunk.
     """
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    return _ChunkedLoss.apply(hidden_ND, head, vocabulary, loss, *trained)
+    with whole(head):
+        return _ChunkedLoss.apply(hidden_ND, head, vocabulary, loss, *trained)
 
 
 def target_nats(hidden_ND: Tensor, head: nn.Module, vocabulary: int, labels_N: Tensor) -> Tensor:
@@ -56,16 +58,18 @@ def target_nats(hidden_ND: Tensor, head: nn.Module, vocabulary: int, labels_N: T
         labels_N: int64, each in [0, V).
     """
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    return _TargetNats.apply(hidden_ND, head, vocabulary, labels_N, *trained)
+    with whole(head):
+        return _TargetNats.apply(hidden_ND, head, vocabulary, labels_N, *trained)
 
 
 @torch.no_grad()
 def chunked_logits(hidden_ND: Tensor, head: nn.Module, vocabulary: int) -> Iterator[tuple[Tensor, slice]]:
     """Yield chunks of logits [n, V] and the slice of their rows; the next chunk overwrites the logits."""
     logits_NV = None
-    for rows in _chunks(len(hidden_ND), vocabulary, hidden_ND.device, head):
-        logits_NV = logits_of(hidden_ND[rows], head, vocabulary, logits_NV)
-        yield logits_NV, rows
+    with whole(head):
+        for rows in _chunks(len(hidden_ND), vocabulary, hidden_ND.device, head):
+            logits_NV = logits_of(hidden_ND[rows], head, vocabulary, logits_NV)
+            yield logits_NV, rows
 
 
 @torch.no_grad()
@@ -74,7 +78,7 @@ def logits_of(hidden_ND: Tensor, head: nn.Module, vocabulary: int, place_NV: Ten
 
     Sums are fp32. A GPU returns fp32. On a CPU the result is rounded once to 16 bit, like in every PyTorch model:
     torch has no 16-bit product with an fp32 result there, and fp32 takes three times as long. The loss stays within
-    2e-5 and the gradient within 0.4 % of float64.
+    2e-5 and the gradient within 0.4 % of float64. A sharded head must be `whole`.
     """
     plain = _as_plain(head)
     if plain is None:
@@ -167,8 +171,7 @@ class _TargetNats(torch.autograd.Function):
 
 def _as_plain(head: nn.Module) -> nn.Linear | None:
     """Return the head if it is a plain linear layer without hooks, so that the engine may compute its products."""
-    wrapped = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
-    return head if type(head) is nn.Linear and not wrapped else None
+    return head if is_plain_linear(head) else None  # type: ignore[return-value]
 
 
 def _chunks(rows: int, vocabulary: int, device: torch.device, head: nn.Module) -> Iterator[slice]:

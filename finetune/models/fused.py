@@ -81,8 +81,9 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
             mixed_THW = attend(*heads, segments, attention.scaling)
         x_TD = x_TD + _apply(mixed_THW.flatten(1), attention.o_proj)[0]
         del heads, mixed_THW  # the MLP needs their memory
-        x_TD = x_TD + _mlp(self.mlp, apply_norm(self.post_attention_layernorm, x_TD), self.mlp_tile_rows)
-        return x_TD.view_as(hidden_states)
+        mlp_TD = _mlp(self.mlp, apply_norm(self.post_attention_layernorm, x_TD), self.mlp_tile_rows)
+        # No view: an operation in place on one would lose the hook with which FSDP gathers a layer for backward.
+        return x_TD.view_as(hidden_states) + mlp_TD.view_as(hidden_states)
 
 
 @cache

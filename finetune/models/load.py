@@ -21,7 +21,7 @@ from finetune.models.families import FAMILIES, text_settings
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, named_in_model, read_config, weight_files
 from finetune.models.quant.cache import Log
 from finetune.models.quant.eight_bit import quantize_loaded
-from finetune.models.quant.four_bit import attention_of, build_skeleton, keep_resident, load_four_bit, model_class
+from finetune.models.quant.four_bit import attention_of, build_skeleton, keep_resident, load_four_bit, load_plain, model_class
 from finetune.models.quant.quantize import (
     check_quantized,
     keep_weights_trainable_after_eval,
@@ -36,7 +36,11 @@ _log = logging.getLogger(__name__)
 
 
 def load_base(
-    model: ModelConfig, quant: QuantConfig, device: torch.device | str | None = None, log: Log = _log.warning
+    model: ModelConfig,
+    quant: QuantConfig,
+    device: torch.device | str | None = None,
+    log: Log = _log.warning,
+    mapped: bool = False,
 ) -> PreTrainedModel:
     """Load the frozen base model in eval mode, quantized while loading; nothing is cast to fp32.
 
@@ -44,6 +48,8 @@ def load_base(
         model, quant: sections of the config.
         device: default is this rank's GPU (`cuda:LOCAL_RANK`), or the CPU without one.
         log: called with a line if the cache of quantized weights cannot be used; the model is loaded in any case.
+        mapped: leave the weights in their files, on the CPU, for `shard_base`; `device` quantizes those that no cache
+            holds. Needs nf4 or unquantized weights.
 
     Returns:
         A transformers model. `model.base_revision` is its hub commit or None. With `quant.keep_dequantized`, each 4-bit
@@ -52,7 +58,7 @@ def load_base(
     Raises:
         ConfigError: not found, unsupported, or files are missing; model.embedding=host with a tied head.
         IntegrityError: files are corrupt, or tensors are missing, superfluous or of another shape.
-        ResourceError: out of memory.
+        ResourceError: out of memory, or with `mapped` no room for the cache.
         MissingExtra: bitsandbytes or flash-attn is missing.
     """
     source = fetch(model.name, model.revision, TEXT_FILES + WEIGHT_FILES, "model.name")
@@ -69,6 +75,8 @@ def load_base(
         )
     with quiet(), _readable_errors(model, quant):
         base: Any = None
+        if quant.type == "none" and mapped:
+            base = load_plain(source.folder, files, model=model, attention=kernel)
         if quant.type == "nf4":
             base = load_four_bit(
                 source.folder,
@@ -78,7 +86,13 @@ def load_base(
                 attention=kernel,
                 device=place,
                 host_embedding=on_host,
+                mapped=mapped,
                 log=log,
+            )
+        if base is None and mapped:
+            raise ConfigError(
+                f"model.name={model.name}: its files hold other tensors than config.json names, so they cannot be "
+                "sharded\nhelp: save the model again with transformers, or set parallel.shard=none"
             )
         if base is None:
             base = _load_by_transformers(source.folder, model, quant, kernel, place)

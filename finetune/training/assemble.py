@@ -25,6 +25,8 @@ from finetune.objectives.distillation import build_distillation, check_distillat
 from finetune.objectives.preference import build_preference, check_preference
 from finetune.objectives.reinforcement import build_reinforcement, prepare_judge, prompts_with_room
 from finetune.objectives.user_rewards import UserReward
+from finetune.parallel.ranks import ranks_together
+from finetune.parallel.sharding import shard_base, shard_mesh
 from finetune.planning.inputs import PlanInputs
 from finetune.report.dataset.files import store_report
 from finetune.system.console import Log
@@ -64,7 +66,9 @@ def assemble(
         _store_data(cfg, preparation, data, tokenizer, log)
     judge = prepare_judge(cfg, own_rewards, data, preparation)
     vocabulary = check_distillation(cfg, tokenizer, data, log)
-    given, base = base, _with_copies(base or load_base(inputs.model, cfg.quant, accelerator.device, log), cfg, inputs)
+    together = ranks_together(cfg.parallel, accelerator)
+    loaded = base or load_base(inputs.model, cfg.quant, accelerator.device, log, mapped=together > 1)
+    given, base = base, _with_copies(loaded, cfg, inputs)
     if towers := build_towers(base, cfg.model, preparation.media, cfg.data.media_cache and not cfg.lora.towers):
         _run_towers(towers, cfg, data, accelerator, log=log, keep=given is not None)
     # Before the adapter is attached: student and teacher share one copy of equal tensors.
@@ -75,6 +79,9 @@ def assemble(
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model) if cfg.lora.new_tokens else None)
     if cfg.train.kernels == "fused":
         detail(f"kernels: {fuse_layers(model)}")
+    if together > 1:
+        shard_base(base, shard_mesh(accelerator.device, together), accelerator.device, cfg.parallel.offload)
+        log(f"base: sharded over {together} ranks")
     model.train()
     preference = build_preference(cfg, model, chat, data, log)
     reinforcement = build_reinforcement(cfg, model, sampler, judge, accelerator=accelerator, log=log) if judge else None

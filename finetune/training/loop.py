@@ -59,6 +59,7 @@ class StepInputs:
         loss: module from a Batch to the summed loss in nats, wrapped for DDP.
         micro_batch: sequences per forward pass.
         share_prefixes: skip tokens after the last target, and compute shared prefixes once.
+        is_sharded: whether the base is split over the ranks.
         resume_command: continues the run after a stop.
         last_checkpoint: returns the newest checkpoint for error messages, None before the first.
         row_loss: how a loss on rows is divided and described; None for a loss on tokens.
@@ -75,6 +76,7 @@ class StepInputs:
     total_steps: int
     micro_batch: int
     share_prefixes: bool
+    is_sharded: bool
     resume_command: str
     last_checkpoint: Callable[[], Path | None]
     row_loss: RowLoss | None = None
@@ -222,12 +224,14 @@ def train_step(inputs: StepInputs, step: int, stop_signal: int = 0) -> StepResul
 def _rank_batches(inputs: StepInputs, sequences: list[list[Document]]) -> list[Batch]:
     """Return this rank's part of a step's sequences, one batch per forward pass."""
     ranks, rank = inputs.accelerator.num_processes, inputs.accelerator.process_index
-    mine = split_among_ranks([sum(map(len, sequence)) for sequence in sequences], ranks)[rank]
-    if not mine:
-        return [dummy_batch(sequences[0][0])]
+    shares = split_among_ranks([sum(map(len, sequence)) for sequence in sequences], ranks)
+    mine = shares[rank]
     groups = (mine[start : start + inputs.micro_batch] for start in range(0, len(mine), inputs.micro_batch))
     documents = ([document for i in group for document in sequences[i]] for group in groups)
-    return [build_batch(some, share_prefixes=inputs.share_prefixes) for some in documents]
+    batches = [build_batch(some, share_prefixes=inputs.share_prefixes) for some in documents]
+    # Each pass of a sharded base gathers weights from all ranks, so all make as many passes as the busiest one.
+    passes = math.ceil(max(map(len, shares)) / inputs.micro_batch) if inputs.is_sharded else 1
+    return batches + [dummy_batch(sequences[0][0])] * (passes - len(batches))
 
 
 def _check_finite(inputs: StepInputs, name: str, value: float, step: int, documents: Sequence[Document]) -> None:

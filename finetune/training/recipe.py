@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from finetune.config.schema import RunConfig, SourceConfig
 from finetune.data.sources.memory import write_rows
 from finetune.evaluation.generation import Answer, exact_match
-from finetune.evaluation.probe import text_rows, write_probe
+from finetune.evaluation.probe import measure, text_rows, write_probe
 from finetune.models.adapters.files import check_adapter, save_adapter
 from finetune.models.embedding import move_embedding_to_host
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
@@ -26,6 +26,7 @@ from finetune.objectives.distillation import mean_teacher_kl, teacher_table
 from finetune.objectives.user_rewards import RewardFunction, UserReward, check_rewards, user_rewards
 from finetune.ops.determinism import deterministic
 from finetune.parallel.ranks import build_accelerator, describe_ignored_settings
+from finetune.parallel.sharding import is_sharded
 from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan, describe_start
 from finetune.report.run import TEACHER
@@ -218,7 +219,6 @@ def _finish(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainS
         context.reinforcement.check_taught()
     if context.is_main:
         _save_final(context, result)
-        _record_probe(context)
         result.adapter = str(context.folder)
         if (before := state.before.get("evaluations")) and context.distillation is not None:
             write_text(context.folder / TEACHER, teacher_table(before, state.evaluations))
@@ -227,6 +227,7 @@ def _finish(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainS
             run_folder.write_worst(context.folder, after)
         print(describe_result(result, _answers_before(state), after[: generation.samples]))
     context.accelerator.wait_for_everyone()
+    _record_probe(context)
 
 
 def _fill(result: RunResult, state: TrainState, context: RunContext) -> None:
@@ -278,9 +279,15 @@ def _save_final(context: RunContext, result: RunResult) -> None:
 
 
 def _record_probe(context: RunContext) -> None:
-    """Record what the trained model computes on a few rows, with which `finetune serve` compares its answers."""
+    """Record what the trained model computes on a few rows, with which `finetune serve` compares its answers.
+
+    All ranks compute it where the base is sharded.
+    """
     data = context.data
     rows = text_rows(data.eval[0].documents if data.eval else data.documents if data.train else ())
-    if rows:
+    if not rows or not (context.is_main or is_sharded(context.model)):
+        return
+    measured = measure(context.model, rows)
+    if context.is_main:
         source = "held-out rows of the run" if data.eval else "training rows of the run"
-        write_probe(context.folder, context.model, rows, source=source, base=context.cfg.model.name)
+        write_probe(context.folder, rows, measured, source=source, base=context.cfg.model.name)

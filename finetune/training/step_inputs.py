@@ -14,6 +14,7 @@ from finetune.objectives.preference import PreferenceLoss, PreferenceSetup
 from finetune.objectives.reinforcement import PolicyLoss
 from finetune.ops import dispatch, matmul
 from finetune.parallel.ranks import wrap_ranks
+from finetune.parallel.sharding import is_sharded
 from finetune.report.facts import resume_command
 from finetune.training.checkpoint import TrainState
 from finetune.training.loop import BatchesOf, StepInputs
@@ -52,6 +53,7 @@ def build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, sta
         total_steps=total_steps,
         micro_batch=context.batch_plan.micro_batch,
         share_prefixes=cfg.train.kernels == "fused" and cfg.train.share_prefixes and not noisy,
+        is_sharded=is_sharded(context.model),
         resume_command=resume_command(context.folder, [own.word for own in context.own_rewards]),
         last_checkpoint=lambda: next(reversed(list_checkpoints(context.folder)), None),
         row_loss=context.reinforcement or preference,

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,9 +115,11 @@ class QuantizedCache:
             if lock is not None:
                 lock.release()
 
-    def write(self, layers: Sequence[Mapping[str, Tensor]]) -> None:
-        """Write the tensors of all layers if the disk has space; call it inside a granted `claim`."""
-        size_bytes = sum(tensor.nbytes for tensors in layers for tensor in tensors.values())
+    def write(self, layers: Iterable[Mapping[str, Tensor]], size_bytes: int) -> None:
+        """Write the tensors of all layers if the disk has space; call it inside a granted `claim`.
+
+        size_bytes: of all tensors, about.
+        """
         temporary = self.entry.with_name(f".{self.entry.name}.{os.getpid()}")
         try:
             self._clean()
@@ -151,7 +153,7 @@ class QuantizedCache:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _parts(layers: Sequence[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+def _parts(layers: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     """Yield the tensors of whole layers on the CPU, in dicts of about `_PART_BYTES`."""
     part: dict[str, Tensor] = {}
     size_bytes = 0

@@ -32,6 +32,8 @@ from finetune.models.quant.eight_bit import put_rows, quantize_rows, replace_eig
 from finetune.models.quant.quantize import quantization_config, quantized_layers, storage_in
 from finetune.models.safetensors_header import read_header
 from finetune.models.safetensors_index import read_tensor
+from finetune.system.errors import ResourceError
+from finetune.system.format import format_bytes
 from finetune.system.machine import malloc_trim
 from finetune.system.resources import cache_home
 
@@ -50,29 +52,51 @@ def load_four_bit(
     attention: str,
     device: torch.device,
     host_embedding: bool,
+    mapped: bool,
     log: Log,
 ) -> PreTrainedModel | None:
     """Load the base in 4 bit and eval mode, bit-identical to `from_pretrained`.
 
     files: of each tensor, by its name in the model. attention: name of the attention kernel in transformers.
-    host_embedding: keep the input embedding in main memory. log: called with a line if the cache cannot be used.
+    host_embedding: keep the input embedding in main memory. mapped: quantize into the cache, and leave every tensor in
+    its file. log: called with a line if the cache cannot be used.
     Returns: None if the files do not hold exactly the tensors of config.json. transformers may know their old names, or
     reports what is wrong.
+    Raises: ResourceError with `mapped` if the cache cannot be used.
     """
     base = build_skeleton(folder, getattr(torch, model.dtype), attention)
     if not holds_all(files, base):
         return None
     storage = storage_in(base, quant)
-    quantizer = replace_linears(base, quant, storage, device)
+    place = torch.device("cpu") if mapped else device
+    quantizer = replace_linears(base, quant, storage, place)
     plain = dict(files)
     if host_embedding:  # it never is on the device
         table = read_tensor(*plain.pop(f"{family_in(base).decoder}.embed_tokens.weight"))
         base.set_input_embeddings(HostEmbedding(table.to(base.dtype), device))
-    fill_plain(base, plain, device)
-    originals = {place.file for place in files.values()}
-    _fill_quantized(base, files, cache_of(originals, model, quant, storage, device, log=log), device)
+    fill_plain(base, plain, place)
+    originals = {tensor.file for tensor in files.values()}
+    cache = cache_of(originals, model, quant, storage, device, log=log)
+    if mapped:
+        _map_quantized(base, files, cache, device)
+    else:
+        _fill_quantized(base, files, cache, device)
     base.hf_quantizer = quantizer
     quantizer.postprocess_model(base)
+    return base.eval()
+
+
+def load_plain(
+    folder: Path, files: Mapping[str, TensorFile], *, model: ModelConfig, attention: str
+) -> PreTrainedModel | None:
+    """Load the base unquantized, in eval mode and on the CPU, with large tensors left in their files.
+
+    Returns: None as `load_four_bit`.
+    """
+    base = build_skeleton(folder, getattr(torch, model.dtype), attention)
+    if not holds_all(files, base):
+        return None
+    fill_plain(base, files, torch.device("cpu"))
     return base.eval()
 
 
@@ -249,12 +273,53 @@ def _fill_quantized(
             if stored is None and mine:
                 _quantize_all(base, files, device)
                 if before == [identity(file) for file in originals]:
-                    cache.write(list(_states(base)))
+                    cache.write(_states(base), _quantized_bytes(base))
                 return
     if stored is None:
         _quantize_all(base, files, device)
     else:
         _use(base, stored, device)
+
+
+def _map_quantized(
+    base: PreTrainedModel, files: Mapping[str, TensorFile], cache: QuantizedCache | None, device: torch.device
+) -> None:
+    """Put the tensors of the cache into the model as mapped files, written first if needed, one layer at a time."""
+    stored = None if cache is None else cache.find()
+    if cache is not None and stored is None:
+        with cache.claim() as mine:
+            stored = cache.find()
+            if stored is None and mine:
+                cache.write(_states_one_by_one(base, files, device), _quantized_bytes(base))
+                stored = cache.find()
+    if stored is None:
+        raise ResourceError(
+            "parallel.shard: each rank reads its part of the base from the cache of quantized weights, which cannot be "
+            f"used\nhelp: free {format_bytes(_quantized_bytes(base))} there, set FINETUNE_CACHE to another folder, or "
+            "set parallel.shard=none"
+        )
+    _use(base, stored, torch.device("cpu"))
+
+
+def _quantized_bytes(base: PreTrainedModel) -> int:
+    """Return about the bytes of the quantized weights of a model, and of their scales."""
+    bits = {"nf4": 4.13, "int8": 8.01}
+    return sum(
+        round(layer.in_features * layer.out_features * bits[kind] / 8)
+        for kind in bits
+        for _, layer in quantized_layers(base, kind)
+    )
+
+
+def _states_one_by_one(
+    base: PreTrainedModel, files: Mapping[str, TensorFile], device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of each 4-bit layer, as `_states`, while one of them is in memory."""
+    with quantizing_workers() as workers:
+        for name, module in quantized_layers(base, "nf4"):
+            weight = read_tensor(*files[f"{name}.weight"]).to(device=device, dtype=base.dtype)
+            packed, state = quantize(weight, module.weight, workers.map)
+            yield _state(name, packed, state)
 
 
 def _quantize_all(base: PreTrainedModel, files: Mapping[str, TensorFile], device: torch.device) -> None:
@@ -276,11 +341,15 @@ def _quantize_all(base: PreTrainedModel, files: Mapping[str, TensorFile], device
 def _states(base: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     """Yield the tensors of each quantized layer under their state-dict names; `SCB` follows its weight."""
     for name, module in quantized_layers(base, "nf4"):
-        parts = module.weight.quant_state.as_dict(packed=True)
-        yield {f"{name}.weight": module.weight.data, **{f"{name}.weight.{key}": part for key, part in parts.items()}}
+        yield _state(name, module.weight.data, module.weight.quant_state)
     for name, module in quantized_layers(base, "int8"):
         codes, largest = rows_of(module)
         yield {f"{name}.weight": codes, f"{name}.weight.SCB": largest}
+
+
+def _state(name: str, packed: Tensor, state: Any) -> dict[str, Tensor]:
+    parts = state.as_dict(packed=True)
+    return {f"{name}.weight": packed, **{f"{name}.weight.{key}": part for key, part in parts.items()}}
 
 
 def _use(base: PreTrainedModel, stored: dict[str, dict[str, Tensor]], device: torch.device) -> None:

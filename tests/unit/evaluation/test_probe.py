@@ -170,6 +170,7 @@ def test_a_corrupt_probe_is_refused(tmp_path):
 
 def test_a_local_base_is_recorded_by_its_fingerprint(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
-    write_probe(tmp_path, random_qwen2().eval(), [row_of_ids([1, 2, 3])], source="rows", base=str(BASE))
+    rows = [row_of_ids([1, 2, 3])]
+    write_probe(tmp_path, rows, measure(random_qwen2().eval(), rows), source="rows", base=str(BASE))
     probe = read_probe(tmp_path)
     assert probe is not None and probe.base is not None and len(probe.base) == 64

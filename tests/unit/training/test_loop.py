@@ -50,6 +50,7 @@ def step_inputs(loss: nn.Module, saved: list[int], **train) -> StepInputs:
         optimizer=build_optimizer(cfg, loss.named_parameters()),
         sampler=MapSampler(documents, SequenceOrder([2] * 8, [1.0] * 8, None, cfg.batch_size, 0)),
         total_steps=4,
+        is_sharded=False,
         share_prefixes=False,
         resume_command="",
         micro_batch=1,
