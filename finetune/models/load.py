@@ -21,7 +21,14 @@ from finetune.models.families import FAMILIES, text_settings
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, named_in_model, read_config, weight_files
 from finetune.models.quant.cache import Log
 from finetune.models.quant.eight_bit import quantize_loaded
-from finetune.models.quant.four_bit import attention_of, build_skeleton, keep_resident, load_four_bit, load_plain, model_class
+from finetune.models.quant.four_bit import (
+    attention_of,
+    build_skeleton,
+    keep_resident,
+    load_four_bit,
+    load_plain,
+    model_class,
+)
 from finetune.models.quant.quantize import (
     check_quantized,
     keep_weights_trainable_after_eval,

@@ -11,10 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune.config.schema import RunConfig
-from finetune.config.sections import ParallelConfig
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
-from finetune.system.machine import ranks_here
 
 # What `accelerate launch` sets for engines that split a model.
 _OTHER_ENGINES = {
@@ -61,16 +59,6 @@ def describe_ignored_settings(cfg: RunConfig, log: Log) -> None:
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted not in ("no", ""):
         log(f"launcher: mixed_precision={wanted} has no effect, model.dtype={cfg.model.dtype} decides")
-
-
-def ranks_together(parallel: ParallelConfig, accelerator: Accelerator) -> int:
-    """Return how many ranks hold one copy of the frozen base together; 1 for a whole copy on each."""
-    match parallel.shard:
-        case "full":
-            return accelerator.num_processes
-        case "hybrid":
-            return ranks_here(os.environ)
-    return 1
 
 
 def wrap_ranks(loss: nn.Module, accelerator: Accelerator) -> nn.Module:

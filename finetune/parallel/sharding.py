@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed import get_rank, get_world_size
+from torch.distributed import get_world_size
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -85,7 +86,7 @@ def shard_base(base: PreTrainedModel, mesh: DeviceMesh, device: torch.device, of
     fully_shard(base, ignored_params=whole_tensors, **options)  # the root, which splits nothing itself
     _move_whole(base, device)
     if device.type == "cuda":  # a CPU gathers while it waits
-        for layer, after in zip(layers, layers[1:], strict=False):
+        for layer, after in pairwise(layers):
             layer.set_modules_to_forward_prefetch([after])
     malloc_trim()
     training = base.training

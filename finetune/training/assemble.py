@@ -25,7 +25,6 @@ from finetune.objectives.distillation import build_distillation, check_distillat
 from finetune.objectives.preference import build_preference, check_preference
 from finetune.objectives.reinforcement import build_reinforcement, prepare_judge, prompts_with_room
 from finetune.objectives.user_rewards import UserReward
-from finetune.parallel.ranks import ranks_together
 from finetune.parallel.sharding import shard_base, shard_mesh
 from finetune.planning.inputs import PlanInputs
 from finetune.report.dataset.files import store_report
@@ -66,7 +65,7 @@ def assemble(
         _store_data(cfg, preparation, data, tokenizer, log)
     judge = prepare_judge(cfg, own_rewards, data, preparation)
     vocabulary = check_distillation(cfg, tokenizer, data, log)
-    together = ranks_together(cfg.parallel, accelerator)
+    together = inputs.shard_ranks
     loaded = base or load_base(inputs.model, cfg.quant, accelerator.device, log, mapped=together > 1)
     given, base = base, _with_copies(loaded, cfg, inputs)
     if towers := build_towers(base, cfg.model, preparation.media, cfg.data.media_cache and not cfg.lora.towers):

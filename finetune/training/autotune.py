@@ -23,6 +23,7 @@ from finetune.planning.auto_batch import BatchPlan, choose_micro_batch, free_mem
 from finetune.planning.inputs import GpuTraits, PlanInputs, plan_inputs
 from finetune.planning.media import measured_media
 from finetune.planning.peak_memory import MARGIN
+from finetune.planning.sharded_base import shard_group
 from finetune.planning.timing import estimate_time, read_rates
 from finetune.system.console import Log
 from finetune.system.machine import available_memory, malloc_trim, ranks_here
@@ -41,7 +42,9 @@ def inputs_of_run(cfg: RunConfig, accelerator: Accelerator, stored: dict[str, An
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         gpu = GpuTraits(properties.major >= 8, properties.multi_processor_count)
-    inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=device.type, ranks=ranks, gpu=gpu)
+    nodes = ranks // ranks_here(os.environ)
+    inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=device.type, ranks=ranks, gpu=gpu, nodes=nodes)
+    inputs = replace(inputs, shard_ranks=shard_group(inputs, _least_free(accelerator)))
     inputs = inputs.with_settings(train=repeat_choices(cfg.train, stored, ranks, log))
     if device.type == "cuda" and elementwise_kernels(inputs) == "compiled" and compile_problem(device):
         inputs = inputs.with_settings(train={"compile": False})
@@ -50,6 +53,14 @@ def inputs_of_run(cfg: RunConfig, accelerator: Accelerator, stored: dict[str, An
         return keep_copies(inputs, free_memory(device.type))
     kept = cfg.quant.keep_dequantized or stored.get("keep_dequantized", False)
     return inputs.with_settings(quant={"keep_dequantized": kept})
+
+
+def _least_free(accelerator: Accelerator) -> float | None:
+    """Return the free device memory of the rank that has least, None if it is unknown: all ranks must decide alike."""
+    free = free_memory(accelerator.device.type)
+    known = torch.tensor([-1.0 if free is None else free], dtype=torch.float64, device=accelerator.device)
+    least = accelerator.gather(known).min().item()
+    return None if least < 0 else least
 
 
 def with_answers(inputs: PlanInputs, data: LoadedData) -> PlanInputs:
