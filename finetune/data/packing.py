@@ -125,6 +125,15 @@ class Sampler(Protocol):
     def step_batches(self, step: int) -> list[list[Document]]:
         """Return the packed sequences of a step (from 0), of all ranks."""
 
+    def lengths(self, step: int) -> list[int] | None:
+        """Return the tokens of each sequence of a step (from 0) without reading rows; None if they are not known yet.
+
+        Of sampled answers, those of the prompts alone.
+        """
+
+    def largest(self, step: int) -> list[list[Document]]:
+        """Return the sequences of a step (from 0) at their largest, without sampling answers."""
+
     def steps_for(self, epochs: float) -> int:
         """Return the optimizer steps of `epochs` passes over the rows."""
 
@@ -142,6 +151,12 @@ class MapSampler:
 
     def step_batches(self, step: int) -> list[list[Document]]:
         return [[self.documents[i] for i in sequence] for sequence in self.order.batch(step)]
+
+    def lengths(self, step: int) -> list[int]:
+        return [int(self.order.lengths[sequence].sum()) for sequence in self.order.batch(step)]
+
+    def largest(self, step: int) -> list[list[Document]]:
+        return self.step_batches(step)
 
     def steps_for(self, epochs: float) -> int:
         return self.order.steps_for(epochs)
@@ -163,3 +178,12 @@ def split_among_ranks(tokens: Sequence[int], ranks: int) -> list[list[int]]:
         load[rank] += tokens[i]
         shares[rank].append(i)
     return [sorted(share) for share in shares]
+
+
+def micro_batches(tokens: Sequence[int], ranks: int, size: int) -> list[list[list[int]]]:
+    """Split a step's sequences among ranks, and each part into passes of `size` sequences; return their indices.
+
+    tokens: as for `split_among_ranks`.
+    """
+    shares = split_among_ranks(tokens, ranks)
+    return [[share[start : start + size] for start in range(0, len(share), size)] for share in shares]

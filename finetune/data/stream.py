@@ -111,6 +111,12 @@ class StreamingSampler:
         sequences = sampler.order.epoch(window)[step * self.batch_size : (step + 1) * self.batch_size]
         return [[sampler.documents[i] for i in sequence] for sequence in sequences]
 
+    def lengths(self, step: int) -> None:
+        """Return None: rows that are not read yet have no length."""
+
+    def largest(self, step: int) -> list[list[Document]]:
+        return self.step_batches(step)
+
     def steps_for(self, epochs: float) -> int:
         """Raise ConfigError: the number of rows of a stream is unknown."""
         raise ConfigError("data.stream_rows needs train.max_steps: the number of rows of a stream is unknown")

@@ -7,7 +7,7 @@ Source: Agarwal et al. 2024, arXiv:2306.13649 (generalized knowledge distillatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -58,15 +58,34 @@ class OnPolicySampler:
         """Return the packed sequences of a step (from 0) over all ranks, with answers of the current weights."""
         sequences = self.sampler.step_batches(step)
         documents = [document for sequence in sequences for document in sequence]
-        answers = self._answers(step, documents)
-        written = iter([_answered(d, *answers[i]) if i in answers else d for i, d in enumerate(documents)])
-        return [part for s in sequences for part in groups_of(islice(written, len(s)), self.max_length)]
+        return self._repacked(sequences, documents, self._answers(step, documents))
+
+    def lengths(self, step: int) -> list[int] | None:
+        return self.sampler.lengths(step)
+
+    def largest(self, step: int) -> list[list[Document]]:
+        """Return the rows with answers as long as the student may write."""
+        sequences = self.sampler.largest(step)
+        documents = [document for sequence in sequences for document in sequence]
+        plans = {i: plan for i, document in enumerate(documents) if (plan := self._plan(step, i, document)) is not None}
+        answers = {i: (prompt, np.zeros(len(draws), dtype=np.int32)) for i, (prompt, draws) in plans.items()}
+        return self._repacked(sequences, documents, answers)
 
     def steps_for(self, epochs: float) -> int:
         return self.sampler.steps_for(epochs)
 
     def close(self) -> None:
         self.sampler.close()
+
+    def _repacked(
+        self,
+        sequences: Sequence[Sequence[Document]],
+        documents: Sequence[Document],
+        answers: Mapping[int, tuple[int, np.ndarray]],
+    ) -> list[list[Document]]:
+        """Return sequences with (prompt length, answer) of some documents, split where they became too long."""
+        written = iter([_answered(d, *answers[i]) if i in answers else d for i, d in enumerate(documents)])
+        return [part for s in sequences for part in groups_of(islice(written, len(s)), self.max_length)]
 
     def _answers(self, step: int, documents: Sequence[Document]) -> dict[int, tuple[int, np.ndarray]]:
         """Return (prompt length, answer) of the chosen documents, by number. Each rank writes some of each length."""

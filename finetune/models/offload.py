@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from finetune.system.errors import ResourceError
+from finetune.system.errors import OutOfMemory
 from finetune.system.format import format_bytes
 from finetune.system.machine import available_memory
 
@@ -86,7 +86,7 @@ class CopyQueue:
         self._last: Callable[[], _Waiting | None] = lambda: None
 
     def store(self, tensor: Tensor) -> _Waiting:
-        """Begin to copy a tensor to main memory. Raises: ResourceError if that cannot hold it."""
+        """Begin to copy a tensor to main memory. Raises: OutOfMemory if that cannot hold it."""
         if (before := self._last()) is not None:
             before.on_device = None
         on_device = tensor.detach()
@@ -177,18 +177,18 @@ def pin_memory(device: torch.device, size_bytes: int) -> tuple[Tensor, Callable[
     torch's own pinned memory is rounded up to a power of two, and is not returned to the system.
 
     Raises:
-        ResourceError: main memory cannot hold it.
+        OutOfMemory: main memory cannot hold it.
     """
     wanted, free = f"needs {format_bytes(size_bytes)} of pinned main memory", available_memory()
     where = "train.gradient_checkpointing=offload"
     advice = "help: lower data.max_length or train.micro_batch_size, or set train.gradient_checkpointing=all"
     # Pinning loads every page. The system would end the process where memory does not suffice.
     if size_bytes > free:
-        raise ResourceError(f"{where}: {wanted}, {format_bytes(free)} is free\n{advice}")
+        raise OutOfMemory(f"{where}: {wanted}, {format_bytes(free)} is free\n{advice}")
     memory = torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
     runtime: Any = torch.cuda.cudart()
     if code := int(runtime.cudaHostRegister(memory.data_ptr(), size_bytes, _PORTABLE)):
-        raise ResourceError(f"{where}: {wanted}, and CUDA refused it with error {code}\n{advice}")
+        raise OutOfMemory(f"{where}: {wanted}, and CUDA refused it with error {code}\n{advice}")
     return memory, partial(_unpin, runtime, device, memory.data_ptr())
 
 

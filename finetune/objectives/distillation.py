@@ -39,8 +39,13 @@ class Schedule:
         self._targets: Iterator[TeacherTargets] = iter(())
 
     def targets_for(self, step: int, batches_of: Callable[[int], list[Batch]]) -> Iterable[TeacherTargets]:
-        """Return the targets of a step's batches, in order. Callers take all targets of each step, step by step."""
-        if step not in self._counts:
+        """Return the targets of a step's batches, in order. Callers take all targets of each step, step by step.
+
+        A step whose number of batches changed was split anew: its targets, and those of the steps after it, are
+        requested again.
+        """
+        if self._counts.get(step) != len(batches_of(step)):
+            self._targets = iter(())
             steps = range(step, min(step + self.steps_ahead, self.total_steps + 1))
             batches = {later: batches_of(later) for later in steps}
             self._counts = {later: len(some) for later, some in batches.items()}
@@ -59,7 +64,12 @@ class DistillationSetup:
     def before_step(self, loss: Distillation, total_steps: int) -> Callable[[int, Callable[[int], list[Batch]]], None]:
         """Build the hook that gives `loss` the teacher's targets for the batches of a step."""
         schedule = Schedule(self.teacher, self.cfg.distill.teacher.steps_ahead, total_steps)
-        return lambda step, batches_of: loss.expect(schedule.targets_for(step, batches_of))
+
+        def before_step(step: int, batches_of: Callable[[int], list[Batch]]) -> None:
+            loss.expect(())  # frees what is left of targets that a repeated step requests again
+            loss.expect(schedule.targets_for(step, batches_of))
+
+        return before_step
 
     def build_sampler(
         self, sampler: Sampler, model: PeftModel, chat: ChatTemplate, accelerator: Accelerator, log: Log

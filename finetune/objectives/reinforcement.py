@@ -52,7 +52,7 @@ class PolicyLoss(nn.Module):
 
     forward(batch) returns the weighted sum of the losses of the batch's tokens, fp32; the caller divides by
     `normalization`. The first update on some answers stores their log-probabilities for the next ones, so later updates
-    must give the same batches in the same order.
+    must give the same answers in the same order; a batch may hold other numbers of them.
     """
 
     def __init__(self, model: nn.Module, cfg: RewardConfig, reference: ReferencePolicy | None):
@@ -61,8 +61,8 @@ class PolicyLoss(nn.Module):
         self.cfg = cfg
         self._reference = reference
         self._first = True
-        self._stored: list[tuple[Tensor, Tensor | None]] = []  # of each batch: old and reference log-probs [N]
-        self._next = 0
+        self._stored: list[tuple[Tensor, Tensor | None]] = []  # of each first batch: old and reference log-probs [N]
+        self._next = 0  # of all targets stored, the first of the next batch
         self._sums = torch.zeros(4, dtype=torch.float64)  # clipped, divergence, tokens; the largest sampling gap
 
     def start(self, update: int) -> None:
@@ -82,8 +82,7 @@ class PolicyLoss(nn.Module):
                 with torch.no_grad(), self._reference():
                     reference_N = token_log_probs(self.model, batch, temperature)
             self._stored.append((log_probs_N.detach(), reference_N))
-        old_N, reference_N = self._stored[self._next]
-        self._next += 1
+        old_N, reference_N = self._before(len(log_probs_N))
         counts, device = batch.target_counts, log_probs_N.device
         advantages_N, sampled_N = copy_together(
             [batch.advantages.repeat_interleave(counts), batch.sampled_log_probs], device
@@ -93,6 +92,15 @@ class PolicyLoss(nn.Module):
         [counts_A] = copy_together([counts], device)
         self._count(clipped_N, divergence_N, old_N - sampled_N)
         return (losses_N * token_weights(counts_A, self.cfg)).sum()
+
+    def _before(self, targets: int) -> tuple[Tensor, Tensor | None]:
+        """Return what the first update stored for the next targets [N]: log-probabilities, those of the reference."""
+        if self._first:
+            return self._stored[-1]
+        some = slice(self._next, self._next + targets)
+        self._next += targets
+        old, reference = zip(*self._stored, strict=True)
+        return torch.cat(old)[some], None if reference[0] is None else torch.cat(reference)[some]
 
     def take_sums(self) -> Tensor:
         """Return clipped tokens, divergence, tokens, and the largest sampling gap since the last call, on the CPU."""

@@ -93,6 +93,16 @@ class Rollouts:
             self.figures["sampling_seconds"] = time.perf_counter() - start
         return self._sequences
 
+    def lengths(self, step: int) -> list[int] | None:
+        return self.prompts.lengths(step // self.cfg.updates)
+
+    def largest(self, step: int) -> list[list[Document]]:
+        """Return answers of full length, which differ from their first token on, so that they share their prompt."""
+        prompts = [row for sequence in self.prompts.largest(step // self.cfg.updates) for row in sequence]
+        tokens = np.zeros(self.cfg.max_new_tokens, dtype=np.float32)
+        answers = [SampledIds(np.full(len(tokens), i, np.int32), tokens) for i in range(self.cfg.group_size)]
+        return list(self._packed([[_with_answer(prompt, answer, 1.0) for answer in answers] for prompt in prompts]))
+
     def steps_for(self, epochs: float) -> int:
         return self.prompts.steps_for(epochs) * self.cfg.updates
 

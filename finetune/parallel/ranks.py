@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 from finetune.config.schema import RunConfig
 from finetune.system.console import Log
@@ -21,6 +21,8 @@ _OTHER_ENGINES = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
+# DDP's default: large enough for the full rate of a link, small beside a model.
+_BUCKET_BYTES = 25 * 2**20
 
 
 def build_accelerator(cfg: RunConfig) -> Accelerator:
@@ -61,26 +63,45 @@ def describe_ignored_settings(cfg: RunConfig, log: Log) -> None:
         log(f"launcher: mixed_precision={wanted} has no effect, model.dtype={cfg.model.dtype} decides")
 
 
-def wrap_ranks(loss: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Return the loss as a module whose gradients are the mean over all ranks.
+def copy_from_main(parameters: Iterable[Tensor], accelerator: Accelerator) -> None:
+    """Give every rank the main rank's values of the trained parameters. Frozen weights are equal already."""
+    if accelerator.num_processes > 1:
+        for parameter in parameters:
+            dist.broadcast(parameter.detach(), 0)
 
-    At its start, data parallelism copies rank 0's tensors to all ranks. Frozen weights are equal, and stay out of it.
+
+def sum_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """Replace every gradient by its sum over all ranks, in the gradient's own type.
+
+    Small gradients are exchanged together, so the extra memory is that of one bucket.
     """
     if accelerator.num_processes == 1:
-        return loss
-    frozen = [name for name, parameter in loss.named_parameters() if not parameter.requires_grad]
-    constants = [*frozen, *(name for name, _ in loss.named_buffers())]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, constants)
-    device = accelerator.device
-    # A gradient is stored once, in its bucket. Buffers are constants: rotary frequencies.
-    return DistributedDataParallel(
-        loss,
-        device_ids=None if device.type == "cpu" else [device],
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )
+        return
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is None:  # a rank whose rows did not use it
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    for bucket in _buckets(gradients):
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            dist.all_reduce(bucket[0])
+            continue
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat)
+        for gradient, total in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+            gradient.copy_(total.view_as(gradient))
 
 
-def without_exchange(loss: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which a backward pass adds to the gradients of this rank alone."""
-    return loss.no_sync() if isinstance(loss, DistributedDataParallel) else nullcontext()
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Group tensors in their order, of one type and device, to at most _BUCKET_BYTES; a larger one is by itself."""
+    bucket: list[Tensor] = []
+    held = 0
+    for tensor in tensors:
+        alike = not bucket or (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and not (alike and held + tensor.nbytes <= _BUCKET_BYTES):
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(tensor)
+        held += tensor.nbytes
+    if bucket:
+        yield bucket

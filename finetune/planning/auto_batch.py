@@ -23,13 +23,13 @@ class BatchPlan:
     """How a run fits into memory.
 
     memory: its prediction, with the micro-batch. text: the choice and its reason, for the log.
-    recompute: `train.gradient_checkpointing` with auto resolved. keep_dequantized: of the run's inputs.
+    recompute: `train.gradient_checkpointing` with auto resolved. inputs: of the run.
     """
 
     memory: PeakMemory
     recompute: str | int
     text: str
-    keep_dequantized: bool = False
+    inputs: PlanInputs
 
     @property
     def micro_batch(self) -> int:
@@ -69,14 +69,14 @@ def choose_micro_batch(inputs: PlanInputs, free_bytes: float | None) -> BatchPla
     if free_bytes is None:
         recompute = "all" if setting == "auto" else setting
         text = f"memory: gradient_checkpointing={recompute}, micro_batch={micro} (the free memory is unknown)"
-        return BatchPlan(memory, recompute, text, inputs.quant.keep_dequantized)
+        return BatchPlan(memory, recompute, text, inputs)
     text = f"memory: micro_batch={micro}"
     if micro < wanted:
         text += f" (reduced from {wanted} to fit)"
     text += f", predicted_peak={format_bytes(memory.peak_bytes)}"
     text += _describe_activations(inputs, plan, count, free_bytes)
     recompute = setting if setting != "auto" else count or "none"
-    return BatchPlan(memory, recompute, text, inputs.quant.keep_dequantized)
+    return BatchPlan(memory, recompute, text, inputs)
 
 
 def recomputed_layers(inputs: PlanInputs, plan: ActivationPlan, free_bytes: float | None = math.inf) -> int:

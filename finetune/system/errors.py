@@ -50,6 +50,10 @@ class ResourceError(FinetuneError):
     exit_code = 4
 
 
+class OutOfMemory(ResourceError):
+    """Memory ran out in a part of the work, which may fit in smaller parts."""
+
+
 class Interrupted(FinetuneError):
     """A signal stopped the run after its checkpoint was saved."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from typing import Any
@@ -19,13 +20,15 @@ from finetune.models.families import shape_of, text_settings
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.ops.dispatch import compile_problem
 from finetune.planning.activations import elementwise_kernels
+from finetune.planning.advice import changes_that_fit
 from finetune.planning.auto_batch import BatchPlan, choose_micro_batch, free_memory, keep_copies, place_embedding
 from finetune.planning.inputs import GpuTraits, PlanInputs, plan_inputs
 from finetune.planning.media import measured_media
-from finetune.planning.peak_memory import MARGIN
+from finetune.planning.peak_memory import MARGIN, predict_peak
 from finetune.planning.sharded_base import shard_group
 from finetune.planning.timing import estimate_time, read_rates
 from finetune.system.console import Log
+from finetune.system.format import format_bytes
 from finetune.system.machine import available_memory, malloc_trim, ranks_here
 from finetune.training.choices import repeat_choices
 
@@ -113,6 +116,21 @@ def apply_batch_plan(inputs: PlanInputs, model: nn.Module, accelerator: Accelera
     apply_gradient_checkpointing(model, plan.recompute)
     log(plan.text)
     return plan
+
+
+def advice_on_memory(plan: BatchPlan, device_type: str) -> str:
+    """Return the predicted memory of a run with one sequence per forward pass, what is free, and changes that help."""
+    inputs = plan.inputs.with_settings(train={"micro_batch_size": 1})
+    memory = predict_peak(inputs, 1, plan.memory.recomputed)
+    free = free_memory(device_type)
+    lines = [f"predicted_peak={format_bytes(memory.peak_bytes)}, {memory.moment}"]
+    if free is not None:
+        lines[0] += f"; free={format_bytes(free)} with what this process holds of main memory"
+    # Memory ran out, so the run had less than its predicted peak, or another process took some.
+    changes = changes_that_fit(inputs, min(memory.peak_bytes, math.inf if free is None else free))
+    return "\n".join(
+        [*lines, "help: free memory of the device, or change the run:", *(f"  {each}" for each in changes)]
+    )
 
 
 def predict_speed(inputs: PlanInputs, model: nn.Module, plan: BatchPlan, data: LoadedData) -> tuple[float, str]:

@@ -59,6 +59,7 @@ class TrainState:
         evaluations: figures of the latest evaluation.
         before: answers and figures of the untrained model.
         breaches: entries of guard.py, one for each evaluation beyond `guard.max`.
+        halvings: steps that were repeated because memory ran out, each with its new `micro_batch`.
     """
 
     trajectory: dict[str, Any]
@@ -75,6 +76,7 @@ class TrainState:
     evaluations: dict[str, float] = field(default_factory=dict)
     before: dict[str, Any] = field(default_factory=dict)
     breaches: list[dict[str, Any]] = field(default_factory=list)
+    halvings: list[dict[str, int]] = field(default_factory=list)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:

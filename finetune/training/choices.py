@@ -6,8 +6,12 @@ steps that are left and the cores of a machine must therefore not choose anew in
 
 from __future__ import annotations
 
+import json
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +19,21 @@ import torch
 from finetune.config.schema import TrainConfig
 from finetune.ops.dispatch import STATE
 from finetune.planning.auto_batch import BatchPlan
+from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.machine import pick_threads, usable_cores
+from finetune.training.checkpoint import TrainState, read_state
+
+# Left by a rank that ran out of memory while the others waited for it inside a pass.
+_SMALLER = "out_of_memory.json"
 
 
 @dataclass(frozen=True)
 class Choices:
-    """Ranks and threads, sequences per forward pass, checkpointed layers, compiled kernels, copies of 4-bit weights."""
+    """Ranks and threads, sequences per forward pass, checkpointed layers, compiled kernels, copies of 4-bit weights.
+
+    micro_batch_size: the setting, in place of which a run that ran out of memory has a smaller micro_batch.
+    """
 
     ranks: int
     threads: int
@@ -29,12 +41,14 @@ class Choices:
     gradient_checkpointing: str | int
     compiled: bool
     keep_dequantized: bool = False
+    micro_batch_size: int | None = None
 
 
-def current_choices(plan: BatchPlan, ranks: int) -> dict[str, Any]:
-    """Return the choices of this process as a checkpoint stores them."""
-    threads, kept = torch.get_num_threads(), plan.keep_dequantized
-    return asdict(Choices(ranks, threads, plan.micro_batch, plan.recompute, STATE.compiled, kept))
+def current_choices(train: TrainConfig, plan: BatchPlan, ranks: int) -> dict[str, Any]:
+    """Return the choices of this process as a checkpoint stores them. train: as the user set it."""
+    threads, kept = torch.get_num_threads(), plan.inputs.quant.keep_dequantized
+    given = train.micro_batch_size
+    return asdict(Choices(ranks, threads, plan.micro_batch, plan.recompute, STATE.compiled, kept, given))
 
 
 def repeat_choices(train: TrainConfig, stored: dict[str, Any], ranks: int, log: Log) -> dict[str, Any]:
@@ -59,8 +73,26 @@ def repeat_choices(train: TrainConfig, stored: dict[str, Any], ranks: int, log: 
         else:
             torch.set_num_threads(earlier.threads)
     repeated: dict[str, Any] = {}
-    if train.micro_batch_size is None:
+    if train.micro_batch_size in (None, earlier.micro_batch_size):
         repeated["micro_batch_size"] = earlier.micro_batch
     if train.gradient_checkpointing == "auto":
         repeated["gradient_checkpointing"] = earlier.gradient_checkpointing
     return repeated
+
+
+def leave_smaller(folder: Path, state: TrainState, step: int, micro_batch: int) -> None:
+    """Leave the choices of a run, with a smaller micro-batch from `step` on, to its next start in this folder."""
+    halvings = [*state.halvings, {"step": step, "micro_batch": micro_batch}]
+    left = {"choices": state.choices | {"micro_batch": micro_batch}, "halvings": halvings}
+    write_text(folder / _SMALLER, json.dumps(left, indent=2) + "\n")
+
+
+def choices_before(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Sequence[dict[str, int]]]:
+    """Return the choices of an earlier part of a run, empty for a new one, and how often memory ran out in it."""
+    state = None if checkpoint is None else read_state(checkpoint)
+    choices, halvings = ({}, []) if state is None else (state.choices, state.halvings)
+    if (file := folder / _SMALLER).is_file():
+        left = json.loads(file.read_text(encoding="utf-8"))
+        if left["choices"]["micro_batch"] < choices.get("micro_batch", math.inf):
+            return left["choices"], left["halvings"]
+    return choices, halvings

@@ -8,7 +8,6 @@ from typing import Any
 
 from finetune.losses.distillation import Distillation, DistillLossWeights
 from finetune.objectives.distillation import mean_teacher_kl
-from finetune.parallel.ranks import wrap_ranks
 from finetune.system.console import Log
 from finetune.training.checkpoint import TrainState
 from finetune.training.loop import Figures, StepInputs, train_step
@@ -32,13 +31,12 @@ def build_guard(context: RunContext, inputs: StepInputs, log: Log) -> Callable[[
     assert distillation is not None and cfg.max is not None, "guard.max needs a teacher"
     limit = cfg.max
     loss = Distillation(context.model, DistillLossWeights(), distillation.vocabulary)
-    wrapped = wrap_ranks(loss, context.accelerator)
 
     def recover(step: int) -> None:
         recovery = replace(
             inputs,
             sampler=context.sampler,
-            loss=wrapped,
+            loss=loss,
             before_step=distillation.before_step(loss, step),
             optimizer=build_optimizer(inputs.cfg, context.model.named_parameters()),
         )

@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,12 +20,13 @@ from torch import Tensor, nn
 from finetune.config.schema import TrainConfig
 from finetune.data.batch import Batch, build_batch, dummy_batch
 from finetune.data.documents import Document
-from finetune.data.packing import Sampler, split_among_ranks
-from finetune.parallel.ranks import without_exchange
+from finetune.data.packing import Sampler, micro_batches
+from finetune.parallel.ranks import sum_gradients
 from finetune.system.console import log
 from finetune.system.errors import FinetuneError, Interrupted
 from finetune.system.signals import StopSignals
 from finetune.training.checkpoint import TrainState
+from finetune.training.micro_batch import MicroBatch
 from finetune.training.optimizer import learning_rate_at
 from finetune.training.track import SilentTracker
 
@@ -56,8 +56,8 @@ class StepInputs:
     """The inputs of `train_step`, the same for all steps of a run.
 
     Attributes:
-        loss: module from a Batch to the summed loss in nats, wrapped for DDP.
-        micro_batch: sequences per forward pass.
+        loss: module from a Batch to the summed loss in nats.
+        micro_batch: sequences per forward pass; fewer once memory ran out.
         share_prefixes: skip tokens after the last target, and compute shared prefixes once.
         is_sharded: whether the base is split over the ranks.
         resume_command: continues the run after a stop.
@@ -74,7 +74,7 @@ class StepInputs:
     optimizer: torch.optim.Optimizer
     sampler: Sampler
     total_steps: int
-    micro_batch: int
+    micro_batch: MicroBatch
     share_prefixes: bool
     is_sharded: bool
     resume_command: str
@@ -176,39 +176,42 @@ def train_step(inputs: StepInputs, step: int, stop_signal: int = 0) -> StepResul
     The gradient of the summed loss is divided by the global count of target tokens. So neither micro-batches nor ranks
     change it. Every generator is seeded from (seed, step, rank), so nothing before the step changes its noise.
 
+    Where memory runs out on any rank, all ranks repeat the passes with half the micro-batch: gradients are exchanged
+    only once every rank has its own.
+
     Args:
         stop_signal: the signal that this rank received, 0 for none.
+
+    Raises:
+        ResourceError: memory ran out with one sequence per forward pass.
+        FinetuneError: the loss or the gradient is NaN or infinite. The update is not made.
     """
-    accelerator, ranks = inputs.accelerator, inputs.accelerator.num_processes
-    set_seed((inputs.cfg.seed * 1_000_003 + step * 1_009 + accelerator.process_index) % 2**32)
+    accelerator, optimizer = inputs.accelerator, inputs.optimizer
     sequences = inputs.sampler.step_batches(step - 1)
     documents = [document for sequence in sequences for document in sequence]
     target_tokens = sum(document.target_tokens for document in documents)
     count = target_tokens if inputs.row_loss is None else inputs.row_loss.count(documents)
-    loss_sum = 0.0
-    batches = _rank_batches(inputs, sequences)
-    if inputs.before_step is not None:
-        inputs.before_step(
-            step, lambda s: batches if s == step else _rank_batches(inputs, inputs.sampler.step_batches(s - 1))
-        )
-    for i, batch in enumerate(batches):
-        with nullcontext() if i == len(batches) - 1 else without_exchange(inputs.loss):
-            loss = inputs.loss(batch)
-            (loss * (ranks / count)).backward()
-        loss_sum += loss.item()
-    more = [] if inputs.row_loss is None else inputs.row_loss.take_sums().tolist()
-    sums = [[loss_sum, stop_signal, sum(batch.rows for batch in batches), *more]]
-    of_ranks = accelerator.gather(torch.tensor(sums, dtype=torch.float64, device=accelerator.device))
+    while True:
+        passed = inputs.micro_batch.attempt(lambda: _add_gradients(inputs, step, sequences, count), step)
+        loss_sum, rows = passed or (0.0, 0)
+        more = [] if inputs.row_loss is None else inputs.row_loss.take_sums().tolist()
+        sums = [[loss_sum, stop_signal, rows, passed is None, *more]]
+        of_ranks = accelerator.gather(torch.tensor(sums, dtype=torch.float64, device=accelerator.device))
+        if not of_ranks[:, 3].any():
+            break
+        optimizer.zero_grad(set_to_none=True)
+        inputs.micro_batch.halve(step)
     loss_mean = of_ranks[:, 0].sum().item() / count
     _check_finite(inputs, "loss", loss_mean, step, documents)
-    parameters = [p for group in inputs.optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    sum_gradients(parameters, accelerator)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, inputs.cfg.max_grad_norm or math.inf).item()
     _check_finite(inputs, "gradient norm", grad_norm, step, documents)
     learning_rate = learning_rate_at(inputs.cfg, step, inputs.total_steps)
-    for group in inputs.optimizer.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["rate_factor"]
-    inputs.optimizer.step()
-    inputs.optimizer.zero_grad(set_to_none=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return StepResult(
         loss=loss_mean,
         learning_rate=learning_rate,
@@ -216,21 +219,37 @@ def train_step(inputs: StepInputs, step: int, stop_signal: int = 0) -> StepResul
         tokens=sum(map(len, documents)),
         computed_tokens=int(of_ranks[:, 2].sum().item()),
         target_tokens=target_tokens,
-        figures={} if inputs.row_loss is None else inputs.row_loss.figures_of(of_ranks[:, 3:].cpu()),
+        figures={} if inputs.row_loss is None else inputs.row_loss.figures_of(of_ranks[:, 4:].cpu()),
         stop_signal=int(of_ranks[:, 1].max().item()),
     )
 
 
+def _add_gradients(inputs: StepInputs, step: int, sequences: list[list[Document]], count: float) -> tuple[float, int]:
+    """Make this rank's passes of a step; return its summed loss, and the rows that it computed."""
+    set_seed((inputs.cfg.seed * 1_000_003 + step * 1_009 + inputs.accelerator.process_index) % 2**32)
+    batches = _rank_batches(inputs, sequences)
+    if inputs.before_step is not None:
+        inputs.before_step(
+            step, lambda s: batches if s == step else _rank_batches(inputs, inputs.sampler.step_batches(s - 1))
+        )
+    loss_sum = 0.0
+    for batch in batches:
+        loss = inputs.loss(batch)
+        (loss * (1 / count)).backward()
+        loss_sum += loss.item()
+    return loss_sum, sum(batch.rows for batch in batches)
+
+
 def _rank_batches(inputs: StepInputs, sequences: list[list[Document]]) -> list[Batch]:
     """Return this rank's part of a step's sequences, one batch per forward pass."""
-    ranks, rank = inputs.accelerator.num_processes, inputs.accelerator.process_index
-    shares = split_among_ranks([sum(map(len, sequence)) for sequence in sequences], ranks)
-    mine = shares[rank]
-    groups = (mine[start : start + inputs.micro_batch] for start in range(0, len(mine), inputs.micro_batch))
+    accelerator = inputs.accelerator
+    lengths = [sum(map(len, sequence)) for sequence in sequences]
+    of_ranks = micro_batches(lengths, accelerator.num_processes, inputs.micro_batch.size)
+    groups = of_ranks[accelerator.process_index]
     documents = ([document for i in group for document in sequences[i]] for group in groups)
     batches = [build_batch(some, share_prefixes=inputs.share_prefixes) for some in documents]
     # Each pass of a sharded base gathers weights from all ranks, so all make as many passes as the busiest one.
-    passes = math.ceil(max(map(len, shares)) / inputs.micro_batch) if inputs.is_sharded else 1
+    passes = max(map(len, of_ranks)) if inputs.is_sharded else 1
     return batches + [dummy_batch(sequences[0][0])] * (passes - len(batches))
 
 

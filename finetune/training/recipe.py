@@ -35,6 +35,7 @@ from finetune.system import console
 from finetune.system.atomic import sync, write_text
 from finetune.system.console import Log
 from finetune.system.errors import Interrupted
+from finetune.system.format import format_bytes
 from finetune.system.machine import use_all_cores
 from finetune.training import output_folder, run_folder
 from finetune.training.assemble import assemble
@@ -47,9 +48,10 @@ from finetune.training.checkpoint import (
     write_checkpoint,
     write_folder,
 )
-from finetune.training.choices import current_choices
+from finetune.training.choices import choices_before, current_choices
 from finetune.training.guard import build_guard
-from finetune.training.loop import fit, peak_bytes
+from finetune.training.loop import StepInputs, fit, peak_bytes
+from finetune.training.micro_batch import try_largest_pass
 from finetune.training.optimizer import build_optimizer
 from finetune.training.run_context import (
     RunContext,
@@ -110,7 +112,8 @@ def train(
         log(f"output_dir: {folder} ({given.output_dir} holds a run)")
     try:
         [checkpoint] = broadcast_object_list([run_folder.find_checkpoint(cfg, log) if is_main else None])
-        stored = {} if checkpoint is None else read_state(checkpoint).choices
+        [before] = broadcast_object_list([_choices_before(cfg, checkpoint) if is_main else None])
+        stored, halvings = before
         inputs = inputs_of_run(cfg, accelerator, stored, log)
         log((describe_plan if verbose else describe_start)(inputs, free_memory(kind)))
         if model is not None and inputs.embedding_on_host:
@@ -120,7 +123,7 @@ def train(
         if is_main:
             output_folder.link_latest(given, folder)
         with deterministic(cfg.train.deterministic and kind == "cuda"):
-            return _run(context, checkpoint)
+            return _run(context, checkpoint, halvings)
     finally:
         if lock is not None:
             output_folder.release_folder(lock)
@@ -130,12 +133,13 @@ def _drop(text: str) -> None:
     """Print nothing: the log of the other ranks, and of details."""
 
 
-def _run(context: RunContext, checkpoint: Path | None) -> RunResult:
+def _run(context: RunContext, checkpoint: Path | None, halvings: Sequence[dict[str, int]]) -> RunResult:
     cfg, accelerator = context.cfg, context.accelerator
     optimizer = build_optimizer(cfg.train, context.model.named_parameters())
     state = _first_state(context, optimizer, checkpoint)
     inputs = build_step_inputs(context, optimizer, state)
-    state.choices = current_choices(context.batch_plan, accelerator.num_processes)
+    state.choices = current_choices(cfg.train, context.batch_plan, accelerator.num_processes)
+    state.halvings = list(halvings)
     tracker = Tracker(cfg, context.folder, inputs.total_steps, state.step) if context.is_main else SilentTracker()
     guard = None if cfg.guard.max is None else build_guard(context, inputs, tracker.message)
     result = RunResult(
@@ -143,6 +147,8 @@ def _run(context: RunContext, checkpoint: Path | None) -> RunResult:
     )
     try:
         with closing(tracker), closing(context.sampler):
+            if state.step < inputs.total_steps:
+                _try_largest_pass(context, inputs, state)
             fit(
                 inputs,
                 state,
@@ -167,6 +173,20 @@ def _run(context: RunContext, checkpoint: Path | None) -> RunResult:
             run_folder.write_result(context.folder, result)
             try_report(context.folder, context.log)
     return result
+
+
+def _choices_before(cfg: RunConfig, checkpoint: Path | None) -> tuple[dict[str, Any], Sequence[dict[str, int]]]:
+    return ({}, []) if cfg.train.resume == "never" else choices_before(Path(cfg.output_dir), checkpoint)
+
+
+def _try_largest_pass(context: RunContext, inputs: StepInputs, state: TrainState) -> None:
+    """Make the run's largest pass, so that one that cannot fit ends before its first step."""
+    later = 0 if state.step else context.batch_plan.memory.static.parts.get("optimizer", 0)
+    batch = try_largest_pass(inputs, state.step + 1, round(later))
+    if batch is None:
+        context.detail("memory: the largest pass is not tried first, since rows are streamed")
+    else:
+        context.detail(f"memory: largest pass tried, rows={batch.rows}, peak={format_bytes(peak_bytes())}")
 
 
 def _evaluate(context: RunContext, state: TrainState) -> tuple[dict[str, float], bool]:
@@ -251,6 +271,7 @@ def _fill(result: RunResult, state: TrainState, context: RunContext) -> None:
     if recovers and result.teacher_kl_before and result.teacher_kl_after is not None:
         result.recovered = 1 - result.teacher_kl_after / result.teacher_kl_before
     result.breaches = state.breaches
+    result.micro_batch, result.halvings = state.choices.get("micro_batch"), state.halvings
     result.peak_bytes = peak_bytes()
 
 

@@ -69,6 +69,8 @@ class RunResult:
         teacher_kl_before: KL(teacher || model) in nats per target, mean of the held-out sets; None if not measured.
         recovered: share of teacher_kl_before that is gone, for objective=recover.
         breaches: entries of guard.py: step, teacher_kl, action, and teacher_kl `after` a recovery.
+        micro_batch: sequences per forward pass at the end; None if no step began.
+        halvings: steps that were repeated because memory ran out, each with its new `micro_batch`.
         duration_seconds: from the start of this process's part of the run to its end, with loading and evaluations.
         tokens_per_second: all tokens over training time.
         peak_bytes: CUDA's maximum allocated, or the peak resident size on CPU.
@@ -93,6 +95,8 @@ class RunResult:
     teacher_kl_after: float | None = None
     recovered: float | None = None
     breaches: list[dict[str, Any]] = field(default_factory=list)
+    micro_batch: int | None = None
+    halvings: list[dict[str, int]] = field(default_factory=list)
     train_seconds: float = 0.0
     duration_seconds: float | None = None
     tokens_per_second: float | None = None

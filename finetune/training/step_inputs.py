@@ -13,11 +13,14 @@ from finetune.models.adapters.folder import list_checkpoints
 from finetune.objectives.preference import PreferenceLoss, PreferenceSetup
 from finetune.objectives.reinforcement import PolicyLoss
 from finetune.ops import dispatch, matmul
-from finetune.parallel.ranks import wrap_ranks
+from finetune.parallel.ranks import copy_from_main
 from finetune.parallel.sharding import is_sharded
 from finetune.report.facts import resume_command
+from finetune.training.autotune import advice_on_memory
 from finetune.training.checkpoint import TrainState
+from finetune.training.choices import leave_smaller
 from finetune.training.loop import BatchesOf, StepInputs
+from finetune.training.micro_batch import MicroBatch
 from finetune.training.run_context import RunContext
 
 
@@ -42,16 +45,17 @@ def build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, sta
             sampler = distillation.build_sampler(sampler, context.model, chat, accelerator, context.log)
     else:  # no teacher, or one that is only measured against
         loss = CrossEntropy(context.model, cfg.train.neftune_alpha)
+    copy_from_main((each for each in context.model.parameters() if each.requires_grad), accelerator)
     # Noise is drawn per token of each document, so documents cannot share computed prefixes under it.
     noisy = bool(cfg.lora.dropout or cfg.train.neftune_alpha)
     return StepInputs(
         cfg=cfg.train,
         accelerator=accelerator,
-        loss=wrap_ranks(loss, accelerator),
+        loss=loss,
         optimizer=optimizer,
         sampler=sampler,
         total_steps=total_steps,
-        micro_batch=context.batch_plan.micro_batch,
+        micro_batch=_micro_batch(context, state),
         share_prefixes=cfg.train.kernels == "fused" and cfg.train.share_prefixes and not noisy,
         is_sharded=is_sharded(context.model),
         resume_command=resume_command(context.folder, [own.word for own in context.own_rewards]),
@@ -60,6 +64,22 @@ def build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, sta
         round_steps=cfg.reward.updates,
         before_step=before_step,
     )
+
+
+def _micro_batch(context: RunContext, state: TrainState) -> MicroBatch:
+    """Build the micro-batch of a run. Where memory runs out, the log, the run's state and its checkpoints say so."""
+
+    def halved(step: int, size: int) -> None:
+        context.log(f"WARNING: memory: step {step} ran out of memory and is repeated with micro_batch={size}")
+        state.choices["micro_batch"] = size
+        state.halvings.append({"step": step, "micro_batch": size})
+
+    def leave(step: int, size: int) -> None:
+        leave_smaller(context.folder, state, step, size)
+
+    plan, kind = context.batch_plan, context.accelerator.device.type
+    leaves = leave if is_sharded(context.model) else None
+    return MicroBatch(plan.micro_batch, halved, lambda: advice_on_memory(plan, kind), leaves)
 
 
 def _divergence_hook(context: RunContext, preference: PreferenceSetup) -> Callable[[int, BatchesOf], None]:

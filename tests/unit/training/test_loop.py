@@ -17,6 +17,7 @@ from finetune.data.packing import MapSampler, SequenceOrder
 from finetune.system.errors import FinetuneError
 from finetune.training.checkpoint import TrainState
 from finetune.training.loop import StepInputs, fit, train_step
+from finetune.training.micro_batch import MicroBatch
 from finetune.training.optimizer import build_optimizer
 from finetune.training.track import SilentTracker
 
@@ -53,7 +54,7 @@ def step_inputs(loss: nn.Module, saved: list[int], **train) -> StepInputs:
         is_sharded=False,
         share_prefixes=False,
         resume_command="",
-        micro_batch=1,
+        micro_batch=MicroBatch(1),
         last_checkpoint=lambda: saved[-1] if saved else None,
     )
 
@@ -80,7 +81,7 @@ def test_a_nan_stops_the_run_before_the_update_and_names_step_and_rows(poison, n
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
 def test_loss_and_gradient_are_per_target_token_whatever_the_micro_batch(micro_batch):
     loss = Linear()
-    result = train_step(replace(step_inputs(loss, [], batch_size=8), micro_batch=micro_batch), 1)
+    result = train_step(replace(step_inputs(loss, [], batch_size=8), micro_batch=MicroBatch(micro_batch)), 1)
     assert result.loss == pytest.approx(2.0 * sum(range(1, 9)) / 8)
     assert result.grad_norm == pytest.approx(sum(range(1, 9)) / 8)
     assert (result.tokens, result.target_tokens) == (16, 8)
