@@ -53,8 +53,9 @@ class MicroBatch:
         if self.size == 1:
             raise self._too_small(step)
         self.leave(step, self.size // 2)
+        problem = f"step {step}: out of memory with micro_batch={self.size}"
         raise ResourceError(
-            f"step {step}: out of memory with micro_batch={self.size}; one rank cannot repeat a pass of a sharded base\n"
+            f"{problem}; one rank cannot repeat a pass of a sharded base\n"
             "help: start the same command again, or let torchrun --max-restarts do so: the run continues from its last "
             f"checkpoint with micro_batch={self.size // 2}"
         )
