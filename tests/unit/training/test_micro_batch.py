@@ -60,6 +60,7 @@ def step_inputs(loss: nn.Module, size: int) -> StepInputs:
         sampler=MapSampler(documents, order),
         total_steps=4,
         share_prefixes=False,
+        is_sharded=False,
         resume_command="",
         micro_batch=MicroBatch(size),
         last_checkpoint=lambda: None,
@@ -114,7 +115,7 @@ def test_every_halving_is_reported_down_to_one_and_then_the_advice():
     loss = Noisy(ERRORS["GPU"], room=0)
     micro_batch = MicroBatch(4, lambda step, size: halvings.append((step, size)), lambda: "help: buy memory")
     before = loss.weight_TD.detach().clone()
-    with pytest.raises(ResourceError, match="step 3: out of memory with one sequence.*\nhelp: buy memory") as raised:
+    with pytest.raises(ResourceError, match=r"step 3: out of memory with one sequence.*\nhelp: buy memory") as raised:
         train_step(replace(step_inputs(loss, 4), micro_batch=micro_batch), 3)
     assert raised.value.exit_code == 4
     assert halvings == [(3, 2), (3, 1)]
