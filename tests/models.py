@@ -12,7 +12,7 @@ from transformers import Qwen2ForCausalLM
 
 from finetune.data.encoded import Prompt
 from finetune.models.families import FAMILIES
-from finetune.models.quant.four_bit import model_class
+from finetune.models.skeleton import model_class
 from finetune.ops import attention
 
 _SMALL: dict[str, Any] = {

@@ -23,7 +23,7 @@ from finetune.models.families import family_of
 from finetune.models.fused import fuse_layers
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, TensorFile, fetch, named_in_model, read_config, weight_files
 from finetune.models.load import load_base
-from finetune.models.quant.four_bit import build_skeleton, fill_plain, holds_all
+from finetune.models.skeleton import build_skeleton, fill_plain, holds_all
 from finetune.models.tokenizer import quiet
 from finetune.ops import attention
 

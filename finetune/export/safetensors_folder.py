@@ -30,9 +30,10 @@ from finetune.export.verify import Reader, compare, open_model, read_settings, s
 from finetune.models.decoder import family_in
 from finetune.models.families import FAMILIES, ModelFamily
 from finetune.models.hub import named_in_model, read_config, weight_files
-from finetune.models.quant.four_bit import build_skeleton, quantize, quantizing_workers
+from finetune.models.quant.four_bit import quantize, quantizing_workers
 from finetune.models.quant.quantize import head_name, linear_names, quantization_config
 from finetune.models.safetensors_index import Stored, WeightFiles, read_rows, read_tensor
+from finetune.models.skeleton import build_skeleton
 from finetune.models.tokenizer import quiet
 from finetune.system.atomic import write_text
 from finetune.system.errors import ConfigError, IntegrityError, MissingExtra

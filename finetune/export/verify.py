@@ -19,7 +19,7 @@ from finetune.config.command_options import ExportOptions
 from finetune.models.adapters.files import load_adapter
 from finetune.models.decoder import family_in
 from finetune.models.hub import TOKENIZER_FILES, read_json
-from finetune.models.quant.four_bit import build_skeleton, model_class
+from finetune.models.skeleton import build_skeleton, model_class
 from finetune.models.tokenizer import quiet
 from finetune.system.errors import IntegrityError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,17 @@ from finetune.models.decoder import family_in
 from finetune.models.digest import base_fingerprint
 from finetune.models.embedding import move_embedding_to_host
 from finetune.models.families import FAMILIES, text_settings
-from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, named_in_model, read_config, weight_files
+from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, TensorFile, fetch, named_in_model, read_config, weight_files
 from finetune.models.quant.cache import Log
 from finetune.models.quant.eight_bit import quantize_loaded
-from finetune.models.quant.four_bit import (
-    attention_of,
-    build_skeleton,
-    keep_resident,
-    load_four_bit,
-    load_plain,
-    model_class,
-)
+from finetune.models.quant.four_bit import keep_resident, load_four_bit
 from finetune.models.quant.quantize import (
     check_quantized,
     keep_weights_trainable_after_eval,
     quantization_config,
     storage_in,
 )
+from finetune.models.skeleton import attention_of, build_skeleton, load_plain, model_class
 from finetune.models.tokenizer import quiet
 from finetune.ops import attention
 from finetune.system.errors import ConfigError, IntegrityError, MissingExtra, ResourceError
@@ -81,28 +75,8 @@ def load_base(
             "help: set model.embedding=auto"
         )
     with quiet(), _readable_errors(model, quant):
-        base: Any = None
-        if quant.type == "none" and mapped:
-            base = load_plain(source.folder, files, model=model, attention=kernel)
-        if quant.type == "nf4":
-            base = load_four_bit(
-                source.folder,
-                files,
-                model=model,
-                quant=quant,
-                attention=kernel,
-                device=place,
-                host_embedding=on_host,
-                mapped=mapped,
-                log=log,
-            )
-        if base is None and mapped:
-            raise ConfigError(
-                f"model.name={model.name}: its files hold other tensors than config.json names, so they cannot be "
-                "sharded\nhelp: save the model again with transformers, or set parallel.shard=none"
-            )
-        if base is None:
-            base = _load_by_transformers(source.folder, model, quant, kernel, place)
+        where: dict[str, Any] = {"device": place, "host_embedding": on_host, "mapped": mapped}
+        base = _load(source.folder, files, model, quant, attention=kernel, log=log, **where)
         base.requires_grad_(False)
         if on_host:
             move_embedding_to_host(base)
@@ -116,6 +90,33 @@ def load_base(
     base.base_revision = source.revision
     base.loaded_as = _identity(model, quant, source.revision)
     return base
+
+
+def _load(
+    folder: Path,
+    files: Mapping[str, TensorFile],
+    model: ModelConfig,
+    quant: QuantConfig,
+    *,
+    device: torch.device,
+    attention: str,
+    host_embedding: bool,
+    mapped: bool,
+    log: Log,
+) -> PreTrainedModel:
+    """Load tensor by tensor if the files allow it, otherwise by transformers."""
+    base: PreTrainedModel | None = None
+    if quant.type == "none" and mapped:
+        base = load_plain(folder, files, model=model, attention=attention)
+    if quant.type == "nf4":
+        where: dict[str, Any] = {"device": device, "host_embedding": host_embedding, "mapped": mapped}
+        base = load_four_bit(folder, files, model=model, quant=quant, attention=attention, log=log, **where)
+    if base is None and mapped:
+        raise ConfigError(
+            f"model.name={model.name}: its files hold other tensors than config.json names, so they cannot be sharded\n"
+            "help: save the model again with transformers, or set parallel.shard=none"
+        )
+    return base or _load_by_transformers(folder, model, quant, attention, device)
 
 
 def check_loaded(base: PreTrainedModel, model: ModelConfig, quant: QuantConfig, device: torch.device) -> None:

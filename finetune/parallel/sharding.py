@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,9 @@ from finetune.models.decoder import family_in
 from finetune.models.fused import decoder_layers
 from finetune.models.quant.quantize import quantized_layers
 from finetune.system.machine import malloc_trim
+
+# Modules that an outer `whole` of this process holds.
+_held: WeakSet[nn.Module] = WeakSet()
 
 
 class HeadEmbedding(nn.Module):
@@ -114,15 +118,15 @@ def whole(module: nn.Module) -> Iterator[None]:
 
     Inside another `whole` of the same module it does nothing.
     """
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule) and not getattr(part, "held", False)]
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule) and part not in _held]
     for part in parts:
         part.unshard()
-        vars(part)["held"] = True
+        _held.add(part)
     try:
         yield
     finally:
         for part in parts:
-            vars(part)["held"] = False
+            _held.remove(part)
             part.reshard()
 
 

@@ -65,9 +65,7 @@ def assemble(
         _store_data(cfg, preparation, data, tokenizer, log)
     judge = prepare_judge(cfg, own_rewards, data, preparation)
     vocabulary = check_distillation(cfg, tokenizer, data, log)
-    together = inputs.shard_ranks
-    loaded = base or load_base(inputs.model, cfg.quant, accelerator.device, log, mapped=together > 1)
-    given, base = base, _with_copies(loaded, cfg, inputs)
+    given, base = base, _with_copies(base or _load(cfg, inputs, accelerator, log), cfg, inputs)
     if towers := build_towers(base, cfg.model, preparation.media, cfg.data.media_cache and not cfg.lora.towers):
         _run_towers(towers, cfg, data, accelerator, log=log, keep=given is not None)
     # Before the adapter is attached: student and teacher share one copy of equal tensors.
@@ -78,9 +76,9 @@ def assemble(
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model) if cfg.lora.new_tokens else None)
     if cfg.train.kernels == "fused":
         detail(f"kernels: {fuse_layers(model)}")
-    if together > 1:
-        shard_base(base, shard_mesh(accelerator.device, together), accelerator.device, cfg.parallel.offload)
-        log(f"base: sharded over {together} ranks")
+    if inputs.shard_ranks > 1:
+        shard_base(base, shard_mesh(accelerator.device, inputs.shard_ranks), accelerator.device, cfg.parallel.offload)
+        log(f"base: sharded over {inputs.shard_ranks} ranks")
     model.train()
     preference = build_preference(cfg, model, chat, data, log)
     reinforcement = build_reinforcement(cfg, model, sampler, judge, accelerator=accelerator, log=log) if judge else None
@@ -110,6 +108,10 @@ def _preparation(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, accelerator
     # Ranks of one machine share its disk: one of them tokenizes, the others wait for its files.
     main, processor = accelerator.is_local_main_process, loader.load_media_processor(cfg.model, cfg.data)
     return Preparation(cfg.data, chat, main, console_progress(log), cfg.row_objective, processor)
+
+
+def _load(cfg: RunConfig, inputs: PlanInputs, accelerator: Accelerator, log: Log) -> PreTrainedModel:
+    return load_base(inputs.model, cfg.quant, accelerator.device, log, mapped=inputs.shard_ranks > 1)
 
 
 def _with_copies(base: PreTrainedModel, cfg: RunConfig, inputs: PlanInputs) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from torch import Tensor
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models.families import FAMILIES, ModelFamily
 from finetune.models.load import load_base
-from finetune.models.quant.four_bit import model_class
+from finetune.models.skeleton import model_class
 from finetune.models.tokenizer import quiet
 from tests.families.tokenizers import save_tokenizer
 from tests.models import save_tiny_base

@@ -15,9 +15,9 @@ from finetune.models.adapters.base_config import recorded_fingerprint
 from finetune.models.adapters.files import SavedAdapter, fetch_adapter
 from finetune.models.digest import base_fingerprint
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_config, weight_files
-from finetune.models.quant.four_bit import build_skeleton
 from finetune.models.quant.quantize import head_name, storage_in
 from finetune.models.safetensors_index import WeightFiles
+from finetune.models.skeleton import build_skeleton
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 

@@ -8,30 +8,28 @@ Values and attributes are bit-identical to `from_pretrained`. Some layers may be
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models.decoder import family_in
 from finetune.models.digest import identity, weights_digest
 from finetune.models.embedding import HostEmbedding
-from finetune.models.families import ModelFamily, family_of
 from finetune.models.hub import TensorFile
 from finetune.models.quant.cache import Log, QuantizedCache
 from finetune.models.quant.eight_bit import put_rows, quantize_rows, replace_eight_bit_linears, rows_of
 from finetune.models.quant.quantize import quantization_config, quantized_layers, storage_in
-from finetune.models.safetensors_header import read_header
 from finetune.models.safetensors_index import read_tensor
+from finetune.models.skeleton import build_skeleton, fill_plain, holds_all
 from finetune.system.errors import ResourceError
 from finetune.system.format import format_bytes
 from finetune.system.machine import malloc_trim
@@ -39,8 +37,6 @@ from finetune.system.resources import cache_home
 
 # Elements quantized at once on a CPU, with several fp32 copies that stay in cache. A multiple of every block size.
 _CHUNK = 1 << 16
-# Smaller tensors are copied: a mapped one would also hold pages of its neighbors.
-_WORTH_MAPPING_BYTES = 1 << 20
 
 
 def load_four_bit(
@@ -86,20 +82,6 @@ def load_four_bit(
     return base.eval()
 
 
-def load_plain(
-    folder: Path, files: Mapping[str, TensorFile], *, model: ModelConfig, attention: str
-) -> PreTrainedModel | None:
-    """Load the base unquantized, in eval mode and on the CPU, with large tensors left in their files.
-
-    Returns: None as `load_four_bit`.
-    """
-    base = build_skeleton(folder, getattr(torch, model.dtype), attention)
-    if not holds_all(files, base):
-        return None
-    fill_plain(base, files, torch.device("cpu"))
-    return base.eval()
-
-
 def replace_linears(base: PreTrainedModel, quant: QuantConfig, storage: Mapping[str, str], device: torch.device) -> Any:
     """Replace the linear layers of a skeleton by those of bitsandbytes; return the quantizer of transformers.
 
@@ -113,36 +95,6 @@ def replace_linears(base: PreTrainedModel, quant: QuantConfig, storage: Mapping[
     quantizer.preprocess_model(model=base, dtype=base.dtype, device_map=placement, checkpoint_files=[])
     replace_eight_bit_linears(base, [name for name, kind in storage.items() if kind == "int8"])
     return quantizer
-
-
-def model_class(family: ModelFamily) -> Any:
-    """Return the class of transformers that is loaded."""
-    return getattr(importlib.import_module(family.modeling), family.model)
-
-
-def attention_of(family: ModelFamily, kernel: str) -> Any:
-    """Return `attn_implementation` of a model: the kernel in the decoder, and torch's own in towers."""
-    if not family.towers:
-        return kernel
-    return {
-        "": kernel,
-        **dict.fromkeys(family.decoder_settings, kernel),
-        **dict.fromkeys(family.tower_settings, "sdpa"),
-    }
-
-
-def build_skeleton(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """Build the model of a folder's config.json, with shapes and without storage."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    family = family_of(config.model_type, str(folder))
-    for key in family.loaded_settings:
-        config = getattr(config, key)
-    attention = attention_of(family, attention)
-    with torch.device("meta"):
-        base: PreTrainedModel = model_class(family)._from_config(config, dtype=dtype, attn_implementation=attention)
-    with suppress(OSError):  # no file: the model keeps the one made from its config
-        base.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return base
 
 
 def resident_bytes(base: nn.Module) -> int:
@@ -218,47 +170,6 @@ def quantizing_workers() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
         # glibc keeps the memory that the ended threads freed (40 to 170 MB measured).
         malloc_trim()
-
-
-def holds_all(files: Mapping[str, TensorFile], base: PreTrainedModel) -> bool:
-    """Return whether the files hold exactly the model's tensors, each with its shape."""
-    # A tied weight counts once, by its name in the files.
-    wanted = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
-    for tied in base.all_tied_weights_keys:
-        wanted.pop(tied, None)
-    if wanted.keys() != files.keys():
-        return False
-    headers = {file: read_header(file)[1] for file in {place.file for place in files.values()}}
-    return all(tuple(headers[file][stored]["shape"]) == wanted[name] for name, (file, stored) in files.items())
-
-
-def fill_plain(base: PreTrainedModel, files: Mapping[str, TensorFile], device: torch.device) -> None:
-    """Load every tensor that is not quantized from the original files; on a CPU, large tensors stay mapped.
-
-    The cache does not copy them: at 0.5B the embedding alone would double its size.
-    """
-    quantized = [*quantized_layers(base, "nf4"), *quantized_layers(base, "int8")]
-    for name in files.keys() - {f"{layer}.weight" for layer, _ in quantized}:
-        stored = read_tensor(*files[name])
-        tensor = stored.to(device=device, dtype=base.dtype)
-        if tensor is stored and tensor.nbytes < _WORTH_MAPPING_BYTES:
-            tensor = tensor.clone()
-        owner, _, key = name.rpartition(".")
-        setattr(base.get_submodule(owner), key, nn.Parameter(tensor, requires_grad=False))
-    for name, module in list(base.named_modules()):
-        # Tables computed from the config, like rotary frequencies; always computed on the CPU.
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            base.set_submodule(name, _with_tables(base, module).to(device))
-    base.tie_weights()
-
-
-def _with_tables(base: PreTrainedModel, module: nn.Module) -> nn.Module:
-    """Return a module with its tables on the CPU."""
-    if hasattr(module, "config"):
-        return type(module)(module.config)
-    module.to_empty(device="cpu", recurse=False)
-    base._init_weights(module)
-    return module
 
 
 def _fill_quantized(

@@ -13,8 +13,9 @@ from torch import Tensor
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models.quant.cache import Log
 from finetune.models.quant.eight_bit import dequantize_rows, quantize_rows
-from finetune.models.quant.four_bit import build_skeleton, cache_of, quantize, quantizing_workers, replace_linears
+from finetune.models.quant.four_bit import cache_of, quantize, quantizing_workers, replace_linears
 from finetune.models.quant.quantize import quantized_layers, storage_in
+from finetune.models.skeleton import build_skeleton
 from finetune.ops.dequantize import dequantized_values
 
 # Rows `start` to `stop` of a weight, fp32 on the CPU.
