@@ -76,7 +76,7 @@ def load_base(
         )
     with quiet(), _readable_errors(model, quant):
         where: dict[str, Any] = {"device": place, "host_embedding": on_host, "mapped": mapped}
-        base = _load(source.folder, files, model, quant, attention=kernel, log=log, **where)
+        base: Any = _load(source.folder, files, model, quant, attention=kernel, log=log, **where)
         base.requires_grad_(False)
         if on_host:
             move_embedding_to_host(base)

@@ -69,16 +69,13 @@ def assemble(
     if towers := build_towers(base, cfg.model, preparation.media, cfg.data.media_cache and not cfg.lora.towers):
         _run_towers(towers, cfg, data, accelerator, log=log, keep=given is not None)
     # Before the adapter is attached: student and teacher share one copy of equal tensors.
-    distillation = build_distillation(
-        cfg, base=base, chat=chat, data=data, vocabulary=vocabulary, accelerator=accelerator, log=log
-    )
+    shared = {"chat": chat, "data": data, "vocabulary": vocabulary, "accelerator": accelerator, "log": log}
+    distillation = build_distillation(cfg, base=base, **shared)
     # A second tokenizer, because attach_lora adds the new tokens itself.
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model) if cfg.lora.new_tokens else None)
     if cfg.train.kernels == "fused":
         detail(f"kernels: {fuse_layers(model)}")
-    if inputs.shard_ranks > 1:
-        shard_base(base, shard_mesh(accelerator.device, inputs.shard_ranks), accelerator.device, cfg.parallel.offload)
-        log(f"base: sharded over {inputs.shard_ranks} ranks")
+    _share(base, cfg, inputs, accelerator, log)
     model.train()
     preference = build_preference(cfg, model, chat, data, log)
     reinforcement = build_reinforcement(cfg, model, sampler, judge, accelerator=accelerator, log=log) if judge else None
@@ -112,6 +109,13 @@ def _preparation(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, accelerator
 
 def _load(cfg: RunConfig, inputs: PlanInputs, accelerator: Accelerator, log: Log) -> PreTrainedModel:
     return load_base(inputs.model, cfg.quant, accelerator.device, log, mapped=inputs.shard_ranks > 1)
+
+
+def _share(base: PreTrainedModel, cfg: RunConfig, inputs: PlanInputs, accelerator: Accelerator, log: Log) -> None:
+    """Split the base over the ranks that hold it together, if the plan says so."""
+    if inputs.shard_ranks > 1:
+        shard_base(base, shard_mesh(accelerator.device, inputs.shard_ranks), accelerator.device, cfg.parallel.offload)
+        log(f"base: sharded over {inputs.shard_ranks} ranks")
 
 
 def _with_copies(base: PreTrainedModel, cfg: RunConfig, inputs: PlanInputs) -> PreTrainedModel:

@@ -112,8 +112,7 @@ def train(
         log(f"output_dir: {folder} ({given.output_dir} holds a run)")
     try:
         [checkpoint] = broadcast_object_list([run_folder.find_checkpoint(cfg, log) if is_main else None])
-        [before] = broadcast_object_list([_choices_before(cfg, checkpoint) if is_main else None])
-        stored, halvings = before
+        [(stored, halvings)] = broadcast_object_list([_choices_before(cfg, checkpoint) if is_main else None])
         inputs = inputs_of_run(cfg, accelerator, stored, log)
         log((describe_plan if verbose else describe_start)(inputs, free_memory(kind)))
         if model is not None and inputs.embedding_on_host:
