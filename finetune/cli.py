@@ -17,7 +17,7 @@ from finetune import __version__
 from finetune.commands.base import COMMANDS, load_command
 from finetune.system.arguments import nearest
 from finetune.system.atomic import is_disk_full
-from finetune.system.console import colored, printable
+from finetune.system.console import report_error
 from finetune.system.errors import FinetuneError, InputError
 from finetune.system.libraries import configure_libraries
 
@@ -107,9 +107,7 @@ def _resource_advice(error: BaseException) -> str | None:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    rank = os.environ.get("RANK", "0")
-    head = colored(f"error{'' if rank == '0' else f' (rank {rank})'}:", "red", sys.stderr)
-    print(head, printable(message), file=sys.stderr)
+    report_error(message)
     return exit_code
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from finetune.config.schema import RunConfig
+from finetune.parallel.heartbeat import Heartbeat
+from finetune.parallel.join import meet, route_over
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 
@@ -23,6 +27,28 @@ _OTHER_ENGINES = {
 }
 # DDP's default: large enough for the full rate of a link, small beside a model.
 _BUCKET_BYTES = 25 * 2**20
+# Ranks wait for one that tokenizes for hours. One that is gone is noticed by its beats, not by this limit.
+_COLLECTIVE_TIMEOUT = timedelta(hours=24)
+
+
+@contextmanager
+def join_ranks() -> Iterator[Heartbeat]:
+    """Join the ranks of this launch and watch them until the block ends. A single process joins nothing.
+
+    Raises:
+        RankLost: ranks did not come, or one is gone.
+    """
+    meeting = meet()
+    with Heartbeat(meeting) as heartbeat, heartbeat.explained():
+        if meeting is not None and not dist.is_initialized():
+            route_over(meeting)
+            device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+            backend = dist.get_default_backend_for_device(device)
+            # Without a store of its own, an attempt after a restart can read addresses of the one before.
+            store, ranks = dist.PrefixStore("group", meeting.connect()), len(meeting.hosts)
+            options = {"store": store, "rank": meeting.rank, "world_size": ranks, "timeout": _COLLECTIVE_TIMEOUT}
+            dist.init_process_group(backend, **options)
+        yield heartbeat
 
 
 def build_accelerator(cfg: RunConfig) -> Accelerator:

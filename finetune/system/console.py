@@ -41,6 +41,13 @@ def log(text: str) -> None:
     print(text, file=sys.stdout if in_notebook() else sys.stderr, flush=True)
 
 
+def report_error(message: str) -> None:
+    """Print an error message to stderr, with the rank of a process that is not the first."""
+    rank = os.environ.get("RANK", "0")
+    head = colored(f"error{'' if rank == '0' else f' (rank {rank})'}:", "red", sys.stderr)
+    print(head, printable(message), file=sys.stderr, flush=True)
+
+
 def in_notebook() -> bool:
     """Return whether a Jupyter kernel runs this code."""
     ipython = sys.modules.get("IPython")

@@ -1,7 +1,7 @@
 """The errors of finetune, each with its exit code.
 
 0 done · 1 failed while running · 2 the user's input was wrong · 3 a file failed its integrity check ·
-4 out of memory or disk · 130/143 stopped by SIGINT/SIGTERM with a checkpoint saved.
+4 out of memory or disk, or another rank is gone · 130/143 stopped by SIGINT/SIGTERM with a checkpoint saved.
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ class ResourceError(FinetuneError):
 
 class OutOfMemory(ResourceError):
     """Memory ran out in a part of the work, which may fit in smaller parts."""
+
+
+class RankLost(ResourceError):
+    """Another rank of the run failed, was killed, hangs or cannot be reached."""
 
 
 class Interrupted(FinetuneError):

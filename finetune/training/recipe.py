@@ -25,7 +25,8 @@ from finetune.models.load import check_loaded
 from finetune.objectives.distillation import mean_teacher_kl, teacher_table
 from finetune.objectives.user_rewards import RewardFunction, UserReward, check_rewards, user_rewards
 from finetune.ops.determinism import deterministic
-from finetune.parallel.ranks import build_accelerator, describe_ignored_settings
+from finetune.parallel.heartbeat import Heartbeat
+from finetune.parallel.ranks import build_accelerator, describe_ignored_settings, join_ranks
 from finetune.parallel.sharding import is_sharded
 from finetune.planning.auto_batch import free_memory
 from finetune.planning.describe import describe_plan, describe_start
@@ -88,6 +89,7 @@ def train(
     Raises:
         InputError: the config or the data is wrong; wherever possible, before any weight is loaded.
         Interrupted: SIGTERM or Ctrl+C stopped the run, and its checkpoint is saved.
+        RankLost: another rank failed, was killed or cannot be reached.
     """
     started = datetime.now(UTC)
     own_rewards = user_rewards(reward_functions)
@@ -95,6 +97,19 @@ def train(
     if rows is not None:
         source = SourceConfig(path=str(write_rows(rows)), name="rows")
         cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": [source]})})
+    with join_ranks() as heartbeat:
+        return _train(cfg, heartbeat, model, own_rewards=own_rewards, verbose=verbose, started=started)
+
+
+def _train(
+    cfg: RunConfig,
+    heartbeat: Heartbeat,
+    model: PreTrainedModel | None,
+    *,
+    own_rewards: Sequence[UserReward],
+    verbose: bool,
+    started: datetime,
+) -> RunResult:
     accelerator = build_accelerator(cfg)
     if model is not None:
         check_loaded(model, cfg.model, cfg.quant, accelerator.device)
@@ -122,7 +137,7 @@ def train(
         if is_main:
             output_folder.link_latest(given, folder)
         with deterministic(cfg.train.deterministic and kind == "cuda"):
-            return _run(context, checkpoint, halvings)
+            return _run(context, checkpoint, halvings, heartbeat)
     finally:
         if lock is not None:
             output_folder.release_folder(lock)
@@ -132,7 +147,9 @@ def _drop(text: str) -> None:
     """Print nothing: the log of the other ranks, and of details."""
 
 
-def _run(context: RunContext, checkpoint: Path | None, halvings: Sequence[dict[str, int]]) -> RunResult:
+def _run(
+    context: RunContext, checkpoint: Path | None, halvings: Sequence[dict[str, int]], heartbeat: Heartbeat
+) -> RunResult:
     cfg, accelerator = context.cfg, context.accelerator
     optimizer = build_optimizer(cfg.train, context.model.named_parameters())
     state = _first_state(context, optimizer, checkpoint)
@@ -144,21 +161,23 @@ def _run(context: RunContext, checkpoint: Path | None, halvings: Sequence[dict[s
     result = RunResult(
         "failed", world_size=accelerator.num_processes, predicted_peak_bytes=context.batch_plan.predicted_peak_bytes
     )
+    heartbeat.on_loss = partial(_note_loss, context, state, result)
     try:
-        with closing(tracker), closing(context.sampler):
-            if state.step < inputs.total_steps:
-                _try_largest_pass(context, inputs, state)
-            fit(
-                inputs,
-                state,
-                tracker=tracker,
-                save=partial(_save_checkpoint, context, optimizer),
-                evaluate=(guard or partial(_evaluate, context)) if context.data.eval else None,
-                sample=partial(log_samples, context, tracker.message),
-                sample_every=cfg.generation.every,
-            )
-        apply_gradient_checkpointing(context.model, context.batch_plan.recompute)  # anew: unpins main memory
-        _finish(context, optimizer, state, result)
+        with heartbeat.explained():
+            with closing(tracker), closing(context.sampler):
+                if state.step < inputs.total_steps:
+                    _try_largest_pass(context, inputs, state)
+                fit(
+                    inputs,
+                    state,
+                    tracker=tracker,
+                    save=partial(_save_checkpoint, context, optimizer),
+                    evaluate=(guard or partial(_evaluate, context)) if context.data.eval else None,
+                    sample=partial(log_samples, context, tracker.message),
+                    sample_every=cfg.generation.every,
+                )
+            apply_gradient_checkpointing(context.model, context.batch_plan.recompute)  # anew: unpins main memory
+            _finish(context, optimizer, state, result)
         result.status = "finished"
     except Interrupted as error:
         result.status, result.error = "stopped", str(error)
@@ -172,6 +191,14 @@ def _run(context: RunContext, checkpoint: Path | None, halvings: Sequence[dict[s
             run_folder.write_result(context.folder, result)
             try_report(context.folder, context.log)
     return result
+
+
+def _note_loss(context: RunContext, state: TrainState, result: RunResult, message: str) -> None:
+    """Write the results of a run that ends at once, because another rank is lost."""
+    result.error = message
+    _fill(result, state, context)
+    if context.is_main:
+        run_folder.write_result(context.folder, result)
 
 
 def _choices_before(cfg: RunConfig, checkpoint: Path | None) -> tuple[dict[str, Any], Sequence[dict[str, int]]]:
