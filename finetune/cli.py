@@ -20,6 +20,7 @@ from finetune.system.atomic import is_disk_full
 from finetune.system.console import report_error
 from finetune.system.errors import FinetuneError, InputError
 from finetune.system.libraries import configure_libraries
+from finetune.system.out_of_memory import is_out_of_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,8 +99,7 @@ def _resource_advice(error: BaseException) -> str | None:
     if torch is not None and isinstance(error, torch.AcceleratorError) and "out of memory" in str(error):
         # torch's allocator raises the other error: this one is of main memory that CUDA pins, or of its context.
         return f"CUDA ran out of memory or of main memory to pin; {smaller} (offload pins main memory)"
-    # torch's CPU allocator raises a plain RuntimeError.
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+    if is_out_of_memory(error):
         return f"memory ran out; {smaller}, or choose a smaller model"
     if is_disk_full(error):
         return "the disk is full; free space or set output_dir to another disk, then continue with train.resume=auto"

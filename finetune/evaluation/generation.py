@@ -28,9 +28,14 @@ from finetune.models.decoder import decoder_of, text_config
 from finetune.models.quant.four_bit import keep_resident, resident_bytes
 from finetune.ops.determinism import cumulative_sums
 from finetune.ops.limits import ROWS_DRAWN, SAMPLED_ANSWERS, SAMPLED_TOKENS
+from finetune.parallel.sharding import is_sharded
 from finetune.system.machine import available_memory
+from finetune.system.out_of_memory import in_halves
 from finetune.towers.towers import processor_of, towers_of
 
+# What helps where not even one row, or one prompt with its answers, fits into memory.
+FEWER_AT_ONCE = "lower generation.batch_size or generation.max_new_tokens"
+_SMALLER_GROUPS = "lower reward.group_size, reward.max_new_tokens or distill.on_policy_tokens"
 # Tokens of a block; a block is found first, then a token in it.
 _DRAW_BLOCK = 512
 # A draw times a total must stay below the total when it is rounded.
@@ -117,16 +122,20 @@ def answer_rows(
     stop_ids, vocabulary = frozenset(chat.stop_ids()), vocabulary_rows(model)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
+
+    def write(some: Sequence[int]) -> list[list[int]]:
+        limits = [max_new_tokens] * len(some)
+        return decode(model, [prompts[i] for i in some], limits, stop_ids=stop_ids, vocabulary=vocabulary)
+
     with evaluating(model):
         for start in range(0, len(by_length), batch_size):
-            batch = by_length[start : start + batch_size]
-            limits = [max_new_tokens] * len(batch)
-            written = decode(model, [prompts[i] for i in batch], limits, stop_ids=stop_ids, vocabulary=vocabulary)
-            for i, text in zip(batch, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
-                before = rows[i].messages[:-1]
-                question = before[-1].shown if before else ""
-                answers[i] = Answer(question, chat.answer_text(rows[i]), text, media=encoded[i].media)
-            progress(len(answers), len(prompts))
+            rows_of_batch = by_length[start : start + batch_size]
+            for batch, written in in_halves(rows_of_batch, write, FEWER_AT_ONCE, splits=not is_sharded(model)):
+                for i, text in zip(batch, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
+                    before = rows[i].messages[:-1]
+                    question = before[-1].shown if before else ""
+                    answers[i] = Answer(question, chat.answer_text(rows[i]), text, media=encoded[i].media)
+                progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -165,37 +174,35 @@ def sample_answers(
     """
     answers: dict[int, list[SampledIds]] = {}
     copies = len(draws[0]) if len(draws) else 1
+    options: dict[str, Any] = {"stop_ids": frozenset(stop_ids), "vocabulary": vocabulary, "copies": copies}
+
+    def sample(rows: Sequence[int]) -> list[SampledIds]:
+        drawn = [answer for i in rows for answer in draws[i]]
+        scored: list[tuple[list[int], Tensor]] = []  # numbers of answers, and their tokens' log-probabilities
+
+        def choose(logits_NV: Tensor, numbers: list[int], written: list[int]) -> Tensor:
+            next_draws = [drawn[i][t] for i, t in zip(numbers, written, strict=True)]
+            draws_N = torch.tensor(next_draws, dtype=torch.float64, device=logits_NV.device)
+            ids_N, log_probs_N = draw_tokens(logits_NV, draws_N, temperature)
+            scored.append((numbers, log_probs_N))
+            return ids_N
+
+        written = decode(model, [prompts[i] for i in rows], [len(d) for d in drawn], choose, **options)
+        # Read once: each read of a GPU waits for it.
+        every = iter(torch.cat([log_probs_N for _, log_probs_N in scored]).tolist())
+        log_probs: list[list[float]] = [[] for _ in drawn]
+        for number in (number for numbers, _ in scored for number in numbers):
+            log_probs[number].append(next(every))
+        return [
+            SampledIds(np.array(ids, dtype=np.int32), np.array(scores, dtype=np.float32))
+            for ids, scores in zip(written, log_probs, strict=True)
+        ]
+
     with evaluating(model):
-        for rows in _batches([len(p) for p in prompts], [d.shape[1] for d in draws], copies):
-            drawn = [answer for i in rows for answer in draws[i]]
-            scored: list[tuple[list[int], Tensor]] = []  # numbers of answers, and their tokens' log-probabilities
-
-            def choose(
-                logits_NV: Tensor,
-                numbers: list[int],
-                written: list[int],
-                drawn: list[np.ndarray] = drawn,
-                scored: list[tuple[list[int], Tensor]] = scored,
-            ) -> Tensor:
-                next_draws = [drawn[i][t] for i, t in zip(numbers, written, strict=True)]
-                draws_N = torch.tensor(next_draws, dtype=torch.float64, device=logits_NV.device)
-                ids_N, log_probs_N = draw_tokens(logits_NV, draws_N, temperature)
-                scored.append((numbers, log_probs_N))
-                return ids_N
-
-            options: dict[str, Any] = {"stop_ids": frozenset(stop_ids), "vocabulary": vocabulary, "copies": copies}
-            written = decode(model, [prompts[i] for i in rows], [len(d) for d in drawn], choose, **options)
-            # Read once: each read of a GPU waits for it.
-            every = iter(torch.cat([log_probs_N for _, log_probs_N in scored]).tolist())
-            log_probs: list[list[float]] = [[] for _ in drawn]
-            for number in (number for numbers, _ in scored for number in numbers):
-                log_probs[number].append(next(every))
-            found = [
-                SampledIds(np.array(ids, dtype=np.int32), np.array(scores, dtype=np.float32))
-                for ids, scores in zip(written, log_probs, strict=True)
-            ]
-            for place, i in enumerate(rows):
-                answers[i] = found[place * copies : (place + 1) * copies]
+        for batch in _batches([len(p) for p in prompts], [d.shape[1] for d in draws], copies):
+            for rows, found in in_halves(batch, sample, _SMALLER_GROUPS, splits=not is_sharded(model)):
+                for place, i in enumerate(rows):
+                    answers[i] = found[place * copies : (place + 1) * copies]
     return [answers[i] for i in range(len(prompts))]
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +24,11 @@ from finetune.losses.hidden_states import target_states
 from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.divergence import divergence_
 from finetune.ops.limits import TEACHER_BATCHES
+from finetune.parallel.sharding import is_sharded
 from finetune.system.errors import FinetuneError
+from finetune.system.out_of_memory import in_halves
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def in_groups(
+    model: nn.Module, documents: Sequence[Document], limit_tokens: int, work: Callable[[Sequence[Document]], R]
+) -> Iterator[tuple[Sequence[Document], R]]:
+    """Yield groups of documents, in order, with the result of `work`, which runs the model on each.
+
+    A group has at most `limit_tokens`, or one document. It is split where memory runs out.
+    Raises: ResourceError if one document does not fit.
+    """
+    for group in groups_of(documents, limit_tokens):
+        yield from in_halves(group, work, "lower data.max_length", splits=not is_sharded(model))
+
+
 def evaluate(
     model: nn.Module,
     documents: Sequence[Document],
@@ -67,8 +84,7 @@ def evaluate(
     """
     sums = torch.zeros(3, dtype=torch.float64)
     with evaluating(model):
-        for batch in groups_of(documents, limit_tokens):
-            result = score(model, build_batch(batch))
+        for _, result in in_groups(model, documents, limit_tokens, lambda group: score(model, build_batch(group))):
             sums += torch.tensor([float(result.nll), float(result.correct), result.tokens], dtype=torch.float64)
     nll, correct, tokens = sum_over_ranks(sums).tolist()
     return Perplexity(nll / tokens, correct / tokens, int(tokens))

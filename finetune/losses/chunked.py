@@ -31,7 +31,7 @@ ChunkLoss = Callable[[Tensor, slice, torch.dtype], tuple[Tensor, Tensor]]
 def chunked_loss(hidden_ND: Tensor, head: nn.Module, vocabulary: int, loss: ChunkLoss) -> Tensor:
     """Sum a loss over the logits of N rows: fp32, in nats, differentiable once.
 
-    N = 0 gives 0 and gradients of 0, so that DDP finds a gradient for every parameter.
+    N = 0 gives 0 and gradients of 0, so that every parameter has a gradient on every rank.
 
     Args:
         hidden_ND: hidden states.

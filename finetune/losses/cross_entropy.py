@@ -52,7 +52,7 @@ def _nats_of(labels_N: Tensor, weights_N: Tensor | None) -> ChunkLoss:
 
 
 class CrossEntropy(nn.Module):
-    """The training loss as a module, so that DDP can wrap model and loss together.
+    """The training loss as a module that contains the model.
 
     forward(batch) returns the weighted sum of negative log-likelihoods over the batch's targets, fp32, in nats; the
     caller divides by the global target count. A batch without a target gives 0 and gradients of 0.

@@ -151,7 +151,7 @@ def distillation_loss(
 
 
 class Distillation(nn.Module):
-    """The training loss as a module, so that DDP can wrap model and loss together. It does not contain the teacher.
+    """The training loss as a module that contains the model. It does not contain the teacher.
 
     forward(batch) returns the weighted sum over the batch's targets, fp32; the caller divides by the global target
     count. Each call consumes the next teacher targets given to `expect`. vocabulary: number of token ids that teacher

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from finetune.config.preference_rules import NEEDS_REFERENCE
 from finetune.config.schema import PreferenceConfig, RunConfig
-from finetune.data.batch import Batch, build_batch, groups_of
+from finetune.data.batch import Batch, build_batch
 from finetune.data.documents import Document
 from finetune.data.loader import LoadedData
 from finetune.data.template.chat import ChatTemplate
-from finetune.evaluation.scoring import evaluating, reference_kl
+from finetune.evaluation.scoring import evaluating, in_groups, reference_kl
 from finetune.losses.preference import (
     PAIR_LOSSES,
     Answers,
@@ -76,14 +76,18 @@ class PreferenceSetup:
         """
         if self.cfg.objective != "kto" or self.reference is None:
             return
+        model, reference = self.loss.model, self.reference
+
+        def log_ratios(group: Sequence[Document]) -> float:
+            batch = build_batch(group, share_prefixes=True)
+            log_probs_A = answer_log_probs(model, batch)[0]
+            with reference():
+                return (log_probs_A - answer_log_probs(model, batch)[0]).double().sum().item()
+
         sums = torch.zeros(2, dtype=torch.float64)
-        with evaluating(self.loss.model):
-            for group in groups_of(mismatched(documents)[part], limit_tokens):
-                batch = build_batch(group, share_prefixes=True)
-                log_probs_A = answer_log_probs(self.loss.model, batch)[0]
-                with self.reference():
-                    log_ratios_A = log_probs_A - answer_log_probs(self.loss.model, batch)[0]
-                sums += torch.tensor([log_ratios_A.double().sum().item(), len(group)], dtype=torch.float64)
+        with evaluating(model):
+            for group, ratios in in_groups(model, mismatched(documents)[part], limit_tokens, log_ratios):
+                sums += torch.tensor([ratios, len(group)], dtype=torch.float64)
         total, answers = sum_over_ranks(sums).tolist()
         self.loss.divergence = max(0.0, total / answers)
 
@@ -102,8 +106,7 @@ class PreferenceSetup:
         total = torch.zeros(2, dtype=torch.float64)
         self.loss.take_sums()
         with evaluating(self.loss.model):
-            for group in groups_of(documents, limit_tokens):
-                loss = float(self.loss(build_batch(group, share_prefixes=True)))
+            for group, loss in in_groups(self.loss.model, documents, limit_tokens, self._loss_of):
                 total += torch.tensor([loss, self.count(group)], dtype=torch.float64)
         sums = sum_over_ranks(torch.cat([total, self.take_sums()]))
         figures = {"loss": (sums[0] / sums[1]).item(), **self.figures_of(sums[None, 2:])}
@@ -112,9 +115,12 @@ class PreferenceSetup:
             figures["reference_kl"] = reference_kl(self.loss.model, self.reference, answers, **options)
         return figures
 
+    def _loss_of(self, documents: Sequence[Document]) -> float:
+        return float(self.loss(build_batch(documents, share_prefixes=True)))
+
 
 class PreferenceLoss(nn.Module):
-    """The training loss as a module, so that DDP can wrap model and loss together.
+    """The training loss as a module that contains the model.
 
     forward(batch) returns the sum of the losses of the batch's rows, fp32; the caller divides by their global count.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from finetune.data.loader import LoadedData
 from finetune.data.packing import Sampler
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation
-from finetune.evaluation.generation import Answer, decode, sample_answers
+from finetune.evaluation.generation import FEWER_AT_ONCE, Answer, decode, sample_answers
 from finetune.evaluation.intervals import Bootstrap, share_of
 from finetune.evaluation.scoring import evaluating
 from finetune.losses.cross_entropy import vocabulary_rows
@@ -36,8 +37,10 @@ from finetune.objectives.rewards import Rewards, SampledAnswers, build_rewards, 
 from finetune.objectives.rollout_server import RolloutServer, connect
 from finetune.objectives.rollouts import Rollouts, Writer
 from finetune.objectives.user_rewards import UserReward
+from finetune.parallel.sharding import is_sharded
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError, DataError, FinetuneError
+from finetune.system.out_of_memory import in_halves
 
 _RESAMPLES = 1000
 _EQUAL_ROUNDS = 5
@@ -48,7 +51,7 @@ _TEACH = (
 
 
 class PolicyLoss(nn.Module):
-    """The training loss as a module, so that DDP can wrap model and loss together.
+    """The training loss as a module that contains the model.
 
     forward(batch) returns the weighted sum of the losses of the batch's tokens, fp32; the caller divides by
     `normalization`. The first update on some answers stores their log-probabilities for the next ones, so later updates
@@ -185,15 +188,20 @@ class PolicySetup:
         by_length = sorted(range(min(len(documents), cfg.generation.num_examples)), key=lambda i: len(documents[i]))
         mine = by_length[rollouts.rank :: rollouts.ranks]
         judged: list[tuple[int, np.ndarray, np.ndarray]] = []
+        options: Any = {"stop_ids": rollouts.stop_ids, "vocabulary": vocabulary_rows(self.model)}
+
+        def write(numbers: Sequence[int]) -> list[list[int]]:
+            prompts = [documents[i].prompt() for i in numbers]
+            return decode(self.model, prompts, [cfg.reward.max_new_tokens] * len(numbers), **options)
+
+        splits = not is_sharded(self.model)
         with evaluating(self.model):
             for start in range(0, len(mine), cfg.generation.batch_size):
-                numbers = mine[start : start + cfg.generation.batch_size]
-                rows = [documents[i] for i in numbers]
-                options = {"stop_ids": rollouts.stop_ids, "vocabulary": vocabulary_rows(self.model)}
-                limits = [cfg.reward.max_new_tokens] * len(rows)
-                written = decode(self.model, [row.prompt() for row in rows], limits, **options)
-                answers = [np.array(ids) for ids in written]
-                judged += zip(numbers, answers, self.judge(rows, [[ids] for ids in answers]), strict=True)
+                batch = mine[start : start + cfg.generation.batch_size]
+                for numbers, written in in_halves(batch, write, FEWER_AT_ONCE, splits=splits):
+                    answers = [np.array(ids) for ids in written]
+                    rows = [documents[i] for i in numbers]
+                    judged += zip(numbers, answers, self.judge(rows, [[ids] for ids in answers]), strict=True)
         _, ids, rewards = zip(*sorted(rollouts.gather(judged), key=lambda each: each[0]), strict=True)
         totals = self.judge.rewards.total(np.array(rewards))
         reward = share_of(totals, Bootstrap(len(totals), _RESAMPLES, 0).ratio(totals, np.ones(len(totals))))

@@ -44,3 +44,5 @@ TEACHER_BATCHES = 16
 SAMPLED_ANSWERS, SAMPLED_TOKENS = 64, 2**14
 # Rows whose distributions are copied at once: 20 MB with Qwen2.5's vocabulary.
 ROWS_DRAWN = 32
+# Gradients that ranks exchange at a time, as torch's DistributedDataParallel: enough for the full rate of a link.
+GRADIENT_BUCKET_BYTES = 25 * 2**20

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from finetune.config.schema import RunConfig
+from finetune.ops.limits import GRADIENT_BUCKET_BYTES
 from finetune.parallel.heartbeat import Heartbeat
 from finetune.parallel.join import meet, route_over
 from finetune.system.console import Log
@@ -25,8 +26,6 @@ _OTHER_ENGINES = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
-# DDP's default: large enough for the full rate of a link, small beside a model.
-_BUCKET_BYTES = 25 * 2**20
 # Ranks wait for one that tokenizes for hours. One that is gone is noticed by its beats, not by this limit.
 _COLLECTIVE_TIMEOUT = timedelta(hours=24)
 
@@ -119,12 +118,12 @@ def sum_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) 
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Group tensors in their order, of one type and device, to at most _BUCKET_BYTES; a larger one is by itself."""
+    """Group tensors of one type and device, in order, to at most GRADIENT_BUCKET_BYTES; a larger one is by itself."""
     bucket: list[Tensor] = []
     held = 0
     for tensor in tensors:
         alike = not bucket or (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
-        if bucket and not (alike and held + tensor.nbytes <= _BUCKET_BYTES):
+        if bucket and not (alike and held + tensor.nbytes <= GRADIENT_BUCKET_BYTES):
             yield bucket
             bucket, held = [], 0
         bucket.append(tensor)

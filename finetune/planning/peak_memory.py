@@ -191,7 +191,7 @@ def _held(inputs: PlanInputs, teacher: float) -> dict[str, float]:
     if inputs.copies_adapter:  # the initial values; the current ones while the reference runs
         held["reference adapter"] = 2 * gradients
     if inputs.ranks > 1:
-        held["gradients exchanged between ranks"] = gradients
+        held["gradients exchanged between ranks"] = min(gradients, limits.GRADIENT_BUCKET_BYTES)
     if inputs.device_type == "cuda":
         held["a dequantized matrix"] = gpu_layers.weight_buffer_bytes(inputs)
     else:

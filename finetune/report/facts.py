@@ -248,6 +248,13 @@ def breaches(run: Run) -> list[tuple[str, ...]]:
     return rows
 
 
+def halvings(run: Run) -> list[tuple[str, str]]:
+    """Return the steps that were repeated because memory ran out, each with its new micro-batch."""
+    found = run.result.get("halvings")
+    entries = [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
+    return [(str(entry.get("step", "")), str(entry.get("micro_batch", ""))) for entry in entries]
+
+
 def environment(run: Run) -> list[tuple[str, str]]:
     """Return the entries of run.json, nested ones with both names."""
 

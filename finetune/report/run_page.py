@@ -80,6 +80,7 @@ def render(run: Run) -> str:
         environment=facts.environment(run),
         predictions=facts.predictions(run),
         breaches=facts.breaches(run),
+        halvings=facts.halvings(run),
         limit=run.setting("guard.max"),
         commands=facts.next_commands(run),
         problems=problems,

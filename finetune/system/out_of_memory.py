@@ -13,14 +13,19 @@ from finetune.system.machine import malloc_trim
 
 T = TypeVar("T")
 R = TypeVar("R")
-# CUDA, its allocator in torch, and Triton; torch's allocator of a CPU; the system; cuBLAS, cuDNN and cuSPARSE; C++.
+# CUDA, its allocator in torch, and Triton; torch's allocator of a CPU; the system; cuBLAS, cuDNN and cuSPARSE; C++;
+# oneDNN, which names no reason.
 _TEXTS = (
     "out of memory",
     "can't allocate memory",
     "Cannot allocate memory",
     "STATUS_ALLOC_FAILED",
     "std::bad_alloc",
+    "could not create a primitive",
+    "could not create a memory object",
 )
+
+_SHOWN = 200
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -30,10 +35,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in _TEXTS)
 
 
-def result_or_none(work: Callable[[], R]) -> R | None:
+def result_or_none(work: Callable[[], R], report: Callable[[str], None]) -> R | None:
     """Return the result of `work`; None if memory ran out, once all that it held is free again.
 
-    Any other error is raised. `work` must not return None.
+    Any other error is raised.
+
+    Args:
+        work: must not return None.
+        report: gets the first line of the error.
     """
     try:
         return work()
@@ -41,6 +50,7 @@ def result_or_none(work: Callable[[], R]) -> R | None:
         # The traceback holds the frames of the failed work, and these their tensors, until this block ends.
         if not is_out_of_memory(error):
             raise
+        report((str(error) or type(error).__name__).splitlines()[0][:_SHOWN])
     release_memory()
     return None
 
@@ -54,23 +64,28 @@ def release_memory() -> None:
     malloc_trim()
 
 
-def in_halves(items: Sequence[T], work: Callable[[Sequence[T]], R], advice: str) -> Iterator[tuple[Sequence[T], R]]:
+def in_halves(
+    items: Sequence[T], work: Callable[[Sequence[T]], R], advice: str, *, splits: bool = True
+) -> Iterator[tuple[Sequence[T], R]]:
     """Yield items with the result of `work` on them: all at once, or in halves of halves if memory runs out.
 
     Args:
         work: must not return None.
         advice: what to change if a single item does not fit.
+        splits: False where other processes wait for this one inside `work`.
 
     Raises:
-        ResourceError: a single item does not fit.
+        ResourceError: a single item does not fit, or items that must not be split.
     """
-    result = result_or_none(lambda: work(items))
+    problems: list[str] = []
+    result = result_or_none(lambda: work(items), problems.append)
     if result is not None:
         yield items, result
         return
-    if len(items) == 1:
-        raise ResourceError(f"out of memory with a batch of one row\nhelp: {advice}")
+    found = f"out of memory with {len(items)} rows in a batch ({problems[0]})"
+    if len(items) == 1 or not splits:
+        raise ResourceError(f"{found}\nhelp: {advice}")
     half = len(items) // 2
-    log(f"WARNING: memory: out of memory with a batch of {len(items)} rows, it is split\nhelp: {advice}")
+    log(f"WARNING: memory: {found}; the batch is split")
     for part in (items[:half], items[half:]):
         yield from in_halves(part, work, advice)

@@ -72,7 +72,7 @@ class Towers:
         return freed
 
     def no_media(self) -> Tensor:
-        """Return a zero that depends on all trained parameters: DDP waits for the gradient of each in every pass."""
+        """Return a zero that depends on all trained parameters: every pass gives each a gradient."""
         return sum((0 * parameter.sum() for parameter in self.trained), torch.zeros((), device=self._base.device))
 
     def _one(self, media: Media) -> Tensor:

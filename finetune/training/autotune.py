@@ -128,9 +128,8 @@ def advice_on_memory(plan: BatchPlan, device_type: str) -> str:
         lines[0] += f"; free={format_bytes(free)} with what this process holds of main memory"
     # Memory ran out, so the run had less than its predicted peak, or another process took some.
     changes = changes_that_fit(inputs, min(memory.peak_bytes, math.inf if free is None else free))
-    return "\n".join(
-        [*lines, "help: free memory of the device, or change the run:", *(f"  {each}" for each in changes)]
-    )
+    advice = "help: free memory of the device, or " + ("change the run:" if changes else "lower data.max_length")
+    return "\n".join([*lines, advice, *(f"  {change}" for change in changes)])
 
 
 def predict_speed(inputs: PlanInputs, model: nn.Module, plan: BatchPlan, data: LoadedData) -> tuple[float, str]:

@@ -31,29 +31,31 @@ class MicroBatch:
 
     Attributes:
         size: at least 1.
-        halved: called on all ranks with the step that is repeated and the new size.
+        halved: called on all ranks with the step that is repeated, the new size and the error.
         advice: returns what to change when one sequence does not fit.
         leave: for ranks that cannot repeat a pass, since each pass of a sharded base is a common one: called with the
             step and the size for a restart. None where ranks make their passes alone.
     """
 
     size: int
-    halved: Callable[[int, int], None] = lambda step, size: None
+    halved: Callable[[int, int, str], None] = lambda step, size, problem: None
     advice: Callable[[], str] = lambda: ""
     leave: Callable[[int, int], None] | None = None
+    _problem: str = "on another rank"
 
     def attempt(self, work: Callable[[], R], step: int) -> R | None:
         """Return the result of `work`; None if memory ran out.
 
         Raises: ResourceError if memory ran out and the other ranks wait inside a pass.
         """
-        result = result_or_none(work)
+        self._problem = "on another rank"
+        result = result_or_none(work, self._note)
         if result is not None or self.leave is None:
             return result
         if self.size == 1:
             raise self._too_small(step)
         self.leave(step, self.size // 2)
-        problem = f"step {step}: out of memory with micro_batch={self.size}"
+        problem = f"step {step}: out of memory with micro_batch={self.size} ({self._problem})"
         raise ResourceError(
             f"{problem}; one rank cannot repeat a pass of a sharded base\n"
             "help: start the same command again, or let torchrun --max-restarts do so: the run continues from its last "
@@ -65,11 +67,15 @@ class MicroBatch:
         if self.size == 1:
             raise self._too_small(step)
         self.size //= 2
-        self.halved(step, self.size)
+        self.halved(step, self.size, self._problem)
+
+    def _note(self, problem: str) -> None:
+        self._problem = problem
 
     def _too_small(self, step: int) -> ResourceError:
         advice = self.advice()
-        return ResourceError(f"step {step}: out of memory with one sequence per forward pass\n{advice}".rstrip())
+        found = f"step {step}: out of memory with one sequence per forward pass ({self._problem})"
+        return ResourceError(f"{found}\n{advice}".rstrip())
 
 
 def try_largest_pass(inputs: StepInputs, first_step: int, reserved_bytes: int = 0) -> Batch | None:

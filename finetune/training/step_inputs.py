@@ -69,8 +69,8 @@ def build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, sta
 def _micro_batch(context: RunContext, state: TrainState) -> MicroBatch:
     """Build the micro-batch of a run. Where memory runs out, the log, the run's state and its checkpoints say so."""
 
-    def halved(step: int, size: int) -> None:
-        context.log(f"WARNING: memory: step {step} ran out of memory and is repeated with micro_batch={size}")
+    def halved(step: int, size: int, problem: str) -> None:
+        context.log(f"WARNING: memory: step {step} ran out of memory ({problem}); repeated with micro_batch={size}")
         state.choices["micro_batch"] = size
         state.halvings.append({"step": step, "micro_batch": size})
 

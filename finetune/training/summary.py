@@ -48,6 +48,7 @@ def describe_result(result: RunResult, before: Sequence[Answer], after: Sequence
         "KL from teacher": _change(result.teacher_kl_before, result.teacher_kl_after, ".5f")
         + ("" if result.recovered is None else f", recovered {result.recovered:.1%}"),
         "guard breaches": ", ".join(breaches[:_MOST_BREACHES]) + (" …" if len(breaches) > _MOST_BREACHES else ""),
+        "micro-batch": ", ".join(f"{each['micro_batch']} from step {each['step']}" for each in result.halvings),
         "speed": _number(result.tokens_per_second, ",.0f", " tokens/s"),
         "training time": time,
         "peak memory": peak,

@@ -95,7 +95,7 @@ def test_offloaded_inputs_are_counted_in_main_memory():
 
 
 def test_ranks_exchange_gradients_in_buckets():
-    assert found(ranks=2).parts["gradients exchanged between ranks"] == run().static.parts["gradients"]
+    assert found(ranks=2).parts["gradients exchanged between ranks"] == 25 * 2**20
 
 
 def test_an_evaluation_can_be_the_peak():

@@ -81,6 +81,12 @@ def test_the_page_of_a_long_run_is_small(tmp_path: Path):
     assert (folder / REPORT).stat().st_size < 250_000
 
 
+def test_steps_that_ran_out_of_memory_are_listed(tmp_path: Path):
+    read = page_of(write_run(tmp_path / "a", halvings=[{"step": 17, "micro_batch": 2}, 5]))
+    assert "Memory ran out" in read.texts("h2") and read.texts("td")[:2] == ["17", "2"]
+    assert "Memory ran out" not in page_of(write_run(tmp_path / "b")).texts("h2")
+
+
 def test_breaches_of_the_guard_limit_are_listed(tmp_path: Path):
     found = [
         {"step": 10, "teacher_kl": 0.0612, "action": "recover", "after": 0.012},

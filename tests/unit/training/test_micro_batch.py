@@ -113,7 +113,7 @@ def test_tensors_of_a_failed_pass_are_freed_before_the_next():
 def test_every_halving_is_reported_down_to_one_and_then_the_advice():
     halvings: list[tuple[int, int]] = []
     loss = Noisy(ERRORS["GPU"], room=0)
-    micro_batch = MicroBatch(4, lambda step, size: halvings.append((step, size)), lambda: "help: buy memory")
+    micro_batch = MicroBatch(4, lambda step, size, problem: halvings.append((step, size)), lambda: "help: buy memory")
     before = loss.weight_TD.detach().clone()
     with pytest.raises(ResourceError, match=r"step 3: out of memory with one sequence.*\nhelp: buy memory") as raised:
         train_step(replace(step_inputs(loss, 4), micro_batch=micro_batch), 3)
