@@ -83,6 +83,9 @@ SLOW: dict[str, str] = {
     "tests/equivalence/test_resume.py::test_kills_at_random_moments_give_the_same_adapter_and_metrics[10-40]": (
         "tests/equivalence/test_resume.py::test_kills_at_random_moments_give_the_same_adapter_and_metrics"
     ),
+    "tests/faults/test_kills.py::test_every_command_survives_kills": (
+        "tests/faults/test_kills.py::test_killed_commands_end_in_the_files_of_undisturbed_ones"
+    ),
     "tests/equivalence/test_resume.py::test_a_killed_run_on_preferences_keeps_its_reference": (
         "tests/equivalence/test_preference.py::test_a_resumed_run_equals_an_unbroken_one"
     ),

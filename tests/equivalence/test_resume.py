@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import shutil
 import time
@@ -20,11 +19,8 @@ from finetune.models.digest import sha256_of
 from finetune.system.errors import ConfigError
 from finetune.system.resources import packaged
 from finetune.training.checkpoint import MANIFEST, STATE, list_checkpoints
+from tests.faults.processes import PROCESSES
 from tests.runs import REWARDED_RUN, SMALL_RUN, adapter, differing, metrics, reference_run, result, small_run
-
-# Each start is a process forked from one that has imported the package, which saves the import time.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["finetune.training.recipe"])
 
 PLAIN = (*SMALL_RUN, "train.save_every=1", "train.eval_every=10")
 # The answers of a round, on which two steps train, are sampled anew.

@@ -341,5 +341,5 @@ def serve() -> None:
                 answer = error
             pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
             answers.flush()
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return
+    except (EOFError, BrokenPipeError, KeyboardInterrupt, pickle.UnpicklingError):
+        return  # the parent has ended, perhaps in the middle of a message
