@@ -264,6 +264,8 @@ def _finish(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainS
     if context.reinforcement is not None:
         context.reinforcement.check_taught()
     if context.is_main:
+        # Again: a process that was killed after its last save may not have deleted all that it should.
+        prune_checkpoints(context.folder, context.cfg.train.keep_checkpoints, state.best_step)
         _save_final(context, result)
         result.adapter = str(context.folder)
         if (before := state.before.get("evaluations")) and context.distillation is not None:

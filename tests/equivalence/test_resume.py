@@ -104,6 +104,15 @@ def test_a_corrupt_checkpoint_is_skipped_and_the_result_is_the_same(tmp_path, ca
     assert metrics(valid) == metrics(corrupt)
 
 
+def test_a_run_killed_after_its_last_save_leaves_no_old_checkpoints(tmp_path):
+    finished, killed = reference_run("train.save_every=1"), tmp_path / "killed"
+    shutil.copytree(finished, killed)
+    shutil.copytree(killed / "checkpoint-3", killed / "checkpoint-2")
+    shutil.copytree(killed / "checkpoint-3", killed / ".incomplete-checkpoint-1")
+    train(small_run(killed, "train.save_every=1", "train.resume=auto"))
+    assert {path.name for path in killed.glob("*checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
+
+
 def test_a_run_may_be_lengthened_but_not_changed(tmp_path):
     train(small_run(tmp_path, "train.save_every=2"))
     changes = ("train.learning_rate=0.001", "lora.rank=4", "data.train.0.limit=50")
