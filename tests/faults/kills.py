@@ -174,7 +174,7 @@ class Campaign:
             other.kill()
         problem = f"{len(left)} ranks did not end" if left else None
         if not problem and not _is_done(job, folder) and start_alone(self.words(job), folder, job.ranks).wait():
-            problem = f"failed: {log_of(folder).read_text()[-1000:]}"
+            problem = f"failed: {log_of(folder).read_text()[-3000:]}"
         self._judge(name, folder, problem, "killed as a process of a user")
 
     def _new_folder(self, reference: Reference) -> Path:
