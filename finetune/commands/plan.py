@@ -1,16 +1,20 @@
 """usage: finetune plan config=X.yaml|model=NAME [key=value …] [gpu=4090] [auto=true] [--json]
-       finetune plan table=true [config=X.yaml] [key=value …]
+       finetune plan … [gpus=8] [nodes=2] [link_gbps=400]
+       finetune plan table=true [gpus=8] [config=X.yaml] [key=value …]
        finetune plan calibrate=true [config=X.yaml]
 
 Predicts the memory of a run by part, its peak, whether that fits into this machine or another GPU (gpu=, gpu_gb=),
-the time of a step and of the run, and the smallest changes that make it fit. Loads and downloads nothing.
+the time of a step and of the run, and the smallest changes that make it fit. With gpus= of each node and nodes=, also
+what ranks exchange in a step. Loads and downloads nothing.
 Exit code 0: it fits; 3: it does not.
   --json   print the plan as JSON
 
 Examples
   finetune plan model=qwen2.5-7b-instruct gpu=t4
   finetune plan config=lora.yaml model=qwen2.5-14b gpu_gb=24 data.max_length=8192 auto=true
+  finetune plan model=qwen2.5-72b-instruct gpus=8 nodes=2 gpu=h100 link_gbps=400
   finetune plan table=true quant.type=none
+  finetune plan table=true gpus=4
   finetune plan calibrate=true config=quickstart.yaml
 """
 
@@ -21,6 +25,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +38,7 @@ from finetune.system.format import format_bytes, format_estimate
 if TYPE_CHECKING:
     from finetune.config.command_options import PlanOptions
     from finetune.config.schema import RunConfig
+    from finetune.planning.gpus import PlannedDevice
     from finetune.planning.inputs import PlanInputs
 
 
@@ -55,13 +61,23 @@ def run(arguments: Arguments) -> int:
         check_sources(cfg, download=False)
     if options.calibrate:  # After every check: it takes half a minute.
         log(f"rates: file={calibrate()}")
-    return _print_lengths(cfg, as_json) if options.table else _print_plan(cfg, options, as_json)
+    if not options.table:
+        return _print_plan(cfg, options, as_json)
+    return (
+        _print_cards(cfg, options.gpus, as_json) if "gpus" in options.model_fields_set else _print_lengths(cfg, as_json)
+    )
 
 
 def _check_options(options: PlanOptions, cfg: RunConfig) -> None:
     """Raise InputError for an option that has no effect or contradicts the config."""
-    if options.table and (idle := sorted(options.model_fields_set - {"table", "calibrate"})):
+    if options.table and (idle := sorted(options.model_fields_set - {"table", "calibrate", "gpus"})):
         raise InputError(f"table=true: covers all models and GPUs\nhelp: drop {', '.join(idle)}, or drop table=true")
+    ranks, wanted = options.gpus * options.nodes, cfg.train.world_size
+    if options.model_fields_set & {"gpus", "nodes"} and wanted not in (None, ranks):
+        wrong = f"gpus={options.gpus} nodes={options.nodes}: are {ranks} ranks, expected train.world_size={wanted}"
+        raise InputError(f"{wrong}\nhelp: set train.world_size={ranks}, or drop it")
+    if options.link_gbps and ranks == 1:
+        raise InputError(f"link_gbps={options.link_gbps:g}: one rank sends nothing\nhelp: set gpus=2 or nodes=2")
     if (options.document_tokens or 0) > cfg.data.max_length:
         wrong = f"document_tokens={options.document_tokens}: is more than data.max_length={cfg.data.max_length}"
         raise InputError(f"{wrong}\nhelp: lower it, or raise data.max_length")
@@ -109,19 +125,60 @@ def _print_lengths(cfg: RunConfig, as_json: bool) -> int:
     return 0
 
 
-def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
-    from finetune.planning.advice import changes_that_fit, fastest_that_fits
-    from finetune.planning.auto_batch import estimate_memory, host_shortage, keep_copies
+def _print_cards(cfg: RunConfig, gpus: int, as_json: bool) -> int:
+    from finetune.planning.advice import LONGEST
+    from finetune.planning.cards import CARDS, SPEED_TOKENS, cards_table
+    from finetune.planning.inputs import plan_inputs
+
+    table = cards_table(plan_inputs(cfg, None, device_type="cuda", ranks=gpus))
+    if as_json:
+        cells = {size: {str(gb): cell and asdict(cell) for gb, cell in row.items()} for size, row in table.items()}
+        print(json.dumps(cells))
+        return 0
+    print(
+        f"Longest packed sequence in tokens, and assumed tokens/s at {SPEED_TOKENS:,} tokens (or at the longest one), "
+        f"GPUs: {gpus} of a node, train.batch_size={cfg.train.batch_size}, parallel.shard={cfg.parallel.shard}"
+    )
+    rows = [["model", *(f"{gb} GB ({name})" for gb, name in CARDS.items())]]
+    for size, row in table.items():
+        cells = (
+            f"{cell.longest:,}{'+' * (cell.longest >= LONGEST)}  {_rounded(cell.tokens_per_second)}/s" if cell else "-"
+            for cell in row.values()
+        )
+        rows.append([f"Qwen2.5-{size}", *cells])
+    _print_columns(rows)
+    return 0
+
+
+def _planned_run(cfg: RunConfig, options: PlanOptions) -> tuple[PlanInputs, PlannedDevice]:
+    """Return the inputs of the planned run, with what it decides for itself, and the device of each rank."""
+    from finetune.planning.auto_batch import keep_copies
     from finetune.planning.gpus import planned_device, traits_of
     from finetune.planning.inputs import plan_inputs
-    from finetune.planning.timing import estimate_time, read_rates
-    from finetune.system.machine import ranks_of_run
+    from finetune.planning.sharded_base import shard_group
+    from finetune.system.machine import nodes_of_run, ranks_of_run
 
     shape = _shape_of(cfg.model.name)
-    device_type, free, what, gpu_name = planned_device(options.gpu, options.gpu_gb)
-    ranks = ranks_of_run(os.environ)
-    inputs = plan_inputs(cfg, shape, device_type=device_type, ranks=ranks, gpu=traits_of(gpu_name))
-    inputs = keep_copies(_with_rows(inputs, options), free)
+    device = planned_device(options.gpu, options.gpu_gb)
+    ranks, nodes = options.gpus * options.nodes, options.nodes
+    if not options.model_fields_set & {"gpus", "nodes"}:
+        ranks, nodes = ranks_of_run(os.environ), nodes_of_run(os.environ)
+    elif device.kind == "cpu" and device.free_bytes is not None:
+        device = device._replace(free_bytes=device.free_bytes / options.gpus)
+    gpu = traits_of(device.gpu_name)
+    inputs = plan_inputs(cfg, shape, device_type=device.kind, ranks=ranks, gpu=gpu, nodes=nodes)
+    inputs = _with_rows(inputs, options)
+    inputs = replace(inputs, shard_ranks=shard_group(inputs, device.free_bytes))
+    return keep_copies(inputs, device.free_bytes), device
+
+
+def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
+    from finetune.planning.advice import changes_that_fit, fastest_that_fits
+    from finetune.planning.auto_batch import estimate_memory, host_shortage
+    from finetune.planning.sharded_base import fewest_ranks
+    from finetune.planning.timing import estimate_time, read_rates
+
+    inputs, (device_type, free, what, gpu_name) = _planned_run(cfg, options)
     found = estimate_memory(inputs, free)
     # The main memory of a machine with another GPU is unknown.
     shortage = None if options.gpu or options.gpu_gb else host_shortage(found)
@@ -129,6 +186,7 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
     rates = None if options.gpu or options.gpu_gb or options.tflops else read_rates(device_type)
     timing = estimate_time(inputs, found, rates=rates, options=options, gpu_name=gpu_name)
     changes = changes_that_fit(inputs, free) if free is not None and not fits else []
+    fewest = fewest_ranks(inputs, free) if changes and free is not None and device_type == "cuda" else None
     auto = None
     if options.auto and free is not None and (fastest := fastest_that_fits(inputs, free, rates)) is not None:
         overrides, memory, chosen = fastest
@@ -142,7 +200,10 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
         }
     content = {
         "fits": fits,
-        "ranks": ranks,
+        "ranks": inputs.ranks,
+        "nodes": inputs.nodes,
+        "shard_ranks": inputs.shard_ranks,
+        "fewest_gpus": fewest,
         "device": what,
         "free_bytes": free,
         "peak_bytes": found.peak_bytes,
@@ -238,17 +299,21 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
     print(f"peaks: {moments}")
     _print_media(cfg, content)
     if content["host_bytes"]:
-        print(f"main memory: {format_bytes(content['host_bytes'])} per process for offloaded inputs and embedding")
+        print(f"main memory: {format_bytes(content['host_bytes'])} per process for what is kept there")
     if content["teacher_unknown"]:
         print("teacher: has unknown shapes, so its memory is not counted")
     parts = ", ".join(f"{name} {share:.0%}" for name, share in content["seconds_shares"].items() if share >= 0.005)
     assumed = "assumed " if content["rates"].startswith("assumed") else ""
-    speed = float(f"{content['tokens_per_second']:.2g}")
     print(f"work: {content['step_flops'] / 1e12:,.2f} TFLOP per step; {content['rates']}")
-    print(f"time: {assumed}{format_estimate(content['step_seconds'])} per step, {speed:,.0f} tokens/s; {parts}")
+    speed = _rounded(content["tokens_per_second"])
+    print(f"time: {assumed}{format_estimate(content['step_seconds'])} per step, {speed} tokens/s; {parts}")
+    if content["ranks"] > 1:
+        _print_ranks(content)
     if content["total_seconds"] is not None:
         total = format_estimate(content["total_seconds"])
         print(f"      {assumed}{total} in total, {content['steps']:,} steps{content['steps_from']}")
+    if content["fewest_gpus"]:
+        print(f"  fits on {content['fewest_gpus']} such GPUs that share the base, as these settings are")
     for change in content["changes"]:
         alone = "" if change["fits"] else " (not enough by itself)"
         print(f"  {' '.join(change['overrides'])}   saves {format_bytes(change['saved_bytes'])}{alone}")
@@ -261,6 +326,17 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
         print(f"fastest that fits: {answer}")
 
 
+def _print_ranks(content: Mapping[str, Any]) -> None:
+    """Print how ranks share the base, what each sends in a step, and what they are worth."""
+    from finetune.planning.communication import describe_sent
+
+    ranks, nodes, group = content["ranks"], content["nodes"], content["shard_ranks"]
+    base = f"the base is split over {group} of them" if group > 1 else "each holds a whole base"
+    print(f"ranks: {ranks} on {nodes} node{'s' * (nodes > 1)}; {base}")
+    print(f"sent per rank and step: {describe_sent(content['sent_bytes'])}; {content['link']}")
+    print(f"efficiency: {content['efficiency']:.0%} of {ranks} times one rank with a whole base")
+
+
 def _print_verdict(content: Mapping[str, Any]) -> None:
     peak, needed = content["peak_bytes"], content["needed_bytes"]
     if content["fits"] is None:
@@ -270,6 +346,10 @@ def _print_verdict(content: Mapping[str, Any]) -> None:
     verdict, style = ("fits", "bold green") if content["fits"] else ("DOES NOT FIT", "bold red")
     sizes = f"{_gb(peak)} of {_gb(content['free_bytes'])} GB, {_gb(needed)} with margin ({content['device']})"
     console_for(sys.stdout).print(f"{verdict}: {sizes}", style=style)
+
+
+def _rounded(speed: float) -> str:
+    return f"{float(f'{speed:.2g}'):,.0f}"
 
 
 def _gb(size_bytes: float) -> str:

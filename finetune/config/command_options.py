@@ -303,6 +303,11 @@ class PlanOptions(Section):
 
     gpu: Text | None = Field(None, description="A known GPU, as 4090, t4 or a100-80; null: the device here.")
     gpu_gb: Positive | None = Field(None, description="Free GB (10^9 bytes) of a GPU; null: the device here.")
+    gpus: Count = Field(1, description="GPUs of each node (without a GPU: processes).")
+    nodes: Count = Field(1, description="Machines of the run.")
+    link_gbps: Positive | None = Field(
+        None, description="10^9 bits/s of each node's network, or between the GPUs of the only node; null: assumed."
+    )
     tflops: Positive | None = Field(None, description="Speed in 10^12 operations/s; null: measured or assumed.")
     tokens: Count | None = Field(None, description="Training tokens of an epoch; null: estimated from local files.")
     document_tokens: Count | None = Field(None, description="Length of a row; null: a row fills a sequence.")

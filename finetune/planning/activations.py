@@ -128,7 +128,7 @@ def gathered_bytes(inputs: PlanInputs) -> tuple[float, float]:
     """Return the bytes that a rank of a sharded base gathers: of two layers, and of the head. (0, 0): nothing is."""
     if inputs.shard_ranks == 1:
         return 0.0, 0.0
-    sizes = gathered_layer_bytes(inputs.shape, inputs.model, inputs.quant)
+    sizes = gathered_layer_bytes(inputs.shape, inputs.model, inputs.quant, inputs.shard_ranks)
     return 2.0 * max(sizes), float(inputs.table_values * inputs.value_bytes)
 
 

@@ -107,6 +107,7 @@ def _candidates(inputs: PlanInputs, free_bytes: float) -> list[str]:
         "distill.teacher.placement=streamed": resident,
         "quant.double=true": not quant.double and quant.type == "nf4",
         "quant.type=nf4": quant.type in ("none", "int8"),
+        "parallel.offload=true": inputs.shard_ranks > 1 and inputs.parallel.shard != "auto" and not inputs.base_on_host,
         f"data.max_length={shorter}": 0 < longest < length or length > 2 * _STEP_TOKENS,
         "lora.modules_to_save=[]": lora.modules_to_save,
         "lora.rank=8": lora.rank > 8,

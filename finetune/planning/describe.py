@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from finetune.config.compose import to_yaml
 from finetune.config.schema import RunConfig
@@ -15,12 +16,14 @@ from finetune.planning.auto_batch import (
     keep_copies,
     largest_micro_batch,
 )
+from finetune.planning.communication import describe_sent, sent_bytes
 from finetune.planning.inputs import PlanInputs, plan_inputs
 from finetune.planning.peak_memory import PeakMemory, streamed_bytes, teacher_bytes
 from finetune.planning.sampling import sampled_batch
+from finetune.planning.sharded_base import shard_group
 from finetune.planning.static_memory import trained_in_tower
 from finetune.system.format import format_bytes
-from finetune.system.machine import device_type_here, ranks_of_run
+from finetune.system.machine import device_type_here, nodes_of_run, ranks_of_run
 
 
 def describe_plan(inputs: PlanInputs, free_bytes: float | None = None) -> str:
@@ -45,13 +48,14 @@ def describe_plan(inputs: PlanInputs, free_bytes: float | None = None) -> str:
         f"({', '.join(f'{name} {format_bytes(size)}' for name, size in static.parts.items())})",
         *_teacher_lines(inputs),
         *_sampling_lines(inputs, found),
+        *_rank_lines(inputs, found),
         f"memory of activations: {format_bytes(kept)} per rank if no layer is recomputed, "
         f"{format_bytes(recomputed)} if all are (train.gradient_checkpointing={train.gradient_checkpointing})",
         f"predicted peak: {format_bytes(found.peak_bytes)} per rank, {found.moment}, "
         f"recomputed_layers={found.recomputed}, micro_batch={found.micro_batch} (most of it: {most})",
     ]
     if found.host_bytes:
-        lines.append(f"main memory: {format_bytes(found.host_bytes)} per rank for offloaded inputs and embedding")
+        lines.append(f"main memory: {format_bytes(found.host_bytes)} per rank for what is kept there")
     return "\n".join([*lines, *_shortage_lines(inputs, found, free_bytes)])
 
 
@@ -61,6 +65,7 @@ def describe_start(inputs: PlanInputs, free_bytes: float | None = None) -> str:
         return f"model: the sizes of {inputs.model.name} are unknown, so memory is not planned"
     found = estimate_memory(inputs, free_bytes)
     lines = [_model_line(found), *tower_lines(inputs), *_teacher_lines(inputs), *_sampling_lines(inputs, found)]
+    lines += _rank_lines(inputs, found)
     return "\n".join([*lines, *_shortage_lines(inputs, found, free_bytes)])
 
 
@@ -93,6 +98,15 @@ def _sampling_lines(inputs: PlanInputs, found: PeakMemory) -> list[str]:
     line = f"sampling: answers={batch.count} at a time, up to {batch.tokens} tokens with prompt, {format_bytes(size)}"
     kept = found.static.parts.get("16-bit copies of 4-bit linears")
     return [line if kept is None else f"{line} ({format_bytes(kept)} of them 16-bit copies of 4-bit weights)"]
+
+
+def _rank_lines(inputs: PlanInputs, found: PeakMemory) -> list[str]:
+    """Return a line about who holds the base and what each rank sends in a step; nothing for a single rank."""
+    if inputs.ranks == 1:
+        return []
+    copies = f"base_split_over={inputs.shard_ranks}, " if inputs.shard_ranks > 1 else ""
+    sent = describe_sent(sent_bytes(inputs, found.micro_batch))
+    return [f"ranks: {inputs.ranks}, nodes={inputs.nodes}, {copies}sent per rank and step: {sent}"]
 
 
 def _shortage_lines(inputs: PlanInputs, found: PeakMemory, free_bytes: float | None) -> list[str]:
@@ -132,8 +146,10 @@ def dry_run(cfg: RunConfig, verbose: bool = False) -> str:
     verbose: with the settings that have their default value.
     """
     device_type = device_type_here()
-    inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=device_type, ranks=ranks_of_run(os.environ))
+    ranks, nodes = ranks_of_run(os.environ), nodes_of_run(os.environ)
+    inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=device_type, ranks=ranks, nodes=nodes)
     free = free_memory(device_type)
+    inputs = replace(inputs, shard_ranks=shard_group(inputs, free))
     plan = describe_plan(keep_copies(inputs, free), free)
     return "\n".join(
         [to_yaml(cfg, changed_only=not verbose).rstrip(), "", *(f"# {line}" for line in plan.splitlines())]

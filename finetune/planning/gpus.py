@@ -25,20 +25,21 @@ class Gpu:
     flops_per_second: float
 
 
-# Name -> sizes in GB, peak in 10^12 operations per second, multiprocessors. A name stands before its beginnings: L40S
-# before L4.
+# Name -> sizes in GB, peak in 10^12 operations per second, multiprocessors, GB/s between GPUs of a node in one
+# direction (NVLink, else PCIe with 16 lanes: 3.0 of a T4, 4.0 of others).
+# A name stands before its beginnings: L40S before L4.
 _KNOWN = {
-    "H200": ((141,), 989, 132),
-    "H100": ((80,), 989, 132),
-    "A100": ((40, 80), 312, 108),
-    "L40S": ((48,), 362, 142),
-    "A6000": ((48,), 155, 84),
-    "A10": ((24,), 125, 72),
-    "L4": ((24,), 121, 58),
-    "4090": ((24,), 165, 128),
-    "3090": ((24,), 71, 82),
-    "V100": ((16, 32), 125, 80),
-    "T4": ((16,), 65, 40),
+    "H200": ((141,), 989, 132, 450),
+    "H100": ((80,), 989, 132, 450),
+    "A100": ((40, 80), 312, 108, 300),
+    "L40S": ((48,), 362, 142, 32),
+    "A6000": ((48,), 155, 84, 32),
+    "A10": ((24,), 125, 72, 32),
+    "L4": ((24,), 121, 58, 32),
+    "4090": ((24,), 165, 128, 32),
+    "3090": ((24,), 71, 82, 32),
+    "V100": ((16, 32), 125, 80, 150),
+    "T4": ((16,), 65, 40, 16),
 }
 _BEFORE_AMPERE = ("V100", "T4")
 # A driver reports more bytes than are sold, and keeps a part for itself: the sold size is close to what is free.
@@ -57,7 +58,7 @@ def find_gpu(word: str) -> Gpu:
         known = ", ".join(choice for each in _KNOWN for choice in _choices(each))
         size_gb = word if word.isdecimal() and int(word) < 1000 else "24"
         raise InputError(f"gpu={word}: unknown; known are {known}\nhelp: gpu_gb={size_gb}")
-    sizes, peak, _ = _KNOWN[name]
+    sizes, peak, *_ = _KNOWN[name]
     if (size is None and len(sizes) > 1) or (size is not None and int(size) not in sizes):
         each = " or ".join(f"{gb} GB" for gb in sizes)
         raise InputError(f"gpu={word}: this card has {each}\nhelp: gpu={_choices(name)[-1]}")
@@ -70,6 +71,12 @@ def peak_of(gpu_name: str | None) -> float | None:
     """Return the operations per second of a GPU by its driver's name, as `Tesla T4`; None if it is unknown."""
     name = _known_name(gpu_name)
     return None if name is None else _KNOWN[name][1] * 1e12
+
+
+def link_bytes_of(gpu_name: str | None) -> float | None:
+    """Return the bytes per second between GPUs of a node, in one direction; None for an unknown GPU."""
+    name = _known_name(gpu_name)
+    return None if name is None else _KNOWN[name][3] * 1e9
 
 
 def traits_of(gpu_name: str | None) -> GpuTraits:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from finetune.config.parallel_rules import shared_base
 from finetune.planning.auto_batch import estimate_memory
 from finetune.planning.inputs import PlanInputs
+
+_MOST_RANKS = 64
 
 
 def shard_group(inputs: PlanInputs, free_bytes: float | None) -> int:
@@ -23,6 +27,18 @@ def shard_group(inputs: PlanInputs, free_bytes: float | None) -> int:
         fits = not inputs.shape or free_bytes is None or estimate_memory(inputs, free_bytes).needed_bytes <= free_bytes
         shard = "none" if fits or not _can_shard(inputs) else "full"
     return inputs.ranks if shard == "full" else 1
+
+
+def fewest_ranks(inputs: PlanInputs, free_bytes: float) -> int | None:
+    """Return the smallest number of ranks on which the run fits if they share the base; None if none up to 64 does.
+
+    free_bytes: of each rank.
+    """
+    if inputs.parallel.shard == "none" or not _can_shard(inputs):
+        return None
+    tried = (replace(inputs, ranks=ranks, nodes=1, shard_ranks=ranks) for ranks in range(1, _MOST_RANKS + 1))
+    found = (run.ranks for run in tried if estimate_memory(run, free_bytes).needed_bytes <= free_bytes)
+    return next(found, None)
 
 
 def _can_shard(inputs: PlanInputs) -> bool:

@@ -104,18 +104,33 @@ def _vectors(shape: Mapping[str, Any]) -> dict[str, int]:
     return vectors | {name: linears[name][0] for name in family.biased}
 
 
-def gathered_layer_bytes(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig) -> list[int]:
+def gathered_layer_bytes(
+    shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig, shard_ranks: int
+) -> list[int]:
     """Return the bytes of each decoder layer that ranks gather from one another where the base is sharded.
 
-    Those are all its frozen tensors but the second-level scales of 4-bit blocks, which every rank holds whole.
+    Those are all its frozen tensors but the second-level scales of 4-bit blocks, which every rank holds whole. A tensor
+    is split by its rows, and the last parts are padded.
     """
-    vectors, linears = sum(_vectors(shape).values()) * DTYPE_BYTES[model.dtype], linear_shapes(shape)
+    linears, width = linear_shapes(shape), DTYPE_BYTES[model.dtype]
+    vectors = [(size, width) for size in _vectors(shape).values()]
     sizes = []
     for layer in range(shape["num_hidden_layers"]):
-        stored = layer_precisions(FAMILIES[shape["model_type"]], layer, model, quant)
-        weights = (math.prod(linears[name]) * _sharded_bytes(kind, quant) for name, kind in stored.items())
-        sizes.append(round(sum(weights)) + vectors)
+        tensors = list(vectors)
+        for name, kind in layer_precisions(FAMILIES[shape["model_type"]], layer, model, quant).items():
+            out, inputs = linears[name]
+            if kind == "nf4":  # two codes in a byte, and a scale for each block
+                blocks = math.ceil(out * inputs / _BLOCK)
+                tensors += [(math.ceil(out * inputs / 2), 1), (blocks, 1 if quant.double else 4)]
+            else:
+                tensors.append((out, inputs * DTYPE_BYTES[kind]))
+        sizes.append(sum(padded_bytes(rows, size, shard_ranks) for rows, size in tensors))
     return sizes
+
+
+def padded_bytes(rows: int, row_bytes: int, shard_ranks: int) -> int:
+    """Return the bytes of a tensor whose ranks hold parts of equally many rows."""
+    return math.ceil(rows / shard_ranks) * shard_ranks * row_bytes
 
 
 def _base_parts(shape: Mapping[str, Any], model: ModelConfig, quant: QuantConfig, shard_ranks: int) -> dict[str, float]:

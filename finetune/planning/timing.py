@@ -9,14 +9,15 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetune.config.command_options import PlanOptions
 from finetune.config.schema import SourceConfig
+from finetune.planning.communication import link_of, sent_bytes, waiting_seconds
 from finetune.planning.flops import StepWork, step_work
-from finetune.planning.gpus import peak_of
+from finetune.planning.gpus import link_bytes_of, peak_of
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.peak_memory import PeakMemory
 from finetune.planning.sampling import sampling_work
@@ -85,27 +86,32 @@ def estimate_time(
     epoch_tokens = options.tokens or tokens_in_files(inputs.data.train)
     media = first_passes(inputs, epoch_tokens)
     if rates is not None:
-        seconds = step_seconds(inputs, work, rates)
         media_seconds = sum(tower_seconds(each, rates) for each in media)
-        source = f"measured on {rates.device}"
+        ceiling, source = 0.0, f"measured on {rates.device}"
     else:
         ceiling, source = assumed_ceiling(inputs.device_kind, gpu_name)
         here = options.gpu is None and options.gpu_gb is None
         source += f"; {'finetune plan calibrate=true measures it, ' if here else ''}tflops=N sets it"
         if options.tflops:
             ceiling, source = options.tflops * 1e12, f"given: {options.tflops:g} TFLOP/s"
-        products = work.flops / ceiling
-        seconds = {"products": products, "all else": products * _ASSUMED_REST[inputs.device_kind]}
-        if inputs.samples_answers:
-            seconds["sampling answers"] = sum(_sampling_operations(inputs).values()) / ceiling
         media_seconds = sum(each.flops for each in media) / ceiling * (1 + _ASSUMED_REST[inputs.device_kind])
+    seconds = _computing_seconds(inputs, work, rates, ceiling)
+    link = link_of(inputs, options.link_gbps, link_bytes_of(gpu_name))
+    seconds |= waiting_seconds(inputs, memory, _layer_seconds(inputs, memory, work, seconds), link)
     total = sum(seconds.values())
+    # One rank that does all of it, with the same passes.
+    alone = replace(inputs, ranks=1, nodes=1, shard_ranks=1)
+    work_alone = step_work(alone, memory.micro_batch, memory.recomputed)
+    alone_seconds = sum(_computing_seconds(alone, work_alone, rates, ceiling).values())
     media_seconds /= inputs.ranks
     steps, steps_source = steps_of(inputs, options.tokens)
     return {
         "step_flops": work.flops * inputs.ranks,
         "rates": source,
         "step_seconds": total,
+        "efficiency": alone_seconds / (inputs.ranks * total),
+        "sent_bytes": sent_bytes(inputs, memory.micro_batch),
+        "link": link.source,
         "seconds_shares": {name: part / total for name, part in seconds.items()},
         "tokens_per_second": inputs.train.batch_size / inputs.sequence.prompts * inputs.sequence.places / total,
         "steps": steps,
@@ -114,6 +120,26 @@ def estimate_time(
         "media_bytes": cached_bytes(inputs, epoch_tokens),
         "total_seconds": None if steps is None else steps * total + media_seconds,
     }
+
+
+def _computing_seconds(inputs: PlanInputs, work: StepWork, rates: Rates | None, ceiling: float) -> dict[str, float]:
+    """Return the seconds of a step per purpose on one rank. ceiling: operations per second, if there are no rates."""
+    if rates is not None:
+        return step_seconds(inputs, work, rates)
+    products = work.flops / ceiling
+    seconds = {"products": products, "all else": products * _ASSUMED_REST[inputs.device_kind]}
+    if inputs.samples_answers:
+        seconds["sampling answers"] = sum(_sampling_operations(inputs).values()) / ceiling
+    return seconds
+
+
+def _layer_seconds(inputs: PlanInputs, memory: PeakMemory, work: StepWork, seconds: Mapping[str, float]) -> float:
+    """Return the seconds of a layer's pass in one direction: a share of training's time, by operations."""
+    training = sum(size for name, size in seconds.items() if name != "sampling answers")
+    share = (work.flops - work.products["head"]) / work.flops
+    passes = math.ceil(inputs.step_sequences / memory.micro_batch)
+    layers = len(inputs.adapted)
+    return training * share / passes / (2 * layers - inputs.first_trained_layer + memory.recomputed)
 
 
 def steps_of(inputs: PlanInputs, tokens: int | None) -> tuple[int | None, str]:

@@ -78,6 +78,11 @@ def ranks_of_run(environ: Mapping[str, str]) -> int:
     return _count(environ, "WORLD_SIZE")
 
 
+def nodes_of_run(environ: Mapping[str, str]) -> int:
+    """Return the number of machines of the run, with as many processes each as this one."""
+    return max(1, ranks_of_run(environ) // ranks_here(environ))
+
+
 def _count(environ: Mapping[str, str], name: str) -> int:
     value = environ.get(name, "1").strip()
     if not value.isdecimal() or int(value) == 0:
