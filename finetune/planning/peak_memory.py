@@ -175,12 +175,19 @@ def predict_peak(inputs: PlanInputs, micro_batch: int, recomputed: int) -> PeakM
     narrow = inputs.table_values * inputs.value_bytes if cuda and inputs.trains_embedding else 0
     moments["optimizer step"] = {**held, "gradients": gradients, "gradient of the embedding": narrow}
     moments = {name: {part: size for part, size in parts.items() if size} for name, parts in moments.items()}
-    host = recomputed * activations.input if offload else 0.0
-    if inputs.embedding_on_host:
-        host += inputs.shape["vocab_size"] * inputs.shape["hidden_size"] * inputs.value_bytes + activations.input
-    if inputs.base_on_host:
-        host += replace(inputs, parallel=schema.ParallelConfig()).static.total_bytes - static.total_bytes
+    host = _host_bytes(inputs, activations, recomputed if offload else 0)
     return PeakMemory(inputs.device_type, static, activations, micro_batch, recomputed, moments, teacher is None, host)
+
+
+def _host_bytes(inputs: PlanInputs, activations: ActivationPlan, offloaded: int) -> float:
+    """Return the bytes that a GPU run keeps in main memory. offloaded: layers whose inputs are there."""
+    size = offloaded * activations.input
+    if inputs.embedding_on_host:
+        size += inputs.table_values * inputs.value_bytes + activations.input
+    if inputs.base_on_host:
+        on_gpu = replace(inputs, parallel=schema.ParallelConfig())
+        size += on_gpu.static.total_bytes - inputs.static.total_bytes
+    return size
 
 
 def _held(inputs: PlanInputs, teacher: float) -> dict[str, float]:
