@@ -92,6 +92,9 @@ def shard_base(base: PreTrainedModel, mesh: DeviceMesh, device: torch.device, of
     if device.type == "cuda":  # a CPU gathers while it waits
         for layer, after in pairwise(layers):
             layer.set_modules_to_forward_prefetch([after])
+    # Backward ends with the lowest trained layer. By default it would also gather the layer or embedding before it.
+    lowest = next((layer for layer in layers if any(each.requires_grad for each in layer.parameters())), layers[0])
+    lowest.set_modules_to_backward_prefetch([lowest])
     malloc_trim()
     training = base.training
     with torch.no_grad():  # torch makes the module that runs first the root of its parts

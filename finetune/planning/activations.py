@@ -61,7 +61,7 @@ class ActivationPlan:
     garbage: free but held by a CPU's heap while recomputed layers run.
     again, work_again: `kept` and `work` of a layer that is recomputed; None if they are the same.
     media: embeddings of media, and what trained towers keep for backward.
-    gathered, gathered_head: of a sharded base, two layers (the current and the next one) and the head's matrix.
+    gathered, gathered_head: of a sharded base: weights of layers (the current and the next one), and the head's matrix.
     """
 
     kept: tuple[float, ...]
@@ -125,11 +125,15 @@ def plan_activations(inputs: PlanInputs, micro_batch: int) -> ActivationPlan:
 
 
 def gathered_bytes(inputs: PlanInputs) -> tuple[float, float]:
-    """Return the bytes that a rank of a sharded base gathers: of two layers, and of the head. (0, 0): nothing is."""
+    """Return the bytes that a rank of a sharded base gathers: of layers, and of the head. (0, 0): nothing is.
+
+    A layer arrives in one block and is copied out of it. The block stays until the next layer is needed, and
+    a GPU gathers that one meanwhile.
+    """
     if inputs.shard_ranks == 1:
         return 0.0, 0.0
     sizes = gathered_layer_bytes(inputs.shape, inputs.model, inputs.quant, inputs.shard_ranks)
-    return 2.0 * max(sizes), float(inputs.table_values * inputs.value_bytes)
+    return (3.0 if inputs.device_type == "cuda" else 2.0) * max(sizes), float(inputs.table_values * inputs.value_bytes)
 
 
 def _plan_decoder(inputs: PlanInputs, micro_batch: int) -> ActivationPlan:

@@ -104,9 +104,10 @@ def place_embedding(inputs: PlanInputs, free_bytes: float | None) -> PlanInputs:
     """Resolve `model.embedding` to host or device. free_bytes: as for `estimate_memory`."""
     if inputs.model.embedding != "auto" or not inputs.shape:
         return inputs
-    found = _estimate(inputs, free_bytes)
-    short = free_bytes is not None and found.needed_bytes > free_bytes
-    host = inputs.can_move_embedding and bool(found.recomputed or short)
+    host = False
+    if inputs.can_move_embedding:
+        found = _estimate(inputs, free_bytes)
+        host = bool(found.recomputed) or (free_bytes is not None and found.needed_bytes > free_bytes)
     return inputs.with_settings(model={"embedding": "host" if host else "device"})
 
 

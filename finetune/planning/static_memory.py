@@ -159,6 +159,8 @@ def layer_precisions(family: ModelFamily, layer: int, model: ModelConfig, quant:
             return model.dtype
         return "int8" if any(matches(pattern, path) for pattern in quant.int8) else quant.type
 
+    if not (quant.skip_modules or quant.int8):  # A plan of a table asks for thousands of layers.
+        return dict.fromkeys(LINEARS, model.dtype if quant.type == "none" else quant.type)
     return {name: precision_of(family.linear_path(layer, name)) for name in LINEARS}
 
 
