@@ -137,6 +137,27 @@ SLOW: dict[str, str] = {
     "tests/integration/test_serving_replicas.py::test_nginx_refuses_what_concerns_one_replica_and_what_is_too_large": (
         "tests/integration/test_serving_replicas.py::test_the_compose_file_names_services_and_options_that_exist"
     ),
+    "tests/equivalence/test_out_of_memory.py::test_every_objective_repeats_a_step_that_ran_out[teacher]": (
+        "tests/unit/training/test_micro_batch.py::test_a_repeated_step_has_the_bits_of_one_with_the_smaller_micro_batch"
+    ),
+    "tests/equivalence/test_out_of_memory.py::test_every_objective_repeats_a_step_that_ran_out[kto]": (
+        "tests/unit/training/test_micro_batch.py::test_a_repeated_step_has_the_bits_of_one_with_the_smaller_micro_batch"
+    ),
+    "tests/equivalence/test_out_of_memory.py::test_every_objective_repeats_a_step_that_ran_out[rewards]": (
+        "tests/unit/training/test_micro_batch.py::test_a_repeated_step_has_the_bits_of_one_with_the_smaller_micro_batch"
+    ),
+    "tests/equivalence/test_out_of_memory.py::test_every_objective_repeats_a_step_that_ran_out[pairs]": (
+        "tests/unit/training/test_micro_batch.py::test_a_repeated_step_has_the_bits_of_one_with_the_smaller_micro_batch"
+    ),
+    "tests/equivalence/test_out_of_memory.py::test_two_ranks_halve_together_when_one_runs_out": (
+        "tests/unit/training/test_micro_batch.py::test_a_repeated_step_has_the_bits_of_one_with_the_smaller_micro_batch"
+    ),
+    "tests/equivalence/test_out_of_memory.py::test_a_limit_of_memory_is_met_with_smaller_passes": (
+        "tests/unit/training/test_micro_batch.py::test_a_repeated_step_has_the_bits_of_one_with_the_smaller_micro_batch"
+    ),
+    "tests/equivalence/test_out_of_memory.py::test_a_sharded_run_leaves_the_smaller_micro_batch_to_its_next_start": (
+        "tests/unit/training/test_micro_batch.py::test_a_rank_of_a_sharded_base_leaves_half_the_micro_batch_to_the_restart"
+    ),
 }
 
 

@@ -42,7 +42,7 @@ def run(folder: Path, *settings: str) -> Path:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_that_halves_its_micro_batch_repeats_the_step_for_every_objective(tmp_path, name, capsys):
+def test_every_objective_repeats_a_step_that_ran_out(tmp_path, name, capsys):
     """With rewards the second update runs out: the first one stored log-probabilities of larger passes."""
     micro = 2 if name == "rewards" else 4
     settings = (*RUNS[name], f"train.micro_batch_size={micro}")
