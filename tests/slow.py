@@ -21,6 +21,9 @@ SLOW: dict[str, str] = {
         "tests/cuda_trace/test_roofline.py::test_operations_and_bytes"
     ),
     "tests/integration/test_benchmarks.py": "tests/unit/benchmarks/test_accounting.py",
+    "tests/equivalence/test_traffic.py": (
+        "tests/unit/planning/test_communication.py::test_a_step_gathers_each_layer_twice_a_pass_and_both_tables_once"
+    ),
     "tests/equivalence/test_serving_http.py::test_greedy_answers_of_a_mixed_batch_are_those_of_generate": (
         "tests/equivalence/test_serving_engine.py::test_base_and_adapters_in_one_batch_answer_as_generate"
     ),

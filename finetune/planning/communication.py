@@ -20,7 +20,7 @@ from finetune.system.format import format_bytes
 PCIE_BYTES = 32e9
 # Share of a data sheet's speed that collectives reach, and the network of a node: assumptions, named in the output.
 _ASSUMED_SHARE, _ASSUMED_NETWORK = 0.7, 100e9 / 8
-# Bytes per second between two processes of a machine by gloo: an assumption. Two threads of Zen 3 reached 0.9 to 1.3.
+# Bytes per second between two processes of an idle machine by gloo: an assumption.
 _ASSUMED_GLOO = 1e9
 
 

@@ -29,7 +29,7 @@ from finetune.planning.sharded_base import shard_group
 from finetune.planning.timing import estimate_time, read_rates
 from finetune.system.console import Log
 from finetune.system.format import format_bytes
-from finetune.system.machine import available_memory, malloc_trim, ranks_here
+from finetune.system.machine import available_memory, malloc_trim, nodes_of_run, ranks_here
 from finetune.training.choices import repeat_choices
 
 # Gradient and AdamW's moments come later; the weights are already loaded. A guard's recovery has moments of its own.
@@ -45,7 +45,7 @@ def inputs_of_run(cfg: RunConfig, accelerator: Accelerator, stored: dict[str, An
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         gpu = GpuTraits(properties.major >= 8, properties.multi_processor_count)
-    nodes = ranks // ranks_here(os.environ)
+    nodes = nodes_of_run(os.environ)
     inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=device.type, ranks=ranks, gpu=gpu, nodes=nodes)
     inputs = replace(inputs, shard_ranks=shard_group(inputs, _least_free(accelerator)))
     inputs = inputs.with_settings(train=repeat_choices(cfg.train, stored, ranks, log))

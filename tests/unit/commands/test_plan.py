@@ -202,7 +202,8 @@ def test_ranks_share_a_step_and_each_holds_the_whole_model(capsys, monkeypatch):
     alone = plan(capsys, *words)[1]
     monkeypatch.setenv("WORLD_SIZE", "4")
     shared = plan(capsys, *words)[1]
-    assert shared["step_seconds"] == pytest.approx(alone["step_seconds"] / 4)
+    computing = 1 - shared["seconds_shares"]["exchanging gradients"]
+    assert computing * shared["step_seconds"] == pytest.approx(alone["step_seconds"] / 4)
     assert shared["peak_bytes"] >= alone["peak_bytes"]
     main(["plan", *words])
     assert "on each of 4 " in capsys.readouterr().out
@@ -231,3 +232,59 @@ def test_no_torch_is_needed():
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'peft', 'datasets')))"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_a_plan_of_two_nodes_says_what_ranks_send_and_are_worth(capsys):
+    words = ("model=qwen2.5-72b-instruct", "gpus=8", "nodes=2", "gpu_gb=24", "link_gbps=100")
+    code, content = plan(capsys, *words)
+    assert code == 0 and (content["ranks"], content["nodes"], content["shard_ranks"]) == (16, 2, 16)
+    assert set(content["sent_bytes"]) == {"layers", "embedding and head", "gradients"}
+    assert 0 < content["efficiency"] < 1 and "given: 100 Gbit/s between nodes" in content["link"]
+    _, hybrid = plan(capsys, *words, "parallel.shard=hybrid")
+    assert hybrid["shard_ranks"] == 8 and hybrid["efficiency"] > content["efficiency"]
+    assert main(["plan", *words]) == 0
+    text = capsys.readouterr().out
+    assert "ranks: 16 on 2 nodes; the base is split over 16" in text and "sent per rank and step" in text
+
+
+def test_a_run_that_does_not_fit_names_the_fewest_gpus_that_share_the_base(capsys):
+    words = ("model=qwen2.5-72b-instruct", "gpu=4090")
+    code, content = plan(capsys, *words)
+    fewest = content["fewest_gpus"]
+    assert code == 3 and fewest > 2
+    assert plan(capsys, *words, f"gpus={fewest}", "parallel.shard=full")[0] == 0
+    assert plan(capsys, *words, f"gpus={fewest - 1}", "parallel.shard=full")[0] == 3
+    assert plan(capsys, *words, "parallel.shard=none")[1]["fewest_gpus"] is None
+
+
+def test_processes_of_a_cpu_share_its_memory(capsys, monkeypatch):
+    here = gpus.PlannedDevice("cpu", 8e9, "this machine's memory", None)
+    monkeypatch.setattr(gpus, "planned_device", lambda *_: here)
+    assert plan(capsys, "config=quickstart.yaml", "gpus=2")[1]["free_bytes"] == 4e9
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("config=lora.yaml", "link_gbps=100"),
+        ("config=lora.yaml", "gpus=4", "train.world_size=2"),
+        ("table=true", "gpus=2", "nodes=2"),
+        ("table=true", "gpus=2", "link_gbps=100"),
+    ],
+    ids=" ".join,
+)
+def test_options_of_ranks_that_contradict_are_refused(words, capsys):
+    assert main(["plan", *words]) == 2
+    assert "help: " in capsys.readouterr().err
+
+
+def test_the_table_of_cards_grows_with_them(capsys, monkeypatch):
+    monkeypatch.setattr("finetune.planning.cards.SIZES", ("7B", "72B"))
+    one, four = (plan(capsys, "table=true", f"gpus={count}")[1] for count in (1, 4))
+    assert list(one) == ["7B", "72B"] and list(one["7B"]) == ["24", "48", "80"]
+    assert one["72B"]["24"] is None and four["72B"]["24"]["longest"] > 0
+    for card, cell in one["7B"].items():
+        assert four["7B"][card]["longest"] >= cell["longest"]
+        assert four["7B"][card]["tokens_per_second"] > cell["tokens_per_second"]
+    assert main(["plan", "table=true", "gpus=4"]) == 0
+    assert "24 GB (4090)" in capsys.readouterr().out
