@@ -104,6 +104,7 @@ SLOW: dict[str, str] = {
     "tests/equivalence/test_distillation.py::test_two_ranks_equal_one": (
         "tests/equivalence/test_ranks.py::test_two_ranks_equal_one"
     ),
+    "tests/equivalence/test_sharding_objectives.py": "tests/unit/parallel/test_in_step.py::test_two_ranks",
     "tests/integration/test_data_command.py::test_a_reader_that_goes_early_gets_no_traceback": (
         "tests/unit/test_cli.py::test_a_reader_that_has_gone_is_no_bug"
     ),

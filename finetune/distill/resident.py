@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from finetune.models.skeleton import build_skeleton, fill_plain, holds_all
 from finetune.models.tokenizer import quiet
 from finetune.ops import attention
 
+# Keeps this rank's part of a model in main memory, and moves the rest to the device.
+Share = Callable[[PreTrainedModel], None]
+
 
 @dataclass(frozen=True)
 class ResidentTeacher:
@@ -44,19 +47,31 @@ class ResidentTeacher:
 
 
 def load_resident(
-    cfg: ModelConfig, adapter: Path | None, device: torch.device, student: PreTrainedModel | None = None
+    cfg: ModelConfig,
+    adapter: Path | None,
+    device: torch.device,
+    student: PreTrainedModel | None = None,
+    share: Share | None = None,
 ) -> ResidentTeacher:
     """Load the teacher `cfg.name`, frozen, in `cfg.dtype`.
 
     Args:
-        student: a base of the same weights without an adapter; its embedding and head are shared.
+        student: a base of the same weights without an adapter; a teacher that ranks do not share uses its embedding and
+            head.
+        share: splits the teacher over the ranks; None: each rank has a whole one.
 
     Raises: as `load_base` and `load_adapter`.
     """
-    model = _mapped(cfg, device, student) or load_base(cfg, QuantConfig(type="none", double=False), device)
+    unquantized = QuantConfig(type="none", double=False)
+    if share is not None:
+        model = load_base(cfg, unquantized, device, mapped=True)
+    else:
+        model = _mapped(cfg, device, student) or load_base(cfg, unquantized, device)
     model.requires_grad_(False)
     teacher = model if adapter is None else load_adapter(model, adapter)
     fuse_layers(teacher)
+    if share is not None:
+        share(model)
     return ResidentTeacher(teacher.eval(), device)
 
 

@@ -16,7 +16,7 @@ from finetune.data.documents import Document, Documents
 from finetune.data.template.chat import ChatTemplate
 from finetune.distill.cache import CachedTeacher
 from finetune.distill.fingerprint import adapter_folder, fingerprint, teacher_adapter, teacher_weights
-from finetune.distill.resident import load_resident
+from finetune.distill.resident import Share, load_resident
 from finetune.distill.shards import vocabulary_of
 from finetune.distill.stream import StreamedModel
 from finetune.losses.distillation import Teacher
@@ -142,6 +142,7 @@ def build_teacher(
     vocabulary: int,
     documents: Sequence[Document],
     device: torch.device,
+    share: Share | None,
     log: Log,
 ) -> Teacher:
     """Build the teacher of a run.
@@ -150,6 +151,7 @@ def build_teacher(
         base: the student without an adapter; a teacher of the same weights shares its tables.
         vocabulary: ids below it take part in the divergence.
         documents: all documents of the run, which a cache must contain.
+        share: splits a resident teacher over the ranks; it then has tables of its own. None: each rank has a whole one.
 
     Raises:
         ConfigError: the teacher is not found or not supported.
@@ -158,7 +160,8 @@ def build_teacher(
     """
     model, teacher = teacher_model(cfg), cfg.distill.teacher
     if teacher.placement == "resident":
-        found = load_resident(model, adapter_folder(teacher.lora), device, base if teacher_is_base(cfg) else None)
+        student = base if teacher_is_base(cfg) else None
+        found = load_resident(model, adapter_folder(teacher.lora), device, student, share)
         if towers := build_towers(base_of(found.model), model, processor_of(base)):
             towers.fill(documents.media() if isinstance(documents, Documents) else (), log)
             if not cfg.data.stream_rows:  # a stream brings media that are not known yet

@@ -23,12 +23,13 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.evaluation.scoring import evaluating
 from finetune.losses.chunked import logits_of
 from finetune.losses.cross_entropy import head_of, vocabulary_rows
-from finetune.losses.hidden_states import base_of
+from finetune.losses.hidden_states import base_of, device_of
 from finetune.models.decoder import decoder_of, text_config
 from finetune.models.quant.four_bit import keep_resident, resident_bytes
 from finetune.ops.determinism import cumulative_sums
 from finetune.ops.limits import ROWS_DRAWN, SAMPLED_ANSWERS, SAMPLED_TOKENS
-from finetune.parallel.sharding import is_sharded
+from finetune.parallel.in_step import in_step
+from finetune.parallel.sharding import is_sharded, whole
 from finetune.system.machine import available_memory
 from finetune.system.out_of_memory import in_halves
 from finetune.towers.towers import processor_of, towers_of
@@ -127,7 +128,7 @@ def answer_rows(
         limits = [max_new_tokens] * len(some)
         return decode(model, [prompts[i] for i in some], limits, stop_ids=stop_ids, vocabulary=vocabulary)
 
-    with evaluating(model):
+    with evaluating(model), in_step(model):
         for start in range(0, len(by_length), batch_size):
             rows_of_batch = by_length[start : start + batch_size]
             for batch, written in in_halves(rows_of_batch, write, FEWER_AT_ONCE, splits=not is_sharded(model)):
@@ -198,7 +199,7 @@ def sample_answers(
             for ids, scores in zip(written, log_probs, strict=True)
         ]
 
-    with evaluating(model):
+    with evaluating(model), in_step(model):
         for batch in _batches([len(p) for p in prompts], [d.shape[1] for d in draws], copies):
             for rows, found in in_halves(batch, sample, _SMALLER_GROUPS, splits=not is_sharded(model)):
                 for place, i in enumerate(rows):
@@ -298,7 +299,7 @@ def decode(
 ) -> list[list[int]]:
     """Generate the answers of a batch of prompts, padded on the left, with a key-value cache.
 
-    Call it in evaluation mode and under `torch.no_grad`.
+    Call it in evaluation mode, under `torch.no_grad` and in `in_step`.
 
     Args:
         prompts: at least one token each.
@@ -306,7 +307,7 @@ def decode(
         vocabulary: V, number of ids to choose from.
         copies: answers to each prompt, which is computed once for all of them.
     """
-    base, device = base_of(model), next(model.parameters()).device
+    base, device = base_of(model), device_of(model)
     head, backbone = head_of(model), decoder_of(base)
     cache = DynamicCache(config=text_config(base))
     answers: list[list[int]] = [[] for _ in limits]
@@ -321,7 +322,9 @@ def decode(
         inputs = {"inputs_embeds": _with_media(base, ids_NL, prompts)}
     while unfinished:
         inputs |= {"attention_mask": mask_NL, "position_ids": positions, "use_cache": True}
-        logits_NV = logits_of(backbone(**inputs, past_key_values=cache).last_hidden_state[:, -1], head, vocabulary)
+        hidden_ND = backbone(**inputs, past_key_values=cache).last_hidden_state[:, -1]
+        with whole(head):
+            logits_NV = logits_of(hidden_ND, head, vocabulary)
         if len(logits_NV) < len(unfinished):  # after the prompts
             cache.batch_repeat_interleave(copies)
             logits_NV, mask_NL = (x.repeat_interleave(copies, 0) for x in (logits_NV, mask_NL))

@@ -32,6 +32,7 @@ from finetune.losses.hidden_states import target_states
 from finetune.models.adapters.folder import TENSOR_FILE
 from finetune.models.digest import base_fingerprint, sha256_of
 from finetune.ops.limits import EVALUATION_TOKENS
+from finetune.parallel.in_step import in_step
 from finetune.system.atomic import write_text
 from finetune.system.errors import IntegrityError
 
@@ -124,7 +125,7 @@ def _row(document: Document) -> Row:
 def measure(model: nn.Module, rows: Sequence[Row], top: int = TOP) -> list[list[Scored]]:
     """Score rows as an evaluation in training does, with the `top` most probable tokens at each place."""
     found: list[Scored] = []
-    with evaluating(model):
+    with evaluating(model), in_step(model):
         for group in groups_of(map(_document, rows), EVALUATION_TOKENS):
             targets = target_states(model, build_batch(group))
             for logits_NV, part in chunked_logits(targets.hidden_ND, head_of(model), vocabulary_rows(model)):

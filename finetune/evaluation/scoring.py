@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from finetune.data.batch import build_batch, groups_of
 from finetune.data.documents import Document, Documents
+from finetune.distill.resident import ResidentTeacher
 from finetune.losses.chunked import chunked_logits, logits_of
 from finetune.losses.cross_entropy import head_of, score, vocabulary_rows
-from finetune.losses.distillation import Teacher, TeacherTargets, compare
-from finetune.losses.hidden_states import target_states
+from finetune.losses.distillation import Teacher, TeacherTargets, compare, whole_head
+from finetune.losses.hidden_states import device_of, target_states
 from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.divergence import divergence_
 from finetune.ops.limits import TEACHER_BATCHES
+from finetune.parallel.in_step import in_step
 from finetune.parallel.sharding import is_sharded
 from finetune.system.errors import FinetuneError
 from finetune.system.out_of_memory import in_halves
@@ -83,7 +85,7 @@ def evaluate(
         sum_over_ranks: sums a tensor over all ranks, of which each has a part of the documents.
     """
     sums = torch.zeros(3, dtype=torch.float64)
-    with evaluating(model):
+    with evaluating(model), in_step(model):
         for _, result in in_groups(model, documents, limit_tokens, lambda group: score(model, build_batch(group))):
             sums += torch.tensor([float(result.nll), float(result.correct), result.tokens], dtype=torch.float64)
     nll, correct, tokens = sum_over_ranks(sums).tolist()
@@ -110,17 +112,19 @@ def agreement(
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Agreement:
     """Compare a model with a teacher on documents. vocabulary: number of ids that both have; else as `evaluate`."""
-    sums, count = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device), 0
+    sums, count = torch.zeros(2, dtype=torch.float64, device=device_of(model)), 0
+    models = (model, teacher.model) if isinstance(teacher, ResidentTeacher) else (model,)
     batches = [build_batch(group, share_prefixes=True) for group in groups_of(documents, limit_tokens)]
-    with evaluating(model):
+    with evaluating(model), in_step(*models):
         for start in range(0, len(batches), TEACHER_BATCHES):
             some = batches[start : start + TEACHER_BATCHES]
             for batch, teacher_targets in zip(some, teacher.targets_for(some), strict=True):
                 hidden_ND = target_states(model, batch).hidden_ND
-                for logits_NV, rows in chunked_logits(hidden_ND, head_of(model), vocabulary):
-                    kl_N, agree_N = compare(teacher_targets, logits_NV, rows, vocabulary)
-                    sums += torch.stack([kl_N.sum(), agree_N.sum()]).double()
-                    count += len(kl_N)
+                with whole_head(teacher_targets):
+                    for logits_NV, rows in chunked_logits(hidden_ND, head_of(model), vocabulary):
+                        kl_N, agree_N = compare(teacher_targets, logits_NV, rows, vocabulary)
+                        sums += torch.stack([kl_N.sum(), agree_N.sum()]).double()
+                        count += len(kl_N)
     kl, top1, tokens = sum_over_ranks(torch.tensor([*sums.tolist(), count], dtype=torch.float64)).tolist()
     return Agreement(kl / tokens, top1 / tokens, int(tokens))
 
@@ -143,7 +147,7 @@ def reference_kl(
     """
     sums = torch.zeros(2, dtype=torch.float64)
     head, vocabulary = head_of(model), vocabulary_rows(model)
-    with evaluating(model):
+    with evaluating(model), in_step(model):
         for group in groups_of(documents, limit_tokens):
             batch = build_batch(group, share_prefixes=True)
             hidden_ND = target_states(model, batch).hidden_ND

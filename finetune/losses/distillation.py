@@ -6,6 +6,7 @@ Shapes: N rows that carry a target, in the order of the batch; D hidden width, V
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from finetune.losses.cross_entropy import head_of
 from finetune.losses.hidden_states import copy_together, target_states
 from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.divergence import bucketed_kl_, divergence_, sampled_kl_
+from finetune.parallel.sharding import whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,18 +183,24 @@ class Distillation(nn.Module):
         loss = distillation_loss(
             targets, self.terms, labels_N, kl_weight_N=kl_weight_N, ce_weight_N=ce_weight_N, vocabulary=self.vocabulary
         )
-        total = chunked_loss(hidden_ND, head_of(self.model), self.vocabulary, loss)
+        with whole_head(targets):
+            total = chunked_loss(hidden_ND, head_of(self.model), self.vocabulary, loss)
         if self.terms.hidden and isinstance(targets, TeacherHidden):
             squares_N = (hidden_ND.float() - targets.hidden_ND.float()).square().mean(-1)
             total = total + self.terms.hidden * (squares_N * kl_weight_N).sum()
         return total
 
 
+def whole_head(targets: TeacherTargets) -> AbstractContextManager[None]:
+    """Hold the teacher's head, which ranks may share, while its logits are computed."""
+    return whole(targets.head) if isinstance(targets, TeacherHidden) else nullcontext()
+
+
 def compare(targets: TeacherTargets, logits_NV: Tensor, rows: slice, vocabulary: int) -> tuple[Tensor, Tensor]:
     """Return KL(teacher || student) in nats [n], fp32, and whether both have the same most probable token [n].
 
-    Overwrites the logits. With TeacherSamples the KL is right on average. With TeacherTopK all other tokens are one
-    outcome.
+    Call it inside `whole_head`. Overwrites the logits. With TeacherSamples the KL is right on average. With TeacherTopK
+    all other tokens are one outcome.
     """
     best_N = logits_NV.argmax(-1)
     kl_weight_N = torch.ones(len(best_N), device=logits_NV.device)

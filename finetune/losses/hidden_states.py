@@ -51,6 +51,11 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value]
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model computes. Main memory may hold its embedding, or a rank's part of its weights."""
+    return next(decoder_of(base_of(model)).norm.parameters()).device
+
+
 def target_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) -> TargetStates:
     """Return the final hidden states of a batch's targets; each document attends to itself only.
 
@@ -62,7 +67,7 @@ def target_states(model: nn.Module, batch: Batch, neftune_alpha: float = 0.0) ->
     base = base_of(model)
     backbone = decoder_of(base)
     noise_alpha = neftune_alpha if model.training else 0.0
-    device = next(backbone.norm.parameters()).device
+    device = device_of(base)
     lengths = torch.tensor(batch.segment_lengths)
     lengths_T = lengths.repeat_interleave(lengths)  # of each token's document
     targets, labels_T = batch.targets, batch.labels[0]

@@ -21,6 +21,7 @@ from finetune.data.packing import Sampler
 from finetune.data.template.chat import ChatTemplate
 from finetune.distill.filling import write_cache
 from finetune.distill.on_policy import OnPolicySampler
+from finetune.distill.resident import Share
 from finetune.distill.teacher import build_teacher, check_media, check_vocabulary, check_width
 from finetune.evaluation.generation import sample_answers
 from finetune.losses.distillation import Distillation, Teacher, TeacherTargets
@@ -138,12 +139,14 @@ def build_distillation(
     data: LoadedData,
     vocabulary: int,
     accelerator: Accelerator,
+    share: Share | None,
     log: Log,
 ) -> DistillationSetup | None:
     """Build the teacher of a run; None without one. A server's answers are cached in `distill.cache` first.
 
     Args:
         base: the student, before an adapter is attached.
+        share: as for `build_teacher`.
     """
     if not cfg.has_teacher:
         return None
@@ -153,7 +156,14 @@ def build_distillation(
     if cfg.distill.teacher.placement == "server" and accelerator.num_processes == 1:
         write_cache(cfg, chat, vocabulary, documents, device=accelerator.device, log=log)
     teacher = build_teacher(
-        cfg, base=base, chat=chat, vocabulary=vocabulary, documents=documents, device=accelerator.device, log=log
+        cfg,
+        base=base,
+        chat=chat,
+        vocabulary=vocabulary,
+        documents=documents,
+        device=accelerator.device,
+        share=share,
+        log=log,
     )
     return DistillationSetup(cfg, teacher, vocabulary)
 

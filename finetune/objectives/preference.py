@@ -31,6 +31,7 @@ from finetune.losses.preference import (
 )
 from finetune.objectives.policies import ReferencePolicy, base_policy, initial_policy
 from finetune.objectives.reference_cache import ReferenceCache, reference_adapter, reference_folder, reference_origin
+from finetune.parallel.in_step import in_step
 from finetune.system.console import Log
 from finetune.system.errors import DataError
 
@@ -85,7 +86,7 @@ class PreferenceSetup:
                 return (log_probs_A - answer_log_probs(model, batch)[0]).double().sum().item()
 
         sums = torch.zeros(2, dtype=torch.float64)
-        with evaluating(model):
+        with evaluating(model), in_step(model):
             for group, ratios in in_groups(model, mismatched(documents)[part], limit_tokens, log_ratios):
                 sums += torch.tensor([ratios, len(group)], dtype=torch.float64)
         total, answers = sum_over_ranks(sums).tolist()
@@ -105,7 +106,7 @@ class PreferenceSetup:
         documents = documents[part]
         total = torch.zeros(2, dtype=torch.float64)
         self.loss.take_sums()
-        with evaluating(self.loss.model):
+        with evaluating(self.loss.model), in_step(self.loss.model):
             for group, loss in in_groups(self.loss.model, documents, limit_tokens, self._loss_of):
                 total += torch.tensor([loss, self.count(group)], dtype=torch.float64)
         sums = sum_over_ranks(torch.cat([total, self.take_sums()]))
@@ -141,7 +142,8 @@ class PreferenceLoss(nn.Module):
         self._sums = torch.zeros(_VALUES, dtype=torch.float64)
 
     def forward(self, batch: Batch) -> Tensor:
-        reference_A = None if self._reference is None or not batch.sides else self._reference(batch)
+        # Also without rows: all ranks make the same passes.
+        reference_A = None if self._reference is None else self._reference(batch)
         log_probs_A, tokens_A = answer_log_probs(self.model, batch, self.neftune_alpha)
         if not batch.sides:  # a rank without rows
             return log_probs_A.sum() * 0

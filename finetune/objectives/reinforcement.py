@@ -37,6 +37,7 @@ from finetune.objectives.rewards import Rewards, SampledAnswers, build_rewards, 
 from finetune.objectives.rollout_server import RolloutServer, connect
 from finetune.objectives.rollouts import Rollouts, Writer
 from finetune.objectives.user_rewards import UserReward
+from finetune.parallel.in_step import in_step
 from finetune.parallel.sharding import is_sharded
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError, DataError, FinetuneError
@@ -77,13 +78,13 @@ class PolicyLoss(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         temperature = self.cfg.temperature
         log_probs_N = token_log_probs(self.model, batch, temperature)
+        reference_N = None
+        if self._first and self._reference is not None:  # also without answers: all ranks make the same passes
+            with torch.no_grad(), self._reference():
+                reference_N = token_log_probs(self.model, batch, temperature)
         if batch.advantages is None or batch.sampled_log_probs is None:  # no answer to learn from
             return log_probs_N.sum() * 0
         if self._first:
-            reference_N = None
-            if self._reference is not None:
-                with torch.no_grad(), self._reference():
-                    reference_N = token_log_probs(self.model, batch, temperature)
             self._stored.append((log_probs_N.detach(), reference_N))
         old_N, reference_N = self._before(len(log_probs_N))
         counts, device = batch.target_counts, log_probs_N.device
@@ -195,7 +196,7 @@ class PolicySetup:
             return decode(self.model, prompts, [cfg.reward.max_new_tokens] * len(numbers), **options)
 
         splits = not is_sharded(self.model)
-        with evaluating(self.model):
+        with evaluating(self.model), in_step(self.model):
             for start in range(0, len(mine), cfg.generation.batch_size):
                 batch = mine[start : start + cfg.generation.batch_size]
                 for numbers, written in in_halves(batch, write, FEWER_AT_ONCE, splits=splits):

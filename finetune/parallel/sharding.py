@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from finetune.models.decoder import family_in
 from finetune.models.fused import decoder_layers
 from finetune.models.quant.quantize import quantized_layers
+from finetune.parallel.in_step import gathers
 from finetune.system.machine import malloc_trim
 
 # Modules that an outer `whole` of this process holds.
@@ -82,15 +83,20 @@ def shard_base(base: PreTrainedModel, mesh: DeviceMesh, device: torch.device, of
         _move_scales(layer, device)
         _shard(layer, place, options)
         layer.register_forward_pre_hook(_bind_scales)
-    tables = [table for table in map(_plain_table, _tables(base)) if table is not None]
+    tables: list[Any] = [table for table in map(_plain_table, _tables(base)) if table is not None]
     for table in tables:
         # `whole` frees a head. An embedding frees itself: it runs once in a pass.
         _shard(table, place, {**options, "reshard_after_forward": isinstance(table, nn.Embedding)})
     whole_tensors = {tensor for tensor in base.parameters() if not isinstance(tensor, DTensor)}
     fully_shard(base, ignored_params=whole_tensors, **options)  # the root, which splits nothing itself
     _move_whole(base, device)
+    for before, layer in pairwise([layers[0], *layers]):
+        # By default torch gathers what ran before a layer in any pass, so also in evaluations, where ranks differ. A
+        # layer itself is gathered already.
+        layer.set_modules_to_backward_prefetch([before if device.type == "cuda" else layer])
     if device.type == "cuda":  # a CPU gathers while it waits
         for layer, after in pairwise(layers):
+            vars(layer)["prefetched"] = [after]  # `in_step` pauses it
             layer.set_modules_to_forward_prefetch([after])
     # Backward ends with the lowest trained layer. By default it would also gather the layer or embedding before it.
     lowest = next((layer for layer in layers if any(each.requires_grad for each in layer.parameters())), layers[0])
@@ -100,6 +106,8 @@ def shard_base(base: PreTrainedModel, mesh: DeviceMesh, device: torch.device, of
     with torch.no_grad():  # torch makes the module that runs first the root of its parts
         base.eval()(torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
     base.train(training)
+    for table in tables:
+        table.reshard()  # a rank that kept it would leave out the next gather
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -117,12 +125,14 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
-    """Hold the weights of a sharded module, as the head, on this rank. All ranks enter it the same number of times.
+    """Hold the weights of a sharded module, as the head, on this rank.
 
-    Inside another `whole` of the same module it does nothing.
+    Inside another `whole` of the same module it does nothing. Outside `in_step`, all ranks enter it the same number of
+    times.
     """
     parts = [part for part in module.modules() if isinstance(part, FSDPModule) and part not in _held]
     for part in parts:
+        gathers(part)
         part.unshard()
         _held.add(part)
     try:
@@ -157,16 +167,26 @@ def _move_scales(layer: nn.Module, device: torch.device) -> None:
     for _, linear in quantized_layers(layer, "nf4"):
         state = linear.weight.quant_state
         linear.quant_state = state
+        vars(linear)["weight_class"] = type(linear.weight)
+        vars(linear)["weight_options"] = vars(linear.weight).copy()
         linear.register_parameter("absmax", nn.Parameter(state.absmax, requires_grad=False))
         state.absmax = state.absmax.new_empty(0)
         state.to(device)
 
 
 def _bind_scales(layer: nn.Module, _: Any) -> None:
-    """Give the gathered weights of a layer their QuantState with the gathered scales."""
+    """Give the gathered weights of a layer their QuantState with the gathered scales.
+
+    FSDP gathers into the same object each time, so a recomputed layer, which runs no hook, finds it there. PEFT looks
+    at its class.
+    """
     for _, linear in quantized_layers(layer, "nf4"):
         linear.quant_state.absmax = linear.absmax
-        linear.weight.quant_state = linear.quant_state
+        weight = linear.weight
+        if not hasattr(weight, "quant_state"):
+            weight.__class__ = vars(linear)["weight_class"]
+            vars(weight).update(vars(linear)["weight_options"])
+        weight.quant_state = linear.quant_state
 
 
 def _shard(module: nn.Module, place: torch.device, options: dict[str, Any]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -65,17 +66,20 @@ def assemble(
         _store_data(cfg, preparation, data, tokenizer, log)
     judge = prepare_judge(cfg, own_rewards, data, preparation)
     vocabulary = check_distillation(cfg, tokenizer, data, log)
+    share = _share_among(inputs.shard_ranks, cfg, accelerator) if inputs.shard_ranks > 1 else None
     given, base = base, _with_copies(base or _load(cfg, inputs, accelerator, log), cfg, inputs)
     if towers := build_towers(base, cfg.model, preparation.media, cfg.data.media_cache and not cfg.lora.towers):
         _run_towers(towers, cfg, data, accelerator, log=log, keep=given is not None)
-    # Before the adapter is attached: student and teacher share one copy of equal tensors.
-    shared = {"chat": chat, "data": data, "vocabulary": vocabulary, "accelerator": accelerator, "log": log}
-    distillation = build_distillation(cfg, base=base, **shared)
+    # Before the adapter is attached: student and teacher use one copy of equal tensors.
+    shared = {"chat": chat, "data": data, "vocabulary": vocabulary, "accelerator": accelerator}
+    distillation = build_distillation(cfg, base=base, share=share, log=log, **shared)
     # A second tokenizer, because attach_lora adds the new tokens itself.
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model) if cfg.lora.new_tokens else None)
     if cfg.train.kernels == "fused":
         detail(f"kernels: {fuse_layers(model)}")
-    _share(base, cfg, inputs, accelerator, log)
+    if share is not None:
+        share(base)
+        log(f"base: sharded over {inputs.shard_ranks} ranks")
     model.train()
     preference = build_preference(cfg, model, chat, data, log)
     reinforcement = build_reinforcement(cfg, model, sampler, judge, accelerator=accelerator, log=log) if judge else None
@@ -111,11 +115,10 @@ def _load(cfg: RunConfig, inputs: PlanInputs, accelerator: Accelerator, log: Log
     return load_base(inputs.model, cfg.quant, accelerator.device, log, mapped=inputs.shard_ranks > 1)
 
 
-def _share(base: PreTrainedModel, cfg: RunConfig, inputs: PlanInputs, accelerator: Accelerator, log: Log) -> None:
-    """Split the base over the ranks that hold it together, if the plan says so."""
-    if inputs.shard_ranks > 1:
-        shard_base(base, shard_mesh(accelerator.device, inputs.shard_ranks), accelerator.device, cfg.parallel.offload)
-        log(f"base: sharded over {inputs.shard_ranks} ranks")
+def _share_among(ranks: int, cfg: RunConfig, accelerator: Accelerator) -> Callable[[PreTrainedModel], None]:
+    """Return the function that keeps this rank's part of a loaded model, of which `ranks` ranks hold one copy."""
+    device = accelerator.device
+    return partial(shard_base, mesh=shard_mesh(device, ranks), device=device, offload=cfg.parallel.offload)
 
 
 def _with_copies(base: PreTrainedModel, cfg: RunConfig, inputs: PlanInputs) -> PreTrainedModel:
