@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 
 INTERFACE = "link0"
 _numbers = count()
 # The shell names the host, then becomes the command, which so has the process id of its starter's child.
-_NAMED = 'echo "$0" > /proc/sys/kernel/hostname; exec "$@"'
+_NAMED = 'echo "$1" > /proc/sys/kernel/hostname && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,17 @@ class Host:
     Attributes:
         name: of the namespace, and of the host for its processes.
         address: IPv4, on the interface INTERFACE.
+        hosts: what its processes see as /etc/hosts.
     """
 
     name: str
     address: str
+    hosts: Path
 
     def command(self, *words: str) -> list[str]:
         """Return the command line that runs `words` on this host."""
-        return ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", _NAMED, self.name, *words]
+        own = ["unshare", "--uts", "--mount", "sh", "-c", _NAMED, "sh", self.name, str(self.hosts)]
+        return ["ip", "netns", "exec", self.name, *own, *words]
 
     def set_link(self, state: str) -> None:
         """Set this host's end of the link `up` or `down`."""
@@ -48,11 +54,16 @@ def two_hosts(rate_mbit: float | None = None) -> Iterator[tuple[Host, Host]]:
     Args:
         rate_mbit: megabits/s of each direction; None: no limit.
     """
-    number = next(_numbers)
-    hosts = tuple(Host(f"host-{side}-{os.getpid()}-{number}", f"10.77.0.{i}") for i, side in enumerate("ab", 1))
+    number, folder = next(_numbers), Path(tempfile.mkdtemp())
+    names = {f"host-{side}-{os.getpid()}-{number}": f"10.77.0.{i}" for i, side in enumerate("ab", 1)}
+    hosts = tuple(Host(name, address, folder / name) for name, address in names.items())
     made: list[Host] = []
     try:
         for host in hosts:
+            # As on Debian, the name of the second host leads to an address that no other host reaches.
+            known = names if host is hosts[0] else {**names, host.name: "127.0.1.1"}
+            lines = (f"{address} {name}\n" for name, address in {"localhost": "127.0.0.1", **known}.items())
+            host.hosts.write_text("".join(lines))
             _run("ip", "netns", "add", host.name)
             made.append(host)
             _run("ip", "-n", host.name, "link", "set", "lo", "up")
@@ -69,6 +80,7 @@ def two_hosts(rate_mbit: float | None = None) -> Iterator[tuple[Host, Host]]:
     finally:
         for host in made:
             _run("ip", "netns", "delete", host.name)
+        shutil.rmtree(folder)
 
 
 @functools.cache

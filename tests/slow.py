@@ -162,6 +162,9 @@ SLOW: dict[str, str] = {
     "tests/equivalence/test_out_of_memory.py::test_a_sharded_run_leaves_the_smaller_micro_batch_to_its_next_start": (
         "tests/unit/training/test_micro_batch.py::test_a_rank_of_a_sharded_base_leaves_half_the_micro_batch_to_the_restart"
     ),
+    "tests/integration/test_lost_ranks.py": (
+        "tests/unit/parallel/test_heartbeat.py::test_a_rank_that_stops_beating_ends_the_others_with_its_name"
+    ),
 }
 
 

@@ -195,6 +195,7 @@ class Heartbeat:
             store.set(beats[meeting.rank], _ENDED)
         except RuntimeError as error:
             self._peers.store_error = first_line(error)
+            self._said.set()  # Nobody is left to tell.
 
     def _say(self, words: str) -> None:
         """Report a failure to the other ranks. The first one reported stands."""

@@ -1,6 +1,6 @@
 """Run a campaign of faults and print its figures: JSON on stdout, one readable line on stderr.
 
-python -m tests.faults kill|damage|disk|fuzz|soak|all [seed=0] [count=N] [minutes=M]
+python -m tests.faults kill|lost|damage|disk|fuzz|soak|all [seed=0] [count=N] [minutes=M]
 python -m tests.faults fuzz target=NAME [seed=0] [count=N] [minutes=M]
 
 seed: where and when faults happen. count: cases; steps for soak. minutes: stop early; `all` divides them.
@@ -22,7 +22,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 # Command -> (module, cases of the full campaign, share of the minutes of `all`). A module has
 # `run(seed: int, count: int, minutes: float | None) -> Figures`.
 CAMPAIGNS = {
-    "kill": ("kills", 200, 0.4),
+    "kill": ("kills", 200, 0.3),
+    "lost": ("lost_ranks", 6, 0.1),
     "damage": ("damage", 10_000, 0.2),
     "disk": ("disk", 200, 0.15),
     "fuzz": ("fuzz", 20_000, 0.15),
