@@ -25,6 +25,8 @@ MIB = 2**20
 # Resident with every library imported and no model: 341 MiB of the process and 104 MiB of pages of shared libraries,
 # measured with CPython 3.11, torch 2.13 (CPU build), transformers 5.23, peft 0.21 on Linux.
 _PROCESS_BYTES = 445 * MIB
+# Added by FSDP2 and gloo, imported and joined (measured: 475 MiB before the base of a sharded run loads).
+_SHARDING_BYTES = 30 * MIB
 # Added by any running training: 44 MiB for modules and library pages of first use, and 45 MiB that glibc's heap holds
 # free, thread caches and buffers of oneDNN (measured with a tokenizer of 46 kB).
 _HEAP_BYTES = (44 + 45) * MIB
@@ -202,7 +204,7 @@ def _held(inputs: PlanInputs, teacher: float) -> dict[str, float]:
     if inputs.device_type == "cuda":
         held["a dequantized matrix"] = gpu_layers.weight_buffer_bytes(inputs)
     else:
-        held["process and libraries"] = _PROCESS_BYTES
+        held["process and libraries"] = _PROCESS_BYTES + (_SHARDING_BYTES if inputs.shard_ranks > 1 else 0)
         file = Path(inputs.model.tokenizer or inputs.model.name).expanduser() / "tokenizer.json"
         held["tokenizers"] = _TOKENIZER_SHARE * (file.stat().st_size if file.is_file() else _QWEN_TOKENIZER_BYTES)
         held["allocator slack"] = _HEAP_BYTES
