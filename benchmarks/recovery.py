@@ -175,7 +175,7 @@ def forget_the_tail(folder: Path) -> None:
     """Turn a sampled cache into a top-k cache: drop the mass of the tail, and rescale the head."""
     from safetensors.numpy import load_file, save_file
 
-    from finetune.models.digest import sha256_of
+    from finetune.system.manifest import sha256_of
 
     records = {}
     for shard in sorted(folder.glob("shard-*.safetensors")):

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from finetune import __version__
 from finetune.commands.base import COMMANDS, load_command
 from finetune.system.arguments import nearest
-from finetune.system.atomic import is_disk_full
 from finetune.system.console import report_error
-from finetune.system.errors import FinetuneError, InputError
+from finetune.system.errors import FinetuneError, InputError, is_disk_full
 from finetune.system.libraries import configure_libraries
 from finetune.system.out_of_memory import is_out_of_memory
 

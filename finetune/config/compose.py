@@ -30,6 +30,7 @@ from finetune.config.repository import compose_files, short
 from finetune.config.schema import RunConfig, Section
 from finetune.system.console import log_once, printable
 from finetune.system.errors import ConfigError
+from finetune.system.manifest import differences
 from finetune.system.resources import packaged, packaged_configs
 
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
@@ -118,6 +119,8 @@ def saved_config(adapter: Path, overrides: Sequence[str] = ()) -> RunConfig | No
     """
     for folder in (adapter, *([adapter.parent] if adapter.name.startswith("checkpoint-") else [])):
         if (folder / "config.yaml").is_file():
+            for problem in differences(folder, ["config.yaml"]):  # a user may edit it
+                log_once(f"WARNING: {folder}: {problem} since the run wrote it")
             return load_config(str(folder / "config.yaml"), overrides)
     return None
 

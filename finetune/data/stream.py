@@ -30,7 +30,9 @@ from finetune.data.sources.readers import RawBatch
 from finetune.data.tokens.prepare import Preparation, fingerprint
 from finetune.data.tokens.store import BAD_ROWS, TokenStore
 from finetune.system.atomic import write_text
+from finetune.system.console import log_once
 from finetune.system.errors import ConfigError, DataError
+from finetune.system.sealed import seal, unseal
 
 
 @dataclass
@@ -130,11 +132,14 @@ class StreamingSampler:
         """The steps of a window, saved for every window of this run."""
         note = self.folder / f"window-{window}.json"
         if note.is_file():
-            return json.loads(note.read_text())["steps"]
+            try:
+                return int(unseal(json.loads(note.read_text(encoding="utf-8")))["steps"])
+            except (ValueError, LookupError, TypeError) as error:
+                log_once(f"data.stream_rows: {note} is corrupt ({error}); computing it again")
         sequences = self._sampler(window).order.epoch(window)
         steps = math.ceil(len(sequences) / self.batch_size)
         if self.preparation.main:
-            write_text(note, json.dumps({"steps": steps}))
+            write_text(note, json.dumps(seal({"steps": steps})))
         return steps
 
     def _sampler(self, window: int) -> MapSampler:

@@ -15,8 +15,9 @@ from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.data.template.chat import ChatTemplate
 from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE
-from finetune.models.digest import sha256_of, weights_digest
+from finetune.models.digest import weights_digest
 from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
+from finetune.system.manifest import sha256_of
 from finetune.system.resources import cache_home
 
 # Increases when the stored columns or the keys of documents change.

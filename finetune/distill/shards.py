@@ -27,10 +27,11 @@ from safetensors.numpy import save
 
 from finetune.distill.codec import Columns
 from finetune.distill.fingerprint import KEY_BYTES
-from finetune.models.digest import sha256_of
-from finetune.system.atomic import is_disk_full, write_bytes, write_text
-from finetune.system.errors import ConfigError, IntegrityError, ResourceError
+from finetune.system.atomic import write_bytes, write_text
+from finetune.system.errors import ConfigError, IntegrityError, ResourceError, is_disk_full
 from finetune.system.locks import locked
+from finetune.system.manifest import sha256_of
+from finetune.system.sealed import seal, unseal
 
 FINGERPRINT, COMPLETE = "fingerprint.json", "complete.json"
 _KEYS, _COUNTS = "keys", "counts"
@@ -57,7 +58,7 @@ def open_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[ShardW
             if not (folder / FINGERPRINT).exists():
                 if any(not file.name.startswith(".") for file in folder.iterdir()):
                     raise ConfigError(f"distill.cache: {folder} holds other files; name an empty or a new folder")
-                write_text(folder / FINGERPRINT, json.dumps(fingerprint, indent=1, sort_keys=True))
+                write_text(folder / FINGERPRINT, json.dumps(seal(dict(sorted(fingerprint.items()))), indent=1))
         check_fingerprint(folder, fingerprint)
         notes = {file.with_suffix(".safetensors"): _read(file) for file in sorted(folder.glob("shard-*.json"))}
         _verify(notes)
@@ -118,7 +119,7 @@ class ShardWriter:
         with _writing(self.folder):
             write_bytes(shard, content, durable=True)
             note = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-            write_text(shard.with_suffix(".json"), json.dumps(note))
+            write_text(shard.with_suffix(".json"), json.dumps(seal(note)))
         self._keys, self._columns, self._size_bytes = [], [], 0
 
     def finish(self) -> None:
@@ -126,7 +127,7 @@ class ShardWriter:
         self.flush()
         notes = {file.stem: _read(file) for file in sorted(self.folder.glob("shard-*.json"))}
         with _writing(self.folder):
-            text = json.dumps({"shards": {f"{name}.safetensors": note for name, note in notes.items()}}, indent=1)
+            text = json.dumps(seal({"shards": {f"{name}.safetensors": note for name, note in notes.items()}}), indent=1)
             write_text(self.folder / COMPLETE, text)
 
 
@@ -231,18 +232,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises: FileNotFoundError; ConfigError if unreadable; IntegrityError if corrupt."""
+    """Read a sealed JSON object. Raises: FileNotFoundError; ConfigError if unreadable; IntegrityError if corrupt."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return unseal(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ConfigError(f"distill.cache: {file} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise _corrupt(file, str(error)) from error
-    if not isinstance(found, dict):
-        raise _corrupt(file, f"holds {type(found).__name__}")
-    return found
 
 
 def _verify(notes: Mapping[Path, Mapping[str, Any]]) -> None:

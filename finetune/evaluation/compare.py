@@ -34,17 +34,16 @@ from finetune.losses.hidden_states import base_of
 from finetune.models.adapters.files import load_adapter
 from finetune.models.adapters.folder import TENSOR_FILE
 from finetune.models.adapters.trained import find_trained
-from finetune.models.digest import sha256_of
 from finetune.models.families import text_settings
 from finetune.models.fused import fuse_layers
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, check_window, fetch, read_config
 from finetune.models.load import default_device, load_base
 from finetune.models.tokenizer import load_adapter_tokenizer, load_tokenizer
-from finetune.system.atomic import is_disk_full
 from finetune.system.console import Log
-from finetune.system.errors import ConfigError, ResourceError, os_errors_as
+from finetune.system.errors import ConfigError, ResourceError, is_disk_full, os_errors_as
 from finetune.system.locks import locked
 from finetune.system.machine import use_all_cores
+from finetune.system.manifest import sha256_of
 from finetune.towers.towers import build_towers
 
 VARIANTS: tuple[Variant, ...] = ("base", "quantized", "trained", "merged")

@@ -10,8 +10,9 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from finetune.evaluation.intervals import Estimate
-from finetune.models.digest import sha256_of
 from finetune.system.errors import IntegrityError
+from finetune.system.manifest import sha256_of
+from finetune.system.sealed import seal, unseal
 
 JSON, MARKDOWN, PICTURE = "gap.json", "gap.md", "gap.png"
 SCHEMA_VERSION = 1
@@ -89,7 +90,7 @@ class GapTable:
 
 def to_json(table: GapTable) -> str:
     """Return the table as JSON text."""
-    return json.dumps(asdict(table), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(seal(asdict(table)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def load_gap(folder: Path | str) -> GapTable | None:
@@ -100,10 +101,10 @@ def load_gap(folder: Path | str) -> GapTable | None:
     """
     file = Path(folder) / JSON
     try:
-        text = file.read_text(encoding="utf-8")
-        if json.loads(text)["schema_version"] != SCHEMA_VERSION:
+        content = unseal(json.loads(file.read_text(encoding="utf-8")))
+        if content["schema_version"] != SCHEMA_VERSION:
             return None
-        table = TypeAdapter(GapTable).validate_json(text)
+        table = TypeAdapter(GapTable).validate_python(content)
     except FileNotFoundError:
         return None
     except (ValueError, LookupError, TypeError) as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from finetune.evaluation.gap_table import JSON, MARKDOWN, PICTURE, GapTable, ModelFigures, to_json
 from finetune.evaluation.intervals import Estimate
 from finetune.system.atomic import write_text
+from finetune.system.errors import FinetuneError, os_errors_as
 from finetune.system.format import format_bytes, markdown_table
 from finetune.system.plotting import COLORS, figure, save_png
 
@@ -53,12 +54,13 @@ def write_gap(table: GapTable, folder: Path) -> list[Path]:
 
     A table of tasks alone has no picture.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PICTURE).unlink(missing_ok=True)
-    write_text(folder / MARKDOWN, gap_markdown(table))
-    if any(model.sets for model in table.models):
-        save_png(gap_figure(table), folder / PICTURE)
-    write_text(folder / JSON, to_json(table))
+    with os_errors_as(FinetuneError, f"out={folder}: cannot be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PICTURE).unlink(missing_ok=True)
+        write_text(folder / MARKDOWN, gap_markdown(table))
+        if any(model.sets for model in table.models):
+            save_png(gap_figure(table), folder / PICTURE)
+        write_text(folder / JSON, to_json(table))
     return [folder / name for name in (JSON, MARKDOWN, PICTURE) if (folder / name).exists()]
 
 

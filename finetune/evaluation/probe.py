@@ -30,11 +30,12 @@ from finetune.losses.chunked import chunked_logits
 from finetune.losses.cross_entropy import head_of, vocabulary_rows
 from finetune.losses.hidden_states import target_states
 from finetune.models.adapters.folder import TENSOR_FILE
-from finetune.models.digest import base_fingerprint, sha256_of
+from finetune.models.digest import base_fingerprint
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.parallel.in_step import in_step
 from finetune.system.atomic import write_text
 from finetune.system.errors import IntegrityError
+from finetune.system.manifest import check_files, sha256_of
 
 FILE = "probe.json"
 ROWS = 8
@@ -179,6 +180,7 @@ def read_probe(folder: Path) -> Probe | None:
     """
     for place in (folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])):
         if (place / FILE).is_file():
+            check_files(place, [FILE])
             probe = _parse(place / FILE)
             return probe if probe.adapter == sha256_of(folder / TENSOR_FILE) else None
     return None

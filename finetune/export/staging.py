@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune.models.hub import TOKENIZER_FILES
-from finetune.system.atomic import commit_folder, is_disk_full, refuse_existing
+from finetune.system.atomic import commit_folder, refuse_existing
 from finetune.system.errors import ConfigError, FinetuneError, ResourceError, os_errors_as
 from finetune.system.format import format_bytes
 from finetune.system.locks import try_lock
 
 _MADE_FROM, _LOCK = ".made_from.json", ".lock"
+_FULL = "free space, or name a folder on another disk"
 # For text files and the file system itself.
 _SPARE_BYTES = 32 << 20
 # vocab.json and merges.txt belong to slow tokenizers.
@@ -64,11 +65,8 @@ def staged(out: Path, needed_bytes: int, made_from: dict[str, Any] | None = None
     except BaseException as error:
         if not (made_from is not None and isinstance(error, KeyboardInterrupt | KeepPartial)):
             shutil.rmtree(temporary, ignore_errors=True)
-        if is_disk_full(error):
-            raise ResourceError(
-                f"out={out}: the disk is full, so nothing was kept; free space or name another disk"
-            ) from error
-        raise
+        with os_errors_as(FinetuneError, f"out={out}: cannot be written, so nothing was kept", _FULL):
+            raise
     finally:
         lock.release()
 

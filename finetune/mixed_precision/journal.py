@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.models.quant.bit_widths import stored_bytes
 from finetune.system.atomic import write_text
-from finetune.system.errors import ConfigError, IntegrityError, os_errors_as
+from finetune.system.console import log_once
+from finetune.system.errors import ConfigError, FinetuneError, IntegrityError, os_errors_as
 from finetune.system.format import markdown_table
 from finetune.system.plotting import COLORS, figure, save_png
+from finetune.system.sealed import seal, unseal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKDOWN, PICTURE = "sensitivity.md", "sensitivity.png"
+_FULL = "free space and repeat the command; it continues"
 _RANKED = 10
 
 
@@ -129,15 +132,16 @@ class Journal:
         with os_errors_as(ConfigError, f"out={folder}: cannot be written"):
             folder.mkdir(parents=True, exist_ok=True)
             lines = self._read()
-            # Writes the file again without a last line that a kill cut off.
-            content = [{"made_from": made_from}, *lines]
+            # Writes the file again without a last line that a kill cut off, and without damaged lines.
+            content = map(seal, [{"made_from": made_from}, *lines])
             write_text(folder / JOURNAL, "".join(f"{json.dumps(line)}\n" for line in content))
         self.measured = {(line["name"], line["kind"]): MeanKl(**line["mean"]) for line in lines}
 
     def append(self, found: Measured) -> None:
         """Write a measurement to the disk."""
-        with (self.folder / JOURNAL).open("a", encoding="utf-8") as stream:
-            stream.write(f"{json.dumps(asdict(found))}\n")
+        written = os_errors_as(FinetuneError, f"out={self.folder}: cannot be written", _FULL)
+        with written, (self.folder / JOURNAL).open("a", encoding="utf-8") as stream:
+            stream.write(f"{json.dumps(seal(asdict(found)))}\n")
             stream.flush()
             os.fsync(stream.fileno())
         self.measured[found.name, found.kind] = found.mean
@@ -146,22 +150,29 @@ class Journal:
         file = self.folder / JOURNAL
         if not file.exists():
             return []
-        lines = []
-        for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
-        then = lines[0].get("made_from") if lines and isinstance(lines[0], dict) else None
-        if not isinstance(then, dict):
-            raise ConfigError(f"{file}: not written by finetune sensitivity\nhelp: choose another folder: out=DIR")
+        head, *rest = file.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+        try:
+            then = unseal(json.loads(head))["made_from"]
+        except (ValueError, LookupError) as error:
+            raise ConfigError(
+                f"{file}: corrupt, or not written by finetune sensitivity ({error})\n"
+                "help: choose another folder: out=DIR"
+            ) from error
         if then != self.made_from:
             keys = sorted(key for key in {*then, *self.made_from} if then.get(key) != self.made_from.get(key))
             raise ConfigError(
                 f"out={self.folder}: holds measurements with other settings: {', '.join(keys)}\n"
                 "help: choose another folder, or remove this one"
             )
-        return lines[1:]
+        lines = []
+        for number, text in enumerate(rest, 2):
+            try:
+                line = unseal(json.loads(text))
+                Measured(**line)
+                lines.append(line)
+            except (ValueError, TypeError) as error:
+                log_once(f"{file}:{number}: incomplete or corrupt ({error}); measuring it again")
+        return lines
 
 
 @dataclass(frozen=True)
@@ -193,7 +204,8 @@ class Sensitivities:
             "modules": modules,
             "made_from": self.made_from,
         }
-        write_text(folder / RESULT, json.dumps(content, indent=1) + "\n")
+        with os_errors_as(FinetuneError, f"out={folder}: cannot be written", _FULL):
+            write_text(folder / RESULT, json.dumps(seal(content), indent=1) + "\n")
 
     @staticmethod
     def read(folder: Path) -> Sensitivities:
@@ -211,7 +223,7 @@ class Sensitivities:
                 f"sensitivity={folder}: no {RESULT}\nhelp: write one with finetune sensitivity config=X.yaml out=DIR"
             )
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = unseal(json.loads(file.read_text(encoding="utf-8")))
             measured = {(ALL, kind): MeanKl(**mean) for kind, mean in content["all"].items()}
             shapes = {}
             for module in content["modules"]:

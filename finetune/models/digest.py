@@ -6,13 +6,17 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from finetune.system.atomic import write_text
+from finetune.system.errors import IntegrityError
 from finetune.system.locks import locked
+from finetune.system.manifest import sha256_of
+from finetune.system.sealed import seal, unseal
 
 # hashlib releases the GIL. More readers only slow a disk down.
 _THREADS = 4
@@ -23,22 +27,30 @@ _SETTLED_NANOSECONDS = 2_000_000_000
 def weights_digest(files: Sequence[Path], memory: Path) -> dict[str, str]:
     """Return the SHA-256 of each file's content, by file name.
 
-    memory: a folder of known sums. A file with unchanged size, inode, modification and change time is not read again.
-    The change time cannot be set back, except by the machine's clock; some network file systems do not store it.
+    memory: a folder of known sums; where it cannot be written, every file is read. A file with unchanged size, inode,
+    modification and change time is not read again. The change time cannot be set back, except by the machine's clock;
+    some network file systems do not store it.
 
     Raises:
-        OSError: a file cannot be read, or `memory` cannot be written.
+        OSError: a file cannot be read.
+        IntegrityError: a file of the hub's cache is corrupt.
     """
-    memory.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):
+        memory.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(_THREADS) as threads:
         digests = list(threads.map(lambda file: _remembered(file, memory), files))
     return {file.name: digest for file, digest in zip(files, digests, strict=True)}
 
 
-def sha256_of(file: Path) -> str:
-    """Return the hex SHA-256 of a file's content, read in blocks."""
-    with file.open("rb", buffering=0) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def check_downloads(files: Iterable[Path], memory: Path) -> None:
+    """Compare files in the hub's cache with their SHA-256, which is their name there; once, until they change.
+
+    Other files have no sum to compare with. memory: as in `weights_digest`.
+
+    Raises:
+        IntegrityError: names a corrupt file.
+    """
+    weights_digest([file for file in sorted(set(files)) if _sum_in_name(file) is not None], memory)
 
 
 def base_fingerprint(model_name: str) -> str | None:
@@ -73,20 +85,35 @@ def _remembered(file: Path, memory: Path) -> str:
     if digest := _recall(known, identity(file)):
         return digest
     # Of several ranks, one reads the file and the others read its result.
-    with locked(known.with_suffix(".lock")):
+    with ExitStack() as turn:
+        with suppress(OSError):
+            turn.enter_context(locked(known.with_suffix(".lock")))
         before = identity(file)
         if digest := _recall(known, before):
             return digest
         digest = sha256_of(file)
+        if _sum_in_name(file) not in (None, digest):
+            raise IntegrityError(
+                f"{file}: corrupt, its SHA-256 is not that of the hub\n"
+                f"help: remove {file.resolve()}, and it is fetched again"
+            )
+        # Negative where the file has a time in the future.
         if before == identity(file) and time.time_ns() - before["changed_ns"] > _SETTLED_NANOSECONDS:
-            write_text(known, json.dumps({**before, "sha256": digest}))
+            with suppress(OSError):
+                write_text(known, json.dumps(seal({**before, "digest": digest})))
     return digest
+
+
+def _sum_in_name(file: Path) -> str | None:
+    """Return the SHA-256 that the hub's cache gives a file as its name; None for other files."""
+    name = file.resolve().name
+    return name if len(name) == 64 and set(name) <= set("0123456789abcdef") else None
 
 
 def _recall(known: Path, found: dict[str, Any]) -> str | None:
     try:
-        then = json.loads(known.read_text(encoding="utf-8"))
-        digest = then.pop("sha256")
+        then = unseal(json.loads(known.read_text(encoding="utf-8")))
+        digest = then.pop("digest")
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         return None
     return digest if then == found and isinstance(digest, str) and len(digest) == 64 else None

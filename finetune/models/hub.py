@@ -188,7 +188,8 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
     if missing := [file.name for file in files if not file.is_file()]:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         advice = f"\nhelp: {pickles[0]} is a pickle, which can run code: convert it to safetensors" if pickles else ""
-        raise ConfigError(f"model.name={name}: {folder} lacks {', '.join(missing)}{advice}")
+        listed = f", which {INDEX_FILE} lists" if index.is_file() else ""
+        raise ConfigError(f"model.name={name}: {folder} lacks {', '.join(missing)}{listed}{advice}")
     return {tensor: file for file in files for tensor in read_header(file)[1]}
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models.decoder import family_in
-from finetune.models.digest import base_fingerprint
+from finetune.models.digest import base_fingerprint, check_downloads
 from finetune.models.embedding import move_embedding_to_host
 from finetune.models.families import FAMILIES, text_settings
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, TensorFile, fetch, named_in_model, read_config, weight_files
@@ -32,6 +32,7 @@ from finetune.models.skeleton import attention_of, build_skeleton, load_plain, m
 from finetune.models.tokenizer import quiet
 from finetune.ops import attention
 from finetune.system.errors import ConfigError, IntegrityError, MissingExtra, ResourceError
+from finetune.system.resources import cache_home
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def load_base(
             f"model.embedding=host: {model.name} uses its embedding as output head, which a GPU must hold\n"
             "help: set model.embedding=auto"
         )
+    check_downloads((place.file for place in files.values()), cache_home("quantized") / "digests")
     with quiet(), _readable_errors(model, quant):
         where: dict[str, Any] = {"device": place, "host_embedding": on_host, "mapped": mapped}
         base: Any = _load(source.folder, files, model, quant, attention=kernel, log=log, **where)

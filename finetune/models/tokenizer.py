@@ -14,6 +14,7 @@ from finetune.config.schema import ModelConfig
 from finetune.models.families import shape_of
 from finetune.models.hub import TEXT_FILES, TOKENIZER_FILES, fetch, read_json
 from finetune.system.errors import ConfigError
+from finetune.system.manifest import check_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,7 @@ def load_adapter_tokenizer(cfg: ModelConfig, adapter: Path) -> PreTrainedTokeniz
     """Load the tokenizer saved with an adapter, with its template and new tokens; else that of the base."""
     if not (adapter / TOKENIZER_FILES[0]).is_file():
         return load_tokenizer(cfg)
+    check_files(adapter, [*TOKENIZER_FILES, "chat_template.jinja"])
     return load_tokenizer(cfg.model_copy(update={"name": str(adapter), "revision": None, "tokenizer": None}))
 
 

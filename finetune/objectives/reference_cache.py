@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from finetune.evaluation.scoring import evaluating
 from finetune.losses.preference import answer_log_probs
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE
-from finetune.models.digest import sha256_of, weights_digest
+from finetune.models.digest import weights_digest
 from finetune.models.fused import fuse_layers
 from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
 from finetune.models.load import load_base
@@ -33,13 +32,15 @@ from finetune.objectives.policies import base_policy
 from finetune.ops.limits import EVALUATION_TOKENS
 from finetune.system.atomic import replaced_file
 from finetune.system.console import Log
-from finetune.system.errors import ConfigError, DataError, IntegrityError
+from finetune.system.errors import ConfigError, DataError, FinetuneError, IntegrityError, os_errors_as
+from finetune.system.manifest import sha256_of
 from finetune.system.resources import cache_home
 from finetune.towers.towers import build_towers
 
 FILE = "log_probs.npz"
 # Raise it when the stored columns or the keys of documents change.
 _VERSION = 1
+_FULL = "free space and run finetune cache again; it continues"
 _SHOWN = 5
 _SECONDS_BETWEEN_WRITES = 60.0
 _SECONDS_BETWEEN_LINES = 10.0
@@ -125,8 +126,10 @@ class ReferenceCache:
             with np.load(self.file, allow_pickle=False) as stored:
                 keys, log_probs = stored["keys"], stored["log_probs"]
                 found = json.loads(str(stored["origin"]))
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
-            raise IntegrityError(f"{self.file}: cannot be read; remove it and run finetune cache again") from error
+        except Exception as error:
+            raise IntegrityError(
+                f"{self.file}: corrupt ({error or type(error).__name__})\nhelp: remove it and run finetune cache again"
+            ) from error
         if different := [name for name in origin if found.get(name) != origin[name]]:
             raise ConfigError(
                 f"preference.cache={folder}: was written by another policy; different: {', '.join(different)}\n"
@@ -166,8 +169,9 @@ class ReferenceCache:
         return torch.tensor([self._log_probs[key] for key, _ in keys_of(batch)], dtype=torch.float32)
 
     def _write(self) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         keys = np.frombuffer(b"".join(self._log_probs), dtype=np.uint8).reshape(-1, KEY_BYTES)
         log_probs = np.fromiter(self._log_probs.values(), dtype=np.float64, count=len(self._log_probs))
-        with replaced_file(self.file) as stream:
-            np.savez(stream, keys=keys, log_probs=log_probs, origin=np.array(json.dumps(self.origin)))
+        with os_errors_as(FinetuneError, f"preference.cache: {self.file}: cannot be written", _FULL):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with replaced_file(self.file) as stream:
+                np.savez(stream, keys=keys, log_probs=log_probs, origin=np.array(json.dumps(self.origin)))

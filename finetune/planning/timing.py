@@ -23,8 +23,10 @@ from finetune.planning.peak_memory import PeakMemory
 from finetune.planning.sampling import sampling_work
 from finetune.planning.towers import TowerWork, cached_bytes, first_passes
 from finetune.system.atomic import write_text
+from finetune.system.console import log_once
 from finetune.system.machine import usable_cores
 from finetune.system.resources import cache_home
+from finetune.system.sealed import seal, unseal
 
 # Share of a data sheet's peak that products reach: an assumption, named in the output.
 _ASSUMED_SHARE = 0.45
@@ -273,19 +275,27 @@ def calibration_file() -> Path:
 def read_rates(device_type: str) -> Rates | None:
     """Read the rates that `finetune plan calibrate=true` measured; None if there are none, or no valid ones."""
     try:
-        rates = Rates(**json.loads(calibration_file().read_text(encoding="utf-8"))[device_type])
-    except (OSError, ValueError, KeyError, TypeError):
+        rates = Rates(**_calibrations()[device_type])
+    except (OSError, KeyError):
+        return None
+    except (ValueError, TypeError) as error:
+        log_once(f"plan: {calibration_file()} is corrupt ({error}); using assumed rates")
         return None
     return rates if rates.layout == _LAYOUT else None
+
+
+def _calibrations() -> dict[str, Any]:
+    """Return the rates by device type. Raises: OSError, or ValueError if the file is corrupt."""
+    return unseal(json.loads(calibration_file().read_text(encoding="utf-8")))
 
 
 def write_rates(device_type: str, rates: Rates) -> Path:
     """Write the rates of a device type into the calibration file, and return the file."""
     file = calibration_file()
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = _calibrations()
     except (OSError, ValueError):
         known = {}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps({**known, device_type: asdict(rates)}, indent=1) + "\n")
+    write_text(file, json.dumps(seal({**known, device_type: asdict(rates)}), indent=1) + "\n")
     return file

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from finetune.system.errors import InputError
+from finetune.system.errors import InputError, IntegrityError
+from finetune.system.manifest import differences
 
 CONFIG, METRICS, RESULT, FACTS = "config.yaml", "metrics.jsonl", "result.json", "run.json"
 SAMPLES, WORST, REWARDED, TEACHER = "samples.json", "worst_answers.json", "rewarded_answers.json", "teacher.md"
@@ -98,7 +99,7 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{folder}: no such folder\nhelp: give the folder of a run, as outputs/quickstart")
     if not (folder / CONFIG).is_file() and not (folder / METRICS).is_file():
         raise InputError(f"{folder}: holds no run (neither {CONFIG} nor {METRICS})")
-    problems: list[str] = []
+    problems = _altered(folder)
 
     def read(name: str, parse: Callable[[Path], Content], empty: Content) -> Content:
         file = folder / name
@@ -128,6 +129,16 @@ def read_run(folder: Path) -> Run:
         has_adapter=(folder / ADAPTER).is_file(),
         problems=tuple(problems),
     )
+
+
+def _altered(folder: Path) -> list[str]:
+    """Return a line for each file that exists and differs from the manifest of the run."""
+    shown = (CONFIG, METRICS, RESULT, FACTS, SAMPLES, WORST, REWARDED, TEACHER)
+    try:
+        problems = differences(folder, [name for name in shown if (folder / name).is_file()])
+    except IntegrityError as error:
+        return [str(error).splitlines()[0]]
+    return [f"{problem} since the run wrote it" for problem in problems]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

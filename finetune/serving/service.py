@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config.command_options import ServeSettings
 from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE, check_adapter_folder
-from finetune.models.digest import sha256_of
 from finetune.serving.admission import Admission, DeadlineExceeded, Deadlines, Overloaded, Unavailable
 from finetune.serving.answer_cache import answer_key, build_answer_cache
 from finetune.serving.metrics import Metrics
 from finetune.serving.request import Engine, Event, Finished, Request
 from finetune.serving.running import RunningAnswer
 from finetune.system.errors import FinetuneError, InputError
+from finetune.system.manifest import sha256_of
 
 if TYPE_CHECKING:
     from finetune.data.template.chat import ChatTemplate

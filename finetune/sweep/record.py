@@ -16,10 +16,12 @@ from finetune.report.run import Run, read_run
 from finetune.report.settings import shown
 from finetune.report.sweep import SweepResults, effects_figure, write_sweep_page
 from finetune.system.atomic import write_text
-from finetune.system.errors import ConfigError, InputError, IntegrityError
+from finetune.system.errors import ConfigError, FinetuneError, InputError, IntegrityError, os_errors_as
 from finetune.system.plotting import save_png
+from finetune.system.sealed import seal, unseal
 
 RECORD, TABLE, PICTURE, PAGE = "sweep.json", "sweep.md", "sweep.png", "sweep.html"
+_FULL = "free space and repeat the command; finished runs are kept"
 _MORE_FIGURES = ("eval_loss", "exact_match_after", "final_loss", "train_seconds", "peak_bytes")
 
 
@@ -73,7 +75,9 @@ class Record:
     def save(self, folder: Path) -> None:
         """Write sweep.json."""
         best = next((trial.number for trial in self.ranked() if trial.metric is not None), None)
-        write_text(folder / RECORD, json.dumps({**asdict(self), "best": best}, indent=1, ensure_ascii=False) + "\n")
+        content = seal({**asdict(self), "best": best})
+        with os_errors_as(FinetuneError, f"sweep.out={folder}: cannot be written", _FULL):
+            write_text(folder / RECORD, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def load_record(folder: Path) -> Record | None:
@@ -89,7 +93,7 @@ def load_record(folder: Path) -> Record | None:
             raise ConfigError(f"sweep.out={folder}: holds runs but no {RECORD}\nhelp: choose another folder")
         return None
     try:
-        return TypeAdapter(Record).validate_json(file.read_bytes())
+        return TypeAdapter(Record).validate_python(unseal(json.loads(file.read_bytes())))
     except (OSError, ValueError) as error:
         raise IntegrityError(
             f"{file}: corrupt ({error})\nhelp: the runs in the folder are valid; choose another sweep.out"

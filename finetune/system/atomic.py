@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from finetune.system.errors import ConfigError, InputError
+from finetune.system.errors import ConfigError, InputError, ResourceError, is_disk_full
 
 
 def sync(path: Path) -> None:
@@ -20,13 +19,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Return whether the disk has no room; safetensors raises its own error for that."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return type(error).__name__ == "SafetensorError" and "space" in str(error).lower()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -107,6 +99,8 @@ def whole_file(word: str, path: str, replace: bool = True) -> Iterator[IO[str]]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise ResourceError(f"{word}={path}: the disk is full\nhelp: free space, or name another disk") from error
         raise

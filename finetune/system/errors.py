@@ -6,8 +6,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# As safetensors and tokenizers write it.
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class FinetuneError(Exception):
@@ -66,10 +72,37 @@ class Interrupted(FinetuneError):
         self.exit_code = 128 + signal_number
 
 
+def error_number(error: BaseException) -> int | None:
+    """Return the number that the system gave an error; libraries in Rust write it into errors of their own."""
+    if isinstance(error, OSError):
+        return error.errno
+    written = _RUST_ERROR.search(str(error))
+    return int(written[1]) if written else None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether the disk, or the user's share of it, has no room."""
+    return error_number(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextmanager
-def os_errors_as(kind: type[FinetuneError], problem: str) -> Iterator[None]:
-    """Turn an OSError of the block into an error of this kind; problem: as `out=merged: cannot be written`."""
+def os_errors_as(kind: type[FinetuneError], problem: str, advice: str = "free space") -> Iterator[None]:
+    """Turn an error of the system in the block into one of this kind, or into ResourceError if the disk is full.
+
+    Args:
+        problem: as `out=merged: cannot be written`.
+        advice: what to do if the disk is full.
+    """
     try:
         yield
-    except OSError as error:
-        raise kind(f"{problem}: {error.strerror or error}") from error
+    except FinetuneError:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            raise ResourceError(f"{problem}: the disk is full\nhelp: {advice}") from error
+        if isinstance(error, OSError):
+            file = "" if error.filename is None or str(error.filename) in problem else f" ({error.filename})"
+            raise kind(f"{problem}: {error.strerror or error}{file}") from error
+        if (number := error_number(error)) is not None:
+            raise kind(f"{problem}: {os.strerror(number)}") from error
+        raise

@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finetune.config.schema import ModelConfig
@@ -28,12 +27,13 @@ from finetune.data.media.media import Media
 from finetune.models.digest import weights_digest
 from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
 from finetune.models.safetensors_index import save_tensors
+from finetune.system.console import log_once
 from finetune.system.errors import ResourceError
 from finetune.system.resources import cache_home
 
-# Raise it when the same towers and media give other embeddings.
-_VERSION = 1
-_KEY = "embeddings"
+# Raise it when the same towers and media give other embeddings, or files are stored otherwise (2: with their SHA-256).
+_VERSION = 2
+_KEY, _SUM = "embeddings", "sha256"
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,19 @@ class EmbeddingCache:
     folder: Path
 
     def find(self, media: Media) -> Tensor | None:
-        """Return the embeddings [tokens, D] of a file, mapped; None if they are not there, or torn."""
+        """Return the embeddings [tokens, D] of a file, mapped; None if missing or, with a log line, corrupt."""
+        file = self._file(media)
         try:
-            found = load_file(self._file(media))[_KEY]
-        except (OSError, SafetensorError, KeyError):
+            with safe_open(file, framework="pt") as stored:
+                found, then = stored.get_tensor(_KEY), (stored.metadata() or {}).get(_SUM)
+            if len(found) != media.tokens or then != _sum_of(found):
+                raise ValueError("its SHA-256 differs")
+        except FileNotFoundError:
             return None
-        return found if len(found) == media.tokens else None
+        except (OSError, SafetensorError, ValueError, TypeError) as error:
+            log_once(f"data.media_cache: {file} is corrupt ({error}); computing it again")
+            return None
+        return found
 
     def write(self, media: Media, embeddings: Tensor) -> None:
         """Keep the embeddings [tokens, D] of a file. Raises: ResourceError if the disk is full or read-only."""
@@ -56,7 +63,8 @@ class EmbeddingCache:
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors({_KEY: embeddings.cpu().contiguous()}, temporary)
+            stored = embeddings.cpu().contiguous()
+            save_tensors({_KEY: stored}, temporary, metadata={_SUM: _sum_of(stored)})
             os.replace(temporary, file)
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
@@ -74,6 +82,13 @@ class EmbeddingCache:
     def _file(self, media: Media) -> Path:
         name = media.digest.hex()
         return self.folder / name[:2] / f"{name}.safetensors"
+
+
+def _sum_of(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def open_cache(model: ModelConfig, device: torch.device) -> EmbeddingCache:

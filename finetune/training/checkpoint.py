@@ -4,7 +4,7 @@ A checkpoint folder is a PEFT adapter folder with three more files:
 
 - `training.safetensors`: value and optimizer state of every trained parameter, by name
 - `state.json`: counters
-- `manifest.json`: size and SHA-256 of every other file
+- `manifest.json`: size and SHA-256 of every other file, and of its own entries
 
 It is written under a temporary name, fsynced, then renamed: the rename is the commit. A resumed run reads
 `training.safetensors`, which is exact for every kind of adapter; the adapter files are for other programs.
@@ -22,20 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Parameter
 
 from finetune.models.adapters.folder import list_checkpoints
-from finetune.models.digest import sha256_of
 from finetune.models.safetensors_index import save_tensors
-from finetune.system.atomic import commit_folder, is_disk_full
+from finetune.system.atomic import commit_folder
 from finetune.system.console import Log
-from finetune.system.errors import IntegrityError, ResourceError
+from finetune.system.errors import FinetuneError, IntegrityError, os_errors_as
+from finetune.system.manifest import MANIFEST, differences, read_manifest, record_files
 
-TRAINING, STATE, MANIFEST = "training.safetensors", "state.json", "manifest.json"
+TRAINING, STATE = "training.safetensors", "state.json"
 _TEMPORARY = ".incomplete-"
+# Advice for a full disk.
+FULL_DISK = "free space and continue with train.resume=auto; earlier checkpoints are valid"
 # The state of a parameter in torch's AdamW, in AdamW of bitsandbytes and in its Lion; the latter two keep small ones
 # in 32 bits.
 _TORCH_STATES = ({"step", "exp_avg", "exp_avg_sq"},)
@@ -84,14 +85,13 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     temporary = folder.with_name(_TEMPORARY + folder.name)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        commit_folder(temporary, folder)
-    except (OSError, SafetensorError) as error:
+        with os_errors_as(FinetuneError, f"{folder}: cannot be written", FULL_DISK):
+            temporary.mkdir(parents=True)
+            write(temporary)
+            commit_folder(temporary, folder)
+    except FinetuneError:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not is_disk_full(error):
-            raise
-        raise ResourceError(f"{folder}: cannot be written, the disk is full; earlier checkpoints are valid") from error
+        raise
 
 
 def write_checkpoint(
@@ -103,30 +103,15 @@ def write_checkpoint(
         write_adapter(temporary)
         save_tensors(training_tensors(optimizer), temporary / TRAINING)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=2))
-        files = sorted(temporary.iterdir())
-        entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
-        (temporary / MANIFEST).write_text(json.dumps(entries, indent=2))
+        record_files(temporary, [file.name for file in temporary.iterdir()])
 
     write_folder(folder, write)
 
 
 def verify_checkpoint(folder: Path) -> None:
     """Compare every file with the manifest. Raises: IntegrityError naming each missing or corrupt file."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        entries = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise IntegrityError(f"{folder}: {MANIFEST} is missing or corrupt") from error
-    problems = []
-    for name, size, digest in entries:
-        file = folder / name
-        if Path(name).name != name or not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != size:
-            problems.append(f"{name} has {file.stat().st_size} bytes, not {size}")
-        elif sha256_of(file) != digest:
-            problems.append(f"{name} was altered")
-    if missing := {TRAINING, STATE} - set(manifest):
+    problems = differences(folder)
+    if missing := {TRAINING, STATE} - read_manifest(folder).keys():
         problems.append(f"{MANIFEST} lists no {', '.join(sorted(missing))}")
     if problems:
         raise IntegrityError(f"{folder}: {'; '.join(problems)}")

@@ -21,7 +21,9 @@ from finetune.ops.dispatch import STATE
 from finetune.planning.auto_batch import BatchPlan
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
+from finetune.system.errors import IntegrityError
 from finetune.system.machine import pick_threads, usable_cores
+from finetune.system.sealed import seal, unseal
 from finetune.training.checkpoint import TrainState, read_state
 
 # Left by a rank that ran out of memory while the others waited for it inside a pass.
@@ -84,7 +86,7 @@ def leave_smaller(folder: Path, state: TrainState, step: int, micro_batch: int) 
     """Leave the choices of a run, with a smaller micro-batch from `step` on, to its next start in this folder."""
     halvings = [*state.halvings, {"step": step, "micro_batch": micro_batch}]
     left = {"choices": state.choices | {"micro_batch": micro_batch}, "halvings": halvings}
-    write_text(folder / _SMALLER, json.dumps(left, indent=2) + "\n")
+    write_text(folder / _SMALLER, json.dumps(seal(left), indent=2) + "\n")
 
 
 def choices_before(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Sequence[dict[str, int]]]:
@@ -92,7 +94,11 @@ def choices_before(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any
     state = None if checkpoint is None else read_state(checkpoint)
     choices, halvings = ({}, []) if state is None else (state.choices, state.halvings)
     if (file := folder / _SMALLER).is_file():
-        left = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            left = unseal(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            advice = "help: remove it; the micro-batch is then that of the checkpoint"
+            raise IntegrityError(f"{file}: corrupt ({error})\n{advice}") from error
         if left["choices"]["micro_batch"] < choices.get("micro_batch", math.inf):
             return left["choices"], left["halvings"]
     return choices, halvings

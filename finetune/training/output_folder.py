@@ -16,7 +16,7 @@ from finetune.models.hub import check_model, check_window, find_texts, read_conf
 from finetune.models.module_matching import absent_modules
 from finetune.planning.static_memory import module_names
 from finetune.report.run import ADAPTER
-from finetune.system.errors import ConfigError
+from finetune.system.errors import ConfigError, os_errors_as
 from finetune.system.locks import Lock, try_lock
 
 
@@ -111,11 +111,9 @@ def holds_run(folder: Path) -> bool:
 def claim_folder(cfg: RunConfig) -> Lock:
     """Create and lock the run's folder. The lock ends with `release()` or with the process."""
     folder = Path(cfg.output_dir)
-    try:
+    with os_errors_as(ConfigError, f"output_dir: {folder} cannot be written to"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = try_lock(folder / ".lock")
-    except OSError as error:
-        raise ConfigError(f"output_dir: {folder} cannot be written to: {error.strerror}") from error
     if lock is None:
         raise ConfigError(
             f"output_dir: another process is training into {folder}\nhelp: wait for it, or set another output_dir"
@@ -131,7 +129,8 @@ def claim_folder(cfg: RunConfig) -> Lock:
 def release_folder(lock: Lock) -> None:
     """Unlock a run's folder, and remove it if it is empty."""
     path = Path(lock.lock_file)
-    if [file.name for file in path.parent.iterdir()] == [path.name]:
-        path.unlink()
-        path.parent.rmdir()
+    with suppress(OSError):  # the folder is gone, or its disk failed
+        if [file.name for file in path.parent.iterdir()] == [path.name]:
+            path.unlink()
+            path.parent.rmdir()
     lock.release()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -35,17 +35,20 @@ from finetune.report.run_page import try_report
 from finetune.system import console
 from finetune.system.atomic import sync, write_text
 from finetune.system.console import Log
-from finetune.system.errors import Interrupted
+from finetune.system.errors import FinetuneError, Interrupted, os_errors_as
 from finetune.system.format import format_bytes
 from finetune.system.machine import use_all_cores
+from finetune.system.manifest import record_files
 from finetune.training import output_folder, run_folder
 from finetune.training.assemble import assemble
 from finetune.training.autotune import inputs_of_run
 from finetune.training.checkpoint import (
+    FULL_DISK,
     TrainState,
     load_training,
     prune_checkpoints,
     read_state,
+    verify_checkpoint,
     write_checkpoint,
     write_folder,
 )
@@ -63,7 +66,7 @@ from finetune.training.run_context import (
 )
 from finetune.training.run_folder import RunResult
 from finetune.training.step_inputs import build_step_inputs
-from finetune.training.summary import describe_result, model_card
+from finetune.training.summary import CARD, describe_result, model_card
 from finetune.training.track import SilentTracker, Tracker
 
 
@@ -125,7 +128,10 @@ def _train(
     lock = output_folder.claim_folder(cfg) if is_main else None
     if cfg.output_dir != given.output_dir:
         log(f"output_dir: {folder} ({given.output_dir} holds a run)")
-    try:
+    with ExitStack() as stack:
+        if lock is not None:
+            stack.callback(output_folder.release_folder, lock)
+        stack.enter_context(os_errors_as(FinetuneError, f"output_dir: {folder}: the run stopped", FULL_DISK))
         [checkpoint] = broadcast_object_list([run_folder.find_checkpoint(cfg, log) if is_main else None])
         [(stored, halvings)] = broadcast_object_list([_choices_before(cfg, checkpoint) if is_main else None])
         inputs = inputs_of_run(cfg, accelerator, stored, log)
@@ -138,9 +144,6 @@ def _train(
             output_folder.link_latest(given, folder)
         with deterministic(cfg.train.deterministic and kind == "cuda"):
             return _run(context, checkpoint, halvings, heartbeat)
-    finally:
-        if lock is not None:
-            output_folder.release_folder(lock)
 
 
 def _drop(text: str) -> None:
@@ -188,8 +191,7 @@ def _run(
     finally:
         _fill(result, state, context)
         if context.is_main:
-            run_folder.write_result(context.folder, result)
-            try_report(context.folder, context.log)
+            _write_end(context, result)
     return result
 
 
@@ -213,6 +215,17 @@ def _try_largest_pass(context: RunContext, inputs: StepInputs, state: TrainState
         context.detail("memory: the largest pass is not tried first, since rows are streamed")
     else:
         context.detail(f"memory: largest pass tried, rows={batch.rows}, peak={format_bytes(peak_bytes())}")
+
+
+def _write_end(context: RunContext, result: RunResult) -> None:
+    """Write result.json and the report. A disk that cannot hold them does not hide an earlier error."""
+    try:
+        run_folder.write_result(context.folder, result)
+    except OSError as error:
+        if result.error is None:
+            raise
+        context.log(f"WARNING: {context.folder}: the result cannot be written ({error})")
+    try_report(context.folder, context.log)
 
 
 def _evaluate(context: RunContext, state: TrainState) -> tuple[dict[str, float], bool]:
@@ -252,7 +265,9 @@ def _finish(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainS
     """Restore the best adapter after early stopping, evaluate, save and print the results."""
     generation = context.cfg.generation
     if context.cfg.train.early_stopping is not None and state.best_step not in (None, state.step):
-        load_training(context.folder / f"checkpoint-{state.best_step}", optimizer)
+        best = context.folder / f"checkpoint-{state.best_step}"
+        verify_checkpoint(best)
+        load_training(best, optimizer)
         state.evaluations = evaluate_run(context)
         context.log(f"early stopping: final adapter=step {state.best_step} (the best one)")
     after: list[Answer] = []
@@ -317,12 +332,15 @@ def _save_final(context: RunContext, result: RunResult) -> None:
     def write(folder: Path) -> None:
         save_adapter(context.model, folder, context.tokenizer)
         check_adapter(folder, context.model)
-        (folder / "README.md").write_text(model_card(context.cfg, result), encoding="utf-8")
+        (folder / CARD).write_text(model_card(context.cfg, result), encoding="utf-8")
 
     staged = context.folder / ".adapter"
     write_folder(staged, write)
-    for file in sorted(staged.iterdir()):
-        os.replace(file, context.folder / file.name)
+    names = sorted(file.name for file in staged.iterdir())
+    for name in names:
+        os.replace(staged / name, context.folder / name)
+    # After the files: in between, the manifest of an earlier end of this run shows that they do not belong together.
+    record_files(context.folder, [name for name in names if name != CARD])
     sync(context.folder)
     staged.rmdir()
 

@@ -16,17 +16,21 @@ from finetune.config.compose import to_yaml
 from finetune.config.keys import schema_fields
 from finetune.config.schema import RunConfig
 from finetune.evaluation.generation import Answer, worst_answers
-from finetune.models.digest import base_fingerprint, sha256_of
+from finetune.evaluation.probe import FILE as PROBE
+from finetune.models.digest import base_fingerprint
 from finetune.objectives.user_rewards import OPTION, UserReward
-from finetune.report.run import CONFIG, FACTS, RESULT, REWARD_FUNCTIONS, REWARDED, SAMPLES, WORST
+from finetune.report.run import CONFIG, FACTS, METRICS, RESULT, REWARD_FUNCTIONS, REWARDED, SAMPLES, TEACHER, WORST
 from finetune.system.atomic import write_text
-from finetune.system.console import Log
+from finetune.system.console import Log, log_once
 from finetune.system.errors import ConfigError
+from finetune.system.manifest import differences, record_files, sha256_of
 from finetune.system.origin import command_line, git_commit, hardware
 from finetune.training.checkpoint import newest_valid, read_state, verify_checkpoint
 from finetune.training.output_folder import check_resume
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors")
+# Files that a run writes until its end.
+_FIGURES = (METRICS, RESULT, SAMPLES, REWARDED, WORST, TEACHER, PROBE)
 _MOST_WORST = 10
 _MOST_REWARDED = 4
 # Settings that may change between a run and its continuation, because they do not decide its result.
@@ -176,6 +180,8 @@ def describe_run(
     started: of this process, with a time zone.
     """
     folder = Path(cfg.output_dir)
+    for problem in differences(folder, [name for name in _FIGURES if (folder / name).is_file()]):
+        log_once(f"WARNING: {folder}: {problem} since the run wrote it; the weights are checked by themselves")
     write_text(folder / CONFIG, to_yaml(cfg))
     model = cfg.model
     described = {own.name: {"word": own.word, "digest": own.digest} for own in functions}
@@ -193,6 +199,7 @@ def describe_run(
         "world_size": world_size,
     }
     write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
+    record_files(folder, [CONFIG, FACTS], forget=_FIGURES)
 
 
 def write_samples(folder: Path, before: Sequence[Answer], after: Sequence[Answer] = ()) -> None:
@@ -243,4 +250,6 @@ def write_worst(folder: Path, answers: Sequence[Answer]) -> None:
 
 
 def write_result(folder: Path, result: RunResult) -> None:
+    """Write result.json, and enter it and the other files of figures into the manifest of the folder."""
     write_text(folder / RESULT, json.dumps(asdict(result), indent=2) + "\n")
+    record_files(folder, _FIGURES)

@@ -19,6 +19,7 @@ from finetune.training.run_folder import RunResult
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
+CARD = "README.md"
 _LONGEST_TEXT = 300
 _MOST_BREACHES = 5
 _LONGEST_QUESTION = 100

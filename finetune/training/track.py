@@ -148,8 +148,16 @@ class MetricsFile:
     def __init__(self, folder: Path, resumed_step: int):
         path = folder / METRICS
         written = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        # A crash may have cut the last line short.
-        steps = [(json.loads(line)["step"], line) for line in written if line.endswith(b"\n")]
+        steps = []
+        for number, line in enumerate(written, 1):
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, LookupError, TypeError):
+                if line.endswith(b"\n"):  # A crash may have cut the last line short.
+                    log(f"WARNING: {path}:{number}: corrupt, and left out")
+                continue
+            if line.endswith(b"\n") and isinstance(step, int):
+                steps.append((step, line))
         lines = [line for step, line in steps if step <= resumed_step]
         write_bytes(path, b"".join(lines))
         self.past: list[dict[str, Any]] = [json.loads(line) for line in lines]

@@ -15,10 +15,10 @@ import torch
 
 from finetune import train
 from finetune.cli import main
-from finetune.models.digest import sha256_of
 from finetune.system.errors import ConfigError
+from finetune.system.manifest import record_files
 from finetune.system.resources import packaged
-from finetune.training.checkpoint import MANIFEST, STATE, list_checkpoints
+from finetune.training.checkpoint import STATE, list_checkpoints
 from tests.faults.processes import PROCESSES
 from tests.runs import REWARDED_RUN, SMALL_RUN, adapter, differing, metrics, reference_run, result, small_run
 
@@ -136,12 +136,11 @@ def test_a_resumed_run_with_8_bit_moments_and_lora_plus_equals_an_unbroken_one(t
 def test_a_checkpoint_of_a_version_with_fewer_settings_is_continued(tmp_path):
     train(small_run(tmp_path, "train.save_every=2", "train.max_steps=2"))
     folder = tmp_path / "checkpoint-2"
-    state, manifest = json.loads((folder / STATE).read_text()), json.loads((folder / MANIFEST).read_text())
+    state = json.loads((folder / STATE).read_text())
     for key in ("train.optimizer", "train.lora_plus_ratio", "train.min_lr_ratio"):
         del state["trajectory"][key]
     (folder / STATE).write_text(json.dumps(state))
-    manifest[STATE] = {"bytes": (folder / STATE).stat().st_size, "sha256": sha256_of(folder / STATE)}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    record_files(folder, [STATE])
     with pytest.raises(ConfigError, match=r"train\.optimizer"):
         train(small_run(tmp_path, "train.resume=auto", "train.optimizer=adamw_8bit"))
     assert train(small_run(tmp_path, "train.resume=auto", "train.max_steps=3")).steps == 3

@@ -27,7 +27,7 @@ from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.encode import ENCODING_VERSION, RowEncoder, encode_all
 from finetune.data.tokens.store import StoreWriter, TokenStore, has_outdated_bad_rows, is_valid
 from finetune.system.console import Log, Pace
-from finetune.system.errors import ResourceError
+from finetune.system.errors import FinetuneError, ResourceError, os_errors_as
 from finetune.system.locks import locked
 from finetune.system.resources import cache_home
 
@@ -36,6 +36,7 @@ _WORTH_WORKERS_BYTES = 8_000_000
 # Rows with media name files, which take far longer to read than the rows.
 _WORTH_WORKERS_WITH_MEDIA_BYTES = 100_000
 _ROWS_WITH_MEDIA = 64  # of a batch
+_FULL = "free space, or set data.cache to a folder on another disk"
 # How long other ranks wait for a store on which no process works.
 _PATIENCE_SECONDS = 60.0
 # What differs between the tokens of objectives; those of two pairs are the same for all that compare pairs.
@@ -129,7 +130,7 @@ class Preparation:
             with locked(lock, 0) as free:
                 if not free:
                     idle_since = time.monotonic()
-        if is_valid(folder):
+        if not self.main or is_valid(folder):
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(lock):
@@ -141,8 +142,9 @@ class Preparation:
                     shutil.rmtree(leftover)
             temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
             try:
-                write(temporary)
-                os.rename(temporary, folder)
+                with os_errors_as(FinetuneError, f"data.cache: {folder}: cannot be written", _FULL):
+                    write(temporary)
+                    os.rename(temporary, folder)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise

@@ -4,7 +4,7 @@ A store is a folder with these files:
 - ids.bin: int32 token ids.
 - codes.bin: uint8, the index of each token's loss weight in the table of meta.json.
 - rows.npz: one entry per row.
-- meta.json: written last.
+- meta.json: written last; with the SHA-256 of every other file and of itself.
 - bad_rows.jsonl: rows that cannot be used.
 - media.jsonl: a line for each row with images, audio or video; missing where every row is text.
 - media_files.json: path, size and time of change of their files.
@@ -28,7 +28,10 @@ import numpy as np
 from finetune.data.encoded import Encoded
 from finetune.data.positions import PlacedMedia
 from finetune.data.sources.readers import location_of
+from finetune.system.console import log_once
 from finetune.system.errors import DataError
+from finetune.system.manifest import sha256_of
+from finetune.system.sealed import seal, unseal
 
 # One entry per row; 32 bits suffice for 2^31 rows, and for rows of 2^31 tokens.
 ROW = np.dtype(
@@ -94,7 +97,7 @@ class StoreMeta:
     content: SHA-256 of tokens and weights, whatever files the rows came from.
     files, units, formats: of each file with rows.
     weights: loss weight of each code.
-    sizes: bytes of every other file.
+    sizes: bytes of every other file. sums: SHA-256 likewise; empty in stores of older versions.
     notes: how many messages have each note.
     reader: READER_VERSION of the code that wrote it.
     """
@@ -111,6 +114,7 @@ class StoreMeta:
     made_from: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     reader: int = 0
+    sums: dict[str, str] = field(default_factory=dict)
 
     def format(self) -> str:
         """Return the format of the rows; where files differ, each format with its files."""
@@ -132,7 +136,7 @@ class TokenStore:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.meta = StoreMeta(**json.loads((folder / _META).read_text(encoding="utf-8")))
+        self.meta = _read_meta(folder)
         with _PARSING, np.load(folder / _ROWS, allow_pickle=False) as rows:
             self.lengths, self.targets = rows["lengths"], rows["targets"]
             self.indices, self.hashes = rows["indices"], rows["hashes"]
@@ -191,23 +195,40 @@ def _mapped(file: Path, dtype: type, length: int) -> np.ndarray:
     return np.memmap(file, dtype=dtype, mode="r", shape=(length,)) if length else np.empty(0, dtype=dtype)
 
 
+def _read_meta(folder: Path) -> StoreMeta:
+    """Read meta.json. Raises: OSError if it is missing, ValueError if it is corrupt."""
+    try:
+        return StoreMeta(**unseal(json.loads((folder / _META).read_text(encoding="utf-8"))))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{_META}: {error}") from error
+
+
 def is_valid(folder: Path) -> bool:
     """Return whether a folder holds a complete store, made from the files of media that are there now.
 
-    All files of the store have their size in meta.json.
+    All files of the store have the size and the SHA-256 in meta.json. Logs the file of a store that is damaged.
     """
-    try:
-        sizes = json.loads((folder / _META).read_text(encoding="utf-8"))["sizes"]
-        complete = all((folder / name).stat().st_size == size for name, size in sizes.items())
-        return complete and (_MEDIA not in sizes or _are_unchanged(folder / _MEDIA_FILES))
-    except (OSError, ValueError, KeyError):
+    if not folder.is_dir():
         return False
+    try:
+        meta = _read_meta(folder)
+        for name, size in meta.sizes.items():
+            file = folder / name
+            if file.stat().st_size != size or (meta.sums and sha256_of(file) != meta.sums.get(name)):
+                raise ValueError(f"{name}: its size or SHA-256 differs")
+    except (OSError, ValueError) as error:
+        log_once(f"data.cache: {folder} is corrupt ({error}); tokenizing again")
+        return False
+    return _MEDIA not in meta.sizes or _are_unchanged(folder / _MEDIA_FILES)
 
 
 def _are_unchanged(listed: Path) -> bool:
-    """Return whether files have the sizes and times of a list. Raises: OSError if one is missing."""
+    """Return whether files have the sizes and times of a list."""
     stamps = json.loads(listed.read_text(encoding="utf-8"))
-    return all(_stamp(path) == stamp for path, stamp in stamps.items())
+    try:
+        return all(_stamp(path) == stamp for path, stamp in stamps.items())
+    except OSError:  # missing
+        return False
 
 
 def _stamp(path: str) -> list[int]:
@@ -218,10 +239,10 @@ def _stamp(path: str) -> list[int]:
 def has_outdated_bad_rows(folder: Path) -> bool:
     """Return whether a store lists bad rows that a newer reader may read."""
     try:
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-        return bool(meta["bad_rows"]) and meta.get("reader", 0) < READER_VERSION
-    except (OSError, ValueError, KeyError):
+        meta = _read_meta(folder)
+    except (OSError, ValueError):
         return False
+    return bool(meta.bad_rows) and meta.reader < READER_VERSION
 
 
 class StoreWriter:
@@ -307,9 +328,10 @@ class StoreWriter:
             made_from=made_from,
             notes=dict(self._notes),
             reader=READER_VERSION,
+            sums={name: sha256_of(self.folder / name) for name in files},
         )
         with (self.folder / _META).open("w", encoding="utf-8") as stream:
-            json.dump(asdict(meta), stream, ensure_ascii=False, indent=1)
+            json.dump(seal(asdict(meta)), stream, ensure_ascii=False, indent=1)
             _sync(stream)
 
     def _code(self, weights: np.ndarray) -> np.ndarray:

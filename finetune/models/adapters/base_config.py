@@ -12,6 +12,7 @@ from finetune.config.schema import RunConfig
 from finetune.models.adapters.folder import CONFIG_FILE
 from finetune.models.hub import read_json
 from finetune.system.errors import ConfigError, InputError
+from finetune.system.manifest import check_files
 from finetune.system.resources import packaged
 
 
@@ -63,6 +64,7 @@ def recorded_fingerprint(adapter: Path) -> str | None:
     run = next((place / "run.json" for place in (adapter, adapter.parent) if (place / "run.json").is_file()), None)
     if run is None:
         return None
+    check_files(run.parent, [run.name])
     try:
         found = json.loads(run.read_text(encoding="utf-8"))["base"]["fingerprint"]
     except (ValueError, LookupError, TypeError):

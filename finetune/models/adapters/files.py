@@ -25,6 +25,7 @@ from finetune.models.safetensors_header import read_header
 from finetune.models.safetensors_index import save_tensors
 from finetune.models.tokens import embedding_rows
 from finetune.system.errors import ConfigError, IntegrityError
+from finetune.system.manifest import check_files
 
 _MASTER = ".parametrizations.weight.original"  # name of a parametrized weight in torch
 _MASTER_BIAS = ".parametrizations.bias.original"
@@ -122,15 +123,17 @@ def check_adapter(folder: Path | str, model: PeftModel | None = None, *, trained
             if not torch.equal(expected[name], tensors[name])
         ]
     if problems:
-        raise IntegrityError(f"{folder}: the adapter is corrupt: {'; '.join(sorted(problems)[:10])}")
+        raise IntegrityError(f"{folder}: {TENSOR_FILE} is corrupt: {'; '.join(sorted(problems)[:10])}")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read all tensors of an adapter, under PEFT's names whatever program wrote them.
 
-    Raises: ConfigError if there is none, IntegrityError if corrupt or not finite.
+    Raises: ConfigError if there is none, IntegrityError if corrupt, not finite, or not what the manifest of its run
+    lists.
     """
     check_adapter_folder(folder, "adapter")
+    check_files(folder, [TENSOR_FILE])
     file = folder / TENSOR_FILE
     read_header(file)  # refuses a corrupt file
     tensors = as_peft_names(load_file(file), str(file))
@@ -235,7 +238,7 @@ def fetch_adapter(name: str, key: str = "lora.init_adapter") -> SavedAdapter:
         raise ConfigError(f"{key}={name}: not a LoRA adapter, found {config.get('peft_type')}")
     tensors = read_tensors(folder)
     if problems := list(_incomplete(tensors)):
-        raise IntegrityError(f"{key}={name}: the adapter is corrupt: {'; '.join(problems[:10])}")
+        raise IntegrityError(f"{key}={name}: {TENSOR_FILE} is corrupt: {'; '.join(problems[:10])}")
     return SavedAdapter(name, folder, config, tensors)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finetune.models.hub import TEXT_FILES, fetch
 from finetune.system.errors import ConfigError
+from finetune.system.manifest import check_files
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -26,9 +27,17 @@ def find_adapter(name: str, key: str) -> Path:
 
 
 def check_adapter_folder(folder: Path, key: str) -> None:
-    """Raise ConfigError if a folder has no adapter. key: the config key of the folder, for messages."""
+    """Check that a folder holds an adapter, and its settings against the manifest of its run.
+
+    The tensors are checked where they are read. key: the config key of the folder, for messages.
+
+    Raises:
+        ConfigError: there is no adapter.
+        IntegrityError: the settings were altered.
+    """
     missing = [name for name in (CONFIG_FILE, TENSOR_FILE) if not (folder / name).is_file()]
     if not missing:
+        check_files(folder, [CONFIG_FILE])
         return
     if checkpoints := list_checkpoints(folder):
         raise ConfigError(f"{key}={folder}: the run has no final adapter yet\nhelp: {key}={checkpoints[-1]}")

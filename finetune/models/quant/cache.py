@@ -27,12 +27,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune.models.digest import sha256_of
 from finetune.models.safetensors_index import save_tensors
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.format import format_bytes
 from finetune.system.locks import locked, try_lock
+from finetune.system.manifest import sha256_of
+from finetune.system.sealed import seal, unseal
 
 _LAYOUT = 1
 _MANIFEST = "manifest.json"
@@ -72,10 +73,7 @@ class QuantizedCache:
         if not self.entry.is_dir():
             return None
         try:
-            manifest = json.loads((self.entry / _MANIFEST).read_text(encoding="utf-8"))
-            parts = manifest["parts"]
-            if manifest["made_from"] != self.made_from:
-                raise ValueError("manifest: of another model")
+            parts = self._parts_listed()
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
                 sums = threads.map(sha256_of, [self.entry / name for name in parts])
                 if damaged := [name for name, found in zip(parts, sums, strict=True) if found != parts[name]]:
@@ -93,6 +91,17 @@ class QuantizedCache:
             self.log(f"quant.cache: {self.entry} is corrupt ({error}); quantizing again")
             return None
         return layers
+
+    def _parts_listed(self) -> dict[str, str]:
+        """Return the SHA-256 of each part. Raises: OSError or ValueError if the manifest cannot be used."""
+        try:
+            manifest = unseal(json.loads((self.entry / _MANIFEST).read_text(encoding="utf-8")))
+            parts, made_from = manifest["parts"], manifest["made_from"]
+        except (ValueError, LookupError) as error:
+            raise ValueError(f"{_MANIFEST}: {error}") from error
+        if made_from != self.made_from:
+            raise ValueError(f"{_MANIFEST}: of another model")
+        return parts
 
     @contextmanager
     def claim(self) -> Iterator[bool]:
@@ -131,7 +140,8 @@ class QuantizedCache:
                 file = temporary / f"part-{number:05d}.safetensors"
                 save_tensors(part, file)
                 sums[file.name] = sha256_of(file)
-            write_text(temporary / _MANIFEST, json.dumps({"made_from": self.made_from, "parts": sums}, indent=1))
+            manifest = seal({"made_from": self.made_from, "parts": sums})
+            write_text(temporary / _MANIFEST, json.dumps(manifest, indent=1))
             os.rename(temporary, self.entry)
         except (OSError, SafetensorError) as error:
             self.log(

@@ -10,7 +10,7 @@ import pytest
 from finetune.evaluation.gap_table import GapTable, ModelFigures, SetFigures, TaskFigures, load_gap, to_json
 from finetune.evaluation.gap_text import gap_figure, gap_markdown
 from finetune.evaluation.intervals import Estimate
-from finetune.models.digest import sha256_of
+from finetune.system.manifest import sha256_of
 
 NAMES = {"base": "bf16 base", "quantized": "NF4 base", "trained": "NF4 + adapter", "merged": "merged"}
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from finetune.system import atomic
 from finetune.system.errors import IntegrityError, ResourceError
+from finetune.system.sealed import unseal
 from finetune.training import checkpoint as ck
 from finetune.training.checkpoint import TrainState
 
@@ -70,7 +71,7 @@ def test_every_changed_byte_truncation_and_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname"])
 def test_a_manifest_cannot_point_outside_its_folder(tmp_path, name):
     folder = write(tmp_path, 1, trained()[1])
-    manifest = json.loads((folder / ck.MANIFEST).read_text())
+    manifest = unseal(json.loads((folder / ck.MANIFEST).read_text()))
     (folder / ck.MANIFEST).write_text(json.dumps(manifest | {name: {"bytes": 1, "sha256": "0"}}))
     with pytest.raises(IntegrityError, match="missing"):
         ck.verify_checkpoint(folder)

@@ -23,6 +23,7 @@ from finetune.data.tokens.prepare import Preparation
 from finetune.data.tokens.store import TokenStore, is_valid
 from finetune.system.errors import DataError, ResourceError
 from finetune.system.resources import packaged
+from finetune.system.sealed import unseal
 
 TINY = packaged("data") / "tiny-qwen2.5"
 
@@ -100,7 +101,7 @@ def test_everything_that_decides_the_tokens_is_in_the_fingerprint(tmp_path, chat
 def test_bad_rows_of_an_older_reader_are_read_again_where_they_are_an_error(tmp_path, chat, on_bad_row, made_again):
     prepared = preparation(tmp_path, chat, rows(tmp_path, bad=True), on_bad_row=on_bad_row)
     meta = store_of(prepared).folder / "meta.json"
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"reader": 0}))
+    meta.write_text(json.dumps(unseal(json.loads(meta.read_text())) | {"reader": 0}))
     again = store_of(prepared)
     assert (again.meta.reader > 0) == made_again and again.meta.bad_rows == 1
 
