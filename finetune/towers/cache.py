@@ -28,7 +28,7 @@ from finetune.models.digest import weights_digest
 from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
 from finetune.models.safetensors_index import save_tensors
 from finetune.system.console import log_once
-from finetune.system.errors import ResourceError
+from finetune.system.errors import FinetuneError, os_errors_as
 from finetune.system.resources import cache_home
 
 # Raise it when the same towers and media give other embeddings, or files are stored otherwise (2: with their SHA-256).
@@ -58,21 +58,20 @@ class EmbeddingCache:
         return found
 
     def write(self, media: Media, embeddings: Tensor) -> None:
-        """Keep the embeddings [tokens, D] of a file. Raises: ResourceError if the disk is full or read-only."""
+        """Keep the embeddings [tokens, D] of a file. Raises: FinetuneError, as ResourceError if the disk is full."""
         file = self._file(media)
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        problem, advice = f"data.media_cache: cannot write {file}", "free space, or set FINETUNE_CACHE to another disk"
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            stored = embeddings.cpu().contiguous()
-            save_tensors({_KEY: stored}, temporary, metadata={_SUM: _sum_of(stored)})
-            os.replace(temporary, file)
-        except (OSError, SafetensorError) as error:
+            with os_errors_as(FinetuneError, problem, f"{advice}, or data.media_cache=false"):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                stored = embeddings.cpu().contiguous()
+                save_tensors({_KEY: stored}, temporary, metadata={_SUM: _sum_of(stored)})
+                os.replace(temporary, file)
+        except FinetuneError:
             with suppress(OSError):
                 temporary.unlink()
-            raise ResourceError(
-                f"data.media_cache: cannot write {file} ({error})\n"
-                "help: free space, set FINETUNE_CACHE to another disk, or data.media_cache=false"
-            ) from error
+            raise
 
     def missing(self, media: Iterable[Media]) -> list[Media]:
         """Return the distinct files whose embeddings are not there, in their order."""
