@@ -89,6 +89,9 @@ SLOW: dict[str, str] = {
     "tests/faults/test_kills.py::test_every_command_survives_kills": (
         "tests/faults/test_kills.py::test_killed_commands_end_in_the_files_of_undisturbed_ones"
     ),
+    "tests/faults/test_places.py": (
+        "tests/equivalence/test_resume.py::test_a_corrupt_checkpoint_is_skipped_and_the_result_is_the_same"
+    ),
     "tests/equivalence/test_resume.py::test_a_killed_run_on_preferences_keeps_its_reference": (
         "tests/equivalence/test_preference.py::test_a_resumed_run_equals_an_unbroken_one"
     ),

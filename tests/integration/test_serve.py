@@ -93,7 +93,7 @@ def test_the_base_and_three_adapters_answer_as_they_were_trained(config, tmp_pat
 def test_another_model_than_the_trained_one_is_refused_with_figures(tmp_path):
     """An adapter whose file was exchanged, beside the record of the one that was trained."""
     run = tmp_path / "run"
-    shutil.copytree(reference_run(), run)
+    shutil.copytree(reference_run(), run, ignore=shutil.ignore_patterns("manifest.json"))
     tensors = load_file(run / "adapter_model.safetensors")
     save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, run / "adapter_model.safetensors")
     words = (f"adapter={run}", f"serve.check={reference_run()}", "port=0", *SETTINGS)

@@ -84,6 +84,7 @@ def hub(monkeypatch) -> Iterator[Any]:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = Path(shutil.copytree(reference_run("train.save_every=2"), tmp_path / "run"))
+    (folder / "manifest.json").unlink()  # as a user who edits a file does
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "Qwen/Qwen2.5-0.5B"}))
     return folder

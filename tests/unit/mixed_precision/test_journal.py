@@ -20,6 +20,7 @@ from finetune.mixed_precision.journal import (
     write_summary,
 )
 from finetune.system.errors import ConfigError, IntegrityError
+from finetune.system.sealed import unseal
 
 MADE_FROM = {"version": 1, "weights": {"a": "1"}, "dtype": "bfloat16"}
 FIRST = Measured("model.layers.0.mlp.up_proj", "nf4", MeanKl(1e-3, 1e-4, 50))
@@ -97,9 +98,9 @@ def test_missing_incomplete_and_corrupt_results_are_refused(tmp_path: Path) -> N
 def test_sensitivities_of_the_removed_mode_are_refused(tmp_path: Path) -> None:
     sensitivities().save(tmp_path)
     file = tmp_path / RESULT
-    file.write_text(json.dumps({**json.loads(file.read_text()), "mode": "only"}))
+    file.write_text(json.dumps({**unseal(json.loads(file.read_text())), "mode": "only"}))
     assert Sensitivities.read(tmp_path) == sensitivities()
-    file.write_text(json.dumps({**json.loads(file.read_text()), "mode": "keep"}))
+    file.write_text(json.dumps({**unseal(json.loads(file.read_text())), "mode": "keep"}))
     with pytest.raises(ConfigError, match="mode=keep"):
         Sensitivities.read(tmp_path)
 

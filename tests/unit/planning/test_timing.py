@@ -16,6 +16,7 @@ from finetune.planning import calibrate, timing
 from finetune.planning.flops import StepWork, step_work
 from finetune.planning.inputs import PlanInputs, plan_inputs
 from finetune.planning.timing import Rates, assumed_ceiling, read_rates, step_seconds, steps_of, write_rates
+from finetune.system.sealed import unseal
 
 SHAPE = QWEN25_SHAPES["0.5B"]
 RATES = Rates(
@@ -104,7 +105,7 @@ def test_what_was_measured_is_kept_by_kind_of_device(tmp_path, monkeypatch):
     file = write_rates("cpu", RATES)
     write_rates("cuda", replace(RATES, device="a GPU"))
     assert read_rates("cpu") == RATES and read_rates("cuda") == replace(RATES, device="a GPU")
-    stored = json.loads(file.read_text())
+    stored = unseal(json.loads(file.read_text()))
     stored["cpu"]["layout"] = 0
     file.write_text(json.dumps(stored))
     assert read_rates("cpu") is None

@@ -48,7 +48,7 @@ def engine(config: RunConfig) -> Iterator[EmbeddedEngine]:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
-    shutil.copytree(reference_run(), folder)
+    shutil.copytree(reference_run(), folder, ignore=shutil.ignore_patterns("manifest.json"))  # tests edit its files
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from finetune.config.compose import load_config
 from finetune.config.schema import RunConfig
 from finetune.system.errors import ConfigError
-from finetune.training.output_folder import choose_folder, claim_folder, link_latest
+from finetune.training.output_folder import choose_folder, claim_folder, link_latest, release_folder
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +73,19 @@ def test_a_folder_that_has_the_name_of_the_link_stays():
     mine.mkdir(parents=True)
     finish(config())
     assert mine.is_dir() and choose_folder(config("train.resume=auto")) == "outputs/quickstart"
+
+
+def test_two_runs_in_one_folder_are_refused_until_the_first_one_ends(tmp_path):
+    cfg = load_config("quickstart.yaml", [f"output_dir={tmp_path / 'run'}"])
+    first = claim_folder(cfg)
+    with pytest.raises(ConfigError, match="another process is training into"):
+        claim_folder(cfg)
+    release_folder(first)
+    assert not (tmp_path / "run").exists(), "a folder without a run is removed"
+    release_folder(claim_folder(cfg))
+
+
+def test_a_folder_that_is_gone_is_released(tmp_path):
+    lock = claim_folder(load_config("quickstart.yaml", [f"output_dir={tmp_path / 'run'}"]))
+    shutil.rmtree(tmp_path / "run")
+    release_folder(lock)
