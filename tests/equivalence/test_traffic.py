@@ -47,7 +47,7 @@ def carried(folder: Path, steps: int, *overrides: str) -> dict[str, int]:
 def test_the_collectives_of_a_step_carry_the_predicted_bytes(tmp_path, tied):
     words = []
     if not tied:
-        base = save_tiny_base(tmp_path / "base", tied=False, vocab_size=520, hidden_size=64)
+        base = save_tiny_base(tmp_path / "base", tied=False, vocab_size=1024, hidden_size=64)
         words = [f"model.name={base}", "model.tokenizer=data/tiny-qwen2.5"]
     two, four = carried(tmp_path, 2, *words), carried(tmp_path, 4, *words)
     cfg = load_config("quickstart.yaml", [*SETTINGS, *words])
