@@ -56,6 +56,7 @@ SLOW: dict[str, str] = {
         "tests/unit/planning/test_starter.py::test_the_config_of_any_file_loads_and_fits"
     ),
     "tests/integration/test_sweep.py": "tests/unit/sweep/test_sweep.py",
+    "tests/integration/test_launchers.py": "tests/integration/test_launch_files.py",
     **dict.fromkeys(
         (
             "tests/integration/test_serve.py::test_the_base_and_three_adapters_answer_as_they_were_trained",
